@@ -1,0 +1,13 @@
+"""QK and OV circuits of every attention head, tested against the mechanism a paper claims."""
+
+__version__ = "0.1.0"
+__all__ = ["load_results"]
+
+
+def __getattr__(name: str) -> object:
+    """`ovqk.load_results`, without importing pandas for those who need nothing of it."""
+    if name == "load_results":
+        from ovqk.results import load_results
+
+        return load_results
+    raise AttributeError(f"module 'ovqk' has no attribute '{name}'")

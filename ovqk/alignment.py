@@ -1,0 +1,127 @@
+"""Does a head act on the task's causal variable? Readouts over the task's tokens (definitions: section 5).
+
+Rows e_t are effective embeddings normalised as the layer's norm would; the matrices are those of the folded weights,
+for QK with the mean rotation under rotary positions. Biases are absent: b_V and b_O by definition, and a query or key
+bias adds to a whole column or a whole row of the readout, which centring or comparing within rows removes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ovqk.heads import Factors
+from ovqk.spectra import Decomposition, guarded
+from ovqk.vocabulary import blocks
+
+ENERGY = 0.9  # of a word set's centred rows, kept in its subspace
+TOP = 5  # Wang et al. 2022 count a name as copied when its logit is among the five largest
+
+
+def task_auc(
+    logits: Float[Tensor, "head source target"],
+) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
+    """Mean over t of the share of other task tokens u with L_tu < L_tt, in [0, 1]; chance 0.5; a tie counts half.
+
+    Returns:
+        With each column first less its mean over the OTHER rows (what a column gets from any source is a bias, not
+        copying), and without that centring.
+    """
+    n = logits.shape[-1]
+    others = (logits.sum(-2, keepdim=True) - logits) / (n - 1)
+    return _auc(logits - others), _auc(logits)
+
+
+def _auc(logits: Float[Tensor, "head source target"]) -> Float[Tensor, " head"]:
+    n = logits.shape[-1]
+    own = logits.diagonal(dim1=-2, dim2=-1)[..., None]
+    below = (logits < own).double().sum(-1) + 0.5 * ((logits == own).double().sum(-1) - 1)
+    return (below / (n - 1)).mean(-1)
+
+
+def readout(
+    factors: Factors, rows: Float[Tensor, "source d_model"], columns: Float[Tensor, "target d_model"]
+) -> Float[Tensor, "head source target"]:
+    """rows M columns^T for each head: task logits of W_OV (columns: W_U's) or scores of W_QK (columns: keys)."""
+    return (rows @ factors.left) @ (factors.right @ columns.T)
+
+
+def top_shares(
+    factors: Factors,
+    rows: Float[Tensor, "word d_model"],
+    ids: Int[Tensor, " word"],
+    W_U: Float[Tensor, "d_model token"],
+) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
+    """Shares of words whose own logit is in the top 5 of the whole vocabulary, under W_OV and under -W_OV, in [0, 1].
+
+    Formula: the copy score of Wang et al. 2022. The vocabulary is passed in blocks.
+    """
+    written = (rows @ factors.left) @ factors.right  # [head, word, d_model]
+    own = (written * W_U[:, ids].T).sum(-1, keepdim=True)
+    above = torch.zeros(own.shape[:-1], dtype=torch.long, device=own.device)
+    below = torch.zeros_like(above)
+    for tokens in blocks(W_U.shape[1]):
+        logits = written @ W_U[:, tokens]
+        mine = (ids[:, None] >= tokens.start) & (ids[:, None] < tokens.stop)
+        place = (ids - tokens.start).clamp(0, tokens.stop - tokens.start - 1)
+        # A word never outranks itself, whatever the rounding of its own logit here.
+        logits.scatter_(-1, place[None, :, None].expand(logits.shape[0], -1, 1), torch.where(
+            mine[None], own, logits.gather(-1, place[None, :, None].expand(logits.shape[0], -1, 1))
+        ))  # fmt: skip
+        above += (logits > own).sum(-1)
+        below += (logits < own).sum(-1)
+    alive = (own.abs().sum(-1) > 0).double()
+    return ((above < TOP) * alive).mean(-1), ((below < TOP) * alive).mean(-1)
+
+
+def subspace(
+    rows: Float[Tensor, "word d_model"], band: Float[Tensor, "token d_model"]
+) -> Float[Tensor, "r d_model"]:
+    """Orthonormal basis of the span of a set's rows, centred by the mean of its matched band, at 90 % of the energy.
+
+    The set's own mean would take out what the set has in common.
+    """
+    _, sigma, Vh = torch.linalg.svd((rows - band.mean(0)).double(), full_matrices=False)
+    share = sigma.square().cumsum(0) / sigma.square().sum()
+    r = int((share < ENERGY).sum()) + 1
+    return Vh[:r]
+
+
+def unit_contrast(
+    minus: Float[Tensor, "word d_model"], plus: Float[Tensor, "word d_model"]
+) -> Float[Tensor, "1 d_model"]:
+    """Unit direction of mean(plus) - mean(minus), as a basis of one row."""
+    direction = (plus.double() - minus.double()).mean(0, keepdim=True)
+    return direction / direction.norm().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+@dataclass(frozen=True)
+class SideAlignment:
+    """Alignment of one side of a map with a subspace; 1 is chance for both."""
+
+    whole: Float[Tensor, " head"]
+    """|M P|_F^2 / |M|_F^2 / (r/d): the share of the map's energy on that side."""
+    top: Float[Tensor, " head"]
+    """|P x_1|^2 / (r/d): of its top singular direction there."""
+
+
+def side_alignment(
+    directions: Float[Tensor, "head d_model k"],
+    sigma: Float[Tensor, "head k"],
+    basis: Float[Tensor, "r d_model"],
+) -> SideAlignment:
+    """Alignment of the side whose singular directions these are with the span of an orthonormal basis."""
+    chance = basis.shape[0] / basis.shape[1]
+    inside = (basis @ directions).square().sum(-2)  # [head, k]
+    energy = sigma.square()
+    whole = guarded((inside * energy).sum(-1), energy.sum(-1), energy.sum(-1))
+    return SideAlignment(whole / chance, inside[..., 0] / chance)
+
+
+def transfer(
+    decomposition: Decomposition, read: Float[Tensor, "1 d_model"], write: Float[Tensor, "1 d_model"]
+) -> Float[Tensor, " head"]:
+    """a W_OV b^T / sigma_1, in [-1, 1]: what of the variable's read direction arrives on its write direction."""
+    a, b = (read @ decomposition.read)[:, 0], (write @ decomposition.write)[:, 0]
+    return guarded((a * decomposition.sigma * b).sum(-1), decomposition.sigma[:, 0], decomposition.sigma[:, 0])

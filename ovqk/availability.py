@@ -1,0 +1,93 @@
+"""Why a metric has no value for any head of this model and task: said in the record, never filled in."""
+
+from ovqk.config import VariableKind
+from ovqk.metrics import METRICS, metric_names
+from ovqk.readouts import CONTRAST_METRICS, SET_METRICS, Readout
+from ovqk.vocabulary import Block0, Vocabulary
+from ovqk.weights import Architecture
+
+MIN_POSITIONS = 4  # fewer leave no degree of freedom for an offset fit
+
+
+def unavailable_metrics(
+    circuits: list[str],
+    architecture: Architecture,
+    vocabulary: Vocabulary | None,
+    n_positions: int | None,
+    block0: Block0 | str,
+    readout: Readout | None,
+    no_words: str,
+) -> dict[str, str]:
+    """Metric -> reason, for the metrics of these circuits that no head can have.
+
+    Args:
+        circuits: `ov`, `qk`.
+        architecture: the model's facts.
+        vocabulary: its embeddings; None where the checkpoint holds none.
+        n_positions: rows of the learned position embedding; None where there is none.
+        block0: the effective embedding of later layers, or why there is none.
+        readout: the task's first variable; None where no word is read.
+        no_words: why there is no readout.
+    """
+    no_embedding = "the checkpoint has no token embedding" if vocabulary is None else None
+    no_unembedding = no_embedding
+    if vocabulary is not None and vocabulary.W_U is None:
+        no_unembedding = "the checkpoint has no unembedding"
+    positions = _position_reasons(architecture, n_positions)
+    reasons: dict[str, str] = {}
+    for name in metric_names(circuits):
+        found = [
+            reason
+            for need, reason in {
+                "embedding": no_embedding,
+                "unembedding": no_unembedding,
+                "task": no_words if readout is None else None,
+                **positions,
+            }.items()
+            if need in METRICS[name].needs and reason
+        ]
+        if found:
+            reasons[name] = found[0]
+    few = n_positions is not None and n_positions < MIN_POSITIONS
+    if few:
+        reasons |= dict.fromkeys(
+            {"qk_offset_r2", "qk_prev_auc"} & set(metric_names(circuits)),
+            f"{n_positions} positions are too few for a fit by offset",
+        )
+    if not architecture.causal:
+        for name in {"qk_offset_r2", "qk_prev_auc"} & set(metric_names(circuits)):
+            reasons.setdefault(name, "attention is not causal: keys follow queries too")
+    if "qk_matching_block0" in metric_names(circuits):
+        if isinstance(block0, str):
+            reasons.setdefault("qk_matching_block0", block0)
+        elif architecture.n_layers == 1:
+            reasons.setdefault("qk_matching_block0", "the model has no layer after the first")
+    if readout is not None:
+        contrast = readout.variable.kind is VariableKind.contrast
+        for name in SET_METRICS if contrast else CONTRAST_METRICS:
+            if METRICS[name].circuit in circuits:
+                kind = readout.variable.kind.value
+                reasons.setdefault(name, f"the task's variable '{readout.variable.name}' is a {kind}")
+        if not any(readout.side(layer) for layer in range(architecture.n_layers)):
+            for name in metric_names(circuits):
+                if "task" in METRICS[name].needs:
+                    reasons.setdefault(name, f"no effective embedding: {block0}")
+        if architecture.positions == "unsupported":
+            for name in metric_names(["qk"] if "qk" in circuits else []):
+                if "task" in METRICS[name].needs:
+                    reasons.setdefault(name, "ovqk does not know how this model encodes positions")
+    return reasons
+
+
+def _position_reasons(architecture: Architecture, n_positions: int | None) -> dict[str, str | None]:
+    kind = architecture.positions
+    unknown = {
+        "none": "the model has no learned or rotary positions",
+        "unsupported": "ovqk does not know how this model encodes positions",
+    }.get(kind)
+    missing = "the checkpoint has no position embedding" if kind == "learned" and n_positions is None else None
+    return {
+        "positions": unknown or missing,
+        "learned": missing if kind == "learned" else unknown or f"the model has {kind} positions",
+        "rotary": None if kind == "rotary" else unknown or f"the model has {kind} positions",
+    }

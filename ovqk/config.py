@@ -1,0 +1,187 @@
+"""The schema of conf/: every key a user can set, its type and its default.
+
+Hydra merges the YAML files and the command line into these dataclasses, so an unknown key or a value of the
+wrong type is refused before any work is done.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+class Source(Enum):
+    """Where a model's files come from."""
+
+    bundled = "bundled"
+    local = "local"
+    hub = "hub"
+
+
+class Processing(Enum):
+    """Which weights the residual-space metrics see (definitions: section 1)."""
+
+    folded = "folded"
+    raw = "raw"
+
+
+class Embedding(Enum):
+    """Which effective embedding the task readouts use (definitions: section 1)."""
+
+    by_layer = "by_layer"
+    """`token` for layer 0 and `block0` for the layers after it."""
+    token = "token"
+    block0 = "block0"
+
+
+class VariableKind(Enum):
+    """What kind of causal variable a task reads (definitions: section 5)."""
+
+    set = "set"
+    contrast = "contrast"
+
+
+class Direction(Enum):
+    """Which side of its nulls a prediction expects the metric on."""
+
+    high = "high"
+    low = "low"
+
+
+class TrackingMode(Enum):
+    """How far W&B is involved."""
+
+    none = "none"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class ModelConfig:
+    """One model: where its weights are and whose claims apply to it."""
+
+    name: str = MISSING
+    source: Source = MISSING
+    path: str | None = None
+    """`local`: a Hugging Face directory, or one safetensors file of TransformerLens names."""
+    repo: str | None = None
+    """`hub`: the repository, as owner/name."""
+    revision: str = "main"
+    """`hub`: branch, tag or commit; the commit it resolved to is in the record."""
+    claims: str | None = None
+    """The model whose claimed heads apply; none unless named."""
+    n_ctx: int | None = None
+    """Context length, where the checkpoint does not tell."""
+    causal: bool | None = None
+    """Causal attention, where the checkpoint does not tell."""
+    trust_remote_code: bool = False
+    """Run code from the checkpoint's repository; needs a `revision` that is a full commit."""
+
+
+@dataclass
+class VariableConfig:
+    """A causal variable of a task: a set of words, or a contrast between two sets."""
+
+    kind: VariableKind = MISSING
+    words: str | None = None
+    """`set`: the word set."""
+    read: list[str] = field(default_factory=list)
+    """`contrast`: [minus, plus] word sets that are read, index-aligned."""
+    write: list[str] = field(default_factory=list)
+    """`contrast`: [minus, plus] word sets that are written, index-aligned."""
+
+
+@dataclass
+class PredictionConfig:
+    """What a role's claim predicts of one metric."""
+
+    metric: str = MISSING
+    direction: Direction = Direction.high
+    first_layer: str | None = None
+    """The metric that takes its place in layer 0, where that is another."""
+    direct_only: bool = False
+    """With learned positions, of layer 0 alone: later layers see positions through earlier heads."""
+    exploratory: bool = False
+    """Reported, never part of a verdict."""
+
+
+@dataclass
+class RoleConfig:
+    """A role in the task's circuit; its first prediction is the primary one."""
+
+    predictions: list[PredictionConfig] = field(default_factory=list)
+
+
+@dataclass
+class ClaimsConfig:
+    """The claimed heads of one model: role -> ["layer.head", ...]."""
+
+    source: str = MISSING
+    reliability: str = MISSING
+    """`published`, `measured` (by a script of this repository) or `unreliable`."""
+    roles: dict[str, list[Any]] = field(default_factory=dict)
+    """Not list[str]: an unquoted 9.10 must be refused and not become "9.1"."""
+    evidence: dict[str, dict[str, float]] = field(default_factory=dict)
+    note: str | None = None
+
+
+@dataclass
+class TaskConfig:
+    """One task: its words, prompts, causal variables, and the circuits claimed for it."""
+
+    name: str = MISSING
+    title: str = MISSING
+    version: int = 1
+    words: dict[str, list[str]] = field(default_factory=dict)
+    prompts: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, VariableConfig] = field(default_factory=dict)
+    roles: dict[str, RoleConfig] = field(default_factory=dict)
+    claims: dict[str, ClaimsConfig] = field(default_factory=dict)
+
+
+@dataclass
+class AnalysisConfig:
+    """Which circuits are taken apart, and how."""
+
+    name: str = MISSING
+    circuits: list[str] = MISSING
+    """Any of `ov`, `qk`."""
+    embedding: Embedding = Embedding.by_layer
+    offsets: list[int] = field(default_factory=lambda: [0])
+    """Rotary models: the offsets (query position - key position) at which QK spectra are taken."""
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases."""
+
+    mode: TrackingMode = MISSING
+    project: str = "ovqk"
+    entity: str | None = None
+
+
+@dataclass
+class Config:
+    """One cell, and how to run it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    processing: Processing = Processing.folded
+    seed: int = 0
+    results_dir: str = "results"
+    sweep: str | None = None
+    """The name of the sweep, which groups its W&B runs; the time of the call unless set."""
+    force: bool = False
+    device: str = "cpu"
+    """`cpu`, `cuda` or `auto`."""
+    hub_timeout: float = 60.0
+    """Seconds before an unanswered request to the hub is given up."""
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name that conf/config.yaml extends."""
+    ConfigStore.instance().store(name="schema", node=Config)

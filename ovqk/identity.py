@@ -1,0 +1,137 @@
+"""A cell's identity: what its numbers depend on, and nothing else.
+
+Two cells with one id have the same tables, whatever the machine, the folder, the device or the number of threads.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ovqk.config import Config, Source, TrackingMode
+from ovqk.errors import UserError
+
+SCHEMA_VERSION = 1
+"""Bumped when a number may change: cells of another version are computed again."""
+
+CIRCUITS = ("ov", "qk")
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def resolve(config: DictConfig) -> Config:
+    """The typed choice of one cell, checked as far as it can be without touching a file.
+
+    Raises:
+        UserError: a value that the schema lets through is not allowed.
+    """
+    missing = sorted(key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra"))
+    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    if "model.name" in missing and config.model.source is Source.local:
+        missing.remove("model.name")
+        if not config.model.path:
+            raise UserError(
+                "model.path: not set. model=local needs model.path=PATH, a Hugging Face directory or one "
+                "safetensors file of TransformerLens names."
+            )
+        path = Path(config.model.path).expanduser()
+        stem = path.resolve().name
+        config.model.name = re.sub(r"[^A-Za-z0-9._+-]+", "-", stem.removesuffix(".safetensors")).strip("-.") or "local"
+    if missing:
+        raise UserError(f"{missing[0]}: not set, and it has no default.")
+    typed = OmegaConf.to_object(config)
+    assert isinstance(typed, Config)
+    _check(typed)
+    return typed
+
+
+def _check(config: Config) -> None:
+    for key, label in (("model.name", config.model.name), ("task.name", config.task.name), ("analysis.name", config.analysis.name)):  # fmt: skip
+        if not LABEL.fullmatch(label) or len(label) > 100:
+            raise UserError(
+                f"{key}={label!r}: allowed are up to 100 letters, digits, '.', '_', '+' and '-', the first a letter or "
+                "digit; it names a folder."
+            )
+    circuits = config.analysis.circuits
+    if not circuits or len(set(circuits)) != len(circuits) or not set(circuits) <= set(CIRCUITS):
+        raise UserError(f"analysis.circuits={circuits}: allowed are {', '.join(CIRCUITS)}, each once.")
+    if not config.analysis.offsets or min(config.analysis.offsets) < 0:
+        raise UserError(
+            f"analysis.offsets={config.analysis.offsets}: allowed are one or more offsets >= 0 (query minus key)."
+        )
+    if config.hub_timeout <= 0:
+        raise UserError(f"hub_timeout={config.hub_timeout}: must be a positive number of seconds.")
+    for key, value in (("model.n_ctx", config.model.n_ctx),):
+        if value is not None and value < 1:
+            raise UserError(f"{key}={value}: must be a positive number of tokens.")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed}: must be in 0 .. 2^32 - 1.")
+    if config.model.trust_remote_code and not COMMIT.fullmatch(config.model.revision):
+        raise UserError(
+            f"model.trust_remote_code=true with model.revision={config.model.revision}: running a repository's code "
+            "needs a revision that is a full commit (40 hexadecimal digits)."
+        )
+
+
+def identity(config: Config, digest: str) -> dict[str, Any]:
+    """What the cell's numbers depend on, as plain data.
+
+    Args:
+        config: the resolved cell.
+        digest: of the checkpoint's weights, config and tokenizer.
+    """
+    model = plain(config.model)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "weights": digest,
+        "processing": config.processing.value,
+        "seed": config.seed,
+        "model": {key: model[key] for key in ("name", "claims", "n_ctx", "causal")},
+        "task": plain(config.task),
+        "analysis": plain(config.analysis),
+    }
+
+
+def cell_id(identity: dict[str, Any]) -> str:
+    """The first 12 hexadecimal digits of the identity's SHA-256."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def cell_folder(config: Config, identifier: str) -> Path:
+    """`<results_dir>/<model>/<task>/<analysis>-<cell_id>`."""
+    return Path(config.results_dir) / config.model.name / config.task.name / f"{config.analysis.name}-{identifier}"
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain data: enums by their value."""
+
+    def simple(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, dict):
+            return {key: simple(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [simple(item) for item in value]
+        return value
+
+    return {key: simple(value) for key, value in asdict(config).items()}
+
+
+def tracking_mode(config: Config, wandb_mode: str | None) -> TrackingMode:
+    """`tracking=none` always wins, else WANDB_MODE, else the config.
+
+    Raises:
+        UserError: WANDB_MODE is none of its known values.
+    """
+    if config.tracking.mode is TrackingMode.none or not wandb_mode:
+        return config.tracking.mode
+    modes = {"online": TrackingMode.online, "offline": TrackingMode.offline, "disabled": TrackingMode.none, "dryrun": TrackingMode.offline}  # fmt: skip
+    if wandb_mode not in modes:
+        raise UserError(f"WANDB_MODE={wandb_mode}: allowed: {', '.join(modes)}.")
+    return modes[wandb_mode]

@@ -1,0 +1,256 @@
+"""Position or content: how much of a head's score variance over keys comes from where a key is, and how much from
+what it is. A measured answer beside the seed page's reading of symmetry (definitions: section 4).
+
+All on folded weights, for the head's bilinear form on its direct path: for layers >= 1 what earlier heads move into
+the residual stream is not in it, and with learned positions the norm's joint scale of embedding and position is ignored.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ovqk.vocabulary import Vocabulary, blocks
+from ovqk.weights import Architecture, LayerWeights, Rotary, normalise
+
+DEFAULT_SPAN = 128  # offsets averaged over under rotary positions, unless the context is shorter
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of embedding rows, float64: mean [d_model], covariance [d_model, d_model]."""
+
+    mean: Float[Tensor, " d_model"]
+    covariance: Float[Tensor, "d_model d_model"]
+
+
+def row_moments(rows: Float[Tensor, "row d_model"]) -> Moments:
+    """Mean and (population) covariance of rows."""
+    exact = rows.double()
+    mean = exact.mean(0)
+    centred = exact - mean
+    return Moments(mean, centred.T @ centred / rows.shape[0])
+
+
+def token_moments(vocabulary: Vocabulary) -> Moments:
+    """Moments of the plain embedding rows, from the Gram that is there already."""
+    return Moments(vocabulary.mean.double(), vocabulary.gram_embed / vocabulary.size)
+
+
+def normalised_moments(vocabulary: Vocabulary, architecture: Architecture) -> Moments:
+    """Moments of embedding rows normalised as a layer's norm would, a block of tokens at a time."""
+    d_model = vocabulary.W_E.shape[1]
+    total = torch.zeros(d_model, dtype=torch.float64, device=vocabulary.W_E.device)
+    second = torch.zeros(d_model, d_model, dtype=torch.float64, device=vocabulary.W_E.device)
+    for rows in blocks(vocabulary.size):
+        x = normalise(vocabulary.W_E[rows], architecture.norm, architecture.norm_eps).double()
+        total += x.sum(0)
+        second += x.T @ x
+    mean = total / vocabulary.size
+    return Moments(mean, second / vocabulary.size - torch.outer(mean, mean))
+
+
+def learned_shares(
+    weights: LayerWeights, architecture: Architecture, tokens: Moments, positions: Moments
+) -> dict[str, Float[Tensor, " head"]]:
+    """The six shares of the score variance over keys, and their positional sum (learned positions).
+
+    The query is q0 = mean token + mean position (with b_Q), plus centred content, plus centred position; the key is
+    centred content plus centred position. Over independent uniform tokens and positions the variance of the score
+    over keys, averaged over queries, is the sum of tr(A_a B_b), A_a = W_Q^T S_a W_Q, B_b = W_K^T Sigma_b W_K.
+
+    Returns:
+        `qk_share_{constant,content,position}_{content,position}` and `qk_positional_share`, each [head] in [0, 1].
+    """
+    W_Q, b_Q = weights.W_Q.double(), weights.b_Q.double()
+    W_K = weights.W_K.double()[architecture.kv_of_head.to(weights.W_K.device)]
+    constant = (tokens.mean + positions.mean) @ W_Q + b_Q  # [head, d_head]
+    queries = {
+        "constant": constant[:, :, None] * constant[:, None, :],
+        "content": W_Q.mT @ tokens.covariance @ W_Q,
+        "position": W_Q.mT @ positions.covariance @ W_Q,
+    }
+    keys = {
+        "content": W_K.mT @ tokens.covariance @ W_K,
+        "position": W_K.mT @ positions.covariance @ W_K,
+    }
+    parts = {f"{a}_{b}": (queries[a] * keys[b]).sum((-2, -1)) for a in queries for b in keys}
+    total = torch.stack(list(parts.values())).sum(0)
+    shares = {f"qk_share_{name}": _share(value, total) for name, value in parts.items()}
+    positional = sum(value for name, value in parts.items() if name.endswith("_position"))
+    return {**shares, "qk_positional_share": _share(torch.as_tensor(positional), total)}
+
+
+def rotary_span(architecture: Architecture) -> int:
+    """L: how many offsets 0..L-1 are averaged over; bounded by the context and by a sliding window."""
+    bounds = (DEFAULT_SPAN, architecture.n_ctx, architecture.sliding_window)
+    return min(bound for bound in bounds if bound)
+
+
+def rotary_shares(
+    weights: LayerWeights, architecture: Architecture, tokens: Moments
+) -> dict[str, Float[Tensor, " head"]]:
+    """The three shares of the score variance over (key token, offset), averaged over query tokens (rotary).
+
+    Keys k = x W_K + b_K have mean mu and covariance Sigma; S is the second moment of q = x W_Q + b_Q; offsets are
+    uniform on 0..L-1 and Rbar is their mean rotation.
+
+    Returns:
+        `qk_share_position`, `qk_share_content`, `qk_share_interaction`, each [head] in [0, 1] and summing to 1, and
+        `qk_positional_share`, which is the first.
+    """
+    rotary = _required(architecture).double()
+    S, mu, sigma = _query_key_moments(weights, architecture, tokens)
+    offsets = torch.arange(rotary_span(architecture))
+    cos, sin = rotary.angles(offsets)
+    mean_cos, mean_sin = cos.mean(0), sin.mean(0)
+
+    turned_mean = rotary.rotate(mu[:, None, :], cos, -sin)  # mu R_D^T, [head, offset, d_head]
+    mean_key = rotary.rotate(mu, mean_cos, -mean_sin)  # mu Rbar^T
+    position = _quadratic(turned_mean, S[:, None]).mean(1) - _quadratic(mean_key, S)
+    content = (S * _conjugate(rotary, sigma, mean_cos, mean_sin)).sum((-2, -1))
+    both = torch.zeros_like(content)
+    for rows in blocks(len(offsets), 16):  # [head, offset, d_head, d_head] is never held for all offsets
+        turned = _conjugate(rotary, sigma[:, None], cos[rows, None], sin[rows, None])
+        both += (S[:, None] * turned).sum((-3, -2, -1))
+    interaction = both / len(offsets) - content
+    total = position + content + interaction
+    shares = {
+        "qk_share_position": _share(position, total),
+        "qk_share_content": _share(content, total),
+        "qk_share_interaction": _share(interaction, total),
+    }
+    return {**shares, "qk_positional_share": shares["qk_share_position"]}
+
+
+def rotary_offset_scores(
+    weights: LayerWeights, architecture: Architecture, tokens: Moments
+) -> Float[Tensor, "head offset"]:
+    """mu_q R_D mu_k^T: the score that the mean query gives the mean key, by offset D = 0..L-1."""
+    rotary = _required(architecture).double()
+    kv = architecture.kv_of_head.to(weights.W_K.device)
+    query = tokens.mean @ weights.W_Q.double() + weights.b_Q.double()
+    key = tokens.mean @ weights.W_K.double()[kv] + weights.b_K.double()[kv]
+    cos, sin = rotary.angles(torch.arange(rotary_span(architecture)))
+    return torch.einsum("hox,hx->ho", rotary.rotate(query[:, None, :], cos, sin), key)
+
+
+def previous_token_auc_rotary(scores: Float[Tensor, "head offset"]) -> Float[Tensor, " head"]:
+    """`qk_prev_auc`, rotary: the share of offsets D != 1 whose mean score lies below that of D = 1."""
+    others = torch.cat((scores[:, :1], scores[:, 2:]), dim=1)
+    return _below(others, scores[:, 1:2])
+
+
+@dataclass(frozen=True)
+class PositionScores:
+    """What the position-position scores s_ij (query i, key j <= i) of a layer say, per head.
+
+    Attributes:
+        offset_r2: adjusted R^2 of s_ij = a_i + f(i - j), relative to row means; None where T < 4.
+        previous_auc: mean over i >= 2 of the share of j <= i, j != i - 1, with s_ij below s_{i,i-1}.
+        by_offset: mean score at each offset 0..T-1.
+    """
+
+    offset_r2: Float[Tensor, " head"] | None
+    previous_auc: Float[Tensor, " head"] | None
+    by_offset: Float[Tensor, "head offset"]
+
+
+def learned_position_scores(
+    weights: LayerWeights, architecture: Architecture, W_pos: Float[Tensor, "n_ctx d_model"]
+) -> PositionScores:
+    """Offset profile, offset R^2 and previous-token AUC of the scores between centred position embeddings."""
+    T = W_pos.shape[0]
+    positions = W_pos.double() - W_pos.double().mean(0)
+    queries = positions @ weights.W_Q.double()  # [head, T, d_head]
+    keys = (positions @ weights.W_K.double())[architecture.kv_of_head.to(W_pos.device)]
+    solver = _offset_design(T) if T >= 4 else None
+    r2, auc, profiles = [], [], []
+    for query, key in zip(queries, keys, strict=True):  # one head at a time: s is [T, T]
+        scores = (query @ key.T).tril()
+        counts = torch.arange(1, T + 1, dtype=torch.float64, device=scores.device)
+        centred = (scores - (scores.sum(1) / counts)[:, None]).tril()
+        by_diagonal = _diagonal_sums(centred)
+        profiles.append(_diagonal_sums(scores) / counts.flip(0))
+        if solver is not None:
+            total = centred.square().sum()
+            explained = by_diagonal @ solver.to(scores.device) @ by_diagonal
+            entries = T * (T + 1) // 2
+            adjust = (entries - T) / (entries - 2 * T + 1)
+            r2.append(1 - (1 - explained / total) * adjust if total > 0 else torch.zeros_like(total))
+        if T >= 3:
+            previous = scores.diagonal(-1)[1:, None]  # s(i, i-1) for i = 2..T-1
+            rows = scores[2:]
+            below = ((rows < previous).double() + 0.5 * (rows == previous)).tril(2)
+            auc.append(((below.sum(1) - 0.5) / counts[1:-1]).mean())  # less the tie of i-1 with itself
+    return PositionScores(
+        offset_r2=torch.stack(r2) if r2 else None,
+        previous_auc=torch.stack(auc) if auc else None,
+        by_offset=torch.stack(profiles),
+    )
+
+
+def _offset_design(T: int) -> Float[Tensor, "offset offset"]:
+    """Pseudo-inverse of the normal equations for f in s_ij = a_i + f(i - j), the row effects eliminated."""
+    offsets = torch.arange(T)
+    reciprocal = 1.0 / torch.arange(1, T + 1, dtype=torch.float64)
+    tail = reciprocal.flip(0).cumsum(0).flip(0)  # sum over i >= D of 1 / (i + 1)
+    shared = tail[torch.maximum(offsets[:, None], offsets[None, :])]
+    normal = torch.diag((T - offsets).double()) - shared
+    # f is known up to a constant: adding the constant's projector makes the matrix invertible without moving f'rhs.
+    return torch.linalg.inv(normal + 1.0 / T)
+
+
+def _diagonal_sums(lower: Float[Tensor, "T T"]) -> Float[Tensor, " T"]:
+    """Sum over each diagonal i - j = D of a lower triangular matrix."""
+    T = lower.shape[0]
+    offsets = torch.arange(T, device=lower.device)
+    index = (offsets[:, None] - offsets[None, :]).clamp_min(0)
+    return torch.zeros(T, dtype=lower.dtype, device=lower.device).scatter_add_(
+        0, index.flatten(), lower.flatten()
+    )
+
+
+def _query_key_moments(
+    weights: LayerWeights, architecture: Architecture, tokens: Moments
+) -> tuple[
+    Float[Tensor, "head d_head d_head"], Float[Tensor, "head d_head"], Float[Tensor, "head d_head d_head"]
+]:
+    kv = architecture.kv_of_head.to(weights.W_K.device)
+    W_Q, W_K = weights.W_Q.double(), weights.W_K.double()[kv]
+    q_mean = tokens.mean @ W_Q + weights.b_Q.double()
+    S = W_Q.mT @ tokens.covariance @ W_Q + q_mean[:, :, None] * q_mean[:, None, :]
+    mu = tokens.mean @ W_K + weights.b_K.double()[kv]
+    return S, mu, W_K.mT @ tokens.covariance @ W_K
+
+
+def _conjugate(
+    rotary: Rotary,
+    sigma: Float[Tensor, "*head d_head d_head"],
+    cos: Float[Tensor, "*#head pair"],
+    sin: Float[Tensor, "*#head pair"],
+) -> Float[Tensor, "*head d_head d_head"]:
+    """R Sigma R^T, for a symmetric Sigma."""
+    half = rotary.rotate(sigma, cos, -sin)  # Sigma R^T
+    return rotary.rotate(half.mT, cos, -sin)  # (R Sigma) R^T, as (Sigma R^T)^T = R Sigma
+
+
+def _quadratic(
+    x: Float[Tensor, "*batch d_head"], S: Float[Tensor, "*#batch d_head d_head"]
+) -> Float[Tensor, "*batch"]:
+    return ((x[..., None, :] @ S)[..., 0, :] * x).sum(-1)
+
+
+def _share(part: Float[Tensor, " head"], total: Float[Tensor, " head"]) -> Float[Tensor, " head"]:
+    return torch.where(total > 0, part / torch.where(total > 0, total, 1.0), 0.0)
+
+
+def _below(values: Float[Tensor, "head n"], than: Float[Tensor, "head #n"]) -> Float[Tensor, " head"]:
+    return ((values < than).double() + 0.5 * (values == than).double()).mean(1)
+
+
+def _required(architecture: Architecture) -> Rotary:
+    if architecture.rotary is None:
+        raise ValueError("the model has no rotary positions")
+    return architecture.rotary

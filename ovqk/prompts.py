@@ -1,0 +1,241 @@
+"""Task prompts: sentences sampled from a task's templates, with the places that matter marked.
+
+A task's `prompts:` entry is plain data in one of two forms. Templates:
+
+    templates:                      # text up to, not including, the answer; [...] is optional, and nests
+      - "When {A} and {B} went to the {place}[ in the {time}], {B} gave a {object} to"
+    slots: {A: names, B: names, place: places, time: times, object: objects}   # slot -> word set
+    swap: [A, B]                    # half of the prompts exchange the first mentions of these slots
+    answer: A                       # the slot whose word comes next
+    foil: B                         # the slot whose word is the natural mistake
+    labels: {IO: A, S1: B, S2: B.2} # further names of slot mentions; "B.2" is the second mention
+
+A slot may have forms, index-aligned word sets such as singular and plural, and may agree with another slot:
+
+    slots:
+      subject: {forms: [nouns_singular, nouns_plural]}
+      verb: {forms: [verbs_singular, verbs_plural], agrees_with: subject}
+    answer: verb
+    foil: {other_form_of: verb}
+
+Or a repeated random sequence, cut anywhere in its second copy, where the foil is another word of the sequence:
+
+    repeated: {words: content, lengths: [6, 8, 10]}
+
+Slots of one word set never take the same word, and never two forms of one word. A mention is
+`slot`, then `slot.2` and so on; END is the last word of the text, from which the answer is predicted.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+WordSets = Mapping[str, Sequence[str]]
+Span = tuple[int, int]
+
+TEMPLATE_KEYS = {"templates", "slots", "swap", "answer", "foil", "labels"}
+REPEATED_KEYS = {"repeated"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text whose next word is `answer` rather than `foil`.
+
+    `spans` maps a label to the characters [start, stop) of the word it marks. `group` names the prompts
+    that agree in every word position (same template, same optional phrases, whichever the order of
+    swapped slots): means over a group are means at matching positions. `forms` holds the form drawn
+    for each slot that has forms.
+    """
+
+    text: str
+    answer: str
+    foil: str
+    spans: Mapping[str, Span]
+    group: str
+    forms: Mapping[str, int]
+
+
+def variants(template: str) -> list[str]:
+    """All texts of a template: each optional phrase `[...]` left out and put in, innermost last."""
+    match = re.search(r"\[([^\[\]]*)\]", template)
+    if match is None:
+        return [template]
+    before, after = template[: match.start()], template[match.end() :]
+    texts = variants(before + after) + variants(before + match.group(1) + after)
+    return list(dict.fromkeys(texts))
+
+
+def slot_names(template: str) -> list[str]:
+    """The slots of a template, in order, with repeats."""
+    return re.findall(r"\{(\w+)\}", template)
+
+
+def sample_prompts(words: WordSets, prompts: Mapping[str, Any], count: int, seed: int) -> list[Prompt]:
+    """Draw `count` prompts; the same arguments give the same prompts.
+
+    Swapped orders and the forms of slots that others agree with are balanced exactly (alternating), the
+    rest is uniform: templates, then optional phrases, then words. Raises ValueError for an unknown key,
+    slot, mention or word set, and for a set too small for its slots.
+    """
+    rng = random.Random(seed)
+    if "repeated" in prompts:
+        _refuse_unknown(prompts, REPEATED_KEYS)
+        return [_repeated(words, prompts["repeated"], rng) for _ in range(count)]
+    _refuse_unknown(prompts, TEMPLATE_KEYS)
+    missing = {"templates", "slots", "answer", "foil"} - set(prompts)
+    if missing:
+        raise ValueError(f"prompts lack {sorted(missing)}")
+    drawn = [_from_template(words, prompts, index, rng) for index in range(count)]
+    rng.shuffle(drawn)
+    return drawn
+
+
+def token_positions(prompt: Prompt, offsets: Iterable[Span]) -> dict[str, int]:
+    """The token of each label: the last token that overlaps the label's characters.
+
+    `offsets` are the tokenizer's character spans, one a token; special tokens have empty spans.
+    A word of several tokens is therefore marked at its last, where all of it has been read.
+    """
+    tokens = [(index, start, stop) for index, (start, stop) in enumerate(offsets) if stop > start]
+    positions = {}
+    for label, (first, last) in prompt.spans.items():
+        inside = [index for index, start, stop in tokens if start < last and stop > first]
+        if not inside:
+            raise ValueError(f"no token covers {label} {prompt.text[first:last]!r} of {prompt.text!r}")
+        positions[label] = inside[-1]
+    return positions
+
+
+def _refuse_unknown(entry: Mapping[str, Any], known: set[str]) -> None:
+    unknown = set(entry) - known
+    if unknown:
+        raise ValueError(f"unknown keys {sorted(unknown)} in prompts; known: {sorted(known)}")
+
+
+def _word_set(words: WordSets, name: str) -> Sequence[str]:
+    if name not in words:
+        raise ValueError(f"unknown word set {name!r}; known: {sorted(words)}")
+    return words[name]
+
+
+def _forms(slot: Any) -> list[str]:
+    """The word sets of a slot: one, or one a form."""
+    return [slot] if isinstance(slot, str) else list(slot["forms"])
+
+
+def _from_template(words: WordSets, prompts: Mapping[str, Any], index: int, rng: random.Random) -> Prompt:
+    slots = prompts["slots"]
+    template = rng.choice(variants(rng.choice(list(prompts["templates"]))))
+    foil_of = prompts["foil"]["other_form_of"] if isinstance(prompts["foil"], Mapping) else None
+    needed = {*slot_names(template), prompts["answer"], foil_of or prompts["foil"]}
+    unknown = needed - set(slots)
+    if unknown:
+        raise ValueError(f"unknown slots {sorted(unknown)} in {template!r}; known: {sorted(slots)}")
+
+    indices, forms = _draw(words, {name: slots[name] for name in slots if name in needed}, index, rng)
+    values = {name: words[_forms(slots[name])[forms.get(name, 0)]][indices[name]] for name in indices}
+    if foil_of is None:
+        foil = values[prompts["foil"]]
+    else:
+        sets = _forms(slots[foil_of])
+        foil = words[sets[(forms[foil_of] + 1) % len(sets)]][indices[foil_of]]
+
+    order = _swapped(slot_names(template), prompts.get("swap"), exchange=index // 2 % 2 == 1)
+    text, spans = _fill(template, order, values)
+    for label, mention in prompts.get("labels", {}).items():
+        if mention not in spans:
+            raise ValueError(f"label {label}: no mention {mention!r} in {template!r}")
+        spans[label] = spans[mention]
+    drawn_forms = {name: form for name, form in forms.items() if not isinstance(slots[name], str)}
+    return Prompt(text, values[prompts["answer"]], foil, spans, template, drawn_forms)
+
+
+def _draw(
+    words: WordSets, slots: Mapping[str, Any], index: int, rng: random.Random
+) -> tuple[dict[str, int], dict[str, int]]:
+    """A word index and a form for each slot. Slots others agree with alternate their form with `index`."""
+    leaders = {slot["agrees_with"] for slot in slots.values() if isinstance(slot, Mapping) and "agrees_with" in slot}
+    forms: dict[str, int] = {}
+    for name, slot in slots.items():
+        n_forms = len(_forms(slot))
+        forms[name] = index % n_forms if name in leaders else rng.randrange(n_forms)
+    for name, slot in slots.items():
+        if isinstance(slot, Mapping) and "agrees_with" in slot:
+            forms[name] = forms[slot["agrees_with"]]
+
+    taken: dict[tuple[str, ...], set[int]] = {}
+    indices: dict[str, int] = {}
+    for name, slot in slots.items():
+        sets = _forms(slot)
+        sizes = {len(_word_set(words, name_of_set)) for name_of_set in sets}
+        if len(sizes) > 1:
+            raise ValueError(f"slot {name!r}: the sets {sets} differ in length and cannot be index-aligned")
+        used = taken.setdefault(tuple(sets), set())
+        free = [i for i in range(sizes.pop()) if i not in used]
+        if not free:
+            raise ValueError(f"slot {name!r}: no word of {sets} is left")
+        indices[name] = rng.choice(free)
+        used.add(indices[name])
+    return indices, forms
+
+
+def _swapped(mentions: list[str], swap: Sequence[str] | None, exchange: bool) -> list[str]:
+    """The slot filled in at each mention, with the first mentions of the two swapped slots exchanged."""
+    if swap is None or not exchange:
+        return mentions
+    first, second = (mentions.index(name) for name in swap)
+    order = list(mentions)
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _fill(template: str, order: Sequence[str], values: Mapping[str, str]) -> tuple[str, dict[str, Span]]:
+    """The text with slots filled in `order`, and the characters of every mention and of END."""
+    literals = re.split(r"\{\w+\}", template)
+    text, spans, seen = literals[0], {}, dict.fromkeys(order, 0)
+    for name, literal in zip(order, literals[1:], strict=True):
+        seen[name] += 1
+        mention = name if seen[name] == 1 else f"{name}.{seen[name]}"
+        spans[mention] = (len(text), len(text) + len(values[name]))
+        text += values[name] + literal
+    text = text.rstrip()
+    spans["END"] = _last_word(text)
+    return text, spans
+
+
+def _last_word(text: str) -> Span:
+    *_, match = re.finditer(r"\w+", text)
+    return match.span()
+
+
+def _repeated(words: WordSets, repeated: Mapping[str, Any], rng: random.Random) -> Prompt:
+    """A random sequence and the start of its second copy, which ends on the word labelled END.
+
+    PREVIOUS marks END's word in the first copy, SOURCE the word after it: the answer.
+    """
+    _refuse_unknown(repeated, {"words", "lengths"})
+    length = rng.choice(list(repeated["lengths"]))
+    pool = list(_word_set(words, repeated["words"]))
+    if len(pool) < length:
+        raise ValueError(f"a sequence of {length} different words needs more than the {len(pool)} given")
+    sequence = rng.sample(pool, length)
+    kept = rng.randrange(1, length)
+    foil = rng.choice([word for word in sequence if word not in (sequence[kept - 1], sequence[kept])])
+    tokens = sequence + sequence[:kept]
+    starts = [sum(len(word) + 1 for word in tokens[:i]) for i in range(len(tokens))]
+    places = {"PREVIOUS": kept - 1, "SOURCE": kept, "END": length + kept - 1}
+    spans = {label: (starts[i], starts[i] + len(tokens[i])) for label, i in places.items()}
+    return Prompt(" ".join(tokens), sequence[kept], foil, spans, f"repeated {length} cut {kept}", {})
+
+
+def known_words(words: WordSets, prompts: Mapping[str, Any], known: Callable[[str], bool]) -> dict[str, list[str]]:
+    """The word sets without the words a vocabulary lacks; a pair of forms stays or goes together."""
+    aligned = [_forms(slot) for slot in prompts.get("slots", {}).values()]
+    kept = {name: list(filter(known, content)) for name, content in words.items()}
+    for sets in aligned:
+        rows = [row for row in zip(*(_word_set(words, name) for name in sets), strict=True) if all(map(known, row))]
+        for column, name in enumerate(sets):
+            kept[name] = [row[column] for row in rows]
+    return kept

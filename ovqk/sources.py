@@ -1,0 +1,28 @@
+"""Which reader a checkpoint needs: the table of families, TransformerLens names, or the bridge."""
+
+import torch
+
+from ovqk.checkpoints import Checkpoint
+from ovqk.config import ModelConfig
+from ovqk.errors import UserError
+from ovqk.families import FAMILIES, NativeWeights, TransformerLensWeights
+from ovqk.weights import WeightSource
+
+
+def open_weights(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
+    """The raw weights of a checkpoint, by the reader its config.json calls for.
+
+    Raises:
+        UserError: tensors are missing or misshapen, or the architecture is supported by neither way.
+    """
+    if not checkpoint.config:
+        return TransformerLensWeights(checkpoint, model.n_ctx, model.causal)
+    kind = checkpoint.config.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{checkpoint.label}: config.json gives no model_type, so its architecture is unknown.")
+    if kind in FAMILIES:
+        return NativeWeights(checkpoint, FAMILIES[kind])
+    from ovqk.bridge import BridgeWeights  # 8 seconds of imports, and only here
+
+    with torch.no_grad():
+        return BridgeWeights(checkpoint, model)

@@ -1,0 +1,190 @@
+"""Exact and sampled permutation p-values, corrections and effect sizes. Plain numbers in, plain numbers out."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+EXACT_LABELINGS = 100_000
+DRAWS = 10_000
+
+Distribution = dict[int, int]
+"""Value of a sum -> number of labelings that give it."""
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """The heads of one layer that a role's labels may fall on.
+
+    Attributes:
+        values: the metric, [n], larger in the predicted direction.
+        claimed: which of them the role claims.
+        groups: the KV group of each; every head its own without grouped queries.
+    """
+
+    values: NDArray[np.float64]
+    claimed: NDArray[np.bool_]
+    groups: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """A layer-stratified permutation test of the mean within-layer rank.
+
+    Attributes:
+        statistic: mean of (rank - 0.5) / n over the claimed heads, in (0, 1); 0.5 by chance.
+        p, p_opposite: one-sided, identity included.
+        min_p: the smallest p that these labels and ranks can give.
+        labelings: how many labelings there are, or were drawn.
+    """
+
+    statistic: float
+    p: float
+    p_opposite: float
+    min_p: float
+    null_mean: float
+    null_sd: float
+    percentile: float
+    labelings: int
+    exact: bool
+
+
+def midranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Twice the mid-rank of each value (so that ties stay integers), from 2 for the smallest."""
+    below = (values[:, None] > values[None, :]).sum(1)
+    equal = (values[:, None] == values[None, :]).sum(1)
+    return 2 * below + equal + 1
+
+
+def stratified_permutation(strata: Sequence[Stratum], seed: int) -> Permutation:
+    """Permute the role's labels within each layer; under grouped queries KV groups first, then heads within groups.
+
+    Exact, by convolution, up to 100,000 labelings; 10,000 draws beyond (Phipson & Smyth 2010: identity included).
+
+    Raises:
+        ValueError: no stratum claims a head.
+    """
+    claimed = sum(int(stratum.claimed.sum()) for stratum in strata)
+    if claimed == 0:
+        raise ValueError("no claimed head in any stratum")
+    common = math.lcm(*(len(stratum.values) for stratum in strata))
+    scores = [(midranks(s.values) - 1) * (common // len(s.values)) for s in strata]
+    observed = sum(int(score[s.claimed].sum()) for s, score in zip(strata, scores, strict=True))
+    per_layer = [_labelings(s, score) for s, score in zip(strata, scores, strict=True)]
+    total = math.prod(sum(layer.values()) for layer in per_layer)
+    best_count = math.prod(layer[max(layer)] for layer in per_layer)
+    scale = 2 * common * claimed
+    if total <= EXACT_LABELINGS:
+        sums = _convolve(per_layer)
+        values, counts = np.array(list(sums)), np.array(list(sums.values()))
+        at_least, at_most, labelings = counts[values >= observed].sum(), counts[values <= observed].sum(), total
+        below = counts[values < observed].sum() + 0.5 * counts[values == observed].sum()
+    else:
+        values = _draw(per_layer, seed)
+        counts = np.ones_like(values)
+        at_least, at_most = 1 + (values >= observed).sum(), 1 + (values <= observed).sum()
+        below, labelings = (values < observed).sum() + 0.5 * (values == observed).sum(), DRAWS + 1
+    mean = float(np.average(values, weights=counts))
+    return Permutation(
+        statistic=observed / scale,
+        p=float(at_least / labelings),
+        p_opposite=float(at_most / labelings),
+        min_p=best_count / total if total <= EXACT_LABELINGS else 1 / labelings,
+        null_mean=mean / scale,
+        null_sd=float(np.sqrt(np.average((values - mean) ** 2, weights=counts))) / scale,
+        percentile=float(below / counts.sum()),
+        labelings=labelings,
+        exact=total <= EXACT_LABELINGS,
+    )
+
+
+def _labelings(stratum: Stratum, scores: NDArray[np.int64]) -> Distribution:
+    """Sum of the scores under the labels -> number of labelings of this layer.
+
+    Groups trade places only with groups of as many candidates, and keep their numbers of claimed heads.
+    """
+    sizes: dict[int, list[tuple[NDArray[np.int64], int]]] = {}
+    for group in np.unique(stratum.groups):
+        inside = stratum.groups == group
+        sizes.setdefault(int(inside.sum()), []).append((scores[inside], int(stratum.claimed[inside].sum())))
+    return _convolve([_group_labelings([s for s, _ in groups], [c for _, c in groups]) for groups in sizes.values()])
+
+
+def _group_labelings(groups: Sequence[NDArray[np.int64]], counts: Sequence[int]) -> Distribution:
+    """Deal the counts of claimed heads out to groups of one size in every way, and choose the heads within each."""
+    kinds = sorted(set(counts))
+    start = tuple(counts.count(kind) for kind in kinds)
+    states: dict[tuple[int, ...], Distribution] = {start: {0: 1}}
+    for scores in groups:
+        choices = [Counter(sum(chosen) for chosen in itertools.combinations(scores.tolist(), k)) for k in kinds]
+        following: dict[tuple[int, ...], Distribution] = {}
+        for left, sums in states.items():
+            for index, choice in enumerate(choices):
+                if left[index]:
+                    state = left[:index] + (left[index] - 1,) + left[index + 1 :]
+                    into = following.setdefault(state, {})
+                    for value, ways in _convolve([sums, choice]).items():
+                        into[value] = into.get(value, 0) + ways
+        states = following
+    return next(iter(states.values()))
+
+
+def _convolve(distributions: Sequence[Distribution]) -> Distribution:
+    total: Distribution = {0: 1}
+    for distribution in distributions:
+        sums: Distribution = {}
+        for (a, ways_a), (b, ways_b) in itertools.product(total.items(), distribution.items()):
+            sums[a + b] = sums.get(a + b, 0) + ways_a * ways_b
+        total = sums
+    return total
+
+
+def _draw(per_layer: Sequence[Distribution], seed: int) -> NDArray[np.int64]:
+    """Random labelings: the layers are independent, so each layer's sum is drawn from its exact distribution."""
+    generator = np.random.default_rng(seed)
+    drawn = np.zeros(DRAWS, dtype=np.int64)
+    for layer in per_layer:
+        weights = np.array(list(layer.values()), dtype=np.float64)
+        drawn += generator.choice(np.array(list(layer)), size=DRAWS, p=weights / weights.sum())
+    return drawn
+
+
+def within_layer_auc(strata: Sequence[Stratum]) -> float:
+    """Probability that a claimed head exceeds an unclaimed one of its layer (ties half), over all such pairs; nan without any."""
+    above = pairs = 0.0
+    for stratum in strata:
+        claimed, others = stratum.values[stratum.claimed], stratum.values[~stratum.claimed]
+        difference = claimed[:, None] - others[None, :]
+        above += (difference > 0).sum() + 0.5 * (difference == 0).sum()
+        pairs += difference.size
+    return float(above / pairs) if pairs else math.nan
+
+
+def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values q of Benjamini & Hochberg 1995, in the order given."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = p[order] * len(p) / np.arange(1, len(p) + 1)
+    q = np.empty_like(p)
+    q[order] = np.minimum(1.0, np.minimum.accumulate(adjusted[::-1])[::-1])
+    return [float(value) for value in q]
+
+
+def robust_z(value: float, reference: NDArray[np.float64]) -> float:
+    """(value - median) / MAD of the reference; +-inf off the median of a reference without spread."""
+    median = float(np.median(reference))
+    spread = float(np.median(np.abs(reference - median)))
+    if spread == 0:
+        return 0.0 if value == median else math.copysign(math.inf, value - median)
+    return (value - median) / spread
+
+
+def percentile(value: float, reference: NDArray[np.float64]) -> float:
+    """Share of the reference below the value (ties half), in [0, 1]; nan for an empty reference."""
+    if not len(reference):
+        return math.nan
+    return float(((reference < value).sum() + 0.5 * (reference == value).sum()) / len(reference))

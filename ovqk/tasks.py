@@ -1,0 +1,252 @@
+"""A task's words as tokens of one model: the rows and columns of the vocabulary that its causal variables name."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ovqk.checkpoints import Checkpoint
+from ovqk.config import TaskConfig, VariableKind
+from ovqk.errors import UserError
+
+MIN_WORDS = 8
+WORD_STARTS = ("Ġ", "▁")  # how byte-level BPE and sentencepiece mark a leading space
+RANK_WINDOW = 0.25  # matched tokens lie within this of the word's log id rank
+
+
+@dataclass(frozen=True)
+class WordSet:
+    """The words of a set that are one token each: their ids [n] in the order of the words."""
+
+    words: list[str]
+    ids: Int[Tensor, " word"]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A causal variable in tokens.
+
+    Attributes:
+        read, write: `set`: the one set, on both sides; `contrast`: (minus, plus), index-aligned.
+        band: `set`: tokens matched to the words in surface form and log id rank, no task word among them.
+    """
+
+    name: str
+    kind: VariableKind
+    read: tuple[WordSet, ...]
+    write: tuple[WordSet, ...]
+    band: Int[Tensor, " token"]
+
+
+@dataclass(frozen=True)
+class TaskTokens:
+    """A task's variables for one tokenizer, and what became of its words."""
+
+    variables: list[Variable]
+    kept: dict[str, int]
+    dropped: dict[str, list[str]]
+    notes: list[str]
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The checkpoint's own tokenizer; None where its directory holds no tokenizer files.
+
+    Raises:
+        UserError: its tokenizer files are damaged.
+    """
+    directory = checkpoint.directory
+    if not checkpoint.config:  # one file of TransformerLens names: what lies beside it is not its tokenizer
+        return None
+    try:
+        if (directory / "tokenizer.json").is_file():
+            return Tokenizer.from_file(str(directory / "tokenizer.json"))
+        if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+            return _byte_level_bpe(directory)
+        if (directory / "tokenizer.model").is_file():
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(directory).backend_tokenizer
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise UserError(f"{checkpoint.label}: its tokenizer files cannot be read ({error}).") from error
+    return None
+
+
+def _byte_level_bpe(directory: Path) -> Tokenizer:
+    from tokenizers import decoders, models, pre_tokenizers
+
+    bpe = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, label: str) -> TaskTokens:
+    """Turn a task's variables into token ids.
+
+    Args:
+        task: the task.
+        tokenizer: the model's tokenizer.
+        n_tokens: number of real tokens.
+        label: how messages name the model.
+
+    Raises:
+        UserError: the task has variables and there is no tokenizer, a variable names a word set that is not
+            there, or fewer than 8 of its words are one token.
+    """
+    if not task.variables:
+        return TaskTokens([], {}, {}, [])
+    if tokenizer is None:
+        raise UserError(
+            f"{label}: the directory holds no tokenizer files (tokenizer.json, or vocab.json and merges.txt), and "
+            f"task={task.name} needs them to find its words. Add them, or use task=none."
+        )
+    lookup = _Lookup(tokenizer, n_tokens)
+    kept: dict[str, int] = {}
+    dropped: dict[str, list[str]] = {}
+    notes: list[str] = []
+    named = {
+        name: ([variable.words or ""], [variable.words or ""])
+        if variable.kind is VariableKind.set
+        else (list(variable.read), list(variable.write))
+        for name, variable in task.variables.items()
+    }
+    sides: dict[str, list[tuple[WordSet, ...]]] = {}
+    for name, both in named.items():
+        sides[name] = []
+        for sets in both:
+            _check_sets(task, name, sets)
+            aligned = lookup.aligned(task, sets)
+            for key, words, lost in zip(sets, aligned, _lost(task, sets, aligned), strict=True):
+                kept[key], dropped[key] = len(words.words), lost
+                if len(words.words) < MIN_WORDS:
+                    raise UserError(
+                        f"task={task.name}: only {len(words.words)} of the {len(task.words[key])} words of "
+                        f"'{key}' are one token in {label}; at least {MIN_WORDS} are needed. Dropped: "
+                        f"{', '.join(lost[:6])}{', ...' if len(lost) > 6 else ''}."
+                    )
+            sides[name].append(tuple(aligned))
+    task_ids = torch.cat([words.ids for pair in sides.values() for side in pair for words in side]).unique()
+    variables = []
+    for name, config in task.variables.items():
+        read, write = sides[name]
+        band = torch.zeros(0, dtype=torch.long)
+        if config.kind is VariableKind.set:
+            band, note = matched_band(read[0].ids, task_ids, tokenizer, n_tokens)
+            notes += [f"task {task.name}, variable {name}: {note}"] if note else []
+        variables.append(Variable(name, config.kind, read, write, band))
+    return TaskTokens(variables, kept, dropped, notes)
+
+
+def _check_sets(task: TaskConfig, variable: str, sets: list[str]) -> None:
+    for key in sets:
+        if key not in task.words:
+            raise UserError(
+                f"task.variables.{variable}: names the word set '{key}', which task.words does not hold; allowed: "
+                f"{', '.join(task.words) or 'none'}."
+            )
+    wanted = 1 if task.variables[variable].kind is VariableKind.set else 2
+    if len(sets) != wanted or len({len(task.words[key]) for key in sets}) != 1:
+        raise UserError(
+            f"task.variables.{variable}: a {task.variables[variable].kind.value} needs {wanted} word set(s) of equal "
+            f"length on each side, not {sets}."
+        )
+
+
+def _lost(task: TaskConfig, sets: list[str], aligned: list[WordSet]) -> list[list[str]]:
+    return [
+        [word for word in task.words[key] if word not in set(words.words)]
+        for key, words in zip(sets, aligned, strict=True)
+    ]
+
+
+class _Lookup:
+    """Words as single tokens, with the leading space where the tokenizer marks it."""
+
+    def __init__(self, tokenizer: Tokenizer, n_tokens: int) -> None:
+        self.tokenizer, self.n_tokens = tokenizer, n_tokens
+        vocabulary = tokenizer.get_vocab()
+        self.marks_spaces = sum(token.startswith(WORD_STARTS) for token in vocabulary) > len(vocabulary) // 20
+        self.unknown = getattr(tokenizer.model, "unk_token", None)
+
+    def token(self, word: str) -> int | None:
+        """The id of the one token that the word is, or None."""
+        for text in (f" {word}", word):
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            if len(encoding.ids) != 1 or encoding.ids[0] >= self.n_tokens:
+                continue
+            token = self.tokenizer.id_to_token(encoding.ids[0])
+            if token == self.unknown or (self.marks_spaces and not token.startswith(WORD_STARTS)):
+                continue
+            return encoding.ids[0]
+        return None
+
+    def aligned(self, task: TaskConfig, sets: list[str]) -> list[WordSet]:
+        """The sets, keeping an index only where every set's word is one token and no token comes twice."""
+        rows = [[self.token(word) for word in task.words[key]] for key in sets]
+        seen: set[int] = set()
+        keep = []
+        for index, ids in enumerate(zip(*rows, strict=True)):
+            found = [token for token in ids if token is not None]
+            if len(found) == len(sets) and not seen & set(found):
+                keep.append(index)
+                seen |= set(found)
+        return [
+            WordSet([task.words[key][i] for i in keep], torch.tensor([row[i] for i in keep], dtype=torch.long))
+            for key, row in zip(sets, rows, strict=True)
+        ]
+
+
+def surface_form(token: str) -> tuple[bool, str, bool, int]:
+    """Leading space, capitalisation, letters only, and length class of a token as its vocabulary spells it."""
+    text = token.lstrip("".join(WORD_STARTS))
+    capitals = re.sub(r"[^a-zA-Z]", "", text)
+    if capitals and capitals == capitals.upper():
+        case = "upper"
+    elif capitals[:1].isupper() and capitals[1:] == capitals[1:].lower():
+        case = "title"
+    else:
+        case = "lower" if capitals == capitals.lower() else "mixed"
+    return token.startswith(WORD_STARTS), case, text.isalpha(), min(len(text) // 3, 3)
+
+
+def matched_band(
+    ids: Int[Tensor, " word"], excluded: Int[Tensor, " token"], tokenizer: Tokenizer, n_tokens: int
+) -> tuple[Int[Tensor, " token"], str]:
+    """Tokens that look like these words: same surface form, log id rank within 0.25, none of `excluded`.
+
+    Returns:
+        Their ids, and a note (empty where nothing had to be relaxed): fewer than 8 matches widen the rank window,
+        then drop the length class, then the form.
+    """
+    forms = [surface_form(tokenizer.id_to_token(i) or "") for i in range(n_tokens)]
+    barred = set(excluded.tolist())
+    words = [(forms[i], math.log(i + 1)) for i in ids.tolist()]
+
+    def matches(window: float, parts: int) -> list[int]:
+        by_form: dict[tuple[object, ...], list[float]] = {}
+        for form, rank in words:
+            by_form.setdefault(form[:parts], []).append(rank)
+        return [
+            token
+            for token in range(n_tokens)
+            if token not in barred
+            and any(abs(math.log(token + 1) - rank) <= window for rank in by_form.get(forms[token][:parts], ()))
+        ]
+
+    relaxations = (
+        (RANK_WINDOW, 4, ""),
+        (math.inf, 4, "matched band drawn without regard to id rank"),
+        (math.inf, 3, "matched band drawn without regard to id rank and length"),
+        (math.inf, 0, "matched band drawn from all other tokens"),
+    )
+    for window, parts, note in relaxations:
+        found = matches(window, parts)
+        if len(found) >= MIN_WORDS:
+            return torch.tensor(found, dtype=torch.long), note
+    raise UserError(f"the vocabulary has fewer than {MIN_WORDS} tokens besides the task's words.")

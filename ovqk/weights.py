@@ -1,0 +1,232 @@
+"""Typed weights in one convention, with the norms folded in.
+
+Row vectors, as in TransformerLens: the residual stream x [d_model] is read by x W_Q and written by z W_O.
+Keys and values stay grouped: query head j reads KV head j // (n_heads / n_kv_heads).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NormKind = Literal["layernorm", "rmsnorm", "none"]
+PositionKind = Literal["learned", "rotary", "none", "unsupported"]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions: a row x at position m becomes x R(m).
+
+    Attributes:
+        inverse_frequencies: radians per position of each rotated pair, [rotary_dim / 2].
+        interleaved: pairs are (0, 1), (2, 3), ... (GPT-J); otherwise (0, r/2), (1, r/2 + 1), ... (Llama, NeoX).
+    """
+
+    inverse_frequencies: Float[Tensor, " pair"]
+    interleaved: bool = False
+
+    def rotate(
+        self, x: Float[Tensor, "*#batch d_head"], cos: Float[Tensor, "*#batch pair"], sin: Float[Tensor, "*#batch pair"]
+    ) -> Float[Tensor, "*batch d_head"]:
+        """x R for the rotation with these cosines and sines (their means give the mean rotation)."""
+        rotary_dim = 2 * self.inverse_frequencies.numel()
+        turned, passed = x[..., :rotary_dim], x[..., rotary_dim:]
+        if self.interleaved:
+            first, second = turned[..., 0::2], turned[..., 1::2]
+        else:
+            first, second = turned.chunk(2, dim=-1)
+        rotated_first, rotated_second = first * cos - second * sin, first * sin + second * cos
+        if self.interleaved:
+            rotated = torch.stack((rotated_first, rotated_second), dim=-1).flatten(-2)
+        else:
+            rotated = torch.cat((rotated_first, rotated_second), dim=-1)
+        return torch.cat((rotated, passed.expand(*rotated.shape[:-1], -1)), dim=-1)
+
+    def angles(
+        self, offsets: Float[Tensor, " offset"] | Int[Tensor, " offset"]
+    ) -> tuple[Float[Tensor, "offset pair"], Float[Tensor, "offset pair"]]:
+        """Cosines and sines of R(D) for each offset D."""
+        radians = offsets.to(self.inverse_frequencies.dtype)[:, None] * self.inverse_frequencies
+        return radians.cos(), radians.sin()
+
+    def double(self) -> "Rotary":
+        """The same rotation in float64."""
+        return dataclasses.replace(self, inverse_frequencies=self.inverse_frequencies.double())
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The facts of a model that its heads' weights do not hold.
+
+    Attributes:
+        tied: the unembedding is the transposed embedding.
+        activation: name of the MLP's activation; None where there is no MLP that ovqk reads.
+    """
+
+    family: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    n_ctx: int | None
+    norm: NormKind
+    norm_eps: float
+    positions: PositionKind
+    rotary: Rotary | None = None
+    causal: bool = True
+    tied: bool = False
+    activation: str | None = None
+    sliding_window: int | None = None
+
+    @cached_property
+    def kv_of_head(self) -> Int[Tensor, " head"]:
+        """The KV head that each query head reads."""
+        return torch.arange(self.n_heads) // (self.n_heads // self.n_kv_heads)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm's gain and bias, [d_model] each; `weight` holds the whole gain (Gemma: 1 + gamma)."""
+
+    kind: NormKind
+    weight: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"] | None = None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's attention weights; `norm` is what stands before them (None once folded, or where there is none)."""
+
+    layer: int
+    W_Q: Float[Tensor, "head d_model d_head"]
+    W_K: Float[Tensor, "kv_head d_model d_head"]
+    W_V: Float[Tensor, "kv_head d_model d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_Q: Float[Tensor, "head d_head"]
+    b_K: Float[Tensor, "kv_head d_head"]
+    b_V: Float[Tensor, "kv_head d_head"]
+    norm: Norm | None
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """Block 0's MLP: x -> act(x W_in + b_in) [* (x W_linear)] W_out + b_out; `norm` as in LayerWeights."""
+
+    W_in: Float[Tensor, "d_model d_mlp"]
+    b_in: Float[Tensor, " d_mlp"]
+    W_linear: Float[Tensor, "d_model d_mlp"] | None
+    W_out: Float[Tensor, "d_mlp d_model"]
+    b_out: Float[Tensor, " d_model"]
+    activation: str
+    norm: Norm | None
+
+
+@dataclass(frozen=True)
+class EmbeddingWeights:
+    """Token and position embeddings and the unembedding; None for what the checkpoint does not hold.
+
+    `final_norm` stands before W_U (None once folded, or where there is none).
+    """
+
+    W_E: Float[Tensor, "d_vocab d_model"] | None
+    W_pos: Float[Tensor, "n_ctx d_model"] | None
+    W_U: Float[Tensor, "d_model d_vocab"] | None
+    final_norm: Norm | None
+
+
+class WeightSource(Protocol):
+    """What the native families and the bridge both give: raw weights, one layer at a time."""
+
+    architecture: Architecture
+    loaded_by: Literal["families", "bridge"]
+    foldable: bool
+    """False where the norms are not the plain pre-norm kind, so that folding would be wrong."""
+    notes: list[str]
+
+    def layer(self, index: int) -> LayerWeights:
+        """The raw attention weights of a layer."""
+        ...
+
+    def embeddings(self) -> EmbeddingWeights:
+        """The raw embeddings."""
+        ...
+
+    def first_mlp(self) -> MLPWeights | str:
+        """Block 0's MLP, or the reason why there is none to read."""
+        ...
+
+
+def normalise(
+    x: Float[Tensor, "*batch d_model"], kind: NormKind, eps: float
+) -> Float[Tensor, "*batch d_model"]:
+    """The norm without gain and bias: what remains of it once folded."""
+    if kind == "none":
+        return x
+    if kind == "layernorm":
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def _read_through(
+    norm: Norm | None, weight: Float[Tensor, "*head d_model d_out"], bias: Float[Tensor, "*head d_out"]
+) -> tuple[Float[Tensor, "*head d_model d_out"], Float[Tensor, "*head d_out"]]:
+    """Fold the norm before a reading weight into it: first the bias, by the original weight, then the gain."""
+    if norm is None:
+        return weight, bias
+    if norm.bias is not None:
+        bias = bias + torch.einsum("d,...do->...o", norm.bias, weight)
+    weight = norm.weight[:, None] * weight
+    if norm.kind == "layernorm":
+        weight = weight - weight.mean(-2, keepdim=True)
+    return weight, bias
+
+
+def _write_centred(
+    kind: NormKind, weight: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch d_model"]:
+    """Drop the all-ones direction of a write, which no reader behind a LayerNorm sees."""
+    return weight - weight.mean(-1, keepdim=True) if kind == "layernorm" else weight
+
+
+def fold_layer(weights: LayerWeights, architecture: Architecture) -> LayerWeights:
+    """Fold the norm before attention into W_Q, W_K, W_V and centre W_O (definitions: section 1, Processing)."""
+    W_Q, b_Q = _read_through(weights.norm, weights.W_Q, weights.b_Q)
+    W_K, b_K = _read_through(weights.norm, weights.W_K, weights.b_K)
+    W_V, b_V = _read_through(weights.norm, weights.W_V, weights.b_V)
+    W_O = _write_centred(architecture.norm, weights.W_O)
+    return LayerWeights(weights.layer, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, norm=None)
+
+
+def fold_embeddings(weights: EmbeddingWeights, architecture: Architecture) -> EmbeddingWeights:
+    """Centre W_E and W_pos, and fold the final norm into W_U (its bias moves every logit alike for all sources)."""
+    W_E, W_pos, W_U = weights.W_E, weights.W_pos, weights.W_U
+    if W_U is not None:
+        W_U, _ = _read_through(weights.final_norm, W_U, W_U.new_zeros(W_U.shape[-1]))
+    return EmbeddingWeights(
+        W_E=None if W_E is None else _write_centred(architecture.norm, W_E),
+        W_pos=None if W_pos is None else _write_centred(architecture.norm, W_pos),
+        W_U=W_U,
+        final_norm=None,
+    )
+
+
+def fold_mlp(weights: MLPWeights, architecture: Architecture) -> MLPWeights:
+    """Fold the norm before an MLP into its reading weights and centre what it writes."""
+    W_in, b_in = _read_through(weights.norm, weights.W_in, weights.b_in)
+    W_linear = weights.W_linear
+    if W_linear is not None:
+        W_linear, _ = _read_through(weights.norm, W_linear, W_linear.new_zeros(W_linear.shape[-1]))
+    return dataclasses.replace(
+        weights,
+        W_in=W_in,
+        b_in=b_in,
+        W_linear=W_linear,
+        W_out=_write_centred(architecture.norm, weights.W_out),
+        b_out=_write_centred(architecture.norm, weights.b_out),
+        norm=None,
+    )

@@ -1,0 +1,22 @@
+"""Compute one cell, or with -m a sweep of them:  python run.py -m model=gpt2,gpt2-medium task=ioi,sva"""
+
+import hydra
+from omegaconf import DictConfig
+
+from ovqk.config import register
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(config: DictConfig) -> None:
+    """Run the composed cell."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from ovqk.cell import run_job  # torch is imported here, after the config has been accepted
+
+    run_job(config, HydraConfig.get())
+
+
+if __name__ == "__main__":
+    main()

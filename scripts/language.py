@@ -1,0 +1,291 @@
+"""The synthetic language: three tasks that need attention, among sentences that only fill the context.
+
+    ioi         indirect objects: "When Mary and John went to the store, John gave a drink to Mary."
+    sva         agreement past attractors of either number: "The cats near the dog with the boys are here."
+    induction   a random sequence of words, then the same sequence again
+    filler      sentences that mention names, cities, companies and so on, and repeat nothing
+
+A context is a stream of such segments. Half of the training windows start at a random word of the stream,
+so no position is special; the other half start with <eos> and a whole segment, so the model also knows a
+prompt that begins a text. Both name orders, optional phrases, and other names in the sentences before keep
+position, distance and the set of names in the context from giving the answer away.
+
+Held out: about a tenth of the pairs of words (`is_held_out`) never meet in training as the two names of an
+indirect-object sentence, as the subject and the first attractor of an agreement sentence, or as neighbours
+in a random sequence. Accuracy is measured on those pairs only.
+
+Everything is drawn from a `random.Random`, so a seed fixes the language's every word.
+"""
+
+import itertools
+import random
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from words import SEQUENCE_WEIGHTS, WORDS
+
+from ovqk.prompts import variants
+
+UNKNOWN, END_OF_TEXT = "<unk>", "<eos>"
+
+# Slots are filled from the word sets; {B} always speaks of the giver and {A} of the one given to.
+SLOTS = {
+    "A": "names", "B": "names", "C": "names", "D": "names",
+    "city": "cities", "city2": "cities", "country": "countries", "country2": "countries",
+    "surname": "surnames", "surname2": "surnames", "company": "companies", "company2": "companies",
+    "state": "states", "state2": "states", "adjective2": "adjectives", "place": "places", "place2": "places", "object": "objects",
+    "noun": "nouns_singular", "noun2": "nouns_singular", "adjective": "adjectives", "time": "times", "gave": "transfers",
+    "preposition": "prepositions", "preposition2": "prepositions", "past": "pasts",
+}  # fmt: skip
+
+INDIRECT_OBJECT = [
+    "When {A} and {B} went to the {place}[ in the {time}],[ after the {time},] {B} {gave} a[ {adjective}] {object} to",
+    "After {A} and {B} met at the {place}[ near the {place2}], {B} {gave} a {object} to",
+    "While {A} and {B} were at the {place}, the {noun} left and {B} {gave} a[ {adjective}] {object} to",
+    "Then {A} and {B} walked to the[ {adjective}] {place}[ with a {noun}], and {B} {gave} a {object} to",
+    "In the {time}, {A} met {B} at the {place}, and[ in the {place2}] {B} {gave} a[ {adjective}] {object} to",
+    "Because {A} liked {B}[ and the {noun}], {B} {gave} a[ {adjective}] {object} to",
+    "Before {A} went[ from the {place}] to the {place2} with {B}, {B} {gave} a {object} to",
+    "{A} saw {B}[ near the {place}][ in the {time}]. Then {B} {gave} a[ {adjective}] {object} to",
+    "{A} and {B} were at the {place}.[ The {place2} was {adjective}.] In the {time}, {B} {gave} a {object} to",
+]
+
+AGREEMENT = [
+    "The[ {adjective}] {subject}[ {preposition} the {attractor}[ and the {attractor2}]]",
+    "The {subject} {preposition} the[ {adjective}] {attractor}[ {preposition2} the {attractor2}]",
+    "In the {time}, the {subject}[ {preposition} the {attractor}]",
+    "The {subject} that {past} the {attractor}[ {preposition} the {attractor2}]",
+    "The {subject} that the {attractor} {past}[ in the {place}]",
+]
+
+FILLER = [
+    "The {surname} family of {city} moved to {country}[ in the {time}].",
+    "{company} bought {company2}[ from {country}].",
+    "The train from {city} to {city2} was {adjective}.",
+    "The plane flew[ in the {time}] from {country} to {country2}.",
+    "They lived in {city}, {state}, and worked for {company}.",
+    "{state} and {state2} are near {country}.",
+    "{company} sold the {place} in {city}.",
+    "{surname} and {surname2} drove from {state} to {state2}.",
+    "The {place} was {adjective} and the {place2} was {adjective2}.",
+    "They made a {object} for {surname} at {company}.",
+    "{C} worked for {company} in {state}.",
+]
+
+# Other names, each mentioned once, in the sentence before: the receiver is not the only such name.
+INTRODUCTIONS = [
+    "{C} {past} the {noun} at the {place}.",
+    "Then {C} and {D} walked to the {place}[ in the {time}].",
+    "In the {time}, {C} was {adjective}[ and {D} was {adjective2}].",
+    "{C} and {D} were at the {place}.",
+    "The {place} was {adjective} and {C} liked {D}.",
+    "{C} worked for {company}.",
+]
+INTRODUCED = 0.8  # of the indirect-object sentences
+
+SEGMENTS = {"ioi": 6, "sva": 6, "filler": 7, "induction": 10}
+SEQUENCE_LENGTHS = range(4, 11)
+
+
+def tokenize(text: str) -> list[str]:
+    """Words and punctuation marks, as the model's tokenizer splits them."""
+    return re.findall(r"<\w+>|\w+|[^\w\s]", text)
+
+
+def is_held_out(first: str, second: str) -> bool:
+    """Whether this unordered pair of words is kept from training (about one pair in ten)."""
+    return zlib.crc32(" ".join(sorted((first, second))).encode()) % 10 == 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment of the stream: tokens, and where the task's answer stands (None for a filler).
+
+    `pair` are the two words whose meeting is held out or not; `foil` is the natural wrong answer.
+    """
+
+    kind: str
+    tokens: list[str]
+    answer_at: int | None = None
+    foil: str | None = None
+    pair: tuple[str, str] | None = None
+
+
+class Weighted:
+    """Draws words of one set; the first is three times as frequent as the last.
+
+    Frequencies that differ within a class as much as between classes mix the classes in the frequency
+    order of the vocabulary: a rank does not give a word's class away.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        self.words = words
+        self.cumulative = list(itertools.accumulate(1 / (1 + 2 * i / len(words)) for i in range(len(words))))
+
+    def index(self, rng: random.Random) -> int:
+        return rng.choices(range(len(self.words)), cum_weights=self.cumulative)[0]
+
+    def draw(self, rng: random.Random) -> str:
+        return self.words[self.index(rng)]
+
+
+SETS = {name: Weighted(words) for name, words in WORDS.items()}
+
+
+def compiled(templates: list[str]) -> list[list[list[str]]]:
+    """For each template its variants, each as a list of words and {slots}."""
+    return [[re.findall(r"\{\w+\}|\w+|[^\w\s]", text) for text in variants(template)] for template in templates]
+
+
+INDIRECT_OBJECT_PIECES = compiled(INDIRECT_OBJECT)
+AGREEMENT_PIECES = compiled(AGREEMENT)
+FILLER_PIECES = compiled(FILLER)
+INTRODUCTION_PIECES = compiled(INTRODUCTIONS)
+
+
+def fill(pieces: list[str], values: dict[str, str], rng: random.Random) -> list[str]:
+    """Fill the slots of a template: `values` where given, else a word of the slot's set not yet used."""
+    tokens, used = [], set(values.values())
+    for piece in pieces:
+        if piece[0] != "{":
+            tokens.append(piece)
+            continue
+        slot = piece[1:-1]
+        word = values.get(slot)
+        while word is None or (slot not in values and word in used):
+            word = SETS[SLOTS[slot]].draw(rng)
+        used.add(word)
+        tokens.append(word)
+    return tokens
+
+
+def indirect_object(rng: random.Random, held_out: bool = False) -> Segment:
+    """An indirect-object sentence, mostly after an introduction; which name comes first is a fair coin."""
+    while True:
+        receiver, giver = SETS["names"].draw(rng), SETS["names"].draw(rng)
+        if receiver != giver and is_held_out(receiver, giver) == held_out:
+            break
+    pieces = list(rng.choice(rng.choice(INDIRECT_OBJECT_PIECES)))
+    if rng.random() < 0.5:
+        first, second = pieces.index("{A}"), pieces.index("{B}")
+        pieces[first], pieces[second] = pieces[second], pieces[first]
+    if rng.random() < INTRODUCED:
+        pieces = rng.choice(rng.choice(INTRODUCTION_PIECES)) + pieces
+    tokens = fill(pieces, {"A": receiver, "B": giver}, rng)
+    return Segment("ioi", [*tokens, receiver, "."], len(tokens), giver, (receiver, giver))
+
+
+def agreement(rng: random.Random, held_out: bool = False) -> Segment:
+    """An agreement sentence; the numbers of the subject and of every attractor are fair coins."""
+    while True:
+        lemmas = [SETS["nouns_singular"].index(rng) for _ in range(3)]
+        pair = WORDS["nouns_singular"][lemmas[0]], WORDS["nouns_singular"][lemmas[1]]
+        pieces = rng.choice(rng.choice(AGREEMENT_PIECES))
+        if len(set(lemmas)) == 3 and (is_held_out(*pair) and "{attractor}" in pieces) == held_out:
+            break
+    numbers = [rng.choice(("singular", "plural")) for _ in lemmas]
+    nouns = [WORDS[f"nouns_{number}"][lemma] for number, lemma in zip(numbers, lemmas, strict=True)]
+    tokens = fill(pieces, dict(zip(("subject", "attractor", "attractor2"), nouns, strict=True)), rng)
+    verb = SETS["verbs_singular"].index(rng)
+    right, wrong = WORDS[f"verbs_{numbers[0]}"][verb], WORDS[f"verbs_{_other(numbers[0])}"][verb]
+    tail = ["a", SETS["objects"].draw(rng)] if right in ("has", "have") else [SETS["adverbs"].draw(rng)]
+    return Segment("sva", [*tokens, right, *tail, "."], len(tokens), wrong, pair)
+
+
+def _other(number: str) -> str:
+    return "plural" if number == "singular" else "singular"
+
+
+SEQUENCE_CLASSES = list(SEQUENCE_WEIGHTS)
+SEQUENCE_CUMULATIVE = list(itertools.accumulate(SEQUENCE_WEIGHTS.values()))
+
+
+def repeated_sequence(rng: random.Random, held_out: bool = False) -> Segment:
+    """Different random words, then the same again. In a held-out segment the answer follows a new pair."""
+    length = rng.choice(SEQUENCE_LENGTHS)
+    answer_at = rng.randrange(1, length)
+    while True:
+        words: list[str] = []
+        while len(words) < length:
+            word = SETS[rng.choices(SEQUENCE_CLASSES, cum_weights=SEQUENCE_CUMULATIVE)[0]].draw(rng)
+            if word not in words and (held_out or not words or not is_held_out(words[-1], word)):
+                words.append(word)
+        pair = words[answer_at - 1], words[answer_at]
+        if is_held_out(*pair) == held_out and not (not held_out and is_held_out(words[-1], words[0])):
+            break
+    foil = rng.choice([word for word in words if word not in pair] or words[:1])
+    return Segment("induction", [*words, *words, "."], length + answer_at, foil, pair)
+
+
+def filler(rng: random.Random) -> Segment:
+    return Segment("filler", fill(rng.choice(rng.choice(FILLER_PIECES)), {}, rng))
+
+
+TASKS = {"ioi": indirect_object, "sva": agreement, "induction": repeated_sequence}
+
+
+def segments(rng: random.Random) -> Iterator[Segment]:
+    """The endless stream of training segments."""
+    kinds, weights = list(SEGMENTS), list(itertools.accumulate(SEGMENTS.values()))
+    while True:
+        kind = rng.choices(kinds, cum_weights=weights)[0]
+        yield filler(rng) if kind == "filler" else TASKS[kind](rng)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A training window. `tasks` says of each token which task gives it: an index into TASKS, or -1."""
+
+    tokens: list[str]
+    tasks: list[int]
+
+
+def given_by(segment: Segment) -> list[int]:
+    """Which task gives each token of a segment; in a sequence, all of the second copy but its first word."""
+    tasks = [-1] * len(segment.tokens)
+    if segment.answer_at is not None:
+        number, copy = list(TASKS).index(segment.kind), len(segment.tokens) // 2
+        is_sequence = segment.kind == "induction"
+        for place in range(copy + 1, 2 * copy) if is_sequence else [segment.answer_at]:
+            tasks[place] = number
+    return tasks
+
+
+def windows(rng: random.Random, length: int) -> Iterator[Window]:
+    """Training windows of `length` tokens: half from a random word of the stream, half from <eos>."""
+    stream = segments(rng)
+    while True:
+        first = next(stream)
+        tokens, tasks = list(first.tokens), given_by(first)
+        if rng.random() < 0.5:
+            tokens, tasks = [END_OF_TEXT, *tokens], [-1, *tasks]
+        else:
+            start = rng.randrange(len(tokens))
+            tokens, tasks = tokens[start:], [-1] * (len(tokens) - start)  # what gives them may be cut off
+        while len(tokens) < length:
+            segment = next(stream)
+            tokens += segment.tokens
+            tasks += given_by(segment)
+        yield Window(tokens[:length], tasks[:length])
+
+
+def held_out_examples(task: str, count: int, seed: int, length: int) -> Iterator[tuple[list[str], str, str]]:
+    """Contexts of at most `length` tokens, each with the answer that comes next and its foil.
+
+    Ordinary training segments, cut at a random word, stand before a sentence of a held-out pair.
+    """
+    rng = random.Random(f"held out {task} {seed}")
+    for _ in range(count):
+        segment = TASKS[task](rng, held_out=True)
+        assert segment.answer_at is not None and segment.foil is not None
+        question = segment.tokens[: segment.answer_at]
+        room = rng.randrange(length - len(question) + 1)
+        before: list[str] = []
+        for earlier in segments(rng):
+            if len(before) >= room:
+                break
+            before += earlier.tokens
+        context = before[len(before) - room :] + question
+        yield context, segment.tokens[segment.answer_at], segment.foil

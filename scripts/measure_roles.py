@@ -1,0 +1,331 @@
+"""Measure which heads of a model play which role on a task: activations only, never the weights' circuits.
+
+    python scripts/measure_roles.py ovqk/bundled/mini-attn --task TASK.yaml --out CLAIMS.yaml
+
+The task file gives `words` and `prompts`; the prompts measured are those `ovqk.prompts` draws from it. One rule
+serves every head of every model. A head has a role where all of these hold, means being over prompts:
+
+    attention    from the role's query token to its source is at least 0.3: the source is the main thing looked
+                 at, and at most three heads' worth of other places can compete with it
+    control      that attention exceeds the attention to a matched token (another name, a neighbouring word)
+    effect       is at least 5 % of the model's mean logit difference (answer minus foil), in the role's
+                 direction: less than that, in a model of tens of heads, is one share among many
+    significance the effect is on that side of zero in 99.9 % of 2,000 bootstrap resamples of the prompts
+
+The effect of a role that writes the answer is direct: the head's output at END through the final norm (its scale
+frozen) onto the unembedding of answer minus foil. The effect of a role that serves other heads is that of
+ablation: the logit difference lost when the head's output is replaced, at every position, by its mean over the
+prompts of the same group (same template, both orders, all words) at that position.
+
+Further conditions of single roles:
+
+    s_inhibition      ablation lowers the name movers' attention to IO minus S1 by at least 0.05
+    backup_name_mover no name mover, but meets the name mover's rule once all name movers are ablated, with a
+                      direct effect that has grown
+    agreement_output  has no attention condition: the number may have been moved to any token by then
+    agreement_reader  the query is END or the attractor, whichever attends to the subject more
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformer_lens.model_bridge import TransformerBridge
+
+from ovqk.prompts import Prompt, known_words, sample_prompts, token_positions
+
+LEAST_ATTENTION = 0.3
+LEAST_SHARE = 0.05
+LEAST_MEDIATED = 0.05
+BOOTSTRAPS = 2000
+QUANTILE = 0.001
+
+Head = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Attention from one of `queries` to `source`, more than to `control`, and an effect with `sign`.
+
+    A label may be moved: "S1+1" is the token after S1.
+    """
+
+    role: str
+    effect: str
+    queries: tuple[str, ...] = ("END",)
+    source: str | None = None
+    control: str | None = None
+    sign: int = 1
+
+
+RULES = {
+    "ioi": [
+        Rule("name_mover", "direct", source="IO", control="S1"),
+        Rule("negative_name_mover", "direct", source="IO", control="OTHER", sign=-1),
+        Rule("s_inhibition", "ablation", source="S2", control="OTHER"),
+        Rule("duplicate_token", "ablation", ("S2",), "S1", "IO"),
+        Rule("induction", "ablation", ("S2",), "S1+1", "IO+1"),
+        Rule("previous_token", "ablation", ("S1+1",), "S1", "S1-1"),
+    ],
+    "sva": [
+        Rule("agreement_output", "direct"),
+        Rule("agreement_reader", "ablation", ("END", "ATTRACTOR"), "SUBJECT", "SUBJECT-1"),
+    ],
+    "induction": [
+        Rule("induction", "direct", source="SOURCE", control="SOURCE+1"),
+        Rule("previous_token", "ablation", ("SOURCE",), "PREVIOUS", "PREVIOUS-1"),
+    ],
+}
+
+
+@dataclass
+class Batch:
+    """Prompts as one right-padded batch (a causal model never sees the padding)."""
+
+    tokens: torch.Tensor  # [prompt, position]
+    positions: list[dict[str, int]]  # label -> token, for each prompt
+    answers: torch.Tensor
+    foils: torch.Tensor
+    groups: torch.Tensor  # [prompt]: the index of the prompt's group
+
+    def at(self, label: str) -> torch.Tensor:
+        """The position of a label, or of "label+1" or "label-1", in every prompt."""
+        for mark, step in (("+1", 1), ("-1", -1)):
+            if label.endswith(mark):
+                return self.at(label.removesuffix(mark)) + step
+        return torch.tensor([places[label] for places in self.positions])
+
+
+@dataclass
+class Run:
+    """One forward pass: the logit difference [prompt], patterns [layer][prompt, head, query, key], z, norm scale."""
+
+    difference: torch.Tensor
+    patterns: list[torch.Tensor]
+    outputs: list[torch.Tensor]  # [layer][prompt, position, head, d_head]
+    scale: torch.Tensor
+
+
+@dataclass
+class Evidence:
+    """What was measured of one head for one role; effects in logits, shares of the mean logit difference."""
+
+    head: Head
+    values: dict[str, float] = field(default_factory=dict)
+
+
+def word_token(tokenizer: Any, word: str) -> int | None:
+    """The id of a word inside a text, where it is one known token."""
+    ids = tokenizer.encode(" " + word, add_special_tokens=False)
+    return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
+
+
+def encode(model: TransformerBridge, prompts: list[Prompt]) -> Batch:
+    """Tokenise with the model's own start token in front, and find the labelled tokens."""
+    tokenizer = model.tokenizer
+    start = [tokenizer.bos_token_id] if model.cfg.default_prepend_bos else []
+    rows, positions = [], []
+    for prompt in prompts:
+        encoded = tokenizer(prompt.text, return_offsets_mapping=True, add_special_tokens=False)
+        rows.append(torch.tensor(start + encoded["input_ids"]))
+        offsets = [(0, 0)] * len(start) + [tuple(span) for span in encoded["offset_mapping"]]
+        positions.append(token_positions(prompt, offsets))
+    names = sorted({prompt.group for prompt in prompts})
+    return Batch(
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        positions,
+        torch.tensor([word_token(tokenizer, prompt.answer) for prompt in prompts]),
+        torch.tensor([word_token(tokenizer, prompt.foil) for prompt in prompts]),
+        torch.tensor([names.index(prompt.group) for prompt in prompts]),
+    )
+
+
+@torch.inference_mode()
+def run(model: TransformerBridge, batch: Batch, hooks: list[tuple[str, Callable]] | None = None) -> Run:
+    """Forward pass with the heads' patterns and outputs kept."""
+    layers = range(model.cfg.n_layers)
+    wanted = [f"blocks.{layer}.attn.hook_{what}" for what in ("pattern", "z") for layer in layers]
+    wanted.append("ln_final.hook_scale")
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(value: torch.Tensor, hook: Any, name: str) -> None:  # the hook's own name may be an alias's target
+        kept[name] = value.detach()
+
+    keepers = [(name, functools.partial(keep, name=name)) for name in wanted]
+    logits = model.run_with_hooks(batch.tokens, fwd_hooks=[*(hooks or []), *keepers])
+    every = torch.arange(len(batch.tokens))
+    last = logits[every, batch.at("END")]
+    difference = last[every, batch.answers] - last[every, batch.foils]
+    patterns = [kept[f"blocks.{layer}.attn.hook_pattern"] for layer in layers]
+    outputs = [kept[f"blocks.{layer}.attn.hook_z"] for layer in layers]
+    return Run(difference, patterns, outputs, kept["ln_final.hook_scale"][every, batch.at("END")])
+
+
+def group_means(outputs: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Each prompt's row replaced by the mean of its group, position by position."""
+    means = torch.stack([outputs[groups == group].mean(0) for group in range(int(groups.max()) + 1)])
+    return means[groups]
+
+
+def ablate(clean: Run, batch: Batch, heads: list[Head]) -> list[tuple[str, Callable]]:
+    """Hooks that replace the outputs of `heads` by their group means."""
+
+    def replace(value: torch.Tensor, hook: Any, head: int, means: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        value[:, :, head] = means[:, :, head]
+        return value
+
+    hooks = []
+    for layer, head in heads:
+        means = group_means(clean.outputs[layer], batch.groups)
+        hooks.append((f"blocks.{layer}.attn.hook_z", functools.partial(replace, head=head, means=means)))
+    return hooks
+
+
+def direct_effect(model: TransformerBridge, batch: Batch, result: Run, head: Head) -> torch.Tensor:
+    """The head's own part of the logit difference [prompt]: output at END, final norm frozen, unembedding."""
+    layer, index = head
+    every = torch.arange(len(batch.tokens))
+    written = result.outputs[layer][every, batch.at("END"), index] @ model.W_O[layer, index].detach()
+    final = model.original_model.transformer.ln_f
+    normalised = (written - written.mean(-1, keepdim=True)) / result.scale * final.weight.detach()
+    unembedding = model.original_model.lm_head.weight.detach()
+    return (normalised * (unembedding[batch.answers] - unembedding[batch.foils])).sum(-1)
+
+
+def attention(batch: Batch, result: Run, head: Head, query: str, key: str) -> float:
+    every = torch.arange(len(batch.tokens))
+    return result.patterns[head[0]][every, head[1], batch.at(query), batch.at(key)].mean().item()
+
+
+def significant(effect: torch.Tensor, sign: int) -> bool:
+    """Whether the mean has the sign in all but QUANTILE of the bootstrap resamples."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(effect), (BOOTSTRAPS, len(effect)), generator=generator)
+    return bool((sign * effect[rows].mean(-1)).quantile(QUANTILE) > 0)
+
+
+class Measurement:
+    """All runs of one model on one task's prompts, shared by the rules."""
+
+    def __init__(self, model: TransformerBridge, batch: Batch) -> None:
+        self.model, self.batch = model, batch
+        self.clean = run(model, batch)
+        self.total = self.clean.difference.mean().item()
+        self.heads = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+        self.ablated = {head: run(model, batch, ablate(self.clean, batch, [head])) for head in self.heads}
+        self.lost = {head: self.clean.difference - self.ablated[head].difference for head in self.heads}
+
+    def apply(self, rule: Rule, head: Head, result: Run | None = None) -> Evidence | None:
+        """The evidence where the head meets the rule (in another run than the clean one, if given)."""
+        result = result or self.clean
+        evidence = Evidence(head)
+        if rule.source is not None and rule.control is not None:
+            looks = {query: attention(self.batch, result, head, query, rule.source) for query in rule.queries}
+            query = max(looks, key=looks.__getitem__)
+            control = attention(self.batch, result, head, query, rule.control)
+            if looks[query] < LEAST_ATTENTION or looks[query] <= control:
+                return None
+            evidence.values[f"attention_{query}_to_{rule.source}"] = looks[query]
+            evidence.values[f"attention_{query}_to_{rule.control}"] = control
+        direct = direct_effect(self.model, self.batch, result, head)
+        effect = direct if rule.effect == "direct" else self.lost[head]
+        if rule.sign * effect.mean().item() < LEAST_SHARE * self.total or not significant(effect, rule.sign):
+            return None
+        evidence.values |= {"direct_effect": direct.mean().item(), "ablation_effect": self.lost[head].mean().item()}
+        evidence.values[f"{rule.effect}_share"] = effect.mean().item() / self.total
+        return evidence
+
+
+def measure(measurement: Measurement, task: str) -> dict[str, list[Evidence]]:
+    """The heads of every role of the task; an empty list says that the role was looked for and not found."""
+    found: dict[str, list[Evidence]] = {}
+    for rule in RULES[task]:
+        found[rule.role] = [e for head in measurement.heads if (e := measurement.apply(rule, head)) is not None]
+    if task == "ioi":
+        movers = [evidence.head for evidence in found["name_mover"]]
+        found["s_inhibition"] = [e for e in found["s_inhibition"] if _mediated(measurement, e, movers)]
+        found["backup_name_mover"] = _backups(measurement, movers)
+    return found
+
+
+def _mediated(measurement: Measurement, evidence: Evidence, movers: list[Head]) -> bool:
+    """Whether ablating the head lowers the name movers' attention to IO minus S1, by how much at most."""
+
+    def preference(result: Run, mover: Head) -> float:
+        to_io, to_s1 = (attention(measurement.batch, result, mover, "END", name) for name in ("IO", "S1"))
+        return to_io - to_s1
+
+    ablated = measurement.ablated[evidence.head]
+    falls = [preference(measurement.clean, mover) - preference(ablated, mover) for mover in movers]
+    evidence.values["name_mover_preference_lost"] = max(falls, default=0.0)
+    return evidence.values["name_mover_preference_lost"] >= LEAST_MEDIATED
+
+
+def _backups(measurement: Measurement, movers: list[Head]) -> list[Evidence]:
+    """Heads that meet the name mover's rule only with the name movers ablated."""
+    without = run(measurement.model, measurement.batch, ablate(measurement.clean, measurement.batch, movers))
+    backups = []
+    for head in measurement.heads:
+        evidence = None if head in movers else measurement.apply(RULES["ioi"][0], head, without)
+        before = direct_effect(measurement.model, measurement.batch, measurement.clean, head).mean().item()
+        if evidence is not None and evidence.values["direct_effect"] > before:
+            evidence.values["direct_effect_before"] = before
+            backups.append(evidence)
+    return backups
+
+
+def claims(found: Mapping[str, list[Evidence]], source: str) -> dict[str, Any]:
+    """The claims entry of a task file: roles with heads, and each head's evidence."""
+    evidence: dict[str, dict[str, float]] = {}
+    for entries in found.values():
+        for entry in entries:
+            values = {name: round(value, 3) for name, value in entry.values.items()}
+            evidence.setdefault(name_of(entry.head), {}).update(values)
+    roles = {role: [name_of(entry.head) for entry in entries] for role, entries in found.items() if entries}
+    return {"source": source, "reliability": "measured", "roles": roles, "evidence": evidence}
+
+
+def name_of(head: Head) -> str:
+    return f"{head[0]}.{head[1]}"
+
+
+def prepare(model: TransformerBridge, task: Mapping[str, Any], count: int, seed: int) -> Measurement:
+    """Sample the task's prompts from the words the model knows, and run them."""
+    known = known_words(task["words"], task["prompts"], lambda word: word_token(model.tokenizer, word) is not None)
+    return Measurement(model, encode(model, sample_prompts(known, task["prompts"], count, seed)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a directory or a Hugging Face name")
+    parser.add_argument("--task", type=Path, required=True, help="a task file; its stem is the task's name")
+    parser.add_argument("--count", type=int, default=800, help="prompts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the claims here")
+    arguments = parser.parse_args()
+    model = TransformerBridge.boot_transformers(arguments.model, device="cpu")
+    task = yaml.safe_load(arguments.task.read_text())
+    measurement = prepare(model, task, arguments.count, arguments.seed)
+    found = measure(measurement, arguments.task.stem)
+
+    difference = measurement.clean.difference
+    print(f"{arguments.task.stem}: {arguments.count} prompts, logit difference {measurement.total:.2f} on average,")
+    print(f"answer above foil in {(difference > 0).float().mean():.1%}")
+    for role, entries in found.items():
+        print(f"{role}: {'not found' if not entries else ''}")
+        for entry in entries:
+            print(f"  {name_of(entry.head)}  " + "  ".join(f"{k} {v:.2f}" for k, v in entry.values.items()))
+    if arguments.out:
+        source = f"scripts/measure_roles.py, {arguments.count} prompts, seed {arguments.seed}"
+        entry = {"claims": {Path(arguments.model).name: claims(found, source)}}
+        arguments.out.write_text(yaml.safe_dump(entry, sort_keys=False))
+
+
+if __name__ == "__main__":
+    main()

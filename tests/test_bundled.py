@@ -1,0 +1,106 @@
+"""The bundled model is what its card says: complete, small, attention only, and right on held-out sentences."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import accuracy
+import language
+import words
+
+DIRECTORY = ROOT / "ovqk" / "bundled" / "mini-attn"
+SPECIAL = ["<unk>", "<eos>", ".", ","]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    torch.set_num_threads(2)
+    return accuracy.load(DIRECTORY)
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict[str, int]:
+    return json.loads((DIRECTORY / "token_counts.json").read_text())
+
+
+def test_directory_is_complete_and_small():
+    names = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in DIRECTORY.iterdir()} == names | {"token_counts.json"}
+    assert sum(path.stat().st_size for path in DIRECTORY.iterdir()) < 5_000_000
+
+
+def test_weights_are_float32_and_mlps_write_nothing(loaded):
+    model, _ = loaded
+    assert (model.config.n_layer, model.config.n_head) == (4, 8)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for block in model.transformer.h:
+        assert not block.mlp.c_proj.weight.any() and not block.mlp.c_proj.bias.any()
+
+
+@pytest.mark.parametrize("task", list(language.TASKS))
+def test_accuracy_on_held_out_pairs(loaded, task):
+    assert accuracy.measure(*loaded, task, count=300, seed=7).right >= 0.98
+
+
+def test_tokenizer_splits_an_ordinary_string(loaded):
+    model, tokenizer = loaded
+    text = "When Mary and John went to the store, John gave a drink to"
+    encoded = tokenizer.encode(text)
+    assert encoded.tokens == language.tokenize(text)
+    assert [text[start:stop] for start, stop in encoded.offsets] == encoded.tokens
+    assert tokenizer.encode("Zanzibar").tokens == ["<unk>"]
+    assert tokenizer.get_vocab_size() == model.config.vocab_size
+
+
+def test_transformers_finds_the_same_tokenizer(loaded):
+    from transformers import AutoTokenizer
+
+    automatic = AutoTokenizer.from_pretrained(DIRECTORY)
+    text = "The cats near the dog, and the boys are here."
+    assert automatic(text)["input_ids"] == loaded[1].encode(text).ids
+    assert automatic.bos_token == language.END_OF_TEXT
+
+
+def test_token_counts_match_the_vocabulary_and_order_it(loaded, counts):
+    _, tokenizer = loaded
+    assert counts.keys() == tokenizer.get_vocab().keys()
+    assert [tokenizer.token_to_id(word) for word in counts] == list(range(len(counts)))
+    ordered = [count for word, count in counts.items() if word not in SPECIAL]
+    assert list(counts)[: len(SPECIAL)] == SPECIAL and ordered == sorted(ordered, reverse=True)
+
+
+def test_every_listed_word_was_trained_on(counts):
+    assert all(counts[word] > 500 for content in words.WORDS.values() for word in content)
+
+
+def test_each_name_has_other_words_of_about_its_frequency_rank(loaded):
+    """Random sets alike in log id rank need words of other capitalised classes around every name."""
+    _, tokenizer = loaded
+    others = [word for name, content in words.CAPITALISED.items() if name != "names" for word in content]
+    ranks = torch.tensor([tokenizer.token_to_id(word) for word in others]).log()
+    for name in words.WORDS["names"]:
+        near = (ranks - torch.tensor(tokenizer.token_to_id(name)).log()).abs() < 0.25
+        assert near.sum() >= 4, name
+
+
+@pytest.mark.slow
+def test_roles_measured_again_are_the_shipped_claims():
+    """Slow: thirty-odd forward passes a task."""
+    yaml = pytest.importorskip("yaml")
+    import measure_roles
+
+    model = measure_roles.TransformerBridge.boot_transformers(str(DIRECTORY), device="cpu")
+    for name in language.TASKS:
+        task = yaml.safe_load((ROOT / "conf" / "task" / f"{name}.yaml").read_text())
+        shipped = task["claims"]["mini-attn"]
+        found = measure_roles.measure(measure_roles.prepare(model, task, count=800, seed=0), name)
+        again = measure_roles.claims(found, shipped["source"])
+        assert again["roles"] == shipped["roles"]
+        for head, evidence in again["evidence"].items():
+            assert shipped["evidence"][head] == pytest.approx(evidence, abs=0.01)
