@@ -30,8 +30,8 @@ def resolve(config: DictConfig) -> Config:
     Raises:
         UserError: a value that the schema lets through is not allowed.
     """
-    missing = sorted(key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra"))
-    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    config = config.copy()
+    missing = sorted(OmegaConf.missing_keys(config))
     if "model.name" in missing and config.model.source is Source.local:
         missing.remove("model.name")
         if not config.model.path:

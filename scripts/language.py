@@ -86,7 +86,7 @@ INTRODUCTIONS = [
 INTRODUCED = 0.8  # of the indirect-object sentences
 
 SEGMENTS = {"ioi": 6, "sva": 6, "filler": 7, "induction": 10}
-SEQUENCE_LENGTHS = range(4, 11)
+SEQUENCE_LENGTHS = range(5, 13)
 
 
 def tokenize(text: str) -> list[str]:

@@ -32,7 +32,7 @@ class Recipe:
     """What is trained, and for how long. `config` goes to the model's Hugging Face configuration."""
 
     config: dict[str, Any]
-    steps: int = 2000
+    steps: int = 3600
     batch: int = 64
     learning_rate: float = 2e-3
     warmup: int = 100

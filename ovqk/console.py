@@ -1,0 +1,222 @@
+"""What a person reads in the terminal: a cell's claimed heads, a sweep's comparison, and where the results are."""
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ovqk.record import read_record, read_tracking
+from ovqk.results import load_table
+
+STYLES = {"corroborated": "green", "partial": "yellow", "contradicted": "red", "unsupported": "magenta"}
+MIN_WIDTH = 140  # of tables where the output is no terminal
+
+HEAD_COLUMNS = (
+    ("OV copying", "ov_copying"),
+    ("QK matching", "qk_matching"),
+    ("QK symmetry", "qk_symmetry"),
+    ("position share", "qk_positional_share"),
+    ("OV alignment", "ov_task_alignment"),
+    ("QK key alignment", "qk_key_alignment"),
+)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(MIN_WIDTH, console.width))
+
+
+def print_cell(folder: Path, cached: bool) -> None:
+    """The claimed heads of a finished cell, what was unavailable, where things are, and what to do next."""
+    record = read_record(folder)
+    heads, verdicts = load_table(folder, "heads"), load_table(folder, "verdicts")
+    if record is None or heads is None:
+        return
+    out = _console()
+    summary = record["summary"]
+    where = f"{summary['n_layers']} layers, {summary['n_heads']} heads, weights {record['processing']['applied']}"
+    state = "done before, read from its record" if cached else f"{record['provenance']['wall_seconds']:.1f} s"
+    out.print(f"\n[bold]{record['model']}[/bold] / {record['task']} / {record['analysis']}: {where} ({state})\n")
+    if verdicts is None:
+        out.print(f"No verdicts: {record['claims']['none']}. Means over the heads of each layer:\n")
+        out.print(layer_table(heads))
+    else:
+        note = f" - {record['claims']['note']}" if "note" in record["claims"] else ""
+        out.print(f"Claims: {record['claims']['source']} ({record['claims']['reliability']}){note}\n")
+        out.print(verdict_table(heads, verdicts))
+        for line in reasons(verdicts):
+            out.print(line, style="dim")
+    for reason, names in grouped(record["unavailable"]).items():
+        out.print(f"unavailable ({reason}): {', '.join(names)}", style="dim", soft_wrap=True)
+    for note in record["notes"]:
+        out.print(f"note: {note}", style="dim", soft_wrap=True)
+    for name, words in record["words"]["dropped"].items():
+        if words:
+            out.print(f"{len(words)} words of '{name}' are not one token here and were left out", style="dim")
+    _print_places(out, folder, record)
+
+
+def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
+    """One row per claimed head under a row for its role."""
+    columns = [(title, name) for title, name in HEAD_COLUMNS if name in heads and heads[name].notna().any()]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("role / head")
+    for title, _ in columns:
+        table.add_column(title, justify="right")
+    for title in ("primary metric", "value", "percentile", "q", "verdict"):
+        table.add_column(title, justify="left" if title in ("primary metric", "verdict") else "right")
+    indexed = heads.set_index(["layer", "head"])
+    for row in verdicts.to_dict("records"):
+        is_role = row["kind"] == "role"
+        values = ["" for _ in columns]
+        if not is_role:
+            metrics = indexed.loc[(int(row["layer"]), int(row["head"]))]
+            values = [_number(metrics[name]) for _, name in columns]
+        arrow = {"high": "↑", "low": "↓"}.get(row["prediction"] or "", "")
+        table.add_row(
+            Text(row["role"].replace("_", " "), style="bold") if is_role else f"  {int(row['layer'])}.{int(row['head'])}",
+            *values,
+            f"{row['primary'] or ''} {arrow}" if is_role else "",
+            _number(row["value"]),
+            "" if is_role else _percent(row["percentile"]),
+            _number(row["q"], digits=3),
+            Text(f"{row['verdict']}{' (mixed)' if row['flags'] == 'mixed' else ''}", style=STYLES.get(row["verdict"], "dim")),
+        )  # fmt: skip
+    return table
+
+
+def reasons(verdicts: pd.DataFrame) -> Iterable[str]:
+    """How to read the table, and why claims could not be tested, each reason once."""
+    yield ""
+    yield (
+        "value: of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). percentile: "
+        "among unclaimed heads of the layer."
+    )
+    yield (
+        "q: corrected p in the predicted direction, of the exact layer-stratified permutation (role) or against unclaimed "
+        "heads of nearby layers (head)."
+    )
+    untested = verdicts[verdicts["reason"] != ""]
+    for reason, rows in untested.groupby("reason", sort=False):
+        names = [
+            row["role"].replace("_", " ") if row["kind"] == "role" else f"{int(row['layer'])}.{int(row['head'])}"
+            for row in rows.to_dict("records")
+        ]
+        yield f"{rows['verdict'].iloc[0]} ({', '.join(names)}): {reason}"
+
+
+def layer_table(heads: pd.DataFrame) -> Table:
+    """Mean of the main metrics over the heads of each layer."""
+    columns = [(title, name) for title, name in HEAD_COLUMNS if name in heads and heads[name].notna().any()]
+    residual = [("OV copying (residual)", "ov_copying_residual"), ("QK matching (residual)", "qk_matching_residual")]
+    columns = columns if len(columns) > 1 else [*residual, *columns]
+    columns = [(title, name) for title, name in columns if name in heads]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("layer", *(title for title, _ in columns)):
+        table.add_column(title, justify="right")
+    for layer, rows in heads.groupby("layer"):
+        table.add_row(str(layer), *(_number(rows[name].mean()) for _, name in columns))
+    return table
+
+
+def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None:
+    tracking = read_tracking(folder)
+    results_dir = folder.parents[2]
+    out.print(f"\nrecord: {folder}", soft_wrap=True)
+    if tracking["status"] == "done" and tracking.get("directory"):
+        run = results_dir / tracking["directory"]
+        out.print(f"W&B (offline): {run}", soft_wrap=True)
+        sync = f"   wandb sync {shlex.quote(str(run))}"
+    elif tracking["status"] == "done":
+        sync = ""
+        out.print(f"W&B: run {tracking['run_id']}")
+    else:
+        sync = f"   python -m ovqk.tracking {shlex.quote(str(results_dir))}"
+        out.print("W&B: not tracked" + (f" ({tracking['reason']})" if "reason" in tracking else ""), soft_wrap=True)
+    out.print("next:")
+    out.print("   python run.py -m model=mini-attn task=ioi,sva,induction analysis=b03,qk   a sweep")
+    out.print(f"   python -c \"import ovqk; print(ovqk.load_results('{results_dir}')['heads'])\"", soft_wrap=True)
+    if sync:
+        out.print(sync, soft_wrap=True)
+
+
+def print_cell_line(outcome: Any, number: int, expected: int | None) -> None:
+    """One line for a cell of a sweep, as it ends."""
+    count = f"[{number + 1}/{expected}]" if expected else f"[{number + 1}]"
+    name = f"{outcome.model} / {outcome.task} / {outcome.analysis}"
+    style = {"done": "green", "cached": "dim", "failed": "red"}[outcome.status]
+    line = Text(f"{count} {name}  ")
+    line.append(outcome.status, style=style)
+    line.append(f"  {outcome.seconds:.1f} s")
+    if outcome.error:
+        line.append(f"  {outcome.error}")
+    _console().print(line, soft_wrap=True)
+
+
+def print_sweep(outcomes: Sequence[Mapping[str, Any]], expected: int | None, results_dir: Path) -> None:
+    """The comparison over the sweep's cells, then done / cached / failed / missing with the messages."""
+    out = _console()
+    table = comparison_table([Path(outcome["folder"]) for outcome in outcomes if outcome["folder"]])
+    if table.row_count:
+        out.print()
+        out.print(table)
+    counts = {status: sum(o["status"] == status for o in outcomes) for status in ("done", "cached", "failed")}
+    missing = max(0, (expected or 0) - len(outcomes))
+    out.print(f"\n{', '.join(f'{n} {status}' for status, n in counts.items())}, {missing} missing; results in {results_dir}", soft_wrap=True)  # fmt: skip
+    for outcome in outcomes:
+        if outcome["status"] == "failed":
+            name = f"{outcome['model']} / {outcome['task']} / {outcome['analysis']}"
+            out.print(Text(f"failed: {name}: {outcome['error']}", style="red"), soft_wrap=True)
+
+
+def comparison_table(folders: Sequence[Path]) -> Table:
+    """One row per cell and role: how well the claimed heads stand out, and the verdict."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("model", "task", "analysis", "role", "heads", "primary metric", "AUC in layer", "p", "verdict", "of its heads"):
+        table.add_column(title, justify="right" if title in ("AUC in layer", "p", "heads") else "left")
+    for folder in folders:
+        record, verdicts = read_record(folder), load_table(folder, "verdicts")
+        if record is None:
+            continue
+        place = [record["model"], record["task"], record["analysis"]]
+        if verdicts is None:
+            table.add_row(*place, Text("no claims", style="dim"))
+            continue
+        for row in verdicts[verdicts["kind"] == "role"].to_dict("records"):
+            own = verdicts[(verdicts["kind"] == "head") & (verdicts["role"] == row["role"])]
+            counts = own["verdict"].value_counts()
+            table.add_row(
+                *place,
+                row["role"].replace("_", " "),
+                str(len(own)),
+                row["primary"] or "",
+                _number(row["effect"]),
+                _number(row["p"], digits=3),
+                Text(row["verdict"], style=STYLES.get(row["verdict"], "dim")),
+                ", ".join(f"{n} {verdict}" for verdict, n in counts.items()),
+            )
+    return table
+
+
+def grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reason -> the metrics it holds for."""
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def _number(value: Any, digits: int = 2) -> str:
+    if value is None or not math.isfinite(value):
+        return ""
+    return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _percent(value: Any) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.0%}"
