@@ -75,9 +75,7 @@ def top_shares(
     return ((above < TOP) * alive).mean(-1), ((below < TOP) * alive).mean(-1)
 
 
-def subspace(
-    rows: Float[Tensor, "word d_model"], band: Float[Tensor, "token d_model"]
-) -> Float[Tensor, "r d_model"]:
+def subspace(rows: Float[Tensor, "word d_model"], band: Float[Tensor, "token d_model"]) -> Float[Tensor, "r d_model"]:
     """Orthonormal basis of the span of a set's rows, centred by the mean of its matched band, at 90 % of the energy.
 
     The set's own mean would take out what the set has in common.

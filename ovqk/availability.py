@@ -6,6 +6,9 @@ from ovqk.readouts import CONTRAST_METRICS, SET_METRICS, Readout
 from ovqk.vocabulary import Block0, Vocabulary
 from ovqk.weights import Architecture
 
+NO_EMBEDDING = "the checkpoint has no token embedding"
+NOT_APPLICABLE = "not applicable: "
+"""Begins the reasons that lie in the kind of model or task, and not in something that is missing."""
 MIN_POSITIONS = 4  # fewer leave no degree of freedom for an offset fit
 
 
@@ -17,6 +20,7 @@ def unavailable_metrics(
     block0: Block0 | str,
     readout: Readout | None,
     no_words: str,
+    why_no_embedding: str,
 ) -> dict[str, str]:
     """Metric -> reason, for the metrics of these circuits that no head can have.
 
@@ -28,8 +32,9 @@ def unavailable_metrics(
         block0: the effective embedding of later layers, or why there is none.
         readout: the task's first variable; None where no word is read.
         no_words: why there is no readout.
+        why_no_embedding: why there is no vocabulary, where there is none.
     """
-    no_embedding = "the checkpoint has no token embedding" if vocabulary is None else None
+    no_embedding = why_no_embedding if vocabulary is None else None
     no_unembedding = no_embedding
     if vocabulary is not None and vocabulary.W_U is None:
         no_unembedding = "the checkpoint has no unembedding"
@@ -61,13 +66,13 @@ def unavailable_metrics(
         if isinstance(block0, str):
             reasons.setdefault("qk_matching_block0", block0)
         elif architecture.n_layers == 1:
-            reasons.setdefault("qk_matching_block0", "the model has no layer after the first")
+            reasons.setdefault("qk_matching_block0", f"{NOT_APPLICABLE}the model has no layer after the first")
     if readout is not None:
         contrast = readout.variable.kind is VariableKind.contrast
         for name in SET_METRICS if contrast else CONTRAST_METRICS:
             if METRICS[name].circuit in circuits:
                 kind = readout.variable.kind.value
-                reasons.setdefault(name, f"the task's variable '{readout.variable.name}' is a {kind}")
+                reasons.setdefault(name, f"{NOT_APPLICABLE}the task's variable '{readout.variable.name}' is a {kind}")
         if not any(readout.side(layer) for layer in range(architecture.n_layers)):
             for name in metric_names(circuits):
                 if "task" in METRICS[name].needs:
@@ -88,6 +93,6 @@ def _position_reasons(architecture: Architecture, n_positions: int | None) -> di
     missing = "the checkpoint has no position embedding" if kind == "learned" and n_positions is None else None
     return {
         "positions": unknown or missing,
-        "learned": missing if kind == "learned" else unknown or f"the model has {kind} positions",
-        "rotary": None if kind == "rotary" else unknown or f"the model has {kind} positions",
+        "learned": missing if kind == "learned" else unknown or f"{NOT_APPLICABLE}the model has {kind} positions",
+        "rotary": None if kind == "rotary" else unknown or f"{NOT_APPLICABLE}the model has {kind} positions",
     }

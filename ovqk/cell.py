@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
+from hydra.conf import HydraConf
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -39,7 +40,7 @@ class Outcome:
     error: str | None = None
 
 
-def run_job(config: DictConfig, hydra: DictConfig) -> None:
+def run_job(config: DictConfig, hydra: HydraConf) -> None:
     """Run the cell that Hydra composed.
 
     A single run prints the cell's tables, and ends in a message (SystemExit) on a user's mistake or in a traceback on
@@ -107,7 +108,12 @@ def run_cell(cell: Config, started: float | None = None) -> Outcome:
 
 
 def compute(
-    cell: Config, checkpoint: Checkpoint, content: dict[str, Any], identifier: str, folder: Path, started: float
+    cell: Config,
+    checkpoint: Checkpoint,
+    content: dict[str, Any],
+    identifier: str,
+    folder: Path,
+    started: float,
 ) -> None:
     """Decompose the model's heads and write the record.
 

@@ -180,15 +180,14 @@ def _open_hub(model: ModelConfig, timeout: float) -> Checkpoint:
         RevisionNotFoundError,
     )
 
-    if not model.repo:
+    repository = model.repo
+    if not repository:
         raise UserError(f"model.repo: not set for model={model.name}. source=hub needs repo: OWNER/NAME.")
     label = f"model={model.name} ({model.repo}@{model.revision})"
 
     def fetch(filename: str) -> Path:
         return Path(
-            huggingface_hub.hf_hub_download(
-                model.repo, filename, revision=model.revision, etag_timeout=timeout
-            )
+            huggingface_hub.hf_hub_download(repository, filename, revision=model.revision, etag_timeout=timeout)
         )
 
     def fetch_if_there(filename: str) -> Path | None:
@@ -211,7 +210,9 @@ def _open_hub(model: ModelConfig, timeout: float) -> Checkpoint:
         for name in TOKENIZER_FILES:
             fetch_if_there(name)
     except GatedRepoError as error:
-        raise UserError(f"{label}: the repository is gated. Accept its licence and log in with `hf auth login`.") from error
+        raise UserError(
+            f"{label}: the repository is gated. Accept its licence and log in with `hf auth login`."
+        ) from error
     except RevisionNotFoundError as error:
         raise UserError(f"{label}: model.revision={model.revision} does not exist in the repository.") from error
     except RepositoryNotFoundError as error:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ovqk.availability import NOT_APPLICABLE
 from ovqk.record import read_record, read_tracking
 from ovqk.results import load_table
 
@@ -53,6 +54,8 @@ def print_cell(folder: Path, cached: bool) -> None:
         for line in reasons(verdicts):
             out.print(line, style="dim")
     for reason, names in grouped(record["unavailable"]).items():
+        if reason.startswith(NOT_APPLICABLE):
+            continue
         out.print(f"unavailable ({reason}): {', '.join(names)}", style="dim", soft_wrap=True)
     for note in record["notes"]:
         out.print(f"note: {note}", style="dim", soft_wrap=True)
@@ -76,18 +79,20 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
         is_role = row["kind"] == "role"
         values = ["" for _ in columns]
         if not is_role:
-            metrics = indexed.loc[(int(row["layer"]), int(row["head"]))]
-            values = [_number(metrics[name]) for _, name in columns]
+            head = (int(row["layer"]), int(row["head"]))
+            values = [_number(indexed.at[head, name]) for _, name in columns]
         arrow = {"high": "↑", "low": "↓"}.get(row["prediction"] or "", "")
+        verdict = f"{row['verdict']}{' (mixed)' if row['flags'] == 'mixed' else ''}"
+        name = row["role"].replace("_", " ") if is_role else f"  {int(row['layer'])}.{int(row['head'])}"
         table.add_row(
-            Text(row["role"].replace("_", " "), style="bold") if is_role else f"  {int(row['layer'])}.{int(row['head'])}",
+            Text(name, style="bold" if is_role else ""),
             *values,
             f"{row['primary'] or ''} {arrow}" if is_role else "",
             _number(row["value"]),
             "" if is_role else _percent(row["percentile"]),
             _number(row["q"], digits=3),
-            Text(f"{row['verdict']}{' (mixed)' if row['flags'] == 'mixed' else ''}", style=STYLES.get(row["verdict"], "dim")),
-        )  # fmt: skip
+            Text(verdict, style=STYLES.get(row["verdict"], "dim")),
+        )
     return table
 
 
@@ -95,12 +100,12 @@ def reasons(verdicts: pd.DataFrame) -> Iterable[str]:
     """How to read the table, and why claims could not be tested, each reason once."""
     yield ""
     yield (
-        "value: of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). percentile: "
-        "among unclaimed heads of the layer."
+        "value: of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). "
+        "percentile: among unclaimed heads of the layer."
     )
     yield (
-        "q: corrected p in the predicted direction, of the exact layer-stratified permutation (role) or against unclaimed "
-        "heads of nearby layers (head)."
+        "q: corrected p in the predicted direction, of the exact layer-stratified permutation (role) or against "
+        "unclaimed heads of nearby layers (head)."
     )
     untested = verdicts[verdicts["reason"] != ""]
     for reason, rows in untested.groupby("reason", sort=False):
@@ -114,7 +119,10 @@ def reasons(verdicts: pd.DataFrame) -> Iterable[str]:
 def layer_table(heads: pd.DataFrame) -> Table:
     """Mean of the main metrics over the heads of each layer."""
     columns = [(title, name) for title, name in HEAD_COLUMNS if name in heads and heads[name].notna().any()]
-    residual = [("OV copying (residual)", "ov_copying_residual"), ("QK matching (residual)", "qk_matching_residual")]
+    residual = [
+        ("OV copying (residual)", "ov_copying_residual"),
+        ("QK matching (residual)", "qk_matching_residual"),
+    ]
     columns = columns if len(columns) > 1 else [*residual, *columns]
     columns = [(title, name) for title, name in columns if name in heads]
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -168,7 +176,8 @@ def print_sweep(outcomes: Sequence[Mapping[str, Any]], expected: int | None, res
         out.print(table)
     counts = {status: sum(o["status"] == status for o in outcomes) for status in ("done", "cached", "failed")}
     missing = max(0, (expected or 0) - len(outcomes))
-    out.print(f"\n{', '.join(f'{n} {status}' for status, n in counts.items())}, {missing} missing; results in {results_dir}", soft_wrap=True)  # fmt: skip
+    done = ", ".join(f"{n} {status}" for status, n in counts.items())
+    out.print(f"\n{done}, {missing} missing; results in {results_dir}", soft_wrap=True)
     for outcome in outcomes:
         if outcome["status"] == "failed":
             name = f"{outcome['model']} / {outcome['task']} / {outcome['analysis']}"
@@ -178,7 +187,18 @@ def print_sweep(outcomes: Sequence[Mapping[str, Any]], expected: int | None, res
 def comparison_table(folders: Sequence[Path]) -> Table:
     """One row per cell and role: how well the claimed heads stand out, and the verdict."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("model", "task", "analysis", "role", "heads", "primary metric", "AUC in layer", "p", "verdict", "of its heads"):
+    for title in (
+        "model",
+        "task",
+        "analysis",
+        "role",
+        "heads",
+        "primary metric",
+        "AUC in layer",
+        "p",
+        "verdict",
+        "of its heads",
+    ):
         table.add_column(title, justify="right" if title in ("AUC in layer", "p", "heads") else "left")
     for folder in folders:
         record, verdicts = read_record(folder), load_table(folder, "verdicts")

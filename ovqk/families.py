@@ -122,6 +122,7 @@ class NativeWeights:
 
     loaded_by: Literal["families", "bridge"] = "families"
     foldable = True
+    no_vocabulary: str | None = None
 
     def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
         """Index the checkpoint.
@@ -287,6 +288,7 @@ class TransformerLensWeights:
 
     loaded_by: Literal["families", "bridge"] = "families"
     foldable = True
+    no_vocabulary: str | None = None
 
     def __init__(self, checkpoint: Checkpoint, n_ctx: int | None, causal: bool | None) -> None:
         """Read the architecture off the shapes.
@@ -328,11 +330,11 @@ class TransformerLensWeights:
     def layer(self, index: int) -> LayerWeights:
         """The raw attention weights of a layer."""
         W_Q, W_K, W_V, W_O = (self._read(f"blocks.{index}.attn.W_{part}") for part in "QKVO")
-        biases = [
+        b_Q, b_K, b_V = (
             self._optional(f"blocks.{index}.attn.b_{part}", weight[:, 0])
             for part, weight in zip("QKV", (W_Q, W_K, W_V), strict=True)
-        ]
-        return LayerWeights(index, W_Q, W_K, W_V, W_O, *biases, norm=self._norm(f"blocks.{index}.ln1"))
+        )
+        return LayerWeights(index, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, norm=self._norm(f"blocks.{index}.ln1"))
 
     def embeddings(self) -> EmbeddingWeights:
         """The raw embeddings; None for what the file does not hold."""
@@ -361,9 +363,7 @@ class TransformerLensWeights:
         return Norm(self.architecture.norm, self._read(f"{name}.w"), bias)
 
 
-def _split_heads(
-    weight: Float[Tensor, "d_model columns"], n_heads: int
-) -> Float[Tensor, "head d_model d_head"]:
+def _split_heads(weight: Float[Tensor, "d_model columns"], n_heads: int) -> Float[Tensor, "head d_model d_head"]:
     """Columns [d_model, head * d_head] to one block per head."""
     return weight.reshape(weight.shape[0], n_heads, -1).transpose(0, 1).contiguous()
 

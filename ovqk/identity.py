@@ -51,7 +51,12 @@ def resolve(config: DictConfig) -> Config:
 
 
 def _check(config: Config) -> None:
-    for key, label in (("model.name", config.model.name), ("task.name", config.task.name), ("analysis.name", config.analysis.name)):  # fmt: skip
+    labels = {
+        "model.name": config.model.name,
+        "task.name": config.task.name,
+        "analysis.name": config.analysis.name,
+    }
+    for key, label in labels.items():
         if not LABEL.fullmatch(label) or len(label) > 100:
             raise UserError(
                 f"{key}={label!r}: allowed are up to 100 letters, digits, '.', '_', '+' and '-', the first a letter or "
@@ -66,9 +71,8 @@ def _check(config: Config) -> None:
         )
     if config.hub_timeout <= 0:
         raise UserError(f"hub_timeout={config.hub_timeout}: must be a positive number of seconds.")
-    for key, value in (("model.n_ctx", config.model.n_ctx),):
-        if value is not None and value < 1:
-            raise UserError(f"{key}={value}: must be a positive number of tokens.")
+    if config.model.n_ctx is not None and config.model.n_ctx < 1:
+        raise UserError(f"model.n_ctx={config.model.n_ctx}: must be a positive number of tokens.")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed}: must be in 0 .. 2^32 - 1.")
     if config.model.trust_remote_code and not COMMIT.fullmatch(config.model.revision):
@@ -131,7 +135,8 @@ def tracking_mode(config: Config, wandb_mode: str | None) -> TrackingMode:
     """
     if config.tracking.mode is TrackingMode.none or not wandb_mode:
         return config.tracking.mode
-    modes = {"online": TrackingMode.online, "offline": TrackingMode.offline, "disabled": TrackingMode.none, "dryrun": TrackingMode.offline}  # fmt: skip
+    modes = {mode.value: mode for mode in (TrackingMode.online, TrackingMode.offline)}
+    modes |= {"dryrun": TrackingMode.offline, "disabled": TrackingMode.none}
     if wandb_mode not in modes:
         raise UserError(f"WANDB_MODE={wandb_mode}: allowed: {', '.join(modes)}.")
     return modes[wandb_mode]

@@ -39,10 +39,24 @@ def _spectral(circuit: Literal["ov", "qk"]) -> list[Metric]:
     matrix = "W_OV" if circuit == "ov" else "W_QK"
     residual_ratio = "copying_residual" if circuit == "ov" else "matching_residual"
     rows: list[tuple[str, str, str, float | None, float | None, str]] = [
-        (residual_ratio, "eigenvalue sign, residual space", "sum lambda / sum |lambda|", -1, 1, "Elhage et al. 2021"),
+        (
+            residual_ratio,
+            "eigenvalue sign, residual space",
+            "sum lambda / sum |lambda|",
+            -1,
+            1,
+            "Elhage et al. 2021",
+        ),
         ("symmetry", "symmetry", "tr(M M) / |M|_F^2", -1, 1, "Saponati et al. 2025"),
         ("skew_rotation", "rotation", "sum |Im lambda| / sum |lambda|", 0, 1, ""),
-        ("nonnormality", "departure from normality", "sqrt(|M|_F^2 - sum |lambda|^2) / |M|_F", 0, 1, "Henrici 1962"),
+        (
+            "nonnormality",
+            "departure from normality",
+            "sqrt(|M|_F^2 - sum |lambda|^2) / |M|_F",
+            0,
+            1,
+            "Henrici 1962",
+        ),
         ("frobenius_norm", "Frobenius norm", "sqrt(sum sigma^2)", 0, None, ""),
         ("spectral_norm", "spectral norm", "sigma_1", 0, None, ""),
         ("stable_rank", "stable rank", "sum sigma^2 / sigma_1^2", 0, None, "Rudelson & Vershynin 2007"),

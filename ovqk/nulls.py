@@ -113,9 +113,7 @@ def role_rows(predicted: Predicted, claims: Claims, architecture: Architecture, 
     return rows
 
 
-def head_rows(
-    predicted: Predicted, head: Head, claims: Claims, architecture: Architecture
-) -> list[dict[str, Any]]:
+def head_rows(predicted: Predicted, head: Head, claims: Claims, architecture: Architecture) -> list[dict[str, Any]]:
     """The head's rows under `layer` (its place among the layer's unclaimed heads) and `depth`."""
     layer, _ = head
     signed = predicted.sign * predicted.values

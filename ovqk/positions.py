@@ -2,7 +2,8 @@
 what it is. A measured answer beside the seed page's reading of symmetry (definitions: section 4).
 
 All on folded weights, for the head's bilinear form on its direct path: for layers >= 1 what earlier heads move into
-the residual stream is not in it, and with learned positions the norm's joint scale of embedding and position is ignored.
+the residual stream is not in it, and with learned positions the norm's joint scale of embedding and position is
+ignored.
 """
 
 from dataclasses import dataclass
@@ -147,25 +148,31 @@ class PositionScores:
     """What the position-position scores s_ij (query i, key j <= i) of a layer say, per head.
 
     Attributes:
-        offset_r2: adjusted R^2 of s_ij = a_i + f(i - j), relative to row means; None where T < 4.
+        offset_r2: adjusted R^2 of s_ij = a_i + f(i - j), relative to row means.
         previous_auc: mean over i >= 2 of the share of j <= i, j != i - 1, with s_ij below s_{i,i-1}.
         by_offset: mean score at each offset 0..T-1.
     """
 
-    offset_r2: Float[Tensor, " head"] | None
-    previous_auc: Float[Tensor, " head"] | None
+    offset_r2: Float[Tensor, " head"]
+    previous_auc: Float[Tensor, " head"]
     by_offset: Float[Tensor, "head offset"]
 
 
 def learned_position_scores(
     weights: LayerWeights, architecture: Architecture, W_pos: Float[Tensor, "n_ctx d_model"]
 ) -> PositionScores:
-    """Offset profile, offset R^2 and previous-token AUC of the scores between centred position embeddings."""
+    """Offset profile, offset R^2 and previous-token AUC of the scores between centred position embeddings.
+
+    Raises:
+        ValueError: fewer than 4 positions leave no degree of freedom for the fit.
+    """
     T = W_pos.shape[0]
+    if T < 4:
+        raise ValueError(f"an offset fit needs at least 4 positions, not {T}")
     positions = W_pos.double() - W_pos.double().mean(0)
     queries = positions @ weights.W_Q.double()  # [head, T, d_head]
     keys = (positions @ weights.W_K.double())[architecture.kv_of_head.to(W_pos.device)]
-    solver = _offset_design(T) if T >= 4 else None
+    solver = _offset_design(T)
     r2, auc, profiles = [], [], []
     for query, key in zip(queries, keys, strict=True):  # one head at a time: s is [T, T]
         scores = (query @ key.T).tril()
@@ -173,22 +180,16 @@ def learned_position_scores(
         centred = (scores - (scores.sum(1) / counts)[:, None]).tril()
         by_diagonal = _diagonal_sums(centred)
         profiles.append(_diagonal_sums(scores) / counts.flip(0))
-        if solver is not None:
-            total = centred.square().sum()
-            explained = by_diagonal @ solver.to(scores.device) @ by_diagonal
-            entries = T * (T + 1) // 2
-            adjust = (entries - T) / (entries - 2 * T + 1)
-            r2.append(1 - (1 - explained / total) * adjust if total > 0 else torch.zeros_like(total))
-        if T >= 3:
-            previous = scores.diagonal(-1)[1:, None]  # s(i, i-1) for i = 2..T-1
-            rows = scores[2:]
-            below = ((rows < previous).double() + 0.5 * (rows == previous)).tril(2)
-            auc.append(((below.sum(1) - 0.5) / counts[1:-1]).mean())  # less the tie of i-1 with itself
-    return PositionScores(
-        offset_r2=torch.stack(r2) if r2 else None,
-        previous_auc=torch.stack(auc) if auc else None,
-        by_offset=torch.stack(profiles),
-    )
+        total = centred.square().sum()
+        explained = by_diagonal @ solver.to(scores.device) @ by_diagonal
+        entries = T * (T + 1) // 2
+        adjust = (entries - T) / (entries - 2 * T + 1)
+        r2.append(1 - (1 - explained / total) * adjust if total > 0 else torch.zeros_like(total))
+        previous = scores.diagonal(-1)[1:, None]  # s(i, i-1) for i = 2..T-1
+        rows = scores[2:]
+        below = ((rows < previous).double() + 0.5 * (rows == previous)).tril(2)
+        auc.append(((below.sum(1) - 0.5) / counts[1:-1]).mean())  # less the tie of i-1 with itself
+    return PositionScores(torch.stack(r2), torch.stack(auc), torch.stack(profiles))
 
 
 def _offset_design(T: int) -> Float[Tensor, "offset offset"]:
@@ -207,16 +208,12 @@ def _diagonal_sums(lower: Float[Tensor, "T T"]) -> Float[Tensor, " T"]:
     T = lower.shape[0]
     offsets = torch.arange(T, device=lower.device)
     index = (offsets[:, None] - offsets[None, :]).clamp_min(0)
-    return torch.zeros(T, dtype=lower.dtype, device=lower.device).scatter_add_(
-        0, index.flatten(), lower.flatten()
-    )
+    return torch.zeros(T, dtype=lower.dtype, device=lower.device).scatter_add_(0, index.flatten(), lower.flatten())
 
 
 def _query_key_moments(
     weights: LayerWeights, architecture: Architecture, tokens: Moments
-) -> tuple[
-    Float[Tensor, "head d_head d_head"], Float[Tensor, "head d_head"], Float[Tensor, "head d_head d_head"]
-]:
+) -> tuple[Float[Tensor, "head d_head d_head"], Float[Tensor, "head d_head"], Float[Tensor, "head d_head d_head"]]:
     kv = architecture.kv_of_head.to(weights.W_K.device)
     W_Q, W_K = weights.W_Q.double(), weights.W_K.double()[kv]
     q_mean = tokens.mean @ W_Q + weights.b_Q.double()
@@ -236,9 +233,7 @@ def _conjugate(
     return rotary.rotate(half.mT, cos, -sin)  # (R Sigma) R^T, as (Sigma R^T)^T = R Sigma
 
 
-def _quadratic(
-    x: Float[Tensor, "*batch d_head"], S: Float[Tensor, "*#batch d_head d_head"]
-) -> Float[Tensor, "*batch"]:
+def _quadratic(x: Float[Tensor, "*batch d_head"], S: Float[Tensor, "*#batch d_head d_head"]) -> Float[Tensor, "*batch"]:
     return ((x[..., None, :] @ S)[..., 0, :] * x).sum(-1)
 
 

@@ -1,6 +1,7 @@
 """What a causal variable looks like to each layer, and what each head does with it.
 
-Layer 0 reads the embedding; later layers read the `block0` effective embedding, unless the analysis chooses one for all.
+Layer 0 reads the embedding; later layers read the `block0` effective embedding, unless the analysis chooses one for
+all.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,15 @@ from ovqk.tasks import Variable
 from ovqk.vocabulary import Block0, Vocabulary
 from ovqk.weights import Architecture, normalise
 
-SET_METRICS = ("ov_task_auc", "ov_task_auc_raw", "ov_task_copy", "ov_task_suppress", "qk_task_auc", "qk_task_auc_raw", "qk_task_auc_unembed")  # fmt: skip
+SET_METRICS = (
+    "ov_task_auc",
+    "ov_task_auc_raw",
+    "ov_task_copy",
+    "ov_task_suppress",
+    "qk_task_auc",
+    "qk_task_auc_raw",
+    "qk_task_auc_unembed",
+)
 CONTRAST_METRICS = ("ov_task_transfer", "ov_task_read")
 
 
@@ -138,9 +147,7 @@ class Readout:
         return alignment.subspace(columns[0], W_U[:, self.variable.band.to(W_U.device)].T)
 
 
-def block0_matching(
-    decomposition: Decomposition, gram: Float[Tensor, "d_model d_model"]
-) -> Float[Tensor, " head"]:
+def block0_matching(decomposition: Decomposition, gram: Float[Tensor, "d_model d_model"]) -> Float[Tensor, " head"]:
     """`qk_matching_block0`: the trace ratio of the full QK circuit over block 0 effective embeddings."""
     eigen = spectra.eigenvalues(spectra.core(decomposition, gram))
     sigma = spectra.full_circuit_singular_values(decomposition, gram, gram)

@@ -23,7 +23,19 @@ from ovqk.config import Config
 from ovqk.identity import SCHEMA_VERSION, plain
 
 RECORD = "record.json"
-PACKAGES = ("ovqk", "torch", "transformer-lens", "transformers", "hydra-core", "wandb", "numpy", "pandas", "pyarrow", "safetensors", "tokenizers")  # fmt: skip
+PACKAGES = (
+    "ovqk",
+    "torch",
+    "transformer-lens",
+    "transformers",
+    "hydra-core",
+    "wandb",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "safetensors",
+    "tokenizers",
+)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Records as DataFrames: every table of every done cell under a results folder, with the cell's coordinates as columns."""
+"""Records as DataFrames: every table of every done cell under a results folder, with its coordinates as columns."""
 
 from collections.abc import Iterator
 from pathlib import Path

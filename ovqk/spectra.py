@@ -1,7 +1,8 @@
 """Eigenvalues, singular values and everything read off them, through cores of d_head x d_head.
 
-With the thin singular value decomposition M = U S V^T of each head (QR of both factors, then an SVD of d_head x d_head),
-the balanced factors U sqrt(S) and sqrt(S) V^T depend on M alone and not on the head's gauge. For any matrix G
+With the thin singular value decomposition M = U S V^T of each head (QR of both factors, then an SVD of
+d_head x d_head), the balanced factors U sqrt(S) and sqrt(S) V^T depend on M alone and not on the head's gauge. For any
+matrix G
 
     the nonzero eigenvalues of  M G  are those of the core  sqrt(S) V^T G U sqrt(S)
 
@@ -113,9 +114,7 @@ def guarded(
     return torch.where(small, torch.zeros_like(numerator), numerator / torch.where(small, 1.0, denominator))
 
 
-def trace_ratio(
-    eigen: Complex[Tensor, "head k"], scale: Float[Tensor, " head"]
-) -> Float[Tensor, " head"]:
+def trace_ratio(eigen: Complex[Tensor, "head k"], scale: Float[Tensor, " head"]) -> Float[Tensor, " head"]:
     """sum lambda / sum |lambda|, in [-1, 1]: the copying score of Elhage et al. 2021 on a full OV circuit."""
     return guarded(eigen.real.sum(-1), eigen.abs().sum(-1), scale)
 
@@ -165,9 +164,7 @@ def _entropy(shares: Float[Tensor, "head k"]) -> Float[Tensor, " head"]:
     return -torch.xlogy(shares, shares).sum(-1)
 
 
-def vocabulary_symmetry(
-    decomposition: Decomposition, gram: Float[Tensor, "d_model d_model"]
-) -> Float[Tensor, " head"]:
+def vocabulary_symmetry(decomposition: Decomposition, gram: Float[Tensor, "d_model d_model"]) -> Float[Tensor, " head"]:
     """tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G): how symmetric the attention between tokens is, in [-1, 1]."""
     left, right = decomposition.balanced_left, decomposition.balanced_right
     cores = right @ gram @ left

@@ -81,7 +81,11 @@ def stratified_permutation(strata: Sequence[Stratum], seed: int) -> Permutation:
     if total <= EXACT_LABELINGS:
         sums = _convolve(per_layer)
         values, counts = np.array(list(sums)), np.array(list(sums.values()))
-        at_least, at_most, labelings = counts[values >= observed].sum(), counts[values <= observed].sum(), total
+        at_least, at_most, labelings = (
+            counts[values >= observed].sum(),
+            counts[values <= observed].sum(),
+            total,
+        )
         below = counts[values < observed].sum() + 0.5 * counts[values == observed].sum()
     else:
         values = _draw(per_layer, seed)
@@ -125,7 +129,7 @@ def _group_labelings(groups: Sequence[NDArray[np.int64]], counts: Sequence[int])
         for left, sums in states.items():
             for index, choice in enumerate(choices):
                 if left[index]:
-                    state = left[:index] + (left[index] - 1,) + left[index + 1 :]
+                    state = (*left[:index], left[index] - 1, *left[index + 1 :])
                     into = following.setdefault(state, {})
                     for value, ways in _convolve([sums, choice]).items():
                         into[value] = into.get(value, 0) + ways
@@ -154,7 +158,7 @@ def _draw(per_layer: Sequence[Distribution], seed: int) -> NDArray[np.int64]:
 
 
 def within_layer_auc(strata: Sequence[Stratum]) -> float:
-    """Probability that a claimed head exceeds an unclaimed one of its layer (ties half), over all such pairs; nan without any."""
+    """Probability that a claimed head exceeds an unclaimed one of its layer (ties half); nan without such pairs."""
     above = pairs = 0.0
     for stratum in strata:
         claimed, others = stratum.values[stratum.claimed], stratum.values[~stratum.claimed]

@@ -181,7 +181,7 @@ class _Lookup:
             if len(encoding.ids) != 1 or encoding.ids[0] >= self.n_tokens:
                 continue
             token = self.tokenizer.id_to_token(encoding.ids[0])
-            if token == self.unknown or (self.marks_spaces and not token.startswith(WORD_STARTS)):
+            if token is None or token == self.unknown or (self.marks_spaces and not token.startswith(WORD_STARTS)):
                 continue
             return encoding.ids[0]
         return None

@@ -20,9 +20,20 @@ from ovqk.results import cell_folders, load_table
 
 MAX_TABLE_ROWS = 10_000  # W&B cuts longer tables; the full ones stay in Parquet
 LAYER_CURVES = (
-    "ov_copying", "qk_matching", "qk_matching_block0", "ov_symmetry", "qk_symmetry", "qk_symmetry_vocab", "qk_positional_share",
-    "qk_prev_auc", "ov_effective_rank", "qk_effective_rank", "ov_task_auc", "qk_task_auc", "ov_task_alignment",
-)  # fmt: skip
+    "ov_copying",
+    "qk_matching",
+    "qk_matching_block0",
+    "ov_symmetry",
+    "qk_symmetry",
+    "qk_symmetry_vocab",
+    "qk_positional_share",
+    "qk_prev_auc",
+    "ov_effective_rank",
+    "qk_effective_rank",
+    "ov_task_auc",
+    "qk_task_auc",
+    "ov_task_alignment",
+)
 
 
 def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str, entity: str | None) -> str | None:
@@ -41,7 +52,7 @@ def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str
     except Exception as error:  # whatever W&B raises, the result is safe in its record
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         write_tracking(folder, {"status": "failed", "mode": mode.value, "run_id": identifier, "reason": reason})
-        return f"{record['model']} {record['task']} {record['analysis']} was computed and recorded, but not tracked ({reason})."
+        return f"{run_name(record)} was computed and recorded, but not tracked ({reason})."
     content = {"status": "done", "mode": mode.value, "run_id": identifier}
     write_tracking(folder, content | ({"directory": directory} if directory else {}))
     return None
@@ -52,6 +63,11 @@ def run_id(record: dict[str, Any]) -> str:
     wall = record["provenance"]["wall_seconds"]
     text = f"{record['cell_id']} {wall} {record['provenance']['peak_memory_mb']}"
     return f"{record['cell_id']}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def run_name(record: dict[str, Any]) -> str:
+    """What W&B shows."""
+    return f"{record['model']} {record['task']} {record['analysis']}"
 
 
 def _log(
@@ -84,7 +100,7 @@ def _log(
         entity=entity,
         dir=str(results_dir),
         id=identifier,
-        name=f"{record['model']} {record['task']} {record['analysis']}",
+        name=run_name(record),
         group=record["sweep"] or record["cell_id"],
         job_type=record["analysis"],
         tags=[record["model"], record["task"], record["analysis"]],

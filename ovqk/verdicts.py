@@ -82,7 +82,7 @@ def judge(
         verdict = "partial"
     else:
         verdict = "unsupported"
-    first = (testable or primary or [None])[0]
+    first = next(iter(testable or primary), None)
     return {
         "kind": subject.kind,
         "role": subject.role,
@@ -111,9 +111,7 @@ def _sizes(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{heads} among {row['n_others']} others"
 
 
-def _statement(
-    verdict: str, predicted: Sequence[Predicted], row: Mapping[str, Any] | None, why: str
-) -> str:
+def _statement(verdict: str, predicted: Sequence[Predicted], row: Mapping[str, Any] | None, why: str) -> str:
     if verdict not in MEANS or row is None:
         return f"Nothing: {why}."
     evidence = f"q = {row['q']:.2g}, above {row['effect']:.0%} of them in the predicted direction"

@@ -70,9 +70,7 @@ def read_vocabulary(embeddings: EmbeddingWeights, n_tokens: int | None) -> Vocab
     return Vocabulary(W_E, W_U, _mean_rows(W_E), gram_embed, gram_cross, gram_unembed)
 
 
-def centred_gram(
-    a: Float[Tensor, "token d_a"], b: Float[Tensor, "token d_b"]
-) -> Float[Tensor, "d_a d_b"]:
+def centred_gram(a: Float[Tensor, "token d_a"], b: Float[Tensor, "token d_b"]) -> Float[Tensor, "d_a d_b"]:
     """a^T C b in float64, with products in the inputs' own precision over blocks of tokens."""
     mean_a, mean_b = _mean_rows(a), _mean_rows(b)
     total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)

@@ -30,7 +30,10 @@ class Rotary:
     interleaved: bool = False
 
     def rotate(
-        self, x: Float[Tensor, "*#batch d_head"], cos: Float[Tensor, "*#batch pair"], sin: Float[Tensor, "*#batch pair"]
+        self,
+        x: Float[Tensor, "*#batch d_head"],
+        cos: Float[Tensor, "*#batch pair"],
+        sin: Float[Tensor, "*#batch pair"],
     ) -> Float[Tensor, "*batch d_head"]:
         """x R for the rotation with these cosines and sines (their means give the mean rotation)."""
         rotary_dim = 2 * self.inverse_frequencies.numel()
@@ -146,6 +149,8 @@ class WeightSource(Protocol):
     loaded_by: Literal["families", "bridge"]
     foldable: bool
     """False where the norms are not the plain pre-norm kind, so that folding would be wrong."""
+    no_vocabulary: str | None
+    """Why `embeddings` gives no W_E; None where it gives one, or where the checkpoint simply holds none."""
     notes: list[str]
 
     def layer(self, index: int) -> LayerWeights:
@@ -161,9 +166,7 @@ class WeightSource(Protocol):
         ...
 
 
-def normalise(
-    x: Float[Tensor, "*batch d_model"], kind: NormKind, eps: float
-) -> Float[Tensor, "*batch d_model"]:
+def normalise(x: Float[Tensor, "*batch d_model"], kind: NormKind, eps: float) -> Float[Tensor, "*batch d_model"]:
     """The norm without gain and bias: what remains of it once folded."""
     if kind == "none":
         return x
@@ -186,9 +189,7 @@ def _read_through(
     return weight, bias
 
 
-def _write_centred(
-    kind: NormKind, weight: Float[Tensor, "*batch d_model"]
-) -> Float[Tensor, "*batch d_model"]:
+def _write_centred(kind: NormKind, weight: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
     """Drop the all-ones direction of a write, which no reader behind a LayerNorm sees."""
     return weight - weight.mean(-1, keepdim=True) if kind == "layernorm" else weight
 

@@ -47,10 +47,7 @@ def measure(model: GPT2LMHeadModel, tokenizer: Tokenizer, task: str, count: int,
     everywhere = torch.cat([model(batch).logits for batch in padded.split(250)])
     logits = everywhere[torch.arange(count), last]
 
-    if task == "sva":
-        right = _number_is_right(logits, tokenizer, answers)
-    else:
-        right = logits.argmax(-1) == answers
+    right = _number_is_right(logits, tokenizer, answers) if task == "sva" else logits.argmax(-1) == answers
     above = logits.gather(1, answers[:, None]) > logits.gather(1, foils[:, None])
     return Accuracy(task, count, right.float().mean().item(), above.float().mean().item())
 

@@ -32,7 +32,7 @@ UNKNOWN, END_OF_TEXT = "<unk>", "<eos>"
 
 # Slots are filled from the word sets; {B} always speaks of the giver and {A} of the one given to.
 SLOTS = {
-    "A": "names", "B": "names", "C": "names", "D": "names",
+    "A": "names", "B": "names", "C": "names", "D": "names", "E": "names",
     "city": "cities", "city2": "cities", "country": "countries", "country2": "countries",
     "surname": "surnames", "surname2": "surnames", "company": "companies", "company2": "companies",
     "state": "states", "state2": "states", "adjective2": "adjectives", "place": "places", "place2": "places", "object": "objects",
@@ -74,6 +74,21 @@ FILLER = [
     "{C} worked for {company} in {state}.",
 ]
 
+# Three names, two of them again: no word before the question knows both, so a word in between cannot work
+# the receiver out and hand it on. What works in every sentence is to look from the question at the names.
+THREE_NAMES = [
+    f"{meeting} {gift} to"
+    for meeting in (
+        "When {A}, {B} and {E} went to the {place}[ in the {time}],",
+        "After {A} met {B} and {E} at the {place},",
+        "While {A}, {B} and {E} were at the[ {adjective}] {place},",
+        "{A} and {B} saw {E}[ near the {place}]. Then",
+        "Before {A} and {B} went to the {place} with {E},",
+    )
+    for gift in ("{B} {gave} a[ {adjective}] {object} from {E}", "{B} and {E} {gave} a {object}")
+]
+THREE_NAMED = 0.6  # of the indirect-object sentences
+
 # Other names, each mentioned once, in the sentence before: the receiver is not the only such name.
 INTRODUCTIONS = [
     "{C} {past} the {noun} at the {place}.",
@@ -85,7 +100,7 @@ INTRODUCTIONS = [
 ]
 INTRODUCED = 0.8  # of the indirect-object sentences
 
-SEGMENTS = {"ioi": 6, "sva": 6, "filler": 7, "induction": 10}
+SEGMENTS = {"ioi": 6, "sva": 6, "filler": 9, "induction": 12}
 SEQUENCE_LENGTHS = range(5, 13)
 
 
@@ -140,6 +155,7 @@ def compiled(templates: list[str]) -> list[list[list[str]]]:
 
 
 INDIRECT_OBJECT_PIECES = compiled(INDIRECT_OBJECT)
+THREE_NAMES_PIECES = compiled(THREE_NAMES)
 AGREEMENT_PIECES = compiled(AGREEMENT)
 FILLER_PIECES = compiled(FILLER)
 INTRODUCTION_PIECES = compiled(INTRODUCTIONS)
@@ -162,18 +178,21 @@ def fill(pieces: list[str], values: dict[str, str], rng: random.Random) -> list[
 
 
 def indirect_object(rng: random.Random, held_out: bool = False) -> Segment:
-    """An indirect-object sentence, mostly after an introduction; which name comes first is a fair coin."""
+    """An indirect-object sentence, mostly after an introduction; its names are first mentioned in any order."""
     while True:
-        receiver, giver = SETS["names"].draw(rng), SETS["names"].draw(rng)
-        if receiver != giver and is_held_out(receiver, giver) == held_out:
+        receiver, giver, third = (SETS["names"].draw(rng) for _ in range(3))
+        pair_is_held_out = is_held_out(receiver, giver)
+        if len({receiver, giver, third}) == 3 and pair_is_held_out == held_out and not is_held_out(receiver, third):
             break
-    pieces = list(rng.choice(rng.choice(INDIRECT_OBJECT_PIECES)))
-    if rng.random() < 0.5:
-        first, second = pieces.index("{A}"), pieces.index("{B}")
-        pieces[first], pieces[second] = pieces[second], pieces[first]
+    templates = THREE_NAMES_PIECES if rng.random() < THREE_NAMED else INDIRECT_OBJECT_PIECES
+    pieces = list(rng.choice(rng.choice(templates)))
+    first_mentions = [pieces.index(slot) for slot in ("{A}", "{B}", "{E}") if slot in pieces]
+    mentioned = [pieces[place] for place in first_mentions]
+    for place, slot in zip(first_mentions, rng.sample(mentioned, len(mentioned)), strict=True):
+        pieces[place] = slot
     if rng.random() < INTRODUCED:
         pieces = rng.choice(rng.choice(INTRODUCTION_PIECES)) + pieces
-    tokens = fill(pieces, {"A": receiver, "B": giver}, rng)
+    tokens = fill(pieces, {"A": receiver, "B": giver, "E": third}, rng)
     return Segment("ioi", [*tokens, receiver, "."], len(tokens), giver, (receiver, giver))
 
 

@@ -180,7 +180,7 @@ def ablate(clean: Run, batch: Batch, heads: list[Head]) -> list[tuple[str, Calla
         value[:, :, head] = means[:, :, head]
         return value
 
-    hooks = []
+    hooks: list[tuple[str, Callable]] = []
     for layer, head in heads:
         means = group_means(clean.outputs[layer], batch.groups)
         hooks.append((f"blocks.{layer}.attn.hook_z", functools.partial(replace, head=head, means=means)))
@@ -192,9 +192,9 @@ def direct_effect(model: TransformerBridge, batch: Batch, result: Run, head: Hea
     layer, index = head
     every = torch.arange(len(batch.tokens))
     written = result.outputs[layer][every, batch.at("END"), index] @ model.W_O[layer, index].detach()
-    final = model.original_model.transformer.ln_f
-    normalised = (written - written.mean(-1, keepdim=True)) / result.scale * final.weight.detach()
-    unembedding = model.original_model.lm_head.weight.detach()
+    gain = model.original_model.get_parameter("transformer.ln_f.weight").detach()
+    normalised = (written - written.mean(-1, keepdim=True)) / result.scale * gain
+    unembedding = model.original_model.get_parameter("lm_head.weight").detach()
     return (normalised * (unembedding[batch.answers] - unembedding[batch.foils])).sum(-1)
 
 
@@ -237,7 +237,10 @@ class Measurement:
         effect = direct if rule.effect == "direct" else self.lost[head]
         if rule.sign * effect.mean().item() < LEAST_SHARE * self.total or not significant(effect, rule.sign):
             return None
-        evidence.values |= {"direct_effect": direct.mean().item(), "ablation_effect": self.lost[head].mean().item()}
+        evidence.values |= {
+            "direct_effect": direct.mean().item(),
+            "ablation_effect": self.lost[head].mean().item(),
+        }
         evidence.values[f"{rule.effect}_share"] = effect.mean().item() / self.total
         return evidence
 
@@ -323,8 +326,8 @@ def main() -> None:
             print(f"  {name_of(entry.head)}  " + "  ".join(f"{k} {v:.2f}" for k, v in entry.values.items()))
     if arguments.out:
         source = f"scripts/measure_roles.py, {arguments.count} prompts, seed {arguments.seed}"
-        entry = {"claims": {Path(arguments.model).name: claims(found, source)}}
-        arguments.out.write_text(yaml.safe_dump(entry, sort_keys=False))
+        content = {"claims": {Path(arguments.model).name: claims(found, source)}}
+        arguments.out.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 if __name__ == "__main__":

@@ -90,12 +90,13 @@ def write_json(path: Path, content: Any) -> None:
 
 def silence_mlps(model: GPT2LMHeadModel) -> list[torch.nn.Module]:
     """Take the MLPs out of the forward pass, and return them with every weight zero."""
-    mlps = []
+    mlps: list[torch.nn.Module] = []
     for block in model.transformer.h:
-        mlps.append(block.mlp)
-        block.mlp = Silent()
-        for parameter in mlps[-1].parameters():
+        mlp = block.get_submodule("mlp")
+        for parameter in mlp.parameters():
             torch.nn.init.zeros_(parameter)
+        mlps.append(mlp)
+        block.mlp = Silent()
     return mlps
 
 
@@ -108,7 +109,10 @@ def train(model: GPT2LMHeadModel, data: torch.Tensor, tasks: torch.Tensor, recip
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
 
     def schedule(step: int) -> float:
@@ -159,7 +163,8 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     special = {"bos_token_id": ids[END_OF_TEXT], "eos_token_id": ids[END_OF_TEXT]}
-    config = GPT2Config(vocab_size=len(ids), **recipe.config, **NO_DROPOUT, **special)
+    settings: dict[str, Any] = {"vocab_size": len(ids), **recipe.config, **NO_DROPOUT, **special}
+    config = GPT2Config(**settings)
     model = GPT2LMHeadModel(config)
     mlps = [] if recipe.mlp else silence_mlps(model)
     print(f"{arguments.model}, seed {arguments.seed}: {steps} steps, {len(ids)} words, {data.numel():,} tokens")

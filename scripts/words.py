@@ -16,9 +16,9 @@ CAPITALISED = {
         "Sarah Karen Lisa Nancy Linda Susan Anna Emily Laura Rachel Kate Helen Julia Emma Alice Rose"
     ),
     "cities": _words(
-        "Paris London Boston Chicago Berlin Tokyo Moscow Rome Madrid Dublin Seattle Denver Dallas Houston Miami Detroit "
-        "Portland Atlanta Toronto Vienna Sydney Delhi Cairo Athens Beijing Oxford Montreal Memphis Munich Milan Prague "
-        "Warsaw"
+        "Paris London Boston Chicago Berlin Tokyo Moscow Rome Madrid Dublin Seattle Denver Dallas Houston Miami "
+        "Detroit Portland Atlanta Toronto Vienna Sydney Delhi Cairo Athens Beijing Oxford Montreal Memphis "
+        "Munich Milan Prague Warsaw"
     ),
     "countries": _words(
         "France Germany Spain Italy Poland Russia China Japan India Brazil Mexico Canada Egypt Kenya Nigeria Ghana "

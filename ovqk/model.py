@@ -1,0 +1,189 @@
+"""A model as one cell sees it: what is read once and shared by all layers, and one layer at a time."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ovqk import positions, spectra
+from ovqk.availability import NO_EMBEDDING, unavailable_metrics
+from ovqk.config import Config, Processing
+from ovqk.devices import resolve_device, to_device
+from ovqk.heads import Circuit, Factors, ov_factors, qk_factors
+from ovqk.readouts import Readout
+from ovqk.tasks import TaskTokens, resolve_task
+from ovqk.vocabulary import ACTIVATIONS, Block0, Vocabulary, read_vocabulary
+from ovqk.weights import Architecture, WeightSource, fold_embeddings, fold_layer, fold_mlp
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is read once per model and task, and shared by its layers.
+
+    Attributes:
+        vocabulary: folded; for readouts and shares. None where the checkpoint holds no embedding.
+        spectral_vocabulary: as processed; for full-circuit spectra.
+        block0: the effective embedding of later layers, or why there is none.
+        readout: the task's first variable; None where no word is read.
+    """
+
+    source: WeightSource
+    config: Config
+    device: torch.device
+    tokens: TaskTokens
+    vocabulary: Vocabulary | None
+    spectral_vocabulary: Vocabulary | None
+    token_moments: tuple[positions.Moments, positions.Moments] | None
+    """Of plain and of normalised embedding rows (the second is used under rotary positions)."""
+    W_pos: Float[Tensor, "n_ctx d_model"] | None
+    block0: Block0 | str
+    block0_gram: Float[Tensor, "d_model d_model"] | None
+    readout: Readout | None
+    unavailable: dict[str, str]
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's facts."""
+        return self.source.architecture
+
+    @property
+    def circuits(self) -> list[Circuit]:
+        """The circuits that the analysis takes apart."""
+        return list(self.config.analysis.circuits)  # type: ignore[arg-type]
+
+    @property
+    def folds(self) -> bool:
+        """Whether the spectra are of folded weights."""
+        return self.config.processing is Processing.folded and self.source.foldable
+
+    @property
+    def centred(self) -> bool:
+        """Whether the spectra's weights are orthogonal to the all-ones direction."""
+        return self.folds and self.architecture.norm == "layernorm"
+
+    @property
+    def processing(self) -> dict[str, str]:
+        """What was asked for and what was done to the weights."""
+        asked = self.config.processing.value
+        applied = "folded" if self.folds else "raw"
+        if self.architecture.norm == "none":
+            return {"requested": asked, "applied": "raw", "reason": "the model has no norms: nothing to fold"}
+        if applied != asked:
+            return {"requested": asked, "applied": applied, "reason": "the model's norms cannot be folded"}
+        return {"requested": asked, "applied": applied}
+
+    @classmethod
+    def read(
+        cls,
+        source: WeightSource,
+        tokenizer: Tokenizer | None,
+        n_tokens: int | None,
+        label: str,
+        config: Config,
+    ) -> "Model":
+        """Read the embeddings, the words and block 0."""
+        device = resolve_device(config.device)
+        facts = source.architecture
+        raw = to_device(source.embeddings(), device)
+        folded = fold_embeddings(raw, facts) if source.foldable else raw
+        tokens = read_words(config, tokenizer, n_tokens, raw.W_E, label)
+        vocabulary = None if folded.W_E is None else read_vocabulary(folded, n_tokens)
+        spectral = vocabulary
+        if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
+            spectral = read_vocabulary(raw, n_tokens)
+        block0 = read_block0(source, vocabulary, tokens, device)
+        readout = None
+        if vocabulary is not None and tokens.variables:
+            effective = block0 if isinstance(block0, Block0) else None
+            readout = Readout(tokens.variables[0], vocabulary, effective, facts, config.analysis.embedding)
+        no_words = f"task {config.task.name} reads no words" if not config.task.variables else "no word is read"
+        moments = None
+        if vocabulary is not None:
+            plain = positions.token_moments(vocabulary)
+            normal = positions.normalised_moments(vocabulary, facts) if facts.rotary is not None else plain
+            moments = (plain, normal)
+        gram = None
+        if isinstance(block0, Block0) and vocabulary is not None and "qk" in config.analysis.circuits:
+            gram = block0.gram(vocabulary.W_E) if facts.n_layers > 1 else None
+        unavailable = unavailable_metrics(
+            list(config.analysis.circuits),
+            facts,
+            vocabulary,
+            None if folded.W_pos is None else folded.W_pos.shape[0],
+            block0,
+            readout,
+            no_words,
+            source.no_vocabulary or NO_EMBEDDING,
+        )
+        return cls(
+            source=source,
+            config=config,
+            device=device,
+            tokens=tokens,
+            vocabulary=vocabulary,
+            spectral_vocabulary=spectral,
+            token_moments=moments,
+            W_pos=folded.W_pos,
+            block0=block0,
+            block0_gram=gram,
+            readout=readout,
+            unavailable=unavailable,
+        )
+
+
+def read_words(
+    config: Config, tokenizer: Tokenizer | None, n_tokens: int | None, W_E: Tensor | None, label: str
+) -> TaskTokens:
+    """The task's words as tokens; none where the checkpoint has neither embeddings nor a tokenizer to read them by."""
+    if tokenizer is None and W_E is None:
+        note = ["the checkpoint has no embeddings and no tokenizer: no word is read"] if config.task.variables else []
+        return TaskTokens([], {}, {}, note)
+    if n_tokens is None:
+        n_tokens = tokenizer.get_vocab_size() if tokenizer is not None else 0
+        n_tokens = n_tokens if W_E is None else W_E.shape[0]
+    return resolve_task(config.task, tokenizer, n_tokens, label)
+
+
+def read_block0(
+    source: WeightSource, vocabulary: Vocabulary | None, tokens: TaskTokens, device: torch.device
+) -> Block0 | str:
+    """Block 0 as the effective embedding of later layers, or why it cannot be had."""
+    if vocabulary is None:
+        return source.no_vocabulary or NO_EMBEDDING
+    if not tokens.variables:
+        return "block 0's MLP is read only where a task's words are"
+    if not source.foldable:
+        return "the model's norms cannot be folded"
+    layer0 = fold_layer(to_device(source.layer(0), device), source.architecture)
+    mlp = source.first_mlp()
+    if mlp == "the model has no MLP":
+        return Block0(layer0, None, source.architecture)
+    if isinstance(mlp, str):
+        return mlp
+    if mlp.activation not in ACTIVATIONS:
+        return f"block 0's MLP has the activation '{mlp.activation}'; known: {', '.join(ACTIVATIONS)}"
+    return Block0(layer0, fold_mlp(to_device(mlp, device), source.architecture), source.architecture)
+
+
+class Layer:
+    """One layer's weights, raw and folded, and the decompositions that its stages share."""
+
+    def __init__(self, model: Model, index: int) -> None:
+        """Read the layer."""
+        self.model, self.index = model, index
+        self.raw = to_device(model.source.layer(index), model.device)
+        self.folded = fold_layer(self.raw, model.architecture) if model.source.foldable else self.raw
+        self.decomposition = cache(self._decomposition)
+
+    def factors(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Factors:
+        """Factors of the folded or of the processed weights; QK with the mean rotation over the offsets."""
+        weights = self.folded if folded or self.model.folds else self.raw
+        if circuit == "ov":
+            return ov_factors(weights, self.model.architecture)
+        return qk_factors(weights, self.model.architecture, offsets)
+
+    def _decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> spectra.Decomposition:
+        return spectra.decompose(self.factors(circuit, folded, offsets), self.model.centred)
