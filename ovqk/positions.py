@@ -224,11 +224,11 @@ def _query_key_moments(
 
 def _conjugate(
     rotary: Rotary,
-    sigma: Float[Tensor, "*head d_head d_head"],
-    cos: Float[Tensor, "*#head pair"],
-    sin: Float[Tensor, "*#head pair"],
-) -> Float[Tensor, "*head d_head d_head"]:
-    """R Sigma R^T, for a symmetric Sigma."""
+    sigma: Float[Tensor, "... d_head d_head"],
+    cos: Float[Tensor, "... pair"],
+    sin: Float[Tensor, "... pair"],
+) -> Float[Tensor, "... d_head d_head"]:
+    """R Sigma R^T, for a symmetric Sigma; the rotations' leading axes broadcast against those of Sigma's rows."""
     half = rotary.rotate(sigma, cos, -sin)  # Sigma R^T
     return rotary.rotate(half.mT, cos, -sin)  # (R Sigma) R^T, as (Sigma R^T)^T = R Sigma
 

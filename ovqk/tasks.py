@@ -216,7 +216,7 @@ def surface_form(token: str) -> tuple[bool, str, bool, int]:
 
 
 def matched_band(
-    ids: Int[Tensor, " word"], excluded: Int[Tensor, " token"], tokenizer: Tokenizer, n_tokens: int
+    ids: Int[Tensor, " word"], excluded: Int[Tensor, " task_token"], tokenizer: Tokenizer, n_tokens: int
 ) -> tuple[Int[Tensor, " token"], str]:
     """Tokens that look like these words: same surface form, log id rank within 0.25, none of `excluded`.
 

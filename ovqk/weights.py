@@ -7,7 +7,7 @@ Keys and values stay grouped: query head j reads KV head j // (n_heads / n_kv_he
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -142,6 +142,7 @@ class EmbeddingWeights:
     final_norm: Norm | None
 
 
+@runtime_checkable
 class WeightSource(Protocol):
     """What the native families and the bridge both give: raw weights, one layer at a time."""
 

@@ -1,0 +1,143 @@
+"""Models and helpers that the tests share. No test reaches the network; caches and results live in temporary folders."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("WANDB_MODE", None)
+os.environ.pop("WANDB_API_KEY", None)
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "models"
+BUNDLED = ROOT / "ovqk" / "bundled" / "mini-attn"
+sys.path.insert(0, str(ROOT))
+
+from ovqk.config import Config, ModelConfig, Source, register
+
+register()
+torch.set_num_threads(1)  # the tests run side by side
+
+
+@pytest.fixture(autouse=True)
+def private_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing outside temporary folders is read or written."""
+    monkeypatch.setenv("OVQK_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "ovqk-cache"))
+    for name in ("WANDB_MODE", "WANDB_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def shared_model(name: str) -> Path:
+    """A real checkpoint that is not part of the repository; the test skips, with the reason, where it is missing."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"the real weights {name} are not beside this checkout")
+    return path
+
+
+def local(path: Path, **keys: object) -> ModelConfig:
+    """The config of a local checkpoint."""
+    return ModelConfig(name=path.name.removesuffix(".safetensors"), source=Source.local, path=str(path), **keys)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Weights, norms and biases that are all non-trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_gain = parameter.dim() == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.3 * noise if is_gain else 0.2 * noise)
+    return model.eval()
+
+
+def make_gpt2(directory: Path, **overrides: object) -> torch.nn.Module:
+    """A tiny random GPT-2 saved as a Hugging Face directory."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = {"vocab_size": 40, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 12, "n_inner": 32}
+    quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    model = randomise(GPT2LMHeadModel(GPT2Config(**settings | quiet | overrides)))
+    model.save_pretrained(directory)
+    return model
+
+
+def make_llama(directory: Path, **overrides: object) -> torch.nn.Module:
+    """A tiny random Llama with grouped queries, saved as a Hugging Face directory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 40,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    model = randomise(LlamaForCausalLM(LlamaConfig(**settings | overrides)))
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "tiny-gpt2"
+    make_gpt2(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "tiny-llama"
+    make_llama(directory)
+    return directory
+
+
+def compose(*overrides: str) -> Config:
+    """The resolved cell that these overrides compose."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    from ovqk.identity import resolve
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return resolve(hydra_compose("config", overrides=list(overrides)))
+
+
+class CLI:
+    """run.py in this process."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.capfd, self.monkeypatch, self.folder = capfd, monkeypatch, folder
+
+    def __call__(self, *arguments: str) -> tuple[int, str]:
+        """Exit status and everything printed."""
+        from hydra.core.global_hydra import GlobalHydra
+
+        import run
+
+        GlobalHydra.instance().clear()
+        self.monkeypatch.chdir(self.folder)
+        self.monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        self.capfd.readouterr()
+        code = 0
+        try:
+            run.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+            if isinstance(stop.code, str):
+                print(stop.code)
+        printed = self.capfd.readouterr()
+        return code, printed.out + printed.err
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CLI:
+    return CLI(capfd, monkeypatch, tmp_path)

@@ -1,0 +1,131 @@
+"""Every per-head metric the naive way: everything materialised, float64, one head at a time, formula by formula.
+
+Only the loading and folding of weights is ovqk's own (and is tested against TransformerLens elsewhere).
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ovqk.weights import (
+    EmbeddingWeights,
+    LayerWeights,
+    WeightSource,
+    fold_embeddings,
+    fold_layer,
+    fold_mlp,
+    normalise,
+)
+
+
+def rotation(facts, D: int) -> Tensor:
+    """R(D) as a matrix, float64: row convention, half-split pairs."""
+    R = torch.eye(facts.d_head, dtype=torch.float64)
+    if facts.rotary is None:
+        return R
+    frequencies = facts.rotary.inverse_frequencies.double()
+    n = len(frequencies)
+    for k, w in enumerate(frequencies.tolist()):
+        a, b = k, k + n
+        R[a, a], R[a, b], R[b, a], R[b, b] = math.cos(w * D), math.sin(w * D), -math.sin(w * D), math.cos(w * D)
+    return R
+
+
+def matrices(weights: LayerWeights, facts, head: int, R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """W_OV and W_QK of one head, [d, d]."""
+    kv = head // (facts.n_heads // facts.n_kv_heads)
+    R = torch.eye(facts.d_head, dtype=torch.float64) if R is None else R
+    W_OV = weights.W_V[kv].double() @ weights.W_O[head].double()
+    W_QK = weights.W_Q[head].double() @ R @ weights.W_K[kv].double().T
+    return W_OV, W_QK
+
+
+def spectral(M: Tensor, rank: int, structural: int) -> dict[str, float]:
+    sigma = torch.linalg.svdvals(M)[:rank].numpy()
+    lam = torch.linalg.eigvals(M).numpy()
+    total, energy = sigma.sum(), sigma**2
+    p, e = sigma / total, energy / energy.sum()
+    fro2 = (M**2).sum().item()
+    return {
+        "trace_ratio": lam.sum().real / np.abs(lam).sum(),
+        "symmetry": torch.trace(M @ M).item() / fro2,
+        "skew_rotation": np.abs(lam.imag).sum() / np.abs(lam).sum(),
+        "nonnormality": math.sqrt(max(0.0, fro2 - (np.abs(lam) ** 2).sum())) / math.sqrt(fro2),
+        "frobenius_norm": math.sqrt(fro2),
+        "spectral_norm": sigma[0],
+        "stable_rank": energy.sum() / energy[0],
+        "participation_ratio": energy.sum() ** 2 / (energy**2).sum(),
+        "effective_rank_energy": math.exp(-(e * np.log(np.maximum(e, 1e-300))).sum()),
+        "effective_rank": math.exp(-(p * np.log(np.maximum(p, 1e-300))).sum()),
+        "rank90": int(np.searchsorted(e.cumsum(), 0.9 - 1e-12) + 1),
+        "top_share": e[0],
+        "flatness": math.exp(np.log(energy[:structural]).mean()) / energy[:structural].mean(),
+    }
+
+
+def centre_tokens(n: int) -> Tensor:
+    return torch.eye(n, dtype=torch.float64) - torch.full((n, n), 1 / n, dtype=torch.float64)
+
+
+def ratio(M: Tensor) -> float:
+    lam = torch.linalg.eigvals(M).numpy()
+    return lam.sum().real / np.abs(lam).sum()
+
+
+def block0_rows(source: WeightSource, E: EmbeddingWeights) -> Tensor:
+    """r + MLP0(ln2(r)), r = W_E + sum over heads of ln1(W_E) W_V W_O, token by token, float64."""
+    facts = source.architecture
+    weights = fold_layer(source.layer(0), facts)
+    W_E = E.W_E.double()
+    x = normalise(W_E, facts.norm, facts.norm_eps)
+    r = W_E.clone()
+    for head in range(facts.n_heads):
+        r += x @ matrices(weights, facts, head)[0]
+    mlp = source.first_mlp()
+    if isinstance(mlp, str):
+        return r
+    folded = fold_mlp(mlp, facts)
+    y = normalise(r, facts.norm, facts.norm_eps)
+    hidden = y @ folded.W_in.double() + folded.b_in.double()
+    if folded.W_linear is None:
+        hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+    else:
+        hidden = torch.nn.functional.silu(hidden) * (y @ folded.W_linear.double())
+    return r + hidden @ folded.W_out.double() + folded.b_out.double()
+
+
+def auc(L: Tensor, centred: bool) -> float:
+    """Mean over t of the share of u != t with L_tu < L_tt (ties half), columns less their mean over the other rows."""
+    L = L.double().clone()
+    n = len(L)
+    if centred:
+        others = torch.stack(
+            [torch.stack([L[[s for s in range(n) if s != t], u].mean() for u in range(n)]) for t in range(n)]
+        )
+        L = L - others
+    shares = []
+    for t in range(n):
+        rest = [u for u in range(n) if u != t]
+        shares.append(np.mean([float(L[t, u] < L[t, t]) + 0.5 * float(L[t, u] == L[t, t]) for u in rest]))
+    return float(np.mean(shares))
+
+
+def projector(rows: Tensor) -> Tensor:
+    """Orthogonal projector on the span of rows."""
+    Q = torch.linalg.qr(rows.T).Q
+    return Q @ Q.T
+
+
+def task_subspace(rows: Tensor, band: Tensor) -> tuple[Tensor, int]:
+    """Projector on the leading directions of 90 % of the energy, and their number."""
+    centred = rows.double() - band.double().mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    values, vectors = values.flip(0), vectors.flip(1)
+    r = int((values.cumsum(0) / values.sum() < 0.9).sum()) + 1
+    return vectors[:, :r] @ vectors[:, :r].T, r
+
+
+def folded_embeddings(source: WeightSource) -> EmbeddingWeights:
+    return fold_embeddings(source.embeddings(), source.architecture)

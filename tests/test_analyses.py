@@ -1,0 +1,259 @@
+"""Every column of heads.parquet against an oracle that materialises everything in float64."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLED, SHARED, compose, local
+from oracle import (
+    auc,
+    block0_rows,
+    centre_tokens,
+    folded_embeddings,
+    matrices,
+    projector,
+    ratio,
+    rotation,
+    spectral,
+    task_subspace,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from ovqk.analyses import analyse
+from ovqk.checkpoints import open_checkpoint
+from ovqk.config import Config, Embedding, Processing, TaskConfig, VariableConfig, VariableKind
+from ovqk.metrics import METRICS
+from ovqk.sources import open_weights
+from ovqk.tasks import load_tokenizer, resolve_task
+from ovqk.weights import fold_layer, normalise
+
+RATIO = 1e-4  # absolute, where the range is bounded
+SCALE = 1e-4  # relative, elsewhere
+
+WORDS = {f"w{i}": i for i in range(40)}
+
+
+def toy_tokenizer(size: int = 40) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)} | {"<unk>": size}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def toy_task(kind: str) -> TaskConfig:
+    if kind == "set":
+        variable = VariableConfig(VariableKind.set, words="a")
+    else:
+        variable = VariableConfig(VariableKind.contrast, read=["a", "b"], write=["b", "a"])
+    sets = {"a": [f"w{i}" for i in range(10, 19)], "b": [f"w{i}" for i in range(20, 29)]}
+    return TaskConfig(name="toy", title="toy", words=sets, variables={"v": variable})
+
+
+def config(path, task: str | TaskConfig, *overrides: str) -> Config:
+    cell = compose(f"task={task if isinstance(task, str) else 'none'}", "model=local", f"model.path={path}", *overrides)
+    if isinstance(task, TaskConfig):
+        cell.task = task
+    return cell
+
+
+def run(path, task, *overrides, tokenizer=None):
+    cell = config(path, task, *overrides)
+    checkpoint = open_checkpoint(local(path))
+    source = open_weights(checkpoint, local(path))
+    tokenizer = tokenizer or load_tokenizer(checkpoint)
+    rows = source.embeddings().W_E
+    n_tokens = None if tokenizer is None or rows is None else min(tokenizer.get_vocab_size(), rows.shape[0])
+    return source, cell, tokenizer, n_tokens, analyse(source, tokenizer, n_tokens, "test", cell)
+
+
+def check(name: str, found: np.ndarray, wanted: list[float]) -> None:
+    wanted = np.array(wanted, dtype=float)
+    assert np.isfinite(found).all(), f"{name}: {found}"
+    bounded = METRICS[name].high is not None and METRICS[name].high <= 1
+    tolerance = RATIO if bounded else SCALE * np.maximum(1, np.abs(wanted))
+    assert (np.abs(found - wanted) <= tolerance).all(), f"{name}: {np.abs(found - wanted).max()}"
+
+
+CASES = [
+    (BUNDLED, "none"),
+    (BUNDLED, "ioi"),
+    (BUNDLED, "sva"),
+    (SHARED / "stories260k", "none"),
+    (SHARED / "nano-sort", "none"),
+    ("tiny_gpt2", "set"),
+    ("tiny_gpt2", "contrast"),
+    ("tiny_llama", "set"),
+    ("tiny_llama", "contrast"),
+]
+
+
+@pytest.mark.parametrize(("path", "task"), CASES, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize("processing", ["folded", "raw"])
+def test_every_column_matches_a_materialised_oracle(path, task, processing, request) -> None:
+    if isinstance(path, str):
+        path, task, tokenizer = request.getfixturevalue(path), toy_task(task), toy_tokenizer()
+    else:
+        tokenizer = None
+        if not path.exists():
+            pytest.skip(f"the real weights {path.name} are not beside this checkout")
+    source, cell, tokenizer, n_tokens, result = run(path, task, f"processing={processing}", tokenizer=tokenizer)
+    facts = source.architecture
+    heads = result.tables["heads"]
+    assert len(heads) == facts.n_layers * facts.n_heads
+    checked = _check_spectra(source, heads, n_tokens, processing)
+    if cell.task.variables:
+        checked |= _check_task(source, cell, tokenizer, n_tokens, heads)
+    computed = {name for name in METRICS if heads[name].notna().any()}
+    assert {name for name in METRICS if heads[name].isna().all()} == set(result.unavailable)
+    # position shares, offset fits and previous-token scores have their own brute force in test_positions.py
+    positional = {n for n in METRICS if "share" in n and not n.endswith("top_share")} | {"qk_offset_r2", "qk_prev_auc"}
+    assert computed - positional == checked
+
+
+def sample_of_heads(facts) -> list[tuple[int, int]]:
+    """Every head of a small model, every fifth of a larger one (a V x V eigenproblem costs a second)."""
+    heads = [(layer, head) for layer in range(facts.n_layers) for head in range(facts.n_heads)]
+    return heads if len(heads) <= 12 else heads[::5]
+
+
+def _check_spectra(source, heads, n_tokens, processing) -> set[str]:
+    facts = source.architecture
+    folded_E, raw_E = folded_embeddings(source), source.embeddings()
+    E = folded_E if processing == "folded" else raw_E
+    W_E, W_U = E.W_E[:n_tokens].double(), E.W_U[:, :n_tokens].double()
+    C = centre_tokens(len(W_E))
+    wanted: dict[str, list[float]] = {}
+
+    def put(name: str, value: float) -> None:
+        wanted.setdefault(name, []).append(float(value))
+
+    centred = processing == "folded" and facts.norm == "layernorm"
+    structural = min(facts.d_head, facts.d_model - centred)
+    for layer, head in sample_of_heads(facts):
+        weights = source.layer(layer)
+        weights = fold_layer(weights, facts) if processing == "folded" else weights
+        W_OV, W_QK = matrices(weights, facts, head)
+        for circuit, M, ratio_name in (("ov", W_OV, "ov_copying_residual"), ("qk", W_QK, "qk_matching_residual")):
+            values = spectral(M, facts.d_head, structural)
+            put(ratio_name, values.pop("trace_ratio"))
+            for name, value in values.items():
+                put(f"{circuit}_{name}", value)
+        put("ov_copying", ratio(C @ W_E @ W_OV @ W_U @ C))
+        full = C @ W_E @ W_QK @ W_E.T @ C
+        put("qk_matching", ratio(full))
+        put("qk_symmetry_vocab", torch.trace(full @ full) / full.square().sum())
+    rows = [layer * facts.n_heads + head for layer, head in sample_of_heads(facts)]
+    for name, values in wanted.items():
+        check(name, heads[name].to_numpy()[rows], values)
+    return set(wanted)
+
+
+def _check_task(source, cell, tokenizer, n_tokens, heads) -> set[str]:
+    facts = source.architecture
+    variable = resolve_task(cell.task, tokenizer, n_tokens, "test").variables[0]
+    E = folded_embeddings(source)
+    W_E, W_U = E.W_E[:n_tokens].double(), E.W_U[:, :n_tokens].double()
+    later = block0_rows(source, E)[:n_tokens]
+    C = centre_tokens(n_tokens)
+    span = range(min(x for x in (128, facts.n_ctx) if x)) if facts.rotary is not None else [0]
+    Rbar = torch.stack([rotation(facts, D) for D in span]).mean(0)
+    ids = variable.read[0].ids
+    is_set = variable.kind is VariableKind.set
+    wanted: dict[str, list[float]] = {}
+
+    def put(name: str, value: float) -> None:
+        wanted.setdefault(name, []).append(float(value))
+
+    for layer in range(facts.n_layers):
+        weights = fold_layer(source.layer(layer), facts)
+        rows = normalise(W_E if layer == 0 else later, facts.norm, facts.norm_eps)
+        if is_set:
+            P_r, r_read = task_subspace(rows[ids], rows[variable.band])
+            P_w, r_write = task_subspace(W_U[:, ids].T, W_U[:, variable.band].T)
+        else:
+            a = (rows[variable.read[1].ids] - rows[ids]).mean(0)
+            b = (W_U[:, variable.write[1].ids] - W_U[:, variable.write[0].ids]).mean(1)
+            a, b = a / a.norm(), b / b.norm()
+            P_r, P_w, r_read, r_write = projector(a[None]), projector(b[None]), 1, 1
+        for head in range(facts.n_heads):
+            W_OV, W_QK = matrices(weights, facts, head, Rbar)
+            U, sigma, Vh = torch.linalg.svd(W_OV)
+            energy, d = W_OV.square().sum(), facts.d_model
+            put("ov_task_alignment", (W_OV @ P_w).square().sum() / energy / (r_write / d))
+            put("ov_top_alignment", (P_w @ Vh[0]).square().sum() / (r_write / d))
+            qk_energy = W_QK.square().sum()
+            Uq, _, Vhq = torch.linalg.svd(W_QK)
+            put("qk_query_alignment", (P_r @ W_QK).square().sum() / qk_energy / (r_read / d))
+            put("qk_key_alignment", (W_QK @ P_r).square().sum() / qk_energy / (r_read / d))
+            put("qk_top_query_alignment", (P_r @ Uq[:, 0]).square().sum() / (r_read / d))
+            put("qk_top_key_alignment", (P_r @ Vhq[0]).square().sum() / (r_read / d))
+            if not is_set:
+                put("ov_task_transfer", a @ W_OV @ b / sigma[0])
+                put("ov_task_read", (a @ W_OV).square().sum() / energy * d)
+                continue
+            x = rows[ids]
+            L = x @ W_OV @ W_U
+            put("ov_task_auc", auc(L[:, ids], True))
+            put("ov_task_auc_raw", auc(L[:, ids], False))
+            own = L[torch.arange(len(ids)), ids][:, None]
+            put("ov_task_copy", ((L > own).sum(1) < 5).double().mean())
+            put("ov_task_suppress", ((L < own).sum(1) < 5).double().mean())
+            put("qk_task_auc", auc(x @ W_QK @ x.T, True))
+            put("qk_task_auc_raw", auc(x @ W_QK @ x.T, False))
+            queries = normalise(W_U[:, ids].T, facts.norm, facts.norm_eps)
+            put("qk_task_auc_unembed", auc(queries @ W_QK @ x.T, True))
+    for name, values in wanted.items():
+        check(name, heads[name].to_numpy(), values)
+    sample = [(layer, head) for layer, head in sample_of_heads(facts) if layer > 0]
+    block0 = []
+    for layer, head in sample:
+        W_QK = matrices(fold_layer(source.layer(layer), facts), facts, head)[1]
+        block0.append(ratio(C @ later @ W_QK @ later.T @ C))
+    found = heads["qk_matching_block0"].to_numpy()[[layer * facts.n_heads + head for layer, head in sample]]
+    check("qk_matching_block0", found, block0)
+    assert heads[heads["layer"] == 0]["qk_matching_block0"].isna().all()
+    return set(wanted) | {"qk_matching_block0"}
+
+
+@pytest.mark.parametrize("embedding", list(Embedding))
+def test_the_effective_embedding_can_be_chosen(tiny_gpt2, embedding) -> None:
+    *_, result = run(tiny_gpt2, toy_task("set"), f"analysis.embedding={embedding.value}", tokenizer=toy_tokenizer())
+    *_, default = run(tiny_gpt2, toy_task("set"), tokenizer=toy_tokenizer())
+    first = [t.tables["heads"].query("layer == 0")["qk_task_auc"].to_numpy() for t in (result, default)]
+    later = [t.tables["heads"].query("layer > 0")["qk_task_auc"].to_numpy() for t in (result, default)]
+    assert np.allclose(*first) == (embedding is not Embedding.block0)
+    assert np.allclose(*later) == (embedding is not Embedding.token)
+
+
+def test_spectra_of_a_nilpotent_head_are_marked_unstable_not_reported_as_structure() -> None:
+    """A Jordan block of 16: exact eigenvalues 0, computed ones decided by rounding."""
+    from ovqk.heads import Factors, regauge
+    from ovqk.spectra import decompose, spectrum_metrics
+
+    shift = torch.diag(torch.ones(15), 1)
+    left, right = torch.zeros(1, 32, 16), torch.zeros(1, 16, 32)
+    left[0, :16], right[0, :, :16] = torch.eye(16), shift
+    factors = Factors("ov", left, right)
+    one = spectrum_metrics(decompose(factors, centred=False))
+    two = spectrum_metrics(decompose(regauge(factors, 0), centred=False))
+    assert abs(float(one["symmetry"])) < 1e-12
+    moved = abs(float(one["trace_ratio"] - two["trace_ratio"]))
+    assert abs(float(one["trace_ratio"])) < 1e-12 or moved > 1e-3
+
+
+def test_full_circuit_spectra_at_other_offsets_are_kept_apart(tiny_llama) -> None:
+    *_, result = run(tiny_llama, "none", "analysis.offsets=[0,3]")
+    spectra = result.tables["spectra"]
+    assert set(spectra.query("circuit == 'qk'")["offset"]) == {0, 3}
+    assert set(spectra.query("circuit == 'ov'")["offset"]) == {0}
+    source = open_weights(open_checkpoint(local(tiny_llama)), local(tiny_llama))
+    facts = source.architecture
+    _, W_QK = matrices(fold_layer(source.layer(1), facts), facts, 2, rotation(facts, 3))
+    rows = spectra.query(
+        "layer==1 and head==2 and circuit=='qk' and space=='residual' and kind=='singular' and offset==3"
+    )
+    assert np.allclose(rows["re"], torch.linalg.svdvals(W_QK)[: facts.d_head].numpy(), atol=1e-5)
+
+
+def test_processing_is_recorded_as_it_was_done(tiny_gpt2) -> None:
+    *_, result = run(tiny_gpt2, "none", "processing=raw")
+    assert result.processing == {"requested": "raw", "applied": "raw"}
+    assert run(tiny_gpt2, "none")[-1].processing["applied"] == Processing.folded.value
