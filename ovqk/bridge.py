@@ -8,6 +8,7 @@ raw or unavailable, never assumed.
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -161,9 +162,14 @@ class BridgeWeights:
                 "ovqk fills nothing in."
             )
         try:
-            return TransformerBridge.boot_transformers(
-                directory, hf_model=model, device="cpu", trust_remote_code=self.model_config.trust_remote_code
-            )
+            with unused_tokenizer() as tokenizer:
+                return TransformerBridge.boot_transformers(
+                    directory,
+                    hf_model=model,
+                    tokenizer=tokenizer,
+                    device="cpu",
+                    trust_remote_code=self.model_config.trust_remote_code,
+                )
         except Exception as error:
             raise UserError(f"{unsupported} ({_first_line(error)}).") from error
 
@@ -293,6 +299,19 @@ class BridgeWeights:
         except (AttributeError, TypeError):
             return torch.zeros(size)
         return found
+
+
+@contextlib.contextmanager
+def unused_tokenizer() -> Iterator[Any]:
+    """TransformerLens wants a tokenizer, loads it again, and invents one of a single token where a folder holds none."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    special = dict.fromkeys(("unk_token", "pad_token", "bos_token"), "<unk>")
+    with tempfile.TemporaryDirectory() as folder:
+        PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder)
+        yield PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def _same(mine: Tensor, own: Tensor) -> bool:

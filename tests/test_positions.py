@@ -1,0 +1,186 @@
+"""Shares against a brute-force variance, and position heads with known answers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import rotation
+
+from ovqk.positions import (
+    learned_position_scores,
+    learned_shares,
+    previous_token_auc_rotary,
+    rotary_offset_scores,
+    rotary_shares,
+    rotary_span,
+    row_moments,
+)
+from ovqk.weights import Architecture, LayerWeights, Rotary
+
+
+def facts(**changes) -> Architecture:
+    base = {
+        "family": "test",
+        "n_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "d_model": 8,
+        "d_head": 4,
+        "n_ctx": 7,
+        "norm": "none",
+        "norm_eps": 1e-5,
+        "positions": "learned",
+    }
+    return Architecture(**base | changes)
+
+
+def layer(architecture: Architecture, seed: int) -> LayerWeights:
+    g = torch.Generator().manual_seed(seed)
+    H, K, d, h = architecture.n_heads, architecture.n_kv_heads, architecture.d_model, architecture.d_head
+    shapes = [(H, d, h), (K, d, h), (K, d, h), (H, h, d), (H, h), (K, h), (K, h)]
+    return LayerWeights(0, *(torch.randn(shape, generator=g) for shape in shapes), norm=None)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6))
+def test_the_six_learned_shares_sum_to_one_and_match_a_brute_force_variance(seed: int) -> None:
+    architecture = facts(n_kv_heads=1)
+    weights = layer(architecture, seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    W_E, W_pos = torch.randn(6, 8, generator=g), torch.randn(7, 8, generator=g)
+    shares = learned_shares(weights, architecture, row_moments(W_E), row_moments(W_pos))
+    six = [name for name in shares if name != "qk_positional_share"]
+    assert len(six) == 6
+    assert torch.allclose(sum(shares[name] for name in six), torch.ones(2, dtype=torch.float64))
+    positional = sum(shares[name] for name in six if name.endswith("_position"))
+    assert torch.allclose(shares["qk_positional_share"], positional)
+
+    E, P = W_E.double(), W_pos.double()
+    for head in range(2):
+        queries = (E[:, None] + P[None]).reshape(-1, 8) @ weights.W_Q[head].double() + weights.b_Q[head].double()
+        k_content, k_position = (E - E.mean(0)) @ weights.W_K[0].double(), (P - P.mean(0)) @ weights.W_K[0].double()
+        keys = (k_content[:, None] + k_position[None]).reshape(-1, 4)
+        total = (queries @ keys.T).var(1, unbiased=False).mean()
+        by_position = (queries @ k_position.T).var(1, unbiased=False).mean()
+        assert float(shares["qk_positional_share"][head]) == pytest.approx(float(by_position / total), abs=1e-9)
+        constant = (E.mean(0) + P.mean(0)) @ weights.W_Q[head].double() + weights.b_Q[head].double()
+        alone = (constant @ k_content.T).var(unbiased=False) / total
+        assert float(shares["qk_share_constant_content"][head]) == pytest.approx(float(alone), abs=1e-9)
+        content = (((E - E.mean(0)) @ weights.W_Q[head].double()) @ k_position.T).var(1, unbiased=False).mean() / total
+        assert float(shares["qk_share_content_position"][head]) == pytest.approx(float(content), abs=1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.booleans())
+def test_the_three_rotary_shares_sum_to_one_and_match_a_brute_force_variance(seed, partial, grouped) -> None:
+    frequencies = torch.tensor([1.0]) if partial else torch.tensor([1.0, 0.1])
+    architecture = facts(positions="rotary", rotary=Rotary(frequencies), n_kv_heads=1 if grouped else 2)
+    weights = layer(architecture, seed)
+    W_E = torch.randn(6, 8, generator=torch.Generator().manual_seed(seed + 1))
+    moments = row_moments(W_E)
+    shares = rotary_shares(weights, architecture, moments)
+    three = ["qk_share_position", "qk_share_content", "qk_share_interaction"]
+    assert torch.allclose(sum(shares[name] for name in three), torch.ones(2, dtype=torch.float64))
+    assert torch.equal(shares["qk_positional_share"], shares["qk_share_position"])
+
+    L = rotary_span(architecture)
+    assert L == 7
+    profile = rotary_offset_scores(weights, architecture, moments)
+    for head in range(2):
+        kv = 0 if grouped else head
+        q = W_E.double() @ weights.W_Q[head].double() + weights.b_Q[head].double()
+        k = W_E.double() @ weights.W_K[kv].double() + weights.b_K[kv].double()
+        pairs = facts(d_head=2, rotary=Rotary(frequencies)) if partial else architecture
+        R = []
+        for D in range(L):
+            matrix = torch.eye(4, dtype=torch.float64)
+            small = rotation(pairs, D)
+            matrix[: len(small), : len(small)] = small
+            R.append(matrix)
+        scores = torch.stack([q @ R[D] @ k.T for D in range(L)])  # [D, query, key]
+        total = scores.permute(1, 0, 2).reshape(6, -1).var(1, unbiased=False).mean()
+        position = scores.mean(2).var(0, unbiased=False).mean()  # over D, of the mean over keys
+        content = scores.mean(0).var(1, unbiased=False).mean()  # over keys, of the mean over D
+        assert float(shares["qk_share_position"][head]) == pytest.approx(float(position / total), abs=1e-9)
+        assert float(shares["qk_share_content"][head]) == pytest.approx(float(content / total), abs=1e-9)
+        mean_scores = [float(q.mean(0) @ R[D] @ k.mean(0)) for D in range(L)]
+        assert profile[head].tolist() == pytest.approx(mean_scores)
+        wanted = sum(mean_scores[D] < mean_scores[1] for D in range(L) if D != 1) / (L - 1)
+        assert float(previous_token_auc_rotary(profile)[head]) == pytest.approx(wanted)
+
+
+def one_hot_layer(score: torch.Tensor) -> tuple[LayerWeights, Architecture, torch.Tensor]:
+    """A head whose position-position score is (the double centring of) a given [T, T] matrix."""
+    T = len(score)
+    architecture = facts(n_heads=1, n_kv_heads=1, d_model=T, d_head=T, n_ctx=T)
+    zeros = torch.zeros(1, T)
+    W = torch.zeros(1, T, T)
+    weights = LayerWeights(0, score[None].float(), torch.eye(T)[None], W, W, zeros, zeros, zeros, norm=None)
+    return weights, architecture, torch.eye(T)
+
+
+def test_a_previous_token_head_has_auc_one_and_its_mirror_zero() -> None:
+    score = torch.diag(torch.ones(11), -1)
+    found = learned_position_scores(*one_hot_layer(score))
+    assert float(found.previous_auc) == 1
+    assert float(learned_position_scores(*one_hot_layer(-score)).previous_auc) == 0
+
+
+def test_a_pure_offset_head_has_offset_r2_one_whatever_the_profile() -> None:
+    """s_ij = f(i - j) survives centring only up to row and column effects, so the raw scores are handed over."""
+    T = 12
+    g = torch.Generator().manual_seed(0)
+    f = torch.randn(T, generator=g, dtype=torch.float64)
+    i, j = torch.meshgrid(torch.arange(T), torch.arange(T), indexing="ij")
+    toeplitz = f[(i - j).abs()]
+    circulant = f[(i - j) % T]  # double centring of a circulant matrix is a circulant matrix
+    found = learned_position_scores(*one_hot_layer(circulant))
+    assert float(found.offset_r2) == pytest.approx(1, abs=1e-6)
+    assert float(learned_position_scores(*one_hot_layer(toeplitz)).offset_r2) < 1
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6), st.integers(4, 9))
+def test_offset_r2_is_the_adjusted_r2_of_the_two_way_regression(seed: int, T: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weights, architecture, W_pos = one_hot_layer(torch.randn(T, T, generator=g))
+    found = learned_position_scores(weights, architecture, W_pos)
+    centred = torch.eye(T, dtype=torch.float64) - 1 / T
+    s = centred @ weights.W_Q[0].double() @ centred
+    cells = [(i, j) for i in range(T) for j in range(i + 1)]
+    y = torch.stack([s[i, j] for i, j in cells])
+    X = torch.zeros(len(cells), 2 * T, dtype=torch.float64)
+    for row, (i, j) in enumerate(cells):
+        X[row, i] = X[row, T + i - j] = 1
+    residual = y - X @ torch.linalg.pinv(X) @ y
+    rows = X[:, :T]
+    total = y - rows @ torch.linalg.pinv(rows) @ y
+    N = len(cells)
+    r2 = 1 - (residual.square().sum() / (N - 2 * T + 1)) / (total.square().sum() / (N - T))
+    assert float(found.offset_r2) == pytest.approx(float(r2), abs=1e-8)
+    means = [float(torch.stack([s[i, i - D] for i in range(D, T)]).mean()) for D in range(T)]
+    assert found.by_offset[0].tolist() == pytest.approx(means)
+    auc = [sum(float(s[i, j] < s[i, i - 1]) for j in range(i + 1) if j != i - 1) / i for i in range(2, T)]
+    assert float(found.previous_auc) == pytest.approx(sum(auc) / len(auc))
+
+
+def test_previous_token_over_orthogonal_positions_is_positional_with_symmetry_zero() -> None:
+    """Why symmetry does not tell position from content: this head is all position, and has symmetry 0."""
+    from ovqk.heads import qk_factors
+    from ovqk.spectra import decompose, spectrum_metrics
+
+    weights, architecture, W_pos = one_hot_layer(torch.diag(torch.ones(11), -1))
+    symmetry = spectrum_metrics(decompose(qk_factors(weights, architecture), centred=False))["symmetry"]
+    assert float(symmetry) == pytest.approx(0, abs=1e-9)
+    tokens = row_moments(torch.zeros(5, 12))
+    assert float(learned_shares(weights, architecture, tokens, row_moments(W_pos))["qk_positional_share"]) == 1
+
+
+def test_the_span_of_rotary_offsets_is_bounded_by_context_and_window() -> None:
+    rotary = Rotary(torch.tensor([1.0, 0.1]))
+    assert rotary_span(facts(positions="rotary", rotary=rotary, n_ctx=4096)) == 128
+    assert rotary_span(facts(positions="rotary", rotary=rotary, n_ctx=4096, sliding_window=32)) == 32
+    assert rotary_span(facts(positions="rotary", rotary=rotary, n_ctx=None)) == 128
+    assert math.isclose(rotary_span(facts(positions="rotary", rotary=rotary, n_ctx=16)), 16)
