@@ -1,9 +1,11 @@
 """Compute one cell, or with -m a sweep of them:  python run.py -m model=gpt2,gpt2-medium task=ioi,sva"""
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
-from ovqk.config import register
+from ovqk.config import check_keys, register
 
 register()
 
@@ -19,4 +21,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    check_keys(sys.argv[1:])
     main()

@@ -303,7 +303,7 @@ class BridgeWeights:
 
 @contextlib.contextmanager
 def unused_tokenizer() -> Iterator[Any]:
-    """TransformerLens wants a tokenizer, loads it again, and invents one of a single token where a folder holds none."""
+    """TransformerLens wants a tokenizer, loads it again, and invents one of one token where a folder holds none."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

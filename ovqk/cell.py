@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
-from hydra.conf import HydraConf
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -40,7 +39,7 @@ class Outcome:
     error: str | None = None
 
 
-def run_job(config: DictConfig, hydra: HydraConf) -> None:
+def run_job(config: DictConfig, hydra: Any) -> None:
     """Run the cell that Hydra composed.
 
     A single run prints the cell's tables, and ends in a message (SystemExit) on a user's mistake or in a traceback on

@@ -4,7 +4,10 @@ Hydra merges the YAML files and the command line into these dataclasses, so an u
 wrong type is refused before any work is done.
 """
 
-from dataclasses import dataclass, field
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -180,6 +183,32 @@ class Config:
     """`cpu`, `cuda` or `auto`."""
     hub_timeout: float = 60.0
     """Seconds before an unanswered request to the hub is given up."""
+
+
+def check_keys(arguments: Iterable[str]) -> None:
+    """Refuse a mistyped key on the command line, naming the keys that are allowed where it stands.
+
+    Raises:
+        SystemExit: with one message.
+    """
+    for argument in arguments:
+        match = re.fullmatch(r"\+{0,2}([A-Za-z_][\w.-]*)=.*", argument, flags=re.DOTALL)
+        if match is None or match[1].split(".")[0] == "hydra":
+            continue
+        place: type = Config
+        parts = match[1].split(".")
+        for depth, part in enumerate(parts):
+            if not is_dataclass(place):
+                break
+            allowed = {field.name: field.type for field in fields(place)}
+            if part not in allowed:
+                near = difflib.get_close_matches(part, allowed, n=1)
+                hint = f" Did you mean {'.'.join([*parts[:depth], *near])}?" if near else ""
+                where = ".".join(parts[:depth])
+                scope = f" under {where}" if where else ""
+                raise SystemExit(f"ovqk: {match[1]}: no such key.{hint} Allowed{scope}: {', '.join(sorted(allowed))}.")
+            inner = allowed[part]
+            place = inner if isinstance(inner, type) else object
 
 
 def register() -> None:

@@ -71,7 +71,7 @@ def read_vocabulary(embeddings: EmbeddingWeights, n_tokens: int | None) -> Vocab
 
 
 def centred_gram(a: Float[Tensor, "token d_a"], b: Float[Tensor, "token d_b"]) -> Float[Tensor, "d_a d_b"]:
-    """a^T C b in float64 over blocks of tokens: float32 products would cost 1e-3 on the ratios of small vocabularies."""
+    """a^T C b in float64 over blocks of tokens: float32 products cost 1e-3 on ratios of small vocabularies."""
     mean_a, mean_b = _mean_rows(a), _mean_rows(b)
     total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
     for rows in blocks(a.shape[0]):

@@ -1,6 +1,7 @@
-"""Models and helpers that the tests share. No test reaches the network; caches and results live in temporary folders."""
+"""Models and helpers that the tests share. No test reaches the network; caches and results are temporary folders."""
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -121,15 +122,13 @@ class CLI:
         """Exit status and everything printed."""
         from hydra.core.global_hydra import GlobalHydra
 
-        import run
-
         GlobalHydra.instance().clear()
         self.monkeypatch.chdir(self.folder)
         self.monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         self.capfd.readouterr()
         code = 0
         try:
-            run.main()
+            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
             if isinstance(stop.code, str):

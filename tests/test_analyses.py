@@ -175,7 +175,7 @@ def _check_task(source, cell, tokenizer, n_tokens, heads) -> set[str]:
             P_r, P_w, r_read, r_write = projector(a[None]), projector(b[None]), 1, 1
         for head in range(facts.n_heads):
             W_OV, W_QK = matrices(weights, facts, head, Rbar)
-            U, sigma, Vh = torch.linalg.svd(W_OV)
+            _, sigma, Vh = torch.linalg.svd(W_OV)
             energy, d = W_OV.square().sum(), facts.d_model
             put("ov_task_alignment", (W_OV @ P_w).square().sum() / energy / (r_write / d))
             put("ov_top_alignment", (P_w @ Vh[0]).square().sum() / (r_write / d))
@@ -194,8 +194,8 @@ def _check_task(source, cell, tokenizer, n_tokens, heads) -> set[str]:
             put("ov_task_auc", auc(L[:, ids], True))
             put("ov_task_auc_raw", auc(L[:, ids], False))
             own = L[torch.arange(len(ids)), ids][:, None]
-            put("ov_task_copy", ((L > own).sum(1) < 5).double().mean())
-            put("ov_task_suppress", ((L < own).sum(1) < 5).double().mean())
+            put("ov_task_copy", ((own < L).sum(1) < 5).double().mean())
+            put("ov_task_suppress", ((own > L).sum(1) < 5).double().mean())
             put("qk_task_auc", auc(x @ W_QK @ x.T, True))
             put("qk_task_auc_raw", auc(x @ W_QK @ x.T, False))
             queries = normalise(W_U[:, ids].T, facts.norm, facts.norm_eps)

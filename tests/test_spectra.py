@@ -1,5 +1,6 @@
 """Planted heads with known answers, invariances, and the order of the rank measures."""
 
+import itertools
 import math
 
 import pytest
@@ -74,7 +75,7 @@ def test_same_token_matching_is_symmetric() -> None:
 
 @pytest.mark.parametrize("w", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("D", [1, 3])
-def test_a_shift_by_D_at_frequency_w_has_symmetry_cos_2wD(w: float, D: int) -> None:
+def test_a_planted_shift_has_symmetry_cos_2wd(w: float, D: int) -> None:
     """Keys turned by w D against queries: M = Q R(D) Q^T, tr(M M)/|M|^2 = cos(2 w D)."""
     Q = orthonormal(16, 2)
     c, s = math.cos(w * D), math.sin(w * D)
@@ -130,7 +131,7 @@ def test_the_rank_measures_are_ordered(seed: int, h: int, decay: float) -> None:
     sigma = decompose(M, centred=False).sigma[0]
     middle = float(sigma.sum() ** 2 / sigma.square().sum())
     chain = [1, m["stable_rank"], m["participation_ratio"], m["effective_rank_energy"], middle, m["effective_rank"], h]
-    assert all(a <= b + 1e-9 for a, b in zip(chain, chain[1:], strict=False))
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(chain))
     assert 0 <= m["flatness"] <= 1 + 1e-12
     assert 1 <= m["rank90"] <= h
     assert -1 <= m["trace_ratio"] <= 1 and -1 - 1e-12 <= m["symmetry"] <= 1 + 1e-12
@@ -165,7 +166,8 @@ def test_full_circuits_through_cores_equal_the_vocabulary_matrix(seed: int, V: i
     k = min(h, V)
     assert torch.allclose(sigma[:k], wanted[:k], atol=1e-3 * float(wanted[0]))
     found = eigenvalues(core(decomposition, centred_gram(W_U.T.contiguous(), W_E)))[0].abs()
-    assert torch.allclose(found[: V - 1][:h], torch.linalg.eigvals(matrix).abs().sort(descending=True).values[:h][: V - 1], atol=1e-3 * float(wanted[0]))  # fmt: skip
+    eigen = torch.linalg.eigvals(matrix).abs().sort(descending=True).values[:h]
+    assert torch.allclose(found[: V - 1], eigen[: V - 1], atol=1e-3 * float(wanted[0]))
     full = C @ W_E.double() @ (M.left[0].double() @ M.right[0].double()) @ W_E.T.double() @ C
     symmetry = torch.trace(full @ full) / full.square().sum()
     assert float(vocabulary_symmetry(decomposition, gram_in)) == pytest.approx(float(symmetry), abs=1e-4)

@@ -1,0 +1,115 @@
+"""Architectures outside the table: read through TransformerLens, gated by the model's own activations."""
+
+import pytest
+import torch
+from conftest import compose, local, make_gpt2, randomise
+from oracle import matrices
+
+from ovqk.analyses import analyse
+from ovqk.checkpoints import open_checkpoint
+from ovqk.errors import UserError
+from ovqk.sources import open_weights
+from ovqk.weights import fold_layer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIZES = {"vocab_size": 40, "hidden_size": 24, "num_attention_heads": 4, "max_position_embeddings": 32}
+
+
+def opened(directory):
+    return open_weights(open_checkpoint(local(directory)), local(directory))
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    directory = tmp_path_factory.mktemp("opt")
+    config = OPTConfig(**SIZES, num_hidden_layers=2, ffn_dim=32, word_embed_proj_dim=24, bos_token_id=0, eos_token_id=0)
+    randomise(OPTForCausalLM(config)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def neox(tmp_path_factory):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    directory = tmp_path_factory.mktemp("neox")
+    config = GPTNeoXConfig(**SIZES, num_hidden_layers=2, intermediate_size=32, bos_token_id=0, eos_token_id=0)
+    randomise(GPTNeoXForCausalLM(config)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    from transformers import BertConfig, BertForMaskedLM
+
+    directory = tmp_path_factory.mktemp("bert")
+    config = BertConfig(**SIZES, num_hidden_layers=2, intermediate_size=32, bos_token_id=0, eos_token_id=0)
+    randomise(BertForMaskedLM(config)).save_pretrained(directory)
+    return directory
+
+
+def test_a_pre_norm_decoder_is_folded_and_its_positions_are_found(opt) -> None:
+    source = opened(opt)
+    assert source.loaded_by == "bridge" and source.foldable and source.no_vocabulary is None
+    assert source.architecture.positions == "learned"
+    assert not isinstance(source.first_mlp(), str)
+
+
+def test_interleaved_neox_weights_are_the_heads_own(neox) -> None:
+    """NeoX stores query, key and value interleaved per head."""
+    from transformers import GPTNeoXForCausalLM
+
+    source = opened(neox)
+    fused = GPTNeoXForCausalLM.from_pretrained(neox).gpt_neox.layers[1].attention.query_key_value.weight.detach()
+    per_head = fused.reshape(4, 3, 6, 24)
+    weights = source.layer(1)
+    for part, own in (("W_Q", per_head[:, 0]), ("W_K", per_head[:, 1]), ("W_V", per_head[:, 2])):
+        assert torch.allclose(getattr(weights, part), own.mT, atol=1e-6)
+    assert source.foldable and source.architecture.positions == "unsupported"
+
+
+def test_an_encoder_is_residual_space_and_raw(bert) -> None:
+    source = opened(bert)
+    assert not source.foldable and source.no_vocabulary == "the model is an encoder"
+    cell = compose("task=none", "model=local", f"model.path={bert}")
+    result = analyse(source, None, None, "bert", cell)
+    assert result.processing["applied"] == "raw"
+    assert result.unavailable["ov_copying"] == "the model is an encoder"
+    heads = result.tables["heads"]
+    W_OV, _ = matrices(source.layer(1), source.architecture, 2)
+    assert heads.query("layer == 1 and head == 2")["ov_frobenius_norm"].item() == pytest.approx(
+        float(W_OV.norm()), rel=1e-5
+    )
+
+
+def test_the_bridge_and_the_table_agree_on_a_model_both_can_read(tmp_path) -> None:
+    from ovqk.bridge import BridgeWeights
+
+    make_gpt2(tmp_path / "m")
+    native = opened(tmp_path / "m")
+    bridged = BridgeWeights(open_checkpoint(local(tmp_path / "m")), local(tmp_path / "m"))
+    assert bridged.foldable and bridged.no_vocabulary is None
+    for layer in range(native.architecture.n_layers):
+        one, two = (fold_layer(source.layer(layer), source.architecture) for source in (native, bridged))
+        for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V"):
+            assert torch.allclose(getattr(one, name), getattr(two, name), atol=1e-6), name
+    mine, theirs = native.embeddings(), bridged.embeddings()
+    for name in ("W_E", "W_U", "W_pos"):
+        assert torch.allclose(getattr(mine, name), getattr(theirs, name), atol=1e-6)
+    assert torch.allclose(native.first_mlp().W_in, bridged.first_mlp().W_in, atol=1e-6)
+
+
+def test_missing_tensors_are_refused_not_filled_with_random_numbers(neox, tmp_path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    directory = tmp_path / "neox"
+    shutil.copytree(neox, directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors.pop("gpt_neox.layers.1.attention.dense.weight")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensors are missing.*layers\.1\.attention\.dense\.weight"):
+        opened(directory)

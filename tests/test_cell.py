@@ -1,0 +1,267 @@
+"""The command line, end to end: a cell, its record, its errors, and a sweep."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import BUNDLED, ROOT, compose, shared_model
+
+import ovqk
+from ovqk.record import is_done
+
+QUICK = ("tracking=none",)
+
+
+def only_cell(folder: Path) -> Path:
+    (record,) = folder.glob("results/*/*/*/record.json")
+    return record.parent
+
+
+def test_the_default_cell_makes_a_complete_record(cli, tmp_path) -> None:
+    code, printed = cli(*QUICK)
+    assert code == 0
+    folder = only_cell(tmp_path)
+    record = json.loads((folder / "record.json").read_text())
+    assert record["status"] == "done" and record["task"] == "ioi" and record["loaded_by"] == "families"
+    assert record["processing"] == {"requested": "folded", "applied": "folded"}
+    assert folder.name == f"b03-{record['cell_id']}"
+    names = {"heads", "layers", "spectra", "offsets", "tests", "verdicts"}
+    assert set(record["tables"]) == names
+    for name in names:
+        assert len(pd.read_parquet(folder / f"{name}.parquet")) == record["tables"][name]
+    assert str(tmp_path) not in (folder / "record.json").read_text()
+    assert str(ROOT) not in (folder / "record.json").read_text()
+    for word in ("name mover", "OV copying", "QK matching", "QK symmetry", "position share", "OV alignment", "verdict"):
+        assert word in printed
+    assert "Traceback" not in printed and f"record: {folder.relative_to(tmp_path)}" in printed
+
+
+def test_a_done_cell_is_read_from_its_record_and_force_computes_it_again(cli, tmp_path) -> None:
+    cli("task=none", *QUICK)
+    folder = only_cell(tmp_path)
+    before = (folder / "record.json").read_bytes()
+    code, printed = cli("task=none", *QUICK)
+    assert code == 0 and "done before" in printed
+    assert (folder / "record.json").read_bytes() == before
+    cli("task=none", "force=true", *QUICK)
+    assert (folder / "record.json").read_bytes() != before and is_done(folder)
+
+
+def test_a_cell_runs_again_from_its_own_config_with_equal_tables(cli, tmp_path) -> None:
+    cli("task=sva", "processing=raw", *QUICK)
+    folder = only_cell(tmp_path)
+    content = yaml.safe_load((folder / "cell.yaml").read_text())
+    assert content["processing"] == "raw" and "results_dir" not in content
+    code, _ = cli("-cd", str(folder), "-cn", "cell", "results_dir=again")
+    assert code == 0
+    (again,) = tmp_path.glob("again/*/*/*/record.json")
+    assert again.parent.name == folder.name
+    for table in folder.glob("*.parquet"):
+        pd.testing.assert_frame_equal(pd.read_parquet(table), pd.read_parquet(again.parent / table.name))
+
+
+def test_the_id_depends_on_what_numbers_depend_on_and_on_nothing_else() -> None:
+    from ovqk.identity import cell_id, identity
+
+    def of(*overrides: str, digest: str = "d") -> str:
+        return cell_id(identity(compose(*overrides), digest))
+
+    base = of()
+    assert base == of("results_dir=elsewhere", "tracking=none", "force=true", "device=auto", "hub_timeout=3")
+    different = [
+        of(digest="e"),
+        of("seed=1"),
+        of("processing=raw"),
+        of("task=sva"),
+        of("analysis=qk"),
+        of("analysis.offsets=[0,1]"),
+        of("model.claims=gpt2"),
+        of("model.name=other"),
+    ]
+    assert len({base, *different}) == len(different) + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=gpt3"], "Could not find 'model/gpt3'"),
+        (["task=ioj"], "Could not find 'task/ioj'"),
+        (["analysis=b04"], "Could not find 'analysis/b04'"),
+        (["proccessing=raw"], "proccessing: no such key. Did you mean processing? Allowed: analysis, device,"),
+        (["model.pth=x"], "model.pth: no such key. Did you mean model.path? Allowed under model: causal, claims,"),
+        (["seed=many"], "could not be converted to Integer"),
+        (["processing=half"], "expected one of [folded, raw]"),
+        (["device=tpu"], "device=tpu: allowed: cpu, cuda, auto."),
+        (["model=local"], "model.path: not set. model=local needs model.path=PATH"),
+        (["model=local", "model.path=nowhere"], "model.path=nowhere: no such file or directory."),
+        (["model.name=../up"], "model.name='../up': allowed are"),
+        (["analysis.circuits=[ov,vo]"], "analysis.circuits=['ov', 'vo']: allowed are ov, qk"),
+        (["analysis.offsets=[-1]"], "analysis.offsets=[-1]: allowed are"),
+        (["model.trust_remote_code=true"], "needs a revision that is a full commit"),
+        (["task.claims.mini-attn.roles.name_mover=['9.9']"], "head 9.9 does not exist; the model has layers 0 to 3"),
+        (["task.words.names=[Mary,John]"], "only 2 of the 2 words of 'names' are one token"),
+    ],
+)
+def test_a_mistake_is_one_clear_message_and_leaves_no_result(cli, tmp_path, arguments, message) -> None:
+    code, printed = cli(*arguments, *QUICK)
+    assert code == 1
+    assert message in " ".join(printed.split())
+    assert "Traceback" not in printed
+    assert not [path for path in tmp_path.glob("results/*/*/*/record.json") if is_done(path.parent)]
+    assert not list(tmp_path.glob("results/**/*.parquet"))
+
+
+def test_allowed_choices_are_listed(cli) -> None:
+    _, printed = cli("model=gpt3")
+    assert all(name in printed for name in ("mini-attn", "gpt2", "gpt2-medium", "local"))
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m",)])
+def test_a_file_where_the_results_folder_should_be(cli, tmp_path, sweep) -> None:
+    (tmp_path / "results").write_text("mine")
+    code, printed = cli(*sweep, *QUICK)
+    assert code == 1 and "results_dir=results: results is a file, not a folder." in printed
+    assert "Traceback" not in printed and (tmp_path / "results").read_text() == "mine"
+
+
+def test_a_directory_without_tokenizer_files(cli, tmp_path) -> None:
+    shutil.copytree(BUNDLED, tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare" / name).unlink()
+    code, printed = cli("model=local", "model.path=bare", *QUICK)
+    assert code == 1 and "holds no tokenizer files" in printed and "task=none" in printed
+    code, _ = cli("model=local", "model.path=bare", "task=none", *QUICK)
+    assert code == 0
+
+
+def test_no_network_and_no_cache_for_a_hub_model(cli, tmp_path, monkeypatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    code, printed = cli("model=gpt2", *QUICK)
+    assert code == 1 and "not in the Hugging Face cache, and the hub could not be reached" in printed
+    assert "Traceback" not in printed
+
+
+# --- real checkpoints -----------------------------------------------------------------------------------------------
+
+
+def test_partial_gpt2_gets_residual_metrics_and_a_reason_for_every_other(cli, tmp_path) -> None:
+    path = shared_model("gpt2-small-attention")
+    code, printed = cli("model=local", f"model.path={path}", "model.claims=gpt2", *QUICK)
+    assert code == 0 and "unavailable (the checkpoint has no token embedding)" in printed
+    folder = only_cell(tmp_path)
+    record = json.loads((folder / "record.json").read_text())
+    heads = pd.read_parquet(folder / "heads.parquet")
+    for name in ("ov_copying", "qk_matching", "qk_symmetry_vocab", "ov_task_auc", "qk_positional_share"):
+        assert record["unavailable"][name] == "the checkpoint has no token embedding"
+        assert heads[name].isna().all()
+    for name in ("ov_copying_residual", "qk_matching_residual", "ov_effective_rank", "qk_offset_r2", "qk_prev_auc"):
+        assert name not in record["unavailable"] and heads[name].notna().all()
+    negative_mover = heads.query("layer == 11 and head == 10")["ov_copying_residual"].item()
+    assert negative_mover == pytest.approx(1.0, abs=0.01)  # residual sign is not token copying
+    verdicts = pd.read_parquet(folder / "verdicts.parquet")
+    assert set(verdicts["verdict"]) == {"untestable"} and (verdicts["reason"] != "").all()
+
+
+def test_stories260k_without_a_task_and_with_one_it_has_no_words_for(cli, tmp_path) -> None:
+    path = shared_model("stories260k")
+    code, printed = cli("model=local", f"model.path={path}", "task=none", *QUICK)
+    assert code == 0 and "No verdicts: task none claims no heads" in printed
+    heads = pd.read_parquet(only_cell(tmp_path) / "heads.parquet")
+    assert len(heads) == 40 and heads["qk_share_position"].notna().all()
+    code, printed = cli("model=local", f"model.path={path}", "task=ioi", *QUICK)
+    assert code == 1 and "words of 'names' are one token" in printed
+
+
+def test_a_vocabulary_smaller_than_d_head(cli, tmp_path) -> None:
+    code, _ = cli("model=local", f"model.path={shared_model('nano-sort')}", "task=none", *QUICK)
+    assert code == 0
+    folder = only_cell(tmp_path)
+    spectra = pd.read_parquet(folder / "spectra.parquet")
+    full = spectra.query("space == 'vocab' and kind == 'singular'")
+    assert (full.query("index >= 2")["re"].abs() < 1e-5 * full["re"].max()).all()  # rank at most V - 1 = 2
+    heads = pd.read_parquet(folder / "heads.parquet")
+    assert heads["ov_copying"].between(-1, 1).all()
+
+
+def test_single_files_run_too(cli, tmp_path) -> None:
+    path = shared_model("modular-addition") / "l8k1hzciux.safetensors"
+    code, _ = cli("model=local", f"model.path={path}", "model.causal=false", "task=none", *QUICK)
+    assert code == 0
+    record = json.loads((only_cell(tmp_path) / "record.json").read_text())
+    assert record["model"] == "l8k1hzciux" and "qk_prev_auc" in record["unavailable"]
+    assert record["processing"]["applied"] == "raw"
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_prints_a_line_a_cell_compares_and_skips_what_is_done(cli, tmp_path) -> None:
+    arguments = ("-m", "model=mini-attn", "task=ioi,sva,induction", "analysis=b03,qk", *QUICK)
+    code, printed = cli(*arguments)
+    assert code == 0
+    for number in range(1, 7):
+        assert f"[{number}/6] mini-attn / " in printed
+    assert "6 done, 0 cached, 0 failed, 0 missing" in printed
+    assert printed.count("agreement output") == 2  # a row per cell and role
+    code, printed = cli(*arguments)
+    assert code == 0 and "0 done, 6 cached, 0 failed, 0 missing" in printed
+    results = ovqk.load_results(tmp_path / "results")
+    assert len(results["cells"]) == 6 and set(results["heads"]["analysis"]) == {"b03", "qk"}
+    assert len(results["heads"]) == 6 * 32
+
+
+def test_a_failed_cell_does_not_stop_the_others_and_the_status_says_so(cli, tmp_path) -> None:
+    shutil.copytree(BUNDLED, tmp_path / "broken")
+    data = (tmp_path / "broken" / "model.safetensors").read_bytes()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(data[:1000])
+    code, printed = cli("-m", "model=local", "model.path=broken," + str(BUNDLED), "task=none", *QUICK)
+    assert code == 1
+    assert "1 done, 0 cached, 1 failed, 0 missing" in printed
+    assert (
+        "failed: ? / none / b03: model.safetensors: not a complete safetensors file" in printed or "broken" in printed
+    )
+    assert "Traceback" not in printed
+    assert len(list(tmp_path.glob("results/*/*/*/record.json"))) == 1
+
+
+def test_a_failure_inside_a_cell_is_recorded_and_computed_again_later(cli, tmp_path, monkeypatch) -> None:
+    import ovqk.cell
+
+    def breaks(*arguments: object) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ovqk.cell, "analyse", breaks)
+        code, printed = cli("-m", "task=none,sva", *QUICK)
+    assert code == 1 and "0 done, 0 cached, 2 failed, 0 missing" in printed and "MemoryError: no room" in printed
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("results/*/*/*/record.json")]
+    assert [record["status"] for record in records] == ["failed", "failed"]
+    assert all("no room" in record["error"] and "Traceback" in record["traceback"] for record in records)
+    code, printed = cli("-m", "task=none,sva", *QUICK)
+    assert code == 0 and "2 done" in printed
+
+
+def test_a_sweep_file_runs_and_the_command_line_narrows_it(cli, tmp_path) -> None:
+    code, printed = cli("-cd", str(ROOT / "sweeps"), "-cn", "smoke", "task=none", "analysis=ov", *QUICK)
+    assert code == 0 and "[1/1] mini-attn / none / ov" in printed
+    assert json.loads((only_cell(tmp_path) / "record.json").read_text())["sweep"] == "smoke"
+
+
+def test_results_do_not_depend_on_the_number_of_threads(cli, tmp_path) -> None:
+    import torch
+
+    cli("results_dir=one", *QUICK)
+    torch.set_num_threads(2)
+    try:
+        cli("results_dir=two", *QUICK)
+    finally:
+        torch.set_num_threads(1)
+    (one,), (two,) = tmp_path.glob("one/*/*/*/record.json"), tmp_path.glob("two/*/*/*/record.json")
+    for table in ("tests", "verdicts", "heads"):
+        frames = [pd.read_parquet(path.parent / f"{table}.parquet") for path in (one, two)]
+        pd.testing.assert_frame_equal(*frames, rtol=1e-6, atol=1e-9)

@@ -1,0 +1,224 @@
+"""Where weights come from, and one clear message for every way in which they can be wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BUNDLED, local, make_gpt2, make_llama, shared_model
+from safetensors.torch import load_file, save_file
+
+from ovqk.checkpoints import open_checkpoint
+from ovqk.config import ModelConfig, Source
+from ovqk.errors import UserError
+from ovqk.sources import open_weights
+
+
+def opened(path: Path, **keys):
+    model = local(path, **keys)
+    return open_weights(open_checkpoint(model), model)
+
+
+def copy(tmp_path: Path, source: Path = BUNDLED) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "copy"))
+
+
+def rewrite(directory: Path, change) -> Path:
+    """Save the directory's tensors again after `change` has been at them."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def test_a_missing_path_and_one_that_is_no_checkpoint(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"model\.path=.*no such file or directory"):
+        opened(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        opened(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{nonsense")
+    with pytest.raises(UserError, match="not valid JSON"):
+        opened(tmp_path / "empty")
+    (tmp_path / "text.txt").write_text("hello")
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        opened(tmp_path / "text.txt")
+
+
+def test_pickled_weights_are_refused_by_name(tmp_path) -> None:
+    directory = copy(tmp_path)
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin, which ovqk does not unpickle"):
+        opened(directory)
+
+
+def test_a_truncated_file(tmp_path) -> None:
+    directory = copy(tmp_path)
+    data = (directory / "model.safetensors").read_bytes()
+    for size in (len(data) // 2, 20, 0):
+        (directory / "model.safetensors").write_bytes(data[:size])
+        with pytest.raises(UserError, match=r"model\.safetensors: not a complete safetensors file"):
+            opened(directory)
+
+
+def test_missing_tensors_are_named_and_never_filled_in(tmp_path) -> None:
+    directory = rewrite(copy(tmp_path), lambda tensors: tensors.pop("transformer.h.2.attn.c_proj.weight"))
+    with pytest.raises(UserError, match=r"'transformer\.h\.2\.attn\.c_proj\.weight'.*fills nothing in"):
+        opened(directory)
+    directory = rewrite(directory, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".attn." in name])
+    with pytest.raises(UserError, match="is missing from the checkpoint"):
+        opened(directory)
+
+
+def test_a_tensor_of_the_wrong_shape(tmp_path) -> None:
+    def cut(tensors) -> None:
+        tensors["transformer.h.1.attn.c_attn.weight"] = tensors["transformer.h.1.attn.c_attn.weight"][:, :100]
+
+    with pytest.raises(UserError, match=r"h\.1\.attn\.c_attn\.weight' has shape \[128, 100\].*promises \[128, 384\]"):
+        opened(rewrite(copy(tmp_path), cut))
+
+
+def test_an_unusable_config(tmp_path) -> None:
+    directory = copy(tmp_path)
+    for change, message in (
+        ({"n_head": None}, "'n_head' as a positive integer"),
+        ({"model_type": None}, "gives no model_type"),
+        (
+            {"model_type": "perceptron", "architectures": ["Perceptron"]},
+            "supported neither natively nor by Transformer",
+        ),
+        ({"model_type": "perceptron", "architectures": None}, "names no 'architectures'"),
+    ):
+        config = json.loads((BUNDLED / "config.json").read_text()) | change
+        (directory / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=message):
+            opened(directory)
+
+
+def test_shards_and_a_shard_that_is_missing(tmp_path) -> None:
+    directory = copy(tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, directory / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors").unlink()
+    assert torch.equal(opened(directory).layer(3).W_Q, opened(BUNDLED).layer(3).W_Q)
+    (directory / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"the index names model-00002-of-00002\.safetensors"):
+        opened(directory)
+
+
+def test_a_tied_checkpoint_may_store_either_of_embedding_and_unembedding(tmp_path) -> None:
+    whole = opened(BUNDLED).embeddings()
+
+    def rename(tensors) -> None:
+        tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+
+    other = opened(rewrite(copy(tmp_path), rename)).embeddings()
+    assert torch.equal(other.W_E, whole.W_E) and torch.equal(other.W_U, whole.W_U)
+
+
+def test_an_untied_checkpoint_without_unembedding_has_none(tmp_path) -> None:
+    make_gpt2(tmp_path / "m", tie_word_embeddings=False)
+    directory = rewrite(tmp_path / "m", lambda tensors: tensors.pop("lm_head.weight"))
+    embeddings = opened(directory).embeddings()
+    assert embeddings.W_E is not None and embeddings.W_U is None
+
+
+def test_names_with_and_without_the_transformer_prefix(tmp_path) -> None:
+    def strip(tensors) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+
+    assert torch.equal(opened(rewrite(copy(tmp_path), strip)).layer(0).W_V, opened(BUNDLED).layer(0).W_V)
+
+
+def test_grouped_keys_are_indexed_not_tiled(tmp_path) -> None:
+    """Query head j reads KV head j // group; tiling would pair head 1 with KV head 1."""
+    from ovqk.heads import ov_factors, qk_factors
+
+    model = make_llama(tmp_path / "m")
+    source = opened(tmp_path / "m")
+    weights, facts = source.layer(0), source.architecture
+    assert facts.kv_of_head.tolist() == [0, 0, 1, 1]
+    own = model.model.layers[0].self_attn.k_proj.weight.detach()
+    assert torch.equal(weights.W_K[1], own[8:16].T)
+    keys = qk_factors(weights, facts).right
+    assert torch.equal(keys[1], weights.W_K[0].T) and torch.equal(keys[2], weights.W_K[1].T)
+    assert torch.equal(ov_factors(weights, facts).left[3], weights.W_V[1])
+
+
+def test_single_files_of_transformer_lens_names() -> None:
+    source = opened(shared_model("max-of-two") / "layernorm.safetensors")
+    assert source.architecture.norm == "layernorm" and source.architecture.n_ctx == 2
+    assert any("model.causal" in note for note in source.notes)
+    plain = opened(shared_model("max-of-two") / "simple.safetensors", causal=True)
+    assert plain.architecture.norm == "none" and len(plain.notes) == 1
+    modular = opened(shared_model("modular-addition") / "l8k1hzciux.safetensors", causal=False)
+    assert (modular.architecture.n_heads, modular.architecture.causal) == (4, False)
+    assert isinstance(modular.first_mlp(), str)
+
+
+def test_a_single_file_of_other_names_is_refused() -> None:
+    with pytest.raises(UserError, match="must hold TransformerLens names"):
+        opened(BUNDLED / "model.safetensors")
+
+
+def test_the_digest_covers_weights_config_and_tokenizer(tmp_path) -> None:
+    directory = copy(tmp_path)
+    before = open_checkpoint(local(directory)).digest
+    assert before == open_checkpoint(local(BUNDLED)).digest  # a copy is the same model
+    (directory / "tokenizer.json").write_text((directory / "tokenizer.json").read_text().replace("Mary", "Maria"))
+    assert open_checkpoint(local(directory)).digest != before
+    changed = rewrite(copy(tmp_path / "other"), lambda tensors: tensors["transformer.ln_f.bias"].add_(1e-3))
+    assert open_checkpoint(local(changed)).digest != before
+
+
+# --- the hub, without a network -----------------------------------------------------------------------------------
+
+
+def hub(repo: str = "someone/tiny") -> ModelConfig:
+    return ModelConfig(name="tiny", source=Source.hub, repo=repo)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Path:
+    """The folder layout that huggingface_hub leaves: blobs named by etag, snapshots of links, refs."""
+    import huggingface_hub
+
+    cache = tmp_path / "hub"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = cache / "models--someone--tiny"
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    for number, name in enumerate(("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")):
+        blob = repo / "blobs" / f"{number:064x}"
+        shutil.copy(BUNDLED / name, blob)
+        (snapshot / name).symlink_to(Path("../../blobs") / blob.name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return cache
+
+
+def test_a_model_in_the_hub_cache_is_read_without_a_network(hub_cache) -> None:
+    checkpoint = open_checkpoint(hub(), hub_timeout=1.0)
+    assert checkpoint.revision == "0123456789abcdef0123456789abcdef01234567"
+    assert torch.equal(open_weights(checkpoint, hub()).layer(0).W_Q, opened(BUNDLED).layer(0).W_Q)
+    assert not any(str(hub_cache) in str(value) for value in (checkpoint.label, checkpoint.digest))
+
+
+def test_no_network_and_no_cache_is_one_message(hub_cache) -> None:
+    with pytest.raises(UserError, match=r"model=tiny \(someone/other@main\): not in the Hugging Face cache"):
+        open_checkpoint(hub("someone/other"), hub_timeout=1.0)
+
+
+def test_a_hub_model_without_a_repository() -> None:
+    with pytest.raises(UserError, match=r"model\.repo: not set"):
+        open_checkpoint(ModelConfig(name="tiny", source=Source.hub), hub_timeout=1.0)

@@ -1,0 +1,192 @@
+"""Claims apply to the model they were made for, name heads that exist, and are tested as the decision list says."""
+
+import math
+
+import numpy as np
+import pytest
+from conftest import compose
+
+from ovqk.claims import Claims, parse_head, resolve_claims
+from ovqk.config import Direction, PredictionConfig
+from ovqk.errors import UserError
+from ovqk.nulls import Predicted, correct, head_rows, predicted_values, role_rows
+from ovqk.verdicts import Subject, judge, subjects
+from ovqk.weights import Architecture, Rotary
+
+
+def facts(layers: int = 12, heads: int = 12, **changes) -> Architecture:
+    base = {
+        "family": "test",
+        "n_layers": layers,
+        "n_heads": heads,
+        "n_kv_heads": heads,
+        "d_model": 8,
+        "d_head": 4,
+        "n_ctx": 16,
+        "norm": "none",
+        "norm_eps": 1e-5,
+        "positions": "learned",
+    }
+    return Architecture(**base | changes)
+
+
+def test_the_published_circuits_are_the_papers() -> None:
+    cell = compose("model=gpt2", "task=ioi")
+    claims = resolve_claims(cell.task, cell.model, facts())
+    assert claims.roles["name_mover"] == [(9, 9), (10, 0), (9, 6)]
+    assert claims.roles["backup_name_mover"] == [(9, 0), (9, 7), (10, 1), (10, 2), (10, 6), (10, 10), (11, 2), (11, 9)]
+    assert claims.roles["negative_name_mover"] == [(10, 7), (11, 10)]
+    assert claims.roles["s_inhibition"] == [(7, 3), (7, 9), (8, 6), (8, 10)]
+    assert claims.roles["induction"] == [(5, 5), (6, 9), (5, 8), (5, 9)]
+    assert claims.roles["duplicate_token"] == [(0, 1), (3, 0), (0, 10)]
+    assert claims.roles["previous_token"] == [(2, 2), (4, 11)]
+    sva = compose("model=gpt2", "task=sva")
+    assert resolve_claims(sva.task, sva.model, facts()).reliability == "unreliable"
+
+
+@pytest.mark.parametrize("model", ["gpt2-medium", "distilgpt2", "gpt2-xl"])
+def test_another_models_head_list_is_never_used(model) -> None:
+    cell = compose(f"model={model}", "task=ioi")
+    assert isinstance(resolve_claims(cell.task, cell.model, facts(24, 16)), str)
+
+
+def test_claims_are_borrowed_only_by_name() -> None:
+    cell = compose("model=gpt2-medium", "task=ioi", "model.claims=gpt2")
+    assert isinstance(resolve_claims(cell.task, cell.model, facts(24, 16)), Claims)
+    cell.model.claims = "gpt9"
+    with pytest.raises(UserError, match=r"model\.claims=gpt9.*allowed: .*gpt2"):
+        resolve_claims(cell.task, cell.model, facts())
+
+
+@pytest.mark.parametrize("head", ["12.0", "0.12", "x", "9", "-1.2", "9.9.9", 9.1, 9])
+def test_a_head_that_does_not_exist_is_refused_by_name(head) -> None:
+    """An unquoted 9.10 is the number 9.1: refused, never read as another head."""
+    with pytest.raises(UserError, match=r"task\.claims\.gpt2"):
+        parse_head(head, "task.claims.gpt2.roles.name_mover", facts())
+
+
+def test_an_unquoted_head_in_yaml_is_refused() -> None:
+    cell = compose("model=gpt2", "task=ioi", "task.claims.gpt2.roles.name_mover=[9.10]")
+    with pytest.raises(UserError, match="in quotes"):
+        resolve_claims(cell.task, cell.model, facts())
+
+
+def test_unknown_roles_and_metrics_are_refused() -> None:
+    cell = compose("model=gpt2", "task=ioi")
+    cell.task.claims["gpt2"].roles["quarterback"] = ["9.9"]
+    with pytest.raises(UserError, match="unknown role 'quarterback'"):
+        resolve_claims(cell.task, cell.model, facts())
+    cell = compose("model=gpt2", "task=ioi")
+    cell.task.roles["induction"].predictions[0].metric = "ov_copyng"
+    with pytest.raises(UserError, match="unknown metric 'ov_copyng'"):
+        resolve_claims(cell.task, cell.model, facts())
+
+
+# --- from values to verdicts --------------------------------------------------------------------------------------
+
+
+def claims(**roles) -> Claims:
+    return Claims("test", "published", None, roles, {})
+
+
+def predicted(values: np.ndarray, direction: Direction = Direction.high, primary: bool = True) -> Predicted:
+    return Predicted("mover", PredictionConfig("ov_task_auc", direction), primary, values)
+
+
+def verdict(values: np.ndarray, heads, direction: Direction = Direction.high, **other) -> dict:
+    made = claims(mover=heads, **other)
+    prediction = predicted(values, direction)
+    rows = role_rows(prediction, made, facts(*values.shape), seed=0)
+    correct(rows)
+    return judge(Subject("mover", None), [prediction], rows, None)
+
+
+def grid(seed: int = 0, layers: int = 3, heads: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(layers, heads))
+
+
+def test_heads_that_stand_out_are_corroborated_and_the_opposite_is_contradicted() -> None:
+    values = grid()
+    heads = [(1, 0), (1, 1), (2, 0), (2, 1)]
+    for head in heads:
+        values[head] = 10 + values[head]
+    assert verdict(values, heads)["verdict"] == "corroborated"
+    assert verdict(values, heads, Direction.low)["verdict"] == "contradicted"
+    assert verdict(-values, heads, Direction.low)["verdict"] == "corroborated"
+    assert verdict(-values, heads)["verdict"] == "contradicted"
+
+
+def test_heads_in_the_middle_are_unsupported() -> None:
+    values = np.tile(np.arange(9.0), (2, 1))
+    assert verdict(values, [(0, 4), (1, 4), (1, 3)])["verdict"] == "unsupported"
+
+
+def test_one_head_in_a_layer_of_eight_is_untestable_and_says_why() -> None:
+    found = verdict(grid(), [(1, 0)])
+    assert found["verdict"] == "untestable"
+    assert "0.125" in found["reason"] and "1 claimed head among 7 others" in found["reason"]
+
+
+def test_a_role_without_predictions_is_out_of_scope_and_one_without_values_untestable() -> None:
+    assert judge(Subject("x", None), [], [], None)["verdict"] == "out_of_scope"
+    nothing = predicted(np.full((3, 8), math.nan))
+    assert role_rows(nothing, claims(mover=[(1, 0)]), facts(3, 8), 0) == []
+    found = judge(Subject("mover", None), [nothing], [], "no embedding")
+    assert (found["verdict"], found["reason"]) == ("untestable", "no embedding")
+
+
+def test_a_significantly_opposite_secondary_makes_a_mixed_partial() -> None:
+    values = grid()
+    heads = [(1, 0), (1, 1), (2, 0), (2, 1)]
+    for head in heads:
+        values[head] += 10
+    made = claims(mover=heads)
+    pair = [predicted(values), predicted(values, Direction.low, primary=False)]
+    rows = [row for prediction in pair for row in role_rows(prediction, made, facts(3, 8), 0)]
+    correct(rows)
+    found = judge(Subject("mover", None), pair, rows, None)
+    assert (found["verdict"], found["flags"]) == ("partial", "mixed")
+
+
+def test_other_claimed_heads_leave_the_null_unless_the_list_is_unreliable() -> None:
+    values = grid()
+    made = claims(mover=[(1, 0)], other=[(1, 1), (1, 2)])
+    counted = {row["null"]: row["n_others"] for row in role_rows(predicted(values), made, facts(3, 8), 0)}
+    assert counted == {"layer": 5, "layer_all": 7}
+    unreliable = Claims("test", "unreliable", None, made.roles, {})
+    counted = {row["null"]: row["n_others"] for row in role_rows(predicted(values), unreliable, facts(3, 8), 0)}
+    assert counted == {"layer": 7, "layer_all": 7}
+
+
+def test_a_single_head_is_compared_with_unclaimed_heads_of_layers_within_two() -> None:
+    values = grid(layers=7)
+    values[3, 0] = 100
+    rows = {
+        row["null"]: row for row in head_rows(predicted(values), (3, 0), claims(mover=[(3, 0), (3, 1)]), facts(7, 8))
+    }
+    assert rows["layer"]["n_null"] == 6 and rows["layer"]["percentile"] == 1
+    assert rows["depth"]["n_null"] == 6 + 4 * 8
+    assert rows["depth"]["p"] == pytest.approx(1 / 39)
+    correct(list(rows.values()))
+    assert rows["depth"]["q"] == pytest.approx(1 / 39) and math.isnan(rows["layer"]["q"])
+
+
+def test_the_first_layer_may_have_a_metric_of_its_own_and_direct_paths_end_there() -> None:
+    values = {"a": np.ones((3, 2)), "b": np.full((3, 2), 2.0)}
+    config = PredictionConfig("a", first_layer="b")
+    assert predicted_values(config, values, facts(3, 2))[:, 0].tolist() == [2, 1, 1]
+    direct = predicted_values(PredictionConfig("a", direct_only=True), values, facts(3, 2))
+    assert not np.isnan(direct[0]).any() and np.isnan(direct[1:]).all()
+    import torch
+
+    rotary = facts(3, 2, positions="rotary", rotary=Rotary(torch.ones(2)))
+    assert not np.isnan(predicted_values(PredictionConfig("a", direct_only=True), values, rotary)).any()
+
+
+def test_every_verdict_says_what_it_does_and_does_not_establish() -> None:
+    values = grid()
+    values[1, :4] += 10
+    found = verdict(values, [(1, 0), (1, 1), (1, 2), (1, 3)])
+    assert found["establishes"].startswith("The weights could do this: OV copies its own task token is high")
+    assert "does not establish that the model does this" in found["does_not_establish"]
+    assert [s.head for s in subjects(claims(mover=[(1, 0), (2, 3)]))] == [None, (1, 0), (2, 3)]

@@ -1,0 +1,118 @@
+"""Words become single tokens of the model, or are dropped and counted; never anything else."""
+
+import pytest
+import torch
+from conftest import BUNDLED, compose, local, shared_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from ovqk.checkpoints import open_checkpoint
+from ovqk.config import VariableConfig, VariableKind
+from ovqk.errors import UserError
+from ovqk.tasks import load_tokenizer, matched_band, resolve_task, surface_form
+
+
+@pytest.fixture(scope="module")
+def gpt2_tokenizer() -> Tokenizer:
+    from ovqk.tasks import _byte_level_bpe
+
+    return _byte_level_bpe(shared_model("gpt2-tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def mini_tokenizer() -> Tokenizer:
+    return load_tokenizer(open_checkpoint(local(BUNDLED)))
+
+
+def test_the_gpt2_vocabulary_and_merges_alone_are_a_tokenizer(gpt2_tokenizer) -> None:
+    assert gpt2_tokenizer.encode("Hello world").ids == [15496, 995]
+
+
+def test_words_take_the_leading_space_where_the_tokenizer_marks_it(gpt2_tokenizer, mini_tokenizer) -> None:
+    task = compose("task=ioi").task
+    for tokenizer, token in ((gpt2_tokenizer, "ĠMary"), (mini_tokenizer, "Mary")):
+        resolved = resolve_task(task, tokenizer, tokenizer.get_vocab_size(), "test")
+        words = resolved.variables[0].read[0]
+        assert tokenizer.id_to_token(int(words.ids[words.words.index("Mary")])) == token
+
+
+@pytest.mark.parametrize("task", ["ioi", "sva", "induction"])
+def test_every_shipped_word_is_one_token_of_gpt2(gpt2_tokenizer, task) -> None:
+    resolved = resolve_task(compose(f"task={task}").task, gpt2_tokenizer, 50257, "gpt2")
+    assert not any(resolved.dropped.values())
+
+
+def test_a_word_of_several_tokens_is_dropped_and_counted_never_cut(gpt2_tokenizer) -> None:
+    task = compose("task=ioi").task
+    task.words["names"] += ["Zanzibarina", "Mary"]
+    resolved = resolve_task(task, gpt2_tokenizer, 50257, "gpt2")
+    assert resolved.dropped["names"] == ["Zanzibarina"]
+    assert resolved.kept["names"] == len(task.words["names"]) - 2  # a token comes once
+
+
+def test_contrasts_stay_aligned_when_one_side_is_dropped(gpt2_tokenizer) -> None:
+    task = compose("task=sva").task
+    task.words["nouns_plural"][3] = "supercalifragilistics"
+    resolved = resolve_task(task, gpt2_tokenizer, 50257, "gpt2")
+    singular, plural = resolved.variables[0].read
+    assert len(singular.ids) == len(plural.ids) == len(task.words["nouns_singular"]) - 1
+    assert task.words["nouns_singular"][3] not in singular.words
+
+
+def test_too_few_words_is_an_error_that_counts_them() -> None:
+    tokenizer = load_tokenizer(open_checkpoint(local(shared_model("stories260k"))))
+    with pytest.raises(
+        UserError, match=r"task=ioi: only \d of the \d+ words of 'names' are one token in x; at least 8"
+    ):
+        resolve_task(compose("task=ioi").task, tokenizer, 512, "x")
+
+
+def test_no_tokenizer_is_an_error_only_where_words_are_read() -> None:
+    with pytest.raises(UserError, match="no tokenizer files"):
+        resolve_task(compose("task=ioi").task, None, 100, "x")
+    assert resolve_task(compose("task=none").task, None, 100, "x").variables == []
+
+
+def test_a_variable_names_word_sets_that_exist(mini_tokenizer) -> None:
+    task = compose("task=ioi").task
+    task.variables["name"].words = "nmaes"
+    with pytest.raises(UserError, match=r"task\.variables\.name.*'nmaes'.*allowed: names"):
+        resolve_task(task, mini_tokenizer, 400, "x")
+    task = compose("task=sva").task
+    task.variables["number"] = VariableConfig(VariableKind.contrast, read=["nouns_singular"], write=["verbs_singular"])
+    with pytest.raises(UserError, match="needs 2 word set"):
+        resolve_task(task, mini_tokenizer, 400, "x")
+
+
+def test_surface_forms() -> None:
+    assert surface_form("ĠMary") == (True, "title", True, 1)
+    assert surface_form("the") == (False, "lower", True, 1)
+    assert surface_form("▁USA") == (True, "upper", True, 1)
+    assert surface_form("Ġ42") == (True, "lower", False, 0)
+
+
+def test_the_band_is_matched_in_form_and_rank_and_holds_no_task_word(mini_tokenizer) -> None:
+    resolved = resolve_task(compose("task=ioi").task, mini_tokenizer, mini_tokenizer.get_vocab_size(), "x")
+    variable = resolved.variables[0]
+    assert resolved.notes == []
+    assert not set(variable.band.tolist()) & set(variable.read[0].ids.tolist())
+    forms = {surface_form(mini_tokenizer.id_to_token(i)) for i in variable.read[0].ids.tolist()}
+    assert {surface_form(mini_tokenizer.id_to_token(i)) for i in variable.band.tolist()} <= forms
+    assert len(variable.band) >= 32
+
+
+def test_a_band_that_must_be_relaxed_says_so() -> None:
+    words = [f"Name{chr(97 + i)}" for i in range(8)] + [f"thing{chr(97 + i)}" for i in range(12)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="thinga"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ids = torch.arange(8)
+    band, note = matched_band(ids, ids, tokenizer, 20)
+    assert set(band.tolist()) == set(range(8, 20)) and "all other tokens" in note
+
+
+def test_a_damaged_tokenizer_is_one_message(tmp_path) -> None:
+    import shutil
+
+    shutil.copytree(BUNDLED, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer files cannot be read"):
+        load_tokenizer(open_checkpoint(local(tmp_path / "m")))
