@@ -47,40 +47,14 @@ def test_metrics_carry_title_formula_and_range() -> None:
     assert set(metric_names(["ov"])) | set(metric_names(["qk"])) == set(METRICS)
 
 
+# fmt: off
 ORDER = [
-    "errors",
-    "config",
-    "metrics",
-    "devices",
-    "checkpoints",
-    "weights",
-    "families",
-    "heads",
-    "vocabulary",
-    "bridge",
-    "sources",
-    "spectra",
-    "layers",
-    "positions",
-    "alignment",
-    "tasks",
-    "readouts",
-    "availability",
-    "model",
-    "claims",
-    "statistics",
-    "nulls",
-    "verdicts",
-    "prompts",
-    "analyses",
-    "identity",
-    "record",
-    "results",
-    "tracking",
-    "console",
-    "cell",
-    "sweep",
+    "errors", "config", "metrics", "devices", "checkpoints", "weights", "families", "heads",
+    "vocabulary", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
+    "readouts", "availability", "model", "claims", "statistics", "nulls", "verdicts", "prompts",
+    "analyses", "identity", "record", "results", "tracking", "console", "cell", "sweep",
 ]
+# fmt: on
 
 
 def test_imports_run_one_way() -> None:
