@@ -23,7 +23,7 @@ from ovqk.layers import layer_metrics
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, metric_names
 from ovqk.model import Layer, Model
 from ovqk.nulls import Predicted, correct, head_rows, predicted_values, role_rows
-from ovqk.readouts import block0_matching
+from ovqk.readouts import full_circuit_ratio
 from ovqk.verdicts import VERDICTS, judge, subjects
 from ovqk.weights import WeightSource
 
@@ -81,11 +81,11 @@ def analyse(
             metrics, spectrum = circuit_spectra(layer, circuit)
             values |= metrics
             unstable = _joined(unstable, gauge_sensitive(layer, circuit, metrics))
-            values |= task_metrics(layer, circuit)
+            values |= task_metrics(layer, circuit) | block0_metrics(layer, circuit)
             tables["spectra"].append(spectrum)
         if "qk" in model.circuits:
             metrics, profile = position_metrics(layer)
-            values |= metrics | matching_block0(layer)
+            values |= metrics
             tables["layers"].append(layer_row(layer))
             tables["offsets"] += [] if profile is None else [profile]
         head_values.append(values)
@@ -199,11 +199,17 @@ def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
     return values, None if profile is None else _offset_table(layer.index, profile)
 
 
-def matching_block0(layer: Layer) -> HeadValues:
-    """`qk_matching_block0`, for the layers after the first."""
-    if layer.model.block0_gram is None or layer.index == 0:
+def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
+    """`ov_copying_block0` and `qk_matching_block0`: full circuits of tokens as layers after the first see them."""
+    vocabulary, (gram, cross) = layer.model.vocabulary, layer.model.block0_grams
+    if gram is None or vocabulary is None or layer.index == 0:
         return {}
-    return {"qk_matching_block0": block0_matching(layer.decomposition("qk", True), layer.model.block0_gram)}
+    decomposition = layer.decomposition(circuit, True)
+    if circuit == "qk":
+        return {"qk_matching_block0": full_circuit_ratio(decomposition, gram, gram, gram)}
+    if cross is None or vocabulary.gram_unembed is None:
+        return {}
+    return {"ov_copying_block0": full_circuit_ratio(decomposition, gram, cross, vocabulary.gram_unembed)}
 
 
 # --- claims --------------------------------------------------------------------------------------------------

@@ -62,11 +62,11 @@ def unavailable_metrics(
     if not architecture.causal:
         for name in {"qk_offset_r2", "qk_prev_auc"} & set(metric_names(circuits)):
             reasons.setdefault(name, "attention is not causal: keys follow queries too")
-    if "qk_matching_block0" in metric_names(circuits):
+    for name in {"ov_copying_block0", "qk_matching_block0"} & set(metric_names(circuits)):
         if isinstance(block0, str):
-            reasons.setdefault("qk_matching_block0", block0)
+            reasons.setdefault(name, block0)
         elif architecture.n_layers == 1:
-            reasons.setdefault("qk_matching_block0", f"{NOT_APPLICABLE}the model has no layer after the first")
+            reasons.setdefault(name, f"{NOT_APPLICABLE}the model has no layer after the first")
     if readout is not None:
         contrast = readout.variable.kind is VariableKind.contrast
         for name in SET_METRICS if contrast else CONTRAST_METRICS:

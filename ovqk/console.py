@@ -22,9 +22,9 @@ HEAD_COLUMNS = (
     ("OV copying", "ov_copying"),
     ("QK matching", "qk_matching"),
     ("QK symmetry", "qk_symmetry"),
-    ("position share", "qk_positional_share"),
-    ("OV alignment", "ov_task_alignment"),
-    ("QK key alignment", "qk_key_alignment"),
+    ("position", "qk_positional_share"),
+    ("OV align", "ov_task_alignment"),
+    ("QK align", "qk_key_alignment"),
 )
 
 
@@ -69,11 +69,12 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
     """One row per claimed head under a row for its role."""
     columns = [(title, name) for title, name in HEAD_COLUMNS if name in heads and heads[name].notna().any()]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("role / head")
+    table.add_column("role: primary metric / head", no_wrap=True)
     for title, _ in columns:
         table.add_column(title, justify="right")
-    for title in ("primary metric", "value", "percentile", "q", "verdict"):
-        table.add_column(title, justify="left" if title in ("primary metric", "verdict") else "right")
+    for title in ("primary", "percentile", "q"):
+        table.add_column(title, justify="right")
+    table.add_column("verdict", no_wrap=True)
     indexed = heads.set_index(["layer", "head"])
     for row in verdicts.to_dict("records"):
         is_role = row["kind"] == "role"
@@ -83,11 +84,14 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
             values = [_number(indexed.at[head, name]) for _, name in columns]
         arrow = {"high": "↑", "low": "↓"}.get(row["prediction"] or "", "")
         verdict = f"{row['verdict']}{' (mixed)' if row['flags'] == 'mixed' else ''}"
-        name = row["role"].replace("_", " ") if is_role else f"  {int(row['layer'])}.{int(row['head'])}"
+        if is_role:
+            name = Text(row["role"].replace("_", " "), style="bold")
+            name.append(f": {row['primary']} {arrow}" if row["primary"] else "", style="dim")
+        else:
+            name = Text(f"  {int(row['layer'])}.{int(row['head'])}")
         table.add_row(
-            Text(name, style="bold" if is_role else ""),
+            name,
             *values,
-            f"{row['primary'] or ''} {arrow}" if is_role else "",
             _number(row["value"]),
             "" if is_role else _percent(row["percentile"]),
             _number(row["q"], digits=3),
@@ -100,12 +104,16 @@ def reasons(verdicts: pd.DataFrame) -> Iterable[str]:
     """How to read the table, and why claims could not be tested, each reason once."""
     yield ""
     yield (
-        "value: of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). "
+        "position: share of the QK score's variance that is positional. OV align, QK align: writing and key side in "
+        "the task's subspace, 1 by chance."
+    )
+    yield (
+        "primary: value of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). "
         "percentile: among unclaimed heads of the layer."
     )
     yield (
-        "q: corrected p in the predicted direction, of the exact layer-stratified permutation (role) or against "
-        "unclaimed heads of nearby layers (head)."
+        "q: corrected p in the predicted direction; role: exact permutation within layers, head: against unclaimed "
+        "heads of nearby layers."
     )
     untested = verdicts[verdicts["reason"] != ""]
     for reason, rows in untested.groupby("reason", sort=False):

@@ -40,7 +40,8 @@ class Model:
     """Of plain and of normalised embedding rows (the second is used under rotary positions)."""
     W_pos: Float[Tensor, "n_ctx d_model"] | None
     block0: Block0 | str
-    block0_gram: Float[Tensor, "d_model d_model"] | None
+    block0_grams: tuple[Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"] | None]
+    """E^T C E and W_U C E of the block0 embeddings E."""
     readout: Readout | None
     unavailable: dict[str, str]
 
@@ -105,9 +106,9 @@ class Model:
             plain = positions.token_moments(vocabulary)
             normal = positions.normalised_moments(vocabulary, facts) if facts.rotary is not None else plain
             moments = (plain, normal)
-        gram = None
-        if isinstance(block0, Block0) and vocabulary is not None and "qk" in config.analysis.circuits:
-            gram = block0.gram(vocabulary.W_E) if facts.n_layers > 1 else None
+        grams: tuple[Tensor | None, Tensor | None] = (None, None)
+        if isinstance(block0, Block0) and vocabulary is not None and facts.n_layers > 1:
+            grams = block0.grams(vocabulary)
         unavailable = unavailable_metrics(
             list(config.analysis.circuits),
             facts,
@@ -128,7 +129,7 @@ class Model:
             token_moments=moments,
             W_pos=folded.W_pos,
             block0=block0,
-            block0_gram=gram,
+            block0_grams=grams,
             readout=readout,
             unavailable=unavailable,
         )

@@ -206,9 +206,10 @@ def _offset_design(T: int) -> Float[Tensor, "offset offset"]:
 def _diagonal_sums(lower: Float[Tensor, "T T"]) -> Float[Tensor, " T"]:
     """Sum over each diagonal i - j = D of a lower triangular matrix."""
     T = lower.shape[0]
-    offsets = torch.arange(T, device=lower.device)
-    index = (offsets[:, None] - offsets[None, :]).clamp_min(0)
-    return torch.zeros(T, dtype=lower.dtype, device=lower.device).scatter_add_(0, index.flatten(), lower.flatten())
+    # Rows of 2 T read as rows of 2 T - 1 move row i by i places, which turns diagonals into columns.
+    padded = torch.nn.functional.pad(lower.flip(1), (0, T))
+    sheared = padded.flatten()[: T * (2 * T - 1)].reshape(T, 2 * T - 1)
+    return sheared.sum(0)[T - 1 :]
 
 
 def _query_key_moments(

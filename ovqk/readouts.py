@@ -147,8 +147,13 @@ class Readout:
         return alignment.subspace(columns[0], W_U[:, self.variable.band.to(W_U.device)].T)
 
 
-def block0_matching(decomposition: Decomposition, gram: Float[Tensor, "d_model d_model"]) -> Float[Tensor, " head"]:
-    """`qk_matching_block0`: the trace ratio of the full QK circuit over block 0 effective embeddings."""
-    eigen = spectra.eigenvalues(spectra.core(decomposition, gram))
-    sigma = spectra.full_circuit_singular_values(decomposition, gram, gram)
+def full_circuit_ratio(
+    decomposition: Decomposition,
+    gram_in: Float[Tensor, "d_model d_model"],
+    gram_cross: Float[Tensor, "d_model d_model"],
+    gram_out: Float[Tensor, "d_model d_model"],
+) -> Float[Tensor, " head"]:
+    """Trace ratio of A M B, in [-1, 1], from A^T C A, B C A and B C B^T (A, B: token matrices)."""
+    eigen = spectra.eigenvalues(spectra.core(decomposition, gram_cross))
+    sigma = spectra.full_circuit_singular_values(decomposition, gram_in, gram_out)
     return spectra.trace_ratio(eigen, sigma.sum(-1))

@@ -83,6 +83,8 @@ def judge(
     else:
         verdict = "unsupported"
     first = next(iter(testable or primary), None)
+    # Of a head, the percentile is its place in its own layer, whichever null decides.
+    placed = next((row for row in rows if row["primary"] and row["null"] == "layer"), first)
     return {
         "kind": subject.kind,
         "role": subject.role,
@@ -92,7 +94,7 @@ def judge(
         "primary": predicted[0].config.metric if predicted else None,
         "prediction": predicted[0].config.direction.value if predicted else None,
         "value": first["value"] if first else None,
-        "percentile": first["percentile"] if first else None,
+        "percentile": placed["percentile"] if placed else None,
         "effect": first["effect"] if first else None,
         "p": first["p"] if first else None,
         "q": first["q"] if first else None,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -115,18 +115,22 @@ class Block0:
             hidden = hidden * (x @ self.mlp.W_linear)
         return stream + hidden @ self.mlp.W_out + self.mlp.b_out
 
-    def gram(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "d_model d_model"]:
-        """E^T C E over the whole vocabulary, a block of tokens at a time."""
+    def grams(
+        self, vocabulary: Vocabulary
+    ) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"] | None]:
+        """E^T C E and (where there is an unembedding) W_U C E over the vocabulary, a block of tokens at a time."""
+        W_E, W_U = vocabulary.W_E, vocabulary.W_U
         d_model = W_E.shape[1]
         second = torch.zeros(d_model, d_model, dtype=torch.float64, device=W_E.device)
+        cross = torch.zeros_like(second)
         total = torch.zeros(d_model, dtype=torch.float64, device=W_E.device)
         for rows in blocks(W_E.shape[0], BLOCK // 4):
             embedded = self.rows(W_E[rows]).double()
             second += embedded.T @ embedded
             total += embedded.sum(0)
-        return second - torch.outer(total, total) / W_E.shape[0]
-
-
-def token_rows(W_E: Float[Tensor, "token d_model"], ids: Int[Tensor, " word"]) -> Float[Tensor, "word d_model"]:
-    """Rows of these tokens."""
-    return W_E[ids.to(W_E.device)]
+            if W_U is not None:
+                cross += W_U[:, rows].double() @ embedded
+        gram = second - torch.outer(total, total) / W_E.shape[0]
+        if W_U is None:
+            return gram, None
+        return gram, cross - torch.outer(W_U.double().mean(1), total)

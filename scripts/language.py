@@ -9,6 +9,8 @@ A context is a stream of such segments. Half of the training windows start at a 
 so no position is special; the other half start with <eos> and a whole segment, so the model also knows a
 prompt that begins a text. Both name orders, optional phrases, and other names in the sentences before keep
 position, distance and the set of names in the context from giving the answer away.
+The last name before the question is always the giver, though, and a model may use that instead of looking
+for the repeated name; the bundled one does.
 
 Held out: about a tenth of the pairs of words (`is_held_out`) never meet in training as the two names of an
 indirect-object sentence, as the subject and the first attractor of an agreement sentence, or as neighbours
@@ -32,7 +34,7 @@ UNKNOWN, END_OF_TEXT = "<unk>", "<eos>"
 
 # Slots are filled from the word sets; {B} always speaks of the giver and {A} of the one given to.
 SLOTS = {
-    "A": "names", "B": "names", "C": "names", "D": "names", "E": "names",
+    "A": "names", "B": "names", "C": "names", "D": "names",
     "city": "cities", "city2": "cities", "country": "countries", "country2": "countries",
     "surname": "surnames", "surname2": "surnames", "company": "companies", "company2": "companies",
     "state": "states", "state2": "states", "adjective2": "adjectives", "place": "places", "place2": "places", "object": "objects",
@@ -74,21 +76,6 @@ FILLER = [
     "{C} worked for {company} in {state}.",
 ]
 
-# Three names, two of them again: no word before the question knows both, so a word in between cannot work
-# the receiver out and hand it on. What works in every sentence is to look from the question at the names.
-THREE_NAMES = [
-    f"{meeting} {gift} to"
-    for meeting in (
-        "When {A}, {B} and {E} went to the {place}[ in the {time}],",
-        "After {A} met {B} and {E} at the {place},",
-        "While {A}, {B} and {E} were at the[ {adjective}] {place},",
-        "{A} and {B} saw {E}[ near the {place}]. Then",
-        "Before {A} and {B} went to the {place} with {E},",
-    )
-    for gift in ("{B} {gave} a[ {adjective}] {object} from {E}", "{B} and {E} {gave} a {object}")
-]
-THREE_NAMED = 0.6  # of the indirect-object sentences
-
 # Other names, each mentioned once, in the sentence before: the receiver is not the only such name.
 INTRODUCTIONS = [
     "{C} {past} the {noun} at the {place}.",
@@ -100,7 +87,7 @@ INTRODUCTIONS = [
 ]
 INTRODUCED = 0.8  # of the indirect-object sentences
 
-SEGMENTS = {"ioi": 6, "sva": 6, "filler": 9, "induction": 12}
+SEGMENTS = {"ioi": 6, "sva": 6, "filler": 7, "induction": 10}
 SEQUENCE_LENGTHS = range(5, 13)
 
 
@@ -155,7 +142,6 @@ def compiled(templates: list[str]) -> list[list[list[str]]]:
 
 
 INDIRECT_OBJECT_PIECES = compiled(INDIRECT_OBJECT)
-THREE_NAMES_PIECES = compiled(THREE_NAMES)
 AGREEMENT_PIECES = compiled(AGREEMENT)
 FILLER_PIECES = compiled(FILLER)
 INTRODUCTION_PIECES = compiled(INTRODUCTIONS)
@@ -178,21 +164,18 @@ def fill(pieces: list[str], values: dict[str, str], rng: random.Random) -> list[
 
 
 def indirect_object(rng: random.Random, held_out: bool = False) -> Segment:
-    """An indirect-object sentence, mostly after an introduction; its names are first mentioned in any order."""
+    """An indirect-object sentence, mostly after an introduction; which name comes first is a fair coin."""
     while True:
-        receiver, giver, third = (SETS["names"].draw(rng) for _ in range(3))
-        pair_is_held_out = is_held_out(receiver, giver)
-        if len({receiver, giver, third}) == 3 and pair_is_held_out == held_out and not is_held_out(receiver, third):
+        receiver, giver = SETS["names"].draw(rng), SETS["names"].draw(rng)
+        if receiver != giver and is_held_out(receiver, giver) == held_out:
             break
-    templates = THREE_NAMES_PIECES if rng.random() < THREE_NAMED else INDIRECT_OBJECT_PIECES
-    pieces = list(rng.choice(rng.choice(templates)))
-    first_mentions = [pieces.index(slot) for slot in ("{A}", "{B}", "{E}") if slot in pieces]
-    mentioned = [pieces[place] for place in first_mentions]
-    for place, slot in zip(first_mentions, rng.sample(mentioned, len(mentioned)), strict=True):
-        pieces[place] = slot
+    pieces = list(rng.choice(rng.choice(INDIRECT_OBJECT_PIECES)))
+    if rng.random() < 0.5:
+        first, second = pieces.index("{A}"), pieces.index("{B}")
+        pieces[first], pieces[second] = pieces[second], pieces[first]
     if rng.random() < INTRODUCED:
         pieces = rng.choice(rng.choice(INTRODUCTION_PIECES)) + pieces
-    tokens = fill(pieces, {"A": receiver, "B": giver, "E": third}, rng)
+    tokens = fill(pieces, {"A": receiver, "B": giver}, rng)
     return Segment("ioi", [*tokens, receiver, "."], len(tokens), giver, (receiver, giver))
 
 

@@ -5,20 +5,25 @@
 The task file gives `words` and `prompts`; the prompts measured are those `ovqk.prompts` draws from it. One rule
 serves every head of every model. A head has a role where all of these hold, means being over prompts:
 
-    attention    from the role's query token to its source is at least 0.3: the source is the main thing looked
-                 at, and at most three heads' worth of other places can compete with it
-    control      that attention exceeds the attention to a matched token (another name, a neighbouring word)
+    attention    from the role's query token to its source is at least 0.3: no more than three
+                 places can be looked at as much
+    control      that attention exceeds the attention to a matched token (another name, noun or neighbour)
     effect       is at least 5 % of the model's mean logit difference (answer minus foil), in the role's
                  direction: less than that, in a model of tens of heads, is one share among many
     significance the effect is on that side of zero in 99.9 % of 2,000 bootstrap resamples of the prompts
 
 The effect of a role that writes the answer is direct: the head's output at END through the final norm (its scale
 frozen) onto the unembedding of answer minus foil. The effect of a role that serves other heads is that of
-ablation: the logit difference lost when the head's output is replaced, at every position, by its mean over the
-prompts of the same group (same template, both orders, all words) at that position.
+ablation: the logit difference lost when the head's output at the query token is replaced by its mean over the
+prompts of the same group (same template, both orders, all words) there. Only there, because a head may do other
+work at other tokens.
 
 Further conditions of single roles:
 
+    name_mover        its direct effect is on IO minus another name of the context (OTHER), not minus S1: a head
+                      that moves both names of the sentence, and leaves it to others to keep S down, is one too.
+                      Its effect on IO minus S1 stands beside it as direct_effect
+    copy_suppression  looks at S2 and lowers the logit of that very name, compared with OTHER's
     s_inhibition      ablation lowers the name movers' attention to IO minus S1 by at least 0.05
     backup_name_mover no name mover, but meets the name mover's rule once all name movers are ablated, with a
                       direct effect that has grown
@@ -52,7 +57,8 @@ Head = tuple[int, int]
 class Rule:
     """Attention from one of `queries` to `source`, more than to `control`, and an effect with `sign`.
 
-    A label may be moved: "S1+1" is the token after S1.
+    A label may be moved: "S1+1" is the token after S1. The direct effect is on the logit of the first token
+    of `contrast` minus that of the second, each a label, the answer or the foil.
     """
 
     role: str
@@ -61,12 +67,14 @@ class Rule:
     source: str | None = None
     control: str | None = None
     sign: int = 1
+    contrast: tuple[str, str] = ("ANSWER", "FOIL")
 
 
 RULES = {
     "ioi": [
-        Rule("name_mover", "direct", source="IO", control="S1"),
-        Rule("negative_name_mover", "direct", source="IO", control="OTHER", sign=-1),
+        Rule("name_mover", "direct", source="IO", control="OTHER", contrast=("ANSWER", "OTHER")),
+        Rule("negative_name_mover", "direct", source="IO", control="OTHER", sign=-1, contrast=("ANSWER", "OTHER")),
+        Rule("copy_suppression", "direct", source="S2", control="OTHER", sign=-1, contrast=("FOIL", "OTHER")),
         Rule("s_inhibition", "ablation", source="S2", control="OTHER"),
         Rule("duplicate_token", "ablation", ("S2",), "S1", "IO"),
         Rule("induction", "ablation", ("S2",), "S1+1", "IO+1"),
@@ -74,7 +82,7 @@ RULES = {
     ],
     "sva": [
         Rule("agreement_output", "direct"),
-        Rule("agreement_reader", "ablation", ("END", "ATTRACTOR"), "SUBJECT", "SUBJECT-1"),
+        Rule("agreement_reader", "ablation", ("END", "ATTRACTOR"), "SUBJECT", "ATTRACTOR"),
     ],
     "induction": [
         Rule("induction", "direct", source="SOURCE", control="SOURCE+1"),
@@ -99,6 +107,12 @@ class Batch:
             if label.endswith(mark):
                 return self.at(label.removesuffix(mark)) + step
         return torch.tensor([places[label] for places in self.positions])
+
+    def word(self, name: str) -> torch.Tensor:
+        """The token of the answer, of the foil, or at a label, in every prompt."""
+        if name in ("ANSWER", "FOIL"):
+            return self.answers if name == "ANSWER" else self.foils
+        return self.tokens[torch.arange(len(self.tokens)), self.at(name)]
 
 
 @dataclass
@@ -172,12 +186,13 @@ def group_means(outputs: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return means[groups]
 
 
-def ablate(clean: Run, batch: Batch, heads: list[Head]) -> list[tuple[str, Callable]]:
-    """Hooks that replace the outputs of `heads` by their group means."""
+def ablate(clean: Run, batch: Batch, heads: list[Head], query: str) -> list[tuple[str, Callable]]:
+    """Hooks that replace the outputs of `heads` at a label by their group means there."""
+    every, at = torch.arange(len(batch.tokens)), batch.at(query)
 
     def replace(value: torch.Tensor, hook: Any, head: int, means: torch.Tensor) -> torch.Tensor:
         value = value.clone()
-        value[:, :, head] = means[:, :, head]
+        value[every, at, head] = means[every, at, head]
         return value
 
     hooks: list[tuple[str, Callable]] = []
@@ -187,15 +202,22 @@ def ablate(clean: Run, batch: Batch, heads: list[Head]) -> list[tuple[str, Calla
     return hooks
 
 
-def direct_effect(model: TransformerBridge, batch: Batch, result: Run, head: Head) -> torch.Tensor:
-    """The head's own part of the logit difference [prompt]: output at END, final norm frozen, unembedding."""
+def direct_effect(
+    model: TransformerBridge,
+    batch: Batch,
+    result: Run,
+    head: Head,
+    contrast: tuple[str, str] = ("ANSWER", "FOIL"),
+) -> torch.Tensor:
+    """The head's own part of a logit difference [prompt]: output at END, final norm frozen, unembedding."""
     layer, index = head
     every = torch.arange(len(batch.tokens))
     written = result.outputs[layer][every, batch.at("END"), index] @ model.W_O[layer, index].detach()
     gain = model.original_model.get_parameter("transformer.ln_f.weight").detach()
     normalised = (written - written.mean(-1, keepdim=True)) / result.scale * gain
     unembedding = model.original_model.get_parameter("lm_head.weight").detach()
-    return (normalised * (unembedding[batch.answers] - unembedding[batch.foils])).sum(-1)
+    plus, minus = (unembedding[batch.word(name)] for name in contrast)
+    return (normalised * (plus - minus)).sum(-1)
 
 
 def attention(batch: Batch, result: Run, head: Head, query: str, key: str) -> float:
@@ -217,14 +239,18 @@ class Measurement:
         self.model, self.batch = model, batch
         self.clean = run(model, batch)
         self.total = self.clean.difference.mean().item()
+        if self.total <= 0:
+            raise ValueError(f"the model does not solve the task (logit difference {self.total:.2f}): no roles")
         self.heads = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
-        self.ablated = {head: run(model, batch, ablate(self.clean, batch, [head])) for head in self.heads}
-        self.lost = {head: self.clean.difference - self.ablated[head].difference for head in self.heads}
+
+    def without(self, heads: list[Head], query: str = "END") -> Run:
+        """The run with these heads mean-ablated at a label."""
+        return run(self.model, self.batch, ablate(self.clean, self.batch, heads, query))
 
     def apply(self, rule: Rule, head: Head, result: Run | None = None) -> Evidence | None:
         """The evidence where the head meets the rule (in another run than the clean one, if given)."""
         result = result or self.clean
-        evidence = Evidence(head)
+        evidence, query = Evidence(head), rule.queries[0]
         if rule.source is not None and rule.control is not None:
             looks = {query: attention(self.batch, result, head, query, rule.source) for query in rule.queries}
             query = max(looks, key=looks.__getitem__)
@@ -234,13 +260,18 @@ class Measurement:
             evidence.values[f"attention_{query}_to_{rule.source}"] = looks[query]
             evidence.values[f"attention_{query}_to_{rule.control}"] = control
         direct = direct_effect(self.model, self.batch, result, head)
-        effect = direct if rule.effect == "direct" else self.lost[head]
+        own = direct_effect(self.model, self.batch, result, head, rule.contrast)
+        lost = self.clean.difference - self.without([head], query).difference
+        effect = own if rule.effect == "direct" else lost
         if rule.sign * effect.mean().item() < LEAST_SHARE * self.total or not significant(effect, rule.sign):
             return None
         evidence.values |= {
             "direct_effect": direct.mean().item(),
-            "ablation_effect": self.lost[head].mean().item(),
+            "ablation_effect": lost.mean().item(),
         }
+        if rule.contrast != ("ANSWER", "FOIL"):
+            plus, minus = (name.lower() for name in rule.contrast)
+            evidence.values[f"direct_effect_{plus}_minus_{minus}"] = own.mean().item()
         evidence.values[f"{rule.effect}_share"] = effect.mean().item() / self.total
         return evidence
 
@@ -264,7 +295,7 @@ def _mediated(measurement: Measurement, evidence: Evidence, movers: list[Head]) 
         to_io, to_s1 = (attention(measurement.batch, result, mover, "END", name) for name in ("IO", "S1"))
         return to_io - to_s1
 
-    ablated = measurement.ablated[evidence.head]
+    ablated = measurement.without([evidence.head])
     falls = [preference(measurement.clean, mover) - preference(ablated, mover) for mover in movers]
     evidence.values["name_mover_preference_lost"] = max(falls, default=0.0)
     return evidence.values["name_mover_preference_lost"] >= LEAST_MEDIATED
@@ -272,13 +303,14 @@ def _mediated(measurement: Measurement, evidence: Evidence, movers: list[Head]) 
 
 def _backups(measurement: Measurement, movers: list[Head]) -> list[Evidence]:
     """Heads that meet the name mover's rule only with the name movers ablated."""
-    without = run(measurement.model, measurement.batch, ablate(measurement.clean, measurement.batch, movers))
+    without = measurement.without(movers)
     backups = []
     for head in measurement.heads:
         evidence = None if head in movers else measurement.apply(RULES["ioi"][0], head, without)
-        before = direct_effect(measurement.model, measurement.batch, measurement.clean, head).mean().item()
-        if evidence is not None and evidence.values["direct_effect"] > before:
-            evidence.values["direct_effect_before"] = before
+        rule, key = RULES["ioi"][0], "direct_effect_answer_minus_other"
+        clean = direct_effect(measurement.model, measurement.batch, measurement.clean, head, rule.contrast)
+        if evidence is not None and evidence.values[key] > clean.mean().item():
+            evidence.values[key + "_before"] = clean.mean().item()
             backups.append(evidence)
     return backups
 

@@ -203,14 +203,15 @@ def _check_task(source, cell, tokenizer, n_tokens, heads) -> set[str]:
     for name, values in wanted.items():
         check(name, heads[name].to_numpy(), values)
     sample = [(layer, head) for layer, head in sample_of_heads(facts) if layer > 0]
-    block0 = []
+    block0: dict[str, list[float]] = {"ov_copying_block0": [], "qk_matching_block0": []}
     for layer, head in sample:
-        W_QK = matrices(fold_layer(source.layer(layer), facts), facts, head)[1]
-        block0.append(ratio(C @ later @ W_QK @ later.T @ C))
-    found = heads["qk_matching_block0"].to_numpy()[[layer * facts.n_heads + head for layer, head in sample]]
-    check("qk_matching_block0", found, block0)
+        W_OV, W_QK = matrices(fold_layer(source.layer(layer), facts), facts, head)
+        block0["ov_copying_block0"].append(ratio(C @ later @ W_OV @ W_U @ C))
+        block0["qk_matching_block0"].append(ratio(C @ later @ W_QK @ later.T @ C))
+    for name, values in block0.items():
+        check(name, heads[name].to_numpy()[[layer * facts.n_heads + head for layer, head in sample]], values)
     assert heads[heads["layer"] == 0]["qk_matching_block0"].isna().all()
-    return set(wanted) | {"qk_matching_block0"}
+    return set(wanted) | set(block0)
 
 
 @pytest.mark.parametrize("embedding", list(Embedding))

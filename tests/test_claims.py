@@ -171,6 +171,17 @@ def test_a_single_head_is_compared_with_unclaimed_heads_of_layers_within_two() -
     assert rows["depth"]["q"] == pytest.approx(1 / 39) and math.isnan(rows["layer"]["q"])
 
 
+def test_the_percentile_of_a_head_is_its_place_in_its_own_layer() -> None:
+    values = grid(layers=5)
+    values[2, 0] = values[2, 1:].min() - 1
+    made = claims(mover=[(2, 0)])
+    prediction = predicted(values, Direction.low)
+    rows = head_rows(prediction, (2, 0), made, facts(5, 8))
+    correct(rows)
+    found = judge(Subject("mover", (2, 0)), [prediction], rows, None)
+    assert found["percentile"] == 0 and found["value"] == values[2, 0]
+
+
 def test_the_first_layer_may_have_a_metric_of_its_own_and_direct_paths_end_there() -> None:
     values = {"a": np.ones((3, 2)), "b": np.full((3, 2), 2.0)}
     config = PredictionConfig("a", first_layer="b")

@@ -58,15 +58,10 @@ def test_windows_start_anywhere():
     assert len(starts) > 200
 
 
-def test_the_receiver_is_first_second_or_last_of_the_names(training):
-    orders = Counter()
-    for sentence in training["ioi"]:
-        names = (sentence.tokens[sentence.answer_at], sentence.foil)
-        mentions = [token for token in sentence.tokens[: sentence.answer_at] if token in names]
-        assert sorted(mentions.count(name) for name in names) == [1, 2]
-        orders[mentions.index(names[0])] += 1
-    assert set(orders) == {0, 1, 2}
-    assert all(0.15 < count / orders.total() < 0.45 for count in orders.values())
+def test_the_receiver_comes_first_in_half_of_the_sentences(training):
+    sentences = training["ioi"]
+    first = share(s.tokens.index(s.tokens[s.answer_at]) < s.tokens.index(s.foil) for s in sentences)
+    assert 0.47 < first < 0.53
 
 
 def test_no_distance_gives_the_receiver(training):
