@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,18 +149,24 @@ def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None
     if tracking["status"] == "done" and tracking.get("directory"):
         run = results_dir / tracking["directory"]
         out.print(f"W&B (offline): {run}", soft_wrap=True)
-        sync = f"   wandb sync {shlex.quote(str(run))}"
+        sync = f"   {_python()} -m wandb sync {shlex.quote(str(run))}"
     elif tracking["status"] == "done":
         sync = ""
         out.print(f"W&B: run {tracking['run_id']}")
     else:
-        sync = f"   python -m ovqk.tracking {shlex.quote(str(results_dir))}"
+        sync = f"   {_python()} -m ovqk.tracking {shlex.quote(str(results_dir))}"
         out.print("W&B: not tracked" + (f" ({tracking['reason']})" if "reason" in tracking else ""), soft_wrap=True)
     out.print("next:")
-    out.print("   python run.py -m model=mini-attn task=ioi,sva,induction analysis=b03,qk   a sweep")
-    out.print(f"   python -c \"import ovqk; print(ovqk.load_results('{results_dir}')['heads'])\"", soft_wrap=True)
+    out.print(f"   {_python()} run.py -m task=ioi,sva,induction analysis=b03,qk", soft_wrap=True)
+    out.print(f"   {_python()} -c \"import ovqk; print(ovqk.load_results('{results_dir}')['heads'])\"", soft_wrap=True)
     if sync:
         out.print(sync, soft_wrap=True)
+
+
+def _python() -> str:
+    """The interpreter as a person here would type it: a virtual environment below this folder, else `python`."""
+    executable = Path(sys.executable)
+    return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else "python"
 
 
 def print_cell_line(outcome: Any, number: int, expected: int | None) -> None:
