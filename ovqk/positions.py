@@ -6,7 +6,9 @@ the residual stream is not in it, and with learned positions the norm's joint sc
 ignored.
 """
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -172,26 +174,30 @@ def learned_position_scores(
     positions = W_pos.double() - W_pos.double().mean(0)
     queries = positions @ weights.W_Q.double()  # [head, T, d_head]
     keys = (positions @ weights.W_K.double())[architecture.kv_of_head.to(W_pos.device)]
-    solver = _offset_design(T)
+    solver = _offset_design(T).to(W_pos.device)
+    counts = torch.arange(1, T + 1, dtype=torch.float64, device=W_pos.device)
+    future = torch.ones(T, T, dtype=torch.bool, device=W_pos.device).triu(1)
+    degrees = (T * (T + 1) // 2 - T) / (T * (T + 1) // 2 - 2 * T + 1)
     r2, auc, profiles = [], [], []
     for query, key in zip(queries, keys, strict=True):  # one head at a time: s is [T, T]
-        scores = (query @ key.T).tril()
-        counts = torch.arange(1, T + 1, dtype=torch.float64, device=scores.device)
-        centred = (scores - (scores.sum(1) / counts)[:, None]).tril()
-        by_diagonal = _diagonal_sums(centred)
-        profiles.append(_diagonal_sums(scores) / counts.flip(0))
-        total = centred.square().sum()
-        explained = by_diagonal @ solver.to(scores.device) @ by_diagonal
-        entries = T * (T + 1) // 2
-        adjust = (entries - T) / (entries - 2 * T + 1)
-        r2.append(1 - (1 - explained / total) * adjust if total > 0 else torch.zeros_like(total))
+        scores = query @ key.T
         previous = scores.diagonal(-1)[1:, None]  # s(i, i-1) for i = 2..T-1
-        rows = scores[2:]
-        below = ((rows < previous).double() + 0.5 * (rows == previous)).tril(2)
-        auc.append(((below.sum(1) - 0.5) / counts[1:-1]).mean())  # less the tie of i-1 with itself
+        seen = scores.masked_fill(future, math.inf)[2:]
+        below = (seen < previous).sum(1) + 0.5 * ((seen == previous).sum(1) - 1)  # less the tie of i-1 with itself
+        auc.append((below / counts[1:-1]).mean())
+
+        lower = scores.masked_fill_(future, 0.0)
+        row_sums, diagonals = lower.sum(1), _diagonal_sums(lower)
+        row_means = row_sums / counts
+        total = lower.square().sum() - row_sums @ row_means  # about the row means
+        centred = diagonals - row_means.flip(0).cumsum(0).flip(0)  # diagonal sums of the scores less their row means
+        explained = centred @ solver @ centred
+        r2.append(1 - (1 - explained / total) * degrees if total > 0 else torch.zeros_like(total))
+        profiles.append(diagonals / counts.flip(0))
     return PositionScores(torch.stack(r2), torch.stack(auc), torch.stack(profiles))
 
 
+@lru_cache(maxsize=2)
 def _offset_design(T: int) -> Float[Tensor, "offset offset"]:
     """Pseudo-inverse of the normal equations for f in s_ij = a_i + f(i - j), the row effects eliminated."""
     offsets = torch.arange(T)

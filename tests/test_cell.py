@@ -34,7 +34,16 @@ def test_the_default_cell_makes_a_complete_record(cli, tmp_path) -> None:
         assert len(pd.read_parquet(folder / f"{name}.parquet")) == record["tables"][name]
     assert str(tmp_path) not in (folder / "record.json").read_text()
     assert str(ROOT) not in (folder / "record.json").read_text()
-    for word in ("name mover", "OV copying", "QK matching", "QK symmetry", "position share", "OV alignment", "verdict"):
+    for word in (
+        "copy suppression",
+        "OV copying",
+        "QK matching",
+        "QK symmetry",
+        "position",
+        "OV align",
+        "percentile",
+        "verdict",
+    ):
         assert word in printed
     assert "Traceback" not in printed and f"record: {folder.relative_to(tmp_path)}" in printed
 
@@ -101,7 +110,10 @@ def test_the_id_depends_on_what_numbers_depend_on_and_on_nothing_else() -> None:
         (["analysis.circuits=[ov,vo]"], "analysis.circuits=['ov', 'vo']: allowed are ov, qk"),
         (["analysis.offsets=[-1]"], "analysis.offsets=[-1]: allowed are"),
         (["model.trust_remote_code=true"], "needs a revision that is a full commit"),
-        (["task.claims.mini-attn.roles.name_mover=['9.9']"], "head 9.9 does not exist; the model has layers 0 to 3"),
+        (
+            ["task.claims.mini-attn.roles.copy_suppression=['9.9']"],
+            "head 9.9 does not exist; the model has layers 0 to 3",
+        ),
         (["task.words.names=[Mary,John]"], "only 2 of the 2 words of 'names' are one token"),
     ],
 )
