@@ -1,9 +1,13 @@
 """Compute one cell, or with -m a sweep of them:  python run.py -m model=gpt2,gpt2-medium task=ioi,sva"""
 
+import os
 import sys
 
 import hydra
+import yaml
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from ovqk.config import check_keys, register
 
@@ -22,4 +26,9 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     check_keys(sys.argv[1:])
-    main()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and a config's mistake is one message here
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        causes = [str(e) for e in (error, error.__cause__) if e is not None]
+        raise SystemExit("ovqk: " + "\n".join(dict.fromkeys(causes))) from None

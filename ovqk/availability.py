@@ -44,10 +44,10 @@ def unavailable_metrics(
         found = [
             reason
             for need, reason in {
+                **positions,  # what does not apply to the model comes before what is missing
                 "embedding": no_embedding,
                 "unembedding": no_unembedding,
                 "task": no_words if readout is None else None,
-                **positions,
             }.items()
             if need in METRICS[name].needs and reason
         ]

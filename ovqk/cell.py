@@ -1,5 +1,6 @@
 """One cell, start to end: skip it if it is done, else compute, record, track; and say what became of it."""
 
+import errno
 import json
 import os
 import sys
@@ -24,6 +25,8 @@ from ovqk.sources import open_weights
 from ovqk.tasks import load_tokenizer
 
 OUTCOME = "outcome.json"
+DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM}
+"""A full, read-only or forbidden disk: a message for the user, and no defect."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ def run_job(config: DictConfig, hydra: Any) -> None:
             raise SystemExit(f"ovqk: {error}") from None
         outcome = _failed(config, started, str(error))
     except Exception as error:
+        if not sweeping and (isinstance(error, MemoryError) or getattr(error, "errno", None) in DISK):
+            raise SystemExit(f"ovqk: {type(error).__name__}: {error}") from None
         if not sweeping:
             raise
         outcome = _failed(config, started, f"{type(error).__name__}: {error}")
@@ -93,7 +98,8 @@ def run_cell(cell: Config, started: float | None = None) -> Outcome:
                 compute(cell, checkpoint, content, identifier, folder, started)
             except Exception as error:
                 shown = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                write_failed(folder, cell, identifier, shown, traceback.format_exc())
+                defect = not isinstance(error, UserError)
+                write_failed(folder, cell, identifier, shown, _portable(traceback.format_exc()) if defect else "")
                 raise
         if mode is not TrackingMode.none and (not cached or read_tracking(folder)["status"] != "done"):
             from ovqk.tracking import track_cell
@@ -147,10 +153,17 @@ def _failed(config: DictConfig, started: float, error: str) -> Outcome:
         try:
             return str(config[group].name)
         except Exception:
-            return "?"
+            return "local" if group == "model" else "?"
 
     seconds = time.perf_counter() - started
     return Outcome("failed", name("model"), name("task"), name("analysis"), None, seconds, error)
+
+
+def _portable(text: str) -> str:
+    """A traceback without this machine's folders."""
+    for place, name in ((str(Path(__file__).parents[1]), "."), (sys.prefix, "<python>"), (sys.base_prefix, "<python>")):
+        text = text.replace(place, name)
+    return text
 
 
 def _expected(sweep_dir: Path) -> int | None:

@@ -19,6 +19,11 @@ from ovqk.results import load_table
 STYLES = {"corroborated": "green", "partial": "yellow", "contradicted": "red", "unsupported": "magenta"}
 MIN_WIDTH = 140  # of tables where the output is no terminal
 
+RESIDUAL_COLUMNS = (
+    ("OV sign (residual)", "ov_copying_residual"),
+    ("QK sign (residual)", "qk_matching_residual"),
+    ("previous AUC", "qk_prev_auc"),
+)
 HEAD_COLUMNS = (
     ("OV copying", "ov_copying"),
     ("QK matching", "qk_matching"),
@@ -57,7 +62,8 @@ def print_cell(folder: Path, cached: bool) -> None:
     for reason, names in grouped(record["unavailable"]).items():
         if reason.startswith(NOT_APPLICABLE):
             continue
-        out.print(f"unavailable ({reason}): {', '.join(names)}", style="dim", soft_wrap=True)
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more (see record.json)" if len(names) > 4 else "")
+        out.print(f"unavailable ({reason}): {shown}", style="dim", soft_wrap=True)
     for note in record["notes"]:
         out.print(f"note: {note}", style="dim", soft_wrap=True)
     for name, words in record["words"]["dropped"].items():
@@ -66,9 +72,19 @@ def print_cell(folder: Path, cached: bool) -> None:
     _print_places(out, folder, record)
 
 
+def shown_columns(heads: pd.DataFrame) -> list[tuple[str, str]]:
+    """(title, metric) of what a person reads; residual-space ones where the model gives little else."""
+
+    def there(columns: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [(title, name) for title, name in columns if name in heads and heads[name].notna().any()]
+
+    columns = there(HEAD_COLUMNS)
+    return columns if len(columns) >= 3 else there((*RESIDUAL_COLUMNS, *HEAD_COLUMNS))
+
+
 def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
     """One row per claimed head under a row for its role."""
-    columns = [(title, name) for title, name in HEAD_COLUMNS if name in heads and heads[name].notna().any()]
+    columns = shown_columns(heads)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("role: primary metric / head", no_wrap=True)
     for title, _ in columns:
@@ -127,13 +143,7 @@ def reasons(verdicts: pd.DataFrame) -> Iterable[str]:
 
 def layer_table(heads: pd.DataFrame) -> Table:
     """Mean of the main metrics over the heads of each layer."""
-    columns = [(title, name) for title, name in HEAD_COLUMNS if name in heads and heads[name].notna().any()]
-    residual = [
-        ("OV copying (residual)", "ov_copying_residual"),
-        ("QK matching (residual)", "qk_matching_residual"),
-    ]
-    columns = columns if len(columns) > 1 else [*residual, *columns]
-    columns = [(title, name) for title, name in columns if name in heads]
+    columns = shown_columns(heads)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("layer", *(title for title, _ in columns)):
         table.add_column(title, justify="right")
@@ -157,7 +167,11 @@ def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None
         sync = f"   {_python()} -m ovqk.tracking {shlex.quote(str(results_dir))}"
         out.print("W&B: not tracked" + (f" ({tracking['reason']})" if "reason" in tracking else ""), soft_wrap=True)
     out.print("next:")
-    out.print(f"   {_python()} run.py -m task=ioi,sva,induction analysis=b03,qk", soft_wrap=True)
+    chosen = record["provenance"]["config"]["model"]
+    model = f"model={chosen['name']}"
+    if chosen["source"] == "local":
+        model = f"model=local {shlex.quote('model.path=' + chosen['path'])}"
+    out.print(f"   {_python()} run.py -m {model} task=ioi,sva,induction analysis=b03,qk", soft_wrap=True)
     out.print(f"   {_python()} -c \"import ovqk; print(ovqk.load_results('{results_dir}')['heads'])\"", soft_wrap=True)
     if sync:
         out.print(sync, soft_wrap=True)

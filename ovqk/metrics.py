@@ -126,10 +126,10 @@ def _shares() -> list[Metric]:
 
 _METRICS = [
     _metric("ov_copying", "OV copying", "sum lambda / sum |lambda| of W_E W_OV W_U", -1.0, 1.0, {"unembedding"}, None, "Elhage et al. 2021"),
-    _metric("ov_copying_block0", "OV copying, block 0 embeddings", "the same of E W_OV W_U, E the block0 embeddings, layers >= 1", -1.0, 1.0, {"unembedding", "task"}),
+    _metric("ov_copying_block0", "OV copying, block 0 embeddings", "the same of E W_OV W_U, E the block0 embeddings, layers >= 1", -1.0, 1.0, {"unembedding"}),
     *_spectral("ov"),
     _metric("qk_matching", "QK matching", "sum lambda / sum |lambda| of W_E W_QK W_E^T", -1.0, 1.0, {"embedding"}, None, "Elhage et al. 2021"),
-    _metric("qk_matching_block0", "QK matching, block 0 embeddings", "the same with block0 embeddings, layers >= 1", -1.0, 1.0, {"embedding", "task"}),
+    _metric("qk_matching_block0", "QK matching, block 0 embeddings", "the same with block0 embeddings, layers >= 1", -1.0, 1.0, {"embedding"}),
     _metric("qk_symmetry_vocab", "QK symmetry between tokens", "tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G)", -1.0, 1.0, {"embedding"}),
     *_spectral("qk"),
     *_shares(),

@@ -29,6 +29,7 @@ from ovqk.weights import Architecture
 
 ALPHA = 0.05
 DEPTH = 2  # layers on either side
+DEPTH_MIN_HEADS = 4  # unclaimed heads of a layer, for a median and a MAD that mean something
 Values = Mapping[str, NDArray[np.float64]]
 """Metric -> [layer, head], nan where it has no value."""
 
@@ -126,8 +127,6 @@ def head_rows(predicted: Predicted, head: Head, claims: Claims, architecture: Ar
         return values[~np.isnan(values)] if len(values) else values
 
     same = unclaimed(layer)
-    near = range(max(0, layer - DEPTH), min(architecture.n_layers, layer + DEPTH + 1))
-    standard = np.array([robust_z(value, values) for at in near for values in [unclaimed(at)] for value in values])
     rows = []
     if len(same):
         plain = predicted.sign * same
@@ -140,7 +139,16 @@ def head_rows(predicted: Predicted, head: Head, claims: Claims, architecture: Ar
                 "percentile": percentile(float(predicted.values[head]), plain),
             }
         )
-        z = robust_z(float(signed[head]), same)
+    # The head counts in its own layer's median and MAD as every reference head does in its layer's: standardised by
+    # others alone it would be more extreme than they are by construction.
+    own = np.append(same, signed[head])
+    z = robust_z(float(signed[head]), own) if len(same) >= DEPTH_MIN_HEADS else None
+    if z is not None:
+        near = range(max(0, layer - DEPTH), min(architecture.n_layers, layer + DEPTH + 1))
+        layers = [own if at == layer else unclaimed(at) for at in near]
+        pooled = [robust_z(float(v), values) for values in layers if len(values) >= DEPTH_MIN_HEADS for v in values]
+        standard = np.array([value for value in pooled if value is not None])
+        standard = np.delete(standard, np.flatnonzero(standard == z)[0])  # the head itself
         rows.append(
             _row(predicted, head, "depth")
             | _counts(z, standard)

@@ -178,13 +178,11 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in q]
 
 
-def robust_z(value: float, reference: NDArray[np.float64]) -> float:
-    """(value - median) / MAD of the reference; +-inf off the median of a reference without spread."""
+def robust_z(value: float, reference: NDArray[np.float64]) -> float | None:
+    """(value - median) / MAD of the reference; None for a reference without spread."""
     median = float(np.median(reference))
     spread = float(np.median(np.abs(reference - median)))
-    if spread == 0:
-        return 0.0 if value == median else math.copysign(math.inf, value - median)
-    return (value - median) / spread
+    return (value - median) / spread if spread > 0 else None
 
 
 def percentile(value: float, reference: NDArray[np.float64]) -> float:

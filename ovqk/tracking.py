@@ -47,12 +47,18 @@ def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str
         raise ValueError(f"{folder} holds no finished record")
     identifier = run_id(record)
     write_tracking(folder, {"status": "pending", "mode": mode.value, "run_id": identifier})
+    before = os.environ.get("WANDB_DATA_DIR")
+    if before is None:  # staged tables travel with the results
+        os.environ["WANDB_DATA_DIR"] = str((results_dir / "wandb" / "data").absolute())
     try:
         directory = _log(folder, record, results_dir, mode, project, entity, identifier)
     except Exception as error:  # whatever W&B raises, the result is safe in its record
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         write_tracking(folder, {"status": "failed", "mode": mode.value, "run_id": identifier, "reason": reason})
         return f"{run_name(record)} was computed and recorded, but not tracked ({reason})."
+    finally:
+        if before is None:
+            del os.environ["WANDB_DATA_DIR"]
     content = {"status": "done", "mode": mode.value, "run_id": identifier}
     write_tracking(folder, content | ({"directory": directory} if directory else {}))
     return None
@@ -82,7 +88,6 @@ def _log(
     results_dir.mkdir(parents=True, exist_ok=True)
     staging = (results_dir / "wandb" / "data").absolute()
     staging.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("WANDB_DATA_DIR", str(staging))  # staged tables travel with the results
     import wandb
 
     settings = wandb.Settings(
@@ -94,6 +99,7 @@ def _log(
         x_disable_stats=True,
         x_disable_machine_info=True,
         init_timeout=60,
+        host="",  # the machine's name is nobody's business
     )
     run = wandb.init(
         project=project,

@@ -82,6 +82,10 @@ def judge(
         verdict = "partial"
     else:
         verdict = "unsupported"
+        if all(row["min_q"] >= ALPHA for row in testable):
+            why = (
+                f"it cannot be significant alone: with these comparisons q cannot fall below {testable[0]['min_q']:.2g}"
+            )
     first = next(iter(testable or primary), None)
     # Of a head, the percentile is its place in its own layer, whichever null decides.
     placed = next((row for row in rows if row["primary"] and row["null"] == "layer"), first)
@@ -116,7 +120,7 @@ def _sizes(rows: Sequence[Mapping[str, Any]]) -> str:
 def _statement(verdict: str, predicted: Sequence[Predicted], row: Mapping[str, Any] | None, why: str) -> str:
     if verdict not in MEANS or row is None:
         return f"Nothing: {why}."
-    evidence = f"q = {row['q']:.2g}, above {row['effect']:.0%} of them in the predicted direction"
+    evidence = f"q = {row['q']:.2g}, ahead of {row['effect']:.0%} of them in the predicted direction"
     return MEANS[verdict].format(
         metric=METRICS[predicted[0].config.metric].title,
         direction=predicted[0].config.direction.value,

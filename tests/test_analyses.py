@@ -261,7 +261,7 @@ def test_processing_is_recorded_as_it_was_done(tiny_gpt2) -> None:
 
 
 def test_a_first_layer_that_turns_tokens_around_hides_copying_from_the_plain_embedding() -> None:
-    """The bundled model's induction heads write what they look at, and `ov_copying` of the plain embedding denies it."""
+    """The bundled model's induction heads write what they look at; `ov_copying` of the plain embedding denies it."""
     *_, result = run(BUNDLED, "induction")
     heads = result.tables["heads"].set_index(["layer", "head"]).loc[[(3, 0), (3, 3), (3, 6), (3, 7)]]
     assert (heads["ov_copying"] < -0.85).all()

@@ -126,6 +126,40 @@ def test_a_mistake_is_one_clear_message_and_leaves_no_result(cli, tmp_path, argu
     assert not list(tmp_path.glob("results/**/*.parquet"))
 
 
+def test_a_mistake_in_a_config_file_of_ones_own_is_one_message(cli, tmp_path) -> None:
+    (tmp_path / "mine" / "task").mkdir(parents=True)
+    for text, message in (
+        ("name: a\nname: b\n", "found duplicate key name"),
+        ("name: [", "while parsing"),
+        ("name: mine\ntitel: x\n", "Key 'titel' not in 'TaskConfig'"),
+        ("name: mine\ntitle: x\nversion: two\n", "could not be converted to Integer"),
+    ):
+        (tmp_path / "mine" / "task" / "mine.yaml").write_text(text)
+        code, printed = cli("--config-dir", str(tmp_path / "mine"), "task=mine", *QUICK)
+        assert code == 1 and message in printed and "Traceback" not in printed, printed
+
+
+def test_a_model_and_a_task_of_ones_own_need_only_yaml(cli, tmp_path) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "copy.yaml").write_text(
+        f"name: copy\nsource: local\npath: {BUNDLED}\nclaims: mini-attn\n"
+    )
+    code, printed = cli("--config-dir", str(tmp_path / "mine"), "model=copy", "task=induction", *QUICK)
+    assert code == 0 and "corroborated" in printed
+
+
+def test_two_processes_on_one_results_folder_compute_a_cell_once(tmp_path) -> None:
+    import subprocess
+    import sys
+
+    command = [sys.executable, str(ROOT / "run.py"), "task=none", "analysis=ov", *QUICK]
+    started = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in "ab"]
+    printed = [process.communicate(timeout=120)[0].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
+    assert sum("done before" in text for text in printed) == 1
+    assert is_done(only_cell(tmp_path))
+
+
 def test_allowed_choices_are_listed(cli) -> None:
     _, printed = cli("model=gpt3")
     assert all(name in printed for name in ("mini-attn", "gpt2", "gpt2-medium", "local"))

@@ -171,6 +171,26 @@ def test_a_single_head_is_compared_with_unclaimed_heads_of_layers_within_two() -
     assert rows["depth"]["q"] == pytest.approx(1 / 39) and math.isnan(rows["layer"]["q"])
 
 
+@pytest.mark.parametrize("claimed", [1, 2, 4])
+def test_the_depth_null_is_calibrated_whatever_the_number_of_unclaimed_heads(claimed) -> None:
+    """iid heads: P(p <= a) <= a within its binomial interval."""
+    rng = np.random.default_rng(claimed)
+    heads = [(1, head) for head in range(claimed)]
+    n, found = 1500, []
+    for _ in range(n):
+        rows = head_rows(predicted(rng.normal(size=(4, 8))), (1, 0), claims(mover=heads), facts(4, 8))
+        found += [row["p"] for row in rows if row["null"] == "depth"]
+    assert len(found) == n
+    for a in (0.05, 0.1, 0.25, 0.5):
+        assert (np.array(found) <= a).mean() <= a + 3.5 * math.sqrt(a * (1 - a) / n), a
+
+
+def test_too_few_heads_to_standardise_by_give_no_depth_null() -> None:
+    heads = [(1, head) for head in range(5)]
+    rows = head_rows(predicted(grid()), (1, 0), claims(mover=heads), facts(3, 8))
+    assert [row["null"] for row in rows] == ["layer"]
+
+
 def test_the_percentile_of_a_head_is_its_place_in_its_own_layer() -> None:
     values = grid(layers=5)
     values[2, 0] = values[2, 1:].min() - 1

@@ -1,6 +1,7 @@
 """W&B from records alone: an offline run read back, and failures that lose nothing."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,7 @@ def test_an_offline_run_holds_config_curves_tables_and_summary(results, monkeypa
     ):
         assert wanted in text, wanted
     assert str(BUNDLED.parent) not in text
+    assert f'"host": "{socket.gethostname()}"' not in text
     assert not any(f"head_{head}" in text or f"/{head}.0/" in text for head in range(8))  # no metric name per head
 
 
