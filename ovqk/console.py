@@ -27,7 +27,7 @@ RESIDUAL_COLUMNS = (
 HEAD_COLUMNS = (
     ("OV copying", "ov_copying"),
     ("QK matching", "qk_matching"),
-    ("QK symmetry", "qk_symmetry"),
+    ("symmetry", "qk_symmetry"),
     ("position", "qk_positional_share"),
     ("OV align", "ov_task_alignment"),
     ("QK align", "qk_key_alignment"),

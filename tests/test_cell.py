@@ -38,7 +38,7 @@ def test_the_default_cell_makes_a_complete_record(cli, tmp_path) -> None:
         "copy suppression",
         "OV copying",
         "QK matching",
-        "QK symmetry",
+        "symmetry",
         "position",
         "OV align",
         "percentile",
