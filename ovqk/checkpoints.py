@@ -171,14 +171,16 @@ def _damaged(path: Path, error: Exception) -> str:
 
 def _open_hub(model: ModelConfig, timeout: float) -> Checkpoint:
     """Files of a hub repository, fetched where the cache does not hold them."""
-    import huggingface_hub
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import logging as hub_logging
 
     repository = model.repo
     if not repository:
@@ -186,9 +188,7 @@ def _open_hub(model: ModelConfig, timeout: float) -> Checkpoint:
     label = f"model={model.name} ({model.repo}@{model.revision})"
 
     def fetch(filename: str) -> Path:
-        return Path(
-            huggingface_hub.hf_hub_download(repository, filename, revision=model.revision, etag_timeout=timeout)
-        )
+        return Path(hf_hub_download(repository, filename, revision=model.revision, etag_timeout=timeout))
 
     def fetch_if_there(filename: str) -> Path | None:
         try:
@@ -198,7 +198,8 @@ def _open_hub(model: ModelConfig, timeout: float) -> Checkpoint:
         except EntryNotFoundError:
             return None
 
-    huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = max(1, int(timeout))
+    hub_logging.set_verbosity_error()  # its retries are told by the one message below
+    constants.HF_HUB_DOWNLOAD_TIMEOUT = max(1, int(timeout))
     try:
         directory = fetch("config.json").parent
         index = fetch_if_there("model.safetensors.index.json")
@@ -224,7 +225,7 @@ def _open_hub(model: ModelConfig, timeout: float) -> Checkpoint:
         ) from error
     except EntryNotFoundError as error:
         raise UserError(f"{label}: the repository holds no safetensors weights; ovqk unpickles nothing.") from error
-    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except (OSError, HfHubHTTPError) as error:
         raise UserError(f"{label}: the hub did not deliver the files ({type(error).__name__}: {error}).") from error
     return _open_directory(directory, label, revision=directory.name)
 

@@ -184,12 +184,28 @@ def test_a_directory_without_tokenizer_files(cli, tmp_path) -> None:
 
 
 def test_no_network_and_no_cache_for_a_hub_model(cli, tmp_path, monkeypatch) -> None:
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     code, printed = cli("model=gpt2", *QUICK)
     assert code == 1 and "not in the Hugging Face cache, and the hub could not be reached" in printed
     assert "Traceback" not in printed
+
+
+def test_hub_models_without_a_network_fail_cell_by_cell_in_a_fresh_process(tmp_path) -> None:
+    """In a process of its own: nothing else has imported the hub's library there."""
+    import os
+    import subprocess
+    import sys
+
+    command = [sys.executable, str(ROOT / "run.py"), "-m", "model=gpt2,gpt2-medium", "task=ioi,sva", "hub_timeout=2"]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [*command, *QUICK], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stdout.count("not in the Hugging Face cache, and the hub could not be reached") == 8  # line and summary
+    assert "0 done, 0 cached, 4 failed, 0 missing" in done.stdout and "Traceback" not in done.stdout + done.stderr
 
 
 # --- real checkpoints -----------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def hub(repo: str = "someone/tiny") -> ModelConfig:
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch) -> Path:
     """The folder layout that huggingface_hub leaves: blobs named by etag, snapshots of links, refs."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
     cache = tmp_path / "hub"
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -203,7 +203,7 @@ def hub_cache(tmp_path, monkeypatch) -> Path:
         blob = repo / "blobs" / f"{number:064x}"
         shutil.copy(BUNDLED / name, blob)
         (snapshot / name).symlink_to(Path("../../blobs") / blob.name)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     return cache
 
 
