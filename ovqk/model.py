@@ -145,6 +145,8 @@ def read_words(
     if n_tokens is None:
         n_tokens = tokenizer.get_vocab_size() if tokenizer is not None else 0
         n_tokens = n_tokens if W_E is None else W_E.shape[0]
+    if W_E is not None:  # a tokenizer may know more tokens than the model has rows for
+        n_tokens = min(n_tokens, W_E.shape[0])
     return resolve_task(config.task, tokenizer, n_tokens, label)
 
 
