@@ -113,7 +113,7 @@ def analyse(
 def circuit_spectra(layer: Layer, circuit: Circuit) -> tuple[HeadValues, pd.DataFrame]:
     """Residual-space and full-circuit metrics of one circuit (at D = 0), and its spectra at the offsets asked for."""
     model = layer.model
-    rotates = circuit == "qk" and model.architecture.rotary is not None
+    rotates = circuit == "qk" and layer.folded.rotary is not None
     tables = []
     for offset in dict.fromkeys(model.config.analysis.offsets) if rotates else [0]:
         found = spectrum(model, circuit, layer.decomposition(circuit, model.folds, (offset,)))
@@ -171,10 +171,8 @@ def task_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
         return model.readout.ov_metrics(layer.index, factors, decomposition)
     if model.architecture.positions == "unsupported":
         return {}
-    rotates = model.architecture.rotary is not None
-    span = tuple(range(positions.rotary_span(model.architecture))) if rotates else (0,)
-    factors, decomposition = layer.factors("qk", True, span), layer.decomposition("qk", True, span)
-    return model.readout.qk_metrics(layer.index, factors, decomposition)
+    span = tuple(range(positions.rotary_span(layer.folded, model.architecture))) if layer.folded.rotary else (0,)
+    return model.readout.qk_metrics(layer.index, layer.folded, span, layer.decomposition("qk", True, span))
 
 
 def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
@@ -190,13 +188,26 @@ def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
             scores = positions.learned_position_scores(layer.folded, facts, model.W_pos)
             profile = scores.by_offset
             values |= {"qk_offset_r2": scores.offset_r2, "qk_prev_auc": scores.previous_auc}
-    elif facts.rotary is not None and model.token_moments is not None:
-        plain, normalised = (positions.rotary_shares(layer.folded, facts, m) for m in model.token_moments)
-        values |= plain | {f"{name}_normalised": value for name, value in normalised.items()}
-        profile = positions.rotary_offset_scores(layer.folded, facts, model.token_moments[0])
+    elif layer.folded.rotary is not None and model.vocabulary is not None:
+        plain, normalised = (token_head_moments(layer, normalised) for normalised in (False, True))
+        values |= positions.rotary_shares(layer.folded, facts, plain)
+        shares = positions.rotary_shares(layer.folded, facts, normalised)
+        values |= {f"{name}_normalised": value for name, value in shares.items()}
+        profile = positions.rotary_offset_scores(layer.folded, facts, plain)
         if "qk_prev_auc" not in model.unavailable:
             values["qk_prev_auc"] = positions.previous_token_auc_rotary(profile)
     return values, None if profile is None else _offset_table(layer.index, profile)
+
+
+def token_head_moments(layer: Layer, normalised: bool) -> positions.HeadMoments:
+    """Moments of the heads' queries and keys over the vocabulary, of plain or of normalised embedding rows."""
+    model, weights, facts = layer.model, layer.folded, layer.model.architecture
+    if model.vocabulary is None or model.token_moments is None:
+        raise ValueError("moments need an embedding")
+    if weights.qk_norm is None:
+        return positions.head_moments(weights, facts, model.token_moments[normalised])
+    rows = positions.token_rows(model.vocabulary, facts, normalised)
+    return positions.normalised_head_moments(weights, facts, rows)
 
 
 def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:

@@ -53,6 +53,9 @@ def unavailable_metrics(
         ]
         if found:
             reasons[name] = found[0]
+    if architecture.qk_norm:
+        for name in {"qk_frobenius_norm", "qk_spectral_norm"} & set(metric_names(circuits)):
+            reasons[name] = f"{NOT_APPLICABLE}queries and keys are normalised: no scale of the weights reaches a score"
     few = n_positions is not None and n_positions < MIN_POSITIONS
     if few:
         reasons |= dict.fromkeys(

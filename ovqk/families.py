@@ -1,28 +1,13 @@
 """The architecture families read natively: what each calls its tensors and how it lays them out.
 
-A new family is a new row in FAMILIES. Anything not listed goes through `bridge.py`.
+A new family is a new row in FAMILIES; `native.py` reads by it. Anything not listed goes through `bridge.py`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from ovqk.checkpoints import Checkpoint
-from ovqk.errors import UserError
-from ovqk.weights import (
-    Architecture,
-    EmbeddingWeights,
-    LayerWeights,
-    MLPWeights,
-    Norm,
-    NormKind,
-    PositionKind,
-    Rotary,
-)
+from ovqk.weights import NormKind, PositionKind
 
 
 @dataclass(frozen=True)
@@ -32,10 +17,22 @@ class Family:
     Attributes:
         model_types: the `model_type` values of config.json that belong to it.
         prefixes: what checkpoints put before the names of the tensors, in the order tried.
-        linear: `out_in` for torch's Linear [out, in], `in_out` for GPT-2's Conv1D [in, out].
-        fused: queries, keys and values are columns of one weight.
         tensors: ovqk's name -> the checkpoint's, without `.weight` or `.bias`; `{layer}` is the layer's index.
+            `query`, `key`, `value` or a fused `qkv`; `norm` (absent: none, or one without a gain), `post_norm`,
+            `query_norm`, `key_norm`; the MLP's `mlp_in` (its gate, where it has one), `mlp_linear` or a fused
+            `mlp_gate_and_linear`, `mlp_out`, `mlp_norm`, `mlp_post_norm`.
         keys: ovqk's name -> the keys of config.json, in the order tried.
+        linear: `out_in` for torch's Linear [out, in], `in_out` for GPT-2's Conv1D [in, out].
+        fused: how `qkv` is laid out: all queries, all keys, all values; or the three of a head, head by head.
+        unembedding: the unembedding's name, without a prefix.
+        gain_offset: what is added to the weight of a norm to give its gain (Gemma: 1).
+        scaled_embedding: embedding rows are multiplied by sqrt(d_model).
+        parallel: attention and MLP read the same stream; or the config's key that says so.
+        query_key_norm: queries and keys are normalised per head, or over all heads of a token.
+        interleaved: rotary pairs are neighbours (GPT-J).
+        scale: key of the number whose -1/2 power scales the scores, or a number; d_head where absent.
+        refused: config keys that must be unset or false, as ovqk does not read what they turn on.
+        complete: config.json alone tells everything; otherwise transformers fills in the model type's defaults.
     """
 
     name: str
@@ -43,11 +40,20 @@ class Family:
     prefixes: tuple[str, ...]
     norm: NormKind
     positions: PositionKind
-    linear: Literal["out_in", "in_out"]
-    fused: bool
-    tied_by_default: bool
     tensors: Mapping[str, str]
-    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    keys: Mapping[str, tuple[str, ...]]
+    linear: Literal["out_in", "in_out"] = "out_in"
+    fused: Literal["columns", "per_head"] = "columns"
+    unembedding: str = "lm_head"
+    tied_by_default: bool = False
+    gain_offset: float = 0.0
+    scaled_embedding: bool = False
+    parallel: bool | str = False
+    query_key_norm: Literal["per_head", "over_heads"] | None = None
+    interleaved: bool = False
+    scale: str | float | None = None
+    refused: tuple[str, ...] = field(default=())
+    complete: bool = False
 
 
 GPT2 = Family(
@@ -57,8 +63,8 @@ GPT2 = Family(
     norm="layernorm",
     positions="learned",
     linear="in_out",
-    fused=True,
     tied_by_default=True,
+    complete=True,
     tensors={
         "embedding": "wte",
         "positions": "wpe",
@@ -80,306 +86,254 @@ GPT2 = Family(
     },
 )
 
+GPT_NEO = Family(
+    name="gpt_neo",
+    model_types=("gpt_neo",),
+    prefixes=("transformer.", ""),
+    norm="layernorm",
+    positions="learned",
+    tied_by_default=True,
+    scale=1.0,
+    tensors={
+        "embedding": "wte",
+        "positions": "wpe",
+        "final_norm": "ln_f",
+        "norm": "h.{layer}.ln_1",
+        "query": "h.{layer}.attn.attention.q_proj",
+        "key": "h.{layer}.attn.attention.k_proj",
+        "value": "h.{layer}.attn.attention.v_proj",
+        "output": "h.{layer}.attn.attention.out_proj",
+        "mlp_norm": "h.{layer}.ln_2",
+        "mlp_in": "h.{layer}.mlp.c_fc",
+        "mlp_out": "h.{layer}.mlp.c_proj",
+    },
+    keys={
+        "n_layers": ("num_layers",),
+        "n_heads": ("num_heads",),
+        "d_model": ("hidden_size",),
+        "n_ctx": ("max_position_embeddings",),
+        "norm_eps": ("layer_norm_epsilon",),
+        "activation": ("activation_function",),
+        "window": ("window_size",),
+    },
+)
+
+GPTJ = Family(
+    name="gptj",
+    model_types=("gptj",),
+    prefixes=("transformer.", ""),
+    norm="layernorm",
+    positions="rotary",
+    interleaved=True,
+    parallel=True,
+    tensors={
+        "embedding": "wte",
+        "final_norm": "ln_f",
+        "norm": "h.{layer}.ln_1",
+        "query": "h.{layer}.attn.q_proj",
+        "key": "h.{layer}.attn.k_proj",
+        "value": "h.{layer}.attn.v_proj",
+        "output": "h.{layer}.attn.out_proj",
+        "mlp_norm": "h.{layer}.ln_1",
+        "mlp_in": "h.{layer}.mlp.fc_in",
+        "mlp_out": "h.{layer}.mlp.fc_out",
+    },
+    keys={
+        "n_layers": ("n_layer",),
+        "n_heads": ("n_head",),
+        "d_model": ("n_embd",),
+        "n_ctx": ("n_positions",),
+        "norm_eps": ("layer_norm_epsilon",),
+        "activation": ("activation_function",),
+        "rotary_dim": ("rotary_dim",),
+    },
+)
+
+KEYS = {
+    "n_layers": ("num_hidden_layers",),
+    "n_heads": ("num_attention_heads",),
+    "n_kv_heads": ("num_key_value_heads",),
+    "d_model": ("hidden_size",),
+    "d_head": ("head_dim",),
+    "n_ctx": ("max_position_embeddings",),
+    "norm_eps": ("rms_norm_eps",),
+    "activation": ("hidden_act",),
+    "window": ("sliding_window",),
+}
+
+GPT_NEOX = Family(
+    name="gpt_neox",
+    model_types=("gpt_neox",),
+    prefixes=("gpt_neox.", ""),
+    norm="layernorm",
+    positions="rotary",
+    fused="per_head",
+    unembedding="embed_out",
+    parallel="use_parallel_residual",
+    tensors={
+        "embedding": "embed_in",
+        "final_norm": "final_layer_norm",
+        "norm": "layers.{layer}.input_layernorm",
+        "qkv": "layers.{layer}.attention.query_key_value",
+        "output": "layers.{layer}.attention.dense",
+        "mlp_norm": "layers.{layer}.post_attention_layernorm",
+        "mlp_in": "layers.{layer}.mlp.dense_h_to_4h",
+        "mlp_out": "layers.{layer}.mlp.dense_4h_to_h",
+    },
+    keys=KEYS | {"norm_eps": ("layer_norm_eps",)},
+)
+
+PHI = Family(
+    name="phi",
+    model_types=("phi",),
+    prefixes=("model.", ""),
+    norm="layernorm",
+    positions="rotary",
+    parallel=True,
+    refused=("qk_layernorm",),
+    tensors={
+        "embedding": "embed_tokens",
+        "final_norm": "final_layernorm",
+        "norm": "layers.{layer}.input_layernorm",
+        "query": "layers.{layer}.self_attn.q_proj",
+        "key": "layers.{layer}.self_attn.k_proj",
+        "value": "layers.{layer}.self_attn.v_proj",
+        "output": "layers.{layer}.self_attn.dense",
+        "mlp_norm": "layers.{layer}.input_layernorm",
+        "mlp_in": "layers.{layer}.mlp.fc1",
+        "mlp_out": "layers.{layer}.mlp.fc2",
+    },
+    keys=KEYS | {"norm_eps": ("layer_norm_eps",)},
+)
+
+LLAMA_TENSORS = {
+    "embedding": "embed_tokens",
+    "final_norm": "norm",
+    "norm": "layers.{layer}.input_layernorm",
+    "query": "layers.{layer}.self_attn.q_proj",
+    "key": "layers.{layer}.self_attn.k_proj",
+    "value": "layers.{layer}.self_attn.v_proj",
+    "output": "layers.{layer}.self_attn.o_proj",
+    "mlp_norm": "layers.{layer}.post_attention_layernorm",
+    "mlp_in": "layers.{layer}.mlp.gate_proj",
+    "mlp_linear": "layers.{layer}.mlp.up_proj",
+    "mlp_out": "layers.{layer}.mlp.down_proj",
+}
+QUERY_KEY_NORMS = {"query_norm": "layers.{layer}.self_attn.q_norm", "key_norm": "layers.{layer}.self_attn.k_norm"}
+
 LLAMA = Family(
     name="llama",
     model_types=("llama", "mistral", "qwen2"),
     prefixes=("model.", ""),
     norm="rmsnorm",
     positions="rotary",
-    linear="out_in",
-    fused=False,
-    tied_by_default=False,
-    tensors={
-        "embedding": "embed_tokens",
-        "final_norm": "norm",
-        "norm": "layers.{layer}.input_layernorm",
-        "query": "layers.{layer}.self_attn.q_proj",
-        "key": "layers.{layer}.self_attn.k_proj",
-        "value": "layers.{layer}.self_attn.v_proj",
-        "output": "layers.{layer}.self_attn.o_proj",
-        "mlp_norm": "layers.{layer}.post_attention_layernorm",
-        "mlp_in": "layers.{layer}.mlp.gate_proj",
-        "mlp_linear": "layers.{layer}.mlp.up_proj",
-        "mlp_out": "layers.{layer}.mlp.down_proj",
-    },
-    keys={
-        "n_layers": ("num_hidden_layers",),
-        "n_heads": ("num_attention_heads",),
-        "n_kv_heads": ("num_key_value_heads",),
-        "d_model": ("hidden_size",),
-        "d_head": ("head_dim",),
-        "n_ctx": ("max_position_embeddings",),
-        "norm_eps": ("rms_norm_eps",),
-        "activation": ("hidden_act",),
-    },
+    tensors=LLAMA_TENSORS,
+    keys=KEYS,
+    complete=True,
 )
 
-FAMILIES = {model_type: family for family in (GPT2, LLAMA) for model_type in family.model_types}
+QWEN3 = Family(
+    name="qwen3",
+    model_types=("qwen3",),
+    prefixes=("model.", ""),
+    norm="rmsnorm",
+    positions="rotary",
+    query_key_norm="per_head",
+    tensors=LLAMA_TENSORS | QUERY_KEY_NORMS,
+    keys=KEYS,
+)
 
+PHI3 = Family(
+    name="phi3",
+    model_types=("phi3",),
+    prefixes=("model.", ""),
+    norm="rmsnorm",
+    positions="rotary",
+    tensors={name: LLAMA_TENSORS[name] for name in ("embedding", "final_norm", "norm", "output", "mlp_norm", "mlp_out")}
+    | {"qkv": "layers.{layer}.self_attn.qkv_proj", "mlp_gate_and_linear": "layers.{layer}.mlp.gate_up_proj"},
+    keys=KEYS,
+)
 
-class NativeWeights:
-    """Weights of a checkpoint whose family is in the table, read one layer at a time."""
+OLMO = Family(
+    name="olmo",
+    model_types=("olmo",),
+    prefixes=("model.", ""),
+    norm="layernorm",  # without gain or bias
+    positions="rotary",
+    refused=("clip_qkv",),
+    tensors={name: value for name, value in LLAMA_TENSORS.items() if not name.endswith("norm")},
+    keys=KEYS,
+)
 
-    loaded_by: Literal["families", "bridge"] = "families"
-    foldable = True
-    no_vocabulary: str | None = None
+OLMO2 = Family(
+    name="olmo2",
+    model_types=("olmo2",),
+    prefixes=("model.", ""),
+    norm="none",  # attention and MLP read the bare stream; what they write is normalised
+    positions="rotary",
+    query_key_norm="over_heads",
+    tensors={name: value for name, value in LLAMA_TENSORS.items() if name not in ("norm", "mlp_norm")}
+    | QUERY_KEY_NORMS
+    | {
+        "post_norm": "layers.{layer}.post_attention_layernorm",
+        "mlp_post_norm": "layers.{layer}.post_feedforward_layernorm",
+    },
+    keys=KEYS,
+)
 
-    def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
-        """Index the checkpoint.
+GEMMA = Family(
+    name="gemma",
+    model_types=("gemma",),
+    prefixes=("model.", ""),
+    norm="rmsnorm",
+    positions="rotary",
+    tied_by_default=True,
+    gain_offset=1.0,
+    scaled_embedding=True,
+    tensors=LLAMA_TENSORS,
+    keys=KEYS | {"activation": ("hidden_activation", "hidden_act")},
+)
 
-        Raises:
-            UserError: a config key or an attention tensor is missing, or has the wrong shape.
-        """
-        self.checkpoint, self.family = checkpoint, family
-        self.notes: list[str] = []
-        self.prefix = self._find_prefix()
-        self.architecture = self._read_architecture()
-        self._check_attention_tensors()
+GEMMA2_TENSORS = LLAMA_TENSORS | {
+    "post_norm": "layers.{layer}.post_attention_layernorm",
+    "mlp_norm": "layers.{layer}.pre_feedforward_layernorm",
+    "mlp_post_norm": "layers.{layer}.post_feedforward_layernorm",
+}
 
-    def layer(self, index: int) -> LayerWeights:
-        """The raw attention weights of a layer."""
-        facts = self.architecture
-        n_kv, n_heads = facts.n_kv_heads, facts.n_heads
-        if self.family.fused:
-            weight, bias = self._linear("qkv", index)
-            (q, k, v), (b_q, b_k, b_v) = weight.chunk(3, dim=-1), bias.chunk(3, dim=-1)
-        else:
-            q, b_q = self._linear("query", index)
-            k, b_k = self._linear("key", index)
-            v, b_v = self._linear("value", index)
-        output, _ = self._linear("output", index)
-        return LayerWeights(
-            layer=index,
-            W_Q=_split_heads(q, n_heads),
-            W_K=_split_heads(k, n_kv),
-            W_V=_split_heads(v, n_kv),
-            W_O=output.reshape(n_heads, facts.d_head, facts.d_model),
-            b_Q=b_q.reshape(n_heads, -1),
-            b_K=b_k.reshape(n_kv, -1),
-            b_V=b_v.reshape(n_kv, -1),
-            norm=self._norm("norm", index),
-        )
+GEMMA2 = Family(
+    name="gemma2",
+    model_types=("gemma2",),
+    prefixes=("model.", ""),
+    norm="rmsnorm",
+    positions="rotary",
+    tied_by_default=True,
+    gain_offset=1.0,
+    scaled_embedding=True,
+    scale="query_pre_attn_scalar",
+    tensors=GEMMA2_TENSORS,
+    keys=KEYS | {"activation": ("hidden_activation",)},
+)
 
-    def embeddings(self) -> EmbeddingWeights:
-        """The raw embeddings; None for what the checkpoint does not hold."""
-        W_E = self._optional(self._name("embedding"))
-        head = self._optional("lm_head.weight")
-        if self.architecture.tied:  # a tied checkpoint may store either of the two
-            W_E = head if W_E is None else W_E
-            head = W_E
-        W_pos = self._optional(self._name("positions")) if "positions" in self.family.tensors else None
-        final_norm = None if head is None else self._norm("final_norm")
-        return EmbeddingWeights(W_E, W_pos, None if head is None else head.T, final_norm)
+GEMMA3 = Family(
+    name="gemma3",
+    model_types=("gemma3_text", "gemma3"),  # the second holds a text model beside one for pictures
+    prefixes=("model.", "language_model.model.", "model.language_model.", ""),
+    norm="rmsnorm",
+    positions="rotary",
+    tied_by_default=True,
+    gain_offset=1.0,
+    scaled_embedding=True,
+    scale="query_pre_attn_scalar",
+    query_key_norm="per_head",
+    refused=("use_bidirectional_attention",),
+    tensors=GEMMA2_TENSORS | QUERY_KEY_NORMS,
+    keys=KEYS | {"activation": ("hidden_activation",)},
+)
 
-    def first_mlp(self) -> MLPWeights | str:
-        """Block 0's MLP, or the reason why there is none to read."""
-        parts = [part for part in ("mlp_in", "mlp_linear", "mlp_out") if part in self.family.tensors]
-        missing = [self._name(part, 0) for part in parts if self._name(part, 0) not in self.checkpoint]
-        if missing:
-            return f"the checkpoint has no MLP of block 0 ({missing[0]})"
-        W_in, b_in = self._linear("mlp_in", 0)
-        W_out, b_out = self._linear("mlp_out", 0)
-        W_linear = self._linear("mlp_linear", 0)[0] if "mlp_linear" in parts else None
-        activation = self.architecture.activation or "missing from the config"
-        return MLPWeights(W_in, b_in, W_linear, W_out, b_out, activation, self._norm("mlp_norm", 0))
-
-    # --- the table, read --------------------------------------------------------------------------------------
-
-    def _find_prefix(self) -> str:
-        probe = self.family.tensors["output"].format(layer=0) + ".weight"
-        for prefix in self.family.prefixes:
-            if prefix + probe in self.checkpoint:
-                return prefix
-        raise UserError(
-            f"{self.checkpoint.label}: tensor '{self.family.prefixes[-1]}{probe}' is missing from the checkpoint. "
-            f"Its config.json says model_type={self.checkpoint.config.get('model_type')}."
-        )
-
-    def _read_architecture(self) -> Architecture:
-        config, family = self.checkpoint.config, self.family
-
-        def read(name: str, default: Any = None) -> Any:
-            for key in family.keys.get(name, ()):
-                if config.get(key) is not None:
-                    return config[key]
-            return default
-
-        for name in ("n_layers", "n_heads", "d_model"):
-            if not isinstance(read(name), int) or read(name) < 1:
-                raise UserError(
-                    f"{self.checkpoint.label}: config.json must give '{family.keys[name][0]}' as a positive integer, "
-                    f"not {read(name)!r}."
-                )
-        n_heads, d_model = read("n_heads"), read("d_model")
-        d_head, n_kv_heads = read("d_head", d_model // n_heads), read("n_kv_heads", n_heads)
-        if n_heads % n_kv_heads:
-            raise UserError(
-                f"{self.checkpoint.label}: config.json gives {n_heads} heads over {n_kv_heads} KV heads, which does "
-                "not divide."
-            )
-        return Architecture(
-            family=family.name,
-            n_layers=read("n_layers"),
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            d_model=d_model,
-            d_head=d_head,
-            n_ctx=read("n_ctx"),
-            norm=family.norm,
-            norm_eps=float(read("norm_eps", 1e-5)),
-            positions=family.positions,
-            rotary=_rotary(config, d_head, self.checkpoint.label) if family.positions == "rotary" else None,
-            tied=bool(config.get("tie_word_embeddings", family.tied_by_default)),
-            activation=read("activation"),
-            sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
-        )
-
-    def _check_attention_tensors(self) -> None:
-        """Every layer's attention and norm tensors are there, and have the shapes the config promises."""
-        facts = self.architecture
-        queries, keys = facts.n_heads * facts.d_head, facts.n_kv_heads * facts.d_head
-        shapes = {
-            "qkv": (facts.d_model, queries + 2 * keys),
-            "query": (facts.d_model, queries),
-            "key": (facts.d_model, keys),
-            "value": (facts.d_model, keys),
-            "output": (queries, facts.d_model),
-        }
-        wanted = {
-            self._name(part, layer): shapes[part]
-            for layer in range(facts.n_layers)
-            for part in shapes
-            if part in self.family.tensors
-        }
-        needed = [*wanted, *(self._name("norm", layer) for layer in range(facts.n_layers))]
-        missing = [name for name in needed if name not in self.checkpoint]
-        if missing:
-            raise UserError(
-                f"{self.checkpoint.label}: {len(missing)} tensors are missing from the checkpoint, the first of them "
-                f"'{missing[0]}'. ovqk fills nothing in."
-            )
-        for name, shape in wanted.items():
-            expected = shape if self.family.linear == "in_out" else shape[::-1]
-            if self.checkpoint.shapes[name] != expected:
-                raise UserError(
-                    f"{self.checkpoint.label}: tensor '{name}' has shape {list(self.checkpoint.shapes[name])}, but "
-                    f"config.json promises {list(expected)}."
-                )
-
-    def _name(self, part: str, layer: int | None = None, kind: str = "weight") -> str:
-        return f"{self.prefix}{self.family.tensors[part].format(layer=layer)}.{kind}"
-
-    def _optional(self, name: str) -> Tensor | None:
-        return self.checkpoint.tensor(name) if name in self.checkpoint else None
-
-    def _linear(self, part: str, layer: int) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
-        weight = self.checkpoint.tensor(self._name(part, layer))
-        weight = weight if self.family.linear == "in_out" else weight.T
-        bias = self._optional(self._name(part, layer, "bias"))
-        return weight, weight.new_zeros(weight.shape[-1]) if bias is None else bias
-
-    def _norm(self, part: str, layer: int | None = None) -> Norm:
-        weight = self.checkpoint.tensor(self._name(part, layer))
-        return Norm(self.family.norm, weight, self._optional(self._name(part, layer, "bias")))
-
-
-class TransformerLensWeights:
-    """A single file of TransformerLens names: blocks.0.attn.W_Q [head, d_model, d_head], embed.W_E, ..."""
-
-    loaded_by: Literal["families", "bridge"] = "families"
-    foldable = True
-    no_vocabulary: str | None = None
-
-    def __init__(self, checkpoint: Checkpoint, n_ctx: int | None, causal: bool | None) -> None:
-        """Read the architecture off the shapes.
-
-        Raises:
-            UserError: an attention tensor is missing.
-        """
-        self.checkpoint = checkpoint
-        self.notes = [] if causal is not None else ["model.causal is not set: attention taken to be causal"]
-        layers = {int(name.split(".")[1]) for name in checkpoint.files if name.startswith("blocks.")}
-        for layer in range(max(layers) + 1):
-            for part in ("W_Q", "W_K", "W_V", "W_O"):
-                if f"blocks.{layer}.attn.{part}" not in checkpoint:
-                    raise UserError(
-                        f"{checkpoint.label}: tensor 'blocks.{layer}.attn.{part}' is missing from the checkpoint. "
-                        "ovqk fills nothing in."
-                    )
-        n_heads, d_model, d_head = checkpoint.shapes["blocks.0.attn.W_Q"]
-        norm: NormKind = "none"
-        if "blocks.0.ln1.w" in checkpoint:
-            norm = "layernorm" if "blocks.0.ln1.b" in checkpoint else "rmsnorm"
-        else:
-            self.notes.append("the file holds no norm before attention: taken to have none, or one already folded")
-        positions = checkpoint.shapes.get("pos_embed.W_pos")
-        self.architecture = Architecture(
-            family="transformer_lens",
-            n_layers=len(layers),
-            n_heads=n_heads,
-            n_kv_heads=checkpoint.shapes["blocks.0.attn.W_K"][0],
-            d_model=d_model,
-            d_head=d_head,
-            n_ctx=n_ctx or (positions[0] if positions else None),
-            norm=norm,
-            norm_eps=1e-5,
-            positions="learned" if positions else "none",
-            causal=True if causal is None else causal,
-        )
-
-    def layer(self, index: int) -> LayerWeights:
-        """The raw attention weights of a layer."""
-        W_Q, W_K, W_V, W_O = (self._read(f"blocks.{index}.attn.W_{part}") for part in "QKVO")
-        b_Q, b_K, b_V = (
-            self._optional(f"blocks.{index}.attn.b_{part}", weight[:, 0])
-            for part, weight in zip("QKV", (W_Q, W_K, W_V), strict=True)
-        )
-        return LayerWeights(index, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, norm=self._norm(f"blocks.{index}.ln1"))
-
-    def embeddings(self) -> EmbeddingWeights:
-        """The raw embeddings; None for what the file does not hold."""
-        W_E, W_pos, W_U = (
-            self._read(name) if name in self.checkpoint else None
-            for name in ("embed.W_E", "pos_embed.W_pos", "unembed.W_U")
-        )
-        return EmbeddingWeights(W_E, W_pos, W_U, self._norm("ln_final"))
-
-    def first_mlp(self) -> MLPWeights | str:
-        """Always a reason: the names do not say which activation the MLP has."""
-        if "blocks.0.mlp.W_in" in self.checkpoint:
-            return "a file of TransformerLens names does not tell the MLP's activation"
-        return "the model has no MLP"
-
-    def _read(self, name: str) -> Tensor:
-        return self.checkpoint.tensor(name)
-
-    def _optional(self, name: str, like: Tensor) -> Tensor:
-        return self._read(name) if name in self.checkpoint else torch.zeros_like(like)
-
-    def _norm(self, name: str) -> Norm | None:
-        if f"{name}.w" not in self.checkpoint:
-            return None
-        bias = self._read(f"{name}.b") if f"{name}.b" in self.checkpoint else None
-        return Norm(self.architecture.norm, self._read(f"{name}.w"), bias)
-
-
-def _split_heads(weight: Float[Tensor, "d_model columns"], n_heads: int) -> Float[Tensor, "head d_model d_head"]:
-    """Columns [d_model, head * d_head] to one block per head."""
-    return weight.reshape(weight.shape[0], n_heads, -1).transpose(0, 1).contiguous()
-
-
-def _rotary(config: Mapping[str, Any], d_head: int, label: str) -> Rotary:
-    """The model's own inverse frequencies, from either generation of config.json."""
-    parameters = config.get("rope_parameters") or {}
-    theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
-    scaling = config.get("rope_scaling") or parameters
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return Rotary(theta ** -(torch.arange(0, d_head, 2, dtype=torch.float32) / d_head))
-    if kind in ("linear", "llama3"):  # closed forms, the same for every sequence length
-        from transformers import AutoConfig
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        full = AutoConfig.for_model(**{"model_type": "llama", **config})
-        return Rotary(ROPE_INIT_FUNCTIONS[kind](full, torch.device("cpu"))[0])
-    raise UserError(f"{label}: rotary scaling '{kind}' is not supported; allowed: default, linear, llama3.")
+FAMILIES = {
+    model_type: family
+    for family in (
+        GPT2, GPT_NEO, GPTJ, GPT_NEOX, PHI, LLAMA, QWEN3, PHI3, OLMO, OLMO2, GEMMA, GEMMA2, GEMMA3,
+    )
+    for model_type in family.model_types
+}  # fmt: skip

@@ -3,6 +3,9 @@
     W_QK = W_Q W_K^T      where the head looks: rows the query (destination), columns the key (source)
     W_OV = W_V W_O        what it copies: rows what is read at the source, columns what is written
 
+Under rotary positions W_QK(D) = W_Q R(D) W_K^T for a key D tokens back. Where queries and keys are normalised, their
+gains belong to W_QK, and what they are divided by does not: the form is that of un-normalised queries and keys.
+
 Both are [d_model, d_model] of rank at most d_head. They are never formed: everything ovqk reports has a core of
 d_head x d_head.
 """
@@ -43,11 +46,44 @@ def qk_factors(weights: LayerWeights, architecture: Architecture, offsets: Itera
 
     D = query position - key position; R(0) = 1, and without rotary positions every R is 1.
     """
-    left = weights.W_Q
-    if architecture.rotary is not None:
-        cos, sin = architecture.rotary.angles(torch.tensor(list(offsets)))
-        left = architecture.rotary.rotate(left, cos.mean(0).to(left), sin.mean(0).to(left))
-    return Factors("qk", left, weights.W_K[architecture.kv_of_head.to(left.device)].mT)
+    W_Q, W_K = weights.W_Q, weights.W_K
+    if weights.qk_norm is not None:
+        W_Q, W_K = W_Q * weights.qk_norm.query_gain[:, None], W_K * weights.qk_norm.key_gain[:, None]
+    return Factors("qk", _rotated(W_Q, weights, offsets), W_K[architecture.kv_of_head.to(W_K.device)].mT)
+
+
+def queries(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "head row d_head"]:
+    """Queries of these rows, normalised where the model does so, not yet rotated."""
+    q = x @ weights.W_Q.to(x) + weights.b_Q.to(x)[:, None]
+    return q if weights.qk_norm is None else weights.qk_norm.apply(q, weights.qk_norm.query_gain.to(x))
+
+
+def keys(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "kv_head row d_head"]:
+    """Keys of these rows, normalised where the model does so, not yet rotated."""
+    k = x @ weights.W_K.to(x) + weights.b_K.to(x)[:, None]
+    return k if weights.qk_norm is None else weights.qk_norm.apply(k, weights.qk_norm.key_gain.to(x))
+
+
+def scores(
+    weights: LayerWeights,
+    architecture: Architecture,
+    query_rows: Float[Tensor, "query d_model"],
+    key_rows: Float[Tensor, "key d_model"],
+    offsets: Iterable[int] = (0,),
+) -> Float[Tensor, "head query key"]:
+    """What each head's softmax compares, biases and normalisation included, but for the attention scale."""
+    k = keys(weights, key_rows)[architecture.kv_of_head.to(key_rows.device)]
+    return _rotated(queries(weights, query_rows), weights, offsets) @ k.mT
+
+
+def _rotated(
+    x: Float[Tensor, "head row d_head"], weights: LayerWeights, offsets: Iterable[int]
+) -> Float[Tensor, "head row d_head"]:
+    """x Rbar, Rbar the mean rotation over the offsets."""
+    if weights.rotary is None:
+        return x
+    cos, sin = weights.rotary.angles(torch.tensor(list(offsets)))
+    return weights.rotary.rotate(x, cos.mean(0).to(x), sin.mean(0).to(x))
 
 
 def regauge(factors: Factors, seed: int) -> Factors:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ovqk.heads import qk_factors
 from ovqk.weights import Architecture, LayerWeights
 
 
@@ -16,17 +17,20 @@ def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Archite
     Saponati et al. 2025, arXiv 2502.10927. Symmetry tr(M M) / |M|_F^2 and directionality both lie in [-1, 1];
     positive directionality is column (key) dominated (the paper's tables print the negative). 0 for a zero layer.
     """
-    matrix = _summed(raw, architecture)
+    keys = raw.W_K[architecture.kv_of_head.to(raw.W_K.device)]  # without the gains of a norm of queries and keys
+    matrix = _summed(raw.W_Q, keys.mT)
+    processed = qk_factors(folded, architecture)
     return {
         "qk_symmetry": _symmetry(matrix),
         "qk_directionality": directionality(matrix),
-        "qk_symmetry_folded": _symmetry(_summed(folded, architecture)),
+        "qk_symmetry_folded": _symmetry(_summed(processed.left, processed.right)),
     }
 
 
-def _summed(weights: LayerWeights, architecture: Architecture) -> Float[Tensor, "d_model d_model"]:
-    keys = weights.W_K[architecture.kv_of_head.to(weights.W_K.device)]
-    return torch.einsum("hdx,hex->de", weights.W_Q.double(), keys.double())
+def _summed(
+    left: Float[Tensor, "head d_model d_head"], right: Float[Tensor, "head d_head d_model"]
+) -> Float[Tensor, "d_model d_model"]:
+    return torch.einsum("hdx,hxe->de", left.double(), right.double())
 
 
 def _symmetry(matrix: Float[Tensor, "d_model d_model"]) -> float:

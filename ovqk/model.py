@@ -16,7 +16,7 @@ from ovqk.heads import Circuit, Factors, ov_factors, qk_factors
 from ovqk.readouts import Readout
 from ovqk.tasks import TaskTokens, resolve_task
 from ovqk.vocabulary import ACTIVATIONS, Block0, Vocabulary, read_vocabulary
-from ovqk.weights import Architecture, WeightSource, fold_embeddings, fold_layer, fold_mlp
+from ovqk.weights import Architecture, WeightSource, fold_embeddings, fold_layer, fold_mlp, fold_reads
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Model:
         """What was asked for and what was done to the weights."""
         asked = self.config.processing.value
         applied = "folded" if self.folds else "raw"
-        if self.architecture.norm == "none":
+        if self.architecture.norm == "none" and not self.architecture.post_norm:
             return {"requested": asked, "applied": "raw", "reason": "the model has no norms: nothing to fold"}
         if applied != asked:
             return {"requested": asked, "applied": applied, "reason": "the model's norms cannot be folded"}
@@ -104,7 +104,7 @@ class Model:
         moments = None
         if vocabulary is not None:
             plain = positions.token_moments(vocabulary)
-            normal = positions.normalised_moments(vocabulary, facts) if facts.rotary is not None else plain
+            normal = positions.normalised_moments(vocabulary, facts) if facts.positions == "rotary" else plain
             moments = (plain, normal)
         grams: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(block0, Block0) and vocabulary is not None and facts.n_layers > 1:
@@ -160,7 +160,7 @@ def read_block0(
         return "block 0's MLP is read only where a task's words are"
     if not source.foldable:
         return "the model's norms cannot be folded"
-    layer0 = fold_layer(to_device(source.layer(0), device), source.architecture)
+    layer0 = fold_reads(to_device(source.layer(0), device), source.architecture)
     mlp = source.first_mlp()
     if mlp == "the model has no MLP":
         return Block0(layer0, None, source.architecture)

@@ -59,7 +59,7 @@ def predicted_values(config: PredictionConfig, values: Values, architecture: Arc
     found = values.get(config.metric, empty).copy()
     if config.first_layer is not None:
         found[0] = values.get(config.first_layer, empty)[0]
-    if config.direct_only and architecture.rotary is None:
+    if config.direct_only and architecture.positions != "rotary":
         found[1:] = math.nan
     return found
 

@@ -6,7 +6,9 @@ the residual stream is not in it, and with learned positions the norm's joint sc
 ignored.
 """
 
+import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.vocabulary import Vocabulary, blocks
+from ovqk.heads import keys, queries
+from ovqk.vocabulary import BLOCK, Vocabulary, blocks
 from ovqk.weights import Architecture, LayerWeights, Rotary, normalise
 
 DEFAULT_SPAN = 128  # offsets averaged over under rotary positions, unless the context is shorter
@@ -41,17 +44,77 @@ def token_moments(vocabulary: Vocabulary) -> Moments:
     return Moments(vocabulary.mean.double(), vocabulary.gram_embed / vocabulary.size)
 
 
+def token_rows(
+    vocabulary: Vocabulary, architecture: Architecture, normalised: bool
+) -> Iterator[Float[Tensor, "token d_model"]]:
+    """Embedding rows in blocks of tokens, float64: plain, or normalised as a layer's norm would."""
+    for rows in blocks(vocabulary.size, BLOCK // 4):
+        x = vocabulary.W_E[rows].double()
+        yield normalise(x, architecture.norm, architecture.norm_eps) if normalised else x
+
+
 def normalised_moments(vocabulary: Vocabulary, architecture: Architecture) -> Moments:
     """Moments of embedding rows normalised as a layer's norm would, a block of tokens at a time."""
     d_model = vocabulary.W_E.shape[1]
     total = torch.zeros(d_model, dtype=torch.float64, device=vocabulary.W_E.device)
     second = torch.zeros(d_model, d_model, dtype=torch.float64, device=vocabulary.W_E.device)
-    for rows in blocks(vocabulary.size):
-        x = normalise(vocabulary.W_E[rows], architecture.norm, architecture.norm_eps).double()
+    for x in token_rows(vocabulary, architecture, normalised=True):
         total += x.sum(0)
         second += x.T @ x
     mean = total / vocabulary.size
     return Moments(mean, second / vocabulary.size - torch.outer(mean, mean))
+
+
+@dataclass(frozen=True)
+class HeadMoments:
+    """Moments of the queries and keys of uniformly drawn tokens, before rotation, float64.
+
+    Attributes:
+        query_mean, query_second: mean and second moment of queries.
+        key_mean, key_covariance: mean and covariance of keys.
+    """
+
+    query_mean: Float[Tensor, "head d_head"]
+    query_second: Float[Tensor, "head d_head d_head"]
+    key_mean: Float[Tensor, "head d_head"]
+    key_covariance: Float[Tensor, "head d_head d_head"]
+
+
+def head_moments(weights: LayerWeights, architecture: Architecture, tokens: Moments) -> HeadMoments:
+    """Moments of q = x W_Q + b_Q and k = x W_K + b_K, from those of the rows x.
+
+    Raises:
+        ValueError: queries and keys are normalised, so that they are not linear in x.
+    """
+    if weights.qk_norm is not None:
+        raise ValueError("normalised queries and keys are not linear in the rows: see normalised_head_moments")
+    kv = architecture.kv_of_head.to(weights.W_K.device)
+    W_Q, W_K = weights.W_Q.double(), weights.W_K.double()[kv]
+    query_mean = tokens.mean @ W_Q + weights.b_Q.double()
+    return HeadMoments(
+        query_mean=query_mean,
+        query_second=W_Q.mT @ tokens.covariance @ W_Q + _outer(query_mean),
+        key_mean=tokens.mean @ W_K + weights.b_K.double()[kv],
+        key_covariance=W_K.mT @ tokens.covariance @ W_K,
+    )
+
+
+def normalised_head_moments(
+    weights: LayerWeights, architecture: Architecture, rows: Iterable[Float[Tensor, "token d_model"]]
+) -> HeadMoments:
+    """Moments of normalised queries and keys, token by token (blocks of rows, as `token_rows` gives them)."""
+    n, sums = 0, [torch.zeros((), dtype=torch.float64)] * 4
+    for x in rows:
+        q, k = queries(weights, x), keys(weights, x)
+        n += x.shape[0]
+        sums = [total + part for total, part in zip(sums, (q.sum(1), q.mT @ q, k.sum(1), k.mT @ k), strict=True)]
+    query_mean, query_second, key_mean, key_second = (total / n for total in sums)
+    kv = architecture.kv_of_head.to(key_mean.device)
+    return HeadMoments(query_mean, query_second, key_mean[kv], (key_second - _outer(key_mean))[kv])
+
+
+def _outer(x: Float[Tensor, "head d_head"]) -> Float[Tensor, "head d_head d_head"]:
+    return x[:, :, None] * x[:, None, :]
 
 
 def learned_shares(
@@ -85,27 +148,27 @@ def learned_shares(
     return {**shares, "qk_positional_share": _share(torch.as_tensor(positional), total)}
 
 
-def rotary_span(architecture: Architecture) -> int:
-    """L: how many offsets 0..L-1 are averaged over; bounded by the context and by a sliding window."""
-    bounds = (DEFAULT_SPAN, architecture.n_ctx, architecture.sliding_window)
+def rotary_span(weights: LayerWeights, architecture: Architecture) -> int:
+    """L: how many offsets 0..L-1 are averaged over; bounded by the context and by the layer's sliding window."""
+    bounds = (DEFAULT_SPAN, architecture.n_ctx, weights.sliding_window)
     return min(bound for bound in bounds if bound)
 
 
 def rotary_shares(
-    weights: LayerWeights, architecture: Architecture, tokens: Moments
+    weights: LayerWeights, architecture: Architecture, moments: HeadMoments
 ) -> dict[str, Float[Tensor, " head"]]:
     """The three shares of the score variance over (key token, offset), averaged over query tokens (rotary).
 
-    Keys k = x W_K + b_K have mean mu and covariance Sigma; S is the second moment of q = x W_Q + b_Q; offsets are
-    uniform on 0..L-1 and Rbar is their mean rotation.
+    Keys k = x W_K + b_K have mean mu and covariance Sigma; S is the second moment of q = x W_Q + b_Q (both normalised
+    where the model does so); offsets are uniform on 0..L-1 and Rbar is their mean rotation.
 
     Returns:
         `qk_share_position`, `qk_share_content`, `qk_share_interaction`, each [head] in [0, 1] and summing to 1, and
         `qk_positional_share`, which is the first.
     """
-    rotary = _required(architecture).double()
-    S, mu, sigma = _query_key_moments(weights, architecture, tokens)
-    offsets = torch.arange(rotary_span(architecture))
+    rotary = _required(weights)
+    S, mu, sigma = moments.query_second, moments.key_mean, moments.key_covariance
+    offsets = torch.arange(rotary_span(weights, architecture))
     cos, sin = rotary.angles(offsets)
     mean_cos, mean_sin = cos.mean(0), sin.mean(0)
 
@@ -128,15 +191,13 @@ def rotary_shares(
 
 
 def rotary_offset_scores(
-    weights: LayerWeights, architecture: Architecture, tokens: Moments
+    weights: LayerWeights, architecture: Architecture, moments: HeadMoments
 ) -> Float[Tensor, "head offset"]:
     """mu_q R_D mu_k^T: the score that the mean query gives the mean key, by offset D = 0..L-1."""
-    rotary = _required(architecture).double()
-    kv = architecture.kv_of_head.to(weights.W_K.device)
-    query = tokens.mean @ weights.W_Q.double() + weights.b_Q.double()
-    key = tokens.mean @ weights.W_K.double()[kv] + weights.b_K.double()[kv]
-    cos, sin = rotary.angles(torch.arange(rotary_span(architecture)))
-    return torch.einsum("hox,hx->ho", rotary.rotate(query[:, None, :], cos, sin), key)
+    rotary = _required(weights)
+    cos, sin = rotary.angles(torch.arange(rotary_span(weights, architecture)))
+    turned = rotary.rotate(moments.query_mean[:, None, :], cos, sin)
+    return torch.einsum("hox,hx->ho", turned, moments.key_mean)
 
 
 def previous_token_auc_rotary(scores: Float[Tensor, "head offset"]) -> Float[Tensor, " head"]:
@@ -218,17 +279,6 @@ def _diagonal_sums(lower: Float[Tensor, "T T"]) -> Float[Tensor, " T"]:
     return sheared.sum(0)[T - 1 :]
 
 
-def _query_key_moments(
-    weights: LayerWeights, architecture: Architecture, tokens: Moments
-) -> tuple[Float[Tensor, "head d_head d_head"], Float[Tensor, "head d_head"], Float[Tensor, "head d_head d_head"]]:
-    kv = architecture.kv_of_head.to(weights.W_K.device)
-    W_Q, W_K = weights.W_Q.double(), weights.W_K.double()[kv]
-    q_mean = tokens.mean @ W_Q + weights.b_Q.double()
-    S = W_Q.mT @ tokens.covariance @ W_Q + q_mean[:, :, None] * q_mean[:, None, :]
-    mu = tokens.mean @ W_K + weights.b_K.double()[kv]
-    return S, mu, W_K.mT @ tokens.covariance @ W_K
-
-
 def _conjugate(
     rotary: Rotary,
     sigma: Float[Tensor, "... d_head d_head"],
@@ -252,7 +302,9 @@ def _below(values: Float[Tensor, "head n"], than: Float[Tensor, "head #n"]) -> F
     return ((values < than).double() + 0.5 * (values == than).double()).mean(1)
 
 
-def _required(architecture: Architecture) -> Rotary:
-    if architecture.rotary is None:
-        raise ValueError("the model has no rotary positions")
-    return architecture.rotary
+def _required(weights: LayerWeights) -> Rotary:
+    """The layer's rotation, float64, where its weights are."""
+    if weights.rotary is None:
+        raise ValueError("the layer has no rotary positions")
+    frequencies = weights.rotary.inverse_frequencies.to(weights.W_Q.device, torch.float64)
+    return dataclasses.replace(weights.rotary, inverse_frequencies=frequencies)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ovqk import alignment, spectra
+from ovqk import alignment, heads, spectra
 from ovqk.config import Embedding, VariableKind
 from ovqk.heads import Factors
 from ovqk.spectra import Decomposition
 from ovqk.tasks import Variable
 from ovqk.vocabulary import Block0, Vocabulary
-from ovqk.weights import Architecture, normalise
+from ovqk.weights import Architecture, LayerWeights, normalise
 
 SET_METRICS = (
     "ov_task_auc",
@@ -97,9 +97,12 @@ class Readout:
         }
 
     def qk_metrics(
-        self, layer: int, factors: Factors, decomposition: Decomposition
+        self, layer: int, weights: LayerWeights, offsets: tuple[int, ...], decomposition: Decomposition
     ) -> dict[str, Float[Tensor, " head"]]:
-        """Task metrics of the QK circuits of a layer (mean rotation); none without its effective embedding."""
+        """Task metrics of the QK circuits of a layer, mean rotation over the offsets, as decomposed.
+
+        None without the layer's effective embedding. Where the model normalises queries and keys, so do the scores.
+        """
         side = self.side(layer)
         if side is None:
             return {}
@@ -113,13 +116,25 @@ class Readout:
         }
         if self.variable.kind is VariableKind.contrast:
             return values
-        centred, raw = alignment.task_auc(alignment.readout(factors, side.rows, side.rows))
+        centred, raw = alignment.task_auc(self._scores(weights, offsets, side.rows, side.rows))
         values |= {"qk_task_auc": centred, "qk_task_auc_raw": raw}
         if self.vocabulary.W_U is not None:
             queries = self._normalised(self.vocabulary.W_U[:, self.ids].T)
-            scores = alignment.readout(factors, queries, side.rows)
+            scores = self._scores(weights, offsets, queries, side.rows)
             values["qk_task_auc_unembed"] = alignment.task_auc(scores)[0]
         return values
+
+    def _scores(
+        self,
+        weights: LayerWeights,
+        offsets: tuple[int, ...],
+        query_rows: Float[Tensor, "query d_model"],
+        key_rows: Float[Tensor, "key d_model"],
+    ) -> Float[Tensor, "head query key"]:
+        """e_t W_QK e_u^T; of normalised queries and keys, with their biases, where the model has a norm there."""
+        if weights.qk_norm is not None:
+            return heads.scores(weights, self.architecture, query_rows, key_rows, offsets)
+        return alignment.readout(heads.qk_factors(weights, self.architecture, offsets), query_rows, key_rows)
 
     def _side(self, kind: str) -> Side:
         words = self._rows(self.variable.read[0].ids, kind)

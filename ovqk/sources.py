@@ -5,7 +5,9 @@ import torch
 from ovqk.checkpoints import Checkpoint
 from ovqk.config import ModelConfig
 from ovqk.errors import UserError
-from ovqk.families import FAMILIES, NativeWeights, TransformerLensWeights
+from ovqk.families import FAMILIES
+from ovqk.native import NativeWeights
+from ovqk.single_file import TransformerLensWeights
 from ovqk.weights import WeightSource
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ovqk.heads import ov_factors
-from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, normalise
+from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, apply_norm, normalise
 
 BLOCK = 8192  # tokens handled at a time
 
@@ -94,26 +94,27 @@ class Block0:
 
         E = r + MLP0(ln2(r)),   r = W_E + sum over heads of ln1(W_E) W_V W_O   (block 0)
 
-    Without positions, b_V and b_O; MLP biases kept. An attention-only model has E = r.
+    Without positions, b_V and b_O; MLP biases kept. An attention-only model has E = r. In a parallel block the MLP
+    reads W_E too; a norm after attention or MLP is applied to what it writes.
     """
 
     def __init__(self, layer0: LayerWeights, mlp: MLPWeights | None, architecture: Architecture) -> None:
-        """Take block 0's folded attention and MLP weights."""
-        self.factors = ov_factors(layer0, architecture)
+        """Take block 0's attention and MLP weights, their reads folded (`fold_reads`, `fold_mlp`)."""
+        self.factors, self.post_norm = ov_factors(layer0, architecture), layer0.post_norm
         self.mlp, self.architecture = mlp, architecture
 
     def rows(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """E for these rows of the folded embedding."""
         kind, eps = self.architecture.norm, self.architecture.norm_eps
         read = torch.einsum("td,hdk->thk", normalise(W_E, kind, eps), self.factors.left)
-        stream = W_E + torch.einsum("thk,hkd->td", read, self.factors.right)
+        stream = W_E + apply_norm(self.post_norm, torch.einsum("thk,hkd->td", read, self.factors.right), eps)
         if self.mlp is None:
             return stream
-        x = normalise(stream, kind, eps)
+        x = normalise(W_E if self.architecture.parallel else stream, kind, eps)
         hidden = ACTIVATIONS[self.mlp.activation](x @ self.mlp.W_in + self.mlp.b_in)
         if self.mlp.W_linear is not None:
             hidden = hidden * (x @ self.mlp.W_linear)
-        return stream + hidden @ self.mlp.W_out + self.mlp.b_out
+        return stream + apply_norm(self.mlp.post_norm, hidden @ self.mlp.W_out + self.mlp.b_out, eps)
 
     def grams(
         self, vocabulary: Vocabulary

@@ -24,10 +24,13 @@ class Rotary:
     Attributes:
         inverse_frequencies: radians per position of each rotated pair, [rotary_dim / 2].
         interleaved: pairs are (0, 1), (2, 3), ... (GPT-J); otherwise (0, r/2), (1, r/2 + 1), ... (Llama, NeoX).
+        scale: factor of R(D), from a scaling that also multiplies the cosines and sines of queries and keys (YaRN,
+            LongRoPE: the square of their attention factor).
     """
 
     inverse_frequencies: Float[Tensor, " pair"]
     interleaved: bool = False
+    scale: float = 1.0
 
     def rotate(
         self,
@@ -52,20 +55,21 @@ class Rotary:
     def angles(
         self, offsets: Float[Tensor, " offset"] | Int[Tensor, " offset"]
     ) -> tuple[Float[Tensor, "offset pair"], Float[Tensor, "offset pair"]]:
-        """Cosines and sines of R(D) for each offset D."""
-        radians = offsets.to(self.inverse_frequencies.dtype)[:, None] * self.inverse_frequencies
-        return radians.cos(), radians.sin()
-
-    def double(self) -> "Rotary":
-        """The same rotation in float64."""
-        return dataclasses.replace(self, inverse_frequencies=self.inverse_frequencies.double())
+        """Cosines and sines of R(D) for each offset D, times the scale."""
+        radians = offsets.to(self.inverse_frequencies)[:, None] * self.inverse_frequencies
+        return self.scale * radians.cos(), self.scale * radians.sin()
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The facts of a model that its heads' weights do not hold.
+    """The facts of a model that its heads' weights do not hold, the same for all of its layers.
 
     Attributes:
+        norm: the norm before attention and before the unembedding; `none` too where attention reads the bare stream.
+        attention_scale: what multiplies the scores; None for 1 / sqrt(d_head). No metric has it in.
+        post_norm: a norm stands between attention and the residual stream.
+        qk_norm: queries and keys are normalised, so that no scale of W_QK reaches the scores.
+        parallel: attention and MLP of a block both read what comes into the block.
         tied: the unembedding is the transposed embedding.
         activation: name of the MLP's activation; None where there is no MLP that ovqk reads.
     """
@@ -80,11 +84,13 @@ class Architecture:
     norm: NormKind
     norm_eps: float
     positions: PositionKind
-    rotary: Rotary | None = None
     causal: bool = True
     tied: bool = False
     activation: str | None = None
-    sliding_window: int | None = None
+    attention_scale: float | None = None
+    post_norm: bool = False
+    qk_norm: bool = False
+    parallel: bool = False
 
     @cached_property
     def kv_of_head(self) -> Int[Tensor, " head"]:
@@ -102,8 +108,38 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class QueryKeyNorm:
+    """A root-mean-square norm of queries and keys, before they are rotated.
+
+    Attributes:
+        query_gain, key_gain: what each normalised component is multiplied by.
+        over_heads: one root mean square for all heads of a token (OLMo 2) instead of one for each.
+    """
+
+    query_gain: Float[Tensor, "head d_head"]
+    key_gain: Float[Tensor, "kv_head d_head"]
+    eps: float
+    over_heads: bool = False
+
+    def apply(
+        self, x: Float[Tensor, "any_head row d_head"], gain: Float[Tensor, "any_head d_head"]
+    ) -> Float[Tensor, "any_head row d_head"]:
+        """The norm of queries or of keys, with their gain."""
+        over = (0, 2) if self.over_heads else (2,)
+        return x * torch.rsqrt(x.square().mean(over, keepdim=True) + self.eps) * gain[:, None]
+
+
+@dataclass(frozen=True)
 class LayerWeights:
-    """One layer's attention weights; `norm` is what stands before them (None once folded, or where there is none)."""
+    """One layer's attention weights, and what of its positions and norms differs from layer to layer.
+
+    Attributes:
+        norm: what stands before them; None once folded, or where there is none.
+        post_norm: what stands between W_O and the residual stream (Gemma 2, OLMo 2); None once its gain is folded.
+        qk_norm: what stands between W_Q, W_K and the scores.
+        rotary: the rotation of queries and keys, under rotary positions.
+        sliding_window: how many tokens back a query sees, itself included; None for all.
+    """
 
     layer: int
     W_Q: Float[Tensor, "head d_model d_head"]
@@ -114,11 +150,15 @@ class LayerWeights:
     b_K: Float[Tensor, "kv_head d_head"]
     b_V: Float[Tensor, "kv_head d_head"]
     norm: Norm | None
+    post_norm: Norm | None = None
+    qk_norm: QueryKeyNorm | None = None
+    rotary: Rotary | None = None
+    sliding_window: int | None = None
 
 
 @dataclass(frozen=True)
 class MLPWeights:
-    """Block 0's MLP: x -> act(x W_in + b_in) [* (x W_linear)] W_out + b_out; `norm` as in LayerWeights."""
+    """Block 0's MLP: x -> act(x W_in + b_in) [* (x W_linear)] W_out + b_out; the norms as in LayerWeights."""
 
     W_in: Float[Tensor, "d_model d_mlp"]
     b_in: Float[Tensor, " d_mlp"]
@@ -127,6 +167,7 @@ class MLPWeights:
     b_out: Float[Tensor, " d_model"]
     activation: str
     norm: Norm | None
+    post_norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +217,14 @@ def normalise(x: Float[Tensor, "*batch d_model"], kind: NormKind, eps: float) ->
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
+def apply_norm(norm: Norm | None, x: Float[Tensor, "*batch d_model"], eps: float) -> Float[Tensor, "*batch d_model"]:
+    """The whole norm, with gain and bias."""
+    if norm is None:
+        return x
+    x = normalise(x, norm.kind, eps) * norm.weight
+    return x if norm.bias is None else x + norm.bias
+
+
 def _read_through(
     norm: Norm | None, weight: Float[Tensor, "*head d_model d_out"], bias: Float[Tensor, "*head d_out"]
 ) -> tuple[Float[Tensor, "*head d_model d_out"], Float[Tensor, "*head d_out"]]:
@@ -195,13 +244,24 @@ def _write_centred(kind: NormKind, weight: Float[Tensor, "*batch d_model"]) -> F
     return weight - weight.mean(-1, keepdim=True) if kind == "layernorm" else weight
 
 
-def fold_layer(weights: LayerWeights, architecture: Architecture) -> LayerWeights:
-    """Fold the norm before attention into W_Q, W_K, W_V and centre W_O (definitions: section 1, Processing)."""
+def fold_reads(weights: LayerWeights, architecture: Architecture) -> LayerWeights:
+    """Fold the norm before attention into W_Q, W_K, W_V and centre W_O; a norm after attention stays beside W_O."""
     W_Q, b_Q = _read_through(weights.norm, weights.W_Q, weights.b_Q)
     W_K, b_K = _read_through(weights.norm, weights.W_K, weights.b_K)
     W_V, b_V = _read_through(weights.norm, weights.W_V, weights.b_V)
     W_O = _write_centred(architecture.norm, weights.W_O)
-    return LayerWeights(weights.layer, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, norm=None)
+    return dataclasses.replace(weights, W_Q=W_Q, W_K=W_K, W_V=W_V, W_O=W_O, b_Q=b_Q, b_K=b_K, b_V=b_V, norm=None)
+
+
+def fold_layer(weights: LayerWeights, architecture: Architecture) -> LayerWeights:
+    """Fold the norms before and after attention (definitions: section 1, Processing).
+
+    What a norm after attention divides by depends on all heads together, and is left out: only its gain is folded.
+    """
+    folded = fold_reads(weights, architecture)
+    if weights.post_norm is None:
+        return folded
+    return dataclasses.replace(folded, W_O=folded.W_O * weights.post_norm.weight, post_norm=None)
 
 
 def fold_embeddings(weights: EmbeddingWeights, architecture: Architecture) -> EmbeddingWeights:
@@ -218,7 +278,7 @@ def fold_embeddings(weights: EmbeddingWeights, architecture: Architecture) -> Em
 
 
 def fold_mlp(weights: MLPWeights, architecture: Architecture) -> MLPWeights:
-    """Fold the norm before an MLP into its reading weights and centre what it writes."""
+    """Fold the norm before an MLP into its reading weights and centre what it writes; one after it stays."""
     W_in, b_in = _read_through(weights.norm, weights.W_in, weights.b_in)
     W_linear = weights.W_linear
     if W_linear is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from language import TASKS, held_out_examples
 from tokenizers import Tokenizer
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from words import AGREEMENT
 
 
@@ -35,9 +35,9 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def measure(model: GPT2LMHeadModel, tokenizer: Tokenizer, task: str, count: int, seed: int) -> Accuracy:
+def measure(model: PreTrainedModel, tokenizer: Tokenizer, task: str, count: int, seed: int) -> Accuracy:
     """Accuracy on `count` held-out examples of one task, drawn from `seed`."""
-    examples = list(held_out_examples(task, count, seed, model.config.n_positions))
+    examples = list(held_out_examples(task, count, seed, model.config.max_position_embeddings))
     contexts = [torch.tensor([tokenizer.token_to_id(word) for word in context]) for context, _, _ in examples]
     answers = torch.tensor([tokenizer.token_to_id(answer) for _, answer, _ in examples])
     foils = torch.tensor([tokenizer.token_to_id(foil) for _, _, foil in examples])
@@ -62,8 +62,8 @@ def _number_is_right(logits: torch.Tensor, tokenizer: Tokenizer, answers: torch.
     return says_plural == torch.isin(answers, plural)
 
 
-def load(directory: Path) -> tuple[GPT2LMHeadModel, Tokenizer]:
-    model = GPT2LMHeadModel.from_pretrained(directory)
+def load(directory: Path) -> tuple[PreTrainedModel, Tokenizer]:
+    model = AutoModelForCausalLM.from_pretrained(directory)
     return model.eval(), Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 

@@ -5,12 +5,13 @@
     induction   a random sequence of words, then the same sequence again
     filler      sentences that mention names, cities, companies and so on, and repeat nothing
 
-A context is a stream of such segments. Half of the training windows start at a random word of the stream,
-so no position is special; the other half start with <eos> and a whole segment, so the model also knows a
-prompt that begins a text. Both name orders, optional phrases, and other names in the sentences before keep
-position, distance and the set of names in the context from giving the answer away.
-The last name before the question is always the giver, though, and a model may use that instead of looking
-for the repeated name; the bundled one does.
+A context is a stream of such segments: a sentence that introduces other names or only fills, then a task's.
+Half of the training windows start at a random word of the stream, so no position is special; the other half
+start with <eos> and a whole segment, so the model also knows a prompt that begins a text. Both name orders,
+optional phrases, and other names in the sentences before keep position, distance and the set of names in the
+context from giving the answer away. In half of the indirect-object sentences the giver asks the question, so
+that the last name before it is the giver; in the other half somebody else does, and the last name is the
+giver's as often as the receiver's: only the repetition tells them apart.
 
 Held out: about a tenth of the pairs of words (`is_held_out`) never meet in training as the two names of an
 indirect-object sentence, as the subject and the first attractor of an agreement sentence, or as neighbours
@@ -32,9 +33,9 @@ from ovqk.prompts import variants
 
 UNKNOWN, END_OF_TEXT = "<unk>", "<eos>"
 
-# Slots are filled from the word sets; {B} always speaks of the giver and {A} of the one given to.
+# Slots are filled from the word sets; {A} is the receiver, named once, and {B} the name that is repeated.
 SLOTS = {
-    "A": "names", "B": "names", "C": "names", "D": "names",
+    "A": "names", "B": "names", "X": "names", "Y": "names", "Z": "names", "C": "names", "D": "names",
     "city": "cities", "city2": "cities", "country": "countries", "country2": "countries",
     "surname": "surnames", "surname2": "surnames", "company": "companies", "company2": "companies",
     "state": "states", "state2": "states", "adjective2": "adjectives", "place": "places", "place2": "places", "object": "objects",
@@ -52,6 +53,19 @@ INDIRECT_OBJECT = [
     "Before {A} went[ from the {place}] to the {place2} with {B}, {B} {gave} a {object} to",
     "{A} saw {B}[ near the {place}][ in the {time}]. Then {B} {gave} a[ {adjective}] {object} to",
     "{A} and {B} were at the {place}.[ The {place2} was {adjective}.] In the {time}, {B} {gave} a {object} to",
+]
+
+# {X} is the repeated name; {Y} and {Z} are the repeated name and the receiver, in either order.
+SOMEBODY_ELSE_GIVES = [
+    "{X} was at the {place}[ in the {time}]. {Y} met {Z} near the {place2}. "
+    "The {noun} {gave} a[ {adjective}] {object} to",
+    "{X} {past} the {noun2}. Then {Y} and {Z} walked to the {place}, and the {noun} {gave} a {object} to",
+    "In the {time}, {X} was {adjective}. Because {Y} liked {Z}, the {noun} {gave} a {object} to",
+    "{X} and the {noun2} were at the {place}. After {Y} saw {Z}[ in the {time}], "
+    "the {noun} {gave} a[ {adjective}] {object} to",
+    "When {X} went to the {place}, {Y} was with {Z}. In the {place2}, the {noun} {gave} a {object} to",
+    "{Y} and {Z} were {adjective}. The {noun2} {past} {X}[ in the {time}]. Then they {gave} a {object} to",
+    "Before {Y} met {Z} at the {place}, {X} {past} the {noun2}. They {gave} a[ {adjective}] {object} to",
 ]
 
 AGREEMENT = [
@@ -85,9 +99,8 @@ INTRODUCTIONS = [
     "The {place} was {adjective} and {C} liked {D}.",
     "{C} worked for {company}.",
 ]
-INTRODUCED = 0.8  # of the indirect-object sentences
-
-SEGMENTS = {"ioi": 6, "sva": 6, "filler": 7, "induction": 10}
+INTRODUCED = 0.5  # of the sentences before
+GIVER_ASKS = 0.5  # of the indirect-object sentences
 SEQUENCE_LENGTHS = range(5, 13)
 
 
@@ -142,6 +155,7 @@ def compiled(templates: list[str]) -> list[list[list[str]]]:
 
 
 INDIRECT_OBJECT_PIECES = compiled(INDIRECT_OBJECT)
+SOMEBODY_ELSE_GIVES_PIECES = compiled(SOMEBODY_ELSE_GIVES)
 AGREEMENT_PIECES = compiled(AGREEMENT)
 FILLER_PIECES = compiled(FILLER)
 INTRODUCTION_PIECES = compiled(INTRODUCTIONS)
@@ -164,18 +178,22 @@ def fill(pieces: list[str], values: dict[str, str], rng: random.Random) -> list[
 
 
 def indirect_object(rng: random.Random, held_out: bool = False) -> Segment:
-    """An indirect-object sentence, mostly after an introduction; which name comes first is a fair coin."""
+    """An indirect-object sentence; which name comes first is a fair coin."""
     while True:
         receiver, giver = SETS["names"].draw(rng), SETS["names"].draw(rng)
         if receiver != giver and is_held_out(receiver, giver) == held_out:
             break
-    pieces = list(rng.choice(rng.choice(INDIRECT_OBJECT_PIECES)))
-    if rng.random() < 0.5:
-        first, second = pieces.index("{A}"), pieces.index("{B}")
-        pieces[first], pieces[second] = pieces[second], pieces[first]
-    if rng.random() < INTRODUCED:
-        pieces = rng.choice(rng.choice(INTRODUCTION_PIECES)) + pieces
-    tokens = fill(pieces, {"A": receiver, "B": giver}, rng)
+    first, second = (receiver, giver) if rng.random() < 0.5 else (giver, receiver)
+    if rng.random() < GIVER_ASKS:
+        pieces = list(rng.choice(rng.choice(INDIRECT_OBJECT_PIECES)))
+        names = {"A": receiver, "B": giver}
+        if first == giver:
+            a, b = pieces.index("{A}"), pieces.index("{B}")
+            pieces[a], pieces[b] = pieces[b], pieces[a]
+    else:
+        pieces = rng.choice(rng.choice(SOMEBODY_ELSE_GIVES_PIECES))
+        names = {"X": giver, "Y": first, "Z": second}
+    tokens = fill(pieces, names, rng)
     return Segment("ioi", [*tokens, receiver, "."], len(tokens), giver, (receiver, giver))
 
 
@@ -221,19 +239,20 @@ def repeated_sequence(rng: random.Random, held_out: bool = False) -> Segment:
     return Segment("induction", [*words, *words, "."], length + answer_at, foil, pair)
 
 
-def filler(rng: random.Random) -> Segment:
-    return Segment("filler", fill(rng.choice(rng.choice(FILLER_PIECES)), {}, rng))
+def sentence_before(rng: random.Random) -> Segment:
+    """A sentence that asks nothing: other names, or none."""
+    pieces = INTRODUCTION_PIECES if rng.random() < INTRODUCED else FILLER_PIECES
+    return Segment("filler", fill(rng.choice(rng.choice(pieces)), {}, rng))
 
 
 TASKS = {"ioi": indirect_object, "sva": agreement, "induction": repeated_sequence}
 
 
 def segments(rng: random.Random) -> Iterator[Segment]:
-    """The endless stream of training segments."""
-    kinds, weights = list(SEGMENTS), list(itertools.accumulate(SEGMENTS.values()))
+    """The endless stream of training segments: a sentence before, then one of the tasks, equally often."""
     while True:
-        kind = rng.choices(kinds, cum_weights=weights)[0]
-        yield filler(rng) if kind == "filler" else TASKS[kind](rng)
+        yield sentence_before(rng)
+        yield TASKS[rng.choice(list(TASKS))](rng)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from language import END_OF_TEXT, TASKS, UNKNOWN, Window, windows
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
 
 SPECIAL = [UNKNOWN, END_OF_TEXT, ".", ","]
 
@@ -32,8 +32,9 @@ class Recipe:
     """What is trained, and for how long. `config` goes to the model's Hugging Face configuration."""
 
     config: dict[str, Any]
-    steps: int = 3600
-    batch: int = 64
+    kind: str = "gpt2"
+    steps: int = 4000
+    batch: int = 128
     learning_rate: float = 2e-3
     warmup: int = 100
     decay: float = 0.4  # of the steps, at the end
@@ -42,7 +43,23 @@ class Recipe:
 
 
 RECIPES = {
-    "mini-attn": Recipe(config={"n_layer": 4, "n_head": 8, "n_embd": 128, "n_positions": 64}, mlp=False),
+    "mini-attn": Recipe(config={"n_layer": 4, "n_head": 8, "n_embd": 128, "n_positions": 48}, mlp=False),
+    "mini-gpt2": Recipe(
+        config={"n_layer": 4, "n_head": 8, "n_embd": 128, "n_inner": 512, "n_positions": 48}, steps=2800
+    ),
+    "mini-llama": Recipe(
+        kind="llama",
+        config={
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "hidden_size": 128,
+            "intermediate_size": 352,
+            "max_position_embeddings": 48,
+            "tie_word_embeddings": True,
+        },
+        steps=2800,
+    ),
 }
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
@@ -100,7 +117,7 @@ def silence_mlps(model: GPT2LMHeadModel) -> list[torch.nn.Module]:
     return mlps
 
 
-def train(model: GPT2LMHeadModel, data: torch.Tensor, tasks: torch.Tensor, recipe: Recipe) -> float:
+def train(model: PreTrainedModel, data: torch.Tensor, tasks: torch.Tensor, recipe: Recipe) -> float:
     """One pass over data [step, batch, position]: AdamW, warm-up, constant rate, then down to zero.
 
     The loss is the mean over all words plus, for each task, the mean over the words which that task gives:
@@ -149,7 +166,7 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = RECIPES[arguments.model]
     steps = arguments.steps or recipe.steps
-    positions = recipe.config["n_positions"]
+    positions = recipe.config.get("n_positions") or recipe.config["max_position_embeddings"]
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     texts = training_windows(arguments.seed, steps * recipe.batch, positions)
@@ -163,9 +180,9 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     special = {"bos_token_id": ids[END_OF_TEXT], "eos_token_id": ids[END_OF_TEXT]}
-    settings: dict[str, Any] = {"vocab_size": len(ids), **recipe.config, **NO_DROPOUT, **special}
-    config = GPT2Config(**settings)
-    model = GPT2LMHeadModel(config)
+    settings: dict[str, Any] = {"vocab_size": len(ids), **recipe.config, **special}
+    settings |= NO_DROPOUT if recipe.kind == "gpt2" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(recipe.kind, **settings))
     mlps = [] if recipe.mlp else silence_mlps(model)
     print(f"{arguments.model}, seed {arguments.seed}: {steps} steps, {len(ids)} words, {data.numel():,} tokens")
     loss = train(model, data, tasks, recipe)

@@ -3,6 +3,8 @@
 import os
 import runpy
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -85,6 +87,82 @@ def make_llama(directory: Path, **overrides: object) -> torch.nn.Module:
     model = randomise(LlamaForCausalLM(LlamaConfig(**settings | overrides)))
     model.save_pretrained(directory)
     return model
+
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+WIDE = SIZES | {"head_dim": 8}  # heads together wider than the stream
+ONE_KV_EACH = SIZES | {"num_key_value_heads": 4}
+WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+KINDS: dict[str, dict[str, object]] = {
+    "gpt2": {"vocab_size": 40, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 16, "n_inner": 32},
+    "gpt_neo": {
+        "vocab_size": 40, "hidden_size": 24, "num_layers": 2, "num_heads": 4, "intermediate_size": 32,
+        "max_position_embeddings": 16, "window_size": 4, "attention_types": [[["global", "local"], 1]],
+    },
+    "gptj": {
+        "vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "n_inner": 32, "rotary_dim": 4,
+    },
+    "gpt_neox": ONE_KV_EACH | {"hidden_size": 32, "rotary_pct": 0.5},
+    "gpt_neox-sequential": ONE_KV_EACH | {"hidden_size": 32, "rotary_pct": 0.25, "use_parallel_residual": False},
+    "phi": SIZES | {"hidden_size": 32, "partial_rotary_factor": 0.5},
+    "phi3": SIZES | {"hidden_size": 32},
+    "phi3-longrope": SIZES | {
+        "hidden_size": 32, "original_max_position_embeddings": 12,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+            "short_factor": [1.1, 1.3], "long_factor": [2.0, 3.0], "original_max_position_embeddings": 12,
+        },
+    },
+    "llama": WIDE,
+    "llama-yarn": WIDE | {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 4,
+        },
+    },
+    "mistral": WIDE | {"sliding_window": 5},
+    "qwen2": SIZES,
+    "qwen3": WIDE,
+    "olmo": ONE_KV_EACH,
+    "olmo2": SIZES,
+    "gemma": WIDE,
+    "gemma2": WIDE | WINDOWS | {"query_pre_attn_scalar": 12, "final_logit_softcapping": None},
+    "gemma3_text": WIDE | WINDOWS | {"query_pre_attn_scalar": 12},
+}  # fmt: skip
+"""Tiny configurations of the architectures read natively; what follows a dash is a variant."""
+
+
+def make(kind: str, directory: Path) -> torch.nn.Module:
+    """A tiny random model of one of KINDS, saved as a Hugging Face directory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind.split("-")[0], **KINDS[kind])
+    model = randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tiny random model of one of KINDS, made once."""
+
+    @cache
+    def directory(kind: str) -> Path:
+        path = tmp_path_factory.mktemp("kinds") / kind
+        make(kind, path)
+        return path
+
+    return directory
 
 
 @pytest.fixture(scope="session")

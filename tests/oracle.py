@@ -14,32 +14,55 @@ from ovqk.weights import (
     LayerWeights,
     WeightSource,
     fold_embeddings,
-    fold_layer,
     fold_mlp,
+    fold_reads,
     normalise,
 )
 
 
-def rotation(facts, D: int) -> Tensor:
-    """R(D) as a matrix, float64: row convention, half-split pairs."""
-    R = torch.eye(facts.d_head, dtype=torch.float64)
-    if facts.rotary is None:
+def rotation(rotary, d_head: int, D: int) -> Tensor:
+    """R(D) as a matrix, float64, row convention: one 2 x 2 rotation for each pair of dimensions."""
+    R = torch.eye(d_head, dtype=torch.float64)
+    if rotary is None:
         return R
-    frequencies = facts.rotary.inverse_frequencies.double()
+    frequencies = rotary.inverse_frequencies.double()
     n = len(frequencies)
     for k, w in enumerate(frequencies.tolist()):
-        a, b = k, k + n
+        a, b = (2 * k, 2 * k + 1) if rotary.interleaved else (k, k + n)
         R[a, a], R[a, b], R[b, a], R[b, b] = math.cos(w * D), math.sin(w * D), -math.sin(w * D), math.cos(w * D)
+        R[[a, b]] *= rotary.scale
     return R
 
 
 def matrices(weights: LayerWeights, facts, head: int, R: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """W_OV and W_QK of one head, [d, d]."""
+    """W_OV and W_QK of one head, [d, d]; the gains of a norm of queries and keys are in W_QK."""
     kv = head // (facts.n_heads // facts.n_kv_heads)
-    R = torch.eye(facts.d_head, dtype=torch.float64) if R is None else R
+    R = rotation(weights.rotary, facts.d_head, 0) if R is None else R
     W_OV = weights.W_V[kv].double() @ weights.W_O[head].double()
-    W_QK = weights.W_Q[head].double() @ R @ weights.W_K[kv].double().T
-    return W_OV, W_QK
+    W_Q, W_K = weights.W_Q[head].double(), weights.W_K[kv].double()
+    if weights.qk_norm is not None:
+        W_Q = W_Q @ torch.diag(weights.qk_norm.query_gain[head].double())
+        W_K = W_K @ torch.diag(weights.qk_norm.key_gain[kv].double())
+    return W_OV, W_Q @ R @ W_K.T
+
+
+def query_key_scores(weights: LayerWeights, facts, head: int, R: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """e_t W_QK e_u^T; where the model normalises queries and keys, of the normalised ones, token by token."""
+    if weights.qk_norm is None:
+        return queries @ matrices(weights, facts, head, R)[1] @ keys.T
+    norm, kv = weights.qk_norm, head // (facts.n_heads // facts.n_kv_heads)
+
+    def own(x, W, b, gains, mine):
+        rows = []
+        for token in x.double():
+            every = torch.stack([token @ W[i].double() + b[i].double() for i in range(len(W))])
+            square = every.square().mean() if norm.over_heads else every[mine].square().mean()
+            rows.append(every[mine] / torch.sqrt(square + norm.eps) * gains[mine].double())
+        return torch.stack(rows)
+
+    q = own(queries, weights.W_Q, weights.b_Q, norm.query_gain, head)
+    k = own(keys, weights.W_K, weights.b_K, norm.key_gain, kv)
+    return q @ R @ k.T
 
 
 def spectral(M: Tensor, rank: int, structural: int) -> dict[str, float]:
@@ -74,26 +97,40 @@ def ratio(M: Tensor) -> float:
     return lam.sum().real / np.abs(lam).sum()
 
 
+ACTIVATIONS = {
+    "gelu_new": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+}
+
+
+def after(norm, x: Tensor, eps: float) -> Tensor:
+    """A norm after attention or MLP: root mean square and gain."""
+    if norm is None:
+        return x
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * norm.weight.double()
+
+
 def block0_rows(source: WeightSource, E: EmbeddingWeights) -> Tensor:
     """r + MLP0(ln2(r)), r = W_E + sum over heads of ln1(W_E) W_V W_O, token by token, float64."""
     facts = source.architecture
-    weights = fold_layer(source.layer(0), facts)
+    weights = fold_reads(source.layer(0), facts)
     W_E = E.W_E.double()
     x = normalise(W_E, facts.norm, facts.norm_eps)
-    r = W_E.clone()
+    written = torch.zeros_like(W_E)
     for head in range(facts.n_heads):
-        r += x @ matrices(weights, facts, head)[0]
+        written += x @ matrices(weights, facts, head)[0]
+    r = W_E + after(weights.post_norm, written, facts.norm_eps)
     mlp = source.first_mlp()
     if isinstance(mlp, str):
         return r
     folded = fold_mlp(mlp, facts)
-    y = normalise(r, facts.norm, facts.norm_eps)
-    hidden = y @ folded.W_in.double() + folded.b_in.double()
-    if folded.W_linear is None:
-        hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
-    else:
-        hidden = torch.nn.functional.silu(hidden) * (y @ folded.W_linear.double())
-    return r + hidden @ folded.W_out.double() + folded.b_out.double()
+    y = normalise(W_E if facts.parallel else r, facts.norm, facts.norm_eps)
+    hidden = ACTIVATIONS[folded.activation](y @ folded.W_in.double() + folded.b_in.double())
+    if folded.W_linear is not None:
+        hidden = hidden * (y @ folded.W_linear.double())
+    return r + after(folded.post_norm, hidden @ folded.W_out.double() + folded.b_out.double(), facts.norm_eps)
 
 
 def auc(L: Tensor, centred: bool) -> float:

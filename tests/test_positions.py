@@ -1,6 +1,6 @@
 """Shares against a brute-force variance, and position heads with known answers."""
 
-import math
+import dataclasses
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracle import rotation
 
 from ovqk.positions import (
+    head_moments,
     learned_position_scores,
     learned_shares,
     previous_token_auc_rotary,
@@ -76,29 +77,23 @@ def test_the_six_learned_shares_sum_to_one_and_match_a_brute_force_variance(seed
 @given(st.integers(0, 10**6), st.booleans(), st.booleans())
 def test_the_three_rotary_shares_sum_to_one_and_match_a_brute_force_variance(seed, partial, grouped) -> None:
     frequencies = torch.tensor([1.0]) if partial else torch.tensor([1.0, 0.1])
-    architecture = facts(positions="rotary", rotary=Rotary(frequencies), n_kv_heads=1 if grouped else 2)
-    weights = layer(architecture, seed)
+    architecture = facts(positions="rotary", n_kv_heads=1 if grouped else 2)
+    weights = dataclasses.replace(layer(architecture, seed), rotary=Rotary(frequencies))
     W_E = torch.randn(6, 8, generator=torch.Generator().manual_seed(seed + 1))
-    moments = row_moments(W_E)
+    moments = head_moments(weights, architecture, row_moments(W_E))
     shares = rotary_shares(weights, architecture, moments)
     three = ["qk_share_position", "qk_share_content", "qk_share_interaction"]
     assert torch.allclose(sum(shares[name] for name in three), torch.ones(2, dtype=torch.float64))
     assert torch.equal(shares["qk_positional_share"], shares["qk_share_position"])
 
-    L = rotary_span(architecture)
+    L = rotary_span(weights, architecture)
     assert L == 7
     profile = rotary_offset_scores(weights, architecture, moments)
     for head in range(2):
         kv = 0 if grouped else head
         q = W_E.double() @ weights.W_Q[head].double() + weights.b_Q[head].double()
         k = W_E.double() @ weights.W_K[kv].double() + weights.b_K[kv].double()
-        pairs = facts(d_head=2, rotary=Rotary(frequencies)) if partial else architecture
-        R = []
-        for D in range(L):
-            matrix = torch.eye(4, dtype=torch.float64)
-            small = rotation(pairs, D)
-            matrix[: len(small), : len(small)] = small
-            R.append(matrix)
+        R = [rotation(weights.rotary, 4, D) for D in range(L)]
         scores = torch.stack([q @ R[D] @ k.T for D in range(L)])  # [D, query, key]
         total = scores.permute(1, 0, 2).reshape(6, -1).var(1, unbiased=False).mean()
         position = scores.mean(2).var(0, unbiased=False).mean()  # over D, of the mean over keys
@@ -179,8 +174,12 @@ def test_previous_token_over_orthogonal_positions_is_positional_with_symmetry_ze
 
 
 def test_the_span_of_rotary_offsets_is_bounded_by_context_and_window() -> None:
-    rotary = Rotary(torch.tensor([1.0, 0.1]))
-    assert rotary_span(facts(positions="rotary", rotary=rotary, n_ctx=4096)) == 128
-    assert rotary_span(facts(positions="rotary", rotary=rotary, n_ctx=4096, sliding_window=32)) == 32
-    assert rotary_span(facts(positions="rotary", rotary=rotary, n_ctx=None)) == 128
-    assert math.isclose(rotary_span(facts(positions="rotary", rotary=rotary, n_ctx=16)), 16)
+    def span(n_ctx, window):
+        architecture = facts(positions="rotary", n_ctx=n_ctx)
+        weights = dataclasses.replace(layer(architecture, 0), sliding_window=window)
+        return rotary_span(weights, architecture)
+
+    assert span(4096, None) == 128
+    assert span(4096, 32) == 32
+    assert span(None, None) == 128
+    assert span(16, None) == 16

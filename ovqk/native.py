@@ -1,0 +1,332 @@
+"""Weights of the families in the table, read from the checkpoint one layer at a time."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ovqk.checkpoints import Checkpoint
+from ovqk.errors import UserError
+from ovqk.families import Family
+from ovqk.weights import (
+    Architecture,
+    EmbeddingWeights,
+    LayerWeights,
+    MLPWeights,
+    Norm,
+    NormKind,
+    QueryKeyNorm,
+    Rotary,
+)
+
+SCALINGS = ("default", "linear", "llama3", "yarn", "longrope")
+"""Rotary scalings that are the same for every length of text (LongRoPE: up to the length first trained on)."""
+
+
+class NativeWeights:
+    """Weights of a checkpoint whose family is in the table."""
+
+    loaded_by: Literal["families", "bridge"] = "families"
+    foldable = True
+    no_vocabulary: str | None = None
+
+    def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
+        """Index the checkpoint.
+
+        Raises:
+            UserError: a config key or an attention tensor is missing, or has the wrong shape; or the config turns on
+                something that ovqk does not read.
+        """
+        self.checkpoint, self.family = checkpoint, family
+        self.config = checkpoint.config if family.complete else _completed(checkpoint)
+        self.prefix = self._find_prefix()
+        self.architecture = self._read_architecture()
+        self.rotations = self._rotations()
+        self._check_attention_tensors()
+        self.notes = self._notes()
+
+    def layer(self, index: int) -> LayerWeights:
+        """The raw attention weights of a layer."""
+        facts = self.architecture
+        n_kv, n_heads = facts.n_kv_heads, facts.n_heads
+        (q, b_q), (k, b_k), (v, b_v) = self._queries_keys_values(index)
+        output, _ = self._linear("output", index)
+        kind = self._kind_of_layer(index)
+        return LayerWeights(
+            layer=index,
+            W_Q=_split_heads(q, n_heads),
+            W_K=_split_heads(k, n_kv),
+            W_V=_split_heads(v, n_kv),
+            W_O=output.reshape(n_heads, facts.d_head, facts.d_model),
+            b_Q=b_q.reshape(n_heads, -1),
+            b_K=b_k.reshape(n_kv, -1),
+            b_V=b_v.reshape(n_kv, -1),
+            norm=self._norm("norm", index),
+            post_norm=self._norm("post_norm", index),
+            qk_norm=self._query_key_norm(index),
+            rotary=self.rotations.get(kind, self.rotations.get(None)),
+            sliding_window=self._window(kind),
+        )
+
+    def embeddings(self) -> EmbeddingWeights:
+        """The raw embeddings; None for what the checkpoint does not hold."""
+        W_E = self._optional(self._name("embedding"))
+        head = self._optional(f"{self.family.unembedding}.weight")
+        if head is None and "language_model" in self.prefix:
+            head = self._optional(f"language_model.{self.family.unembedding}.weight")
+        if self.architecture.tied:  # a tied checkpoint may store either of the two
+            W_E = head if W_E is None else W_E
+            head = W_E
+        if W_E is not None and self.family.scaled_embedding:
+            W_E = W_E * math.sqrt(self.architecture.d_model)
+        W_pos = self._optional(self._name("positions")) if "positions" in self.family.tensors else None
+        final_norm = None if head is None else self._norm("final_norm")
+        return EmbeddingWeights(W_E, W_pos, None if head is None else head.T, final_norm)
+
+    def first_mlp(self) -> MLPWeights | str:
+        """Block 0's MLP, or the reason why there is none to read."""
+        parts = [part for part in self.family.tensors if part.startswith("mlp_") and not part.endswith("norm")]
+        missing = [self._name(part, 0) for part in parts if self._name(part, 0) not in self.checkpoint]
+        if missing:
+            return f"the checkpoint has no MLP of block 0 ({missing[0]})"
+        W_linear = None
+        if "mlp_gate_and_linear" in parts:
+            fused, b_fused = self._linear("mlp_gate_and_linear", 0)
+            (W_in, W_linear), b_in = fused.chunk(2, dim=-1), b_fused.chunk(2)[0]
+        else:
+            W_in, b_in = self._linear("mlp_in", 0)
+            W_linear = self._linear("mlp_linear", 0)[0] if "mlp_linear" in parts else None
+        W_out, b_out = self._linear("mlp_out", 0)
+        activation = self.architecture.activation or "missing from the config"
+        norms = self._norm("mlp_norm", 0), self._norm("mlp_post_norm", 0)
+        return MLPWeights(W_in, b_in, W_linear, W_out, b_out, activation, *norms)
+
+    # --- config.json ------------------------------------------------------------------------------------------
+
+    def _read(self, name: str, default: Any = None) -> Any:
+        for key in self.family.keys.get(name, ()):
+            if self.config.get(key) is not None:
+                return self.config[key]
+        return default
+
+    def _read_architecture(self) -> Architecture:
+        family, label = self.family, self.checkpoint.label
+        for key in family.refused:
+            if self.config.get(key):
+                raise UserError(
+                    f"{label}: config.json sets {key}={self.config[key]}, which ovqk does not read; allowed: unset."
+                )
+        for name in ("n_layers", "n_heads", "d_model"):
+            if not isinstance(self._read(name), int) or self._read(name) < 1:
+                raise UserError(
+                    f"{label}: config.json must give '{family.keys[name][0]}' as a positive integer, "
+                    f"not {self._read(name)!r}."
+                )
+        n_heads, d_model = self._read("n_heads"), self._read("d_model")
+        d_head, n_kv_heads = self._read("d_head", d_model // n_heads), self._read("n_kv_heads", n_heads)
+        if n_heads % n_kv_heads:
+            raise UserError(
+                f"{label}: config.json gives {n_heads} heads over {n_kv_heads} KV heads, which does not divide."
+            )
+        scale = self.config.get(family.scale) if isinstance(family.scale, str) else family.scale
+        parallel = self.config.get(family.parallel) if isinstance(family.parallel, str) else family.parallel
+        return Architecture(
+            family=family.name,
+            n_layers=self._read("n_layers"),
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            d_model=d_model,
+            d_head=d_head,
+            n_ctx=self._read("n_ctx"),
+            norm=family.norm,
+            norm_eps=float(self._read("norm_eps", 1e-5)),
+            positions=family.positions,
+            tied=bool(self.config.get("tie_word_embeddings", family.tied_by_default)),
+            activation=self._read("activation"),
+            attention_scale=None if scale is None else float(scale) ** -0.5,
+            post_norm="post_norm" in family.tensors,
+            qk_norm=family.query_key_norm is not None,
+            parallel=bool(parallel),
+        )
+
+    def _kind_of_layer(self, index: int) -> str | None:
+        """`full_attention`, `sliding_attention`, ... where the config tells the layers apart."""
+        kinds = self.config.get("layer_types") or self.config.get("attention_layers")
+        return kinds[index] if isinstance(kinds, list) and index < len(kinds) else None
+
+    def _window(self, kind: str | None) -> int | None:
+        window = self._read("window")
+        if kind in ("full_attention", "global") or self.config.get("use_sliding_window", True) is False:
+            return None
+        return window if isinstance(window, int) else None
+
+    def _rotations(self) -> dict[str | None, Rotary]:
+        """The rotation of each kind of layer; under None where all layers have the same."""
+        if self.family.positions != "rotary":
+            return {}
+        d_head, interleaved, label = self.architecture.d_head, self.family.interleaved, self.checkpoint.label
+        if "rotary_dim" in self.family.keys:
+            dim = self._read("rotary_dim") or self.architecture.d_model
+            return {None: Rotary(_inverse_frequencies(10000.0, dim), interleaved)}
+        parameters = self.config.get("rope_parameters") or {}
+        nested = {kind: inner for kind, inner in parameters.items() if isinstance(inner, Mapping)}
+        if nested:
+            return {kind: _rotary(self.config, inner, d_head, label, kind) for kind, inner in nested.items()}
+        return {None: _rotary(self.config, parameters, d_head, label)}
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.architecture.qk_norm:
+            notes.append(
+                "queries and keys are normalised: QK spectra are of the weights with the norms' gains, "
+                "un-normalised; readouts and shares normalise"
+            )
+        if self.architecture.post_norm:
+            notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
+        if any(rotary.scale != 1 for rotary in self.rotations.values()):
+            notes.append("the rotary scaling also multiplies the scores; the factor is in W_QK")
+        return notes
+
+    # --- tensors ----------------------------------------------------------------------------------------------
+
+    def _find_prefix(self) -> str:
+        probe = self.family.tensors["output"].format(layer=0) + ".weight"
+        for prefix in self.family.prefixes:
+            if prefix + probe in self.checkpoint:
+                return prefix
+        raise UserError(
+            f"{self.checkpoint.label}: tensor '{self.family.prefixes[-1]}{probe}' is missing from the checkpoint. "
+            f"Its config.json says model_type={self.checkpoint.config.get('model_type')}."
+        )
+
+    def _check_attention_tensors(self) -> None:
+        """Every layer's attention and norm tensors are there, and have the shapes the config promises."""
+        facts = self.architecture
+        queries, keys = facts.n_heads * facts.d_head, facts.n_kv_heads * facts.d_head
+        joint = self.family.query_key_norm == "over_heads"
+        matrices = {
+            "qkv": (facts.d_model, queries + 2 * keys),
+            "query": (facts.d_model, queries),
+            "key": (facts.d_model, keys),
+            "value": (facts.d_model, keys),
+            "output": (queries, facts.d_model),
+        }
+        vectors = {
+            "norm": (facts.d_model,),
+            "post_norm": (facts.d_model,),
+            "query_norm": (queries if joint else facts.d_head,),
+            "key_norm": (keys if joint else facts.d_head,),
+        }
+        if self.family.linear == "out_in":
+            matrices = {part: shape[::-1] for part, shape in matrices.items()}
+        wanted = {
+            self._name(part, layer): shape
+            for layer in range(facts.n_layers)
+            for part, shape in (matrices | vectors).items()
+            if part in self.family.tensors
+        }
+        missing = [name for name in wanted if name not in self.checkpoint]
+        if missing:
+            raise UserError(
+                f"{self.checkpoint.label}: {len(missing)} tensors are missing from the checkpoint, the first of them "
+                f"'{missing[0]}'. ovqk fills nothing in."
+            )
+        for name, shape in wanted.items():
+            if self.checkpoint.shapes[name] != shape:
+                raise UserError(
+                    f"{self.checkpoint.label}: tensor '{name}' has shape {list(self.checkpoint.shapes[name])}, but "
+                    f"config.json promises {list(shape)}."
+                )
+
+    def _name(self, part: str, layer: int | None = None, kind: str = "weight") -> str:
+        return f"{self.prefix}{self.family.tensors[part].format(layer=layer)}.{kind}"
+
+    def _optional(self, name: str) -> Tensor | None:
+        return self.checkpoint.tensor(name) if name in self.checkpoint else None
+
+    def _linear(self, part: str, layer: int) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
+        weight = self.checkpoint.tensor(self._name(part, layer))
+        weight = weight if self.family.linear == "in_out" else weight.T
+        bias = self._optional(self._name(part, layer, "bias"))
+        return weight, weight.new_zeros(weight.shape[-1]) if bias is None else bias
+
+    def _queries_keys_values(self, index: int) -> list[tuple[Tensor, Tensor]]:
+        """Weight [d_model, head * d_head] and bias of queries, of keys and of values."""
+        if "qkv" not in self.family.tensors:
+            return [self._linear(part, index) for part in ("query", "key", "value")]
+        weight, bias = self._linear("qkv", index)
+        facts = self.architecture
+        if self.family.fused == "columns":
+            sizes = [heads * facts.d_head for heads in (facts.n_heads, facts.n_kv_heads, facts.n_kv_heads)]
+            return list(zip(weight.split(sizes, dim=-1), bias.split(sizes), strict=True))
+        per_head = (facts.n_heads, 3, facts.d_head)
+        weights, biases = weight.reshape(facts.d_model, *per_head), bias.reshape(per_head)
+        return [(weights[:, :, part].flatten(1), biases[:, part].flatten()) for part in range(3)]
+
+    def _norm(self, part: str, layer: int | None = None) -> Norm | None:
+        kind: NormKind = "rmsnorm" if self.family.norm == "none" else self.family.norm
+        if part not in self.family.tensors:
+            return Norm(kind, torch.ones(self.architecture.d_model)) if self._gainless(part) else None
+        weight = self.checkpoint.tensor(self._name(part, layer)) + self.family.gain_offset
+        return Norm(kind, weight, self._optional(self._name(part, layer, "bias")))
+
+    def _gainless(self, part: str) -> bool:
+        """Whether there is a norm without a gain: a family with norms that names no tensor for them."""
+        return self.family.norm != "none" and part in ("norm", "mlp_norm", "final_norm")
+
+    def _query_key_norm(self, index: int) -> QueryKeyNorm | None:
+        if self.family.query_key_norm is None:
+            return None
+        facts, joint = self.architecture, self.family.query_key_norm == "over_heads"
+        gains = []
+        for part, heads in (("query_norm", facts.n_heads), ("key_norm", facts.n_kv_heads)):
+            gain = self.checkpoint.tensor(self._name(part, index)) + self.family.gain_offset
+            gains.append(gain.reshape(heads, facts.d_head) if joint else gain.expand(heads, facts.d_head))
+        return QueryKeyNorm(gains[0], gains[1], facts.norm_eps, over_heads=joint)
+
+
+def _split_heads(weight: Float[Tensor, "d_model columns"], n_heads: int) -> Float[Tensor, "head d_model d_head"]:
+    """Columns [d_model, head * d_head] to one block per head."""
+    return weight.reshape(weight.shape[0], n_heads, -1).transpose(0, 1).contiguous()
+
+
+def _completed(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json with the model type's own defaults for what it leaves out; the text model's, where there are more."""
+    from transformers import AutoConfig
+
+    try:
+        full = AutoConfig.for_model(**checkpoint.config).get_text_config()
+        completed: dict[str, Any] = full.to_dict()
+        if hasattr(full, "attention_layers"):  # GPT-Neo's to_dict leaves out what its pattern comes to
+            completed["attention_layers"] = list(full.attention_layers)
+    except Exception as error:  # transformers raises many kinds
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{checkpoint.label}: config.json cannot be read ({message[:300]}).") from error
+    return completed
+
+
+def _inverse_frequencies(theta: float, dim: int) -> Float[Tensor, " pair"]:
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+
+def _rotary(
+    config: Mapping[str, Any], parameters: Mapping[str, Any], d_head: int, label: str, kind: str | None = None
+) -> Rotary:
+    """The model's own rotation, from either generation of config.json; of one kind of layer, where they differ."""
+    theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
+    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    scaling = parameters if kind else config.get("rope_scaling") or parameters
+    name = scaling.get("rope_type", scaling.get("type", "default"))
+    if name == "default":
+        return Rotary(_inverse_frequencies(theta, int(d_head * partial)))
+    if name not in SCALINGS:
+        raise UserError(f"{label}: rotary scaling '{name}' is not supported; allowed: {', '.join(SCALINGS)}.")
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    full = AutoConfig.for_model(**{"model_type": "llama", **config})
+    frequencies, factor = ROPE_INIT_FUNCTIONS[name](full, torch.device("cpu"), layer_type=kind)
+    return Rotary(frequencies, scale=float(factor) ** 2)

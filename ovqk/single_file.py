@@ -1,0 +1,90 @@
+"""Weights in one safetensors file of TransformerLens names, whose shapes tell most of the architecture."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ovqk.checkpoints import Checkpoint
+from ovqk.errors import UserError
+from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Norm, NormKind
+
+
+class TransformerLensWeights:
+    """A single file of TransformerLens names: blocks.0.attn.W_Q [head, d_model, d_head], embed.W_E, ..."""
+
+    loaded_by: Literal["families", "bridge"] = "families"
+    foldable = True
+    no_vocabulary: str | None = None
+
+    def __init__(self, checkpoint: Checkpoint, n_ctx: int | None, causal: bool | None) -> None:
+        """Read the architecture off the shapes.
+
+        Raises:
+            UserError: an attention tensor is missing.
+        """
+        self.checkpoint = checkpoint
+        self.notes = [] if causal is not None else ["model.causal is not set: attention taken to be causal"]
+        layers = {int(name.split(".")[1]) for name in checkpoint.files if name.startswith("blocks.")}
+        for layer in range(max(layers) + 1):
+            for part in ("W_Q", "W_K", "W_V", "W_O"):
+                if f"blocks.{layer}.attn.{part}" not in checkpoint:
+                    raise UserError(
+                        f"{checkpoint.label}: tensor 'blocks.{layer}.attn.{part}' is missing from the checkpoint. "
+                        "ovqk fills nothing in."
+                    )
+        n_heads, d_model, d_head = checkpoint.shapes["blocks.0.attn.W_Q"]
+        norm: NormKind = "none"
+        if "blocks.0.ln1.w" in checkpoint:
+            norm = "layernorm" if "blocks.0.ln1.b" in checkpoint else "rmsnorm"
+        else:
+            self.notes.append("the file holds no norm before attention: taken to have none, or one already folded")
+        positions = checkpoint.shapes.get("pos_embed.W_pos")
+        self.architecture = Architecture(
+            family="transformer_lens",
+            n_layers=len(layers),
+            n_heads=n_heads,
+            n_kv_heads=checkpoint.shapes["blocks.0.attn.W_K"][0],
+            d_model=d_model,
+            d_head=d_head,
+            n_ctx=n_ctx or (positions[0] if positions else None),
+            norm=norm,
+            norm_eps=1e-5,
+            positions="learned" if positions else "none",
+            causal=True if causal is None else causal,
+        )
+
+    def layer(self, index: int) -> LayerWeights:
+        """The raw attention weights of a layer."""
+        W_Q, W_K, W_V, W_O = (self._read(f"blocks.{index}.attn.W_{part}") for part in "QKVO")
+        b_Q, b_K, b_V = (
+            self._optional(f"blocks.{index}.attn.b_{part}", weight[:, 0])
+            for part, weight in zip("QKV", (W_Q, W_K, W_V), strict=True)
+        )
+        return LayerWeights(index, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, norm=self._norm(f"blocks.{index}.ln1"))
+
+    def embeddings(self) -> EmbeddingWeights:
+        """The raw embeddings; None for what the file does not hold."""
+        W_E, W_pos, W_U = (
+            self._read(name) if name in self.checkpoint else None
+            for name in ("embed.W_E", "pos_embed.W_pos", "unembed.W_U")
+        )
+        return EmbeddingWeights(W_E, W_pos, W_U, self._norm("ln_final"))
+
+    def first_mlp(self) -> MLPWeights | str:
+        """Always a reason: the names do not say which activation the MLP has."""
+        if "blocks.0.mlp.W_in" in self.checkpoint:
+            return "a file of TransformerLens names does not tell the MLP's activation"
+        return "the model has no MLP"
+
+    def _read(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(name)
+
+    def _optional(self, name: str, like: Tensor) -> Tensor:
+        return self._read(name) if name in self.checkpoint else torch.zeros_like(like)
+
+    def _norm(self, name: str) -> Norm | None:
+        if f"{name}.w" not in self.checkpoint:
+            return None
+        bias = self._read(f"{name}.b") if f"{name}.b" in self.checkpoint else None
+        return Norm(self.architecture.norm, self._read(f"{name}.w"), bias)

@@ -1,0 +1,243 @@
+"""Every native family against the model itself: its own queries and keys, its first block, its logits."""
+
+import json
+
+import pytest
+import torch
+from conftest import BUNDLED, KINDS, local, make, make_llama
+from safetensors.torch import load_file, save_file
+
+from ovqk.bridge import BridgeWeights
+from ovqk.checkpoints import open_checkpoint
+from ovqk.errors import UserError
+from ovqk.families import FAMILIES
+from ovqk.heads import keys, qk_factors, queries
+from ovqk.sources import open_weights
+from ovqk.vocabulary import Block0
+from ovqk.weights import fold_embeddings, fold_layer, fold_mlp, fold_reads, normalise
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
+
+LENGTH = 11
+
+
+def opened(directory):
+    return open_weights(open_checkpoint(local(directory)), local(directory))
+
+
+@torch.no_grad()
+def run_recorded(directory):
+    """The model's residual stream before each layer, and the scores it hands to each softmax, before any mask."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers.models.llama.modeling_llama import repeat_kv
+
+    scores = []
+
+    def probe(module, query, key, value, attention_mask, scaling, **_):
+        groups = query.shape[1] // key.shape[1]
+        found = query @ repeat_kv(key, groups).mT * scaling
+        scores.append(found[0])
+        mask = torch.ones(found.shape[-2:], dtype=torch.bool).tril()
+        pattern = found.masked_fill(~mask, -torch.inf).softmax(-1)
+        return (pattern @ repeat_kv(value, groups)).transpose(1, 2).contiguous(), pattern
+
+    AttentionInterface.register("probe", probe)
+    own_method = json.loads((directory / "config.json").read_text())["model_type"] in ("gptj", "gpt_neo")
+    implementation = "eager" if own_method else "probe"
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation=implementation).eval()
+    if own_method:
+        for module in model.modules():
+            if hasattr(module, "_attn"):
+                scale = getattr(module, "scale_attn", 1.0)
+
+                def method(query, key, value, attention_mask=None, own=module._attn, scale=scale):
+                    scores.append((query @ key.mT / scale)[0])
+                    return own(query, key, value, attention_mask)
+
+                module._attn = method
+    tokens = torch.randint(0, model.config.get_text_config().vocab_size, (1, LENGTH))
+    streams = model(tokens, output_hidden_states=True).hidden_states
+    return tokens[0], [stream[0] for stream in streams], scores
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mini-attn"])
+def test_the_bilinear_form_reproduces_the_models_own_scores(tiny, kind) -> None:
+    """(x_i W_Q + b_Q) R(i - j) (x_j W_K + b_K)^T of the folded weights, normalised where the model does so."""
+    torch.manual_seed(1)
+    directory = BUNDLED if kind == "mini-attn" else tiny(kind)
+    source = opened(directory)
+    assert source.loaded_by == "families"
+    _, streams, scores = run_recorded(directory)
+    facts = source.architecture
+    scale = facts.attention_scale or facts.d_head**-0.5
+    for layer in range(facts.n_layers):
+        weights = fold_layer(source.layer(layer), facts)
+        x = normalise(streams[layer], facts.norm, facts.norm_eps)
+        q, k = queries(weights, x), keys(weights, x)[facts.kv_of_head]
+        for D in range(LENGTH):
+            turned = q[:, D:]
+            if weights.rotary is not None:
+                turned = weights.rotary.rotate(turned, *weights.rotary.angles(torch.tensor([D])))
+            mine = (turned * k[:, : LENGTH - D]).sum(-1) * scale
+            own = scores[layer].diagonal(-D, dim1=-2, dim2=-1)
+            assert (mine - own).abs().max() < 1e-4 * max(1.0, own.abs().max().item()), (layer, D)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*KINDS, "mini-attn"])
+def test_block0_is_the_stream_of_a_lone_token_after_the_first_block(tiny, kind, tmp_path) -> None:
+    """A token alone attends to itself; without positions and what the definition leaves out: b_V (with what the norm's
+    bias adds to it when folded) and b_O."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED) if kind == "mini-attn" else make(kind, tmp_path)
+    left_out = (
+        "wpe.weight",
+        "ln_1.bias",
+        "input_layernorm.bias",
+        "v_proj.bias",
+        "out_proj.bias",
+        "attention.dense.bias",
+        "self_attn.dense.bias",
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith((*left_out, "attn.c_proj.bias")):
+            parameter.zero_()
+        elif name.endswith("c_attn.bias"):
+            parameter.view(3, -1)[2] = 0
+        elif name.endswith("query_key_value.bias"):
+            parameter.view(4, 3, -1)[:, 2] = 0
+    model.eval().save_pretrained(tmp_path)
+    source = opened(tmp_path)
+    facts, raw = source.architecture, source.embeddings()
+    folded = fold_embeddings(raw, facts)
+    block0 = Block0(fold_reads(source.layer(0), facts), fold_mlp(source.first_mlp(), facts), facts)
+    mine = block0.rows(folded.W_E)
+    tokens = torch.arange(folded.W_E.shape[0])[:, None]
+    streams = model(tokens, output_hidden_states=True).hidden_states
+    assert torch.allclose(streams[0][:, 0], raw.W_E, atol=1e-5)
+    own = streams[1][:, 0]
+    if facts.norm == "layernorm":  # nobody reads the mean over d_model
+        own, mine = own - own.mean(-1, keepdim=True), mine - mine.mean(-1, keepdim=True)
+    assert (mine - own).abs().max() < 1e-4 * own.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_unembedding_reads_the_final_norm(tiny, kind) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = opened(tiny(kind))
+    facts = source.architecture
+    model = AutoModelForCausalLM.from_pretrained(tiny(kind)).eval()
+    kept = []
+    norm = dict(model.named_modules())[f"{source.prefix}{source.family.tensors['final_norm']}".strip(".")] if (
+        "final_norm" in source.family.tensors
+    ) else model.model.norm  # fmt: skip
+    norm.register_forward_pre_hook(lambda module, arguments: kept.append(arguments[0]))
+    logits = model(torch.arange(9)[None]).logits[0]
+    folded = fold_embeddings(source.embeddings(), facts)
+    final = facts.norm if facts.norm != "none" else "rmsnorm"
+    mine = normalise(kept[0][0], final, facts.norm_eps) @ folded.W_U
+    difference = mine - logits
+    assert (difference - difference.mean(0)).abs().max() < 1e-4 * logits.abs().max()  # but for a bias of the tokens
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "qwen3", "gemma2", "olmo2", "phi3"])
+def test_missing_and_misshapen_tensors_are_named(tiny, kind, tmp_path) -> None:
+    source = opened(tiny(kind))
+    tensors = load_file(tiny(kind) / "model.safetensors")
+    part = "query_norm" if "query_norm" in source.family.tensors else "norm"
+    name = source._name(part, 1)
+    for change, message in ((None, f"missing from the checkpoint, the first of them '{name}'"), (7, "has shape")):
+        altered = dict(tensors)
+        altered.pop(name)
+        if change:
+            altered[name] = torch.zeros(change)
+        (tmp_path / "config.json").write_text((tiny(kind) / "config.json").read_text())
+        save_file(altered, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            opened(tmp_path)
+
+
+def test_a_setting_that_is_not_read_is_refused(tiny, tmp_path) -> None:
+    for kind, key, value in (("phi", "qk_layernorm", True), ("olmo", "clip_qkv", 3.0)):
+        config = json.loads((tiny(kind) / "config.json").read_text()) | {key: value}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(load_file(tiny(kind) / "model.safetensors"), tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=f"{key}={value}, which ovqk does not read"):
+            opened(tmp_path)
+
+
+def test_a_config_that_transformers_cannot_read_is_one_message(tiny, tmp_path) -> None:
+    config = json.loads((tiny("qwen3") / "config.json").read_text()) | {"num_hidden_layers": "two"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(load_file(tiny("qwen3") / "model.safetensors"), tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"config\.json"):
+        opened(tmp_path)
+
+
+def test_an_unknown_rotary_scaling_is_refused(tmp_path) -> None:
+    make_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "invented", "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="'invented' is not supported; allowed: default, linear"):
+        opened(tmp_path)
+
+
+def test_configs_as_older_checkpoints_state_them_give_the_same_rotations(tiny, tmp_path) -> None:
+    """What the hub's files hold: `rotary_pct`, `partial_rotary_factor`, `rope_local_base_freq`."""
+    older = {
+        "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 10000},
+        "phi": {"partial_rotary_factor": 0.5, "rope_theta": 10000.0},
+        "gemma3_text": {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 2},
+    }
+    for kind, keys_ in older.items():
+        config = json.loads((tiny(kind) / "config.json").read_text())
+        config.pop("rope_parameters")
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | keys_))
+        save_file(load_file(tiny(kind) / "model.safetensors"), folder / "model.safetensors")
+        one, two = opened(tiny(kind)), opened(folder)
+        for layer in range(one.architecture.n_layers):
+            a, b = one.layer(layer).rotary, two.layer(layer).rotary
+            assert torch.equal(a.inverse_frequencies, b.inverse_frequencies)
+
+
+def test_windows_and_rotations_differ_by_layer(tiny) -> None:
+    source = opened(tiny("gemma3_text"))
+    windows = [source.layer(layer).sliding_window for layer in range(3)]
+    assert windows == [5, None, 5]
+    local_layer, global_layer = (source.layer(layer).rotary.inverse_frequencies for layer in (0, 1))
+    assert local_layer[1] == pytest.approx(10000 ** (-2 / 8)) and global_layer[1] == pytest.approx(1e6 ** (-2 / 8))
+    neo = opened(tiny("gpt_neo"))
+    assert [neo.layer(layer).sliding_window for layer in range(2)] == [None, 4]
+
+
+def test_a_text_model_beside_one_for_pictures_is_found(tiny, tmp_path) -> None:
+    """Gemma 3's larger checkpoints keep the text model's keys and tensors one level down."""
+    config = json.loads((tiny("gemma3_text") / "config.json").read_text())
+    whole = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = load_file(tiny("gemma3_text") / "model.safetensors")
+    save_file({f"language_model.{name}": value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    one, two = opened(tiny("gemma3_text")), opened(tmp_path)
+    assert torch.equal(qk_factors(one.layer(1), one.architecture).left, qk_factors(two.layer(1), two.architecture).left)
+    assert torch.equal(one.embeddings().W_U, two.embeddings().W_U)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen2"])
+def test_the_bridge_reads_the_same_weights(tiny, kind) -> None:
+    native = opened(tiny(kind))
+    bridged = BridgeWeights(open_checkpoint(local(tiny(kind))), local(tiny(kind)))
+    for layer in range(native.architecture.n_layers):
+        one, two = (fold_layer(source.layer(layer), source.architecture) for source in (native, bridged))
+        for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V"):
+            assert torch.allclose(getattr(one, name), getattr(two, name), atol=1e-5), (layer, name)
+
+
+def test_every_row_of_the_table_is_tried() -> None:
+    tried = {FAMILIES[kind.split("-")[0]].name for kind in KINDS}
+    assert tried == {family.name for family in FAMILIES.values()}
