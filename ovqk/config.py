@@ -73,6 +73,10 @@ class ModelConfig:
     """`hub`: the repository, as owner/name."""
     revision: str = "main"
     """`hub`: branch, tag or commit; the commit it resolved to is in the record."""
+    checkpoint: int | None = None
+    """`hub`: the step of training whose weights are read, of a model that keeps them; the last unless set."""
+    checkpoints: str | None = None
+    """`hub`: the revisions that hold the steps of training, with `{checkpoint}` for the step."""
     claims: str | None = None
     """The model whose claimed heads apply; none unless named."""
     n_ctx: int | None = None

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ovqk import comparison
 from ovqk.availability import NOT_APPLICABLE
 from ovqk.record import read_record, read_tracking
 from ovqk.results import load_table
@@ -199,10 +200,13 @@ def print_cell_line(outcome: Any, number: int, expected: int | None) -> None:
 def print_sweep(outcomes: Sequence[Mapping[str, Any]], expected: int | None, results_dir: Path) -> None:
     """The comparison over the sweep's cells, then done / cached / failed / missing with the messages."""
     out = _console()
-    table = comparison_table([Path(outcome["folder"]) for outcome in outcomes if outcome["folder"]])
-    if table.row_count:
-        out.print()
-        out.print(table)
+    folders = [Path(outcome["folder"]) for outcome in outcomes if outcome["folder"]]
+    if folders:
+        out.print("\n[bold]By role[/bold] (depth: mean over its heads, 0 the first layer and 1 the last)\n")
+        out.print(role_table(folders))
+    if len({outcome["model"] for outcome in outcomes if outcome["folder"]}) > 1:
+        out.print("\n[bold]By relative depth[/bold]\n")
+        out.print(depth_table(folders))
     counts = {status: sum(o["status"] == status for o in outcomes) for status in ("done", "cached", "failed")}
     missing = max(0, (expected or 0) - len(outcomes))
     done = ", ".join(f"{n} {status}" for status, n in counts.items())
@@ -213,43 +217,44 @@ def print_sweep(outcomes: Sequence[Mapping[str, Any]], expected: int | None, res
             out.print(Text(f"failed: {name}: {outcome['error']}", style="red"), soft_wrap=True)
 
 
-def comparison_table(folders: Sequence[Path]) -> Table:
-    """One row per cell and role: how well the claimed heads stand out, and the verdict."""
+def role_table(folders: Sequence[Path]) -> Table:
+    """One row per role and model: where its heads are, how well they stand out, and the verdict."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in (
-        "model",
-        "task",
-        "analysis",
-        "role",
-        "heads",
-        "primary metric",
-        "AUC in layer",
-        "p",
-        "verdict",
-        "of its heads",
-    ):
-        table.add_column(title, justify="right" if title in ("AUC in layer", "p", "heads") else "left")
-    for folder in folders:
-        record, verdicts = read_record(folder), load_table(folder, "verdicts")
-        if record is None:
+    right = ("heads", "depth", "AUC in layer", "p")
+    for title in ("task", "analysis", "role", "model", "heads", "depth", "primary metric", "AUC in layer", "p"):
+        table.add_column(title, justify="right" if title in right else "left", no_wrap=title == "model")
+    table.add_column("verdict")
+    table.add_column("of its heads")
+    for row in comparison.roles(folders).to_dict("records"):
+        place = [row["task"], row["analysis"], row["role"].replace("_", " "), row["model"]]
+        if not row["role"]:
+            table.add_row(*place, *[""] * 5, Text(row["verdict"], style="dim"))
             continue
-        place = [record["model"], record["task"], record["analysis"]]
-        if verdicts is None:
-            table.add_row(*place, Text("no claims", style="dim"))
-            continue
-        for row in verdicts[verdicts["kind"] == "role"].to_dict("records"):
-            own = verdicts[(verdicts["kind"] == "head") & (verdicts["role"] == row["role"])]
-            counts = own["verdict"].value_counts()
-            table.add_row(
-                *place,
-                row["role"].replace("_", " "),
-                str(len(own)),
-                row["primary"] or "",
-                _number(row["effect"]),
-                _number(row["p"], digits=3),
-                Text(row["verdict"], style=STYLES.get(row["verdict"], "dim")),
-                ", ".join(f"{n} {verdict}" for verdict, n in counts.items()),
-            )
+        table.add_row(
+            *place,
+            str(row["heads"]),
+            _number(row["depth"]),
+            row["primary"] or "",
+            _number(row["effect"]),
+            _number(row["p"], digits=3),
+            Text(row["verdict"], style=STYLES.get(row["verdict"], "dim")),
+            ", ".join(f"{n} {verdict}" for verdict, n in row["of_its_heads"].items()),
+        )
+    return table
+
+
+def depth_table(folders: Sequence[Path]) -> Table:
+    """One row per metric and model: means over heads by quarter of the relative depth."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("metric, mean over heads")
+    table.add_column("model", no_wrap=True)
+    for title in comparison.QUARTERS:
+        table.add_column(title, justify="right")
+    rows = comparison.depths(folders).to_dict("records")
+    several = len({(row["metric"], row["model"]) for row in rows}) < len(rows)  # the same model folded and raw
+    for row in rows:
+        model = f"{row['model']} ({row['processing']})" if several else row["model"]
+        table.add_row(row["metric"], model, *(_number(row[title]) for title in comparison.QUARTERS))
     return table
 
 

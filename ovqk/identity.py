@@ -47,7 +47,22 @@ def resolve(config: DictConfig) -> Config:
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, Config)
     _check(typed)
-    return typed
+    return _at_checkpoint(typed)
+
+
+def _at_checkpoint(config: Config) -> Config:
+    """A step of training as the revision that holds it, under a name of its own: pythia-70m-deduped-step1000."""
+    model = config.model
+    if model.checkpoint is None:
+        return config
+    if model.checkpoints is None:
+        raise UserError(f"model.checkpoint={model.checkpoint}: model={model.name} keeps no steps of its training.")
+    if model.checkpoint < 0:
+        raise UserError(f"model.checkpoint={model.checkpoint}: must be a step >= 0.")
+    revision = model.checkpoints.format(checkpoint=model.checkpoint)
+    if revision != model.revision:  # a record's cell.yaml is resolved already
+        model.revision, model.name = revision, f"{model.name}-{revision}"
+    return config
 
 
 def _check(config: Config) -> None:

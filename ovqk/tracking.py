@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from ovqk.comparison import QUARTERS, quarter_means, relative_depth, roles
 from ovqk.config import TrackingMode
 from ovqk.record import read_record, read_tracking, write_tracking
 from ovqk.results import cell_folders, load_table
@@ -142,9 +143,15 @@ def log_record(run: Any, wandb: Any, folder: Path, record: dict[str, Any]) -> No
     heads = load_table(folder, "heads")
     assert heads is not None
     run.define_metric("layer")
+    run.define_metric("relative_depth")  # the axis on which models of different depths compare
     run.define_metric("layer/*", step_metric="layer")
-    for row in layer_curves(heads, load_table(folder, "layers")).to_dict("records"):
-        run.log({"layer": int(row.pop("layer"))} | {f"layer/{k}": v for k, v in row.items() if pd.notna(v)})
+    run.define_metric("depth/*", step_metric="relative_depth")
+    curves = layer_curves(heads, load_table(folder, "layers"))
+    curves["relative_depth"] = relative_depth(curves["layer"], record["summary"]["n_layers"])
+    for row in curves.to_dict("records"):
+        steps = {"layer": int(row.pop("layer")), "relative_depth": row.pop("relative_depth")}
+        values = {k: v for k, v in row.items() if pd.notna(v)}
+        run.log(steps | {f"{axis}/{k}": v for axis in ("layer", "depth") for k, v in values.items()})
     panels: dict[str, Any] = {}
     verdicts, spectra = load_table(folder, "verdicts"), load_table(folder, "spectra")
     if verdicts is not None and spectra is not None:
@@ -155,6 +162,19 @@ def log_record(run: Any, wandb: Any, folder: Path, record: dict[str, Any]) -> No
             panels[f"tables/{name}"] = wandb.Table(dataframe=plain_table(table.head(MAX_TABLE_ROWS)))
     run.log(panels)
     run.summary.update({"status": "done", "wall_seconds": record["provenance"]["wall_seconds"]} | record["summary"])
+    run.summary.update(comparison_scalars(folder, heads, record))
+
+
+def comparison_scalars(folder: Path, heads: pd.DataFrame, record: dict[str, Any]) -> dict[str, Any]:
+    """The cell's rows of the comparison as scalars: `role/ROLE/depth` and `/verdict`, `quarter/N/METRIC`."""
+    scalars: dict[str, Any] = {}
+    for row in roles([folder]).to_dict("records"):
+        if row["role"]:
+            scalars |= {f"role/{row['role']}/{key}": row[key] for key in ("depth", "verdict", "heads")}
+    means = quarter_means(heads, record["summary"]["n_layers"])
+    for number, name in enumerate(QUARTERS, start=1):
+        scalars |= {f"quarter/{number}/{metric}": value for metric, value in means.loc[name].dropna().items()}
+    return scalars
 
 
 def layer_curves(heads: pd.DataFrame, layers: pd.DataFrame | None) -> pd.DataFrame:

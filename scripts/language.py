@@ -5,7 +5,8 @@
     induction   a random sequence of words, then the same sequence again
     filler      sentences that mention names, cities, companies and so on, and repeat nothing
 
-A context is a stream of such segments: a sentence that introduces other names or only fills, then a task's.
+A context is a stream of such segments, each after a sentence that introduces other names (before most of the
+indirect-object sentences) or only fills.
 Half of the training windows start at a random word of the stream, so no position is special; the other half
 start with <eos> and a whole segment, so the model also knows a prompt that begins a text. Both name orders,
 optional phrases, and other names in the sentences before keep position, distance and the set of names in the
@@ -92,15 +93,17 @@ FILLER = [
 
 # Other names, each mentioned once, in the sentence before: the receiver is not the only such name.
 INTRODUCTIONS = [
-    "{C} {past} the {noun} at the {place}.",
+    "{C} {past} the {noun} at the {place} with {D}.",
     "Then {C} and {D} walked to the {place}[ in the {time}].",
-    "In the {time}, {C} was {adjective}[ and {D} was {adjective2}].",
+    "In the {time}, {C} was {adjective} and {D} was {adjective2}.",
     "{C} and {D} were at the {place}.",
     "The {place} was {adjective} and {C} liked {D}.",
-    "{C} worked for {company}.",
+    "{C} worked for {company}[ in {city}], and {D} lived in {state}.",
 ]
-INTRODUCED = 0.5  # of the sentences before
+INTRODUCED = 0.85  # of the indirect-object sentences
 GIVER_ASKS = 0.5  # of the indirect-object sentences
+
+TASK_WEIGHTS = {"ioi": 4, "sva": 3, "induction": 6}
 SEQUENCE_LENGTHS = range(5, 13)
 
 
@@ -178,7 +181,7 @@ def fill(pieces: list[str], values: dict[str, str], rng: random.Random) -> list[
 
 
 def indirect_object(rng: random.Random, held_out: bool = False) -> Segment:
-    """An indirect-object sentence; which name comes first is a fair coin."""
+    """An indirect-object sentence, mostly after an introduction; which name comes first is a fair coin."""
     while True:
         receiver, giver = SETS["names"].draw(rng), SETS["names"].draw(rng)
         if receiver != giver and is_held_out(receiver, giver) == held_out:
@@ -193,6 +196,8 @@ def indirect_object(rng: random.Random, held_out: bool = False) -> Segment:
     else:
         pieces = rng.choice(rng.choice(SOMEBODY_ELSE_GIVES_PIECES))
         names = {"X": giver, "Y": first, "Z": second}
+    if rng.random() < INTRODUCED:
+        pieces = rng.choice(rng.choice(INTRODUCTION_PIECES)) + pieces
     tokens = fill(pieces, names, rng)
     return Segment("ioi", [*tokens, receiver, "."], len(tokens), giver, (receiver, giver))
 
@@ -239,20 +244,21 @@ def repeated_sequence(rng: random.Random, held_out: bool = False) -> Segment:
     return Segment("induction", [*words, *words, "."], length + answer_at, foil, pair)
 
 
-def sentence_before(rng: random.Random) -> Segment:
-    """A sentence that asks nothing: other names, or none."""
-    pieces = INTRODUCTION_PIECES if rng.random() < INTRODUCED else FILLER_PIECES
-    return Segment("filler", fill(rng.choice(rng.choice(pieces)), {}, rng))
+def filler(rng: random.Random) -> Segment:
+    return Segment("filler", fill(rng.choice(rng.choice(FILLER_PIECES)), {}, rng))
 
 
 TASKS = {"ioi": indirect_object, "sva": agreement, "induction": repeated_sequence}
 
 
 def segments(rng: random.Random) -> Iterator[Segment]:
-    """The endless stream of training segments: a sentence before, then one of the tasks, equally often."""
+    """The endless stream of training segments: one of the tasks, after a filler where it brings no sentence before."""
+    kinds, weights = list(TASK_WEIGHTS), list(itertools.accumulate(TASK_WEIGHTS.values()))
     while True:
-        yield sentence_before(rng)
-        yield TASKS[rng.choice(list(TASKS))](rng)
+        kind = rng.choices(kinds, cum_weights=weights)[0]
+        if kind != "ioi":
+            yield filler(rng)
+        yield TASKS[kind](rng)
 
 
 @dataclass(frozen=True)

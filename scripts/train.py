@@ -33,7 +33,7 @@ class Recipe:
 
     config: dict[str, Any]
     kind: str = "gpt2"
-    steps: int = 4000
+    steps: int = 3600
     batch: int = 128
     learning_rate: float = 2e-3
     warmup: int = 100
@@ -45,7 +45,7 @@ class Recipe:
 RECIPES = {
     "mini-attn": Recipe(config={"n_layer": 4, "n_head": 8, "n_embd": 128, "n_positions": 48}, mlp=False),
     "mini-gpt2": Recipe(
-        config={"n_layer": 4, "n_head": 8, "n_embd": 128, "n_inner": 512, "n_positions": 48}, steps=2800
+        config={"n_layer": 4, "n_head": 8, "n_embd": 128, "n_inner": 512, "n_positions": 48}, steps=2400
     ),
     "mini-llama": Recipe(
         kind="llama",
@@ -58,7 +58,7 @@ RECIPES = {
             "max_position_embeddings": 48,
             "tie_word_embeddings": True,
         },
-        steps=2800,
+        steps=2400,
     ),
 }
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}

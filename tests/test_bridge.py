@@ -31,16 +31,6 @@ def opt(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def neox(tmp_path_factory):
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    directory = tmp_path_factory.mktemp("neox")
-    config = GPTNeoXConfig(**SIZES, num_hidden_layers=2, intermediate_size=32, bos_token_id=0, eos_token_id=0)
-    randomise(GPTNeoXForCausalLM(config)).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     from transformers import BertConfig, BertForMaskedLM
 
@@ -55,19 +45,6 @@ def test_a_pre_norm_decoder_is_folded_and_its_positions_are_found(opt) -> None:
     assert source.loaded_by == "bridge" and source.foldable and source.no_vocabulary is None
     assert source.architecture.positions == "learned"
     assert not isinstance(source.first_mlp(), str)
-
-
-def test_interleaved_neox_weights_are_the_heads_own(neox) -> None:
-    """NeoX stores query, key and value interleaved per head."""
-    from transformers import GPTNeoXForCausalLM
-
-    source = opened(neox)
-    fused = GPTNeoXForCausalLM.from_pretrained(neox).gpt_neox.layers[1].attention.query_key_value.weight.detach()
-    per_head = fused.reshape(4, 3, 6, 24)
-    weights = source.layer(1)
-    for part, own in (("W_Q", per_head[:, 0]), ("W_K", per_head[:, 1]), ("W_V", per_head[:, 2])):
-        assert torch.allclose(getattr(weights, part), own.mT, atol=1e-6)
-    assert source.foldable and source.architecture.positions == "unsupported"
 
 
 def test_an_encoder_is_residual_space_and_raw(bert) -> None:
@@ -101,15 +78,15 @@ def test_the_bridge_and_the_table_agree_on_a_model_both_can_read(tmp_path) -> No
     assert torch.allclose(native.first_mlp().W_in, bridged.first_mlp().W_in, atol=1e-6)
 
 
-def test_missing_tensors_are_refused_not_filled_with_random_numbers(neox, tmp_path) -> None:
+def test_missing_tensors_are_refused_not_filled_with_random_numbers(opt, tmp_path) -> None:
     import shutil
 
     from safetensors.torch import load_file, save_file
 
-    directory = tmp_path / "neox"
-    shutil.copytree(neox, directory)
+    directory = tmp_path / "opt"
+    shutil.copytree(opt, directory)
     tensors = load_file(directory / "model.safetensors")
-    tensors.pop("gpt_neox.layers.1.attention.dense.weight")
+    tensors.pop("model.decoder.layers.1.self_attn.out_proj.weight")
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"1 tensors are missing.*layers\.1\.attention\.dense\.weight"):
+    with pytest.raises(UserError, match=r"1 tensors are missing.*layers\.1\.self_attn\.out_proj\.weight"):
         opened(directory)

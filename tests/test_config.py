@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, compose
 
 from ovqk.config import Source
+from ovqk.errors import UserError
 from ovqk.metrics import METRICS, metric_names
 
 MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
@@ -14,17 +15,23 @@ TASKS = sorted(path.stem for path in (ROOT / "conf" / "task").glob("*.yaml"))
 ANALYSES = sorted(path.stem for path in (ROOT / "conf" / "analysis").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("task", TASKS)
-def test_every_config_composes(model, task) -> None:
-    for analysis in ANALYSES:
-        path = ["model.path=somewhere"] if model == "local" else []
-        cell = compose(f"model={model}", f"task={task}", f"analysis={analysis}", *path)
-        assert cell.task.name == task and cell.analysis.name == analysis
-        assert cell.model.name == ("somewhere" if model == "local" else model)
-        if cell.model.source is Source.hub:
-            assert cell.model.repo.count("/") == 1 and cell.model.revision == "main"
-        assert not cell.model.trust_remote_code
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_every_task_and_analysis_composes(task, analysis) -> None:
+    cell = compose(f"task={task}", f"analysis={analysis}")
+    assert cell.task.name == task and cell.analysis.name == analysis
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_composes(model) -> None:
+    cell = compose(f"model={model}", *(["model.path=somewhere"] if model == "local" else []))
+    assert cell.model.name == ("somewhere" if model == "local" else model)
+    if cell.model.source is Source.hub:
+        assert cell.model.repo.count("/") == 1 and cell.model.revision == "main"
+        comment = (ROOT / "conf" / "model" / f"{model}.yaml").read_text()
+        assert "gated" in comment or "share your contact" in comment
+        assert any(licence in comment for licence in ("MIT", "Apache-2.0", "icen"))
+    assert not cell.model.trust_remote_code
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
@@ -49,10 +56,10 @@ def test_metrics_carry_title_formula_and_range() -> None:
 
 # fmt: off
 ORDER = [
-    "errors", "config", "metrics", "devices", "checkpoints", "weights", "families", "heads",
-    "vocabulary", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
+    "errors", "config", "metrics", "devices", "checkpoints", "weights", "families", "native",
+    "single_file", "heads", "vocabulary", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
     "readouts", "availability", "model", "claims", "statistics", "nulls", "verdicts", "prompts",
-    "analyses", "identity", "record", "results", "tracking", "console", "cell", "sweep",
+    "analyses", "identity", "record", "results", "comparison", "tracking", "console", "cell", "sweep",
 ]
 # fmt: on
 
@@ -91,3 +98,16 @@ def test_transformer_lens_is_imported_only_where_it_is_used() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_step_of_training_is_a_revision_and_a_name_of_its_own() -> None:
+    cell = compose("model=pythia-70m-deduped", "model.checkpoint=1000")
+    assert (cell.model.revision, cell.model.name) == ("step1000", "pythia-70m-deduped-step1000")
+    again = compose(
+        "model=pythia-70m-deduped", "model.checkpoint=1000", "model.revision=step1000", f"model.name={cell.model.name}"
+    )
+    assert again.model == cell.model  # as a record's cell.yaml holds it
+    with pytest.raises(UserError, match="model=gpt2 keeps no steps of its training"):
+        compose("model=gpt2", "model.checkpoint=1000")
+    with pytest.raises(UserError, match="must be a step >= 0"):
+        compose("model=pythia-70m-deduped", "model.checkpoint=-1")

@@ -50,6 +50,10 @@ def test_an_offline_run_holds_config_curves_tables_and_summary(results, monkeypa
     for wanted in (
         "layer/ov_copying",
         "layer/summed_qk_symmetry",
+        "depth/ov_copying",
+        "relative_depth",
+        "quarter/4/ov_copying",
+        "/verdict",
         "eigenvalues/ov_vocab",
         "eigenvalues/qk_residual",
         "tables/heads",

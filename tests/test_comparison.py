@@ -1,0 +1,68 @@
+"""Models side by side: the order of the rows, where heads lie, and the quarters of the depth."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import BUNDLED, compose
+
+from ovqk import comparison, console
+from ovqk.cell import run_cell
+from ovqk.results import cell_folders
+
+
+def test_relative_depth_runs_from_the_first_layer_to_the_last() -> None:
+    assert comparison.relative_depth(pd.Series([0, 1, 2, 4]), 5).tolist() == [0, 0.25, 0.5, 1]
+    assert comparison.relative_depth(pd.Series([0]), 1).tolist() == [0]
+
+
+def test_quarters_hold_each_layer_once_and_the_last_layer_is_in_the_last() -> None:
+    heads = pd.DataFrame({"layer": [0, 0, 1, 2, 3, 4], "ov_copying": [0.0, 1.0, 0.2, 0.3, 0.4, 0.6]})
+    means = comparison.quarter_means(heads, 5)["ov_copying"]
+    assert list(means.index) == list(comparison.QUARTERS)
+    assert means.tolist() == pytest.approx([0.5, 0.2, 0.3, 0.5])
+    few = comparison.quarter_means(heads[heads["layer"] < 2], 2)["ov_copying"]
+    assert few.iloc[0] == 0.5 and few.iloc[3] == 0.2 and few.iloc[1:3].isna().all()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    results = tmp_path_factory.mktemp("compared") / "results"
+    for overrides in (
+        ["task=sva"],
+        ["task=sva", "model=local", f"model.path={BUNDLED}", "model.name=twin", "model.claims=mini-attn"],
+        ["task=none"],
+        ["task=none", "processing=raw"],
+    ):
+        run_cell(compose("tracking=none", f"results_dir={results}", *overrides))
+    return list(cell_folders(results))
+
+
+def test_models_stand_beside_each_other_under_each_role(folders) -> None:
+    table = comparison.roles(folders)
+    claimed = table[table["role"] != ""]
+    assert claimed["role"].tolist() == ["agreement_output"] * 2 + ["agreement_reader"] * 2
+    assert claimed["model"].tolist() == ["mini-attn", "twin"] * 2
+    for row in claimed.to_dict("records"):
+        assert 0 <= row["depth"] <= 1 and sum(row["of_its_heads"].values()) == row["heads"]
+    assert table[table["role"] == ""]["verdict"].unique().tolist() == ["no claims"]
+
+
+def test_each_model_has_its_depth_profile_once_for_each_processing(folders) -> None:
+    table = comparison.depths(folders)
+    copying = table[table["metric"] == "ov_copying"]
+    assert sorted(zip(copying["model"], copying["processing"], strict=True)) == [
+        ("mini-attn", "folded"), ("mini-attn", "raw"), ("twin", "folded"),
+    ]  # fmt: skip
+    twin = copying[copying["model"] == "twin"].iloc[0]
+    same = copying[(copying["model"] == "mini-attn") & (copying["processing"] == "folded")].iloc[0]
+    assert np.allclose([twin[name] for name in comparison.QUARTERS], [same[name] for name in comparison.QUARTERS])
+
+
+def test_the_printed_tables_name_models_and_processing(folders) -> None:
+    out = console._console()
+    with out.capture() as captured:
+        out.print(console.role_table(folders))
+        out.print(console.depth_table(folders))
+    text = captured.get()
+    assert "mini-attn (raw)" in text and "twin (folded)" in text and "last quarter" in text
+    assert "agreement output" in text and "no claims" in text
