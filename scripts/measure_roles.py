@@ -213,10 +213,11 @@ def direct_effect(
     layer, index = head
     every = torch.arange(len(batch.tokens))
     written = result.outputs[layer][every, batch.at("END"), index] @ model.W_O[layer, index].detach()
-    gain = model.original_model.get_parameter("transformer.ln_f.weight").detach()
-    normalised = (written - written.mean(-1, keepdim=True)) / result.scale * gain
-    unembedding = model.original_model.get_parameter("lm_head.weight").detach()
-    plus, minus = (unembedding[batch.word(name)] for name in contrast)
+    if str(model.cfg.normalization_type).startswith("LN"):  # a root-mean-square norm takes out no mean
+        written = written - written.mean(-1, keepdim=True)
+    normalised = written / result.scale * model.ln_final.weight.detach()
+    unembedding = model.W_U.detach()
+    plus, minus = (unembedding[:, batch.word(name)].T for name in contrast)
     return (normalised * (plus - minus)).sum(-1)
 
 

@@ -142,11 +142,11 @@ KINDS: dict[str, dict[str, object]] = {
 """Tiny configurations of the architectures read natively; what follows a dash is a variant."""
 
 
-def make(kind: str, directory: Path) -> torch.nn.Module:
+def make(kind: str, directory: Path, **overrides: object) -> torch.nn.Module:
     """A tiny random model of one of KINDS, saved as a Hugging Face directory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(kind.split("-")[0], **KINDS[kind])
+    config = AutoConfig.for_model(kind.split("-")[0], **KINDS[kind] | overrides)
     model = randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
     model.save_pretrained(directory)
     return model

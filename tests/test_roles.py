@@ -1,0 +1,78 @@
+"""The measurement of roles from activations: what it calls a head's direct effect, and what it finds where."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import BUNDLED, ROOT, make
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import evidence
+import measure_roles
+
+from ovqk.config import PredictionConfig, RoleConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TASK = yaml.safe_load((ROOT / "conf" / "task" / "ioi.yaml").read_text())
+
+
+def batch_of(path):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model = TransformerBridge.boot_transformers(str(path), device="cpu")
+    known = measure_roles.known_words(
+        TASK["words"], TASK["prompts"], lambda word: measure_roles.word_token(model.tokenizer, word) is not None
+    )
+    prompts = measure_roles.sample_prompts(known, TASK["prompts"], 20, 0)
+    return model, measure_roles.encode(model, prompts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mini-attn", "llama"])
+def test_direct_effects_and_what_is_no_head_add_up_to_the_logit_difference(kind, tmp_path) -> None:
+    path = BUNDLED
+    if kind == "llama":
+        path = tmp_path / "llama"
+        size = len(json.loads((BUNDLED / "token_counts.json").read_text()))
+        make("llama", path, vocab_size=size, max_position_embeddings=64)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(BUNDLED / name, path)
+    model, batch = batch_of(path)
+    result = measure_roles.run(model, batch)
+    _, cache = model.run_with_cache(batch.tokens)
+    every, end = torch.arange(len(batch.tokens)), batch.at("END")
+    rest = cache["hook_embed"][every, end].clone()
+    if "hook_pos_embed" in cache:
+        rest += cache["hook_pos_embed"].expand(len(batch.tokens), -1, -1)[every, end]
+    heads = torch.zeros(len(batch.tokens))
+    for layer in range(model.cfg.n_layers):
+        rest += cache[f"blocks.{layer}.hook_mlp_out"][every, end]
+        rest += 0 if getattr(model.blocks[layer].attn, "b_O", None) is None else model.blocks[layer].attn.b_O
+        for head in range(model.cfg.n_heads):
+            heads += measure_roles.direct_effect(model, batch, result, (layer, head))
+    is_layernorm = kind == "mini-attn"
+    rest = (rest - is_layernorm * rest.mean(-1, keepdim=True)) / result.scale * model.ln_final.weight
+    rest = rest + model.ln_final.bias if is_layernorm else rest
+    contrast = (model.W_U[:, batch.answers] - model.W_U[:, batch.foils]).T
+    total = heads + (rest * contrast).sum(-1)
+    assert torch.allclose(total, result.difference, atol=1e-4 * float(result.difference.abs().max()))
+
+
+def test_a_metric_that_finds_a_role_has_auc_one_and_its_negation_zero() -> None:
+    heads = pd.DataFrame({"layer": np.repeat([0, 1], 4), "head": np.tile(range(4), 2), "ov_copying": 0.0})
+    roles = {"mover": [(1, 2), (1, 3)]}
+    heads.loc[[6, 7], "ov_copying"] = 1.0
+    high = {"mover": RoleConfig([PredictionConfig("ov_copying")])}
+    model = evidence.Measured("m", heads, roles, high, np.arange(4))
+    assert "| **`ov_copying`** ↑ | 1.00 | 1.00 | 0.17 |" in evidence.table([model], "mover")  # 1 of (4 choose 2)
+    flipped = evidence.Measured("m", heads.assign(ov_copying=-heads["ov_copying"]), roles, high, np.arange(4))
+    assert "| 0.00 | 0.00 | 1 |" in evidence.table([flipped], "mover")
+    both = evidence.table([model, flipped], "mover")
+    assert "| 1.00 | 0.00 | 0.50 |" in both
