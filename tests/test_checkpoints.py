@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLED, local, make_gpt2, make_llama, shared_model
+from conftest import BUNDLED, compose, local, make_gpt2, make_llama, shared_model
 from safetensors.torch import load_file, save_file
 
 from ovqk.checkpoints import open_checkpoint
@@ -222,3 +222,13 @@ def test_no_network_and_no_cache_is_one_message(hub_cache) -> None:
 def test_a_hub_model_without_a_repository() -> None:
     with pytest.raises(UserError, match=r"model\.repo: not set"):
         open_checkpoint(ModelConfig(name="tiny", source=Source.hub), hub_timeout=1.0)
+
+
+def test_a_step_of_training_is_read_at_its_revision(hub_cache) -> None:
+    (hub_cache / "models--someone--tiny" / "refs" / "main").rename(
+        hub_cache / "models--someone--tiny" / "refs" / "step1000"
+    )
+    cell = compose("model=pythia-70m-deduped", "model.repo=someone/tiny", "model.checkpoint=1000")
+    checkpoint = open_checkpoint(cell.model, hub_timeout=1.0)
+    assert checkpoint.revision == "0123456789abcdef0123456789abcdef01234567"
+    assert checkpoint.label == "model=pythia-70m-deduped-step1000 (someone/tiny@step1000)"
