@@ -181,9 +181,9 @@ def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
     values = HeadValues()
     profile: Tensor | None = None
     if facts.positions == "learned" and model.W_pos is not None:
-        if model.token_moments is not None:
-            places = positions.row_moments(model.W_pos)
-            values |= positions.learned_shares(layer.folded, facts, model.token_moments[0], places)
+        if model.token_moments is not None and model.position_moments is not None:
+            content, places = model.token_moments[0], model.position_moments
+            values |= positions.learned_shares(layer.folded, facts, content, places)
         if "qk_prev_auc" not in model.unavailable:
             scores = positions.learned_position_scores(layer.folded, facts, model.W_pos)
             profile = scores.by_offset

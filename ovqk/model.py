@@ -39,6 +39,7 @@ class Model:
     token_moments: tuple[positions.Moments, positions.Moments] | None
     """Of plain and of normalised embedding rows (the second is used under rotary positions)."""
     W_pos: Float[Tensor, "n_ctx d_model"] | None
+    position_moments: positions.Moments | None
     block0: Block0 | str
     block0_grams: tuple[Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"] | None]
     """E^T C E and W_U C E of the block0 embeddings E."""
@@ -128,6 +129,7 @@ class Model:
             spectral_vocabulary=spectral,
             token_moments=moments,
             W_pos=folded.W_pos,
+            position_moments=None if folded.W_pos is None else positions.row_moments(folded.W_pos),
             block0=block0,
             block0_grams=grams,
             readout=readout,

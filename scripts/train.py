@@ -43,24 +43,24 @@ class Recipe:
 
 
 RECIPES = {
-    "mini-attn": Recipe(config={"n_layer": 4, "n_head": 8, "n_embd": 128, "n_positions": 48}, mlp=False),
+    "mini-attn": Recipe(
+        config={"n_layer": 4, "n_head": 8, "n_embd": 128, "n_positions": 48, "tie_word_embeddings": False}, mlp=False
+    ),
     "mini-gpt2": Recipe(
-        config={"n_layer": 4, "n_head": 8, "n_embd": 128, "n_inner": 512, "n_positions": 48}, steps=2400
+        config={
+            "n_layer": 4, "n_head": 8, "n_embd": 128, "n_inner": 512, "n_positions": 48, "tie_word_embeddings": False
+        },
+        steps=2000,
     ),
     "mini-llama": Recipe(
         kind="llama",
         config={
-            "num_hidden_layers": 4,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "hidden_size": 128,
-            "intermediate_size": 352,
-            "max_position_embeddings": 48,
-            "tie_word_embeddings": True,
+            "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128,
+            "intermediate_size": 352, "max_position_embeddings": 48, "tie_word_embeddings": False,
         },
-        steps=2400,
+        steps=2000,
     ),
-}
+}  # fmt: skip
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
@@ -187,8 +187,9 @@ def main() -> None:
     print(f"{arguments.model}, seed {arguments.seed}: {steps} steps, {len(ids)} words, {data.numel():,} tokens")
     loss = train(model, data, tasks, recipe)
     print(f"mean loss of all words, last 100 steps: {loss:.4f}")
-    for block, mlp in zip(model.transformer.h, mlps, strict=False):
-        block.mlp = mlp
+    if not recipe.mlp:
+        for block, mlp in zip(model.transformer.h, mlps, strict=True):
+            block.mlp = mlp
     model.save_pretrained(arguments.out)
     (arguments.out / "generation_config.json").unlink(missing_ok=True)
 
