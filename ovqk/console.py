@@ -202,8 +202,9 @@ def print_sweep(outcomes: Sequence[Mapping[str, Any]], expected: int | None, res
     out = _console()
     folders = [Path(outcome["folder"]) for outcome in outcomes if outcome["folder"]]
     if folders:
+        claimed = role_table(folders)
         out.print("\n[bold]By role[/bold] (depth: mean over its heads, 0 the first layer and 1 the last)\n")
-        out.print(role_table(folders))
+        out.print(claimed if claimed.row_count else Text("none of these models has claimed heads here", style="dim"))
     if len({outcome["model"] for outcome in outcomes if outcome["folder"]}) > 1:
         out.print("\n[bold]By relative depth[/bold]\n")
         out.print(depth_table(folders))
@@ -218,14 +219,15 @@ def print_sweep(outcomes: Sequence[Mapping[str, Any]], expected: int | None, res
 
 
 def role_table(folders: Sequence[Path]) -> Table:
-    """One row per role and model: where its heads are, how well they stand out, and the verdict."""
+    """One row per role and model: where its heads are, how well they stand out, and the verdict; empty without roles."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     right = ("heads", "depth", "AUC in layer", "p")
     for title in ("task", "analysis", "role", "model", "heads", "depth", "primary metric", "AUC in layer", "p"):
         table.add_column(title, justify="right" if title in right else "left", no_wrap=title == "model")
     table.add_column("verdict")
     table.add_column("of its heads")
-    for row in comparison.roles(folders).to_dict("records"):
+    rows = comparison.roles(folders).to_dict("records")
+    for row in rows if any(row["role"] for row in rows) else []:
         place = [row["task"], row["analysis"], row["role"].replace("_", " "), row["model"]]
         if not row["role"]:
             table.add_row(*place, *[""] * 5, Text(row["verdict"], style="dim"))

@@ -269,8 +269,20 @@ def test_processing_is_recorded_as_it_was_done(tiny_gpt2) -> None:
 
 
 def test_a_first_layer_that_turns_tokens_around_hides_copying_from_the_plain_embedding() -> None:
-    """The bundled model's induction heads write what they look at; `ov_copying` of the plain embedding denies it."""
-    *_, result = run(BUNDLED, "induction")
-    heads = result.tables["heads"].set_index(["layer", "head"]).loc[[(3, 0), (3, 3), (3, 6), (3, 7)]]
-    assert (heads["ov_copying"] < -0.85).all()
-    assert (heads["ov_copying_block0"] > 0.85).all() and (heads["ov_task_auc"] > 0.99).all()
+    """Planted: block 0 makes every token its opposite, so a copying head after it has copying 1, and -1 by block0."""
+    from ovqk.heads import Factors
+    from ovqk.readouts import full_circuit_ratio
+    from ovqk.spectra import decompose
+    from ovqk.vocabulary import Block0, read_vocabulary
+    from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights
+
+    eye, zeros = torch.eye(8)[None], torch.zeros(1, 8)
+    facts = Architecture("test", 2, 1, 1, 8, 8, None, "none", 1e-5, "none")
+    W_E = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    vocabulary = read_vocabulary(EmbeddingWeights(W_E, None, W_E.T, None), None)
+    turning = LayerWeights(0, eye, eye, eye, -2 * eye, zeros, zeros, zeros, norm=None)
+    gram, cross = Block0(turning, None, facts).grams(vocabulary)
+    copying = decompose(Factors("ov", eye, eye), centred=False)
+    plain = full_circuit_ratio(copying, vocabulary.gram_embed, vocabulary.gram_cross, vocabulary.gram_unembed)
+    later = full_circuit_ratio(copying, gram, cross, vocabulary.gram_unembed)
+    assert float(plain) == pytest.approx(1, abs=1e-6) and float(later) == pytest.approx(-1, abs=1e-6)
