@@ -219,7 +219,7 @@ def print_sweep(outcomes: Sequence[Mapping[str, Any]], expected: int | None, res
 
 
 def role_table(folders: Sequence[Path]) -> Table:
-    """One row per role and model: where its heads are, how well they stand out, and the verdict; empty without roles."""
+    """One row per role and model: where its heads are, how they stand out, the verdict. Empty where none is claimed."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     right = ("heads", "depth", "AUC in layer", "p")
     for title in ("task", "analysis", "role", "model", "heads", "depth", "primary metric", "AUC in layer", "p"):

@@ -59,7 +59,7 @@ def _at_checkpoint(config: Config) -> Config:
         raise UserError(f"model.checkpoint={model.checkpoint}: model={model.name} keeps no steps of its training.")
     if model.checkpoint < 0:
         raise UserError(f"model.checkpoint={model.checkpoint}: must be a step >= 0.")
-    revision = model.checkpoints.format(checkpoint=model.checkpoint)
+    revision = model.checkpoints.replace("{checkpoint}", str(model.checkpoint))
     if revision != model.revision:  # a record's cell.yaml is resolved already
         model.revision, model.name = revision, f"{model.name}-{revision}"
     return config

@@ -1,6 +1,6 @@
 """Which weight metric finds which role: heads' roles measured from activations against metrics of their weights.
 
-    python scripts/evidence.py DIR [DIR ...] > docs/evidence-tables.md
+    python scripts/evidence.py DIR [DIR ...]
 
 Each directory is a model with its tokenizer, for instance training seeds of one recipe. For every task of the
 synthetic language the roles are measured (`measure_roles.py`: activations only), the weights are analysed (weights

@@ -5,14 +5,12 @@
     induction   a random sequence of words, then the same sequence again
     filler      sentences that mention names, cities, companies and so on, and repeat nothing
 
-A context is a stream of such segments, each after a sentence that introduces other names (before most of the
-indirect-object sentences) or only fills.
-Half of the training windows start at a random word of the stream, so no position is special; the other half
-start with <eos> and a whole segment, so the model also knows a prompt that begins a text. Both name orders,
-optional phrases, and other names in the sentences before keep position, distance and the set of names in the
-context from giving the answer away. In half of the indirect-object sentences the giver asks the question, so
-that the last name before it is the giver; in the other half somebody else does, and the last name is the
-giver's as often as the receiver's: only the repetition tells them apart.
+A context is a stream of such segments. Half of the training windows start at a random word of the stream,
+so no position is special; the other half start with <eos> and a whole segment, so the model also knows a
+prompt that begins a text. Both name orders, optional phrases, and other names in the sentences before keep
+position, distance and the set of names in the context from giving the answer away.
+The last name before the question is always the giver, though, and a model may use that instead of looking
+for the repeated name; the bundled one does.
 
 Held out: about a tenth of the pairs of words (`is_held_out`) never meet in training as the two names of an
 indirect-object sentence, as the subject and the first attractor of an agreement sentence, or as neighbours
@@ -34,9 +32,9 @@ from ovqk.prompts import variants
 
 UNKNOWN, END_OF_TEXT = "<unk>", "<eos>"
 
-# Slots are filled from the word sets; {A} is the receiver, named once, and {B} the name that is repeated.
+# Slots are filled from the word sets; {B} always speaks of the giver and {A} of the one given to.
 SLOTS = {
-    "A": "names", "B": "names", "X": "names", "Y": "names", "Z": "names", "C": "names", "D": "names",
+    "A": "names", "B": "names", "C": "names", "D": "names",
     "city": "cities", "city2": "cities", "country": "countries", "country2": "countries",
     "surname": "surnames", "surname2": "surnames", "company": "companies", "company2": "companies",
     "state": "states", "state2": "states", "adjective2": "adjectives", "place": "places", "place2": "places", "object": "objects",
@@ -54,19 +52,6 @@ INDIRECT_OBJECT = [
     "Before {A} went[ from the {place}] to the {place2} with {B}, {B} {gave} a {object} to",
     "{A} saw {B}[ near the {place}][ in the {time}]. Then {B} {gave} a[ {adjective}] {object} to",
     "{A} and {B} were at the {place}.[ The {place2} was {adjective}.] In the {time}, {B} {gave} a {object} to",
-]
-
-# {X} is the repeated name; {Y} and {Z} are the repeated name and the receiver, in either order.
-SOMEBODY_ELSE_GIVES = [
-    "{X} was at the {place}[ in the {time}]. {Y} met {Z} near the {place2}. "
-    "The {noun} {gave} a[ {adjective}] {object} to",
-    "{X} {past} the {noun2}. Then {Y} and {Z} walked to the {place}, and the {noun} {gave} a {object} to",
-    "In the {time}, {X} was {adjective}. Because {Y} liked {Z}, the {noun} {gave} a {object} to",
-    "{X} and the {noun2} were at the {place}. After {Y} saw {Z}[ in the {time}], "
-    "the {noun} {gave} a[ {adjective}] {object} to",
-    "When {X} went to the {place}, {Y} was with {Z}. In the {place2}, the {noun} {gave} a {object} to",
-    "{Y} and {Z} were {adjective}. The {noun2} {past} {X}[ in the {time}]. Then they {gave} a {object} to",
-    "Before {Y} met {Z} at the {place}, {X} {past} the {noun2}. They {gave} a[ {adjective}] {object} to",
 ]
 
 AGREEMENT = [
@@ -93,17 +78,16 @@ FILLER = [
 
 # Other names, each mentioned once, in the sentence before: the receiver is not the only such name.
 INTRODUCTIONS = [
-    "{C} {past} the {noun} at the {place} with {D}.",
+    "{C} {past} the {noun} at the {place}.",
     "Then {C} and {D} walked to the {place}[ in the {time}].",
-    "In the {time}, {C} was {adjective} and {D} was {adjective2}.",
+    "In the {time}, {C} was {adjective}[ and {D} was {adjective2}].",
     "{C} and {D} were at the {place}.",
     "The {place} was {adjective} and {C} liked {D}.",
-    "{C} worked for {company}[ in {city}], and {D} lived in {state}.",
+    "{C} worked for {company}.",
 ]
-INTRODUCED = 0.85  # of the indirect-object sentences
-GIVER_ASKS = 0.5  # of the indirect-object sentences
+INTRODUCED = 0.8  # of the indirect-object sentences
 
-TASK_WEIGHTS = {"ioi": 4, "sva": 3, "induction": 6}
+SEGMENTS = {"ioi": 6, "sva": 6, "filler": 7, "induction": 10}
 SEQUENCE_LENGTHS = range(5, 13)
 
 
@@ -158,7 +142,6 @@ def compiled(templates: list[str]) -> list[list[list[str]]]:
 
 
 INDIRECT_OBJECT_PIECES = compiled(INDIRECT_OBJECT)
-SOMEBODY_ELSE_GIVES_PIECES = compiled(SOMEBODY_ELSE_GIVES)
 AGREEMENT_PIECES = compiled(AGREEMENT)
 FILLER_PIECES = compiled(FILLER)
 INTRODUCTION_PIECES = compiled(INTRODUCTIONS)
@@ -186,19 +169,13 @@ def indirect_object(rng: random.Random, held_out: bool = False) -> Segment:
         receiver, giver = SETS["names"].draw(rng), SETS["names"].draw(rng)
         if receiver != giver and is_held_out(receiver, giver) == held_out:
             break
-    first, second = (receiver, giver) if rng.random() < 0.5 else (giver, receiver)
-    if rng.random() < GIVER_ASKS:
-        pieces = list(rng.choice(rng.choice(INDIRECT_OBJECT_PIECES)))
-        names = {"A": receiver, "B": giver}
-        if first == giver:
-            a, b = pieces.index("{A}"), pieces.index("{B}")
-            pieces[a], pieces[b] = pieces[b], pieces[a]
-    else:
-        pieces = rng.choice(rng.choice(SOMEBODY_ELSE_GIVES_PIECES))
-        names = {"X": giver, "Y": first, "Z": second}
+    pieces = list(rng.choice(rng.choice(INDIRECT_OBJECT_PIECES)))
+    if rng.random() < 0.5:
+        first, second = pieces.index("{A}"), pieces.index("{B}")
+        pieces[first], pieces[second] = pieces[second], pieces[first]
     if rng.random() < INTRODUCED:
         pieces = rng.choice(rng.choice(INTRODUCTION_PIECES)) + pieces
-    tokens = fill(pieces, names, rng)
+    tokens = fill(pieces, {"A": receiver, "B": giver}, rng)
     return Segment("ioi", [*tokens, receiver, "."], len(tokens), giver, (receiver, giver))
 
 
@@ -252,13 +229,11 @@ TASKS = {"ioi": indirect_object, "sva": agreement, "induction": repeated_sequenc
 
 
 def segments(rng: random.Random) -> Iterator[Segment]:
-    """The endless stream of training segments: one of the tasks, after a filler where it brings no sentence before."""
-    kinds, weights = list(TASK_WEIGHTS), list(itertools.accumulate(TASK_WEIGHTS.values()))
+    """The endless stream of training segments."""
+    kinds, weights = list(SEGMENTS), list(itertools.accumulate(SEGMENTS.values()))
     while True:
         kind = rng.choices(kinds, cum_weights=weights)[0]
-        if kind != "ioi":
-            yield filler(rng)
-        yield TASKS[kind](rng)
+        yield filler(rng) if kind == "filler" else TASKS[kind](rng)
 
 
 @dataclass(frozen=True)

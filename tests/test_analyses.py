@@ -286,3 +286,11 @@ def test_a_first_layer_that_turns_tokens_around_hides_copying_from_the_plain_emb
     plain = full_circuit_ratio(copying, vocabulary.gram_embed, vocabulary.gram_cross, vocabulary.gram_unembed)
     later = full_circuit_ratio(copying, gram, cross, vocabulary.gram_unembed)
     assert float(plain) == pytest.approx(1, abs=1e-6) and float(later) == pytest.approx(-1, abs=1e-6)
+
+
+def test_the_bundled_models_first_layer_turns_tokens_around() -> None:
+    """Its induction heads write what they look at; `ov_copying` of the plain embedding denies it."""
+    *_, result = run(BUNDLED, "induction")
+    heads = result.tables["heads"].set_index(["layer", "head"]).loc[[(3, 0), (3, 3), (3, 6), (3, 7)]]
+    assert (heads["ov_copying"] < -0.85).all()
+    assert (heads["ov_copying_block0"] > 0.85).all() and (heads["ov_task_auc"] > 0.99).all()

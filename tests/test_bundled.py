@@ -16,7 +16,7 @@ import language
 import words
 
 BUNDLED = ROOT / "ovqk" / "bundled"
-MODELS = ("mini-attn", "mini-gpt2", "mini-llama")
+MODELS = ("mini-attn",)
 SPECIAL = ["<unk>", "<eos>", ".", ","]
 
 
@@ -60,7 +60,7 @@ def test_the_mlps_of_mini_attn_write_nothing():
 
 @pytest.mark.parametrize("task", list(language.TASKS))
 def test_accuracy_on_held_out_pairs_is_what_the_card_says(name, loaded, task):
-    """300 examples: within 2 % of what the card says of 2,000, which three standard errors are."""
+    """300 examples, at most 2 % below what the card says of 2,000."""
     card = (BUNDLED / name / "README.md").read_text()
     stated = float(re.search(rf"^\| {task}[^|]*\| ([\d.]+) %", card, flags=re.MULTILINE)[1]) / 100
     assert accuracy.measure(*loaded, task, count=300, seed=7).right >= stated - 0.02

@@ -100,7 +100,7 @@ def test_the_id_depends_on_what_numbers_depend_on_and_on_nothing_else() -> None:
         (["task=ioj"], "Could not find 'task/ioj'"),
         (["analysis=b04"], "Could not find 'analysis/b04'"),
         (["proccessing=raw"], "proccessing: no such key. Did you mean processing? Allowed: analysis, device,"),
-        (["model.pth=x"], "model.pth: no such key. Did you mean model.path? Allowed under model: causal, claims,"),
+        (["model.pth=x"], "model.pth: no such key. Did you mean model.path? Allowed under model: causal, checkpoint,"),
         (["seed=many"], "could not be converted to Integer"),
         (["processing=half"], "expected one of [folded, raw]"),
         (["device=tpu"], "device=tpu: allowed: cpu, cuda, auto."),

@@ -11,7 +11,7 @@ from ovqk.config import Direction, PredictionConfig
 from ovqk.errors import UserError
 from ovqk.nulls import Predicted, correct, head_rows, predicted_values, role_rows
 from ovqk.verdicts import Subject, judge, subjects
-from ovqk.weights import Architecture, Rotary
+from ovqk.weights import Architecture
 
 
 def facts(layers: int = 12, heads: int = 12, **changes) -> Architecture:
@@ -208,9 +208,7 @@ def test_the_first_layer_may_have_a_metric_of_its_own_and_direct_paths_end_there
     assert predicted_values(config, values, facts(3, 2))[:, 0].tolist() == [2, 1, 1]
     direct = predicted_values(PredictionConfig("a", direct_only=True), values, facts(3, 2))
     assert not np.isnan(direct[0]).any() and np.isnan(direct[1:]).all()
-    import torch
-
-    rotary = facts(3, 2, positions="rotary", rotary=Rotary(torch.ones(2)))
+    rotary = facts(3, 2, positions="rotary")
     assert not np.isnan(predicted_values(PredictionConfig("a", direct_only=True), values, rotary)).any()
 
 
