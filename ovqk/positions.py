@@ -100,9 +100,9 @@ def head_moments(weights: LayerWeights, architecture: Architecture, tokens: Mome
 
 
 def normalised_head_moments(
-    weights: LayerWeights, architecture: Architecture, rows: Iterable[Float[Tensor, "token d_model"]]
+    weights: LayerWeights, architecture: Architecture, rows: Iterable[Float[Tensor, "_ d_model"]]
 ) -> HeadMoments:
-    """Moments of normalised queries and keys, token by token (blocks of rows, as `token_rows` gives them)."""
+    """Moments of normalised queries and keys, token by token (blocks of rows of any size, as from `token_rows`)."""
     n, sums = 0, [torch.zeros((), dtype=torch.float64)] * 4
     for x in rows:
         q, k = queries(weights, x), keys(weights, x)

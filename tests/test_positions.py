@@ -12,13 +12,14 @@ from ovqk.positions import (
     head_moments,
     learned_position_scores,
     learned_shares,
+    normalised_head_moments,
     previous_token_auc_rotary,
     rotary_offset_scores,
     rotary_shares,
     rotary_span,
     row_moments,
 )
-from ovqk.weights import Architecture, LayerWeights, Rotary
+from ovqk.weights import Architecture, LayerWeights, QueryKeyNorm, Rotary
 
 
 def facts(**changes) -> Architecture:
@@ -74,13 +75,21 @@ def test_the_six_learned_shares_sum_to_one_and_match_a_brute_force_variance(seed
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6), st.booleans(), st.booleans())
-def test_the_three_rotary_shares_sum_to_one_and_match_a_brute_force_variance(seed, partial, grouped) -> None:
+@given(st.integers(0, 10**6), st.booleans(), st.booleans(), st.sampled_from([None, "per_head", "over_heads"]))
+def test_the_three_rotary_shares_sum_to_one_and_match_a_brute_force_variance(seed, partial, grouped, norm) -> None:
     frequencies = torch.tensor([1.0]) if partial else torch.tensor([1.0, 0.1])
     architecture = facts(positions="rotary", n_kv_heads=1 if grouped else 2)
     weights = dataclasses.replace(layer(architecture, seed), rotary=Rotary(frequencies))
     W_E = torch.randn(6, 8, generator=torch.Generator().manual_seed(seed + 1))
-    moments = head_moments(weights, architecture, row_moments(W_E))
+    if norm is None:
+        moments = head_moments(weights, architecture, row_moments(W_E))
+    else:
+        g = torch.Generator().manual_seed(seed + 2)
+        gains = torch.rand(2, 4, generator=g) + 0.5, torch.rand(architecture.n_kv_heads, 4, generator=g) + 0.5
+        weights = dataclasses.replace(weights, qk_norm=QueryKeyNorm(*gains, 1e-6, over_heads=norm == "over_heads"))
+        with pytest.raises(ValueError, match="not linear in the rows"):
+            head_moments(weights, architecture, row_moments(W_E))
+        moments = normalised_head_moments(weights, architecture, [W_E[:4].double(), W_E[4:].double()])
     shares = rotary_shares(weights, architecture, moments)
     three = ["qk_share_position", "qk_share_content", "qk_share_interaction"]
     assert torch.allclose(sum(shares[name] for name in three), torch.ones(2, dtype=torch.float64))
@@ -93,6 +102,13 @@ def test_the_three_rotary_shares_sum_to_one_and_match_a_brute_force_variance(see
         kv = 0 if grouped else head
         q = W_E.double() @ weights.W_Q[head].double() + weights.b_Q[head].double()
         k = W_E.double() @ weights.W_K[kv].double() + weights.b_K[kv].double()
+        if norm is not None:
+            every_q = torch.cat([W_E.double() @ weights.W_Q[i].double() + weights.b_Q[i].double() for i in range(2)], 1)
+            kv_heads = range(architecture.n_kv_heads)
+            every_k = torch.cat([W_E.double() @ weights.W_K[i].double() + weights.b_K[i].double() for i in kv_heads], 1)
+            joint = norm == "over_heads"
+            q = q / ((every_q if joint else q).square().mean(1, keepdim=True) + 1e-6).sqrt() * gains[0][head].double()
+            k = k / ((every_k if joint else k).square().mean(1, keepdim=True) + 1e-6).sqrt() * gains[1][kv].double()
         R = [rotation(weights.rotary, 4, D) for D in range(L)]
         scores = torch.stack([q @ R[D] @ k.T for D in range(L)])  # [D, query, key]
         total = scores.permute(1, 0, 2).reshape(6, -1).var(1, unbiased=False).mean()
