@@ -37,8 +37,8 @@ def roles(folders: Iterable[Path]) -> pd.DataFrame:
     """One row per cell and claimed role, models beside each other: task, analysis, role, then model.
 
     Columns: model, task, analysis, role, heads (how many), depth (their mean relative depth), primary (its metric),
-    effect (AUC within layers), ci_low, ci_high, p, verdict, of_its_heads (verdict -> count). A cell without claims has
-    one row with the reason in `verdict` and no role.
+    effect (AUC within layers), p, verdict, of_its_heads (verdict -> count). A cell without claims has one row, with an
+    empty role and `no claims` for a verdict.
     """
     rows: list[dict[str, Any]] = []
     for folder in folders:
@@ -58,15 +58,9 @@ def roles(folders: Iterable[Path]) -> pd.DataFrame:
                 | {key: row.get(key) for key in ("primary", "effect", "p", "verdict")}
                 | {"of_its_heads": own["verdict"].value_counts().to_dict()}
             )
-    if not rows:
-        return pd.DataFrame(rows)
-    order = {name: place for place, name in enumerate(dict.fromkeys(row["model"] for row in rows))}
-    table = pd.DataFrame(rows)
-    table["order"] = table["model"].map(order)
-    table["tasks"] = table["task"].map({name: place for place, name in enumerate(dict.fromkeys(table["task"]))})
-    table["roles"] = table["role"].map({name: place for place, name in enumerate(dict.fromkeys(table["role"]))})
-    sorted_rows = table.sort_values(["tasks", "analysis", "roles", "order"], kind="stable")
-    return sorted_rows.drop(columns=["order", "tasks", "roles"]).reset_index(drop=True)
+    first = {key: list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "analysis", "role", "model")}
+    rows.sort(key=lambda row: [order.index(row[key]) for key, order in first.items()])
+    return pd.DataFrame(rows)
 
 
 def depths(folders: Iterable[Path]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ only), and for each role and metric the two are compared:
 
     AUC     the probability that a head of the role exceeds another head of its layer in the metric, in the direction
             the role predicts (`high` where it predicts nothing of the metric); 0.5 by chance
-    pooled  the same over all models, and the exact p of a permutation of the role's heads within their layers
+    pooled  the same over all models, and p of a permutation of the role's heads within their layers
 """
 
 import argparse
@@ -28,11 +28,15 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from ovqk.analyses import analyse
 from ovqk.checkpoints import open_checkpoint
-from ovqk.config import Direction, RoleConfig, register
+from ovqk.claims import Claims
+from ovqk.config import Direction, PredictionConfig, register
 from ovqk.identity import resolve
+from ovqk.metrics import METRICS
+from ovqk.nulls import Predicted, layer_strata, predicted_values
 from ovqk.sources import open_weights
 from ovqk.statistics import Stratum, stratified_permutation, within_layer_auc
 from ovqk.tasks import load_tokenizer
+from ovqk.weights import Architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("ioi", "sva", "induction")
@@ -44,13 +48,12 @@ ALWAYS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One model on one task: its heads' metrics, and role -> (layer, head) as measured."""
+    """One model on one task: its heads' metrics [layer, head], and their roles as measured."""
 
     name: str
-    heads: pd.DataFrame
-    roles: dict[str, list[tuple[int, int]]]
-    predictions: dict[str, RoleConfig]
-    kv_groups: NDArray[np.int64]
+    values: dict[str, NDArray[np.float64]]
+    claims: Claims
+    architecture: Architecture
 
 
 def measured(directory: Path, task: str, count: int) -> Measured:
@@ -63,46 +66,47 @@ def measured(directory: Path, task: str, count: int) -> Measured:
         cell = resolve(compose("config", overrides=[f"task={task}", "model=local", f"model.path={directory}"]))
     checkpoint = open_checkpoint(cell.model)
     source, tokenizer = open_weights(checkpoint, cell.model), load_tokenizer(checkpoint)
-    rows = source.embeddings().W_E
-    n_tokens = None if tokenizer is None or rows is None else min(tokenizer.get_vocab_size(), len(rows))
-    result = analyse(source, tokenizer, n_tokens, directory.name, cell)
+    n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
+    heads = analyse(source, tokenizer, n_tokens, directory.name, cell).tables["heads"]
+    facts = source.architecture
+    values = {name: heads[name].to_numpy(float).reshape(facts.n_layers, facts.n_heads) for name in metrics_of(heads)}
     roles = {role: [evidence.head for evidence in entries] for role, entries in found.items()}
-    groups = source.architecture.kv_of_head.numpy().astype(np.int64)
-    return Measured(directory.name, result.tables["heads"], roles, cell.task.roles, groups)
+    predictions = {role: cell.task.roles[role].predictions if role in cell.task.roles else [] for role in roles}
+    return Measured(directory.name, values, Claims("measured", "measured", None, roles, predictions), facts)
 
 
-def strata(model: Measured, role: str, metric: str, sign: int) -> list[Stratum]:
-    """The layers that hold a head of the role, where the metric has a value."""
-    found = []
-    for layer, rows in model.heads.groupby("layer"):
-        values = sign * rows[metric].to_numpy(dtype=float)
-        claimed = np.array([(layer, head) in model.roles.get(role, []) for head in rows["head"]])
-        if claimed.any() and not claimed.all() and np.isfinite(values).all():
-            found.append(Stratum(values, claimed, model.kv_groups))
-    return found
+def metrics_of(heads: pd.DataFrame) -> list[str]:
+    """The metrics that have a value."""
+    return [name for name in METRICS if name in heads and heads[name].notna().any()]
+
+
+def strata(model: Measured, role: str, config: PredictionConfig) -> list[Stratum]:
+    """The layers that hold a head of the role and another, where the metric has a value."""
+    values = predicted_values(config, model.values, model.architecture)
+    predicted = Predicted(role, config, primary=False, values=values)
+    found = layer_strata(predicted, model.claims, model.architecture, exclude_claimed=False)
+    return [stratum for stratum in found if not stratum.claimed.all()]
 
 
 def table(models: list[Measured], role: str) -> str:
     """Markdown: one row per metric, one column per model, and the pooled AUC and p."""
-    predictions = models[0].predictions[role].predictions if role in models[0].predictions else []
-    signs = {p.metric: (1 if p.direction is Direction.high else -1) for p in predictions}
+    predictions = models[0].claims.predictions[role]
+    named = {prediction.metric for prediction in predictions}
     lines = [
         f"| metric | {' | '.join(model.name for model in models)} | pooled | p |",
         "|---|" + "---|" * (len(models) + 2),
     ]
-    predicted = [name for name in signs if name in models[0].heads]
-    for metric in [*predicted, *(name for name in ALWAYS if name not in signs and name in models[0].heads)]:
-        sign = signs.get(metric, 1)
-        each = [strata(model, role, metric, sign) for model in models]
+    for config in [*predictions, *(PredictionConfig(name) for name in ALWAYS if name not in named)]:
+        each = [strata(model, role, config) for model in models]
         pooled = [stratum for found in each for stratum in found]
         if not pooled:
             continue
-        arrow = {1: " ↑", -1: " ↓"}[sign] if metric in signs else ""
-        name = f"**`{metric}`**{arrow}" if predicted and metric == predicted[0] else f"`{metric}`{arrow}"
+        arrow = {Direction.high: " ↑", Direction.low: " ↓"}[config.direction] if config.metric in named else ""
+        name = f"**`{config.metric}`**" if config in predictions[:1] else f"`{config.metric}`"
         aucs = [within_layer_auc(found) for found in each]
         shown = " | ".join("" if math.isnan(auc) else f"{auc:.2f}" for auc in aucs)
         p = stratified_permutation(pooled, seed=0).p
-        lines.append(f"| {name} | {shown} | {within_layer_auc(pooled):.2f} | {p:.2g} |")
+        lines.append(f"| {name}{arrow} | {shown} | {within_layer_auc(pooled):.2f} | {p:.2g} |")
     return "\n".join(lines)
 
 
@@ -114,13 +118,13 @@ def main() -> None:
     register()
     for task in TASKS:
         models = [measured(directory.resolve(), task, arguments.count) for directory in arguments.directories]
-        for role in models[0].roles:
+        for role in models[0].claims.roles:
             heads = [
-                f"{model.name}: {', '.join(measure_roles.name_of(head) for head in model.roles[role]) or 'none'}"
+                f"{model.name}: {', '.join(measure_roles.name_of(head) for head in model.claims.roles[role]) or 'none'}"
                 for model in models
             ]
             print(f"### {task}: {role.replace('_', ' ')}\n\n{'; '.join(heads)}\n")
-            if any(model.roles[role] for model in models):
+            if any(model.claims.roles[role] for model in models):
                 print(f"{table(models, role)}\n")
 
 

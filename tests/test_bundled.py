@@ -1,7 +1,6 @@
 """The bundled models are what their cards say: complete, small, and right on held-out sentences."""
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -59,11 +58,8 @@ def test_the_mlps_of_mini_attn_write_nothing():
 
 
 @pytest.mark.parametrize("task", list(language.TASKS))
-def test_accuracy_on_held_out_pairs_is_what_the_card_says(name, loaded, task):
-    """300 examples, at most 2 % below what the card says of 2,000."""
-    card = (BUNDLED / name / "README.md").read_text()
-    stated = float(re.search(rf"^\| {task}[^|]*\| ([\d.]+) %", card, flags=re.MULTILINE)[1]) / 100
-    assert accuracy.measure(*loaded, task, count=300, seed=7).right >= stated - 0.02
+def test_accuracy_on_held_out_pairs(loaded, task):
+    assert accuracy.measure(*loaded, task, count=300, seed=7).right >= 0.98
 
 
 def test_tokenizer_splits_an_ordinary_string(loaded):
@@ -118,9 +114,6 @@ def test_roles_measured_again_are_the_shipped_claims(bundled):
     for asked in language.TASKS:
         task = yaml.safe_load((ROOT / "conf" / "task" / f"{asked}.yaml").read_text())
         found = measure_roles.measure(measure_roles.prepare(model, task, count=800, seed=0), asked)
-        if bundled not in task["claims"]:
-            assert not any(found.values())
-            continue
         shipped = task["claims"][bundled]
         again = measure_roles.claims(found, shipped["source"])
         assert again["roles"] == shipped["roles"]

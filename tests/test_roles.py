@@ -5,7 +5,6 @@ import shutil
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import yaml
@@ -16,7 +15,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import evidence
 import measure_roles
 
-from ovqk.config import PredictionConfig, RoleConfig
+from ovqk.claims import Claims
+from ovqk.config import PredictionConfig
+from ovqk.weights import Architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -66,13 +67,12 @@ def test_direct_effects_and_what_is_no_head_add_up_to_the_logit_difference(kind,
 
 
 def test_a_metric_that_finds_a_role_has_auc_one_and_its_negation_zero() -> None:
-    heads = pd.DataFrame({"layer": np.repeat([0, 1], 4), "head": np.tile(range(4), 2), "ov_copying": 0.0})
-    roles = {"mover": [(1, 2), (1, 3)]}
-    heads.loc[[6, 7], "ov_copying"] = 1.0
-    high = {"mover": RoleConfig([PredictionConfig("ov_copying")])}
-    model = evidence.Measured("m", heads, roles, high, np.arange(4))
+    values = np.zeros((2, 4))
+    values[1, 2:] = 1
+    claims = Claims("", "measured", None, {"mover": [(1, 2), (1, 3)]}, {"mover": [PredictionConfig("ov_copying")]})
+    facts = Architecture("test", 2, 4, 4, 8, 2, None, "none", 1e-5, "none")
+    model = evidence.Measured("m", {"ov_copying": values}, claims, facts)
     assert "| **`ov_copying`** ↑ | 1.00 | 1.00 | 0.17 |" in evidence.table([model], "mover")  # 1 of (4 choose 2)
-    flipped = evidence.Measured("m", heads.assign(ov_copying=-heads["ov_copying"]), roles, high, np.arange(4))
+    flipped = evidence.Measured("m", {"ov_copying": -values}, claims, facts)
     assert "| 0.00 | 0.00 | 1 |" in evidence.table([flipped], "mover")
-    both = evidence.table([model, flipped], "mover")
-    assert "| 1.00 | 0.00 | 0.50 |" in both
+    assert "| 1.00 | 0.00 | 0.50 |" in evidence.table([model, flipped], "mover")
