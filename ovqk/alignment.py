@@ -16,13 +16,16 @@ from ovqk.spectra import Decomposition, guarded
 from ovqk.vocabulary import blocks
 
 ENERGY = 0.9  # of a word set's centred rows, kept in its subspace
+TOP_BLOCK = 1024  # tokens compared at a time
 TOP = 5  # Wang et al. 2022 count a name as copied when its logit is among the five largest
 
 
-def task_auc(
+def task_auc_by_source(
     logits: Float[Tensor, "head source target"],
-) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
-    """Mean over t of the share of other task tokens u with L_tu < L_tt, in [0, 1]; chance 0.5; a tie counts half.
+) -> tuple[Float[Tensor, "head source"], Float[Tensor, "head source"]]:
+    """For each task token t, the share of other task tokens u with L_tu < L_tt, in [0, 1]; a tie counts half.
+
+    `ov_task_auc` and `qk_task_auc` are the means over t; chance 0.5.
 
     Returns:
         With each column first less its mean over the OTHER rows (what a column gets from any source is a bias, not
@@ -30,14 +33,14 @@ def task_auc(
     """
     n = logits.shape[-1]
     others = (logits.sum(-2, keepdim=True) - logits) / (n - 1)
-    return _auc(logits - others), _auc(logits)
+    return _below_own(logits - others), _below_own(logits)
 
 
-def _auc(logits: Float[Tensor, "head source target"]) -> Float[Tensor, " head"]:
+def _below_own(logits: Float[Tensor, "head source target"]) -> Float[Tensor, "head source"]:
     n = logits.shape[-1]
     own = logits.diagonal(dim1=-2, dim2=-1)[..., None]
     below = (logits < own).double().sum(-1) + 0.5 * ((logits == own).double().sum(-1) - 1)
-    return (below / (n - 1)).mean(-1)
+    return below / (n - 1)
 
 
 def readout(
@@ -47,43 +50,46 @@ def readout(
     return (rows @ factors.left) @ (factors.right @ columns.T)
 
 
-def top_shares(
+def in_top_by_source(
     factors: Factors,
     rows: Float[Tensor, "word d_model"],
     ids: Int[Tensor, " word"],
     W_U: Float[Tensor, "d_model token"],
-) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
-    """Shares of words whose own logit is in the top 5 of the whole vocabulary, under W_OV and under -W_OV, in [0, 1].
+) -> tuple[Float[Tensor, "head word"], Float[Tensor, "head word"]]:
+    """Whether each word's own logit is in the top 5 of the whole vocabulary, under W_OV and under -W_OV: 1 or 0.
 
-    Formula: the copy score of Wang et al. 2022. The vocabulary is passed in blocks.
+    The means over words are `ov_task_copy`, the copy score of Wang et al. 2022, and `ov_task_suppress`. The vocabulary
+    is passed in blocks, and a word is left alone once 5 tokens are known on either side of it.
     """
     written = (rows @ factors.left) @ factors.right  # [head, word, d_model]
-    own = (written * W_U[:, ids].T).sum(-1, keepdim=True)
-    above = torch.zeros(own.shape[:-1], dtype=torch.long, device=own.device)
-    below = torch.zeros_like(above)
-    for tokens in blocks(W_U.shape[1]):
-        logits = written @ W_U[:, tokens]
-        mine = (ids[:, None] >= tokens.start) & (ids[:, None] < tokens.stop)
-        place = (ids - tokens.start).clamp(0, tokens.stop - tokens.start - 1)
-        # A word never outranks itself, whatever the rounding of its own logit here.
-        logits.scatter_(-1, place[None, :, None].expand(logits.shape[0], -1, 1), torch.where(
-            mine[None], own, logits.gather(-1, place[None, :, None].expand(logits.shape[0], -1, 1))
-        ))  # fmt: skip
-        above += (logits > own).sum(-1)
-        below += (logits < own).sum(-1)
-    alive = (own.abs().sum(-1) > 0).double()
-    return ((above < TOP) * alive).mean(-1), ((below < TOP) * alive).mean(-1)
+    n_heads, n_words = written.shape[:2]
+    written, targets = written.flatten(0, 1), ids.repeat(n_heads)
+    own = (written * W_U[:, targets].T).sum(-1)
+    above, below = (torch.zeros(len(own), dtype=torch.long, device=own.device) for _ in range(2))
+    open_ = torch.arange(len(own), device=own.device)
+    for tokens in blocks(W_U.shape[1], TOP_BLOCK):
+        logits = written[open_] @ W_U[:, tokens]
+        mine = torch.arange(tokens.start, tokens.stop, device=own.device) == targets[open_, None]
+        logits = torch.where(mine, own[open_, None], logits)  # a word never outranks itself by its own rounding
+        above[open_] += (logits > own[open_, None]).sum(-1)
+        below[open_] += (logits < own[open_, None]).sum(-1)
+        open_ = open_[(above[open_] < TOP) | (below[open_] < TOP)]
+    alive = (own.view(n_heads, n_words).abs().sum(-1, keepdim=True) > 0).double()
+    return (above < TOP).view(n_heads, n_words) * alive, (below < TOP).view(n_heads, n_words) * alive
 
 
-def subspace(rows: Float[Tensor, "word d_model"], band: Float[Tensor, "token d_model"]) -> Float[Tensor, "r d_model"]:
-    """Orthonormal basis of the span of a set's rows, centred by the mean of its matched band, at 90 % of the energy.
+def subspace(
+    rows: Float[Tensor, "word d_model"], origin: Float[Tensor, " d_model"], rank: int | None = None
+) -> Float[Tensor, "r d_model"]:
+    """Orthonormal basis of the span of a set's rows about an origin, at 90 % of the energy or of the rank given.
 
-    The set's own mean would take out what the set has in common.
+    The origin is the mean of the set's matched band: the set's own mean would take out what the set has in common.
     """
-    _, sigma, Vh = torch.linalg.svd((rows - band.mean(0)).double(), full_matrices=False)
-    share = sigma.square().cumsum(0) / sigma.square().sum()
-    r = int((share < ENERGY).sum()) + 1
-    return Vh[:r]
+    _, sigma, Vh = torch.linalg.svd((rows - origin).double(), full_matrices=False)
+    if rank is None:
+        share = sigma.square().cumsum(0) / sigma.square().sum()
+        rank = int((share < ENERGY).sum()) + 1
+    return Vh[:rank]
 
 
 def unit_contrast(

@@ -17,13 +17,17 @@ from torch import Tensor
 
 from ovqk import positions, spectra
 from ovqk.claims import Claims, resolve_claims
+from ovqk.composition import composition_table
 from ovqk.config import Config
 from ovqk.heads import Circuit, regauge
 from ovqk.layers import layer_metrics
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, metric_names
 from ovqk.model import Layer, Model
-from ovqk.nulls import Predicted, correct, head_rows, predicted_values, role_rows
+from ovqk.nulls import Predicted
+from ovqk.patterns import head_patterns
 from ovqk.readouts import full_circuit_ratio
+from ovqk.statistics import QUANTILES
+from ovqk.testing import ClaimTests, matching_gram
 from ovqk.verdicts import VERDICTS, judge, subjects
 from ovqk.weights import WeightSource
 
@@ -71,6 +75,7 @@ def analyse(
     """
     claims = resolve_claims(config.task, config.model, source.architecture)
     model = Model.read(source, tokenizer, n_tokens, label, config)
+    tests = ClaimTests(model, claims) if isinstance(claims, Claims) else None
     head_values: list[HeadValues] = []
     tables: dict[str, list[pd.DataFrame]] = {"heads": [], "layers": [], "spectra": [], "offsets": []}
     for index in range(source.architecture.n_layers):
@@ -90,12 +95,11 @@ def analyse(
             tables["offsets"] += [] if profile is None else [profile]
         head_values.append(values)
         tables["heads"].append(heads_rows(layer, values, unstable))
+        if tests is not None:
+            tests.visit(layer)
     made = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items() if parts}
-    tests: list[dict[str, Any]] = []
-    if isinstance(claims, Claims):
-        by_head = {name: _grid(model, head_values, name) for name in METRICS}
-        tests, verdicts = test_claims(model, claims, by_head)
-        made |= {"tests": pd.DataFrame(tests), "verdicts": pd.DataFrame(verdicts)}
+    if tests is not None:
+        made |= judge_claims(tests, {name: _grid(model, head_values, name) for name in METRICS})
     return Analysis(
         tables={name: table for name, table in made.items() if len(table)},
         unavailable=model.unavailable,
@@ -103,7 +107,7 @@ def analyse(
         words={"kept": model.tokens.kept, "dropped": model.tokens.dropped},
         processing=model.processing,
         claims=_describe(claims),
-        notes=[*source.notes, *model.tokens.notes],
+        notes=[*source.notes, *model.tokens.notes, *(tests.notes if tests is not None else [])],
     )
 
 
@@ -164,15 +168,11 @@ def gauge_sensitive(layer: Layer, circuit: Circuit, metrics: HeadValues) -> list
 def task_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
     """What the heads do with the task's first variable; under rotary positions with the mean rotation."""
     model = layer.model
-    if model.readout is None:
+    maps = layer.task_maps(circuit)
+    if model.readout is None or maps is None:
         return {}
-    if circuit == "ov":
-        factors, decomposition = layer.factors("ov", True), layer.decomposition("ov", True)
-        return model.readout.ov_metrics(layer.index, factors, decomposition)
-    if model.architecture.positions == "unsupported":
-        return {}
-    span = tuple(range(positions.rotary_span(layer.folded, model.architecture))) if layer.folded.rotary else (0,)
-    return model.readout.qk_metrics(layer.index, layer.folded, span, layer.decomposition("qk", True, span))
+    means = {name: values.mean(-1) for name, values in layer.by_source(circuit).items()}
+    return means | model.readout.of_subspace(layer.index, maps)
 
 
 def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
@@ -226,47 +226,60 @@ def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
 # --- claims --------------------------------------------------------------------------------------------------
 
 
-def test_claims(
-    model: Model, claims: Claims, values: dict[str, NDArray[np.float64]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of tests.parquet and of verdicts.parquet."""
-    facts = model.architecture
-    predicted = {
-        role: [
-            Predicted(role, config, primary=index == 0, values=predicted_values(config, values, facts))
-            for index, config in enumerate(predictions)
-        ]
-        for role, predictions in claims.predictions.items()
-    }
-    rows: list[dict[str, Any]] = []
-    for role, predictions in predicted.items():
-        for prediction in predictions:
-            rows += role_rows(prediction, claims, facts, model.config.seed)
-            for head in claims.roles[role]:
-                rows += head_rows(prediction, head, claims, facts)
-    correct(rows)
-    variable = model.readout.variable.name if model.readout is not None else None
-    for row in rows:
-        row["variable"] = variable
+def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> dict[str, pd.DataFrame]:
+    """tests.parquet, nulls.parquet, verdicts.parquet, and the pairs that the claims name as composition.parquet."""
+    model, claims = tests.model, tests.claims
+    predicted = tests.predicted(values)
+    rows = tests.rows(predicted)
     verdicts = []
     for subject in subjects(claims):
         about = [
             r for r in rows if r["role"] == subject.role and (r["layer"], r["head"]) == (subject.head or (None, None))
         ]
-        verdicts.append(judge(subject, predicted[subject.role], about, _why_no_primary(model, predicted[subject.role])))
-    return rows, verdicts
+        reason = _why_no_primary(tests, predicted[subject.role])
+        patterns = None
+        if subject.head is not None:
+            shape = (model.architecture.d_model - model.centred, model.architecture.d_head)
+            patterns = head_patterns(values, subject.head, shape, tests.second.get(subject.head, math.nan), about)
+        verdicts.append(judge(subject, predicted[subject.role], about, reason, patterns))
+    quantiles = [
+        {**{key: row[key] for key in ("role", "layer", "head", "metric", "null")}, "quantile": q, "value": float(v)}
+        for row in rows
+        for q, v in zip(QUANTILES, row.pop("quantiles"), strict=True)
+    ]
+    gram = matching_gram(model)
+    pairs = composition_table(tests.layers, tests.pairs(), None if isinstance(gram, str) else gram, strongest=0)
+    return {
+        "tests": pd.DataFrame(rows),
+        "nulls": pd.DataFrame(quantiles),
+        "verdicts": pd.DataFrame(verdicts),
+        "composition": pairs,
+    }
 
 
-def _why_no_primary(model: Model, predicted: list[Predicted]) -> str | None:
+def _why_no_primary(tests: ClaimTests, predicted: list[Predicted]) -> str | None:
     if not predicted:
         return None
-    metric = predicted[0].config.metric
+    model, config = tests.model, predicted[0].config
+    metric = config.metric
     if metric in COMPOSITION_METRICS:
-        return f"its primary metric, {metric}, is a composition of two heads, which this analysis does not compute"
+        if not tests.layers:
+            return (
+                f"its primary metric, {metric}, composes QK with OV, and analysis {model.config.analysis.name} has one"
+            )
+        if not tests.partners(config):
+            return f"its primary metric, {metric}, is with {_and(config.partners)}, and no such head is claimed"
+        if np.isnan(predicted[0].values).all():
+            return f"its primary metric, {metric}, has no value: no layer lies between it and {_and(config.partners)}"
+        return None
     if metric not in metric_names(model.circuits):  # type: ignore[arg-type]
         return f"analysis {model.config.analysis.name} does not compute its primary metric, {metric}"
     reason = model.unavailable.get(metric)
     return None if reason is None else f"its primary metric, {metric}, is unavailable: {reason}"
+
+
+def _and(roles: list[str]) -> str:
+    return " and ".join(f"{role.replace('_', ' ')} heads" for role in roles)
 
 
 def _describe(claims: Claims | str) -> dict[str, Any]:

@@ -104,5 +104,12 @@ def check_roles(task: TaskConfig) -> None:
                         f"task.roles.{role}.predictions: unknown metric '{name}'; allowed: "
                         f"{', '.join([*METRICS, *COMPOSITION_METRICS])}."
                     )
+            strangers = [partner for partner in prediction.partners if partner not in task.roles]
+            composes = prediction.metric in COMPOSITION_METRICS
+            if strangers or composes != bool(prediction.partners):
+                raise UserError(
+                    f"task.roles.{role}.predictions: {prediction.metric} has partners={list(prediction.partners)}; a "
+                    f"composition names the roles it is with, others name none; allowed: {', '.join(task.roles)}."
+                )
         if config.predictions and config.predictions[0].exploratory:
             raise UserError(f"task.roles.{role}.predictions: the first is the primary and cannot be exploratory.")

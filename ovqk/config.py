@@ -112,6 +112,8 @@ class PredictionConfig:
     """With learned positions, of layer 0 alone: later layers see positions through earlier heads."""
     exploratory: bool = False
     """Reported, never part of a verdict."""
+    partners: list[str] = field(default_factory=list)
+    """Of a composition: the roles whose claimed heads the head composes with."""
 
 
 @dataclass
@@ -142,6 +144,8 @@ class TaskConfig:
     title: str = MISSING
     version: int = 1
     words: dict[str, list[str]] = field(default_factory=dict)
+    continuations: list[str] = field(default_factory=list)
+    """Word sets whose words go on with a text, without a leading space: the "32" of "1732"."""
     prompts: dict[str, Any] = field(default_factory=dict)
     variables: dict[str, VariableConfig] = field(default_factory=dict)
     roles: dict[str, RoleConfig] = field(default_factory=dict)
@@ -161,6 +165,14 @@ class AnalysisConfig:
 
 
 @dataclass
+class NullsConfig:
+    """The ensembles that claims are tested against."""
+
+    draws: int = 999
+    """Surrogates of each head (frame) and of each word set (token)."""
+
+
+@dataclass
 class TrackingConfig:
     """Weights & Biases."""
 
@@ -176,6 +188,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
+    nulls: NullsConfig = field(default_factory=NullsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     processing: Processing = Processing.folded
     seed: int = 0

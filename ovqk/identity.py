@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from ovqk.config import Config, Source, TrackingMode
 from ovqk.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Bumped when a number may change: cells of another version are computed again."""
 
 CIRCUITS = ("ov", "qk")
@@ -84,6 +84,10 @@ def _check(config: Config) -> None:
         raise UserError(
             f"analysis.offsets={config.analysis.offsets}: allowed are one or more offsets >= 0 (query minus key)."
         )
+    if not 1 <= config.nulls.draws <= 1_000_000:
+        raise UserError(
+            f"nulls.draws={config.nulls.draws}: must be in 1 .. 1000000 (p cannot fall below 1 / (1 + draws))."
+        )
     if config.hub_timeout <= 0:
         raise UserError(f"hub_timeout={config.hub_timeout}: must be a positive number of seconds.")
     if config.model.n_ctx is not None and config.model.n_ctx < 1:
@@ -113,6 +117,7 @@ def identity(config: Config, digest: str) -> dict[str, Any]:
         "model": {key: model[key] for key in ("name", "claims", "n_ctx", "causal")},
         "task": plain(config.task),
         "analysis": plain(config.analysis),
+        "nulls": plain(config.nulls),
     }
 
 

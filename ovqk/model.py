@@ -12,8 +12,9 @@ from ovqk import positions, spectra
 from ovqk.availability import NO_EMBEDDING, unavailable_metrics
 from ovqk.config import Config, Processing
 from ovqk.devices import resolve_device, to_device
-from ovqk.heads import Circuit, Factors, ov_factors, qk_factors
-from ovqk.readouts import Readout
+from ovqk.heads import Circuit, Factors, ov_factors, qk_factors, scores
+from ovqk.metrics import METRICS
+from ovqk.readouts import EffectiveRows, HeadMaps, Readout, Scorer
 from ovqk.tasks import TaskTokens, resolve_task
 from ovqk.vocabulary import ACTIVATIONS, Block0, Vocabulary, read_vocabulary
 from ovqk.weights import Architecture, WeightSource, fold_embeddings, fold_layer, fold_mlp, fold_reads
@@ -99,8 +100,8 @@ class Model:
         block0 = read_block0(source, vocabulary, tokens, device)
         readout = None
         if vocabulary is not None and tokens.variables:
-            effective = block0 if isinstance(block0, Block0) else None
-            readout = Readout(tokens.variables[0], vocabulary, effective, facts, config.analysis.embedding)
+            rows = EffectiveRows(vocabulary, block0 if isinstance(block0, Block0) else None, facts)
+            readout = Readout(tokens.variables[0], rows, config.analysis.embedding)
         no_words = f"task {config.task.name} reads no words" if not config.task.variables else "no word is read"
         moments = None
         if vocabulary is not None:
@@ -173,6 +174,10 @@ def read_block0(
     return Block0(layer0, fold_mlp(to_device(mlp, device), source.architecture), source.architecture)
 
 
+Form = tuple[Circuit, bool, tuple[int, ...]]
+"""(circuit, folded, offsets of the mean rotation): the form of the weights that a metric is of."""
+
+
 class Layer:
     """One layer's weights, raw and folded, and the decompositions that its stages share."""
 
@@ -182,6 +187,7 @@ class Layer:
         self.raw = to_device(model.source.layer(index), model.device)
         self.folded = fold_layer(self.raw, model.architecture) if model.source.foldable else self.raw
         self.decomposition = cache(self._decomposition)
+        self.by_source = cache(self._by_source)
 
     def factors(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Factors:
         """Factors of the folded or of the processed weights; QK with the mean rotation over the offsets."""
@@ -189,6 +195,38 @@ class Layer:
         if circuit == "ov":
             return ov_factors(weights, self.model.architecture)
         return qk_factors(weights, self.model.architecture, offsets)
+
+    def task_maps(self, circuit: Circuit) -> HeadMaps | None:
+        """A circuit as task readouts see it: folded, QK with the mean rotation; None where positions are unknown."""
+        facts = self.model.architecture
+        if circuit == "ov":
+            return HeadMaps(self.factors("ov", True), self.decomposition("ov", True))
+        if facts.positions == "unsupported":
+            return None
+        weights, span = self.folded, self.span
+        scorer: Scorer | None = None
+        if weights.qk_norm is not None:
+
+            def scorer(query_rows: Tensor, key_rows: Tensor) -> Tensor:
+                return scores(weights, facts, query_rows, key_rows, span)
+
+        return HeadMaps(self.factors("qk", True, span), self.decomposition("qk", True, span), scorer)
+
+    @property
+    def span(self) -> tuple[int, ...]:
+        """The offsets whose mean rotation readouts and compositions use; (0,) without rotary positions."""
+        facts = self.model.architecture
+        return tuple(range(positions.rotary_span(self.folded, facts))) if self.folded.rotary is not None else (0,)
+
+    def form(self, metric: str) -> Form:
+        """The form of the weights that this metric is of."""
+        circuit, is_readout = METRICS[metric].circuit, "task" in METRICS[metric].needs
+        folded = self.model.source.foldable and (is_readout or metric.endswith("_block0") or self.model.folds)
+        return circuit, folded, self.span if is_readout and circuit == "qk" else (0,)
+
+    def _by_source(self, circuit: Circuit) -> dict[str, Tensor]:
+        maps, readout = self.task_maps(circuit), self.model.readout
+        return {} if maps is None or readout is None else readout.by_source(self.index, maps)
 
     def _decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> spectra.Decomposition:
         return spectra.decompose(self.factors(circuit, folded, offsets), self.model.centred)

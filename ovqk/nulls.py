@@ -1,14 +1,17 @@
 """The nulls a claim is tested against, and the rows of tests.parquet (definitions: section 6).
 
-`layer`      the role's heads against the other heads of their layers: labels permuted within layers
-`layer_all`  the same, with the heads of other claimed roles among the others; reported, never counted
-`depth`      one head against the unclaimed heads of layers within 2, each standardised within its layer
+    layer        the role's heads against the other heads of their layers: labels permuted within layers
+    layer_all    the same, with the heads of other claimed roles among the others; reported, never counted
+    depth        one head against the unclaimed heads of layers within 2, each standardised within its layer
+    frame        heads of the same singular values between random frames: beyond the spectrum; necessary, never enough
+    token        other words, alike in spelling and frequency (of a contrast: random halves of its own words)
+    token_pairs  of a contrast: random pairs of other words
 
-`frame` and `token` are ensembles of surrogate heads and words; a role that needs them says that they were not drawn.
+Which of them count depends on what the metric says (`counting`).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +20,49 @@ from numpy.typing import NDArray
 
 from ovqk.claims import Claims, Head
 from ovqk.config import Direction, PredictionConfig
+from ovqk.metrics import COMPOSITION_METRICS
+from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS
 from ovqk.statistics import (
+    QUANTILES,
+    MonteCarlo,
     Stratum,
     benjamini_hochberg,
     percentile,
     robust_z,
     stratified_permutation,
     within_layer_auc,
+    within_layer_auc_interval,
 )
 from ovqk.weights import Architecture
 
 ALPHA = 0.05
 DEPTH = 2  # layers on either side
 DEPTH_MIN_HEADS = 4  # unclaimed heads of a layer, for a median and a MAD that mean something
+FRAME_METRICS = (
+    *SET_METRICS, *SUBSPACE_METRICS, "ov_copying", "ov_copying_block0", "qk_matching", "qk_matching_block0"
+)  # fmt: skip
+TOKEN_METRICS = tuple(name for name in SET_METRICS if name not in ("ov_task_copy", "ov_task_suppress"))
+"""Of a set's tokens, under other tokens: reported, never counted. Not those that rank a logit in the whole vocabulary:
+that would cost more than everything else together."""
 Values = Mapping[str, NDArray[np.float64]]
 """Metric -> [layer, head], nan where it has no value."""
+Resamples = Mapping[str, NDArray[np.float64]]
+"""Metric -> [draw, layer, head] under resampled words, nan where it was not resampled."""
+
+
+def counting(metric: str, is_role: bool) -> tuple[str, ...]:
+    """The nulls that decide about a metric.
+
+    Copying, suppressing and matching: the other heads (`layer` of a role, `depth` of a head) and `frame`; that they are
+    special to the task's words is no part of those claims. Alignment, transfer, read: `token` as well. Compositions:
+    `layer` alone, for the role as a whole.
+    """
+    peers = "layer" if is_role else "depth"
+    if metric in COMPOSITION_METRICS:
+        return (peers,) if is_role else ()
+    if metric in SUBSPACE_METRICS:
+        return (peers, "frame", "token", "token_pairs")
+    return (peers, "frame") if metric in FRAME_METRICS else (peers,)
 
 
 @dataclass(frozen=True)
@@ -39,7 +70,7 @@ class Predicted:
     """A prediction with the values that decide it.
 
     Attributes:
-        values: [layer, head], larger in the predicted direction; nan where the prediction does not apply.
+        values: [layer, head]; nan where the prediction does not apply.
     """
 
     role: str
@@ -51,6 +82,10 @@ class Predicted:
     def sign(self) -> float:
         """-1 where the prediction is `low`."""
         return -1.0 if self.config.direction is Direction.low else 1.0
+
+    def metric_of(self, layer: int) -> str:
+        """The metric that the prediction is about in this layer."""
+        return self.config.first_layer if layer == 0 and self.config.first_layer is not None else self.config.metric
 
 
 def predicted_values(config: PredictionConfig, values: Values, architecture: Architecture) -> NDArray[np.float64]:
@@ -68,10 +103,21 @@ def layer_strata(
     predicted: Predicted, claims: Claims, architecture: Architecture, exclude_claimed: bool
 ) -> list[Stratum]:
     """One stratum per layer with heads of the role that have a value."""
-    role = set(claims.roles[predicted.role])
+    return [
+        Stratum(predicted.sign * predicted.values[layer, heads], claimed, architecture.kv_of_head.numpy()[heads])
+        for layer, heads, claimed in _peers(predicted, claims, architecture, exclude_claimed)
+    ]
+
+
+def _peers(
+    predicted: Predicted, claims: Claims, architecture: Architecture, exclude_claimed: bool, of: Head | None = None
+) -> list[tuple[int, list[int], NDArray[np.bool_]]]:
+    """(layer, heads, which are claimed) of each layer of the role's heads, or of the head `of` among unclaimed ones."""
+    role = set(claims.roles[predicted.role]) if of is None else {of}
     others = claims.heads - role if exclude_claimed and claims.reliability != "unreliable" else set()
-    groups = architecture.kv_of_head.numpy()
-    strata = []
+    if of is not None:
+        others = others | set(claims.roles[predicted.role]) - role
+    found = []
     for layer in sorted({layer for layer, _ in role}):
         heads = [
             head
@@ -80,11 +126,39 @@ def layer_strata(
         ]
         claimed = np.array([(layer, head) in role for head in heads], dtype=bool)
         if claimed.any():
-            strata.append(Stratum(predicted.sign * predicted.values[layer, heads], claimed, groups[heads]))
-    return strata
+            found.append((layer, heads, claimed))
+    return found
 
 
-def role_rows(predicted: Predicted, claims: Claims, architecture: Architecture, seed: int) -> list[dict[str, Any]]:
+def _effect(
+    predicted: Predicted,
+    claims: Claims,
+    architecture: Architecture,
+    resamples: Resamples,
+    exclude_claimed: bool,
+    of: Head | None = None,
+) -> dict[str, float]:
+    """AUC within layers, and its 95 % interval where the metric was resampled."""
+    peers = _peers(predicted, claims, architecture, exclude_claimed, of)
+    strata = [
+        Stratum(predicted.sign * predicted.values[layer, heads], claimed, architecture.kv_of_head.numpy()[heads])
+        for layer, heads, claimed in peers
+    ]
+    found = {"effect": within_layer_auc(strata), "ci_low": math.nan, "ci_high": math.nan}
+    drawn = [resamples.get(predicted.metric_of(layer)) for layer, _, _ in peers]
+    if peers and all(values is not None for values in drawn):
+        kept = [
+            predicted.sign * v[:, layer, heads]
+            for v, (layer, heads, _) in zip(drawn, peers, strict=True)
+            if v is not None
+        ]
+        found["ci_low"], found["ci_high"] = within_layer_auc_interval(strata, kept)
+    return found
+
+
+def role_rows(
+    predicted: Predicted, claims: Claims, architecture: Architecture, seed: int, resamples: Resamples | None = None
+) -> list[dict[str, Any]]:
     """The role's rows under `layer` and `layer_all`; none where no head of the role has a value."""
     rows = []
     for null, exclude in (("layer", True), ("layer_all", False)):
@@ -92,30 +166,31 @@ def role_rows(predicted: Predicted, claims: Claims, architecture: Architecture, 
         if not strata:
             continue
         test = stratified_permutation(strata, seed)
-        n_claimed = sum(int(stratum.claimed.sum()) for stratum in strata)
-        n_others = sum(int((~stratum.claimed).sum()) for stratum in strata)
         rows.append(
             _row(predicted, None, null)
+            | _effect(predicted, claims, architecture, resamples or {}, exclude)
             | {
                 "value": test.statistic,
                 "null_mean": test.null_mean,
                 "null_sd": test.null_sd,
                 "percentile": test.percentile,
-                "effect": within_layer_auc(strata),
                 "p": test.p,
                 "p_opposite": test.p_opposite,
                 "min_p": test.min_p,
                 "n_null": test.labelings,
                 "exact": test.exact,
-                "n_heads": n_claimed,
-                "n_others": n_others,
+                "n_heads": sum(int(stratum.claimed.sum()) for stratum in strata),
+                "n_others": sum(int((~stratum.claimed).sum()) for stratum in strata),
+                "quantiles": test.quantiles,
             }
         )
     return rows
 
 
-def head_rows(predicted: Predicted, head: Head, claims: Claims, architecture: Architecture) -> list[dict[str, Any]]:
-    """The head's rows under `layer` (its place among the layer's unclaimed heads) and `depth`."""
+def head_rows(
+    predicted: Predicted, head: Head, claims: Claims, architecture: Architecture, resamples: Resamples | None = None
+) -> list[dict[str, Any]]:
+    """The head's rows under `layer` (its place among the layer's unclaimed heads) and `depth` (no composition's)."""
     layer, _ = head
     signed = predicted.sign * predicted.values
     if math.isnan(signed[head]):
@@ -133,28 +208,72 @@ def head_rows(predicted: Predicted, head: Head, claims: Claims, architecture: Ar
         rows.append(
             _row(predicted, head, "layer")
             | _counts(signed[head], same)
+            | _effect(predicted, claims, architecture, resamples or {}, True, of=head)
             | {
                 "null_mean": float(plain.mean()),
                 "null_sd": float(plain.std()),
                 "percentile": percentile(float(predicted.values[head]), plain),
+                "quantiles": np.quantile(plain, QUANTILES),
             }
         )
-    # The head counts in its own layer's median and MAD as every reference head does in its layer's: standardised by
-    # others alone it would be more extreme than they are by construction.
-    own = np.append(same, signed[head])
-    z = robust_z(float(signed[head]), own) if len(same) >= DEPTH_MIN_HEADS else None
-    if z is not None:
-        near = range(max(0, layer - DEPTH), min(architecture.n_layers, layer + DEPTH + 1))
-        layers = [own if at == layer else unclaimed(at) for at in near]
-        pooled = [robust_z(float(v), values) for values in layers if len(values) >= DEPTH_MIN_HEADS for v in values]
-        standard = np.array([value for value in pooled if value is not None])
-        standard = np.delete(standard, np.flatnonzero(standard == z)[0])  # the head itself
+    near = depth_reference(signed, head, unclaimed) if predicted.config.metric not in COMPOSITION_METRICS else None
+    if near is not None:
+        z, standard = near
         rows.append(
             _row(predicted, head, "depth")
             | _counts(z, standard)
-            | {"null_mean": math.nan, "null_sd": math.nan, "percentile": percentile(z, standard)}
+            | {"percentile": percentile(z, standard), "quantiles": np.quantile(standard, QUANTILES)}
         )
     return [row | {"value": float(predicted.values[head]), "n_heads": 1} for row in rows]
+
+
+def depth_reference(
+    signed: NDArray[np.float64], head: Head, unclaimed: Callable[[int], NDArray[np.float64]]
+) -> tuple[float, NDArray[np.float64]] | None:
+    """The head's z within its layer and those of the unclaimed heads of layers within 2; None without enough of them.
+
+    The head counts in its own layer's median and MAD as every reference head does in its layer's: standardised by
+    others alone it would be more extreme than they are by construction.
+    """
+    layer, _ = head
+    same = unclaimed(layer)
+    own = np.append(same, signed[head])
+    z = robust_z(float(signed[head]), own) if len(same) >= DEPTH_MIN_HEADS else None
+    if z is None:
+        return None
+    near = range(max(0, layer - DEPTH), min(len(signed), layer + DEPTH + 1))
+    layers = [own if at == layer else unclaimed(at) for at in near]
+    pooled = [robust_z(float(v), values) for values in layers if len(values) >= DEPTH_MIN_HEADS for v in values]
+    standard = np.array([value for value in pooled if value is not None])
+    return z, np.delete(standard, np.flatnonzero(standard == z)[0])  # without the head itself
+
+
+def ensemble_row(
+    predicted: Predicted,
+    head: Head | None,
+    null: str,
+    value: float,
+    draws: NDArray[np.float64],
+    test: MonteCarlo,
+    heads: Sequence[Head],
+    most: int,
+) -> dict[str, Any]:
+    """A row of `frame`, `token` or `token_pairs`: the mean metric of the heads (of one, its metric) against draws."""
+    return _row(predicted, head, null) | {
+        "value": value,
+        "null_mean": float(draws.mean()),
+        "null_sd": float(draws.std()),
+        "percentile": percentile(value, draws),
+        "effect": percentile(predicted.sign * value, predicted.sign * draws),
+        "p": test.p,
+        "p_opposite": test.p_opposite,
+        "min_p": 1 / (1 + most),
+        "n_null": test.n,
+        "exact": False,
+        "n_heads": len(heads),
+        "n_others": len(draws),
+        "quantiles": np.quantile(draws, QUANTILES),
+    }
 
 
 def _counts(value: float, reference: NDArray[np.float64]) -> dict[str, Any]:
@@ -180,6 +299,11 @@ def _row(predicted: Predicted, head: Head | None, null: str) -> dict[str, Any]:
         "primary": predicted.primary,
         "exploratory": predicted.config.exploratory,
         "null": null,
+        "counts": null in counting(predicted.config.metric, head is None) and not predicted.config.exploratory,
+        "null_mean": math.nan,
+        "null_sd": math.nan,
+        "ci_low": math.nan,
+        "ci_high": math.nan,
     }
 
 

@@ -18,11 +18,23 @@ A slot may have forms, index-aligned word sets such as singular and plural, and 
     answer: verb
     foil: {other_form_of: verb}
 
+A slot may take a word that stands after another slot's in the order of their one set, or up to it (its own included),
+and a slot may be the first letter of another slot's word; braces may stand inside a word:
+
+    templates:
+      - "The war lasted from the year 17{start} to the year 17"
+    slots:
+      start: years
+      end: {set: years, after: start}
+      early: {set: years, up_to: start}
+    answer: end                     # or, with `letter: {initial_of: third}` among the slots, letter
+    foil: early
+
 Or a repeated random sequence, cut anywhere in its second copy, where the foil is another word of the sequence:
 
     repeated: {words: content, lengths: [6, 8, 10]}
 
-Slots of one word set never take the same word, and never two forms of one word. A mention is
+Slots of one word set never take the same word, and never two forms of one word (`up_to` apart). A mention is
 `slot`, then `slot.2` and so on; END is the last word of the text, from which the answer is predicted.
 """
 
@@ -37,6 +49,10 @@ Span = tuple[int, int]
 
 TEMPLATE_KEYS = {"templates", "slots", "swap", "answer", "foil", "labels"}
 REPEATED_KEYS = {"repeated"}
+SLOT_KEYS = ({"set"}, {"forms"}, {"forms", "agrees_with"}, {"set", "after"}, {"set", "up_to"}, {"initial_of"})
+ORDERED = {"after", "up_to"}
+LEADING = {"agrees_with", "initial_of", *ORDERED}
+"""The keys of a slot that name another, its leader."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,7 @@ def sample_prompts(words: WordSets, prompts: Mapping[str, Any], count: int, seed
     missing = {"templates", "slots", "answer", "foil"} - set(prompts)
     if missing:
         raise ValueError(f"prompts lack {sorted(missing)}")
+    _check_slots({name: _entry(slot) for name, slot in prompts["slots"].items()})
     drawn = [_from_template(words, prompts, index, rng) for index in range(count)]
     rng.shuffle(drawn)
     return drawn
@@ -120,22 +137,43 @@ def _word_set(words: WordSets, name: str) -> Sequence[str]:
     return words[name]
 
 
+def _entry(slot: Any) -> Mapping[str, Any]:
+    """A slot as a mapping: a lone name is that of its set."""
+    return {"set": slot} if isinstance(slot, str) else slot
+
+
 def _forms(slot: Any) -> list[str]:
-    """The word sets of a slot: one, or one a form."""
-    return [slot] if isinstance(slot, str) else list(slot["forms"])
+    """The word sets of a slot: one, one a form, or none where another slot's word says it all."""
+    entry = _entry(slot)
+    return [entry["set"]] if "set" in entry else list(entry.get("forms", []))
+
+
+def _check_slots(slots: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, slot in slots.items():
+        if set(slot) not in SLOT_KEYS:
+            known = "; ".join(", ".join(sorted(keys)) for keys in SLOT_KEYS)
+            raise ValueError(f"slot {name!r}: unknown keys {sorted(slot)}; known together: {known}")
+        for key in set(slot) & LEADING:
+            leader = slots.get(slot[key], {})
+            if "set" in slot and leader != {"set": slot["set"]}:
+                raise ValueError(f"slot {name!r}: {key} {slot[key]!r}, which is no plain slot of {slot['set']!r}")
+            if not _forms(leader):
+                raise ValueError(f"slot {name!r}: {key} {slot[key]!r}, which is no slot with words of its own")
 
 
 def _from_template(words: WordSets, prompts: Mapping[str, Any], index: int, rng: random.Random) -> Prompt:
-    slots = prompts["slots"]
+    slots = {name: _entry(slot) for name, slot in prompts["slots"].items()}
     template = rng.choice(variants(rng.choice(list(prompts["templates"]))))
     foil_of = prompts["foil"]["other_form_of"] if isinstance(prompts["foil"], Mapping) else None
     needed = {*slot_names(template), prompts["answer"], foil_of or prompts["foil"]}
+    needed |= {slots[name][key] for name in needed & set(slots) for key in set(slots[name]) & LEADING}
     unknown = needed - set(slots)
     if unknown:
         raise ValueError(f"unknown slots {sorted(unknown)} in {template!r}; known: {sorted(slots)}")
 
     indices, forms = _draw(words, {name: slots[name] for name in slots if name in needed}, index, rng)
-    values = {name: words[_forms(slots[name])[forms.get(name, 0)]][indices[name]] for name in indices}
+    values = {name: words[_forms(slots[name])[forms[name]]][indices[name]] for name in indices}
+    values |= {name: values[slots[name]["initial_of"]][0] for name in needed if "initial_of" in slots[name]}
     if foil_of is None:
         foil = values[prompts["foil"]]
     else:
@@ -144,36 +182,46 @@ def _from_template(words: WordSets, prompts: Mapping[str, Any], index: int, rng:
 
     order = _swapped(slot_names(template), prompts.get("swap"), exchange=index // 2 % 2 == 1)
     text, spans = _fill(template, order, values)
+    answer = values[prompts["answer"]]
+    if answer == foil:
+        raise ValueError(f"answer and foil are both {answer!r} after {text!r}")
     for label, mention in prompts.get("labels", {}).items():
         if mention not in spans:
             raise ValueError(f"label {label}: no mention {mention!r} in {template!r}")
         spans[label] = spans[mention]
-    drawn_forms = {name: form for name, form in forms.items() if not isinstance(slots[name], str)}
-    return Prompt(text, values[prompts["answer"]], foil, spans, template, drawn_forms)
+    drawn_forms = {name: form for name, form in forms.items() if "forms" in slots[name]}
+    return Prompt(text, answer, foil, spans, template, drawn_forms)
 
 
 def _draw(
-    words: WordSets, slots: Mapping[str, Any], index: int, rng: random.Random
+    words: WordSets, slots: Mapping[str, Mapping[str, Any]], index: int, rng: random.Random
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """A word index and a form for each slot. Slots others agree with alternate their form with `index`."""
-    leaders = {slot["agrees_with"] for slot in slots.values() if isinstance(slot, Mapping) and "agrees_with" in slot}
+    """A word index and a form for each slot with words. Slots others agree with alternate their form with `index`."""
+    slots = {name: slot for name, slot in slots.items() if _forms(slot)}
+    leaders = {slot["agrees_with"] for slot in slots.values() if "agrees_with" in slot}
     forms: dict[str, int] = {}
     for name, slot in slots.items():
         n_forms = len(_forms(slot))
         forms[name] = index % n_forms if name in leaders else rng.randrange(n_forms)
     for name, slot in slots.items():
-        if isinstance(slot, Mapping) and "agrees_with" in slot:
+        if "agrees_with" in slot:
             forms[name] = forms[slot["agrees_with"]]
 
+    followed = {slot["after"] for slot in slots.values() if "after" in slot}
     taken: dict[tuple[str, ...], set[int]] = {}
     indices: dict[str, int] = {}
-    for name, slot in slots.items():
+    for name, slot in sorted(slots.items(), key=lambda item: bool(set(item[1]) & ORDERED)):  # leaders first
         sets = _forms(slot)
         sizes = {len(_word_set(words, name_of_set)) for name_of_set in sets}
         if len(sizes) > 1:
             raise ValueError(f"slot {name!r}: the sets {sets} differ in length and cannot be index-aligned")
         used = taken.setdefault(tuple(sets), set())
-        free = [i for i in range(sizes.pop()) if i not in used]
+        start, stop = 0, sizes.pop() - (name in followed)  # the last word has none after it
+        if "after" in slot:
+            start = indices[slot["after"]] + 1
+        if "up_to" in slot:
+            stop, used = indices[slot["up_to"]] + 1, set()
+        free = [i for i in range(start, stop) if i not in used]
         if not free:
             raise ValueError(f"slot {name!r}: no word of {sets} is left")
         indices[name] = rng.choice(free)

@@ -4,18 +4,20 @@ Layer 0 reads the embedding; later layers read the `block0` effective embedding,
 all.
 """
 
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ovqk import alignment, heads, spectra
+from ovqk import alignment, spectra
 from ovqk.config import Embedding, VariableKind
-from ovqk.heads import Factors
+from ovqk.heads import Circuit, Factors
 from ovqk.spectra import Decomposition
 from ovqk.tasks import Variable
 from ovqk.vocabulary import Block0, Vocabulary
-from ovqk.weights import Architecture, LayerWeights, normalise
+from ovqk.weights import Architecture, normalise
 
 SET_METRICS = (
     "ov_task_auc",
@@ -26,7 +28,105 @@ SET_METRICS = (
     "qk_task_auc_raw",
     "qk_task_auc_unembed",
 )
+"""Means over the source tokens of a `set` variable."""
 CONTRAST_METRICS = ("ov_task_transfer", "ov_task_read")
+SUBSPACE_METRICS = (
+    "ov_task_alignment",
+    "ov_top_alignment",
+    "qk_query_alignment",
+    "qk_key_alignment",
+    "qk_top_query_alignment",
+    "qk_top_key_alignment",
+    *CONTRAST_METRICS,
+)
+"""Of the subspace that a variable's words span, on either side of a circuit."""
+
+Scorer = Callable[[Tensor, Tensor], Tensor]
+"""(query rows, key rows) -> scores [head, query, key]."""
+
+
+@dataclass(frozen=True)
+class HeadMaps:
+    """One circuit of a batch of heads, or of surrogates of one head, as readouts take it.
+
+    Attributes:
+        scorer: what compares queries and keys where they are normalised; None where the map itself does.
+    """
+
+    factors: Factors
+    decomposition: Decomposition
+    scorer: Scorer | None = None
+
+    @property
+    def circuit(self) -> Circuit:
+        """`ov` or `qk`."""
+        return self.factors.circuit
+
+    @classmethod
+    def of(cls, circuit: Circuit, decomposition: Decomposition, dtype: torch.dtype) -> "HeadMaps":
+        """The maps that a decomposition is of."""
+        left, right = decomposition.balanced_left, decomposition.balanced_right
+        return cls(Factors(circuit, left.to(dtype), right.to(dtype)), decomposition)
+
+    def only(self, heads: Sequence[int]) -> "HeadMaps":
+        """These heads alone, in this order; scores of normalised queries and keys are left behind."""
+        index = torch.as_tensor(heads, device=self.factors.left.device)
+        parts = self.decomposition
+        return HeadMaps(
+            Factors(self.circuit, self.factors.left[index], self.factors.right[index]),
+            Decomposition(parts.read[index], parts.sigma[index], parts.write[index], parts.rank),
+        )
+
+    @staticmethod
+    def joined(batches: "Sequence[HeadMaps]") -> "HeadMaps":
+        """Batches of one circuit as one."""
+
+        def cat(parts: Iterable[Tensor]) -> Tensor:
+            return torch.cat(list(parts))
+
+        factors, parts = [maps.factors for maps in batches], [maps.decomposition for maps in batches]
+        return HeadMaps(
+            Factors(batches[0].circuit, cat(f.left for f in factors), cat(f.right for f in factors)),
+            Decomposition(
+                cat(p.read for p in parts), cat(p.sigma for p in parts), cat(p.write for p in parts), parts[0].rank
+            ),
+        )
+
+
+class EffectiveRows:
+    """Rows of effective embeddings, normalised as a layer's norm would; those of kept ids are computed once."""
+
+    def __init__(self, vocabulary: Vocabulary, block0: Block0 | None, architecture: Architecture) -> None:
+        """Take the folded vocabulary; `block0` is None where it cannot be had."""
+        self.vocabulary, self.block0, self.architecture = vocabulary, block0, architecture
+        self._ids: Tensor | None = None
+        self._rows: dict[str, Tensor] = {}
+
+    def keep(self, ids: Int[Tensor, " token"]) -> None:
+        """Until `keep_all`, only rows of these tokens are asked for: each is computed once."""
+        self._ids, self._rows = ids.unique(), {}
+
+    def keep_all(self) -> None:
+        """Any token's row may be asked for again."""
+        self._ids, self._rows = None, {}
+
+    def __call__(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
+        """Rows of these tokens; `kind`: `token` or `block0`."""
+        if self._ids is None:
+            return self._compute(ids, kind)
+        if kind not in self._rows:
+            self._rows[kind] = self._compute(self._ids, kind)
+        return self._rows[kind][torch.searchsorted(self._ids, ids).to(self._rows[kind].device)]
+
+    def _compute(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
+        rows = self.vocabulary.W_E[ids.to(self.vocabulary.W_E.device)]
+        if kind == "block0" and self.block0 is not None:
+            rows = self.block0.rows(rows)
+        return self.normalised(rows)
+
+    def normalised(self, rows: Float[Tensor, "word d_model"]) -> Float[Tensor, "word d_model"]:
+        """Rows as a layer's norm would leave them."""
+        return normalise(rows, self.architecture.norm, self.architecture.norm_eps)
 
 
 @dataclass(frozen=True)
@@ -43,114 +143,131 @@ class Side:
 
 
 class Readout:
-    """One causal variable on one model: its read side by layer, its write side, and the metrics of a layer's heads."""
+    """One causal variable on one model: its read side by layer, its write side, and the metrics of a layer's heads.
+
+    Attributes:
+        like: the readout that this one is a surrogate of: ranks are its own, and the band is its band less the words.
+    """
 
     def __init__(
         self,
         variable: Variable,
-        vocabulary: Vocabulary,
-        block0: Block0 | None,
-        architecture: Architecture,
+        rows: EffectiveRows,
         embedding: Embedding,
+        like: "Readout | None" = None,
     ) -> None:
-        """Take the variable's tokens and the folded vocabulary; `block0` is None where it cannot be had."""
-        self.variable, self.vocabulary, self.architecture = variable, vocabulary, architecture
-        self.block0, self.embedding = block0, embedding
+        """Take the variable's tokens and the rows of their effective embeddings."""
+        self.variable, self.effective, self.vocabulary = variable, rows, rows.vocabulary
+        self.embedding, self.like = embedding, like
         self._sides: dict[str, Side | None] = {}
-        self.ids = variable.read[0].ids.to(vocabulary.W_E.device)
+        self._origins: dict[str, Tensor] = {}
+        self.ids = variable.read[0].ids.to(self.vocabulary.W_E.device)
         self.write = self._write_basis()
+
+    def surrogate(self, variable: Variable) -> "Readout":
+        """The same readout of other words: ranks stay, and the words drawn leave the band they are compared with."""
+        return Readout(variable, self.effective, self.embedding, like=self)
+
+    def of_some(self, variable: Variable) -> "Readout":
+        """The same readout of some of the words, with the same band."""
+        return Readout(variable, self.effective, self.embedding)
+
+    def kind(self, layer: int) -> str:
+        """`token` or `block0`: the effective embedding that a layer's readouts use."""
+        by_layer = self.embedding is Embedding.by_layer
+        return "token" if self.embedding is Embedding.token or (by_layer and layer == 0) else "block0"
 
     def side(self, layer: int) -> Side | None:
         """The read side as this layer sees it; None where its effective embedding cannot be had."""
-        by_layer = self.embedding is Embedding.by_layer
-        kind = "token" if self.embedding is Embedding.token or (by_layer and layer == 0) else "block0"
+        kind = self.kind(layer)
         if kind not in self._sides:
-            self._sides[kind] = None if kind == "block0" and self.block0 is None else self._side(kind)
+            there = kind == "token" or self.effective.block0 is not None
+            self._sides[kind] = self._side(kind) if there else None
         return self._sides[kind]
 
-    def ov_metrics(
-        self, layer: int, factors: Factors, decomposition: Decomposition
+    def metrics(
+        self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, " head"]]:
-        """Task metrics of the OV circuits of a layer; none where its effective embedding cannot be had."""
-        side = self.side(layer)
-        if side is None:
-            return {}
-        values = {}
-        contrast = self.variable.kind is VariableKind.contrast
-        if contrast:
-            inside = alignment.side_alignment(decomposition.read, decomposition.sigma, side.basis)
-            values["ov_task_read"] = inside.whole  # one direction: r/d = 1/d
-        if self.vocabulary.W_U is None or self.write is None:
-            return values
-        written = alignment.side_alignment(decomposition.write, decomposition.sigma, self.write)
-        values |= {"ov_task_alignment": written.whole, "ov_top_alignment": written.top}
-        if contrast:
-            return values | {"ov_task_transfer": alignment.transfer(decomposition, side.basis, self.write)}
-        logits = alignment.readout(factors, side.rows, self.vocabulary.W_U[:, self.ids].T)
-        centred, raw = alignment.task_auc(logits)
-        copied, suppressed = alignment.top_shares(factors, side.rows, self.ids, self.vocabulary.W_U)
-        return values | {
-            "ov_task_auc": centred,
-            "ov_task_auc_raw": raw,
-            "ov_task_copy": copied,
-            "ov_task_suppress": suppressed,
-        }
+        """Every task metric of these maps (of those wanted), as heads of this layer.
 
-    def qk_metrics(
-        self, layer: int, weights: LayerWeights, offsets: tuple[int, ...], decomposition: Decomposition
-    ) -> dict[str, Float[Tensor, " head"]]:
-        """Task metrics of the QK circuits of a layer, mean rotation over the offsets, as decomposed.
-
-        None without the layer's effective embedding. Where the model normalises queries and keys, so do the scores.
+        Without the layer's effective embedding there are none.
         """
-        side = self.side(layer)
+        means = {name: values.mean(-1) for name, values in self.by_source(layer, maps, wanted).items()}
+        return means | self.of_subspace(layer, maps)
+
+    def by_source(
+        self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
+    ) -> dict[str, Float[Tensor, "head source"]]:
+        """The metrics of a `set` variable that are means over its tokens, token by token, in [0, 1]."""
+        side, W_U = self.side(layer), self.vocabulary.W_U
+        if side is None or self.variable.kind is VariableKind.contrast:
+            return {}
+
+        def asked(*names: str) -> bool:
+            return wanted is None or any(name in wanted for name in names)
+
+        found: dict[str, Tensor] = {}
+        if maps.circuit == "ov" and W_U is not None:
+            if asked("ov_task_auc", "ov_task_auc_raw"):
+                logits = alignment.readout(maps.factors, side.rows, W_U[:, self.ids].T)
+                found["ov_task_auc"], found["ov_task_auc_raw"] = alignment.task_auc_by_source(logits)
+            if asked("ov_task_copy", "ov_task_suppress"):
+                copied, suppressed = alignment.in_top_by_source(maps.factors, side.rows, self.ids, W_U)
+                found["ov_task_copy"], found["ov_task_suppress"] = copied, suppressed
+        if maps.circuit == "qk":
+            if asked("qk_task_auc", "qk_task_auc_raw"):
+                scores = self._scores(maps, side.rows, side.rows)
+                found["qk_task_auc"], found["qk_task_auc_raw"] = alignment.task_auc_by_source(scores)
+            if W_U is not None and asked("qk_task_auc_unembed"):
+                scores = self._scores(maps, self.effective.normalised(W_U[:, self.ids].T), side.rows)
+                found["qk_task_auc_unembed"] = alignment.task_auc_by_source(scores)[0]
+        return found
+
+    def of_subspace(self, layer: int, maps: HeadMaps) -> dict[str, Float[Tensor, " head"]]:
+        """The metrics of the subspaces that the variable's words span."""
+        side, parts = self.side(layer), maps.decomposition
         if side is None:
             return {}
-        query = alignment.side_alignment(decomposition.read, decomposition.sigma, side.basis)
-        key = alignment.side_alignment(decomposition.write, decomposition.sigma, side.basis)
-        values = {
-            "qk_query_alignment": query.whole,
-            "qk_key_alignment": key.whole,
-            "qk_top_query_alignment": query.top,
-            "qk_top_key_alignment": key.top,
-        }
-        if self.variable.kind is VariableKind.contrast:
-            return values
-        centred, raw = alignment.task_auc(self._scores(weights, offsets, side.rows, side.rows))
-        values |= {"qk_task_auc": centred, "qk_task_auc_raw": raw}
-        if self.vocabulary.W_U is not None:
-            queries = self._normalised(self.vocabulary.W_U[:, self.ids].T)
-            scores = self._scores(weights, offsets, queries, side.rows)
-            values["qk_task_auc_unembed"] = alignment.task_auc(scores)[0]
-        return values
+        if maps.circuit == "qk":
+            query = alignment.side_alignment(parts.read, parts.sigma, side.basis)
+            key = alignment.side_alignment(parts.write, parts.sigma, side.basis)
+            return {
+                "qk_query_alignment": query.whole,
+                "qk_key_alignment": key.whole,
+                "qk_top_query_alignment": query.top,
+                "qk_top_key_alignment": key.top,
+            }
+        found = {}
+        contrast = self.variable.kind is VariableKind.contrast
+        if contrast:  # one direction: r/d = 1/d
+            found["ov_task_read"] = alignment.side_alignment(parts.read, parts.sigma, side.basis).whole
+        if self.write is not None:
+            written = alignment.side_alignment(parts.write, parts.sigma, self.write)
+            found |= {"ov_task_alignment": written.whole, "ov_top_alignment": written.top}
+            if contrast:
+                found["ov_task_transfer"] = alignment.transfer(parts, side.basis, self.write)
+        return found
 
     def _scores(
-        self,
-        weights: LayerWeights,
-        offsets: tuple[int, ...],
-        query_rows: Float[Tensor, "query d_model"],
-        key_rows: Float[Tensor, "key d_model"],
+        self, maps: HeadMaps, query_rows: Float[Tensor, "query d_model"], key_rows: Float[Tensor, "key d_model"]
     ) -> Float[Tensor, "head query key"]:
         """e_t W_QK e_u^T; of normalised queries and keys, with their biases, where the model has a norm there."""
-        if weights.qk_norm is not None:
-            return heads.scores(weights, self.architecture, query_rows, key_rows, offsets)
-        return alignment.readout(heads.qk_factors(weights, self.architecture, offsets), query_rows, key_rows)
+        if maps.scorer is not None:
+            return maps.scorer(query_rows, key_rows)
+        return alignment.readout(maps.factors, query_rows, key_rows)
 
     def _side(self, kind: str) -> Side:
-        words = self._rows(self.variable.read[0].ids, kind)
+        words = self.effective(self.variable.read[0].ids, kind)
         if self.variable.kind is VariableKind.contrast:
-            plus = self._rows(self.variable.read[1].ids, kind)
+            plus = self.effective(self.variable.read[1].ids, kind)
             return Side(words, alignment.unit_contrast(words, plus))
-        return Side(words, alignment.subspace(words, self._rows(self.variable.band, kind)))
+        rank = None if self.like is None else self.like._side_of(kind).basis.shape[0]
+        return Side(words, alignment.subspace(words, self._origin(kind, words), rank))
 
-    def _rows(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
-        rows = self.vocabulary.W_E[ids.to(self.vocabulary.W_E.device)]
-        if kind == "block0" and self.block0 is not None:
-            rows = self.block0.rows(rows)
-        return self._normalised(rows)
-
-    def _normalised(self, rows: Float[Tensor, "word d_model"]) -> Float[Tensor, "word d_model"]:
-        return normalise(rows, self.architecture.norm, self.architecture.norm_eps)
+    def _side_of(self, kind: str) -> Side:
+        side = self._sides.get(kind) or self._side(kind)
+        self._sides[kind] = side
+        return side
 
     def _write_basis(self) -> Float[Tensor, "r d_model"] | None:
         W_U = self.vocabulary.W_U
@@ -159,7 +276,23 @@ class Readout:
         columns = [W_U[:, words.ids.to(W_U.device)].T for words in self.variable.write]
         if self.variable.kind is VariableKind.contrast:
             return alignment.unit_contrast(columns[0], columns[1])
-        return alignment.subspace(columns[0], W_U[:, self.variable.band.to(W_U.device)].T)
+        rank = None if self.like is None or self.like.write is None else self.like.write.shape[0]
+        return alignment.subspace(columns[0], self._origin("write", columns[0]), rank)
+
+    def _origin(self, kind: str, words: Float[Tensor, "word d_model"]) -> Float[Tensor, " d_model"]:
+        """Mean of the band that the words are compared with, on the read side of one kind or on the write side."""
+        if self.like is not None:
+            n = len(self.like.variable.band)
+            total = self.like._origin(kind, words) * n - words.sum(0)
+            return total / (n - len(words))
+        if kind not in self._origins:
+            band = self.variable.band
+            W_U = self.vocabulary.W_U
+            if kind == "write" and W_U is not None:
+                self._origins[kind] = W_U[:, band.to(W_U.device)].mean(1)
+            else:
+                self._origins[kind] = self.effective(band, kind).mean(0)
+        return self._origins[kind]
 
 
 def full_circuit_ratio(

@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 
 EXACT_LABELINGS = 100_000
 DRAWS = 10_000
+EXCEEDANCES = 20  # after which a Monte Carlo test stops
+TIE = 1e-12  # values closer than this are equal
+QUANTILES = (0.0, 0.01, 0.025, 0.05, 0.25, 0.5, 0.75, 0.95, 0.975, 0.99, 1.0)
+"""Of a null, kept for every test."""
 
 Distribution = dict[int, int]
 """Value of a sum -> number of labelings that give it."""
@@ -40,6 +44,7 @@ class Permutation:
         p, p_opposite: one-sided, identity included.
         min_p: the smallest p that these labels and ranks can give.
         labelings: how many labelings there are, or were drawn.
+        quantiles: of the statistic over the labelings, at QUANTILES.
     """
 
     statistic: float
@@ -51,6 +56,41 @@ class Permutation:
     percentile: float
     labelings: int
     exact: bool
+    quantiles: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class MonteCarlo:
+    """A one-sided test against random draws, each direction stopped once its p is known well enough.
+
+    Attributes:
+        p, p_opposite: (1 + exceedances) / (1 + draws).
+        n: draws that p was counted on.
+        stopped: whether both directions have met their 20 exceedances, so that more draws would change nothing.
+    """
+
+    p: float
+    p_opposite: float
+    n: int
+    stopped: bool
+
+
+def monte_carlo(observed: float, draws: NDArray[np.float64]) -> MonteCarlo:
+    """Sequential Monte Carlo p-values (Besag & Clifford 1991), larger is more extreme; ties count against the claim.
+
+    The draws are counted in order, up to the 20th that is at least as extreme.
+    """
+    p, n, stopped = _counted(draws >= observed - TIE)
+    p_opposite, _, stopped_opposite = _counted(draws <= observed + TIE)
+    return MonteCarlo(p, p_opposite, n, stopped and stopped_opposite)
+
+
+def _counted(exceeds: NDArray[np.bool_]) -> tuple[float, int, bool]:
+    counts = exceeds.cumsum()
+    n, exceedances = len(exceeds), int(counts[-1]) if len(exceeds) else 0
+    if exceedances >= EXCEEDANCES:
+        n, exceedances = int(np.searchsorted(counts, EXCEEDANCES)) + 1, EXCEEDANCES
+    return (1 + exceedances) / (1 + n), n, exceedances == EXCEEDANCES
 
 
 def midranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -103,7 +143,16 @@ def stratified_permutation(strata: Sequence[Stratum], seed: int) -> Permutation:
         percentile=float(below / counts.sum()),
         labelings=labelings,
         exact=total <= EXACT_LABELINGS,
+        quantiles=tuple(float(value) / scale for value in _weighted_quantiles(values, counts)),
     )
+
+
+def _weighted_quantiles(values: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The smallest value that at least this share of the weight does not exceed, at QUANTILES."""
+    order = np.argsort(values)
+    reached = counts[order].cumsum() / counts.sum()
+    places = np.searchsorted(reached, np.array(QUANTILES) - TIE)
+    return values[order][np.minimum(places, len(values) - 1)]
 
 
 def _labelings(stratum: Stratum, scores: NDArray[np.int64]) -> Distribution:
@@ -166,6 +215,26 @@ def within_layer_auc(strata: Sequence[Stratum]) -> float:
         above += (difference > 0).sum() + 0.5 * (difference == 0).sum()
         pairs += difference.size
     return float(above / pairs) if pairs else math.nan
+
+
+def within_layer_auc_interval(
+    strata: Sequence[Stratum], resamples: Sequence[NDArray[np.float64]]
+) -> tuple[float, float]:
+    """95 % interval of `within_layer_auc` over resamples of the metric.
+
+    Args:
+        strata: the observed strata.
+        resamples: for each stratum the metric of its heads in every resample, [draw, n], signed as in the stratum.
+    """
+    above, pairs = 0.0, 0
+    for stratum, values in zip(strata, resamples, strict=True):
+        difference = values[:, stratum.claimed][:, :, None] - values[:, ~stratum.claimed][:, None, :]
+        above = above + ((difference > 0) + 0.5 * (difference == 0)).sum((1, 2))
+        pairs += difference[0].size
+    if not pairs:
+        return math.nan, math.nan
+    low, high = np.quantile(np.asarray(above) / pairs, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,7 +33,8 @@ class Variable:
 
     Attributes:
         read, write: `set`: the one set, on both sides; `contrast`: (minus, plus), index-aligned.
-        band: `set`: tokens matched to the words in surface form and log id rank, no task word among them.
+        band: tokens matched to the words in surface form and log id rank, no task word among them.
+        matches: word id -> the tokens of the band that are matched to this word.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Variable:
     read: tuple[WordSet, ...]
     write: tuple[WordSet, ...]
     band: Int[Tensor, " token"]
+    matches: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,11 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
         label: how messages name the model.
 
     Raises:
-        UserError: the task has variables and there is no tokenizer, a variable names a word set that is not
-            there, or fewer than 8 of its words are one token.
+        UserError: `continuations` or a variable names a word set that is not there, the task has variables and
+            there is no tokenizer, or fewer than 8 of a variable's words are one token.
     """
+    for key in task.continuations:
+        _check_set(task, "task.continuations", key)
     if not task.variables:
         return TaskTokens([], {}, {}, [])
     if tokenizer is None:
@@ -135,21 +139,25 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
     variables = []
     for name, config in task.variables.items():
         read, write = sides[name]
-        band = torch.zeros(0, dtype=torch.long)
-        if config.kind is VariableKind.set:
-            band, note = matched_band(read[0].ids, task_ids, tokenizer, n_tokens)
-            notes += [f"task {task.name}, variable {name}: {note}"] if note else []
-        variables.append(Variable(name, config.kind, read, write, band))
+        ids = torch.cat([words.ids for words in (*read, *write)]).unique()
+        matches, note = matched_tokens(ids, task_ids, tokenizer, n_tokens)
+        band = torch.tensor(sorted({token for found in matches.values() for token in found}), dtype=torch.long)
+        notes += [f"task {task.name}, variable {name}: {note}"] if note else []
+        variables.append(Variable(name, config.kind, read, write, band, matches))
     return TaskTokens(variables, kept, dropped, notes)
+
+
+def _check_set(task: TaskConfig, where: str, key: str) -> None:
+    if key not in task.words:
+        raise UserError(
+            f"{where}: names the word set '{key}', which task.words does not hold; allowed: "
+            f"{', '.join(task.words) or 'none'}."
+        )
 
 
 def _check_sets(task: TaskConfig, variable: str, sets: list[str]) -> None:
     for key in sets:
-        if key not in task.words:
-            raise UserError(
-                f"task.variables.{variable}: names the word set '{key}', which task.words does not hold; allowed: "
-                f"{', '.join(task.words) or 'none'}."
-            )
+        _check_set(task, f"task.variables.{variable}", key)
     wanted = 1 if task.variables[variable].kind is VariableKind.set else 2
     if len(sets) != wanted or len({len(task.words[key]) for key in sets}) != 1:
         raise UserError(
@@ -166,7 +174,7 @@ def _lost(task: TaskConfig, sets: list[str], aligned: list[WordSet]) -> list[lis
 
 
 class _Lookup:
-    """Words as single tokens, with the leading space where the tokenizer marks it."""
+    """Words as single tokens: with the leading space where the tokenizer marks it, or continuing a text without."""
 
     def __init__(self, tokenizer: Tokenizer, n_tokens: int) -> None:
         self.tokenizer, self.n_tokens = tokenizer, n_tokens
@@ -174,21 +182,30 @@ class _Lookup:
         self.marks_spaces = sum(token.startswith(WORD_STARTS) for token in vocabulary) > len(vocabulary) // 20
         self.unknown = getattr(tokenizer.model, "unk_token", None)
 
-    def token(self, word: str) -> int | None:
-        """The id of the one token that the word is, or None."""
-        for text in (f" {word}", word):
-            encoding = self.tokenizer.encode(text, add_special_tokens=False)
-            if len(encoding.ids) != 1 or encoding.ids[0] >= self.n_tokens:
+    def token(self, word: str, continues: bool = False) -> int | None:
+        """The id of the one token that the word is, or None; a word that continues a text has no space before it."""
+        for ids in [self._continuing(word)] if continues else [self._ids(f" {word}"), self._ids(word)]:
+            if len(ids) != 1 or ids[0] >= self.n_tokens:
                 continue
-            token = self.tokenizer.id_to_token(encoding.ids[0])
-            if token is None or token == self.unknown or (self.marks_spaces and not token.startswith(WORD_STARTS)):
+            token = self.tokenizer.id_to_token(ids[0])
+            if token is None or token == self.unknown:
                 continue
-            return encoding.ids[0]
+            if self.marks_spaces and token.startswith(WORD_STARTS) is continues:
+                continue
+            return ids[0]
         return None
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _continuing(self, text: str) -> list[int]:
+        """Ids of a text after a new line, which takes the space that some tokenizers put before every text."""
+        line, ids = self._ids("\n"), self._ids(f"\n{text}")
+        return ids[len(line) :] if ids[: len(line)] == line else []
 
     def aligned(self, task: TaskConfig, sets: list[str]) -> list[WordSet]:
         """The sets, keeping an index only where every set's word is one token and no token comes twice."""
-        rows = [[self.token(word) for word in task.words[key]] for key in sets]
+        rows = [[self.token(word, key in task.continuations) for word in task.words[key]] for key in sets]
         seen: set[int] = set()
         keep = []
         for index, ids in enumerate(zip(*rows, strict=True)):
@@ -215,38 +232,45 @@ def surface_form(token: str) -> tuple[bool, str, bool, int]:
     return token.startswith(WORD_STARTS), case, text.isalpha(), min(len(text) // 3, 3)
 
 
-def matched_band(
+def matched_tokens(
     ids: Int[Tensor, " word"], excluded: Int[Tensor, " task_token"], tokenizer: Tokenizer, n_tokens: int
-) -> tuple[Int[Tensor, " token"], str]:
+) -> tuple[dict[int, list[int]], str]:
     """Tokens that look like these words: same surface form, log id rank within 0.25, none of `excluded`.
 
     Returns:
-        Their ids, and a note (empty where nothing had to be relaxed): fewer than 8 matches widen the rank window,
-        then drop the length class, then the form.
+        Word id -> its matched tokens (never none), and a note (empty where nothing had to be relaxed): fewer than 8
+        matches in all widen the rank window, then drop the length class, then the form. A single word with fewer than
+        2 takes any of the others' matches.
+
+    Raises:
+        UserError: the vocabulary has fewer than 8 other tokens.
     """
     forms = [surface_form(tokenizer.id_to_token(i) or "") for i in range(n_tokens)]
     barred = set(excluded.tolist())
-    words = [(forms[i], math.log(i + 1)) for i in ids.tolist()]
 
-    def matches(window: float, parts: int) -> list[int]:
-        by_form: dict[tuple[object, ...], list[float]] = {}
-        for form, rank in words:
-            by_form.setdefault(form[:parts], []).append(rank)
-        return [
-            token
-            for token in range(n_tokens)
-            if token not in barred
-            and any(abs(math.log(token + 1) - rank) <= window for rank in by_form.get(forms[token][:parts], ()))
-        ]
+    def matches(window: float, parts: int) -> dict[int, list[int]]:
+        by_form: dict[tuple[object, ...], list[int]] = {}
+        for token in range(n_tokens):
+            if token not in barred:
+                by_form.setdefault(forms[token][:parts], []).append(token)
+        return {
+            word: [
+                token
+                for token in by_form.get(forms[word][:parts], ())
+                if abs(math.log(token + 1) - math.log(word + 1)) <= window
+            ]
+            for word in ids.tolist()
+        }
 
     relaxations = (
         (RANK_WINDOW, 4, ""),
-        (math.inf, 4, "matched band drawn without regard to id rank"),
-        (math.inf, 3, "matched band drawn without regard to id rank and length"),
-        (math.inf, 0, "matched band drawn from all other tokens"),
+        (math.inf, 4, "matched tokens drawn without regard to id rank"),
+        (math.inf, 3, "matched tokens drawn without regard to id rank and length"),
+        (math.inf, 0, "matched tokens drawn from all other tokens"),
     )
     for window, parts, note in relaxations:
         found = matches(window, parts)
-        if len(found) >= MIN_WORDS:
-            return torch.tensor(found, dtype=torch.long), note
+        band = sorted({token for tokens in found.values() for token in tokens})
+        if len(band) >= MIN_WORDS:
+            return {word: tokens if len(tokens) >= 2 else band for word, tokens in found.items()}, note
     raise UserError(f"the vocabulary has fewer than {MIN_WORDS} tokens besides the task's words.")

@@ -5,16 +5,19 @@
     induction   a random sequence of words, then the same sequence again
     filler      sentences that mention names, cities, companies and so on, and repeat nothing
 
-A context is a stream of such segments. Half of the training windows start at a random word of the stream,
-so no position is special; the other half start with <eos> and a whole segment, so the model also knows a
-prompt that begins a text. Both name orders, optional phrases, and other names in the sentences before keep
-position, distance and the set of names in the context from giving the answer away.
-The last name before the question is always the giver, though, and a model may use that instead of looking
-for the repeated name; the bundled one does.
+A context is a stream of such segments, each after a sentence that introduces other names (before most of the
+indirect-object sentences) or only fills.
+Half of the training windows start at a random word of the stream, so no position is special; the other half
+start with <eos> and a whole segment, so the model also knows a prompt that begins a text. Both name orders,
+optional phrases, and other names in the sentences before keep position, distance and the set of names in the
+context from giving the answer away. In half of the indirect-object sentences the giver asks the question, so
+that the last name before it is the giver; in the other half somebody else does, and the last name is the
+giver's as often as the receiver's: only the repetition tells them apart.
 
-Held out: about a tenth of the pairs of words (`is_held_out`) never meet in training as the two names of an
-indirect-object sentence, as the subject and the first attractor of an agreement sentence, or as neighbours
-in a random sequence. Accuracy is measured on those pairs only.
+Held out: about a tenth of the triples of words (`is_held_out`) never meet in training as the two names and the
+object of an indirect-object sentence, as the subject, first attractor and verb of an agreement sentence, or as
+three neighbours in a repeated sequence. Accuracy is measured on those triples only. Triples, and not pairs, because
+a model that trains for long learns which of a few hundred pairs never meet, and then answers with another word.
 
 Everything is drawn from a `random.Random`, so a seed fixes the language's every word.
 """
@@ -32,9 +35,9 @@ from ovqk.prompts import variants
 
 UNKNOWN, END_OF_TEXT = "<unk>", "<eos>"
 
-# Slots are filled from the word sets; {B} always speaks of the giver and {A} of the one given to.
+# Slots are filled from the word sets; {A} is the receiver, named once, and {B} the name that is repeated.
 SLOTS = {
-    "A": "names", "B": "names", "C": "names", "D": "names",
+    "A": "names", "B": "names", "X": "names", "Y": "names", "Z": "names", "C": "names", "D": "names",
     "city": "cities", "city2": "cities", "country": "countries", "country2": "countries",
     "surname": "surnames", "surname2": "surnames", "company": "companies", "company2": "companies",
     "state": "states", "state2": "states", "adjective2": "adjectives", "place": "places", "place2": "places", "object": "objects",
@@ -52,6 +55,19 @@ INDIRECT_OBJECT = [
     "Before {A} went[ from the {place}] to the {place2} with {B}, {B} {gave} a {object} to",
     "{A} saw {B}[ near the {place}][ in the {time}]. Then {B} {gave} a[ {adjective}] {object} to",
     "{A} and {B} were at the {place}.[ The {place2} was {adjective}.] In the {time}, {B} {gave} a {object} to",
+]
+
+# {X} is the repeated name; {Y} and {Z} are the repeated name and the receiver, in either order.
+SOMEBODY_ELSE_GIVES = [
+    "{X} was at the {place}[ in the {time}]. {Y} met {Z} near the {place2}. "
+    "The {noun} {gave} a[ {adjective}] {object} to",
+    "{X} {past} the {noun2}. Then {Y} and {Z} walked to the {place}, and the {noun} {gave} a {object} to",
+    "In the {time}, {X} was {adjective}. Because {Y} liked {Z}, the {noun} {gave} a {object} to",
+    "{X} and the {noun2} were at the {place}. After {Y} saw {Z}[ in the {time}], "
+    "the {noun} {gave} a[ {adjective}] {object} to",
+    "When {X} went to the {place}, {Y} was with {Z}. In the {place2}, the {noun} {gave} a {object} to",
+    "{Y} and {Z} were {adjective}. The {noun2} {past} {X}[ in the {time}]. Then they {gave} a {object} to",
+    "Before {Y} met {Z} at the {place}, {X} {past} the {noun2}. They {gave} a[ {adjective}] {object} to",
 ]
 
 AGREEMENT = [
@@ -78,16 +94,17 @@ FILLER = [
 
 # Other names, each mentioned once, in the sentence before: the receiver is not the only such name.
 INTRODUCTIONS = [
-    "{C} {past} the {noun} at the {place}.",
+    "{C} {past} the {noun} at the {place} with {D}.",
     "Then {C} and {D} walked to the {place}[ in the {time}].",
-    "In the {time}, {C} was {adjective}[ and {D} was {adjective2}].",
+    "In the {time}, {C} was {adjective} and {D} was {adjective2}.",
     "{C} and {D} were at the {place}.",
     "The {place} was {adjective} and {C} liked {D}.",
-    "{C} worked for {company}.",
+    "{C} worked for {company}[ in {city}], and {D} lived in {state}.",
 ]
-INTRODUCED = 0.8  # of the indirect-object sentences
+INTRODUCED = 0.85  # of the indirect-object sentences
+GIVER_ASKS = 0.5  # of the indirect-object sentences
 
-SEGMENTS = {"ioi": 6, "sva": 6, "filler": 7, "induction": 10}
+TASK_WEIGHTS = {"ioi": 4, "sva": 3, "induction": 6}
 SEQUENCE_LENGTHS = range(5, 13)
 
 
@@ -96,23 +113,23 @@ def tokenize(text: str) -> list[str]:
     return re.findall(r"<\w+>|\w+|[^\w\s]", text)
 
 
-def is_held_out(first: str, second: str) -> bool:
-    """Whether this unordered pair of words is kept from training (about one pair in ten)."""
-    return zlib.crc32(" ".join(sorted((first, second))).encode()) % 10 == 0
+def is_held_out(*words: str) -> bool:
+    """Whether this unordered triple of words is kept from training (about one in ten)."""
+    return zlib.crc32(" ".join(sorted(words)).encode()) % 10 == 0
 
 
 @dataclass(frozen=True)
 class Segment:
     """One segment of the stream: tokens, and where the task's answer stands (None for a filler).
 
-    `pair` are the two words whose meeting is held out or not; `foil` is the natural wrong answer.
+    `meeting` are the three words whose meeting is held out or not; `foil` is the natural wrong answer.
     """
 
     kind: str
     tokens: list[str]
     answer_at: int | None = None
     foil: str | None = None
-    pair: tuple[str, str] | None = None
+    meeting: tuple[str, ...] | None = None
 
 
 class Weighted:
@@ -142,6 +159,7 @@ def compiled(templates: list[str]) -> list[list[list[str]]]:
 
 
 INDIRECT_OBJECT_PIECES = compiled(INDIRECT_OBJECT)
+SOMEBODY_ELSE_GIVES_PIECES = compiled(SOMEBODY_ELSE_GIVES)
 AGREEMENT_PIECES = compiled(AGREEMENT)
 FILLER_PIECES = compiled(FILLER)
 INTRODUCTION_PIECES = compiled(INTRODUCTIONS)
@@ -166,34 +184,40 @@ def fill(pieces: list[str], values: dict[str, str], rng: random.Random) -> list[
 def indirect_object(rng: random.Random, held_out: bool = False) -> Segment:
     """An indirect-object sentence, mostly after an introduction; which name comes first is a fair coin."""
     while True:
-        receiver, giver = SETS["names"].draw(rng), SETS["names"].draw(rng)
-        if receiver != giver and is_held_out(receiver, giver) == held_out:
+        receiver, giver, given = SETS["names"].draw(rng), SETS["names"].draw(rng), SETS["objects"].draw(rng)
+        if receiver != giver and is_held_out(receiver, giver, given) == held_out:
             break
-    pieces = list(rng.choice(rng.choice(INDIRECT_OBJECT_PIECES)))
-    if rng.random() < 0.5:
-        first, second = pieces.index("{A}"), pieces.index("{B}")
-        pieces[first], pieces[second] = pieces[second], pieces[first]
+    first, second = (receiver, giver) if rng.random() < 0.5 else (giver, receiver)
+    if rng.random() < GIVER_ASKS:
+        pieces = list(rng.choice(rng.choice(INDIRECT_OBJECT_PIECES)))
+        names = {"A": receiver, "B": giver}
+        if first == giver:
+            a, b = pieces.index("{A}"), pieces.index("{B}")
+            pieces[a], pieces[b] = pieces[b], pieces[a]
+    else:
+        pieces = rng.choice(rng.choice(SOMEBODY_ELSE_GIVES_PIECES))
+        names = {"X": giver, "Y": first, "Z": second}
     if rng.random() < INTRODUCED:
         pieces = rng.choice(rng.choice(INTRODUCTION_PIECES)) + pieces
-    tokens = fill(pieces, {"A": receiver, "B": giver}, rng)
-    return Segment("ioi", [*tokens, receiver, "."], len(tokens), giver, (receiver, giver))
+    tokens = fill(pieces, {**names, "object": given}, rng)
+    return Segment("ioi", [*tokens, receiver, "."], len(tokens), giver, (receiver, giver, given))
 
 
 def agreement(rng: random.Random, held_out: bool = False) -> Segment:
     """An agreement sentence; the numbers of the subject and of every attractor are fair coins."""
     while True:
         lemmas = [SETS["nouns_singular"].index(rng) for _ in range(3)]
-        pair = WORDS["nouns_singular"][lemmas[0]], WORDS["nouns_singular"][lemmas[1]]
+        verb = SETS["verbs_singular"].index(rng)
+        meeting = *(WORDS["nouns_singular"][lemma] for lemma in lemmas[:2]), WORDS["verbs_singular"][verb]
         pieces = rng.choice(rng.choice(AGREEMENT_PIECES))
-        if len(set(lemmas)) == 3 and (is_held_out(*pair) and "{attractor}" in pieces) == held_out:
+        if len(set(lemmas)) == 3 and (is_held_out(*meeting) and "{attractor}" in pieces) == held_out:
             break
     numbers = [rng.choice(("singular", "plural")) for _ in lemmas]
     nouns = [WORDS[f"nouns_{number}"][lemma] for number, lemma in zip(numbers, lemmas, strict=True)]
     tokens = fill(pieces, dict(zip(("subject", "attractor", "attractor2"), nouns, strict=True)), rng)
-    verb = SETS["verbs_singular"].index(rng)
     right, wrong = WORDS[f"verbs_{numbers[0]}"][verb], WORDS[f"verbs_{_other(numbers[0])}"][verb]
     tail = ["a", SETS["objects"].draw(rng)] if right in ("has", "have") else [SETS["adverbs"].draw(rng)]
-    return Segment("sva", [*tokens, right, *tail, "."], len(tokens), wrong, pair)
+    return Segment("sva", [*tokens, right, *tail, "."], len(tokens), wrong, meeting)
 
 
 def _other(number: str) -> str:
@@ -205,20 +229,21 @@ SEQUENCE_CUMULATIVE = list(itertools.accumulate(SEQUENCE_WEIGHTS.values()))
 
 
 def repeated_sequence(rng: random.Random, held_out: bool = False) -> Segment:
-    """Different random words, then the same again. In a held-out segment the answer follows a new pair."""
+    """Different random words, then the same again. In a held-out segment the answer ends a new triple."""
     length = rng.choice(SEQUENCE_LENGTHS)
     answer_at = rng.randrange(1, length)
     while True:
         words: list[str] = []
         while len(words) < length:
             word = SETS[rng.choices(SEQUENCE_CLASSES, cum_weights=SEQUENCE_CUMULATIVE)[0]].draw(rng)
-            if word not in words and (held_out or not words or not is_held_out(words[-1], word)):
+            if word not in words and (held_out or len(words) < 2 or not is_held_out(*words[-2:], word)):
                 words.append(word)
-        pair = words[answer_at - 1], words[answer_at]
-        if is_held_out(*pair) == held_out and not (not held_out and is_held_out(words[-1], words[0])):
+        meeting = words[answer_at - 2], words[answer_at - 1], words[answer_at]  # the second copy follows the first
+        across = is_held_out(words[-2], words[-1], words[0]) or is_held_out(words[-1], words[0], words[1])
+        if is_held_out(*meeting) if held_out else not across:
             break
-    foil = rng.choice([word for word in words if word not in pair] or words[:1])
-    return Segment("induction", [*words, *words, "."], length + answer_at, foil, pair)
+    foil = rng.choice([word for word in words if word not in meeting[1:]])
+    return Segment("induction", [*words, *words, "."], length + answer_at, foil, meeting)
 
 
 def filler(rng: random.Random) -> Segment:
@@ -229,11 +254,19 @@ TASKS = {"ioi": indirect_object, "sva": agreement, "induction": repeated_sequenc
 
 
 def segments(rng: random.Random) -> Iterator[Segment]:
-    """The endless stream of training segments."""
-    kinds, weights = list(SEGMENTS), list(itertools.accumulate(SEGMENTS.values()))
+    """The endless stream of training segments: one of the tasks, after a filler where it brings no sentence before."""
+    kinds, weights = list(TASK_WEIGHTS), list(itertools.accumulate(TASK_WEIGHTS.values()))
     while True:
         kind = rng.choices(kinds, cum_weights=weights)[0]
-        yield filler(rng) if kind == "filler" else TASKS[kind](rng)
+        before = introduction(kind, rng)
+        if before:
+            yield Segment("filler", before)
+        yield TASKS[kind](rng)
+
+
+def introduction(kind: str, rng: random.Random) -> list[str]:
+    """What the stream puts before a segment: a filler, or nothing where the segment brings a sentence of its own."""
+    return [] if kind == "ioi" else filler(rng).tokens
 
 
 @dataclass(frozen=True)
@@ -276,18 +309,20 @@ def windows(rng: random.Random, length: int) -> Iterator[Window]:
 def held_out_examples(task: str, count: int, seed: int, length: int) -> Iterator[tuple[list[str], str, str]]:
     """Contexts of at most `length` tokens, each with the answer that comes next and its foil.
 
-    Ordinary training segments, cut at a random word, stand before a sentence of a held-out pair.
+    A sentence of a held-out triple stands behind as much of the stream as there is room for, or less, as in a training
+    window: half of the contexts start with <eos> and a whole segment, half at a random word.
     """
     rng = random.Random(f"held out {task} {seed}")
     for _ in range(count):
         segment = TASKS[task](rng, held_out=True)
         assert segment.answer_at is not None and segment.foil is not None
-        question = segment.tokens[: segment.answer_at]
-        room = rng.randrange(length - len(question) + 1)
-        before: list[str] = []
-        for earlier in segments(rng):
-            if len(before) >= room:
-                break
-            before += earlier.tokens
-        context = before[len(before) - room :] + question
-        yield context, segment.tokens[segment.answer_at], segment.foil
+        question = [*introduction(segment.kind, rng), *segment.tokens[: segment.answer_at]]
+        room = rng.randrange(length - len(question))
+        earlier = [piece.tokens for piece in itertools.islice(segments(rng), length // 4)]
+        if rng.random() < 0.5:
+            sizes = itertools.accumulate(len(tokens) for tokens in earlier)
+            whole = sum(size < room for size in sizes)
+            before = [END_OF_TEXT, *itertools.chain(*earlier[:whole])]
+        else:
+            before = list(itertools.chain(*earlier))[-room:] if room else []
+        yield before + question, segment.tokens[segment.answer_at], segment.foil

@@ -33,8 +33,8 @@ class Recipe:
 
     config: dict[str, Any]
     kind: str = "gpt2"
-    steps: int = 3600
-    batch: int = 64
+    steps: int = 2000
+    batch: int = 128
     learning_rate: float = 2e-3
     warmup: int = 100
     decay: float = 0.4  # of the steps, at the end
@@ -43,8 +43,23 @@ class Recipe:
 
 
 RECIPES = {
-    "mini-attn": Recipe(config={"n_layer": 4, "n_head": 8, "n_embd": 128, "n_positions": 64}, mlp=False),
-}
+    "mini-attn": Recipe(
+        config={"n_layer": 4, "n_head": 8, "n_embd": 128, "n_positions": 48, "tie_word_embeddings": False},
+        mlp=False,
+    ),
+    "mini-gpt2": Recipe(
+        config={
+            "n_layer": 4, "n_head": 8, "n_embd": 128, "n_inner": 512, "n_positions": 48, "tie_word_embeddings": False
+        },
+    ),
+    "mini-llama": Recipe(
+        kind="llama",
+        config={
+            "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128,
+            "intermediate_size": 352, "max_position_embeddings": 48, "tie_word_embeddings": False,
+        },
+    ),
+}  # fmt: skip
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 

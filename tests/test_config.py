@@ -58,8 +58,8 @@ def test_metrics_carry_title_formula_and_range() -> None:
 ORDER = [
     "errors", "config", "metrics", "devices", "checkpoints", "weights", "families", "native",
     "single_file", "heads", "vocabulary", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
-    "readouts", "availability", "model", "claims", "statistics", "nulls", "verdicts", "prompts",
-    "analyses", "identity", "record", "results", "comparison", "tracking", "console", "cell", "sweep",
+    "directions", "readouts", "composition", "availability", "model", "claims", "statistics", "nulls", "surrogates",
+    "testing", "patterns", "verdicts", "prompts", "analyses", "identity", "record", "results", "comparison", "tracking", "console", "cell", "sweep",
 ]
 # fmt: on
 

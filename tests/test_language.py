@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import language
 import words
 
-LENGTH = 64
+LENGTH = 48
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,17 @@ def test_windows_start_anywhere():
     assert len(starts) > 200
 
 
-def test_the_receiver_comes_first_in_half_of_the_sentences(training):
-    sentences = training["ioi"]
-    first = share(s.tokens.index(s.tokens[s.answer_at]) < s.tokens.index(s.foil) for s in sentences)
-    assert 0.47 < first < 0.53
+def test_neither_the_first_nor_the_last_name_gives_the_receiver(training):
+    """Only the repetition tells the two names apart: each rule by order is wrong in most sentences."""
+    first_is_receiver, last_is_receiver = [], []
+    for segment in training["ioi"]:
+        receiver, giver = segment.tokens[segment.answer_at], segment.foil
+        mentions = [token for token in segment.tokens[: segment.answer_at] if token in (receiver, giver)]
+        assert mentions.count(receiver) == 1 and mentions.count(giver) == 2
+        first_is_receiver.append(mentions[0] == receiver)
+        last_is_receiver.append(mentions[-1] == receiver)
+    assert 0.2 < share(first_is_receiver) < 0.5
+    assert 0.1 < share(last_is_receiver) < 0.5
 
 
 def test_no_distance_gives_the_receiver(training):
@@ -105,24 +112,43 @@ def test_a_sequence_repeats_after_different_lengths(training):
     assert max(lengths.values()) / lengths.total() < 0.25
 
 
-@pytest.mark.parametrize("task", ["ioi", "sva"])
-def test_held_out_pairs_are_not_in_training(training, task):
-    marker = {"ioi": None, "sva": "attractor"}[task]
+@pytest.mark.parametrize("task", list(language.TASKS))
+def test_held_out_triples_are_not_in_training(training, task):
+    nouns = {*words.WORDS["nouns_singular"], *words.WORDS["nouns_plural"]}
+    held_out = []
     for segment in training[task]:
-        nouns = {*words.WORDS["nouns_singular"], *words.WORDS["nouns_plural"]}
-        if marker is None or sum(token in nouns for token in segment.tokens) > 1:
-            assert not language.is_held_out(*segment.pair)
+        has_attractor = sum(token in nouns for token in segment.tokens) > 1
+        if task == "induction":
+            tokens = segment.tokens[:-1]
+            triples = zip(tokens, tokens[1:], tokens[2:], strict=False)
+            held_out += [language.is_held_out(*triple) for triple in triples]
+        elif task == "ioi" or has_attractor:
+            held_out.append(language.is_held_out(*segment.meeting))
+    assert len(held_out) > 1000 and not any(held_out)
 
 
-def test_held_out_neighbours_are_not_in_training(training):
-    for segment in training["induction"]:
-        assert not any(language.is_held_out(*pair) for pair in itertools.pairwise(segment.tokens[:-1]))
+def test_a_tenth_of_all_triples_is_held_out():
+    triples = itertools.combinations(words.WORDS["names"][:20], 3)
+    assert 0.08 < share(language.is_held_out(*triple) for triple in triples) < 0.12
 
 
 @pytest.mark.parametrize("task", list(language.TASKS))
-def test_held_out_examples_ask_about_held_out_pairs(task):
+def test_held_out_examples_ask_about_held_out_triples(task):
     rng = random.Random(0)
     for _ in range(100):
-        assert language.is_held_out(*language.TASKS[task](rng, held_out=True).pair)
-    for context, answer, foil in language.held_out_examples(task, 100, 0, LENGTH):
+        segment = language.TASKS[task](rng, held_out=True)
+        assert language.is_held_out(*segment.meeting)
+    starts = Counter()
+    for context, answer, foil in language.held_out_examples(task, 200, 0, LENGTH):
         assert len(context) <= LENGTH and answer != foil
+        starts[context[0] == language.END_OF_TEXT] += 1
+    assert 70 < starts[True] < 130  # as in training
+
+
+def test_a_held_out_sequence_repeats_a_triple_never_seen():
+    rng = random.Random(1)
+    for _ in range(200):
+        segment = language.repeated_sequence(rng, held_out=True)
+        before = segment.tokens[segment.answer_at - 2 : segment.answer_at]
+        assert (*before, segment.tokens[segment.answer_at]) == segment.meeting
+        assert segment.meeting[1:] in set(itertools.pairwise(segment.tokens[: len(segment.tokens) // 2]))

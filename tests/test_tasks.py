@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from ovqk.checkpoints import open_checkpoint
 from ovqk.config import VariableConfig, VariableKind
 from ovqk.errors import UserError
-from ovqk.tasks import load_tokenizer, matched_band, resolve_task, surface_form
+from ovqk.tasks import load_tokenizer, matched_tokens, resolve_task, surface_form
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,52 @@ def test_a_variable_names_word_sets_that_exist(mini_tokenizer) -> None:
         resolve_task(task, mini_tokenizer, 400, "x")
 
 
+@pytest.mark.parametrize(("task", "key", "word"), [("greater_than", "years", "32"), ("acronym", "letters", "Q")])
+def test_a_continuation_is_looked_up_without_a_space_and_never_with_one(gpt2_tokenizer, task, key, word) -> None:
+    config = compose(f"task={task}").task
+    assert config.continuations == [key]
+    variable = resolve_task(config, gpt2_tokenizer, 50257, "gpt2").variables[0]
+    tokens = [gpt2_tokenizer.id_to_token(i) for i in variable.read[0].ids.tolist()]
+    assert tokens == config.words[key] and word in tokens
+    assert gpt2_tokenizer.token_to_id(f"Ġ{word}") is not None  # so that the other form could have been taken
+    assert {surface_form(gpt2_tokenizer.id_to_token(i))[0] for i in variable.band.tolist()} == {False}
+    config.continuations = []
+    spaced = resolve_task(config, gpt2_tokenizer, 50257, "gpt2").variables[0]
+    assert [gpt2_tokenizer.id_to_token(i) for i in spaced.read[0].ids.tolist()] == [f"Ġ{w}" for w in config.words[key]]
+    assert {surface_form(gpt2_tokenizer.id_to_token(i))[0] for i in spaced.band.tolist()} == {True}
+
+
+def test_a_continuation_that_is_one_token_only_after_a_space_is_dropped(gpt2_tokenizer) -> None:
+    task = compose("task=acronym").task
+    task.words["letters"] += ["Quarter", "Good"]
+    assert [len(gpt2_tokenizer.encode(text).ids) for text in (" Quarter", "Quarter", "Good")] == [1, 2, 1]
+    assert resolve_task(task, gpt2_tokenizer, 50257, "gpt2").dropped == {"letters": ["Quarter"]}
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text_has_continuations_too() -> None:
+    tokenizer = load_tokenizer(open_checkpoint(local(shared_model("stories260k"))))
+    assert tokenizer.encode("A", add_special_tokens=False).tokens[0].startswith("▁")
+    variable = resolve_task(compose("task=acronym").task, tokenizer, tokenizer.get_vocab_size(), "x").variables[0]
+    words = variable.read[0]
+    assert len(words.words) >= 20
+    assert [tokenizer.id_to_token(i) for i in words.ids.tolist()] == words.words
+
+
+def test_a_continuation_of_words_without_spaces_is_the_word(mini_tokenizer) -> None:
+    task = compose("task=ioi").task
+    plain = resolve_task(task, mini_tokenizer, mini_tokenizer.get_vocab_size(), "x").variables[0].read[0]
+    task.continuations = ["names"]
+    continued = resolve_task(task, mini_tokenizer, mini_tokenizer.get_vocab_size(), "x").variables[0].read[0]
+    assert continued.ids.tolist() == plain.ids.tolist()
+
+
+def test_continuations_name_word_sets_that_exist(gpt2_tokenizer) -> None:
+    task = compose("task=greater_than", "task.continuations=[yaers]").task
+    for tokenizer in (gpt2_tokenizer, None):
+        with pytest.raises(UserError, match=r"task\.continuations: .*'yaers'.*allowed: years, events"):
+            resolve_task(task, tokenizer, 50257, "gpt2")
+
+
 def test_surface_forms() -> None:
     assert surface_form("ĠMary") == (True, "title", True, 1)
     assert surface_form("the") == (False, "lower", True, 1)
@@ -105,8 +151,9 @@ def test_a_band_that_must_be_relaxed_says_so() -> None:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="thinga"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     ids = torch.arange(8)
-    band, note = matched_band(ids, ids, tokenizer, 20)
-    assert set(band.tolist()) == set(range(8, 20)) and "all other tokens" in note
+    matches, note = matched_tokens(ids, ids, tokenizer, 20)
+    assert {token for found in matches.values() for token in found} == set(range(8, 20))
+    assert set(matches) == set(range(8)) and "all other tokens" in note
 
 
 def test_a_damaged_tokenizer_is_one_message(tmp_path) -> None:

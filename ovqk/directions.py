@@ -1,0 +1,365 @@
+"""What a head's leading components read and write, as tokens (`directions.parquet`; definitions, section 2).
+
+In the row convention a head is the sum of its components, singular (u, v) or eigen (M r = lambda r, l M = lambda l):
+
+    x M = sum sigma (x . u) v        x M = sum lambda (x . r) l / (l . r)
+
+OV reads rows of W_E and writes columns of W_U; QK compares rows of W_E (read: the query, write: the key). Projections
+of tokens are centred over tokens: a softmax cannot see a constant.
+
+Only the joint sign of a component means something: (u, v) and (-u, -v) are one. It is chosen so that the read side's
+projection of largest magnitude is positive (a tie: that of the lowest token id). The sides of an eigen component have
+l . r > 0 besides, so that copying or suppressing, matching or avoiding show in the sign of lambda.
+"""
+
+import math
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Complex, Float, Inexact, Int
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ovqk.heads import Circuit
+from ovqk.spectra import TINY, Decomposition, core
+from ovqk.vocabulary import BLOCK, Vocabulary, blocks
+
+COMPONENTS = 3
+TOKENS = 10  # of each side and sign
+CLOSE = 0.1  # values nearer than this part of the larger one are linked
+SHIFT = 1e-8  # of sum sigma: how far beside its eigenvalue a left eigenvector is sought
+SLACK = 1e-5  # of the longest token: more than the rounding of a float32 projection
+GRID = 1e-9  # of the longest token: scores are rounded to it, so that equal tokens score the same
+LONG = 30  # letters of a token that a line shows
+KINDS, SIDES = ("singular", "eigen"), ("read", "write")
+
+# fmt: off
+COLUMNS = {
+    "layer": np.int32, "head": np.int32, "circuit": np.object_, "kind": np.object_, "component": np.int32,
+    "value": np.float64, "value_im": np.float64, "cluster": np.int32, "cluster_size": np.int32, "side": np.object_,
+    "sign": np.int32, "rank": np.int32, "token_id": np.int32, "token": np.object_, "score": np.float64,
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Components:
+    """Components of all heads in one batch.
+
+    Attributes:
+        head, kind: whose it is, and the index of its kind in KINDS.
+        component: its place by falling modulus, from 0; a complex pair takes one place.
+        value: sigma, or lambda (of a pair, the one with Im > 0).
+        cluster, cluster_size: the first component of its cluster (itself, where it stands alone), and how many the
+            cluster has, reported or not. Above 1 only the cluster's span is identified.
+        read, write: orthonormal rows that span the side: two for a pair, else one and a row of zeros.
+    """
+
+    head: Int[Tensor, " n"]
+    kind: Int[Tensor, " n"]
+    component: Int[Tensor, " n"]
+    value: Complex[Tensor, " n"]
+    cluster: Int[Tensor, " n"]
+    cluster_size: Int[Tensor, " n"]
+    read: Float[Tensor, "n 2 d_model"]
+    write: Float[Tensor, "n 2 d_model"]
+
+
+def components(decomposition: Decomposition, count: int = COMPONENTS) -> Components:
+    """The `count` leading singular and eigen components of every head, without those that are rounding."""
+    both = singular_components(decomposition, count), eigen_components(decomposition, count)
+    return Components(*(torch.cat([getattr(part, field.name) for part in both]) for field in fields(Components)))
+
+
+def singular_components(decomposition: Decomposition, count: int) -> Components:
+    """Those below 1e-6 of sum sigma are left out."""
+    sigma = decomposition.sigma
+    kept = sigma[:, :count] > TINY * sigma.sum(-1, keepdim=True)
+    sides = [side[:, :, :count].mT[kept].to(torch.complex128) for side in (decomposition.read, decomposition.write)]
+    return _batch("singular", kept, sigma.to(torch.complex128), clusters(sigma), sides)
+
+
+def eigen_components(decomposition: Decomposition, count: int) -> Components:
+    """From the k x k core. Components of equal modulus come in either order.
+
+    Left out: eigenvalues below 1e-6 of sum sigma, and those that a change of M by that much could bring to 0. To first
+    order such a change moves an eigenvalue by itself / (l . r), r and l of unit length: so the eigenvalues of a chain
+    of reads and writes that ends are seen to be rounding. Where eigenvalues coalesce, first order says nothing.
+    """
+    total, cores = decomposition.sigma.sum(-1, keepdim=True), core(decomposition)
+    values, right = torch.linalg.eig(cores)
+    order = values.abs().masked_fill(values.imag < 0, -1).sort(dim=-1, descending=True, stable=True).indices
+    values, right = values.gather(-1, order), right.gather(-1, order[:, None].expand_as(right))[:, :, :count]
+    left = _left_eigenvectors(cores, values[:, :count] + SHIFT * total, right)
+    read, write = (decomposition.balanced_left.to(right) @ right).mT, left @ decomposition.balanced_right.to(left)
+    read, write = (side / side.norm(dim=-1, keepdim=True) for side in (read, write))
+    overlap = (read * write).sum(-1)
+    write = torch.where((overlap.real < 0)[..., None], -write, write)
+    values = values.masked_fill(values.imag < 0, math.nan)  # the other half of each pair, sorted last
+    members = clusters(values)
+    value, modulus = values[:, :count], values[:, :count].abs()
+    coalesces = (members[1][:, :count] > 1) | ((value.imag > 0) & (2 * value.imag < CLOSE * modulus))
+    kept = (modulus > TINY * total) & (coalesces | (modulus * overlap.abs() > TINY * total))
+    return _batch("eigen", kept, values, members, [read[kept], write[kept]])
+
+
+def _left_eigenvectors(
+    cores: Float[Tensor, "head k k"], beside: Complex[Tensor, "head n"], right: Complex[Tensor, "head k n"]
+) -> Complex[Tensor, "head n k"]:
+    """Rows l with l K = lambda l: inverse iteration from the right eigenvector, at a number beside lambda.
+
+    Of equal eigenvalues each gets the l that is nearest to its own r; nothing is divided by l . r.
+    """
+    identity = torch.eye(cores.shape[-1], dtype=beside.dtype, device=beside.device)
+    lu, pivots, _ = torch.linalg.lu_factor_ex(cores.mT.to(beside)[:, None] - beside[..., None, None] * identity)
+    left = right.mT.conj()[..., None]
+    for _ in range(3):
+        left = torch.linalg.lu_solve(lu, pivots, left)
+        left = left / left.norm(dim=-2, keepdim=True)
+    return left[..., 0]
+
+
+def _batch(
+    kind: str,
+    kept: Bool[Tensor, "head count"],
+    values: Complex[Tensor, "head k"],
+    members: tuple[Int[Tensor, "head k"], Int[Tensor, "head k"]],
+    sides: list[Complex[Tensor, "n d_model"]],
+) -> Components:
+    """The kept components; a side's vector becomes an orthonormal basis of its real and imaginary part."""
+    value, cluster, size = (x[:, : kept.shape[1]][kept] for x in (values, *members))
+    planes = []
+    for side in sides:
+        line = torch.stack((side.real, torch.zeros_like(side.real)), 1)
+        basis = torch.linalg.qr(torch.stack((side.real, side.imag), -1)).Q.mT
+        planes.append(torch.where((value.imag > 0)[:, None, None], basis, line))
+    head, component = kept.nonzero(as_tuple=True)
+    return Components(head, torch.full_like(head, KINDS.index(kind)), component, value, cluster, size, *planes)
+
+
+def clusters(values: Inexact[Tensor, "head k"]) -> tuple[Int[Tensor, "head k"], Int[Tensor, "head k"]]:
+    """Each value's cluster, as the index of its first member, and how many it has (nan: alone).
+
+    Values closer than 10 % of the larger modulus are linked, and what is linked through others is one cluster.
+    """
+    n, modulus = values.shape[1], values.abs()
+    near = (values[:, :, None] - values[:, None]).abs() < CLOSE * torch.maximum(modulus[:, :, None], modulus[:, None])
+    linked = (near | torch.eye(n, dtype=torch.bool, device=values.device)).float()
+    for _ in range(n.bit_length()):  # each step doubles the paths
+        linked = (linked @ linked).clamp_max(1)
+    return linked.argmax(-1), linked.sum(-1).long()
+
+
+# --- tokens --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """Lists of tokens, one for each component and sign (a pair has only +1), best first.
+
+    Attributes:
+        owner, sign: whose list, and of its largest (+1) or smallest (-1) projections.
+        score: sign times the centred projection; on a pair's plane, its norm.
+    """
+
+    owner: Int[Tensor, " list"]
+    sign: Int[Tensor, " list"]
+    token: Int[Tensor, "list rank"]
+    score: Float[Tensor, "list rank"]
+
+    def joint_sign(self) -> Int[Tensor, " n"]:
+        """Of each component: -1 where its projection of largest magnitude is negative."""
+        plus, minus = (self.sign == 1).nonzero()[:, 0], (self.sign == -1).nonzero()[:, 0]
+        other = plus[self.owner[minus]]  # the list of the same component's largest
+        more = self.score[minus, 0] > self.score[other, 0]
+        tie = (self.score[minus, 0] == self.score[other, 0]) & (self.token[minus, 0] < self.token[other, 0])
+        joint = torch.ones_like(plus)
+        joint[self.owner[minus[more | tie]]] = -1
+        return joint
+
+
+class TokenColumns:
+    """The tokens of one side as columns: W_E transposed, or W_U."""
+
+    def __init__(self, columns: Float[Tensor, "d_model token"]) -> None:
+        """Take their mean, in float64, and the norm of the longest."""
+        self.columns, self.mean = columns, columns.mean(1, dtype=torch.float64)
+        self.longest = float(torch.linalg.vector_norm(columns, dim=0).max())
+
+    def extremes(self, planes: Float[Tensor, "n 2 d_model"], count: int, block: int) -> Extremes:
+        """The tokens of largest and of smallest projection, those of equal score by id.
+
+        The vocabulary is screened in its own precision, `block` tokens at a time; what comes within rounding of the
+        best is projected again in float64, so that neither blocks nor threads decide.
+        """
+        is_pair, count = planes[:, 1].any(-1), min(count, self.columns.shape[1])
+        owner = torch.cat((torch.arange(len(planes), device=planes.device), (~is_pair).nonzero()[:, 0]))
+        sign = torch.ones_like(owner)
+        sign[len(planes) :] = -1
+        lists, tokens = self._screened(planes, is_pair, count, block)
+        score = torch.empty(len(lists), dtype=torch.float64, device=planes.device)
+        for part in blocks(len(lists)):
+            mine = owner[lists[part]]
+            on = torch.einsum("npd,nd->np", planes[mine], self.columns.T[tokens[part]].double() - self.mean)
+            score[part] = torch.where(is_pair[mine], on.norm(dim=-1), sign[lists[part]] * on[:, 0])
+        grid = GRID * max(self.longest, torch.finfo(torch.float32).tiny)
+        score = (score / grid).round() * grid
+        order = np.lexsort([x.cpu().numpy() for x in (tokens, -score, lists)])  # by list, falling score, id
+        first = np.searchsorted(lists.cpu().numpy()[order], np.arange(len(owner)))
+        best = torch.from_numpy(order[first[:, None] + np.arange(count)]).to(owner.device)
+        return Extremes(owner, sign, tokens[best], score[best])
+
+    def _screened(
+        self, planes: Float[Tensor, "n 2 d_model"], is_pair: Bool[Tensor, " n"], count: int, block: int
+    ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"]]:
+        """Candidates (list, token) for each list's `count` best: every component's +1, then every line's -1."""
+        directions = torch.cat((planes[:, 0], planes[is_pair, 1])).to(self.columns)
+        middle = (directions @ self.mean.to(self.columns))[:, None]
+        floor = torch.full((len(planes) + int((~is_pair).sum()), 1), -math.inf).to(self.columns)
+        slack, found = SLACK * self.longest, []
+        for part in blocks(self.columns.shape[1], block):
+            scores, second = (directions @ self.columns[:, part] - middle).split([len(planes), int(is_pair.sum())])
+            scores[is_pair] = torch.hypot(scores[is_pair], second)
+            scores = torch.cat((scores, -scores[~is_pair]))
+            if scores.shape[1] >= count:  # no list's last place is lower than it is among these tokens
+                floor = torch.maximum(floor, scores.topk(count).values[:, -1:])
+            lists, tokens = (scores >= floor - slack).nonzero(as_tuple=True)
+            found.append((lists, tokens + part.start, scores[lists, tokens]))
+        lists, tokens, score = (torch.cat(parts) for parts in zip(*found, strict=True))
+        kept = score >= floor[lists, 0] - slack
+        return lists[kept], tokens[kept]
+
+
+class Directions:
+    """Makes the layers' tables: built once a model, because its vocabulary is prepared once."""
+
+    def __init__(self, vocabulary: Vocabulary, tokenizer: Tokenizer | None, block: int = BLOCK) -> None:
+        """Take the tokens' embeddings and spelling; without W_U, OV components have no written tokens."""
+        self.embedded = TokenColumns(vocabulary.W_E.T)
+        self.unembedded = None if vocabulary.W_U is None else TokenColumns(vocabulary.W_U)
+        self.spelling, self.block = Spelling(tokenizer), block
+
+    def table(
+        self, layer: int, circuit: Circuit, decomposition: Decomposition, count: int = COMPONENTS, tokens: int = TOKENS
+    ) -> pd.DataFrame:
+        """One circuit of one layer: a row for each head, component, side, sign and rank; empty where M is 0.
+
+        Columns: layer, head, circuit, kind (`singular`, `eigen`), component (a complex pair is one), value (sigma or
+        Re lambda), value_im (Im lambda > 0 for a pair, else 0), cluster (its first component), cluster_size (counting
+        components that are not reported; above 1, only their span is identified), side (`read`, `write`), sign (+1
+        largest, -1 smallest), rank (1 the most extreme), token_id, token, score (the centred projection).
+        """
+        found = components(decomposition, count)
+        read = self.embedded.extremes(found.read, tokens, self.block)
+        joint = read.joint_sign()
+        parts = [_rows(found, read, joint, "read")]
+        written = self.embedded if circuit == "qk" else self.unembedded
+        if written is not None:
+            parts.append(_rows(found, written.extremes(found.write, tokens, self.block), joint, "write"))
+        rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        keys = (rows["rank"], -rows["sign"], rows["side"], rows["component"], rows["kind"], rows["head"])
+        rows = {name: values[np.lexsort(keys)] for name, values in rows.items()}
+        ids, place = np.unique(rows["token_id"], return_inverse=True)
+        rows |= {
+            "layer": np.full(len(place), layer),
+            "circuit": np.full(len(place), circuit, dtype=object),
+            "kind": np.array(KINDS, dtype=object)[rows["kind"]],
+            "value": rows["value"].real,
+            "value_im": rows["value"].imag,
+            "side": np.array(SIDES, dtype=object)[rows["side"]],
+            "token": np.array([self.spelling(token) for token in ids.tolist()], dtype=object)[place],
+        }
+        return pd.DataFrame({name: rows[name].astype(dtype) for name, dtype in COLUMNS.items()})
+
+
+def _rows(found: Components, extremes: Extremes, joint: Int[Tensor, " n"], side: str) -> dict[str, NDArray[Any]]:
+    """One side's columns: every list's component and tokens, the signs turned as on the component's other side."""
+    n_ranks, owner = extremes.token.shape[1], extremes.owner
+    lists = {field.name: getattr(found, field.name) for field in fields(found) if field.name not in SIDES}
+    lists = {name: x[owner] for name, x in lists.items()} | {"sign": extremes.sign * joint[owner]}
+    rows = {name: x.cpu().numpy().repeat(n_ranks) for name, x in lists.items()}
+    return rows | {
+        "side": np.full(len(rows["sign"]), SIDES.index(side)),
+        "rank": np.tile(np.arange(1, n_ranks + 1), len(owner)),
+        "token_id": extremes.token.flatten().cpu().numpy(),
+        "score": extremes.score.flatten().cpu().numpy() * rows["sign"] + 0.0,  # no negative zero
+    }
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter that stands for each byte in a byte-level vocabulary (Radford et al. 2019) -> the byte."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTE_LETTERS = _byte_letters()
+
+
+class Spelling:
+    """The text that each token stands for, spelled once."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        """Take the vocabulary; without one every token is its `#id`."""
+        self.tokenizer, self.known, self.byte_level = tokenizer, dict[int, str](), False
+        if tokenizer is not None:
+            self.known = {token: added.content for token, added in tokenizer.get_added_tokens_decoder().items()}
+            self.byte_level = "ByteLevel(" in f"{tokenizer.decoder} {tokenizer.pre_tokenizer}"
+
+    def __call__(self, token: int) -> str:
+        """Leading spaces and control characters kept, special tokens by name, bytes that are no text as `\\xNN`.
+
+        `#id` where the tokenizer has no such token. Never raises; escape the text before a terminal shows it.
+        """
+        if token not in self.known:
+            self.known[token] = self._spelled(token)
+        return self.known[token]
+
+    def _spelled(self, token: int) -> str:
+        piece = self.tokenizer.id_to_token(token) if self.tokenizer is not None and 0 <= token < 2**32 else None
+        if piece is None:
+            return f"#{token}"
+        if self.byte_level:
+            if not all(letter in BYTE_LETTERS for letter in piece):
+                return piece  # a token that was put in as text
+            return bytes(BYTE_LETTERS[letter] for letter in piece).decode(errors="backslashreplace")
+        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):  # sentencepiece's bytes
+            return bytes([int(piece[3:5], 16)]).decode(errors="backslashreplace")
+        return re.sub("^Ġ", " ", piece.replace("▁", " "))
+
+
+def describe(table: pd.DataFrame, layer: int, head: int, shown: int = 5) -> list[str]:
+    """A head's components, a line each: `OV singular 0 (sigma 12.3): reads ' John' | not ' the' -> writes ...`.
+
+    Tokens are quoted and escaped as by repr, which leaves no control or direction-changing character; they may still
+    hold what rich takes for markup (print them as `rich.text.Text`).
+    """
+    rows = table[(table["layer"] == layer) & (table["head"] == head) & (table["rank"] <= shown)]
+    return [_line(part) for _, part in rows.groupby(["circuit", "kind", "component"], sort=False)]
+
+
+def _line(rows: pd.DataFrame) -> str:
+    first = rows.iloc[0]
+    value = f"{'sigma' if first['kind'] == 'singular' else 'lambda'} {first['value']:.3g}"
+    value += f" ± {first['value_im']:.3g}i, a plane" if first["value_im"] > 0 else ""
+    turned = first["kind"] == "eigen" and first["value"] < 0 and first["value_im"] == 0
+    verbs = {
+        "ov": ("reads", "suppresses" if turned else "writes"),
+        "qk": ("queries", "avoid keys" if turned else "keys"),
+    }
+    sides = []
+    for verb, side in zip(verbs[first["circuit"]], SIDES, strict=True):
+        lists = [rows[(rows["side"] == side) & (rows["sign"] == sign)]["token"] for sign in (1, -1)]
+        texts = [" ".join(repr(text if len(text) <= LONG else text[:LONG] + "…") for text in part) for part in lists]
+        sides += [f"{verb} {' | not '.join(filter(None, texts))}"] if texts[0] else []
+    size = first["cluster_size"]
+    together = f" (cluster of {size}: only their span means something)" if size > 1 else ""
+    return f"{first['circuit'].upper()} {first['kind']} {first['component']} ({value}){together}: {' -> '.join(sides)}"

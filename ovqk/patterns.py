@@ -1,0 +1,89 @@
+"""The four patterns that the claims are read by, each with its evidence (definitions: section 6).
+
+ov_aligned   an OV prediction of the role holds for the head
+qk_simple    few QK components (90 % of the energy in a quarter of d_head), and the first stands alone
+ov_flat      the OV energy is spread as in a product of random weights of the same shape: no one role to assign
+both_align   an OV and a QK prediction hold; exploratory ones too, uncorrected, which the evidence says
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ovqk.claims import Head
+from ovqk.metrics import METRICS
+from ovqk.nulls import ALPHA, Values
+
+SIMPLE = 0.25  # of d_head
+CLUSTER = 0.1  # of its own value: a component closer than this to the next is not identified alone
+FLAT_QUANTILE, FLAT_DRAWS = 0.05, 400
+
+
+def head_patterns(
+    values: Values, head: Head, shape: tuple[int, int], second: float, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The patterns of one claimed head: booleans, None where what they rest on is not there, and `evidence`.
+
+    Args:
+        values: metric -> [layer, head].
+        head: the head.
+        shape: the dimensions its maps act on (d_model, less one where they are centred) and d_head.
+        second: sigma_2 / sigma_1 of W_QK; nan where QK was not taken apart.
+        rows: the rows of tests.parquet about it.
+    """
+    held = _holding(rows)
+    ov, qk = ([name for name in held if name.startswith(circuit)] for circuit in ("ov", "qk"))
+    corrected = [name for name in ov if not held[name]]
+    rank, spread = (float(values[name][head]) for name in ("qk_rank90", "ov_effective_rank_energy"))
+    least = iid_effective_rank(*shape) if math.isfinite(spread) else math.nan
+    evidence = []
+    if held:
+        evidence.append("holds: " + ", ".join(n + (" (exploratory, uncorrected)" if held[n] else "") for n in held))
+    if math.isfinite(rank):
+        evidence.append(f"QK: {rank:.0f} of {shape[1]} components for 90 %, sigma_2 / sigma_1 = {second:.2f}")
+    if math.isfinite(spread):
+        evidence.append(f"OV: effective rank of energies {spread:.1f}, random weights {least:.1f} or more")
+    return {
+        "ov_aligned": bool(corrected) if rows else None,
+        "qk_simple": bool(rank <= SIMPLE * shape[1] and second <= 1 - CLUSTER) if math.isfinite(rank) else None,
+        "ov_flat": bool(spread >= least) if math.isfinite(spread) else None,
+        "both_align": bool(ov and qk) if rows else None,
+        "evidence": "; ".join(evidence),
+    }
+
+
+def _holding(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Metric -> whether it is exploratory, of the predictions that hold under every null that could decide."""
+    found: dict[str, bool] = {}
+    for metric in dict.fromkeys(row["metric"] for row in rows if row["metric"] in METRICS):
+        mine = [row for row in rows if row["metric"] == metric and row["testable"]]
+        exploratory = all(row["exploratory"] for row in mine)
+        deciding = [row for row in mine if row["counts"] or (exploratory and row["null"] in ("depth", "frame"))]
+        if deciding and all((row["p"] if exploratory else row["q"]) < ALPHA for row in deciding):
+            found[metric] = exploratory
+    return found
+
+
+@lru_cache(maxsize=64)
+def iid_effective_rank(d_model: int, d_head: int) -> float:
+    """5th percentile of exp H(sigma^2 / sum sigma^2) of a product of iid Gaussian [d, h] and [h, d] matrices.
+
+    The triangular factors of Gaussian matrices are drawn directly (Bartlett's decomposition): chi on the diagonal,
+    normal above it.
+    """
+    generator = np.random.default_rng(0)
+    k = min(d_model, d_head)
+
+    def triangular() -> np.ndarray:
+        upper = np.triu(generator.standard_normal((FLAT_DRAWS, k, d_head)), 1)
+        diagonal = np.sqrt(generator.chisquare(d_model - np.arange(k), size=(FLAT_DRAWS, k)))
+        upper[:, np.arange(k), np.arange(k)] = diagonal
+        return upper
+
+    energy = np.linalg.svd(triangular() @ triangular().transpose(0, 2, 1), compute_uv=False) ** 2
+    share = energy / energy.sum(-1, keepdims=True)
+    entropy = -(share * np.log(np.clip(share, 1e-300, None))).sum(-1)
+    return float(np.quantile(np.exp(entropy), FLAT_QUANTILE))

@@ -1,0 +1,193 @@
+"""Surrogates to compare a head or a task's words with: what the `frame` and `token` nulls are drawn from.
+
+    frame   a head's own singular values between Haar frames: a head of the same spectrum that knows no token
+    token   other words, alike in spelling and frequency: a task of the same form without its meaning
+
+A surrogate head or readout goes through the very functions that made the observed value.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ovqk.config import VariableKind
+from ovqk.heads import Circuit
+from ovqk.readouts import HeadMaps
+from ovqk.spectra import Decomposition
+from ovqk.tasks import Variable, WordSet
+
+STAGES = (25, 50, 100, 200, 400)
+"""Numbers of draws after which it is asked whether more are needed; then all."""
+CHUNK_ELEMENTS = 2**23  # of one side's frames held at a time (64 MB in float64)
+ATTEMPTS = 200  # at drawing a set of different matched words
+HALVES, PAIRS = "token", "token_pairs"
+
+
+# --- heads ---------------------------------------------------------------------------------------------------
+
+
+def haar_frames(
+    count: int, d_model: int, k: int, centred: bool, generator: torch.Generator
+) -> Float[Tensor, "draw d_model k"]:
+    """Orthonormal k-frames of R^d, Haar distributed, float64; with `centred`, of the complement of the all-ones vector.
+
+    The Q of a Gaussian matrix, with positive diagonal of R (Mezzadri 2007), by Cholesky where it is well conditioned.
+    """
+    x = torch.randn(count, d_model, k, generator=generator, dtype=torch.float64)
+    if centred:
+        x = x - x.mean(1, keepdim=True)
+    if 2 * k <= d_model:
+        R = torch.linalg.cholesky(x.mT @ x, upper=True)
+        return torch.linalg.solve_triangular(R, x, upper=True, left=False)
+    Q, R = torch.linalg.qr(x)
+    return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+
+
+def surrogate_heads(
+    sigma: Float[Tensor, " k"], d_model: int, centred: bool, count: int, generator: torch.Generator
+) -> Decomposition:
+    """Heads with these singular values between independent Haar frames.
+
+    Under LayerNorm the frames are orthogonal to the all-ones direction, as the head's own are; singular values beyond
+    the rank that this leaves (zeros) are dropped.
+    """
+    k = min(len(sigma), d_model - centred)
+    read, write = (haar_frames(count, d_model, k, centred, generator).to(sigma.device) for _ in range(2))
+    return Decomposition(read, sigma[:k].double().expand(count, k), write, k)
+
+
+class FrameDraws:
+    """Metric values of one head's surrogates, drawn as they are asked for; the same seed gives the same draws."""
+
+    def __init__(
+        self,
+        circuit: Circuit,
+        sigma: Float[Tensor, " k"],
+        d_model: int,
+        centred: bool,
+        measure: Callable[[HeadMaps], dict[str, Tensor]],
+        seed: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Take the head's singular values, and what measures a batch of its surrogates."""
+        self.circuit, self.sigma, self.d_model, self.centred = circuit, sigma, d_model, centred
+        self.measure, self.dtype = measure, dtype
+        state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        self.generator = torch.Generator().manual_seed(state)
+        self._drawn: dict[str, list[NDArray[np.float64]]] = {}
+        self.count = 0
+
+    def first(self, count: int) -> dict[str, NDArray[np.float64]]:
+        """At least the first `count` draws of every metric (in stages, so that draws do not depend on who asks)."""
+        chunk = max(1, CHUNK_ELEMENTS // (self.d_model * len(self.sigma)))
+        for stage in (*STAGES, count):
+            while self.count < min(stage, count):
+                n = min(chunk, min(stage, count) - self.count)
+                surrogates = surrogate_heads(self.sigma, self.d_model, self.centred, n, self.generator)
+                for name, values in self.measure(HeadMaps.of(self.circuit, surrogates, self.dtype)).items():
+                    self._drawn.setdefault(name, []).append(values.double().cpu().numpy())
+                self.count += n
+        return {name: np.concatenate(parts) for name, parts in self._drawn.items()}
+
+
+# --- words ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WordDraws:
+    """Surrogate variables of one kind of token null, or why there are none."""
+
+    null: str
+    variables: list[Variable]
+    reason: str = ""
+
+
+def draw_words(variable: Variable, count: int, seed: int) -> list[WordDraws]:
+    """Surrogates of a causal variable, by the token nulls that its kind has.
+
+    set       `token`: as many matched tokens, one for each word, none twice
+    contrast  `token`: random halves of the read words and, independently, of the write words
+              `token_pairs`: random pairs of tokens matched to the words
+    """
+    rng = random.Random(f"words {seed}")
+    if variable.kind is VariableKind.contrast:
+        halves = [_halved(variable, rng) for _ in range(count)]
+        return [WordDraws(HALVES, halves), _matched(PAIRS, variable, count, rng)]
+    return [_matched(HALVES, variable, count, rng)]
+
+
+def subsamples(variable: Variable, count: int, share: float, seed: int) -> list[Variable]:
+    """The variable with this share of its words (of its pairs of words), drawn without replacement."""
+    rng = random.Random(f"subsamples {seed}")
+
+    def some(sets: tuple[WordSet, ...], kept: list[int]) -> tuple[WordSet, ...]:
+        return tuple(_picked(words, kept) for words in sets)
+
+    drawn = []
+    for _ in range(count):
+        read = _kept(len(variable.read[0].words), share, rng)
+        same = variable.kind is VariableKind.set
+        write = read if same else _kept(len(variable.write[0].words), share, rng)
+        drawn.append(dataclasses.replace(variable, read=some(variable.read, read), write=some(variable.write, write)))
+    return drawn
+
+
+def _kept(n: int, share: float, rng: random.Random) -> list[int]:
+    return sorted(rng.sample(range(n), max(2, round(share * n))))
+
+
+def _picked(words: WordSet, kept: Sequence[int]) -> WordSet:
+    return WordSet([words.words[i] for i in kept], words.ids[list(kept)])
+
+
+def _halved(variable: Variable, rng: random.Random) -> Variable:
+    def halves(sets: tuple[WordSet, ...]) -> tuple[WordSet, ...]:
+        pool = torch.cat([words.ids for words in sets])
+        names = [word for words in sets for word in words.words]
+        order = rng.sample(range(len(names)), len(names))
+        middle = len(order) // 2
+        return tuple(WordSet([names[i] for i in part], pool[part]) for part in (order[:middle], order[middle:]))
+
+    return dataclasses.replace(variable, read=halves(variable.read), write=halves(variable.write))
+
+
+def _matched(null: str, variable: Variable, count: int, rng: random.Random) -> WordDraws:
+    drawn: list[Variable] = []
+    for _ in range(count):
+        read = _matched_sets(variable.read, variable, rng)
+        write = read if variable.kind is VariableKind.set else _matched_sets(variable.write, variable, rng)
+        if read is None or write is None:
+            n = sum(len(words.words) for words in variable.read)
+            reason = f"the vocabulary has too few tokens matched to the {n} words of '{variable.name}'"
+            return WordDraws(null, [], reason)
+        drawn.append(dataclasses.replace(variable, read=read, write=write))
+    return WordDraws(null, drawn)
+
+
+def _matched_sets(sets: tuple[WordSet, ...], variable: Variable, rng: random.Random) -> tuple[WordSet, ...] | None:
+    """A matched token for every word of the sets, none twice; None where that fails again and again."""
+    ids = [int(i) for words in sets for i in words.ids]
+    if len(variable.band) < len(ids) + 2:  # what is left of the band is its centre
+        return None
+    for _ in range(ATTEMPTS):
+        found: dict[int, int] = {}
+        for word in rng.sample(ids, len(ids)):
+            options = variable.matches[word]
+            token = next((t for t in (options[rng.randrange(len(options))] for _ in range(20) if options)
+                          if t not in found.values()), None)  # fmt: skip
+            if token is None:
+                break
+            found[word] = token
+        if len(found) == len(ids):
+            return tuple(
+                WordSet([f"#{found[int(i)]}" for i in words.ids], torch.tensor([found[int(i)] for i in words.ids]))
+                for words in sets
+            )
+    return None

@@ -1,0 +1,351 @@
+"""Every prediction of every claim against its nulls: what the tests need of the weights, and their rows.
+
+The layers of a model pass by once. `ClaimTests.visit` keeps of each what the nulls will ask for: singular values and
+the claimed heads' maps (few), metric values under resampled words, and, where a role predicts a composition, the
+circuits that compose. `ClaimTests.rows` then draws the nulls.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ovqk import composition
+from ovqk.claims import Claims, Head
+from ovqk.composition import LayerCircuits
+from ovqk.config import PredictionConfig
+from ovqk.heads import Circuit
+from ovqk.metrics import COMPOSITION_METRICS, METRICS
+from ovqk.model import Form, Layer, Model
+from ovqk.nulls import (
+    FRAME_METRICS,
+    TOKEN_METRICS,
+    Predicted,
+    correct,
+    ensemble_row,
+    head_rows,
+    predicted_values,
+    role_rows,
+)
+from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, HeadMaps, full_circuit_ratio
+from ovqk.spectra import Decomposition
+from ovqk.statistics import monte_carlo
+from ovqk.surrogates import STAGES, FrameDraws, draw_words, subsamples
+from ovqk.vocabulary import Block0
+
+RESAMPLES = 1000  # of source tokens, for an interval
+SUBSAMPLES = 200  # of a subspace's words, for an interval
+SUBSAMPLED = 0.8  # of the words
+Row = dict[str, Any]
+
+
+def predictions_by_metric(predictions: Iterable[PredictionConfig]) -> set[str]:
+    """Every metric that these predictions are about."""
+    return {name for config in predictions for name in (config.metric, config.first_layer) if name is not None}
+
+
+@dataclass
+class ClaimTests:
+    """The tests of one model's claims.
+
+    Attributes:
+        sigma: (layer, form) -> singular values [head, k].
+        forms: (metric, layer) -> the form of the weights it is of.
+        maps: (head, circuit) -> the claimed head's maps, as task readouts see them.
+        resamples: metric -> [draw, layer, head] under resampled words.
+        layers: both circuits of every layer, where a prediction composes them.
+        second: sigma_2 / sigma_1 of W_QK of the claimed heads.
+        notes: why the word nulls that could not be drawn were not.
+    """
+
+    model: Model
+    claims: Claims
+    sigma: dict[tuple[int, Form], Tensor] = field(default_factory=dict)
+    forms: dict[tuple[str, int], Form] = field(default_factory=dict)
+    maps: dict[tuple[Head, Circuit], HeadMaps] = field(default_factory=dict)
+    resamples: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    layers: list[LayerCircuits] = field(default_factory=list)
+    second: dict[Head, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Draw what is the same for all layers."""
+        predictions = [config for configs in self.claims.predictions.values() for config in configs]
+        self.wanted = predictions_by_metric(predictions)
+        self.composes = any(config.metric in COMPOSITION_METRICS for config in predictions)
+        self.frames: dict[tuple[Head, Form], FrameDraws] = {}
+        readout = self.model.readout
+        self.weights: NDArray[np.float64] | None = None
+        self.some = []
+        if readout is not None and self.wanted & set(SET_METRICS):
+            n = len(readout.ids)
+            generator = np.random.default_rng([self.model.config.seed, 1])
+            self.weights = generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+        if readout is not None and self.wanted & set(SUBSPACE_METRICS):
+            drawn = subsamples(readout.variable, SUBSAMPLES, SUBSAMPLED, self.model.config.seed)
+            self.some = [readout.of_some(variable) for variable in drawn]
+
+    # --- while the layers pass -----------------------------------------------------------------------------
+
+    def visit(self, layer: Layer) -> None:
+        """Keep what the tests need of this layer."""
+        here = sorted(head for at, head in self.claims.heads if at == layer.index)
+        if "qk" in self.model.circuits:
+            sigma = layer.decomposition("qk", self.model.folds).sigma
+            self.second |= {(layer.index, head): float(sigma[head, 1:2].sum() / sigma[head, 0]) for head in here}
+        for metric in self.wanted & set(FRAME_METRICS):
+            if METRICS[metric].circuit in self.model.circuits:
+                form = self.forms[metric, layer.index] = layer.form(metric)
+                self.sigma[layer.index, form] = layer.decomposition(*form).sigma
+        if self.composes and len(self.model.circuits) == 2:
+            folds = self.model.folds
+            qk = layer.decomposition("qk", folds, layer.span)
+            self.layers.append(LayerCircuits.of(layer.decomposition("ov", folds), qk))
+        if not here:
+            return
+        for circuit in self.model.circuits:
+            wanted = {name for name in self.wanted - set(COMPOSITION_METRICS) if METRICS[name].circuit == circuit}
+            if not any("task" in METRICS[name].needs for name in wanted):
+                continue
+            maps = layer.task_maps(circuit)
+            if maps is None or self.model.readout is None:
+                continue
+            for head in here:
+                self.maps[(layer.index, head), circuit] = maps.only([head])
+            self._resample(layer, circuit, maps, wanted)
+
+    def _resample(self, layer: Layer, circuit: Circuit, maps: HeadMaps, wanted: set[str]) -> None:
+        for name, values in layer.by_source(circuit).items():
+            if name in wanted and self.weights is not None:
+                self._keep(name, layer.index, self.weights @ values.double().cpu().numpy().T)
+        found = [readout.of_subspace(layer.index, maps) for readout in self.some]
+        for name in wanted & set(SUBSPACE_METRICS):
+            if found and all(name in values for values in found):
+                self._keep(name, layer.index, torch.stack([values[name] for values in found]).double().cpu().numpy())
+
+    def _keep(self, metric: str, layer: int, values: NDArray[np.float64]) -> None:
+        facts = self.model.architecture
+        empty = np.full((len(values), facts.n_layers, facts.n_heads), np.nan)
+        self.resamples.setdefault(metric, empty)[:, layer] = values
+
+    # --- afterwards ----------------------------------------------------------------------------------------
+
+    def predicted(self, values: Mapping[str, NDArray[np.float64]]) -> dict[str, list[Predicted]]:
+        """Role -> its predictions with the values that decide them.
+
+        Args:
+            values: metric -> [layer, head].
+        """
+        facts = self.model.architecture
+        return {
+            role: [
+                Predicted(
+                    role,
+                    config,
+                    primary=index == 0,
+                    values=self._composed(config)
+                    if config.metric in COMPOSITION_METRICS
+                    else predicted_values(config, values, facts),
+                )
+                for index, config in enumerate(predictions)
+            ]
+            for role, predictions in self.claims.predictions.items()
+        }
+
+    def partners(self, config: PredictionConfig) -> list[Head]:
+        """The claimed heads that a composition is with."""
+        return [head for role in config.partners for head in self.claims.roles.get(role, [])]
+
+    def _composed(self, config: PredictionConfig) -> NDArray[np.float64]:
+        facts, partners = self.model.architecture, self.partners(config)
+        nothing = np.full((facts.n_layers, facts.n_heads), np.nan)
+        if not self.layers or not partners:
+            return nothing
+        if config.metric == "k_composition":
+            return composition.k_composition(self.layers, partners)
+        if config.metric == "q_composition":
+            return composition.q_composition(self.layers, partners)
+        gram = matching_gram(self.model)
+        if config.metric == "k_composed_matching" and not isinstance(gram, str):
+            return composition.k_composed_matching(self.layers, partners, gram)
+        return nothing
+
+    def pairs(self) -> list[tuple[Head, Head]]:
+        """The (sender, receiver) pairs that the claims' predictions name."""
+        found = set()
+        for role, predictions in self.claims.predictions.items():
+            for config in predictions:
+                for own in self.claims.roles[role] if config.metric in COMPOSITION_METRICS else ():
+                    for other in self.partners(config):
+                        found.add((min(own, other), max(own, other)))
+        return sorted(pair for pair in found if pair[0][0] < pair[1][0])
+
+    def rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[Row]:
+        """Rows of tests.parquet, corrected; each with the `quantiles` of its null."""
+        facts, seed = self.model.architecture, self.model.config.seed
+        rows: list[Row] = []
+        for role, predictions in predicted.items():
+            for prediction in predictions:
+                heads = [head for head in self.claims.roles[role] if not np.isnan(prediction.values[head])]
+                if not heads:
+                    continue
+                rows += role_rows(prediction, self.claims, facts, seed, self.resamples)
+                for head in heads:
+                    rows += head_rows(prediction, head, self.claims, facts, self.resamples)
+                rows += self._frame_rows(prediction, heads)
+        rows += self._word_rows(predicted)
+        correct(rows)
+        variable = self.model.readout.variable.name if self.model.readout is not None else None
+        for row in rows:
+            row["variable"] = variable
+        return rows
+
+    def _frame_rows(self, predicted: Predicted, heads: Sequence[Head]) -> list[Row]:
+        names = {head: predicted.metric_of(head[0]) for head in heads}
+        if not all(self.can_frame(names[head]) for head in heads):
+            return []
+        most = self.model.config.nulls.draws
+        for count in (*(stage for stage in STAGES if stage < most), most):
+            drawn = {head: self.frame(head, names[head]).first(count)[names[head]][:count] for head in heads}
+            rows = _ensemble_rows(predicted, "frame", heads, drawn, most)
+            if all(row.pop("stopped") for row in rows):
+                break
+        return rows
+
+    def can_frame(self, metric: str) -> bool:
+        """Whether a surrogate of this spectrum has the metric: not where queries and keys are normalised."""
+        normalised = self.model.architecture.qk_norm and metric.startswith("qk_task_auc")
+        return metric in FRAME_METRICS and not normalised
+
+    def frame(self, head: Head, metric: str) -> FrameDraws:
+        """The draws of the head's surrogates in the form that this metric is of."""
+        layer, index = head
+        form = self.forms[metric, layer]
+        if (head, form) not in self.frames:
+            facts = self.model.architecture
+            circuit, folded, offsets = form
+            wanted = {name for (name, at), its in self.forms.items() if at == layer and its == form}
+            self.frames[head, form] = FrameDraws(
+                circuit,
+                self.sigma[layer, form][index],
+                facts.d_model,
+                folded and facts.norm == "layernorm",
+                surrogate_metrics(self.model, layer, wanted),
+                (self.model.config.seed, layer, index, int(circuit == "ov"), int(folded), len(offsets)),
+            )
+        return self.frames[head, form]
+
+    def _word_rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[Row]:
+        """Rows of `token` and `token_pairs`."""
+        readout, config = self.model.readout, self.model.config
+        asked = [
+            (prediction, [head for head in self.claims.roles[role] if not np.isnan(prediction.values[head])])
+            for role, predictions in predicted.items()
+            for prediction in predictions
+            if prediction.config.metric in (*TOKEN_METRICS, *SUBSPACE_METRICS)
+            and not (self.model.architecture.qk_norm and prediction.config.metric.startswith("qk_task_auc"))
+        ]
+        asked = [(prediction, heads) for prediction, heads in asked if heads]
+        if readout is None or not asked:
+            return []
+        rows: list[Row] = []
+        for words in draw_words(readout.variable, config.nulls.draws, config.seed):
+            if not words.variables:
+                self.notes.append(f"null {words.null}: {words.reason}")
+                continue
+            ids = [s.ids for v in words.variables for s in (*v.read, *v.write)]
+            own = [s.ids for s in (*readout.variable.read, *readout.variable.write)]
+            heads = {head for _, some in asked for head in some}
+            for layer in {layer for layer, _ in heads}:
+                readout.side(layer)
+            readout.effective.keep(torch.cat([*ids, *own]))
+            metrics = {prediction.config.metric for prediction, _ in asked}
+            drawn = self._under_words([readout.surrogate(v) for v in words.variables], heads, metrics)
+            readout.effective.keep_all()
+            for prediction, some in asked:
+                values = {head: drawn[head, prediction.config.metric] for head in some}
+                rows += _ensemble_rows(prediction, words.null, some, values, len(words.variables))
+        for row in rows:
+            row.pop("stopped")
+        return rows
+
+    def _under_words(
+        self, readouts: Sequence[Any], heads: set[Head], metrics: set[str]
+    ) -> dict[tuple[Head, str], NDArray[np.float64]]:
+        """(head, metric) -> [draw]: the metrics of the heads under each surrogate of the words."""
+        groups: dict[tuple[str, Circuit], list[Head]] = {}
+        for (head, circuit), _ in self.maps.items():
+            if head in heads and any(METRICS[name].circuit == circuit for name in metrics):
+                groups.setdefault((readouts[0].kind(head[0]), circuit), []).append(head)
+        drawn: dict[tuple[Head, str], NDArray[np.float64]] = {}
+        for (_, circuit), members in groups.items():
+            maps = HeadMaps.joined([self.maps[head, circuit] for head in members])
+            found = [readout.metrics(members[0][0], maps, metrics) for readout in readouts]
+            for name in metrics & set(found[0]):
+                values = torch.stack([each[name] for each in found]).double().cpu().numpy()
+                drawn |= {(head, name): values[:, place] for place, head in enumerate(members)}
+        return drawn
+
+
+def _ensemble_rows(
+    predicted: Predicted,
+    null: str,
+    heads: Sequence[Head],
+    drawn: Mapping[Head, NDArray[np.float64]],
+    most: int,
+) -> list[Row]:
+    """The role's row (mean over its heads) and one for each head; each says whether its test has `stopped`."""
+    subjects: list[tuple[Head | None, list[Head]]] = [(None, list(heads)), *((head, [head]) for head in heads)]
+    rows = []
+    for subject, members in subjects:
+        value = float(np.mean([predicted.values[head] for head in members]))
+        draws = np.mean([drawn[head] for head in members], axis=0)
+        test = monte_carlo(predicted.sign * value, predicted.sign * draws)
+        rows.append(
+            ensemble_row(predicted, subject, null, value, draws, test, members, most) | {"stopped": test.stopped}
+        )
+    return rows
+
+
+def surrogate_metrics(
+    model: Model, layer: int, wanted: set[str]
+) -> Callable[[HeadMaps], dict[str, Float[Tensor, " draw"]]]:
+    """What measures surrogates of a head of this layer, by the functions that measured the head."""
+    plain, folded, (block0, cross) = model.spectral_vocabulary, model.vocabulary, model.block0_grams
+
+    def measure(maps: HeadMaps) -> dict[str, Tensor]:
+        found = {}
+        if model.readout is not None and wanted & {*SET_METRICS, *SUBSPACE_METRICS}:
+            found = model.readout.metrics(layer, maps, wanted)
+        parts = maps.decomposition
+        if "ov_copying" in wanted and plain is not None:
+            found["ov_copying"] = _written(parts, plain.gram_embed, plain.gram_cross, plain.gram_unembed)
+        if "ov_copying_block0" in wanted and block0 is not None and folded is not None:
+            found["ov_copying_block0"] = _written(parts, block0, cross, folded.gram_unembed)
+        if "qk_matching" in wanted and plain is not None:
+            found["qk_matching"] = full_circuit_ratio(parts, plain.gram_embed, plain.gram_embed, plain.gram_embed)
+        if "qk_matching_block0" in wanted and block0 is not None:
+            found["qk_matching_block0"] = full_circuit_ratio(parts, block0, block0, block0)
+        return {name: values for name, values in found.items() if name in wanted}
+
+    return measure
+
+
+def _written(parts: Decomposition, gram_in: Tensor, cross: Tensor | None, gram_out: Tensor | None) -> Tensor:
+    if cross is None or gram_out is None:
+        raise ValueError("what a head writes is measured against an unembedding")
+    return full_circuit_ratio(parts, gram_in, cross, gram_out)
+
+
+def matching_gram(model: Model) -> Float[Tensor, "d_model d_model"] | str:
+    """E^T C E for K-composed matching: of `block0` embeddings where the model has MLPs; else why there is none."""
+    if model.vocabulary is None:
+        return model.source.no_vocabulary or "the checkpoint has no token embedding"
+    if isinstance(model.block0, Block0) and model.block0_grams[0] is not None:
+        return model.block0_grams[0] if model.block0.mlp is not None else model.vocabulary.gram_embed
+    return model.block0 if isinstance(model.block0, str) else model.vocabulary.gram_embed

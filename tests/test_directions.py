@@ -1,0 +1,546 @@
+"""Tokens that components read and write: a materialised float64 oracle, planted heads, invariances, spelling."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import BUNDLED, compose, local, shared_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import matrices
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from ovqk.checkpoints import open_checkpoint
+from ovqk.directions import COLUMNS, Directions, Spelling, clusters, components, describe, eigen_components
+from ovqk.heads import Factors, regauge
+from ovqk.model import Layer, Model
+from ovqk.sources import open_weights
+from ovqk.spectra import Decomposition, decompose
+from ovqk.tasks import load_tokenizer
+from ovqk.vocabulary import Vocabulary, read_vocabulary
+from ovqk.weights import EmbeddingWeights
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def orthonormal(d: int, h: int, seed: int = 0) -> torch.Tensor:
+    return torch.linalg.qr(random(d, h, seed=seed)).Q
+
+
+def vocabulary(W_E: torch.Tensor, W_U: torch.Tensor | None) -> Vocabulary:
+    return read_vocabulary(EmbeddingWeights(W_E, None, W_U, None), None)
+
+
+def factored(left: torch.Tensor, right: torch.Tensor, circuit: str = "ov") -> Decomposition:
+    """One head M = left @ right."""
+    return decompose(Factors(circuit, left[None], right[None]), centred=False)
+
+
+def table(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    W_E: torch.Tensor,
+    W_U: torch.Tensor | None = None,
+    circuit: str = "ov",
+    tokenizer: Tokenizer | None = None,
+    block: int = 8192,
+    **sizes: int,
+) -> pd.DataFrame:
+    made = Directions(vocabulary(W_E, W_U), tokenizer, block)
+    return made.table(0, circuit, factored(left, right, circuit), **sizes)
+
+
+def ids(rows: pd.DataFrame, kind: str, component: int, side: str, sign: int = 1, head: int = 0) -> list[int]:
+    return _list(rows, kind, component, side, sign, head)["token_id"].tolist()
+
+
+def scores(rows: pd.DataFrame, kind: str, component: int, side: str, sign: int = 1, head: int = 0) -> list[float]:
+    return _list(rows, kind, component, side, sign, head)["score"].tolist()
+
+
+def _list(rows: pd.DataFrame, kind: str, component: int, side: str, sign: int, head: int) -> pd.DataFrame:
+    wanted = {"kind": kind, "component": component, "side": side, "sign": sign, "head": head}
+    return rows[np.logical_and.reduce([rows[name] == value for name, value in wanted.items()])]
+
+
+def values(rows: pd.DataFrame, kind: str, head: int = 0) -> list[complex]:
+    mine = rows[(rows["kind"] == kind) & (rows["head"] == head)].drop_duplicates("component")
+    return [complex(re, im) for re, im in zip(mine["value"], mine["value_im"], strict=True)]
+
+
+# --- oracle --------------------------------------------------------------------------------------------------
+
+Component = tuple[complex, dict[tuple[str, int], np.ndarray]]  # value, (side, sign) -> sign x every token's score
+
+
+def oracle(M: torch.Tensor, reads: torch.Tensor, writes: torch.Tensor) -> dict[tuple[str, int], Component]:
+    """Three components of each kind, from the d x d matrix, the eigenvectors of its transpose, and rows of tokens."""
+    reads, writes = ((rows - rows.mean(0)).numpy() for rows in (reads.double(), writes.double()))
+    U, sigma, Vh = (x.numpy() for x in torch.linalg.svd(M))
+    found: dict[tuple[str, int], Component] = {}
+    for k in range(3):
+        found["singular", k] = (sigma[k], _signed(reads @ U[:, k], writes @ Vh[k]))
+    lam, right = (x.numpy() for x in torch.linalg.eig(M))
+    mu, left = (x.numpy() for x in torch.linalg.eig(M.T))
+    order = [i for i in np.argsort(-np.abs(lam)) if lam[i].imag >= 0]
+    for k, i in enumerate(order[:3]):
+        r, w = right[:, i], left[:, np.argmin(np.abs(mu - lam[i]))]
+        if lam[i].imag > 0:
+            found["eigen", k] = (lam[i], {("read", 1): _in_plane(reads, r), ("write", 1): _in_plane(writes, w)})
+        else:
+            w = w.real * np.sign(w.real @ r.real)
+            found["eigen", k] = (lam[i], _signed(reads @ r.real, writes @ w))
+    return found
+
+
+def _signed(read: np.ndarray, write: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
+    turn = np.sign(read[np.argmax(np.abs(read))])
+    return {(side, s): s * turn * x for side, x in (("read", read), ("write", write)) for s in (1, -1)}
+
+
+def _in_plane(rows: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    B = np.stack([vector.real, vector.imag], 1)
+    return np.linalg.norm(rows @ B @ np.linalg.inv(B.T @ B) @ B.T, axis=1)
+
+
+def check(rows: pd.DataFrame, head: int, wanted: dict[tuple[str, int], Component], tolerance: float = 1e-6) -> None:
+    """Every list of the head: its tokens, ranks and scores, and the component's value; equal scores in any order."""
+    mine = rows[rows["head"] == head].groupby(["kind", "component", "side", "sign"])
+    assert set(mine.groups) == {(*key, *side) for key, (_, lists) in wanted.items() for side in lists}
+    for (kind, component, side, sign), found in mine:
+        value, lists = wanted[kind, component]
+        assert complex(found["value"].iloc[0], found["value_im"].iloc[0]) == pytest.approx(value, rel=1e-9)
+        everyone, tokens, score = lists[side, sign], found["token_id"].to_numpy(), sign * found["score"].to_numpy()
+        assert len(set(tokens)) == len(tokens) == min(10, len(everyone))
+        assert np.abs(score - np.sort(everyone)[::-1][: len(tokens)]).max() < tolerance
+        assert np.abs(score - everyone[tokens]).max() < tolerance
+        assert found["rank"].tolist() == list(range(1, len(tokens) + 1))
+
+
+@pytest.mark.parametrize("processing", ["folded", "raw"])
+@pytest.mark.parametrize("path", ["tiny_gpt2", "tiny_llama", "bundled", "stories260k"])
+def test_every_head_matches_a_materialised_oracle(path, processing, request) -> None:
+    """Multi-head and grouped-query attention, random and trained; M and M^T taken apart whole."""
+    trained = {"bundled": lambda: BUNDLED, "stories260k": lambda: shared_model("stories260k")}
+    path = trained[path]() if path in trained else request.getfixturevalue(path)
+    checkpoint = open_checkpoint(local(path))
+    source, tokenizer = open_weights(checkpoint, local(path)), load_tokenizer(checkpoint)
+    n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
+    cell = compose("task=none", "model=local", f"model.path={path}", f"processing={processing}")
+    model = Model.read(source, tokenizer, n_tokens, "test", cell)
+    vocabulary = model.spectral_vocabulary
+    assert vocabulary is not None and vocabulary.W_U is not None
+    directions, kinds = Directions(vocabulary, tokenizer), set()
+    for index in range(source.architecture.n_layers):
+        layer = Layer(model, index)
+        weights = layer.folded if model.folds else layer.raw
+        for circuit, writes in (("ov", vocabulary.W_U.T), ("qk", vocabulary.W_E)):
+            rows = directions.table(index, circuit, layer.decomposition(circuit, model.folds))
+            assert list(rows.columns) == list(COLUMNS)
+            assert set(rows["layer"]) == {index} and set(rows["circuit"]) == {circuit}
+            assert set(rows["head"]) == set(range(source.architecture.n_heads))
+            for head in range(source.architecture.n_heads):
+                M = matrices(weights, source.architecture, head)[circuit == "qk"]
+                wanted = oracle(M, vocabulary.W_E, writes)
+                check(rows, head, wanted)
+                kinds |= {"pair" if value.imag else "real" for (k, _), (value, _) in wanted.items() if k == "eigen"}
+    assert kinds == {"pair", "real"}
+
+
+def test_float32_screening_far_from_the_origin_finds_what_float64_finds() -> None:
+    """A vocabulary whose common mean is 1000 times what tells tokens apart, passed in blocks."""
+    W_E = (random(3000, 24, seed=0) + 1000 * random(1, 24, seed=1)).float()
+    W_U = (random(24, 3000, seed=2) + 1000 * random(24, 1, seed=3)).float()
+    left, right = random(24, 4, seed=4), random(4, 24, seed=5)
+    rows = table(left, right, W_E, W_U, block=256)
+    check(rows, 0, oracle(left @ right, W_E, W_U.T), tolerance=1e-5)
+
+
+# --- planted heads -------------------------------------------------------------------------------------------
+
+
+def test_a_planted_head_reads_and_writes_its_tokens_with_its_values() -> None:
+    """M = 5 e_2 f_7 - 2 e_4 f_1 with one-hot tokens: sides are not swapped, and the joint sign reaches both."""
+    left, right = torch.zeros(12, 2).double(), torch.zeros(2, 12).double()
+    left[2, 0], right[0, 7] = 5, 1
+    left[4, 1], right[1, 1] = -2, 1
+    rows = table(left, right, torch.eye(12).double(), torch.eye(12).double(), tokens=1)
+    assert values(rows, "singular") == pytest.approx([5, 2])
+    assert ids(rows, "singular", 0, "read") == [2] and ids(rows, "singular", 0, "write") == [7]
+    assert scores(rows, "singular", 0, "read") == pytest.approx([11 / 12])
+    assert ids(rows, "singular", 1, "read") == [4] and ids(rows, "singular", 1, "write", -1) == [1]
+    assert scores(rows, "singular", 1, "write", -1) == pytest.approx([-11 / 12])
+    assert (rows["kind"] == "singular").all()  # neither token is read again: nothing is eigen
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_the_write_side_of_one_circuit_is_the_read_side_of_its_transpose(seed: int) -> None:
+    """With W_U = W_E^T. Fails where svd's Vh is taken for V, or a left eigenvector for a right one."""
+    left, right, W_E = random(8, 3, seed=seed), random(3, 8, seed=seed + 1), random(40, 8, seed=seed + 2)
+    one = table(left, right, W_E, W_E.T)
+    two = table(right.T, left.T, W_E, W_E.T)
+    assert values(one, "singular") == pytest.approx(values(two, "singular"))
+    assert values(one, "eigen") == pytest.approx(values(two, "eigen"))
+    for kind in ("singular", "eigen"):
+        for k in range(len(values(one, kind))):
+            lists = [{tuple(ids(rows, kind, k, side, s)) for s in (1, -1)} for rows, side in _crossed(one, two)]
+            assert lists[0] == lists[1] and lists[2] == lists[3]
+            assert lists[0] != lists[2]
+
+
+def _crossed(one: pd.DataFrame, two: pd.DataFrame) -> list[tuple[pd.DataFrame, str]]:
+    return [(one, "read"), (two, "write"), (one, "write"), (two, "read")]
+
+
+def test_the_sign_of_an_eigenvalue_is_the_sign_of_the_component() -> None:
+    """A head that copies token 3 and suppresses token 6: both read and 'write' their own, lambda tells which."""
+    E = torch.eye(10).double()
+    left = torch.stack([E[3], E[6]], 1)
+    right = torch.stack([4 * E[3], -2 * E[6]])
+    rows = table(left, right, E, E, tokens=1)
+    assert values(rows, "eigen") == pytest.approx([4, -2])
+    for component, token in ((0, 3), (1, 6)):
+        assert ids(rows, "eigen", component, "read") == ids(rows, "eigen", component, "write") == [token]
+    assert ids(rows, "singular", 1, "write", -1) == [6]
+    lines = describe(rows, 0, 0)
+    assert lines[2] == "OV eigen 0 (lambda 4): reads '#3' | not '#0' -> writes '#3' | not '#0'"
+    assert lines[3] == "OV eigen 1 (lambda -2): reads '#6' | not '#0' -> suppresses '#6' | not '#0'"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.booleans())
+def test_eigen_components_add_up_to_the_head(seed: int, h: int, equal: bool) -> None:
+    """sum lambda r l / (l . r) = M for a head with real eigenvalues, also where two of them are equal."""
+    lam = torch.linspace(3, 1, h).double() * (-1.0) ** torch.arange(h)
+    if equal and h > 1:
+        lam[1] = lam[0]
+    R = random(12, h, seed=seed)
+    L = torch.linalg.pinv(R)
+    M = (R * lam) @ L
+    found = eigen_components(factored(R * lam, L), count=h)
+    if (found.value.imag != 0).any():  # equal ones may be rounded to a pair
+        assert equal and found.value.imag.max() < 1e-6
+        return
+    read, write, value = found.read[:, 0], found.write[:, 0], found.value.real
+    overlap = (read * write).sum(-1)
+    assert len(overlap) == h and (overlap > 0).all()
+    assert torch.allclose(read @ M.T, value[:, None] * read, atol=1e-6)
+    assert torch.allclose(write @ M, value[:, None] * write, atol=1e-6)
+    assert torch.allclose(torch.stack([read.norm(dim=-1), write.norm(dim=-1)]), torch.ones(2, h).double())
+    if not equal:
+        assert torch.allclose((read.T * value / overlap) @ write, M, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_head_that_copies_all_it_reads_alike_writes_what_each_component_reads(seed: int) -> None:
+    """Q Q^T: any basis will do (and pairs, by rounding), but what a component writes is what it reads."""
+    Q = orthonormal(16, 5, seed)
+    found = eigen_components(factored(Q, Q.T), count=5)
+    assert found.cluster_size[0] == len(found.value) > 1
+    assert torch.allclose(found.value, torch.ones_like(found.value))
+    assert torch.allclose(found.read.mT @ found.read, found.write.mT @ found.write, atol=1e-7)
+    assert ((found.read[:, 0] * found.write[:, 0]).sum(-1) > 0)[found.value.imag == 0].all()
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_a_nilpotent_head_has_no_eigen_components(length: int, rounded: bool) -> None:
+    """e_1 -> ... -> e_n -> 0; in float32 its eigenvalues come out near 1e-8^(1/n), far above 1e-6 of sum sigma."""
+    Q = orthonormal(16, length + 1, seed=length)
+    left, right = Q[:, :-1], Q[:, 1:].T
+    if rounded:
+        A = random(length, length, seed=9)
+        left, right = (left @ A).float(), torch.linalg.solve(A, right).float()
+    rows = table(left, right, torch.eye(16).double(), torch.eye(16).double())
+    assert len(values(rows, "singular")) == min(3, length)
+    assert values(rows, "eigen") == []
+
+
+def test_what_a_head_keeps_is_found_beside_a_chain_that_ends() -> None:
+    Q = orthonormal(16, 4)
+    kept, chain = Q[:, :1], Q[:, 1:]
+    left, right = torch.cat((kept, chain[:, :2]), 1), torch.cat((-0.5 * kept.T, 3 * chain[:, 1:].T))
+    rows = table(left, right, Q.T.contiguous(), Q, tokens=1)
+    assert values(rows, "eigen") == pytest.approx([-0.5])
+    assert ids(rows, "eigen", 0, "read") == ids(rows, "eigen", 0, "write") == [0]
+
+
+def test_a_defective_eigenvalue_that_is_not_zero_is_kept_as_a_cluster() -> None:
+    """[[1, 1], [0, 1]]: one eigenvector, l . r = 0, and an eigenvalue that no rounding brings to 0."""
+    Q = orthonormal(16, 2)
+    left = Q @ torch.tensor([[1.0, 1.0], [0.0, 1.0]]).double()
+    rows = table(left, Q.T, random(30, 16, seed=1), random(16, 30, seed=2))
+    assert np.isfinite(rows["score"]).all()
+    found = values(rows, "eigen")
+    assert found and all(abs(value - 1) < 1e-3 for value in found)
+    alone = rows[(rows["kind"] == "eigen") & (rows["cluster_size"] == 1)]
+    assert (alone["value_im"] > 0).all()  # two real ones are a cluster; rounded to a pair, a plane
+
+
+def test_a_rotation_by_90_degrees_is_one_complex_pair_scored_in_its_plane() -> None:
+    """Tokens 0 and 1 turn into each other: eigenvalues +-2i, and a token's score is its part in their plane."""
+    W_E = torch.zeros(6, 8).double()
+    W_E[0, 0], W_E[1, 1], W_E[2, 0], W_E[2, 1], W_E[3, 5] = 1, 2, 3, 4, 9
+    W_E[4] = -W_E[:4].sum(0)  # the mean is 0
+    E = torch.eye(8).double()
+    rows = table(E[:, :2], torch.stack((2 * E[1], -2 * E[0])), W_E, W_E.T)
+    eigen = rows[rows["kind"] == "eigen"]
+    assert set(eigen["component"]) == {0} and set(eigen["sign"]) == {1}
+    assert values(rows, "eigen") == pytest.approx([2j])
+    for side in ("read", "write"):
+        assert ids(rows, "eigen", 0, side) == [4, 2, 1, 0, 3, 5]
+        assert scores(rows, "eigen", 0, side) == pytest.approx([52**0.5, 5, 2, 1, 0, 0])
+    assert set(eigen["cluster_size"]) == {1}
+    assert describe(rows, 0, 0, shown=1)[-1] == "OV eigen 0 (lambda 0 ± 2i, a plane): reads '#4' -> writes '#4'"
+
+
+# --- clusters ------------------------------------------------------------------------------------------------
+
+
+def test_clusters_are_chains_and_eigenvalues_are_compared_as_complex_numbers() -> None:
+    first, size = clusters(torch.tensor([[10.0, 9.2, 8.5, 5.0, 0.0], [10.0, 8.9, 8.1, 8.0, 7.95]]))
+    assert first.tolist() == [[0, 0, 0, 3, 4], [0, 1, 1, 1, 1]] and size.tolist() == [[3, 3, 3, 1, 1], [1, 4, 4, 4, 4]]
+    nan = complex(float("nan"), float("nan"))
+    first, size = clusters(torch.tensor([[1 + 0j, -0.99, 0.98, 0.97j, nan]]))
+    assert first.tolist() == [[0, 1, 0, 3, 4]] and size.tolist() == [[2, 1, 2, 1, 1]]
+    long = 1.05 ** -torch.arange(200.0)
+    first, size = clusters(long[None])
+    assert (first == 0).all() and (size == 200).all()
+
+
+def test_a_cluster_counts_components_that_are_not_reported() -> None:
+    Q, P = orthonormal(16, 5, seed=0), orthonormal(16, 5, seed=1)
+    sigma = torch.tensor([9.0, 5.0, 3.0, 2.9, 2.8]).double()
+    rows = table(Q * sigma, P.T, random(30, 16, seed=2), random(16, 30, seed=3))
+    singular = rows[rows["kind"] == "singular"].drop_duplicates("component")
+    assert singular["component"].tolist() == [0, 1, 2]
+    assert singular["cluster"].tolist() == [0, 1, 2]
+    assert singular["cluster_size"].tolist() == [1, 1, 3]
+    lines = describe(rows, 0, 0)
+    assert "cluster" not in lines[0] + lines[1]
+    assert "cluster of 3: only their span means something" in lines[2]
+
+
+def test_of_equal_singular_values_only_the_span_survives_a_change_of_gauge() -> None:
+    Q, P = orthonormal(16, 3, seed=0), orthonormal(16, 3, seed=1)
+    M = Factors("ov", (Q * torch.tensor([4.0, 4.0, 1.0]).double())[None], P.T[None])
+    one, two = (components(decompose(x, centred=False), 3) for x in (M, regauge(M, seed=5)))
+    assert one.cluster.tolist()[:3] == [0, 0, 2] and one.cluster_size.tolist()[:3] == [2, 2, 1]
+    for side in ("read", "write"):
+        a, b = getattr(one, side)[:3, 0], getattr(two, side)[:3, 0]
+        assert float((a[0] @ b[0]).abs()) < 0.999  # the component itself has turned
+        assert torch.allclose(a[:2].T @ a[:2], b[:2].T @ b[:2], atol=1e-9)
+        assert torch.allclose(a[2:].T @ a[2:], b[2:].T @ b[2:], atol=1e-9)
+
+
+# --- invariances ---------------------------------------------------------------------------------------------
+
+
+def assert_same(one: pd.DataFrame, two: pd.DataFrame, tolerance: float = 1e-6) -> None:
+    exact = [name for name in COLUMNS if name not in ("value", "value_im", "score")]
+    pd.testing.assert_frame_equal(one[exact], two[exact])
+    for name in ("value", "value_im", "score"):
+        assert np.abs(one[name] - two[name]).max() < tolerance, name
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(["ov", "qk"]))
+def test_a_gauge_of_the_head_changes_nothing_not_even_a_sign(seed: int, gauge_seed: int, circuit: str) -> None:
+    left, right = random(8, 3, seed=seed), random(3, 8, seed=seed + 1)
+    A = torch.eye(3).double() + 0.3 * random(3, 3, seed=gauge_seed)
+    if torch.linalg.cond(A) > 50:
+        return
+    W_E, W_U = random(40, 8, seed=seed + 2), random(8, 40, seed=seed + 3)
+    one = table(left, right, W_E, W_U, circuit)
+    assert_same(one, table(left @ A, torch.linalg.solve(A, right), W_E, W_U, circuit))
+    best, worst = (
+        one[(one["rank"] == 1) & (one["side"] == "read")].groupby("sign")["score"].apply(np.array).loc[[1, -1]]
+    )
+    signed = one[(one["rank"] == 1) & (one["side"] == "read") & (one["sign"] == 1)]
+    assert len(best) == len(signed)
+    assert (worst < 0).all() and (best > 0).all()
+    real = signed["value_im"].to_numpy() == 0
+    assert (best[real] >= -worst).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.sampled_from([1.0, -1.0]), min_size=3, max_size=3))
+def test_only_the_joint_sign_is_chosen(seed: int, signs: list[float]) -> None:
+    """(u, v) and (-u, -v) give one table; (u, -v) gives the other sign of what is written."""
+    left, right, turn = random(8, 3, seed=seed), random(3, 8, seed=seed + 1), torch.tensor(signs).double()
+    found = factored(left, right)
+    directions = Directions(vocabulary(random(40, 8, seed=seed + 2), random(8, 40, seed=seed + 3)), None)
+    one = directions.table(0, "ov", found)
+    both = Decomposition(found.read * turn, found.sigma, found.write * turn, found.rank)
+    assert_same(one, directions.table(0, "ov", both))
+    other = directions.table(0, "ov", Decomposition(found.read, found.sigma, found.write * turn, found.rank))
+    for k, sign in enumerate(signs):
+        assert ids(other, "singular", k, "read") == ids(one, "singular", k, "read")
+        assert ids(other, "singular", k, "write", int(sign)) == ids(one, "singular", k, "write", 1)
+        assert scores(other, "singular", k, "write", int(sign)) == pytest.approx(
+            [sign * score for score in scores(one, "singular", k, "write", 1)]
+        )
+
+
+def test_a_tie_of_largest_magnitudes_makes_the_lowest_token_id_positive() -> None:
+    """Two opposite tokens: whichever comes first is read positively, whatever sign the decomposition had."""
+    a = torch.tensor([1.0, 2.0, 2.0]).double()
+    for order in (1, -1):
+        W_E = torch.stack([order * a, -order * a])
+        for turn in (1.0, -1.0):
+            rows = table(turn * a[:, None] / 3, a[None] / 3, W_E, W_E.T)
+            assert ids(rows, "singular", 0, "read", 1) == [0, 1]
+            assert scores(rows, "singular", 0, "read", 1) == pytest.approx([3, -3])
+            assert ids(rows, "singular", 0, "read", -1) == [1, 0]
+            assert ids(rows, "singular", 0, "write", 1) == ([0, 1] if turn == 1 else [1, 0])
+
+
+def test_a_constant_on_every_token_is_invisible() -> None:
+    left, right = random(8, 3, seed=0), random(3, 8, seed=1)
+    W_E, W_U = random(40, 8, seed=2), random(8, 40, seed=3)
+    one = table(left, right, W_E, W_U)
+    assert_same(one, table(left, right, W_E + 7 * random(1, 8, seed=4), W_U - 5 * random(8, 1, seed=5)))
+    assert_same(table(left, right, W_E, circuit="qk"), table(left, right, W_E + random(1, 8, seed=4), circuit="qk"))
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 499, 500])
+def test_the_size_of_blocks_changes_nothing(block: int) -> None:
+    """Float32, with many equal tokens that come before others of equal score by their id alone."""
+    left, right = random(12, 4, seed=0), random(4, 12, seed=1)
+    W_E, W_U = random(500, 12, seed=2).float(), random(12, 500, seed=3).float()
+    same = torch.arange(100, 480, 3)
+    W_E[same], W_U[:, same] = 5 * W_E[same[0]], 5 * W_U[:, same[:1]]
+    whole = table(left, right, W_E, W_U)
+    ties = [
+        found
+        for kind in ("singular", "eigen")
+        for k in range(len(values(whole, kind)))
+        for side in ("read", "write")
+        for sign in (1, -1)
+        if same[0] in (found := ids(whole, kind, k, side, sign))
+    ]
+    assert ties and all(set(same[:3].tolist()) <= set(found) for found in ties)
+    assert same[:10].tolist() in ties
+    pd.testing.assert_frame_equal(table(left, right, W_E, W_U, block=block), whole)
+
+
+# --- what may be missing -------------------------------------------------------------------------------------
+
+
+def test_without_an_unembedding_only_the_reads_of_ov_are_there() -> None:
+    left, right, W_E = random(8, 3, seed=0), random(3, 8, seed=1), random(40, 8, seed=2)
+    without, with_ = table(left, right, W_E), table(left, right, W_E, random(8, 40, seed=3))
+    assert set(without["side"]) == {"read"}
+    pd.testing.assert_frame_equal(without, with_[with_["side"] == "read"].reset_index(drop=True))
+    assert all(" -> " not in line and "reads" in line for line in describe(without, 0, 0))
+    assert set(table(left, right, W_E, circuit="qk")["side"]) == {"read", "write"}
+
+
+def test_a_vocabulary_smaller_than_the_head_lists_all_its_tokens() -> None:
+    left, right, W_E, W_U = random(8, 5, seed=0), random(5, 8, seed=1), random(3, 8, seed=2), random(8, 3, seed=3)
+    rows = table(left, right, W_E, W_U)
+    assert set(rows["rank"]) == {1, 2, 3}
+    check(rows, 0, oracle(left @ right, W_E, W_U.T))
+    for component in range(3):
+        assert ids(rows, "singular", component, "read", 1) == ids(rows, "singular", component, "read", -1)[::-1]
+
+
+def test_a_head_of_fewer_components_and_one_of_zero_weights() -> None:
+    """Beside a head of rank 2, the zero head has no rows; alone, the table is empty and has its columns."""
+    left, right = random(2, 8, 4, seed=0), random(2, 4, 8, seed=1)
+    left[0], left[1, :, 2:] = 0, 0
+    directions = Directions(vocabulary(random(40, 8, seed=2), random(8, 40, seed=3)), None)
+    rows = directions.table(4, "qk", decompose(Factors("qk", left, right), centred=False))
+    assert set(rows["head"]) == {1} and len(values(rows, "singular", head=1)) == 2
+    nothing = directions.table(4, "qk", decompose(Factors("qk", left[:1], right[:1]), centred=False))
+    assert len(nothing) == 0 and list(nothing.columns) == list(COLUMNS)
+    assert pd.concat([nothing, rows], ignore_index=True)["layer"].dtype == np.int32
+    assert describe(rows, 4, 0) == []
+
+
+# --- spelling ------------------------------------------------------------------------------------------------
+
+
+def byte_level(pieces: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel(pieces, unk_token=next(iter(pieces))))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def test_gpt2_tokens_are_spelled_as_the_text_they_stand_for() -> None:
+    from ovqk.tasks import _byte_level_bpe
+
+    tokenizer = _byte_level_bpe(shared_model("gpt2-tokenizer"))
+    spelling = Spelling(tokenizer)
+    assert [spelling(i) for i in (0, 262, 1757, 198, 188, 50256)] == [
+        "!", " the", " John", "\n", "\0", "<|endoftext|>",
+    ]  # fmt: skip
+    assert spelling(tokenizer.token_to_id("Ã©")) == "é" and spelling(tokenizer.token_to_id("âĢĶ")) == "—"
+    assert spelling(447) == "\\xe2\\x80"  # part of a character
+    assert (spelling(50257), spelling(-1), spelling(2**40)) == ("#50257", "#-1", "#1099511627776")
+    for token in range(tokenizer.get_vocab_size()):  # where its bytes are text, the tokenizer's own decoder agrees
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        assert "�" in text or spelling(token) == text
+
+
+def test_sentencepiece_tokens_keep_their_space_and_show_special_tokens() -> None:
+    tokenizer = Tokenizer.from_file(str(shared_model("stories260k") / "tokenizer.json"))
+    spelling = Spelling(tokenizer)
+    assert [spelling(i) for i in (0, 1, 2, 13, 259, 260)] == ["<unk>", "<s>", "</s>", "\n", " t", "he"]
+    assert spelling(3 + 0x41) == "A" and spelling(3 + 0xE2) == "\\xe2"
+    assert spelling(512) == "#512"
+
+
+def test_the_bundled_tokenizer_s_words_are_spelled_with_their_space() -> None:
+    tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
+    spelling = Spelling(tokenizer)
+    spelled = [spelling(token) for token in range(tokenizer.get_vocab_size())]
+    assert not any("Ġ" in text or "▁" in text for text in spelled)
+    assert len(set(spelled)) == len(spelled)
+
+
+def test_hostile_tokens_are_spelled_and_never_raise() -> None:
+    pieces = ["<unk>", "", "Ġ", "Ċ", "ł", "ð", "ðŁĺĢ", "日本", "a b", "\u202eabc", "é", "Ã©"]
+    tokenizer = byte_level({piece: index for index, piece in enumerate(pieces)})
+    tokenizer.add_special_tokens([AddedToken("Ã©Ġ<special>", special=True)])
+    spelled = [Spelling(tokenizer)(token) for token in range(len(pieces) + 2)]
+    assert spelled == [
+        "<unk>", "", " ", "\n", "\\xa0", "\\xf0", "😀", "日本", "a b", "\u202eabc", "\\xe9", "é", "Ã©Ġ<special>", "#13",
+    ]  # fmt: skip
+    for text in spelled:
+        text.encode()  # no lone surrogate, so that every file format takes it
+    words = {"é": 0, "Ã©": 1, "Ġfoo": 2, "▁▁bar▁": 3, "<0x0A>": 4, "<0xFF>": 5, "<0xZZ>": 6, "##ing": 7}
+    plain = Spelling(Tokenizer(models.WordLevel(words, unk_token="é")))
+    assert [plain(i) for i in range(9)] == ["é", "Ã©", " foo", "  bar ", "\n", "\\xff", "<0xZZ>", "##ing", "#8"]
+    assert Spelling(None)(17) == "#17"
+
+
+def test_the_table_spells_its_tokens_and_lines_escape_what_a_terminal_would_obey() -> None:
+    words = ["\x1b[31m", "\u202eevil", " x", "a'b", "[/red]", "Ġ" * 50, "\u2028", "\n"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=" x"))
+    left, right = random(8, 3, seed=0), random(3, 8, seed=1)
+    rows = table(left, right, random(8, 8, seed=2), random(8, 8, seed=3), tokenizer=tokenizer)
+    spelling = Spelling(tokenizer)
+    assert rows["token"].tolist() == [spelling(i) for i in rows["token_id"]]
+    assert set(rows["token"]) == {spelling(i) for i in range(8)}
+    lines = describe(rows, 0, 0, shown=8)
+    assert len(lines) == rows.groupby(["kind", "component"]).ngroups
+    assert all(line.isprintable() for line in lines)
+    for escaped in ("'\\x1b[31m'", "'\\u202eevil'", "' x'", '"a\'b"', "'[/red]'", "'\\u2028'", "'\\n'"):
+        assert escaped in lines[0], escaped
+    assert max(len(line) for line in describe(rows, 0, 0, shown=1)) < 200
+
+
+def test_lines_say_query_and_key_and_show_as_many_tokens_as_asked() -> None:
+    E = torch.eye(10).double()
+    rows = table(E[:, [3]] * -2, E[[3]], E, circuit="qk")
+    assert describe(rows, 0, 0, shown=1) == [
+        "QK singular 0 (sigma 2): queries '#3' | not '#0' -> keys '#0' | not '#3'",
+        "QK eigen 0 (lambda -2): queries '#3' | not '#0' -> avoid keys '#3' | not '#0'",
+    ]
+    assert describe(rows, 0, 0, shown=2)[0].count("'#") == 8
+    assert describe(rows, 1, 0) == describe(rows, 0, 1) == []
