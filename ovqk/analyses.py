@@ -4,6 +4,7 @@
 """
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk import positions, spectra
+from ovqk.candidates import candidate_rows, unclaimed
 from ovqk.claims import Claims, resolve_claims
-from ovqk.composition import composition_table
+from ovqk.composition import STRONGEST, composition_table, virtual_heads_table
 from ovqk.config import Config
 from ovqk.heads import Circuit, regauge
 from ovqk.layers import layer_metrics
@@ -27,7 +29,7 @@ from ovqk.nulls import Predicted
 from ovqk.patterns import head_patterns
 from ovqk.readouts import full_circuit_ratio
 from ovqk.statistics import QUANTILES
-from ovqk.testing import ClaimTests, matching_gram
+from ovqk.testing import ClaimTests, matching_grams
 from ovqk.verdicts import VERDICTS, judge, subjects
 from ovqk.weights import WeightSource
 
@@ -47,6 +49,7 @@ class Analysis:
         processing: what was asked for and what was really done.
         claims: source and reliability of the claims, or why there are none.
         notes: what a reader of the tables should know besides.
+        null_seconds: the part of the time that went into drawing nulls.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -56,6 +59,7 @@ class Analysis:
     processing: dict[str, str]
     claims: dict[str, Any]
     notes: list[str]
+    null_seconds: float
 
 
 def analyse(
@@ -75,9 +79,10 @@ def analyse(
     """
     claims = resolve_claims(config.task, config.model, source.architecture)
     model = Model.read(source, tokenizer, n_tokens, label, config)
-    tests = ClaimTests(model, claims) if isinstance(claims, Claims) else None
+    tests = ClaimTests(model, claims if isinstance(claims, Claims) else unclaimed(config.task))
     head_values: list[HeadValues] = []
-    tables: dict[str, list[pd.DataFrame]] = {"heads": [], "layers": [], "spectra": [], "offsets": []}
+    names = ("heads", "layers", "spectra", "offsets", "directions")
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
     for index in range(source.architecture.n_layers):
         layer = Layer(model, index)
         values = HeadValues()
@@ -88,6 +93,7 @@ def analyse(
             unstable = _joined(unstable, gauge_sensitive(layer, circuit, metrics))
             values |= task_metrics(layer, circuit) | block0_metrics(layer, circuit)
             tables["spectra"].append(spectrum)
+            tables["directions"] += direction_rows(layer, circuit)
         if "qk" in model.circuits:
             metrics, profile = position_metrics(layer)
             values |= metrics
@@ -95,11 +101,17 @@ def analyse(
             tables["offsets"] += [] if profile is None else [profile]
         head_values.append(values)
         tables["heads"].append(heads_rows(layer, values, unstable))
-        if tests is not None:
-            tests.visit(layer)
+        tests.visit(layer)
     made = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items() if parts}
-    if tests is not None:
-        made |= judge_claims(tests, {name: _grid(model, head_values, name) for name in METRICS})
+    started = time.perf_counter()
+    by_head = {name: _grid(model, head_values, name) for name in METRICS}
+    if isinstance(claims, Claims):
+        made |= judge_claims(tests, by_head)
+    else:
+        made["candidates"], notes = candidate_rows(tests, by_head)
+        tests.notes.extend(notes)
+    null_seconds = time.perf_counter() - started
+    made |= composition_tables(model, tests)
     return Analysis(
         tables={name: table for name, table in made.items() if len(table)},
         unavailable=model.unavailable,
@@ -107,7 +119,8 @@ def analyse(
         words={"kept": model.tokens.kept, "dropped": model.tokens.dropped},
         processing=model.processing,
         claims=_describe(claims),
-        notes=[*source.notes, *model.tokens.notes, *(tests.notes if tests is not None else [])],
+        notes=[*source.notes, *model.tokens.notes, *tests.notes],
+        null_seconds=null_seconds,
     )
 
 
@@ -151,6 +164,15 @@ def spectrum(
     if circuit == "qk":
         metrics["qk_symmetry_vocab"] = spectra.vocabulary_symmetry(decomposition, gram)
     return metrics, [*lines, ("vocab", "eigen", eigen), ("vocab", "singular", sigma)]
+
+
+def direction_rows(layer: Layer, circuit: Circuit) -> list[pd.DataFrame]:
+    """The tokens that the leading components of one circuit read and write (at D = 0)."""
+    model = layer.model
+    if model.directions is None:
+        return []
+    parts = layer.decomposition(circuit, model.folds)
+    return [model.directions.table(layer.index, circuit, parts, model.config.analysis.components)]
 
 
 def gauge_sensitive(layer: Layer, circuit: Circuit, metrics: HeadValues) -> list[str]:
@@ -212,7 +234,7 @@ def token_head_moments(layer: Layer, normalised: bool) -> positions.HeadMoments:
 
 def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
     """`ov_copying_block0` and `qk_matching_block0`: full circuits of tokens as layers after the first see them."""
-    vocabulary, (gram, cross) = layer.model.vocabulary, layer.model.block0_grams
+    vocabulary, (gram, cross, _) = layer.model.vocabulary, layer.model.block0_grams
     if gram is None or vocabulary is None or layer.index == 0:
         return {}
     decomposition = layer.decomposition(circuit, True)
@@ -247,14 +269,22 @@ def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> d
         for row in rows
         for q, v in zip(QUANTILES, row.pop("quantiles"), strict=True)
     ]
-    gram = matching_gram(model)
-    pairs = composition_table(tests.layers, tests.pairs(), None if isinstance(gram, str) else gram, strongest=0)
-    return {
-        "tests": pd.DataFrame(rows),
-        "nulls": pd.DataFrame(quantiles),
-        "verdicts": pd.DataFrame(verdicts),
-        "composition": pairs,
-    }
+    return {"tests": pd.DataFrame(rows), "nulls": pd.DataFrame(quantiles), "verdicts": pd.DataFrame(verdicts)}
+
+
+def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFrame]:
+    """composition.parquet: the pairs that the claims name, or the strongest of all, and then virtual_heads.parquet."""
+    if not tests.layers:
+        return {}
+    grams, vocabulary, every = matching_grams(model), model.spectral_vocabulary, model.config.analysis.pairs
+    gram, first_gram = (None, None) if isinstance(grams, str) else grams
+    table = composition_table(tests.layers, tests.pairs(), gram, first_gram, strongest=STRONGEST if every else 0)
+    if not every:
+        return {"composition": table}
+    full = None
+    if vocabulary is not None and vocabulary.gram_cross is not None and vocabulary.gram_unembed is not None:
+        full = (vocabulary.gram_embed, vocabulary.gram_cross, vocabulary.gram_unembed)
+    return {"composition": table, "virtual_heads": virtual_heads_table(tests.layers, table, full)}
 
 
 def _why_no_primary(tests: ClaimTests, predicted: list[Predicted]) -> str | None:

@@ -39,7 +39,8 @@ Head = tuple[int, int]
 """(layer, head)."""
 Pair = tuple[Head, Head]
 """(sender, receiver); only a sender of an earlier layer composes."""
-Grams = tuple[Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"]]
+Gram = Float[Tensor, "d_model d_model"]
+Grams = tuple[Gram, Gram, Gram]
 """E^T C E, W_U C E and W_U C W_U^T."""
 
 MODES: tuple[Mode, ...] = ("q", "k", "v")
@@ -128,7 +129,7 @@ def percentiles(found: Float[Tensor, "*layer sender receiver"]) -> Float[Tensor,
 
 
 def matching(
-    layers: Sequence[LayerCircuits], pairs: Sequence[Pair], gram: Float[Tensor, "d_model d_model"]
+    layers: Sequence[LayerCircuits], pairs: Sequence[Pair], gram: Gram, first_gram: Gram | None = None
 ) -> Float[Tensor, " pair"]:
     """K-composed matching, Re(sum lambda) / sum |lambda|, in [-1, 1]: +1 where r looks for its own token moved by s.
 
@@ -141,18 +142,21 @@ def matching(
 
     Args:
         gram: G = E^T C E of the embeddings that both heads are taken to see (`block0` where the model has MLPs).
+        first_gram: W_E^T C E for senders of layer 0, which read plain embeddings; as `gram` where None. Where layer 0
+            turns tokens around, `gram` would give these senders the wrong sign.
     """
-    gram = gram.double()
     found = torch.zeros(len(pairs), dtype=torch.float64, device=gram.device)
+    gram, first_gram = gram.double(), None if first_gram is None else first_gram.double()
     rows_of: dict[Head, list[int]] = {}
     for row, (_, head) in enumerate(pairs):
         rows_of.setdefault(head, []).append(row)
     for (layer, index), rows in rows_of.items():
         receiver = _select(layers[layer].qk, [index])
-        seen = gram @ receiver.balanced_left
+        later = gram @ receiver.balanced_left
+        first = later if first_gram is None else first_gram @ receiver.balanced_left
         cores, scales = [], []
         for sender_layer, sender_index in (pairs[row][0] for row in rows):
-            sender = _select(layers[sender_layer].ov, [sender_index])
+            sender, seen = _select(layers[sender_layer].ov, [sender_index]), later if sender_layer else first
             cores.append((receiver.balanced_right @ sender.balanced_right.mT) @ (sender.balanced_left.mT @ seen))
             scales.append(receiver.sigma.sum().sqrt() * sender.sigma.sum() * seen.norm())
         found[rows] = spectra.trace_ratio(spectra.eigenvalues(torch.cat(cores)), torch.stack(scales))
@@ -173,13 +177,13 @@ def q_composition(layers: Sequence[LayerCircuits], receivers: Collection[Head]) 
 
 
 def k_composed_matching(
-    layers: Sequence[LayerCircuits], senders: Collection[Head], gram: Float[Tensor, "d_model d_model"]
+    layers: Sequence[LayerCircuits], senders: Collection[Head], gram: Gram, first_gram: Gram | None = None
 ) -> NDArray[np.float64]:
     """Of each head, the best K-composed matching with one of these senders of earlier layers, in [-1, 1]."""
     heads = [(layer, head) for layer in range(len(layers)) for head in range(_n_heads(layers))]
     pairs = [(sender, receiver) for receiver in heads for sender in sorted(set(senders)) if sender[0] < receiver[0]]
     best = np.full((len(layers), _n_heads(layers)), math.nan)
-    for (_, receiver), value in zip(pairs, matching(layers, pairs, gram).tolist(), strict=True):
+    for (_, receiver), value in zip(pairs, matching(layers, pairs, gram, first_gram).tolist(), strict=True):
         best[receiver] = np.fmax(best[receiver], value)
     return best
 
@@ -210,7 +214,8 @@ COLUMNS = ["mode", *PAIR_COLUMNS, "score", "score_above_random", "percentile", "
 def composition_table(
     layers: Sequence[LayerCircuits],
     asked: Collection[Pair] = (),
-    gram: Float[Tensor, "d_model d_model"] | None = None,
+    gram: Gram | None = None,
+    first_gram: Gram | None = None,
     strongest: int = STRONGEST,
 ) -> pd.DataFrame:
     """Rows of composition.parquet: the pairs asked for and the strongest senders of every receiver, by mode.
@@ -218,7 +223,7 @@ def composition_table(
     Args:
         layers: from layer 0 on.
         asked: a pair whose sender is not of an earlier layer does not compose and has no row.
-        gram: for the matching of rows of mode k; nan without it, and for the other modes.
+        gram, first_gram: for the matching of rows of mode k; nan without `gram`, and for the other modes.
         strongest: how many senders to keep of each receiver and mode; with 0 only what was asked for is computed.
     """
     tables = []
@@ -238,7 +243,7 @@ def composition_table(
             rows["score"], rows["percentile"] = (x[kept].cpu().numpy() for x in (found, percentiles(found)))
             rows["score_above_random"] = rows["score"] - 1 / math.sqrt(layers[layer].ov.read.shape[1])
             if mode == "k" and gram is not None:
-                rows["matching"] = matching(layers, _pairs(rows), gram).cpu().numpy()
+                rows["matching"] = matching(layers, _pairs(rows), gram, first_gram).cpu().numpy()
             tables.append(rows.sort_values(["receiver_head", "score"], ascending=[True, False], kind="stable"))
     return pd.concat(tables, ignore_index=True)[COLUMNS] if tables else pd.DataFrame(columns=COLUMNS)
 
@@ -259,7 +264,11 @@ def virtual_factors(layers: Sequence[LayerCircuits], pairs: Sequence[Pair]) -> F
 
 
 def virtual_heads_table(
-    layers: Sequence[LayerCircuits], composition: pd.DataFrame, grams: Grams | None = None, n: int = STRONGEST
+    layers: Sequence[LayerCircuits],
+    composition: pd.DataFrame,
+    grams: Grams | None = None,
+    first_grams: Grams | None = None,
+    n: int = STRONGEST,
 ) -> pd.DataFrame:
     """Rows of virtual_heads.parquet: the virtual heads of the n strongest V pairs of a composition table.
 
@@ -268,7 +277,8 @@ def virtual_heads_table(
     Columns, besides the pair and its score:
         frobenius_norm: norm_F(W_OV^s W_OV^r).
         frobenius_share: its square over the sum for all senders of the receiver, in [0, 1]; nan where all are 0.
-        ov_copying: Re(sum lambda) / sum |lambda| of E W_OV^s W_OV^r W_U, in [-1, 1]; nan without grams.
+        ov_copying: Re(sum lambda) / sum |lambda| of E W_OV^s W_OV^r W_U, in [-1, 1]; nan without `grams`. Senders of
+            layer 0 read the embeddings of `first_grams`, where given.
     """
     strongest = composition[composition["mode"] == "v"].sort_values("score", ascending=False, kind="stable").head(n)
     table = strongest[[*PAIR_COLUMNS, "score"]]
@@ -278,7 +288,8 @@ def virtual_heads_table(
         virtual = spectra.decompose(virtual_factors(layers, pairs), centred=False)
         norm = virtual.sigma.norm(dim=-1).cpu().numpy()
         if grams is not None:
-            copying = full_circuit_ratio(virtual, *grams).cpu().numpy()
+            later, first = (full_circuit_ratio(virtual, *g).cpu().numpy() for g in (grams, first_grams or grams))
+            copying = np.where(table["sender_layer"] == 0, first, later)
     for row, ((at, sender), (layer, head)) in enumerate(pairs):
         norms = torch.stack([layers[earlier].ov.sigma.norm(dim=-1) for earlier in range(layer)])
         energy = (received(layers, layer, "v", [head])[..., 0] * norms).square()

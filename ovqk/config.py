@@ -162,6 +162,10 @@ class AnalysisConfig:
     embedding: Embedding = Embedding.by_layer
     offsets: list[int] = field(default_factory=lambda: [0])
     """Rotary models: the offsets (query position - key position) at which QK spectra are taken."""
+    components: int = 3
+    """Leading components of each circuit whose tokens are read out (directions.parquet); 0 for none."""
+    pairs: bool = False
+    """Composition of all pairs of heads (composition.parquet, virtual_heads.parquet); else of the pairs claims name."""
 
 
 @dataclass

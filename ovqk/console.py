@@ -14,10 +14,12 @@ from rich.text import Text
 
 from ovqk import comparison
 from ovqk.availability import NOT_APPLICABLE
+from ovqk.directions import describe
 from ovqk.record import read_record, read_tracking
 from ovqk.results import load_table
 
 STYLES = {"corroborated": "green", "partial": "yellow", "contradicted": "red", "unsupported": "magenta"}
+SHOWN_CANDIDATES = 3  # of each role
 MIN_WIDTH = 140  # of tables where the output is no terminal
 
 RESIDUAL_COLUMNS = (
@@ -54,12 +56,14 @@ def print_cell(folder: Path, cached: bool) -> None:
     if verdicts is None:
         out.print(f"No verdicts: {record['claims']['none']}. Means over the heads of each layer:\n")
         out.print(layer_table(heads))
+        _print_candidates(out, folder)
     else:
         note = f" - {record['claims']['note']}" if "note" in record["claims"] else ""
         out.print(f"Claims: {record['claims']['source']} ({record['claims']['reliability']}){note}\n")
         out.print(verdict_table(heads, verdicts))
         for line in reasons(verdicts):
             out.print(line, style="dim")
+        _print_directions(out, folder, verdicts)
     for reason, names in grouped(record["unavailable"]).items():
         if reason.startswith(NOT_APPLICABLE):
             continue
@@ -71,6 +75,48 @@ def print_cell(folder: Path, cached: bool) -> None:
         if words:
             out.print(f"{len(words)} words of '{name}' are not one token here and were left out", style="dim")
     _print_places(out, folder, record)
+
+
+def _print_directions(out: Console, folder: Path, verdicts: pd.DataFrame) -> None:
+    """What the leading singular component of each circuit of the claimed heads reads and writes."""
+    table = load_table(folder, "directions")
+    if table is None or not len(table):
+        return
+    table = table[(table["kind"] == "singular") & (table["component"] == 0)]
+    claimed = verdicts[verdicts["kind"] == "head"][["layer", "head"]].astype(int).drop_duplicates()
+    out.print("\nLeading singular components (all of them, and the eigen components: directions.parquet)", style="dim")
+    for layer, head in claimed.to_numpy().tolist():
+        for line in describe(table, layer, head, shown=4):
+            out.print(Text(f"  {layer}.{head}  {line}", style="dim"), soft_wrap=True)
+
+
+def _print_candidates(out: Console, folder: Path) -> None:
+    """The strongest heads for each role, where no circuit is claimed."""
+    found = load_table(folder, "candidates")
+    if found is None or not len(found):
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("candidates for", "metric", "head", "value", "in layer", "q nearby", "p frame, all"):
+        table.add_column(title, justify="left" if title in ("candidates for", "metric") else "right")
+    for row in found[found["primary"] & (found["rank"] <= SHOWN_CANDIDATES)].to_dict("records"):
+        first = row["rank"] == 1
+        arrow = {"high": "↑", "low": "↓"}[row["prediction"]]
+        table.add_row(
+            row["role"].replace("_", " ") if first else "",
+            f"{row['metric']} {arrow}" if first else "",
+            f"{row['layer']}.{row['head']}",
+            _number(row["value"]),
+            _percent(row["percentile"]),
+            _number(row["q_depth"], digits=3),
+            _number(row["p_frame_all"], digits=3),
+        )
+    out.print("\nCandidates, not verdicts: the heads are chosen for being the strongest.\n")
+    out.print(table)
+    out.print(
+        "q nearby: against heads of nearby layers, corrected over all heads. p frame, all: against heads of the same "
+        "spectrum, times the number of heads.",
+        style="dim",
+    )
 
 
 def shown_columns(heads: pd.DataFrame) -> list[tuple[str, str]]:
@@ -101,7 +147,7 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
             head = (int(row["layer"]), int(row["head"]))
             values = [_number(indexed.at[head, name]) for _, name in columns]
         arrow = {"high": "↑", "low": "↓"}.get(row["prediction"] or "", "")
-        verdict = f"{row['verdict']}{' (mixed)' if row['flags'] == 'mixed' else ''}"
+        verdict = row["verdict"] + (f" ({row['flags']})" if row["flags"] else "")
         if is_role:
             name = Text(row["role"].replace("_", " "), style="bold")
             name.append(f": {row['primary']} {arrow}" if row["primary"] else "", style="dim")
@@ -130,8 +176,8 @@ def reasons(verdicts: pd.DataFrame) -> Iterable[str]:
         "percentile: among unclaimed heads of the layer."
     )
     yield (
-        "q: corrected p in the predicted direction; role: exact permutation within layers, head: against unclaimed "
-        "heads of nearby layers."
+        "q: the largest corrected p under the nulls that count (verdicts.parquet names them): other heads, heads of the "
+        "same spectrum, other words. partial (consistent): only the spectrum's null is beaten, as by many trained heads."
     )
     untested = verdicts[verdicts["reason"] != ""]
     for reason, rows in untested.groupby("reason", sort=False):

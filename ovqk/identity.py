@@ -84,6 +84,10 @@ def _check(config: Config) -> None:
         raise UserError(
             f"analysis.offsets={config.analysis.offsets}: allowed are one or more offsets >= 0 (query minus key)."
         )
+    if config.analysis.components < 0:
+        raise UserError(f"analysis.components={config.analysis.components}: must be a number of components >= 0.")
+    if config.analysis.pairs and len(circuits) < 2:
+        raise UserError(f"analysis.pairs=true: composition needs both circuits, and analysis.circuits={circuits}.")
     if not 1 <= config.nulls.draws <= 1_000_000:
         raise UserError(
             f"nulls.draws={config.nulls.draws}: must be in 1 .. 1000000 (p cannot fall below 1 / (1 + draws))."

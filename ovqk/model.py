@@ -12,6 +12,7 @@ from ovqk import positions, spectra
 from ovqk.availability import NO_EMBEDDING, unavailable_metrics
 from ovqk.config import Config, Processing
 from ovqk.devices import resolve_device, to_device
+from ovqk.directions import Directions
 from ovqk.heads import Circuit, Factors, ov_factors, qk_factors, scores
 from ovqk.metrics import METRICS
 from ovqk.readouts import EffectiveRows, HeadMaps, Readout, Scorer
@@ -42,9 +43,11 @@ class Model:
     W_pos: Float[Tensor, "n_ctx d_model"] | None
     position_moments: positions.Moments | None
     block0: Block0 | str
-    block0_grams: tuple[Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"] | None]
-    """E^T C E and W_U C E of the block0 embeddings E."""
+    block0_grams: tuple[Tensor | None, Tensor | None, Tensor | None]
+    """E^T C E, W_U C E and W_E^T C E of the block0 embeddings E, each [d_model, d_model]."""
     readout: Readout | None
+    directions: Directions | None
+    """None where there is no token to read out, or none is asked for."""
     unavailable: dict[str, str]
 
     @property
@@ -108,7 +111,7 @@ class Model:
             plain = positions.token_moments(vocabulary)
             normal = positions.normalised_moments(vocabulary, facts) if facts.positions == "rotary" else plain
             moments = (plain, normal)
-        grams: tuple[Tensor | None, Tensor | None] = (None, None)
+        grams: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if isinstance(block0, Block0) and vocabulary is not None and facts.n_layers > 1:
             grams = block0.grams(vocabulary)
         unavailable = unavailable_metrics(
@@ -134,6 +137,7 @@ class Model:
             block0=block0,
             block0_grams=grams,
             readout=readout,
+            directions=Directions(spectral, tokenizer) if spectral is not None and config.analysis.components else None,
             unavailable=unavailable,
         )
 

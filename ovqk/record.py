@@ -83,7 +83,8 @@ def write_done(
         "loaded_by": loaded_by,
         "processing": analysis.processing,
         "tables": {name: len(table) for name, table in analysis.tables.items()},
-        "provenance": provenance(config, identity, checkpoint, seconds),
+        "provenance": provenance(config, identity, checkpoint, seconds)
+        | {"null_seconds": round(analysis.null_seconds, 3)},
     }
     _write_json(folder / RECORD, record)
     return record

@@ -36,7 +36,6 @@ from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, HeadMaps, full_circuit_
 from ovqk.spectra import Decomposition
 from ovqk.statistics import monte_carlo
 from ovqk.surrogates import STAGES, FrameDraws, draw_words, subsamples
-from ovqk.vocabulary import Block0
 
 RESAMPLES = 1000  # of source tokens, for an interval
 SUBSAMPLES = 200  # of a subspace's words, for an interval
@@ -77,7 +76,8 @@ class ClaimTests:
         """Draw what is the same for all layers."""
         predictions = [config for configs in self.claims.predictions.values() for config in configs]
         self.wanted = predictions_by_metric(predictions)
-        self.composes = any(config.metric in COMPOSITION_METRICS for config in predictions)
+        claimed = any(config.metric in COMPOSITION_METRICS and self.partners(config) for config in predictions)
+        self.composes = claimed or self.model.config.analysis.pairs
         self.frames: dict[tuple[Head, Form], FrameDraws] = {}
         readout = self.model.readout
         self.weights: NDArray[np.float64] | None = None
@@ -170,9 +170,9 @@ class ClaimTests:
             return composition.k_composition(self.layers, partners)
         if config.metric == "q_composition":
             return composition.q_composition(self.layers, partners)
-        gram = matching_gram(self.model)
-        if config.metric == "k_composed_matching" and not isinstance(gram, str):
-            return composition.k_composed_matching(self.layers, partners, gram)
+        grams = matching_grams(self.model)
+        if config.metric == "k_composed_matching" and not isinstance(grams, str):
+            return composition.k_composed_matching(self.layers, partners, *grams)
         return nothing
 
     def pairs(self) -> list[tuple[Head, Head]]:
@@ -316,7 +316,7 @@ def surrogate_metrics(
     model: Model, layer: int, wanted: set[str]
 ) -> Callable[[HeadMaps], dict[str, Float[Tensor, " draw"]]]:
     """What measures surrogates of a head of this layer, by the functions that measured the head."""
-    plain, folded, (block0, cross) = model.spectral_vocabulary, model.vocabulary, model.block0_grams
+    plain, folded, (block0, cross, _) = model.spectral_vocabulary, model.vocabulary, model.block0_grams
 
     def measure(maps: HeadMaps) -> dict[str, Tensor]:
         found = {}
@@ -342,10 +342,16 @@ def _written(parts: Decomposition, gram_in: Tensor, cross: Tensor | None, gram_o
     return full_circuit_ratio(parts, gram_in, cross, gram_out)
 
 
-def matching_gram(model: Model) -> Float[Tensor, "d_model d_model"] | str:
-    """E^T C E for K-composed matching: of `block0` embeddings where the model has MLPs; else why there is none."""
+def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:
+    """E^T C E for K-composed matching, and W_E^T C E for senders of layer 0; or why there are none.
+
+    Of `block0` embeddings E where the model has MLPs; of plain ones where it has none.
+    """
+    gram, _, first = model.block0_grams
     if model.vocabulary is None:
         return model.source.no_vocabulary or "the checkpoint has no token embedding"
-    if isinstance(model.block0, Block0) and model.block0_grams[0] is not None:
-        return model.block0_grams[0] if model.block0.mlp is not None else model.vocabulary.gram_embed
-    return model.block0 if isinstance(model.block0, str) else model.vocabulary.gram_embed
+    if isinstance(model.block0, str):
+        return model.block0
+    if model.block0.mlp is None or gram is None:
+        return model.vocabulary.gram_embed, None
+    return gram, first

@@ -152,7 +152,10 @@ def _decide(
         return "partial", alone
     if all(row["min_q"] >= ALPHA for row in testable):
         least = min(row["min_q"] for row in testable)
-        return "unsupported", f"it cannot be significant alone: with these comparisons q cannot fall below {least:.2g}"
+        return (
+            "unsupported",
+            f"it could not be significant alone among these comparisons: q would be {least:.2g} at best",
+        )
     return "unsupported", ""
 
 

@@ -118,20 +118,23 @@ class Block0:
 
     def grams(
         self, vocabulary: Vocabulary
-    ) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"] | None]:
-        """E^T C E and (where there is an unembedding) W_U C E over the vocabulary, a block of tokens at a time."""
+    ) -> tuple[
+        Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"]
+    ]:
+        """E^T C E, W_U C E (None without an unembedding) and W_E^T C E, a block of tokens at a time."""
         W_E, W_U = vocabulary.W_E, vocabulary.W_U
-        d_model = W_E.shape[1]
-        second = torch.zeros(d_model, d_model, dtype=torch.float64, device=W_E.device)
-        cross = torch.zeros_like(second)
+        n, d_model = W_E.shape
+        second, cross, plain = (torch.zeros(d_model, d_model, dtype=torch.float64, device=W_E.device) for _ in range(3))
         total = torch.zeros(d_model, dtype=torch.float64, device=W_E.device)
-        for rows in blocks(W_E.shape[0], BLOCK // 4):
+        for rows in blocks(n, BLOCK // 4):
             embedded = self.rows(W_E[rows]).double()
             second += embedded.T @ embedded
+            plain += W_E[rows].double().T @ embedded
             total += embedded.sum(0)
             if W_U is not None:
                 cross += W_U[:, rows].double() @ embedded
-        gram = second - torch.outer(total, total) / W_E.shape[0]
+        gram = second - torch.outer(total, total) / n
+        plain -= torch.outer(vocabulary.mean.double(), total)
         if W_U is None:
-            return gram, None
-        return gram, cross - torch.outer(W_U.double().mean(1), total)
+            return gram, None, plain
+        return gram, cross - torch.outer(W_U.double().mean(1), total), plain

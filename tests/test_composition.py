@@ -102,24 +102,29 @@ class Materialised:
         B = {"q": self.W_QK[r], "k": self.W_QK[r].T, "v": self.W_OV[r]}[mode]
         return float((A @ B).norm() / A.norm() / B.norm())
 
-    def matching(self, E: torch.Tensor, s, r) -> float:
-        """Query tokens read by W_QK; key tokens first pass through the sender; centred over tokens on both sides."""
+    def matching(self, E: torch.Tensor, s, r, W_E: torch.Tensor | None = None) -> float:
+        """Query tokens read by W_QK; key tokens first pass through the sender; centred over tokens on both sides.
+
+        A sender of layer 0 reads W_E, where given.
+        """
         C = centre_tokens(len(E))
-        moved = E @ self.W_OV[s]
+        moved = (E if W_E is None or s[0] > 0 else W_E) @ self.W_OV[s]
         return ratio(C @ (E @ self.W_QK[r]) @ moved.T @ C)
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def model(request, tiny) -> tuple[Materialised, torch.Tensor]:
+def model(request, tiny) -> tuple[Materialised, torch.Tensor, torch.Tensor]:
+    """The heads, the block0 embeddings and the plain ones."""
     source = source_of(tiny(request.param))
-    return Materialised(source), block0_rows(source, folded_embeddings(source))
+    embeddings = folded_embeddings(source)
+    return Materialised(source), block0_rows(source, embeddings), embeddings.W_E.double()
 
 
 # --- oracles ---------------------------------------------------------------------------------------------------
 
 
 def test_scores_of_all_modes_match_materialised_products(model) -> None:
-    whole, _ = model
+    whole, *_ = model
     found = {(layer, m): received(whole.layers, layer, m) for layer in range(1, whole.facts.n_layers) for m in MODES}
     assert len(whole.pairs) >= 16
     for mode, (s, r) in product(MODES, whole.pairs):
@@ -128,10 +133,13 @@ def test_scores_of_all_modes_match_materialised_products(model) -> None:
 
 
 def test_matching_matches_the_eigenvalues_of_the_vocabulary_matrix(model) -> None:
-    whole, E = model
+    whole, E, W_E = model
     found = matching(whole.layers, whole.pairs, centred_gram(E, E))
     wanted = [whole.matching(E, s, r) for s, r in whole.pairs]
     assert max(map(abs, wanted)) > 0.05
+    assert found.tolist() == pytest.approx(wanted, abs=1e-4)
+    found = matching(whole.layers, whole.pairs, centred_gram(E, E), centred_gram(W_E, E))
+    wanted = [whole.matching(E, s, r, W_E) for s, r in whole.pairs]
     assert found.tolist() == pytest.approx(wanted, abs=1e-4)
 
 
@@ -225,6 +233,22 @@ def test_a_planted_previous_token_and_induction_pair_matches_and_its_negation_av
     plain = A @ A.T + B @ B.T  # a Gram without preferred directions: the rotation's eigenvalues are imaginary
     turned = planted(W_OV=(A, A), W_QK=(A @ turn, B))
     assert float(matching([mover, turned], [((0, 0), (1, 0))], plain)) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_sender_of_a_first_layer_that_turns_tokens_around_reads_the_plain_embedding() -> None:
+    """Block 0 writes -2 W_E beside W_E, so E = -W_E: E on both sides would give a sender of block 0 the wrong sign."""
+    A, B = subspaces(2, d=16, k=4)
+    W_E = noise(40, 16, seed=7).double()
+    E = -W_E
+    layers = [planted(W_OV=(-A, B), W_QK=(A, A)), planted(W_OV=(-A, B), W_QK=(A, B)), planted((A, A), W_QK=(A, B))]
+    pairs = [((0, 0), (2, 0)), ((1, 0), (2, 0))]
+    same, apart = centred_gram(E, E), centred_gram(W_E, E)
+    assert matching(layers, pairs, same).tolist() == pytest.approx([-1, -1], abs=1e-5)
+    assert matching(layers, pairs, same, apart).tolist() == pytest.approx([1, -1], abs=1e-5)
+    table = composition_table(layers, gram=same, first_gram=apart).query("mode == 'k' and receiver_layer == 2")
+    assert table.set_index("sender_layer")["matching"][[0, 1]].tolist() == pytest.approx([1, -1], abs=1e-5)
+    best = k_composed_matching(layers, [(0, 0), (1, 0)], same, apart)
+    assert best[2, 0] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_pair_that_does_not_compose_matches_at_exactly_zero_not_at_noise() -> None:
@@ -438,7 +462,7 @@ def test_the_table_holds_the_strongest_senders_and_what_was_asked_for() -> None:
     for mode, r in product(MODES, product(range(1, 4), range(heads))):
         into = sorted((x for x in every if x[0] == mode and x[2] == r), key=every.__getitem__)
         wanted |= set(into[-strongest:])
-    table = composition_table(layers, asked, gram, strongest)
+    table = composition_table(layers, asked, gram, strongest=strongest)
     assert list(table.columns) == COLUMNS
     rows = {(m, (a, b), (c, e)): rest for m, a, b, c, e, *rest in table.itertuples(index=False)}
     assert set(rows) == wanted and len(table) == len(wanted)
@@ -451,7 +475,7 @@ def test_the_table_holds_the_strongest_senders_and_what_was_asked_for() -> None:
             assert matched == pytest.approx(float(matching(layers, [(s, r)], gram)), abs=1e-9)
         else:
             assert math.isnan(matched)
-    assert composition_table(layers, asked, None, strongest)["matching"].isna().all()
+    assert composition_table(layers, asked, strongest=strongest)["matching"].isna().all()
 
 
 def test_the_table_can_be_of_asked_pairs_alone() -> None:
@@ -494,4 +518,10 @@ def test_virtual_heads_match_materialised_products(tiny) -> None:
         assert copying == pytest.approx(ratio(C @ W_E @ virtual @ W_U @ C), abs=1e-4)
         factors = virtual_factors(whole.layers, [(s, r)])
         assert torch.allclose(factors.left[0] @ factors.right[0], virtual, atol=1e-5 * float(virtual.norm()))
-    assert virtual_heads_table(whole.layers, composition_table(whole.layers))["ov_copying"].isna().all()
+    everything = composition_table(whole.layers)
+    assert virtual_heads_table(whole.layers, everything)["ov_copying"].isna().all()
+    of_negated = grams[0], -grams[1], grams[2]  # what layer 0 would read if its embeddings were -W_E
+    both = virtual_heads_table(whole.layers, everything, grams, of_negated, n=6)
+    sign = np.where(table["sender_layer"] == 0, -1, 1)
+    assert set(sign) == {1, -1}
+    assert np.allclose(both["ov_copying"], sign * table["ov_copying"])

@@ -59,7 +59,8 @@ ORDER = [
     "errors", "config", "metrics", "devices", "checkpoints", "weights", "families", "native",
     "single_file", "heads", "vocabulary", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
     "directions", "readouts", "composition", "availability", "model", "claims", "statistics", "nulls", "surrogates",
-    "testing", "patterns", "verdicts", "prompts", "analyses", "identity", "record", "results", "comparison", "tracking", "console", "cell", "sweep",
+    "testing", "candidates", "patterns", "verdicts", "prompts", "analyses",
+    "identity", "record", "results", "comparison", "tracking", "console", "cell", "sweep",
 ]
 # fmt: on
 
