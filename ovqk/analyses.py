@@ -276,15 +276,13 @@ def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFram
     """composition.parquet: the pairs that the claims name, or the strongest of all, and then virtual_heads.parquet."""
     if not tests.layers:
         return {}
-    grams, vocabulary, every = matching_grams(model), model.spectral_vocabulary, model.config.analysis.pairs
+    grams, every = matching_grams(model), model.config.analysis.pairs
     gram, first_gram = (None, None) if isinstance(grams, str) else grams
     table = composition_table(tests.layers, tests.pairs(), gram, first_gram, strongest=STRONGEST if every else 0)
     if not every:
         return {"composition": table}
-    full = None
-    if vocabulary is not None and vocabulary.gram_cross is not None and vocabulary.gram_unembed is not None:
-        full = (vocabulary.gram_embed, vocabulary.gram_cross, vocabulary.gram_unembed)
-    return {"composition": table, "virtual_heads": virtual_heads_table(tests.layers, table, full)}
+    full, first_full = model.full_grams
+    return {"composition": table, "virtual_heads": virtual_heads_table(tests.layers, table, full, first_full)}
 
 
 def _why_no_primary(tests: ClaimTests, predicted: list[Predicted]) -> str | None:

@@ -176,8 +176,8 @@ def reasons(verdicts: pd.DataFrame) -> Iterable[str]:
         "percentile: among unclaimed heads of the layer."
     )
     yield (
-        "q: the largest corrected p under the nulls that count (verdicts.parquet names them): other heads, heads of the "
-        "same spectrum, other words. partial (consistent): only the spectrum's null is beaten, as by many trained heads."
+        "q: the largest corrected p under the nulls that count (named in verdicts.parquet): other heads, heads of the "
+        "same spectrum, other words. partial (consistent): only heads of the same spectrum are beaten."
     )
     untested = verdicts[verdicts["reason"] != ""]
     for reason, rows in untested.groupby("reason", sort=False):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ovqk import positions, spectra
 from ovqk.availability import NO_EMBEDDING, unavailable_metrics
+from ovqk.composition import Grams
 from ovqk.config import Config, Processing
 from ovqk.devices import resolve_device, to_device
 from ovqk.directions import Directions
@@ -69,6 +70,15 @@ class Model:
     def centred(self) -> bool:
         """Whether the spectra's weights are orthogonal to the all-ones direction."""
         return self.folds and self.architecture.norm == "layernorm"
+
+    @property
+    def full_grams(self) -> tuple[Grams | None, Grams | None]:
+        """(E^T C E, W_U C E, W_U C W_U^T) of the block0 embeddings E, and the same of plain ones, all folded."""
+        vocabulary, (gram, cross, _) = self.vocabulary, self.block0_grams
+        if vocabulary is None or vocabulary.gram_cross is None or vocabulary.gram_unembed is None:
+            return None, None
+        later = None if gram is None or cross is None else (gram, cross, vocabulary.gram_unembed)
+        return later, (vocabulary.gram_embed, vocabulary.gram_cross, vocabulary.gram_unembed)
 
     @property
     def processing(self) -> dict[str, str]:

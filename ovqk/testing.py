@@ -103,9 +103,8 @@ class ClaimTests:
                 form = self.forms[metric, layer.index] = layer.form(metric)
                 self.sigma[layer.index, form] = layer.decomposition(*form).sigma
         if self.composes and len(self.model.circuits) == 2:
-            folds = self.model.folds
-            qk = layer.decomposition("qk", folds, layer.span)
-            self.layers.append(LayerCircuits.of(layer.decomposition("ov", folds), qk))
+            parts = layer.decomposition("ov", True), layer.decomposition("qk", True, layer.span)
+            self.layers.append(LayerCircuits.of(*parts))
         if not here:
             return
         for circuit in self.model.circuits:
@@ -343,15 +342,10 @@ def _written(parts: Decomposition, gram_in: Tensor, cross: Tensor | None, gram_o
 
 
 def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:
-    """E^T C E for K-composed matching, and W_E^T C E for senders of layer 0; or why there are none.
-
-    Of `block0` embeddings E where the model has MLPs; of plain ones where it has none.
-    """
+    """E^T C E of the block0 embeddings E, and W_E^T C E for senders of layer 0, which read plain ones; or why not."""
     gram, _, first = model.block0_grams
     if model.vocabulary is None:
         return model.source.no_vocabulary or "the checkpoint has no token embedding"
     if isinstance(model.block0, str):
         return model.block0
-    if model.block0.mlp is None or gram is None:
-        return model.vocabulary.gram_embed, None
-    return gram, first
+    return "the model has no layer after the first" if gram is None else (gram, first)

@@ -154,7 +154,7 @@ def _decide(
         least = min(row["min_q"] for row in testable)
         return (
             "unsupported",
-            f"it could not be significant alone among these comparisons: q would be {least:.2g} at best",
+            f"alone among these comparisons it could not be significant: q >= {least:.2g}",
         )
     return "unsupported", ""
 

@@ -281,7 +281,7 @@ def test_a_first_layer_that_turns_tokens_around_hides_copying_from_the_plain_emb
     W_E = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
     vocabulary = read_vocabulary(EmbeddingWeights(W_E, None, W_E.T, None), None)
     turning = LayerWeights(0, eye, eye, eye, -2 * eye, zeros, zeros, zeros, norm=None)
-    gram, cross = Block0(turning, None, facts).grams(vocabulary)
+    gram, cross, _ = Block0(turning, None, facts).grams(vocabulary)
     copying = decompose(Factors("ov", eye, eye), centred=False)
     plain = full_circuit_ratio(copying, vocabulary.gram_embed, vocabulary.gram_cross, vocabulary.gram_unembed)
     later = full_circuit_ratio(copying, gram, cross, vocabulary.gram_unembed)
