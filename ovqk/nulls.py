@@ -24,6 +24,7 @@ from ovqk.metrics import COMPOSITION_METRICS
 from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS
 from ovqk.statistics import (
     QUANTILES,
+    TIE,
     MonteCarlo,
     Stratum,
     benjamini_hochberg,
@@ -219,10 +220,11 @@ def head_rows(
     near = depth_reference(signed, head, unclaimed) if predicted.config.metric not in COMPOSITION_METRICS else None
     if near is not None:
         z, standard = near
+        plain = predicted.sign * standard
         rows.append(
             _row(predicted, head, "depth")
             | _counts(z, standard)
-            | {"percentile": percentile(z, standard), "quantiles": np.quantile(standard, QUANTILES)}
+            | {"percentile": percentile(predicted.sign * z, plain), "quantiles": np.quantile(plain, QUANTILES)}
         )
     return [row | {"value": float(predicted.values[head]), "n_heads": 1} for row in rows]
 
@@ -279,8 +281,8 @@ def ensemble_row(
 def _counts(value: float, reference: NDArray[np.float64]) -> dict[str, Any]:
     n = len(reference)
     return {
-        "p": float((1 + (reference >= value).sum()) / (1 + n)),
-        "p_opposite": float((1 + (reference <= value).sum()) / (1 + n)),
+        "p": float((1 + (reference >= value - TIE).sum()) / (1 + n)),
+        "p_opposite": float((1 + (reference <= value + TIE).sum()) / (1 + n)),
         "min_p": 1 / (1 + n),
         "effect": percentile(value, reference),
         "n_null": n,

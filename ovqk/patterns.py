@@ -47,10 +47,10 @@ def head_patterns(
     if math.isfinite(spread):
         evidence.append(f"OV: effective rank of energies {spread:.1f}, random weights {least:.1f} or more")
     return {
-        "ov_aligned": bool(corrected) if rows else None,
+        "ov_aligned": bool(corrected) if rows and math.isfinite(spread) else None,
         "qk_simple": bool(rank <= SIMPLE * shape[1] and second <= 1 - CLUSTER) if math.isfinite(rank) else None,
         "ov_flat": bool(spread >= least) if math.isfinite(spread) else None,
-        "both_align": bool(ov and qk) if rows else None,
+        "both_align": bool(ov and qk) if rows and math.isfinite(rank) and math.isfinite(spread) else None,
         "evidence": "; ".join(evidence),
     }
 

@@ -95,9 +95,8 @@ def _counted(exceeds: NDArray[np.bool_]) -> tuple[float, int, bool]:
 
 def midranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
     """Twice the mid-rank of each value (so that ties stay integers), from 2 for the smallest."""
-    below = (values[:, None] > values[None, :]).sum(1)
-    equal = (values[:, None] == values[None, :]).sum(1)
-    return 2 * below + equal + 1
+    difference = values[:, None] - values[None, :]
+    return 2 * (difference > TIE).sum(1) + (np.abs(difference) <= TIE).sum(1) + 1
 
 
 def stratified_permutation(strata: Sequence[Stratum], seed: int) -> Permutation:
@@ -211,10 +210,14 @@ def within_layer_auc(strata: Sequence[Stratum]) -> float:
     above = pairs = 0.0
     for stratum in strata:
         claimed, others = stratum.values[stratum.claimed], stratum.values[~stratum.claimed]
-        difference = claimed[:, None] - others[None, :]
-        above += (difference > 0).sum() + 0.5 * (difference == 0).sum()
-        pairs += difference.size
+        above += float(_above(claimed[:, None] - others[None, :]).sum())
+        pairs += len(claimed) * len(others)
     return float(above / pairs) if pairs else math.nan
+
+
+def _above(difference: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 where the difference is positive, 0.5 where it is no more than rounding."""
+    return (difference > TIE) + 0.5 * (np.abs(difference) <= TIE)
 
 
 def within_layer_auc_interval(
@@ -229,7 +232,7 @@ def within_layer_auc_interval(
     above, pairs = 0.0, 0
     for stratum, values in zip(strata, resamples, strict=True):
         difference = values[:, stratum.claimed][:, :, None] - values[:, ~stratum.claimed][:, None, :]
-        above = above + ((difference > 0) + 0.5 * (difference == 0)).sum((1, 2))
+        above = above + _above(difference).sum((1, 2))
         pairs += difference[0].size
     if not pairs:
         return math.nan, math.nan
@@ -258,4 +261,4 @@ def percentile(value: float, reference: NDArray[np.float64]) -> float:
     """Share of the reference below the value (ties half), in [0, 1]; nan for an empty reference."""
     if not len(reference):
         return math.nan
-    return float(((reference < value).sum() + 0.5 * (reference == value).sum()) / len(reference))
+    return float(_above(value - reference).mean())

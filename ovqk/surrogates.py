@@ -39,8 +39,9 @@ def haar_frames(
     """Orthonormal k-frames of R^d, Haar distributed, float64; with `centred`, of the complement of the all-ones vector.
 
     The Q of a Gaussian matrix, with positive diagonal of R (Mezzadri 2007), by Cholesky where it is well conditioned.
+    Noise is drawn one frame at a time: the frames are the same in whatever batches they are asked for.
     """
-    x = torch.randn(count, d_model, k, generator=generator, dtype=torch.float64)
+    x = torch.stack([torch.randn(d_model, k, generator=generator, dtype=torch.float64) for _ in range(count)])
     if centred:
         x = x - x.mean(1, keepdim=True)
     if 2 * k <= d_model:
@@ -59,8 +60,8 @@ def surrogate_heads(
     the rank that this leaves (zeros) are dropped.
     """
     k = min(len(sigma), d_model - centred)
-    read, write = (haar_frames(count, d_model, k, centred, generator).to(sigma.device) for _ in range(2))
-    return Decomposition(read, sigma[:k].double().expand(count, k), write, k)
+    frames = haar_frames(2 * count, d_model, k, centred, generator).to(sigma.device)
+    return Decomposition(frames[::2], sigma[:k].double().expand(count, k), frames[1::2], k)
 
 
 class FrameDraws:
@@ -85,15 +86,14 @@ class FrameDraws:
         self.count = 0
 
     def first(self, count: int) -> dict[str, NDArray[np.float64]]:
-        """At least the first `count` draws of every metric (in stages, so that draws do not depend on who asks)."""
+        """The first `count` draws of every metric, or more; the same draws in whatever steps they are asked for."""
         chunk = max(1, CHUNK_ELEMENTS // (self.d_model * len(self.sigma)))
-        for stage in (*STAGES, count):
-            while self.count < min(stage, count):
-                n = min(chunk, min(stage, count) - self.count)
-                surrogates = surrogate_heads(self.sigma, self.d_model, self.centred, n, self.generator)
-                for name, values in self.measure(HeadMaps.of(self.circuit, surrogates, self.dtype)).items():
-                    self._drawn.setdefault(name, []).append(values.double().cpu().numpy())
-                self.count += n
+        while self.count < count:
+            n = min(chunk, count - self.count)
+            surrogates = surrogate_heads(self.sigma, self.d_model, self.centred, n, self.generator)
+            for name, values in self.measure(HeadMaps.of(self.circuit, surrogates, self.dtype)).items():
+                self._drawn.setdefault(name, []).append(values.double().cpu().numpy())
+            self.count += n
         return {name: np.concatenate(parts) for name, parts in self._drawn.items()}
 
 

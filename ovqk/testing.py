@@ -32,7 +32,7 @@ from ovqk.nulls import (
     predicted_values,
     role_rows,
 )
-from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, HeadMaps, full_circuit_ratio
+from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, HeadMaps, Readout, full_circuit_ratio
 from ovqk.spectra import Decomposition
 from ovqk.statistics import monte_carlo
 from ovqk.surrogates import STAGES, FrameDraws, draw_words, subsamples
@@ -82,11 +82,13 @@ class ClaimTests:
         readout = self.model.readout
         self.weights: NDArray[np.float64] | None = None
         self.some = []
-        if readout is not None and self.wanted & set(SET_METRICS):
+        if readout is None or not self.claims.heads:
+            return
+        if self.wanted & set(SET_METRICS):
             n = len(readout.ids)
             generator = np.random.default_rng([self.model.config.seed, 1])
             self.weights = generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
-        if readout is not None and self.wanted & set(SUBSPACE_METRICS):
+        if self.wanted & set(SUBSPACE_METRICS):
             drawn = subsamples(readout.variable, SUBSAMPLES, SUBSAMPLED, self.model.config.seed)
             self.some = [readout.of_some(variable) for variable in drawn]
 
@@ -212,7 +214,8 @@ class ClaimTests:
         for count in (*(stage for stage in STAGES if stage < most), most):
             drawn = {head: self.frame(head, names[head]).first(count)[names[head]][:count] for head in heads}
             rows = _ensemble_rows(predicted, "frame", heads, drawn, most)
-            if all(row.pop("stopped") for row in rows):
+            stopped = [row.pop("stopped") for row in rows]
+            if all(stopped):
                 break
         return rows
 
@@ -228,7 +231,7 @@ class ClaimTests:
         if (head, form) not in self.frames:
             facts = self.model.architecture
             circuit, folded, offsets = form
-            wanted = {name for (name, at), its in self.forms.items() if at == layer and its == form}
+            wanted = {name for name in self._asked(head) if self.forms.get((name, layer)) == form}
             self.frames[head, form] = FrameDraws(
                 circuit,
                 self.sigma[layer, form][index],
@@ -238,6 +241,12 @@ class ClaimTests:
                 (self.model.config.seed, layer, index, int(circuit == "ov"), int(folded), len(offsets)),
             )
         return self.frames[head, form]
+
+    def _asked(self, head: Head) -> set[str]:
+        """The metrics that the head's roles predict, or any role of a head that none claims; those with a value."""
+        roles = [role for role, heads in self.claims.roles.items() if head in heads] or list(self.claims.predictions)
+        predictions = (config for role in roles for config in self.claims.predictions[role])
+        return predictions_by_metric(predictions) - set(self.model.unavailable)
 
     def _word_rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[Row]:
         """Rows of `token` and `token_pairs`."""
@@ -264,7 +273,7 @@ class ClaimTests:
                 readout.side(layer)
             readout.effective.keep(torch.cat([*ids, *own]))
             metrics = {prediction.config.metric for prediction, _ in asked}
-            drawn = self._under_words([readout.surrogate(v) for v in words.variables], heads, metrics)
+            drawn = self._under_words(map(readout.surrogate, words.variables), heads, metrics)
             readout.effective.keep_all()
             for prediction, some in asked:
                 values = {head: drawn[head, prediction.config.metric] for head in some}
@@ -274,21 +283,26 @@ class ClaimTests:
         return rows
 
     def _under_words(
-        self, readouts: Sequence[Any], heads: set[Head], metrics: set[str]
+        self, surrogates: Iterable[Readout], heads: set[Head], metrics: set[str]
     ) -> dict[tuple[Head, str], NDArray[np.float64]]:
-        """(head, metric) -> [draw]: the metrics of the heads under each surrogate of the words."""
+        """(head, metric) -> [draw]: the metrics of the heads under each surrogate of the words, one held at a time."""
+        observed = self.model.readout
         groups: dict[tuple[str, Circuit], list[Head]] = {}
-        for (head, circuit), _ in self.maps.items():
-            if head in heads and any(METRICS[name].circuit == circuit for name in metrics):
-                groups.setdefault((readouts[0].kind(head[0]), circuit), []).append(head)
-        drawn: dict[tuple[Head, str], NDArray[np.float64]] = {}
-        for (_, circuit), members in groups.items():
-            maps = HeadMaps.joined([self.maps[head, circuit] for head in members])
-            found = [readout.metrics(members[0][0], maps, metrics) for readout in readouts]
-            for name in metrics & set(found[0]):
-                values = torch.stack([each[name] for each in found]).double().cpu().numpy()
-                drawn |= {(head, name): values[:, place] for place, head in enumerate(members)}
-        return drawn
+        for head, circuit in self.maps:
+            if observed and head in heads and any(METRICS[name].circuit == circuit for name in metrics):
+                groups.setdefault((observed.kind(head[0]), circuit), []).append(head)
+        joined = [
+            (members, HeadMaps.joined([self.maps[head, circuit] for head in members]))
+            for (_, circuit), members in groups.items()
+        ]
+        drawn: dict[tuple[Head, str], list[float]] = {}
+        for readout in surrogates:
+            for members, maps in joined:
+                found = readout.metrics(members[0][0], maps, metrics)
+                for name in metrics & set(found):
+                    for head, value in zip(members, found[name].tolist(), strict=True):
+                        drawn.setdefault((head, name), []).append(value)
+        return {key: np.array(values) for key, values in drawn.items()}
 
 
 def _ensemble_rows(

@@ -8,7 +8,10 @@ only), and for each role and metric the two are compared:
 
     AUC     the probability that a head of the role exceeds another head of its layer in the metric, in the direction
             the role predicts (`high` where it predicts nothing of the metric); 0.5 by chance
-    pooled  the same over all models, and p of a permutation of the role's heads within their layers
+    pooled  the same over all models, with a 95 % interval (heads resampled within their layers), and p of a
+            permutation of the role's heads within their layers
+
+Compositions are with the measured heads of the partner role, as they would be with claimed ones.
 """
 
 import argparse
@@ -31,13 +34,16 @@ from ovqk.checkpoints import open_checkpoint
 from ovqk.claims import Claims
 from ovqk.config import Direction, PredictionConfig, register
 from ovqk.identity import resolve
-from ovqk.metrics import METRICS
+from ovqk.metrics import COMPOSITION_METRICS, METRICS
+from ovqk.model import Layer, Model
 from ovqk.nulls import Predicted, layer_strata, predicted_values
 from ovqk.sources import open_weights
 from ovqk.statistics import Stratum, stratified_permutation, within_layer_auc
 from ovqk.tasks import load_tokenizer
+from ovqk.testing import ClaimTests
 from ovqk.weights import Architecture
 
+RESAMPLES = 2000
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("ioi", "sva", "induction")
 ALWAYS = (
@@ -72,7 +78,13 @@ def measured(directory: Path, task: str, count: int) -> Measured:
     values = {name: heads[name].to_numpy(float).reshape(facts.n_layers, facts.n_heads) for name in metrics_of(heads)}
     roles = {role: [evidence.head for evidence in entries] for role, entries in found.items()}
     predictions = {role: cell.task.roles[role].predictions if role in cell.task.roles else [] for role in roles}
-    return Measured(directory.name, values, Claims("measured", "measured", None, roles, predictions), facts)
+    claims = Claims("measured", "measured", None, roles, predictions)
+    tests = ClaimTests(Model.read(source, tokenizer, n_tokens, directory.name, cell), claims)
+    for layer in range(facts.n_layers):
+        tests.visit(Layer(tests.model, layer))
+    for predicted in tests.predicted(values).values():
+        values |= {p.config.metric: p.values for p in predicted if p.config.metric in COMPOSITION_METRICS}
+    return Measured(directory.name, values, claims, facts)
 
 
 def metrics_of(heads: pd.DataFrame) -> list[str]:
@@ -106,8 +118,26 @@ def table(models: list[Measured], role: str) -> str:
         aucs = [within_layer_auc(found) for found in each]
         shown = " | ".join("" if math.isnan(auc) else f"{auc:.2f}" for auc in aucs)
         p = stratified_permutation(pooled, seed=0).p
-        lines.append(f"| {name}{arrow} | {shown} | {within_layer_auc(pooled):.2f} | {p:.2g} |")
+        low, high = interval(pooled)
+        auc = f"{within_layer_auc(pooled):.2f} [{low:.2f}, {high:.2f}]"
+        lines.append(f"| {name}{arrow} | {shown} | {auc} | {p:.2g} |")
     return "\n".join(lines)
+
+
+def interval(strata: list[Stratum]) -> tuple[float, float]:
+    """95 % interval of the AUC within layers: the role's heads and the others resampled within each layer."""
+    generator = np.random.default_rng(0)
+
+    def again(stratum: Stratum) -> Stratum:
+        picked = [
+            generator.choice(places, len(places)) for places in map(np.flatnonzero, (stratum.claimed, ~stratum.claimed))
+        ]
+        rows = np.concatenate(picked)
+        return Stratum(stratum.values[rows], stratum.claimed[rows], stratum.groups[rows])
+
+    drawn = [within_layer_auc([again(stratum) for stratum in strata]) for _ in range(RESAMPLES)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def main() -> None:

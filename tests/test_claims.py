@@ -1,5 +1,6 @@
 """Claims apply to the model they were made for, name heads that exist, and are tested as the decision list says."""
 
+import itertools
 import math
 
 import numpy as np
@@ -202,6 +203,17 @@ def test_the_percentile_of_a_head_is_its_place_in_its_own_layer() -> None:
     assert found["percentile"] == 0 and found["value"] == values[2, 0]
 
 
+def test_percentiles_follow_the_metric_and_effects_the_prediction() -> None:
+    """A low value predicted low: below the others, and beyond them."""
+    values = grid(layers=5)
+    values[2, 0] = values.min() - 1
+    rows = head_rows(predicted(values, Direction.low), (2, 0), claims(mover=[(2, 0)]), facts(5, 8))
+    assert [row["null"] for row in rows] == ["layer", "depth"]
+    for row in rows:
+        assert (row["percentile"], row["effect"], row["p"]) == (0, 1, 1 / (1 + row["n_null"]))
+        assert row["quantiles"][0] < row["quantiles"][-1]
+
+
 def test_the_first_layer_may_have_a_metric_of_its_own_and_direct_paths_end_there() -> None:
     values = {"a": np.ones((3, 2)), "b": np.full((3, 2), 2.0)}
     config = PredictionConfig("a", first_layer="b")
@@ -219,3 +231,108 @@ def test_every_verdict_says_what_it_does_and_does_not_establish() -> None:
     assert found["establishes"].startswith("The weights could do this: OV copies its own task token is high")
     assert "does not establish that the model does this" in found["does_not_establish"]
     assert [s.head for s in subjects(claims(mover=[(1, 0), (2, 3)]))] == [None, (1, 0), (2, 3)]
+
+
+# --- the decision list, case by case ---------------------------------------------------------------------------------
+
+PRIMARY, SECONDARY = PredictionConfig("ov_task_auc"), PredictionConfig("ov_task_copy")
+HELD, OPPOSITE, NEITHER, UNTESTABLE = "held", "opposite", "neither", "untestable"
+
+
+def a_row(null: str, state: str, primary: bool = True, counts: bool = True) -> dict:
+    """A row of tests.parquet."""
+    q, q_opposite = {HELD: (0.01, 1.0), OPPOSITE: (1.0, 0.01), NEITHER: (0.5, 0.5), UNTESTABLE: (math.nan,) * 2}[state]
+    return {
+        "null": null, "primary": primary, "counts": counts, "testable": state != UNTESTABLE, "q": q, "p": q,
+        "q_opposite": q_opposite, "min_p": 0.001 if state != UNTESTABLE else 0.125, "min_q": 0.002, "value": 0.7,
+        "n_heads": 1, "n_others": 7, "percentile": 0.9, "effect": 0.9, "ci_low": math.nan, "ci_high": math.nan,
+    }  # fmt: skip
+
+
+def decided(rows: list[dict], head: bool = True) -> dict:
+    pair = [Predicted("mover", config, not i, np.ones((2, 2))) for i, config in enumerate((PRIMARY, SECONDARY))]
+    return judge(Subject("mover", (1, 0) if head else None), pair, rows, None)
+
+
+def expected(states: dict[str, str], secondary: str | None) -> tuple[str, str]:
+    """The definitions' list, first match wins: (verdict, flags)."""
+    testable = {null: state for null, state in states.items() if state != UNTESTABLE}
+    held = {null for null, state in testable.items() if state == HELD}
+    against = OPPOSITE in testable.values()
+    if not testable:
+        return "untestable", ""
+    if against and not held:
+        return "contradicted", ""
+    if len(held) == len(testable) and set(testable) - {"frame"} and secondary != OPPOSITE:
+        return "corroborated", ""
+    if held:
+        flags = ["mixed"] if against or secondary == OPPOSITE else []
+        return "partial", " ".join([*flags, *(["consistent"] if held == {"frame"} else [])])
+    return "unsupported", ""
+
+
+@pytest.mark.parametrize("secondary", [None, HELD, OPPOSITE, NEITHER, UNTESTABLE])
+@pytest.mark.parametrize("nulls", [("depth", "frame"), ("layer", "frame"), ("depth", "frame", "token"), ("layer",)])
+def test_the_decision_list_for_every_state_of_every_null_that_counts(nulls, secondary) -> None:
+    seen = set()
+    for states in itertools.product([HELD, OPPOSITE, NEITHER, UNTESTABLE], repeat=len(nulls)):
+        by_null = dict(zip(nulls, states, strict=True))
+        rows = [a_row(null, state) for null, state in by_null.items()]
+        rows += [a_row(nulls[0], secondary, primary=False)] if secondary else []
+        for null in ("layer_all", "token"):  # what does not count decides nothing, whichever way it points
+            if null not in nulls:
+                rows += [a_row(null, state, counts=False) for state in (HELD, OPPOSITE)]
+        found = decided(rows, head="layer" not in nulls)
+        assert (found["verdict"], found["flags"]) == expected(by_null, secondary), by_null
+        assert found["nulls"] == ", ".join(null for null, state in by_null.items() if state != UNTESTABLE)
+        assert found["held"] == ", ".join(null for null, state in by_null.items() if state == HELD)
+        seen.add(found["verdict"])
+    assert seen >= {"contradicted", "unsupported", "untestable"}
+    assert ("corroborated" in seen) == (secondary != OPPOSITE)
+
+
+SAID = {
+    HELD: "high against {null} (q = 0.01, beyond 90% of them)",
+    OPPOSITE: "not high but low against {null} (q = 0.01, beyond 90% of them)",
+    NEITHER: "not high against {null} (q = 0.5, beyond 90% of them)",
+}
+
+
+@pytest.mark.parametrize("frame", [HELD, OPPOSITE, NEITHER])
+@pytest.mark.parametrize("depth", [HELD, OPPOSITE, NEITHER])
+def test_a_verdict_says_of_every_null_which_way_it_came_out(depth, frame) -> None:
+    found = decided([a_row("depth", depth), a_row("frame", frame)])
+    said = [
+        SAID[depth].format(null="the unclaimed heads of nearby layers"),
+        SAID[frame].format(null="heads of the same singular values between random frames"),
+    ]
+    assert f"OV copies its own task token is {said[0]}, and {said[1]}." in found["establishes"]
+    opening = {
+        "corroborated": "The weights could do this:",
+        "partial": "Some evidence that the weights could do this:",
+        "unsupported": "The weights do not single this out:",
+        "contradicted": "The weights point the other way:",
+    }[found["verdict"]]
+    opening = "Consistent with the claim and no more" if "consistent" in found["flags"] else opening
+    assert found["establishes"].startswith(opening)
+    assert found["does_not_establish"]
+
+
+def test_the_percentile_of_a_verdict_is_within_the_layer_and_its_q_the_weakest() -> None:
+    rows = [a_row("layer", HELD, counts=False) | {"percentile": 0.3, "effect": 0.4, "testable": False},
+            a_row("depth", HELD) | {"q": 0.03, "p": 0.02}, a_row("frame", HELD)]  # fmt: skip
+    found = decided(rows)
+    assert (found["percentile"], found["effect"], found["q"], found["p"]) == (0.3, 0.4, 0.03, 0.02)
+
+
+def test_a_head_of_a_role_that_composes_is_said_to_be_tested_with_its_role() -> None:
+    pair = [Predicted("previous", PredictionConfig("k_composition", partners=["induction"]), True, np.ones((2, 2)))]
+    found = judge(Subject("previous", (0, 0)), pair, [a_row("layer", HELD, counts=False)], None)
+    assert (found["verdict"], found["reason"]) == ("untestable", "k_composition is tested for the role as a whole")
+
+
+def test_a_verdict_that_could_not_be_significant_alone_says_so() -> None:
+    found = decided([a_row("depth", NEITHER) | {"min_q": 0.07}, a_row("frame", NEITHER) | {"min_q": 0.06}])
+    assert (found["verdict"], found["reason"]) == (
+        "unsupported", "alone among these comparisons it could not be significant: q >= 0.06")  # fmt: skip
+    assert decided([a_row("depth", NEITHER) | {"min_q": 0.07}, a_row("frame", NEITHER)])["reason"] == ""

@@ -9,13 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovqk.statistics import (
+    EXCEEDANCES,
     Stratum,
     benjamini_hochberg,
     midranks,
+    monte_carlo,
     percentile,
     robust_z,
     stratified_permutation,
     within_layer_auc,
+    within_layer_auc_interval,
 )
 
 
@@ -121,3 +124,96 @@ def test_effects_and_percentiles() -> None:
     assert percentile(2.0, np.array([1.0, 2.0, 3.0])) == 0.5
     assert robust_z(3.0, np.array([0.0, 1.0, 2.0])) == 2
     assert robust_z(2.0, np.ones(3)) is None
+
+
+# --- random draws ----------------------------------------------------------------------------------------------------
+
+
+def one_by_one(observed: float, draws) -> tuple[float, int, bool]:
+    """p, the draws it was counted on, and whether it stopped: as a person would do it."""
+    exceeding = n = 0
+    for draw in draws:
+        n += 1
+        exceeding += draw >= observed
+        if exceeding == 20:
+            return 21 / (n + 1), n, True
+    return (1 + exceeding) / (1 + n), n, False
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 3), st.lists(st.integers(0, 3), min_size=1, max_size=90))
+def test_monte_carlo_counts_one_by_one_up_to_the_20th_exceedance(observed, draws) -> None:
+    found = monte_carlo(float(observed), np.array(draws, dtype=float))
+    p, n, stopped = one_by_one(observed, draws)
+    opposite, _, stopped_opposite = one_by_one(-observed, [-draw for draw in draws])
+    assert (found.p, found.n, found.p_opposite) == (p, n, opposite)
+    assert found.stopped == (stopped and stopped_opposite)
+
+
+def test_a_test_stops_at_the_20th_exceedance_and_not_at_the_19th_or_21st() -> None:
+    draws = np.zeros(100)
+    draws[10:29] = 1  # 19 of them
+    found = monte_carlo(1.0, draws)
+    assert (found.p, found.n) == (pytest.approx(20 / 101), 100)
+    draws[40] = 1  # the 20th, as draw 41
+    draws[60] = 1
+    found = monte_carlo(1.0, draws)
+    assert (found.p, found.n, EXCEEDANCES) == (pytest.approx(21 / 42), 41, 20)
+    assert found.p_opposite == pytest.approx(21 / 21) and found.stopped
+
+
+def test_more_draws_change_nothing_once_a_test_has_stopped() -> None:
+    draws = np.random.default_rng(0).normal(size=999)
+    first = monte_carlo(0.1, draws[:100])
+    assert first.stopped and first == monte_carlo(0.1, draws)
+
+
+def test_ties_count_against_the_claim_rounding_included() -> None:
+    assert monte_carlo(0.5, np.full(9, 0.5)).p == monte_carlo(0.5, np.full(9, 0.5)).p_opposite == 1
+    assert monte_carlo(0.1 + 0.2, np.full(9, 0.3)).p == monte_carlo(0.3, np.full(9, 0.1 + 0.2)).p == 1
+    assert monte_carlo(0.5, np.full(9, 0.5 - 1e-9)).p == pytest.approx(1 / 10)
+
+
+@pytest.mark.parametrize(("draw", "p", "opposite"), [(1.0, 1, 0.5), (-1.0, 0.5, 1), (0.0, 1, 1)])
+def test_one_draw_is_half_a_test(draw, p, opposite) -> None:
+    found = monte_carlo(0.0, np.array([draw]))
+    assert (found.p, found.p_opposite, found.n, found.stopped) == (p, opposite, 1, False)
+
+
+def test_sequential_p_values_are_valid_where_the_observed_is_one_of_the_draws() -> None:
+    """P(p <= a) <= a for every attainable a, within its binomial interval, in either direction."""
+    rng = np.random.default_rng(3)
+    n = 1500
+    tests = [monte_carlo(values[0], values[1:]) for values in rng.normal(size=(n, 60))]
+    for found in (np.array([test.p for test in tests]), np.array([test.p_opposite for test in tests])):
+        for a in np.unique(found):
+            assert (found <= a).mean() <= a + 3.5 * math.sqrt(a * (1 - a) / n) + 1e-12
+        assert (found <= 0.2).mean() > 0.15  # and no more careful than that
+
+
+# --- values that differ by rounding ----------------------------------------------------------------------------------
+
+THIRD = 0.1 + 0.2, 0.3
+"""One number, summed in two orders."""
+
+
+def test_numbers_that_differ_by_rounding_are_equal() -> None:
+    assert THIRD[0] != THIRD[1]
+    assert midranks(np.array([*THIRD, 0.0])).tolist() == [5, 5, 2]
+    assert percentile(THIRD[0], np.array([THIRD[1]])) == percentile(THIRD[1], np.array([THIRD[0]])) == 0.5
+    assert within_layer_auc([stratum(THIRD, [1, 0])]) == within_layer_auc([stratum(THIRD, [0, 1])]) == 0.5
+
+
+def test_the_interval_of_an_effect_is_of_the_effect_in_every_resample() -> None:
+    rng = np.random.default_rng(0)
+    strata = [stratum([3, 1, 2, 0], [1, 0, 0, 0]), stratum([1, 5, 2], [0, 1, 1])]
+    drawn = [rng.integers(0, 4, size=(300, 4)) / 3, rng.integers(0, 4, size=(300, 3)) / 3]
+    effects = [
+        within_layer_auc([Stratum(values[i], s.claimed, s.groups) for s, values in zip(strata, drawn, strict=True)])
+        for i in range(300)
+    ]
+    assert within_layer_auc_interval(strata, drawn) == pytest.approx(tuple(np.quantile(effects, (0.025, 0.975))))
+    noisy = [values + 1e-15 * rng.normal(size=values.shape) for values in drawn]
+    assert within_layer_auc_interval(strata, noisy) == pytest.approx(within_layer_auc_interval(strata, drawn))
+    alone = [stratum([1.0, 2.0], [1, 1])]
+    assert all(math.isnan(end) for end in within_layer_auc_interval(alone, [np.ones((3, 2))]))

@@ -1,0 +1,406 @@
+"""How often the tests err: p-values where nothing is planted, and power where heads are planted by hand.
+
+    python scripts/calibration.py
+
+The models are small transformers in memory (`tests/planted.py`). Written to docs/: figures/calibration.svg and .png,
+figures/power.svg and .png, and calibration.md with the numbers behind them.
+
+    calibration   random initialisation, heads claimed at random: how often p <= a
+    strained      the same where a null has little to draw on
+    power         heads of every role planted by hand, with noise mixed into what is planted: how often they are
+                  corroborated. At noise 1 nothing is planted, and whatever is corroborated is so falsely
+"""
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from planted import (
+    LAYOUT,
+    SHAPES,
+    RandomModel,
+    architecture,
+    judged,
+    p_values,
+    planted,
+    random_claims,
+    random_model,
+)
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TASKS = tuple(LAYOUT)
+NULLS = {
+    "layer": "other heads of the layer",
+    "layer_all": "the same, claimed heads too",
+    "depth": "unclaimed heads of nearby layers",
+    "frame": "same spectrum, random frames",
+    "token": "other words",
+    "token_pairs": "random pairs of other words",
+}
+SMALL = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+NOISES = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
+POWER_SHAPES = ("learned positions", "rotary, grouped queries")
+SURPRISE = 1e-4
+"""A test does not keep its level where as many p-values as there are were less probable than this if it did."""
+
+
+# --- counting ------------------------------------------------------------------------------------------------
+
+
+def tail(count: int, n: int, a: float) -> float:
+    """P(X >= count) for X binomial with n trials of probability a."""
+    if count <= 0 or a >= 1:
+        return 1.0
+    if count > n or a <= 0:
+        return 0.0
+    k = np.arange(count, n + 1)
+    ways = np.array([math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in k])
+    return float(min(1.0, np.exp(ways + k * math.log(a) + (n - k) * math.log1p(-a)).sum()))
+
+
+def interval(count: int, n: int, coverage: float = 0.95) -> tuple[float, float]:
+    """Clopper-Pearson interval of a share: count of n."""
+    half = (1 - coverage) / 2
+
+    def crossing(below: Callable[[float], bool]) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if below(middle) else (low, middle)
+        return low
+
+    least = crossing(lambda a: tail(count, n, a) < half) if count else 0.0
+    most = crossing(lambda a: 1 - tail(count + 1, n, a) > half) if count < n else 1.0
+    return least, most
+
+
+def least_likely(p: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The attained a at which so many p <= a are least probable, their share, and that probability at most."""
+    found = [(tail(int((p <= a).sum()), len(p), float(a)), float(a), float((p <= a).mean())) for a in np.unique(p)]
+    probability, a, share = min(found)
+    return a, share, probability
+
+
+# --- models --------------------------------------------------------------------------------------------------
+
+
+def null_run(cell: tuple[str, str, int], draws: int = 99) -> pd.DataFrame:
+    """p-values of heads claimed at random in one random model, and how many verdicts are corroborated."""
+    shape, task, seed = cell
+    torch.set_num_threads(1)
+    model = random_model(shape, task, seed)
+    tables = judged(model, random_claims(model), draws).tables
+    good = tables["verdicts"][tables["verdicts"]["verdict"] == "corroborated"]["kind"]
+    counts = {f"false_{kind}": int((good == kind).sum()) for kind in ("role", "head")}
+    return p_values(tables["tests"]).assign(shape=shape, task=task, seed=seed, **counts)
+
+
+def null_cells(seeds: Sequence[int], shapes: Sequence[str] = tuple(SHAPES)) -> list[tuple[str, str, int]]:
+    """Every shape and task with these seeds; no two cells share one."""
+    pairs = [(shape, task) for shape in SHAPES for task in TASKS]
+    cells = [(*pair, seed * len(pairs) + place) for seed in seeds for place, pair in enumerate(pairs)]
+    return [cell for cell in cells if cell[0] in shapes]
+
+
+STRAINED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "uneven layers": (
+        "depth",
+        "head",
+        {"task": "ioi", "claimed": {"name_mover": [(1, head) for head in range(5)]}},
+    ),
+    "group mates claimed, depth": (
+        "depth",
+        "head",
+        {"task": "sva", "kv_heads": 2, "claimed": {"agreement_reader": [(1, 0), (1, 1), (1, 2)]}},
+    ),
+    "group mates claimed, frame": (
+        "frame",
+        "role",
+        {"task": "sva", "kv_heads": 2, "claimed": {"agreement_reader": [(1, 0), (1, 1), (1, 2)]}},
+    ),
+    "few matched words": (
+        "token",
+        "role",
+        {"task": "ioi", "lookalikes": 2, "claimed": {"name_mover": [(1, 0), (1, 1)]}},
+    ),
+}
+"""Name -> null, level and the model: random ones of 3 layers of 8 heads."""
+
+
+def strained_run(cell: tuple[str, int], draws: int = 99) -> float:
+    """The p-value of one case of STRAINED."""
+    name, seed = cell
+    null, level, case = STRAINED[name]
+    torch.set_num_threads(1)
+    facts = architecture(3, 8, case.get("kv_heads"))
+    model = RandomModel(facts, case["task"], seed, lookalikes=case.get("lookalikes"))
+    rows = p_values(judged(model, case["claimed"], draws).tables["tests"])
+    return float(rows[(rows["null"] == null) & (rows["level"] == level) & rows["primary"]]["p"].iloc[0])
+
+
+def power_run(cell: tuple[str, str, int, float], draws: int = 99) -> pd.DataFrame:
+    """Verdicts on planted heads, at one level of noise."""
+    shape, task, seed, noise = cell
+    torch.set_num_threads(1)
+    verdicts = judged(planted(shape, task, seed, noise), LAYOUT[task], draws).tables["verdicts"]
+    return verdicts[["kind", "role", "verdict"]].assign(shape=shape, task=task, seed=seed, noise=noise)
+
+
+def run(function: Callable[[Any], Any], cells: Sequence[Any], processes: int) -> list[Any]:
+    """The function of every cell, in order."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return pool.map(function, cells, chunksize=4)
+
+
+# --- tables --------------------------------------------------------------------------------------------------
+
+
+def calibration_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of every null and level: how often the primary predictions have p <= a, and where that is least probable."""
+    primary, found = rows[rows["primary"]], []
+    for null, level in ((null, level) for null in NULLS for level in ("role", "head")):
+        mine = primary[(primary["null"] == null) & (primary["level"] == level)]
+        if len(mine):
+            opposite = {"tail, p opposite": least_likely(mine["p_opposite"].to_numpy())[2]}
+            found.append({"null": null, "level": level, **_shares(mine["p"].to_numpy()), **opposite})
+    return pd.DataFrame(found)
+
+
+def strained_table(found: dict[str, NDArray[np.float64]]) -> pd.DataFrame:
+    """The same of every case of STRAINED."""
+    return pd.DataFrame(
+        [
+            {"case": name, "null": STRAINED[name][0], "level": STRAINED[name][1]} | _shares(p)
+            for name, p in found.items()
+        ]
+    )
+
+
+def _shares(p: NDArray[np.float64]) -> dict[str, Any]:
+    a, share, probability = least_likely(p)
+    shares = {f"P(p <= {level})": float((p <= level).mean()) for level in SMALL}
+    return {"n": len(p)} | shares | {"worst a": a, "share there": share, "tail": probability}
+
+
+def power_table(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Of every role and noise: how often its role verdict is corroborated, with its 95 % interval."""
+    roles = verdicts[verdicts["kind"] == "role"]
+    found = []
+    for (role, noise), rows in roles.groupby(["role", "noise"]):
+        good, n = int((rows["verdict"] == "corroborated").sum()), len(rows)
+        low, high = interval(good, n)
+        found.append({"role": role, "noise": noise, "n": n, "power": good / n, "low": low, "high": high})
+    return pd.DataFrame(found)
+
+
+def false_table(nulls: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
+    """How many models without planted heads have a corroborated verdict on a role, or on a head, all the same."""
+    models = nulls.drop_duplicates(["shape", "task", "seed"])
+    bare = verdicts[verdicts["noise"] == 1.0]
+    keys = [bare[name] for name in ("shape", "task", "seed")]
+    found = []
+    for kind in ("role", "head"):
+        planted_where = ((bare["kind"] == kind) & (bare["verdict"] == "corroborated")).groupby(keys).any()
+        counts = {
+            "heads drawn at random": (int((models[f"false_{kind}"] > 0).sum()), len(models)),
+            "heads in the places of planted ones, noise 1": (int(planted_where.sum()), len(planted_where)),
+        }
+        for which, (wrong, n) in counts.items():
+            low, high = interval(wrong, n)
+            found.append(
+                {"verdicts": f"{kind}s", "claims": which, "models": n, "with a false one": wrong, "share": wrong / n}
+                | {"low": low, "high": high}
+            )
+    return pd.DataFrame(found)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table; shares with three digits, small probabilities with two."""
+
+    def cell(value: object) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:.3f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
+
+    lines = [list(map(str, table.columns)), ["---"] * len(table.columns)]
+    lines += [[cell(value) for value in row] for row in table.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# --- figures -------------------------------------------------------------------------------------------------
+
+BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"  # Okabe & Ito
+STYLE: Any = {
+    "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
+    "svg.hashsalt": "ovqk", "svg.fonttype": "none", "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+
+def save(figure: Any, name: str) -> None:
+    """As SVG and PNG, without the date, so that the same numbers give the same file."""
+    (DOCS / "figures").mkdir(parents=True, exist_ok=True)
+    figure.savefig(DOCS / "figures" / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(DOCS / "figures" / f"{name}.png", dpi=150)
+    plt.close(figure)
+
+
+def plot_calibration(rows: pd.DataFrame) -> None:
+    """P(p <= a) against a, a panel for each null."""
+    primary = rows[rows["primary"]]
+    figure, axes = plt.subplots(2, 3, figsize=(9, 6), sharex=True, sharey=True)
+    a = np.geomspace(0.01, 1, 200)
+    for axis, (null, what) in zip(axes.flat, NULLS.items(), strict=True):
+        mine = primary[primary["null"] == null]
+        groups = {level: mine[mine["level"] == level]["p"].to_numpy() for level in ("role", "head")}
+        n = min(len(p) for p in groups.values() if len(p))
+        half = 1.96 * np.sqrt(a * (1 - a) / n)
+        axis.fill_between(a, np.clip(a - half, 1e-4, 1), np.clip(a + half, 0, 1), color="0.88", lw=0)
+        axis.plot(a, a, color="0.45", lw=1, ls="--")
+        for (level, p), color, style in zip(groups.items(), (BLUE, RED), ("-", (0, (4, 1))), strict=True):
+            if len(p):
+                label = f"{level}s ({len(p)} p-values)"
+                axis.step(a, [(p <= at).mean() for at in a], where="post", color=color, ls=style, lw=1.6, label=label)
+        axis.set(xscale="log", yscale="log", xlim=(0.01, 1), ylim=(0.002, 1), title=f"{null}\n{what}")
+        axis.set_xticks([0.01, 0.05, 0.2, 1], ["0.01", "0.05", "0.2", "1"])
+        axis.set_yticks([0.01, 0.05, 0.2, 1], ["0.01", "0.05", "0.2", "1"])
+        axis.minorticks_off()
+        axis.legend(loc="upper left", frameon=False, fontsize=8)
+    figure.supxlabel("level a", fontsize=10)
+    figure.supylabel("share of p-values at most a", fontsize=10)
+    save(figure, "calibration")
+
+
+def plot_power(table: pd.DataFrame) -> None:
+    """Power against noise, a line for each role."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
+    titles = {"ioi": "Indirect object identification", "sva": "Subject-verb agreement"}
+    looks = list(zip((BLUE, RED, GREEN, ORANGE, PINK, SKY), "os^Dv<", strict=True))
+    for axis, (task, title) in zip(axes, titles.items(), strict=True):
+        for (color, marker), role in zip(looks, LAYOUT[task], strict=False):
+            rows = table[table["role"] == role].sort_values("noise")
+            bars = [rows["power"] - rows["low"], rows["high"] - rows["power"]]
+            axis.errorbar(
+                rows["noise"], rows["power"], yerr=bars, color=color, marker=marker, ms=4.5, lw=1.5, elinewidth=0.7,
+                label="S-inhibition" if role == "s_inhibition" else role.replace("_", " "),
+            )  # fmt: skip
+        axis.axhline(0.05, color="0.45", lw=1, ls="--")
+        axis.text(0.0, 0.065, "0.05", color="0.35", fontsize=8)
+        axis.set(title=title, xlim=(-0.03, 1.03), ylim=(-0.03, 1.05))
+        axis.legend(loc="lower left", bbox_to_anchor=(0.0, 0.14), frameon=False, fontsize=8)
+    axes[0].set_ylabel("share of models in which\nthe role is corroborated")
+    figure.supxlabel("noise: random share of the planted matrix's squared norm", fontsize=10)
+    save(figure, "power")
+
+
+PAGE = """# How often the tests err
+
+Made by `python scripts/calibration.py`, which runs everything again (about ten minutes on two
+cores). The models are transformers in memory
+with weights at random initialisation (`tests/planted.py`): embeddings of 64 dimensions, heads of 8, about 330 tokens,
+an MLP in block 0; {shapes}. Nulls have 99 draws. `tests/test_calibration.py` and `tests/test_planted.py` hold the tests
+to these numbers.
+
+## Nothing planted: p-values
+
+{n_models} random models, 4 layers of 8 heads, each with two heads drawn at random for each role. A p-value keeps its
+level where P(p <= a) <= a for every a that it can attain. Counted are the primary predictions, for a head level those
+of the role's first head. The last columns give the attained a at which the share is least compatible with that, and
+how probable that share or a larger one is for a test that keeps its level (a binomial tail; the smallest of many, so
+that 0.001 is nothing to notice), last for p-values in the direction opposite to the prediction.
+
+![Share of p-values at most a, against a, for every null](figures/calibration.png)
+
+{calibration}
+
+Where the curve runs below the diagonal the test is conservative. `layer` has few labelings (in a layer of 8 heads the
+p-value of a single head cannot be below 1/8), and grouped queries leave it fewer still. `frame` and `token` can attain
+any multiple of 0.01.
+
+### Where a null has little to draw on
+
+Random models again, 3 layers of 8 heads, with claims that strain a null:
+
+- uneven layers: five heads of layer 1 are claimed, so that its median and MAD rest on fewer heads than its neighbours'
+- group mates claimed: three of the four heads that share W_V are claimed to read a number, which is a matter of W_V
+- few matched words: two made-up words for each name
+
+{strained}
+
+## Heads planted: power
+
+All roles of a task planted in one model of layers of 12 heads, {n_power} models for each noise ({power_shapes}).
+Noise is the random share of the planted matrix's squared norm. At noise 1 nothing is planted.
+
+![Share of models in which a role is corroborated, against noise](figures/power.png)
+
+{power}
+
+## Nothing planted: verdicts
+
+Models with at least one corroborated verdict although nothing is planted. The families of role rows and of head rows
+are corrected to 0.05 each; a verdict needs every counting null, so that less than that is expected.
+
+{false}
+"""
+
+
+def write(nulls: pd.DataFrame, strained: dict[str, NDArray[np.float64]], verdicts: pd.DataFrame) -> None:
+    """Figures and page, from what `null_run`, `strained_run` and `power_run` found."""
+    powers = power_table(verdicts)
+    with mpl.rc_context(STYLE):
+        plot_calibration(nulls)
+        plot_power(powers)
+    wide = powers.assign(power=[f"{row.power:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in powers.itertuples()])
+    page = PAGE.format(
+        shapes=", ".join(SHAPES),
+        n_models=len(nulls.drop_duplicates(["shape", "task", "seed"])),
+        calibration=markdown(calibration_table(nulls)),
+        strained=markdown(strained_table(strained)),
+        n_power=powers["n"].min(),
+        power_shapes=" and ".join(POWER_SHAPES),
+        power=markdown(wide.pivot(index="role", columns="noise", values="power").reset_index()),
+        false=markdown(false_table(nulls, verdicts)),
+    )
+    (DOCS / "calibration.md").write_text(page, encoding="utf-8")
+
+
+def main() -> None:
+    """Run, count, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--null-seeds", type=int, default=50, help="random models of every shape and task")
+    parser.add_argument("--strained-seeds", type=int, default=100, help="models of every strained case")
+    parser.add_argument("--power-seeds", type=int, default=16, help="models of every shape, task and noise")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+
+    def found(function: Callable[[Any], Any], cells: Sequence[Any]) -> list[Any]:
+        return run(function, cells, options.processes)
+
+    nulls = pd.concat(found(null_run, null_cells(range(options.null_seeds))), ignore_index=True)
+    strained = {
+        name: np.array(found(strained_run, [(name, seed) for seed in range(options.strained_seeds)]))
+        for name in STRAINED
+    }
+    seeds = range(options.power_seeds)
+    cells = list(itertools.product(POWER_SHAPES, TASKS, seeds, NOISES))
+    write(nulls, strained, pd.concat(found(power_run, cells), ignore_index=True))
+
+
+if __name__ == "__main__":
+    main()

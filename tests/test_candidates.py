@@ -1,0 +1,146 @@
+"""Where nothing is claimed: heads ranked for each role by its primary metric, corrected for it, never judged."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, run, task
+
+from ovqk.analyses import Analysis
+from ovqk.candidates import STRONGEST
+from ovqk.config import Direction
+from ovqk.statistics import benjamini_hochberg
+
+ALL = N_LAYERS * N_HEADS
+
+
+@pytest.fixture(scope="module")
+def result() -> Analysis:
+    return run(Random(), task(), "model.claims=null")
+
+
+def grid(result: Analysis, metric: str, first_layer: str | None = None) -> np.ndarray:
+    heads = result.tables["heads"]
+    values = heads[metric].to_numpy().copy()
+    if first_layer is not None:
+        first = (heads["layer"] == 0).to_numpy()
+        values[first] = heads[first_layer].to_numpy()[first]
+    return values.reshape(N_LAYERS, N_HEADS)
+
+
+def values_of(result: Analysis, role: str, index: int = 0) -> tuple[np.ndarray, float]:
+    """The metric of a role's prediction for every head, and the sign of the direction."""
+    prediction = SET_ROLES[role][index]
+    values = grid(result, prediction.metric, prediction.first_layer)
+    return values, -1.0 if prediction.direction is Direction.low else 1.0
+
+
+RANKED = ["mover", "negative", "duplicate", "writer", "induction"]
+
+
+def test_candidates_are_no_verdicts_and_nothing_of_a_verdict_is_written(result) -> None:
+    assert not {"tests", "nulls", "verdicts", "composition"} & set(result.tables)
+    assert result.claims == {"none": "no circuit is claimed for mini-attn (model.claims names none)"}
+    assert not any("verdict" in name or name.startswith("role/") for name in result.summary)
+    table = result.tables["candidates"]
+    assert list(table.columns) == [
+        "role", "rank", "layer", "head", "metric", "prediction", "primary", "exploratory", "value", "percentile",
+        "p_depth", "q_depth", "p_frame", "p_frame_all",
+    ]  # fmt: skip
+    assert set(table["role"]) == set(RANKED)
+
+
+def test_roles_that_compose_with_claimed_heads_cannot_be_ranked_and_say_so(result) -> None:
+    notes = [note for note in result.notes if note.startswith("no candidates")]
+    assert notes == ["no candidates for previous: its primary metric composes with claimed heads"]
+    table = result.tables["candidates"]
+    assert "k_composed_matching" not in set(table["metric"])  # of a role that can be ranked, as a secondary metric
+
+
+@pytest.mark.parametrize("role", RANKED)
+def test_the_five_most_extreme_heads_in_the_predicted_direction_are_ranked(role, result) -> None:
+    values, sign = values_of(result, role)
+    order = sorted(np.ndindex(values.shape), key=lambda head: (-sign * values[head], head))[:STRONGEST]
+    table = result.tables["candidates"]
+    mine = table[(table["role"] == role) & table["primary"]]
+    assert mine["rank"].tolist() == [1, 2, 3, 4, 5]
+    assert list(zip(mine["layer"], mine["head"], strict=True)) == order
+    for index, prediction in enumerate(SET_ROLES[role]):
+        if prediction.partners:
+            continue
+        others, _ = values_of(result, role, index)
+        rows = table[(table["role"] == role) & (table["metric"] == prediction.metric)]
+        assert (rows["primary"] == (index == 0)).all() and (rows["exploratory"] == prediction.exploratory).all()
+        assert (rows["prediction"] == prediction.direction.value).all()
+        for row in rows.to_dict("records"):
+            head = row["layer"], row["head"]
+            assert head == order[row["rank"] - 1]
+            assert row["value"] == pytest.approx(others[head])
+            rest = [others[head[0], h] for h in range(N_HEADS) if h != head[1]]
+            below = np.mean([(v < row["value"] - 1e-12) + 0.5 * (abs(v - row["value"]) <= 1e-12) for v in rest])
+            assert row["percentile"] == pytest.approx(below)
+
+
+def depth_p(signed: np.ndarray, head: tuple[int, int]) -> float:
+    """Of one head, by hand: standardised in its own layer, against all heads of layers within two, likewise."""
+
+    def scores(row: np.ndarray) -> np.ndarray:
+        median = np.median(row)
+        spread = np.median(np.abs(row - median))
+        return (row - median) / spread if spread > 0 else np.array([])
+
+    near = range(max(0, head[0] - 2), min(N_LAYERS, head[0] + 3))
+    own = scores(signed[head[0]])
+    if not len(own):
+        return math.nan
+    others = np.concatenate([scores(signed[at]) if at != head[0] else np.delete(own, head[1]) for at in near])
+    return (1 + sum(others >= own[head[1]] - 1e-12)) / (1 + len(others))
+
+
+@pytest.mark.parametrize("role", RANKED)
+def test_nearby_heads_are_all_the_others_and_the_correction_is_over_every_head(role, result) -> None:
+    table = result.tables["candidates"]
+    for index, prediction in enumerate(SET_ROLES[role]):
+        if prediction.partners:
+            continue
+        values, sign = values_of(result, role, index)
+        p = {head: depth_p(sign * values, head) for head in np.ndindex(values.shape) if not math.isnan(values[head])}
+        p = {head: value for head, value in p.items() if not math.isnan(value)}
+        q = dict(zip(p, benjamini_hochberg(list(p.values())), strict=True))
+        rows = table[(table["role"] == role) & (table["metric"] == prediction.metric)]
+        assert len(rows)
+        for row in rows.to_dict("records"):
+            head = row["layer"], row["head"]
+            assert row["p_depth"] == pytest.approx(p.get(head, math.nan), nan_ok=True)
+            assert row["q_depth"] == pytest.approx(q.get(head, math.nan), nan_ok=True)
+
+
+@pytest.mark.parametrize(("role", "index"), [("mover", 0), ("negative", 0), ("duplicate", 1), ("induction", 0)])
+def test_frames_are_multiplied_by_the_number_of_heads_that_were_ranked(role, index, result) -> None:
+    oracle, prediction = Oracle(Random()), SET_ROLES[role][index]
+    values, sign = values_of(result, role, index)
+    table = result.tables["candidates"]
+    rows = table[(table["role"] == role) & (table["metric"] == prediction.metric)]
+    for row in rows[rows["rank"] <= 3].to_dict("records"):
+        head = row["layer"], row["head"]
+        name = prediction.first_layer if head[0] == 0 and prediction.first_layer else prediction.metric
+        draws = [oracle.metric(name, head[0], M) for M in oracle.frames(head, name[:2], DRAWS)]
+        exceeding = np.cumsum([sign * draw >= sign * values[head] - 1e-9 for draw in draws])
+        n = DRAWS if exceeding[-1] < 20 else int(np.argmax(exceeding == 20)) + 1
+        p = (1 + min(20, exceeding[-1])) / (1 + n)
+        assert row["p_frame"] == pytest.approx(p)
+        assert row["p_frame_all"] == pytest.approx(min(1, p * ALL))
+
+
+def test_where_no_surrogate_has_the_metric_there_is_no_p_of_one() -> None:
+    table = run(Random("qk-norm"), task(roles={"duplicate": SET_ROLES["duplicate"]}), "model.claims=null").tables
+    candidates: pd.DataFrame = table["candidates"]
+    scores = candidates[candidates["metric"] == "qk_task_auc"]
+    assert scores[["p_frame", "p_frame_all"]].isna().all(axis=None) and scores["p_depth"].notna().all()
+    assert candidates[candidates["metric"] == "qk_matching_block0"]["p_frame"].notna().all()
+
+
+def test_a_metric_without_values_has_no_candidates() -> None:
+    result = run(Random(embedding=False), task(), "model.claims=null", words=False)
+    assert "candidates" not in result.tables
