@@ -12,7 +12,7 @@ sweep: $(INSTALLED)  ## a small sweep over the bundled model
 	$(BIN)/python run.py -cd sweeps -cn smoke
 
 test: $(INSTALLED)  ## every test but the slow ones
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

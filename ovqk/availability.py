@@ -76,7 +76,7 @@ def unavailable_metrics(
             if METRICS[name].circuit in circuits:
                 kind = readout.variable.kind.value
                 reasons.setdefault(name, f"{NOT_APPLICABLE}the task's variable '{readout.variable.name}' is a {kind}")
-        if not any(readout.side(layer) for layer in range(architecture.n_layers)):
+        if not any(readout.reads(layer) for layer in range(architecture.n_layers)):
             for name in metric_names(circuits):
                 if "task" in METRICS[name].needs:
                     reasons.setdefault(name, f"no effective embedding: {block0}")

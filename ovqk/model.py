@@ -1,7 +1,6 @@
 """A model as one cell sees it: what is read once and shared by all layers, and one layer at a time."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -200,8 +199,8 @@ class Layer:
         self.model, self.index = model, index
         self.raw = to_device(model.source.layer(index), model.device)
         self.folded = fold_layer(self.raw, model.architecture) if model.source.foldable else self.raw
-        self.decomposition = cache(self._decomposition)
-        self.by_source = cache(self._by_source)
+        self._decomposed: dict[Form, spectra.Decomposition] = {}  # no caches of bound methods: they keep layers alive
+        self._sources: dict[Circuit, dict[str, Tensor]] = {}
 
     def factors(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Factors:
         """Factors of the folded or of the processed weights; QK with the mean rotation over the offsets."""
@@ -238,9 +237,17 @@ class Layer:
         folded = self.model.source.foldable and (is_readout or metric.endswith("_block0") or self.model.folds)
         return circuit, folded, self.span if is_readout and circuit == "qk" else (0,)
 
-    def _by_source(self, circuit: Circuit) -> dict[str, Tensor]:
-        maps, readout = self.task_maps(circuit), self.model.readout
-        return {} if maps is None or readout is None else readout.by_source(self.index, maps)
+    def by_source(self, circuit: Circuit) -> dict[str, Tensor]:
+        """The task metrics of a circuit's heads, source token by source token."""
+        if circuit not in self._sources:
+            maps, readout = self.task_maps(circuit), self.model.readout
+            there = maps is not None and readout is not None
+            self._sources[circuit] = readout.by_source(self.index, maps) if there else {}  # type: ignore[union-attr, arg-type]
+        return self._sources[circuit]
 
-    def _decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> spectra.Decomposition:
-        return spectra.decompose(self.factors(circuit, folded, offsets), self.model.centred)
+    def decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> spectra.Decomposition:
+        """The thin SVD of a circuit's heads, taken once."""
+        form = circuit, folded or self.model.folds, offsets
+        if form not in self._decomposed:
+            self._decomposed[form] = spectra.decompose(self.factors(circuit, folded, offsets), self.model.centred)
+        return self._decomposed[form]

@@ -116,8 +116,6 @@ def _peers(
     """(layer, heads, which are claimed) of each layer of the role's heads, or of the head `of` among unclaimed ones."""
     role = set(claims.roles[predicted.role]) if of is None else {of}
     others = claims.heads - role if exclude_claimed and claims.reliability != "unreliable" else set()
-    if of is not None:
-        others = others | set(claims.roles[predicted.role]) - role
     found = []
     for layer in sorted({layer for layer, _ in role}):
         heads = [
@@ -196,7 +194,7 @@ def head_rows(
     signed = predicted.sign * predicted.values
     if math.isnan(signed[head]):
         return []
-    barred = claims.heads if claims.reliability != "unreliable" else set(claims.roles[predicted.role])
+    barred = {head} | (claims.heads if claims.reliability != "unreliable" else set())
 
     def unclaimed(layer: int) -> NDArray[np.float64]:
         values = np.array([signed[layer, h] for h in range(architecture.n_heads) if (layer, h) not in barred])
@@ -310,17 +308,17 @@ def _row(predicted: Predicted, head: Head | None, null: str) -> dict[str, Any]:
 
 
 def correct(rows: list[dict[str, Any]]) -> None:
-    """Add q, q_opposite and min_q: Benjamini-Hochberg per null, role rows and head rows apart.
+    """Add q, q_opposite and min_q: Benjamini-Hochberg per null, role and head rows apart, reported-only ones apart too.
 
     A null is untestable for a row whose min_p exceeds 0.05; such rows, exploratory ones and the descriptive `layer`
     rows of single heads leave the family before the correction and have no q.
     """
-    families: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    families: dict[tuple[str, bool, bool], list[dict[str, Any]]] = {}
     for row in rows:
         is_role = row["head"] is None
         row |= {"q": math.nan, "q_opposite": math.nan, "min_q": math.nan, "testable": row["min_p"] <= ALPHA}
         if row["testable"] and not row["exploratory"] and (is_role or row["null"] != "layer"):
-            families.setdefault((row["null"], is_role), []).append(row)
+            families.setdefault((row["null"], is_role, row["counts"]), []).append(row)
     for family in families.values():
         for name, p in (("q", "p"), ("q_opposite", "p_opposite")):
             for row, q in zip(family, benjamini_hochberg([row[p] for row in family]), strict=True):

@@ -15,7 +15,7 @@ from ovqk import alignment, spectra
 from ovqk.config import Embedding, VariableKind
 from ovqk.heads import Circuit, Factors
 from ovqk.spectra import Decomposition
-from ovqk.tasks import Variable
+from ovqk.tasks import Variable, WordSet
 from ovqk.vocabulary import Block0, Vocabulary
 from ovqk.weights import Architecture, normalise
 
@@ -129,19 +129,6 @@ class EffectiveRows:
         return normalise(rows, self.architecture.norm, self.architecture.norm_eps)
 
 
-@dataclass(frozen=True)
-class Side:
-    """A variable's read side.
-
-    Attributes:
-        rows: normalised effective embeddings of the (first) read words.
-        basis: orthonormal basis of the read subspace.
-    """
-
-    rows: Float[Tensor, "word d_model"]
-    basis: Float[Tensor, "r d_model"]
-
-
 class Readout:
     """One causal variable on one model: its read side by layer, its write side, and the metrics of a layer's heads.
 
@@ -155,14 +142,15 @@ class Readout:
         rows: EffectiveRows,
         embedding: Embedding,
         like: "Readout | None" = None,
+        origins: dict[str, Tensor] | None = None,
     ) -> None:
-        """Take the variable's tokens and the rows of their effective embeddings."""
+        """Take the variable's tokens and what gives their rows; `origins` of the same band, where known."""
         self.variable, self.effective, self.vocabulary = variable, rows, rows.vocabulary
         self.embedding, self.like = embedding, like
-        self._sides: dict[str, Side | None] = {}
-        self._origins: dict[str, Tensor] = {}
+        self._words: dict[str, Tensor] = {}
+        self._bases: dict[str, Tensor] = {}
+        self._origins: dict[str, Tensor] = {} if origins is None else origins
         self.ids = variable.read[0].ids.to(self.vocabulary.W_E.device)
-        self.write = self._write_basis()
 
     def surrogate(self, variable: Variable) -> "Readout":
         """The same readout of other words: ranks stay, and the words drawn leave the band they are compared with."""
@@ -170,20 +158,32 @@ class Readout:
 
     def of_some(self, variable: Variable) -> "Readout":
         """The same readout of some of the words, with the same band."""
-        return Readout(variable, self.effective, self.embedding)
+        return Readout(variable, self.effective, self.embedding, origins=self._origins)
 
     def kind(self, layer: int) -> str:
         """`token` or `block0`: the effective embedding that a layer's readouts use."""
         by_layer = self.embedding is Embedding.by_layer
         return "token" if self.embedding is Embedding.token or (by_layer and layer == 0) else "block0"
 
-    def side(self, layer: int) -> Side | None:
-        """The read side as this layer sees it; None where its effective embedding cannot be had."""
+    def reads(self, layer: int) -> bool:
+        """Whether the layer's effective embedding can be had."""
+        return self.kind(layer) == "token" or self.effective.block0 is not None
+
+    def rows(self, layer: int) -> Float[Tensor, "word d_model"]:
+        """Normalised effective embeddings of the (first) read words, as this layer sees them."""
         kind = self.kind(layer)
-        if kind not in self._sides:
-            there = kind == "token" or self.effective.block0 is not None
-            self._sides[kind] = self._side(kind) if there else None
-        return self._sides[kind]
+        if kind not in self._words:
+            self._words[kind] = self.effective(self.variable.read[0].ids, kind)
+        return self._words[kind]
+
+    def basis(self, layer: int) -> Float[Tensor, "r d_model"]:
+        """Orthonormal basis of the read subspace, as this layer sees it."""
+        return self._basis(self.kind(layer))
+
+    @property
+    def write(self) -> Float[Tensor, "r d_model"] | None:
+        """Orthonormal basis of the write subspace; None without an unembedding."""
+        return None if self.vocabulary.W_U is None else self._basis("write")
 
     def metrics(
         self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
@@ -193,15 +193,16 @@ class Readout:
         Without the layer's effective embedding there are none.
         """
         means = {name: values.mean(-1) for name, values in self.by_source(layer, maps, wanted).items()}
-        return means | self.of_subspace(layer, maps)
+        return means | self.of_subspace(layer, maps, wanted)
 
     def by_source(
         self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "head source"]]:
         """The metrics of a `set` variable that are means over its tokens, token by token, in [0, 1]."""
-        side, W_U = self.side(layer), self.vocabulary.W_U
-        if side is None or self.variable.kind is VariableKind.contrast:
+        W_U = self.vocabulary.W_U
+        if not self.reads(layer) or self.variable.kind is VariableKind.contrast:
             return {}
+        rows = self.rows(layer)
 
         def asked(*names: str) -> bool:
             return wanted is None or any(name in wanted for name in names)
@@ -209,43 +210,46 @@ class Readout:
         found: dict[str, Tensor] = {}
         if maps.circuit == "ov" and W_U is not None:
             if asked("ov_task_auc", "ov_task_auc_raw"):
-                logits = alignment.readout(maps.factors, side.rows, W_U[:, self.ids].T)
+                logits = alignment.readout(maps.factors, rows, W_U[:, self.ids].T)
                 found["ov_task_auc"], found["ov_task_auc_raw"] = alignment.task_auc_by_source(logits)
             if asked("ov_task_copy", "ov_task_suppress"):
-                copied, suppressed = alignment.in_top_by_source(maps.factors, side.rows, self.ids, W_U)
+                copied, suppressed = alignment.in_top_by_source(maps.factors, rows, self.ids, W_U)
                 found["ov_task_copy"], found["ov_task_suppress"] = copied, suppressed
         if maps.circuit == "qk":
             if asked("qk_task_auc", "qk_task_auc_raw"):
-                scores = self._scores(maps, side.rows, side.rows)
+                scores = self._scores(maps, rows, rows)
                 found["qk_task_auc"], found["qk_task_auc_raw"] = alignment.task_auc_by_source(scores)
             if W_U is not None and asked("qk_task_auc_unembed"):
-                scores = self._scores(maps, self.effective.normalised(W_U[:, self.ids].T), side.rows)
+                scores = self._scores(maps, self.effective.normalised(W_U[:, self.ids].T), rows)
                 found["qk_task_auc_unembed"] = alignment.task_auc_by_source(scores)[0]
         return found
 
-    def of_subspace(self, layer: int, maps: HeadMaps) -> dict[str, Float[Tensor, " head"]]:
+    def of_subspace(
+        self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
+    ) -> dict[str, Float[Tensor, " head"]]:
         """The metrics of the subspaces that the variable's words span."""
-        side, parts = self.side(layer), maps.decomposition
-        if side is None:
+        mine = [name for name in SUBSPACE_METRICS if name.startswith(maps.circuit)]
+        if not self.reads(layer) or (wanted is not None and not set(wanted) & set(mine)):
             return {}
+        parts, basis = maps.decomposition, self.basis(layer)
         if maps.circuit == "qk":
-            query = alignment.side_alignment(parts.read, parts.sigma, side.basis)
-            key = alignment.side_alignment(parts.write, parts.sigma, side.basis)
+            query = alignment.side_alignment(parts.read, parts.sigma, basis)
+            key = alignment.side_alignment(parts.write, parts.sigma, basis)
             return {
                 "qk_query_alignment": query.whole,
                 "qk_key_alignment": key.whole,
                 "qk_top_query_alignment": query.top,
                 "qk_top_key_alignment": key.top,
             }
-        found = {}
+        found, write = {}, self.write
         contrast = self.variable.kind is VariableKind.contrast
         if contrast:  # one direction: r/d = 1/d
-            found["ov_task_read"] = alignment.side_alignment(parts.read, parts.sigma, side.basis).whole
-        if self.write is not None:
-            written = alignment.side_alignment(parts.write, parts.sigma, self.write)
+            found["ov_task_read"] = alignment.side_alignment(parts.read, parts.sigma, basis).whole
+        if write is not None:
+            written = alignment.side_alignment(parts.write, parts.sigma, write)
             found |= {"ov_task_alignment": written.whole, "ov_top_alignment": written.top}
             if contrast:
-                found["ov_task_transfer"] = alignment.transfer(parts, side.basis, self.write)
+                found["ov_task_transfer"] = alignment.transfer(parts, basis, write)
         return found
 
     def _scores(
@@ -256,28 +260,24 @@ class Readout:
             return maps.scorer(query_rows, key_rows)
         return alignment.readout(maps.factors, query_rows, key_rows)
 
-    def _side(self, kind: str) -> Side:
-        words = self.effective(self.variable.read[0].ids, kind)
-        if self.variable.kind is VariableKind.contrast:
-            plus = self.effective(self.variable.read[1].ids, kind)
-            return Side(words, alignment.unit_contrast(words, plus))
-        rank = None if self.like is None else self.like._side_of(kind).basis.shape[0]
-        return Side(words, alignment.subspace(words, self._origin(kind, words), rank))
+    def _basis(self, kind: str) -> Float[Tensor, "r d_model"]:
+        """Of the read side of one kind of embedding, or of the write side (`write`)."""
+        if kind not in self._bases:
+            first, *second = (self._side(words.ids, kind) for words in self._sets(kind))
+            if second:
+                self._bases[kind] = alignment.unit_contrast(first, second[0])
+            else:
+                rank = None if self.like is None else self.like._basis(kind).shape[0]
+                self._bases[kind] = alignment.subspace(first, self._origin(kind, first), rank)
+        return self._bases[kind]
 
-    def _side_of(self, kind: str) -> Side:
-        side = self._sides.get(kind) or self._side(kind)
-        self._sides[kind] = side
-        return side
+    def _sets(self, kind: str) -> tuple[WordSet, ...]:
+        return self.variable.write if kind == "write" else self.variable.read
 
-    def _write_basis(self) -> Float[Tensor, "r d_model"] | None:
+    def _side(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
+        """Rows of the read side, or columns of W_U."""
         W_U = self.vocabulary.W_U
-        if W_U is None:
-            return None
-        columns = [W_U[:, words.ids.to(W_U.device)].T for words in self.variable.write]
-        if self.variable.kind is VariableKind.contrast:
-            return alignment.unit_contrast(columns[0], columns[1])
-        rank = None if self.like is None or self.like.write is None else self.like.write.shape[0]
-        return alignment.subspace(columns[0], self._origin("write", columns[0]), rank)
+        return W_U[:, ids.to(W_U.device)].T if kind == "write" and W_U is not None else self.effective(ids, kind)
 
     def _origin(self, kind: str, words: Float[Tensor, "word d_model"]) -> Float[Tensor, " d_model"]:
         """Mean of the band that the words are compared with, on the read side of one kind or on the write side."""
@@ -286,12 +286,7 @@ class Readout:
             total = self.like._origin(kind, words) * n - words.sum(0)
             return total / (n - len(words))
         if kind not in self._origins:
-            band = self.variable.band
-            W_U = self.vocabulary.W_U
-            if kind == "write" and W_U is not None:
-                self._origins[kind] = W_U[:, band.to(W_U.device)].mean(1)
-            else:
-                self._origins[kind] = self.effective(band, kind).mean(0)
+            self._origins[kind] = self._side(self.variable.band, kind).mean(0)
         return self._origins[kind]
 
 
@@ -301,7 +296,14 @@ def full_circuit_ratio(
     gram_cross: Float[Tensor, "d_model d_model"],
     gram_out: Float[Tensor, "d_model d_model"],
 ) -> Float[Tensor, " head"]:
-    """Trace ratio of A M B, in [-1, 1], from A^T C A, B C A and B C B^T (A, B: token matrices)."""
+    """Trace ratio of A M B, in [-1, 1], from A^T C A, B C A and B C B^T (A, B: token matrices).
+
+    The singular values of A M B, against which a vanishing denominator is told, are taken only where their bound by
+    the norms of the Grams does not settle it.
+    """
     eigen = spectra.eigenvalues(spectra.core(decomposition, gram_cross))
+    most = (gram_in.norm() * gram_out.norm()).sqrt() * decomposition.sigma.sum(-1)
+    if (eigen.abs().sum(-1) > spectra.TINY * most).all():
+        return spectra.trace_ratio(eigen, torch.zeros_like(most))
     sigma = spectra.full_circuit_singular_values(decomposition, gram_in, gram_out)
     return spectra.trace_ratio(eigen, sigma.sum(-1))

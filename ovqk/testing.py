@@ -40,6 +40,8 @@ from ovqk.surrogates import STAGES, FrameDraws, draw_words, subsamples
 RESAMPLES = 1000  # of source tokens, for an interval
 SUBSAMPLES = 200  # of a subspace's words, for an interval
 SUBSAMPLED = 0.8  # of the words
+WIDEN = (SUBSAMPLED / (1 - SUBSAMPLED)) ** 0.5
+"""A subsample of a share f strays from the whole by sqrt((1 - f) / f) of the standard error of the whole."""
 Row = dict[str, Any]
 
 
@@ -124,10 +126,13 @@ class ClaimTests:
         for name, values in layer.by_source(circuit).items():
             if name in wanted and self.weights is not None:
                 self._keep(name, layer.index, self.weights @ values.double().cpu().numpy().T)
-        found = [readout.of_subspace(layer.index, maps) for readout in self.some]
-        for name in wanted & set(SUBSPACE_METRICS):
-            if found and all(name in values for values in found):
-                self._keep(name, layer.index, torch.stack([values[name] for values in found]).double().cpu().numpy())
+        if not self.some or self.model.readout is None:
+            return
+        own = self.model.readout.of_subspace(layer.index, maps, wanted)
+        found = [readout.of_subspace(layer.index, maps, wanted) for readout in self.some]
+        for name in wanted & set(own):
+            spread = torch.stack([values[name] for values in found]) - own[name]
+            self._keep(name, layer.index, (own[name] + WIDEN * spread).double().cpu().numpy())
 
     def _keep(self, metric: str, layer: int, values: NDArray[np.float64]) -> None:
         facts = self.model.architecture
@@ -270,7 +275,7 @@ class ClaimTests:
             own = [s.ids for s in (*readout.variable.read, *readout.variable.write)]
             heads = {head for _, some in asked for head in some}
             for layer in {layer for layer, _ in heads}:
-                readout.side(layer)
+                readout.basis(layer)  # and with it the centre of the band, while all rows are there
             readout.effective.keep(torch.cat([*ids, *own]))
             metrics = {prediction.config.metric for prediction, _ in asked}
             drawn = self._under_words(map(readout.surrogate, words.variables), heads, metrics)

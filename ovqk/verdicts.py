@@ -140,9 +140,11 @@ def _decide(
         whole = f"{predicted[0].config.metric} is tested for the role as a whole"
         return "untestable", reason or (whole if composes else "the primary metric has no value for it")
     if not testable:
-        smallest = min(row["min_p"] for row in primary)
-        sizes = next((row for row in primary if row["null"] != "frame"), primary[0])
-        return "untestable", f"no null can reach p <= {ALPHA}: the smallest p with {_sizes(sizes)} is {smallest:.3g}"
+        best = min(primary, key=lambda row: row["min_p"])
+        return (
+            "untestable",
+            f"no null can reach p <= {ALPHA}: the smallest p with {_sizes(best)} is {best['min_p']:.3g}",
+        )
     if not held and any(row["q_opposite"] < ALPHA for row in testable):
         return "contradicted", ""
     if len(held) == len(testable) and peers and not opposite:
@@ -160,6 +162,8 @@ def _decide(
 
 
 def _sizes(row: Mapping[str, Any]) -> str:
+    if row["null"] not in ("layer", "depth"):
+        return f"{row['n_others']} draws"
     heads = "1 claimed head" if row["n_heads"] == 1 else f"{row['n_heads']} claimed heads"
     return f"{heads} among {row['n_others']} others"
 

@@ -15,7 +15,8 @@ import language
 import words
 
 BUNDLED = ROOT / "ovqk" / "bundled"
-MODELS = ("mini-attn",)
+MODELS = ("mini-attn", "mini-gpt2", "mini-llama")
+LEAST = {"ioi": 0.96, "sva": 0.98, "induction": 0.98}  # of 300; the cards state 2,000
 SPECIAL = ["<unk>", "<eos>", ".", ","]
 
 
@@ -58,8 +59,19 @@ def test_the_mlps_of_mini_attn_write_nothing():
 
 
 @pytest.mark.parametrize("task", list(language.TASKS))
-def test_accuracy_on_held_out_pairs(loaded, task):
-    assert accuracy.measure(*loaded, task, count=300, seed=7).right >= 0.98
+def test_accuracy_on_held_out_triples(loaded, task):
+    assert accuracy.measure(*loaded, task, count=300, seed=7).right >= LEAST[task]
+
+
+@pytest.mark.parametrize("task", list(language.TASKS))
+def test_the_claims_are_those_of_the_card(name, task):
+    """Every measured role of the card's table is claimed, head by head, and no other."""
+    yaml = pytest.importorskip("yaml")
+    card = (BUNDLED / name / "README.md").read_text()
+    rows = [line.strip("| \n").split(" | ") for line in card.splitlines() if line.startswith(f"| {task} | ")]
+    told = {role.replace(" ", "_"): heads.split(", ") for _, role, heads in rows}
+    claims = yaml.safe_load((ROOT / "conf" / "task" / f"{task}.yaml").read_text())["claims"]
+    assert told == claims.get(name, {"roles": {}})["roles"]
 
 
 def test_tokenizer_splits_an_ordinary_string(loaded):
@@ -114,8 +126,8 @@ def test_roles_measured_again_are_the_shipped_claims(bundled):
     for asked in language.TASKS:
         task = yaml.safe_load((ROOT / "conf" / "task" / f"{asked}.yaml").read_text())
         found = measure_roles.measure(measure_roles.prepare(model, task, count=800, seed=0), asked)
-        shipped = task["claims"][bundled]
+        shipped = task["claims"].get(bundled, {"source": "", "roles": {}})  # no entry where no role was found
         again = measure_roles.claims(found, shipped["source"])
         assert again["roles"] == shipped["roles"]
-        for head, evidence in again["evidence"].items():
+        for head, evidence in again.get("evidence", {}).items():
             assert shipped["evidence"][head] == pytest.approx(evidence, abs=0.01)

@@ -24,7 +24,7 @@ from planted import SHAPES
 from ovqk.nulls import head_rows
 
 SEEDS = 50  # models of every shape and task, in the full run
-STRAINED_SEEDS = 100
+STRAINED_SEEDS = 200
 
 
 def assert_kept(p: np.ndarray, what: str) -> None:

@@ -203,6 +203,15 @@ def test_the_percentile_of_a_head_is_its_place_in_its_own_layer() -> None:
     assert found["percentile"] == 0 and found["value"] == values[2, 0]
 
 
+def test_a_heads_place_in_its_layer_is_described_and_never_corrected_or_counted_however_many_heads_there_are() -> None:
+    values = grid(layers=1, heads=30)
+    rows = head_rows(predicted(values), (0, 3), claims(mover=[(0, 3)]), facts(1, 30))
+    correct(rows)
+    layer, depth = rows
+    assert layer["testable"] and not layer["counts"] and math.isnan(layer["q"])
+    assert depth["counts"] and depth["q"] == depth["p"]  # alone in its family
+
+
 def test_percentiles_follow_the_metric_and_effects_the_prediction() -> None:
     """A low value predicted low: below the others, and beyond them."""
     values = grid(layers=5)
