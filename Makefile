@@ -15,7 +15,7 @@ test: $(INSTALLED)  ## every test but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 check: $(INSTALLED)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ovqk.claims import Claims, Head
 from ovqk.config import TaskConfig
 from ovqk.metrics import COMPOSITION_METRICS
-from ovqk.nulls import Predicted, depth_reference
+from ovqk.nulls import Predicted, depth_reference, reference_counts
 from ovqk.statistics import benjamini_hochberg, monte_carlo, percentile
 from ovqk.testing import ClaimTests
 
@@ -51,7 +51,7 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
         for prediction in predictions:
             if prediction.config.metric in COMPOSITION_METRICS:
                 continue
-            depth = _depth(prediction)
+            depth = _depth(prediction, tests.model.architecture.kv_of_head.numpy())
             for rank, head in enumerate(ranked[:STRONGEST], start=1):
                 if not math.isnan(prediction.values[head]):
                     place = {"role": role, "rank": rank, "layer": head[0], "head": head[1]}
@@ -84,19 +84,13 @@ def _row(
     }
 
 
-def _depth(predicted: Predicted) -> dict[Head, tuple[float, float]]:
+def _depth(predicted: Predicted, groups: NDArray[np.int64]) -> dict[Head, tuple[float, float]]:
     """Head -> (p, q) against the heads of nearby layers, for every head that has one."""
     signed = predicted.sign * predicted.values
     found: dict[Head, float] = {}
     for layer, index in np.argwhere(~np.isnan(signed)):
         head = (int(layer), int(index))
-
-        def others(at: int, head: Head = head) -> NDArray[np.float64]:
-            row = np.delete(signed[at], head[1]) if at == head[0] else signed[at]
-            return row[~np.isnan(row)]
-
-        reference = depth_reference(signed, head, others)
-        if reference is not None:
-            z, standard = reference
-            found[head] = float((1 + (standard >= z).sum()) / (1 + len(standard)))
+        near = depth_reference(signed, head, set(), groups)
+        if near is not None:
+            found[head] = reference_counts(near.z, near.reference, near.groups)["p"]
     return {head: (found[head], q) for head, q in zip(found, benjamini_hochberg(list(found.values())), strict=True)}

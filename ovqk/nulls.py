@@ -11,7 +11,7 @@ Which of them count depends on what the metric says (`counting`).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,18 +195,15 @@ def head_rows(
     if math.isnan(signed[head]):
         return []
     barred = {head} | (claims.heads if claims.reliability != "unreliable" else set())
-
-    def unclaimed(layer: int) -> NDArray[np.float64]:
-        values = np.array([signed[layer, h] for h in range(architecture.n_heads) if (layer, h) not in barred])
-        return values[~np.isnan(values)] if len(values) else values
-
-    same = unclaimed(layer)
+    groups = architecture.kv_of_head.numpy()
+    same = np.array([signed[layer, h] for h in range(architecture.n_heads) if (layer, h) not in barred])
+    same = same[~np.isnan(same)] if len(same) else same
     rows = []
     if len(same):
         plain = predicted.sign * same
         rows.append(
             _row(predicted, head, "layer")
-            | _counts(signed[head], same)
+            | reference_counts(signed[head], same)
             | _effect(predicted, claims, architecture, resamples or {}, True, of=head)
             | {
                 "null_mean": float(plain.mean()),
@@ -215,37 +212,66 @@ def head_rows(
                 "quantiles": np.quantile(plain, QUANTILES),
             }
         )
-    near = depth_reference(signed, head, unclaimed) if predicted.config.metric not in COMPOSITION_METRICS else None
+    composes = predicted.config.metric in COMPOSITION_METRICS
+    near = None if composes else depth_reference(signed, head, barred, groups)
     if near is not None:
-        z, standard = near
-        plain = predicted.sign * standard
+        plain = predicted.sign * near.reference
         rows.append(
             _row(predicted, head, "depth")
-            | _counts(z, standard)
-            | {"percentile": percentile(predicted.sign * z, plain), "quantiles": np.quantile(plain, QUANTILES)}
+            | reference_counts(near.z, near.reference, near.groups)
+            | {"percentile": percentile(predicted.sign * near.z, plain), "quantiles": np.quantile(plain, QUANTILES)}
         )
     return [row | {"value": float(predicted.values[head]), "n_heads": 1} for row in rows]
 
 
-def depth_reference(
-    signed: NDArray[np.float64], head: Head, unclaimed: Callable[[int], NDArray[np.float64]]
-) -> tuple[float, NDArray[np.float64]] | None:
-    """The head's z within its layer and those of the unclaimed heads of layers within 2; None without enough of them.
+@dataclass(frozen=True)
+class DepthReference:
+    """A head's z within its layer, those of the reference heads within theirs, and the KV group of each."""
 
-    The head counts in its own layer's median and MAD as every reference head does in its layer's: standardised by
-    others alone it would be more extreme than they are by construction.
+    z: float
+    reference: NDArray[np.float64]
+    groups: NDArray[np.int64]
+
+
+def depth_reference(
+    signed: NDArray[np.float64], head: Head, barred: set[Head], groups: NDArray[np.int64]
+) -> DepthReference | None:
+    """The head and the unclaimed heads of layers within 2, each standardised; None without enough of them.
+
+    Every head is standardised by the median and MAD of itself and of its neighbours in the layer (round the layer's
+    end), as many as the layer with fewest has: standardised by others alone, or by fewer, it would be more extreme
+    than those that it is compared with by construction.
+
+    Args:
+        signed: the metric [layer, head], larger in the predicted direction.
+        head: the head.
+        barred: heads that are no reference.
+        groups: the KV group of each head of a layer.
     """
+
+    def members(at: int) -> list[int]:
+        heads = range(signed.shape[1])
+        return [h for h in heads if not np.isnan(signed[at, h]) and ((at, h) == head or (at, h) not in barred)]
+
     layer, _ = head
-    same = unclaimed(layer)
-    own = np.append(same, signed[head])
-    z = robust_z(float(signed[head]), own) if len(same) >= DEPTH_MIN_HEADS else None
-    if z is None:
+    near = {at: members(at) for at in range(max(0, layer - DEPTH), min(len(signed), layer + DEPTH + 1))}
+    near = {at: heads for at, heads in near.items() if len(heads) - (at == layer) >= DEPTH_MIN_HEADS}
+    if layer not in near:
         return None
-    near = range(max(0, layer - DEPTH), min(len(signed), layer + DEPTH + 1))
-    layers = [own if at == layer else unclaimed(at) for at in near]
-    pooled = [robust_z(float(v), values) for values in layers if len(values) >= DEPTH_MIN_HEADS for v in values]
-    standard = np.array([value for value in pooled if value is not None])
-    return z, np.delete(standard, np.flatnonzero(standard == z)[0])  # without the head itself
+    width = min(len(heads) for heads in near.values())
+    found: dict[Head, float] = {}
+    for at, heads in near.items():
+        values = signed[at, heads]
+        windows = values[(np.arange(len(values))[:, None] + np.arange(width)) % len(values)]
+        for place, h in enumerate(heads):
+            z = robust_z(float(values[place]), windows[place])
+            if z is not None:
+                found[at, h] = z
+    if head not in found:
+        return None
+    own = found.pop(head)
+    ids = np.array([at * len(groups) + groups[h] for at, h in found], dtype=np.int64)
+    return DepthReference(own, np.array(list(found.values())), ids) if found else None
 
 
 def ensemble_row(
@@ -276,16 +302,23 @@ def ensemble_row(
     }
 
 
-def _counts(value: float, reference: NDArray[np.float64]) -> dict[str, Any]:
-    n = len(reference)
+def reference_counts(
+    value: float, reference: NDArray[np.float64], groups: NDArray[np.int64] | None = None
+) -> dict[str, Any]:
+    """p of one head among reference heads; heads that share keys and values count as one between them."""
+    weights = np.ones(len(reference))
+    if groups is not None:
+        _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+        weights = 1 / sizes[place]
+    n = weights.sum()
     return {
-        "p": float((1 + (reference >= value - TIE).sum()) / (1 + n)),
-        "p_opposite": float((1 + (reference <= value + TIE).sum()) / (1 + n)),
-        "min_p": 1 / (1 + n),
+        "p": float((1 + weights[reference >= value - TIE].sum()) / (1 + n)),
+        "p_opposite": float((1 + weights[reference <= value + TIE].sum()) / (1 + n)),
+        "min_p": float(1 / (1 + n)),
         "effect": percentile(value, reference),
-        "n_null": n,
+        "n_null": round(n),
         "exact": True,
-        "n_others": n,
+        "n_others": len(reference),
     }
 
 

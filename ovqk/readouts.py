@@ -153,7 +153,7 @@ class Readout:
         self.ids = variable.read[0].ids.to(self.vocabulary.W_E.device)
 
     def surrogate(self, variable: Variable) -> "Readout":
-        """The same readout of other words: ranks stay, and the words drawn leave the band they are compared with."""
+        """The same readout of other words: ranks stay, and the words drawn trade places with the task's in the band."""
         return Readout(variable, self.effective, self.embedding, like=self)
 
     def of_some(self, variable: Variable) -> "Readout":
@@ -282,9 +282,9 @@ class Readout:
     def _origin(self, kind: str, words: Float[Tensor, "word d_model"]) -> Float[Tensor, " d_model"]:
         """Mean of the band that the words are compared with, on the read side of one kind or on the write side."""
         if self.like is not None:
-            n = len(self.like.variable.band)
-            total = self.like._origin(kind, words) * n - words.sum(0)
-            return total / (n - len(words))
+            like = self.like  # the words drawn leave the pool, and the words of the task return to it
+            n, own = len(like.variable.band), like._side(like._sets(kind)[0].ids, kind)
+            return (like._origin(kind, words) * n + own.sum(0) - words.sum(0)) / (n + len(own) - len(words))
         if kind not in self._origins:
             self._origins[kind] = self._side(self.variable.band, kind).mean(0)
         return self._origins[kind]

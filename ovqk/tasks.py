@@ -34,7 +34,8 @@ class Variable:
     Attributes:
         read, write: `set`: the one set, on both sides; `contrast`: (minus, plus), index-aligned.
         band: tokens matched to the words in surface form and log id rank, no task word among them.
-        matches: word id -> the tokens of the band that are matched to this word.
+        matches: word id -> the tokens that are matched to this word: of the band, and of a set its own words too, since
+            surrogates that can never hold a word of the task would be more alike than the task is like them.
     """
 
     name: str
@@ -140,8 +141,10 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
     for name, config in task.variables.items():
         read, write = sides[name]
         ids = torch.cat([words.ids for words in (*read, *write)]).unique()
-        matches, note = matched_tokens(ids, task_ids, tokenizer, n_tokens)
-        band = torch.tensor(sorted({token for found in matches.values() for token in found}), dtype=torch.long)
+        own = ids if config.kind is VariableKind.set else ids[:0]
+        matches, note = matched_tokens(ids, task_ids, tokenizer, n_tokens, own)
+        drawn = {token for found in matches.values() for token in found} - set(task_ids.tolist())
+        band = torch.tensor(sorted(drawn), dtype=torch.long)
         notes += [f"task {task.name}, variable {name}: {note}"] if note else []
         variables.append(Variable(name, config.kind, read, write, band, matches))
     return TaskTokens(variables, kept, dropped, notes)
@@ -233,9 +236,13 @@ def surface_form(token: str) -> tuple[bool, str, bool, int]:
 
 
 def matched_tokens(
-    ids: Int[Tensor, " word"], excluded: Int[Tensor, " task_token"], tokenizer: Tokenizer, n_tokens: int
+    ids: Int[Tensor, " word"],
+    excluded: Int[Tensor, " task_token"],
+    tokenizer: Tokenizer,
+    n_tokens: int,
+    own: Int[Tensor, " own"] | None = None,
 ) -> tuple[dict[int, list[int]], str]:
-    """Tokens that look like these words: same surface form, log id rank within 0.25, none of `excluded`.
+    """Tokens that look like these words: same surface form, log id rank within 0.25, none of `excluded` but `own`.
 
     Returns:
         Word id -> its matched tokens (never none), and a note (empty where nothing had to be relaxed): fewer than 8
@@ -246,7 +253,8 @@ def matched_tokens(
         UserError: the vocabulary has fewer than 8 other tokens.
     """
     forms = [surface_form(tokenizer.id_to_token(i) or "") for i in range(n_tokens)]
-    barred = set(excluded.tolist())
+    outside = set(excluded.tolist())
+    barred = outside - set(() if own is None else own.tolist())
 
     def matches(window: float, parts: int) -> dict[int, list[int]]:
         by_form: dict[tuple[object, ...], list[int]] = {}
@@ -270,7 +278,7 @@ def matched_tokens(
     )
     for window, parts, note in relaxations:
         found = matches(window, parts)
-        band = sorted({token for tokens in found.values() for token in tokens})
+        band = sorted({token for tokens in found.values() for token in tokens} - outside)
         if len(band) >= MIN_WORDS:
             return {word: tokens if len(tokens) >= 2 else band for word, tokens in found.items()}, note
     raise UserError(f"the vocabulary has fewer than {MIN_WORDS} tokens besides the task's words.")

@@ -236,6 +236,8 @@ class ClaimTests:
         if (head, form) not in self.frames:
             facts = self.model.architecture
             circuit, folded, offsets = form
+            # Heads that share keys and values share their frames: as dependent in the null as they can be.
+            kv_head = int(facts.kv_of_head[index])
             wanted = {name for name in self._asked(head) if self.forms.get((name, layer)) == form}
             self.frames[head, form] = FrameDraws(
                 circuit,
@@ -243,7 +245,7 @@ class ClaimTests:
                 facts.d_model,
                 folded and facts.norm == "layernorm",
                 surrogate_metrics(self.model, layer, wanted),
-                (self.model.config.seed, layer, index, int(circuit == "ov"), int(folded), len(offsets)),
+                (self.model.config.seed, layer, kv_head, int(circuit == "ov"), int(folded), len(offsets)),
             )
         return self.frames[head, form]
 

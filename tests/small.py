@@ -203,10 +203,11 @@ class Oracle:
         return float(side.square().sum() / M.square().sum() / (r / D_MODEL))
 
     def span(self, rows: torch.Tensor, variable, like=None) -> tuple[torch.Tensor, int]:
-        """Of a surrogate: with the rank of the variable that it is like, about its band less the words drawn."""
+        """Of a surrogate: with the rank of the variable that it is like; its words and the drawn ones trade places."""
         band = variable.band
         if like is not None:
-            band = torch.tensor(sorted(set(like.band.tolist()) - set(variable.read[0].ids.tolist())))
+            pool = set(like.band.tolist()) | set(like.read[0].ids.tolist())
+            band = torch.tensor(sorted(pool - set(variable.read[0].ids.tolist())))
         centred = rows[variable.read[0].ids] - rows[band].mean(0)
         _, sigma, Vh = torch.linalg.svd(centred, full_matrices=False)
         shares = sigma.square().cumsum(0) / sigma.square().sum()

@@ -83,18 +83,14 @@ def test_every_null_and_metric_keeps_its_level_at_random_initialisation(shape) -
 
 
 @pytest.mark.parametrize(("claimed", "heads"), [(1, 8), (8, 12)])
-def test_depth_keeps_its_level_whatever_is_claimed_of_the_layer(claimed, heads, request) -> None:
+def test_depth_keeps_its_level_whatever_is_claimed_of_the_layer(claimed, heads) -> None:
     """A head among `heads` of its layer, `claimed` of which leave the null; the layers around it have all theirs."""
-    if claimed > 1:
-        reason = "a median and a MAD of fewer heads give larger z: 5 here, the neighbours have 12"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     rng, made = np.random.default_rng(0), claims(mover=[(1, head) for head in range(claimed)])
     grids = rng.uniform(size=(600, 4, heads))
     rows = [head_rows(predicted(values), (1, 0), made, facts(4, heads)) for values in grids]
     assert_kept(np.array([row["p"] for found in rows for row in found if row["null"] == "depth"]), "depth")
 
 
-@pytest.mark.xfail(strict=True, reason="heads that share W_V count as independent ones, of which the claimed is alone")
 def test_depth_keeps_its_level_where_the_heads_of_a_group_are_claimed() -> None:
     """Heads in groups of four of much the same value; three of a group are claimed, and one of these is tested."""
     rng, made = np.random.default_rng(0), claims(mover=[(1, head) for head in range(3)])
@@ -109,14 +105,10 @@ def strained(case: str) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the surrogates of heads that share W_V are independent, the heads are not")
 def test_frame_keeps_its_level_where_the_heads_of_a_group_are_claimed() -> None:
     assert_kept(strained("group mates claimed, frame"), "frame")
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="surrogates drawn from few matched words, without the task's, are too much alike"
-)
 def test_token_keeps_its_level_where_few_words_match() -> None:
     assert_kept(strained("few matched words"), "token")
