@@ -20,7 +20,7 @@ from ovqk.results import load_table
 
 STYLES = {"corroborated": "green", "partial": "yellow", "contradicted": "red", "unsupported": "magenta"}
 SHOWN_CANDIDATES = 3  # of each role
-MIN_WIDTH = 140  # of tables where the output is no terminal
+MIN_WIDTH = 150  # of tables where the output is no terminal
 
 RESIDUAL_COLUMNS = (
     ("OV sign (residual)", "ov_copying_residual"),

@@ -343,9 +343,10 @@ Random models again, 3 layers of 8 heads, with claims that strain a null:
 
 {strained}
 
-Where the tail is below 1e-4 the null does not keep its level. `token` draws surrogates that share words with each other
-but not with the task: with M matched words for n the variance of a mean over words is (M + n) / (M - n) times theirs,
-3 with two made-up words for each and 1.2 with the ten of the models above.
+Where the tail is below 1e-4 a null does not keep its level. What keeps it here: a head and its references are
+standardised over as many heads each; reference heads that share keys and values count as one; surrogates of heads that
+share them share their frames; and surrogate words of a set are drawn with the task's own words in the pot, since without
+them they would share words with each other and never with the task.
 
 ## Heads planted: power
 

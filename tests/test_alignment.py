@@ -121,3 +121,12 @@ def test_a_head_that_copies_and_its_negative(n_tokens) -> None:
     assert copied.mean(1).tolist()[0] == 1 and suppressed.mean(1).tolist()[1] == 1
     if n_tokens > 6:
         assert copied.mean(1).tolist()[1] == 0 and suppressed.mean(1).tolist()[0] == 0
+
+
+def test_a_bias_of_the_columns_moves_the_raw_score_and_not_task_auc() -> None:
+    """What a target's logit gets from every source alike is no copying."""
+    logits = torch.randn(3, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bias = 5 * torch.randn(9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (plain, plain_raw), (biased, biased_raw) = (alignment.task_auc_by_source(x) for x in (logits, logits + bias))
+    assert torch.equal(plain, biased)
+    assert (plain_raw.mean(-1) - biased_raw.mean(-1)).abs().max() > 0.05

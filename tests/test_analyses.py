@@ -288,9 +288,8 @@ def test_a_first_layer_that_turns_tokens_around_hides_copying_from_the_plain_emb
     assert float(plain) == pytest.approx(1, abs=1e-6) and float(later) == pytest.approx(-1, abs=1e-6)
 
 
-def test_the_bundled_models_first_layer_turns_tokens_around() -> None:
-    """Its induction heads write what they look at; `ov_copying` of the plain embedding denies it."""
+def test_the_bundled_models_induction_heads_are_its_only_copying_heads_of_the_last_layer() -> None:
+    """Measured from activations: 3.0, 3.1, 3.3 and 3.4. Their weights copy, and no other head's of the layer do."""
     *_, result = run(BUNDLED, "induction")
-    heads = result.tables["heads"].set_index(["layer", "head"]).loc[[(3, 0), (3, 3), (3, 6), (3, 7)]]
-    assert (heads["ov_copying"] < -0.85).all()
-    assert (heads["ov_copying_block0"] > 0.85).all() and (heads["ov_task_auc"] > 0.99).all()
+    copying = result.tables["heads"].query("layer == 3").set_index("head")["ov_copying"]
+    assert (copying[[0, 1, 3, 4]] > 0.85).all() and (copying[[2, 5, 6, 7]] < 0).all()

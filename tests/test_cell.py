@@ -28,7 +28,10 @@ def test_the_default_cell_makes_a_complete_record(cli, tmp_path) -> None:
     assert record["status"] == "done" and record["task"] == "ioi" and record["loaded_by"] == "families"
     assert record["processing"] == {"requested": "folded", "applied": "folded"}
     assert folder.name == f"b03-{record['cell_id']}"
-    names = {"heads", "layers", "spectra", "offsets", "tests", "verdicts"}
+    names = {
+        *("heads", "layers", "spectra", "offsets", "directions", "composition"),
+        *("tests", "nulls", "verdicts"),
+    }
     assert set(record["tables"]) == names
     for name in names:
         assert len(pd.read_parquet(folder / f"{name}.parquet")) == record["tables"][name]
@@ -226,7 +229,14 @@ def test_partial_gpt2_gets_residual_metrics_and_a_reason_for_every_other(cli, tm
     negative_mover = heads.query("layer == 11 and head == 10")["ov_copying_residual"].item()
     assert negative_mover == pytest.approx(1.0, abs=0.01)  # residual sign is not token copying
     verdicts = pd.read_parquet(folder / "verdicts.parquet")
-    assert set(verdicts["verdict"]) == {"untestable"} and (verdicts["reason"] != "").all()
+    tested = verdicts[verdicts["verdict"] != "untestable"]  # a composition of roles needs no tokens
+    assert tested["primary"].isin(["q_composition", "k_composition"]).all() and (tested["kind"] == "role").all()
+    assert (verdicts.drop(tested.index)["reason"] != "").all() and len(tested) < 3
+    pairs = pd.read_parquet(folder / "composition.parquet").query("mode == 'k' and receiver_layer == 6")
+    into = pairs.query("receiver_head == 9").set_index(["sender_layer", "sender_head"])
+    assert into.at[(4, 11), "score"] == pytest.approx(0.1035, abs=5e-4)  # 0.036 for random weights
+    assert into.at[(4, 11), "percentile"] == into.at[(2, 2), "percentile"] == 1
+    assert pairs["matching"].isna().all()
 
 
 def test_stories260k_without_a_task_and_with_one_it_has_no_words_for(cli, tmp_path) -> None:

@@ -143,6 +143,24 @@ def test_the_unembedding_reads_the_final_norm(tiny, kind) -> None:
     assert (difference - difference.mean(0)).abs().max() < 1e-4 * logits.abs().max()  # but for a bias of the tokens
 
 
+def test_neox_queries_keys_and_values_are_interleaved_head_by_head(tiny) -> None:
+    source, facts = opened(tiny("gpt_neox")), opened(tiny("gpt_neox")).architecture
+    fused = load_file(tiny("gpt_neox") / "model.safetensors")["gpt_neox.layers.1.attention.query_key_value.weight"]
+    layer, d = source.layer(1), facts.d_head
+    for head in range(facts.n_heads):
+        for part, weight in enumerate((layer.W_Q, layer.W_K, layer.W_V)):
+            start = (3 * head + part) * d
+            assert torch.equal(weight[head], fused[start : start + d].T)
+    assert not torch.equal(layer.W_K[0], fused[facts.n_heads * d : facts.n_heads * d + d].T)  # all queries first
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_gemmas_norms_multiply_by_one_plus_gamma(tiny, kind) -> None:
+    stored = load_file(tiny(kind) / "model.safetensors")["model.layers.0.input_layernorm.weight"]
+    norm = opened(tiny(kind)).layer(0).norm
+    assert stored.abs().max() > 0 and torch.equal(norm.weight, 1 + stored)
+
+
 @pytest.mark.parametrize("kind", ["gpt_neox", "qwen3", "gemma2", "olmo2", "phi3"])
 def test_missing_and_misshapen_tensors_are_named(tiny, kind, tmp_path) -> None:
     source = opened(tiny(kind))
