@@ -193,7 +193,9 @@ def _statement(
 def _limits(verdict: str, predicted: Sequence[Predicted]) -> str:
     if verdict in ("untestable", "out_of_scope"):
         return ""
-    return NOT_ESTABLISHED + (NOT_INDEPENDENT if predicted[0].config.metric.startswith("ov_") else "")
+    metric = predicted[0].config.metric
+    writes = metric.startswith("ov_") and metric != "ov_task_read"
+    return NOT_ESTABLISHED + (NOT_INDEPENDENT if writes else "")
 
 
 def subjects(claims: Claims) -> list[Subject]:
