@@ -1,6 +1,6 @@
 """How often the tests err: p-values where nothing is planted, and power where heads are planted by hand.
 
-    python scripts/calibration.py
+    python scripts/calibration.py     # about ten minutes on two cores
 
 The models are small transformers in memory (`tests/planted.py`). Written to docs/: figures/calibration.svg and .png,
 figures/power.svg and .png, and calibration.md with the numbers behind them.
@@ -311,7 +311,7 @@ def plot_power(table: pd.DataFrame) -> None:
 
 PAGE = """# How often the tests err
 
-Made by `python scripts/calibration.py`, which runs everything again (about ten minutes on two cores). The models are
+Made by `{command}`, which runs everything again. The models are
 transformers in memory with weights at random initialisation (`tests/planted.py`): embeddings of 64 dimensions, heads of
 8, about 330 tokens, an MLP in block 0; learned and rotary positions, with and without grouped queries, tied and untied.
 Nulls have 99 draws. `tests/test_calibration.py` and `tests/test_planted.py` hold the tests to these numbers.
@@ -345,8 +345,8 @@ Random models again, 3 layers of 8 heads, with claims that strain a null:
 
 Where the tail is below 1e-4 a null does not keep its level. What keeps it here: a head and its references are
 standardised over as many heads each; reference heads that share keys and values count as one; surrogates of heads that
-share them share their frames; and surrogate words of a set are drawn with the task's own words in the pot, since without
-them they would share words with each other and never with the task.
+share them share their frames; and surrogate words of a set may be the task's own, since without those they would share
+words with each other and never with the task.
 
 ## Heads planted: power
 
@@ -375,6 +375,7 @@ def write(nulls: pd.DataFrame, strained: dict[str, NDArray[np.float64]], verdict
         plot_power(powers)
     wide = powers.assign(power=[f"{row.power:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in powers.itertuples()])
     page = PAGE.format(
+        command="python " + " ".join(sys.argv),
         n_models=len(nulls.drop_duplicates(["shape", "task", "seed"])),
         calibration=markdown(calibration_table(nulls)),
         strained=markdown(strained_table(strained)),
