@@ -249,7 +249,7 @@ def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
 
 
 def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> dict[str, pd.DataFrame]:
-    """tests.parquet, nulls.parquet, verdicts.parquet, and the pairs that the claims name as composition.parquet."""
+    """tests.parquet, nulls.parquet and verdicts.parquet."""
     model, claims = tests.model, tests.claims
     predicted = tests.predicted(values)
     rows = tests.rows(predicted)

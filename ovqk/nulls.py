@@ -104,15 +104,24 @@ def layer_strata(
     predicted: Predicted, claims: Claims, architecture: Architecture, exclude_claimed: bool
 ) -> list[Stratum]:
     """One stratum per layer with heads of the role that have a value."""
+    return _strata(predicted, _peers(predicted, claims, architecture, exclude_claimed), architecture)
+
+
+Peers = list[tuple[int, list[int], NDArray[np.bool_]]]
+"""(layer, heads, which of them are claimed)."""
+
+
+def _strata(predicted: Predicted, peers: Peers, architecture: Architecture) -> list[Stratum]:
+    groups = architecture.kv_of_head.numpy()
     return [
-        Stratum(predicted.sign * predicted.values[layer, heads], claimed, architecture.kv_of_head.numpy()[heads])
-        for layer, heads, claimed in _peers(predicted, claims, architecture, exclude_claimed)
+        Stratum(predicted.sign * predicted.values[layer, heads], claimed, groups[heads])
+        for layer, heads, claimed in peers
     ]
 
 
 def _peers(
     predicted: Predicted, claims: Claims, architecture: Architecture, exclude_claimed: bool, of: Head | None = None
-) -> list[tuple[int, list[int], NDArray[np.bool_]]]:
+) -> Peers:
     """(layer, heads, which are claimed) of each layer of the role's heads, or of the head `of` among unclaimed ones."""
     role = set(claims.roles[predicted.role]) if of is None else {of}
     others = claims.heads - role if exclude_claimed and claims.reliability != "unreliable" else set()
@@ -139,10 +148,7 @@ def _effect(
 ) -> dict[str, float]:
     """AUC within layers, and its 95 % interval where the metric was resampled."""
     peers = _peers(predicted, claims, architecture, exclude_claimed, of)
-    strata = [
-        Stratum(predicted.sign * predicted.values[layer, heads], claimed, architecture.kv_of_head.numpy()[heads])
-        for layer, heads, claimed in peers
-    ]
+    strata = _strata(predicted, peers, architecture)
     found = {"effect": within_layer_auc(strata), "ci_low": math.nan, "ci_high": math.nan}
     drawn = [resamples.get(predicted.metric_of(layer)) for layer, _, _ in peers]
     if peers and all(values is not None for values in drawn):

@@ -16,7 +16,7 @@ import words
 
 BUNDLED = ROOT / "ovqk" / "bundled"
 MODELS = ("mini-attn", "mini-gpt2", "mini-llama")
-LEAST = {"ioi": 0.96, "sva": 0.98, "induction": 0.98}  # of 300; the cards state 2,000
+LEAST = {"ioi": 0.97, "sva": 0.98, "induction": 0.98}  # of 300; the cards state 2,000
 SPECIAL = ["<unk>", "<eos>", ".", ","]
 
 
