@@ -36,7 +36,7 @@ def unavailable_metrics(
     """
     no_embedding = why_no_embedding if vocabulary is None else None
     no_unembedding = no_embedding
-    if vocabulary is not None and vocabulary.W_U is None:
+    if vocabulary is not None and vocabulary.W_U_rows is None:
         no_unembedding = "the checkpoint has no unembedding"
     positions = _position_reasons(architecture, n_positions)
     reasons: dict[str, str] = {}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ovqk.errors import UserError
+from ovqk.weights import StoredRows
 
 Weights = TypeVar("Weights")
 
@@ -33,7 +34,7 @@ def to_device(weights: Weights, device: torch.device) -> Weights:
     moved: dict[str, Any] = {}
     for field in dataclasses.fields(weights):  # type: ignore[arg-type]
         value = getattr(weights, field.name)
-        if isinstance(value, Tensor):
+        if isinstance(value, (Tensor, StoredRows)):
             moved[field.name] = value.to(device)
         elif dataclasses.is_dataclass(value):
             moved[field.name] = to_device(value, device)

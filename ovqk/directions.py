@@ -26,8 +26,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk.heads import Circuit
-from ovqk.spectra import TINY, Decomposition, core
-from ovqk.vocabulary import BLOCK, Vocabulary, blocks
+from ovqk.spectra import TINY, Decomposition
+from ovqk.vocabulary import BLOCK, Vocabulary, blocks, mean_row
+from ovqk.weights import Rows
 
 COMPONENTS = 3
 TOKENS = 10  # of each side and sign
@@ -91,7 +92,7 @@ def eigen_components(decomposition: Decomposition, count: int) -> Components:
     order such a change moves an eigenvalue by itself / (l . r), r and l of unit length: so the eigenvalues of a chain
     of reads and writes that ends are seen to be rounding. Where eigenvalues coalesce, first order says nothing.
     """
-    total, cores = decomposition.sigma.sum(-1, keepdim=True), core(decomposition)
+    total, cores = decomposition.sigma.sum(-1, keepdim=True), decomposition.core()
     values, right = torch.linalg.eig(cores)
     order = values.abs().masked_fill(values.imag < 0, -1).sort(dim=-1, descending=True, stable=True).indices
     values, right = values.gather(-1, order), right.gather(-1, order[:, None].expand_as(right))[:, :, :count]
@@ -183,29 +184,34 @@ class Extremes:
         return joint
 
 
-class TokenColumns:
-    """The tokens of one side as columns: W_E transposed, or W_U."""
+class TokenSide:
+    """The tokens of one side: rows of W_E, or columns of W_U as rows."""
 
-    def __init__(self, columns: Float[Tensor, "d_model token"]) -> None:
+    def __init__(self, rows: Rows, block: int = BLOCK) -> None:
         """Take their mean, in float64, and the norm of the longest."""
-        self.columns, self.mean = columns, columns.mean(1, dtype=torch.float64)
-        self.longest = float(torch.linalg.vector_norm(columns, dim=0).max())
+        self.rows, self.mean, self.block = rows, mean_row(rows), block
+        self.longest = max(
+            float(torch.linalg.vector_norm(rows[part], dim=1).max()) for part in blocks(len(self), block)
+        )
 
-    def extremes(self, planes: Float[Tensor, "n 2 d_model"], count: int, block: int) -> Extremes:
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def extremes(self, planes: Float[Tensor, "n 2 d_model"], count: int) -> Extremes:
         """The tokens of largest and of smallest projection, those of equal score by id.
 
-        The vocabulary is screened in its own precision, `block` tokens at a time; what comes within rounding of the
+        The vocabulary is screened in float32, a block of tokens at a time; what comes within rounding of the
         best is projected again in float64, so that neither blocks nor threads decide.
         """
-        is_pair, count = planes[:, 1].any(-1), min(count, self.columns.shape[1])
+        is_pair, count = planes[:, 1].any(-1), min(count, len(self))
         owner = torch.cat((torch.arange(len(planes), device=planes.device), (~is_pair).nonzero()[:, 0]))
         sign = torch.ones_like(owner)
         sign[len(planes) :] = -1
-        lists, tokens = self._screened(planes, is_pair, count, block)
+        lists, tokens = self._screened(planes, is_pair, count)
         score = torch.empty(len(lists), dtype=torch.float64, device=planes.device)
         for part in blocks(len(lists)):
             mine = owner[lists[part]]
-            on = torch.einsum("npd,nd->np", planes[mine], self.columns.T[tokens[part]].double() - self.mean)
+            on = torch.einsum("npd,nd->np", planes[mine], self.rows[tokens[part]].double() - self.mean)
             score[part] = torch.where(is_pair[mine], on.norm(dim=-1), sign[lists[part]] * on[:, 0])
         grid = GRID * max(self.longest, torch.finfo(torch.float32).tiny)
         score = (score / grid).round() * grid
@@ -215,15 +221,16 @@ class TokenColumns:
         return Extremes(owner, sign, tokens[best], score[best])
 
     def _screened(
-        self, planes: Float[Tensor, "n 2 d_model"], is_pair: Bool[Tensor, " n"], count: int, block: int
+        self, planes: Float[Tensor, "n 2 d_model"], is_pair: Bool[Tensor, " n"], count: int
     ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"]]:
         """Candidates (list, token) for each list's `count` best: every component's +1, then every line's -1."""
-        directions = torch.cat((planes[:, 0], planes[is_pair, 1])).to(self.columns)
-        middle = (directions @ self.mean.to(self.columns))[:, None]
-        floor = torch.full((len(planes) + int((~is_pair).sum()), 1), -math.inf).to(self.columns)
+        first = self.rows[:1]  # tells their dtype
+        directions = torch.cat((planes[:, 0], planes[is_pair, 1])).to(first)
+        middle = (directions @ self.mean.to(first))[:, None]
+        floor = torch.full((len(planes) + int((~is_pair).sum()), 1), -math.inf).to(first)
         slack, found = SLACK * self.longest, []
-        for part in blocks(self.columns.shape[1], block):
-            scores, second = (directions @ self.columns[:, part] - middle).split([len(planes), int(is_pair.sum())])
+        for part in blocks(len(self), self.block):
+            scores, second = (directions @ self.rows[part].T - middle).split([len(planes), int(is_pair.sum())])
             scores[is_pair] = torch.hypot(scores[is_pair], second)
             scores = torch.cat((scores, -scores[~is_pair]))
             if scores.shape[1] >= count:  # no list's last place is lower than it is among these tokens
@@ -240,9 +247,9 @@ class Directions:
 
     def __init__(self, vocabulary: Vocabulary, tokenizer: Tokenizer | None, block: int = BLOCK) -> None:
         """Take the tokens' embeddings and spelling; without W_U, OV components have no written tokens."""
-        self.embedded = TokenColumns(vocabulary.W_E.T)
-        self.unembedded = None if vocabulary.W_U is None else TokenColumns(vocabulary.W_U)
-        self.spelling, self.block = Spelling(tokenizer), block
+        self.embedded = TokenSide(vocabulary.W_E, block)
+        self.unembedded = None if vocabulary.W_U_rows is None else TokenSide(vocabulary.W_U_rows, block)
+        self.spelling = Spelling(tokenizer)
 
     def table(
         self, layer: int, circuit: Circuit, decomposition: Decomposition, count: int = COMPONENTS, tokens: int = TOKENS
@@ -255,12 +262,12 @@ class Directions:
         largest, -1 smallest), rank (1 the most extreme), token_id, token, score (the centred projection).
         """
         found = components(decomposition, count)
-        read = self.embedded.extremes(found.read, tokens, self.block)
+        read = self.embedded.extremes(found.read, tokens)
         joint = read.joint_sign()
         parts = [_rows(found, read, joint, "read")]
         written = self.embedded if circuit == "qk" else self.unembedded
         if written is not None:
-            parts.append(_rows(found, written.extremes(found.write, tokens, self.block), joint, "write"))
+            parts.append(_rows(found, written.extremes(found.write, tokens), joint, "write"))
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         keys = (rows["rank"], -rows["sign"], rows["side"], rows["component"], rows["kind"], rows["head"])
         rows = {name: values[np.lexsort(keys)] for name, values in rows.items()}

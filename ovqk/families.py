@@ -3,8 +3,10 @@
 A new family is a new row in FAMILIES; `native.py` reads by it. Anything not listed goes through `bridge.py`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from ovqk.weights import NormKind, PositionKind
@@ -54,6 +56,21 @@ class Family:
     scale: str | float | None = None
     refused: tuple[str, ...] = field(default=())
     complete: bool = False
+
+    def reads(self, name: str) -> bool:
+        """Whether ovqk reads the tensor of this name: attention, norms and embeddings, and the MLP of block 0 alone."""
+        return self._read.fullmatch(name) is not None
+
+    @cached_property
+    def _read(self) -> re.Pattern[str]:
+        layers = {True: "0", False: r"\d+"}
+        names = (
+            re.escape(name).replace(re.escape("{layer}"), layers[part.startswith("mlp_")])
+            for part, name in self.tensors.items()
+        )
+        own = f"(?:{'|'.join(map(re.escape, self.prefixes))})(?:{'|'.join(names)})"
+        head = rf"(?:language_model\.)?{re.escape(self.unembedding)}"
+        return re.compile(rf"(?:{own}|{head})\.(?:weight|bias)")
 
 
 GPT2 = Family(

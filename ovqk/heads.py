@@ -46,10 +46,22 @@ def qk_factors(weights: LayerWeights, architecture: Architecture, offsets: Itera
 
     D = query position - key position; R(0) = 1, and without rotary positions every R is 1.
     """
-    W_Q, W_K = weights.W_Q, weights.W_K
-    if weights.qk_norm is not None:
-        W_Q, W_K = W_Q * weights.qk_norm.query_gain[:, None], W_K * weights.qk_norm.key_gain[:, None]
-    return Factors("qk", _rotated(W_Q, weights, offsets), W_K[architecture.kv_of_head.to(W_K.device)].mT)
+    keys = key_side(weights.W_K, weights)
+    return Factors("qk", query_side(weights.W_Q, weights, offsets), keys[architecture.kv_of_head.to(keys.device)].mT)
+
+
+def query_side(
+    W_Q: Float[Tensor, "head row d_head"], weights: LayerWeights, offsets: Iterable[int] = (0,)
+) -> Float[Tensor, "head row d_head"]:
+    """W_Q, or its coordinates in a basis, with the norm's gain and the mean rotation."""
+    return _rotated(
+        W_Q if weights.qk_norm is None else W_Q * weights.qk_norm.query_gain.to(W_Q)[:, None], weights, offsets
+    )
+
+
+def key_side(W_K: Float[Tensor, "kv_head row d_head"], weights: LayerWeights) -> Float[Tensor, "kv_head row d_head"]:
+    """W_K, or its coordinates in a basis, with the norm's gain."""
+    return W_K if weights.qk_norm is None else W_K * weights.qk_norm.key_gain.to(W_K)[:, None]
 
 
 def queries(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "head row d_head"]:

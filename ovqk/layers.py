@@ -3,12 +3,15 @@
 Published values are of the raw weights, so `qk_symmetry` and `qk_directionality` always are.
 """
 
+import dataclasses
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.heads import qk_factors
-from ovqk.weights import Architecture, LayerWeights
+from ovqk.heads import key_side, query_side
+from ovqk.vocabulary import precision
+from ovqk.weights import Architecture, LayerWeights, read_through
 
 
 def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Architecture) -> dict[str, float]:
@@ -17,25 +20,31 @@ def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Archite
     Saponati et al. 2025, arXiv 2502.10927. Symmetry tr(M M) / |M|_F^2 and directionality both lie in [-1, 1];
     positive directionality is column (key) dominated (the paper's tables print the negative). 0 for a zero layer.
     """
-    keys = raw.W_K[architecture.kv_of_head.to(raw.W_K.device)]  # without the gains of a norm of queries and keys
-    matrix = _summed(raw.W_Q, keys.mT)
-    processed = qk_factors(folded, architecture)
-    return {
-        "qk_symmetry": _symmetry(matrix),
-        "qk_directionality": directionality(matrix),
-        "qk_symmetry_folded": _symmetry(_summed(processed.left, processed.right)),
-    }
+    matrix = _summed(raw, architecture)  # without the gains of a norm of queries and keys
+    values = {"qk_symmetry": _symmetry(matrix), "qk_directionality": directionality(matrix)}
+    if folded is raw:
+        return values | {"qk_symmetry_folded": values["qk_symmetry"]}
+    if folded.qk_norm is None:  # folding is linear in each side's rows: the sum is folded, and not summed again
+        for _ in range(2):
+            matrix = read_through(raw.norm, matrix).T
+    else:
+        W_Q, W_K = query_side(folded.W_Q, folded), key_side(folded.W_K, folded)
+        matrix = _summed(dataclasses.replace(folded, W_Q=W_Q, W_K=W_K), architecture)
+    return values | {"qk_symmetry_folded": _symmetry(matrix)}
 
 
-def _summed(
-    left: Float[Tensor, "head d_model d_head"], right: Float[Tensor, "head d_head d_model"]
-) -> Float[Tensor, "d_model d_model"]:
-    return torch.einsum("hdx,hxe->de", left.double(), right.double())
+def _summed(weights: LayerWeights, architecture: Architecture) -> Float[Tensor, "d_model d_model"]:
+    """The sum over heads of W_Q W_K^T, as one product; the query heads of a KV group are summed first."""
+    group = architecture.n_heads // architecture.n_kv_heads
+    queries = weights.W_Q.unflatten(0, (-1, group)).sum(1) if group > 1 else weights.W_Q
+    left, right = (side.transpose(0, 1).flatten(1) for side in (queries, weights.W_K))
+    dtype = precision(architecture.d_model)
+    return left.to(dtype) @ right.to(dtype).T
 
 
 def _symmetry(matrix: Float[Tensor, "d_model d_model"]) -> float:
-    energy = matrix.square().sum()
-    return float((matrix * matrix.T).sum() / energy) if energy > 0 else 0.0
+    energy = matrix.square().sum(dtype=torch.float64)
+    return float((matrix * matrix.T).sum(dtype=torch.float64) / energy) if energy > 0 else 0.0
 
 
 def directionality(matrix: Float[Tensor, "row column"]) -> float:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,12 @@ from ovqk.weights import (
     NormKind,
     QueryKeyNorm,
     Rotary,
+    Rows,
+    StoredRows,
 )
 
+SMALL = 2**22
+"""Elements up to which an embedding is read at once (16 MB)."""
 SCALINGS = ("default", "linear", "llama3", "yarn", "longrope")
 """Rotary scalings that are the same for every length of text (LongRoPE: up to the length first trained on)."""
 
@@ -73,18 +78,20 @@ class NativeWeights:
 
     def embeddings(self) -> EmbeddingWeights:
         """The raw embeddings; None for what the checkpoint does not hold."""
-        W_E = self._optional(self._name("embedding"))
-        head = self._optional(f"{self.family.unembedding}.weight")
+        W_E = self._rows(self._name("embedding"))
+        head = self._rows(f"{self.family.unembedding}.weight")
         if head is None and "language_model" in self.prefix:
-            head = self._optional(f"language_model.{self.family.unembedding}.weight")
+            head = self._rows(f"language_model.{self.family.unembedding}.weight")
         if self.architecture.tied:  # a tied checkpoint may store either of the two
             W_E = head if W_E is None else W_E
             head = W_E
         if W_E is not None and self.family.scaled_embedding:
-            W_E = W_E * math.sqrt(self.architecture.d_model)
+            scale = math.sqrt(self.architecture.d_model)
+            gain = torch.full((self.architecture.d_model,), scale)
+            W_E = W_E.folded(gain, centred=False) if isinstance(W_E, StoredRows) else W_E * scale
         W_pos = self._optional(self._name("positions")) if "positions" in self.family.tensors else None
         final_norm = None if head is None else self._norm("final_norm")
-        return EmbeddingWeights(W_E, W_pos, None if head is None else head.T, final_norm)
+        return EmbeddingWeights(W_E, W_pos, head.T if isinstance(head, Tensor) else head, final_norm)
 
     def first_mlp(self) -> MLPWeights | str:
         """Block 0's MLP, or the reason why there is none to read."""
@@ -246,6 +253,20 @@ class NativeWeights:
 
     def _optional(self, name: str) -> Tensor | None:
         return self.checkpoint.tensor(name) if name in self.checkpoint else None
+
+    def _rows(self, name: str) -> Rows | None:
+        """An embedding: read at once where it is small, else left in the checkpoint; None where there is none."""
+        if name not in self.checkpoint:
+            return None
+        shape = self.checkpoint.shapes[name]
+        if len(shape) != 2 or shape[1] != self.architecture.d_model:
+            raise UserError(
+                f"{self.checkpoint.label}: tensor '{name}' has shape {list(shape)}, but config.json promises "
+                f"[tokens, {self.architecture.d_model}]."
+            )
+        if math.prod(shape) <= SMALL:
+            return self.checkpoint.tensor(name)
+        return StoredRows(partial(self.checkpoint.rows, name), (shape[0], shape[1]))
 
     def _linear(self, part: str, layer: int) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
         weight = self.checkpoint.tensor(self._name(part, layer))

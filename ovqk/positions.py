@@ -7,41 +7,45 @@ ignored.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from ovqk.heads import keys, queries
-from ovqk.vocabulary import BLOCK, Vocabulary, blocks
-from ovqk.weights import Architecture, LayerWeights, Rotary, normalise
+from ovqk.spectra import Basis
+from ovqk.vocabulary import BLOCK, Vocabulary, blocks, centred_gram, mean_row
+from ovqk.weights import Architecture, LayerWeights, Rotary, StoredRows, normalise
 
+EXACT_POSITIONS = 256  # up to which scores between positions are float64
 DEFAULT_SPAN = 128  # offsets averaged over under rotary positions, unless the context is shorter
 
 
 @dataclass(frozen=True)
 class Moments:
-    """First and second moments of embedding rows, float64: mean [d_model], covariance [d_model, d_model]."""
+    """First and second moments of embedding rows.
+
+    Attributes:
+        mean: float64.
+        gram: the sum over rows of (row - mean)^T (row - mean): n times their (population) covariance.
+    """
 
     mean: Float[Tensor, " d_model"]
-    covariance: Float[Tensor, "d_model d_model"]
+    gram: Float[Tensor, "d_model d_model"]
+    n: int
 
 
 def row_moments(rows: Float[Tensor, "row d_model"]) -> Moments:
-    """Mean and (population) covariance of rows."""
-    exact = rows.double()
-    mean = exact.mean(0)
-    centred = exact - mean
-    return Moments(mean, centred.T @ centred / rows.shape[0])
+    """Moments of rows in memory."""
+    return Moments(mean_row(rows), centred_gram(rows, rows), len(rows))
 
 
 def token_moments(vocabulary: Vocabulary) -> Moments:
     """Moments of the plain embedding rows, from the Gram that is there already."""
-    return Moments(vocabulary.mean.double(), vocabulary.gram_embed / vocabulary.size)
+    return Moments(vocabulary.mean, vocabulary.gram_embed, vocabulary.size)
 
 
 def token_rows(
@@ -55,14 +59,12 @@ def token_rows(
 
 def normalised_moments(vocabulary: Vocabulary, architecture: Architecture) -> Moments:
     """Moments of embedding rows normalised as a layer's norm would, a block of tokens at a time."""
-    d_model = vocabulary.W_E.shape[1]
-    total = torch.zeros(d_model, dtype=torch.float64, device=vocabulary.W_E.device)
-    second = torch.zeros(d_model, d_model, dtype=torch.float64, device=vocabulary.W_E.device)
-    for x in token_rows(vocabulary, architecture, normalised=True):
-        total += x.sum(0)
-        second += x.T @ x
-    mean = total / vocabulary.size
-    return Moments(mean, second / vocabulary.size - torch.outer(mean, mean))
+
+    def read(start: int, stop: int) -> Tensor:
+        return normalise(vocabulary.W_E[start:stop], architecture.norm, architecture.norm_eps)
+
+    rows = StoredRows(read, (vocabulary.size, vocabulary.d_model), device=vocabulary.W_E.device)
+    return Moments(mean_row(rows), centred_gram(rows, rows), vocabulary.size)
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,14 @@ class HeadMoments:
     key_covariance: Float[Tensor, "head d_head d_head"]
 
 
-def head_moments(weights: LayerWeights, architecture: Architecture, tokens: Moments) -> HeadMoments:
-    """Moments of q = x W_Q + b_Q and k = x W_K + b_K, from those of the rows x.
+QueryKeyBases = tuple[Basis, Basis]
+"""Of a layer's W_Q and W_K."""
+
+
+def head_moments(
+    weights: LayerWeights, architecture: Architecture, tokens: Moments, bases: QueryKeyBases | None = None
+) -> HeadMoments:
+    """Moments of q = x W_Q + b_Q and k = x W_K + b_K, from those of the rows x; `bases`, where they are known.
 
     Raises:
         ValueError: queries and keys are normalised, so that they are not linear in x.
@@ -89,14 +97,22 @@ def head_moments(weights: LayerWeights, architecture: Architecture, tokens: Mome
     if weights.qk_norm is not None:
         raise ValueError("normalised queries and keys are not linear in the rows: see normalised_head_moments")
     kv = architecture.kv_of_head.to(weights.W_K.device)
-    W_Q, W_K = weights.W_Q.double(), weights.W_K.double()[kv]
-    query_mean = tokens.mean @ W_Q + weights.b_Q.double()
+    query, key = (Basis(weights.W_Q), Basis(weights.W_K)) if bases is None else bases
+    query_mean = _mean_through(tokens.mean, weights.W_Q) + weights.b_Q.double()
+    key_mean = _mean_through(tokens.mean, weights.W_K) + weights.b_K.double()
     return HeadMoments(
         query_mean=query_mean,
-        query_second=W_Q.mT @ tokens.covariance @ W_Q + _outer(query_mean),
-        key_mean=tokens.mean @ W_K + weights.b_K.double()[kv],
-        key_covariance=W_K.mT @ tokens.covariance @ W_K,
+        query_second=query.second_moment(tokens.gram) / tokens.n + _outer(query_mean),
+        key_mean=key_mean[kv],
+        key_covariance=key.second_moment(tokens.gram)[kv] / tokens.n,
     )
+
+
+def _mean_through(
+    mean: Float[Tensor, " d_model"], weight: Float[Tensor, "n d_model d_head"]
+) -> Float[Tensor, "n d_head"]:
+    """mean @ weight of each head, float64, with no copy of all weights in float64."""
+    return torch.stack([mean @ each.double() for each in weight])
 
 
 def normalised_head_moments(
@@ -118,7 +134,11 @@ def _outer(x: Float[Tensor, "head d_head"]) -> Float[Tensor, "head d_head d_head
 
 
 def learned_shares(
-    weights: LayerWeights, architecture: Architecture, tokens: Moments, positions: Moments
+    weights: LayerWeights,
+    architecture: Architecture,
+    tokens: Moments,
+    positions: Moments,
+    bases: QueryKeyBases | None = None,
 ) -> dict[str, Float[Tensor, " head"]]:
     """The six shares of the score variance over keys, and their positional sum (learned positions).
 
@@ -129,18 +149,13 @@ def learned_shares(
     Returns:
         `qk_share_{constant,content,position}_{content,position}` and `qk_positional_share`, each [head] in [0, 1].
     """
-    W_Q, b_Q = weights.W_Q.double(), weights.b_Q.double()
-    W_K = weights.W_K.double()[architecture.kv_of_head.to(weights.W_K.device)]
-    constant = (tokens.mean + positions.mean) @ W_Q + b_Q  # [head, d_head]
-    queries = {
-        "constant": constant[:, :, None] * constant[:, None, :],
-        "content": W_Q.mT @ tokens.covariance @ W_Q,
-        "position": W_Q.mT @ positions.covariance @ W_Q,
-    }
-    keys = {
-        "content": W_K.mT @ tokens.covariance @ W_K,
-        "position": W_K.mT @ positions.covariance @ W_K,
-    }
+    kv = architecture.kv_of_head.to(weights.W_K.device)
+    query, key = (Basis(weights.W_Q), Basis(weights.W_K)) if bases is None else bases
+    constant = _mean_through(tokens.mean + positions.mean, weights.W_Q) + weights.b_Q.double()
+    rows = {"content": tokens, "position": positions}
+    queries = {name: query.second_moment(moments.gram) / moments.n for name, moments in rows.items()}
+    queries = {"constant": _outer(constant), **queries}
+    keys = {name: key.second_moment(moments.gram)[kv] / moments.n for name, moments in rows.items()}
     parts = {f"{a}_{b}": (queries[a] * keys[b]).sum((-2, -1)) for a in queries for b in keys}
     total = torch.stack(list(parts.values())).sum(0)
     shares = {f"qk_share_{name}": _share(value, total) for name, value in parts.items()}
@@ -168,19 +183,14 @@ def rotary_shares(
     """
     rotary = _required(weights)
     S, mu, sigma = moments.query_second, moments.key_mean, moments.key_covariance
-    offsets = torch.arange(rotary_span(weights, architecture))
-    cos, sin = rotary.angles(offsets)
-    mean_cos, mean_sin = cos.mean(0), sin.mean(0)
-
-    turned_mean = rotary.rotate(mu[:, None, :], cos, -sin)  # mu R_D^T, [head, offset, d_head]
-    mean_key = rotary.rotate(mu, mean_cos, -mean_sin)  # mu Rbar^T
-    position = _quadratic(turned_mean, S[:, None]).mean(1) - _quadratic(mean_key, S)
-    content = (S * _conjugate(rotary, sigma, mean_cos, mean_sin)).sum((-2, -1))
-    both = torch.zeros_like(content)
-    for rows in blocks(len(offsets), 16):  # [head, offset, d_head, d_head] is never held for all offsets
-        turned = _conjugate(rotary, sigma[:, None], cos[rows, None], sin[rows, None])
-        both += (S[:, None] * turned).sum((-3, -2, -1))
-    interaction = both / len(offsets) - content
+    turns = _turns(rotary, rotary_span(weights, architecture), S.shape[-1])
+    mean_of_products = turns.conj().mT @ turns / len(turns), turns.mT @ turns / len(turns)
+    mean = turns.mean(0)
+    product_of_means = torch.outer(mean.conj(), mean), torch.outer(mean, mean)
+    queries, keys, mean_key = (_pairs(rotary, matrix) for matrix in (S, sigma, _outer(mu)))
+    position = _trace(queries, mean_key, mean_of_products) - _trace(queries, mean_key, product_of_means)
+    content = _trace(queries, keys, product_of_means)
+    interaction = _trace(queries, keys, mean_of_products) - content
     total = position + content + interaction
     shares = {
         "qk_share_position": _share(position, total),
@@ -188,6 +198,36 @@ def rotary_shares(
         "qk_share_interaction": _share(interaction, total),
     }
     return {**shares, "qk_positional_share": shares["qk_share_position"]}
+
+
+Pairs = tuple[Complex[Tensor, "*#head pair pair"], Complex[Tensor, "*#head pair pair"]]
+"""Of a symmetric matrix E[x^T x], with two dimensions of x as one complex z: E[conj(z_a) z_b] and E[z_a z_b]."""
+
+
+def _turns(rotary: Rotary, span: int, d_head: int) -> Complex[Tensor, "offset pair"]:
+    """What R(D)^T multiplies each pair of dimensions by, D = 0..span-1; 1 where a dimension does not rotate."""
+    cos, sin = rotary.angles(torch.arange(span))
+    still = torch.ones(span, (d_head - 2 * rotary.inverse_frequencies.numel() + 1) // 2, dtype=torch.complex128)
+    return torch.cat((torch.complex(cos, -sin), still.to(cos.device)), 1)
+
+
+def _pairs(rotary: Rotary, matrix: Float[Tensor, "head d_head d_head"]) -> Pairs:
+    """A symmetric matrix by its pairs of dimensions, those that do not rotate last."""
+    n, d_head = 2 * rotary.inverse_frequencies.numel(), matrix.shape[-1]
+    matrix = torch.nn.functional.pad(matrix, (0, (d_head - n) % 2) * 2)  # an odd dimension is paired with zeros
+    order = torch.arange(matrix.shape[-1])
+    if not rotary.interleaved:  # as (0, n/2), (1, n/2 + 1), ...
+        order[:n] = order[:n].view(2, -1).T.flatten()
+    first, second = order[0::2], order[1::2]
+    rows = matrix[:, first], matrix[:, second]
+    (aa, ab), (ba, bb) = ((x[..., first], x[..., second]) for x in rows)
+    return torch.complex(aa + bb, ab - ba), torch.complex(aa - bb, ab + ba)
+
+
+def _trace(S: Pairs, sigma: Pairs, turned: Pairs) -> Float[Tensor, " head"]:
+    """tr(S Sigma'), Sigma' the second matrix with its pairs multiplied so."""
+    products = (s.conj() * x * turn for s, x, turn in zip(S, sigma, turned, strict=True))
+    return sum(product.real.sum((-2, -1)) for product in products) / 2  # type: ignore[return-value]
 
 
 def rotary_offset_scores(
@@ -232,30 +272,39 @@ def learned_position_scores(
     T = W_pos.shape[0]
     if T < 4:
         raise ValueError(f"an offset fit needs at least 4 positions, not {T}")
-    positions = W_pos.double() - W_pos.double().mean(0)
-    queries = positions @ weights.W_Q.double()  # [head, T, d_head]
-    keys = (positions @ weights.W_K.double())[architecture.kv_of_head.to(W_pos.device)]
+    exact = torch.float64 if T <= EXACT_POSITIONS else torch.float32
+    positions = (W_pos.double() - W_pos.double().mean(0)).to(exact)
+    queries = positions @ weights.W_Q.to(exact)  # [head, T, d_head]
+    keys = (positions @ weights.W_K.to(exact))[architecture.kv_of_head.to(W_pos.device)]
     solver = _offset_design(T).to(W_pos.device)
     counts = torch.arange(1, T + 1, dtype=torch.float64, device=W_pos.device)
-    future = torch.ones(T, T, dtype=torch.bool, device=W_pos.device).triu(1)
     degrees = (T * (T + 1) // 2 - T) / (T * (T + 1) // 2 - 2 * T + 1)
-    r2, auc, profiles = [], [], []
-    for query, key in zip(queries, keys, strict=True):  # one head at a time: s is [T, T]
-        scores = query @ key.T
-        previous = scores.diagonal(-1)[1:, None]  # s(i, i-1) for i = 2..T-1
-        seen = scores.masked_fill(future, math.inf)[2:]
-        below = (seen < previous).sum(1) + 0.5 * ((seen == previous).sum(1) - 1)  # less the tie of i-1 with itself
-        auc.append((below / counts[1:-1]).mean())
+    squares, auc = _squares_and_previous_auc(queries, keys)
+    row_means = (queries * keys.double().cumsum(1)).sum(-1) / counts
+    diagonals = _diagonal_sums(queries, keys)
+    total = squares - (row_means.square() * counts).sum(-1)  # about the row means
+    centred = diagonals - row_means.flip(1).cumsum(1).flip(1)  # diagonal sums of the scores less their row means
+    explained = ((centred @ solver) * centred).sum(-1)
+    alive = total > 0
+    r2 = torch.where(alive, 1 - (1 - explained / torch.where(alive, total, 1.0)) * degrees, 0.0)
+    return PositionScores(r2, auc, diagonals / counts.flip(0))
 
-        lower = scores.masked_fill_(future, 0.0)
-        row_sums, diagonals = lower.sum(1), _diagonal_sums(lower)
-        row_means = row_sums / counts
-        total = lower.square().sum() - row_sums @ row_means  # about the row means
-        centred = diagonals - row_means.flip(0).cumsum(0).flip(0)  # diagonal sums of the scores less their row means
-        explained = centred @ solver @ centred
-        r2.append(1 - (1 - explained / total) * degrees if total > 0 else torch.zeros_like(total))
-        profiles.append(diagonals / counts.flip(0))
-    return PositionScores(torch.stack(r2), torch.stack(auc), torch.stack(profiles))
+
+def _squares_and_previous_auc(
+    queries: Float[Tensor, "head T d_head"], keys: Float[Tensor, "head T d_head"]
+) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
+    """The sum of s_ij^2 over j <= i, and `qk_prev_auc`: a key below s(i, i-1) counts 1, an equal one 1/2.
+
+    One head at a time: s is [T, T].
+    """
+    others = torch.arange(2, queries.shape[1], device=queries.device)  # keys that i = 2.. sees besides i - 1
+    squares, auc = [], []
+    for query, key in zip(queries, keys, strict=True):
+        scores = query @ key.T
+        signs = (scores.diagonal(-1)[1:, None] - scores[2:]).sign_().tril_(2)
+        auc.append(((others + signs.sum(1).double()) / (2 * others)).mean())
+        squares.append(scores.tril_().norm().double().square())
+    return torch.stack(squares), torch.stack(auc)
 
 
 @lru_cache(maxsize=2)
@@ -270,28 +319,13 @@ def _offset_design(T: int) -> Float[Tensor, "offset offset"]:
     return torch.linalg.inv(normal + 1.0 / T)
 
 
-def _diagonal_sums(lower: Float[Tensor, "T T"]) -> Float[Tensor, " T"]:
-    """Sum over each diagonal i - j = D of a lower triangular matrix."""
-    T = lower.shape[0]
-    # Rows of 2 T read as rows of 2 T - 1 move row i by i places, which turns diagonals into columns.
-    padded = torch.nn.functional.pad(lower.flip(1), (0, T))
-    sheared = padded.flatten()[: T * (2 * T - 1)].reshape(T, 2 * T - 1)
-    return sheared.sum(0)[T - 1 :]
-
-
-def _conjugate(
-    rotary: Rotary,
-    sigma: Float[Tensor, "... d_head d_head"],
-    cos: Float[Tensor, "... pair"],
-    sin: Float[Tensor, "... pair"],
-) -> Float[Tensor, "... d_head d_head"]:
-    """R Sigma R^T, for a symmetric Sigma; the rotations' leading axes broadcast against those of Sigma's rows."""
-    half = rotary.rotate(sigma, cos, -sin)  # Sigma R^T
-    return rotary.rotate(half.mT, cos, -sin)  # (R Sigma) R^T, as (Sigma R^T)^T = R Sigma
-
-
-def _quadratic(x: Float[Tensor, "*batch d_head"], S: Float[Tensor, "*#batch d_head d_head"]) -> Float[Tensor, "*batch"]:
-    return ((x[..., None, :] @ S)[..., 0, :] * x).sum(-1)
+def _diagonal_sums(
+    queries: Float[Tensor, "head T d_head"], keys: Float[Tensor, "head T d_head"]
+) -> Float[Tensor, "head T"]:
+    """The sum over each diagonal i - j = D of q_i . k_j: a correlation over positions, by Fourier transforms."""
+    T = queries.shape[1]
+    q, k = (torch.fft.rfft(x, 2 * T, dim=1) for x in (queries, keys))
+    return torch.fft.irfft((q * k.conj()).sum(-1), 2 * T, dim=1)[:, :T].double()
 
 
 def _share(part: Float[Tensor, " head"], total: Float[Tensor, " head"]) -> Float[Tensor, " head"]:

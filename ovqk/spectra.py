@@ -10,15 +10,54 @@ which gives W_QK and W_OV with G = I, the full OV circuit W_E W_OV W_U with G = 
 with G = W_E^T C W_E. Eigenvalues and traces are cyclic; singular values and Frobenius norms are not.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from ovqk.heads import Factors
+from ovqk.vocabulary import blocks, precision
 
 TINY = 1e-6  # relative to the sum of singular values: below it a denominator is rounding, not weights
+ROUNDING = 2.0**-24  # relative, of a 32-bit weight
+ELEMENTS = 2**22  # of the weights of a few heads, in float64 at a time
+SINGULAR = 1e-5  # of the largest pivot of a Gram's root: where a smaller one is rounding
+WELL_CONDITIONED = 3e3  # |R| |R^-1| up to which Cholesky gives a basis orthonormal within 1e-9
+
+Gram = Float[Tensor, "d_model d_model"]
+Cores = Float[Tensor, "head k k"]
+
+
+@runtime_checkable
+class Maps(Protocol):
+    """A batch of maps M, one for each head, as spectra see them: through k x k matrices of the balanced factors."""
+
+    @property
+    def rank(self) -> int:
+        """The largest rank the shapes allow."""
+        ...
+
+    @property
+    def sigma(self) -> Float[Tensor, "head k"]:
+        """Singular values, descending, float64."""
+        ...
+
+    def core(self, gram: Gram | None = None) -> Cores:
+        """sqrt(S) V^T G U sqrt(S), float64; G = I where no Gram is given."""
+        ...
+
+    def left_gram(self, gram: Gram) -> Cores:
+        """sqrt(S) U^T G U sqrt(S), float64."""
+        ...
+
+    def right_gram(self, gram: Gram) -> Cores:
+        """sqrt(S) V^T G V sqrt(S), float64."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,6 +86,197 @@ class Decomposition:
         """sqrt(S) V^T."""
         return (self.write * self.sigma.sqrt()[:, None, :]).mT
 
+    def core(self, gram: Gram | None = None) -> Cores:
+        """See `Maps`."""
+        left = self.balanced_left
+        return self.balanced_right @ (left if gram is None else _times(gram, left))
+
+    def left_gram(self, gram: Gram) -> Cores:
+        """See `Maps`."""
+        left = self.balanced_left
+        return left.mT @ _times(gram, left)
+
+    def right_gram(self, gram: Gram) -> Cores:
+        """See `Maps`."""
+        right = self.balanced_right.mT
+        return right.mT @ _times(gram, right)
+
+
+def _times(gram: Gram, x: Float[Tensor, "head d_model k"]) -> Float[Tensor, "head d_model k"]:
+    """gram @ x, in the precision of the Gram."""
+    return (gram @ x.to(gram.dtype)).double()
+
+
+class Basis:
+    """Orthonormal columns that span what one weight of each head reads or writes: weight = basis @ coordinates.
+
+    Attributes:
+        rows: the columns, as rows, in the dtype that `precision` gives.
+        coordinates: float64.
+    """
+
+    def __init__(self, weight: Float[Tensor, "n d_model k"]) -> None:
+        """Take the weights, a few heads at a time."""
+        n, d_model, k = weight.shape
+        r = min(d_model, k)
+        self.rows: Float[Tensor, "n r d_model"] = weight.new_empty(n, r, d_model, dtype=precision(d_model))
+        self.coordinates: Float[Tensor, "n r k"] = weight.new_empty(n, r, k, dtype=torch.float64)
+        for heads in blocks(n, max(1, ELEMENTS // (d_model * k))):
+            columns, self.coordinates[heads] = orthonormal(weight[heads].double())
+            self.rows[heads] = columns.mT.to(self.rows.dtype)
+        self._within: list[tuple[Gram, Tensor]] = []
+
+    def through(self, gram: Gram) -> Float[Tensor, "n r d_model"]:
+        """Columns of gram @ basis, as rows: one product for all heads. It tells basis^T G basis by the way."""
+        product = (self.rows.flatten(0, 1) @ gram.to(self.rows).T).view_as(self.rows)
+        if _find(self._within, gram) is None:
+            self._within.append((gram, (self.rows @ product.mT).double()))
+        return product
+
+    def within(self, gram: Gram) -> Float[Tensor, "n r r"]:
+        """basis^T G basis, float64; kept, as it is small."""
+        if _find(self._within, gram) is None:
+            self.through(gram)
+        found = _find(self._within, gram)
+        assert found is not None
+        return found
+
+    def second_moment(self, gram: Gram) -> Float[Tensor, "n k k"]:
+        """weight^T G weight, float64."""
+        return self.coordinates.mT @ self.within(gram) @ self.coordinates
+
+
+def orthonormal(weight: Float[Tensor, "n d_model k"]) -> tuple[Float[Tensor, "n d_model r"], Float[Tensor, "n r k"]]:
+    """Q and R of weight = Q R, by Cholesky's R of the Gram; by Householder's reflections where that is ill-conditioned.
+
+    Two products in place of k steps.
+    """
+    d_model, k = weight.shape[1:]
+    if k > d_model:
+        Q, R = torch.linalg.qr(weight)
+        return Q, R
+    R, _ = torch.linalg.cholesky_ex(weight.mT @ weight, upper=True)
+    inverse = torch.linalg.solve_triangular(R, torch.eye(k).to(R).expand_as(R), upper=True)
+    Q = weight @ inverse
+    poor = ~(R.norm(dim=(-2, -1)) * inverse.norm(dim=(-2, -1)) < WELL_CONDITIONED)  # nan is poor too
+    if poor.any():
+        Q[poor], R[poor] = torch.linalg.qr(weight[poor])
+    return Q, R
+
+
+def _find(known: list[tuple[Any, Tensor]], gram: Gram | None) -> Tensor | None:
+    """What is kept of this very Gram."""
+    return next((found for of, found in known if of is gram), None)
+
+
+@dataclass(frozen=True)
+class FactoredMaps:
+    """Maps M = left inner right^T between orthonormal bases that several maps share; directions only where asked for.
+
+    Attributes:
+        left_of, right_of: the basis of each head (of its KV head, under grouped queries).
+        inner: M between the bases, float64.
+        jitter: of each product basis^T G basis, relative to |G|: 0, or what 32-bit weights leave open.
+    """
+
+    left: Basis
+    right: Basis
+    left_of: Int[Tensor, " head"]
+    right_of: Int[Tensor, " head"]
+    inner: Float[Tensor, "head r s"]
+    rank: int
+    jitter: float = 0.0
+    seed: int = 0
+    across: list[tuple[Gram | None, Cores]] = field(default_factory=list)
+    """right^T G left, of the Grams that were asked for: one list for all maps between two bases."""
+
+    @cached_property
+    def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """X, S, Y of inner = X diag(S) Y^T."""
+        X, S, Yh = in_threads(lambda x: torch.linalg.svd(x, full_matrices=False), self.inner)
+        return X, S, Yh.mT
+
+    @property
+    def sigma(self) -> Float[Tensor, "head k"]:
+        """See `Maps`."""
+        return self._svd[1]
+
+    @cached_property
+    def decomposition(self) -> Decomposition:
+        """The same maps with their directions."""
+        X, S, Y = self._svd
+        read = _of(self.left.rows, self.left_of).mT.double() @ X
+        write = _of(self.right.rows, self.right_of).mT.double() @ Y
+        return Decomposition(read, S, write, self.rank)
+
+    def core(self, gram: Gram | None = None) -> Cores:
+        """See `Maps`."""
+        X, _, Y = self._svd
+        return self._balanced(Y, self._jittered(self._across(gram), gram), X)
+
+    def left_gram(self, gram: Gram) -> Cores:
+        """See `Maps`."""
+        if _find(self.across, gram) is None and _find(self.left._within, gram) is None:
+            self._across(gram)  # one product serves both
+        return self._balanced(
+            self._svd[0], self._jittered(_of(self.left.within(gram), self.left_of), gram), self._svd[0]
+        )
+
+    def right_gram(self, gram: Gram) -> Cores:
+        """See `Maps`."""
+        Y = self._svd[2]
+        return self._balanced(Y, self._jittered(_of(self.right.within(gram), self.right_of), gram), Y)
+
+    def _across(self, gram: Gram | None) -> Cores:
+        """right^T G left, float64."""
+        found = _find(self.across, gram)
+        if found is None:
+            left = self.left.rows if gram is None else self.left.through(gram)
+            found = (_of(self.right.rows, self.right_of) @ _of(left, self.left_of).mT).double()
+            self.across.append((gram, found))
+        return found
+
+    def _balanced(self, left: Tensor, middle: Tensor, right: Tensor) -> Cores:
+        root = self.sigma.sqrt()
+        return root[:, :, None] * (left.mT @ middle @ right) * root[:, None, :]
+
+    def _jittered(self, middle: Tensor, gram: Gram | None) -> Tensor:
+        if not self.jitter:
+            return middle
+        size = self.jitter * (1.0 if gram is None else float(gram.norm()))
+        return middle + size * _noise(middle.shape, self.seed).to(middle)
+
+    def rounded(self, seed: int) -> "FactoredMaps":
+        """The same maps, moved at random by what the rounding of 32-bit weights leaves open.
+
+        A value that moves with it is decided by rounding and not by the weights: of a nilpotent map, for instance.
+        """
+        scale = self.left.coordinates.norm(dim=-1)[self.left_of][:, :, None]
+        scale = scale * self.right.coordinates.norm(dim=-1)[self.right_of][:, None, :]
+        inner = self.inner + ROUNDING * scale * _noise(self.inner.shape, seed).to(self.inner)
+        return replace(self, inner=inner, jitter=ROUNDING, seed=seed + 1)
+
+
+def _of(each: Float[Tensor, "n r s"], heads: Int[Tensor, " head"]) -> Float[Tensor, "head r s"]:
+    """What belongs to each head; nothing is copied where each has its own."""
+    return each if len(each) == len(heads) else each[heads]
+
+
+def _noise(shape: torch.Size, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def in_threads(function: Callable[[Tensor], Any], batch: Float[Tensor, "n k k"]) -> Any:
+    """A decomposition of small matrices, the batch shared out among torch's threads: LAPACK takes one at a time."""
+    workers = min(torch.get_num_threads(), len(batch))
+    if workers < 2 or batch.device.type != "cpu":
+        return function(batch)
+    with ThreadPoolExecutor(workers) as pool:
+        parts = list(pool.map(function, batch.tensor_split(workers)))
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return tuple(torch.cat(same) for same in zip(*parts, strict=True))
+
 
 def decompose(factors: Factors, centred: bool) -> Decomposition:
     """The thin SVD of each head's map, without forming it.
@@ -56,54 +286,42 @@ def decompose(factors: Factors, centred: bool) -> Decomposition:
         centred: reads and writes are orthogonal to the all-ones direction (LayerNorm folded), which costs a rank
             where d_head is not below d_model.
     """
-    left = torch.linalg.qr(factors.left.double())
-    right = torch.linalg.qr(factors.right.double().mT)
-    inner = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
+    every = torch.arange(len(factors.left), device=factors.left.device)
+    left, right = Basis(factors.left), Basis(factors.right.mT)
     d_model, d_head = factors.left.shape[1:]
-    return Decomposition(
-        read=left.Q @ inner.U,
-        sigma=inner.S,
-        write=right.Q @ inner.Vh.mT,
-        rank=min(d_head, d_model - centred),
-    )
-
-
-def core(
-    decomposition: Decomposition, gram: Float[Tensor, "d_model d_model"] | None = None
-) -> Float[Tensor, "head k k"]:
-    """The core whose eigenvalues are the nonzero eigenvalues of M G (G = I where no Gram is given)."""
-    left = decomposition.balanced_left
-    return decomposition.balanced_right @ (left if gram is None else gram @ left)
+    rank = min(d_head, d_model - centred)
+    return FactoredMaps(left, right, every, every, left.coordinates @ right.coordinates.mT, rank).decomposition
 
 
 def eigenvalues(cores: Float[Tensor, "head k k"]) -> Complex[Tensor, "head k"]:
     """Eigenvalues of each core, by falling modulus (ties: by real, then imaginary part)."""
-    values = torch.linalg.eigvals(cores)
+    values = in_threads(torch.linalg.eigvals, cores)
     order = values.imag.sort(dim=-1, descending=True, stable=True).indices
     values = values.gather(-1, order)
     order = values.abs().sort(dim=-1, descending=True, stable=True).indices
     return values.gather(-1, order)
 
 
-def full_circuit_singular_values(
-    decomposition: Decomposition,
-    gram_in: Float[Tensor, "d_model d_model"],
-    gram_out: Float[Tensor, "d_model d_model"],
-) -> Float[Tensor, "head k"]:
+def full_circuit_singular_values(maps: Maps, gram_in: Gram, gram_out: Gram) -> Float[Tensor, "head k"]:
     """Singular values of C A M B C for token matrices A, B with Grams A^T C A and B C B^T, descending.
 
     Through roots of the k x k Grams of the balanced factors, so that a vocabulary smaller than d_head is no
     special case: values beyond its rank come out as 0.
     """
-    left, right = decomposition.balanced_left, decomposition.balanced_right
-    root_in, root_out = _root(left.mT @ gram_in @ left), _root(right @ gram_out @ right.mT)
-    return torch.linalg.svdvals(root_in @ root_out.mT)
+    root_in, root_out = _root(maps.left_gram(gram_in)), _root(maps.right_gram(gram_out))
+    return in_threads(torch.linalg.svdvals, root_in @ root_out.mT)
 
 
 def _root(gram: Float[Tensor, "head k k"]) -> Float[Tensor, "head k k"]:
-    """R with R^T R = gram, for a Gram that may be singular."""
-    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
-    return values.clamp_min(0).sqrt()[..., :, None] * vectors.mT
+    """R with R^T R = gram: Cholesky's, and of a Gram that is singular the root of its eigenvalues."""
+    gram = (gram + gram.mT) / 2
+    root, failed = torch.linalg.cholesky_ex(gram, upper=True)
+    pivots = root.diagonal(dim1=-2, dim2=-1)
+    poor = (failed > 0) | ~(pivots.amin(-1) > SINGULAR * pivots.amax(-1))
+    if poor.any():
+        values, vectors = in_threads(torch.linalg.eigh, gram[poor])
+        root[poor] = values.clamp_min(0).sqrt()[..., :, None] * vectors.mT
+    return root
 
 
 def guarded(
@@ -119,15 +337,18 @@ def trace_ratio(eigen: Complex[Tensor, "head k"], scale: Float[Tensor, " head"])
     return guarded(eigen.real.sum(-1), eigen.abs().sum(-1), scale)
 
 
-def spectrum_metrics(decomposition: Decomposition) -> dict[str, Float[Tensor, " head"]]:
+def spectrum_metrics(
+    maps: Maps, known: tuple[Cores, Complex[Tensor, "head k"]] | None = None
+) -> dict[str, Float[Tensor, " head"]]:
     """The metrics of one circuit in the residual space, without their `ov_` or `qk_` prefix.
 
     Formulas: definitions, section 2; effective rank: Roy & Vetterli 2007; copying as an eigenvalue ratio: Elhage
     et al. 2021; departure from normality: Henrici 1962. Every value is [head]; a head of zero weights scores 0.
+    `known` are the residual cores and their eigenvalues, where a caller has them.
     """
-    sigma = decomposition.sigma
-    cores = core(decomposition)
-    eigen = eigenvalues(cores)
+    sigma = maps.sigma
+    cores, eigen = known or (maps.core(), None)
+    eigen = eigenvalues(cores) if eigen is None else eigen
     total, energy = sigma.sum(-1), sigma.square()
     energy_sum = energy.sum(-1)
     frobenius = energy_sum.sqrt()
@@ -135,7 +356,7 @@ def spectrum_metrics(decomposition: Decomposition) -> dict[str, Float[Tensor, " 
     share, energy_share = _shares(sigma), _shares(energy)
     departure = (energy_sum - modulus.square().sum(-1)).clamp_min(0).sqrt()
     reached = energy_share.cumsum(-1) < 0.9 - 1e-12
-    structural = energy[..., : decomposition.rank]
+    structural = energy[..., : maps.rank]
     geometric = structural.clamp_min(torch.finfo(torch.float64).tiny).log().mean(-1).exp()
     alive = total > 0
     return {
@@ -164,10 +385,9 @@ def _entropy(shares: Float[Tensor, "head k"]) -> Float[Tensor, " head"]:
     return -torch.xlogy(shares, shares).sum(-1)
 
 
-def vocabulary_symmetry(decomposition: Decomposition, gram: Float[Tensor, "d_model d_model"]) -> Float[Tensor, " head"]:
+def vocabulary_symmetry(maps: Maps, gram: Gram) -> Float[Tensor, " head"]:
     """tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G): how symmetric the attention between tokens is, in [-1, 1]."""
-    left, right = decomposition.balanced_left, decomposition.balanced_right
-    cores = right @ gram @ left
+    cores = maps.core(gram)
     both = (cores @ cores).diagonal(dim1=-2, dim2=-1).sum(-1)
-    norms = ((left.mT @ gram @ left) * (right @ gram @ right.mT).mT).sum((-2, -1))
+    norms = (maps.left_gram(gram) * maps.right_gram(gram).mT).sum((-2, -1))
     return guarded(both, norms, norms)

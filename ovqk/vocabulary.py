@@ -4,8 +4,10 @@ A softmax cannot see a constant added to every token, so all of it is centred ov
 Token ids beyond the tokenizer's vocabulary (padding rows) are left out of C, of the Grams and of V.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -13,9 +15,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from ovqk.heads import ov_factors
-from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, apply_norm, normalise
+from ovqk.weights import (
+    Architecture,
+    EmbeddingWeights,
+    LayerWeights,
+    MLPWeights,
+    Rows,
+    StoredRows,
+    apply_norm,
+    normalise,
+)
 
-BLOCK = 8192  # tokens handled at a time
+BLOCK = 4096  # tokens handled at a time
+ELEMENTS = 2**23  # of a block of embedding rows
+STRIPE = 256  # columns of a symmetric product taken at a time
+LARGE = 10**10  # products of a Gram beyond which they are float32
+EXACT = 512  # d_model up to which Grams and their products are float64
 
 ACTIVATIONS = {
     "gelu": functional.gelu,
@@ -30,57 +45,134 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Folded embeddings of the real tokens, and the Grams that serve every head.
+    """Embeddings of the real tokens, and the Grams that serve every head, each computed when first asked for.
 
     Attributes:
-        W_E: folded embedding rows.
-        W_U: folded unembedding columns; None where the checkpoint holds none.
-        mean: mean row of W_E.
-        gram_embed: G_QK = W_E^T C W_E.
-        gram_cross: G_OV = W_U C W_E.
-        gram_unembed: W_U C W_U^T.
+        W_E: embedding rows.
+        W_U_rows: the columns of W_U, as rows; None where the checkpoint holds none.
     """
 
-    W_E: Float[Tensor, "token d_model"]
-    W_U: Float[Tensor, "d_model token"] | None
-    mean: Float[Tensor, " d_model"]
-    gram_embed: Float[Tensor, "d_model d_model"]
-    gram_cross: Float[Tensor, "d_model d_model"] | None
-    gram_unembed: Float[Tensor, "d_model d_model"] | None
+    W_E: Rows
+    W_U_rows: Rows | None
 
     @property
     def size(self) -> int:
         """V: the number of real tokens."""
         return self.W_E.shape[0]
 
+    @property
+    def d_model(self) -> int:
+        """Components of a row."""
+        return self.W_E.shape[1]
+
+    @cached_property
+    def mean(self) -> Float[Tensor, " d_model"]:
+        """Mean row of W_E, float64."""
+        return mean_row(self.W_E)
+
+    @cached_property
+    def gram_embed(self) -> Float[Tensor, "d_model d_model"]:
+        """G_QK = W_E^T C W_E."""
+        if self._stored_once is None:
+            return centred_gram(self.W_E, self.W_E)
+        W_E, _, gram = self._stored_once
+        return W_E.fold(W_E.fold(gram).T)
+
+    @cached_property
+    def gram_cross(self) -> Float[Tensor, "d_model d_model"] | None:
+        """G_OV = W_U C W_E."""
+        if self._stored_once is None:
+            return None if self.W_U_rows is None else centred_gram(self.W_U_rows, self.W_E)
+        W_E, W_U_rows, gram = self._stored_once
+        return W_E.fold(W_U_rows.fold(gram).T)
+
+    @cached_property
+    def gram_unembed(self) -> Float[Tensor, "d_model d_model"] | None:
+        """W_U C W_U^T."""
+        if self._stored_once is None:
+            return None if self.W_U_rows is None else centred_gram(self.W_U_rows, self.W_U_rows)
+        _, W_U_rows, gram = self._stored_once
+        return W_U_rows.fold(W_U_rows.fold(gram).T)
+
+    @cached_property
+    def _stored_once(self) -> tuple[StoredRows, StoredRows, Float[Tensor, "d_model d_model"]] | None:
+        """Both embeddings and the Gram of the matrix they are one of, where a tied checkpoint keeps it on disk.
+
+        Gain and centring are linear in a row, so that this Gram gives all three.
+        """
+        W_E, W_U_rows = self.W_E, self.W_U_rows
+        if not isinstance(W_E, StoredRows) or not isinstance(W_U_rows, StoredRows) or W_E.read is not W_U_rows.read:
+            return None
+        bare = dataclasses.replace(W_E, gain=None, centred=False)
+        return W_E, W_U_rows, centred_gram(bare, bare)
+
 
 def read_vocabulary(embeddings: EmbeddingWeights, n_tokens: int | None) -> Vocabulary:
-    """Grams of a model's folded embeddings over its first `n_tokens` ids (all, where None).
+    """A model's embeddings over its first `n_tokens` ids (all, where None).
 
     Raises:
         ValueError: there is no W_E.
     """
     if embeddings.W_E is None:
         raise ValueError("a vocabulary needs W_E")
-    W_E = embeddings.W_E[:n_tokens]
-    W_U = None if embeddings.W_U is None else embeddings.W_U[:, :n_tokens]
-    gram_embed = centred_gram(W_E, W_E)
-    gram_cross = None if W_U is None else centred_gram(W_U.T, W_E)
-    gram_unembed = None if W_U is None else centred_gram(W_U.T, W_U.T)
-    return Vocabulary(W_E, W_U, _mean_rows(W_E), gram_embed, gram_cross, gram_unembed)
+
+    def first(rows: Rows) -> Rows:
+        return rows.first(n_tokens) if isinstance(rows, StoredRows) else rows[:n_tokens]
+
+    W_U_rows = embeddings.W_U.T if isinstance(embeddings.W_U, Tensor) else embeddings.W_U
+    return Vocabulary(first(embeddings.W_E), None if W_U_rows is None else first(W_U_rows))
 
 
-def centred_gram(a: Float[Tensor, "token d_a"], b: Float[Tensor, "token d_b"]) -> Float[Tensor, "d_a d_b"]:
-    """a^T C b in float64 over blocks of tokens: float32 products cost 1e-3 on ratios of small vocabularies."""
-    mean_a, mean_b = _mean_rows(a), _mean_rows(b)
-    total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
-    for rows in blocks(a.shape[0]):
-        total += (a[rows].double() - mean_a).T @ (b[rows].double() - mean_b)
-    return total
+def centred_gram(a: Rows, b: Rows) -> Float[Tensor, "d_a d_b"]:
+    """a^T C b: see `centred_grams`."""
+    return centred_grams([a], [(0, 0)])[0] if a is b else centred_grams([a, b], [(0, 1)])[0]
 
 
-def _mean_rows(x: Float[Tensor, "token d"]) -> Float[Tensor, " d"]:
-    return x.mean(0, dtype=torch.float64)
+def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> list[Float[Tensor, "d_a d_b"]]:
+    """a^T C b for these pairs of sides, in one pass over blocks of tokens, summed in float64.
+
+    The products are float32 where there are LARGE many of them (within 1e-6 of the norms of a and b) and float64
+    where there are fewer: of small vocabularies float32 would cost 1e-3 on ratios. Rows are first taken less one near
+    their mean, which C does not see.
+    """
+    n, widths = sides[0].shape[0], [side.shape[1] for side in sides]
+    exact = torch.float32 if n * max(widths) ** 2 > LARGE else torch.float64
+    shifts = [side[:BLOCK].double().mean(0) for side in sides]
+    sums = [torch.zeros_like(shift) for shift in shifts]
+    totals = [shifts[a].new_zeros(widths[a], widths[b]) for a, b in pairs]
+    for tokens in blocks(n, max(1, min(BLOCK, ELEMENTS // max(widths)))):
+        x = [side[tokens].to(exact) - shift.to(exact) for side, shift in zip(sides, shifts, strict=True)]
+        for total, rows in zip(sums, x, strict=True):
+            total += torch.ones(len(rows)).to(rows) @ rows
+        for total, (a, b) in zip(totals, pairs, strict=True):
+            for some in blocks(widths[a], STRIPE):
+                lower = some.stop if a == b else widths[b]  # of a Gram with itself the lower triangle, in stripes
+                total[some, :lower] += x[a][:, some].T @ x[b][:, :lower]
+    for total, (a, b) in zip(totals, pairs, strict=True):
+        for some in blocks(widths[a], STRIPE) if a == b else ():
+            total[: some.start, some] = total[some, : some.start].T
+        total.addr_(sums[a], sums[b], alpha=-1 / n)
+    return [total.to(precision(max(widths))) for total in totals]
+
+
+def precision(d_model: int) -> torch.dtype:
+    """The dtype of Grams and of what is multiplied by them: float64 where that is cheap (definitions: section 1).
+
+    Float32 keeps ratios within 1e-4 and scales within 1e-4 of their size.
+    """
+    return torch.float64 if d_model <= EXACT else torch.float32
+
+
+def mean_row(x: Rows) -> Float[Tensor, " d_model"]:
+    """The mean over tokens, float64; of large vocabularies within 1e-7 of the rows."""
+    first = x[:BLOCK].double().mean(0)
+    if x.shape[0] <= BLOCK:
+        return first
+    total = torch.zeros_like(first)
+    for rows in blocks(x.shape[0]):
+        block = x[rows]
+        total += torch.ones(len(block)).to(block) @ (block - first.to(block))  # a product is faster than a sum
+    return first + total / x.shape[0]
 
 
 def blocks(n: int, size: int = BLOCK) -> Iterator[slice]:
@@ -121,20 +213,11 @@ class Block0:
     ) -> tuple[
         Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"]
     ]:
-        """E^T C E, W_U C E (None without an unembedding) and W_E^T C E, a block of tokens at a time."""
-        W_E, W_U = vocabulary.W_E, vocabulary.W_U
-        n, d_model = W_E.shape
-        second, cross, plain = (torch.zeros(d_model, d_model, dtype=torch.float64, device=W_E.device) for _ in range(3))
-        total = torch.zeros(d_model, dtype=torch.float64, device=W_E.device)
-        for rows in blocks(n, BLOCK // 4):
-            embedded = self.rows(W_E[rows]).double()
-            second += embedded.T @ embedded
-            plain += W_E[rows].double().T @ embedded
-            total += embedded.sum(0)
-            if W_U is not None:
-                cross += W_U[:, rows].double() @ embedded
-        gram = second - torch.outer(total, total) / n
-        plain -= torch.outer(vocabulary.mean.double(), total)
-        if W_U is None:
-            return gram, None, plain
-        return gram, cross - torch.outer(W_U.double().mean(1), total), plain
+        """E^T C E, W_U C E (None without an unembedding) and W_E^T C E, of the block0 embeddings E."""
+        E = StoredRows(lambda start, stop: self.rows(vocabulary.W_E[start:stop]), (vocabulary.size, vocabulary.d_model))
+        sides: list[Rows] = [E, vocabulary.W_E]
+        if vocabulary.W_U_rows is None:
+            second, plain = centred_grams(sides, [(0, 0), (1, 0)])
+            return second, None, plain
+        second, plain, cross = centred_grams([*sides, vocabulary.W_U_rows], [(0, 0), (1, 0), (2, 0)])
+        return second, cross, plain

@@ -5,6 +5,7 @@ Keys and values stay grouped: query head j reads KV head j // (n_heads / n_kv_he
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+CPU = torch.device("cpu")
 NormKind = Literal["layernorm", "rmsnorm", "none"]
 PositionKind = Literal["learned", "rotary", "none", "unsupported"]
 
@@ -171,15 +173,80 @@ class MLPWeights:
 
 
 @dataclass(frozen=True)
+class StoredRows:
+    """A row of d_model for each token, left in the checkpoint and read when asked for: `rows[ids]`, `rows[start:stop]`.
+
+    Attributes:
+        read: rows start .. stop - 1 as they are stored, float32.
+        shape: (tokens, d_model).
+        gain: what each component is multiplied by; None for 1.
+        centred: whether each row is taken less its own mean.
+    """
+
+    read: Callable[[int, int], Float[Tensor, "token d_model"]]
+    shape: tuple[int, int]
+    gain: Float[Tensor, " d_model"] | None = None
+    centred: bool = False
+    device: torch.device = CPU
+
+    NEAR = 32  # tokens between two that are asked for, up to which they are read in one piece
+
+    def __getitem__(self, index: slice | Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+        """Rows of these tokens: a slice of step 1, or ids in any order."""
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(self.shape[0])
+            return self.fold(self.read(start, stop).to(self.device))
+        ids, place = index.cpu().unique(return_inverse=True)
+        ends = (ids.diff() > self.NEAR).nonzero()[:, 0] + 1
+        pieces = [
+            self.read(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in ids.tensor_split(ends) if run.numel()
+        ]
+        found = torch.cat(pieces) if pieces else torch.empty(0, self.shape[1])
+        return self.fold(found.to(self.device))[place.to(self.device)]
+
+    def folded(self, gain: Float[Tensor, " d_model"] | None, centred: bool) -> "StoredRows":
+        """The same rows times a gain, then less their mean.
+
+        Raises:
+            ValueError: they are centred already, and a gain after that is not one before it.
+        """
+        if gain is not None and self.centred:
+            raise ValueError("a gain comes before centring")
+        if gain is not None and self.gain is not None:
+            gain = self.gain * gain
+        return dataclasses.replace(self, gain=self.gain if gain is None else gain, centred=self.centred or centred)
+
+    def first(self, n_tokens: int | None) -> "StoredRows":
+        """The first tokens alone; all, where None."""
+        n = self.shape[0] if n_tokens is None else min(n_tokens, self.shape[0])
+        return dataclasses.replace(self, shape=(n, self.shape[1]))
+
+    def to(self, device: torch.device) -> "StoredRows":
+        """The same rows, handed out on a device."""
+        return dataclasses.replace(self, device=device, gain=None if self.gain is None else self.gain.to(device))
+
+    def fold(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+        """What gain and centring make of a row: a linear map, of any rows of d_model."""
+        rows = rows if self.gain is None else rows * self.gain.to(rows)
+        return rows - rows.mean(-1, keepdim=True) if self.centred else rows
+
+
+Rows = Float[Tensor, "token d_model"] | StoredRows
+"""One row for each token, in memory or in the checkpoint."""
+
+
+@dataclass(frozen=True)
 class EmbeddingWeights:
     """Token and position embeddings and the unembedding; None for what the checkpoint does not hold.
 
-    `final_norm` stands before W_U (None once folded, or where there is none).
+    Attributes:
+        W_U: [d_model, d_vocab]; where it stays in the checkpoint, its columns as rows.
+        final_norm: what stands before W_U; None once folded, or where there is none.
     """
 
-    W_E: Float[Tensor, "d_vocab d_model"] | None
+    W_E: Rows | None
     W_pos: Float[Tensor, "n_ctx d_model"] | None
-    W_U: Float[Tensor, "d_model d_vocab"] | None
+    W_U: Float[Tensor, "d_model d_vocab"] | StoredRows | None
     final_norm: Norm | None
 
 
@@ -229,14 +296,19 @@ def _read_through(
     norm: Norm | None, weight: Float[Tensor, "*head d_model d_out"], bias: Float[Tensor, "*head d_out"]
 ) -> tuple[Float[Tensor, "*head d_model d_out"], Float[Tensor, "*head d_out"]]:
     """Fold the norm before a reading weight into it: first the bias, by the original weight, then the gain."""
-    if norm is None:
-        return weight, bias
-    if norm.bias is not None:
+    if norm is not None and norm.bias is not None:
         bias = bias + torch.einsum("d,...do->...o", norm.bias, weight)
-    weight = norm.weight[:, None] * weight
-    if norm.kind == "layernorm":
-        weight = weight - weight.mean(-2, keepdim=True)
-    return weight, bias
+    return read_through(norm, weight), bias
+
+
+def read_through(
+    norm: Norm | None, weight: Float[Tensor, "*head d_model d_out"]
+) -> Float[Tensor, "*head d_model d_out"]:
+    """A reading weight with the norm before it folded in: its gain, and under LayerNorm no all-ones direction."""
+    if norm is None:
+        return weight
+    weight = norm.weight.to(weight)[:, None] * weight
+    return weight - weight.mean(-2, keepdim=True) if norm.kind == "layernorm" else weight
 
 
 def _write_centred(kind: NormKind, weight: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
@@ -266,11 +338,18 @@ def fold_layer(weights: LayerWeights, architecture: Architecture) -> LayerWeight
 
 def fold_embeddings(weights: EmbeddingWeights, architecture: Architecture) -> EmbeddingWeights:
     """Centre W_E and W_pos, and fold the final norm into W_U (its bias moves every logit alike for all sources)."""
-    W_E, W_pos, W_U = weights.W_E, weights.W_pos, weights.W_U
-    if W_U is not None:
+    W_E, W_pos, W_U, centred = weights.W_E, weights.W_pos, weights.W_U, architecture.norm == "layernorm"
+    if isinstance(W_U, StoredRows):
+        norm = weights.final_norm
+        W_U = W_U if norm is None else W_U.folded(norm.weight, norm.kind == "layernorm")
+    elif W_U is not None:
         W_U, _ = _read_through(weights.final_norm, W_U, W_U.new_zeros(W_U.shape[-1]))
+    if isinstance(W_E, StoredRows):
+        W_E = W_E.folded(None, centred)
+    elif W_E is not None:
+        W_E = _write_centred(architecture.norm, W_E)
     return EmbeddingWeights(
-        W_E=None if W_E is None else _write_centred(architecture.norm, W_E),
+        W_E=W_E,
         W_pos=None if W_pos is None else _write_centred(architecture.norm, W_pos),
         W_U=W_U,
         final_norm=None,

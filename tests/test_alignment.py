@@ -49,7 +49,7 @@ def test_the_blocks_are_a_plain_ranking_of_the_whole_vocabulary_with_its_ties(n_
     for seed in range(20):
         factors, rows, ids, W_U = random(n_tokens, min(n_tokens, 6), seed)
         wanted = plain(factors, rows, ids, W_U)
-        assert same(in_top_by_source(factors, rows, ids, W_U), wanted)
+        assert same(in_top_by_source(factors, rows, ids, W_U.T), wanted)
         seen |= {float(value) for side in wanted for value in side.unique()}
     assert n_tokens <= 6 or seen == {0.0, 1.0}
 
@@ -59,7 +59,7 @@ def test_the_size_of_the_blocks_changes_nothing(monkeypatch) -> None:
     wanted = plain(factors, rows, ids, W_U)
     for size in (1, 7, 1024, 3000, 5000):
         monkeypatch.setattr(alignment, "TOP_BLOCK", size)
-        assert same(in_top_by_source(factors, rows, ids, W_U), wanted)
+        assert same(in_top_by_source(factors, rows, ids, W_U.T), wanted)
 
 
 @pytest.mark.parametrize("place", [0, 15, 16, 31, 39])
@@ -75,9 +75,9 @@ def test_the_fifth_is_in_the_top_and_the_sixth_is_not_wherever_the_better_ones_s
     for start in (others[:above], others[-above:], others[::8][:above]):
         columns = W_U.clone()
         columns[0, start] = 2
-        copied, suppressed = in_top_by_source(factors, torch.tensor([[1.0, 0]]), torch.tensor([place]), columns)
+        copied, suppressed = in_top_by_source(factors, torch.tensor([[1.0, 0]]), torch.tensor([place]), columns.T)
         assert (float(copied), float(suppressed)) == (float(above == 4), 0)
-        flipped = in_top_by_source(factors, torch.tensor([[-1.0, 0]]), torch.tensor([place]), columns)
+        flipped = in_top_by_source(factors, torch.tensor([[-1.0, 0]]), torch.tensor([place]), columns.T)
         assert [float(side) for side in flipped] == [0, float(above == 4)]
 
 
@@ -86,7 +86,7 @@ def test_equals_of_a_words_own_logit_do_not_push_it_down() -> None:
     factors = Factors("ov", torch.eye(2)[None], torch.eye(2)[None])
     W_U = torch.zeros(2, 30)
     W_U[0, 10:16] = 1
-    copied, suppressed = in_top_by_source(factors, torch.ones(1, 2), torch.tensor([12]), W_U)
+    copied, suppressed = in_top_by_source(factors, torch.ones(1, 2), torch.tensor([12]), W_U.T)
     assert (float(copied), float(suppressed)) == (1, 0)
 
 
@@ -96,7 +96,7 @@ def test_a_word_never_outranks_itself_by_its_own_rounding() -> None:
     factors = Factors("ov", torch.randn(3, 64, 8, generator=generator), torch.randn(3, 8, 64, generator=generator))
     W_U = torch.randn(64, 5, generator=generator)
     ids = torch.arange(5)
-    copied, suppressed = in_top_by_source(factors, torch.randn(5, 64, generator=generator), ids, W_U)
+    copied, suppressed = in_top_by_source(factors, torch.randn(5, 64, generator=generator), ids, W_U.T)
     assert bool((copied == 1).all()) and bool((suppressed == 1).all())  # of 5 tokens each is in the top 5
 
 
@@ -104,10 +104,17 @@ def test_a_head_that_writes_nothing_copies_nothing() -> None:
     factors, rows, ids, W_U = random(50, 6)
     left = factors.left.clone()
     left[1] = 0
-    copied, suppressed = in_top_by_source(Factors("ov", left, factors.right), rows, ids, W_U)
+    copied, suppressed = in_top_by_source(Factors("ov", left, factors.right), rows, ids, W_U.T)
     assert not copied[1].any() and not suppressed[1].any()
     assert same((copied[[0, 2, 3]], suppressed[[0, 2, 3]]), tuple(
         side[[0, 2, 3]] for side in plain(factors, rows, ids, W_U)))  # fmt: skip
+
+
+def test_a_contrast_without_a_direction_is_told_from_a_small_one() -> None:
+    rows = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+    assert alignment.same_mean(rows, rows.flip(0)) and alignment.same_mean(0 * rows, 0 * rows)
+    assert not alignment.same_mean(rows, rows + 1e-3)
+    assert float(alignment.unit_contrast(rows, rows + 1e-3).norm()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("n_tokens", [6, 1500])
@@ -117,7 +124,7 @@ def test_a_head_that_copies_and_its_negative(n_tokens) -> None:
     ids = torch.arange(0, n_tokens, max(1, n_tokens // 6))[:6]
     eye = torch.eye(32)
     factors = Factors("ov", torch.stack([eye, -eye]), torch.stack([eye, eye]))
-    copied, suppressed = in_top_by_source(factors, rows[ids], ids, rows.T)
+    copied, suppressed = in_top_by_source(factors, rows[ids], ids, rows)
     assert copied.mean(1).tolist()[0] == 1 and suppressed.mean(1).tolist()[1] == 1
     if n_tokens > 6:
         assert copied.mean(1).tolist()[1] == 0 and suppressed.mean(1).tolist()[0] == 0

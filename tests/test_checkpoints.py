@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLED, compose, local, make_gpt2, make_llama, shared_model
+from conftest import BUNDLED, local, make_gpt2, make_llama, shared_model
 from safetensors.torch import load_file, save_file
 
 from ovqk.checkpoints import open_checkpoint
-from ovqk.config import ModelConfig, Source
 from ovqk.errors import UserError
 from ovqk.sources import open_weights
 
@@ -179,58 +178,3 @@ def test_the_digest_covers_weights_config_and_tokenizer(tmp_path) -> None:
     assert open_checkpoint(local(directory)).digest != before
     changed = rewrite(copy(tmp_path / "other"), lambda tensors: tensors["transformer.ln_f.bias"].add_(1e-3))
     assert open_checkpoint(local(changed)).digest != before
-
-
-# --- the hub, without a network -----------------------------------------------------------------------------------
-
-
-def hub(repo: str = "someone/tiny") -> ModelConfig:
-    return ModelConfig(name="tiny", source=Source.hub, repo=repo)
-
-
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch) -> Path:
-    """The folder layout that huggingface_hub leaves: blobs named by etag, snapshots of links, refs."""
-    from huggingface_hub import constants
-
-    cache = tmp_path / "hub"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = cache / "models--someone--tiny"
-    snapshot = repo / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (repo / "blobs").mkdir()
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    for number, name in enumerate(("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")):
-        blob = repo / "blobs" / f"{number:064x}"
-        shutil.copy(BUNDLED / name, blob)
-        (snapshot / name).symlink_to(Path("../../blobs") / blob.name)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    return cache
-
-
-def test_a_model_in_the_hub_cache_is_read_without_a_network(hub_cache) -> None:
-    checkpoint = open_checkpoint(hub(), hub_timeout=1.0)
-    assert checkpoint.revision == "0123456789abcdef0123456789abcdef01234567"
-    assert torch.equal(open_weights(checkpoint, hub()).layer(0).W_Q, opened(BUNDLED).layer(0).W_Q)
-    assert not any(str(hub_cache) in str(value) for value in (checkpoint.label, checkpoint.digest))
-
-
-def test_no_network_and_no_cache_is_one_message(hub_cache) -> None:
-    with pytest.raises(UserError, match=r"model=tiny \(someone/other@main\): not in the Hugging Face cache"):
-        open_checkpoint(hub("someone/other"), hub_timeout=1.0)
-
-
-def test_a_hub_model_without_a_repository() -> None:
-    with pytest.raises(UserError, match=r"model\.repo: not set"):
-        open_checkpoint(ModelConfig(name="tiny", source=Source.hub), hub_timeout=1.0)
-
-
-def test_a_step_of_training_is_read_at_its_revision(hub_cache) -> None:
-    (hub_cache / "models--someone--tiny" / "refs" / "main").rename(
-        hub_cache / "models--someone--tiny" / "refs" / "step1000"
-    )
-    cell = compose("model=pythia-70m-deduped", "model.repo=someone/tiny", "model.checkpoint=1000")
-    checkpoint = open_checkpoint(cell.model, hub_timeout=1.0)
-    assert checkpoint.revision == "0123456789abcdef0123456789abcdef01234567"
-    assert checkpoint.label == "model=pythia-70m-deduped-step1000 (someone/tiny@step1000)"

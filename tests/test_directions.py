@@ -131,12 +131,12 @@ def test_every_head_matches_a_materialised_oracle(path, processing, request) -> 
     cell = compose("task=none", "model=local", f"model.path={path}", f"processing={processing}")
     model = Model.read(source, tokenizer, n_tokens, "test", cell)
     vocabulary = model.spectral_vocabulary
-    assert vocabulary is not None and vocabulary.W_U is not None
+    assert vocabulary is not None and vocabulary.W_U_rows is not None
     directions, kinds = Directions(vocabulary, tokenizer), set()
     for index in range(source.architecture.n_layers):
         layer = Layer(model, index)
-        weights = layer.folded if model.folds else layer.raw
-        for circuit, writes in (("ov", vocabulary.W_U.T), ("qk", vocabulary.W_E)):
+        weights = layer.processed
+        for circuit, writes in (("ov", vocabulary.W_U_rows), ("qk", vocabulary.W_E)):
             rows = directions.table(index, circuit, layer.decomposition(circuit, model.folds))
             assert list(rows.columns) == list(COLUMNS)
             assert set(rows["layer"]) == {index} and set(rows["circuit"]) == {circuit}

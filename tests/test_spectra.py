@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from ovqk.heads import Factors, regauge
 from ovqk.layers import directionality
 from ovqk.spectra import (
-    core,
     decompose,
     eigenvalues,
     full_circuit_singular_values,
@@ -38,7 +37,7 @@ def orthonormal(d: int, h: int, seed: int = 0) -> torch.Tensor:
 def copying(M: Factors) -> float:
     """ov_copying with an orthonormal vocabulary: embedding and unembedding are the identity."""
     decomposition = decompose(M, centred=False)
-    return float(trace_ratio(eigenvalues(core(decomposition)), decomposition.sigma.sum(-1)))
+    return float(trace_ratio(eigenvalues(decomposition.core()), decomposition.sigma.sum(-1)))
 
 
 def test_a_planted_copy_head_copies_and_its_negation_suppresses() -> None:
@@ -165,7 +164,7 @@ def test_full_circuits_through_cores_equal_the_vocabulary_matrix(seed: int, V: i
     wanted = torch.linalg.svdvals(matrix)
     k = min(h, V)
     assert torch.allclose(sigma[:k], wanted[:k], atol=1e-3 * float(wanted[0]))
-    found = eigenvalues(core(decomposition, centred_gram(W_U.T.contiguous(), W_E)))[0].abs()
+    found = eigenvalues(decomposition.core(centred_gram(W_U.T.contiguous(), W_E)))[0].abs()
     eigen = torch.linalg.eigvals(matrix).abs().sort(descending=True).values[:h]
     assert torch.allclose(found[: V - 1], eigen[: V - 1], atol=1e-3 * float(wanted[0]))
     full = C @ W_E.double() @ (M.left[0].double() @ M.right[0].double()) @ W_E.T.double() @ C

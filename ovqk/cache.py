@@ -1,0 +1,150 @@
+"""What of a model depends on no task, kept for the cells of other tasks and for other processes.
+
+An entry is a folder of Parquet tables and `entry.json`, with a hash of each. It comes into being by one rename, so
+that there is no half of one; an entry that is damaged all the same is thrown away and computed again.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock
+
+from ovqk.identity import SCHEMA_VERSION, plain
+from ovqk.model import Model
+from ovqk.structure import Tables
+from ovqk.vocabulary import Block0
+
+ENTRY = "entry.json"
+GIGABYTE = 2**30
+
+
+@dataclass
+class Entry:
+    """A model's place in the cache while a cell needs it.
+
+    Attributes:
+        tables: what was found; None where it has to be computed.
+        folder: where it is kept; None where nothing can be.
+        most: bytes that all entries together may have.
+    """
+
+    tables: Tables | None = None
+    folder: Path | None = None
+    most: float = 0.0
+
+    def keep(self, tables: Tables) -> None:
+        """Keep tables that were computed. A full disk leaves nothing behind and costs nothing but the keeping."""
+        if self.folder is None:
+            return
+        temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            hashes = {}
+            for name, table in tables.items():
+                table.to_parquet(temporary / f"{name}.parquet", index=False)
+                hashes[name] = _hash((temporary / f"{name}.parquet").read_bytes())
+            (temporary / ENTRY).write_text(json.dumps({"tables": hashes}), encoding="utf-8")
+            temporary.replace(self.folder)
+            _forget_oldest(self.folder.parent, self.most)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+class StructureCache:
+    """A folder of entries, shared by processes."""
+
+    def __init__(self, folder: Path, gigabytes: float, digest: str) -> None:
+        """Take where it is, how large it may be, and the digest of the checkpoint."""
+        self.folder, self.most, self.digest = folder / "structure", gigabytes * GIGABYTE, digest
+
+    def key(self, model: Model) -> str:
+        """What the tables depend on, hashed."""
+        config = model.config
+        analysis = plain(config.analysis)
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "code": _code(),
+            "weights": self.digest,
+            "processing": config.processing.value,
+            "seed": config.seed,
+            "analysis": {name: analysis[name] for name in ("circuits", "offsets", "components")},
+            "model": {"n_ctx": config.model.n_ctx, "causal": config.model.causal},
+            "tokens": None if model.vocabulary is None else model.vocabulary.size,
+            "block0": isinstance(model.block0, Block0),
+            "device": model.device.type,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+    @contextmanager
+    def entry(self, model: Model) -> Iterator[Entry]:
+        """The model's entry. While one process computes it, others wait for it instead of computing it too."""
+        folder = self.folder / self.key(model)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / f".{folder.name}.lock")
+            lock.acquire()
+        except OSError:  # a read-only home: no cache
+            yield Entry()
+            return
+        try:
+            found = _read(folder)
+            if found is not None:
+                lock.release()
+                os.utime(folder / ENTRY)
+            yield Entry(found, folder, self.most)
+        finally:
+            lock.release()
+
+
+def _read(folder: Path) -> Tables | None:
+    """An entry's tables; None, and no entry, where there is none that is whole."""
+    try:
+        hashes = json.loads((folder / ENTRY).read_text(encoding="utf-8"))["tables"]
+        tables = {}
+        for name, expected in hashes.items():
+            content = (folder / f"{name}.parquet").read_bytes()
+            if _hash(content) != expected:
+                raise ValueError(f"{name} is damaged")
+            tables[name] = pd.read_parquet(io.BytesIO(content))
+        return tables
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _forget_oldest(folder: Path, most: float) -> None:
+    """Throw away entries, the longest unused first, until the rest is no larger than allowed."""
+    entries = []
+    for mark in folder.glob(f"*/{ENTRY}"):
+        try:
+            size = sum(path.stat().st_size for path in mark.parent.iterdir())
+            entries.append((mark.stat().st_mtime_ns, size, mark.parent))
+        except OSError:  # another process throws it away
+            continue
+    total = sum(size for _, size, _ in entries)
+    for _, size, entry in sorted(entries):
+        if total <= most:
+            return
+        shutil.rmtree(entry, ignore_errors=True)
+        total -= size
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A hash of ovqk's own modules: an entry of other code is never read, whoever forgot to bump a version."""
+    return _hash(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

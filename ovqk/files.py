@@ -1,0 +1,95 @@
+"""The files of a checkpoint as names and hashes: what holds which tensor, and what results depend on."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from ovqk.errors import UserError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "tokenizer_config.json")
+
+
+def read_config(directory: Path, label: str) -> dict[str, Any]:
+    """The config.json of a directory.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{label}: {CONFIG} is not valid JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{label}: {CONFIG} holds no keys, but {type(config).__name__}.")
+    return config
+
+
+def names_by_shard(directory: Path, label: str) -> dict[str, list[str]]:
+    """By file name, in order, the tensors that the index of a directory promises of each shard.
+
+    Raises:
+        UserError: the index is damaged.
+    """
+    shards: dict[str, list[str]] = {}
+    try:
+        for name, shard in json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].items():
+            if Path(shard).name != shard:
+                raise ValueError(f"{shard!r} is no file beside it")
+            shards.setdefault(shard, []).append(name)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{label}: {INDEX} is damaged ({error!r}).") from error
+    return dict(sorted(shards.items()))
+
+
+def digest(hashes: Mapping[str, str]) -> str:
+    """SHA-256 over the names and the hashes of files, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(hashes):
+        total.update(f"{name}:{hashes[name]}\n".encode())
+    return total.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """A file's SHA-256; the hub's own for a file in its cache, remembered by (path, size, mtime) elsewhere."""
+    if path.is_symlink():
+        blob = path.readlink()
+        if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+            return blob.name  # the etag of a large file is its SHA-256; of a small one, it is git's hash
+    real = path.resolve()
+    status = real.stat()
+    key = [str(real), status.st_size, status.st_mtime_ns]
+    memory = cache_folder() / "digests" / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
+    try:
+        remembered = json.loads(memory.read_text(encoding="utf-8"))
+        if remembered["key"] == key:
+            return str(remembered["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    with real.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    remember(memory, {"key": key, "sha256": sha256})
+    return sha256
+
+
+def remember(path: Path, content: Any) -> None:
+    """Write JSON that can be had again: atomically, and not at all where the disk does not take it."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        pass  # a read-only home or a full disk
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for ovqk (`OVQK_CACHE_DIR` moves it)."""
+    return Path(os.environ.get("OVQK_CACHE_DIR") or platformdirs.user_cache_dir("ovqk"))

@@ -1,0 +1,137 @@
+"""How long the hub is waited for, and one message for whatever it or the disk refuses."""
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ovqk.errors import UserError
+
+DEFAULT = 10.0  # seconds that huggingface_hub waits, where nothing is set
+
+
+class Patience:
+    """How long nothing new from the hub is borne: the library alone would try again for minutes, without a word."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.since = seconds, time.monotonic()
+        self.status: int | None = None  # of the last answer, where the library tries again after it
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() - self.since >= self.seconds
+
+    def renew(self) -> None:
+        self.since = time.monotonic()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside, no request of the library waits longer than this, and none begins once patience is over."""
+        from huggingface_hub import constants, set_client_factory
+        from huggingface_hub.utils import logging
+        from huggingface_hub.utils._http import default_client_factory
+
+        def client() -> Any:
+            made = default_client_factory()
+            made.event_hooks["request"].append(self._before)
+            made.event_hooks["response"].append(self._after)
+            return made
+
+        verbosity, xet = logging.get_verbosity(), constants.HF_HUB_DISABLE_XET
+        logging.set_verbosity_error()  # its retries are told by the one message at the end
+        constants.HF_HUB_DISABLE_XET = True  # its client heeds no timeout of ours; the hub serves plain HTTP as well
+        set_client_factory(client)
+        try:
+            yield
+        finally:
+            set_client_factory(default_client_factory)
+            constants.HF_HUB_DISABLE_XET = xet
+            logging.set_verbosity(verbosity)
+
+    def _before(self, request: Any) -> None:
+        if self.over:
+            raise TimeoutError(f"nothing new for {self.seconds:g} s")
+        own = request.extensions.get("timeout", {}).get("read") or DEFAULT
+        limit = self.seconds if own >= DEFAULT else min(own, self.seconds)  # what may fail has a short one
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), limit)
+
+    def _after(self, response: Any) -> None:
+        self.status = response.status_code if response.status_code in (408, 429, *range(500, 600)) else None
+        if response.request.method == "HEAD" and response.status_code < 400:
+            self.renew()  # what has a body counts when it has come
+        if response.status_code == 429:
+            for name in ("ratelimit", "retry-after"):  # for as long the library would sleep
+                response.headers.pop(name, None)
+
+
+class Bar:
+    """What huggingface_hub takes for a progress bar."""
+
+    def __init__(self, patience: Patience, advance: Callable[[int], None], **_: Any) -> None:
+        self.patience, self.advance = patience, advance
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def update(self, size: int) -> None:
+        self.patience.renew()
+        self.advance(size)
+
+
+@contextmanager
+def one_message(label: str, revision: str, patience: Patience) -> Iterator[None]:
+    """Whatever the hub or the disk refuses inside is one message for the user."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UserError(
+            f"{label}: the repository is gated. Accept its licence and log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{label}: model.revision={revision} does not exist in the repository.") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{label}: no such repository, or it is private and you are not logged in.") from error
+    except (HTTPError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        raise UserError(f"{label}: {_reason(cause, patience)}") from error
+
+
+def _reason(error: BaseException, patience: Patience) -> str:
+    """What was wrong, and what to do."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    number = getattr(error, "errno", None)
+    status = getattr(getattr(error, "response", None), "status_code", patience.status)
+    if isinstance(number, int):  # of the disk: what comes from the network has none
+        what = "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else "a cache cannot be written"
+        return f"{what} ({os.strerror(number)}). HF_HOME moves the Hugging Face cache, OVQK_CACHE_DIR ovqk's own."
+    if status in (401, 403):
+        return f"the hub refuses access (HTTP {status}). Look at `hf auth whoami`; log in with `hf auth login`."
+    if status == 429:
+        return "the hub asks for fewer requests (HTTP 429). Wait some minutes, or log in with `hf auth login`."
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)) or type(error).__name__ == "ConnectError":
+        return (
+            "not in the Hugging Face cache, and the hub could not be reached. Connect once, or use "
+            "model=local model.path=DIR."
+        )
+    if patience.over:
+        last = "" if status is None else f"; it last answered HTTP {status}"
+        return (
+            f"not in a cache, and the hub delivered nothing for {patience.seconds:g} s (hub_timeout{last}). Run it "
+            "again, or use model=local model.path=DIR."
+        )
+    lines = str(error).strip().splitlines() or [""]
+    return f"the hub did not deliver the files ({type(error).__name__}: {lines[0]}). Run it again."

@@ -1,0 +1,127 @@
+"""Safetensors files by their headers: which tensors one holds and where, and a smaller file of some of them."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LONGEST_HEADER = 100_000_000  # bytes; what the format allows
+LEFT_OUT = "ovqk_left_out"
+"""In the metadata of a smaller file: the names, as JSON, of the tensors that it does not hold of the whole one."""
+
+Read = Callable[[int, int], bytes]
+"""(offset, length) -> that many bytes."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file.
+
+    Attributes:
+        tensors: name -> dtype, shape and data_offsets, as the file gives them, in the order of their bytes.
+        metadata: the file's own remarks.
+        start: offset of the first byte after the header.
+    """
+
+    tensors: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+    start: int
+
+    def size(self, names: Iterable[str]) -> int:
+        """Bytes of these tensors."""
+        return sum(stop - start for start, stop in (self.tensors[name]["data_offsets"] for name in names))
+
+    def runs(self, names: Iterable[str]) -> list[tuple[int, int]]:
+        """(offset, length) in the file of these tensors, what adjoins in one piece."""
+        runs: list[tuple[int, int]] = []
+        for name in self._ordered(names):
+            first, last = (self.start + offset for offset in self.tensors[name]["data_offsets"])
+            if runs and sum(runs[-1]) == first:
+                first = runs.pop()[0]
+            runs.append((first, last - first))
+        return runs
+
+    def part(self, names: Iterable[str]) -> bytes:
+        """The header of a file that holds these tensors alone, in the order of `runs`."""
+        held = self._ordered(names)
+        left_out = [name for name in self.tensors if name not in held]
+        header: dict[str, Any] = {"__metadata__": self.metadata | {LEFT_OUT: json.dumps(left_out)}}
+        stop = 0
+        for name in held:
+            start, stop = stop, stop + self.size([name])
+            header[name] = self.tensors[name] | {"data_offsets": [start, stop]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def _ordered(self, names: Iterable[str]) -> dict[str, None]:
+        wanted = set(names)
+        return dict.fromkeys(name for name in self.tensors if name in wanted)
+
+
+def read_header(read: Read, size: int) -> Header:
+    """The header of a safetensors file of `size` bytes.
+
+    Raises:
+        ValueError: it is none, or does not describe a file of this size.
+    """
+    length = int.from_bytes(read(0, 8), "little")
+    if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    header, stop = json.loads(read(8, length)), 0
+    try:
+        metadata = header.pop("__metadata__", None) or {}
+        tensors = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+        for tensor in tensors.values():
+            start, end = tensor["data_offsets"]
+            if start != stop or end < start:
+                raise ValueError(f"tensors are not laid end to end at byte {stop}")
+            stop = end
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"not the header of a safetensors file: {error!r}") from error
+    if 8 + length + stop != size:
+        raise ValueError(f"tensors of {stop} bytes in a file of {size}")
+    return Header(tensors, metadata, 8 + length)
+
+
+def is_part(path: Path, reads: Callable[[str], bool]) -> bool:
+    """Whether a smaller file is there, is whole, and leaves out no tensor that is read."""
+    try:
+        with path.open("rb") as file:
+            header = read_header(lambda offset, length: os.pread(file.fileno(), length, offset), path.stat().st_size)
+        return not any(reads(name) for name in json.loads(header.metadata[LEFT_OUT]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_part(path: Path, header: Header, names: Iterable[str], pieces: Iterator[bytes]) -> None:
+    """Write a smaller file under a temporary name, and give it its own when it is whole and on the disk.
+
+    Args:
+        path: the smaller file.
+        header: of the whole file.
+        names: the tensors that are kept.
+        pieces: the bytes of `header.runs(names)`.
+
+    Raises:
+        OSError: the disk does not take it.
+        ValueError: the pieces are not as long as the tensors.
+    """
+    names = list(names)
+    for abandoned in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed
+        abandoned.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            expected = file.write(header.part(names)) + header.size(names)
+            for piece in pieces:
+                file.write(piece)
+            if file.tell() != expected:
+                raise ValueError(f"{file.tell()} bytes rather than {expected}")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

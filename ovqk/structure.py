@@ -1,0 +1,221 @@
+"""What of a model depends on no task: spectra, symmetry, positions and directions of every head, a layer at a time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ovqk import positions, spectra
+from ovqk.heads import Circuit
+from ovqk.layers import layer_metrics
+from ovqk.model import Layer, Model
+from ovqk.readouts import full_circuit_ratio
+
+HeadValues = dict[str, Float[Tensor, " head"]]
+MOVES = 1e-3  # a value that moves by more with the rounding of 32-bit weights is decided by it
+Tables = dict[str, pd.DataFrame]
+"""Name -> rows: heads, layers, spectra, offsets, directions; one that a model does not have is absent."""
+
+
+def layer_structure(layer: Layer) -> Tables:
+    """One layer's rows of every table. `heads` has a column for each metric that has a value, and `unstable`."""
+    model = layer.model
+    tables: dict[str, list[pd.DataFrame]] = {"layers": [layer_row(layer)] if "qk" in model.circuits else []}
+    values = HeadValues()
+    unstable = [""] * model.architecture.n_heads
+    for circuit in model.circuits:
+        metrics, spectrum = circuit_spectra(layer, circuit)
+        values |= metrics
+        unstable = _joined(unstable, rounding_sensitive(layer, circuit, metrics))
+        values |= block0_metrics(layer, circuit)
+        tables.setdefault("spectra", []).append(spectrum)
+        tables.setdefault("directions", []).extend(direction_rows(layer, circuit))
+    if "qk" in model.circuits:
+        metrics, profile = position_metrics(layer)
+        values |= metrics
+        tables["offsets"] = [] if profile is None else [profile]
+    tables["heads"] = [heads_rows(layer, values).assign(unstable=unstable)]
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items() if parts}
+
+
+def stacked(layers: Sequence[Tables]) -> Tables:
+    """The tables of all layers, each as one."""
+    names = dict.fromkeys(name for tables in layers for name in tables)
+    return {name: pd.concat([t[name] for t in layers if name in t], ignore_index=True) for name in names}
+
+
+# --- circuits ------------------------------------------------------------------------------------------------
+
+
+def circuit_spectra(layer: Layer, circuit: Circuit) -> tuple[HeadValues, pd.DataFrame]:
+    """Residual-space and full-circuit metrics of one circuit (at D = 0), and its spectra at the offsets asked for."""
+    model = layer.model
+    rotates = circuit == "qk" and layer.folded.rotary is not None
+    tables, found = [], {}
+    for offset in dict.fromkeys(model.config.analysis.offsets) if rotates else [0]:
+        metrics, lines = spectrum(model, circuit, layer.maps(circuit, model.folds, (offset,)))
+        tables += [_spectrum_table(layer.index, circuit, *line, offset=offset) for line in lines]
+        found[offset] = metrics
+    at_zero = found[0] if 0 in found else spectrum(model, circuit, layer.maps(circuit, model.folds))[0]
+    return at_zero, pd.concat(tables, ignore_index=True)
+
+
+def spectrum(model: Model, circuit: Circuit, maps: spectra.Maps) -> tuple[HeadValues, list[tuple[str, str, Tensor]]]:
+    """Metrics of one circuit, and (space, kind, values [head, index]) of its spectra."""
+    cores = maps.core()
+    eigen = spectra.eigenvalues(cores)
+    values = spectra.spectrum_metrics(maps, (cores, eigen))
+    residual = "ov_copying_residual" if circuit == "ov" else "qk_matching_residual"
+    metrics = {residual: values.pop("trace_ratio")} | {f"{circuit}_{name}": v for name, v in values.items()}
+    lines = [
+        ("residual", "eigen", eigen),
+        ("residual", "singular", maps.sigma),
+    ]
+    vocabulary = model.spectral_vocabulary
+    if vocabulary is None:
+        return metrics, lines
+    gram, gram_out = vocabulary.gram_embed, vocabulary.gram_embed
+    if circuit == "ov":
+        if vocabulary.gram_cross is None or vocabulary.gram_unembed is None:
+            return metrics, lines
+        gram, gram_out = vocabulary.gram_cross, vocabulary.gram_unembed
+    sigma = spectra.full_circuit_singular_values(maps, vocabulary.gram_embed, gram_out)
+    eigen = spectra.eigenvalues(maps.core(gram))
+    metrics["ov_copying" if circuit == "ov" else "qk_matching"] = spectra.trace_ratio(eigen, sigma.sum(-1))
+    if circuit == "qk":
+        metrics["qk_symmetry_vocab"] = spectra.vocabulary_symmetry(maps, gram)
+    return metrics, [*lines, ("vocab", "eigen", eigen), ("vocab", "singular", sigma)]
+
+
+def direction_rows(layer: Layer, circuit: Circuit) -> list[pd.DataFrame]:
+    """The tokens that the leading components of one circuit read and write (at D = 0)."""
+    model = layer.model
+    if model.directions is None:
+        return []
+    parts = layer.decomposition(circuit, model.folds)
+    return [model.directions.table(layer.index, circuit, parts, model.config.analysis.components)]
+
+
+def rounding_sensitive(layer: Layer, circuit: Circuit, metrics: HeadValues) -> list[str]:
+    """Per head, the metrics that the rounding of weights moves by more than 1e-3 (of their own size above 1)."""
+    model = layer.model
+    maps = layer.maps(circuit, model.folds).rounded(seed=2 * (model.config.seed + layer.index))
+    moved, _ = spectrum(model, circuit, maps)
+    names: list[list[str]] = [[] for _ in range(model.architecture.n_heads)]
+    for name, value in metrics.items():
+        for head in ((value - moved[name]).abs() > MOVES * value.abs().clamp_min(1)).nonzero()[:, 0].tolist():
+            names[head].append(name)
+    return [" ".join(found) for found in names]
+
+
+# --- positions -----------------------------------------------------------------------------------------------
+
+
+def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
+    """Shares of position and content, the offset fit, the previous-token score, and the offset profile."""
+    model, facts = layer.model, layer.model.architecture
+    values = HeadValues()
+    profile: Tensor | None = None
+    if facts.positions == "learned" and model.W_pos is not None:
+        if model.token_moments is not None and model.position_moments is not None:
+            content, places = model.token_moments[0], model.position_moments
+            values |= positions.learned_shares(layer.folded, facts, content, places, _query_key_bases(layer))
+        if "qk_prev_auc" not in model.unavailable:
+            scores = positions.learned_position_scores(layer.folded, facts, model.W_pos)
+            profile = scores.by_offset
+            values |= {"qk_offset_r2": scores.offset_r2, "qk_prev_auc": scores.previous_auc}
+    elif layer.folded.rotary is not None and model.vocabulary is not None:
+        plain, normalised = (token_head_moments(layer, normalised) for normalised in (False, True))
+        values |= positions.rotary_shares(layer.folded, facts, plain)
+        shares = positions.rotary_shares(layer.folded, facts, normalised)
+        values |= {f"{name}_normalised": value for name, value in shares.items()}
+        profile = positions.rotary_offset_scores(layer.folded, facts, plain)
+        if "qk_prev_auc" not in model.unavailable:
+            values["qk_prev_auc"] = positions.previous_token_auc_rotary(profile)
+    return values, None if profile is None else _offset_table(layer.index, profile)
+
+
+def token_head_moments(layer: Layer, normalised: bool) -> positions.HeadMoments:
+    """Moments of the heads' queries and keys over the vocabulary, of plain or of normalised embedding rows."""
+    model, weights, facts = layer.model, layer.folded, layer.model.architecture
+    if model.vocabulary is None or model.token_moments is None:
+        raise ValueError("moments need an embedding")
+    if weights.qk_norm is None:
+        return positions.head_moments(weights, facts, model.token_moments[normalised], _query_key_bases(layer))
+    rows = positions.token_rows(model.vocabulary, facts, normalised)
+    return positions.normalised_head_moments(weights, facts, rows)
+
+
+def _query_key_bases(layer: Layer) -> positions.QueryKeyBases:
+    return layer.basis("Q", True), layer.basis("K", True)
+
+
+def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
+    """`ov_copying_block0` and `qk_matching_block0`: full circuits of tokens as layers after the first see them."""
+    vocabulary, (gram, cross, _) = layer.model.vocabulary, layer.model.block0_grams
+    if gram is None or vocabulary is None or layer.index == 0:
+        return {}
+    maps = layer.maps(circuit, True)
+    if circuit == "qk":
+        return {"qk_matching_block0": full_circuit_ratio(maps, gram, gram, gram)}
+    if cross is None or vocabulary.gram_unembed is None:
+        return {}
+    return {"ov_copying_block0": full_circuit_ratio(maps, gram, cross, vocabulary.gram_unembed)}
+
+
+# --- tables --------------------------------------------------------------------------------------------------
+
+
+def heads_rows(layer: Layer, values: HeadValues) -> pd.DataFrame:
+    """One row for each head of a layer, a column for each of these metrics."""
+    n_heads = layer.model.architecture.n_heads
+    columns: dict[str, Any] = {
+        "layer": np.full(n_heads, layer.index, dtype=np.int32),
+        "head": np.arange(n_heads, dtype=np.int32),
+    }
+    return pd.DataFrame(columns | {name: value.double().cpu().numpy() for name, value in values.items()})
+
+
+def layer_row(layer: Layer) -> pd.DataFrame:
+    """The layer's row of layers.parquet."""
+    raw = layer.read() if layer.model.source.foldable else layer.folded
+    return pd.DataFrame([{"layer": layer.index} | layer_metrics(raw, layer.folded, layer.model.architecture)])
+
+
+def _spectrum_table(layer: int, circuit: Circuit, space: str, kind: str, values: Tensor, offset: int) -> pd.DataFrame:
+    n_heads, n = values.shape
+    real = values.real if values.is_complex() else values
+    imaginary = values.imag if values.is_complex() else torch.zeros_like(real)
+    return pd.DataFrame(
+        {
+            "layer": np.int32(layer),
+            "head": np.repeat(np.arange(n_heads, dtype=np.int32), n),
+            "circuit": circuit,
+            "space": space,
+            "kind": kind,
+            "offset": np.int32(offset),
+            "index": np.tile(np.arange(n, dtype=np.int32), n_heads),
+            "re": real.flatten().cpu().numpy(),
+            "im": imaginary.flatten().cpu().numpy(),
+        }
+    )
+
+
+def _offset_table(layer: int, profile: Float[Tensor, "head offset"]) -> pd.DataFrame:
+    n_heads, n_offsets = profile.shape
+    return pd.DataFrame(
+        {
+            "layer": np.int32(layer),
+            "head": np.repeat(np.arange(n_heads, dtype=np.int32), n_offsets),
+            "offset": np.tile(np.arange(n_offsets, dtype=np.int32), n_heads),
+            "mean_score": profile.flatten().cpu().numpy(),
+        }
+    )
+
+
+def _joined(a: list[str], b: list[str]) -> list[str]:
+    return [" ".join(filter(None, pair)) for pair in zip(a, b, strict=True)]

@@ -1,0 +1,383 @@
+"""Measure ovqk's speed and memory as ratios to other ways of computing the same, in one run.
+
+    python scripts/bench.py --shapes gpt2-small,gpt2-medium --threads 2      # spectra, against (a), (b) and (c)
+    python scripts/bench.py --shapes gpt2-small --what composition
+    python scripts/bench.py --shapes llama-7b --what cell                    # makes a checkpoint of 4.8 GB first
+    python scripts/bench.py --shapes gpt2-small --what profile
+
+What is compared with, for the eigen- and singular values of every head's QK and OV, in residual space and over the
+full vocabulary:
+
+(a) d x d     every head's matrix formed, d x d decompositions of it; for the full vocabulary one shared Gram
+(b) TL        TransformerLens's FactoredMatrix, also for W_E W_V W_O W_U; `composition_scores` for composition
+(c) floor     the operations of the matrix products that the best known formulas need, at the rate of one large
+              float32 product measured in this run; no decomposition is counted
+
+(a) and (b) are measured on some heads (`--sample`) and scaled to all of them. Checkpoints are random, of the shape
+named, with attention and embeddings only. Cells are run in processes of their own, whose peak resident memory is
+given above that of a process which has imported the same modules and done nothing.
+"""
+
+import argparse
+import cProfile
+import json
+import pstats
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's shape."""
+
+    family: str
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_head: int
+    n_vocab: int
+    tied: bool
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def width(self) -> int:
+        """Dimensions of all heads of a layer."""
+        return self.n_heads * self.d_head
+
+
+SHAPES = {
+    "gpt2-small": Shape("gpt2", 12, 12, 768, 64, 50257, True),
+    "gpt2-medium": Shape("gpt2", 24, 16, 1024, 64, 50257, True),
+    "gpt2-xl": Shape("gpt2", 48, 25, 1600, 64, 50257, True),
+    "llama-7b": Shape("llama", 32, 32, 4096, 128, 32000, False, torch.bfloat16),
+}
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------
+
+
+def make_checkpoint(shape: Shape, folder: Path) -> None:
+    """Random attention and embeddings of this shape as a Hugging Face directory, a shard for each layer."""
+    if (folder / "config.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return (0.02 * torch.randn(size, generator=generator)).to(shape.dtype)
+
+    d, width = shape.d_model, shape.width
+    for layer in range(shape.n_layers):
+        if shape.family == "gpt2":
+            at = f"transformer.h.{layer}."
+            tensors = {
+                f"{at}attn.c_attn.weight": normal(d, 3 * width),
+                f"{at}attn.c_attn.bias": normal(3 * width),
+                f"{at}attn.c_proj.weight": normal(width, d),
+                f"{at}ln_1.weight": 1 + normal(d),
+                f"{at}ln_1.bias": normal(d),
+            }
+        else:
+            at = f"model.layers.{layer}."
+            tensors = {f"{at}self_attn.{name}_proj.weight": normal(width, d) for name in "qkv"}
+            tensors |= {f"{at}self_attn.o_proj.weight": normal(d, width), f"{at}input_layernorm.weight": 1 + normal(d)}
+        save_file(tensors, folder / f"layer-{layer:03d}.safetensors")
+    if shape.family == "gpt2":
+        rest = {"transformer.wte.weight": normal(shape.n_vocab, d), "transformer.wpe.weight": normal(1024, d)}
+        rest |= {"transformer.ln_f.weight": 1 + normal(d), "transformer.ln_f.bias": normal(d)}
+        config = {"model_type": "gpt2", "n_layer": shape.n_layers, "n_head": shape.n_heads, "n_embd": d}
+        config |= {"n_positions": 1024, "vocab_size": shape.n_vocab}
+    else:
+        rest = {"model.embed_tokens.weight": normal(shape.n_vocab, d), "lm_head.weight": normal(shape.n_vocab, d)}
+        rest |= {"model.norm.weight": 1 + normal(d)}
+        config = {"model_type": "llama", "num_hidden_layers": shape.n_layers, "num_attention_heads": shape.n_heads}
+        config |= {"num_key_value_heads": shape.n_heads, "hidden_size": d, "max_position_embeddings": 4096}
+        config |= {"vocab_size": shape.n_vocab, "tie_word_embeddings": False}
+    save_file(rest, folder / "embeddings.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# --- the floor -----------------------------------------------------------------------------------------------
+
+
+def product_rate(n: int = 3072) -> float:
+    """Floating point operations a second in one float32 product of n x n, the best of three."""
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(4))
+
+
+def spectra_operations(shape: Shape) -> float:
+    """Operations of the products that eigen- and singular values of every head need, QK and OV, both spaces.
+
+    A Gram of the vocabulary with itself is symmetric and costs V d^2; one across two embeddings 2 V d^2. For every
+    head: G_E W_Q, G_E W_K, G_E W_V, G_cross W_V and G_U W_O^T, 2 d^2 k each; and of d x k with d x k, 2 d k^2 each,
+    the residual cores (2) and Grams (4, symmetric: half), the full-vocabulary cores (2) and Grams (4, half).
+    """
+    d, k, heads = shape.d_model, shape.d_head, shape.n_layers * shape.n_heads
+    gram = shape.n_vocab * d**2
+    grams = gram if shape.tied else 4 * gram
+    return grams + heads * (5 * 2 * d**2 * k + (2 + 2 + 2 + 2) * 2 * d * k**2)
+
+
+def cell_operations(shape: Shape) -> float:
+    """The same for a whole cell of `task=none`: with the summed W_QK of each layer and the positional shares.
+
+    Learned positions: G_pos W_Q and G_pos W_K. Rotary positions: a Gram of normalised rows, and W_Q and W_K through it.
+    """
+    d, k, heads = shape.d_model, shape.d_head, shape.n_layers * shape.n_heads
+    summed = shape.n_layers * 2 * d**2 * shape.width
+    positions = heads * 2 * (2 * d**2 * k + d * k**2)
+    return spectra_operations(shape) + summed + positions + (0 if shape.family == "gpt2" else shape.n_vocab * d**2)
+
+
+# --- ovqk ----------------------------------------------------------------------------------------------------
+
+
+def open_model(folder: Path, device: str = "cpu") -> Any:
+    """The model as a cell of task none sees it, without directions."""
+    from ovqk.checkpoints import open_checkpoint
+    from ovqk.config import ModelConfig, Source
+    from ovqk.sources import open_weights
+
+    model = ModelConfig(name="bench", source=Source.local, path=str(folder))
+    checkpoint = open_checkpoint(model)
+    return open_weights(checkpoint, model), cell_config(folder, device)
+
+
+def cell_config(folder: Path, device: str) -> Any:
+    """`run.py model=local task=none` without directions."""
+    from hydra import compose, initialize_config_dir
+
+    from ovqk.config import register
+    from ovqk.identity import resolve
+
+    register()
+    root = Path(__file__).resolve().parents[1]
+    with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+        overrides = ["model=local", f'model.path="{folder}"', "task=none", "analysis.components=0", f"device={device}"]
+        return resolve(compose("config", overrides=[*overrides, "tracking=none"]))
+
+
+def spectra_alone(folder: Path, device: str = "cpu") -> int:
+    """Eigen- and singular values of every head, both circuits, both spaces; from the files on."""
+    from ovqk.model import Layer, Model
+    from ovqk.structure import spectrum
+
+    source, config = open_model(folder, device)
+    model = Model.read(source, None, None, "bench", config)
+    count = 0
+    for index in range(source.architecture.n_layers):
+        layer = Layer(model, index)
+        for circuit in model.circuits:
+            _, lines = spectrum(model, circuit, layer.maps(circuit, model.folds))
+            count += sum(values.numel() for *_, values in lines)
+    return count
+
+
+def whole_cell(folder: Path, device: str = "cpu") -> int:
+    """Every stage of `analyse`, from the files on."""
+    from ovqk.analyses import analyse
+
+    source, config = open_model(folder, device)
+    return len(analyse(source, None, None, "bench", config).tables["heads"])
+
+
+# --- the other ways ------------------------------------------------------------------------------------------
+
+
+def naive(folder: Path, shape: Shape, sample: int) -> dict[str, float]:
+    """Seconds of d x d decompositions, scaled from `sample` heads of layer 0 to all."""
+    layer, W_E, W_U = in_memory(folder)
+    gram_in, cross = (W_E - W_E.mean(0)).T @ W_E, W_U.T @ (W_E - W_E.mean(0))
+    root_in = torch.linalg.cholesky(gram_in + 1e-6 * gram_in.diagonal().mean() * torch.eye(shape.d_model)).mT
+    W_U_centred = W_U - W_U.mean(0)
+    gram_out = W_U_centred.T @ W_U_centred
+    root_out = torch.linalg.cholesky(gram_out + 1e-6 * gram_out.diagonal().mean() * torch.eye(shape.d_model)).mT
+    heads = shape.n_layers * shape.n_heads
+    found = dict.fromkeys(("residual", "vocabulary"), 0.0)
+    for head in range(sample):
+        for left, right, gram, out in (
+            (layer.W_Q[head], layer.W_K[head].T, gram_in, root_in),
+            (layer.W_V[head], layer.W_O[head], cross, root_out),
+        ):
+            started = time.perf_counter()
+            matrix = left @ right
+            torch.linalg.svdvals(matrix)
+            torch.linalg.eigvals(matrix)
+            middle = time.perf_counter()
+            torch.linalg.eigvals(matrix @ gram)
+            torch.linalg.svdvals(root_in @ matrix @ out.T)
+            found["residual"] += (middle - started) * heads / sample
+            found["vocabulary"] += (time.perf_counter() - middle) * heads / sample
+    return found
+
+
+def transformer_lens(folder: Path, shape: Shape, sample: int) -> dict[str, float]:
+    """Seconds of FactoredMatrix's eigen- and singular values, scaled from `sample` heads of layer 0 to all."""
+    from transformer_lens import FactoredMatrix
+
+    layer, W_E, W_U = in_memory(folder)
+    heads = shape.n_layers * shape.n_heads
+    found = dict.fromkeys(("residual", "vocabulary"), 0.0)
+    for left, right in ((layer.W_Q[:sample], layer.W_K[:sample].mT), (layer.W_V[:sample], layer.W_O[:sample])):
+        started = time.perf_counter()
+        circuit = FactoredMatrix(left, right)
+        circuit.svd()
+        circuit.eigenvalues  # noqa: B018 (a property that computes)
+        found["residual"] += (time.perf_counter() - started) * heads / sample
+    for left, right, out in ((layer.W_Q, layer.W_K.mT, W_E), (layer.W_V, layer.W_O, W_U)):
+        started = time.perf_counter()
+        circuit = FactoredMatrix(W_E @ left[0], right[0] @ out.T)
+        circuit.eigenvalues  # noqa: B018
+        circuit.svd()
+        found["vocabulary"] += (time.perf_counter() - started) * heads
+    return found
+
+
+def in_memory(folder: Path) -> Any:
+    """Layer 0's folded weights, W_E and W_U^T as tensors."""
+    from ovqk.weights import fold_embeddings, fold_layer
+
+    source, _ = open_model(folder)
+    folded = fold_embeddings(source.embeddings(), source.architecture)
+    assert folded.W_E is not None and folded.W_U is not None
+    W_U = folded.W_U.T if isinstance(folded.W_U, torch.Tensor) else folded.W_U[:]
+    return fold_layer(source.layer(0), source.architecture), folded.W_E[:], W_U
+
+
+def composition_seconds(folder: Path, shape: Shape) -> dict[str, float]:
+    """All pairs, Q, K and V: ovqk on all layers; TransformerLens's on one pair of layers, scaled to all pairs."""
+    from transformer_lens import FactoredMatrix
+    from transformer_lens.utilities.matrix import composition_scores
+
+    from ovqk.composition import MODES, LayerCircuits, received
+    from ovqk.model import Layer, Model
+
+    source, config = open_model(folder)
+    model = Model.read(source, None, None, "bench", config)
+    layers = [Layer(model, index) for index in range(shape.n_layers)]
+    started = time.perf_counter()
+    circuits = [LayerCircuits.of(x.decomposition("ov", True), x.decomposition("qk", True)) for x in layers]
+    for index in range(1, shape.n_layers):
+        for mode in MODES:
+            received(circuits, index, mode)
+    ours = time.perf_counter() - started
+    one, other = layers[0].folded, layers[1].folded
+    left = FactoredMatrix(one.W_V, one.W_O)
+    theirs = 0.0
+    for right in (
+        FactoredMatrix(other.W_Q, other.W_K.mT),
+        FactoredMatrix(other.W_K, other.W_Q.mT),
+        FactoredMatrix(other.W_V, other.W_O),
+    ):
+        theirs += seconds(lambda right=right: composition_scores(left, right))
+    return {"ours": ours, "transformer_lens": theirs * shape.n_layers**2}
+
+
+# --- running -------------------------------------------------------------------------------------------------
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def child(name: str, folder: Path, threads: int, device: str) -> dict[str, float]:
+    """One way of ovqk's in a process of its own: seconds, and peak memory above the imports, in MB."""
+    command = [sys.executable, __file__, "--child", name, "--folder", str(folder), "--threads", str(threads)]
+    done = subprocess.run([*command, "--device", device], capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def run_child(name: str, folder: Path, device: str) -> None:
+    """Print what `child` reads."""
+    import ovqk.analyses  # noqa: F401 (what a cell imports)
+
+    cell_config(folder, device)
+    base = peak_memory()
+    took = seconds(lambda: WAYS[name](folder, device)) if name in WAYS else 0.0
+    print(json.dumps({"seconds": took, "above_mb": peak_memory() - base, "peak_mb": peak_memory()}))
+
+
+def peak_memory() -> float:
+    """Peak resident MB of this process; Linux's own count starts anew with a program, getrusage's does not."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+WAYS: dict[str, Callable[[Path, str], int]] = {"spectra": spectra_alone, "cell": whole_cell}
+
+
+def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace) -> None:
+    """Measure one shape, and print."""
+    what = arguments.what
+    if what == "composition":
+        found = composition_seconds(folder, shape)
+        ratio = found["transformer_lens"] / found["ours"]
+        print(
+            f"{name} composition: {found['ours']:.2f} s; TransformerLens {found['transformer_lens']:.1f} s: {ratio:.0f} x"
+        )
+        return
+    if what == "profile":
+        profile = cProfile.Profile()
+        profile.runcall(whole_cell, folder)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+        return
+    operations = {"spectra": spectra_operations, "cell": cell_operations}[what](shape)
+    runs = [child(what, folder, arguments.threads, arguments.device) for _ in range(arguments.repeats)]
+    best = min(runs, key=lambda run: run["seconds"])
+    rate = product_rate()
+    floor = operations / rate
+    memory = f"peak {best['peak_mb']:.0f} MB, {best['above_mb']:.0f} MB above the imports"
+    bound = f"floor {floor:.2f} s ({operations:.3g} operations at {rate / 1e9:.0f} GFLOP/s)"
+    print(f"{name} {what}: {best['seconds']:.2f} s; {memory}; {bound}: {best['seconds'] / floor:.2f} x", flush=True)
+    if what == "spectra" and arguments.sample:
+        for title, function in (("d x d", naive), ("TransformerLens", transformer_lens)):
+            found = function(folder, shape, arguments.sample)
+            total = sum(found.values())
+            parts = ", ".join(f"{part} {value:.1f} s" for part, value in found.items())
+            print(f"{name} {title}: {total:.1f} s ({parts}): {total / best['seconds']:.0f} x", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="gpt2-small", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--what", default="spectra", choices=["spectra", "cell", "composition", "profile"])
+    parser.add_argument("--layers", type=int, help="instead of the shape's own number")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sample", type=int, default=4, help="heads that the other ways are measured on; 0: none")
+    parser.add_argument("--folder", type=Path, help="where checkpoints are made, and kept; else a temporary folder")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.child:
+        run_child(arguments.child, arguments.folder, arguments.device)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in arguments.shapes.split(","):
+            shape = SHAPES[name]
+            if arguments.layers:
+                shape, name = replace(shape, n_layers=arguments.layers), f"{name}-{arguments.layers}-layers"
+            folder = (arguments.folder or Path(temporary)) / name
+            make_checkpoint(shape, folder)
+            report(name, shape, folder, arguments)
+
+
+if __name__ == "__main__":
+    main()
