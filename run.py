@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import hydra
 import yaml
@@ -9,7 +10,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ovqk.config import check_keys, register
+from ovqk.config import check_keys, mistakes, register
+from ovqk.sweep import end_early, launcher_hint
 
 register()
 
@@ -30,5 +32,8 @@ if __name__ == "__main__":
     try:
         main()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        causes = [str(e) for e in (error, error.__cause__) if e is not None]
-        raise SystemExit("ovqk: " + "\n".join(dict.fromkeys(causes))) from None
+        folders = [Path(a) for a in sys.argv[1:] if Path(a).is_dir()] + [Path(__file__).parent / "conf"]
+        raise SystemExit("ovqk: " + "\n".join([*mistakes(error, folders), *launcher_hint(error)])) from None
+    except (Exception, KeyboardInterrupt) as error:
+        end_early(error)
+        raise

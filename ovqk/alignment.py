@@ -8,12 +8,13 @@ bias adds to a whole column or a whole row of the readout, which centring or com
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ovqk.heads import Factors
 from ovqk.spectra import Decomposition, guarded
 from ovqk.vocabulary import blocks
+from ovqk.weights import Rows
 
 ENERGY = 0.9  # of a word set's centred rows, kept in its subspace
 TOP_BLOCK = 1024  # tokens compared at a time
@@ -54,7 +55,7 @@ def in_top_by_source(
     factors: Factors,
     rows: Float[Tensor, "word d_model"],
     ids: Int[Tensor, " word"],
-    W_U: Float[Tensor, "d_model token"],
+    W_U_rows: Rows,
 ) -> tuple[Float[Tensor, "head word"], Float[Tensor, "head word"]]:
     """Whether each word's own logit is in the top 5 of the whole vocabulary, under W_OV and under -W_OV: 1 or 0.
 
@@ -64,18 +65,24 @@ def in_top_by_source(
     written = (rows @ factors.left) @ factors.right  # [head, word, d_model]
     n_heads, n_words = written.shape[:2]
     written, targets = written.flatten(0, 1), ids.repeat(n_heads)
-    own = (written * W_U[:, targets].T).sum(-1)
+    own = (written.view(n_heads, n_words, -1) * W_U_rows[ids]).sum(-1).flatten()
     above, below = (torch.zeros(len(own), dtype=torch.long, device=own.device) for _ in range(2))
     open_ = torch.arange(len(own), device=own.device)
-    for tokens in blocks(W_U.shape[1], TOP_BLOCK):
-        logits = written[open_] @ W_U[:, tokens]
-        mine = torch.arange(tokens.start, tokens.stop, device=own.device) == targets[open_, None]
-        logits = torch.where(mine, own[open_, None], logits)  # a word never outranks itself by its own rounding
-        above[open_] += (logits > own[open_, None]).sum(-1)
-        below[open_] += (logits < own[open_, None]).sum(-1)
+    for tokens in blocks(W_U_rows.shape[0], TOP_BLOCK):
+        logits = written[open_] @ W_U_rows[tokens].T
+        mine = targets[open_] - tokens.start
+        here = ((mine >= 0) & (mine < logits.shape[1])).nonzero()[:, 0]
+        logits[here, mine[here]] = own[open_[here]]  # a word never outranks itself by its own rounding
+        above[open_] += _count(logits > own[open_, None])
+        below[open_] += _count(logits < own[open_, None])
         open_ = open_[(above[open_] < TOP) | (below[open_] < TOP)]
     alive = (own.view(n_heads, n_words).abs().sum(-1, keepdim=True) > 0).double()
     return (above < TOP).view(n_heads, n_words) * alive, (below < TOP).view(n_heads, n_words) * alive
+
+
+def _count(true: Bool[Tensor, "word token"]) -> Int[Tensor, " word"]:
+    """How many are true in each row: bytes are summed faster than truths."""
+    return true.view(torch.uint8).sum(-1, dtype=torch.int32).long()
 
 
 def subspace(
@@ -95,9 +102,15 @@ def subspace(
 def unit_contrast(
     minus: Float[Tensor, "word d_model"], plus: Float[Tensor, "word d_model"]
 ) -> Float[Tensor, "1 d_model"]:
-    """Unit direction of mean(plus) - mean(minus), as a basis of one row."""
+    """Unit direction of mean(plus) - mean(minus), as a basis of one row; nan where they are the same."""
     direction = (plus.double() - minus.double()).mean(0, keepdim=True)
-    return direction / direction.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return direction / direction.norm()
+
+
+def same_mean(minus: Float[Tensor, "word d_model"], plus: Float[Tensor, "word d_model"]) -> bool:
+    """Whether both sides have the same mean, up to the rounding of their rows."""
+    gap = (plus.double() - minus.double()).mean(0).norm()
+    return bool(gap <= torch.finfo(torch.float32).eps * (minus.norm() + plus.norm()))
 
 
 @dataclass(frozen=True)

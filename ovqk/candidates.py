@@ -4,8 +4,10 @@ Nothing here is a verdict. The heads are chosen for being the strongest, so thei
 choice; the corrected ones stand beside them, over all the heads that were ranked.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from ovqk.claims import Claims, Head
 from ovqk.config import TaskConfig
 from ovqk.metrics import COMPOSITION_METRICS
-from ovqk.nulls import Predicted, depth_reference, reference_counts
+from ovqk.nulls import Predicted, depth_reference
 from ovqk.statistics import benjamini_hochberg, monte_carlo, percentile
 from ovqk.testing import ClaimTests
 
@@ -28,35 +30,116 @@ def unclaimed(task: TaskConfig) -> Claims:
     return Claims("no claims", "none", None, {role: [] for role in predictions}, predictions)
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """The heads of a role, ranked by one of its predictions.
+
+    Attributes:
+        by: the first of the role's predictions that can rank.
+        heads: every head that it has a value for, the most extreme first.
+        partners: the candidates of other roles that it composes with, where it is a composition.
+        predictions: the role's predictions that have a value for any head.
+    """
+
+    by: Predicted
+    heads: list[Head]
+    partners: list[Head]
+    predictions: list[Predicted]
+
+    @property
+    def strongest(self) -> list[Head]:
+        """The candidates."""
+        return self.heads[:STRONGEST]
+
+
 def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]]) -> tuple[pd.DataFrame, list[str]]:
-    """candidates.parquet, and notes on the roles that cannot be ranked.
+    """candidates.parquet, and notes on the roles that are ranked otherwise than by their primary, or not at all.
 
     One row for every prediction of every candidate. Columns:
-        role, rank, layer, head: the candidate; rank 1 has the most extreme primary metric.
+        role, rank, layer, head: the candidate; rank 1 is the most extreme in what the role is ranked by.
         metric, prediction, primary, exploratory, value: the prediction and the head's value.
+        ranked: whether the role is ranked by this prediction: the first that can be.
+        partners: of a composition, the candidates of other roles that the head composes with, as "3.0 3.4".
         percentile: of the value among the other heads of its layer, in [0, 1].
         p_depth, q_depth: against the heads of layers within 2, and corrected over all heads (Benjamini-Hochberg).
         p_frame, p_frame_all: against heads of its own singular values, and times the number of heads ranked, at most 1.
+            Neither where the metric is a composition, whose partners were chosen too.
     """
+    rankings, notes = rank(tests, tests.predicted(values))
     rows: list[dict[str, object]] = []
-    notes = []
-    for role, predictions in tests.predicted(values).items():
-        primary = predictions[0]
-        if primary.config.metric in COMPOSITION_METRICS:
-            notes.append(f"no candidates for {role.replace('_', ' ')}: its primary metric composes with claimed heads")
-            continue
-        signed = primary.sign * primary.values
-        ranked = [(int(layer), int(head)) for layer, head in np.argwhere(~np.isnan(signed))]
-        ranked.sort(key=lambda head: (-signed[head], head))
-        for prediction in predictions:
-            if prediction.config.metric in COMPOSITION_METRICS:
-                continue
-            depth = _depth(prediction, tests.model.architecture.kv_of_head.numpy())
-            for rank, head in enumerate(ranked[:STRONGEST], start=1):
+    for role, ranking in rankings.items():
+        for prediction in ranking.predictions:
+            composes = prediction.config.metric in COMPOSITION_METRICS
+            depth = {} if composes else _depth(prediction, tests.model.architecture.kv_of_head.numpy())
+            named = " ".join(f"{layer}.{head}" for layer, head in ranking.partners) if composes else ""
+            for place, head in enumerate(ranking.strongest, start=1):
                 if not math.isnan(prediction.values[head]):
-                    place = {"role": role, "rank": rank, "layer": head[0], "head": head[1]}
-                    rows.append(place | _row(tests, prediction, head, depth, len(ranked)))
+                    row = {"role": role, "rank": place, "layer": head[0], "head": head[1]}
+                    row |= {"ranked": prediction is ranking.by, "partners": named}
+                    rows.append(row | _row(tests, prediction, head, depth, len(ranking.heads)))
     return pd.DataFrame(rows), notes
+
+
+def rank(tests: ClaimTests, predicted: Mapping[str, list[Predicted]]) -> tuple[dict[str, Ranking], list[str]]:
+    """Role -> its ranking, in the order of the roles, and notes.
+
+    Where all pairs of heads are composed, a role whose primary is a composition is ranked by that, with the candidates
+    of its partner roles, as far as these are not ranked by a composition themselves. Whoever cannot be ranked by the
+    primary is by the first other prediction that has values and is not exploratory.
+    """
+    found: dict[str, Ranking] = {}
+    for role, predictions in predicted.items():
+        if not composes(predictions[0]):
+            add_ranking(found, role, predictions, [])
+    alone = dict(found)
+    for role, predictions in predicted.items():
+        if composes(predictions[0]):
+            config = predictions[0].config
+            partners = [head for name in config.partners if name in alone for head in alone[name].strongest]
+            composed = dataclasses.replace(predictions[0], values=tests.composed(config, partners))
+            add_ranking(found, role, [composed, *predictions[1:]], partners)
+    notes = [_note(tests, role, predictions[0], found.get(role)) for role, predictions in predicted.items()]
+    return {role: found[role] for role in predicted if role in found}, [note for note in notes if note]
+
+
+def _note(tests: ClaimTests, role: str, primary: Predicted, ranking: Ranking | None) -> str:
+    """Where the primary does not rank the role: why, and what does."""
+    if (ranking is not None and ranking.by.primary) or (ranking is None and not composes(primary)):
+        return ""
+    why = "has no value here"
+    if composes(primary):
+        why = f"composes with {' and '.join(map(spoken, primary.config.partners))} heads, and none is "
+        why += (
+            "a candidate in a layer that it could"
+            if tests.layers
+            else "claimed (analysis=composition takes candidates)"
+        )
+    if ranking is None:
+        return f"no candidates for {spoken(role)}: its primary metric, {primary.config.metric}, {why}"
+    by = ranking.by.config.metric
+    return f"candidates for {spoken(role)} are ranked by {by}: its primary metric, {primary.config.metric}, {why}"
+
+
+def composes(predicted: Predicted) -> bool:
+    """Whether the prediction is about pairs of heads."""
+    return predicted.config.metric in COMPOSITION_METRICS
+
+
+def spoken(role: str) -> str:
+    """A role's name as a person writes it."""
+    return role.replace("_", " ")
+
+
+def add_ranking(found: dict[str, Ranking], role: str, predictions: Sequence[Predicted], partners: list[Head]) -> None:
+    """Rank the role's heads by the first prediction that has a value; nothing is added where none has."""
+    valued = [prediction for prediction in predictions if not np.isnan(prediction.values).all()]
+    by = next((prediction for prediction in valued if not prediction.config.exploratory), None)
+    if by is None:
+        return
+    signed = by.sign * by.values
+    heads = [(int(layer), int(head)) for layer, head in np.argwhere(~np.isnan(signed))]
+    heads.sort(key=lambda head: (-signed[head], head))
+    found[role] = Ranking(by, heads, partners, valued)
 
 
 def _row(
@@ -71,7 +154,7 @@ def _row(
         draws = tests.frame(head, metric).first(tests.model.config.nulls.draws)[metric]
         p_frame = monte_carlo(predicted.sign * value, predicted.sign * draws).p
     return {
-        "metric": predicted.config.metric,
+        "metric": metric,
         "prediction": predicted.config.direction.value,
         "primary": predicted.primary,
         "exploratory": predicted.config.exploratory,
@@ -92,5 +175,5 @@ def _depth(predicted: Predicted, groups: NDArray[np.int64]) -> dict[Head, tuple[
         head = (int(layer), int(index))
         near = depth_reference(signed, head, set(), groups)
         if near is not None:
-            found[head] = reference_counts(near.z, near.reference, near.groups)["p"]
+            found[head] = near.counts()["p"]
     return {head: (found[head], q) for head, q in zip(found, benjamini_hochberg(list(found.values())), strict=True)}

@@ -1,45 +1,33 @@
 """One cell, start to end: skip it if it is done, else compute, record, track; and say what became of it."""
 
 import errno
-import json
 import os
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from filelock import FileLock
+import torch
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ovqk import console
 from ovqk.analyses import analyse
+from ovqk.cache import StructureCache
 from ovqk.checkpoints import Checkpoint, open_checkpoint
 from ovqk.config import Config, TrackingMode
 from ovqk.errors import UserError
+from ovqk.files import cache_folder
 from ovqk.identity import cell_folder, cell_id, identity, resolve, tracking_mode
-from ovqk.record import is_done, read_tracking, write_done, write_failed
+from ovqk.outcomes import Outcome, Outcomes
+from ovqk.progress import layers_of
+from ovqk.record import claim, forget_peak_memory, is_done, write_done, write_failed
 from ovqk.sources import open_weights
 from ovqk.tasks import load_tokenizer
 
-OUTCOME = "outcome.json"
-DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM}
-"""A full, read-only or forbidden disk: a message for the user, and no defect."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a cell; written beside Hydra's files so that the end of a sweep can count."""
-
-    status: Literal["done", "cached", "failed"]
-    model: str
-    task: str
-    analysis: str
-    folder: str | None
-    seconds: float
-    error: str | None = None
+DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+"""A full, read-only or forbidden disk, or a name it does not take: a message for the user, and no defect."""
 
 
 def run_job(config: DictConfig, hydra: Any) -> None:
@@ -49,67 +37,88 @@ def run_job(config: DictConfig, hydra: Any) -> None:
     a defect. In a sweep a failed cell is recorded and returns, so that the others go on.
 
     Raises:
-        SystemExit: a single run met a user's mistake.
+        SystemExit: a single run met a user's mistake, or the machine's limits.
     """
-    sweeping = hydra.mode == RunMode.MULTIRUN
+    if hydra.mode == RunMode.MULTIRUN:
+        _run_in_sweep(config, hydra)
+        return
+    try:
+        outcome = run_cell(resolve(config))
+    except Exception as error:
+        if not (isinstance(error, UserError) or _is_of_machine(error)):
+            raise
+        raise SystemExit(f"ovqk: {_told(error)}") from None
+    if outcome.warning:
+        print(outcome.warning, file=sys.stderr)
+    assert outcome.folder is not None
+    console.print_cell(Path(outcome.folder), cached=outcome.status == "cached")
+
+
+def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
+    """The same as one of many: whatever becomes of it is left for the process that prints the sweep."""
     started = time.perf_counter()
     try:
+        _enter(Path(hydra.runtime.cwd))
         cell = resolve(config)
-        if cell.sweep is None and sweeping:
+        if cell.sweep is None:
             cell.sweep = Path(hydra.sweep.dir).name
-        outcome = run_cell(cell, started)
-    except UserError as error:
-        if not sweeping:
-            raise SystemExit(f"ovqk: {error}") from None
-        outcome = _failed(config, started, str(error))
+        outcome = run_cell(cell, started, alone=runs_here(hydra))
     except Exception as error:
-        if not sweeping and (isinstance(error, MemoryError) or getattr(error, "errno", None) in DISK):
-            raise SystemExit(f"ovqk: {type(error).__name__}: {error}") from None
-        if not sweeping:
-            raise
-        outcome = _failed(config, started, f"{type(error).__name__}: {error}")
-    if sweeping:
-        output = Path(hydra.runtime.output_dir)
-        (output / OUTCOME).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
-        console.print_cell_line(outcome, hydra.job.num, _expected(Path(hydra.sweep.dir)))
-    elif outcome.folder is not None:
-        console.print_cell(Path(outcome.folder), cached=outcome.status == "cached")
+        seconds = time.perf_counter() - started
+        trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
+        outcome = Outcome("failed", *_names(config), None, seconds, error=_told(error), traceback=trace or None)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # of a cell that ran out of memory
+    Outcomes(Path(hydra.sweep.dir)).add(hydra.job.num, outcome)
 
 
-def run_cell(cell: Config, started: float | None = None) -> Outcome:
+def runs_here(hydra: Any) -> bool:
+    """Whether the launcher runs the cells of a sweep in the process that was started, one after the other."""
+    return bool(hydra.launcher._target_.endswith(".BasicLauncher"))
+
+
+def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> Outcome:
     """Compute, record and track one resolved cell, unless it is done.
+
+    Args:
+        cell: the resolved choice.
+        started: when work on it began (time.perf_counter); now unless given.
+        alone: no other process computes for this terminal.
 
     Raises:
         UserError: the cell cannot be computed as asked; where its id was known, its record says so.
     """
     started = time.perf_counter() if started is None else started
     mode = tracking_mode(cell, os.environ.get("WANDB_MODE"))
-    check_results_dir(Path(cell.results_dir))
+    results_dir = Path(cell.results_dir)
+    check_results_dir(results_dir)
     checkpoint = open_checkpoint(cell.model, cell.hub_timeout)
     content = identity(cell, checkpoint.digest)
     identifier = cell_id(content)
     folder = cell_folder(cell, identifier)
-    locks = Path(cell.results_dir) / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{identifier}.lock"):
+    with claim(results_dir, identifier):
         cached = is_done(folder) and not cell.force
         if not cached:
             try:
-                compute(cell, checkpoint, content, identifier, folder, started)
+                compute(cell, checkpoint, content, identifier, folder, started, alone)
             except Exception as error:
-                shown = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                defect = not isinstance(error, UserError)
-                write_failed(folder, cell, identifier, shown, _portable(traceback.format_exc()) if defect else "")
+                trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
+                if not is_done(folder):  # with force=true: what was done before stands
+                    write_failed(folder, cell, identifier, _told(error), trace)
                 raise
-        if mode is not TrackingMode.none and (not cached or read_tracking(folder)["status"] != "done"):
-            from ovqk.tracking import track_cell
-
-            warning = track_cell(folder, Path(cell.results_dir), mode, cell.tracking.project, cell.tracking.entity)
-            if warning:
-                print(f"warning: W&B: {warning}", file=sys.stderr)
+        warning = None if mode is TrackingMode.none else _track(cell, folder, mode)
     seconds = time.perf_counter() - started
-    status: Literal["done", "cached"] = "cached" if cached else "done"
-    return Outcome(status, cell.model.name, cell.task.name, cell.analysis.name, str(folder), seconds)
+    names = cell.model.name, cell.task.name, cell.analysis.name
+    return Outcome("cached" if cached else "done", *names, str(folder), seconds, warning=warning)
+
+
+def _track(cell: Config, folder: Path, mode: TrackingMode) -> str | None:
+    from ovqk.tracking import needs_tracking, track_cell
+
+    if not needs_tracking(folder):
+        return None
+    warning = track_cell(folder, Path(cell.results_dir), mode, cell.tracking.project, cell.tracking.entity)
+    return warning and f"warning: W&B: {warning}"
 
 
 def compute(
@@ -119,18 +128,31 @@ def compute(
     identifier: str,
     folder: Path,
     started: float,
+    alone: bool = True,
 ) -> None:
     """Decompose the model's heads and write the record.
 
     Raises:
         UserError: the checkpoint or the task does not allow it.
     """
+    forget_peak_memory()
     source = open_weights(checkpoint, cell.model)
     tokenizer = load_tokenizer(checkpoint)
     n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
-    analysis = analyse(source, tokenizer, n_tokens, checkpoint.label, cell)
+    with layers_of(f"{cell.model.name} / {cell.task.name} / {cell.analysis.name}", alone) as layers:
+        analysis = analyse(
+            source, tokenizer, n_tokens, checkpoint.label, cell, layers, structure_cache(cell, checkpoint)
+        )
     seconds = time.perf_counter() - started
     write_done(folder, cell, content, identifier, checkpoint, source.loaded_by, analysis, seconds)
+
+
+def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | None:
+    """Where the cell shares what depends on no task; None with `cache=false`."""
+    if not cell.cache:
+        return None
+    folder = cache_folder() if cell.cache_dir is None else Path(cell.cache_dir).expanduser()
+    return StructureCache(folder, cell.cache_gb, checkpoint.digest)
 
 
 def check_results_dir(path: Path) -> None:
@@ -139,24 +161,52 @@ def check_results_dir(path: Path) -> None:
     Raises:
         UserError: a file stands where the folder, or one above it, should be, or it cannot be written.
     """
-    for place in (path, *path.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise UserError(f"results_dir={path}: {place} is a file, not a folder.")
-            if not os.access(place, os.W_OK):
-                raise UserError(f"results_dir={path}: {place} cannot be written.")
-            return
+    try:
+        place = next(place for place in (path, *path.parents) if place.exists())
+    except OSError as error:
+        raise UserError(f"results_dir={path}: {error.strerror}.") from error
+    if not place.is_dir():
+        raise UserError(f"results_dir={path}: {place} is a file, not a folder.")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"results_dir={path}: {place} cannot be written.")
 
 
-def _failed(config: DictConfig, started: float, error: str) -> Outcome:
+def _enter(call: Path) -> None:
+    """Go to the folder of the call, where relative paths mean what was typed; a worker may have started elsewhere.
+
+    Raises:
+        UserError: this machine does not have it.
+    """
+    try:
+        os.chdir(call)
+    except OSError as error:
+        raise UserError(
+            f"{call}: the folder of the call cannot be entered on this machine ({error.strerror}); the machines of a "
+            "cluster need it in common."
+        ) from error
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _is_of_machine(error: Exception) -> bool:
+    """Whether memory or the disk said no, which is no defect."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return getattr(error, "errno", None) in DISK or "can't allocate memory" in str(error)  # the latter is PyTorch's
+
+
+def _names(config: DictConfig) -> tuple[str, str, str]:
+    """Model, task and analysis as far as a choice that failed has them."""
+
     def name(group: str) -> str:
         try:
             return str(config[group].name)
         except Exception:
             return "local" if group == "model" else "?"
 
-    seconds = time.perf_counter() - started
-    return Outcome("failed", name("model"), name("task"), name("analysis"), None, seconds, error)
+    return name("model"), name("task"), name("analysis")
 
 
 def _portable(text: str) -> str:
@@ -164,10 +214,3 @@ def _portable(text: str) -> str:
     for place, name in ((str(Path(__file__).parents[1]), "."), (sys.prefix, "<python>"), (sys.base_prefix, "<python>")):
         text = text.replace(place, name)
     return text
-
-
-def _expected(sweep_dir: Path) -> int | None:
-    try:
-        return int(json.loads((sweep_dir / "expected.json").read_text(encoding="utf-8"))["cells"])
-    except (OSError, ValueError, KeyError):
-        return None

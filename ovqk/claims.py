@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from ovqk.config import ModelConfig, PredictionConfig, TaskConfig
+from ovqk.config import ClaimsConfig, ModelConfig, PredictionConfig, Source, TaskConfig
 from ovqk.errors import UserError
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.weights import Architecture
@@ -22,6 +22,7 @@ class Claims:
         roles: role -> claimed heads, in the order of the source.
         predictions: role -> predictions, the primary first.
         reliability: `published`, `measured`, or `unreliable` (which excludes no one from the nulls).
+        of: the model that the heads are of.
     """
 
     source: str
@@ -29,6 +30,7 @@ class Claims:
     note: str | None
     roles: dict[str, list[Head]]
     predictions: dict[str, list[PredictionConfig]]
+    of: str = ""
 
     @property
     def heads(self) -> set[Head]:
@@ -39,13 +41,15 @@ class Claims:
 def resolve_claims(task: TaskConfig, model: ModelConfig, architecture: Architecture) -> Claims | str:
     """The claims that apply, or the reason why none do.
 
-    A head list serves the model it was published for and no other, unless `model.claims` names it.
+    A head list serves the model it was published for and no other. A local checkpoint may be a copy of that model:
+    `model.claims` says of which, and it must have as many layers and heads.
 
     Raises:
-        UserError: a claim names a head or role that does not exist, a prediction an unknown metric, or
-            `model.claims` a list that the task does not hold for a model that is not its own.
+        UserError: `model.claims` is another model's list, or one that the task does not hold; a claim names a head or
+            role that does not exist or no head at all, a prediction an unknown metric.
     """
     check_roles(task)
+    check_borrowing(model)
     if not task.claims:
         return f"task {task.name} claims no heads"
     if model.claims is None:
@@ -61,15 +65,47 @@ def resolve_claims(task: TaskConfig, model: ModelConfig, architecture: Architect
     key = f"task.claims.{model.claims}"
     if config.reliability not in RELIABILITIES:
         raise UserError(f"{key}.reliability={config.reliability}: allowed: {', '.join(RELIABILITIES)}.")
+    check_shape(config, model.claims, architecture)
     roles = {}
     for role, names in config.roles.items():
         if role not in task.roles:
             raise UserError(f"{key}.roles: unknown role '{role}'; task {task.name} knows {', '.join(task.roles)}.")
+        if not names:
+            raise UserError(f"{key}.roles.{role}: names no head; leave the role out where it has none.")
         roles[role] = [parse_head(name, f"{key}.roles.{role}", architecture) for name in names]
         if len(set(roles[role])) != len(roles[role]):
             raise UserError(f"{key}.roles.{role}: a head is named twice in {', '.join(map(str, names))}.")
     predictions = {role: list(task.roles[role].predictions) for role in roles}
-    return Claims(config.source, config.reliability, config.note, roles, predictions)
+    return Claims(config.source, config.reliability, config.note, roles, predictions, model.claims)
+
+
+def check_borrowing(model: ModelConfig) -> None:
+    """Only a local checkpoint may be judged by claims that do not bear its own name.
+
+    Raises:
+        UserError: another model is.
+    """
+    if model.source is not Source.local and model.claims not in (None, model.name):
+        raise UserError(
+            f"model.claims={model.claims}: these are the heads of {model.claims} and say nothing of {model.name}; "
+            f"allowed: {model.name}, null. A copy of {model.claims} is model=local model.path=PATH "
+            f"model.claims={model.claims}."
+        )
+
+
+def check_shape(config: ClaimsConfig, name: str, architecture: Architecture) -> None:
+    """The model has as many layers and heads as the one that the heads are of, where the claims tell.
+
+    Raises:
+        UserError: it has not.
+    """
+    found = [architecture.n_layers, architecture.n_heads]
+    if config.shape and list(config.shape) != found:
+        layers, *heads = config.shape
+        raise UserError(
+            f"model.claims={name}: these are heads of a model of {layers} layers of {', '.join(map(str, heads))} heads "
+            f"(task.claims.{name}.shape); this one has {found[0]} layers of {found[1]} heads and is no copy of it."
+        )
 
 
 def parse_head(name: object, key: str, architecture: Architecture) -> Head:

@@ -141,7 +141,8 @@ def matching(
     0 where sum |lambda| is below 1e-6 of |R_r| |R_s| |L_s| |G L_r|, which bounds it: the pair does not compose.
 
     Args:
-        gram: G = E^T C E of the embeddings that both heads are taken to see (`block0` where the model has MLPs).
+        gram: G = E^T C E of the embeddings that both heads are taken to see: `block0` where the model has MLPs, plain
+            ones where it has none (`testing.matching_grams`).
         first_gram: W_E^T C E for senders of layer 0, which read plain embeddings; as `gram` where None. Where layer 0
             turns tokens around, `gram` would give these senders the wrong sign.
     """

@@ -6,11 +6,13 @@ wrong type is refused before any work is done.
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
@@ -78,7 +80,7 @@ class ModelConfig:
     checkpoints: str | None = None
     """`hub`: the revisions that hold the steps of training, with `{checkpoint}` for the step."""
     claims: str | None = None
-    """The model whose claimed heads apply; none unless named."""
+    """The model whose claimed heads apply; none unless named. `local`: any, of which the checkpoint is a copy."""
     n_ctx: int | None = None
     """Context length, where the checkpoint does not tell."""
     causal: bool | None = None
@@ -132,6 +134,8 @@ class ClaimsConfig:
     """`published`, `measured` (by a script of this repository) or `unreliable`."""
     roles: dict[str, list[Any]] = field(default_factory=dict)
     """Not list[str]: an unquoted 9.10 must be refused and not become "9.1"."""
+    shape: list[int] = field(default_factory=list)
+    """[layers, heads of a layer] of the model; a copy of another shape is refused. Empty: not checked."""
     evidence: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str | None = None
 
@@ -203,6 +207,11 @@ class Config:
     device: str = "cpu"
     """`cpu`, `cuda` or `auto`."""
     hub_timeout: float = 60.0
+    cache: bool = True
+    """Keep what of a model depends on no task, for cells of other tasks."""
+    cache_dir: str | None = None
+    """The user's cache folder unless set."""
+    cache_gb: float = 5.0
     """Seconds before an unanswered request to the hub is given up."""
 
 
@@ -230,6 +239,43 @@ def check_keys(arguments: Iterable[str]) -> None:
                 raise SystemExit(f"ovqk: {match[1]}: no such key.{hint} Allowed{scope}: {', '.join(sorted(allowed))}.")
             inner = allowed[part]
             place = inner if isinstance(inner, type) else object
+
+
+def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
+    """What Hydra or OmegaConf says of a mistaken choice: the key, what was wrong with it and what is allowed.
+
+    Args:
+        error: the error, with what caused it.
+        folders: where the config files are, for the place of a mistake in a file.
+    """
+    lines = [line for e in (error, error.__cause__) if e is not None for line in str(e).splitlines()]
+    found = [match for line in lines if (match := re.fullmatch(r"\s*(\w+)[:=] ?(.*)", line))]
+    facts = {match[1]: match[2] for match in found if match[1] in ("full_key", "object_type", "reference_type")}
+    told = list(dict.fromkeys(line for line in lines if line.lstrip().split("=")[0].split(":")[0] not in facts))
+    if "full_key" not in facts:
+        return told
+    key, schema = facts["full_key"], globals().get(facts.get("object_type", ""))
+    what = next((line for line in told if line.startswith(("Invalid value ", "Value ", "Key "))), told[-1])
+    value = re.match(r"(?:Invalid value|Value) '(.*?)'", what)
+    if what.startswith("Key ") and is_dataclass(schema):
+        what = f"no such key; allowed: {', '.join(field.name for field in fields(schema))}"
+    if match := re.match(r"Error merging override (([^=]*)=.*)", told[0]):
+        return [f"{match[1]}: {what}" + ("" if re.sub(r"\[(\d+)\]", r".\1", key) == match[2] else f" ({key})")]
+    if match := re.match(r"In '([^']+)'", told[0]):
+        files = [path for folder in folders if (path := folder / f"{match[1]}.yaml").is_file()]
+        places = _places(yaml.safe_load(files[0].read_text("utf-8")), key, value and value[1]) if files else []
+        return [f"{match[1]}.yaml: {', '.join(places) or key}: {what}"]
+    return [f"{key}: {what}"]
+
+
+def _places(content: Any, key: str, value: str | None, at: str = "") -> Iterator[str]:
+    """Where a file holds this value (any, where None) under a key that ends so."""
+    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, inner in pairs:
+        place = f"{at}.{name}".lstrip(".")
+        if f".{place}".endswith(f".{key.split('.')[-1]}") and value in (None, str(inner)):
+            yield place
+        yield from _places(inner, key, value, place)
 
 
 def register() -> None:

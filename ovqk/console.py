@@ -9,17 +9,23 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from ovqk import comparison
 from ovqk.availability import NOT_APPLICABLE
 from ovqk.directions import describe
+from ovqk.outcomes import Outcome
 from ovqk.record import read_record, read_tracking
 from ovqk.results import load_table
 
 STYLES = {"corroborated": "green", "partial": "yellow", "contradicted": "red", "unsupported": "magenta"}
+ARROWS = {"high": "↑", "low": "↓"}
 SHOWN_CANDIDATES = 3  # of each role
+SHOWN_PAIRS = 5  # of heads, of each kind of composition
+SHOWN_TOKENS = 4  # on each side of a component
+SHOWN_MISSING = 20  # cells of a sweep
 MIN_WIDTH = 150  # of tables where the output is no terminal
 
 RESIDUAL_COLUMNS = (
@@ -58,12 +64,12 @@ def print_cell(folder: Path, cached: bool) -> None:
         out.print(layer_table(heads))
         _print_candidates(out, folder)
     else:
-        note = f" - {record['claims']['note']}" if "note" in record["claims"] else ""
-        out.print(f"Claims: {record['claims']['source']} ({record['claims']['reliability']}){note}\n")
+        out.print(f"{claims_line(record['claims'], record['model'])}\n")
         out.print(verdict_table(heads, verdicts))
         for line in reasons(verdicts):
             out.print(line, style="dim")
         _print_directions(out, folder, verdicts)
+    _print_pairs(out, folder)
     for reason, names in grouped(record["unavailable"]).items():
         if reason.startswith(NOT_APPLICABLE):
             continue
@@ -71,23 +77,85 @@ def print_cell(folder: Path, cached: bool) -> None:
         out.print(f"unavailable ({reason}): {shown}", style="dim", soft_wrap=True)
     for note in record["notes"]:
         out.print(f"note: {note}", style="dim", soft_wrap=True)
-    for name, words in record["words"]["dropped"].items():
-        if words:
-            out.print(f"{len(words)} words of '{name}' are not one token here and were left out", style="dim")
+    for name, dropped in record["words"]["reasons"].items():
+        for reason, words in grouped(dropped).items():
+            counted = f"{len(words)} words are" if len(words) > 1 else "1 word is"
+            out.print(f"of '{name}', {counted} left out: {reason}", style="dim")
     _print_places(out, folder, record)
 
 
+def claims_line(claims: Mapping[str, str], model: str) -> str:
+    """Whose heads are judged, and who says so."""
+    of = "Claims" if claims["of"] == model else f"Claims of {claims['of']}, applied to {model}"
+    note = f" - {claims['note']}" if "note" in claims else ""
+    return f"{of}: {claims['source']} ({claims['reliability']}){note}"
+
+
 def _print_directions(out: Console, folder: Path, verdicts: pd.DataFrame) -> None:
-    """What the leading singular component of each circuit of the claimed heads reads and writes."""
+    """What the leading singular and eigen component of each circuit of the claimed heads read and write."""
     table = load_table(folder, "directions")
     if table is None or not len(table):
         return
-    table = table[(table["kind"] == "singular") & (table["component"] == 0)]
+    table = table[table["component"] == 0]
     claimed = verdicts[verdicts["kind"] == "head"][["layer", "head"]].astype(int).drop_duplicates()
-    out.print("\nLeading singular components (all of them, and the eigen components: directions.parquet)", style="dim")
+    out.print("\nLeading singular and eigen components (the next ones: directions.parquet)", style="dim")
     for layer, head in claimed.to_numpy().tolist():
-        for line in describe(table, layer, head, shown=4):
+        for line in describe(table, layer, head, shown=SHOWN_TOKENS):
             out.print(Text(f"  {layer}.{head}  {line}", style="dim"), soft_wrap=True)
+
+
+def _print_pairs(out: Console, folder: Path) -> None:
+    """The strongest compositions and virtual heads, where all pairs of heads were composed."""
+    virtual, composition = load_table(folder, "virtual_heads"), load_table(folder, "composition")
+    if virtual is None or composition is None:
+        return
+    out.print("\nStrongest compositions (more of them: composition.parquet)\n")
+    out.print(pair_table(composition))
+    out.print(
+        "above random: score less what iid weights score. in layer: percentile of the sender in its layer. matching: "
+        "1 where the receiver looks for its own token moved by the sender (K).",
+        style="dim",
+    )
+    out.print("\nStrongest virtual heads (more of them: virtual_heads.parquet)\n")
+    out.print(virtual_table(virtual))
+    out.print(
+        "share: of what the receiver's values read of all earlier heads. OV copying: of what the two write together.",
+        style="dim",
+    )
+
+
+def pair_table(composition: pd.DataFrame) -> Table:
+    """The strongest pairs of each mode, by score."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("composition", "sender", "receiver", "score", "above random", "in layer", "matching"):
+        table.add_column(title, justify="left" if title == "composition" else "right")
+    for mode, rows in composition.groupby("mode", sort=False):
+        for place, row in enumerate(rows.nlargest(SHOWN_PAIRS, "score").to_dict("records")):
+            table.add_row(
+                f"{str(mode).upper()}" if not place else "",
+                *_pair(row),
+                _number(row["score"], digits=3),
+                _number(row["score_above_random"], digits=3),
+                _percent(row["percentile"]),
+                _number(row["matching"]),
+            )
+    return table
+
+
+def virtual_table(virtual: pd.DataFrame) -> Table:
+    """The virtual heads of the strongest V pairs."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("sender", "receiver", "score", "share", "OV copying"):
+        table.add_column(title, justify="right")
+    for row in virtual.nlargest(SHOWN_PAIRS, "score").to_dict("records"):
+        numbers = (_number(row["score"], digits=3), _percent(row["frobenius_share"]), _number(row["ov_copying"]))
+        table.add_row(*_pair(row), *numbers)
+    return table
+
+
+def _pair(row: Mapping[Any, Any]) -> tuple[str, str]:
+    sender, receiver = (f"{row[f'{side}_layer']}.{row[f'{side}_head']}" for side in ("sender", "receiver"))
+    return sender, receiver
 
 
 def _print_candidates(out: Console, folder: Path) -> None:
@@ -95,28 +163,40 @@ def _print_candidates(out: Console, folder: Path) -> None:
     found = load_table(folder, "candidates")
     if found is None or not len(found):
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("candidates for", "metric", "head", "value", "in layer", "q nearby", "p frame, all"):
-        table.add_column(title, justify="left" if title in ("candidates for", "metric") else "right")
-    for row in found[found["primary"] & (found["rank"] <= SHOWN_CANDIDATES)].to_dict("records"):
-        first = row["rank"] == 1
-        arrow = {"high": "↑", "low": "↓"}[row["prediction"]]
-        table.add_row(
-            row["role"].replace("_", " ") if first else "",
-            f"{row['metric']} {arrow}" if first else "",
-            f"{row['layer']}.{row['head']}",
-            _number(row["value"]),
-            _percent(row["percentile"]),
-            _number(row["q_depth"], digits=3),
-            _number(row["p_frame_all"], digits=3),
-        )
     out.print("\nCandidates, not verdicts: the heads are chosen for being the strongest.\n")
-    out.print(table)
+    out.print(candidate_table(found))
     out.print(
+        "in layer: share of the layer's other heads that are lower; where ↓ is predicted, 0% is the strongest. "
         "q nearby: against heads of nearby layers, corrected over all heads. p frame, all: against heads of the same "
         "spectrum, times the number of heads.",
         style="dim",
     )
+
+
+def candidate_table(candidates: pd.DataFrame) -> Table:
+    """The strongest candidates; roles that the same heads stand for by the same metric are one."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("candidates for", "ranked by", "head", "value", "in layer", "q nearby", "p frame, all"):
+        table.add_column(title, justify="left" if title in ("candidates for", "ranked by") else "right")
+    shown = candidates[candidates["ranked"] & (candidates["rank"] <= SHOWN_CANDIDATES)]
+    same: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
+    for role, rows in shown.groupby("role", sort=False):
+        key = tuple(rows[["metric", "prediction", "partners", "layer", "head"]].itertuples(index=False, name=None))
+        same.setdefault(key, []).append(str(role))
+    for roles in same.values():
+        for place, row in enumerate(shown[shown["role"] == roles[0]].to_dict("records")):
+            by = f"{row['metric']} {ARROWS[row['prediction']]}"
+            by += f" with {row['partners']}" if row["partners"] else ""
+            table.add_row(
+                ", ".join(role.replace("_", " ") for role in roles) if not place else "",
+                by + ("" if row["primary"] else " (not its primary)") if not place else "",
+                f"{row['layer']}.{row['head']}",
+                _number(row["value"]),
+                _percent(row["percentile"]),
+                _number(row["q_depth"], digits=3),
+                _number(row["p_frame_all"], digits=3),
+            )
+    return table
 
 
 def shown_columns(heads: pd.DataFrame) -> list[tuple[str, str]]:
@@ -146,11 +226,11 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
         if not is_role:
             head = (int(row["layer"]), int(row["head"]))
             values = [_number(indexed.at[head, name]) for _, name in columns]
-        arrow = {"high": "↑", "low": "↓"}.get(row["prediction"] or "", "")
+        primary = f"{row['primary']} {ARROWS[row['prediction']]}" if isinstance(row["primary"], str) else ""
         verdict = row["verdict"] + (f" ({row['flags']})" if row["flags"] else "")
         if is_role:
             name = Text(row["role"].replace("_", " "), style="bold")
-            name.append(f": {row['primary']} {arrow}" if row["primary"] else "", style="dim")
+            name.append(f": {primary}" if primary else "", style="dim")
         else:
             name = Text(f"  {int(row['layer'])}.{int(row['head'])}")
         table.add_row(
@@ -173,19 +253,20 @@ def reasons(verdicts: pd.DataFrame) -> Iterable[str]:
     )
     yield (
         "primary: value of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). "
-        "percentile: among unclaimed heads of the layer."
+        "percentile: among unclaimed heads of the layer; where ↓ is predicted, 0% is the strongest."
     )
     yield (
         "q: the largest corrected p under the nulls that count (named in verdicts.parquet): other heads, heads of the "
-        "same spectrum, other words. partial (consistent): only heads of the same spectrum are beaten."
+        "same spectrum, other words. partial (consistent): only heads of the same spectrum are beaten; contradicted "
+        "(frame): only they are, the other way."
     )
     untested = verdicts[verdicts["reason"] != ""]
-    for reason, rows in untested.groupby("reason", sort=False):
+    for (verdict, reason), rows in untested.groupby(["verdict", "reason"], sort=False):
         names = [
             row["role"].replace("_", " ") if row["kind"] == "role" else f"{int(row['layer'])}.{int(row['head'])}"
             for row in rows.to_dict("records")
         ]
-        yield f"{rows['verdict'].iloc[0]} ({', '.join(names)}): {reason}"
+        yield f"{verdict} ({', '.join(dict.fromkeys(names))}): {reason}"
 
 
 def layer_table(heads: pd.DataFrame) -> Table:
@@ -218,8 +299,12 @@ def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None
     model = f"model={chosen['name']}"
     if chosen["source"] == "local":
         model = f"model=local {shlex.quote('model.path=' + chosen['path'])}"
+        model += f" model.claims={chosen['claims']}" if chosen["claims"] else ""
+    table = "composition" if "virtual_heads" in record["tables"] else "heads"
     out.print(f"   {_python()} run.py -m {model} task=ioi,sva,induction analysis=b03,qk", soft_wrap=True)
-    out.print(f"   {_python()} -c \"import ovqk; print(ovqk.load_results('{results_dir}')['heads'])\"", soft_wrap=True)
+    out.print(
+        f"   {_python()} -c \"import ovqk; print(ovqk.load_results('{results_dir}')['{table}'])\"", soft_wrap=True
+    )
     if sync:
         out.print(sync, soft_wrap=True)
 
@@ -230,38 +315,88 @@ def _python() -> str:
     return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else "python"
 
 
-def print_cell_line(outcome: Any, number: int, expected: int | None) -> None:
-    """One line for a cell of a sweep, as it ends."""
-    count = f"[{number + 1}/{expected}]" if expected else f"[{number + 1}]"
-    name = f"{outcome.model} / {outcome.task} / {outcome.analysis}"
+def print_cell_line(name: str, outcome: Outcome, ended: int, expected: int | None, seconds_left: float | None) -> None:
+    """One line for a cell of a sweep, as it ends: how many have, what became of it, its time, and what is left."""
+    count = f"[{ended}/{expected}]" if expected else f"[{ended}]"
     style = {"done": "green", "cached": "dim", "failed": "red"}[outcome.status]
     line = Text(f"{count} {name}  ")
     line.append(outcome.status, style=style)
     line.append(f"  {outcome.seconds:.1f} s")
+    if seconds_left is not None:
+        line.append(f"  (about {duration(seconds_left)} left)", style="dim")
     if outcome.error:
         line.append(f"  {outcome.error}")
     _console().print(line, soft_wrap=True)
+    if outcome.warning:
+        Console(stderr=True, highlight=False).print(Text(outcome.warning), soft_wrap=True)
 
 
-def print_sweep(outcomes: Sequence[Mapping[str, Any]], expected: int | None, results_dir: Path) -> None:
-    """The comparison over the sweep's cells, then done / cached / failed / missing with the messages."""
+def progress_console() -> Console:
+    """Where the progress of a cell is shown: results alone go to the output."""
+    return Console(stderr=True, highlight=False)
+
+
+def layer_bar(out: Console) -> Progress:
+    """A bar over a cell's layers, gone when it is done."""
+    columns = TextColumn("{task.description}: layer"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn()
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=out, transient=True)
+
+
+def print_layers(name: str, done: int, count: int, seconds: float) -> None:
+    """The same as a line, for a log."""
+    left = duration(seconds * (count - done) / done)
+    line = f"{name}: {done} of {count} layers in {duration(seconds)}, about {left} left"
+    progress_console().print(line, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def print_sweep(
+    outcomes: Mapping[int, Outcome],
+    expected: Sequence[Sequence[str]] | None,
+    details: Mapping[int, str],
+    results_dir: Path,
+) -> None:
+    """The comparison over the sweep's cells, then done / cached / failed / missing with the messages.
+
+    Args:
+        outcomes: of the cells that ended, by number.
+        expected: the overrides of every cell.
+        details: what tells cells of one model, task and analysis apart.
+        results_dir: where the results are.
+    """
     out = _console()
-    folders = [Path(outcome["folder"]) for outcome in outcomes if outcome["folder"]]
+    ended = list(outcomes.values())
+    folders = [Path(outcome.folder) for outcome in ended if outcome.folder]
     if folders:
         claimed = role_table(folders)
         out.print("\n[bold]By role[/bold] (depth: mean over its heads, 0 the first layer and 1 the last)\n")
         out.print(claimed if claimed.row_count else Text("none of these models has claimed heads here", style="dim"))
-    if len({outcome["model"] for outcome in outcomes if outcome["folder"]}) > 1:
+    if len({outcome.model for outcome in ended if outcome.folder}) > 1:
         out.print("\n[bold]By relative depth[/bold]\n")
         out.print(depth_table(folders))
-    counts = {status: sum(o["status"] == status for o in outcomes) for status in ("done", "cached", "failed")}
-    missing = max(0, (expected or 0) - len(outcomes))
-    done = ", ".join(f"{n} {status}" for status, n in counts.items())
-    out.print(f"\n{done}, {missing} missing; results in {results_dir}", soft_wrap=True)
-    for outcome in outcomes:
-        if outcome["status"] == "failed":
-            name = f"{outcome['model']} / {outcome['task']} / {outcome['analysis']}"
-            out.print(Text(f"failed: {name}: {outcome['error']}", style="red"), soft_wrap=True)
+    missing = [cell for number, cell in enumerate(expected or []) if number not in outcomes]
+    counts = [f"{sum(o.status == status for o in ended)} {status}" for status in ("done", "cached", "failed")]
+    out.print(f"\n{', '.join(counts)}, {len(missing)} missing; results in {results_dir}", soft_wrap=True)
+    for number, outcome in outcomes.items():
+        if outcome.status == "failed":
+            name = " ".join(filter(None, (outcome.name, details.get(number))))
+            out.print(Text(f"failed: {name}: {outcome.error}", style="red"), soft_wrap=True)
+    for cell in missing[:SHOWN_MISSING]:
+        out.print(Text(f"missing: {' '.join(cell)}", style="red"), soft_wrap=True)
+    if missing:
+        more = f" ({len(missing) - SHOWN_MISSING} more)" if len(missing) > SHOWN_MISSING else ""
+        out.print(f"missing{more}: stopped by the system, or never started. The same command computes them.")
+    untracked = sum(outcome.warning is not None for outcome in ended)
+    if untracked:
+        command = f"{_python()} -m ovqk.tracking {shlex.quote(str(results_dir))}"
+        out.print(f"{untracked} not tracked by W&B; later: {command}", soft_wrap=True)
 
 
 def role_table(folders: Sequence[Path]) -> Table:

@@ -16,11 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from ovqk.config import Config, Source, TrackingMode
 from ovqk.errors import UserError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Bumped when a number may change: cells of another version are computed again."""
 
 CIRCUITS = ("ov", "qk")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+RESERVED = "wandb"  # W&B's folder beside those of the models
+REPOSITORY = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*")
+REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -46,8 +49,9 @@ def resolve(config: DictConfig) -> Config:
         raise UserError(f"{missing[0]}: not set, and it has no default.")
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, Config)
+    typed = _at_checkpoint(typed)
     _check(typed)
-    return _at_checkpoint(typed)
+    return typed
 
 
 def _at_checkpoint(config: Config) -> Config:
@@ -77,6 +81,12 @@ def _check(config: Config) -> None:
                 f"{key}={label!r}: allowed are up to 100 letters, digits, '.', '_', '+' and '-', the first a letter or "
                 "digit; it names a folder."
             )
+    if config.model.name == RESERVED:
+        raise UserError(f"model.name={RESERVED}: W&B's own folder has that name; choose another.")
+    if config.model.repo is not None and not REPOSITORY.fullmatch(config.model.repo):
+        raise UserError(f"model.repo={config.model.repo!r}: must be OWNER/NAME.")
+    if not REVISION.fullmatch(config.model.revision):
+        raise UserError(f"model.revision={config.model.revision!r}: must be a branch, a tag or a commit.")
     circuits = config.analysis.circuits
     if not circuits or len(set(circuits)) != len(circuits) or not set(circuits) <= set(CIRCUITS):
         raise UserError(f"analysis.circuits={circuits}: allowed are {', '.join(CIRCUITS)}, each once.")
@@ -91,6 +101,10 @@ def _check(config: Config) -> None:
     if not 1 <= config.nulls.draws <= 1_000_000:
         raise UserError(
             f"nulls.draws={config.nulls.draws}: must be in 1 .. 1000000 (p cannot fall below 1 / (1 + draws))."
+        )
+    if not config.cache_gb > 0:
+        raise UserError(
+            f"cache_gb={config.cache_gb}: must be a positive number of gigabytes; cache=false keeps nothing."
         )
     if config.hub_timeout <= 0:
         raise UserError(f"hub_timeout={config.hub_timeout}: must be a positive number of seconds.")

@@ -143,6 +143,7 @@ _METRICS = [
     _metric("ov_task_suppress", "OV suppression score (top 5)", "share of t with its own logit in the top 5 under -W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022"),
     _metric("ov_task_transfer", "OV number transfer", "a W_OV b^T / sigma_1", -1.0, 1.0, {"unembedding", "task"}, 0.0),
     _metric("ov_task_read", "OV reads the contrast", "d |a W_OV|^2 / |W_OV|_F^2", 0.0, None, {"embedding", "task"}, 1.0),
+    _metric("ov_read_alignment", "OV reads the task subspace", "|P_r W_OV|_F^2 / |W_OV|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
     _metric("ov_task_alignment", "OV writes the task subspace", "|W_OV P_w|_F^2 / |W_OV|_F^2 / (r/d)", 0.0, None, {"unembedding", "task"}, 1.0),
     _metric("ov_top_alignment", "OV top direction in the task subspace", "|P_w v_1|^2 / (r/d)", 0.0, None, {"unembedding", "task"}, 1.0),
     _metric("qk_task_auc", "QK matches its own task token", "mean_t share of u with L_tu < L_tt, L = e W_QK e^T, columns centred", 0.0, 1.0, {"embedding", "task"}, 0.5),

@@ -1,6 +1,8 @@
 """A model as one cell sees it: what is read once and shared by all layers, and one layer at a time."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -13,17 +15,26 @@ from ovqk.composition import Grams
 from ovqk.config import Config, Processing
 from ovqk.devices import resolve_device, to_device
 from ovqk.directions import Directions
-from ovqk.heads import Circuit, Factors, ov_factors, qk_factors, scores
+from ovqk.heads import Circuit, Factors, key_side, ov_factors, qk_factors, query_side, scores
 from ovqk.metrics import METRICS
 from ovqk.readouts import EffectiveRows, HeadMaps, Readout, Scorer
 from ovqk.tasks import TaskTokens, resolve_task
 from ovqk.vocabulary import ACTIVATIONS, Block0, Vocabulary, read_vocabulary
-from ovqk.weights import Architecture, WeightSource, fold_embeddings, fold_layer, fold_mlp, fold_reads
+from ovqk.weights import (
+    Architecture,
+    LayerWeights,
+    Rows,
+    WeightSource,
+    fold_embeddings,
+    fold_layer,
+    fold_mlp,
+    fold_reads,
+)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is read once per model and task, and shared by its layers.
+    """What is read once per model and task, and shared by its layers; the large parts when first asked for.
 
     Attributes:
         vocabulary: folded; for readouts and shares. None where the checkpoint holds no embedding.
@@ -38,16 +49,10 @@ class Model:
     tokens: TaskTokens
     vocabulary: Vocabulary | None
     spectral_vocabulary: Vocabulary | None
-    token_moments: tuple[positions.Moments, positions.Moments] | None
-    """Of plain and of normalised embedding rows (the second is used under rotary positions)."""
     W_pos: Float[Tensor, "n_ctx d_model"] | None
-    position_moments: positions.Moments | None
     block0: Block0 | str
-    block0_grams: tuple[Tensor | None, Tensor | None, Tensor | None]
-    """E^T C E, W_U C E and W_E^T C E of the block0 embeddings E, each [d_model, d_model]."""
     readout: Readout | None
-    directions: Directions | None
-    """None where there is no token to read out, or none is asked for."""
+    tokenizer: Tokenizer | None
     unavailable: dict[str, str]
 
     @property
@@ -69,6 +74,35 @@ class Model:
     def centred(self) -> bool:
         """Whether the spectra's weights are orthogonal to the all-ones direction."""
         return self.folds and self.architecture.norm == "layernorm"
+
+    @cached_property
+    def token_moments(self) -> tuple[positions.Moments, positions.Moments] | None:
+        """Of plain and of normalised embedding rows (the second is used under rotary positions)."""
+        if self.vocabulary is None:
+            return None
+        plain = positions.token_moments(self.vocabulary)
+        if self.architecture.positions != "rotary":
+            return plain, plain
+        return plain, positions.normalised_moments(self.vocabulary, self.architecture)
+
+    @cached_property
+    def position_moments(self) -> positions.Moments | None:
+        """Of the rows of W_pos; None without learned positions."""
+        return None if self.W_pos is None else positions.row_moments(self.W_pos)
+
+    @cached_property
+    def block0_grams(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """E^T C E, W_U C E and W_E^T C E of the block0 embeddings E, each [d_model, d_model]; None where not needed."""
+        if not isinstance(self.block0, Block0) or self.vocabulary is None or self.architecture.n_layers == 1:
+            return None, None, None
+        return self.block0.grams(self.vocabulary)
+
+    @cached_property
+    def directions(self) -> Directions | None:
+        """What reads tokens out; None where there is none to read, or none is asked for."""
+        if self.spectral_vocabulary is None or not self.config.analysis.components:
+            return None
+        return Directions(self.spectral_vocabulary, self.tokenizer)
 
     @property
     def full_grams(self) -> tuple[Grams | None, Grams | None]:
@@ -109,20 +143,12 @@ class Model:
         spectral = vocabulary
         if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
             spectral = read_vocabulary(raw, n_tokens)
-        block0 = read_block0(source, vocabulary, tokens, device)
+        block0 = read_block0(source, vocabulary, bool(tokens.variables) or config.analysis.pairs, device)
         readout = None
         if vocabulary is not None and tokens.variables:
             rows = EffectiveRows(vocabulary, block0 if isinstance(block0, Block0) else None, facts)
             readout = Readout(tokens.variables[0], rows, config.analysis.embedding)
         no_words = f"task {config.task.name} reads no words" if not config.task.variables else "no word is read"
-        moments = None
-        if vocabulary is not None:
-            plain = positions.token_moments(vocabulary)
-            normal = positions.normalised_moments(vocabulary, facts) if facts.positions == "rotary" else plain
-            moments = (plain, normal)
-        grams: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-        if isinstance(block0, Block0) and vocabulary is not None and facts.n_layers > 1:
-            grams = block0.grams(vocabulary)
         unavailable = unavailable_metrics(
             list(config.analysis.circuits),
             facts,
@@ -140,19 +166,16 @@ class Model:
             tokens=tokens,
             vocabulary=vocabulary,
             spectral_vocabulary=spectral,
-            token_moments=moments,
             W_pos=folded.W_pos,
-            position_moments=None if folded.W_pos is None else positions.row_moments(folded.W_pos),
             block0=block0,
-            block0_grams=grams,
             readout=readout,
-            directions=Directions(spectral, tokenizer) if spectral is not None and config.analysis.components else None,
+            tokenizer=tokenizer,
             unavailable=unavailable,
         )
 
 
 def read_words(
-    config: Config, tokenizer: Tokenizer | None, n_tokens: int | None, W_E: Tensor | None, label: str
+    config: Config, tokenizer: Tokenizer | None, n_tokens: int | None, W_E: Rows | None, label: str
 ) -> TaskTokens:
     """The task's words as tokens; none where the checkpoint has neither embeddings nor a tokenizer to read them by."""
     if tokenizer is None and W_E is None:
@@ -167,13 +190,13 @@ def read_words(
 
 
 def read_block0(
-    source: WeightSource, vocabulary: Vocabulary | None, tokens: TaskTokens, device: torch.device
+    source: WeightSource, vocabulary: Vocabulary | None, wanted: bool, device: torch.device
 ) -> Block0 | str:
     """Block 0 as the effective embedding of later layers, or why it cannot be had."""
     if vocabulary is None:
         return source.no_vocabulary or NO_EMBEDDING
-    if not tokens.variables:
-        return "block 0's MLP is read only where a task's words are"
+    if not wanted:
+        return "block 0's MLP is read only where a task's words are, or all pairs of heads are composed"
     if not source.foldable:
         return "the model's norms cannot be folded"
     layer0 = fold_reads(to_device(source.layer(0), device), source.architecture)
@@ -187,6 +210,7 @@ def read_block0(
     return Block0(layer0, fold_mlp(to_device(mlp, device), source.architecture), source.architecture)
 
 
+Part = Literal["Q", "K", "V", "O"]
 Form = tuple[Circuit, bool, tuple[int, ...]]
 """(circuit, folded, offsets of the mean rotation): the form of the weights that a metric is of."""
 
@@ -197,14 +221,30 @@ class Layer:
     def __init__(self, model: Model, index: int) -> None:
         """Read the layer."""
         self.model, self.index = model, index
-        self.raw = to_device(model.source.layer(index), model.device)
-        self.folded = fold_layer(self.raw, model.architecture) if model.source.foldable else self.raw
-        self._decomposed: dict[Form, spectra.Decomposition] = {}  # no caches of bound methods: they keep layers alive
+        self._maps: dict[Form, spectra.FactoredMaps] = {}  # no caches of bound methods: they keep layers alive
+        self._bases: dict[tuple[str, bool], spectra.Basis] = {}
+        self._across: dict[tuple[Circuit, bool], list[tuple[Tensor | None, Tensor]]] = {}
         self._sources: dict[Circuit, dict[str, Tensor]] = {}
+
+    def read(self) -> LayerWeights:
+        """The raw weights, from the checkpoint: they are kept only where they are what is processed."""
+        return to_device(self.model.source.layer(self.index), self.model.device)
+
+    @cached_property
+    def processed(self) -> LayerWeights:
+        """Folded or raw, as the spectra are to be."""
+        return self.folded if self.model.folds else self.read()
+
+    @cached_property
+    def folded(self) -> LayerWeights:
+        """With the norms folded in, where that can be done."""
+        if not self.model.source.foldable:
+            return self.processed
+        return fold_layer(self.read(), self.model.architecture)
 
     def factors(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Factors:
         """Factors of the folded or of the processed weights; QK with the mean rotation over the offsets."""
-        weights = self.folded if folded or self.model.folds else self.raw
+        weights = self.folded if folded else self.processed
         if circuit == "ov":
             return ov_factors(weights, self.model.architecture)
         return qk_factors(weights, self.model.architecture, offsets)
@@ -245,9 +285,37 @@ class Layer:
             self._sources[circuit] = readout.by_source(self.index, maps) if there else {}  # type: ignore[union-attr, arg-type]
         return self._sources[circuit]
 
-    def decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> spectra.Decomposition:
-        """The thin SVD of a circuit's heads, taken once."""
+    def basis(self, part: Part, folded: bool) -> spectra.Basis:
+        """An orthonormal basis of what each head's W_Q, W_K, W_V reads or W_O writes, folded or as processed.
+
+        Found once: every decomposition and every moment of this layer is taken through it.
+        """
+        key = part, folded or self.model.folds
+        if key not in self._bases:
+            weights = self.folded if key[1] else self.processed
+            weight = getattr(weights, f"W_{part}")
+            self._bases[key] = spectra.Basis(weight.mT if part == "O" else weight)
+        return self._bases[key]
+
+    def maps(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> spectra.FactoredMaps:
+        """A circuit of the layer's heads, factored once; QK with the mean rotation over the offsets."""
         form = circuit, folded or self.model.folds, offsets
-        if form not in self._decomposed:
-            self._decomposed[form] = spectra.decompose(self.factors(circuit, folded, offsets), self.model.centred)
-        return self._decomposed[form]
+        if form not in self._maps:
+            weights, facts = self.folded if form[1] else self.processed, self.model.architecture
+            kv = facts.kv_of_head.to(weights.W_O.device)
+            every = torch.arange(facts.n_heads, device=kv.device)
+            rank = min(facts.d_head, facts.d_model - self.model.centred)
+            across = self._across.setdefault(form[:2], [])
+            if circuit == "ov":
+                left, right = self.basis("V", folded), self.basis("O", folded)
+                inner = left.coordinates[kv] @ right.coordinates.mT
+                self._maps[form] = spectra.FactoredMaps(left, right, kv, every, inner, rank, across=across)
+            else:
+                left, right = self.basis("Q", folded), self.basis("K", folded)
+                inner = query_side(left.coordinates, weights, offsets) @ key_side(right.coordinates, weights)[kv].mT
+                self._maps[form] = spectra.FactoredMaps(left, right, every, kv, inner, rank, across=across)
+        return self._maps[form]
+
+    def decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> spectra.Decomposition:
+        """The thin SVD of a circuit's heads, with its directions."""
+        return self.maps(circuit, folded, offsets).decomposition

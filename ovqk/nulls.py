@@ -29,7 +29,7 @@ from ovqk.statistics import (
     Stratum,
     benjamini_hochberg,
     percentile,
-    robust_z,
+    standardised,
     stratified_permutation,
     within_layer_auc,
     within_layer_auc_interval,
@@ -221,22 +221,39 @@ def head_rows(
     composes = predicted.config.metric in COMPOSITION_METRICS
     near = None if composes else depth_reference(signed, head, barred, groups)
     if near is not None:
-        plain = predicted.sign * near.reference
+        found = near.counts()
+        place = found["effect"] if predicted.sign > 0 else 1 - found["effect"]
         rows.append(
-            _row(predicted, head, "depth")
-            | reference_counts(near.z, near.reference, near.groups)
-            | {"percentile": percentile(predicted.sign * near.z, plain), "quantiles": np.quantile(plain, QUANTILES)}
+            _row(predicted, head, "depth") | found | {"percentile": place, "quantiles": near.quantiles(predicted.sign)}
         )
     return [row | {"value": float(predicted.values[head]), "n_heads": 1} for row in rows]
 
 
 @dataclass(frozen=True)
 class DepthReference:
-    """A head's z within its layer, those of the reference heads within theirs, and the KV group of each."""
+    """A head beside its reference heads, comparison by comparison.
 
-    z: float
+    Attributes:
+        z: of the head, standardised within its layer, in each comparison.
+        reference: of the reference head, likewise.
+        shares: of its reference head's comparisons that each one is; a head's sum to 1.
+        groups: the KV group of each reference head.
+        drawn: whether the comparisons are a sample of those that there are.
+    """
+
+    z: NDArray[np.float64]
     reference: NDArray[np.float64]
+    shares: NDArray[np.float64]
     groups: NDArray[np.int64]
+    drawn: bool
+
+    def quantiles(self, sign: float) -> NDArray[np.float64]:
+        """Of the reference heads, at QUANTILES; `sign` turns them back into the metric's own direction."""
+        return np.quantile(sign * self.reference, QUANTILES, weights=self.shares, method="inverted_cdf")
+
+    def counts(self) -> dict[str, Any]:
+        """The p of the head among its reference heads, and what goes with it."""
+        return reference_counts(self.z, self.reference, self.shares, self.groups) | {"exact": not self.drawn}
 
 
 def depth_reference(
@@ -244,9 +261,19 @@ def depth_reference(
 ) -> DepthReference | None:
     """The head and the unclaimed heads of layers within 2, each standardised; None without enough of them.
 
-    Every head is standardised by the median and MAD of itself and of its neighbours in the layer (round the layer's
-    end), as many as the layer with fewest has: standardised by others alone, or by fewer, it would be more extreme
-    than those that it is compared with by construction.
+    A head is standardised by the median and MAD of its layer's heads, itself among them. Standardised by fewer than
+    its reference is, or by others alone, it would be the more extreme of the two by construction. So a head of a layer
+    of n and one of a layer of m are compared as heads of min(n, m): the larger layer is thinned to itself and as many
+    of its others as that takes, in every way (a sample of THINNINGS ways), and the comparison counts by the share of
+    ways in which it comes out so. Within one layer nothing is thinned.
+
+    Why the level holds: let the heads of each layer be exchangeable, and the layers alike up to place and scale. Within
+    the head's layer its rank among the z is uniform. With a head of another layer it is compared as two heads of layers
+    of one size are, each thinned at random, and either exceeds the other with equal probability. Were all layers of
+    one size, nothing would be thinned and the head's rank among all reference heads would be uniform: P(p <= a) <= a.
+    Where they are not, p is the mean over random thinnings, and a mean is less often extreme than what it is of (a
+    tail that is measured and not proved: docs/calibration.md). Which heads are left is drawn by rank of value, from a
+    fixed seed: how heads are numbered changes nothing.
 
     Args:
         signed: the metric [layer, head], larger in the predicted direction.
@@ -254,30 +281,33 @@ def depth_reference(
         barred: heads that are no reference.
         groups: the KV group of each head of a layer.
     """
-
-    def members(at: int) -> list[int]:
-        heads = range(signed.shape[1])
-        return [h for h in heads if not np.isnan(signed[at, h]) and ((at, h) == head or (at, h) not in barred)]
-
     layer, _ = head
-    near = {at: members(at) for at in range(max(0, layer - DEPTH), min(len(signed), layer + DEPTH + 1))}
-    near = {at: heads for at, heads in near.items() if len(heads) - (at == layer) >= DEPTH_MIN_HEADS}
+    near: dict[int, NDArray[np.int64]] = {}
+    for at in range(max(0, layer - DEPTH), min(len(signed), layer + DEPTH + 1)):
+        there = [h for h in range(signed.shape[1]) if (at, h) == head or (at, h) not in barred]
+        there = [h for h in there if not np.isnan(signed[at, h])]
+        if len(there) - (at == layer) >= DEPTH_MIN_HEADS:
+            # By value, the head before its equals: so its place does not depend on how heads are numbered.
+            order = np.lexsort((np.array([(at, h) != head for h in there]), signed[at, there]))
+            near[at] = np.array(there)[order]
     if layer not in near:
         return None
-    width = min(len(heads) for heads in near.values())
-    found: dict[Head, float] = {}
+    own = signed[layer, near[layer]]
+    place = int(np.flatnonzero(near[layer] == head[1])[0])
+    parts = []
     for at, heads in near.items():
-        values = signed[at, heads]
-        windows = values[(np.arange(len(values))[:, None] + np.arange(width)) % len(values)]
-        for place, h in enumerate(heads):
-            z = robust_z(float(values[place]), windows[place])
-            if z is not None:
-                found[at, h] = z
-    if head not in found:
-        return None
-    own = found.pop(head)
-    ids = np.array([at * len(groups) + groups[h] for at, h in found], dtype=np.int64)
-    return DepthReference(own, np.array(list(found.values())), ids) if found else None
+        width = min(len(heads), len(own))
+        pair = standardised(own, width)[:, [place]], standardised(signed[at, heads], width)
+        mine, others = np.broadcast_arrays(*pair)
+        kept = np.isfinite(mine) & np.isfinite(others)
+        if at == layer:
+            kept[:, place] = False
+        shares = kept / np.maximum(kept.sum(0), 1)
+        ids = np.broadcast_to(at * len(groups) + groups[heads], kept.shape)
+        parts.append([x[kept] for x in (mine, others, shares, ids)])
+    z, reference, shares, ids = (np.concatenate(x) for x in zip(*parts, strict=True))
+    drawn = any(len(heads) != len(own) for heads in near.values())
+    return DepthReference(z, reference, shares, ids, drawn) if len(z) else None
 
 
 def ensemble_row(
@@ -309,22 +339,33 @@ def ensemble_row(
 
 
 def reference_counts(
-    value: float, reference: NDArray[np.float64], groups: NDArray[np.int64] | None = None
+    value: float | NDArray[np.float64],
+    reference: NDArray[np.float64],
+    shares: NDArray[np.float64] | None = None,
+    groups: NDArray[np.int64] | None = None,
 ) -> dict[str, Any]:
-    """p of one head among reference heads; heads that share keys and values count as one between them."""
-    weights = np.ones(len(reference))
+    """p of one head among reference heads; heads that share keys and values count as one between them.
+
+    Args:
+        value: of the head; or beside every entry of the reference.
+        reference: of the reference heads.
+        shares: of its head that each entry is; every entry is a head, where None.
+        groups: the KV group of the head of each entry; every head its own, where None.
+    """
+    shares = np.ones(len(reference)) if shares is None else shares
+    weights, n = shares, round(shares.sum())
     if groups is not None:
-        _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-        weights = 1 / sizes[place]
-    n = weights.sum()
+        kv_heads, place = np.unique(groups, return_inverse=True)
+        weights, n = shares / np.bincount(place, shares)[place], len(kv_heads)
+    above, below = reference >= value - TIE, reference <= value + TIE
     return {
-        "p": float((1 + weights[reference >= value - TIE].sum()) / (1 + n)),
-        "p_opposite": float((1 + weights[reference <= value + TIE].sum()) / (1 + n)),
-        "min_p": float(1 / (1 + n)),
-        "effect": percentile(value, reference),
-        "n_null": round(n),
+        "p": float((1 + weights[above].sum()) / (1 + n)),
+        "p_opposite": float((1 + weights[below].sum()) / (1 + n)),
+        "min_p": 1 / (1 + n),
+        "effect": float(shares[below].sum() + shares[~above].sum()) / (2 * shares.sum()),
+        "n_null": n,
         "exact": True,
-        "n_others": len(reference),
+        "n_others": round(shares.sum()),
     }
 
 
@@ -333,7 +374,7 @@ def _row(predicted: Predicted, head: Head | None, null: str) -> dict[str, Any]:
         "role": predicted.role,
         "layer": None if head is None else head[0],
         "head": None if head is None else head[1],
-        "metric": predicted.config.metric,
+        "metric": predicted.config.metric if head is None else predicted.metric_of(head[0]),
         "prediction": predicted.config.direction.value,
         "primary": predicted.primary,
         "exploratory": predicted.config.exploratory,

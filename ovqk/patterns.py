@@ -3,7 +3,9 @@
 ov_aligned   an OV prediction of the role holds for the head
 qk_simple    few QK components (90 % of the energy in a quarter of d_head), and the first stands alone
 ov_flat      the OV energy is spread as in a product of random weights of the same shape: no one role to assign
-both_align   an OV and a QK prediction hold; exploratory ones too, uncorrected, which the evidence says
+both_align   an OV and a QK prediction hold
+
+Exploratory predictions decide none of them; the evidence names those that hold, as uncorrected.
 """
 
 import math
@@ -35,8 +37,7 @@ def head_patterns(
         rows: the rows of tests.parquet about it.
     """
     held = _holding(rows)
-    ov, qk = ([name for name in held if name.startswith(circuit)] for circuit in ("ov", "qk"))
-    corrected = [name for name in ov if not held[name]]
+    ov, qk = (any(name.startswith(c) and not held[name] for name in held) for c in ("ov", "qk"))
     rank, spread = (float(values[name][head]) for name in ("qk_rank90", "ov_effective_rank_energy"))
     least = iid_effective_rank(*shape) if math.isfinite(spread) else math.nan
     evidence = []
@@ -47,10 +48,10 @@ def head_patterns(
     if math.isfinite(spread):
         evidence.append(f"OV: effective rank of energies {spread:.1f}, random weights {least:.1f} or more")
     return {
-        "ov_aligned": bool(corrected) if rows and math.isfinite(spread) else None,
+        "ov_aligned": ov if rows and math.isfinite(spread) else None,
         "qk_simple": bool(rank <= SIMPLE * shape[1] and second <= 1 - CLUSTER) if math.isfinite(rank) else None,
         "ov_flat": bool(spread >= least) if math.isfinite(spread) else None,
-        "both_align": bool(ov and qk) if rows and math.isfinite(rank) and math.isfinite(spread) else None,
+        "both_align": ov and qk if rows and math.isfinite(rank) and math.isfinite(spread) else None,
         "evidence": "; ".join(evidence),
     }
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ovqk import alignment, spectra
 from ovqk.config import Embedding, VariableKind
+from ovqk.errors import UserError
 from ovqk.heads import Circuit, Factors
-from ovqk.spectra import Decomposition
+from ovqk.spectra import Decomposition, Maps
 from ovqk.tasks import Variable, WordSet
 from ovqk.vocabulary import Block0, Vocabulary
 from ovqk.weights import Architecture, normalise
@@ -31,6 +32,7 @@ SET_METRICS = (
 """Means over the source tokens of a `set` variable."""
 CONTRAST_METRICS = ("ov_task_transfer", "ov_task_read")
 SUBSPACE_METRICS = (
+    "ov_read_alignment",
     "ov_task_alignment",
     "ov_top_alignment",
     "qk_query_alignment",
@@ -40,6 +42,9 @@ SUBSPACE_METRICS = (
     *CONTRAST_METRICS,
 )
 """Of the subspace that a variable's words span, on either side of a circuit."""
+
+WRITE = "write"
+"""The kind of rows that words are on the write side: columns of W_U."""
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """(query rows, key rows) -> scores [head, query, key]."""
@@ -111,7 +116,7 @@ class EffectiveRows:
         self._ids, self._rows = None, {}
 
     def __call__(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
-        """Rows of these tokens; `kind`: `token` or `block0`."""
+        """Rows of these tokens; `kind`: `token` or `block0`, or `write`: columns of W_U, not normalised."""
         if self._ids is None:
             return self._compute(ids, kind)
         if kind not in self._rows:
@@ -119,6 +124,10 @@ class EffectiveRows:
         return self._rows[kind][torch.searchsorted(self._ids, ids).to(self._rows[kind].device)]
 
     def _compute(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
+        if kind == WRITE:
+            if self.vocabulary.W_U_rows is None:
+                raise ValueError("what words write needs an unembedding")
+            return self.vocabulary.W_U_rows[ids.to(self.vocabulary.W_U_rows.device)]
         rows = self.vocabulary.W_E[ids.to(self.vocabulary.W_E.device)]
         if kind == "block0" and self.block0 is not None:
             rows = self.block0.rows(rows)
@@ -183,7 +192,13 @@ class Readout:
     @property
     def write(self) -> Float[Tensor, "r d_model"] | None:
         """Orthonormal basis of the write subspace; None without an unembedding."""
-        return None if self.vocabulary.W_U is None else self._basis("write")
+        return None if self.vocabulary.W_U_rows is None else self._basis(WRITE)
+
+    def prepare(self, layer: int) -> None:
+        """Find the subspaces of this layer, and with them the centres of the bands that surrogates are centred by."""
+        for kind in (self.kind(layer), WRITE):
+            if kind != WRITE or self.vocabulary.W_U_rows is not None:
+                self._basis(kind)
 
     def metrics(
         self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
@@ -199,7 +214,7 @@ class Readout:
         self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "head source"]]:
         """The metrics of a `set` variable that are means over its tokens, token by token, in [0, 1]."""
-        W_U = self.vocabulary.W_U
+        W_U_rows = self.vocabulary.W_U_rows
         if not self.reads(layer) or self.variable.kind is VariableKind.contrast:
             return {}
         rows = self.rows(layer)
@@ -208,19 +223,19 @@ class Readout:
             return wanted is None or any(name in wanted for name in names)
 
         found: dict[str, Tensor] = {}
-        if maps.circuit == "ov" and W_U is not None:
+        if maps.circuit == "ov" and W_U_rows is not None:
             if asked("ov_task_auc", "ov_task_auc_raw"):
-                logits = alignment.readout(maps.factors, rows, W_U[:, self.ids].T)
+                logits = alignment.readout(maps.factors, rows, self.effective(self.ids, WRITE))
                 found["ov_task_auc"], found["ov_task_auc_raw"] = alignment.task_auc_by_source(logits)
             if asked("ov_task_copy", "ov_task_suppress"):
-                copied, suppressed = alignment.in_top_by_source(maps.factors, rows, self.ids, W_U)
+                copied, suppressed = alignment.in_top_by_source(maps.factors, rows, self.ids, W_U_rows)
                 found["ov_task_copy"], found["ov_task_suppress"] = copied, suppressed
         if maps.circuit == "qk":
             if asked("qk_task_auc", "qk_task_auc_raw"):
                 scores = self._scores(maps, rows, rows)
                 found["qk_task_auc"], found["qk_task_auc_raw"] = alignment.task_auc_by_source(scores)
-            if W_U is not None and asked("qk_task_auc_unembed"):
-                scores = self._scores(maps, self.effective.normalised(W_U[:, self.ids].T), rows)
+            if W_U_rows is not None and asked("qk_task_auc_unembed"):
+                scores = self._scores(maps, self.effective.normalised(self.effective(self.ids, WRITE)), rows)
                 found["qk_task_auc_unembed"] = alignment.task_auc_by_source(scores)[0]
         return found
 
@@ -241,10 +256,10 @@ class Readout:
                 "qk_top_query_alignment": query.top,
                 "qk_top_key_alignment": key.top,
             }
-        found, write = {}, self.write
-        contrast = self.variable.kind is VariableKind.contrast
+        read, write = alignment.side_alignment(parts.read, parts.sigma, basis), self.write
+        found, contrast = {"ov_read_alignment": read.whole}, self.variable.kind is VariableKind.contrast
         if contrast:  # one direction: r/d = 1/d
-            found["ov_task_read"] = alignment.side_alignment(parts.read, parts.sigma, basis).whole
+            found["ov_task_read"] = read.whole
         if write is not None:
             written = alignment.side_alignment(parts.write, parts.sigma, write)
             found |= {"ov_task_alignment": written.whole, "ov_top_alignment": written.top}
@@ -263,35 +278,44 @@ class Readout:
     def _basis(self, kind: str) -> Float[Tensor, "r d_model"]:
         """Of the read side of one kind of embedding, or of the write side (`write`)."""
         if kind not in self._bases:
-            first, *second = (self._side(words.ids, kind) for words in self._sets(kind))
+            first, *second = (self.effective(words.ids, kind) for words in self._sets(kind))
             if second:
-                self._bases[kind] = alignment.unit_contrast(first, second[0])
+                self._bases[kind] = self._contrast(kind, first, second[0])
             else:
                 rank = None if self.like is None else self.like._basis(kind).shape[0]
                 self._bases[kind] = alignment.subspace(first, self._origin(kind, first), rank)
         return self._bases[kind]
 
-    def _sets(self, kind: str) -> tuple[WordSet, ...]:
-        return self.variable.write if kind == "write" else self.variable.read
+    def _contrast(self, kind: str, minus: Tensor, plus: Tensor) -> Float[Tensor, "1 d_model"]:
+        """Unit direction between the sides of the contrast.
 
-    def _side(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
-        """Rows of the read side, or columns of W_U."""
-        W_U = self.vocabulary.W_U
-        return W_U[:, ids.to(W_U.device)].T if kind == "write" and W_U is not None else self.effective(ids, kind)
+        Raises:
+            UserError: the model does not tell them apart.
+        """
+        if alignment.same_mean(minus, plus):
+            side = "write" if kind == WRITE else "read"
+            raise UserError(
+                f"task.variables.{self.variable.name}.{side}: in this model the two sides have the same mean "
+                f"{'unembedding' if kind == WRITE else 'embedding'}: there is no direction between them."
+            )
+        return alignment.unit_contrast(minus, plus)
+
+    def _sets(self, kind: str) -> tuple[WordSet, ...]:
+        return self.variable.write if kind == WRITE else self.variable.read
 
     def _origin(self, kind: str, words: Float[Tensor, "word d_model"]) -> Float[Tensor, " d_model"]:
         """Mean of the band that the words are compared with, on the read side of one kind or on the write side."""
         if self.like is not None:
             like = self.like  # the words drawn leave the pool, and the words of the task return to it
-            n, own = len(like.variable.band), like._side(like._sets(kind)[0].ids, kind)
+            n, own = len(like.variable.band), like.effective(like._sets(kind)[0].ids, kind)
             return (like._origin(kind, words) * n + own.sum(0) - words.sum(0)) / (n + len(own) - len(words))
         if kind not in self._origins:
-            self._origins[kind] = self._side(self.variable.band, kind).mean(0)
+            self._origins[kind] = self.effective(self.variable.band, kind).mean(0)
         return self._origins[kind]
 
 
 def full_circuit_ratio(
-    decomposition: Decomposition,
+    maps: Maps,
     gram_in: Float[Tensor, "d_model d_model"],
     gram_cross: Float[Tensor, "d_model d_model"],
     gram_out: Float[Tensor, "d_model d_model"],
@@ -301,9 +325,9 @@ def full_circuit_ratio(
     The singular values of A M B, against which a vanishing denominator is told, are taken only where their bound by
     the norms of the Grams does not settle it.
     """
-    eigen = spectra.eigenvalues(spectra.core(decomposition, gram_cross))
-    most = (gram_in.norm() * gram_out.norm()).sqrt() * decomposition.sigma.sum(-1)
+    eigen = spectra.eigenvalues(maps.core(gram_cross))
+    most = (gram_in.norm() * gram_out.norm()).sqrt() * maps.sigma.sum(-1)
     if (eigen.abs().sum(-1) > spectra.TINY * most).all():
         return spectra.trace_ratio(eigen, torch.zeros_like(most))
-    sigma = spectra.full_circuit_singular_values(decomposition, gram_in, gram_out)
+    sigma = spectra.full_circuit_singular_values(maps, gram_in, gram_out)
     return spectra.trace_ratio(eigen, sigma.sum(-1))

@@ -4,25 +4,38 @@
 was cut off at any moment is a cell that is not done.
 """
 
+import errno
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import torch
 import yaml
+from filelock import FileLock
 
 from ovqk.analyses import Analysis
 from ovqk.checkpoints import Checkpoint
 from ovqk.config import Config
+from ovqk.errors import UserError
 from ovqk.identity import SCHEMA_VERSION, plain
 
 RECORD = "record.json"
+TRACKING = "tracking.json"
+TEMPORARY = re.compile(r"\..+\.(json|yaml|parquet)\.\d+\.tmp")
+"""Files under a name of their own until they are whole; a process that is killed leaves one."""
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 PACKAGES = (
     "ovqk",
     "torch",
@@ -53,6 +66,32 @@ def is_done(folder: Path) -> bool:
     return record is not None and record.get("status") == "done"
 
 
+@contextmanager
+def claim(results_dir: Path, identifier: str, wait: bool = True) -> Iterator[None]:
+    """Hold a cell, so that one process at a time computes or tracks it; the system frees it when its owner dies.
+
+    Raises:
+        UserError: the file system has no locks.
+        Timeout: with wait=False, another process holds it.
+    """
+    locks = results_dir / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks / f"{identifier}.lock", fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise UserError(
+            f"results_dir={results_dir}: its file system has no file locks ({error.strerror}), without which two "
+            "processes would write the same cell. Choose another folder, or mount it with locks (Lustre: -o flock)."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_done(
     folder: Path,
     config: Config,
@@ -63,17 +102,13 @@ def write_done(
     analysis: Analysis,
     seconds: float,
 ) -> dict[str, Any]:
-    """Write a cell's tables, its config and then its record; returns the record."""
+    """Write a cell's tables, its config and then its record; returns the record.
+
+    What an earlier computation left stands until every new table is on the disk. The cell must be claimed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)
-    for stale in folder.glob("*.parquet"):
-        stale.unlink()
-    for name, table in analysis.tables.items():
-        path = folder / f"{name}.parquet"
-        temporary = _temporary(path)
-        table.to_parquet(temporary, index=False)
-        temporary.replace(path)
-    _write_text(folder / "cell.yaml", cell_yaml(config))
+    _write_tables(folder, analysis.tables)
+    write_text(folder / "cell.yaml", cell_yaml(config))
     record = _header(config, identifier, "done") | {
         "summary": analysis.summary,
         "unavailable": analysis.unavailable,
@@ -86,14 +121,36 @@ def write_done(
         "provenance": provenance(config, identity, checkpoint, seconds)
         | {"null_seconds": round(analysis.null_seconds, 3)},
     }
-    _write_json(folder / RECORD, record)
+    write_json(folder / RECORD, record)
     return record
+
+
+def _write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
+    """Put the tables in the place of those that are there; from then on the folder holds no record, until it is new."""
+    for abandoned in folder.iterdir():
+        if TEMPORARY.fullmatch(abandoned.name):
+            abandoned.unlink(missing_ok=True)
+    written = {folder / f"{name}.parquet": table for name, table in tables.items()}
+    try:
+        for path, table in written.items():
+            table.to_parquet(_temporary(path), index=False)
+            _to_disk(_temporary(path))
+        for name in (RECORD, TRACKING):
+            (folder / name).unlink(missing_ok=True)
+        for stale in folder.glob("*.parquet"):
+            stale.unlink()
+        for path in written:
+            _temporary(path).replace(path)
+        _to_disk(folder)
+    finally:
+        for path in written:
+            _temporary(path).unlink(missing_ok=True)
 
 
 def write_failed(folder: Path, config: Config, identifier: str, error: str, traceback: str) -> None:
     """Record that a cell failed; a later run computes it again."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / RECORD, _header(config, identifier, "failed") | {"error": error, "traceback": traceback})
+    write_json(folder / RECORD, _header(config, identifier, "failed") | {"error": error, "traceback": traceback})
 
 
 def _header(config: Config, identifier: str, status: str) -> dict[str, Any]:
@@ -112,7 +169,7 @@ def _header(config: Config, identifier: str, status: str) -> dict[str, Any]:
 def cell_yaml(config: Config) -> str:
     """The resolved choice as a primary Hydra config: `python run.py -cd FOLDER -cn cell` computes it again."""
     content = plain(config)
-    for key in ("results_dir", "force", "sweep"):
+    for key in ("results_dir", "force", "sweep", "cache", "cache_dir", "cache_gb"):
         content.pop(key)
     defaults = {"defaults": ["schema", "settings", "_self_"]}
     return yaml.safe_dump(defaults | content, sort_keys=False, allow_unicode=True, width=110)
@@ -126,14 +183,16 @@ def provenance(config: Config, identity: dict[str, Any], checkpoint: Checkpoint,
         "revision": checkpoint.revision,
         "identity": identity,
         "config": plain(config),
-        "versions": _versions(),
+        "versions": dict(_versions()),
         "git_commit": commit,
         "git_dirty": dirty,
         "wall_seconds": round(seconds, 3),
+        "threads": torch.get_num_threads(),
         "peak_memory_mb": round(_peak_memory() / 2**20, 1),
     }
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -144,12 +203,22 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def forget_peak_memory() -> None:
+    """Let the peak begin anew, so that a cell of a sweep does not answer for those before it; Linux alone can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def _peak_memory() -> int:
-    """Peak resident bytes of this process so far."""
+    """Peak resident bytes of this process, since it began or since `forget_peak_memory`."""
+    with suppress(OSError, AttributeError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@cache
 def _git() -> tuple[str | None, bool | None]:
     """Commit of the code and whether it has uncommitted changes; None where it is not a git checkout."""
     here = Path(__file__).parent
@@ -170,17 +239,31 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def _write_text(path: Path, text: str) -> None:
+def _to_disk(path: Path) -> None:
+    """Have the disk take a file, or a folder's names, before anything that relies on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = _temporary(path)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all; a number that is not finite is null in it."""
+    write_text(path, json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
@@ -197,11 +280,11 @@ def _without_nan(value: Any) -> Any:
 def read_tracking(folder: Path) -> dict[str, Any]:
     """tracking.json of a cell; {"status": "pending"} where there is none."""
     try:
-        return dict(json.loads((folder / "tracking.json").read_text(encoding="utf-8")))
+        return dict(json.loads((folder / TRACKING).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {"status": "pending"}
 
 
 def write_tracking(folder: Path, content: dict[str, Any]) -> None:
     """Write tracking.json, which belongs to tracking and may change after the record is done."""
-    _write_json(folder / "tracking.json", content)
+    write_json(folder / TRACKING, content)

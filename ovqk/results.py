@@ -1,14 +1,17 @@
-"""Records as DataFrames: every table of every done cell under a results folder, with its coordinates as columns."""
+"""Records as DataFrames: every table of every done cell, with the cell's coordinates as columns."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ovqk.record import RECORD, read_record
 
-COORDINATES = ("model", "task", "analysis", "cell_id")
+COORDINATES = ("model", "task", "analysis", "processing", "seed", "cell_id")
 
 
 def cell_folders(results_dir: str | Path) -> Iterator[Path]:
@@ -22,33 +25,75 @@ def load_table(folder: Path, name: str) -> pd.DataFrame | None:
     return pd.read_parquet(path) if path.is_file() else None
 
 
-def load_results(results_dir: str | Path) -> dict[str, pd.DataFrame]:
-    """One DataFrame per table over all done cells, with model, task, analysis and cell_id as first columns.
+def load_results(
+    places: str | Path | Iterable[str | Path], tables: Sequence[str] | None = None
+) -> dict[str, pd.DataFrame]:
+    """One DataFrame per table over all done cells, with COORDINATES as its first columns.
 
-    `cells` has one row per done cell: its coordinates, processing, seed and summary.
+    `cells` has one row per cell: its coordinates, folder, sweep, schema_version, wall_seconds, peak_memory_mb and its
+    summary. A cell that is found twice (one cell_id) is taken once, where it is found first.
+
+    Args:
+        places: a results folder, a folder inside it down to one cell's, or several of these.
+        tables: names of the tables to read, `cells` besides; all of them unless given.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: one of the places does not exist or holds no done cell.
+        ValueError: none of the cells has one of the tables.
     """
-    if not Path(results_dir).is_dir():
-        raise FileNotFoundError(f"no results folder at {results_dir}")
-    parts: dict[str, list[pd.DataFrame]] = {}
-    cells: list[dict[str, Any]] = []
-    for folder in cell_folders(results_dir):
-        record = read_record(folder)
-        if record is None or record.get("status") != "done":
-            continue
-        coordinates = {key: record[key] for key in COORDINATES}
-        cells.append(
-            coordinates
-            | {"processing": record["processing"]["applied"], "seed": record["seed"], "folder": str(folder)}
-            | record["summary"]
-        )
+    if isinstance(tables, str):
+        raise ValueError(f"tables={tables!r}: must be a list of names, as ['{tables}']")
+    rows: list[dict[str, Any]] = []
+    parts: dict[str, list[pa.Table]] = {}
+    for folder, record in _done_cells(places):
+        rows.append(_row(folder, record))
         for path in sorted(folder.glob("*.parquet")):
-            table = pd.read_parquet(path)
-            for position, (key, value) in enumerate(coordinates.items()):
-                table.insert(position, key, value)
-            parts.setdefault(path.stem, []).append(table)
-    return {"cells": pd.DataFrame(cells)} | {
-        name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()
-    }
+            if tables is None or path.stem in tables:
+                table = pq.ParquetFile(path, memory_map=True).read(use_threads=False)
+                parts.setdefault(path.stem, []).append(_with_coordinates(table, rows[-1]))
+    versions = sorted({row["schema_version"] for row in rows})
+    if len(versions) > 1:
+        warnings.warn(
+            f"cells of schema versions {', '.join(map(str, versions))}: numbers of different versions may differ in "
+            "meaning; results['cells'] says which cell has which",
+            stacklevel=2,
+        )
+    missing = sorted(set(tables or ()) - set(parts) - {"cells"})
+    if missing:
+        there = sorted({path.stem for row in rows for path in Path(row["folder"]).glob("*.parquet")})
+        raise ValueError(f"tables: {', '.join(missing)}: in none of the {len(rows)} cells; there: {', '.join(there)}")
+    frames = {name: pa.concat_tables(parts[name], promote_options="permissive").to_pandas() for name in sorted(parts)}
+    return {"cells": pd.DataFrame(rows)} | frames
+
+
+def _done_cells(places: str | Path | Iterable[str | Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    seen = set()
+    for place in [places] if isinstance(places, str | Path) else places:
+        if not Path(place).is_dir():
+            raise FileNotFoundError(f"{place}: no such folder")
+        depths = ("", "*/", "*/*/", "*/*/*/")
+        folders = sorted({path.parent for depth in depths for path in Path(place).glob(f"{depth}{RECORD}")})
+        records = [(folder, read_record(folder) or {}) for folder in folders]
+        done = [(folder, record) for folder, record in records if record.get("status") == "done"]
+        if not done:
+            found = (
+                f"{len(folders)} cells, none of them done" if folders else "no cells (MODEL/TASK/ANALYSIS-ID folders)"
+            )
+            raise FileNotFoundError(f"{place}: {found}")
+        for folder, record in done:
+            if record["cell_id"] not in seen:
+                seen.add(record["cell_id"])
+                yield folder, record
+
+
+def _row(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    row = {key: record[key] for key in ("model", "task", "analysis")}
+    row |= {"processing": record["processing"]["applied"], "seed": record["seed"], "cell_id": record["cell_id"]}
+    row |= {"folder": str(folder), "sweep": record["sweep"], "schema_version": record["schema_version"]}
+    row |= {key: record["provenance"][key] for key in ("wall_seconds", "peak_memory_mb")}
+    return row | record["summary"]
+
+
+def _with_coordinates(table: pa.Table, row: dict[str, Any]) -> pa.Table:
+    columns = [pa.repeat(pa.scalar(row[key]), table.num_rows) for key in COORDINATES]
+    return pa.Table.from_arrays([*columns, *table.columns], names=[*COORDINATES, *table.column_names])

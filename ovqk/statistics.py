@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ EXACT_LABELINGS = 100_000
 DRAWS = 10_000
 EXCEEDANCES = 20  # after which a Monte Carlo test stops
 TIE = 1e-12  # values closer than this are equal
+THINNINGS = 200  # of a set of values, each to as many of them as another set has
 QUANTILES = (0.0, 0.01, 0.025, 0.05, 0.25, 0.5, 0.75, 0.95, 0.975, 0.99, 1.0)
 """Of a null, kept for every test."""
 
@@ -250,11 +252,30 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in q]
 
 
-def robust_z(value: float, reference: NDArray[np.float64]) -> float | None:
-    """(value - median) / MAD of the reference; None for a reference without spread."""
-    median = float(np.median(reference))
-    spread = float(np.median(np.abs(reference - median)))
-    return (value - median) / spread if spread > 0 else None
+def standardised(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """(value - median) / MAD of each value [thinning, n]: among all of them, or among `width` of them, itself included.
+
+    Where `width` is less than n, THINNINGS times each value is left with others drawn at random, the same for every
+    call; nan for values without spread.
+
+    Args:
+        values: [n], rising: which are drawn together depends on their ranks alone.
+        width: at most n.
+    """
+    left = values[_thinnings(len(values), width)]  # [thinning, n, width], each row rising
+    median = (left[..., (width - 1) // 2] + left[..., width // 2]) / 2
+    spread = np.median(np.abs(left - median[..., None]), -1)
+    return (values - median) / np.where(spread > 0, spread, math.nan)
+
+
+@lru_cache(maxsize=64)
+def _thinnings(n: int, width: int) -> NDArray[np.int64]:
+    """Indices [thinning, n, width], rising: those that are left where i of n is kept among `width`."""
+    if width == n:
+        return np.broadcast_to(np.arange(n), (1, n, n))
+    order = np.random.default_rng([n, width]).random((THINNINGS, n, n))
+    order[:, np.arange(n), np.arange(n)] = -1  # the value itself comes first
+    return np.sort(np.argpartition(order, width - 1, -1)[..., :width], -1)
 
 
 def percentile(value: float, reference: NDArray[np.float64]) -> float:

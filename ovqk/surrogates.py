@@ -113,7 +113,8 @@ def draw_words(variable: Variable, count: int, seed: int) -> list[WordDraws]:
     """Surrogates of a causal variable, by the token nulls that its kind has.
 
     set       `token`: as many matched tokens, one for each word, none twice
-    contrast  `token`: random halves of the read words and, independently, of the write words
+    contrast  `token`: random halves of the read words and, independently, of the write words; the same halves where
+              the words read are the words written, as in the variable itself
               `token_pairs`: random pairs of tokens matched to the words
     """
     rng = random.Random(f"words {seed}")
@@ -133,8 +134,7 @@ def subsamples(variable: Variable, count: int, share: float, seed: int) -> list[
     drawn = []
     for _ in range(count):
         read = _kept(len(variable.read[0].words), share, rng)
-        same = variable.kind is VariableKind.set
-        write = read if same else _kept(len(variable.write[0].words), share, rng)
+        write = read if _same(variable.read, variable.write) else _kept(len(variable.write[0].words), share, rng)
         drawn.append(dataclasses.replace(variable, read=some(variable.read, read), write=some(variable.write, write)))
     return drawn
 
@@ -155,14 +155,21 @@ def _halved(variable: Variable, rng: random.Random) -> Variable:
         middle = len(order) // 2
         return tuple(WordSet([names[i] for i in part], pool[part]) for part in (order[:middle], order[middle:]))
 
-    return dataclasses.replace(variable, read=halves(variable.read), write=halves(variable.write))
+    read = halves(variable.read)
+    write = read if _same(variable.read, variable.write) else halves(variable.write)
+    return dataclasses.replace(variable, read=read, write=write)
+
+
+def _same(read: tuple[WordSet, ...], write: tuple[WordSet, ...]) -> bool:
+    """Whether both sides are the same tokens in the same order."""
+    return all(torch.equal(a.ids, b.ids) for a, b in zip(read, write, strict=True))
 
 
 def _matched(null: str, variable: Variable, count: int, rng: random.Random) -> WordDraws:
     drawn: list[Variable] = []
     for _ in range(count):
         read = _matched_sets(variable.read, variable, rng)
-        write = read if variable.kind is VariableKind.set else _matched_sets(variable.write, variable, rng)
+        write = read if _same(variable.read, variable.write) else _matched_sets(variable.write, variable, rng)
         if read is None or write is None:
             n = sum(len(words.words) for words in variable.read)
             reason = f"the vocabulary has too few tokens matched to the {n} words of '{variable.name}'"

@@ -48,12 +48,20 @@ class Variable:
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """A task's variables for one tokenizer, and what became of its words."""
+    """A task's variable for one tokenizer, and what became of its words.
+
+    Attributes:
+        variables: at most one.
+        kept: word set -> how many of its words are read.
+        dropped: word set -> the words that are not.
+        reasons: word set -> dropped word -> why.
+    """
 
     variables: list[Variable]
     kept: dict[str, int]
     dropped: dict[str, list[str]]
     notes: list[str]
+    reasons: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
@@ -99,9 +107,15 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
         label: how messages name the model.
 
     Raises:
-        UserError: `continuations` or a variable names a word set that is not there, the task has variables and
-            there is no tokenizer, or fewer than 8 of a variable's words are one token.
+        UserError: `continuations` or a variable names a word set that is not there, there is more than one variable,
+            or one and no tokenizer, a contrast has a word on both sides, or fewer than 8 of a variable's words are one
+            token.
     """
+    if len(task.variables) > 1:
+        raise UserError(
+            f"task.variables: {', '.join(task.variables)}: a task has one causal variable, which all of its readouts "
+            "are of; make a task of each."
+        )
     for key in task.continuations:
         _check_set(task, "task.continuations", key)
     if not task.variables:
@@ -113,7 +127,7 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
         )
     lookup = _Lookup(tokenizer, n_tokens)
     kept: dict[str, int] = {}
-    dropped: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, str]] = {}
     notes: list[str] = []
     named = {
         name: ([variable.words or ""], [variable.words or ""])
@@ -126,14 +140,13 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
         sides[name] = []
         for sets in both:
             _check_sets(task, name, sets)
-            aligned = lookup.aligned(task, sets)
-            for key, words, lost in zip(sets, aligned, _lost(task, sets, aligned), strict=True):
-                kept[key], dropped[key] = len(words.words), lost
+            aligned, lost = lookup.aligned(task, sets)
+            for key, words, why in zip(sets, aligned, lost, strict=True):
+                kept[key], reasons[key] = len(words.words), why
                 if len(words.words) < MIN_WORDS:
                     raise UserError(
                         f"task={task.name}: only {len(words.words)} of the {len(task.words[key])} words of "
-                        f"'{key}' are one token in {label}; at least {MIN_WORDS} are needed. Dropped: "
-                        f"{', '.join(lost[:6])}{', ...' if len(lost) > 6 else ''}."
+                        f"'{key}' are one token in {label}; at least {MIN_WORDS} are needed.{_some(why)}"
                     )
             sides[name].append(tuple(aligned))
     task_ids = torch.cat([words.ids for pair in sides.values() for side in pair for words in side]).unique()
@@ -147,7 +160,14 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
         band = torch.tensor(sorted(drawn), dtype=torch.long)
         notes += [f"task {task.name}, variable {name}: {note}"] if note else []
         variables.append(Variable(name, config.kind, read, write, band, matches))
-    return TaskTokens(variables, kept, dropped, notes)
+    return TaskTokens(variables, kept, {key: list(why) for key, why in reasons.items()}, notes, reasons)
+
+
+def _some(dropped: dict[str, str]) -> str:
+    """Of the words that were dropped, the first six."""
+    if not dropped:
+        return ""
+    return f" Dropped: {', '.join(list(dropped)[:6])}{', ...' if len(dropped) > 6 else ''}."
 
 
 def _check_set(task: TaskConfig, where: str, key: str) -> None:
@@ -161,19 +181,20 @@ def _check_set(task: TaskConfig, where: str, key: str) -> None:
 def _check_sets(task: TaskConfig, variable: str, sets: list[str]) -> None:
     for key in sets:
         _check_set(task, f"task.variables.{variable}", key)
-    wanted = 1 if task.variables[variable].kind is VariableKind.set else 2
+    kind = task.variables[variable].kind
+    wanted = 1 if kind is VariableKind.set else 2
     if len(sets) != wanted or len({len(task.words[key]) for key in sets}) != 1:
+        given = " and ".join(f"'{key}' of {len(task.words[key])} words" for key in sets) or "none"
         raise UserError(
-            f"task.variables.{variable}: a {task.variables[variable].kind.value} needs {wanted} word set(s) of equal "
-            f"length on each side, not {sets}."
+            f"task.variables.{variable}: a {kind.value} needs {wanted} word set(s) of equal length on each side, not "
+            f"{given}."
         )
-
-
-def _lost(task: TaskConfig, sets: list[str], aligned: list[WordSet]) -> list[list[str]]:
-    return [
-        [word for word in task.words[key] if word not in set(words.words)]
-        for key, words in zip(sets, aligned, strict=True)
-    ]
+    twice = [word for word in task.words[sets[0]] if word in task.words[sets[-1]]] if wanted == 2 else []
+    if twice:
+        raise UserError(
+            f"task.variables.{variable}: {', '.join(map(repr, twice[:6]))}{', ...' if len(twice) > 6 else ''}: a word "
+            f"of both '{sets[0]}' and '{sets[1]}' is no contrast between them; take it out."
+        )
 
 
 class _Lookup:
@@ -206,20 +227,44 @@ class _Lookup:
         line, ids = self._ids("\n"), self._ids(f"\n{text}")
         return ids[len(line) :] if ids[: len(line)] == line else []
 
-    def aligned(self, task: TaskConfig, sets: list[str]) -> list[WordSet]:
-        """The sets, keeping an index only where every set's word is one token and no token comes twice."""
+    def aligned(self, task: TaskConfig, sets: list[str]) -> tuple[list[WordSet], list[dict[str, str]]]:
+        """The sets, keeping an index only where every set's word is one token and no token comes twice.
+
+        Returns:
+            The sets, and of each the words that it lost and why.
+        """
         rows = [[self.token(word, key in task.continuations) for word in task.words[key]] for key in sets]
         seen: set[int] = set()
         keep = []
+        reasons: list[dict[str, str]] = [{} for _ in sets]
         for index, ids in enumerate(zip(*rows, strict=True)):
             found = [token for token in ids if token is not None]
-            if len(found) == len(sets) and not seen & set(found):
+            if len(found) == len(sets) == len(set(found)) and not seen & set(found):
                 keep.append(index)
                 seen |= set(found)
-        return [
+                continue
+            for key, token, lost in zip(sets, ids, reasons, strict=True):
+                lost[task.words[key][index]] = _why(token, found, len(sets), seen)
+        kept = [
             WordSet([task.words[key][i] for i in keep], torch.tensor([row[i] for i in keep], dtype=torch.long))
             for key, row in zip(sets, rows, strict=True)
         ]
+        lost_only = [
+            {word: why for word, why in lost.items() if word not in words.words}  # a word may have been given twice
+            for words, lost in zip(kept, reasons, strict=True)
+        ]
+        return kept, lost_only
+
+
+def _why(token: int | None, found: list[int], n_sets: int, seen: set[int]) -> str:
+    """Why a word is not read: for its own sake, or for that of its pair."""
+    if token is None:
+        return "not one token here"
+    if len(found) < n_sets:
+        return "in a pair with a word that is not one token here"
+    if token in seen or len(set(found)) < n_sets:
+        return "the same token as another word"
+    return "in a pair with a word that is the same token as another"
 
 
 def surface_form(token: str) -> tuple[bool, str, bool, int]:

@@ -5,7 +5,7 @@ the claimed heads' maps (few), metric values under resampled words, and, where a
 circuits that compose. `ClaimTests.rows` then draws the nulls.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,12 +100,12 @@ class ClaimTests:
         """Keep what the tests need of this layer."""
         here = sorted(head for at, head in self.claims.heads if at == layer.index)
         if "qk" in self.model.circuits:
-            sigma = layer.decomposition("qk", self.model.folds).sigma
+            sigma = layer.maps("qk", self.model.folds).sigma
             self.second |= {(layer.index, head): float(sigma[head, 1:2].sum() / sigma[head, 0]) for head in here}
         for metric in self.wanted & set(FRAME_METRICS):
             if METRICS[metric].circuit in self.model.circuits:
                 form = self.forms[metric, layer.index] = layer.form(metric)
-                self.sigma[layer.index, form] = layer.decomposition(*form).sigma
+                self.sigma[layer.index, form] = layer.maps(*form).sigma
         if self.composes and len(self.model.circuits) == 2:
             parts = layer.decomposition("ov", True), layer.decomposition("qk", True, layer.span)
             self.layers.append(LayerCircuits.of(*parts))
@@ -154,7 +154,7 @@ class ClaimTests:
                     role,
                     config,
                     primary=index == 0,
-                    values=self._composed(config)
+                    values=self.composed(config, self.partners(config))
                     if config.metric in COMPOSITION_METRICS
                     else predicted_values(config, values, facts),
                 )
@@ -167,8 +167,9 @@ class ClaimTests:
         """The claimed heads that a composition is with."""
         return [head for role in config.partners for head in self.claims.roles.get(role, [])]
 
-    def _composed(self, config: PredictionConfig) -> NDArray[np.float64]:
-        facts, partners = self.model.architecture, self.partners(config)
+    def composed(self, config: PredictionConfig, partners: Collection[Head]) -> NDArray[np.float64]:
+        """[layer, head]: a composition of every head with these, nan where it has no value."""
+        facts = self.model.architecture
         nothing = np.full((facts.n_layers, facts.n_heads), np.nan)
         if not self.layers or not partners:
             return nothing
@@ -277,7 +278,7 @@ class ClaimTests:
             own = [s.ids for s in (*readout.variable.read, *readout.variable.write)]
             heads = {head for _, some in asked for head in some}
             for layer in {layer for layer, _ in heads}:
-                readout.basis(layer)  # and with it the centre of the band, while all rows are there
+                readout.prepare(layer)  # the centre of the band, while all rows are there
             readout.effective.keep(torch.cat([*ids, *own]))
             metrics = {prediction.config.metric for prediction, _ in asked}
             drawn = self._under_words(map(readout.surrogate, words.variables), heads, metrics)
@@ -363,10 +364,18 @@ def _written(parts: Decomposition, gram_in: Tensor, cross: Tensor | None, gram_o
 
 
 def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:
-    """E^T C E of the block0 embeddings E, and W_E^T C E for senders of layer 0, which read plain ones; or why not."""
-    gram, _, first = model.block0_grams
+    """E^T C E of the embeddings E that K-composed heads see, and W_E^T C E for senders of layer 0; or why not.
+
+    E is `block0` where the model has MLPs, with plain embeddings for senders of layer 0, which read no others; plain
+    for all (None) where it has none, or one that writes nothing: then no layer turns a token into another, and what
+    block 0's heads add would only blur it.
+    """
     if model.vocabulary is None:
         return model.source.no_vocabulary or "the checkpoint has no token embedding"
     if isinstance(model.block0, str):
         return model.block0
+    mlp = model.block0.mlp
+    if mlp is None or not (mlp.W_out.any() or mlp.b_out.any()):
+        return model.vocabulary.gram_embed, None
+    gram, _, first = model.block0_grams
     return "the model has no layer after the first" if gram is None else (gram, first)

@@ -2,67 +2,130 @@
 
     python -m ovqk.tracking RESULTS_DIR [--mode online] [--project NAME] [--entity NAME] [--all]
 
-The record is never touched and a failure here never loses a result: tracking.json says what happened.
+The record is never touched and a failure here never loses a result: tracking.json says what happened, and a cell that
+was not tracked is tracked by the next run or by the command above.
 """
 
 import argparse
+import contextlib
 import hashlib
+import json
 import os
+import re
+import shutil
+import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import Timeout
 
-from ovqk.comparison import QUARTERS, quarter_means, relative_depth, roles
-from ovqk.config import TrackingMode
-from ovqk.record import read_record, read_tracking, write_tracking
-from ovqk.results import cell_folders, load_table
+from ovqk.config import TrackingConfig, TrackingMode
+from ovqk.errors import UserError
+from ovqk.panels import Panels, plain_table, read_panels
+from ovqk.record import claim, read_record, read_tracking, write_tracking
+from ovqk.results import cell_folders
 
-MAX_TABLE_ROWS = 10_000  # W&B cuts longer tables; the full ones stay in Parquet
-LAYER_CURVES = (
-    "ov_copying",
-    "qk_matching",
-    "qk_matching_block0",
-    "ov_symmetry",
-    "qk_symmetry",
-    "qk_symmetry_vocab",
-    "qk_positional_share",
-    "qk_prev_auc",
-    "ov_effective_rank",
-    "qk_effective_rank",
-    "ov_task_auc",
-    "qk_task_auc",
-    "ov_task_alignment",
-)
+INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
+LOG_SECONDS = 60.0  # for W&B to take what is logged
+FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
+GRACE_SECONDS = 10.0  # after which W&B's service is killed where it does not keep these times itself
+PAUSE_SECONDS = 300.0  # after a failure of the server, in which no other cell of this process waits for it
+MAX_TAG, MAX_NAME = 64, 128  # what W&B allows, in letters
+STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # of an upload, in W&B's own log of a run
+
+
+class NotReceivedError(Exception):
+    """The server did not take all of a run."""
+
+
+@dataclass
+class _Pause:
+    """Until when the server is left alone, and why."""
+
+    until: float = 0.0
+    reason: str = ""
+
+
+_pause = _Pause()
+_agent_cells: dict[str, str] = {}  # run that a W&B agent handed out -> the cell it holds
+
+
+@dataclass(frozen=True)
+class _Destination:
+    results_dir: Path
+    mode: TrackingMode
+    project: str
+    entity: str | None
 
 
 def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str, entity: str | None) -> str | None:
     """Make the W&B run of a done cell; returns a warning where that failed.
 
-    tracking.json gets status `done` or `failed`, the mode, the run's id, its folder relative to the results where it
-    is offline, and on failure the reason.
+    tracking.json gets the status, the mode, the run's id, its folder relative to the results (offline) or its address
+    (online), and the reason where it is not `done`: `failed`, or `pending` where the server was not tried because it
+    had failed an earlier cell of this process.
+
+    Raises:
+        ValueError: there is no finished record.
     """
     record = read_record(folder)
     if record is None or record.get("status") != "done":
         raise ValueError(f"{folder} holds no finished record")
-    identifier = run_id(record)
-    write_tracking(folder, {"status": "pending", "mode": mode.value, "run_id": identifier})
-    before = os.environ.get("WANDB_DATA_DIR")
-    if before is None:  # staged tables travel with the results
-        os.environ["WANDB_DATA_DIR"] = str((results_dir / "wandb" / "data").absolute())
+    status, reason = _attempt(folder, record, _Destination(results_dir, mode, project, entity))
+    if status != "failed":
+        return None
+    waiting = f"W&B is left alone for {PAUSE_SECONDS / 60:.0f} minutes. " if _is_paused(mode) else ""
+    command = f"`python -m ovqk.tracking {results_dir}`"
+    return f"{run_name(record)} was computed and recorded, but not tracked ({reason}). {waiting}Later: {command}"
+
+
+def _attempt(folder: Path, record: dict[str, Any], destination: _Destination) -> tuple[str, str | None]:
+    """Track a cell and write tracking.json: the status, and the reason where it is not `done`.
+
+    Where a record that was tracked is to be tracked again and that fails, tracking.json stays as it was.
+    """
+    before = read_tracking(folder)
+    state: dict[str, Any] = {"mode": destination.mode.value}
+    status = "pending"
+    reason: str | None = f"not tried after: {_pause.reason}"
     try:
-        directory = _log(folder, record, results_dir, mode, project, entity, identifier)
+        state |= _run(record)
+        if not _is_paused(destination.mode):
+            write_tracking(folder, {"status": "pending"} | state)
+            state |= _send(folder, record, destination, state["run_id"])
+            status, reason = "done", None
     except Exception as error:  # whatever W&B raises, the result is safe in its record
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        write_tracking(folder, {"status": "failed", "mode": mode.value, "run_id": identifier, "reason": reason})
-        return f"{run_name(record)} was computed and recorded, but not tracked ({reason})."
-    finally:
-        if before is None:
-            del os.environ["WANDB_DATA_DIR"]
-    content = {"status": "done", "mode": mode.value, "run_id": identifier}
-    write_tracking(folder, content | ({"directory": directory} if directory else {}))
-    return None
+        status, reason = "failed", _reason(error, destination.results_dir)
+        if destination.mode is TrackingMode.online and _is_of_server(error):
+            _pause.until, _pause.reason = time.monotonic() + PAUSE_SECONDS, reason
+    state = {"status": status} | state | ({"reason": reason} if reason else {})
+    tracked = before.get("status") == "done" and before.get("run_id") == state.get("run_id")
+    with contextlib.suppress(OSError):  # of a full disk; a cell without the file is pending
+        write_tracking(folder, before if tracked and status != "done" else state)
+    return status, reason
+
+
+def _is_paused(mode: TrackingMode) -> bool:
+    return mode is TrackingMode.online and time.monotonic() < _pause.until
+
+
+def needs_tracking(folder: Path) -> bool:
+    """Whether a done cell is still to be tracked: its record never was, or a W&B agent waits for it in its own run."""
+    record, state = read_record(folder), read_tracking(folder)
+    if in_agent() or record is None or state.get("status") != "done":
+        return True
+    return state.get("record", state.get("run_id")) != run_id(record)
+
+
+def in_agent() -> bool:
+    """Whether `wandb agent` started this process."""
+    return bool(os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"))
 
 
 def run_id(record: dict[str, Any]) -> str:
@@ -77,162 +140,302 @@ def run_name(record: dict[str, Any]) -> str:
     return f"{record['model']} {record['task']} {record['analysis']}"
 
 
-def _log(
-    folder: Path,
-    record: dict[str, Any],
-    results_dir: Path,
-    mode: TrackingMode,
-    project: str,
-    entity: str | None,
-    identifier: str,
-) -> str | None:
-    results_dir.mkdir(parents=True, exist_ok=True)
-    staging = (results_dir / "wandb" / "data").absolute()
-    staging.mkdir(parents=True, exist_ok=True)
+def _run(record: dict[str, Any]) -> dict[str, str]:
+    """{"run_id": ...}: the record's own run, or the one that a W&B agent made for this process, with the `record`.
+
+    Raises:
+        NotReceivedError: the agent's run holds another cell already.
+    """
+    if not in_agent():
+        return {"run_id": run_id(record)}
+    identifier = os.environ["WANDB_RUN_ID"]
+    if _agent_cells.setdefault(identifier, record["cell_id"]) != record["cell_id"]:
+        raise NotReceivedError("the run of a W&B agent holds one cell: its command must not be a sweep (-m)")
+    return {"run_id": identifier, "record": run_id(record)}
+
+
+def _send(folder: Path, record: dict[str, Any], destination: _Destination, identifier: str) -> dict[str, str]:
+    """Make the run; where it is: {"directory": ...} or {"url": ...}."""
+    panels = read_panels(folder, record)
+    wandb_dir = destination.results_dir.absolute() / "wandb"
+    staging = wandb_dir / "data" / f"{identifier}-{time.time_ns()}"
+    wandb_dir.mkdir(parents=True, exist_ok=True)
+    online = destination.mode is TrackingMode.online
+    settings = _settings()
+    with _quiet_wandb() as (wandb, service), _staged_in(staging):
+        with _within(settings["init_timeout"], service):
+            run = wandb.init(
+                project=destination.project,
+                entity=destination.entity,
+                dir=str(destination.results_dir),
+                id=identifier,
+                name=run_name(record)[:MAX_NAME],
+                group=(record["sweep"] or record["cell_id"])[:MAX_NAME],
+                job_type=record["analysis"][:MAX_TAG],
+                tags=list(dict.fromkeys(record[key][:MAX_TAG] for key in ("model", "task", "analysis"))),
+                config=panels.config,
+                mode=destination.mode.value,
+                reinit="create_new",  # a run of the caller's own goes on
+                settings=wandb.Settings(**settings),
+            )
+        with _within(LOG_SECONDS, service):
+            log_panels(run, wandb, panels)
+        with _within(settings["finish_timeout"], service):
+            _finish(run)
+    directory = Path(run.settings.sync_dir)
+    _remove_earlier(wandb_dir, identifier, {directory.name} if online else {directory.name, staging.name})
+    if online:
+        return {"url": run.url} if run.url else {}
+    return {"directory": os.path.relpath(directory, destination.results_dir.absolute())}
+
+
+def _remove_earlier(wandb_dir: Path, identifier: str, kept: set[str]) -> None:
+    """Remove what earlier attempts at a run have left on disk, and tables that wait for nothing any more."""
+    for left in (*wandb_dir.glob(f"*run-*-{identifier}"), *wandb_dir.glob(f"data/{identifier}-*")):
+        if left.name not in kept:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _settings() -> dict[str, Any]:
+    """No console output, no information on the machine or the code, and bounded waiting."""
+    return {
+        "silent": True,
+        "console": "off",
+        "disable_code": True,
+        "disable_git": True,
+        "save_code": False,
+        "symlink": False,
+        "use_dot_wandb": False,
+        "program": "run.py",
+        "host": "",  # the machine's name is nobody's business
+        "x_disable_stats": True,
+        "x_disable_machine_info": True,
+        "x_save_requirements": False,  # the record holds the versions
+        "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_SECONDS)),
+        "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)),
+        "finish_timeout_raises": True,
+    }
+
+
+@contextlib.contextmanager
+def _quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
+    """The wandb module and its service, a process that does the work.
+
+    Meanwhile W&B prints nothing, asks for no key and reports no errors of its own to its makers. After a failure the
+    service is killed, so that nobody waits for it and the next cell starts another.
+    """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.pop("WANDB_SERVICE", None)  # a parent's service: this process has its own
     import wandb
 
-    settings = wandb.Settings(
-        silent=True,
-        console="off",
-        disable_code=True,
-        disable_git=True,
-        save_code=False,
-        x_disable_stats=True,
-        x_disable_machine_info=True,
-        init_timeout=60,
-        host="",  # the machine's name is nobody's business
-    )
-    run = wandb.init(
-        project=project,
-        entity=entity,
-        dir=str(results_dir),
-        id=identifier,
-        name=run_name(record),
-        group=record["sweep"] or record["cell_id"],
-        job_type=record["analysis"],
-        tags=[record["model"], record["task"], record["analysis"]],
-        config=run_config(record),
-        mode=mode.value,  # type: ignore[arg-type]
-        reinit="finish_previous",
-        resume="allow" if mode is TrackingMode.online else None,
-        settings=settings,
-    )
+    session = wandb.setup()
+    service = session.ensure_service()._proc._process  # type: ignore[union-attr]
+    wandb.termsetup(wandb.Settings(silent=True), None)
     try:
-        log_record(run, wandb, folder, record)
+        yield wandb, service
     except BaseException:
-        run.finish(exit_code=1)
+        if wandb.run is None:  # else a run of the caller's own is open
+            service.kill()
+            service.wait()
+            with contextlib.suppress(Exception, SystemExit):
+                wandb.teardown()
         raise
-    offline = Path(run.dir).parent if mode is TrackingMode.offline else None
-    run.finish()
-    return None if offline is None else os.path.relpath(offline, results_dir.absolute())
+    finally:
+        wandb.termsetup(session.settings, None)
 
 
-def run_config(record: dict[str, Any]) -> dict[str, Any]:
-    """Flat coordinates to group and filter by, and the resolved config under `cfg`."""
-    coordinates = {key: record[key] for key in ("model", "task", "analysis", "seed", "cell_id", "sweep")}
-    more = {
-        "processing": record["processing"]["applied"],
-        "loaded_by": record["loaded_by"],
-        "weights_digest": record["provenance"]["weights_digest"],
-    }
-    return coordinates | more | {"cfg": record["provenance"]["config"]}
+@contextlib.contextmanager
+def _within(seconds: float, service: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill W&B's service where it takes much longer: its own limits do not hold when a server dies at a bad moment.
+
+    Raises:
+        TimeoutError: it was killed.
+    """
+    expired = threading.Event()
+
+    def kill() -> None:
+        expired.set()
+        service.kill()  # every wait for it ends with an error
+
+    timer = threading.Timer(seconds + GRACE_SECONDS, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception as error:
+        if expired.is_set():
+            raise TimeoutError(f"W&B did not answer within {seconds + GRACE_SECONDS:.0f} s") from error
+        raise
+    finally:
+        timer.cancel()
 
 
-def log_record(run: Any, wandb: Any, folder: Path, record: dict[str, Any]) -> None:
-    """Curves over layers, eigenvalue curves of the claimed heads, tables, summary scalars."""
-    heads = load_table(folder, "heads")
-    assert heads is not None
-    run.define_metric("layer")
-    run.define_metric("relative_depth")  # the axis on which models of different depths compare
-    run.define_metric("layer/*", step_metric="layer")
-    run.define_metric("depth/*", step_metric="relative_depth")
-    curves = layer_curves(heads, load_table(folder, "layers"))
-    curves["relative_depth"] = relative_depth(curves["layer"], record["summary"]["n_layers"])
-    for row in curves.to_dict("records"):
+@contextlib.contextmanager
+def _staged_in(directory: Path) -> Iterator[None]:
+    """Tables wait to be sent beside the results and not in the home folder, unless the user chose a place."""
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(directory)
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]
+
+
+def log_panels(run: Any, wandb: Any, panels: Panels) -> None:
+    """Hand over curves, histograms, eigenvalues and tables, and the summary.
+
+    Raises:
+        TimeoutError: W&B takes too long over it.
+    """
+    deadline = time.monotonic() + LOG_SECONDS
+    run.define_metric("layer", hidden=True)
+    run.define_metric("relative_depth", hidden=True)  # the axis on which models of different depths compare
+    run.define_metric("layer/*", step_metric="layer", summary="none")
+    run.define_metric("depth/*", step_metric="relative_depth", summary="none")
+    for row in panels.curves.to_dict("records"):
         steps = {"layer": int(row.pop("layer")), "relative_depth": row.pop("relative_depth")}
-        values = {k: v for k, v in row.items() if pd.notna(v)}
-        run.log(steps | {f"{axis}/{k}": v for axis in ("layer", "depth") for k, v in values.items()})
-    panels: dict[str, Any] = {}
-    verdicts, spectra = load_table(folder, "verdicts"), load_table(folder, "spectra")
-    if verdicts is not None and spectra is not None:
-        panels |= _eigenvalue_panels(wandb, spectra, verdicts)
-    for name in ("heads", "layers", "tests", "verdicts"):
-        table = load_table(folder, name)
-        if table is not None:
-            panels[f"tables/{name}"] = wandb.Table(dataframe=plain_table(table.head(MAX_TABLE_ROWS)))
-    run.log(panels)
-    run.summary.update({"status": "done", "wall_seconds": record["provenance"]["wall_seconds"]} | record["summary"])
-    run.summary.update(comparison_scalars(folder, heads, record))
+        values = {key: value for key, value in row.items() if pd.notna(value)}
+        run.log(steps | {f"{axis}/{key}": value for axis in ("layer", "depth") for key, value in values.items()})
+    for name, panel in _media(wandb, panels):
+        run.log({name: panel}, commit=False)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"W&B did not take the run within {LOG_SECONDS:.0f} s")
+    run.log({})
+    run.summary.update(panels.scalars)
 
 
-def comparison_scalars(folder: Path, heads: pd.DataFrame, record: dict[str, Any]) -> dict[str, Any]:
-    """The cell's rows of the comparison as scalars: `role/ROLE/depth` and `/verdict`, `quarter/N/METRIC`."""
-    scalars: dict[str, Any] = {}
-    for row in roles([folder]).to_dict("records"):
-        if row["role"]:
-            scalars |= {f"role/{row['role']}/{key}": row[key] for key in ("depth", "verdict", "heads")}
-    means = quarter_means(heads, record["summary"]["n_layers"])
-    for number, name in enumerate(QUARTERS, start=1):
-        scalars |= {f"quarter/{number}/{metric}": value for metric, value in means.loc[name].dropna().items()}
-    return scalars
+def _media(wandb: Any, panels: Panels) -> Iterator[tuple[str, Any]]:
+    for name, (counts, edges) in panels.histograms.items():
+        yield f"histograms/{name}", wandb.Histogram(np_histogram=(counts.tolist(), edges.tolist()))
+    for name, rows in panels.eigenvalues.items():
+        circuit, space = name.split("_")
+        yield (
+            f"eigenvalues/{name}",
+            wandb.plot_table(
+                vega_spec_name="wandb/lineseries/v0",
+                data_table=_table(wandb, rows),
+                fields={column: column for column in rows.columns},
+                string_fields={"title": f"{circuit.upper()} eigenvalues, {space} (real part)", "xname": "index"},
+            ),
+        )
+    for name, table in panels.tables.items():
+        yield f"tables/{name}", _table(wandb, table)
 
 
-def layer_curves(heads: pd.DataFrame, layers: pd.DataFrame | None) -> pd.DataFrame:
-    """Mean over heads of the main metrics by layer, with the layer's own metrics beside them."""
-    wanted = [name for name in LAYER_CURVES if name in heads and heads[name].notna().any()]
-    curves = heads.groupby("layer", as_index=False)[wanted].mean()
-    if layers is None:
-        return curves
-    return curves.merge(layers.rename(columns=lambda name: name if name == "layer" else f"summed_{name}"), on="layer")
+def _table(wandb: Any, frame: pd.DataFrame) -> Any:
+    """A W&B table with columns of one type each; what is missing or no finite number is shown as empty."""
+    kinds, rows = plain_table(frame)
+    table = wandb.Table(columns=[str(name) for name in frame.columns], data=[], dtype=kinds)
+    table.data = rows  # the types are known: W&B need not look at every value
+    return table
 
 
-def _eigenvalue_panels(wandb: Any, spectra: pd.DataFrame, verdicts: pd.DataFrame) -> dict[str, Any]:
-    """Real parts of the eigenvalues of every claimed head, by falling modulus: one line chart per circuit and space."""
-    claimed = verdicts[verdicts["kind"] == "head"][["role", "layer", "head"]].astype({"layer": int, "head": int})
-    labels = claimed.groupby(["layer", "head"])["role"].agg("+".join)
-    eigen = spectra[(spectra["kind"] == "eigen") & (spectra["offset"] == spectra["offset"].min())]
-    panels = {}
-    for (circuit, space), part in eigen.groupby(["circuit", "space"]):
-        lines = {head: group["re"].tolist() for head, group in part.groupby(["layer", "head"]) if head in labels.index}
-        if lines:
-            panels[f"eigenvalues/{circuit}_{space}"] = wandb.plot.line_series(
-                xs=list(range(len(next(iter(lines.values()))))),
-                ys=list(lines.values()),
-                keys=[f"{layer}.{head} {labels[(layer, head)]}" for layer, head in lines],
-                title=f"{circuit.upper()} eigenvalues of the claimed heads, {space} space (real part)",
-                xname="index",
-            )
-    return panels
+def _finish(run: Any) -> None:
+    """Wait until the run is written, or received.
+
+    Raises:
+        NotReceivedError: the server did not take all of it in time, or refused a part.
+    """
+    log = Path(run.settings.log_internal)
+    try:
+        run.finish()
+    except TimeoutError as error:
+        raise NotReceivedError(": ".join([str(error).rstrip("."), *_errors(log)[:1]])) from error
+    refused = [message for message in _errors(log) if message.startswith(STAGES)]
+    if refused:
+        raise NotReceivedError(refused[0])
 
 
-def plain_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Missing values as None, which W&B tables show as empty, with columns of one type each."""
-    return table.astype(object).where(table.notna(), None)
+def _errors(log: Path) -> list[str]:
+    """Errors in W&B's own log of a run: it tells of a refused file there and nowhere else."""
+    messages = []
+    with contextlib.suppress(OSError):
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError):
+                entry = json.loads(line)
+                if entry["level"].startswith("ERROR") and not entry["msg"].startswith("api:"):
+                    text = re.sub(r"\?\S*", "", " ".join(entry["msg"].split()))  # no signed address
+                    messages.append(text[:300])
+    return messages
+
+
+def _reason(error: Exception, results_dir: Path) -> str:
+    text = str(error) or "W&B's service on this machine ended"
+    text = f"{type(error).__name__}: {text}".splitlines()[0]
+    return text.replace(str(results_dir.absolute()), str(results_dir))
+
+
+def _is_of_server(error: Exception) -> bool:
+    """Whether the next cell would meet the same; not where W&B's service on this machine was killed."""
+    wandb = sys.modules.get("wandb")
+    return wandb is not None and isinstance(error, (wandb.Error, TimeoutError, NotReceivedError))
 
 
 def main() -> None:
     """Track the finished cells under a results folder that were never tracked."""
     parser = argparse.ArgumentParser(prog="python -m ovqk.tracking", description="Send finished cells to W&B.")
     parser.add_argument("results_dir", type=Path)
-    parser.add_argument("--mode", choices=["offline", "online"], default=os.environ.get("WANDB_MODE", "online"))
-    parser.add_argument("--project", default="ovqk")
-    parser.add_argument("--entity")
+    parser.add_argument("--mode", choices=["online", "offline"], help="WANDB_MODE unless given, else online")
+    parser.add_argument("--project", help="the one in each cell's config unless given")
+    parser.add_argument("--entity", help="the one in each cell's config unless given")
     parser.add_argument("--all", action="store_true", help="also cells that were tracked, offline for instance")
     arguments = parser.parse_args()
     if not arguments.results_dir.is_dir():
         raise SystemExit(f"ovqk: {arguments.results_dir}: no such results folder.")
-    failed = 0
-    for folder in cell_folders(arguments.results_dir):
-        record = read_record(folder)
-        if record is None or record.get("status") != "done":
-            continue
-        if read_tracking(folder)["status"] == "done" and not arguments.all:
-            continue
-        mode = TrackingMode(arguments.mode)
-        warning = track_cell(folder, arguments.results_dir, mode, arguments.project, arguments.entity)
-        failed += warning is not None
-        print(warning or f"tracked {folder}", file=sys.stderr if warning else sys.stdout)
-    raise SystemExit(1 if failed else 0)
+    mode = _mode(arguments.mode)
+    folders = list(cell_folders(arguments.results_dir))
+    if not folders:
+        raise SystemExit(f"ovqk: {arguments.results_dir}: no cells there (MODEL/TASK/ANALYSIS-ID folders).")
+    missed = [folder for folder in folders if not _track_later(folder, arguments, mode)]
+    waiting = [folder for folder in folders if _waits_offline(folder, arguments.results_dir)]
+    if waiting and mode is TrackingMode.online:
+        print(f"{len(waiting)} wait offline: --all sends them, or `wandb sync {arguments.results_dir}/wandb`.")
+    raise SystemExit(1 if missed else 0)
+
+
+def _mode(asked: str | None) -> TrackingMode:
+    name = asked or os.environ.get("WANDB_MODE") or TrackingMode.online.value
+    name = "offline" if name == "dryrun" else name
+    if name not in ("online", "offline"):
+        raise SystemExit(f"ovqk: WANDB_MODE={name}: with it nothing is sent; --mode online or --mode offline.")
+    return TrackingMode(name)
+
+
+def _track_later(folder: Path, arguments: argparse.Namespace, mode: TrackingMode) -> bool:
+    """Track a cell, unless it was or another process is at work on it; says what became of it. False: not tracked."""
+    record = read_record(folder)
+    if record is None or not {"status", "cell_id"} <= record.keys():
+        print(f"skipped {folder}: its record cannot be read", file=sys.stderr)
+        return True
+    if record["status"] != "done":
+        return True
+    try:
+        with claim(arguments.results_dir, record["cell_id"], wait=False):
+            if not (arguments.all or needs_tracking(folder)):
+                return True
+            chosen = record.get("provenance", {}).get("config", {}).get("tracking", {})
+            project = arguments.project or chosen.get("project") or TrackingConfig.project
+            entity = arguments.entity or chosen.get("entity")
+            status, reason = _attempt(folder, record, _Destination(arguments.results_dir, mode, project, entity))
+    except Timeout:
+        print(f"skipped {folder}: another process is at work on it", file=sys.stderr)
+        return True
+    except UserError as error:
+        raise SystemExit(f"ovqk: {error}") from None
+    if status == "done":
+        print(" ".join(filter(None, ("tracked", str(folder), read_tracking(folder).get("url")))))
+        return True
+    print(f"not tracked {folder}: {reason}", file=sys.stderr)
+    return False
+
+
+def _waits_offline(folder: Path, results_dir: Path) -> bool:
+    """Whether a cell's offline run was not yet sent by `wandb sync`, which leaves a mark."""
+    state = read_tracking(folder)
+    offline = state.get("status") == "done" and "directory" in state
+    return offline and not list((results_dir / state["directory"]).glob("*.wandb.synced"))
 
 
 if __name__ == "__main__":

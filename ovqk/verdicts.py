@@ -35,6 +35,11 @@ MEANS = {
     "contradicted": "The weights point the other way: {claim}.",
 }
 CONSISTENT = "Consistent with the claim and no more, since any trained head may pass: {claim}."
+AGAINST_SPECTRUM = (
+    "The weights point the other way against heads of the same spectrum only, which any trained head may: {claim}."
+)
+FRAME_ONLY = "frame"
+"""Flag of a contradiction by `frame` alone."""
 AGAINST = {
     "layer": "the unclaimed heads of the same layers",
     "depth": "the unclaimed heads of nearby layers",
@@ -77,6 +82,10 @@ def judge(
 ) -> dict[str, Any]:
     """One row of verdicts.parquet.
 
+    p, q and min_q are those of the weakest null that counts, q_opposite of the one most against the claim; `nulls` are
+    those that could decide, `held` and `opposed` the ones that are significant for and against it. The percentile, the
+    effect and its interval are those within the heads' own layers; none where all other heads there are claimed.
+
     Args:
         subject: the role or head.
         predicted: its role's predictions, the primary first.
@@ -91,35 +100,52 @@ def judge(
     held = [row for row in testable if row["q"] < ALPHA]
     peers = any(row["null"] != "frame" for row in testable)
     verdict, why = _decide(subject, predicted, primary, testable, held, opposite, peers, reason)
+    opposed = [row for row in testable if row["q_opposite"] < ALPHA]
     first = next(iter(testable or primary), None)
-    # Of a head, the percentile, the effect and its interval are those within its own layer, whichever null decides.
-    placed = next((row for row in rows if row["primary"] and row["null"] == "layer"), first)
+    placed = next((row for row in rows if row["primary"] and row["null"] == "layer"), None)
     weakest = max(testable, key=lambda row: row["q"], default=first)
-    flags = ["mixed"] if verdict == "partial" and opposite else []
-    if verdict == "partial" and {row["null"] for row in held} == {"frame"}:
-        flags.append("consistent")
-    value = placed["value"] if subject.head is None and placed else first["value"] if first else None
+    flags = _flags(verdict, opposite, held, opposed)
+    valued = placed or next((row for row in rows if row["primary"]), None)
     return {
         "kind": subject.kind,
         "role": subject.role,
         "layer": None if subject.head is None else subject.head[0],
         "head": None if subject.head is None else subject.head[1],
         "verdict": verdict,
-        "primary": predicted[0].config.metric if predicted else None,
+        "primary": _metric(subject, predicted),
         "prediction": predicted[0].config.direction.value if predicted else None,
-        "value": value,
+        "value": valued["value"] if valued else None,
         **{key: placed[key] if placed else None for key in ("percentile", "effect", "ci_low", "ci_high")},
         "p": weakest["p"] if weakest else None,
         "q": weakest["q"] if weakest else None,
         "min_q": weakest["min_q"] if weakest else None,
+        "q_opposite": min((row["q_opposite"] for row in testable), default=None),
         "nulls": ", ".join(row["null"] for row in testable),
         "held": ", ".join(row["null"] for row in held),
+        "opposed": ", ".join(row["null"] for row in opposed),
         "flags": " ".join(flags),
         "reason": why,
         **(patterns or {}),
-        "establishes": _statement(verdict, predicted, testable, "consistent" in flags, why),
+        "establishes": _statement(verdict, subject, predicted, testable, flags, why),
         "does_not_establish": _limits(verdict, predicted),
     }
+
+
+def _flags(
+    verdict: str, opposite: bool, held: Sequence[Mapping[str, Any]], opposed: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    flags = ["mixed"] if verdict == "partial" and opposite else []
+    if verdict == "partial" and {row["null"] for row in held} == {"frame"}:
+        flags.append("consistent")
+    if verdict == "contradicted" and {row["null"] for row in opposed} == {"frame"}:
+        flags.append(FRAME_ONLY)
+    return flags
+
+
+def _metric(subject: Subject, predicted: Sequence[Predicted]) -> str | None:
+    if not predicted:
+        return None
+    return predicted[0].config.metric if subject.head is None else predicted[0].metric_of(subject.head[0])
 
 
 def _decide(
@@ -151,14 +177,18 @@ def _decide(
         return "corroborated", ""
     if held:
         alone = "no null of other heads or words is testable for it" if not peers else ""
-        return "partial", alone
-    if all(row["min_q"] >= ALPHA for row in testable):
-        least = min(row["min_q"] for row in testable)
-        return (
-            "unsupported",
-            f"alone among these comparisons it could not be significant: q >= {least:.2g}",
-        )
-    return "unsupported", ""
+        return "partial", "; ".join(filter(None, (alone, _powerless(testable))))
+    return "unsupported", _powerless(testable)
+
+
+def _powerless(testable: Sequence[Mapping[str, Any]]) -> str:
+    """Which nulls could not have been significant for it alone, whatever its value."""
+    least = [f"q >= {row['min_q']:.2g} under {row['null']}" for row in testable if _could_not(row)]
+    return f"alone among these comparisons it could not be significant: {', '.join(least)}" if least else ""
+
+
+def _could_not(row: Mapping[str, Any]) -> bool:
+    return bool(row["q"] >= ALPHA and row["min_q"] >= ALPHA)
 
 
 def _sizes(row: Mapping[str, Any]) -> str:
@@ -169,32 +199,48 @@ def _sizes(row: Mapping[str, Any]) -> str:
 
 
 def _statement(
-    verdict: str, predicted: Sequence[Predicted], rows: Sequence[Mapping[str, Any]], consistent: bool, why: str
+    verdict: str,
+    subject: Subject,
+    predicted: Sequence[Predicted],
+    rows: Sequence[Mapping[str, Any]],
+    flags: Sequence[str],
+    why: str,
 ) -> str:
     """What the weights establish, in words to be quoted."""
-    if verdict not in MEANS or not rows:
+    metric = _metric(subject, predicted)
+    if verdict not in MEANS or not rows or metric is None:
         return f"Nothing: {why}."
-    metric, direction = title(predicted[0].config.metric), predicted[0].config.direction.value
-    other = {"high": "low", "low": "high"}[direction]
+    claim = f"{title(metric)} is " + ", and ".join(_part(row) for row in rows)
+    means = MEANS[verdict]
+    if "consistent" in flags:
+        means = CONSISTENT
+    if FRAME_ONLY in flags:
+        means = AGAINST_SPECTRUM
+    return means.format(claim=claim)
 
-    def part(row: Mapping[str, Any]) -> str:
-        if row["q"] < ALPHA:
-            how, q = direction, row["q"]
-        elif row["q_opposite"] < ALPHA:
-            how, q = f"not {direction} but {other}", row["q_opposite"]
-        else:
-            how, q = f"not {direction}", row["q"]
-        return f"{how} against {AGAINST[row['null']]} (q = {q:.2g}, beyond {row['effect']:.0%} of them)"
 
-    claim = f"{metric} is " + ", and ".join(part(row) for row in rows)
-    return (CONSISTENT if consistent else MEANS[verdict]).format(claim=claim)
+def _part(row: Mapping[str, Any]) -> str:
+    """How the primary came out under one null: what is not significant is not said to be otherwise."""
+    direction = row["prediction"]
+    if row["q"] < ALPHA:
+        how, q = direction, row["q"]
+    elif row["q_opposite"] < ALPHA:
+        how, q = f"not {direction} but {'low' if direction == 'high' else 'high'}", row["q_opposite"]
+    else:
+        how, q = f"not significantly {direction}", row["q"]
+    facts = [f"q = {q:.2g}"]
+    if _could_not(row) and row["q_opposite"] >= ALPHA:
+        facts.append(f"alone it could not be below {row['min_q']:.2g}")
+    # Of a role under `layer` the effect is over pairs of a claimed head and another of its layer.
+    beyond = "AUC within layers {:.2f}" if row["null"] == "layer" else "beyond {:.0%} of them"
+    return f"{how} against {AGAINST[row['null']]} ({', '.join([*facts, beyond.format(row['effect'])])})"
 
 
 def _limits(verdict: str, predicted: Sequence[Predicted]) -> str:
     if verdict in ("untestable", "out_of_scope"):
         return ""
     metric = predicted[0].config.metric
-    writes = metric.startswith("ov_") and metric != "ov_task_read"
+    writes = metric.startswith("ov_") and metric not in ("ov_task_read", "ov_read_alignment")
     return NOT_ESTABLISHED + (NOT_INDEPENDENT if writes else "")
 
 

@@ -26,8 +26,9 @@ from ovqk.weights import (
     normalise,
 )
 
-BLOCK = 4096  # tokens handled at a time
-ELEMENTS = 2**23  # of a block of embedding rows
+BLOCK = 2048  # tokens handled at a time, fewer where rows are long
+ELEMENTS = 2**22  # of a block of embedding rows
+NEAR_MEAN = 256  # tokens whose mean rows are taken less
 STRIPE = 256  # columns of a symmetric product taken at a time
 LARGE = 10**10  # products of a Gram beyond which they are float32
 EXACT = 512  # d_model up to which Grams and their products are float64
@@ -116,11 +117,13 @@ def read_vocabulary(embeddings: EmbeddingWeights, n_tokens: int | None) -> Vocab
     if embeddings.W_E is None:
         raise ValueError("a vocabulary needs W_E")
 
-    def first(rows: Rows) -> Rows:
-        return rows.first(n_tokens) if isinstance(rows, StoredRows) else rows[:n_tokens]
-
     W_U_rows = embeddings.W_U.T if isinstance(embeddings.W_U, Tensor) else embeddings.W_U
-    return Vocabulary(first(embeddings.W_E), None if W_U_rows is None else first(W_U_rows))
+    W_E, W_U_rows = (
+        rows.first(n_tokens) if isinstance(rows, StoredRows) else rows if rows is None else rows[:n_tokens]
+        for rows in (embeddings.W_E, W_U_rows)
+    )
+    assert W_E is not None
+    return Vocabulary(W_E, W_U_rows)
 
 
 def centred_gram(a: Rows, b: Rows) -> Float[Tensor, "d_a d_b"]:
@@ -137,7 +140,7 @@ def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> li
     """
     n, widths = sides[0].shape[0], [side.shape[1] for side in sides]
     exact = torch.float32 if n * max(widths) ** 2 > LARGE else torch.float64
-    shifts = [side[:BLOCK].double().mean(0) for side in sides]
+    shifts = [side[:NEAR_MEAN].double().mean(0) for side in sides]
     sums = [torch.zeros_like(shift) for shift in shifts]
     totals = [shifts[a].new_zeros(widths[a], widths[b]) for a, b in pairs]
     for tokens in blocks(n, max(1, min(BLOCK, ELEMENTS // max(widths)))):
@@ -165,11 +168,11 @@ def precision(d_model: int) -> torch.dtype:
 
 def mean_row(x: Rows) -> Float[Tensor, " d_model"]:
     """The mean over tokens, float64; of large vocabularies within 1e-7 of the rows."""
-    first = x[:BLOCK].double().mean(0)
-    if x.shape[0] <= BLOCK:
-        return first
+    if x.shape[0] <= NEAR_MEAN:
+        return x[:].double().mean(0)
+    first = x[:NEAR_MEAN].double().mean(0)
     total = torch.zeros_like(first)
-    for rows in blocks(x.shape[0]):
+    for rows in blocks(x.shape[0], max(1, min(BLOCK, ELEMENTS // x.shape[1]))):
         block = x[rows]
         total += torch.ones(len(block)).to(block) @ (block - first.to(block))  # a product is faster than a sum
     return first + total / x.shape[0]

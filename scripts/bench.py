@@ -4,6 +4,7 @@
     python scripts/bench.py --shapes gpt2-small --what composition
     python scripts/bench.py --shapes llama-7b --what cell                    # makes a checkpoint of 4.8 GB first
     python scripts/bench.py --shapes gpt2-small --what profile
+    python scripts/bench.py --what startup
 
 What is compared with, for the eigen- and singular values of every head's QK and OV, in residual space and over the
 full vocabulary:
@@ -21,6 +22,7 @@ given above that of a process which has imported the same modules and done nothi
 import argparse
 import cProfile
 import json
+import os
 import pstats
 import resource
 import subprocess
@@ -294,10 +296,15 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def child(name: str, folder: Path, threads: int, device: str) -> dict[str, float]:
-    """One way of ovqk's in a process of its own: seconds, and peak memory above the imports, in MB."""
+def child(name: str, folder: Path, threads: int, device: str, hoard: bool = True) -> dict[str, float]:
+    """One way of ovqk's in a process of its own: seconds, and peak memory above the imports, in MB.
+
+    Without `hoard` the C library gives large blocks back at once: what it keeps for later, up to some 150 MB and as
+    it happens, is then not in the peak.
+    """
+    environment = os.environ if hoard else os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     command = [sys.executable, __file__, "--child", name, "--folder", str(folder), "--threads", str(threads)]
-    done = subprocess.run([*command, "--device", device], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, "--device", device], capture_output=True, text=True, check=True, env=environment)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -353,10 +360,29 @@ def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace)
             print(f"{name} {title}: {total:.1f} s ({parts}): {total / best['seconds']:.0f} x", flush=True)
 
 
+def start_up(repeats: int) -> None:
+    """The default cell's wall time beside that of importing torch, hydra, pandas and wandb, best of some."""
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"OVQK_CACHE_DIR": folder}
+
+        def run(*command: str) -> float:
+            return seconds(
+                lambda: subprocess.run(
+                    [sys.executable, *command], cwd=root, capture_output=True, check=True, env=environment
+                )
+            )
+
+        imports = min(run("-c", "import torch, hydra, pandas, wandb") for _ in range(repeats))
+        cells = [run("run.py", f"results_dir={folder}/{n}") for n in range(repeats)]
+        print(f"imports: {imports:.2f} s; default cell: {cells[0]:.2f} s ({cells[0] / imports:.2f} x)", end="; ")
+        print(f"its structure cached: {min(cells[1:]):.2f} s ({min(cells[1:]) / imports:.2f} x)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="gpt2-small", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--what", default="spectra", choices=["spectra", "cell", "composition", "profile"])
+    parser.add_argument("--what", default="spectra", choices=["spectra", "cell", "composition", "profile", "startup"])
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -366,6 +392,9 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.what == "startup":
+        start_up(arguments.repeats)
+        return
     if arguments.child:
         run_child(arguments.child, arguments.folder, arguments.device)
         return

@@ -1,6 +1,6 @@
 """How often the tests err: p-values where nothing is planted, and power where heads are planted by hand.
 
-    python scripts/calibration.py     # about ten minutes on two cores
+    python scripts/calibration.py     # about a quarter of an hour on two cores
 
 The models are small transformers in memory (`tests/planted.py`). Written to docs/: figures/calibration.svg and .png,
 figures/power.svg and .png, and calibration.md with the numbers behind them.
@@ -60,6 +60,7 @@ NULLS = {
 SMALL = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 NOISES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
 POWER_SHAPES = ("learned positions", "rotary, grouped queries")
+OUTCOMES = ("corroborated", "partial", "unsupported", "contradicted", "untestable")
 SURPRISE = 1e-4
 """A test does not keep its level where as many p-values as there are were less probable than this if it did."""
 
@@ -99,6 +100,26 @@ def least_likely(p: NDArray[np.float64]) -> tuple[float, float, float]:
     found = [(tail(int((p <= a).sum()), len(p), float(a)), float(a), float((p <= a).mean())) for a in np.unique(p)]
     probability, a, share = min(found)
     return a, share, probability
+
+
+def multiplicity(rows: int, n: int = 1000, levels: int = 100, draws: int = 12_000) -> dict[str, float]:
+    """What `least_likely` gives for a test that keeps its level exactly, of n p-values on `levels` levels.
+
+    Returns:
+        Of one row the share below SURPRISE; of a page of rows the median smallest, and the share of pages below.
+    """
+    generator = np.random.default_rng(0)
+    k = np.arange(n + 1)
+    ways = np.array([math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in k])
+    exact = (np.exp(ways + k * math.log(a) + (n - k) * math.log1p(-a)) for a in np.arange(1, levels) / levels)
+    tails = [probability[::-1].cumsum()[::-1] for probability in exact]
+    found = np.ones(draws)
+    for draw in range(draws):
+        counts = generator.multinomial(n, np.full(levels, 1 / levels)).cumsum()
+        found[draw] = min(values[count] for values, count in zip(tails, counts, strict=False))
+    pages = found[: draws // rows * rows].reshape(-1, rows).min(1)
+    below = {"row_below": float((found < SURPRISE).mean()), "page_below": float((pages < SURPRISE).mean())}
+    return below | {"page_median": float(np.median(pages))}
 
 
 # --- models --------------------------------------------------------------------------------------------------
@@ -205,6 +226,18 @@ def power_table(verdicts: pd.DataFrame) -> pd.DataFrame:
         low, high = interval(good, n)
         found.append({"role": role, "noise": noise, "n": n, "power": good / n, "low": low, "high": high})
     return pd.DataFrame(found)
+
+
+def outcome_table(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Of every role planted without noise, and of its heads: the share of each verdict, of all that are planted."""
+    clean = verdicts[verdicts["noise"] == 0.0]
+    found = []
+    for (shape, role, kind), rows in clean.groupby(["shape", "role", "kind"]):
+        counts = {verdict: float((rows["verdict"] == verdict).mean()) for verdict in OUTCOMES}
+        low, high = interval(int((rows["verdict"] == "corroborated").sum()), len(rows))
+        shares = {"n": len(rows), **counts, "corroborated, 95 %": f"[{low:.2f}, {high:.2f}]"}
+        found.append({"shape": shape, "planted": role, "verdicts": f"{kind}s", **shares})
+    return pd.DataFrame(found).sort_values(["shape", "verdicts", "planted"], ascending=[True, False, True])
 
 
 def false_table(nulls: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
@@ -314,15 +347,23 @@ PAGE = """# How often the tests err
 Made by `{command}`, which runs everything again. The models are
 transformers in memory with weights at random initialisation (`tests/planted.py`): embeddings of 64 dimensions, heads of
 8, about 330 tokens, an MLP in block 0; learned and rotary positions, with and without grouped queries, tied and untied.
-Nulls have 99 draws. `tests/test_calibration.py` and `tests/test_planted.py` hold the tests to these numbers.
+Where nothing is planted they have random gains in every norm and random biases, and the third shape, rotary without
+grouped queries, norms of queries and keys. Nulls have 99 draws. `tests/test_calibration.py` and `tests/test_planted.py`
+hold the tests to these numbers.
 
 ## Nothing planted: p-values
 
 {n_models} random models, 4 layers of 8 heads, each with two heads drawn at random for each role. A p-value keeps its
 level where P(p <= a) <= a for every a that it can attain. Counted are the primary predictions, for a head level those
 of the role's first head. The last columns give the attained a at which the share is least compatible with that, and
-how probable that share or a larger one is for a test that keeps its level (a binomial tail; the smallest of many, so
-that 0.001 is nothing to notice), last for p-values in the direction opposite to the prediction.
+how probable that share or a larger one is for a test that keeps its level (a binomial tail), last for p-values in the
+direction opposite to the prediction.
+
+The rule: a test is said not to keep its level where that tail is below {surprise:g}. The tail is the smallest over up
+to a hundred levels a, and the table has {n_rows} of them. Of a test that keeps its level exactly (1,000 p-values on 100
+levels) it is below {surprise:g} in {row_below:.1%} of cases; of {n_rows} such tests the smallest is
+{page_median:.2g} in the median, and below {surprise:g} on {page_below:.0%} of pages. So a share
+somewhat above its a is no finding by itself, and a tail of 0.001 somewhere in the table is what to expect.
 
 ![Share of p-values at most a, against a, for every null](figures/calibration.png)
 
@@ -343,10 +384,10 @@ Random models again, 3 layers of 8 heads, with claims that strain a null:
 
 {strained}
 
-Where the tail is below 1e-4 a null does not keep its level. What keeps it here: a head and its references are
-standardised over as many heads each; reference heads that share keys and values count as one; surrogates of heads that
-share them share their frames; and surrogate words of a set may be the task's own, since without those they would share
-words with each other and never with the task.
+Where the tail is below {surprise:g} a null does not keep its level. What keeps it here: a head and its reference are
+standardised as heads of layers of one size (the larger thinned at random, p averaged over the ways); reference heads
+that share keys and values count as one; surrogates of heads that share them share their frames; and surrogate words of
+a set may be the task's own, since without those they would share words with each other and never with the task.
 
 ## Heads planted: power
 
@@ -357,6 +398,15 @@ the 95 % interval (Clopper and Pearson), of {n_power} models or more: half with 
 ![Share of models in which a role is corroborated, against noise](figures/power.png)
 
 {power}
+
+### Without noise
+
+Of what is planted whole, the share of each verdict, over {n_clean} models of each shape. Heads of a role whose primary
+is a composition are untestable: it is tested for the role as a whole. Under grouped queries heads that share keys and
+values count as one, and beside so few of them `depth` cannot be significant for each head of a family of so many: these
+heads are partial, by `frame` alone.
+
+{outcomes}
 
 ## Nothing planted: verdicts
 
@@ -369,7 +419,7 @@ are corrected to 0.05 each; a verdict needs every counting null, so that less th
 
 def write(nulls: pd.DataFrame, strained: dict[str, NDArray[np.float64]], verdicts: pd.DataFrame) -> None:
     """Figures and page, from what `null_run`, `strained_run` and `power_run` found."""
-    powers = power_table(verdicts)
+    powers, n_rows = power_table(verdicts), 2 * len(calibration_table(nulls))  # in either direction
     with mpl.rc_context(STYLE):
         plot_calibration(nulls)
         plot_power(powers)
@@ -380,6 +430,11 @@ def write(nulls: pd.DataFrame, strained: dict[str, NDArray[np.float64]], verdict
         calibration=markdown(calibration_table(nulls)),
         strained=markdown(strained_table(strained)),
         n_power=powers["n"].min(),
+        surprise=SURPRISE,
+        n_rows=n_rows,
+        **multiplicity(n_rows),
+        n_clean=verdicts.loc[verdicts["noise"] == 0.0, "seed"].nunique(),
+        outcomes=markdown(outcome_table(verdicts)),
         power_shapes=", half with ".join(POWER_SHAPES),
         power=markdown(wide.pivot(index="role", columns="noise", values="power").reset_index()),
         false=markdown(false_table(nulls, verdicts)),
@@ -393,6 +448,7 @@ def main() -> None:
     parser.add_argument("--null-seeds", type=int, default=50, help="random models of every shape and task")
     parser.add_argument("--strained-seeds", type=int, default=100, help="models of every strained case")
     parser.add_argument("--power-seeds", type=int, default=16, help="models of every shape, task and noise")
+    parser.add_argument("--clean-seeds", type=int, default=50, help="of them those without noise")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
 
@@ -404,8 +460,13 @@ def main() -> None:
         name: np.array(found(strained_run, [(name, seed) for seed in range(options.strained_seeds)]))
         for name in STRAINED
     }
-    seeds = range(options.power_seeds)
-    cells = list(itertools.product(POWER_SHAPES, TASKS, seeds, NOISES))
+    cells = [
+        cell
+        for noise in NOISES
+        for cell in itertools.product(
+            POWER_SHAPES, TASKS, range(options.power_seeds if noise else options.clean_seeds), [noise]
+        )
+    ]
     write(nulls, strained, pd.concat(found(power_run, cells), ignore_index=True))
 
 

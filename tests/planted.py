@@ -37,7 +37,7 @@ from ovqk.analyses import Analysis, analyse
 from ovqk.config import ClaimsConfig, Config, register
 from ovqk.identity import resolve
 from ovqk.metrics import COMPOSITION_METRICS
-from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Rotary
+from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Norm, QueryKeyNorm, Rotary
 
 CONF = Path(__file__).parents[1] / "conf"
 NAME = "planted"
@@ -74,6 +74,8 @@ SHAPES: dict[str, tuple[int | None, Literal["learned", "rotary"], bool]] = {
     "rotary, grouped queries": (2, "rotary", False),
 }
 """Name -> heads that share a KV head (None: none), positions, whether the embedding is tied."""
+NORMALISED = "rotary positions"
+"""The shape whose random models normalise queries and keys."""
 
 
 # --- words ---------------------------------------------------------------------------------------------------
@@ -158,6 +160,7 @@ class RandomModel:
         self.W_pos = self.normal(N_CTX, D_MODEL) if facts.positions == "learned" else None
         self.layers = [self._layer(index) for index in range(facts.n_layers)]
         self.mlp = self._mlp(2 * D_MODEL)
+        self.final_norm: Norm | None = None
 
     def normal(self, *shape: int) -> Tensor:
         """Independent standard normal numbers."""
@@ -189,7 +192,28 @@ class RandomModel:
 
     def embeddings(self) -> EmbeddingWeights:
         """The raw embeddings."""
-        return EmbeddingWeights(self.W_E, self.W_pos, self.W_U, None)
+        return EmbeddingWeights(self.W_E, self.W_pos, self.W_U, self.final_norm)
+
+    def dress(self, qk_norm: bool) -> None:
+        """Give every norm a gain (and, of LayerNorm, a bias), and queries, keys and values a bias, all random.
+
+        Args:
+            qk_norm: whether queries and keys are normalised too, with gains.
+        """
+        self.architecture = dataclasses.replace(self.architecture, qk_norm=qk_norm)
+        self.layers = [self._dressed(layer) for layer in self.layers]
+        self.mlp = dataclasses.replace(self.mlp, norm=self._norm(), b_in=0.1 * self.normal(len(self.mlp.b_in)))
+        self.final_norm = self._norm()
+
+    def _dressed(self, weights: LayerWeights) -> LayerWeights:
+        biases = {name: 0.3 * self.normal(*getattr(weights, name).shape) for name in ("b_Q", "b_K", "b_V")}
+        gains = (1 + 0.3 * self.normal(*weights.b_Q.shape), 1 + 0.3 * self.normal(*weights.b_K.shape))
+        qk_norm = QueryKeyNorm(*gains, 1e-5) if self.architecture.qk_norm else None
+        return dataclasses.replace(weights, norm=self._norm(), qk_norm=qk_norm, **biases)
+
+    def _norm(self) -> Norm:
+        bias = 0.3 * self.normal(D_MODEL) if self.architecture.norm == "layernorm" else None
+        return Norm(self.architecture.norm, 1 + 0.3 * self.normal(D_MODEL), bias)
 
     def first_mlp(self) -> MLPWeights | str:
         """Block 0's MLP."""
@@ -334,10 +358,12 @@ def planted(shape: str, task: str, seed: int, noise: float = 0.0) -> PlantedMode
 
 
 def random_model(shape: str, task: str, seed: int, layers: int = 4, heads: int = 8) -> RandomModel:
-    """A model of one of SHAPES at random initialisation."""
+    """A model of one of SHAPES at random initialisation, with random gains and biases."""
     group, positions, tied = SHAPES[shape]
     facts = architecture(layers, heads, heads // (group or 1), positions)
-    return RandomModel(facts, task, seed, tied)
+    model = RandomModel(facts, task, seed, tied)
+    model.dress(qk_norm=shape == NORMALISED)
+    return model
 
 
 def random_claims(model: RandomModel, each: int = 2) -> Claimed:

@@ -141,7 +141,8 @@ def task(kind: str = "set", roles=None, claims=None) -> TaskConfig:
 
 
 def cell(made: TaskConfig, *overrides: str) -> Config:
-    config = compose("task=none", "model.claims=toy", "analysis.components=0", f"nulls.draws={DRAWS}", *overrides)
+    base = ("task=none", "model.name=toy", "model.claims=toy", "analysis.components=0", f"nulls.draws={DRAWS}")
+    config = compose(*base, *overrides)
     config.task = made
     return config
 

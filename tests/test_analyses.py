@@ -184,6 +184,7 @@ def _check_task(source, cell, tokenizer, n_tokens, heads) -> set[str]:
             W_OV, W_QK = matrices(weights, facts, head, Rbar)
             _, sigma, Vh = torch.linalg.svd(W_OV)
             energy, d = W_OV.square().sum(), facts.d_model
+            put("ov_read_alignment", (P_r @ W_OV).square().sum() / energy / (r_read / d))
             put("ov_task_alignment", (W_OV @ P_w).square().sum() / energy / (r_write / d))
             put("ov_top_alignment", (P_w @ Vh[0]).square().sum() / (r_write / d))
             qk_energy = W_QK.square().sum()

@@ -37,25 +37,70 @@ def values_of(result: Analysis, role: str, index: int = 0) -> tuple[np.ndarray, 
 
 
 RANKED = ["mover", "negative", "duplicate", "writer", "induction"]
+"""Roles that their primary metric ranks without heads of another role."""
+
+
+def by_metric(table: pd.DataFrame, role: str, prediction) -> pd.DataFrame:
+    """The rows of one prediction; in layer 0 it may be about a metric of its own."""
+    names = np.where(table["layer"] == 0, prediction.first_layer or prediction.metric, prediction.metric)
+    mine = (table["role"] == role) & (table["exploratory"] == prediction.exploratory)
+    return table[mine & (table["metric"] == names)]
 
 
 def test_candidates_are_no_verdicts_and_nothing_of_a_verdict_is_written(result) -> None:
     assert not {"tests", "nulls", "verdicts", "composition"} & set(result.tables)
-    assert result.claims == {"none": "no circuit is claimed for mini-attn (model.claims names none)"}
+    assert result.claims == {"none": "no circuit is claimed for toy (model.claims names none)"}
     assert not any("verdict" in name or name.startswith("role/") for name in result.summary)
     table = result.tables["candidates"]
     assert list(table.columns) == [
-        "role", "rank", "layer", "head", "metric", "prediction", "primary", "exploratory", "value", "percentile",
-        "p_depth", "q_depth", "p_frame", "p_frame_all",
+        "role", "rank", "layer", "head", "ranked", "partners", "metric", "prediction", "primary", "exploratory",
+        "value", "percentile", "p_depth", "q_depth", "p_frame", "p_frame_all",
     ]  # fmt: skip
-    assert set(table["role"]) == set(RANKED)
+    assert list(dict.fromkeys(table["role"])) == [*RANKED, "previous"]
 
 
-def test_roles_that_compose_with_claimed_heads_cannot_be_ranked_and_say_so(result) -> None:
-    notes = [note for note in result.notes if note.startswith("no candidates")]
-    assert notes == ["no candidates for previous: its primary metric composes with claimed heads"]
+def test_a_role_whose_primary_composes_is_ranked_by_what_it_predicts_besides_and_says_so(result) -> None:
+    notes = [note for note in result.notes if "candidates" in note]
+    assert notes == ["candidates for previous are ranked by qk_prev_auc: its primary metric, k_composition, composes "
+                     "with induction heads, and none is claimed (analysis=composition takes candidates)"]  # fmt: skip
     table = result.tables["candidates"]
-    assert "k_composed_matching" not in set(table["metric"])  # of a role that can be ranked, as a secondary metric
+    assert not {"k_composed_matching", "k_composition"} & set(table["metric"])
+    mine = table[table["role"] == "previous"]
+    assert (mine["metric"] == "qk_prev_auc").all() and mine["ranked"].all() and not mine["primary"].any()
+    assert (mine["layer"] == 0).all() and mine["value"].is_monotonic_decreasing  # a direct path alone
+
+
+def test_without_such_a_prediction_there_are_no_candidates_and_a_reason() -> None:
+    roles = {"previous": SET_ROLES["previous"][:1], "mover": SET_ROLES["mover"]}
+    made = task(roles=roles | {"induction": SET_ROLES["induction"]})
+    result = run(Random(), made, "model.claims=null")
+    assert [note for note in result.notes if "candidates" in note] == [
+        "no candidates for previous: its primary metric, k_composition, composes with induction heads, and none is "
+        "claimed (analysis=composition takes candidates)"
+    ]
+
+
+def test_where_all_pairs_are_composed_a_role_is_ranked_with_the_candidates_of_its_partners() -> None:
+    roles = {"previous": SET_ROLES["previous"], "induction": SET_ROLES["induction"]}
+    result = run(Random(), task(roles=roles), "model.claims=null", "analysis=composition")
+    table = result.tables["candidates"]
+    assert list(dict.fromkeys(table["role"])) == ["previous", "induction"]
+    partners = table[(table["role"] == "induction") & table["ranked"]].sort_values("rank")[["layer", "head"]]
+    mine = table[(table["role"] == "previous") & table["ranked"]]
+    assert (mine["metric"] == "k_composition").all() and mine["primary"].all() and len(mine) == STRONGEST
+    assert set(mine["partners"]) == {" ".join(f"{a}.{b}" for a, b in partners.to_numpy())}
+    pairs = result.tables["composition"].query("mode == 'k'")
+    into = pairs[
+        [
+            tuple(x) in set(map(tuple, partners.to_numpy()))
+            for x in pairs[["receiver_layer", "receiver_head"]].to_numpy()
+        ]
+    ]
+    best = into.groupby(["sender_layer", "sender_head"])["percentile"].max()
+    for row in mine.to_dict("records"):
+        assert row["value"] == pytest.approx(best[row["layer"], row["head"]])
+    assert mine[["p_depth", "p_frame"]].isna().all(axis=None)  # of partners that were chosen no p is honest
+    assert not [note for note in result.notes if "candidates" in note]
 
 
 @pytest.mark.parametrize("role", RANKED)
@@ -70,7 +115,7 @@ def test_the_five_most_extreme_heads_in_the_predicted_direction_are_ranked(role,
         if prediction.partners:
             continue
         others, _ = values_of(result, role, index)
-        rows = table[(table["role"] == role) & (table["metric"] == prediction.metric)]
+        rows = by_metric(table, role, prediction)
         assert (rows["primary"] == (index == 0)).all() and (rows["exploratory"] == prediction.exploratory).all()
         assert (rows["prediction"] == prediction.direction.value).all()
         for row in rows.to_dict("records"):
@@ -108,7 +153,7 @@ def test_nearby_heads_are_all_the_others_and_the_correction_is_over_every_head(r
         p = {head: depth_p(sign * values, head) for head in np.ndindex(values.shape) if not math.isnan(values[head])}
         p = {head: value for head, value in p.items() if not math.isnan(value)}
         q = dict(zip(p, benjamini_hochberg(list(p.values())), strict=True))
-        rows = table[(table["role"] == role) & (table["metric"] == prediction.metric)]
+        rows = by_metric(table, role, prediction)
         assert len(rows)
         for row in rows.to_dict("records"):
             head = row["layer"], row["head"]
@@ -121,7 +166,7 @@ def test_frames_are_multiplied_by_the_number_of_heads_that_were_ranked(role, ind
     oracle, prediction = Oracle(Random()), SET_ROLES[role][index]
     values, sign = values_of(result, role, index)
     table = result.tables["candidates"]
-    rows = table[(table["role"] == role) & (table["metric"] == prediction.metric)]
+    rows = by_metric(table, role, prediction)
     for row in rows[rows["rank"] <= 3].to_dict("records"):
         head = row["layer"], row["head"]
         name = prediction.first_layer if head[0] == 0 and prediction.first_layer else prediction.metric

@@ -71,8 +71,11 @@ def test_a_cell_runs_again_from_its_own_config_with_equal_tables(cli, tmp_path) 
     assert code == 0
     (again,) = tmp_path.glob("again/*/*/*/record.json")
     assert again.parent.name == folder.name
+    written = {path.name for path in folder.iterdir()}
+    assert {path.name for path in again.parent.iterdir()} == written and "verdicts.parquet" in written
     for table in folder.glob("*.parquet"):
-        pd.testing.assert_frame_equal(pd.read_parquet(table), pd.read_parquet(again.parent / table.name))
+        frames = pd.read_parquet(table), pd.read_parquet(again.parent / table.name)
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
 
 
 def test_the_id_depends_on_what_numbers_depend_on_and_on_nothing_else() -> None:
@@ -294,7 +297,7 @@ def test_a_failed_cell_does_not_stop_the_others_and_the_status_says_so(cli, tmp_
     code, printed = cli("-m", "model=local", "model.path=broken," + str(BUNDLED), "task=none", *QUICK)
     assert code == 1
     assert "1 done, 0 cached, 1 failed, 0 missing" in printed
-    assert "failed: local / none / b03: model.safetensors: not a complete safetensors file" in printed
+    assert "failed: local / none / b03 model.path=broken: model.safetensors: not a complete safetensors file" in printed
     assert "Traceback" not in printed
     assert len(list(tmp_path.glob("results/*/*/*/record.json"))) == 1
 

@@ -51,11 +51,33 @@ def test_another_models_head_list_is_never_used(model) -> None:
     assert isinstance(resolve_claims(cell.task, cell.model, facts(24, 16)), str)
 
 
-def test_claims_are_borrowed_only_by_name() -> None:
-    cell = compose("model=gpt2-medium", "task=ioi", "model.claims=gpt2")
-    assert isinstance(resolve_claims(cell.task, cell.model, facts(24, 16)), Claims)
-    cell.model.claims = "gpt9"
+@pytest.mark.parametrize(("model", "of"), [("gpt2-medium", "gpt2"), ("mini-gpt2", "mini-attn"), ("gpt2", "mini-attn")])
+def test_another_models_head_list_is_refused_even_when_it_is_named(model, of) -> None:
+    cell = compose(f"model={model}", "task=ioi", f"model.claims={of}")
+    with pytest.raises(UserError, match=rf"model\.claims={of}: these are the heads of {of}.*allowed: {model}, null"):
+        resolve_claims(cell.task, cell.model, facts(4, 8))
+
+
+def copy_of(claims: str, **shape: int) -> Claims:
+    cell = compose("model=local", "model.path=x", "task=ioi", f"model.claims={claims}")
+    return resolve_claims(cell.task, cell.model, facts(**shape))
+
+
+def test_a_local_copy_is_judged_by_the_claims_that_it_names() -> None:
+    assert copy_of("gpt2").of == "gpt2"
     with pytest.raises(UserError, match=r"model\.claims=gpt9.*allowed: .*gpt2"):
+        copy_of("gpt9")
+
+
+@pytest.mark.parametrize("shape", [{"layers": 24, "heads": 16}, {"layers": 12, "heads": 16}, {"layers": 6}])
+def test_a_checkpoint_of_another_shape_is_no_copy(shape) -> None:
+    with pytest.raises(UserError, match=r"heads of a model of 12 layers of 12 heads .*; this one has"):
+        copy_of("gpt2", **shape)
+
+
+def test_a_role_without_a_head_is_refused() -> None:
+    cell = compose("model=gpt2", "task=ioi", "task.claims.gpt2.roles.induction=[]")
+    with pytest.raises(UserError, match=r"task\.claims\.gpt2\.roles\.induction: names no head"):
         resolve_claims(cell.task, cell.model, facts())
 
 
@@ -186,6 +208,60 @@ def test_the_depth_null_is_calibrated_whatever_the_number_of_unclaimed_heads(cla
         assert (np.array(found) <= a).mean() <= a + 3.5 * math.sqrt(a * (1 - a) / n), a
 
 
+def depth_row(values: np.ndarray, head: tuple[int, int], made: Claims, **changes) -> dict:
+    rows = head_rows(predicted(values), head, made, facts(*values.shape, **changes))
+    return next(row for row in rows if row["null"] == "depth")
+
+
+@pytest.mark.parametrize("claimed", [(1, 5), (1, 1), (4, 2)])
+def test_how_the_heads_of_a_layer_are_numbered_changes_nothing(claimed) -> None:
+    """Neither where the head's own layer is the smaller one, nor where its neighbour is."""
+    rng = np.random.default_rng(3)
+    values, seen = rng.normal(size=(3, 12)), []
+    values[0, 9] = values[0, 10]  # a tie, which has no order of its own
+    for _ in range(4):
+        order = [rng.permutation(12) for _ in range(3)]
+        moved = np.stack([row[at] for row, at in zip(values, order, strict=True)])
+        numbered = [
+            (layer, int(np.flatnonzero(order[layer] == h)[0])) for layer in (0, 1) for h in range(claimed[layer])
+        ]
+        seen.append(depth_row(moved, numbered[-1], claims(mover=numbered)))
+    for name in ("p", "p_opposite", "percentile", "n_null"):
+        assert len({round(row[name], 12) for row in seen}) == 1, name
+    assert all(np.allclose(row["quantiles"], seen[0]["quantiles"]) for row in seen)
+
+
+def test_a_head_and_its_reference_are_compared_as_heads_of_layers_of_one_size() -> None:
+    """Five heads left of a layer beside six of another: every way of leaving one of the six out, written out."""
+    values = np.random.default_rng(5).normal(size=(2, 7))
+    made = claims(mover=[(0, 0), (0, 1), (0, 2), (1, 6)])
+    own, other = values[0, [0, 3, 4, 5, 6]], values[1, :6]
+
+    def z(left: np.ndarray) -> np.ndarray:
+        return (left - np.median(left)) / np.median(np.abs(left - np.median(left)))
+
+    mine = z(own)
+    above = float((mine[1:] >= mine[0]).sum())
+    for at in range(6):
+        ways = [[at, *rest] for rest in itertools.combinations([i for i in range(6) if i != at], 4)]
+        above += np.mean([z(other[way])[0] >= mine[0] for way in ways])
+    row = depth_row(values, (0, 0), made)
+    assert row["n_null"] == row["n_others"] == 10 and not row["exact"]
+    assert row["p"] == pytest.approx((1 + above) / 11, abs=0.02)
+    assert row["percentile"] == row["effect"] == pytest.approx(1 - above / 10, abs=0.02)
+    assert row["min_p"] == 1 / 11
+    assert depth_row(values, (0, 0), claims(mover=[(0, 0)]))["exact"]
+
+
+def test_nineteen_reference_heads_are_just_enough_however_their_shares_add_up() -> None:
+    """4 + 7 + 8, as the layers around four induction heads of mini-attn have: p = 1/20 is attainable and testable."""
+    made = claims(mover=[(3, h) for h in range(4)], other=[(2, 1)])
+    row = depth_row(np.random.default_rng(0).normal(size=(4, 8)), (3, 0), made)
+    assert row["n_null"] == 19 and row["min_p"] <= 0.05
+    correct([row])
+    assert row["testable"]
+
+
 def test_too_few_heads_to_standardise_by_give_no_depth_null() -> None:
     heads = [(1, head) for head in range(5)]
     rows = head_rows(predicted(grid()), (1, 0), claims(mover=heads), facts(3, 8))
@@ -254,7 +330,8 @@ def a_row(null: str, state: str, primary: bool = True, counts: bool = True) -> d
     return {
         "null": null, "primary": primary, "counts": counts, "testable": state != UNTESTABLE, "q": q, "p": q,
         "q_opposite": q_opposite, "min_p": 0.001 if state != UNTESTABLE else 0.125, "min_q": 0.002, "value": 0.7,
-        "n_heads": 1, "n_others": 7, "percentile": 0.9, "effect": 0.9, "ci_low": math.nan, "ci_high": math.nan,
+        "n_heads": 1, "n_others": 7, "prediction": "high", "percentile": 0.9, "effect": 0.9,
+        "ci_low": math.nan, "ci_high": math.nan,
     }  # fmt: skip
 
 
@@ -271,7 +348,8 @@ def expected(states: dict[str, str], secondary: str | None) -> tuple[str, str]:
     if not testable:
         return "untestable", ""
     if against and not held:
-        return "contradicted", ""
+        opposed = {null for null, state in testable.items() if state == OPPOSITE}
+        return "contradicted", "frame" if opposed == {"frame"} else ""
     if len(held) == len(testable) and set(testable) - {"frame"} and secondary != OPPOSITE:
         return "corroborated", ""
     if held:
@@ -295,6 +373,7 @@ def test_the_decision_list_for_every_state_of_every_null_that_counts(nulls, seco
         assert (found["verdict"], found["flags"]) == expected(by_null, secondary), by_null
         assert found["nulls"] == ", ".join(null for null, state in by_null.items() if state != UNTESTABLE)
         assert found["held"] == ", ".join(null for null, state in by_null.items() if state == HELD)
+        assert found["opposed"] == ", ".join(null for null, state in by_null.items() if state == OPPOSITE)
         seen.add(found["verdict"])
     assert seen >= {"contradicted", "unsupported", "untestable"}
     assert ("corroborated" in seen) == (secondary != OPPOSITE)
@@ -303,7 +382,7 @@ def test_the_decision_list_for_every_state_of_every_null_that_counts(nulls, seco
 SAID = {
     HELD: "high against {null} (q = 0.01, beyond 90% of them)",
     OPPOSITE: "not high but low against {null} (q = 0.01, beyond 90% of them)",
-    NEITHER: "not high against {null} (q = 0.5, beyond 90% of them)",
+    NEITHER: "not significantly high against {null} (q = 0.5, beyond 90% of them)",
 }
 
 
@@ -323,8 +402,31 @@ def test_a_verdict_says_of_every_null_which_way_it_came_out(depth, frame) -> Non
         "contradicted": "The weights point the other way:",
     }[found["verdict"]]
     opening = "Consistent with the claim and no more" if "consistent" in found["flags"] else opening
+    if found["flags"] == "frame":
+        opening = "The weights point the other way against heads of the same spectrum only"
+    assert (found["flags"] == "frame") == ((depth, frame) == (NEITHER, OPPOSITE))
+    assert found["q_opposite"] == min({HELD: 1.0, OPPOSITE: 0.01, NEITHER: 0.5}[state] for state in (depth, frame))
     assert found["establishes"].startswith(opening)
     assert found["does_not_establish"]
+
+
+def test_of_a_role_the_effect_within_layers_is_said_to_be_an_auc() -> None:
+    said = decided([a_row("layer", NEITHER), a_row("frame", HELD)], head=False)["establishes"]
+    assert (
+        "not significantly high against the unclaimed heads of the same layers (q = 0.5, AUC within layers 0.90)"
+        in said
+    )
+    assert "high against heads of the same singular values between random frames (q = 0.01, beyond 90% of them)" in said
+
+
+def test_what_could_not_be_significant_alone_is_not_said_to_be_small() -> None:
+    """The highest head of its layers, whose q could not have been lower."""
+    row = a_row("depth", NEITHER) | {"q": 0.14, "min_q": 0.29, "effect": 1.0}
+    said = decided([row, a_row("frame", HELD)])["establishes"]
+    assert (
+        "significantly high against the unclaimed heads of nearby layers (q = 0.14, alone it could not be below 0.29"
+        in said
+    )
 
 
 def test_the_percentile_of_a_verdict_is_within_the_layer_and_its_q_the_weakest() -> None:
@@ -334,14 +436,25 @@ def test_the_percentile_of_a_verdict_is_within_the_layer_and_its_q_the_weakest()
     assert (found["percentile"], found["effect"], found["q"], found["p"]) == (0.3, 0.4, 0.03, 0.02)
 
 
+def test_where_all_other_heads_of_the_layer_are_claimed_there_is_no_percentile() -> None:
+    """That of another null is among other things than the heads of the layer."""
+    found = decided([a_row("frame", HELD)])
+    assert [found[name] for name in ("percentile", "effect", "ci_low", "ci_high")] == [None] * 4
+    assert (found["value"], found["q"]) == (0.7, 0.01)
+
+
 def test_a_head_of_a_role_that_composes_is_said_to_be_tested_with_its_role() -> None:
     pair = [Predicted("previous", PredictionConfig("k_composition", partners=["induction"]), True, np.ones((2, 2)))]
     found = judge(Subject("previous", (0, 0)), pair, [a_row("layer", HELD, counts=False)], None)
     assert (found["verdict"], found["reason"]) == ("untestable", "k_composition is tested for the role as a whole")
+    assert (found["value"], found["percentile"]) == (0.7, 0.9)  # described all the same
 
 
-def test_a_verdict_that_could_not_be_significant_alone_says_so() -> None:
+def test_a_verdict_that_could_not_be_significant_alone_says_so_and_under_what() -> None:
+    begins = "alone among these comparisons it could not be significant: "
     found = decided([a_row("depth", NEITHER) | {"min_q": 0.07}, a_row("frame", NEITHER) | {"min_q": 0.06}])
-    assert (found["verdict"], found["reason"]) == (
-        "unsupported", "alone among these comparisons it could not be significant: q >= 0.06")  # fmt: skip
-    assert decided([a_row("depth", NEITHER) | {"min_q": 0.07}, a_row("frame", NEITHER)])["reason"] == ""
+    wanted = f"{begins}q >= 0.07 under depth, q >= 0.06 under frame"
+    assert (found["verdict"], found["reason"]) == ("unsupported", wanted)
+    found = decided([a_row("depth", NEITHER) | {"min_q": 0.07}, a_row("frame", HELD)])
+    assert (found["verdict"], found["reason"]) == ("partial", f"{begins}q >= 0.07 under depth")
+    assert decided([a_row("depth", NEITHER), a_row("frame", NEITHER)])["reason"] == ""

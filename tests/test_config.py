@@ -56,11 +56,13 @@ def test_metrics_carry_title_formula_and_range() -> None:
 
 # fmt: off
 ORDER = [
-    "errors", "config", "metrics", "devices", "checkpoints", "weights", "families", "native",
+    "errors", "config", "metrics", "colours", "weights", "devices", "families", "files", "shards", "patience", "hub",
+    "checkpoints", "native",
     "single_file", "heads", "vocabulary", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
     "directions", "readouts", "composition", "availability", "model", "claims", "statistics", "nulls", "surrogates",
-    "testing", "candidates", "patterns", "verdicts", "prompts", "analyses",
-    "identity", "record", "results", "comparison", "tracking", "console", "cell", "sweep",
+    "testing", "candidates", "patterns", "verdicts", "prompts", "identity", "structure", "cache", "analyses", "record",
+    "outcomes", "results", "comparison", "thinning", "drawing", "figures", "portraits", "page", "report", "panels",
+    "tracking", "console", "progress", "cell", "sweep",
 ]
 # fmt: on
 

@@ -57,15 +57,15 @@ def keys(depth: float, frame: float) -> list[dict]:
     ([row("ov_task_auc"), row("qk_task_auc", q=0.06)], False),
     ([row("ov_task_auc")], False),
     ([row("qk_task_auc")], False),
-    ([row("ov_task_auc"), *keys(0.04, 0.001)], True),
+    ([row("ov_task_auc"), *keys(0.04, 0.001)], False),  # exploratory: never decides
     ([row("ov_task_auc"), *keys(0.06, 0.001)], False),
-    ([row("ov_task_auc"), exploratory(KEYS, "layer", 0.001), exploratory(KEYS, "token", 0.001)], False),
+    ([row("ov_task_auc"), *keys(0.04, 0.001), row("qk_task_auc")], True),
     ([row("ov_task_auc", q=0.2), row("ov_task_copy", q=0.2), row("qk_task_auc")], False),
 ])  # fmt: skip
-def test_both_align_takes_exploratory_predictions_by_their_own_p_and_says_so(rows, both) -> None:
+def test_both_align_is_an_ov_and_a_qk_prediction_that_hold_and_exploratory_ones_are_only_named(rows, both) -> None:
     found = patterns(rows)
     assert found["both_align"] is both
-    uncorrected = both and any(r["exploratory"] for r in rows)
+    uncorrected = any(r["exploratory"] for r in rows) and all(r["p"] < 0.05 for r in rows if r["exploratory"])
     assert ("qk_key_alignment (exploratory, uncorrected)" in found["evidence"]) == uncorrected
     assert "ov_task_auc (exploratory" not in found["evidence"]
 

@@ -13,7 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from calibration import POWER_SHAPES, power_run, tail
 from planted import LAYOUT, N_CTX, SHAPES, PlantedModel, planted, tokenizer_of, word_sets
 
-FOUND = {"role": ["corroborated"], "head": ["corroborated", "partial"]}
+COMPOSED = {"previous_token", "s_inhibition"}
+"""Roles whose primary is a composition, which is tested for the role as a whole: their heads are untestable."""
+FRAME_ONLY = {("rotary, grouped queries", "ioi")}
+"""Where single heads have too few KV groups beside them: `depth` cannot be significant for each of so many, and the
+most that a head can be is partial."""
 SEEDS = 50
 
 
@@ -120,19 +124,22 @@ def test_every_word_is_one_token_and_has_its_lookalikes() -> None:
 # --- what is found ------------------------------------------------------------------------------------------------
 
 
-def found(verdicts: pd.DataFrame) -> pd.Series:
-    """(kind, role) -> how often it is found; heads of roles that are tested as a whole are left out."""
-    testable = verdicts[verdicts["verdict"] != "untestable"]
-    good = [row.verdict in FOUND[row.kind] for row in testable.itertuples()]
-    return pd.Series(good, index=testable.index).groupby([testable["kind"], testable["role"]]).mean()
+def outcomes(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """(kind, role) -> the share of each verdict, over all that are planted."""
+    return verdicts.groupby(["kind", "role"])["verdict"].value_counts(normalize=True).unstack(fill_value=0.0)
 
 
-def checked(verdicts: pd.DataFrame, task: str) -> pd.Series:
-    """`found`, once it is sure that every role and, but for compositions, every head could be."""
-    shares = found(verdicts)
-    assert set(shares["role"].index) == set(LAYOUT[task])
-    assert set(shares["head"].index) == set(LAYOUT[task]) - {"previous_token", "s_inhibition"}
-    return shares
+def assert_found(verdicts: pd.DataFrame, shape: str, task: str, least: float) -> None:
+    """Every role and every head is corroborated, but for what cannot be: that is what it can be, and said to be so."""
+    shares = outcomes(verdicts)
+    assert set(shares.index) == {(kind, role) for kind in ("role", "head") for role in LAYOUT[task]}
+    for kind, role in shares.index:
+        wanted = "corroborated"
+        if kind == "head" and role in COMPOSED:
+            wanted = "untestable"
+        elif kind == "head" and (shape, task) in FRAME_ONLY:
+            wanted = "partial"
+        assert shares.loc[(kind, role)].get(wanted, 0) >= least, f"{kind} {role}: {shares.loc[(kind, role)].to_dict()}"
 
 
 @pytest.mark.parametrize(
@@ -140,16 +147,15 @@ def checked(verdicts: pd.DataFrame, task: str) -> pd.Series:
     [("learned positions", "ioi", 0), ("rotary, grouped queries", "sva", 1), ("rotary positions", "ioi", 2)],
 )
 def test_planted_heads_are_found(shape, task, seed) -> None:
-    shares = checked(power_run((shape, task, seed, 0.0)), task)
-    assert (shares == 1).all(), shares
+    assert_found(power_run((shape, task, seed, 0.0)), shape, task, least=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", list(LAYOUT))
 @pytest.mark.parametrize("shape", POWER_SHAPES)
 def test_planted_heads_are_found_in_95_of_100(shape, task) -> None:
-    shares = checked(pd.concat([power_run((shape, task, seed, 0.0)) for seed in range(SEEDS)], ignore_index=True), task)
-    assert (shares >= 0.95).all(), shares
+    verdicts = pd.concat([power_run((shape, task, seed, 0.0)) for seed in range(SEEDS)], ignore_index=True)
+    assert_found(verdicts, shape, task, least=0.95)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Surrogates are what they say: Haar frames between a head's own singular values, and words alike but for meaning."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -247,6 +248,17 @@ def test_a_contrast_is_halved_on_either_side_by_itself() -> None:
     assert np.allclose(stayed.mean(0), [5, 4], atol=0.4)  # half of each set stays in its half
     assert abs(np.corrcoef(stayed.T)[0, 1]) < 0.2  # of the write words whatever became of the read words
     assert len({tuple(drawn.read[0].ids.tolist()) for drawn in halves.variables}) > 190
+
+
+def test_a_contrast_that_writes_what_it_reads_is_drawn_on_both_sides_alike() -> None:
+    """As the observed value, a surrogate of it reads and writes the same words."""
+    one = a_contrast()
+    variable = dataclasses.replace(one, write=one.read)
+    for words_ in draw_words(variable, 20, seed=0):
+        for drawn in words_.variables:
+            assert all(torch.equal(a.ids, b.ids) for a, b in zip(drawn.read, drawn.write, strict=True)), words_.null
+    for drawn in subsamples(variable, 20, 0.8, seed=0):
+        assert all(torch.equal(a.ids, b.ids) for a, b in zip(drawn.read, drawn.write, strict=True))
 
 
 def test_random_pairs_of_a_contrast_are_other_words_none_twice_on_a_side() -> None:

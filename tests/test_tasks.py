@@ -72,6 +72,51 @@ def test_no_tokenizer_is_an_error_only_where_words_are_read() -> None:
     assert resolve_task(compose("task=none").task, None, 100, "x").variables == []
 
 
+def test_every_dropped_word_has_its_own_reason(gpt2_tokenizer) -> None:
+    task = compose("task=sva").task
+    task.words["nouns_plural"][3] = "supercalifragilistics"
+    task.words["nouns_singular"][5] = task.words["nouns_singular"][0]
+    reasons = resolve_task(task, gpt2_tokenizer, 50257, "gpt2").reasons
+    singular, plural = task.words["nouns_singular"], task.words["nouns_plural"]
+    assert reasons["nouns_plural"] == {
+        "supercalifragilistics": "not one token here",
+        plural[5]: "in a pair with a word that is the same token as another",
+    }
+    assert reasons["nouns_singular"] == {singular[3]: "in a pair with a word that is not one token here"}
+
+
+def test_too_few_words_of_which_none_is_dropped_are_too_few(mini_tokenizer) -> None:
+    with pytest.raises(UserError, match=r"only 1 of the 1 words of 'names' .* at least 8 are needed\.$"):
+        resolve_task(compose("task=ioi", "task.words.names=[Mary]").task, mini_tokenizer, 400, "x")
+
+
+def test_a_second_variable_is_refused_and_not_passed_over(mini_tokenizer) -> None:
+    task = compose("task=ioi").task
+    task.variables["place"] = VariableConfig(VariableKind.set, words="places")
+    with pytest.raises(UserError, match=r"task\.variables: name, place: a task has one causal variable"):
+        resolve_task(task, mini_tokenizer, 400, "x")
+
+
+def test_a_word_on_both_sides_of_a_contrast_is_refused(mini_tokenizer) -> None:
+    task = compose("task=sva").task
+    task.words["nouns_plural"][3] = task.words["nouns_singular"][4]
+    with pytest.raises(
+        UserError, match=rf"task\.variables\.number: '{task.words['nouns_singular'][4]}': a word of both"
+    ):
+        resolve_task(task, mini_tokenizer, 400, "x")
+    task = compose("task=sva", "task.variables.number.write=[verbs_plural,verbs_plural]").task
+    with pytest.raises(UserError, match="a word of both 'verbs_plural' and 'verbs_plural' is no contrast"):
+        resolve_task(task, mini_tokenizer, 400, "x")
+
+
+def test_sets_of_unequal_length_are_refused_with_their_lengths(mini_tokenizer) -> None:
+    task = compose("task=sva").task
+    n = len(task.words["nouns_plural"])
+    task.words["nouns_plural"].pop()
+    with pytest.raises(UserError, match=f"'nouns_singular' of {n} words and 'nouns_plural' of {n - 1} words"):
+        resolve_task(task, mini_tokenizer, 400, "x")
+
+
 def test_a_variable_names_word_sets_that_exist(mini_tokenizer) -> None:
     task = compose("task=ioi").task
     task.variables["name"].words = "nmaes"

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import compose
 from small import (
     CONTRAST_CLAIMS,
     CONTRAST_ROLES,
@@ -18,19 +19,24 @@ from small import (
     SET_ROLES,
     Oracle,
     Random,
+    V,
+    cell,
     claimed,
     counted,
     high,
     low,
     run,
     task,
+    tokenizer,
 )
 
-from ovqk.analyses import Analysis
+from ovqk.analyses import Analysis, analyse
 from ovqk.config import Direction
+from ovqk.model import Model
 from ovqk.statistics import benjamini_hochberg
 from ovqk.surrogates import draw_words, subsamples
-from ovqk.weights import LayerWeights
+from ovqk.testing import matching_grams
+from ovqk.weights import LayerWeights, MLPWeights
 
 COLUMNS = {
     "role", "layer", "head", "metric", "prediction", "value", "null", "null_mean", "null_sd", "percentile", "effect",
@@ -94,7 +100,8 @@ def test_every_prediction_meets_the_nulls_of_its_kind_and_those_count_that_shoul
             metric = prediction.metric
             of_role, of_head = (NULLS | EXPLORATORY)[metric]
             for head in (None, *claimed(role, claims)):
-                mine = tests[(tests["role"] == role) & (tests["metric"] == metric)]
+                named = prediction.first_layer if head and head[0] == 0 and prediction.first_layer else metric
+                mine = tests[(tests["role"] == role) & (tests["metric"] == named)]
                 at = mine["head"].isna() if head is None else (mine["layer"] == head[0]) & (mine["head"] == head[1])
                 wanted = dict(of_role if head is None else of_head)
                 if prediction.exploratory:
@@ -182,7 +189,8 @@ def check_against(
     value[None] = float(np.mean(list(value.values())))
     draws[None] = np.mean(list(draws.values()), axis=0).tolist()
     for head, mine in value.items():
-        row = select(tests, role, metric, null, head)
+        named = "qk_matching" if head and (metric, head[0]) == ("qk_matching_block0", 0) else metric
+        row = select(tests, role, named, null, head)
         assert row["value"] == pytest.approx(mine, abs=2e-5)
         p, n = counted(sign * mine, [sign * draw for draw in draws[head]])
         opposite, _ = counted(-sign * mine, [-sign * draw for draw in draws[head]])
@@ -381,6 +389,54 @@ def test_few_draws_are_enough_to_test_with_or_say_that_they_are_not(draws) -> No
     assert drawn.loc[~drawn["testable"].astype(bool), "q"].isna().all()
 
 
+# --- compositions: what they see of tokens, and where nothing is claimed ---------------------------------------------
+
+
+class Bare(Random):
+    """Attention alone; or an MLP that writes nothing, as an attention-only model may be stored."""
+
+    def __init__(self, written: float | None) -> None:
+        super().__init__()
+        self.written = written
+
+    def first_mlp(self) -> MLPWeights | str:
+        if self.written is None:
+            return "the model has no MLP"
+        mlp = super().first_mlp()
+        return dataclasses.replace(mlp, W_out=self.written * mlp.W_out)
+
+
+@pytest.mark.parametrize(("written", "plain"), [(None, True), (0.0, True), (1.0, False)])
+def test_k_composed_heads_see_plain_tokens_in_a_model_without_mlps(written, plain) -> None:
+    model = Model.read(Bare(written), tokenizer(), V, "toy", cell(task()))
+    gram, first = matching_grams(model)
+    wanted = (model.vocabulary.gram_embed, None) if plain else (model.block0_grams[0], model.block0_grams[2])
+    assert gram is wanted[0] and first is wanted[1]
+
+
+def pairs_of(source: Random, words: bool = False) -> Analysis:
+    chosen = compose("task=none", "analysis=composition", "analysis.components=0", "model.claims=null")
+    return analyse(source, tokenizer() if words else None, V, "toy", chosen)
+
+
+def test_all_pairs_have_their_matching_and_copying_without_a_task_that_reads_words() -> None:
+    result = pairs_of(Random())
+    assert result.tables["composition"].query("mode == 'k'")["matching"].notna().all()
+    assert result.tables["virtual_heads"]["ov_copying"].notna().all()
+    assert result.tables["heads"].query("layer > 0")[["ov_copying_block0", "qk_matching_block0"]].notna().all(axis=None)
+    assert not [note for note in result.notes if "is empty" in note]
+
+
+def test_where_a_composition_has_no_matching_the_notes_say_why() -> None:
+    why = "is empty: the checkpoint has no token embedding"
+    notes = pairs_of(Random(embedding=False)).notes
+    assert [f"composition: matching {why}", f"virtual_heads: ov_copying {why}"] == [n for n in notes if "empty" in n]
+    notes = pairs_of(Random(unembedding=False)).notes
+    assert [
+        n for n in notes if "empty" in n
+    ] == ["virtual_heads: ov_copying is empty: the checkpoint has no unembedding"]
+
+
 # --- other models, other analyses ----------------------------------------------------------------------------------
 
 
@@ -408,6 +464,7 @@ def test_normalised_queries_and_keys_have_no_surrogates_for_their_scores() -> No
     for metric in ("qk_task_auc", "qk_task_auc_unembed"):
         assert by_metric[metric] == {"layer", "layer_all", "depth"}
     assert by_metric["qk_key_alignment"] == {"layer", "layer_all", "depth", "frame", "token"}
+    assert by_metric["qk_matching"] == {"layer", "depth", "frame"}  # of heads of layer 0, by its own name
     assert by_metric["qk_matching_block0"] == {"layer", "layer_all", "depth", "frame"}
     assert by_metric["ov_task_auc"] == {"layer", "layer_all", "depth", "frame", "token"}
 

@@ -1,35 +1,90 @@
-"""W&B from records alone: an offline run read back, and failures that lose nothing."""
+"""W&B from records alone: what a run holds, offline, synced and online, and failures that lose nothing."""
 
 import json
+import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import BUNDLED, compose, local
+from conftest import BUNDLED, ROOT, compose
+from wandb_stub import CLOSED, ENTITY, NEVER, Run, Server, wandb_server
 
+from ovqk import tracking
 from ovqk.cell import run_cell
 from ovqk.config import TrackingMode
 from ovqk.errors import UserError
 from ovqk.identity import tracking_mode
-from ovqk.record import is_done, read_record, read_tracking
-from ovqk.tracking import run_id, track_cell
+from ovqk.record import claim, is_done, read_record, read_tracking
+from ovqk.tracking import needs_tracking, run_id, track_cell
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+KEY = "0123456789canary0123456789canary01234567"
+TABLES = {"heads", "tests", "verdicts", "nulls", "composition", "directions"}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
-    """A results folder with one untracked cell."""
-    results = tmp_path_factory.mktemp("tracked") / "results"
-    run_cell(compose("tracking=none", f"results_dir={results}"))
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with one cell that was never tracked."""
+    results = tmp_path_factory.mktemp("computed") / "results"
+    run_cell(compose("tracking=none", "nulls.draws=19", f"results_dir={results}"))
     return results
+
+
+@pytest.fixture
+def results(computed: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(computed, tmp_path / "results")
+
+
+@pytest.fixture(autouse=True)
+def own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A W&B that knows no key, no settings and no server of the person who runs the tests."""
+    import wandb
+
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "NETRC"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setattr(tracking, "_pause", tracking._Pause())
+    monkeypatch.setattr(tracking, "_agent_cells", {})
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield server
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Short times to wait for a server that fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_INIT_TIMEOUT", "2")
+        patch.setenv("WANDB_FINISH_TIMEOUT", "2")
+        patch.setattr(tracking, "LOG_SECONDS", 4.0)
+        patch.setattr(tracking, "GRACE_SECONDS", 2.0)
+        yield
 
 
 def cell(results: Path) -> Path:
     (record,) = results.glob("*/*/*/record.json")
     return record.parent
+
+
+def track(results: Path, mode: str) -> str | None:
+    return track_cell(cell(results), results, TrackingMode(mode), "ovqk-test", None)
 
 
 def inspect(run: Path) -> list[dict]:
@@ -39,42 +94,141 @@ def inspect(run: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-def test_an_offline_run_holds_config_curves_tables_and_summary(results, monkeypatch) -> None:
-    monkeypatch.setenv("WANDB_DATA_DIR", str(results / "wandb" / "data"))
-    assert track_cell(cell(results), results, TrackingMode.offline, "ovqk-test", None) is None
-    tracking = read_tracking(cell(results))
-    record = read_record(cell(results))
-    assert tracking["status"] == "done" and tracking["run_id"] == run_id(record)
-    (log,) = (results / tracking["directory"]).glob("*.wandb")
+def sync(results: Path) -> None:
+    runs = map(str, (results / "wandb").glob("offline-run-*"))
+    command = [str(Path(sys.executable).parent / "wandb"), "sync", *runs]
+    subprocess.run(command, capture_output=True, timeout=60, check=True)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """`python -m ovqk.tracking ARGUMENTS`: its exit status, or its message."""
+    monkeypatch.setattr(sys, "argv", ["ovqk.tracking", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        tracking.main()
+    return stop.value.code
+
+
+def sent_tables(server: Server) -> set[str]:
+    """The tables whose rows arrived."""
+    names = {name for files in server.artifacts.values() for name in files if name.startswith("tables/")}
+    return {name.removeprefix("tables/").removesuffix(".table.json") for name in names}
+
+
+# --- what a run holds ------------------------------------------------------------------------------------------
+
+
+def test_an_offline_run_holds_config_curves_tables_and_summary(results) -> None:
+    assert track(results, "offline") is None
+    state, record = read_tracking(cell(results)), read_record(cell(results))
+    assert state["status"] == "done" and state["run_id"] == run_id(record)
+    (log,) = (results / state["directory"]).glob("*.wandb")
     text = json.dumps(inspect(log))
     for wanted in (
         "layer/ov_copying",
-        "layer/summed_qk_symmetry",
         "depth/ov_copying",
         "relative_depth",
-        "quarter/4/ov_copying",
-        "/verdict",
+        "histograms/ov_copying",
         "eigenvalues/ov_vocab",
         "eigenvalues/qk_residual",
-        "tables/heads",
-        "tables/verdicts",
+        *(f"tables/{name}" for name in TABLES),
         "mean/qk_matching",
+        "quarter/4/ov_copying",
+        "role/name_mover/verdict",
+        "role/name_mover/p",
+        "health/null_seconds",
         record["cell_id"],
     ):
         assert wanted in text, wanted
-    assert str(BUNDLED.parent) not in text
-    assert f'"host": "{socket.gethostname()}"' not in text
+    assert str(BUNDLED.parent) not in text and str(Path.home()) not in text.replace(str(results), "")
+    assert f'"{socket.gethostname()}"' not in text
     assert not any(f"head_{head}" in text or f"/{head}.0/" in text for head in range(8))  # no metric name per head
 
 
-def test_a_canary_key_reaches_no_file(results, monkeypatch) -> None:
-    canary = "0123456789canary0123456789canary01234567"
-    monkeypatch.setenv("WANDB_API_KEY", canary)
-    monkeypatch.setenv("WANDB_DATA_DIR", str(results / "wandb" / "data"))
-    track_cell(cell(results), results, TrackingMode.offline, "ovqk-test", None)
-    for path in results.rglob("*"):
-        if path.is_file():
-            assert canary.encode() not in path.read_bytes(), path
+def test_what_is_offline_asks_no_server_and_prints_nothing(results, server, capfd) -> None:
+    assert track(results, "offline") is None
+    assert server.requests == [] and "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.wandb_server
+def test_an_online_run_arrives_whole_and_without_a_word(results, server, capfd) -> None:
+    assert track(results, "online") is None
+    assert "".join(capfd.readouterr()) == ""
+    state, record = read_tracking(cell(results)), read_record(cell(results))
+    run = server.runs[run_id(record)]
+    assert state["status"] == "done" and state["url"].endswith(run_id(record))
+    assert run.exit_code == 0 and run.upsert["displayName"] == "mini-attn ioi b03"
+    assert run.upsert["tags"] == ["mini-attn", "ioi", "b03"]
+    assert run.upsert["groupName"] == record["cell_id"] and run.upsert["jobType"] == "b03"
+    assert (run.upsert["program"], run.upsert.get("host")) == ("run.py", None)
+    flat = {key: run.config[key] for key in ("model", "task", "analysis", "seed", "processing", "n_layers")}
+    assert flat == {
+        "model": "mini-attn",
+        "task": "ioi",
+        "analysis": "b03",
+        "seed": 0,
+        "processing": "folded",
+        "n_layers": 4,
+    }
+    assert "results_dir" not in run.config["cfg"] and run.config["cfg"]["nulls"] == {"draws": 19}
+    curves = [line for line in run.lines.values() if "layer" in line]
+    assert [(line["layer"], line["depth/ov_copying"]) for line in curves] == [
+        (line["layer"], line["layer/ov_copying"]) for line in curves
+    ]
+    assert [line["layer"] for line in curves] == [0, 1, 2, 3]
+    assert curves[-1]["relative_depth"] == 1
+    assert run.summary["status"] == "done" and "layer/ov_copying" not in run.summary  # not the last layer's alone
+    assert sent_tables(server) >= TABLES
+    heads = next(files for files in server.artifacts.values() if "tables/heads.table.json" in files)
+    table = json.loads(heads["tables/heads.table.json"])
+    assert table["columns"][:5] == ["model", "task", "analysis", "layer", "head"] and len(table["data"]) == 32
+    assert not list((results / "wandb" / "data").glob("*"))  # nothing waits
+    assert not [path for path in results.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.wandb_server
+def test_an_offline_run_that_is_synced_is_the_online_run(results, server, monkeypatch) -> None:
+    assert track(results, "offline") is None
+    sync(results)
+    (name, synced), tables = next(iter(server.runs.items())), sent_tables(server)
+    server.runs, server.artifacts = {}, {}
+    assert command(monkeypatch, results, "--all") == 0
+    assert list(server.runs) == [name] and sent_tables(server) == tables >= TABLES
+    assert numbers(server.runs[name]) == numbers(synced)
+
+
+def numbers(run: Run) -> list[dict]:
+    """What was logged, without W&B's own times and names of files."""
+    rows = [run.config, *run.lines.values(), run.summary]
+    return [{k: v for k, v in row.items() if k[0] != "_" and not (isinstance(v, dict) and "path" in v)} for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.wandb_server
+def test_a_record_that_is_sent_again_is_one_run(results, server, monkeypatch) -> None:
+    assert track(results, "online") is None
+    (before,) = map(numbers, server.runs.values())
+    assert command(monkeypatch, results) == 0  # nothing to do
+    requests = len(server.requests)
+    assert command(monkeypatch, results, "--all") == 0
+    (after,) = map(numbers, server.runs.values())
+    assert len(server.requests) > requests and after == before
+
+
+@pytest.mark.slow
+@pytest.mark.wandb_server
+def test_tables_of_an_offline_run_stay_behind_when_the_results_move_and_the_command_sends_them(
+    results, server, monkeypatch
+) -> None:
+    """W&B notes the place of each table when it is made: what docs/wandb.md says of moved results."""
+    assert track(results, "offline") is None
+    moved = results.rename(results.with_name("moved"))
+    sync(moved)
+    assert len(server.runs) == 1 and sent_tables(server) == set()
+    assert command(monkeypatch, moved, "--all") == 0
+    assert len(server.runs) == 1 and sent_tables(server) >= TABLES
+
+
+# --- failures --------------------------------------------------------------------------------------------------
 
 
 def test_a_failure_of_wandb_loses_nothing_and_is_recorded(results, monkeypatch) -> None:
@@ -85,24 +239,195 @@ def test_a_failure_of_wandb_loses_nothing_and_is_recorded(results, monkeypatch) 
 
     before = (cell(results) / "record.json").read_bytes()
     monkeypatch.setattr(wandb, "init", refuse)
-    warning = track_cell(cell(results), results, TrackingMode.online, "ovqk-test", None)
+    warning = track(results, "online")
     assert warning is not None and "computed and recorded, but not tracked (ConnectionError: no route" in warning
-    tracking = read_tracking(cell(results))
-    assert (tracking["status"], tracking["reason"]) == ("failed", "ConnectionError: no route to the server")
+    state = read_tracking(cell(results))
+    assert (state["status"], state["reason"]) == ("failed", "ConnectionError: no route to the server")
     assert is_done(cell(results)) and (cell(results) / "record.json").read_bytes() == before
 
 
-def test_records_are_tracked_later_and_elsewhere(results, tmp_path) -> None:
-    import shutil
+@pytest.mark.wandb_server
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [
+        ({"POST": 401}, "told to answer 401"),
+        ({"POST UpsertBucket": NEVER}, "Timed out"),
+        ({"POST /files": 403}, "403"),
+        ({"PUT": 403}, "403"),
+        pytest.param({"POST": CLOSED}, "EOF", marks=pytest.mark.slow),
+        pytest.param({"POST /files": NEVER}, "Timed out", marks=pytest.mark.slow),
+        pytest.param({"POST ArtifactType": NEVER}, "W&B did not", marks=pytest.mark.slow),
+        pytest.param({"POST CreateArtifact": 402}, "402", marks=pytest.mark.slow),
+        pytest.param({"POST CreateRunFiles": 403}, "403", marks=pytest.mark.slow),
+        pytest.param({"PUT": 507}, "507", marks=pytest.mark.slow),
+        pytest.param({"PUT": NEVER}, "Timed out", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_server_that_fails_is_recorded_told_once_and_soon(results, server, answers, reason, capfd) -> None:
+    server.answers = answers
+    started = time.monotonic()
+    with impatient():
+        warning = track(results, "online")
+    assert time.monotonic() - started < 30
+    state = read_tracking(cell(results))
+    assert warning is not None and state["reason"] in warning and reason in state["reason"]
+    assert state["status"] == "failed" and is_done(cell(results))
+    assert "".join(capfd.readouterr()) == ""  # the caller prints the warning
+    requests = len(server.requests)
+    assert track(results, "online") is None  # the next cell does not wait for the same server
+    state = read_tracking(cell(results))
+    assert state["status"] == "pending" and "not tried after: " in state["reason"]
+    assert len(server.requests) == requests
+    assert KEY not in (cell(results) / "tracking.json").read_text()
 
-    moved = tmp_path / "moved"
-    shutil.copytree(results, moved, ignore=shutil.ignore_patterns("wandb", "tracking.json"))
-    command = [sys.executable, "-m", "ovqk.tracking", str(moved), "--mode", "offline"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.startswith("tracked ")
+
+@pytest.mark.slow
+@pytest.mark.wandb_server
+@pytest.mark.parametrize("request_", ["POST /files", "POST CommitArtifact", "PUT"])
+def test_a_server_that_dies_half_way_gets_the_run_later(results, server, request_, monkeypatch) -> None:
+    server.dies_at = request_
+    with impatient():
+        assert track(results, "online") is not None
+    assert read_tracking(cell(results))["status"] == "failed"
+    server.dies_at, server.answers = None, {}
+    monkeypatch.setattr(tracking, "_pause", tracking._Pause())
+    assert command(monkeypatch, results) == 0
+    (run,) = server.runs.values()
+    assert run.exit_code == 0 and sent_tables(server) >= TABLES
+    assert len(list((results / "wandb").glob("run-*"))) == 1  # nothing is left of the failure
+
+
+def test_without_a_key_the_message_says_what_to_do_and_nobody_is_asked(results, monkeypatch) -> None:
+    from wandb.errors import term
+
+    monkeypatch.setattr(term, "_isatty", lambda stream: True)  # a person sits at a terminal
+    warning = track(results, "online")
+    assert warning is not None and "No API key configured. Use `wandb login` to log in." in warning
+    assert read_tracking(cell(results))["status"] == "failed"
+
+
+@pytest.mark.parametrize("when", ["idle", "half-way"])
+def test_a_killed_wandb_service_fails_one_cell_and_not_the_next(results, monkeypatch, when) -> None:
+    log_panels = tracking.log_panels
+
+    def kill_and_log(run: object, wandb: object, panels: object) -> None:
+        log_panels(run, wandb, panels)
+        kill_service()
+
+    assert track(results, "offline") is None
+    if when == "idle":
+        kill_service()
+    else:
+        monkeypatch.setattr(tracking, "log_panels", kill_and_log)
+    assert track(results, "offline") is not None
+    monkeypatch.setattr(tracking, "log_panels", log_panels)
+    assert track(results, "offline") is None
+    assert read_tracking(cell(results))["status"] == "done"
+    assert len(list((results / "wandb").glob("offline-run-*"))) == 1
+
+
+def kill_service() -> None:
+    import wandb
+
+    service = wandb.setup().ensure_service()._proc._process
+    os.kill(service.pid, signal.SIGKILL)
+    time.sleep(0.2)
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+
+def test_records_are_tracked_later_and_elsewhere(computed, tmp_path, monkeypatch, capsys) -> None:
+    moved = shutil.copytree(computed, tmp_path / "moved")
+    arguments = [sys.executable, "-m", "ovqk.tracking", str(moved), "--mode", "offline"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
+    assert done.stdout == f"tracked {cell(moved)}\n" and done.stderr == ""
     assert read_tracking(cell(moved))["status"] == "done"
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert again.stdout == ""
+    assert command(monkeypatch, moved, "--mode", "offline") == 0
+    assert "".join(capsys.readouterr()) == ""
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(results, monkeypatch, capsys) -> None:
+    with claim(results, read_record(cell(results))["cell_id"]):
+        assert command(monkeypatch, results, "--mode", "offline") == 0
+    assert "another process is at work on it" in capsys.readouterr().err
+    assert read_tracking(cell(results)) == {"status": "pending"}
+
+
+def test_records_that_cannot_be_read_or_failed_are_passed_over(results, monkeypatch, capsys) -> None:
+    done = cell(results)
+    for name, text in (("torn", '{"status": "do'), ("failed", '{"status": "failed", "cell_id": "f"}')):
+        folder = shutil.copytree(done, results / "mini-attn" / "ioi" / name)
+        (folder / "record.json").write_text(text)
+    assert command(monkeypatch, results, "--mode", "offline") == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("tracked") == 1 and printed.err.count("\n") == 1
+    assert f"skipped {results / 'mini-attn' / 'ioi' / 'torn'}: its record cannot be read" in printed.err
+
+
+@pytest.mark.wandb_server
+def test_failures_of_the_command_are_a_line_each_and_status_1(results, server, monkeypatch, capsys) -> None:
+    other = shutil.copytree(cell(results), results / "mini-attn" / "ioi" / "other")
+    record = read_record(other) | {"cell_id": "0123456789ab"}
+    (other / "record.json").write_text(json.dumps(record))
+    server.answers = {"POST": 401}
+    with impatient():
+        assert command(monkeypatch, results) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0].split()[:2] for line in lines] == [["not", "tracked"]] * 2
+    assert "told to answer 401" in lines[0] and "not tried after" in lines[1]
+    server.answers = {}
+    monkeypatch.setattr(tracking, "_pause", tracking._Pause())
+    assert command(monkeypatch, results) == 0 and len(server.runs) == 2
+
+
+@pytest.mark.wandb_server
+def test_project_and_entity_are_the_configs_unless_given(results, server, monkeypatch) -> None:
+    path = cell(results) / "record.json"
+    record = json.loads(path.read_text())
+    record["provenance"]["config"]["tracking"] = {"mode": "none", "project": "mine", "entity": "us"}
+    path.write_text(json.dumps(record))
+    assert command(monkeypatch, results) == 0
+    (run,) = server.runs.values()
+    assert (run.upsert["project"], run.upsert["entity"]) == ("mine", "us")
+    assert command(monkeypatch, results, "--all", "--project", "other", "--entity", "them") == 0
+    assert (run.upsert["project"], run.upsert["entity"]) == ("other", "them")
+
+
+def test_what_waits_offline_is_told(results, monkeypatch, capsys) -> None:
+    assert track(results, "offline") is None
+    assert command(monkeypatch, results) == 0
+    assert f"1 wait offline: --all sends them, or `wandb sync {results}/wandb`." in capsys.readouterr().out
+
+
+def test_mistakes_of_the_command_are_one_message(results, tmp_path, monkeypatch) -> None:
+    assert "no such results folder" in str(command(monkeypatch, tmp_path / "none"))
+    assert "no cells there" in str(command(monkeypatch, tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert "WANDB_MODE=disabled: with it nothing is sent" in str(command(monkeypatch, results))
+
+
+# --- when a cell is tracked ------------------------------------------------------------------------------------
+
+
+def test_a_record_that_was_computed_again_is_tracked_again(results) -> None:
+    assert needs_tracking(cell(results))
+    assert track(results, "offline") is None and not needs_tracking(cell(results))
+    path = cell(results) / "record.json"
+    record = json.loads(path.read_text())
+    record["provenance"]["wall_seconds"] += 1
+    path.write_text(json.dumps(record))
+    assert needs_tracking(cell(results))
+
+
+def test_a_failure_to_send_leaves_the_offline_run(results, server) -> None:
+    assert track(results, "offline") is None
+    before = read_tracking(cell(results))
+    server.answers = {"POST": 401}
+    with impatient():
+        assert track(results, "online") is not None
+    assert read_tracking(cell(results)) == before and (results / before["directory"]).is_dir()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +450,54 @@ def test_an_unknown_wandb_mode_is_refused() -> None:
 
 
 def test_only_tracking_imports_wandb() -> None:
-    root = Path(__file__).parent.parent
-    importing = [path.name for path in (root / "ovqk").glob("*.py") if "import wandb" in path.read_text()]
+    importing = [path.name for path in (ROOT / "ovqk").glob("*.py") if "import wandb" in path.read_text()]
     assert importing == ["tracking.py"]
-    assert local(BUNDLED).name == "mini-attn"
+
+
+# --- W&B's own sweeps ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.wandb_server
+def test_in_an_agent_the_cell_is_the_agents_run(results, server, monkeypatch) -> None:
+    import wandb
+
+    assert track(results, "offline") is None
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "agents-run")
+    wandb.teardown()  # an agent starts a process for each run
+    assert needs_tracking(cell(results))  # although it was tracked
+    assert track(results, "online") is None
+    (run,) = server.runs.values()
+    assert list(server.runs) == ["agents-run"] and run.upsert["sweep"] == "sweep1" and run.exit_code == 0
+    assert read_tracking(cell(results))["run_id"] == "agents-run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WANDB_SWEEP_ID")
+        assert not needs_tracking(cell(results))  # outside of agents it counts as tracked
+    other = shutil.copytree(cell(results), results / "mini-attn" / "ioi" / "other")
+    record = read_record(other) | {"cell_id": "0123456789ab"}
+    (other / "record.json").write_text(json.dumps(record))
+    warning = track_cell(other, results, TrackingMode.online, "ovqk-test", None)
+    assert warning is not None and "the run of a W&B agent holds one cell" in warning
+
+
+@pytest.mark.slow
+@pytest.mark.wandb_server
+def test_an_agent_runs_the_grid(tmp_path, server, monkeypatch) -> None:
+    """`wandb sweep` and `wandb agent` on sweeps/wandb_grid.yaml: what is handed out is composed, computed and sent."""
+    wandb = str(Path(sys.executable).parent / "wandb")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    made = subprocess.run([wandb, "sweep", "sweeps/wandb_grid.yaml"], capture_output=True, text=True, cwd=ROOT)
+    assert made.returncode == 0 and f"wandb agent {ENTITY}/ovqk/sweep1" in made.stderr
+    values = {"model": "mini-gpt2", "task": "induction", "analysis": "b03", "results_dir": str(tmp_path / "results")}
+    for name in ("run1", "run2"):  # the same cell twice: computed once, sent as both runs
+        arguments = {key: {"value": value} for key, value in values.items()}
+        server.commands.append({"type": "run", "run_id": name, "program": "run.py", "args": arguments})
+    agent = [wandb, "agent", f"{ENTITY}/ovqk/sweep1"]
+    done = subprocess.run(agent, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert list(server.runs) == ["run1", "run2"]
+    for run in server.runs.values():
+        assert run.exit_code == 0 and run.upsert["sweep"] == "sweep1" and run.upsert["groupName"] == "wandb_grid"
+        assert (run.config["model"], run.config["task"]) == ("mini-gpt2", "induction")
+    assert len(list((tmp_path / "results").glob("*/*/*/record.json"))) == 1

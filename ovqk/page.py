@@ -1,0 +1,349 @@
+"""The report's page: records thinned to what a page of a few megabytes can hold, and put into one HTML file.
+
+The page's parts (style, script, skeleton) are the files of `ovqk/template/`. Data go in as JSON that no text of a
+record can end or turn into markup; the script shows every text as text.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pandas as pd
+
+from ovqk import colours, thinning
+from ovqk.colours import Scale, short_names, spoken
+from ovqk.comparison import DEPTH_METRICS
+from ovqk.metrics import METRICS
+from ovqk.record import read_record
+from ovqk.results import cell_folders, load_table
+from ovqk.thinning import DETAILS, Detail, Grid, Heads, Json, Pool, Tables, columnar, short
+
+BYTES = 5_000_000
+"""A page of up to 20 cells; one of more cells may be larger in proportion."""
+CELLS = 20
+STYLES = ("page.css",)
+SCRIPTS = tuple(
+    f"{name}.js"
+    for name in ("elements", "plots", "panels", "compare", "atlas", "head", "circuit", "provenance", "main")
+)
+ANALYSES = ("b03", "qk", "ov", "composition")  # which of several cells of one model and task is shown first
+TABLES = (
+    "heads",
+    "layers",
+    "spectra",
+    "offsets",
+    "directions",
+    "composition",
+    "tests",
+    "nulls",
+    "verdicts",
+    "candidates",
+)
+NEEDED = ("model", "task", "analysis", "cell_id", "seed", "processing", "provenance")  # of a record
+THINNED: dict[str, Callable[[Tables, Grid, Detail, Heads, Pool], Json]] = {
+    "spectra": thinning.spectra,
+    "offsets": thinning.offsets,
+    "directions": thinning.directions,
+}
+
+
+@dataclass
+class Cell:
+    """One finished cell: its folder, record and tables."""
+
+    folder: Path
+    record: Json
+    tables: Tables
+    prints: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Model and task."""
+        return self.record["model"], self.record["task"]
+
+    @property
+    def weights(self) -> str:
+        """What was analysed: cells of the same weights and processing share all that no task enters."""
+        return f"{str(self.record['provenance'].get('weights_digest'))[:16]} {self.record['processing']['applied']}"
+
+    def print_of(self, name: str) -> tuple[str, int]:
+        """A fingerprint of a table: cells of the same weights mostly hold the same, which is then thinned once."""
+        if name not in self.prints:
+            self.prints[name] = int(pd.util.hash_pandas_object(self.tables[name], index=False).sum())
+        return self.weights, self.prints[name]
+
+    def marked(self) -> Heads:
+        """Heads that are claimed or candidates."""
+        found: Heads = set()
+        for name in ("verdicts", "candidates"):
+            if name in self.tables:
+                rows = self.tables[name][["layer", "head"]].dropna().astype(int)
+                found |= {(int(layer), int(head)) for layer, head in rows.to_numpy()}
+        return found
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell without results: it failed, or its files cannot be read."""
+
+    model: str
+    task: str
+    analysis: str
+    error: str
+
+
+def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
+    """The finished cells of a results folder, and those that failed or whose tables cannot be read."""
+    cells, failures = [], []
+    for folder in cell_folders(results_dir):
+        record = read_record(folder)
+        name = dict(zip(("model", "task", "analysis"), folder.relative_to(results_dir).parts, strict=True))
+        if record is None:
+            failures.append(Failure(**name, error="its record.json cannot be read"))
+            continue
+        name |= {key: str(record.get(key, value)) for key, value in name.items()}
+        if record.get("status") != "done":
+            failures.append(Failure(**name, error=str(record.get("error") or f"status {record.get('status')}")))
+            continue
+        try:
+            tables = {table: found for table in TABLES if (found := load_table(folder, table)) is not None}
+        except Exception as error:  # pyarrow has many names for a file that is none
+            failures.append(Failure(**name, error=f"a table cannot be read ({type(error).__name__})"))
+            continue
+        lacking = [key for key in NEEDED if key not in record] + ["heads.parquet"] * ("heads" not in tables)
+        if lacking:
+            failures.append(Failure(**name, error=f"without {', '.join(lacking)}"))
+            continue
+        cells.append(Cell(folder, record, tables))
+    rank = {name: place for place, name in enumerate(ANALYSES)}
+    cells.sort(key=lambda cell: (*cell.place, rank.get(cell.record["analysis"], len(rank)), cell.folder))
+    return cells, failures
+
+
+# --- one page ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page and how much of the other heads it holds."""
+
+    html: str
+    detail: Detail
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.html.encode())
+
+
+def make_page(
+    cells: Sequence[Cell],
+    failures: Sequence[Failure],
+    beside: Path,
+    figures: str | None = None,
+    limit: int | None = None,
+) -> Page:
+    """The page with as much detail as fits.
+
+    Args:
+        cells, failures: what it is about.
+        beside: the folder the page will lie in, from which it links to the cells' files.
+        figures: the folder beside it that holds its figures, if any.
+        limit: bytes; of as many cells, unless given.
+    """
+    most = limit or BYTES * max(1, len(cells) / CELLS)
+    for detail in DETAILS:
+        data = page_data(cells, failures, beside, detail) | {"figures": figures}
+        page = Page(render(data), detail)
+        if page.size <= most:
+            break
+    return page
+
+
+def render(data: Json) -> str:
+    """One HTML file that loads nothing: its own script alone may run in it."""
+    template = files("ovqk") / "template"
+
+    def joined(names: Iterable[str]) -> str:
+        return "\n".join((template / name).read_text(encoding="utf-8") for name in names)
+
+    script = f'"use strict";\n(() => {{\n{joined(SCRIPTS)}\n}})();'
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {
+        "POLICY": f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:",
+        "STYLE": joined(STYLES),
+        "DATA": embedded(data),
+        "SCRIPT": script,
+    }
+    page = (template / "page.html").read_text(encoding="utf-8")
+    for name, content in parts.items():
+        before, _, after = page.partition(f"%{name}%")
+        page = before + content + after
+    return page
+
+
+def embedded(data: Any) -> str:
+    """JSON that may stand in a script element: ASCII alone, and no character that begins or ends markup."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, detail: Detail) -> Json:
+    """What the script reads: palettes, metrics, every cell, and a pool of what several cells share."""
+    pool = Pool()
+    made: dict[tuple[str, str, int], Json] = {}
+    names = _cell_names(cells)
+    return {
+        "metrics": _metrics(cells),
+        "depth_metrics": DEPTH_METRICS,
+        "scales": _scales(cells),
+        "roles": _roles(cells),
+        "palette": {
+            "sequential": [colours.SEQUENTIAL, colours.SEQUENTIAL],
+            "diverging": [colours.DIVERGING, colours.DIVERGING_DARK],
+            "categories": [colours.CATEGORIES, colours.CATEGORIES_DARK],
+            "dashes": colours.DASHES,
+            "missing": [colours.MISSING, colours.MISSING_DARK],
+            "verdicts": colours.VERDICT_COLOURS,
+            "modes": colours.MODES,
+        },
+        "cells": [
+            _cell(cell, name, beside, detail, pool, _marked(cells, cell), made)
+            for cell, name in zip(cells, names, strict=True)
+        ],
+        "failures": [vars(failure) for failure in failures],
+        "detail": vars(detail),
+        "tokens": pool.tokens.items,
+        "pool": pool.items,
+    }
+
+
+def _cell_names(cells: Sequence[Cell]) -> list[str]:
+    """`model/task` of the first cell of a model and task; of others the analysis and then the id besides."""
+    found: list[str] = []
+    for cell in cells:
+        model, task = (quote(part, safe="") for part in cell.place)
+        record = cell.record
+        endings = ("", f"~{record['analysis']}", f"~{record['analysis']}-{record['cell_id']}", f"~{len(found)}")
+        found.append(next(name for end in endings if (name := f"{model}/{task}{end}") not in found))
+    return found
+
+
+def _marked(cells: Sequence[Cell], cell: Cell) -> Heads:
+    """Heads that are claimed or candidates in any cell of the same weights, so that what they share is shared."""
+    return set().union(*(other.marked() for other in cells if other.weights == cell.weights))
+
+
+def _metrics(cells: Sequence[Cell]) -> Json:
+    """Name -> title, formula and so on, of the metrics that any cell has a column of."""
+    there = {name for cell in cells for name in cell.tables["heads"].columns}
+    return {
+        name: {
+            "title": metric.title,
+            "formula": metric.formula,
+            "source": metric.source,
+            "circuit": metric.circuit,
+            "chance": metric.chance,
+            "low": metric.low,
+            "high": metric.high,
+            "of_task": "task" in metric.needs,
+        }
+        for name, metric in METRICS.items()
+        if name in there
+    }
+
+
+def _scales(cells: Sequence[Cell]) -> Json:
+    """Task -> metric -> its scale over all models of the task, so that their colours compare."""
+    found: Json = {}
+    for task in dict.fromkeys(cell.record["task"] for cell in cells):
+        tables = [cell.tables["heads"] for cell in cells if cell.record["task"] == task]
+        found[task] = {}
+        for name in METRICS:
+            values = [value for table in tables if name in table for value in table[name].to_numpy(float)]
+            if any(math.isfinite(value) for value in values):
+                scale = Scale.of(name, values)
+                ends = {key: short(getattr(scale, key)) for key in ("low", "centre", "high")}
+                found[task][name] = {"kind": scale.kind} | ends
+    return found
+
+
+def _roles(cells: Sequence[Cell]) -> Json:
+    """Role -> how a person reads it, and the letters that stand for it in a picture."""
+    tables = [cell.tables[name] for cell in cells for name in ("verdicts", "candidates") if name in cell.tables]
+    names = short_names(role for table in tables for role in table["role"])
+    return {role: {"name": spoken(role), "short": letters} for role, letters in names.items()}
+
+
+# --- one cell ------------------------------------------------------------------------------------------------
+
+
+def _cell(
+    cell: Cell,
+    name: str,
+    beside: Path,
+    detail: Detail,
+    pool: Pool,
+    marked: Heads,
+    made: dict[tuple[str, str, int], Json],
+) -> Json:
+    record, tables = cell.record, cell.tables
+    heads = Grid.of(tables["heads"])
+    folder = "/".join(quote(part) for part in Path(os.path.relpath(cell.folder, beside)).parts)
+    keys = ("model", "task", "analysis", "cell_id", "seed", "sweep", "schema_version", "loaded_by", "notes", "claims")
+    rows = heads.rows(tables["heads"])
+    content: Json = {key: record.get(key) for key in keys}
+    content |= {
+        "name": name,
+        "weights": cell.weights,
+        "folder": folder,
+        "layers": heads.layers,
+        "heads": heads.heads,
+        "columns": {
+            metric: pool.add([short(value) for value in rows[metric].to_numpy(float)])
+            for metric in METRICS
+            if metric in rows and rows[metric].notna().any()
+        },
+        "columns_there": [metric for metric in METRICS if metric in tables["heads"]],
+        "unavailable": record.get("unavailable", {}),
+        "provenance": _provenance(record),
+        "tables": record.get("tables", {}),
+    }
+    if "unstable" in tables["heads"]:
+        unstable = tables["heads"][tables["heads"]["unstable"].fillna("") != ""]
+        content["unstable"] = {f"{r.layer}.{r.head}": r.unstable for r in unstable.itertuples()}
+    if "layers" in tables:
+        content["by_layer"] = columnar(tables["layers"], pool)
+    for table in ("verdicts", "candidates"):
+        if table in tables:
+            content[table] = columnar(tables[table], pool)
+    if "tests" in tables:
+        content["tests"] = columnar(thinning.with_quantiles(tables["tests"], tables.get("nulls")), pool)
+    for table, thin in THINNED.items():
+        if table in tables:
+            key = (table, *cell.print_of(table))
+            if key not in made:
+                made[key] = thin(tables, heads, detail, marked, pool)
+            content[table] = made[key]
+    if "composition" in tables:
+        content["composition"] = columnar(thinning.partners(tables["composition"], detail.partners, marked), pool)
+    return content
+
+
+def _provenance(record: Json) -> Json:
+    found = record["provenance"]
+    keys = ("weights_digest", "revision", "versions", "git_commit", "git_dirty", "wall_seconds", "peak_memory_mb")
+    nulls = (found.get("config") or {}).get("nulls")
+    return {key: found.get(key) for key in keys} | {
+        "processing": record["processing"],
+        "words": record.get("words", {}),
+        "draws": (nulls or {}).get("draws"),
+    }

@@ -1,0 +1,375 @@
+"""Figures of one head, from the tables of its cell; `ovqk.figures` has those of models beside each other.
+
+    from ovqk import figures, portraits, results
+    tables = {name: results.load_table(folder, name) for name in portraits.TABLES}
+    portraits.sheet(tables, layer=3, head=4).savefig("head.png")
+
+Every function takes a mapping of tables, the layer and the head. A table that the analysis did not make, or a metric
+without a value, is a panel that says unavailable; `reasons`, a record's `unavailable`, say why.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from ovqk import drawing
+from ovqk.colours import VERDICT_COLOURS, spoken
+from ovqk.drawing import INK, MUTED, legible, styled
+from ovqk.metrics import METRICS
+
+Tables = Mapping[str, pd.DataFrame | None]
+TABLES = ("heads", "spectra", "directions", "offsets", "composition", "tests", "nulls", "verdicts")
+ENDS = {("ov", "vocab"): ("suppresses", "copies"), ("qk", "vocab"): ("avoids it", "same token")}
+"""What it means that eigenvalues lie left and right; in residual space no more than that."""
+RATIOS = {
+    ("ov", "vocab"): "ov_copying",
+    ("ov", "residual"): "ov_copying_residual",
+    ("qk", "vocab"): "qk_matching",
+    ("qk", "residual"): "qk_matching_residual",
+}
+PAIRS = {
+    "q_composition": "Q-composition",
+    "k_composition": "K-composition",
+    "v_composition": "V-composition",
+    "k_composed_matching": "K-composed matching",
+}
+SHOWN_COMPONENTS, SHOWN_TOKENS, SHOWN_PARTNERS = 3, 5, 5
+ARROWS = {"high": "↑", "low": "↓"}
+
+
+@styled
+def eigenvalues(tables: Tables, layer: int, head: int, circuit: str = "ov", space: str | None = None) -> Figure:
+    """The eigenvalues of a circuit in the complex plane, angle kept and modulus by its logarithm.
+
+    The form is that of Elhage et al. 2021. Below: sum lambda / sum |lambda|, with 5 to 95 % and the median of the frame
+    null (heads of the same singular values between random frames) where the head's role predicts the ratio.
+
+    Args:
+        tables: spectra and heads; tests and nulls for the band.
+        layer, head: whose.
+        circuit: `ov` or `qk`.
+        space: `vocab` (the full circuit, between tokens) or `residual`; the first that is there, unless given.
+    """
+    figure = Figure(figsize=(5, 6.2), layout="constrained")
+    plane, gauge = figure.subplots(2, 1, height_ratios=(6, 1))
+    _eigenvalues(plane, gauge, tables, layer, head, circuit, space, {})
+    return figure
+
+
+@styled
+def singular_values(tables: Tables, layer: int, head: int, circuit: str = "ov") -> Figure:
+    """sigma_k / sigma_1 of W_OV or W_QK against k, with the middle 90 % and the median of the model's heads."""
+    figure = Figure(figsize=(5.6, 4.4), layout="constrained")
+    _singular_values(figure.subplots(), tables, layer, head, circuit)
+    return figure
+
+
+@styled
+def position_or_content(tables: Tables, layer: int, head: int, reasons: Mapping[str, str] | None = None) -> Figure:
+    """QK symmetry beside the measured shares of position, and the mean score by offset."""
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    _positions(figure.subplots(1, 3), tables, layer, head, reasons or {})
+    return figure
+
+
+@styled
+def partners(tables: Tables, layer: int, head: int) -> Figure:
+    """The strongest compositions of the head: what it reads from, and what reads it (Elhage et al. 2021)."""
+    figure = Figure(figsize=(11, 6.2), layout="constrained")
+    _partners(figure.subplots(1, 2), tables, layer, head)
+    return figure
+
+
+@styled
+def null_strips(tables: Tables, layer: int | None, head: int | None, role: str | None = None) -> Figure:
+    """Every test of a head (of a role where layer and head are None) on its null: range, 5 to 95 %, median and value.
+
+    A filled dot is one that counts for the verdict, blue where q < 0.05. The null `depth` compares values standardised
+    within their layers, so the head is drawn at its percentile.
+    """
+    groups = _strips(tables, layer, head, role)
+    heights = [0.42 * len(rows) + 0.75 for _, _, rows in groups] or [1]
+    figure = Figure(figsize=(11, sum(heights) + 0.3), layout="constrained")
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    _draw_strips(panels, tables, groups)
+    return figure
+
+
+@styled
+def components(tables: Tables, layer: int, head: int, circuit: str = "ov") -> Figure:
+    """The tokens that the leading singular components of a circuit read and write, at both of their ends."""
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    _components(figure.subplots(), tables, layer, head, circuit)
+    return figure
+
+
+@styled
+def sheet(tables: Tables, layer: int, head: int, title: str = "", reasons: Mapping[str, str] | None = None) -> Figure:
+    """Everything about one head on one sheet: verdict, spectra, tokens, positions, partners, nulls.
+
+    Args:
+        tables: of its cell.
+        layer, head: whose.
+        title: of the sheet, such as the model's name.
+        reasons: metric -> why it has no value, as a record's `unavailable`.
+    """
+    strips = _strips(tables, layer, head, None)
+    tall = sum(0.42 * len(rows) + 0.75 for _, _, rows in strips)
+    verdicts = _claims(tables, layer, head)
+    parts = {
+        "head": 0.7 + 0.36 * max(1, len(verdicts)),
+        "spectra": 5.2,
+        "tokens": 6.2 if len(_of(tables.get("directions"), layer, head)) else 1.8,
+        "positions": 4.6,
+        "partners": 1.3 + 0.32 * max(len(found) for found in _partners_of(tables, layer, head)),
+    }
+    parts |= {"nulls": tall + 0.5} if strips else {}
+    figure = Figure(figsize=(17, sum(parts.values())), layout="constrained")
+    made = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=list(parts.values()))[:, 0]
+    bands = dict(zip(parts, made, strict=True))
+    _heading(bands["head"], f"Head {layer}.{head}" + (f"   {title}" if title else ""), verdicts)
+    spectra = bands["spectra"].subplots(2, 4, height_ratios=(6, 1))
+    for place, circuit in enumerate(("ov", "qk")):
+        _eigenvalues(spectra[0, 2 * place], spectra[1, 2 * place], tables, layer, head, circuit, None, reasons or {})
+        spectra[1, 2 * place + 1].set_axis_off()
+        _singular_values(spectra[0, 2 * place + 1], tables, layer, head, circuit)
+    for axes, circuit in zip(bands["tokens"].subplots(2, 1), ("ov", "qk"), strict=True):
+        _components(axes, tables, layer, head, circuit)
+    _positions(bands["positions"].subplots(1, 3), tables, layer, head, reasons or {})
+    _partners(bands["partners"].subplots(1, 2), tables, layer, head)
+    if strips:
+        heights = [0.42 * len(rows) + 0.75 for _, _, rows in strips]
+        panels = bands["nulls"].subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        _draw_strips(panels, tables, strips)
+    return figure
+
+
+# --- parts ---------------------------------------------------------------------------------------------------
+
+
+def _of(table: pd.DataFrame | None, layer: int | None, head: int | None) -> pd.DataFrame:
+    """The rows of a head; of roles where both are None; none where there is no table."""
+    if table is None:
+        return pd.DataFrame()
+    if layer is None or head is None:
+        return table[table["head"].isna()]
+    return table[(table["layer"] == layer) & (table["head"] == head)]
+
+
+def _claims(tables: Tables, layer: int, head: int) -> list[dict[str, Any]]:
+    rows = _of(tables.get("verdicts"), layer, head)
+    return rows.to_dict("records") if len(rows) else []  # type: ignore[return-value]
+
+
+def _heading(band: SubFigure, title: str, verdicts: list[dict[str, Any]]) -> None:
+    axes = band.subplots()
+    axes.set_axis_off()
+    axes.set(xlim=(0, 1), ylim=(-0.5 - max(1, len(verdicts)), 0.6))
+    axes.text(0, 0, legible(title, 80), fontsize=22, fontweight="bold", va="center")
+    for y, row in enumerate(verdicts, start=1):
+        colour = VERDICT_COLOURS[row["verdict"]][0]
+        drawing.mark(axes, 0.006, -float(y), row["verdict"], size=10)
+        said = f"{spoken(row['role'])}: {spoken(row['verdict'])}" + (f" ({row['flags']})" if row["flags"] else "")
+        axes.text(0.02, -y, legible(said, 100), va="center", color=colour, fontsize=14)
+    if not verdicts:
+        axes.text(0, -1, "not claimed for this task", va="center", color=MUTED, fontsize=14)
+
+
+def _eigenvalues(
+    plane: Axes,
+    gauge: Axes,
+    tables: Tables,
+    layer: int,
+    head: int,
+    circuit: str,
+    space: str | None,
+    reasons: Mapping[str, str],
+) -> None:
+    rows = _of(tables.get("spectra"), layer, head)
+    title = f"{circuit.upper()} eigenvalues"
+    if len(rows):
+        rows = rows[(rows["circuit"] == circuit) & (rows["kind"] == "eigen") & (rows["offset"] == rows["offset"].min())]
+    there = [name for name in ("vocab", "residual") if len(rows) and (rows["space"] == name).any()]
+    chosen = space or next(iter(there), "vocab")
+    metric = RATIOS[circuit, chosen]
+    if chosen not in there:
+        drawing.unavailable(plane, title, reasons.get(metric, ""))
+        gauge.set_axis_off()
+        return
+    own = rows[rows["space"] == chosen]
+    values = (own["re"] + 1j * own["im"]).to_numpy()
+    where = "between tokens" if chosen == "vocab" else "in the residual stream"
+    drawing.eigenvalue_plane(plane, values, ENDS.get((circuit, chosen), ("opposite", "same")), f"{title}\n{where}")
+    value = _value(tables, layer, head, metric)
+    if math.isfinite(value):
+        drawing.ratio_gauge(gauge, value, frame_band(tables, layer, head, metric), METRICS[metric].title)
+    else:
+        gauge.set_axis_off()
+
+
+def frame_band(tables: Tables, layer: int, head: int, metric: str) -> dict[float, float] | None:
+    """Quantile -> value of the frame null of a head's metric; None where it was not drawn."""
+    rows = _of(tables.get("nulls"), layer, head)
+    if not len(rows):
+        return None
+    rows = rows[(rows["null"] == "frame") & (rows["metric"] == metric)].drop_duplicates("quantile")
+    return dict(zip(rows["quantile"], rows["value"], strict=True)) if len(rows) else None
+
+
+def _value(tables: Tables, layer: int, head: int, metric: str) -> float:
+    rows = _of(tables.get("heads"), layer, head)
+    return float(rows.iloc[0][metric]) if len(rows) and metric in rows else math.nan
+
+
+def _singular_values(axes: Axes, tables: Tables, layer: int, head: int, circuit: str) -> None:
+    title, table = f"{circuit.upper()} singular values", tables.get("spectra")
+    if table is not None:
+        kind = (table["circuit"] == circuit) & (table["kind"] == "singular") & (table["space"] == "residual")
+        table = table[kind & (table["offset"] == table["offset"].min())]
+    if table is None or not len(table):
+        drawing.unavailable(axes, title)
+        return
+    every = table.pivot(index=["layer", "head"], columns="index", values="re")
+    drawing.singular_curve(axes, every.loc[(layer, head)].to_list(), every.to_numpy(float), title)
+
+
+def _positions(panels: Any, tables: Tables, layer: int, head: int, reasons: Mapping[str, str]) -> None:
+    heads, offsets = tables.get("heads"), _of(tables.get("offsets"), layer, head)
+    wanted = ("qk_symmetry", "qk_positional_share")
+    missing = [name for name in wanted if heads is None or name not in heads or heads[name].isna().all()]
+    if missing or heads is None:
+        drawing.unavailable(panels[0], "Symmetry and position", reasons.get(missing[-1], ""))
+        drawing.unavailable(panels[1], "Shares of the score's variance", reasons.get("qk_positional_share", ""))
+    else:
+        verdicts = tables.get("verdicts")
+        claimed = pd.DataFrame() if verdicts is None else verdicts[verdicts["kind"] == "head"]
+        marked = (
+            list(zip(claimed["layer"].astype(int), claimed["head"].astype(int), strict=True)) if len(claimed) else []
+        )
+        drawing.symmetry_scatter(panels[0], heads, layer, head, marked)
+        drawing.share_bars(panels[1], _of(heads, layer, head).iloc[0].to_dict())
+    if len(offsets):
+        drawing.offset_line(panels[2], offsets["offset"].to_list(), offsets["mean_score"].to_list())
+    else:
+        drawing.unavailable(panels[2], "Score by offset", reasons.get("qk_prev_auc", ""))
+
+
+def _partners_of(tables: Tables, layer: int, head: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The strongest compositions that the head reads, and those that are read from it."""
+    table = tables.get("composition")
+    if table is None:
+        return pd.DataFrame(), pd.DataFrame()
+    mine = [(table[f"{own}_layer"] == layer) & (table[f"{own}_head"] == head) for own in ("receiver", "sender")]
+    reads, is_read = (table[own].nlargest(len(table), "score").groupby("mode").head(SHOWN_PARTNERS) for own in mine)
+    return reads, is_read
+
+
+def _partners(panels: Any, tables: Tables, layer: int, head: int) -> None:
+    titles = {"sender": "Reads from", "receiver": "Is read by"}
+    for axes, (side, title), found in zip(panels, titles.items(), _partners_of(tables, layer, head), strict=True):
+        if len(found):
+            drawing.partner_bars(axes, found, side, title)
+        else:
+            absent = tables.get("composition") is None
+            drawing.empty(axes, title, "no composition was computed" if absent else "none of the pairs kept")
+
+
+# --- nulls ---------------------------------------------------------------------------------------------------
+
+Strip = tuple[str, str, pd.DataFrame]
+"""metric, unit, rows of tests.parquet."""
+
+
+def _strips(tables: Tables, layer: int | None, head: int | None, role: str | None) -> list[Strip]:
+    """The tests of a head or role by metric and by the unit of the null: what stands on one axis."""
+    tests = _of(tables.get("tests"), layer, head)
+    if not len(tests):
+        return []
+    tests = tests if role is None else tests[tests["role"] == role]
+    ranks = tests["null"].isin(["layer", "layer_all"]) & tests["head"].isna()
+    unit = np.where(tests["null"] == "depth", "percentile", np.where(ranks, "rank", "value"))
+    groups = tests.assign(unit=unit).groupby(["role", "metric", "unit"], sort=False)
+    return [(str(metric), str(kind), rows) for (_, metric, kind), rows in groups]
+
+
+def _draw_strips(panels: Any, tables: Tables, groups: list[Strip]) -> None:
+    if not groups:
+        drawing.empty(panels[0], "Against the nulls", "nothing is claimed of it here")
+    said: set[tuple[str, str]] = set()
+    for axes, (metric, unit, rows) in zip(panels, groups, strict=False):
+        quantiles = _quantiles(tables.get("nulls"), rows)
+        first = rows.iloc[0]
+        drawing.null_strip(axes, rows, quantiles, unit, _bounds(metric, unit, rows, quantiles))
+        if (first["role"], metric) not in said:
+            kind = "primary" if first["primary"] else "exploratory" if first["exploratory"] else "secondary"
+            name = METRICS[metric].title if metric in METRICS else PAIRS.get(metric, metric)
+            axes.set_title(
+                f"{name} {ARROWS[first['prediction']]}  ({spoken(first['role'])}, {kind})", color=INK, fontsize=13
+            )
+        said.add((first["role"], metric))
+
+
+def _quantiles(nulls: pd.DataFrame | None, rows: pd.DataFrame) -> dict[int, dict[float, float]]:
+    """Row of tests.parquet -> quantile -> value of its null."""
+    found: dict[int, dict[float, float]] = {}
+    for index, row in rows.iterrows():
+        if nulls is not None:
+            layer, head = (None, None) if pd.isna(row["head"]) else (int(row["layer"]), int(row["head"]))
+            mine = _of(nulls, layer, head)
+            mine = mine[
+                (mine["role"] == row["role"]) & (mine["metric"] == row["metric"]) & (mine["null"] == row["null"])
+            ]
+            if len(mine):
+                found[index] = dict(zip(mine["quantile"], mine["value"], strict=True))  # type: ignore[index]
+    return found
+
+
+def _bounds(
+    metric: str, unit: str, rows: pd.DataFrame, quantiles: Mapping[int, Mapping[float, float]]
+) -> tuple[float, float]:
+    facts = METRICS.get(metric)
+    if unit != "value":
+        return 0.0, 1.0
+    if facts is not None and facts.low is not None and facts.high is not None:
+        return facts.low, facts.high
+    values = [*rows["value"].dropna(), *(value for line in quantiles.values() for value in line.values())]
+    return min(0.0, *values, 0.0), 1.05 * max(*values, 1e-9)
+
+
+# --- tokens --------------------------------------------------------------------------------------------------
+
+
+def _components(axes: Axes, tables: Tables, layer: int, head: int, circuit: str) -> None:
+    """A table of texts: sigma, then what each end reads and writes."""
+    rows = _of(tables.get("directions"), layer, head)
+    title = f"{circuit.upper()}: tokens of its leading singular components"
+    if len(rows):
+        rows = rows[
+            (rows["circuit"] == circuit) & (rows["kind"] == "singular") & (rows["component"] < SHOWN_COMPONENTS)
+        ]
+    if not len(rows):
+        drawing.unavailable(axes, title, "no tokens were read out")
+        return
+    axes.set_axis_off()
+    axes.set_title(title)
+    verbs = ("reads", "→ writes") if circuit == "ov" else ("query", "→ key")
+    for x, text in zip((0.0, 0.11, 0.56), ("sigma", *verbs), strict=True):
+        axes.text(x, 0, text, color=MUTED, va="center", fontsize=12)
+    y = 1.0
+    for _, part in rows.groupby("component"):
+        axes.text(0, y, f"{part.iloc[0]['value']:.3g}", va="center", fontweight="bold")
+        for sign in (1, -1):
+            axes.text(0.085, y, "+" if sign > 0 else "\N{MINUS SIGN}", va="center", color=MUTED)
+            for x, side in ((0.11, "read"), (0.56, "write")):
+                mine = part[(part["side"] == side) & (part["sign"] == sign)].nsmallest(SHOWN_TOKENS, "rank")
+                axes.text(
+                    x, y, "  ".join(legible(token.strip(" "), 12) for token in mine["token"]), va="center", fontsize=12
+                )
+            y += 0.9
+        y += 0.25
+    axes.set(xlim=(0, 1), ylim=(y, -0.6))

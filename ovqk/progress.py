@@ -1,0 +1,105 @@
+"""How far a long cell and a sweep are: a bar on a terminal, plain lines otherwise."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ovqk import console
+from ovqk.outcomes import Outcomes
+
+Layers = Callable[[int], Iterator[int]]
+"""Number of layers -> their indexes in order, each counted as done when the next is asked for."""
+
+SHORT = 2.0  # seconds; a cell that takes no longer shows nothing
+BETWEEN_LINES = 30.0  # seconds
+LOOK_EVERY = 0.5  # seconds
+
+
+@contextmanager
+def layers_of(name: str, alone: bool) -> Iterator[Layers]:
+    """Show how many of a cell's layers are done, if it takes longer than a moment.
+
+    Args:
+        name: how messages name the cell.
+        alone: no other process computes for this terminal; two bars on one would overwrite each other.
+    """
+    out = console.progress_console()
+    if not (alone and out.is_terminal):
+        yield lambda count: _with_lines(name, count)
+        return
+    bar = console.layer_bar(out)
+    task = bar.add_task(name, total=None)
+    later = threading.Timer(SHORT, bar.start)
+    later.daemon = True
+    later.start()
+
+    def layers(count: int) -> Iterator[int]:
+        bar.update(task, total=count)
+        for index in range(count):
+            yield index
+            bar.advance(task)
+
+    try:
+        yield layers
+    finally:
+        later.cancel()
+        later.join()
+        if bar.live.is_started:
+            bar.stop()
+
+
+def _with_lines(name: str, count: int) -> Iterator[int]:
+    started = said = time.monotonic()
+    for index in range(count):
+        yield index
+        now = time.monotonic()
+        if now - said >= BETWEEN_LINES and index + 1 < count:
+            said = now
+            console.print_layers(name, index + 1, count, now - started)
+
+
+class SweepProgress:
+    """Prints a line for each cell of a sweep as it ends, wherever it was computed."""
+
+    def __init__(self, outcomes: Outcomes) -> None:
+        self.outcomes = outcomes
+        self.expected = outcomes.expected()
+        self.details = outcomes.details()
+        self.started = time.monotonic()
+        self.ended = self.computed = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._printing = threading.Lock()
+
+    def watch(self) -> None:
+        """Look for new outcomes from now on, where the cells run in other processes or on other machines."""
+        self._thread = threading.Thread(target=self._watch, name="ovqk-sweep-progress", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Print what is left to print, and look no more."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.print_new()
+
+    def print_new(self) -> None:
+        """A line for each cell that has ended since the last one."""
+        with self._printing:
+            for number, outcome in self.outcomes.new().items():
+                self.ended += 1
+                self.computed += outcome.status != "cached"
+                count = None if self.expected is None else len(self.expected)
+                name = " ".join(filter(None, (outcome.name, self.details.get(number))))
+                console.print_cell_line(name, outcome, self.ended, count, self._seconds_left())
+
+    def _seconds_left(self) -> float | None:
+        """At the pace of the cells that were computed: those that turn out to be done take none."""
+        if self.expected is None or not self.computed or self.ended >= len(self.expected):
+            return None
+        return (time.monotonic() - self.started) * (len(self.expected) - self.ended) / self.computed
+
+    def _watch(self) -> None:
+        while not self._stop.wait(LOOK_EVERY):
+            self.print_new()

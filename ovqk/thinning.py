@@ -1,0 +1,269 @@
+"""A cell's tables, thinned to what a page can hold: everything of the heads that are claimed or candidates, the leading
+part of the others. What several cells share is held once, in a pool.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+QUANTILES = (0.05, 0.5, 0.95)
+FIRST_OFFSETS = 17  # kept one by one; later ones more and more apart
+MOST_OFFSETS = 96
+DIRECTION_COLUMNS = (
+    "layer", "head", "circuit", "kind", "component", "value", "value_im", "cluster", "cluster_size",
+    "side", "sign", "token",
+)  # fmt: skip
+Json = dict[str, Any]
+Short = float | int | None
+Heads = set[tuple[int, int]]
+Tables = dict[str, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Detail:
+    """How much the page holds of a head that nothing is claimed of; None: everything.
+
+    Attributes:
+        values: leading eigen- and singular values of each spectrum.
+        tokens: of each side and sign of a component; 0: no component.
+        partners: strongest compositions of each head, mode and side.
+        offsets: points of its offset profile.
+    """
+
+    values: int | None = None
+    tokens: int | None = None
+    partners: int | None = None
+    offsets: int | None = None
+
+
+DETAILS = (
+    Detail(),
+    Detail(values=32, tokens=6, partners=10, offsets=64),
+    Detail(values=16, tokens=4, partners=6, offsets=40),
+    Detail(values=8, tokens=2, partners=4, offsets=24),
+    Detail(values=0, tokens=0, partners=2, offsets=0),
+)
+"""From all to least; a page takes the first that fits."""
+
+
+@dataclass
+class Texts:
+    """Texts that are said once and meant by their place."""
+
+    items: list[str] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
+
+    def add(self, text: str) -> int:
+        """The text's place."""
+        if text not in self.places:
+            self.places[text] = len(self.items)
+            self.items.append(text)
+        return self.places[text]
+
+
+@dataclass
+class Pool:
+    """What several cells share, such as the spectra of one model under several tasks, is held once."""
+
+    items: list[Any] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
+    tokens: Texts = field(default_factory=Texts)
+
+    def add(self, item: Any) -> int:
+        """The item's place."""
+        key = json.dumps(item, separators=(",", ":"))
+        if key not in self.places:
+            self.places[key] = len(self.items)
+            self.items.append(item)
+        return self.places[key]
+
+
+def columnar(table: pd.DataFrame, pool: Pool) -> Json:
+    """A table by columns; each is in the pool. Texts are a list of the different ones and a place for each row."""
+    found: Json = {"rows": len(table)}
+    for name in map(str, table.columns):
+        values = [_plain(value) for value in table[name]]
+        if any(isinstance(value, str) for value in values):
+            texts = list(dict.fromkeys(value for value in values if value is not None))
+            places = {text: place for place, text in enumerate(texts)}
+            found[name] = {"texts": texts, "at": pool.add([None if v is None else places[v] for v in values])}
+        else:
+            found[name] = pool.add(values)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value of a table as JSON has it; None for what is not there."""
+    if value is None or isinstance(value, str | bool | list):
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, float | np.floating):
+        return short(float(value))
+    return int(value)
+
+
+def short(value: float) -> Short:
+    """A number at 4 digits, whole ones without a point; None where it is not finite."""
+    if not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.4g}")
+    return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e6 else rounded
+
+
+def _tuples(table: pd.DataFrame) -> Iterable[Any]:
+    """The rows as tuples with names."""
+    return table.itertuples(index=False)
+
+
+# --- tables --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The heads of a model, in the order of their layers."""
+
+    layers: int
+    heads: int
+    index: pd.MultiIndex
+
+    @classmethod
+    def of(cls, table: pd.DataFrame) -> "Grid":
+        """As many layers and heads as the table of heads has."""
+        layers, heads = int(table["layer"].max()) + 1, int(table["head"].max()) + 1
+        return cls(layers, heads, pd.MultiIndex.from_product([range(layers), range(heads)]))
+
+    def rows(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A table with one row for each head, in the grid's order."""
+        return table.set_index(["layer", "head"]).reindex(self.index)
+
+
+def with_quantiles(tests: pd.DataFrame, nulls: pd.DataFrame | None) -> pd.DataFrame:
+    """The tests, each with the quantiles of its null as a list."""
+    if nulls is None:
+        return tests
+    keys = ["role", "layer", "head", "metric", "null"]
+    lists = nulls.sort_values("quantile", kind="stable").groupby(keys, dropna=False, sort=False)
+    found = {
+        tuple(_plain(part) for part in key): ([short(q) for q in rows["quantile"]], [short(v) for v in rows["value"]])
+        for key, rows in lists
+    }
+    matched = [found.get(tuple(map(_plain, key)), ([], [])) for key in _tuples(tests[keys])]
+    at, values = (pd.Series([pair[side] for pair in matched], index=tests.index, dtype=object) for side in (0, 1))
+    return tests.assign(quantiles=at, quantile_values=values)
+
+
+def spectra(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
+    """Per head and circuit and space: eigenvalues (re, im; of a conjugate pair the one above) and singular values."""
+    table = tables["spectra"]
+    table = table[table["offset"] == table["offset"].min()]
+    heads: list[dict[str, Any]] = [{} for _ in grid.index]
+    bands: Json = {}
+    for (circuit, space, kind), part in table.groupby(["circuit", "space", "kind"], sort=False):
+        part = part.sort_values(["layer", "head", "index"], kind="stable")
+        n = int(part["index"].max()) + 1
+        values = part[["re", "im"]].to_numpy(float).reshape(-1, n, 2)
+        places = part[["layer", "head"]].to_numpy()[::n].tolist()
+        if kind == "singular":
+            bands.setdefault(circuit, {})[space] = _band(values[:, :, 0])
+        for (layer, head), own in zip(places, values, strict=True):
+            keep = n if (layer, head) in marked or detail.values is None else min(n, detail.values)
+            slot = heads[layer * grid.heads + head].setdefault(circuit, {}).setdefault(space, {"of": n})
+            slot[kind] = _eigen(own[:keep]) if kind == "eigen" else [short(value) for value in own[:keep, 0]]
+    return {"offset": int(table["offset"].min()), "bands": bands, "heads": [pool.add(head) for head in heads]}
+
+
+def _eigen(values: np.ndarray) -> list[Short]:
+    """re, im, re, im ...: real ones and, of each conjugate pair, the one above the axis."""
+    return [short(part) for re, im in values if im >= 0 for part in (re, im)]
+
+
+def _band(sigma: np.ndarray) -> list[list[Short]]:
+    """Quantiles over heads of sigma_k / sigma_1, for every k; heads of zero weights are passed over."""
+    first = sigma[:, :1]
+    scaled = sigma[first[:, 0] > 0] / first[first[:, 0] > 0]
+    if not len(scaled):
+        return []
+    return [[short(value) for value in line] for line in np.quantile(scaled, QUANTILES, axis=0)]
+
+
+def offsets(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
+    """The mean score by offset: the first offsets, then ever fewer."""
+    table = tables["offsets"]
+    every = sorted(table["offset"].unique().tolist())
+    dense = _spaced(len(every), MOST_OFFSETS)
+    sparse = dense if detail.offsets is None else _spaced(len(every), detail.offsets)
+    lines = table.pivot(index=["layer", "head"], columns="offset", values="mean_score").reindex(grid.index)
+    profiles = []
+    for place, line in zip(grid.index, lines.to_numpy(float), strict=True):
+        kept = dense if place in marked else sparse
+        profiles.append(pool.add([short(line[at]) for at in kept] if not np.isnan(line).all() else []))
+    at = {"dense": [every[k] for k in dense], "sparse": [every[k] for k in sparse]}
+    return {"at": at, "of": len(every), "heads": profiles}
+
+
+def _spaced(n: int, most: int) -> list[int]:
+    """At most `most` of 0 .. n - 1: the first ones, then as evenly in their logarithm as whole numbers go."""
+    if n <= most:
+        return list(range(n))
+    if most <= FIRST_OFFSETS:
+        return list(range(most))
+    later = np.geomspace(FIRST_OFFSETS, n - 1, most - FIRST_OFFSETS)
+    return sorted({*range(FIRST_OFFSETS), *(round(float(value)) for value in later)})
+
+
+def directions(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
+    """Per head: its components with the tokens at both ends of both sides, best first."""
+    table, energy = tables["directions"], _energies(tables.get("spectra"))
+    if detail.tokens is not None:
+        claimed = pd.MultiIndex.from_frame(table[["layer", "head"]]).isin(list(marked))
+        table = table[claimed | ((table["rank"] <= detail.tokens) & (table["kind"] == "singular"))]
+    components: dict[tuple[Any, ...], Json] = {}
+    table = table.sort_values("rank", kind="stable")
+    for row in _tuples(table[list(DIRECTION_COLUMNS)]):
+        key = (row.layer, row.head, row.circuit, row.kind, row.component)
+        if key not in components:
+            total = energy.get(key[:3])
+            components[key] = {
+                "circuit": row.circuit,
+                "kind": row.kind,
+                "component": int(row.component),
+                "value": short(row.value),
+                "im": short(row.value_im),
+                "share": short(row.value**2 / total) if row.kind == "singular" and total else None,
+                "cluster": int(row.cluster),
+                "size": int(row.cluster_size),
+            }
+        side = components[key].setdefault(row.side, {})
+        side.setdefault("plus" if row.sign > 0 else "minus", []).append(pool.tokens.add(str(row.token)))
+    heads: list[list[Json]] = [[] for _ in grid.index]
+    for key in sorted(components):
+        heads[key[0] * grid.heads + key[1]].append(components[key])
+    return {"heads": [pool.add(head) for head in heads]}
+
+
+def _energies(spectra: pd.DataFrame | None) -> dict[tuple[int, int, str], float]:
+    """(layer, head, circuit) -> sum sigma^2 at offset 0, which components are read at."""
+    if spectra is None:
+        return {}
+    wanted = (spectra["kind"] == "singular") & (spectra["space"] == "residual") & (spectra["offset"] == 0)
+    found = spectra[wanted].assign(energy=spectra["re"] ** 2)
+    return {key: float(rows["energy"].sum()) for key, rows in found.groupby(["layer", "head", "circuit"])}  # type: ignore[misc]
+
+
+def partners(table: pd.DataFrame, most: int | None, marked: Heads) -> pd.DataFrame:
+    """The strongest compositions of every head as a sender and as a receiver, and all those between marked heads."""
+    if most is None:
+        return table
+    ordered = table.sort_values("score", ascending=False, kind="stable")
+    ends = [ordered.groupby(["mode", f"{end}_layer", f"{end}_head"]).cumcount() for end in ("sender", "receiver")]
+    between = [
+        (r.sender_layer, r.sender_head) in marked and (r.receiver_layer, r.receiver_head) in marked
+        for r in _tuples(ordered)
+    ]
+    return ordered[(ends[0] < most) | (ends[1] < most) | np.array(between, dtype=bool)].sort_index()

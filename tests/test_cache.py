@@ -1,0 +1,188 @@
+"""The cache of structure: the same tables from it as without it; shared, bounded, and never poisoned."""
+
+import errno
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from conftest import ROOT, compose, local
+
+from ovqk import analyses
+from ovqk.analyses import Analysis, analyse
+from ovqk.cache import ENTRY, StructureCache
+from ovqk.checkpoints import open_checkpoint
+from ovqk.errors import UserError
+from ovqk.sources import open_weights
+from ovqk.tasks import load_tokenizer
+
+
+def run(cache: StructureCache | None, *overrides: str, digest: str | None = None) -> Analysis:
+    """A cell of the bundled model; of `digest`, where the cache is to take it for another model."""
+    cell = compose("model=mini-attn", "nulls.draws=19", *overrides)
+    checkpoint = open_checkpoint(cell.model)
+    if cache is not None:
+        cache.digest = digest or checkpoint.digest
+    source, tokenizer = open_weights(checkpoint, cell.model), load_tokenizer(checkpoint)
+    return analyse(source, tokenizer, tokenizer.get_vocab_size(), "test", cell, cache=cache)
+
+
+@pytest.fixture
+def cache(tmp_path) -> StructureCache:
+    return StructureCache(tmp_path / "cache", 1.0, "")
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """The layers whose structure was computed."""
+    seen: list[int] = []
+    whole = analyses.layer_structure
+
+    def counting(layer):
+        seen.append(layer.index)
+        return whole(layer)
+
+    monkeypatch.setattr(analyses, "layer_structure", counting)
+    return seen
+
+
+def entries(cache: StructureCache) -> list:
+    return sorted(cache.folder.glob(f"*/{ENTRY}"))
+
+
+def same(one: Analysis, two: Analysis) -> None:
+    assert one.tables.keys() == two.tables.keys()
+    for name, table in one.tables.items():
+        pd.testing.assert_frame_equal(table, two.tables[name], check_dtype=False, check_exact=True, obj=name)
+    assert one.summary == two.summary and one.unavailable == two.unavailable
+
+
+def test_another_task_takes_the_structure_from_the_cache_and_gets_the_same_tables(cache, computed) -> None:
+    without = run(None, "task=sva")
+    run(cache, "task=ioi")
+    del computed[:]
+    same(run(cache, "task=sva"), without)
+    assert computed == [] and len(entries(cache)) == 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["processing=raw", "seed=1", "analysis.components=2", "analysis=qk", "task=none", "model.n_ctx=20"],
+)
+def test_what_the_tables_depend_on_has_an_entry_of_its_own(cache, computed, override) -> None:
+    run(cache, "task=sva")
+    del computed[:]
+    run(cache, "task=sva" if "task" not in override else override, override)
+    assert computed == [0, 1, 2, 3] and len(entries(cache)) == 2
+
+
+def test_other_weights_and_other_code_have_entries_of_their_own(cache, computed, monkeypatch) -> None:
+    run(cache, "task=none")
+    run(cache, "task=none", digest="of other weights")
+    monkeypatch.setattr("ovqk.cache._code", lambda: "changed")
+    run(cache, "task=none")
+    assert computed == [0, 1, 2, 3] * 3 and len(entries(cache)) == 3
+
+
+def _flip(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: _flip(folder / "heads.parquet"),
+        lambda folder: (folder / "spectra.parquet").write_bytes((folder / "spectra.parquet").read_bytes()[:-9]),
+        lambda folder: (folder / "layers.parquet").unlink(),
+        lambda folder: (folder / ENTRY).write_text("{"),
+        lambda folder: (folder / ENTRY).write_text("[]"),
+        lambda folder: (folder / ENTRY).unlink(),
+    ],
+    ids=["a flipped bit", "cut short", "a table missing", "no json", "other json", "no mark"],
+)
+def test_a_damaged_entry_is_computed_again(cache, computed, damage) -> None:
+    good = run(cache, "task=none")
+    folder = entries(cache)[0].parent
+    damage(folder)
+    del computed[:]
+    same(run(cache, "task=none"), good)
+    assert computed == [0, 1, 2, 3]
+    del computed[:]
+    same(run(cache, "task=none"), good)
+    assert computed == [] and len(entries(cache)) == 1
+
+
+def test_a_full_disk_costs_the_keeping_and_leaves_nothing_behind(cache, monkeypatch) -> None:
+    def full(self, path, **keys):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pd.DataFrame, "to_parquet", full)
+        found = run(cache, "task=none")
+    assert len(found.tables["heads"]) == 32
+    assert [path.name for path in cache.folder.iterdir() if not path.name.endswith(".lock")] == []
+    same(run(cache, "task=none"), found)
+
+
+def test_a_home_that_cannot_be_written_means_no_cache(tmp_path) -> None:
+    (tmp_path / "cache").write_text("a file, where the folder should be")
+    assert len(run(StructureCache(tmp_path / "cache", 1.0, ""), "task=none").tables["heads"]) == 32
+
+
+def test_the_longest_unused_entries_go_first(cache, computed) -> None:
+    for seed in range(3):
+        run(cache, "task=none", f"seed={seed}")
+    sizes = [sum(path.stat().st_size for path in mark.parent.iterdir()) for mark in entries(cache)]
+    run(cache, "task=none", "seed=0")  # used again: no longer the oldest
+    cache.most = 3.5 * max(sizes)
+    run(cache, "task=none", "seed=3")
+    assert len(entries(cache)) == 3
+    del computed[:]
+    run(cache, "task=none", "seed=0")
+    assert computed == []  # it was still there
+    run(cache, "task=none", "seed=1")
+    assert computed == [0, 1, 2, 3] and len(entries(cache)) == 3
+
+
+def test_processes_that_need_the_same_compute_it_once(tmp_path) -> None:
+    code = (
+        "import sys; from pathlib import Path; sys.path[:0] = ['tests', '.']\n"
+        "import test_cache as t; from ovqk import analyses\n"
+        "whole = analyses.layer_structure\n"
+        "analyses.layer_structure = lambda layer: (print('computed', layer.index), whole(layer))[1]\n"
+        f"t.run(t.StructureCache(Path({str(tmp_path)!r}), 1.0, ''), 'task=none')\n"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(text.count("computed") for text in said) == [0, 4]
+
+
+def test_the_cache_can_be_turned_off_moved_and_bounded(cli, tmp_path) -> None:
+    cell = ["model=mini-attn", "task=none", "tracking=none", f"cache_dir={tmp_path / 'mine'}"]
+    assert cli(*cell, "cache=off", f"results_dir={tmp_path / 'off'}")[0] == 0
+    assert not (tmp_path / "mine").exists()
+    assert cli(*cell, f"results_dir={tmp_path / 'on'}")[0] == 0
+    assert len(list((tmp_path / "mine" / "structure").glob(f"*/{ENTRY}"))) == 1
+    written = next((tmp_path / "on").glob("mini-attn/none/*/cell.yaml")).read_text()
+    assert "cache" not in written  # a machine's own matter
+    with pytest.raises(UserError, match="cache_gb=0.0: must be a positive number"):
+        compose("model=mini-attn", "cache_gb=0")
+
+
+def test_a_cell_of_a_local_model_is_cached_by_its_weights(tiny_gpt2, tmp_path, computed) -> None:
+    for place in ("one", "two"):
+        folder = tmp_path / place
+        folder.mkdir()
+        for path in tiny_gpt2.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        cell = compose("task=none", "model=local", f"model.path={folder}")
+        checkpoint = open_checkpoint(local(folder))
+        found = StructureCache(tmp_path / "cache", 1.0, checkpoint.digest)
+        analyse(open_weights(checkpoint, cell.model), None, None, "test", cell, cache=found)
+    assert len(entries(found)) == 1 and computed == [0, 1, 2]

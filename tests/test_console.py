@@ -1,0 +1,99 @@
+"""What a person reads of a cell: whose claims, which heads, which pairs; nothing that is not there."""
+
+import io
+
+import pandas as pd
+import pytest
+from conftest import BUNDLED
+from rich.console import Console
+
+from ovqk.console import candidate_table, claims_line, pair_table, reasons, verdict_table, virtual_table
+
+
+def printed(table) -> list[str]:
+    out = Console(width=200, file=io.StringIO())
+    out.print(table)
+    return [line.rstrip() for line in out.file.getvalue().splitlines()]
+
+
+def test_claims_of_another_model_are_said_to_be_applied() -> None:
+    claims = {"of": "gpt2", "source": "a paper", "reliability": "published"}
+    assert claims_line(claims, "gpt2") == "Claims: a paper (published)"
+    assert claims_line(claims | {"note": "n"}, "copy") == "Claims of gpt2, applied to copy: a paper (published) - n"
+
+
+def a_verdict(**changes) -> dict:
+    plain = {
+        "kind": "role", "role": "name_mover", "layer": None, "head": None, "verdict": "partial",
+        "primary": "ov_copying", "prediction": "high", "value": 0.5, "percentile": None, "q": 0.01,
+        "flags": "", "reason": "",
+    }  # fmt: skip
+    return plain | changes
+
+
+def test_a_role_that_predicts_nothing_has_no_metric_beside_one_that_does() -> None:
+    heads = pd.DataFrame({"layer": [0], "head": [0], "ov_copying": [0.5]})
+    nothing = a_verdict(role="bystander", verdict="out_of_scope", primary=None, prediction=None, value=None, q=None)
+    lines = printed(verdict_table(heads, pd.DataFrame([a_verdict(), nothing])))
+    assert any(line.startswith("name mover: ov_copying ↑") for line in lines)
+    assert any(line.startswith("bystander  ") for line in lines) and not any("nan" in line for line in lines)
+
+
+def test_one_reason_for_two_verdicts_is_told_for_each() -> None:
+    rows = [a_verdict(reason="r"), a_verdict(kind="head", layer=1, head=2, verdict="unsupported", reason="r")]
+    told = list(reasons(pd.DataFrame([*rows, rows[1] | {"role": "other"}])))
+    assert told[-2:] == ["partial (name mover): r", "unsupported (1.2): r"]
+
+
+def candidates(role: str, heads: list[str], **changes) -> list[dict]:
+    plain = {"metric": "ov_task_auc", "prediction": "high", "partners": "", "primary": True, "ranked": True,
+             "value": 0.9, "percentile": 1.0, "q_depth": 0.5, "p_frame_all": 0.1}  # fmt: skip
+    places = [(int(name[0]), int(name[2])) for name in heads]
+    return [
+        plain | {"role": role, "rank": rank, "layer": layer, "head": head} | changes
+        for rank, (layer, head) in enumerate(places, start=1)
+    ]
+
+
+def test_roles_with_the_same_candidates_by_the_same_metric_are_one() -> None:
+    rows = [
+        *candidates("name_mover", ["1.0", "2.3"]),
+        *candidates("backup_name_mover", ["1.0", "2.3"]),
+        *candidates("negative", ["1.0", "2.3"], prediction="low"),
+        *candidates("previous_token", ["0.1"], metric="k_composition", partners="3.0 3.4"),
+        *candidates("other", ["0.1"], primary=False),
+        *candidates("other", ["0.1"], metric="ov_task_copy", ranked=False),
+    ]
+    lines = printed(candidate_table(pd.DataFrame(rows)))
+    assert sum("1.0" in line for line in lines) == 2 and not any("ov_task_copy" in line for line in lines)
+    for start in ("name mover, backup name mover", "negative"):
+        assert sum(line.startswith(start) for line in lines) == 1
+    assert any("k_composition ↑ with 3.0 3.4" in line for line in lines)
+    assert any("ov_task_auc ↑ (not its primary)" in line for line in lines)
+
+
+def test_the_strongest_pairs_of_each_mode_and_virtual_heads_are_shown_with_their_matching() -> None:
+    place = {"sender_layer": 0, "receiver_layer": 2, "receiver_head": 7}
+    pairs = pd.DataFrame([
+        place | {"mode": mode, "sender_head": i, "score": i / 10, "score_above_random": i / 10,
+                 "percentile": 0.5, "matching": 0.77 if mode == "k" else None}
+        for mode in "qkv" for i in range(8)
+    ])  # fmt: skip
+    lines = printed(pair_table(pairs))
+    assert [line.split()[:3] for line in lines if line[:1] in "QKV"] == [[m, "0.7", "2.7"] for m in "QKV"]
+    assert sum("0.77" in line for line in lines) == 5 and len(lines) == 16
+    virtual = pairs.assign(frobenius_share=0.25, ov_copying=-0.5)
+    assert "0.7" in printed(virtual_table(virtual))[1] and "25%" in printed(virtual_table(virtual))[1]
+
+
+@pytest.mark.parametrize("analysis", ["b03", "composition"])
+def test_a_cell_shows_what_its_analysis_is_about_and_the_command_that_goes_on(analysis, cli) -> None:
+    local = ("model=local", f"model.path={BUNDLED}", "model.name=twin", "model.claims=mini-attn")
+    code, text = cli(f"analysis={analysis}", *local, "nulls.draws=19", "tracking=none")
+    assert code == 0
+    composed = analysis == "composition"
+    assert ("Strongest compositions" in text) == ("Strongest virtual heads" in text) == composed
+    assert ("['composition'])" in text) == composed
+    assert ("OV eigen 0 (lambda" in text) == ("QK singular 0 (sigma" in text) == (not composed)
+    assert "Claims of mini-attn, applied to twin:" in text
+    assert "model.claims=mini-attn task=ioi" in text

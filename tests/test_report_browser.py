@@ -1,0 +1,397 @@
+"""The report in a real browser: Debian's Chromium, driven by Playwright. Screenshots are kept in artefacts/.
+
+Without the browser these tests skip and say so; .ci/run installs it.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from conftest import ROOT, compose, shared_model
+from reported import HOSTILE_MODEL, STORABLE, make_results
+
+from ovqk.cell import run_cell
+from ovqk.errors import UserError
+from ovqk.page import make_page, read_cells
+from ovqk.record import write_text
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+CHROMIUM = shutil.which("chromium")
+SECTIONS = (
+    "compare",
+    "atlas/induction/ov_copying",
+    "head/mini-attn/induction/3.4",
+    "circuit/mini-attn/induction",
+    "provenance",
+)
+ARTEFACTS = ROOT / "artefacts"
+HOSTILE_CELL = f"{quote(HOSTILE_MODEL, safe='')}/induction"
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: no browser to open the report in")
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory) -> Path:
+    results = make_results(tmp_path_factory)
+    path = results / "report.html"
+    write_text(path, make_page(*read_cells(results), results, "figures").html)
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["playwright.Browser"]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Reader:
+    """One visit of the page: where it goes, what it complains of, what it fetches."""
+
+    def __init__(self, page: "playwright.Page", file: Path) -> None:
+        self.page, self.file = page, file
+        self.complaints: list[str] = []
+        self.fetched: list[str] = []
+        page.set_default_timeout(20_000)
+        page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (self.complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: self.fetched.append(request.url))
+
+    def open(self, address: str = "") -> None:
+        self.page.goto(f"file://{self.file}")
+        self.page.evaluate("address => { location.hash = address }", address)
+        self.title()
+
+    def title(self) -> str:
+        """The heading of what the address names, once it is shown."""
+        self.page.wait_for_function("document.getElementById('main').dataset.address === location.hash")
+        return self.page.inner_text("main h1")
+
+    def address(self) -> str:
+        return self.page.evaluate("location.hash")
+
+    def see(self, name: str) -> None:
+        ARTEFACTS.mkdir(exist_ok=True)
+        self.page.screenshot(path=ARTEFACTS / f"{name}.png", full_page=True)
+
+    def texts(self, selector: str) -> list[str]:
+        return self.page.locator(selector).all_inner_texts()
+
+
+@pytest.fixture
+def reader(browser, page_file) -> Iterator[Reader]:
+    """A visit on a laptop's screen, which ends without a word in the console and without a fetch."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme="light")
+    visit = Reader(context.new_page(), page_file)
+    yield visit
+    context.close()
+    assert visit.complaints == []
+    assert all(url.startswith(("file://", "blob:")) for url in visit.fetched)
+
+
+# --- from section to section ---------------------------------------------------------------------------------
+
+
+def test_one_clicks_from_compare_through_the_atlas_to_a_head_and_its_circuit(reader) -> None:
+    reader.open()
+    assert reader.title() == "Do the weights bear out the claims?"
+    reader.see("compare")
+    reader.page.click("nav >> text=Head atlas")
+    assert reader.title() == "Head atlas" and reader.page.locator("svg.atlas").count() >= 3
+    reader.see("atlas")
+    reader.page.click("[data-cell='mini-attn/induction'] [data-head='3.4']")
+    assert reader.title() == "Head 3.4 of mini-attn" and reader.address() == "#head/mini-attn/induction/3.4"
+    assert "Induction" in reader.texts(".card h3")[0]
+    for heading in (
+        "Verdict",
+        "Against the nulls",
+        "OV: what it copies",
+        "QK: where it looks",
+        "Position or content",
+        "Composition",
+    ):
+        assert reader.page.locator(f"h2:text-is('{heading}')").count() == 1, heading
+    reader.see("head")
+    reader.page.click("nav >> text=Circuit")
+    assert reader.title().startswith("Circuit: ")
+    reader.page.select_option("select", "mini-attn/induction")
+    assert reader.title() == "Circuit: mini-attn on induction"
+    reader.see("circuit")
+    reader.page.click("svg.circuit a:has-text('1.1')")
+    assert reader.title() == "Head 1.1 of mini-attn"
+    reader.page.click("nav >> text=Provenance")
+    reader.see("provenance")
+    assert "<b>no weights</b>" in reader.page.inner_text("main")  # of the cell that failed, as text
+    reader.page.go_back()
+    assert reader.title() == "Head 1.1 of mini-attn"
+
+
+def test_the_numbers_that_a_reader_sees_are_those_of_the_tables(reader, page_file) -> None:
+    import pandas as pd
+
+    (folder,) = (page_file.parent / "mini-attn" / "induction").glob("b03-*")
+    heads = pd.read_parquet(folder / "heads.parquet").set_index(["layer", "head"])
+    reader.open("head/mini-attn/induction/3.4")
+    reader.page.evaluate("document.querySelectorAll('details').forEach(node => { node.open = true })")
+    rows = reader.page.locator("#metrics tbody tr")
+    shown = {row.split("\t")[0]: row.split("\t")[1] for row in rows.all_inner_texts()}
+    for title, metric, digits in (
+        ("OV copying", "ov_copying", 3),
+        ("QK symmetry", "qk_symmetry", 3),
+        ("OV effective rank", "ov_effective_rank", 2),  # the page holds four digits and shows no more
+    ):
+        assert shown[title] == f"{heads.loc[(3, 4), metric]:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    assert shown["OV number transfer"].startswith("unavailable: not applicable")
+    circles = reader.page.locator("svg[aria-label*='eigenvalues of the OV circuit'] circle[data-tip^='λ']")
+    assert circles.count() == 16
+
+
+def test_an_address_leads_to_its_head_at_once(reader) -> None:
+    reader.page.goto(f"file://{reader.file}#head/mini-llama/induction/2.1")
+    assert (
+        reader.title() == "Head 2.1 of mini-llama" and reader.page.title() == "Head 2.1 of mini-llama \N{EN DASH} ovqk"
+    )
+    for wrong in (
+        "head/mini-llama/induction/77.0",
+        "head/nothing/here/0.0",
+        "atlas/%E0%A4%A/none",
+        "head",
+        "circuit/x/y",
+        "zzz",
+    ):
+        reader.open(wrong)
+        assert reader.title()
+    reader.open("head/mini-llama/induction/77.0")
+    assert reader.title() == "No such head" and "layers 0 to 3" in reader.page.inner_text("main")
+
+
+# --- filters -------------------------------------------------------------------------------------------------
+
+
+def effect_rows(reader: Reader) -> list[list[str]]:
+    """task, role and model of the rows of the table of effects."""
+    return [row.split("\t")[:3] for row in reader.texts("#effects tbody tr")]
+
+
+def test_effects_are_filtered_and_sorted(reader) -> None:
+    reader.open("compare")
+    everything = effect_rows(reader)
+    assert len(everything) >= 4
+    reader.page.fill("#filter", "mini-llama ov cop")
+    assert effect_rows(reader) == [["induction", "induction", "mini-llama"]]
+    reader.page.fill("#filter", "nothing of the kind")
+    assert effect_rows(reader) == [] and "Nothing matches" in reader.page.inner_text("#effects")
+    reader.page.fill("#filter", "")
+    reader.page.click("#effects th button:text-is('model')")
+    models = [row[2] for row in effect_rows(reader)]
+    assert models == sorted(models) and len(models) == len(everything)
+    assert reader.page.get_attribute("#effects th:has-text('model')", "aria-sort") == "ascending"
+    reader.page.click("#effects th button:text-is('model')")
+    assert [row[2] for row in effect_rows(reader)] == sorted(models, reverse=True)
+    reader.page.select_option("select", "untestable")
+    assert [row[1] for row in effect_rows(reader)] == ["previous token"]
+
+
+def test_models_are_chosen_for_the_whole_comparison(reader) -> None:
+    reader.open("compare")
+    assert "mini-llama" in reader.page.inner_text("#matrix")
+    reader.page.uncheck("label:has-text('mini-llama') input")
+    assert "mini-llama" not in reader.page.inner_text("#matrix") and "mini-llama" not in reader.page.inner_text(
+        "#effects"
+    )
+    reader.page.check("label:has-text('mini-llama') input")
+    assert "mini-llama" in reader.page.inner_text("#matrix")
+
+
+def test_a_metric_recolours_the_atlas_and_its_address_is_kept(reader) -> None:
+    reader.open("atlas/induction/ov_copying")
+    square = "[data-cell='mini-attn/induction'] [data-head='0.0'] rect >> nth=0"
+    before = reader.page.get_attribute(square, "fill")
+    reader.page.select_option("label:has-text('Colour by') select", "qk_positional_share")
+    assert reader.address() == "#atlas/induction/qk_positional_share"
+    assert reader.page.get_attribute(square, "fill") != before
+    reader.page.reload()
+    assert reader.page.input_value("label:has-text('Colour by') select") == "qk_positional_share"
+
+
+def test_missing_metrics_are_unavailable_and_not_zero(reader) -> None:
+    reader.open("atlas/none/ov_copying")
+    figure = reader.page.locator("figure:has(h3:text-is('partial'))")
+    assert "unavailable: the checkpoint has no token embedding" in figure.inner_text()
+    assert figure.locator("rect").count() == 0
+    reader.open("head/partial/none/0.0")
+    said = reader.page.inner_text("main")
+    assert said.count("unavailable: the checkpoint has no token embedding") >= 2
+    reader.see("unavailable")
+
+
+# --- everyone ------------------------------------------------------------------------------------------------
+
+
+def test_the_keyboard_reaches_every_head(reader) -> None:
+    reader.page.goto(f"file://{reader.file}#atlas/induction/ov_copying")
+    keyboard = reader.page.keyboard
+    keyboard.press("Tab")
+    assert reader.page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    for _ in range(30):
+        keyboard.press("Tab")
+        if reader.page.evaluate("document.activeElement.getAttribute('role')") == "gridcell":
+            break
+    here = reader.page.evaluate("document.activeElement.dataset.head")
+    layer, head = map(int, here.split("."))
+    keyboard.press("Home")
+    keyboard.press("ArrowRight")
+    assert reader.page.evaluate("document.activeElement.dataset.head") == f"{layer}.1"
+    keyboard.press("ArrowUp")
+    assert reader.page.evaluate("document.activeElement.dataset.head") == f"{max(0, layer - 1)}.1"
+    label = reader.page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert re.match(rf"head {max(0, layer - 1)}\.1, OV copying \S?[\d.]+", label)
+    assert reader.page.locator("#tip").is_visible()
+    keyboard.press("Enter")
+    assert reader.title().startswith(f"Head {max(0, layer - 1)}.1 of ")
+    assert reader.page.evaluate("document.activeElement.tagName") == "H1"  # where reading goes on
+    assert head >= 0
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_picture_has_words(reader, section) -> None:
+    reader.open(section)
+    unnamed = reader.page.evaluate(
+        """() => [...document.querySelectorAll('main svg:not(svg svg)')].filter(node =>
+            !node.closest('[aria-hidden=true]') && !node.getAttribute('aria-label')).length"""
+    )
+    assert unnamed == 0
+    nameless = reader.page.evaluate(
+        """() => [...document.querySelectorAll('button, select, input, a')].filter(node =>
+            !(node.textContent.trim() || node.ariaLabel || (node.labels && node.labels.length))).length"""
+    )
+    assert nameless == 0
+    assert reader.page.locator("h1").count() == 1 and reader.page.get_attribute("html", "lang") == "en"
+    assert reader.page.locator("nav [aria-current=page]").count() == 1
+
+
+def test_a_figure_is_also_a_table_and_a_file(reader, tmp_path) -> None:
+    reader.open("head/mini-attn/induction/3.4")
+    figure = reader.page.locator("figure:has(h3:text-is('OV singular values'))")
+    figure.locator("summary").click()
+    lines = figure.locator("table.data tbody tr").all_inner_texts()
+    assert len(lines) == 16 and lines[0].startswith("1\t")
+    for kind, start in (("SVG", b"<svg"), ("PNG", b"\x89PNG")):
+        with reader.page.expect_download() as download:
+            figure.locator(f"button:text-is('{kind}')").click()
+        path = tmp_path / download.value.suggested_filename
+        download.value.save_as(path)
+        assert path.read_bytes().startswith(start) and path.name == f"singular-mini-attn-3.4-ov.{kind.lower()}"
+
+
+def background(reader: Reader) -> str:
+    return reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+def test_dark_and_light_follow_the_system_or_the_button(reader) -> None:
+    reader.open("head/mini-attn/induction/3.4")
+    light = background(reader)
+    reader.page.emulate_media(color_scheme="dark")
+    reader.page.wait_for_selector("html[data-dark]")
+    dark = background(reader)
+    assert dark != light
+    reader.see("head_dark")
+    reader.page.click("#theme")
+    assert reader.page.inner_text("#theme") == "Theme: light" and background(reader) == light
+    reader.page.click("#theme")
+    reader.page.emulate_media(color_scheme="light")
+    assert reader.page.inner_text("#theme") == "Theme: dark" and background(reader) == dark
+    reader.page.reload()
+    assert background(reader) == dark  # it is remembered
+    reader.page.click("nav >> text=Head atlas")
+    reader.see("atlas_dark")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_narrow_screen_never_scrolls_sideways(reader, section) -> None:
+    reader.page.set_viewport_size({"width": 380, "height": 800})
+    reader.open(section)
+    assert reader.page.evaluate("document.documentElement.scrollWidth") <= 380
+    reader.see(f"narrow_{section.split('/')[0]}")
+
+
+def test_print_is_light_and_without_controls(reader) -> None:
+    reader.page.emulate_media(color_scheme="dark")
+    reader.open("compare")
+    reader.page.wait_for_selector("html[data-dark]")
+    reader.page.emulate_media(color_scheme="dark", media="print")
+    reader.page.wait_for_selector("html:not([data-dark])")
+    assert background(reader) == "rgb(255, 255, 255)"
+    assert not reader.page.locator(".bar").is_visible() and not reader.page.locator(".controls").first.is_visible()
+    ARTEFACTS.mkdir(exist_ok=True)
+    reader.page.pdf(path=ARTEFACTS / "compare.pdf", format="A4", print_background=True)
+    assert (ARTEFACTS / "compare.pdf").read_bytes().startswith(b"%PDF")
+
+
+# --- hostile texts -------------------------------------------------------------------------------------------
+
+
+def test_hostile_tokens_and_names_are_text(reader) -> None:
+    """No script of a record runs (a dialog would be a complaint), no element is made of one, none turns the text."""
+    reader.open(f"head/{HOSTILE_CELL}/2.0")
+    assert reader.title() == f"Head 2.0 of {HOSTILE_MODEL}"
+    shown = reader.page.evaluate("[...document.querySelectorAll('.token')].map(node => node.textContent)")
+    assert {"<script>alert(1)</script>", "</script><img src=x onerror=al…", "\"quoted\" 'twice' & more"} <= set(shown)
+    assert "␣\\u{202e}right to left" in shown and "\\u{0}\\u{1b}[31m\\u{7f}" in shown
+    assert "line\\nbreak\\u{2028}and\\u{2029}more" in shown and "(empty)" in shown
+    assert set(shown) - {"(empty)"} and not any("\u202e" in text or "\x1b" in text for text in shown)
+    assert reader.page.evaluate("getComputedStyle(document.querySelector('.token')).unicodeBidi") == "isolate"
+    for section in ("compare", "atlas/induction/ov_copying", f"circuit/{HOSTILE_CELL}", "provenance"):
+        reader.open(section)
+        reader.page.evaluate("document.querySelectorAll('details').forEach(node => { node.open = true })")
+        reader.page.wait_for_timeout(100)
+        assert HOSTILE_MODEL in reader.page.inner_text("main")
+        assert reader.page.locator("main script, main img").count() == 0
+    assert STORABLE[0] in reader.page.inner_text("main")  # provenance: a word that was left out
+    reader.open(f"head/{HOSTILE_CELL}/2.0")
+    reader.see("hostile")
+
+
+# --- a sweep of everything -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_page_of_a_whole_sweep_is_shown_without_a_complaint(browser, tmp_path) -> None:
+    """The bundled models over all tasks and analyses, stories260k, and GPT-2 without its embedding: every address."""
+    common = ("tracking=none", "nulls.draws=19", f"results_dir={tmp_path}")
+    for model in ("mini-attn", "mini-gpt2", "mini-llama"):
+        for task in ("ioi", "sva", "induction", "greater_than", "copy_suppression", "acronym", "none"):
+            with suppress(UserError):  # a task whose words the model cannot read
+                run_cell(compose(f"model={model}", f"task={task}", *common))
+        run_cell(compose(f"model={model}", "task=none", "analysis=composition", *common))
+    for name, more in (("gpt2-small-attention", ("model.claims=gpt2", "task=ioi")), ("stories260k", ("task=none",))):
+        path = ROOT.parent / "shared" / "models" / name
+        if path.exists():
+            run_cell(compose("model=local", f"model.path={shared_model(name)}", *more, *common))
+    file = tmp_path / "report.html"
+    made = make_page(*read_cells(tmp_path), tmp_path)
+    assert made.size < 5_000_000
+    write_text(file, made.html)
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    reader = Reader(context.new_page(), file)
+    reader.open("provenance")
+    names = [cell.split("\t")[:3] for cell in reader.texts("#cells tbody tr")]
+    assert len(names) >= 15
+    addresses = ["compare", "provenance"]
+    for model, task, analysis in names:
+        cell = f"{model}/{task}" + (f"~{analysis}" if analysis == "composition" else "")
+        addresses += [f"circuit/{cell}", f"head/{cell}/0.0", f"head/{cell}/3.4", f"atlas/{task}/qk_symmetry"]
+    for address in dict.fromkeys(addresses):
+        reader.open(address)
+        assert "undefined" not in reader.page.inner_text("main"), address
+        assert "NaN" not in reader.page.inner_text("main"), address
+    reader.open("compare")
+    reader.see("sweep")
+    context.close()
+    assert reader.complaints == []
