@@ -1,5 +1,11 @@
 """QK and OV circuits of every attention head, tested against the mechanism a paper claims."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+"""Read when torch is imported: on a machine that others use too, threads that spin while they wait cost five times
+the computation."""
+
 __version__ = "0.1.0"
 __all__ = ["load_results"]
 

@@ -194,6 +194,19 @@ def whole_cell(folder: Path, device: str = "cpu") -> int:
     return len(analyse(source, None, None, "bench", config).tables["heads"])
 
 
+def cached(folder: Path) -> tuple[float, float]:
+    """Seconds of a cell with directions whose structure is computed and kept, and of the same cell once more."""
+    from ovqk.analyses import analyse
+    from ovqk.cache import StructureCache
+
+    source, config = open_model(folder)
+    config.analysis.components = 3
+    with tempfile.TemporaryDirectory() as place:
+        cache = StructureCache(Path(place), 5.0, "bench")
+        first, again = (seconds(lambda: analyse(source, None, None, "bench", config, cache=cache)) for _ in range(2))
+    return first, again
+
+
 # --- the other ways ------------------------------------------------------------------------------------------
 
 
@@ -334,10 +347,12 @@ def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace)
     what = arguments.what
     if what == "composition":
         found = composition_seconds(folder, shape)
-        ratio = found["transformer_lens"] / found["ours"]
-        print(
-            f"{name} composition: {found['ours']:.2f} s; TransformerLens {found['transformer_lens']:.1f} s: {ratio:.0f} x"
-        )
+        ours, theirs = found["ours"], found["transformer_lens"]
+        print(f"{name} composition: {ours:.2f} s; TransformerLens {theirs:.1f} s: {theirs / ours:.0f} x")
+        return
+    if what == "cache":
+        first, again = cached(folder)
+        print(f"{name} cell with directions: {first:.2f} s; from the cache {again:.2f} s: {again / first:.1%}")
         return
     if what == "profile":
         profile = cProfile.Profile()
@@ -382,7 +397,7 @@ def start_up(repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="gpt2-small", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--what", default="spectra", choices=["spectra", "cell", "composition", "profile", "startup"])
+    parser.add_argument("--what", default="spectra", choices=["spectra", "cell", "composition", "cache", "profile", "startup"])
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
