@@ -27,7 +27,8 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    check_keys(sys.argv[1:])
+    if "-sc" not in sys.argv:  # Hydra's shell completion, whose install= and query= are no keys
+        check_keys(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and a config's mistake is one message here
     try:
         main()

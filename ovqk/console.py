@@ -1,9 +1,8 @@
 """What a person reads in the terminal: a cell's claimed heads, a sweep's comparison, and where the results are."""
 
-import math
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,20 @@ from ovqk.directions import describe
 from ovqk.outcomes import Outcome
 from ovqk.record import read_record, read_tracking
 from ovqk.results import load_table
+from ovqk.tables import (
+    STYLES,
+    candidate_table,
+    layer_table,
+    pair_table,
+    reasons,
+    rounded,
+    verdict_table,
+    virtual_table,
+)
 
-STYLES = {"corroborated": "green", "partial": "yellow", "contradicted": "red", "unsupported": "magenta"}
-ARROWS = {"high": "↑", "low": "↓"}
-SHOWN_CANDIDATES = 3  # of each role
-SHOWN_PAIRS = 5  # of heads, of each kind of composition
 SHOWN_TOKENS = 4  # on each side of a component
 SHOWN_MISSING = 20  # cells of a sweep
 MIN_WIDTH = 150  # of tables where the output is no terminal
-
-RESIDUAL_COLUMNS = (
-    ("OV sign (residual)", "ov_copying_residual"),
-    ("QK sign (residual)", "qk_matching_residual"),
-    ("previous AUC", "qk_prev_auc"),
-)
-HEAD_COLUMNS = (
-    ("OV copying", "ov_copying"),
-    ("QK matching", "qk_matching"),
-    ("symmetry", "qk_symmetry"),
-    ("position", "qk_positional_share"),
-    ("OV align", "ov_task_alignment"),
-    ("QK align", "qk_key_alignment"),
-)
 
 
 def _console() -> Console:
@@ -124,40 +115,6 @@ def _print_pairs(out: Console, folder: Path) -> None:
     )
 
 
-def pair_table(composition: pd.DataFrame) -> Table:
-    """The strongest pairs of each mode, by score."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("composition", "sender", "receiver", "score", "above random", "in layer", "matching"):
-        table.add_column(title, justify="left" if title == "composition" else "right")
-    for mode, rows in composition.groupby("mode", sort=False):
-        for place, row in enumerate(rows.nlargest(SHOWN_PAIRS, "score").to_dict("records")):
-            table.add_row(
-                f"{str(mode).upper()}" if not place else "",
-                *_pair(row),
-                _number(row["score"], digits=3),
-                _number(row["score_above_random"], digits=3),
-                _percent(row["percentile"]),
-                _number(row["matching"]),
-            )
-    return table
-
-
-def virtual_table(virtual: pd.DataFrame) -> Table:
-    """The virtual heads of the strongest V pairs."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("sender", "receiver", "score", "share", "OV copying"):
-        table.add_column(title, justify="right")
-    for row in virtual.nlargest(SHOWN_PAIRS, "score").to_dict("records"):
-        numbers = (_number(row["score"], digits=3), _percent(row["frobenius_share"]), _number(row["ov_copying"]))
-        table.add_row(*_pair(row), *numbers)
-    return table
-
-
-def _pair(row: Mapping[Any, Any]) -> tuple[str, str]:
-    sender, receiver = (f"{row[f'{side}_layer']}.{row[f'{side}_head']}" for side in ("sender", "receiver"))
-    return sender, receiver
-
-
 def _print_candidates(out: Console, folder: Path) -> None:
     """The strongest heads for each role, where no circuit is claimed."""
     found = load_table(folder, "candidates")
@@ -173,113 +130,6 @@ def _print_candidates(out: Console, folder: Path) -> None:
     )
 
 
-def candidate_table(candidates: pd.DataFrame) -> Table:
-    """The strongest candidates; roles that the same heads stand for by the same metric are one."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("candidates for", "ranked by", "head", "value", "in layer", "q nearby", "p frame, all"):
-        table.add_column(title, justify="left" if title in ("candidates for", "ranked by") else "right")
-    shown = candidates[candidates["ranked"] & (candidates["rank"] <= SHOWN_CANDIDATES)]
-    same: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
-    for role, rows in shown.groupby("role", sort=False):
-        key = tuple(rows[["metric", "prediction", "partners", "layer", "head"]].itertuples(index=False, name=None))
-        same.setdefault(key, []).append(str(role))
-    for roles in same.values():
-        for place, row in enumerate(shown[shown["role"] == roles[0]].to_dict("records")):
-            by = f"{row['metric']} {ARROWS[row['prediction']]}"
-            by += f" with {row['partners']}" if row["partners"] else ""
-            table.add_row(
-                ", ".join(role.replace("_", " ") for role in roles) if not place else "",
-                by + ("" if row["primary"] else " (not its primary)") if not place else "",
-                f"{row['layer']}.{row['head']}",
-                _number(row["value"]),
-                _percent(row["percentile"]),
-                _number(row["q_depth"], digits=3),
-                _number(row["p_frame_all"], digits=3),
-            )
-    return table
-
-
-def shown_columns(heads: pd.DataFrame) -> list[tuple[str, str]]:
-    """(title, metric) of what a person reads; residual-space ones where the model gives little else."""
-
-    def there(columns: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        return [(title, name) for title, name in columns if name in heads and heads[name].notna().any()]
-
-    columns = there(HEAD_COLUMNS)
-    return columns if len(columns) >= 3 else there((*RESIDUAL_COLUMNS, *HEAD_COLUMNS))
-
-
-def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
-    """One row per claimed head under a row for its role."""
-    columns = shown_columns(heads)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("role: primary metric / head", no_wrap=True)
-    for title, _ in columns:
-        table.add_column(title, justify="right")
-    for title in ("primary", "percentile", "q"):
-        table.add_column(title, justify="right")
-    table.add_column("verdict", no_wrap=True)
-    indexed = heads.set_index(["layer", "head"])
-    for row in verdicts.to_dict("records"):
-        is_role = row["kind"] == "role"
-        values = ["" for _ in columns]
-        if not is_role:
-            head = (int(row["layer"]), int(row["head"]))
-            values = [_number(indexed.at[head, name]) for _, name in columns]
-        primary = f"{row['primary']} {ARROWS[row['prediction']]}" if isinstance(row["primary"], str) else ""
-        verdict = row["verdict"] + (f" ({row['flags']})" if row["flags"] else "")
-        if is_role:
-            name = Text(row["role"].replace("_", " "), style="bold")
-            name.append(f": {primary}" if primary else "", style="dim")
-        else:
-            name = Text(f"  {int(row['layer'])}.{int(row['head'])}")
-        table.add_row(
-            name,
-            *values,
-            _number(row["value"]),
-            "" if is_role else _percent(row["percentile"]),
-            _number(row["q"], digits=3),
-            Text(verdict, style=STYLES.get(row["verdict"], "dim")),
-        )
-    return table
-
-
-def reasons(verdicts: pd.DataFrame) -> Iterable[str]:
-    """How to read the table, and why claims could not be tested, each reason once."""
-    yield ""
-    yield (
-        "position: share of the QK score's variance that is positional. OV align, QK align: writing and key side in "
-        "the task's subspace, 1 by chance."
-    )
-    yield (
-        "primary: value of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). "
-        "percentile: among unclaimed heads of the layer; where ↓ is predicted, 0% is the strongest."
-    )
-    yield (
-        "q: the largest corrected p under the nulls that count (named in verdicts.parquet): other heads, heads of the "
-        "same spectrum, other words. partial (consistent): only heads of the same spectrum are beaten; contradicted "
-        "(frame): only they are, the other way."
-    )
-    untested = verdicts[verdicts["reason"] != ""]
-    for (verdict, reason), rows in untested.groupby(["verdict", "reason"], sort=False):
-        names = [
-            row["role"].replace("_", " ") if row["kind"] == "role" else f"{int(row['layer'])}.{int(row['head'])}"
-            for row in rows.to_dict("records")
-        ]
-        yield f"{verdict} ({', '.join(dict.fromkeys(names))}): {reason}"
-
-
-def layer_table(heads: pd.DataFrame) -> Table:
-    """Mean of the main metrics over the heads of each layer."""
-    columns = shown_columns(heads)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("layer", *(title for title, _ in columns)):
-        table.add_column(title, justify="right")
-    for layer, rows in heads.groupby("layer"):
-        table.add_row(str(layer), *(_number(rows[name].mean()) for _, name in columns))
-    return table
-
-
 def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None:
     tracking = read_tracking(folder)
     results_dir = folder.parents[2]
@@ -290,7 +140,7 @@ def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None
         sync = f"   {_python()} -m wandb sync {shlex.quote(str(run))}"
     elif tracking["status"] == "done":
         sync = ""
-        out.print(f"W&B: run {tracking['run_id']}")
+        out.print(f"W&B: {tracking.get('url') or 'run ' + tracking['run_id']}", soft_wrap=True)
     else:
         sync = f"   {_python()} -m ovqk.tracking {shlex.quote(str(results_dir))}"
         out.print("W&B: not tracked" + (f" ({tracking['reason']})" if "reason" in tracking else ""), soft_wrap=True)
@@ -393,7 +243,7 @@ def print_sweep(
     if missing:
         more = f" ({len(missing) - SHOWN_MISSING} more)" if len(missing) > SHOWN_MISSING else ""
         out.print(f"missing{more}: stopped by the system, or never started. The same command computes them.")
-    untracked = sum(outcome.warning is not None for outcome in ended)
+    untracked = sum("reason" in read_tracking(folder) for folder in folders)  # failed, or not tried after a failure
     if untracked:
         command = f"{_python()} -m ovqk.tracking {shlex.quote(str(results_dir))}"
         out.print(f"{untracked} not tracked by W&B; later: {command}", soft_wrap=True)
@@ -416,10 +266,10 @@ def role_table(folders: Sequence[Path]) -> Table:
         table.add_row(
             *place,
             str(row["heads"]),
-            _number(row["depth"]),
+            rounded(row["depth"]),
             row["primary"] or "",
-            _number(row["effect"]),
-            _number(row["p"], digits=3),
+            rounded(row["effect"]),
+            rounded(row["p"], digits=3),
             Text(row["verdict"], style=STYLES.get(row["verdict"], "dim")),
             ", ".join(f"{n} {verdict}" for verdict, n in row["of_its_heads"].items()),
         )
@@ -437,7 +287,7 @@ def depth_table(folders: Sequence[Path]) -> Table:
     several = len({(row["metric"], row["model"]) for row in rows}) < len(rows)  # the same model folded and raw
     for row in rows:
         model = f"{row['model']} ({row['processing']})" if several else row["model"]
-        table.add_row(row["metric"], model, *(_number(row[title]) for title in comparison.QUARTERS))
+        table.add_row(row["metric"], model, *(rounded(row[title]) for title in comparison.QUARTERS))
     return table
 
 
@@ -447,13 +297,3 @@ def grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     for name, reason in reasons.items():
         found.setdefault(reason, []).append(name)
     return found
-
-
-def _number(value: Any, digits: int = 2) -> str:
-    if value is None or not math.isfinite(value):
-        return ""
-    return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0f}"
-
-
-def _percent(value: Any) -> str:
-    return "" if value is None or not math.isfinite(value) else f"{value:.0%}"

@@ -48,13 +48,13 @@ CURVE_SECTIONS = {
 SECTIONS = ("Claims", "Spectra", "Symmetry and position", "Heads", "Health")
 
 
-def workspace(entity: str, project: str, name: str, shown: Iterable[Panels]) -> Any:
+def workspace(entity: str, project: str, title: str, shown: Iterable[Panels]) -> Any:
     """The workspace (`wandb_workspaces.workspaces.Workspace`), not yet saved.
 
     Args:
         entity: whose project it is.
         project: the project of the runs.
-        name: the workspace's title.
+        title: the workspace's name.
         shown: what the runs show; what none of them has gets no panel.
     """
     import wandb_workspaces.reports.v2 as reports
@@ -69,7 +69,7 @@ def workspace(entity: str, project: str, name: str, shown: Iterable[Panels]) -> 
     model = reports.Config("model")
 
     def bars(title: str, *metrics: str) -> list[Any]:
-        there = [reports.SummaryMetric(metric) for metric in metrics if metric in scalars]
+        there: list[Any] = [reports.SummaryMetric(metric) for metric in metrics if metric in scalars]
         return [reports.BarPlot(title=title, metrics=there, groupby=model)] if there else []
 
     panels: dict[str, list[Any]] = {section: [] for section in SECTIONS}
@@ -79,8 +79,8 @@ def workspace(entity: str, project: str, name: str, shown: Iterable[Panels]) -> 
         panels["Spectra"].append(_eigenvalue_chart(reports, name))
     for section, names in CURVE_SECTIONS.items():
         for name in filter(curves.__contains__, names):
-            title = METRICS[name].title if name in METRICS else name.replace("_", " ")
-            plot = reports.LinePlot(title=f"{name}: {title}", x="relative_depth", y=[f"depth/{name}"], groupby=model)
+            meaning = METRICS[name].title if name in METRICS else "of the layer's summed W_QK"
+            plot = reports.LinePlot(title=f"{name}: {meaning}", x="relative_depth", y=[f"depth/{name}"], groupby=model)
             panels[section].append(plot)
     for section, names in TABLE_SECTIONS.items():
         panels[section] += [
@@ -94,7 +94,7 @@ def workspace(entity: str, project: str, name: str, shown: Iterable[Panels]) -> 
     return workspaces.Workspace(
         entity=entity,
         project=project,
-        name=name,
+        name=title,
         sections=[
             workspaces.Section(name=section, panels=panels[section], is_open=section == "Claims")
             for section in SECTIONS

@@ -76,10 +76,8 @@ def _done_cells(places: str | Path | Iterable[str | Path]) -> Iterator[tuple[Pat
         records = [(folder, read_record(folder) or {}) for folder in folders]
         done = [(folder, record) for folder, record in records if record.get("status") == "done"]
         if not done:
-            found = (
-                f"{len(folders)} cells, none of them done" if folders else "no cells (MODEL/TASK/ANALYSIS-ID folders)"
-            )
-            raise FileNotFoundError(f"{place}: {found}")
+            found = f"none of its {len(folders)} cells is done" if folders else "no MODEL/TASK/ANALYSIS-ID folders"
+            raise FileNotFoundError(f"{place}: no results: {found}")
         for folder, record in done:
             if record["cell_id"] not in seen:
                 seen.add(record["cell_id"])

@@ -9,13 +9,9 @@ was not tracked is tracked by the next run or by the command above.
 import argparse
 import contextlib
 import hashlib
-import json
 import os
-import re
 import shutil
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,18 +26,11 @@ from ovqk.errors import UserError
 from ovqk.panels import Panels, plain_table, read_panels
 from ovqk.record import claim, read_record, read_tracking, write_tracking
 from ovqk.results import cell_folders
+from ovqk.wandb_service import NotReceivedError, finish, is_of_server, quiet_wandb, settings, staged_in, within
 
-INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
-LOG_SECONDS = 60.0  # for W&B to take what is logged
-FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
-GRACE_SECONDS = 10.0  # after which W&B's service is killed where it does not keep these times itself
+LOG_SECONDS = 30.0  # for W&B to take what is logged
 PAUSE_SECONDS = 300.0  # after a failure of the server, in which no other cell of this process waits for it
 MAX_TAG, MAX_NAME = 64, 128  # what W&B allows, in letters
-STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # of an upload, in W&B's own log of a run
-
-
-class NotReceivedError(Exception):
-    """The server did not take all of a run."""
 
 
 @dataclass
@@ -102,7 +91,7 @@ def _attempt(folder: Path, record: dict[str, Any], destination: _Destination) ->
             status, reason = "done", None
     except Exception as error:  # whatever W&B raises, the result is safe in its record
         status, reason = "failed", _reason(error, destination.results_dir)
-        if destination.mode is TrackingMode.online and _is_of_server(error):
+        if destination.mode is TrackingMode.online and is_of_server(error):
             _pause.until, _pause.reason = time.monotonic() + PAUSE_SECONDS, reason
     state = {"status": status} | state | ({"reason": reason} if reason else {})
     tracked = before.get("status") == "done" and before.get("run_id") == state.get("run_id")
@@ -161,9 +150,9 @@ def _send(folder: Path, record: dict[str, Any], destination: _Destination, ident
     staging = wandb_dir / "data" / f"{identifier}-{time.time_ns()}"
     wandb_dir.mkdir(parents=True, exist_ok=True)
     online = destination.mode is TrackingMode.online
-    settings = _settings()
-    with _quiet_wandb() as (wandb, service), _staged_in(staging):
-        with _within(settings["init_timeout"], service):
+    limits = settings()
+    with quiet_wandb() as (wandb, service), staged_in(staging):
+        with within(limits["init_timeout"], service):
             run = wandb.init(
                 project=destination.project,
                 entity=destination.entity,
@@ -176,12 +165,12 @@ def _send(folder: Path, record: dict[str, Any], destination: _Destination, ident
                 config=panels.config,
                 mode=destination.mode.value,
                 reinit="create_new",  # a run of the caller's own goes on
-                settings=wandb.Settings(**settings),
+                settings=wandb.Settings(**limits),
             )
-        with _within(LOG_SECONDS, service):
+        with within(LOG_SECONDS, service):
             log_panels(run, wandb, panels)
-        with _within(settings["finish_timeout"], service):
-            _finish(run)
+        with within(limits["finish_timeout"], service):
+            finish(run)
     directory = Path(run.settings.sync_dir)
     _remove_earlier(wandb_dir, identifier, {directory.name} if online else {directory.name, staging.name})
     if online:
@@ -191,96 +180,10 @@ def _send(folder: Path, record: dict[str, Any], destination: _Destination, ident
 
 def _remove_earlier(wandb_dir: Path, identifier: str, kept: set[str]) -> None:
     """Remove what earlier attempts at a run have left on disk, and tables that wait for nothing any more."""
-    for left in (*wandb_dir.glob(f"*run-*-{identifier}"), *wandb_dir.glob(f"data/{identifier}-*")):
-        if left.name not in kept:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _settings() -> dict[str, Any]:
-    """No console output, no information on the machine or the code, and bounded waiting."""
-    return {
-        "silent": True,
-        "console": "off",
-        "disable_code": True,
-        "disable_git": True,
-        "save_code": False,
-        "symlink": False,
-        "use_dot_wandb": False,
-        "program": "run.py",
-        "host": "",  # the machine's name is nobody's business
-        "x_disable_stats": True,
-        "x_disable_machine_info": True,
-        "x_save_requirements": False,  # the record holds the versions
-        "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_SECONDS)),
-        "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)),
-        "finish_timeout_raises": True,
-    }
-
-
-@contextlib.contextmanager
-def _quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
-    """The wandb module and its service, a process that does the work.
-
-    Meanwhile W&B prints nothing, asks for no key and reports no errors of its own to its makers. After a failure the
-    service is killed, so that nobody waits for it and the next cell starts another.
-    """
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    os.environ.pop("WANDB_SERVICE", None)  # a parent's service: this process has its own
-    import wandb
-
-    session = wandb.setup()
-    service = session.ensure_service()._proc._process  # type: ignore[union-attr]
-    wandb.termsetup(wandb.Settings(silent=True), None)
-    try:
-        yield wandb, service
-    except BaseException:
-        if wandb.run is None:  # else a run of the caller's own is open
-            service.kill()
-            service.wait()
-            with contextlib.suppress(Exception, SystemExit):
-                wandb.teardown()
-        raise
-    finally:
-        wandb.termsetup(session.settings, None)
-
-
-@contextlib.contextmanager
-def _within(seconds: float, service: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Kill W&B's service where it takes much longer: its own limits do not hold when a server dies at a bad moment.
-
-    Raises:
-        TimeoutError: it was killed.
-    """
-    expired = threading.Event()
-
-    def kill() -> None:
-        expired.set()
-        service.kill()  # every wait for it ends with an error
-
-    timer = threading.Timer(seconds + GRACE_SECONDS, kill)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except Exception as error:
-        if expired.is_set():
-            raise TimeoutError(f"W&B did not answer within {seconds + GRACE_SECONDS:.0f} s") from error
-        raise
-    finally:
-        timer.cancel()
-
-
-@contextlib.contextmanager
-def _staged_in(directory: Path) -> Iterator[None]:
-    """Tables wait to be sent beside the results and not in the home folder, unless the user chose a place."""
-    if "WANDB_DATA_DIR" in os.environ:
-        yield
-        return
-    os.environ["WANDB_DATA_DIR"] = str(directory)
-    try:
-        yield
-    finally:
-        del os.environ["WANDB_DATA_DIR"]
+    for pattern in (f"*run-*-{identifier}", f"*run-*-{identifier}-[0-9]", f"data/{identifier}-*"):
+        for left in wandb_dir.glob(pattern):
+            if left.name not in kept:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def log_panels(run: Any, wandb: Any, panels: Panels) -> None:
@@ -332,45 +235,10 @@ def _table(wandb: Any, frame: pd.DataFrame) -> Any:
     return table
 
 
-def _finish(run: Any) -> None:
-    """Wait until the run is written, or received.
-
-    Raises:
-        NotReceivedError: the server did not take all of it in time, or refused a part.
-    """
-    log = Path(run.settings.log_internal)
-    try:
-        run.finish()
-    except TimeoutError as error:
-        raise NotReceivedError(": ".join([str(error).rstrip("."), *_errors(log)[:1]])) from error
-    refused = [message for message in _errors(log) if message.startswith(STAGES)]
-    if refused:
-        raise NotReceivedError(refused[0])
-
-
-def _errors(log: Path) -> list[str]:
-    """Errors in W&B's own log of a run: it tells of a refused file there and nowhere else."""
-    messages = []
-    with contextlib.suppress(OSError):
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError):
-                entry = json.loads(line)
-                if entry["level"].startswith("ERROR") and not entry["msg"].startswith("api:"):
-                    text = re.sub(r"\?\S*", "", " ".join(entry["msg"].split()))  # no signed address
-                    messages.append(text[:300])
-    return messages
-
-
 def _reason(error: Exception, results_dir: Path) -> str:
     text = str(error) or "W&B's service on this machine ended"
     text = f"{type(error).__name__}: {text}".splitlines()[0]
     return text.replace(str(results_dir.absolute()), str(results_dir))
-
-
-def _is_of_server(error: Exception) -> bool:
-    """Whether the next cell would meet the same; not where W&B's service on this machine was killed."""
-    wandb = sys.modules.get("wandb")
-    return wandb is not None and isinstance(error, (wandb.Error, TimeoutError, NotReceivedError))
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,11 @@ def cached(folder: Path) -> tuple[float, float]:
     config.analysis.components = 3
     with tempfile.TemporaryDirectory() as place:
         cache = StructureCache(Path(place), 5.0, "bench")
-        first, again = (seconds(lambda: analyse(source, None, None, "bench", config, cache=cache)) for _ in range(2))
-    return first, again
+
+        def once() -> object:
+            return analyse(source, None, None, "bench", config, cache=cache)
+
+        return seconds(once), seconds(once)
 
 
 # --- the other ways ------------------------------------------------------------------------------------------
@@ -295,7 +299,7 @@ def composition_seconds(folder: Path, shape: Shape) -> dict[str, float]:
         FactoredMatrix(other.W_K, other.W_Q.mT),
         FactoredMatrix(other.W_V, other.W_O),
     ):
-        theirs += seconds(lambda right=right: composition_scores(left, right))
+        theirs += seconds(partial(composition_scores, left, right))
     return {"ours": ours, "transformer_lens": theirs * shape.n_layers**2}
 
 
@@ -397,7 +401,8 @@ def start_up(repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="gpt2-small", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--what", default="spectra", choices=["spectra", "cell", "composition", "cache", "profile", "startup"])
+    kinds = ["spectra", "cell", "composition", "cache", "profile", "startup"]
+    parser.add_argument("--what", default="spectra", choices=kinds)
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")

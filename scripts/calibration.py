@@ -402,9 +402,10 @@ the 95 % interval (Clopper and Pearson), of {n_power} models or more: half with 
 ### Without noise
 
 Of what is planted whole, the share of each verdict, over {n_clean} models of each shape. Heads of a role whose primary
-is a composition are untestable: it is tested for the role as a whole. Under grouped queries heads that share keys and
-values count as one, and beside so few of them `depth` cannot be significant for each head of a family of so many: these
-heads are partial, by `frame` alone.
+is a composition are untestable: it is tested for the role as a whole. Roles have the power; a single head has less, for
+it has its neighbours alone to stand out of, and is partial where `depth` misses it. Under grouped queries heads that
+share keys and values count as one, and beside so few of them `depth` cannot be significant for each head of a family of
+so many: these heads are partial, by `frame` alone.
 
 {outcomes}
 

@@ -171,7 +171,7 @@ def test_the_cache_can_be_turned_off_moved_and_bounded(cli, tmp_path) -> None:
     assert len(list((tmp_path / "mine" / "structure").glob(f"*/{ENTRY}"))) == 1
     written = next((tmp_path / "on").glob("mini-attn/none/*/cell.yaml")).read_text()
     assert "cache" not in written  # a machine's own matter
-    with pytest.raises(UserError, match="cache_gb=0.0: must be a positive number"):
+    with pytest.raises(UserError, match=r"cache_gb=0.0: must be a positive number"):
         compose("model=mini-attn", "cache_gb=0")
 
 

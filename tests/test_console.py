@@ -7,7 +7,8 @@ import pytest
 from conftest import BUNDLED
 from rich.console import Console
 
-from ovqk.console import candidate_table, claims_line, pair_table, reasons, verdict_table, virtual_table
+from ovqk.console import claims_line
+from ovqk.tables import candidate_table, pair_table, reasons, verdict_table, virtual_table
 
 
 def printed(table) -> list[str]:

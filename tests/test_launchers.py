@@ -45,6 +45,7 @@ class Sweep:
             printed, complaint = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
             raise
         assert "Traceback" not in printed, printed
         return process.returncode, printed, complaint
@@ -161,12 +162,11 @@ SBATCH = """#!/bin/bash
 cp "${@: -1}" {seen}
 export SLURM_ARRAY_JOB_ID=7
 last=$(grep -oP '(?<=--array=0-)[0-9]+' {seen})
-output=$(grep -oP '(?<=--output=).*' {seen})
 (for task in $(seq 0 $last); do
     export SLURM_ARRAY_TASK_ID=$task SLURM_JOB_ID=$((100 + task)) SLURM_CPUS_PER_TASK=1 SLURM_NTASKS=1
     export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1
     bash {seen} >/dev/null 2>&1
-done) &
+done) >/dev/null 2>&1 &
 echo "Submitted batch job 7"
 """
 SRUN = """#!/bin/bash

@@ -70,7 +70,10 @@ class Reader:
 
     def title(self) -> str:
         """The heading of what the address names, once it is shown."""
-        self.page.wait_for_function("document.getElementById('main').dataset.address === location.hash")
+        for _ in range(200):  # the page's own policy forbids the polling that Playwright would do inside it
+            if self.page.evaluate("document.getElementById('main').dataset.address === location.hash"):
+                break
+            self.page.wait_for_timeout(50)
         return self.page.inner_text("main h1")
 
     def address(self) -> str:

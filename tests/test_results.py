@@ -69,12 +69,12 @@ def test_only_the_tables_that_were_asked_for(results) -> None:
 def test_places_without_results_are_named(results, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="none: no such folder"):
         load_results(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match=r"no cells \(MODEL/TASK/ANALYSIS-ID\)"):
+    with pytest.raises(FileNotFoundError, match="no results: no MODEL/TASK/ANALYSIS-ID folders"):
         load_results([results, tmp_path])
     failed = tmp_path / "mini-attn" / "ioi" / "qk-1"
     failed.mkdir(parents=True)
     (failed / "record.json").write_text('{"status": "failed"}')
-    with pytest.raises(FileNotFoundError, match="none of its 1 cells is done"):
+    with pytest.raises(FileNotFoundError, match="no results: none of its 1 cells is done"):
         load_results(tmp_path)
 
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import BUNDLED, ROOT, compose
 from wandb_stub import CLOSED, ENTITY, NEVER, Run, Server, wandb_server
 
-from ovqk import tracking
+from ovqk import tracking, wandb_service
 from ovqk.cell import run_cell
 from ovqk.config import TrackingMode
 from ovqk.errors import UserError
@@ -74,7 +74,7 @@ def impatient() -> Iterator[None]:
         patch.setenv("WANDB_INIT_TIMEOUT", "2")
         patch.setenv("WANDB_FINISH_TIMEOUT", "2")
         patch.setattr(tracking, "LOG_SECONDS", 4.0)
-        patch.setattr(tracking, "GRACE_SECONDS", 2.0)
+        patch.setattr(wandb_service, "GRACE_SECONDS", 2.0)
         yield
 
 
@@ -95,8 +95,7 @@ def inspect(run: Path) -> list[dict]:
 
 
 def sync(results: Path) -> None:
-    runs = map(str, (results / "wandb").glob("offline-run-*"))
-    command = [str(Path(sys.executable).parent / "wandb"), "sync", *runs]
+    command = [str(Path(sys.executable).parent / "wandb"), "sync", str(results / "wandb")]
     subprocess.run(command, capture_output=True, timeout=60, check=True)
 
 
@@ -335,6 +334,19 @@ def kill_service() -> None:
     time.sleep(0.2)
 
 
+def test_a_run_of_the_callers_own_goes_on(results, monkeypatch, tmp_path) -> None:
+    import wandb
+
+    own = wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True, console="off"))
+    assert track(results, "offline") is None
+    monkeypatch.setattr(tracking, "log_panels", lambda *arguments: 1 / 0)
+    assert track(results, "offline") is not None
+    assert wandb.run is own
+    own.log({"x": 1})
+    own.finish()
+    assert "x" in json.dumps(inspect(next(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
+
+
 # --- the command -----------------------------------------------------------------------------------------------
 
 
@@ -387,10 +399,12 @@ def test_project_and_entity_are_the_configs_unless_given(results, server, monkey
     path = cell(results) / "record.json"
     record = json.loads(path.read_text())
     record["provenance"]["config"]["tracking"] = {"mode": "none", "project": "mine", "entity": "us"}
+    record |= {"model": 90 * "m", "sweep": 200 * "s"}  # longer than W&B takes for tags and groups
     path.write_text(json.dumps(record))
     assert command(monkeypatch, results) == 0
     (run,) = server.runs.values()
     assert (run.upsert["project"], run.upsert["entity"]) == ("mine", "us")
+    assert (run.upsert["tags"][0], run.upsert["groupName"]) == (64 * "m", 128 * "s")
     assert command(monkeypatch, results, "--all", "--project", "other", "--entity", "them") == 0
     assert (run.upsert["project"], run.upsert["entity"]) == ("other", "them")
 
@@ -449,9 +463,9 @@ def test_an_unknown_wandb_mode_is_refused() -> None:
         tracking_mode(compose("tracking=offline"), "onlin")
 
 
-def test_only_tracking_imports_wandb() -> None:
-    importing = [path.name for path in (ROOT / "ovqk").glob("*.py") if "import wandb" in path.read_text()]
-    assert importing == ["tracking.py"]
+def test_one_module_imports_wandb() -> None:
+    importing = [path.name for path in (ROOT / "ovqk").glob("*.py") if "import wandb\n" in path.read_text()]
+    assert importing == ["wandb_service.py"]
 
 
 # --- W&B's own sweeps ------------------------------------------------------------------------------------------

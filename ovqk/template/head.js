@@ -34,7 +34,7 @@ function headPage(name, label) {
 function headChooser(cell, layer, head) {
   const marks = unique([...claimed(cell).keys(), ...candidates(cell).keys()]);
   const link = (l, k, text) => (l >= 0 && l < cell.layers && k >= 0 && k < cell.heads ? h("a", { href: headLink(cell, `${l}.${k}`) }, text) : null);
-  const number = layer * cell.heads + head;
+  const place = layer * cell.heads + head;
   const at = (n) => [Math.floor(n / cell.heads), n % cell.heads];
   return h("div", {},
     h("div", { class: "controls" },
@@ -44,7 +44,7 @@ function headChooser(cell, layer, head) {
       }),
       select("Layer", Array.from({ length: cell.layers }, (_, k) => [String(k), String(k)]), String(layer), (next) => { location.hash = headLink(cell, `${next}.${head}`); }),
       select("Head", Array.from({ length: cell.heads }, (_, k) => [String(k), String(k)]), String(head), (next) => { location.hash = headLink(cell, `${layer}.${next}`); }),
-      h("span", { class: "pager" }, number > 0 ? link(...at(number - 1), "← previous") : null, number + 1 < cell.layers * cell.heads ? link(...at(number + 1), "next →") : null,
+      h("span", { class: "pager" }, place > 0 ? link(...at(place - 1), "← previous") : null, place + 1 < cell.layers * cell.heads ? link(...at(place + 1), "next →") : null,
         h("a", { href: `#atlas/${encodeURIComponent(cell.task)}` }, "atlas"))),
     marks.length ? h("div", { class: "pager" }, h("span", { class: "muted" }, claimed(cell).size ? "Claimed:" : "Candidates:"), marks.map((mark) =>
       h("a", { href: headLink(cell, mark), class: "mark", "aria-current": mark === `${layer}.${head}` ? "true" : null },

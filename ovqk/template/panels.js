@@ -195,7 +195,7 @@ function componentTable(cell, layer, head, circuit, kind) {
   const [reads, writes] = VERBS[circuit];
   const tokens = (side, sign) => h("div", { class: "tokens" }, ((side || {})[sign] || []).slice(0, SHOWN_TOKENS).map((place) => token(REPORT.tokens[place])));
   return h("div", { class: "scroll" }, h("table", { class: "components" },
-    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, kind === "singular" ? "σ" : "λ"), h("th", { scope: "col" }, h("span", { class: "skip" }, "sign")), h("th", { scope: "col" }, reads), h("th", { scope: "col" }, circuit === "ov" ? `→ ${writes}` : `→ ${writes}`))),
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, kind === "singular" ? "σ" : "λ"), h("th", { scope: "col" }, h("span", { class: "skip" }, "sign")), h("th", { scope: "col" }, reads), h("th", { scope: "col" }, `→ ${writes}`))),
     h("tbody", {}, found.flatMap((row) => {
       const signs = ["plus", "minus"].filter((sign) => (row.read || {})[sign] || (row.write || {})[sign]);
       return signs.map((sign, k) => h("tr", { style: k ? "border-top:0" : null },
@@ -216,14 +216,12 @@ function componentName(row) {
 
 /** Symmetry against the measured share of position, for every head of the model. */
 function symmetryScatter(cell, layer, head) {
-  const share = ["qk_positional_share"].find((name) => column(cell, name));
-  if (!share || !column(cell, "qk_symmetry")) {
-    return h("figure", {}, h("h3", {}, "Symmetry and position"), missing(whyMissing(cell, column(cell, "qk_symmetry") ? "qk_positional_share" : "qk_symmetry", layer)));
-  }
+  const lacking = ["qk_symmetry", "qk_positional_share"].find((name) => !column(cell, name));
+  if (lacking) return h("figure", {}, h("h3", {}, "Symmetry and position"), missing(whyMissing(cell, lacking, layer)));
   const size = { width: 340, height: 262, left: 46, right: 14, bottom: 42 };
   const plot = axes({ ...size, x: { domain: [-1, 1], title: "QK symmetry" }, y: { domain: [0, 1], title: "positional share" } });
   const marks = claimed(cell);
-  const all = everyHead(cell).map(([l, k]) => ({ l, k, x: value(cell, "qk_symmetry", l, k), y: value(cell, share, l, k) })).filter((point) => isNumber(point.x) && isNumber(point.y));
+  const all = everyHead(cell).map(([l, k]) => ({ l, k, x: value(cell, "qk_symmetry", l, k), y: value(cell, "qk_positional_share", l, k) })).filter((point) => isNumber(point.x) && isNumber(point.y));
   const own = all.find((point) => point.l === layer && point.k === head);
   const ink = look(MODELS[0]).stroke;
   const drawn = svg(size.width, size.height, `QK symmetry against positional share of ${all.length} heads${own ? `; head ${layer}.${head}: symmetry ${number(own.x)}, share ${number(own.y)}` : ""}`,
@@ -330,7 +328,7 @@ const SHOWN_PARTNERS = 6;
 /** The strongest partners of a head, as a reader of others and as one that is read. */
 function partnerPanels(cell, layer, head) {
   const source = siblings(cell).find((other) => other.composition && other.analysis === "composition") || having(cell, "composition");
-  if (!source) return [missing(`no composition was computed for these weights: run analysis=composition`)];
+  if (!source) return [missing("no composition was computed for these weights: run analysis=composition")];
   const all = rows(source, "composition");
   const sides = [
     { title: `Reads from`, key: "sender", mine: (row) => row.receiver_layer === layer && row.receiver_head === head },

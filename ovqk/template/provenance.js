@@ -93,6 +93,7 @@ function cellDetails(cell) {
 function pageDetail() {
   const { values, tokens, partners, offsets } = REPORT.detail;
   if (values === null) return "Metrics, spectra, tokens and compositions of every head are on this page, at four digits; token scores, and all digits, are in the tables linked above.";
+  if (values === 0) return "Everything of the heads that are claimed or candidates is on this page, at four digits. Of the other heads, to keep the page small, only the metrics; the rest is in the tables linked above.";
   const less = [`${values} leading eigen- and singular values`, `${tokens} tokens of each side of singular components`, `${offsets} offsets`, `the ${partners} strongest compositions of each kind`];
   return `Everything of the heads that are claimed or candidates is on this page, at four digits. Of the other heads, to keep the page small, all metrics and ${sentenceList(less)}; the rest is in the tables linked above.`;
 }

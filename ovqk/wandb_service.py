@@ -1,0 +1,145 @@
+"""W&B's service: the process that does the work for the wandb module, kept quiet, waited for within bounds, believed
+only when its own log agrees. The one module that imports wandb.
+"""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
+FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
+GRACE_SECONDS = 10.0  # after which the service is killed where it does not keep these times itself
+STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # of an upload, in W&B's own log of a run
+
+
+class NotReceivedError(Exception):
+    """The server did not take all of a run."""
+
+
+@contextlib.contextmanager
+def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
+    """The wandb module and its service, a process that does the work.
+
+    Meanwhile W&B prints nothing, asks for no key and reports no errors of its own to its makers. After a failure the
+    service is killed, so that nobody waits for it and the next cell starts another.
+    """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.pop("WANDB_SERVICE", None)  # a parent's service: this process has its own
+    import wandb
+
+    session = wandb.setup()
+    service = session.ensure_service()._proc._process  # type: ignore[union-attr]
+    wandb.termsetup(wandb.Settings(silent=True), None)
+    try:
+        yield wandb, service
+    except BaseException:
+        if wandb.run is None:  # else a run of the caller's own is open
+            service.kill()
+            service.wait()
+            with contextlib.suppress(Exception, SystemExit):
+                wandb.teardown()
+        raise
+    finally:
+        wandb.termsetup(session.settings, None)
+
+
+def settings() -> dict[str, Any]:
+    """No console output, no information on the machine or the code, and bounded waiting."""
+    return {
+        "silent": True,
+        "console": "off",
+        "disable_code": True,
+        "disable_git": True,
+        "save_code": False,
+        "symlink": False,
+        "use_dot_wandb": False,
+        "program": "run.py",
+        "host": "",  # the machine's name is nobody's business
+        "x_disable_stats": True,
+        "x_disable_machine_info": True,
+        "x_save_requirements": False,  # the record holds the versions
+        "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_SECONDS)),
+        "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)),
+        "finish_timeout_raises": True,
+    }
+
+
+@contextlib.contextmanager
+def staged_in(directory: Path) -> Iterator[None]:
+    """Tables wait to be sent beside the results and not in the home folder, unless the user chose a place."""
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(directory)
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]
+
+
+@contextlib.contextmanager
+def within(seconds: float, service: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill W&B's service where it takes much longer: its own limits do not hold when a server dies at a bad moment.
+
+    Raises:
+        TimeoutError: it was killed.
+    """
+    expired = threading.Event()
+
+    def kill() -> None:
+        expired.set()
+        service.kill()  # every wait for it ends with an error
+
+    timer = threading.Timer(seconds + GRACE_SECONDS, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception as error:
+        if expired.is_set():
+            raise TimeoutError(f"W&B did not answer within {seconds + GRACE_SECONDS:.0f} s") from error
+        raise
+    finally:
+        timer.cancel()
+
+
+def finish(run: Any) -> None:
+    """Wait until the run is written, or received.
+
+    Raises:
+        NotReceivedError: the server did not take all of it in time, or refused a part.
+    """
+    log = Path(run.settings.log_internal)
+    try:
+        run.finish()
+    except TimeoutError as error:
+        raise NotReceivedError(": ".join([str(error).rstrip("."), *_errors(log)[:1]])) from error
+    refused = [message for message in _errors(log) if message.startswith(STAGES)]
+    if refused:
+        raise NotReceivedError(refused[0])
+
+
+def _errors(log: Path) -> list[str]:
+    """Errors in W&B's own log of a run: it tells of a refused file there and nowhere else."""
+    messages = []
+    with contextlib.suppress(OSError):
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError):
+                entry = json.loads(line)
+                if entry["level"].startswith("ERROR") and not entry["msg"].startswith("api:"):
+                    text = re.sub(r"\?\S*", "", " ".join(entry["msg"].split()))  # no signed address
+                    messages.append(text[:300])
+    return messages
+
+
+def is_of_server(error: Exception) -> bool:
+    """Whether the next cell would meet the same; not where W&B's service on this machine was killed."""
+    wandb = sys.modules.get("wandb")
+    return wandb is not None and isinstance(error, (wandb.Error, TimeoutError, NotReceivedError))

@@ -1,0 +1,82 @@
+"""The W&B workspace from code: its sections, and that it is saved."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import compose
+from wandb_stub import wandb_server
+
+from ovqk import dashboard
+from ovqk.cell import run_cell
+from ovqk.record import write_tracking
+
+pytest.importorskip("wandb_workspaces", reason="pip install 'ovqk[dashboard]'")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cells with claims and without."""
+    results = tmp_path_factory.mktemp("dashboard") / "results"
+    for overrides in ([], ["model.claims=null", "task=sva"]):
+        run_cell(compose("tracking=none", "nulls.draws=19", f"results_dir={results}", *overrides))
+    return results
+
+
+def sections(spec: str) -> dict[str, list[dict]]:
+    """Each section's panels, by its name."""
+    return {entry["name"]: entry["panels"] for entry in json.loads(spec)["section"]["panelBankConfig"]["sections"]}
+
+
+def test_a_workspace_has_the_five_sections_with_what_the_records_hold(results) -> None:
+    shown, _, project = dashboard._read(results)
+    model = dashboard.workspace("someone", project, "mine", shown)._to_model()
+    spec = model.spec.model_dump_json(by_alias=True, exclude_none=True)
+    found = sections(spec)
+    assert list(found) == ["Claims", "Spectra", "Symmetry and position", "Heads", "Health"]
+    text = {name: json.dumps(panels) for name, panels in found.items()}
+    assert "role/name_mover/p" in text["Claims"] and "tables/candidates" in text["Claims"]
+    assert "eigenvalues/ov_vocab_table" in text["Spectra"] and "depth/ov_effective_rank" in text["Spectra"]
+    assert "depth/qk_symmetry" in text["Symmetry and position"]
+    assert "tables/directions" in text["Heads"] and "depth/ov_copying" in text["Heads"]
+    assert "tables/virtual_heads" not in text["Heads"]  # no cell made one
+    assert "health/null_seconds" in text["Health"]
+    (runs,) = json.loads(spec)["section"]["runSets"]
+    assert runs["grouping"] == [{"section": "config", "name": "model.value"}]
+    plots = [panel for panels in found.values() for panel in panels if panel["viewType"] == "Run History Line Plot"]
+    assert {panel["config"]["groupBy"] for panel in plots} == {"model.value"}
+    assert {panel["config"]["xAxis"] for panel in plots} == {"relative_depth"}
+
+
+@pytest.mark.wandb_server
+def test_the_workspace_is_saved_where_the_cells_were_tracked(results, monkeypatch, capsys, tmp_path) -> None:
+    import wandb
+
+    (folder, *_) = (path.parent for path in results.glob("*/*/*/record.json"))
+    write_tracking(folder, {"status": "done", "url": "https://wandb.example/us/ovqk/runs/1"})
+    with wandb_server() as server:
+        wandb.teardown()
+        for name, value in {"BASE_URL": server.url, "API_KEY": 40 * "0", "CACHE_DIR": str(tmp_path)}.items():
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        monkeypatch.setattr(sys, "argv", ["ovqk.dashboard", str(results)])
+        dashboard.main()
+        wandb.teardown()
+    (view,) = server.views
+    assert (view["entityName"], view["projectName"], view["displayName"]) == ("us", "ovqk", dashboard.NAME)
+    assert len(sections(view["spec"])) == 5
+    assert "saved http" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_message(results, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ovqk.dashboard", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no finished cells there"):
+        dashboard.main()
+    monkeypatch.setattr(dashboard, "_read", lambda results: ([], None, "ovqk"))
+    monkeypatch.setattr(sys, "argv", ["ovqk.dashboard", str(results)])
+    with pytest.raises(SystemExit, match="--entity: whose project is it"):
+        dashboard.main()
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    with pytest.raises(SystemExit, match=r"pip install 'ovqk\[dashboard\]'"):
+        dashboard.main()
