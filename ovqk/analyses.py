@@ -23,7 +23,7 @@ from ovqk.config import Config
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, metric_names
 from ovqk.model import Layer, Model
 from ovqk.nulls import Predicted
-from ovqk.patterns import head_patterns
+from ovqk.patterns import PATTERNS, head_patterns
 from ovqk.statistics import QUANTILES
 from ovqk.structure import HeadValues, heads_rows, layer_structure, stacked
 from ovqk.testing import ClaimTests, matching_grams
@@ -164,7 +164,9 @@ def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> d
         for row in rows
         for q, v in zip(QUANTILES, row.pop("quantiles"), strict=True)
     ]
-    return {"tests": pd.DataFrame(rows), "nulls": pd.DataFrame(quantiles), "verdicts": pd.DataFrame(verdicts)}
+    table = pd.DataFrame(verdicts)
+    table = table.astype({name: "boolean" for name in PATTERNS if name in table})  # none known is no number either
+    return {"tests": pd.DataFrame(rows), "nulls": pd.DataFrame(quantiles), "verdicts": table}
 
 
 def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFrame]:

@@ -207,12 +207,13 @@ class Config:
     device: str = "cpu"
     """`cpu`, `cuda` or `auto`."""
     hub_timeout: float = 60.0
+    """Seconds without anything new from the hub after which it is given up."""
     cache: bool = True
     """Keep what of a model depends on no task, for cells of other tasks."""
     cache_dir: str | None = None
     """The user's cache folder unless set."""
     cache_gb: float = 5.0
-    """Seconds before an unanswered request to the hub is given up."""
+    """Gigabytes that the cache may have; beyond them what was longest unused goes."""
 
 
 def check_keys(arguments: Iterable[str]) -> None:

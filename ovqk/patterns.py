@@ -19,6 +19,7 @@ from ovqk.claims import Head
 from ovqk.metrics import METRICS
 from ovqk.nulls import ALPHA, Values
 
+PATTERNS = ("ov_aligned", "qk_simple", "ov_flat", "both_align")
 SIMPLE = 0.25  # of d_head
 CLUSTER = 0.1  # of its own value: a component closer than this to the next is not identified alone
 FLAT_QUANTILE, FLAT_DRAWS = 0.05, 400

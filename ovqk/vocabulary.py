@@ -170,12 +170,12 @@ def mean_row(x: Rows) -> Float[Tensor, " d_model"]:
     """The mean over tokens, float64; of large vocabularies within 1e-7 of the rows."""
     if x.shape[0] <= NEAR_MEAN:
         return x[:].double().mean(0)
-    first = x[:NEAR_MEAN].double().mean(0)
-    total = torch.zeros_like(first)
+    near = x[:NEAR_MEAN].mean(0)  # rounded: the same number is taken away and added
+    total = torch.zeros_like(near, dtype=torch.float64)
     for rows in blocks(x.shape[0], max(1, min(BLOCK, ELEMENTS // x.shape[1]))):
         block = x[rows]
-        total += torch.ones(len(block)).to(block) @ (block - first.to(block))  # a product is faster than a sum
-    return first + total / x.shape[0]
+        total += torch.ones(len(block)).to(block) @ (block - near)  # a product is faster than a sum
+    return near.double() + total / x.shape[0]
 
 
 def blocks(n: int, size: int = BLOCK) -> Iterator[slice]:

@@ -35,6 +35,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as ovqk sets it where it is imported first
+
 import torch
 from safetensors.torch import save_file
 

@@ -105,7 +105,7 @@ def test_the_id_depends_on_what_numbers_depend_on_and_on_nothing_else() -> None:
         (["model=gpt3"], "Could not find 'model/gpt3'"),
         (["task=ioj"], "Could not find 'task/ioj'"),
         (["analysis=b04"], "Could not find 'analysis/b04'"),
-        (["proccessing=raw"], "proccessing: no such key. Did you mean processing? Allowed: analysis, device,"),
+        (["proccessing=raw"], "proccessing: no such key. Did you mean processing? Allowed: analysis, cache,"),
         (["model.pth=x"], "model.pth: no such key. Did you mean model.path? Allowed under model: causal, checkpoint,"),
         (["seed=many"], "could not be converted to Integer"),
         (["processing=half"], "expected one of [folded, raw]"),
@@ -137,7 +137,7 @@ def test_a_mistake_in_a_config_file_of_ones_own_is_one_message(cli, tmp_path) ->
     for text, message in (
         ("name: a\nname: b\n", "found duplicate key name"),
         ("name: [", "while parsing"),
-        ("name: mine\ntitel: x\n", "Key 'titel' not in 'TaskConfig'"),
+        ("name: mine\ntitel: x\n", "titel: no such key; allowed: name, title,"),
         ("name: mine\ntitle: x\nversion: two\n", "could not be converted to Integer"),
     ):
         (tmp_path / "mine" / "task" / "mine.yaml").write_text(text)

@@ -22,6 +22,8 @@ FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTI
 PLACES = re.compile(r"`((?:ovqk|conf|docs|scripts|sweeps|tests|examples)/[\w./-]+)`")
 OWN = re.compile(r"-cd mine|model=(my|NAME)|ENTITY")
 """Commands with files of the page's own, which the slow tests run."""
+ELLIPSES = ("...", "model=...", "task=...", "\\")
+"""What stands in a command for the reader's own choice, or for its next line."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def test_every_command_composes(page, command) -> None:
             words[words.index("-cn") + 1] == "cell"
         )
         return
-    choices = [w.split("=", 1) for w in words if not w.startswith("-") and not w.startswith("hydra")]
+    choices = [w.split("=", 1) for w in words if not w.startswith(("-", "hydra")) and w not in ELLIPSES]
     for values in itertools.product(*([f"{key}={value}" for value in of.split(",")] for key, of in choices)):
         compose(*values)
 

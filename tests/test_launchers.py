@@ -194,7 +194,7 @@ def test_the_cluster_preset_asks_slurm_for_what_it_says(sweep, tiny_gpt2) -> Non
     assert_complete(sweep, printed, tiny_gpt2)
     script = seen.read_text()
     for line in (
-        "#SBATCH --partition=gpu", "#SBATCH --gpus-per-node=1", "#SBATCH --mem=16GB", "#SBATCH --cpus-per-task=4",
+        "#SBATCH --partition=gpu", "#SBATCH --gpus-per-node=1", "#SBATCH --mem=8GB", "#SBATCH --cpus-per-task=4",
         "#SBATCH --time=120", f"#SBATCH --array=0-{SEEDS - 1}%{SEEDS}", "#SBATCH --job-name=ovqk",
         "export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK",
     ):  # fmt: skip

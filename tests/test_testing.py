@@ -432,9 +432,9 @@ def test_where_a_composition_has_no_matching_the_notes_say_why() -> None:
     notes = pairs_of(Random(embedding=False)).notes
     assert [f"composition: matching {why}", f"virtual_heads: ov_copying {why}"] == [n for n in notes if "empty" in n]
     notes = pairs_of(Random(unembedding=False)).notes
-    assert [
-        n for n in notes if "empty" in n
-    ] == ["virtual_heads: ov_copying is empty: the checkpoint has no unembedding"]
+    assert [n for n in notes if "empty" in n] == [
+        "virtual_heads: ov_copying is empty: the checkpoint has no unembedding"
+    ]
 
 
 # --- other models, other analyses ----------------------------------------------------------------------------------
