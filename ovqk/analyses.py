@@ -165,7 +165,8 @@ def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> d
         for q, v in zip(QUANTILES, row.pop("quantiles"), strict=True)
     ]
     table = pd.DataFrame(verdicts)
-    table = table.astype({name: "boolean" for name in PATTERNS if name in table})  # none known is no number either
+    for name in set(PATTERNS) & set(table):  # where none is known the column is empty, and not of numbers
+        table[name] = table[name].astype(object).where(table[name].notna(), None)
     return {"tests": pd.DataFrame(rows), "nulls": pd.DataFrame(quantiles), "verdicts": table}
 
 

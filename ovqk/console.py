@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -186,10 +186,16 @@ def progress_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def layer_bar(out: Console) -> Progress:
+def cell_bar(out: Console) -> Progress:
     """A bar over a cell's layers, gone when it is done."""
-    columns = TextColumn("{task.description}: layer"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn()
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=out, transient=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=out, transient=True)
 
 
 def print_layers(name: str, done: int, count: int, seconds: float) -> None:

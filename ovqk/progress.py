@@ -28,17 +28,17 @@ def layers_of(name: str, alone: bool) -> Iterator[Layers]:
     if not (alone and out.is_terminal):
         yield lambda count: _with_lines(name, count)
         return
-    bar = console.layer_bar(out)
+    bar = console.cell_bar(out)
     task = bar.add_task(name, total=None)
     later = threading.Timer(SHORT, bar.start)
     later.daemon = True
     later.start()
 
     def layers(count: int) -> Iterator[int]:
-        bar.update(task, total=count)
         for index in range(count):
+            bar.update(task, description=f"{name}: layer {index + 1} of {count}", completed=index, total=count)
             yield index
-            bar.advance(task)
+        bar.update(task, description=f"{name}: claims and nulls", completed=0, total=None)
 
     try:
         yield layers

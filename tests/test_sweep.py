@@ -128,7 +128,9 @@ def test_a_long_cell_shows_a_bar_on_a_terminal_and_a_short_one_nothing(monkeypat
         with progress.layers_of("m / t / a", alone=True) as layers:
             for _ in layers(3):
                 time.sleep(0.15)
-        assert ("m / t / a: layer" in out.file.getvalue()) is shown
+            time.sleep(0.15)
+        for stage in ("layer 2 of 3", "claims and nulls"):
+            assert (f"m / t / a: {stage}" in out.file.getvalue()) is shown
 
 
 def test_a_bar_is_gone_when_the_cell_fails(monkeypatch) -> None:
