@@ -38,7 +38,7 @@ def layers_of(name: str, alone: bool) -> Iterator[Layers]:
         for index in range(count):
             bar.update(task, description=f"{name}: layer {index + 1} of {count}", completed=index, total=count)
             yield index
-        bar.update(task, description=f"{name}: claims and nulls", completed=0, total=None)
+        bar.reset(task, description=f"{name}: claims and nulls", total=None)
 
     try:
         yield layers
