@@ -5,7 +5,7 @@ one at a time, so that only what an analysis needs is ever in memory; files are 
 mapped pages count as resident memory for as long as a file stays open.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,7 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint does not hold it, or the file is damaged.
         """
-        if name not in self.files:
-            raise UserError(f"{self.label}: tensor '{name}' is missing from the checkpoint. {self._holds()}")
-        try:
-            with safe_open(self.files[name], framework="pt") as file:
-                return file.get_tensor(name).to(torch.float32)
-        except (SafetensorError, OSError) as error:
-            raise UserError(_damaged(self.files[name], error)) from error
+        return self._read(name, lambda file: file.get_tensor(name))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read the rows start .. stop - 1 of one matrix, as `tensor` does.
@@ -68,11 +62,15 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint does not hold it, or the file is damaged.
         """
+        return self._read(name, lambda file: file.get_slice(name)[start:stop])
+
+    def _read(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
+        """What is read of an open file, as float32 and apart from it: mapped pages go with the file."""
         if name not in self.files:
             raise UserError(f"{self.label}: tensor '{name}' is missing from the checkpoint. {self._holds()}")
         try:
             with safe_open(self.files[name], framework="pt") as file:
-                return file.get_slice(name)[start:stop].to(torch.float32, copy=True)
+                return read(file).to(torch.float32, copy=True)
         except (SafetensorError, OSError) as error:
             raise UserError(_damaged(self.files[name], error)) from error
 

@@ -96,17 +96,3 @@ def _rotated(
         return x
     cos, sin = weights.rotary.angles(torch.tensor(list(offsets)))
     return weights.rotary.rotate(x, cos.mean(0).to(x), sin.mean(0).to(x))
-
-
-def regauge(factors: Factors, seed: int) -> Factors:
-    """The same maps through a random orthogonal gauge of each head: left A, A^T right, rounded as the weights are.
-
-    In exact arithmetic nothing changes; what does change is decided by rounding and not by the weights.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    heads, _, d_head = factors.left.shape
-    noise = torch.randn(heads, d_head, d_head, generator=generator, dtype=torch.float64)
-    gauge = torch.linalg.qr(noise).Q.to(factors.left.device)
-    left = (factors.left.double() @ gauge).to(factors.left.dtype)
-    right = (gauge.mT @ factors.right.double()).to(factors.right.dtype)
-    return Factors(factors.circuit, left, right)

@@ -217,7 +217,7 @@ class FactoredMaps:
     def left_gram(self, gram: Gram) -> Cores:
         """See `Maps`."""
         if _find(self.across, gram) is None and _find(self.left._within, gram) is None:
-            self._across(gram)  # one product serves both
+            self._across(gram)  # one product serves both; where only this is asked for, a d x k x k one more
         return self._balanced(
             self._svd[0], self._jittered(_of(self.left.within(gram), self.left_of), gram), self._svd[0]
         )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ovqk.heads import Factors
 from ovqk.weights import (
     EmbeddingWeights,
     LayerWeights,
@@ -166,3 +167,17 @@ def task_subspace(rows: Tensor, band: Tensor) -> tuple[Tensor, int]:
 
 def folded_embeddings(source: WeightSource) -> EmbeddingWeights:
     return fold_embeddings(source.embeddings(), source.architecture)
+
+
+def regauge(factors: Factors, seed: int) -> Factors:
+    """The same maps through a random orthogonal gauge of each head: left A, A^T right, rounded as the weights are.
+
+    In exact arithmetic nothing changes; what does change is decided by rounding and not by the weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    heads, _, d_head = factors.left.shape
+    noise = torch.randn(heads, d_head, d_head, generator=generator, dtype=torch.float64)
+    gauge = torch.linalg.qr(noise).Q.to(factors.left.device)
+    left = (factors.left.double() @ gauge).to(factors.left.dtype)
+    right = (gauge.mT @ factors.right.double()).to(factors.right.dtype)
+    return Factors(factors.circuit, left, right)

@@ -235,7 +235,9 @@ def test_the_effective_embedding_can_be_chosen(tiny_gpt2, embedding) -> None:
 
 def test_spectra_of_a_nilpotent_head_are_marked_unstable_not_reported_as_structure() -> None:
     """A Jordan block of 16: exact eigenvalues 0, computed ones decided by rounding."""
-    from ovqk.heads import Factors, regauge
+    from oracle import regauge
+
+    from ovqk.heads import Factors
     from ovqk.spectra import decompose, spectrum_metrics
 
     shift = torch.diag(torch.ones(15), 1)

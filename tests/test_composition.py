@@ -12,7 +12,7 @@ import torch
 from conftest import local, shared_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import block0_rows, centre_tokens, folded_embeddings, matrices, ratio, rotation
+from oracle import block0_rows, centre_tokens, folded_embeddings, matrices, ratio, regauge, rotation
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,7 +33,7 @@ from ovqk.composition import (
     virtual_factors,
     virtual_heads_table,
 )
-from ovqk.heads import Factors, ov_factors, qk_factors, regauge
+from ovqk.heads import Factors, ov_factors, qk_factors
 from ovqk.positions import rotary_span
 from ovqk.sources import open_weights
 from ovqk.spectra import decompose

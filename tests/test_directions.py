@@ -7,12 +7,12 @@ import torch
 from conftest import BUNDLED, compose, local, shared_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import matrices
+from oracle import matrices, regauge
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ovqk.checkpoints import open_checkpoint
 from ovqk.directions import COLUMNS, Directions, Spelling, clusters, components, describe, eigen_components
-from ovqk.heads import Factors, regauge
+from ovqk.heads import Factors
 from ovqk.model import Layer, Model
 from ovqk.sources import open_weights
 from ovqk.spectra import Decomposition, decompose

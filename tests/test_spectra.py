@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import regauge
 
-from ovqk.heads import Factors, regauge
+from ovqk.heads import Factors
 from ovqk.layers import directionality
 from ovqk.spectra import (
     decompose,
