@@ -297,6 +297,8 @@ def test_the_size_is_stated_before_anything_is_fetched(hub, wide, capfd) -> None
 
 def test_a_terminal_sees_how_far_it_is(hub, wide, capfd, monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("huggingface_hub.utils.are_progress_bars_disabled", lambda: False)  # others may turn them off
     shard(wide, second=("h.1.mlp", "h.2.mlp"))
     hub.hold(wide)
     opened()
