@@ -329,7 +329,8 @@ def _quiet() -> Iterator[None]:
     """Progress bars and advice of the libraries are not this program's output."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # the hub's with it, which a later cell may want to show
     transformers.utils.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     try:
@@ -342,3 +343,5 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
