@@ -35,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as ovqk sets it where it is imported first
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as ovqk sets it where it is imported first
 
 import torch
 from safetensors.torch import save_file
