@@ -12,18 +12,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ovqk.heads import Factors
-from ovqk.spectra import Decomposition, guarded
+from ovqk.spectra import Decomposition, guarded, in_threads
 from ovqk.vocabulary import blocks
 from ovqk.weights import Rows
 
 ENERGY = 0.9  # of a word set's centred rows, kept in its subspace
-TOP_BLOCK = 1024  # tokens compared at a time
+SMALL = 1e-8  # of the largest energy: below it a direction is not well told by the words' Gram
+TOP_BLOCK = 1024  # tokens compared at a time, and words that they are compared with
 TOP = 5  # Wang et al. 2022 count a name as copied when its logit is among the five largest
 
 
 def task_auc_by_source(
-    logits: Float[Tensor, "head source target"],
-) -> tuple[Float[Tensor, "head source"], Float[Tensor, "head source"]]:
+    logits: Float[Tensor, "*draw head source target"],
+) -> tuple[Float[Tensor, "*draw head source"], Float[Tensor, "*draw head source"]]:
     """For each task token t, the share of other task tokens u with L_tu < L_tt, in [0, 1]; a tie counts half.
 
     `ov_task_auc` and `qk_task_auc` are the means over t; chance 0.5.
@@ -37,18 +38,20 @@ def task_auc_by_source(
     return _below_own(logits - others), _below_own(logits)
 
 
-def _below_own(logits: Float[Tensor, "head source target"]) -> Float[Tensor, "head source"]:
+def _below_own(logits: Float[Tensor, "*draw head source target"]) -> Float[Tensor, "*draw head source"]:
     n = logits.shape[-1]
     own = logits.diagonal(dim1=-2, dim2=-1)[..., None]
-    below = (logits < own).double().sum(-1) + 0.5 * ((logits == own).double().sum(-1) - 1)
-    return below / (n - 1)
+    below = _count(logits < own) + 0.5 * (_count(logits == own) - 1)
+    return below.double() / (n - 1)
 
 
 def readout(
-    factors: Factors, rows: Float[Tensor, "source d_model"], columns: Float[Tensor, "target d_model"]
-) -> Float[Tensor, "head source target"]:
+    factors: Factors, rows: Float[Tensor, "*draw source d_model"], columns: Float[Tensor, "*draw target d_model"]
+) -> Float[Tensor, "*draw head source target"]:
     """rows M columns^T for each head: task logits of W_OV (columns: W_U's) or scores of W_QK (columns: keys)."""
-    return (rows @ factors.left) @ (factors.right @ columns.T)
+    left = torch.einsum("...sd,hdk->...hsk", rows, factors.left)
+    right = torch.einsum("...td,hkd->...htk", columns, factors.right)
+    return left @ right.mT
 
 
 def in_top_by_source(
@@ -69,76 +72,87 @@ def in_top_by_source(
     above, below = (torch.zeros(len(own), dtype=torch.long, device=own.device) for _ in range(2))
     open_ = torch.arange(len(own), device=own.device)
     for tokens in blocks(W_U_rows.shape[0], TOP_BLOCK):
-        logits = written[open_] @ W_U_rows[tokens].T
-        mine = targets[open_] - tokens.start
-        here = ((mine >= 0) & (mine < logits.shape[1])).nonzero()[:, 0]
-        logits[here, mine[here]] = own[open_[here]]  # a word never outranks itself by its own rounding
-        above[open_] += _count(logits > own[open_, None])
-        below[open_] += _count(logits < own[open_, None])
+        columns = W_U_rows[tokens].T
+        for some in open_.split(TOP_BLOCK):  # few enough for the processor's cache
+            logits, mine = written[some] @ columns, targets[some] - tokens.start
+            here = ((mine >= 0) & (mine < logits.shape[1])).nonzero()[:, 0]
+            logits[here, mine[here]] = own[some[here]]  # a word never outranks itself by its own rounding
+            above[some] += _count(logits > own[some, None])
+            below[some] += _count(logits < own[some, None])
         open_ = open_[(above[open_] < TOP) | (below[open_] < TOP)]
     alive = (own.view(n_heads, n_words).abs().sum(-1, keepdim=True) > 0).double()
     return (above < TOP).view(n_heads, n_words) * alive, (below < TOP).view(n_heads, n_words) * alive
 
 
-def _count(true: Bool[Tensor, "word token"]) -> Int[Tensor, " word"]:
+def _count(true: Bool[Tensor, "*word token"]) -> Int[Tensor, "*word"]:
     """How many are true in each row: bytes are summed faster than truths."""
     return true.view(torch.uint8).sum(-1, dtype=torch.int32).long()
 
 
 def subspace(
-    rows: Float[Tensor, "word d_model"], origin: Float[Tensor, " d_model"], rank: int | None = None
-) -> Float[Tensor, "r d_model"]:
+    rows: Float[Tensor, "*draw word d_model"], origin: Float[Tensor, "*draw d_model"], rank: int | None = None
+) -> Float[Tensor, "*draw r d_model"]:
     """Orthonormal basis of the span of a set's rows about an origin, at 90 % of the energy or of the rank given.
 
     The origin is the mean of the set's matched band: the set's own mean would take out what the set has in common.
+    Of several draws at once the rank must be given.
     """
-    _, sigma, Vh = torch.linalg.svd((rows - origin).double(), full_matrices=False)
+    x = (rows - origin[..., None, :]).double()
+    energy, U = (part.flip(-1) for part in in_threads(torch.linalg.eigh, x @ x.mT))  # of the Gram: words are few
     if rank is None:
-        share = sigma.square().cumsum(0) / sigma.square().sum()
-        rank = int((share < ENERGY).sum()) + 1
-    return Vh[:rank]
+        rank = int((energy.cumsum(0) / energy.sum() < ENERGY).sum()) + 1
+    if (energy[..., rank - 1] <= SMALL * energy[..., 0]).any():  # fewer dimensions than asked for: any others beside
+        return torch.linalg.svd(x, full_matrices=False).Vh[..., :rank, :]
+    return U[..., :rank].mT @ x / energy[..., :rank, None].sqrt()
 
 
 def unit_contrast(
-    minus: Float[Tensor, "word d_model"], plus: Float[Tensor, "word d_model"]
-) -> Float[Tensor, "1 d_model"]:
+    minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*draw word d_model"]
+) -> Float[Tensor, "*draw 1 d_model"]:
     """Unit direction of mean(plus) - mean(minus), as a basis of one row; nan where they are the same."""
-    direction = (plus.double() - minus.double()).mean(0, keepdim=True)
-    return direction / direction.norm()
+    direction = (plus.double() - minus.double()).mean(-2, keepdim=True)
+    return direction / direction.norm(dim=-1, keepdim=True)
 
 
-def same_mean(minus: Float[Tensor, "word d_model"], plus: Float[Tensor, "word d_model"]) -> bool:
-    """Whether both sides have the same mean, up to the rounding of their rows."""
-    gap = (plus.double() - minus.double()).mean(0).norm()
-    return bool(gap <= torch.finfo(torch.float32).eps * (minus.norm() + plus.norm()))
+def same_mean(minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*draw word d_model"]) -> bool:
+    """Whether both sides have the same mean, in any draw, up to the rounding of their rows."""
+    gap = (plus.double() - minus.double()).mean(-2).norm(dim=-1)
+    size = minus.norm(dim=(-2, -1)) + plus.norm(dim=(-2, -1))
+    return bool((gap <= torch.finfo(torch.float32).eps * size).any())
 
 
 @dataclass(frozen=True)
 class SideAlignment:
     """Alignment of one side of a map with a subspace; 1 is chance for both."""
 
-    whole: Float[Tensor, " head"]
+    whole: Float[Tensor, "*draw head"]
     """|M P|_F^2 / |M|_F^2 / (r/d): the share of the map's energy on that side."""
-    top: Float[Tensor, " head"]
+    top: Float[Tensor, "*draw head"]
     """|P x_1|^2 / (r/d): of its top singular direction there."""
 
 
 def side_alignment(
     directions: Float[Tensor, "head d_model k"],
     sigma: Float[Tensor, "head k"],
-    basis: Float[Tensor, "r d_model"],
+    basis: Float[Tensor, "*draw r d_model"],
 ) -> SideAlignment:
     """Alignment of the side whose singular directions these are with the span of an orthonormal basis."""
-    chance = basis.shape[0] / basis.shape[1]
-    inside = (basis @ directions).square().sum(-2)  # [head, k]
+    chance = basis.shape[-2] / basis.shape[-1]
+    inside = _along(basis, directions).square().sum(-2)  # [*draw, head, k]
     energy = sigma.square()
     whole = guarded((inside * energy).sum(-1), energy.sum(-1), energy.sum(-1))
     return SideAlignment(whole / chance, inside[..., 0] / chance)
 
 
 def transfer(
-    decomposition: Decomposition, read: Float[Tensor, "1 d_model"], write: Float[Tensor, "1 d_model"]
-) -> Float[Tensor, " head"]:
+    decomposition: Decomposition, read: Float[Tensor, "*draw 1 d_model"], write: Float[Tensor, "*draw 1 d_model"]
+) -> Float[Tensor, "*draw head"]:
     """a W_OV b^T / sigma_1, in [-1, 1]: what of the variable's read direction arrives on its write direction."""
-    a, b = (read @ decomposition.read)[:, 0], (write @ decomposition.write)[:, 0]
+    a, b = _along(read, decomposition.read)[..., 0, :], _along(write, decomposition.write)[..., 0, :]
     return guarded((a * decomposition.sigma * b).sum(-1), decomposition.sigma[:, 0], decomposition.sigma[:, 0])
+
+
+def _along(
+    basis: Float[Tensor, "*draw r d_model"], directions: Float[Tensor, "head d_model k"]
+) -> Float[Tensor, "*draw head r k"]:
+    return torch.einsum("...rd,hdk->...hrk", basis, directions)

@@ -115,7 +115,7 @@ class EffectiveRows:
         """Any token's row may be asked for again."""
         self._ids, self._rows = None, {}
 
-    def __call__(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
+    def __call__(self, ids: Int[Tensor, "*word"], kind: str) -> Float[Tensor, "*word d_model"]:
         """Rows of these tokens; `kind`: `token` or `block0`, or `write`: columns of W_U, not normalised."""
         if self._ids is None:
             return self._compute(ids, kind)
@@ -123,7 +123,7 @@ class EffectiveRows:
             self._rows[kind] = self._compute(self._ids, kind)
         return self._rows[kind][torch.searchsorted(self._ids, ids).to(self._rows[kind].device)]
 
-    def _compute(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
+    def _compute(self, ids: Int[Tensor, "*word"], kind: str) -> Float[Tensor, "*word d_model"]:
         if kind == WRITE:
             if self.vocabulary.W_U_rows is None:
                 raise ValueError("what words write needs an unembedding")
@@ -133,7 +133,7 @@ class EffectiveRows:
             rows = self.block0.rows(rows)
         return self.normalised(rows)
 
-    def normalised(self, rows: Float[Tensor, "word d_model"]) -> Float[Tensor, "word d_model"]:
+    def normalised(self, rows: Float[Tensor, "*word d_model"]) -> Float[Tensor, "*word d_model"]:
         """Rows as a layer's norm would leave them."""
         return normalise(rows, self.architecture.norm, self.architecture.norm_eps)
 
@@ -161,9 +161,12 @@ class Readout:
         self._origins: dict[str, Tensor] = {} if origins is None else origins
         self.ids = variable.read[0].ids.to(self.vocabulary.W_E.device)
 
-    def surrogate(self, variable: Variable) -> "Readout":
-        """The same readout of other words: ranks stay, and the words drawn trade places with the task's in the band."""
-        return Readout(variable, self.effective, self.embedding, like=self)
+    def surrogates(self, variables: Sequence[Variable]) -> "Readout":
+        """The same readout of other words, of all these variables at once: what it gives is [draw, head].
+
+        Ranks stay, and the words drawn trade places with the task's in the band.
+        """
+        return Readout(Variable.stacked(variables), self.effective, self.embedding, like=self)
 
     def of_some(self, variable: Variable) -> "Readout":
         """The same readout of some of the words, with the same band."""
@@ -178,19 +181,19 @@ class Readout:
         """Whether the layer's effective embedding can be had."""
         return self.kind(layer) == "token" or self.effective.block0 is not None
 
-    def rows(self, layer: int) -> Float[Tensor, "word d_model"]:
+    def rows(self, layer: int) -> Float[Tensor, "*draw word d_model"]:
         """Normalised effective embeddings of the (first) read words, as this layer sees them."""
         kind = self.kind(layer)
         if kind not in self._words:
             self._words[kind] = self.effective(self.variable.read[0].ids, kind)
         return self._words[kind]
 
-    def basis(self, layer: int) -> Float[Tensor, "r d_model"]:
+    def basis(self, layer: int) -> Float[Tensor, "*draw r d_model"]:
         """Orthonormal basis of the read subspace, as this layer sees it."""
         return self._basis(self.kind(layer))
 
     @property
-    def write(self) -> Float[Tensor, "r d_model"] | None:
+    def write(self) -> Float[Tensor, "*draw r d_model"] | None:
         """Orthonormal basis of the write subspace; None without an unembedding."""
         return None if self.vocabulary.W_U_rows is None else self._basis(WRITE)
 
@@ -202,7 +205,7 @@ class Readout:
 
     def metrics(
         self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
-    ) -> dict[str, Float[Tensor, " head"]]:
+    ) -> dict[str, Float[Tensor, "*draw head"]]:
         """Every task metric of these maps (of those wanted), as heads of this layer.
 
         Without the layer's effective embedding there are none.
@@ -212,7 +215,7 @@ class Readout:
 
     def by_source(
         self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
-    ) -> dict[str, Float[Tensor, "head source"]]:
+    ) -> dict[str, Float[Tensor, "*draw head source"]]:
         """The metrics of a `set` variable that are means over its tokens, token by token, in [0, 1]."""
         W_U_rows = self.vocabulary.W_U_rows
         if not self.reads(layer) or self.variable.kind is VariableKind.contrast:
@@ -241,7 +244,7 @@ class Readout:
 
     def of_subspace(
         self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
-    ) -> dict[str, Float[Tensor, " head"]]:
+    ) -> dict[str, Float[Tensor, "*draw head"]]:
         """The metrics of the subspaces that the variable's words span."""
         mine = [name for name in SUBSPACE_METRICS if name.startswith(maps.circuit)]
         if not self.reads(layer) or (wanted is not None and not set(wanted) & set(mine)):
@@ -268,25 +271,25 @@ class Readout:
         return found
 
     def _scores(
-        self, maps: HeadMaps, query_rows: Float[Tensor, "query d_model"], key_rows: Float[Tensor, "key d_model"]
-    ) -> Float[Tensor, "head query key"]:
+        self, maps: HeadMaps, query_rows: Float[Tensor, "*draw query d_model"], key_rows: Float[Tensor, "*draw key d_model"]
+    ) -> Float[Tensor, "*draw head query key"]:
         """e_t W_QK e_u^T; of normalised queries and keys, with their biases, where the model has a norm there."""
         if maps.scorer is not None:
             return maps.scorer(query_rows, key_rows)
         return alignment.readout(maps.factors, query_rows, key_rows)
 
-    def _basis(self, kind: str) -> Float[Tensor, "r d_model"]:
+    def _basis(self, kind: str) -> Float[Tensor, "*draw r d_model"]:
         """Of the read side of one kind of embedding, or of the write side (`write`)."""
         if kind not in self._bases:
             first, *second = (self.effective(words.ids, kind) for words in self._sets(kind))
             if second:
                 self._bases[kind] = self._contrast(kind, first, second[0])
             else:
-                rank = None if self.like is None else self.like._basis(kind).shape[0]
+                rank = None if self.like is None else len(self.like._basis(kind))
                 self._bases[kind] = alignment.subspace(first, self._origin(kind, first), rank)
         return self._bases[kind]
 
-    def _contrast(self, kind: str, minus: Tensor, plus: Tensor) -> Float[Tensor, "1 d_model"]:
+    def _contrast(self, kind: str, minus: Tensor, plus: Tensor) -> Float[Tensor, "*draw 1 d_model"]:
         """Unit direction between the sides of the contrast.
 
         Raises:
@@ -303,12 +306,13 @@ class Readout:
     def _sets(self, kind: str) -> tuple[WordSet, ...]:
         return self.variable.write if kind == WRITE else self.variable.read
 
-    def _origin(self, kind: str, words: Float[Tensor, "word d_model"]) -> Float[Tensor, " d_model"]:
+    def _origin(self, kind: str, words: Float[Tensor, "*draw word d_model"]) -> Float[Tensor, "*or_one d_model"]:
         """Mean of the band that the words are compared with, on the read side of one kind or on the write side."""
         if self.like is not None:
             like = self.like  # the words drawn leave the pool, and the words of the task return to it
             n, own = len(like.variable.band), like.effective(like._sets(kind)[0].ids, kind)
-            return (like._origin(kind, words) * n + own.sum(0) - words.sum(0)) / (n + len(own) - len(words))
+            n_words = words.shape[-2]
+            return (like._origin(kind, words) * n + own.sum(0) - words.sum(-2)) / (n + len(own) - n_words)
         if kind not in self._origins:
             self._origins[kind] = self.effective(self.variable.band, kind).mean(0)
         return self._origins[kind]

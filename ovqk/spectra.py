@@ -266,9 +266,9 @@ def _noise(shape: torch.Size, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def in_threads(function: Callable[[Tensor], Any], batch: Float[Tensor, "n k k"]) -> Any:
+def in_threads(function: Callable[[Tensor], Any], batch: Float[Tensor, "*n k k"]) -> Any:
     """A decomposition of small matrices, the batch shared out among torch's threads: LAPACK takes one at a time."""
-    workers = min(torch.get_num_threads(), len(batch))
+    workers = min(torch.get_num_threads(), len(batch)) if batch.dim() > 2 else 1
     if workers < 2 or batch.device.type != "cpu":
         return function(batch)
     with ThreadPoolExecutor(workers) as pool:
@@ -325,8 +325,8 @@ def _root(gram: Float[Tensor, "head k k"]) -> Float[Tensor, "head k k"]:
 
 
 def guarded(
-    numerator: Float[Tensor, " head"], denominator: Float[Tensor, " head"], scale: Float[Tensor, " head"]
-) -> Float[Tensor, " head"]:
+    numerator: Float[Tensor, "*draw head"], denominator: Float[Tensor, " head"], scale: Float[Tensor, " head"]
+) -> Float[Tensor, "*draw head"]:
     """numerator / denominator, and 0 where the denominator is below 1e-6 of the scale (a nilpotent head)."""
     small = denominator.abs() <= TINY * scale
     return torch.where(small, torch.zeros_like(numerator), numerator / torch.where(small, 1.0, denominator))

@@ -1,7 +1,9 @@
 """A task's words as tokens of one model: the rows and columns of the vocabulary that its causal variables name."""
 
+import dataclasses
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,10 +23,13 @@ RANK_WINDOW = 0.25  # matched tokens lie within this of the word's log id rank
 
 @dataclass(frozen=True)
 class WordSet:
-    """The words of a set that are one token each: their ids [n] in the order of the words."""
+    """The words of a set that are one token each: their ids [n] in the order of the words.
+
+    Of many draws of words at once (`Variable.stacked`) there are only ids, [draw, n].
+    """
 
     words: list[str]
-    ids: Int[Tensor, " word"]
+    ids: Int[Tensor, "*draw word"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,16 @@ class Variable:
     write: tuple[WordSet, ...]
     band: Int[Tensor, " token"]
     matches: dict[int, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def stacked(cls, variables: "Sequence[Variable]") -> "Variable":
+        """Variables alike but for their words as one, with ids [draw, word] and no words."""
+
+        def stack(sides: Iterable[tuple[WordSet, ...]]) -> tuple[WordSet, ...]:
+            return tuple(WordSet([], torch.stack([words.ids for words in sets])) for sets in zip(*sides, strict=True))
+
+        read, write = stack(v.read for v in variables), stack(v.write for v in variables)
+        return dataclasses.replace(variables[0], read=read, write=write)
 
 
 @dataclass(frozen=True)

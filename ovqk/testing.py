@@ -35,7 +35,8 @@ from ovqk.nulls import (
 from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, HeadMaps, Readout, full_circuit_ratio
 from ovqk.spectra import Decomposition
 from ovqk.statistics import monte_carlo
-from ovqk.surrogates import STAGES, FrameDraws, draw_words, subsamples
+from ovqk.surrogates import CHUNK_ELEMENTS, STAGES, FrameDraws, draw_words, subsamples
+from ovqk.tasks import Variable
 
 RESAMPLES = 1000  # of source tokens, for an interval
 SUBSAMPLES = 200  # of a subspace's words, for an interval
@@ -281,7 +282,7 @@ class ClaimTests:
                 readout.prepare(layer)  # the centre of the band, while all rows are there
             readout.effective.keep(torch.cat([*ids, *own]))
             metrics = {prediction.config.metric for prediction, _ in asked}
-            drawn = self._under_words(map(readout.surrogate, words.variables), heads, metrics)
+            drawn = self._under_words(readout, words.variables, heads, metrics)
             readout.effective.keep_all()
             for prediction, some in asked:
                 values = {head: drawn[head, prediction.config.metric] for head in some}
@@ -291,26 +292,30 @@ class ClaimTests:
         return rows
 
     def _under_words(
-        self, surrogates: Iterable[Readout], heads: set[Head], metrics: set[str]
+        self, observed: Readout, variables: Sequence[Variable], heads: set[Head], metrics: set[str]
     ) -> dict[tuple[Head, str], NDArray[np.float64]]:
-        """(head, metric) -> [draw]: the metrics of the heads under each surrogate of the words, one held at a time."""
-        observed = self.model.readout
+        """(head, metric) -> [draw]: the metrics of the heads under each surrogate of the words, many at a time."""
         groups: dict[tuple[str, Circuit], list[Head]] = {}
         for head, circuit in self.maps:
-            if observed and head in heads and any(METRICS[name].circuit == circuit for name in metrics):
+            if head in heads and any(METRICS[name].circuit == circuit for name in metrics):
                 groups.setdefault((observed.kind(head[0]), circuit), []).append(head)
         joined = [
             (members, HeadMaps.joined([self.maps[head, circuit] for head in members]))
             for (_, circuit), members in groups.items()
         ]
-        drawn: dict[tuple[Head, str], list[float]] = {}
-        for readout in surrogates:
+        n_words = sum(len(words.ids) for words in (*variables[0].read, *variables[0].write))
+        most = max((len(members) for members in groups.values()), default=1)
+        chunk = max(1, CHUNK_ELEMENTS // (n_words * (self.model.architecture.d_model + most * n_words)))
+        drawn: dict[tuple[Head, str], list[NDArray[np.float64]]] = {}
+        for start in range(0, len(variables), chunk):
+            readout = observed.surrogates(variables[start : start + chunk])
             for members, maps in joined:
                 found = readout.metrics(members[0][0], maps, metrics)
                 for name in metrics & set(found):
-                    for head, value in zip(members, found[name].tolist(), strict=True):
-                        drawn.setdefault((head, name), []).append(value)
-        return {key: np.array(values) for key, values in drawn.items()}
+                    values = found[name].double().cpu().numpy()  # [draw, head]
+                    for at, head in enumerate(members):
+                        drawn.setdefault((head, name), []).append(values[:, at])
+        return {key: np.concatenate(values) for key, values in drawn.items()}
 
 
 def _ensemble_rows(

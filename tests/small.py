@@ -225,7 +225,7 @@ class Oracle:
         for _ in range(n):
             sides = []
             for _ in range(2):
-                x = torch.randn(D_MODEL, D_HEAD, generator=generator, dtype=torch.float64)
+                x = torch.randn(D_MODEL, D_HEAD, generator=generator).double()
                 Q, R = torch.linalg.qr(x - x.mean(0))
                 sides.append(Q * R.diagonal().sign())
             made.append(sides[0] @ torch.diag(sigma) @ sides[1].T)

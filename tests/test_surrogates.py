@@ -26,7 +26,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def noise(count: int, d: int, k: int, centred: bool, seed: int = 0) -> torch.Tensor:
     """What the frames of this seed are made of."""
     g = generator(seed)
-    x = torch.stack([torch.randn(d, k, generator=g, dtype=torch.float64) for _ in range(count)])
+    x = torch.stack([torch.randn(d, k, generator=g) for _ in range(count)]).double()
     return x - x.mean(1, keepdim=True) if centred else x
 
 
