@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.heads import key_side, query_side
-from ovqk.vocabulary import precision
+from ovqk.vocabulary import STRIPE, blocks, precision
 from ovqk.weights import Architecture, LayerWeights, read_through
 
 
@@ -43,8 +43,13 @@ def _summed(weights: LayerWeights, architecture: Architecture) -> Float[Tensor, 
 
 
 def _symmetry(matrix: Float[Tensor, "d_model d_model"]) -> float:
-    energy = matrix.square().sum(dtype=torch.float64)
-    return float((matrix * matrix.T).sum(dtype=torch.float64) / energy) if energy > 0 else 0.0
+    """tr(M M) / |M|_F^2, in stripes: no second matrix is held."""
+    product = energy = 0.0
+    for rows in blocks(len(matrix), STRIPE):
+        stripe = matrix[rows]
+        product += float((stripe * matrix[:, rows].T).sum(dtype=torch.float64))
+        energy += float(stripe.square().sum(dtype=torch.float64))
+    return product / energy if energy > 0 else 0.0
 
 
 def directionality(matrix: Float[Tensor, "row column"]) -> float:

@@ -311,7 +311,7 @@ class NativeWeights:
 
 def _split_heads(weight: Float[Tensor, "d_model columns"], n_heads: int) -> Float[Tensor, "head d_model d_head"]:
     """Columns [d_model, head * d_head] to one block per head."""
-    return weight.reshape(weight.shape[0], n_heads, -1).transpose(0, 1).contiguous()
+    return weight.reshape(weight.shape[0], n_heads, -1).transpose(0, 1)
 
 
 def _completed(checkpoint: Checkpoint) -> dict[str, Any]:

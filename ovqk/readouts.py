@@ -271,7 +271,10 @@ class Readout:
         return found
 
     def _scores(
-        self, maps: HeadMaps, query_rows: Float[Tensor, "*draw query d_model"], key_rows: Float[Tensor, "*draw key d_model"]
+        self,
+        maps: HeadMaps,
+        query_rows: Float[Tensor, "*draw query d_model"],
+        key_rows: Float[Tensor, "*draw key d_model"],
     ) -> Float[Tensor, "*draw head query key"]:
         """e_t W_QK e_u^T; of normalised queries and keys, with their biases, where the model has a norm there."""
         if maps.scorer is not None:

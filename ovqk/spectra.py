@@ -157,7 +157,7 @@ def orthonormal(weight: Float[Tensor, "n d_model k"]) -> tuple[Float[Tensor, "n 
         return Q, R
     R, _ = torch.linalg.cholesky_ex(weight.mT @ weight, upper=True)
     inverse = torch.linalg.solve_triangular(R, torch.eye(k).to(R).expand_as(R), upper=True)
-    Q = weight @ inverse
+    Q = (inverse.mT @ weight.mT).mT  # whose rows are wanted
     poor = ~(R.norm(dim=(-2, -1)) * inverse.norm(dim=(-2, -1)) < WELL_CONDITIONED)  # nan is poor too
     if poor.any():
         Q[poor], R[poor] = torch.linalg.qr(weight[poor])

@@ -79,21 +79,27 @@ class Vocabulary:
         W_E, _, gram = self._stored_once
         return W_E.fold(W_E.fold(gram).T)
 
-    @cached_property
+    @property
     def gram_cross(self) -> Float[Tensor, "d_model d_model"] | None:
         """G_OV = W_U C W_E."""
-        if self._stored_once is None:
-            return None if self.W_U_rows is None else centred_gram(self.W_U_rows, self.W_E)
-        W_E, W_U_rows, gram = self._stored_once
-        return W_E.fold(W_U_rows.fold(gram).T)
+        return self._written[0]
 
-    @cached_property
+    @property
     def gram_unembed(self) -> Float[Tensor, "d_model d_model"] | None:
         """W_U C W_U^T."""
+        return self._written[1]
+
+    @cached_property
+    def _written(self) -> tuple[Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"] | None]:
+        """W_U C W_E and W_U C W_U^T, in one pass."""
+        if self.W_U_rows is None:
+            return None, None
         if self._stored_once is None:
-            return None if self.W_U_rows is None else centred_gram(self.W_U_rows, self.W_U_rows)
-        _, W_U_rows, gram = self._stored_once
-        return W_U_rows.fold(W_U_rows.fold(gram).T)
+            cross, unembed = centred_grams([self.W_U_rows, self.W_E], [(0, 1), (0, 0)])
+            return cross, unembed
+        W_E, W_U_rows, gram = self._stored_once
+        written = W_U_rows.fold(gram).T
+        return W_E.fold(written), W_U_rows.fold(written)
 
     @cached_property
     def _stored_once(self) -> tuple[StoredRows, StoredRows, Float[Tensor, "d_model d_model"]] | None:
@@ -143,8 +149,13 @@ def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> li
     shifts = [side[:NEAR_MEAN].double().mean(0) for side in sides]
     sums = [torch.zeros_like(shift) for shift in shifts]
     totals = [shifts[a].new_zeros(widths[a], widths[b]) for a, b in pairs]
-    for tokens in blocks(n, max(1, min(BLOCK, ELEMENTS // max(widths)))):
-        x = [side[tokens].to(exact) - shift.to(exact) for side, shift in zip(sides, shifts, strict=True)]
+    size = max(1, min(n, BLOCK, ELEMENTS // max(widths)))
+    room = [shift.new_empty(size, len(shift), dtype=exact) for shift in shifts]  # new memory for each block costs more
+    for tokens in blocks(n, size):
+        x = [
+            torch.sub(side[tokens].to(exact), shift.to(exact), out=into[: tokens.stop - tokens.start])
+            for side, shift, into in zip(sides, shifts, room, strict=True)
+        ]
         for total, rows in zip(sums, x, strict=True):
             total += torch.ones(len(rows)).to(rows) @ rows
         for total, (a, b) in zip(totals, pairs, strict=True):

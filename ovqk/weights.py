@@ -13,6 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 CPU = torch.device("cpu")
 NormKind = Literal["layernorm", "rmsnorm", "none"]
@@ -280,8 +281,9 @@ def normalise(x: Float[Tensor, "*batch d_model"], kind: NormKind, eps: float) ->
     if kind == "none":
         return x
     if kind == "layernorm":
-        x = x - x.mean(-1, keepdim=True)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return functional.layer_norm(x, x.shape[-1:], eps=eps)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    return x * torch.rsqrt(square + eps)
 
 
 def apply_norm(norm: Norm | None, x: Float[Tensor, "*batch d_model"], eps: float) -> Float[Tensor, "*batch d_model"]:
