@@ -5,6 +5,7 @@ for QK with the mean rotation under rotary positions. Biases are absent: b_V and
 bias adds to a whole column or a whole row of the readout, which centring or comparing within rows removes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,11 @@ from torch import Tensor
 
 from ovqk.heads import Factors
 from ovqk.spectra import Decomposition, guarded, in_threads
-from ovqk.vocabulary import blocks
 from ovqk.weights import Rows
 
 ENERGY = 0.9  # of a word set's centred rows, kept in its subspace
 SMALL = 1e-8  # of the largest energy: below it a direction is not well told by the words' Gram
-TOP_BLOCK = 1024  # tokens compared at a time, and words that they are compared with
+TOP_BLOCK = 1024  # tokens compared at a time, at most, and words that they are compared with
 TOP = 5  # Wang et al. 2022 count a name as copied when its logit is among the five largest
 
 
@@ -71,7 +71,7 @@ def in_top_by_source(
     own = (written.view(n_heads, n_words, -1) * W_U_rows[ids]).sum(-1).flatten()
     above, below = (torch.zeros(len(own), dtype=torch.long, device=own.device) for _ in range(2))
     open_ = torch.arange(len(own), device=own.device)
-    for tokens in blocks(W_U_rows.shape[0], TOP_BLOCK):
+    for tokens in _widening(W_U_rows.shape[0]):
         columns = W_U_rows[tokens].T
         for some in open_.split(TOP_BLOCK):  # few enough for the processor's cache
             logits, mine = written[some] @ columns, targets[some] - tokens.start
@@ -80,8 +80,18 @@ def in_top_by_source(
             above[some] += _count(logits > own[some, None])
             below[some] += _count(logits < own[some, None])
         open_ = open_[(above[open_] < TOP) | (below[open_] < TOP)]
+        if not len(open_):
+            break
     alive = (own.view(n_heads, n_words).abs().sum(-1, keepdim=True) > 0).double()
     return (above < TOP).view(n_heads, n_words) * alive, (below < TOP).view(n_heads, n_words) * alive
+
+
+def _widening(n: int) -> Iterator[slice]:
+    """Slices that cover range(n), the first ones short: few words are open after them."""
+    start, size = 0, TOP_BLOCK // 8
+    while start < n:
+        yield slice(start, min(start + size, n))
+        start, size = start + size, min(2 * size, TOP_BLOCK)
 
 
 def _count(true: Bool[Tensor, "*word token"]) -> Int[Tensor, "*word"]:
@@ -90,20 +100,23 @@ def _count(true: Bool[Tensor, "*word token"]) -> Int[Tensor, "*word"]:
 
 
 def subspace(
-    rows: Float[Tensor, "*draw word d_model"], origin: Float[Tensor, "*draw d_model"], rank: int | None = None
+    rows: Float[Tensor, "*draw word d_model"], origin: Float[Tensor, "*or_one d_model"], rank: int | None = None
 ) -> Float[Tensor, "*draw r d_model"]:
     """Orthonormal basis of the span of a set's rows about an origin, at 90 % of the energy or of the rank given.
 
     The origin is the mean of the set's matched band: the set's own mean would take out what the set has in common.
-    Of several draws at once the rank must be given.
+    Of several draws at once each has its own rank, and rows of zeros in place of what others have more.
     """
     x = (rows - origin[..., None, :]).double()
     energy, U = (part.flip(-1) for part in in_threads(torch.linalg.eigh, x @ x.mT))  # of the Gram: words are few
-    if rank is None:
-        rank = int((energy.cumsum(0) / energy.sum() < ENERGY).sum()) + 1
-    if (energy[..., rank - 1] <= SMALL * energy[..., 0]).any():  # fewer dimensions than asked for: any others beside
-        return torch.linalg.svd(x, full_matrices=False).Vh[..., :rank, :]
-    return U[..., :rank].mT @ x / energy[..., :rank, None].sqrt()
+    share = energy.cumsum(-1) / energy.sum(-1, keepdim=True)
+    ranks = (share < ENERGY).sum(-1) + 1 if rank is None else torch.full(energy.shape[:-1], rank)
+    most = int(ranks.max())
+    if (energy.gather(-1, ranks[..., None] - 1) <= SMALL * energy[..., :1]).any():  # fewer dimensions than asked for
+        basis = torch.linalg.svd(x, full_matrices=False).Vh[..., :most, :]  # any others beside
+    else:
+        basis = U[..., :most].mT @ x / energy[..., :most, None].sqrt()
+    return basis.masked_fill((torch.arange(most).to(ranks) >= ranks[..., None])[..., None], 0.0)
 
 
 def unit_contrast(
@@ -137,7 +150,7 @@ def side_alignment(
     basis: Float[Tensor, "*draw r d_model"],
 ) -> SideAlignment:
     """Alignment of the side whose singular directions these are with the span of an orthonormal basis."""
-    chance = basis.shape[-2] / basis.shape[-1]
+    chance = basis.square().sum((-2, -1))[..., None] / basis.shape[-1]  # r is the trace of the projector
     inside = _along(basis, directions).square().sum(-2)  # [*draw, head, k]
     energy = sigma.square()
     whole = guarded((inside * energy).sum(-1), energy.sum(-1), energy.sum(-1))

@@ -54,7 +54,7 @@ def unavailable_metrics(
         if found:
             reasons[name] = found[0]
     if architecture.qk_norm:
-        for name in {"qk_frobenius_norm", "qk_spectral_norm"} & set(metric_names(circuits)):
+        for name in sorted({"qk_frobenius_norm", "qk_spectral_norm"} & set(metric_names(circuits))):
             reasons[name] = f"{NOT_APPLICABLE}queries and keys are normalised: no scale of the weights reaches a score"
     few = n_positions is not None and n_positions < MIN_POSITIONS
     if few:
@@ -63,9 +63,9 @@ def unavailable_metrics(
             f"{n_positions} positions are too few for a fit by offset",
         )
     if not architecture.causal:
-        for name in {"qk_offset_r2", "qk_prev_auc"} & set(metric_names(circuits)):
+        for name in sorted({"qk_offset_r2", "qk_prev_auc"} & set(metric_names(circuits))):
             reasons.setdefault(name, "attention is not causal: keys follow queries too")
-    for name in {"ov_copying_block0", "qk_matching_block0"} & set(metric_names(circuits)):
+    for name in sorted({"ov_copying_block0", "qk_matching_block0"} & set(metric_names(circuits))):
         if isinstance(block0, str):
             reasons.setdefault(name, block0)
         elif architecture.n_layers == 1:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from ovqk.claims import Claims, Head
 from ovqk.config import TaskConfig
-from ovqk.metrics import COMPOSITION_METRICS
+from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.nulls import Predicted, depth_reference
+from ovqk.readouts import SUBSPACE_METRICS
 from ovqk.statistics import benjamini_hochberg, monte_carlo, percentile
 from ovqk.testing import ClaimTests
 
@@ -64,8 +65,11 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
         p_depth, q_depth: against the heads of layers within 2, and corrected over all heads (Benjamini-Hochberg).
         p_frame, p_frame_all: against heads of its own singular values, and times the number of heads ranked, at most 1.
             Neither where the metric is a composition, whose partners were chosen too.
+        p_words, p_words_all: of predictions that other words decide too (alignment, transfer, read), against other
+            words (the larger p of `token` and `token_pairs`), and times the number of heads ranked, at most 1.
     """
     rankings, notes = rank(tests, tests.predicted(values))
+    words = _under_words(tests, rankings)
     rows: list[dict[str, object]] = []
     for role, ranking in rankings.items():
         for prediction in ranking.predictions:
@@ -76,7 +80,7 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
                 if not math.isnan(prediction.values[head]):
                     row = {"role": role, "rank": place, "layer": head[0], "head": head[1]}
                     row |= {"ranked": prediction is ranking.by, "partners": named}
-                    rows.append(row | _row(tests, prediction, head, depth, len(ranking.heads)))
+                    rows.append(row | _row(tests, prediction, head, depth, words, len(ranking.heads)))
     return pd.DataFrame(rows), notes
 
 
@@ -142,17 +146,48 @@ def add_ranking(found: dict[str, Ranking], role: str, predictions: Sequence[Pred
     found[role] = Ranking(by, heads, partners, valued)
 
 
+WordValues = list[dict[tuple[Head, str], NDArray[np.float64]]]
+"""Of each null of words: (head, metric) -> [draw]."""
+
+
+def _under_words(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> WordValues:
+    """What the candidates do with other words, for the predictions that these decide too."""
+    metrics, heads = set[str](), set[Head]()
+    for ranking in rankings.values():
+        own = {p.config.metric for p in ranking.predictions if p.config.metric in SUBSPACE_METRICS and decides(p)}
+        metrics |= own
+        heads |= set(ranking.strongest) if own else set()
+    for circuit in {METRICS[metric].circuit for metric in metrics}:
+        tests.read_maps(heads, circuit)
+    return [drawn for _, drawn in tests.word_draws(heads, metrics)] if metrics else []
+
+
+def decides(predicted: Predicted) -> bool:
+    """Whether the prediction would count for a verdict."""
+    return not predicted.config.exploratory
+
+
 def _row(
-    tests: ClaimTests, predicted: Predicted, head: Head, depth: Mapping[Head, tuple[float, float]], ranked: int
+    tests: ClaimTests,
+    predicted: Predicted,
+    head: Head,
+    depth: Mapping[Head, tuple[float, float]],
+    words: WordValues,
+    ranked: int,
 ) -> dict[str, object]:
     value = float(predicted.values[head])
     same = np.delete(predicted.values[head[0]], head[1])
     p_depth, q_depth = depth.get(head, (math.nan, math.nan))
-    p_frame = math.nan
     metric = predicted.metric_of(head[0])
+
+    def p(draws: NDArray[np.float64]) -> float:
+        return monte_carlo(predicted.sign * value, predicted.sign * draws).p
+
+    p_frame = math.nan
     if tests.can_frame(metric):
-        draws = tests.frame(head, metric).first(tests.model.config.nulls.draws)[metric]
-        p_frame = monte_carlo(predicted.sign * value, predicted.sign * draws).p
+        p_frame = p(tests.frame(head, metric).first(tests.model.config.nulls.draws)[metric])
+    drawn = [values[head, metric] for values in words if (head, metric) in values and decides(predicted)]
+    p_words = max(map(p, drawn), default=math.nan)
     return {
         "metric": metric,
         "prediction": predicted.config.direction.value,
@@ -163,8 +198,15 @@ def _row(
         "p_depth": p_depth,
         "q_depth": q_depth,
         "p_frame": p_frame,
-        "p_frame_all": min(1.0, p_frame * ranked) if not math.isnan(p_frame) else math.nan,
+        "p_frame_all": _of_all(p_frame, ranked),
+        "p_words": p_words,
+        "p_words_all": _of_all(p_words, ranked),
     }
+
+
+def _of_all(p: float, ranked: int) -> float:
+    """Bonferroni over the heads that the candidate was chosen from."""
+    return math.nan if math.isnan(p) else min(1.0, p * ranked)
 
 
 def _depth(predicted: Predicted, groups: NDArray[np.int64]) -> dict[Head, tuple[float, float]]:

@@ -20,7 +20,7 @@ from ovqk.config import Config, TrackingMode
 from ovqk.errors import UserError
 from ovqk.files import cache_folder
 from ovqk.identity import cell_folder, cell_id, identity, resolve, tracking_mode
-from ovqk.outcomes import Outcome, Outcomes
+from ovqk.outcomes import Outcome, Outcomes, Status
 from ovqk.progress import layers_of
 from ovqk.record import claim, forget_peak_memory, is_done, write_done, write_failed
 from ovqk.sources import open_weights
@@ -61,7 +61,7 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
         _enter(Path(hydra.runtime.cwd))
         cell = resolve(config)
         if cell.sweep is None:
-            cell.sweep = Path(hydra.sweep.dir).name
+            cell.sweep = Outcomes(Path(hydra.sweep.dir)).name()
         outcome = run_cell(cell, started, alone=runs_here(hydra))
     except Exception as error:
         seconds = time.perf_counter() - started
@@ -109,7 +109,9 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
         warning = None if mode is TrackingMode.none else _track(cell, folder, mode)
     seconds = time.perf_counter() - started
     names = cell.model.name, cell.task.name, cell.analysis.name
-    return Outcome("cached" if cached else "done", *names, str(folder), seconds, warning=warning)
+    tracking = {"mode": mode.value, "project": cell.tracking.project, "entity": cell.tracking.entity}
+    status: Status = "cached" if cached else "done"
+    return Outcome(status, *names, str(folder), seconds, warning=warning, tracking=tracking)
 
 
 def _track(cell: Config, folder: Path, mode: TrackingMode) -> str | None:

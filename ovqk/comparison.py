@@ -3,7 +3,10 @@
 Layers of different models are compared by where they lie between the first (0) and the last (1).
 """
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pandas as pd
 from ovqk.record import read_record
 from ovqk.results import load_table
 
+SHOWN_LETTERS = 24  # of a value that tells cells apart
 QUARTERS = ("first quarter", "second quarter", "third quarter", "last quarter")
 DEPTH_METRICS = (
     "ov_copying",
@@ -36,16 +40,17 @@ def relative_depth(layers: pd.Series, n_layers: int) -> pd.Series:
 def roles(folders: Iterable[Path]) -> pd.DataFrame:
     """One row per cell and claimed role, models beside each other: task, analysis, role, then model.
 
-    Columns: model, task, analysis, role, heads (how many), depth (their mean relative depth), primary (its metric),
-    effect (AUC within layers), p, verdict, of_its_heads (verdict -> count). A cell without claims has one row, with an
-    empty role and `no claims` for a verdict.
+    Columns: model, task, analysis, cell (what tells it from others of these three), role, heads (how many), depth
+    (their mean relative depth), primary (its metric), effect (AUC within layers), p, verdict, of_its_heads (verdict ->
+    count). A cell without claims has one row, with an empty role and `no claims` for a verdict.
     """
     rows: list[dict[str, Any]] = []
-    for folder in folders:
-        record, verdicts = read_record(folder), load_table(folder, "verdicts")
-        if record is None or record.get("status") != "done":
-            continue
-        place = {key: record[key] for key in ("model", "task", "analysis")}
+    read = [(folder, read_record(folder)) for folder in folders]
+    done = [(folder, record) for folder, record in read if record is not None and record.get("status") == "done"]
+    told_apart = differences([record for _, record in done])
+    for (folder, record), difference in zip(done, told_apart, strict=True):
+        verdicts = load_table(folder, "verdicts")
+        place = {key: record[key] for key in ("model", "task", "analysis")} | {"cell": difference}
         if verdicts is None:
             rows.append(place | {"role": "", "heads": 0, "verdict": "no claims", "of_its_heads": {}})
             continue
@@ -63,22 +68,55 @@ def roles(folders: Iterable[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def depths(folders: Iterable[Path]) -> pd.DataFrame:
-    """Mean over heads of each model's metrics, by quarter of its depth: metric, model, processing, then QUARTERS.
+def differences(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What tells each cell from others of its model, task and analysis: `processing=raw seed=1`; empty where alone.
 
-    A layer belongs to the quarter its relative depth falls into (the last layer to the last). A model is taken once
-    for each processing, from the first of its cells that has the metric.
+    Everything its numbers depend on is compared; long values, and weights, are shown as eight digits of their hash.
     """
-    seen: dict[tuple[str, str, str], dict[str, Any]] = {}
+    places = [tuple(record[key] for key in ("model", "task", "analysis")) for record in records]
+    choices = [_flat(record["provenance"].get("identity", {})) for record in records]
+    values: dict[tuple[Any, ...], set[str]] = defaultdict(set)  # of one key, in all cells of one place
+    for place, choice in zip(places, choices, strict=True):
+        for key, value in choice.items():
+            values[*place, key].add(value)
+    return [
+        " ".join(
+            f"{key.split('.')[-1]}={_brief(value)}" for key, value in choice.items() if len(values[*place, key]) > 1
+        )
+        for place, choice in zip(places, choices, strict=True)
+    ]
+
+
+def _flat(choice: dict[str, Any], at: str = "") -> dict[str, str]:
+    """Dotted keys and their values as JSON."""
+    flat: dict[str, str] = {}
+    for key, value in choice.items():
+        flat |= _flat(value, f"{at}{key}.") if isinstance(value, dict) else {at + key: json.dumps(value)}
+    return flat
+
+
+def _brief(value: str) -> str:
+    plain = value.strip('"')
+    return plain if len(plain) <= SHOWN_LETTERS else hashlib.sha256(plain.encode()).hexdigest()[:8]
+
+
+def depths(folders: Iterable[Path]) -> pd.DataFrame:
+    """Mean over heads of each model's metrics, by quarter: metric, model, processing, weights (digest), then QUARTERS.
+
+    A layer belongs to the quarter its relative depth falls into (the last layer to the last). Weights are taken once
+    for each processing, from the first of their cells that has the metric.
+    """
+    seen: dict[tuple[str, ...], dict[str, Any]] = {}
     for folder in folders:
         record, heads = read_record(folder), load_table(folder, "heads")
         if record is None or heads is None:
             continue
         place = {"model": record["model"], "processing": record["processing"]["applied"]}
+        place["weights"] = record["provenance"]["weights_digest"][:8]
         means = quarter_means(heads, record["summary"]["n_layers"])
         for metric in map(str, means.columns):
             row = {"metric": metric} | place | {name: means.at[name, metric] for name in QUARTERS}
-            seen.setdefault((metric, place["model"], place["processing"]), row)
+            seen.setdefault((metric, *place.values()), row)
     order = {name: place for place, name in enumerate(DEPTH_METRICS)}
     rows = sorted(seen.values(), key=lambda row: order[row["metric"]])
     return pd.DataFrame(rows)

@@ -202,7 +202,7 @@ class Config:
     seed: int = 0
     results_dir: str = "results"
     sweep: str | None = None
-    """The name of the sweep, which groups its W&B runs; the time of the call unless set."""
+    """The name of the sweep, which groups its W&B runs; what it varies unless set."""
     force: bool = False
     device: str = "cpu"
     """`cpu`, `cuda` or `auto`."""
@@ -254,7 +254,8 @@ def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
     facts = {match[1]: match[2] for match in found if match[1] in ("full_key", "object_type", "reference_type")}
     told = list(dict.fromkeys(line for line in lines if line.lstrip().split("=")[0].split(":")[0] not in facts))
     if "full_key" not in facts:
-        return told
+        override = getattr(error, "override", None)  # what could not be parsed
+        return [f"{override}: {told[0]}", *told[1:]] if override and override not in told[0] else told
     key, schema = facts["full_key"], globals().get(facts.get("object_type", ""))
     what = next((line for line in told if line.startswith(("Invalid value ", "Value ", "Key "))), told[-1])
     value = re.match(r"(?:Invalid value|Value) '(.*?)'", what)

@@ -57,7 +57,7 @@ def print_cell(folder: Path, cached: bool) -> None:
     else:
         out.print(f"{claims_line(record['claims'], record['model'])}\n")
         out.print(verdict_table(heads, verdicts))
-        for line in reasons(verdicts):
+        for line in reasons(heads, verdicts):
             out.print(line, style="dim")
         _print_directions(out, folder, verdicts)
     _print_pairs(out, folder)
@@ -125,7 +125,8 @@ def _print_candidates(out: Console, folder: Path) -> None:
     out.print(
         "in layer: share of the layer's other heads that are lower; where ↓ is predicted, 0% is the strongest. "
         "q nearby: against heads of nearby layers, corrected over all heads. p frame, all: against heads of the same "
-        "spectrum, times the number of heads.",
+        "spectrum, times the number of heads"
+        + ("; p words, all: against other words, likewise." if found["p_words_all"].notna().any() else "."),
         style="dim",
     )
 
@@ -149,12 +150,13 @@ def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None
     model = f"model={chosen['name']}"
     if chosen["source"] == "local":
         model = f"model=local {shlex.quote('model.path=' + chosen['path'])}"
+        model += f" model.name={chosen['name']}"  # another name would be another model's results
         model += f" model.claims={chosen['claims']}" if chosen["claims"] else ""
     table = "composition" if "virtual_heads" in record["tables"] else "heads"
     out.print(f"   {_python()} run.py -m {model} task=ioi,sva,induction analysis=b03,qk", soft_wrap=True)
-    out.print(
-        f"   {_python()} -c \"import ovqk; print(ovqk.load_results('{results_dir}')['{table}'])\"", soft_wrap=True
-    )
+    code = f"import ovqk; print(ovqk.load_results({str(results_dir)!r})[{table!r}])"
+    quoted = shlex.quote(code) if set(str(results_dir)) & set("\"'$`\\") else f'"{code}"'
+    out.print(f"   {_python()} -c {quoted}", soft_wrap=True)
     if sync:
         out.print(sync, soft_wrap=True)
 
@@ -259,13 +261,15 @@ def role_table(folders: Sequence[Path]) -> Table:
     """One row per role and model: where its heads are, how they stand out, the verdict. Empty where none is claimed."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     right = ("heads", "depth", "AUC in layer", "p")
-    for title in ("task", "analysis", "role", "model", "heads", "depth", "primary metric", "AUC in layer", "p"):
+    rows = comparison.roles(folders).to_dict("records")
+    several = any(row["cell"] for row in rows)
+    titles = ("task", "analysis", "role", "model", *["cell"] * several, "heads", "depth", "primary metric")
+    for title in (*titles, "AUC in layer", "p"):
         table.add_column(title, justify="right" if title in right else "left", no_wrap=title == "model")
     table.add_column("verdict")
     table.add_column("of its heads")
-    rows = comparison.roles(folders).to_dict("records")
     for row in rows if any(row["role"] for row in rows) else []:
-        place = [row["task"], row["analysis"], row["role"].replace("_", " "), row["model"]]
+        place = [row["task"], row["analysis"], row["role"].replace("_", " "), row["model"], *[row["cell"]] * several]
         if not row["role"]:
             table.add_row(*place, *[""] * 5, Text(row["verdict"], style="dim"))
             continue
@@ -290,9 +294,12 @@ def depth_table(folders: Sequence[Path]) -> Table:
     for title in comparison.QUARTERS:
         table.add_column(title, justify="right")
     rows = comparison.depths(folders).to_dict("records")
-    several = len({(row["metric"], row["model"]) for row in rows}) < len(rows)  # the same model folded and raw
+    models = {row["model"] for row in rows}
+    varied = [  # the same model folded and raw, or other weights of the same name
+        key for key in ("processing", "weights") if len({(row["model"], row[key]) for row in rows}) > len(models)
+    ]
     for row in rows:
-        model = f"{row['model']} ({row['processing']})" if several else row["model"]
+        model = f"{row['model']} ({', '.join(row[key] for key in varied)})" if varied else row["model"]
         table.add_row(row["metric"], model, *(rounded(row[title]) for title in comparison.QUARTERS))
     return table
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ovqk.config import TrackingConfig
 from ovqk.metrics import METRICS
+from ovqk.overview import read_sweeps
 from ovqk.panels import Panels, read_panels
 from ovqk.record import read_record, read_tracking
 from ovqk.results import cell_folders
@@ -45,10 +46,11 @@ CURVE_SECTIONS = {
         "qk_key_alignment",
     ),
 }
+SWEEP_FIGURES = ("figures/verdicts", "figures/effects", "figures/depth")
 SECTIONS = ("Claims", "Spectra", "Symmetry and position", "Heads", "Health")
 
 
-def workspace(entity: str, project: str, title: str, shown: Iterable[Panels]) -> Any:
+def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], swept: bool = False) -> Any:
     """The workspace (`wandb_workspaces.workspaces.Workspace`), not yet saved.
 
     Args:
@@ -56,6 +58,7 @@ def workspace(entity: str, project: str, title: str, shown: Iterable[Panels]) ->
         project: the project of the runs.
         title: the workspace's name.
         shown: what the runs show; what none of them has gets no panel.
+        swept: whether there is a sweep, whose own run has figures of all its cells.
     """
     import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as workspaces
@@ -75,6 +78,9 @@ def workspace(entity: str, project: str, title: str, shown: Iterable[Panels]) ->
     panels: dict[str, list[Any]] = {section: [] for section in SECTIONS}
     for role in sorted({name.split("/")[1] for name in scalars if name.startswith("role/")}):
         panels["Claims"] += bars(role.replace("_", " "), f"role/{role}/effect", f"role/{role}/p")
+    if swept:
+        panels["Claims"].append(reports.MediaBrowser(title="whole sweeps", media_keys=list(SWEEP_FIGURES)))
+        panels["Claims"].append(reports.WeavePanelSummaryTable(table_name="comparison/roles"))
     for name in spectra:
         panels["Spectra"].append(_eigenvalue_chart(reports, name))
     for section, names in CURVE_SECTIONS.items():
@@ -128,13 +134,16 @@ def main() -> None:
     try:
         import wandb_workspaces.workspaces  # noqa: F401
     except ImportError:
-        raise SystemExit("ovqk: the dashboard needs wandb-workspaces: pip install 'ovqk[dashboard]'") from None
+        raise SystemExit(
+            "ovqk: the dashboard needs an extra: pip install -c constraints.txt -e '.[dashboard]'"
+        ) from None
     shown, entity, project = _read(arguments.results_dir)
+    swept = bool(read_sweeps(arguments.results_dir))
     entity, project = arguments.entity or entity, arguments.project or project
     if entity is None:
         raise SystemExit("ovqk: --entity: whose project is it? No cell there was tracked online, which would tell.")
     try:
-        saved = workspace(entity, project, arguments.name, shown).save()
+        saved = workspace(entity, project, arguments.name, shown, swept).save()
     except Exception as error:  # whatever W&B raises
         raise SystemExit(f"ovqk: the workspace was not saved: {type(error).__name__}: {error}") from None
     print(f"saved {saved.url}")

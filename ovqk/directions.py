@@ -354,7 +354,8 @@ def describe(table: pd.DataFrame, layer: int, head: int, shown: int = 5) -> list
 
 
 def _line(rows: pd.DataFrame) -> str:
-    first = rows.iloc[0]
+    records = rows.to_dict("records")
+    first = records[0]
     value = f"{'sigma' if first['kind'] == 'singular' else 'lambda'} {first['value']:.3g}"
     value += f" ± {first['value_im']:.3g}i, a plane" if first["value_im"] > 0 else ""
     turned = first["kind"] == "eigen" and first["value"] < 0 and first["value_im"] == 0
@@ -364,7 +365,7 @@ def _line(rows: pd.DataFrame) -> str:
     }
     sides = []
     for verb, side in zip(verbs[first["circuit"]], SIDES, strict=True):
-        lists = [rows[(rows["side"] == side) & (rows["sign"] == sign)]["token"] for sign in (1, -1)]
+        lists = [[r["token"] for r in records if (r["side"], r["sign"]) == (side, sign)] for sign in (1, -1)]
         texts = [" ".join(repr(text if len(text) <= LONG else text[:LONG] + "…") for text in part) for part in lists]
         sides += [f"{verb} {' | not '.join(filter(None, texts))}"] if texts[0] else []
     size = first["cluster_size"]

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Circle, Rectangle, Wedge
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from ovqk import colours
 from ovqk.colours import CATEGORIES, DIVERGING, VERDICT_COLOURS, Scale, colour_at
@@ -25,6 +26,8 @@ from ovqk.colours import CATEGORIES, DIVERGING, VERDICT_COLOURS, Scale, colour_a
 INK, MUTED, LINE, FAINT, WARN = "#1d2025", "#5c626c", "#c6cad0", "#e8e9eb", "#a8470a"
 BLUE = CATEGORIES[0]
 BAND = "#c9ccd2"
+HALO: Any = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"}
+"""Behind a text that lines or dots would cross."""
 STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 13, "text.color": INK, "axes.titlesize": 14, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.titlepad": 10, "axes.labelcolor": MUTED, "axes.edgecolor": LINE,
@@ -109,14 +112,16 @@ def empty(axes: Axes, title: str, text: str) -> None:
     axes.text(0, 0.92, legible(text, 90), transform=axes.transAxes, style="italic", color=MUTED, va="top")
 
 
-def mark(axes: Axes, x: float, y: float, verdict: str, size: int = 9) -> None:
-    """The mark of a verdict: its shape says what its colour says."""
+def mark(axes: Axes, x: float, y: float, verdict: str, size: int = 9, shift: tuple[float, float] = (0.0, 0.0)) -> None:
+    """The mark of a verdict: its shape says what its colour says; shifted from the place by so many points."""
+    moved = ScaledTranslation(shift[0] / 72, shift[1] / 72, axes.get_figure().dpi_scale_trans)  # type: ignore[union-attr]
     colour = VERDICT_COLOURS[verdict][0]
     filled = verdict in ("corroborated", "contradicted", "out_of_scope")
     axes.plot(
         x, y, MARKERS[verdict], ms=size, color=colour, mew=1.8, clip_on=False, zorder=5,
         fillstyle="left" if verdict == "partial" else "full",
         markerfacecolor=colour if filled or verdict == "partial" else "white", markerfacecoloralt="white",
+        transform=axes.transData + moved,
     )  # fmt: skip
 
 
@@ -142,16 +147,19 @@ def eigenvalue_plane(
     for side, (start, stop) in {0.9: (-90, 90), 0.1: (90, 270)}.items():
         axes.add_patch(Wedge((0, 0), 1, start, stop, color=colour_at(side, DIVERGING), alpha=0.08, lw=0))
     axes.add_patch(Circle((0, 0), 1, fill=False, ec=LINE, lw=1))
-    for power in range(math.floor(rim), math.ceil(rim - DECADES + 0.2) - 1, -1):
-        ring = (power - rim + DECADES) / DECADES
+    spots = radius * direction
+    powers = range(math.floor(rim), math.ceil(rim - DECADES + 0.2) - 1, -1)
+    rings = {power: (power - rim + DECADES) / DECADES for power in powers}
+    way = clear_way(spots, [ring for ring in rings.values() if ring > 0.12])
+    for power, ring in rings.items():
         if 0.05 < ring < 0.999:
             axes.add_patch(Circle((0, 0), ring, fill=False, ec=FAINT, lw=1))
         if ring > 0.12:
-            axes.text(0.72 * ring, 0.72 * ring, f"{10.0**power:g}", color=MUTED, fontsize=10, ha="left", va="bottom")
+            at: Any = {"color": MUTED, "fontsize": 10, "ha": "center", "va": "center", "zorder": 4}
+            axes.text(ring * way.real, ring * way.imag, f"{10.0**power:g}", **at)
     axes.plot([-1, 1], [0, 0], color=FAINT, lw=1, zorder=1)
     axes.plot([0, 0], [-1, 1], color=FAINT, lw=1, zorder=1)
     shades = [colour_at(0.12 * (1 + x) if x < 0 else 0.88 + 0.12 * x, DIVERGING) for x in direction.real]
-    spots = radius * direction
     axes.scatter(spots.real, spots.imag, s=46, c=shades, alpha=0.85, edgecolors="white", linewidths=0.6, zorder=3)
     axes.text(-1, -1.14, f"← {ends[0]}", color=MUTED, fontsize=12, ha="left", va="center")
     axes.text(1, -1.14, f"{ends[1]} →", color=MUTED, fontsize=12, ha="right", va="center")
@@ -159,6 +167,14 @@ def eigenvalue_plane(
     axes.text(0, 1.04, "Im", color=MUTED, fontsize=11, ha="center", va="bottom")
     axes.set(xlim=(-1.2, 1.2), ylim=(-1.24, 1.18), aspect="equal", title=title)
     axes.set_axis_off()
+
+
+def clear_way(spots: np.ndarray, rings: Sequence[float]) -> complex:
+    """The direction in which the rings' labels lie farthest from the eigenvalues that are drawn."""
+    ways = np.exp(1j * np.deg2rad([45, 60, 30, 75, 120, 135, 105, 150]))
+    labels = np.multiply.outer(ways, rings)
+    nearest = np.abs(labels[..., None] - spots).min(axis=-1).min(axis=-1) if len(rings) and len(spots) else ways.real
+    return complex(ways[int(np.argmax(nearest))])
 
 
 def ratio_gauge(axes: Axes, value: float, quantiles: Mapping[float, float] | None, title: str) -> None:
@@ -217,6 +233,7 @@ def symmetry_scatter(
         axes.plot(*spot, "o", ms=11, color=BLUE, mec="white", mew=1.5)
         right = spot[0] > 0.5
         place: dict[str, Any] = {"ha": "right" if right else "left", "va": "center", "fontweight": "bold"}
+        place |= {"bbox": HALO, "zorder": 6}
         axes.annotate(f"{layer}.{head}", spot, (-10 if right else 10, 0), textcoords="offset points", **place)
     axes.set_xticks([-1, -0.5, 0, 0.5, 1])
     axes.set(
@@ -348,6 +365,7 @@ def null_strip(
         axes.set_xticks([0, 0.5, 1], ["0 %", "percentile", "100 %"])
     axes.set_xlabel("mean rank within layers" if unit == "rank" else "", fontsize=11)
     axes.tick_params(length=0)
+    axes.tick_params(axis="y", pad=9)  # a dot may lie on the edge
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
 
@@ -363,17 +381,28 @@ def partner_bars(axes: Axes, found: pd.DataFrame, side: str, title: str) -> None
         y += 0.95
         for row in rows.to_dict("records"):
             axes.barh(y, row["score"], height=0.66, color=colours.MODES[mode][0], alpha=0.75, lw=0)
-            axes.text(row["score"], y, f" {row['score']:.3f}", va="center", fontsize=11)
+            place: dict[str, Any] = {"va": "center_baseline", "fontsize": 11, "bbox": HALO}
+            axes.annotate(f"{row['score']:.3f}", (row["score"], y), (5, 0), textcoords="offset points", **place)
             labels.append((y, f"{int(row[f'{side}_layer'])}.{int(row[f'{side}_head'])}"))
             y += 0.9
         y += 0.3
     random = float((found["score"] - found["score_above_random"]).iloc[0])
     axes.axvline(random, color=MUTED, lw=1, ls="--")
-    axes.text(random, y - 0.15, f"random {random:.3f}", color=MUTED, fontsize=11, ha="center", va="center")
+    said: dict[str, Any] = {"color": MUTED, "fontsize": 11, "ha": "center", "va": "center", "bbox": HALO}
+    axes.text(random, y - 0.15, f"random {random:.3f}", **said)
     axes.set_yticks([at for at, _ in labels], [label for _, label in labels])
     axes.set(ylim=(y + 0.3, -0.7), xlim=(0, 1.22 * max(float(found["score"].max()), random)), xticks=[], title=title)
     axes.tick_params(length=0)
     axes.spines[["bottom", "left"]].set_visible(False)
+
+
+ATLAS_WIDTH = 240  # points, of an atlas in its figure
+
+
+def _fitting(lines: Sequence[str], width: float) -> float:
+    """The size at which bold capitals fit into a square so many points wide, 10 at most."""
+    longest = max((len(line) for line in lines), default=1)
+    return min(10.0, width / (0.78 * longest), width / (1.15 * max(1, len(lines))))
 
 
 def atlas_grid(axes: Axes, values: np.ndarray, scale: Scale, marks: Mapping[tuple[int, int], str], title: str) -> None:
@@ -388,19 +417,12 @@ def atlas_grid(axes: Axes, values: np.ndarray, scale: Scale, marks: Mapping[tupl
         if not there:
             axes.plot([head - 0.3, head + 0.3], [layer + 0.3, layer - 0.3], color="#b9b9b9", lw=1)
         if (layer, head) in marks:
-            axes.add_patch(Rectangle((head - 0.36, layer - 0.36), 0.72, 0.72, fill=False, ec=ink, lw=1.8))
-            if n_heads <= 16:
-                text = marks[layer, head]
-                axes.text(
-                    head,
-                    layer,
-                    legible(text, 8),
-                    color=ink,
-                    ha="center",
-                    va="center",
-                    fontsize=10 if len(text) < 4 else 7.5,
-                    fontweight="bold",
-                )
+            axes.add_patch(Rectangle((head - 0.39, layer - 0.39), 0.78, 0.78, fill=False, ec=ink, lw=1.6))
+            names = [legible(name, 8) for name in marks[layer, head].split()]
+            size = _fitting(names, 0.64 * ATLAS_WIDTH / n_heads)
+            if size >= 4:
+                place: dict[str, Any] = {"ha": "center", "va": "center", "fontweight": "bold", "linespacing": 1.05}
+                axes.text(head, layer, "\n".join(names), color=ink, fontsize=size, **place)
     axes.set(xlim=(-0.5, n_heads - 0.5), ylim=(n_layers - 0.5, -0.5), aspect="equal", xlabel="head", ylabel="layer")
     axes.set_title(title)
     steps = [max(1, math.ceil(n / 16)) for n in (n_heads, n_layers)]

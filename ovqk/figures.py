@@ -10,28 +10,33 @@ unavailable, never drawn as zero.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
 from ovqk import colours, drawing
 from ovqk.colours import CATEGORIES, VERDICT_COLOURS, Scale, spoken
 from ovqk.comparison import DEPTH_METRICS, relative_depth
-from ovqk.drawing import INK, LINE, MUTED, STYLE, legible, styled
+from ovqk.drawing import HALO, INK, LINE, MUTED, STYLE, legible, styled
 from ovqk.metrics import METRICS
 
 Tables = Mapping[str, pd.DataFrame]
 COLUMNS = 3  # panels beside each other
 HOLLOW = ("untestable", "out_of_scope")  # verdicts that say nothing are drawn as outlines
 STEP = 1.5  # from layer to layer of a circuit
+INCHES = (0.95, 0.76)  # of a circuit's units across and upwards
+CLEARANCE = 0.26  # inches between an arrow and the middle of a head that it passes
 WAYS: dict[str, tuple[Any, float]] = {"q": ("-", -0.12), "k": ((0, (5, 2.5)), 0.0), "v": ((0, (1.2, 1.6)), 0.12)}
 """Of a composition's arrow: its dash and how much it bends."""
 
@@ -42,9 +47,10 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     engine = figure.get_layout_engine()
     with matplotlib.rc_context(STYLE):
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out once, for both files
-        figure.savefig(written[0], metadata={"Date": None}, bbox_inches="tight", pad_inches=0.15)
-        figure.savefig(written[1], dpi=160, metadata={"Software": None}, bbox_inches="tight", pad_inches=0.15)
+        figure.set_layout_engine("none")  # laid out and measured once, for both files
+        box = figure.get_tightbbox().padded(0.15)
+        figure.savefig(written[0], metadata={"Date": None}, bbox_inches=box)
+        figure.savefig(written[1], dpi=160, metadata={"Software": None}, bbox_inches=box)
     figure.set_layout_engine(engine)
     return written
 
@@ -55,6 +61,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 @styled
 def verdict_counts(verdicts: pd.DataFrame) -> Figure:
     """Models x tasks: the claimed heads by verdict, a bar of parts as wide as their shares, each with its count."""
+    _one_cell_each(verdicts, ["model", "task"])
     heads = verdicts[verdicts["kind"] == "head"]
     models, tasks = _names(verdicts, "model"), _names(verdicts, "task")
     figure = Figure(figsize=(2.6 + 2.9 * len(tasks), 1.2 + 0.62 * len(models)), layout="constrained")
@@ -81,7 +88,8 @@ def _count_bar(axes: Axes, y: int, counts: pd.Series) -> None:
         look: Any = {"fc": "white", "ec": colour, "ls": ":"} if hollow else {"fc": colour, "ec": "white"}
         axes.barh(y, share, left=left, height=0.6, lw=1.2, **look)
         ink = MUTED if hollow else "white" if colours.is_dark(colour) else INK
-        axes.text(left + share / 2, y, str(counts[verdict]), ha="center", va="center", color=ink, fontweight="bold")
+        where: Any = {"ha": "center", "va": "center_baseline", "fontweight": "bold"}
+        axes.text(left + share / 2, y, str(counts[verdict]), color=ink, **where)
         left += share
 
 
@@ -104,12 +112,11 @@ def effects(verdicts: pd.DataFrame) -> Figure:
                 axes.plot([row["ci_low"], row["ci_high"]], [y, y], color=colour, lw=2.4, solid_capstyle="round")
             drawing.mark(axes, row["effect"], float(y), row["verdict"], size=10)
         else:
-            axes.text(0, y, "unavailable", va="center", color=MUTED, style="italic", fontsize=12)
+            axes.text(0, y, " unavailable", va="center_baseline", color=MUTED, style="italic", fontsize=12, bbox=HALO)
         said = spoken(row["verdict"]) + (f" ({row['flags']})" if row.get("flags") else "")
         said += f", q {row['q']:.2g}" if _is_number(row["q"]) else ""
-        axes.annotate(
-            said, (1, y), (16, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center"
-        )
+        where: Any = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 12}
+        axes.annotate(said, (1, y), (16, 0), xycoords=("axes fraction", "data"), **where)
     axes.set_yticks(range(len(rows)), labels, color=INK)
     axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.4, -0.6), xlabel="AUC within layer (0.5 is chance)")
     axes.grid(axis="x")
@@ -124,11 +131,11 @@ def depth_curves(heads: pd.DataFrame, metrics: Sequence[str] = DEPTH_METRICS) ->
     there = [name for name in metrics if name in heads and heads[name].notna().any()]
     lines = [(model, _first_with(part, there)) for model, part in _parts(heads, "model")]
     n_rows = max(1, math.ceil(len(there) / COLUMNS))
-    figure = Figure(figsize=(13, 3.5 * n_rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(13, 3.4 * n_rows + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1))
     panels = list(figure.subplots(n_rows, COLUMNS, squeeze=False).flat)
     for axes in panels:
         axes.set_axis_off()
-    for axes, name in zip(panels, there, strict=False):
+    for k, (axes, name) in enumerate(zip(panels, there, strict=False)):
         axes.set_axis_on()
         for place, (_, tables) in enumerate(lines):
             part = tables.get(name)
@@ -146,8 +153,9 @@ def depth_curves(heads: pd.DataFrame, metrics: Sequence[str] = DEPTH_METRICS) ->
         axes.set_ylim(bottom, top if top is not None else 1.05 * float(heads[name].max()))
         axes.grid(axis="y")
         if signed:
-            axes.axhline(0, color=LINE, lw=1)
-        axes.set_xlabel("relative depth")
+            axes.axhline(0, color=LINE, lw=1, zorder=1)
+        if k + COLUMNS >= len(there):  # the lowest of its column
+            axes.set_xlabel("relative depth")
     handles = [Line2D([], [], color=CATEGORIES[k % len(CATEGORIES)], lw=2.4, marker="o") for k in range(len(lines))]
     figure.legend(handles, [legible(model) for model, _ in lines], loc="outside upper center", ncols=min(6, len(lines)))
     return figure
@@ -164,7 +172,9 @@ def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None
 
     Raises:
         KeyError: there is no such metric.
+        ValueError: a model has several cells.
     """
+    _one_cell_each(heads, ["model"])
     scale = Scale.of(metric, heads.get(metric, []))
     every = list(_parts(heads, "model"))
     parts = [(model, part) for model, part in every if metric in part and part[metric].notna().any()]
@@ -182,10 +192,21 @@ def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None
         drawing.atlas_grid(axes, grid, scale, _marks(verdicts, model, shorts), legible(model, 24))
     if parts:
         _colour_bar(figure, panels, scale, METRICS[metric].title)
-    lines = ["    ".join(f"{short}  {spoken(role)}" for role, short in shorts.items())] if shorts else []
+    lines = _wrapped([f"{short}  {spoken(role)}" for role, short in shorts.items()], 48 * columns)
     lines += [f"unavailable: {', '.join(absent)}"] if absent else []
     figure.supxlabel("\n".join(legible(line, 200) for line in lines), fontsize=12, color=MUTED)
     return figure
+
+
+def _wrapped(parts: Iterable[str], most: int) -> list[str]:
+    """Parts beside each other, in lines of so many letters."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 4 + len(part) <= most:
+            lines[-1] += f"    {part}"
+        else:
+            lines.append(part)
+    return lines
 
 
 def _marks(verdicts: pd.DataFrame | None, model: str, shorts: Mapping[str, str]) -> dict[tuple[int, int], str]:
@@ -246,14 +267,23 @@ def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> 
         axes.text(x, top + 0.97, spoken(together.get(role, "")), ha="center", va="top", color=MUTED, fontsize=11)
     _edges(axes, spots, composition)
     for row in home.to_dict("records"):
-        _node(axes, *spots[row["layer"], row["head"]], f"{row['layer']}.{row['head']}", row["verdict"])
+        x, y = spots[row["layer"], row["head"]]
+        _node(axes, x, y, f"{row['layer']}.{row['head']}", row["verdict"])
+        mine = heads[(heads["layer"] == row["layer"]) & (heads["head"] == row["head"]) & (heads["role"] != row["role"])]
+        if len(mine):
+            also = legible("also " + ", ".join(map(spoken, mine["role"])), 60)
+            above = row["layer"] == layers[-1]  # where no arrow leaves, and below none that arrives
+            where: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 10, "bbox": HALO}
+            where |= {"va": "bottom" if above else "top", "color": MUTED, "zorder": 4}
+            axes.annotate(also, (x, y), (0, 21 if above else -20), **where)
     axes.set(xlim=(-0.4, width), ylim=(-0.8, top + 1.6))
     axes.set_axis_off()
     _verdict_legend(figure, heads["verdict"])
     return figure
 
 
-Spots = dict[tuple[int, int], tuple[float, float]]
+Spot = tuple[float, float]
+Spots = dict[tuple[int, int], Spot]
 """(layer, head) -> where it is drawn."""
 
 
@@ -282,7 +312,7 @@ def _node(axes: Axes, x: float, y: float, label: str, verdict: str) -> None:
     size = 11 if len(label) < 5 else 9
     axes.text(x, y, label, ha="center", va="center", fontsize=size, fontweight="bold", zorder=5)
     if not hollow:
-        drawing.mark(axes, x + 0.3, y + 0.36, verdict, size=7)
+        drawing.mark(axes, x, y, verdict, size=7, shift=(14.5, 14.5))
 
 
 def _edges(axes: Axes, spots: Spots, composition: pd.DataFrame | None) -> None:
@@ -292,26 +322,63 @@ def _edges(axes: Axes, spots: Spots, composition: pd.DataFrame | None) -> None:
     ends = [f"{end}_{part}" for end in ("sender", "receiver") for part in ("layer", "head")]
     rows = composition[composition["score_above_random"] > 0].drop_duplicates(["mode", *ends])
     found = []
-    for row in rows.sort_values("score_above_random", kind="stable").to_dict("records"):
+    for row in rows.sort_values("score_above_random", ascending=False, kind="stable").to_dict("records"):
         layers_and_heads = [int(row[end]) for end in ends]
         sender, receiver = (spots.get((layers_and_heads[k], layers_and_heads[k + 1])) for k in (0, 2))
         if sender and receiver:
             found.append((sender, receiver, row["mode"], row["score_above_random"]))
+    taken: dict[tuple[Spot, Spot], list[float]] = defaultdict(list)
     for sender, receiver, mode, above in found:
         dash, bend = WAYS[mode]
-        width = 0.8 + 4 * above / found[-1][-1]
+        others = [spot for spot in spots.values() if spot not in (sender, receiver)]
+        bend = _clear_bend(sender, receiver, bend, others, taken[sender, receiver])
+        taken[sender, receiver].append(bend)
+        width = 0.8 + 4 * above / found[0][-1]
         arrow = FancyArrowPatch(
             sender, receiver, arrowstyle="-|>", mutation_scale=12, shrinkA=17, shrinkB=17, lw=width, ls=dash,
-            alpha=0.8, zorder=2, color=colours.MODES[mode][0], connectionstyle=f"arc3,rad={bend}",
+            alpha=0.8, zorder=2 + above / found[0][-1], color=colours.MODES[mode][0],
+            connectionstyle=f"arc3,rad={bend}",
         )  # fmt: skip
         axes.add_patch(arrow)
     if found:
-        handles = [Line2D([], [], color=colours.MODES[mode][0], ls=WAYS[mode][0], lw=2.4) for mode in WAYS]
-        names = [drawing.MODE_NAMES[mode] for mode in WAYS]
+        modes = [mode for mode in WAYS if any(mode == other for _, _, other, _ in found)]
+        handles = [Line2D([], [], color=colours.MODES[mode][0], ls=WAYS[mode][0], lw=2.4) for mode in modes]
+        names = [drawing.MODE_NAMES[mode] for mode in modes]
         axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3)
 
 
+def _clear_bend(start: Spot, end: Spot, bend: float, others: Sequence[Spot], taken: Sequence[float]) -> float:
+    """The bend nearest to the one wanted with which an arrow passes no other head; what passes best where none does.
+
+    Bends that are taken, by arrows of other kinds between the same heads, are left to them.
+    """
+    turns = (0, 0.12, -0.12, 0.24, -0.24, 0.36, -0.36)
+    bends = [bend + turn for turn in turns if all(abs(bend + turn - other) > 0.06 for other in taken)]
+    if not others:
+        return bends[0]
+    (x, y), (dx, dy) = (start[k] * INCHES[k] for k in (0, 1)), ((end[k] - start[k]) * INCHES[k] for k in (0, 1))
+    along = np.linspace(0.08, 0.92, 24)
+    heads = np.array([complex(a * INCHES[0], b * INCHES[1]) for a, b in others])
+    clear = []
+    for one in bends:
+        middle = complex(x + dx / 2 + one * dy, y + dy / 2 - one * dx)  # of Matplotlib's arc3
+        curve = (1 - along) ** 2 * complex(x, y) + 2 * along * (1 - along) * middle + along**2 * complex(x + dx, y + dy)
+        clear.append(float(np.abs(np.subtract.outer(curve, heads)).min()))
+    free = [one for one, gap in zip(bends, clear, strict=True) if gap >= CLEARANCE]
+    return free[0] if free else bends[int(np.argmax(clear))]
+
+
 # --- small helpers -------------------------------------------------------------------------------------------
+
+
+def _one_cell_each(table: pd.DataFrame, keys: list[str]) -> None:
+    """Refuse what would be drawn as one: cells of another seed, processing or analysis."""
+    if not {"cell_id", *keys} <= set(table):
+        return
+    n_cells = table.groupby(keys, sort=False)["cell_id"].nunique()
+    for place in n_cells.index[n_cells > 1]:
+        name = " / ".join([place] if isinstance(place, str) else place)
+        raise ValueError(f"{name}: of {n_cells[place]} cells; choose one, or tell them apart by `model`")
 
 
 def _is_number(value: Any) -> bool:

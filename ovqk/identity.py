@@ -165,7 +165,7 @@ def plain(config: Any) -> dict[str, Any]:
     return {key: simple(value) for key, value in asdict(config).items()}
 
 
-def tracking_mode(config: Config, wandb_mode: str | None) -> TrackingMode:
+def tracking_mode(config: Config | DictConfig, wandb_mode: str | None) -> TrackingMode:
     """`tracking=none` always wins, else WANDB_MODE, else the config.
 
     Raises:

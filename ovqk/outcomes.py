@@ -7,7 +7,7 @@ for each cell that has ended. A cell that left none was killed by the system, or
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ovqk.record import write_json
 
@@ -27,6 +27,7 @@ class Outcome:
         error: of a failed cell, what went wrong.
         traceback: of a failed cell, where that is a defect.
         warning: what went wrong and did not cost the result: its W&B run.
+        tracking: how it is tracked: mode, project and entity.
     """
 
     status: Status
@@ -38,6 +39,7 @@ class Outcome:
     error: str | None = None
     traceback: str | None = None
     warning: str | None = None
+    tracking: dict[str, str | None] | None = None
 
     @property
     def name(self) -> str:
@@ -52,17 +54,24 @@ class Outcomes:
         self.folder = folder
         self._read: dict[int, Outcome] = {}
 
-    def begin(self, cells: list[list[str]] | None) -> None:
-        """Note the cells to expect, each by its overrides, and forget those of an earlier sweep in the same folder."""
+    def begin(self, name: str, cells: list[list[str]] | None) -> None:
+        """Note the sweep's name and the cells to expect, each by its overrides, and forget what an earlier one left."""
         (self.folder / ENDED).mkdir(parents=True, exist_ok=True)
         for earlier in (self.folder / ENDED).iterdir():
             earlier.unlink(missing_ok=True)
-        write_json(self.folder / EXPECTED, {"cells": cells})
+        write_json(self.folder / EXPECTED, {"name": name, "cells": cells})
+
+    def name(self) -> str:
+        """The sweep's name."""
+        return str(self._begun()["name"])
 
     def expected(self) -> list[list[str]] | None:
         """The overrides of the cells to expect, by number; None where the sweeper decides as it goes."""
-        cells: list[list[str]] | None = json.loads((self.folder / EXPECTED).read_text(encoding="utf-8"))["cells"]
+        cells: list[list[str]] | None = self._begun()["cells"]
         return cells
+
+    def _begun(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / EXPECTED).read_text(encoding="utf-8")))
 
     def details(self) -> dict[int, str]:
         """By number, what tells a cell from others of one model, task and analysis: overrides like seed=1."""

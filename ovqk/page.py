@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -20,7 +21,7 @@ import pandas as pd
 
 from ovqk import colours, thinning
 from ovqk.colours import Scale, short_names, spoken
-from ovqk.comparison import DEPTH_METRICS
+from ovqk.comparison import DEPTH_METRICS, differences
 from ovqk.metrics import METRICS
 from ovqk.record import read_record
 from ovqk.results import cell_folders, load_table
@@ -72,7 +73,17 @@ class Cell:
     @property
     def weights(self) -> str:
         """What was analysed: cells of the same weights and processing share all that no task enters."""
-        return f"{str(self.record['provenance'].get('weights_digest'))[:16]} {self.record['processing']['applied']}"
+        return f"{self.digest[:16]} {self.record['processing']['applied']}"
+
+    @property
+    def variant(self) -> tuple[str, str]:
+        """Processing and seed, for the order of cells that differ in nothing else."""
+        return str(self.record["processing"].get("applied")), f"{self.record['seed']:>6}"
+
+    @property
+    def digest(self) -> str:
+        """Of the weights' files."""
+        return str(self.record["provenance"].get("weights_digest"))
 
     def print_of(self, name: str) -> tuple[str, int]:
         """A fingerprint of a table: cells of the same weights mostly hold the same, which is then thinned once."""
@@ -124,8 +135,45 @@ def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
             continue
         cells.append(Cell(folder, record, tables))
     rank = {name: place for place, name in enumerate(ANALYSES)}
-    cells.sort(key=lambda cell: (*cell.place, rank.get(cell.record["analysis"], len(rank)), cell.folder))
+    cells.sort(key=lambda cell: (*cell.place, rank.get(cell.record["analysis"], len(rank)), *cell.variant, cell.folder))
     return cells, failures
+
+
+def labels(cells: Sequence[Cell]) -> list[str]:
+    """What each cell's model is called: its name, and in brackets what tells it from others of its model and task."""
+    told_apart = differences([cell.record for cell in cells])
+    found = [
+        _named(cell.record["model"], [text.replace("processing=", "")])
+        for cell, text in zip(cells, told_apart, strict=True)
+    ]
+    judged = Counter((label, cell.place) for label, cell in zip(found, cells, strict=True) if "verdicts" in cell.tables)
+    return [
+        _named(label, [cell.record["analysis"] if judged[label, cell.place] > 1 else ""])
+        for label, cell in zip(found, cells, strict=True)
+    ]
+
+
+def weights_labels(cells: Sequence[Cell]) -> list[str]:
+    """The same of what no task enters: the model's name, with its weights and processing where it has several."""
+    digests, kinds = defaultdict(set), defaultdict(set)
+    for cell in cells:
+        digests[cell.record["model"]].add(cell.digest)
+        kinds[cell.record["model"]].add(cell.record["processing"]["applied"])
+    return [
+        _named(
+            cell.record["model"],
+            [
+                cell.digest[:8] if len(digests[cell.record["model"]]) > 1 else "",
+                cell.record["processing"]["applied"] if len(kinds[cell.record["model"]]) > 1 else "",
+            ],
+        )
+        for cell in cells
+    ]
+
+
+def _named(model: str, parts: Iterable[str]) -> str:
+    more = " ".join(filter(None, parts))
+    return f"{model} ({more})" if more else model
 
 
 # --- one page ------------------------------------------------------------------------------------------------
@@ -217,7 +265,8 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
         },
         "cells": [
             _cell(cell, name, beside, detail, pool, _marked(cells, cell), made)
-            for cell, name in zip(cells, names, strict=True)
+            | {"label": label, "weights_label": weights_label}
+            for cell, name, label, weights_label in zip(cells, names, labels(cells), weights_labels(cells), strict=True)
         ],
         "failures": [vars(failure) for failure in failures],
         "detail": vars(detail),

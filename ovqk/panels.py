@@ -121,6 +121,7 @@ def run_config(record: dict[str, Any]) -> dict[str, Any]:
     coordinates = {key: record[key] for key in ("model", "task", "analysis", "seed", "cell_id", "sweep")}
     more = {
         "processing": record["processing"]["applied"],
+        "embedding": record["provenance"]["config"]["analysis"]["embedding"],
         "loaded_by": record["loaded_by"],
         "weights_digest": record["provenance"]["weights_digest"],
         "n_layers": record["summary"]["n_layers"],

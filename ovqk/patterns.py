@@ -5,7 +5,8 @@ qk_simple    few QK components (90 % of the energy in a quarter of d_head), and 
 ov_flat      the OV energy is spread as in a product of random weights of the same shape: no one role to assign
 both_align   an OV and a QK prediction hold
 
-Exploratory predictions decide none of them; the evidence names those that hold, as uncorrected.
+Exploratory predictions decide none of them, nor do those that hold against `frame` alone, which any trained head may
+beat: the evidence names both, and what they are.
 """
 
 import math
@@ -38,12 +39,12 @@ def head_patterns(
         rows: the rows of tests.parquet about it.
     """
     held = _holding(rows)
-    ov, qk = (any(name.startswith(c) and not held[name] for name in held) for c in ("ov", "qk"))
+    ov, qk = (any(name.startswith(c) and not held[name] for name in held) for c in ("ov", "qk"))  # without reserve
     rank, spread = (float(values[name][head]) for name in ("qk_rank90", "ov_effective_rank_energy"))
     least = iid_effective_rank(*shape) if math.isfinite(spread) else math.nan
     evidence = []
     if held:
-        evidence.append("holds: " + ", ".join(n + (" (exploratory, uncorrected)" if held[n] else "") for n in held))
+        evidence.append("holds: " + ", ".join(n + (f" ({held[n]})" if held[n] else "") for n in held))
     if math.isfinite(rank):
         evidence.append(f"QK: {rank:.0f} of {shape[1]} components for 90 %, sigma_2 / sigma_1 = {second:.2f}")
     if math.isfinite(spread):
@@ -57,15 +58,16 @@ def head_patterns(
     }
 
 
-def _holding(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """Metric -> whether it is exploratory, of the predictions that hold under every null that could decide."""
-    found: dict[str, bool] = {}
+def _holding(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Metric -> with what reserve (mostly none), of the predictions that hold under every null that could decide."""
+    found: dict[str, str] = {}
     for metric in dict.fromkeys(row["metric"] for row in rows if row["metric"] in METRICS):
         mine = [row for row in rows if row["metric"] == metric and row["testable"]]
         exploratory = all(row["exploratory"] for row in mine)
         deciding = [row for row in mine if row["counts"] or (exploratory and row["null"] in ("depth", "frame"))]
         if deciding and all((row["p"] if exploratory else row["q"]) < ALPHA for row in deciding):
-            found[metric] = exploratory
+            alone = all(row["null"] == "frame" for row in deciding)
+            found[metric] = ", ".join(["exploratory, uncorrected"] * exploratory + ["against frame alone"] * alone)
     return found
 
 

@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ovqk import drawing
-from ovqk.colours import VERDICT_COLOURS, spoken
+from ovqk.colours import spoken
 from ovqk.drawing import INK, MUTED, legible, styled
 from ovqk.metrics import METRICS
 
@@ -94,7 +95,7 @@ def null_strips(tables: Tables, layer: int | None, head: int | None, role: str |
     """
     groups = _strips(tables, layer, head, role)
     heights = [0.42 * len(rows) + 0.75 for _, _, rows in groups] or [1]
-    figure = Figure(figsize=(11, sum(heights) + 0.3), layout="constrained")
+    figure = Figure(figsize=(11, sum(heights) + 0.3 + 0.12 * len(heights)), layout=ConstrainedLayoutEngine(h_pad=0.1))
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_strips(panels, tables, groups)
     return figure
@@ -129,7 +130,7 @@ def sheet(tables: Tables, layer: int, head: int, title: str = "", reasons: Mappi
         "partners": 1.3 + 0.32 * max(len(found) for found in _partners_of(tables, layer, head)),
     }
     parts |= {"nulls": tall + 0.5} if strips else {}
-    figure = Figure(figsize=(17, sum(parts.values())), layout="constrained")
+    figure = Figure(figsize=(17, sum(parts.values())), layout=ConstrainedLayoutEngine(h_pad=0.09))
     made = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=list(parts.values()))[:, 0]
     bands = dict(zip(parts, made, strict=True))
     _heading(bands["head"], f"Head {layer}.{head}" + (f"   {title}" if title else ""), verdicts)
@@ -172,10 +173,9 @@ def _heading(band: SubFigure, title: str, verdicts: list[dict[str, Any]]) -> Non
     axes.set(xlim=(0, 1), ylim=(-0.5 - max(1, len(verdicts)), 0.6))
     axes.text(0, 0, legible(title, 80), fontsize=22, fontweight="bold", va="center")
     for y, row in enumerate(verdicts, start=1):
-        colour = VERDICT_COLOURS[row["verdict"]][0]
         drawing.mark(axes, 0.006, -float(y), row["verdict"], size=10)
         said = f"{spoken(row['role'])}: {spoken(row['verdict'])}" + (f" ({row['flags']})" if row["flags"] else "")
-        axes.text(0.02, -y, legible(said, 100), va="center", color=colour, fontsize=14)
+        axes.text(0.02, -y, legible(said, 100), va="center", fontsize=14)
     if not verdicts:
         axes.text(0, -1, "not claimed for this task", va="center", color=MUTED, fontsize=14)
 
@@ -275,8 +275,8 @@ def _partners(panels: Any, tables: Tables, layer: int, head: int) -> None:
         if len(found):
             drawing.partner_bars(axes, found, side, title)
         else:
-            absent = tables.get("composition") is None
-            drawing.empty(axes, title, "no composition was computed" if absent else "none of the pairs kept")
+            why = "no composition was computed" if tables.get("composition") is None else "none of the pairs kept"
+            drawing.empty(axes, title, "no head comes before it" if (side, layer) == ("sender", 0) else why)
 
 
 # --- nulls ---------------------------------------------------------------------------------------------------

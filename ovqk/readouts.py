@@ -117,13 +117,16 @@ class EffectiveRows:
 
     def __call__(self, ids: Int[Tensor, "*word"], kind: str) -> Float[Tensor, "*word d_model"]:
         """Rows of these tokens; `kind`: `token` or `block0`, or `write`: columns of W_U, not normalised."""
+        if self._ids is None and ids.dim() > 1:  # many draws of a few words
+            few, place = ids.unique(return_inverse=True)
+            return self._compute(few, kind)[place]
         if self._ids is None:
             return self._compute(ids, kind)
         if kind not in self._rows:
             self._rows[kind] = self._compute(self._ids, kind)
         return self._rows[kind][torch.searchsorted(self._ids, ids).to(self._rows[kind].device)]
 
-    def _compute(self, ids: Int[Tensor, "*word"], kind: str) -> Float[Tensor, "*word d_model"]:
+    def _compute(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
         if kind == WRITE:
             if self.vocabulary.W_U_rows is None:
                 raise ValueError("what words write needs an unembedding")
@@ -168,9 +171,9 @@ class Readout:
         """
         return Readout(Variable.stacked(variables), self.effective, self.embedding, like=self)
 
-    def of_some(self, variable: Variable) -> "Readout":
-        """The same readout of some of the words, with the same band."""
-        return Readout(variable, self.effective, self.embedding, origins=self._origins)
+    def of_some(self, variables: Sequence[Variable]) -> "Readout":
+        """The same readout of some of the words, of all these choices at once ([draw, head]), with the same band."""
+        return Readout(Variable.stacked(variables), self.effective, self.embedding, origins=self._origins)
 
     def kind(self, layer: int) -> str:
         """`token` or `block0`: the effective embedding that a layer's readouts use."""

@@ -18,18 +18,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 import yaml
 from filelock import FileLock
 
-from ovqk.analyses import Analysis
-from ovqk.checkpoints import Checkpoint
 from ovqk.config import Config
 from ovqk.errors import UserError
 from ovqk.identity import SCHEMA_VERSION, plain
+
+if TYPE_CHECKING:  # who reads records, as `load_results` and the report do, waits for no torch
+    import ovqk.analyses
+    import ovqk.checkpoints
 
 RECORD = "record.json"
 TRACKING = "tracking.json"
@@ -97,9 +98,9 @@ def write_done(
     config: Config,
     identity: dict[str, Any],
     identifier: str,
-    checkpoint: Checkpoint,
+    checkpoint: "ovqk.checkpoints.Checkpoint",
     loaded_by: str,
-    analysis: Analysis,
+    analysis: "ovqk.analyses.Analysis",
     seconds: float,
 ) -> dict[str, Any]:
     """Write a cell's tables, its config and then its record; returns the record.
@@ -171,12 +172,17 @@ def cell_yaml(config: Config) -> str:
     content = plain(config)
     for key in ("results_dir", "force", "sweep", "cache", "cache_dir", "cache_gb"):
         content.pop(key)
-    defaults = {"defaults": ["schema", "settings", "_self_"]}
+    tracking = content["tracking"].pop("mode")  # as a choice of its group, so that tracking=none takes its place
+    defaults = {"defaults": ["schema", "settings", {"tracking": tracking}, "_self_"]}
     return yaml.safe_dump(defaults | content, sort_keys=False, allow_unicode=True, width=110)
 
 
-def provenance(config: Config, identity: dict[str, Any], checkpoint: Checkpoint, seconds: float) -> dict[str, Any]:
+def provenance(
+    config: Config, identity: dict[str, Any], checkpoint: "ovqk.checkpoints.Checkpoint", seconds: float
+) -> dict[str, Any]:
     """What is needed to say where the numbers came from: weights, identity, config, versions, code, cost."""
+    import torch
+
     commit, dirty = _git()
     return {
         "weights_digest": checkpoint.digest,

@@ -39,18 +39,23 @@ def load_results(
 
     Raises:
         FileNotFoundError: one of the places does not exist or holds no done cell.
-        ValueError: none of the cells has one of the tables.
+        ValueError: no place is given, none of the cells has one of the tables, or a file cannot be read.
     """
     if isinstance(tables, str):
         raise ValueError(f"tables={tables!r}: must be a list of names, as ['{tables}']")
     rows: list[dict[str, Any]] = []
     parts: dict[str, list[pa.Table]] = {}
     for folder, record in _done_cells(places):
-        rows.append(_row(folder, record))
+        try:
+            rows.append(_row(folder, record))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder / RECORD}: no record of this version ({error} is not there)") from error
         for path in sorted(folder.glob("*.parquet")):
             if tables is None or path.stem in tables:
-                table = pq.ParquetFile(path, memory_map=True).read(use_threads=False)
+                table = _read(path)
                 parts.setdefault(path.stem, []).append(_with_coordinates(table, rows[-1]))
+    if not rows:
+        raise ValueError("places: none is given; a results folder, or several")
     versions = sorted({row["schema_version"] for row in rows})
     if len(versions) > 1:
         warnings.warn(
@@ -79,9 +84,16 @@ def _done_cells(places: str | Path | Iterable[str | Path]) -> Iterator[tuple[Pat
             found = f"none of its {len(folders)} cells is done" if folders else "no MODEL/TASK/ANALYSIS-ID folders"
             raise FileNotFoundError(f"{place}: no results: {found}")
         for folder, record in done:
-            if record["cell_id"] not in seen:
-                seen.add(record["cell_id"])
+            if record.get("cell_id", folder) not in seen:
+                seen.add(record.get("cell_id", folder))
                 yield folder, record
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.ParquetFile(path, memory_map=True).read(use_threads=False)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: cannot be read ({error}); force=true computes the cell again") from error
 
 
 def _row(folder: Path, record: dict[str, Any]) -> dict[str, Any]:

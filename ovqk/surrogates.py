@@ -145,7 +145,7 @@ def _kept(n: int, share: float, rng: random.Random) -> list[int]:
 
 
 def _picked(words: WordSet, kept: Sequence[int]) -> WordSet:
-    return WordSet([words.words[i] for i in kept], words.ids[list(kept)])
+    return WordSet([words.words[i] for i in kept], words.ids[torch.tensor(kept)])
 
 
 def _halved(variable: Variable, rng: random.Random) -> Variable:

@@ -4,7 +4,9 @@ Hydra's launchers run the cells, in this process, in others or on other machines
 returns; where the system kills one, the launcher gives up, and the end is told here all the same.
 """
 
+import hashlib
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -16,6 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
+    from ovqk.outcomes import Outcomes
     from ovqk.progress import SweepProgress
 
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ended
@@ -24,21 +27,71 @@ EXTRAS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "sl
 """Hydra's launchers that are packages of their own, and ovqk's extras that install them."""
 
 
-class RunningSweep:
-    """The sweep of this process, from its start to its end."""
+LOCAL = (
+    "results_dir",
+    "sweep",
+    "tracking",
+    "force",
+    "device",
+    "hub_timeout",
+    "cache",
+    "cache_dir",
+    "cache_gb",
+    "hydra",
+)
+"""Keys that say how a sweep is run and not what it computes."""
+MAX_NAME = 120  # letters of a sweep's name
 
-    def __init__(self, folder: Path, results_dir: Path, progress: "SweepProgress") -> None:
-        self.folder, self.results_dir, self.progress = folder, results_dir, progress
+
+class RunningSweep:
+    """The sweep of this process, from its start to its end.
+
+    Attributes:
+        outcomes: of its cells, in its folder.
+        results_dir: where the results are.
+        progress: what was printed of it.
+        elsewhere: whether its cells run in other processes, or on other machines.
+    """
+
+    def __init__(self, outcomes: "Outcomes", results_dir: Path, progress: "SweepProgress", elsewhere: bool) -> None:
+        self.outcomes, self.results_dir, self.progress, self.elsewhere = outcomes, results_dir, progress, elsewhere
 
     def end(self) -> int:
         """Print the comparison and the count; returns the exit status."""
         from ovqk import console
 
         self.progress.stop()
-        outcomes, expected = self.progress.outcomes.all(), self.progress.expected
+        outcomes, expected = self.outcomes.all(), self.progress.expected
         console.print_sweep(outcomes, expected, self.progress.details, self.results_dir)
         finished = [outcome for outcome in outcomes.values() if outcome.status != "failed"]
         return int(len(finished) < max(len(expected or ()), len(outcomes)))
+
+    def track(self) -> None:
+        """Make the sweep's own W&B run, where all its cells are tracked alike; what goes wrong is one warning."""
+        done = [outcome for outcome in self.outcomes.all().values() if outcome.folder]
+        tracking = done[0].tracking if done else None
+        if tracking is None or tracking["mode"] == "none" or any(outcome.tracking != tracking for outcome in done):
+            return
+        from ovqk.config import TrackingMode
+        from ovqk.overview import sweep_folder
+        from ovqk.record import read_tracking
+        from ovqk.runs import Destination
+        from ovqk.tracking import track_sweep
+
+        destination = Destination(
+            self.results_dir, TrackingMode(tracking["mode"]), str(tracking["project"]), tracking["entity"]
+        )
+        try:
+            warning = track_sweep(self.outcomes.name(), [Path(str(outcome.folder)) for outcome in done], destination)
+        except OSError as error:
+            warning = f"the sweep's own run, of all its cells, was not made ({error})"
+        if warning:
+            print(f"warning: W&B: {warning}", file=sys.stderr)
+            return
+        state = read_tracking(sweep_folder(self.results_dir, self.outcomes.name()))
+        if state["status"] == "done":
+            place = state.get("url") or self.results_dir / state.get("directory", "wandb")
+            print(f"W&B: the sweep's own run: {place}")
 
 
 running: RunningSweep | None = None
@@ -50,31 +103,30 @@ class SweepCallback(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse an unusable results folder before Hydra makes folders in it."""
-        _check_results_dir(config)
+        _check(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """The same, note which cells the overrides expand to, and look out for those that end.
 
         Raises:
-            SystemExit: the results folder cannot be used.
+            SystemExit: the results folder cannot be used, or WANDB_MODE is unknown.
         """
         global running
-        _check_results_dir(config)
+        _check(config)
         from ovqk.cell import runs_here
         from ovqk.outcomes import Outcomes
         from ovqk.progress import SweepProgress
 
-        folder = _settle_sweep_dir(config)
-        outcomes = Outcomes(folder)
+        outcomes, elsewhere = Outcomes(_settle_sweep_dir(config)), not runs_here(config.hydra)
         try:
-            outcomes.begin(expected_cells(config))
+            outcomes.begin(config.sweep or sweep_name(config), expected_cells(config))
         except OSError as error:
             raise SystemExit(f"ovqk: results_dir={config.results_dir}: {error.strerror or error}") from None
-        running = RunningSweep(folder, Path(config.results_dir), SweepProgress(outcomes))
+        running = RunningSweep(outcomes, Path(config.results_dir), SweepProgress(outcomes), elsewhere)
         cells = running.progress.expected
         if cells is not None:  # Hydra composes each of them before the first begins
             print(f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}", flush=True)
-        if not runs_here(config.hydra):
+        if elsewhere:
             _prepare_workers()
             running.progress.watch()
 
@@ -94,6 +146,7 @@ class SweepCallback(Callback):
         assert sweep is not None
         try:
             status = sweep.end()
+            sweep.track()
         except Exception as error:
             raise SystemExit(f"ovqk: the end of the sweep: {type(error).__name__}: {error}") from error
         if status:
@@ -119,10 +172,11 @@ def end_early(error: BaseException) -> None:
         _wait_for_the_others(error)
     status = sweep.end()
     if stopped:
-        raise SystemExit(_said("interrupted; cells that a cluster has taken go on there.", INTERRUPTED)) from None
+        more = " Cells that a cluster has taken go on there." if sweep.elsewhere else ""
+        raise SystemExit(_said(f"interrupted.{more}", INTERRUPTED)) from None
     if status == 0:  # it gave up at a cell that had ended
         raise SystemExit(0) from None
-    words = sweep.folder / LAUNCHER_ERROR
+    words = sweep.outcomes.folder / LAUNCHER_ERROR
     with words.open("w", encoding="utf-8") as file:
         file.writelines(traceback.format_exception(error))
     first = (str(error).strip().splitlines() or [""])[0]
@@ -166,9 +220,24 @@ def expected_cells(config: DictConfig) -> list[list[str]] | None:
 
     if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
         return None
-    parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create().parse_overrides(parameters + list(config.hydra.overrides.task))
+    overrides = OverridesParser.create().parse_overrides(_sweep_overrides(config))
     return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+
+
+def sweep_name(config: DictConfig) -> str:
+    """What a sweep is called that was given no name: what it computes, so that the same command is the same sweep."""
+    chosen = {each.split("=", 1)[0]: each for each in _sweep_overrides(config)}  # the command line's come last
+    name = " ".join(each for key, each in chosen.items() if re.split("[.@]", key.lstrip("+~"))[0] not in LOCAL)
+    name = name or "one cell"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 9]} {digest}"
+
+
+def _sweep_overrides(config: DictConfig) -> list[str]:
+    """Those of the sweep's file and then those of the command line."""
+    params = config.hydra.sweeper.get("params")
+    swept = params.items() if isinstance(params, DictConfig) else ()  # a sweeper of another kind may have a list
+    return [f"{key!s}={value}" for key, value in swept] + list(config.hydra.overrides.task)
 
 
 def _settle_sweep_dir(config: DictConfig) -> Path:
@@ -188,11 +257,14 @@ def _prepare_workers() -> None:
     warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
 
 
-def _check_results_dir(config: DictConfig) -> None:
+def _check(config: DictConfig) -> None:
+    """Refuse what would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import check_results_dir
     from ovqk.errors import UserError
+    from ovqk.identity import tracking_mode
 
     try:
         check_results_dir(Path(str(config.results_dir)))
+        tracking_mode(config, os.environ.get("WANDB_MODE"))
     except UserError as error:
         raise SystemExit(f"ovqk: {error}") from None

@@ -26,14 +26,17 @@ HEAD_COLUMNS = (
     ("OV align", "ov_task_alignment"),
     ("QK align", "qk_key_alignment"),
 )
+SIDES = {"OV align": "writing", "QK align": "key"}
+"""Columns of alignment -> the side that they are of."""
 
 
 def candidate_table(candidates: pd.DataFrame) -> Table:
     """The strongest candidates; roles that the same heads stand for by the same metric are one."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("candidates for", "ranked by", "head", "value", "in layer", "q nearby", "p frame, all"):
-        table.add_column(title, justify="left" if title in ("candidates for", "ranked by") else "right")
     shown = candidates[candidates["ranked"] & (candidates["rank"] <= SHOWN_CANDIDATES)]
+    words = ["p words, all"] if shown["p_words_all"].notna().any() else []
+    for title in ("candidates for", "ranked by", "head", "value", "in layer", "q nearby", "p frame, all", *words):
+        table.add_column(title, justify="left" if title in ("candidates for", "ranked by") else "right")
     same: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
     for role, rows in shown.groupby("role", sort=False):
         key = tuple(rows[["metric", "prediction", "partners", "layer", "head"]].itertuples(index=False, name=None))
@@ -50,6 +53,7 @@ def candidate_table(candidates: pd.DataFrame) -> Table:
                 percent(row["percentile"]),
                 rounded(row["q_depth"], digits=3),
                 rounded(row["p_frame_all"], digits=3),
+                *[rounded(row["p_words_all"], digits=3) for _ in words],
             )
     return table
 
@@ -99,13 +103,15 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
     return table
 
 
-def reasons(verdicts: pd.DataFrame) -> Iterable[str]:
-    """How to read the table, and why claims could not be tested, each reason once."""
+def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Iterable[str]:
+    """How to read the table, and why verdicts are as they are where that needs to be said, each reason once."""
     yield ""
-    yield (
-        "position: share of the QK score's variance that is positional. OV align, QK align: writing and key side in "
-        "the task's subspace, 1 by chance."
-    )
+    titles = [title for title, _ in shown_columns(heads)]
+    legend = ["position: share of the QK score's variance that is positional."] if "position" in titles else []
+    if sides := {title: side for title, side in SIDES.items() if title in titles}:
+        legend.append(f"{', '.join(sides)}: {' and '.join(sides.values())} side in the task's subspace, 1 by chance.")
+    if legend:
+        yield " ".join(legend)
     yield (
         "primary: value of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). "
         "percentile: among unclaimed heads of the layer; where ↓ is predicted, 0% is the strongest."

@@ -5,7 +5,7 @@ the claimed heads' maps (few), metric values under resampled words, and, where a
 circuits that compose. `ClaimTests.rows` then draws the nulls.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ from ovqk.nulls import (
 from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, HeadMaps, Readout, full_circuit_ratio
 from ovqk.spectra import Decomposition
 from ovqk.statistics import monte_carlo
-from ovqk.surrogates import CHUNK_ELEMENTS, STAGES, FrameDraws, draw_words, subsamples
+from ovqk.surrogates import CHUNK_ELEMENTS, STAGES, FrameDraws, WordDraws, draw_words, subsamples
 from ovqk.tasks import Variable
 
 RESAMPLES = 1000  # of source tokens, for an interval
@@ -84,7 +84,7 @@ class ClaimTests:
         self.frames: dict[tuple[Head, Form], FrameDraws] = {}
         readout = self.model.readout
         self.weights: NDArray[np.float64] | None = None
-        self.some = []
+        self.some: list[Readout] = []
         if readout is None or not self.claims.heads:
             return
         if self.wanted & set(SET_METRICS):
@@ -93,7 +93,7 @@ class ClaimTests:
             self.weights = generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
         if self.wanted & set(SUBSPACE_METRICS):
             drawn = subsamples(readout.variable, SUBSAMPLES, SUBSAMPLED, self.model.config.seed)
-            self.some = [readout.of_some(variable) for variable in drawn]
+            self.some = [readout.of_some(part) for part in self._chunks(readout, drawn, n_heads=0)]
 
     # --- while the layers pass -----------------------------------------------------------------------------
 
@@ -119,9 +119,12 @@ class ClaimTests:
             maps = layer.task_maps(circuit)
             if maps is None or self.model.readout is None:
                 continue
-            for head in here:
-                self.maps[(layer.index, head), circuit] = maps.only([head])
+            self._keep_maps(layer.index, here, circuit, maps)
             self._resample(layer, circuit, maps, wanted)
+
+    def _keep_maps(self, layer: int, heads: Iterable[int], circuit: Circuit, maps: HeadMaps) -> None:
+        for head in heads:
+            self.maps[(layer, head), circuit] = maps.only([head])
 
     def _resample(self, layer: Layer, circuit: Circuit, maps: HeadMaps, wanted: set[str]) -> None:
         for name, values in layer.by_source(circuit).items():
@@ -132,7 +135,7 @@ class ClaimTests:
         own = self.model.readout.of_subspace(layer.index, maps, wanted)
         found = [readout.of_subspace(layer.index, maps, wanted) for readout in self.some]
         for name in wanted & set(own):
-            spread = torch.stack([values[name] for values in found]) - own[name]
+            spread = torch.cat([values[name] for values in found]) - own[name]  # [draw, head]
             self._keep(name, layer.index, (own[name] + WIDEN * spread).double().cpu().numpy())
 
     def _keep(self, metric: str, layer: int, values: NDArray[np.float64]) -> None:
@@ -259,7 +262,6 @@ class ClaimTests:
 
     def _word_rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[Row]:
         """Rows of `token` and `token_pairs`."""
-        readout, config = self.model.readout, self.model.config
         asked = [
             (prediction, [head for head in self.claims.roles[role] if not np.isnan(prediction.values[head])])
             for role, predictions in predicted.items()
@@ -268,28 +270,49 @@ class ClaimTests:
             and not (self.model.architecture.qk_norm and prediction.config.metric.startswith("qk_task_auc"))
         ]
         asked = [(prediction, heads) for prediction, heads in asked if heads]
-        if readout is None or not asked:
+        if not asked:
             return []
         rows: list[Row] = []
-        for words in draw_words(readout.variable, config.nulls.draws, config.seed):
-            if not words.variables:
-                self.notes.append(f"null {words.null}: {words.reason}")
-                continue
-            ids = [s.ids for v in words.variables for s in (*v.read, *v.write)]
-            own = [s.ids for s in (*readout.variable.read, *readout.variable.write)]
-            heads = {head for _, some in asked for head in some}
-            for layer in {layer for layer, _ in heads}:
-                readout.prepare(layer)  # the centre of the band, while all rows are there
-            readout.effective.keep(torch.cat([*ids, *own]))
-            metrics = {prediction.config.metric for prediction, _ in asked}
-            drawn = self._under_words(readout, words.variables, heads, metrics)
-            readout.effective.keep_all()
+        heads = {head for _, some in asked for head in some}
+        for words, drawn in self.word_draws(heads, {prediction.config.metric for prediction, _ in asked}):
             for prediction, some in asked:
                 values = {head: drawn[head, prediction.config.metric] for head in some}
                 rows += _ensemble_rows(prediction, words.null, some, values, len(words.variables))
         for row in rows:
             row.pop("stopped")
         return rows
+
+    def word_draws(
+        self, heads: Collection[Head], metrics: set[str]
+    ) -> Iterator[tuple[WordDraws, dict[tuple[Head, str], NDArray[np.float64]]]]:
+        """Each null of words, and (head, metric) -> [draw] under it; what cannot be drawn is noted and left out.
+
+        Args:
+            heads: whose maps are kept.
+            metrics: of the task's words.
+        """
+        readout, config = self.model.readout, self.model.config
+        if readout is None:
+            return
+        for words in draw_words(readout.variable, config.nulls.draws, config.seed):
+            if not words.variables:
+                self.notes.append(f"null {words.null}: {words.reason}")
+                continue
+            ids = [s.ids for v in words.variables for s in (*v.read, *v.write)]
+            own = [s.ids for s in (*readout.variable.read, *readout.variable.write)]
+            for layer in {layer for layer, _ in heads}:
+                readout.prepare(layer)  # the centre of the band, while all rows are there
+            readout.effective.keep(torch.cat([*ids, *own]))
+            drawn = self._under_words(readout, words.variables, set(heads), metrics)
+            readout.effective.keep_all()
+            yield words, drawn
+
+    def read_maps(self, heads: Collection[Head], circuit: Circuit) -> None:
+        """Keep the maps of heads that were not known while the layers passed: these layers are read again."""
+        for index in sorted({layer for layer, _ in heads}):
+            maps = Layer(self.model, index).task_maps(circuit)
+            if maps is not None:
+                self._keep_maps(index, [head for layer, head in heads if layer == index], circuit, maps)
 
     def _under_words(
         self, observed: Readout, variables: Sequence[Variable], heads: set[Head], metrics: set[str]
@@ -303,12 +326,10 @@ class ClaimTests:
             (members, HeadMaps.joined([self.maps[head, circuit] for head in members]))
             for (_, circuit), members in groups.items()
         ]
-        n_words = sum(len(words.ids) for words in (*variables[0].read, *variables[0].write))
         most = max((len(members) for members in groups.values()), default=1)
-        chunk = max(1, CHUNK_ELEMENTS // (n_words * (self.model.architecture.d_model + most * n_words)))
         drawn: dict[tuple[Head, str], list[NDArray[np.float64]]] = {}
-        for start in range(0, len(variables), chunk):
-            readout = observed.surrogates(variables[start : start + chunk])
+        for some in self._chunks(observed, variables, most):
+            readout = observed.surrogates(some)
             for members, maps in joined:
                 found = readout.metrics(members[0][0], maps, metrics)
                 for name in metrics & set(found):
@@ -316,6 +337,13 @@ class ClaimTests:
                     for at, head in enumerate(members):
                         drawn.setdefault((head, name), []).append(values[:, at])
         return {key: np.concatenate(values) for key, values in drawn.items()}
+
+    def _chunks(self, readout: Readout, variables: Sequence[Variable], n_heads: int) -> Iterator[Sequence[Variable]]:
+        """As many draws of words at a time as memory should hold the rows of, and the scores of so many heads."""
+        sets = (*readout.variable.read, *readout.variable.write)
+        n_words = sum(len(words.ids) for words in sets)
+        size = max(1, CHUNK_ELEMENTS // (n_words * (self.model.architecture.d_model + n_heads * n_words)))
+        return (variables[start : start + size] for start in range(0, len(variables), size))
 
 
 def _ensemble_rows(

@@ -2,35 +2,36 @@
 
     python -m ovqk.tracking RESULTS_DIR [--mode online] [--project NAME] [--entity NAME] [--all]
 
-The record is never touched and a failure here never loses a result: tracking.json says what happened, and a cell that
-was not tracked is tracked by the next run or by the command above.
+A sweep has a run of its own besides, of the figures and tables over all its cells. Records are never touched and a
+failure here never loses a result: tracking.json says what happened, and what was not tracked is tracked by the next run
+or by the command above.
 """
 
 import argparse
 import contextlib
 import hashlib
 import os
-import shutil
+import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from filelock import Timeout
 
 from ovqk.config import TrackingConfig, TrackingMode
 from ovqk.errors import UserError
-from ovqk.panels import Panels, plain_table, read_panels
+from ovqk.overview import Sweep, draw, overview_config, overview_tables, read_sweeps, remember_cells, sweep_folder
+from ovqk.panels import read_panels
 from ovqk.record import claim, read_record, read_tracking, write_tracking
 from ovqk.results import cell_folders
-from ovqk.wandb_service import NotReceivedError, finish, is_of_server, quiet_wandb, settings, staged_in, within
+from ovqk.runs import Destination, Label, log_overview, log_panels, make_run
+from ovqk.wandb_service import NotReceivedError, in_words, is_of_server
 
-LOG_SECONDS = 30.0  # for W&B to take what is logged
 PAUSE_SECONDS = 300.0  # after a failure of the server, in which no other cell of this process waits for it
-MAX_TAG, MAX_NAME = 64, 128  # what W&B allows, in letters
 
 
 @dataclass
@@ -43,14 +44,6 @@ class _Pause:
 
 _pause = _Pause()
 _agent_cells: dict[str, str] = {}  # run that a W&B agent handed out -> the cell it holds
-
-
-@dataclass(frozen=True)
-class _Destination:
-    results_dir: Path
-    mode: TrackingMode
-    project: str
-    entity: str | None
 
 
 def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str, entity: str | None) -> str | None:
@@ -66,28 +59,79 @@ def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str
     record = read_record(folder)
     if record is None or record.get("status") != "done":
         raise ValueError(f"{folder} holds no finished record")
-    status, reason = _attempt(folder, record, _Destination(results_dir, mode, project, entity))
+    status, reason = _attempt_cell(folder, record, Destination(results_dir, mode, project, entity))
     if status != "failed":
         return None
     waiting = f"W&B is left alone for {PAUSE_SECONDS / 60:.0f} minutes. " if _is_paused(mode) else ""
-    command = f"`python -m ovqk.tracking {results_dir}`"
-    return f"{run_name(record)} was computed and recorded, but not tracked ({reason}). {waiting}Later: {command}"
+    told = f"{run_name(record)} was computed and recorded, but not tracked ({reason}). {waiting}"
+    return f"{told}Later: `{_command(results_dir)}`"
 
 
-def _attempt(folder: Path, record: dict[str, Any], destination: _Destination) -> tuple[str, str | None]:
-    """Track a cell and write tracking.json: the status, and the reason where it is not `done`.
+def track_sweep(name: str, cells: Iterable[Path], destination: Destination) -> str | None:
+    """Make the W&B run of a sweep, or put a new one in its place; returns a warning where that failed.
 
-    Where a record that was tracked is to be tracked again and that fails, tracking.json stays as it was.
+    It shows the cells given, those that the sweep had before, and those whose records bear its name. Nothing happens
+    where they are the same as the last time, or fewer than two.
+
+    Raises:
+        OSError: the results folder cannot be written.
+    """
+    results_dir = destination.results_dir
+    with claim(results_dir, sweep_folder(results_dir, name).name):
+        remember_cells(results_dir, name, cells)
+        sweep = next((sweep for sweep in read_sweeps(results_dir) if sweep.name == name), None)
+        if sweep is None or not _sweep_needs_tracking(sweep):
+            return None
+        status, reason = _attempt_sweep(sweep, destination)
+    if status == "done":
+        return None
+    return f"the sweep's own run, of all its cells, was not made ({reason}). Later: `{_command(results_dir)}`"
+
+
+def _command(results_dir: Path) -> str:
+    return f"python -m ovqk.tracking {shlex.quote(str(results_dir))}"
+
+
+def _attempt_cell(folder: Path, record: dict[str, Any], destination: Destination) -> tuple[str, str | None]:
+    def send(identifier: str) -> dict[str, str]:
+        return _send_cell(folder, record, destination, identifier)
+
+    return _attempt(folder, lambda: _run(record), send, destination)
+
+
+def _attempt_sweep(sweep: Sweep, destination: Destination) -> tuple[str, str | None]:
+    def send(identifier: str) -> dict[str, str]:
+        return _send_sweep(sweep, destination, identifier)
+
+    return _attempt(sweep.folder, lambda: {"run_id": sweep.folder.name, "record": _made_of(sweep)}, send, destination)
+
+
+def _attempt(
+    folder: Path,
+    identify: Callable[[], dict[str, str]],
+    send: Callable[[str], dict[str, str]],
+    destination: Destination,
+) -> tuple[str, str | None]:
+    """Track a cell or a sweep and write the tracking.json of its folder: the status, and why it is not `done`.
+
+    Where what was tracked is to be tracked again and that fails, tracking.json stays as it was.
+
+    Args:
+        folder: of the cell or the sweep.
+        identify: the `run_id`, and the `record` that it shows where that is not in the id.
+        send: makes the run of this id; says where it is.
+        destination: where to.
     """
     before = read_tracking(folder)
     state: dict[str, Any] = {"mode": destination.mode.value}
     status = "pending"
     reason: str | None = f"not tried after: {_pause.reason}"
     try:
-        state |= _run(record)
+        state |= identify()
         if not _is_paused(destination.mode):
+            folder.mkdir(parents=True, exist_ok=True)
             write_tracking(folder, {"status": "pending"} | state)
-            state |= _send(folder, record, destination, state["run_id"])
+            state |= send(state["run_id"])
             status, reason = "done", None
     except Exception as error:  # whatever W&B raises, the result is safe in its record
         status, reason = "failed", _reason(error, destination.results_dir)
@@ -95,7 +139,7 @@ def _attempt(folder: Path, record: dict[str, Any], destination: _Destination) ->
             _pause.until, _pause.reason = time.monotonic() + PAUSE_SECONDS, reason
     state = {"status": status} | state | ({"reason": reason} if reason else {})
     tracked = before.get("status") == "done" and before.get("run_id") == state.get("run_id")
-    with contextlib.suppress(OSError):  # of a full disk; a cell without the file is pending
+    with contextlib.suppress(OSError):  # of a full disk; what has no such file is pending
         write_tracking(folder, before if tracked and status != "done" else state)
     return status, reason
 
@@ -110,6 +154,16 @@ def needs_tracking(folder: Path) -> bool:
     if in_agent() or record is None or state.get("status") != "done":
         return True
     return state.get("record", state.get("run_id")) != run_id(record)
+
+
+def _sweep_needs_tracking(sweep: Sweep) -> bool:
+    state = read_tracking(sweep.folder)
+    return state.get("status") != "done" or state.get("record") != _made_of(sweep)
+
+
+def _made_of(sweep: Sweep) -> str:
+    """Another where a cell came to the sweep, or was computed again."""
+    return hashlib.sha256(" ".join(map(run_id, sweep.records)).encode()).hexdigest()[:12]
 
 
 def in_agent() -> bool:
@@ -143,112 +197,40 @@ def _run(record: dict[str, Any]) -> dict[str, str]:
     return {"run_id": identifier, "record": run_id(record)}
 
 
-def _send(folder: Path, record: dict[str, Any], destination: _Destination, identifier: str) -> dict[str, str]:
-    """Make the run; where it is: {"directory": ...} or {"url": ...}."""
+def _send_cell(folder: Path, record: dict[str, Any], destination: Destination, identifier: str) -> dict[str, str]:
+    """Make a cell's run; where it is: {"directory": ...} or {"url": ...}."""
     panels = read_panels(folder, record)
-    wandb_dir = destination.results_dir.absolute() / "wandb"
-    staging = wandb_dir / "data" / f"{identifier}-{time.time_ns()}"
-    wandb_dir.mkdir(parents=True, exist_ok=True)
-    online = destination.mode is TrackingMode.online
-    limits = settings()
-    with quiet_wandb() as (wandb, service), staged_in(staging):
-        with within(limits["init_timeout"], service):
-            run = wandb.init(
-                project=destination.project,
-                entity=destination.entity,
-                dir=str(destination.results_dir),
-                id=identifier,
-                name=run_name(record)[:MAX_NAME],
-                group=(record["sweep"] or record["cell_id"])[:MAX_NAME],
-                job_type=record["analysis"][:MAX_TAG],
-                tags=list(dict.fromkeys(record[key][:MAX_TAG] for key in ("model", "task", "analysis"))),
-                config=panels.config,
-                mode=destination.mode.value,
-                reinit="create_new",  # a run of the caller's own goes on
-                settings=wandb.Settings(**limits),
-            )
-        with within(LOG_SECONDS, service):
-            log_panels(run, wandb, panels)
-        with within(limits["finish_timeout"], service):
-            finish(run)
-    directory = Path(run.settings.sync_dir)
-    _remove_earlier(wandb_dir, identifier, {directory.name} if online else {directory.name, staging.name})
-    if online:
-        return {"url": run.url} if run.url else {}
-    return {"directory": os.path.relpath(directory, destination.results_dir.absolute())}
+    label = Label(
+        name=run_name(record),
+        group=record["sweep"] or record["cell_id"],
+        job_type=record["analysis"],
+        tags=[record[key] for key in ("model", "task", "analysis")],
+        config=panels.config,
+    )
+    return make_run(identifier, destination, label, lambda run, wandb: log_panels(run, wandb, panels))
 
 
-def _remove_earlier(wandb_dir: Path, identifier: str, kept: set[str]) -> None:
-    """Remove what earlier attempts at a run have left on disk, and tables that wait for nothing any more."""
-    for pattern in (f"*run-*-{identifier}", f"*run-*-{identifier}-[0-9]", f"data/{identifier}-*"):
-        for left in wandb_dir.glob(pattern):
-            if left.name not in kept:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def log_panels(run: Any, wandb: Any, panels: Panels) -> None:
-    """Hand over curves, histograms, eigenvalues and tables, and the summary.
-
-    Raises:
-        TimeoutError: W&B takes too long over it.
-    """
-    deadline = time.monotonic() + LOG_SECONDS
-    run.define_metric("layer", hidden=True)
-    run.define_metric("relative_depth", hidden=True)  # the axis on which models of different depths compare
-    run.define_metric("layer/*", step_metric="layer", summary="none")
-    run.define_metric("depth/*", step_metric="relative_depth", summary="none")
-    for row in panels.curves.to_dict("records"):
-        steps = {"layer": int(row.pop("layer")), "relative_depth": row.pop("relative_depth")}
-        values = {key: value for key, value in row.items() if pd.notna(value)}
-        run.log(steps | {f"{axis}/{key}": value for axis in ("layer", "depth") for key, value in values.items()})
-    for name, panel in _media(wandb, panels):
-        run.log({name: panel}, commit=False)
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"W&B did not take the run within {LOG_SECONDS:.0f} s")
-    run.log({})
-    run.summary.update(panels.scalars)
-
-
-def _media(wandb: Any, panels: Panels) -> Iterator[tuple[str, Any]]:
-    for name, (counts, edges) in panels.histograms.items():
-        yield f"histograms/{name}", wandb.Histogram(np_histogram=(counts.tolist(), edges.tolist()))
-    for name, rows in panels.eigenvalues.items():
-        circuit, space = name.split("_")
-        yield (
-            f"eigenvalues/{name}",
-            wandb.plot_table(
-                vega_spec_name="wandb/lineseries/v0",
-                data_table=_table(wandb, rows),
-                fields={column: column for column in rows.columns},
-                string_fields={"title": f"{circuit.upper()} eigenvalues, {space} (real part)", "xname": "index"},
-            ),
-        )
-    for name, table in panels.tables.items():
-        yield f"tables/{name}", _table(wandb, table)
-
-
-def _table(wandb: Any, frame: pd.DataFrame) -> Any:
-    """A W&B table with columns of one type each; what is missing or no finite number is shown as empty."""
-    kinds, rows = plain_table(frame)
-    table = wandb.Table(columns=[str(name) for name in frame.columns], data=[], dtype=kinds)
-    table.data = rows  # the types are known: W&B need not look at every value
-    return table
+def _send_sweep(sweep: Sweep, destination: Destination, identifier: str) -> dict[str, str]:
+    """Make a sweep's run; where it is. Its figures are drawn before W&B is asked for anything."""
+    label = Label(sweep.name, sweep.name, job_type="sweep", tags=["sweep"], config=overview_config(sweep))
+    tables = overview_tables(sweep)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = list(draw(sweep, Path(folder)))
+        return make_run(identifier, destination, label, lambda run, wandb: log_overview(run, wandb, tables, figures))
 
 
 def _reason(error: Exception, results_dir: Path) -> str:
-    text = str(error) or "W&B's service on this machine ended"
-    text = f"{type(error).__name__}: {text}".splitlines()[0]
-    return text.replace(str(results_dir.absolute()), str(results_dir))
+    return in_words(error).replace(str(results_dir.absolute()), str(results_dir))
 
 
 def main() -> None:
-    """Track the finished cells under a results folder that were never tracked."""
+    """Track the finished cells under a results folder that were never tracked, and then its sweeps."""
     parser = argparse.ArgumentParser(prog="python -m ovqk.tracking", description="Send finished cells to W&B.")
     parser.add_argument("results_dir", type=Path)
     parser.add_argument("--mode", choices=["online", "offline"], help="WANDB_MODE unless given, else online")
     parser.add_argument("--project", help="the one in each cell's config unless given")
     parser.add_argument("--entity", help="the one in each cell's config unless given")
-    parser.add_argument("--all", action="store_true", help="also cells that were tracked, offline for instance")
+    parser.add_argument("--all", action="store_true", help="also what was tracked, offline for instance")
     arguments = parser.parse_args()
     if not arguments.results_dir.is_dir():
         raise SystemExit(f"ovqk: {arguments.results_dir}: no such results folder.")
@@ -256,11 +238,15 @@ def main() -> None:
     folders = list(cell_folders(arguments.results_dir))
     if not folders:
         raise SystemExit(f"ovqk: {arguments.results_dir}: no cells there (MODEL/TASK/ANALYSIS-ID folders).")
-    missed = [folder for folder in folders if not _track_later(folder, arguments, mode)]
-    waiting = [folder for folder in folders if _waits_offline(folder, arguments.results_dir)]
+    sent = [_track_later(folder, arguments, mode) for folder in folders]
+    sweeps = read_sweeps(arguments.results_dir)
+    sent += [_track_sweep_later(sweep, arguments, mode) for sweep in sweeps]
+    places = folders + [sweep.folder for sweep in sweeps]
+    waiting = [place for place in places if _waits_offline(place, arguments.results_dir)]
     if waiting and mode is TrackingMode.online:
-        print(f"{len(waiting)} wait offline: --all sends them, or `wandb sync {arguments.results_dir}/wandb`.")
-    raise SystemExit(1 if missed else 0)
+        run = shlex.quote(f"{arguments.results_dir}/wandb")
+        print(f"{len(waiting)} wait offline: --all sends them, or `wandb sync {run}`.")
+    raise SystemExit(0 if all(sent) else 1)
 
 
 def _mode(asked: str | None) -> TrackingMode:
@@ -279,28 +265,54 @@ def _track_later(folder: Path, arguments: argparse.Namespace, mode: TrackingMode
         return True
     if record["status"] != "done":
         return True
+    destination = _destination(record, arguments, mode)
+
+    def attempt() -> tuple[str, str | None] | None:
+        return _attempt_cell(folder, record, destination) if arguments.all or needs_tracking(folder) else None
+
+    return _held(arguments.results_dir, record["cell_id"], str(folder), folder, attempt)
+
+
+def _track_sweep_later(sweep: Sweep, arguments: argparse.Namespace, mode: TrackingMode) -> bool:
+    """The same for a sweep's own run."""
+    destination = _destination(sweep.records[0], arguments, mode)
+
+    def attempt() -> tuple[str, str | None] | None:
+        return _attempt_sweep(sweep, destination) if arguments.all or _sweep_needs_tracking(sweep) else None
+
+    return _held(arguments.results_dir, sweep.folder.name, f"the sweep {sweep.name}", sweep.folder, attempt)
+
+
+def _destination(record: dict[str, Any], arguments: argparse.Namespace, mode: TrackingMode) -> Destination:
+    chosen = record.get("provenance", {}).get("config", {}).get("tracking", {})
+    project = arguments.project or chosen.get("project") or TrackingConfig.project
+    return Destination(arguments.results_dir, mode, project, arguments.entity or chosen.get("entity"))
+
+
+def _held(
+    results_dir: Path, identifier: str, name: str, folder: Path, attempt: Callable[[], tuple[str, str | None] | None]
+) -> bool:
+    """Make an attempt at what no other process holds, and say what became of it; False where it failed."""
     try:
-        with claim(arguments.results_dir, record["cell_id"], wait=False):
-            if not (arguments.all or needs_tracking(folder)):
-                return True
-            chosen = record.get("provenance", {}).get("config", {}).get("tracking", {})
-            project = arguments.project or chosen.get("project") or TrackingConfig.project
-            entity = arguments.entity or chosen.get("entity")
-            status, reason = _attempt(folder, record, _Destination(arguments.results_dir, mode, project, entity))
+        with claim(results_dir, identifier, wait=False):
+            outcome = attempt()
     except Timeout:
-        print(f"skipped {folder}: another process is at work on it", file=sys.stderr)
+        print(f"skipped {name}: another process is at work on it", file=sys.stderr)
         return True
     except UserError as error:
         raise SystemExit(f"ovqk: {error}") from None
-    if status == "done":
-        print(" ".join(filter(None, ("tracked", str(folder), read_tracking(folder).get("url")))))
+    if outcome is None:
         return True
-    print(f"not tracked {folder}: {reason}", file=sys.stderr)
+    status, reason = outcome
+    if status == "done":
+        print(" ".join(filter(None, ("tracked", name, read_tracking(folder).get("url")))))
+        return True
+    print(f"not tracked {name}: {reason}", file=sys.stderr)
     return False
 
 
 def _waits_offline(folder: Path, results_dir: Path) -> bool:
-    """Whether a cell's offline run was not yet sent by `wandb sync`, which leaves a mark."""
+    """Whether the offline run of a cell or a sweep was not yet sent by `wandb sync`, which leaves a mark."""
     state = read_tracking(folder)
     offline = state.get("status") == "done" and "directory" in state
     return offline and not list((results_dir / state["directory"]).glob("*.wandb.synced"))

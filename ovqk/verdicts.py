@@ -17,7 +17,7 @@ from typing import Any
 
 from ovqk.claims import Claims, Head
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
-from ovqk.nulls import ALPHA, Predicted
+from ovqk.nulls import ALPHA, Predicted, counting
 
 VERDICTS = ("corroborated", "partial", "unsupported", "contradicted", "untestable", "out_of_scope")
 
@@ -93,13 +93,14 @@ def judge(
         reason: why the primary metric has no value, where it has none.
         patterns: of a head (`patterns.head_patterns`).
     """
-    counting = [row for row in rows if row["counts"]]
-    primary = [row for row in counting if row["primary"]]
+    decisive = [row for row in rows if row["counts"]]
+    primary = [row for row in decisive if row["primary"]]
     testable = [row for row in primary if row["testable"]]
-    opposite = any(row["q_opposite"] < ALPHA for row in counting)
+    opposite = any(row["q_opposite"] < ALPHA for row in decisive)
     held = [row for row in testable if row["q"] < ALPHA]
     peers = any(row["null"] != "frame" for row in testable)
-    verdict, why = _decide(subject, predicted, primary, testable, held, opposite, peers, reason)
+    untested = _untested(subject, predicted[0], primary) if testable else ""
+    verdict, why = _decide(subject, predicted, primary, testable, held, opposite, peers, reason, untested)
     opposed = [row for row in testable if row["q_opposite"] < ALPHA]
     first = next(iter(testable or primary), None)
     placed = next((row for row in rows if row["primary"] and row["null"] == "layer"), None)
@@ -126,7 +127,7 @@ def judge(
         "flags": " ".join(flags),
         "reason": why,
         **(patterns or {}),
-        "establishes": _statement(verdict, subject, predicted, testable, flags, why),
+        "establishes": _statement(verdict, subject, predicted, testable, flags, why, untested),
         "does_not_establish": _limits(verdict, predicted),
     }
 
@@ -157,6 +158,7 @@ def _decide(
     opposite: bool,
     peers: bool,
     reason: str | None,
+    untested: str,
 ) -> tuple[str, str]:
     """The verdict, and why where that needs to be said."""
     if not predicted:
@@ -167,18 +169,31 @@ def _decide(
         return "untestable", reason or (whole if composes else "the primary metric has no value for it")
     if not testable:
         best = min(primary, key=lambda row: row["min_p"])
-        return (
-            "untestable",
-            f"no null can reach p <= {ALPHA}: the smallest p with {_sizes(best)} is {best['min_p']:.3g}",
-        )
-    if not held and any(row["q_opposite"] < ALPHA for row in testable):
-        return "contradicted", ""
+        return "untestable", f"no null can reach p <= {ALPHA}: {_too_few(best)}"
+    opposed = [row for row in testable if row["q_opposite"] < ALPHA]
+    if opposed and not held:
+        against = ", ".join(f"q = {row['q_opposite']:.2g} under {row['null']}" for row in opposed)
+        return "contradicted", "; ".join(filter(None, (f"significant the other way: {against}", untested)))
     if len(held) == len(testable) and peers and not opposite:
-        return "corroborated", ""
-    if held:
-        alone = "no null of other heads or words is testable for it" if not peers else ""
-        return "partial", "; ".join(filter(None, (alone, _powerless(testable))))
-    return "unsupported", _powerless(testable)
+        return "corroborated", untested
+    return "partial" if held else "unsupported", "; ".join(filter(None, (untested, _powerless(testable))))
+
+
+def _untested(subject: Subject, predicted: Predicted, primary: Sequence[Mapping[str, Any]]) -> str:
+    """Which nulls that count could not decide: `token_pairs`, which not every variable has, is not missed."""
+    small: dict[str, list[str]] = {}
+    for row in primary:
+        if not row["testable"]:
+            small.setdefault(_too_few(row), []).append(row["null"])
+    found = [f"not tested under {', '.join(nulls)}: {why}" for why, nulls in small.items()]
+    there = {"token_pairs", *(row["null"] for row in primary)}
+    missing = [null for null in counting(predicted.config.metric, subject.head is None) if null not in there]
+    return "; ".join([*found, *([f"not tested under {', '.join(missing)}: none can be had for it"] if missing else [])])
+
+
+def _too_few(row: Mapping[str, Any]) -> str:
+    """How small a p the null could have reached for it."""
+    return f"the smallest p with {_sizes(row)} is {row['min_p']:.3g}"
 
 
 def _powerless(testable: Sequence[Mapping[str, Any]]) -> str:
@@ -195,7 +210,10 @@ def _sizes(row: Mapping[str, Any]) -> str:
     if row["null"] not in ("layer", "depth"):
         return f"{row['n_others']} draws"
     heads = "1 claimed head" if row["n_heads"] == 1 else f"{row['n_heads']} claimed heads"
-    return f"{heads} among {row['n_others']} others"
+    among, n = f"{heads} among {row['n_others']} others", row["n_null"]
+    if row["null"] == "layer":  # of n labelings
+        return f"{among} (the best labelings tie)" if row["min_p"] * n > 1.5 else among
+    return f"{among} (in {n} KV groups)" if n < row["n_others"] else among
 
 
 def _statement(
@@ -205,6 +223,7 @@ def _statement(
     rows: Sequence[Mapping[str, Any]],
     flags: Sequence[str],
     why: str,
+    untested: str,
 ) -> str:
     """What the weights establish, in words to be quoted."""
     metric = _metric(subject, predicted)
@@ -216,7 +235,7 @@ def _statement(
         means = CONSISTENT
     if FRAME_ONLY in flags:
         means = AGAINST_SPECTRUM
-    return means.format(claim=claim)
+    return means.format(claim=claim) + (f" It is {untested}." if untested else "")
 
 
 def _part(row: Mapping[str, Any]) -> str:
@@ -232,8 +251,15 @@ def _part(row: Mapping[str, Any]) -> str:
     if _could_not(row) and row["q_opposite"] >= ALPHA:
         facts.append(f"alone it could not be below {row['min_q']:.2g}")
     # Of a role under `layer` the effect is over pairs of a claimed head and another of its layer.
-    beyond = "AUC within layers {:.2f}" if row["null"] == "layer" else "beyond {:.0%} of them"
-    return f"{how} against {AGAINST[row['null']]} ({', '.join([*facts, beyond.format(row['effect'])])})"
+    beyond = f"AUC within layers {row['effect']:.2f}" if row["null"] == "layer" else f"beyond {_share(row['effect'])}"
+    return f"{how} against {AGAINST[row['null']]} ({', '.join([*facts, beyond])})"
+
+
+def _share(effect: float) -> str:
+    """What part of them: all and none only where it is."""
+    if 0 < effect < 0.005 or 0.995 <= effect < 1:
+        return "less than 1% of them" if effect < 0.5 else "more than 99% of them"
+    return f"{effect:.0%} of them"
 
 
 def _limits(verdict: str, predicted: Sequence[Predicted]) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ovqk.errors import UserError
+
 INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
 FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
 GRACE_SECONDS = 10.0  # after which the service is killed where it does not keep these times itself
@@ -32,6 +34,8 @@ def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.pop("WANDB_SERVICE", None)  # a parent's service: this process has its own
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # as good as not set, and W&B refuses some of them
     import wandb
 
     session = wandb.setup()
@@ -51,7 +55,11 @@ def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
 
 
 def settings() -> dict[str, Any]:
-    """No console output, no information on the machine or the code, and bounded waiting."""
+    """No console output, no information on the machine or the code, and bounded waiting.
+
+    Raises:
+        UserError: a time in the environment is no number.
+    """
     return {
         "silent": True,
         "console": "off",
@@ -65,10 +73,18 @@ def settings() -> dict[str, Any]:
         "x_disable_stats": True,
         "x_disable_machine_info": True,
         "x_save_requirements": False,  # the record holds the versions
-        "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_SECONDS)),
-        "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)),
+        "init_timeout": _seconds("WANDB_INIT_TIMEOUT", INIT_SECONDS),
+        "finish_timeout": _seconds("WANDB_FINISH_TIMEOUT", FINISH_SECONDS),
         "finish_timeout_raises": True,
     }
+
+
+def _seconds(name: str, default: float) -> float:
+    value = os.environ.get(name) or default
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"{name}={value}: must be a number of seconds") from None
 
 
 @contextlib.contextmanager
@@ -137,6 +153,17 @@ def _errors(log: Path) -> list[str]:
                     text = re.sub(r"\?\S*", "", " ".join(entry["msg"].split()))  # no signed address
                     messages.append(text[:300])
     return messages
+
+
+def in_words(error: Exception) -> str:
+    """What an error says, in one line and without the values it met, of which one may be a key."""
+    if isinstance(error, UserError):
+        return str(error)
+    if type(error).__name__ == "ValidationError":  # pydantic's, of what W&B reads in the environment or its files
+        refused = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]  # type: ignore[attr-defined]
+        return f"W&B's setting {'; '.join(refused)}"
+    text = str(error) or "W&B's service on this machine ended"
+    return f"{type(error).__name__}: {text}".splitlines()[0]
 
 
 def is_of_server(error: Exception) -> bool:

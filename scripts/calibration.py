@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from planted import (
+    FEW,
     LAYOUT,
+    MANY,
     SHAPES,
     RandomModel,
     architecture,
@@ -61,6 +63,8 @@ SMALL = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 NOISES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
 POWER_SHAPES = ("learned positions", "rotary, grouped queries")
 OUTCOMES = ("corroborated", "partial", "unsupported", "contradicted", "untestable")
+FALSE = ("corroborated", "contradicted")
+"""Verdicts that are wrong where nothing is planted."""
 SURPRISE = 1e-4
 """A test does not keep its level where as many p-values as there are were less probable than this if it did."""
 
@@ -126,13 +130,16 @@ def multiplicity(rows: int, n: int = 1000, levels: int = 100, draws: int = 12_00
 
 
 def null_run(cell: tuple[str, str, int], draws: int = 99) -> pd.DataFrame:
-    """p-values of heads claimed at random in one random model, and how many verdicts are corroborated."""
+    """p-values of heads claimed at random in one random model, and how many of its verdicts are each of FALSE."""
     shape, task, seed = cell
     torch.set_num_threads(1)
     model = random_model(shape, task, seed)
     tables = judged(model, random_claims(model), draws).tables
-    good = tables["verdicts"][tables["verdicts"]["verdict"] == "corroborated"]["kind"]
-    counts = {f"false_{kind}": int((good == kind).sum()) for kind in ("role", "head")}
+    verdicts = tables["verdicts"]
+    counts = {
+        f"{verdict}_{kind}": int(((verdicts["verdict"] == verdict) & (verdicts["kind"] == kind)).sum())
+        for verdict, kind in itertools.product(FALSE, ("role", "head"))
+    }
     return p_values(tables["tests"]).assign(shape=shape, task=task, seed=seed, **counts)
 
 
@@ -173,12 +180,19 @@ def strained_run(cell: tuple[str, int], draws: int = 99) -> float:
     return float(rows[(rows["null"] == null) & (rows["level"] == level) & rows["primary"]]["p"].iloc[0])
 
 
-def power_run(cell: tuple[str, str, int, float], draws: int = 99) -> pd.DataFrame:
-    """Verdicts on planted heads, at one level of noise."""
-    shape, task, seed, noise = cell
+def power_run(cell: tuple[str, str, int, float, int], draws: int = 99) -> pd.DataFrame:
+    """Verdicts on planted heads, at one level of noise, in layers of so many heads.
+
+    `least_p` is, of a head, the smallest p that `depth` could have given its primary prediction.
+    """
+    shape, task, seed, noise, per_layer = cell
     torch.set_num_threads(1)
-    verdicts = judged(planted(shape, task, seed, noise), LAYOUT[task], draws).tables["verdicts"]
-    return verdicts[["kind", "role", "verdict"]].assign(shape=shape, task=task, seed=seed, noise=noise)
+    tables = judged(planted(shape, task, seed, noise, per_layer), LAYOUT[task], draws).tables
+    tests, keys = tables["tests"], ["role", "layer", "head"]
+    least = tests[(tests["null"] == "depth") & tests["primary"]].rename(columns={"min_p": "least_p"})
+    verdicts = tables["verdicts"].merge(least[[*keys, "least_p"]], on=keys, how="left")
+    cell_of = {"shape": shape, "task": task, "seed": seed, "noise": noise, "per_layer": per_layer}
+    return verdicts[["kind", "role", "verdict", "least_p"]].assign(**cell_of)
 
 
 def run(function: Callable[[Any], Any], cells: Sequence[Any], processes: int) -> list[Any]:
@@ -219,7 +233,7 @@ def _shares(p: NDArray[np.float64]) -> dict[str, Any]:
 
 def power_table(verdicts: pd.DataFrame) -> pd.DataFrame:
     """Of every role and noise: how often its role verdict is corroborated, with its 95 % interval."""
-    roles = verdicts[verdicts["kind"] == "role"]
+    roles = verdicts[(verdicts["kind"] == "role") & (verdicts["per_layer"] == MANY)]
     found = []
     for (role, noise), rows in roles.groupby(["role", "noise"]):
         good, n = int((rows["verdict"] == "corroborated").sum()), len(rows)
@@ -228,35 +242,36 @@ def power_table(verdicts: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def outcome_table(verdicts: pd.DataFrame) -> pd.DataFrame:
+def outcome_table(verdicts: pd.DataFrame, per_layer: int) -> pd.DataFrame:
     """Of every role planted without noise, and of its heads: the share of each verdict, of all that are planted."""
-    clean = verdicts[verdicts["noise"] == 0.0]
+    clean = verdicts[(verdicts["noise"] == 0.0) & (verdicts["per_layer"] == per_layer)]
     found = []
     for (shape, role, kind), rows in clean.groupby(["shape", "role", "kind"]):
         counts = {verdict: float((rows["verdict"] == verdict).mean()) for verdict in OUTCOMES}
         low, high = interval(int((rows["verdict"] == "corroborated").sum()), len(rows))
         shares = {"n": len(rows), **counts, "corroborated, 95 %": f"[{low:.2f}, {high:.2f}]"}
-        found.append({"shape": shape, "planted": role, "verdicts": f"{kind}s", **shares})
+        least = "" if rows["least_p"].isna().all() else f"{rows['least_p'].median():.3f}"
+        found.append({"shape": shape, "planted": role, "verdicts": f"{kind}s", **shares, "smallest depth p": least})
     return pd.DataFrame(found).sort_values(["shape", "verdicts", "planted"], ascending=[True, False, True])
 
 
 def false_table(nulls: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
-    """How many models without planted heads have a corroborated verdict on a role, or on a head, all the same."""
+    """How many models without planted heads have a verdict of FALSE on a role, or on a head, all the same."""
     models = nulls.drop_duplicates(["shape", "task", "seed"])
     bare = verdicts[verdicts["noise"] == 1.0]
     keys = [bare[name] for name in ("shape", "task", "seed")]
     found = []
-    for kind in ("role", "head"):
-        planted_where = ((bare["kind"] == kind) & (bare["verdict"] == "corroborated")).groupby(keys).any()
+    for verdict, kind in itertools.product(FALSE, ("role", "head")):
+        planted_where = ((bare["kind"] == kind) & (bare["verdict"] == verdict)).groupby(keys).any()
         counts = {
-            "heads drawn at random": (int((models[f"false_{kind}"] > 0).sum()), len(models)),
+            "heads drawn at random": (int((models[f"{verdict}_{kind}"] > 0).sum()), len(models)),
             "heads in the places of planted ones, noise 1": (int(planted_where.sum()), len(planted_where)),
         }
         for which, (wrong, n) in counts.items():
             low, high = interval(wrong, n)
             found.append(
-                {"verdicts": f"{kind}s", "claims": which, "models": n, "with a false one": wrong, "share": wrong / n}
-                | {"low": low, "high": high}
+                {"verdict": verdict, "of": f"{kind}s", "claims": which, "models": n, "with one": wrong}
+                | {"share": wrong / n, "low": low, "high": high}
             )
     return pd.DataFrame(found)
 
@@ -391,7 +406,7 @@ a set may be the task's own, since without those they would share words with eac
 
 ## Heads planted: power
 
-All roles of a task planted in one model of layers of 12 heads, three heads of a role (eight agreement readers). The
+All roles of a task planted in one model of layers of {many} heads, three heads of a role (eight agreement readers). The
 columns are the noise, the random share of the planted matrix's squared norm; at noise 1 nothing is planted. In brackets
 the 95 % interval (Clopper and Pearson), of {n_power} models or more: half with {power_shapes}.
 
@@ -402,17 +417,31 @@ the 95 % interval (Clopper and Pearson), of {n_power} models or more: half with 
 ### Without noise
 
 Of what is planted whole, the share of each verdict, over {n_clean} models of each shape. Heads of a role whose primary
-is a composition are untestable: it is tested for the role as a whole. Roles have the power; a single head has less, for
-it has its neighbours alone to stand out of, and is partial where `depth` misses it. Under grouped queries heads that
-share keys and values count as one, and beside so few of them `depth` cannot be significant for each head of a family of
-so many: these heads are partial, by `frame` alone.
+is a composition are untestable: it is tested for the role as a whole.
 
 {outcomes}
 
+### Without noise, beside few heads
+
+What a single head can reach is a matter of how many heads stand beside it. `depth` compares it with the n unclaimed
+heads of the layers within 2, those that share keys and values counted as one: if it stands out of all of them, its p is
+1 / (1 + n), the last column above and below, and if one of them is more extreme by chance, twice that. With k of m
+heads' rows as small, q = m / (k (1 + n)). In layers of {many} heads that is below 0.05, with learned positions even
+where one other is more extreme. The same heads planted in layers of {few} leave no room for that: with learned
+positions some miss it and are partial, by `frame` alone; under grouped queries, beside half as many groups, hardly a
+head can be corroborated, and what is planted whole is partial. Not so the agreement heads, of which other words decide
+too: where the smallest p of `depth` is above 0.05 it has no say, and the verdict's `reason` names what is missing. So
+of a head in a small model `partial` says little against it: `min_q` tells what it could have reached. Roles have the
+power in both: the least share of a role that is corroborated in layers of {few} is {roles_few:.3f}.
+
+{outcomes_few}
+
 ## Nothing planted: verdicts
 
-Models with at least one corroborated verdict although nothing is planted. The families of role rows and of head rows
-are corrected to 0.05 each; a verdict needs every counting null, so that less than that is expected.
+Models with at least one such verdict although nothing is planted. The families of role rows and of head rows are
+corrected to 0.05 each, under each null. To be corroborated takes every counting null, so that less than 0.05 is
+expected; to be contradicted takes one, in the direction opposite to the prediction, so that up to 0.05 for each of them
+may be.
 
 {false}
 """
@@ -421,6 +450,7 @@ are corrected to 0.05 each; a verdict needs every counting null, so that less th
 def write(nulls: pd.DataFrame, strained: dict[str, NDArray[np.float64]], verdicts: pd.DataFrame) -> None:
     """Figures and page, from what `null_run`, `strained_run` and `power_run` found."""
     powers, n_rows = power_table(verdicts), 2 * len(calibration_table(nulls))  # in either direction
+    few = outcome_table(verdicts, FEW)
     with mpl.rc_context(STYLE):
         plot_calibration(nulls)
         plot_power(powers)
@@ -435,7 +465,11 @@ def write(nulls: pd.DataFrame, strained: dict[str, NDArray[np.float64]], verdict
         n_rows=n_rows,
         **multiplicity(n_rows),
         n_clean=verdicts.loc[verdicts["noise"] == 0.0, "seed"].nunique(),
-        outcomes=markdown(outcome_table(verdicts)),
+        outcomes=markdown(outcome_table(verdicts, MANY)),
+        outcomes_few=markdown(few[few["verdicts"] == "heads"]),
+        roles_few=few[few["verdicts"] == "roles"]["corroborated"].min(),
+        many=MANY,
+        few=FEW,
         power_shapes=", half with ".join(POWER_SHAPES),
         power=markdown(wide.pivot(index="role", columns="noise", values="power").reset_index()),
         false=markdown(false_table(nulls, verdicts)),
@@ -465,9 +499,10 @@ def main() -> None:
         cell
         for noise in NOISES
         for cell in itertools.product(
-            POWER_SHAPES, TASKS, range(options.power_seeds if noise else options.clean_seeds), [noise]
+            POWER_SHAPES, TASKS, range(options.power_seeds if noise else options.clean_seeds), [noise], [MANY]
         )
     ]
+    cells += itertools.product(POWER_SHAPES, TASKS, range(options.clean_seeds), [0.0], [FEW])
     write(nulls, strained, pd.concat(found(power_run, cells), ignore_index=True))
 
 

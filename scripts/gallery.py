@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import nbclient
@@ -69,7 +70,7 @@ def main() -> None:
 
 def draw(cells: list[Cell]) -> None:
     """The chosen figures of the report, and those of one head."""
-    for name, figure in (*sweep_figures(cells), *cell_figures(cells)):
+    for name, figure in chain(sweep_figures(cells), cell_figures(cells)):
         if name in CHOSEN:
             figures.save(figure, GALLERY / name)
     model, task, layer, head = ONE_HEAD

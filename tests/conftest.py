@@ -3,9 +3,10 @@
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("WANDB_MODE", None)
@@ -31,6 +32,36 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
     monkeypatch.setenv("OVQK_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "ovqk-cache"))
     for name in ("WANDB_MODE", "WANDB_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A W&B that knows no key, no settings and no server of the person who runs the tests."""
+    from ovqk import tracking
+
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "NETRC"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setattr(tracking, "_pause", tracking._Pause())
+    monkeypatch.setattr(tracking, "_agent_cells", {})
+    import wandb
+
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture
+def server(own_wandb: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A W&B server of the test's own, with a key that it takes."""
+    from wandb_stub import KEY, wandb_server
+
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield server
 
 
 def shared_model(name: str) -> Path:

@@ -324,16 +324,19 @@ LAYOUT: dict[str, dict[str, tuple[Head, ...]]] = {
         "agreement_output": ((3, 0), (3, 4), (3, 8)),
     },
 }
-"""Task -> role -> where it is planted, in layers of 12 heads. Heads of a role have KV heads of their own, but for the
-readers of a number: whoever shares W_V with one is one."""
+"""Task -> role -> where it is planted, among the first 12 heads of a layer. Heads of a role have KV heads of their own,
+but for the readers of a number: whoever shares W_V with one is one."""
+MANY, FEW = 24, 12
+"""Heads of a layer: enough of them for `depth` to tell a single head from, and too few."""
 
 
-def planted(shape: str, task: str, seed: int, noise: float = 0.0) -> PlantedModel:
-    """A model of one of SHAPES with all the roles of a task planted, as LAYOUT says."""
+def planted(shape: str, task: str, seed: int, noise: float = 0.0, per_layer: int = MANY) -> PlantedModel:
+    """A model of one of SHAPES with all the roles of a task planted, as LAYOUT says, in layers of so many heads."""
     group, positions, tied = SHAPES[shape]
-    layers = 1 + max(layer for heads in LAYOUT[task].values() for layer, _ in heads)
-    model = PlantedModel(architecture(layers, 12, 12 // (group or 1), positions), task, seed, noise, tied)
     heads = LAYOUT[task]
+    layers = 1 + max(layer for members in heads.values() for layer, _ in members)
+    facts = architecture(layers, per_layer, per_layer // (group or 1), positions)
+    model = PlantedModel(facts, task, seed, noise, tied)
     if task == "sva":
         for head in heads["agreement_reader"]:
             model.reading_number(head)

@@ -36,9 +36,11 @@ CELLS = (
     ("model=local", f"model.path={BUNDLED}", "model.name=unclaimed", "task=induction"),
 )
 
+FAILED = (("broken", "ioi"), ("partial", "induction"))
+
 
 def make_results(tmp_path_factory) -> Path:
-    """Real cells of bundled models, one of a checkpoint without embeddings, one with hostile texts, one that failed."""
+    """Real cells of bundled models, one of a checkpoint without embeddings, one with hostile texts, two that failed."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if base.name.startswith("popen-") else base
     results = shared / "reported"
@@ -52,9 +54,10 @@ def make_results(tmp_path_factory) -> Path:
                 compose("model=local", f"model.path={partial}", "task=none", "tracking=none", f"results_dir={results}")
             )
             make_hostile(results)
-            failed = results / "broken" / "ioi" / "b03-000000000000"
-            failed.mkdir(parents=True)
-            (failed / "record.json").write_text(json.dumps({"status": "failed", "error": "<b>no weights</b>"}))
+            for model, task in FAILED:
+                failed = results / model / task / "b03-000000000000"
+                failed.mkdir(parents=True)
+                (failed / "record.json").write_text(json.dumps({"status": "failed", "error": "<b>no weights</b>"}))
             (results / "made").touch()
     return results
 

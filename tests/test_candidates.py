@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, run, task
+from small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, counted, run, task
 
 from ovqk.analyses import Analysis
 from ovqk.candidates import STRONGEST
 from ovqk.config import Direction
 from ovqk.statistics import benjamini_hochberg
+from ovqk.surrogates import draw_words
 
 ALL = N_LAYERS * N_HEADS
 
@@ -54,7 +55,7 @@ def test_candidates_are_no_verdicts_and_nothing_of_a_verdict_is_written(result) 
     table = result.tables["candidates"]
     assert list(table.columns) == [
         "role", "rank", "layer", "head", "ranked", "partners", "metric", "prediction", "primary", "exploratory",
-        "value", "percentile", "p_depth", "q_depth", "p_frame", "p_frame_all",
+        "value", "percentile", "p_depth", "q_depth", "p_frame", "p_frame_all", "p_words", "p_words_all",
     ]  # fmt: skip
     assert list(dict.fromkeys(table["role"])) == [*RANKED, "previous"]
 
@@ -176,6 +177,30 @@ def test_frames_are_multiplied_by_the_number_of_heads_that_were_ranked(role, ind
         p = (1 + min(20, exceeding[-1])) / (1 + n)
         assert row["p_frame"] == pytest.approx(p)
         assert row["p_frame_all"] == pytest.approx(min(1, p * ALL))
+
+
+@pytest.mark.parametrize(("kind", "role"), [("set", "writer"), ("contrast", "output"), ("contrast", "reader")])
+def test_other_words_are_a_null_of_candidates_whose_claim_is_about_these_words(kind, role) -> None:
+    """Each surrogate of the words by force, the larger p of the nulls that the variable has, times all heads."""
+    oracle = Oracle(Random(), kind)
+    result = run(Random(), task(kind), "model.claims=null")
+    table = result.tables["candidates"]
+    nulls = draw_words(oracle.variable, DRAWS, 0)
+    assert len(nulls) == (1 if kind == "set" else 2)
+    mine = table[(table["role"] == role) & table["primary"]]
+    assert len(mine) == STRONGEST
+    for row in mine.to_dict("records"):
+        M = oracle.map((row["layer"], row["head"]), "ov")
+        like = oracle.variable if kind == "set" else None
+        found = [
+            counted(row["value"], [oracle.metric(row["metric"], row["layer"], M, v, like) for v in words.variables])[0]
+            for words in nulls
+            if words.variables
+        ]
+        assert row["p_words"] == pytest.approx(max(found))
+        assert row["p_words_all"] == pytest.approx(min(1, max(found) * ALL))
+    others = table[~table["metric"].isin(["ov_task_alignment", "ov_top_alignment", "ov_task_transfer", "ov_task_read"])]
+    assert others[["p_words", "p_words_all"]].isna().all(axis=None)  # what copies need not be special to these words
 
 
 def test_where_no_surrogate_has_the_metric_there_is_no_p_of_one() -> None:

@@ -67,7 +67,7 @@ def test_a_cell_runs_again_from_its_own_config_with_equal_tables(cli, tmp_path) 
     folder = only_cell(tmp_path)
     content = yaml.safe_load((folder / "cell.yaml").read_text())
     assert content["processing"] == "raw" and "results_dir" not in content
-    code, _ = cli("-cd", str(folder), "-cn", "cell", "results_dir=again")
+    code, _ = cli("-cd", str(folder), "-cn", "cell", "results_dir=again", "tracking=none")
     assert code == 0
     (again,) = tmp_path.glob("again/*/*/*/record.json")
     assert again.parent.name == folder.name

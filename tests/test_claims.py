@@ -313,7 +313,7 @@ def test_every_verdict_says_what_it_does_and_does_not_establish() -> None:
     values = grid()
     values[1, :4] += 10
     found = verdict(values, [(1, 0), (1, 1), (1, 2), (1, 3)])
-    assert found["establishes"].startswith("The weights could do this: OV copies its own task token is high")
+    assert found["establishes"].startswith("The weights could do this: OV copying of task tokens is high")
     assert "does not establish that the model does this" in found["does_not_establish"]
     assert [s.head for s in subjects(claims(mover=[(1, 0), (2, 3)]))] == [None, (1, 0), (2, 3)]
 
@@ -330,8 +330,8 @@ def a_row(null: str, state: str, primary: bool = True, counts: bool = True) -> d
     return {
         "null": null, "primary": primary, "counts": counts, "testable": state != UNTESTABLE, "q": q, "p": q,
         "q_opposite": q_opposite, "min_p": 0.001 if state != UNTESTABLE else 0.125, "min_q": 0.002, "value": 0.7,
-        "n_heads": 1, "n_others": 7, "prediction": "high", "percentile": 0.9, "effect": 0.9,
-        "ci_low": math.nan, "ci_high": math.nan,
+        "n_heads": 1, "n_others": 7, "n_null": 8 if null == "layer" else 7, "prediction": "high",
+        "percentile": 0.9, "effect": 0.9, "ci_low": math.nan, "ci_high": math.nan,
     }  # fmt: skip
 
 
@@ -394,7 +394,7 @@ def test_a_verdict_says_of_every_null_which_way_it_came_out(depth, frame) -> Non
         SAID[depth].format(null="the unclaimed heads of nearby layers"),
         SAID[frame].format(null="heads of the same singular values between random frames"),
     ]
-    assert f"OV copies its own task token is {said[0]}, and {said[1]}." in found["establishes"]
+    assert f"OV copying of task tokens is {said[0]}, and {said[1]}." in found["establishes"]
     opening = {
         "corroborated": "The weights could do this:",
         "partial": "Some evidence that the weights could do this:",
@@ -458,3 +458,44 @@ def test_a_verdict_that_could_not_be_significant_alone_says_so_and_under_what() 
     found = decided([a_row("depth", NEITHER) | {"min_q": 0.07}, a_row("frame", HELD)])
     assert (found["verdict"], found["reason"]) == ("partial", f"{begins}q >= 0.07 under depth")
     assert decided([a_row("depth", NEITHER), a_row("frame", NEITHER)])["reason"] == ""
+
+
+def test_a_verdict_names_the_nulls_that_count_and_could_not_decide() -> None:
+    """Few draws, or a head that has no such null, do not make a claim look better tested than it is."""
+    few = a_row("frame", UNTESTABLE) | {"min_p": 1 / 6, "n_others": 5}
+    found = decided([a_row("layer", HELD), few], head=False)
+    assert (found["verdict"], found["nulls"]) == ("corroborated", "layer")
+    assert found["reason"] == "not tested under frame: the smallest p with 5 draws is 0.167"
+    assert found["establishes"].endswith(f" It is {found['reason']}.")
+    both = decided([a_row("layer", HELD), few, few | {"null": "token"}], head=False)["reason"]
+    assert both == found["reason"].replace("frame", "frame, token")
+    found = decided([a_row("layer", HELD)], head=False)
+    assert (found["verdict"], found["reason"]) == ("corroborated", "not tested under frame: none can be had for it")
+    crowded = a_row("layer", UNTESTABLE) | {"n_heads": 2}
+    found = decided([crowded, a_row("frame", HELD)], head=False)
+    assert found["verdict"] == "partial"
+    assert found["reason"] == "not tested under layer: the smallest p with 2 claimed heads among 7 others is 0.125"
+    assert decided([a_row("depth", HELD), a_row("frame", HELD)])["reason"] == ""
+
+
+def test_an_untestable_claim_says_what_keeps_its_p_large() -> None:
+    begins = "no null can reach p <= 0.05: the smallest p with "
+    ties = a_row("layer", UNTESTABLE) | {"min_p": 9 / 144, "n_null": 144, "n_heads": 2, "n_others": 22}
+    found = decided([ties], head=False)["reason"]
+    assert found == f"{begins}2 claimed heads among 22 others (the best labelings tie) is 0.0625"
+    grouped = a_row("depth", UNTESTABLE) | {"min_p": 1 / 7, "n_null": 6, "n_others": 11}
+    assert decided([grouped])["reason"] == f"{begins}1 claimed head among 11 others (in 6 KV groups) is 0.143"
+
+
+def test_a_contradiction_shows_its_evidence() -> None:
+    """The column q is of the predicted direction, and 1 here."""
+    found = decided([a_row("depth", NEITHER), a_row("frame", OPPOSITE)])
+    assert (found["verdict"], found["q"]) == ("contradicted", 1.0)
+    assert found["reason"] == "significant the other way: q = 0.01 under frame"
+
+
+@pytest.mark.parametrize(
+    ("effect", "said"), [(1.0, "100%"), (0.996, "more than 99%"), (0.004, "less than 1%"), (0.0, "0%")]
+)
+def test_all_and_none_of_them_are_said_only_where_it_is_so(effect, said) -> None:
+    assert f"beyond {said} of them)" in decided([a_row("depth", HELD) | {"effect": effect}])["establishes"]

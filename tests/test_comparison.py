@@ -1,5 +1,9 @@
 """Models side by side: the order of the rows, where heads lie, and the quarters of the depth."""
 
+import json
+import re
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -47,6 +51,36 @@ def test_models_stand_beside_each_other_under_each_role(folders) -> None:
     assert table[table["role"] == ""]["verdict"].unique().tolist() == ["no claims"]
 
 
+def test_cells_of_one_model_task_and_analysis_are_told_apart_by_what_they_differ_in(folders) -> None:
+    table = comparison.roles(folders)
+    assert sorted(table[table["task"] == "none"]["cell"]) == ["processing=folded", "processing=raw"]
+    assert set(table[table["task"] == "sva"]["cell"]) == {""}
+
+    def record(**choice: object) -> dict:
+        place = {"model": "m", "task": "t", "analysis": "a"}
+        return place | {"provenance": {"identity": {"processing": "raw"} | choice}}
+
+    made = [record(analysis={"embedding": "token", "n": 1}, weights=64 * "0", seed=0),
+            record(analysis={"embedding": "block0", "n": 1}, weights=64 * "1", seed=0)]  # fmt: skip
+    told = comparison.differences(made)
+    assert [text.split()[0] for text in told] == ["embedding=token", "embedding=block0"]
+    assert all(re.fullmatch(r"\S+ weights=[0-9a-f]{8}", text) for text in told) and told[0][-8:] != told[1][-8:]
+
+
+def test_other_weights_of_the_same_name_are_not_taken_for_the_same(folders, tmp_path) -> None:
+    twin = shutil.copytree(folders[-1], tmp_path / "x" / "y" / "z")
+    record = json.loads((twin / "record.json").read_text())
+    own = record["provenance"]["weights_digest"][:8]
+    record["provenance"]["weights_digest"] = 64 * "f"
+    (twin / "record.json").write_text(json.dumps(record))
+    table = comparison.depths([folders[-1], twin])
+    assert set(table["weights"]) == {"ffffffff", own}
+    out = console._console()
+    with out.capture() as captured:
+        out.print(console.depth_table([folders[-1], twin]))
+    assert "(ffffffff)" in captured.get()
+
+
 def test_each_model_has_its_depth_profile_once_for_each_processing(folders) -> None:
     table = comparison.depths(folders)
     copying = table[table["metric"] == "ov_copying"]
@@ -66,3 +100,4 @@ def test_the_printed_tables_name_models_and_processing(folders) -> None:
     text = captured.get()
     assert "mini-attn (raw)" in text and "twin (folded)" in text and "last quarter" in text
     assert "agreement output" in text and "no claims" in text
+    assert "processing=raw" in text

@@ -62,7 +62,7 @@ ORDER = [
     "directions", "readouts", "composition", "availability", "model", "claims", "statistics", "nulls", "surrogates",
     "testing", "candidates", "patterns", "verdicts", "prompts", "identity", "structure", "cache", "analyses", "record",
     "outcomes", "results", "comparison", "thinning", "drawing", "figures", "portraits", "page", "report", "panels",
-    "wandb_service", "tracking", "dashboard", "tables", "console", "progress", "cell", "sweep",
+    "overview", "wandb_service", "runs", "tracking", "dashboard", "tables", "console", "progress", "cell", "sweep",
 ]
 # fmt: on
 

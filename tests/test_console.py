@@ -1,6 +1,7 @@
 """What a person reads of a cell: whose claims, which heads, which pairs; nothing that is not there."""
 
 import io
+import math
 
 import pandas as pd
 import pytest
@@ -23,6 +24,9 @@ def test_claims_of_another_model_are_said_to_be_applied() -> None:
     assert claims_line(claims | {"note": "n"}, "copy") == "Claims of gpt2, applied to copy: a paper (published) - n"
 
 
+HEADS = pd.DataFrame({"layer": [0], "head": [0], "ov_copying": [0.5]})
+
+
 def a_verdict(**changes) -> dict:
     plain = {
         "kind": "role", "role": "name_mover", "layer": None, "head": None, "verdict": "partial",
@@ -33,22 +37,30 @@ def a_verdict(**changes) -> dict:
 
 
 def test_a_role_that_predicts_nothing_has_no_metric_beside_one_that_does() -> None:
-    heads = pd.DataFrame({"layer": [0], "head": [0], "ov_copying": [0.5]})
     nothing = a_verdict(role="bystander", verdict="out_of_scope", primary=None, prediction=None, value=None, q=None)
-    lines = printed(verdict_table(heads, pd.DataFrame([a_verdict(), nothing])))
+    lines = printed(verdict_table(HEADS, pd.DataFrame([a_verdict(), nothing])))
     assert any(line.startswith("name mover: ov_copying ↑") for line in lines)
     assert any(line.startswith("bystander  ") for line in lines) and not any("nan" in line for line in lines)
 
 
 def test_one_reason_for_two_verdicts_is_told_for_each() -> None:
     rows = [a_verdict(reason="r"), a_verdict(kind="head", layer=1, head=2, verdict="unsupported", reason="r")]
-    told = list(reasons(pd.DataFrame([*rows, rows[1] | {"role": "other"}])))
+    told = list(reasons(HEADS, pd.DataFrame([*rows, rows[1] | {"role": "other"}])))
     assert told[-2:] == ["partial (name mover): r", "unsupported (1.2): r"]
+
+
+def test_only_columns_that_are_shown_are_explained() -> None:
+    verdicts = pd.DataFrame([a_verdict()])
+    assert not any("align" in line or "position:" in line for line in reasons(HEADS, verdicts))
+    shown = HEADS.assign(qk_matching=0.1, qk_symmetry=0.1, qk_key_alignment=1.0)
+    told = " ".join(reasons(shown, verdicts))
+    assert "QK align: key side" in told and "OV align" not in told and "position:" not in told
 
 
 def candidates(role: str, heads: list[str], **changes) -> list[dict]:
     plain = {"metric": "ov_task_auc", "prediction": "high", "partners": "", "primary": True, "ranked": True,
-             "value": 0.9, "percentile": 1.0, "q_depth": 0.5, "p_frame_all": 0.1}  # fmt: skip
+             "value": 0.9, "percentile": 1.0, "q_depth": 0.5, "p_frame_all": 0.1,
+             "p_words_all": math.nan}  # fmt: skip
     places = [(int(name[0]), int(name[2])) for name in heads]
     return [
         plain | {"role": role, "rank": rank, "layer": layer, "head": head} | changes
@@ -71,6 +83,13 @@ def test_roles_with_the_same_candidates_by_the_same_metric_are_one() -> None:
         assert sum(line.startswith(start) for line in lines) == 1
     assert any("k_composition ↑ with 3.0 3.4" in line for line in lines)
     assert any("ov_task_auc ↑ (not its primary)" in line for line in lines)
+
+
+def test_other_words_are_shown_where_they_decide() -> None:
+    readers = pd.DataFrame(candidates("reader", ["1.0"], metric="ov_task_read", p_words_all=0.032))
+    title, line = printed(candidate_table(readers))
+    assert title.endswith("p words, all") and line.endswith("0.032")
+    assert "words" not in printed(candidate_table(pd.DataFrame(candidates("mover", ["1.0"]))))[0]
 
 
 def test_the_strongest_pairs_of_each_mode_and_virtual_heads_are_shown_with_their_matching() -> None:
@@ -97,4 +116,4 @@ def test_a_cell_shows_what_its_analysis_is_about_and_the_command_that_goes_on(an
     assert ("['composition'])" in text) == composed
     assert ("OV eigen 0 (lambda" in text) == ("QK singular 0 (sigma" in text) == (not composed)
     assert "Claims of mini-attn, applied to twin:" in text
-    assert "model.claims=mini-attn task=ioi" in text
+    assert "model.name=twin model.claims=mini-attn task=ioi" in text

@@ -163,8 +163,9 @@ def test_a_sweep_killed_at_random_moments_ends_complete(folder, tiny_gpt2) -> No
     assert "not tracked" not in last.printed
     assert len(records(folder)) == CELLS
     assert_whole(folder)
-    states = [read_tracking(cell) for cell in records(folder)]
-    assert {state["status"] for state in states} == {"done"} and len({state["run_id"] for state in states}) == CELLS
+    (sweep,) = folder.glob("results/.sweeps/*")
+    states = [read_tracking(place) for place in (*records(folder), sweep)]
+    assert {state["status"] for state in states} == {"done"} and len({state["run_id"] for state in states}) == CELLS + 1
     runs = {folder / "results" / state["directory"] for state in states}
     assert runs == set(folder.glob("results/wandb/offline-run-*"))  # no half of an earlier attempt to be synced
     assert all(is_complete(run) for run in sorted(runs)[:: CELLS // 6])

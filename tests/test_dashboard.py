@@ -12,7 +12,7 @@ from ovqk import dashboard
 from ovqk.cell import run_cell
 from ovqk.record import write_tracking
 
-pytest.importorskip("wandb_workspaces", reason="pip install 'ovqk[dashboard]'")
+pytest.importorskip("wandb_workspaces", reason="pip install -e '.[dashboard]'")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -32,12 +32,13 @@ def sections(spec: str) -> dict[str, list[dict]]:
 
 def test_a_workspace_has_the_five_sections_with_what_the_records_hold(results) -> None:
     shown, _, project = dashboard._read(results)
-    model = dashboard.workspace("someone", project, "mine", shown)._to_model()
+    model = dashboard.workspace("someone", project, "mine", shown, swept=True)._to_model()
     spec = model.spec.model_dump_json(by_alias=True, exclude_none=True)
     found = sections(spec)
     assert list(found) == ["Claims", "Spectra", "Symmetry and position", "Heads", "Health"]
     text = {name: json.dumps(panels) for name, panels in found.items()}
     assert "role/name_mover/p" in text["Claims"] and "tables/candidates" in text["Claims"]
+    assert "figures/effects" in text["Claims"] and "comparison/roles" in text["Claims"]
     assert "eigenvalues/ov_vocab_table" in text["Spectra"] and "depth/ov_effective_rank" in text["Spectra"]
     assert "depth/qk_symmetry" in text["Symmetry and position"]
     assert "tables/directions" in text["Heads"] and "depth/ov_copying" in text["Heads"]
@@ -78,5 +79,5 @@ def test_mistakes_are_one_message(results, tmp_path, monkeypatch) -> None:
     with pytest.raises(SystemExit, match="--entity: whose project is it"):
         dashboard.main()
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    with pytest.raises(SystemExit, match=r"pip install 'ovqk\[dashboard\]'"):
+    with pytest.raises(SystemExit, match=r"pip install -c constraints.txt -e '.\[dashboard\]'"):
         dashboard.main()

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,18 @@ def test_every_metric_is_explained() -> None:
     assert not missing, f"docs/reading.md has no row of {', '.join(missing)}"
 
 
+def test_what_is_cited_is_in_the_literature() -> None:
+    """Sources of metrics and of published claims."""
+    text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    literature = text[text.index("## Literature") :]
+    claims = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "conf" / "task").glob("*.yaml"))
+    cited = {metric.source for metric in METRICS.values() if metric.source} | set(
+        re.findall(r"arXiv:\d{4}\.\d{5}", claims)
+    )
+    missing = sorted(source for source in cited if source not in literature)
+    assert len(cited) > 8 and not missing, missing
+
+
 def test_the_verdicts_are_explained() -> None:
     from ovqk.verdicts import VERDICTS
 
@@ -127,6 +140,7 @@ def plain(line: str) -> str:
     """A printed line without what differs from run to run: seconds, ids of cells, the interpreter's place."""
     line = re.sub(r"\(about \d+ s left\)|\(about .*? left\)", "", line)
     line = re.sub(r"\d+\.\d s\b", "N s", line)
+    line = re.sub(r"offline-run-\d+_\d+-[0-9a-f-]+", "offline-run-ID", line)
     line = re.sub(r"\b(ov|qk|b03|composition|copying)-[0-9a-f]{12}\b", r"\1-ID", line)
     return line.replace(".venv/bin/python", "python").rstrip()
 
@@ -158,8 +172,8 @@ def test_a_difference_is_seen() -> None:
     assert "nothing more" in mismatch("a (9.9 s)\n...\ne", printed)
 
 
-def follow(page: Path, folder: Path) -> Iterator[tuple[Block, str]]:
-    """Do what a page says in a folder that looks like the repository: each block that runs, and what it printed."""
+def workplace(folder: Path) -> dict[str, str]:
+    """Make a folder look like the repository; the environment of commands that are typed there."""
     for name in ("run.py", "conf", "ovqk"):
         source = ROOT / name
         if source.is_dir():
@@ -167,7 +181,12 @@ def follow(page: Path, folder: Path) -> Iterator[tuple[Block, str]]:
         else:
             shutil.copy(source, folder / name)
     paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": paths, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "150"}
+    return os.environ | {"PATH": paths, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "150"}
+
+
+def follow(page: Path, folder: Path) -> Iterator[tuple[Block, str]]:
+    """Do what a page says in a folder that looks like the repository: each block that runs, and what it printed."""
+    environment = workplace(folder)
     for block in blocks(page):
         if block.title:
             path = folder / block.title
@@ -198,6 +217,22 @@ def test_the_page_is_followed_to_the_letter(name, tmp_path) -> None:
         if block.language == "text":
             assert not (found := mismatch(block.text, printed)), found
         printed = output or printed
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_is_printed(tmp_path) -> None:
+    """Its default cell from the first line to the last, and the verdicts of induction."""
+    environment = workplace(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = [block for block in re.findall(r"(?:^(?: {4}.*)?\n)+", text, flags=re.MULTILINE) if "verdict\n" in block]
+    assert len(shown) == 2
+    for block, more in zip(shown, ([], ["task=induction", "tracking=none"]), strict=True):
+        done = subprocess.run(
+            ["python", "run.py", *more], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        found = mismatch(f"...\n{textwrap.dedent(block).strip()}\n...", done.stdout)
+        assert not found, found
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def test_effects_are_marks_with_intervals_and_what_is_missing_says_so() -> None:
     ]
     assert list(interval.get_xdata()) == [0.6, 0.9] and list(interval.get_ydata()) == [0, 0]
     said = {text.get_text(): text.get_position()[1] for text in axes.texts}
-    assert said["unavailable"] == 1 and "corroborated, q 0.01" in said
+    assert said[" unavailable"] == 1 and "corroborated, q 0.01" in said
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "t1 · a · name mover",
         "t1 · b · name mover",
@@ -115,7 +115,7 @@ def test_depth_curves_run_through_the_means_of_the_layers() -> None:
     figure = figures.depth_curves(pd.concat([deep, shallow], ignore_index=True))
     shown = [axes for axes in figure.axes if axes.axison]
     assert [axes.get_title(loc="left") for axes in shown] == ["OV copying", "QK symmetry", "QK positional share"]
-    assert {axes.get_xlabel() for axes in shown} == {"relative depth"}
+    assert {axes.get_xlabel() for axes in shown} == {"relative depth"}  # of a column the lowest alone is labelled
     lines = [line for line in shown[0].lines if line.get_marker() == "o"]
     assert list(lines[0].get_xdata()) == [0, 0.25, 0.5, 0.75, 1] and list(lines[1].get_xdata()) == [0, 1]
     assert list(lines[0].get_ydata()) == pytest.approx(deep.groupby("layer")["ov_copying"].mean().tolist())
@@ -143,8 +143,8 @@ def test_an_atlas_colours_every_head_and_marks_the_claimed_ones() -> None:
         for value in heads["ov_copying"]
     ]
     assert [to_hex(square.get_facecolor()) for square in squares] == wanted
-    rings = [patch for patch in axes.patches if patch.get_width() == pytest.approx(0.72)]
-    assert [(round(ring.get_x() + 0.36), round(ring.get_y() + 0.36)) for ring in rings] == [(1, 0), (2, 1), (3, 1)]
+    rings = [patch for patch in axes.patches if patch.get_width() == pytest.approx(0.78)]
+    assert [(round(ring.get_x() + 0.39), round(ring.get_y() + 0.39)) for ring in rings] == [(1, 0), (2, 1), (3, 1)]
     assert [text.get_text() for text in axes.texts] == ["NM"] * 3
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer")
     assert axes.get_ylim() == (2.5, -0.5)  # layer 0 is on top
@@ -152,6 +152,26 @@ def test_an_atlas_colours_every_head_and_marks_the_claimed_ones() -> None:
     bar = figure.axes[-1]
     ends = [label.get_text() for label in bar.get_xticklabels()]
     assert bar.get_xlabel() == "OV copying" and ends == ["\N{MINUS SIGN}1", "0", "1"]
+
+
+@pytest.mark.parametrize("n_heads", [4, 8, 12])
+def test_the_letters_of_a_marked_head_stay_inside_its_ring(n_heads) -> None:
+    verdicts = verdict_table().query("model == 'a' and kind == 'head'").assign(layer=1, head=2)
+    verdicts = verdicts.assign(role=[f"backup_name_mover_{k}" for k in range(len(verdicts))]).head(2)
+    figure = figures.atlas(head_table(n_heads=n_heads), "ov_copying", verdicts)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    (ring,) = [patch for patch in axes.patches if patch.get_width() == pytest.approx(0.78)]
+    (text,) = axes.texts
+    assert len(text.get_text().split("\n")) == 2
+    inside, letters = ring.get_window_extent(), text.get_window_extent()
+    assert inside.x0 <= letters.x0 and letters.x1 <= inside.x1
+    assert inside.y0 <= letters.y0 and letters.y1 <= inside.y1
+
+
+def test_a_legend_of_many_roles_is_no_wider_than_its_atlas() -> None:
+    assert figures._wrapped(["aa", "bb", "cc"], 8) == ["aa    bb", "cc"]
+    assert figures._wrapped([], 8) == [] and figures._wrapped(["longer than that"], 8) == ["longer than that"]
 
 
 def pair(
@@ -176,8 +196,9 @@ def test_a_circuit_joins_claimed_heads_above_random_and_no_others() -> None:
     )
     (axes,) = figures.circuit(verdicts, pairs).axes
     arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
-    assert [to_hex(arrow.get_edgecolor()) for arrow in arrows] == [colours.MODES["q"][0], colours.MODES["k"][0]]
-    assert arrows[0].get_linewidth() < arrows[1].get_linewidth()
+    assert [to_hex(arrow.get_edgecolor()) for arrow in arrows] == [colours.MODES["k"][0], colours.MODES["q"][0]]
+    assert arrows[0].get_linewidth() > arrows[1].get_linewidth() and arrows[0].get_zorder() > arrows[1].get_zorder()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["Q: into queries", "K: into keys"]
     said = [text.get_text() for text in axes.texts]
     assert {"0.1", "1.2", "1.3", "1.0", "name mover", "induction", "layer 0", "layer 1"} <= set(said)
     spots = {text.get_text(): text.get_position() for text in axes.texts}
@@ -190,7 +211,18 @@ def test_a_head_of_two_roles_is_drawn_once_under_the_smaller() -> None:
     verdicts = verdict_table().query("model == 'a'")
     also = verdicts[(verdicts["kind"] == "head") & (verdicts["head"] == 0)].assign(layer=0, head=1)
     (axes,) = figures.circuit(pd.concat([verdicts, also], ignore_index=True)).axes
-    assert [text.get_text() for text in axes.texts].count("0.1") == 1
+    said = [text.get_text() for text in axes.texts]
+    assert said.count("0.1") == 1 and "also name mover" in said
+
+
+def test_an_arrow_passes_no_head_and_runs_beside_another_of_its_heads() -> None:
+    start, end, between = (0.0, 0.0), (4.0, 3.0), (2.0, 1.5)
+    assert figures._clear_bend(start, end, 0.0, [], []) == 0
+    bend = figures._clear_bend(start, end, 0.0, [between], [])
+    assert 0.1 < abs(bend) < 0.4
+    other = figures._clear_bend(start, end, 0.0, [between], [bend])
+    assert abs(other - bend) > 0.06
+    assert figures._clear_bend(start, end, 0.0, [(0.0, 3.0)], []) == 0  # a head that is not in the way
 
 
 # --- one head ------------------------------------------------------------------------------------------------
@@ -231,6 +263,12 @@ def test_eigenvalues_keep_their_angle_and_are_placed_by_the_log_of_their_modulus
     assert dots(gauge) == [(0.8, 0.0)] and gauge.get_xlabel() == "OV copying"
     (band,) = gauge.patches
     assert (band.get_x(), band.get_width()) == (-0.2, pytest.approx(0.4))
+
+
+def test_the_labels_of_the_rings_lie_where_no_eigenvalue_does() -> None:
+    way = drawing.clear_way(0.5 * np.exp(1j * np.deg2rad([30, 45, 60, 75])), [0.4, 0.7])
+    assert way.real < 0 < way.imag
+    assert drawing.clear_way(np.array([]), [0.5]) and drawing.clear_way(np.array([1j]), [])
 
 
 def test_without_a_frame_null_no_band_is_drawn() -> None:
@@ -405,6 +443,6 @@ def test_drawing_leaves_matplotlib_as_it_was() -> None:
 
 
 def test_figures_need_neither_pyplot_nor_wandb() -> None:
-    code = "import sys, ovqk.report; print([m for m in ('matplotlib.pyplot', 'wandb') if m in sys.modules])"
+    code = "import sys, ovqk.report; print([m for m in ('matplotlib.pyplot', 'wandb', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -44,5 +44,10 @@ def test_a_mistake_in_a_task_file_is_told_with_its_role(old, new, place, what, t
     assert told(tmp_path, "task=mine") == f"task/mine.yaml: roles.duplicate_token.predictions.0.{place}: {what}"
 
 
+def test_what_cannot_be_parsed_is_told_with_its_override(tmp_path) -> None:
+    assert told(tmp_path, "results_dir=a=1").startswith("results_dir=a=1: mismatched input '='")
+    assert told(tmp_path, "model.path=a b(").startswith("Error parsing override 'model.path=a b('")
+
+
 def test_what_is_no_mistake_of_a_value_is_told_as_it_is(tmp_path) -> None:
     assert "Could not find 'model/gpt3'" in told(tmp_path, "model=gpt3")

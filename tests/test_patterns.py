@@ -35,7 +35,8 @@ def patterns(rows=(), rank90: float = 9, spread: float = 8, second: float = 0.5)
     ([row("ov_task_auc", q=0.3), row("ov_task_copy")], True),  # a secondary one is enough
     ([row("ov_task_auc"), row("ov_task_auc", "token", 0.5, counts=False)], True),  # reported only
     ([row("ov_task_auc", "layer", counts=False)], False),  # nothing that decides
-    ([row("ov_task_auc", testable=False, q=math.nan), row("ov_task_auc", "frame")], True),
+    ([row("ov_task_auc", testable=False, q=math.nan), row("ov_task_auc", "frame")], False),  # any trained head may
+    ([row("ov_task_auc", testable=False, q=math.nan), row("ov_task_auc", "token")], True),
     ([row("ov_task_auc", testable=False, q=math.nan)], False),
     ([row("qk_task_auc")], False),
     ([exploratory("ov_copying_block0", "depth", 0.01), exploratory("ov_copying_block0", "frame", 0.01)], False),
@@ -43,6 +44,12 @@ def patterns(rows=(), rank90: float = 9, spread: float = 8, second: float = 0.5)
 ])  # fmt: skip
 def test_ov_aligned_is_an_ov_prediction_that_holds_under_all_its_nulls(rows, aligned) -> None:
     assert patterns(rows)["ov_aligned"] is aligned
+
+
+def test_what_holds_against_random_frames_alone_is_named_and_decides_no_pattern() -> None:
+    found = patterns([row("ov_task_copy", "frame"), row("qk_task_auc")])
+    assert (found["ov_aligned"], found["both_align"]) == (False, False)
+    assert found["evidence"].startswith("holds: ov_task_copy (against frame alone), qk_task_auc;")
 
 
 KEYS = "qk_key_alignment"

@@ -15,13 +15,14 @@ import pytest
 from conftest import BUNDLED, ROOT, compose, shared_model
 from hypothesis import given
 from hypothesis import strategies as st
-from reported import HOSTILE, HOSTILE_MODEL, STORABLE, make_results, page_data
+from reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, page_data
 
-from ovqk import page, thinning
+from ovqk import figures, page, thinning
 from ovqk.cell import run_cell
 from ovqk.metrics import METRICS
 from ovqk.page import Cell, embedded, make_page, read_cells
-from ovqk.report import file_name, sweep_figures, write_report
+from ovqk.report import WRITTEN, file_name, sweep_figures, write_report
+from ovqk.results import load_results
 from ovqk.thinning import DETAILS, Pool, short
 
 
@@ -120,7 +121,8 @@ def test_what_cells_of_one_model_share_is_held_once(made) -> None:
 def test_what_has_no_results_is_named(results, made, tmp_path) -> None:
     _, data = made
     assert data["failures"] == [
-        {"model": "broken", "task": "ioi", "analysis": "b03-000000000000", "error": "<b>no weights</b>"}
+        {"model": model, "task": task, "analysis": "b03-000000000000", "error": "<b>no weights</b>"}
+        for model, task in FAILED
     ]
     shutil.copytree(results / "mini-attn", tmp_path / "mini-attn")
     folders = sorted((tmp_path / "mini-attn").glob("*/*"))
@@ -230,6 +232,32 @@ def test_the_command_writes_a_page_and_figures(results, tmp_path) -> None:
     assert page_data((one / "report.html").read_text())["figures"] == "figures"
 
 
+def test_figures_of_an_earlier_report_go_and_other_files_stay(results, tmp_path, monkeypatch) -> None:
+    """A cell that is gone leaves no figure behind; what a report did not write is none of its business."""
+    shutil.copytree(results / "mini-attn" / "induction", tmp_path / "mini-attn" / "induction")
+    shutil.copytree(results / "mini-llama", tmp_path / "mini-llama")
+    folder = tmp_path / "figures"
+    write_report(tmp_path)
+    llama = {path.name for path in folder.glob("*mini-llama*")}
+    assert "circuit_mini-llama_induction.svg" in llama
+    own = {"notes.txt", "circuit_of_mine.svg", "depth_old.png"}
+    for name in own:
+        (folder / name).touch()
+    (tmp_path / "beside.svg").touch()
+    with (folder / WRITTEN).open("a") as file:
+        file.write("../beside.svg\nnotes.txt\n")  # no report writes such names
+    shutil.rmtree(tmp_path / "mini-llama")
+    with monkeypatch.context() as broken:
+        broken.setattr("ovqk.report.cell_figures", lambda cells: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_report(tmp_path)
+    assert llama <= {path.name for path in folder.iterdir()}  # nothing goes before the new ones are there
+    write_report(tmp_path)
+    left = {path.name for path in folder.iterdir()}
+    assert not llama & left and own <= left and (tmp_path / "beside.svg").exists()
+    assert set((folder / WRITTEN).read_text().split()) == left - own - {WRITTEN}
+
+
 def test_the_page_alone_goes_where_it_is_told(results, tmp_path) -> None:
     out = tmp_path / "new" / "my page.html"
     done = report(results, "--out", out, "--no-figures")
@@ -267,6 +295,18 @@ def test_figures_of_a_sweep_come_one_by_one_with_names_of_files(results) -> None
     made = sweep_figures(cells)
     assert [next(made)[0] for _ in range(3)] == ["verdicts", "effects", "depth"]
     assert file_name("atlas", "a/b c", "ov_copying") == "atlas_a-b-c_ov_copying"
+
+
+def test_reading_and_reporting_wait_for_no_torch(results) -> None:
+    """Its import takes seconds, which who reads tables in a notebook need not wait."""
+    folder = results / "mini-attn" / "induction"
+    code = (
+        f"import sys, ovqk; ovqk.load_results({str(folder)!r}); from ovqk import figures, portraits, report; "
+        f"report.read_cells(__import__('pathlib').Path({str(results)!r})); "
+        "print([name for name in ('torch', 'transformers', 'transformer_lens', 'wandb') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 # --- size ----------------------------------------------------------------------------------------------------
@@ -380,3 +420,69 @@ def test_the_partial_gpt2_and_stories_are_reported(tmp_path) -> None:
     assert data["pool"][verdicts["effect"]][at] is None
     assert cell_of(data, "stories260k/none")["columns"]["ov_copying"] is not None
     assert (tmp_path / "figures" / "circuit_gpt2-small-attention_ioi.svg").is_file()
+
+
+# --- several cells of one model and task ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(results, tmp_path_factory) -> Path:
+    """A cell, the same with another seed, with raw weights, and with another analysis."""
+    folder = tmp_path_factory.mktemp("several")
+    (source,) = (results / "mini-attn" / "induction").glob("b03-*")
+    raw = {"requested": "raw", "applied": "raw"}
+    for name, changes, identity in (
+        ("b03-000000000000", {}, {"processing": "folded", "seed": 0}),
+        ("b03-000000000001", {"seed": 1}, {"processing": "folded", "seed": 1}),
+        ("b03-000000000002", {"processing": raw}, {"processing": "raw", "seed": 0}),
+        ("ov-000000000003", {"analysis": "ov"}, {"processing": "folded", "seed": 0}),
+    ):
+        place = folder / "mini-attn" / "induction" / name
+        shutil.copytree(source, place)
+        record = json.loads((place / "record.json").read_text()) | changes | {"cell_id": name.split("-")[1]}
+        record["provenance"]["identity"] = identity
+        (place / "record.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_cells_of_one_model_and_task_are_told_apart(several) -> None:
+    cells, _ = read_cells(several)
+    names = dict(zip((cell.record["cell_id"][-1] for cell in cells), page.labels(cells), strict=True))
+    assert names == {
+        "0": "mini-attn (folded seed=0)",
+        "1": "mini-attn (folded seed=1)",
+        "2": "mini-attn (raw seed=0)",
+        "3": "mini-attn",  # the one of its analysis
+    }
+    assert set(page.weights_labels(cells)) == {"mini-attn (folded)", "mini-attn (raw)"}
+    alone = [cell for cell in cells if cell.record["cell_id"][-1] in "03"]
+    assert page.labels(alone) == ["mini-attn (b03)", "mini-attn (ov)"]
+    assert page.labels(alone[:1]) == page.weights_labels(alone[:1]) == ["mini-attn"]
+
+
+def test_figures_show_each_of_several_cells(several) -> None:
+    made = dict(sweep_figures(read_cells(several)[0]))
+    assert len(made["effects"].axes[0].get_yticklabels()) == 8  # two roles of four cells
+    rows = [label.get_text() for label in made["verdicts"].axes[0].get_yticklabels()]
+    assert len(rows) == 4 and "mini-attn (raw seed=0)" in rows
+    grids = [axes.get_title(loc="left") for axes in made["atlas_induction_ov_copying"].axes]
+    assert grids[:2] == ["mini-attn (folded)", "mini-attn (raw)"]
+
+
+def test_a_figure_refuses_several_cells_as_one(several) -> None:
+    tables = load_results(several, tables=["heads", "verdicts"])
+    for draw in (
+        lambda: figures.atlas(tables["heads"], "ov_copying"),
+        lambda: figures.verdict_counts(tables["verdicts"]),
+    ):
+        with pytest.raises(ValueError, match=r"mini-attn.*: of 4 cells; choose one, or tell them apart by `model`"):
+            draw()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_part_of_a_results_folder_is_named_with_the_whole(several, depth) -> None:
+    part = next(several.glob("/".join("*" * depth)))
+    with pytest.raises(
+        SystemExit, match=re.escape(f"{part} is a part of a results folder: give the whole, {several}.")
+    ):
+        write_report(part)

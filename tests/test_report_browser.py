@@ -150,7 +150,7 @@ def test_the_numbers_that_a_reader_sees_are_those_of_the_tables(reader, page_fil
         ("OV effective rank", "ov_effective_rank", 2),  # the page holds four digits and shows no more
     ):
         assert shown[title] == f"{heads.loc[(3, 4), metric]:.{digits}f}".replace("-", "\N{MINUS SIGN}")
-    assert shown["OV number transfer"].startswith("unavailable: not applicable")
+    assert shown["OV transfer of the contrast"].startswith("unavailable: not applicable")
     circles = reader.page.locator("svg[aria-label*='eigenvalues of the OV circuit'] circle[data-tip^='λ']")
     assert circles.count() == 16
 
@@ -199,6 +199,23 @@ def test_effects_are_filtered_and_sorted(reader) -> None:
     assert [row[2] for row in effect_rows(reader)] == sorted(models, reverse=True)
     reader.page.select_option("select", "untestable")
     assert [row[1] for row in effect_rows(reader)] == ["previous token"]
+
+
+def test_cells_without_results_are_counted_and_lead_to_the_reason(reader) -> None:
+    reader.open("compare")
+    assert "2 cells without results" in reader.page.inner_text(".lead")
+    row = reader.page.locator("#matrix tbody tr:has(th:text-is('partial'))")
+    assert "not run" not in row.inner_text()
+    row.locator("a:text-is('without results')").click()
+    assert reader.title() == "Provenance" and "<b>no weights</b>" in reader.page.inner_text("main")
+
+
+def test_no_table_of_the_comparison_is_cut_off_on_a_laptop(reader) -> None:
+    reader.open("compare")
+    wide = reader.page.evaluate(
+        "[...document.querySelectorAll('main .scroll')].filter(box => box.scrollWidth > box.clientWidth + 1).length"
+    )
+    assert wide == 0
 
 
 def test_models_are_chosen_for_the_whole_comparison(reader) -> None:
@@ -314,6 +331,27 @@ def test_dark_and_light_follow_the_system_or_the_button(reader) -> None:
     assert background(reader) == dark  # it is remembered
     reader.page.click("nav >> text=Head atlas")
     reader.see("atlas_dark")
+
+
+def test_the_lines_of_a_circuit_pass_no_head(reader) -> None:
+    """Each line keeps away from the heads that it does not join, and no two lie on each other."""
+    reader.open("circuit/mini-attn/induction")
+    paths, gaps = reader.page.evaluate(
+        """() => {
+            const all = selector => [...document.querySelectorAll(`svg.circuit ${selector}`)];
+            const heads = all('circle.focus').map(c => [+c.getAttribute('cx'), +c.getAttribute('cy')]);
+            const lines = all('path[stroke-width]').filter(p => / Q/.test(p.getAttribute('d')));
+            return [lines.map(p => p.getAttribute('d')), lines.map(line => {
+                const near = heads.map(([x, y]) => Math.min(...Array.from({length: 50}, (_, k) => {
+                    const at = line.getPointAtLength(line.getTotalLength() * k / 49);
+                    return Math.hypot(at.x - x, at.y - y);
+                }))).sort((a, b) => a - b);
+                return near[2] ?? Infinity;
+            })];
+        }"""
+    )
+    assert len(paths) >= 4 and len(set(paths)) == len(paths)
+    assert min(gaps) > 18  # the radius of a head
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -78,6 +78,19 @@ def test_places_without_results_are_named(results, tmp_path) -> None:
         load_results(tmp_path)
 
 
+def test_files_that_cannot_be_read_are_named(results, tmp_path) -> None:
+    with pytest.raises(ValueError, match="places: none is given"):
+        load_results([])
+    damaged = shutil.copytree(results, tmp_path / "damaged")
+    folder = folders(damaged)[0]
+    (folder / "heads.parquet").write_bytes(b"PAR1 half")
+    with pytest.raises(ValueError, match=rf"{folder.name}/heads.parquet: cannot be read .*force=true"):
+        load_results(damaged)
+    (folder / "record.json").write_text('{"status": "done"}')
+    with pytest.raises(ValueError, match=rf"{folder.name}/record.json: no record of this version"):
+        load_results(damaged)
+
+
 def test_cells_of_several_versions_are_told_of(results, tmp_path) -> None:
     mixed = shutil.copytree(results, tmp_path / "mixed")
     path = folders(mixed)[0] / "record.json"

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import BUNDLED, ROOT, compose
 from filelock import FileLock
+from omegaconf import OmegaConf
 
 import ovqk
 import ovqk.cell
@@ -24,7 +25,7 @@ from ovqk import console, progress, record
 from ovqk.errors import UserError
 from ovqk.outcomes import Outcome, Outcomes
 from ovqk.record import is_done, read_record
-from ovqk.sweep import expected_cells, launcher_hint
+from ovqk.sweep import expected_cells, launcher_hint, sweep_name
 
 QUICK = ("task=none", "analysis=ov", "tracking=none")
 FILES = sorted(path for path in (ROOT / "sweeps").glob("*.yaml") if "hydra:" in path.read_text())
@@ -71,7 +72,7 @@ def test_cells_alike_in_name_are_told_apart_by_what_the_sweep_varies(cli) -> Non
 
 def test_what_remains_is_estimated_from_the_cells_that_were_computed(tmp_path, monkeypatch, capsys) -> None:
     outcomes = Outcomes(tmp_path)
-    outcomes.begin([["seed=0"], ["seed=1"], ["seed=2"], ["seed=3"]])
+    outcomes.begin("a sweep", [["seed=0"], ["seed=1"], ["seed=2"], ["seed=3"]])
     shown = progress.SweepProgress(outcomes)
     clock = shown.started
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
@@ -93,7 +94,7 @@ def test_what_remains_is_estimated_from_the_cells_that_were_computed(tmp_path, m
 def test_lines_of_cells_that_run_elsewhere_are_printed_as_they_end(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(progress, "LOOK_EVERY", 0.01)
     outcomes = Outcomes(tmp_path)
-    outcomes.begin(None)
+    outcomes.begin("a sweep", None)
     outcomes.add(0, outcome())
     shown = progress.SweepProgress(outcomes)
     shown.watch()
@@ -321,6 +322,29 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra() -> None:
         "hydra/launcher=joblib needs an extra: pip install -c constraints.txt -e '.[parallel]'"
     ]
     assert launcher_hint(MissingConfigException("no", "model/gpt3")) == launcher_hint(ValueError("no")) == []
+
+
+def test_an_unknown_wandb_mode_is_refused_before_the_first_cell(cli, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    code, printed = cli("-m", "seed=0,1")
+    assert code == 1 and printed == "ovqk: WANDB_MODE=onlin: allowed: online, offline, dryrun, disabled.\n"
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_sweep_without_a_name_is_called_by_what_it_computes() -> None:
+    def name(*overrides: str, **params: str) -> str:
+        return sweep_name(
+            OmegaConf.create({"hydra": {"overrides": {"task": list(overrides)}, "sweeper": {"params": params}}})
+        )
+
+    call = ("model=a,b", "task=ioi", "+nulls.draws=9")
+    assert name(*call) == " ".join(call)
+    how = ("results_dir=r", "tracking=none", "tracking.project=p", "cache=off", "force=true", "device=cuda", "sweep=x")
+    assert name(*call, *how) == name(*call)  # how it is run makes no other sweep
+    assert name("task=sva", task="ioi,sva", model="a") == "task=sva model=a"
+    assert name() == "one cell"
+    long = [name(f"model={letter * 500}") for letter in "ab"]
+    assert len(set(long)) == 2 and all(len(each) <= 120 for each in long)
 
 
 def test_an_unusable_sweep_folder_is_one_message(cli, tmp_path) -> None:

@@ -8,15 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import BUNDLED, ROOT, compose
-from wandb_stub import CLOSED, ENTITY, NEVER, Run, Server, wandb_server
+from wandb_stub import CLOSED, ENTITY, KEY, NEVER, Run, command, impatient, inspect, sent_tables, sync
 
-from ovqk import tracking, wandb_service
+from ovqk import tracking
 from ovqk.cell import run_cell
 from ovqk.config import TrackingMode
 from ovqk.errors import UserError
@@ -24,8 +22,7 @@ from ovqk.identity import tracking_mode
 from ovqk.record import claim, is_done, read_record, read_tracking
 from ovqk.tracking import needs_tracking, run_id, track_cell
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-KEY = "0123456789canary0123456789canary01234567"
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_wandb")]
 TABLES = {"heads", "tests", "verdicts", "nulls", "composition", "directions"}
 
 
@@ -42,42 +39,6 @@ def results(computed: Path, tmp_path: Path) -> Path:
     return shutil.copytree(computed, tmp_path / "results")
 
 
-@pytest.fixture(autouse=True)
-def own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A W&B that knows no key, no settings and no server of the person who runs the tests."""
-    import wandb
-
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "NETRC"):
-        monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setattr(tracking, "_pause", tracking._Pause())
-    monkeypatch.setattr(tracking, "_agent_cells", {})
-    wandb.teardown()
-    yield
-    wandb.teardown()
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    with wandb_server() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        yield server
-
-
-@contextmanager
-def impatient() -> Iterator[None]:
-    """Short times to wait for a server that fails."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_INIT_TIMEOUT", "2")
-        patch.setenv("WANDB_FINISH_TIMEOUT", "2")
-        patch.setattr(tracking, "LOG_SECONDS", 4.0)
-        patch.setattr(wandb_service, "GRACE_SECONDS", 2.0)
-        yield
-
-
 def cell(results: Path) -> Path:
     (record,) = results.glob("*/*/*/record.json")
     return record.parent
@@ -85,32 +46,6 @@ def cell(results: Path) -> Path:
 
 def track(results: Path, mode: str) -> str | None:
     return track_cell(cell(results), results, TrackingMode(mode), "ovqk-test", None)
-
-
-def inspect(run: Path) -> list[dict]:
-    """The run's own log, read with W&B's tool."""
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(run)]
-    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
-
-
-def sync(results: Path) -> None:
-    command = [str(Path(sys.executable).parent / "wandb"), "sync", str(results / "wandb")]
-    subprocess.run(command, capture_output=True, timeout=60, check=True)
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """`python -m ovqk.tracking ARGUMENTS`: its exit status, or its message."""
-    monkeypatch.setattr(sys, "argv", ["ovqk.tracking", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        tracking.main()
-    return stop.value.code
-
-
-def sent_tables(server: Server) -> set[str]:
-    """The tables whose rows arrived."""
-    names = {name for files in server.artifacts.values() for name in files if name.startswith("tables/")}
-    return {name.removeprefix("tables/").removesuffix(".table.json") for name in names}
 
 
 # --- what a run holds ------------------------------------------------------------------------------------------
@@ -159,13 +94,16 @@ def test_an_online_run_arrives_whole_and_without_a_word(results, server, capfd) 
     assert run.upsert["tags"] == ["mini-attn", "ioi", "b03"]
     assert run.upsert["groupName"] == record["cell_id"] and run.upsert["jobType"] == "b03"
     assert (run.upsert["program"], run.upsert.get("host")) == ("run.py", None)
-    flat = {key: run.config[key] for key in ("model", "task", "analysis", "seed", "processing", "n_layers")}
+    flat = {
+        key: run.config[key] for key in ("model", "task", "analysis", "seed", "processing", "embedding", "n_layers")
+    }
     assert flat == {
         "model": "mini-attn",
         "task": "ioi",
         "analysis": "b03",
         "seed": 0,
         "processing": "folded",
+        "embedding": "by_layer",
         "n_layers": 4,
     }
     assert "results_dir" not in run.config["cfg"] and run.config["cfg"]["nulls"] == {"draws": 19}
@@ -304,6 +242,35 @@ def test_without_a_key_the_message_says_what_to_do_and_nobody_is_asked(results, 
     warning = track(results, "online")
     assert warning is not None and "No API key configured. Use `wandb login` to log in." in warning
     assert read_tracking(cell(results))["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("WANDB_CONSOLE", "a canary", "W&B's setting console: "),
+        ("WANDB_BASE_URL", "a canary", "W&B's setting base_url: "),
+        ("WANDB_INIT_TIMEOUT", "soon", "WANDB_INIT_TIMEOUT=soon: must be a number of seconds"),
+    ],
+)
+def test_a_setting_of_the_environment_that_is_refused_is_named(results, monkeypatch, name, value, reason) -> None:
+    monkeypatch.setenv(name, value)
+    warning = track(results, "offline")
+    assert warning is not None and reason in warning and "\n" not in warning
+    assert "canary" not in (cell(results) / "tracking.json").read_text()  # it could have been a key
+
+
+def test_settings_that_are_empty_are_as_good_as_not_set(results, monkeypatch) -> None:
+    for name in ("MODE", "SILENT", "BASE_URL", "INIT_TIMEOUT", "DATA_DIR", "DIR", "ENTITY"):
+        monkeypatch.setenv(f"WANDB_{name}", "")
+    assert track(results, "offline") is None
+    assert read_tracking(cell(results))["status"] == "done"
+
+
+def test_the_command_in_a_warning_can_be_pasted(results, monkeypatch) -> None:
+    odd = results.rename(results.with_name("my results"))
+    monkeypatch.setattr(tracking, "make_run", lambda *arguments: 1 / 0)
+    warning = track(odd, "offline")
+    assert warning is not None and warning.endswith(f"`python -m ovqk.tracking '{odd}'`")
 
 
 @pytest.mark.parametrize("when", ["idle", "half-way"])

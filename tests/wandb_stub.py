@@ -6,14 +6,22 @@ another W&B may ask for others.
 
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from ovqk import runs, tracking, wandb_service
+
 ENTITY = "someone"
+KEY = "0123456789canary0123456789canary01234567"
 NEVER, CLOSED = 0, -1
 """Instead of an HTTP status: no answer, and a closed connection."""
 
@@ -236,3 +244,43 @@ class _Handler(BaseHTTPRequestHandler):
     def do_UpsertView2(self, variables: dict[str, Any]) -> dict[str, Any]:
         self.state.views.append(variables)
         return {"upsertView": {"view": {"id": "1", "name": variables["name"]}, "inserted": True}}
+
+
+# --- what tests do with it -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Short times to wait for a server that fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_INIT_TIMEOUT", "2")
+        patch.setenv("WANDB_FINISH_TIMEOUT", "2")
+        patch.setattr(runs, "LOG_SECONDS", 4.0)
+        patch.setattr(wandb_service, "GRACE_SECONDS", 2.0)
+        yield
+
+
+def inspect(run: Path) -> list[dict]:
+    """The run's own log, read with W&B's tool."""
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(run)]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def sync(results: Path) -> None:
+    command = [str(Path(sys.executable).parent / "wandb"), "sync", str(results / "wandb")]
+    subprocess.run(command, capture_output=True, timeout=60, check=True, cwd=results.parent)  # it leaves a log there
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """`python -m ovqk.tracking ARGUMENTS`: its exit status, or its message."""
+    monkeypatch.setattr(sys, "argv", ["ovqk.tracking", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        tracking.main()
+    return stop.value.code
+
+
+def sent_tables(server: Server) -> set[str]:
+    """The tables whose rows arrived."""
+    names = {name for files in server.artifacts.values() for name in files if name.startswith("tables/")}
+    return {name.removeprefix("tables/").removesuffix(".table.json") for name in names}

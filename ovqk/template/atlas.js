@@ -58,7 +58,7 @@ function atlasMetric(task, name) {
 }
 
 function atlas(cell, metric) {
-  const title = modelName(cell);
+  const title = cell.label;
   if (!column(cell, metric)) {
     return h("figure", {}, h("h3", {}, title), missing(whyMissing(cell, metric)));
   }
@@ -144,8 +144,3 @@ function atlasLegend(cells) {
     roles.map((role) => h("span", {}, h("b", {}, roleShort(role)), ` ${roleName(role)}`)));
 }
 
-/** A model, and its processing where several of it are in the report. */
-function modelName(cell) {
-  const kinds = new Set(CELLS.filter((other) => other.model === cell.model).map((other) => other.provenance.processing.applied));
-  return kinds.size > 1 ? `${cell.model} (${cell.provenance.processing.applied})` : cell.model;
-}

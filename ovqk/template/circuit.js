@@ -10,7 +10,7 @@ function circuitPage(name) {
   const draw = () => box.replaceChildren(...circuitContent(cell, draw).filter(Boolean));
   draw();
   return [
-    h("h1", { tabindex: -1 }, `Circuit: ${modelName(cell)} on ${cell.task}`),
+    h("h1", { tabindex: -1 }, `Circuit: ${cell.label} on ${cell.task}`),
     h("p", { class: "lead" }, "Claimed heads by role and layer. A line joins two heads where the later one reads more of what the earlier one writes than it would of random weights."),
     h("div", { class: "controls" }, select("Cell", CELLS.map((one) => [one.name, cellTitle(one)]), cell.name, (next) => { location.hash = `#circuit/${next}`; })),
     box,
@@ -97,7 +97,7 @@ function circuitGraph(cell, found, edges) {
     own.forEach((row, m) => spots.set(headLabel(row), { row, x: centre(k) + (m - (own.length - 1) / 2) * gapX, y: y(layer) }));
   }));
   const most = Math.max(...edges.map((edge) => edge.score_above_random), 1e-9);
-  const drawing = s("svg", { class: "plot circuit", viewBox: `0 0 ${width} ${height}`, width, height, role: "group", style: leastWidth(width),
+  const drawing = s("svg", { class: "plot circuit", viewBox: `0 0 ${width} ${height}`, width, height, role: "group", style: `min-width:${Math.min(width, 980)}px`,
     "aria-label": `${plural(byHead.size, "claimed head")} in ${plural(roles.length, "role")}, ${plural(edges.length, "composition")} above random` },
     layers.map((layer) => [s("line", { class: "gridline", x1: left - 14, x2: width, y1: y(layer), y2: y(layer) }), s("text", { class: "tick", x: left - 22, y: y(layer) + 4, "text-anchor": "end" }, `layer ${layer}`)]),
     roles.map((role, k) => s("text", { class: "strong", x: centre(k), y: 18, "text-anchor": "middle" }, roleName(role))),
@@ -105,8 +105,8 @@ function circuitGraph(cell, found, edges) {
       const row = found.find((one) => one.kind === "role" && one.role === role);
       return row ? s("text", { class: "soft", x: centre(k), y: 36, "text-anchor": "middle", style: "font-size:11.5px" }, verdictText(row)) : null;
     }),
-    [...edges].reverse().map((edge) => graphEdge(edge, spots, most, radius)),
-    [...spots].map(([label, spot]) => graphHead(cell, label, spot, byHead.get(label), radius)));
+    edgesBent(edges, spots).reverse().map((edge) => graphEdge(edge, spots, most, radius)),
+    [...spots].map(([label, spot]) => graphHead(cell, label, spot, byHead.get(label), radius, spot.row.layer === layers[layers.length - 1])));
   return figure({
     drawing, name: `circuit-${cell.model}-${cell.task}`,
     caption: [legend(new Set(heads.map((row) => row.verdict)))],
@@ -114,13 +114,41 @@ function circuitGraph(cell, found, edges) {
   });
 }
 
+const CLEARANCE = 24; // between a line and the middle of a head that it passes
+
+/** The point that a line between two spots is drawn towards, so far beside the straight way. */
+function middle(from, to, bend) {
+  const [dx, dy] = [to.x - from.x, to.y - from.y];
+  const far = Math.hypot(dx, dy) || 1;
+  return [(from.x + to.x) / 2 - (dy / far) * bend, (from.y + to.y) / 2 + (dx / far) * bend];
+}
+
+/** Each edge with a bend of its own between its heads with which it passes no other head; or passes best, where none does. */
+function edgesBent(edges, spots) {
+  const taken = new Map();
+  return edges.map((edge) => {
+    const [from, to] = [spots.get(edge.sender), spots.get(edge.receiver)];
+    const pair = `${edge.sender} ${edge.receiver}`;
+    const others = [...spots.values()].filter((spot) => spot !== from && spot !== to);
+    const start = { q: -16, k: 0, v: 16 }[edge.mode];
+    const bends = [0, 16, -16, 36, -36, 60, -60, 90, -90].map((turn) => start + turn).filter((bend) => !(taken.get(pair) || []).some((other) => Math.abs(other - bend) < 12));
+    const gap = (bend) => {
+      const [mx, my] = middle(from, to, bend);
+      return Math.min(Infinity, ...Array.from({ length: 24 }, (_, k) => 0.08 + (0.84 * k) / 23).flatMap((t) => {
+        const [x, y] = [from.x, from.y].map((_, axis) => (1 - t) ** 2 * [from.x, from.y][axis] + 2 * t * (1 - t) * [mx, my][axis] + t * t * [to.x, to.y][axis]);
+        return others.map((spot) => Math.hypot(spot.x - x, spot.y - y));
+      }));
+    };
+    const bend = bends.find((one) => gap(one) >= CLEARANCE) ?? bends.reduce((best, one) => (gap(one) > gap(best) ? one : best));
+    taken.set(pair, [...(taken.get(pair) || []), bend]);
+    return { ...edge, bend };
+  });
+}
+
 function graphEdge(edge, spots, most, radius) {
   const [from, to] = [spots.get(edge.sender), spots.get(edge.receiver)];
   const stroke = shade(REPORT.palette.modes[edge.mode]);
-  const bend = { q: -16, k: 0, v: 16 }[edge.mode];
-  const [dx, dy] = [to.x - from.x, to.y - from.y];
-  const far = Math.hypot(dx, dy) || 1;
-  const [mx, my] = [(from.x + to.x) / 2 - (dy / far) * bend, (from.y + to.y) / 2 + (dx / far) * bend];
+  const [mx, my] = middle(from, to, edge.bend);
   const cutAt = (x, y, ox, oy, by) => { const d = Math.hypot(ox - x, oy - y) || 1; return [x + ((ox - x) / d) * by, y + ((oy - y) / d) * by]; };
   const wide = 1 + (5 * edge.score_above_random) / most;
   const tipSize = 4 + wide;
@@ -135,7 +163,7 @@ function graphEdge(edge, spots, most, radius) {
     s("path", { d: `M${hx} ${hy} L${corner(Math.PI / 2)} L${corner(-Math.PI / 2)} Z`, fill: stroke })), text);
 }
 
-function graphHead(cell, label, spot, claims, radius) {
+function graphHead(cell, label, spot, claims, radius, last) {
   const first = spot.row;
   const stroke = shade(REPORT.palette.verdicts[first.verdict]);
   const also = claims.filter((row) => row !== first).map((row) => roleName(row.role));
@@ -144,7 +172,7 @@ function graphHead(cell, label, spot, claims, radius) {
     s("circle", { class: "focus", cx: spot.x, cy: spot.y, r: radius, fill: css("--ground"), stroke, "stroke-width": first.verdict === "untestable" ? 1.5 : 3, "stroke-dasharray": first.verdict === "untestable" || first.verdict === "out_of_scope" ? "3 3" : null }),
     s("text", { class: "strong", x: spot.x, y: spot.y + 4, "text-anchor": "middle", style: `font-size:${label.length > 4 ? 10.5 : 12.5}px` }, label),
     ["untestable", "out_of_scope"].includes(first.verdict) ? null : s("svg", { x: spot.x + radius - 7, y: spot.y - radius - 5, width: 13, height: 13 }, s("circle", { cx: 6.5, cy: 6.5, r: 6.5, fill: css("--ground") }), glyphInside(first.verdict)),
-    also.length ? s("text", { class: "tick halo", x: spot.x, y: spot.y + radius + 13, "text-anchor": "middle" }, `also ${also.join(", ")}`) : null), `${label}\n${said.join("\n")}`);
+    also.length ? s("text", { class: "tick halo", x: spot.x, y: last ? spot.y - radius - 9 : spot.y + radius + 13, "text-anchor": "middle" }, `also ${also.join(", ")}`) : null), `${label}\n${said.join("\n")}`);
 }
 
 function glyphInside(name) {

@@ -18,7 +18,8 @@ function summary() {
   const roles = CELLS.flatMap((cell) => rows(cell, "verdicts").filter((row) => row.kind === "role"));
   const counts = VERDICTS.map((name) => [name, roles.filter((row) => row.verdict === name).length]).filter(([, n]) => n);
   const tasks = TASKS.filter((task) => task !== "none");
-  const size = `${plural(CELLS.length, "cell")} of ${plural(MODELS.length, "model")}${tasks.length ? ` and ${plural(tasks.length, "task")}` : ""}. `;
+  const lost = REPORT.failures.length ? `, and ${plural(REPORT.failures.length, "cell")} without results` : "";
+  const size = `${plural(CELLS.length, "cell")} of ${plural(MODELS.length, "model")}${tasks.length ? ` and ${plural(tasks.length, "task")}` : ""}${lost}. `;
   if (!roles.length) return `${size}No circuit is claimed for any of them, so there is nothing to judge: the heads stand in the atlas.`;
   return `${size}${plural(roles.length, "role")} with claimed heads: ${sentenceList(counts.map(([name, n]) => `${n} ${name.replace(/_/g, " ")}`))}.`;
 }
@@ -49,15 +50,16 @@ function compareContent() {
 
 /** Models x tasks: every claimed head under its role, with the mark of its verdict. */
 function verdictMatrix(cells) {
-  const models = MODELS.filter((model) => cells.some((cell) => cell.model === model));
+  const asked = cells.filter((cell) => cell.task !== "none");
+  const models = unique(cells.filter((cell) => asked.includes(cell) || !asked.some((other) => other.model === cell.model)).map((cell) => cell.label));
   const tasks = TASKS.filter((task) => task !== "none" && cells.some((cell) => cell.task === task));
   if (!tasks.length) return [h("p", { class: "muted" }, "No task that claims heads is chosen.")];
   const there = new Set(cells.flatMap((cell) => rows(cell, "verdicts").map((row) => row.verdict)));
   const table = h("table", { class: "matrix wide", id: "matrix" },
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "model"), tasks.map((task) => h("th", { scope: "col" }, task)))),
-    h("tbody", {}, models.map((model) => h("tr", {}, h("th", { scope: "row" }, model), tasks.map((task) => {
-      const cell = cells.find((one) => one.model === model && one.task === task);
-      return h("td", { "data-label": task }, cell ? matrixCell(cell) : h("span", { class: "muted" }, "not run"));
+    h("tbody", {}, models.map((model) => h("tr", {}, h("th", { scope: "row", class: model.length < 22 ? "whole" : null }, model), tasks.map((task) => {
+      const cell = cells.find((one) => one.label === model && one.task === task);
+      return h("td", { "data-label": task }, cell ? matrixCell(cell) : matrixGap(model, task));
     })))));
   return [
     h("p", { class: "note" }, "Every claimed head under its role. The mark before a role is the verdict on its heads together; the one before a head is the verdict on that head alone. Bars count the heads by verdict. A verdict is about the weights: it does not say that the model does so on task inputs."),
@@ -72,6 +74,14 @@ function matrixCell(cell) {
   return [countBar(found.filter((row) => row.kind === "head")), ...found.filter((row) => row.kind === "role").map((role) => h("div", { class: "role-line" },
     h("div", { class: "name" }, glyph(role.verdict), tip(h("a", { href: `#circuit/${cell.name}`, class: "mark" }, roleName(role.role)), `${roleName(role.role)}: ${verdictText(role)}`)),
     h("div", { class: "heads" }, found.filter((row) => row.kind === "head" && row.role === role.role).map((row) => headMark(cell, row)))))];
+}
+
+/** Where a row's model and a task have no finished cell: whether there was none, or one without results. */
+function matrixGap(label, task) {
+  const { model } = CELLS.find((one) => one.label === label);
+  const lost = REPORT.failures.find((one) => one.model === model && one.task === task);
+  if (!lost) return h("span", { class: "muted small" }, "not run");
+  return tip(h("a", { href: "#provenance", class: "small" }, "without results"), lost.error);
 }
 
 /** How many heads have each verdict, as one bar of parts. */
@@ -180,12 +190,12 @@ function effectRow(row) {
   return h("tr", {},
     h("td", {}, row.task),
     h("td", { class: "whole" }, h("a", { href: `#circuit/${row.cell.name}` }, roleName(row.role))),
-    h("td", { class: "whole" }, modelName(row.cell), row.cell.analysis === "b03" ? null : h("span", { class: "muted" }, ` ${row.cell.analysis}`)),
+    h("td", { class: "whole" }, row.cell.label, row.cell.analysis === "b03" || row.cell.label !== row.cell.model ? null : h("span", { class: "muted" }, ` ${row.cell.analysis}`)),
     h("td", { class: "number" }, row.heads),
-    h("td", { class: "small" }, row.primary ? tip(h("span", {}, `${metricTitle(row.primary)} ${arrow}`), row.primary) : h("span", { class: "muted" }, "none")),
+    h("td", { class: "small" }, row.primary ? tip(h("span", {}, `${metricTitle(row.primary)}\u00a0${arrow}`), row.primary) : h("span", { class: "muted" }, "none")),
     h("td", {}, isNumber(row.effect) ? effectBar(row) : h("span", { class: "missing small" }, `unavailable: ${shortReason(row.reason)}`)),
     h("td", { class: "number" }, probability(row.q)),
-    h("td", { class: "small" }, tip(verdict(row), row.reason || row.establishes || "")));
+    h("td", { class: "small says-verdict" }, tip(verdict(row), row.reason || row.establishes || "")));
 }
 
 /** "its primary metric, m, is unavailable: because" -> "because". */
@@ -227,7 +237,7 @@ function unavailableNotes(cells, metrics) {
   for (const cell of cells) for (const metric of metrics) {
     const reason = cell.unavailable[metric];
     if (reason && !siblings(cell).some((other) => column(other, metric))) {
-      const key = `${modelName(cell)}, unavailable: ${reason}`;
+      const key = `${cell.weights_label}, unavailable: ${reason}`;
       seen.set(key, new Set([...(seen.get(key) || []), metricTitle(metric)]));
     }
   }
@@ -275,11 +285,11 @@ function depthPlot(facts, lines, name, caption) {
   const signed = facts.low === -1 ? [1, 0.5, 0.2, 0.1].filter((most) => reach <= most).pop() ?? 1 : null;
   const low = signed ? -signed : Math.min(0, ...values);
   const high = signed || (facts.high !== null ? facts.high : reach * 1.04);
-  const size = { width: 340, height: 230, left: 44, right: 96, bottom: 38 };
+  const size = { width: 340, height: 230, left: 44, right: 112, bottom: 38 };
   const plot = axes({ ...size, x: { domain: [0, 1], ticks: [0, 0.5, 1], title: "relative depth" }, y: { domain: [low, high] } });
   const ends = spread(lines.map((line) => plot.atY(line.points[line.points.length - 1].mean)), 14, plot.top + 4, plot.bottom);
   const drawn = lines.map((line, k) => {
-    const style = look(line.cell.model);
+    const style = lineLook(line.cell);
     const points = line.points.map((point) => [plot.atX(point.depth), plot.atY(point.mean)]);
     const last = points[points.length - 1];
     return [
@@ -287,20 +297,33 @@ function depthPlot(facts, lines, name, caption) {
         specks(line.points.flatMap((point) => point.heads.map((x) => [plot.atX(point.depth), plot.atY(x)])), 1.8, style.stroke, 0.28)),
       s("path", { d: path(points), fill: "none", stroke: style.stroke, "stroke-width": 2.2, "stroke-dasharray": style.dash || null, "stroke-linejoin": "round" }),
       line.points.map((point) => tip(s("circle", { cx: plot.atX(point.depth), cy: plot.atY(point.mean), r: 3.2, fill: style.stroke }),
-        `${modelName(line.cell)}, layer ${point.layer}\n${point.heads.length ? `mean ${number(point.mean)} of ${plural(point.heads.length, "head")}` : number(point.mean)}`)),
+        `${line.cell.weights_label}, layer ${point.layer}\n${point.heads.length ? `mean ${number(point.mean)} of ${plural(point.heads.length, "head")}` : number(point.mean)}`)),
       Math.abs(ends[k] - last[1]) > 5 ? s("path", { d: path([[last[0] + 4, last[1]], [plot.right + 8, ends[k]]]), stroke: style.stroke, "stroke-width": 0.8, fill: "none" }) : null,
-      s("text", { x: plot.right + 10, y: ends[k] + 4, class: "halo", style: `fill:${style.stroke};font-size:11.5px` }, clipped(modelName(line.cell), 14)),
+      s("text", { x: plot.right + 10, y: ends[k] + 4, class: "halo", style: `fill:${style.stroke};font-size:11.5px` }, lineName(line.cell)),
     ];
   });
   const zero = facts.low === -1 ? s("line", { class: "axis", x1: plot.left, x2: plot.right, y1: plot.atY(0), y2: plot.atY(0) }) : null;
-  const said = lines.map((line) => `${modelName(line.cell)} from ${number(line.points[0].mean)} to ${number(line.points[line.points.length - 1].mean)}`);
+  const said = lines.map((line) => `${line.cell.weights_label} from ${number(line.points[0].mean)} to ${number(line.points[line.points.length - 1].mean)}`);
   return figure({
     title: facts.title,
     drawing: svg(size.width, size.height, `${facts.title} by relative depth: ${said.join("; ")}`, plot.group, zero, drawn),
     name: `depth-${name}`,
     caption,
-    table: () => [["model", "layer", "relative depth", "mean"], lines.flatMap((line) => line.points.map((point) => [modelName(line.cell), String(point.layer), point.depth, point.mean]))],
+    table: () => [["model", "layer", "relative depth", "mean"], lines.flatMap((line) => line.points.map((point) => [line.cell.weights_label, String(point.layer), point.depth, point.mean]))],
   });
+}
+
+/** A model's name at the end of its line; of several weights of a model, what tells them apart is never cut. */
+function lineName(cell) {
+  const more = cell.weights_label.slice(cell.model.length);
+  return `${clipped(cell.model, Math.max(6, 16 - more.length))}${more}`;
+}
+
+/** The colour of the model; dashes of their own for its other weights. */
+function lineLook(cell) {
+  const place = unique(CELLS.filter((other) => other.model === cell.model).map((other) => other.weights)).indexOf(cell.weights);
+  const style = look(cell.model);
+  return place ? { ...style, dash: ["6 4", "2 3", "9 3 2 3"][(place - 1) % 3] } : style;
 }
 
 function clipped(text, most) {

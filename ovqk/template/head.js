@@ -13,7 +13,7 @@ function headPage(name, label) {
   const roles = (claimed(cell).get(`${layer}.${head}`) || []).map((row) => roleName(row.role));
   const what = roles.length ? `Claimed as ${sentenceList(roles)} for ${cell.task}.` : cell.task === "none" ? "No task, so nothing is claimed of it here." : `Not claimed for ${cell.task}.`;
   return [
-    h("h1", { tabindex: -1 }, `Head ${layer}.${head} of ${modelName(cell)}`),
+    h("h1", { tabindex: -1 }, `Head ${layer}.${head} of ${cell.label}`),
     h("p", { class: "lead" }, what),
     headChooser(cell, layer, head),
     ...headVerdicts(cell, layer, head),
@@ -52,10 +52,8 @@ function headChooser(cell, layer, head) {
 }
 
 function cellTitle(cell) {
-  const same = CELLS.filter((other) => other.model === cell.model && other.task === cell.task);
-  const more = same.length > 1 || cell.analysis !== "b03" ? ` / ${cell.analysis}` : "";
-  const again = same.filter((other) => other.analysis === cell.analysis).length > 1 ? ` ${cell.provenance.processing.applied}, seed ${cell.seed}` : "";
-  return `${cell.model} / ${cell.task}${more}${again}`;
+  const same = CELLS.filter((other) => other.label === cell.label && other.task === cell.task);
+  return `${cell.label} / ${cell.task}${same.length > 1 || cell.analysis !== "b03" ? ` / ${cell.analysis}` : ""}`;
 }
 
 // --- verdict ----------------------------------------------------------------------------------------------
@@ -88,7 +86,7 @@ function verdictCard(cell, row) {
       ["Why", row.reason && !(row.establishes || "").includes(row.reason) ? row.reason : null],
       ["Evidence", row.evidence],
       ["Patterns", patterns.join("; ")],
-      ["The role together", role ? h("span", {}, verdict(role), " ", role.establishes) : null],
+      ["The role together", role ? h("span", {}, verdict(role), ". ", role.establishes) : null],
       ["Claim", cell.claims && cell.claims.source ? `${cell.claims.source} (${cell.claims.reliability})${cell.claims.note ? ` – ${cell.claims.note}` : ""}` : null],
     ]));
 }

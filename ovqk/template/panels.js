@@ -34,6 +34,10 @@ function eigenPlane(cell, layer, head, circuit, space, spectrum) {
   const [right, left] = space === "residual" ? ["same direction", "opposite"] : circuit === "ov" ? ["copies", "suppresses"] : ["same token", "avoids it"];
   const scale = { kind: "diverging", low: -1, centre: 0, high: 1 };
   const inner = points.filter((point) => at(point.size) <= 0).length;
+  const way = clearWay(points.map((point) => {
+    const r = point.size ? at(point.size) / point.size : 0;
+    return [r * point.re, -r * point.im];
+  }), rings.map((power) => at(10 ** power)).filter((r) => r > 12));
   const drawn = svg(width, 378, `${points.length} eigenvalues of the ${circuit.toUpperCase()} circuit of head ${layer}.${head} ${SPACES[space]}, largest modulus ${number(largest)}. ${gauge.said}`,
     s("g", { "aria-hidden": "true" },
       s("path", { d: `M${cx} ${cy - radius} A${radius} ${radius} 0 0 1 ${cx} ${cy + radius} Z`, fill: between(stops(scale), 0.9), opacity: 0.07 }),
@@ -41,7 +45,7 @@ function eigenPlane(cell, layer, head, circuit, space, spectrum) {
       s("circle", { cx, cy, r: radius, fill: "none", class: "axis" }),
       rings.map((power) => [
         s("circle", { cx, cy, r: at(10 ** power), fill: "none", class: "gridline" }),
-        at(10 ** power) > 12 ? s("text", { class: "tick halo", x: cx + at(10 ** power) * 0.71 + 2, y: cy - at(10 ** power) * 0.71 - 2 }, powerText(power)) : null,
+        at(10 ** power) > 12 ? s("text", { class: "tick halo", x: cx + at(10 ** power) * way[0], y: cy + at(10 ** power) * way[1] + 4, "text-anchor": "middle" }, powerText(power)) : null,
       ]),
       s("line", { class: "gridline", x1: cx - radius, x2: cx + radius, y1: cy, y2: cy }),
       s("line", { class: "gridline", x1: cx, x2: cx, y1: cy - radius, y2: cy + radius }),
@@ -64,6 +68,13 @@ function eigenPlane(cell, layer, head, circuit, space, spectrum) {
     name: `eigenvalues-${cell.model}-${layer}.${head}-${circuit}`,
     table: () => [["Re λ", "Im λ", "|λ|"], points.map((point) => [point.re, point.im, point.size])],
   });
+}
+
+/** The direction in which the rings' labels lie farthest from the dots (all of them relative to the centre). */
+function clearWay(dots, radii) {
+  const ways = [45, 60, 30, 75, 120, 135, 105, 150].map((angle) => [Math.cos((angle * Math.PI) / 180), -Math.sin((angle * Math.PI) / 180)]);
+  const gap = ([ux, uy]) => Math.min(...radii.flatMap((r) => dots.map(([x, y]) => Math.hypot(r * ux - x, r * uy - y))));
+  return ways.reduce((best, way) => (gap(way) > gap(best) ? way : best));
 }
 
 function powerText(power) {
@@ -356,18 +367,19 @@ function partnerPlot(cell, layer, head, side, found) {
     const fill = shade(REPORT.palette.modes[mode]);
     const start = y;
     const part = [s("text", { class: "strong", x: 0, y: y + 4, style: `fill:${fill}` }, MODE_NAMES[mode])];
+    const values = [];
     y += 10;
     list.forEach((row) => {
       const label = `${row[`${side.key}_layer`]}.${row[`${side.key}_head`]}`;
       const more = isNumber(row.matching) && mode === "k" ? `\nmatching through it: ${number(row.matching)}` : "";
       part.push(s("a", { href: headLink(cell, label), "aria-label": `${label}: ${number(row.score, 3)}` }, tip(s("g", {},
         s("text", { x: left - 8, y: y + 13, "text-anchor": "end" }, label),
-        s("rect", { class: "focus", x: left, y: y + 3, width: Math.max(1, x(row.score) - left), height: line - 6, rx: 2, fill, "fill-opacity": 0.75 }),
-        s("text", { class: "halo", x: x(row.score) + 6, y: y + 13 }, number(row.score, 3))),
+        s("rect", { class: "focus", x: left, y: y + 3, width: Math.max(1, x(row.score) - left), height: line - 6, rx: 2, fill, "fill-opacity": 0.75 })),
       `${label}: ${number(row.score, 3)}, ${number(row.score_above_random, 3)} above random\n${percent(row.percentile)} of the sender's layer score no more${more}`)));
+      values.push(s("text", { class: "halo", x: x(row.score) + 6, y: y + 13 }, number(row.score, 3)));
       y += line;
     });
-    part.push(s("line", { class: "reference", x1: x(random), x2: x(random), y1: start + 10, y2: y }));
+    part.push(s("line", { class: "reference", x1: x(random), x2: x(random), y1: start + 10, y2: y }), values);
     y += 20;
     return part;
   });

@@ -1,0 +1,133 @@
+"""What the W&B run of a whole sweep shows, from the records of its cells alone: tables and figures over all of them.
+
+A sweep is known by its name, which the records of its cells hold. `<results_dir>/.sweeps/<id>/` says besides which
+cells it found done, and has the tracking.json of its run.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ovqk.comparison import depths, roles
+from ovqk.page import Cell
+from ovqk.record import read_record, write_json
+from ovqk.results import cell_folders, load_table
+
+SWEEPS = ".sweeps"
+CELLS = "sweep.json"
+LEAST = 2  # cells that a sweep has
+FIGURE_SECONDS = 20.0  # after which no other figure is begun
+DOTS = 120  # of a figure, per inch
+DRAWN = ("heads", "verdicts")  # tables that the figures are made of
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's name, its folder under `.sweeps`, and the folders of its cells that are done."""
+
+    name: str
+    folder: Path
+    cells: list[Path]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The records of its cells, in their order."""
+        return [record for folder in self.cells if (record := _done(folder)) is not None]
+
+
+def sweep_folder(results_dir: Path, name: str) -> Path:
+    """Where a sweep's own files are; the folder's name is also the id of its run."""
+    return results_dir / SWEEPS / f"sweep-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def remember_cells(results_dir: Path, name: str, cells: Iterable[Path]) -> None:
+    """Note the cells of a sweep, beside those noted before: one that was done earlier bears another sweep's name."""
+    folder = sweep_folder(results_dir, name)
+    earlier = _noted(folder).get("cells", [])
+    noted = {str(cell.relative_to(results_dir)) for cell in cells if cell.is_relative_to(results_dir)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CELLS, {"name": name, "cells": sorted(noted | set(earlier))})
+
+
+def read_sweeps(results_dir: Path) -> list[Sweep]:
+    """The sweeps of a results folder that have at least LEAST cells done, by name."""
+    cells: dict[str, set[Path]] = {}
+    for path in (results_dir / SWEEPS).glob(f"*/{CELLS}"):
+        noted = _noted(path.parent)
+        if {"name", "cells"} <= noted.keys():
+            cells[noted["name"]] = {results_dir / cell for cell in noted["cells"]}
+    done = {folder: record for folder in cell_folders(results_dir) if (record := _done(folder)) is not None}
+    for folder, record in done.items():
+        if record.get("sweep"):
+            cells.setdefault(record["sweep"], set()).add(folder)
+    found = [
+        Sweep(name, sweep_folder(results_dir, name), sorted(folders & done.keys()))
+        for name, folders in sorted(cells.items())
+    ]
+    return [sweep for sweep in found if len(sweep.cells) >= LEAST]
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / CELLS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _done(folder: Path) -> dict[str, Any] | None:
+    record = read_record(folder)
+    return record if record is not None and record.get("status") == "done" else None
+
+
+# --- what it shows -------------------------------------------------------------------------------------------
+
+
+def overview_config(sweep: Sweep) -> dict[str, Any]:
+    """What a sweep's run is filtered by; no `model`, so that it is in none of the groups of models."""
+    records = sweep.records
+    lists = {f"{key}s": sorted({record[key] for record in records}) for key in ("model", "task")}
+    return {"sweep": sweep.name, "cells": len(records)} | lists | {"analyses": sorted({r["analysis"] for r in records})}
+
+
+def overview_tables(sweep: Sweep) -> dict[str, pd.DataFrame]:
+    """`roles` and `depths`, the comparison that the terminal shows, and `cells`, what each cell cost."""
+    claimed = roles(sweep.cells)
+    claimed["of_its_heads"] = [
+        ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) for counts in claimed["of_its_heads"]
+    ]
+    keys = ("model", "task", "analysis", "seed", "cell_id", "sweep")
+    cells = [
+        {key: record[key] for key in keys}
+        | {"processing": record["processing"]["applied"]}
+        | {key: record["provenance"][key] for key in ("wall_seconds", "peak_memory_mb")}
+        for record in sweep.records
+    ]
+    return {"roles": claimed, "depths": depths(sweep.cells), "cells": pd.DataFrame(cells)}
+
+
+def draw(sweep: Sweep, into: Path) -> Iterator[tuple[str, Path]]:
+    """Name and PNG file of the report's figures of all models together, begun within FIGURE_SECONDS."""
+    import matplotlib
+
+    from ovqk.figures import STYLE
+    from ovqk.report import sweep_figures
+
+    cells = [
+        Cell(folder, record, {name: table for name in DRAWN if (table := load_table(folder, name)) is not None})
+        for folder in sweep.cells
+        if (record := _done(folder)) is not None
+    ]
+    deadline = time.monotonic() + FIGURE_SECONDS
+    for name, figure in sweep_figures(cells):
+        path = into / f"{name}.png"
+        with matplotlib.rc_context(STYLE):
+            figure.savefig(path, dpi=DOTS, metadata={"Software": None}, bbox_inches="tight", pad_inches=0.15)
+        yield name, path
+        if time.monotonic() > deadline:
+            return

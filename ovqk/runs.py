@@ -1,0 +1,145 @@
+"""One run in W&B, from its beginning to its end: what it is called, what it shows, and where it then is."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ovqk.config import TrackingMode
+from ovqk.panels import Panels, plain_table
+from ovqk.wandb_service import finish, quiet_wandb, settings, staged_in, within
+
+LOG_SECONDS = 30.0  # for W&B to take what is logged
+MAX_TAG, MAX_NAME = 64, 128  # what W&B allows, in letters
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where runs go: to the results folder's `wandb`, and with mode=online to the project."""
+
+    results_dir: Path
+    mode: TrackingMode
+    project: str
+    entity: str | None
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a run is called, and how W&B sorts it; of any length."""
+
+    name: str
+    group: str
+    job_type: str
+    tags: list[str]
+    config: dict[str, Any]
+
+
+def make_run(
+    identifier: str, destination: Destination, label: Label, log: Callable[[Any, Any], None]
+) -> dict[str, str]:
+    """Make a run, in the place of earlier ones of its id; where it is: {"directory": ...} or {"url": ...}.
+
+    Args:
+        identifier: the run's id.
+        destination: where to.
+        label: what it is called.
+        log: hands over what the run shows, given the run and the wandb module.
+    """
+    wandb_dir = destination.results_dir.absolute() / "wandb"
+    staging = wandb_dir / "data" / f"{identifier}-{time.time_ns()}"
+    wandb_dir.mkdir(parents=True, exist_ok=True)
+    online = destination.mode is TrackingMode.online
+    limits = settings()
+    with quiet_wandb() as (wandb, service), staged_in(staging):
+        with within(limits["init_timeout"], service):
+            run = wandb.init(
+                project=destination.project,
+                entity=destination.entity,
+                dir=str(destination.results_dir),
+                id=identifier,
+                name=label.name[:MAX_NAME],
+                group=label.group[:MAX_NAME],
+                job_type=label.job_type[:MAX_TAG],
+                tags=list(dict.fromkeys(tag[:MAX_TAG] for tag in label.tags)),
+                config=label.config,
+                mode=destination.mode.value,
+                reinit="create_new",  # a run of the caller's own goes on
+                settings=wandb.Settings(**limits),
+            )
+        with within(LOG_SECONDS, service):
+            log(run, wandb)
+        with within(limits["finish_timeout"], service):
+            finish(run)
+    directory = Path(run.settings.sync_dir)
+    _remove_earlier(wandb_dir, identifier, {directory.name} if online else {directory.name, staging.name})
+    if online:
+        return {"url": run.url} if run.url else {}
+    return {"directory": os.path.relpath(directory, destination.results_dir.absolute())}
+
+
+def _remove_earlier(wandb_dir: Path, identifier: str, kept: set[str]) -> None:
+    """Remove what earlier attempts at a run have left on disk, and tables that wait for nothing any more."""
+    for pattern in (f"*run-*-{identifier}", f"*run-*-{identifier}-[0-9]", f"data/{identifier}-*"):
+        for left in wandb_dir.glob(pattern):
+            if left.name not in kept:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def log_panels(run: Any, wandb: Any, panels: Panels) -> None:
+    """Hand over curves, histograms, eigenvalues and tables, and the summary.
+
+    Raises:
+        TimeoutError: W&B takes too long over it.
+    """
+    deadline = time.monotonic() + LOG_SECONDS
+    run.define_metric("layer", hidden=True)
+    run.define_metric("relative_depth", hidden=True)  # the axis on which models of different depths compare
+    run.define_metric("layer/*", step_metric="layer", summary="none")
+    run.define_metric("depth/*", step_metric="relative_depth", summary="none")
+    for row in panels.curves.to_dict("records"):
+        steps = {"layer": int(row.pop("layer")), "relative_depth": row.pop("relative_depth")}
+        values = {key: value for key, value in row.items() if pd.notna(value)}
+        run.log(steps | {f"{axis}/{key}": value for axis in ("layer", "depth") for key, value in values.items()})
+    for name, panel in _media(wandb, panels):
+        run.log({name: panel}, commit=False)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"W&B did not take the run within {LOG_SECONDS:.0f} s")
+    run.log({})
+    run.summary.update(panels.scalars)
+
+
+def _media(wandb: Any, panels: Panels) -> Iterator[tuple[str, Any]]:
+    for name, (counts, edges) in panels.histograms.items():
+        yield f"histograms/{name}", wandb.Histogram(np_histogram=(counts.tolist(), edges.tolist()))
+    for name, rows in panels.eigenvalues.items():
+        circuit, space = name.split("_")
+        yield (
+            f"eigenvalues/{name}",
+            wandb.plot_table(
+                vega_spec_name="wandb/lineseries/v0",
+                data_table=_table(wandb, rows),
+                fields={column: column for column in rows.columns},
+                string_fields={"title": f"{circuit.upper()} eigenvalues, {space} (real part)", "xname": "index"},
+            ),
+        )
+    for name, table in panels.tables.items():
+        yield f"tables/{name}", _table(wandb, table)
+
+
+def log_overview(run: Any, wandb: Any, tables: dict[str, pd.DataFrame], figures: Iterable[tuple[str, Path]]) -> None:
+    """Hand over tables, and figures by the names of their PNG files."""
+    shown = {f"comparison/{name}": _table(wandb, table) for name, table in tables.items() if len(table)}
+    run.log(shown | {f"figures/{name}": wandb.Image(str(path), caption=name) for name, path in figures})
+
+
+def _table(wandb: Any, frame: pd.DataFrame) -> Any:
+    """A W&B table with columns of one type each; what is missing or no finite number is shown as empty."""
+    kinds, rows = plain_table(frame)
+    table = wandb.Table(columns=[str(name) for name in frame.columns], data=[], dtype=kinds)
+    table.data = rows  # the types are known: W&B need not look at every value
+    return table
