@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk import positions, spectra
-from ovqk.availability import NO_EMBEDDING, unavailable_metrics
+from ovqk.availability import NO_EMBEDDING, NOT_APPLICABLE, unavailable_metrics
 from ovqk.composition import Grams
 from ovqk.config import Config, Processing
 from ovqk.devices import resolve_device, to_device
@@ -148,7 +148,9 @@ class Model:
         if vocabulary is not None and tokens.variables:
             rows = EffectiveRows(vocabulary, block0 if isinstance(block0, Block0) else None, facts)
             readout = Readout(tokens.variables[0], rows, config.analysis.embedding)
-        no_words = f"task {config.task.name} reads no words" if not config.task.variables else "no word is read"
+        no_words = (
+            "no word is read" if config.task.variables else f"{NOT_APPLICABLE}task {config.task.name} has no words"
+        )
         unavailable = unavailable_metrics(
             list(config.analysis.circuits),
             facts,

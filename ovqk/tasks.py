@@ -182,7 +182,8 @@ def _some(dropped: dict[str, str]) -> str:
     """Of the words that were dropped, the first six."""
     if not dropped:
         return ""
-    return f" Dropped: {', '.join(list(dropped)[:6])}{', ...' if len(dropped) > 6 else ''}."
+    more = len(dropped) - 6
+    return f" Dropped: {', '.join(list(dropped)[:6])}{f' and {more} more' if more > 0 else ''}."
 
 
 def _check_set(task: TaskConfig, where: str, key: str) -> None:
