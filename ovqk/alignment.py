@@ -88,7 +88,7 @@ def in_top_by_source(
 
 def _widening(n: int) -> Iterator[slice]:
     """Slices that cover range(n), the first ones short: few words are open after them."""
-    start, size = 0, TOP_BLOCK // 8
+    start, size = 0, max(1, TOP_BLOCK // 8)
     while start < n:
         yield slice(start, min(start + size, n))
         start, size = start + size, min(2 * size, TOP_BLOCK)

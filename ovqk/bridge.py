@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.checkpoints import Checkpoint
+from ovqk.checkpoints import Checkpoint, check_finite
 from ovqk.config import ModelConfig
 from ovqk.errors import UserError
 from ovqk.vocabulary import ACTIVATIONS
@@ -53,6 +53,13 @@ class BridgeWeights:
             self.bridge = self._boot()
             self.activations = self._probe()
         config = self.bridge.cfg
+        try:
+            n_kv_heads = self.bridge.W_K.shape[1]
+        except AttributeError as error:  # of state space models, and of hybrids
+            raise UserError(
+                f"{checkpoint.label}: {config.architecture} has layers without attention heads; allowed: attention in "
+                "every layer."
+            ) from error
         self.notes = ["read through TransformerLens's bridge: the whole model was in memory"]
         self.norm_kind: NormKind = NORMS.get(str(config.normalization_type), "none")
         self.causal = config.attention_dir == "causal"
@@ -60,7 +67,7 @@ class BridgeWeights:
             family=str(config.architecture),
             n_layers=config.n_layers,
             n_heads=config.n_heads,
-            n_kv_heads=self.bridge.W_K.shape[1],
+            n_kv_heads=n_kv_heads,
             d_model=config.d_model,
             d_head=config.d_head,
             n_ctx=model.n_ctx or config.n_ctx,
@@ -161,6 +168,8 @@ class BridgeWeights:
                 f"{label}: {len(missing)} tensors are missing from the checkpoint, the first of them '{missing[0]}'. "
                 "ovqk fills nothing in."
             )
+        for name, parameter in model.named_parameters():
+            check_finite(label, name, parameter.detach())
         try:
             with unused_tokenizer() as tokenizer:
                 return TransformerBridge.boot_transformers(

@@ -20,7 +20,8 @@ from ovqk.errors import UserError
 from ovqk.files import CONFIG, INDEX, TOKENIZER_FILES, digest, file_hash, names_by_shard, read_config
 
 BUNDLED = Path(__file__).parent / "bundled"
-FLOATING = {"F64", "F32", "F16", "BF16"}
+FLOATING = ("F64", "F32", "F16", "BF16")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Checkpoint:
         config: `config.json`, or {} for a single file of TransformerLens names.
         files: tensor name -> the safetensors file that holds it.
         shapes: tensor name -> shape.
+        unread: tensor name -> dtype, of tensors that are no floats of 16 bits or more.
         digest: SHA-256 over the weights, the config and the tokenizer files: what results depend on.
         revision: the hub's resolved commit; None elsewhere.
     """
@@ -42,10 +44,16 @@ class Checkpoint:
     config: dict[str, Any]
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
+    unread: dict[str, str]
     digest: str
     revision: str | None = None
 
     def __contains__(self, name: str) -> bool:
+        if name in self.unread:  # a tensor that is asked for and cannot be read is no missing one
+            raise UserError(
+                f"{self.label}: tensor '{name}' is stored as {self.unread[name]}; allowed: "
+                f"{', '.join(FLOATING)}. Give a checkpoint that is not quantised."
+            )
         return name in self.files
 
     def tensor(self, name: str) -> Tensor:
@@ -66,17 +74,32 @@ class Checkpoint:
 
     def _read(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
         """What is read of an open file, as float32 and apart from it: mapped pages go with the file."""
-        if name not in self.files:
+        if name not in self:
             raise UserError(f"{self.label}: tensor '{name}' is missing from the checkpoint. {self._holds()}")
         try:
             with safe_open(self.files[name], framework="pt") as file:
-                return read(file).to(torch.float32, copy=True)
+                tensor = read(file).to(torch.float32, copy=True)
         except (SafetensorError, OSError) as error:
             raise UserError(_damaged(self.files[name], error)) from error
+        check_finite(self.label, name, tensor)
+        return tensor
 
     def _holds(self) -> str:
         names = sorted(self.files)
         return f"It holds {len(names)} tensors, the first of them: {', '.join(names[:3])}."
+
+
+def check_finite(label: str, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that holds NaN or infinity.
+
+    Raises:
+        UserError: it does.
+    """
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # nan goes through; nothing is allocated
+        raise UserError(
+            f"{label}: tensor '{name}' holds NaN or infinity; allowed: finite weights. Did its training or its "
+            "conversion to 16 bits fail?"
+        )
 
 
 def open_checkpoint(model: ModelConfig, hub_timeout: float = 60.0) -> Checkpoint:
@@ -109,13 +132,15 @@ def _open_local(model: ModelConfig) -> Checkpoint:
     if path.is_dir():
         return _open_directory(path, label)
     if path.is_file():
-        files, shapes = _index([path])
+        if path.suffix in PICKLED:
+            raise UserError(f"{label}: a pickled file, which ovqk does not unpickle; allowed: safetensors.")
+        files, shapes, unread = _index([path])
         if not any(name.startswith("blocks.") for name in files):
             raise UserError(
                 f"{label}: a single file must hold TransformerLens names (blocks.0.attn.W_Q, ...); this one "
                 f"holds {', '.join(sorted(files)[:3])}. Give the Hugging Face directory with its config.json."
             )
-        return Checkpoint(label, path.parent, {}, files, shapes, digest({path.name: file_hash(path)}))
+        return Checkpoint(label, path.parent, {}, files, shapes, unread, digest({path.name: file_hash(path)}))
     raise UserError(f"{label}: no such file or directory.")
 
 
@@ -134,10 +159,10 @@ def _checkpoint(
     label: str, directory: Path, shards: list[Path], hashes: dict[str, str], revision: str | None = None
 ) -> Checkpoint:
     """A checkpoint of these shards, with the config and the tokenizer of a directory; `hashes` are the shards'."""
-    files, shapes = _index(shards)
+    files, shapes, unread = _index(shards)
     extras = [directory / name for name in (CONFIG, *TOKENIZER_FILES) if (directory / name).is_file()]
     content = digest(hashes | {path.name: file_hash(path) for path in extras})
-    return Checkpoint(label, directory, read_config(directory, label), files, shapes, content, revision)
+    return Checkpoint(label, directory, read_config(directory, label), files, shapes, unread, content, revision)
 
 
 def _shards(directory: Path, label: str) -> list[Path]:
@@ -148,29 +173,31 @@ def _shards(directory: Path, label: str) -> list[Path]:
         if missing:
             raise UserError(f"{label}: the index names {', '.join(missing)}, which the directory does not hold.")
         return [directory / name for name in names]
-    shards = sorted(directory.glob("*.safetensors"))
+    shards = sorted(path for path in directory.glob("*.safetensors") if path.is_file())
     if shards:
         return shards
-    pickled = sorted(path.name for path in directory.glob("*.bin")) + sorted(
-        path.name for path in directory.glob("*.pt")
-    )
+    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED)
     found = f" It holds {', '.join(pickled[:3])}, which ovqk does not unpickle." if pickled else ""
     raise UserError(f"{label}: not a checkpoint, it holds no .safetensors file.{found}")
 
 
-def _index(paths: Iterable[Path]) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+def _index(paths: Iterable[Path]) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], dict[str, str]]:
+    """The files and shapes of tensors that can be read, and the dtypes of others: masks, and what is quantised."""
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    unread: dict[str, str] = {}
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     piece = file.get_slice(name)
-                    if piece.get_dtype() in FLOATING:  # leaves out boolean masks and 8-bit buffers
+                    if piece.get_dtype() in FLOATING:
                         files[name], shapes[name] = path, tuple(piece.get_shape())
+                    else:
+                        unread[name] = piece.get_dtype()
         except (SafetensorError, OSError) as error:
             raise UserError(_damaged(path, error)) from error
-    return files, shapes
+    return files, shapes, unread
 
 
 def _damaged(path: Path, error: Exception) -> str:

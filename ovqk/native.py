@@ -42,15 +42,15 @@ class NativeWeights:
         """Index the checkpoint.
 
         Raises:
-            UserError: a config key or an attention tensor is missing, or has the wrong shape; or the config turns on
-                something that ovqk does not read.
+            UserError: a config key or an attention tensor is missing; one of them, or a tensor that is read, is not
+                as it should be; or the config turns on something that ovqk does not read.
         """
         self.checkpoint, self.family = checkpoint, family
         self.config = checkpoint.config if family.complete else _completed(checkpoint)
         self.prefix = self._find_prefix()
         self.architecture = self._read_architecture()
         self.rotations = self._rotations()
-        self._check_attention_tensors()
+        self._check_tensors()
         self.notes = self._notes()
 
     def layer(self, index: int) -> LayerWeights:
@@ -85,6 +85,11 @@ class NativeWeights:
         if self.architecture.tied:  # a tied checkpoint may store either of the two
             W_E = head if W_E is None else W_E
             head = W_E
+        if W_E is not None and head is not None and W_E.shape[0] != head.shape[0]:
+            raise UserError(
+                f"{self.checkpoint.label}: the embedding has {W_E.shape[0]} tokens and the unembedding "
+                f"{head.shape[0]}; allowed: the same number."
+            )
         if W_E is not None and self.family.scaled_embedding:
             scale = math.sqrt(self.architecture.d_model)
             gain = torch.full((self.architecture.d_model,), scale)
@@ -119,6 +124,15 @@ class NativeWeights:
                 return self.config[key]
         return default
 
+    def _positive(self, name: str, default: int | None = None) -> int:
+        number = self._read(name, default)
+        if not isinstance(number, int) or number < 1:
+            key = self.family.keys.get(name, (name,))[0]
+            raise UserError(
+                f"{self.checkpoint.label}: config.json must give '{key}' as a positive integer, not {number!r}."
+            )
+        return number
+
     def _read_architecture(self) -> Architecture:
         family, label = self.family, self.checkpoint.label
         for key in family.refused:
@@ -126,14 +140,11 @@ class NativeWeights:
                 raise UserError(
                     f"{label}: config.json sets {key}={self.config[key]}, which ovqk does not read; allowed: unset."
                 )
-        for name in ("n_layers", "n_heads", "d_model"):
-            if not isinstance(self._read(name), int) or self._read(name) < 1:
-                raise UserError(
-                    f"{label}: config.json must give '{family.keys[name][0]}' as a positive integer, "
-                    f"not {self._read(name)!r}."
-                )
-        n_heads, d_model = self._read("n_heads"), self._read("d_model")
-        d_head, n_kv_heads = self._read("d_head", d_model // n_heads), self._read("n_kv_heads", n_heads)
+        n_heads, d_model = self._positive("n_heads"), self._positive("d_model")
+        d_head, n_kv_heads = self._positive("d_head", d_model // n_heads), self._positive("n_kv_heads", n_heads)
+        norm_eps = self._read("norm_eps", 1e-5)
+        if not isinstance(norm_eps, int | float):
+            raise UserError(f"{label}: config.json must give '{family.keys['norm_eps'][0]}' as a number.")
         if n_heads % n_kv_heads:
             raise UserError(
                 f"{label}: config.json gives {n_heads} heads over {n_kv_heads} KV heads, which does not divide."
@@ -142,14 +153,14 @@ class NativeWeights:
         parallel = self.config.get(family.parallel) if isinstance(family.parallel, str) else family.parallel
         return Architecture(
             family=family.name,
-            n_layers=self._read("n_layers"),
+            n_layers=self._positive("n_layers"),
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             d_model=d_model,
             d_head=d_head,
-            n_ctx=self._read("n_ctx"),
+            n_ctx=None if self._read("n_ctx") is None else self._positive("n_ctx"),
             norm=family.norm,
-            norm_eps=float(self._read("norm_eps", 1e-5)),
+            norm_eps=float(norm_eps),
             positions=family.positions,
             tied=bool(self.config.get("tie_word_embeddings", family.tied_by_default)),
             activation=self._read("activation"),
@@ -174,6 +185,20 @@ class NativeWeights:
         """The rotation of each kind of layer; under None where all layers have the same."""
         if self.family.positions != "rotary":
             return {}
+        label, d_head = self.checkpoint.label, self.architecture.d_head
+        try:
+            rotations = self._read_rotations()
+        except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{label}: the rotary settings of config.json cannot be read ({error}).") from error
+        for frequencies in (rotary.inverse_frequencies for rotary in rotations.values()):
+            if 2 * len(frequencies) > d_head or not frequencies.isfinite().all():
+                raise UserError(
+                    f"{label}: the rotary settings of config.json turn {2 * len(frequencies)} components of {d_head} "
+                    "of a head; allowed: pairs within a head, at finite frequencies."
+                )
+        return rotations
+
+    def _read_rotations(self) -> dict[str | None, Rotary]:
         d_head, interleaved, label = self.architecture.d_head, self.family.interleaved, self.checkpoint.label
         if "rotary_dim" in self.family.keys:
             dim = self._read("rotary_dim") or self.architecture.d_model
@@ -209,44 +234,54 @@ class NativeWeights:
             f"Its config.json says model_type={self.checkpoint.config.get('model_type')}."
         )
 
-    def _check_attention_tensors(self) -> None:
-        """Every layer's attention and norm tensors are there, and have the shapes the config promises."""
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each part's weight, as [d_in, d_out] where it is linear, but for the token embeddings."""
         facts = self.architecture
         queries, keys = facts.n_heads * facts.d_head, facts.n_kv_heads * facts.d_head
         joint = self.family.query_key_norm == "over_heads"
-        matrices = {
+        mlp_out = self.checkpoint.shapes.get(self._name("mlp_out", 0), (0,))
+        d_mlp = mlp_out[0 if self.family.linear == "in_out" else -1]
+        norms = ("norm", "post_norm", "final_norm", "mlp_norm", "mlp_post_norm")
+        shapes = dict.fromkeys(norms, (facts.d_model,)) | {
+            "query_norm": (queries if joint else facts.d_head,),
+            "key_norm": (keys if joint else facts.d_head,),
             "qkv": (facts.d_model, queries + 2 * keys),
             "query": (facts.d_model, queries),
             "key": (facts.d_model, keys),
             "value": (facts.d_model, keys),
             "output": (queries, facts.d_model),
+            "mlp_in": (facts.d_model, d_mlp),
+            "mlp_linear": (facts.d_model, d_mlp),
+            "mlp_gate_and_linear": (facts.d_model, 2 * d_mlp),
+            "mlp_out": (d_mlp, facts.d_model),
         }
-        vectors = {
-            "norm": (facts.d_model,),
-            "post_norm": (facts.d_model,),
-            "query_norm": (queries if joint else facts.d_head,),
-            "key_norm": (keys if joint else facts.d_head,),
-        }
-        if self.family.linear == "out_in":
-            matrices = {part: shape[::-1] for part, shape in matrices.items()}
-        wanted = {
-            self._name(part, layer): shape
-            for layer in range(facts.n_layers)
-            for part, shape in (matrices | vectors).items()
-            if part in self.family.tensors
-        }
-        missing = [name for name in wanted if name not in self.checkpoint]
+        return {part: shape for part, shape in shapes.items() if part in self.family.tensors}
+
+    def _check_tensors(self) -> None:
+        """Every layer's attention and norms are there, and all that is read but embeddings has the shape it should."""
+        shapes, label = self._shapes(), self.checkpoint.label
+        once = {part for part in shapes if part.startswith(("mlp_", "final_"))}
+        places = [(part, layer) for layer in range(self.architecture.n_layers) for part in shapes if part not in once]
+        missing = [self._name(*place) for place in places if self._name(*place) not in self.checkpoint]
         if missing:
             raise UserError(
-                f"{self.checkpoint.label}: {len(missing)} tensors are missing from the checkpoint, the first of them "
-                f"'{missing[0]}'. ovqk fills nothing in."
+                f"{label}: {len(missing)} tensors are missing from the checkpoint, the first of them '{missing[0]}'. "
+                "ovqk fills nothing in."
             )
-        for name, shape in wanted.items():
-            if self.checkpoint.shapes[name] != shape:
-                raise UserError(
-                    f"{self.checkpoint.label}: tensor '{name}' has shape {list(self.checkpoint.shapes[name])}, but "
-                    f"config.json promises {list(shape)}."
-                )
+        for part, layer in [*places, *((part, 0) for part in once)]:
+            bias, weight = shapes[part][-1:], shapes[part][:: 1 if self.family.linear == "in_out" else -1]
+            self._check_shape(self._name(part, layer), weight)
+            self._check_shape(self._name(part, layer, "bias"), bias)
+        if "positions" in self.family.tensors and self.architecture.n_ctx is not None:
+            self._check_shape(self._name("positions"), (self.architecture.n_ctx, self.architecture.d_model))
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        found = self.checkpoint.shapes.get(name, shape)
+        if found != shape:
+            raise UserError(
+                f"{self.checkpoint.label}: tensor '{name}' has shape {list(found)}, but config.json and the other "
+                f"tensors promise {list(shape)}."
+            )
 
     def _name(self, part: str, layer: int | None = None, kind: str = "weight") -> str:
         return f"{self.prefix}{self.family.tensors[part].format(layer=layer)}.{kind}"

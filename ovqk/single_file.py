@@ -1,5 +1,6 @@
 """Weights in one safetensors file of TransformerLens names, whose shapes tell most of the architecture."""
 
+import re
 from typing import Literal
 
 import torch
@@ -21,18 +22,20 @@ class TransformerLensWeights:
         """Read the architecture off the shapes.
 
         Raises:
-            UserError: an attention tensor is missing.
+            UserError: an attention tensor is missing, or tensors do not fit one another.
         """
         self.checkpoint = checkpoint
         self.notes = [] if causal is not None else ["model.causal is not set: attention taken to be causal"]
-        layers = {int(name.split(".")[1]) for name in checkpoint.files if name.startswith("blocks.")}
-        for layer in range(max(layers) + 1):
+        numbers = (re.match(r"blocks\.(\d+)\.", name) for name in checkpoint.files)
+        layers = {int(number[1]) for number in numbers if number}
+        for layer in range(max(layers, default=0) + 1):
             for part in ("W_Q", "W_K", "W_V", "W_O"):
                 if f"blocks.{layer}.attn.{part}" not in checkpoint:
                     raise UserError(
                         f"{checkpoint.label}: tensor 'blocks.{layer}.attn.{part}' is missing from the checkpoint. "
                         "ovqk fills nothing in."
                     )
+        n_kv_heads = self._check_shapes(len(layers))
         n_heads, d_model, d_head = checkpoint.shapes["blocks.0.attn.W_Q"]
         norm: NormKind = "none"
         if "blocks.0.ln1.w" in checkpoint:
@@ -44,7 +47,7 @@ class TransformerLensWeights:
             family="transformer_lens",
             n_layers=len(layers),
             n_heads=n_heads,
-            n_kv_heads=checkpoint.shapes["blocks.0.attn.W_K"][0],
+            n_kv_heads=n_kv_heads,
             d_model=d_model,
             d_head=d_head,
             n_ctx=n_ctx or (positions[0] if positions else None),
@@ -76,6 +79,45 @@ class TransformerLensWeights:
         if "blocks.0.mlp.W_in" in self.checkpoint:
             return "a file of TransformerLens names does not tell the MLP's activation"
         return "the model has no MLP"
+
+    def _check_shapes(self, n_layers: int) -> int:
+        """What is read has the shapes that the first layer's queries and keys promise; the number of KV heads."""
+        label, shapes = self.checkpoint.label, self.checkpoint.shapes
+        query, key = shapes["blocks.0.attn.W_Q"], shapes["blocks.0.attn.W_K"]
+        if len(query) != 3 or min(query) < 1 or key[1:] != query[1:] or key[0] < 1 or query[0] % key[0]:
+            raise UserError(
+                f"{label}: 'blocks.0.attn.W_Q' has shape {list(query)} and 'blocks.0.attn.W_K' {list(key)}; allowed: "
+                "[head, d_model, d_head] both, of as many heads or of a whole fraction of them."
+            )
+        (n_heads, d_model, d_head), n_kv = query, key[0]
+        in_layer = {
+            "attn.W_Q": (n_heads, d_model, d_head),
+            "attn.W_K": (n_kv, d_model, d_head),
+            "attn.W_V": (n_kv, d_model, d_head),
+            "attn.W_O": (n_heads, d_head, d_model),
+            "attn.b_Q": (n_heads, d_head),
+            "attn.b_K": (n_kv, d_head),
+            "attn.b_V": (n_kv, d_head),
+            "ln1.w": (d_model,),
+            "ln1.b": (d_model,),
+        }
+        n_read, n_written, n_ctx = (
+            (*shapes.get(name, ()), 1, 1)[axis]
+            for name, axis in (("embed.W_E", 0), ("unembed.W_U", 1), ("pos_embed.W_pos", 0))
+        )
+        if "embed.W_E" in shapes:  # an "=" that is read and never predicted has no column
+            n_written = min(n_written, n_read)
+        wanted: dict[str, tuple[int, ...]] = {"ln_final.w": (d_model,), "ln_final.b": (d_model,)}
+        wanted |= {"embed.W_E": (n_read, d_model), "pos_embed.W_pos": (n_ctx, d_model)}
+        wanted |= {"unembed.W_U": (d_model, n_written)}
+        wanted |= {f"blocks.{layer}.{part}": shape for layer in range(n_layers) for part, shape in in_layer.items()}
+        for name, shape in wanted.items():
+            if shapes.get(name, shape) != shape:
+                raise UserError(
+                    f"{label}: tensor '{name}' has shape {list(shapes[name])}, but the other tensors promise "
+                    f"{list(shape)}."
+                )
+        return n_kv
 
     def _read(self, name: str) -> Tensor:
         return self.checkpoint.tensor(name)
