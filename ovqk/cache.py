@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -100,7 +100,8 @@ class StructureCache:
             found = _read(folder)
             if found is not None:
                 lock.release()
-                os.utime(folder / ENTRY)
+                with suppress(OSError):  # another process throws it away, or it is another user's
+                    os.utime(folder / ENTRY)
             yield Entry(found, folder, self.most)
         finally:
             lock.release()
@@ -124,13 +125,17 @@ def _read(folder: Path) -> Tables | None:
 
 
 def _forget_oldest(folder: Path, most: float) -> None:
-    """Throw away entries, the longest unused first, until the rest is no larger than allowed."""
+    """Throw away entries, the longest unused first, until the rest is no larger than allowed.
+
+    What a killed process left half-written is an entry that nobody uses.
+    """
     entries = []
-    for mark in folder.glob(f"*/{ENTRY}"):
+    for entry in folder.iterdir():
         try:
-            size = sum(path.stat().st_size for path in mark.parent.iterdir())
-            entries.append((mark.stat().st_mtime_ns, size, mark.parent))
-        except OSError:  # another process throws it away
+            files = [path.stat() for path in entry.iterdir()]
+            used = max(status.st_mtime_ns for status in [entry.stat(), *files])
+            entries.append((used, sum(status.st_size for status in files), entry))
+        except OSError:  # a lock, or another process throws it away
             continue
     total = sum(size for _, size, _ in entries)
     for _, size, entry in sorted(entries):

@@ -239,8 +239,6 @@ class NativeWeights:
         facts = self.architecture
         queries, keys = facts.n_heads * facts.d_head, facts.n_kv_heads * facts.d_head
         joint = self.family.query_key_norm == "over_heads"
-        mlp_out = self.checkpoint.shapes.get(self._name("mlp_out", 0), (0,))
-        d_mlp = mlp_out[0 if self.family.linear == "in_out" else -1]
         norms = ("norm", "post_norm", "final_norm", "mlp_norm", "mlp_post_norm")
         shapes = dict.fromkeys(norms, (facts.d_model,)) | {
             "query_norm": (queries if joint else facts.d_head,),
@@ -250,11 +248,16 @@ class NativeWeights:
             "key": (facts.d_model, keys),
             "value": (facts.d_model, keys),
             "output": (queries, facts.d_model),
-            "mlp_in": (facts.d_model, d_mlp),
-            "mlp_linear": (facts.d_model, d_mlp),
-            "mlp_gate_and_linear": (facts.d_model, 2 * d_mlp),
-            "mlp_out": (d_mlp, facts.d_model),
         }
+        mlp_out = self.checkpoint.shapes.get(self._name("mlp_out", 0))
+        if mlp_out:  # a partial checkpoint may hold the MLP's biases alone, which are not read
+            d_mlp = mlp_out[0 if self.family.linear == "in_out" else -1]
+            shapes |= {
+                "mlp_in": (facts.d_model, d_mlp),
+                "mlp_linear": (facts.d_model, d_mlp),
+                "mlp_gate_and_linear": (facts.d_model, 2 * d_mlp),
+                "mlp_out": (d_mlp, facts.d_model),
+            }
         return {part: shape for part, shape in shapes.items() if part in self.family.tensors}
 
     def _check_tensors(self) -> None:

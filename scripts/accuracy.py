@@ -2,7 +2,7 @@
 
     python scripts/accuracy.py ovqk/bundled/mini-attn
 
-Every example puts a sentence on a held-out pair of words behind ordinary text of a random length (see
+Every example puts a sentence on a held-out triple of words behind ordinary text of a random length (see
 `language.py`), and counts as right where
 
     ioi         the most likely of all words is the indirect object

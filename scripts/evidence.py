@@ -101,7 +101,7 @@ def strata(model: Measured, role: str, config: PredictionConfig) -> list[Stratum
 
 
 def table(models: list[Measured], role: str) -> str:
-    """Markdown: one row per metric, one column per model, and the pooled AUC and p."""
+    """Markdown: one row per metric, one column per model, and the pooled AUC and p; empty where no metric has a row."""
     predictions = models[0].claims.predictions[role]
     named = {prediction.metric for prediction in predictions}
     lines = [
@@ -121,7 +121,7 @@ def table(models: list[Measured], role: str) -> str:
         low, high = interval(pooled)
         auc = f"{within_layer_auc(pooled):.2f} [{low:.2f}, {high:.2f}]"
         lines.append(f"| {name}{arrow} | {shown} | {auc} | {p:.2g} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def interval(strata: list[Stratum]) -> tuple[float, float]:
@@ -154,8 +154,8 @@ def main() -> None:
                 for model in models
             ]
             print(f"### {task}: {role.replace('_', ' ')}\n\n{'; '.join(heads)}\n")
-            if any(model.claims.roles[role] for model in models):
-                print(f"{table(models, role)}\n")
+            if shown := table(models, role):
+                print(f"{shown}\n")
 
 
 if __name__ == "__main__":

@@ -90,3 +90,24 @@ def test_missing_tensors_are_refused_not_filled_with_random_numbers(opt, tmp_pat
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing.*layers\.1\.self_attn\.out_proj\.weight"):
         opened(directory)
+
+
+def test_a_model_without_attention_heads_is_one_message(tmp_path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=40, hidden_size=24, num_hidden_layers=1, bos_token_id=0, eos_token_id=0)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="MambaForCausalLM has layers without attention heads"):
+        opened(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named(opt, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    name = "model.decoder.layers.1.self_attn.q_proj.weight"
+    tensors = load_file(opt / "model.safetensors")
+    tensors[name][0, 0] = torch.inf
+    (tmp_path / "config.json").write_text((opt / "config.json").read_text())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"'{name}' holds NaN or infinity"):
+        opened(tmp_path)

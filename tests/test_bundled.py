@@ -122,10 +122,14 @@ def test_roles_measured_again_are_the_shipped_claims(bundled):
     yaml = pytest.importorskip("yaml")
     import measure_roles
 
+    card = (BUNDLED / bundled / "README.md").read_text()
     model = measure_roles.TransformerBridge.boot_transformers(str(BUNDLED / bundled), device="cpu")
     for asked in language.TASKS:
         task = yaml.safe_load((ROOT / "conf" / "task" / f"{asked}.yaml").read_text())
-        found = measure_roles.measure(measure_roles.prepare(model, task, count=800, seed=0), asked)
+        measurement = measure_roles.prepare(model, task, count=800, seed=0)
+        if asked == "ioi":  # the card's own sentences are of these prompts
+            assert f"difference of {measurement.total:.1f}" in " ".join(card.split())
+        found = measure_roles.measure(measurement, asked)
         shipped = task["claims"].get(bundled, {"source": "", "roles": {}})  # no entry where no role was found
         again = measure_roles.claims(found, shipped["source"])
         assert again["roles"] == shipped["roles"]

@@ -1,6 +1,7 @@
 """The cache of structure: the same tables from it as without it; shared, bounded, and never poisoned."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -145,6 +146,29 @@ def test_the_longest_unused_entries_go_first(cache, computed) -> None:
     assert computed == []  # it was still there
     run(cache, "task=none", "seed=1")
     assert computed == [0, 1, 2, 3] and len(entries(cache)) == 3
+
+
+def test_what_a_killed_process_left_is_thrown_away_first(cache) -> None:
+    left = cache.folder / ".0123.4567.tmp"
+    left.mkdir(parents=True)
+    (left / "heads.parquet").write_bytes(bytes(10**6))
+    for path in (left / "heads.parquet", left):
+        os.utime(path, (0, 0))
+    cache.most = 1e6
+    run(cache, "task=none")
+    assert not left.exists() and len(entries(cache)) == 1
+
+
+def test_an_entry_that_another_process_throws_away_while_it_is_read_is_still_read(cache, computed, monkeypatch) -> None:
+    good = run(cache, "task=none")
+    del computed[:]
+
+    def gone(path) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("ovqk.cache.os.utime", gone)
+    same(run(cache, "task=none"), good)
+    assert computed == []
 
 
 def test_processes_that_need_the_same_compute_it_once(tmp_path) -> None:

@@ -1,6 +1,7 @@
 """Where weights come from, and one clear message for every way in which they can be wrong."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,11 @@ def test_pickled_weights_are_refused_by_name(tmp_path) -> None:
     (directory / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"pytorch_model\.bin, which ovqk does not unpickle"):
         opened(directory)
+    with pytest.raises(UserError, match="a pickled file, which ovqk does not unpickle; allowed: safetensors"):
+        opened(directory / "pytorch_model.bin")
+    (directory / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"holds no \.safetensors file"):
+        opened(directory)
 
 
 def test_a_truncated_file(tmp_path) -> None:
@@ -75,8 +81,88 @@ def test_a_tensor_of_the_wrong_shape(tmp_path) -> None:
     def cut(tensors) -> None:
         tensors["transformer.h.1.attn.c_attn.weight"] = tensors["transformer.h.1.attn.c_attn.weight"][:, :100]
 
-    with pytest.raises(UserError, match=r"h\.1\.attn\.c_attn\.weight' has shape \[128, 100\].*promises \[128, 384\]"):
+    with pytest.raises(UserError, match=r"h\.1\.attn\.c_attn\.weight' has shape \[128, 100\].*promise \[128, 384\]"):
         opened(rewrite(copy(tmp_path), cut))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["h.1.attn.c_attn.bias", "h.2.ln_1.bias", "ln_f.weight", "wpe.weight", "h.0.mlp.c_proj.weight", "h.0.ln_2.bias"],
+)
+def test_whatever_is_read_has_the_shape_it_should_have(tmp_path, name) -> None:
+    make_gpt2(tmp_path / "m")
+
+    def cut(tensors) -> None:
+        tensors[f"transformer.{name}"] = tensors[f"transformer.{name}"][:-1]
+
+    with pytest.raises(UserError, match=r"tensor 'transformer\..*' has shape .* promise \["):
+        opened(rewrite(tmp_path / "m", cut))
+
+
+def test_biases_of_an_mlp_without_its_matrices_are_left_alone(tmp_path) -> None:
+    def drop(tensors) -> None:
+        for name in [name for name in tensors if ".mlp." in name and name.endswith("weight")]:
+            del tensors[name]
+
+    make_gpt2(tmp_path / "m")
+    source = opened(rewrite(tmp_path / "m", drop))
+    assert source.layer(0).W_Q.shape == (4, 24, 6)
+    assert "no MLP of block 0" in source.first_mlp()
+
+
+def test_embeddings_of_another_number_of_tokens_are_refused(tmp_path) -> None:
+    make_llama(tmp_path / "m")
+
+    def cut(tensors) -> None:
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:-3]
+
+    with pytest.raises(UserError, match="embedding has 40 tokens and the unembedding 37"):
+        opened(rewrite(tmp_path / "m", cut)).embeddings()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, value) -> None:
+    name = "transformer.h.1.attn.c_proj.weight"
+
+    def spoil(tensors) -> None:
+        tensors[name][3, 5] = value
+
+    source = opened(rewrite(copy(tmp_path), spoil))
+    source.layer(0)
+    with pytest.raises(UserError, match=f"'{name}' holds NaN or infinity"):
+        source.layer(1)
+
+
+@pytest.mark.parametrize("name", ["transformer.h.1.attn.c_proj.weight", "transformer.wte.weight"])
+def test_a_quantised_tensor_is_no_missing_one(tmp_path, name) -> None:
+    def quantise(tensors) -> None:
+        tensors[name] = tensors[name].to(torch.int8)
+
+    with pytest.raises(UserError, match=f"'{name}' is stored as I8; allowed: F64, F32, F16, BF16"):
+        opened(rewrite(copy(tmp_path), quantise)).embeddings()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_key_value_heads", 0, "'num_key_value_heads' as a positive integer, not 0"),
+        ("num_key_value_heads", "two", "'num_key_value_heads' as a positive integer, not 'two'"),
+        ("head_dim", "8", "'head_dim' as a positive integer"),
+        ("max_position_embeddings", "long", "'max_position_embeddings' as a positive integer"),
+        ("rms_norm_eps", "small", "'rms_norm_eps' as a number"),
+        ("rope_parameters", [1], "rotary settings"),
+        ("rope_parameters", {"rope_theta": "big"}, "rotary settings"),
+        ("rope_parameters", {"rope_theta": 1e4, "rope_type": "linear"}, "rotary settings.*factor"),
+        ("rope_parameters", {"rope_theta": 0.0}, "rotary settings.*finite frequencies"),
+        ("partial_rotary_factor", 2.0, "rotary settings.*pairs within a head"),
+    ],
+)
+def test_a_value_of_the_config_that_cannot_be_used_is_named(tmp_path, key, value, message) -> None:
+    make_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {key: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path)
 
 
 def test_an_unusable_config(tmp_path) -> None:
@@ -163,6 +249,35 @@ def test_single_files_of_transformer_lens_names() -> None:
     modular = opened(shared_model("modular-addition") / "l8k1hzciux.safetensors", causal=False)
     assert (modular.architecture.n_heads, modular.architecture.causal) == (4, False)
     assert isinstance(modular.first_mlp(), str)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("blocks.0.attn.W_Q", (32, 32)),
+        ("blocks.0.attn.W_K", (2, 32, 32)),
+        ("blocks.0.attn.W_O", (1, 32, 31)),
+        ("blocks.0.attn.b_Q", (3,)),
+        ("blocks.0.ln1.w", (31,)),
+        ("embed.W_E", ()),
+        ("embed.W_E", (64, 31)),
+        ("pos_embed.W_pos", (2, 31)),
+        ("unembed.W_U", (32, 70)),
+        ("unembed.W_U", (32,)),
+    ],
+)
+def test_tensors_of_a_single_file_fit_one_another(tmp_path, name, shape) -> None:
+    tensors = load_file(shared_model("max-of-two") / "layernorm.safetensors")
+    save_file(tensors | {name: torch.ones(shape)}, tmp_path / "one.safetensors")
+    with pytest.raises(UserError, match=f"'{name}'.* has shape|' {re.escape(str(list(shape)))};"):
+        opened(tmp_path / "one.safetensors")
+
+
+def test_an_unembedding_may_lack_tokens_that_are_never_predicted(tmp_path) -> None:
+    tensors = load_file(shared_model("max-of-two") / "layernorm.safetensors")
+    tensors["unembed.W_U"] = tensors["unembed.W_U"][:, :-1].contiguous()
+    save_file(tensors | {"blocks.x.attn.W_Q": torch.ones(2)}, tmp_path / "one.safetensors")
+    assert opened(tmp_path / "one.safetensors").embeddings().W_U.shape == (32, 63)
 
 
 def test_a_single_file_of_other_names_is_refused() -> None:

@@ -29,7 +29,8 @@ def test_every_model_composes(model) -> None:
     if cell.model.source is Source.hub:
         assert cell.model.repo.count("/") == 1 and cell.model.revision == "main"
         comment = (ROOT / "conf" / "model" / f"{model}.yaml").read_text()
-        assert "gated" in comment or "share your contact" in comment
+        assert "gated" in comment or "share your contact" in " ".join(comment.split())
+        assert max(map(len, comment.splitlines())) <= 120
         assert any(licence in comment for licence in ("MIT", "Apache-2.0", "icen"))
     assert not cell.model.trust_remote_code
 

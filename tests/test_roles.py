@@ -76,3 +76,9 @@ def test_a_metric_that_finds_a_role_has_auc_one_and_its_negation_zero() -> None:
     flipped = evidence.Measured("m", {"ov_copying": -values}, claims, facts)
     assert "| 0.00 | 0.00 [0.00, 0.00] | 1 |" in evidence.table([flipped], "mover")
     assert "| 1.00 | 0.00 | 0.50 [" in evidence.table([model, flipped], "mover")
+
+
+def test_a_role_that_leaves_no_other_head_to_compare_with_has_no_table() -> None:
+    every = Claims("", "measured", None, {"mover": [(0, 0), (0, 1)]}, {"mover": [PredictionConfig("ov_copying")]})
+    facts = Architecture("test", 1, 2, 2, 8, 2, None, "none", 1e-5, "none")
+    assert evidence.table([evidence.Measured("m", {"ov_copying": np.eye(1, 2)}, every, facts)], "mover") == ""
