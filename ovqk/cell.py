@@ -22,11 +22,11 @@ from ovqk.files import cache_folder
 from ovqk.identity import cell_folder, cell_id, identity, resolve, tracking_mode
 from ovqk.outcomes import Outcome, Outcomes, Status
 from ovqk.progress import layers_of
-from ovqk.record import claim, forget_peak_memory, is_done, write_done, write_failed
+from ovqk.record import claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
 from ovqk.sources import open_weights
 from ovqk.tasks import load_tokenizer
 
-DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 """A full, read-only or forbidden disk, or a name it does not take: a message for the user, and no defect."""
 
 
@@ -97,6 +97,7 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
     identifier = cell_id(content)
     folder = cell_folder(cell, identifier)
     with claim(results_dir, identifier):
+        clear_abandoned(folder)
         cached = is_done(folder) and not cell.force
         if not cached:
             try:

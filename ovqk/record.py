@@ -93,6 +93,13 @@ def claim(results_dir: Path, identifier: str, wait: bool = True) -> Iterator[Non
         lock.release()
 
 
+def clear_abandoned(folder: Path) -> None:
+    """Remove what a process that was killed was still writing. The cell must be claimed."""
+    for abandoned in folder.iterdir() if folder.is_dir() else ():
+        if TEMPORARY.fullmatch(abandoned.name):
+            abandoned.unlink(missing_ok=True)
+
+
 def write_done(
     folder: Path,
     config: Config,
@@ -128,9 +135,6 @@ def write_done(
 
 def _write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
     """Put the tables in the place of those that are there; from then on the folder holds no record, until it is new."""
-    for abandoned in folder.iterdir():
-        if TEMPORARY.fullmatch(abandoned.name):
-            abandoned.unlink(missing_ok=True)
     written = {folder / f"{name}.parquet": table for name, table in tables.items()}
     try:
         for path, table in written.items():
