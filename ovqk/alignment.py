@@ -110,7 +110,8 @@ def subspace(
     x = (rows - origin[..., None, :]).double()
     energy, U = (part.flip(-1) for part in in_threads(torch.linalg.eigh, x @ x.mT))  # of the Gram: words are few
     share = energy.cumsum(-1) / energy.sum(-1, keepdim=True)
-    ranks = (share < ENERGY).sum(-1) + 1 if rank is None else torch.full(energy.shape[:-1], rank)
+    ranks = (share < ENERGY).sum(-1) + 1
+    ranks = ranks if rank is None else torch.full_like(ranks, rank)
     most = int(ranks.max())
     if (energy.gather(-1, ranks[..., None] - 1) <= SMALL * energy[..., :1]).any():  # fewer dimensions than asked for
         basis = torch.linalg.svd(x, full_matrices=False).Vh[..., :most, :]  # any others beside
