@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
             except Exception as error:
                 trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
                 if not is_done(folder):  # with force=true: what was done before stands
-                    write_failed(folder, cell, identifier, _told(error), trace)
+                    with suppress(OSError):  # of a disk that takes no record either: the sweep's end tells it
+                        write_failed(folder, cell, identifier, _told(error), trace)
                 raise
         warning = None if mode is TrackingMode.none else _track(cell, folder, mode)
     seconds = time.perf_counter() - started
@@ -136,7 +138,7 @@ def compute(
     """Decompose the model's heads and write the record.
 
     Raises:
-        UserError: the checkpoint or the task does not allow it.
+        UserError: the checkpoint or the task does not allow it, or the disk does not take the results.
     """
     forget_peak_memory()
     source = open_weights(checkpoint, cell.model)
@@ -147,7 +149,15 @@ def compute(
             source, tokenizer, n_tokens, checkpoint.label, cell, layers, structure_cache(cell, checkpoint)
         )
     seconds = time.perf_counter() - started
-    write_done(folder, cell, content, identifier, checkpoint, source.loaded_by, analysis, seconds)
+    try:
+        write_done(folder, cell, content, identifier, checkpoint, source.loaded_by, analysis, seconds)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise UserError(
+            f"results_dir={cell.results_dir}: the results cannot be written ({os.strerror(error.errno)}); what was "
+            "there before stands."
+        ) from error
 
 
 def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | None:

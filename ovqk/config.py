@@ -55,6 +55,15 @@ class Direction(Enum):
     low = "low"
 
 
+class Device(Enum):
+    """Where products are computed."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+    auto = "auto"
+    """`cuda` where there is one."""
+
+
 class TrackingMode(Enum):
     """How far W&B is involved."""
 
@@ -204,8 +213,7 @@ class Config:
     sweep: str | None = None
     """The name of the sweep, which groups its W&B runs; what it varies unless set."""
     force: bool = False
-    device: str = "cpu"
-    """`cpu`, `cuda` or `auto`."""
+    device: Device = Device.cpu
     hub_timeout: float = 60.0
     """Seconds without anything new from the hub after which it is given up."""
     cache: bool = True

@@ -6,25 +6,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ovqk.config import Device
 from ovqk.errors import UserError
 from ovqk.weights import StoredRows
 
 Weights = TypeVar("Weights")
 
 
-def resolve_device(name: str) -> torch.device:
-    """`cpu`, `cuda`, or `auto`: cuda where there is one.
+def resolve_device(device: Device) -> torch.device:
+    """The device that was asked for.
 
     Raises:
-        UserError: another name, or no CUDA device.
+        UserError: there is no CUDA device.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"device={name}: allowed: cpu, cuda, auto.")
-    if name == "cuda" and not torch.cuda.is_available():
+    if device is Device.cuda and not torch.cuda.is_available():
         raise UserError("device=cuda: torch finds no CUDA device here; allowed: cpu, auto.")
-    return torch.device(name)
+    on_gpu = device is Device.cuda or (device is Device.auto and torch.cuda.is_available())
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def to_device(weights: Weights, device: torch.device) -> Weights:

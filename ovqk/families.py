@@ -5,7 +5,7 @@ A new family is a new row in FAMILIES; `native.py` reads by it. Anything not lis
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -240,7 +240,7 @@ QUERY_KEY_NORMS = {"query_norm": "layers.{layer}.self_attn.q_norm", "key_norm": 
 
 LLAMA = Family(
     name="llama",
-    model_types=("llama", "mistral", "qwen2"),
+    model_types=("llama",),
     prefixes=("model.", ""),
     norm="rmsnorm",
     positions="rotary",
@@ -248,6 +248,8 @@ LLAMA = Family(
     keys=KEYS,
     complete=True,
 )
+
+LLAMA_KIN = replace(LLAMA, model_types=("mistral", "qwen2"), complete=False)  # whose windows have defaults of their own
 
 QWEN3 = Family(
     name="qwen3",
@@ -350,7 +352,7 @@ GEMMA3 = Family(
 FAMILIES = {
     model_type: family
     for family in (
-        GPT2, GPT_NEO, GPTJ, GPT_NEOX, PHI, LLAMA, QWEN3, PHI3, OLMO, OLMO2, GEMMA, GEMMA2, GEMMA3,
+        GPT2, GPT_NEO, GPTJ, GPT_NEOX, PHI, LLAMA, LLAMA_KIN, QWEN3, PHI3, OLMO, OLMO2, GEMMA, GEMMA2, GEMMA3,
     )
     for model_type in family.model_types
 }  # fmt: skip

@@ -271,6 +271,12 @@ class NativeWeights:
                 f"{label}: {len(missing)} tensors are missing from the checkpoint, the first of them '{missing[0]}'. "
                 "ovqk fills nothing in."
             )
+        beyond = self._name("output", self.architecture.n_layers)
+        if beyond in self.checkpoint:
+            raise UserError(
+                f"{label}: config.json gives '{self.family.keys['n_layers'][0]}' as {self.architecture.n_layers}, but "
+                f"the checkpoint holds '{beyond}', of a layer after those."
+            )
         for part, layer in [*places, *((part, 0) for part in once)]:
             bias, weight = shapes[part][-1:], shapes[part][:: 1 if self.family.linear == "in_out" else -1]
             self._check_shape(self._name(part, layer), weight)

@@ -111,7 +111,7 @@ def test_the_id_depends_on_what_numbers_depend_on_and_on_nothing_else() -> None:
         (["model.pth=x"], "model.pth: no such key. Did you mean model.path? Allowed under model: causal, checkpoint,"),
         (["seed=many"], "could not be converted to Integer"),
         (["processing=half"], "expected one of [folded, raw]"),
-        (["device=tpu"], "device=tpu: allowed: cpu, cuda, auto."),
+        (["device=tpu"], "expected one of [cpu, cuda, auto]"),
         (["model=local"], "model.path: not set. model=local needs model.path=PATH"),
         (["model=local", "model.path=nowhere"], "model.path=nowhere: no such file or directory."),
         (["model.name=../up"], "model.name='../up': allowed are"),

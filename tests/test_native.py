@@ -1,6 +1,7 @@
 """Every native family against the model itself: its own queries and keys, its first block, its logits."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +233,33 @@ def test_windows_and_rotations_differ_by_layer(tiny) -> None:
     assert local_layer[1] == pytest.approx(10000 ** (-2 / 8)) and global_layer[1] == pytest.approx(1e6 ** (-2 / 8))
     neo = opened(tiny("gpt_neo"))
     assert [neo.layer(layer).sliding_window for layer in range(2)] == [None, 4]
+
+
+def edited(tiny, kind: str, folder: Path, drop: tuple[str, ...] = (), **keys: object) -> Path:
+    """A tiny model's checkpoint with other keys in its config.json."""
+    folder.mkdir()
+    config = json.loads((tiny(kind) / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in drop} | keys
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(load_file(tiny(kind) / "model.safetensors"), folder / "model.safetensors")
+    return folder
+
+
+def test_a_window_that_the_config_does_not_turn_on_is_none(tiny, tmp_path) -> None:
+    """Qwen2's files give a size and, in `use_sliding_window`, whether it is used: no, where the key is left out."""
+    drop = ("use_sliding_window", "layer_types", "max_window_layers")
+    off = edited(tiny, "qwen2", tmp_path / "off", drop, sliding_window=4)
+    on = edited(tiny, "qwen2", tmp_path / "on", drop, sliding_window=4, use_sliding_window=True, max_window_layers=1)
+    assert [opened(off).layer(layer).sliding_window for layer in range(2)] == [None, None]
+    assert [opened(on).layer(layer).sliding_window for layer in range(2)] == [None, 4]
+    left_out = edited(tiny, "mistral", tmp_path / "default", ("sliding_window",))
+    assert opened(left_out).layer(0).sliding_window == 4096
+    assert opened(edited(tiny, "mistral", tmp_path / "null", sliding_window=None)).layer(0).sliding_window is None
+
+
+def test_layers_that_the_config_does_not_count_are_no_secret(tiny, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"'num_hidden_layers' as 1, but the checkpoint holds '.*layers\.1\..*o_proj"):
+        opened(edited(tiny, "llama", tmp_path / "cut", num_hidden_layers=1))
 
 
 def test_a_text_model_beside_one_for_pictures_is_found(tiny, tmp_path) -> None:
