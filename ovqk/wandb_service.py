@@ -3,6 +3,7 @@ only when its own log agrees. The one module that imports wandb.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -32,10 +33,7 @@ def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
     Meanwhile W&B prints nothing, asks for no key and reports no errors of its own to its makers. After a failure the
     service is killed, so that nobody waits for it and the next cell starts another.
     """
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    os.environ.pop("WANDB_SERVICE", None)  # a parent's service: this process has its own
-    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[name]  # as good as not set, and W&B refuses some of them
+    _settle_environment()
     import wandb
 
     session = wandb.setup()
@@ -52,6 +50,27 @@ def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
         raise
     finally:
         wandb.termsetup(session.settings, None)
+
+
+def _settle_environment() -> None:
+    """What W&B reads when it is imported."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.pop("WANDB_SERVICE", None)  # a parent's service: this process has its own
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # as good as not set, and W&B refuses some of them
+
+
+def import_meanwhile() -> None:
+    """Import wandb in a thread of its own, and what a run's first step imports besides: they take a second."""
+
+    def load() -> None:
+        with contextlib.suppress(Exception):  # whoever needs them meets the error
+            for name in ("wandb", "wandb.sdk.launch.inputs.internal"):
+                importlib.import_module(name)
+
+    if "wandb" not in sys.modules:
+        _settle_environment()
+        threading.Thread(target=load, name="import wandb").start()
 
 
 def settings() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     python scripts/calibration.py     # about a quarter of an hour on two cores
 
-The models are small transformers in memory (`tests/planted.py`). Written to docs/: figures/calibration.svg and .png,
+The models are those of `null_models.py`. Written to docs/: figures/calibration.svg and .png,
 figures/power.svg and .png, and calibration.md with the numbers behind them.
 
     calibration   random initialisation, heads claimed at random: how often p <= a
@@ -13,7 +13,6 @@ figures/power.svg and .png, and calibration.md with the numbers behind them.
 
 import argparse
 import itertools
-import math
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
@@ -23,34 +22,27 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import torch
-from numpy.typing import NDArray
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-from planted import (
-    FEW,
-    LAYOUT,
-    MANY,
-    SHAPES,
-    RandomModel,
-    architecture,
-    judged,
-    p_values,
-    planted,
-    random_claims,
-    random_model,
+from null_models import (
+    FALSE,
+    POWER_SHAPES,
+    STRAINED,
+    SURPRISE,
+    TASKS,
+    interval,
+    least_likely,
+    multiplicity,
+    null_cells,
+    null_run,
+    power_run,
+    strained_run,
 )
+from numpy.typing import NDArray
+from planted import FEW, MANY
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from ovqk.claims import Claims
-from ovqk.config import PredictionConfig
-from ovqk.nulls import Predicted, head_rows
-
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-TASKS = tuple(LAYOUT)
 NULLS = {
     "layer": "other heads of the layer",
     "layer_all": "the same, claimed heads too",
@@ -61,138 +53,7 @@ NULLS = {
 }
 SMALL = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 NOISES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
-POWER_SHAPES = ("learned positions", "rotary, grouped queries")
 OUTCOMES = ("corroborated", "partial", "unsupported", "contradicted", "untestable")
-FALSE = ("corroborated", "contradicted")
-"""Verdicts that are wrong where nothing is planted."""
-SURPRISE = 1e-4
-"""A test does not keep its level where as many p-values as there are were less probable than this if it did."""
-
-
-# --- counting ------------------------------------------------------------------------------------------------
-
-
-def tail(count: int, n: int, a: float) -> float:
-    """P(X >= count) for X binomial with n trials of probability a."""
-    if count <= 0 or a >= 1:
-        return 1.0
-    if count > n or a <= 0:
-        return 0.0
-    k = np.arange(count, n + 1)
-    ways = np.array([math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in k])
-    return float(min(1.0, np.exp(ways + k * math.log(a) + (n - k) * math.log1p(-a)).sum()))
-
-
-def interval(count: int, n: int, coverage: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a share: count of n."""
-    half = (1 - coverage) / 2
-
-    def crossing(below: Callable[[float], bool]) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if below(middle) else (low, middle)
-        return low
-
-    least = crossing(lambda a: tail(count, n, a) < half) if count else 0.0
-    most = crossing(lambda a: 1 - tail(count + 1, n, a) > half) if count < n else 1.0
-    return least, most
-
-
-def least_likely(p: NDArray[np.float64]) -> tuple[float, float, float]:
-    """The attained a at which so many p <= a are least probable, their share, and that probability at most."""
-    found = [(tail(int((p <= a).sum()), len(p), float(a)), float(a), float((p <= a).mean())) for a in np.unique(p)]
-    probability, a, share = min(found)
-    return a, share, probability
-
-
-def multiplicity(rows: int, n: int = 1000, levels: int = 100, draws: int = 12_000) -> dict[str, float]:
-    """What `least_likely` gives for a test that keeps its level exactly, of n p-values on `levels` levels.
-
-    Returns:
-        Of one row the share below SURPRISE; of a page of rows the median smallest, and the share of pages below.
-    """
-    generator = np.random.default_rng(0)
-    k = np.arange(n + 1)
-    ways = np.array([math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in k])
-    exact = (np.exp(ways + k * math.log(a) + (n - k) * math.log1p(-a)) for a in np.arange(1, levels) / levels)
-    tails = [probability[::-1].cumsum()[::-1] for probability in exact]
-    found = np.ones(draws)
-    for draw in range(draws):
-        counts = generator.multinomial(n, np.full(levels, 1 / levels)).cumsum()
-        found[draw] = min(values[count] for values, count in zip(tails, counts, strict=False))
-    pages = found[: draws // rows * rows].reshape(-1, rows).min(1)
-    below = {"row_below": float((found < SURPRISE).mean()), "page_below": float((pages < SURPRISE).mean())}
-    return below | {"page_median": float(np.median(pages))}
-
-
-# --- models --------------------------------------------------------------------------------------------------
-
-
-def null_run(cell: tuple[str, str, int], draws: int = 99) -> pd.DataFrame:
-    """p-values of heads claimed at random in one random model, and how many of its verdicts are each of FALSE."""
-    shape, task, seed = cell
-    torch.set_num_threads(1)
-    model = random_model(shape, task, seed)
-    tables = judged(model, random_claims(model), draws).tables
-    verdicts = tables["verdicts"]
-    counts = {
-        f"{verdict}_{kind}": int(((verdicts["verdict"] == verdict) & (verdicts["kind"] == kind)).sum())
-        for verdict, kind in itertools.product(FALSE, ("role", "head"))
-    }
-    return p_values(tables["tests"]).assign(shape=shape, task=task, seed=seed, **counts)
-
-
-def null_cells(seeds: Sequence[int], shapes: Sequence[str] = tuple(SHAPES)) -> list[tuple[str, str, int]]:
-    """Every shape and task with these seeds; no two cells share one."""
-    pairs = [(shape, task) for shape in SHAPES for task in TASKS]
-    cells = [(*pair, seed * len(pairs) + place) for seed in seeds for place, pair in enumerate(pairs)]
-    return [cell for cell in cells if cell[0] in shapes]
-
-
-STRAINED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "uneven layers": ("depth", "head", {}),
-    "group mates claimed, depth": ("depth", "head", {"task": "sva", "kv_heads": 2}),
-    "group mates claimed, frame": ("frame", "role", {"task": "sva", "kv_heads": 2}),
-    "few matched words": ("token", "role", {"task": "ioi", "lookalikes": 2}),
-}
-"""Name -> null, level, and the model: of 3 layers of 8 heads, or (the first) bare numbers for 4 layers of 12."""
-STRAINED_CLAIMS: dict[str, dict[str, list[tuple[int, int]]]] = {
-    "sva": {"agreement_reader": [(1, 0), (1, 1), (1, 2)]},
-    "ioi": {"name_mover": [(1, 0), (1, 1)]},
-}
-
-
-def strained_run(cell: tuple[str, int], draws: int = 99) -> float:
-    """The p-value of one case of STRAINED."""
-    name, seed = cell
-    null, level, case = STRAINED[name]
-    if not case:
-        values = np.random.default_rng(seed).uniform(size=(4, 12))
-        predicted = Predicted("mover", PredictionConfig("ov_task_auc"), primary=True, values=values)
-        claims = Claims("", "measured", None, {"mover": [(1, head) for head in range(8)]}, {})
-        return next(
-            row["p"] for row in head_rows(predicted, (1, 0), claims, architecture(4, 12)) if row["null"] == null
-        )
-    torch.set_num_threads(1)
-    model = RandomModel(architecture(3, 8, case.get("kv_heads")), case["task"], seed, lookalikes=case.get("lookalikes"))
-    rows = p_values(judged(model, STRAINED_CLAIMS[case["task"]], draws).tables["tests"])
-    return float(rows[(rows["null"] == null) & (rows["level"] == level) & rows["primary"]]["p"].iloc[0])
-
-
-def power_run(cell: tuple[str, str, int, float, int], draws: int = 99) -> pd.DataFrame:
-    """Verdicts on planted heads, at one level of noise, in layers of so many heads.
-
-    `least_p` is, of a head, the smallest p that `depth` could have given its primary prediction.
-    """
-    shape, task, seed, noise, per_layer = cell
-    torch.set_num_threads(1)
-    tables = judged(planted(shape, task, seed, noise, per_layer), LAYOUT[task], draws).tables
-    tests, keys = tables["tests"], ["role", "layer", "head"]
-    least = tests[(tests["null"] == "depth") & tests["primary"]].rename(columns={"min_p": "least_p"})
-    verdicts = tables["verdicts"].merge(least[[*keys, "least_p"]], on=keys, how="left")
-    cell_of = {"shape": shape, "task": task, "seed": seed, "noise": noise, "per_layer": per_layer}
-    return verdicts[["kind", "role", "verdict", "least_p"]].assign(**cell_of)
 
 
 def run(function: Callable[[Any], Any], cells: Sequence[Any], processes: int) -> list[Any]:

@@ -18,7 +18,8 @@ from test_claims import claims, facts, predicted
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from calibration import NULLS, SURPRISE, interval, least_likely, null_cells, null_run, strained_run, tail
+from calibration import NULLS
+from null_models import SURPRISE, interval, least_likely, null_cells, null_run, strained_run, tail
 from planted import SHAPES
 
 from ovqk.nulls import head_rows

@@ -10,7 +10,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from calibration import POWER_SHAPES, power_run, tail
+from null_models import POWER_SHAPES, power_run, tail
 from planted import FEW, LAYOUT, MANY, N_CTX, SHAPES, PlantedModel, planted, tokenizer_of, word_sets
 
 COMPOSED = {"previous_token", "s_inhibition"}
