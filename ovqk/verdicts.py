@@ -199,7 +199,7 @@ def _too_few(row: Mapping[str, Any]) -> str:
 def _powerless(testable: Sequence[Mapping[str, Any]]) -> str:
     """Which nulls could not have been significant for it alone, whatever its value."""
     least = [f"q >= {row['min_q']:.2g} under {row['null']}" for row in testable if _could_not(row)]
-    return f"alone among these comparisons it could not be significant: {', '.join(least)}" if least else ""
+    return f"could be significant only together with others: alone {', '.join(least)}" if least else ""
 
 
 def _could_not(row: Mapping[str, Any]) -> bool:

@@ -451,7 +451,7 @@ def test_a_head_of_a_role_that_composes_is_said_to_be_tested_with_its_role() -> 
 
 
 def test_a_verdict_that_could_not_be_significant_alone_says_so_and_under_what() -> None:
-    begins = "alone among these comparisons it could not be significant: "
+    begins = "could be significant only together with others: alone "
     found = decided([a_row("depth", NEITHER) | {"min_q": 0.07}, a_row("frame", NEITHER) | {"min_q": 0.06}])
     wanted = f"{begins}q >= 0.07 under depth, q >= 0.06 under frame"
     assert (found["verdict"], found["reason"]) == ("unsupported", wanted)
