@@ -27,7 +27,7 @@ TINY = 1e-6  # relative to the sum of singular values: below it a denominator is
 ROUNDING = 2.0**-24  # relative, of a 32-bit weight
 ELEMENTS = 2**22  # of the weights of a few heads, in float64 at a time
 SINGULAR = 1e-5  # of the largest pivot of a Gram's root: where a smaller one is rounding
-WELL_CONDITIONED = 3e3  # |R| |R^-1| up to which Cholesky gives a basis orthonormal within 1e-9
+WELL_CONDITIONED = 3e3  # |R| |R^-1| up to which Cholesky gives a basis orthonormal within 1e-9 (float32: 1e-4)
 
 Gram = Float[Tensor, "d_model d_model"]
 Cores = Float[Tensor, "head k k"]
@@ -122,8 +122,7 @@ class Basis:
         self.rows: Float[Tensor, "n r d_model"] = weight.new_empty(n, r, d_model, dtype=precision(d_model))
         self.coordinates: Float[Tensor, "n r k"] = weight.new_empty(n, r, k, dtype=torch.float64)
         for heads in blocks(n, max(1, ELEMENTS // (d_model * k))):
-            columns, self.coordinates[heads] = orthonormal(weight[heads].double())
-            self.rows[heads] = columns.mT.to(self.rows.dtype)
+            self.rows[heads], self.coordinates[heads] = orthonormal(weight[heads], self.rows.dtype)
         self._within: list[tuple[Gram, Tensor]] = []
 
     def through(self, gram: Gram) -> Float[Tensor, "n r d_model"]:
@@ -146,22 +145,26 @@ class Basis:
         return self.coordinates.mT @ self.within(gram) @ self.coordinates
 
 
-def orthonormal(weight: Float[Tensor, "n d_model k"]) -> tuple[Float[Tensor, "n d_model r"], Float[Tensor, "n r k"]]:
-    """Q and R of weight = Q R, by Cholesky's R of the Gram; by Householder's reflections where that is ill-conditioned.
+def orthonormal(
+    weight: Float[Tensor, "n d_model k"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "n r d_model"], Float[Tensor, "n r k"]]:
+    """Q^T, in this dtype, and R, float64, of weight = Q R, by Cholesky's R of the Gram.
 
-    Two products in place of k steps.
+    Two products in place of k steps; Householder's reflections where the weight is ill-conditioned.
     """
     d_model, k = weight.shape[1:]
+    exact = weight.double()
     if k > d_model:
-        Q, R = torch.linalg.qr(weight)
-        return Q, R
-    R, _ = torch.linalg.cholesky_ex(weight.mT @ weight, upper=True)
+        Q, R = torch.linalg.qr(exact)
+        return Q.mT.to(dtype), R
+    R, _ = torch.linalg.cholesky_ex(exact.mT @ exact, upper=True)
     inverse = torch.linalg.solve_triangular(R, torch.eye(k).to(R).expand_as(R), upper=True)
-    Q = (inverse.mT @ weight.mT).mT  # whose rows are wanted
+    rows = inverse.mT.to(dtype) @ weight.mT.to(dtype)
     poor = ~(R.norm(dim=(-2, -1)) * inverse.norm(dim=(-2, -1)) < WELL_CONDITIONED)  # nan is poor too
     if poor.any():
-        Q[poor], R[poor] = torch.linalg.qr(weight[poor])
-    return Q, R
+        Q, R[poor] = torch.linalg.qr(exact[poor])
+        rows[poor] = Q.mT.to(dtype)
+    return rows, R
 
 
 def _find(known: list[tuple[Any, Tensor]], gram: Gram | None) -> Tensor | None:

@@ -148,18 +148,15 @@ def cell_operations(shape: Shape) -> float:
 # --- ovqk ----------------------------------------------------------------------------------------------------
 
 
-def open_model(folder: Path, device: str = "cpu") -> Any:
-    """The model as a cell of task none sees it, without directions."""
+def open_model(config: Any) -> Any:
+    """The weights that a cell reads."""
     from ovqk.checkpoints import open_checkpoint
-    from ovqk.config import ModelConfig, Source
     from ovqk.sources import open_weights
 
-    model = ModelConfig(name="bench", source=Source.local, path=str(folder))
-    checkpoint = open_checkpoint(model)
-    return open_weights(checkpoint, model), cell_config(folder, device)
+    return open_weights(open_checkpoint(config.model), config.model)
 
 
-def cell_config(folder: Path, device: str) -> Any:
+def cell_config(folder: Path, device: str = "cpu") -> Any:
     """`run.py model=local task=none` without directions."""
     from hydra import compose, initialize_config_dir
 
@@ -173,12 +170,12 @@ def cell_config(folder: Path, device: str) -> Any:
         return resolve(compose("config", overrides=[*overrides, "tracking=none"]))
 
 
-def spectra_alone(folder: Path, device: str = "cpu") -> int:
+def spectra_alone(config: Any) -> int:
     """Eigen- and singular values of every head, both circuits, both spaces; from the files on."""
     from ovqk.model import Layer, Model
     from ovqk.structure import spectrum
 
-    source, config = open_model(folder, device)
+    source = open_model(config)
     model = Model.read(source, None, None, "bench", config)
     count = 0
     for index in range(source.architecture.n_layers):
@@ -189,11 +186,11 @@ def spectra_alone(folder: Path, device: str = "cpu") -> int:
     return count
 
 
-def whole_cell(folder: Path, device: str = "cpu") -> int:
+def whole_cell(config: Any) -> int:
     """Every stage of `analyse`, from the files on."""
     from ovqk.analyses import analyse
 
-    source, config = open_model(folder, device)
+    source = open_model(config)
     return len(analyse(source, None, None, "bench", config).tables["heads"])
 
 
@@ -202,8 +199,9 @@ def cached(folder: Path) -> tuple[float, float]:
     from ovqk.analyses import analyse
     from ovqk.cache import StructureCache
 
-    source, config = open_model(folder)
+    config = cell_config(folder)
     config.analysis.components = 3
+    source = open_model(config)
     with tempfile.TemporaryDirectory() as place:
         cache = StructureCache(Path(place), 5.0, "bench")
 
@@ -269,7 +267,7 @@ def in_memory(folder: Path) -> Any:
     """Layer 0's folded weights, W_E and W_U^T as tensors."""
     from ovqk.weights import fold_embeddings, fold_layer
 
-    source, _ = open_model(folder)
+    source = open_model(cell_config(folder))
     folded = fold_embeddings(source.embeddings(), source.architecture)
     assert folded.W_E is not None and folded.W_U is not None
     W_U = folded.W_U.T if isinstance(folded.W_U, torch.Tensor) else folded.W_U[:]
@@ -284,7 +282,8 @@ def composition_seconds(folder: Path, shape: Shape) -> dict[str, float]:
     from ovqk.composition import MODES, LayerCircuits, received
     from ovqk.model import Layer, Model
 
-    source, config = open_model(folder)
+    config = cell_config(folder)
+    source = open_model(config)
     model = Model.read(source, None, None, "bench", config)
     layers = [Layer(model, index) for index in range(shape.n_layers)]
     started = time.perf_counter()
@@ -331,9 +330,9 @@ def run_child(name: str, folder: Path, device: str) -> None:
     """Print what `child` reads."""
     import ovqk.analyses  # noqa: F401 (what a cell imports)
 
-    cell_config(folder, device)
+    config = cell_config(folder, device)
     base = peak_memory()
-    took = seconds(lambda: WAYS[name](folder, device)) if name in WAYS else 0.0
+    took = seconds(lambda: WAYS[name](config)) if name in WAYS else 0.0
     print(json.dumps({"seconds": took, "above_mb": peak_memory() - base, "peak_mb": peak_memory()}))
 
 
@@ -345,7 +344,7 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-WAYS: dict[str, Callable[[Path, str], int]] = {"spectra": spectra_alone, "cell": whole_cell}
+WAYS: dict[str, Callable[[Any], int]] = {"spectra": spectra_alone, "cell": whole_cell}
 
 
 def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace) -> None:
@@ -362,7 +361,7 @@ def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace)
         return
     if what == "profile":
         profile = cProfile.Profile()
-        profile.runcall(whole_cell, folder)
+        profile.runcall(WAYS["spectra"], cell_config(folder))
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)
         return
     operations = {"spectra": spectra_operations, "cell": cell_operations}[what](shape)

@@ -167,8 +167,9 @@ def test_the_benchmark_runs_and_counts_what_it_says(tmp_path) -> None:
     """On a toy shape: a checkpoint that opens, the two ways of ovqk, and operations by hand."""
     shape = bench.Shape("gpt2", 2, 2, 16, 8, 40, tied=True)
     bench.make_checkpoint(shape, tmp_path)
-    assert bench.whole_cell(tmp_path) == 4
-    assert bench.spectra_alone(tmp_path) == 2 * 2 * 2 * 4 * 8  # layers, circuits, heads, spectra, values
+    config = bench.cell_config(tmp_path)
+    assert bench.whole_cell(config) == 4
+    assert bench.spectra_alone(config) == 2 * 2 * 2 * 4 * 8  # layers, circuits, heads, spectra, values
     per_head = 5 * 2 * 16 * 16 * 8 + 8 * 2 * 16 * 8 * 8
     assert bench.spectra_operations(shape) == 40 * 16 * 16 + 4 * per_head
     done = subprocess.run(
