@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from filelock import Timeout
 
@@ -42,6 +42,95 @@ class _Pause:
     reason: str = ""
 
 
+@runtime_checkable
+class Trackable(Protocol):
+    """What has a run of its own, and a folder with the tracking.json that tells of it."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its tracking.json is."""
+        ...
+
+    def identify(self) -> dict[str, str]:
+        """The `run_id`, and the `record` that the run shows where that is not in the id."""
+        ...
+
+    def send(self, identifier: str, destination: Destination) -> dict[str, str]:
+        """Make the run of this id; where it is: {"directory": ...} or {"url": ...}."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrackedCell:
+    """A done cell."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    def identify(self) -> dict[str, str]:
+        """The record's own run, or the one that a W&B agent made for this process.
+
+        Raises:
+            NotReceivedError: the agent's run holds another cell already.
+        """
+        if not in_agent():
+            return {"run_id": run_id(self.record)}
+        identifier, cell_id = os.environ["WANDB_RUN_ID"], self.record["cell_id"]
+        if _agent_cells.setdefault(identifier, cell_id) != cell_id:
+            raise NotReceivedError("the run of a W&B agent holds one cell: its command must not be a sweep (-m)")
+        return {"run_id": identifier, "record": run_id(self.record)}
+
+    def send(self, identifier: str, destination: Destination) -> dict[str, str]:
+        """See `Trackable`."""
+        record, panels = self.record, read_panels(self.folder, self.record)
+        label = Label(
+            name=run_name(record),
+            group=record["sweep"] or record["cell_id"],
+            job_type=record["analysis"],
+            tags=[record[key] for key in ("model", "task", "analysis")],
+            config=panels.config,
+        )
+        return make_run(identifier, destination, label, lambda run, wandb: log_panels(run, wandb, panels))
+
+
+@dataclass(frozen=True)
+class TrackedSweep:
+    """A sweep with the figures and tables over all its cells."""
+
+    sweep: Sweep
+
+    @property
+    def folder(self) -> Path:
+        """See `Trackable`."""
+        return self.sweep.folder
+
+    def identify(self) -> dict[str, str]:
+        """One run for the sweep; it shows the cells that `made_of` names."""
+        return {"run_id": self.folder.name, "record": self.made_of}
+
+    @property
+    def made_of(self) -> str:
+        """Another where a cell came to the sweep, or was computed again."""
+        return hashlib.sha256(" ".join(map(run_id, self.sweep.records)).encode()).hexdigest()[:12]
+
+    @property
+    def needs_tracking(self) -> bool:
+        """Whether it never was tracked with these cells."""
+        state = read_tracking(self.folder)
+        return state.get("status") != "done" or state.get("record") != self.made_of
+
+    def send(self, identifier: str, destination: Destination) -> dict[str, str]:
+        """See `Trackable`. The figures are drawn before W&B is asked for anything."""
+        sweep = self.sweep
+        label = Label(sweep.name, sweep.name, job_type="sweep", tags=["sweep"], config=overview_config(sweep))
+        tables = overview_tables(sweep)
+        with tempfile.TemporaryDirectory() as folder:
+            figures = list(draw(sweep, Path(folder)))
+            return make_run(
+                identifier, destination, label, lambda run, wandb: log_overview(run, wandb, tables, figures)
+            )
+
+
 _pause = _Pause()
 _agent_cells: dict[str, str] = {}  # run that a W&B agent handed out -> the cell it holds
 
@@ -59,7 +148,7 @@ def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str
     record = read_record(folder)
     if record is None or record.get("status") != "done":
         raise ValueError(f"{folder} holds no finished record")
-    status, reason = _attempt_cell(folder, record, Destination(results_dir, mode, project, entity))
+    status, reason = _attempt(TrackedCell(folder, record), Destination(results_dir, mode, project, entity))
     if status != "failed":
         return None
     waiting = f"W&B is left alone for {PAUSE_SECONDS / 60:.0f} minutes. " if _is_paused(mode) else ""
@@ -80,9 +169,9 @@ def track_sweep(name: str, cells: Iterable[Path], destination: Destination) -> s
     with claim(results_dir, sweep_folder(results_dir, name).name):
         remember_cells(results_dir, name, cells)
         sweep = next((sweep for sweep in read_sweeps(results_dir) if sweep.name == name), None)
-        if sweep is None or not _sweep_needs_tracking(sweep):
+        if sweep is None or not TrackedSweep(sweep).needs_tracking:
             return None
-        status, reason = _attempt_sweep(sweep, destination)
+        status, reason = _attempt(TrackedSweep(sweep), destination)
     if status == "done":
         return None
     return f"the sweep's own run, of all its cells, was not made ({reason}). Later: `{_command(results_dir)}`"
@@ -92,46 +181,21 @@ def _command(results_dir: Path) -> str:
     return f"python -m ovqk.tracking {shlex.quote(str(results_dir))}"
 
 
-def _attempt_cell(folder: Path, record: dict[str, Any], destination: Destination) -> tuple[str, str | None]:
-    def send(identifier: str) -> dict[str, str]:
-        return _send_cell(folder, record, destination, identifier)
-
-    return _attempt(folder, lambda: _run(record), send, destination)
-
-
-def _attempt_sweep(sweep: Sweep, destination: Destination) -> tuple[str, str | None]:
-    def send(identifier: str) -> dict[str, str]:
-        return _send_sweep(sweep, destination, identifier)
-
-    return _attempt(sweep.folder, lambda: {"run_id": sweep.folder.name, "record": _made_of(sweep)}, send, destination)
-
-
-def _attempt(
-    folder: Path,
-    identify: Callable[[], dict[str, str]],
-    send: Callable[[str], dict[str, str]],
-    destination: Destination,
-) -> tuple[str, str | None]:
+def _attempt(what: Trackable, destination: Destination) -> tuple[str, str | None]:
     """Track a cell or a sweep and write the tracking.json of its folder: the status, and why it is not `done`.
 
     Where what was tracked is to be tracked again and that fails, tracking.json stays as it was.
-
-    Args:
-        folder: of the cell or the sweep.
-        identify: the `run_id`, and the `record` that it shows where that is not in the id.
-        send: makes the run of this id; says where it is.
-        destination: where to.
     """
-    before = read_tracking(folder)
+    before = read_tracking(what.folder)
     state: dict[str, Any] = {"mode": destination.mode.value}
     status = "pending"
     reason: str | None = f"not tried after: {_pause.reason}"
     try:
-        state |= identify()
+        state |= what.identify()
         if not _is_paused(destination.mode):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_tracking(folder, {"status": "pending"} | state)
-            state |= send(state["run_id"])
+            what.folder.mkdir(parents=True, exist_ok=True)
+            write_tracking(what.folder, {"status": "pending"} | state)
+            state |= what.send(state["run_id"], destination)
             status, reason = "done", None
     except Exception as error:  # whatever W&B raises, the result is safe in its record
         status, reason = "failed", _reason(error, destination.results_dir)
@@ -140,7 +204,7 @@ def _attempt(
     state = {"status": status} | state | ({"reason": reason} if reason else {})
     tracked = before.get("status") == "done" and before.get("run_id") == state.get("run_id")
     with contextlib.suppress(OSError):  # of a full disk; what has no such file is pending
-        write_tracking(folder, before if tracked and status != "done" else state)
+        write_tracking(what.folder, before if tracked and status != "done" else state)
     return status, reason
 
 
@@ -154,16 +218,6 @@ def needs_tracking(folder: Path) -> bool:
     if in_agent() or record is None or state.get("status") != "done":
         return True
     return state.get("record", state.get("run_id")) != run_id(record)
-
-
-def _sweep_needs_tracking(sweep: Sweep) -> bool:
-    state = read_tracking(sweep.folder)
-    return state.get("status") != "done" or state.get("record") != _made_of(sweep)
-
-
-def _made_of(sweep: Sweep) -> str:
-    """Another where a cell came to the sweep, or was computed again."""
-    return hashlib.sha256(" ".join(map(run_id, sweep.records)).encode()).hexdigest()[:12]
 
 
 def in_agent() -> bool:
@@ -181,42 +235,6 @@ def run_id(record: dict[str, Any]) -> str:
 def run_name(record: dict[str, Any]) -> str:
     """What W&B shows."""
     return f"{record['model']} {record['task']} {record['analysis']}"
-
-
-def _run(record: dict[str, Any]) -> dict[str, str]:
-    """{"run_id": ...}: the record's own run, or the one that a W&B agent made for this process, with the `record`.
-
-    Raises:
-        NotReceivedError: the agent's run holds another cell already.
-    """
-    if not in_agent():
-        return {"run_id": run_id(record)}
-    identifier = os.environ["WANDB_RUN_ID"]
-    if _agent_cells.setdefault(identifier, record["cell_id"]) != record["cell_id"]:
-        raise NotReceivedError("the run of a W&B agent holds one cell: its command must not be a sweep (-m)")
-    return {"run_id": identifier, "record": run_id(record)}
-
-
-def _send_cell(folder: Path, record: dict[str, Any], destination: Destination, identifier: str) -> dict[str, str]:
-    """Make a cell's run; where it is: {"directory": ...} or {"url": ...}."""
-    panels = read_panels(folder, record)
-    label = Label(
-        name=run_name(record),
-        group=record["sweep"] or record["cell_id"],
-        job_type=record["analysis"],
-        tags=[record[key] for key in ("model", "task", "analysis")],
-        config=panels.config,
-    )
-    return make_run(identifier, destination, label, lambda run, wandb: log_panels(run, wandb, panels))
-
-
-def _send_sweep(sweep: Sweep, destination: Destination, identifier: str) -> dict[str, str]:
-    """Make a sweep's run; where it is. Its figures are drawn before W&B is asked for anything."""
-    label = Label(sweep.name, sweep.name, job_type="sweep", tags=["sweep"], config=overview_config(sweep))
-    tables = overview_tables(sweep)
-    with tempfile.TemporaryDirectory() as folder:
-        figures = list(draw(sweep, Path(folder)))
-        return make_run(identifier, destination, label, lambda run, wandb: log_overview(run, wandb, tables, figures))
 
 
 def _reason(error: Exception, results_dir: Path) -> str:
@@ -268,7 +286,7 @@ def _track_later(folder: Path, arguments: argparse.Namespace, mode: TrackingMode
     destination = _destination(record, arguments, mode)
 
     def attempt() -> tuple[str, str | None] | None:
-        return _attempt_cell(folder, record, destination) if arguments.all or needs_tracking(folder) else None
+        return _attempt(TrackedCell(folder, record), destination) if arguments.all or needs_tracking(folder) else None
 
     return _held(arguments.results_dir, record["cell_id"], str(folder), folder, attempt)
 
@@ -277,8 +295,10 @@ def _track_sweep_later(sweep: Sweep, arguments: argparse.Namespace, mode: Tracki
     """The same for a sweep's own run."""
     destination = _destination(sweep.records[0], arguments, mode)
 
+    tracked = TrackedSweep(sweep)
+
     def attempt() -> tuple[str, str | None] | None:
-        return _attempt_sweep(sweep, destination) if arguments.all or _sweep_needs_tracking(sweep) else None
+        return _attempt(tracked, destination) if arguments.all or tracked.needs_tracking else None
 
     return _held(arguments.results_dir, sweep.folder.name, f"the sweep {sweep.name}", sweep.folder, attempt)
 
