@@ -13,6 +13,7 @@ The first line that matches wins:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ovqk.claims import Claims, Head
@@ -68,6 +69,57 @@ class Subject:
         return "role" if self.head is None else "head"
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """Rows of tests.parquet about one subject, by what they can say; of the nulls that count, unless said otherwise.
+
+    Attributes:
+        rows: all of them, also those that are only reported.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def primary(self) -> list[Mapping[str, Any]]:
+        """Of the primary prediction."""
+        return [row for row in self.rows if row["counts"] and row["primary"]]
+
+    @cached_property
+    def testable(self) -> list[Mapping[str, Any]]:
+        """Of the primary prediction, and able to be significant."""
+        return [row for row in self.primary if row["testable"]]
+
+    @cached_property
+    def held(self) -> list[Mapping[str, Any]]:
+        """Testable, and significant as predicted."""
+        return [row for row in self.testable if row["q"] < ALPHA]
+
+    @cached_property
+    def opposed(self) -> list[Mapping[str, Any]]:
+        """Testable, and significant the other way."""
+        return [row for row in self.testable if row["q_opposite"] < ALPHA]
+
+    @property
+    def any_opposite(self) -> bool:
+        """Whether any prediction, a secondary one too, came out significantly the other way."""
+        return any(row["counts"] and row["q_opposite"] < ALPHA for row in self.rows)
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether other heads or other words could decide, and not heads of the same spectrum alone."""
+        return any(row["null"] != "frame" for row in self.testable)
+
+    @property
+    def weakest(self) -> Mapping[str, Any] | None:
+        """The testable row that is least significant; one that cannot be, where none can."""
+        return max(self.testable, key=lambda row: row["q"], default=next(iter(self.primary), None))
+
+    @property
+    def placed(self) -> Mapping[str, Any] | None:
+        """The row that says where the heads stand within their own layers, whether it counts or not."""
+        return next((row for row in self.rows if row["primary"] and row["null"] == "layer"), None)
+
+
 def title(metric: str) -> str:
     """What a person reads for a metric of heads or of pairs of heads."""
     return PAIRS[metric] if metric in COMPOSITION_METRICS else METRICS[metric].title
@@ -93,19 +145,11 @@ def judge(
         reason: why the primary metric has no value, where it has none.
         patterns: of a head (`patterns.head_patterns`).
     """
-    decisive = [row for row in rows if row["counts"]]
-    primary = [row for row in decisive if row["primary"]]
-    testable = [row for row in primary if row["testable"]]
-    opposite = any(row["q_opposite"] < ALPHA for row in decisive)
-    held = [row for row in testable if row["q"] < ALPHA]
-    peers = any(row["null"] != "frame" for row in testable)
-    untested = _untested(subject, predicted[0], primary) if testable else ""
-    verdict, why = _decide(subject, predicted, primary, testable, held, opposite, peers, reason, untested)
-    opposed = [row for row in testable if row["q_opposite"] < ALPHA]
-    first = next(iter(testable or primary), None)
-    placed = next((row for row in rows if row["primary"] and row["null"] == "layer"), None)
-    weakest = max(testable, key=lambda row: row["q"], default=first)
-    flags = _flags(verdict, opposite, held, opposed)
+    evidence = Evidence(rows)
+    untested = _untested(subject, predicted[0], evidence) if evidence.testable else ""
+    verdict, why = _decide(subject, predicted, evidence, reason, untested)
+    flags = _flags(verdict, evidence)
+    weakest, placed = evidence.weakest, evidence.placed
     valued = placed or next((row for row in rows if row["primary"]), None)
     return {
         "kind": subject.kind,
@@ -120,25 +164,23 @@ def judge(
         "p": weakest["p"] if weakest else None,
         "q": weakest["q"] if weakest else None,
         "min_q": weakest["min_q"] if weakest else None,
-        "q_opposite": min((row["q_opposite"] for row in testable), default=None),
-        "nulls": ", ".join(row["null"] for row in testable),
-        "held": ", ".join(row["null"] for row in held),
-        "opposed": ", ".join(row["null"] for row in opposed),
+        "q_opposite": min((row["q_opposite"] for row in evidence.testable), default=None),
+        "nulls": ", ".join(row["null"] for row in evidence.testable),
+        "held": ", ".join(row["null"] for row in evidence.held),
+        "opposed": ", ".join(row["null"] for row in evidence.opposed),
         "flags": " ".join(flags),
         "reason": why,
         **(patterns or {}),
-        "establishes": _statement(verdict, subject, predicted, testable, flags, why, untested),
+        "establishes": _statement(verdict, subject, predicted, evidence.testable, flags, why, untested),
         "does_not_establish": _limits(verdict, predicted),
     }
 
 
-def _flags(
-    verdict: str, opposite: bool, held: Sequence[Mapping[str, Any]], opposed: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    flags = ["mixed"] if verdict == "partial" and opposite else []
-    if verdict == "partial" and {row["null"] for row in held} == {"frame"}:
+def _flags(verdict: str, evidence: Evidence) -> list[str]:
+    flags = ["mixed"] if verdict == "partial" and evidence.any_opposite else []
+    if verdict == "partial" and {row["null"] for row in evidence.held} == {"frame"}:
         flags.append("consistent")
-    if verdict == "contradicted" and {row["null"] for row in opposed} == {"frame"}:
+    if verdict == "contradicted" and {row["null"] for row in evidence.opposed} == {"frame"}:
         flags.append(FRAME_ONLY)
     return flags
 
@@ -150,43 +192,36 @@ def _metric(subject: Subject, predicted: Sequence[Predicted]) -> str | None:
 
 
 def _decide(
-    subject: Subject,
-    predicted: Sequence[Predicted],
-    primary: Sequence[Mapping[str, Any]],
-    testable: Sequence[Mapping[str, Any]],
-    held: Sequence[Mapping[str, Any]],
-    opposite: bool,
-    peers: bool,
-    reason: str | None,
-    untested: str,
+    subject: Subject, predicted: Sequence[Predicted], evidence: Evidence, reason: str | None, untested: str
 ) -> tuple[str, str]:
     """The verdict, and why where that needs to be said."""
     if not predicted:
         return "out_of_scope", "the role predicts nothing of the weights"
-    if not primary:
+    if not evidence.primary:
         composes = subject.head is not None and predicted[0].config.metric in COMPOSITION_METRICS
         whole = f"{predicted[0].config.metric} is tested for the role as a whole"
         return "untestable", reason or (whole if composes else "the primary metric has no value for it")
-    if not testable:
-        best = min(primary, key=lambda row: row["min_p"])
+    if not evidence.testable:
+        best = min(evidence.primary, key=lambda row: row["min_p"])
         return "untestable", f"no null can reach p <= {ALPHA}: {_too_few(best)}"
-    opposed = [row for row in testable if row["q_opposite"] < ALPHA]
-    if opposed and not held:
-        against = ", ".join(f"q = {row['q_opposite']:.2g} under {row['null']}" for row in opposed)
+    if evidence.opposed and not evidence.held:
+        against = ", ".join(f"q = {row['q_opposite']:.2g} under {row['null']}" for row in evidence.opposed)
         return "contradicted", "; ".join(filter(None, (f"significant the other way: {against}", untested)))
-    if len(held) == len(testable) and peers and not opposite:
+    every_null_held = len(evidence.held) == len(evidence.testable)
+    if every_null_held and evidence.has_peers and not evidence.any_opposite:
         return "corroborated", untested
-    return "partial" if held else "unsupported", "; ".join(filter(None, (untested, _powerless(testable))))
+    powerless = _powerless(evidence.testable)
+    return "partial" if evidence.held else "unsupported", "; ".join(filter(None, (untested, powerless)))
 
 
-def _untested(subject: Subject, predicted: Predicted, primary: Sequence[Mapping[str, Any]]) -> str:
+def _untested(subject: Subject, predicted: Predicted, evidence: Evidence) -> str:
     """Which nulls that count could not decide: `token_pairs`, which not every variable has, is not missed."""
     small: dict[str, list[str]] = {}
-    for row in primary:
+    for row in evidence.primary:
         if not row["testable"]:
             small.setdefault(_too_few(row), []).append(row["null"])
     found = [f"not tested under {', '.join(nulls)}: {why}" for why, nulls in small.items()]
-    there = {"token_pairs", *(row["null"] for row in primary)}
+    there = {"token_pairs", *(row["null"] for row in evidence.primary)}
     missing = [null for null in counting(predicted.config.metric, subject.head is None) if null not in there]
     return "; ".join([*found, *([f"not tested under {', '.join(missing)}: none can be had for it"] if missing else [])])
 
