@@ -56,7 +56,7 @@ RECIPES = {
         kind="llama",
         config={
             "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128,
-            "intermediate_size": 352, "max_position_embeddings": 48, "tie_word_embeddings": False,
+            "head_dim": 32, "intermediate_size": 176, "max_position_embeddings": 48, "tie_word_embeddings": False,
         },
     ),
 }  # fmt: skip
