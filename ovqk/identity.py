@@ -33,7 +33,6 @@ def resolve(config: DictConfig) -> Config:
     Raises:
         UserError: a value that the schema lets through is not allowed.
     """
-    config = config.copy()
     missing = sorted(OmegaConf.missing_keys(config))
     if "model.name" in missing and config.model.source is Source.local:
         missing.remove("model.name")
@@ -42,6 +41,7 @@ def resolve(config: DictConfig) -> Config:
                 "model.path: not set. model=local needs model.path=PATH, a Hugging Face directory or one "
                 "safetensors file of TransformerLens names."
             )
+        config = config.copy()
         path = Path(config.model.path).expanduser()
         stem = path.resolve().name
         config.model.name = re.sub(r"[^A-Za-z0-9._+-]+", "-", stem.removesuffix(".safetensors")).strip("-.") or "local"

@@ -1,19 +1,21 @@
 """Eigenvalues, singular values and everything read off them, through cores of d_head x d_head.
 
-With the thin singular value decomposition M = U S V^T of each head (QR of both factors, then an SVD of
-d_head x d_head), the balanced factors U sqrt(S) and sqrt(S) V^T depend on M alone and not on the head's gauge. For any
-matrix G
+Every map is M = L N R^T with orthonormal columns in L and R: one QR of each factor, or the thin singular value
+decomposition. For any matrix G
 
-    the nonzero eigenvalues of  M G  are those of the core  sqrt(S) V^T G U sqrt(S)
+    the nonzero eigenvalues of  M G  are those of the core  N R^T G L
 
 which gives W_QK and W_OV with G = I, the full OV circuit W_E W_OV W_U with G = W_U C W_E, and the full QK circuit
-with G = W_E^T C W_E. Eigenvalues and traces are cyclic; singular values and Frobenius norms are not.
+with G = W_E^T C W_E. Eigenvalues and traces are cyclic; singular values and Frobenius norms are not: those of a full
+circuit A M B are taken of  root(L^T A^T C A L) N root(R^T B C B^T R)^T.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
+from threading import Barrier
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -35,7 +37,7 @@ Cores = Float[Tensor, "head k k"]
 
 @runtime_checkable
 class Maps(Protocol):
-    """A batch of maps M, one for each head, as spectra see them: through k x k matrices of the balanced factors."""
+    """A batch of maps M = L N R^T, one for each head, as spectra see them: through k x k matrices."""
 
     @property
     def rank(self) -> int:
@@ -47,22 +49,29 @@ class Maps(Protocol):
         """Singular values, descending, float64."""
         ...
 
-    def core(self, gram: Gram | None = None) -> Cores:
-        """sqrt(S) V^T G U sqrt(S), float64; G = I where no Gram is given."""
+    @property
+    def inner(self) -> Float[Tensor, "head r s"]:
+        """N, float64."""
         ...
 
-    def left_gram(self, gram: Gram) -> Cores:
-        """sqrt(S) U^T G U sqrt(S), float64."""
+    def core(self, gram: Gram | None = None) -> Float[Tensor, "head r r"]:
+        """N R^T G L or a matrix similar to it, float64; G = I where no Gram is given."""
         ...
 
-    def right_gram(self, gram: Gram) -> Cores:
-        """sqrt(S) V^T G V sqrt(S), float64."""
+    def left_gram(self, gram: Gram) -> Float[Tensor, "head r r"]:
+        """L^T G L, float64."""
+        ...
+
+    def right_gram(self, gram: Gram) -> Float[Tensor, "head s s"]:
+        """R^T G R, float64."""
         ...
 
 
 @dataclass(frozen=True)
 class Decomposition:
     """Thin singular value decomposition M = read diag(sigma) write^T of every head, float64.
+
+    The balanced factors, U sqrt(S) and sqrt(S) V^T, depend on M alone and not on the head's gauge.
 
     Attributes:
         read: columns are read (OV) or query (QK) directions.
@@ -86,20 +95,23 @@ class Decomposition:
         """sqrt(S) V^T."""
         return (self.write * self.sigma.sqrt()[:, None, :]).mT
 
-    def core(self, gram: Gram | None = None) -> Cores:
+    @property
+    def inner(self) -> Cores:
         """See `Maps`."""
+        return self.sigma.diag_embed()
+
+    def core(self, gram: Gram | None = None) -> Cores:
+        """sqrt(S) V^T G U sqrt(S): see `Maps`."""
         left = self.balanced_left
         return self.balanced_right @ (left if gram is None else _times(gram, left))
 
     def left_gram(self, gram: Gram) -> Cores:
         """See `Maps`."""
-        left = self.balanced_left
-        return left.mT @ _times(gram, left)
+        return self.read.mT @ _times(gram, self.read)
 
     def right_gram(self, gram: Gram) -> Cores:
         """See `Maps`."""
-        right = self.balanced_right.mT
-        return right.mT @ _times(gram, right)
+        return self.write.mT @ _times(gram, self.write)
 
 
 def _times(gram: Gram, x: Float[Tensor, "head d_model k"]) -> Float[Tensor, "head d_model k"]:
@@ -194,41 +206,31 @@ class FactoredMaps:
     """right^T G left, of the Grams that were asked for: one list for all maps between two bases."""
 
     @cached_property
-    def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """X, S, Y of inner = X diag(S) Y^T."""
-        X, S, Yh = in_threads(lambda x: torch.linalg.svd(x, full_matrices=False), self.inner)
-        return X, S, Yh.mT
-
-    @property
     def sigma(self) -> Float[Tensor, "head k"]:
         """See `Maps`."""
-        return self._svd[1]
+        return in_threads(torch.linalg.svdvals, self.inner)  # type: ignore[no-any-return]
 
     @cached_property
     def decomposition(self) -> Decomposition:
         """The same maps with their directions."""
-        X, S, Y = self._svd
+        X, S, Yh = in_threads(lambda x: torch.linalg.svd(x, full_matrices=False), self.inner)
         read = _of(self.left.rows, self.left_of).mT.double() @ X
-        write = _of(self.right.rows, self.right_of).mT.double() @ Y
+        write = _of(self.right.rows, self.right_of).mT.double() @ Yh.mT
         return Decomposition(read, S, write, self.rank)
 
-    def core(self, gram: Gram | None = None) -> Cores:
+    def core(self, gram: Gram | None = None) -> Float[Tensor, "head r r"]:
         """See `Maps`."""
-        X, _, Y = self._svd
-        return self._balanced(Y, self._jittered(self._across(gram), gram), X)
+        return self.inner @ self._jittered(self._across(gram), gram)
 
-    def left_gram(self, gram: Gram) -> Cores:
+    def left_gram(self, gram: Gram) -> Float[Tensor, "head r r"]:
         """See `Maps`."""
         if _find(self.across, gram) is None and _find(self.left._within, gram) is None:
             self._across(gram)  # one product serves both; where only this is asked for, a d x k x k one more
-        return self._balanced(
-            self._svd[0], self._jittered(_of(self.left.within(gram), self.left_of), gram), self._svd[0]
-        )
+        return self._jittered(_of(self.left.within(gram), self.left_of), gram)
 
-    def right_gram(self, gram: Gram) -> Cores:
+    def right_gram(self, gram: Gram) -> Float[Tensor, "head s s"]:
         """See `Maps`."""
-        Y = self._svd[2]
-        return self._balanced(Y, self._jittered(_of(self.right.within(gram), self.right_of), gram), Y)
+        return self._jittered(_of(self.right.within(gram), self.right_of), gram)
 
     def _across(self, gram: Gram | None) -> Cores:
         """right^T G left, float64."""
@@ -238,10 +240,6 @@ class FactoredMaps:
             found = (_of(self.right.rows, self.right_of) @ _of(left, self.left_of).mT).double()
             self.across.append((gram, found))
         return found
-
-    def _balanced(self, left: Tensor, middle: Tensor, right: Tensor) -> Cores:
-        root = self.sigma.sqrt()
-        return root[:, :, None] * (left.mT @ middle @ right) * root[:, None, :]
 
     def _jittered(self, middle: Tensor, gram: Gram | None) -> Tensor:
         if not self.jitter:
@@ -274,11 +272,29 @@ def in_threads(function: Callable[[Tensor], Any], batch: Float[Tensor, "*n k k"]
     workers = min(torch.get_num_threads(), len(batch)) if batch.dim() > 2 else 1
     if workers < 2 or batch.device.type != "cpu":
         return function(batch)
-    with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(function, batch.tensor_split(workers)))
+    parts = list(_threads(workers, os.getpid()).map(function, batch.tensor_split(workers)))
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
     return tuple(torch.cat(same) for same in zip(*parts, strict=True))
+
+
+@cache
+def _threads(count: int, process: int) -> ThreadPoolExecutor:
+    """So many threads of this process in which torch works alone: a new one would start as many of its own."""
+    ready = Barrier(count + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # the first question of a thread sets what all threads are to have
+        torch.set_num_threads(1)
+        ready.wait()
+
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "decompositions", begin)
+    for _ in range(count):
+        pool.submit(int)
+    ready.wait()
+    torch.set_num_threads(before)  # what was set last, in whatever thread, holds for threads that are yet to come
+    return pool
 
 
 def decompose(factors: Factors, centred: bool) -> Decomposition:
@@ -308,11 +324,11 @@ def eigenvalues(cores: Float[Tensor, "head k k"]) -> Complex[Tensor, "head k"]:
 def full_circuit_singular_values(maps: Maps, gram_in: Gram, gram_out: Gram) -> Float[Tensor, "head k"]:
     """Singular values of C A M B C for token matrices A, B with Grams A^T C A and B C B^T, descending.
 
-    Through roots of the k x k Grams of the balanced factors, so that a vocabulary smaller than d_head is no
-    special case: values beyond its rank come out as 0.
+    Through roots of k x k Grams, so that a vocabulary smaller than d_head is no special case: values beyond its
+    rank come out as 0.
     """
     root_in, root_out = _root(maps.left_gram(gram_in)), _root(maps.right_gram(gram_out))
-    return in_threads(torch.linalg.svdvals, root_in @ root_out.mT)
+    return in_threads(torch.linalg.svdvals, root_in @ maps.inner @ root_out.mT)  # type: ignore[no-any-return]
 
 
 def _root(gram: Float[Tensor, "head k k"]) -> Float[Tensor, "head k k"]:
@@ -392,5 +408,5 @@ def vocabulary_symmetry(maps: Maps, gram: Gram) -> Float[Tensor, " head"]:
     """tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G): how symmetric the attention between tokens is, in [-1, 1]."""
     cores = maps.core(gram)
     both = (cores @ cores).diagonal(dim1=-2, dim2=-1).sum(-1)
-    norms = (maps.left_gram(gram) * maps.right_gram(gram).mT).sum((-2, -1))
+    norms = (maps.inner.mT @ maps.left_gram(gram) @ maps.inner * maps.right_gram(gram).mT).sum((-2, -1))
     return guarded(both, norms, norms)

@@ -27,7 +27,8 @@ from ovqk.weights import (
 )
 
 BLOCK = 2048  # tokens handled at a time, fewer where rows are long
-ELEMENTS = 2**22  # of a block of embedding rows
+ELEMENTS = 2**23  # of a block of embedding rows
+TOGETHER = 8  # blocks whose products are summed before they are added in float64
 NEAR_MEAN = 256  # tokens whose mean rows are taken less
 STRIPE = 256  # columns of a symmetric product taken at a time
 LARGE = 10**10  # products of a Gram beyond which they are float32
@@ -138,7 +139,7 @@ def centred_gram(a: Rows, b: Rows) -> Float[Tensor, "d_a d_b"]:
 
 
 def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> list[Float[Tensor, "d_a d_b"]]:
-    """a^T C b for these pairs of sides, in one pass over blocks of tokens, summed in float64.
+    """a^T C b for these pairs of sides, in one pass over blocks of tokens, summed in float64 every few blocks.
 
     The products are float32 where there are LARGE many of them (within 1e-6 of the norms of a and b) and float64
     where there are fewer: of small vocabularies float32 would cost 1e-3 on ratios. Rows are first taken less one near
@@ -149,19 +150,24 @@ def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> li
     shifts = [side[:NEAR_MEAN].double().mean(0) for side in sides]
     sums = [torch.zeros_like(shift) for shift in shifts]
     totals = [shifts[a].new_zeros(widths[a], widths[b]) for a, b in pairs]
+    parts = totals if exact == torch.float64 else [torch.zeros_like(total, dtype=exact) for total in totals]
     size = max(1, min(n, BLOCK, ELEMENTS // max(widths)))
     room = [shift.new_empty(size, len(shift), dtype=exact) for shift in shifts]  # new memory for each block costs more
-    for tokens in blocks(n, size):
+    for number, tokens in enumerate(blocks(n, size), 1):
         x = [
             torch.sub(side[tokens].to(exact), shift.to(exact), out=into[: tokens.stop - tokens.start])
             for side, shift, into in zip(sides, shifts, room, strict=True)
         ]
         for total, rows in zip(sums, x, strict=True):
             total += torch.ones(len(rows)).to(rows) @ rows
-        for total, (a, b) in zip(totals, pairs, strict=True):
+        for part, (a, b) in zip(parts, pairs, strict=True):
             for some in blocks(widths[a], STRIPE):
                 lower = some.stop if a == b else widths[b]  # of a Gram with itself the lower triangle, in stripes
-                total[some, :lower] += x[a][:, some].T @ x[b][:, :lower]
+                part[some, :lower].addmm_(x[a][:, some].T, x[b][:, :lower])
+        if parts is not totals and (number % TOGETHER == 0 or tokens.stop == n):
+            for total, part in zip(totals, parts, strict=True):
+                total += part
+                part.zero_()
     for total, (a, b) in zip(totals, pairs, strict=True):
         for some in blocks(widths[a], STRIPE) if a == b else ():
             total[: some.start, some] = total[some, : some.start].T

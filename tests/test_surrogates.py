@@ -24,9 +24,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def noise(count: int, d: int, k: int, centred: bool, seed: int = 0) -> torch.Tensor:
-    """What the frames of this seed are made of."""
-    g = generator(seed)
-    x = torch.stack([torch.randn(d, k, generator=g) for _ in range(count)]).double()
+    """What the frames of this seed are made of: sixteen numbers at a time, the last ones of a frame left over."""
+    g, padded = generator(seed), -(-d * k // 16) * 16
+    x = torch.stack([torch.randn(padded, generator=g)[: d * k].view(d, k) for _ in range(count)]).double()
     return x - x.mean(1, keepdim=True) if centred else x
 
 
