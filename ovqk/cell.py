@@ -26,7 +26,7 @@ from ovqk.progress import layers_of
 from ovqk.record import claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
 from ovqk.sources import open_weights
 from ovqk.tasks import load_tokenizer
-from ovqk.wandb_service import import_meanwhile
+from ovqk.wandb_service import start_meanwhile
 
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 """A full, read-only or forbidden disk, or a name it does not take: a message for the user, and no defect."""
@@ -103,7 +103,7 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
         cached = is_done(folder) and not cell.force
         if not cached:
             if mode is not TrackingMode.none:
-                import_meanwhile()
+                start_meanwhile()
             try:
                 compute(cell, checkpoint, content, identifier, folder, started, alone)
             except Exception as error:

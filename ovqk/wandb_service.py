@@ -22,6 +22,9 @@ GRACE_SECONDS = 10.0  # after which the service is killed where it does not keep
 STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # of an upload, in W&B's own log of a run
 
 
+_starting: list[threading.Thread] = []
+
+
 class NotReceivedError(Exception):
     """The server did not take all of a run."""
 
@@ -33,6 +36,8 @@ def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
     Meanwhile W&B prints nothing, asks for no key and reports no errors of its own to its makers. After a failure the
     service is killed, so that nobody waits for it and the next cell starts another.
     """
+    while _starting:
+        _starting.pop().join()
     _settle_environment()
     import wandb
 
@@ -60,17 +65,18 @@ def _settle_environment() -> None:
         del os.environ[name]  # as good as not set, and W&B refuses some of them
 
 
-def import_meanwhile() -> None:
-    """Import wandb in a thread of its own, and what a run's first step imports besides: they take a second."""
+def start_meanwhile() -> None:
+    """Import wandb and start its service in a thread of its own, while a cell is computed: both take a second."""
 
-    def load() -> None:
-        with contextlib.suppress(Exception):  # whoever needs them meets the error
-            for name in ("wandb", "wandb.sdk.launch.inputs.internal"):
-                importlib.import_module(name)
+    def start() -> None:
+        with contextlib.suppress(Exception, SystemExit):  # whoever needs them meets the error
+            importlib.import_module("wandb").setup().ensure_service()
+            importlib.import_module("wandb.sdk.launch.inputs.internal")  # of a run's first step
 
     if "wandb" not in sys.modules:
         _settle_environment()
-        threading.Thread(target=load, name="import wandb").start()
+        _starting.append(threading.Thread(target=start, name="start wandb"))
+        _starting[-1].start()
 
 
 def settings() -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from conftest import BUNDLED, ROOT, compose
 from wandb_stub import CLOSED, ENTITY, KEY, NEVER, Run, command, impatient, inspect, sent_tables, sync
 
-from ovqk import tracking
+from ovqk import tracking, wandb_service
 from ovqk.cell import run_cell
 from ovqk.config import TrackingMode
 from ovqk.errors import UserError
@@ -49,6 +49,24 @@ def track(results: Path, mode: str) -> str | None:
 
 
 # --- what a run holds ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_wandb_is_started_while_a_cell_is_computed_and_a_failure_of_that_is_for_later(results, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def cannot(name: str) -> None:
+        asked.append(name)
+        raise ImportError(name)
+
+    monkeypatch.setenv("WANDB_NOTES", "")
+    with monkeypatch.context() as without:
+        without.setattr(wandb_service.importlib, "import_module", cannot)
+        without.delitem(sys.modules, "wandb", raising=False)
+        wandb_service.start_meanwhile()
+        wandb_service._starting[-1].join()
+    assert asked == ["wandb"] and "WANDB_NOTES" not in os.environ
+    assert track(results, "offline") is None and not wandb_service._starting
 
 
 def test_an_offline_run_holds_config_curves_tables_and_summary(results) -> None:
