@@ -290,9 +290,13 @@ def _threads(count: int, process: int) -> ThreadPoolExecutor:
 
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "decompositions", begin)
-    for _ in range(count):
-        pool.submit(int)
-    ready.wait()
+    try:
+        for _ in range(count):
+            pool.submit(int)
+        ready.wait()
+    except BaseException:  # no thread to be had, or Ctrl-C: those that wait are let go
+        ready.abort()
+        raise
     torch.set_num_threads(before)  # what was set last, in whatever thread, holds for threads that are yet to come
     return pool
 

@@ -9,10 +9,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import platformdirs
 
 from ovqk.errors import UserError
 
@@ -63,6 +66,11 @@ def _settle_environment() -> None:
     os.environ.pop("WANDB_SERVICE", None)  # a parent's service: this process has its own
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]  # as good as not set, and W&B refuses some of them
+    if "WANDB_CACHE_DIR" not in os.environ:
+        try:
+            Path(platformdirs.user_cache_dir("wandb")).mkdir(parents=True, exist_ok=True)
+        except OSError:  # a home that cannot be written, of which the service would complain at length
+            os.environ["WANDB_CACHE_DIR"] = tempfile.mkdtemp(prefix="ovqk-wandb-")
 
 
 def start_meanwhile() -> None:

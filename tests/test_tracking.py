@@ -69,6 +69,21 @@ def test_wandb_is_started_while_a_cell_is_computed_and_a_failure_of_that_is_for_
     assert track(results, "offline") is None and not wandb_service._starting
 
 
+def test_a_home_that_cannot_be_written_is_no_matter(results, tmp_path) -> None:
+    (tmp_path / "home").touch()  # a file, in which nobody can make a folder
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "XDG_"))}
+    environment |= {"HOME": str(tmp_path / "home"), "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ovqk.tracking", str(results)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("tracked ") and done.stderr == ""
+
+
 def test_an_offline_run_holds_config_curves_tables_and_summary(results) -> None:
     assert track(results, "offline") is None
     state, record = read_tracking(cell(results)), read_record(cell(results))
