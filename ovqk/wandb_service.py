@@ -44,8 +44,11 @@ def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
     _settle_environment()
     import wandb
 
-    session = wandb.setup()
-    service = session.ensure_service()._proc._process  # type: ignore[union-attr]
+    session, service = _service(wandb)
+    if service.poll() is not None:  # killed since it was started, as while a cell was computed
+        with contextlib.suppress(Exception, SystemExit):
+            wandb.teardown()
+        session, service = _service(wandb)
     wandb.termsetup(wandb.Settings(silent=True), None)
     try:
         yield wandb, service
@@ -58,6 +61,11 @@ def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
         raise
     finally:
         wandb.termsetup(session.settings, None)
+
+
+def _service(wandb: Any) -> tuple[Any, subprocess.Popen[bytes]]:
+    session = wandb.setup()
+    return session, session.ensure_service()._proc._process
 
 
 def _settle_environment() -> None:
