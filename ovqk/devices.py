@@ -19,10 +19,10 @@ def resolve_device(device: Device) -> torch.device:
     Raises:
         UserError: there is no CUDA device.
     """
-    if device is Device.cuda and not torch.cuda.is_available():
+    available = torch.cuda.is_available()
+    if device is Device.cuda and not available:
         raise UserError("device=cuda: torch finds no CUDA device here; allowed: cpu, auto.")
-    on_gpu = device is Device.cuda or (device is Device.auto and torch.cuda.is_available())
-    return torch.device("cuda" if on_gpu else "cpu")
+    return torch.device("cpu" if device is Device.cpu or not available else "cuda")
 
 
 def to_device(weights: Weights, device: torch.device) -> Weights:

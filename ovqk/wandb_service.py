@@ -24,8 +24,8 @@ FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets
 GRACE_SECONDS = 10.0  # after which the service is killed where it does not keep these times itself
 STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # of an upload, in W&B's own log of a run
 
-
 _starting: list[threading.Thread] = []
+"""What `start_meanwhile` has begun and nobody has waited for."""
 
 
 class NotReceivedError(Exception):
