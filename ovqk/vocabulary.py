@@ -27,7 +27,7 @@ from ovqk.weights import (
 )
 
 BLOCK = 2048  # tokens handled at a time, fewer where rows are long
-ELEMENTS = 2**23  # of a block of embedding rows
+ELEMENTS = 2**22  # of a block of embedding rows
 TOGETHER = 8  # blocks whose products are summed before they are added in float64
 NEAR_MEAN = 256  # tokens whose mean rows are taken less
 STRIPE = 256  # columns of a symmetric product taken at a time
