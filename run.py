@@ -1,5 +1,7 @@
 """Compute one cell, or with -m a sweep of them:  python run.py -m model=gpt2,gpt2-medium task=ioi,sva"""
 
+import atexit
+import gc
 import os
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ovqk.config import check_keys, mistakes, register
 from ovqk.sweep import end_early, launcher_hint
 
+gc.disable()  # what is imported and composed stays; to look for garbage in it takes a tenth of the start
+atexit.register(gc.freeze)  # and what is there at the end goes with the process
 register()
 
 

@@ -5,7 +5,7 @@ for QK with the mean rotation under rotary positions. Biases are absent: b_V and
 bias adds to a whole column or a whole row of the readout, which centring or comparing within rows removes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ovqk.heads import Factors
-from ovqk.spectra import Decomposition, guarded, in_threads
+from ovqk.spectra import Decomposition, guarded
+from ovqk.threads import decomposed
 from ovqk.weights import Rows
 
 ENERGY = 0.9  # of a word set's centred rows, kept in its subspace
@@ -59,17 +60,18 @@ def in_top_by_source(
     rows: Float[Tensor, "word d_model"],
     ids: Int[Tensor, " word"],
     W_U_rows: Rows,
-) -> tuple[Float[Tensor, "head word"], Float[Tensor, "head word"]]:
-    """Whether each word's own logit is in the top 5 of the whole vocabulary, under W_OV and under -W_OV: 1 or 0.
+    signs: Sequence[int] = (1, -1),
+) -> list[Float[Tensor, "head word"]]:
+    """Whether each word's own logit is in the top 5 of the whole vocabulary: 1 or 0, under W_OV and under -W_OV.
 
     The means over words are `ov_task_copy`, the copy score of Wang et al. 2022, and `ov_task_suppress`. The vocabulary
-    is passed in blocks, and a word is left alone once 5 tokens are known on either side of it.
+    is passed in blocks, and a word is left alone once 5 tokens are known to come before it, under every sign asked for.
     """
     written = (rows @ factors.left) @ factors.right  # [head, word, d_model]
     n_heads, n_words = written.shape[:2]
     written, targets = written.flatten(0, 1), ids.repeat(n_heads)
     own = (written.view(n_heads, n_words, -1) * W_U_rows[ids]).sum(-1).flatten()
-    above, below = (torch.zeros(len(own), dtype=torch.long, device=own.device) for _ in range(2))
+    before = torch.zeros(len(signs), len(own), dtype=torch.long, device=own.device)
     open_ = torch.arange(len(own), device=own.device)
     for tokens in _widening(W_U_rows.shape[0]):
         columns = W_U_rows[tokens].T
@@ -77,18 +79,18 @@ def in_top_by_source(
             logits, mine = written[some] @ columns, targets[some] - tokens.start
             here = ((mine >= 0) & (mine < logits.shape[1])).nonzero()[:, 0]
             logits[here, mine[here]] = own[some[here]]  # a word never outranks itself by its own rounding
-            above[some] += _count(logits > own[some, None])
-            below[some] += _count(logits < own[some, None])
-        open_ = open_[(above[open_] < TOP) | (below[open_] < TOP)]
+            for sign, count in zip(signs, before, strict=True):
+                count[some] += _count(logits > own[some, None] if sign > 0 else logits < own[some, None])
+        open_ = open_[(before[:, open_] < TOP).any(0)]
         if not len(open_):
             break
     alive = (own.view(n_heads, n_words).abs().sum(-1, keepdim=True) > 0).double()
-    return (above < TOP).view(n_heads, n_words) * alive, (below < TOP).view(n_heads, n_words) * alive
+    return [(count < TOP).view(n_heads, n_words) * alive for count in before]
 
 
 def _widening(n: int) -> Iterator[slice]:
     """Slices that cover range(n), the first ones short: few words are open after them."""
-    start, size = 0, max(1, TOP_BLOCK // 8)
+    start, size = 0, max(1, TOP_BLOCK // 32)
     while start < n:
         yield slice(start, min(start + size, n))
         start, size = start + size, min(2 * size, TOP_BLOCK)
@@ -108,7 +110,7 @@ def subspace(
     Of several draws at once each has its own rank, and rows of zeros in place of what others have more.
     """
     x = (rows - origin[..., None, :]).double()
-    energy, U = (part.flip(-1) for part in in_threads(torch.linalg.eigh, x @ x.mT))  # of the Gram: words are few
+    energy, U = (part.flip(-1) for part in decomposed(torch.linalg.eigh, x @ x.mT))  # of the Gram: words are few
     share = energy.cumsum(-1) / energy.sum(-1, keepdim=True)
     ranks = (share < ENERGY).sum(-1) + 1
     ranks = ranks if rank is None else torch.full_like(ranks, rank)

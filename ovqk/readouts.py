@@ -233,9 +233,10 @@ class Readout:
             if asked("ov_task_auc", "ov_task_auc_raw"):
                 logits = alignment.readout(maps.factors, rows, self.effective(self.ids, WRITE))
                 found["ov_task_auc"], found["ov_task_auc_raw"] = alignment.task_auc_by_source(logits)
-            if asked("ov_task_copy", "ov_task_suppress"):
-                copied, suppressed = alignment.in_top_by_source(maps.factors, rows, self.ids, W_U_rows)
-                found["ov_task_copy"], found["ov_task_suppress"] = copied, suppressed
+            signs = {name: sign for name, sign in (("ov_task_copy", 1), ("ov_task_suppress", -1)) if asked(name)}
+            if signs:
+                in_top = alignment.in_top_by_source(maps.factors, rows, self.ids, W_U_rows, list(signs.values()))
+                found |= dict(zip(signs, in_top, strict=True))
         if maps.circuit == "qk":
             if asked("qk_task_auc", "qk_task_auc_raw"):
                 scores = self._scores(maps, rows, rows)

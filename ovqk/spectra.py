@@ -10,12 +10,8 @@ with G = W_E^T C W_E. Eigenvalues and traces are cyclic; singular values and Fro
 circuit A M B are taken of  root(L^T A^T C A L) N root(R^T B C B^T R)^T.
 """
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from threading import Barrier
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -23,6 +19,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from ovqk.heads import Factors
+from ovqk.threads import decomposed
 from ovqk.vocabulary import blocks, precision
 
 TINY = 1e-6  # relative to the sum of singular values: below it a denominator is rounding, not weights
@@ -208,12 +205,12 @@ class FactoredMaps:
     @cached_property
     def sigma(self) -> Float[Tensor, "head k"]:
         """See `Maps`."""
-        return in_threads(torch.linalg.svdvals, self.inner)  # type: ignore[no-any-return]
+        return decomposed(torch.linalg.svdvals, self.inner)  # type: ignore[no-any-return]
 
     @cached_property
     def decomposition(self) -> Decomposition:
         """The same maps with their directions."""
-        X, S, Yh = in_threads(lambda x: torch.linalg.svd(x, full_matrices=False), self.inner)
+        X, S, Yh = decomposed(lambda x: torch.linalg.svd(x, full_matrices=False), self.inner)
         read = _of(self.left.rows, self.left_of).mT.double() @ X
         write = _of(self.right.rows, self.right_of).mT.double() @ Yh.mT
         return Decomposition(read, S, write, self.rank)
@@ -267,40 +264,6 @@ def _noise(shape: torch.Size, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def in_threads(function: Callable[[Tensor], Any], batch: Float[Tensor, "*n k k"]) -> Any:
-    """A decomposition of small matrices, the batch shared out among torch's threads: LAPACK takes one at a time."""
-    workers = min(torch.get_num_threads(), len(batch)) if batch.dim() > 2 else 1
-    if workers < 2 or batch.device.type != "cpu":
-        return function(batch)
-    parts = list(_threads(workers, os.getpid()).map(function, batch.tensor_split(workers)))
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    return tuple(torch.cat(same) for same in zip(*parts, strict=True))
-
-
-@cache
-def _threads(count: int, process: int) -> ThreadPoolExecutor:
-    """So many threads of this process in which torch works alone: a new one would start as many of its own."""
-    ready = Barrier(count + 1)
-
-    def begin() -> None:
-        torch.get_num_threads()  # the first question of a thread sets what all threads are to have
-        torch.set_num_threads(1)
-        ready.wait()
-
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "decompositions", begin)
-    try:
-        for _ in range(count):
-            pool.submit(int)
-        ready.wait()
-    except BaseException:  # no thread to be had, or Ctrl-C: those that wait are let go
-        ready.abort()
-        raise
-    torch.set_num_threads(before)  # what was set last, in whatever thread, holds for threads that are yet to come
-    return pool
-
-
 def decompose(factors: Factors, centred: bool) -> Decomposition:
     """The thin SVD of each head's map, without forming it.
 
@@ -318,7 +281,7 @@ def decompose(factors: Factors, centred: bool) -> Decomposition:
 
 def eigenvalues(cores: Float[Tensor, "head k k"]) -> Complex[Tensor, "head k"]:
     """Eigenvalues of each core, by falling modulus (ties: by real, then imaginary part)."""
-    values = in_threads(torch.linalg.eigvals, cores)
+    values = decomposed(torch.linalg.eigvals, cores)
     order = values.imag.sort(dim=-1, descending=True, stable=True).indices
     values = values.gather(-1, order)
     order = values.abs().sort(dim=-1, descending=True, stable=True).indices
@@ -332,7 +295,7 @@ def full_circuit_singular_values(maps: Maps, gram_in: Gram, gram_out: Gram) -> F
     rank come out as 0.
     """
     root_in, root_out = _root(maps.left_gram(gram_in)), _root(maps.right_gram(gram_out))
-    return in_threads(torch.linalg.svdvals, root_in @ maps.inner @ root_out.mT)  # type: ignore[no-any-return]
+    return decomposed(torch.linalg.svdvals, root_in @ maps.inner @ root_out.mT)  # type: ignore[no-any-return]
 
 
 def _root(gram: Float[Tensor, "head k k"]) -> Float[Tensor, "head k k"]:
@@ -342,7 +305,7 @@ def _root(gram: Float[Tensor, "head k k"]) -> Float[Tensor, "head k k"]:
     pivots = root.diagonal(dim1=-2, dim2=-1)
     poor = (failed > 0) | ~(pivots.amin(-1) > SINGULAR * pivots.amax(-1))
     if poor.any():
-        values, vectors = in_threads(torch.linalg.eigh, gram[poor])
+        values, vectors = decomposed(torch.linalg.eigh, gram[poor])
         root[poor] = values.clamp_min(0).sqrt()[..., :, None] * vectors.mT
     return root
 

@@ -9,7 +9,7 @@ A surrogate head or readout goes through the very functions that made the observ
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +23,12 @@ from ovqk.heads import Circuit
 from ovqk.readouts import HeadMaps
 from ovqk.spectra import Decomposition
 from ovqk.tasks import Variable, WordSet
+from ovqk.threads import each
 
 STAGES = (25, 50, 100, 200, 400)
 """Numbers of draws after which it is asked whether more are needed; then all."""
 CHUNK_ELEMENTS = 2**23  # of one side's frames held at a time (64 MB in float64)
+PART_ELEMENTS = 2**19  # of one side's frames in one thread at a time: what its cache holds
 ATTEMPTS = 200  # at drawing a set of different matched words
 HALVES, PAIRS = "token", "token_pairs"
 
@@ -34,38 +36,42 @@ HALVES, PAIRS = "token", "token_pairs"
 # --- heads ---------------------------------------------------------------------------------------------------
 
 
-def haar_frames(
-    count: int, d_model: int, k: int, centred: bool, generator: torch.Generator
-) -> Float[Tensor, "draw d_model k"]:
+def gaussian(count: int, d_model: int, k: int, generator: torch.Generator) -> Float[Tensor, "draw d_model k"]:
+    """Standard Gaussian matrices, float32, which is as random as float64 and takes an eighth of the time.
+
+    In whole sixteens for each, as torch makes them, so that they are the same in whatever batches they are asked for.
+    """
+    padded = math.ceil(d_model * k / 16) * 16
+    return torch.randn(count, padded, generator=generator)[:, : d_model * k].reshape(count, d_model, k)
+
+
+def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[Tensor, "draw d_model k"]:
     """Orthonormal k-frames of R^d, Haar distributed, float64; with `centred`, of the complement of the all-ones vector.
 
     The Q of a Gaussian matrix, with positive diagonal of R (Mezzadri 2007), by Cholesky where it is well conditioned.
-    Noise is drawn in float32, which takes an eighth of the time and leaves the directions as random; in whole sixteens
-    for each frame, as torch makes it, so that the frames are the same in whatever batches they are asked for.
+    With at least four times as many rows as columns it is so well conditioned that float32 gives Q within 1e-5.
     """
-    padded = math.ceil(d_model * k / 16) * 16
-    noise = torch.randn(count, padded, generator=generator)[:, : d_model * k]
-    x = noise.reshape(count, d_model, k).double()
+    d_model, k = noise.shape[1:]
+    x = noise if 4 * k <= d_model else noise.double()
     if centred:
         x = x - x.mean(1, keepdim=True)
     if 2 * k <= d_model:
         R = torch.linalg.cholesky(x.mT @ x, upper=True)
-        return torch.linalg.solve_triangular(R, x, upper=True, left=False)
+        return (x @ torch.linalg.solve_triangular(R, torch.eye(k).to(R).expand_as(R), upper=True)).double()
     Q, R = torch.linalg.qr(x)
     return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
 
 
 def surrogate_heads(
-    sigma: Float[Tensor, " k"], d_model: int, centred: bool, count: int, generator: torch.Generator
+    sigma: Float[Tensor, " rank"], noise: Float[Tensor, "frame d_model k"], centred: bool
 ) -> Decomposition:
-    """Heads with these singular values between independent Haar frames.
+    """Heads with these singular values between independent Haar frames, two of this noise for each.
 
     Under LayerNorm the frames are orthogonal to the all-ones direction, as the head's own are; singular values beyond
     the rank that this leaves (zeros) are dropped.
     """
-    k = min(len(sigma), d_model - centred)
-    frames = haar_frames(2 * count, d_model, k, centred, generator).to(sigma.device)
-    return Decomposition(frames[::2], sigma[:k].double().expand(count, k), frames[1::2], k)
+    k, frames = noise.shape[-1], haar_frames(noise, centred)
+    return Decomposition(frames[::2], sigma[:k].double().expand(len(noise) // 2, k), frames[1::2], k)
 
 
 class FrameDraws:
@@ -91,14 +97,38 @@ class FrameDraws:
 
     def first(self, count: int) -> dict[str, NDArray[np.float64]]:
         """The first `count` draws of every metric, or more; the same draws in whatever steps they are asked for."""
-        chunk = max(1, CHUNK_ELEMENTS // (self.d_model * len(self.sigma)))
+        return first_of_each([self], count)[0]
+
+    def _missing(self, count: int) -> Iterator[Float[Tensor, "frame d_model k"]]:
+        """Noise of the frames of the draws that are yet to be made, some at a time."""
+        k = min(len(self.sigma), self.d_model - self.centred)
+        most = (PART_ELEMENTS if self.sigma.device.type == "cpu" else CHUNK_ELEMENTS) // (self.d_model * k)
+        most = max(1, min(most, math.ceil((count - self.count) / torch.get_num_threads())))
         while self.count < count:
-            n = min(chunk, count - self.count)
-            surrogates = surrogate_heads(self.sigma, self.d_model, self.centred, n, self.generator)
-            for name, values in self.measure(HeadMaps.of(self.circuit, surrogates, self.dtype)).items():
-                self._drawn.setdefault(name, []).append(values.double().cpu().numpy())
+            n = min(most, count - self.count)
             self.count += n
+            yield gaussian(2 * n, self.d_model, k, self.generator)
+
+    def _measured(self, noise: Float[Tensor, "frame d_model k"]) -> dict[str, Float[Tensor, " draw"]]:
+        surrogates = surrogate_heads(self.sigma, noise.to(self.sigma.device), self.centred)
+        return self.measure(HeadMaps.of(self.circuit, surrogates, self.dtype))
+
+    def _keep(self, measured: dict[str, Float[Tensor, " draw"]]) -> None:
+        for name, values in measured.items():
+            self._drawn.setdefault(name, []).append(values.double().cpu().numpy())
+
+    @property
+    def drawn(self) -> dict[str, NDArray[np.float64]]:
+        """Metric -> [draw]."""
         return {name: np.concatenate(parts) for name, parts in self._drawn.items()}
+
+
+def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDArray[np.float64]]]:
+    """The first draws of several heads (see `FrameDraws.first`), side by side in threads."""
+    missing = ((own, noise) for own in draws for noise in own._missing(count))
+    for own, measured in each(lambda of: (of[0], of[0]._measured(of[1])), missing):
+        own._keep(measured)
+    return [own.drawn for own in draws]
 
 
 # --- words ---------------------------------------------------------------------------------------------------

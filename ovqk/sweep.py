@@ -4,6 +4,7 @@ Hydra's launchers run the cells, in this process, in others or on other machines
 returns; where the system kills one, the launcher gives up, and the end is told here all the same.
 """
 
+import gc
 import hashlib
 import os
 import re
@@ -263,8 +264,16 @@ def _check(config: DictConfig) -> None:
     from ovqk.errors import UserError
     from ovqk.identity import tracking_mode
 
+    _collect_garbage()
     try:
         check_results_dir(Path(str(config.results_dir)))
         tracking_mode(config, os.environ.get("WANDB_MODE"))
     except UserError as error:
         raise SystemExit(f"ovqk: {error}") from None
+
+
+def _collect_garbage() -> None:
+    """Look for garbage, as run.py does not while it imports and composes; what is there by now is none."""
+    gc.freeze()
+    gc.set_threshold(10_000)  # a task's tables and W&B's module alone are some hundred thousand objects that stay
+    gc.enable()

@@ -35,7 +35,7 @@ from ovqk.nulls import (
 from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, HeadMaps, Readout, full_circuit_ratio
 from ovqk.spectra import Decomposition
 from ovqk.statistics import monte_carlo
-from ovqk.surrogates import CHUNK_ELEMENTS, STAGES, FrameDraws, WordDraws, draw_words, subsamples
+from ovqk.surrogates import CHUNK_ELEMENTS, STAGES, FrameDraws, WordDraws, draw_words, first_of_each, subsamples
 from ovqk.tasks import Variable
 
 RESAMPLES = 1000  # of source tokens, for an interval
@@ -220,9 +220,10 @@ class ClaimTests:
         names = {head: predicted.metric_of(head[0]) for head in heads}
         if not all(self.can_frame(names[head]) for head in heads):
             return []
-        most = self.model.config.nulls.draws
+        most, draws = self.model.config.nulls.draws, [self.frame(head, names[head]) for head in heads]
         for count in (*(stage for stage in STAGES if stage < most), most):
-            drawn = {head: self.frame(head, names[head]).first(count)[names[head]][:count] for head in heads}
+            found = zip(heads, first_of_each(draws, count), strict=True)
+            drawn = {head: values[names[head]][:count] for head, values in found}
             rows = _ensemble_rows(predicted, "frame", heads, drawn, most)
             stopped = [row.pop("stopped") for row in rows]
             if all(stopped):

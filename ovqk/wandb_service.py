@@ -22,6 +22,7 @@ from ovqk.errors import UserError
 INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
 FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
 GRACE_SECONDS = 10.0  # after which the service is killed where it does not keep these times itself
+SWITCH_SECONDS = 1e-4  # that one thread runs Python before another may: torch asks for its turn after every call
 STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # of an upload, in W&B's own log of a run
 
 _starting: list[threading.Thread] = []
@@ -85,9 +86,12 @@ def start_meanwhile() -> None:
     """Import wandb and start its service in a thread of its own, while a cell is computed: both take a second."""
 
     def start() -> None:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
         with contextlib.suppress(Exception, SystemExit):  # whoever needs them meets the error
             importlib.import_module("wandb").setup().ensure_service()
             importlib.import_module("wandb.sdk.launch.inputs.internal")  # of a run's first step
+        sys.setswitchinterval(before)
 
     if "wandb" not in sys.modules:
         _settle_environment()

@@ -15,7 +15,6 @@ from ovqk.spectra import (
     decompose,
     eigenvalues,
     full_circuit_singular_values,
-    in_threads,
     spectrum_metrics,
     trace_ratio,
     vocabulary_symmetry,
@@ -189,36 +188,3 @@ def test_directionality_is_positive_when_keys_dominate() -> None:
     assert directionality(matrix) > 0.5
     assert directionality(matrix.T) == pytest.approx(-directionality(matrix))
     assert directionality(torch.eye(40, dtype=torch.float64)) == 0
-
-
-def test_small_decompositions_are_shared_out_among_threads_that_work_alone() -> None:
-    batch = torch.randn(7, 5, 5, dtype=torch.float64)
-    before, seen = torch.get_num_threads(), []
-
-    def alone(part: torch.Tensor) -> torch.Tensor:
-        seen.append(torch.get_num_threads())
-        in_threads(torch.linalg.svdvals, part)  # from within a thread: nothing waits for itself
-        return torch.linalg.svdvals(part)
-
-    try:
-        torch.set_num_threads(2)
-        for _ in range(2):
-            assert torch.equal(in_threads(alone, batch), torch.linalg.svdvals(batch))
-        assert seen == [1] * 4 and torch.get_num_threads() == 2
-        U, S, Vh = in_threads(torch.linalg.svd, batch)
-        assert torch.allclose(U @ S.diag_embed() @ Vh, batch)
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_an_error_in_a_thread_is_raised() -> None:
-    def fails(part: torch.Tensor) -> torch.Tensor:
-        raise ValueError("no such decomposition")
-
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        with pytest.raises(ValueError, match="no such decomposition"):
-            in_threads(fails, torch.zeros(4, 2, 2))
-    finally:
-        torch.set_num_threads(before)

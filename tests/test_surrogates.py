@@ -12,11 +12,14 @@ from conftest import BUNDLED, compose, local
 from ovqk import surrogates
 from ovqk.checkpoints import open_checkpoint
 from ovqk.config import VariableKind
-from ovqk.surrogates import FrameDraws, draw_words, haar_frames, subsamples, surrogate_heads
+from ovqk.surrogates import FrameDraws, draw_words, first_of_each, gaussian, haar_frames, subsamples, surrogate_heads
 from ovqk.tasks import RANK_WINDOW, Variable, WordSet, load_tokenizer, resolve_task, surface_form
 
-FRAMES = [(12, 3, False), (12, 3, True), (12, 9, False), (12, 9, True), (5, 4, True), (5, 5, False), (2, 1, True)]
-"""(d_model, k, centred): by Cholesky, by QR, as many as there is room for, and the smallest room."""
+FRAMES = [
+    (12, 3, False), (12, 3, True), (12, 5, True), (12, 9, False), (12, 9, True),
+    (5, 4, True), (5, 5, False), (2, 1, True),
+]  # fmt: skip
+"""(d_model, k, centred): by Cholesky in float32 and in float64, by QR, as many as there is room for, the least room."""
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -30,6 +33,11 @@ def noise(count: int, d: int, k: int, centred: bool, seed: int = 0) -> torch.Ten
     return x - x.mean(1, keepdim=True) if centred else x
 
 
+def rounding(d: int, k: int) -> float:
+    """What frames are exact to: float32 where they are well conditioned, else float64."""
+    return 1e-5 if 4 * k <= d else 1e-10
+
+
 def within(values: torch.Tensor, wanted: float) -> bool:
     """Whether the mean of independent values is this, within 5 standard errors."""
     return abs(float(values.mean()) - wanted) <= 5 * float(values.std()) / math.sqrt(len(values))
@@ -40,18 +48,19 @@ def within(values: torch.Tensor, wanted: float) -> bool:
 
 @pytest.mark.parametrize(("d", "k", "centred"), FRAMES)
 def test_frames_are_orthonormal_and_leave_out_what_a_layernorm_cannot_see(d, k, centred) -> None:
-    frames = haar_frames(20, d, k, centred, generator())
+    frames = haar_frames(gaussian(20, d, k, generator()), centred)
     assert frames.shape == (20, d, k) and frames.dtype == torch.float64
-    assert torch.allclose(frames.mT @ frames, torch.eye(k, dtype=torch.float64).expand(20, k, k), atol=1e-10)
-    assert (float(frames.sum(1).abs().max()) < 1e-10) == centred
+    small = rounding(d, k)
+    assert torch.allclose(frames.mT @ frames, torch.eye(k, dtype=torch.float64).expand(20, k, k), atol=small)
+    assert (float(frames.sum(1).abs().max()) < small) == centred
 
 
 @pytest.mark.parametrize(("d", "k", "centred"), FRAMES)
 def test_both_ways_to_orthonormalise_give_the_one_frame_with_a_positive_triangle(d, k, centred) -> None:
     """Q of the Gaussian with diag(R) > 0 is unique, so Cholesky and QR must agree with it draw by draw."""
-    for x, frame in zip(noise(10, d, k, centred), haar_frames(10, d, k, centred, generator()), strict=True):
+    for x, frame in zip(noise(10, d, k, centred), haar_frames(gaussian(10, d, k, generator()), centred), strict=True):
         Q, R = np.linalg.qr(x.numpy())
-        assert np.allclose(frame.numpy(), Q * np.sign(np.diag(R)), atol=1e-9)
+        assert np.allclose(frame.numpy(), Q * np.sign(np.diag(R)), rtol=0, atol=rounding(d, k))
 
 
 @pytest.mark.parametrize(("d", "k", "centred"), [(6, 2, False), (6, 2, True), (6, 5, False), (6, 5, True)])
@@ -60,7 +69,7 @@ def test_frames_have_the_moments_of_the_haar_measure(d, k, centred) -> None:
     n = d - centred
     room = torch.cat([torch.ones(d, 1), torch.randn(d, d - 1, generator=generator(5))], dim=1).double()
     basis = torch.linalg.qr(room).Q[:, 1:] if centred else torch.linalg.qr(room).Q
-    q = basis.T @ haar_frames(20_000, d, k, centred, generator())  # [draw, n, k]
+    q = basis.T @ haar_frames(gaussian(20_000, d, k, generator()), centred)  # [draw, n, k]
     assert within(q[:, 0, 0], 0) and within(q[:, 1, 1], 0)
     assert within(q[:, 0, 0].square(), 1 / n) and within(q[:, 1, 1].square(), 1 / n)
     assert within(q[:, 0, 0].pow(4), 3 / (n * (n + 2)))
@@ -76,7 +85,7 @@ def test_a_frame_by_cholesky_is_distributed_as_the_first_columns_of_one_by_qr() 
     n = 4000
     found = []
     for k, seed in ((3, 1), (5, 2)):  # of 8 dimensions: by Cholesky, by QR
-        frames = haar_frames(n, 8, k, False, generator(seed))[..., :3]
+        frames = haar_frames(gaussian(n, 8, k, generator(seed)), False)[..., :3]
         found.append(frames[:, :2].square().sum((1, 2)).sort().values)
     both = torch.cat(found)
     below = [torch.searchsorted(values, both, right=True) / n for values in found]
@@ -88,14 +97,15 @@ def test_a_frame_by_cholesky_is_distributed_as_the_first_columns_of_one_by_qr() 
 ])  # fmt: skip
 def test_a_surrogate_head_has_the_singular_values_of_its_head_and_nothing_else_of_it(d, sigma, centred) -> None:
     values = torch.tensor(sigma, dtype=torch.float64)
-    made = surrogate_heads(values, d, centred, 200, generator())
     kept = min(len(sigma), d - centred)
+    made = surrogate_heads(values, gaussian(400, d, kept, generator()), centred)
     assert torch.equal(made.sigma, values[:kept].expand(200, kept)) and made.rank == kept
     maps = made.read * made.sigma[:, None, :] @ made.write.mT
     wanted = torch.cat([values, torch.zeros(d - len(sigma), dtype=torch.float64)]).expand(200, d)
-    assert torch.allclose(torch.linalg.svdvals(maps), wanted, atol=1e-10)
+    small = 10 * rounding(d, kept)
+    assert torch.allclose(torch.linalg.svdvals(maps), wanted, atol=small)
     if centred:  # orthogonal to the all-ones direction on both sides
-        assert float(maps.sum(1).abs().max()) < 1e-10 and float(maps.sum(2).abs().max()) < 1e-10
+        assert float(maps.sum(1).abs().max()) < small and float(maps.sum(2).abs().max()) < small
     across = (made.read[:, 0, 0] * made.write[:, 0, 0]) * d  # independent: no read direction knows its write direction
     assert abs(float(across.mean())) < 5 / math.sqrt(200)
     assert not torch.allclose(made.read, made.write)
@@ -153,6 +163,22 @@ def test_draws_do_not_depend_on_the_number_of_threads(k) -> None:
     finally:
         torch.set_num_threads(1)
     assert np.allclose(*found, rtol=1e-12, atol=0)
+
+
+def test_several_heads_drawn_side_by_side_get_the_draws_that_each_gets_alone(monkeypatch) -> None:
+    seeds = [(0, 1, head, 1, 1, 1) for head in range(3)]
+    alone = [draws(seed).first(40)["top"] for seed in seeds]
+    monkeypatch.setattr(surrogates, "PART_ELEMENTS", 13 * 3 * 4)  # four at a time
+    try:
+        torch.set_num_threads(2)
+        heads = [draws(seed) for seed in seeds]
+        heads[1].first(7)
+        together = first_of_each(heads, 40)
+    finally:
+        torch.set_num_threads(1)
+    for one, same in zip(alone, together, strict=True):
+        assert np.allclose(one, same["top"], rtol=1e-12, atol=0)
+    assert [head.count for head in heads] == [40] * 3
 
 
 def test_every_seed_layer_head_circuit_and_form_draws_its_own() -> None:
