@@ -126,7 +126,8 @@ class FrameDraws:
 def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDArray[np.float64]]]:
     """The first draws of several heads (see `FrameDraws.first`), side by side in threads."""
     missing = ((own, noise) for own in draws for noise in own._missing(count))
-    for own, measured in each(lambda of: (of[0], of[0]._measured(of[1])), missing):
+    device = draws[0].sigma.device
+    for own, measured in each(lambda of: (of[0], of[0]._measured(of[1])), missing, device):
         own._keep(measured)
     return [own.drawn for own in draws]
 

@@ -12,18 +12,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+CPU = torch.device("cpu")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def each(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device = CPU) -> list[Result]:
     """The function of every item, in order, as many at a time as torch has threads here (one, within such a thread).
 
     Items are made in the thread of the caller, while the function works on those before them: never more of them than
-    the threads can take next.
+    the threads can take next. What another device computes it shares out by itself: there one item is taken at a time.
     """
     workers = torch.get_num_threads()
-    if workers < 2:
+    if workers < 2 or device.type != "cpu":
         return [function(item) for item in items]
     threads, found = _threads(workers, os.getpid()), list[Result]()
     waiting: deque[Future[Result]] = deque()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ovqk.heads import ov_factors
+from ovqk.threads import each
 from ovqk.weights import (
     Architecture,
     EmbeddingWeights,
@@ -30,7 +31,7 @@ BLOCK = 2048  # tokens handled at a time, fewer where rows are long
 ELEMENTS = 2**22  # of a block of embedding rows
 TOGETHER = 8  # blocks whose products are summed before they are added in float64
 NEAR_MEAN = 256  # tokens whose mean rows are taken less
-STRIPE = 256  # columns of a symmetric product taken at a time
+STRIPE = 128  # columns of a symmetric product taken at a time, at least
 LARGE = 10**10  # products of a Gram beyond which they are float32
 EXACT = 512  # d_model up to which Grams and their products are float64
 
@@ -160,19 +161,41 @@ def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> li
         ]
         for total, rows in zip(sums, x, strict=True):
             total += torch.ones(len(rows)).to(rows) @ rows
-        for part, (a, b) in zip(parts, pairs, strict=True):
-            for some in blocks(widths[a], STRIPE):
-                lower = some.stop if a == b else widths[b]  # of a Gram with itself the lower triangle, in stripes
-                part[some, :lower].addmm_(x[a][:, some].T, x[b][:, :lower])
+        add_products(parts, x, pairs)
         if parts is not totals and (number % TOGETHER == 0 or tokens.stop == n):
             for total, part in zip(totals, parts, strict=True):
                 total += part
                 part.zero_()
     for total, (a, b) in zip(totals, pairs, strict=True):
-        for some in blocks(widths[a], STRIPE) if a == b else ():
+        for some in stripes_of(widths[a]) if a == b else ():
             total[: some.start, some] = total[some, : some.start].T
         total.addr_(sums[a], sums[b], alpha=-1 / n)
     return [total.to(precision(max(widths))) for total in totals]
+
+
+def add_products(
+    totals: Sequence[Float[Tensor, "d_a d_b"]],
+    x: Sequence[Float[Tensor, "token d_x"]],
+    pairs: Sequence[tuple[int, int]],
+) -> None:
+    """Add a^T b for these pairs of sides to the totals; of a product with itself the lower triangle alone.
+
+    In stripes of columns, a thread to each: that is faster than a stripe of all threads.
+    """
+
+    def add(stripe: tuple[int, slice]) -> None:
+        number, some = stripe
+        a, b = pairs[number]
+        lower = some.stop if a == b else x[b].shape[1]
+        totals[number][some, :lower].addmm_(x[a][:, some].T, x[b][:, :lower])
+
+    stripes = [(number, some) for number, (a, _) in enumerate(pairs) for some in stripes_of(x[a].shape[1])]
+    each(add, sorted(stripes, key=lambda stripe: -stripe[1].stop), x[0].device)  # the longest first
+
+
+def stripes_of(width: int) -> Iterator[slice]:
+    """Columns of a symmetric product taken at a time: of few a product is slow, of many little is saved."""
+    return blocks(width, max(STRIPE, width // 16))
 
 
 def precision(d_model: int) -> torch.dtype:
