@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -247,7 +248,17 @@ def check_keys(arguments: Iterable[str]) -> None:
                 scope = f" under {where}" if where else ""
                 raise SystemExit(f"ovqk: {match[1]}: no such key.{hint} Allowed{scope}: {', '.join(sorted(allowed))}.")
             inner = allowed[part]
+            if parts[depth + 1 :] and _is_value(inner):
+                whole, joined = ".".join(parts[: depth + 1]), "_".join(parts[depth : depth + 2])
+                hint = f" Did you mean {'.'.join([*parts[:depth], joined])}?" if joined in allowed else ""
+                raise SystemExit(f"ovqk: {match[1]}: no such key; {whole} is one value and has no keys.{hint}")
             place = inner if isinstance(inner, type) else object
+
+
+def _is_value(kind: Any) -> bool:
+    """Whether a key of this type holds one value: no group, list or mapping."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else [kind]
+    return all(isinstance(each, type) and issubclass(each, str | int | float | Enum | type(None)) for each in kinds)
 
 
 def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:

@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ovqk.config import mistakes, register
+from ovqk.config import check_keys, mistakes, register
 
 
 def told(folder, *overrides: str) -> str:
@@ -51,3 +51,21 @@ def test_what_cannot_be_parsed_is_told_with_its_override(tmp_path) -> None:
 
 def test_what_is_no_mistake_of_a_value_is_told_as_it_is(tmp_path) -> None:
     assert "Could not find 'model/gpt3'" in told(tmp_path, "model=gpt3")
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("cache.dir=x", "cache.dir: no such key; cache is one value and has no keys. Did you mean cache_dir?"),
+    ("model.path.x=1", "model.path.x: no such key; model.path is one value and has no keys."),
+    ("device.name=cuda", "device.name: no such key; device is one value and has no keys."),
+])  # fmt: skip
+def test_a_key_below_a_value_is_none(argument, message) -> None:
+    with pytest.raises(SystemExit) as found:
+        check_keys([argument])
+    assert str(found.value) == f"ovqk: {message}"
+
+
+@pytest.mark.parametrize(
+    "argument", ["task.words.names=[a]", "analysis.offsets=[1]", "analysis.offsets.0=1", "task.claims.gpt2.of=x"]
+)
+def test_keys_below_groups_lists_and_mappings_are_for_the_schema_to_judge(argument) -> None:
+    check_keys([argument])
