@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ovqk.config import check_keys, mistakes, register
 from ovqk.sweep import end_early, launcher_hint
 
-gc.disable()  # what is imported and composed stays; to look for garbage in it takes a tenth of the start
+gc.disable()  # until ovqk.sweep has imported the rest: to look for garbage in what stays takes a tenth of the start
 atexit.register(gc.freeze)  # and what is there at the end goes with the process
 register()
 

@@ -62,7 +62,7 @@ def in_top_by_source(
     W_U_rows: Rows,
     signs: Sequence[int] = (1, -1),
 ) -> list[Float[Tensor, "head word"]]:
-    """Whether each word's own logit is in the top 5 of the whole vocabulary: 1 or 0, under W_OV and under -W_OV.
+    """Whether each word's own logit is in the top 5 of the whole vocabulary: 1 or 0, under W_OV times each sign.
 
     The means over words are `ov_task_copy`, the copy score of Wang et al. 2022, and `ov_task_suppress`. The vocabulary
     is passed in blocks, and a word is left alone once 5 tokens are known to come before it, under every sign asked for.

@@ -25,7 +25,7 @@ from ovqk.model import Layer, Model
 from ovqk.nulls import Predicted
 from ovqk.patterns import PATTERNS, head_patterns
 from ovqk.statistics import QUANTILES
-from ovqk.structure import HeadValues, heads_rows, layer_structure, stacked
+from ovqk.structure import DirectionTables, HeadValues, heads_rows, layer_structure, stacked
 from ovqk.testing import ClaimTests, matching_grams
 from ovqk.verdicts import VERDICTS, judge, subjects
 from ovqk.weights import WeightSource
@@ -83,16 +83,17 @@ def analyse(
     model = Model.read(source, tokenizer, n_tokens, label, config)
     tests = ClaimTests(model, claims if isinstance(claims, Claims) else unclaimed(config.task))
     with nullcontext(Entry()) if cache is None else cache.entry(model) as entry:
-        structure, readouts = [], []
+        structure, directions, readouts = [], DirectionTables(model), []
         for index in layers(source.architecture.n_layers):
             layer = Layer(model, index)
             if entry.tables is None:
                 structure.append(layer_structure(layer))
+                directions.add(layer)
             readouts.append(heads_rows(layer, task_metrics(layer)))
             tests.visit(layer)
         made = entry.tables
         if made is None:
-            made = stacked(structure)
+            made = stacked(structure) | directions.tables()
             entry.keep(made)
     made = made | {"heads": heads_table(model, made["heads"], pd.concat(readouts, ignore_index=True))}
     started = time.perf_counter()

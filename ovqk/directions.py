@@ -14,6 +14,7 @@ l . r > 0 besides, so that copying or suppressing, matching or avoiding show in 
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -35,6 +36,8 @@ TOKENS = 10  # of each side and sign
 CLOSE = 0.1  # values nearer than this part of the larger one are linked
 SHIFT = 1e-8  # of sum sigma: how far beside its eigenvalue a left eigenvector is sought
 SLACK = 1e-5  # of the longest token: more than the rounding of a float32 projection
+SCORES = 2**20  # projections held at a time
+CANDIDATES = 256  # projected again at a time
 GRID = 1e-9  # of the longest token: scores are rounded to it, so that equal tokens score the same
 LONG = 30  # letters of a token that a line shows
 KINDS, SIDES = ("singular", "eigen"), ("read", "write")
@@ -173,6 +176,11 @@ class Extremes:
     token: Int[Tensor, "list rank"]
     score: Float[Tensor, "list rank"]
 
+    def of(self, first: int, n: int) -> "Extremes":
+        """The lists of n components from this one on, which is 0 then."""
+        mine = (self.owner >= first) & (self.owner < first + n)
+        return Extremes(self.owner[mine] - first, self.sign[mine], self.token[mine], self.score[mine])
+
     def joint_sign(self) -> Int[Tensor, " n"]:
         """Of each component: -1 where its projection of largest magnitude is negative."""
         plus, minus = (self.sign == 1).nonzero()[:, 0], (self.sign == -1).nonzero()[:, 0]
@@ -197,6 +205,13 @@ class TokenSide:
     def __len__(self) -> int:
         return self.rows.shape[0]
 
+    def each(self, planes: Sequence[Float[Tensor, "_ 2 d_model"]], count: int) -> list[Extremes]:
+        """The extremes of several batches of components, in one pass over the tokens."""
+        if not planes:
+            return []
+        together, sizes = self.extremes(torch.cat(list(planes)), count), [len(some) for some in planes]
+        return [together.of(sum(sizes[:at]), n) for at, n in enumerate(sizes)]
+
     def extremes(self, planes: Float[Tensor, "n 2 d_model"], count: int) -> Extremes:
         """The tokens of largest and of smallest projection, those of equal score by id.
 
@@ -208,8 +223,10 @@ class TokenSide:
         sign = torch.ones_like(owner)
         sign[len(planes) :] = -1
         lists, tokens = self._screened(planes, is_pair, count)
+        by_token = tokens.sort(stable=True).indices  # neighbours in the vocabulary are read together
+        lists, tokens = lists[by_token], tokens[by_token]
         score = torch.empty(len(lists), dtype=torch.float64, device=planes.device)
-        for part in blocks(len(lists)):
+        for part in blocks(len(lists), CANDIDATES):
             mine = owner[lists[part]]
             on = torch.einsum("npd,nd->np", planes[mine], self.rows[tokens[part]].double() - self.mean)
             score[part] = torch.where(is_pair[mine], on.norm(dim=-1), sign[lists[part]] * on[:, 0])
@@ -227,18 +244,18 @@ class TokenSide:
         first = self.rows[:1]  # tells their dtype
         directions = torch.cat((planes[:, 0], planes[is_pair, 1])).to(first)
         middle = (directions @ self.mean.to(first))[:, None]
-        floor = torch.full((len(planes) + int((~is_pair).sum()), 1), -math.inf).to(first)
+        best = torch.full((len(planes) + int((~is_pair).sum()), count), -math.inf).to(first)
         slack, found = SLACK * self.longest, []
-        for part in blocks(len(self), self.block):
+        for part in blocks(len(self), max(1, min(self.block, SCORES // max(1, len(best))))):
             scores, second = (directions @ self.rows[part].T - middle).split([len(planes), int(is_pair.sum())])
             scores[is_pair] = torch.hypot(scores[is_pair], second)
             scores = torch.cat((scores, -scores[~is_pair]))
-            if scores.shape[1] >= count:  # no list's last place is lower than it is among these tokens
-                floor = torch.maximum(floor, scores.topk(count).values[:, -1:])
-            lists, tokens = (scores >= floor - slack).nonzero(as_tuple=True)
+            leading = scores.topk(min(count, scores.shape[1])).values
+            best = torch.cat((best, leading), 1).topk(count).values  # of all tokens that have passed
+            lists, tokens = (scores >= best[:, -1:] - slack).nonzero(as_tuple=True)
             found.append((lists, tokens + part.start, scores[lists, tokens]))
         lists, tokens, score = (torch.cat(parts) for parts in zip(*found, strict=True))
-        kept = score >= floor[lists, 0] - slack
+        kept = score >= best[lists, -1] - slack
         return lists[kept], tokens[kept]
 
 
@@ -254,21 +271,37 @@ class Directions:
     def table(
         self, layer: int, circuit: Circuit, decomposition: Decomposition, count: int = COMPONENTS, tokens: int = TOKENS
     ) -> pd.DataFrame:
-        """One circuit of one layer: a row for each head, component, side, sign and rank; empty where M is 0.
+        """One circuit of one layer: see `tables`."""
+        return self.tables([(layer, circuit, components(decomposition, count))], tokens)[0]
+
+    def tables(self, found: Sequence[tuple[int, Circuit, Components]], tokens: int = TOKENS) -> list[pd.DataFrame]:
+        """Of these circuits (layer, circuit, components), a row for each head, component, side, sign and rank.
+
+        Each is empty where M is 0. The vocabulary is passed once for all of them.
 
         Columns: layer, head, circuit, kind (`singular`, `eigen`), component (a complex pair is one), value (sigma or
         Re lambda), value_im (Im lambda > 0 for a pair, else 0), cluster (its first component), cluster_size (counting
         components that are not reported; above 1, only their span is identified), side (`read`, `write`), sign (+1
         largest, -1 smallest), rank (1 the most extreme), token_id, token, score (the centred projection).
         """
-        found = components(decomposition, count)
-        read = self.embedded.extremes(found.read, tokens)
-        joint = read.joint_sign()
-        parts = [_rows(found, read, joint, "read")]
-        written = self.embedded if circuit == "qk" else self.unembedded
-        if written is not None:
-            parts.append(_rows(found, written.extremes(found.write, tokens), joint, "write"))
-        rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        embedded = [parts.read for _, _, parts in found]
+        embedded += [parts.write for _, circuit, parts in found if circuit == "qk"]
+        written = [parts.write for _, circuit, parts in found if circuit == "ov"]
+        of_embedded = self.embedded.each(embedded, tokens)
+        reads, keys = of_embedded[: len(found)], iter(of_embedded[len(found) :])
+        writes = None if self.unembedded is None else iter(self.unembedded.each(written, tokens))
+        made = []
+        for (layer, circuit, parts), read in zip(found, reads, strict=True):
+            joint = read.joint_sign()
+            sides = [_rows(parts, read, joint, "read")]
+            second = keys if circuit == "qk" else writes
+            if second is not None:
+                sides.append(_rows(parts, next(second), joint, "write"))
+            made.append(self._table(layer, circuit, sides))
+        return made
+
+    def _table(self, layer: int, circuit: Circuit, sides: list[dict[str, NDArray[Any]]]) -> pd.DataFrame:
+        rows = {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
         keys = (rows["rank"], -rows["sign"], rows["side"], rows["component"], rows["kind"], rows["head"])
         rows = {name: values[np.lexsort(keys)] for name, values in rows.items()}
         ids, place = np.unique(rows["token_id"], return_inverse=True)

@@ -10,12 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk import positions, spectra
+from ovqk.directions import Components, components
 from ovqk.heads import Circuit
 from ovqk.layers import layer_metrics
 from ovqk.model import Layer, Model
 from ovqk.readouts import full_circuit_ratio
 
 HeadValues = dict[str, Float[Tensor, " head"]]
+WAITING = 2**20  # numbers in the components that wait for a pass over the vocabulary
 MOVES = 1e-3  # a value that moves by more with the rounding of 32-bit weights is decided by it
 Tables = dict[str, pd.DataFrame]
 """Name -> rows: heads, layers, spectra, offsets, directions; one that a model does not have is absent."""
@@ -33,7 +35,6 @@ def layer_structure(layer: Layer) -> Tables:
         unstable = _joined(unstable, rounding_sensitive(layer, circuit, metrics))
         values |= block0_metrics(layer, circuit)
         tables.setdefault("spectra", []).append(spectrum)
-        tables.setdefault("directions", []).extend(direction_rows(layer, circuit))
     if "qk" in model.circuits:
         metrics, profile = position_metrics(layer)
         values |= metrics
@@ -46,6 +47,40 @@ def stacked(layers: Sequence[Tables]) -> Tables:
     """The tables of all layers, each as one."""
     names = dict.fromkeys(name for tables in layers for name in tables)
     return {name: pd.concat([t[name] for t in layers if name in t], ignore_index=True) for name in names}
+
+
+class DirectionTables:
+    """The tokens that the leading components of every circuit read and write (at D = 0).
+
+    Layers wait for each other, up to WAITING, since the whole vocabulary is passed for as many as there are.
+    """
+
+    def __init__(self, model: Model) -> None:
+        """Nothing is made where the model has no vocabulary, or no component is asked for."""
+        self.model = model
+        self._waiting: list[tuple[int, Circuit, Components]] = []
+        self._made: list[pd.DataFrame] = []
+
+    def add(self, layer: Layer) -> None:
+        """Take a layer's components."""
+        model = self.model
+        if model.directions is None:
+            return
+        for circuit in model.circuits:
+            found = components(layer.decomposition(circuit, model.folds), model.config.analysis.components)
+            self._waiting.append((layer.index, circuit, found))
+        if sum(found.read.numel() + found.write.numel() for _, _, found in self._waiting) >= WAITING:
+            self._pass()
+
+    def tables(self) -> Tables:
+        """`directions` of all layers taken, or nothing."""
+        self._pass()
+        return {"directions": pd.concat(self._made, ignore_index=True)} if self._made else {}
+
+    def _pass(self) -> None:
+        if self._waiting and self.model.directions is not None:
+            self._made += self.model.directions.tables(self._waiting)
+            self._waiting = []
 
 
 # --- circuits ------------------------------------------------------------------------------------------------
@@ -89,15 +124,6 @@ def spectrum(model: Model, circuit: Circuit, maps: spectra.Maps) -> tuple[HeadVa
     if circuit == "qk":
         metrics["qk_symmetry_vocab"] = spectra.vocabulary_symmetry(maps, gram)
     return metrics, [*lines, ("vocab", "eigen", eigen), ("vocab", "singular", sigma)]
-
-
-def direction_rows(layer: Layer, circuit: Circuit) -> list[pd.DataFrame]:
-    """The tokens that the leading components of one circuit read and write (at D = 0)."""
-    model = layer.model
-    if model.directions is None:
-        return []
-    parts = layer.decomposition(circuit, model.folds)
-    return [model.directions.table(layer.index, circuit, parts, model.config.analysis.components)]
 
 
 def rounding_sensitive(layer: Layer, circuit: Circuit, metrics: HeadValues) -> list[str]:

@@ -23,12 +23,13 @@ from ovqk.heads import Circuit
 from ovqk.readouts import HeadMaps
 from ovqk.spectra import Decomposition
 from ovqk.tasks import Variable, WordSet
-from ovqk.threads import each
+from ovqk.threads import CPU, each
+from ovqk.vocabulary import blocks
 
 STAGES = (25, 50, 100, 200, 400)
 """Numbers of draws after which it is asked whether more are needed; then all."""
 CHUNK_ELEMENTS = 2**23  # of one side's frames held at a time (64 MB in float64)
-PART_ELEMENTS = 2**19  # of one side's frames in one thread at a time: what its cache holds
+PART_ELEMENTS = 2**18  # of one side's frames in one thread at a time: what its cache holds
 ATTEMPTS = 200  # at drawing a set of different matched words
 HALVES, PAIRS = "token", "token_pairs"
 
@@ -49,7 +50,8 @@ def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[
     """Orthonormal k-frames of R^d, Haar distributed, float64; with `centred`, of the complement of the all-ones vector.
 
     The Q of a Gaussian matrix, with positive diagonal of R (Mezzadri 2007), by Cholesky where it is well conditioned.
-    With at least four times as many rows as columns it is so well conditioned that float32 gives Q within 1e-5.
+    With at least four times as many rows as columns it is so well conditioned that float32 will do: columns are
+    orthonormal within 1e-7 at the sizes of models, within 2e-5 in the tails of d_model = 8.
     """
     d_model, k = noise.shape[1:]
     x = noise if 4 * k <= d_model else noise.double()
@@ -57,7 +59,9 @@ def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[
         x = x - x.mean(1, keepdim=True)
     if 2 * k <= d_model:
         R = torch.linalg.cholesky(x.mT @ x, upper=True)
-        return (x @ torch.linalg.solve_triangular(R, torch.eye(k).to(R).expand_as(R), upper=True)).double()
+        return (
+            x @ torch.linalg.solve_triangular(R, torch.eye(k, dtype=R.dtype, device=R.device).expand_as(R), upper=True)
+        ).double()
     Q, R = torch.linalg.qr(x)
     return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
 
@@ -67,8 +71,8 @@ def surrogate_heads(
 ) -> Decomposition:
     """Heads with these singular values between independent Haar frames, two of this noise for each.
 
-    Under LayerNorm the frames are orthogonal to the all-ones direction, as the head's own are; singular values beyond
-    the rank that this leaves (zeros) are dropped.
+    Under LayerNorm the frames are orthogonal to the all-ones direction, as the head's own are. Singular values beyond
+    the columns of the noise are dropped: zeros, where it has as many as there are dimensions left.
     """
     k, frames = noise.shape[-1], haar_frames(noise, centred)
     return Decomposition(frames[::2], sigma[:k].double().expand(len(noise) // 2, k), frames[1::2], k)
@@ -92,43 +96,55 @@ class FrameDraws:
         self.measure, self.dtype = measure, dtype
         state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> np.uint64(1))
         self.generator = torch.Generator().manual_seed(state)
-        self._drawn: dict[str, list[NDArray[np.float64]]] = {}
+        self._drawn: dict[str, list[float]] = {}
         self.count = 0
 
     def first(self, count: int) -> dict[str, NDArray[np.float64]]:
         """The first `count` draws of every metric, or more; the same draws in whatever steps they are asked for."""
         return first_of_each([self], count)[0]
 
-    def _missing(self, count: int) -> Iterator[Float[Tensor, "frame d_model k"]]:
-        """Noise of the frames of the draws that are yet to be made, some at a time."""
+    def missing(self, count: int) -> Iterator[Float[Tensor, "frame d_model k"]]:
+        """Noise for the frames of the draws that are yet to be made, some at a time."""
         k = min(len(self.sigma), self.d_model - self.centred)
-        most = (PART_ELEMENTS if self.sigma.device.type == "cpu" else CHUNK_ELEMENTS) // (self.d_model * k)
-        most = max(1, min(most, math.ceil((count - self.count) / torch.get_num_threads())))
-        while self.count < count:
-            n = min(most, count - self.count)
-            self.count += n
-            yield gaussian(2 * n, self.d_model, k, self.generator)
+        n = count - self.count
+        if self.sigma.device.type == "cpu":
+            most = min(PART_ELEMENTS // (self.d_model * k), math.ceil(n / torch.get_num_threads()))
+        else:
+            most = CHUNK_ELEMENTS // (self.d_model * k)
+        for some in blocks(n, max(1, most)):
+            yield gaussian(2 * (some.stop - some.start), self.d_model, k, self.generator)
 
-    def _measured(self, noise: Float[Tensor, "frame d_model k"]) -> dict[str, Float[Tensor, " draw"]]:
+    def measured(self, noise: Float[Tensor, "frame d_model k"]) -> dict[str, list[float]]:
+        """The metrics of the surrogates that this noise makes, as numbers: many small tensors would hold memory."""
         surrogates = surrogate_heads(self.sigma, noise.to(self.sigma.device), self.centred)
-        return self.measure(HeadMaps.of(self.circuit, surrogates, self.dtype))
+        found = self.measure(HeadMaps.of(self.circuit, surrogates, self.dtype))
+        return {name: values.double().tolist() for name, values in found.items()}
 
-    def _keep(self, measured: dict[str, Float[Tensor, " draw"]]) -> None:
+    def keep(self, measured: dict[str, list[float]]) -> None:
+        """Add these draws to those that were made before."""
         for name, values in measured.items():
-            self._drawn.setdefault(name, []).append(values.double().cpu().numpy())
+            self._drawn.setdefault(name, []).extend(values)
+        self.count = max(map(len, self._drawn.values()), default=self.count)
 
     @property
     def drawn(self) -> dict[str, NDArray[np.float64]]:
         """Metric -> [draw]."""
-        return {name: np.concatenate(parts) for name, parts in self._drawn.items()}
+        return {name: np.array(values) for name, values in self._drawn.items()}
 
 
 def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDArray[np.float64]]]:
-    """The first draws of several heads (see `FrameDraws.first`), side by side in threads."""
-    missing = ((own, noise) for own in draws for noise in own._missing(count))
-    device = draws[0].sigma.device
-    for own, measured in each(lambda of: (of[0], of[0]._measured(of[1])), missing, device):
-        own._keep(measured)
+    """The first draws of several heads (see `FrameDraws.first`), side by side in threads.
+
+    Noise is made here, one head after the other; threads measure what it makes; the numbers are kept here, in order.
+    """
+
+    def measured(part: tuple[FrameDraws, Tensor]) -> tuple[FrameDraws, dict[str, list[float]]]:
+        own, noise = part
+        return own, own.measured(noise)
+
+    missing = ((own, noise) for own in draws for noise in own.missing(count))
+    for own, values in each(measured, missing, draws[0].sigma.device if draws else CPU):
+        own.keep(values)
     return [own.drawn for own in draws]
 
 

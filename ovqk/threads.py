@@ -4,8 +4,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 from typing import Any, TypeVar
 
 import torch
@@ -20,17 +21,24 @@ Result = TypeVar("Result")
 def each(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device = CPU) -> list[Result]:
     """The function of every item, in order, as many at a time as torch has threads here (one, within such a thread).
 
-    Items are made in the thread of the caller, while the function works on those before them: never more of them than
-    the threads can take next. What another device computes it shares out by itself: there one item is taken at a time.
+    Items are made in the thread of the caller, while the function works on those before them: at most two for each
+    thread wait, or are done and not yet taken. What another device computes it shares out by itself: there one item is
+    taken at a time. The function must not set torch's number of threads.
     """
     workers = torch.get_num_threads()
     if workers < 2 or device.type != "cpu":
         return [function(item) for item in items]
+    inference = torch.is_inference_mode_enabled()  # a mode is a thread's own
+
+    def alone(item: Item) -> Result:
+        with torch.inference_mode(inference):
+            return function(item)
+
     threads, found = _threads(workers, os.getpid()), list[Result]()
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
-            waiting.append(threads.submit(function, item))
+            waiting.append(threads.submit(alone, item))
             if len(waiting) > 2 * workers:
                 found.append(waiting.popleft().result())
         while waiting:
@@ -60,7 +68,8 @@ def _threads(count: int, process: int) -> ThreadPoolExecutor:
     def begin() -> None:
         torch.get_num_threads()  # the first question of a thread sets what all threads are to have
         torch.set_num_threads(1)
-        ready.wait()
+        with suppress(BrokenBarrierError):
+            ready.wait()
 
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "torch-alone", begin)
@@ -71,5 +80,6 @@ def _threads(count: int, process: int) -> ThreadPoolExecutor:
     except BaseException:  # no thread to be had, or Ctrl-C: those that wait are let go
         ready.abort()
         raise
-    torch.set_num_threads(before)  # what was set last, in whatever thread, holds for threads that are yet to come
+    finally:
+        torch.set_num_threads(before)  # what was set last, in whatever thread, holds for threads that are yet to come
     return pool

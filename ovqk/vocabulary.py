@@ -32,6 +32,7 @@ ELEMENTS = 2**22  # of a block of embedding rows
 TOGETHER = 8  # blocks whose products are summed before they are added in float64
 NEAR_MEAN = 256  # tokens whose mean rows are taken less
 STRIPE = 128  # columns of a symmetric product taken at a time, at least
+ENOUGH = 2  # stripes for each thread: with fewer the longest would be waited for
 LARGE = 10**10  # products of a Gram beyond which they are float32
 EXACT = 512  # d_model up to which Grams and their products are float64
 
@@ -180,22 +181,30 @@ def add_products(
 ) -> None:
     """Add a^T b for these pairs of sides to the totals; of a product with itself the lower triangle alone.
 
-    In stripes of columns, a thread to each: that is faster than a stripe of all threads.
+    In stripes of columns: a thread to each where there are enough of them, else all threads to one after the other.
     """
 
-    def add(stripe: tuple[int, slice]) -> None:
-        number, some = stripe
+    def add(stripe: tuple[int, slice, int]) -> None:
+        number, some, lower = stripe
         a, b = pairs[number]
-        lower = some.stop if a == b else x[b].shape[1]
         totals[number][some, :lower].addmm_(x[a][:, some].T, x[b][:, :lower])
 
-    stripes = [(number, some) for number, (a, _) in enumerate(pairs) for some in stripes_of(x[a].shape[1])]
-    each(add, sorted(stripes, key=lambda stripe: -stripe[1].stop), x[0].device)  # the longest first
+    stripes = [
+        (number, some, some.stop if a == b else x[b].shape[1])
+        for number, (a, b) in enumerate(pairs)
+        for some in stripes_of(x[a].shape[1])
+    ]
+    if len(stripes) >= ENOUGH * torch.get_num_threads():
+        each(add, sorted(stripes, key=lambda stripe: -stripe[2]), x[0].device)  # the longest first
+    else:
+        for stripe in stripes:
+            add(stripe)
 
 
 def stripes_of(width: int) -> Iterator[slice]:
     """Columns of a symmetric product taken at a time: of few a product is slow, of many little is saved."""
-    return blocks(width, max(STRIPE, width // 16))
+    narrow = max(STRIPE, width // 16)
+    return blocks(width, narrow if width >= ENOUGH * torch.get_num_threads() * narrow else 2 * narrow)
 
 
 def precision(d_model: int) -> torch.dtype:

@@ -88,12 +88,14 @@ def start_meanwhile() -> None:
     def start() -> None:
         before = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
-        with contextlib.suppress(Exception, SystemExit):  # whoever needs them meets the error
-            importlib.import_module("wandb").setup().ensure_service()
-            importlib.import_module("wandb.sdk.launch.inputs.internal")  # of a run's first step
-        sys.setswitchinterval(before)
+        try:
+            with contextlib.suppress(Exception, SystemExit):  # whoever needs them meets the error
+                importlib.import_module("wandb").setup().ensure_service()
+                importlib.import_module("wandb.sdk.launch.inputs.internal")  # of a run's first step
+        finally:
+            sys.setswitchinterval(before)
 
-    if "wandb" not in sys.modules:
+    if "wandb" not in sys.modules and not _starting:
         _settle_environment()
         _starting.append(threading.Thread(target=start, name="start wandb"))
         _starting[-1].start()

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from oracle import matrices, regauge
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from ovqk import structure
+from ovqk.analyses import analyse
 from ovqk.checkpoints import open_checkpoint
-from ovqk.directions import COLUMNS, Directions, Spelling, clusters, components, describe, eigen_components
+from ovqk.directions import COLUMNS, Directions, Spelling, TokenSide, clusters, components, describe, eigen_components
 from ovqk.heads import Factors
 from ovqk.model import Layer, Model
 from ovqk.sources import open_weights
@@ -455,6 +457,48 @@ def test_the_size_of_blocks_changes_nothing(block: int) -> None:
     assert ties and all(set(same[:3].tolist()) <= set(found) for found in ties)
     assert same[:10].tolist() in ties
     pd.testing.assert_frame_equal(table(left, right, W_E, W_U, block=block), whole)
+
+
+def test_circuits_of_several_layers_in_one_pass_get_the_tables_that_each_gets_alone() -> None:
+    """OV and QK, heads of rank 0 and complex pairs among them, with an unembedding and without."""
+    heads = [(random(12, 4, seed=n), random(4, 12, seed=n + 10)) for n in range(3)]
+    heads.append((torch.zeros(12, 4).double(), heads[0][1]))
+    found = [
+        (layer, circuit, components(factored(*pair, circuit)))
+        for layer, pair in enumerate(heads)
+        for circuit in ("qk", "ov")
+    ]
+    for W_U in (random(12, 60, seed=30), None):
+        directions = Directions(vocabulary(random(60, 12, seed=20), W_U), None, 16)
+        together = directions.tables(found, tokens=5)
+        for one, rows in zip(found, together, strict=True):
+            pd.testing.assert_frame_equal(rows, directions.tables([one], tokens=5)[0])
+        assert [len(rows) > 0 for rows in together] == [True] * 6 + [False] * 2
+
+
+def test_layers_wait_for_each_other_and_the_table_is_the_same(tiny_gpt2, monkeypatch) -> None:
+    found, passes = [], []
+    tables = Directions.tables
+    monkeypatch.setattr(
+        Directions, "tables", lambda self, found, *rest: (passes.append(len(found)), tables(self, found, *rest))[1]
+    )
+    for waiting in (1, 2**20):
+        monkeypatch.setattr(structure, "WAITING", waiting)
+        checkpoint = open_checkpoint(local(tiny_gpt2))
+        cell = compose("task=none", "model=local", f"model.path={tiny_gpt2}")
+        analysis = analyse(open_weights(checkpoint, local(tiny_gpt2)), None, None, "test", cell)
+        found.append(analysis.tables["directions"])
+    assert passes[-1] == sum(passes[:-1]) and set(passes[:-1]) == {2}  # two circuits of each layer, or of all
+    pd.testing.assert_frame_equal(*found)
+
+
+@pytest.mark.parametrize("block", [50, 1000, 5000])
+def test_few_tokens_are_projected_a_second_time(block) -> None:
+    side = TokenSide(random(5000, 16, seed=0).float(), block)
+    planes = torch.stack((random(20, 16, seed=1), torch.zeros(20, 16).double()), 1)
+    lists, tokens = side._screened(planes, torch.zeros(20, dtype=torch.bool), 10)
+    assert 400 <= len(lists) < 480  # of 40 lists: ten and what is within rounding of them
+    assert len(set(zip(lists.tolist(), tokens.tolist(), strict=True))) == len(lists)
 
 
 # --- what may be missing -------------------------------------------------------------------------------------

@@ -181,6 +181,22 @@ def test_several_heads_drawn_side_by_side_get_the_draws_that_each_gets_alone(mon
     assert [head.count for head in heads] == [40] * 3
 
 
+def test_what_failed_to_be_measured_is_not_counted() -> None:
+    fails = [True]
+
+    def measure(maps) -> dict[str, torch.Tensor]:
+        if fails.pop() if fails else False:
+            raise ValueError("no memory")
+        return energy(maps)
+
+    mine = draws(measure=measure)
+    with pytest.raises(ValueError, match="no memory"):
+        mine.first(10)
+    assert mine.count == 0
+    assert len(mine.first(10)["top"]) == 10 == mine.count
+    assert first_of_each([], 10) == []
+
+
 def test_every_seed_layer_head_circuit_and_form_draws_its_own() -> None:
     plain = draws((0, 1, 2, 1, 1, 1)).first(5)["top"]
     for position in range(6):

@@ -82,3 +82,15 @@ def test_what_waits_is_given_up_at_an_error() -> None:
     finally:
         torch.set_num_threads(before)
     assert len(begun) < 10
+
+
+def test_threads_work_in_the_mode_of_the_caller() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with torch.inference_mode():
+            total = torch.zeros(4)
+            each(lambda i: total[i : i + 1].add_(i), range(4))
+    finally:
+        torch.set_num_threads(before)
+    assert total.tolist() == [0, 1, 2, 3]
