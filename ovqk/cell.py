@@ -172,10 +172,10 @@ def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | No
 
 
 def check_results_dir(path: Path) -> None:
-    """Refuse a results folder that cannot be one.
+    """Make the results folder, or refuse one that cannot be.
 
     Raises:
-        UserError: a file stands where the folder, or one above it, should be, or it cannot be written.
+        UserError: a file stands where the folder, or one above it, should be, or it cannot be made or written.
     """
     try:
         place = next(place for place in (path, *path.parents) if place.exists())
@@ -185,6 +185,10 @@ def check_results_dir(path: Path) -> None:
         raise UserError(f"results_dir={path}: {place} is a file, not a folder.")
     if not os.access(place, os.W_OK):
         raise UserError(f"results_dir={path}: {place} cannot be written.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"results_dir={path}: cannot be made ({error.strerror}).") from error
 
 
 def _enter(call: Path) -> None:

@@ -266,8 +266,8 @@ def _check(config: DictConfig) -> None:
 
     _collect_garbage()
     try:
-        check_results_dir(Path(str(config.results_dir)))
         tracking_mode(config, os.environ.get("WANDB_MODE"))
+        check_results_dir(Path(str(config.results_dir)))
     except UserError as error:
         raise SystemExit(f"ovqk: {error}") from None
 

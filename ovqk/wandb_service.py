@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ from ovqk.errors import UserError
 INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
 FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
 GRACE_SECONDS = 10.0  # after which the service is killed where it does not keep these times itself
+WRITTEN_SECONDS = 5.0  # for an offline run to be on disk after W&B has finished it
+LOG_MARK, LOG_BLOCK, LOG_HEADER = (
+    b":W&B",
+    2**15,
+    7,
+)  # bytes, of W&B's log of an offline run; the file itself begins with as many
+WHOLE, FIRST, LAST = 1, 2, 4  # kinds of pieces of a record there; 3 is in the middle
 SWITCH_SECONDS = 1e-4  # that one thread runs Python before another may: torch asks for its turn after every call
 STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # of an upload, in W&B's own log of a run
 
@@ -179,14 +187,59 @@ def finish(run: Any) -> None:
     Raises:
         NotReceivedError: the server did not take all of it in time, or refused a part.
     """
-    log = Path(run.settings.log_internal)
+    log, offline = Path(run.settings.log_internal), run.settings._offline
     try:
         run.finish()
+        if offline:
+            _wait_for_end(Path(run.settings.sync_file))
     except TimeoutError as error:
         raise NotReceivedError(": ".join([str(error).rstrip("."), *_errors(log)[:1]])) from error
     refused = [message for message in _errors(log) if message.startswith(STAGES)]
     if refused:
         raise NotReceivedError(refused[0])
+
+
+def _wait_for_end(log: Path) -> None:
+    """Wait until an offline run is written as far as its exit: W&B says that it is finished a little earlier.
+
+    Raises:
+        NotReceivedError: it is not, as where the service is killed at that moment.
+    """
+    deadline = time.monotonic() + WRITTEN_SECONDS
+    while not reaches_its_exit(log):
+        if time.monotonic() > deadline:
+            raise NotReceivedError("W&B's service on this machine ended before the run was written")
+        time.sleep(0.01)
+
+
+def reaches_its_exit(log: Path) -> bool:
+    """Whether the last record of W&B's log of an offline run is its exit; True of a log of another format.
+
+    The log is LevelDB's: blocks of 32 kB, records in one piece or in several, each after its checksum, length and kind.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
+
+    with log.open("rb") as file:
+        if (mark := file.read(len(LOG_MARK))) != LOG_MARK:
+            return len(mark) == len(LOG_MARK)
+        size = file.seek(0, os.SEEK_END)
+        at = max(0, (size - 1) // LOG_BLOCK - 1) * LOG_BLOCK  # the last record begins in one of the last two blocks
+        file.seek(at)
+        data = file.read()
+    position, last, begun = LOG_HEADER if at == 0 else 0, b"", b""
+    while position + LOG_HEADER <= len(data):
+        if LOG_BLOCK - position % LOG_BLOCK < LOG_HEADER:  # the rest of a block is left empty
+            position += LOG_BLOCK - position % LOG_BLOCK
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        piece = data[position + LOG_HEADER : position + LOG_HEADER + length]
+        begun = piece if kind in (WHOLE, FIRST) else begun + piece
+        last = begun if kind in (WHOLE, LAST) else b""
+        position += LOG_HEADER + length
+    try:
+        return bool(Record.FromString(last).HasField("exit"))
+    except Exception:  # protobuf's DecodeError, of a record that is cut short
+        return False
 
 
 def _errors(log: Path) -> list[str]:

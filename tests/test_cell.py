@@ -181,6 +181,14 @@ def test_a_file_where_the_results_folder_should_be(cli, tmp_path, sweep) -> None
     assert "Traceback" not in printed and (tmp_path / "results").read_text() == "mine"
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder in which none can be made, whoever asks, is Linux's")
+@pytest.mark.parametrize("sweep", [(), ("-m",)])
+def test_a_results_folder_that_cannot_be_made(cli, sweep) -> None:
+    code, printed = cli(*sweep, *QUICK, "results_dir=/proc/ovqk")
+    assert code == 1 and "results_dir=/proc/ovqk: cannot be made (No such file or directory)." in printed
+    assert "Traceback" not in printed
+
+
 def test_a_directory_without_tokenizer_files(cli, tmp_path) -> None:
     shutil.copytree(BUNDLED, tmp_path / "bare")
     for name in ("tokenizer.json", "tokenizer_config.json"):
