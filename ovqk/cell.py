@@ -93,7 +93,7 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
     started = time.perf_counter() if started is None else started
     mode = tracking_mode(cell, os.environ.get("WANDB_MODE"))
     results_dir = Path(cell.results_dir)
-    check_results_dir(results_dir)
+    make_results_dir(results_dir)
     checkpoint = open_checkpoint(cell.model, cell.hub_timeout)
     content = identity(cell, checkpoint.digest)
     identifier = cell_id(content)
@@ -171,7 +171,7 @@ def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | No
     return StructureCache(folder, cell.cache_gb, checkpoint.digest)
 
 
-def check_results_dir(path: Path) -> None:
+def make_results_dir(path: Path) -> None:
     """Make the results folder, or refuse one that cannot be.
 
     Raises:

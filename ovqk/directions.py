@@ -268,12 +268,6 @@ class Directions:
         self.unembedded = None if vocabulary.W_U_rows is None else TokenSide(vocabulary.W_U_rows, block)
         self.spelling = Spelling(tokenizer)
 
-    def table(
-        self, layer: int, circuit: Circuit, decomposition: Decomposition, count: int = COMPONENTS, tokens: int = TOKENS
-    ) -> pd.DataFrame:
-        """One circuit of one layer: see `tables`."""
-        return self.tables([(layer, circuit, components(decomposition, count))], tokens)[0]
-
     def tables(self, found: Sequence[tuple[int, Circuit, Components]], tokens: int = TOKENS) -> list[pd.DataFrame]:
         """Of these circuits (layer, circuit, components), a row for each head, component, side, sign and rank.
 

@@ -97,7 +97,6 @@ class FrameDraws:
         state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> np.uint64(1))
         self.generator = torch.Generator().manual_seed(state)
         self._drawn: dict[str, list[float]] = {}
-        self.count = 0
 
     def first(self, count: int) -> dict[str, NDArray[np.float64]]:
         """The first `count` draws of every metric, or more; the same draws in whatever steps they are asked for."""
@@ -124,7 +123,11 @@ class FrameDraws:
         """Add these draws to those that were made before."""
         for name, values in measured.items():
             self._drawn.setdefault(name, []).extend(values)
-        self.count = max(map(len, self._drawn.values()), default=self.count)
+
+    @property
+    def count(self) -> int:
+        """How many draws were made."""
+        return max(map(len, self._drawn.values()), default=0)
 
     @property
     def drawn(self) -> dict[str, NDArray[np.float64]]:

@@ -260,14 +260,14 @@ def _prepare_workers() -> None:
 
 def _check(config: DictConfig) -> None:
     """Refuse what would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
-    from ovqk.cell import check_results_dir
+    from ovqk.cell import make_results_dir
     from ovqk.errors import UserError
     from ovqk.identity import tracking_mode
 
     _collect_garbage()
     try:
         tracking_mode(config, os.environ.get("WANDB_MODE"))
-        check_results_dir(Path(str(config.results_dir)))
+        make_results_dir(Path(str(config.results_dir)))
     except UserError as error:
         raise SystemExit(f"ovqk: {error}") from None
 

@@ -24,11 +24,8 @@ INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets a
 FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
 GRACE_SECONDS = 10.0  # after which the service is killed where it does not keep these times itself
 WRITTEN_SECONDS = 5.0  # for an offline run to be on disk after W&B has finished it
-LOG_MARK, LOG_BLOCK, LOG_HEADER = (
-    b":W&B",
-    2**15,
-    7,
-)  # bytes, of W&B's log of an offline run; the file itself begins with as many
+LOG_MARK = b":W&B"  # how W&B's log of an offline run begins
+LOG_BLOCK, LOG_HEADER = 2**15, 7  # bytes; the file's own first bytes are as many as a piece's
 WHOLE, FIRST, LAST = 1, 2, 4  # kinds of pieces of a record there; 3 is in the middle
 SWITCH_SECONDS = 1e-4  # that one thread runs Python before another may: torch asks for its turn after every call
 STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # of an upload, in W&B's own log of a run

@@ -13,7 +13,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from ovqk import structure
 from ovqk.analyses import analyse
 from ovqk.checkpoints import open_checkpoint
-from ovqk.directions import COLUMNS, Directions, Spelling, TokenSide, clusters, components, describe, eigen_components
+from ovqk.directions import (
+    COLUMNS,
+    TOKENS,
+    Directions,
+    Spelling,
+    TokenSide,
+    clusters,
+    components,
+    describe,
+    eigen_components,
+)
 from ovqk.heads import Factors
 from ovqk.model import Layer, Model
 from ovqk.sources import open_weights
@@ -51,7 +61,14 @@ def table(
     **sizes: int,
 ) -> pd.DataFrame:
     made = Directions(vocabulary(W_E, W_U), tokenizer, block)
-    return made.table(0, circuit, factored(left, right, circuit), **sizes)
+    return table_of(made, 0, circuit, factored(left, right, circuit), **sizes)
+
+
+def table_of(
+    directions: Directions, layer: int, circuit: str, parts: Decomposition, count: int = 3, tokens: int = TOKENS
+) -> pd.DataFrame:
+    """One circuit of one layer."""
+    return directions.tables([(layer, circuit, components(parts, count))], tokens)[0]
 
 
 def ids(rows: pd.DataFrame, kind: str, component: int, side: str, sign: int = 1, head: int = 0) -> list[int]:
@@ -139,7 +156,7 @@ def test_every_head_matches_a_materialised_oracle(path, processing, request) -> 
         layer = Layer(model, index)
         weights = layer.processed
         for circuit, writes in (("ov", vocabulary.W_U_rows), ("qk", vocabulary.W_E)):
-            rows = directions.table(index, circuit, layer.decomposition(circuit, model.folds))
+            rows = table_of(directions, index, circuit, layer.decomposition(circuit, model.folds))
             assert list(rows.columns) == list(COLUMNS)
             assert set(rows["layer"]) == {index} and set(rows["circuit"]) == {circuit}
             assert set(rows["head"]) == set(range(source.architecture.n_heads))
@@ -396,10 +413,10 @@ def test_only_the_joint_sign_is_chosen(seed: int, signs: list[float]) -> None:
     left, right, turn = random(8, 3, seed=seed), random(3, 8, seed=seed + 1), torch.tensor(signs).double()
     found = factored(left, right)
     directions = Directions(vocabulary(random(40, 8, seed=seed + 2), random(8, 40, seed=seed + 3)), None)
-    one = directions.table(0, "ov", found)
+    one = table_of(directions, 0, "ov", found)
     both = Decomposition(found.read * turn, found.sigma, found.write * turn, found.rank)
-    assert_same(one, directions.table(0, "ov", both))
-    other = directions.table(0, "ov", Decomposition(found.read, found.sigma, found.write * turn, found.rank))
+    assert_same(one, table_of(directions, 0, "ov", both))
+    other = table_of(directions, 0, "ov", Decomposition(found.read, found.sigma, found.write * turn, found.rank))
     for k, sign in enumerate(signs):
         assert ids(other, "singular", k, "read") == ids(one, "singular", k, "read")
         assert ids(other, "singular", k, "write", int(sign)) == ids(one, "singular", k, "write", 1)
@@ -540,9 +557,9 @@ def test_a_head_of_fewer_components_and_one_of_zero_weights() -> None:
     left, right = random(2, 8, 4, seed=0), random(2, 4, 8, seed=1)
     left[0], left[1, :, 2:] = 0, 0
     directions = Directions(vocabulary(random(40, 8, seed=2), random(8, 40, seed=3)), None)
-    rows = directions.table(4, "qk", decompose(Factors("qk", left, right), centred=False))
+    rows = table_of(directions, 4, "qk", decompose(Factors("qk", left, right), centred=False))
     assert set(rows["head"]) == {1} and len(values(rows, "singular", head=1)) == 2
-    nothing = directions.table(4, "qk", decompose(Factors("qk", left[:1], right[:1]), centred=False))
+    nothing = table_of(directions, 4, "qk", decompose(Factors("qk", left[:1], right[:1]), centred=False))
     assert len(nothing) == 0 and list(nothing.columns) == list(COLUMNS)
     assert pd.concat([nothing, rows], ignore_index=True)["layer"].dtype == np.int32
     assert describe(rows, 4, 0) == []
