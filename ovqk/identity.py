@@ -38,13 +38,13 @@ def resolve(config: DictConfig) -> Config:
         missing.remove("model.name")
         if not config.model.path:
             raise UserError(
-                "model.path: not set. model=local needs model.path=PATH, a Hugging Face directory or one "
+                "model.path: not set. model=local needs model.path=PATH: a Hugging Face directory, a GGUF file, or one "
                 "safetensors file of TransformerLens names."
             )
         config = config.copy()
         path = Path(config.model.path).expanduser()
-        stem = path.resolve().name
-        config.model.name = re.sub(r"[^A-Za-z0-9._+-]+", "-", stem.removesuffix(".safetensors")).strip("-.") or "local"
+        stem = path.resolve().name.removesuffix(".safetensors").removesuffix(".gguf")
+        config.model.name = re.sub(r"[^A-Za-z0-9._+-]+", "-", stem).strip("-.") or "local"
     if missing:
         raise UserError(f"{missing[0]}: not set, and it has no default.")
     typed = OmegaConf.to_object(config)

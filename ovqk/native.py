@@ -51,7 +51,7 @@ class NativeWeights:
         self.architecture = self._read_architecture()
         self.rotations = self._rotations()
         self._check_tensors()
-        self.notes = self._notes()
+        self.notes = [*checkpoint.notes, *self._notes()]
 
     def layer(self, index: int) -> LayerWeights:
         """The raw attention weights of a layer."""

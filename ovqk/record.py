@@ -191,6 +191,7 @@ def provenance(
     return {
         "weights_digest": checkpoint.digest,
         "revision": checkpoint.revision,
+        "quantisation": dict(checkpoint.quantisation),
         "identity": identity,
         "config": plain(config),
         "versions": dict(_versions()),

@@ -25,8 +25,10 @@ class TransformerLensWeights:
             UserError: an attention tensor is missing, or tensors do not fit one another.
         """
         self.checkpoint = checkpoint
-        self.notes = [] if causal is not None else ["model.causal is not set: attention taken to be causal"]
-        numbers = (re.match(r"blocks\.(\d+)\.", name) for name in checkpoint.files)
+        self.notes = [*checkpoint.notes]
+        if causal is None:
+            self.notes.append("model.causal is not set: attention taken to be causal")
+        numbers = (re.match(r"blocks\.(\d+)\.", name) for name in checkpoint.shapes)
         layers = {int(number[1]) for number in numbers if number}
         for layer in range(max(layers, default=0) + 1):
             for part in ("W_Q", "W_K", "W_V", "W_O"):

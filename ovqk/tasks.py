@@ -80,12 +80,16 @@ class TaskTokens:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The checkpoint's own tokenizer; None where its directory holds no tokenizer files.
+    """Return the checkpoint's own tokenizer; None if its directory, or its GGUF file, holds none.
 
     Raises:
-        UserError: its tokenizer files are damaged.
+        UserError: its tokenizer files are damaged, or of a kind that cannot be built.
     """
     directory = checkpoint.directory
+    if checkpoint.metadata is not None:
+        from ovqk.gguf_tokenizer import tokenizer_of
+
+        return tokenizer_of(checkpoint.metadata, checkpoint.label)
     if not checkpoint.config:  # one file of TransformerLens names: what lies beside it is not its tokenizer
         return None
     try:

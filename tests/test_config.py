@@ -58,7 +58,7 @@ def test_metrics_carry_title_formula_and_range() -> None:
 # fmt: off
 ORDER = [
     "errors", "config", "metrics", "colours", "weights", "devices", "families", "files", "shards", "patience", "hub",
-    "checkpoints", "native", "single_file",
+    "gguf_file", "gguf_tokenizer", "llama_cpp", "checkpoints", "native", "single_file",
     "threads", "heads", "vocabulary", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
     "directions", "readouts", "composition", "availability", "model", "claims", "statistics", "nulls", "surrogates",
     "testing", "candidates", "patterns", "verdicts", "prompts", "identity", "structure", "cache", "analyses", "record",
