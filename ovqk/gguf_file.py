@@ -73,7 +73,7 @@ class GGUFFile:
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 self.metadata, self.tensors = _read_header(data)
-        except (ValueError, struct.error, UnicodeDecodeError) as error:
+        except (ValueError, struct.error, OverflowError) as error:
             raise UserError(f"{label}: not a complete GGUF file ({error}). Copy or download it again.") from error
         except OSError as error:
             raise UserError(f"{label}: cannot be read ({error.strerror or error}).") from error

@@ -63,31 +63,33 @@ def tokenizer_of(metadata: Mapping[str, Any], label: str) -> Tokenizer | None:
     kind, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
     if kind is None or kind == "no_vocab" or tokens is None:
         return None
+    try:
+        return _built(metadata, kind, tokens, label)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception, and a file may hold anything
+        raise UserError(f"{label}: the file's tokenizer cannot be built ({error}).") from error
+
+
+def _built(metadata: Mapping[str, Any], kind: str, tokens: list[str], label: str) -> Tokenizer:
     kinds = metadata.get("tokenizer.ggml.token_type", [TokenKind.NORMAL] * len(tokens))
     if len(kinds) != len(tokens):
-        raise UserError(
-            f"{label}: the file has {len(tokens)} tokens and {len(kinds)} kinds of tokens; allowed: as many."
-        )
+        raise UserError(f"{label}: the file has {len(tokens)} tokens, and says of {len(kinds)} of what kind they are.")
     n_tokens = len(tokens)
     while n_tokens and kinds[n_tokens - 1] == TokenKind.UNUSED and re.fullmatch(r"\[PAD\d+\]", tokens[n_tokens - 1]):
         n_tokens -= 1  # rows that only make the embedding larger
     vocabulary = {token: index for index, token in enumerate(tokens[:n_tokens])}
     if len(vocabulary) < n_tokens:
         raise UserError(f"{label}: {n_tokens - len(vocabulary)} of the file's tokens stand in its vocabulary twice.")
-    try:
-        if kind == "gpt2":
-            tokenizer = _byte_level(metadata, vocabulary, label)
-        elif kind == "llama":
-            tokenizer = _sentencepiece(metadata, vocabulary, kinds, label)
-        else:
-            raise UserError(
-                f"{label}: tokenizer.ggml.model is {kind!r}, which ovqk does not build; allowed: gpt2 (byte-level BPE) "
-                "and llama (SentencePiece). Give the Hugging Face directory instead."
-            )
-    except UserError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise UserError(f"{label}: the file's tokenizer cannot be built ({error}).") from error
+    if kind == "gpt2":
+        tokenizer = _byte_level(metadata, vocabulary, label)
+    elif kind == "llama":
+        tokenizer = _sentencepiece(metadata, vocabulary, kinds, label)
+    else:
+        raise UserError(
+            f"{label}: tokenizer.ggml.model is {kind!r}, which ovqk does not build; allowed: gpt2 (byte-level BPE) and "
+            "llama (SentencePiece). Give the Hugging Face directory instead."
+        )
     tokenizer.add_special_tokens(_added(tokens[:n_tokens], kinds, TokenKind.CONTROL))
     tokenizer.add_tokens(_added(tokens[:n_tokens], kinds, TokenKind.USER_DEFINED))
     start = metadata.get("tokenizer.ggml.bos_token_id")

@@ -21,6 +21,8 @@ Array = NDArray[np.float32]
 Config = dict[str, Any]
 
 
+FRACTIONS = ("epsilon", "softcapping", "factor", "scale_linear", "freq_base", "freq_base_swa", "beta_fast", "beta_slow")
+"""Endings of the settings that need not be whole numbers."""
 PARTLY_ROTATED = ("gpt_neox", "phi3")
 """Model types that may rotate the first components of a head alone."""
 
@@ -68,7 +70,7 @@ def checkpoint_of(file: GGUFFile) -> tuple[Config, RenamedTensors]:
             a tensor that is there does not have the shape that its change needs.
     """
     architecture = file.metadata.get("general.architecture")
-    if architecture not in CONVENTIONS:
+    if not isinstance(architecture, str) or architecture not in CONVENTIONS:
         raise UserError(
             f"{file.label}: general.architecture is {architecture!r}, which ovqk does not read from GGUF files; "
             f"allowed: {', '.join(CONVENTIONS)}. Give the Hugging Face directory instead."
@@ -122,10 +124,9 @@ def _config(file: GGUFFile, architecture: str, convention: Convention) -> Config
     config: Config = {"model_type": convention.model_type, **convention.constants}
     for keys, must in ((convention.required, True), (convention.optional, False)):
         for theirs, ours in keys.items():
-            value = _value(file, theirs)
-            if (value is None and must) or not isinstance(value, int | float | None):
-                given = "does not give" if value is None else f"gives {value!r} for"
-                raise UserError(f"{file.label}: the file {given} {prefix}{theirs}; allowed: a number.")
+            value = _number(file, theirs)
+            if value is None and must:
+                raise UserError(f"{file.label}: the file does not give {prefix}{theirs}, which ovqk needs.")
             if value is not None:
                 config[ours] = value
     for name in ("bos", "eos"):
@@ -150,6 +151,22 @@ def _value(file: GGUFFile, key: str, default: Any = None) -> Any:
     return value
 
 
+def _number(file: GGUFFile, key: str, default: float | None = None) -> Any:
+    """Return a setting that is a number: a whole one, unless its name says otherwise.
+
+    Raises:
+        UserError: it is anything else.
+    """
+    value = _value(file, key, default)
+    whole = not key.endswith(FRACTIONS)
+    if value is None or (isinstance(value, int if whole else int | float) and not isinstance(value, bool)):
+        return value
+    raise UserError(
+        f"{file.label}: the file gives {value!r} for {file.metadata['general.architecture']}.{key}; allowed: a "
+        f"{'whole ' if whole else ''}number."
+    )
+
+
 def _rotary(file: GGUFFile, config: Config) -> Config:
     """Return `head_dim`, and the rotation as `rope_parameters`.
 
@@ -158,12 +175,12 @@ def _rotary(file: GGUFFile, config: Config) -> Config:
             the whole, or the scaling is unknown.
     """
     heads = config["num_attention_heads"]
-    d_head = _value(file, "attention.key_length") or config["hidden_size"] // max(heads, 1)
-    d_value = _value(file, "attention.value_length") or d_head
+    d_head = _number(file, "attention.key_length") or config["hidden_size"] // max(heads, 1)
+    d_value = _number(file, "attention.value_length") or d_head
     if d_value != d_head:
         raise UserError(f"{file.label}: keys have {d_head} components a head and values {d_value}; allowed: as many.")
-    parameters: Config = {"rope_type": "default", "rope_theta": float(_value(file, "rope.freq_base", 10000.0))}
-    rotated = _value(file, "rope.dimension_count") or d_head
+    parameters: Config = {"rope_type": "default", "rope_theta": float(_number(file, "rope.freq_base", 10000.0))}
+    rotated = _number(file, "rope.dimension_count") or d_head
     if rotated != d_head and config["model_type"] not in PARTLY_ROTATED:
         raise UserError(
             f"{file.label}: the file rotates {rotated} of a head's {d_head} components; allowed for its architecture: "
@@ -180,17 +197,17 @@ def _scaling(file: GGUFFile, config: Config) -> Config:
     Llama 3's scaling is in the file as the factors that it divides frequencies by; LongRoPE with these factors for
     every length is the same rotation.
     """
-    factor = _value(file, "rope.scaling.factor", _value(file, "rope.scale_linear"))
+    factor = _number(file, "rope.scaling.factor", _number(file, "rope.scale_linear"))
     kind = _value(file, "rope.scaling.type", "linear" if factor else "none")
-    attention = _value(file, "rope.scaling.attn_factor")
-    trained = _value(file, "rope.scaling.original_context_length")
+    attention = _number(file, "rope.scaling.attn_factor")
+    trained = _number(file, "rope.scaling.original_context_length")
     if "rope_factors_short.weight" in file.tensors:
-        short, long = (file.read(f"rope_factors_{length}.weight").tolist() for length in ("short", "long"))
+        short, long = (_factors(file, f"rope_factors_{length}.weight") for length in ("short", "long"))
         scaling: Config = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
         scaling |= {} if attention is None else {"attention_factor": attention}
         return scaling | {"original_max_position_embeddings": trained or config["max_position_embeddings"]}
     if "rope_freqs.weight" in file.tensors:
-        divisors, trained = file.read("rope_freqs.weight").tolist(), config["max_position_embeddings"]
+        divisors, trained = _factors(file, "rope_freqs.weight"), config["max_position_embeddings"]
         scaling = {"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors, "attention_factor": 1.0}
         return scaling | {"original_max_position_embeddings": trained}
     if kind == "none":
@@ -198,7 +215,7 @@ def _scaling(file: GGUFFile, config: Config) -> Config:
     if kind == "linear" and factor:
         return {} if factor == 1 else {"rope_type": "linear", "factor": factor}
     if kind == "yarn" and factor and trained and attention in (None, 1):
-        bounds = {ours: _value(file, f"rope.scaling.yarn_{ours}") for ours in ("beta_fast", "beta_slow")}
+        bounds = {ours: _number(file, f"rope.scaling.yarn_{ours}") for ours in ("beta_fast", "beta_slow")}
         scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
         return scaling | {ours: bound for ours, bound in bounds.items() if bound is not None}
     raise UserError(
@@ -206,6 +223,12 @@ def _scaling(file: GGUFFile, config: Config) -> Config:
         "tokens); allowed: none, linear, yarn with a factor and the first context length and no factor of its own for "
         "the scores, or factors for each frequency."
     )
+
+
+def _factors(file: GGUFFile, name: str) -> list[float]:
+    if name not in file.tensors or not file.tensors[name].known:
+        raise UserError(f"{file.label}: the tensor '{name}', of the factors of rotary frequencies, cannot be read.")
+    return [float(factor) for factor in file.read(name).flatten()]
 
 
 def _llama(file: GGUFFile, config: Config) -> Config:
@@ -245,10 +268,10 @@ def _gemma3(file: GGUFFile, config: Config) -> Config:
     """Every sixth layer sees all; the others slide, with a rotation of their own."""
     rotary = _rotary(file, config)
     largest = 62  # layers of Gemma 3 27B
-    period = _value(file, "attention.sliding_window_pattern", 6)
-    local = {"rope_type": "default", "rope_theta": float(_value(file, "rope.freq_base_swa", 10000.0))}
+    period = _number(file, "attention.sliding_window_pattern") or 6
+    local = {"rope_type": "default", "rope_theta": float(_number(file, "rope.freq_base_swa", 10000.0))}
     rotations = {"full_attention": rotary["rope_parameters"], "sliding_attention": local}
-    kinds = _layer_types(config, int(period))
+    kinds = _layer_types(config, period)
     return rotary | _scale(config, rotary, largest) | {"layer_types": kinds, "rope_parameters": rotations}
 
 

@@ -257,7 +257,7 @@ def test_padding_tokens_at_the_end_are_no_tokens() -> None:
         ({"pre": "klingon"}, "tokenizer.ggml.pre is 'klingon'.*allowed: .*smollm"),
         ({"model": "bert"}, "tokenizer.ggml.model is 'bert'.*allowed: gpt2"),
         ({"tokens": ["a", "a", "b"]}, "1 of the file's tokens stand in its vocabulary twice"),
-        ({"token_type": [1]}, "the file has 3 tokens and 1 kinds of tokens"),
+        ({"token_type": [1]}, "the file has 3 tokens, and says of 1 of what kind they are"),
         ({"merges": ["a zz"]}, "cannot be built"),
         ({"model": "llama"}, "has no score for each token"),
     ],
@@ -280,7 +280,8 @@ def test_tokenizers_that_are_refused(change, message) -> None:
         ({"attention.value_length": 4}, "keys have 8 components a head and values 4"),
         ({"rope.scaling.type": "dynamic", "rope.scaling.factor": 2.0}, "scales its rotary positions by 'dynamic'"),
         ({"attention.head_count_kv": [2, 1]}, "head_count_kv holds a list"),
-        ({"attention.layer_norm_rms_epsilon": "small"}, "gives 'small' for llama.attention.layer_norm_rms_epsilon"),
+        ({"attention.layer_norm_rms_epsilon": "small"}, r"gives 'small' for llama\.attention\.layer_norm_rms_epsilon"),
+        ({"attention.key_length": 8.0}, r"gives 8\.0 for llama\.attention\.key_length; allowed: a whole number"),
         ({"attention.head_count": 0}, "must give 'num_attention_heads' as a positive"),
         ({"block_count": 5}, "tensors are missing"),
         ({"block_count": 1}, "of a layer after those"),
@@ -313,6 +314,25 @@ def test_files_that_are_refused(tiny, tmp_path) -> None:
     other = data.replace(b"general.architecture\x08\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00\x00llama",
                          b"general.architecture\x08\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00\x00llamo")  # fmt: skip
     assert "general.architecture is 'llamo'" in message(other) and "gptneox" in message(other)
+
+
+def test_no_damage_to_a_header_is_more_than_one_message(tiny, tmp_path) -> None:
+    """Bytes changed at random: the file is read, or refused in a message."""
+    tokenizer = {"model": "gpt2", "pre": "gpt-2", "tokens": [chr(97 + i) for i in range(26)], "bos_token_id": 1}
+    path = write_gguf(tiny("llama"), tmp_path / "m.gguf", tokenizer=tokenizer)
+    data, generator = path.read_bytes(), np.random.default_rng(0)
+    end, refused = data.index(b"blk.0.attn_v.weight") + 40, 0
+    for _ in range(400):
+        content = bytearray(data)
+        for at in generator.integers(0, end, size=generator.integers(1, 4)):
+            content[at] = generator.integers(0, 256)
+        path.write_bytes(bytes(content))
+        try:
+            source = opened(path)
+            source.layer(0), source.embeddings(), source.first_mlp(), load_tokenizer(open_checkpoint(local(path)))
+        except UserError:
+            refused += 1
+    assert refused > 100
 
 
 def test_a_part_of_a_split_file(tiny, tmp_path) -> None:
