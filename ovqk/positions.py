@@ -1,5 +1,5 @@
 """Position or content: how much of a head's score variance over keys comes from where a key is, and how much from
-what it is. A measured answer beside the seed page's reading of symmetry (definitions: section 4).
+what it is. A measured answer beside the common reading of symmetry (docs/definitions.md, section 4).
 
 All on folded weights, for the head's bilinear form on its direct path: for layers >= 1 what earlier heads move into
 the residual stream is not in it, and with learned positions the norm's joint scale of embedding and position is
