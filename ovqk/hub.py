@@ -30,7 +30,7 @@ from ovqk.files import (
     read_config,
     remember,
 )
-from ovqk.patience import Bar, Patience, Unanswered, one_message
+from ovqk.patience import Bar, Patience, UnansweredError, one_message
 from ovqk.shards import Header, Read, is_part, read_header, write_part
 
 SINGLE = "model.safetensors"
@@ -82,12 +82,12 @@ def fetch(model: ModelConfig, label: str, timeout: float) -> Snapshot:
     question = (constants.ENDPOINT, constants.HF_HUB_OFFLINE, label, timeout)
     asked, answer = _unanswered.get(question, (-REMEMBERED, ""))
     if time.monotonic() - asked < REMEMBERED:
-        raise Unanswered(answer)
+        raise UnansweredError(answer)
     patience = Patience(timeout)
     try:
         with one_message(label, model.revision, patience), patience.kept():
             return _Repository(model.repo, model.revision, label, patience).snapshot()
-    except Unanswered as error:
+    except UnansweredError as error:
         _unanswered[question] = time.monotonic(), str(error)
         raise
 

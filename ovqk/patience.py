@@ -19,7 +19,7 @@ _unreached: set[str] = set()
 """Hosts that this process could not reach when it last tried: one short attempt is enough for each request."""
 
 
-class Unanswered(UserError):
+class UnansweredError(UserError):
     """The hub could not be reached, or fell silent: asking again soon would only cost the same wait again."""
 
 
@@ -55,7 +55,7 @@ class Patience:
             made = default_client_factory()
             made.event_hooks["request"].append(self._before)
             made.event_hooks["response"].append(self._after)
-            made.send = self._connecting(made.send)
+            made.send = self._connecting(made.send)  # type: ignore[method-assign]
             return made
 
         verbosity, xet = logging.get_verbosity(), constants.HF_HUB_DISABLE_XET
@@ -155,7 +155,7 @@ def one_message(label: str, revision: str, patience: Patience) -> Iterator[None]
     except (HTTPError, OSError) as error:
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
         reason, unanswered = _reason(cause, patience)
-        raise (Unanswered if unanswered else UserError)(f"{label}: {reason}") from error
+        raise (UnansweredError if unanswered else UserError)(f"{label}: {reason}") from error
 
 
 def _reason(error: BaseException, patience: Patience) -> tuple[str, bool]:
