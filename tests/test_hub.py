@@ -527,7 +527,9 @@ def test_a_hub_that_refuses_connections_is_one_message(hub, monkeypatch) -> None
     hub.server.shutdown()
     hub.server.server_close()
     with at_once(monkeypatch):
-        fails(r"not in the Hugging Face cache, and the hub could not be reached \(127\.0\.0\.1: Connection refused\)\. ")
+        fails(
+            r"not in the Hugging Face cache, and the hub could not be reached \(127\.0\.0\.1: Connection refused\)\. "
+        )
 
 
 @pytest.fixture
@@ -572,7 +574,9 @@ def test_a_hub_that_could_not_be_reached_is_asked_again_later(hub, wide, monkeyp
     with monkeypatch.context() as away:
         away.setattr(hub_module, "REMEMBERED", 0.0)
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE
-        away.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace(hub.url, "http://127.0.0.1:1"))  # nobody listens there
+        away.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace(hub.url, "http://127.0.0.1:1")
+        )  # nobody listens there
         fails("the hub could not be reached")
         assert patience._unreached == {"127.0.0.1"}
         away.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
