@@ -380,7 +380,8 @@ def main() -> None:
     difference = measurement.clean.difference
     after = spelled(start, model.tokenizer)
     print(f"{arguments.task.stem}: {arguments.count} prompts {after},")
-    print(f"logit difference {measurement.total:.2f} on average, answer above foil in {(difference > 0).float().mean():.1%}")
+    above = (difference > 0).float().mean()
+    print(f"logit difference {measurement.total:.2f} on average, answer above foil in {above:.1%}")
     for role, entries in found.items():
         print(f"{role}: {'not found' if not entries else ''}")
         for entry in entries:
