@@ -20,6 +20,7 @@ from ovqk.candidates import candidate_rows, unclaimed
 from ovqk.claims import Claims, resolve_claims
 from ovqk.composition import STRONGEST, composition_table, virtual_heads_table
 from ovqk.config import Config
+from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, metric_names
 from ovqk.model import Layer, Model
 from ovqk.nulls import Predicted
@@ -83,7 +84,7 @@ def analyse(
     model = Model.read(source, tokenizer, n_tokens, label, config)
     tests = ClaimTests(model, claims if isinstance(claims, Claims) else unclaimed(config.task))
     with nullcontext(Entry()) if cache is None else cache.entry(model) as entry:
-        structure, directions, readouts = [], DirectionTables(model), []
+        structure, directions, readouts, freed = [], DirectionTables(model), [], FreedMemory()
         for index in layers(source.architecture.n_layers):
             layer = Layer(model, index)
             if entry.tables is None:
@@ -91,6 +92,8 @@ def analyse(
                 directions.add(layer)
             readouts.append(heads_rows(layer, task_metrics(layer)))
             tests.visit(layer)
+            del layer
+            freed.give_back()
         made = entry.tables
         if made is None:
             made = stacked(structure) | directions.tables()

@@ -232,6 +232,10 @@ class Config:
     """Gigabytes that the cache may have; beyond them what was longest unused goes."""
 
 
+LISTED = 9
+"""Names of choices that a message lists: all of them if there are no more, else the nearest."""
+
+
 def check_keys(arguments: Iterable[str]) -> None:
     """Refuse a mistyped key on the command line, naming the keys that are allowed where it stands.
 
@@ -239,8 +243,8 @@ def check_keys(arguments: Iterable[str]) -> None:
         SystemExit: with one message.
     """
     for argument in arguments:
-        match = re.fullmatch(r"\+{0,2}([A-Za-z_][\w.-]*)=.*", argument, flags=re.DOTALL)
-        if match is None or match[1].split(".")[0] == "hydra":
+        match = re.fullmatch(r"\+{0,2}([A-Za-z_][\w./-]*)=.*", argument, flags=re.DOTALL)
+        if match is None or re.split("[./]", match[1])[0] == "hydra":
             continue
         place: type = Config
         parts = match[1].split(".")
@@ -275,6 +279,8 @@ def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
         error: the error, with what caused it.
         folders: where the config files are, for the place of a mistake in a file.
     """
+    if getattr(error, "missing_cfg_file", None):
+        return [_unknown_choice(error, folders)]
     lines = [line for e in (error, error.__cause__) if e is not None for line in str(e).splitlines()]
     found = [match for line in lines if (match := re.fullmatch(r"\s*(\w+)[:=] ?(.*)", line))]
     facts = {match[1]: match[2] for match in found if match[1] in ("full_key", "object_type", "reference_type")}
@@ -294,6 +300,45 @@ def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
         places = _places(yaml.safe_load(files[0].read_text("utf-8")), key, value and value[1]) if files else []
         return [f"{match[1]}.yaml: {', '.join(places) or key}: {what}"]
     return [f"{key}: {what}"]
+
+
+def _unknown_choice(error: Any, folders: Iterable[Path]) -> str:
+    """Say which model, task or other config file is not there, which names are near, and how to see them all."""
+    group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
+    first, _, rest = group.partition("/")
+    if first != "hydra" and rest:  # a name with a slash in it, as the hub has them
+        group, name = first, f"{rest}/{name}"
+    parent = re.match(r"In '([^']+)'", str(error))
+    where = f"{parent[1]}.yaml: " if parent and parent[1] not in ("config", "hydra/config") else ""
+    if group:
+        options = list(error.options or ())
+        said = f"{where}{group}={name}: there is no such {group.split('/')[-1]}."
+    else:
+        files = {path.stem for folder in folders for path in folder.glob("*.yaml")}
+        options = sorted(files - {"config", "settings"})
+        said = f"{where}-cn {name}: there is no {name}.yaml in conf/ or in a folder named by -cd."
+    if len(options) <= LISTED:
+        return f"{said} Allowed: {', '.join(options)}." if options else said
+    near = close_names(name.rpartition("/")[2], options)
+    hint = f" Did you mean {_either(near)}?" if near else ""
+    if group != "model":
+        return f"{said}{hint} There are {len(options)}."
+    return (
+        f"{said}{hint} `python run.py --help` lists all {len(options)}, and conf/model/ has a file for each. "
+        "A checkpoint of your own is model=local model.path=DIR."
+    )
+
+
+def close_names(name: str, options: Iterable[str]) -> list[str]:
+    """Return at most LISTED of the options that begin with the name, and then of those that are spelled like it."""
+    options = sorted(options)
+    begin = [option for option in options if option.lower().startswith(name.lower())] if name else []
+    like = difflib.get_close_matches(name.lower(), options, n=4, cutoff=0.65)
+    return list(dict.fromkeys([*begin, *like]))[:LISTED]
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _places(content: Any, key: str, value: str | None, at: str = "") -> Iterator[str]:

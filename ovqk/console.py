@@ -18,6 +18,7 @@ from ovqk.directions import describe
 from ovqk.outcomes import Outcome
 from ovqk.record import read_record, read_tracking
 from ovqk.results import load_table
+from ovqk.suggestions import next_arguments
 from ovqk.tables import (
     STYLES,
     candidate_table,
@@ -146,14 +147,10 @@ def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None
         sync = f"   {_python()} -m ovqk.tracking {shlex.quote(str(results_dir))}"
         out.print("W&B: not tracked" + (f" ({tracking['reason']})" if "reason" in tracking else ""), soft_wrap=True)
     out.print("next:")
-    chosen = record["provenance"]["config"]["model"]
-    model = f"model={chosen['name']}"
-    if chosen["source"] == "local":
-        model = f"model=local {shlex.quote('model.path=' + chosen['path'])}"
-        model += f" model.name={chosen['name']}"  # another name would be another model's results
-        model += f" model.claims={chosen['claims']}" if chosen["claims"] else ""
+    arguments = next_arguments(folder, record)
     table = "composition" if "virtual_heads" in record["tables"] else "heads"
-    out.print(f"   {_python()} run.py -m {model} task=ioi,sva,induction analysis=b03,qk", soft_wrap=True)
+    if arguments is not None:
+        out.print(f"   {_python()} run.py {arguments}", soft_wrap=True)
     code = f"import ovqk; print(ovqk.load_results({str(results_dir)!r})[{table!r}])"
     quoted = shlex.quote(code) if set(str(results_dir)) & set("\"'$`\\") else f'"{code}"'
     out.print(f"   {_python()} -c {quoted}", soft_wrap=True)

@@ -7,6 +7,7 @@ part, that part alone is read, by byte ranges, into a smaller file in ovqk's own
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,13 +30,15 @@ from ovqk.files import (
     read_config,
     remember,
 )
-from ovqk.patience import Bar, Patience, one_message
+from ovqk.patience import Bar, Patience, UnansweredError, one_message
 from ovqk.shards import Header, Read, is_part, read_header, write_part
 
 SINGLE = "model.safetensors"
 SHARE = 0.5
 """Of a shard's bytes: where ovqk reads more, the whole file is fetched, which other programs can use too."""
 CHUNK = 2**24  # bytes of one request: what is in memory at a time
+REMEMBERED = 300.0
+"""Seconds for which a repository is not asked for again after its hub could not be reached, or fell silent."""
 READ = "attention, norms, embeddings and the first MLP"
 
 
@@ -59,6 +62,9 @@ class Snapshot:
 def fetch(model: ModelConfig, label: str, timeout: float) -> Snapshot:
     """What ovqk reads of a model of the hub, fetched where no cache holds it.
 
+    A hub that could not be reached, or fell silent, is waited for once: within REMEMBERED seconds the same question
+    (with the same timeout) in this process has the same answer at once, as for the other cells of a sweep.
+
     Args:
         model: the resolved model config.
         label: how messages name the model.
@@ -71,9 +77,23 @@ def fetch(model: ModelConfig, label: str, timeout: float) -> Snapshot:
         raise UserError(f"model.repo: not set for model={model.name}. source=hub needs repo: OWNER/NAME.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.repo):
         raise UserError(f"model.repo={model.repo}: must be OWNER/NAME.")
+    from huggingface_hub import constants
+
+    question = (constants.ENDPOINT, constants.HF_HUB_OFFLINE, label, timeout)
+    asked, answer = _unanswered.get(question, (-REMEMBERED, ""))
+    if time.monotonic() - asked < REMEMBERED:
+        raise UnansweredError(answer)
     patience = Patience(timeout)
-    with one_message(label, model.revision, patience), patience.kept():
-        return _Repository(model.repo, model.revision, label, patience).snapshot()
+    try:
+        with one_message(label, model.revision, patience), patience.kept():
+            return _Repository(model.repo, model.revision, label, patience).snapshot()
+    except UnansweredError as error:
+        _unanswered[question] = time.monotonic(), str(error)
+        raise
+
+
+_unanswered: dict[tuple[str, bool, str, float], tuple[float, str]] = {}
+"""What was asked of the hub in vain -> when, and the message."""
 
 
 @dataclass(frozen=True)

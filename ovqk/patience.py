@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,14 +11,31 @@ from typing import Any
 from ovqk.errors import UserError
 
 DEFAULT = 10.0  # seconds that huggingface_hub waits, where nothing is set
+CONNECT = 10.0  # seconds that making a connection may take
+CONNECT_AGAIN = 3.0  # the same to a host that could not be reached before
+ATTEMPTS = 4  # to connect: the library makes the second at once, the third after one and the fourth after two seconds
+
+_unreached: set[str] = set()
+"""Hosts that this process could not reach when it last tried: one short attempt is enough for each request."""
+
+
+class UnansweredError(UserError):
+    """The hub could not be reached, or fell silent: asking again soon would only cost the same wait again."""
 
 
 class Patience:
-    """How long nothing new from the hub is borne: the library alone would try again for minutes, without a word."""
+    """How long nothing new from the hub is borne: the library alone would try again for minutes, without a word.
+
+    Attributes:
+        status: HTTP status of the last answer, if the library tries again after it.
+        failure: the host that could not be reached, and why.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.since = seconds, time.monotonic()
-        self.status: int | None = None  # of the last answer, where the library tries again after it
+        self.status: int | None = None
+        self.failure: str | None = None
+        self._attempts = 0  # to connect that failed, one after the other
 
     @property
     def over(self) -> bool:
@@ -37,6 +55,7 @@ class Patience:
             made = default_client_factory()
             made.event_hooks["request"].append(self._before)
             made.event_hooks["response"].append(self._after)
+            made.send = self._connecting(made.send)  # type: ignore[method-assign]
             return made
 
         verbosity, xet = logging.get_verbosity(), constants.HF_HUB_DISABLE_XET
@@ -55,9 +74,38 @@ class Patience:
             raise TimeoutError(f"nothing new for {self.seconds:g} s")
         own = request.extensions.get("timeout", {}).get("read") or DEFAULT
         limit = self.seconds if own >= DEFAULT else min(own, self.seconds)  # what may fail has a short one
-        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), limit)
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), limit) | {
+            "connect": min(limit, CONNECT_AGAIN if request.url.host in _unreached else CONNECT)
+        }
+
+    def _connecting(self, send: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a client's `send`, so that a host that cannot be reached in ATTEMPTS is given up.
+
+        The library alone makes six, with 23 s of pauses. From this error it goes on as in its offline mode, with what
+        its cache holds. An attempt that took all of its time counts for two.
+        """
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        def sent(request: Any, **keys: Any) -> Any:
+            try:
+                return send(request, **keys)
+            except Exception as error:
+                if type(error).__name__ not in ("ConnectError", "ConnectTimeout"):
+                    raise
+                host = getattr(error, "request", request).url.host
+                self._attempts += 2 if type(error).__name__ == "ConnectTimeout" else 1
+                if self._attempts < ATTEMPTS and host not in _unreached:
+                    raise
+                _unreached.add(host)
+                cause = re.sub(r"^\[.*?\] ?", "", _first_line(error))  # without an error number
+                self.failure = f"{host}: {cause or 'no connection in time'}"
+                raise OfflineModeIsEnabled(self.failure) from error
+
+        return sent
 
     def _after(self, response: Any) -> None:
+        _unreached.discard(response.request.url.host)
+        self._attempts = 0
         self.status = response.status_code if response.status_code in (408, 429, *range(500, 600)) else None
         if response.request.method == "HEAD" and response.status_code < 400:
             self.renew()  # what has a body counts when it has come
@@ -106,32 +154,42 @@ def one_message(label: str, revision: str, patience: Patience) -> Iterator[None]
         raise UserError(f"{label}: no such repository, or it is private and you are not logged in.") from error
     except (HTTPError, OSError) as error:
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-        raise UserError(f"{label}: {_reason(cause, patience)}") from error
+        reason, unanswered = _reason(cause, patience)
+        raise (UnansweredError if unanswered else UserError)(f"{label}: {reason}") from error
 
 
-def _reason(error: BaseException, patience: Patience) -> str:
-    """What was wrong, and what to do."""
+def _reason(error: BaseException, patience: Patience) -> tuple[str, bool]:
+    """Return what was wrong and what to do, and whether the hub was waited for in vain."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     number = getattr(error, "errno", None)
     status = getattr(getattr(error, "response", None), "status_code", patience.status)
     if isinstance(number, int):  # of the disk: what comes from the network has none
         what = "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else "a cache cannot be written"
-        return f"{what} ({os.strerror(number)}). HF_HOME moves the Hugging Face cache, OVQK_CACHE_DIR ovqk's own."
+        moves = "HF_HOME moves the Hugging Face cache, OVQK_CACHE_DIR ovqk's own."
+        return f"{what} ({os.strerror(number)}). {moves}", False
     if status in (401, 403):
-        return f"the hub refuses access (HTTP {status}). Look at `hf auth whoami`; log in with `hf auth login`."
+        login = "Look at `hf auth whoami`; log in with `hf auth login`."
+        return f"the hub refuses access (HTTP {status}). {login}", False
     if status == 429:
-        return "the hub asks for fewer requests (HTTP 429). Wait some minutes, or log in with `hf auth login`."
+        wait = "Wait some minutes, or log in with `hf auth login`."
+        return f"the hub asks for fewer requests (HTTP 429). {wait}", False
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)) or type(error).__name__ == "ConnectError":
-        return (
-            "not in the Hugging Face cache, and the hub could not be reached. Connect once, or use "
-            "model=local model.path=DIR."
-        )
+        offline = constants.is_offline_mode()
+        why = "HF_HUB_OFFLINE is set" if offline else patience.failure
+        reached = "the hub could not be reached" + (f" ({why})" if why else "")
+        advice = "Connect once, or use model=local model.path=DIR."
+        return f"not in the Hugging Face cache, and {reached}. {advice}", not offline
     if patience.over:
         last = "" if status is None else f"; it last answered HTTP {status}"
+        silent = f"the hub delivered nothing for {patience.seconds:g} s (hub_timeout{last})"
         return (
-            f"not in a cache, and the hub delivered nothing for {patience.seconds:g} s (hub_timeout{last}). Run it "
-            "again, or use model=local model.path=DIR."
+            f"not in a cache, and {silent}. Run it again, or use model=local model.path=DIR.",
+            status is None,
         )
-    lines = str(error).strip().splitlines() or [""]
-    return f"the hub did not deliver the files ({type(error).__name__}: {lines[0]}). Run it again."
+    return f"the hub did not deliver the files ({type(error).__name__}: {_first_line(error)}). Run it again.", False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -38,11 +38,17 @@ Slots of one word set never take the same word, and never two forms of one word 
 `slot`, then `slot.2` and so on; END is the last word of the text, from which the answer is predicted.
 """
 
+import json
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 WordSets = Mapping[str, Sequence[str]]
 Span = tuple[int, int]
@@ -123,6 +129,38 @@ def token_positions(prompt: Prompt, offsets: Iterable[Span]) -> dict[str, int]:
             raise ValueError(f"no token covers {label} {prompt.text[first:last]!r} of {prompt.text!r}")
         positions[label] = inside[-1]
     return positions
+
+
+def start_tokens(tokenizer: "Tokenizer", directory: Path) -> list[int]:
+    """Return the ids that a checkpoint's tokenizer puts before every text by itself; none for GPT-2's, for instance.
+
+    A model run without them may not know its task: Gemma 3 answers 12 % of ioi's prompts without its start token and
+    100 % with it. `add_bos_token` in tokenizer_config.json decides if it is there, as in transformers' classes; else
+    the post-processor of the tokenizer does.
+
+    Args:
+        tokenizer: the checkpoint's, as `ovqk.tasks.load_tokenizer` reads it.
+        directory: where tokenizer_config.json may be.
+
+    Raises:
+        ValueError: a start token is asked for, and the vocabulary has none of its name.
+    """
+    encoded = tokenizer.encode("a")
+    marked = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+    own = [token for token, _ in takewhile(lambda pair: pair[1] == 1, marked)]
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    asked = settings.get("add_bos_token")
+    if asked is None or (asked and own):
+        return own
+    if not asked:
+        return []
+    name = settings.get("bos_token")
+    name = name.get("content") if isinstance(name, Mapping) else name
+    found = None if name is None else tokenizer.token_to_id(name)
+    if found is None:
+        raise ValueError(f"tokenizer_config.json asks for a start token, and the vocabulary has no bos_token {name!r}")
+    return [found]
 
 
 def _refuse_unknown(entry: Mapping[str, Any], known: set[str]) -> None:

@@ -3,7 +3,8 @@
     python scripts/accuracy.py ovqk/bundled/mini-attn
 
 Every example puts a sentence on a held-out triple of words behind ordinary text of a random length (see
-`language.py`), and counts as right where
+`language.py`; half of the texts start with <eos>, the language's start token, as half of the training windows do), and
+counts as right where
 
     ioi         the most likely of all words is the indirect object
     sva         the most likely of all verb forms has the subject's number

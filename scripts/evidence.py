@@ -67,7 +67,9 @@ def measured(directory: Path, task: str, count: int) -> Measured:
     file = ROOT / "conf" / "task" / f"{task}.yaml"
     with contextlib.redirect_stderr(io.StringIO()):
         model = TransformerBridge.boot_transformers(str(directory), device="cpu")
-        found = measure_roles.measure(measure_roles.prepare(model, yaml.safe_load(file.read_text()), count, 0), task)
+        start = measure_roles.own_start(str(directory), model.tokenizer)
+        content = yaml.safe_load(file.read_text())
+        found = measure_roles.measure(measure_roles.prepare(model, content, count, 0, start), task)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cell = resolve(compose("config", overrides=[f"task={task}", "model=local", f"model.path={directory}"]))
     checkpoint = open_checkpoint(cell.model)

@@ -40,9 +40,14 @@ from typing import Any
 
 import torch
 import yaml
+from language import END_OF_TEXT
+from tokenizers.models import WordLevel
 from transformer_lens.model_bridge import TransformerBridge
 
-from ovqk.prompts import Prompt, known_words, sample_prompts, token_positions
+from ovqk.checkpoints import open_checkpoint
+from ovqk.config import ModelConfig, Source
+from ovqk.prompts import Prompt, known_words, sample_prompts, start_tokens, token_positions
+from ovqk.tasks import load_tokenizer
 
 LEAST_ATTENTION = 0.3
 LEAST_SHARE = 0.05
@@ -139,10 +144,31 @@ def word_token(tokenizer: Any, word: str) -> int | None:
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
 
-def encode(model: TransformerBridge, prompts: list[Prompt]) -> Batch:
-    """Tokenise with the model's own start token in front, and find the labelled tokens."""
+def own_start(name: str, tokenizer: Any) -> list[int]:
+    """The tokens that stand before each text of this model: those that its tokenizer puts there by itself.
+
+    The models of `train.py` read a prompt that begins a text after <eos>, which their tokenizer files do not say.
+    TransformerLens would put a start token before the texts of GPT-2, too, which has seen none.
+    """
+    if tokenizer.bos_token == END_OF_TEXT and isinstance(tokenizer.backend_tokenizer.model, WordLevel):
+        return [tokenizer.bos_token_id]
+    source = Source.local if Path(name).is_dir() else Source.hub
+    checkpoint = open_checkpoint(ModelConfig(name=Path(name).name, source=source, path=name, repo=name))
+    loaded = load_tokenizer(checkpoint)
+    if loaded is None:
+        raise ValueError(f"{name}: no tokenizer files")
+    return start_tokens(loaded, checkpoint.directory)
+
+
+def spelled(start: list[int], tokenizer: Any) -> str:
+    """The start tokens as the printed header and the claims' source have them."""
+    names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(start)))
+    return f"after {names}" if start else "without a start token"
+
+
+def encode(model: TransformerBridge, prompts: list[Prompt], start: list[int]) -> Batch:
+    """Tokenise with the model's own start tokens in front, and find the labelled tokens."""
     tokenizer = model.tokenizer
-    start = [tokenizer.bos_token_id] if model.cfg.default_prepend_bos else []
     rows, positions = [], []
     for prompt in prompts:
         encoded = tokenizer(prompt.text, return_offsets_mapping=True, add_special_tokens=False)
@@ -331,10 +357,10 @@ def name_of(head: Head) -> str:
     return f"{head[0]}.{head[1]}"
 
 
-def prepare(model: TransformerBridge, task: Mapping[str, Any], count: int, seed: int) -> Measurement:
-    """Sample the task's prompts from the words the model knows, and run them."""
+def prepare(model: TransformerBridge, task: Mapping[str, Any], count: int, seed: int, start: list[int]) -> Measurement:
+    """Sample the task's prompts from the words the model knows, and run them after the start tokens."""
     known = known_words(task["words"], task["prompts"], lambda word: word_token(model.tokenizer, word) is not None)
-    return Measurement(model, encode(model, sample_prompts(known, task["prompts"], count, seed)))
+    return Measurement(model, encode(model, sample_prompts(known, task["prompts"], count, seed), start))
 
 
 def main() -> None:
@@ -347,18 +373,21 @@ def main() -> None:
     arguments = parser.parse_args()
     model = TransformerBridge.boot_transformers(arguments.model, device="cpu")
     task = yaml.safe_load(arguments.task.read_text())
-    measurement = prepare(model, task, arguments.count, arguments.seed)
+    start = own_start(arguments.model, model.tokenizer)
+    measurement = prepare(model, task, arguments.count, arguments.seed, start)
     found = measure(measurement, arguments.task.stem)
 
     difference = measurement.clean.difference
-    print(f"{arguments.task.stem}: {arguments.count} prompts, logit difference {measurement.total:.2f} on average,")
-    print(f"answer above foil in {(difference > 0).float().mean():.1%}")
+    after = spelled(start, model.tokenizer)
+    print(f"{arguments.task.stem}: {arguments.count} prompts {after},")
+    above = (difference > 0).float().mean()
+    print(f"logit difference {measurement.total:.2f} on average, answer above foil in {above:.1%}")
     for role, entries in found.items():
         print(f"{role}: {'not found' if not entries else ''}")
         for entry in entries:
             print(f"  {name_of(entry.head)}  " + "  ".join(f"{k} {v:.2f}" for k, v in entry.values.items()))
     if arguments.out:
-        source = f"scripts/measure_roles.py, {arguments.count} prompts, seed {arguments.seed}"
+        source = f"scripts/measure_roles.py, {arguments.count} prompts {after}, seed {arguments.seed}"
         content = {"claims": {Path(arguments.model).name: claims(found, source)}}
         arguments.out.write_text(yaml.safe_dump(content, sort_keys=False))
 

@@ -104,9 +104,9 @@ def test_the_id_depends_on_what_numbers_depend_on_and_on_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model=gpt3"], "Could not find 'model/gpt3'"),
-        (["task=ioj"], "Could not find 'task/ioj'"),
-        (["analysis=b04"], "Could not find 'analysis/b04'"),
+        (["model=gpt3"], "model=gpt3: there is no such model"),
+        (["task=ioj"], "task=ioj: there is no such task"),
+        (["analysis=b04"], "analysis=b04: there is no such analysis"),
         (["proccessing=raw"], "proccessing: no such key. Did you mean processing? Allowed: analysis, cache,"),
         (["model.pth=x"], "model.pth: no such key. Did you mean model.path? Allowed under model: causal, checkpoint,"),
         (["seed=many"], "could not be converted to Integer"),
@@ -170,7 +170,10 @@ def test_two_processes_on_one_results_folder_compute_a_cell_once(tmp_path) -> No
 
 def test_allowed_choices_are_listed(cli) -> None:
     _, printed = cli("model=gpt3")
-    assert all(name in printed for name in ("mini-attn", "gpt2", "gpt2-medium", "local"))
+    assert all(name in printed for name in ("Did you mean gpt2?", "run.py --help", "model=local model.path=DIR"))
+    assert len(printed.strip().splitlines()) == 1
+    _, printed = cli("analysis=b4")
+    assert all(path.stem in printed for path in (ROOT / "conf" / "analysis").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("sweep", [(), ("-m",)])

@@ -57,13 +57,14 @@ def test_metrics_carry_title_formula_and_range() -> None:
 
 # fmt: off
 ORDER = [
-    "errors", "config", "metrics", "colours", "weights", "devices", "families", "files", "shards", "patience", "hub",
-    "gguf_file", "gguf_tokenizer", "llama_cpp", "checkpoints", "native", "single_file",
+    "errors", "memory", "config", "metrics", "colours", "weights", "devices", "families", "files", "shards",
+    "patience", "hub", "gguf_file", "gguf_tokenizer", "llama_cpp", "checkpoints", "native", "single_file",
     "threads", "heads", "vocabulary", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
     "directions", "readouts", "composition", "availability", "model", "claims", "statistics", "nulls", "surrogates",
     "testing", "candidates", "patterns", "verdicts", "prompts", "identity", "structure", "cache", "analyses", "record",
     "outcomes", "results", "comparison", "thinning", "drawing", "figures", "portraits", "page", "report", "panels",
-    "overview", "wandb_service", "runs", "tracking", "dashboard", "tables", "console", "progress", "cell", "sweep",
+    "overview", "wandb_service", "runs", "tracking", "dashboard", "tables", "suggestions", "console",
+    "progress", "cell", "sweep",
 ]
 # fmt: on
 

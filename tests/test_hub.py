@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ovqk import hub as hub_module
+from ovqk import patience
 from ovqk.checkpoints import Checkpoint, open_checkpoint
 from ovqk.config import ModelConfig, Source
 from ovqk.errors import UserError
@@ -40,6 +41,13 @@ def model(revision: str = "main", repo: str = REPO) -> ModelConfig:
 
 def opened(timeout: float = 20.0, **keys) -> Checkpoint:
     return open_checkpoint(model(**keys), hub_timeout=timeout)
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked_before(monkeypatch) -> None:
+    """A process that has asked no hub yet."""
+    monkeypatch.setattr(hub_module, "_unanswered", {})
+    monkeypatch.setattr(patience, "_unreached", set())
 
 
 @pytest.fixture
@@ -437,7 +445,8 @@ def test_a_hub_that_falls_silent_is_given_up_in_time(hub, wide, where) -> None:
     fails(r"not in a cache, and the hub delivered nothing for 1 s \(hub_timeout\)", timeout=1.0)
     assert time.monotonic() - started < 5
     hub.hang = None
-    assert same_weights(opened(), model(), wide)
+    fails(r"the hub delivered nothing for 1 s", timeout=1.0)  # the same question, at once
+    assert same_weights(opened(), model(), wide)  # with more patience it is another
 
 
 def test_a_full_disk(hub, wide, monkeypatch) -> None:
@@ -518,8 +527,82 @@ def test_a_hub_that_refuses_connections_is_one_message(hub, monkeypatch) -> None
     hub.server.shutdown()
     hub.server.server_close()
     with at_once(monkeypatch):
-        fails("not in the Hugging Face cache, and the hub could not be reached")
-    fails(r"the hub delivered nothing for 0\.5 s \(hub_timeout\)", timeout=0.5)
+        fails(
+            r"not in the Hugging Face cache, and the hub could not be reached \(127\.0\.0\.1: Connection refused\)\. "
+        )
+
+
+@pytest.fixture
+def pauses(monkeypatch) -> list[float]:
+    """The pauses between the library's attempts, which are left out."""
+    found: list[float] = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
+
+
+def closed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Close the hub; returns what will be asked of it."""
+    hub.server.shutdown()
+    hub.server.server_close()
+    asked: list[str] = []
+    before = patience.Patience._before
+
+    def noting(self: patience.Patience, request) -> None:
+        asked.append(f"{request.method} {request.url.path}")
+        before(self, request)
+
+    monkeypatch.setattr(patience.Patience, "_before", noting)
+    return asked
+
+
+def test_a_hub_that_cannot_be_reached_is_waited_for_once(hub, monkeypatch, pauses) -> None:
+    asked = closed(hub, monkeypatch)
+    fails("the hub could not be reached")
+    assert len(asked) <= patience.ATTEMPTS and sum(pauses) <= 3  # the library alone: six attempts and 23 s
+    asked.clear()
+    fails("the hub could not be reached")
+    assert not asked  # the same question: the same answer at once
+    pauses.clear()
+    fails("the hub could not be reached", repo="someone/other")
+    assert 1 <= len(asked) <= 2 and not pauses  # another repository: one attempt
+
+
+def test_a_hub_that_could_not_be_reached_is_asked_again_later(hub, wide, monkeypatch, pauses) -> None:
+    from huggingface_hub import constants
+
+    hub.hold(wide)
+    with monkeypatch.context() as away:
+        away.setattr(hub_module, "REMEMBERED", 0.0)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        away.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace(hub.url, "http://127.0.0.1:1")
+        )  # nobody listens there
+        fails("the hub could not be reached")
+        assert patience._unreached == {"127.0.0.1"}
+        away.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        assert same_weights(opened(), model(), wide)
+        assert not patience._unreached  # it answers: patience as before
+
+
+def test_a_cached_model_behind_a_hub_that_cannot_be_reached_costs_no_pause(
+    hub, filled_cache, monkeypatch, pauses
+) -> None:
+    asked = closed(hub, monkeypatch)
+    assert opened().revision == COMMIT and not pauses
+    assert asked
+
+
+def test_what_the_user_can_mend_is_asked_again_at_once(hub, wide) -> None:
+    hub.hold(wide)
+    hub.answers = {"config.json": (403, "GatedRepo")}
+    fails("the repository is gated")
+    hub.answers = {}
+    assert same_weights(opened(), model(), wide)
+
+
+def test_offline_mode_is_named(hf_cache) -> None:
+    fails(r"the hub could not be reached \(HF_HUB_OFFLINE is set\)", repo="someone/other")
+    assert not hub_module._unanswered  # no wait, nothing to spare
 
 
 def test_a_step_of_training_is_read_at_its_revision(filled_cache) -> None:

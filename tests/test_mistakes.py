@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ovqk.config import check_keys, mistakes, register
+from ovqk.config import LISTED, check_keys, close_names, mistakes, register
 
 
 def told(folder, *overrides: str) -> str:
@@ -49,8 +49,62 @@ def test_what_cannot_be_parsed_is_told_with_its_override(tmp_path) -> None:
     assert told(tmp_path, "model.path=a b(").startswith("Error parsing override 'model.path=a b('")
 
 
-def test_what_is_no_mistake_of_a_value_is_told_as_it_is(tmp_path) -> None:
-    assert "Could not find 'model/gpt3'" in told(tmp_path, "model=gpt3")
+@pytest.mark.parametrize(("override", "message"), [
+    ("task=ioii", "task=ioii: there is no such task. Allowed: acronym, copy_suppression, greater_than, induction, ioi, "
+     "none, sva."),
+    ("analysis=b3", "analysis=b3: there is no such analysis. Allowed: b03, composition, ov, qk."),
+    ("tracking=on", "tracking=on: there is no such tracking. Allowed: none, offline, online."),
+    ("model=gtp2", "model=gtp2: there is no such model. Did you mean gpt2? `python run.py --help` lists all "),
+    ("model=gpt3", "model=gpt3: there is no such model. Did you mean gpt2? "),
+    ("model=LLAMA-3.2", "model=LLAMA-3.2: there is no such model. Did you mean llama-3.2-"),
+    ("model=gpt2_medium", "model=gpt2_medium: there is no such model. Did you mean gpt2-medium? "),
+    ("model=meta-llama/Llama-3.2-1B", "model=meta-llama/Llama-3.2-1B: there is no such model. Did you mean "
+     "llama-3.2-1b"),
+    ("model=zzz", "model=zzz: there is no such model. `python run.py --help` lists all "),
+])  # fmt: skip
+def test_an_unknown_choice_is_told_with_the_nearest_names(override, message, tmp_path) -> None:
+    said = told(tmp_path, override)
+    assert said.startswith(message) and "\n" not in said
+
+
+def test_the_beginning_of_a_name_is_told_with_those_that_begin_so(tmp_path) -> None:
+    names = [path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")]
+    near = close_names("qwen", names)
+    assert len(near) == LISTED and all(name.startswith("qwen") for name in near)
+    assert close_names("qwen3-4b", names)[0] == "qwen3-4b-base"
+    assert close_names("", names) == []
+
+
+def test_an_unknown_choice_in_a_file_is_told_with_the_file(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults:\n  - config\n  - override task: iio\n  - _self_\n")
+    register()
+    with initialize_config_dir(str(tmp_path), version_base="1.3"), pytest.raises(HydraException) as found:
+        compose("mine", overrides=[f"hydra.searchpath=[file://{ROOT / 'conf'}]"])
+    assert mistakes(found.value, [tmp_path, ROOT / "conf"])[0].startswith(("task=iio:", "mine.yaml: task=iio:"))
+
+
+def test_an_unknown_config_is_told_with_those_of_the_folder_given(tmp_path) -> None:
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"), pytest.raises(HydraException) as found:
+        compose("cros_model")
+    assert mistakes(found.value, [ROOT / "sweeps", ROOT / "conf"]) == [
+        "-cn cros_model: there is no cros_model.yaml in conf/ or in a folder named by -cd. Allowed: cross_model, "
+        "gpt2_family, scale, sensitivity, smoke, training, wandb_grid."
+    ]
+
+
+def test_an_unknown_launcher_is_told_with_those_that_are_installed(tmp_path) -> None:
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"), pytest.raises(HydraException) as found:
+        compose("config", overrides=["hydra/launcher=slrum"], return_hydra_config=True)
+    (said,) = mistakes(found.value, [ROOT / "conf"])
+    assert said.startswith("hydra/launcher=slrum: there is no such launcher. Allowed: basic, cluster, ")
+
+
+def test_a_group_that_is_not_there_is_no_key() -> None:
+    check_keys(["hydra/launcher=laptop", "+hydra/launcher=laptop", "model.path=a/b"])
+    with pytest.raises(SystemExit, match="foo/bar: no such key"):
+        check_keys(["+foo/bar=1"])
 
 
 @pytest.mark.parametrize(("argument", "message"), [

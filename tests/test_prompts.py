@@ -1,10 +1,11 @@
 """Prompts: orders and forms are balanced, the marked tokens are the right ones, nonsense is refused."""
 
+import json
 from collections import Counter
 
 import pytest
 
-from ovqk.prompts import known_words, sample_prompts, token_positions, variants
+from ovqk.prompts import known_words, sample_prompts, start_tokens, token_positions, variants
 
 WORDS = {
     "names": ["Mary", "John", "Tom", "James", "Anna"],
@@ -209,3 +210,41 @@ def test_a_set_too_small_for_its_slots_is_refused():
         sample_prompts({**WORDS, "names": ["Mary", "John"]}, IOI, 1, seed=0)
     with pytest.raises(ValueError, match="index-aligned"):
         sample_prompts({**WORDS, "nouns_plural": ["cats"]}, SVA, 1, seed=0)
+
+
+def a_tokenizer(processor: bool = False, after: bool = False):
+    """Letters as tokens, and <s> and </s>, which a post-processor may put around a text."""
+    from tokenizers import Tokenizer, models, processors
+
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "<s>": 2, "</s>": 3}, []))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    if processor or after:
+        template = f"{'<s> ' * processor}$A{' </s>' * after}"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 2), ("</s>", 3)]
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("tokenizer", "settings", "start"), [
+    ({}, None, []),  # GPT-2's vocab.json and merges.txt
+    ({}, {"bos_token": "<s>"}, []),
+    ({}, {"bos_token": "<s>", "add_bos_token": True}, [2]),
+    ({}, {"bos_token": {"content": "<s>"}, "add_bos_token": True}, [2]),
+    ({}, {"bos_token": "<s>", "add_bos_token": False}, []),
+    ({"processor": True}, None, [2]),
+    ({"processor": True, "after": True}, {"bos_token": "<s>", "add_bos_token": None}, [2]),
+    ({"processor": True}, {"bos_token": "<s>", "add_bos_token": True}, [2]),
+    ({"processor": True}, {"bos_token": "<s>", "add_bos_token": False}, []),
+    ({"after": True}, {"bos_token": "<s>"}, []),
+])  # fmt: skip
+def test_the_start_token_is_the_one_that_the_tokenizer_adds(tokenizer, settings, start, tmp_path):
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert start_tokens(a_tokenizer(**tokenizer), tmp_path) == start
+
+
+def test_a_start_token_that_is_not_in_the_vocabulary_is_refused(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<bos>", "add_bos_token": true}')
+    with pytest.raises(ValueError, match="has no bos_token '<bos>'"):
+        start_tokens(a_tokenizer(), tmp_path)

@@ -32,7 +32,33 @@ def batch_of(path):
         TASK["words"], TASK["prompts"], lambda word: measure_roles.word_token(model.tokenizer, word) is not None
     )
     prompts = measure_roles.sample_prompts(known, TASK["prompts"], 20, 0)
-    return model, measure_roles.encode(model, prompts)
+    return model, measure_roles.encode(model, prompts, measure_roles.own_start(str(path), model.tokenizer))
+
+
+@pytest.mark.parametrize("name", ["mini-attn", "mini-gpt2", "mini-llama"])
+def test_bundled_models_are_measured_after_the_start_of_a_text_of_their_language(name) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED.parent / name)
+    start = measure_roles.own_start(str(BUNDLED.parent / name), tokenizer)
+    assert start == [tokenizer.bos_token_id] and measure_roles.spelled(start, tokenizer) == "after '<eos>'"
+
+
+@pytest.mark.parametrize(("adds", "said"), [(None, "without a start token"), (True, "after '<|begin|>'")])
+def test_another_model_is_measured_after_what_its_tokenizer_adds(adds, said, tiny_gpt2, tmp_path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "copy"
+    shutil.copytree(tiny_gpt2, path)
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|begin|>"]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "add_bos_token": adds}
+    (path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    loaded = AutoTokenizer.from_pretrained(path)
+    assert measure_roles.spelled(measure_roles.own_start(str(path), loaded), loaded) == said
 
 
 @torch.no_grad()

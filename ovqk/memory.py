@@ -1,0 +1,39 @@
+"""Memory that the C library keeps after it was freed, given back to the system."""
+
+import ctypes
+import time
+from collections.abc import Callable
+from functools import cache
+
+SPACING = 2.0  # seconds at least between two returns, each of which takes some milliseconds
+
+
+class FreedMemory:
+    """What was freed and not given back: glibc keeps blocks between others that are still in use.
+
+    A layer's matrices come and go in all sizes and in several threads, so that memory grew with the number of layers
+    though no matrix of them is kept.
+    """
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def give_back(self) -> bool:
+        """Return freed memory to the system; False if it is too soon, or if the C library is not glibc."""
+        trim = _malloc_trim()
+        if trim is None or time.monotonic() - self._last < SPACING:
+            return False
+        trim(0)
+        self._last = time.monotonic()
+        return True
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Return glibc's `malloc_trim`; None with another C library, which has no such function."""
+    try:
+        function: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # no such function, no library, or Windows
+        return None
+    function.argtypes, function.restype = [ctypes.c_size_t], ctypes.c_int  # type: ignore[attr-defined]
+    return function
