@@ -16,15 +16,9 @@ from numpy.typing import NDArray
 
 from ovqk.errors import UserError
 from ovqk.gguf_file import Change, GGUFFile, RenamedTensors
+from ovqk.gguf_settings import Config, gemma2, gemma3, gpt_neox, llama, number, phi3, rotary
 
 Array = NDArray[np.float32]
-Config = dict[str, Any]
-
-
-FRACTIONS = ("epsilon", "softcapping", "factor", "scale_linear", "freq_base", "freq_base_swa", "beta_fast", "beta_slow")
-"""Endings of the settings that need not be whole numbers."""
-PARTLY_ROTATED = ("gpt_neox", "phi3")
-"""Model types that may rotate the first components of a head alone."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +104,6 @@ def _changed(change: Callable[[Array, Config], Array], config: Config, which: st
         raise UserError(f"{which} has shape {list(numbers.shape)}, which the file's settings rule out.") from error
 
 
-# --- config.json ---------------------------------------------------------------------------------------------
-
-
 def _config(file: GGUFFile, architecture: str, convention: Convention) -> Config:
     settings, prefix = file.metadata, f"{architecture}."
     for key in REFUSED:
@@ -124,7 +115,7 @@ def _config(file: GGUFFile, architecture: str, convention: Convention) -> Config
     config: Config = {"model_type": convention.model_type, **convention.constants}
     for keys, must in ((convention.required, True), (convention.optional, False)):
         for theirs, ours in keys.items():
-            value = _number(file, theirs)
+            value = number(file, theirs)
             if value is None and must:
                 raise UserError(f"{file.label}: the file does not give {prefix}{theirs}, which ovqk needs.")
             if value is not None:
@@ -136,154 +127,6 @@ def _config(file: GGUFFile, architecture: str, convention: Convention) -> Config
         config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     config.setdefault("tie_word_embeddings", "output.weight" not in file.tensors)
     return config | convention.complete(file, config)
-
-
-def _value(file: GGUFFile, key: str, default: Any = None) -> Any:
-    """Return a setting of the file's architecture.
-
-    Raises:
-        UserError: it is a list, which gives each layer another.
-    """
-    key = f"{file.metadata['general.architecture']}.{key}"
-    value = file.metadata.get(key, default)
-    if isinstance(value, list):
-        raise UserError(f"{file.label}: {key} holds a list; allowed: one value, the same for all layers.")
-    return value
-
-
-def _number(file: GGUFFile, key: str, default: float | None = None) -> Any:
-    """Return a setting that is a number: a whole one, unless its name says otherwise.
-
-    Raises:
-        UserError: it is anything else.
-    """
-    value = _value(file, key, default)
-    whole = not key.endswith(FRACTIONS)
-    if value is None or (isinstance(value, int if whole else int | float) and not isinstance(value, bool)):
-        return value
-    raise UserError(
-        f"{file.label}: the file gives {value!r} for {file.metadata['general.architecture']}.{key}; allowed: a "
-        f"{'whole ' if whole else ''}number."
-    )
-
-
-def _rotary(file: GGUFFile, config: Config) -> Config:
-    """Return `head_dim`, and the rotation as `rope_parameters`.
-
-    Raises:
-        UserError: values are of another width than keys, a part of a head is rotated in an architecture that rotates
-            the whole, or the scaling is unknown.
-    """
-    heads = config["num_attention_heads"]
-    d_head = _number(file, "attention.key_length") or config["hidden_size"] // max(heads, 1)
-    d_value = _number(file, "attention.value_length") or d_head
-    if d_value != d_head:
-        raise UserError(f"{file.label}: keys have {d_head} components a head and values {d_value}; allowed: as many.")
-    parameters: Config = {"rope_type": "default", "rope_theta": float(_number(file, "rope.freq_base", 10000.0))}
-    rotated = _number(file, "rope.dimension_count") or d_head
-    if rotated != d_head and config["model_type"] not in PARTLY_ROTATED:
-        raise UserError(
-            f"{file.label}: the file rotates {rotated} of a head's {d_head} components; allowed for its architecture: "
-            "all of them."
-        )
-    if rotated != d_head:
-        parameters["partial_rotary_factor"] = rotated / d_head
-    return {"head_dim": d_head, "rope_parameters": parameters | _scaling(file, config)}
-
-
-def _scaling(file: GGUFFile, config: Config) -> Config:
-    """Return the scaling of the rotation, in the words of `rope_parameters`.
-
-    Llama 3's scaling is in the file as the factors that it divides frequencies by; LongRoPE with these factors for
-    every length is the same rotation.
-    """
-    factor = _number(file, "rope.scaling.factor", _number(file, "rope.scale_linear"))
-    kind = _value(file, "rope.scaling.type", "linear" if factor else "none")
-    attention = _number(file, "rope.scaling.attn_factor")
-    trained = _number(file, "rope.scaling.original_context_length")
-    if "rope_factors_short.weight" in file.tensors:
-        short, long = (_factors(file, f"rope_factors_{length}.weight") for length in ("short", "long"))
-        scaling: Config = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
-        scaling |= {} if attention is None else {"attention_factor": attention}
-        return scaling | {"original_max_position_embeddings": trained or config["max_position_embeddings"]}
-    if "rope_freqs.weight" in file.tensors:
-        divisors, trained = _factors(file, "rope_freqs.weight"), config["max_position_embeddings"]
-        scaling = {"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors, "attention_factor": 1.0}
-        return scaling | {"original_max_position_embeddings": trained}
-    if kind == "none":
-        return {}
-    if kind == "linear" and factor:
-        return {} if factor == 1 else {"rope_type": "linear", "factor": factor}
-    if kind == "yarn" and factor and trained and attention in (None, 1):
-        bounds = {ours: _number(file, f"rope.scaling.yarn_{ours}") for ours in ("beta_fast", "beta_slow")}
-        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
-        return scaling | {ours: bound for ours, bound in bounds.items() if bound is not None}
-    raise UserError(
-        f"{file.label}: the file scales its rotary positions by {kind!r} (factor {factor}, first trained on {trained} "
-        "tokens); allowed: none, linear, yarn with a factor and the first context length and no factor of its own for "
-        "the scores, or factors for each frequency."
-    )
-
-
-def _factors(file: GGUFFile, name: str) -> list[float]:
-    if name not in file.tensors or not file.tensors[name].known:
-        raise UserError(f"{file.label}: the tensor '{name}', of the factors of rotary frequencies, cannot be read.")
-    return [float(factor) for factor in file.read(name).flatten()]
-
-
-def _llama(file: GGUFFile, config: Config) -> Config:
-    biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
-    return _rotary(file, config) | {key: name in file.tensors for key, name in biases.items()}
-
-
-def _gpt_neox(file: GGUFFile, config: Config) -> Config:
-    rotary = _rotary(file, config)
-    share = rotary["rope_parameters"].pop("partial_rotary_factor", 1.0)
-    theta = rotary["rope_parameters"]["rope_theta"]
-    return {"rotary_pct": share, "rotary_emb_base": theta, "rope_parameters": rotary["rope_parameters"]} | {
-        "use_parallel_residual": bool(_value(file, "use_parallel_residual", True))
-    }
-
-
-def _phi3(file: GGUFFile, config: Config) -> Config:
-    rotary = _rotary(file, config)
-    trained = rotary["rope_parameters"].get("original_max_position_embeddings")
-    top = {} if trained is None else {"original_max_position_embeddings": trained}
-    share = rotary["rope_parameters"].get("partial_rotary_factor")
-    return rotary | top | ({} if share is None else {"partial_rotary_factor": share})
-
-
-def _gemma(file: GGUFFile, config: Config) -> Config:
-    return _rotary(file, config)
-
-
-def _gemma2(file: GGUFFile, config: Config) -> Config:
-    """Every other layer slides; the scale of the scores is d_head's, of the largest model d_model / heads."""
-    rotary = _rotary(file, config)
-    largest = 46  # layers of Gemma 2 27B: no key of the file tells its scale
-    return rotary | _scale(config, rotary, largest) | {"layer_types": _layer_types(config, period=2)}
-
-
-def _gemma3(file: GGUFFile, config: Config) -> Config:
-    """Every sixth layer sees all; the others slide, with a rotation of their own."""
-    rotary = _rotary(file, config)
-    largest = 62  # layers of Gemma 3 27B
-    period = _number(file, "attention.sliding_window_pattern") or 6
-    local = {"rope_type": "default", "rope_theta": float(_number(file, "rope.freq_base_swa", 10000.0))}
-    rotations = {"full_attention": rotary["rope_parameters"], "sliding_attention": local}
-    kinds = _layer_types(config, period)
-    return rotary | _scale(config, rotary, largest) | {"layer_types": kinds, "rope_parameters": rotations}
-
-
-def _scale(config: Config, rotary: Config, largest: int) -> Config:
-    whole = config["num_hidden_layers"] == largest
-    scale = config["hidden_size"] // config["num_attention_heads"] if whole else rotary["head_dim"]
-    return {"query_pre_attn_scalar": scale}
-
-
-def _layer_types(config: Config, period: int) -> list[str]:
-    n_layers = config["num_hidden_layers"]
-    return ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(n_layers)]
 
 
 # --- layouts -------------------------------------------------------------------------------------------------
@@ -388,7 +231,7 @@ GEMMA = Convention(
     names=LLAMA_NAMES,
     required=RMS_KEYS | KEY_VALUE_HEADS,
     constants={"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True},
-    complete=_gemma,
+    complete=rotary,
     changes=dict.fromkeys(("output_norm", "attn_norm", "ffn_norm"), _gain),
 )
 GEMMA2 = replace(
@@ -400,7 +243,7 @@ GEMMA2 = replace(
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
     },
-    complete=_gemma2,
+    complete=gemma2,
     changes=GEMMA.changes | dict.fromkeys(("post_attention_norm", "post_ffw_norm"), _gain),
 )
 
@@ -411,7 +254,7 @@ CONVENTIONS = {
         required=RMS_KEYS,
         optional=KEY_VALUE_HEADS | SLIDING,
         constants={"hidden_act": "silu"},
-        complete=_llama,
+        complete=llama,
         changes={"attn_q": _queries, "attn_k": _keys},
     ),
     "qwen2": Convention(
@@ -419,14 +262,14 @@ CONVENTIONS = {
         names=LLAMA_NAMES,
         required=RMS_KEYS | KEY_VALUE_HEADS,
         constants={"hidden_act": "silu", "use_sliding_window": False},
-        complete=_rotary,
+        complete=rotary,
     ),
     "qwen3": Convention(
         model_type="qwen3",
         names=LLAMA_NAMES | QUERY_KEY_NORM_NAMES,
         required=RMS_KEYS | KEY_VALUE_HEADS,
         constants={"hidden_act": "silu", "use_sliding_window": False},
-        complete=_llama,
+        complete=llama,
     ),
     "gemma": GEMMA,
     "gemma2": GEMMA2,
@@ -434,7 +277,7 @@ CONVENTIONS = {
         GEMMA2,
         model_type="gemma3_text",
         names=GEMMA2_NAMES | QUERY_KEY_NORM_NAMES,
-        complete=_gemma3,
+        complete=gemma3,
         changes=GEMMA2.changes | dict.fromkeys(("attn_q_norm", "attn_k_norm"), _gain),
     ),
     "phi3": Convention(
@@ -443,7 +286,7 @@ CONVENTIONS = {
         required=RMS_KEYS | KEY_VALUE_HEADS,
         optional=SLIDING,
         constants={"hidden_act": "silu", "pad_token_id": None},
-        complete=_phi3,
+        complete=phi3,
     ),
     "gpt2": Convention(
         model_type="gpt2",
@@ -464,7 +307,7 @@ CONVENTIONS = {
         names=GPT_NEOX_NAMES,
         required=KEYS | {"attention.layer_norm_epsilon": "layer_norm_eps"},
         constants={"hidden_act": "gelu"},
-        complete=_gpt_neox,
+        complete=gpt_neox,
         changes={"attn_qkv": _by_head},
     ),
 }

@@ -58,7 +58,8 @@ def test_metrics_carry_title_formula_and_range() -> None:
 # fmt: off
 ORDER = [
     "errors", "memory", "config", "metrics", "colours", "weights", "devices", "families", "files", "shards",
-    "patience", "hub", "gguf_file", "gguf_tokenizer", "llama_cpp", "checkpoints", "native", "single_file",
+    "patience", "hub", "gguf_file", "gguf_tokenizer", "gguf_settings", "llama_cpp", "checkpoints", "native",
+    "single_file",
     "threads", "heads", "vocabulary", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
     "directions", "readouts", "composition", "availability", "model", "claims", "statistics", "nulls", "surrogates",
     "testing", "candidates", "patterns", "verdicts", "prompts", "identity", "structure", "cache", "analyses", "record",
