@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,79 +38,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as ovqk sets it where it is imported first
 
 import torch
-from safetensors.torch import save_file
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's shape."""
-
-    family: str
-    n_layers: int
-    n_heads: int
-    d_model: int
-    d_head: int
-    n_vocab: int
-    tied: bool
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def width(self) -> int:
-        """Dimensions of all heads of a layer."""
-        return self.n_heads * self.d_head
-
-
-SHAPES = {
-    "gpt2-small": Shape("gpt2", 12, 12, 768, 64, 50257, True),
-    "gpt2-medium": Shape("gpt2", 24, 16, 1024, 64, 50257, True),
-    "gpt2-xl": Shape("gpt2", 48, 25, 1600, 64, 50257, True),
-    "llama-7b": Shape("llama", 32, 32, 4096, 128, 32000, False, torch.bfloat16),
-}
-
-
-# --- checkpoints ---------------------------------------------------------------------------------------------
-
-
-def make_checkpoint(shape: Shape, folder: Path) -> None:
-    """Random attention and embeddings of this shape as a Hugging Face directory, a shard for each layer."""
-    if (folder / "config.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> torch.Tensor:
-        return (0.02 * torch.randn(size, generator=generator)).to(shape.dtype)
-
-    d, width = shape.d_model, shape.width
-    for layer in range(shape.n_layers):
-        if shape.family == "gpt2":
-            at = f"transformer.h.{layer}."
-            tensors = {
-                f"{at}attn.c_attn.weight": normal(d, 3 * width),
-                f"{at}attn.c_attn.bias": normal(3 * width),
-                f"{at}attn.c_proj.weight": normal(width, d),
-                f"{at}ln_1.weight": 1 + normal(d),
-                f"{at}ln_1.bias": normal(d),
-            }
-        else:
-            at = f"model.layers.{layer}."
-            tensors = {f"{at}self_attn.{name}_proj.weight": normal(width, d) for name in "qkv"}
-            tensors |= {f"{at}self_attn.o_proj.weight": normal(d, width), f"{at}input_layernorm.weight": 1 + normal(d)}
-        save_file(tensors, folder / f"layer-{layer:03d}.safetensors")
-    if shape.family == "gpt2":
-        rest = {"transformer.wte.weight": normal(shape.n_vocab, d), "transformer.wpe.weight": normal(1024, d)}
-        rest |= {"transformer.ln_f.weight": 1 + normal(d), "transformer.ln_f.bias": normal(d)}
-        config = {"model_type": "gpt2", "n_layer": shape.n_layers, "n_head": shape.n_heads, "n_embd": d}
-        config |= {"n_positions": 1024, "vocab_size": shape.n_vocab}
-    else:
-        rest = {"model.embed_tokens.weight": normal(shape.n_vocab, d), "lm_head.weight": normal(shape.n_vocab, d)}
-        rest |= {"model.norm.weight": 1 + normal(d)}
-        config = {"model_type": "llama", "num_hidden_layers": shape.n_layers, "num_attention_heads": shape.n_heads}
-        config |= {"num_key_value_heads": shape.n_heads, "hidden_size": d, "max_position_embeddings": 4096}
-        config |= {"vocab_size": shape.n_vocab, "tie_word_embeddings": False}
-    save_file(rest, folder / "embeddings.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-
+from random_checkpoints import SHAPES, Shape, make_checkpoint
 
 # --- the floor -----------------------------------------------------------------------------------------------
 
