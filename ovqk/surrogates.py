@@ -9,7 +9,7 @@ A surrogate head or readout goes through the very functions that made the observ
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ovqk.config import VariableKind
 from ovqk.heads import Circuit
-from ovqk.readouts import HeadMaps
+from ovqk.readouts import HeadMaps, InTop
 from ovqk.spectra import Decomposition
 from ovqk.tasks import Variable, WordSet
 from ovqk.threads import CPU, each
@@ -87,7 +87,7 @@ class FrameDraws:
         sigma: Float[Tensor, " k"],
         d_model: int,
         centred: bool,
-        measure: Callable[[HeadMaps], dict[str, Tensor]],
+        measure: Callable[[HeadMaps], Mapping[str, Tensor | InTop]],
         seed: Sequence[int],
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -97,6 +97,7 @@ class FrameDraws:
         state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> np.uint64(1))
         self.generator = torch.Generator().manual_seed(state)
         self._drawn: dict[str, list[float]] = {}
+        self._open: list[tuple[str, int, InTop]] = []
 
     def first(self, count: int) -> dict[str, NDArray[np.float64]]:
         """The first `count` draws of every metric, or more; the same draws in whatever steps they are asked for."""
@@ -113,16 +114,37 @@ class FrameDraws:
         for some in blocks(n, max(1, most)):
             yield gaussian(2 * (some.stop - some.start), self.d_model, k, self.generator)
 
-    def measured(self, noise: Float[Tensor, "frame d_model k"]) -> dict[str, list[float]]:
-        """The metrics of the surrogates that this noise makes, as numbers: many small tensors would hold memory."""
+    def measured(self, noise: Float[Tensor, "frame d_model k"]) -> dict[str, list[float] | InTop]:
+        """The metrics of the surrogates that this noise makes, as numbers: many small tensors would hold memory.
+
+        What has still to be ranked in the rest of the vocabulary stays open until `close`.
+        """
         surrogates = surrogate_heads(self.sigma, noise.to(self.sigma.device), self.centred)
         found = self.measure(HeadMaps.of(self.circuit, surrogates, self.dtype))
-        return {name: values.double().tolist() for name, values in found.items()}
+        return {
+            name: values if isinstance(values, InTop) else values.double().tolist() for name, values in found.items()
+        }
 
-    def keep(self, measured: dict[str, list[float]]) -> None:
+    def keep(self, measured: Mapping[str, list[float] | InTop]) -> None:
         """Add these draws to those that were made before."""
         for name, values in measured.items():
-            self._drawn.setdefault(name, []).extend(values)
+            drawn = self._drawn.setdefault(name, [])
+            if isinstance(values, InTop):
+                self._open.append((name, len(drawn), values))
+                values = values.by_source.mean(-1).tolist()
+            drawn.extend(values)
+
+    @property
+    def open(self) -> list[InTop]:
+        """Draws of which some words have yet to be ranked in the rest of the vocabulary."""
+        return [ranked for *_, ranked in self._open]
+
+    def close(self) -> None:
+        """Write down the draws that were open, once they are settled."""
+        for name, start, ranked in self._open:
+            values = ranked.by_source.mean(-1).tolist()
+            self._drawn[name][start : start + len(values)] = values
+        self._open = []
 
     @property
     def count(self) -> int:
@@ -141,13 +163,16 @@ def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDA
     Noise is made here, one head after the other; threads measure what it makes; the numbers are kept here, in order.
     """
 
-    def measured(part: tuple[FrameDraws, Tensor]) -> tuple[FrameDraws, dict[str, list[float]]]:
+    def measured(part: tuple[FrameDraws, Tensor]) -> tuple[FrameDraws, dict[str, list[float] | InTop]]:
         own, noise = part
         return own, own.measured(noise)
 
     missing = ((own, noise) for own in draws for noise in own.missing(count))
     for own, values in each(measured, missing, draws[0].sigma.device if draws else CPU):
         own.keep(values)
+    InTop.settle([ranked for own in draws for ranked in own.open])
+    for own in draws:
+        own.close()
     return [own.drawn for own in draws]
 
 

@@ -32,7 +32,7 @@ from ovqk.nulls import (
     predicted_values,
     role_rows,
 )
-from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, HeadMaps, Readout, full_circuit_ratio
+from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, HeadMaps, InTop, Readout, full_circuit_ratio
 from ovqk.spectra import Decomposition
 from ovqk.statistics import monte_carlo
 from ovqk.surrogates import CHUNK_ELEMENTS, STAGES, FrameDraws, WordDraws, draw_words, first_of_each, subsamples
@@ -303,9 +303,8 @@ class ClaimTests:
             own = [s.ids for s in (*readout.variable.read, *readout.variable.write)]
             for layer in {layer for layer, _ in heads}:
                 readout.prepare(layer)  # the centre of the band, while all rows are there
-            readout.effective.keep(torch.cat([*ids, *own]))
-            drawn = self._under_words(readout, words.variables, set(heads), metrics)
-            readout.effective.keep_all()
+            with readout.effective.only(torch.cat([*ids, *own])):
+                drawn = self._under_words(readout, words.variables, set(heads), metrics)
             yield words, drawn
 
     def read_maps(self, heads: Collection[Head], circuit: Circuit) -> None:
@@ -369,14 +368,18 @@ def _ensemble_rows(
 
 def surrogate_metrics(
     model: Model, layer: int, wanted: set[str]
-) -> Callable[[HeadMaps], dict[str, Float[Tensor, " draw"]]]:
-    """What measures surrogates of a head of this layer, by the functions that measured the head."""
+) -> Callable[[HeadMaps], dict[str, Float[Tensor, " draw"] | InTop]]:
+    """What measures surrogates of a head of this layer, by the functions that measured the head.
+
+    Metrics that rank words in the vocabulary are left open (see `FrameDraws.close`).
+    """
     plain, folded, (block0, cross, _) = model.spectral_vocabulary, model.vocabulary, model.block0_grams
 
-    def measure(maps: HeadMaps) -> dict[str, Tensor]:
-        found = {}
+    def measure(maps: HeadMaps) -> dict[str, Tensor | InTop]:
+        found: dict[str, Tensor | InTop] = {}
         if model.readout is not None and wanted & {*SET_METRICS, *SUBSPACE_METRICS}:
-            found = model.readout.metrics(layer, maps, wanted)
+            found |= model.readout.metrics(layer, maps, wanted - set(TOP_METRICS))
+            found |= model.readout.in_top(layer, maps, wanted)
         parts = maps.decomposition
         if "ov_copying" in wanted and plain is not None:
             found["ov_copying"] = _written(parts, plain.gram_embed, plain.gram_cross, plain.gram_unembed)
