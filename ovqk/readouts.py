@@ -51,6 +51,8 @@ WRITE = "write"
 
 TOP_METRICS = {"ov_task_copy": 1, "ov_task_suppress": -1}
 """Metrics that rank a word's own logit in the whole vocabulary -> the sign that W_OV is taken with."""
+NEAR = 1e-9
+"""Ratios this near to an observed one are computed rather than bounded."""
 SCREEN = 4096
 """Tokens of an unembedding left in the checkpoint that are kept for the first comparisons of such a ranking."""
 KEPT_UP_TO = 2**26
@@ -412,15 +414,26 @@ def full_circuit_ratio(
     gram_in: Float[Tensor, "d_model d_model"],
     gram_cross: Float[Tensor, "d_model d_model"],
     gram_out: Float[Tensor, "d_model d_model"],
+    observed: float | None = None,
 ) -> Float[Tensor, " head"]:
     """Trace ratio of A M B, in [-1, 1], from A^T C A, B C A and B C B^T (A, B: token matrices).
 
     The singular values of A M B, against which a vanishing denominator is told, are taken only where their bound by
-    the norms of the Grams does not settle it.
+    the norms of the Grams does not settle it. If a value was `observed`, all that is asked is on which side of it each
+    ratio lies: where bounds tell (`spectra.trace_ratio_bounds`), a bound on that side stands for the ratio.
     """
-    eigen = spectra.eigenvalues(maps.core(gram_cross))
+    cores = maps.core(gram_cross)
     most = (gram_in.norm() * gram_out.norm()).sqrt() * maps.sigma.sum(-1)
-    if (eigen.abs().sum(-1) > spectra.TINY * most).all():
-        return spectra.trace_ratio(eigen, torch.zeros_like(most))
+    found, rest = torch.zeros_like(most), torch.arange(len(cores), device=cores.device)
+    for sharp in (False, True) if observed is not None else ():
+        low, high = spectra.trace_ratio_bounds(cores[rest], most[rest], sharp)
+        below, above = high < observed - NEAR, low > observed + NEAR
+        found[rest] = torch.where(below, high, low)
+        rest = rest[~(below | above)]
+    eigen = spectra.eigenvalues(cores[rest])
+    if (eigen.abs().sum(-1) > spectra.TINY * most[rest]).all():
+        found[rest] = spectra.trace_ratio(eigen, torch.zeros_like(most[rest]))
+        return found
     sigma = spectra.full_circuit_singular_values(maps, gram_in, gram_out)
-    return spectra.trace_ratio(eigen, sigma.sum(-1))
+    found[rest] = spectra.trace_ratio(eigen, sigma[rest].sum(-1))
+    return found

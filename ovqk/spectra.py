@@ -22,6 +22,7 @@ from ovqk.heads import Factors
 from ovqk.threads import decomposed
 from ovqk.vocabulary import blocks, precision
 
+SLACK = 1e-9  # relative, for what float64 rounds in a bound
 TINY = 1e-6  # relative to the sum of singular values: below it a denominator is rounding, not weights
 ROUNDING = 2.0**-24  # relative, of a 32-bit weight
 ELEMENTS = 2**22  # of the weights of a few heads, in float64 at a time
@@ -321,6 +322,24 @@ def guarded(
 def trace_ratio(eigen: Complex[Tensor, "head k"], scale: Float[Tensor, " head"]) -> Float[Tensor, " head"]:
     """sum lambda / sum |lambda|, in [-1, 1]: the copying score of Elhage et al. 2021 on a full OV circuit."""
     return guarded(eigen.real.sum(-1), eigen.abs().sum(-1), scale)
+
+
+def trace_ratio_bounds(
+    cores: Float[Tensor, "head k k"], most: Float[Tensor, " head"], sharp: bool
+) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
+    """Bounds of sum lambda / sum |lambda| without the eigenvalues, from below and from above.
+
+    The numerator is the trace. The denominator is at most sqrt(k) |core|_F (Weyl: at most the sum of singular values)
+    and, which takes a determinant and is asked for by `sharp`, at least k |det|^(1/k): the mean of the moduli is at
+    least their geometric mean. Unless it is known to be above TINY of `most`, the ratio may be 0 (`guarded`).
+    """
+    k, trace = cores.shape[-1], cores.diagonal(dim1=-2, dim2=-1).sum(-1)
+    largest = (1 + SLACK) * k**0.5 * cores.norm(dim=(-2, -1))
+    smallest = (1 - SLACK) * k * (torch.linalg.slogdet(cores).logabsdet / k).exp() if sharp else torch.zeros_like(trace)
+    known = smallest > TINY * most
+    near_0 = torch.where(known, trace / largest, 0.0)
+    far = torch.where(known, trace / smallest, trace.sign()).clamp(-1, 1)
+    return torch.minimum(near_0, far), torch.maximum(near_0, far)
 
 
 def spectrum_metrics(
