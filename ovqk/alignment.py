@@ -248,4 +248,4 @@ def transfer(
 def _along(
     basis: Float[Tensor, "*draw r d_model"], directions: Float[Tensor, "head d_model k"]
 ) -> Float[Tensor, "*draw head r k"]:
-    return torch.einsum("...rd,hdk->...hrk", basis, directions)
+    return torch.einsum("...rd,hdk->...hrk", basis.to(directions), directions).double()

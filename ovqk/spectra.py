@@ -67,7 +67,9 @@ class Maps(Protocol):
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Thin singular value decomposition M = read diag(sigma) write^T of every head, float64.
+    """Thin singular value decomposition M = read diag(sigma) write^T of every head.
+
+    Float64, but for surrogates whose frames were made in float32.
 
     The balanced factors, U sqrt(S) and sqrt(S) V^T, depend on M alone and not on the head's gauge.
 
@@ -100,21 +102,21 @@ class Decomposition:
 
     def core(self, gram: Gram | None = None) -> Cores:
         """sqrt(S) V^T G U sqrt(S): see `Maps`."""
-        left = self.balanced_left
-        return self.balanced_right @ (left if gram is None else _times(gram, left))
+        left = self.balanced_left if gram is None else _times(gram, self.balanced_left)
+        return (self.balanced_right.to(left) @ left).double()
 
     def left_gram(self, gram: Gram) -> Cores:
         """See `Maps`."""
-        return self.read.mT @ _times(gram, self.read)
+        return self.read.mT.double() @ _times(gram, self.read).double()
 
     def right_gram(self, gram: Gram) -> Cores:
         """See `Maps`."""
-        return self.write.mT @ _times(gram, self.write)
+        return self.write.mT.double() @ _times(gram, self.write).double()
 
 
 def _times(gram: Gram, x: Float[Tensor, "head d_model k"]) -> Float[Tensor, "head d_model k"]:
-    """gram @ x, in the precision of the Gram."""
-    return (gram @ x.to(gram.dtype)).double()
+    """Return gram @ x, multiplied in the precision of the Gram, in the larger of both precisions."""
+    return (gram @ x.to(gram.dtype)).to(torch.promote_types(gram.dtype, x.dtype))
 
 
 class Basis:

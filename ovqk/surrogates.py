@@ -24,7 +24,7 @@ from ovqk.readouts import HeadMaps, InTop
 from ovqk.spectra import Decomposition
 from ovqk.tasks import Variable, WordSet
 from ovqk.threads import CPU, each
-from ovqk.vocabulary import blocks
+from ovqk.vocabulary import EXACT, blocks
 
 STAGES = (25, 50, 100, 200, 400)
 """Numbers of draws after which it is asked whether more are needed; then all."""
@@ -47,21 +47,21 @@ def gaussian(count: int, d_model: int, k: int, generator: torch.Generator) -> Fl
 
 
 def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[Tensor, "draw d_model k"]:
-    """Orthonormal k-frames of R^d, Haar distributed, float64; with `centred`, of the complement of the all-ones vector.
+    """Orthonormal k-frames of R^d, Haar distributed; with `centred`, of the complement of the all-ones vector.
 
     The Q of a Gaussian matrix, with positive diagonal of R (Mezzadri 2007), by Cholesky where it is well conditioned.
-    With at least four times as many rows as columns it is so well conditioned that float32 will do: columns are
-    orthonormal within 1e-7 at the sizes of models, within 2e-5 in the tails of d_model = 8.
+    With at least four times as many rows as columns, or twice as many in a large model, it is so well conditioned that
+    float32 will do, in which the frames are then returned: columns are orthonormal within 1e-6 at the sizes of models,
+    within 2e-5 in the tails of d_model = 8. Otherwise they are float64.
     """
     d_model, k = noise.shape[1:]
-    x = noise if 4 * k <= d_model else noise.double()
+    x = noise if 4 * k <= d_model or 2 * k <= d_model > EXACT else noise.double()
     if centred:
         x = x - x.mean(1, keepdim=True)
     if 2 * k <= d_model:
         R = torch.linalg.cholesky(x.mT @ x, upper=True)
-        return (
-            x @ torch.linalg.solve_triangular(R, torch.eye(k, dtype=R.dtype, device=R.device).expand_as(R), upper=True)
-        ).double()
+        unit = torch.eye(k, dtype=R.dtype, device=R.device).expand_as(R)
+        return x @ torch.linalg.solve_triangular(R, unit, upper=True)
     Q, R = torch.linalg.qr(x)
     return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
 
@@ -75,7 +75,7 @@ def surrogate_heads(
     the columns of the noise are dropped: zeros, where it has as many as there are dimensions left.
     """
     k, frames = noise.shape[-1], haar_frames(noise, centred)
-    return Decomposition(frames[::2], sigma[:k].double().expand(len(noise) // 2, k), frames[1::2], k)
+    return Decomposition(frames[::2], sigma[:k].to(frames).expand(len(noise) // 2, k), frames[1::2], k)
 
 
 class FrameDraws:
