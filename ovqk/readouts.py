@@ -423,9 +423,11 @@ def full_circuit_ratio(
     ratio lies: where bounds tell (`spectra.trace_ratio_bounds`), a bound on that side stands for the ratio.
     """
     cores = maps.core(gram_cross)
-    most = (gram_in.norm() * gram_out.norm()).sqrt().double() * maps.sigma.sum(-1)
+    most = (gram_in.norm() * gram_out.norm()).sqrt() * maps.sigma.double().sum(-1)
     found, rest = torch.zeros_like(most), torch.arange(len(cores), device=cores.device)
-    for sharp in (False, True) if observed is not None else ():
+    for sharp in (False, True):
+        if observed is None:
+            break
         low, high = spectra.trace_ratio_bounds(cores[rest], most[rest], sharp)
         below, above = high < observed - NEAR, low > observed + NEAR
         found[rest] = torch.where(below, high, low)
