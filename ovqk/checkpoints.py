@@ -6,7 +6,7 @@ mapped pages count as resident memory for as long as a file stays open.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Checkpoint:
     unread: dict[str, str]
     digest: str
     revision: str | None = None
+    _finite: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Tensor name -> which of its rows were read before, and hold neither NaN nor infinity."""
 
     def __contains__(self, name: str) -> bool:
         if name in self.unread:  # a tensor that is asked for and cannot be read is no missing one
@@ -70,10 +72,16 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint does not hold it, or the file is damaged.
         """
-        return self._read(name, lambda file: file.get_slice(name)[start:stop])
+        finite = self._finite.setdefault(name, torch.zeros(self.shapes.get(name, (0,))[0], dtype=torch.bool))
+        rows = self._read(name, lambda file: file.get_slice(name)[start:stop], known=bool(finite[start:stop].all()))
+        finite[start:stop] = True
+        return rows
 
-    def _read(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
-        """What is read of an open file, as float32 and apart from it: mapped pages go with the file."""
+    def _read(self, name: str, read: Callable[[Any], Tensor], known: bool = False) -> Tensor:
+        """What is read of an open file, as float32 and apart from it: mapped pages go with the file.
+
+        It is checked for NaN and infinity unless it is `known` to hold neither.
+        """
         if name not in self:
             raise UserError(f"{self.label}: tensor '{name}' is missing from the checkpoint. {self._holds()}")
         try:
@@ -81,7 +89,8 @@ class Checkpoint:
                 tensor = read(file).to(torch.float32, copy=True)
         except (SafetensorError, OSError) as error:
             raise UserError(_damaged(self.files[name], error)) from error
-        check_finite(self.label, name, tensor)
+        if not known:
+            check_finite(self.label, name, tensor)
         return tensor
 
     def _holds(self) -> str:
