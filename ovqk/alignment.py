@@ -55,6 +55,100 @@ def readout(
     return left @ right.mT
 
 
+class TopSearch:
+    """A search for the words whose own logit is in the top 5 of the whole vocabulary, under W_OV times each sign.
+
+    The vocabulary is passed in blocks (`compare`, `settle`), and a word is left alone once 5 tokens are known to come
+    before it: of most words this is known after few tokens.
+
+    Attributes:
+        passed: how many of the vocabulary's first tokens were compared.
+    """
+
+    def __init__(
+        self,
+        factors: Factors,
+        rows: Float[Tensor, "word d_model"],
+        ids: Int[Tensor, " word"],
+        own_rows: Float[Tensor, "word d_model"],
+        signs: Sequence[int] = (1, -1),
+    ) -> None:
+        """Take the maps, and of each word its row, its id and its own row of W_U^T."""
+        written = (rows @ factors.left) @ factors.right  # [head, word, d_model]
+        own = (written * own_rows).sum(-1)
+        self.passed, self.shape = 0, (len(signs), *own.shape)
+        self._alive = (own.abs().sum(-1, keepdim=True) > 0).double()
+        # Of the words that are open, each under each sign, which become fewer:
+        self._own = torch.cat([sign * own.flatten() for sign in signs])
+        self._written = torch.cat([sign * written.flatten(0, 1) for sign in signs])
+        self._targets = ids.repeat(len(signs) * len(own))
+        self._open = torch.arange(len(self._own), device=own.device)
+        self._before = torch.zeros(len(self._own), dtype=torch.int32, device=own.device)  # of all words
+
+    @property
+    def done(self) -> bool:
+        """Whether 5 tokens come before every word."""
+        return not len(self._open)
+
+    def compare(self, start: int, columns: Float[Tensor, "d_model token"]) -> None:
+        """Count which of the tokens from `start` on come before the words that are open, and close some."""
+        for first in range(0, len(self._open), TOP_BLOCK):  # few enough for the processor's cache
+            some = slice(first, first + TOP_BLOCK)
+            own, mine = self._own[some], self._targets[some] - start
+            logits = self._written[some] @ columns
+            here = ((mine >= 0) & (mine < logits.shape[1])).nonzero()[:, 0]
+            logits[here, mine[here]] = own[here]  # a word never outranks itself by its own rounding
+            self._before[self._open[some]] += _count(logits > own[:, None])
+        still = self._before[self._open] < TOP
+        if not still.all():
+            self._open, self._own = self._open[still], self._own[still]
+            self._targets, self._written = self._targets[still], self._written[still]
+        self.passed = start + columns.shape[1]
+
+    def found(self) -> list[Float[Tensor, "head word"]]:
+        """Return 1 for each word that is in the top 5 of the tokens passed and 0 for others, for each sign."""
+        return list((self._before < TOP).view(self.shape) * self._alive)
+
+    @classmethod
+    def joined(cls, searches: Sequence["TopSearch"]) -> "TopSearch":
+        """Return one search for the open words of several, whose result `give_back` hands to them."""
+        one = cls.__new__(cls)
+        one.passed = searches[0].passed
+        one._own = torch.cat([search._own for search in searches])
+        one._targets = torch.cat([search._targets for search in searches])
+        one._written = torch.cat([search._written for search in searches])
+        one._open = torch.arange(len(one._own), device=one._own.device)
+        one._before = torch.cat([search._before[search._open] for search in searches])
+        return one
+
+    def give_back(self, searches: Sequence["TopSearch"]) -> None:
+        """Write what a joined search found into those that it was joined from, which leaves no word of them open."""
+        for search, before in zip(searches, self._before.split([len(s._open) for s in searches]), strict=True):
+            search._before[search._open], search.passed = before, self.passed
+            search._open, search._own = search._open[:0], search._own[:0]
+            search._targets, search._written = search._targets[:0], search._written[:0]
+
+
+def settle(searches: Sequence[TopSearch], W_U_rows: Rows) -> None:
+    """Compare the open words of searches that passed the same tokens with all others, in one pass over the vocabulary.
+
+    Raises:
+        ValueError: the searches have passed different numbers of tokens.
+    """
+    waiting = [search for search in searches if not search.done]
+    if not waiting:
+        return
+    if len({search.passed for search in waiting}) > 1:
+        raise ValueError("searches can be settled together only if they have passed the same tokens")
+    one = waiting[0] if len(waiting) == 1 else TopSearch.joined(waiting)
+    for tokens in widening(one.passed, W_U_rows.shape[0]):
+        if one.done:
+            break
+        one.compare(tokens.start, W_U_rows[tokens].T)
+    if one is not waiting[0]:
+        one.give_back(waiting)
+
+
 def in_top_by_source(
     factors: Factors,
     rows: Float[Tensor, "word d_model"],
@@ -64,33 +158,16 @@ def in_top_by_source(
 ) -> list[Float[Tensor, "head word"]]:
     """Whether each word's own logit is in the top 5 of the whole vocabulary: 1 or 0, under W_OV times each sign.
 
-    The means over words are `ov_task_copy`, the copy score of Wang et al. 2022, and `ov_task_suppress`. The vocabulary
-    is passed in blocks, and a word is left alone once 5 tokens are known to come before it, under every sign asked for.
+    The means over words are `ov_task_copy`, the copy score of Wang et al. 2022, and `ov_task_suppress`.
     """
-    written = (rows @ factors.left) @ factors.right  # [head, word, d_model]
-    n_heads, n_words = written.shape[:2]
-    written, targets = written.flatten(0, 1), ids.repeat(n_heads)
-    own = (written.view(n_heads, n_words, -1) * W_U_rows[ids]).sum(-1).flatten()
-    before = torch.zeros(len(signs), len(own), dtype=torch.long, device=own.device)
-    open_ = torch.arange(len(own), device=own.device)
-    for tokens in _widening(W_U_rows.shape[0]):
-        columns = W_U_rows[tokens].T
-        for some in open_.split(TOP_BLOCK):  # few enough for the processor's cache
-            logits, mine = written[some] @ columns, targets[some] - tokens.start
-            here = ((mine >= 0) & (mine < logits.shape[1])).nonzero()[:, 0]
-            logits[here, mine[here]] = own[some[here]]  # a word never outranks itself by its own rounding
-            for sign, count in zip(signs, before, strict=True):
-                count[some] += _count(logits > own[some, None] if sign > 0 else logits < own[some, None])
-        open_ = open_[(before[:, open_] < TOP).any(0)]
-        if not len(open_):
-            break
-    alive = (own.view(n_heads, n_words).abs().sum(-1, keepdim=True) > 0).double()
-    return [(count < TOP).view(n_heads, n_words) * alive for count in before]
+    search = TopSearch(factors, rows, ids, W_U_rows[ids], signs)
+    settle([search], W_U_rows)
+    return search.found()
 
 
-def _widening(n: int) -> Iterator[slice]:
-    """Slices that cover range(n), the first ones short: few words are open after them."""
-    start, size = 0, max(1, TOP_BLOCK // 32)
+def widening(start: int, n: int) -> Iterator[slice]:
+    """Slices that cover range(start, n), the first ones short: few words are open after them."""
+    size = min(TOP_BLOCK, max(1, TOP_BLOCK // 32, start))
     while start < n:
         yield slice(start, min(start + size, n))
         start, size = start + size, min(2 * size, TOP_BLOCK)
@@ -98,7 +175,7 @@ def _widening(n: int) -> Iterator[slice]:
 
 def _count(true: Bool[Tensor, "*word token"]) -> Int[Tensor, "*word"]:
     """How many are true in each row: bytes are summed faster than truths."""
-    return true.view(torch.uint8).sum(-1, dtype=torch.int32).long()
+    return true.view(torch.uint8).sum(-1, dtype=torch.int32)
 
 
 def subspace(
@@ -171,4 +248,4 @@ def transfer(
 def _along(
     basis: Float[Tensor, "*draw r d_model"], directions: Float[Tensor, "head d_model k"]
 ) -> Float[Tensor, "*draw head r k"]:
-    return torch.einsum("...rd,hdk->...hrk", basis, directions)
+    return torch.einsum("...rd,hdk->...hrk", basis.to(directions), directions).double()

@@ -70,17 +70,20 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
     """
     rankings, notes = rank(tests, tests.predicted(values))
     words = _under_words(tests, rankings)
+    observe(tests, rankings)
     rows: list[dict[str, object]] = []
     for role, ranking in rankings.items():
         for prediction in ranking.predictions:
             composes = prediction.config.metric in COMPOSITION_METRICS
             depth = {} if composes else _depth(prediction, tests.model.architecture.kv_of_head.numpy())
             named = " ".join(f"{layer}.{head}" for layer, head in ranking.partners) if composes else ""
-            for place, head in enumerate(ranking.strongest, start=1):
-                if not math.isnan(prediction.values[head]):
-                    row = {"role": role, "rank": place, "layer": head[0], "head": head[1]}
-                    row |= {"ranked": prediction is ranking.by, "partners": named}
-                    rows.append(row | _row(tests, prediction, head, depth, words, len(ranking.heads)))
+            places = {head: place for place, head in enumerate(ranking.strongest, start=1)}
+            places = {head: place for head, place in places.items() if not math.isnan(prediction.values[head])}
+            p_frame = tests.frame_p(prediction, list(places))
+            for head, place in places.items():
+                row = {"role": role, "rank": place, "layer": head[0], "head": head[1]}
+                row |= {"ranked": prediction is ranking.by, "partners": named}
+                rows.append(row | _row(prediction, head, depth, p_frame[head], words, len(ranking.heads)))
     return pd.DataFrame(rows), notes
 
 
@@ -162,16 +165,26 @@ def _under_words(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> WordValu
     return [drawn for _, drawn in tests.word_draws(heads, metrics)] if metrics else []
 
 
+def observe(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> None:
+    """Tell the tests what their surrogates of the candidates will be compared with."""
+    for ranking in rankings.values():
+        for prediction in ranking.predictions:
+            for head in ranking.strongest:
+                value = float(prediction.values[head])
+                if not math.isnan(value):
+                    tests.observed.setdefault(head, {})[prediction.metric_of(head[0])] = value
+
+
 def decides(predicted: Predicted) -> bool:
     """Whether the prediction would count for a verdict."""
     return not predicted.config.exploratory
 
 
 def _row(
-    tests: ClaimTests,
     predicted: Predicted,
     head: Head,
     depth: Mapping[Head, tuple[float, float]],
+    p_frame: float,
     words: WordValues,
     ranked: int,
 ) -> dict[str, object]:
@@ -183,9 +196,6 @@ def _row(
     def p(draws: NDArray[np.float64]) -> float:
         return monte_carlo(predicted.sign * value, predicted.sign * draws).p
 
-    p_frame = math.nan
-    if tests.can_frame(metric):
-        p_frame = p(tests.frame(head, metric).first(tests.model.config.nulls.draws)[metric])
     drawn = [values[head, metric] for values in words if (head, metric) in values and decides(predicted)]
     p_words = max(map(p, drawn), default=math.nan)
     return {

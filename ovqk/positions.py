@@ -7,7 +7,6 @@ ignored.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,10 +14,9 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from ovqk.heads import keys, queries
 from ovqk.spectra import Basis
-from ovqk.vocabulary import BLOCK, Vocabulary, blocks, centred_gram, mean_row
-from ovqk.weights import Architecture, LayerWeights, Rotary, StoredRows, normalise
+from ovqk.vocabulary import Vocabulary, blocks, centred_gram, mean_row, precision
+from ovqk.weights import Architecture, LayerWeights, QueryKeyNorm, Rotary, Rows, StoredRows, normalise
 
 EXACT_POSITIONS = 256  # up to which scores between positions are float64
 DEFAULT_SPAN = 128  # offsets averaged over under rotary positions, unless the context is shorter
@@ -46,15 +44,6 @@ def row_moments(rows: Float[Tensor, "row d_model"]) -> Moments:
 def token_moments(vocabulary: Vocabulary) -> Moments:
     """Moments of the plain embedding rows, from the Gram that is there already."""
     return Moments(vocabulary.mean, vocabulary.gram_embed, vocabulary.size)
-
-
-def token_rows(
-    vocabulary: Vocabulary, architecture: Architecture, normalised: bool
-) -> Iterator[Float[Tensor, "token d_model"]]:
-    """Embedding rows in blocks of tokens, float64: plain, or normalised as a layer's norm would."""
-    for rows in blocks(vocabulary.size, BLOCK // 4):
-        x = vocabulary.W_E[rows].double()
-        yield normalise(x, architecture.norm, architecture.norm_eps) if normalised else x
 
 
 def normalised_moments(vocabulary: Vocabulary, architecture: Architecture) -> Moments:
@@ -116,17 +105,90 @@ def _mean_through(
 
 
 def normalised_head_moments(
-    weights: LayerWeights, architecture: Architecture, rows: Iterable[Float[Tensor, "_ d_model"]]
-) -> HeadMoments:
-    """Moments of normalised queries and keys, token by token (blocks of rows of any size, as from `token_rows`)."""
-    n, sums = 0, [torch.zeros((), dtype=torch.float64)] * 4
-    for x in rows:
-        q, k = queries(weights, x), keys(weights, x)
-        n += x.shape[0]
-        sums = [total + part for total, part in zip(sums, (q.sum(1), q.mT @ q, k.sum(1), k.mT @ k), strict=True)]
-    query_mean, query_second, key_mean, key_second = (total / n for total in sums)
-    kv = architecture.kv_of_head.to(key_mean.device)
-    return HeadMoments(query_mean, query_second, key_mean[kv], (key_second - _outer(key_mean))[kv])
+    weights: LayerWeights, architecture: Architecture, W_E: Rows
+) -> tuple[HeadMoments, HeadMoments]:
+    """Moments of normalised queries and keys, of plain rows and of rows normalised as a layer's norm would.
+
+    Both in one pass over the tokens, multiplied in the precision that `vocabulary.precision` gives and summed in
+    float64.
+
+    Raises:
+        ValueError: queries and keys are not normalised (see `head_moments`).
+    """
+    norm, dtype, n = weights.qk_norm, precision(W_E.shape[1]), W_E.shape[0]
+    if norm is None:
+        raise ValueError("queries and keys that are not normalised have moments through a Gram: see head_moments")
+    sides = [
+        _NormalisedSide(weights.W_Q.to(dtype), weights.b_Q.to(dtype), norm.query_gain, norm, architecture),
+        _NormalisedSide(weights.W_K.to(dtype), weights.b_K.to(dtype), norm.key_gain, norm, architecture),
+    ]
+    for some in blocks(n):
+        x = W_E[some].to(dtype)
+        for side in sides:
+            side.add(x)
+    kv = architecture.kv_of_head.to(W_E.device)
+    both = []
+    for (query_mean, query_second), (key_mean, key_second) in zip(*(side.means(n) for side in sides), strict=True):
+        key_covariance = key_second - _outer(key_mean)
+        both.append(HeadMoments(query_mean, query_second, key_mean[kv], key_covariance[kv]))
+    return both[0], both[1]
+
+
+class _NormalisedSide:
+    """Sums over tokens of normalised queries (or keys) and of their outer products, of plain and of normalised rows."""
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "n d_model d_head"],
+        bias: Float[Tensor, "n d_head"],
+        gain: Float[Tensor, "n d_head"],
+        norm: QueryKeyNorm,
+        architecture: Architecture,
+    ) -> None:
+        n, _, d_head = weight.shape
+        self.weight, self.bias, self.gain, self.norm = weight, bias[:, None], gain.double(), norm
+        self.kind, self.eps = architecture.norm, architecture.norm_eps
+        self.sums = [
+            [weight.new_zeros(n, d_head, dtype=torch.float64), weight.new_zeros(n, d_head, d_head, dtype=torch.float64)]
+            for _ in range(2)
+        ]
+
+    def add(self, x: Float[Tensor, "token d_model"]) -> None:
+        """Add the queries of these rows.
+
+        A root-mean-square norm multiplies a row by a number, and so its queries if they have no bias. The norm of
+        queries takes that number out again up to its eps: mostly both kinds of rows have the same queries.
+        """
+        if self.kind != "rmsnorm" or self.bias.any():
+            for sums, rows in zip(self.sums, (x, normalise(x, self.kind, self.eps)), strict=True):
+                self._add(sums, self._divided(rows @ self.weight + self.bias))
+            return
+        y, scale = x @ self.weight, torch.rsqrt(x.square().mean(-1) + self.eps)[:, None]
+        square = torch.linalg.vector_norm(y, dim=(0, 2) if self.norm.over_heads else 2, keepdim=True).square()
+        square = square / (y.shape[0] * y.shape[2] if self.norm.over_heads else y.shape[2])
+        plain = torch.rsqrt(square + self.norm.eps)
+        normalised = scale * torch.rsqrt(scale.square() * square + self.norm.eps)
+        ratio = normalised / plain
+        found = self._add(self.sums[0], y.mul_(plain))
+        if (ratio - 1).abs().max() <= 4 * torch.finfo(y.dtype).eps:
+            for into, part in zip(self.sums[1], found, strict=True):
+                into += part
+        else:
+            self._add(self.sums[1], y.mul_(ratio))
+
+    def means(self, n: int) -> list[tuple[Float[Tensor, "n d_head"], Float[Tensor, "n d_head d_head"]]]:
+        """Return mean and second moment with the gain of the norm, of plain and of normalised rows."""
+        return [(self.gain * first / n, _outer(self.gain) * second / n) for first, second in self.sums]
+
+    def _divided(self, y: Float[Tensor, "n token d_head"]) -> Float[Tensor, "n token d_head"]:
+        return self.norm.apply(y, torch.ones_like(self.bias[:, 0]))
+
+    @staticmethod
+    def _add(sums: list[Tensor], y: Float[Tensor, "n token d_head"]) -> tuple[Tensor, Tensor]:
+        found = y.sum(1).double(), (y.mT @ y).double()
+        for into, part in zip(sums, found, strict=True):
+            into += part
+        return found
 
 
 def _outer(x: Float[Tensor, "head d_head"]) -> Float[Tensor, "head d_head d_head"]:

@@ -4,8 +4,11 @@ Layer 0 reads the embedding; later layers read the `block0` effective embedding,
 all.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -17,8 +20,8 @@ from ovqk.errors import UserError
 from ovqk.heads import Circuit, Factors
 from ovqk.spectra import Decomposition, Maps
 from ovqk.tasks import Variable, WordSet
-from ovqk.vocabulary import Block0, Vocabulary
-from ovqk.weights import Architecture, normalise
+from ovqk.vocabulary import BLOCK, Block0, Vocabulary, blocks
+from ovqk.weights import Architecture, Rows, StoredRows, normalise
 
 SET_METRICS = (
     "ov_task_auc",
@@ -45,6 +48,15 @@ SUBSPACE_METRICS = (
 
 WRITE = "write"
 """The kind of rows that words are on the write side: columns of W_U."""
+
+TOP_METRICS = {"ov_task_copy": 1, "ov_task_suppress": -1}
+"""Metrics that rank a word's own logit in the whole vocabulary -> the sign that W_OV is taken with."""
+NEAR = 1e-9
+"""Ratios this near to an observed one are computed rather than bounded."""
+SCREEN = 4096
+"""Tokens of an unembedding left in the checkpoint that are kept for the first comparisons of such a ranking."""
+KEPT_UP_TO = 2**26
+"""Elements of an unembedding that is kept in memory by the readouts of a task (256 MB)."""
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """(query rows, key rows) -> scores [head, query, key]."""
@@ -107,38 +119,92 @@ class EffectiveRows:
         self._ids: Tensor | None = None
         self._rows: dict[str, Tensor] = {}
 
-    def keep(self, ids: Int[Tensor, " token"]) -> None:
-        """Until `keep_all`, only rows of these tokens are asked for: each is computed once."""
-        self._ids, self._rows = ids.unique(), {}
-
-    def keep_all(self) -> None:
-        """Any token's row may be asked for again."""
-        self._ids, self._rows = None, {}
+    @contextmanager
+    def only(self, ids: Int[Tensor, "*word"]) -> Iterator[None]:
+        """Answer for these tokens alone, each row computed once, until the context is left."""
+        before, self._ids, self._rows = (self._ids, self._rows), ids.unique().cpu(), {}
+        try:
+            yield
+        finally:
+            self._ids, self._rows = before
 
     def __call__(self, ids: Int[Tensor, "*word"], kind: str) -> Float[Tensor, "*word d_model"]:
-        """Rows of these tokens; `kind`: `token` or `block0`, or `write`: columns of W_U, not normalised."""
-        if self._ids is None and ids.dim() > 1:  # many draws of a few words
-            few, place = ids.unique(return_inverse=True)
-            return self._compute(few, kind)[place]
+        """Rows of these tokens; `kind`: `token` or `block0`, or `write`: columns of W_U, not normalised.
+
+        Raises:
+            ValueError: a token is asked for that is not among those of `only`.
+        """
         if self._ids is None:
-            return self._compute(ids, kind)
+            if ids.dim() == 1:
+                return self._compute(ids, kind)
+            few, place = ids.unique(return_inverse=True)  # many draws of a few words
+            return self._compute(few, kind)[place]
+        place = torch.searchsorted(self._ids, ids.cpu()).clamp_max(len(self._ids) - 1)
+        if not torch.equal(self._ids[place], ids.cpu()):
+            raise ValueError("a row is asked for of a token that is not among those that rows are restricted to")
         if kind not in self._rows:
             self._rows[kind] = self._compute(self._ids, kind)
-        return self._rows[kind][torch.searchsorted(self._ids, ids).to(self._rows[kind].device)]
+        return self._rows[kind][place.to(self._rows[kind].device)]
 
     def _compute(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
         if kind == WRITE:
-            if self.vocabulary.W_U_rows is None:
+            if self.unembedding is None:
                 raise ValueError("what words write needs an unembedding")
-            return self.vocabulary.W_U_rows[ids.to(self.vocabulary.W_U_rows.device)]
+            return self.unembedding[ids.to(self.unembedding.device)]
+        if len(ids) > BLOCK:  # what block 0 computes on the way is several times as wide as a row
+            return torch.cat([self._compute(some, kind) for some in ids.split(BLOCK)])
         rows = self.vocabulary.W_E[ids.to(self.vocabulary.W_E.device)]
         if kind == "block0" and self.block0 is not None:
             rows = self.block0.rows(rows)
         return self.normalised(rows)
 
+    @cached_property
+    def unembedding(self) -> Rows | None:
+        """W_U^T: in memory if it has at most KEPT_UP_TO elements, else as the vocabulary has it."""
+        rows = self.vocabulary.W_U_rows
+        if not isinstance(rows, StoredRows) or math.prod(rows.shape) > KEPT_UP_TO:
+            return rows
+        kept = torch.empty(rows.shape, device=rows.device)
+        for some in blocks(rows.shape[0]):
+            kept[some] = rows[some]
+        return kept
+
+    @cached_property
+    def first_unembedded(self) -> Float[Tensor, "token d_model"]:
+        """The first SCREEN rows of W_U^T, in memory."""
+        if self.unembedding is None:
+            raise ValueError("what words write needs an unembedding")
+        return self.unembedding[:SCREEN]
+
     def normalised(self, rows: Float[Tensor, "*word d_model"]) -> Float[Tensor, "*word d_model"]:
         """Rows as a layer's norm would leave them."""
         return normalise(rows, self.architecture.norm, self.architecture.norm_eps)
+
+
+@dataclass(frozen=True)
+class InTop:
+    """A metric of TOP_METRICS of a batch of heads, of which some words may still be open.
+
+    Attributes:
+        index: of the metric's sign among those of the search.
+        W_U_rows: the vocabulary that the words are ranked in.
+    """
+
+    search: alignment.TopSearch
+    index: int
+    W_U_rows: Rows
+
+    @property
+    def by_source(self) -> Float[Tensor, "head word"]:
+        """1 for each word in the top 5 of the tokens passed, 0 for others."""
+        return self.search.found()[self.index]
+
+    @staticmethod
+    def settle(several: "Sequence[InTop]") -> None:
+        """Pass all other tokens of one vocabulary, for all of these at once."""
+        searches = list({id(top.search): top.search for top in several}.values())
+        if searches:
+            alignment.settle(searches, several[0].W_U_rows)
 
 
 class Readout:
@@ -191,6 +257,13 @@ class Readout:
             self._words[kind] = self.effective(self.variable.read[0].ids, kind)
         return self._words[kind]
 
+    @property
+    def written(self) -> Float[Tensor, "*draw word d_model"]:
+        """Columns of W_U, as rows, of the words whose tokens are sources and targets."""
+        if WRITE not in self._words:
+            self._words[WRITE] = self.effective(self.ids, WRITE)
+        return self._words[WRITE]
+
     def basis(self, layer: int) -> Float[Tensor, "*draw r d_model"]:
         """Orthonormal basis of the read subspace, as this layer sees it."""
         return self._basis(self.kind(layer))
@@ -231,20 +304,31 @@ class Readout:
         found: dict[str, Tensor] = {}
         if maps.circuit == "ov" and W_U_rows is not None:
             if asked("ov_task_auc", "ov_task_auc_raw"):
-                logits = alignment.readout(maps.factors, rows, self.effective(self.ids, WRITE))
+                logits = alignment.readout(maps.factors, rows, self.written)
                 found["ov_task_auc"], found["ov_task_auc_raw"] = alignment.task_auc_by_source(logits)
-            signs = {name: sign for name, sign in (("ov_task_copy", 1), ("ov_task_suppress", -1)) if asked(name)}
-            if signs:
-                in_top = alignment.in_top_by_source(maps.factors, rows, self.ids, W_U_rows, list(signs.values()))
-                found |= dict(zip(signs, in_top, strict=True))
+            in_top = self.in_top(layer, maps, wanted)
+            InTop.settle(list(in_top.values()))
+            found |= {name: top.by_source for name, top in in_top.items()}
         if maps.circuit == "qk":
             if asked("qk_task_auc", "qk_task_auc_raw"):
                 scores = self._scores(maps, rows, rows)
                 found["qk_task_auc"], found["qk_task_auc_raw"] = alignment.task_auc_by_source(scores)
             if W_U_rows is not None and asked("qk_task_auc_unembed"):
-                scores = self._scores(maps, self.effective.normalised(self.effective(self.ids, WRITE)), rows)
+                scores = self._scores(maps, self.effective.normalised(self.written), rows)
                 found["qk_task_auc_unembed"] = alignment.task_auc_by_source(scores)[0]
         return found
+
+    def in_top(self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None) -> "dict[str, InTop]":
+        """The metrics of TOP_METRICS, with the vocabulary's first tokens passed and the others not (`InTop.settle`)."""
+        names = [name for name in TOP_METRICS if wanted is None or name in wanted]
+        there = self.reads(layer) and self.variable.kind is VariableKind.set and maps.circuit == "ov"
+        unembedding = self.effective.unembedding if there and names else None
+        if unembedding is None:
+            return {}
+        signs = [TOP_METRICS[name] for name in names]
+        search = alignment.TopSearch(maps.factors, self.rows(layer), self.ids, self.written, signs)
+        alignment.settle([search], self.effective.first_unembedded)
+        return {name: InTop(search, index, unembedding) for index, name in enumerate(names)}
 
     def of_subspace(
         self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
@@ -330,15 +414,28 @@ def full_circuit_ratio(
     gram_in: Float[Tensor, "d_model d_model"],
     gram_cross: Float[Tensor, "d_model d_model"],
     gram_out: Float[Tensor, "d_model d_model"],
+    observed: float | None = None,
 ) -> Float[Tensor, " head"]:
     """Trace ratio of A M B, in [-1, 1], from A^T C A, B C A and B C B^T (A, B: token matrices).
 
     The singular values of A M B, against which a vanishing denominator is told, are taken only where their bound by
-    the norms of the Grams does not settle it.
+    the norms of the Grams does not settle it. If a value was `observed`, all that is asked is on which side of it each
+    ratio lies: where bounds tell (`spectra.trace_ratio_bounds`), a bound on that side stands for the ratio.
     """
-    eigen = spectra.eigenvalues(maps.core(gram_cross))
-    most = (gram_in.norm() * gram_out.norm()).sqrt() * maps.sigma.sum(-1)
-    if (eigen.abs().sum(-1) > spectra.TINY * most).all():
-        return spectra.trace_ratio(eigen, torch.zeros_like(most))
+    cores = maps.core(gram_cross)
+    most = (gram_in.norm() * gram_out.norm()).sqrt() * maps.sigma.double().sum(-1)
+    found, rest = torch.zeros_like(most), torch.arange(len(cores), device=cores.device)
+    for sharp in (False, True):
+        if observed is None:
+            break
+        low, high = spectra.trace_ratio_bounds(cores[rest], most[rest], sharp)
+        below, above = high < observed - NEAR, low > observed + NEAR
+        found[rest] = torch.where(below, high, low)
+        rest = rest[~(below | above)]
+    eigen = spectra.eigenvalues(cores[rest])
+    if (eigen.abs().sum(-1) > spectra.TINY * most[rest]).all():
+        found[rest] = spectra.trace_ratio(eigen, torch.zeros_like(most[rest]))
+        return found
     sigma = spectra.full_circuit_singular_values(maps, gram_in, gram_out)
-    return spectra.trace_ratio(eigen, sigma.sum(-1))
+    found[rest] = spectra.trace_ratio(eigen, sigma[rest].sum(-1))
+    return found

@@ -22,6 +22,7 @@ from ovqk.heads import Factors
 from ovqk.threads import decomposed
 from ovqk.vocabulary import blocks, precision
 
+SLACK = 1e-9  # relative, for what float64 rounds in a bound
 TINY = 1e-6  # relative to the sum of singular values: below it a denominator is rounding, not weights
 ROUNDING = 2.0**-24  # relative, of a 32-bit weight
 ELEMENTS = 2**22  # of the weights of a few heads, in float64 at a time
@@ -66,7 +67,9 @@ class Maps(Protocol):
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Thin singular value decomposition M = read diag(sigma) write^T of every head, float64.
+    """Thin singular value decomposition M = read diag(sigma) write^T of every head.
+
+    Float64, but for surrogates whose frames were made in float32.
 
     The balanced factors, U sqrt(S) and sqrt(S) V^T, depend on M alone and not on the head's gauge.
 
@@ -99,21 +102,21 @@ class Decomposition:
 
     def core(self, gram: Gram | None = None) -> Cores:
         """sqrt(S) V^T G U sqrt(S): see `Maps`."""
-        left = self.balanced_left
-        return self.balanced_right @ (left if gram is None else _times(gram, left))
+        left = self.balanced_left if gram is None else _times(gram, self.balanced_left)
+        return (self.balanced_right.to(left) @ left).double()
 
     def left_gram(self, gram: Gram) -> Cores:
         """See `Maps`."""
-        return self.read.mT @ _times(gram, self.read)
+        return self.read.mT.double() @ _times(gram, self.read).double()
 
     def right_gram(self, gram: Gram) -> Cores:
         """See `Maps`."""
-        return self.write.mT @ _times(gram, self.write)
+        return self.write.mT.double() @ _times(gram, self.write).double()
 
 
 def _times(gram: Gram, x: Float[Tensor, "head d_model k"]) -> Float[Tensor, "head d_model k"]:
-    """gram @ x, in the precision of the Gram."""
-    return (gram @ x.to(gram.dtype)).double()
+    """Return gram @ x, multiplied in the precision of the Gram, in the larger of both precisions."""
+    return (gram @ x.to(gram.dtype)).to(torch.promote_types(gram.dtype, x.dtype))
 
 
 class Basis:
@@ -321,6 +324,24 @@ def guarded(
 def trace_ratio(eigen: Complex[Tensor, "head k"], scale: Float[Tensor, " head"]) -> Float[Tensor, " head"]:
     """sum lambda / sum |lambda|, in [-1, 1]: the copying score of Elhage et al. 2021 on a full OV circuit."""
     return guarded(eigen.real.sum(-1), eigen.abs().sum(-1), scale)
+
+
+def trace_ratio_bounds(
+    cores: Float[Tensor, "head k k"], most: Float[Tensor, " head"], sharp: bool
+) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
+    """Bounds of sum lambda / sum |lambda| without the eigenvalues, from below and from above.
+
+    The numerator is the trace. The denominator is at most sqrt(k) |core|_F (Weyl: at most the sum of singular values)
+    and, which takes a determinant and is asked for by `sharp`, at least k |det|^(1/k): the mean of the moduli is at
+    least their geometric mean. Unless it is known to be above TINY of `most`, the ratio may be 0 (`guarded`).
+    """
+    k, trace = cores.shape[-1], cores.diagonal(dim1=-2, dim2=-1).sum(-1)
+    largest = (1 + SLACK) * k**0.5 * cores.norm(dim=(-2, -1))
+    smallest = (1 - SLACK) * k * (torch.linalg.slogdet(cores).logabsdet / k).exp() if sharp else torch.zeros_like(trace)
+    known = smallest > TINY * most
+    near_0 = torch.where(known, trace / largest, 0.0)
+    far = torch.where(known, trace / smallest, trace.sign()).clamp(-1, 1)
+    return torch.minimum(near_0, far), torch.maximum(near_0, far)
 
 
 def spectrum_metrics(

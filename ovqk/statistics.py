@@ -68,12 +68,14 @@ class MonteCarlo:
     Attributes:
         p, p_opposite: (1 + exceedances) / (1 + draws).
         n: draws that p was counted on.
-        stopped: whether both directions have met their 20 exceedances, so that more draws would change nothing.
+        p_stopped: whether p has met its 20 exceedances, so that more draws would not change it.
+        stopped: whether both directions have, so that more draws would change nothing.
     """
 
     p: float
     p_opposite: float
     n: int
+    p_stopped: bool
     stopped: bool
 
 
@@ -84,7 +86,7 @@ def monte_carlo(observed: float, draws: NDArray[np.float64]) -> MonteCarlo:
     """
     p, n, stopped = _counted(draws >= observed - TIE)
     p_opposite, _, stopped_opposite = _counted(draws <= observed + TIE)
-    return MonteCarlo(p, p_opposite, n, stopped and stopped_opposite)
+    return MonteCarlo(p, p_opposite, n, stopped, stopped and stopped_opposite)
 
 
 def _counted(exceeds: NDArray[np.bool_]) -> tuple[float, int, bool]:
@@ -262,10 +264,19 @@ def standardised(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
         values: [n], rising: which are drawn together depends on their ranks alone.
         width: at most n.
     """
+    return _standardised(np.asarray(values, dtype=np.float64).tobytes(), width)
+
+
+@lru_cache(maxsize=256)
+def _standardised(rising: bytes, width: int) -> NDArray[np.float64]:
+    """Standardise values given as bytes, once: the heads near one head are mostly those near the next one too."""
+    values = np.frombuffer(rising)
     left = values[_thinnings(len(values), width)]  # [thinning, n, width], each row rising
     median = (left[..., (width - 1) // 2] + left[..., width // 2]) / 2
     spread = np.median(np.abs(left - median[..., None]), -1)
-    return (values - median) / np.where(spread > 0, spread, math.nan)
+    found = (values - median) / np.where(spread > 0, spread, math.nan)
+    found.flags.writeable = False  # it is handed out again
+    return found
 
 
 @lru_cache(maxsize=64)

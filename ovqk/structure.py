@@ -155,7 +155,7 @@ def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
             profile = scores.by_offset
             values |= {"qk_offset_r2": scores.offset_r2, "qk_prev_auc": scores.previous_auc}
     elif layer.folded.rotary is not None and model.vocabulary is not None:
-        plain, normalised = (token_head_moments(layer, normalised) for normalised in (False, True))
+        plain, normalised = token_head_moments(layer)
         values |= positions.rotary_shares(layer.folded, facts, plain)
         shares = positions.rotary_shares(layer.folded, facts, normalised)
         values |= {f"{name}_normalised": value for name, value in shares.items()}
@@ -165,15 +165,19 @@ def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
     return values, None if profile is None else _offset_table(layer.index, profile)
 
 
-def token_head_moments(layer: Layer, normalised: bool) -> positions.HeadMoments:
-    """Moments of the heads' queries and keys over the vocabulary, of plain or of normalised embedding rows."""
+def token_head_moments(layer: Layer) -> tuple[positions.HeadMoments, positions.HeadMoments]:
+    """Moments of the heads' queries and keys over the vocabulary, of plain and of normalised embedding rows."""
     model, weights, facts = layer.model, layer.folded, layer.model.architecture
     if model.vocabulary is None or model.token_moments is None:
         raise ValueError("moments need an embedding")
-    if weights.qk_norm is None:
-        return positions.head_moments(weights, facts, model.token_moments[normalised], _query_key_bases(layer))
-    rows = positions.token_rows(model.vocabulary, facts, normalised)
-    return positions.normalised_head_moments(weights, facts, rows)
+    if weights.qk_norm is not None:
+        return positions.normalised_head_moments(weights, facts, model.vocabulary.W_E)
+    plain, normalised = model.token_moments
+    bases = _query_key_bases(layer)
+    return (
+        positions.head_moments(weights, facts, plain, bases),
+        positions.head_moments(weights, facts, normalised, bases),
+    )
 
 
 def _query_key_bases(layer: Layer) -> positions.QueryKeyBases:

@@ -9,7 +9,7 @@ A surrogate head or readout goes through the very functions that made the observ
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ovqk.config import VariableKind
 from ovqk.heads import Circuit
-from ovqk.readouts import HeadMaps
+from ovqk.readouts import HeadMaps, InTop
 from ovqk.spectra import Decomposition
 from ovqk.tasks import Variable, WordSet
 from ovqk.threads import CPU, each
-from ovqk.vocabulary import blocks
+from ovqk.vocabulary import EXACT, blocks
 
 STAGES = (25, 50, 100, 200, 400)
 """Numbers of draws after which it is asked whether more are needed; then all."""
@@ -47,21 +47,21 @@ def gaussian(count: int, d_model: int, k: int, generator: torch.Generator) -> Fl
 
 
 def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[Tensor, "draw d_model k"]:
-    """Orthonormal k-frames of R^d, Haar distributed, float64; with `centred`, of the complement of the all-ones vector.
+    """Orthonormal k-frames of R^d, Haar distributed; with `centred`, of the complement of the all-ones vector.
 
     The Q of a Gaussian matrix, with positive diagonal of R (Mezzadri 2007), by Cholesky where it is well conditioned.
-    With at least four times as many rows as columns it is so well conditioned that float32 will do: columns are
-    orthonormal within 1e-7 at the sizes of models, within 2e-5 in the tails of d_model = 8.
+    With at least four times as many rows as columns, or twice as many in a large model, it is so well conditioned that
+    float32 will do, in which the frames are then returned: columns are orthonormal within 1e-6 at the sizes of models,
+    within 2e-5 in the tails of d_model = 8. Otherwise they are float64.
     """
     d_model, k = noise.shape[1:]
-    x = noise if 4 * k <= d_model else noise.double()
+    x = noise if 4 * k <= d_model or 2 * k <= d_model > EXACT else noise.double()
     if centred:
         x = x - x.mean(1, keepdim=True)
     if 2 * k <= d_model:
         R = torch.linalg.cholesky(x.mT @ x, upper=True)
-        return (
-            x @ torch.linalg.solve_triangular(R, torch.eye(k, dtype=R.dtype, device=R.device).expand_as(R), upper=True)
-        ).double()
+        unit = torch.eye(k, dtype=R.dtype, device=R.device).expand_as(R)
+        return x @ torch.linalg.solve_triangular(R, unit, upper=True)
     Q, R = torch.linalg.qr(x)
     return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
 
@@ -75,7 +75,7 @@ def surrogate_heads(
     the columns of the noise are dropped: zeros, where it has as many as there are dimensions left.
     """
     k, frames = noise.shape[-1], haar_frames(noise, centred)
-    return Decomposition(frames[::2], sigma[:k].double().expand(len(noise) // 2, k), frames[1::2], k)
+    return Decomposition(frames[::2], sigma[:k].to(frames).expand(len(noise) // 2, k), frames[1::2], k)
 
 
 class FrameDraws:
@@ -87,7 +87,7 @@ class FrameDraws:
         sigma: Float[Tensor, " k"],
         d_model: int,
         centred: bool,
-        measure: Callable[[HeadMaps], dict[str, Tensor]],
+        measure: Callable[[HeadMaps], Mapping[str, Tensor | InTop]],
         seed: Sequence[int],
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -97,6 +97,7 @@ class FrameDraws:
         state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> np.uint64(1))
         self.generator = torch.Generator().manual_seed(state)
         self._drawn: dict[str, list[float]] = {}
+        self._open: list[tuple[str, int, InTop]] = []
 
     def first(self, count: int) -> dict[str, NDArray[np.float64]]:
         """The first `count` draws of every metric, or more; the same draws in whatever steps they are asked for."""
@@ -113,16 +114,37 @@ class FrameDraws:
         for some in blocks(n, max(1, most)):
             yield gaussian(2 * (some.stop - some.start), self.d_model, k, self.generator)
 
-    def measured(self, noise: Float[Tensor, "frame d_model k"]) -> dict[str, list[float]]:
-        """The metrics of the surrogates that this noise makes, as numbers: many small tensors would hold memory."""
+    def measured(self, noise: Float[Tensor, "frame d_model k"]) -> dict[str, list[float] | InTop]:
+        """The metrics of the surrogates that this noise makes, as numbers: many small tensors would hold memory.
+
+        What has still to be ranked in the rest of the vocabulary stays open until `close`.
+        """
         surrogates = surrogate_heads(self.sigma, noise.to(self.sigma.device), self.centred)
         found = self.measure(HeadMaps.of(self.circuit, surrogates, self.dtype))
-        return {name: values.double().tolist() for name, values in found.items()}
+        return {
+            name: values if isinstance(values, InTop) else values.double().tolist() for name, values in found.items()
+        }
 
-    def keep(self, measured: dict[str, list[float]]) -> None:
+    def keep(self, measured: Mapping[str, list[float] | InTop]) -> None:
         """Add these draws to those that were made before."""
         for name, values in measured.items():
-            self._drawn.setdefault(name, []).extend(values)
+            drawn = self._drawn.setdefault(name, [])
+            if isinstance(values, InTop):
+                self._open.append((name, len(drawn), values))
+                values = values.by_source.mean(-1).tolist()
+            drawn.extend(values)
+
+    @property
+    def open(self) -> list[InTop]:
+        """Draws of which some words have yet to be ranked in the rest of the vocabulary."""
+        return [ranked for *_, ranked in self._open]
+
+    def close(self) -> None:
+        """Write down the draws that were open, once they are settled."""
+        for name, start, ranked in self._open:
+            values = ranked.by_source.mean(-1).tolist()
+            self._drawn[name][start : start + len(values)] = values
+        self._open = []
 
     @property
     def count(self) -> int:
@@ -141,13 +163,16 @@ def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDA
     Noise is made here, one head after the other; threads measure what it makes; the numbers are kept here, in order.
     """
 
-    def measured(part: tuple[FrameDraws, Tensor]) -> tuple[FrameDraws, dict[str, list[float]]]:
+    def measured(part: tuple[FrameDraws, Tensor]) -> tuple[FrameDraws, dict[str, list[float] | InTop]]:
         own, noise = part
         return own, own.measured(noise)
 
     missing = ((own, noise) for own in draws for noise in own.missing(count))
     for own, values in each(measured, missing, draws[0].sigma.device if draws else CPU):
         own.keep(values)
+    InTop.settle([ranked for own in draws for ranked in own.open])
+    for own in draws:
+        own.close()
     return [own.drawn for own in draws]
 
 

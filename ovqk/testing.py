@@ -5,6 +5,7 @@ the claimed heads' maps (few), metric values under resampled words, and, where a
 circuits that compose. `ClaimTests.rows` then draws the nulls.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ from ovqk.nulls import (
     predicted_values,
     role_rows,
 )
-from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, HeadMaps, Readout, full_circuit_ratio
+from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, HeadMaps, InTop, Readout, full_circuit_ratio
 from ovqk.spectra import Decomposition
 from ovqk.statistics import monte_carlo
 from ovqk.surrogates import CHUNK_ELEMENTS, STAGES, FrameDraws, WordDraws, draw_words, first_of_each, subsamples
@@ -62,6 +63,8 @@ class ClaimTests:
         resamples: metric -> [draw, layer, head] under resampled words.
         layers: both circuits of every layer, where a prediction composes them.
         second: sigma_2 / sigma_1 of W_QK of the claimed heads.
+        observed: head -> metric -> value, of candidates: what their surrogates are compared with, and nothing else of
+            them is needed.
         notes: why the word nulls that could not be drawn were not.
     """
 
@@ -73,6 +76,7 @@ class ClaimTests:
     resamples: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     layers: list[LayerCircuits] = field(default_factory=list)
     second: dict[Head, float] = field(default_factory=dict)
+    observed: dict[Head, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -221,7 +225,7 @@ class ClaimTests:
         if not all(self.can_frame(names[head]) for head in heads):
             return []
         most, draws = self.model.config.nulls.draws, [self.frame(head, names[head]) for head in heads]
-        for count in (*(stage for stage in STAGES if stage < most), most):
+        for count in stages(most):
             found = zip(heads, first_of_each(draws, count), strict=True)
             drawn = {head: values[names[head]][:count] for head, values in found}
             rows = _ensemble_rows(predicted, "frame", heads, drawn, most)
@@ -229,6 +233,24 @@ class ClaimTests:
             if all(stopped):
                 break
         return rows
+
+    def frame_p(self, predicted: Predicted, heads: Sequence[Head]) -> dict[Head, float]:
+        """Return p under `frame` of each of these heads whose value is in `observed`, nan without such a null.
+
+        Draws are made until p has met its 20 exceedances: it is counted no further (see `monte_carlo`).
+        """
+        found = dict.fromkeys(heads, math.nan)
+        names = {head: predicted.metric_of(head[0]) for head in heads}
+        going = [head for head in heads if self.can_frame(names[head])]
+        for count in stages(self.model.config.nulls.draws):
+            drawn = first_of_each([self.frame(head, names[head]) for head in going], count)
+            for head, values in zip(list(going), drawn, strict=True):
+                observed = predicted.sign * float(predicted.values[head])
+                test = monte_carlo(observed, predicted.sign * values[names[head]][:count])
+                found[head] = test.p
+                if test.p_stopped:
+                    going.remove(head)
+        return found
 
     def can_frame(self, metric: str) -> bool:
         """Whether a surrogate of this spectrum has the metric: not where queries and keys are normalised."""
@@ -250,13 +272,15 @@ class ClaimTests:
                 self.sigma[layer, form][index],
                 facts.d_model,
                 folded and facts.norm == "layernorm",
-                surrogate_metrics(self.model, layer, wanted),
+                surrogate_metrics(self.model, layer, wanted, self.observed.get(head, {})),
                 (self.model.config.seed, layer, kv_head, int(circuit == "ov"), int(folded), len(offsets)),
             )
         return self.frames[head, form]
 
     def _asked(self, head: Head) -> set[str]:
-        """The metrics that the head's roles predict, or any role of a head that none claims; those with a value."""
+        """The metrics of a candidate that were observed, or those that a claimed head's roles predict, with a value."""
+        if head in self.observed:
+            return set(self.observed[head])
         roles = [role for role, heads in self.claims.roles.items() if head in heads] or list(self.claims.predictions)
         predictions = (config for role in roles for config in self.claims.predictions[role])
         return predictions_by_metric(predictions) - set(self.model.unavailable)
@@ -303,9 +327,8 @@ class ClaimTests:
             own = [s.ids for s in (*readout.variable.read, *readout.variable.write)]
             for layer in {layer for layer, _ in heads}:
                 readout.prepare(layer)  # the centre of the band, while all rows are there
-            readout.effective.keep(torch.cat([*ids, *own]))
-            drawn = self._under_words(readout, words.variables, set(heads), metrics)
-            readout.effective.keep_all()
+            with readout.effective.only(torch.cat([*ids, *own])):
+                drawn = self._under_words(readout, words.variables, set(heads), metrics)
             yield words, drawn
 
     def read_maps(self, heads: Collection[Head], circuit: Circuit) -> None:
@@ -367,34 +390,50 @@ def _ensemble_rows(
     return rows
 
 
+def stages(most: int) -> tuple[int, ...]:
+    """Numbers of draws after which it is asked whether more are needed, up to this many."""
+    return *(stage for stage in STAGES if stage < most), most
+
+
 def surrogate_metrics(
-    model: Model, layer: int, wanted: set[str]
-) -> Callable[[HeadMaps], dict[str, Float[Tensor, " draw"]]]:
-    """What measures surrogates of a head of this layer, by the functions that measured the head."""
+    model: Model, layer: int, wanted: set[str], observed: Mapping[str, float]
+) -> Callable[[HeadMaps], dict[str, Float[Tensor, " draw"] | InTop]]:
+    """What measures surrogates of a head of this layer, by the functions that measured the head.
+
+    Metrics that rank words in the vocabulary are left open (see `FrameDraws.close`). Where a value was observed, a
+    trace ratio may be a bound that lies on the same side of it (see `full_circuit_ratio`).
+    """
     plain, folded, (block0, cross, _) = model.spectral_vocabulary, model.vocabulary, model.block0_grams
 
-    def measure(maps: HeadMaps) -> dict[str, Tensor]:
-        found = {}
+    def measure(maps: HeadMaps) -> dict[str, Tensor | InTop]:
+        found: dict[str, Tensor | InTop] = {}
         if model.readout is not None and wanted & {*SET_METRICS, *SUBSPACE_METRICS}:
-            found = model.readout.metrics(layer, maps, wanted)
+            found |= model.readout.metrics(layer, maps, wanted - set(TOP_METRICS))
+            found |= model.readout.in_top(layer, maps, wanted)
         parts = maps.decomposition
         if "ov_copying" in wanted and plain is not None:
-            found["ov_copying"] = _written(parts, plain.gram_embed, plain.gram_cross, plain.gram_unembed)
+            grams = plain.gram_embed, plain.gram_cross, plain.gram_unembed
+            found["ov_copying"] = _written(parts, *grams, observed.get("ov_copying"))
         if "ov_copying_block0" in wanted and block0 is not None and folded is not None:
-            found["ov_copying_block0"] = _written(parts, block0, cross, folded.gram_unembed)
+            grams = block0, cross, folded.gram_unembed
+            found["ov_copying_block0"] = _written(parts, *grams, observed.get("ov_copying_block0"))
         if "qk_matching" in wanted and plain is not None:
-            found["qk_matching"] = full_circuit_ratio(parts, plain.gram_embed, plain.gram_embed, plain.gram_embed)
+            grams = plain.gram_embed, plain.gram_embed, plain.gram_embed
+            found["qk_matching"] = full_circuit_ratio(parts, *grams, observed.get("qk_matching"))
         if "qk_matching_block0" in wanted and block0 is not None:
-            found["qk_matching_block0"] = full_circuit_ratio(parts, block0, block0, block0)
+            grams = block0, block0, block0
+            found["qk_matching_block0"] = full_circuit_ratio(parts, *grams, observed.get("qk_matching_block0"))
         return {name: values for name, values in found.items() if name in wanted}
 
     return measure
 
 
-def _written(parts: Decomposition, gram_in: Tensor, cross: Tensor | None, gram_out: Tensor | None) -> Tensor:
+def _written(
+    parts: Decomposition, gram_in: Tensor, cross: Tensor | None, gram_out: Tensor | None, observed: float | None
+) -> Tensor:
     if cross is None or gram_out is None:
         raise ValueError("what a head writes is measured against an unembedding")
-    return full_circuit_ratio(parts, gram_in, cross, gram_out)
+    return full_circuit_ratio(parts, gram_in, cross, gram_out, observed)
 
 
 def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:

@@ -245,14 +245,20 @@ class Block0:
 
     def __init__(self, layer0: LayerWeights, mlp: MLPWeights | None, architecture: Architecture) -> None:
         """Take block 0's attention and MLP weights, their reads folded (`fold_reads`, `fold_mlp`)."""
-        self.factors, self.post_norm = ov_factors(layer0, architecture), layer0.post_norm
+        factors, self.post_norm = ov_factors(layer0, architecture), layer0.post_norm
+        heads, d_model, d_head = factors.left.shape
+        joint = factors.left.transpose(0, 1).reshape(d_model, -1), factors.right.reshape(-1, d_model)
+        # All heads together map a row to a row: in one product where they have more dimensions than the row has.
+        self.attention = (joint[0] @ joint[1],) if 2 * heads * d_head > d_model else joint
         self.mlp, self.architecture = mlp, architecture
 
     def rows(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """E for these rows of the folded embedding."""
         kind, eps = self.architecture.norm, self.architecture.norm_eps
-        read = torch.einsum("td,hdk->thk", normalise(W_E, kind, eps), self.factors.left)
-        stream = W_E + apply_norm(self.post_norm, torch.einsum("thk,hkd->td", read, self.factors.right), eps)
+        written = normalise(W_E, kind, eps)
+        for weight in self.attention:
+            written = written @ weight
+        stream = W_E + apply_norm(self.post_norm, written, eps)
         if self.mlp is None:
             return stream
         x = normalise(W_E if self.architecture.parallel else stream, kind, eps)

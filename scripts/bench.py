@@ -3,6 +3,8 @@
     python scripts/bench.py --shapes gpt2-small,gpt2-medium --threads 2      # spectra, against (a), (b) and (c)
     python scripts/bench.py --shapes gpt2-small --what composition
     python scripts/bench.py --shapes llama-7b --what cell                    # makes a checkpoint of 4.8 GB first
+    python scripts/bench.py --shapes smollm2-135m,gemma-3-270m --what task   # task=ioi against task=none
+    python scripts/bench.py --what task --path DIR                           # the same, on a real model
     python scripts/bench.py --shapes gpt2-small --what profile
     python scripts/bench.py --what startup
 
@@ -15,7 +17,7 @@ full vocabulary:
               float32 product measured in this run; no decomposition is counted
 
 (a) and (b) are measured on some heads (`--sample`) and scaled to all of them. Checkpoints are random, of the shape
-named, with attention and embeddings only. Cells are run in processes of their own, whose peak resident memory is
+named (`random_checkpoints.py`). Cells are run in processes of their own, whose peak resident memory is
 given above that of a process which has imported the same modules and done nothing.
 """
 
@@ -30,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,79 +40,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as ovqk sets it where it is imported first
 
 import torch
-from safetensors.torch import save_file
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's shape."""
-
-    family: str
-    n_layers: int
-    n_heads: int
-    d_model: int
-    d_head: int
-    n_vocab: int
-    tied: bool
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def width(self) -> int:
-        """Dimensions of all heads of a layer."""
-        return self.n_heads * self.d_head
-
-
-SHAPES = {
-    "gpt2-small": Shape("gpt2", 12, 12, 768, 64, 50257, True),
-    "gpt2-medium": Shape("gpt2", 24, 16, 1024, 64, 50257, True),
-    "gpt2-xl": Shape("gpt2", 48, 25, 1600, 64, 50257, True),
-    "llama-7b": Shape("llama", 32, 32, 4096, 128, 32000, False, torch.bfloat16),
-}
-
-
-# --- checkpoints ---------------------------------------------------------------------------------------------
-
-
-def make_checkpoint(shape: Shape, folder: Path) -> None:
-    """Random attention and embeddings of this shape as a Hugging Face directory, a shard for each layer."""
-    if (folder / "config.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> torch.Tensor:
-        return (0.02 * torch.randn(size, generator=generator)).to(shape.dtype)
-
-    d, width = shape.d_model, shape.width
-    for layer in range(shape.n_layers):
-        if shape.family == "gpt2":
-            at = f"transformer.h.{layer}."
-            tensors = {
-                f"{at}attn.c_attn.weight": normal(d, 3 * width),
-                f"{at}attn.c_attn.bias": normal(3 * width),
-                f"{at}attn.c_proj.weight": normal(width, d),
-                f"{at}ln_1.weight": 1 + normal(d),
-                f"{at}ln_1.bias": normal(d),
-            }
-        else:
-            at = f"model.layers.{layer}."
-            tensors = {f"{at}self_attn.{name}_proj.weight": normal(width, d) for name in "qkv"}
-            tensors |= {f"{at}self_attn.o_proj.weight": normal(d, width), f"{at}input_layernorm.weight": 1 + normal(d)}
-        save_file(tensors, folder / f"layer-{layer:03d}.safetensors")
-    if shape.family == "gpt2":
-        rest = {"transformer.wte.weight": normal(shape.n_vocab, d), "transformer.wpe.weight": normal(1024, d)}
-        rest |= {"transformer.ln_f.weight": 1 + normal(d), "transformer.ln_f.bias": normal(d)}
-        config = {"model_type": "gpt2", "n_layer": shape.n_layers, "n_head": shape.n_heads, "n_embd": d}
-        config |= {"n_positions": 1024, "vocab_size": shape.n_vocab}
-    else:
-        rest = {"model.embed_tokens.weight": normal(shape.n_vocab, d), "lm_head.weight": normal(shape.n_vocab, d)}
-        rest |= {"model.norm.weight": 1 + normal(d)}
-        config = {"model_type": "llama", "num_hidden_layers": shape.n_layers, "num_attention_heads": shape.n_heads}
-        config |= {"num_key_value_heads": shape.n_heads, "hidden_size": d, "max_position_embeddings": 4096}
-        config |= {"vocab_size": shape.n_vocab, "tie_word_embeddings": False}
-    save_file(rest, folder / "embeddings.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-
+from random_checkpoints import SHAPES, Shape, make_checkpoint
 
 # --- the floor -----------------------------------------------------------------------------------------------
 
@@ -156,8 +86,8 @@ def open_model(config: Any) -> Any:
     return open_weights(open_checkpoint(config.model), config.model)
 
 
-def cell_config(folder: Path, device: str = "cpu") -> Any:
-    """`run.py model=local task=none` without directions."""
+def cell_config(folder: Path, device: str = "cpu", task: str = "none") -> Any:
+    """`run.py model=local` without directions."""
     from hydra import compose, initialize_config_dir
 
     from ovqk.config import register
@@ -166,7 +96,13 @@ def cell_config(folder: Path, device: str = "cpu") -> Any:
     register()
     root = Path(__file__).resolve().parents[1]
     with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-        overrides = ["model=local", f'model.path="{folder}"', "task=none", "analysis.components=0", f"device={device}"]
+        overrides = [
+            "model=local",
+            f'model.path="{folder}"',
+            f"task={task}",
+            "analysis.components=0",
+            f"device={device}",
+        ]
         return resolve(compose("config", overrides=[*overrides, "tracking=none"]))
 
 
@@ -192,6 +128,19 @@ def whole_cell(config: Any) -> int:
 
     source = open_model(config)
     return len(analyse(source, None, None, "bench", config).tables["heads"])
+
+
+def whole_cell_with_words(config: Any) -> int:
+    """Every stage of `analyse`, from the files on, with the tokenizer and the task's words."""
+    from ovqk.analyses import analyse
+    from ovqk.checkpoints import open_checkpoint
+    from ovqk.sources import open_weights
+    from ovqk.tasks import load_tokenizer
+
+    checkpoint = open_checkpoint(config.model)
+    source, tokenizer = open_weights(checkpoint, config.model), load_tokenizer(checkpoint)
+    n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
+    return len(analyse(source, tokenizer, n_tokens, "bench", config).tables["heads"])
 
 
 def cached(folder: Path) -> tuple[float, float]:
@@ -330,10 +279,11 @@ def run_child(name: str, folder: Path, device: str) -> None:
     """Print what `child` reads."""
     import ovqk.analyses  # noqa: F401 (what a cell imports)
 
-    config = cell_config(folder, device)
-    base = peak_memory()
+    config = cell_config(folder, device, task="ioi" if name == "ioi" else "none")
+    base, processor = peak_memory(), time.process_time()
     took = seconds(lambda: WAYS[name](config)) if name in WAYS else 0.0
-    print(json.dumps({"seconds": took, "above_mb": peak_memory() - base, "peak_mb": peak_memory()}))
+    found = {"seconds": took, "cpu_seconds": time.process_time() - processor}
+    print(json.dumps(found | {"above_mb": peak_memory() - base, "peak_mb": peak_memory()}))
 
 
 def peak_memory() -> float:
@@ -344,7 +294,25 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-WAYS: dict[str, Callable[[Any], int]] = {"spectra": spectra_alone, "cell": whole_cell}
+WAYS: dict[str, Callable[[Any], int]] = {
+    "spectra": spectra_alone,
+    "cell": whole_cell,
+    "none": whole_cell_with_words,
+    "ioi": whole_cell_with_words,
+}
+
+
+def report_task(name: str, folder: Path, arguments: argparse.Namespace) -> None:
+    """Measure the cells of task=none and task=ioi on one checkpoint, one after the other, and print."""
+    best = {}
+    for task in ("none", "ioi"):
+        runs = [child(task, folder, arguments.threads, arguments.device) for _ in range(arguments.repeats)]
+        best[task] = min(runs, key=lambda run: run["seconds"])
+        found = best[task]
+        took = f"{found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of processor time)"
+        print(f"{name} task={task}: {took}; peak {found['peak_mb']:.0f} MB", flush=True)
+    wall, cpu = (best["ioi"][kind] / best["none"][kind] for kind in ("seconds", "cpu_seconds"))
+    print(f"{name} task=ioi / task=none: {wall:.2f} x ({cpu:.2f} x of processor time)", flush=True)
 
 
 def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace) -> None:
@@ -405,9 +373,10 @@ def start_up(repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="gpt2-small", help=f"of {', '.join(SHAPES)}")
-    kinds = ["spectra", "cell", "composition", "cache", "profile", "startup"]
+    kinds = ["spectra", "cell", "task", "composition", "cache", "profile", "startup"]
     parser.add_argument("--what", default="spectra", choices=kinds)
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
+    parser.add_argument("--path", type=Path, help="for --what task: a Hugging Face directory, instead of shapes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
@@ -422,6 +391,11 @@ def main() -> None:
     if arguments.child:
         run_child(arguments.child, arguments.folder, arguments.device)
         return
+    if arguments.path:
+        if arguments.what != "task":
+            parser.error("--path is for --what task")
+        report_task(arguments.path.name, arguments.path, arguments)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         for name in arguments.shapes.split(","):
             shape = SHAPES[name]
@@ -429,7 +403,10 @@ def main() -> None:
                 shape, name = replace(shape, n_layers=arguments.layers), f"{name}-{arguments.layers}-layers"
             folder = (arguments.folder or Path(temporary)) / name
             make_checkpoint(shape, folder)
-            report(name, shape, folder, arguments)
+            if arguments.what == "task":
+                report_task(name, folder, arguments)
+            else:
+                report(name, shape, folder, arguments)
 
 
 if __name__ == "__main__":

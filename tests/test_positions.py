@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import rotation
 
+from ovqk import vocabulary
+from ovqk.heads import keys, queries
 from ovqk.positions import (
     head_moments,
     learned_position_scores,
@@ -19,7 +21,7 @@ from ovqk.positions import (
     rotary_span,
     row_moments,
 )
-from ovqk.weights import Architecture, LayerWeights, QueryKeyNorm, Rotary
+from ovqk.weights import Architecture, LayerWeights, QueryKeyNorm, Rotary, normalise
 
 
 def facts(**changes) -> Architecture:
@@ -89,7 +91,7 @@ def test_the_three_rotary_shares_sum_to_one_and_match_a_brute_force_variance(see
         weights = dataclasses.replace(weights, qk_norm=QueryKeyNorm(*gains, 1e-6, over_heads=norm == "over_heads"))
         with pytest.raises(ValueError, match="not linear in the rows"):
             head_moments(weights, architecture, row_moments(W_E))
-        moments = normalised_head_moments(weights, architecture, [W_E[:4].double(), W_E[4:].double()])
+        moments, _ = normalised_head_moments(weights, architecture, W_E.double())
     shares = rotary_shares(weights, architecture, moments)
     three = ["qk_share_position", "qk_share_content", "qk_share_interaction"]
     assert torch.allclose(sum(shares[name] for name in three), torch.ones(2, dtype=torch.float64))
@@ -120,6 +122,31 @@ def test_the_three_rotary_shares_sum_to_one_and_match_a_brute_force_variance(see
         assert profile[head].tolist() == pytest.approx(mean_scores)
         wanted = sum(mean_scores[D] < mean_scores[1] for D in range(L) if D != 1) / (L - 1)
         assert float(previous_token_auc_rotary(profile)[head]) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("kind", ["none", "rmsnorm", "layernorm"])
+@pytest.mark.parametrize("over_heads", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("eps", [1e-14, 0.1])
+def test_moments_of_normalised_queries_are_those_of_every_token(kind, over_heads, biased, eps, monkeypatch) -> None:
+    """In one pass for plain and normalised rows; with a small eps both have the same queries under an RMS norm."""
+    architecture = facts(positions="rotary", norm=kind, n_kv_heads=1)
+    weights, g = layer(architecture, 3), torch.Generator().manual_seed(4)
+    if not biased:
+        weights = dataclasses.replace(weights, b_Q=torch.zeros(2, 4), b_K=torch.zeros(1, 4))
+    norm = QueryKeyNorm(torch.rand(2, 4, generator=g), torch.rand(1, 4, generator=g), eps, over_heads)
+    weights, W_E = dataclasses.replace(weights, qk_norm=norm), 3 * torch.randn(50, 8, generator=g).double()
+    monkeypatch.setattr(vocabulary, "BLOCK", 16)
+    both = normalised_head_moments(weights, architecture, W_E)
+    for found, rows in zip(both, (W_E, normalise(W_E, kind, architecture.norm_eps)), strict=True):
+        q, k = queries(weights, rows), keys(weights, rows).expand(2, -1, -1)
+        assert torch.allclose(found.query_mean, q.mean(1), rtol=1e-9, atol=1e-12)
+        assert torch.allclose(found.query_second, q.mT @ q / 50, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(found.key_mean, k.mean(1), rtol=1e-9, atol=1e-12)
+        centred = k - k.mean(1, keepdim=True)
+        assert torch.allclose(found.key_covariance, centred.mT @ centred / 50, rtol=1e-9, atol=1e-12)
+    same = torch.allclose(both[0].query_second, both[1].query_second, rtol=1e-6)
+    assert same == (kind == "none" or (kind == "rmsnorm" and not biased and eps < 0.1))
 
 
 def one_hot_layer(score: torch.Tensor) -> tuple[LayerWeights, Architecture, torch.Tensor]:

@@ -1,0 +1,244 @@
+"""Rows of the vocabulary that readouts ask for again are read once, and the shortcuts of nulls give the same values."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, local
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from small import DRAWS, Random, V, cell, run, task, tokenizer
+
+from ovqk import alignment, readouts, spectra, surrogates
+from ovqk.alignment import TopSearch, in_top_by_source, settle
+from ovqk.analyses import analyse
+from ovqk.checkpoints import open_checkpoint
+from ovqk.errors import UserError
+from ovqk.heads import Factors
+from ovqk.model import Model
+from ovqk.readouts import TOP_METRICS, EffectiveRows, full_circuit_ratio
+from ovqk.spectra import Decomposition
+from ovqk.statistics import monte_carlo
+from ovqk.tasks import load_tokenizer
+from ovqk.testing import ClaimTests
+from ovqk.vocabulary import Vocabulary
+from ovqk.weights import Architecture, EmbeddingWeights, StoredRows
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import bench
+import random_checkpoints
+
+FACTS = Architecture("test", 1, 1, 1, 6, 3, 7, "rmsnorm", 1e-6, "learned")
+
+
+def normal(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def counting(matrix: torch.Tensor) -> tuple[StoredRows, list[int]]:
+    """The matrix as one that is left in a checkpoint, and how often each row of it was read."""
+    reads = [0] * len(matrix)
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        for row in range(start, stop):
+            reads[row] += 1
+        return matrix[start:stop].clone()
+
+    return StoredRows(read, tuple(matrix.shape)), reads
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_restricted_within_a_context_and_computed_once_there() -> None:
+    W_E, reads = counting(normal(40, 6))
+    effective = EffectiveRows(Vocabulary(W_E, None), None, FACTS)
+    wanted = effective(torch.arange(40), "token")
+    reads[:] = [0] * 40
+    with effective.only(torch.tensor([30, 3, 9, 3])):
+        for ids in ([3], [9, 30], [[3, 9], [30, 30]]):
+            assert torch.equal(effective(torch.tensor(ids), "token"), wanted[torch.tensor(ids)])
+        assert max(reads) == 1
+        for absent in (4, 0, 39):  # between those that are kept, before and after them
+            with pytest.raises(ValueError, match="not among those"):
+                effective(torch.tensor([3, absent]), "token")
+    assert torch.equal(effective(torch.tensor([4]), "token"), wanted[[4]])
+    with pytest.raises(RuntimeError, match="stop"), effective.only(torch.tensor([1])):
+        raise RuntimeError("stop")
+    assert torch.equal(effective(torch.tensor([4]), "token"), wanted[[4]])
+
+
+def test_a_piece_that_is_read_has_a_bound(monkeypatch) -> None:
+    asked = []
+    matrix = normal(100, 3)
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        asked.append(stop - start)
+        return matrix[start:stop]
+
+    monkeypatch.setattr(StoredRows, "PIECE", 16)
+    assert torch.equal(StoredRows(read, (100, 3))[torch.arange(1, 99, 2)], matrix[1:99:2])
+    assert max(asked) <= 16
+
+
+def stored(model: Random) -> tuple[Random, list[int]]:
+    """The same model with its unembedding left in a checkpoint."""
+    given = model.embeddings()
+    rows, reads = counting(given.W_U.T.contiguous())
+    model.embeddings = lambda: EmbeddingWeights(given.W_E, given.W_pos, rows, given.final_norm)
+    return model, reads
+
+
+@pytest.mark.parametrize("kept", [2**26, 0])
+def test_an_unembedding_is_not_read_anew_for_every_surrogate(kept, monkeypatch) -> None:
+    """In memory where it is small; otherwise passed once for each layer, and once for each stage of the draws."""
+    wanted = run(Random(), task(), "model.claims=null").tables["candidates"]
+    monkeypatch.setattr(readouts, "KEPT_UP_TO", kept)
+    monkeypatch.setattr(readouts, "SCREEN", 16)
+    monkeypatch.setattr(surrogates, "PART_ELEMENTS", 1)  # one draw at a time
+    model, reads = stored(Random())
+    found = analyse(model, tokenizer(), V, "toy", cell(task(), "model.claims=null")).tables["candidates"]
+    for name in ("value", "p_frame", "p_words"):
+        assert np.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-9, equal_nan=True), name
+    assert max(reads) < (12 if kept else DRAWS)
+
+
+def test_finite_rows_are_checked_once_and_others_always_refused(tmp_path, monkeypatch) -> None:
+    shape = bench.Shape("gpt2", 1, 2, 16, 8, 40, tied=True)
+    bench.make_checkpoint(shape, tmp_path)
+    path = tmp_path / "embeddings.safetensors"
+    tensors = load_file(path)
+    tensors["transformer.wte.weight"][30, 2] = math.nan
+    save_file(tensors, path)
+    checkpoint, checked = open_checkpoint(local(tmp_path)), []
+    check = sys.modules["ovqk.checkpoints"].check_finite
+    monkeypatch.setattr("ovqk.checkpoints.check_finite", lambda *given: (checked.append(given[1]), check(*given)))
+    for start, stop in ((0, 10), (2, 7), (5, 12), (5, 12)):
+        checkpoint.rows("transformer.wte.weight", start, stop)
+    assert len(checked) == 2
+    for _ in range(2):
+        with pytest.raises(UserError, match="NaN or infinity"):
+            checkpoint.rows("transformer.wte.weight", 20, 35)
+
+
+# --- ranking words together --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("screen", [1, 30, 300])
+def test_searches_settled_together_find_what_each_finds_alone(screen, monkeypatch) -> None:
+    monkeypatch.setattr(alignment, "TOP_BLOCK", 64)
+    W_U_rows, ids = normal(300, 8, seed=1), torch.tensor([3, 250, 40, 299, 0])
+    cases = [
+        (Factors("ov", normal(4, 8, 3, seed=s), normal(4, 3, 8, seed=s + 50)), normal(5, 8, seed=9)) for s in range(6)
+    ]
+    rows = W_U_rows[ids]
+    cases.append((Factors("ov", torch.eye(8)[None], torch.eye(8)[None]), rows))  # copies: words that stay open
+    searches = [TopSearch(factors, x, ids, rows) for factors, x in cases]
+    for search in searches:
+        settle([search], W_U_rows[:screen])
+    assert any(not search.done for search in searches)
+    settle(searches, W_U_rows)
+    for search, (factors, x) in zip(searches, cases, strict=True):
+        for found, wanted in zip(search.found(), in_top_by_source(factors, x, ids, W_U_rows), strict=True):
+            assert torch.equal(found, wanted)
+    assert searches[-1].found()[0].any()
+
+
+def test_searches_that_have_passed_different_tokens_are_not_settled_together() -> None:
+    W_U_rows, ids = normal(50, 4), torch.tensor([1, 2])
+    factors = Factors("ov", torch.eye(4)[None], torch.eye(4)[None])
+    some = [TopSearch(factors, W_U_rows[ids], ids, W_U_rows[ids]) for _ in range(2)]
+    settle([some[0]], W_U_rows[:10])
+    with pytest.raises(ValueError, match="passed the same tokens"):
+        settle(some, W_U_rows)
+
+
+# --- bounds of trace ratios --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.floats(-2, 2), st.booleans())
+def test_a_trace_ratio_lies_within_its_bounds(seed, k, shift, singular) -> None:
+    cores = normal(5, k, k, seed=seed).double() + shift * torch.eye(k).double()
+    if singular:
+        cores[:, 0] = 0
+    eigen = torch.linalg.eigvals(cores)
+    exact = spectra.trace_ratio(eigen, torch.zeros(5).double())
+    for sharp in (False, True):
+        low, high = spectra.trace_ratio_bounds(cores, torch.ones(5).double(), sharp)
+        assert (low <= exact + 1e-12).all() and (exact <= high + 1e-12).all()
+
+
+def test_a_bound_for_a_ratio_lies_on_the_ratios_side_of_what_was_observed(monkeypatch) -> None:
+    d, k, n = 12, 5, 400
+    frames = torch.linalg.qr(normal(2 * n, d, k).double()).Q
+    maps = Decomposition(frames[:n], torch.rand(n, k).double() + 0.1, frames[n:], k)
+    gram = torch.eye(d).double() + 0.1 * torch.ones(d, d).double()
+    exact, decomposed = full_circuit_ratio(maps, gram, gram, gram), []
+    eigenvalues = spectra.eigenvalues
+    monkeypatch.setattr(spectra, "eigenvalues", lambda cores: (decomposed.append(len(cores)), eigenvalues(cores))[1])
+    for observed in (-0.5, -0.01, 0.0, 0.2, 0.7, 1.0, float(exact[7])):
+        found = full_circuit_ratio(maps, gram, gram, gram, observed)
+        for sign in (1, -1):
+            assert monte_carlo(sign * observed, sign * found.numpy()) == monte_carlo(
+                sign * observed, sign * exact.numpy()
+            )
+    assert sum(decomposed) < 7 * n / 2  # most were told by their bounds
+
+
+# --- candidates --------------------------------------------------------------------------------------------------
+
+
+def test_candidates_have_the_p_of_all_their_draws(monkeypatch) -> None:
+    """Drawn until the p is counted no further, by bounds where these tell: as with every draw made and exact."""
+    drawn: dict[tuple[int, int], int] = {}
+    original = ClaimTests.frame_p
+
+    def frame_p(self, predicted, heads):
+        found = original(self, predicted, heads)
+        for head in heads:
+            name = predicted.metric_of(head[0])
+            if self.can_frame(name):
+                fresh = ClaimTests(self.model, self.claims, sigma=self.sigma, forms=self.forms)
+                fresh.observed = {}
+                values = fresh.frame(head, name).first(DRAWS)[name]
+                wanted = monte_carlo(predicted.sign * predicted.values[head], predicted.sign * values).p
+                assert found[head] == wanted, (head, name)
+                drawn[head] = self.frame(head, name).count
+        return found
+
+    monkeypatch.setattr(ClaimTests, "frame_p", frame_p)
+    table = run(Random(), task(), "model.claims=null").tables["candidates"]
+    assert table["p_frame"].notna().sum() > 20
+    assert min(drawn.values()) < DRAWS == max(drawn.values())
+
+
+# --- the checkpoint that is measured with ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])
+def test_a_random_checkpoint_has_words_block_0_and_both_cells(family, tmp_path) -> None:
+    words = random_checkpoints.task_words()
+    n_vocab = 256 + 3 * len(words)
+    shape = bench.Shape(family, 2, 2, 16, 8, n_vocab, tied=True, n_kv_heads=2 if family == "gpt2" else 1, d_mlp=24)
+    bench.make_checkpoint(shape, tmp_path)
+    read = load_tokenizer(open_checkpoint(local(tmp_path)))
+    assert read.get_vocab_size() == n_vocab
+    assert len(read.encode(" Mary").ids) == 1 and read.decode(read.encode("Bob, (x)\n").ids) == "Bob, (x)\n"
+    for name in ("none", "ioi"):
+        config = bench.cell_config(tmp_path, task=name)
+        config.nulls.draws = 30
+        assert bench.whole_cell_with_words(config) == 4
+    source = bench.open_model(config)
+    model = Model.read(source, read, n_vocab, "toy", config)
+    assert not isinstance(model.block0, str) and model.readout is not None
+    assert set(TOP_METRICS) <= set(model.readout.metrics(0, _ov(model)))
+
+
+def _ov(model: Model) -> readouts.HeadMaps:
+    from ovqk.model import Layer
+
+    return Layer(model, 0).task_maps("ov")
