@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ovqk.heads import Circuit
 from ovqk.spectra import TINY, Decomposition
+from ovqk.threads import decomposed
 from ovqk.vocabulary import BLOCK, Vocabulary, blocks, mean_row
 from ovqk.weights import Rows
 
@@ -96,7 +97,7 @@ def eigen_components(decomposition: Decomposition, count: int) -> Components:
     of reads and writes that ends are seen to be rounding. Where eigenvalues coalesce, first order says nothing.
     """
     total, cores = decomposition.sigma.sum(-1, keepdim=True), decomposition.core()
-    values, right = torch.linalg.eig(cores)
+    values, right = decomposed(torch.linalg.eig, cores)
     order = values.abs().masked_fill(values.imag < 0, -1).sort(dim=-1, descending=True, stable=True).indices
     values, right = values.gather(-1, order), right.gather(-1, order[:, None].expand_as(right))[:, :, :count]
     left = _left_eigenvectors(cores, values[:, :count] + SHIFT * total, right)
@@ -119,13 +120,28 @@ def _left_eigenvectors(
 
     Of equal eigenvalues each gets the l that is nearest to its own r; nothing is divided by l . r.
     """
-    identity = torch.eye(cores.shape[-1], dtype=beside.dtype, device=beside.device)
-    lu, pivots, _ = torch.linalg.lu_factor_ex(cores.mT.to(beside)[:, None] - beside[..., None, None] * identity)
-    left = right.mT.conj()[..., None]
-    for _ in range(3):
-        left = torch.linalg.lu_solve(lu, pivots, left)
-        left = left / left.norm(dim=-2, keepdim=True)
-    return left[..., 0]
+    n = cores.shape[-1]
+    identity = torch.eye(n, dtype=beside.dtype, device=beside.device)
+    shifted = (cores.mT.to(beside)[:, None] - beside[..., None, None] * identity).flatten(0, 1)
+    systems = torch.cat((shifted, right.mT.conj().flatten(0, 1)[..., None]), -1)
+    return decomposed(_inverse_iteration, systems).view(*beside.shape, n)  # type: ignore[no-any-return]
+
+
+def _inverse_iteration(systems: Complex[Tensor, "n k _"]) -> Complex[Tensor, "n k"]:
+    """The unit vector that each matrix stretches least, from the vector that stands in the last column.
+
+    One matrix at a time and never in a batch: torch's batched LU on the CPU takes several at once through a LAPACK
+    that is not safe for that, and from 150 rows on it is wrong or hangs.
+    """
+    found = []
+    for system in systems:
+        lu, pivots, _ = torch.linalg.lu_factor_ex(system[:, :-1])
+        x = system[:, -1:]
+        for _ in range(3):
+            x = torch.linalg.lu_solve(lu, pivots, x)
+            x = x / x.norm()
+        found.append(x[:, 0])
+    return torch.stack(found) if found else systems[:, :, -1]
 
 
 def _batch(
