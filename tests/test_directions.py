@@ -24,6 +24,7 @@ from ovqk.directions import (
     describe,
     eigen_components,
 )
+from ovqk.effective import StoredSide
 from ovqk.heads import Factors
 from ovqk.model import Layer, Model
 from ovqk.sources import open_weights
@@ -226,8 +227,11 @@ def test_the_sign_of_an_eigenvalue_is_the_sign_of_the_component() -> None:
         assert ids(rows, "eigen", component, "read") == ids(rows, "eigen", component, "write") == [token]
     assert ids(rows, "singular", 1, "write", -1) == [6]
     lines = describe(rows, 0, 0)
-    assert lines[2] == "OV eigen 0 (lambda 4): reads '#3' | not '#0' -> writes '#3' | not '#0'"
-    assert lines[3] == "OV eigen 1 (lambda -2): reads '#6' | not '#0' -> suppresses '#6' | not '#0'"
+    assert lines[2] == "OV eigen 0 (lambda 4): reads '#3' (3.0) | not '#0' (0.3) -> writes '#3' (3.0) | not '#0' (0.3)"
+    assert (
+        lines[3]
+        == "OV eigen 1 (lambda -2): reads '#6' (3.0) | not '#0' (0.3) -> suppresses '#6' (3.0) | not '#0' (0.3)"
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -334,7 +338,10 @@ def test_a_rotation_by_90_degrees_is_one_complex_pair_scored_in_its_plane() -> N
         assert ids(rows, "eigen", 0, side) == [4, 2, 1, 0, 3, 5]
         assert scores(rows, "eigen", 0, side) == pytest.approx([52**0.5, 5, 2, 1, 0, 0])
     assert set(eigen["cluster_size"]) == {1}
-    assert describe(rows, 0, 0, shown=1)[-1] == "OV eigen 0 (lambda 0 ± 2i, a plane): reads '#4' -> writes '#4'"
+    assert (
+        describe(rows, 0, 0, shown=1)[-1]
+        == "OV eigen 0 (lambda 0 ± 2i, a plane): reads '#4' (1.0) -> writes '#4' (1.0)"
+    )
 
 
 # --- clusters ------------------------------------------------------------------------------------------------
@@ -511,9 +518,9 @@ def test_layers_wait_for_each_other_and_the_table_is_the_same(tiny_gpt2, monkeyp
 
 @pytest.mark.parametrize("block", [50, 1000, 5000])
 def test_few_tokens_are_projected_a_second_time(block) -> None:
-    side = TokenSide(random(5000, 16, seed=0).float(), block)
+    side = TokenSide(StoredSide(random(5000, 16, seed=0).float()), block=block)
     planes = torch.stack((random(20, 16, seed=1), torch.zeros(20, 16).double()), 1)
-    lists, tokens = side._screened(planes, torch.zeros(20, dtype=torch.bool), 10)
+    lists, tokens, _ = side._screened(planes, torch.zeros(20, dtype=torch.bool), 10)
     assert 400 <= len(lists) < 480  # of 40 lists: ten and what is within rounding of them
     assert len(set(zip(lists.tolist(), tokens.tolist(), strict=True))) == len(lists)
 
@@ -660,4 +667,7 @@ def test_lines_say_query_and_key_and_show_as_many_tokens_as_asked() -> None:
     assert describe(rows, 0, 0, shown=2)[0].count("'#") == 8
     assert describe(rows, 1, 0) == describe(rows, 0, 1) == []
     turned = table(E[:, :2], torch.stack((E[1] - E[0], -E[0] - E[1])), E, E)
-    assert describe(turned, 0, 0, shown=1)[-1] == "OV eigen 0 (lambda -1 ± 1i, a plane): reads '#0' -> writes '#0'"
+    assert (
+        describe(turned, 0, 0, shown=1)[-1]
+        == "OV eigen 0 (lambda -1 ± 1i, a plane): reads '#0' (2.2) -> writes '#0' (2.2)"
+    )
