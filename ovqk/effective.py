@@ -154,7 +154,7 @@ class Block0Side(NormalisedSide):
 
     def moments(self, listed: Bool[Tensor, " token"]) -> tuple[Float[Tensor, " d_model"], float]:
         """See `Side`; the listed tokens are those it was made for."""
-        if listed is not self._listed:
+        if not torch.equal(listed, self._listed):
             raise ValueError("these are the moments of other tokens")
         for part in blocks(len(self), BLOCK):
             if self._passed < part.stop:
