@@ -78,7 +78,8 @@ class StructureCache:
             "processing": config.processing.value,
             "seed": config.seed,
             "analysis": {
-                name: analysis[name] for name in ("circuits", "offsets", "components", "embedding", "rare_tokens")
+                name: analysis[name]
+                for name in ("circuits", "offsets", "components", "directions_embedding", "rare_tokens")
             },
             "model": {"n_ctx": config.model.n_ctx, "causal": config.model.causal},
             "tokens": None if model.vocabulary is None else model.vocabulary.size,

@@ -34,7 +34,7 @@ class Processing(Enum):
 
 
 class Embedding(Enum):
-    """Which effective embedding the task readouts and directions.parquet use (definitions: section 1)."""
+    """Which effective embedding heads are read through (definitions: section 1)."""
 
     by_layer = "by_layer"
     """`token` for layer 0 and `block0` for the layers after it."""
@@ -183,6 +183,8 @@ class AnalysisConfig:
     """Rotary models: the offsets (query position - key position) at which QK spectra are taken."""
     components: int = 3
     """Leading components of each circuit whose tokens are read out (directions.parquet); 0 for none."""
+    directions_embedding: Embedding = Embedding.token
+    """What components read tokens through (directions.parquet), as `embedding` is for task readouts."""
     rare_tokens: bool = False
     """Special and hardly trained tokens are listed in directions.parquet too (docs/method.md)."""
     pairs: bool = False

@@ -117,7 +117,8 @@ class Model:
         if not isinstance(self.block0, Block0) or self.vocabulary is None or not self.lists_tokens:
             return None
         if not any(
-            self.config.analysis.embedding.kind(layer) == "block0" for layer in range(self.architecture.n_layers)
+            self.config.analysis.directions_embedding.kind(layer) == "block0"
+            for layer in range(self.architecture.n_layers)
         ):
             return None
         return Block0Side(self.vocabulary, self.block0, self.listed)
@@ -139,7 +140,7 @@ class Model:
             self.vocabulary,
             self.tokenizer,
             architecture=self.architecture,
-            embedding=self.config.analysis.embedding,
+            embedding=self.config.analysis.directions_embedding,
             later=self.block0_side,
             listed=self.listed,
         )
@@ -151,7 +152,7 @@ class Model:
             return []
         rare = None if self.rare_tokens is None else self.rare_tokens.note
         notes = [] if rare is None else [rare]
-        kinds = {self.config.analysis.embedding.kind(layer) for layer in range(self.architecture.n_layers)}
+        kinds = {self.config.analysis.directions_embedding.kind(layer) for layer in range(self.architecture.n_layers)}
         if isinstance(self.block0, str) and "block0" in kinds:
             notes.append(
                 f"directions: all layers are read through token embeddings, for want of block0 ones: {self.block0}"
@@ -246,7 +247,10 @@ def read_words(
 
 
 def _needs_block0(config: Config, tokens: TaskTokens) -> bool:
-    """Whether words, lists of tokens or pairs of heads are read through block 0."""
+    """Whether block 0 is read: for words, for pairs of heads, and wherever components are read out.
+
+    The last keeps the structure of an analysis the same for all tasks, the metrics of block0 embeddings included.
+    """
     return bool(tokens.variables) or config.analysis.pairs or config.analysis.components > 0
 
 

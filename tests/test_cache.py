@@ -75,7 +75,7 @@ def test_another_task_takes_the_structure_from_the_cache_and_gets_the_same_table
         "processing=raw",
         "seed=1",
         "analysis.components=2",
-        "analysis.embedding=token",
+        "analysis.directions_embedding=block0",
         "analysis.rare_tokens=true",
         "analysis=qk",
         "model.n_ctx=20",

@@ -702,7 +702,7 @@ def test_every_layer_is_read_through_its_effective_embedding(
     checkpoint = open_checkpoint(local(path))
     source, tokenizer = open_weights(checkpoint, local(path)), load_tokenizer(checkpoint)
     n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
-    choices = [f"processing={processing}", f"analysis.embedding={embedding}", "analysis.rare_tokens=true"]
+    choices = [f"processing={processing}", f"analysis.directions_embedding={embedding}", "analysis.rare_tokens=true"]
     cell = compose("task=none", "model=local", f"model.path={path}", *choices)
     model = Model.read(source, tokenizer, n_tokens, "test", cell)
     rows = analyse(source, tokenizer, n_tokens, "test", cell).tables["directions"]
@@ -826,7 +826,8 @@ def test_the_record_says_which_tokens_are_left_out_and_that_block_0_could_not_be
     for name in same:  # spectra, heads and all else know nothing of it
         pd.testing.assert_frame_equal(plain.tables[name], every.tables[name])
     monkeypatch.setattr("ovqk.model.read_block0", lambda *_: "no MLP is known")
-    lost, token = analysis(), analysis("analysis.embedding=token")
+    lost, token = analysis("analysis.directions_embedding=by_layer"), analysis()
+    assert not any("for want of block0" in note for note in token.notes)
     assert (
         "directions: all layers are read through token embeddings, for want of block0 ones: no MLP is known"
         in lost.notes
