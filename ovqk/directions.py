@@ -4,8 +4,8 @@ In the row convention a head is the sum of its components, singular (u, v) or ei
 
     x M = sum sigma (x . u) v        x M = sum lambda (x . r) l / (l . r)
 
-OV reads tokens and writes columns of W_U; QK compares tokens (read: the query, write: the key). Tokens that are read are
-rows of W_E (or `block0` embeddings), normalised as the layer's norm would. Projections are centred over the tokens that
+OV reads tokens and writes columns of W_U; QK compares tokens (read: the query, write: the key). Tokens are read as rows
+of W_E, or as `block0` embeddings, normalised as the layer's norm would. Projections are centred over the tokens that
 may be listed: a softmax cannot see a constant.
 
 Only the joint sign of a component means something: (u, v) and (-u, -v) are one. It is chosen so that the read side's

@@ -671,7 +671,7 @@ def test_lines_say_query_and_key_and_show_as_many_tokens_as_asked() -> None:
     turned = table(E[:, :2], torch.stack((E[1] - E[0], -E[0] - E[1])), E, E)
     assert (
         describe(turned, 0, 0, shown=1)[-1]
-        == "OV eigen 0 (lambda -1 ± 1i, a plane): reads '#0' (2.2) -> writes '#0' (2.2)"
+        == "OV eigen 0 (lambda -1 ± 1i, a plane): reads '#0' (1.0) -> writes '#0' (1.0)"
     )
 
 
