@@ -109,7 +109,7 @@ class Model:
         """The tokens that lists leave out; None if there are no lists, or if they leave none out."""
         if self.vocabulary is None or not self.lists_tokens or self.config.analysis.rare_tokens:
             return None
-        return rare_tokens(self.vocabulary, self.tokenizer)
+        return rare_tokens(self.vocabulary, self.tokenizer, self.architecture.tied)
 
     @cached_property
     def block0_side(self) -> Block0Side | None:

@@ -55,8 +55,11 @@ class RareTokens:
         )
 
 
-def rare_tokens(vocabulary: Vocabulary, tokenizer: Tokenizer | None) -> RareTokens:
-    """Apply the rule to a model's vocabulary: by the tokenizer, and by rows of W_E if the vocabulary is large."""
+def rare_tokens(vocabulary: Vocabulary, tokenizer: Tokenizer | None, tied: bool = False) -> RareTokens:
+    """Apply the rule to a model's vocabulary: by the tokenizer, and by rows of W_E if the vocabulary is large.
+
+    A short row is a sign only if the embedding is not tied: the unembedding of frequent words makes their rows short.
+    """
     n, device = vocabulary.size, vocabulary.W_E.device
     found = {reason: torch.zeros(n, dtype=torch.bool) for reason in REASONS}
     untrained = torch.zeros(n, dtype=torch.bool)
@@ -65,7 +68,8 @@ def rare_tokens(vocabulary: Vocabulary, tokenizer: Tokenizer | None) -> RareToke
         untrained[token] = known
     if n >= LARGE_VOCABULARY:
         distance, cosine = _by_row(vocabulary, untrained.to(device))
-        found["near_mean"] = (distance < distance.quantile(NEAR_MEAN)).cpu()
+        if not tied:
+            found["near_mean"] = (distance < distance.quantile(NEAR_MEAN)).cpu()
         if cosine is not None:
             found["like_untrained"] = (cosine > LIKE_UNTRAINED).cpu()
     listed, counts = torch.ones(n, dtype=torch.bool), dict.fromkeys(REASONS, 0)

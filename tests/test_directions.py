@@ -802,6 +802,8 @@ def test_rows_near_the_mean_or_like_untrained_ones_are_left_out_of_large_vocabul
     found = large(rows, word_level(pieces))
     assert found.counts == {"special": 0, "unused": 5, "byte": 0, "near_mean": 200, "like_untrained": 5}
     assert not found.listed[300:310].any() and int(found.listed[:300].sum()) == 100 and found.listed[310:].all()
+    tied = rare_tokens(vocabulary(rows, None), word_level(pieces), tied=True)
+    assert tied.counts["near_mean"] == 0 and tied.counts["like_untrained"] == 5
     few = large(rows[:9_000], word_level(pieces[:9_000]))
     assert few.counts == {"special": 0, "unused": 5, "byte": 0, "near_mean": 0, "like_untrained": 0}
     assert large(rows, word_level([f"w{i}" for i in range(n)])).counts["like_untrained"] == 0  # none is known
