@@ -77,7 +77,10 @@ class StructureCache:
             "weights": self.digest,
             "processing": config.processing.value,
             "seed": config.seed,
-            "analysis": {name: analysis[name] for name in ("circuits", "offsets", "components")},
+            "analysis": {
+                name: analysis[name]
+                for name in ("circuits", "offsets", "components", "directions_embedding", "rare_tokens")
+            },
             "model": {"n_ctx": config.model.n_ctx, "causal": config.model.causal},
             "tokens": None if model.vocabulary is None else model.vocabulary.size,
             "block0": isinstance(model.block0, Block0),

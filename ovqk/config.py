@@ -35,12 +35,17 @@ class Processing(Enum):
 
 
 class Embedding(Enum):
-    """Which effective embedding the task readouts use (definitions: section 1)."""
+    """Which effective embedding heads are read through (definitions: section 1)."""
 
     by_layer = "by_layer"
     """`token` for layer 0 and `block0` for the layers after it."""
     token = "token"
     block0 = "block0"
+
+    def kind(self, layer: int) -> str:
+        """`token` or `block0`: the effective embedding that a layer is read through."""
+        by_layer = self is Embedding.by_layer
+        return "token" if self is Embedding.token or (by_layer and layer == 0) else "block0"
 
 
 class VariableKind(Enum):
@@ -185,6 +190,10 @@ class AnalysisConfig:
     """Rotary models: the offsets (query position - key position) at which QK spectra are taken."""
     components: int = 3
     """Leading components of each circuit whose tokens are read out (directions.parquet); 0 for none."""
+    directions_embedding: Embedding = Embedding.token
+    """What components read tokens through (directions.parquet), as `embedding` is for task readouts."""
+    rare_tokens: bool = False
+    """Special and hardly trained tokens are listed in directions.parquet too (docs/method.md)."""
     pairs: bool = False
     """Composition of all pairs of heads (composition.parquet, virtual_heads.parquet); else of the pairs claims name."""
 

@@ -91,6 +91,10 @@ def _print_directions(out: Console, folder: Path, verdicts: pd.DataFrame) -> Non
     table = table[table["component"] == 0]
     claimed = verdicts[verdicts["kind"] == "head"][["layer", "head"]].astype(int).drop_duplicates()
     out.print("\nLeading singular and eigen components (the next ones: directions.parquet)", style="dim")
+    out.print(
+        "in brackets, the contrast of each list: mean score over the standard deviation of all tokens' scores.",
+        style="dim",
+    )
     for layer, head in claimed.to_numpy().tolist():
         for line in describe(table, layer, head, shown=SHOWN_TOKENS):
             out.print(Text(f"  {layer}.{head}  {line}", style="dim"), soft_wrap=True)

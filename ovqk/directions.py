@@ -4,8 +4,9 @@ In the row convention a head is the sum of its components, singular (u, v) or ei
 
     x M = sum sigma (x . u) v        x M = sum lambda (x . r) l / (l . r)
 
-OV reads rows of W_E and writes columns of W_U; QK compares rows of W_E (read: the query, write: the key). Projections
-of tokens are centred over tokens: a softmax cannot see a constant.
+OV reads tokens and writes columns of W_U; QK compares tokens (read: the query, write: the key). Tokens are read as rows
+of W_E, or as `block0` embeddings, normalised as the layer's norm would. Projections are centred over the tokens that
+may be listed: a softmax cannot see a constant.
 
 Only the joint sign of a component means something: (u, v) and (-u, -v) are one. It is chosen so that the read side's
 projection of largest magnitude is positive (a tie: that of the lowest token id). The sides of an eigen component have
@@ -14,7 +15,7 @@ l . r > 0 besides, so that copying or suppressing, matching or avoiding show in 
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,10 +27,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ovqk.config import Embedding
+from ovqk.effective import Block0Side, NormalisedSide, Side, StoredSide
 from ovqk.heads import Circuit
 from ovqk.spectra import TINY, Decomposition
-from ovqk.vocabulary import BLOCK, Vocabulary, blocks, mean_row
-from ovqk.weights import Rows
+from ovqk.threads import decomposed
+from ovqk.vocabulary import BLOCK, Vocabulary, blocks
+from ovqk.weights import Architecture
 
 COMPONENTS = 3
 TOKENS = 10  # of each side and sign
@@ -37,7 +41,8 @@ CLOSE = 0.1  # values nearer than this part of the larger one are linked
 SHIFT = 1e-8  # of sum sigma: how far beside its eigenvalue a left eigenvector is sought
 SLACK = 1e-5  # of the longest token: more than the rounding of a float32 projection
 SCORES = 2**20  # projections held at a time
-CANDIDATES = 256  # projected again at a time
+SEGMENT = 32  # tokens of a segment
+CANDIDATES = 4096  # projected again at a time
 GRID = 1e-9  # of the longest token: scores are rounded to it, so that equal tokens score the same
 LONG = 30  # letters of a token that a line shows
 KINDS, SIDES = ("singular", "eigen"), ("read", "write")
@@ -47,6 +52,7 @@ COLUMNS = {
     "layer": np.int32, "head": np.int32, "circuit": np.object_, "kind": np.object_, "component": np.int32,
     "value": np.float64, "value_im": np.float64, "cluster": np.int32, "cluster_size": np.int32, "side": np.object_,
     "sign": np.int32, "rank": np.int32, "token_id": np.int32, "token": np.object_, "score": np.float64,
+    "contrast": np.float64,
 }
 # fmt: on
 
@@ -96,7 +102,7 @@ def eigen_components(decomposition: Decomposition, count: int) -> Components:
     of reads and writes that ends are seen to be rounding. Where eigenvalues coalesce, first order says nothing.
     """
     total, cores = decomposition.sigma.sum(-1, keepdim=True), decomposition.core()
-    values, right = torch.linalg.eig(cores)
+    values, right = decomposed(torch.linalg.eig, cores)
     order = values.abs().masked_fill(values.imag < 0, -1).sort(dim=-1, descending=True, stable=True).indices
     values, right = values.gather(-1, order), right.gather(-1, order[:, None].expand_as(right))[:, :, :count]
     left = _left_eigenvectors(cores, values[:, :count] + SHIFT * total, right)
@@ -119,13 +125,28 @@ def _left_eigenvectors(
 
     Of equal eigenvalues each gets the l that is nearest to its own r; nothing is divided by l . r.
     """
-    identity = torch.eye(cores.shape[-1], dtype=beside.dtype, device=beside.device)
-    lu, pivots, _ = torch.linalg.lu_factor_ex(cores.mT.to(beside)[:, None] - beside[..., None, None] * identity)
-    left = right.mT.conj()[..., None]
-    for _ in range(3):
-        left = torch.linalg.lu_solve(lu, pivots, left)
-        left = left / left.norm(dim=-2, keepdim=True)
-    return left[..., 0]
+    n = cores.shape[-1]
+    identity = torch.eye(n, dtype=beside.dtype, device=beside.device)
+    shifted = (cores.mT.to(beside)[:, None] - beside[..., None, None] * identity).flatten(0, 1)
+    systems = torch.cat((shifted, right.mT.conj().flatten(0, 1)[..., None]), -1)
+    return decomposed(_inverse_iteration, systems).view(*beside.shape, n)  # type: ignore[no-any-return]
+
+
+def _inverse_iteration(systems: Complex[Tensor, "n k _"]) -> Complex[Tensor, "n k"]:
+    """The unit vector that each matrix stretches least, from the vector that stands in the last column.
+
+    One matrix at a time and never in a batch: torch's batched LU on the CPU takes several at once through a LAPACK
+    that is not safe for that, and from 150 rows on it is wrong or hangs.
+    """
+    found = []
+    for system in systems:
+        lu, pivots, _ = torch.linalg.lu_factor_ex(system[:, :-1])
+        x = system[:, -1:]
+        for _ in range(3):
+            x = torch.linalg.lu_solve(lu, pivots, x)
+            x = x / x.norm()
+        found.append(x[:, 0])
+    return torch.stack(found) if found else systems[:, :, -1]
 
 
 def _batch(
@@ -169,17 +190,22 @@ class Extremes:
     Attributes:
         owner, sign: whose list, and of its largest (+1) or smallest (-1) projections.
         score: sign times the centred projection; on a pair's plane, its norm.
+        contrast: mean score of the list over the standard deviation of all tokens' scores (on one axis of a plane, on
+            average); nan if they are all alike.
     """
 
     owner: Int[Tensor, " list"]
     sign: Int[Tensor, " list"]
     token: Int[Tensor, "list rank"]
     score: Float[Tensor, "list rank"]
+    contrast: Float[Tensor, " list"]
 
     def of(self, first: int, n: int) -> "Extremes":
         """The lists of n components from this one on, which is 0 then."""
         mine = (self.owner >= first) & (self.owner < first + n)
-        return Extremes(self.owner[mine] - first, self.sign[mine], self.token[mine], self.score[mine])
+        return Extremes(
+            self.owner[mine] - first, self.sign[mine], self.token[mine], self.score[mine], self.contrast[mine]
+        )
 
     def joint_sign(self) -> Int[Tensor, " n"]:
         """Of each component: -1 where its projection of largest magnitude is negative."""
@@ -193,17 +219,15 @@ class Extremes:
 
 
 class TokenSide:
-    """The tokens of one side: rows of W_E, or columns of W_U as rows."""
+    """The tokens of one side that may be listed, less their mean."""
 
-    def __init__(self, rows: Rows, block: int = BLOCK) -> None:
-        """Take their mean, in float64, and the norm of the longest."""
-        self.rows, self.mean, self.block = rows, mean_row(rows), block
-        self.longest = max(
-            float(torch.linalg.vector_norm(rows[part], dim=1).max()) for part in blocks(len(self), block)
-        )
-
-    def __len__(self) -> int:
-        return self.rows.shape[0]
+    def __init__(self, rows: Side, listed: Bool[Tensor, " token"] | None = None, block: int = BLOCK) -> None:
+        """Take the side, and which tokens may be listed (all, if None)."""
+        self.rows, self.block = rows, block
+        self.listed = torch.ones(len(rows), dtype=torch.bool) if listed is None else listed
+        self.mean, self.longest = rows.moments(self.listed)
+        self.size = int(self.listed.sum())
+        self.slack = max(SLACK, rows.rounding) * self.longest
 
     def each(self, planes: Sequence[Float[Tensor, "_ 2 d_model"]], count: int) -> list[Extremes]:
         """The extremes of several batches of components, in one pass over the tokens."""
@@ -215,58 +239,159 @@ class TokenSide:
     def extremes(self, planes: Float[Tensor, "n 2 d_model"], count: int) -> Extremes:
         """The tokens of largest and of smallest projection, those of equal score by id.
 
-        The vocabulary is screened in float32, a block of tokens at a time; what comes within rounding of the
-        best is projected again in float64, so that neither blocks nor threads decide.
+        The vocabulary is screened in float32, a block of tokens at a time; tokens within rounding of the best are
+        projected again in float64, so that neither blocks nor threads decide.
         """
-        is_pair, count = planes[:, 1].any(-1), min(count, len(self))
+        is_pair, count = planes[:, 1].any(-1), min(count, self.size)
         owner = torch.cat((torch.arange(len(planes), device=planes.device), (~is_pair).nonzero()[:, 0]))
         sign = torch.ones_like(owner)
         sign[len(planes) :] = -1
-        lists, tokens = self._screened(planes, is_pair, count)
-        by_token = tokens.sort(stable=True).indices  # neighbours in the vocabulary are read together
+        lists, tokens, spread = self._screened(planes, is_pair, count)
+        by_token = tokens.sort(stable=True).indices  # a token's row is computed once
         lists, tokens = lists[by_token], tokens[by_token]
+        few, place = tokens.unique(return_inverse=True)
         score = torch.empty(len(lists), dtype=torch.float64, device=planes.device)
-        for part in blocks(len(lists), CANDIDATES):
-            mine = owner[lists[part]]
-            on = torch.einsum("npd,nd->np", planes[mine], self.rows[tokens[part]].double() - self.mean)
-            score[part] = torch.where(is_pair[mine], on.norm(dim=-1), sign[lists[part]] * on[:, 0])
+        for some in blocks(len(few), self.block):
+            rows = self.rows.exact(few[some]) - self.mean
+            start, stop = np.searchsorted(place.cpu().numpy(), [some.start, some.stop]).tolist()
+            for part in (slice(start + p.start, start + p.stop) for p in blocks(stop - start, CANDIDATES)):
+                mine, at = owner[lists[part]], place[part] - some.start
+                x, pair = rows[at], is_pair[mine]
+                first = (planes[mine, 0] * x).sum(-1)
+                score[part] = sign[lists[part]] * first
+                second = (planes[mine[pair], 1] * x[pair]).sum(-1)
+                score[part.start + pair.nonzero()[:, 0]] = torch.hypot(first[pair], second)
         grid = GRID * max(self.longest, torch.finfo(torch.float32).tiny)
         score = (score / grid).round() * grid
         order = np.lexsort([x.cpu().numpy() for x in (tokens, -score, lists)])  # by list, falling score, id
-        first = np.searchsorted(lists.cpu().numpy()[order], np.arange(len(owner)))
-        best = torch.from_numpy(order[first[:, None] + np.arange(count)]).to(owner.device)
-        return Extremes(owner, sign, tokens[best], score[best])
+        first_of = np.searchsorted(lists.cpu().numpy()[order], np.arange(len(owner)))
+        best = torch.from_numpy(order[first_of[:, None] + np.arange(count)]).to(owner.device)
+        contrast = score[best].mean(1) / spread[owner].where(spread[owner] > grid, math.nan)
+        return Extremes(owner, sign, tokens[best], score[best], contrast)
 
     def _screened(
         self, planes: Float[Tensor, "n 2 d_model"], is_pair: Bool[Tensor, " n"], count: int
-    ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"]]:
-        """Candidates (list, token) for each list's `count` best: every component's +1, then every line's -1."""
-        first = self.rows[:1]  # tells their dtype
-        directions = torch.cat((planes[:, 0], planes[is_pair, 1])).to(first)
-        middle = (directions @ self.mean.to(first))[:, None]
-        best = torch.full((len(planes) + int((~is_pair).sum()), count), -math.inf).to(first)
-        slack, found = SLACK * self.longest, []
-        for part in blocks(len(self), max(1, min(self.block, SCORES // max(1, len(best))))):
-            scores, second = (directions @ self.rows[part].T - middle).split([len(planes), int(is_pair.sum())])
-            scores[is_pair] = torch.hypot(scores[is_pair], second)
-            scores = torch.cat((scores, -scores[~is_pair]))
-            leading = scores.topk(min(count, scores.shape[1])).values
-            best = torch.cat((best, leading), 1).topk(count).values  # of all tokens that have passed
-            lists, tokens = (scores >= best[:, -1:] - slack).nonzero(as_tuple=True)
-            found.append((lists, tokens + part.start, scores[lists, tokens]))
-        lists, tokens, score = (torch.cat(parts) for parts in zip(*found, strict=True))
-        kept = score >= best[lists, -1] - slack
-        return lists[kept], tokens[kept]
+    ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"], Float[Tensor, " n"]]:
+        """Candidates (list, token) for each list's `count` best, and the standard deviation of a component's scores.
+
+        Lists are every component's +1, then every line's -1. Projections are taken of as many components at a time as
+        a processor's cache holds the scores of. Segments of tokens are passed over if none of theirs is among the best
+        so far; the count-th largest maximum of a segment is no better than the count-th best token.
+        """
+        n, device, lines = len(planes), planes.device, (~is_pair).long().cumsum(0)
+        owners = torch.cat((torch.arange(n, device=device), (~is_pair).nonzero()[:, 0]))
+        best = torch.full((len(owners), count), -math.inf, device=device)
+        squares = torch.zeros(n, dtype=torch.float64, device=device)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for tokens, rows in self.rows.blocks(self.block):
+            ids = self.listed[tokens].nonzero()[:, 0].to(device) + tokens.start
+            if not len(ids):
+                continue
+            x = rows if len(ids) == len(rows) else rows[ids - tokens.start]
+            x = x - self.mean.to(x)
+            best = best.to(x)
+            x = torch.cat((x, x[-1:].expand(-len(x) % SEGMENT, -1)))  # whole segments: the last token once more
+            for part in blocks(n, max(1, SCORES // len(x))):
+                pair = is_pair[part]
+                own = planes[part]
+                scores = torch.cat((own[:, 0], own[pair, 1])).to(x) @ x.T
+                scores, second = scores.split([len(own), int(pair.sum())])
+                scores[pair] = torch.hypot(scores[pair], second)
+                squares[part] += torch.linalg.vector_norm(scores[:, : len(ids)], dim=1).double().square()
+                offset = n + (int(lines[part.start - 1]) if part.start else 0)
+                minus = slice(offset, offset + len(own) - int(pair.sum()))
+                both = (part, scores), (minus, -scores[~pair] if pair.any() else -scores)
+                for where, values in both:
+                    candidates = self._above(values, best[where], len(ids))
+                    best[where] = _raised(best[where], *candidates)
+                    found.append((candidates[0] + where.start, ids[candidates[1]], candidates[2]))
+        if not found:
+            return owners, owners, squares
+        lists, chosen, score = (torch.cat(parts) for parts in zip(*found, strict=True))
+        kept = score >= best[lists, -1] - self.slack
+        squares[is_pair] /= 2  # of each axis
+        return lists[kept], chosen[kept], (squares / self.size).sqrt()
+
+    def _above(
+        self, scores: Float[Tensor, "list padded"], best: Float[Tensor, "list count"], n: int
+    ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"], Float[Tensor, " candidate"]]:
+        """(list, place in the block, score) of the first n tokens' scores that may be among the best, list by list."""
+        segments = scores.unflatten(1, (-1, SEGMENT))
+        peaks = segments.amax(-1)
+        least = best[:, -1]
+        if peaks.shape[1] >= best.shape[1]:
+            least = torch.maximum(least, peaks.topk(best.shape[1]).values[:, -1])
+        least = least - self.slack
+        lists, segment = (peaks >= least[:, None]).nonzero(as_tuple=True)
+        inside = segments[lists, segment]
+        hit, at = (inside >= least[lists, None]).nonzero(as_tuple=True)
+        place = segment[hit] * SEGMENT + at
+        real = place < n
+        return lists[hit][real], place[real], inside[hit, at][real]
+
+
+def _raised(
+    best: Float[Tensor, "list count"], lists: Int[Tensor, " n"], _: Int[Tensor, " n"], scores: Float[Tensor, " n"]
+) -> Float[Tensor, "list count"]:
+    """The best scores of each list so far and of these, which come list by list."""
+    if not len(lists):
+        return best
+    number = torch.bincount(lists, minlength=len(best))
+    place = torch.arange(len(lists), device=lists.device) - (number.cumsum(0) - number)[lists]
+    new = best.new_full((len(best), int(number.max())), -math.inf)
+    new[lists, place] = scores
+    return torch.cat((best, new), 1).topk(best.shape[1]).values
 
 
 class Directions:
     """Makes the layers' tables: built once a model, because its vocabulary is prepared once."""
 
-    def __init__(self, vocabulary: Vocabulary, tokenizer: Tokenizer | None, block: int = BLOCK) -> None:
-        """Take the tokens' embeddings and spelling; without W_U, OV components have no written tokens."""
-        self.embedded = TokenSide(vocabulary.W_E, block)
-        self.unembedded = None if vocabulary.W_U_rows is None else TokenSide(vocabulary.W_U_rows, block)
-        self.spelling = Spelling(tokenizer)
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        tokenizer: Tokenizer | None,
+        block: int = BLOCK,
+        *,
+        architecture: Architecture | None = None,
+        embedding: Embedding = Embedding.by_layer,
+        later: Block0Side | None = None,
+        listed: Bool[Tensor, " token"] | None = None,
+    ) -> None:
+        """Take the tokens' embeddings and spelling; without W_U, OV components have no written tokens.
+
+        Args:
+            vocabulary: the folded one.
+            tokenizer: spells the tokens; None for `#id`.
+            block: tokens handled at a time.
+            architecture: whose norm rows of the embedding go through; None for rows as they are.
+            embedding: which effective embedding each layer is read through.
+            later: block0 embeddings; without them `token` stands in.
+            listed: which tokens may be listed; None for all.
+        """
+        self.vocabulary, self.architecture, self.embedding, self.later = vocabulary, architecture, embedding, later
+        self.listed = torch.ones(vocabulary.size, dtype=torch.bool) if listed is None else listed
+        self.block, self.spelling = block, Spelling(tokenizer)
+        self._sides: dict[str, TokenSide] = {}
+
+    def side(self, kind: str) -> TokenSide | None:
+        """Return the tokens as `token` or `block0` rows, or as columns of W_U (`write`; None without one)."""
+        if kind not in self._sides:
+            W_E, W_U_rows = self.vocabulary.W_E, self.vocabulary.W_U_rows
+            rows: Side
+            if kind == "write":
+                if W_U_rows is None:
+                    return None
+                rows = StoredSide(W_U_rows)
+            elif kind == "block0" and self.later is not None:
+                rows = self.later
+            else:
+                rows = StoredSide(W_E) if self.architecture is None else NormalisedSide(W_E, self.architecture)
+            self._sides[kind] = TokenSide(rows, self.listed, self.block)
+        return self._sides[kind]
+
+    def kind(self, layer: int) -> str:
+        """Return the kind of rows that a layer is read through."""
+        return "token" if self.later is None else self.embedding.kind(layer)
 
     def tables(self, found: Sequence[tuple[int, Circuit, Components]], tokens: int = TOKENS) -> list[pd.DataFrame]:
         """Of these circuits (layer, circuit, components), a row for each head, component, side, sign and rank.
@@ -276,22 +401,22 @@ class Directions:
         Columns: layer, head, circuit, kind (`singular`, `eigen`), component (a complex pair is one), value (sigma or
         Re lambda), value_im (Im lambda > 0 for a pair, else 0), cluster (its first component), cluster_size (counting
         components that are not reported; above 1, only their span is identified), side (`read`, `write`), sign (+1
-        largest, -1 smallest), rank (1 the most extreme), token_id, token, score (the centred projection).
+        largest, -1 smallest), rank (1 the most extreme), token_id, token, score (the centred projection), contrast (of
+        the list: its mean score over the standard deviation of all scores; null if they are all alike).
         """
-        embedded = [parts.read for _, _, parts in found]
-        embedded += [parts.write for _, circuit, parts in found if circuit == "qk"]
-        written = [parts.write for _, circuit, parts in found if circuit == "ov"]
-        of_embedded = self.embedded.each(embedded, tokens)
-        reads, keys = of_embedded[: len(found)], iter(of_embedded[len(found) :])
-        writes = None if self.unembedded is None else iter(self.unembedded.each(written, tokens))
+        asked: dict[str, dict[tuple[int, str], Tensor]] = {}
+        for at, (layer, circuit, parts) in enumerate(found):
+            asked.setdefault(self.kind(layer), {})[at, "read"] = parts.read
+            asked.setdefault(self.kind(layer) if circuit == "qk" else "write", {})[at, "write"] = parts.write
+        extremes: dict[tuple[int, str], Extremes] = {}
+        for kind, planes in asked.items():
+            if (side := self.side(kind)) is not None:
+                extremes |= zip(planes, side.each(list(planes.values()), tokens), strict=True)
         made = []
-        for (layer, circuit, parts), read in zip(found, reads, strict=True):
-            joint = read.joint_sign()
-            sides = [_rows(parts, read, joint, "read")]
-            second = keys if circuit == "qk" else writes
-            if second is not None:
-                sides.append(_rows(parts, next(second), joint, "write"))
-            made.append(self._table(layer, circuit, sides))
+        for at, (layer, circuit, parts) in enumerate(found):
+            joint = extremes[at, "read"].joint_sign()
+            there = [side for side in SIDES if (at, side) in extremes]
+            made.append(self._table(layer, circuit, [_rows(parts, extremes[at, s], joint, s) for s in there]))
         return made
 
     def _table(self, layer: int, circuit: Circuit, sides: list[dict[str, NDArray[Any]]]) -> pd.DataFrame:
@@ -322,6 +447,7 @@ def _rows(found: Components, extremes: Extremes, joint: Int[Tensor, " n"], side:
         "rank": np.tile(np.arange(1, n_ranks + 1), len(owner)),
         "token_id": extremes.token.flatten().cpu().numpy(),
         "score": extremes.score.flatten().cpu().numpy() * rows["sign"] + 0.0,  # no negative zero
+        "contrast": extremes.contrast.cpu().numpy().repeat(n_ranks),
     }
 
 
@@ -371,13 +497,22 @@ class Spelling:
 
 
 def describe(table: pd.DataFrame, layer: int, head: int, shown: int = 5) -> list[str]:
-    """A head's components, a line each: `OV singular 0 (sigma 12.3): reads ' John' | not ' the' -> writes ...`.
+    """A head's components, a line each: `OV singular 0 (sigma 12.3): reads ' John' (6.1) | not ' a' (2.4) -> ...`.
+
+    The number behind each list is its contrast.
 
     Tokens are quoted and escaped as by repr, which leaves no control or direction-changing character; they may still
     hold what rich takes for markup (print them as `rich.text.Text`).
     """
     rows = table[(table["layer"] == layer) & (table["head"] == head) & (table["rank"] <= shown)]
     return [_line(part) for _, part in rows.groupby(["circuit", "kind", "component"], sort=False)]
+
+
+def _list(records: Sequence[dict[Hashable, Any]]) -> str:
+    """The tokens of a list, and its contrast if it has one."""
+    tokens = [record["token"] for record in records]
+    text = " ".join(repr(token if len(token) <= LONG else token[:LONG] + "…") for token in tokens)
+    return f"{text} ({records[0]['contrast']:.1f})" if records and records[0]["contrast"] >= 0.05 else text
 
 
 def _line(rows: pd.DataFrame) -> str:
@@ -392,8 +527,8 @@ def _line(rows: pd.DataFrame) -> str:
     }
     sides = []
     for verb, side in zip(verbs[first["circuit"]], SIDES, strict=True):
-        lists = [[r["token"] for r in records if (r["side"], r["sign"]) == (side, sign)] for sign in (1, -1)]
-        texts = [" ".join(repr(text if len(text) <= LONG else text[:LONG] + "…") for text in part) for part in lists]
+        lists = [[r for r in records if (r["side"], r["sign"]) == (side, sign)] for sign in (1, -1)]
+        texts = [_list(part) for part in lists]
         sides += [f"{verb} {' | not '.join(filter(None, texts))}"] if texts[0] else []
     size = first["cluster_size"]
     together = f" (cluster of {size}: only their span means something)" if size > 1 else ""

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -15,8 +15,10 @@ from ovqk.composition import Grams
 from ovqk.config import Config, Processing
 from ovqk.devices import resolve_device, to_device
 from ovqk.directions import Directions
+from ovqk.effective import Block0Side
 from ovqk.heads import Circuit, Factors, key_side, ov_factors, qk_factors, query_side, scores
 from ovqk.metrics import METRICS
+from ovqk.rare import RareTokens, rare_tokens
 from ovqk.readouts import EffectiveRows, HeadMaps, Readout, Scorer
 from ovqk.tasks import TaskTokens, resolve_task
 from ovqk.vocabulary import ACTIVATIONS, Block0, Vocabulary, read_vocabulary
@@ -95,14 +97,67 @@ class Model:
         """E^T C E, W_U C E and W_E^T C E of the block0 embeddings E, each [d_model, d_model]; None where not needed."""
         if not isinstance(self.block0, Block0) or self.vocabulary is None or self.architecture.n_layers == 1:
             return None, None, None
-        return self.block0.grams(self.vocabulary)
+        return self.block0.grams(self.vocabulary, None if self.block0_side is None else self.block0_side.read)
+
+    @property
+    def lists_tokens(self) -> bool:
+        """Whether components are read out as lists of tokens."""
+        return self.vocabulary is not None and self.config.analysis.components > 0
+
+    @cached_property
+    def rare_tokens(self) -> RareTokens | None:
+        """The tokens that lists leave out; None if there are no lists, or if they leave none out."""
+        if self.vocabulary is None or not self.lists_tokens or self.config.analysis.rare_tokens:
+            return None
+        return rare_tokens(self.vocabulary, self.tokenizer, self.architecture.tied)
+
+    @cached_property
+    def block0_side(self) -> Block0Side | None:
+        """The vocabulary as block0 embeddings, if lists of tokens read some layer through them."""
+        if not isinstance(self.block0, Block0) or self.vocabulary is None or not self.lists_tokens:
+            return None
+        if not any(
+            self.config.analysis.directions_embedding.kind(layer) == "block0"
+            for layer in range(self.architecture.n_layers)
+        ):
+            return None
+        return Block0Side(self.vocabulary, self.block0, self.listed)
+
+    @cached_property
+    def listed(self) -> Bool[Tensor, " token"]:
+        """Which tokens may be listed."""
+        if self.rare_tokens is not None:
+            return self.rare_tokens.listed
+        n = 0 if self.vocabulary is None else self.vocabulary.size
+        return torch.ones(n, dtype=torch.bool, device=self.device)
 
     @cached_property
     def directions(self) -> Directions | None:
         """What reads tokens out; None where there is none to read, or none is asked for."""
-        if self.spectral_vocabulary is None or not self.config.analysis.components:
+        if self.vocabulary is None or not self.lists_tokens:
             return None
-        return Directions(self.spectral_vocabulary, self.tokenizer)
+        return Directions(
+            self.vocabulary,
+            self.tokenizer,
+            architecture=self.architecture,
+            embedding=self.config.analysis.directions_embedding,
+            later=self.block0_side,
+            listed=self.listed,
+        )
+
+    @property
+    def direction_notes(self) -> list[str]:
+        """What a reader of lists of tokens should know: which are left out, and whether block 0 could not be had."""
+        if not self.lists_tokens:
+            return []
+        rare = None if self.rare_tokens is None else self.rare_tokens.note
+        notes = [] if rare is None else [rare]
+        kinds = {self.config.analysis.directions_embedding.kind(layer) for layer in range(self.architecture.n_layers)}
+        if isinstance(self.block0, str) and "block0" in kinds:
+            notes.append(
+                f"directions: all layers are read through token embeddings, for want of block0 ones: {self.block0}"
+            )
+        return notes
 
     @property
     def full_grams(self) -> tuple[Grams | None, Grams | None]:
@@ -143,7 +198,7 @@ class Model:
         spectral = vocabulary
         if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
             spectral = read_vocabulary(raw, n_tokens)
-        block0 = read_block0(source, vocabulary, bool(tokens.variables) or config.analysis.pairs, device)
+        block0 = read_block0(source, vocabulary, _needs_block0(config, tokens), device)
         readout = None
         if vocabulary is not None and tokens.variables:
             rows = EffectiveRows(vocabulary, block0 if isinstance(block0, Block0) else None, facts)
@@ -191,6 +246,14 @@ def read_words(
     return resolve_task(config.task, tokenizer, n_tokens, label)
 
 
+def _needs_block0(config: Config, tokens: TaskTokens) -> bool:
+    """Whether block 0 is read: for words, for pairs of heads, and wherever components are read out.
+
+    The last keeps the structure of an analysis the same for all tasks, the metrics of block0 embeddings included.
+    """
+    return bool(tokens.variables) or config.analysis.pairs or config.analysis.components > 0
+
+
 def read_block0(
     source: WeightSource, vocabulary: Vocabulary | None, wanted: bool, device: torch.device
 ) -> Block0 | str:
@@ -198,7 +261,7 @@ def read_block0(
     if vocabulary is None:
         return source.no_vocabulary or NO_EMBEDDING
     if not wanted:
-        return "block 0's MLP is read only where a task's words are, or all pairs of heads are composed"
+        return "block 0's MLP is read only for a task's words, for lists of tokens or for all pairs of heads"
     if not source.foldable:
         return "the model's norms cannot be folded"
     layer0 = fold_reads(to_device(source.layer(0), device), source.architecture)
@@ -243,6 +306,12 @@ class Layer:
         if not self.model.source.foldable:
             return self.processed
         return fold_layer(self.read(), self.model.architecture)
+
+    @property
+    def gain(self) -> Float[Tensor, " d_model"] | None:
+        """What the norm before attention multiplies by, if it is not folded into the processed weights, float64."""
+        norm = self.processed.norm
+        return None if norm is None else norm.weight.double()
 
     def factors(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Factors:
         """Factors of the folded or of the processed weights; QK with the mean rotation over the offsets."""

@@ -243,8 +243,7 @@ class Readout:
 
     def kind(self, layer: int) -> str:
         """`token` or `block0`: the effective embedding that a layer's readouts use."""
-        by_layer = self.embedding is Embedding.by_layer
-        return "token" if self.embedding is Embedding.token or (by_layer and layer == 0) else "block0"
+        return self.embedding.kind(layer)
 
     def reads(self, layer: int) -> bool:
         """Whether the layer's effective embedding can be had."""

@@ -337,7 +337,10 @@ def trace_ratio_bounds(
     """
     k, trace = cores.shape[-1], cores.diagonal(dim1=-2, dim2=-1).sum(-1)
     largest = (1 + SLACK) * k**0.5 * cores.norm(dim=(-2, -1))
-    smallest = (1 - SLACK) * k * (torch.linalg.slogdet(cores).logabsdet / k).exp() if sharp else torch.zeros_like(trace)
+    smallest = torch.zeros_like(trace)
+    if sharp:
+        _, log_determinant = decomposed(torch.linalg.slogdet, cores)
+        smallest = (1 - SLACK) * k * (log_determinant / k).exp()
     known = smallest > TINY * most
     near_0 = torch.where(known, trace / largest, 0.0)
     far = torch.where(known, trace / smallest, trace.sign()).clamp(-1, 1)

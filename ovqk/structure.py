@@ -1,5 +1,6 @@
 """What of a model depends on no task: spectra, symmetry, positions and directions of every head, a layer at a time."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from ovqk.model import Layer, Model
 from ovqk.readouts import full_circuit_ratio
 
 HeadValues = dict[str, Float[Tensor, " head"]]
-WAITING = 2**20  # numbers in the components that wait for a pass over the vocabulary
+WAITING = 2**22  # numbers in the components that wait for a pass over the vocabulary
 MOVES = 1e-3  # a value that moves by more with the rounding of 32-bit weights is decided by it
 Tables = dict[str, pd.DataFrame]
 """Name -> rows: heads, layers, spectra, offsets, directions; one that a model does not have is absent."""
@@ -68,6 +69,10 @@ class DirectionTables:
             return
         for circuit in model.circuits:
             found = components(layer.decomposition(circuit, model.folds), model.config.analysis.components)
+            gain = layer.gain
+            if gain is not None:  # rows are handed out without it
+                write = found.write * gain if circuit == "qk" else found.write
+                found = dataclasses.replace(found, read=found.read * gain, write=write)
             self._waiting.append((layer.index, circuit, found))
         if sum(found.read.numel() + found.write.numel() for _, _, found in self._waiting) >= WAITING:
             self._pass()
@@ -75,6 +80,8 @@ class DirectionTables:
     def tables(self) -> Tables:
         """`directions` of all layers taken, or nothing."""
         self._pass()
+        if self.model.block0_side is not None:
+            self.model.block0_side.forget()
         return {"directions": pd.concat(self._made, ignore_index=True)} if self._made else {}
 
     def _pass(self) -> None:

@@ -16,7 +16,7 @@ FIRST_OFFSETS = 17  # kept one by one; later ones more and more apart
 MOST_OFFSETS = 96
 DIRECTION_COLUMNS = (
     "layer", "head", "circuit", "kind", "component", "value", "value_im", "cluster", "cluster_size",
-    "side", "sign", "token",
+    "side", "sign", "token", "contrast",
 )  # fmt: skip
 Json = dict[str, Any]
 Short = float | int | None
@@ -239,8 +239,9 @@ def directions(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: 
                 "cluster": int(row.cluster),
                 "size": int(row.cluster_size),
             }
-        side = components[key].setdefault(row.side, {})
-        side.setdefault("plus" if row.sign > 0 else "minus", []).append(pool.tokens.add(str(row.token)))
+        side, sign = components[key].setdefault(row.side, {}), "plus" if row.sign > 0 else "minus"
+        side.setdefault(sign, []).append(pool.tokens.add(str(row.token)))
+        side.setdefault("contrast", {})[sign] = short(row.contrast)
     heads: list[list[Json]] = [[] for _ in grid.index]
     for key in sorted(components):
         heads[key[0] * grid.heads + key[1]].append(components[key])

@@ -10,7 +10,7 @@ from threading import Barrier, BrokenBarrierError
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], device: torc
     return found
 
 
-def decomposed(function: Callable[[Tensor], Any], batch: Float[Tensor, "*n k k"]) -> Any:
+def decomposed(function: Callable[[Tensor], Any], batch: Inexact[Tensor, "*n rows columns"]) -> Any:
     """A decomposition of small matrices, the batch shared out: LAPACK takes one at a time."""
     parts = min(torch.get_num_threads(), len(batch)) if batch.dim() > 2 else 1
     if parts < 2 or batch.device.type != "cpu":

@@ -5,7 +5,7 @@ Token ids beyond the tokenizer's vocabulary (padding rows) are left out of C, of
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -253,27 +253,31 @@ class Block0:
         self.mlp, self.architecture = mlp, architecture
 
     def rows(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
-        """E for these rows of the folded embedding."""
+        """E for these rows of the folded embedding, in their precision."""
         kind, eps = self.architecture.norm, self.architecture.norm_eps
         written = normalise(W_E, kind, eps)
         for weight in self.attention:
-            written = written @ weight
+            written = written @ weight.to(W_E)
         stream = W_E + apply_norm(self.post_norm, written, eps)
         if self.mlp is None:
             return stream
         x = normalise(W_E if self.architecture.parallel else stream, kind, eps)
-        hidden = ACTIVATIONS[self.mlp.activation](x @ self.mlp.W_in + self.mlp.b_in)
+        hidden = ACTIVATIONS[self.mlp.activation](x @ self.mlp.W_in.to(x) + self.mlp.b_in.to(x))
         if self.mlp.W_linear is not None:
-            hidden = hidden * (x @ self.mlp.W_linear)
-        return stream + apply_norm(self.mlp.post_norm, hidden @ self.mlp.W_out + self.mlp.b_out, eps)
+            hidden = hidden * (x @ self.mlp.W_linear.to(x))
+        return stream + apply_norm(self.mlp.post_norm, hidden @ self.mlp.W_out.to(x) + self.mlp.b_out.to(x), eps)
 
     def grams(
-        self, vocabulary: Vocabulary
+        self, vocabulary: Vocabulary, read: Callable[[int, int], Float[Tensor, "token d_model"]] | None = None
     ) -> tuple[
         Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"]
     ]:
-        """E^T C E, W_U C E (None without an unembedding) and W_E^T C E, of the block0 embeddings E."""
-        E = StoredRows(lambda start, stop: self.rows(vocabulary.W_E[start:stop]), (vocabulary.size, vocabulary.d_model))
+        """E^T C E, W_U C E (None without an unembedding) and W_E^T C E, of the block0 embeddings E.
+
+        `read` gives E of tokens start .. stop - 1, if a caller has them.
+        """
+        read = read or (lambda start, stop: self.rows(vocabulary.W_E[start:stop]))
+        E = StoredRows(read, (vocabulary.size, vocabulary.d_model))
         sides: list[Rows] = [E, vocabulary.W_E]
         if vocabulary.W_U_rows is None:
             second, plain = centred_grams(sides, [(0, 0), (1, 0)])

@@ -58,22 +58,33 @@ def same(one: Analysis, two: Analysis) -> None:
     assert one.summary == two.summary and one.unavailable == two.unavailable
 
 
-def test_another_task_takes_the_structure_from_the_cache_and_gets_the_same_tables(cache, computed) -> None:
-    without = run(None, "task=sva")
+@pytest.mark.parametrize("task", ["sva", "none"])
+def test_another_task_takes_the_structure_from_the_cache_and_gets_the_same_tables(cache, computed, task) -> None:
+    """A task without words too: its heads are read through block 0 all the same."""
+    without = run(None, f"task={task}")
+    assert without.tables["heads"]["ov_copying_block0"].notna().any()
     run(cache, "task=ioi")
     del computed[:]
-    same(run(cache, "task=sva"), without)
+    same(run(cache, f"task={task}"), without)
     assert computed == [] and len(entries(cache)) == 1
 
 
 @pytest.mark.parametrize(
     "override",
-    ["processing=raw", "seed=1", "analysis.components=2", "analysis=qk", "task=none", "model.n_ctx=20"],
+    [
+        "processing=raw",
+        "seed=1",
+        "analysis.components=2",
+        "analysis.directions_embedding=block0",
+        "analysis.rare_tokens=true",
+        "analysis=qk",
+        "model.n_ctx=20",
+    ],
 )
 def test_what_the_tables_depend_on_has_an_entry_of_its_own(cache, computed, override) -> None:
     run(cache, "task=sva")
     del computed[:]
-    run(cache, "task=sva" if "task" not in override else override, override)
+    run(cache, "task=sva", override)
     assert computed == [0, 1, 2, 3] and len(entries(cache)) == 2
 
 

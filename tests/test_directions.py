@@ -7,9 +7,10 @@ import torch
 from conftest import BUNDLED, compose, local, shared_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import matrices, regauge
+from oracle import block0_rows, folded_embeddings, matrices, regauge
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from ovqk import effective as effective_module
 from ovqk import structure
 from ovqk.analyses import analyse
 from ovqk.checkpoints import open_checkpoint
@@ -24,13 +25,15 @@ from ovqk.directions import (
     describe,
     eigen_components,
 )
+from ovqk.effective import Block0Side, StoredSide
 from ovqk.heads import Factors
 from ovqk.model import Layer, Model
+from ovqk.rare import rare_tokens
 from ovqk.sources import open_weights
 from ovqk.spectra import Decomposition, decompose
 from ovqk.tasks import load_tokenizer
-from ovqk.vocabulary import Vocabulary, read_vocabulary
-from ovqk.weights import EmbeddingWeights
+from ovqk.vocabulary import Block0, Vocabulary, read_vocabulary
+from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights, normalise
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -226,8 +229,11 @@ def test_the_sign_of_an_eigenvalue_is_the_sign_of_the_component() -> None:
         assert ids(rows, "eigen", component, "read") == ids(rows, "eigen", component, "write") == [token]
     assert ids(rows, "singular", 1, "write", -1) == [6]
     lines = describe(rows, 0, 0)
-    assert lines[2] == "OV eigen 0 (lambda 4): reads '#3' | not '#0' -> writes '#3' | not '#0'"
-    assert lines[3] == "OV eigen 1 (lambda -2): reads '#6' | not '#0' -> suppresses '#6' | not '#0'"
+    assert lines[2] == "OV eigen 0 (lambda 4): reads '#3' (3.0) | not '#0' (0.3) -> writes '#3' (3.0) | not '#0' (0.3)"
+    assert (
+        lines[3]
+        == "OV eigen 1 (lambda -2): reads '#6' (3.0) | not '#0' (0.3) -> suppresses '#6' (3.0) | not '#0' (0.3)"
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -334,7 +340,10 @@ def test_a_rotation_by_90_degrees_is_one_complex_pair_scored_in_its_plane() -> N
         assert ids(rows, "eigen", 0, side) == [4, 2, 1, 0, 3, 5]
         assert scores(rows, "eigen", 0, side) == pytest.approx([52**0.5, 5, 2, 1, 0, 0])
     assert set(eigen["cluster_size"]) == {1}
-    assert describe(rows, 0, 0, shown=1)[-1] == "OV eigen 0 (lambda 0 ± 2i, a plane): reads '#4' -> writes '#4'"
+    assert (
+        describe(rows, 0, 0, shown=1)[-1]
+        == "OV eigen 0 (lambda 0 ± 2i, a plane): reads '#4' (1.0) -> writes '#4' (1.0)"
+    )
 
 
 # --- clusters ------------------------------------------------------------------------------------------------
@@ -511,9 +520,9 @@ def test_layers_wait_for_each_other_and_the_table_is_the_same(tiny_gpt2, monkeyp
 
 @pytest.mark.parametrize("block", [50, 1000, 5000])
 def test_few_tokens_are_projected_a_second_time(block) -> None:
-    side = TokenSide(random(5000, 16, seed=0).float(), block)
+    side = TokenSide(StoredSide(random(5000, 16, seed=0).float()), block=block)
     planes = torch.stack((random(20, 16, seed=1), torch.zeros(20, 16).double()), 1)
-    lists, tokens = side._screened(planes, torch.zeros(20, dtype=torch.bool), 10)
+    lists, tokens, _ = side._screened(planes, torch.zeros(20, dtype=torch.bool), 10)
     assert 400 <= len(lists) < 480  # of 40 lists: ten and what is within rounding of them
     assert len(set(zip(lists.tolist(), tokens.tolist(), strict=True))) == len(lists)
 
@@ -660,4 +669,169 @@ def test_lines_say_query_and_key_and_show_as_many_tokens_as_asked() -> None:
     assert describe(rows, 0, 0, shown=2)[0].count("'#") == 8
     assert describe(rows, 1, 0) == describe(rows, 0, 1) == []
     turned = table(E[:, :2], torch.stack((E[1] - E[0], -E[0] - E[1])), E, E)
-    assert describe(turned, 0, 0, shown=1)[-1] == "OV eigen 0 (lambda -1 ± 1i, a plane): reads '#0' -> writes '#0'"
+    assert (
+        describe(turned, 0, 0, shown=1)[-1]
+        == "OV eigen 0 (lambda -1 ± 1i, a plane): reads '#0' (1.0) -> writes '#0' (1.0)"
+    )
+
+
+# --- what a layer sees ---------------------------------------------------------------------------------------
+
+
+def effective(source, embedding: str, layer: int, E: EmbeddingWeights, gain: torch.Tensor | None) -> torch.Tensor:
+    """Rows of all tokens as a layer reads them, float64: block0 or plain embeddings, normalised, with its gain."""
+    plain = embedding == "token" or (embedding == "by_layer" and layer == 0)
+    rows = normalise(
+        E.W_E.double() if plain else block0_rows(source, E), source.architecture.norm, source.architecture.norm_eps
+    )
+    return rows if gain is None else rows * gain.double()
+
+
+@pytest.mark.parametrize("embedding", ["by_layer", "token", "block0"])
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    ("path", "processing"),
+    [("tiny_gpt2", "raw"), ("tiny_llama", "folded"), ("tiny_llama", "raw"), ("bundled", "folded")],
+)
+def test_every_layer_is_read_through_its_effective_embedding(
+    path, processing, embedding, kept, request, monkeypatch
+) -> None:
+    """The whole cell against materialised float64 rows; block0 rows kept in memory or computed in each pass."""
+    monkeypatch.setattr(effective_module, "KEPT", 2**28 if kept else 0)
+    path = BUNDLED if path == "bundled" else request.getfixturevalue(path)
+    checkpoint = open_checkpoint(local(path))
+    source, tokenizer = open_weights(checkpoint, local(path)), load_tokenizer(checkpoint)
+    n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
+    choices = [f"processing={processing}", f"analysis.directions_embedding={embedding}", "analysis.rare_tokens=true"]
+    cell = compose("task=none", "model=local", f"model.path={path}", *choices)
+    model = Model.read(source, tokenizer, n_tokens, "test", cell)
+    rows = analyse(source, tokenizer, n_tokens, "test", cell).tables["directions"]
+    E = folded_embeddings(source)
+    E = EmbeddingWeights(E.W_E[:n_tokens], None, E.W_U[:, :n_tokens], None)
+    for index in range(source.architecture.n_layers):
+        layer = Layer(model, index)
+        norm = layer.processed.norm
+        reads = effective(source, embedding, index, E, None if norm is None else norm.weight)
+        for circuit, writes in (("ov", E.W_U.T), ("qk", reads)):
+            mine = rows[(rows["layer"] == index) & (rows["circuit"] == circuit)]
+            for head in range(source.architecture.n_heads):
+                M = matrices(layer.processed, source.architecture, head)[circuit == "qk"]
+                check(mine, head, oracle(M, reads, writes), 2e-4)
+
+
+def test_a_planted_head_behind_block_0_reads_what_block_0_makes_of_a_token() -> None:
+    """Block 0 turns token t into the row of its neighbour: a later head that looks for row 3 reads token 2."""
+    n = 12
+    W_E, turn = torch.eye(n), torch.eye(n).roll(1, 1)
+    facts = Architecture("planted", 2, 1, 1, n, n, None, "none", 0.0, "none")
+    zero = torch.zeros(1, n)
+    block0 = Block0(
+        LayerWeights(0, *[torch.zeros(1, n, n)] * 2, 3 * turn[None], torch.eye(n)[None], *[zero] * 3, None), None, facts
+    )
+    tokens = vocabulary(W_E, W_E.T)
+    every = torch.ones(n, dtype=torch.bool)
+    found = components(factored(W_E[:, [3]].double(), W_E[[7]].double(), "ov"), 1)
+    made = Directions(tokens, None, architecture=facts, later=Block0Side(tokens, block0, every))
+    first, second = made.tables([(0, "ov", found), (1, "ov", found)], tokens=2)
+    assert ids(first, "singular", 0, "read")[0] == 3 and ids(second, "singular", 0, "read") == [2, 3]
+    assert scores(second, "singular", 0, "read") == pytest.approx([3 - 4 / n, 1 - 4 / n])
+    assert ids(first, "singular", 0, "write")[0] == ids(second, "singular", 0, "write")[0] == 7
+    assert second["contrast"].iloc[0] == pytest.approx((2 - 4 / n) / np.std([3, 1] + [0] * 10))
+
+
+def test_contrast_is_the_mean_of_a_list_over_the_spread_of_all_scores() -> None:
+    """Of lines and of planes, from scores of every token taken one by one."""
+    W_E, turn, planes = random(500, 8, seed=2), torch.tensor([[1.0, 2.0, 0.0], [-2.0, 1.0, 0.0], [0.0, 0.0, 4.0]]), 0
+    Q = orthonormal(8, 3)
+    left, right = Q @ turn.double(), (Q + 0.1 * random(8, 3, seed=1)).T
+    rows = table(left, right, W_E, W_E.T)
+    wanted = oracle(left @ right, W_E, W_E)
+    for (kind, k, side, sign), found in rows.groupby(["kind", "component", "side", "sign"]):
+        everyone = wanted[kind, k][1][side, sign]
+        pair = wanted[kind, k][0].imag > 0
+        spread = np.sqrt(np.mean(everyone**2) / 2) if pair else np.std(everyone)
+        assert found["contrast"].to_numpy() == pytest.approx(np.sort(everyone)[-10:].mean() / spread)
+        planes += pair
+    assert planes > 0
+
+
+# --- tokens left out -----------------------------------------------------------------------------------------
+
+
+def test_lists_hold_no_token_that_is_left_out_and_are_centred_over_the_others() -> None:
+    left, right, W_E, W_U = random(8, 3, seed=0), random(3, 8, seed=1), random(60, 8, seed=2), random(8, 60, seed=3)
+    out = torch.tensor([4, 5, 40])
+    W_E[out] += 100 * random(1, 8, seed=4)
+    listed = torch.ones(60, dtype=torch.bool)
+    listed[out] = False
+    made = Directions(vocabulary(W_E, W_U), None, 7, listed=listed)
+    rows = table_of(made, 0, "ov", factored(left, right))
+    alone = table(left, right, W_E[listed], W_U[:, listed])
+    assert not set(rows["token_id"]) & set(out.tolist())
+    renamed = listed.nonzero()[:, 0].numpy()[alone["token_id"]]
+    assert rows["token_id"].tolist() == renamed.tolist()
+    for name in ("score", "contrast", "value"):
+        assert rows[name].to_numpy() == pytest.approx(alone[name].to_numpy(), rel=1e-6, abs=1e-9)
+
+
+def large(rows: torch.Tensor, tokenizer: Tokenizer | None = None):
+    return rare_tokens(vocabulary(rows, None), tokenizer)
+
+
+def test_tokens_are_left_out_for_what_the_tokenizer_says_of_them() -> None:
+    pieces = ["<unk>", "the", "[unused7]", "<unused_1>", "<|reserved_special_token_3|>", "Ġa", "A", "!", "Ã", "À", "Ċ",
+              "Ā", "<0x41>",
+              "<b>", "unused"]  # fmt: skip
+    tokenizer = word_level(pieces, **{part: BYTE_LEVEL[part] for part in BYTE_LEVEL})
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
+    tokenizer.add_tokens([AddedToken("  ")])
+    found = large(random(19, 4, seed=0), tokenizer)
+    left_out = [token for token, there in enumerate(found.listed.tolist()) if not there]
+    assert left_out == [2, 3, 4, 8, 9, 11, 12, 15, 17, 18]  # 17 and 18: ids that no token has
+    assert found.counts == {"special": 1, "unused": 5, "byte": 4, "near_mean": 0, "like_untrained": 0}
+    assert "10 of 19 tokens are left out of lists" in str(found.note) and large(random(9, 4, seed=0)).note is None
+
+
+def test_rows_near_the_mean_or_like_untrained_ones_are_left_out_of_large_vocabularies_alone() -> None:
+    n = 20_000
+    rows = random(n, 32, seed=0).float() + 5
+    aim = 3 * random(32, seed=1).float()
+    rows[:300] = 5 + 0.01 * rows[:300]  # hardly moved from the start
+    rows[300:310] = 5 + aim + 0.1 * random(10, 32, seed=2).float()
+    pieces = [f"[unused{i}]" if 300 <= i < 305 else f"w{i}" for i in range(n)]
+    found = large(rows, word_level(pieces))
+    assert found.counts == {"special": 0, "unused": 5, "byte": 0, "near_mean": 200, "like_untrained": 5}
+    assert not found.listed[300:310].any() and int(found.listed[:300].sum()) == 100 and found.listed[310:].all()
+    tied = rare_tokens(vocabulary(rows, None), word_level(pieces), tied=True)
+    assert tied.counts["near_mean"] == 0 and tied.counts["like_untrained"] == 5
+    few = large(rows[:9_000], word_level(pieces[:9_000]))
+    assert few.counts == {"special": 0, "unused": 5, "byte": 0, "near_mean": 0, "like_untrained": 0}
+    assert large(rows, word_level([f"w{i}" for i in range(n)])).counts["like_untrained"] == 0  # none is known
+
+
+def test_the_record_says_which_tokens_are_left_out_and_that_block_0_could_not_be_had(tiny_gpt2, monkeypatch) -> None:
+    checkpoint = open_checkpoint(local(BUNDLED))
+    source, tokenizer = open_weights(checkpoint, local(BUNDLED)), load_tokenizer(checkpoint)
+
+    def analysis(*overrides: str):
+        cell = compose("task=none", "model=local", f"model.path={BUNDLED}", *overrides)
+        return analyse(source, tokenizer, tokenizer.get_vocab_size(), "test", cell)
+
+    plain, every = analysis(), analysis("analysis.rare_tokens=true")
+    special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+    assert special and f"directions: {len(special)} of" in " ".join(plain.notes)
+    assert not any("left out" in note for note in every.notes)
+    assert not special & set(plain.tables["directions"]["token_id"]) and special & set(
+        every.tables["directions"]["token_id"]
+    )
+    same = [name for name in plain.tables if name != "directions"]
+    for name in same:  # spectra, heads and all else know nothing of it
+        pd.testing.assert_frame_equal(plain.tables[name], every.tables[name])
+    monkeypatch.setattr("ovqk.model.read_block0", lambda *_: "no MLP is known")
+    lost, token = analysis("analysis.directions_embedding=by_layer"), analysis()
+    assert not any("for want of block0" in note for note in token.notes)
+    assert (
+        "directions: all layers are read through token embeddings, for want of block0 ones: no MLP is known"
+        in lost.notes
+    )
+    pd.testing.assert_frame_equal(lost.tables["directions"], token.tables["directions"])

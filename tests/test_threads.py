@@ -1,9 +1,14 @@
 """Work shared out among threads."""
 
+import ast
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import ROOT
 
 from ovqk.threads import decomposed, each
 
@@ -94,3 +99,74 @@ def test_threads_work_in_the_mode_of_the_caller() -> None:
     finally:
         torch.set_num_threads(before)
     assert total.tolist() == [0, 1, 2, 3]
+
+
+# --- LU ------------------------------------------------------------------------------------------------------
+
+BY_LU = {"lu", "lu_factor", "lu_factor_ex", "lu_solve", "lu_unpack", "solve", "solve_ex", "inv", "inv_ex", "inverse",
+         "det", "logdet", "slogdet", "matrix_power", "tensorinv", "tensorsolve"}  # fmt: skip
+UNBATCHED = {
+    ("ovqk/directions.py", "_inverse_iteration"),  # a loop over matrices, in threads in which torch works alone
+    ("ovqk/positions.py", "_offset_design"),  # one matrix
+    ("ovqk/spectra.py", "trace_ratio_bounds"),  # through `decomposed`, which shares a batch out among such threads
+}
+
+
+def calls_by_lu(code: str) -> Iterator[str]:
+    """The innermost function, or "", around each call of what torch computes by LU, whatever it is called on."""
+
+    def visit(node: ast.AST, function: str) -> Iterator[str]:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        if isinstance(node, ast.ImportFrom):
+            yield from (function for name in node.names if name.name in BY_LU)
+        elif isinstance(node, ast.Attribute) and node.attr in BY_LU:
+            yield function
+        for inner in ast.iter_child_nodes(node):
+            yield from visit(inner, function)
+
+    yield from visit(ast.parse(code), "")
+
+
+def test_nothing_is_decomposed_by_lu_in_a_batch() -> None:
+    """Torch's batched LU on the CPU is wrong, hangs or raises from 150 rows on, with two threads or more."""
+    assert list(calls_by_lu("def f(x):\n  g(torch.linalg.inv)\nx.det(); from torch.linalg import solve")) == [
+        "f",
+        "",
+        "",
+    ]
+    found = {
+        (path.relative_to(ROOT).as_posix(), function)
+        for folder in ("ovqk", "scripts")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for function in calls_by_lu(path.read_text(encoding="utf-8"))
+    }
+    assert found == UNBATCHED
+
+
+COMPONENTS = """
+import sys, torch
+sys.path.insert(0, ".")
+from ovqk.directions import components
+from ovqk.heads import Factors
+from ovqk.spectra import decompose
+
+torch.set_num_threads(int(sys.argv[1]))
+generator = torch.Generator().manual_seed(0)
+left, right = (torch.randn(3, *shape, generator=generator) for shape in ((176, 160), (160, 176)))
+found = components(decompose(Factors("ov", left, right), centred=False), 3)
+spans = [side.mT @ side for side in (found.read, found.write)]
+torch.save([found.head, found.kind, found.component, found.cluster_size, found.value, *spans], sys.argv[2])
+"""
+
+
+def test_components_of_large_heads_are_the_same_with_two_threads(tmp_path) -> None:
+    """At d_head 160, in processes that are given up where they hang."""
+    for threads in (1, 2):
+        call = [sys.executable, "-c", COMPONENTS, str(threads), str(tmp_path / str(threads))]
+        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and "MKL" not in done.stdout + done.stderr, done.stderr
+    one, two = (torch.load(tmp_path / str(threads)) for threads in (1, 2))
+    assert set(one[1].tolist()) == {0, 1} and set(one[0].tolist()) == {0, 1, 2}
+    for a, b in zip(one, two, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)

@@ -204,7 +204,9 @@ function componentTable(cell, layer, head, circuit, kind) {
   const found = REPORT.pool[source.directions.heads[layer * cell.heads + head]].filter((row) => row.circuit === circuit && row.kind === kind);
   if (!found.length) return h("p", { class: "missing" }, "not on this page: see directions.parquet");
   const [reads, writes] = VERBS[circuit];
-  const tokens = (side, sign) => h("div", { class: "tokens" }, ((side || {})[sign] || []).slice(0, SHOWN_TOKENS).map((place) => token(REPORT.tokens[place])));
+  const contrast = (side, sign) => ((side || {}).contrast || {})[sign];
+  const tokens = (side, sign) => h("div", { class: "tokens" }, ((side || {})[sign] || []).slice(0, SHOWN_TOKENS).map((place) => token(REPORT.tokens[place])),
+    isNumber(contrast(side, sign)) ? h("span", { class: "note", title: "contrast: mean score of the list over the standard deviation of all tokens' scores" }, ` ${number(contrast(side, sign), 1)}`) : null);
   return h("div", { class: "scroll" }, h("table", { class: "components" },
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, kind === "singular" ? "σ" : "λ"), h("th", { scope: "col" }, h("span", { class: "skip" }, "sign")), h("th", { scope: "col" }, reads), h("th", { scope: "col" }, `→ ${writes}`))),
     h("tbody", {}, found.flatMap((row) => {

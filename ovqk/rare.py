@@ -1,0 +1,123 @@
+"""Tokens that lists of tokens leave out because a model was hardly trained on them (docs/method.md has the rule).
+
+Plain rows of such tokens lie apart from all others, and fill every list of largest and smallest projections. The signs
+are those of Land & Bartolo 2024 (arXiv 2405.05417): the kind of token, a row near the mean, a row like unused ones.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ovqk.directions import BYTE_LETTERS, Spelling
+from ovqk.vocabulary import Vocabulary, blocks, mean_row
+
+NEAR_MEAN = 0.01  # quantile of the distance from the mean row
+LIKE_UNTRAINED = 0.9  # cosine with the mean of the rows known to be untrained, both less the mean row
+KNOWN_UNTRAINED = 3  # of those rows that are needed
+LARGE_VOCABULARY = 10_000  # tokens from which rows are looked at: in smaller vocabularies every token is a frequent one
+IMPOSSIBLE = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no UTF-8 text has
+WHITESPACE = {0x09, 0x0A, 0x0D}
+UNUSED = re.compile(r"[\[<]\|?(unused|reserved|extra|pad)[\w-]*\|?[\]>]|madeupword\d+", re.IGNORECASE)
+REASONS = {
+    "special": "special",
+    "unused": "unused or reserved",
+    "byte": "bytes that are no text",
+    "near_mean": "of rows nearest to the mean",
+    "like_untrained": "of rows like untrained ones",
+}
+
+
+@dataclass(frozen=True)
+class RareTokens:
+    """Which tokens are left out, and how many for each reason: for the first of REASONS that holds.
+
+    Attributes:
+        listed: True for the tokens that stay.
+    """
+
+    listed: Bool[Tensor, " token"]
+    counts: dict[str, int]
+
+    @property
+    def note(self) -> str | None:
+        """A sentence for the record; None if nothing is left out."""
+        left_out, n = sum(self.counts.values()), len(self.listed)
+        if not left_out:
+            return None
+        parts = ", ".join(f"{count:,} {REASONS[reason]}" for reason, count in self.counts.items() if count)
+        return (
+            f"directions: {left_out:,} of {n:,} tokens are left out of lists, being special or hardly trained "
+            f"({parts}); analysis.rare_tokens=true lists them too"
+        )
+
+
+def rare_tokens(vocabulary: Vocabulary, tokenizer: Tokenizer | None, tied: bool = False) -> RareTokens:
+    """Apply the rule to a model's vocabulary: by the tokenizer, and by rows of W_E if the vocabulary is large.
+
+    A short row is a sign only if the embedding is not tied: the unembedding of frequent words makes their rows short.
+    """
+    n, device = vocabulary.size, vocabulary.W_E.device
+    found = {reason: torch.zeros(n, dtype=torch.bool) for reason in REASONS}
+    untrained = torch.zeros(n, dtype=torch.bool)
+    for token, reason, known in _by_tokenizer(tokenizer, n):
+        found[reason][token] = True
+        untrained[token] = known
+    if n >= LARGE_VOCABULARY:
+        distance, cosine = _by_row(vocabulary, untrained.to(device))
+        if not tied:
+            found["near_mean"] = (distance < distance.quantile(NEAR_MEAN)).cpu()
+        if cosine is not None:
+            found["like_untrained"] = (cosine > LIKE_UNTRAINED).cpu()
+    listed, counts = torch.ones(n, dtype=torch.bool), dict.fromkeys(REASONS, 0)
+    for reason, some in found.items():
+        counts[reason] = int((some & listed).sum())
+        listed &= ~some
+    if not listed.any():  # a tokenizer of nothing else
+        return RareTokens(torch.ones_like(listed).to(device), dict.fromkeys(REASONS, 0))
+    return RareTokens(listed.to(device), counts)
+
+
+def _by_tokenizer(tokenizer: Tokenizer | None, n: int) -> list[tuple[int, str, bool]]:
+    """(token, reason, known to be untrained) for the tokens that are recognised by what the tokenizer says."""
+    if tokenizer is None:
+        return []
+    special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+    byte_level, pieces = Spelling(tokenizer).byte_level, tokenizer.get_vocab()
+    found = [(token, "unused", True) for token in set(range(n)) - set(pieces.values())]
+    for piece, token in pieces.items():
+        if token >= n:
+            continue
+        if UNUSED.fullmatch(piece):
+            found.append((token, "unused", True))
+        elif token in special:
+            found.append((token, "special", False))
+        elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):  # sentencepiece's bytes stand for characters without a token
+            found.append((token, "byte", int(piece[3:5], 16) in IMPOSSIBLE))
+        elif byte_level and len(piece) == 1 and piece in BYTE_LETTERS:
+            byte = BYTE_LETTERS[piece]
+            if byte >= 0x7F or (byte < 0x20 and byte not in WHITESPACE):
+                found.append((token, "byte", byte in IMPOSSIBLE))
+    return found
+
+
+def _by_row(
+    vocabulary: Vocabulary, untrained: Bool[Tensor, " token"]
+) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"] | None]:
+    """Each row's distance from the mean row, and its cosine with the untrained mean (None if few are known)."""
+    W_E, mean = vocabulary.W_E, mean_row(vocabulary.W_E)
+    aim = None
+    if int(untrained.sum()) >= KNOWN_UNTRAINED:
+        aim = W_E[untrained.nonzero()[:, 0]].double().mean(0) - mean
+        aim = (aim / aim.norm().clamp_min(torch.finfo(torch.float64).tiny)).to(W_E[:1])
+    distances, along = [], []
+    for part in blocks(vocabulary.size):
+        rows = W_E[part] - mean.to(W_E[:1])
+        distances.append(torch.linalg.vector_norm(rows, dim=1))
+        if aim is not None:
+            along.append(rows @ aim)
+    distance = torch.cat(distances)
+    return distance, None if aim is None else torch.cat(along) / distance.clamp_min(torch.finfo(distance.dtype).tiny)
