@@ -14,7 +14,6 @@ from rich.text import Text
 
 from ovqk import comparison
 from ovqk.availability import NOT_APPLICABLE
-from ovqk.directions import describe
 from ovqk.outcomes import Outcome
 from ovqk.record import read_record, read_tracking
 from ovqk.results import load_table
@@ -29,6 +28,7 @@ from ovqk.tables import (
     verdict_table,
     virtual_table,
 )
+from ovqk.token_lists import describe
 
 SHOWN_TOKENS = 4  # on each side of a component
 SHOWN_MISSING = 20  # cells of a sweep

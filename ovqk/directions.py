@@ -1,51 +1,40 @@
-"""What a head's leading components read and write, as tokens (`directions.parquet`; definitions, section 2).
-
-In the row convention a head is the sum of its components, singular (u, v) or eigen (M r = lambda r, l M = lambda l):
-
-    x M = sum sigma (x . u) v        x M = sum lambda (x . r) l / (l . r)
+"""The tokens that a head's leading components read and write (`directions.parquet`; definitions, section 2).
 
 OV reads tokens and writes columns of W_U; QK compares tokens (read: the query, write: the key). Tokens are read as rows
 of W_E, or as `block0` embeddings, normalised as the layer's norm would. Projections are centred over the tokens that
 may be listed: a softmax cannot see a constant.
 
-Only the joint sign of a component means something: (u, v) and (-u, -v) are one. It is chosen so that the read side's
-projection of largest magnitude is positive (a tie: that of the lowest token id). The sides of an eigen component have
-l . r > 0 besides, so that copying or suppressing, matching or avoiding show in the sign of lambda.
+The joint sign of a component is chosen so that the read side's projection of largest magnitude is positive (a tie: that
+of the lowest token id).
 """
 
 import math
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Complex, Float, Inexact, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ovqk.components import KINDS, SIDES, Components
 from ovqk.config import Embedding
 from ovqk.effective import Block0Side, NormalisedSide, Side, StoredSide
 from ovqk.heads import Circuit
-from ovqk.spectra import TINY, Decomposition
-from ovqk.threads import decomposed
+from ovqk.spelling import Spelling
 from ovqk.vocabulary import BLOCK, Vocabulary, blocks
 from ovqk.weights import Architecture
 
-COMPONENTS = 3
 TOKENS = 10  # of each side and sign
-CLOSE = 0.1  # values nearer than this part of the larger one are linked
-SHIFT = 1e-8  # of sum sigma: how far beside its eigenvalue a left eigenvector is sought
 SLACK = 1e-5  # of the longest token: more than the rounding of a float32 projection
 SCORES = 2**20  # projections held at a time
 SEGMENT = 32  # tokens of a segment
 CANDIDATES = 4096  # projected again at a time
 GRID = 1e-9  # of the longest token: scores are rounded to it, so that equal tokens score the same
-LONG = 30  # letters of a token that a line shows
-KINDS, SIDES = ("singular", "eigen"), ("read", "write")
 
 # fmt: off
 COLUMNS = {
@@ -55,132 +44,6 @@ COLUMNS = {
     "contrast": np.float64,
 }
 # fmt: on
-
-
-@dataclass(frozen=True)
-class Components:
-    """Components of all heads in one batch.
-
-    Attributes:
-        head, kind: whose it is, and the index of its kind in KINDS.
-        component: its place by falling modulus, from 0; a complex pair takes one place.
-        value: sigma, or lambda (of a pair, the one with Im > 0).
-        cluster, cluster_size: the first component of its cluster (itself, where it stands alone), and how many the
-            cluster has, reported or not. Above 1 only the cluster's span is identified.
-        read, write: orthonormal rows that span the side: two for a pair, else one and a row of zeros.
-    """
-
-    head: Int[Tensor, " n"]
-    kind: Int[Tensor, " n"]
-    component: Int[Tensor, " n"]
-    value: Complex[Tensor, " n"]
-    cluster: Int[Tensor, " n"]
-    cluster_size: Int[Tensor, " n"]
-    read: Float[Tensor, "n 2 d_model"]
-    write: Float[Tensor, "n 2 d_model"]
-
-
-def components(decomposition: Decomposition, count: int = COMPONENTS) -> Components:
-    """The `count` leading singular and eigen components of every head, without those that are rounding."""
-    both = singular_components(decomposition, count), eigen_components(decomposition, count)
-    return Components(*(torch.cat([getattr(part, field.name) for part in both]) for field in fields(Components)))
-
-
-def singular_components(decomposition: Decomposition, count: int) -> Components:
-    """Those below 1e-6 of sum sigma are left out."""
-    sigma = decomposition.sigma
-    kept = sigma[:, :count] > TINY * sigma.sum(-1, keepdim=True)
-    sides = [side[:, :, :count].mT[kept].to(torch.complex128) for side in (decomposition.read, decomposition.write)]
-    return _batch("singular", kept, sigma.to(torch.complex128), clusters(sigma), sides)
-
-
-def eigen_components(decomposition: Decomposition, count: int) -> Components:
-    """From the k x k core. Components of equal modulus come in either order.
-
-    Left out: eigenvalues below 1e-6 of sum sigma, and those that a change of M by that much could bring to 0. To first
-    order such a change moves an eigenvalue by itself / (l . r), r and l of unit length: so the eigenvalues of a chain
-    of reads and writes that ends are seen to be rounding. Where eigenvalues coalesce, first order says nothing.
-    """
-    total, cores = decomposition.sigma.sum(-1, keepdim=True), decomposition.core()
-    values, right = decomposed(torch.linalg.eig, cores)
-    order = values.abs().masked_fill(values.imag < 0, -1).sort(dim=-1, descending=True, stable=True).indices
-    values, right = values.gather(-1, order), right.gather(-1, order[:, None].expand_as(right))[:, :, :count]
-    left = _left_eigenvectors(cores, values[:, :count] + SHIFT * total, right)
-    read, write = (decomposition.balanced_left.to(right) @ right).mT, left @ decomposition.balanced_right.to(left)
-    read, write = (side / side.norm(dim=-1, keepdim=True) for side in (read, write))
-    overlap = (read * write).sum(-1)
-    write = torch.where((overlap.real < 0)[..., None], -write, write)
-    values = values.masked_fill(values.imag < 0, math.nan)  # the other half of each pair, sorted last
-    members = clusters(values)
-    value, modulus = values[:, :count], values[:, :count].abs()
-    coalesces = (members[1][:, :count] > 1) | ((value.imag > 0) & (2 * value.imag < CLOSE * modulus))
-    kept = (modulus > TINY * total) & (coalesces | (modulus * overlap.abs() > TINY * total))
-    return _batch("eigen", kept, values, members, [read[kept], write[kept]])
-
-
-def _left_eigenvectors(
-    cores: Float[Tensor, "head k k"], beside: Complex[Tensor, "head n"], right: Complex[Tensor, "head k n"]
-) -> Complex[Tensor, "head n k"]:
-    """Rows l with l K = lambda l: inverse iteration from the right eigenvector, at a number beside lambda.
-
-    Of equal eigenvalues each gets the l that is nearest to its own r; nothing is divided by l . r.
-    """
-    n = cores.shape[-1]
-    identity = torch.eye(n, dtype=beside.dtype, device=beside.device)
-    shifted = (cores.mT.to(beside)[:, None] - beside[..., None, None] * identity).flatten(0, 1)
-    systems = torch.cat((shifted, right.mT.conj().flatten(0, 1)[..., None]), -1)
-    return decomposed(_inverse_iteration, systems).view(*beside.shape, n)  # type: ignore[no-any-return]
-
-
-def _inverse_iteration(systems: Complex[Tensor, "n k _"]) -> Complex[Tensor, "n k"]:
-    """The unit vector that each matrix stretches least, from the vector that stands in the last column.
-
-    One matrix at a time and never in a batch: torch's batched LU on the CPU takes several at once through a LAPACK
-    that is not safe for that, and from 150 rows on it is wrong or hangs.
-    """
-    found = []
-    for system in systems:
-        lu, pivots, _ = torch.linalg.lu_factor_ex(system[:, :-1])
-        x = system[:, -1:]
-        for _ in range(3):
-            x = torch.linalg.lu_solve(lu, pivots, x)
-            x = x / x.norm()
-        found.append(x[:, 0])
-    return torch.stack(found) if found else systems[:, :, -1]
-
-
-def _batch(
-    kind: str,
-    kept: Bool[Tensor, "head count"],
-    values: Complex[Tensor, "head k"],
-    members: tuple[Int[Tensor, "head k"], Int[Tensor, "head k"]],
-    sides: list[Complex[Tensor, "n d_model"]],
-) -> Components:
-    """The kept components; a side's vector becomes an orthonormal basis of its real and imaginary part."""
-    value, cluster, size = (x[:, : kept.shape[1]][kept] for x in (values, *members))
-    planes = []
-    for side in sides:
-        line = torch.stack((side.real, torch.zeros_like(side.real)), 1)
-        basis = torch.linalg.qr(torch.stack((side.real, side.imag), -1)).Q.mT
-        planes.append(torch.where((value.imag > 0)[:, None, None], basis, line))
-    head, component = kept.nonzero(as_tuple=True)
-    return Components(head, torch.full_like(head, KINDS.index(kind)), component, value, cluster, size, *planes)
-
-
-def clusters(values: Inexact[Tensor, "head k"]) -> tuple[Int[Tensor, "head k"], Int[Tensor, "head k"]]:
-    """Each value's cluster, as the index of its first member, and how many it has (nan: alone).
-
-    Values closer than 10 % of the larger modulus are linked, and what is linked through others is one cluster.
-    """
-    n, modulus = values.shape[1], values.abs()
-    near = (values[:, :, None] - values[:, None]).abs() < CLOSE * torch.maximum(modulus[:, :, None], modulus[:, None])
-    linked = (near | torch.eye(n, dtype=torch.bool, device=values.device)).float()
-    for _ in range(n.bit_length()):  # each step doubles the paths
-        linked = (linked @ linked).clamp_max(1)
-    return linked.argmax(-1), linked.sum(-1).long()
-
-
-# --- tokens --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -449,87 +312,3 @@ def _rows(found: Components, extremes: Extremes, joint: Int[Tensor, " n"], side:
         "score": extremes.score.flatten().cpu().numpy() * rows["sign"] + 0.0,  # no negative zero
         "contrast": extremes.contrast.cpu().numpy().repeat(n_ranks),
     }
-
-
-# --- reading -------------------------------------------------------------------------------------------------
-
-
-def _byte_letters() -> dict[str, int]:
-    """The letter that stands for each byte in a byte-level vocabulary (Radford et al. 2019) -> the byte."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-BYTE_LETTERS = _byte_letters()
-
-
-class Spelling:
-    """The text that each token stands for, spelled once."""
-
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        """Take the vocabulary; without one every token is its `#id`."""
-        self.tokenizer, self.known, self.byte_level = tokenizer, dict[int, str](), False
-        if tokenizer is not None:
-            self.known = {token: added.content for token, added in tokenizer.get_added_tokens_decoder().items()}
-            self.byte_level = "ByteLevel(" in f"{tokenizer.decoder} {tokenizer.pre_tokenizer}"
-
-    def __call__(self, token: int) -> str:
-        """Leading spaces and control characters kept, special tokens by name, bytes that are no text as `\\xNN`.
-
-        `#id` where the tokenizer has no such token. Never raises; escape the text before a terminal shows it.
-        """
-        if token not in self.known:
-            self.known[token] = self._spelled(token)
-        return self.known[token]
-
-    def _spelled(self, token: int) -> str:
-        piece = self.tokenizer.id_to_token(token) if self.tokenizer is not None and 0 <= token < 2**32 else None
-        if piece is None:
-            return f"#{token}"
-        if self.byte_level:
-            if not all(letter in BYTE_LETTERS for letter in piece):
-                return piece  # a token that was put in as text
-            return bytes(BYTE_LETTERS[letter] for letter in piece).decode(errors="backslashreplace")
-        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):  # sentencepiece's bytes
-            return bytes([int(piece[3:5], 16)]).decode(errors="backslashreplace")
-        return re.sub("^Ġ", " ", piece.replace("▁", " "))
-
-
-def describe(table: pd.DataFrame, layer: int, head: int, shown: int = 5) -> list[str]:
-    """A head's components, a line each: `OV singular 0 (sigma 12.3): reads ' John' (6.1) | not ' a' (2.4) -> ...`.
-
-    The number behind each list is its contrast.
-
-    Tokens are quoted and escaped as by repr, which leaves no control or direction-changing character; they may still
-    hold what rich takes for markup (print them as `rich.text.Text`).
-    """
-    rows = table[(table["layer"] == layer) & (table["head"] == head) & (table["rank"] <= shown)]
-    return [_line(part) for _, part in rows.groupby(["circuit", "kind", "component"], sort=False)]
-
-
-def _list(records: Sequence[dict[Hashable, Any]]) -> str:
-    """The tokens of a list, and its contrast if it has one."""
-    tokens = [record["token"] for record in records]
-    text = " ".join(repr(token if len(token) <= LONG else token[:LONG] + "…") for token in tokens)
-    return f"{text} ({records[0]['contrast']:.1f})" if records and records[0]["contrast"] >= 0.05 else text
-
-
-def _line(rows: pd.DataFrame) -> str:
-    records = rows.to_dict("records")
-    first = records[0]
-    value = f"{'sigma' if first['kind'] == 'singular' else 'lambda'} {first['value']:.3g}"
-    value += f" ± {first['value_im']:.3g}i, a plane" if first["value_im"] > 0 else ""
-    turned = first["kind"] == "eigen" and first["value"] < 0 and first["value_im"] == 0
-    verbs = {
-        "ov": ("reads", "suppresses" if turned else "writes"),
-        "qk": ("queries", "avoid keys" if turned else "keys"),
-    }
-    sides = []
-    for verb, side in zip(verbs[first["circuit"]], SIDES, strict=True):
-        lists = [[r for r in records if (r["side"], r["sign"]) == (side, sign)] for sign in (1, -1)]
-        texts = [_list(part) for part in lists]
-        sides += [f"{verb} {' | not '.join(filter(None, texts))}"] if texts[0] else []
-    size = first["cluster_size"]
-    together = f" (cluster of {size}: only their span means something)" if size > 1 else ""
-    return f"{first['circuit'].upper()} {first['kind']} {first['component']} ({value}){together}: {' -> '.join(sides)}"

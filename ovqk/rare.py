@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ovqk.directions import BYTE_LETTERS, Spelling
+from ovqk.spelling import BYTE_LETTERS, Spelling
 from ovqk.vocabulary import Vocabulary, blocks, mean_row
 
 NEAR_MEAN = 0.01  # quantile of the distance from the mean row

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk import positions, spectra
-from ovqk.directions import Components, components
+from ovqk.components import Components, components
 from ovqk.heads import Circuit
 from ovqk.layers import layer_metrics
 from ovqk.model import Layer, Model

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ovqk.config import VariableKind
 from ovqk.heads import Circuit
-from ovqk.readouts import HeadMaps, InTop
+from ovqk.model import Model
+from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, HeadMaps, InTop, full_circuit_ratio
 from ovqk.spectra import Decomposition
 from ovqk.tasks import Variable, WordSet
 from ovqk.threads import CPU, each
@@ -174,6 +175,52 @@ def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDA
     for own in draws:
         own.close()
     return [own.drawn for own in draws]
+
+
+def stages(most: int) -> tuple[int, ...]:
+    """Numbers of draws after which it is asked whether more are needed, up to this many."""
+    return *(stage for stage in STAGES if stage < most), most
+
+
+def surrogate_metrics(
+    model: Model, layer: int, wanted: set[str], observed: Mapping[str, float]
+) -> Callable[[HeadMaps], dict[str, Float[Tensor, " draw"] | InTop]]:
+    """What measures surrogates of a head of this layer, by the functions that measured the head.
+
+    Metrics that rank words in the vocabulary are left open (see `FrameDraws.close`). Where a value was observed, a
+    trace ratio may be a bound that lies on the same side of it (see `full_circuit_ratio`).
+    """
+    plain, folded, (block0, cross, _) = model.spectral_vocabulary, model.vocabulary, model.block0_grams
+
+    def measure(maps: HeadMaps) -> dict[str, Tensor | InTop]:
+        found: dict[str, Tensor | InTop] = {}
+        if model.readout is not None and wanted & {*SET_METRICS, *SUBSPACE_METRICS}:
+            found |= model.readout.metrics(layer, maps, wanted - set(TOP_METRICS))
+            found |= model.readout.in_top(layer, maps, wanted)
+        parts = maps.decomposition
+        if "ov_copying" in wanted and plain is not None:
+            grams = plain.gram_embed, plain.gram_cross, plain.gram_unembed
+            found["ov_copying"] = _written(parts, *grams, observed.get("ov_copying"))
+        if "ov_copying_block0" in wanted and block0 is not None and folded is not None:
+            grams = block0, cross, folded.gram_unembed
+            found["ov_copying_block0"] = _written(parts, *grams, observed.get("ov_copying_block0"))
+        if "qk_matching" in wanted and plain is not None:
+            grams = plain.gram_embed, plain.gram_embed, plain.gram_embed
+            found["qk_matching"] = full_circuit_ratio(parts, *grams, observed.get("qk_matching"))
+        if "qk_matching_block0" in wanted and block0 is not None:
+            grams = block0, block0, block0
+            found["qk_matching_block0"] = full_circuit_ratio(parts, *grams, observed.get("qk_matching_block0"))
+        return {name: values for name, values in found.items() if name in wanted}
+
+    return measure
+
+
+def _written(
+    parts: Decomposition, gram_in: Tensor, cross: Tensor | None, gram_out: Tensor | None, observed: float | None
+) -> Tensor:
+    if cross is None or gram_out is None:
+        raise ValueError("what a head writes is measured against an unembedding")
+    return full_circuit_ratio(parts, gram_in, cross, gram_out, observed)
 
 
 # --- words ---------------------------------------------------------------------------------------------------

@@ -6,13 +6,12 @@ circuits that compose. `ClaimTests.rows` then draws the nulls.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,10 +32,18 @@ from ovqk.nulls import (
     predicted_values,
     role_rows,
 )
-from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, HeadMaps, InTop, Readout, full_circuit_ratio
-from ovqk.spectra import Decomposition
+from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, HeadMaps, Readout
 from ovqk.statistics import monte_carlo
-from ovqk.surrogates import CHUNK_ELEMENTS, STAGES, FrameDraws, WordDraws, draw_words, first_of_each, subsamples
+from ovqk.surrogates import (
+    CHUNK_ELEMENTS,
+    FrameDraws,
+    WordDraws,
+    draw_words,
+    first_of_each,
+    stages,
+    subsamples,
+    surrogate_metrics,
+)
 from ovqk.tasks import Variable
 
 RESAMPLES = 1000  # of source tokens, for an interval
@@ -388,52 +395,6 @@ def _ensemble_rows(
             ensemble_row(predicted, subject, null, value, draws, test, members, most) | {"stopped": test.stopped}
         )
     return rows
-
-
-def stages(most: int) -> tuple[int, ...]:
-    """Numbers of draws after which it is asked whether more are needed, up to this many."""
-    return *(stage for stage in STAGES if stage < most), most
-
-
-def surrogate_metrics(
-    model: Model, layer: int, wanted: set[str], observed: Mapping[str, float]
-) -> Callable[[HeadMaps], dict[str, Float[Tensor, " draw"] | InTop]]:
-    """What measures surrogates of a head of this layer, by the functions that measured the head.
-
-    Metrics that rank words in the vocabulary are left open (see `FrameDraws.close`). Where a value was observed, a
-    trace ratio may be a bound that lies on the same side of it (see `full_circuit_ratio`).
-    """
-    plain, folded, (block0, cross, _) = model.spectral_vocabulary, model.vocabulary, model.block0_grams
-
-    def measure(maps: HeadMaps) -> dict[str, Tensor | InTop]:
-        found: dict[str, Tensor | InTop] = {}
-        if model.readout is not None and wanted & {*SET_METRICS, *SUBSPACE_METRICS}:
-            found |= model.readout.metrics(layer, maps, wanted - set(TOP_METRICS))
-            found |= model.readout.in_top(layer, maps, wanted)
-        parts = maps.decomposition
-        if "ov_copying" in wanted and plain is not None:
-            grams = plain.gram_embed, plain.gram_cross, plain.gram_unembed
-            found["ov_copying"] = _written(parts, *grams, observed.get("ov_copying"))
-        if "ov_copying_block0" in wanted and block0 is not None and folded is not None:
-            grams = block0, cross, folded.gram_unembed
-            found["ov_copying_block0"] = _written(parts, *grams, observed.get("ov_copying_block0"))
-        if "qk_matching" in wanted and plain is not None:
-            grams = plain.gram_embed, plain.gram_embed, plain.gram_embed
-            found["qk_matching"] = full_circuit_ratio(parts, *grams, observed.get("qk_matching"))
-        if "qk_matching_block0" in wanted and block0 is not None:
-            grams = block0, block0, block0
-            found["qk_matching_block0"] = full_circuit_ratio(parts, *grams, observed.get("qk_matching_block0"))
-        return {name: values for name, values in found.items() if name in wanted}
-
-    return measure
-
-
-def _written(
-    parts: Decomposition, gram_in: Tensor, cross: Tensor | None, gram_out: Tensor | None, observed: float | None
-) -> Tensor:
-    if cross is None or gram_out is None:
-        raise ValueError("what a head writes is measured against an unembedding")
-    return full_circuit_ratio(parts, gram_in, cross, gram_out, observed)
 
 
 def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:

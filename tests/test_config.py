@@ -61,10 +61,11 @@ ORDER = [
     "patience", "hub", "gguf_file", "gguf_tokenizer", "gguf_settings", "llama_cpp", "checkpoints", "native",
     "single_file",
     "threads", "heads", "vocabulary", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
-    "directions", "readouts", "composition", "availability", "model", "claims", "statistics", "nulls", "surrogates",
+    "components", "effective", "spelling", "rare", "directions", "readouts",
+    "composition", "availability", "model", "claims", "statistics", "nulls", "surrogates",
     "testing", "candidates", "patterns", "verdicts", "prompts", "identity", "structure", "cache", "analyses", "record",
     "outcomes", "results", "comparison", "thinning", "drawing", "figures", "portraits", "page", "report", "panels",
-    "overview", "wandb_service", "runs", "tracking", "dashboard", "tables", "suggestions", "console",
+    "overview", "wandb_service", "runs", "tracking", "dashboard", "tables", "token_lists", "suggestions", "console",
     "progress", "cell", "sweep",
 ]
 # fmt: on

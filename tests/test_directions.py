@@ -14,24 +14,17 @@ from ovqk import effective as effective_module
 from ovqk import structure
 from ovqk.analyses import analyse
 from ovqk.checkpoints import open_checkpoint
-from ovqk.directions import (
-    COLUMNS,
-    TOKENS,
-    Directions,
-    Spelling,
-    TokenSide,
-    clusters,
-    components,
-    describe,
-    eigen_components,
-)
+from ovqk.components import clusters, components, eigen_components
+from ovqk.directions import COLUMNS, TOKENS, Directions, TokenSide
 from ovqk.effective import Block0Side, StoredSide
 from ovqk.heads import Factors
 from ovqk.model import Layer, Model
 from ovqk.rare import rare_tokens
 from ovqk.sources import open_weights
 from ovqk.spectra import Decomposition, decompose
+from ovqk.spelling import Spelling
 from ovqk.tasks import load_tokenizer
+from ovqk.token_lists import describe
 from ovqk.vocabulary import Block0, Vocabulary, read_vocabulary
 from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights, normalise
 

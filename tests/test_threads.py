@@ -106,7 +106,7 @@ def test_threads_work_in_the_mode_of_the_caller() -> None:
 BY_LU = {"lu", "lu_factor", "lu_factor_ex", "lu_solve", "lu_unpack", "solve", "solve_ex", "inv", "inv_ex", "inverse",
          "det", "logdet", "slogdet", "matrix_power", "tensorinv", "tensorsolve"}  # fmt: skip
 UNBATCHED = {
-    ("ovqk/directions.py", "_inverse_iteration"),  # a loop over matrices, in threads in which torch works alone
+    ("ovqk/components.py", "_inverse_iteration"),  # a loop over matrices, in threads in which torch works alone
     ("ovqk/positions.py", "_offset_design"),  # one matrix
     ("ovqk/spectra.py", "trace_ratio_bounds"),  # through `decomposed`, which shares a batch out among such threads
 }
@@ -147,7 +147,7 @@ def test_nothing_is_decomposed_by_lu_in_a_batch() -> None:
 COMPONENTS = """
 import sys, torch
 sys.path.insert(0, ".")
-from ovqk.directions import components
+from ovqk.components import components
 from ovqk.heads import Factors
 from ovqk.spectra import decompose
 

@@ -1,0 +1,48 @@
+"""A head's lists of tokens as lines of text, from `directions.parquet`."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import pandas as pd
+
+LONG = 30  # letters of a token that a line shows
+SIDES = ("read", "write")
+
+
+def describe(table: pd.DataFrame, layer: int, head: int, shown: int = 5) -> list[str]:
+    """A head's components, a line each: `OV singular 0 (sigma 12.3): reads ' John' (6.1) | not ' a' (2.4) -> ...`.
+
+    The number behind each list is its contrast.
+
+    Tokens are quoted and escaped as by repr, which leaves no control or direction-changing character; they may still
+    hold what rich takes for markup (print them as `rich.text.Text`).
+    """
+    rows = table[(table["layer"] == layer) & (table["head"] == head) & (table["rank"] <= shown)]
+    return [_line(part) for _, part in rows.groupby(["circuit", "kind", "component"], sort=False)]
+
+
+def _list(records: Sequence[dict[Hashable, Any]]) -> str:
+    """The tokens of a list, and its contrast if it has one."""
+    tokens = [record["token"] for record in records]
+    text = " ".join(repr(token if len(token) <= LONG else token[:LONG] + "…") for token in tokens)
+    return f"{text} ({records[0]['contrast']:.1f})" if records and records[0]["contrast"] >= 0.05 else text
+
+
+def _line(rows: pd.DataFrame) -> str:
+    records = rows.to_dict("records")
+    first = records[0]
+    value = f"{'sigma' if first['kind'] == 'singular' else 'lambda'} {first['value']:.3g}"
+    value += f" ± {first['value_im']:.3g}i, a plane" if first["value_im"] > 0 else ""
+    turned = first["kind"] == "eigen" and first["value"] < 0 and first["value_im"] == 0
+    verbs = {
+        "ov": ("reads", "suppresses" if turned else "writes"),
+        "qk": ("queries", "avoid keys" if turned else "keys"),
+    }
+    sides = []
+    for verb, side in zip(verbs[first["circuit"]], SIDES, strict=True):
+        lists = [[r for r in records if (r["side"], r["sign"]) == (side, sign)] for sign in (1, -1)]
+        texts = [_list(part) for part in lists]
+        sides += [f"{verb} {' | not '.join(filter(None, texts))}"] if texts[0] else []
+    size = first["cluster_size"]
+    together = f" (cluster of {size}: only their span means something)" if size > 1 else ""
+    return f"{first['circuit'].upper()} {first['kind']} {first['component']} ({value}){together}: {' -> '.join(sides)}"
