@@ -1,8 +1,8 @@
 """Architectures outside the table of families, through TransformerLens's TransformerBridge.
 
-The whole model is loaded and run once on a few tokens: ovqk's reading of its norms, embeddings and positions counts
-only where it reproduces the model's own queries, keys, values and logits. What it does not reproduce is reported as
-raw or unavailable, never assumed.
+The whole model is loaded. TransformerLens says which tensors are queries, keys, values and outputs; that ovqk's form
+of them, its norms, rotations and multipliers are the model's is measured on the model's own blocks (`agreement`).
+What is not reproduced is reported as raw or unavailable, never assumed.
 """
 
 import contextlib
@@ -11,12 +11,16 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from ovqk.activations import CannotRunError, ModelActivations, record_activations
+from ovqk.agreement import NO_ROTATION, BlockReading, agrees, measure_norm, read_block
 from ovqk.checkpoints import Checkpoint, check_finite
 from ovqk.config import ModelConfig
 from ovqk.errors import UserError
@@ -29,12 +33,11 @@ from ovqk.weights import (
     Norm,
     NormKind,
     PositionKind,
-    normalise,
+    Rotary,
+    apply_norm,
 )
 
-TOLERANCE = 1e-3  # of a reading against the model's own activations, relative to their largest
 PROBE = 12  # tokens
-NORMS: dict[str, NormKind] = {"LN": "layernorm", "LNPre": "layernorm", "RMS": "rmsnorm", "RMSPre": "rmsnorm"}
 
 
 class BridgeWeights:
@@ -43,117 +46,122 @@ class BridgeWeights:
     loaded_by: Literal["families", "bridge"] = "bridge"
 
     def __init__(self, checkpoint: Checkpoint, model: ModelConfig) -> None:
-        """Load the model, and compare ovqk's reading of it with one forward pass.
+        """Load the model, and compare ovqk's reading of it with what its blocks compute.
 
         Raises:
-            UserError: TransformerLens does not support the architecture, or tensors are missing.
+            UserError: TransformerLens does not support the architecture, tensors are missing, or a layer has no
+                attention heads of the shape that the others have.
         """
         self.checkpoint, self.model_config = checkpoint, model
-        with _quiet():
-            self.bridge = self._boot()
-            self.activations = self._probe()
-        config = self.bridge.cfg
-        try:
-            n_kv_heads = self.bridge.W_K.shape[1]
-        except AttributeError as error:  # of state space models, and of hybrids
-            raise UserError(
-                f"{checkpoint.label}: {config.architecture} has layers without attention heads; allowed: attention in "
-                "every layer."
-            ) from error
-        self.notes = ["read through TransformerLens's bridge: the whole model was in memory"]
-        self.norm_kind: NormKind = NORMS.get(str(config.normalization_type), "none")
-        self.causal = config.attention_dir == "causal"
+        with _quiet(), torch.no_grad():
+            own = self._load()
+            self.activations = self._record(own)
+            self.bridge = self._boot(own)
+            config = self.bridge.cfg
+            self.causal = config.attention_dir == "causal"
+            raw = [self._raw_layer(index) for index in range(config.n_layers)]
+            self._check_shapes(raw)
+            self.readings = self._read_blocks(own, raw)
+            self._read_facts(config, raw[0], model)
+
+    def _read_facts(self, config: Any, first: LayerWeights, model: ModelConfig) -> None:
+        """The architecture, what can be folded, and the notes."""
+        kinds = {reading.weights.norm.kind if reading.weights.norm else "none" for reading in self.readings}
+        self.norm_kind: NormKind = kinds.pop() if len(kinds) == 1 else "none"
+        why = self._why_raw(same_norm=not kinds)
+        self.foldable = why is None
+        if self.foldable and any(reading.weights.rotary for reading in self.readings):
+            self.readings = [
+                replace(reading, weights=replace(reading.weights, rotary=reading.weights.rotary or NO_ROTATION))
+                for reading in self.readings
+            ]
+        self.notes = self._read_notes(why)
+        eps = [reading.eps for reading in self.readings if reading.eps is not None]
+        self.eps = eps[0] if eps else float(config.eps)
+        scales = {reading.attention_scale for reading in self.readings if reading.attention_scale is not None}
+        n_heads, d_model, d_head = first.W_Q.shape
+        usual = d_head**-0.5
+        scale = next(iter(scales)) if len(scales) == 1 else None
         self.architecture = Architecture(
             family=str(config.architecture),
             n_layers=config.n_layers,
-            n_heads=config.n_heads,
-            n_kv_heads=n_kv_heads,
-            d_model=config.d_model,
-            d_head=config.d_head,
+            n_heads=n_heads,
+            n_kv_heads=len(first.W_K),
+            d_model=d_model,
+            d_head=d_head,
             n_ctx=model.n_ctx or config.n_ctx,
             norm=self.norm_kind,
-            norm_eps=float(config.eps),
-            positions=self._positions(),
+            norm_eps=self.eps,
+            positions="unsupported" if not self.foldable else self._positions(),
             causal=self.causal if model.causal is None else model.causal,
             activation=str(config.act_fn),
+            attention_scale=None if scale is None or abs(scale / usual - 1) < 1e-3 else scale,
+            post_norm=any(reading.weights.post_norm for reading in self.readings),
+            qk_norm=any(reading.weights.qk_norm for reading in self.readings),
+            parallel=any(reading.parallel for reading in self.readings),
         )
-        self.foldable = self.causal and self._reads_before_attention()
-        if not self.causal:
-            self.notes.append("an encoder: residual space and raw weights only")
-        elif not self.foldable:
-            self.notes.append("its queries are not those of a norm before attention: weights kept raw")
-        if hasattr(self.bridge.blocks[0].attn, "q_norm"):
-            self.notes.append(
-                "queries and keys are normalised per head: QK spectra are of the weights before that norm"
-            )
-        vocabulary = self.causal and self.foldable and self._reads_embeddings()
-        self.no_vocabulary = None if vocabulary else self._why_no_vocabulary()
+        self.no_vocabulary = self._why_no_vocabulary(why)
 
     def layer(self, index: int) -> LayerWeights:
         """The raw attention weights of a layer."""
-        bridge = self.bridge
-        norm = self._norm(bridge.blocks[index], "ln1")
-        return LayerWeights(
-            index,
-            bridge.W_Q[index].detach().float(),
-            bridge.W_K[index].detach().float(),
-            bridge.W_V[index].detach().float(),
-            bridge.W_O[index].detach().float(),
-            self._bias("b_Q", index, bridge.W_Q),
-            self._bias("b_K", index, bridge.W_K),
-            self._bias("b_V", index, bridge.W_V),
-            norm,
-        )
+        weights = self.readings[index].weights
+        if self.foldable:
+            return weights
+        return replace(weights, norm=None, post_norm=None, qk_norm=None, rotary=None)
 
     def embeddings(self) -> EmbeddingWeights:
-        """The raw embeddings; none where ovqk's reading does not reproduce the model."""
+        """The raw embeddings; none if ovqk's reading does not reproduce the model."""
         W_pos = self.bridge.W_pos.detach().float() if self.architecture.positions == "learned" else None
         if self.no_vocabulary is not None:
             return EmbeddingWeights(None, W_pos, None, None)
-        W_E = self.bridge.W_E.detach().float() * self._embedding_scale()
-        final = self._norm(self.bridge, "ln_final")
-        return EmbeddingWeights(W_E, W_pos, self.bridge.W_U.detach().float(), final)
+        W_E = self.bridge.W_E.detach().float() * self._embedding_scale(W_pos)
+        return EmbeddingWeights(W_E, W_pos, self.bridge.W_U.detach().float(), self._final_norm())
 
     def first_mlp(self) -> MLPWeights | str:
-        """Block 0's MLP, where ovqk's reading of it reproduces the model's own output."""
+        """Block 0's MLP, if ovqk's reading of it reproduces what the block adds with attention silenced."""
         reason = "ovqk's reading of block 0's MLP does not reproduce the model's own"
+        block = self.activations.blocks[0]
+        if block.other_write is None:
+            return reason
         try:
             mlp = self._read_mlp()
-        except (AttributeError, IndexError, KeyError, TypeError):
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
             return reason
-        if mlp is None or mlp.activation not in ACTIVATIONS:
+        if mlp.activation not in ACTIVATIONS:
             return reason
-        middle, expected = (
-            self.activations.get("blocks.0.hook_resid_mid"),
-            self.activations.get("blocks.0.hook_mlp_out"),
-        )
-        if middle is None or expected is None:
+        try:
+            written = self._mlp_write(mlp, block.stream)
+        except RuntimeError:  # of shapes that do not fit
             return reason
-        x = self._normed(middle, mlp.norm)
-        hidden = ACTIVATIONS[mlp.activation](x @ mlp.W_in + mlp.b_in)
-        hidden = hidden if mlp.W_linear is None else hidden * (x @ mlp.W_linear)
-        return mlp if _same(hidden @ mlp.W_out + mlp.b_out, expected) else reason
+        if agrees(written, block.other_write):
+            return mlp
+        for norm in self._measured_norms(0):
+            if agrees(apply_norm(norm, written, self.eps), block.other_write):
+                return replace(mlp, post_norm=norm)
+        scale = float((written * block.other_write).sum() / written.square().sum().clamp_min(1e-30))
+        if agrees(written * scale, block.other_write):
+            return replace(mlp, W_out=mlp.W_out * scale, b_out=mlp.b_out * scale)
+        return reason
 
     # --- loading ----------------------------------------------------------------------------------------------
 
-    def _boot(self) -> Any:
-        from transformer_lens.model_bridge import TransformerBridge
-        from transformer_lens.model_bridge.sources.transformers.helpers import (
-            get_hf_model_class_for_architecture,
-        )
+    def _load(self) -> nn.Module:
+        """The Hugging Face model, float32.
 
-        directory, label = str(self.checkpoint.directory), self.checkpoint.label
-        kind = self.checkpoint.config.get("model_type")
+        Raises:
+            UserError: it cannot be loaded, or tensors are missing.
+        """
+        from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
+
+        label = self.checkpoint.label
         architectures = self.checkpoint.config.get("architectures") or []
-        unsupported = (
-            f"{label}: the architecture {architectures or kind} is supported neither natively nor by TransformerLens"
-        )
         if not architectures:
+            kind = self.checkpoint.config.get("model_type")
             raise UserError(f"{label}: config.json names no 'architectures' for model_type={kind}.")
         try:
             model_class = get_hf_model_class_for_architecture(architectures[0])
             model, report = model_class.from_pretrained(
-                directory,
+                str(self.checkpoint.directory),
                 output_loading_info=True,
                 dtype=torch.float32,
                 attn_implementation="eager",
@@ -161,7 +169,7 @@ class BridgeWeights:
                 local_files_only=True,
             )
         except Exception as error:  # transformers raises many kinds
-            raise UserError(f"{unsupported} ({_first_line(error)}).") from error
+            raise UserError(f"{self._unsupported()} transformers cannot load it: {_told(error)}") from error
         missing = sorted(report["missing_keys"])
         if missing:
             raise UserError(
@@ -170,144 +178,315 @@ class BridgeWeights:
             )
         for name, parameter in model.named_parameters():
             check_finite(label, name, parameter.detach())
+        own: nn.Module = model.eval()
+        return own
+
+    def _record(self, model: Any) -> ModelActivations:
+        """What the model and its blocks compute on a few tokens.
+
+        Raises:
+            UserError: the model cannot be run on them.
+        """
+        config = model.config.get_text_config()
+        rows = model.get_input_embeddings().weight.shape[0]
+        length = min(PROBE, int(getattr(config, "max_position_embeddings", None) or PROBE))
+        tokens = torch.randint(0, rows, (length,), generator=torch.Generator().manual_seed(0))
         try:
-            with unused_tokenizer() as tokenizer:
+            return record_activations(model, tokens, config.num_hidden_layers)
+        except CannotRunError as error:
+            raise UserError(f"{self._unsupported()} It cannot be run on {length} tokens: {error}") from error
+
+    def _boot(self, model: nn.Module) -> Any:
+        from transformer_lens.model_bridge import TransformerBridge
+        from transformer_lens.model_bridge.sources.transformers import source
+
+        try:
+            with unused_tokenizer() as tokenizer, mock.patch.object(source, "load_modality_processor"):
                 return TransformerBridge.boot_transformers(
-                    directory,
+                    str(self.checkpoint.directory),
                     hf_model=model,
                     tokenizer=tokenizer,
                     device="cpu",
                     trust_remote_code=self.model_config.trust_remote_code,
                 )
-        except Exception as error:
-            raise UserError(f"{unsupported} ({_first_line(error)}).") from error
+        except Exception as error:  # an adapter raises many kinds
+            raise UserError(f"{self._unsupported()} TransformerLens says: {_told(error)}") from error
 
-    @torch.no_grad()
-    def _probe(self) -> dict[str, Tensor]:
-        """One forward pass over a few tokens, with its activations."""
-        bridge = self.bridge
-        rows = bridge.W_E.shape[0]
-        length = min(PROBE, int(bridge.cfg.n_ctx))
-        tokens = torch.randint(0, rows, (1, length), generator=torch.Generator().manual_seed(0))
-        _, cache = bridge.run_with_cache(tokens)
-        found = {
-            name: cache[name].float()
-            for name in cache
-            if torch.is_tensor(cache[name]) and cache[name].is_floating_point()
-        }
-        return found | {"tokens": tokens}
+    def _unsupported(self) -> str:
+        config = self.checkpoint.config
+        name = ", ".join(config.get("architectures") or [str(config.get("model_type"))])
+        return (
+            f"{self.checkpoint.label}: the architecture {name} is supported neither natively nor by TransformerLens; "
+            "allowed: one that either reads (docs/architectures.md)."
+        )
+
+    def _raw_layer(self, index: int) -> LayerWeights:
+        """A layer's attention weights as TransformerLens names them.
+
+        Raises:
+            UserError: the layer has no attention heads, or they are not stored as W_Q, W_K, W_V and W_O.
+        """
+        try:
+            attention = self._attention(index)
+            W_Q, W_K, W_V, W_O = (getattr(attention, f"W_{part}").detach().float() for part in "QKVO")
+            shapes = [tuple(weight.shape) for weight in (W_Q, W_K, W_V, W_O)]
+        except (AttributeError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.checkpoint.label}: {self.bridge.cfg.architecture} has layers without attention heads that "
+                f"ovqk can read, layer {index} among them; allowed: attention with W_Q, W_K, W_V and W_O in every "
+                "layer."
+            ) from error
+        if any(len(shape) != 3 for shape in shapes) or W_K.shape != W_V.shape or len(W_Q) % max(1, len(W_K)):
+            raise UserError(
+                f"{self.checkpoint.label}: layer {index} of {self.bridge.cfg.architecture} has W_Q, W_K, W_V, W_O of "
+                f"shapes {shapes}; allowed: [heads, d_model, d_head] each (W_O: [heads, d_head, d_model]), with keys "
+                "and values alike."
+            )
+        zeros = [torch.zeros(weight.shape[0], weight.shape[2]) for weight in (W_Q, W_K, W_V)]
+        biases = [self._bias(attention, f"b_{part}", zero) for part, zero in zip("QKV", zeros, strict=True)]
+        return LayerWeights(index, W_Q, W_K, W_V, W_O, biases[0], biases[1], biases[2], None)
+
+    def _attention(self, index: int) -> Any:
+        return self.bridge.blocks[index].attn
+
+    def _bias(self, attention: Any, name: str, zero: Tensor) -> Tensor:
+        try:
+            found = getattr(attention, name)
+        except (AttributeError, NotImplementedError):
+            return zero
+        return zero if found is None else found.detach().float().reshape(zero.shape)
+
+    def _check_shapes(self, raw: list[LayerWeights]) -> None:
+        """Every layer has the heads that the first has.
+
+        Raises:
+            UserError: one has not.
+        """
+        for weights in raw[1:]:
+            for name in ("W_Q", "W_K"):
+                first, other = getattr(raw[0], name).shape, getattr(weights, name).shape
+                if first != other:
+                    raise UserError(
+                        f"{self.checkpoint.label}: {name} of layer {weights.layer} has shape {list(other)} and that of "
+                        f"layer 0 {list(first)}; allowed: heads of one shape in every layer."
+                    )
 
     # --- the gates ----------------------------------------------------------------------------------------------
 
-    def _reads_before_attention(self) -> bool:
-        """Queries, keys and values are those of the residual stream through the norm before attention."""
-        for index in range(self.bridge.cfg.n_layers):
-            weights = self.layer(index)
-            stream = self.activations.get(f"blocks.{index}.hook_resid_pre")
-            if stream is None or weights.norm is None:
-                return False
-            x = self._normed(stream, weights.norm)
-            read = {"q": (weights.W_Q, weights.b_Q), "k": (weights.W_K, weights.b_K), "v": (weights.W_V, weights.b_V)}
-            for name, (weight, bias) in read.items():
-                own = self.activations.get(f"blocks.{index}.attn.hook_{name}")
-                if own is None or not _same(torch.einsum("bpd,hdx->bphx", x, weight) + bias, own):
-                    return False
-        return True
+    def _read_blocks(self, model: nn.Module, raw: list[LayerWeights]) -> list[BlockReading]:
+        """Each block's reading; without one where the model's blocks were not seen."""
+        rotations = _rotations(model)
+        readings = []
+        for index, weights in enumerate(raw):
+            unseen = BlockReading(weights, None, None, False, False, "its blocks could not be seen", None, ())
+            if index >= len(self.activations.blocks) or not self.activations.blocks[index].stream.numel():
+                readings.append(unseen)
+                continue
+            block = self.activations.blocks[index]
+            output = getattr(self._attention(index), "o", None)
+            module = getattr(output, "original_component", output)
+            bias = getattr(output, "bias", None)
+            readings.append(
+                read_block(
+                    block,
+                    self.activations.modules[index],
+                    weights,
+                    None if bias is None else bias.detach().float(),
+                    block.inputs.get(id(module)),
+                    rotations,
+                    _original(self.bridge.blocks[index], "ln1"),
+                )
+            )
+        return readings
 
-    def _reads_embeddings(self) -> bool:
-        """The first residual stream is a multiple of W_E's rows (plus W_pos), and W_U reads the final norm."""
-        final = self.activations.get(f"blocks.{self.bridge.cfg.n_layers - 1}.hook_resid_post")
-        logits, norm = self.activations.get("hook_unembed"), self._norm(self.bridge, "ln_final")
-        if final is None or logits is None or norm is None:
-            return False
-        mine = self._normed(final, norm) @ self.bridge.W_U.float()
-        difference = logits - mine
-        constant = difference.mean(1, keepdim=True)  # a bias of the unembedding is the same at every position
-        return _same(mine + constant, logits) and self._first_stream_matches()
+    def _why_raw(self, same_norm: bool) -> str | None:
+        """Why the weights are kept raw; None if every layer's reading reproduces it."""
+        if not self.causal:
+            return "an encoder"
+        for index, reading in enumerate(self.readings):
+            for reason in (reading.reads, reading.writes):
+                if reason is not None:
+                    return f"layer {index}: {reason}"
+        if not same_norm:
+            return "its layers have norms of different kinds before attention"
+        if len({bool(reading.weights.qk_norm) for reading in self.readings}) > 1:
+            return "some of its layers normalise queries and keys and others do not"
+        return None
+
+    def _read_notes(self, why: str | None) -> list[str]:
+        notes = ["read through TransformerLens's bridge: the whole model was in memory"]
+        if why is not None:
+            kept = "residual space and raw weights only"
+            notes.append(f"an encoder: {kept}" if not self.causal else f"{why}: {kept}")
+        told: dict[str, list[int]] = {}
+        for index, reading in enumerate(self.readings):
+            mine = list(reading.notes)
+            if reading.weights.rotary is NO_ROTATION:
+                mine.append("no positions reach the scores")
+            for note in mine:
+                told.setdefault(note, []).append(index)
+        for note, layers in told.items():
+            every = len(layers) == len(self.readings)
+            notes.append(note if every else f"layers {', '.join(map(str, layers))}: {note}")
+        if self.foldable and any(reading.weights.qk_norm for reading in self.readings):
+            notes.append(
+                "queries and keys are normalised: QK spectra are of the weights with the norms' gains, "
+                "un-normalised; readouts and shares normalise"
+            )
+        if self.foldable and any(reading.weights.post_norm for reading in self.readings):
+            notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
+        if self.foldable and any(each.weights.rotary and each.weights.rotary.scale != 1 for each in self.readings):
+            notes.append("the rotary scaling also multiplies the scores; the factor is in W_QK")
+        if self.checkpoint.config.get("attn_temperature_tuning"):
+            notes.append("scores grow with the position of the query (attn_temperature_tuning); no metric has it in")
+        return notes
+
+    def _why_no_vocabulary(self, why: str | None) -> str | None:
+        """Why no embeddings are given; None if ovqk's reading of them is the model's."""
+        if not self.causal:
+            return "the model is an encoder"
+        if why is not None:
+            return f"the weights are raw ({why})"
+        if not self._first_stream_matches():
+            return "the first residual stream is not a multiple of the embedding's rows plus learned positions"
+        if not self._logits_match():
+            return "the unembedding does not read the last residual stream through one norm"
+        return None
 
     def _first_stream_matches(self) -> bool:
-        stream = self.activations.get("blocks.0.hook_resid_pre")
+        """The first residual stream is a multiple of W_E's rows (plus W_pos)."""
+        stream = self.activations.first_stream
         if stream is None:
             return False
-        embedded = self.bridge.W_E[self.activations["tokens"]].float() * self._embedding_scale()
-        if self.architecture.positions == "learned":
-            embedded = embedded + self.bridge.W_pos[: stream.shape[1]].float()
-        return _same(embedded, stream)
+        W_pos = self.bridge.W_pos.detach().float() if self.architecture.positions == "learned" else None
+        return self._embeds(W_pos)
 
-    def _embedding_scale(self) -> float:
-        own, rows = self.activations.get("hook_embed"), self.bridge.W_E[self.activations["tokens"]].float()
-        if own is None or own.shape != rows.shape:
+    def _embeds(self, W_pos: Float[Tensor, "n_ctx d_model"] | None) -> bool:
+        stream = self.activations.first_stream
+        rows = self.bridge.W_E.detach().float()
+        if stream is None or rows.shape[1] != stream.shape[1]:
+            return False
+        embedded = rows[self.activations.tokens] * self._embedding_scale(W_pos)
+        return agrees(embedded if W_pos is None else embedded + W_pos[: len(stream)], stream)
+
+    def _embedding_scale(self, W_pos: Float[Tensor, "n_ctx d_model"] | None) -> float:
+        """What multiplies the embedding's rows in the first residual stream."""
+        stream, rows = self.activations.first_stream, self.bridge.W_E.detach().float()[self.activations.tokens]
+        if stream is None or rows.shape != stream.shape:
             return 1.0
+        own = stream if W_pos is None else stream - W_pos[: len(stream)]
         scale = float((own * rows).sum() / rows.square().sum())
         return 1.0 if abs(scale - 1) < 1e-5 else scale
 
-    def _positions(self) -> PositionKind:
-        if not self.causal or str(self.bridge.cfg.positional_embedding_type) != "standard":
-            return "unsupported"
-        stream = self.activations.get("blocks.0.hook_resid_pre")
-        try:
-            W_pos = self.bridge.W_pos.float()
-        except AttributeError:
-            return "unsupported"
-        if stream is None or W_pos.shape[0] < stream.shape[1]:
-            return "unsupported"
-        embedded = self.bridge.W_E[self.activations["tokens"]].float() * self._embedding_scale()
-        return "learned" if _same(embedded + W_pos[: stream.shape[1]], stream) else "unsupported"
+    def _logits_match(self) -> bool:
+        """The unembedding reads the norm of what the last block writes, and W_U is its weight."""
+        unembed, final = _original(self.bridge, "unembed"), self.activations.last_stream
+        logits, norm = self.activations.outputs.get(id(unembed)), self._final_norm()
+        W_U = self.bridge.W_U.detach().float()
+        if logits is None or final is None or W_U.shape[0] != final.shape[-1]:
+            return False
+        mine = apply_norm(norm, final, self._final_eps()) @ W_U
+        if mine.shape != logits.shape:
+            return False
+        return agrees(mine - mine.mean(0), logits - logits.mean(0))  # a bias of the unembedding is a constant
 
-    def _why_no_vocabulary(self) -> str:
-        if not self.causal:
-            return "the model is an encoder"
-        return "ovqk's reading of the embedding, norms or unembedding does not reproduce the model's own activations"
+    def _positions(self) -> PositionKind:
+        if any(reading.biased for reading in self.readings) or not self.causal:
+            return "unsupported"
+        if any(reading.weights.rotary for reading in self.readings):
+            return "rotary"
+        stream = self.activations.first_stream
+        try:
+            W_pos = self.bridge.W_pos.detach().float()
+        except (AttributeError, NotImplementedError):
+            return "none" if self._embeds(None) else "unsupported"
+        if stream is None or W_pos.shape[0] < stream.shape[0]:
+            return "unsupported"
+        return "learned" if self._embeds(W_pos) else "unsupported"
 
     # --- pieces -------------------------------------------------------------------------------------------------
 
-    def _norm(self, owner: Any, name: str) -> Norm | None:
-        module = getattr(owner, name, None)
-        parameters = {} if module is None else {key.split(".")[-1]: value for key, value in module.named_parameters()}
-        if "weight" not in parameters:
-            return None
-        weight = parameters["weight"].detach().float()
-        if getattr(self.bridge.cfg, "rmsnorm_uses_offset", False):
-            weight = 1 + weight
-        bias = parameters.get("bias")
-        return Norm(self.norm_kind, weight, None if bias is None else bias.detach().float())
+    def _final_norm(self) -> Norm | None:
+        measured = measure_norm(_original(self.bridge, "ln_final"), self.architecture.d_model)
+        return None if measured is None else measured.norm
 
-    def _normed(self, x: Float[Tensor, "*batch d_model"], norm: Norm | None) -> Float[Tensor, "*batch d_model"]:
-        if norm is None:
-            return x
-        x = normalise(x, norm.kind, float(self.bridge.cfg.eps)) * norm.weight
-        return x if norm.bias is None else x + norm.bias
+    def _final_eps(self) -> float:
+        measured = measure_norm(_original(self.bridge, "ln_final"), self.architecture.d_model)
+        return self.eps if measured is None else measured.eps
 
-    def _bias(self, name: str, index: int, weight: Tensor) -> Tensor:
-        try:
-            found: Tensor = getattr(self.bridge, name)[index].detach().float()
-        except AttributeError:
-            return torch.zeros(weight.shape[1], weight.shape[3])
-        return found
+    def _measured_norms(self, index: int) -> list[Norm]:
+        """The norms of a block, the one named as before its MLP first."""
+        named = [_original(self.bridge.blocks[index], name) for name in ("ln2", "ln2_post", "ln1", "ln1_post")]
+        found = [measure_norm(each, self.architecture.d_model) for each in named if each is not None]
+        return [each.norm for each in found if each is not None]
 
-    def _read_mlp(self) -> MLPWeights | None:
-        bridge = self.bridge
-        W_in, W_out = bridge.W_in[0].detach().float(), bridge.W_out[0].detach().float()
-        if bridge.cfg.gated_mlp:  # act(x W_gate) * (x W_in)
-            gate, linear = bridge.W_gate[0].detach().float(), W_in
+    def _mlp_write(
+        self, mlp: MLPWeights, stream: Float[Tensor, "position d_model"]
+    ) -> Float[Tensor, "position d_model"]:
+        x = apply_norm(mlp.norm, stream, self.eps)
+        hidden = ACTIVATIONS[mlp.activation](x @ mlp.W_in + mlp.b_in)
+        hidden = hidden if mlp.W_linear is None else hidden * (x @ mlp.W_linear)
+        return hidden @ mlp.W_out + mlp.b_out
+
+    def _read_mlp(self) -> MLPWeights:
+        mlp = self.bridge.blocks[0].mlp
+        W_in, W_out = mlp.W_in.detach().float(), mlp.W_out.detach().float()
+        d_model = self.architecture.d_model
+        if self.bridge.cfg.gated_mlp:  # act(x W_gate) * (x W_in)
+            gate, linear = mlp.W_gate.detach().float(), W_in
         else:
             gate, linear = W_in, None
+        gate = gate if gate.shape[0] == d_model else gate.T
+        linear = linear if linear is None or linear.shape[0] == d_model else linear.T
+        W_out = W_out if W_out.shape[-1] == d_model else W_out.T
+        norms = [*self._measured_norms(0)]
         return MLPWeights(
             W_in=gate,
-            b_in=self._vector("b_in", gate.shape[1]),
+            b_in=self._vector(mlp, "b_in", gate.shape[1]),
             W_linear=linear,
             W_out=W_out,
-            b_out=self._vector("b_out", W_out.shape[1]),
-            activation=str(bridge.cfg.act_fn),
-            norm=self._norm(bridge.blocks[0], "ln2"),
+            b_out=self._vector(mlp, "b_out", W_out.shape[1]),
+            activation=str(self.bridge.cfg.act_fn),
+            norm=norms[0] if norms and self.norm_kind != "none" else None,
         )
 
-    def _vector(self, name: str, size: int) -> Tensor:
+    def _vector(self, mlp: Any, name: str, size: int) -> Tensor:
         try:
-            found: Tensor = getattr(self.bridge, name)[0].detach().float()
-        except (AttributeError, TypeError):
+            found: Tensor = getattr(mlp, name).detach().float()
+        except (AttributeError, NotImplementedError, TypeError):
             return torch.zeros(size)
         return found
+
+
+def _original(owner: Any, name: str) -> nn.Module | None:
+    """The Hugging Face module behind a component of the bridge; None if there is none."""
+    component = getattr(owner, name, None)
+    found = getattr(component, "original_component", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _rotations(model: nn.Module) -> list[Rotary]:
+    """The rotations that the model's buffers and config hold, in both layouts, each once."""
+    found: list[Rotary] = []
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not name.endswith("inv_freq") or buffer.dim() != 1 or name.startswith("original"):
+                continue
+            kind = name.removesuffix("inv_freq")
+            factor = getattr(module, f"{kind}attention_scaling", 1.0)
+            found.append(Rotary(buffer.detach().float(), scale=float(factor) ** 2))
+    rotary_dim = getattr(getattr(model, "config", None), "rotary_dim", None)
+    if isinstance(rotary_dim, int) and rotary_dim > 0:  # CodeGen keeps tables of sines and cosines
+        found.append(Rotary(10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)))
+    once: list[Rotary] = []
+    for rotary in found:
+        same = (
+            each.scale == rotary.scale and torch.equal(each.inverse_frequencies, rotary.inverse_frequencies)
+            for each in once
+        )
+        if not any(same):
+            once.append(rotary)
+    return [replace(rotary, interleaved=interleaved) for interleaved in (False, True) for rotary in once]
 
 
 @contextlib.contextmanager
@@ -323,14 +502,9 @@ def unused_tokenizer() -> Iterator[Any]:
         yield PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def _same(mine: Tensor, own: Tensor) -> bool:
-    if mine.shape != own.shape:
-        return False
-    return bool((mine - own).abs().max() <= TOLERANCE * own.abs().max().clamp_min(1e-6))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _told(error: Exception) -> str:
+    """The first line of an error, whole, and its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
