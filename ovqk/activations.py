@@ -155,9 +155,9 @@ def _record_block(module: nn.Module, call: _Call, stream: Tensor) -> BlockActiva
         for key, parameter in child.named_parameters(recurse=False):
             full = f"{name}.{key}" if name else key
             if id(child) in inside:
-                own[full] = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                own[full] = _zeros(parameter)
             elif name and not norm:
-                others[full] = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                others[full] = _zeros(parameter)
     silenced = []
     for zeros in (others, own):
         try:
@@ -167,6 +167,13 @@ def _record_block(module: nn.Module, call: _Call, stream: Tensor) -> BlockActiva
         silenced.append(None if written is None else written[0] - stream[0])
     block.attention_write, block.other_write = silenced
     return block
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    """Zeros in a parameter's place; one zero for all of a matrix, which products of experts' tensors do not take."""
+    if parameter.dim() > 2:
+        return torch.zeros_like(parameter)
+    return torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
 
 
 class _Recorder:
@@ -242,6 +249,7 @@ class _Recorder:
                 self.attention_child = self._stack[place + 1]
 
     def _softmax(self, logits: Tensor) -> None:
+        logits = logits[None] if logits.dim() == 3 else logits  # heads may stand where the batch does
         shape = logits.shape
         if len(shape) == 4 and shape[0] == 1 and shape[2] == self.length and shape[3] in (self.length, self.length + 1):
             self.block.logits = logits[0, :, :, : self.length].clone()

@@ -192,7 +192,8 @@ def _match_scores(
                 scale = float((own * mine).sum() / mine.square().sum().clamp_min(1e-30))
                 if scale > 0 and agrees(mine * scale, own):
                     biased = _shift(block) > TOLERANCE * float(own.abs().max()) and not block.capped
-                    return replace(normed, rotary=rotary), scale, biased
+                    known = block.scaling if agrees(mine * (block.scaling or 0), own) else scale
+                    return replace(normed, rotary=rotary), known, biased
             else:
                 for slopes in (False, True) if rotary is None else (False,):
                     scale, same = _fit_scale(mine, own, visible, slopes)

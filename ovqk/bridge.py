@@ -53,6 +53,7 @@ class BridgeWeights:
                 attention heads of the shape that the others have.
         """
         self.checkpoint, self.model_config = checkpoint, model
+        self.architecture_name = self._find_architecture()
         with _quiet(), torch.no_grad():
             own = self._load()
             self.activations = self._record(own)
@@ -120,15 +121,17 @@ class BridgeWeights:
     def first_mlp(self) -> MLPWeights | str:
         """Block 0's MLP, if ovqk's reading of it reproduces what the block adds with attention silenced."""
         reason = "ovqk's reading of block 0's MLP does not reproduce the model's own"
-        block = self.activations.blocks[0]
-        if block.other_write is None:
+        block = self.activations.blocks[0] if self.activations.blocks else None
+        if block is None or block.other_write is None:
             return reason
+        if any("expert" in name for name, _ in self.activations.modules[0].named_modules()):
+            return "block 0's MLP is a mixture of experts, which ovqk does not read"
         try:
             mlp = self._read_mlp()
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
             return reason
         if mlp.activation not in ACTIVATIONS:
-            return reason
+            return f"block 0's MLP has the activation '{mlp.activation}'; known: {', '.join(ACTIVATIONS)}"
         try:
             written = self._mlp_write(mlp, block.stream)
         except RuntimeError:  # of shapes that do not fit
@@ -154,12 +157,8 @@ class BridgeWeights:
         from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
 
         label = self.checkpoint.label
-        architectures = self.checkpoint.config.get("architectures") or []
-        if not architectures:
-            kind = self.checkpoint.config.get("model_type")
-            raise UserError(f"{label}: config.json names no 'architectures' for model_type={kind}.")
         try:
-            model_class = get_hf_model_class_for_architecture(architectures[0])
+            model_class = get_hf_model_class_for_architecture(self.architecture_name)
             model, report = model_class.from_pretrained(
                 str(self.checkpoint.directory),
                 output_loading_info=True,
@@ -169,7 +168,7 @@ class BridgeWeights:
                 local_files_only=True,
             )
         except Exception as error:  # transformers raises many kinds
-            raise UserError(f"{self._unsupported()} transformers cannot load it: {_told(error)}") from error
+            raise UserError(f"{label}: transformers cannot load {self.architecture_name} ({_told(error)}).") from error
         missing = sorted(report["missing_keys"])
         if missing:
             raise UserError(
@@ -194,12 +193,16 @@ class BridgeWeights:
         try:
             return record_activations(model, tokens, config.num_hidden_layers)
         except CannotRunError as error:
-            raise UserError(f"{self._unsupported()} It cannot be run on {length} tokens: {error}") from error
+            raise UserError(
+                f"{self.checkpoint.label}: {self.architecture_name} cannot be run on {length} tokens, which ovqk needs to "
+                f"check what it reads ({error})."
+            ) from error
 
     def _boot(self, model: nn.Module) -> Any:
         from transformer_lens.model_bridge import TransformerBridge
         from transformer_lens.model_bridge.sources.transformers import source
 
+        model.config.architectures = [self.architecture_name]  # type: ignore[union-attr, assignment]
         try:
             with unused_tokenizer() as tokenizer, mock.patch.object(source, "load_modality_processor"):
                 return TransformerBridge.boot_transformers(
@@ -210,14 +213,29 @@ class BridgeWeights:
                     trust_remote_code=self.model_config.trust_remote_code,
                 )
         except Exception as error:  # an adapter raises many kinds
-            raise UserError(f"{self._unsupported()} TransformerLens says: {_told(error)}") from error
+            raise UserError(
+                f"{self.checkpoint.label}: TransformerLens cannot read this {self.architecture_name} ({_told(error)})."
+            ) from error
 
-    def _unsupported(self) -> str:
-        config = self.checkpoint.config
-        name = ", ".join(config.get("architectures") or [str(config.get("model_type"))])
-        return (
-            f"{self.checkpoint.label}: the architecture {name} is supported neither natively nor by TransformerLens; "
-            "allowed: one that either reads (docs/architectures.md)."
+    def _find_architecture(self) -> str:
+        """The architecture as TransformerLens spells it.
+
+        Raises:
+            UserError: config.json names none, or TransformerLens has no adapter for it.
+        """
+        from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+        label, config = self.checkpoint.label, self.checkpoint.config
+        names = config.get("architectures") or []
+        if not names:
+            raise UserError(f"{label}: config.json names no 'architectures' for model_type={config.get('model_type')}.")
+        known = {name.lower(): name for name in SUPPORTED_ARCHITECTURES}
+        for name in names:
+            if str(name).lower() in known:
+                return known[str(name).lower()]
+        raise UserError(
+            f"{label}: {', '.join(map(str, names))} is neither a family that ovqk reads itself nor an architecture that "
+            "TransformerLens has an adapter for; allowed: those of docs/architectures.md."
         )
 
     def _raw_layer(self, index: int) -> LayerWeights:
@@ -309,8 +327,6 @@ class BridgeWeights:
                     return f"layer {index}: {reason}"
         if not same_norm:
             return "its layers have norms of different kinds before attention"
-        if len({bool(reading.weights.qk_norm) for reading in self.readings}) > 1:
-            return "some of its layers normalise queries and keys and others do not"
         return None
 
     def _read_notes(self, why: str | None) -> list[str]:
@@ -319,16 +335,21 @@ class BridgeWeights:
             kept = "residual space and raw weights only"
             notes.append(f"an encoder: {kept}" if not self.causal else f"{why}: {kept}")
         told: dict[str, list[int]] = {}
+        some_normalise = self.foldable and any(reading.weights.qk_norm for reading in self.readings)
         for index, reading in enumerate(self.readings):
             mine = list(reading.notes)
             if reading.weights.rotary is NO_ROTATION:
                 mine.append("no positions reach the scores")
+            if _holds_other_mixers(self.activations.modules[index : index + 1]):
+                mine.append("a state space mixer stands beside attention, and no metric has it in")
+            if some_normalise and reading.weights.qk_norm is None:
+                mine.append("queries and keys are not normalised, as they are in the other layers")
             for note in mine:
                 told.setdefault(note, []).append(index)
         for note, layers in told.items():
             every = len(layers) == len(self.readings)
             notes.append(note if every else f"layers {', '.join(map(str, layers))}: {note}")
-        if self.foldable and any(reading.weights.qk_norm for reading in self.readings):
+        if some_normalise:
             notes.append(
                 "queries and keys are normalised: QK spectra are of the weights with the norms' gains, "
                 "un-normalised; readouts and shares normalise"
@@ -465,6 +486,11 @@ def _original(owner: Any, name: str) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def _holds_other_mixers(blocks: list[nn.Module]) -> bool:
+    names = (type(module).__name__.lower() for block in blocks for module in block.modules())
+    return any("mamba" in name or "deltanet" in name or "mixer" in name for name in names)
+
+
 def _rotations(model: nn.Module) -> list[Rotary]:
     """The rotations that the model's buffers and config hold, in both layouts, each once."""
     found: list[Rotary] = []
@@ -486,6 +512,7 @@ def _rotations(model: nn.Module) -> list[Rotary]:
         )
         if not any(same):
             once.append(rotary)
+    once += [replace(rotary, inverse_frequencies=-rotary.inverse_frequencies) for rotary in once]  # turned backwards
     return [replace(rotary, interleaved=interleaved) for interleaved in (False, True) for rotary in once]
 
 
