@@ -194,7 +194,7 @@ class BridgeWeights:
             return record_activations(model, tokens, config.num_hidden_layers)
         except CannotRunError as error:
             raise UserError(
-                f"{self.checkpoint.label}: {self.architecture_name} cannot be run on {length} tokens, which ovqk needs to "
+                f"{self.checkpoint.label}: {self.architecture_name} cannot be run on {length} tokens, as ovqk must to "
                 f"check what it reads ({error})."
             ) from error
 
@@ -234,8 +234,8 @@ class BridgeWeights:
             if str(name).lower() in known:
                 return known[str(name).lower()]
         raise UserError(
-            f"{label}: {', '.join(map(str, names))} is neither a family that ovqk reads itself nor an architecture that "
-            "TransformerLens has an adapter for; allowed: those of docs/architectures.md."
+            f"{label}: {', '.join(map(str, names))} is neither a family that ovqk reads itself nor an architecture "
+            "that TransformerLens has an adapter for; allowed: those of docs/architectures.md."
         )
 
     def _raw_layer(self, index: int) -> LayerWeights:

@@ -121,6 +121,16 @@ def _unlike_heads(config: Mapping[str, Any]) -> str | None:
         each = config.get(key)
         if isinstance(each, list) and len(set(map(str, each))) > 1:
             return f"has another {key} in each layer ({_listed(each)}); allowed: the same in every layer"
+    overrides = config.get("per_layer_config")
+    for layer, own in overrides.items() if isinstance(overrides, Mapping) else ():
+        unlike = [
+            key for key in PER_LAYER if isinstance(own, Mapping) and own.get(key, config.get(key)) != config.get(key)
+        ]
+        if unlike:
+            return (
+                f"has heads of another shape in layer {layer} ({unlike[0]}={own[unlike[0]]} instead of "
+                f"{config.get(unlike[0])}); allowed: the same in every layer"
+            )
     for one, other in TWO_KINDS:
         if isinstance(config.get(one), int) and isinstance(config.get(other), int) and config[one] != config[other]:
             return (
