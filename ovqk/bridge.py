@@ -5,15 +5,9 @@ of them, its norms, rotations and multipliers are the model's is measured on the
 What is not reproduced is reported as raw or unavailable, never assumed.
 """
 
-import contextlib
-import io
-import logging
-import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 from jaxtyping import Float
@@ -21,10 +15,12 @@ from torch import Tensor, nn
 
 from ovqk.activations import CannotRunError, ModelActivations, record_activations
 from ovqk.agreement import NO_ROTATION, BlockReading, agrees, measure_norm, read_block
-from ovqk.checkpoints import Checkpoint, check_finite
+from ovqk.bridge_loading import boot_bridge, find_architecture, load_model, original, quiet
+from ovqk.bridge_loading import unused_tokenizer as unused_tokenizer
+from ovqk.bridge_mlp import read_first_mlp
+from ovqk.checkpoints import Checkpoint
 from ovqk.config import ModelConfig
 from ovqk.errors import UserError
-from ovqk.vocabulary import ACTIVATIONS
 from ovqk.weights import (
     Architecture,
     EmbeddingWeights,
@@ -53,11 +49,11 @@ class BridgeWeights:
                 attention heads of the shape that the others have.
         """
         self.checkpoint, self.model_config = checkpoint, model
-        self.architecture_name = self._find_architecture()
-        with _quiet(), torch.no_grad():
-            own = self._load()
+        self.architecture_name = find_architecture(checkpoint)
+        with quiet(), torch.no_grad():
+            own = self.own = load_model(checkpoint, self.architecture_name, model.trust_remote_code)
             self.activations = self._record(own)
-            self.bridge = self._boot(own)
+            self.bridge = boot_bridge(checkpoint, own, self.architecture_name, model.trust_remote_code)
             config = self.bridge.cfg
             self.causal = config.attention_dir == "causal"
             raw = [self._raw_layer(index) for index in range(config.n_layers)]
@@ -115,70 +111,20 @@ class BridgeWeights:
         W_pos = self.bridge.W_pos.detach().float() if self.architecture.positions == "learned" else None
         if self.no_vocabulary is not None:
             return EmbeddingWeights(None, W_pos, None, None)
-        W_E = self.bridge.W_E.detach().float() * self._embedding_scale(W_pos)
-        return EmbeddingWeights(W_E, W_pos, self.bridge.W_U.detach().float(), self._final_norm())
+        return EmbeddingWeights(
+            self._embedding_rows(W_pos), W_pos, self.bridge.W_U.detach().float(), self._final_norm()
+        )
 
     def first_mlp(self) -> MLPWeights | str:
         """Block 0's MLP, if ovqk's reading of it reproduces what the block adds with attention silenced."""
-        reason = "ovqk's reading of block 0's MLP does not reproduce the model's own"
         block = self.activations.blocks[0] if self.activations.blocks else None
-        if block is None or block.other_write is None:
-            return reason
-        if any("expert" in name for name, _ in self.activations.modules[0].named_modules()):
-            return "block 0's MLP is a mixture of experts, which ovqk does not read"
-        try:
-            mlp = self._read_mlp()
-        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
-            return reason
-        if mlp.activation not in ACTIVATIONS:
-            return f"block 0's MLP has the activation '{mlp.activation}'; known: {', '.join(ACTIVATIONS)}"
-        try:
-            written = self._mlp_write(mlp, block.stream)
-        except RuntimeError:  # of shapes that do not fit
-            return reason
-        if agrees(written, block.other_write):
-            return mlp
-        for norm in self._measured_norms(0):
-            if agrees(apply_norm(norm, written, self.eps), block.other_write):
-                return replace(mlp, post_norm=norm)
-        scale = float((written * block.other_write).sum() / written.square().sum().clamp_min(1e-30))
-        if agrees(written * scale, block.other_write):
-            return replace(mlp, W_out=mlp.W_out * scale, b_out=mlp.b_out * scale)
-        return reason
+        if block is None:
+            return "block 0 could not be seen"
+        norms = self._measured_norms(0)
+        before = norms[0] if norms and self.norm_kind != "none" else None
+        return read_first_mlp(self.bridge, block, self.activations.modules[0], before, norms, self.eps)
 
     # --- loading ----------------------------------------------------------------------------------------------
-
-    def _load(self) -> nn.Module:
-        """The Hugging Face model, float32.
-
-        Raises:
-            UserError: it cannot be loaded, or tensors are missing.
-        """
-        from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
-
-        label = self.checkpoint.label
-        try:
-            model_class = get_hf_model_class_for_architecture(self.architecture_name)
-            model, report = model_class.from_pretrained(
-                str(self.checkpoint.directory),
-                output_loading_info=True,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                trust_remote_code=self.model_config.trust_remote_code,
-                local_files_only=True,
-            )
-        except Exception as error:  # transformers raises many kinds
-            raise UserError(f"{label}: transformers cannot load {self.architecture_name} ({_told(error)}).") from error
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise UserError(
-                f"{label}: {len(missing)} tensors are missing from the checkpoint, the first of them '{missing[0]}'. "
-                "ovqk fills nothing in."
-            )
-        for name, parameter in model.named_parameters():
-            check_finite(label, name, parameter.detach())
-        own: nn.Module = model.eval()
-        return own
 
     def _record(self, model: Any) -> ModelActivations:
         """What the model and its blocks compute on a few tokens.
@@ -197,46 +143,6 @@ class BridgeWeights:
                 f"{self.checkpoint.label}: {self.architecture_name} cannot be run on {length} tokens, as ovqk must to "
                 f"check what it reads ({error})."
             ) from error
-
-    def _boot(self, model: nn.Module) -> Any:
-        from transformer_lens.model_bridge import TransformerBridge
-        from transformer_lens.model_bridge.sources.transformers import source
-
-        model.config.architectures = [self.architecture_name]  # type: ignore[union-attr, assignment]
-        try:
-            with unused_tokenizer() as tokenizer, mock.patch.object(source, "load_modality_processor"):
-                return TransformerBridge.boot_transformers(
-                    str(self.checkpoint.directory),
-                    hf_model=model,
-                    tokenizer=tokenizer,
-                    device="cpu",
-                    trust_remote_code=self.model_config.trust_remote_code,
-                )
-        except Exception as error:  # an adapter raises many kinds
-            raise UserError(
-                f"{self.checkpoint.label}: TransformerLens cannot read this {self.architecture_name} ({_told(error)})."
-            ) from error
-
-    def _find_architecture(self) -> str:
-        """The architecture as TransformerLens spells it.
-
-        Raises:
-            UserError: config.json names none, or TransformerLens has no adapter for it.
-        """
-        from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
-
-        label, config = self.checkpoint.label, self.checkpoint.config
-        names = config.get("architectures") or []
-        if not names:
-            raise UserError(f"{label}: config.json names no 'architectures' for model_type={config.get('model_type')}.")
-        known = {name.lower(): name for name in SUPPORTED_ARCHITECTURES}
-        for name in names:
-            if str(name).lower() in known:
-                return known[str(name).lower()]
-        raise UserError(
-            f"{label}: {', '.join(map(str, names))} is neither a family that ovqk reads itself nor an architecture "
-            "that TransformerLens has an adapter for; allowed: those of docs/architectures.md."
-        )
 
     def _raw_layer(self, index: int) -> LayerWeights:
         """A layer's attention weights as TransformerLens names them.
@@ -312,7 +218,7 @@ class BridgeWeights:
                     None if bias is None else bias.detach().float(),
                     block.inputs.get(id(module)),
                     rotations,
-                    _original(self.bridge.blocks[index], "ln1"),
+                    original(self.bridge.blocks[index], "ln1"),
                 )
             )
         return readings
@@ -369,7 +275,10 @@ class BridgeWeights:
         if why is not None:
             return f"the weights are raw ({why})"
         if not self._first_stream_matches():
-            return "the first residual stream is not a multiple of the embedding's rows plus learned positions"
+            return (
+                "the first residual stream is not the embedding's rows, times a number or normalised, plus learned "
+                "positions"
+            )
         if not self._logits_match():
             return "the unembedding does not read the last residual stream through one norm"
         return None
@@ -383,25 +292,39 @@ class BridgeWeights:
         return self._embeds(W_pos)
 
     def _embeds(self, W_pos: Float[Tensor, "n_ctx d_model"] | None) -> bool:
-        stream = self.activations.first_stream
-        rows = self.bridge.W_E.detach().float()
-        if stream is None or rows.shape[1] != stream.shape[1]:
-            return False
-        embedded = rows[self.activations.tokens] * self._embedding_scale(W_pos)
-        return agrees(embedded if W_pos is None else embedded + W_pos[: len(stream)], stream)
+        return self._embedding_rows(W_pos) is not None
 
-    def _embedding_scale(self, W_pos: Float[Tensor, "n_ctx d_model"] | None) -> float:
-        """What multiplies the embedding's rows in the first residual stream."""
-        stream, rows = self.activations.first_stream, self.bridge.W_E.detach().float()[self.activations.tokens]
-        if stream is None or rows.shape != stream.shape:
-            return 1.0
-        own = stream if W_pos is None else stream - W_pos[: len(stream)]
-        scale = float((own * rows).sum() / rows.square().sum())
-        return 1.0 if abs(scale - 1) < 1e-5 else scale
+    def _embedding_rows(self, W_pos: Float[Tensor, "n_ctx d_model"] | None) -> Float[Tensor, "token d_model"] | None:
+        """The rows that the first residual stream holds: W_E's times a multiplier, or through a norm; else None."""
+        stream, rows, tokens = self.activations.first_stream, self.bridge.W_E.detach().float(), self.activations.tokens
+        if stream is None or rows.shape[1:] != stream.shape[1:]:
+            return None
+        own, plain = stream if W_pos is None else stream - W_pos[: len(stream)], rows[tokens]
+        scale = float((own * plain).sum() / plain.square().sum().clamp_min(1e-30))
+        scale = 1.0 if abs(scale - 1) < 1e-5 else scale
+        if agrees(plain * scale, own):
+            return rows * scale
+        for norm, eps in self._embedding_norms(rows.shape[1]) if W_pos is None else ():
+            if agrees(apply_norm(norm, plain, eps), own):
+                return apply_norm(norm, rows, eps)
+        return None
+
+    def _embedding_norms(self, width: int) -> Iterator[tuple[Norm, float]]:
+        """A norm without a gain, and every norm module whose output is the first residual stream."""
+        yield Norm("rmsnorm", torch.ones(width)), self.eps
+        stream = self.activations.first_stream
+        if stream is None:
+            return
+        for module in self.own.modules():
+            output = self.activations.outputs.get(id(module))
+            if output is not None and "norm" in type(module).__name__.lower():
+                measured = measure_norm(module, width) if torch.equal(output, stream) else None
+                if measured is not None:
+                    yield measured.norm, measured.eps
 
     def _logits_match(self) -> bool:
         """The unembedding reads the norm of what the last block writes, and W_U is its weight."""
-        unembed, final = _original(self.bridge, "unembed"), self.activations.last_stream
+        unembed, final = original(self.bridge, "unembed"), self.activations.last_stream
         logits, norm = self.activations.outputs.get(id(unembed)), self._final_norm()
         W_U = self.bridge.W_U.detach().float()
         if logits is None or final is None or W_U.shape[0] != final.shape[-1]:
@@ -428,62 +351,18 @@ class BridgeWeights:
     # --- pieces -------------------------------------------------------------------------------------------------
 
     def _final_norm(self) -> Norm | None:
-        measured = measure_norm(_original(self.bridge, "ln_final"), self.architecture.d_model)
+        measured = measure_norm(original(self.bridge, "ln_final"), self.architecture.d_model)
         return None if measured is None else measured.norm
 
     def _final_eps(self) -> float:
-        measured = measure_norm(_original(self.bridge, "ln_final"), self.architecture.d_model)
+        measured = measure_norm(original(self.bridge, "ln_final"), self.architecture.d_model)
         return self.eps if measured is None else measured.eps
 
     def _measured_norms(self, index: int) -> list[Norm]:
         """The norms of a block, the one named as before its MLP first."""
-        named = [_original(self.bridge.blocks[index], name) for name in ("ln2", "ln2_post", "ln1", "ln1_post")]
+        named = [original(self.bridge.blocks[index], name) for name in ("ln2", "ln2_post", "ln1", "ln1_post")]
         found = [measure_norm(each, self.architecture.d_model) for each in named if each is not None]
         return [each.norm for each in found if each is not None]
-
-    def _mlp_write(
-        self, mlp: MLPWeights, stream: Float[Tensor, "position d_model"]
-    ) -> Float[Tensor, "position d_model"]:
-        x = apply_norm(mlp.norm, stream, self.eps)
-        hidden = ACTIVATIONS[mlp.activation](x @ mlp.W_in + mlp.b_in)
-        hidden = hidden if mlp.W_linear is None else hidden * (x @ mlp.W_linear)
-        return hidden @ mlp.W_out + mlp.b_out
-
-    def _read_mlp(self) -> MLPWeights:
-        mlp = self.bridge.blocks[0].mlp
-        W_in, W_out = mlp.W_in.detach().float(), mlp.W_out.detach().float()
-        d_model = self.architecture.d_model
-        if self.bridge.cfg.gated_mlp:  # act(x W_gate) * (x W_in)
-            gate, linear = mlp.W_gate.detach().float(), W_in
-        else:
-            gate, linear = W_in, None
-        gate = gate if gate.shape[0] == d_model else gate.T
-        linear = linear if linear is None or linear.shape[0] == d_model else linear.T
-        W_out = W_out if W_out.shape[-1] == d_model else W_out.T
-        norms = [*self._measured_norms(0)]
-        return MLPWeights(
-            W_in=gate,
-            b_in=self._vector(mlp, "b_in", gate.shape[1]),
-            W_linear=linear,
-            W_out=W_out,
-            b_out=self._vector(mlp, "b_out", W_out.shape[1]),
-            activation=str(self.bridge.cfg.act_fn),
-            norm=norms[0] if norms and self.norm_kind != "none" else None,
-        )
-
-    def _vector(self, mlp: Any, name: str, size: int) -> Tensor:
-        try:
-            found: Tensor = getattr(mlp, name).detach().float()
-        except (AttributeError, NotImplementedError, TypeError):
-            return torch.zeros(size)
-        return found
-
-
-def _original(owner: Any, name: str) -> nn.Module | None:
-    """The Hugging Face module behind a component of the bridge; None if there is none."""
-    component = getattr(owner, name, None)
-    found = getattr(component, "original_component", None)
-    return found if isinstance(found, nn.Module) else None
 
 
 def _holds_other_mixers(blocks: list[nn.Module]) -> bool:
@@ -514,44 +393,3 @@ def _rotations(model: nn.Module) -> list[Rotary]:
             once.append(rotary)
     once += [replace(rotary, inverse_frequencies=-rotary.inverse_frequencies) for rotary in once]  # turned backwards
     return [replace(rotary, interleaved=interleaved) for interleaved in (False, True) for rotary in once]
-
-
-@contextlib.contextmanager
-def unused_tokenizer() -> Iterator[Any]:
-    """TransformerLens wants a tokenizer, loads it again, and invents one of one token where a folder holds none."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    special = dict.fromkeys(("unk_token", "pad_token", "bos_token"), "<unk>")
-    with tempfile.TemporaryDirectory() as folder:
-        PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder)
-        yield PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def _told(error: Exception) -> str:
-    """The first line of an error, whole, and its kind if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Progress bars and advice of the libraries are not this program's output."""
-    import transformers
-
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # the hub's with it, which a later cell may want to show
-    transformers.utils.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()

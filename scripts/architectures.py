@@ -27,7 +27,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ovqk.activations import BlockActivations, _Recorder, _tensor, find_blocks, record_activations  # noqa: E402
+from ovqk.activations import BlockActivations, CannotRunError, _Recorder, _tensor, find_blocks, record_activations  # noqa: E402
 from ovqk.checkpoints import open_checkpoint  # noqa: E402
 from ovqk.config import ModelConfig, Source  # noqa: E402
 from ovqk.errors import UserError  # noqa: E402
@@ -71,6 +71,14 @@ SHRUNK: dict[str, Any] = {
     "dtype": "float32",
 }
 """What each key of a config is set to, if the architecture's own config has it."""
+OWN: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"], "mamba_d_head": 24},
+    "mamba2": {"head_dim": 24, "num_heads": 4},
+}
+"""What single architectures need besides."""
 KEPT_BY_PATTERN = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
 """Lists with an entry for each layer, of which the first are kept."""
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "resid_out", "wo", "o", "proj", "linear_attn", "out")
@@ -115,7 +123,7 @@ def shrunk_model(name: str, directory: Path) -> nn.Module:
     overrides |= {key: known[key][:4] for key in KEPT_BY_PATTERN if isinstance(known.get(key), list)}
     if not isinstance(known.get("sliding_window", 0), int):
         overrides.pop("sliding_window", None)
-    config = kind(**overrides)
+    config = kind(**overrides | OWN.get(name, {}))
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
@@ -175,9 +183,9 @@ def compare(source: WeightSource, model: nn.Module) -> dict[str, float | None]:
         assert final is not None and folded.W_U is not None
         kind = "none" if embeddings.final_norm is None else embeddings.final_norm.kind
         W_U = folded.W_U if isinstance(folded.W_U, Tensor) else folded.W_U[:].T
-        mine = normalise(final, kind, facts.norm_eps) @ W_U.double()
-        head = model.get_output_embeddings()
-        own = activations.outputs[id(head)]
+        mine = normalise(final.double(), kind, facts.norm_eps) @ W_U.double()
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        own = activations.outputs[id(head)].double()
         found["logits"] = difference(mine - mine.mean(0), own - own.mean(0))
     mlp = source.first_mlp()
     if not isinstance(mlp, str):
@@ -188,7 +196,7 @@ def compare(source: WeightSource, model: nn.Module) -> dict[str, float | None]:
 def compare_scores(source: WeightSource, layer: int, block: BlockActivations) -> float:
     """Each head's scores before the softmax, every query with every key, through the folded weights."""
     facts, weights = source.architecture, fold_layer(source.layer(layer), source.architecture)
-    x = normalise(block.stream, facts.norm, facts.norm_eps)
+    x = normalise(block.stream.double(), facts.norm, facts.norm_eps)
     q, k = queries(weights, x), keys(weights, x)[facts.kv_of_head]
     scale = facts.attention_scale or facts.d_head**-0.5
     mine = torch.zeros(facts.n_heads, LENGTH, LENGTH, dtype=torch.float64)
@@ -231,7 +239,7 @@ def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: T
     with recorder.watch(model, find_blocks(model, facts.n_layers)):
         model(input_ids=tokens[None], use_cache=False)
     call = recorder.calls[layer]
-    stream = torch.randn(call.stream.shape, generator=torch.Generator().manual_seed(layer), dtype=torch.float64)
+    stream = torch.randn(call.stream.shape, generator=torch.Generator().manual_seed(layer), dtype=call.stream.dtype)
     watched = _Recorder(len(tokens))
     with watched.watch(module, [module]):
         call.run(module, stream, {})
@@ -242,7 +250,7 @@ def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: T
     if pattern is None:
         assert block.logits is not None
         pattern = block.logits.softmax(-1)
-    x = apply_norm(weights.norm, stream[0], facts.norm_eps)
+    x = apply_norm(weights.norm, stream[0].double(), facts.norm_eps)
     values = torch.einsum("pd,hdx->hpx", x, weights.W_V.double()) + weights.b_V.double()[:, None]
     z = pattern.double() @ values[facts.kv_of_head]
     inside = {id(each) for each in attention.modules()}
@@ -254,7 +262,7 @@ def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: T
     }
 
     def written(head: int | None) -> Tensor:
-        kept = torch.zeros(facts.n_heads, facts.d_head, dtype=torch.float64)
+        kept = torch.zeros(facts.n_heads, facts.d_head, dtype=stream.dtype)
         if head is not None:
             kept[head] = 1
         handle = output.register_forward_pre_hook(lambda _, args: (args[0] * kept.flatten(), *args[1:]))
@@ -263,7 +271,7 @@ def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: T
         finally:
             handle.remove()
         assert returned is not None
-        return (returned - stream)[0]
+        return (returned - stream)[0].double()
 
     bias = getattr(output, "bias", None)
     b_O = torch.zeros(facts.d_model) if bias is None else bias
@@ -283,7 +291,7 @@ def compare_block0(source: WeightSource, model: nn.Module) -> float:
     facts = source.architecture
     raw, weights = source.embeddings(), source.layer(0)
     assert raw.W_E is not None
-    W_E = raw.W_E[:].double()
+    W_E = raw.W_E[:].to(next(model.parameters()).dtype)
     folded_layer, mlp = fold_reads(weights, facts), source.first_mlp()
     assert not isinstance(mlp, str)
     folded = fold_embeddings(raw, facts).W_E
@@ -291,8 +299,9 @@ def compare_block0(source: WeightSource, model: nn.Module) -> float:
     as64 = {"layer": _double(folded_layer), "mlp": _double(fold_mlp(mlp, facts))}
     mine = Block0(as64["layer"], as64["mlp"], facts).rows(folded[:].double())
     block = find_blocks(model, facts.n_layers)[0]
-    attention = next(child for name, child in block.named_children() if "att" in name.lower())
-    output = output_projection(attention, facts.n_heads * facts.d_head, facts.d_model)
+    width = facts.n_heads * facts.d_head
+    holding = (child for name, child in block.named_children() if "att" in name.lower() and "norm" not in name.lower())
+    output = output_projection(nn.ModuleList(holding), width, facts.d_model)
     b_V = fold_layer(dataclasses.replace(weights, post_norm=None), facts).b_V.double()[facts.kv_of_head]
     bias = getattr(output, "bias", None)
     constant = torch.einsum("hx,hxd->d", b_V, module_output(output, facts.n_heads))
@@ -343,6 +352,22 @@ def _double(weights: Any) -> Any:
     return dataclasses.replace(weights, **changes)
 
 
+def compare_in_float64(source: WeightSource, directory: Path) -> dict[str, float | None]:
+    """Compare with the model in float64; in float32 if its own code does not run in float64."""
+    from transformers import AutoModelForCausalLM
+
+    for dtype in (torch.float64, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, attn_implementation="eager", experts_implementation="eager", dtype=dtype
+        ).eval()
+        try:
+            return compare(source, model)
+        except CannotRunError:
+            if dtype == torch.float32:
+                raise
+    raise AssertionError("not reached")
+
+
 def examine(name: str) -> Row:
     """Make one architecture, open it and compare it."""
     row = Row(name)
@@ -350,9 +375,10 @@ def examine(name: str) -> Row:
         directory = Path(folder) / "m"
         try:
             shrunk_model(name, directory)
+            print(f"MADE {name}", flush=True)
         except Exception as error:  # of any architecture's own code
-            message = (str(error).strip().splitlines() or [""])[0]
-            row.read, row.why = "not shrunk", f"{type(error).__name__}: {message}"[:160]
+            message = " ".join(str(error).split())
+            row.read, row.why = "not shrunk", f"{type(error).__name__}: {message}"[:240]
             return row
         config = ModelConfig(name=name, source=Source.local, path=str(directory))
         try:
@@ -366,12 +392,7 @@ def examine(name: str) -> Row:
             row.read += ", raw"
         elif source.no_vocabulary is not None:
             row.why = f"no vocabulary: {source.no_vocabulary}"
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, attn_implementation="eager", experts_implementation="eager", dtype=torch.float64
-        )
-        for key, value in compare(source, model.eval()).items():
+        for key, value in compare_in_float64(source, directory).items():
             setattr(row, key, value)
     return row
 
@@ -416,14 +437,15 @@ def examine_all(names: list[str]) -> list[Row]:
             assert worker.stdin is not None
             while waiting:
                 name = waiting.pop(0)
-                row = None
+                row, made = None, False
                 try:
                     worker.stdin.write(name + "\n")
                     worker.stdin.flush()
-                    row = _next_row(lines, time.monotonic() + SECONDS)
+                    row, made = _next_row(lines, time.monotonic() + SECONDS)
                 except BrokenPipeError:
                     pass
-                rows.append(row or Row(name, "TRACEBACK", f"no answer within {SECONDS} s"))
+                late = Row(name, "TRACEBACK" if made else "not shrunk", f"no answer within {SECONDS} s")
+                rows.append(row or late)
                 print(_shown(rows[-1]), flush=True)
                 if row is None:
                     break
@@ -437,17 +459,20 @@ def _forward(stream: Any, lines: "queue.Queue[str]") -> None:
     lines.put("")
 
 
-def _next_row(lines: "queue.Queue[str]", until: float) -> Row | None:
+def _next_row(lines: "queue.Queue[str]", until: float) -> tuple[Row | None, bool]:
+    """The next row, None if it is late, and whether the tiny model was made."""
+    made = False
     while True:
         try:
             line = lines.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
-            return None
+            return None, made
         if not line:
-            return None
+            return None, made
+        made |= line.startswith("MADE ")
         if line.startswith("ROW "):
             fields = json.loads(line[4:])
-            return Row(**fields | {"notes": tuple(fields["notes"])})
+            return Row(**fields | {"notes": tuple(fields["notes"])}), made
 
 
 def _shown(row: Row) -> str:
