@@ -80,7 +80,7 @@ def measure_norm(module: nn.Module | None, width: int) -> MeasuredNorm | None:
     for kind in kinds:
         plain = normalise(rows, kind, eps)
         written = own if bias is None else own - bias
-        gain = (written * plain).sum(0) / plain.square().sum(0)
+        gain = _stored_gain(module, (written * plain).sum(0) / plain.square().sum(0))
         norm = Norm(kind, gain.detach().float(), None if bias is None else bias.detach().float())
         if agrees(apply_norm(norm, rows, eps), own):
             return MeasuredNorm(norm, eps)
@@ -94,6 +94,16 @@ def _epsilon(module: nn.Module) -> float:
             if isinstance(getattr(each, name, None), float):
                 return float(getattr(each, name))
     return 1e-5
+
+
+def _stored_gain(module: nn.Module, measured: Float[Tensor, " width"]) -> Float[Tensor, " width"]:
+    """The gain as the module stores it, or less one (Gemma), if that is what was measured: it has no rounding."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.shape == measured.shape:
+        for stored in (weight.detach().float(), 1 + weight.detach().float()):
+            if torch.allclose(stored, measured, rtol=1e-4, atol=1e-4):
+                return stored
+    return measured
 
 
 def norms_of(module: nn.Module) -> dict[str, nn.Module]:

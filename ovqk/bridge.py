@@ -67,6 +67,8 @@ class BridgeWeights:
         self.norm_kind: NormKind = kinds.pop() if len(kinds) == 1 else "none"
         why = self._why_raw(same_norm=not kinds)
         self.foldable = why is None
+        if not self.foldable:  # there may be norms, of a kind that no form of ovqk's reproduces
+            self.norm_kind = "layernorm" if str(config.normalization_type).startswith("LN") else "rmsnorm"
         if self.foldable and any(reading.weights.rotary for reading in self.readings):
             self.readings = [
                 replace(reading, weights=replace(reading.weights, rotary=reading.weights.rotary or NO_ROTATION))
@@ -91,6 +93,7 @@ class BridgeWeights:
             norm_eps=self.eps,
             positions="unsupported" if not self.foldable else self._positions(),
             causal=self.causal if model.causal is None else model.causal,
+            tied=self._tied(),
             activation=str(config.act_fn),
             attention_scale=None if scale is None or abs(scale / usual - 1) < 1e-3 else scale,
             post_norm=any(reading.weights.post_norm for reading in self.readings),
@@ -349,6 +352,11 @@ class BridgeWeights:
         return "learned" if self._embeds(W_pos) else "unsupported"
 
     # --- pieces -------------------------------------------------------------------------------------------------
+
+    def _tied(self) -> bool:
+        embedding, unembedding = original(self.bridge, "embed"), original(self.bridge, "unembed")
+        weight = getattr(embedding, "weight", None)
+        return weight is not None and weight is getattr(unembedding, "weight", None)
 
     def _final_norm(self) -> Norm | None:
         measured = measure_norm(original(self.bridge, "ln_final"), self.architecture.d_model)

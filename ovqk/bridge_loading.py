@@ -23,9 +23,11 @@ def find_architecture(checkpoint: Checkpoint) -> str:
         UserError: config.json names none, or TransformerLens has no adapter for it.
     """
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     label, config = checkpoint.label, checkpoint.config
-    names = config.get("architectures") or []
+    usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    names = config.get("architectures") or ([usual] if isinstance(usual, str) else [])
     if not names:
         raise UserError(f"{label}: config.json names no 'architectures' for model_type={config.get('model_type')}.")
     known = {name.lower(): name for name in SUPPORTED_ARCHITECTURES}

@@ -37,6 +37,8 @@ def read_first_mlp(
     best: tuple[float, MLPWeights] | None = None
     try:
         mlp = _named_weights(bridge, before)
+        if mlp.W_linear is not None and before is not None and before.bias is not None and before.bias.any():
+            return "block 0's MLP is gated and its norm has a bias, whose share of the linear half ovqk does not hold"
         for name in dict.fromkeys((mlp.activation, *ACTIVATIONS)):
             if name not in ACTIVATIONS:
                 continue

@@ -71,14 +71,36 @@ SHRUNK: dict[str, Any] = {
     "dtype": "float32",
 }
 """What each key of a config is set to, if the architecture's own config has it."""
+MULTIPLIERS = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0}
+YARN = {"original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.7}
 OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-    "bamba": {"attn_layer_indices": [1, 3]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"], "mamba_d_head": 24},
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_d_head": 24},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"], "mamba_n_heads": 4},
     "mamba2": {"head_dim": 24, "num_heads": 4},
 }
 """What single architectures need besides."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama, with biases of attention": {"attention_bias": True},
+    "llama, YaRN": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **YARN}},
+    "granite, with multipliers": {**MULTIPLIERS, "attention_multiplier": 0.02, "logits_scaling": 8.0},
+    "granitemoe, with multipliers": {**MULTIPLIERS, "attention_multiplier": 0.02, "logits_scaling": 8.0},
+    "cohere, with query and key norms": {"use_qk_norm": True},
+    "stablelm, parallel with query and key norms": {
+        "use_parallel_residual": True,
+        "qk_layernorm": True,
+        "partial_rotary_factor": 0.5,
+    },
+    "falcon, one after the other with ALiBi": {"alibi": True, "parallel_attn": False, "bias": True},
+    "falcon, several KV heads": {"new_decoder_architecture": True},
+    "glm4_moe, with query and key norms": {"use_qk_norm": True},
+    "phi, with query and key norms": {"qk_layernorm": True},
+    "gpt_neox, one after the other": {"use_parallel_residual": False},
+    "gemma4_text, heads of one shape": {"per_layer_config": {}},
+    "opt, post-norm": {"do_layer_norm_before": False},
+}
+"""Settings of single architectures that change what a head reads or writes, by `architecture, what is set`."""
 KEPT_BY_PATTERN = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
 """Lists with an entry for each layer, of which the first are kept."""
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "resid_out", "wo", "o", "proj", "linear_attn", "out")
@@ -113,6 +135,8 @@ def shrunk_model(name: str, directory: Path) -> nn.Module:
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    variant = VARIANTS.get(name, {})
+    name = name.split(",")[0]
     kind = CONFIG_MAPPING[name]
     default = kind()
     if default.get_text_config() is not default:
@@ -123,7 +147,7 @@ def shrunk_model(name: str, directory: Path) -> nn.Module:
     overrides |= {key: known[key][:4] for key in KEPT_BY_PATTERN if isinstance(known.get(key), list)}
     if not isinstance(known.get("sliding_window", 0), int):
         overrides.pop("sliding_window", None)
-    config = kind(**overrides | OWN.get(name, {}))
+    config = kind(**overrides | OWN.get(name, {}) | variant)
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
@@ -380,7 +404,7 @@ def examine(name: str) -> Row:
             message = " ".join(str(error).split())
             row.read, row.why = "not shrunk", f"{type(error).__name__}: {message}"[:240]
             return row
-        config = ModelConfig(name=name, source=Source.local, path=str(directory))
+        config = ModelConfig(name="tiny", source=Source.local, path=str(directory))
         try:
             source = open_weights(open_checkpoint(config), config)
         except UserError as error:
@@ -538,7 +562,7 @@ def main() -> int:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    rows = examine_all(arguments.only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    rows = examine_all(arguments.only or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS}))
     if arguments.write:
         (ROOT / "docs" / "architectures.md").write_text(page(rows, transformers.__version__))
     bad = [row for row in rows if row.wrong or row.read == "TRACEBACK"]

@@ -59,7 +59,8 @@ def test_metrics_carry_title_formula_and_range() -> None:
 ORDER = [
     "errors", "config", "metrics", "colours", "weights", "devices", "families", "files", "shards", "patience", "hub",
     "checkpoints", "native", "single_file",
-    "threads", "heads", "vocabulary", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
+    "threads", "heads", "vocabulary", "unreadable", "activations", "agreement", "bridge_loading", "bridge_mlp",
+    "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
     "directions", "readouts", "composition", "availability", "model", "claims", "statistics", "nulls", "surrogates",
     "testing", "candidates", "patterns", "verdicts", "prompts", "identity", "structure", "cache", "analyses", "record",
     "outcomes", "results", "comparison", "thinning", "drawing", "figures", "portraits", "page", "report", "panels",
