@@ -79,11 +79,13 @@ class ModelActivations:
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> list[nn.Module]:
-    """The model's decoder blocks: its first list of `n_layers` modules that hold attention; none if there is none."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers and _holds_attention(module[0]):
-            return list(module)
-    return []
+    """The model's decoder blocks: a list of `n_layers` modules that hold attention; empty if there is none."""
+    found = [
+        (any(part in name for part in ("vision", "visual", "audio")), list(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and _holds_attention(module[0])
+    ]
+    return min(found, key=lambda each: each[0])[1] if found else []
 
 
 def _holds_attention(module: nn.Module) -> bool:

@@ -151,7 +151,10 @@ def read_block(
         if matched is None:
             reads = "its scores before the softmax are not those of x W_Q and x W_K, normalised and rotated"
         else:
+            plain = weights.W_Q
             weights, scale, biased = matched
+            if weights.W_Q is not plain:
+                notes.append("queries and keys pass a LayerNorm: what it takes away, their mean, is out of W_Q and W_K")
             reads = _mixing(block, output_input, weights.W_O.shape[0])
             notes += _beyond_scores(block, biased)
         break

@@ -98,7 +98,7 @@ class BridgeWeights:
             attention_scale=None if scale is None or abs(scale / usual - 1) < 1e-3 else scale,
             post_norm=any(reading.weights.post_norm for reading in self.readings),
             qk_norm=any(reading.weights.qk_norm for reading in self.readings),
-            parallel=any(reading.parallel for reading in self.readings),
+            parallel=self.readings[0].parallel,  # of block 0, which is all that it is asked about
         )
         self.no_vocabulary = self._why_no_vocabulary(why)
 

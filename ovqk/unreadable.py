@@ -8,8 +8,7 @@ from ovqk.errors import UserError
 KIND_KEYS = ("layer_types", "layers_block_type", "block_types", "_block_types")
 """Keys of config.json, or attributes of transformers' config, that give the kind of each layer."""
 WITHOUT_HEADS = ("linear", "conv", "mamba", "recurrent", "ssm", "delta", "moe", "mlp")
-"""Parts of the names of kinds of layer without attention heads; so is `hybrid` (Zamba: of a state space and shared
-attention)."""
+"""Parts of the names of kinds of layer that have no attention heads of their own."""
 PER_LAYER = ("num_attention_heads", "num_key_value_heads", "num_query_heads", "num_kv_heads", "head_dim")
 TWO_KINDS = (
     ("global_head_dim", "head_dim"),
@@ -105,7 +104,7 @@ def _layers_without_heads(config: Mapping[str, Any]) -> dict[str, list[int]]:
     for key in KIND_KEYS:
         kinds = config.get(key)
         for layer, kind in enumerate(kinds if isinstance(kinds, list) else []):
-            if isinstance(kind, str) and (kind == "hybrid" or any(part in kind for part in WITHOUT_HEADS)):
+            if isinstance(kind, str) and any(part in kind for part in WITHOUT_HEADS):
                 found.setdefault(kind, []).append(layer)
         if found:
             return found

@@ -45,7 +45,7 @@ from ovqk.weights import (  # noqa: E402
 )
 
 LENGTH = 15
-SECONDS = 60
+SECONDS = 120
 """For one architecture."""
 RIGHT = 1e-4
 """Largest relative difference that is called right; float32 weights and activations of ovqk reach 1e-6."""
@@ -78,9 +78,17 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_d_head": 24},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"], "mamba_n_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 48, "mamba_n_heads": 4, "mamba_d_head": 12, "mamba_d_state": 8},
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "zaya": {"num_experts_per_tok": 1},
     "mamba2": {"head_dim": 24, "num_heads": 4},
 }
 """What single architectures need besides."""
+TOO_LARGE = {
+    "blt": "its patcher and its coders have settings of their own",
+    "phi4_multimodal": "a model of more than text",
+}
+"""What cannot be shrunk by the settings above, and is too large to be made as it is."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama, with biases of attention": {"attention_bias": True},
     "llama, YaRN": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **YARN}},
@@ -90,7 +98,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stablelm, parallel with query and key norms": {
         "use_parallel_residual": True,
         "qk_layernorm": True,
-        "partial_rotary_factor": 0.5,
     },
     "falcon, one after the other with ALiBi": {"alibi": True, "parallel_attn": False, "bias": True},
     "falcon, several KV heads": {"new_decoder_architecture": True},
@@ -135,6 +142,8 @@ def shrunk_model(name: str, directory: Path) -> nn.Module:
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    if name in TOO_LARGE:
+        raise ValueError(TOO_LARGE[name])
     variant = VARIANTS.get(name, {})
     name = name.split(",")[0]
     kind = CONFIG_MAPPING[name]
