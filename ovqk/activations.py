@@ -102,7 +102,7 @@ def record_activations(
         CannotRunError: the model cannot be run on these tokens.
     """
     modules = find_blocks(model, n_layers)
-    recorder = _Recorder(len(tokens))
+    recorder = Recorder(len(tokens))
     with recorder.watch(model, modules):
         _call(model, input_ids=tokens[None], use_cache=False)
     calls = recorder.calls
@@ -139,9 +139,9 @@ class _Call:
 
 def _record_block(module: nn.Module, call: _Call, stream: Tensor) -> BlockActivations:
     """Call a block on a stream: as it is, with attention alone, and without attention."""
-    recorder = _Recorder(stream.shape[1])
+    recorder = Recorder(stream.shape[1])
     with recorder.watch(module, [module]):
-        whole = _tensor(_call(call.run, module, stream, {}))
+        whole = first_tensor(_call(call.run, module, stream, {}))
     block = recorder.block
     block.stream, block.inputs = stream[0], recorder.inputs
     attention = recorder.attention_child
@@ -163,7 +163,7 @@ def _record_block(module: nn.Module, call: _Call, stream: Tensor) -> BlockActiva
     silenced = []
     for zeros in (others, own):
         try:
-            written = _tensor(_call(call.run, module, stream, zeros))
+            written = first_tensor(_call(call.run, module, stream, zeros))
         except CannotRunError:
             written = None
         silenced.append(None if written is None else written[0] - stream[0])
@@ -178,7 +178,7 @@ def _zeros(parameter: Tensor) -> Tensor:
     return torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
 
 
-class _Recorder:
+class Recorder:
     """Hooks on a model: inputs and outputs of its modules, calls of its blocks, and what attention is handed."""
 
     def __init__(self, length: int) -> None:
@@ -237,7 +237,7 @@ class _Recorder:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._stack and self._stack[-1] is module:
             self._stack.pop()
-        self._keep(self.outputs, module, _tensor(output))
+        self._keep(self.outputs, module, first_tensor(output))
 
     def _keep(self, where: dict[int, Tensor], module: nn.Module, value: Any) -> None:
         if torch.is_tensor(value) and value.is_floating_point() and value.shape[:2] == (1, self.length):
@@ -287,7 +287,7 @@ class _Softmax(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _tensor(output: Any) -> Tensor | None:
+def first_tensor(output: Any) -> Tensor | None:
     """The first tensor of what a module returns."""
     if torch.is_tensor(output):
         return output

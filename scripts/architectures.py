@@ -27,7 +27,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ovqk.activations import BlockActivations, CannotRunError, _Recorder, _tensor, find_blocks, record_activations  # noqa: E402
+from ovqk.activations import BlockActivations, CannotRunError, Recorder, find_blocks, first_tensor, record_activations  # noqa: E402
 from ovqk.checkpoints import open_checkpoint  # noqa: E402
 from ovqk.config import ModelConfig, Source  # noqa: E402
 from ovqk.errors import UserError  # noqa: E402
@@ -268,12 +268,12 @@ def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: T
     """What each head adds to the stream: the block with one head let through, the rest of the block silenced."""
     facts, weights = source.architecture, source.layer(layer)
     module = find_blocks(model, facts.n_layers)[layer]
-    recorder = _Recorder(len(tokens))
+    recorder = Recorder(len(tokens))
     with recorder.watch(model, find_blocks(model, facts.n_layers)):
         model(input_ids=tokens[None], use_cache=False)
     call = recorder.calls[layer]
     stream = torch.randn(call.stream.shape, generator=torch.Generator().manual_seed(layer), dtype=call.stream.dtype)
-    watched = _Recorder(len(tokens))
+    watched = Recorder(len(tokens))
     with watched.watch(module, [module]):
         call.run(module, stream, {})
     attention, block = watched.attention_child, watched.block
@@ -300,7 +300,7 @@ def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: T
             kept[head] = 1
         handle = output.register_forward_pre_hook(lambda _, args: (args[0] * kept.flatten(), *args[1:]))
         try:
-            returned = _tensor(call.run(module, stream, zeros))
+            returned = first_tensor(call.run(module, stream, zeros))
         finally:
             handle.remove()
         assert returned is not None
@@ -368,7 +368,7 @@ def module_output(output: Any, n_heads: int) -> Tensor:
 
 
 def _first(output: Any) -> Tensor:
-    found = _tensor(output)
+    found = first_tensor(output)
     assert found is not None
     return found
 
