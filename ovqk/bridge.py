@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ovqk.activations import CannotRunError, ModelActivations, record_activations
 from ovqk.agreement import NO_ROTATION, BlockReading, agrees, measure_norm, read_block
-from ovqk.bridge_loading import boot_bridge, find_architecture, load_model, original, quiet
+from ovqk.bridge_loading import boot_bridge, find_architecture, find_rotations, load_model, original, quiet
 from ovqk.bridge_loading import unused_tokenizer as unused_tokenizer
 from ovqk.bridge_mlp import read_first_mlp
 from ovqk.checkpoints import Checkpoint
@@ -29,7 +29,6 @@ from ovqk.weights import (
     Norm,
     NormKind,
     PositionKind,
-    Rotary,
     apply_norm,
 )
 
@@ -202,7 +201,7 @@ class BridgeWeights:
 
     def _read_blocks(self, model: nn.Module, raw: list[LayerWeights]) -> list[BlockReading]:
         """Each block's reading; without one where the model's blocks were not seen."""
-        rotations = _rotations(model)
+        rotations = find_rotations(model)
         readings = []
         for index, weights in enumerate(raw):
             unseen = BlockReading(weights, None, None, False, False, "its blocks could not be seen", None, ())
@@ -267,9 +266,7 @@ class BridgeWeights:
             notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
         if self.foldable and any(each.weights.rotary and each.weights.rotary.scale != 1 for each in self.readings):
             notes.append("the rotary scaling also multiplies the scores; the factor is in W_QK")
-        if self.checkpoint.config.get("attn_temperature_tuning"):
-            notes.append("scores grow with the position of the query (attn_temperature_tuning); no metric has it in")
-        return notes
+        return notes + _beyond_the_probe(self.own.config.get_text_config())
 
     def _why_no_vocabulary(self, why: str | None) -> str | None:
         """Why no embeddings are given; None if ovqk's reading of them is the model's."""
@@ -373,31 +370,20 @@ class BridgeWeights:
         return [each.norm for each in found if each is not None]
 
 
+def _beyond_the_probe(config: Any) -> list[str]:
+    """What the config says of long texts, which a few tokens do not show."""
+    notes = []
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in rope.values() if isinstance(each, dict)] or [rope]
+    named = ["attn_temperature_tuning"] if getattr(config, "attn_temperature_tuning", False) else []
+    named += ["llama_4_scaling_beta"] if any(each.get("llama_4_scaling_beta") for each in kinds) else []
+    if named:
+        notes.append(f"scores grow with the position of the query ({named[0]}); no metric has it in")
+    for name in sorted({str(each.get("rope_type")) for each in kinds} & {"dynamic", "longrope"}):
+        notes.append(f"the rotation changes with the length of the text ({name}); it is read as for short ones")
+    return notes
+
+
 def _holds_other_mixers(blocks: list[nn.Module]) -> bool:
     names = (type(module).__name__.lower() for block in blocks for module in block.modules())
     return any("mamba" in name or "deltanet" in name or "mixer" in name for name in names)
-
-
-def _rotations(model: nn.Module) -> list[Rotary]:
-    """The rotations that the model's buffers and config hold, in both layouts, each once."""
-    found: list[Rotary] = []
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if not name.endswith("inv_freq") or buffer.dim() != 1 or name.startswith("original"):
-                continue
-            kind = name.removesuffix("inv_freq")
-            factor = getattr(module, f"{kind}attention_scaling", 1.0)
-            found.append(Rotary(buffer.detach().float(), scale=float(factor) ** 2))
-    rotary_dim = getattr(getattr(model, "config", None), "rotary_dim", None)
-    if isinstance(rotary_dim, int) and rotary_dim > 0:  # CodeGen keeps tables of sines and cosines
-        found.append(Rotary(10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)))
-    once: list[Rotary] = []
-    for rotary in found:
-        same = (
-            each.scale == rotary.scale and torch.equal(each.inverse_frequencies, rotary.inverse_frequencies)
-            for each in once
-        )
-        if not any(same):
-            once.append(rotary)
-    once += [replace(rotary, inverse_frequencies=-rotary.inverse_frequencies) for rotary in once]  # turned backwards
-    return [replace(rotary, interleaved=interleaved) for interleaved in (False, True) for rotary in once]

@@ -149,6 +149,16 @@ def test_opening_and_reading_a_layer_touches_no_stack_of_all_layers(tmp_path, mo
     source.layer(1), source.embeddings(), source.first_mlp()
 
 
+def test_what_a_few_tokens_do_not_show_is_told_from_the_config(tmp_path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    make("ministral3", tmp_path / "grows", **WIDE, rope_parameters=rope | {"llama_4_scaling_beta": 0.1, **ORIGINAL})
+    assert any("(llama_4_scaling_beta); no metric has it in" in note for note in opened(tmp_path / "grows").notes)
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    make("mixtral", tmp_path / "long", **WIDE, **LOCAL_EXPERTS, rope_parameters=rope)
+    assert any("changes with the length of the text (dynamic)" in note for note in opened(tmp_path / "long").notes)
+
+
+ORIGINAL = {"original_max_position_embeddings": 16}
 LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
 }  # fmt: skip
