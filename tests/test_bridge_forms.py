@@ -8,6 +8,7 @@ import torch
 from conftest import SIZES, WIDE, compose, local, randomise
 
 from ovqk.analyses import analyse
+from ovqk.bridge import BridgeWeights
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.sources import open_weights
@@ -31,8 +32,13 @@ def opened(directory):
     return open_weights(open_checkpoint(local(directory)), local(directory))
 
 
-def analysed(directory):
-    return analyse(opened(directory), None, None, "m", compose("task=none", "model=local", f"model.path={directory}"))
+def bridged(directory):
+    """Through the bridge, whether or not the family is also read natively."""
+    return BridgeWeights(open_checkpoint(local(directory)), local(directory))
+
+
+def analysed(directory, read=bridged):
+    return analyse(read(directory), None, None, "m", compose("task=none", "model=local", f"model.path={directory}"))
 
 
 def copying(W_E, W_OV, W_U):
@@ -63,7 +69,7 @@ def test_the_gain_of_a_norm_after_attention_is_in_ov_copying(tmp_path) -> None:
 def test_a_multiplier_behind_the_output_projection_is_in_w_o(tmp_path) -> None:
     multipliers = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.5}
     model = make("granitemoe", tmp_path, **SIZES, **LOCAL_EXPERTS, **multipliers)
-    source = opened(tmp_path)
+    source = bridged(tmp_path)
     own = model.model.layers[1].self_attn.o_proj.weight.T.reshape(4, 6, 24)
     assert torch.allclose(source.layer(1).W_O, 0.22 * own, rtol=1e-4, atol=0)
     assert source.architecture.attention_scale == 0.5
@@ -84,7 +90,7 @@ def test_one_attention_gives_the_same_numbers_natively_and_through_the_bridge(tm
         name: own[name] if name in own and own[name].shape == dense[name].shape else dense[name] for name in dense
     }
     save_file(shared, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
-    bridge, native = analysed(tmp_path / "moe"), analysed(tmp_path / "dense")
+    bridge, native = analysed(tmp_path / "moe"), analysed(tmp_path / "dense", opened)
     assert (
         bridge.unavailable.items()
         >= {name: reason for name, reason in native.unavailable.items() if "block0" not in name}.items()
@@ -96,8 +102,6 @@ def test_one_attention_gives_the_same_numbers_natively_and_through_the_bridge(tm
 
 @torch.no_grad()
 def test_a_weight_that_is_not_what_the_block_writes_leaves_the_model_raw(tmp_path, monkeypatch) -> None:
-    from ovqk.bridge import BridgeWeights
-
     make("mixtral", tmp_path, **WIDE, **LOCAL_EXPERTS)
     own = BridgeWeights._raw_layer
 
@@ -106,16 +110,16 @@ def test_a_weight_that_is_not_what_the_block_writes_leaves_the_model_raw(tmp_pat
         one_head = torch.tensor([1.0, 1.0, 1.1, 1.0])[:, None, None]
         return dataclasses.replace(weights, W_O=weights.W_O * one_head) if index == 1 else weights
 
-    assert opened(tmp_path).foldable
+    assert bridged(tmp_path).foldable
     monkeypatch.setattr(BridgeWeights, "_raw_layer", wrong)
-    source = opened(tmp_path)
+    source = bridged(tmp_path)
     assert not source.foldable and source.no_vocabulary is not None
     assert any(note.startswith("layer 1: attention adds something other than z W_O + b_O") for note in source.notes)
 
 
 def test_values_that_are_normalised_leave_the_model_raw_with_the_reason(tmp_path) -> None:
     make("gemma4_text", tmp_path, **WIDE, sliding_window=8, global_head_dim=8)
-    source = opened(tmp_path)
+    source = bridged(tmp_path)
     assert not source.foldable
     assert "layer 0: its values are not those of the residual stream" in str(source.no_vocabulary)
 
@@ -123,12 +127,12 @@ def test_values_that_are_normalised_leave_the_model_raw_with_the_reason(tmp_path
 def test_what_attention_holds_beyond_the_form_is_in_the_notes(tmp_path) -> None:
     sinks = make("gpt_oss", tmp_path / "sinks", **WIDE, **LOCAL_EXPERTS, sliding_window=8)
     assert sinks.model.layers[0].self_attn.sinks.abs().max() > 0
-    source = opened(tmp_path / "sinks")
+    source = bridged(tmp_path / "sinks")
     assert any("a sink takes part of each head's attention" in note for note in source.notes)
     assert [source.layer(layer).sliding_window for layer in range(3)] == [8, None, 8]
     keys = WIDE | {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "use_qk_norm": True, "num_local_experts": 2}
     make("llama4_text", tmp_path / "mixed", **keys, intermediate_size_mlp=48, attention_chunk_size=8)
-    source = opened(tmp_path / "mixed")
+    source = bridged(tmp_path / "mixed")
     assert "layers 3: no positions reach the scores" in source.notes
     assert any("attn_temperature_tuning" in note for note in source.notes)
     assert source.layer(0).qk_norm is not None and source.layer(3).qk_norm is None
@@ -145,17 +149,17 @@ def test_opening_and_reading_a_layer_touches_no_stack_of_all_layers(tmp_path, mo
 
     make("mixtral", tmp_path, **WIDE, **LOCAL_EXPERTS)
     monkeypatch.setattr(TransformerBridge, "_stack_block_params", refused)
-    source = opened(tmp_path)
+    source = bridged(tmp_path)
     source.layer(1), source.embeddings(), source.first_mlp()
 
 
 def test_what_a_few_tokens_do_not_show_is_told_from_the_config(tmp_path) -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4}
     make("ministral3", tmp_path / "grows", **WIDE, rope_parameters=rope | {"llama_4_scaling_beta": 0.1, **ORIGINAL})
-    assert any("(llama_4_scaling_beta); no metric has it in" in note for note in opened(tmp_path / "grows").notes)
+    assert any("(llama_4_scaling_beta); no metric has it in" in note for note in bridged(tmp_path / "grows").notes)
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     make("mixtral", tmp_path / "long", **WIDE, **LOCAL_EXPERTS, rope_parameters=rope)
-    assert any("changes with the length of the text (dynamic)" in note for note in opened(tmp_path / "long").notes)
+    assert any("changes with the length of the text (dynamic)" in note for note in bridged(tmp_path / "long").notes)
 
 
 ORIGINAL = {"original_max_position_embeddings": 16}
@@ -219,13 +223,13 @@ def test_an_architecture_without_alike_heads_is_refused_from_its_config(case, tm
 
 def test_an_architecture_that_transformer_lens_spells_otherwise_is_read(tmp_path) -> None:
     make("phimoe", tmp_path, **SIZES, **LOCAL_EXPERTS)
-    assert opened(tmp_path).foldable
+    assert bridged(tmp_path).foldable
 
 
 def test_an_architecture_without_an_adapter_is_one_short_message(tmp_path) -> None:
     make("persimmon", tmp_path, **SIZES)
     with pytest.raises(UserError, match="PersimmonForCausalLM is neither a family") as told:
-        opened(tmp_path)
+        bridged(tmp_path)
     assert len(str(told.value)) < 400
 
 
@@ -240,4 +244,4 @@ def test_whatever_transformer_lens_raises_is_one_whole_message(tmp_path, monkeyp
 
     monkeypatch.setattr(TransformerBridge, "boot_transformers", fails)
     with pytest.raises(UserError, match=r"TransformerLens cannot read this MixtralForCausalLM.*ends here"):
-        opened(tmp_path)
+        bridged(tmp_path)
