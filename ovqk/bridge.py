@@ -1,26 +1,26 @@
 """Architectures outside the table of families, through TransformerLens's TransformerBridge.
 
-The whole model is loaded and run once on a few tokens: ovqk's reading of its norms, embeddings and positions counts
-only where it reproduces the model's own queries, keys, values and logits. What it does not reproduce is reported as
-raw or unavailable, never assumed.
+The whole model is loaded. TransformerLens says which tensors are queries, keys, values and outputs; that ovqk's form
+of them, its norms, rotations and multipliers are the model's is measured on the model's own blocks (`agreement`).
+What is not reproduced is reported as raw or unavailable, never assumed.
 """
 
-import contextlib
-import io
-import logging
-import tempfile
-import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from ovqk.checkpoints import Checkpoint, check_finite
+from ovqk.activations import CannotRunError, ModelActivations, record_activations
+from ovqk.agreement import NO_ROTATION, BlockReading, agrees, measure_norm, read_block
+from ovqk.bridge_loading import boot_bridge, find_architecture, find_rotations, load_model, original, quiet
+from ovqk.bridge_loading import unused_tokenizer as unused_tokenizer
+from ovqk.bridge_mlp import read_first_mlp
+from ovqk.checkpoints import Checkpoint
 from ovqk.config import ModelConfig
 from ovqk.errors import UserError
-from ovqk.vocabulary import ACTIVATIONS
 from ovqk.weights import (
     Architecture,
     EmbeddingWeights,
@@ -29,12 +29,10 @@ from ovqk.weights import (
     Norm,
     NormKind,
     PositionKind,
-    normalise,
+    apply_norm,
 )
 
-TOLERANCE = 1e-3  # of a reading against the model's own activations, relative to their largest
 PROBE = 12  # tokens
-NORMS: dict[str, NormKind] = {"LN": "layernorm", "LNPre": "layernorm", "RMS": "rmsnorm", "RMSPre": "rmsnorm"}
 
 
 class BridgeWeights:
@@ -43,314 +41,349 @@ class BridgeWeights:
     loaded_by: Literal["families", "bridge"] = "bridge"
 
     def __init__(self, checkpoint: Checkpoint, model: ModelConfig) -> None:
-        """Load the model, and compare ovqk's reading of it with one forward pass.
+        """Load the model, and compare ovqk's reading of it with what its blocks compute.
 
         Raises:
-            UserError: TransformerLens does not support the architecture, or tensors are missing.
+            UserError: TransformerLens does not support the architecture, tensors are missing, or a layer has no
+                attention heads of the shape that the others have.
         """
         self.checkpoint, self.model_config = checkpoint, model
-        with _quiet():
-            self.bridge = self._boot()
-            self.activations = self._probe()
-        config = self.bridge.cfg
-        try:
-            n_kv_heads = self.bridge.W_K.shape[1]
-        except AttributeError as error:  # of state space models, and of hybrids
-            raise UserError(
-                f"{checkpoint.label}: {config.architecture} has layers without attention heads; allowed: attention in "
-                "every layer."
-            ) from error
-        self.notes = ["read through TransformerLens's bridge: the whole model was in memory"]
-        self.norm_kind: NormKind = NORMS.get(str(config.normalization_type), "none")
-        self.causal = config.attention_dir == "causal"
+        self.architecture_name = find_architecture(checkpoint)
+        with quiet(), torch.no_grad():
+            own = self.own = load_model(checkpoint, self.architecture_name, model.trust_remote_code)
+            self.activations = self._record(own)
+            self.bridge = boot_bridge(checkpoint, own, self.architecture_name, model.trust_remote_code)
+            config = self.bridge.cfg
+            self.causal = config.attention_dir == "causal"
+            raw = [self._raw_layer(index) for index in range(config.n_layers)]
+            self._check_shapes(raw)
+            self.readings = self._read_blocks(own, raw)
+            self._read_facts(config, raw[0], model)
+
+    def _read_facts(self, config: Any, first: LayerWeights, model: ModelConfig) -> None:
+        """The architecture, what can be folded, and the notes."""
+        kinds = {reading.weights.norm.kind if reading.weights.norm else "none" for reading in self.readings}
+        self.norm_kind: NormKind = kinds.pop() if len(kinds) == 1 else "none"
+        why = self._why_raw(same_norm=not kinds)
+        self.foldable = why is None
+        if not self.foldable:  # there may be norms, of a kind that no form of ovqk's reproduces
+            self.norm_kind = "layernorm" if str(config.normalization_type).startswith("LN") else "rmsnorm"
+        if self.foldable and any(reading.weights.rotary for reading in self.readings):
+            self.readings = [
+                replace(reading, weights=replace(reading.weights, rotary=reading.weights.rotary or NO_ROTATION))
+                for reading in self.readings
+            ]
+        self.notes = self._read_notes(why)
+        eps = [reading.eps for reading in self.readings if reading.eps is not None]
+        self.eps = eps[0] if eps else float(config.eps)
+        scales = {reading.attention_scale for reading in self.readings if reading.attention_scale is not None}
+        n_heads, d_model, d_head = first.W_Q.shape
+        usual = d_head**-0.5
+        scale = next(iter(scales)) if len(scales) == 1 else None
         self.architecture = Architecture(
             family=str(config.architecture),
             n_layers=config.n_layers,
-            n_heads=config.n_heads,
-            n_kv_heads=n_kv_heads,
-            d_model=config.d_model,
-            d_head=config.d_head,
+            n_heads=n_heads,
+            n_kv_heads=len(first.W_K),
+            d_model=d_model,
+            d_head=d_head,
             n_ctx=model.n_ctx or config.n_ctx,
             norm=self.norm_kind,
-            norm_eps=float(config.eps),
-            positions=self._positions(),
+            norm_eps=self.eps,
+            positions="unsupported" if not self.foldable else self._positions(),
             causal=self.causal if model.causal is None else model.causal,
+            tied=self._tied(),
             activation=str(config.act_fn),
+            attention_scale=None if scale is None or abs(scale / usual - 1) < 1e-3 else scale,
+            post_norm=any(reading.weights.post_norm for reading in self.readings),
+            qk_norm=any(reading.weights.qk_norm for reading in self.readings),
+            parallel=self.readings[0].parallel,  # of block 0, which is all that it is asked about
         )
-        self.foldable = self.causal and self._reads_before_attention()
-        if not self.causal:
-            self.notes.append("an encoder: residual space and raw weights only")
-        elif not self.foldable:
-            self.notes.append("its queries are not those of a norm before attention: weights kept raw")
-        if hasattr(self.bridge.blocks[0].attn, "q_norm"):
-            self.notes.append(
-                "queries and keys are normalised per head: QK spectra are of the weights before that norm"
-            )
-        vocabulary = self.causal and self.foldable and self._reads_embeddings()
-        self.no_vocabulary = None if vocabulary else self._why_no_vocabulary()
+        self.no_vocabulary = self._why_no_vocabulary(why)
 
     def layer(self, index: int) -> LayerWeights:
         """The raw attention weights of a layer."""
-        bridge = self.bridge
-        norm = self._norm(bridge.blocks[index], "ln1")
-        return LayerWeights(
-            index,
-            bridge.W_Q[index].detach().float(),
-            bridge.W_K[index].detach().float(),
-            bridge.W_V[index].detach().float(),
-            bridge.W_O[index].detach().float(),
-            self._bias("b_Q", index, bridge.W_Q),
-            self._bias("b_K", index, bridge.W_K),
-            self._bias("b_V", index, bridge.W_V),
-            norm,
-        )
+        weights = self.readings[index].weights
+        if self.foldable:
+            return weights
+        return replace(weights, norm=None, post_norm=None, qk_norm=None, rotary=None)
 
     def embeddings(self) -> EmbeddingWeights:
-        """The raw embeddings; none where ovqk's reading does not reproduce the model."""
+        """The raw embeddings; none if ovqk's reading does not reproduce the model."""
         W_pos = self.bridge.W_pos.detach().float() if self.architecture.positions == "learned" else None
         if self.no_vocabulary is not None:
             return EmbeddingWeights(None, W_pos, None, None)
-        W_E = self.bridge.W_E.detach().float() * self._embedding_scale()
-        final = self._norm(self.bridge, "ln_final")
-        return EmbeddingWeights(W_E, W_pos, self.bridge.W_U.detach().float(), final)
+        return EmbeddingWeights(
+            self._embedding_rows(W_pos), W_pos, self.bridge.W_U.detach().float(), self._final_norm()
+        )
 
     def first_mlp(self) -> MLPWeights | str:
-        """Block 0's MLP, where ovqk's reading of it reproduces the model's own output."""
-        reason = "ovqk's reading of block 0's MLP does not reproduce the model's own"
-        try:
-            mlp = self._read_mlp()
-        except (AttributeError, IndexError, KeyError, TypeError):
-            return reason
-        if mlp is None or mlp.activation not in ACTIVATIONS:
-            return reason
-        middle, expected = (
-            self.activations.get("blocks.0.hook_resid_mid"),
-            self.activations.get("blocks.0.hook_mlp_out"),
-        )
-        if middle is None or expected is None:
-            return reason
-        x = self._normed(middle, mlp.norm)
-        hidden = ACTIVATIONS[mlp.activation](x @ mlp.W_in + mlp.b_in)
-        hidden = hidden if mlp.W_linear is None else hidden * (x @ mlp.W_linear)
-        return mlp if _same(hidden @ mlp.W_out + mlp.b_out, expected) else reason
+        """Block 0's MLP, if ovqk's reading of it reproduces what the block adds with attention silenced."""
+        block = self.activations.blocks[0] if self.activations.blocks else None
+        if block is None:
+            return "block 0 could not be seen"
+        norms = self._measured_norms(0)
+        before = norms[0] if norms and self.norm_kind != "none" else None
+        return read_first_mlp(self.bridge, block, self.activations.modules[0], before, norms, self.eps)
 
     # --- loading ----------------------------------------------------------------------------------------------
 
-    def _boot(self) -> Any:
-        from transformer_lens.model_bridge import TransformerBridge
-        from transformer_lens.model_bridge.sources.transformers.helpers import (
-            get_hf_model_class_for_architecture,
-        )
+    def _record(self, model: Any) -> ModelActivations:
+        """What the model and its blocks compute on a few tokens.
 
-        directory, label = str(self.checkpoint.directory), self.checkpoint.label
-        kind = self.checkpoint.config.get("model_type")
-        architectures = self.checkpoint.config.get("architectures") or []
-        unsupported = (
-            f"{label}: the architecture {architectures or kind} is supported neither natively nor by TransformerLens"
-        )
-        if not architectures:
-            raise UserError(f"{label}: config.json names no 'architectures' for model_type={kind}.")
+        Raises:
+            UserError: the model cannot be run on them.
+        """
+        config = model.config.get_text_config()
+        rows = model.get_input_embeddings().weight.shape[0]
+        length = min(PROBE, int(getattr(config, "max_position_embeddings", None) or PROBE))
+        tokens = torch.randint(0, rows, (length,), generator=torch.Generator().manual_seed(0))
         try:
-            model_class = get_hf_model_class_for_architecture(architectures[0])
-            model, report = model_class.from_pretrained(
-                directory,
-                output_loading_info=True,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                trust_remote_code=self.model_config.trust_remote_code,
-                local_files_only=True,
-            )
-        except Exception as error:  # transformers raises many kinds
-            raise UserError(f"{unsupported} ({_first_line(error)}).") from error
-        missing = sorted(report["missing_keys"])
-        if missing:
+            return record_activations(model, tokens, config.num_hidden_layers)
+        except CannotRunError as error:
             raise UserError(
-                f"{label}: {len(missing)} tensors are missing from the checkpoint, the first of them '{missing[0]}'. "
-                "ovqk fills nothing in."
-            )
-        for name, parameter in model.named_parameters():
-            check_finite(label, name, parameter.detach())
-        try:
-            with unused_tokenizer() as tokenizer:
-                return TransformerBridge.boot_transformers(
-                    directory,
-                    hf_model=model,
-                    tokenizer=tokenizer,
-                    device="cpu",
-                    trust_remote_code=self.model_config.trust_remote_code,
-                )
-        except Exception as error:
-            raise UserError(f"{unsupported} ({_first_line(error)}).") from error
+                f"{self.checkpoint.label}: {self.architecture_name} cannot be run on {length} tokens, as ovqk must to "
+                f"check what it reads ({error})."
+            ) from error
 
-    @torch.no_grad()
-    def _probe(self) -> dict[str, Tensor]:
-        """One forward pass over a few tokens, with its activations."""
-        bridge = self.bridge
-        rows = bridge.W_E.shape[0]
-        length = min(PROBE, int(bridge.cfg.n_ctx))
-        tokens = torch.randint(0, rows, (1, length), generator=torch.Generator().manual_seed(0))
-        _, cache = bridge.run_with_cache(tokens)
-        found = {
-            name: cache[name].float()
-            for name in cache
-            if torch.is_tensor(cache[name]) and cache[name].is_floating_point()
-        }
-        return found | {"tokens": tokens}
+    def _raw_layer(self, index: int) -> LayerWeights:
+        """A layer's attention weights as TransformerLens names them.
+
+        Raises:
+            UserError: the layer has no attention heads, or they are not stored as W_Q, W_K, W_V and W_O.
+        """
+        try:
+            attention = self._attention(index)
+            W_Q, W_K, W_V, W_O = (getattr(attention, f"W_{part}").detach().float() for part in "QKVO")
+            shapes = [tuple(weight.shape) for weight in (W_Q, W_K, W_V, W_O)]
+        except (AttributeError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.checkpoint.label}: {self.bridge.cfg.architecture} has layers without attention heads that "
+                f"ovqk can read, layer {index} among them; allowed: attention with W_Q, W_K, W_V and W_O in every "
+                "layer."
+            ) from error
+        if any(len(shape) != 3 for shape in shapes) or W_K.shape != W_V.shape or len(W_Q) % max(1, len(W_K)):
+            raise UserError(
+                f"{self.checkpoint.label}: layer {index} of {self.bridge.cfg.architecture} has W_Q, W_K, W_V, W_O of "
+                f"shapes {shapes}; allowed: [heads, d_model, d_head] each (W_O: [heads, d_head, d_model]), with keys "
+                "and values alike."
+            )
+        zeros = [torch.zeros(weight.shape[0], weight.shape[2]) for weight in (W_Q, W_K, W_V)]
+        biases = [self._bias(attention, f"b_{part}", zero) for part, zero in zip("QKV", zeros, strict=True)]
+        return LayerWeights(index, W_Q, W_K, W_V, W_O, biases[0], biases[1], biases[2], None)
+
+    def _attention(self, index: int) -> Any:
+        return self.bridge.blocks[index].attn
+
+    def _bias(self, attention: Any, name: str, zero: Tensor) -> Tensor:
+        try:
+            found = getattr(attention, name)
+        except (AttributeError, NotImplementedError):
+            return zero
+        return zero if found is None else found.detach().float().reshape(zero.shape)
+
+    def _check_shapes(self, raw: list[LayerWeights]) -> None:
+        """Every layer has the heads that the first has.
+
+        Raises:
+            UserError: one has not.
+        """
+        for weights in raw[1:]:
+            for name in ("W_Q", "W_K"):
+                first, other = getattr(raw[0], name).shape, getattr(weights, name).shape
+                if first != other:
+                    raise UserError(
+                        f"{self.checkpoint.label}: {name} of layer {weights.layer} has shape {list(other)} and that of "
+                        f"layer 0 {list(first)}; allowed: heads of one shape in every layer."
+                    )
 
     # --- the gates ----------------------------------------------------------------------------------------------
 
-    def _reads_before_attention(self) -> bool:
-        """Queries, keys and values are those of the residual stream through the norm before attention."""
-        for index in range(self.bridge.cfg.n_layers):
-            weights = self.layer(index)
-            stream = self.activations.get(f"blocks.{index}.hook_resid_pre")
-            if stream is None or weights.norm is None:
-                return False
-            x = self._normed(stream, weights.norm)
-            read = {"q": (weights.W_Q, weights.b_Q), "k": (weights.W_K, weights.b_K), "v": (weights.W_V, weights.b_V)}
-            for name, (weight, bias) in read.items():
-                own = self.activations.get(f"blocks.{index}.attn.hook_{name}")
-                if own is None or not _same(torch.einsum("bpd,hdx->bphx", x, weight) + bias, own):
-                    return False
-        return True
+    def _read_blocks(self, model: nn.Module, raw: list[LayerWeights]) -> list[BlockReading]:
+        """Each block's reading; without one where the model's blocks were not seen."""
+        rotations = find_rotations(model)
+        readings = []
+        for index, weights in enumerate(raw):
+            unseen = BlockReading(weights, None, None, False, False, "its blocks could not be seen", None, ())
+            if index >= len(self.activations.blocks) or not self.activations.blocks[index].stream.numel():
+                readings.append(unseen)
+                continue
+            block = self.activations.blocks[index]
+            output = getattr(self._attention(index), "o", None)
+            module = getattr(output, "original_component", output)
+            bias = getattr(output, "bias", None)
+            readings.append(
+                read_block(
+                    block,
+                    self.activations.modules[index],
+                    weights,
+                    None if bias is None else bias.detach().float(),
+                    block.inputs.get(id(module)),
+                    rotations,
+                    original(self.bridge.blocks[index], "ln1"),
+                )
+            )
+        return readings
 
-    def _reads_embeddings(self) -> bool:
-        """The first residual stream is a multiple of W_E's rows (plus W_pos), and W_U reads the final norm."""
-        final = self.activations.get(f"blocks.{self.bridge.cfg.n_layers - 1}.hook_resid_post")
-        logits, norm = self.activations.get("hook_unembed"), self._norm(self.bridge, "ln_final")
-        if final is None or logits is None or norm is None:
-            return False
-        mine = self._normed(final, norm) @ self.bridge.W_U.float()
-        difference = logits - mine
-        constant = difference.mean(1, keepdim=True)  # a bias of the unembedding is the same at every position
-        return _same(mine + constant, logits) and self._first_stream_matches()
+    def _why_raw(self, same_norm: bool) -> str | None:
+        """Why the weights are kept raw; None if every layer's reading reproduces it."""
+        if not self.causal:
+            return "an encoder"
+        for index, reading in enumerate(self.readings):
+            for reason in (reading.reads, reading.writes):
+                if reason is not None:
+                    return f"layer {index}: {reason}"
+        if not same_norm:
+            return "its layers have norms of different kinds before attention"
+        return None
 
-    def _first_stream_matches(self) -> bool:
-        stream = self.activations.get("blocks.0.hook_resid_pre")
-        if stream is None:
-            return False
-        embedded = self.bridge.W_E[self.activations["tokens"]].float() * self._embedding_scale()
-        if self.architecture.positions == "learned":
-            embedded = embedded + self.bridge.W_pos[: stream.shape[1]].float()
-        return _same(embedded, stream)
+    def _read_notes(self, why: str | None) -> list[str]:
+        notes = ["read through TransformerLens's bridge: the whole model was in memory"]
+        if why is not None:
+            kept = "residual space and raw weights only"
+            notes.append(f"an encoder: {kept}" if not self.causal else f"{why}: {kept}")
+        told: dict[str, list[int]] = {}
+        some_normalise = self.foldable and any(reading.weights.qk_norm for reading in self.readings)
+        for index, reading in enumerate(self.readings):
+            mine = list(reading.notes)
+            if reading.weights.rotary is NO_ROTATION:
+                mine.append("no positions reach the scores")
+            if _holds_other_mixers(self.activations.modules[index : index + 1]):
+                mine.append("a state space mixer stands beside attention, and no metric has it in")
+            if some_normalise and reading.weights.qk_norm is None:
+                mine.append("queries and keys are not normalised, as they are in the other layers")
+            for note in mine:
+                told.setdefault(note, []).append(index)
+        for note, layers in told.items():
+            every = len(layers) == len(self.readings)
+            notes.append(note if every else f"layers {', '.join(map(str, layers))}: {note}")
+        if some_normalise:
+            notes.append(
+                "queries and keys are normalised: QK spectra are of the weights with the norms' gains, "
+                "un-normalised; readouts and shares normalise"
+            )
+        if self.foldable and any(reading.weights.post_norm for reading in self.readings):
+            notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
+        if self.foldable and any(each.weights.rotary and each.weights.rotary.scale != 1 for each in self.readings):
+            notes.append("the rotary scaling also multiplies the scores; the factor is in W_QK")
+        return notes + _beyond_the_probe(self.own.config.get_text_config())
 
-    def _embedding_scale(self) -> float:
-        own, rows = self.activations.get("hook_embed"), self.bridge.W_E[self.activations["tokens"]].float()
-        if own is None or own.shape != rows.shape:
-            return 1.0
-        scale = float((own * rows).sum() / rows.square().sum())
-        return 1.0 if abs(scale - 1) < 1e-5 else scale
-
-    def _positions(self) -> PositionKind:
-        if not self.causal or str(self.bridge.cfg.positional_embedding_type) != "standard":
-            return "unsupported"
-        stream = self.activations.get("blocks.0.hook_resid_pre")
-        try:
-            W_pos = self.bridge.W_pos.float()
-        except AttributeError:
-            return "unsupported"
-        if stream is None or W_pos.shape[0] < stream.shape[1]:
-            return "unsupported"
-        embedded = self.bridge.W_E[self.activations["tokens"]].float() * self._embedding_scale()
-        return "learned" if _same(embedded + W_pos[: stream.shape[1]], stream) else "unsupported"
-
-    def _why_no_vocabulary(self) -> str:
+    def _why_no_vocabulary(self, why: str | None) -> str | None:
+        """Why no embeddings are given; None if ovqk's reading of them is the model's."""
         if not self.causal:
             return "the model is an encoder"
-        return "ovqk's reading of the embedding, norms or unembedding does not reproduce the model's own activations"
+        if why is not None:
+            return f"the weights are raw ({why})"
+        if not self._first_stream_matches():
+            return (
+                "the first residual stream is not the embedding's rows, times a number or normalised, plus learned "
+                "positions"
+            )
+        if not self._logits_match():
+            return "the unembedding does not read the last residual stream through one norm"
+        return None
+
+    def _first_stream_matches(self) -> bool:
+        """The first residual stream is a multiple of W_E's rows (plus W_pos)."""
+        stream = self.activations.first_stream
+        if stream is None:
+            return False
+        W_pos = self.bridge.W_pos.detach().float() if self.architecture.positions == "learned" else None
+        return self._embeds(W_pos)
+
+    def _embeds(self, W_pos: Float[Tensor, "n_ctx d_model"] | None) -> bool:
+        return self._embedding_rows(W_pos) is not None
+
+    def _embedding_rows(self, W_pos: Float[Tensor, "n_ctx d_model"] | None) -> Float[Tensor, "token d_model"] | None:
+        """The rows that the first residual stream holds: W_E's times a multiplier, or through a norm; else None."""
+        stream, rows, tokens = self.activations.first_stream, self.bridge.W_E.detach().float(), self.activations.tokens
+        if stream is None or rows.shape[1:] != stream.shape[1:]:
+            return None
+        own, plain = stream if W_pos is None else stream - W_pos[: len(stream)], rows[tokens]
+        scale = float((own * plain).sum() / plain.square().sum().clamp_min(1e-30))
+        scale = 1.0 if abs(scale - 1) < 1e-5 else scale
+        if agrees(plain * scale, own):
+            return rows * scale
+        for norm, eps in self._embedding_norms(rows.shape[1]) if W_pos is None else ():
+            if agrees(apply_norm(norm, plain, eps), own):
+                return apply_norm(norm, rows, eps)
+        return None
+
+    def _embedding_norms(self, width: int) -> Iterator[tuple[Norm, float]]:
+        """A norm without a gain, and every norm module whose output is the first residual stream."""
+        yield Norm("rmsnorm", torch.ones(width)), self.eps
+        stream = self.activations.first_stream
+        if stream is None:
+            return
+        for module in self.own.modules():
+            output = self.activations.outputs.get(id(module))
+            if output is not None and "norm" in type(module).__name__.lower():
+                measured = measure_norm(module, width) if torch.equal(output, stream) else None
+                if measured is not None:
+                    yield measured.norm, measured.eps
+
+    def _logits_match(self) -> bool:
+        """The unembedding reads the norm of what the last block writes, and W_U is its weight."""
+        unembed, final = original(self.bridge, "unembed"), self.activations.last_stream
+        logits, norm = self.activations.outputs.get(id(unembed)), self._final_norm()
+        W_U = self.bridge.W_U.detach().float()
+        if logits is None or final is None or W_U.shape[0] != final.shape[-1]:
+            return False
+        mine = apply_norm(norm, final, self._final_eps()) @ W_U
+        if mine.shape != logits.shape:
+            return False
+        return agrees(mine - mine.mean(0), logits - logits.mean(0))  # a bias of the unembedding is a constant
+
+    def _positions(self) -> PositionKind:
+        if any(reading.biased for reading in self.readings) or not self.causal:
+            return "unsupported"
+        if any(reading.weights.rotary for reading in self.readings):
+            return "rotary"
+        stream = self.activations.first_stream
+        try:
+            W_pos = self.bridge.W_pos.detach().float()
+        except (AttributeError, NotImplementedError):
+            return "none" if self._embeds(None) else "unsupported"
+        if stream is None or W_pos.shape[0] < stream.shape[0]:
+            return "unsupported"
+        return "learned" if self._embeds(W_pos) else "unsupported"
 
     # --- pieces -------------------------------------------------------------------------------------------------
 
-    def _norm(self, owner: Any, name: str) -> Norm | None:
-        module = getattr(owner, name, None)
-        parameters = {} if module is None else {key.split(".")[-1]: value for key, value in module.named_parameters()}
-        if "weight" not in parameters:
-            return None
-        weight = parameters["weight"].detach().float()
-        if getattr(self.bridge.cfg, "rmsnorm_uses_offset", False):
-            weight = 1 + weight
-        bias = parameters.get("bias")
-        return Norm(self.norm_kind, weight, None if bias is None else bias.detach().float())
+    def _tied(self) -> bool:
+        embedding, unembedding = original(self.bridge, "embed"), original(self.bridge, "unembed")
+        weight = getattr(embedding, "weight", None)
+        return weight is not None and weight is getattr(unembedding, "weight", None)
 
-    def _normed(self, x: Float[Tensor, "*batch d_model"], norm: Norm | None) -> Float[Tensor, "*batch d_model"]:
-        if norm is None:
-            return x
-        x = normalise(x, norm.kind, float(self.bridge.cfg.eps)) * norm.weight
-        return x if norm.bias is None else x + norm.bias
+    def _final_norm(self) -> Norm | None:
+        measured = measure_norm(original(self.bridge, "ln_final"), self.architecture.d_model)
+        return None if measured is None else measured.norm
 
-    def _bias(self, name: str, index: int, weight: Tensor) -> Tensor:
-        try:
-            found: Tensor = getattr(self.bridge, name)[index].detach().float()
-        except AttributeError:
-            return torch.zeros(weight.shape[1], weight.shape[3])
-        return found
+    def _final_eps(self) -> float:
+        measured = measure_norm(original(self.bridge, "ln_final"), self.architecture.d_model)
+        return self.eps if measured is None else measured.eps
 
-    def _read_mlp(self) -> MLPWeights | None:
-        bridge = self.bridge
-        W_in, W_out = bridge.W_in[0].detach().float(), bridge.W_out[0].detach().float()
-        if bridge.cfg.gated_mlp:  # act(x W_gate) * (x W_in)
-            gate, linear = bridge.W_gate[0].detach().float(), W_in
-        else:
-            gate, linear = W_in, None
-        return MLPWeights(
-            W_in=gate,
-            b_in=self._vector("b_in", gate.shape[1]),
-            W_linear=linear,
-            W_out=W_out,
-            b_out=self._vector("b_out", W_out.shape[1]),
-            activation=str(bridge.cfg.act_fn),
-            norm=self._norm(bridge.blocks[0], "ln2"),
-        )
-
-    def _vector(self, name: str, size: int) -> Tensor:
-        try:
-            found: Tensor = getattr(self.bridge, name)[0].detach().float()
-        except (AttributeError, TypeError):
-            return torch.zeros(size)
-        return found
+    def _measured_norms(self, index: int) -> list[Norm]:
+        """The norms of a block, the one named as before its MLP first."""
+        named = [original(self.bridge.blocks[index], name) for name in ("ln2", "ln2_post", "ln1", "ln1_post")]
+        found = [measure_norm(each, self.architecture.d_model) for each in named if each is not None]
+        return [each.norm for each in found if each is not None]
 
 
-@contextlib.contextmanager
-def unused_tokenizer() -> Iterator[Any]:
-    """TransformerLens wants a tokenizer, loads it again, and invents one of one token where a folder holds none."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    special = dict.fromkeys(("unk_token", "pad_token", "bos_token"), "<unk>")
-    with tempfile.TemporaryDirectory() as folder:
-        PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder)
-        yield PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def _same(mine: Tensor, own: Tensor) -> bool:
-    if mine.shape != own.shape:
-        return False
-    return bool((mine - own).abs().max() <= TOLERANCE * own.abs().max().clamp_min(1e-6))
+def _beyond_the_probe(config: Any) -> list[str]:
+    """What the config says of long texts, which a few tokens do not show."""
+    notes = []
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in rope.values() if isinstance(each, dict)] or [rope]
+    named = ["attn_temperature_tuning"] if getattr(config, "attn_temperature_tuning", False) else []
+    named += ["llama_4_scaling_beta"] if any(each.get("llama_4_scaling_beta") for each in kinds) else []
+    if named:
+        notes.append(f"scores grow with the position of the query ({named[0]}); no metric has it in")
+    for name in sorted({str(each.get("rope_type")) for each in kinds} & {"dynamic", "longrope"}):
+        notes.append(f"the rotation changes with the length of the text ({name}); it is read as for short ones")
+    return notes
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Progress bars and advice of the libraries are not this program's output."""
-    import transformers
-
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # the hub's with it, which a later cell may want to show
-    transformers.utils.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
+def _holds_other_mixers(blocks: list[nn.Module]) -> bool:
+    names = (type(module).__name__.lower() for block in blocks for module in block.modules())
+    return any("mamba" in name or "deltanet" in name or "mixer" in name for name in names)

@@ -8,6 +8,7 @@ from ovqk.errors import UserError
 from ovqk.families import FAMILIES
 from ovqk.native import NativeWeights
 from ovqk.single_file import TransformerLensWeights
+from ovqk.unreadable import refuse_unreadable, refuse_unreadable_defaults
 from ovqk.weights import WeightSource
 
 
@@ -24,6 +25,8 @@ def open_weights(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
         raise UserError(f"{checkpoint.label}: config.json gives no model_type, so its architecture is unknown.")
     if kind in FAMILIES:
         return NativeWeights(checkpoint, FAMILIES[kind])
+    refuse_unreadable(checkpoint.label, checkpoint.config)
+    refuse_unreadable_defaults(checkpoint.label, checkpoint.config)
     from ovqk.bridge import BridgeWeights  # 8 seconds of imports, and only here
 
     with torch.no_grad():

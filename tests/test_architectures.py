@@ -1,0 +1,74 @@
+"""Architectures as scripts/architectures.py examines them: a fast part; docs/architectures.md has them all."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from architectures import RIGHT, VARIANTS, Row, _next_row, examine, page
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+EXACT = {
+    "glm4": "a norm follows the attention and another the MLP",
+    "granite, with multipliers": "multipliers behind attention, MLP and embedding, and of the scores",
+    "cohere, with query and key norms": "a LayerNorm of each head's own, and neighbours turned together",
+    "stablelm, parallel with query and key norms": "a LayerNorm for each head, part of which is rotated",
+    "falcon": "one key and value head in a parallel block",
+    "bloom": "ALiBi, and a norm behind the embedding",
+    "opt": "learned positions, queries scaled before the product",
+    "exaone4": "no norm before attention, one layer without positions",
+    "qwen3_moe": "query and key norms and experts",
+    "gpt_oss": "sinks",
+    "llama4_text": "norms of queries and keys behind their rotation, in some layers",
+}
+
+
+@pytest.mark.parametrize("name", list(EXACT))
+def test_every_number_of_an_architecture_is_the_models_own(name) -> None:
+    row = examine(name)
+    assert row.read in ("natively", "through the bridge"), row
+    assert row.scores is not None and row.writes is not None and row.logits is not None
+    assert not row.wrong, row
+    unread = ("qwen3_moe", "gpt_oss", "llama4_text", "stablelm, parallel with query and key norms")
+    assert row.block0 is not None or name in unread, row
+
+
+@pytest.mark.parametrize("name", ["hunyuan_v1_dense", "laguna"])
+def test_an_architecture_that_no_form_reproduces_is_raw_with_the_reason(name) -> None:
+    row = examine(name)
+    assert row.read == "through the bridge, raw"
+    assert any(note.startswith("layer 0: ") and note.endswith("raw weights only") for note in row.notes)
+
+
+def test_a_number_that_is_off_is_wrong_and_a_missing_one_is_not() -> None:
+    assert not Row("x", scores=RIGHT / 2, writes=None).wrong
+    assert Row("x", scores=RIGHT / 2, writes=2 * RIGHT).wrong
+    assert Row("x", logits=float("nan")).wrong
+
+
+def test_the_page_holds_every_architecture_of_transformers_and_none_that_is_wrong() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    lines = (ROOT / "docs" / "architectures.md").read_text().splitlines()
+    cells = [line.split(" | ") for line in lines if line.startswith("| ") and not line.startswith("| architecture")]
+    names = {row[0].removeprefix("| ") for row in cells}
+    assert names == {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS}
+    read = [row for row in cells if row[1].startswith(("natively", "through"))]
+    numbers = [float(cell) for row in read for cell in row[2:6] if cell != "-"]
+    assert len(numbers) > 150 and max(numbers) < RIGHT
+    made = page([Row("x", "refused", "because | so")], "5")
+    assert "| x | because \\| so |\n\n## Not examined" in made
+
+
+def test_a_worker_that_ends_without_an_answer_gives_no_row() -> None:
+    import queue
+    import time
+
+    lines: queue.Queue[str] = queue.Queue()
+    lines.put("MADE x\n")
+    lines.put("")
+    assert _next_row(lines, time.monotonic() + 5) == (None, True)
