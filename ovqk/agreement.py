@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ovqk.activations import BlockActivations
+from ovqk.block_probes import BlockActivations
 from ovqk.heads import keys, queries
 from ovqk.weights import LayerWeights, Norm, NormKind, QueryKeyNorm, Rotary, apply_norm, normalise
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ovqk.activations import CannotRunError, ModelActivations, record_activations
 from ovqk.agreement import NO_ROTATION, BlockReading, agrees, measure_norm, read_block
+from ovqk.block_probes import CannotRunError, ModelActivations, record_activations
 from ovqk.bridge_loading import boot_bridge, find_architecture, find_rotations, load_model, original, quiet
 from ovqk.bridge_loading import unused_tokenizer as unused_tokenizer
 from ovqk.bridge_mlp import read_first_mlp

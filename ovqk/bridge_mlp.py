@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ovqk.activations import BlockActivations
 from ovqk.agreement import agrees
+from ovqk.block_probes import BlockActivations
 from ovqk.vocabulary import ACTIVATIONS
 from ovqk.weights import MLPWeights, Norm, apply_norm
 

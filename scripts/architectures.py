@@ -27,7 +27,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ovqk.activations import BlockActivations, CannotRunError, Recorder, find_blocks, first_tensor, record_activations  # noqa: E402
+from ovqk.block_probes import BlockActivations, CannotRunError, Recorder, find_blocks, first_tensor, record_activations  # noqa: E402
 from ovqk.checkpoints import open_checkpoint  # noqa: E402
 from ovqk.config import ModelConfig, Source  # noqa: E402
 from ovqk.errors import UserError  # noqa: E402

@@ -59,7 +59,7 @@ def test_metrics_carry_title_formula_and_range() -> None:
 ORDER = [
     "errors", "memory", "config", "metrics", "colours", "weights", "devices", "families", "files", "shards",
     "patience", "hub", "gguf_file", "gguf_tokenizer", "gguf_settings", "llama_cpp", "checkpoints", "native",
-    "single_file", "threads", "heads", "vocabulary", "unreadable", "activations", "agreement", "bridge_loading",
+    "single_file", "threads", "heads", "vocabulary", "unreadable", "block_probes", "agreement", "bridge_loading",
     "bridge_mlp", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks", "components",
     "effective", "spelling", "rare", "directions", "readouts", "composition", "availability", "model", "claims",
     "statistics", "nulls", "surrogates",
