@@ -70,7 +70,7 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
     """
     rankings, notes = rank(tests, tests.predicted(values))
     words = _under_words(tests, rankings)
-    observe(tests, rankings)
+    p_frame = tests.frame_ps(observe(tests, rankings))
     rows: list[dict[str, object]] = []
     for role, ranking in rankings.items():
         for prediction in ranking.predictions:
@@ -79,11 +79,11 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
             named = " ".join(f"{layer}.{head}" for layer, head in ranking.partners) if composes else ""
             places = {head: place for place, head in enumerate(ranking.strongest, start=1)}
             places = {head: place for head, place in places.items() if not math.isnan(prediction.values[head])}
-            p_frame = tests.frame_p(prediction, list(places))
             for head, place in places.items():
                 row = {"role": role, "rank": place, "layer": head[0], "head": head[1]}
                 row |= {"ranked": prediction is ranking.by, "partners": named}
-                rows.append(row | _row(prediction, head, depth, p_frame[head], words, len(ranking.heads)))
+                p = p_frame[head, prediction.metric_of(head[0]), prediction.sign]
+                rows.append(row | _row(prediction, head, depth, p, words, len(ranking.heads)))
     return pd.DataFrame(rows), notes
 
 
@@ -165,14 +165,17 @@ def _under_words(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> WordValu
     return [drawn for _, drawn in tests.word_draws(heads, metrics)] if metrics else []
 
 
-def observe(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> None:
-    """Tell the tests what their surrogates of the candidates will be compared with."""
+def observe(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> list[tuple[Head, str, float]]:
+    """Tell the tests what surrogates of the candidates will be compared with; return each (head, metric, sign)."""
+    found = []
     for ranking in rankings.values():
         for prediction in ranking.predictions:
             for head in ranking.strongest:
-                value = float(prediction.values[head])
+                value, metric = float(prediction.values[head]), prediction.metric_of(head[0])
                 if not math.isnan(value):
-                    tests.observed.setdefault(head, {})[prediction.metric_of(head[0])] = value
+                    tests.observed.setdefault(head, {})[metric] = value
+                    found.append((head, metric, prediction.sign))
+    return found
 
 
 def decides(predicted: Predicted) -> bool:

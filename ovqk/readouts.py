@@ -67,7 +67,8 @@ class HeadMaps:
     """One circuit of a batch of heads, or of surrogates of one head, as readouts take it.
 
     Attributes:
-        scorer: what compares queries and keys where they are normalised; None where the map itself does.
+        scorer: what compares rows on both sides: queries and keys that are normalised, or rows between frames that
+            several heads share; None where the factors do.
     """
 
     factors: Factors
@@ -80,10 +81,12 @@ class HeadMaps:
         return self.factors.circuit
 
     @classmethod
-    def of(cls, circuit: Circuit, decomposition: Decomposition, dtype: torch.dtype) -> "HeadMaps":
+    def of(
+        cls, circuit: Circuit, decomposition: Decomposition, dtype: torch.dtype, scorer: Scorer | None = None
+    ) -> "HeadMaps":
         """The maps that a decomposition is of."""
         left, right = decomposition.balanced_left, decomposition.balanced_right
-        return cls(Factors(circuit, left.to(dtype), right.to(dtype)), decomposition)
+        return cls(Factors(circuit, left.to(dtype), right.to(dtype)), decomposition, scorer)
 
     def only(self, heads: Sequence[int]) -> "HeadMaps":
         """These heads alone, in this order; scores of normalised queries and keys are left behind."""
@@ -303,7 +306,7 @@ class Readout:
         found: dict[str, Tensor] = {}
         if maps.circuit == "ov" and W_U_rows is not None:
             if asked("ov_task_auc", "ov_task_auc_raw"):
-                logits = alignment.readout(maps.factors, rows, self.written)
+                logits = self._scores(maps, rows, self.written)
                 found["ov_task_auc"], found["ov_task_auc_raw"] = alignment.task_auc_by_source(logits)
             in_top = self.in_top(layer, maps, wanted)
             InTop.settle(list(in_top.values()))

@@ -22,7 +22,7 @@ from ovqk.config import VariableKind
 from ovqk.heads import Circuit
 from ovqk.model import Model
 from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, HeadMaps, InTop, full_circuit_ratio
-from ovqk.spectra import Decomposition
+from ovqk.spectra import Decomposition, Gram
 from ovqk.tasks import Variable, WordSet
 from ovqk.threads import CPU, each
 from ovqk.vocabulary import EXACT, blocks
@@ -67,16 +67,89 @@ def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[
     return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
 
 
-def surrogate_heads(
-    sigma: Float[Tensor, " rank"], noise: Float[Tensor, "frame d_model k"], centred: bool
-) -> Decomposition:
-    """Heads with these singular values between independent Haar frames, two of this noise for each.
+class Frames:
+    """Pairs of Haar frames, and what becomes of matrices between them: once for all heads that are put between them.
 
-    Under LayerNorm the frames are orthogonal to the all-ones direction, as the head's own are. Singular values beyond
-    the columns of the noise are dropped: zeros, where it has as many as there are dimensions left.
+    Attributes:
+        read, write: [draw, d_model, k], independent; under LayerNorm orthogonal to the all-ones direction.
     """
-    k, frames = noise.shape[-1], haar_frames(noise, centred)
-    return Decomposition(frames[::2], sigma[:k].to(frames).expand(len(noise) // 2, k), frames[1::2], k)
+
+    def __init__(self, noise: Float[Tensor, "frame d_model k"], centred: bool) -> None:
+        """Take standard Gaussian noise, two matrices for each draw."""
+        frames = haar_frames(noise, centred)
+        self.read, self.write = frames[::2], frames[1::2]
+        self._known: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+
+    def _once(self, name: str, of: Tensor, find: Callable[[], Tensor]) -> Tensor:
+        known = self._known.get((name, id(of)))
+        if known is None:  # `of` is kept with it, so that no other tensor can have its id
+            known = self._known[name, id(of)] = of, find()
+        return known[1]
+
+    def across(self, gram: Gram) -> Float[Tensor, "draw k k"]:
+        """Return write^T G read."""
+        return self._once("across", gram, lambda: self._through(self.write, gram, self.read))
+
+    def read_gram(self, gram: Gram) -> Float[Tensor, "draw k k"]:
+        """Return read^T G read."""
+        return self._once("read", gram, lambda: self._through(self.read, gram, self.read))
+
+    def write_gram(self, gram: Gram) -> Float[Tensor, "draw k k"]:
+        """Return write^T G write."""
+        return self._once("write", gram, lambda: self._through(self.write, gram, self.write))
+
+    def queried(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "draw row k"]:
+        """Return rows @ read."""
+        return self._once("queried", rows, lambda: rows @ self.read.to(rows))
+
+    def answered(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "draw row k"]:
+        """Return rows @ write."""
+        return self._once("answered", rows, lambda: rows @ self.write.to(rows))
+
+    @staticmethod
+    def _through(
+        left: Float[Tensor, "draw d_model k"], gram: Gram, right: Float[Tensor, "draw d_model k"]
+    ) -> Float[Tensor, "draw k k"]:
+        return (left.mT.to(gram.dtype) @ (gram @ right.to(gram.dtype))).double()
+
+
+@dataclass(frozen=True)
+class FramedHeads(Decomposition):
+    """Heads of the same singular values between frames, whose products with Grams are the frames' own."""
+
+    frames: Frames
+
+    def core(self, gram: Gram | None = None) -> Float[Tensor, "draw k k"]:
+        """See `Decomposition`."""
+        if gram is None:
+            return super().core()
+        root = self.sigma[0].double().sqrt()
+        return self.frames.across(gram) * root[:, None] * root
+
+    def left_gram(self, gram: Gram) -> Float[Tensor, "draw k k"]:
+        """See `Decomposition`."""
+        return self.frames.read_gram(gram)
+
+    def right_gram(self, gram: Gram) -> Float[Tensor, "draw k k"]:
+        """See `Decomposition`."""
+        return self.frames.write_gram(gram)
+
+    def scores(
+        self, query_rows: Float[Tensor, "query d_model"], key_rows: Float[Tensor, "key d_model"]
+    ) -> Float[Tensor, "draw query key"]:
+        """Return rows M rows^T."""
+        queried, answered = self.frames.queried(query_rows), self.frames.answered(key_rows)
+        return (queried * self.sigma[0].to(queried)) @ answered.mT
+
+
+def surrogate_heads(sigma: Float[Tensor, " rank"], frames: Frames) -> FramedHeads:
+    """Return heads with these singular values between frames.
+
+    Singular values beyond the columns of the frames are dropped: zeros, where these have as many as there are
+    dimensions left.
+    """
+    n, _, k = frames.read.shape
+    return FramedHeads(frames.read, sigma[:k].to(frames.read).expand(n, k), frames.write, k, frames)
 
 
 class FrameDraws:
@@ -92,9 +165,12 @@ class FrameDraws:
         seed: Sequence[int],
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Take the head's singular values, and what measures a batch of its surrogates."""
+        """Take the head's singular values, and what measures a batch of its surrogates.
+
+        Heads of one seed are put between the same frames.
+        """
         self.circuit, self.sigma, self.d_model, self.centred = circuit, sigma, d_model, centred
-        self.measure, self.dtype = measure, dtype
+        self.measure, self.dtype, self.seed = measure, dtype, tuple(seed)
         state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> np.uint64(1))
         self.generator = torch.Generator().manual_seed(state)
         self._drawn: dict[str, list[float]] = {}
@@ -115,13 +191,19 @@ class FrameDraws:
         for some in blocks(n, max(1, most)):
             yield gaussian(2 * (some.stop - some.start), self.d_model, k, self.generator)
 
-    def measured(self, noise: Float[Tensor, "frame d_model k"]) -> dict[str, list[float] | InTop]:
-        """The metrics of the surrogates that this noise makes, as numbers: many small tensors would hold memory.
+    @property
+    def shares_with(self) -> tuple[object, ...]:
+        """What is the same for heads that are put between the same frames from here on."""
+        return self.seed, self.d_model, len(self.sigma), self.centred, self.count
+
+    def measured(self, frames: Frames) -> dict[str, list[float] | InTop]:
+        """The metrics of the surrogates between these frames, as numbers: many small tensors would hold memory.
 
         What has still to be ranked in the rest of the vocabulary stays open until `close`.
         """
-        surrogates = surrogate_heads(self.sigma, noise.to(self.sigma.device), self.centred)
-        found = self.measure(HeadMaps.of(self.circuit, surrogates, self.dtype))
+        surrogates = surrogate_heads(self.sigma, frames)
+        scorer = surrogates.scores if self.dtype == torch.float32 else None
+        found = self.measure(HeadMaps.of(self.circuit, surrogates, self.dtype, scorer))
         return {
             name: values if isinstance(values, InTop) else values.double().tolist() for name, values in found.items()
         }
@@ -161,16 +243,25 @@ class FrameDraws:
 def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDArray[np.float64]]]:
     """The first draws of several heads (see `FrameDraws.first`), side by side in threads.
 
-    Noise is made here, one head after the other; threads measure what it makes; the numbers are kept here, in order.
+    Noise is made here, for one set of heads that share their frames after the other; threads measure what it makes; the
+    numbers are kept here, in order.
     """
+    together: dict[tuple[object, ...], list[FrameDraws]] = {}
+    for own in draws:
+        together.setdefault(own.shares_with, []).append(own)
 
-    def measured(part: tuple[FrameDraws, Tensor]) -> tuple[FrameDraws, dict[str, list[float] | InTop]]:
-        own, noise = part
-        return own, own.measured(noise)
+    def measured(part: tuple[list[FrameDraws], Tensor]) -> list[tuple[FrameDraws, dict[str, list[float] | InTop]]]:
+        heads, noise = part
+        frames = Frames(noise.to(heads[0].sigma.device), heads[0].centred)
+        return [(own, own.measured(frames)) for own in heads]
 
-    missing = ((own, noise) for own in draws for noise in own.missing(count))
-    for own, values in each(measured, missing, draws[0].sigma.device if draws else CPU):
-        own.keep(values)
+    missing = ((heads, noise) for heads in together.values() for noise in heads[0].missing(count))
+    for found in each(measured, missing, draws[0].sigma.device if draws else CPU):
+        for own, values in found:
+            own.keep(values)
+    for heads in together.values():  # who goes on alone goes on from here
+        for own in heads[1:]:
+            own.generator.set_state(heads[0].generator.get_state())
     InTop.settle([ranked for own in draws for ranked in own.open])
     for own in draws:
         own.close()

@@ -241,22 +241,24 @@ class ClaimTests:
                 break
         return rows
 
-    def frame_p(self, predicted: Predicted, heads: Sequence[Head]) -> dict[Head, float]:
-        """Return p under `frame` of each of these heads whose value is in `observed`, nan without such a null.
+    def frame_ps(self, asked: Iterable[tuple[Head, str, float]]) -> dict[tuple[Head, str, float], float]:
+        """Return p under `frame` of candidates, (head, metric, sign of the prediction) -> p; nan without such a null.
 
-        Draws are made until p has met its 20 exceedances: it is counted no further (see `monte_carlo`).
+        Their values are in `observed`. Draws are made until every p of a head has met its 20 exceedances: none is
+        counted further (see `monte_carlo`).
         """
-        found = dict.fromkeys(heads, math.nan)
-        names = {head: predicted.metric_of(head[0]) for head in heads}
-        going = [head for head in heads if self.can_frame(names[head])]
+        found = dict.fromkeys(asked, math.nan)
+        going = [one for one in found if self.can_frame(one[1])]
         for count in stages(self.model.config.nulls.draws):
-            drawn = first_of_each([self.frame(head, names[head]) for head in going], count)
-            for head, values in zip(list(going), drawn, strict=True):
-                observed = predicted.sign * float(predicted.values[head])
-                test = monte_carlo(observed, predicted.sign * values[names[head]][:count])
-                found[head] = test.p
+            draws = list(dict.fromkeys(self.frame(head, metric) for head, metric, _ in going))
+            drawn = dict(zip(draws, first_of_each(draws, count), strict=True))
+            for one in list(going):
+                head, metric, sign = one
+                values = drawn[self.frame(head, metric)][metric]
+                test = monte_carlo(sign * self.observed[head][metric], sign * values[:count])
+                found[one] = test.p
                 if test.p_stopped:
-                    going.remove(head)
+                    going.remove(one)
         return found
 
     def can_frame(self, metric: str) -> bool:
@@ -271,8 +273,9 @@ class ClaimTests:
         if (head, form) not in self.frames:
             facts = self.model.architecture
             circuit, folded, offsets = form
-            # Heads that share keys and values share their frames: as dependent in the null as they can be.
-            kv_head = int(facts.kv_of_head[index])
+            # Heads that share keys and values share their frames: as dependent in the null as they can be. So do all
+            # candidates, of which none is judged together with another.
+            place = () if head in self.observed else (layer, int(facts.kv_of_head[index]))
             wanted = {name for name in self._asked(head) if self.forms.get((name, layer)) == form}
             self.frames[head, form] = FrameDraws(
                 circuit,
@@ -280,7 +283,7 @@ class ClaimTests:
                 facts.d_model,
                 folded and facts.norm == "layernorm",
                 surrogate_metrics(self.model, layer, wanted, self.observed.get(head, {})),
-                (self.model.config.seed, layer, kv_head, int(circuit == "ov"), int(folded), len(offsets)),
+                (self.model.config.seed, *place, int(circuit == "ov"), int(folded), len(offsets)),
             )
         return self.frames[head, form]
 

@@ -215,10 +215,13 @@ class Oracle:
         r = int((shares < 0.9).sum()) + 1 if like is None else self.span(rows, like)[1]
         return projector(Vh[:r]), r
 
-    def frames(self, head: tuple[int, int], circuit: str, n: int, seed: int = 0) -> list[torch.Tensor]:
-        """Surrogates of a head, one at a time: its singular values between two frames orthogonal to all-ones."""
+    def frames(self, head: tuple[int, int], circuit: str, n: int, claimed: bool = True) -> list[torch.Tensor]:
+        """Surrogates of a head, one at a time: its singular values between two frames orthogonal to all-ones.
+
+        A claimed head has frames of its own; all candidates share theirs.
+        """
         sigma = torch.linalg.svdvals(self.map(head, circuit))[:D_HEAD]
-        key = [seed, *head, int(circuit == "ov"), 1, 1]
+        key = [0, *(head if claimed else ()), int(circuit == "ov"), 1, 1]
         state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
         generator = torch.Generator().manual_seed(state)
         made = []

@@ -195,22 +195,20 @@ def test_a_bound_for_a_ratio_lies_on_the_ratios_side_of_what_was_observed(monkey
 def test_candidates_have_the_p_of_all_their_draws(monkeypatch) -> None:
     """Drawn until the p is counted no further, by bounds where these tell: as with every draw made and exact."""
     drawn: dict[tuple[int, int], int] = {}
-    original = ClaimTests.frame_p
+    original = ClaimTests.frame_ps
 
-    def frame_p(self, predicted, heads):
-        found = original(self, predicted, heads)
-        for head in heads:
-            name = predicted.metric_of(head[0])
+    def frame_ps(self, asked):
+        found = original(self, asked)
+        for (head, name, sign), p in found.items():
             if self.can_frame(name):
                 fresh = ClaimTests(self.model, self.claims, sigma=self.sigma, forms=self.forms)
-                fresh.observed = {}
+                fresh.observed = {head: {name: math.nan}}  # on no side of which a bound can tell
                 values = fresh.frame(head, name).first(DRAWS)[name]
-                wanted = monte_carlo(predicted.sign * predicted.values[head], predicted.sign * values).p
-                assert found[head] == wanted, (head, name)
+                assert p == monte_carlo(sign * self.observed[head][name], sign * values).p, (head, name)
                 drawn[head] = self.frame(head, name).count
         return found
 
-    monkeypatch.setattr(ClaimTests, "frame_p", frame_p)
+    monkeypatch.setattr(ClaimTests, "frame_ps", frame_ps)
     table = run(Random(), task(), "model.claims=null").tables["candidates"]
     assert table["p_frame"].notna().sum() > 20
     assert min(drawn.values()) < DRAWS == max(drawn.values())

@@ -12,7 +12,16 @@ from conftest import BUNDLED, compose, local
 from ovqk import surrogates
 from ovqk.checkpoints import open_checkpoint
 from ovqk.config import VariableKind
-from ovqk.surrogates import FrameDraws, draw_words, first_of_each, gaussian, haar_frames, subsamples, surrogate_heads
+from ovqk.surrogates import (
+    FrameDraws,
+    Frames,
+    draw_words,
+    first_of_each,
+    gaussian,
+    haar_frames,
+    subsamples,
+    surrogate_heads,
+)
 from ovqk.tasks import RANK_WINDOW, Variable, WordSet, load_tokenizer, resolve_task, surface_form
 
 FRAMES = [
@@ -99,7 +108,7 @@ def test_a_frame_by_cholesky_is_distributed_as_the_first_columns_of_one_by_qr() 
 def test_a_surrogate_head_has_the_singular_values_of_its_head_and_nothing_else_of_it(d, sigma, centred) -> None:
     values = torch.tensor(sigma, dtype=torch.float64)
     kept = min(len(sigma), d - centred)
-    made = surrogate_heads(values, gaussian(400, d, kept, generator()), centred)
+    made = surrogate_heads(values, Frames(gaussian(400, d, kept, generator()), centred))
     assert torch.equal(made.sigma, values[:kept].to(made.sigma).expand(200, kept)) and made.rank == kept
     maps = (made.read * made.sigma[:, None, :] @ made.write.mT).double()
     wanted = torch.cat([values, torch.zeros(d - len(sigma), dtype=torch.float64)]).expand(200, d)
