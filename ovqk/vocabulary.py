@@ -258,7 +258,8 @@ class Block0:
         x = normalise(W_E if self.architecture.parallel else stream, kind, eps)
         hidden = ACTIVATIONS[self.mlp.activation](x @ self.mlp.W_in + self.mlp.b_in)
         if self.mlp.W_linear is not None:
-            hidden = hidden * (x @ self.mlp.W_linear)
+            linear = x @ self.mlp.W_linear
+            hidden = hidden * (linear if self.mlp.b_linear is None else linear + self.mlp.b_linear)
         return stream + apply_norm(self.mlp.post_norm, hidden @ self.mlp.W_out + self.mlp.b_out, eps)
 
     def grams(

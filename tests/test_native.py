@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from ovqk.bridge import BridgeWeights
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError
-from ovqk.families import FAMILIES
+from ovqk.families import FAMILIES, family_of
 from ovqk.heads import keys, qk_factors, queries
 from ovqk.sources import open_weights
 from ovqk.vocabulary import Block0
-from ovqk.weights import fold_embeddings, fold_layer, fold_mlp, fold_reads, normalise
+from ovqk.weights import apply_norm, fold_embeddings, fold_layer, fold_mlp, fold_reads, normalise
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 
@@ -43,8 +43,9 @@ def run_recorded(directory):
         return (pattern @ repeat_kv(value, groups)).transpose(1, 2).contiguous(), pattern
 
     AttentionInterface.register("probe", probe)
-    own_method = json.loads((directory / "config.json").read_text())["model_type"] in ("gptj", "gpt_neo")
-    implementation = "eager" if own_method else "probe"
+    kind = json.loads((directory / "config.json").read_text())["model_type"]
+    own_method = kind in ("gptj", "gpt_neo")
+    implementation = "eager" if own_method or kind == "falcon" else "probe"
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation=implementation).eval()
     if own_method:
         for module in model.modules():
@@ -56,8 +57,23 @@ def run_recorded(directory):
                     return own(query, key, value, attention_mask)
 
                 module._attn = method
+    if kind == "falcon":  # whose attention is a method without parts: queries and keys are taken where they are rotated
+        from transformers.models.falcon import modeling_falcon
+
+        rotate = modeling_falcon.apply_rotary_pos_emb
+
+        def method(*arguments):
+            query, key = rotate(*arguments)
+            scores.append((query @ key.mT / query.shape[-1] ** 0.5)[0])
+            return query, key
+
+        modeling_falcon.apply_rotary_pos_emb = method
     tokens = torch.randint(0, model.config.get_text_config().vocab_size, (1, LENGTH))
-    streams = model(tokens, output_hidden_states=True).hidden_states
+    try:
+        streams = model(tokens, output_hidden_states=True).hidden_states
+    finally:
+        if kind == "falcon":
+            modeling_falcon.apply_rotary_pos_emb = rotate
     return tokens[0], [stream[0] for stream in streams], scores
 
 
@@ -84,8 +100,11 @@ def test_the_bilinear_form_reproduces_the_models_own_scores(tiny, kind) -> None:
             assert (mine - own).abs().max() < 1e-4 * max(1.0, own.abs().max().item()), (layer, D)
 
 
+DENSE = [kind for kind in KINDS if "experts" not in str(KINDS[kind]) or kind == "qwen2_moe-dense_first"]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [*KINDS, "mini-attn"])
+@pytest.mark.parametrize("kind", [*DENSE, "mini-attn"])
 def test_block0_is_the_stream_of_a_lone_token_after_the_first_block(tiny, kind, tmp_path) -> None:
     """A token alone attends to itself; without positions and what the definition leaves out: b_V (with what the norm's
     bias adds to it when folded) and b_O."""
@@ -98,8 +117,13 @@ def test_block0_is_the_stream_of_a_lone_token_after_the_first_block(tiny, kind, 
         "input_layernorm.bias",
         "v_proj.bias",
         "out_proj.bias",
+        "o_proj.bias",
         "attention.dense.bias",
         "self_attn.dense.bias",
+        "self_attn_layer_norm.bias",
+        "embed_positions.weight",
+        "ln_attn.bias",
+        "self_attention.dense.bias",
     )
     for name, parameter in model.named_parameters():
         if name.endswith((*left_out, "attn.c_proj.bias")):
@@ -107,7 +131,8 @@ def test_block0_is_the_stream_of_a_lone_token_after_the_first_block(tiny, kind, 
         elif name.endswith("c_attn.bias"):
             parameter.view(3, -1)[2] = 0
         elif name.endswith("query_key_value.bias"):
-            parameter.view(4, 3, -1)[:, 2] = 0
+            heads = {"falcon-grouped": 2}.get(kind, 4)  # of keys and values
+            parameter.view(heads, -1, model.config.hidden_size // 4)[:, -1] = 0
     model.eval().save_pretrained(tmp_path)
     source = opened(tmp_path)
     facts, raw = source.architecture, source.embeddings()
@@ -142,6 +167,74 @@ def test_the_unembedding_reads_the_final_norm(tiny, kind) -> None:
     mine = normalise(kept[0][0], final, facts.norm_eps) @ folded.W_U
     difference = mine - logits
     assert (difference - difference.mean(0)).abs().max() < 1e-4 * logits.abs().max()  # but for a bias of the tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*KINDS, "mini-attn"])
+def test_a_head_writes_what_the_model_writes(tiny, kind) -> None:
+    """Of a token alone in its text each head writes v W_O, with what stands behind W_O, into the stream."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    def values(module, query, key, value, *_, **__):  # a lone token's attention, without a sink
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
+
+    directory = BUNDLED if kind == "mini-attn" else tiny(kind)
+    source = opened(directory)
+    facts, family, tensors = source.architecture, source.family, load_file(directory / "model.safetensors")
+    AttentionInterface.register("values", values)
+    implementation = "eager" if kind.split("-")[0] in ("gptj", "gpt_neo", "falcon") else "values"
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation=implementation, experts_implementation="eager"
+    )
+    model = model.eval().double()
+    modules, kept = dict(model.named_modules()), {}
+
+    def keep(name):
+        def hook(module, arguments):
+            kept[name] = arguments[0].reshape(40, -1)
+
+        modules[name].register_forward_pre_hook(hook)
+
+    after_attention = {
+        "gpt2": "h.{layer}.ln_2", "gpt_neo": "h.{layer}.ln_2", "opt": "layers.{layer}.final_layer_norm",
+        "gpt_neox-sequential": "layers.{layer}.post_attention_layernorm", "gemma2": "layers.{layer}.mlp",
+        "olmo2": "layers.{layer}.mlp", "olmo3": "layers.{layer}.mlp", "exaone4": "layers.{layer}.mlp",
+    }  # fmt: skip
+    norms = kind.split("-")[0] in ("gemma2", "gemma3_text")
+    reader = after_attention.get(
+        kind, after_attention.get(kind.split("-")[0], "layers.{layer}.post_attention_layernorm")
+    )
+    reader = "layers.{layer}.pre_feedforward_layernorm" if norms else reader
+    for layer in range(facts.n_layers):
+        keep(source._name("output", layer).removesuffix(".weight"))
+        if not facts.parallel and kind != "mini-attn":
+            keep(source.prefix + reader.format(layer=layer))
+    streams = model(torch.arange(40)[:, None], output_hidden_states=True).hidden_states
+    for layer in range(facts.n_layers):
+        weights = source.layer(layer)
+        stream, z = streams[layer][:, 0], kept[source._name("output", layer).removesuffix(".weight")]
+        x = apply_norm(weights.norm, stream, facts.norm_eps)
+        own = z.unflatten(-1, (facts.n_heads, facts.d_head))
+        v = torch.einsum("td,hdk->thk", x, weights.W_V.double()) + weights.b_V
+        assert close(v[:, facts.kv_of_head], own), layer
+        bias = tensors.get(source._name("output", layer, "bias"), torch.zeros(facts.d_model)).double()
+        raw = tensors[source._name("output", layer)].double()
+        output = own.flatten(1) @ (raw if family.linear == "in_out" else raw.T) + bias
+        residual = model.config.residual_multiplier if kind == "granite" else 1.0
+        heads = torch.einsum("thk,hkd->td", own, weights.W_O.double())
+        assert close(heads, residual * (output - bias)), layer
+        if not facts.parallel and kind != "mini-attn":
+            written = apply_norm(weights.post_norm, heads + residual * bias, facts.norm_eps)
+            assert close(stream + written, kept[source.prefix + reader.format(layer=layer)]), layer
+
+
+def close(mine, own) -> bool:
+    return bool((mine - own).abs().max() < 1e-5 * own.abs().max())
+
+
+def test_a_mixture_of_experts_gives_its_reason(tiny) -> None:
+    for kind in set(KINDS) - set(DENSE):
+        assert opened(tiny(kind)).first_mlp() == "block 0 is a mixture of experts"
 
 
 def test_neox_queries_keys_and_values_are_interleaved_head_by_head(tiny) -> None:
@@ -285,5 +378,5 @@ def test_the_bridge_reads_the_same_weights(tiny, kind) -> None:
 
 
 def test_every_row_of_the_table_is_tried() -> None:
-    tried = {FAMILIES[kind.split("-")[0]].name for kind in KINDS}
+    tried = {FAMILIES[kind.split("-")[0]].name for kind in KINDS} | {FAMILIES[kind].name for kind in BESIDE_PICTURES}
     assert tried == {family.name for family in FAMILIES.values()}
