@@ -76,7 +76,7 @@ class Checkpoint:
             told = f"{n} tensors are missing from the checkpoint, the first of them '{name}'."
         if quantised := self._quantised():
             return UserError(f"{self.label}: {told}{quantised} Give a checkpoint that is not quantised.")
-        return UserError(f"{self.label}: {told} ovqk fills nothing in. {self._holds()}")
+        return UserError(f"{self.label}: {told} ovqk fills nothing in. {self._holds(name)}")
 
     def _quantised(self) -> str:
         """How the checkpoint is quantised, as a sentence; empty where nothing says that it is."""
@@ -117,9 +117,10 @@ class Checkpoint:
         check_finite(self.label, name, tensor)
         return tensor
 
-    def _holds(self) -> str:
-        names = sorted(self.files)
-        return f"It holds {len(names)} tensors, the first of them: {', '.join(names[:3])}."
+    def _holds(self, name: str) -> str:
+        parts = set(name.split("."))
+        near = sorted(self.files, key=lambda other: (-len(parts & {*other.split(".")}), len(other), other))
+        return f"It holds {len(self.files)} tensors; those nearest by name: {', '.join(near[:3])}."
 
 
 def check_finite(label: str, name: str, tensor: Tensor) -> None:

@@ -71,13 +71,17 @@ def read_rotations(
     if family.positions != "rotary":
         return {}, []
     label, d_head = checkpoint.label, architecture.d_head
+    names = ["default"]
     rotations: dict[str | None, Rotary]
     try:
         if "rotary_dim" in family.keys:  # GPT-J
             dim = getattr(full, family.keys["rotary_dim"][0]) or architecture.d_model
-            rotations, names = {None: Rotary(_inverse_frequencies(10000.0, dim), family.interleaved)}, ["default"]
+            rotations = {None: Rotary(_inverse_frequencies(10000.0, dim), family.interleaved)}
+        elif full is None and (theta := _plain_theta(checkpoint.config, family)) is not None:
+            rotations = {None: Rotary(_inverse_frequencies(theta, d_head), family.interleaved)}
         else:
-            rotations, names = _read(checkpoint, family, d_head, full)
+            full = full or _asked(checkpoint.config)
+            rotations, names = _read(label, family, d_head, full)
     except UNREADABLE as error:
         raise UserError(f"{label}: the rotary settings of config.json cannot be read ({error}).") from error
     for rotary in rotations.values():
@@ -97,15 +101,15 @@ def read_rotations(
     return rotations, notes + _ignored(checkpoint, family, d_head)
 
 
-def _read(checkpoint: Checkpoint, family: Family, d_head: int, full: Any) -> tuple[dict[str | None, Rotary], list[str]]:
-    """The rotations and the names of their scalings."""
-    if full is None:
-        theta = _plain_theta(checkpoint.config, family)
-        if theta is not None:
-            return {None: Rotary(_inverse_frequencies(theta, d_head), family.interleaved)}, ["default"]
-        from transformers import AutoConfig
+def _asked(config: Mapping[str, Any]) -> Any:
+    """A config as transformers completes it."""
+    from transformers import AutoConfig
 
-        full = AutoConfig.for_model(**checkpoint.config)
+    return AutoConfig.for_model(**config)
+
+
+def _read(label: str, family: Family, d_head: int, full: Any) -> tuple[dict[str | None, Rotary], list[str]]:
+    """The rotations and the names of their scalings."""
     parameters = full.rope_parameters
     nested = {kind: inner for kind, inner in parameters.items() if inner is None or isinstance(inner, Mapping)}
     kinds: dict[str | None, Any] = {**nested} if any(nested.values()) else {None: parameters}
@@ -116,7 +120,7 @@ def _read(checkpoint: Checkpoint, family: Family, d_head: int, full: Any) -> tup
             rotations[kind] = no_rotation()
             continue
         names.append(inner.get("rope_type", "default"))
-        rotations[kind] = _rotary(checkpoint.label, family, d_head, full, kind, inner)
+        rotations[kind] = _rotary(label, family, d_head, full, kind, inner)
     return rotations, names
 
 

@@ -57,7 +57,8 @@ def test_metrics_carry_title_formula_and_range() -> None:
 
 # fmt: off
 ORDER = [
-    "errors", "config", "metrics", "colours", "weights", "devices", "family", "llamas", "families", "files", "shards", "patience", "hub",
+    "errors", "config", "metrics", "colours", "weights", "devices", "family", "llamas", "families",
+    "files", "shards", "patience", "hub",
     "checkpoints", "rotations", "native", "single_file",
     "threads", "heads", "vocabulary", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
     "directions", "readouts", "composition", "availability", "model", "claims", "statistics", "nulls", "surrogates",
