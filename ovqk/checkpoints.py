@@ -89,23 +89,23 @@ class Checkpoint:
         found = next((part for part in QUANTISED if part in parts), None)
         return f" The checkpoint is quantised ({QUANTISED[found]}): it holds '{parts[found]}'." if found else ""
 
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor, 16-bit floats upcast to float32 first.
+    def tensor(self, name: str, checked: bool = True) -> Tensor:
+        """Read one tensor, 16-bit floats upcast to float32 first; with `checked`, refuse NaN and infinity.
 
         Raises:
             UserError: the checkpoint does not hold it, or the file is damaged.
         """
-        return self._read(name, lambda file: file.get_tensor(name))
+        return self._read(name, lambda file: file.get_tensor(name), checked)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int, checked: bool = True) -> Tensor:
         """Read the rows start .. stop - 1 of one matrix, as `tensor` does.
 
         Raises:
             UserError: the checkpoint does not hold it, or the file is damaged.
         """
-        return self._read(name, lambda file: file.get_slice(name)[start:stop])
+        return self._read(name, lambda file: file.get_slice(name)[start:stop], checked)
 
-    def _read(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
+    def _read(self, name: str, read: Callable[[Any], Tensor], checked: bool = True) -> Tensor:
         """What is read of an open file, as float32 and apart from it: mapped pages go with the file."""
         if name not in self:
             raise self.missing(name)
@@ -114,7 +114,8 @@ class Checkpoint:
                 tensor = read(file).to(torch.float32, copy=True)
         except (SafetensorError, OSError) as error:
             raise UserError(_damaged(self.files[name], error)) from error
-        check_finite(self.label, name, tensor)
+        if checked:
+            check_finite(self.label, name, tensor)
         return tensor
 
     def _holds(self, name: str) -> str:

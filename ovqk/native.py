@@ -214,7 +214,9 @@ class NativeWeights:
         if embedding != head:
             return True
         blocks = range(0, head[0], ROWS)
-        return any(not torch.equal(*(self.checkpoint.rows(name, n, n + ROWS) for name in names)) for n in blocks)
+        return any(
+            not torch.equal(*(self.checkpoint.rows(name, n, n + ROWS, checked=False) for name in names)) for n in blocks
+        )
 
     def _notes(self) -> list[str]:
         notes = [*self.family.notes]
@@ -319,7 +321,10 @@ class NativeWeights:
         return self.checkpoint.tensor(name) if name in self.checkpoint else None
 
     def _rows(self, name: str) -> Rows | None:
-        """An embedding: read at once where it is small, else left in the checkpoint; None where there is none."""
+        """An embedding: read at once where it is small, else left in the checkpoint; None where there is none.
+
+        Its rows are checked for NaN where they are read as those of tokens: `read_vocabulary` checks a small one.
+        """
         if name not in self.checkpoint:
             return None
         shape = self.checkpoint.shapes[name]
@@ -329,7 +334,7 @@ class NativeWeights:
                 f"[tokens, {self.architecture.d_model}]."
             )
         if math.prod(shape) <= SMALL:
-            return self.checkpoint.tensor(name)
+            return self.checkpoint.tensor(name, checked=False)
         return StoredRows(partial(self.checkpoint.rows, name), (shape[0], shape[1]))
 
     def _linear(self, part: str, layer: int) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:

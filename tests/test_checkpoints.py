@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.sources import open_weights
+from ovqk.vocabulary import read_vocabulary
+from ovqk.weights import fold_embeddings
 
 
 def opened(path: Path, **keys):
@@ -131,6 +133,26 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value) -> None:
     source.layer(0)
     with pytest.raises(UserError, match=f"'{name}' holds NaN or infinity"):
         source.layer(1)
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_rows_of_no_token_may_hold_anything_and_those_of_tokens_may_not(tmp_path, monkeypatch, name, small) -> None:
+    """Of an embedding that is read at once as of one that stays in the checkpoint."""
+    from ovqk import native
+
+    def spoil(tensors) -> None:
+        tensors[name][35] = float("nan")
+
+    if not small:
+        monkeypatch.setattr(native, "SMALL", 0)
+    make_llama(tmp_path / "m")
+    source = opened(rewrite(tmp_path / "m", spoil))
+    folded = fold_embeddings(source.embeddings(), source.architecture)
+    vocabulary = read_vocabulary(folded, 35)
+    assert vocabulary.gram_embed.isfinite().all() and vocabulary.gram_unembed.isfinite().all()
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        read_vocabulary(folded, 36).gram_cross  # noqa: B018 (computed when asked for)
 
 
 @pytest.mark.parametrize("name", ["transformer.h.1.attn.c_proj.weight", "transformer.wte.weight"])

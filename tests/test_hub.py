@@ -1,8 +1,8 @@
 """Models of the hub, from a hub on loopback: what is fetched and what is not, and what happens when it fails."""
 
 import json
-import re
 import os
+import re
 import shutil
 import signal
 import subprocess
