@@ -65,7 +65,7 @@ class Checkpoint:
         if name in self.unread:  # a tensor that is asked for and cannot be read is no missing one
             raise UserError(
                 f"{self.label}: tensor '{name}' is stored as {self.unread[name]}; allowed: "
-                f"{', '.join(FLOATING)}.{self._quantised()} Give a checkpoint that is not quantised."
+                f"{', '.join(FLOATING)}.{self.quantised()} Give a checkpoint that is not quantised."
             )
         return name in self.files
 
@@ -74,11 +74,11 @@ class Checkpoint:
         told = f"tensor '{name}' is missing from the checkpoint."
         if n is not None:
             told = f"{n} tensors are missing from the checkpoint, the first of them '{name}'."
-        if quantised := self._quantised():
+        if quantised := self.quantised():
             return UserError(f"{self.label}: {told}{quantised} Give a checkpoint that is not quantised.")
         return UserError(f"{self.label}: {told} ovqk fills nothing in. {self._holds(name)}")
 
-    def _quantised(self) -> str:
+    def quantised(self) -> str:
         """How the checkpoint is quantised, as a sentence; empty where nothing says that it is."""
         for config in (self.config, self.config.get("text_config")):
             settings = config.get("quantization_config") if isinstance(config, dict) else None

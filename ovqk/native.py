@@ -227,6 +227,10 @@ class NativeWeights:
                 f"config.json says that the unembedding is the embedding, but '{self._unembedding()}' is stored with "
                 "other values: read as it is stored, as transformers does"
             )
+        keys = (self.family.embedding_multiplier, self.family.residual_multiplier)
+        factors = [f"{key}={self._multiplier(key):g}" for key in keys if self._multiplier(key) != 1]
+        if factors:
+            notes.append(f"in embeddings and in what heads and MLPs write, raw or folded: {', '.join(factors)}")
         if self.architecture.qk_norm:
             notes.append(
                 "queries and keys are normalised: QK spectra are of the weights with the norms' gains, "

@@ -31,6 +31,8 @@ def _open(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
     family = family_of(checkpoint.config)
     if family is not None:
         return NativeWeights(checkpoint, family)
+    if quantised := checkpoint.quantised():
+        raise UserError(f"{checkpoint.label}:{quantised} Give a checkpoint that is not quantised.")
     from ovqk.bridge import BridgeWeights  # 8 seconds of imports, and only here
 
     with torch.no_grad():

@@ -94,6 +94,9 @@ def same_weights(checkpoint: Checkpoint, config: ModelConfig, other: Path) -> bo
     pairs += [(ours.embeddings(), theirs.embeddings()), (ours.first_mlp(), theirs.first_mlp())]
     for mine, yours in pairs:
         assert type(mine) is type(yours)
+        if isinstance(yours, str):  # why block 0 has no MLP that is read
+            assert mine == yours
+            continue
         for name, value in vars(yours).items():
             found = getattr(mine, name)
             if torch.is_tensor(value) and not torch.equal(found, value):

@@ -482,6 +482,18 @@ def test_an_attention_sink_is_told_of(tiny) -> None:
     assert any("attention sink" in note for note in opened(tiny("gpt_oss")).notes)
 
 
+def test_multipliers_are_told_of(tiny) -> None:
+    told = "raw or folded: embedding_multiplier=3, residual_multiplier=0.22"
+    assert any(told in note for note in opened(tiny("granite")).notes)
+    assert opened(tiny("granite")).architecture.attention_scale == 0.3
+
+
+@pytest.mark.parametrize("value", [0, None, "big", float("nan"), True])
+def test_a_multiplier_that_is_no_number_is_named(tiny, tmp_path, value) -> None:
+    with pytest.raises(UserError, match=r"config\.json.*residual_multiplier"):
+        opened(edited(tiny, "granite", tmp_path / "m", residual_multiplier=value)).layer(0)
+
+
 def test_a_window_that_the_model_type_does_not_read_is_none(tiny, tmp_path) -> None:
     assert opened(edited(tiny, "llama", tmp_path / "llama", sliding_window=4)).layer(0).sliding_window is None
 
