@@ -63,9 +63,10 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         if name in self.unread:  # a tensor that is asked for and cannot be read is no missing one
+            how = self.quantised() or self._quantised_by_names()
             raise UserError(
-                f"{self.label}: tensor '{name}' is stored as {self.unread[name]}; allowed: "
-                f"{', '.join(FLOATING)}.{self.quantised()} Give a checkpoint that is not quantised."
+                f"{self.label}: tensor '{name}' is stored as {self.unread[name]}; allowed: {', '.join(FLOATING)}.{how} "
+                "Give a checkpoint that is not quantised."
             )
         return name in self.files
 
@@ -74,17 +75,21 @@ class Checkpoint:
         told = f"tensor '{name}' is missing from the checkpoint."
         if n is not None:
             told = f"{n} tensors are missing from the checkpoint, the first of them '{name}'."
-        if quantised := self.quantised():
+        if quantised := self.quantised() or self._quantised_by_names():
             return UserError(f"{self.label}: {told}{quantised} Give a checkpoint that is not quantised.")
         return UserError(f"{self.label}: {told} ovqk fills nothing in. {self._holds(name)}")
 
     def quantised(self) -> str:
-        """How the checkpoint is quantised, as a sentence; empty where nothing says that it is."""
+        """By which method config.json says that the checkpoint is quantised, as a sentence; empty where it does not."""
         for config in (self.config, self.config.get("text_config")):
             settings = config.get("quantization_config") if isinstance(config, dict) else None
             if isinstance(settings, dict) and settings.get("quant_method"):
                 method = settings["quant_method"]
                 return f" The checkpoint is quantised: {CONFIG} gives quantization_config.quant_method={method}."
+        return ""
+
+    def _quantised_by_names(self) -> str:
+        """The same, from what the parts of tensors are called: for an error, as other tensors may be called so too."""
         parts = {name.rpartition(".")[2]: name for name in (*self.files, *self.unread)}
         found = next((part for part in QUANTISED if part in parts), None)
         return f" The checkpoint is quantised ({QUANTISED[found]}): it holds '{parts[found]}'." if found else ""

@@ -224,8 +224,8 @@ class NativeWeights:
             notes.append(f"the names of the tensors begin with '{self.wrapper}', which was taken off")
         if self.config.get("tie_word_embeddings", self.family.tied_by_default) and not self.architecture.tied:
             notes.append(
-                f"config.json says that the unembedding is the embedding, but '{self._unembedding()}' is stored with "
-                "other values: read as it is stored, as transformers does"
+                f"config.json, or its model type's default, ties the unembedding to the embedding, but "
+                f"'{self._unembedding()}' is stored with other values: read as it is stored, as transformers does"
             )
         keys = (self.family.embedding_multiplier, self.family.residual_multiplier)
         factors = [f"{key}={self._multiplier(key):g}" for key in keys if self._multiplier(key) != 1]

@@ -299,6 +299,17 @@ def test_a_quantised_checkpoint_is_called_so(tmp_path, method, said) -> None:
         opened(directory)
 
 
+def test_a_quantised_checkpoint_does_not_reach_the_bridge(tmp_path) -> None:
+    directory = copy(tmp_path)
+    keys = {"model_type": "bloom", "quantization_config": {"quant_method": "bitsandbytes"}}
+    config = json.loads((directory / "config.json").read_text()) | keys
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"quantised: config\.json gives quantization_config\.quant_method=bitsandbytes"
+    ):
+        opened(directory)
+
+
 def test_a_missing_tensor_is_told_with_the_names_nearest_to_it(tmp_path) -> None:
     def unmerged(tensors) -> None:
         for name in [name for name in tensors if "q_proj" in name]:
