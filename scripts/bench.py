@@ -81,6 +81,12 @@ def make_checkpoint(shape: Shape, folder: Path) -> None:
     def normal(*size: int) -> torch.Tensor:
         return (0.02 * torch.randn(size, generator=generator)).to(shape.dtype)
 
+    weight_map: dict[str, str] = {}
+
+    def save(tensors: dict[str, torch.Tensor], file: str) -> None:
+        save_file(tensors, folder / file)
+        weight_map.update(dict.fromkeys(tensors, file))
+
     d, width = shape.d_model, shape.width
     for layer in range(shape.n_layers):
         if shape.family == "gpt2":
@@ -96,19 +102,22 @@ def make_checkpoint(shape: Shape, folder: Path) -> None:
             at = f"model.layers.{layer}."
             tensors = {f"{at}self_attn.{name}_proj.weight": normal(width, d) for name in "qkv"}
             tensors |= {f"{at}self_attn.o_proj.weight": normal(d, width), f"{at}input_layernorm.weight": 1 + normal(d)}
-        save_file(tensors, folder / f"layer-{layer:03d}.safetensors")
+        save(tensors, f"layer-{layer:03d}.safetensors")
     if shape.family == "gpt2":
         rest = {"transformer.wte.weight": normal(shape.n_vocab, d), "transformer.wpe.weight": normal(1024, d)}
         rest |= {"transformer.ln_f.weight": 1 + normal(d), "transformer.ln_f.bias": normal(d)}
         config = {"model_type": "gpt2", "n_layer": shape.n_layers, "n_head": shape.n_heads, "n_embd": d}
-        config |= {"n_positions": 1024, "vocab_size": shape.n_vocab}
+        config |= {"n_positions": 1024, "vocab_size": shape.n_vocab, "layer_norm_epsilon": 1e-5}
+        config["activation_function"] = "gelu_new"
     else:
         rest = {"model.embed_tokens.weight": normal(shape.n_vocab, d), "lm_head.weight": normal(shape.n_vocab, d)}
         rest |= {"model.norm.weight": 1 + normal(d)}
         config = {"model_type": "llama", "num_hidden_layers": shape.n_layers, "num_attention_heads": shape.n_heads}
         config |= {"num_key_value_heads": shape.n_heads, "hidden_size": d, "max_position_embeddings": 4096}
-        config |= {"vocab_size": shape.n_vocab, "tie_word_embeddings": False}
-    save_file(rest, folder / "embeddings.safetensors")
+        config |= {"vocab_size": shape.n_vocab, "tie_word_embeddings": False, "rms_norm_eps": 1e-5}
+        config["hidden_act"] = "silu"
+    save(rest, "embeddings.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(config))
 
 
