@@ -67,6 +67,7 @@ class ModelActivations:
         first_stream: what comes into the first block; None if its blocks were not found.
         inputs, outputs: of each module of the model, by the module's identity.
         blocks: one entry for each block, in order.
+        logits: what the model gives in the end, with every multiplier and cap; None if it gives no logits.
     """
 
     tokens: Int[Tensor, " position"]
@@ -76,6 +77,7 @@ class ModelActivations:
     outputs: dict[int, Tensor]
     modules: list[nn.Module]
     blocks: list[BlockActivations]
+    logits: Float[Tensor, "position token"] | None = None
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> list[nn.Module]:
@@ -104,12 +106,14 @@ def record_activations(
     modules = find_blocks(model, n_layers)
     recorder = Recorder(len(tokens))
     with recorder.watch(model, modules):
-        _call(model, input_ids=tokens[None], use_cache=False)
+        logits = getattr(_call(model, input_ids=tokens[None], use_cache=False), "logits", None)
     calls = recorder.calls
     first = last = None
     if modules and len(calls) == len(modules):
         first, last = recorder.inputs.get(id(modules[0])), recorder.outputs.get(id(modules[-1]))
+    there = torch.is_tensor(logits) and logits.dim() == 3
     found = ModelActivations(tokens, first, last, recorder.inputs, recorder.outputs, modules, [])
+    found.logits = logits[0] if logits is not None and there else None
     generator = torch.Generator().manual_seed(seed)
     for index, module in enumerate(modules):
         call = calls.get(index)

@@ -113,9 +113,8 @@ class BridgeWeights:
         W_pos = self.bridge.W_pos.detach().float() if self.architecture.positions == "learned" else None
         if self.no_vocabulary is not None:
             return EmbeddingWeights(None, W_pos, None, None)
-        return EmbeddingWeights(
-            self._embedding_rows(W_pos), W_pos, self.bridge.W_U.detach().float(), self._final_norm()
-        )
+        W_U = self.bridge.W_U.detach().float() * self._logit_scale()
+        return EmbeddingWeights(self._embedding_rows(W_pos), W_pos, W_U, self._final_norm())
 
     def first_mlp(self) -> MLPWeights | str:
         """Block 0's MLP, if ovqk's reading of it reproduces what the block adds with attention silenced."""
@@ -333,6 +332,14 @@ class BridgeWeights:
         if mine.shape != logits.shape:
             return False
         return agrees(mine - mine.mean(0), logits - logits.mean(0))  # a bias of the unembedding is a constant
+
+    def _logit_scale(self) -> float:
+        """The number that the model multiplies what its unembedding gives by; 1 if it does something else with it."""
+        given, logits = self.activations.outputs.get(id(original(self.bridge, "unembed"))), self.activations.logits
+        if given is None or logits is None or given.shape != logits.shape:
+            return 1.0
+        scale = float((given * logits).sum() / given.square().sum().clamp_min(1e-30))
+        return scale if abs(scale - 1) > 1e-5 and agrees(given * scale, logits) else 1.0
 
     def _positions(self) -> PositionKind:
         if any(reading.biased for reading in self.readings) or not self.causal:

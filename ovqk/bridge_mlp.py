@@ -37,8 +37,6 @@ def read_first_mlp(
     best: tuple[float, MLPWeights] | None = None
     try:
         mlp = _named_weights(bridge, before)
-        if mlp.W_linear is not None and before is not None and before.bias is not None and before.bias.any():
-            return "block 0's MLP is gated and its norm has a bias, whose share of the linear half ovqk does not hold"
         for name in dict.fromkeys((mlp.activation, *ACTIVATIONS)):
             if name not in ACTIVATIONS:
                 continue
@@ -65,7 +63,8 @@ def _forms(
     """The MLP as it is, with each norm behind it, and with a multiplier; and what each adds to the stream."""
     x = apply_norm(mlp.norm, stream, eps)
     hidden = ACTIVATIONS[mlp.activation](x @ mlp.W_in + mlp.b_in)
-    hidden = hidden if mlp.W_linear is None else hidden * (x @ mlp.W_linear)
+    if mlp.W_linear is not None:
+        hidden = hidden * (x @ mlp.W_linear + (0 if mlp.b_linear is None else mlp.b_linear))
     plain = hidden @ mlp.W_out + mlp.b_out
     yield mlp, plain
     for norm in norms:
@@ -87,12 +86,13 @@ def _named_weights(bridge: Any, before: Norm | None) -> MLPWeights:
     W_out = W_out if W_out.shape[-1] == d_model else W_out.T
     return MLPWeights(
         W_in=gate,
-        b_in=_vector(mlp, "b_in", gate.shape[1]),
+        b_in=_vector(mlp, "b_in" if linear is None else "b_gate", gate.shape[1]),
         W_linear=linear,
         W_out=W_out,
         b_out=_vector(mlp, "b_out", W_out.shape[1]),
         activation=str(bridge.cfg.act_fn),
         norm=before,
+        b_linear=None if linear is None else _vector(mlp, "b_in", linear.shape[1]),
     )
 
 

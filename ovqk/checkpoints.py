@@ -19,12 +19,23 @@ from torch import Tensor
 from ovqk import hub
 from ovqk.config import ModelConfig, Source
 from ovqk.errors import UserError
-from ovqk.files import CONFIG, INDEX, TOKENIZER_FILES, digest, file_hash, names_by_shard, read_config
+from ovqk.files import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, digest, file_hash, names_by_shard, read_config
 
 BUNDLED = Path(__file__).parent / "bundled"
 FLOATING = ("F64", "F32", "F16", "BF16")
 GGUF = ".gguf"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+QUANTISED = {
+    "qweight": "GPTQ or AWQ",
+    "weight_packed": "compressed-tensors",
+    "weight_scale_inv": "FP8",
+    "weight_scale": "FP8 or compressed-tensors",
+    "absmax": "bitsandbytes",
+    "SCB": "bitsandbytes",
+    "scales": "MLX",
+}
+"""What a quantised tensor's other parts are called, in the order tried -> the method that calls them so."""
 LOCAL_KINDS = "a Hugging Face directory, a GGUF file, or one safetensors file of TransformerLens names"
 
 
@@ -63,7 +74,7 @@ class SafetensorsFiles:
     files: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
     unread: Mapping[str, str]
-    allowed = f"{', '.join(FLOATING)}. Give a checkpoint that is not quantised"
+    allowed = ", ".join(FLOATING)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return a tensor, or its rows start .. stop - 1, as float32.
@@ -93,7 +104,7 @@ class Checkpoint:
         revision: the hub's resolved commit; None elsewhere.
         metadata: of a GGUF file, which holds its tokenizer too; None elsewhere.
         quantisation: of a GGUF file: kind of tensor -> the number formats it is stored in.
-        notes: what a reader of the results should know of these files.
+        notes: what a reader of results must know about the files, for instance that others beside them were not read.
     """
 
     label: str
@@ -115,36 +126,65 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         if name in self.tensors.unread:  # a tensor that is asked for and cannot be read is no missing one
-            stored = self.tensors.unread[name]
-            raise UserError(f"{self.label}: tensor '{name}' is stored as {stored}; allowed: {self.tensors.allowed}.")
+            stored, how = self.tensors.unread[name], self.quantised() or self._quantised_by_names()
+            raise UserError(
+                f"{self.label}: tensor '{name}' is stored as {stored}; allowed: {self.tensors.allowed}.{how} "
+                "Give a checkpoint that is not quantised."
+            )
         return name in self.shapes
 
-    def tensor(self, name: str) -> Tensor:
-        """Return one tensor as float32.
+    def missing(self, name: str, n: int | None = None) -> UserError:
+        """Return the error that this tensor is not there, the first of n if given; of a quantised one it says so."""
+        told = f"tensor '{name}' is missing from the checkpoint."
+        if n is not None:
+            told = f"{n} tensors are missing from the checkpoint, the first of them '{name}'."
+        if quantised := self.quantised() or self._quantised_by_names():
+            return UserError(f"{self.label}: {told}{quantised} Give a checkpoint that is not quantised.")
+        return UserError(f"{self.label}: {told} ovqk fills nothing in. {self._holds(name)}")
+
+    def quantised(self) -> str:
+        """By which method config.json says that the checkpoint is quantised, as a sentence; empty where it does not."""
+        for config in (self.config, self.config.get("text_config")):
+            settings = config.get("quantization_config") if isinstance(config, dict) else None
+            if isinstance(settings, dict) and settings.get("quant_method"):
+                method = settings["quant_method"]
+                return f" The checkpoint is quantised: {CONFIG} gives quantization_config.quant_method={method}."
+        return ""
+
+    def _quantised_by_names(self) -> str:
+        """The same, from what the parts of tensors are called: for an error, as other tensors may be called so too."""
+        parts = {name.rpartition(".")[2]: name for name in (*self.shapes, *self.tensors.unread)}
+        found = next((part for part in QUANTISED if part in parts), None)
+        return f" The checkpoint is quantised ({QUANTISED[found]}): it holds '{parts[found]}'." if found else ""
+
+    def tensor(self, name: str, checked: bool = True) -> Tensor:
+        """Return one tensor as float32; with `checked`, refuse NaN and infinity.
 
         Raises:
             UserError: the checkpoint does not hold it, or the file is damaged.
         """
-        return self.rows(name, 0, None)
+        return self.rows(name, 0, None, checked)
 
-    def rows(self, name: str, start: int, stop: int | None) -> Tensor:
+    def rows(self, name: str, start: int, stop: int | None, checked: bool = True) -> Tensor:
         """Return the rows start .. stop - 1 of one matrix, as `tensor` does.
 
         Raises:
             UserError: the checkpoint does not hold it, or the file is damaged.
         """
         if name not in self:
-            raise UserError(f"{self.label}: tensor '{name}' is missing from the checkpoint. {self._holds()}")
+            raise self.missing(name)
         tensor = torch.as_tensor(self.tensors.read(name, start, stop))
-        finite = self._finite.setdefault(name, torch.zeros(self.shapes[name][:1] or (1,), dtype=torch.bool))
-        if not finite[start:stop].all():
-            check_finite(self.label, name, tensor)
-            finite[start:stop] = True
+        if checked:
+            finite = self._finite.setdefault(name, torch.zeros(self.shapes[name][:1] or (1,), dtype=torch.bool))
+            if not finite[start:stop].all():
+                check_finite(self.label, name, tensor)
+                finite[start:stop] = True
         return tensor
 
-    def _holds(self) -> str:
-        names = sorted(self.shapes)
-        return f"It holds {len(names)} tensors, the first of them: {', '.join(names[:3])}."
+    def _holds(self, name: str) -> str:
+        parts = set(name.split("."))
+        near = sorted(self.shapes, key=lambda other: (-len(parts & {*other.split(".")}), len(other), other))
+        return f"It holds {len(self.shapes)} tensors; those nearest by name: {', '.join(near[:3])}."
 
 
 def check_finite(label: str, name: str, tensor: Tensor) -> None:
@@ -263,40 +303,84 @@ def _dequantised(quantisations: Mapping[str, str]) -> list[str]:
 
 def _open_directory(directory: Path, label: str) -> Checkpoint:
     if not (directory / CONFIG).is_file():
+        if any((directory / name).is_file() for name in ADAPTER):
+            raise UserError(f"{label}: {_adapter_alone(directory)}")
         raise UserError(
             f"{label}: not a checkpoint, it holds no config.json. A Hugging Face directory with config.json and "
             "model.safetensors is needed."
         )
     read_config(directory, label)  # tells of a damaged one before the weights are hashed
-    shards = _shards(directory, label)
-    return _checkpoint(label, directory, shards, {path.name: file_hash(path) for path in shards})
+    shards, notes = _shards(directory, label)
+    return _checkpoint(label, directory, shards, {path.name: file_hash(path) for path in shards}, notes=notes)
 
 
 def _checkpoint(
-    label: str, directory: Path, shards: list[Path], hashes: dict[str, str], revision: str | None = None
+    label: str,
+    directory: Path,
+    shards: list[Path],
+    hashes: dict[str, str],
+    revision: str | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Checkpoint:
     """A checkpoint of these shards, with the config and the tokenizer of a directory; `hashes` are the shards'."""
     files, shapes, unread = _index(shards)
     extras = [directory / name for name in (CONFIG, *TOKENIZER_FILES) if (directory / name).is_file()]
     content = digest(hashes | {path.name: file_hash(path) for path in extras})
-    tensors = SafetensorsFiles(files, shapes, unread)
-    return Checkpoint(label, directory, read_config(directory, label), tensors, content, revision)
+    tensors, config = SafetensorsFiles(files, shapes, unread), read_config(directory, label)
+    return Checkpoint(label, directory, config, tensors, content, revision, notes=notes)
 
 
-def _shards(directory: Path, label: str) -> list[Path]:
-    """The safetensors files of a directory, in the order of their names."""
-    if (directory / INDEX).is_file():
+def _shards(directory: Path, label: str) -> tuple[list[Path], tuple[str, ...]]:
+    """The safetensors files that transformers would read of a directory, and notes on those that it would not.
+
+    In its order: model.safetensors, or the shards of the index. A file of another name is never read.
+    """
+    held = sorted(path for path in directory.glob("*.safetensors") if path.is_file())
+    if (directory / SINGLE).is_file():
+        shards = [directory / SINGLE]
+    elif (directory / INDEX).is_file():
         names = names_by_shard(directory, label)
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise UserError(f"{label}: the index names {', '.join(missing)}, which the directory does not hold.")
-        return [directory / name for name in names]
-    shards = sorted(path for path in directory.glob("*.safetensors") if path.is_file())
-    if shards:
-        return shards
-    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED)
-    found = f" It holds {', '.join(pickled[:3])}, which ovqk does not unpickle." if pickled else ""
-    raise UserError(f"{label}: not a checkpoint, it holds no .safetensors file.{found}")
+        shards = [directory / name for name in names]
+    elif any((directory / name).is_file() for name in ADAPTER):
+        raise UserError(f"{label}: {_adapter_alone(directory)}")
+    elif held:
+        raise UserError(
+            f"{label}: the directory holds {_few([path.name for path in held])}, but neither {SINGLE} nor {INDEX}, "
+            "which says which files make the checkpoint up. Is it complete?"
+        )
+    else:
+        pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED)
+        found = f" It holds {', '.join(pickled[:3])}, which ovqk does not unpickle." if pickled else ""
+        raise UserError(f"{label}: not a checkpoint, it holds no .safetensors file.{found}")
+    others = [path.name for path in held if path not in shards and path.name != ADAPTER[1]]
+    notes = []
+    if others:
+        read = SINGLE if shards[0].name == SINGLE else f"the shards of {INDEX}"
+        notes.append(f"the directory holds more than one checkpoint: {read} was read, and {_few(others)} was not")
+    if any((directory / name).is_file() for name in ADAPTER):
+        notes.append(
+            "the directory holds an adapter (LoRA or the like), which was not applied: these are the base weights"
+        )
+    return shards, tuple(notes)
+
+
+def _adapter_alone(directory: Path) -> str:
+    """What a directory with an adapter and no model is told, with the base model where its config names it."""
+    base = None
+    if (directory / ADAPTER[0]).is_file():
+        base = read_config(directory, str(directory), ADAPTER[0]).get("base_model_name_or_path")
+    named = f" of {base}" if base else ""
+    return (
+        f"an adapter (LoRA or the like){named}, without the weights that it adapts. Merge it into its base model "
+        "(PEFT's merge_and_unload) and give the merged checkpoint."
+    )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _index(paths: Iterable[Path]) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], dict[str, str]]:

@@ -1,77 +1,40 @@
-"""The architecture families read natively: what each calls its tensors and how it lays them out.
+"""The architecture families read natively: a row for each.
 
 A new family is a new row in FAMILIES; `native.py` reads by it. Anything not listed goes through `bridge.py`.
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Literal
+from dataclasses import replace
+from typing import Any
 
-from ovqk.weights import NormKind, PositionKind
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture family.
-
-    Attributes:
-        model_types: the `model_type` values of config.json that belong to it.
-        prefixes: what checkpoints put before the names of the tensors, in the order tried.
-        tensors: ovqk's name -> the checkpoint's, without `.weight` or `.bias`; `{layer}` is the layer's index.
-            `query`, `key`, `value` or a fused `qkv`; `norm` (absent: none, or one without a gain), `post_norm`,
-            `query_norm`, `key_norm`; the MLP's `mlp_in` (its gate, where it has one), `mlp_linear` or a fused
-            `mlp_gate_and_linear`, `mlp_out`, `mlp_norm`, `mlp_post_norm`.
-        keys: ovqk's name -> the keys of config.json, in the order tried.
-        linear: `out_in` for torch's Linear [out, in], `in_out` for GPT-2's Conv1D [in, out].
-        fused: how `qkv` is laid out: all queries, all keys, all values; or the three of a head, head by head.
-        unembedding: the unembedding's name, without a prefix.
-        gain_offset: what is added to the weight of a norm to give its gain (Gemma: 1).
-        scaled_embedding: embedding rows are multiplied by sqrt(d_model).
-        parallel: attention and MLP read the same stream; or the config's key that says so.
-        query_key_norm: queries and keys are normalised per head, or over all heads of a token.
-        interleaved: rotary pairs are neighbours (GPT-J).
-        scale: key of the number whose -1/2 power scales the scores, or a number; d_head where absent.
-        refused: config keys that must be unset or false, as ovqk does not read what they turn on.
-        complete: config.json alone tells everything; otherwise transformers fills in the model type's defaults.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    prefixes: tuple[str, ...]
-    norm: NormKind
-    positions: PositionKind
-    tensors: Mapping[str, str]
-    keys: Mapping[str, tuple[str, ...]]
-    linear: Literal["out_in", "in_out"] = "out_in"
-    fused: Literal["columns", "per_head"] = "columns"
-    unembedding: str = "lm_head"
-    tied_by_default: bool = False
-    gain_offset: float = 0.0
-    scaled_embedding: bool = False
-    parallel: bool | str = False
-    query_key_norm: Literal["per_head", "over_heads"] | None = None
-    interleaved: bool = False
-    scale: str | float | None = None
-    refused: tuple[str, ...] = field(default=())
-    complete: bool = False
-
-    def reads(self, name: str) -> bool:
-        """Whether ovqk reads the tensor of this name: attention, norms and embeddings, and the MLP of block 0 alone."""
-        return self._read.fullmatch(name) is not None
-
-    @cached_property
-    def _read(self) -> re.Pattern[str]:
-        layers = {True: "0", False: r"\d+"}
-        names = (
-            re.escape(name).replace(re.escape("{layer}"), layers[part.startswith("mlp_")])
-            for part, name in self.tensors.items()
-        )
-        own = f"(?:{'|'.join(map(re.escape, self.prefixes))})(?:{'|'.join(names)})"
-        head = rf"(?:language_model\.)?{re.escape(self.unembedding)}"
-        return re.compile(rf"(?:{own}|{head})\.(?:weight|bias)")
-
+from ovqk.family import Family
+from ovqk.llamas import (
+    BESIDE,
+    EXAONE4,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GLM,
+    GLM4,
+    GPT_OSS,
+    GRANITE,
+    KEYS,
+    LLAMA,
+    LLAMA_TENSORS,
+    MISTRAL,
+    MIXTRAL,
+    OLMO2,
+    OLMO3,
+    OLMOE,
+    PHI3,
+    QWEN2_MOE,
+    QWEN2_VL,
+    QWEN3,
+    QWEN3_MOE,
+    QWEN3_VL,
+    SMOLLM3,
+    WINDOWED,
+)
 
 GPT2 = Family(
     name="gpt2",
@@ -166,18 +129,6 @@ GPTJ = Family(
     },
 )
 
-KEYS = {
-    "n_layers": ("num_hidden_layers",),
-    "n_heads": ("num_attention_heads",),
-    "n_kv_heads": ("num_key_value_heads",),
-    "d_model": ("hidden_size",),
-    "d_head": ("head_dim",),
-    "n_ctx": ("max_position_embeddings",),
-    "norm_eps": ("rms_norm_eps",),
-    "activation": ("hidden_act",),
-    "window": ("sliding_window",),
-}
-
 GPT_NEOX = Family(
     name="gpt_neox",
     model_types=("gpt_neox",),
@@ -187,6 +138,7 @@ GPT_NEOX = Family(
     fused="per_head",
     unembedding="embed_out",
     parallel="use_parallel_residual",
+    partial_rotary=True,
     tensors={
         "embedding": "embed_in",
         "final_norm": "final_layer_norm",
@@ -207,6 +159,7 @@ PHI = Family(
     norm="layernorm",
     positions="rotary",
     parallel=True,
+    partial_rotary=True,
     refused=("qk_layernorm",),
     tensors={
         "embedding": "embed_tokens",
@@ -223,56 +176,6 @@ PHI = Family(
     keys=KEYS | {"norm_eps": ("layer_norm_eps",)},
 )
 
-LLAMA_TENSORS = {
-    "embedding": "embed_tokens",
-    "final_norm": "norm",
-    "norm": "layers.{layer}.input_layernorm",
-    "query": "layers.{layer}.self_attn.q_proj",
-    "key": "layers.{layer}.self_attn.k_proj",
-    "value": "layers.{layer}.self_attn.v_proj",
-    "output": "layers.{layer}.self_attn.o_proj",
-    "mlp_norm": "layers.{layer}.post_attention_layernorm",
-    "mlp_in": "layers.{layer}.mlp.gate_proj",
-    "mlp_linear": "layers.{layer}.mlp.up_proj",
-    "mlp_out": "layers.{layer}.mlp.down_proj",
-}
-QUERY_KEY_NORMS = {"query_norm": "layers.{layer}.self_attn.q_norm", "key_norm": "layers.{layer}.self_attn.k_norm"}
-
-LLAMA = Family(
-    name="llama",
-    model_types=("llama",),
-    prefixes=("model.", ""),
-    norm="rmsnorm",
-    positions="rotary",
-    tensors=LLAMA_TENSORS,
-    keys=KEYS,
-    complete=True,
-)
-
-LLAMA_KIN = replace(LLAMA, model_types=("mistral", "qwen2"), complete=False)  # whose windows have defaults of their own
-
-QWEN3 = Family(
-    name="qwen3",
-    model_types=("qwen3",),
-    prefixes=("model.", ""),
-    norm="rmsnorm",
-    positions="rotary",
-    query_key_norm="per_head",
-    tensors=LLAMA_TENSORS | QUERY_KEY_NORMS,
-    keys=KEYS,
-)
-
-PHI3 = Family(
-    name="phi3",
-    model_types=("phi3",),
-    prefixes=("model.", ""),
-    norm="rmsnorm",
-    positions="rotary",
-    tensors={name: LLAMA_TENSORS[name] for name in ("embedding", "final_norm", "norm", "output", "mlp_norm", "mlp_out")}
-    | {"qkv": "layers.{layer}.self_attn.qkv_proj", "mlp_gate_and_linear": "layers.{layer}.mlp.gate_up_proj"},
-    keys=KEYS,
-)
-
 OLMO = Family(
     name="olmo",
     model_types=("olmo",),
@@ -284,75 +187,172 @@ OLMO = Family(
     keys=KEYS,
 )
 
-OLMO2 = Family(
-    name="olmo2",
-    model_types=("olmo2",),
+STABLELM = Family(
+    name="stablelm",
+    model_types=("stablelm",),
     prefixes=("model.", ""),
-    norm="none",  # attention and MLP read the bare stream; what they write is normalised
+    norm="layernorm",
     positions="rotary",
-    query_key_norm="over_heads",
-    tensors={name: value for name, value in LLAMA_TENSORS.items() if name not in ("norm", "mlp_norm")}
-    | QUERY_KEY_NORMS
-    | {
-        "post_norm": "layers.{layer}.post_attention_layernorm",
-        "mlp_post_norm": "layers.{layer}.post_feedforward_layernorm",
-    },
-    keys=KEYS,
-)
-
-GEMMA = Family(
-    name="gemma",
-    model_types=("gemma",),
-    prefixes=("model.", ""),
-    norm="rmsnorm",
-    positions="rotary",
-    tied_by_default=True,
-    gain_offset=1.0,
-    scaled_embedding=True,
+    partial_rotary=True,
     tensors=LLAMA_TENSORS,
-    keys=KEYS | {"activation": ("hidden_activation", "hidden_act")},
+    keys=KEYS | {"norm_eps": ("layer_norm_eps",)},
+    variant=lambda config: None if config.get("qk_layernorm") else _stablelm(config),
 )
 
-GEMMA2_TENSORS = LLAMA_TENSORS | {
-    "post_norm": "layers.{layer}.post_attention_layernorm",
-    "mlp_norm": "layers.{layer}.pre_feedforward_layernorm",
-    "mlp_post_norm": "layers.{layer}.post_feedforward_layernorm",
-}
 
-GEMMA2 = Family(
-    name="gemma2",
-    model_types=("gemma2",),
+def _stablelm(config: Mapping[str, Any]) -> Family:
+    if not config.get("use_parallel_residual"):
+        return STABLELM
+    return replace(STABLELM, parallel=True, tensors=LLAMA_TENSORS | {"mlp_norm": LLAMA_TENSORS["norm"]})
+
+
+STARCODER2 = Family(
+    name="starcoder2",
+    model_types=("starcoder2",),
     prefixes=("model.", ""),
-    norm="rmsnorm",
+    norm="layernorm",
     positions="rotary",
     tied_by_default=True,
-    gain_offset=1.0,
-    scaled_embedding=True,
-    scale="query_pre_attn_scalar",
-    tensors=GEMMA2_TENSORS,
-    keys=KEYS | {"activation": ("hidden_activation",)},
+    tensors={name: value for name, value in LLAMA_TENSORS.items() if not name.startswith("mlp_")}
+    | {
+        "mlp_norm": "layers.{layer}.post_attention_layernorm",
+        "mlp_in": "layers.{layer}.mlp.c_fc",
+        "mlp_out": "layers.{layer}.mlp.c_proj",
+    },
+    keys=WINDOWED | {"norm_eps": ("norm_epsilon",)},
 )
 
-GEMMA3 = Family(
-    name="gemma3",
-    model_types=("gemma3_text", "gemma3"),  # the second holds a text model beside one for pictures
-    prefixes=("model.", "language_model.model.", "model.language_model.", ""),
-    norm="rmsnorm",
+COHERE: Family = Family(
+    name="cohere",
+    model_types=("cohere",),
+    prefixes=("model.", ""),
+    norm="layernorm",
     positions="rotary",
     tied_by_default=True,
-    gain_offset=1.0,
-    scaled_embedding=True,
-    scale="query_pre_attn_scalar",
-    query_key_norm="per_head",
-    refused=("use_bidirectional_attention",),
-    tensors=GEMMA2_TENSORS | QUERY_KEY_NORMS,
-    keys=KEYS | {"activation": ("hidden_activation",)},
+    logit_multiplier="logit_scale",
+    parallel=True,
+    interleaved=True,
+    tensors=LLAMA_TENSORS | {"mlp_norm": LLAMA_TENSORS["norm"]},
+    keys=KEYS | {"norm_eps": ("layer_norm_eps",)},
+    variant=lambda config: None if config.get("use_qk_norm") else COHERE,
 )
+COHERE2 = replace(
+    COHERE,
+    name="cohere2",
+    model_types=("cohere2",),
+    keys=WINDOWED | {"norm_eps": ("layer_norm_eps",)},
+    rotated="windowed",
+    variant=None,
+)
+
+OPT: Family = Family(
+    name="opt",
+    model_types=("opt",),
+    prefixes=("model.decoder.", "decoder.", ""),
+    norm="layernorm",
+    positions="learned",
+    position_offset=2,
+    tied_by_default=True,
+    tensors={
+        "embedding": "embed_tokens",
+        "positions": "embed_positions",
+        "final_norm": "final_layer_norm",
+        "norm": "layers.{layer}.self_attn_layer_norm",
+        "query": "layers.{layer}.self_attn.q_proj",
+        "key": "layers.{layer}.self_attn.k_proj",
+        "value": "layers.{layer}.self_attn.v_proj",
+        "output": "layers.{layer}.self_attn.out_proj",
+        "mlp_norm": "layers.{layer}.final_layer_norm",
+        "mlp_in": "layers.{layer}.fc1",
+        "mlp_out": "layers.{layer}.fc2",
+    },
+    keys={
+        "n_layers": ("num_hidden_layers",),
+        "n_heads": ("num_attention_heads",),
+        "d_model": ("hidden_size",),
+        "n_ctx": ("max_position_embeddings",),
+        "activation": ("activation_function",),
+    },
+    variant=lambda config: OPT if _is_plain_opt(config) else None,
+)
+
+
+def _is_plain_opt(config: Mapping[str, Any]) -> bool:
+    """Whether norms come first and have gains, and embeddings are as wide as the stream (OPT-350M: neither)."""
+    width = config.get("word_embed_proj_dim")
+    return (
+        config.get("do_layer_norm_before", True) is True
+        and not config.get("_remove_final_layer_norm")
+        and config.get("layer_norm_elementwise_affine", True) is True
+        and width in (None, config.get("hidden_size"))
+    )
+
+
+FALCON = Family(
+    name="falcon",
+    model_types=("falcon",),
+    prefixes=("transformer.", ""),
+    norm="layernorm",
+    positions="rotary",
+    fused="per_head",
+    tied_by_default=True,
+    parallel=True,
+    kv_heads=1,
+    tensors={
+        "embedding": "word_embeddings",
+        "final_norm": "ln_f",
+        "norm": "h.{layer}.input_layernorm",
+        "qkv": "h.{layer}.self_attention.query_key_value",
+        "output": "h.{layer}.self_attention.dense",
+        "mlp_norm": "h.{layer}.input_layernorm",
+        "mlp_in": "h.{layer}.mlp.dense_h_to_4h",
+        "mlp_out": "h.{layer}.mlp.dense_4h_to_h",
+    },
+    keys={
+        "n_layers": ("num_hidden_layers",),
+        "n_heads": ("num_attention_heads",),
+        "d_model": ("hidden_size",),
+        "n_ctx": ("max_position_embeddings",),
+        "norm_eps": ("layer_norm_epsilon",),
+        "activation": ("activation",),
+    },
+    variant=lambda config: _falcon(config),
+)
+
+
+def _falcon(config: Mapping[str, Any]) -> Family | None:
+    """The first Falcon (7B), and those of the newer decoder (11B, 40B, 180B); None for ALiBi and sequential blocks."""
+    if config.get("alibi") or config.get("parallel_attn", True) is not True:
+        return None
+    if not config.get("new_decoder_architecture"):
+        return FALCON if config.get("multi_query", True) is True else None
+    norms = {"norm": "h.{layer}.ln_attn", "mlp_norm": "h.{layer}.ln_mlp"}
+    two = config.get("num_ln_in_parallel_attn") in (None, 2)
+    keys = {**FALCON.keys, "n_kv_heads": ("num_kv_heads",)}
+    return replace(FALCON, kv_heads=None, keys=keys, tensors={**FALCON.tensors, **(norms if two else {})})
+
+
+WRAPPED = {"mistral3": "mistral", "llava": "llama"}
+"""Model types that hold a text model of any type in `text_config` -> the type where it gives none."""
 
 FAMILIES = {
     model_type: family
     for family in (
-        GPT2, GPT_NEO, GPTJ, GPT_NEOX, PHI, LLAMA, LLAMA_KIN, QWEN3, PHI3, OLMO, OLMO2, GEMMA, GEMMA2, GEMMA3,
+        GPT2, GPT_NEO, GPTJ, GPT_NEOX, PHI, LLAMA, MISTRAL, QWEN3, PHI3, OLMO, OLMO2, GEMMA, GEMMA2, GEMMA3,
+        GRANITE, SMOLLM3, OLMO3, EXAONE4, GLM, GLM4, STABLELM, STARCODER2, COHERE, COHERE2, OPT, FALCON,
+        MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, QWEN2_VL, QWEN3_VL,
     )
     for model_type in family.model_types
 }  # fmt: skip
+
+
+def family_of(config: Mapping[str, Any]) -> Family | None:
+    """Return the row that reads a checkpoint with this config.json; None: it needs the bridge."""
+    kind = str(config.get("model_type"))
+    if kind in WRAPPED:
+        text = config.get("text_config")
+        text = text if isinstance(text, Mapping) else {}
+        inner = family_of({"model_type": WRAPPED[kind], **text})
+        return None if inner is None else replace(inner, prefixes=BESIDE, complete=False)
+    family = FAMILIES.get(kind)
+    return family.variant(config) if family is not None and family.variant is not None else family

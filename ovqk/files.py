@@ -13,22 +13,23 @@ import platformdirs
 from ovqk.errors import UserError
 
 CONFIG = "config.json"
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "tokenizer_config.json")
 
 
-def read_config(directory: Path, label: str) -> dict[str, Any]:
-    """The config.json of a directory.
+def read_config(directory: Path, label: str, name: str = CONFIG) -> dict[str, Any]:
+    """The config.json of a directory, or another file of JSON keys.
 
     Raises:
         UserError: it is no JSON object.
     """
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((directory / name).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{label}: {CONFIG} is not valid JSON ({error}).") from error
+        raise UserError(f"{label}: {name} is not valid JSON ({error}).") from error
     if not isinstance(config, dict):
-        raise UserError(f"{label}: {CONFIG} holds no keys, but {type(config).__name__}.")
+        raise UserError(f"{label}: {name} holds no keys, but {type(config).__name__}.")
     return config
 
 

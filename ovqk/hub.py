@@ -19,10 +19,11 @@ from filelock import FileLock
 
 from ovqk.config import ModelConfig
 from ovqk.errors import UserError
-from ovqk.families import FAMILIES
+from ovqk.families import family_of
 from ovqk.files import (
     CONFIG,
     INDEX,
+    SINGLE,
     TOKENIZER_FILES,
     cache_folder,
     file_hash,
@@ -33,7 +34,6 @@ from ovqk.files import (
 from ovqk.patience import Bar, Patience, UnansweredError, one_message
 from ovqk.shards import Header, Read, is_part, read_header, write_part
 
-SINGLE = "model.safetensors"
 SHARE = 0.5
 """Of a shard's bytes: where ovqk reads more, the whole file is fetched, which other programs can use too."""
 CHUNK = 2**24  # bytes of one request: what is in memory at a time
@@ -130,7 +130,7 @@ class _Repository:
         for name in (INDEX, *TOKENIZER_FILES):
             if name in self.listing:
                 self._whole(name, self.commit)
-        family = FAMILIES.get(str(read_config(self.directory, label).get("model_type")))
+        family = family_of(read_config(self.directory, label))
         self.reads = None if family is None else family.reads  # None: the bridge, which loads everything
 
     def snapshot(self) -> Snapshot:
@@ -168,7 +168,8 @@ class _Repository:
             held = [path for path in self.directory.iterdir() if path.is_file()]
             weights = {path.name: file_hash(path) for path in held if path.suffix == ".safetensors"}
             listing = {path.name: _Entry(path.stat().st_size, weights.get(path.name)) for path in held}
-            index = names_by_shard(self.directory, self.label) if INDEX in listing else {SINGLE: []}
+            sharded = INDEX in listing and SINGLE not in listing
+            index = names_by_shard(self.directory, self.label) if sharded else {SINGLE: []}
             if not index.keys() <= listing.keys():
                 raise
             return listing
@@ -178,10 +179,13 @@ class _Repository:
         return found
 
     def _shards(self) -> dict[str, list[str]]:
-        """File name of each shard -> the tensors that the index promises of it; none where there is no index."""
+        """File name of each shard -> the tensors that the index promises of it; none where one file holds all.
+
+        As transformers does: model.safetensors where it is there, else the shards of the index.
+        """
         if INDEX not in self.listing and SINGLE not in self.listing:
             raise UserError(f"{self.label}: the repository holds no {SINGLE}; ovqk unpickles nothing.")
-        shards = names_by_shard(self.directory, self.label) if INDEX in self.listing else {SINGLE: []}
+        shards = {SINGLE: []} if SINGLE in self.listing else names_by_shard(self.directory, self.label)
         missing = [shard for shard in shards if shard not in self.listing]
         if missing:
             raise UserError(

@@ -34,12 +34,22 @@ def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Archite
 
 
 def _summed(weights: LayerWeights, architecture: Architecture) -> Float[Tensor, "d_model d_model"]:
-    """The sum over heads of W_Q W_K^T, as one product; the query heads of a KV group are summed first."""
+    """The sum over heads of W_Q W_K^T, as one product; the query heads of a KV group are summed first.
+
+    Each side is divided by a power of two of its size: no metric here sees a scale, and squares of the products of tiny
+    weights have no float32.
+    """
     group = architecture.n_heads // architecture.n_kv_heads
     queries = weights.W_Q.unflatten(0, (-1, group)).sum(1) if group > 1 else weights.W_Q
-    left, right = (side.transpose(0, 1).flatten(1) for side in (queries, weights.W_K))
     dtype = precision(architecture.d_model)
-    return left.to(dtype) @ right.to(dtype).T
+    left, right = (_sized(side.transpose(0, 1).flatten(1), dtype) for side in (queries, weights.W_K))
+    return left @ right.T
+
+
+def _sized(side: Float[Tensor, "d_model column"], dtype: torch.dtype) -> Float[Tensor, "d_model column"]:
+    """A side of the product in this dtype, its largest entry below 1; exact, in two steps that stay finite."""
+    exponent = int(torch.frexp(torch.stack(side.aminmax()).abs().amax()).exponent)
+    return side.to(dtype) * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)
 
 
 def _symmetry(matrix: Float[Tensor, "d_model d_model"]) -> float:

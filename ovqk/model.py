@@ -194,10 +194,10 @@ class Model:
         raw = to_device(source.embeddings(), device)
         folded = fold_embeddings(raw, facts) if source.foldable else raw
         tokens = read_words(config, tokenizer, n_tokens, raw.W_E, label)
-        vocabulary = None if folded.W_E is None else read_vocabulary(folded, n_tokens)
+        vocabulary = None if folded.W_E is None else read_vocabulary(folded, n_tokens, label)
         spectral = vocabulary
         if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
-            spectral = read_vocabulary(raw, n_tokens)
+            spectral = read_vocabulary(raw, n_tokens, label)
         block0 = read_block0(source, vocabulary, _needs_block0(config, tokens), device)
         readout = None
         if vocabulary is not None and tokens.variables:

@@ -1,8 +1,9 @@
 """Weights of the families in the table, read from the checkpoint one layer at a time."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from ovqk.checkpoints import Checkpoint
 from ovqk.errors import UserError
-from ovqk.families import Family
+from ovqk.family import WRAPPERS, Family
+from ovqk.rotations import completed, no_rotation, read_rotations
 from ovqk.weights import (
     Architecture,
     EmbeddingWeights,
@@ -20,15 +22,13 @@ from ovqk.weights import (
     Norm,
     NormKind,
     QueryKeyNorm,
-    Rotary,
     Rows,
     StoredRows,
 )
 
+ROWS = 4096  # of two embeddings compared at a time
 SMALL = 2**22
 """Elements up to which an embedding is read at once (16 MB)."""
-SCALINGS = ("default", "linear", "llama3", "yarn", "longrope")
-"""Rotary scalings that are the same for every length of text (LongRoPE: up to the length first trained on)."""
 
 
 class NativeWeights:
@@ -46,20 +46,21 @@ class NativeWeights:
                 as it should be; or the config turns on something that ovqk does not read.
         """
         self.checkpoint, self.family = checkpoint, family
-        self.config = checkpoint.config if family.complete else _completed(checkpoint)
-        self.prefix = self._find_prefix()
+        self.config, full = completed(checkpoint, family)
+        self.wrapper, self.prefix = self._find_prefix()
         self.architecture = self._read_architecture()
-        self.rotations = self._rotations()
+        self.rotations, notes = read_rotations(checkpoint, family, self.architecture, full)
         self._check_tensors()
-        self.notes = [*checkpoint.notes, *self._notes()]
+        self.notes = [*self._notes(), *notes]
 
     def layer(self, index: int) -> LayerWeights:
         """The raw attention weights of a layer."""
         facts = self.architecture
         n_kv, n_heads = facts.n_kv_heads, facts.n_heads
         (q, b_q), (k, b_k), (v, b_v) = self._queries_keys_values(index)
-        output, _ = self._linear("output", index)
+        output = self._linear("output", index)[0] * self._multiplier(self.family.residual_multiplier)
         kind = self._kind_of_layer(index)
+        rotary = self.rotations.get(kind, self.rotations.get(None))
         return LayerWeights(
             layer=index,
             W_Q=_split_heads(q, n_heads),
@@ -72,16 +73,13 @@ class NativeWeights:
             norm=self._norm("norm", index),
             post_norm=self._norm("post_norm", index),
             qk_norm=self._query_key_norm(index),
-            rotary=self.rotations.get(kind, self.rotations.get(None)),
+            rotary=no_rotation() if rotary is not None and not self._rotates(index) else rotary,
             sliding_window=self._window(kind),
         )
 
     def embeddings(self) -> EmbeddingWeights:
         """The raw embeddings; None for what the checkpoint does not hold."""
-        W_E = self._rows(self._name("embedding"))
-        head = self._rows(f"{self.family.unembedding}.weight")
-        if head is None and "language_model" in self.prefix:
-            head = self._rows(f"language_model.{self.family.unembedding}.weight")
+        W_E, head = self._rows(self._name("embedding")), self._rows(self._unembedding())
         if self.architecture.tied:  # a tied checkpoint may store either of the two
             W_E = head if W_E is None else W_E
             head = W_E
@@ -90,31 +88,36 @@ class NativeWeights:
                 f"{self.checkpoint.label}: the embedding has {W_E.shape[0]} tokens and the unembedding "
                 f"{head.shape[0]}; allowed: the same number."
             )
-        if W_E is not None and self.family.scaled_embedding:
-            scale = math.sqrt(self.architecture.d_model)
-            gain = torch.full((self.architecture.d_model,), scale)
-            W_E = W_E.folded(gain, centred=False) if isinstance(W_E, StoredRows) else W_E * scale
-        W_pos = self._optional(self._name("positions")) if "positions" in self.family.tensors else None
+        family = self.family
+        scale = self._multiplier(family.embedding_multiplier)
+        W_E = _times(W_E, scale * math.sqrt(self.architecture.d_model) if family.scaled_embedding else scale)
+        head = _times(head, self._multiplier(family.logit_multiplier) / self._multiplier(family.logit_divisor))
+        W_pos = self._optional(self._name("positions")) if "positions" in family.tensors else None
+        W_pos = None if W_pos is None else W_pos[family.position_offset :]
         final_norm = None if head is None else self._norm("final_norm")
         return EmbeddingWeights(W_E, W_pos, head.T if isinstance(head, Tensor) else head, final_norm)
 
     def first_mlp(self) -> MLPWeights | str:
         """Block 0's MLP, or the reason why there is none to read."""
+        if self.family.experts:
+            return "block 0 is a mixture of experts"
         parts = [part for part in self.family.tensors if part.startswith("mlp_") and not part.endswith("norm")]
         missing = [self._name(part, 0) for part in parts if self._name(part, 0) not in self.checkpoint]
         if missing:
             return f"the checkpoint has no MLP of block 0 ({missing[0]})"
-        W_linear = None
+        W_linear = b_linear = None
         if "mlp_gate_and_linear" in parts:
             fused, b_fused = self._linear("mlp_gate_and_linear", 0)
-            (W_in, W_linear), b_in = fused.chunk(2, dim=-1), b_fused.chunk(2)[0]
+            (W_in, W_linear), (b_in, b_linear) = fused.chunk(2, dim=-1), b_fused.chunk(2)
         else:
             W_in, b_in = self._linear("mlp_in", 0)
-            W_linear = self._linear("mlp_linear", 0)[0] if "mlp_linear" in parts else None
-        W_out, b_out = self._linear("mlp_out", 0)
+            if "mlp_linear" in parts:
+                W_linear, b_linear = self._linear("mlp_linear", 0)
+        residual = self._multiplier(self.family.residual_multiplier)
+        W_out, b_out = (part * residual for part in self._linear("mlp_out", 0))
         activation = self.architecture.activation or "missing from the config"
         norms = self._norm("mlp_norm", 0), self._norm("mlp_post_norm", 0)
-        return MLPWeights(W_in, b_in, W_linear, W_out, b_out, activation, *norms)
+        return MLPWeights(W_in, b_in, W_linear, W_out, b_out, activation, *norms, b_linear)
 
     # --- config.json ------------------------------------------------------------------------------------------
 
@@ -141,7 +144,8 @@ class NativeWeights:
                     f"{label}: config.json sets {key}={self.config[key]}, which ovqk does not read; allowed: unset."
                 )
         n_heads, d_model = self._positive("n_heads"), self._positive("d_model")
-        d_head, n_kv_heads = self._positive("d_head", d_model // n_heads), self._positive("n_kv_heads", n_heads)
+        d_head = self._positive("d_head", d_model // n_heads)
+        n_kv_heads = family.kv_heads or self._positive("n_kv_heads", n_heads)
         norm_eps = self._read("norm_eps", 1e-5)
         if not isinstance(norm_eps, int | float):
             raise UserError(f"{label}: config.json must give '{family.keys['norm_eps'][0]}' as a number.")
@@ -150,6 +154,9 @@ class NativeWeights:
                 f"{label}: config.json gives {n_heads} heads over {n_kv_heads} KV heads, which does not divide."
             )
         scale = self.config.get(family.scale) if isinstance(family.scale, str) else family.scale
+        attention_scale = None if scale is None else float(scale) ** -0.5
+        if family.score_multiplier is not None:
+            attention_scale = self._multiplier(family.score_multiplier)
         parallel = self.config.get(family.parallel) if isinstance(family.parallel, str) else family.parallel
         return Architecture(
             family=family.name,
@@ -162,9 +169,9 @@ class NativeWeights:
             norm=family.norm,
             norm_eps=float(norm_eps),
             positions=family.positions,
-            tied=bool(self.config.get("tie_word_embeddings", family.tied_by_default)),
+            tied=bool(self.config.get("tie_word_embeddings", family.tied_by_default)) and not self._unties(),
             activation=self._read("activation"),
-            attention_scale=None if scale is None else float(scale) ** -0.5,
+            attention_scale=attention_scale,
             post_norm="post_norm" in family.tensors,
             qk_norm=family.query_key_norm is not None,
             parallel=bool(parallel),
@@ -179,38 +186,51 @@ class NativeWeights:
         window = self._read("window")
         if kind in ("full_attention", "global") or self.config.get("use_sliding_window", True) is False:
             return None
-        return window if isinstance(window, int) else None
+        return window if isinstance(window, int) and window > 0 else None
 
-    def _rotations(self) -> dict[str | None, Rotary]:
-        """The rotation of each kind of layer; under None where all layers have the same."""
-        if self.family.positions != "rotary":
-            return {}
-        label, d_head = self.checkpoint.label, self.architecture.d_head
-        try:
-            rotations = self._read_rotations()
-        except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{label}: the rotary settings of config.json cannot be read ({error}).") from error
-        for frequencies in (rotary.inverse_frequencies for rotary in rotations.values()):
-            if 2 * len(frequencies) > d_head or not frequencies.isfinite().all():
-                raise UserError(
-                    f"{label}: the rotary settings of config.json turn {2 * len(frequencies)} components of {d_head} "
-                    "of a head; allowed: pairs within a head, at finite frequencies."
-                )
-        return rotations
+    def _rotates(self, index: int) -> bool:
+        """Whether a layer of a model with rotary positions has them."""
+        rule, kind = self.family.rotated, self._kind_of_layer(index)
+        if rule == "no_rope_layers":
+            marks = self.config["no_rope_layers"]
+            return index >= len(marks) or bool(marks[index])
+        if rule == "windowed_or_every" and self._read("window") is None:
+            return True
+        return rule == "every" or self._window(kind) is not None
 
-    def _read_rotations(self) -> dict[str | None, Rotary]:
-        d_head, interleaved, label = self.architecture.d_head, self.family.interleaved, self.checkpoint.label
-        if "rotary_dim" in self.family.keys:
-            dim = self._read("rotary_dim") or self.architecture.d_model
-            return {None: Rotary(_inverse_frequencies(10000.0, dim), interleaved)}
-        parameters = self.config.get("rope_parameters") or {}
-        nested = {kind: inner for kind, inner in parameters.items() if isinstance(inner, Mapping)}
-        if nested:
-            return {kind: _rotary(self.config, inner, d_head, label, kind) for kind, inner in nested.items()}
-        return {None: _rotary(self.config, parameters, d_head, label)}
+    def _multiplier(self, key: str | None) -> float:
+        """The number that a key of config.json gives; 1 where there is no key."""
+        number = 1.0 if key is None else self.config.get(key)
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or not number:
+            raise UserError(f"{self.checkpoint.label}: config.json must give '{key}' as a number other than 0.")
+        return float(number)
+
+    def _unties(self) -> bool:
+        """Whether embedding and unembedding are both stored, and differ: transformers ties equal ones alone."""
+        names = self._name("embedding"), self._unembedding()
+        embedding, head = (self.checkpoint.shapes.get(name) for name in names)
+        if embedding is None or head is None:
+            return False
+        if embedding != head:
+            return True
+        blocks = range(0, head[0], ROWS)
+        return any(
+            not torch.equal(*(self.checkpoint.rows(name, n, n + ROWS, checked=False) for name in names)) for n in blocks
+        )
 
     def _notes(self) -> list[str]:
-        notes = []
+        notes = [*self.family.notes]
+        if self.wrapper:
+            notes.append(f"the names of the tensors begin with '{self.wrapper}', which was taken off")
+        if self.config.get("tie_word_embeddings", self.family.tied_by_default) and not self.architecture.tied:
+            notes.append(
+                f"config.json, or its model type's default, ties the unembedding to the embedding, but "
+                f"'{self._unembedding()}' is stored with other values: read as it is stored, as transformers does"
+            )
+        keys = (self.family.embedding_multiplier, self.family.residual_multiplier)
+        factors = [f"{key}={self._multiplier(key):g}" for key in keys if self._multiplier(key) != 1]
+        if factors:
+            notes.append(f"in embeddings and in what heads and MLPs write, raw or folded: {', '.join(factors)}")
         if self.architecture.qk_norm:
             notes.append(
                 "queries and keys are normalised: QK spectra are of the weights with the norms' gains, "
@@ -220,19 +240,26 @@ class NativeWeights:
             notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
         if any(rotary.scale != 1 for rotary in self.rotations.values()):
             notes.append("the rotary scaling also multiplies the scores; the factor is in W_QK")
+        still = [str(layer) for layer in range(self.architecture.n_layers) if not self._rotates(layer)]
+        if self.rotations and still:
+            notes.append(f"layers without positions: {', '.join(still)}; they are rotated by no angle")
         return notes
 
     # --- tensors ----------------------------------------------------------------------------------------------
 
-    def _find_prefix(self) -> str:
+    def _find_prefix(self) -> tuple[str, str]:
+        """What wraps the model in the names of its tensors, and what the names begin with, with that."""
         probe = self.family.tensors["output"].format(layer=0) + ".weight"
-        for prefix in self.family.prefixes:
-            if prefix + probe in self.checkpoint:
-                return prefix
-        raise UserError(
-            f"{self.checkpoint.label}: tensor '{self.family.prefixes[-1]}{probe}' is missing from the checkpoint. "
-            f"Its config.json says model_type={self.checkpoint.config.get('model_type')}."
-        )
+        for wrapper, prefix in product(_wrappers(), self.family.prefixes):
+            if wrapper + prefix + probe in self.checkpoint:
+                return wrapper, wrapper + prefix
+        raise self.checkpoint.missing(f"{self.family.prefixes[0]}{probe}")
+
+    def _unembedding(self) -> str:
+        """The name of the unembedding, beside a text model that is one of two too."""
+        names = [f"{self.wrapper}{part}{self.family.unembedding}.weight" for part in ("", "language_model.")]
+        both = [name for name in names if name in self.checkpoint.shapes]
+        return both[0] if both and "language_model" in self.prefix else names[0]
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each part's weight, as [d_in, d_out] where it is linear, but for the token embeddings."""
@@ -249,7 +276,8 @@ class NativeWeights:
             "value": (facts.d_model, keys),
             "output": (queries, facts.d_model),
         }
-        mlp_out = self.checkpoint.shapes.get(self._name("mlp_out", 0))
+        dense = "mlp_out" in self.family.tensors
+        mlp_out = self.checkpoint.shapes.get(self._name("mlp_out", 0)) if dense else None
         if mlp_out:  # a partial checkpoint may hold the MLP's biases alone, which are not read
             d_mlp = mlp_out[0 if self.family.linear == "in_out" else -1]
             shapes |= {
@@ -267,10 +295,7 @@ class NativeWeights:
         places = [(part, layer) for layer in range(self.architecture.n_layers) for part in shapes if part not in once]
         missing = [self._name(*place) for place in places if self._name(*place) not in self.checkpoint]
         if missing:
-            raise UserError(
-                f"{label}: {len(missing)} tensors are missing from the checkpoint, the first of them '{missing[0]}'. "
-                "ovqk fills nothing in."
-            )
+            raise self.checkpoint.missing(missing[0], len(missing))
         beyond = self._name("output", self.architecture.n_layers)
         if beyond in self.checkpoint:
             raise UserError(
@@ -282,7 +307,8 @@ class NativeWeights:
             self._check_shape(self._name(part, layer), weight)
             self._check_shape(self._name(part, layer, "bias"), bias)
         if "positions" in self.family.tensors and self.architecture.n_ctx is not None:
-            self._check_shape(self._name("positions"), (self.architecture.n_ctx, self.architecture.d_model))
+            rows = self.architecture.n_ctx + self.family.position_offset
+            self._check_shape(self._name("positions"), (rows, self.architecture.d_model))
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         found = self.checkpoint.shapes.get(name, shape)
@@ -299,7 +325,10 @@ class NativeWeights:
         return self.checkpoint.tensor(name) if name in self.checkpoint else None
 
     def _rows(self, name: str) -> Rows | None:
-        """An embedding: read at once where it is small, else left in the checkpoint; None where there is none."""
+        """An embedding: read at once where it is small, else left in the checkpoint; None where there is none.
+
+        Its rows are checked for NaN where they are read as those of tokens: `read_vocabulary` checks a small one.
+        """
         if name not in self.checkpoint:
             return None
         shape = self.checkpoint.shapes[name]
@@ -309,7 +338,7 @@ class NativeWeights:
                 f"[tokens, {self.architecture.d_model}]."
             )
         if math.prod(shape) <= SMALL:
-            return self.checkpoint.tensor(name)
+            return self.checkpoint.tensor(name, checked=False)
         return StoredRows(partial(self.checkpoint.rows, name), (shape[0], shape[1]))
 
     def _linear(self, part: str, layer: int) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
@@ -327,9 +356,11 @@ class NativeWeights:
         if self.family.fused == "columns":
             sizes = [heads * facts.d_head for heads in (facts.n_heads, facts.n_kv_heads, facts.n_kv_heads)]
             return list(zip(weight.split(sizes, dim=-1), bias.split(sizes), strict=True))
-        per_head = (facts.n_heads, 3, facts.d_head)
+        group = facts.n_heads // facts.n_kv_heads
+        per_head = (facts.n_kv_heads, group + 2, facts.d_head)
         weights, biases = weight.reshape(facts.d_model, *per_head), bias.reshape(per_head)
-        return [(weights[:, :, part].flatten(1), biases[:, part].flatten()) for part in range(3)]
+        parts = slice(group), slice(group, group + 1), slice(group + 1, None)
+        return [(weights[:, :, part].flatten(1), biases[:, part].flatten()) for part in parts]
 
     def _norm(self, part: str, layer: int | None = None) -> Norm | None:
         kind: NormKind = "rmsnorm" if self.family.norm == "none" else self.family.norm
@@ -358,40 +389,19 @@ def _split_heads(weight: Float[Tensor, "d_model columns"], n_heads: int) -> Floa
     return weight.reshape(weight.shape[0], n_heads, -1).transpose(0, 1)
 
 
-def _completed(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json with the model type's own defaults for what it leaves out; the text model's, where there are more."""
-    from transformers import AutoConfig
-
-    try:
-        full = AutoConfig.for_model(**checkpoint.config).get_text_config()
-        completed: dict[str, Any] = full.to_dict()
-        if hasattr(full, "attention_layers"):  # GPT-Neo's to_dict leaves out what its pattern comes to
-            completed["attention_layers"] = list(full.attention_layers)
-    except Exception as error:  # transformers raises many kinds
-        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{checkpoint.label}: config.json cannot be read ({message[:300]}).") from error
-    return completed
+def _times(rows: Rows | None, factor: float) -> Rows | None:
+    """An embedding times a number."""
+    if rows is None or factor == 1:
+        return rows
+    return (
+        rows.folded(torch.full((rows.shape[1],), factor), centred=False)
+        if isinstance(rows, StoredRows)
+        else rows * factor
+    )
 
 
-def _inverse_frequencies(theta: float, dim: int) -> Float[Tensor, " pair"]:
-    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-
-
-def _rotary(
-    config: Mapping[str, Any], parameters: Mapping[str, Any], d_head: int, label: str, kind: str | None = None
-) -> Rotary:
-    """The model's own rotation, from either generation of config.json; of one kind of layer, where they differ."""
-    theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
-    scaling = parameters if kind else config.get("rope_scaling") or parameters
-    name = scaling.get("rope_type", scaling.get("type", "default"))
-    if name == "default":
-        return Rotary(_inverse_frequencies(theta, int(d_head * partial)))
-    if name not in SCALINGS:
-        raise UserError(f"{label}: rotary scaling '{name}' is not supported; allowed: {', '.join(SCALINGS)}.")
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    full = AutoConfig.for_model(**{"model_type": "llama", **config})
-    frequencies, factor = ROPE_INIT_FUNCTIONS[name](full, torch.device("cpu"), layer_type=kind)
-    return Rotary(frequencies, scale=float(factor) ** 2)
+def _wrappers() -> Iterator[str]:
+    """What may stand before the names of tensors, from nothing to three wrappers in a row."""
+    yield ""
+    for depth in (1, 2, 3):
+        yield from map("".join, product(WRAPPERS, repeat=depth))

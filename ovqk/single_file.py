@@ -25,9 +25,7 @@ class TransformerLensWeights:
             UserError: an attention tensor is missing, or tensors do not fit one another.
         """
         self.checkpoint = checkpoint
-        self.notes = [*checkpoint.notes]
-        if causal is None:
-            self.notes.append("model.causal is not set: attention taken to be causal")
+        self.notes = [] if causal is not None else ["model.causal is not set: attention taken to be causal"]
         numbers = (re.match(r"blocks\.(\d+)\.", name) for name in checkpoint.shapes)
         layers = {int(number[1]) for number in numbers if number}
         for layer in range(max(layers, default=0) + 1):

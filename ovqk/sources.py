@@ -5,7 +5,7 @@ import torch
 from ovqk.checkpoints import Checkpoint
 from ovqk.config import ModelConfig
 from ovqk.errors import UserError
-from ovqk.families import FAMILIES
+from ovqk.families import family_of
 from ovqk.native import NativeWeights
 from ovqk.single_file import TransformerLensWeights
 from ovqk.unreadable import refuse_unreadable, refuse_unreadable_defaults
@@ -18,13 +18,22 @@ def open_weights(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
     Raises:
         UserError: tensors are missing or misshapen, or the architecture is supported by neither way.
     """
+    source = _open(checkpoint, model)
+    source.notes.extend(checkpoint.notes)
+    return source
+
+
+def _open(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
     if not checkpoint.config:
         return TransformerLensWeights(checkpoint, model.n_ctx, model.causal)
     kind = checkpoint.config.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{checkpoint.label}: config.json gives no model_type, so its architecture is unknown.")
-    if kind in FAMILIES:
-        return NativeWeights(checkpoint, FAMILIES[kind])
+    family = family_of(checkpoint.config)
+    if family is not None:
+        return NativeWeights(checkpoint, family)
+    if quantised := checkpoint.quantised():
+        raise UserError(f"{checkpoint.label}:{quantised} Give a checkpoint that is not quantised.")
     refuse_unreadable(checkpoint.label, checkpoint.config)
     refuse_unreadable_defaults(checkpoint.label, checkpoint.config)
     from ovqk.bridge import BridgeWeights  # 8 seconds of imports, and only here

@@ -162,21 +162,30 @@ def orthonormal(
 ) -> tuple[Float[Tensor, "n r d_model"], Float[Tensor, "n r k"]]:
     """Q^T, in this dtype, and R, float64, of weight = Q R, by Cholesky's R of the Gram.
 
-    Two products in place of k steps; Householder's reflections where the weight is ill-conditioned.
+    Two products in place of k steps; Householder's reflections where the weight is ill-conditioned. Each weight is
+    first divided by a power of two of its size, which changes no digit: the inverse of a tiny one has no float32.
     """
     d_model, k = weight.shape[1:]
     exact = weight.double()
+    size = power_of_two(exact.abs().amax((-2, -1)))[:, None, None]
+    exact = exact / size
     if k > d_model:
         Q, R = torch.linalg.qr(exact)
-        return Q.mT.to(dtype), R
+        return Q.mT.to(dtype), R * size
     R, _ = torch.linalg.cholesky_ex(exact.mT @ exact, upper=True)
     inverse = torch.linalg.solve_triangular(R, torch.eye(k).to(R).expand_as(R), upper=True)
-    rows = inverse.mT.to(dtype) @ weight.mT.to(dtype)
+    rows = inverse.mT.to(dtype) @ exact.mT.to(dtype)
     poor = ~(R.norm(dim=(-2, -1)) * inverse.norm(dim=(-2, -1)) < WELL_CONDITIONED)  # nan is poor too
     if poor.any():
         Q, R[poor] = torch.linalg.qr(exact[poor])
         rows[poor] = Q.mT.to(dtype)
-    return rows, R
+    return rows, R * size
+
+
+def power_of_two(size: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """The power of two next above each size, float64; 1 for 0."""
+    exponent = torch.frexp(size.double()).exponent
+    return torch.ldexp(torch.ones_like(size, dtype=torch.float64), exponent)
 
 
 def _find(known: list[tuple[Any, Tensor]], gram: Gram | None) -> Tensor | None:
@@ -356,9 +365,11 @@ def spectrum_metrics(
     et al. 2021; departure from normality: Henrici 1962. Every value is [head]; a head of zero weights scores 0.
     `known` are the residual cores and their eigenvalues, where a caller has them.
     """
-    sigma = maps.sigma
+    unit = power_of_two(maps.sigma[..., 0])  # squares of squares of tiny weights vanish, even in float64
+    sigma = maps.sigma / unit[:, None]
     cores, eigen = known or (maps.core(), None)
-    eigen = eigenvalues(cores) if eigen is None else eigen
+    eigen = (eigenvalues(cores) if eigen is None else eigen) / unit[:, None]
+    cores = cores / unit[:, None, None]
     total, energy = sigma.sum(-1), sigma.square()
     energy_sum = energy.sum(-1)
     frobenius = energy_sum.sqrt()
@@ -374,8 +385,8 @@ def spectrum_metrics(
         "symmetry": guarded((cores @ cores).diagonal(dim1=-2, dim2=-1).sum(-1), energy_sum, energy_sum),
         "skew_rotation": guarded(eigen.imag.abs().sum(-1), modulus.sum(-1), total),
         "nonnormality": guarded(departure, frobenius, total),
-        "frobenius_norm": frobenius,
-        "spectral_norm": sigma[..., 0],
+        "frobenius_norm": frobenius * unit,
+        "spectral_norm": maps.sigma[..., 0],
         "stable_rank": guarded(energy_sum, energy[..., 0], energy_sum),
         "participation_ratio": guarded(energy_sum.square(), energy.square().sum(-1), energy_sum.square()),
         "effective_rank_energy": _entropy(energy_share).exp() * alive,

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from ovqk.errors import UserError
 from ovqk.heads import ov_factors
 from ovqk.threads import each
 from ovqk.weights import (
@@ -117,11 +118,13 @@ class Vocabulary:
         return W_E, W_U_rows, centred_gram(bare, bare)
 
 
-def read_vocabulary(embeddings: EmbeddingWeights, n_tokens: int | None) -> Vocabulary:
+def read_vocabulary(embeddings: EmbeddingWeights, n_tokens: int | None, label: str = "the checkpoint") -> Vocabulary:
     """A model's embeddings over its first `n_tokens` ids (all, where None).
 
     Raises:
         ValueError: there is no W_E.
+        UserError: the row of one of these tokens holds NaN or infinity. Rows left in the checkpoint are checked when
+            they are read; those of no token never are.
     """
     if embeddings.W_E is None:
         raise ValueError("a vocabulary needs W_E")
@@ -132,6 +135,12 @@ def read_vocabulary(embeddings: EmbeddingWeights, n_tokens: int | None) -> Vocab
         for rows in (embeddings.W_E, W_U_rows)
     )
     assert W_E is not None
+    for name, rows in (("embedding", W_E), ("unembedding", W_U_rows)):
+        if isinstance(rows, Tensor) and rows.numel() and not torch.stack(rows.aminmax()).isfinite().all():
+            raise UserError(
+                f"{label}: the {name} holds NaN or infinity in the row of a token; allowed: finite weights. Did its "
+                "training or its conversion to 16 bits fail?"
+            )
     return Vocabulary(W_E, W_U_rows)
 
 
@@ -264,7 +273,8 @@ class Block0:
         x = normalise(W_E if self.architecture.parallel else stream, kind, eps)
         hidden = ACTIVATIONS[self.mlp.activation](x @ self.mlp.W_in.to(x) + self.mlp.b_in.to(x))
         if self.mlp.W_linear is not None:
-            hidden = hidden * (x @ self.mlp.W_linear.to(x))
+            linear = x @ self.mlp.W_linear.to(x)
+            hidden = hidden * (linear if self.mlp.b_linear is None else linear + self.mlp.b_linear.to(x))
         return stream + apply_norm(self.mlp.post_norm, hidden @ self.mlp.W_out.to(x) + self.mlp.b_out.to(x), eps)
 
     def grams(

@@ -161,7 +161,12 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class MLPWeights:
-    """Block 0's MLP: x -> act(x W_in + b_in) [* (x W_linear)] W_out + b_out; the norms as in LayerWeights."""
+    """Block 0's MLP: x -> act(x W_in + b_in) [* (x W_linear + b_linear)] W_out + b_out; the norms as in LayerWeights.
+
+    Attributes:
+        W_linear: the linear branch of a gated MLP; None where there is no gate.
+        b_linear: its bias; None for zeros.
+    """
 
     W_in: Float[Tensor, "d_model d_mlp"]
     b_in: Float[Tensor, " d_mlp"]
@@ -171,6 +176,7 @@ class MLPWeights:
     activation: str
     norm: Norm | None
     post_norm: Norm | None = None
+    b_linear: Float[Tensor, " d_mlp"] | None = None
 
 
 @dataclass(frozen=True)
@@ -360,16 +366,18 @@ def fold_embeddings(weights: EmbeddingWeights, architecture: Architecture) -> Em
 
 
 def fold_mlp(weights: MLPWeights, architecture: Architecture) -> MLPWeights:
-    """Fold the norm before an MLP into its reading weights and centre what it writes; one after it stays."""
+    """Fold the norm before an MLP into both of its reading weights and centre what it writes; one after it stays."""
     W_in, b_in = _read_through(weights.norm, weights.W_in, weights.b_in)
-    W_linear = weights.W_linear
+    W_linear, b_linear = weights.W_linear, weights.b_linear
     if W_linear is not None:
-        W_linear, _ = _read_through(weights.norm, W_linear, W_linear.new_zeros(W_linear.shape[-1]))
+        bias = W_linear.new_zeros(W_linear.shape[-1]) if b_linear is None else b_linear
+        W_linear, b_linear = _read_through(weights.norm, W_linear, bias)
     return dataclasses.replace(
         weights,
         W_in=W_in,
         b_in=b_in,
         W_linear=W_linear,
+        b_linear=b_linear,
         W_out=_write_centred(architecture.norm, weights.W_out),
         b_out=_write_centred(architecture.norm, weights.b_out),
         norm=None,

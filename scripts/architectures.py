@@ -217,8 +217,10 @@ def compare(source: WeightSource, model: nn.Module) -> dict[str, float | None]:
         kind = "none" if embeddings.final_norm is None else embeddings.final_norm.kind
         W_U = folded.W_U if isinstance(folded.W_U, Tensor) else folded.W_U[:].T
         mine = normalise(final.double(), kind, facts.norm_eps) @ W_U.double()
+        capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[operator, union-attr]
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        own = activations.outputs[id(head)].double()
+        own = activations.outputs[id(head)] if capped or activations.logits is None else activations.logits
+        own = own.double()
         found["logits"] = difference(mine - mine.mean(0), own - own.mean(0))
     mlp = source.first_mlp()
     if not isinstance(mlp, str):
@@ -524,7 +526,7 @@ Hugging Face model see. `python scripts/architectures.py --write` makes this pag
 - **scores**: each head's scores before the softmax, every query with every key, positions included.
 - **writes**: what each head adds to the residual stream, with every norm and multiplier behind the output projection.
 - **block 0**: the first block as the effective embedding of later layers.
-- **logits**: what the unembedding makes of the last residual stream.
+- **logits**: what the unembedding makes of the last residual stream, with every multiplier and before any cap.
 
 Numbers are the largest difference over all layers and heads, relative to the largest entry; ovqk holds weights in
 float32, so 1e-6 is exact. A dash: ovqk gives no such number, and says so. *Raw* means that the residual spectra of the

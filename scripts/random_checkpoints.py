@@ -89,11 +89,19 @@ def make_checkpoint(shape: Shape, folder: Path) -> None:
     def normal(*size: int) -> Tensor:
         return (0.02 * torch.randn(size, generator=generator)).to(shape.dtype)
 
+    weight_map: dict[str, str] = {}
+
+    def save(tensors: dict[str, Tensor], file: str) -> None:
+        save_file(tensors, folder / file)
+        weight_map.update(dict.fromkeys(tensors, file))
+
     gpt2 = shape.family == "gpt2"
     for layer in range(shape.n_layers):
         tensors = _gpt2_layer(shape, layer, normal) if gpt2 else _llama_layer(shape, layer, normal)
-        save_file(tensors, folder / f"layer-{layer:03d}.safetensors")
-    save_file(_gpt2_rest(shape, normal) if gpt2 else _llama_rest(shape, normal), folder / "embeddings.safetensors")
+        save(tensors, f"layer-{layer:03d}.safetensors")
+    save(_gpt2_rest(shape, normal) if gpt2 else _llama_rest(shape, normal), "embeddings.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     tokenizer = synthetic_tokenizer(shape.n_vocab, task_words())
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(_gpt2_config(shape) if gpt2 else _llama_config(shape)))
@@ -124,7 +132,7 @@ def _gpt2_rest(shape: Shape, normal: Normal) -> dict[str, Tensor]:
 def _gpt2_config(shape: Shape) -> dict[str, object]:
     config: dict[str, object] = {"model_type": "gpt2", "n_layer": shape.n_layers, "n_head": shape.n_heads}
     config |= {"n_embd": shape.d_model, "n_positions": 1024, "vocab_size": shape.n_vocab}
-    return config | {"activation_function": "gelu_new"}
+    return config | {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
 
 
 def _llama_layer(shape: Shape, layer: int, normal: Normal) -> dict[str, Tensor]:

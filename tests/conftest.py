@@ -134,6 +134,11 @@ SIZES = {
 }
 WIDE = SIZES | {"head_dim": 8}  # heads together wider than the stream
 ONE_KV_EACH = SIZES | {"num_key_value_heads": 4}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+FALCON = {
+    "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0,
+    "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
 WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 KINDS: dict[str, dict[str, object]] = {
     "gpt2": {"vocab_size": 40, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 16, "n_inner": 32},
@@ -169,6 +174,42 @@ KINDS: dict[str, dict[str, object]] = {
     "gemma": WIDE,
     "gemma2": WIDE | WINDOWS | {"query_pre_attn_scalar": 12, "final_logit_softcapping": None},
     "gemma3_text": WIDE | WINDOWS | {"query_pre_attn_scalar": 12},
+    "llama-biases": WIDE | {"mlp_bias": True, "attention_bias": True},
+    "granite": SIZES | {
+        "mlp_bias": True, "attention_bias": True, "embedding_multiplier": 3.0, "residual_multiplier": 0.22,
+        "attention_multiplier": 0.3, "logits_scaling": 8.0,
+    },
+    "smollm3": SIZES | {"no_rope_layers": [1, 0, 1]},
+    "olmo3": SIZES | WINDOWS | {
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            "full_attention": {
+                "rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 4,
+            },
+        },
+    },
+    "exaone4": SIZES | WINDOWS,
+    "exaone4-without_windows": SIZES | {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    "glm": WIDE,
+    "glm4": WIDE,
+    "stablelm": SIZES | {"hidden_size": 32, "partial_rotary_factor": 0.25, "use_qkv_bias": True},
+    "stablelm-parallel": SIZES | {"hidden_size": 32, "partial_rotary_factor": 0.5, "use_parallel_residual": True},
+    "starcoder2": SIZES | {"sliding_window": 5},
+    "cohere": SIZES | {"attention_bias": True},
+    "cohere2": SIZES | WINDOWS,
+    "opt": {
+        "vocab_size": 40, "hidden_size": 24, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
+    },
+    "falcon": FALCON,
+    "falcon-grouped": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+    "falcon-one_norm": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    "mixtral": WIDE | EXPERTS | {"sliding_window": 5},
+    "qwen2_moe": SIZES | EXPERTS | {"shared_expert_intermediate_size": 20},
+    "qwen2_moe-dense_first": SIZES | EXPERTS | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [0]},
+    "qwen3_moe": WIDE | EXPERTS,
+    "olmoe": SIZES | EXPERTS,
+    "gpt_oss": WIDE | EXPERTS | WINDOWS,
 }  # fmt: skip
 """Tiny configurations of the architectures read natively; what follows a dash is a variant."""
 

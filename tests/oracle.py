@@ -130,7 +130,8 @@ def block0_rows(source: WeightSource, E: EmbeddingWeights) -> Tensor:
     y = normalise(W_E if facts.parallel else r, facts.norm, facts.norm_eps)
     hidden = ACTIVATIONS[folded.activation](y @ folded.W_in.double() + folded.b_in.double())
     if folded.W_linear is not None:
-        hidden = hidden * (y @ folded.W_linear.double())
+        bias = 0.0 if folded.b_linear is None else folded.b_linear.double()
+        hidden = hidden * (y @ folded.W_linear.double() + bias)
     return r + after(folded.post_norm, hidden @ folded.W_out.double() + folded.b_out.double(), facts.norm_eps)
 
 

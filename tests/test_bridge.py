@@ -6,6 +6,7 @@ from conftest import compose, local, make_gpt2, randomise
 from oracle import matrices
 
 from ovqk.analyses import analyse
+from ovqk.bridge import BridgeWeights
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.sources import open_weights
@@ -18,6 +19,12 @@ SIZES = {"vocab_size": 40, "hidden_size": 24, "num_attention_heads": 4, "max_pos
 
 def opened(directory):
     return open_weights(open_checkpoint(local(directory)), local(directory))
+
+
+@torch.no_grad()
+def bridged(directory):
+    """Through the bridge, whether the table has a row for it or not."""
+    return BridgeWeights(open_checkpoint(local(directory)), local(directory))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def bert(tmp_path_factory):
 
 
 def test_a_pre_norm_decoder_is_folded_and_its_positions_are_found(opt) -> None:
-    source = opened(opt)
+    source = bridged(opt)
     assert source.loaded_by == "bridge" and source.foldable and source.no_vocabulary is None
     assert source.architecture.positions == "learned"
     assert not isinstance(source.first_mlp(), str)
@@ -62,20 +69,17 @@ def test_an_encoder_is_residual_space_and_raw(bert) -> None:
 
 
 def test_the_bridge_and_the_table_agree_on_a_model_both_can_read(tmp_path) -> None:
-    from ovqk.bridge import BridgeWeights
-
     make_gpt2(tmp_path / "m")
-    native = opened(tmp_path / "m")
-    bridged = BridgeWeights(open_checkpoint(local(tmp_path / "m")), local(tmp_path / "m"))
-    assert bridged.foldable and bridged.no_vocabulary is None
+    native, through = opened(tmp_path / "m"), bridged(tmp_path / "m")
+    assert through.foldable and through.no_vocabulary is None
     for layer in range(native.architecture.n_layers):
-        one, two = (fold_layer(source.layer(layer), source.architecture) for source in (native, bridged))
+        one, two = (fold_layer(source.layer(layer), source.architecture) for source in (native, through))
         for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V"):
             assert torch.allclose(getattr(one, name), getattr(two, name), atol=1e-6), name
-    mine, theirs = native.embeddings(), bridged.embeddings()
+    mine, theirs = native.embeddings(), through.embeddings()
     for name in ("W_E", "W_U", "W_pos"):
         assert torch.allclose(getattr(mine, name), getattr(theirs, name), atol=1e-6)
-    assert torch.allclose(native.first_mlp().W_in, bridged.first_mlp().W_in, atol=1e-6)
+    assert torch.allclose(native.first_mlp().W_in, through.first_mlp().W_in, atol=1e-6)
 
 
 def test_missing_tensors_are_refused_not_filled_with_random_numbers(opt, tmp_path) -> None:
@@ -89,7 +93,7 @@ def test_missing_tensors_are_refused_not_filled_with_random_numbers(opt, tmp_pat
     tensors.pop("model.decoder.layers.1.self_attn.out_proj.weight")
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing.*layers\.1\.self_attn\.out_proj\.weight"):
-        opened(directory)
+        bridged(directory)
 
 
 def test_a_model_without_attention_heads_is_one_message(tmp_path) -> None:
@@ -110,4 +114,4 @@ def test_weights_that_are_not_finite_are_named(opt, tmp_path) -> None:
     (tmp_path / "config.json").write_text((opt / "config.json").read_text())
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"'{name}' holds NaN or infinity"):
-        opened(tmp_path)
+        bridged(tmp_path)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.sources import open_weights
+from ovqk.vocabulary import read_vocabulary
+from ovqk.weights import fold_embeddings
 
 
 def opened(path: Path, **keys):
@@ -133,6 +135,26 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value) -> None:
         source.layer(1)
 
 
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_rows_of_no_token_may_hold_anything_and_those_of_tokens_may_not(tmp_path, monkeypatch, name, small) -> None:
+    """Of an embedding that is read at once as of one that stays in the checkpoint."""
+    from ovqk import native
+
+    def spoil(tensors) -> None:
+        tensors[name][35] = float("nan")
+
+    if not small:
+        monkeypatch.setattr(native, "SMALL", 0)
+    make_llama(tmp_path / "m")
+    source = opened(rewrite(tmp_path / "m", spoil))
+    folded = fold_embeddings(source.embeddings(), source.architecture)
+    vocabulary = read_vocabulary(folded, 35)
+    assert vocabulary.gram_embed.isfinite().all() and vocabulary.gram_unembed.isfinite().all()
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        read_vocabulary(folded, 36).gram_cross  # noqa: B018 (computed when asked for)
+
+
 @pytest.mark.parametrize("name", ["transformer.h.1.attn.c_proj.weight", "transformer.wte.weight"])
 def test_a_quantised_tensor_is_no_missing_one(tmp_path, name) -> None:
     def quantise(tensors) -> None:
@@ -154,7 +176,11 @@ def test_a_quantised_tensor_is_no_missing_one(tmp_path, name) -> None:
         ("rope_parameters", {"rope_theta": "big"}, "rotary settings"),
         ("rope_parameters", {"rope_theta": 1e4, "rope_type": "linear"}, "rotary settings.*factor"),
         ("rope_parameters", {"rope_theta": 0.0}, "rotary settings.*finite frequencies"),
-        ("partial_rotary_factor", 2.0, "rotary settings.*pairs within a head"),
+        (
+            "rope_parameters",
+            {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 2.0},
+            "rotary settings.*turn 16 components of 8.*all of a head",
+        ),
     ],
 )
 def test_a_value_of_the_config_that_cannot_be_used_is_named(tmp_path, key, value, message) -> None:
@@ -180,6 +206,120 @@ def test_an_unusable_config(tmp_path) -> None:
         (directory / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match=message):
             opened(directory)
+
+
+def sharded(directory: Path, tensors: dict) -> None:
+    """Save tensors as two shards and their index."""
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, directory / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_of_two_checkpoints_in_a_folder_the_one_that_transformers_reads_is_read(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    make_llama(tmp_path / "m")
+    other = {name: tensor + 1 for name, tensor in load_file(tmp_path / "m" / "model.safetensors").items()}
+
+    def reads_as_transformers() -> list[str]:
+        own = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+        source = opened(tmp_path / "m")
+        heads = own.model.layers[1].self_attn.q_proj.weight.T.reshape(24, 4, 8).transpose(0, 1)
+        assert torch.equal(source.layer(1).W_Q, heads)
+        return source.notes
+
+    assert not reads_as_transformers()
+    sharded(tmp_path / "m", other)
+    told = "the directory holds more than one checkpoint: model.safetensors was read, and model-00001-of-00002"
+    assert any(note.startswith(told) for note in reads_as_transformers())
+    (tmp_path / "m" / "model.safetensors").unlink()
+    assert not reads_as_transformers()
+    save_file(load_file(BUNDLED / "model.safetensors"), tmp_path / "m" / "training_copy.safetensors")
+    told = "the shards of model.safetensors.index.json was read, and training_copy.safetensors was not"
+    assert any(told in note for note in reads_as_transformers())
+
+
+def test_a_file_of_another_name_is_no_checkpoint(tmp_path) -> None:
+    directory = copy(tmp_path)
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"holds model-00001-of-00002\.safetensors, but neither model\.safetensors nor"):
+        opened(directory)
+
+
+def test_an_adapter_is_told_of_beside_its_base_model_and_refused_alone(tmp_path) -> None:
+    make_llama(tmp_path / "m")
+    lora = {"base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight": torch.ones(2, 24)}
+    save_file(lora, tmp_path / "m" / "adapter_model.safetensors")
+    assert any("an adapter (LoRA or the like), which was not applied" in note for note in opened(tmp_path / "m").notes)
+    assert not any("more than one checkpoint" in note for note in opened(tmp_path / "m").notes)
+    (tmp_path / "m" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
+    (tmp_path / "m" / "model.safetensors").unlink()
+    alone = r"an adapter \(LoRA or the like\) of someone/base, without the weights that it adapts"
+    with pytest.raises(UserError, match=alone):
+        opened(tmp_path / "m")
+    (tmp_path / "m" / "config.json").unlink()
+    with pytest.raises(UserError, match=alone):
+        opened(tmp_path / "m")
+
+
+QUANTISED = {
+    "GPTQ or AWQ": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32},
+    "compressed-tensors": {"weight_packed": torch.int32, "weight_scale": torch.float16, "weight_shape": torch.int64},
+    "FP8": {"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32},
+    "bitsandbytes": {"weight": torch.uint8, "weight.absmax": torch.float32},
+    "MLX": {"weight": torch.uint32, "scales": torch.float16, "biases": torch.float16},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("said", [True, False])
+def test_a_quantised_checkpoint_is_called_so(tmp_path, method, said) -> None:
+    """By the method that config.json names, or by what the parts of its tensors are called."""
+
+    def quantise(tensors) -> None:
+        for name in [name for name in tensors if "_proj" in name]:
+            del tensors[name]
+            for part, dtype in QUANTISED[method].items():
+                tensors[name.removesuffix("weight") + part] = torch.zeros(4, 4).to(dtype)
+
+    make_llama(tmp_path / "m")
+    directory = rewrite(tmp_path / "m", quantise)
+    if said:
+        config = json.loads((directory / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "gptq"}
+        (directory / "config.json").write_text(json.dumps(config))
+    told = r"quantization_config\.quant_method=gptq" if said else rf"\({method}\): it holds"
+    with pytest.raises(
+        UserError, match=rf"The checkpoint is quantised.*{told}.*Give a checkpoint that is not quantised"
+    ):
+        opened(directory)
+
+
+def test_a_quantised_checkpoint_does_not_reach_the_bridge(tmp_path) -> None:
+    directory = copy(tmp_path)
+    keys = {"model_type": "bloom", "quantization_config": {"quant_method": "bitsandbytes"}}
+    config = json.loads((directory / "config.json").read_text()) | keys
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"quantised: config\.json gives quantization_config\.quant_method=bitsandbytes"
+    ):
+        opened(directory)
+
+
+def test_a_missing_tensor_is_told_with_the_names_nearest_to_it(tmp_path) -> None:
+    def unmerged(tensors) -> None:
+        for name in [name for name in tensors if "q_proj" in name]:
+            tensors[name.replace("q_proj.weight", "q_proj.base_layer.weight")] = tensors.pop(name)
+
+    make_llama(tmp_path / "m")
+    with pytest.raises(
+        UserError, match=r"q_proj\.weight'.*nearest by name: .*layers\.0\.self_attn\.q_proj\.base_layer"
+    ):
+        opened(rewrite(tmp_path / "m", unmerged))
 
 
 def test_shards_and_a_shard_that_is_missing(tmp_path) -> None:

@@ -57,12 +57,12 @@ def test_metrics_carry_title_formula_and_range() -> None:
 
 # fmt: off
 ORDER = [
-    "errors", "memory", "config", "metrics", "colours", "weights", "devices", "families", "files", "shards",
-    "patience", "hub", "gguf_file", "gguf_tokenizer", "gguf_settings", "llama_cpp", "checkpoints", "native",
-    "single_file", "threads", "heads", "vocabulary", "unreadable", "block_probes", "agreement", "bridge_loading",
-    "bridge_mlp", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks", "components",
-    "effective", "spelling", "rare", "directions", "readouts", "composition", "availability", "model", "claims",
-    "statistics", "nulls", "surrogates",
+    "errors", "memory", "config", "metrics", "colours", "weights", "devices", "family", "llamas", "families", "files",
+    "shards", "patience", "hub", "gguf_file", "gguf_tokenizer", "gguf_settings", "llama_cpp", "checkpoints",
+    "rotations", "native", "single_file", "threads", "heads", "vocabulary", "unreadable", "block_probes", "agreement",
+    "bridge_loading", "bridge_mlp", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
+    "components", "effective", "spelling", "rare", "directions", "readouts", "composition", "availability", "model",
+    "claims", "statistics", "nulls", "surrogates",
     "testing", "candidates", "patterns", "verdicts", "prompts", "identity", "structure", "cache", "analyses", "record",
     "outcomes", "results", "comparison", "thinning", "drawing", "figures", "portraits", "page", "report", "panels",
     "overview", "wandb_service", "runs", "tracking", "dashboard", "tables", "token_lists", "suggestions", "console",

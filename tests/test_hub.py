@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from ovqk import patience
 from ovqk.checkpoints import Checkpoint, open_checkpoint
 from ovqk.config import ModelConfig, Source
 from ovqk.errors import UserError
-from ovqk.families import FAMILIES
+from ovqk.families import FAMILIES, family_of
 from ovqk.files import cache_folder, file_hash
 from ovqk.shards import LEFT_OUT, read_header, write_part
 from ovqk.sources import open_weights
@@ -101,6 +102,9 @@ def same_weights(checkpoint: Checkpoint, config: ModelConfig, other: Path) -> bo
     pairs += [(ours.embeddings(), theirs.embeddings()), (ours.first_mlp(), theirs.first_mlp())]
     for mine, yours in pairs:
         assert type(mine) is type(yours)
+        if isinstance(yours, str):  # why block 0 has no MLP that is read
+            assert mine == yours
+            continue
         for name, value in vars(yours).items():
             found = getattr(mine, name)
             if torch.is_tensor(value) and not torch.equal(found, value):
@@ -222,7 +226,7 @@ def test_a_part_of_a_file_has_the_digest_of_the_whole(hub, wide) -> None:
 
 def test_of_an_architecture_outside_the_table_everything_is_fetched(hub, wide, hf_cache) -> None:
     shard(wide, second=("h.1.mlp", "h.2.mlp"))
-    config = json.loads((wide / "config.json").read_text()) | {"model_type": "opt"}
+    config = json.loads((wide / "config.json").read_text()) | {"model_type": "bloom"}
     (wide / "config.json").write_text(json.dumps(config))
     hub.hold(wide)
     checkpoint = opened()
@@ -236,10 +240,13 @@ def test_what_a_family_reads_is_enough(kind, tiny, tmp_path) -> None:
     whole, part = tiny(kind), tmp_path / "part"
     part.mkdir()
     shutil.copy(whole / "config.json", part)
-    family = FAMILIES[json.loads((whole / "config.json").read_text())["model_type"]]
+    family = family_of(json.loads((whole / "config.json").read_text()))
     tensors = load_file(whole / SINGLE)
     kept = {name: tensor for name, tensor in tensors.items() if family.reads(name)}
-    assert {"0"} == {name.split(".mlp")[0].split(".")[-1] for name in kept if ".mlp." in name}
+    mlps = {
+        re.split(r"\.(?:mlp|fc\d)\.", name)[0].split(".")[-1] for name in kept if re.search(r"\.(mlp|fc\d)\.", name)
+    }
+    assert mlps == (set() if family.experts else {"0"})
     assert len(kept) < len(tensors)
     save_file(kept, part / SINGLE)
     assert same_weights(open_checkpoint(local(part)), local(part), whole)
@@ -394,6 +401,7 @@ def test_a_shard_that_the_index_names_and_the_repository_does_not_hold(hub, wide
 @pytest.mark.parametrize("index", [b"{", b"{}", b'{"weight_map": {"a": "../secret"}}'])
 def test_a_damaged_index(hub, wide, index) -> None:
     hub.hold(wide)
+    del hub.files[SINGLE]  # which would be read in its place
     hub.files["model.safetensors.index.json"] = index
     fails(r"model\.safetensors\.index\.json is damaged")
 

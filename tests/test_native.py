@@ -1,21 +1,22 @@
 """Every native family against the model itself: its own queries and keys, its first block, its logits."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLED, KINDS, local, make, make_llama
+from conftest import BUNDLED, KINDS, SIZES, local, make, make_llama, randomise
 from safetensors.torch import load_file, save_file
 
 from ovqk.bridge import BridgeWeights
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError
-from ovqk.families import FAMILIES
+from ovqk.families import FAMILIES, WRAPPED, family_of
 from ovqk.heads import keys, qk_factors, queries
 from ovqk.sources import open_weights
 from ovqk.vocabulary import Block0
-from ovqk.weights import fold_embeddings, fold_layer, fold_mlp, fold_reads, normalise
+from ovqk.weights import apply_norm, fold_embeddings, fold_layer, fold_mlp, fold_reads, normalise
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 
@@ -27,7 +28,7 @@ def opened(directory):
 
 
 @torch.no_grad()
-def run_recorded(directory):
+def run_recorded(directory, whole=None):
     """The model's residual stream before each layer, and the scores it hands to each softmax, before any mask."""
     from transformers import AttentionInterface, AutoModelForCausalLM
     from transformers.models.llama.modeling_llama import repeat_kv
@@ -43,9 +44,10 @@ def run_recorded(directory):
         return (pattern @ repeat_kv(value, groups)).transpose(1, 2).contiguous(), pattern
 
     AttentionInterface.register("probe", probe)
-    own_method = json.loads((directory / "config.json").read_text())["model_type"] in ("gptj", "gpt_neo")
-    implementation = "eager" if own_method else "probe"
-    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation=implementation).eval()
+    kind = json.loads((directory / "config.json").read_text())["model_type"]
+    own_method = kind in ("gptj", "gpt_neo")
+    implementation = "eager" if own_method or kind == "falcon" else "probe"
+    model = (whole or AutoModelForCausalLM).from_pretrained(directory, attn_implementation=implementation).eval()
     if own_method:
         for module in model.modules():
             if hasattr(module, "_attn"):
@@ -56,8 +58,23 @@ def run_recorded(directory):
                     return own(query, key, value, attention_mask)
 
                 module._attn = method
+    if kind == "falcon":  # whose attention is a method without parts: queries and keys are taken where they are rotated
+        from transformers.models.falcon import modeling_falcon
+
+        rotate = modeling_falcon.apply_rotary_pos_emb
+
+        def method(*arguments):
+            query, key = rotate(*arguments)
+            scores.append((query @ key.mT / query.shape[-1] ** 0.5)[0])
+            return query, key
+
+        modeling_falcon.apply_rotary_pos_emb = method
     tokens = torch.randint(0, model.config.get_text_config().vocab_size, (1, LENGTH))
-    streams = model(tokens, output_hidden_states=True).hidden_states
+    try:
+        streams = model(tokens, output_hidden_states=True).hidden_states
+    finally:
+        if kind == "falcon":
+            modeling_falcon.apply_rotary_pos_emb = rotate
     return tokens[0], [stream[0] for stream in streams], scores
 
 
@@ -69,6 +86,10 @@ def test_the_bilinear_form_reproduces_the_models_own_scores(tiny, kind) -> None:
     source = opened(directory)
     assert source.loaded_by == "families"
     _, streams, scores = run_recorded(directory)
+    check_scores(source, streams, scores)
+
+
+def check_scores(source, streams, scores) -> None:
     facts = source.architecture
     scale = facts.attention_scale or facts.d_head**-0.5
     for layer in range(facts.n_layers):
@@ -84,8 +105,11 @@ def test_the_bilinear_form_reproduces_the_models_own_scores(tiny, kind) -> None:
             assert (mine - own).abs().max() < 1e-4 * max(1.0, own.abs().max().item()), (layer, D)
 
 
+DENSE = [kind for kind in KINDS if "experts" not in str(KINDS[kind]) or kind == "qwen2_moe-dense_first"]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [*KINDS, "mini-attn"])
+@pytest.mark.parametrize("kind", [*DENSE, "mini-attn"])
 def test_block0_is_the_stream_of_a_lone_token_after_the_first_block(tiny, kind, tmp_path) -> None:
     """A token alone attends to itself; without positions and what the definition leaves out: b_V (with what the norm's
     bias adds to it when folded) and b_O."""
@@ -98,8 +122,13 @@ def test_block0_is_the_stream_of_a_lone_token_after_the_first_block(tiny, kind, 
         "input_layernorm.bias",
         "v_proj.bias",
         "out_proj.bias",
+        "o_proj.bias",
         "attention.dense.bias",
         "self_attn.dense.bias",
+        "self_attn_layer_norm.bias",
+        "embed_positions.weight",
+        "ln_attn.bias",
+        "self_attention.dense.bias",
     )
     for name, parameter in model.named_parameters():
         if name.endswith((*left_out, "attn.c_proj.bias")):
@@ -107,7 +136,8 @@ def test_block0_is_the_stream_of_a_lone_token_after_the_first_block(tiny, kind, 
         elif name.endswith("c_attn.bias"):
             parameter.view(3, -1)[2] = 0
         elif name.endswith("query_key_value.bias"):
-            parameter.view(4, 3, -1)[:, 2] = 0
+            heads = {"falcon-grouped": 2}.get(kind, 4)  # of keys and values
+            parameter.view(heads, -1, model.config.hidden_size // 4)[:, -1] = 0
     model.eval().save_pretrained(tmp_path)
     source = opened(tmp_path)
     facts, raw = source.architecture, source.embeddings()
@@ -142,6 +172,74 @@ def test_the_unembedding_reads_the_final_norm(tiny, kind) -> None:
     mine = normalise(kept[0][0], final, facts.norm_eps) @ folded.W_U
     difference = mine - logits
     assert (difference - difference.mean(0)).abs().max() < 1e-4 * logits.abs().max()  # but for a bias of the tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*KINDS, "mini-attn"])
+def test_a_head_writes_what_the_model_writes(tiny, kind) -> None:
+    """Of a token alone in its text each head writes v W_O, with what stands behind W_O, into the stream."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    def values(module, query, key, value, *_, **__):  # a lone token's attention, without a sink
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
+
+    directory = BUNDLED if kind == "mini-attn" else tiny(kind)
+    source = opened(directory)
+    facts, family, tensors = source.architecture, source.family, load_file(directory / "model.safetensors")
+    AttentionInterface.register("values", values)
+    implementation = "eager" if kind.split("-")[0] in ("gptj", "gpt_neo", "falcon") else "values"
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation=implementation, experts_implementation="eager"
+    )
+    model = model.eval().double()
+    modules, kept = dict(model.named_modules()), {}
+
+    def keep(name):
+        def hook(module, arguments):
+            kept[name] = arguments[0].reshape(40, -1)
+
+        modules[name].register_forward_pre_hook(hook)
+
+    after_attention = {
+        "gpt2": "h.{layer}.ln_2", "gpt_neo": "h.{layer}.ln_2", "opt": "layers.{layer}.final_layer_norm",
+        "gpt_neox-sequential": "layers.{layer}.post_attention_layernorm", "gemma2": "layers.{layer}.mlp",
+        "olmo2": "layers.{layer}.mlp", "olmo3": "layers.{layer}.mlp", "exaone4": "layers.{layer}.mlp",
+    }  # fmt: skip
+    norms = kind.split("-")[0] in ("gemma2", "gemma3_text")
+    reader = after_attention.get(
+        kind, after_attention.get(kind.split("-")[0], "layers.{layer}.post_attention_layernorm")
+    )
+    reader = "layers.{layer}.pre_feedforward_layernorm" if norms else reader
+    for layer in range(facts.n_layers):
+        keep(source._name("output", layer).removesuffix(".weight"))
+        if not facts.parallel and kind != "mini-attn":
+            keep(source.prefix + reader.format(layer=layer))
+    streams = model(torch.arange(40)[:, None], output_hidden_states=True).hidden_states
+    for layer in range(facts.n_layers):
+        weights = source.layer(layer)
+        stream, z = streams[layer][:, 0], kept[source._name("output", layer).removesuffix(".weight")]
+        x = apply_norm(weights.norm, stream, facts.norm_eps)
+        own = z.unflatten(-1, (facts.n_heads, facts.d_head))
+        v = torch.einsum("td,hdk->thk", x, weights.W_V.double()) + weights.b_V
+        assert close(v[:, facts.kv_of_head], own), layer
+        bias = tensors.get(source._name("output", layer, "bias"), torch.zeros(facts.d_model)).double()
+        raw = tensors[source._name("output", layer)].double()
+        output = own.flatten(1) @ (raw if family.linear == "in_out" else raw.T) + bias
+        residual = model.config.residual_multiplier if kind == "granite" else 1.0
+        heads = torch.einsum("thk,hkd->td", own, weights.W_O.double())
+        assert close(heads, residual * (output - bias)), layer
+        if not facts.parallel and kind != "mini-attn":
+            written = apply_norm(weights.post_norm, heads + residual * bias, facts.norm_eps)
+            assert close(stream + written, kept[source.prefix + reader.format(layer=layer)]), layer
+
+
+def close(mine, own) -> bool:
+    return bool((mine - own).abs().max() < 1e-5 * own.abs().max())
+
+
+def test_a_mixture_of_experts_gives_its_reason(tiny) -> None:
+    for kind in set(KINDS) - set(DENSE):
+        assert opened(tiny(kind)).first_mlp() == "block 0 is a mixture of experts"
 
 
 def test_neox_queries_keys_and_values_are_interleaved_head_by_head(tiny) -> None:
@@ -274,6 +372,154 @@ def test_a_text_model_beside_one_for_pictures_is_found(tiny, tmp_path) -> None:
     assert torch.equal(one.embeddings().W_U, two.embeddings().W_U)
 
 
+TEXT = {key: value for key, value in SIZES.items() if key != "pad_token_id"}
+PICTURES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+MARKS = {"image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36}
+SECTIONS = {"rope_type": "default", "rope_theta": 300.0, "mrope_section": [1, 1, 1]}
+QWEN_VL = {"text_config": TEXT | {"rope_parameters": SECTIONS}, **MARKS}
+SEEN = {"depth": 1, "num_heads": 2, "patch_size": 4, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 24}
+BESIDE_PICTURES: dict[str, dict[str, object]] = {
+    "qwen2_vl": QWEN_VL | {"vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 24, "num_heads": 2}},
+    "qwen2_5_vl": QWEN_VL | {"vision_config": SEEN | {"fullatt_block_indexes": [0]}},
+    "qwen3_vl": QWEN_VL
+    | {"vision_config": SEEN | {"num_position_embeddings": 16, "deepstack_visual_indexes": []}}
+    | {"text_config": TEXT | {"head_dim": 6, "rope_parameters": SECTIONS, "tie_word_embeddings": True}},
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **TEXT, "head_dim": 8, "sliding_window": 5},
+        "vision_config": {"model_type": "pixtral", **PICTURES, "image_size": 8, "patch_size": 4, "head_dim": 8},
+        "image_token_index": 39,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama", **TEXT},
+        "vision_config": {"model_type": "clip_vision_model", **PICTURES, "image_size": 8, "patch_size": 4},
+        "image_token_index": 39,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE_PICTURES)
+def test_the_text_model_beside_one_for_pictures_has_its_own_scores(tmp_path, kind) -> None:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(kind, **json.loads(json.dumps(BESIDE_PICTURES[kind])))
+    model = randomise(AutoModelForImageTextToText.from_config(config, attn_implementation="eager"))
+    model.save_pretrained(tmp_path)
+    source = opened(tmp_path)
+    assert source.loaded_by == "families"
+    _, streams, scores = run_recorded(tmp_path, AutoModelForImageTextToText)
+    check_scores(source, streams, scores[-source.architecture.n_layers :])
+    read = source.embeddings()
+    assert torch.equal(read.W_E, model.get_input_embeddings().weight)
+    assert torch.equal(read.W_U, model.get_output_embeddings().weight.T)
+
+
+def test_a_config_with_the_text_models_keys_at_the_top_is_read_alike(tmp_path) -> None:
+    """As the hub has Qwen2-VL: one level of keys, `mrope`, and tensors named as those of a text model."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.for_model("qwen2_vl", **json.loads(json.dumps(BESIDE_PICTURES["qwen2_vl"])))
+    randomise(AutoModelForImageTextToText.from_config(config)).save_pretrained(tmp_path / "new")
+    (tmp_path / "old").mkdir()
+    old = {"model_type": "qwen2_vl", **TEXT, "rope_theta": 300.0, "tie_word_embeddings": True}
+    old["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1, 1]}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(old))
+    tensors = load_file(tmp_path / "new" / "model.safetensors")
+    renamed = {name.replace("model.language_model.", "model."): tensor for name, tensor in tensors.items()}
+    del renamed["lm_head.weight"]
+    save_file(renamed, tmp_path / "old" / "model.safetensors")
+    one, two = opened(tmp_path / "new"), opened(tmp_path / "old")
+    assert torch.equal(one.layer(1).W_Q, two.layer(1).W_Q)
+    assert torch.equal(one.layer(1).rotary.inverse_frequencies, two.layer(1).rotary.inverse_frequencies)
+    assert not one.architecture.tied and two.architecture.tied
+    assert torch.equal(two.embeddings().W_U, two.embeddings().W_E.T)
+
+
+def test_a_wrapped_text_model_that_is_not_in_the_table_needs_the_bridge() -> None:
+    assert family_of({"model_type": "mistral3", "text_config": {"model_type": "ministral3"}}) is None
+    assert {family_of({"model_type": kind}).name for kind in WRAPPED} == {"llama"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("opt", {"do_layer_norm_before": False}),
+        ("opt", {"word_embed_proj_dim": 12}),
+        ("falcon", {"alibi": True}),
+        ("falcon", {"parallel_attn": False}),
+        ("falcon", {"multi_query": False}),
+        ("stablelm", {"qk_layernorm": True}),
+        ("cohere", {"use_qk_norm": True}),
+    ],
+)
+def test_what_a_row_does_not_say_is_left_to_the_bridge(kind, keys) -> None:
+    assert family_of({"model_type": kind, **KINDS[kind]}) is not None
+    assert family_of({"model_type": kind, **KINDS[kind], **keys}) is None
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "base_model.model.", "model.", "module._orig_mod."])
+def test_what_wraps_a_model_in_the_names_of_its_tensors_is_taken_off(tiny, tmp_path, wrapper) -> None:
+    shutil.copy(tiny("llama") / "config.json", tmp_path)
+    tensors = load_file(tiny("llama") / "model.safetensors")
+    save_file({wrapper + name: tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    one, two = opened(tiny("llama")), opened(tmp_path)
+    assert torch.equal(one.layer(1).W_O, two.layer(1).W_O)
+    assert torch.equal(one.embeddings().W_U, two.embeddings().W_U)
+    assert any(f"begin with '{wrapper}'" in note for note in two.notes) and not one.notes
+    assert two.family.reads(f"{wrapper}model.layers.1.self_attn.q_proj.weight")
+
+
+def test_layers_without_positions_do_not_turn(tiny) -> None:
+    for kind, still in (("smollm3", [1]), ("cohere2", [1]), ("exaone4", [1]), ("exaone4-without_windows", [])):
+        source = opened(tiny(kind))
+        for layer in range(source.architecture.n_layers):
+            frequencies = source.layer(layer).rotary.inverse_frequencies
+            assert (frequencies == 0).all() == (layer in still), (kind, layer)
+        assert any("layers without positions: 1;" in note for note in source.notes) == bool(still)
+
+
+def test_an_attention_sink_is_told_of(tiny) -> None:
+    assert any("attention sink" in note for note in opened(tiny("gpt_oss")).notes)
+
+
+def test_multipliers_are_told_of(tiny) -> None:
+    told = "raw or folded: embedding_multiplier=3, residual_multiplier=0.22"
+    assert any(told in note for note in opened(tiny("granite")).notes)
+    assert opened(tiny("granite")).architecture.attention_scale == 0.3
+
+
+@pytest.mark.parametrize("value", [0, None, "big", float("nan"), True])
+def test_a_multiplier_that_is_no_number_is_named(tiny, tmp_path, value) -> None:
+    with pytest.raises(UserError, match=r"config\.json.*residual_multiplier"):
+        opened(edited(tiny, "granite", tmp_path / "m", residual_multiplier=value)).layer(0)
+
+
+def test_a_window_that_the_model_type_does_not_read_is_none(tiny, tmp_path) -> None:
+    assert opened(edited(tiny, "llama", tmp_path / "llama", sliding_window=4)).layer(0).sliding_window is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma", "qwen2"])
+def test_an_unembedding_stored_beside_a_tied_config_is_read_as_transformers_reads_it(tmp_path, kind) -> None:
+    """Of other values than the embedding, it is the unembedding; of the same, the two are one."""
+    from transformers import AutoModelForCausalLM
+
+    make(kind, tmp_path, tie_word_embeddings=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    source = opened(tmp_path)
+    assert torch.equal(source.embeddings().W_U, model.lm_head.weight.T)
+    assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+    assert not source.architecture.tied and any("stored with other values" in note for note in source.notes)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = next(name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight")))
+    tensors["lm_head.weight"] = tensors[embedding].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    same = opened(tmp_path)
+    assert same.architecture.tied and not any("other values" in note for note in same.notes)
+
+
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen2"])
 def test_the_bridge_reads_the_same_weights(tiny, kind) -> None:
     native = opened(tiny(kind))
@@ -285,5 +531,7 @@ def test_the_bridge_reads_the_same_weights(tiny, kind) -> None:
 
 
 def test_every_row_of_the_table_is_tried() -> None:
-    tried = {FAMILIES[kind.split("-")[0]].name for kind in KINDS}
+    tried = {FAMILIES[kind.split("-")[0]].name for kind in KINDS} | {
+        FAMILIES[kind].name for kind in BESIDE_PICTURES.keys() & FAMILIES.keys()
+    }
     assert tried == {family.name for family in FAMILIES.values()}

@@ -10,16 +10,19 @@ from hypothesis import strategies as st
 from oracle import regauge
 
 from ovqk.heads import Factors
-from ovqk.layers import directionality
+from ovqk.layers import directionality, layer_metrics
 from ovqk.spectra import (
+    Basis,
     decompose,
     eigenvalues,
     full_circuit_singular_values,
+    power_of_two,
     spectrum_metrics,
     trace_ratio,
     vocabulary_symmetry,
 )
-from ovqk.vocabulary import centred_gram
+from ovqk.vocabulary import centred_gram, precision
+from ovqk.weights import Architecture, LayerWeights
 
 
 def factors(left: torch.Tensor, right: torch.Tensor, circuit: str = "ov") -> Factors:
@@ -188,3 +191,42 @@ def test_directionality_is_positive_when_keys_dominate() -> None:
     assert directionality(matrix) > 0.5
     assert directionality(matrix.T) == pytest.approx(-directionality(matrix))
     assert directionality(torch.eye(40, dtype=torch.float64)) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-42])
+@pytest.mark.parametrize("d_model", [64, 520])
+def test_a_head_of_tiny_weights_has_the_metrics_of_its_weights(scale, d_model) -> None:
+    """Subnormal weights, at widths on both sides of where products are float32: neither an error nor zeros."""
+    weights = torch.randn(3, d_model, 8, generator=torch.Generator().manual_seed(0))
+    tiny = (weights.double() * scale).float()  # rounded to the few bits that a subnormal has
+    back = (tiny.double() / scale).float()
+    rows = torch.randn(30, d_model, generator=torch.Generator().manual_seed(1))
+    gram = (rows - rows.mean(0)).T.double() @ (rows - rows.mean(0)).double()
+    gram = gram.to(precision(d_model))
+    one, two = (decompose(Factors("ov", x, x.roll(1, 0).mT.contiguous()), centred=False) for x in (tiny, back))
+    mine, own = spectrum_metrics(one), spectrum_metrics(two)
+    for name, value in own.items():
+        size = scale**2 if name in ("frobenius_norm", "spectral_norm") else 1.0
+        assert torch.allclose(mine[name] / size, value, rtol=1e-4, atol=1e-6), name
+    sigma, expected = (full_circuit_singular_values(maps, gram, gram) for maps in (one, two))
+    assert torch.allclose(sigma / scale**2, expected, rtol=1e-3, atol=1e-5 * expected.max())
+
+
+def test_powers_of_two_change_no_digit() -> None:
+    weights = torch.randn(3, 40, 8, generator=torch.Generator().manual_seed(0))
+    one, two = Basis(weights), Basis(weights * 2.0**-40)
+    assert torch.equal(one.rows, two.rows) and torch.equal(one.coordinates * 2.0**-40, two.coordinates)
+    assert power_of_two(torch.tensor([0.0, 1.0, 3.0, 2.0**-149])).tolist() == [1.0, 2.0, 4.0, 2.0**-148]
+
+
+@pytest.mark.parametrize("d_model", [64, 520])
+def test_a_layer_of_tiny_weights_has_the_metrics_of_its_weights(d_model) -> None:
+    facts = Architecture("test", 1, 2, 2, d_model, 8, None, "none", 1e-5, "none")
+
+    def metrics(exponent: int) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(0)
+        W = [torch.randint(-8, 9, (2, d_model, 8), generator=generator) * 2.0**exponent for _ in range(4)]
+        weights = LayerWeights(0, W[0], W[1], W[2], W[3].mT, *(torch.zeros(2, 8) for _ in range(3)), norm=None)
+        return layer_metrics(weights, weights, facts)
+
+    assert metrics(0) == metrics(-149) and any(metrics(0).values())
