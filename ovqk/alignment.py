@@ -67,14 +67,12 @@ class TopSearch:
 
     def __init__(
         self,
-        factors: Factors,
-        rows: Float[Tensor, "word d_model"],
+        written: Float[Tensor, "head word d_model"],
         ids: Int[Tensor, " word"],
         own_rows: Float[Tensor, "word d_model"],
         signs: Sequence[int] = (1, -1),
     ) -> None:
-        """Take the maps, and of each word its row, its id and its own row of W_U^T."""
-        written = (rows @ factors.left) @ factors.right  # [head, word, d_model]
+        """Take what the maps write of each word, its id and its own row of W_U^T."""
         own = (written * own_rows).sum(-1)
         self.passed, self.shape = 0, (len(signs), *own.shape)
         self._alive = (own.abs().sum(-1, keepdim=True) > 0).double()
@@ -160,7 +158,7 @@ def in_top_by_source(
 
     The means over words are `ov_task_copy`, the copy score of Wang et al. 2022, and `ov_task_suppress`.
     """
-    search = TopSearch(factors, rows, ids, W_U_rows[ids], signs)
+    search = TopSearch((rows @ factors.left) @ factors.right, ids, W_U_rows[ids], signs)
     settle([search], W_U_rows)
     return search.found()
 

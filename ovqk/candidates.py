@@ -72,10 +72,19 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
     words = _under_words(tests, rankings)
     p_frame = tests.frame_ps(observe(tests, rankings))
     rows: list[dict[str, object]] = []
+    depths: dict[tuple[object, ...], dict[Head, tuple[float, float]]] = {}
     for role, ranking in rankings.items():
         for prediction in ranking.predictions:
             composes = prediction.config.metric in COMPOSITION_METRICS
-            depth = {} if composes else _depth(prediction, tests.model.architecture.kv_of_head.numpy())
+            same = (
+                prediction.config.metric,
+                prediction.config.first_layer,
+                prediction.config.direct_only,
+                prediction.sign,
+            )
+            if not composes and same not in depths:  # several roles may predict the same
+                depths[same] = _depth(prediction, tests.model.architecture.kv_of_head.numpy())
+            depth = {} if composes else depths[same]
             named = " ".join(f"{layer}.{head}" for layer, head in ranking.partners) if composes else ""
             places = {head: place for place, head in enumerate(ranking.strongest, start=1)}
             places = {head: place for head, place in places.items() if not math.isnan(prediction.values[head])}

@@ -16,10 +16,11 @@ from ovqk.config import Config, Processing
 from ovqk.devices import resolve_device, to_device
 from ovqk.directions import Directions
 from ovqk.effective import Block0Side
+from ovqk.head_maps import HeadMaps, Scorer
 from ovqk.heads import Circuit, Factors, key_side, ov_factors, qk_factors, query_side, scores
 from ovqk.metrics import METRICS
 from ovqk.rare import RareTokens, rare_tokens
-from ovqk.readouts import EffectiveRows, HeadMaps, Readout, Scorer
+from ovqk.readouts import EffectiveRows, Readout
 from ovqk.tasks import TaskTokens, resolve_task
 from ovqk.vocabulary import ACTIVATIONS, Block0, Vocabulary, read_vocabulary
 from ovqk.weights import (
@@ -198,7 +199,7 @@ class Model:
         spectral = vocabulary
         if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
             spectral = read_vocabulary(raw, n_tokens, label)
-        block0 = read_block0(source, vocabulary, _needs_block0(config, tokens), device)
+        block0 = read_block0(source, vocabulary, device)
         readout = None
         if vocabulary is not None and tokens.variables:
             rows = EffectiveRows(vocabulary, block0 if isinstance(block0, Block0) else None, facts)
@@ -246,22 +247,13 @@ def read_words(
     return resolve_task(config.task, tokenizer, n_tokens, label)
 
 
-def _needs_block0(config: Config, tokens: TaskTokens) -> bool:
-    """Whether block 0 is read: for words, for pairs of heads, and wherever components are read out.
+def read_block0(source: WeightSource, vocabulary: Vocabulary | None, device: torch.device) -> Block0 | str:
+    """Return block 0 as the effective embedding of later layers, or why it cannot be had.
 
-    The last keeps the structure of an analysis the same for all tasks, the metrics of block0 embeddings included.
+    Whatever the task: the metrics of block0 embeddings are of the structure that all tasks share.
     """
-    return bool(tokens.variables) or config.analysis.pairs or config.analysis.components > 0
-
-
-def read_block0(
-    source: WeightSource, vocabulary: Vocabulary | None, wanted: bool, device: torch.device
-) -> Block0 | str:
-    """Block 0 as the effective embedding of later layers, or why it cannot be had."""
     if vocabulary is None:
         return source.no_vocabulary or NO_EMBEDDING
-    if not wanted:
-        return "block 0's MLP is read only for a task's words, for lists of tokens or for all pairs of heads"
     if not source.foldable:
         return "the model's norms cannot be folded"
     layer0 = fold_reads(to_device(source.layer(0), device), source.architecture)

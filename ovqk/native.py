@@ -1,7 +1,7 @@
 """Weights of the families in the table, read from the checkpoint one layer at a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.checkpoints import Checkpoint
+from ovqk.checkpoints import Checkpoint, check_finite
 from ovqk.errors import UserError
 from ovqk.family import WRAPPERS, Family
 from ovqk.rotations import completed, no_rotation, read_rotations
@@ -29,6 +29,8 @@ from ovqk.weights import (
 ROWS = 4096  # of two embeddings compared at a time
 SMALL = 2**22
 """Elements up to which an embedding is read at once (16 MB)."""
+DEQUANTISED_ONCE = 2**26
+"""Elements up to which an embedding of a GGUF file is dequantised once and kept (256 MB)."""
 
 
 class NativeWeights:
@@ -339,7 +341,19 @@ class NativeWeights:
             )
         if math.prod(shape) <= SMALL:
             return self.checkpoint.tensor(name, checked=False)
+        if self.checkpoint.quantisation and math.prod(shape) <= DEQUANTISED_ONCE:
+            return StoredRows(self._dequantised_rows(name), (shape[0], shape[1]))
         return StoredRows(partial(self.checkpoint.rows, name), (shape[0], shape[1]))
+
+    def _dequantised_rows(self, name: str) -> Callable[[int, int], Tensor]:
+        """Return what gives rows of a tensor of a GGUF file that is kept in memory: to dequantise it takes a while."""
+        kept = self.checkpoint.tensor(name, checked=False)
+
+        def read(start: int, stop: int) -> Tensor:
+            check_finite(self.checkpoint.label, name, kept[start:stop])
+            return kept[start:stop]
+
+        return read
 
     def _linear(self, part: str, layer: int) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
         weight = self.checkpoint.tensor(self._name(part, layer))

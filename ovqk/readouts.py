@@ -5,7 +5,7 @@ all.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +17,8 @@ from torch import Tensor
 from ovqk import alignment, spectra
 from ovqk.config import Embedding, VariableKind
 from ovqk.errors import UserError
-from ovqk.heads import Circuit, Factors
-from ovqk.spectra import Decomposition, Maps
+from ovqk.head_maps import CircuitMaps
+from ovqk.spectra import Maps
 from ovqk.tasks import Variable, WordSet
 from ovqk.vocabulary import BLOCK, Block0, Vocabulary, blocks
 from ovqk.weights import Architecture, Rows, StoredRows, normalise
@@ -57,60 +57,6 @@ SCREEN = 4096
 """Tokens of an unembedding left in the checkpoint that are kept for the first comparisons of such a ranking."""
 KEPT_UP_TO = 2**26
 """Elements of an unembedding that is kept in memory by the readouts of a task (256 MB)."""
-
-Scorer = Callable[[Tensor, Tensor], Tensor]
-"""(query rows, key rows) -> scores [head, query, key]."""
-
-
-@dataclass(frozen=True)
-class HeadMaps:
-    """One circuit of a batch of heads, or of surrogates of one head, as readouts take it.
-
-    Attributes:
-        scorer: what compares rows on both sides: queries and keys that are normalised, or rows between frames that
-            several heads share; None where the factors do.
-    """
-
-    factors: Factors
-    decomposition: Decomposition
-    scorer: Scorer | None = None
-
-    @property
-    def circuit(self) -> Circuit:
-        """`ov` or `qk`."""
-        return self.factors.circuit
-
-    @classmethod
-    def of(
-        cls, circuit: Circuit, decomposition: Decomposition, dtype: torch.dtype, scorer: Scorer | None = None
-    ) -> "HeadMaps":
-        """The maps that a decomposition is of."""
-        left, right = decomposition.balanced_left, decomposition.balanced_right
-        return cls(Factors(circuit, left.to(dtype), right.to(dtype)), decomposition, scorer)
-
-    def only(self, heads: Sequence[int]) -> "HeadMaps":
-        """These heads alone, in this order; scores of normalised queries and keys are left behind."""
-        index = torch.as_tensor(heads, device=self.factors.left.device)
-        parts = self.decomposition
-        return HeadMaps(
-            Factors(self.circuit, self.factors.left[index], self.factors.right[index]),
-            Decomposition(parts.read[index], parts.sigma[index], parts.write[index], parts.rank),
-        )
-
-    @staticmethod
-    def joined(batches: "Sequence[HeadMaps]") -> "HeadMaps":
-        """Batches of one circuit as one."""
-
-        def cat(parts: Iterable[Tensor]) -> Tensor:
-            return torch.cat(list(parts))
-
-        factors, parts = [maps.factors for maps in batches], [maps.decomposition for maps in batches]
-        return HeadMaps(
-            Factors(batches[0].circuit, cat(f.left for f in factors), cat(f.right for f in factors)),
-            Decomposition(
-                cat(p.read for p in parts), cat(p.sigma for p in parts), cat(p.write for p in parts), parts[0].rank
-            ),
-        )
 
 
 class EffectiveRows:
@@ -282,7 +228,7 @@ class Readout:
                 self._basis(kind)
 
     def metrics(
-        self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
+        self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head"]]:
         """Every task metric of these maps (of those wanted), as heads of this layer.
 
@@ -292,7 +238,7 @@ class Readout:
         return means | self.of_subspace(layer, maps, wanted)
 
     def by_source(
-        self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
+        self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head source"]]:
         """The metrics of a `set` variable that are means over its tokens, token by token, in [0, 1]."""
         W_U_rows = self.vocabulary.W_U_rows
@@ -306,21 +252,21 @@ class Readout:
         found: dict[str, Tensor] = {}
         if maps.circuit == "ov" and W_U_rows is not None:
             if asked("ov_task_auc", "ov_task_auc_raw"):
-                logits = self._scores(maps, rows, self.written)
+                logits = maps.scores(rows, self.written)
                 found["ov_task_auc"], found["ov_task_auc_raw"] = alignment.task_auc_by_source(logits)
             in_top = self.in_top(layer, maps, wanted)
             InTop.settle(list(in_top.values()))
             found |= {name: top.by_source for name, top in in_top.items()}
         if maps.circuit == "qk":
             if asked("qk_task_auc", "qk_task_auc_raw"):
-                scores = self._scores(maps, rows, rows)
+                scores = maps.scores(rows, rows)
                 found["qk_task_auc"], found["qk_task_auc_raw"] = alignment.task_auc_by_source(scores)
             if W_U_rows is not None and asked("qk_task_auc_unembed"):
-                scores = self._scores(maps, self.effective.normalised(self.written), rows)
+                scores = maps.scores(self.effective.normalised(self.written), rows)
                 found["qk_task_auc_unembed"] = alignment.task_auc_by_source(scores)[0]
         return found
 
-    def in_top(self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None) -> "dict[str, InTop]":
+    def in_top(self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None) -> "dict[str, InTop]":
         """The metrics of TOP_METRICS, with the vocabulary's first tokens passed and the others not (`InTop.settle`)."""
         names = [name for name in TOP_METRICS if wanted is None or name in wanted]
         there = self.reads(layer) and self.variable.kind is VariableKind.set and maps.circuit == "ov"
@@ -328,12 +274,12 @@ class Readout:
         if unembedding is None:
             return {}
         signs = [TOP_METRICS[name] for name in names]
-        search = alignment.TopSearch(maps.factors, self.rows(layer), self.ids, self.written, signs)
+        search = alignment.TopSearch(maps.written(self.rows(layer)), self.ids, self.written, signs)
         alignment.settle([search], self.effective.first_unembedded)
         return {name: InTop(search, index, unembedding) for index, name in enumerate(names)}
 
     def of_subspace(
-        self, layer: int, maps: HeadMaps, wanted: Collection[str] | None = None
+        self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head"]]:
         """The metrics of the subspaces that the variable's words span."""
         mine = [name for name in SUBSPACE_METRICS if name.startswith(maps.circuit)]
@@ -359,17 +305,6 @@ class Readout:
             if contrast:
                 found["ov_task_transfer"] = alignment.transfer(parts, basis, write)
         return found
-
-    def _scores(
-        self,
-        maps: HeadMaps,
-        query_rows: Float[Tensor, "*draw query d_model"],
-        key_rows: Float[Tensor, "*draw key d_model"],
-    ) -> Float[Tensor, "*draw head query key"]:
-        """e_t W_QK e_u^T; of normalised queries and keys, with their biases, where the model has a norm there."""
-        if maps.scorer is not None:
-            return maps.scorer(query_rows, key_rows)
-        return alignment.readout(maps.factors, query_rows, key_rows)
 
     def _basis(self, kind: str) -> Float[Tensor, "*draw r d_model"]:
         """Of the read side of one kind of embedding, or of the write side (`write`)."""

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovqk.config import VariableKind
+from ovqk.head_maps import CircuitMaps
 from ovqk.heads import Circuit
 from ovqk.model import Model
-from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, HeadMaps, InTop, full_circuit_ratio
+from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop, full_circuit_ratio
 from ovqk.spectra import Decomposition, Gram
 from ovqk.tasks import Variable, WordSet
 from ovqk.threads import CPU, each
@@ -30,7 +31,7 @@ from ovqk.vocabulary import EXACT, blocks
 STAGES = (25, 50, 100, 200, 400)
 """Numbers of draws after which it is asked whether more are needed; then all."""
 CHUNK_ELEMENTS = 2**23  # of one side's frames held at a time (64 MB in float64)
-PART_ELEMENTS = 2**18  # of one side's frames in one thread at a time: what its cache holds
+PART_ELEMENTS = 2**20  # of one side's frames in one thread at a time: what its cache holds
 ATTEMPTS = 200  # at drawing a set of different matched words
 HALVES, PAIRS = "token", "token_pairs"
 
@@ -134,12 +135,27 @@ class FramedHeads(Decomposition):
         """See `Decomposition`."""
         return self.frames.write_gram(gram)
 
+
+@dataclass(frozen=True)
+class FramedMaps:
+    """One circuit of such heads, as readouts take it (`readouts.CircuitMaps`)."""
+
+    circuit: Circuit
+    decomposition: FramedHeads
+
     def scores(
         self, query_rows: Float[Tensor, "query d_model"], key_rows: Float[Tensor, "key d_model"]
     ) -> Float[Tensor, "draw query key"]:
-        """Return rows M rows^T."""
-        queried, answered = self.frames.queried(query_rows), self.frames.answered(key_rows)
-        return (queried * self.sigma[0].to(queried)) @ answered.mT
+        """See `CircuitMaps`."""
+        return self._queried(query_rows) @ self.decomposition.frames.answered(key_rows).mT
+
+    def written(self, rows: Float[Tensor, "word d_model"]) -> Float[Tensor, "draw word d_model"]:
+        """See `CircuitMaps`."""
+        return self._queried(rows) @ self.decomposition.write.mT.to(rows)
+
+    def _queried(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "draw row k"]:
+        """rows @ read diag(sigma)."""
+        return self.decomposition.frames.queried(rows) * self.decomposition.sigma[0].to(rows)
 
 
 def surrogate_heads(sigma: Float[Tensor, " rank"], frames: Frames) -> FramedHeads:
@@ -161,16 +177,15 @@ class FrameDraws:
         sigma: Float[Tensor, " k"],
         d_model: int,
         centred: bool,
-        measure: Callable[[HeadMaps], Mapping[str, Tensor | InTop]],
+        measure: Callable[[CircuitMaps], Mapping[str, Tensor | InTop]],
         seed: Sequence[int],
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Take the head's singular values, and what measures a batch of its surrogates.
 
         Heads of one seed are put between the same frames.
         """
         self.circuit, self.sigma, self.d_model, self.centred = circuit, sigma, d_model, centred
-        self.measure, self.dtype, self.seed = measure, dtype, tuple(seed)
+        self.measure, self.seed = measure, tuple(seed)
         state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> np.uint64(1))
         self.generator = torch.Generator().manual_seed(state)
         self._drawn: dict[str, list[float]] = {}
@@ -201,9 +216,7 @@ class FrameDraws:
 
         What has still to be ranked in the rest of the vocabulary stays open until `close`.
         """
-        surrogates = surrogate_heads(self.sigma, frames)
-        scorer = surrogates.scores if self.dtype == torch.float32 else None
-        found = self.measure(HeadMaps.of(self.circuit, surrogates, self.dtype, scorer))
+        found = self.measure(FramedMaps(self.circuit, surrogate_heads(self.sigma, frames)))
         return {
             name: values if isinstance(values, InTop) else values.double().tolist() for name, values in found.items()
         }
@@ -275,7 +288,7 @@ def stages(most: int) -> tuple[int, ...]:
 
 def surrogate_metrics(
     model: Model, layer: int, wanted: set[str], observed: Mapping[str, float]
-) -> Callable[[HeadMaps], dict[str, Float[Tensor, " draw"] | InTop]]:
+) -> Callable[[CircuitMaps], dict[str, Float[Tensor, " draw"] | InTop]]:
     """What measures surrogates of a head of this layer, by the functions that measured the head.
 
     Metrics that rank words in the vocabulary are left open (see `FrameDraws.close`). Where a value was observed, a
@@ -283,7 +296,7 @@ def surrogate_metrics(
     """
     plain, folded, (block0, cross, _) = model.spectral_vocabulary, model.vocabulary, model.block0_grams
 
-    def measure(maps: HeadMaps) -> dict[str, Tensor | InTop]:
+    def measure(maps: CircuitMaps) -> dict[str, Tensor | InTop]:
         found: dict[str, Tensor | InTop] = {}
         if model.readout is not None and wanted & {*SET_METRICS, *SUBSPACE_METRICS}:
             found |= model.readout.metrics(layer, maps, wanted - set(TOP_METRICS))

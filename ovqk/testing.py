@@ -19,6 +19,7 @@ from ovqk import composition
 from ovqk.claims import Claims, Head
 from ovqk.composition import LayerCircuits
 from ovqk.config import PredictionConfig
+from ovqk.head_maps import HeadMaps
 from ovqk.heads import Circuit
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.model import Form, Layer, Model
@@ -32,7 +33,7 @@ from ovqk.nulls import (
     predicted_values,
     role_rows,
 )
-from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, HeadMaps, Readout
+from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, Readout
 from ovqk.statistics import monte_carlo
 from ovqk.surrogates import (
     CHUNK_ELEMENTS,

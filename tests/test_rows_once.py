@@ -17,6 +17,7 @@ from ovqk.alignment import TopSearch, in_top_by_source, settle
 from ovqk.analyses import analyse
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError
+from ovqk.head_maps import HeadMaps
 from ovqk.heads import Factors
 from ovqk.model import Model
 from ovqk.readouts import TOP_METRICS, EffectiveRows, full_circuit_ratio
@@ -136,7 +137,7 @@ def test_searches_settled_together_find_what_each_finds_alone(screen, monkeypatc
     ]
     rows = W_U_rows[ids]
     cases.append((Factors("ov", torch.eye(8)[None], torch.eye(8)[None]), rows))  # copies: words that stay open
-    searches = [TopSearch(factors, x, ids, rows) for factors, x in cases]
+    searches = [TopSearch((x @ factors.left) @ factors.right, ids, rows) for factors, x in cases]
     for search in searches:
         settle([search], W_U_rows[:screen])
     assert any(not search.done for search in searches)
@@ -149,8 +150,7 @@ def test_searches_settled_together_find_what_each_finds_alone(screen, monkeypatc
 
 def test_searches_that_have_passed_different_tokens_are_not_settled_together() -> None:
     W_U_rows, ids = normal(50, 4), torch.tensor([1, 2])
-    factors = Factors("ov", torch.eye(4)[None], torch.eye(4)[None])
-    some = [TopSearch(factors, W_U_rows[ids], ids, W_U_rows[ids]) for _ in range(2)]
+    some = [TopSearch(W_U_rows[ids][None], ids, W_U_rows[ids]) for _ in range(2)]
     settle([some[0]], W_U_rows[:10])
     with pytest.raises(ValueError, match="passed the same tokens"):
         settle(some, W_U_rows)
@@ -236,7 +236,7 @@ def test_a_random_checkpoint_has_words_block_0_and_both_cells(family, tmp_path) 
     assert set(TOP_METRICS) <= set(model.readout.metrics(0, _ov(model)))
 
 
-def _ov(model: Model) -> readouts.HeadMaps:
+def _ov(model: Model) -> HeadMaps:
     from ovqk.model import Layer
 
     return Layer(model, 0).task_maps("ov")

@@ -125,7 +125,7 @@ def test_a_surrogate_head_has_the_singular_values_of_its_head_and_nothing_else_o
 
 
 def energy(maps) -> dict[str, torch.Tensor]:
-    return {"top": maps.factors.left[:, 0].square().sum(-1)}
+    return {"top": maps.decomposition.balanced_left[:, 0].square().sum(-1)}
 
 
 def both_sides(maps) -> dict[str, torch.Tensor]:
@@ -154,7 +154,7 @@ def test_no_more_is_drawn_than_asked_for_and_nothing_twice() -> None:
     asked = []
 
     def measure(maps) -> dict[str, torch.Tensor]:
-        asked.append(len(maps.factors.left))
+        asked.append(len(maps.decomposition.read))
         return energy(maps)
 
     mine = draws(measure=measure)
