@@ -25,6 +25,7 @@ from ovqk.tables import (
     pair_table,
     reasons,
     rounded,
+    sweep_candidate_table,
     verdict_table,
     virtual_table,
 )
@@ -234,9 +235,14 @@ def print_sweep(
     ended = list(outcomes.values())
     folders = [Path(outcome.folder) for outcome in ended if outcome.folder]
     if folders:
-        claimed = role_table(folders)
-        out.print("\n[bold]By role[/bold] (depth: mean over its heads, 0 the first layer and 1 the last)\n")
-        out.print(claimed if claimed.row_count else Text("none of these models has claimed heads here", style="dim"))
+        claimed, unclaimed = role_table(folders), _candidates(folders)
+        if claimed.row_count or not unclaimed.row_count:
+            out.print("\n[bold]By role[/bold] (depth: mean over its heads, 0 the first layer and 1 the last)\n")
+            nothing = Text("none of these models has claimed heads here", style="dim")
+            out.print(claimed if claimed.row_count else nothing)
+        if unclaimed.row_count:
+            out.print("\n[bold]Candidates, not verdicts[/bold]: no heads are claimed; these are the strongest\n")
+            out.print(unclaimed)
     if len({outcome.model for outcome in ended if outcome.folder}) > 1:
         out.print("\n[bold]By relative depth[/bold]\n")
         out.print(depth_table(folders))
@@ -256,6 +262,16 @@ def print_sweep(
     if untracked:
         command = f"{_python()} -m ovqk.tracking {shlex.quote(str(results_dir))}"
         out.print(f"{untracked} not tracked by W&B; later: {command}", soft_wrap=True)
+
+
+def _candidates(folders: Sequence[Path]) -> Table:
+    """The strongest heads for each role in the cells without claimed heads."""
+    cells = []
+    for folder in folders:
+        record, candidates = read_record(folder), load_table(folder, "candidates")
+        if record is not None and candidates is not None and len(candidates):
+            cells.append((record["task"], record["model"], candidates))
+    return sweep_candidate_table(cells)
 
 
 def role_table(folders: Sequence[Path]) -> Table:

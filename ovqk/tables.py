@@ -30,24 +30,35 @@ SIDES = {"OV align": "writing", "QK align": "key"}
 """Columns of alignment -> the side that they are of."""
 
 
-def candidate_table(candidates: pd.DataFrame) -> Table:
-    """The strongest candidates; roles that the same heads stand for by the same metric are one."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[dict[Any, Any]]]]:
+    """Return (roles, what ranks them, rows of the strongest); roles that the same heads stand for are one."""
     shown = candidates[candidates["ranked"] & (candidates["rank"] <= SHOWN_CANDIDATES)]
-    words = ["p words, all"] if shown["p_words_all"].notna().any() else []
-    for title in ("candidates for", "ranked by", "head", "value", "in layer", "q nearby", "p frame, all", *words):
-        table.add_column(title, justify="left" if title in ("candidates for", "ranked by") else "right")
     same: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
     for role, rows in shown.groupby("role", sort=False):
         key = tuple(rows[["metric", "prediction", "partners", "layer", "head"]].itertuples(index=False, name=None))
         same.setdefault(key, []).append(str(role))
+    found = []
     for roles in same.values():
-        for place, row in enumerate(shown[shown["role"] == roles[0]].to_dict("records")):
-            by = f"{row['metric']} {ARROWS[row['prediction']]}"
-            by += f" with {row['partners']}" if row["partners"] else ""
+        records: list[dict[Any, Any]] = shown[shown["role"] == roles[0]].to_dict("records")
+        by = f"{records[0]['metric']} {ARROWS[records[0]['prediction']]}"
+        by += f" with {records[0]['partners']}" if records[0]["partners"] else ""
+        by += "" if records[0]["primary"] else " (not its primary)"
+        found.append((", ".join(role.replace("_", " ") for role in roles), by, records))
+    return found
+
+
+def candidate_table(candidates: pd.DataFrame) -> Table:
+    """The strongest candidates, a row each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    found = strongest_candidates(candidates)
+    words = ["p words, all"] if any(pd.notna(row["p_words_all"]) for *_, rows in found for row in rows) else []
+    for title in ("candidates for", "ranked by", "head", "value", "in layer", "q nearby", "p frame, all", *words):
+        table.add_column(title, justify="left" if title in ("candidates for", "ranked by") else "right")
+    for roles, by, rows in found:
+        for place, row in enumerate(rows):
             table.add_row(
-                ", ".join(role.replace("_", " ") for role in roles) if not place else "",
-                by + ("" if row["primary"] else " (not its primary)") if not place else "",
+                roles if not place else "",
+                by if not place else "",
                 f"{row['layer']}.{row['head']}",
                 rounded(row["value"]),
                 percent(row["percentile"]),
@@ -55,6 +66,18 @@ def candidate_table(candidates: pd.DataFrame) -> Table:
                 rounded(row["p_frame_all"], digits=3),
                 *[rounded(row["p_words_all"], digits=3) for _ in words],
             )
+    return table
+
+
+def sweep_candidate_table(cells: Iterable[tuple[str, str, pd.DataFrame]]) -> Table:
+    """The strongest candidates of each role in several cells, (task, model, candidates), a row for each role."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("task", "model", "candidates for", "ranked by", "strongest heads, each with its value"):
+        table.add_column(title, no_wrap=title in ("task", "model"))
+    for task, model, candidates in cells:
+        for roles, by, rows in strongest_candidates(candidates):
+            heads = ", ".join(f"{row['layer']}.{row['head']} ({rounded(row['value'])})" for row in rows)
+            table.add_row(task, model, roles, by, heads)
     return table
 
 
