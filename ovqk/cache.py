@@ -21,6 +21,7 @@ from filelock import FileLock
 from ovqk.identity import SCHEMA_VERSION, plain
 from ovqk.model import Model
 from ovqk.structure import Tables
+from ovqk.vocabulary import Block0
 
 ENTRY = "entry.json"
 GIGABYTE = 2**30
@@ -82,6 +83,7 @@ class StructureCache:
             },
             "model": {"n_ctx": config.model.n_ctx, "causal": config.model.causal},
             "tokens": None if model.vocabulary is None else model.vocabulary.size,
+            "block0": isinstance(model.block0, Block0),
             "device": model.device.type,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -154,7 +154,9 @@ def add_ranking(found: dict[str, Ranking], role: str, predictions: Sequence[Pred
         return
     signed = by.sign * by.values
     heads = [(int(layer), int(head)) for layer, head in np.argwhere(~np.isnan(signed))]
-    heads.sort(key=lambda head: (-signed[head], head))
+    # Heads that tie are told apart by what else the role predicts, and never by their number while anything can.
+    others = [np.nan_to_num(p.sign * p.values, nan=-np.inf) for p in valued if p is not by and not p.config.exploratory]
+    heads.sort(key=lambda head: (-signed[head], *(-values[head] for values in others), head))
     found[role] = Ranking(by, heads, partners, valued)
 
 

@@ -23,7 +23,7 @@ from ovqk.files import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, digest, file_hash
 
 BUNDLED = Path(__file__).parent / "bundled"
 FLOATING = ("F64", "F32", "F16", "BF16")
-GGUF = ".gguf"
+GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 QUANTISED = {
@@ -229,10 +229,10 @@ def _open_local(model: ModelConfig) -> Checkpoint:
     if path.is_dir():
         return _open_directory(path, label)
     if path.is_file():
+        if path.suffix == GGUF or _begins_with(path, GGUF_MAGIC):
+            return _open_gguf(path, label)
         if path.suffix in PICKLED:
             raise UserError(f"{label}: a pickled file, which ovqk does not unpickle; allowed: safetensors, GGUF.")
-        if path.suffix == GGUF:
-            return _open_gguf(path, label)
         files, shapes, unread = _index([path])
         if not any(name.startswith("blocks.") for name in files):
             raise UserError(
@@ -242,6 +242,14 @@ def _open_local(model: ModelConfig) -> Checkpoint:
         tensors = SafetensorsFiles(files, shapes, unread)
         return Checkpoint(label, path.parent, {}, tensors, digest({path.name: file_hash(path)}))
     raise UserError(f"{label}: no such file or directory.")
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError:
+        return False
 
 
 def _open_package(model: ModelConfig) -> Checkpoint:
@@ -307,8 +315,10 @@ def _open_directory(directory: Path, label: str) -> Checkpoint:
     if not (directory / CONFIG).is_file():
         if any((directory / name).is_file() for name in ADAPTER):
             raise UserError(f"{label}: {_adapter_alone(directory)}")
+        files = sorted(path.name for path in directory.glob(f"*{GGUF}"))
+        found = f" It holds {_few(files)}: give that file's path." if files else ""
         raise UserError(
-            f"{label}: not a checkpoint, it holds no config.json. A Hugging Face directory with config.json and "
+            f"{label}: not a checkpoint, it holds no config.json.{found} A Hugging Face directory with config.json and "
             "model.safetensors is needed."
         )
     read_config(directory, label)  # tells of a damaged one before the weights are hashed

@@ -149,7 +149,7 @@ GPT_NEOX = Family(
         "mlp_in": "layers.{layer}.mlp.dense_h_to_4h",
         "mlp_out": "layers.{layer}.mlp.dense_4h_to_h",
     },
-    keys=KEYS | {"norm_eps": ("layer_norm_eps",)},
+    keys={key: names for key, names in KEYS.items() if key != "n_kv_heads"} | {"norm_eps": ("layer_norm_eps",)},
 )
 
 PHI = Family(
@@ -230,6 +230,7 @@ COHERE: Family = Family(
     positions="rotary",
     tied_by_default=True,
     logit_multiplier="logit_scale",
+    norm_bias=False,
     parallel=True,
     interleaved=True,
     tensors=LLAMA_TENSORS | {"mlp_norm": LLAMA_TENSORS["norm"]},
@@ -353,6 +354,8 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
         text = config.get("text_config")
         text = text if isinstance(text, Mapping) else {}
         inner = family_of({"model_type": WRAPPED[kind], **text})
-        return None if inner is None else replace(inner, prefixes=BESIDE, complete=False)
+        if inner is None:
+            return None
+        return replace(inner, prefixes=BESIDE, complete=False, logit_multiplier=None, logit_divisor=None)
     family = FAMILIES.get(kind)
     return family.variant(config) if family is not None and family.variant is not None else family

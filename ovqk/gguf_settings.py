@@ -1,5 +1,6 @@
 """The settings of a GGUF file as config.json has them: what is derived, and what each architecture says besides."""
 
+import math
 from typing import Any
 
 from ovqk.errors import UserError
@@ -34,11 +35,12 @@ def number(file: GGUFFile, key: str, default: float | None = None) -> Any:
     """
     value = setting(file, key, default)
     whole = not key.endswith(FRACTIONS)
-    if value is None or (isinstance(value, int if whole else int | float) and not isinstance(value, bool)):
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if value is None or (number and 0 <= value < math.inf):  # nan is neither
         return value
     raise UserError(
         f"{file.label}: the file gives {value!r} for {file.metadata['general.architecture']}.{key}; allowed: a "
-        f"{'whole ' if whole else ''}number."
+        f"{'whole ' if whole else ''}number that is finite and not negative."
     )
 
 

@@ -46,8 +46,11 @@ SPLITS = (
 the models that it names)."""
 UNNAMED = {"gpt2": "gpt-2", "gptneox": "olmo"}
 """Architecture -> the splitting of files written before it was named in them."""
-WHOLE_WORDS_FIRST = (LLAMA3, TEKKEN)
-"""Splittings whose models take a word that is a token as it is, whatever the merges say."""
+WHOLE_WORDS_FIRST = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2", "tekken")
+"""Splittings whose models take a word that is a token as it is, whatever the merges say, and begin with a start token
+unless the file says otherwise."""
+COMPOSED = ("qwen2", "deepseek-r1-qwen", "olmo")
+"""Splittings whose models compose characters with their marks first (NFC)."""
 
 
 def tokenizer_of(metadata: Mapping[str, Any], label: str) -> Tokenizer | None:
@@ -65,9 +68,9 @@ def tokenizer_of(metadata: Mapping[str, Any], label: str) -> Tokenizer | None:
         return None
     try:
         return _built(metadata, kind, tokens, label)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the tokenizers library raises bare Exception, and a file may hold anything
+    except BaseException as error:  # the tokenizers library raises bare Exception, and panics of Rust, which are none
         raise UserError(f"{label}: the file's tokenizer cannot be built ({error}).") from error
 
 
@@ -93,7 +96,8 @@ def _built(metadata: Mapping[str, Any], kind: str, tokens: list[str], label: str
     tokenizer.add_special_tokens(_added(tokens[:n_tokens], kinds, TokenKind.CONTROL))
     tokenizer.add_tokens(_added(tokens[:n_tokens], kinds, TokenKind.USER_DEFINED))
     start = metadata.get("tokenizer.ggml.bos_token_id")
-    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and start is not None and start < n_tokens:
+    begins = kind == "llama" or metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS_FIRST
+    if metadata.get("tokenizer.ggml.add_bos_token", begins) and start is not None and 0 <= start < n_tokens:
         piece = tokens[start]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{piece}:0 $A:0", pair=f"{piece}:0 $A:0 {piece}:1 $B:1", special_tokens=[(piece, start)]
@@ -119,13 +123,15 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int], label: 
             f"{', '.join(sorted(SPLITS))}. Give the Hugging Face directory instead."
         )
     merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split in WHOLE_WORDS_FIRST))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name in WHOLE_WORDS_FIRST))
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in (GPT2, DIGITS))
     if split == GPT2:
         tokenizer.pre_tokenizer = by_bytes
     else:
         first = pre_tokenizers.Digits(individual_digits=True) if split == DIGITS else _isolated(split)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, by_bytes])
+    if name in COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

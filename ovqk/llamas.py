@@ -41,6 +41,7 @@ LLAMA = Family(
     positions="rotary",
     tensors=LLAMA_TENSORS,
     keys=KEYS,
+    unbiased=("attention_bias", "mlp_bias"),
     complete=True,
 )
 
@@ -95,7 +96,7 @@ GEMMA = Family(
     gain_offset=1.0,
     scaled_embedding=True,
     tensors=LLAMA_TENSORS,
-    keys=KEYS | {"activation": ("hidden_activation", "hidden_act")},
+    keys=KEYS,
 )
 
 GEMMA2_TENSORS = LLAMA_TENSORS | {

@@ -199,7 +199,7 @@ class Model:
         spectral = vocabulary
         if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
             spectral = read_vocabulary(raw, n_tokens, label)
-        block0 = read_block0(source, vocabulary, device)
+        block0 = read_block0(source, vocabulary, _needs_block0(config, tokens), device)
         readout = None
         if vocabulary is not None and tokens.variables:
             rows = EffectiveRows(vocabulary, block0 if isinstance(block0, Block0) else None, facts)
@@ -247,13 +247,23 @@ def read_words(
     return resolve_task(config.task, tokenizer, n_tokens, label)
 
 
-def read_block0(source: WeightSource, vocabulary: Vocabulary | None, device: torch.device) -> Block0 | str:
-    """Return block 0 as the effective embedding of later layers, or why it cannot be had.
+def _needs_block0(config: Config, tokens: TaskTokens) -> bool:
+    """Whether block 0 is read: for words, for pairs of heads, and wherever components are read out.
 
-    Whatever the task: the metrics of block0 embeddings are of the structure that all tasks share.
+    The last keeps the structure of an analysis the same for all tasks. Without it a cell of structure alone takes half
+    the time and, for large MLPs, half the memory.
     """
+    return bool(tokens.variables) or config.analysis.pairs or config.analysis.components > 0
+
+
+def read_block0(
+    source: WeightSource, vocabulary: Vocabulary | None, wanted: bool, device: torch.device
+) -> Block0 | str:
+    """Return block 0 as the effective embedding of later layers, or why it cannot be had."""
     if vocabulary is None:
         return source.no_vocabulary or NO_EMBEDDING
+    if not wanted:
+        return "block 0's MLP is read only for a task's words, for lists of tokens or for all pairs of heads"
     if not source.foldable:
         return "the model's norms cannot be folded"
     layer0 = fold_reads(to_device(source.layer(0), device), source.architecture)

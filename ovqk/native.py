@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ovqk.checkpoints import Checkpoint, check_finite
 from ovqk.errors import UserError
-from ovqk.family import WRAPPERS, Family
+from ovqk.family import BIASES, WRAPPERS, Family
 from ovqk.rotations import completed, no_rotation, read_rotations
 from ovqk.weights import (
     Architecture,
@@ -52,6 +52,7 @@ class NativeWeights:
         self.wrapper, self.prefix = self._find_prefix()
         self.architecture = self._read_architecture()
         self.rotations, notes = read_rotations(checkpoint, family, self.architecture, full)
+        self._check_rotations()
         self._check_tensors()
         self.notes = [*self._notes(), *notes]
 
@@ -149,13 +150,21 @@ class NativeWeights:
         d_head = self._positive("d_head", d_model // n_heads)
         n_kv_heads = family.kv_heads or self._positive("n_kv_heads", n_heads)
         norm_eps = self._read("norm_eps", 1e-5)
-        if not isinstance(norm_eps, int | float):
-            raise UserError(f"{label}: config.json must give '{family.keys['norm_eps'][0]}' as a number.")
+        if not isinstance(norm_eps, int | float) or not 0 <= norm_eps < math.inf:
+            raise UserError(
+                f"{label}: config.json must give '{family.keys['norm_eps'][0]}' as a number that is finite and not "
+                f"negative, not {norm_eps!r}."
+            )
         if n_heads % n_kv_heads:
             raise UserError(
                 f"{label}: config.json gives {n_heads} heads over {n_kv_heads} KV heads, which does not divide."
             )
         scale = self.config.get(family.scale) if isinstance(family.scale, str) else family.scale
+        if scale is not None and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+            raise UserError(f"{label}: config.json must give '{family.scale}' as a positive number, not {scale!r}.")
+        tied = self.config.get("tie_word_embeddings", family.tied_by_default)
+        if not isinstance(tied, bool | None):
+            raise UserError(f"{label}: config.json must give 'tie_word_embeddings' as true or false, not {tied!r}.")
         attention_scale = None if scale is None else float(scale) ** -0.5
         if family.score_multiplier is not None:
             attention_scale = self._multiplier(family.score_multiplier)
@@ -171,7 +180,7 @@ class NativeWeights:
             norm=family.norm,
             norm_eps=float(norm_eps),
             positions=family.positions,
-            tied=bool(self.config.get("tie_word_embeddings", family.tied_by_default)) and not self._unties(),
+            tied=bool(tied) and not self._unties(),
             activation=self._read("activation"),
             attention_scale=attention_scale,
             post_norm="post_norm" in family.tensors,
@@ -189,6 +198,21 @@ class NativeWeights:
         if kind in ("full_attention", "global") or self.config.get("use_sliding_window", True) is False:
             return None
         return window if isinstance(window, int) and window > 0 else None
+
+    def _check_rotations(self) -> None:
+        """Every layer that is rotated has a rotation.
+
+        Raises:
+            UserError: the settings name kinds of layers that this model does not have.
+        """
+        for index in range(self.architecture.n_layers if self.rotations else 0):
+            kind = self._kind_of_layer(index)
+            if self._rotates(index) and kind not in self.rotations and None not in self.rotations:
+                given = ", ".join(map(str, self.rotations))
+                raise UserError(
+                    f"{self.checkpoint.label}: config.json gives rotary settings for {given}, and layer {index} is of the "
+                    f"kind {kind}; allowed: settings for each kind of layer, or one for all."
+                )
 
     def _rotates(self, index: int) -> bool:
         """Whether a layer of a model with rotary positions has them."""
@@ -238,6 +262,14 @@ class NativeWeights:
                 "queries and keys are normalised: QK spectra are of the weights with the norms' gains, "
                 "un-normalised; readouts and shares normalise"
             )
+        if ignored := self._ignored_biases():
+            notes.append(
+                f"the checkpoint stores {len(ignored)} biases that the model of its config.json does not have; they "
+                f"are not read, as transformers does not read them: {ignored[0]}, ..."
+            )
+        if self.config.get("attn_logit_softcapping"):
+            cap = self.config["attn_logit_softcapping"]
+            notes.append(f"scores are capped at {cap:g} before the softmax, and no metric has that in")
         if self.architecture.post_norm:
             notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
         if any(rotary.scale != 1 for rotary in self.rotations.values()):
@@ -358,7 +390,7 @@ class NativeWeights:
     def _linear(self, part: str, layer: int) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
         weight = self.checkpoint.tensor(self._name(part, layer))
         weight = weight if self.family.linear == "in_out" else weight.T
-        bias = self._optional(self._name(part, layer, "bias"))
+        bias = None if self._unbiased(part) else self._optional(self._name(part, layer, "bias"))
         return weight, weight.new_zeros(weight.shape[-1]) if bias is None else bias
 
     def _queries_keys_values(self, index: int) -> list[tuple[Tensor, Tensor]]:
@@ -381,7 +413,24 @@ class NativeWeights:
         if part not in self.family.tensors:
             return Norm(kind, torch.ones(self.architecture.d_model)) if self._gainless(part) else None
         weight = self.checkpoint.tensor(self._name(part, layer)) + self.family.gain_offset
-        return Norm(kind, weight, self._optional(self._name(part, layer, "bias")))
+        return Norm(kind, weight, None if self._unbiased(part) else self._optional(self._name(part, layer, "bias")))
+
+    def _unbiased(self, part: str) -> bool:
+        """Whether the model has no bias there, whatever the checkpoint stores."""
+        if part.endswith("norm"):
+            return self.family.norm != "layernorm" or not self.family.norm_bias
+        assumed = self.family.unbiased if self.family.complete else ()
+        turned_off = (key for key, parts in BIASES.items() if part in parts)
+        return any(self.config.get(key, key not in assumed) is False for key in turned_off)
+
+    def _ignored_biases(self) -> list[str]:
+        """Biases that the checkpoint stores and the model does not have, by name."""
+        layers = range(self.architecture.n_layers)
+        places = [(part, layer) for part in self.family.tensors if self._unbiased(part) for layer in layers]
+        names = dict.fromkeys(
+            self._name(*place, "bias") for place in places if place[0] not in ("embedding", "positions")
+        )
+        return [name for name in names if name in self.checkpoint.shapes]
 
     def _gainless(self, part: str) -> bool:
         """Whether there is a norm without a gain: a family with norms that names no tensor for them."""

@@ -29,8 +29,20 @@ def _open(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
     kind = checkpoint.config.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{checkpoint.label}: config.json gives no model_type, so its architecture is unknown.")
+    if checkpoint.config.get("is_causal") is False:
+        raise UserError(
+            f"{checkpoint.label}: config.json sets is_causal=false: attention looks both ways, and what ovqk computes "
+            "of positions and of roles assumes that keys precede queries; allowed: true, or unset."
+        )
     family = family_of(checkpoint.config)
     if family is not None:
+        ignored = [
+            f"model.{key}" for key, value in (("n_ctx", model.n_ctx), ("causal", model.causal)) if value is not None
+        ]
+        if ignored:
+            raise UserError(
+                f"{', '.join(ignored)}: the checkpoint's own config.json tells; allowed for {checkpoint.label}: unset."
+            )
         return NativeWeights(checkpoint, family)
     if quantised := checkpoint.quantised():
         raise UserError(f"{checkpoint.label}:{quantised} Give a checkpoint that is not quantised.")

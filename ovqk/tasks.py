@@ -101,7 +101,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
             from transformers import AutoTokenizer
 
             return AutoTokenizer.from_pretrained(directory).backend_tokenizer
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the tokenizers library raises bare Exception, and panics of Rust, which are none
         raise UserError(f"{checkpoint.label}: its tokenizer files cannot be read ({error}).") from error
     return None
 

@@ -225,7 +225,7 @@ def directions(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: 
         table = table[claimed | ((table["rank"] <= detail.tokens) & (table["kind"] == "singular"))]
     components: dict[tuple[Any, ...], Json] = {}
     table = table.sort_values("rank", kind="stable")
-    for row in _tuples(table[list(DIRECTION_COLUMNS)]):
+    for row in _tuples(table.reindex(columns=list(DIRECTION_COLUMNS))):  # a record of before may lack a contrast
         key = (row.layer, row.head, row.circuit, row.kind, row.component)
         if key not in components:
             total = energy.get(key[:3])

@@ -25,7 +25,8 @@ def _list(records: Sequence[dict[Hashable, Any]]) -> str:
     """The tokens of a list, and its contrast if it has one."""
     tokens = [record["token"] for record in records]
     text = " ".join(repr(token if len(token) <= LONG else token[:LONG] + "…") for token in tokens)
-    return f"{text} ({records[0]['contrast']:.1f})" if records and records[0]["contrast"] >= 0.05 else text
+    contrast = records[0].get("contrast", 0.0) if records else 0.0  # a record of before has none
+    return f"{text} ({contrast:.1f})" if contrast >= 0.05 else text
 
 
 def _line(rows: pd.DataFrame) -> str:

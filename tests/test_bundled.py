@@ -126,7 +126,8 @@ def test_roles_measured_again_are_the_shipped_claims(bundled):
     model = measure_roles.TransformerBridge.boot_transformers(str(BUNDLED / bundled), device="cpu")
     for asked in language.TASKS:
         task = yaml.safe_load((ROOT / "conf" / "task" / f"{asked}.yaml").read_text())
-        measurement = measure_roles.prepare(model, task, count=800, seed=0)
+        start = measure_roles.own_start(str(BUNDLED / bundled), model.tokenizer)
+        measurement = measure_roles.prepare(model, task, count=800, seed=0, start=start)
         if asked == "ioi":  # the card's own sentences are of these prompts
             assert f"difference of {measurement.total:.1f}" in " ".join(card.split())
         found = measure_roles.measure(measurement, asked)

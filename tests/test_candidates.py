@@ -107,7 +107,13 @@ def test_where_all_pairs_are_composed_a_role_is_ranked_with_the_candidates_of_it
 @pytest.mark.parametrize("role", RANKED)
 def test_the_five_most_extreme_heads_in_the_predicted_direction_are_ranked(role, result) -> None:
     values, sign = values_of(result, role)
-    order = sorted(np.ndindex(values.shape), key=lambda head: (-sign * values[head], head))[:STRONGEST]
+    more = [
+        values_of(result, role, i) for i, p in enumerate(SET_ROLES[role]) if i and not p.exploratory and not p.partners
+    ]
+    order = sorted(  # heads that tie are told apart by what else the role predicts
+        np.ndindex(values.shape),
+        key=lambda head: (-sign * values[head], *(-s * np.nan_to_num(v[head], nan=-s * np.inf) for v, s in more), head),
+    )[:STRONGEST]
     table = result.tables["candidates"]
     mine = table[(table["role"] == role) & table["primary"]]
     assert mine["rank"].tolist() == [1, 2, 3, 4, 5]

@@ -259,6 +259,7 @@ def test_padding_tokens_at_the_end_are_no_tokens() -> None:
         ({"tokens": ["a", "a", "b"]}, "1 of the file's tokens stand in its vocabulary twice"),
         ({"token_type": [1]}, "the file has 3 tokens, and says of 1 of what kind they are"),
         ({"merges": ["a zz"]}, "cannot be built"),
+        ({"tokens": ["a", "b", "c"]}, "cannot be built"),  # its merge makes a token that is not there: a panic
         ({"model": "llama"}, "has no score for each token"),
     ],
 )
@@ -282,6 +283,11 @@ def test_tokenizers_that_are_refused(change, message) -> None:
         ({"attention.head_count_kv": [2, 1]}, "head_count_kv holds a list"),
         ({"attention.layer_norm_rms_epsilon": "small"}, r"gives 'small' for llama\.attention\.layer_norm_rms_epsilon"),
         ({"attention.key_length": 8.0}, r"gives 8\.0 for llama\.attention\.key_length; allowed: a whole number"),
+        (
+            {"attention.layer_norm_rms_epsilon": float("nan")},
+            r"gives nan for .*epsilon; allowed: a number that is finite",
+        ),
+        ({"attention.layer_norm_rms_epsilon": -1.0}, r"gives -1\.0 for .*not negative"),
         ({"attention.head_count": 0}, "must give 'num_attention_heads' as a positive"),
         ({"block_count": 5}, "tensors are missing"),
         ({"block_count": 1}, "of a layer after those"),

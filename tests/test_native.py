@@ -535,3 +535,75 @@ def test_every_row_of_the_table_is_tried() -> None:
         FAMILIES[kind].name for kind in BESIDE_PICTURES.keys() & FAMILIES.keys()
     }
     assert tried == {family.name for family in FAMILIES.values()}
+
+
+# --- what config.json turns off, or gives wrongly ---------------------------------------------------------------
+
+
+def with_settings(directory: Path, tmp_path: Path, **keys: object) -> Path:
+    """A copy of a checkpoint with other settings."""
+    import shutil
+
+    copy = Path(shutil.copytree(directory, tmp_path / "edited"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | keys))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("kind", "made", "turned_off"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}, {"attention_bias": False, "mlp_bias": False}),
+        ("llama", {"mlp_bias": True}, {"mlp_bias": False}),
+        ("qwen3", {"attention_bias": True}, {"attention_bias": False}),
+        ("starcoder2", {"use_bias": True}, {"use_bias": False}),
+        ("opt", {"enable_bias": True}, {"enable_bias": False}),
+    ],
+)
+def test_stored_biases_that_the_model_does_not_have_are_not_read(kind, made, turned_off, tmp_path) -> None:
+    """As transformers does not read them; the record says so."""
+    make(kind, tmp_path / "made", **made)
+    without = with_settings(tmp_path / "made", tmp_path, **turned_off)
+    stored = load_file(without / "model.safetensors")
+    source = opened(without)
+    assert any("are not read, as transformers does not read them" in note for note in source.notes)
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "c_fc", "c_proj",
+             "fc1", "fc2")  # fmt: skip
+    off = [name for name in stored if name.endswith(".bias") and name.split(".")[-2] in parts]
+    if turned_off == {"mlp_bias": False}:
+        off = [name for name in off if ".mlp." in name]
+    assert off
+    save_file({name: tensor for name, tensor in stored.items() if name not in off}, without / "model.safetensors")
+    bare = opened(without)
+    for mine, theirs in ((source.layer(0), bare.layer(0)), (source.first_mlp(), bare.first_mlp())):
+        for name in ("b_Q", "b_K", "b_V", "b_in", "b_linear", "b_out"):
+            one, other = getattr(mine, name, None), getattr(theirs, name, None)
+            assert (one is None and other is None) or torch.equal(one, other), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "message"),
+    [
+        ("llama", {"is_causal": False}, "is_causal=false: attention looks both ways"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar' as a positive number, not 0"),
+        ("llama", {"tie_word_embeddings": "false"}, "'tie_word_embeddings' as true or false, not 'false'"),
+        ("llama", {"rms_norm_eps": -1.0}, r"'rms_norm_eps' as a number that is finite and not negative, not -1\.0"),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}},
+            "gives rotary settings for full_attention, and layer 0 is of the kind None",
+        ),
+    ],
+)
+def test_settings_that_would_give_wrong_numbers_are_refused(tiny, kind, keys, message, tmp_path) -> None:
+    with pytest.raises(UserError, match=message):
+        opened(with_settings(tiny(kind), tmp_path, **keys))
+
+
+def test_gemmas_activation_is_the_key_that_transformers_reads(tiny, tmp_path) -> None:
+    assert opened(with_settings(tiny("gemma"), tmp_path, hidden_activation="silu")).first_mlp().activation != "silu"
+
+
+def test_a_cap_on_scores_is_told(tiny, tmp_path) -> None:
+    notes = opened(with_settings(tiny("gemma2"), tmp_path, attn_logit_softcapping=30.0)).notes
+    assert any("scores are capped at 30 before the softmax" in note for note in notes)
