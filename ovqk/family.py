@@ -1,9 +1,10 @@
 """What a row of the table of architecture families says: how a family names its tensors and lays them out."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Any, Literal, Union
 
 from ovqk.weights import NormKind, PositionKind
@@ -116,3 +117,10 @@ class Family:
         own = f"(?:{'|'.join(map(re.escape, self.prefixes))})(?:{'|'.join(names)})"
         head = rf"(?:language_model\.)?{re.escape(self.unembedding)}"
         return re.compile(rf"{wrapper}(?:{own}|{head})\.(?:weight|bias)")
+
+
+def wrappers() -> Iterator[str]:
+    """What may stand before the names of tensors, from nothing to three wrappers in a row."""
+    yield ""
+    for depth in (1, 2, 3):
+        yield from map("".join, product(WRAPPERS, repeat=depth))

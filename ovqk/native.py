@@ -1,7 +1,7 @@
 """Weights of the families in the table, read from the checkpoint one layer at a time."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ovqk.checkpoints import Checkpoint, check_finite
 from ovqk.errors import UserError
-from ovqk.family import BIASES, WRAPPERS, Family
+from ovqk.family import BIASES, Family, wrappers
 from ovqk.rotations import completed, no_rotation, read_rotations
 from ovqk.weights import (
     Architecture,
@@ -24,6 +24,8 @@ from ovqk.weights import (
     QueryKeyNorm,
     Rows,
     StoredRows,
+    split_heads,
+    times,
 )
 
 ROWS = 4096  # of two embeddings compared at a time
@@ -66,9 +68,9 @@ class NativeWeights:
         rotary = self.rotations.get(kind, self.rotations.get(None))
         return LayerWeights(
             layer=index,
-            W_Q=_split_heads(q, n_heads),
-            W_K=_split_heads(k, n_kv),
-            W_V=_split_heads(v, n_kv),
+            W_Q=split_heads(q, n_heads),
+            W_K=split_heads(k, n_kv),
+            W_V=split_heads(v, n_kv),
             W_O=output.reshape(n_heads, facts.d_head, facts.d_model),
             b_Q=b_q.reshape(n_heads, -1),
             b_K=b_k.reshape(n_kv, -1),
@@ -93,8 +95,8 @@ class NativeWeights:
             )
         family = self.family
         scale = self._multiplier(family.embedding_multiplier)
-        W_E = _times(W_E, scale * math.sqrt(self.architecture.d_model) if family.scaled_embedding else scale)
-        head = _times(head, self._multiplier(family.logit_multiplier) / self._multiplier(family.logit_divisor))
+        W_E = times(W_E, scale * math.sqrt(self.architecture.d_model) if family.scaled_embedding else scale)
+        head = times(head, self._multiplier(family.logit_multiplier) / self._multiplier(family.logit_divisor))
         W_pos = self._optional(self._name("positions")) if "positions" in family.tensors else None
         W_pos = None if W_pos is None else W_pos[family.position_offset :]
         final_norm = None if head is None else self._norm("final_norm")
@@ -210,8 +212,8 @@ class NativeWeights:
             if self._rotates(index) and kind not in self.rotations and None not in self.rotations:
                 given = ", ".join(map(str, self.rotations))
                 raise UserError(
-                    f"{self.checkpoint.label}: config.json gives rotary settings for {given}, and layer {index} is of the "
-                    f"kind {kind}; allowed: settings for each kind of layer, or one for all."
+                    f"{self.checkpoint.label}: config.json gives rotary settings for {given}, and layer {index} is of "
+                    f"the kind {kind}; allowed: settings for each kind of layer, or one for all."
                 )
 
     def _rotates(self, index: int) -> bool:
@@ -284,7 +286,7 @@ class NativeWeights:
     def _find_prefix(self) -> tuple[str, str]:
         """What wraps the model in the names of its tensors, and what the names begin with, with that."""
         probe = self.family.tensors["output"].format(layer=0) + ".weight"
-        for wrapper, prefix in product(_wrappers(), self.family.prefixes):
+        for wrapper, prefix in product(wrappers(), self.family.prefixes):
             if wrapper + prefix + probe in self.checkpoint:
                 return wrapper, wrapper + prefix
         raise self.checkpoint.missing(f"{self.family.prefixes[0]}{probe}")
@@ -445,26 +447,3 @@ class NativeWeights:
             gain = self.checkpoint.tensor(self._name(part, index)) + self.family.gain_offset
             gains.append(gain.reshape(heads, facts.d_head) if joint else gain.expand(heads, facts.d_head))
         return QueryKeyNorm(gains[0], gains[1], facts.norm_eps, over_heads=joint)
-
-
-def _split_heads(weight: Float[Tensor, "d_model columns"], n_heads: int) -> Float[Tensor, "head d_model d_head"]:
-    """Columns [d_model, head * d_head] to one block per head."""
-    return weight.reshape(weight.shape[0], n_heads, -1).transpose(0, 1)
-
-
-def _times(rows: Rows | None, factor: float) -> Rows | None:
-    """An embedding times a number."""
-    if rows is None or factor == 1:
-        return rows
-    return (
-        rows.folded(torch.full((rows.shape[1],), factor), centred=False)
-        if isinstance(rows, StoredRows)
-        else rows * factor
-    )
-
-
-def _wrappers() -> Iterator[str]:
-    """What may stand before the names of tensors, from nothing to three wrappers in a row."""
-    yield ""
-    for depth in (1, 2, 3):
-        yield from map("".join, product(WRAPPERS, repeat=depth))

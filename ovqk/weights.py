@@ -243,6 +243,22 @@ Rows = Float[Tensor, "token d_model"] | StoredRows
 """One row for each token, in memory or in the checkpoint."""
 
 
+def times(rows: Rows | None, factor: float) -> Rows | None:
+    """Return an embedding times a number."""
+    if rows is None or factor == 1:
+        return rows
+    return (
+        rows.folded(torch.full((rows.shape[1],), factor), centred=False)
+        if isinstance(rows, StoredRows)
+        else rows * factor
+    )
+
+
+def split_heads(weight: Float[Tensor, "d_model columns"], n_heads: int) -> Float[Tensor, "head d_model d_head"]:
+    """Return columns [d_model, head * d_head] as one block per head."""
+    return weight.reshape(weight.shape[0], n_heads, -1).transpose(0, 1)
+
+
 @dataclass(frozen=True)
 class EmbeddingWeights:
     """Token and position embeddings and the unembedding; None for what the checkpoint does not hold.

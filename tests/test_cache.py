@@ -78,7 +78,6 @@ def test_another_task_takes_the_structure_from_the_cache_and_gets_the_same_table
         "analysis.directions_embedding=block0",
         "analysis.rare_tokens=true",
         "analysis=qk",
-        "model.n_ctx=20",
     ],
 )
 def test_what_the_tables_depend_on_has_an_entry_of_its_own(cache, computed, override) -> None:
