@@ -386,6 +386,10 @@ def _beyond_the_probe(config: Any) -> list[str]:
     named += ["llama_4_scaling_beta"] if any(each.get("llama_4_scaling_beta") for each in kinds) else []
     if named:
         notes.append(f"scores grow with the position of the query ({named[0]}); no metric has it in")
+    if chunk := getattr(config, "attention_chunk_size", None):
+        notes.append(
+            f"in layers with chunked attention a query sees its own chunk of {chunk} tokens alone; no metric has it in"
+        )
     for name in sorted({str(each.get("rope_type")) for each in kinds} & {"dynamic", "longrope"}):
         notes.append(f"the rotation changes with the length of the text ({name}); it is read as for short ones")
     return notes

@@ -64,10 +64,7 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
         raise UserError(f"{label}: transformers cannot load {architecture} ({_told(error)}).") from error
     missing = sorted(report["missing_keys"])
     if missing:
-        raise UserError(
-            f"{label}: {len(missing)} tensors are missing from the checkpoint, the first of them '{missing[0]}'. "
-            "ovqk fills nothing in."
-        )
+        raise checkpoint.missing(missing[0], len(missing))
     for name, parameter in model.named_parameters():
         check_finite(label, name, parameter.detach())
     return model.eval()

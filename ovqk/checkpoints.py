@@ -140,7 +140,26 @@ class Checkpoint:
             told = f"{n} tensors are missing from the checkpoint, the first of them '{name}'."
         if quantised := self.quantised() or self._quantised_by_names():
             return UserError(f"{self.label}: {told}{quantised} Give a checkpoint that is not quantised.")
+        if adapted := next((other for other in self.shapes if ".lora_" in other or ".base_layer." in other), None):
+            return UserError(
+                f"{self.label}: {told} It holds an adapter (LoRA or the like): '{adapted}'. Merge it into its base "
+                "model (PEFT's merge_and_unload) and give the merged checkpoint."
+            )
         return UserError(f"{self.label}: {told} ovqk fills nothing in. {self._holds(name)}")
+
+    def refuse_scaled(self, name: str) -> None:
+        """Refuse a tensor that has a scale of its own beside it: its numbers alone are not the weights.
+
+        Raises:
+            UserError: it has.
+        """
+        stem = name.rpartition(".")[0]
+        found = next((f"{stem}.{part}" for part in QUANTISED if f"{stem}.{part}" in self.shapes), None)
+        if found is not None:
+            raise UserError(
+                f"{self.label}: tensor '{name}' has '{found}' beside it, so that it is quantised; allowed: weights "
+                "without scales. Give a checkpoint that is not quantised."
+            )
 
     def quantised(self) -> str:
         """By which method config.json says that the checkpoint is quantised, as a sentence; empty where it does not."""

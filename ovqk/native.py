@@ -269,8 +269,7 @@ class NativeWeights:
                 f"the checkpoint stores {len(ignored)} biases that the model of its config.json does not have; they "
                 f"are not read, as transformers does not read them: {ignored[0]}, ..."
             )
-        if self.config.get("attn_logit_softcapping"):
-            cap = self.config["attn_logit_softcapping"]
+        if cap := self.config.get("attn_logit_softcapping"):
             notes.append(f"scores are capped at {cap:g} before the softmax, and no metric has that in")
         if self.architecture.post_norm:
             notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
@@ -294,8 +293,9 @@ class NativeWeights:
     def _unembedding(self) -> str:
         """The name of the unembedding, beside a text model that is one of two too."""
         names = [f"{self.wrapper}{part}{self.family.unembedding}.weight" for part in ("", "language_model.")]
-        both = [name for name in names if name in self.checkpoint.shapes]
-        return both[0] if both and "language_model" in self.prefix else names[0]
+        if "language_model" not in self.prefix:  # where only the model within is wrapped, it has its bare name
+            names[1] = f"{self.family.unembedding}.weight"
+        return next((name for name in names if name in self.checkpoint.shapes), names[0])
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each part's weight, as [d_in, d_out] where it is linear, but for the token embeddings."""
@@ -340,6 +340,7 @@ class NativeWeights:
             )
         for part, layer in [*places, *((part, 0) for part in once)]:
             bias, weight = shapes[part][-1:], shapes[part][:: 1 if self.family.linear == "in_out" else -1]
+            self.checkpoint.refuse_scaled(self._name(part, layer))
             self._check_shape(self._name(part, layer), weight)
             self._check_shape(self._name(part, layer, "bias"), bias)
         if "positions" in self.family.tensors and self.architecture.n_ctx is not None:

@@ -45,8 +45,8 @@ def completed(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Any], A
         if whole is not full:  # the model that holds both ties, and not its text model
             keys["tie_word_embeddings"] = bool(getattr(whole, "tie_word_embeddings", False))
     except Exception as error:  # transformers raises many kinds
-        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{checkpoint.label}: config.json cannot be read ({message[:300]}).") from error
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{checkpoint.label}: config.json cannot be read ({message}).") from error
     return keys, full
 
 

@@ -313,12 +313,10 @@ def test_a_quantised_checkpoint_does_not_reach_the_bridge(tmp_path) -> None:
 def test_a_missing_tensor_is_told_with_the_names_nearest_to_it(tmp_path) -> None:
     def unmerged(tensors) -> None:
         for name in [name for name in tensors if "q_proj" in name]:
-            tensors[name.replace("q_proj.weight", "q_proj.base_layer.weight")] = tensors.pop(name)
+            tensors[name.replace("q_proj.weight", "q_proj.inner.weight")] = tensors.pop(name)
 
     make_llama(tmp_path / "m")
-    with pytest.raises(
-        UserError, match=r"q_proj\.weight'.*nearest by name: .*layers\.0\.self_attn\.q_proj\.base_layer"
-    ):
+    with pytest.raises(UserError, match=r"q_proj\.weight'.*nearest by name: .*layers\.0\.self_attn\.q_proj\.inner"):
         opened(rewrite(tmp_path / "m", unmerged))
 
 
@@ -433,3 +431,37 @@ def test_the_digest_covers_weights_config_and_tokenizer(tmp_path) -> None:
     assert open_checkpoint(local(directory)).digest != before
     changed = rewrite(copy(tmp_path / "other"), lambda tensors: tensors["transformer.ln_f.bias"].add_(1e-3))
     assert open_checkpoint(local(changed)).digest != before
+
+
+def test_weights_with_their_own_scales_beside_them_are_refused(tiny, tmp_path) -> None:
+    directory = copy(tmp_path, tiny("llama"))
+    rewrite(directory, lambda tensors: tensors.update({"model.layers.1.self_attn.k_proj.weight_scale": torch.ones(1)}))
+    with pytest.raises(UserError, match=r"k_proj\.weight' has .*weight_scale. beside it, so that it is quantised"):
+        opened(directory)
+
+
+def test_an_adapter_within_the_checkpoint_is_called_so(tiny, tmp_path) -> None:
+    def adapt(tensors) -> None:
+        name = "model.layers.0.self_attn.q_proj"
+        tensors[f"{name}.base_layer.weight"] = tensors.pop(f"{name}.weight")
+        tensors[f"{name}.lora_A.default.weight"] = torch.ones(2, 24)
+
+    with pytest.raises(UserError, match=r"q_proj\.weight'\. It holds an adapter .*merge_and_unload"):
+        opened(rewrite(copy(tmp_path, tiny("llama")), adapt))
+
+
+def test_an_unembedding_outside_of_what_was_wrapped_is_found(tiny, tmp_path) -> None:
+    def wrap(tensors) -> None:
+        for name in [name for name in tensors if name.startswith("model.")]:
+            tensors[f"_orig_mod.{name}"] = tensors.pop(name)
+
+    source = opened(rewrite(copy(tmp_path, tiny("llama")), wrap))
+    assert source.embeddings().W_U is not None
+
+
+def test_what_is_wrong_with_a_config_is_told_whole(tiny, tmp_path) -> None:
+    directory = copy(tmp_path, tiny("mistral"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"sliding_window": "wide"}))
+    with pytest.raises(UserError, match=r"config\.json cannot be read \(.*sliding_window.*wide"):
+        opened(directory)
