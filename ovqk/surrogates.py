@@ -31,7 +31,7 @@ from ovqk.vocabulary import EXACT, blocks
 STAGES = (25, 50, 100, 200, 400)
 """Numbers of draws after which it is asked whether more are needed; then all."""
 CHUNK_ELEMENTS = 2**23  # of one side's frames held at a time (64 MB in float64)
-PART_ELEMENTS = 2**20  # of one side's frames in one thread at a time: what its cache holds
+PART_ELEMENTS = 2**20  # of one side's frames in one thread at a time: enough that Python takes little of the time
 ATTEMPTS = 200  # at drawing a set of different matched words
 HALVES, PAIRS = "token", "token_pairs"
 
@@ -138,7 +138,7 @@ class FramedHeads(Decomposition):
 
 @dataclass(frozen=True)
 class FramedMaps:
-    """One circuit of such heads, as readouts take it (`readouts.CircuitMaps`)."""
+    """One circuit of such heads, as readouts take it (`head_maps.CircuitMaps`)."""
 
     circuit: Circuit
     decomposition: FramedHeads
