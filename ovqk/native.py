@@ -325,11 +325,15 @@ class NativeWeights:
         return {part: shape for part, shape in shapes.items() if part in self.family.tensors}
 
     def _check_tensors(self) -> None:
-        """Every layer's attention and norms are there, and all that is read but embeddings has the shape it should."""
+        """Check that each layer's attention and norms are there, and that what is read has the shape it should.
+
+        A bias is there in every layer or in none. Embeddings are checked where they are read.
+        """
         shapes, label = self._shapes(), self.checkpoint.label
         once = {part for part in shapes if part.startswith(("mlp_", "final_"))}
         places = [(part, layer) for layer in range(self.architecture.n_layers) for part in shapes if part not in once]
         missing = [self._name(*place) for place in places if self._name(*place) not in self.checkpoint]
+        missing = missing or [name for part in shapes if part not in once for name in self._missing_biases(part)]
         if missing:
             raise self.checkpoint.missing(missing[0], len(missing))
         beyond = self._name("output", self.architecture.n_layers)
@@ -425,6 +429,12 @@ class NativeWeights:
         assumed = self.family.unbiased if self.family.complete else ()
         turned_off = (key for key, parts in BIASES.items() if part in parts)
         return any(self.config.get(key, key not in assumed) is False for key in turned_off)
+
+    def _missing_biases(self, part: str) -> list[str]:
+        """Biases of a part that the checkpoint lacks in some layers, though it stores them in others."""
+        names = [self._name(part, layer, "bias") for layer in range(self.architecture.n_layers)]
+        missing = [name for name in names if name not in self.checkpoint]
+        return missing if len(missing) < len(names) and not self._unbiased(part) else []
 
     def _ignored_biases(self) -> list[str]:
         """Biases that the checkpoint stores and the model does not have, by name."""

@@ -277,6 +277,16 @@ def test_missing_and_misshapen_tensors_are_named(tiny, kind, tmp_path) -> None:
             opened(tmp_path)
 
 
+def test_a_bias_that_one_layer_lacks_is_not_taken_for_zero(tiny, tmp_path) -> None:
+    folder = edited(tiny, "gpt2", tmp_path / "altered")
+    tensors = load_file(folder / "model.safetensors")
+    name = opened(folder)._name("qkv", 1, "bias")
+    tensors.pop(name)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"missing from the checkpoint, the first of them '{name}'"):
+        opened(folder)
+
+
 def test_a_setting_that_is_not_read_is_refused(tiny, tmp_path) -> None:
     for kind, key, value in (("phi", "qk_layernorm", True), ("olmo", "clip_qkv", 3.0)):
         config = json.loads((tiny(kind) / "config.json").read_text()) | {key: value}
