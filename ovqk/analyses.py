@@ -115,7 +115,7 @@ def analyse(
         words={"kept": model.tokens.kept, "dropped": model.tokens.dropped, "reasons": model.tokens.reasons},
         processing=model.processing,
         claims=_describe(claims),
-        notes=[*source.notes, *model.tokens.notes, *tests.notes, *model.direction_notes],
+        notes=[*source.notes, *model.tokens.notes, *tests.notes, *model.sample_notes, *model.direction_notes],
         null_seconds=null_seconds,
     )
 

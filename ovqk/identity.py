@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from ovqk.config import Config, Source, TrackingMode
 from ovqk.errors import UserError
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """Bumped when a number may change: cells of another version are computed again."""
 
 CIRCUITS = ("ov", "qk")

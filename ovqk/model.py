@@ -89,6 +89,11 @@ class Model:
         return plain, positions.normalised_moments(self.vocabulary, self.architecture)
 
     @cached_property
+    def sampled_rows(self) -> Float[Tensor, "sampled d_model"] | None:
+        """Embedding rows that the moments of normalised queries and keys are taken over; None without an embedding."""
+        return None if self.vocabulary is None else positions.sample_rows(self.vocabulary.W_E)
+
+    @cached_property
     def position_moments(self) -> positions.Moments | None:
         """Of the rows of W_pos; None without learned positions."""
         return None if self.W_pos is None else positions.row_moments(self.W_pos)
@@ -145,6 +150,20 @@ class Model:
             later=self.block0_side,
             listed=self.listed,
         )
+
+    @property
+    def sample_notes(self) -> list[str]:
+        """What a reader of the shares of position and content should know if they are of a sample of the tokens."""
+        facts = self.architecture
+        if self.vocabulary is None or not facts.qk_norm or facts.positions != "rotary" or "qk" not in self.circuits:
+            return []
+        step = positions.sample_step(self.vocabulary.size, self.vocabulary.d_model)
+        if step == 1:
+            return []
+        return [
+            "qk_share_*, qk_prev_auc and offsets: queries and keys are normalised, so their moments are taken over one in "
+            f"{step} of {self.vocabulary.size:,} tokens"
+        ]
 
     @property
     def direction_notes(self) -> list[str]:

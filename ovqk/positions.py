@@ -15,10 +15,12 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from ovqk.spectra import Basis
-from ovqk.vocabulary import Vocabulary, blocks, centred_gram, mean_row, precision
+from ovqk.vocabulary import BLOCK, Vocabulary, blocks, centred_gram, mean_row, precision
 from ovqk.weights import Architecture, LayerWeights, QueryKeyNorm, Rotary, Rows, StoredRows, normalise
 
 EXACT_POSITIONS = 256  # up to which scores between positions are float64
+SAMPLE = 2**15  # tokens, at least, that moments of normalised queries and keys are taken over
+SAMPLE_ELEMENTS = 2**26  # of their rows, at most (256 MB)
 DEFAULT_SPAN = 128  # offsets averaged over under rotary positions, unless the context is shorter
 
 
@@ -104,13 +106,34 @@ def _mean_through(
     return torch.stack([mean @ each.double() for each in weight])
 
 
-def normalised_head_moments(
-    weights: LayerWeights, architecture: Architecture, W_E: Rows
-) -> tuple[HeadMoments, HeadMoments]:
-    """Moments of normalised queries and keys, of plain rows and of rows normalised as a layer's norm would.
+def sample_step(n: int, d_model: int) -> int:
+    """Return s if every s-th of n tokens is enough for moments: SAMPLE of them, fewer if their rows are very long."""
+    return max(1, n // min(SAMPLE, max(1, SAMPLE_ELEMENTS // d_model)))
 
-    Both in one pass over the tokens, multiplied in the precision that `vocabulary.precision` gives and summed in
-    float64.
+
+def sample_rows(W_E: Rows) -> Float[Tensor, "sampled d_model"]:
+    """Return the rows of every `sample_step`-th token, in memory.
+
+    Token ids run from frequent to rare, so that even steps give each frequency its share.
+    """
+    n, d_model = W_E.shape
+    step = sample_step(n, d_model)
+    size = step * max(1, BLOCK // step)
+    return torch.cat([W_E[some][::step].clone() for some in blocks(n, size)])
+
+
+def normalised_head_moments(
+    weights: LayerWeights, architecture: Architecture, W_E: Float[Tensor, "token d_model"]
+) -> tuple[HeadMoments, HeadMoments]:
+    """Return moments of normalised queries and keys, of plain rows and of rows normalised as a layer's norm would.
+
+    A norm between the factors leaves no Gram to take them through: each token's queries and keys are computed, for
+    both kinds of rows in one pass, in the precision that `vocabulary.precision` gives. The sums are float64.
+
+    Args:
+        weights: the layer.
+        architecture: of the model.
+        W_E: embedding rows: all of them, or a sample (see `sample_rows`).
 
     Raises:
         ValueError: queries and keys are not normalised (see `head_moments`).

@@ -175,10 +175,10 @@ def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
 def token_head_moments(layer: Layer) -> tuple[positions.HeadMoments, positions.HeadMoments]:
     """Moments of the heads' queries and keys over the vocabulary, of plain and of normalised embedding rows."""
     model, weights, facts = layer.model, layer.folded, layer.model.architecture
-    if model.vocabulary is None or model.token_moments is None:
+    if weights.qk_norm is not None and model.sampled_rows is not None:
+        return positions.normalised_head_moments(weights, facts, model.sampled_rows)
+    if model.token_moments is None:
         raise ValueError("moments need an embedding")
-    if weights.qk_norm is not None:
-        return positions.normalised_head_moments(weights, facts, model.vocabulary.W_E)
     plain, normalised = model.token_moments
     bases = _query_key_bases(layer)
     return (

@@ -274,9 +274,9 @@ class ClaimTests:
         if (head, form) not in self.frames:
             facts = self.model.architecture
             circuit, folded, offsets = form
-            # Heads that share keys and values share their frames: as dependent in the null as they can be. So do all
-            # candidates, of which none is judged together with another.
-            place = () if head in self.observed else (layer, int(facts.kv_of_head[index]))
+            # Heads that share keys and values share their frames: as dependent in the null as they can be. All
+            # candidates share theirs, of either circuit: none is judged together with another.
+            own = (layer, int(facts.kv_of_head[index]), int(circuit == "ov"), int(folded), len(offsets))
             wanted = {name for name in self._asked(head) if self.forms.get((name, layer)) == form}
             self.frames[head, form] = FrameDraws(
                 circuit,
@@ -284,7 +284,7 @@ class ClaimTests:
                 facts.d_model,
                 folded and facts.norm == "layernorm",
                 surrogate_metrics(self.model, layer, wanted, self.observed.get(head, {})),
-                (self.model.config.seed, *place, int(circuit == "ov"), int(folded), len(offsets)),
+                (self.model.config.seed, *(() if head in self.observed else own)),
             )
         return self.frames[head, form]
 

@@ -218,10 +218,10 @@ class Oracle:
     def frames(self, head: tuple[int, int], circuit: str, n: int, claimed: bool = True) -> list[torch.Tensor]:
         """Surrogates of a head, one at a time: its singular values between two frames orthogonal to all-ones.
 
-        A claimed head has frames of its own; all candidates share theirs.
+        A claimed head has frames of its own; all candidates share theirs, of either circuit.
         """
         sigma = torch.linalg.svdvals(self.map(head, circuit))[:D_HEAD]
-        key = [0, *(head if claimed else ()), int(circuit == "ov"), 1, 1]
+        key = [0, *((*head, int(circuit == "ov"), 1, 1) if claimed else ())]
         state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
         generator = torch.Generator().manual_seed(state)
         made = []

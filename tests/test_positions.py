@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import rotation
+from small import Random, run, task
 
-from ovqk import vocabulary
+from ovqk import positions, vocabulary
 from ovqk.heads import keys, queries
 from ovqk.positions import (
     head_moments,
@@ -20,8 +21,10 @@ from ovqk.positions import (
     rotary_shares,
     rotary_span,
     row_moments,
+    sample_rows,
+    sample_step,
 )
-from ovqk.weights import Architecture, LayerWeights, QueryKeyNorm, Rotary, normalise
+from ovqk.weights import Architecture, LayerWeights, QueryKeyNorm, Rotary, StoredRows, normalise
 
 
 def facts(**changes) -> Architecture:
@@ -147,6 +150,30 @@ def test_moments_of_normalised_queries_are_those_of_every_token(kind, over_heads
         assert torch.allclose(found.key_covariance, centred.mT @ centred / 50, rtol=1e-9, atol=1e-12)
     same = torch.allclose(both[0].query_second, both[1].query_second, rtol=1e-6)
     assert same == (kind == "none" or (kind == "rmsnorm" and not biased and eps < 0.1))
+
+
+def test_a_large_vocabulary_is_sampled_in_even_steps_and_a_small_one_is_read_whole(monkeypatch) -> None:
+    assert [sample_step(n, 640) for n in (100, 49152, 65535, 65536, 262144)] == [1, 1, 1, 2, 8]
+    assert sample_step(262144, 8192) == 32  # long rows: 8,192 tokens
+    W_E = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(positions, "BLOCK", 16)
+    assert torch.equal(sample_rows(W_E), W_E)
+    monkeypatch.setattr(positions, "SAMPLE", 30)
+    for rows in (W_E, StoredRows(lambda start, stop: W_E[start:stop], (100, 8))):
+        assert torch.equal(sample_rows(rows), W_E[::3])
+
+
+def test_shares_of_a_sample_are_near_those_of_all_tokens_and_the_record_says_so(monkeypatch) -> None:
+    source, made = Random("qk-norm"), task()
+    whole = run(source, made)
+    assert not any("moments are taken over" in note for note in whole.notes)
+    monkeypatch.setattr(positions, "SAMPLE", 60)
+    sampled = run(source, made)
+    assert any("taken over one in 2 of 120 tokens" in note for note in sampled.notes)
+    names = ["qk_share_position", "qk_share_content", "qk_share_interaction"]
+    gap = (whole.tables["heads"][names] - sampled.tables["heads"][names]).abs()
+    assert 0 < gap.to_numpy().max() < 0.15
+    assert sampled.tables["heads"][names].sum(axis=1).to_numpy() == pytest.approx(1)
 
 
 def one_hot_layer(score: torch.Tensor) -> tuple[LayerWeights, Architecture, torch.Tensor]:
