@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ovqk.block_probes import BlockActivations
-from ovqk.heads import keys, queries
-from ovqk.weights import LayerWeights, Norm, NormKind, QueryKeyNorm, Rotary, apply_norm, normalise
+from ovqk.weights import LayerWeights, Norm, NormKind, QueryKeyNorm, Rotary, apply_norm, keys, normalise, queries
 
 TOLERANCE = 1e-3
 """Largest difference from the model's own activations that counts as agreement, relative to the largest of those."""

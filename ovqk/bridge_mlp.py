@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ovqk.agreement import agrees
 from ovqk.block_probes import BlockActivations
-from ovqk.vocabulary import ACTIVATIONS
-from ovqk.weights import MLPWeights, Norm, apply_norm
+from ovqk.weights import ACTIVATIONS, MLPWeights, Norm, apply_norm
 
 NOT_REPRODUCED = "ovqk's reading of block 0's MLP does not reproduce the model's own"
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 
-from ovqk.identity import SCHEMA_VERSION, plain
+from ovqk.metrics import SCHEMA_VERSION
 from ovqk.model import Model
+from ovqk.resolve import plain
 from ovqk.structure import Tables
 from ovqk.vocabulary import Block0
 

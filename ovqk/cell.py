@@ -19,11 +19,13 @@ from ovqk.cache import StructureCache
 from ovqk.checkpoints import Checkpoint, open_checkpoint
 from ovqk.config import Config, TrackingMode
 from ovqk.errors import UserError
+from ovqk.families import tensors_read
 from ovqk.files import cache_folder
-from ovqk.identity import cell_folder, cell_id, identity, resolve, tracking_mode
+from ovqk.identity import cell_folder, cell_id, identity
 from ovqk.outcomes import Outcome, Outcomes, Status
 from ovqk.progress import layers_of
 from ovqk.record import claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
+from ovqk.resolve import resolve, tracking_mode
 from ovqk.sources import open_weights
 from ovqk.tasks import load_tokenizer
 from ovqk.wandb_service import start_meanwhile
@@ -94,7 +96,7 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
     mode = tracking_mode(cell, os.environ.get("WANDB_MODE"))
     results_dir = Path(cell.results_dir)
     make_results_dir(results_dir)
-    checkpoint = open_checkpoint(cell.model, cell.hub_timeout)
+    checkpoint = open_checkpoint(cell.model, cell.hub_timeout, tensors_read)
     content = identity(cell, checkpoint.digest)
     identifier = cell_id(content)
     folder = cell_folder(cell, identifier)

@@ -219,12 +219,13 @@ def check_finite(label: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def open_checkpoint(model: ModelConfig, hub_timeout: float = 60.0) -> Checkpoint:
+def open_checkpoint(model: ModelConfig, hub_timeout: float = 60.0, reads: hub.Reads | None = None) -> Checkpoint:
     """Find a model's files and index their tensors, without reading any weights but for the digest.
 
     Args:
         model: the resolved model config.
         hub_timeout: seconds without anything new from the hub after which it is given up.
+        reads: from config.json, which tensors are read: no others are fetched from the hub (all, if None).
 
     Raises:
         UserError: nothing usable is there; the message says what was looked for and what to do.
@@ -236,7 +237,7 @@ def open_checkpoint(model: ModelConfig, hub_timeout: float = 60.0) -> Checkpoint
     if model.source is Source.package:
         return _open_package(model)
     label = f"model={model.name} ({model.repo}@{model.revision})"
-    found = hub.fetch(model, label, hub_timeout)
+    found = hub.fetch(model, label, hub_timeout, reads)
     return _checkpoint(label, found.directory, found.shards, found.hashes, found.commit)
 
 

@@ -30,8 +30,7 @@ from torch import Tensor
 
 from ovqk import spectra
 from ovqk.heads import Factors
-from ovqk.readouts import full_circuit_ratio
-from ovqk.spectra import Decomposition
+from ovqk.spectra import Decomposition, full_circuit_ratio
 from ovqk.vocabulary import blocks
 
 Mode = Literal["q", "k", "v"]

@@ -3,7 +3,7 @@
 A new family is a new row in FAMILIES; `native.py` reads by it. Anything not listed goes through `bridge.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -345,6 +345,12 @@ FAMILIES = {
     )
     for model_type in family.model_types
 }  # fmt: skip
+
+
+def tensors_read(config: Mapping[str, Any]) -> Callable[[str], bool] | None:
+    """Return which tensors of a checkpoint with this config.json are read, by name; None: the bridge loads all."""
+    family = family_of(config)
+    return None if family is None else family.reads
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.weights import Architecture, LayerWeights
+from ovqk.weights import Architecture, LayerWeights, keys, queries
 
 Circuit = Literal["ov", "qk"]
 
@@ -62,18 +62,6 @@ def query_side(
 def key_side(W_K: Float[Tensor, "kv_head row d_head"], weights: LayerWeights) -> Float[Tensor, "kv_head row d_head"]:
     """W_K, or its coordinates in a basis, with the norm's gain."""
     return W_K if weights.qk_norm is None else W_K * weights.qk_norm.key_gain.to(W_K)[:, None]
-
-
-def queries(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "head row d_head"]:
-    """Queries of these rows, normalised where the model does so, not yet rotated."""
-    q = x @ weights.W_Q.to(x) + weights.b_Q.to(x)[:, None]
-    return q if weights.qk_norm is None else weights.qk_norm.apply(q, weights.qk_norm.query_gain.to(x))
-
-
-def keys(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "kv_head row d_head"]:
-    """Keys of these rows, normalised where the model does so, not yet rotated."""
-    k = x @ weights.W_K.to(x) + weights.b_K.to(x)[:, None]
-    return k if weights.qk_norm is None else weights.qk_norm.apply(k, weights.qk_norm.key_gain.to(x))
 
 
 def scores(

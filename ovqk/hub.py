@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +19,6 @@ from filelock import FileLock
 
 from ovqk.config import ModelConfig
 from ovqk.errors import UserError
-from ovqk.families import family_of
 from ovqk.files import (
     CONFIG,
     INDEX,
@@ -41,6 +40,9 @@ REMEMBERED = 300.0
 """Seconds for which a repository is not asked for again after its hub could not be reached, or fell silent."""
 READ = "attention, norms, embeddings and the first MLP"
 
+Reads = Callable[[Mapping[str, Any]], Callable[[str], bool] | None]
+"""config.json -> which tensors are read, by name; None: all of them."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -59,7 +61,7 @@ class Snapshot:
     commit: str
 
 
-def fetch(model: ModelConfig, label: str, timeout: float) -> Snapshot:
+def fetch(model: ModelConfig, label: str, timeout: float, reads: Reads | None = None) -> Snapshot:
     """What ovqk reads of a model of the hub, fetched where no cache holds it.
 
     A hub that could not be reached, or fell silent, is waited for once: within REMEMBERED seconds the same question
@@ -69,6 +71,7 @@ def fetch(model: ModelConfig, label: str, timeout: float) -> Snapshot:
         model: the resolved model config.
         label: how messages name the model.
         timeout: seconds without anything new from the hub after which it is given up.
+        reads: from config.json, which tensors are read; shards without any are not fetched.
 
     Raises:
         UserError: it cannot be had; the message says why and what to do.
@@ -86,7 +89,7 @@ def fetch(model: ModelConfig, label: str, timeout: float) -> Snapshot:
     patience = Patience(timeout)
     try:
         with one_message(label, model.revision, patience), patience.kept():
-            return _Repository(model.repo, model.revision, label, patience).snapshot()
+            return _Repository(model.repo, model.revision, label, patience, reads).snapshot()
     except UnansweredError as error:
         _unanswered[question] = time.monotonic(), str(error)
         raise
@@ -117,7 +120,7 @@ class _Wanted:
 class _Repository:
     """A repository at one commit: what it holds, what of it is here, and how the rest is fetched."""
 
-    def __init__(self, repo: str, revision: str, label: str, patience: Patience) -> None:
+    def __init__(self, repo: str, revision: str, label: str, patience: Patience, reads: Reads | None) -> None:
         """Resolve the revision and find out what there is."""
         from huggingface_hub import HfFileSystem
 
@@ -130,8 +133,7 @@ class _Repository:
         for name in (INDEX, *TOKENIZER_FILES):
             if name in self.listing:
                 self._whole(name, self.commit)
-        family = family_of(read_config(self.directory, label))
-        self.reads = None if family is None else family.reads  # None: the bridge, which loads everything
+        self.reads = None if reads is None else reads(read_config(self.directory, label))
 
     def snapshot(self) -> Snapshot:
         """All that ovqk reads, fetched where it is not here."""

@@ -6,6 +6,9 @@ A leaf: it names metrics and computes none, so tables, messages and plots can la
 from dataclasses import dataclass
 from typing import Literal
 
+SCHEMA_VERSION = 7
+"""Bumped when a number may change: cells of another version are computed again."""
+
 Needs = Literal["weights", "embedding", "unembedding", "task", "learned", "rotary", "positions", "composition"]
 
 

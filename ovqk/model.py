@@ -22,7 +22,7 @@ from ovqk.metrics import METRICS
 from ovqk.rare import RareTokens, rare_tokens
 from ovqk.readouts import EffectiveRows, Readout
 from ovqk.tasks import TaskTokens, resolve_task
-from ovqk.vocabulary import ACTIVATIONS, Block0, Vocabulary, read_vocabulary
+from ovqk.vocabulary import Block0, Vocabulary, read_vocabulary
 from ovqk.weights import (
     Architecture,
     LayerWeights,
@@ -161,8 +161,8 @@ class Model:
         if step == 1:
             return []
         return [
-            "qk_share_*, qk_prev_auc and offsets: queries and keys are normalised, so their moments are taken over one in "
-            f"{step} of {self.vocabulary.size:,} tokens"
+            "qk_share_*, qk_prev_auc and offsets: queries and keys are normalised, so their moments are taken over one "
+            f"in {step} of {self.vocabulary.size:,} tokens"
         ]
 
     @property

@@ -14,11 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ovqk import alignment, spectra
+from ovqk import alignment
 from ovqk.config import Embedding, VariableKind
 from ovqk.errors import UserError
 from ovqk.head_maps import CircuitMaps
-from ovqk.spectra import Maps
 from ovqk.tasks import Variable, WordSet
 from ovqk.vocabulary import BLOCK, Block0, Vocabulary, blocks
 from ovqk.weights import Architecture, Rows, StoredRows, normalise
@@ -51,8 +50,6 @@ WRITE = "write"
 
 TOP_METRICS = {"ov_task_copy": 1, "ov_task_suppress": -1}
 """Metrics that rank a word's own logit in the whole vocabulary -> the sign that W_OV is taken with."""
-NEAR = 1e-9
-"""Ratios this near to an observed one are computed rather than bounded."""
 SCREEN = 4096
 """Tokens of an unembedding left in the checkpoint that are kept for the first comparisons of such a ranking."""
 KEPT_UP_TO = 2**26
@@ -344,35 +341,3 @@ class Readout:
         if kind not in self._origins:
             self._origins[kind] = self.effective(self.variable.band, kind).mean(0)
         return self._origins[kind]
-
-
-def full_circuit_ratio(
-    maps: Maps,
-    gram_in: Float[Tensor, "d_model d_model"],
-    gram_cross: Float[Tensor, "d_model d_model"],
-    gram_out: Float[Tensor, "d_model d_model"],
-    observed: float | None = None,
-) -> Float[Tensor, " head"]:
-    """Trace ratio of A M B, in [-1, 1], from A^T C A, B C A and B C B^T (A, B: token matrices).
-
-    The singular values of A M B, against which a vanishing denominator is told, are taken only where their bound by
-    the norms of the Grams does not settle it. If a value was `observed`, all that is asked is on which side of it each
-    ratio lies: where bounds tell (`spectra.trace_ratio_bounds`), a bound on that side stands for the ratio.
-    """
-    cores = maps.core(gram_cross)
-    most = (gram_in.norm() * gram_out.norm()).sqrt() * maps.sigma.double().sum(-1)
-    found, rest = torch.zeros_like(most), torch.arange(len(cores), device=cores.device)
-    for sharp in (False, True):
-        if observed is None:
-            break
-        low, high = spectra.trace_ratio_bounds(cores[rest], most[rest], sharp)
-        below, above = high < observed - NEAR, low > observed + NEAR
-        found[rest] = torch.where(below, high, low)
-        rest = rest[~(below | above)]
-    eigen = spectra.eigenvalues(cores[rest])
-    if (eigen.abs().sum(-1) > spectra.TINY * most[rest]).all():
-        found[rest] = spectra.trace_ratio(eigen, torch.zeros_like(most[rest]))
-        return found
-    sigma = spectra.full_circuit_singular_values(maps, gram_in, gram_out)
-    found[rest] = spectra.trace_ratio(eigen, sigma[rest].sum(-1))
-    return found

@@ -26,7 +26,8 @@ from filelock import FileLock
 
 from ovqk.config import Config
 from ovqk.errors import UserError
-from ovqk.identity import SCHEMA_VERSION, plain
+from ovqk.metrics import SCHEMA_VERSION
+from ovqk.resolve import plain
 
 if TYPE_CHECKING:  # who reads records, as `load_results` and the report do, waits for no torch
     import ovqk.analyses

@@ -27,6 +27,7 @@ TINY = 1e-6  # relative to the sum of singular values: below it a denominator is
 ROUNDING = 2.0**-24  # relative, of a 32-bit weight
 ELEMENTS = 2**22  # of the weights of a few heads, in float64 at a time
 SINGULAR = 1e-5  # of the largest pivot of a Gram's root: where a smaller one is rounding
+NEAR = 1e-9  # a ratio this near to an observed one is computed and not bounded
 WELL_CONDITIONED = 3e3  # |R| |R^-1| up to which Cholesky gives a basis orthonormal within 1e-9 (float32: 1e-4)
 
 Gram = Float[Tensor, "d_model d_model"]
@@ -412,3 +413,35 @@ def vocabulary_symmetry(maps: Maps, gram: Gram) -> Float[Tensor, " head"]:
     both = (cores @ cores).diagonal(dim1=-2, dim2=-1).sum(-1)
     norms = (maps.inner.mT @ maps.left_gram(gram) @ maps.inner * maps.right_gram(gram).mT).sum((-2, -1))
     return guarded(both, norms, norms)
+
+
+def full_circuit_ratio(
+    maps: Maps,
+    gram_in: Float[Tensor, "d_model d_model"],
+    gram_cross: Float[Tensor, "d_model d_model"],
+    gram_out: Float[Tensor, "d_model d_model"],
+    observed: float | None = None,
+) -> Float[Tensor, " head"]:
+    """Trace ratio of A M B, in [-1, 1], from A^T C A, B C A and B C B^T (A, B: token matrices).
+
+    The singular values of A M B, against which a vanishing denominator is told, are taken only where their bound by
+    the norms of the Grams does not settle it. If a value was `observed`, all that is asked is on which side of it each
+    ratio lies: where bounds tell (`trace_ratio_bounds`), a bound on that side stands for the ratio.
+    """
+    cores = maps.core(gram_cross)
+    most = (gram_in.norm() * gram_out.norm()).sqrt() * maps.sigma.double().sum(-1)
+    found, rest = torch.zeros_like(most), torch.arange(len(cores), device=cores.device)
+    for sharp in (False, True):
+        if observed is None:
+            break
+        low, high = trace_ratio_bounds(cores[rest], most[rest], sharp)
+        below, above = high < observed - NEAR, low > observed + NEAR
+        found[rest] = torch.where(below, high, low)
+        rest = rest[~(below | above)]
+    eigen = eigenvalues(cores[rest])
+    if (eigen.abs().sum(-1) > TINY * most[rest]).all():
+        found[rest] = trace_ratio(eigen, torch.zeros_like(most[rest]))
+        return found
+    sigma = full_circuit_singular_values(maps, gram_in, gram_out)
+    found[rest] = trace_ratio(eigen, sigma[rest].sum(-1))
+    return found

@@ -15,7 +15,7 @@ from ovqk.components import Components, components
 from ovqk.heads import Circuit
 from ovqk.layers import layer_metrics
 from ovqk.model import Layer, Model
-from ovqk.readouts import full_circuit_ratio
+from ovqk.spectra import full_circuit_ratio
 
 HeadValues = dict[str, Float[Tensor, " head"]]
 WAITING = 2**22  # numbers in the components that wait for a pass over the vocabulary

@@ -22,8 +22,8 @@ from ovqk.config import VariableKind
 from ovqk.head_maps import CircuitMaps
 from ovqk.heads import Circuit
 from ovqk.model import Model
-from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop, full_circuit_ratio
-from ovqk.spectra import Decomposition, Gram
+from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
+from ovqk.spectra import Decomposition, Gram, full_circuit_ratio
 from ovqk.tasks import Variable, WordSet
 from ovqk.threads import CPU, each
 from ovqk.vocabulary import EXACT, blocks

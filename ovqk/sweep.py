@@ -262,7 +262,7 @@ def _check(config: DictConfig) -> None:
     """Refuse what would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import make_results_dir
     from ovqk.errors import UserError
-    from ovqk.identity import tracking_mode
+    from ovqk.resolve import tracking_mode
 
     _collect_garbage()
     try:

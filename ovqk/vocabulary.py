@@ -12,12 +12,12 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from ovqk.errors import UserError
 from ovqk.heads import ov_factors
 from ovqk.threads import each
 from ovqk.weights import (
+    ACTIVATIONS,
     Architecture,
     EmbeddingWeights,
     LayerWeights,
@@ -36,16 +36,6 @@ STRIPE = 128  # columns of a symmetric product taken at a time, at least
 ENOUGH = 2  # stripes for each thread: with fewer the longest would be waited for
 LARGE = 10**10  # products of a Gram beyond which they are float32
 EXACT = 512  # d_model up to which Grams and their products are float64
-
-ACTIVATIONS = {
-    "gelu": functional.gelu,
-    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-    "silu": functional.silu,
-    "swish": functional.silu,
-}
 
 
 @dataclass(frozen=True)

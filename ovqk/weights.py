@@ -16,6 +16,16 @@ from torch import Tensor
 from torch.nn import functional
 
 CPU = torch.device("cpu")
+ACTIVATIONS = {
+    "gelu": functional.gelu,
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "swish": functional.silu,
+}
+
 NormKind = Literal["layernorm", "rmsnorm", "none"]
 PositionKind = Literal["learned", "rotary", "none", "unsupported"]
 
@@ -157,6 +167,18 @@ class LayerWeights:
     qk_norm: QueryKeyNorm | None = None
     rotary: Rotary | None = None
     sliding_window: int | None = None
+
+
+def queries(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "head row d_head"]:
+    """Queries of these rows, normalised where the model does so, not yet rotated."""
+    q = x @ weights.W_Q.to(x) + weights.b_Q.to(x)[:, None]
+    return q if weights.qk_norm is None else weights.qk_norm.apply(q, weights.qk_norm.query_gain.to(x))
+
+
+def keys(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "kv_head row d_head"]:
+    """Keys of these rows, normalised where the model does so, not yet rotated."""
+    k = x @ weights.W_K.to(x) + weights.b_K.to(x)[:, None]
+    return k if weights.qk_norm is None else weights.qk_norm.apply(k, weights.qk_norm.key_gain.to(x))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from ovqk.block_probes import BlockActivations, CannotRunError, Recorder, find_b
 from ovqk.checkpoints import open_checkpoint  # noqa: E402
 from ovqk.config import ModelConfig, Source  # noqa: E402
 from ovqk.errors import UserError  # noqa: E402
-from ovqk.heads import keys, queries  # noqa: E402
 from ovqk.sources import open_weights  # noqa: E402
 from ovqk.vocabulary import Block0  # noqa: E402
 from ovqk.weights import (  # noqa: E402
@@ -41,7 +40,9 @@ from ovqk.weights import (  # noqa: E402
     fold_layer,
     fold_mlp,
     fold_reads,
+    keys,
     normalise,
+    queries,
 )
 
 LENGTH = 15

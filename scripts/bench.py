@@ -91,7 +91,7 @@ def cell_config(folder: Path, device: str = "cpu", task: str = "none") -> Any:
     from hydra import compose, initialize_config_dir
 
     from ovqk.config import register
-    from ovqk.identity import resolve
+    from ovqk.resolve import resolve
 
     register()
     root = Path(__file__).resolve().parents[1]

@@ -33,10 +33,11 @@ from ovqk.analyses import analyse
 from ovqk.checkpoints import open_checkpoint
 from ovqk.claims import Claims
 from ovqk.config import Direction, PredictionConfig, register
-from ovqk.identity import resolve
+from ovqk.families import tensors_read
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.model import Layer, Model
 from ovqk.nulls import Predicted, layer_strata, predicted_values
+from ovqk.resolve import resolve
 from ovqk.sources import open_weights
 from ovqk.statistics import Stratum, stratified_permutation, within_layer_auc
 from ovqk.tasks import load_tokenizer
@@ -72,7 +73,7 @@ def measured(directory: Path, task: str, count: int) -> Measured:
         found = measure_roles.measure(measure_roles.prepare(model, content, count, 0, start), task)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cell = resolve(compose("config", overrides=[f"task={task}", "model=local", f"model.path={directory}"]))
-    checkpoint = open_checkpoint(cell.model)
+    checkpoint = open_checkpoint(cell.model, reads=tensors_read)
     source, tokenizer = open_weights(checkpoint, cell.model), load_tokenizer(checkpoint)
     n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
     heads = analyse(source, tokenizer, n_tokens, directory.name, cell).tables["heads"]

@@ -256,7 +256,7 @@ def compose(*overrides: str) -> Config:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    from ovqk.identity import resolve
+    from ovqk.resolve import resolve
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return resolve(hydra_compose("config", overrides=list(overrides)))

@@ -35,8 +35,8 @@ from torch import Tensor
 
 from ovqk.analyses import Analysis, analyse
 from ovqk.config import ClaimsConfig, Config, register
-from ovqk.identity import resolve
 from ovqk.metrics import COMPOSITION_METRICS
+from ovqk.resolve import resolve
 from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Norm, QueryKeyNorm, Rotary
 
 CONF = Path(__file__).parents[1] / "conf"

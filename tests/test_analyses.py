@@ -282,8 +282,7 @@ def test_processing_is_recorded_as_it_was_done(tiny_gpt2) -> None:
 def test_a_first_layer_that_turns_tokens_around_hides_copying_from_the_plain_embedding() -> None:
     """Planted: block 0 makes every token its opposite, so a copying head after it has copying 1, and -1 by block0."""
     from ovqk.heads import Factors
-    from ovqk.readouts import full_circuit_ratio
-    from ovqk.spectra import decompose
+    from ovqk.spectra import decompose, full_circuit_ratio
     from ovqk.vocabulary import Block0, read_vocabulary
     from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights
 

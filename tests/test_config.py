@@ -57,7 +57,8 @@ def test_metrics_carry_title_formula_and_range() -> None:
 
 # fmt: off
 ORDER = [
-    "errors", "memory", "config", "metrics", "colours", "weights", "devices", "family", "llamas", "families", "files",
+    "errors", "memory", "metrics", "config", "mistakes", "resolve",
+    "colours", "weights", "devices", "family", "llamas", "families", "files",
     "shards", "patience", "hub", "gguf_file", "gguf_tokenizer", "gguf_settings", "llama_cpp", "checkpoints",
     "rotations", "native", "single_file", "threads", "heads", "vocabulary", "unreadable", "block_probes", "agreement",
     "bridge_loading", "bridge_mlp", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",

@@ -25,7 +25,7 @@ from ovqk import patience
 from ovqk.checkpoints import Checkpoint, open_checkpoint
 from ovqk.config import ModelConfig, Source
 from ovqk.errors import UserError
-from ovqk.families import FAMILIES, family_of
+from ovqk.families import FAMILIES, family_of, tensors_read
 from ovqk.files import cache_folder, file_hash
 from ovqk.shards import LEFT_OUT, read_header, write_part
 from ovqk.sources import open_weights
@@ -41,7 +41,7 @@ def model(revision: str = "main", repo: str = REPO) -> ModelConfig:
 
 
 def opened(timeout: float = 20.0, **keys) -> Checkpoint:
-    return open_checkpoint(model(**keys), hub_timeout=timeout)
+    return open_checkpoint(model(**keys), timeout, tensors_read)
 
 
 @pytest.fixture(autouse=True)
@@ -617,7 +617,7 @@ def test_a_step_of_training_is_read_at_its_revision(filled_cache) -> None:
     refs = filled_cache / "models--someone--tiny" / "refs"
     (refs / "main").rename(refs / "step1000")
     cell = compose("model=pythia-70m-deduped", "model.repo=someone/tiny", "model.checkpoint=1000")
-    checkpoint = open_checkpoint(cell.model, hub_timeout=1.0)
+    checkpoint = open_checkpoint(cell.model, 1.0, tensors_read)
     assert checkpoint.revision == COMMIT
     assert checkpoint.label == "model=pythia-70m-deduped-step1000 (someone/tiny@step1000)"
 

@@ -6,7 +6,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ovqk.config import LISTED, check_keys, close_names, mistakes, register
+from ovqk.config import register
+from ovqk.mistakes import LISTED, check_keys, close_names, mistakes
 
 
 def told(folder, *overrides: str) -> str:

@@ -13,10 +13,10 @@ from ovqk.bridge import BridgeWeights
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.families import FAMILIES, WRAPPED, family_of
-from ovqk.heads import keys, qk_factors, queries
+from ovqk.heads import qk_factors
 from ovqk.sources import open_weights
 from ovqk.vocabulary import Block0
-from ovqk.weights import apply_norm, fold_embeddings, fold_layer, fold_mlp, fold_reads, normalise
+from ovqk.weights import apply_norm, fold_embeddings, fold_layer, fold_mlp, fold_reads, keys, normalise, queries
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 

@@ -10,7 +10,6 @@ from oracle import rotation
 from small import Random, run, task
 
 from ovqk import positions, vocabulary
-from ovqk.heads import keys, queries
 from ovqk.positions import (
     head_moments,
     learned_position_scores,
@@ -24,7 +23,7 @@ from ovqk.positions import (
     sample_rows,
     sample_step,
 )
-from ovqk.weights import Architecture, LayerWeights, QueryKeyNorm, Rotary, StoredRows, normalise
+from ovqk.weights import Architecture, LayerWeights, QueryKeyNorm, Rotary, StoredRows, keys, normalise, queries
 
 
 def facts(**changes) -> Architecture:

@@ -14,11 +14,10 @@ from conftest import compose, local
 from ovqk.cell import run_cell
 from ovqk.checkpoints import open_checkpoint
 from ovqk.gguf_file import GGUFFile
-from ovqk.heads import keys, queries
 from ovqk.sources import open_weights
 from ovqk.tasks import load_tokenizer
 from ovqk.vocabulary import Block0
-from ovqk.weights import fold_embeddings, fold_layer, fold_mlp, fold_reads, normalise
+from ovqk.weights import fold_embeddings, fold_layer, fold_mlp, fold_reads, keys, normalise, queries
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -20,7 +20,7 @@ from ovqk.errors import UserError
 from ovqk.head_maps import HeadMaps
 from ovqk.heads import Factors
 from ovqk.model import Model
-from ovqk.readouts import TOP_METRICS, EffectiveRows, full_circuit_ratio
+from ovqk.readouts import TOP_METRICS, EffectiveRows
 from ovqk.spectra import Decomposition
 from ovqk.statistics import monte_carlo
 from ovqk.tasks import load_tokenizer

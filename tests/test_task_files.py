@@ -13,8 +13,8 @@ from ovqk.checkpoints import open_checkpoint
 from ovqk.claims import RELIABILITIES, Claims, check_roles, parse_head, resolve_claims
 from ovqk.config import Direction, TaskConfig
 from ovqk.errors import UserError
-from ovqk.identity import plain
 from ovqk.prompts import Prompt, sample_prompts, token_positions
+from ovqk.resolve import plain
 from ovqk.tasks import MIN_WORDS, _Lookup, load_tokenizer, resolve_task
 from ovqk.weights import Architecture
 
