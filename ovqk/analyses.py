@@ -1,6 +1,6 @@
 """One cell's computation, as the list of its stages: from weights to tables.
 
-`analyse` reads top to bottom: words and claims, what all layers share, every layer's heads, the tests of the claims.
+`analyse` reads top to bottom: claims, the model without a task, the task on it, and the stages that visit every layer.
 """
 
 import math
@@ -26,7 +26,8 @@ from ovqk.model import Layer, Model
 from ovqk.nulls import Predicted
 from ovqk.patterns import PATTERNS, head_patterns
 from ovqk.statistics import QUANTILES
-from ovqk.structure import DirectionTables, HeadValues, heads_rows, layer_structure, stacked
+from ovqk.structure import DirectionTables, Stage, StructureTables, Tables
+from ovqk.task_readout import ReadoutTables, TaskReadout
 from ovqk.testing import ClaimTests, matching_grams
 from ovqk.verdicts import VERDICTS, judge, subjects
 from ovqk.weights import WeightSource
@@ -82,69 +83,73 @@ def analyse(
     """
     claims = resolve_claims(config.task, config.model, source.architecture)
     model = Model.read(source, tokenizer, n_tokens, label, config)
-    tests = ClaimTests(model, claims if isinstance(claims, Claims) else unclaimed(config.task))
+    task = TaskReadout.read(model, n_tokens)
+    judged = JudgedTables(task, claims)
     with nullcontext(Entry()) if cache is None else cache.entry(model) as entry:
-        structure, directions, readouts, freed = [], DirectionTables(model), [], FreedMemory()
+        structure: list[Stage] = [] if entry.tables is not None else [StructureTables(model), DirectionTables(model)]
+        of_the_task: list[Stage] = [ReadoutTables(task), judged]
+        freed = FreedMemory()
         for index in layers(source.architecture.n_layers):
             layer = Layer(model, index)
-            if entry.tables is None:
-                structure.append(layer_structure(layer))
-                directions.add(layer)
-            readouts.append(heads_rows(layer, task_metrics(layer)))
-            tests.visit(layer)
+            for stage in (*structure, *of_the_task):
+                stage.visit(layer)
             del layer
             freed.give_back()
-        made = entry.tables
-        if made is None:
-            made = stacked(structure) | directions.tables()
-            entry.keep(made)
-    made = made | {"heads": heads_table(model, made["heads"], pd.concat(readouts, ignore_index=True))}
-    started = time.perf_counter()
-    by_head = {name: _grid(model, made["heads"], name) for name in METRICS}
-    if isinstance(claims, Claims):
-        made |= judge_claims(tests, by_head)
-    else:
-        made["candidates"], notes = candidate_rows(tests, by_head)
-        tests.notes.extend(notes)
-    null_seconds = time.perf_counter() - started
-    made |= composition_tables(model, tests)
+        made = dict(entry.tables or {})
+        for stage in structure:
+            made |= stage.tables(made)
+        if structure:
+            entry.keep(dict(made))
+    for stage in of_the_task:
+        made |= stage.tables(made)
     return Analysis(
         tables={name: table for name, table in made.items() if len(table)},
-        unavailable=model.unavailable,
-        summary=summarise(model, made),
-        words={"kept": model.tokens.kept, "dropped": model.tokens.dropped, "reasons": model.tokens.reasons},
+        unavailable=task.unavailable,
+        summary=summarise(task, made),
+        words={"kept": task.tokens.kept, "dropped": task.tokens.dropped, "reasons": task.tokens.reasons},
         processing=model.processing,
         claims=_describe(claims),
-        notes=[*source.notes, *model.tokens.notes, *tests.notes, *model.sample_notes, *model.direction_notes],
-        null_seconds=null_seconds,
+        notes=[*source.notes, *task.tokens.notes, *judged.notes, *model.sample_notes, *model.direction_notes],
+        null_seconds=judged.seconds,
     )
 
 
-# --- heads ---------------------------------------------------------------------------------------------------
-
-
-def task_metrics(layer: Layer) -> HeadValues:
-    """What the heads do with the task's first variable; under rotary positions with the mean rotation."""
-    readout, found = layer.model.readout, HeadValues()
-    for circuit in layer.model.circuits if readout is not None else ():
-        maps = layer.task_maps(circuit)
-        if readout is not None and maps is not None:
-            found |= {name: values.mean(-1) for name, values in layer.by_source(circuit).items()}
-            found |= readout.of_subspace(layer.index, maps)
-    return found
-
-
-def heads_table(model: Model, structure: pd.DataFrame, readouts: pd.DataFrame) -> pd.DataFrame:
-    """One row per head, every metric of the analysis in the registry's order; null where it has no value."""
-    columns = {name: structure[name] for name in ("layer", "head")}
-    for name in metric_names(model.circuits):  # type: ignore[arg-type]
-        of = readouts if name in readouts else structure
-        there = name in of and name not in model.unavailable
-        columns[name] = of[name] if there else pd.Series(math.nan, index=structure.index)
-    return pd.DataFrame(columns | {"unstable": structure["unstable"]})
-
-
 # --- claims --------------------------------------------------------------------------------------------------
+
+
+class JudgedTables:
+    """The stage that tests the claims, or ranks candidates where nothing is claimed, and composes pairs of heads.
+
+    Attributes:
+        seconds: the time that its tables took, composition aside.
+    """
+
+    def __init__(self, task: TaskReadout, claims: Claims | str) -> None:
+        """Take the claims, or why there are none."""
+        self.claimed = isinstance(claims, Claims)
+        self.tests = ClaimTests(task, claims if isinstance(claims, Claims) else unclaimed(task.model.config.task))
+        self.seconds = 0.0
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be drawn, ranked or composed, and why."""
+        return self.tests.notes
+
+    def visit(self, layer: Layer) -> None:
+        """See `Stage`."""
+        self.tests.visit(layer)
+
+    def tables(self, made: Tables) -> Tables:
+        """`tests`, `nulls` and `verdicts` of claims, or `candidates`; and what `composition_tables` makes."""
+        started, found = time.perf_counter(), Tables()
+        by_head = {name: _grid(self.tests.model, made["heads"], name) for name in METRICS}
+        if self.claimed:
+            found |= judge_claims(self.tests, by_head)
+        else:
+            found["candidates"], notes = candidate_rows(self.tests, by_head)
+            self.notes.extend(notes)
+        self.seconds = time.perf_counter() - started
+        return found | composition_tables(self.tests.model, self.tests)
 
 
 def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> dict[str, pd.DataFrame]:
@@ -207,9 +212,9 @@ def _why_no_primary(tests: ClaimTests, predicted: list[Predicted]) -> str | None
         if np.isnan(predicted[0].values).all():
             return f"its primary metric, {metric}, has no value: no layer lies between it and {_and(config.partners)}"
         return None
-    if metric not in metric_names(model.circuits):  # type: ignore[arg-type]
+    if metric not in metric_names(model.circuits):
         return f"analysis {model.config.analysis.name} does not compute its primary metric, {metric}"
-    reason = model.unavailable.get(metric)
+    reason = tests.task.unavailable.get(metric)
     return None if reason is None else f"its primary metric, {metric}, is unavailable: {reason}"
 
 
@@ -227,16 +232,16 @@ def _describe(claims: Claims | str) -> dict[str, Any]:
 # --- tables --------------------------------------------------------------------------------------------------
 
 
-def summarise(model: Model, tables: dict[str, pd.DataFrame]) -> dict[str, float | int]:
+def summarise(task: TaskReadout, tables: dict[str, pd.DataFrame]) -> dict[str, float | int]:
     """Flat scalars: sizes, means over heads, verdict counts, each role's effect and p."""
-    facts = model.architecture
+    model, facts = task.model, task.model.architecture
     summary: dict[str, float | int] = {
         "n_layers": facts.n_layers,
         "n_heads": facts.n_layers * facts.n_heads,
         "n_unstable_heads": int((tables["heads"]["unstable"] != "").sum()),
     }
-    for name in metric_names(model.circuits):  # type: ignore[arg-type]
-        if name not in model.unavailable:
+    for name in metric_names(model.circuits):
+        if name not in task.unavailable:
             summary[f"mean/{name}"] = float(tables["heads"][name].mean())
     if "verdicts" in tables:
         verdicts = tables["verdicts"]

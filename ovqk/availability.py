@@ -1,8 +1,6 @@
-"""Why a metric has no value for any head of this model and task: said in the record, never filled in."""
+"""Why a metric has no value for any head of a model: said in the record, never filled in."""
 
-from ovqk.config import VariableKind
 from ovqk.metrics import METRICS, metric_names
-from ovqk.readouts import CONTRAST_METRICS, SET_METRICS, Readout
 from ovqk.vocabulary import Block0, Vocabulary
 from ovqk.weights import Architecture
 
@@ -18,8 +16,6 @@ def unavailable_metrics(
     vocabulary: Vocabulary | None,
     n_positions: int | None,
     block0: Block0 | str,
-    readout: Readout | None,
-    no_words: str,
     why_no_embedding: str,
 ) -> dict[str, str]:
     """Metric -> reason, for the metrics of these circuits that no head can have.
@@ -30,8 +26,6 @@ def unavailable_metrics(
         vocabulary: its embeddings; None where the checkpoint holds none.
         n_positions: rows of the learned position embedding; None where there is none.
         block0: the effective embedding of later layers, or why there is none.
-        readout: the task's first variable; None where no word is read.
-        no_words: why there is no readout.
         why_no_embedding: why there is no vocabulary, where there is none.
     """
     no_embedding = why_no_embedding if vocabulary is None else None
@@ -47,7 +41,6 @@ def unavailable_metrics(
                 **positions,  # what does not apply to the model comes before what is missing
                 "embedding": no_embedding,
                 "unembedding": no_unembedding,
-                "task": no_words if readout is None else None,
             }.items()
             if need in METRICS[name].needs and reason
         ]
@@ -70,20 +63,6 @@ def unavailable_metrics(
             reasons.setdefault(name, block0)
         elif architecture.n_layers == 1:
             reasons.setdefault(name, f"{NOT_APPLICABLE}the model has no layer after the first")
-    if readout is not None:
-        contrast = readout.variable.kind is VariableKind.contrast
-        for name in SET_METRICS if contrast else CONTRAST_METRICS:
-            if METRICS[name].circuit in circuits:
-                kind = readout.variable.kind.value
-                reasons.setdefault(name, f"{NOT_APPLICABLE}the task's variable '{readout.variable.name}' is a {kind}")
-        if not any(readout.reads(layer) for layer in range(architecture.n_layers)):
-            for name in metric_names(circuits):
-                if "task" in METRICS[name].needs:
-                    reasons.setdefault(name, f"no effective embedding: {block0}")
-        if architecture.positions == "unsupported":
-            for name in metric_names(["qk"] if "qk" in circuits else []):
-                if "task" in METRICS[name].needs:
-                    reasons.setdefault(name, "ovqk does not know how this model encodes positions")
     return reasons
 
 

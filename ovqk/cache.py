@@ -22,7 +22,6 @@ from ovqk.metrics import SCHEMA_VERSION
 from ovqk.model import Model
 from ovqk.resolve import plain
 from ovqk.structure import Tables
-from ovqk.vocabulary import Block0
 
 ENTRY = "entry.json"
 GIGABYTE = 2**30
@@ -84,7 +83,6 @@ class StructureCache:
             },
             "model": {"n_ctx": config.model.n_ctx, "causal": config.model.causal},
             "tokens": None if model.vocabulary is None else model.vocabulary.size,
-            "block0": isinstance(model.block0, Block0),
             "device": model.device.type,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

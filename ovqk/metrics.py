@@ -3,6 +3,7 @@
 A leaf: it names metrics and computes none, so tables, messages and plots can label themselves.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -165,6 +166,6 @@ COMPOSITION_METRICS = ("q_composition", "k_composition", "v_composition", "k_com
 """Metrics of head pairs that a role may predict; not columns of heads.parquet."""
 
 
-def metric_names(circuits: list[str]) -> list[str]:
+def metric_names(circuits: Sequence[str]) -> list[str]:
     """The columns of these circuits, in order."""
     return [name for name, metric in METRICS.items() if metric.circuit in circuits]

@@ -1,4 +1,4 @@
-"""A model as one cell sees it: what is read once and shared by all layers, and one layer at a time."""
+"""A model without a task: what is read once and shared by all layers, and one layer at a time."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,23 +10,18 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk import positions, spectra
-from ovqk.availability import NO_EMBEDDING, NOT_APPLICABLE, unavailable_metrics
+from ovqk.availability import NO_EMBEDDING, unavailable_metrics
 from ovqk.composition import Grams
 from ovqk.config import Config, Processing
 from ovqk.devices import resolve_device, to_device
 from ovqk.directions import Directions
 from ovqk.effective import Block0Side
-from ovqk.head_maps import HeadMaps, Scorer
-from ovqk.heads import Circuit, Factors, key_side, ov_factors, qk_factors, query_side, scores
-from ovqk.metrics import METRICS
+from ovqk.heads import Circuit, Factors, key_side, ov_factors, qk_factors, query_side
 from ovqk.rare import RareTokens, rare_tokens
-from ovqk.readouts import EffectiveRows, Readout
-from ovqk.tasks import TaskTokens, resolve_task
 from ovqk.vocabulary import Block0, Vocabulary, read_vocabulary
 from ovqk.weights import (
     Architecture,
     LayerWeights,
-    Rows,
     WeightSource,
     fold_embeddings,
     fold_layer,
@@ -37,26 +32,23 @@ from ovqk.weights import (
 
 @dataclass(frozen=True)
 class Model:
-    """What is read once per model and task, and shared by its layers; the large parts when first asked for.
+    """What is read once per model and shared by its layers; the large parts when first asked for.
 
     Attributes:
-        vocabulary: folded; for readouts and shares. None where the checkpoint holds no embedding.
+        label: how messages name the model.
+        vocabulary: folded; for readouts and shares. None if the checkpoint holds no embedding.
         spectral_vocabulary: as processed; for full-circuit spectra.
-        block0: the effective embedding of later layers, or why there is none.
-        readout: the task's first variable; None where no word is read.
+        tokenizer: None if there is none.
     """
 
     source: WeightSource
     config: Config
     device: torch.device
-    tokens: TaskTokens
+    label: str
     vocabulary: Vocabulary | None
     spectral_vocabulary: Vocabulary | None
     W_pos: Float[Tensor, "n_ctx d_model"] | None
-    block0: Block0 | str
-    readout: Readout | None
     tokenizer: Tokenizer | None
-    unavailable: dict[str, str]
 
     @property
     def architecture(self) -> Architecture:
@@ -77,6 +69,23 @@ class Model:
     def centred(self) -> bool:
         """Whether the spectra's weights are orthogonal to the all-ones direction."""
         return self.folds and self.architecture.norm == "layernorm"
+
+    @cached_property
+    def block0(self) -> Block0 | str:
+        """The effective embedding of later layers, or why there is none."""
+        return read_block0(self.source, self.vocabulary, self.device)
+
+    @cached_property
+    def unavailable(self) -> dict[str, str]:
+        """Metric -> why no head of this model has it, whatever the task."""
+        return unavailable_metrics(
+            list(self.config.analysis.circuits),
+            self.architecture,
+            self.vocabulary,
+            None if self.W_pos is None else self.W_pos.shape[0],
+            self.block0,
+            self.source.no_vocabulary or NO_EMBEDDING,
+        )
 
     @cached_property
     def token_moments(self) -> tuple[positions.Moments, positions.Moments] | None:
@@ -208,81 +217,22 @@ class Model:
         label: str,
         config: Config,
     ) -> "Model":
-        """Read the embeddings, the words and block 0."""
+        """Read the embeddings; the task of the config has no part in it."""
         device = resolve_device(config.device)
         facts = source.architecture
         raw = to_device(source.embeddings(), device)
         folded = fold_embeddings(raw, facts) if source.foldable else raw
-        tokens = read_words(config, tokenizer, n_tokens, raw.W_E, label)
         vocabulary = None if folded.W_E is None else read_vocabulary(folded, n_tokens, label)
         spectral = vocabulary
         if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
             spectral = read_vocabulary(raw, n_tokens, label)
-        block0 = read_block0(source, vocabulary, _needs_block0(config, tokens), device)
-        readout = None
-        if vocabulary is not None and tokens.variables:
-            rows = EffectiveRows(vocabulary, block0 if isinstance(block0, Block0) else None, facts)
-            readout = Readout(tokens.variables[0], rows, config.analysis.embedding)
-        no_words = (
-            "no word is read" if config.task.variables else f"{NOT_APPLICABLE}task {config.task.name} has no words"
-        )
-        unavailable = unavailable_metrics(
-            list(config.analysis.circuits),
-            facts,
-            vocabulary,
-            None if folded.W_pos is None else folded.W_pos.shape[0],
-            block0,
-            readout,
-            no_words,
-            source.no_vocabulary or NO_EMBEDDING,
-        )
-        return cls(
-            source=source,
-            config=config,
-            device=device,
-            tokens=tokens,
-            vocabulary=vocabulary,
-            spectral_vocabulary=spectral,
-            W_pos=folded.W_pos,
-            block0=block0,
-            readout=readout,
-            tokenizer=tokenizer,
-            unavailable=unavailable,
-        )
+        return cls(source, config, device, label, vocabulary, spectral, folded.W_pos, tokenizer)
 
 
-def read_words(
-    config: Config, tokenizer: Tokenizer | None, n_tokens: int | None, W_E: Rows | None, label: str
-) -> TaskTokens:
-    """The task's words as tokens; none where the checkpoint has neither embeddings nor a tokenizer to read them by."""
-    if tokenizer is None and W_E is None:
-        note = ["the checkpoint has no embeddings and no tokenizer: no word is read"] if config.task.variables else []
-        return TaskTokens([], {}, {}, note)
-    if n_tokens is None:
-        n_tokens = tokenizer.get_vocab_size() if tokenizer is not None else 0
-        n_tokens = n_tokens if W_E is None else W_E.shape[0]
-    if W_E is not None:  # a tokenizer may know more tokens than the model has rows for
-        n_tokens = min(n_tokens, W_E.shape[0])
-    return resolve_task(config.task, tokenizer, n_tokens, label)
-
-
-def _needs_block0(config: Config, tokens: TaskTokens) -> bool:
-    """Whether block 0 is read: for words, for pairs of heads, and wherever components are read out.
-
-    The last keeps the structure of an analysis the same for all tasks. Without it a cell of structure alone takes half
-    the time and, for large MLPs, half the memory.
-    """
-    return bool(tokens.variables) or config.analysis.pairs or config.analysis.components > 0
-
-
-def read_block0(
-    source: WeightSource, vocabulary: Vocabulary | None, wanted: bool, device: torch.device
-) -> Block0 | str:
+def read_block0(source: WeightSource, vocabulary: Vocabulary | None, device: torch.device) -> Block0 | str:
     """Return block 0 as the effective embedding of later layers, or why it cannot be had."""
     if vocabulary is None:
         return source.no_vocabulary or NO_EMBEDDING
-    if not wanted:
-        return "block 0's MLP is read only for a task's words, for lists of tokens or for all pairs of heads"
     if not source.foldable:
         return "the model's norms cannot be folded"
     layer0 = fold_reads(to_device(source.layer(0), device), source.architecture)
@@ -310,7 +260,6 @@ class Layer:
         self._maps: dict[Form, spectra.FactoredMaps] = {}  # no caches of bound methods: they keep layers alive
         self._bases: dict[tuple[str, bool], spectra.Basis] = {}
         self._across: dict[tuple[Circuit, bool], list[tuple[Tensor | None, Tensor]]] = {}
-        self._sources: dict[Circuit, dict[str, Tensor]] = {}
 
     def read(self) -> LayerWeights:
         """The raw weights, from the checkpoint: they are kept only where they are what is processed."""
@@ -341,41 +290,11 @@ class Layer:
             return ov_factors(weights, self.model.architecture)
         return qk_factors(weights, self.model.architecture, offsets)
 
-    def task_maps(self, circuit: Circuit) -> HeadMaps | None:
-        """A circuit as task readouts see it: folded, QK with the mean rotation; None where positions are unknown."""
-        facts = self.model.architecture
-        if circuit == "ov":
-            return HeadMaps(self.factors("ov", True), self.decomposition("ov", True))
-        if facts.positions == "unsupported":
-            return None
-        weights, span = self.folded, self.span
-        scorer: Scorer | None = None
-        if weights.qk_norm is not None:
-
-            def scorer(query_rows: Tensor, key_rows: Tensor) -> Tensor:
-                return scores(weights, facts, query_rows, key_rows, span)
-
-        return HeadMaps(self.factors("qk", True, span), self.decomposition("qk", True, span), scorer)
-
     @property
     def span(self) -> tuple[int, ...]:
         """The offsets whose mean rotation readouts and compositions use; (0,) without rotary positions."""
         facts = self.model.architecture
         return tuple(range(positions.rotary_span(self.folded, facts))) if self.folded.rotary is not None else (0,)
-
-    def form(self, metric: str) -> Form:
-        """The form of the weights that this metric is of."""
-        circuit, is_readout = METRICS[metric].circuit, "task" in METRICS[metric].needs
-        folded = self.model.source.foldable and (is_readout or metric.endswith("_block0") or self.model.folds)
-        return circuit, folded, self.span if is_readout and circuit == "qk" else (0,)
-
-    def by_source(self, circuit: Circuit) -> dict[str, Tensor]:
-        """The task metrics of a circuit's heads, source token by source token."""
-        if circuit not in self._sources:
-            maps, readout = self.task_maps(circuit), self.model.readout
-            there = maps is not None and readout is not None
-            self._sources[circuit] = readout.by_source(self.index, maps) if there else {}  # type: ignore[union-attr, arg-type]
-        return self._sources[circuit]
 
     def basis(self, part: Part, folded: bool) -> spectra.Basis:
         """An orthonormal basis of what each head's W_Q, W_K, W_V reads or W_O writes, folded or as processed.

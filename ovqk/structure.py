@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,18 @@ WAITING = 2**22  # numbers in the components that wait for a pass over the vocab
 MOVES = 1e-3  # a value that moves by more with the rounding of 32-bit weights is decided by it
 Tables = dict[str, pd.DataFrame]
 """Name -> rows: heads, layers, spectra, offsets, directions; one that a model does not have is absent."""
+
+
+class Stage(Protocol):
+    """A part of a cell's computation: it visits each layer once, and then makes its tables."""
+
+    def visit(self, layer: Layer) -> None:
+        """Take what is needed of a layer. Keep no layer: its weights would stay in memory."""
+        ...
+
+    def tables(self, made: Tables) -> Tables:
+        """Return this stage's tables, once all layers are visited; `made` are those of the stages before it."""
+        ...
 
 
 def layer_structure(layer: Layer) -> Tables:
@@ -50,6 +62,22 @@ def stacked(layers: Sequence[Tables]) -> Tables:
     return {name: pd.concat([t[name] for t in layers if name in t], ignore_index=True) for name in names}
 
 
+class StructureTables:
+    """The stage of everything but directions."""
+
+    def __init__(self, model: Model) -> None:
+        """Begin with nothing."""
+        self.model, self._layers = model, list[Tables]()
+
+    def visit(self, layer: Layer) -> None:
+        """See `Stage`."""
+        self._layers.append(layer_structure(layer))
+
+    def tables(self, _: Tables) -> Tables:
+        """`heads`, `layers`, `spectra` and `offsets` of all layers visited."""
+        return stacked(self._layers)
+
+
 class DirectionTables:
     """The tokens that the leading components of every circuit read and write (at D = 0).
 
@@ -62,7 +90,7 @@ class DirectionTables:
         self._waiting: list[tuple[int, Circuit, Components]] = []
         self._made: list[pd.DataFrame] = []
 
-    def add(self, layer: Layer) -> None:
+    def visit(self, layer: Layer) -> None:
         """Take a layer's components."""
         model = self.model
         if model.directions is None:
@@ -77,8 +105,8 @@ class DirectionTables:
         if sum(found.read.numel() + found.write.numel() for _, _, found in self._waiting) >= WAITING:
             self._pass()
 
-    def tables(self) -> Tables:
-        """`directions` of all layers taken, or nothing."""
+    def tables(self, _: Tables) -> Tables:
+        """`directions` of all layers visited, or nothing."""
         self._pass()
         if self.model.block0_side is not None:
             self.model.block0_side.forget()

@@ -21,9 +21,9 @@ from torch import Tensor
 from ovqk.config import VariableKind
 from ovqk.head_maps import CircuitMaps
 from ovqk.heads import Circuit
-from ovqk.model import Model
 from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
 from ovqk.spectra import Decomposition, Gram, full_circuit_ratio
+from ovqk.task_readout import TaskReadout
 from ovqk.tasks import Variable, WordSet
 from ovqk.threads import CPU, each
 from ovqk.vocabulary import EXACT, blocks
@@ -287,20 +287,21 @@ def stages(most: int) -> tuple[int, ...]:
 
 
 def surrogate_metrics(
-    model: Model, layer: int, wanted: set[str], observed: Mapping[str, float]
+    task: TaskReadout, layer: int, wanted: set[str], observed: Mapping[str, float]
 ) -> Callable[[CircuitMaps], dict[str, Float[Tensor, " draw"] | InTop]]:
     """What measures surrogates of a head of this layer, by the functions that measured the head.
 
     Metrics that rank words in the vocabulary are left open (see `FrameDraws.close`). Where a value was observed, a
     trace ratio may be a bound that lies on the same side of it (see `full_circuit_ratio`).
     """
+    model, readout = task.model, task.readout
     plain, folded, (block0, cross, _) = model.spectral_vocabulary, model.vocabulary, model.block0_grams
 
     def measure(maps: CircuitMaps) -> dict[str, Tensor | InTop]:
         found: dict[str, Tensor | InTop] = {}
-        if model.readout is not None and wanted & {*SET_METRICS, *SUBSPACE_METRICS}:
-            found |= model.readout.metrics(layer, maps, wanted - set(TOP_METRICS))
-            found |= model.readout.in_top(layer, maps, wanted)
+        if readout is not None and wanted & {*SET_METRICS, *SUBSPACE_METRICS}:
+            found |= readout.metrics(layer, maps, wanted - set(TOP_METRICS))
+            found |= readout.in_top(layer, maps, wanted)
         parts = maps.decomposition
         if "ov_copying" in wanted and plain is not None:
             grams = plain.gram_embed, plain.gram_cross, plain.gram_unembed

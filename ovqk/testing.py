@@ -45,6 +45,7 @@ from ovqk.surrogates import (
     subsamples,
     surrogate_metrics,
 )
+from ovqk.task_readout import TaskReadout
 from ovqk.tasks import Variable
 
 RESAMPLES = 1000  # of source tokens, for an interval
@@ -76,7 +77,7 @@ class ClaimTests:
         notes: why the word nulls that could not be drawn were not.
     """
 
-    model: Model
+    task: TaskReadout
     claims: Claims
     sigma: dict[tuple[int, Form], Tensor] = field(default_factory=dict)
     forms: dict[tuple[str, int], Form] = field(default_factory=dict)
@@ -87,6 +88,11 @@ class ClaimTests:
     observed: dict[Head, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def model(self) -> Model:
+        """The model that the task is read on."""
+        return self.task.model
+
     def __post_init__(self) -> None:
         """Draw what is the same for all layers."""
         predictions = [config for configs in self.claims.predictions.values() for config in configs]
@@ -94,7 +100,7 @@ class ClaimTests:
         claimed = any(config.metric in COMPOSITION_METRICS and self.partners(config) for config in predictions)
         self.composes = claimed or self.model.config.analysis.pairs
         self.frames: dict[tuple[Head, Form], FrameDraws] = {}
-        readout = self.model.readout
+        readout = self.task.readout
         self.weights: NDArray[np.float64] | None = None
         self.some: list[Readout] = []
         if readout is None or not self.claims.heads:
@@ -117,7 +123,7 @@ class ClaimTests:
             self.second |= {(layer.index, head): float(sigma[head, 1:2].sum() / sigma[head, 0]) for head in here}
         for metric in self.wanted & set(FRAME_METRICS):
             if METRICS[metric].circuit in self.model.circuits:
-                form = self.forms[metric, layer.index] = layer.form(metric)
+                form = self.forms[metric, layer.index] = form_of(metric, layer)
                 self.sigma[layer.index, form] = layer.maps(*form).sigma
         if self.composes and len(self.model.circuits) == 2:
             parts = layer.decomposition("ov", True), layer.decomposition("qk", True, layer.span)
@@ -128,8 +134,8 @@ class ClaimTests:
             wanted = {name for name in self.wanted - set(COMPOSITION_METRICS) if METRICS[name].circuit == circuit}
             if not any("task" in METRICS[name].needs for name in wanted):
                 continue
-            maps = layer.task_maps(circuit)
-            if maps is None or self.model.readout is None:
+            maps = self.task.maps(layer, circuit)
+            if maps is None or self.task.readout is None:
                 continue
             self._keep_maps(layer.index, here, circuit, maps)
             self._resample(layer, circuit, maps, wanted)
@@ -139,12 +145,12 @@ class ClaimTests:
             self.maps[(layer, head), circuit] = maps.only([head])
 
     def _resample(self, layer: Layer, circuit: Circuit, maps: HeadMaps, wanted: set[str]) -> None:
-        for name, values in layer.by_source(circuit).items():
+        for name, values in self.task.by_source(layer, circuit).items():
             if name in wanted and self.weights is not None:
                 self._keep(name, layer.index, self.weights @ values.double().cpu().numpy().T)
-        if not self.some or self.model.readout is None:
+        if not self.some or self.task.readout is None:
             return
-        own = self.model.readout.of_subspace(layer.index, maps, wanted)
+        own = self.task.readout.of_subspace(layer.index, maps, wanted)
         found = [readout.of_subspace(layer.index, maps, wanted) for readout in self.some]
         for name in wanted & set(own):
             spread = torch.cat([values[name] for values in found]) - own[name]  # [draw, head]
@@ -223,7 +229,7 @@ class ClaimTests:
                 rows += self._frame_rows(prediction, heads)
         rows += self._word_rows(predicted)
         correct(rows)
-        variable = self.model.readout.variable.name if self.model.readout is not None else None
+        variable = self.task.readout.variable.name if self.task.readout is not None else None
         for row in rows:
             row["variable"] = variable
         return rows
@@ -283,7 +289,7 @@ class ClaimTests:
                 self.sigma[layer, form][index],
                 facts.d_model,
                 folded and facts.norm == "layernorm",
-                surrogate_metrics(self.model, layer, wanted, self.observed.get(head, {})),
+                surrogate_metrics(self.task, layer, wanted, self.observed.get(head, {})),
                 (self.model.config.seed, *(() if head in self.observed else own)),
             )
         return self.frames[head, form]
@@ -294,7 +300,7 @@ class ClaimTests:
             return set(self.observed[head])
         roles = [role for role, heads in self.claims.roles.items() if head in heads] or list(self.claims.predictions)
         predictions = (config for role in roles for config in self.claims.predictions[role])
-        return predictions_by_metric(predictions) - set(self.model.unavailable)
+        return predictions_by_metric(predictions) - set(self.task.unavailable)
 
     def _word_rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[Row]:
         """Rows of `token` and `token_pairs`."""
@@ -327,7 +333,7 @@ class ClaimTests:
             heads: whose maps are kept.
             metrics: of the task's words.
         """
-        readout, config = self.model.readout, self.model.config
+        readout, config = self.task.readout, self.model.config
         if readout is None:
             return
         for words in draw_words(readout.variable, config.nulls.draws, config.seed):
@@ -345,7 +351,7 @@ class ClaimTests:
     def read_maps(self, heads: Collection[Head], circuit: Circuit) -> None:
         """Keep the maps of heads that were not known while the layers passed: these layers are read again."""
         for index in sorted({layer for layer, _ in heads}):
-            maps = Layer(self.model, index).task_maps(circuit)
+            maps = self.task.maps(Layer(self.model, index), circuit)
             if maps is not None:
                 self._keep_maps(index, [head for layer, head in heads if layer == index], circuit, maps)
 
@@ -399,6 +405,14 @@ def _ensemble_rows(
             ensemble_row(predicted, subject, null, value, draws, test, members, most) | {"stopped": test.stopped}
         )
     return rows
+
+
+def form_of(metric: str, layer: Layer) -> Form:
+    """Return the form of the weights that this metric is of in this layer."""
+    model = layer.model
+    circuit, is_readout = METRICS[metric].circuit, "task" in METRICS[metric].needs
+    folded = model.source.foldable and (is_readout or metric.endswith("_block0") or model.folds)
+    return circuit, folded, layer.span if is_readout and circuit == "qk" else (0,)
 
 
 def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:

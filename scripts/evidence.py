@@ -40,6 +40,7 @@ from ovqk.nulls import Predicted, layer_strata, predicted_values
 from ovqk.resolve import resolve
 from ovqk.sources import open_weights
 from ovqk.statistics import Stratum, stratified_permutation, within_layer_auc
+from ovqk.task_readout import TaskReadout
 from ovqk.tasks import load_tokenizer
 from ovqk.testing import ClaimTests
 from ovqk.weights import Architecture
@@ -82,7 +83,8 @@ def measured(directory: Path, task: str, count: int) -> Measured:
     roles = {role: [evidence.head for evidence in entries] for role, entries in found.items()}
     predictions = {role: cell.task.roles[role].predictions if role in cell.task.roles else [] for role in roles}
     claims = Claims("measured", "measured", None, roles, predictions)
-    tests = ClaimTests(Model.read(source, tokenizer, n_tokens, directory.name, cell), claims)
+    model = Model.read(source, tokenizer, n_tokens, directory.name, cell)
+    tests = ClaimTests(TaskReadout.read(model, n_tokens), claims)
     for layer in range(facts.n_layers):
         tests.visit(Layer(tests.model, layer))
     for predicted in tests.predicted(values).values():

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, compose, local
 
-from ovqk import analyses
+from ovqk import structure
 from ovqk.analyses import Analysis, analyse
 from ovqk.cache import ENTRY, StructureCache
 from ovqk.checkpoints import open_checkpoint
@@ -37,13 +37,13 @@ def cache(tmp_path) -> StructureCache:
 def computed(monkeypatch) -> list[int]:
     """The layers whose structure was computed."""
     seen: list[int] = []
-    whole = analyses.layer_structure
+    whole = structure.layer_structure
 
     def counting(layer):
         seen.append(layer.index)
         return whole(layer)
 
-    monkeypatch.setattr(analyses, "layer_structure", counting)
+    monkeypatch.setattr(structure, "layer_structure", counting)
     return seen
 
 
@@ -184,9 +184,9 @@ def test_an_entry_that_another_process_throws_away_while_it_is_read_is_still_rea
 def test_processes_that_need_the_same_compute_it_once(tmp_path) -> None:
     code = (
         "import sys; from pathlib import Path; sys.path[:0] = ['tests', '.']\n"
-        "import test_cache as t; from ovqk import analyses\n"
-        "whole = analyses.layer_structure\n"
-        "analyses.layer_structure = lambda layer: (print('computed', layer.index), whole(layer))[1]\n"
+        "import test_cache as t; from ovqk import structure\n"
+        "whole = structure.layer_structure\n"
+        "structure.layer_structure = lambda layer: (print('computed', layer.index), whole(layer))[1]\n"
         f"t.run(t.StructureCache(Path({str(tmp_path)!r}), 1.0, ''), 'task=none')\n"
     )
     both = [

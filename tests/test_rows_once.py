@@ -17,12 +17,12 @@ from ovqk.alignment import TopSearch, in_top_by_source, settle
 from ovqk.analyses import analyse
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError
-from ovqk.head_maps import HeadMaps
 from ovqk.heads import Factors
-from ovqk.model import Model
+from ovqk.model import Layer, Model
 from ovqk.readouts import TOP_METRICS, EffectiveRows
 from ovqk.spectra import Decomposition
 from ovqk.statistics import monte_carlo
+from ovqk.task_readout import TaskReadout
 from ovqk.tasks import load_tokenizer
 from ovqk.testing import ClaimTests
 from ovqk.vocabulary import Vocabulary
@@ -201,7 +201,7 @@ def test_candidates_have_the_p_of_all_their_draws(monkeypatch) -> None:
         found = original(self, asked)
         for (head, name, sign), p in found.items():
             if self.can_frame(name):
-                fresh = ClaimTests(self.model, self.claims, sigma=self.sigma, forms=self.forms)
+                fresh = ClaimTests(self.task, self.claims, sigma=self.sigma, forms=self.forms)
                 fresh.observed = {head: {name: math.nan}}  # on no side of which a bound can tell
                 values = fresh.frame(head, name).first(DRAWS)[name]
                 assert p == monte_carlo(sign * self.observed[head][name], sign * values).p, (head, name)
@@ -231,12 +231,6 @@ def test_a_random_checkpoint_has_words_block_0_and_both_cells(family, tmp_path) 
         config.nulls.draws = 30
         assert bench.whole_cell_with_words(config) == 4
     source = bench.open_model(config)
-    model = Model.read(source, read, n_vocab, "toy", config)
-    assert not isinstance(model.block0, str) and model.readout is not None
-    assert set(TOP_METRICS) <= set(model.readout.metrics(0, _ov(model)))
-
-
-def _ov(model: Model) -> HeadMaps:
-    from ovqk.model import Layer
-
-    return Layer(model, 0).task_maps("ov")
+    task = TaskReadout.read(Model.read(source, read, n_vocab, "toy", config), n_vocab)
+    assert not isinstance(task.model.block0, str) and task.readout is not None
+    assert set(TOP_METRICS) <= set(task.readout.metrics(0, task.maps(Layer(task.model, 0), "ov")))

@@ -1,0 +1,149 @@
+"""What a task adds to a model: its words as tokens, and what each head does with its first variable."""
+
+import math
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from ovqk.availability import NOT_APPLICABLE
+from ovqk.config import VariableKind
+from ovqk.head_maps import HeadMaps, Scorer
+from ovqk.heads import Circuit, scores
+from ovqk.metrics import METRICS, metric_names
+from ovqk.model import Layer, Model
+from ovqk.readouts import CONTRAST_METRICS, SET_METRICS, EffectiveRows, Readout
+from ovqk.structure import Tables, heads_rows
+from ovqk.tasks import TaskTokens, resolve_task
+from ovqk.vocabulary import Block0
+
+
+@dataclass(frozen=True)
+class TaskReadout:
+    """A task on one model.
+
+    Attributes:
+        tokens: the task's words as tokens of the model.
+        readout: the task's first variable; None if no word is read.
+        unavailable: metric -> why no head has it, of this model and on this task.
+    """
+
+    model: Model
+    tokens: TaskTokens
+    readout: Readout | None
+    unavailable: dict[str, str]
+    _sources: WeakKeyDictionary[Layer, dict[Circuit, dict[str, Tensor]]] = field(default_factory=WeakKeyDictionary)
+
+    @classmethod
+    def read(cls, model: Model, n_tokens: int | None) -> "TaskReadout":
+        """Read the task's words by the model's tokenizer.
+
+        Args:
+            model: the model, with the choice of its cell.
+            n_tokens: the number of real tokens, if the tokenizer tells.
+
+        Raises:
+            UserError: the words cannot be read as tokens of the model.
+        """
+        tokens = read_words(model, n_tokens)
+        readout = None
+        if model.vocabulary is not None and tokens.variables:
+            block0 = model.block0 if isinstance(model.block0, Block0) else None
+            rows = EffectiveRows(model.vocabulary, block0, model.architecture)
+            readout = Readout(tokens.variables[0], rows, model.config.analysis.embedding)
+        return cls(model, tokens, readout, unavailable_on(model, readout))
+
+    def maps(self, layer: Layer, circuit: Circuit) -> HeadMaps | None:
+        """Return a circuit as readouts see it: folded, QK with the mean rotation; None if positions are unknown."""
+        facts = self.model.architecture
+        if circuit == "ov":
+            return HeadMaps(layer.factors("ov", True), layer.decomposition("ov", True))
+        if facts.positions == "unsupported":
+            return None
+        weights, span = layer.folded, layer.span
+        scorer: Scorer | None = None
+        if weights.qk_norm is not None:
+
+            def scorer(query_rows: Tensor, key_rows: Tensor) -> Tensor:
+                return scores(weights, facts, query_rows, key_rows, span)
+
+        return HeadMaps(layer.factors("qk", True, span), layer.decomposition("qk", True, span), scorer)
+
+    def by_source(self, layer: Layer, circuit: Circuit) -> dict[str, Float[Tensor, "head source"]]:
+        """Return the metrics of a circuit's heads, source token by source token; computed once for a layer."""
+        known = self._sources.setdefault(layer, {})
+        if circuit not in known:
+            maps = None if self.readout is None else self.maps(layer, circuit)
+            known[circuit] = {} if self.readout is None or maps is None else self.readout.by_source(layer.index, maps)
+        return known[circuit]
+
+    def metrics(self, layer: Layer) -> dict[str, Float[Tensor, " head"]]:
+        """Return what the layer's heads do with the variable; under rotary positions with the mean rotation."""
+        found: dict[str, Tensor] = {}
+        for circuit in self.model.circuits if self.readout is not None else ():
+            maps = self.maps(layer, circuit)
+            if self.readout is not None and maps is not None:
+                found |= {name: values.mean(-1) for name, values in self.by_source(layer, circuit).items()}
+                found |= self.readout.of_subspace(layer.index, maps)
+        return found
+
+
+class ReadoutTables:
+    """The stage that adds what heads do on the task to what they are without one."""
+
+    def __init__(self, task: TaskReadout) -> None:
+        """Begin with nothing."""
+        self.task, self._layers = task, list[pd.DataFrame]()
+
+    def visit(self, layer: Layer) -> None:
+        """See `Stage`."""
+        self._layers.append(heads_rows(layer, self.task.metrics(layer)))
+
+    def tables(self, made: Tables) -> Tables:
+        """`heads`: a row per head, every metric of the analysis in the registry's order; null if it has no value."""
+        structure, readouts = made["heads"], pd.concat(self._layers, ignore_index=True)
+        columns = {name: structure[name] for name in ("layer", "head")}
+        for name in metric_names(list(self.task.model.circuits)):
+            of = readouts if name in readouts else structure
+            there = name in of and name not in self.task.unavailable
+            columns[name] = of[name] if there else pd.Series(math.nan, index=structure.index)
+        return {"heads": pd.DataFrame(columns | {"unstable": structure["unstable"]})}
+
+
+def read_words(model: Model, n_tokens: int | None) -> TaskTokens:
+    """Return the task's words as tokens; none if there are neither embeddings nor a tokenizer to read them by."""
+    task, tokenizer, vocabulary = model.config.task, model.tokenizer, model.vocabulary
+    if tokenizer is None and vocabulary is None:
+        note = ["the checkpoint has no embeddings and no tokenizer: no word is read"] if task.variables else []
+        return TaskTokens([], {}, {}, note)
+    if vocabulary is not None:  # a tokenizer may know more tokens than the model has rows for
+        n_tokens = vocabulary.size
+    elif n_tokens is None:
+        n_tokens = tokenizer.get_vocab_size() if tokenizer is not None else 0
+    return resolve_task(task, tokenizer, n_tokens, model.label)
+
+
+def unavailable_on(model: Model, readout: Readout | None) -> dict[str, str]:
+    """Return metric -> reason, for the metrics that no head of this model can have on this task."""
+    task, facts, circuits = model.config.task, model.architecture, list(model.circuits)
+    reasons, of_tasks = dict(model.unavailable), [n for n in metric_names(circuits) if "task" in METRICS[n].needs]
+    if readout is None:
+        why = "no word is read" if task.variables else f"{NOT_APPLICABLE}task {task.name} has no words"
+        for name in of_tasks:
+            reasons.setdefault(name, why)
+        return reasons
+    kind = readout.variable.kind
+    for name in SET_METRICS if kind is VariableKind.contrast else CONTRAST_METRICS:
+        if METRICS[name].circuit in circuits:
+            why = f"{NOT_APPLICABLE}the task's variable '{readout.variable.name}' is a {kind.value}"
+            reasons.setdefault(name, why)
+    if not any(readout.reads(layer) for layer in range(facts.n_layers)):
+        for name in of_tasks:
+            reasons.setdefault(name, f"no effective embedding: {model.block0}")
+    if facts.positions == "unsupported":
+        for name in of_tasks:
+            if METRICS[name].circuit == "qk":
+                reasons.setdefault(name, "ovqk does not know how this model encodes positions")
+    return reasons
