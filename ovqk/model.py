@@ -20,6 +20,7 @@ from ovqk.heads import Circuit, Factors, key_side, ov_factors, qk_factors, query
 from ovqk.rare import RareTokens, rare_tokens
 from ovqk.vocabulary import Block0, Vocabulary, read_vocabulary
 from ovqk.weights import (
+    ACTIVATIONS,
     Architecture,
     LayerWeights,
     WeightSource,

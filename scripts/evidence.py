@@ -83,8 +83,8 @@ def measured(directory: Path, task: str, count: int) -> Measured:
     roles = {role: [evidence.head for evidence in entries] for role, entries in found.items()}
     predictions = {role: cell.task.roles[role].predictions if role in cell.task.roles else [] for role in roles}
     claims = Claims("measured", "measured", None, roles, predictions)
-    model = Model.read(source, tokenizer, n_tokens, directory.name, cell)
-    tests = ClaimTests(TaskReadout.read(model, n_tokens), claims)
+    ours = Model.read(source, tokenizer, n_tokens, directory.name, cell)
+    tests = ClaimTests(TaskReadout.read(ours, n_tokens), claims)
     for layer in range(facts.n_layers):
         tests.visit(Layer(tests.model, layer))
     for predicted in tests.predicted(values).values():

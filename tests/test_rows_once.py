@@ -20,7 +20,7 @@ from ovqk.errors import UserError
 from ovqk.heads import Factors
 from ovqk.model import Layer, Model
 from ovqk.readouts import TOP_METRICS, EffectiveRows
-from ovqk.spectra import Decomposition
+from ovqk.spectra import Decomposition, full_circuit_ratio
 from ovqk.statistics import monte_carlo
 from ovqk.task_readout import TaskReadout
 from ovqk.tasks import load_tokenizer
