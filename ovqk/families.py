@@ -27,6 +27,7 @@ from ovqk.llamas import (
     OLMO3,
     OLMOE,
     PHI3,
+    QWEN2,
     QWEN2_MOE,
     QWEN2_VL,
     QWEN3,
@@ -45,6 +46,10 @@ GPT2 = Family(
     linear="in_out",
     tied_by_default=True,
     complete=True,
+    read_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    norm_bias=True,
     tensors={
         "embedding": "wte",
         "positions": "wpe",
@@ -74,6 +79,9 @@ GPT_NEO = Family(
     positions="learned",
     tied_by_default=True,
     scale=1.0,
+    output_bias=True,
+    mlp_bias=True,
+    norm_bias=True,
     tensors={
         "embedding": "wte",
         "positions": "wpe",
@@ -106,6 +114,8 @@ GPTJ = Family(
     positions="rotary",
     interleaved=True,
     parallel=True,
+    mlp_bias=True,
+    norm_bias=True,
     tensors={
         "embedding": "wte",
         "final_norm": "ln_f",
@@ -139,6 +149,10 @@ GPT_NEOX = Family(
     unembedding="embed_out",
     parallel="use_parallel_residual",
     partial_rotary=True,
+    read_bias="attention_bias",
+    output_bias="attention_bias",
+    mlp_bias=True,
+    norm_bias=True,
     tensors={
         "embedding": "embed_in",
         "final_norm": "final_layer_norm",
@@ -161,6 +175,10 @@ PHI = Family(
     parallel=True,
     partial_rotary=True,
     refused=("qk_layernorm",),
+    read_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    norm_bias=True,
     tensors={
         "embedding": "embed_tokens",
         "final_norm": "final_layernorm",
@@ -180,9 +198,11 @@ OLMO = Family(
     name="olmo",
     model_types=("olmo",),
     prefixes=("model.", ""),
-    norm="layernorm",  # without gain or bias
+    norm="layernorm",  # without a gain
     positions="rotary",
     refused=("clip_qkv",),
+    read_bias="attention_bias",
+    output_bias="attention_bias",
     tensors={name: value for name, value in LLAMA_TENSORS.items() if not name.endswith("norm")},
     keys=KEYS,
 )
@@ -194,6 +214,8 @@ STABLELM = Family(
     norm="layernorm",
     positions="rotary",
     partial_rotary=True,
+    read_bias="use_qkv_bias",
+    norm_bias=True,
     tensors=LLAMA_TENSORS,
     keys=KEYS | {"norm_eps": ("layer_norm_eps",)},
     variant=lambda config: None if config.get("qk_layernorm") else _stablelm(config),
@@ -213,6 +235,10 @@ STARCODER2 = Family(
     norm="layernorm",
     positions="rotary",
     tied_by_default=True,
+    read_bias="use_bias",
+    output_bias="use_bias",
+    mlp_bias="use_bias",
+    norm_bias=True,
     tensors={name: value for name, value in LLAMA_TENSORS.items() if not name.startswith("mlp_")}
     | {
         "mlp_norm": "layers.{layer}.post_attention_layernorm",
@@ -230,9 +256,10 @@ COHERE: Family = Family(
     positions="rotary",
     tied_by_default=True,
     logit_multiplier="logit_scale",
-    norm_bias=False,
     parallel=True,
     interleaved=True,
+    read_bias="attention_bias",
+    output_bias="attention_bias",
     tensors=LLAMA_TENSORS | {"mlp_norm": LLAMA_TENSORS["norm"]},
     keys=KEYS | {"norm_eps": ("layer_norm_eps",)},
     variant=lambda config: None if config.get("use_qk_norm") else COHERE,
@@ -254,6 +281,10 @@ OPT: Family = Family(
     positions="learned",
     position_offset=2,
     tied_by_default=True,
+    read_bias="enable_bias",
+    output_bias="enable_bias",
+    mlp_bias="enable_bias",
+    norm_bias=True,
     tensors={
         "embedding": "embed_tokens",
         "positions": "embed_positions",
@@ -299,6 +330,10 @@ FALCON = Family(
     tied_by_default=True,
     parallel=True,
     kv_heads=1,
+    read_bias="bias",
+    output_bias="bias",
+    mlp_bias="bias",
+    norm_bias=True,
     tensors={
         "embedding": "word_embeddings",
         "final_norm": "ln_f",
@@ -339,7 +374,7 @@ WRAPPED = {"mistral3": "mistral", "llava": "llama"}
 FAMILIES = {
     model_type: family
     for family in (
-        GPT2, GPT_NEO, GPTJ, GPT_NEOX, PHI, LLAMA, MISTRAL, QWEN3, PHI3, OLMO, OLMO2, GEMMA, GEMMA2, GEMMA3,
+        GPT2, GPT_NEO, GPTJ, GPT_NEOX, PHI, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, OLMO, OLMO2, GEMMA, GEMMA2, GEMMA3,
         GRANITE, SMOLLM3, OLMO3, EXAONE4, GLM, GLM4, STABLELM, STARCODER2, COHERE, COHERE2, OPT, FALCON,
         MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, QWEN2_VL, QWEN3_VL,
     )

@@ -59,14 +59,13 @@ def test_metrics_carry_title_formula_and_range() -> None:
 ORDER = [
     "errors", "memory", "config", "metrics", "colours", "weights", "devices", "family", "llamas", "families", "files",
     "shards", "patience", "hub", "gguf_file", "gguf_tokenizer", "gguf_settings", "llama_cpp", "checkpoints",
-    "rotations", "native", "single_file", "threads", "heads", "vocabulary", "unreadable", "block_probes", "agreement",
-    "bridge_loading", "bridge_mlp", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
-    "components", "effective", "spelling", "rare", "directions", "head_maps", "readouts", "composition", "availability",
-    "model", "claims", "statistics", "nulls", "surrogates",
-    "testing", "candidates", "patterns", "verdicts", "prompts", "identity", "structure", "cache", "analyses", "record",
-    "outcomes", "results", "comparison", "thinning", "drawing", "figures", "portraits", "page", "report", "panels",
-    "overview", "wandb_service", "runs", "tracking", "dashboard", "tables", "token_lists", "suggestions", "console",
-    "progress", "cell", "sweep",
+    "rotations", "settings", "native", "single_file", "threads", "heads", "vocabulary", "unreadable", "block_probes",
+    "agreement", "bridge_loading", "bridge_mlp", "bridge", "sources", "spectra", "layers", "positions", "alignment",
+    "tasks", "components", "effective", "spelling", "rare", "directions", "head_maps", "readouts", "composition",
+    "availability", "model", "claims", "statistics", "nulls", "surrogates", "testing", "candidates", "patterns",
+    "verdicts", "prompts", "identity", "structure", "cache", "analyses", "record", "outcomes", "results", "comparison",
+    "thinning", "drawing", "figures", "portraits", "page", "report", "panels", "overview", "wandb_service", "runs",
+    "tracking", "dashboard", "tables", "token_lists", "suggestions", "console", "progress", "cell", "sweep",
 ]
 # fmt: on
 
