@@ -49,7 +49,6 @@ LLAMA = Family(
 
 MISTRAL = replace(
     LLAMA,
-    name="mistral",
     model_types=("mistral",),
     keys=WINDOWED,
     read_bias=False,
@@ -57,7 +56,7 @@ MISTRAL = replace(
     mlp_bias=False,
     complete=False,
 )
-QWEN2 = replace(MISTRAL, name="qwen2", model_types=("qwen2",), read_bias=True)
+QWEN2 = replace(MISTRAL, model_types=("qwen2",), read_bias=True)
 
 QWEN3 = Family(
     name="qwen3",
