@@ -258,7 +258,8 @@ GPT_OSS = replace(
 def _qwen_moe(config: Mapping[str, Any]) -> Family:
     """With the dense MLP that some configs give block 0."""
     row = QWEN3_MOE if str(config.get("model_type")).startswith("qwen3") else QWEN2_MOE
-    sparse = config.get("decoder_sparse_step", 1) == 1 and 0 not in (config.get("mlp_only_layers") or ())
+    dense = config.get("mlp_only_layers")
+    sparse = config.get("decoder_sparse_step", 1) == 1 and not (isinstance(dense, list) and 0 in dense)
     return row if sparse else replace(row, experts=False, tensors={**LLAMA_TENSORS, **row.tensors})
 
 

@@ -1,8 +1,8 @@
 """The settings of a checkpoint: what its config.json says, in ovqk's terms, by the row of the table that reads it."""
 
-import math
 from typing import Any
 
+from ovqk.allowed import is_integer, is_number
 from ovqk.checkpoints import Checkpoint
 from ovqk.errors import UserError
 from ovqk.family import ATTENTION_READS, MLP_PARTS, Family
@@ -68,7 +68,7 @@ class Settings:
             UserError: it gives none, or 0.
         """
         number = 1.0 if key is None else self.config.get(key)
-        if not _is_number(number) or not number:
+        if not is_number(number) or not number:
             raise UserError(f"{self.label}: config.json must give '{key}' as a number other than 0.")
         return float(number)
 
@@ -105,7 +105,7 @@ class Settings:
 
     def _positive(self, name: str, default: int | None = None) -> int:
         number = self._read(name, default)
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        if not is_integer(number) or number < 1:
             key = self.family.keys.get(name, (name,))[0]
             raise UserError(f"{self.label}: config.json must give '{key}' as a positive integer, not {number!r}.")
         return number
@@ -133,7 +133,7 @@ class Settings:
         d_head = self._positive("d_head", d_model // n_heads)
         n_kv_heads = family.kv_heads or self._positive("n_kv_heads", n_heads)
         norm_eps = self._read("norm_eps", 1e-5)
-        if not _is_number(norm_eps) or norm_eps < 0:
+        if not is_number(norm_eps) or norm_eps < 0:
             raise UserError(
                 f"{label}: config.json must give '{family.keys['norm_eps'][0]}' as a number that is finite and not "
                 f"negative, not {norm_eps!r}."
@@ -169,7 +169,7 @@ class Settings:
         scale = self.config.get(family.scale) if isinstance(family.scale, str) else family.scale
         if scale is None:
             return None
-        if not _is_number(scale) or scale <= 0:
+        if not is_number(scale) or scale <= 0:
             raise UserError(
                 f"{self.label}: config.json must give '{family.scale}' as a positive number, not {scale!r}."
             )
@@ -195,12 +195,8 @@ class Settings:
 
     def _read_window(self) -> int | None:
         """The tokens that a layer with a window sees; None if no layer has one."""
-        window = self._read("window")
-        if not isinstance(window, int | None) or isinstance(window, bool) or (window or 0) < 0:
-            key = self.family.keys["window"][0]
-            raise UserError(f"{self.label}: config.json must give '{key}' as an integer or null, not {window!r}.")
         used = not self._is_read("use_sliding_window") or self._flag("use_sliding_window")
-        return (window or None) if used else None
+        return self._positive("window") if used and self._read("window") else None
 
     def _rotates(self, layer: int) -> bool:
         """Whether a layer of a model with rotary positions has them."""
@@ -226,7 +222,3 @@ class Settings:
                     f"{self.label}: config.json gives rotary settings for {given}, and layer {layer} is of the kind "
                     f"{kind}; allowed: settings for each kind of layer, or one for all."
                 )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

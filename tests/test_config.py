@@ -58,7 +58,7 @@ def test_metrics_carry_title_formula_and_range() -> None:
 # fmt: off
 ORDER = [
     "errors", "memory", "config", "metrics", "colours", "weights", "devices", "family", "llamas", "families", "files",
-    "shards", "patience", "hub", "gguf_file", "gguf_tokenizer", "gguf_settings", "llama_cpp", "checkpoints",
+    "shards", "patience", "hub", "gguf_file", "gguf_tokenizer", "gguf_settings", "llama_cpp", "checkpoints", "allowed",
     "rotations", "settings", "native", "single_file", "threads", "heads", "vocabulary", "unreadable", "block_probes",
     "agreement", "bridge_loading", "bridge_mlp", "bridge", "sources", "spectra", "layers", "positions", "alignment",
     "tasks", "components", "effective", "spelling", "rare", "directions", "head_maps", "readouts", "composition",
