@@ -37,7 +37,7 @@ from ovqk.llamas import (
     WINDOWED,
 )
 
-GPT2 = Family(
+GPT2: Family = Family(
     name="gpt2",
     model_types=("gpt2",),
     prefixes=("", "transformer."),
@@ -69,7 +69,23 @@ GPT2 = Family(
         "norm_eps": ("layer_norm_epsilon",),
         "activation": ("activation_function",),
     },
+    variant=lambda config: _gpt2(config),
 )
+
+
+def _gpt2(config: Mapping[str, Any]) -> Family:
+    """With the scale of its scores, which no metric has in, and notes on what else config.json turns on."""
+    notes = {
+        "scale_attn_by_inverse_layer_idx": "the scores of each layer are divided by its number, counted from 1, and no "
+        "metric has that in",
+        "add_cross_attention": "the model also has cross-attention, which is not read",
+    }
+    return replace(
+        GPT2,
+        scale=None if config.get("scale_attn_weights", True) else 1.0,
+        notes=tuple(note for key, note in notes.items() if config.get(key)),
+    )
+
 
 GPT_NEO = Family(
     name="gpt_neo",
@@ -204,7 +220,7 @@ OLMO = Family(
     read_bias="attention_bias",
     output_bias="attention_bias",
     tensors={name: value for name, value in LLAMA_TENSORS.items() if not name.endswith("norm")},
-    keys=KEYS,
+    keys={key: names for key, names in KEYS.items() if key != "norm_eps"},  # which is 1e-5
 )
 
 STABLELM = Family(

@@ -114,6 +114,7 @@ GEMMA = Family(
     output_bias="attention_bias",
     tensors=LLAMA_TENSORS,
     keys=KEYS,
+    refused=("use_bidirectional_attention",),
 )
 
 GEMMA2_TENSORS = LLAMA_TENSORS | {
@@ -136,6 +137,7 @@ GEMMA2 = Family(
     output_bias="attention_bias",
     tensors=GEMMA2_TENSORS,
     keys=WINDOWED | {"activation": ("hidden_activation",)},
+    refused=("use_bidirectional_attention",),
 )
 
 GEMMA3 = Family(

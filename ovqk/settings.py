@@ -84,8 +84,11 @@ class Settings:
                 "queries and keys are normalised: QK spectra are of the weights with the norms' gains, "
                 "un-normalised; readouts and shares normalise"
             )
-        if cap := self.config.get("attn_logit_softcapping"):
-            notes.append(f"scores are capped at {cap:g} before the softmax, and no metric has that in")
+        caps = {"attn_logit_softcapping": "scores are capped at {:g} before the softmax"}
+        caps |= {"final_logit_softcapping": "logits are capped at {:g}"}
+        for key, told in caps.items():
+            if self._is_read(key) and (cap := self.config.get(key)):
+                notes.append(f"{told.format(cap)}, and no metric has that in")
         if self.architecture.post_norm:
             notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
         if any(rotary.scale != 1 for rotary in self.rotations.values()):
@@ -179,7 +182,9 @@ class Settings:
 
     def _read_kinds(self) -> list[str]:
         """Each layer's kind if the config tells the layers apart, else []."""
-        key = "layer_types" if self._is_read("layer_types") else "attention_layers"  # GPT-Neo's
+        if not (self._is_read("layer_types") or self._is_read("attention_types")):
+            return []
+        key = "layer_types" if self._is_read("layer_types") else "attention_layers"  # GPT-Neo's, from its pattern
         kinds, n_layers = self.config.get(key) or [], self.architecture.n_layers
         if not isinstance(kinds, list) or len(kinds) not in (0, n_layers):
             raise UserError(f"{self.label}: config.json must give '{key}' as a list of {n_layers} kinds, one a layer.")
