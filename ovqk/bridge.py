@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from ovqk.agreement import NO_ROTATION, BlockReading, agrees, measure_norm, read_block
 from ovqk.block_probes import CannotRunError, ModelActivations, record_activations
-from ovqk.bridge_loading import boot_bridge, find_architecture, find_rotations, load_model, original, quiet
+from ovqk.bridge_loading import (
+    boot_bridge,
+    find_architecture,
+    find_rotations,
+    find_wrappers,
+    load_model,
+    notes_of_config,
+    original,
+    quiet,
+)
 from ovqk.bridge_loading import unused_tokenizer as unused_tokenizer
 from ovqk.bridge_mlp import read_first_mlp
 from ovqk.checkpoints import Checkpoint
@@ -238,6 +247,8 @@ class BridgeWeights:
 
     def _read_notes(self, why: str | None) -> list[str]:
         notes = ["read through TransformerLens's bridge: the whole model was in memory"]
+        for wrapper in find_wrappers(self.checkpoint):
+            notes.append(f"the names of the tensors begin with '{wrapper}', which was taken off")
         if why is not None:
             kept = "residual space and raw weights only"
             notes.append(f"an encoder: {kept}" if not self.causal else f"{why}: {kept}")
@@ -265,7 +276,7 @@ class BridgeWeights:
             notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
         if self.foldable and any(each.weights.rotary and each.weights.rotary.scale != 1 for each in self.readings):
             notes.append("the rotary scaling also multiplies the scores; the factor is in W_QK")
-        return notes + _beyond_the_probe(self.own.config.get_text_config())
+        return notes + notes_of_config(self.own.config.get_text_config())
 
     def _why_no_vocabulary(self, why: str | None) -> str | None:
         """Why no embeddings are given; None if ovqk's reading of them is the model's."""
@@ -375,24 +386,6 @@ class BridgeWeights:
         named = [original(self.bridge.blocks[index], name) for name in ("ln2", "ln2_post", "ln1", "ln1_post")]
         found = [measure_norm(each, self.architecture.d_model) for each in named if each is not None]
         return [each.norm for each in found if each is not None]
-
-
-def _beyond_the_probe(config: Any) -> list[str]:
-    """What the config says of long texts, which a few tokens do not show."""
-    notes = []
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [each for each in rope.values() if isinstance(each, dict)] or [rope]
-    named = ["attn_temperature_tuning"] if getattr(config, "attn_temperature_tuning", False) else []
-    named += ["llama_4_scaling_beta"] if any(each.get("llama_4_scaling_beta") for each in kinds) else []
-    if named:
-        notes.append(f"scores grow with the position of the query ({named[0]}); no metric has it in")
-    if chunk := getattr(config, "attention_chunk_size", None):
-        notes.append(
-            f"in layers with chunked attention a query sees its own chunk of {chunk} tokens alone; no metric has it in"
-        )
-    for name in sorted({str(each.get("rope_type")) for each in kinds} & {"dynamic", "longrope"}):
-        notes.append(f"the rotation changes with the length of the text ({name}); it is read as for short ones")
-    return notes
 
 
 def _holds_other_mixers(blocks: list[nn.Module]) -> bool:

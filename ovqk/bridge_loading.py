@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import nn
 
 from ovqk.checkpoints import Checkpoint, check_finite
 from ovqk.errors import UserError
+from ovqk.family import WRAPPERS
 from ovqk.weights import Rotary
 
 
@@ -42,6 +44,13 @@ def find_architecture(checkpoint: Checkpoint) -> str:
     )
 
 
+def find_wrappers(checkpoint: Checkpoint) -> list[str]:
+    """Return what training tools put before the names of tensors, each sequence of them that some name begins with."""
+    known = "|".join(re.escape(wrapper) for wrapper in WRAPPERS if wrapper != "model.")  # many models' own
+    found = (re.match(f"(?:{known})+", name) for name in checkpoint.shapes)
+    return sorted({match[0] for match in found if match}, key=len, reverse=True)
+
+
 def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: bool) -> Any:
     """Load the Hugging Face model, float32.
 
@@ -51,6 +60,7 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
     from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
 
     label = checkpoint.label
+    without = {f"^{re.escape(wrapper)}": "" for wrapper in find_wrappers(checkpoint)}
     try:
         model, report = get_hf_model_class_for_architecture(architecture).from_pretrained(
             str(checkpoint.directory),
@@ -59,6 +69,7 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
             attn_implementation="eager",
             trust_remote_code=trust_remote_code,
             local_files_only=True,
+            key_mapping=without or None,
         )
     except Exception as error:  # transformers raises many kinds
         raise UserError(f"{label}: transformers cannot load {architecture} ({_told(error)}).") from error
@@ -125,6 +136,28 @@ def find_rotations(model: nn.Module) -> list[Rotary]:
             once.append(rotary)
     once += [replace(rotary, inverse_frequencies=-rotary.inverse_frequencies) for rotary in once]  # turned backwards
     return [replace(rotary, interleaved=interleaved) for interleaved in (False, True) for rotary in once]
+
+
+def notes_of_config(config: Any) -> list[str]:
+    """Return notes on settings that a few tokens need not show: about long texts, and clipped values."""
+    notes = []
+    for place in (config, getattr(config, "attn_config", None)):  # MPT and DBRX keep it one level down
+        bound = place.get("clip_qkv") if isinstance(place, dict) else getattr(place, "clip_qkv", None)
+        if bound is not None:
+            notes.append(f"queries, keys and values are clipped at {bound:g} either way, and no metric has that in")
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in rope.values() if isinstance(each, dict)] or [rope]
+    named = ["attn_temperature_tuning"] if getattr(config, "attn_temperature_tuning", False) else []
+    named += ["llama_4_scaling_beta"] if any(each.get("llama_4_scaling_beta") for each in kinds) else []
+    if named:
+        notes.append(f"scores grow with the position of the query ({named[0]}); no metric has it in")
+    if chunk := getattr(config, "attention_chunk_size", None):
+        notes.append(
+            f"in layers with chunked attention a query sees its own chunk of {chunk} tokens alone; no metric has it in"
+        )
+    for name in sorted({str(each.get("rope_type")) for each in kinds} & {"dynamic", "longrope"}):
+        notes.append(f"the rotation changes with the length of the text ({name}); it is read as for short ones")
+    return notes
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from ovqk.llamas import (
     OLMO3,
     OLMOE,
     PHI3,
+    QWEN2,
     QWEN2_MOE,
     QWEN2_VL,
     QWEN3,
@@ -36,7 +37,7 @@ from ovqk.llamas import (
     WINDOWED,
 )
 
-GPT2 = Family(
+GPT2: Family = Family(
     name="gpt2",
     model_types=("gpt2",),
     prefixes=("", "transformer."),
@@ -45,6 +46,10 @@ GPT2 = Family(
     linear="in_out",
     tied_by_default=True,
     complete=True,
+    read_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    norm_bias=True,
     tensors={
         "embedding": "wte",
         "positions": "wpe",
@@ -64,7 +69,23 @@ GPT2 = Family(
         "norm_eps": ("layer_norm_epsilon",),
         "activation": ("activation_function",),
     },
+    variant=lambda config: _gpt2(config),
 )
+
+
+def _gpt2(config: Mapping[str, Any]) -> Family:
+    """With the scale of its scores, which no metric has in, and notes on what else config.json turns on."""
+    notes = {
+        "scale_attn_by_inverse_layer_idx": "the scores of each layer are divided by its number, counted from 1, and no "
+        "metric has that in",
+        "add_cross_attention": "the model also has cross-attention, which is not read",
+    }
+    return replace(
+        GPT2,
+        scale=None if config.get("scale_attn_weights", True) else 1.0,
+        notes=tuple(note for key, note in notes.items() if config.get(key)),
+    )
+
 
 GPT_NEO = Family(
     name="gpt_neo",
@@ -74,6 +95,9 @@ GPT_NEO = Family(
     positions="learned",
     tied_by_default=True,
     scale=1.0,
+    output_bias=True,
+    mlp_bias=True,
+    norm_bias=True,
     tensors={
         "embedding": "wte",
         "positions": "wpe",
@@ -106,6 +130,8 @@ GPTJ = Family(
     positions="rotary",
     interleaved=True,
     parallel=True,
+    mlp_bias=True,
+    norm_bias=True,
     tensors={
         "embedding": "wte",
         "final_norm": "ln_f",
@@ -139,6 +165,10 @@ GPT_NEOX = Family(
     unembedding="embed_out",
     parallel="use_parallel_residual",
     partial_rotary=True,
+    read_bias="attention_bias",
+    output_bias="attention_bias",
+    mlp_bias=True,
+    norm_bias=True,
     tensors={
         "embedding": "embed_in",
         "final_norm": "final_layer_norm",
@@ -161,6 +191,10 @@ PHI = Family(
     parallel=True,
     partial_rotary=True,
     refused=("qk_layernorm",),
+    read_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    norm_bias=True,
     tensors={
         "embedding": "embed_tokens",
         "final_norm": "final_layernorm",
@@ -180,11 +214,13 @@ OLMO = Family(
     name="olmo",
     model_types=("olmo",),
     prefixes=("model.", ""),
-    norm="layernorm",  # without gain or bias
+    norm="layernorm",  # without a gain
     positions="rotary",
     refused=("clip_qkv",),
+    read_bias="attention_bias",
+    output_bias="attention_bias",
     tensors={name: value for name, value in LLAMA_TENSORS.items() if not name.endswith("norm")},
-    keys=KEYS,
+    keys={key: names for key, names in KEYS.items() if key != "norm_eps"},  # which is 1e-5
 )
 
 STABLELM = Family(
@@ -194,6 +230,8 @@ STABLELM = Family(
     norm="layernorm",
     positions="rotary",
     partial_rotary=True,
+    read_bias="use_qkv_bias",
+    norm_bias=True,
     tensors=LLAMA_TENSORS,
     keys=KEYS | {"norm_eps": ("layer_norm_eps",)},
     variant=lambda config: None if config.get("qk_layernorm") else _stablelm(config),
@@ -213,6 +251,10 @@ STARCODER2 = Family(
     norm="layernorm",
     positions="rotary",
     tied_by_default=True,
+    read_bias="use_bias",
+    output_bias="use_bias",
+    mlp_bias="use_bias",
+    norm_bias=True,
     tensors={name: value for name, value in LLAMA_TENSORS.items() if not name.startswith("mlp_")}
     | {
         "mlp_norm": "layers.{layer}.post_attention_layernorm",
@@ -230,9 +272,10 @@ COHERE: Family = Family(
     positions="rotary",
     tied_by_default=True,
     logit_multiplier="logit_scale",
-    norm_bias=False,
     parallel=True,
     interleaved=True,
+    read_bias="attention_bias",
+    output_bias="attention_bias",
     tensors=LLAMA_TENSORS | {"mlp_norm": LLAMA_TENSORS["norm"]},
     keys=KEYS | {"norm_eps": ("layer_norm_eps",)},
     variant=lambda config: None if config.get("use_qk_norm") else COHERE,
@@ -254,6 +297,10 @@ OPT: Family = Family(
     positions="learned",
     position_offset=2,
     tied_by_default=True,
+    read_bias="enable_bias",
+    output_bias="enable_bias",
+    mlp_bias="enable_bias",
+    norm_bias=True,
     tensors={
         "embedding": "embed_tokens",
         "positions": "embed_positions",
@@ -299,6 +346,10 @@ FALCON = Family(
     tied_by_default=True,
     parallel=True,
     kv_heads=1,
+    read_bias="bias",
+    output_bias="bias",
+    mlp_bias="bias",
+    norm_bias=True,
     tensors={
         "embedding": "word_embeddings",
         "final_norm": "ln_f",
@@ -339,7 +390,7 @@ WRAPPED = {"mistral3": "mistral", "llava": "llama"}
 FAMILIES = {
     model_type: family
     for family in (
-        GPT2, GPT_NEO, GPTJ, GPT_NEOX, PHI, LLAMA, MISTRAL, QWEN3, PHI3, OLMO, OLMO2, GEMMA, GEMMA2, GEMMA3,
+        GPT2, GPT_NEO, GPTJ, GPT_NEOX, PHI, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, OLMO, OLMO2, GEMMA, GEMMA2, GEMMA3,
         GRANITE, SMOLLM3, OLMO3, EXAONE4, GLM, GLM4, STABLELM, STARCODER2, COHERE, COHERE2, OPT, FALCON,
         MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, QWEN2_VL, QWEN3_VL,
     )

@@ -15,15 +15,6 @@ WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "model.")
 
 ATTENTION_READS = ("query", "key", "value", "qkv")
 MLP_PARTS = ("mlp_in", "mlp_linear", "mlp_gate_and_linear", "mlp_out")
-BIASES = {
-    "attention_bias": (*ATTENTION_READS, "output"),
-    "qkv_bias": ATTENTION_READS,
-    "use_qkv_bias": ATTENTION_READS,
-    "mlp_bias": MLP_PARTS,
-    "use_bias": (*ATTENTION_READS, "output", *MLP_PARTS),
-    "enable_bias": (*ATTENTION_READS, "output", *MLP_PARTS),
-}
-"""Key of config.json that turns biases off -> the parts that have none then, whatever the checkpoint stores."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +50,9 @@ class Family:
         scale: key of the number whose -1/2 power scales the scores, or a number; d_head where absent.
         score_multiplier: key of the number that scales the scores itself.
         experts: the MLP of block 0 is a mixture of experts.
-        norm_bias: norms may have a bias (root-mean-square norms never do).
-        unbiased: keys of BIASES that mean false where config.json does not give them.
+        read_bias, output_bias, mlp_bias: whether queries, keys and values have biases, whether the output projection
+            has one, and whether the MLP has; or config.json's key that says so.
+        norm_bias: whether the norms on the stream have biases.
         refused: config keys that must be unset or false, as ovqk does not read what they turn on.
         complete: config.json alone tells everything; otherwise transformers fills in the model type's defaults.
         variant: from config.json, the row of this checkpoint; None: the bridge.
@@ -95,8 +87,10 @@ class Family:
     scale: str | float | None = None
     score_multiplier: str | None = None
     experts: bool = False
-    norm_bias: bool = True
-    unbiased: tuple[str, ...] = ()
+    read_bias: bool | str = False
+    output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    norm_bias: bool = False
     refused: tuple[str, ...] = field(default=())
     complete: bool = False
     variant: Callable[[Mapping[str, Any]], Union["Family", None]] | None = None

@@ -1,6 +1,7 @@
 """The settings of a GGUF file as config.json has them: what is derived, and what each architecture says besides."""
 
 import math
+import re
 from typing import Any
 
 from ovqk.errors import UserError
@@ -109,9 +110,13 @@ def _factors(file: GGUFFile, name: str) -> list[float]:
 
 
 def llama(file: GGUFFile, config: Config) -> Config:
-    """Return the rotation, and whether there are biases, which the file shows by holding them."""
-    biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
-    return rotary(file, config) | {key: name in file.tensors for key, name in biases.items()}
+    """Return the rotation, and whether there are biases, which the file shows by holding one of them."""
+    biases = {
+        "attention_bias": r"blk\.\d+\.attn_(q|k|v|output)\.bias",
+        "mlp_bias": r"blk\.\d+\.ffn_(gate|up|down)\.bias",
+    }
+    held = {key: any(re.fullmatch(name, other) for other in file.tensors) for key, name in biases.items()}
+    return rotary(file, config) | held
 
 
 def gpt_neox(file: GGUFFile, config: Config) -> Config:

@@ -41,11 +41,22 @@ LLAMA = Family(
     positions="rotary",
     tensors=LLAMA_TENSORS,
     keys=KEYS,
-    unbiased=("attention_bias", "mlp_bias"),
+    read_bias="attention_bias",
+    output_bias="attention_bias",
+    mlp_bias="mlp_bias",
     complete=True,
 )
 
-MISTRAL = replace(LLAMA, model_types=("mistral", "qwen2"), keys=WINDOWED, complete=False)
+MISTRAL = replace(
+    LLAMA,
+    model_types=("mistral",),
+    keys=WINDOWED,
+    read_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+    complete=False,
+)
+QWEN2 = replace(MISTRAL, model_types=("qwen2",), read_bias=True)
 
 QWEN3 = Family(
     name="qwen3",
@@ -54,6 +65,8 @@ QWEN3 = Family(
     norm="rmsnorm",
     positions="rotary",
     query_key_norm="per_head",
+    read_bias="attention_bias",
+    output_bias="attention_bias",
     tensors=LLAMA_TENSORS | QUERY_KEY_NORMS,
     keys=WINDOWED,
 )
@@ -77,6 +90,8 @@ OLMO2 = Family(
     norm="none",  # attention and MLP read the bare stream; what they write is normalised
     positions="rotary",
     query_key_norm="over_heads",
+    read_bias="attention_bias",
+    output_bias="attention_bias",
     tensors={name: value for name, value in LLAMA_TENSORS.items() if name not in ("norm", "mlp_norm")}
     | QUERY_KEY_NORMS
     | {
@@ -95,8 +110,11 @@ GEMMA = Family(
     tied_by_default=True,
     gain_offset=1.0,
     scaled_embedding=True,
+    read_bias="attention_bias",
+    output_bias="attention_bias",
     tensors=LLAMA_TENSORS,
     keys=KEYS,
+    refused=("use_bidirectional_attention",),
 )
 
 GEMMA2_TENSORS = LLAMA_TENSORS | {
@@ -115,8 +133,11 @@ GEMMA2 = Family(
     gain_offset=1.0,
     scaled_embedding=True,
     scale="query_pre_attn_scalar",
+    read_bias="attention_bias",
+    output_bias="attention_bias",
     tensors=GEMMA2_TENSORS,
     keys=WINDOWED | {"activation": ("hidden_activation",)},
+    refused=("use_bidirectional_attention",),
 )
 
 GEMMA3 = Family(
@@ -131,6 +152,8 @@ GEMMA3 = Family(
     scale="query_pre_attn_scalar",
     query_key_norm="per_head",
     refused=("use_bidirectional_attention",),
+    read_bias="attention_bias",
+    output_bias="attention_bias",
     tensors=GEMMA2_TENSORS | QUERY_KEY_NORMS,
     keys=WINDOWED | {"activation": ("hidden_activation",)},
 )
@@ -164,6 +187,8 @@ EXAONE4 = replace(
     keys=WINDOWED,
     query_key_norm="per_head",
     rotated="windowed_or_every",
+    read_bias=False,
+    output_bias=False,
 )
 GLM = replace(
     LLAMA,
@@ -174,6 +199,8 @@ GLM = replace(
     interleaved=True,
     partial_rotary=True,
     complete=False,
+    output_bias=False,
+    mlp_bias=False,
 )
 GLM4 = replace(
     GLM,
@@ -190,13 +217,21 @@ GLM4 = replace(
 
 NO_MLP = {name: value for name, value in LLAMA_TENSORS.items() if not name.startswith("mlp_")}
 MIXTRAL = replace(MISTRAL, name="mixtral", model_types=("mixtral",), tensors=NO_MLP, experts=True)
-QWEN2_MOE = replace(MIXTRAL, name="qwen2_moe", model_types=("qwen2_moe",), variant=lambda config: _qwen_moe(config))
+QWEN2_MOE = replace(
+    MIXTRAL,
+    name="qwen2_moe",
+    model_types=("qwen2_moe",),
+    read_bias="qkv_bias",
+    variant=lambda config: _qwen_moe(config),
+)
 QWEN3_MOE = replace(
     QWEN2_MOE,
     name="qwen3_moe",
     model_types=("qwen3_moe",),
     query_key_norm="per_head",
     tensors=NO_MLP | QUERY_KEY_NORMS,
+    read_bias="attention_bias",
+    output_bias="attention_bias",
 )
 OLMOE = replace(
     MIXTRAL,
@@ -206,6 +241,8 @@ OLMOE = replace(
     query_key_norm="over_heads",
     tensors=NO_MLP | QUERY_KEY_NORMS,
     refused=("clip_qkv",),
+    read_bias="attention_bias",
+    output_bias="attention_bias",
 )
 GPT_OSS = replace(
     MIXTRAL,
@@ -215,13 +252,16 @@ GPT_OSS = replace(
         "each head has an attention sink: a share of its attention goes to no token. Scores and writes are the model's "
         "own, and no metric has that share in",
     ),
+    read_bias="attention_bias",
+    output_bias="attention_bias",
 )
 
 
 def _qwen_moe(config: Mapping[str, Any]) -> Family:
     """With the dense MLP that some configs give block 0."""
     row = QWEN3_MOE if str(config.get("model_type")).startswith("qwen3") else QWEN2_MOE
-    sparse = config.get("decoder_sparse_step", 1) == 1 and 0 not in (config.get("mlp_only_layers") or ())
+    dense = config.get("mlp_only_layers")
+    sparse = config.get("decoder_sparse_step", 1) == 1 and not (isinstance(dense, list) and 0 in dense)
     return row if sparse else replace(row, experts=False, tensors={**LLAMA_TENSORS, **row.tensors})
 
 
@@ -229,7 +269,7 @@ def _qwen_moe(config: Mapping[str, Any]) -> Family:
 
 BESIDE = ("model.language_model.", "language_model.model.", "model.", "")
 QWEN2_VL = replace(
-    MISTRAL,
+    QWEN2,
     name="qwen2_vl",
     model_types=("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"),
     prefixes=BESIDE,

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -12,10 +13,9 @@ from torch import Tensor
 
 from ovqk.checkpoints import Checkpoint, check_finite
 from ovqk.errors import UserError
-from ovqk.family import BIASES, Family, wrappers
-from ovqk.rotations import completed, no_rotation, read_rotations
+from ovqk.family import Family, wrappers
+from ovqk.settings import Settings
 from ovqk.weights import (
-    Architecture,
     EmbeddingWeights,
     LayerWeights,
     MLPWeights,
@@ -50,22 +50,20 @@ class NativeWeights:
                 as it should be; or the config turns on something that ovqk does not read.
         """
         self.checkpoint, self.family = checkpoint, family
-        self.config, full = completed(checkpoint, family)
+        self.settings = Settings(checkpoint, family)
+        self.architecture = self.settings.architecture
         self.wrapper, self.prefix = self._find_prefix()
-        self.architecture = self._read_architecture()
-        self.rotations, notes = read_rotations(checkpoint, family, self.architecture, full)
-        self._check_rotations()
+        if self.architecture.tied and self._unties():
+            self.architecture = replace(self.architecture, tied=False)
         self._check_tensors()
-        self.notes = [*self._notes(), *notes]
+        self.notes = self._notes()
 
     def layer(self, index: int) -> LayerWeights:
         """The raw attention weights of a layer."""
         facts = self.architecture
         n_kv, n_heads = facts.n_kv_heads, facts.n_heads
         (q, b_q), (k, b_k), (v, b_v) = self._queries_keys_values(index)
-        output = self._linear("output", index)[0] * self._multiplier(self.family.residual_multiplier)
-        kind = self._kind_of_layer(index)
-        rotary = self.rotations.get(kind, self.rotations.get(None))
+        output = self._linear("output", index)[0] * self.settings.multiplier(self.family.residual_multiplier)
         return LayerWeights(
             layer=index,
             W_Q=split_heads(q, n_heads),
@@ -78,8 +76,8 @@ class NativeWeights:
             norm=self._norm("norm", index),
             post_norm=self._norm("post_norm", index),
             qk_norm=self._query_key_norm(index),
-            rotary=no_rotation() if rotary is not None and not self._rotates(index) else rotary,
-            sliding_window=self._window(kind),
+            rotary=self.settings.rotary(index),
+            sliding_window=self.settings.window(index),
         )
 
     def embeddings(self) -> EmbeddingWeights:
@@ -94,9 +92,11 @@ class NativeWeights:
                 f"{head.shape[0]}; allowed: the same number."
             )
         family = self.family
-        scale = self._multiplier(family.embedding_multiplier)
+        scale = self.settings.multiplier(family.embedding_multiplier)
         W_E = times(W_E, scale * math.sqrt(self.architecture.d_model) if family.scaled_embedding else scale)
-        head = times(head, self._multiplier(family.logit_multiplier) / self._multiplier(family.logit_divisor))
+        head = times(
+            head, self.settings.multiplier(family.logit_multiplier) / self.settings.multiplier(family.logit_divisor)
+        )
         W_pos = self._optional(self._name("positions")) if "positions" in family.tensors else None
         W_pos = None if W_pos is None else W_pos[family.position_offset :]
         final_norm = None if head is None else self._norm("final_norm")
@@ -106,8 +106,8 @@ class NativeWeights:
         """Block 0's MLP, or the reason why there is none to read."""
         if self.family.experts:
             return "block 0 is a mixture of experts"
-        parts = [part for part in self.family.tensors if part.startswith("mlp_") and not part.endswith("norm")]
-        missing = [self._name(part, 0) for part in parts if self._name(part, 0) not in self.checkpoint]
+        parts = [part for part in self.family.tensors if part.startswith("mlp_")]
+        missing = [name for part in parts for name in self._missing(part, 0)]
         if missing:
             return f"the checkpoint has no MLP of block 0 ({missing[0]})"
         W_linear = b_linear = None
@@ -118,120 +118,13 @@ class NativeWeights:
             W_in, b_in = self._linear("mlp_in", 0)
             if "mlp_linear" in parts:
                 W_linear, b_linear = self._linear("mlp_linear", 0)
-        residual = self._multiplier(self.family.residual_multiplier)
+        residual = self.settings.multiplier(self.family.residual_multiplier)
         W_out, b_out = (part * residual for part in self._linear("mlp_out", 0))
         activation = self.architecture.activation or "missing from the config"
         norms = self._norm("mlp_norm", 0), self._norm("mlp_post_norm", 0)
         return MLPWeights(W_in, b_in, W_linear, W_out, b_out, activation, *norms, b_linear)
 
-    # --- config.json ------------------------------------------------------------------------------------------
-
-    def _read(self, name: str, default: Any = None) -> Any:
-        for key in self.family.keys.get(name, ()):
-            if self.config.get(key) is not None:
-                return self.config[key]
-        return default
-
-    def _positive(self, name: str, default: int | None = None) -> int:
-        number = self._read(name, default)
-        if not isinstance(number, int) or number < 1:
-            key = self.family.keys.get(name, (name,))[0]
-            raise UserError(
-                f"{self.checkpoint.label}: config.json must give '{key}' as a positive integer, not {number!r}."
-            )
-        return number
-
-    def _read_architecture(self) -> Architecture:
-        family, label = self.family, self.checkpoint.label
-        for key in family.refused:
-            if self.config.get(key):
-                raise UserError(
-                    f"{label}: config.json sets {key}={self.config[key]}, which ovqk does not read; allowed: unset."
-                )
-        n_heads, d_model = self._positive("n_heads"), self._positive("d_model")
-        d_head = self._positive("d_head", d_model // n_heads)
-        n_kv_heads = family.kv_heads or self._positive("n_kv_heads", n_heads)
-        norm_eps = self._read("norm_eps", 1e-5)
-        if not isinstance(norm_eps, int | float) or not 0 <= norm_eps < math.inf:
-            raise UserError(
-                f"{label}: config.json must give '{family.keys['norm_eps'][0]}' as a number that is finite and not "
-                f"negative, not {norm_eps!r}."
-            )
-        if n_heads % n_kv_heads:
-            raise UserError(
-                f"{label}: config.json gives {n_heads} heads over {n_kv_heads} KV heads, which does not divide."
-            )
-        scale = self.config.get(family.scale) if isinstance(family.scale, str) else family.scale
-        if scale is not None and not (isinstance(scale, int | float) and 0 < scale < math.inf):
-            raise UserError(f"{label}: config.json must give '{family.scale}' as a positive number, not {scale!r}.")
-        tied = self.config.get("tie_word_embeddings", family.tied_by_default)
-        if not isinstance(tied, bool | None):
-            raise UserError(f"{label}: config.json must give 'tie_word_embeddings' as true or false, not {tied!r}.")
-        attention_scale = None if scale is None else float(scale) ** -0.5
-        if family.score_multiplier is not None:
-            attention_scale = self._multiplier(family.score_multiplier)
-        parallel = self.config.get(family.parallel) if isinstance(family.parallel, str) else family.parallel
-        return Architecture(
-            family=family.name,
-            n_layers=self._positive("n_layers"),
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            d_model=d_model,
-            d_head=d_head,
-            n_ctx=None if self._read("n_ctx") is None else self._positive("n_ctx"),
-            norm=family.norm,
-            norm_eps=float(norm_eps),
-            positions=family.positions,
-            tied=bool(tied) and not self._unties(),
-            activation=self._read("activation"),
-            attention_scale=attention_scale,
-            post_norm="post_norm" in family.tensors,
-            qk_norm=family.query_key_norm is not None,
-            parallel=bool(parallel),
-        )
-
-    def _kind_of_layer(self, index: int) -> str | None:
-        """`full_attention`, `sliding_attention`, ... where the config tells the layers apart."""
-        kinds = self.config.get("layer_types") or self.config.get("attention_layers")
-        return kinds[index] if isinstance(kinds, list) and index < len(kinds) else None
-
-    def _window(self, kind: str | None) -> int | None:
-        window = self._read("window")
-        if kind in ("full_attention", "global") or self.config.get("use_sliding_window", True) is False:
-            return None
-        return window if isinstance(window, int) and window > 0 else None
-
-    def _check_rotations(self) -> None:
-        """Every layer that is rotated has a rotation.
-
-        Raises:
-            UserError: the settings name kinds of layers that this model does not have.
-        """
-        for index in range(self.architecture.n_layers if self.rotations else 0):
-            kind = self._kind_of_layer(index)
-            if self._rotates(index) and kind not in self.rotations and None not in self.rotations:
-                given = ", ".join(map(str, self.rotations))
-                raise UserError(
-                    f"{self.checkpoint.label}: config.json gives rotary settings for {given}, and layer {index} is of "
-                    f"the kind {kind}; allowed: settings for each kind of layer, or one for all."
-                )
-
-    def _rotates(self, index: int) -> bool:
-        """Whether a layer of a model with rotary positions has them."""
-        rule, kind = self.family.rotated, self._kind_of_layer(index)
-        if rule == "no_rope_layers":
-            marks = self.config["no_rope_layers"]
-            return index >= len(marks) or bool(marks[index])
-        if rule == "windowed_or_every" and self._read("window") is None:
-            return True
-        return rule == "every" or self._window(kind) is not None
-
-    def _multiplier(self, key: str | None) -> float:
-        """The number that a key of config.json gives; 1 where there is no key."""
-        number = 1.0 if key is None else self.config.get(key)
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or not number:
-            raise UserError(f"{self.checkpoint.label}: config.json must give '{key}' as a number other than 0.")
-        return float(number)
+    # --- what the checkpoint adds to config.json ---------------------------------------------------------------
 
     def _unties(self) -> bool:
         """Whether embedding and unembedding are both stored, and differ: transformers ties equal ones alone."""
@@ -247,38 +140,20 @@ class NativeWeights:
         )
 
     def _notes(self) -> list[str]:
-        notes = [*self.family.notes]
+        notes = []
         if self.wrapper:
             notes.append(f"the names of the tensors begin with '{self.wrapper}', which was taken off")
-        if self.config.get("tie_word_embeddings", self.family.tied_by_default) and not self.architecture.tied:
+        if self.settings.architecture.tied and not self.architecture.tied:
             notes.append(
                 f"config.json, or its model type's default, ties the unembedding to the embedding, but "
                 f"'{self._unembedding()}' is stored with other values: read as it is stored, as transformers does"
-            )
-        keys = (self.family.embedding_multiplier, self.family.residual_multiplier)
-        factors = [f"{key}={self._multiplier(key):g}" for key in keys if self._multiplier(key) != 1]
-        if factors:
-            notes.append(f"in embeddings and in what heads and MLPs write, raw or folded: {', '.join(factors)}")
-        if self.architecture.qk_norm:
-            notes.append(
-                "queries and keys are normalised: QK spectra are of the weights with the norms' gains, "
-                "un-normalised; readouts and shares normalise"
             )
         if ignored := self._ignored_biases():
             notes.append(
                 f"the checkpoint stores {len(ignored)} biases that the model of its config.json does not have; they "
                 f"are not read, as transformers does not read them: {ignored[0]}, ..."
             )
-        if cap := self.config.get("attn_logit_softcapping"):
-            notes.append(f"scores are capped at {cap:g} before the softmax, and no metric has that in")
-        if self.architecture.post_norm:
-            notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
-        if any(rotary.scale != 1 for rotary in self.rotations.values()):
-            notes.append("the rotary scaling also multiplies the scores; the factor is in W_QK")
-        still = [str(layer) for layer in range(self.architecture.n_layers) if not self._rotates(layer)]
-        if self.rotations and still:
-            notes.append(f"layers without positions: {', '.join(still)}; they are rotated by no angle")
-        return notes
+        return notes + self.settings.notes()
 
     # --- tensors ----------------------------------------------------------------------------------------------
 
@@ -325,16 +200,15 @@ class NativeWeights:
         return {part: shape for part, shape in shapes.items() if part in self.family.tensors}
 
     def _check_tensors(self) -> None:
-        """Check that each layer's attention and norms are there, and that what is read has the shape it should.
+        """Check that each layer's attention and norms are there, biases with them, and that they have their shapes.
 
-        A bias is there in every layer or in none. Embeddings are checked where they are read.
+        Embeddings are checked where they are read.
         """
         shapes, label = self._shapes(), self.checkpoint.label
         once = {part for part in shapes if part.startswith(("mlp_", "final_"))}
         places = [(part, layer) for layer in range(self.architecture.n_layers) for part in shapes if part not in once]
-        missing = [self._name(*place) for place in places if self._name(*place) not in self.checkpoint]
-        missing = missing or [name for part in shapes if part not in once for name in self._missing_biases(part)]
-        if missing:
+        missing = [name for place in places for name in self._missing(*place)]
+        if missing := sorted(missing, key=lambda name: name.endswith(".bias")):  # weights are named first
             raise self.checkpoint.missing(missing[0], len(missing))
         beyond = self._name("output", self.architecture.n_layers)
         if beyond in self.checkpoint:
@@ -346,7 +220,8 @@ class NativeWeights:
             bias, weight = shapes[part][-1:], shapes[part][:: 1 if self.family.linear == "in_out" else -1]
             self.checkpoint.refuse_scaled(self._name(part, layer))
             self._check_shape(self._name(part, layer), weight)
-            self._check_shape(self._name(part, layer, "bias"), bias)
+            if self.settings.has_bias(part):
+                self._check_shape(self._name(part, layer, "bias"), bias)
         if "positions" in self.family.tensors and self.architecture.n_ctx is not None:
             rows = self.architecture.n_ctx + self.family.position_offset
             self._check_shape(self._name("positions"), (rows, self.architecture.d_model))
@@ -397,8 +272,18 @@ class NativeWeights:
     def _linear(self, part: str, layer: int) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
         weight = self.checkpoint.tensor(self._name(part, layer))
         weight = weight if self.family.linear == "in_out" else weight.T
-        bias = None if self._unbiased(part) else self._optional(self._name(part, layer, "bias"))
+        bias = self._bias(part, layer)
         return weight, weight.new_zeros(weight.shape[-1]) if bias is None else bias
+
+    def _bias(self, part: str, layer: int | None) -> Tensor | None:
+        """The bias of a part that the model has; None if it has none, whatever the checkpoint stores."""
+        return self.checkpoint.tensor(self._name(part, layer, "bias")) if self.settings.has_bias(part) else None
+
+    def _missing(self, part: str, layer: int) -> list[str]:
+        """The names of a part's weight and of the bias that the model has, as far as the checkpoint lacks them."""
+        kinds = ("weight", "bias") if self.settings.has_bias(part) else ("weight",)
+        names = [self._name(part, layer, kind) for kind in kinds]
+        return [name for name in names if name not in self.checkpoint]
 
     def _queries_keys_values(self, index: int) -> list[tuple[Tensor, Tensor]]:
         """Weight [d_model, head * d_head] and bias of queries, of keys and of values."""
@@ -420,26 +305,12 @@ class NativeWeights:
         if part not in self.family.tensors:
             return Norm(kind, torch.ones(self.architecture.d_model)) if self._gainless(part) else None
         weight = self.checkpoint.tensor(self._name(part, layer)) + self.family.gain_offset
-        return Norm(kind, weight, None if self._unbiased(part) else self._optional(self._name(part, layer, "bias")))
-
-    def _unbiased(self, part: str) -> bool:
-        """Whether the model has no bias there, whatever the checkpoint stores."""
-        if part.endswith("norm"):
-            return self.family.norm != "layernorm" or not self.family.norm_bias
-        assumed = self.family.unbiased if self.family.complete else ()
-        turned_off = (key for key, parts in BIASES.items() if part in parts)
-        return any(self.config.get(key, key not in assumed) is False for key in turned_off)
-
-    def _missing_biases(self, part: str) -> list[str]:
-        """Biases of a part that the checkpoint lacks in some layers, though it stores them in others."""
-        names = [self._name(part, layer, "bias") for layer in range(self.architecture.n_layers)]
-        missing = [name for name in names if name not in self.checkpoint]
-        return missing if len(missing) < len(names) and not self._unbiased(part) else []
+        return Norm(kind, weight, self._bias(part, layer))
 
     def _ignored_biases(self) -> list[str]:
         """Biases that the checkpoint stores and the model does not have, by name."""
         layers = range(self.architecture.n_layers)
-        places = [(part, layer) for part in self.family.tensors if self._unbiased(part) for layer in layers]
+        places = [(part, layer) for part in self.family.tensors if not self.settings.has_bias(part) for layer in layers]
         names = dict.fromkeys(
             self._name(*place, "bias") for place in places if place[0] not in ("embedding", "positions")
         )

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ovqk.allowed import refuse_wrong_values, reworded
 from ovqk.checkpoints import Checkpoint
 from ovqk.errors import UserError
 from ovqk.family import Family
@@ -28,25 +29,20 @@ def completed(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Any], A
     The object is transformers' own; None where config.json tells everything and transformers is not needed.
 
     Raises:
-        UserError: transformers cannot read it.
+        UserError: a key's value is not allowed, or transformers cannot read it.
     """
     config = checkpoint.config
+    refuse_wrong_values(checkpoint.label, config, family)
     told = all(any(key in config for key in keys) for part, keys in family.keys.items() if part not in ABSENT)
     if family.complete and told:
         return config, None
-    from transformers import AutoConfig
-
-    try:
-        whole = AutoConfig.for_model(**config)
-        full = whole.get_text_config()
-        keys: dict[str, Any] = full.to_dict()
-        if hasattr(full, "attention_layers"):  # GPT-Neo's to_dict leaves out what its pattern comes to
-            keys["attention_layers"] = list(full.attention_layers)
-        if whole is not full:  # the model that holds both ties, and not its text model
-            keys["tie_word_embeddings"] = bool(getattr(whole, "tie_word_embeddings", False))
-    except Exception as error:  # transformers raises many kinds
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{checkpoint.label}: config.json cannot be read ({message}).") from error
+    whole = _asked(checkpoint)
+    full = whole.get_text_config()
+    keys: dict[str, Any] = full.to_dict()
+    if hasattr(full, "attention_layers"):  # GPT-Neo's to_dict leaves out what its pattern comes to
+        keys["attention_layers"] = list(full.attention_layers)
+    if whole is not full:  # the model that holds both ties, and not its text model
+        keys["tie_word_embeddings"] = bool(getattr(whole, "tie_word_embeddings", False))
     return keys, full
 
 
@@ -75,20 +71,23 @@ def read_rotations(
     rotations: dict[str | None, Rotary]
     try:
         if "rotary_dim" in family.keys:  # GPT-J
-            dim = getattr(full, family.keys["rotary_dim"][0]) or architecture.d_model
+            dim = full.rotary_dim
+            if dim < 1 or dim % 2:
+                raise UserError(f"{label}: config.json gives 'rotary_dim' as {dim}; allowed: an even integer above 0.")
             rotations = {None: Rotary(_inverse_frequencies(10000.0, dim), family.interleaved)}
         elif full is None and (theta := _plain_theta(checkpoint.config, family)) is not None:
             rotations = {None: Rotary(_inverse_frequencies(theta, d_head), family.interleaved)}
         else:
-            full = full or _asked(checkpoint.config)
+            full = full or _asked(checkpoint)
             rotations, names = _read(label, family, d_head, full)
     except UNREADABLE as error:
-        raise UserError(f"{label}: the rotary settings of config.json cannot be read ({error}).") from error
+        given = getattr(full, "rope_parameters", None) or checkpoint.config.get("rope_scaling")
+        raise UserError(f"{label}: the rotary settings of config.json give no rotation: {given}.") from error
     for rotary in rotations.values():
         turned = 2 * len(rotary.inverse_frequencies)
-        whole = turned == d_head or family.partial_rotary or "rotary_dim" in family.keys
-        if turned > d_head or not whole or not rotary.inverse_frequencies.isfinite().all():
-            allowed = "pairs within a head" if family.partial_rotary else "all of a head"
+        partial = family.partial_rotary or "rotary_dim" in family.keys
+        if turned > d_head or (turned != d_head and not partial) or not rotary.inverse_frequencies.isfinite().all():
+            allowed = "pairs within a head" if partial else "all of a head"
             raise UserError(
                 f"{label}: the rotary settings of config.json turn {turned} components of {d_head} of a head; allowed "
                 f"for model_type={checkpoint.config.get('model_type')}: {allowed}, at finite frequencies."
@@ -101,11 +100,18 @@ def read_rotations(
     return rotations, notes + _ignored(checkpoint, family, d_head)
 
 
-def _asked(config: Mapping[str, Any]) -> Any:
-    """A config as transformers completes it."""
+def _asked(checkpoint: Checkpoint) -> Any:
+    """The config as transformers completes it.
+
+    Raises:
+        UserError: it cannot.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(**config)
+    try:
+        return AutoConfig.for_model(**checkpoint.config)
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"{checkpoint.label}: config.json cannot be read ({reworded(error)}).") from error
 
 
 def _read(label: str, family: Family, d_head: int, full: Any) -> tuple[dict[str | None, Rotary], list[str]]:
@@ -147,6 +153,14 @@ def _rotary(
         return Rotary(_inverse_frequencies(float(parameters["rope_theta"]), dim), family.interleaved)
     if name not in SCALINGS:
         raise UserError(f"{label}: rotary scaling '{name}' is not supported; allowed: {', '.join(SCALINGS)}.")
+    if name == "longrope":
+        pairs = int(d_head * parameters.get("partial_rotary_factor", 1.0)) // 2
+        for key in ("short_factor", "long_factor"):
+            if len(parameters[key]) not in (1, pairs):
+                raise UserError(
+                    f"{label}: config.json gives {len(parameters[key])} numbers in '{key}' of its rotary settings; "
+                    f"allowed: {pairs}, one for each pair of components that is rotated."
+                )
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     frequencies, factor = ROPE_INIT_FUNCTIONS[name](full, torch.device("cpu"), layer_type=kind)

@@ -28,13 +28,9 @@ class TransformerLensWeights:
         self.notes = [] if causal is not None else ["model.causal is not set: attention taken to be causal"]
         numbers = (re.match(r"blocks\.(\d+)\.", name) for name in checkpoint.shapes)
         layers = {int(number[1]) for number in numbers if number}
-        for layer in range(max(layers, default=0) + 1):
-            for part in ("W_Q", "W_K", "W_V", "W_O"):
-                if f"blocks.{layer}.attn.{part}" not in checkpoint:
-                    raise UserError(
-                        f"{checkpoint.label}: tensor 'blocks.{layer}.attn.{part}' is missing from the checkpoint. "
-                        "ovqk fills nothing in."
-                    )
+        for name in self._required(max(layers, default=0) + 1):
+            if name not in checkpoint:
+                raise checkpoint.missing(name)
         n_kv_heads = self._check_shapes(len(layers))
         n_heads, d_model, d_head = checkpoint.shapes["blocks.0.attn.W_Q"]
         norm: NormKind = "none"
@@ -42,6 +38,8 @@ class TransformerLensWeights:
             norm = "layernorm" if "blocks.0.ln1.b" in checkpoint else "rmsnorm"
         else:
             self.notes.append("the file holds no norm before attention: taken to have none, or one already folded")
+        if "blocks.0.attn.b_Q" not in checkpoint:
+            self.notes.append("the file holds no biases of attention: taken to have none")
         positions = checkpoint.shapes.get("pos_embed.W_pos")
         self.architecture = Architecture(
             family="transformer_lens",
@@ -79,6 +77,21 @@ class TransformerLensWeights:
         if "blocks.0.mlp.W_in" in self.checkpoint:
             return "a file of TransformerLens names does not tell the MLP's activation"
         return "the model has no MLP"
+
+    def _required(self, n_layers: int) -> list[str]:
+        """The names that the file must hold: what it has in one layer, it has in all."""
+        blocks = [f"blocks.{layer}" for layer in range(n_layers)]
+        names = [f"{block}.attn.W_{part}" for block in blocks for part in "QKVO"]
+        biases = [f"{block}.attn.b_{part}" for block in blocks for part in "QKV"]
+        if any(name in self.checkpoint.shapes for name in biases):
+            names += biases
+        norms = [f"{block}.ln1" for block in blocks]
+        norms += ["ln_final"] if "unembed.W_U" in self.checkpoint.shapes else []
+        for kind in "wb":
+            known = re.compile(rf"(?:blocks\.\d+\.ln[12]|ln_final)\.[{kind}b]")  # one with a bias has a gain too
+            if any(map(known.fullmatch, self.checkpoint.shapes)):
+                names += [f"{norm}.{kind}" for norm in norms]
+        return names
 
     def _check_shapes(self, n_layers: int) -> int:
         """What is read has the shapes that the first layer's queries and keys promise; the number of KV heads."""

@@ -29,7 +29,8 @@ def _open(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
     kind = checkpoint.config.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{checkpoint.label}: config.json gives no model_type, so its architecture is unknown.")
-    if checkpoint.config.get("is_causal") is False:
+    text = checkpoint.config.get("text_config")
+    if any(each.get("is_causal") is False for each in (checkpoint.config, text if isinstance(text, dict) else {})):
         raise UserError(
             f"{checkpoint.label}: config.json sets is_causal=false: attention looks both ways, and what ovqk computes "
             "of positions and of roles assumes that keys precede queries; allowed: true, or unset."

@@ -245,3 +245,30 @@ def test_whatever_transformer_lens_raises_is_one_whole_message(tmp_path, monkeyp
     monkeypatch.setattr(TransformerBridge, "boot_transformers", fails)
     with pytest.raises(UserError, match=r"TransformerLens cannot read this MixtralForCausalLM.*ends here"):
         bridged(tmp_path)
+
+
+@torch.no_grad()
+def test_clipped_queries_keys_and_values_are_told(tmp_path) -> None:
+    """No form of ovqk's clips them."""
+    sizes = {"vocab_size": 40, "d_model": 24, "n_heads": 4, "n_layers": 2, "max_seq_len": 16, "expansion_ratio": 2}
+    for clip in (None, 6.0):
+        make("mpt", tmp_path / str(clip), **sizes, attn_config={"clip_qkv": clip})
+        told = "queries, keys and values are clipped at 6 either way, and no metric has that in"
+        assert (told in opened(tmp_path / str(clip)).notes) == (clip is not None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod."])
+def test_what_training_tools_put_before_names_is_taken_off(tmp_path, wrapper) -> None:
+    from safetensors.torch import load_file, save_file
+
+    sizes = {"vocab_size": 40, "hidden_size": 24, "n_head": 4, "n_layer": 2}
+    make("bloom", tmp_path, **sizes)
+    plain = opened(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    wrapped = {f"{wrapper}{name}": tensor for name, tensor in tensors.items()}
+    save_file(wrapped, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source = opened(tmp_path)
+    assert source.loaded_by == "bridge" and torch.equal(source.layer(1).W_Q, plain.layer(1).W_Q)
+    told = f"the names of the tensors begin with '{wrapper}', which was taken off"
+    assert told in source.notes and told not in plain.notes

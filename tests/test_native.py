@@ -617,3 +617,49 @@ def test_gemmas_activation_is_the_key_that_transformers_reads(tiny, tmp_path) ->
 def test_a_cap_on_scores_is_told(tiny, tmp_path) -> None:
     notes = opened(with_settings(tiny("gemma2"), tmp_path, attn_logit_softcapping=30.0)).notes
     assert any("scores are capped at 30 before the softmax" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("keys", "scale", "told"),
+    [
+        ({"scale_attn_weights": False}, 1.0, None),
+        ({"scale_attn_by_inverse_layer_idx": True}, None, "divided by its number, counted from 1"),
+        ({"reorder_and_upcast_attn": True}, None, None),
+        ({"add_cross_attention": True}, None, "also has cross-attention, which is not read"),
+    ],
+)
+def test_what_scales_gpt2s_scores_is_read_or_told(tmp_path, keys, scale, told) -> None:
+    make("gpt2", tmp_path, **keys)
+    source = opened(tmp_path)
+    assert source.architecture.attention_scale == scale
+    assert [told in note for note in source.notes] == ([True] if told else [])
+    if "scale_attn_weights" in keys:
+        _, streams, scores = run_recorded(tmp_path)
+        check_scores(source, streams, scores)
+
+
+def test_a_cap_on_logits_is_told(tiny, tmp_path) -> None:
+    notes = opened(with_settings(tiny("gemma2"), tmp_path, final_logit_softcapping=20.0)).notes
+    assert any("logits are capped at 20, and no metric has that in" in note for note in notes)
+
+
+def test_keys_that_transformers_does_not_have_for_a_model_type_are_not_read(tiny, tmp_path) -> None:
+    """Mistral's window is that of every layer, whatever keys of Qwen2 stand beside it; OLMo's epsilon is fixed."""
+    full = ["full_attention"] * 3
+    source = opened(edited(tiny, "mistral", tmp_path / "m", use_sliding_window=False, layer_types=full))
+    assert source.layer(0).sliding_window == 5
+    capped = opened(edited(tiny, "llama", tmp_path / "l", attn_logit_softcapping=30.0, layer_types=full))
+    assert not capped.notes
+    assert opened(edited(tiny, "olmo", tmp_path / "o", rms_norm_eps=0.1)).architecture.norm_eps == 1e-5
+
+
+def test_attention_both_ways_of_a_text_model_beside_one_for_pictures_is_refused(tiny, tmp_path) -> None:
+    text = json.loads((tiny("gemma3_text") / "config.json").read_text()) | {"is_causal": False}
+    with pytest.raises(UserError, match="is_causal=false: attention looks both ways"):
+        opened(edited(tiny, "gemma3_text", tmp_path / "m", model_type="gemma3", text_config=text))
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+def test_attention_both_ways_is_refused(tiny, tmp_path, kind) -> None:
+    with pytest.raises(UserError, match="use_bidirectional_attention=True, which ovqk does not read"):
+        opened(edited(tiny, kind, tmp_path / "m", use_bidirectional_attention=True))

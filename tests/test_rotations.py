@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, ROOT
+from conftest import KINDS, ROOT, local
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from ovqk.checkpoints import Checkpoint, SafetensorsFiles
+from ovqk.checkpoints import Checkpoint, SafetensorsFiles, open_checkpoint
 from ovqk.errors import UserError
 from ovqk.families import family_of
 from ovqk.rotations import completed, read_rotations
+from ovqk.sources import open_weights
 from ovqk.weights import Architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
@@ -142,3 +143,80 @@ def test_a_default_that_config_json_leaves_out_is_the_model_types_own() -> None:
     checkpoint = Checkpoint("a config", Path(), config, SafetensorsFiles({}, {}, {}), "")
     keys, _ = completed(checkpoint, family_of(config))
     assert (keys["rms_norm_eps"], keys["hidden_act"], keys["max_position_embeddings"]) == (1e-6, "silu", 2048)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "message"),
+    [
+        ("llama", {"rope_scaling": "linear"}, "'rope_scaling' as 'linear'; allowed: an object, or null"),
+        ("llama", {"rope_parameters": [1]}, r"'rope_parameters' as \[1\]; allowed: an object, or null"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": "4"}},
+            "'rope_scaling.factor' as '4'; allowed: a finite",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": NAN}},
+            "'rope_scaling.factor' as nan; allowed: a finite",
+        ),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": -2.0}}, "as -2.0; allowed: a finite number above 0"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "by 'linear' and does not give 'rope_scaling.factor'"),
+        ("llama", {"rope_scaling": {"type": "llama3", "factor": 8.0}}, "does not give 'rope_scaling.low_freq_factor'"),
+        ("llama", {"rope_scaling": {"type": "yarn", **YARN, "attention_factor": NAN}}, "attention_factor' as nan"),
+        ("llama", {"rope_scaling": {"type": "yarn", **YARN, "beta_fast": "a"}}, "beta_fast' as 'a'; allowed: a finite"),
+        ("llama", {"rope_scaling": {"type": 7, "factor": 2.0}}, "'rope_scaling.type' as 7; allowed: a string"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1, 2, 3], "long_factor": [1], "factor": 2.0}},
+            "3 numbers in 'short_factor' of its rotary settings; allowed: 4, one for each pair",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1, 0], "long_factor": [1], "factor": 2.0}},
+            r"short_factor' as \[1, 0\]; allowed: a list of finite numbers above 0",
+        ),
+        ("llama", {"rope_theta": "10000"}, "'rope_theta' as '10000'; allowed: a finite number above 0"),
+        ("qwen3", {"rope_theta": -5}, "'rope_theta' as -5; allowed: a finite number above 0"),
+        ("llama", {"rope_theta": 0}, "'rope_theta' as 0; allowed: a finite number above 0"),
+        ("llama", {"rope_theta": None}, "'rope_theta' as None; allowed: a finite number above 0"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": {"rope_theta": "x"}}},
+            "'rope_parameters.full_attention.rope_theta' as 'x'",
+        ),
+        ("gemma3_text", {"rope_local_base_freq": -1}, "'rope_local_base_freq' as -1; allowed: a finite number above 0"),
+        (
+            "phi",
+            {"partial_rotary_factor": 1.5},
+            "'partial_rotary_factor' as 1.5; allowed: a number above 0 and up to 1",
+        ),
+        ("phi", {"partial_rotary_factor": 0}, "'partial_rotary_factor' as 0; allowed: a number above 0 and up to 1"),
+        ("gpt_neox", {"rotary_pct": "a"}, "'rotary_pct' as 'a'; allowed: a number above 0 and up to 1"),
+        ("gpt_neox", {"rotary_emb_base": -10}, "'rotary_emb_base' as -10; allowed: a finite number above 0"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "'layer_types' 1 long; allowed: an entry for each of the 3"),
+        ("qwen3", {"layer_types": "full_attention"}, "'layer_types' as 'full_attention'; allowed: a list of strings"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "'no_rope_layers' 2 long; allowed: an entry for each of the 3"),
+        (
+            "mistral",
+            {"sliding_window": "4096"},
+            "'sliding_window' as '4096'; allowed: an integer of 0 or more, or null",
+        ),
+        ("qwen3", {"head_dim": 8.0}, "'head_dim' as 8.0; allowed: an integer above 0, or null"),
+        ("qwen3", {"hidden_size": "24"}, "'hidden_size' is '24'; allowed: an integer"),
+        ("gptj", {"rotary_dim": 3}, "'rotary_dim' as 3; allowed: an even integer above 0"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_message(tiny, kind, keys, message, tmp_path) -> None:
+    """It names the key and what is allowed; some gave another rotation without a word."""
+    config = json.loads((tiny(kind) / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in DROPPED}
+    (tmp_path / "config.json").write_text(json.dumps(kept | keys))
+    (tmp_path / "model.safetensors").symlink_to(tiny(kind) / "model.safetensors")
+    with pytest.raises(UserError, match=message) as raised:
+        open_weights(open_checkpoint(local(tmp_path)), local(tmp_path))
+    for word in ("unsupported operand", "not supported between", "could not convert", "TypeError", "object has no"):
+        assert word not in str(raised.value)
