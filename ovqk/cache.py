@@ -83,6 +83,7 @@ class StructureCache:
             },
             "model": {"n_ctx": config.model.n_ctx, "causal": config.model.causal},
             "tokens": None if model.vocabulary is None else model.vocabulary.size,
+            "spelled": model.tokenizer is not None,
             "block0": isinstance(model.block0, Block0),
             "device": model.device.type,
         }
