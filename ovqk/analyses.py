@@ -204,9 +204,9 @@ def _why_no_primary(tests: ClaimTests, predicted: list[Predicted]) -> str | None
     metric = config.metric
     if metric in COMPOSITION_METRICS:
         if not tests.layers:
-            return (
-                f"its primary metric, {metric}, composes QK with OV, and analysis {model.config.analysis.name} has one"
-            )
+            computed = " and ".join(circuit.upper() for circuit in model.circuits)
+            name = model.config.analysis.name
+            return f"its primary metric, {metric}, needs both circuits; analysis={name} computes only {computed}"
         if not tests.partners(config):
             return f"its primary metric, {metric}, is with {_and(config.partners)}, and no such head is claimed"
         if np.isnan(predicted[0].values).all():

@@ -83,6 +83,7 @@ class StructureCache:
             },
             "model": {"n_ctx": config.model.n_ctx, "causal": config.model.causal},
             "tokens": None if model.vocabulary is None else model.vocabulary.size,
+            "spelled": model.tokenizer is not None,
             "device": model.device.type,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -27,7 +27,8 @@ from ovqk.progress import layers_of
 from ovqk.record import claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
 from ovqk.resolve import resolve, tracking_mode
 from ovqk.sources import open_weights
-from ovqk.tasks import load_tokenizer
+from ovqk.suggestions import shipped_tasks
+from ovqk.tasks import readable_tasks, tokenizer_for
 from ovqk.wandb_service import start_meanwhile
 
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
@@ -147,12 +148,14 @@ def compute(
     """
     forget_peak_memory()
     source = open_weights(checkpoint, cell.model)
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer, notes = tokenizer_for(cell.task, checkpoint)
     n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
     with layers_of(f"{cell.model.name} / {cell.task.name} / {cell.analysis.name}", alone) as layers:
         analysis = analyse(
             source, tokenizer, n_tokens, checkpoint.label, cell, layers, structure_cache(cell, checkpoint)
         )
+    analysis.notes.extend(notes)
+    analysis.words["tasks"] = [] if tokenizer is None else readable_tasks(shipped_tasks(), tokenizer)
     seconds = time.perf_counter() - started
     try:
         write_done(folder, cell, content, identifier, checkpoint, source.loaded_by, analysis, seconds)

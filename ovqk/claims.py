@@ -87,8 +87,8 @@ def check_borrowing(model: ModelConfig) -> None:
     """
     if model.source is not Source.local and model.claims not in (None, model.name):
         raise UserError(
-            f"model.claims={model.claims}: these are the heads of {model.claims} and say nothing of {model.name}; "
-            f"allowed: {model.name}, null. A copy of {model.claims} is model=local model.path=PATH "
+            f"model.claims={model.claims}: claims about {model.claims} do not apply to {model.name}. Allowed: "
+            f"{model.name} or null. If your checkpoint is a copy of {model.claims}, use model=local model.path=PATH "
             f"model.claims={model.claims}."
         )
 

@@ -72,8 +72,8 @@ def print_cell(folder: Path, cached: bool) -> None:
         out.print(f"note: {note}", style="dim", soft_wrap=True)
     for name, dropped in record["words"]["reasons"].items():
         for reason, words in grouped(dropped).items():
-            counted = f"{len(words)} words are" if len(words) > 1 else "1 word is"
-            out.print(f"of '{name}', {counted} left out: {reason}", style="dim")
+            counted = f"{len(words)} words of '{name}' are" if len(words) > 1 else f"1 word of '{name}' is"
+            out.print(f"{counted} left out: {reason}", style="dim")
     _print_places(out, folder, record)
 
 
@@ -170,7 +170,10 @@ def _python() -> str:
 
 
 def print_cell_line(name: str, outcome: Outcome, ended: int, expected: int | None, seconds_left: float | None) -> None:
-    """One line for a cell of a sweep, as it ends: how many have, what became of it, its time, and what is left."""
+    """Print a line for a cell of a sweep as it ends: how many have, what became of it, its time, and the time left.
+
+    What went wrong with a failed cell stands on a second line, and nowhere else.
+    """
     count = f"[{ended}/{expected}]" if expected else f"[{ended}]"
     style = {"done": "green", "cached": "dim", "failed": "red"}[outcome.status]
     line = Text(f"{count} {name}  ")
@@ -179,7 +182,7 @@ def print_cell_line(name: str, outcome: Outcome, ended: int, expected: int | Non
     if seconds_left is not None:
         line.append(f"  (about {duration(seconds_left)} left)", style="dim")
     if outcome.error:
-        line.append(f"  {outcome.error}")
+        line.append(f"\n    {outcome.error}")
     _console().print(line, soft_wrap=True)
     if outcome.warning:
         Console(stderr=True, highlight=False).print(Text(outcome.warning), soft_wrap=True)
@@ -223,7 +226,7 @@ def print_sweep(
     details: Mapping[int, str],
     results_dir: Path,
 ) -> None:
-    """The comparison over the sweep's cells, then done / cached / failed / missing with the messages.
+    """Print the comparison over the sweep's cells and the counts by status, and name the failed and the missing.
 
     Args:
         outcomes: of the cells that ended, by number.
@@ -252,7 +255,7 @@ def print_sweep(
     for number, outcome in outcomes.items():
         if outcome.status == "failed":
             name = " ".join(filter(None, (outcome.name, details.get(number))))
-            out.print(Text(f"failed: {name}: {outcome.error}", style="red"), soft_wrap=True)
+            out.print(Text(f"failed: {name} (its message is above)", style="red"), soft_wrap=True)
     for cell in missing[:SHOWN_MISSING]:
         out.print(Text(f"missing: {' '.join(cell)}", style="red"), soft_wrap=True)
     if missing:

@@ -66,6 +66,8 @@ def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
     found = [match for line in lines if (match := re.fullmatch(r"\s*(\w+)[:=] ?(.*)", line))]
     facts = {match[1]: match[2] for match in found if match[1] in ("full_key", "object_type", "reference_type")}
     told = list(dict.fromkeys(line for line in lines if line.lstrip().split("=")[0].split(":")[0] not in facts))
+    if match := re.match(r"Ambiguous value for argument '(.*)'$", lines[0] if lines else ""):
+        return [f"{match[1]}: several values need -m, which computes a cell for each: python run.py -m {match[1]}"]
     if "full_key" not in facts:
         override = getattr(error, "override", None)  # what could not be parsed
         return [f"{override}: {told[0]}", *told[1:]] if override and override not in told[0] else told

@@ -44,11 +44,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from ovqk.checkpoints import Checkpoint
 
 WordSets = Mapping[str, Sequence[str]]
 Span = tuple[int, int]
@@ -131,16 +132,17 @@ def token_positions(prompt: Prompt, offsets: Iterable[Span]) -> dict[str, int]:
     return positions
 
 
-def start_tokens(tokenizer: "Tokenizer", directory: Path) -> list[int]:
+def start_tokens(tokenizer: "Tokenizer", checkpoint: "Checkpoint") -> list[int]:
     """Return the ids that a checkpoint's tokenizer puts before every text by itself; none for GPT-2's, for instance.
 
     A model run without them may not know its task: Gemma 3 answers 12 % of ioi's prompts without its start token and
     100 % with it. `add_bos_token` in tokenizer_config.json decides if it is there, as in transformers' classes; else
-    the post-processor of the tokenizer does.
+    the post-processor of the tokenizer does. A GGUF file says it itself (`tokenizer.ggml.add_bos_token` and
+    `bos_token_id`, from which its post-processor is built): a tokenizer_config.json beside it is not its own.
 
     Args:
         tokenizer: the checkpoint's, as `ovqk.tasks.load_tokenizer` reads it.
-        directory: where tokenizer_config.json may be.
+        checkpoint: whose folder may hold tokenizer_config.json.
 
     Raises:
         ValueError: a start token is asked for, and the vocabulary has none of its name.
@@ -148,7 +150,9 @@ def start_tokens(tokenizer: "Tokenizer", directory: Path) -> list[int]:
     encoded = tokenizer.encode("a")
     marked = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
     own = [token for token, _ in takewhile(lambda pair: pair[1] == 1, marked)]
-    file = directory / "tokenizer_config.json"
+    if checkpoint.metadata is not None:
+        return own
+    file = checkpoint.directory / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     asked = settings.get("add_bos_token")
     if asked is None or (asked and own):

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from ovqk.config import TaskConfig, VariableConfig, VariableKind
 from ovqk.record import read_record
-from ovqk.results import load_table
 
 CONF = Path(__file__).parents[1] / "conf"
 GENERAL = ("ioi", "sva", "induction")
@@ -20,7 +20,7 @@ def next_arguments(folder: Path, record: Mapping[str, Any]) -> str | None:
     """Return the arguments of run.py for cells worth computing after this one; None if it cannot be told how.
 
     Other tasks that claim heads of this model come first, then those of GENERAL. A task that failed for the model is
-    left out. If words cannot be read, or no task is left, another analysis of the same task is named.
+    left out, and one of which its tokenizer keeps too few words. If no task is left, another analysis is named.
     """
     model = model_arguments(record["provenance"]["config"]["model"])
     if model is None:
@@ -50,34 +50,54 @@ def model_arguments(chosen: Mapping[str, Any]) -> str | None:
     return f"model={name}{more}"
 
 
+def shipped_tasks() -> list[TaskConfig]:
+    """Return the tasks of conf/task as far as their words are concerned: name, words, continuations and variables.
+
+    A file that holds no such task is passed over: whoever chooses it is told.
+    """
+    return [task for path, content in _task_files() if (task := _with_words(path.stem, content)) is not None]
+
+
+def _with_words(name: str, content: Mapping[str, Any]) -> TaskConfig | None:
+    try:
+        variables = {
+            key: VariableConfig(**variable | {"kind": VariableKind(variable["kind"])})
+            for key, variable in (content.get("variables") or {}).items()
+        }
+        words, continuations = content.get("words") or {}, content.get("continuations") or []
+        return TaskConfig(name=name, words=words, continuations=continuations, variables=variables)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _task_files() -> list[tuple[Path, Mapping[str, Any]]]:
+    """Return the files of conf/task and their contents, by name; files that YAML cannot read are left out."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    found: list[tuple[Path, Mapping[str, Any]]] = []
+    for path in sorted((CONF / "task").glob("*.yaml")):
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+        except (yaml.YAMLError, UnicodeDecodeError):
+            continue
+        if isinstance(content, dict):
+            found.append((path, content))
+    return found
+
+
 def _tasks(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Return other tasks that make sense for the model, none if its words cannot be read."""
-    if not _reads_words(folder, record):
-        return []
+    """Return other tasks that make sense for the model: those of which its tokenizer keeps enough words."""
+    readable = record["words"].get("tasks", [])  # a record of before has none
     claims = record["provenance"]["config"]["model"]["claims"]
-    tasks = _claimed(claims) or [name for name in GENERAL if (CONF / "task" / f"{name}.yaml").is_file()]
-    return [name for name in tasks if name != record["task"] and not _failed(folder.parents[1] / name)]
-
-
-def _reads_words(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Whether words of a task were read, or words are among the tokens that the leading components read and write."""
-    if any(record["words"]["kept"].values()):
-        return True
-    table = load_table(folder, "directions")
-    return table is not None and bool(table["token"].astype(str).str.contains("[A-Za-z]{3}").any())
+    offered = _claimed(claims) or [name for name in GENERAL if (CONF / "task" / f"{name}.yaml").is_file()]
+    tasks = [name for name in offered if name in readable and name != record["task"]]
+    return [name for name in tasks if not _failed(folder.parents[1] / name)]
 
 
 def _claimed(model: str | None) -> list[str]:
     """Return the tasks of conf/task that claim heads of this model."""
     if model is None:
         return []
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    found = []
-    for path in sorted((CONF / "task").glob("*.yaml")):
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-        if isinstance(content, dict) and model in (content.get("claims") or {}):
-            found.append(path.stem)
-    return found
+    return [path.stem for path, content in _task_files() if model in (content.get("claims") or {})]
 
 
 def _failed(task: Path) -> bool:

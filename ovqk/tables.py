@@ -140,9 +140,9 @@ def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Iterable[str]:
         "percentile: among unclaimed heads of the layer; where ↓ is predicted, 0% is the strongest."
     )
     yield (
-        "q: the largest corrected p under the nulls that count (named in verdicts.parquet): other heads, heads of the "
-        "same spectrum, other words. partial (consistent): only heads of the same spectrum are beaten; contradicted "
-        "(frame): only they are, the other way."
+        "q: the largest corrected p under the nulls that count (named in verdicts.parquet): other heads, random heads "
+        "with the same singular values (frame), other words. partial (consistent): it stands out only against those "
+        "random heads. contradicted (frame): it is significantly on the wrong side of those, and of nothing else."
     )
     untested = verdicts[verdicts["reason"] != ""]
     for (verdict, reason), rows in untested.groupby(["verdict", "reason"], sort=False):

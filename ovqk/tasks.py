@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk.checkpoints import Checkpoint
-from ovqk.config import TaskConfig, VariableKind
+from ovqk.config import TaskConfig, VariableConfig, VariableKind
 from ovqk.errors import UserError
 
 MIN_WORDS = 8
@@ -108,6 +108,26 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     return None
 
 
+def tokenizer_for(task: TaskConfig, checkpoint: Checkpoint) -> tuple[Tokenizer | None, list[str]]:
+    """Return the tokenizer that a cell reads with, and notes for its record.
+
+    A task without words does not need one: if it cannot be built, there is none, and a note says why.
+
+    Raises:
+        UserError: it cannot be built, and the task has words.
+    """
+    try:
+        return load_tokenizer(checkpoint), []
+    except UserError as error:
+        if task.variables:
+            raise UserError(
+                f"{error} task={task.name} needs a tokenizer to find its words; task=none does not."
+            ) from error
+        return None, [
+            f"{error} Tokens are therefore listed by their ids, as #0, and every row of the embedding counts."
+        ]
+
+
 def _byte_level_bpe(directory: Path) -> Tokenizer:
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -150,16 +170,10 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
     kept: dict[str, int] = {}
     reasons: dict[str, dict[str, str]] = {}
     notes: list[str] = []
-    named = {
-        name: ([variable.words or ""], [variable.words or ""])
-        if variable.kind is VariableKind.set
-        else (list(variable.read), list(variable.write))
-        for name, variable in task.variables.items()
-    }
     sides: dict[str, list[tuple[WordSet, ...]]] = {}
-    for name, both in named.items():
+    for name, variable in task.variables.items():
         sides[name] = []
-        for sets in both:
+        for sets in _named_sets(variable):
             _check_sets(task, name, sets)
             aligned, lost = lookup.aligned(task, sets)
             for key, words, why in zip(sets, aligned, lost, strict=True):
@@ -182,6 +196,31 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
         notes += [f"task {task.name}, variable {name}: {note}"] if note else []
         variables.append(Variable(name, config.kind, read, write, band, matches))
     return TaskTokens(variables, kept, {key: list(why) for key, why in reasons.items()}, notes, reasons)
+
+
+def readable_tasks(tasks: Iterable[TaskConfig], tokenizer: Tokenizer) -> list[str]:
+    """Return the names of the tasks of which this tokenizer keeps enough words, in the order given."""
+    lookup = _Lookup(tokenizer, tokenizer.get_vocab_size())
+
+    def keeps_enough(task: TaskConfig) -> bool:
+        for name, variable in task.variables.items():
+            for sets in _named_sets(variable):
+                try:
+                    _check_sets(task, name, sets)
+                except UserError:
+                    return False
+                if any(len(words.words) < MIN_WORDS for words in lookup.aligned(task, sets)[0]):
+                    return False
+        return bool(task.variables)
+
+    return [task.name for task in tasks if keeps_enough(task)]
+
+
+def _named_sets(variable: VariableConfig) -> tuple[list[str], list[str]]:
+    """Return the word sets that a variable reads and those that it writes."""
+    if variable.kind is VariableKind.set:
+        return [variable.words or ""], [variable.words or ""]
+    return list(variable.read), list(variable.write)
 
 
 def _some(dropped: dict[str, str]) -> str:

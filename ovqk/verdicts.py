@@ -232,9 +232,9 @@ def _too_few(row: Mapping[str, Any]) -> str:
 
 
 def _powerless(testable: Sequence[Mapping[str, Any]]) -> str:
-    """Which nulls could not have been significant for it alone, whatever its value."""
-    least = [f"q >= {row['min_q']:.2g} under {row['null']}" for row in testable if _could_not(row)]
-    return f"could be significant only together with others: alone {', '.join(least)}" if least else ""
+    """Say which nulls could not have been significant for it alone, whatever its value."""
+    least = [f"q = {row['min_q']:.2g} under {row['null']}" for row in testable if _could_not(row)]
+    return f"on its own it cannot get below {', '.join(least)}, whatever its value" if least else ""
 
 
 def _could_not(row: Mapping[str, Any]) -> bool:

@@ -157,7 +157,7 @@ def own_start(name: str, tokenizer: Any) -> list[int]:
     loaded = load_tokenizer(checkpoint)
     if loaded is None:
         raise ValueError(f"{name}: no tokenizer files")
-    return start_tokens(loaded, checkpoint.directory)
+    return start_tokens(loaded, checkpoint)
 
 
 def spelled(start: list[int], tokenizer: Any) -> str:

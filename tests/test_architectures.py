@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from architectures import RIGHT, VARIANTS, Row, _next_row, examine, page
+from architectures import RIGHT, Row, _next_row, examine, page
+from tiny_architectures import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

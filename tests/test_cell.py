@@ -202,6 +202,21 @@ def test_a_directory_without_tokenizer_files(cli, tmp_path) -> None:
     assert code == 0
 
 
+def test_a_tokenizer_that_cannot_be_built_matters_only_to_a_task_with_words(cli, tmp_path) -> None:
+    shutil.copytree(BUNDLED, tmp_path / "odd")
+    (tmp_path / "odd" / "tokenizer.json").write_text("{")
+    code, printed = cli("model=local", "model.path=odd", *QUICK)
+    assert code == 1 and printed.count("tokenizer files cannot be read") == 1
+    assert "task=ioi needs a tokenizer to find its words; task=none does not." in printed
+    code, printed = cli("model=local", "model.path=odd", "task=none", *QUICK)
+    assert code == 0
+    folder = next((tmp_path / "results" / "odd" / "none").iterdir())
+    notes = json.loads((folder / "record.json").read_text())["notes"]
+    assert any("tokenizer files cannot be read" in note and "listed by their ids" in note for note in notes)
+    assert pd.read_parquet(folder / "directions.parquet")["token"].str.fullmatch(r"#\d+").all()
+    assert "analysis=composition" in printed  # and no task whose words cannot be found is suggested
+
+
 def test_no_network_and_no_cache_for_a_hub_model(cli, tmp_path, monkeypatch) -> None:
     from huggingface_hub import constants
 
@@ -223,7 +238,7 @@ def test_hub_models_without_a_network_fail_cell_by_cell_in_a_fresh_process(tmp_p
         [*command, *QUICK], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1
-    assert done.stdout.count("not in the Hugging Face cache, and the hub could not be reached") == 8  # line and summary
+    assert done.stdout.count("not in the Hugging Face cache, and the hub could not be reached") == 4
     assert "0 done, 0 cached, 4 failed, 0 missing" in done.stdout and "Traceback" not in done.stdout + done.stderr
 
 
@@ -310,7 +325,9 @@ def test_a_failed_cell_does_not_stop_the_others_and_the_status_says_so(cli, tmp_
     code, printed = cli("-m", "model=local", "model.path=broken," + str(BUNDLED), "task=none", *QUICK)
     assert code == 1
     assert "1 done, 0 cached, 1 failed, 0 missing" in printed
-    assert "failed: local / none / b03 model.path=broken: model.safetensors: not a complete safetensors file" in printed
+    assert "failed: local / none / b03 model.path=broken (its message is above)\n" in printed
+    message = "\n    model.safetensors: not a complete safetensors file"
+    assert printed.count(message) == 1 and printed.index(message) < printed.index("failed: ")
     assert "Traceback" not in printed
     assert len(list(tmp_path.glob("results/*/*/*/record.json"))) == 1
 

@@ -54,7 +54,9 @@ def test_another_models_head_list_is_never_used(model) -> None:
 @pytest.mark.parametrize(("model", "of"), [("gpt2-medium", "gpt2"), ("mini-gpt2", "mini-attn"), ("gpt2", "mini-attn")])
 def test_another_models_head_list_is_refused_even_when_it_is_named(model, of) -> None:
     cell = compose(f"model={model}", "task=ioi", f"model.claims={of}")
-    with pytest.raises(UserError, match=rf"model\.claims={of}: these are the heads of {of}.*allowed: {model}, null"):
+    with pytest.raises(
+        UserError, match=rf"model\.claims={of}: claims about {of} do not apply to {model}\. Allowed: {model} or null"
+    ):
         resolve_claims(cell.task, cell.model, facts(4, 8))
 
 

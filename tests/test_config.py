@@ -57,17 +57,16 @@ def test_metrics_carry_title_formula_and_range() -> None:
 
 # fmt: off
 ORDER = [
-    "errors", "memory", "metrics", "config", "mistakes", "resolve",
-    "colours", "weights", "devices", "family", "llamas", "families", "files",
-    "shards", "patience", "hub", "gguf_file", "gguf_tokenizer", "gguf_settings", "llama_cpp", "checkpoints",
-    "allowed", "rotations", "settings", "native", "single_file", "threads", "heads", "vocabulary", "unreadable", "block_probes",
-    "agreement", "bridge_loading", "bridge_mlp", "bridge", "sources", "spectra", "layers", "positions", "alignment", "tasks",
-    "components", "effective", "spelling", "rare", "directions", "head_maps", "readouts", "composition", "availability",
-    "model", "structure", "cache", "task_readout", "claims", "statistics", "nulls", "surrogates",
-    "testing", "candidates", "patterns", "verdicts", "prompts", "identity", "analyses", "record",
-    "outcomes", "results", "comparison", "thinning", "drawing", "figures", "portraits", "page", "report", "panels",
-    "overview", "wandb_service", "runs", "tracking", "dashboard", "tables", "token_lists", "suggestions", "console",
-    "progress", "cell", "sweep",
+    "errors", "memory", "metrics", "config", "mistakes", "resolve", "colours", "weights", "devices", "family",
+    "llamas", "families", "files", "shards", "patience", "hub", "gguf_file", "gguf_tokenizer", "gguf_settings",
+    "llama_cpp", "checkpoints", "allowed", "rotations", "settings", "native", "single_file", "threads", "heads",
+    "vocabulary", "unreadable", "block_probes", "agreement", "bridge_loading", "bridge_mlp", "bridge", "sources",
+    "spectra", "layers", "positions", "alignment", "tasks", "components", "effective", "spelling", "rare",
+    "directions", "head_maps", "readouts", "composition", "availability", "model", "structure", "cache",
+    "task_readout", "claims", "statistics", "nulls", "surrogates", "testing", "candidates", "patterns", "verdicts",
+    "prompts", "identity", "analyses", "record", "outcomes", "results", "comparison", "thinning", "drawing",
+    "figures", "portraits", "page", "report", "panels", "overview", "wandb_service", "runs", "tracking", "dashboard",
+    "tables", "token_lists", "suggestions", "console", "progress", "cell", "sweep",
 ]
 # fmt: on
 

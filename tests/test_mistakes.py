@@ -45,6 +45,11 @@ def test_a_mistake_in_a_task_file_is_told_with_its_role(old, new, place, what, t
     assert told(tmp_path, "task=mine") == f"task/mine.yaml: roles.duplicate_token.predictions.0.{place}: {what}"
 
 
+def test_a_list_of_values_without_m_is_told_what_it_needs(tmp_path) -> None:
+    said = "task=ioi,sva: several values need -m, which computes a cell for each: python run.py -m task=ioi,sva"
+    assert told(tmp_path, "task=ioi,sva") == said
+
+
 def test_what_cannot_be_parsed_is_told_with_its_override(tmp_path) -> None:
     assert told(tmp_path, "results_dir=a=1").startswith("results_dir=a=1: mismatched input '='")
     assert told(tmp_path, "model.path=a b(").startswith("Error parsing override 'model.path=a b('")

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from ovqk.checkpoints import Checkpoint, SafetensorsFiles
 from ovqk.prompts import known_words, sample_prompts, start_tokens, token_positions, variants
 
 WORDS = {
@@ -226,6 +227,10 @@ def a_tokenizer(processor: bool = False, after: bool = False):
     return tokenizer
 
 
+def a_checkpoint(directory, metadata=None):
+    return Checkpoint("x", directory, {}, SafetensorsFiles({}, {}, {}), "", metadata=metadata)
+
+
 @pytest.mark.parametrize(("tokenizer", "settings", "start"), [
     ({}, None, []),  # GPT-2's vocab.json and merges.txt
     ({}, {"bos_token": "<s>"}, []),
@@ -241,10 +246,22 @@ def a_tokenizer(processor: bool = False, after: bool = False):
 def test_the_start_token_is_the_one_that_the_tokenizer_adds(tokenizer, settings, start, tmp_path):
     if settings is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert start_tokens(a_tokenizer(**tokenizer), tmp_path) == start
+    assert start_tokens(a_tokenizer(**tokenizer), a_checkpoint(tmp_path)) == start
 
 
 def test_a_start_token_that_is_not_in_the_vocabulary_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<bos>", "add_bos_token": true}')
     with pytest.raises(ValueError, match="has no bos_token '<bos>'"):
-        start_tokens(a_tokenizer(), tmp_path)
+        start_tokens(a_tokenizer(), a_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(("adds", "start"), [(True, [2]), (False, [])])
+def test_a_gguf_file_says_itself_what_begins_a_text_whatever_lies_beside_it(adds, start, tmp_path):
+    from ovqk.gguf_tokenizer import tokenizer_of
+
+    beside = {"bos_token": "a", "add_bos_token": not adds}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
+    own = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "<s>"], "token_type": [1, 1, 3], "merges": []}
+    own |= {"bos_token_id": 2, "add_bos_token": adds}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in own.items()}
+    assert start_tokens(tokenizer_of(metadata, "file"), a_checkpoint(tmp_path, metadata)) == start

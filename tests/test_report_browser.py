@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from conftest import ROOT, compose, shared_model
+from conftest import BUNDLED, ROOT, compose, shared_model
 from reported import HOSTILE_MODEL, STORABLE, make_results
 
 from ovqk.cell import run_cell
@@ -436,3 +436,32 @@ def test_every_page_of_a_whole_sweep_is_shown_without_a_complaint(browser, tmp_p
     reader.see("sweep")
     context.close()
     assert reader.complaints == []
+
+
+# --- a model of which nothing is claimed -------------------------------------------------------------------------
+
+
+def test_a_page_without_claims_speaks_of_none_and_cuts_no_name(browser, tmp_path) -> None:
+    unclaimed = ("model=local", f"model.path={BUNDLED}", "model.name=smollm2-135m-instruct", "task=induction")
+    outcome = run_cell(compose(*unclaimed, "tracking=none", "nulls.draws=39", f"results_dir={tmp_path}"))
+    assert outcome.status == "done"
+    file = tmp_path / "report.html"
+    write_text(file, make_page(*read_cells(tmp_path), tmp_path, "figures").html)
+    reader = Reader(browser.new_page(viewport={"width": 1400, "height": 900}), file)
+    reader.open("compare")
+    assert "candidates" in reader.page.inner_text(".lead")
+    past_the_edge = """() => [...document.querySelectorAll('#main svg.plot')].flatMap((plot) => {
+        const right = (node) => node.getBoundingClientRect().right;
+        const texts = [...plot.querySelectorAll('text')];
+        return texts.filter((text) => right(text) > right(plot) + 0.5).map((text) => text.textContent);
+    })"""
+    assert reader.page.evaluate(past_the_edge) == []
+    reader.open("atlas/induction/ov_copying")
+    assert "claimed" not in reader.page.inner_text(".lead")
+    reader.open("circuit/smollm2-135m-instruct/induction")
+    assert "Candidates" in reader.texts("h2") and reader.page.locator(".lead").count() == 0
+    reader.open("head/smollm2-135m-instruct/induction/3.4")
+    assert "Blue: claimed heads" not in reader.page.inner_text("main")
+    assert "Ring: the previous token." in reader.page.inner_text("main")
+    assert reader.page.evaluate(past_the_edge) == []
+    reader.page.close()

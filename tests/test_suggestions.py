@@ -2,12 +2,14 @@
 
 import json
 
-import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import BUNDLED, ROOT, compose, local, shared_model
 
 from ovqk import suggestions
+from ovqk.checkpoints import open_checkpoint
+from ovqk.errors import UserError
 from ovqk.suggestions import model_arguments, next_arguments
+from ovqk.tasks import load_tokenizer, readable_tasks, resolve_task
 
 CHOSEN = {
     "name": "mini-attn", "source": "bundled", "path": None, "repo": None, "revision": "main", "checkpoint": None,
@@ -15,11 +17,15 @@ CHOSEN = {
 }  # fmt: skip
 
 
-def a_cell(task: str, analysis: str = "b03", kept: dict[str, int] | None = None, **model) -> dict:
+SHIPPED = sorted(path.stem for path in (ROOT / "conf" / "task").glob("*.yaml") if path.stem != "none")
+
+
+def a_cell(task: str, analysis: str = "b03", tasks: list[str] | None = None, **model) -> dict:
+    """A record of a model whose tokenizer keeps enough words of these tasks, or of all."""
     return {
         "task": task,
         "analysis": analysis,
-        "words": {"kept": kept or {}},
+        "words": {"kept": {}, "tasks": SHIPPED if tasks is None else tasks},
         "provenance": {"config": {"model": CHOSEN | model}},
     }
 
@@ -33,32 +39,57 @@ def folder(tmp_path, monkeypatch):
     return path.relative_to(tmp_path)
 
 
-def tokens(folder, *texts: str) -> None:
-    pd.DataFrame({"token": texts, "kind": "singular"}).to_parquet(folder / "directions.parquet")
-
-
 def test_other_tasks_that_claim_heads_of_the_model_come_first(folder) -> None:
-    names = {"names": 40}
-    assert next_arguments(folder, a_cell("ioi", kept=names)) == "-m model=mini-attn task=induction,sva"
-    assert next_arguments(folder, a_cell("sva", "qk", names)) == "-m model=mini-attn task=induction,ioi analysis=qk"
+    assert next_arguments(folder, a_cell("ioi")) == "-m model=mini-attn task=induction,sva"
+    assert next_arguments(folder, a_cell("sva", "qk")) == "-m model=mini-attn task=induction,ioi analysis=qk"
     of_gpt2 = {"name": "gpt2", "source": "hub", "claims": "gpt2"}
-    every = sorted(path.stem for path in (ROOT / "conf" / "task").glob("*.yaml"))
-    others = [name for name in every if name not in ("none", "ioi")]
-    assert next_arguments(folder, a_cell("ioi", kept=names, **of_gpt2)) == f"-m model=gpt2 task={','.join(others)}"
+    others = [name for name in SHIPPED if name != "ioi"]
+    assert next_arguments(folder, a_cell("ioi", **of_gpt2)) == f"-m model=gpt2 task={','.join(others)}"
 
 
-def test_a_model_without_claims_is_offered_general_tasks_if_its_words_can_be_read(folder) -> None:
+def test_only_tasks_of_which_enough_words_are_kept_are_offered(folder) -> None:
     plain = {"name": "qwen3-8b-base", "source": "hub", "claims": None}
-    none = a_cell("none", **plain)
-    assert next_arguments(folder, none) == "model=qwen3-8b-base task=none analysis=composition"  # no tokenizer
-    tokens(folder, "1", "27", "<|end|>"[:2])
-    assert next_arguments(folder, none) == "model=qwen3-8b-base task=none analysis=composition"  # digits alone
-    tokens(folder, "1", "Paris")
-    assert next_arguments(folder, none) == "-m model=qwen3-8b-base task=ioi,sva,induction"
-    assert (
-        next_arguments(folder, a_cell("none", "composition"))
-        == "-m model=mini-attn task=induction,ioi,sva analysis=composition"
-    )
+    assert next_arguments(folder, a_cell("none", **plain)) == "-m model=qwen3-8b-base task=ioi,sva,induction"
+    some = a_cell("none", tasks=["acronym", "sva"], **plain)
+    assert next_arguments(folder, some) == "model=qwen3-8b-base task=sva"
+    none = a_cell("none", tasks=[], **plain)
+    assert next_arguments(folder, none) == "model=qwen3-8b-base task=none analysis=composition"
+    assert next_arguments(folder, a_cell("ioi", tasks=["ioi"])) == "model=mini-attn task=ioi analysis=composition"
+    of_before = a_cell("none", **plain)
+    del of_before["words"]["tasks"]
+    assert next_arguments(folder, of_before) == "model=qwen3-8b-base task=none analysis=composition"
+
+
+def test_which_tasks_a_tokenizer_has_words_for() -> None:
+    every = suggestions.shipped_tasks()
+    assert [task.name for task in every if task.variables] == SHIPPED
+    for name, tasks in {"mini-attn": {"ioi", "sva", "induction"}, "stories260k": set()}.items():
+        path = BUNDLED.parent / name if name.startswith("mini") else shared_model(name)
+        tokenizer = load_tokenizer(open_checkpoint(local(path)))
+        readable = readable_tasks(every, tokenizer)
+        assert set(readable) >= tasks and (tasks or len(readable) < 3)
+        for task in SHIPPED:
+            try:
+                resolve_task(compose(f"task={task}").task, tokenizer, tokenizer.get_vocab_size(), "x")
+            except UserError:
+                assert task not in readable
+            else:
+                assert task in readable
+
+
+def test_a_task_file_that_is_none_is_passed_over(tmp_path, monkeypatch) -> None:
+    (tmp_path / "task").mkdir()
+    for name, text in {
+        "broken": "a: [",
+        "list": "[1]",
+        "kind": "variables: {x: {kind: heap}}",
+        "extra": "variables: {x: {kind: set, words: y, more: 1}}",
+        "lost": "variables: {x: {kind: set, words: y}}",
+    }.items():
+        (tmp_path / "task" / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(suggestions, "CONF", tmp_path)
+    tokenizer = load_tokenizer(open_checkpoint(local(BUNDLED)))
+    assert readable_tasks(suggestions.shipped_tasks(), tokenizer) == []
 
 
 def test_a_task_that_failed_for_the_model_is_left_out(folder) -> None:
@@ -67,12 +98,12 @@ def test_a_task_that_failed_for_the_model_is_left_out(folder) -> None:
             cell = folder.parents[1] / task / f"b03-{number}"
             cell.mkdir(parents=True)
             (cell / "record.json").write_text(json.dumps({"status": status}))
-    assert next_arguments(folder, a_cell("ioi", kept={"names": 9})) == "model=mini-attn task=induction"
+    assert next_arguments(folder, a_cell("ioi")) == "model=mini-attn task=induction"
 
 
 def test_another_results_folder_is_kept(tmp_path) -> None:
     folder = tmp_path / "a b" / "mini-attn" / "ioi" / "b03-0"
-    said = next_arguments(folder, a_cell("ioi", kept={"names": 9}))
+    said = next_arguments(folder, a_cell("ioi"))
     assert said is not None and said.endswith(f" 'results_dir=\"{tmp_path}/a b\"'")
 
 
@@ -92,5 +123,5 @@ def test_the_model_is_chosen_again_as_it_was(changes, said) -> None:
 
 def test_without_conf_an_analysis_is_suggested(folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(suggestions, "CONF", tmp_path / "nowhere")
-    said = next_arguments(folder, a_cell("ioi", kept={"names": 9}))
+    said = next_arguments(folder, a_cell("ioi"))
     assert said == "model=mini-attn task=ioi analysis=composition"

@@ -141,12 +141,12 @@ def test_a_head_of_a_role_that_composes_is_said_to_be_tested_with_its_role() -> 
 
 
 def test_a_verdict_that_could_not_be_significant_alone_says_so_and_under_what() -> None:
-    begins = "could be significant only together with others: alone "
+    begins, ends = "on its own it cannot get below ", ", whatever its value"
     found = decided([a_row("depth", NEITHER) | {"min_q": 0.07}, a_row("frame", NEITHER) | {"min_q": 0.06}])
-    wanted = f"{begins}q >= 0.07 under depth, q >= 0.06 under frame"
+    wanted = f"{begins}q = 0.07 under depth, q = 0.06 under frame{ends}"
     assert (found["verdict"], found["reason"]) == ("unsupported", wanted)
     found = decided([a_row("depth", NEITHER) | {"min_q": 0.07}, a_row("frame", HELD)])
-    assert (found["verdict"], found["reason"]) == ("partial", f"{begins}q >= 0.07 under depth")
+    assert (found["verdict"], found["reason"]) == ("partial", f"{begins}q = 0.07 under depth{ends}")
     assert decided([a_row("depth", NEITHER), a_row("frame", NEITHER)])["reason"] == ""
 
 

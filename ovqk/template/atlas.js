@@ -13,7 +13,7 @@ function atlasPage(task, metric) {
   const go = (next) => { location.hash = `#atlas/${encodeURIComponent(next.task)}/${next.metric}`; };
   return [
     h("h1", { tabindex: -1 }, "Head atlas"),
-    h("p", { class: "lead" }, "Every attention head, layer by layer. Rings mark the heads that are claimed for the task; a square opens its head."),
+    h("p", { class: "lead" }, `Every attention head, layer by layer. ${cells.some((cell) => claimed(cell).size) ? "Rings mark the heads that are claimed for the task; a" : "A"} square opens its head.`),
     h("div", { class: "controls" },
       select("Task", tasks.map((name) => [name, name]), atlasChoice.task, (name) => go({ ...atlasChoice, task: name })),
       select("Colour by", metricGroups(metrics), atlasChoice.metric, (name) => go({ ...atlasChoice, metric: name }))),

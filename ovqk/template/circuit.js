@@ -11,7 +11,7 @@ function circuitPage(name) {
   draw();
   return [
     h("h1", { tabindex: -1 }, `Circuit: ${cell.label} on ${cell.task}`),
-    h("p", { class: "lead" }, "Claimed heads by role and layer. A line joins two heads where the later one reads more of what the earlier one writes than it would of random weights."),
+    claimed(cell).size ? h("p", { class: "lead" }, "Claimed heads by role and layer. A line joins two heads if the later one reads more of what the earlier one writes than it would of random weights.") : null,
     h("div", { class: "controls" }, select("Cell", CELLS.map((one) => [one.name, cellTitle(one)]), cell.name, (next) => { location.hash = `#circuit/${next}`; })),
     box,
   ];

@@ -20,7 +20,7 @@ function summary() {
   const tasks = TASKS.filter((task) => task !== "none");
   const lost = REPORT.failures.length ? `, and ${plural(REPORT.failures.length, "cell")} without results` : "";
   const size = `${plural(CELLS.length, "cell")} of ${plural(MODELS.length, "model")}${tasks.length ? ` and ${plural(tasks.length, "task")}` : ""}${lost}. `;
-  if (!roles.length) return `${size}No circuit is claimed for any of them, so there is nothing to judge: the heads stand in the atlas.`;
+  if (!roles.length) return `${size}No circuit is claimed for any of them, so there is nothing to judge. The strongest heads for each role are candidates (below); every head is in the atlas.`;
   return `${size}${plural(roles.length, "role")} with claimed heads: ${sentenceList(counts.map(([name, n]) => `${n} ${name.replace(/_/g, " ")}`))}.`;
 }
 
@@ -316,7 +316,7 @@ function depthPlot(facts, lines, name, caption) {
 /** A model's name at the end of its line; of several weights of a model, what tells them apart is never cut. */
 function lineName(cell) {
   const more = cell.weights_label.slice(cell.model.length);
-  return `${clipped(cell.model, Math.max(6, 16 - more.length))}${more}`;
+  return `${clipped(cell.model, Math.max(6, 14 - more.length))}${more}`;
 }
 
 /** The colour of the model; dashes of their own for its other weights. */

@@ -248,7 +248,7 @@ function symmetryScatter(cell, layer, head) {
   return figure({
     title: "Symmetry and position",
     drawing: drawn,
-    caption: "Symmetry is often read as position. It does not tell position from content: the share of the score's variance over keys that comes from where a key is was measured. Blue: claimed heads.",
+    caption: `Symmetry is often read as position. It does not tell position from content: the share of the score's variance over keys that comes from where a key is was measured.${marks.size ? " Blue: claimed heads." : ""}`,
     name: `symmetry-${cell.model}-${layer}.${head}`,
     table: () => [["layer.head", "QK symmetry", "positional share"], all.map((point) => [`${point.l}.${point.k}`, point.x, point.y])],
   });
@@ -316,18 +316,16 @@ function offsetPlot(cell, layer, head) {
   const spots = points.map(([x, y]) => [plot.atX(place(x)), plot.atY(y)]);
   const ink = look(MODELS[0]).stroke;
   const previous = points.findIndex(([x]) => x === 1);
-  const rises = points.slice(previous + 1, previous + 6).some(([, y]) => y > points[previous][1]);
   const drawn = svg(size.width, size.height, `Mean score by offset of head ${layer}.${head}, from ${number(points[0][1], 3)} at offset 0 to ${number(points[points.length - 1][1], 3)} at ${far}`,
     plot.group,
     s("path", { d: path(spots), fill: "none", stroke: ink, "stroke-width": 1.8 }),
     spots.map(([x, y], k) => tip(s("circle", { cx: x, cy: y, r: points.length > 60 ? 1.8 : 2.8, fill: ink }), `offset ${points[k][0]}: ${number(points[k][1], 3)}`)),
-    previous >= 0 ? [s("circle", { cx: spots[previous][0], cy: spots[previous][1], r: 5.5, fill: "none", stroke: css("--warn"), "stroke-width": 2 }),
-      s("text", { class: "halo", x: spots[previous][0] + 9, y: Math.min(plot.bottom - 6, Math.max(plot.top + 4, spots[previous][1] + (rises ? 16 : -9))), style: `fill:${css("--warn")}` }, "previous token")] : null);
+    previous >= 0 ? s("circle", { cx: spots[previous][0], cy: spots[previous][1], r: 5.5, fill: "none", stroke: css("--warn"), "stroke-width": 2 }) : null);
   const auc = value(cell, "qk_prev_auc", layer, head);
   return figure({
     title: "Score by offset",
     drawing: drawn,
-    caption: `The positional part of the score, before the attention scale.${isNumber(auc) ? ` Previous-token AUC ${number(auc)} (0.5 by chance).` : ""}${points.length < cell.offsets.of ? ` ${points.length} of ${cell.offsets.of} offsets.` : ""}`,
+    caption: `The positional part of the score, before the attention scale.${previous >= 0 ? " Ring: the previous token." : ""}${isNumber(auc) ? ` Previous-token AUC ${number(auc)} (0.5 by chance).` : ""}${points.length < cell.offsets.of ? ` ${points.length} of ${cell.offsets.of} offsets.` : ""}`,
     name: `offsets-${cell.model}-${layer}.${head}`,
     table: () => [["offset", "mean score"], points.map(([x, y]) => [String(x), y])],
   });

@@ -1,0 +1,107 @@
+"""Tiny random models of transformers' architectures: each one's own config, with its sizes made small.
+
+The settings are generic: 4 layers of width 48, 4 heads over 2 KV heads, as far as a config has such keys.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SHRUNK: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd"), 48),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "decoder_ffn_dim"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp"), 24),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 4),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "kv_channels", "attention_head_dim", "global_head_dim", "v_head_dim"), 12),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts", "num_shared_experts"), 1),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 64),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"), 64),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size", "attention_window_size"), 8),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+    "word_embed_proj_dim": 48,
+    "rotary_dim": 4,
+    "dtype": "float32",
+}
+"""What each key of a config is set to, if the architecture's own config has it."""
+MULTIPLIERS = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0}
+YARN = {"original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.7}
+OWN: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_d_head": 24},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"], "mamba_n_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 48, "mamba_n_heads": 4, "mamba_d_head": 12, "mamba_d_state": 8},
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "zaya": {"num_experts_per_tok": 1},
+    "mamba2": {"head_dim": 24, "num_heads": 4},
+}
+"""What single architectures need besides."""
+TOO_LARGE = {
+    "blt": "its patcher and its coders have settings of their own",
+    "phi4_multimodal": "a model of more than text",
+}
+"""What cannot be shrunk by the settings above, and is too large to be made as it is."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama, with biases of attention": {"attention_bias": True},
+    "llama, YaRN": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **YARN}},
+    "granite, with multipliers": {**MULTIPLIERS, "attention_multiplier": 0.02, "logits_scaling": 8.0},
+    "granitemoe, with multipliers": {**MULTIPLIERS, "attention_multiplier": 0.02, "logits_scaling": 8.0},
+    "cohere, with query and key norms": {"use_qk_norm": True},
+    "stablelm, parallel with query and key norms": {
+        "use_parallel_residual": True,
+        "qk_layernorm": True,
+    },
+    "falcon, one after the other with ALiBi": {"alibi": True, "parallel_attn": False, "bias": True},
+    "falcon, several KV heads": {"new_decoder_architecture": True},
+    "glm4_moe, with query and key norms": {"use_qk_norm": True},
+    "phi, with query and key norms": {"qk_layernorm": True},
+    "gpt_neox, one after the other": {"use_parallel_residual": False},
+    "gemma4_text, heads of one shape": {"per_layer_config": {}},
+    "opt, post-norm": {"do_layer_norm_before": False},
+}
+"""Settings of single architectures that change what a head reads or writes, by `architecture, what is set`."""
+KEPT_BY_PATTERN = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
+"""Lists with an entry for each layer, of which the first are kept."""
+
+
+def shrunk_model(name: str, directory: Path) -> nn.Module:
+    """Make a tiny random model of an architecture and save it as a Hugging Face directory.
+
+    Raises:
+        Exception: whatever transformers raises if the architecture cannot be shrunk so.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if name in TOO_LARGE:
+        raise ValueError(TOO_LARGE[name])
+    variant = VARIANTS.get(name, {})
+    name = name.split(",")[0]
+    kind = CONFIG_MAPPING[name]
+    default = kind()
+    if default.get_text_config() is not default:
+        raise ValueError("a model of more than text")
+    known = default.to_dict()
+    renamed = {value: key for key, value in getattr(kind, "attribute_map", {}).items()}
+    overrides = {key: value for key, value in SHRUNK.items() if key in known and key not in renamed.values()}
+    overrides |= {key: known[key][:4] for key in KEPT_BY_PATTERN if isinstance(known.get(key), list)}
+    if not isinstance(known.get("sliding_window", 0), int):
+        overrides.pop("sliding_window", None)
+    config = kind(**overrides | OWN.get(name, {}) | variant)
+    if getattr(config, "is_decoder", None) is False:
+        config.is_decoder = True
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            gain = parameter.dim() == 1 and key.endswith("weight")
+            parameter.copy_(1 + 0.3 * noise if gain else 0.2 * noise)
+    model.eval().save_pretrained(directory)
+    return model
