@@ -37,7 +37,7 @@ from null_models import (
     strained_run,
 )
 from numpy.typing import NDArray
-from planted import FEW, MANY
+from planted import FEW, LAYOUT, MANY
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

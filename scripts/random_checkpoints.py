@@ -113,6 +113,7 @@ def _gpt2_layer(shape: Shape, layer: int, normal: Normal) -> dict[str, Tensor]:
         f"{at}attn.c_attn.weight": normal(d, 3 * width),
         f"{at}attn.c_attn.bias": normal(3 * width),
         f"{at}attn.c_proj.weight": normal(width, d),
+        f"{at}attn.c_proj.bias": normal(d),
         f"{at}ln_1.weight": 1 + normal(d),
         f"{at}ln_1.bias": normal(d),
     }

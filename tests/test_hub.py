@@ -639,7 +639,9 @@ def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[str]:
     """Another process that opens the model and prints its digest."""
     code = (
         "from ovqk.checkpoints import open_checkpoint; from ovqk.config import ModelConfig, Source\n"
-        f"print(open_checkpoint(ModelConfig(name='tiny', source=Source.hub, repo={REPO!r})).digest)"
+        "from ovqk.families import tensors_read\n"
+        f"model = ModelConfig(name='tiny', source=Source.hub, repo={REPO!r})\n"
+        "print(open_checkpoint(model, reads=tensors_read).digest)"
     )
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(hub, tmp_path), **streams)
