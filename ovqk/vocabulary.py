@@ -32,6 +32,7 @@ BLOCK = 2048  # tokens handled at a time, fewer where rows are long
 ELEMENTS = 2**22  # of a block of embedding rows
 TOGETHER = 8  # blocks whose products are summed before they are added in float64
 NEAR_MEAN = 256  # tokens whose mean rows are taken less
+HIDDEN_ELEMENTS = 2**21  # of block 0's hidden activations at a time
 STRIPE = 128  # columns of a symmetric product taken at a time, at least
 ENOUGH = 2  # stripes for each thread: with fewer the longest would be waited for
 LARGE = 10**10  # products of a Gram beyond which they are float32
@@ -261,11 +262,18 @@ class Block0:
         if self.mlp is None:
             return stream
         x = normalise(W_E if self.architecture.parallel else stream, kind, eps)
-        hidden = ACTIVATIONS[self.mlp.activation](x @ self.mlp.W_in.to(x) + self.mlp.b_in.to(x))
-        if self.mlp.W_linear is not None:
-            linear = x @ self.mlp.W_linear.to(x)
-            hidden = hidden * (linear if self.mlp.b_linear is None else linear + self.mlp.b_linear.to(x))
-        return stream + apply_norm(self.mlp.post_norm, hidden @ self.mlp.W_out.to(x) + self.mlp.b_out.to(x), eps)
+        tokens = max(1, HIDDEN_ELEMENTS // self.mlp.W_in.shape[1])
+        written = torch.cat([self._mlp(self.mlp, some) for some in x.split(tokens)])
+        return stream + apply_norm(self.mlp.post_norm, written, eps)
+
+    @staticmethod
+    def _mlp(mlp: MLPWeights, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+        hidden = torch.addmm(mlp.b_in.to(x), x, mlp.W_in.to(x))
+        hidden = ACTIVATIONS[mlp.activation](hidden)
+        if mlp.W_linear is not None:
+            linear = x @ mlp.W_linear.to(x)
+            hidden *= linear if mlp.b_linear is None else linear.add_(mlp.b_linear.to(x))
+        return torch.addmm(mlp.b_out.to(x), hidden, mlp.W_out.to(x))
 
     def grams(
         self, vocabulary: Vocabulary, read: Callable[[int, int], Float[Tensor, "token d_model"]] | None = None

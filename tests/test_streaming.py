@@ -151,16 +151,17 @@ SHAPE = bench.Shape("llama", 2, 16, 2048, 128, 8000, tied=False)
 
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_depth_and_keeps_to_its_bound(tmp_path) -> None:
-    """Three times (a layer's attention weights in float32 and the Grams) and 150 MB, above the imports."""
+    """Three times a layer's attention weights in float32 and the Grams, block 0's MLP and 150 MB, above the imports."""
     above = {}
     for n_layers in (2, 6):
         shape = dataclasses.replace(SHAPE, n_layers=n_layers)
         folder = tmp_path / str(n_layers)
         bench.make_checkpoint(shape, folder)
         above[n_layers] = bench.child("cell", folder, threads=1, device="cpu", hoard=False)["above_mb"]
-    layer, gram = (4 * size / 2**20 for size in (4 * SHAPE.d_model * SHAPE.width, SHAPE.d_model**2))
+    sizes = 4 * SHAPE.d_model * SHAPE.width, SHAPE.d_model**2, 3 * SHAPE.d_model * SHAPE.mlp_width
+    layer, gram, mlp = (4 * size / 2**20 for size in sizes)
     assert above[6] < above[2] + layer  # four more layers, and not one of them kept
-    assert above[6] < 3 * (layer + 4 * gram) + 150
+    assert above[6] < 3 * (layer + 4 * gram) + mlp + 150
 
 
 def test_the_benchmark_runs_and_counts_what_it_says(tmp_path) -> None:
