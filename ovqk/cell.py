@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ovqk import console
-from ovqk.analyses import analyse
+from ovqk.analyse import analyse
 from ovqk.cache import StructureCache
 from ovqk.checkpoints import Checkpoint, open_checkpoint
 from ovqk.config import Config, TrackingMode

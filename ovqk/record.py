@@ -30,7 +30,7 @@ from ovqk.metrics import SCHEMA_VERSION
 from ovqk.resolve import plain
 
 if TYPE_CHECKING:  # who reads records, as `load_results` and the report do, waits for no torch
-    import ovqk.analyses
+    import ovqk.analyse
     import ovqk.checkpoints
 
 RECORD = "record.json"
@@ -108,7 +108,7 @@ def write_done(
     identifier: str,
     checkpoint: "ovqk.checkpoints.Checkpoint",
     loaded_by: str,
-    analysis: "ovqk.analyses.Analysis",
+    analysis: "ovqk.analyse.Analysis",
     seconds: float,
 ) -> dict[str, Any]:
     """Write a cell's tables, its config and then its record; returns the record.

@@ -124,7 +124,7 @@ def spectra_alone(config: Any) -> int:
 
 def whole_cell(config: Any) -> int:
     """Every stage of `analyse`, from the files on."""
-    from ovqk.analyses import analyse
+    from ovqk.analyse import analyse
 
     source = open_model(config)
     return len(analyse(source, None, None, "bench", config).tables["heads"])
@@ -132,7 +132,7 @@ def whole_cell(config: Any) -> int:
 
 def whole_cell_with_words(config: Any) -> int:
     """Every stage of `analyse`, from the files on, with the tokenizer and the task's words."""
-    from ovqk.analyses import analyse
+    from ovqk.analyse import analyse
     from ovqk.checkpoints import open_checkpoint
     from ovqk.sources import open_weights
     from ovqk.tasks import load_tokenizer
@@ -145,7 +145,7 @@ def whole_cell_with_words(config: Any) -> int:
 
 def cached(folder: Path) -> tuple[float, float]:
     """Seconds of a cell with directions whose structure is computed and kept, and of the same cell once more."""
-    from ovqk.analyses import analyse
+    from ovqk.analyse import analyse
     from ovqk.cache import StructureCache
 
     config = cell_config(folder)
@@ -277,7 +277,7 @@ def child(name: str, folder: Path, threads: int, device: str, hoard: bool = True
 
 def run_child(name: str, folder: Path, device: str) -> None:
     """Print what `child` reads."""
-    import ovqk.analyses  # noqa: F401 (what a cell imports)
+    import ovqk.analyse  # noqa: F401 (what a cell imports)
 
     config = cell_config(folder, device, task="ioi" if name == "ioi" else "none")
     base, processor = peak_memory(), time.process_time()

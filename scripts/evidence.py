@@ -29,7 +29,7 @@ from hydra import compose, initialize_config_dir
 from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
-from ovqk.analyses import analyse
+from ovqk.analyse import analyse
 from ovqk.checkpoints import open_checkpoint
 from ovqk.claims import Claims
 from ovqk.config import Direction, PredictionConfig, register

@@ -33,7 +33,7 @@ from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from ovqk.analyses import Analysis, analyse
+from ovqk.analyse import Analysis, analyse
 from ovqk.config import ClaimsConfig, Config, register
 from ovqk.metrics import COMPOSITION_METRICS
 from ovqk.resolve import resolve

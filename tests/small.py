@@ -6,7 +6,7 @@ from conftest import compose
 from oracle import auc, block0_rows, centre_tokens, matrices, projector, ratio
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ovqk.analyses import Analysis, analyse
+from ovqk.analyse import Analysis, analyse
 from ovqk.config import ClaimsConfig, Config, Direction, PredictionConfig, RoleConfig, TaskConfig, VariableConfig
 from ovqk.config import VariableKind as Kind
 from ovqk.tasks import resolve_task

@@ -19,7 +19,7 @@ from oracle import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ovqk.analyses import analyse
+from ovqk.analyse import analyse
 from ovqk.checkpoints import open_checkpoint
 from ovqk.config import Config, Embedding, Processing, TaskConfig, VariableConfig, VariableKind
 from ovqk.metrics import METRICS

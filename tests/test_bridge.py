@@ -5,7 +5,7 @@ import torch
 from conftest import compose, local, make_gpt2, randomise
 from oracle import matrices
 
-from ovqk.analyses import analyse
+from ovqk.analyse import analyse
 from ovqk.bridge import BridgeWeights
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SIZES, WIDE, compose, local, randomise
 
-from ovqk.analyses import analyse
+from ovqk.analyse import analyse
 from ovqk.bridge import BridgeWeights
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, compose, local
 
 from ovqk import structure
-from ovqk.analyses import Analysis, analyse
+from ovqk.analyse import Analysis, analyse
 from ovqk.cache import ENTRY, StructureCache
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, counted, run, task
 
-from ovqk.analyses import Analysis
+from ovqk.analyse import Analysis
 from ovqk.candidates import STRONGEST
 from ovqk.config import Direction
 from ovqk.statistics import benjamini_hochberg

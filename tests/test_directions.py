@@ -25,7 +25,7 @@ from token_tables import (
 
 from ovqk import effective as effective_module
 from ovqk import structure
-from ovqk.analyses import analyse
+from ovqk.analyse import analyse
 from ovqk.checkpoints import open_checkpoint
 from ovqk.components import components
 from ovqk.directions import COLUMNS, Directions, TokenSide

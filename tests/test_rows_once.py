@@ -14,7 +14,7 @@ from small import DRAWS, Random, V, cell, run, task, tokenizer
 
 from ovqk import alignment, readouts, spectra, surrogates
 from ovqk.alignment import TopSearch, in_top_by_source, settle
-from ovqk.analyses import analyse
+from ovqk.analyse import analyse
 from ovqk.checkpoints import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.heads import Factors

@@ -30,7 +30,7 @@ from small import (
     tokenizer,
 )
 
-from ovqk.analyses import Analysis, analyse
+from ovqk.analyse import Analysis, analyse
 from ovqk.config import Direction
 from ovqk.model import Model
 from ovqk.statistics import benjamini_hochberg
