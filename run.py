@@ -12,8 +12,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ovqk.config import register
-from ovqk.mistakes import check_keys, mistakes
+from ovqk.config.mistakes import check_keys, mistakes
+from ovqk.config.schema import register
 from ovqk.sweep import end_early, launcher_hint
 
 gc.disable()  # until ovqk.sweep has imported the rest: to look for garbage in what stays takes a tenth of the start

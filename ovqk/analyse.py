@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 
 from ovqk.cache import Entry, StructureCache
 from ovqk.candidates import candidate_rows, unclaimed
+from ovqk.circuits.composition import STRONGEST, composition_table, virtual_heads_table
 from ovqk.claims import Claims, resolve_claims
-from ovqk.composition import STRONGEST, composition_table, virtual_heads_table
-from ovqk.config import Config
+from ovqk.config.schema import Config
 from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, metric_names
 from ovqk.model import Layer, Model
@@ -30,7 +30,7 @@ from ovqk.structure import DirectionTables, Stage, StructureTables, Tables
 from ovqk.task_readout import ReadoutTables, TaskReadout
 from ovqk.testing import ClaimTests, matching_grams
 from ovqk.verdicts import VERDICTS, judge, subjects
-from ovqk.weights import WeightSource
+from ovqk.weights.types import WeightSource
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Why a metric has no value for any head of a model: said in the record, never filled in."""
 
+from ovqk.circuits.vocabulary import Block0, Vocabulary
 from ovqk.metrics import METRICS, metric_names
-from ovqk.vocabulary import Block0, Vocabulary
-from ovqk.weights import Architecture
+from ovqk.weights.types import Architecture
 
 NO_EMBEDDING = "the checkpoint has no token embedding"
 NOT_APPLICABLE = "not applicable: "

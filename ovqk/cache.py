@@ -18,11 +18,12 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 
+from ovqk.config.resolve import plain
 from ovqk.metrics import SCHEMA_VERSION
 from ovqk.model import Model
-from ovqk.resolve import plain
 from ovqk.structure import Tables
 
+PACKAGE = Path(__file__).parent
 ENTRY = "entry.json"
 GIGABYTE = 2**30
 
@@ -151,7 +152,7 @@ def _forget_oldest(folder: Path, most: float) -> None:
 @lru_cache(maxsize=1)
 def _code() -> str:
     """A hash of ovqk's own modules: an entry of other code is never read, whoever forgot to bump a version."""
-    return _hash(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    return _hash(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))))
 
 
 def _hash(content: bytes) -> str:

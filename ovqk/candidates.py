@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ovqk.claims import Claims, Head
-from ovqk.config import TaskConfig
+from ovqk.config.schema import TaskConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.nulls import Predicted, depth_reference
 from ovqk.readouts import SUBSPACE_METRICS

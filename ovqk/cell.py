@@ -16,20 +16,20 @@ from omegaconf import DictConfig
 from ovqk import console
 from ovqk.analyse import analyse
 from ovqk.cache import StructureCache
-from ovqk.checkpoints import Checkpoint, open_checkpoint
-from ovqk.config import Config, TrackingMode
+from ovqk.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ovqk.checkpoints.files import cache_folder
+from ovqk.config.resolve import resolve, tracking_mode
+from ovqk.config.schema import Config, TrackingMode
 from ovqk.errors import UserError
-from ovqk.families import tensors_read
-from ovqk.files import cache_folder
 from ovqk.identity import cell_folder, cell_id, identity
 from ovqk.outcomes import Outcome, Outcomes, Status
 from ovqk.progress import layers_of
 from ovqk.record import claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
-from ovqk.resolve import resolve, tracking_mode
-from ovqk.sources import open_weights
 from ovqk.suggestions import shipped_tasks
 from ovqk.tasks import readable_tasks, tokenizer_for
 from ovqk.wandb_service import start_meanwhile
+from ovqk.weights.families import tensors_read
+from ovqk.weights.readers import open_weights
 
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 """A full, read-only or forbidden disk, or a name it does not take: a message for the user, and no defect."""

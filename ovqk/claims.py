@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass
 
-from ovqk.config import ClaimsConfig, ModelConfig, PredictionConfig, Source, TaskConfig
+from ovqk.config.schema import ClaimsConfig, ModelConfig, PredictionConfig, Source, TaskConfig
 from ovqk.errors import UserError
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
-from ovqk.weights import Architecture
+from ovqk.weights.types import Architecture
 
 Head = tuple[int, int]
 """(layer, head)."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ovqk.config import TrackingConfig
+from ovqk.config.schema import TrackingConfig
 from ovqk.metrics import METRICS
 from ovqk.overview import read_sweeps
 from ovqk.panels import Panels, read_panels

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ovqk.components import KINDS, SIDES, Components
-from ovqk.config import Embedding
-from ovqk.effective import Block0Side, NormalisedSide, Side, StoredSide
-from ovqk.heads import Circuit
+from ovqk.circuits.components import KINDS, SIDES, Components
+from ovqk.circuits.factors import Circuit
+from ovqk.circuits.sides import Block0Side, NormalisedSide, Side, StoredSide
+from ovqk.circuits.vocabulary import BLOCK, Vocabulary, blocks
+from ovqk.config.schema import Embedding
 from ovqk.spelling import Spelling
-from ovqk.vocabulary import BLOCK, Vocabulary, blocks
-from ovqk.weights import Architecture
+from ovqk.weights.types import Architecture
 
 TOKENS = 10  # of each side and sign
 SLACK = 1e-5  # of the longest token: more than the rounding of a float32 projection

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ovqk.config import Config
+from ovqk.config.resolve import plain
+from ovqk.config.schema import Config
 from ovqk.metrics import SCHEMA_VERSION
-from ovqk.resolve import plain
 
 
 def identity(config: Config, digest: str) -> dict[str, Any]:

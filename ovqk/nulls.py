@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovqk.claims import Claims, Head
-from ovqk.config import Direction, PredictionConfig
+from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS
 from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS
 from ovqk.statistics import (
@@ -34,7 +34,7 @@ from ovqk.statistics import (
     within_layer_auc,
     within_layer_auc_interval,
 )
-from ovqk.weights import Architecture
+from ovqk.weights.types import Architecture
 
 ALPHA = 0.05
 DEPTH = 2  # layers on either side

@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ovqk.checkpoints import Checkpoint
+    from ovqk.checkpoints.checkpoint import Checkpoint
 
 WordSets = Mapping[str, Sequence[str]]
 Span = tuple[int, int]

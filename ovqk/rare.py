@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ovqk.circuits.vocabulary import Vocabulary, blocks, mean_row
 from ovqk.spelling import BYTE_LETTERS, Spelling
-from ovqk.vocabulary import Vocabulary, blocks, mean_row
 
 NEAR_MEAN = 0.01  # quantile of the distance from the mean row
 LIKE_UNTRAINED = 0.9  # cosine with the mean of the rows known to be untrained, both less the mean row

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ovqk import alignment
-from ovqk.config import Embedding, VariableKind
+from ovqk.circuits import alignment
+from ovqk.circuits.maps import CircuitMaps
+from ovqk.circuits.vocabulary import BLOCK, Block0, Vocabulary, blocks
+from ovqk.config.schema import Embedding, VariableKind
 from ovqk.errors import UserError
-from ovqk.head_maps import CircuitMaps
 from ovqk.tasks import Variable, WordSet
-from ovqk.vocabulary import BLOCK, Block0, Vocabulary, blocks
-from ovqk.weights import Architecture, Rows, StoredRows, normalise
+from ovqk.weights.types import Architecture, Rows, StoredRows, normalise
 
 SET_METRICS = (
     "ov_task_auc",

@@ -24,14 +24,14 @@ import pandas as pd
 import yaml
 from filelock import FileLock
 
-from ovqk.config import Config
+from ovqk.config.resolve import plain
+from ovqk.config.schema import Config
 from ovqk.errors import UserError
 from ovqk.metrics import SCHEMA_VERSION
-from ovqk.resolve import plain
 
 if TYPE_CHECKING:  # who reads records, as `load_results` and the report do, waits for no torch
     import ovqk.analyse
-    import ovqk.checkpoints
+    import ovqk.checkpoints.checkpoint
 
 RECORD = "record.json"
 TRACKING = "tracking.json"
@@ -106,7 +106,7 @@ def write_done(
     config: Config,
     identity: dict[str, Any],
     identifier: str,
-    checkpoint: "ovqk.checkpoints.Checkpoint",
+    checkpoint: "ovqk.checkpoints.checkpoint.Checkpoint",
     loaded_by: str,
     analysis: "ovqk.analyse.Analysis",
     seconds: float,
@@ -183,7 +183,7 @@ def cell_yaml(config: Config) -> str:
 
 
 def provenance(
-    config: Config, identity: dict[str, Any], checkpoint: "ovqk.checkpoints.Checkpoint", seconds: float
+    config: Config, identity: dict[str, Any], checkpoint: "ovqk.checkpoints.checkpoint.Checkpoint", seconds: float
 ) -> dict[str, Any]:
     """What is needed to say where the numbers came from: weights, identity, config, versions, code, cost."""
     import torch

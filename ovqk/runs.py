@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from ovqk.config import TrackingMode
+from ovqk.config.schema import TrackingMode
 from ovqk.panels import Panels, plain_table
 from ovqk.wandb_service import finish, quiet_wandb, settings, staged_in, within
 

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk import positions, spectra
-from ovqk.components import Components, components
-from ovqk.heads import Circuit
-from ovqk.layers import layer_metrics
+from ovqk.circuits import positions, spectra
+from ovqk.circuits.components import Components, components
+from ovqk.circuits.factors import Circuit
+from ovqk.circuits.spectra import full_circuit_ratio
+from ovqk.circuits.summed_qk import layer_metrics
 from ovqk.model import Layer, Model
-from ovqk.spectra import full_circuit_ratio
 
 HeadValues = dict[str, Float[Tensor, " head"]]
 WAITING = 2**22  # numbers in the components that wait for a pass over the vocabulary

@@ -18,15 +18,15 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovqk.config import VariableKind
-from ovqk.head_maps import CircuitMaps
-from ovqk.heads import Circuit
+from ovqk.circuits.factors import Circuit
+from ovqk.circuits.maps import CircuitMaps
+from ovqk.circuits.spectra import Decomposition, Gram, full_circuit_ratio
+from ovqk.circuits.threads import CPU, each
+from ovqk.circuits.vocabulary import EXACT, blocks
+from ovqk.config.schema import VariableKind
 from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
-from ovqk.spectra import Decomposition, Gram, full_circuit_ratio
 from ovqk.task_readout import TaskReadout
 from ovqk.tasks import Variable, WordSet
-from ovqk.threads import CPU, each
-from ovqk.vocabulary import EXACT, blocks
 
 STAGES = (25, 50, 100, 200, 400)
 """Numbers of draws after which it is asked whether more are needed; then all."""

@@ -73,7 +73,7 @@ class RunningSweep:
         tracking = done[0].tracking if done else None
         if tracking is None or tracking["mode"] == "none" or any(outcome.tracking != tracking for outcome in done):
             return
-        from ovqk.config import TrackingMode
+        from ovqk.config.schema import TrackingMode
         from ovqk.overview import sweep_folder
         from ovqk.record import read_tracking
         from ovqk.runs import Destination
@@ -261,8 +261,8 @@ def _prepare_workers() -> None:
 def _check(config: DictConfig) -> None:
     """Refuse what would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import make_results_dir
+    from ovqk.config.resolve import tracking_mode
     from ovqk.errors import UserError
-    from ovqk.resolve import tracking_mode
 
     _collect_garbage()
     try:

@@ -9,15 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.availability import NOT_APPLICABLE
-from ovqk.config import VariableKind
-from ovqk.head_maps import HeadMaps, Scorer
-from ovqk.heads import Circuit, scores
+from ovqk.circuits.factors import Circuit, scores
+from ovqk.circuits.maps import HeadMaps, Scorer
+from ovqk.circuits.vocabulary import Block0
+from ovqk.config.schema import VariableKind
 from ovqk.metrics import METRICS, metric_names
 from ovqk.model import Layer, Model
 from ovqk.readouts import CONTRAST_METRICS, SET_METRICS, EffectiveRows, Readout
 from ovqk.structure import Tables, heads_rows
 from ovqk.tasks import TaskTokens, resolve_task
-from ovqk.vocabulary import Block0
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ovqk.checkpoints import Checkpoint
-from ovqk.config import TaskConfig, VariableConfig, VariableKind
+from ovqk.checkpoints.checkpoint import Checkpoint
+from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
 from ovqk.errors import UserError
 
 MIN_WORDS = 8
@@ -87,7 +87,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """
     directory = checkpoint.directory
     if checkpoint.metadata is not None:
-        from ovqk.gguf_tokenizer import tokenizer_of
+        from ovqk.checkpoints.gguf_tokenizer import tokenizer_of
 
         return tokenizer_of(checkpoint.metadata, checkpoint.label)
     if not checkpoint.config:  # one file of TransformerLens names: what lies beside it is not its tokenizer

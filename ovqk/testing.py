@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovqk import composition
+from ovqk.circuits import composition
+from ovqk.circuits.composition import LayerCircuits
+from ovqk.circuits.factors import Circuit
+from ovqk.circuits.maps import HeadMaps
 from ovqk.claims import Claims, Head
-from ovqk.composition import LayerCircuits
-from ovqk.config import PredictionConfig
-from ovqk.head_maps import HeadMaps
-from ovqk.heads import Circuit
+from ovqk.config.schema import PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.model import Form, Layer, Model
 from ovqk.nulls import (

@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from filelock import Timeout
 
-from ovqk.config import TrackingConfig, TrackingMode
+from ovqk.config.schema import TrackingConfig, TrackingMode
 from ovqk.errors import UserError
 from ovqk.overview import Sweep, draw, overview_config, overview_tables, read_sweeps, remember_cells, sweep_folder
 from ovqk.panels import read_panels

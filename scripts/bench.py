@@ -80,8 +80,8 @@ def cell_operations(shape: Shape) -> float:
 
 def open_model(config: Any) -> Any:
     """The weights that a cell reads."""
-    from ovqk.checkpoints import open_checkpoint
-    from ovqk.sources import open_weights
+    from ovqk.checkpoints.checkpoint import open_checkpoint
+    from ovqk.weights.readers import open_weights
 
     return open_weights(open_checkpoint(config.model), config.model)
 
@@ -90,8 +90,8 @@ def cell_config(folder: Path, device: str = "cpu", task: str = "none") -> Any:
     """`run.py model=local` without directions."""
     from hydra import compose, initialize_config_dir
 
-    from ovqk.config import register
-    from ovqk.resolve import resolve
+    from ovqk.config.resolve import resolve
+    from ovqk.config.schema import register
 
     register()
     root = Path(__file__).resolve().parents[1]
@@ -133,9 +133,9 @@ def whole_cell(config: Any) -> int:
 def whole_cell_with_words(config: Any) -> int:
     """Every stage of `analyse`, from the files on, with the tokenizer and the task's words."""
     from ovqk.analyse import analyse
-    from ovqk.checkpoints import open_checkpoint
-    from ovqk.sources import open_weights
+    from ovqk.checkpoints.checkpoint import open_checkpoint
     from ovqk.tasks import load_tokenizer
+    from ovqk.weights.readers import open_weights
 
     checkpoint = open_checkpoint(config.model)
     source, tokenizer = open_weights(checkpoint, config.model), load_tokenizer(checkpoint)
@@ -214,7 +214,7 @@ def transformer_lens(folder: Path, shape: Shape, sample: int) -> dict[str, float
 
 def in_memory(folder: Path) -> Any:
     """Layer 0's folded weights, W_E and W_U^T as tensors."""
-    from ovqk.weights import fold_embeddings, fold_layer
+    from ovqk.weights.types import fold_embeddings, fold_layer
 
     source = open_model(cell_config(folder))
     folded = fold_embeddings(source.embeddings(), source.architecture)
@@ -228,7 +228,7 @@ def composition_seconds(folder: Path, shape: Shape) -> dict[str, float]:
     from transformer_lens import FactoredMatrix
     from transformer_lens.utilities.matrix import composition_scores
 
-    from ovqk.composition import MODES, LayerCircuits, received
+    from ovqk.circuits.composition import MODES, LayerCircuits, received
     from ovqk.model import Layer, Model
 
     config = cell_config(folder)

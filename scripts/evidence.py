@@ -30,20 +30,20 @@ from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints import open_checkpoint
+from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.claims import Claims
-from ovqk.config import Direction, PredictionConfig, register
-from ovqk.families import tensors_read
+from ovqk.config.resolve import resolve
+from ovqk.config.schema import Direction, PredictionConfig, register
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.model import Layer, Model
 from ovqk.nulls import Predicted, layer_strata, predicted_values
-from ovqk.resolve import resolve
-from ovqk.sources import open_weights
 from ovqk.statistics import Stratum, stratified_permutation, within_layer_auc
 from ovqk.task_readout import TaskReadout
 from ovqk.tasks import load_tokenizer
 from ovqk.testing import ClaimTests
-from ovqk.weights import Architecture
+from ovqk.weights.families import tensors_read
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import Architecture
 
 RESAMPLES = 2000
 ROOT = Path(__file__).resolve().parents[1]

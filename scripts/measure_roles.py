@@ -44,8 +44,8 @@ from language import END_OF_TEXT
 from tokenizers.models import WordLevel
 from transformer_lens.model_bridge import TransformerBridge
 
-from ovqk.checkpoints import open_checkpoint
-from ovqk.config import ModelConfig, Source
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.config.schema import ModelConfig, Source
 from ovqk.prompts import Prompt, known_words, sample_prompts, start_tokens, token_positions
 from ovqk.tasks import load_tokenizer
 

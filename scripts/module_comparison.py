@@ -7,9 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ovqk.block_probes import BlockActivations, CannotRunError, Recorder, find_blocks, first_tensor, record_activations
-from ovqk.vocabulary import Block0
-from ovqk.weights import (
+from ovqk.circuits.vocabulary import Block0
+from ovqk.weights.block_probes import (
+    BlockActivations,
+    CannotRunError,
+    Recorder,
+    find_blocks,
+    first_tensor,
+    record_activations,
+)
+from ovqk.weights.types import (
     WeightSource,
     apply_norm,
     fold_embeddings,

@@ -20,7 +20,7 @@ SHARED = ROOT.parent / "shared" / "models"
 BUNDLED = ROOT / "ovqk" / "bundled" / "mini-attn"
 sys.path.insert(0, str(ROOT))
 
-from ovqk.config import Config, ModelConfig, Source, register
+from ovqk.config.schema import Config, ModelConfig, Source, register
 
 register()
 torch.set_num_threads(1)  # the tests run side by side
@@ -256,7 +256,7 @@ def compose(*overrides: str) -> Config:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    from ovqk.resolve import resolve
+    from ovqk.config.resolve import resolve
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return resolve(hydra_compose("config", overrides=list(overrides)))

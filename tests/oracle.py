@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ovqk.heads import Factors
-from ovqk.weights import (
+from ovqk.circuits.factors import Factors
+from ovqk.weights.types import (
     EmbeddingWeights,
     LayerWeights,
     WeightSource,

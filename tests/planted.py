@@ -34,10 +34,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from ovqk.analyse import Analysis, analyse
-from ovqk.config import ClaimsConfig, Config, register
+from ovqk.config.resolve import resolve
+from ovqk.config.schema import ClaimsConfig, Config, register
 from ovqk.metrics import COMPOSITION_METRICS
-from ovqk.resolve import resolve
-from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Norm, QueryKeyNorm, Rotary
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Norm, QueryKeyNorm, Rotary
 
 CONF = Path(__file__).parents[1] / "conf"
 NAME = "planted"

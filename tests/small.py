@@ -7,10 +7,10 @@ from oracle import auc, block0_rows, centre_tokens, matrices, projector, ratio
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ovqk.analyse import Analysis, analyse
-from ovqk.config import ClaimsConfig, Config, Direction, PredictionConfig, RoleConfig, TaskConfig, VariableConfig
-from ovqk.config import VariableKind as Kind
+from ovqk.config.schema import ClaimsConfig, Config, Direction, PredictionConfig, RoleConfig, TaskConfig, VariableConfig
+from ovqk.config.schema import VariableKind as Kind
 from ovqk.tasks import resolve_task
-from ovqk.weights import (
+from ovqk.weights.types import (
     Architecture,
     EmbeddingWeights,
     LayerWeights,

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from ovqk import alignment
-from ovqk.alignment import TOP, in_top_by_source
-from ovqk.heads import Factors
+from ovqk.circuits import alignment
+from ovqk.circuits.alignment import TOP, in_top_by_source
+from ovqk.circuits.factors import Factors
 
 D_MODEL, D_HEAD = 8, 3
 

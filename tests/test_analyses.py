@@ -20,12 +20,12 @@ from oracle import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints import open_checkpoint
-from ovqk.config import Config, Embedding, Processing, TaskConfig, VariableConfig, VariableKind
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.config.schema import Config, Embedding, Processing, TaskConfig, VariableConfig, VariableKind
 from ovqk.metrics import METRICS
-from ovqk.sources import open_weights
 from ovqk.tasks import load_tokenizer, resolve_task
-from ovqk.weights import fold_layer, normalise
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import fold_layer, normalise
 
 RATIO = 1e-4  # absolute, where the range is bounded
 SCALE = 1e-4  # relative, elsewhere
@@ -245,8 +245,8 @@ def test_spectra_of_a_nilpotent_head_are_marked_unstable_not_reported_as_structu
     """A Jordan block of 16: exact eigenvalues 0, computed ones decided by rounding."""
     from oracle import regauge
 
-    from ovqk.heads import Factors
-    from ovqk.spectra import decompose, spectrum_metrics
+    from ovqk.circuits.factors import Factors
+    from ovqk.circuits.spectra import decompose, spectrum_metrics
 
     shift = torch.diag(torch.ones(15), 1)
     left, right = torch.zeros(1, 32, 16), torch.zeros(1, 16, 32)
@@ -281,10 +281,10 @@ def test_processing_is_recorded_as_it_was_done(tiny_gpt2) -> None:
 
 def test_a_first_layer_that_turns_tokens_around_hides_copying_from_the_plain_embedding() -> None:
     """Planted: block 0 makes every token its opposite, so a copying head after it has copying 1, and -1 by block0."""
-    from ovqk.heads import Factors
-    from ovqk.spectra import decompose, full_circuit_ratio
-    from ovqk.vocabulary import Block0, read_vocabulary
-    from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights
+    from ovqk.circuits.factors import Factors
+    from ovqk.circuits.spectra import decompose, full_circuit_ratio
+    from ovqk.circuits.vocabulary import Block0, read_vocabulary
+    from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 
     eye, zeros = torch.eye(8)[None], torch.zeros(1, 8)
     facts = Architecture("test", 2, 1, 1, 8, 8, None, "none", 1e-5, "none")

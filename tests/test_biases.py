@@ -12,11 +12,11 @@ from gguf_writing import write_gguf
 from safetensors.torch import load_file, save_file
 from test_native import BESIDE_PICTURES, PICTURES, edited
 
-from ovqk.checkpoints import Checkpoint, SafetensorsFiles, open_checkpoint
+from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles, open_checkpoint
 from ovqk.errors import UserError
-from ovqk.families import FAMILIES, WRAPPED, family_of
-from ovqk.settings import Settings
-from ovqk.sources import open_weights
+from ovqk.weights.families import FAMILIES, WRAPPED, family_of
+from ovqk.weights.readers import open_weights
+from ovqk.weights.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 

@@ -8,10 +8,10 @@ import torch
 from conftest import SIZES, WIDE, compose, local, randomise
 
 from ovqk.analyse import analyse
-from ovqk.bridge import BridgeWeights
-from ovqk.checkpoints import open_checkpoint
+from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.errors import UserError
-from ovqk.sources import open_weights
+from ovqk.weights.bridge import BridgeWeights
+from ovqk.weights.readers import open_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -214,7 +214,7 @@ def test_an_architecture_without_alike_heads_is_refused_from_its_config(case, tm
     from safetensors.torch import save_file
 
     config, message = REFUSED[case]
-    monkeypatch.setitem(sys.modules, "ovqk.bridge", None)  # an import of it raises
+    monkeypatch.setitem(sys.modules, "ovqk.weights.bridge", None)  # an import of it raises
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["SomeForCausalLM"]}))
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=f"SomeForCausalLM.*{message}.*allowed: "):

@@ -12,10 +12,10 @@ from conftest import ROOT, compose, local
 from ovqk import structure
 from ovqk.analyse import Analysis, analyse
 from ovqk.cache import ENTRY, StructureCache
-from ovqk.checkpoints import open_checkpoint
+from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.errors import UserError
-from ovqk.sources import open_weights
 from ovqk.tasks import load_tokenizer
+from ovqk.weights.readers import open_weights
 
 
 def run(cache: StructureCache | None, *overrides: str, digest: str | None = None) -> Analysis:

@@ -9,7 +9,7 @@ from small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, counted, 
 
 from ovqk.analyse import Analysis
 from ovqk.candidates import STRONGEST
-from ovqk.config import Direction
+from ovqk.config.schema import Direction
 from ovqk.statistics import benjamini_hochberg
 from ovqk.surrogates import draw_words
 

@@ -10,11 +10,11 @@ import torch
 from conftest import BUNDLED, local, make_gpt2, make_llama, shared_model
 from safetensors.torch import load_file, save_file
 
-from ovqk.checkpoints import open_checkpoint
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.circuits.vocabulary import read_vocabulary
 from ovqk.errors import UserError
-from ovqk.sources import open_weights
-from ovqk.vocabulary import read_vocabulary
-from ovqk.weights import fold_embeddings
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import fold_embeddings
 
 
 def opened(path: Path, **keys):
@@ -139,7 +139,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value) -> None:
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
 def test_rows_of_no_token_may_hold_anything_and_those_of_tokens_may_not(tmp_path, monkeypatch, name, small) -> None:
     """Of an embedding that is read at once as of one that stays in the checkpoint."""
-    from ovqk import native
+    from ovqk.weights import native
 
     def spoil(tensors) -> None:
         tensors[name][35] = float("nan")
@@ -373,7 +373,7 @@ def test_names_with_and_without_the_transformer_prefix(tmp_path) -> None:
 
 def test_grouped_keys_are_indexed_not_tiled(tmp_path) -> None:
     """Query head j reads KV head j // group; tiling would pair head 1 with KV head 1."""
-    from ovqk.heads import ov_factors, qk_factors
+    from ovqk.circuits.factors import ov_factors, qk_factors
 
     model = make_llama(tmp_path / "m")
     source = opened(tmp_path / "m")

@@ -8,11 +8,11 @@ import pytest
 from conftest import compose
 
 from ovqk.claims import Claims, parse_head, resolve_claims
-from ovqk.config import Direction, PredictionConfig
+from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.errors import UserError
 from ovqk.nulls import Predicted, correct, head_rows, predicted_values, role_rows
 from ovqk.verdicts import Subject, judge, subjects
-from ovqk.weights import Architecture
+from ovqk.weights.types import Architecture
 
 
 def facts(layers: int = 12, heads: int = 12, **changes) -> Architecture:

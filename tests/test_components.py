@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from oracle import regauge
 from token_tables import factored, ids, orthonormal, random, table, values
 
-from ovqk.components import clusters, components, eigen_components
-from ovqk.heads import Factors
-from ovqk.spectra import decompose
+from ovqk.circuits.components import clusters, components, eigen_components
+from ovqk.circuits.factors import Factors
+from ovqk.circuits.spectra import decompose
 from ovqk.token_lists import describe
 
 

@@ -16,9 +16,9 @@ from oracle import block0_rows, centre_tokens, folded_embeddings, matrices, rati
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ovqk import composition
-from ovqk.checkpoints import open_checkpoint
-from ovqk.composition import (
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.circuits import composition
+from ovqk.circuits.composition import (
     COLUMNS,
     MODES,
     LayerCircuits,
@@ -33,12 +33,12 @@ from ovqk.composition import (
     virtual_factors,
     virtual_heads_table,
 )
-from ovqk.heads import Factors, ov_factors, qk_factors
-from ovqk.positions import rotary_span
-from ovqk.sources import open_weights
-from ovqk.spectra import decompose
-from ovqk.vocabulary import centred_gram
-from ovqk.weights import fold_layer
+from ovqk.circuits.factors import Factors, ov_factors, qk_factors
+from ovqk.circuits.positions import rotary_span
+from ovqk.circuits.spectra import decompose
+from ovqk.circuits.vocabulary import centred_gram
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import fold_layer
 
 KINDS = [
     "gpt2",
@@ -159,7 +159,7 @@ def test_the_rotation_is_the_mean_one_that_was_decomposed(tiny) -> None:
 def test_scores_equal_those_of_transformer_lens(tiny, kind) -> None:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from ovqk.bridge import unused_tokenizer
+    from ovqk.weights.bridge import unused_tokenizer
 
     with unused_tokenizer() as tokenizer:
         bridge = TransformerBridge.boot_transformers(str(tiny(kind)), device="cpu", tokenizer=tokenizer)
@@ -532,8 +532,8 @@ def test_virtual_heads_match_materialised_products(tiny) -> None:
 PASS = """
 import resource
 import torch
-from ovqk.composition import LayerCircuits, composition_table, virtual_heads_table
-from ovqk.spectra import Decomposition
+from ovqk.circuits.composition import LayerCircuits, composition_table, virtual_heads_table
+from ovqk.circuits.spectra import Decomposition
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

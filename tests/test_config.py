@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, compose
 
-from ovqk.config import Source
+from ovqk.config.schema import Source
 from ovqk.errors import UserError
 from ovqk.metrics import METRICS, metric_names
 

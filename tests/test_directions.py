@@ -23,21 +23,21 @@ from token_tables import (
     vocabulary,
 )
 
-from ovqk import effective as effective_module
 from ovqk import structure
 from ovqk.analyse import analyse
-from ovqk.checkpoints import open_checkpoint
-from ovqk.components import components
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.circuits import sides as effective_module
+from ovqk.circuits.components import components
+from ovqk.circuits.factors import Factors
+from ovqk.circuits.sides import Block0Side, StoredSide
+from ovqk.circuits.spectra import Decomposition, decompose
+from ovqk.circuits.vocabulary import Block0
 from ovqk.directions import COLUMNS, Directions, TokenSide
-from ovqk.effective import Block0Side, StoredSide
-from ovqk.heads import Factors
 from ovqk.model import Layer, Model
-from ovqk.sources import open_weights
-from ovqk.spectra import Decomposition, decompose
 from ovqk.tasks import load_tokenizer
 from ovqk.token_lists import describe
-from ovqk.vocabulary import Block0
-from ovqk.weights import Architecture, EmbeddingWeights, LayerWeights, normalise
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, normalise
 
 # --- oracle --------------------------------------------------------------------------------------------------
 

@@ -13,13 +13,13 @@ from conftest import KINDS, local, make, shared_model
 from gguf import GGMLQuantizationType, quants
 from gguf_writing import ARCHITECTURES, tokenizer_metadata, write_gguf
 
-from ovqk.checkpoints import open_checkpoint
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.gguf_file import GGUFFile
+from ovqk.checkpoints.gguf_tokenizer import SPLITS, tokenizer_of
+from ovqk.circuits.factors import ov_factors, qk_factors
 from ovqk.errors import UserError
-from ovqk.gguf_file import GGUFFile
-from ovqk.gguf_tokenizer import SPLITS, tokenizer_of
-from ovqk.heads import ov_factors, qk_factors
-from ovqk.sources import open_weights
 from ovqk.tasks import load_tokenizer
+from ovqk.weights.readers import open_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 
@@ -207,7 +207,7 @@ def test_the_tokenizer_of_gpt2() -> None:
     """Against the checkpoint's own reading of vocab.json and merges.txt."""
     from tokenizers import models
 
-    from ovqk.checkpoints import Checkpoint, SafetensorsFiles
+    from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles
 
     directory = shared_model("gpt2-tokenizer")
     own = load_tokenizer(Checkpoint("x", directory, {"model_type": "gpt2"}, SafetensorsFiles({}, {}, {}), ""))

@@ -20,15 +20,15 @@ from hub_stub import COMMIT, REPO, Hub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ovqk import hub as hub_module
-from ovqk import patience
-from ovqk.checkpoints import Checkpoint, open_checkpoint
-from ovqk.config import ModelConfig, Source
+from ovqk.checkpoints import hub as hub_module
+from ovqk.checkpoints import hub_timeout
+from ovqk.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ovqk.checkpoints.files import cache_folder, file_hash
+from ovqk.checkpoints.shards import LEFT_OUT, read_header, write_part
+from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
-from ovqk.families import FAMILIES, family_of, tensors_read
-from ovqk.files import cache_folder, file_hash
-from ovqk.shards import LEFT_OUT, read_header, write_part
-from ovqk.sources import open_weights
+from ovqk.weights.families import FAMILIES, family_of, tensors_read
+from ovqk.weights.readers import open_weights
 
 WIDE = {"n_inner": 2048}
 """An MLP that is most of a tiny GPT-2."""
@@ -48,7 +48,7 @@ def opened(timeout: float = 20.0, **keys) -> Checkpoint:
 def nothing_asked_before(monkeypatch) -> None:
     """A process that has asked no hub yet."""
     monkeypatch.setattr(hub_module, "_unanswered", {})
-    monkeypatch.setattr(patience, "_unreached", set())
+    monkeypatch.setattr(hub_timeout, "_unreached", set())
 
 
 @pytest.fixture
@@ -553,20 +553,20 @@ def closed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     hub.server.shutdown()
     hub.server.server_close()
     asked: list[str] = []
-    before = patience.Patience._before
+    before = hub_timeout.Patience._before
 
-    def noting(self: patience.Patience, request) -> None:
+    def noting(self: hub_timeout.Patience, request) -> None:
         asked.append(f"{request.method} {request.url.path}")
         before(self, request)
 
-    monkeypatch.setattr(patience.Patience, "_before", noting)
+    monkeypatch.setattr(hub_timeout.Patience, "_before", noting)
     return asked
 
 
 def test_a_hub_that_cannot_be_reached_is_waited_for_once(hub, monkeypatch, pauses) -> None:
     asked = closed(hub, monkeypatch)
     fails("the hub could not be reached")
-    assert len(asked) <= patience.ATTEMPTS and sum(pauses) <= 3  # the library alone: six attempts and 23 s
+    assert len(asked) <= hub_timeout.ATTEMPTS and sum(pauses) <= 3  # the library alone: six attempts and 23 s
     asked.clear()
     fails("the hub could not be reached")
     assert not asked  # the same question: the same answer at once
@@ -586,10 +586,10 @@ def test_a_hub_that_could_not_be_reached_is_asked_again_later(hub, wide, monkeyp
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace(hub.url, "http://127.0.0.1:1")
         )  # nobody listens there
         fails("the hub could not be reached")
-        assert patience._unreached == {"127.0.0.1"}
+        assert hub_timeout._unreached == {"127.0.0.1"}
         away.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         assert same_weights(opened(), model(), wide)
-        assert not patience._unreached  # it answers: patience as before
+        assert not hub_timeout._unreached  # it answers: patience as before
 
 
 def test_a_cached_model_behind_a_hub_that_cannot_be_reached_costs_no_pause(
@@ -638,8 +638,8 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[str]:
     """Another process that opens the model and prints its digest."""
     code = (
-        "from ovqk.checkpoints import open_checkpoint; from ovqk.config import ModelConfig, Source\n"
-        "from ovqk.families import tensors_read\n"
+        "from ovqk.checkpoints.checkpoint import open_checkpoint; from ovqk.config.schema import ModelConfig, Source\n"
+        "from ovqk.weights.families import tensors_read\n"
         f"model = ModelConfig(name='tiny', source=Source.hub, repo={REPO!r})\n"
         "print(open_checkpoint(model, reads=tensors_read).digest)"
     )

@@ -6,8 +6,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ovqk.config import register
-from ovqk.mistakes import LISTED, check_keys, close_names, mistakes
+from ovqk.config.mistakes import LISTED, check_keys, close_names, mistakes
+from ovqk.config.schema import register
 
 
 def told(folder, *overrides: str) -> str:

@@ -9,14 +9,14 @@ import torch
 from conftest import BUNDLED, KINDS, SIZES, local, make, make_llama, randomise
 from safetensors.torch import load_file, save_file
 
-from ovqk.bridge import BridgeWeights
-from ovqk.checkpoints import open_checkpoint
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.circuits.factors import qk_factors
+from ovqk.circuits.vocabulary import Block0
 from ovqk.errors import UserError
-from ovqk.families import FAMILIES, WRAPPED, family_of
-from ovqk.heads import qk_factors
-from ovqk.sources import open_weights
-from ovqk.vocabulary import Block0
-from ovqk.weights import apply_norm, fold_embeddings, fold_layer, fold_mlp, fold_reads, keys, normalise, queries
+from ovqk.weights.bridge import BridgeWeights
+from ovqk.weights.families import FAMILIES, WRAPPED, family_of
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import apply_norm, fold_embeddings, fold_layer, fold_mlp, fold_reads, keys, normalise, queries
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 

@@ -12,7 +12,7 @@ from wandb_stub import command, impatient, inspect, sent_tables
 
 from ovqk import overview, tracking
 from ovqk.cell import run_cell
-from ovqk.config import TrackingMode
+from ovqk.config.schema import TrackingMode
 from ovqk.overview import draw, overview_config, overview_tables, read_sweeps, remember_cells, sweep_folder
 from ovqk.record import claim, read_record, read_tracking, write_json
 from ovqk.results import cell_folders

@@ -7,10 +7,10 @@ import pytest
 from conftest import compose, make
 from gguf_writing import write_gguf
 
-from ovqk.checkpoints import open_checkpoint
-from ovqk.config import ModelConfig, Source
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
-from ovqk.sources import open_weights
+from ovqk.weights.readers import open_weights
 
 
 @pytest.fixture

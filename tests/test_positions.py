@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from oracle import rotation
 from small import Random, run, task
 
-from ovqk import positions, vocabulary
-from ovqk.positions import (
+from ovqk.circuits import positions, vocabulary
+from ovqk.circuits.positions import (
     head_moments,
     learned_position_scores,
     learned_shares,
@@ -23,7 +23,7 @@ from ovqk.positions import (
     sample_rows,
     sample_step,
 )
-from ovqk.weights import Architecture, LayerWeights, QueryKeyNorm, Rotary, StoredRows, keys, normalise, queries
+from ovqk.weights.types import Architecture, LayerWeights, QueryKeyNorm, Rotary, StoredRows, keys, normalise, queries
 
 
 def facts(**changes) -> Architecture:
@@ -232,8 +232,8 @@ def test_offset_r2_is_the_adjusted_r2_of_the_two_way_regression(seed: int, T: in
 
 def test_previous_token_over_orthogonal_positions_is_positional_with_symmetry_zero() -> None:
     """Why symmetry does not tell position from content: this head is all position, and has symmetry 0."""
-    from ovqk.heads import qk_factors
-    from ovqk.spectra import decompose, spectrum_metrics
+    from ovqk.circuits.factors import qk_factors
+    from ovqk.circuits.spectra import decompose, spectrum_metrics
 
     weights, architecture, W_pos = one_hot_layer(torch.diag(torch.ones(11), -1))
     symmetry = spectrum_metrics(decompose(qk_factors(weights, architecture), centred=False))["symmetry"]

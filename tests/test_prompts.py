@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from ovqk.checkpoints import Checkpoint, SafetensorsFiles
+from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles
 from ovqk.prompts import known_words, sample_prompts, start_tokens, token_positions, variants
 
 WORDS = {
@@ -257,7 +257,7 @@ def test_a_start_token_that_is_not_in_the_vocabulary_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("adds", "start"), [(True, [2]), (False, [])])
 def test_a_gguf_file_says_itself_what_begins_a_text_whatever_lies_beside_it(adds, start, tmp_path):
-    from ovqk.gguf_tokenizer import tokenizer_of
+    from ovqk.checkpoints.gguf_tokenizer import tokenizer_of
 
     beside = {"bos_token": "a", "add_bos_token": not adds}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))

@@ -12,12 +12,12 @@ import torch
 from conftest import compose, local
 
 from ovqk.cell import run_cell
-from ovqk.checkpoints import open_checkpoint
-from ovqk.gguf_file import GGUFFile
-from ovqk.sources import open_weights
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.gguf_file import GGUFFile
+from ovqk.circuits.vocabulary import Block0
 from ovqk.tasks import load_tokenizer
-from ovqk.vocabulary import Block0
-from ovqk.weights import fold_embeddings, fold_layer, fold_mlp, fold_reads, keys, normalise, queries
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import fold_embeddings, fold_layer, fold_mlp, fold_reads, keys, normalise, queries
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -16,8 +16,8 @@ import evidence
 import measure_roles
 
 from ovqk.claims import Claims
-from ovqk.config import PredictionConfig
-from ovqk.weights import Architecture
+from ovqk.config.schema import PredictionConfig
+from ovqk.weights.types import Architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

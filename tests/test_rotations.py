@@ -12,12 +12,12 @@ from conftest import KINDS, ROOT, local
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from ovqk.checkpoints import Checkpoint, SafetensorsFiles, open_checkpoint
+from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles, open_checkpoint
 from ovqk.errors import UserError
-from ovqk.families import family_of
-from ovqk.rotations import completed, read_rotations
-from ovqk.sources import open_weights
-from ovqk.weights import Architecture
+from ovqk.weights.families import family_of
+from ovqk.weights.readers import open_weights
+from ovqk.weights.rotations import completed, read_rotations
+from ovqk.weights.types import Architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 
@@ -125,9 +125,9 @@ def test_a_plain_llama_is_read_without_transformers() -> None:
     config = {"model_type": "llama", "max_position_embeddings": 16, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
     code = (
-        "import sys; from pathlib import Path; from ovqk.checkpoints import Checkpoint, SafetensorsFiles; "
-        "from ovqk.families import family_of; from ovqk.rotations import completed, read_rotations; "
-        "from ovqk.weights import Architecture; "
+        "import sys; from pathlib import Path; from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles; "
+        "from ovqk.weights.families import family_of; from ovqk.weights.rotations import completed, read_rotations; "
+        "from ovqk.weights.types import Architecture; "
         f"config = {config}; checkpoint = Checkpoint('x', Path(), config, SafetensorsFiles({{}}, {{}}, {{}}), ''); "
         "family = family_of(config); keys, full = completed(checkpoint, family); "
         "facts = Architecture('llama', 2, 4, 4, 32, 8, 16, 'rmsnorm', 1e-6, 'rotary'); "

@@ -12,21 +12,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small import DRAWS, Random, V, cell, run, task, tokenizer
 
-from ovqk import alignment, readouts, spectra, surrogates
-from ovqk.alignment import TopSearch, in_top_by_source, settle
+from ovqk import readouts, surrogates
 from ovqk.analyse import analyse
-from ovqk.checkpoints import open_checkpoint
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.circuits import alignment, spectra
+from ovqk.circuits.alignment import TopSearch, in_top_by_source, settle
+from ovqk.circuits.factors import Factors
+from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
+from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.errors import UserError
-from ovqk.heads import Factors
 from ovqk.model import Layer, Model
 from ovqk.readouts import TOP_METRICS, EffectiveRows
-from ovqk.spectra import Decomposition, full_circuit_ratio
 from ovqk.statistics import monte_carlo
 from ovqk.task_readout import TaskReadout
 from ovqk.tasks import load_tokenizer
 from ovqk.testing import ClaimTests
-from ovqk.vocabulary import Vocabulary
-from ovqk.weights import Architecture, EmbeddingWeights, StoredRows
+from ovqk.weights.types import Architecture, EmbeddingWeights, StoredRows
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import bench
@@ -115,8 +116,9 @@ def test_finite_rows_are_checked_once_and_others_always_refused(tmp_path, monkey
     tensors["transformer.wte.weight"][30, 2] = math.nan
     save_file(tensors, path)
     checkpoint, checked = open_checkpoint(local(tmp_path)), []
-    check = sys.modules["ovqk.checkpoints"].check_finite
-    monkeypatch.setattr("ovqk.checkpoints.check_finite", lambda *given: (checked.append(given[1]), check(*given)))
+    module = sys.modules["ovqk.checkpoints.checkpoint"]
+    check = module.check_finite
+    monkeypatch.setattr(module, "check_finite", lambda *given: (checked.append(given[1]), check(*given)))
     for start, stop in ((0, 10), (2, 7), (5, 12), (5, 12)):
         checkpoint.rows("transformer.wte.weight", start, stop)
     assert len(checked) == 2

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import regauge
 
-from ovqk.heads import Factors
-from ovqk.layers import directionality, layer_metrics
-from ovqk.spectra import (
+from ovqk.circuits.factors import Factors
+from ovqk.circuits.spectra import (
     Basis,
     decompose,
     eigenvalues,
@@ -21,8 +20,9 @@ from ovqk.spectra import (
     trace_ratio,
     vocabulary_symmetry,
 )
-from ovqk.vocabulary import centred_gram, precision
-from ovqk.weights import Architecture, LayerWeights
+from ovqk.circuits.summed_qk import directionality, layer_metrics
+from ovqk.circuits.vocabulary import centred_gram, precision
+from ovqk.weights.types import Architecture, LayerWeights
 
 
 def factors(left: torch.Tensor, right: torch.Tensor, circuit: str = "ov") -> Factors:

@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_analyses import RATIO, SCALE, run, toy_task, toy_tokenizer
 
-from ovqk import native, vocabulary
-from ovqk.checkpoints import open_checkpoint
-from ovqk.heads import Factors
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.circuits import vocabulary
+from ovqk.circuits.factors import Factors
+from ovqk.circuits.spectra import decompose, eigenvalues, full_circuit_singular_values, trace_ratio
+from ovqk.circuits.vocabulary import centred_gram, mean_row, read_vocabulary
 from ovqk.metrics import METRICS
-from ovqk.sources import open_weights
-from ovqk.spectra import decompose, eigenvalues, full_circuit_singular_values, trace_ratio
-from ovqk.vocabulary import centred_gram, mean_row, read_vocabulary
-from ovqk.weights import EmbeddingWeights, Norm, StoredRows, fold_embeddings
+from ovqk.weights import native
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import EmbeddingWeights, Norm, StoredRows, fold_embeddings
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import bench

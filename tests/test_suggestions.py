@@ -6,7 +6,7 @@ import pytest
 from conftest import BUNDLED, ROOT, compose, local, shared_model
 
 from ovqk import suggestions
-from ovqk.checkpoints import open_checkpoint
+from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.suggestions import model_arguments, next_arguments
 from ovqk.tasks import load_tokenizer, readable_tasks, resolve_task

@@ -10,8 +10,8 @@ import torch
 from conftest import BUNDLED, compose, local
 
 from ovqk import surrogates
-from ovqk.checkpoints import open_checkpoint
-from ovqk.config import VariableKind
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.config.schema import VariableKind
 from ovqk.surrogates import (
     FrameDraws,
     Frames,

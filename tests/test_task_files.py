@@ -9,14 +9,14 @@ import yaml
 from conftest import BUNDLED, ROOT, compose, local, shared_model
 from tokenizers import Tokenizer
 
-from ovqk.checkpoints import open_checkpoint
+from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.claims import RELIABILITIES, Claims, check_roles, parse_head, resolve_claims
-from ovqk.config import Direction, TaskConfig
+from ovqk.config.resolve import plain
+from ovqk.config.schema import Direction, TaskConfig
 from ovqk.errors import UserError
 from ovqk.prompts import Prompt, sample_prompts, token_positions
-from ovqk.resolve import plain
 from ovqk.tasks import MIN_WORDS, _Lookup, load_tokenizer, resolve_task
-from ovqk.weights import Architecture
+from ovqk.weights.types import Architecture
 
 TASKS = sorted(path.stem for path in (ROOT / "conf" / "task").glob("*.yaml") if path.stem != "none")
 GPT2 = Architecture("gpt2", 12, 12, 12, 768, 64, 1024, "layernorm", 1e-5, "learned")

@@ -5,8 +5,8 @@ import torch
 from conftest import BUNDLED, compose, local, shared_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ovqk.checkpoints import open_checkpoint
-from ovqk.config import VariableConfig, VariableKind
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.config.schema import VariableConfig, VariableKind
 from ovqk.errors import UserError
 from ovqk.tasks import load_tokenizer, matched_tokens, resolve_task, surface_form
 

@@ -31,12 +31,12 @@ from small import (
 )
 
 from ovqk.analyse import Analysis, analyse
-from ovqk.config import Direction
+from ovqk.config.schema import Direction
 from ovqk.model import Model
 from ovqk.statistics import benjamini_hochberg
 from ovqk.surrogates import draw_words, subsamples
 from ovqk.testing import matching_grams
-from ovqk.weights import LayerWeights, MLPWeights
+from ovqk.weights.types import LayerWeights, MLPWeights
 
 COLUMNS = {
     "role", "layer", "head", "metric", "prediction", "value", "null", "null_mean", "null_sd", "percentile", "effect",

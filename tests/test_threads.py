@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ovqk.threads import decomposed, each
+from ovqk.circuits.threads import decomposed, each
 
 
 def test_small_decompositions_are_shared_out_among_threads_that_work_alone() -> None:
@@ -106,9 +106,15 @@ def test_threads_work_in_the_mode_of_the_caller() -> None:
 BY_LU = {"lu", "lu_factor", "lu_factor_ex", "lu_solve", "lu_unpack", "solve", "solve_ex", "inv", "inv_ex", "inverse",
          "det", "logdet", "slogdet", "matrix_power", "tensorinv", "tensorsolve"}  # fmt: skip
 UNBATCHED = {
-    ("ovqk/components.py", "_inverse_iteration"),  # a loop over matrices, in threads in which torch works alone
-    ("ovqk/positions.py", "_offset_design"),  # one matrix
-    ("ovqk/spectra.py", "trace_ratio_bounds"),  # through `decomposed`, which shares a batch out among such threads
+    (
+        "ovqk/circuits/components.py",
+        "_inverse_iteration",
+    ),  # a loop over matrices, torch alone in each thread
+    ("ovqk/circuits/positions.py", "_offset_design"),  # one matrix
+    (
+        "ovqk/circuits/spectra.py",
+        "trace_ratio_bounds",
+    ),  # by `decomposed`, which shares a batch out among such threads
 }
 
 
@@ -147,9 +153,9 @@ def test_nothing_is_decomposed_by_lu_in_a_batch() -> None:
 COMPONENTS = """
 import sys, torch
 sys.path.insert(0, ".")
-from ovqk.components import components
-from ovqk.heads import Factors
-from ovqk.spectra import decompose
+from ovqk.circuits.components import components
+from ovqk.circuits.factors import Factors
+from ovqk.circuits.spectra import decompose
 
 torch.set_num_threads(int(sys.argv[1]))
 generator = torch.Generator().manual_seed(0)

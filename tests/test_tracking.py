@@ -16,10 +16,10 @@ from wandb_stub import CLOSED, ENTITY, KEY, NEVER, Run, command, impatient, insp
 
 from ovqk import tracking, wandb_service
 from ovqk.cell import run_cell
-from ovqk.config import TrackingMode
+from ovqk.config.resolve import tracking_mode
+from ovqk.config.schema import TrackingMode
 from ovqk.errors import UserError
 from ovqk.record import claim, is_done, read_record, read_tracking
-from ovqk.resolve import tracking_mode
 from ovqk.tracking import needs_tracking, run_id, track_cell
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_wandb")]

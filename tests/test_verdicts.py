@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ovqk.config import PredictionConfig
+from ovqk.config.schema import PredictionConfig
 from ovqk.nulls import Predicted
 from ovqk.verdicts import Subject, judge
 

@@ -7,9 +7,9 @@ import torch
 from conftest import BUNDLED, local, make_gpt2, make_llama, shared_model
 from safetensors.torch import load_file
 
-from ovqk.checkpoints import open_checkpoint
-from ovqk.sources import open_weights
-from ovqk.weights import Norm, Rotary, fold_embeddings, fold_layer
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import Norm, Rotary, fold_embeddings, fold_layer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # transformer_lens and transformers warn about their own plans
@@ -19,7 +19,7 @@ pytestmark = [
 def boot(path):
     from transformer_lens.model_bridge import TransformerBridge
 
-    from ovqk.bridge import unused_tokenizer
+    from ovqk.weights.bridge import unused_tokenizer
 
     with unused_tokenizer() as tokenizer:
         return TransformerBridge.boot_transformers(str(path), device="cpu", tokenizer=tokenizer)
@@ -56,7 +56,7 @@ def test_what_real_gpt2_head_4_11_does_is_not_on_the_direct_path_from_positions(
 
     This is why `qk_prev_auc` is a prediction for layer 0 alone under learned positions.
     """
-    from ovqk.positions import learned_position_scores
+    from ovqk.circuits.positions import learned_position_scores
 
     folder, patterns = shared_model("gpt2-small-attention"), shared_model("gpt2-attention-patterns")
     for prompt in range(len(json.loads((patterns / "prompts.json").read_text()))):
@@ -71,7 +71,7 @@ def test_what_real_gpt2_head_4_11_does_is_not_on_the_direct_path_from_positions(
 
 def test_gamma_is_folded_after_the_bias() -> None:
     """b + beta W uses the original W: folding gamma first would scale it."""
-    from ovqk.weights import _read_through
+    from ovqk.weights.types import _read_through
 
     W, b = torch.tensor([[[2.0], [4.0]]]), torch.tensor([[1.0]])
     norm = Norm("rmsnorm", weight=torch.tensor([10.0, 100.0]), bias=torch.tensor([1.0, 1.0]))

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ovqk.components import components
+from ovqk.circuits.components import components
+from ovqk.circuits.factors import Factors
+from ovqk.circuits.spectra import Decomposition, decompose
+from ovqk.circuits.vocabulary import Vocabulary, read_vocabulary
 from ovqk.directions import COLUMNS, TOKENS, Directions
-from ovqk.heads import Factors
-from ovqk.spectra import Decomposition, decompose
-from ovqk.vocabulary import Vocabulary, read_vocabulary
-from ovqk.weights import EmbeddingWeights
+from ovqk.weights.types import EmbeddingWeights
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:

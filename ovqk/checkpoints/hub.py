@@ -1,0 +1,316 @@
+"""Models of the hub: of a repository only what ovqk reads is fetched, and only what no cache holds.
+
+Whole files go to the Hugging Face cache, where other programs find them. Of a shard of which ovqk reads the smaller
+part, that part alone is read, by byte ranges, into a smaller file in ovqk's own cache. Either is complete or not there.
+"""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ovqk.checkpoints.files import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    TOKENIZER_FILES,
+    cache_folder,
+    file_hash,
+    names_by_shard,
+    read_config,
+    remember,
+)
+from ovqk.checkpoints.hub_timeout import Bar, Patience, UnansweredError, one_message
+from ovqk.checkpoints.shards import Header, Read, is_part, read_header, write_part
+from ovqk.config.schema import ModelConfig
+from ovqk.errors import UserError
+
+SHARE = 0.5
+"""Of a shard's bytes: where ovqk reads more, the whole file is fetched, which other programs can use too."""
+CHUNK = 2**24  # bytes of one request: what is in memory at a time
+REMEMBERED = 300.0
+"""Seconds for which a repository is not asked for again after its hub could not be reached, or fell silent."""
+READ = "attention, norms, embeddings and the first MLP"
+
+Reads = Callable[[Mapping[str, Any]], Callable[[str], bool] | None]
+"""config.json -> which tensors are read, by name; None: all of them."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What there is on this machine of a repository at one commit.
+
+    Attributes:
+        directory: holds config.json and the tokenizer's files; of a model for the bridge, everything.
+        shards: the files, whole or smaller, that hold the tensors ovqk reads.
+        hashes: file name -> SHA-256 of every whole shard of the repository, whether it was fetched or not.
+        commit: what the revision resolved to.
+    """
+
+    directory: Path
+    shards: list[Path]
+    hashes: dict[str, str]
+    commit: str
+
+
+def fetch(model: ModelConfig, label: str, timeout: float, reads: Reads | None = None) -> Snapshot:
+    """What ovqk reads of a model of the hub, fetched where no cache holds it.
+
+    A hub that could not be reached, or fell silent, is waited for once: within REMEMBERED seconds the same question
+    (with the same timeout) in this process has the same answer at once, as for the other cells of a sweep.
+
+    Args:
+        model: the resolved model config.
+        label: how messages name the model.
+        timeout: seconds without anything new from the hub after which it is given up.
+        reads: from config.json, which tensors are read; shards without any are not fetched.
+
+    Raises:
+        UserError: it cannot be had; the message says why and what to do.
+    """
+    if not model.repo:
+        raise UserError(f"model.repo: not set for model={model.name}. source=hub needs repo: OWNER/NAME.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.repo):
+        raise UserError(f"model.repo={model.repo}: must be OWNER/NAME.")
+    from huggingface_hub import constants
+
+    question = (constants.ENDPOINT, constants.HF_HUB_OFFLINE, label, timeout)
+    asked, answer = _unanswered.get(question, (-REMEMBERED, ""))
+    if time.monotonic() - asked < REMEMBERED:
+        raise UnansweredError(answer)
+    patience = Patience(timeout)
+    try:
+        with one_message(label, model.revision, patience), patience.kept():
+            return _Repository(model.repo, model.revision, label, patience, reads).snapshot()
+    except UnansweredError as error:
+        _unanswered[question] = time.monotonic(), str(error)
+        raise
+
+
+_unanswered: dict[tuple[str, bool, str, float], tuple[float, str]] = {}
+"""What was asked of the hub in vain -> when, and the message."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file of the repository: its bytes, and its SHA-256 where it is a large one."""
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A shard to fetch, and how many bytes of it: all, or where there is a header the tensors of these names."""
+
+    shard: str
+    size: int
+    header: Header | None = None
+    names: tuple[str, ...] = ()
+
+
+class _Repository:
+    """A repository at one commit: what it holds, what of it is here, and how the rest is fetched."""
+
+    def __init__(self, repo: str, revision: str, label: str, patience: Patience, reads: Reads | None) -> None:
+        """Resolve the revision and find out what there is."""
+        from huggingface_hub import HfFileSystem
+
+        self.repo, self.label, self.patience = repo, label, patience
+        self.remote: Any = HfFileSystem(skip_instance_cache=True)
+        self.directory = self._whole(CONFIG, revision).parent
+        self.commit = self.directory.name
+        self.own = cache_folder() / "hub" / repo.replace("/", "--") / self.commit
+        self.listing = self._listing()
+        for name in (INDEX, *TOKENIZER_FILES):
+            if name in self.listing:
+                self._whole(name, self.commit)
+        self.reads = None if reads is None else reads(read_config(self.directory, label))
+
+    def snapshot(self) -> Snapshot:
+        """All that ovqk reads, fetched where it is not here."""
+        names, needed = self._shards(), []
+        for shard, promised in names.items():
+            unread = self.reads is not None and promised and not any(map(self.reads, promised))
+            if not unread or self.listing[shard].sha256 is None:
+                needed.append(shard)
+        missing = [shard for shard in needed if self._here(shard) is None]
+        if missing:
+            wanted = [self._wanted(shard, names[shard]) for shard in missing]
+            self._fetch(wanted, sum(self.listing[shard].size for shard in names if self._here(shard) is None))
+        paths = {shard: self._here(shard) or self.directory / shard for shard in needed}
+        hashes = {shard: self.listing[shard].sha256 or file_hash(paths[shard]) for shard in names}
+        return Snapshot(self.directory, list(paths.values()), hashes, self.commit)
+
+    # --- what there is ----------------------------------------------------------------------------------------
+
+    def _listing(self) -> dict[str, _Entry]:
+        """The repository's files: as remembered, as the hub says, or where it does not answer, those in the cache."""
+        from huggingface_hub.errors import HTTPError
+
+        memory = self.own / "listing.json"
+        try:
+            known = json.loads(memory.read_text(encoding="utf-8"))
+            return {name: _Entry(**entry) for name, entry in known.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            pass
+        try:
+            if "/" not in self.repo:
+                raise UserError(f"model.repo={self.repo}: not in the Hugging Face cache by this name; give OWNER/NAME.")
+            files = [item for item in self.remote.ls(f"{self.repo}@{self.commit}") if item["type"] == "file"]
+        except (UserError, HTTPError, OSError):
+            held = [path for path in self.directory.iterdir() if path.is_file()]
+            weights = {path.name: file_hash(path) for path in held if path.suffix == ".safetensors"}
+            listing = {path.name: _Entry(path.stat().st_size, weights.get(path.name)) for path in held}
+            sharded = INDEX in listing and SINGLE not in listing
+            index = names_by_shard(self.directory, self.label) if sharded else {SINGLE: []}
+            if not index.keys() <= listing.keys():
+                raise
+            return listing
+        self.patience.renew()
+        found = {Path(f["name"]).name: _Entry(f["size"], f["lfs"].sha256 if f["lfs"] else None) for f in files}
+        remember(memory, {name: asdict(entry) for name, entry in found.items()})
+        return found
+
+    def _shards(self) -> dict[str, list[str]]:
+        """File name of each shard -> the tensors that the index promises of it; none where one file holds all.
+
+        As transformers does: model.safetensors where it is there, else the shards of the index.
+        """
+        if INDEX not in self.listing and SINGLE not in self.listing:
+            raise UserError(f"{self.label}: the repository holds no {SINGLE}; ovqk unpickles nothing.")
+        shards = {SINGLE: []} if SINGLE in self.listing else names_by_shard(self.directory, self.label)
+        missing = [shard for shard in shards if shard not in self.listing]
+        if missing:
+            raise UserError(
+                f"{self.label}: {INDEX} names {', '.join(missing)}, which the repository does not hold. "
+                "Another model.revision may be complete."
+            )
+        return shards
+
+    def _here(self, shard: str) -> Path | None:
+        """The shard in the Hugging Face cache, or the part of it in ovqk's own; None where neither holds it."""
+        whole, part = self.directory / shard, self.own / shard
+        if whole.is_file():
+            return whole
+        return part if self.reads is not None and is_part(part, self.reads) else None
+
+    # --- what is fetched --------------------------------------------------------------------------------------
+
+    def _wanted(self, shard: str, promised: list[str]) -> _Wanted:
+        """The whole shard, or the part of it that is read where that saves most of its bytes."""
+        entry = self.listing[shard]
+        if self.reads is None or entry.sha256 is None or (promised and all(map(self.reads, promised))):
+            return _Wanted(shard, entry.size)
+        try:
+            with self._ranges(shard) as read:
+                header = read_header(read, entry.size)
+        except ValueError as error:
+            raise UserError(f"{self.label}: {shard} is no complete safetensors file on the hub ({error}).") from error
+        names = tuple(filter(self.reads, header.tensors))
+        size = header.size(names)
+        return _Wanted(shard, entry.size) if size > SHARE * entry.size else _Wanted(shard, size, header, names)
+
+    def _fetch(self, wanted: list[_Wanted], total: int) -> None:
+        """Say what is fetched, and fetch it."""
+        from huggingface_hub import constants
+        from rich.filesize import decimal
+
+        self._check_room(Path(constants.HF_HUB_CACHE), "HF_HOME", [item for item in wanted if item.header is None])
+        self._check_room(self.own, "OVQK_CACHE_DIR", [item for item in wanted if item.header is not None])
+        size = sum(item.size for item in wanted)
+        what = decimal(size) if size == total else f"{decimal(size)} of {decimal(total)}: {READ}"
+        with _progress(f"{self.label}: fetching {what}", size) as advance:
+            for item in wanted:
+                self.patience.renew()  # the disk may have taken its time
+                if item.header is None:
+                    self._whole(item.shard, self.commit, advance)
+                else:
+                    self._part(item, item.header, advance)
+
+    def _check_room(self, place: Path, key: str, wanted: list[_Wanted]) -> None:
+        from rich.filesize import decimal
+
+        size = sum(item.size for item in wanted)
+        there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free
+        if size > free:
+            raise UserError(
+                f"{self.label}: {decimal(size)} are to be fetched, and {decimal(free)} are free. Free some, or move "
+                f"the cache to another disk with {key}."
+            )
+
+    def _whole(self, name: str, revision: str, advance: Callable[[int], None] = lambda size: None) -> Path:
+        """A file of the Hugging Face cache, fetched where it is not there."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        bar: Any = partial(Bar, self.patience, advance)
+        try:
+            return Path(hf_hub_download(self.repo, name, revision=revision, tqdm_class=bar))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise UserError(f"{self.label}: the repository holds no {name}.") from error
+
+    def _part(self, item: _Wanted, header: Header, advance: Callable[[int], None]) -> None:
+        """Write the part of a shard that is read to ovqk's own cache; another process that does so is waited for."""
+        assert self.reads is not None
+        self.own.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.own / f"{item.shard}.lock"):
+            self.patience.renew()
+            if is_part(self.own / item.shard, self.reads):
+                return
+            with self._ranges(item.shard) as read:
+
+                def pieces() -> Iterator[bytes]:
+                    for offset, length in header.runs(item.names):
+                        for start in range(0, length, CHUNK):
+                            piece = read(offset + start, min(CHUNK, length - start))
+                            advance(len(piece))
+                            yield piece
+
+                write_part(self.own / item.shard, header, item.names, pieces())
+
+    @contextmanager
+    def _ranges(self, shard: str) -> Iterator[Read]:
+        """Byte ranges of a file of the hub."""
+        with self.remote.open(f"{self.repo}@{self.commit}/{shard}", "rb", cache_type="none") as file:
+
+            def read(offset: int, length: int) -> bytes:
+                file.seek(offset)
+                data = file.read(length)
+                if len(data) != length:
+                    raise UserError(
+                        f"{self.label}: {shard} came cut short: {len(data)} bytes from byte {offset} on rather than "
+                        f"{length}. Run it again; if that recurs, look at what stands between here and the hub."
+                    )
+                self.patience.renew()
+                return bytes(data)
+
+            yield read
+
+
+@contextmanager
+def _progress(text: str, size: int) -> Iterator[Callable[[int], None]]:
+    """Say on standard error what is fetched; yields what takes the bytes that came, for a bar on a terminal."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True, highlight=False)
+    console.print(text, markup=False, soft_wrap=True)
+    if not console.is_terminal or are_progress_bars_disabled():
+        yield lambda size: None
+        return
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield partial(progress.advance, progress.add_task("", total=size))

@@ -1,0 +1,249 @@
+"""Does a head act on the task's causal variable? Readouts over the task's tokens (definitions: section 5).
+
+Rows e_t are effective embeddings normalised as the layer's norm would; the matrices are those of the folded weights,
+for QK with the mean rotation under rotary positions. Biases are absent: b_V and b_O by definition, and a query or key
+bias adds to a whole column or a whole row of the readout, which centring or comparing within rows removes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ovqk.circuits.factors import Factors
+from ovqk.circuits.spectra import Decomposition, guarded
+from ovqk.circuits.threads import decomposed
+from ovqk.weights.types import Rows
+
+ENERGY = 0.9  # of a word set's centred rows, kept in its subspace
+SMALL = 1e-8  # of the largest energy: below it a direction is not well told by the words' Gram
+TOP_BLOCK = 1024  # tokens compared at a time, at most, and words that they are compared with
+TOP = 5  # Wang et al. 2022 count a name as copied when its logit is among the five largest
+
+
+def task_auc_by_source(
+    logits: Float[Tensor, "*draw head source target"],
+) -> tuple[Float[Tensor, "*draw head source"], Float[Tensor, "*draw head source"]]:
+    """For each task token t, the share of other task tokens u with L_tu < L_tt, in [0, 1]; a tie counts half.
+
+    `ov_task_auc` and `qk_task_auc` are the means over t; chance 0.5.
+
+    Returns:
+        With each column first less its mean over the OTHER rows (what a column gets from any source is a bias, not
+        copying), and without that centring.
+    """
+    n = logits.shape[-1]
+    others = (logits.sum(-2, keepdim=True) - logits) / (n - 1)
+    return _below_own(logits - others), _below_own(logits)
+
+
+def _below_own(logits: Float[Tensor, "*draw head source target"]) -> Float[Tensor, "*draw head source"]:
+    n = logits.shape[-1]
+    own = logits.diagonal(dim1=-2, dim2=-1)[..., None]
+    below = _count(logits < own) + 0.5 * (_count(logits == own) - 1)
+    return below.double() / (n - 1)
+
+
+def readout(
+    factors: Factors, rows: Float[Tensor, "*draw source d_model"], columns: Float[Tensor, "*draw target d_model"]
+) -> Float[Tensor, "*draw head source target"]:
+    """rows M columns^T for each head: task logits of W_OV (columns: W_U's) or scores of W_QK (columns: keys)."""
+    left = torch.einsum("...sd,hdk->...hsk", rows, factors.left)
+    right = torch.einsum("...td,hkd->...htk", columns, factors.right)
+    return left @ right.mT
+
+
+class TopSearch:
+    """A search for the words whose own logit is in the top 5 of the whole vocabulary, under W_OV times each sign.
+
+    The vocabulary is passed in blocks (`compare`, `settle`), and a word is left alone once 5 tokens are known to come
+    before it: of most words this is known after few tokens.
+
+    Attributes:
+        passed: how many of the vocabulary's first tokens were compared.
+    """
+
+    def __init__(
+        self,
+        written: Float[Tensor, "head word d_model"],
+        ids: Int[Tensor, " word"],
+        own_rows: Float[Tensor, "word d_model"],
+        signs: Sequence[int] = (1, -1),
+    ) -> None:
+        """Take what the maps write of each word, its id and its own row of W_U^T."""
+        own = (written * own_rows).sum(-1)
+        self.passed, self.shape = 0, (len(signs), *own.shape)
+        self._alive = (own.abs().sum(-1, keepdim=True) > 0).double()
+        # Of the words that are open, each under each sign, which become fewer:
+        self._own = torch.cat([sign * own.flatten() for sign in signs])
+        self._written = torch.cat([sign * written.flatten(0, 1) for sign in signs])
+        self._targets = ids.repeat(len(signs) * len(own))
+        self._open = torch.arange(len(self._own), device=own.device)
+        self._before = torch.zeros(len(self._own), dtype=torch.int32, device=own.device)  # of all words
+
+    @property
+    def done(self) -> bool:
+        """Whether 5 tokens come before every word."""
+        return not len(self._open)
+
+    def compare(self, start: int, columns: Float[Tensor, "d_model token"]) -> None:
+        """Count which of the tokens from `start` on come before the words that are open, and close some."""
+        for first in range(0, len(self._open), TOP_BLOCK):  # few enough for the processor's cache
+            some = slice(first, first + TOP_BLOCK)
+            own, mine = self._own[some], self._targets[some] - start
+            logits = self._written[some] @ columns
+            here = ((mine >= 0) & (mine < logits.shape[1])).nonzero()[:, 0]
+            logits[here, mine[here]] = own[here]  # a word never outranks itself by its own rounding
+            self._before[self._open[some]] += _count(logits > own[:, None])
+        still = self._before[self._open] < TOP
+        if not still.all():
+            self._open, self._own = self._open[still], self._own[still]
+            self._targets, self._written = self._targets[still], self._written[still]
+        self.passed = start + columns.shape[1]
+
+    def found(self) -> list[Float[Tensor, "head word"]]:
+        """Return 1 for each word that is in the top 5 of the tokens passed and 0 for others, for each sign."""
+        return list((self._before < TOP).view(self.shape) * self._alive)
+
+    @classmethod
+    def joined(cls, searches: Sequence["TopSearch"]) -> "TopSearch":
+        """Return one search for the open words of several, whose result `give_back` hands to them."""
+        one = cls.__new__(cls)
+        one.passed = searches[0].passed
+        one._own = torch.cat([search._own for search in searches])
+        one._targets = torch.cat([search._targets for search in searches])
+        one._written = torch.cat([search._written for search in searches])
+        one._open = torch.arange(len(one._own), device=one._own.device)
+        one._before = torch.cat([search._before[search._open] for search in searches])
+        return one
+
+    def give_back(self, searches: Sequence["TopSearch"]) -> None:
+        """Write what a joined search found into those that it was joined from, which leaves no word of them open."""
+        for search, before in zip(searches, self._before.split([len(s._open) for s in searches]), strict=True):
+            search._before[search._open], search.passed = before, self.passed
+            search._open, search._own = search._open[:0], search._own[:0]
+            search._targets, search._written = search._targets[:0], search._written[:0]
+
+
+def settle(searches: Sequence[TopSearch], W_U_rows: Rows) -> None:
+    """Compare the open words of searches that passed the same tokens with all others, in one pass over the vocabulary.
+
+    Raises:
+        ValueError: the searches have passed different numbers of tokens.
+    """
+    waiting = [search for search in searches if not search.done]
+    if not waiting:
+        return
+    if len({search.passed for search in waiting}) > 1:
+        raise ValueError("searches can be settled together only if they have passed the same tokens")
+    one = waiting[0] if len(waiting) == 1 else TopSearch.joined(waiting)
+    for tokens in widening(one.passed, W_U_rows.shape[0]):
+        if one.done:
+            break
+        one.compare(tokens.start, W_U_rows[tokens].T)
+    if one is not waiting[0]:
+        one.give_back(waiting)
+
+
+def in_top_by_source(
+    factors: Factors,
+    rows: Float[Tensor, "word d_model"],
+    ids: Int[Tensor, " word"],
+    W_U_rows: Rows,
+    signs: Sequence[int] = (1, -1),
+) -> list[Float[Tensor, "head word"]]:
+    """Whether each word's own logit is in the top 5 of the whole vocabulary: 1 or 0, under W_OV times each sign.
+
+    The means over words are `ov_task_copy`, the copy score of Wang et al. 2022, and `ov_task_suppress`.
+    """
+    search = TopSearch((rows @ factors.left) @ factors.right, ids, W_U_rows[ids], signs)
+    settle([search], W_U_rows)
+    return search.found()
+
+
+def widening(start: int, n: int) -> Iterator[slice]:
+    """Slices that cover range(start, n), the first ones short: few words are open after them."""
+    size = min(TOP_BLOCK, max(1, TOP_BLOCK // 32, start))
+    while start < n:
+        yield slice(start, min(start + size, n))
+        start, size = start + size, min(2 * size, TOP_BLOCK)
+
+
+def _count(true: Bool[Tensor, "*word token"]) -> Int[Tensor, "*word"]:
+    """How many are true in each row: bytes are summed faster than truths."""
+    return true.view(torch.uint8).sum(-1, dtype=torch.int32)
+
+
+def subspace(
+    rows: Float[Tensor, "*draw word d_model"], origin: Float[Tensor, "*or_one d_model"], rank: int | None = None
+) -> Float[Tensor, "*draw r d_model"]:
+    """Orthonormal basis of the span of a set's rows about an origin, at 90 % of the energy or of the rank given.
+
+    The origin is the mean of the set's matched band: the set's own mean would take out what the set has in common.
+    Of several draws at once each has its own rank, and rows of zeros in place of what others have more.
+    """
+    x = (rows - origin[..., None, :]).double()
+    energy, U = (part.flip(-1) for part in decomposed(torch.linalg.eigh, x @ x.mT))  # of the Gram: words are few
+    share = energy.cumsum(-1) / energy.sum(-1, keepdim=True)
+    ranks = (share < ENERGY).sum(-1) + 1
+    ranks = ranks if rank is None else torch.full_like(ranks, rank)
+    most = int(ranks.max())
+    if (energy.gather(-1, ranks[..., None] - 1) <= SMALL * energy[..., :1]).any():  # fewer dimensions than asked for
+        basis = torch.linalg.svd(x, full_matrices=False).Vh[..., :most, :]  # any others beside
+    else:
+        basis = U[..., :most].mT @ x / energy[..., :most, None].sqrt()
+    return basis.masked_fill((torch.arange(most).to(ranks) >= ranks[..., None])[..., None], 0.0)
+
+
+def unit_contrast(
+    minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*draw word d_model"]
+) -> Float[Tensor, "*draw 1 d_model"]:
+    """Unit direction of mean(plus) - mean(minus), as a basis of one row; nan where they are the same."""
+    direction = (plus.double() - minus.double()).mean(-2, keepdim=True)
+    return direction / direction.norm(dim=-1, keepdim=True)
+
+
+def same_mean(minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*draw word d_model"]) -> bool:
+    """Whether both sides have the same mean, in any draw, up to the rounding of their rows."""
+    gap = (plus.double() - minus.double()).mean(-2).norm(dim=-1)
+    size = minus.norm(dim=(-2, -1)) + plus.norm(dim=(-2, -1))
+    return bool((gap <= torch.finfo(torch.float32).eps * size).any())
+
+
+@dataclass(frozen=True)
+class SideAlignment:
+    """Alignment of one side of a map with a subspace; 1 is chance for both."""
+
+    whole: Float[Tensor, "*draw head"]
+    """|M P|_F^2 / |M|_F^2 / (r/d): the share of the map's energy on that side."""
+    top: Float[Tensor, "*draw head"]
+    """|P x_1|^2 / (r/d): of its top singular direction there."""
+
+
+def side_alignment(
+    directions: Float[Tensor, "head d_model k"],
+    sigma: Float[Tensor, "head k"],
+    basis: Float[Tensor, "*draw r d_model"],
+) -> SideAlignment:
+    """Alignment of the side whose singular directions these are with the span of an orthonormal basis."""
+    chance = basis.square().sum((-2, -1))[..., None] / basis.shape[-1]  # r is the trace of the projector
+    inside = _along(basis, directions).square().sum(-2)  # [*draw, head, k]
+    energy = sigma.square()
+    whole = guarded((inside * energy).sum(-1), energy.sum(-1), energy.sum(-1))
+    return SideAlignment(whole / chance, inside[..., 0] / chance)
+
+
+def transfer(
+    decomposition: Decomposition, read: Float[Tensor, "*draw 1 d_model"], write: Float[Tensor, "*draw 1 d_model"]
+) -> Float[Tensor, "*draw head"]:
+    """a W_OV b^T / sigma_1, in [-1, 1]: what of the variable's read direction arrives on its write direction."""
+    a, b = _along(read, decomposition.read)[..., 0, :], _along(write, decomposition.write)[..., 0, :]
+    return guarded((a * decomposition.sigma * b).sum(-1), decomposition.sigma[:, 0], decomposition.sigma[:, 0])
+
+
+def _along(
+    basis: Float[Tensor, "*draw r d_model"], directions: Float[Tensor, "head d_model k"]
+) -> Float[Tensor, "*draw head r k"]:
+    return torch.einsum("...rd,hdk->...hrk", basis.to(directions), directions).double()

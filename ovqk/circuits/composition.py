@@ -1,0 +1,297 @@
+"""How heads read what heads of earlier layers write (definitions: section 3).
+
+Row vectors: a sender s adds x W_OV^s to the residual stream, and a receiver r of a later layer reads it into its
+
+    queries (q)   norm_F(W_OV^s W_QK^r)
+    keys    (k)   norm_F(W_OV^s W_QK^rT)
+    values  (v)   norm_F(W_OV^s W_OV^r)
+
+each over the product of the two heads' norms (Elhage et al. 2021). With thin SVDs U S V^T all three are the norm of one
+k x k block, norm_F(write_s read_r^T): the write side is S V^T of W_OV, the read sides are S U^T of W_QK (q), S V^T of
+W_QK (k) and S U^T of W_OV (v), each of norm 1. Heads are stacked, so that a pair of layers is one matrix product, taken
+and reduced in tiles of at most TILE elements: what an all-pairs pass holds beside the circuits is one layer's sides, a
+tile, and numbers.
+
+Under rotary positions W_QK is the one with the mean rotation: whoever decomposes it chooses the offsets.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ovqk.circuits import spectra
+from ovqk.circuits.factors import Factors
+from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
+from ovqk.circuits.vocabulary import blocks
+
+Mode = Literal["q", "k", "v"]
+Head = tuple[int, int]
+"""(layer, head)."""
+Pair = tuple[Head, Head]
+"""(sender, receiver); only a sender of an earlier layer composes."""
+Gram = Float[Tensor, "d_model d_model"]
+Grams = tuple[Gram, Gram, Gram]
+"""E^T C E, W_U C E and W_U C W_U^T."""
+
+MODES: tuple[Mode, ...] = ("q", "k", "v")
+STRONGEST = 20  # senders kept for each receiver and mode, and virtual heads
+TILE = 2**22  # elements of a product of stacked heads held at a time
+
+
+@dataclass(frozen=True)
+class LayerCircuits:
+    """Both circuits of one layer's heads, decomposed: all that composition needs of a layer."""
+
+    ov: Decomposition
+    qk: Decomposition
+
+    @classmethod
+    def of(cls, ov: Decomposition, qk: Decomposition, dtype: torch.dtype = torch.float32) -> "LayerCircuits":
+        """Keep the singular vectors in this dtype (float32 moves scores by less than 1e-6), the values in float64."""
+        return cls(*(dataclasses.replace(c, read=c.read.to(dtype), write=c.write.to(dtype)) for c in (ov, qk)))
+
+    def only(self, heads: Sequence[int]) -> "LayerCircuits":
+        """These heads alone, in this order."""
+        return LayerCircuits(_select(self.ov, heads), _select(self.qk, heads))
+
+    def write(self) -> Float[Tensor, "head k d_model"]:
+        """S V^T of W_OV over its norm; 0 for a head of zero weights."""
+        return _unit_rows(self.ov.write, self.ov.sigma)
+
+    def read(self, mode: Mode) -> Float[Tensor, "head k d_model"]:
+        """What the mode's input is read through, over its norm; 0 for a head of zero weights."""
+        if mode == "v":
+            return _unit_rows(self.ov.read, self.ov.sigma)
+        return _unit_rows(self.qk.read if mode == "q" else self.qk.write, self.qk.sigma)
+
+
+def _select(decomposition: Decomposition, heads: Sequence[int]) -> Decomposition:
+    index = torch.as_tensor(heads, device=decomposition.sigma.device)
+    read, sigma, write = (x[index] for x in (decomposition.read, decomposition.sigma, decomposition.write))
+    return dataclasses.replace(decomposition, read=read, sigma=sigma, write=write)
+
+
+def _unit_rows(
+    frame: Float[Tensor, "head d_model k"], sigma: Float[Tensor, "head k"]
+) -> Float[Tensor, "head k d_model"]:
+    norm = sigma.norm(dim=-1, keepdim=True)
+    shares = sigma / torch.where(norm > 0, norm, 1.0)
+    return (frame * shares.to(frame.dtype)[:, None, :]).mT.contiguous()
+
+
+# --- scores ----------------------------------------------------------------------------------------------------
+
+
+def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[Tensor, "sender receiver"]:
+    """Composition of every pair of heads of two layers, in [0, 1]; 1 / sqrt(d_model) for iid weights.
+
+    Elhage et al. 2021. A head of zero weights scores 0.
+    """
+    write, read = sender.write(), receiver.read(mode)
+    k = max(write.shape[1], read.shape[1])
+    side = max(1, math.isqrt(TILE) // k)  # heads on each side of a tile
+    found = torch.zeros(len(write), len(read), dtype=torch.float64, device=write.device)
+    for senders in blocks(len(write), side):
+        for receivers in blocks(len(read), side):
+            product = write[senders].flatten(0, 1) @ read[receivers].flatten(0, 1).T
+            squares = product.square_().unflatten(0, (-1, write.shape[1])).unflatten(2, (-1, read.shape[1]))
+            found[senders, receivers] = squares.sum((1, 3)).double().sqrt()
+    return found
+
+
+def received(
+    layers: Sequence[LayerCircuits], layer: int, mode: Mode, heads: Sequence[int] | None = None
+) -> Float[Tensor, "sender_layer sender receiver"]:
+    """Scores of every head of every earlier layer into this layer's heads (all of them, where None); layer >= 1.
+
+    An all-pairs pass is this for each layer and mode.
+    """
+    receiver = layers[layer] if heads is None else layers[layer].only(heads)
+    return torch.stack([scores(layers[sender], receiver, mode) for sender in range(layer)])
+
+
+def percentiles(found: Float[Tensor, "*layer sender receiver"]) -> Float[Tensor, "*layer sender receiver"]:
+    """Share of the other senders of its layer that score below a sender (ties half), in [0, 1]; nan for a lone one."""
+    mine = found.mT.contiguous()
+    ordered = mine.sort(dim=-1).values
+    below, upto = torch.searchsorted(ordered, mine), torch.searchsorted(ordered, mine, right=True)
+    return ((below + upto - 1).double() / (2 * (found.shape[-2] - 1))).mT  # a sender is among those up to itself
+
+
+def matching(
+    layers: Sequence[LayerCircuits], pairs: Sequence[Pair], gram: Gram, first_gram: Gram | None = None
+) -> Float[Tensor, " pair"]:
+    """K-composed matching, Re(sum lambda) / sum |lambda|, in [-1, 1]: +1 where r looks for its own token moved by s.
+
+    A query token t scores a key token u that passed through the sender by e_t W_QK^r (e_u W_OV^s)^T. The nonzero
+    eigenvalues of that matrix over the vocabulary, C E W_QK^r W_OV^sT E^T C, are those of the core
+
+        (R_r R_s^T) (L_s^T G L_r),   W_QK^r = L_r R_r,  W_OV^s = L_s R_s
+
+    0 where sum |lambda| is below 1e-6 of |R_r| |R_s| |L_s| |G L_r|, which bounds it: the pair does not compose.
+
+    Args:
+        gram: G = E^T C E of the embeddings that both heads are taken to see: `block0` where the model has MLPs, plain
+            ones where it has none (`testing.matching_grams`).
+        first_gram: W_E^T C E for senders of layer 0, which read plain embeddings; as `gram` where None. Where layer 0
+            turns tokens around, `gram` would give these senders the wrong sign.
+    """
+    found = torch.zeros(len(pairs), dtype=torch.float64, device=gram.device)
+    gram, first_gram = gram.double(), None if first_gram is None else first_gram.double()
+    rows_of: dict[Head, list[int]] = {}
+    for row, (_, head) in enumerate(pairs):
+        rows_of.setdefault(head, []).append(row)
+    for (layer, index), rows in rows_of.items():
+        receiver = _select(layers[layer].qk, [index])
+        later = gram @ receiver.balanced_left
+        first = later if first_gram is None else first_gram @ receiver.balanced_left
+        cores, scales = [], []
+        for sender_layer, sender_index in (pairs[row][0] for row in rows):
+            sender, seen = _select(layers[sender_layer].ov, [sender_index]), later if sender_layer else first
+            cores.append((receiver.balanced_right @ sender.balanced_right.mT) @ (sender.balanced_left.mT @ seen))
+            scales.append(receiver.sigma.sum().sqrt() * sender.sigma.sum() * seen.norm())
+        found[rows] = spectra.trace_ratio(spectra.eigenvalues(torch.cat(cores)), torch.stack(scales))
+    return found
+
+
+# --- what a role predicts: [layer, head], nan where undefined ----------------------------------------------------
+
+
+def k_composition(layers: Sequence[LayerCircuits], receivers: Collection[Head]) -> NDArray[np.float64]:
+    """Of each head, the best percentile in its layer of what the keys of these receivers read of it, in [0, 1]."""
+    return _best(layers, receivers, "k", as_percentile=True)
+
+
+def q_composition(layers: Sequence[LayerCircuits], receivers: Collection[Head]) -> NDArray[np.float64]:
+    """Of each head, the best score into the queries of these receivers, in [0, 1]."""
+    return _best(layers, receivers, "q", as_percentile=False)
+
+
+def k_composed_matching(
+    layers: Sequence[LayerCircuits], senders: Collection[Head], gram: Gram, first_gram: Gram | None = None
+) -> NDArray[np.float64]:
+    """Of each head, the best K-composed matching with one of these senders of earlier layers, in [-1, 1]."""
+    heads = [(layer, head) for layer in range(len(layers)) for head in range(_n_heads(layers))]
+    pairs = [(sender, receiver) for receiver in heads for sender in sorted(set(senders)) if sender[0] < receiver[0]]
+    best = np.full((len(layers), _n_heads(layers)), math.nan)
+    for (_, receiver), value in zip(pairs, matching(layers, pairs, gram, first_gram).tolist(), strict=True):
+        best[receiver] = np.fmax(best[receiver], value)
+    return best
+
+
+def _best(
+    layers: Sequence[LayerCircuits], receivers: Collection[Head], mode: Mode, as_percentile: bool
+) -> NDArray[np.float64]:
+    best = np.full((len(layers), _n_heads(layers)), math.nan)
+    for layer in range(1, len(layers)):
+        heads = sorted({head for at, head in receivers if at == layer})
+        if heads:
+            found = received(layers, layer, mode, heads)
+            found = percentiles(found) if as_percentile else found
+            best[:layer] = np.fmax(best[:layer], found.amax(-1).cpu().numpy())
+    return best
+
+
+def _n_heads(layers: Sequence[LayerCircuits]) -> int:
+    return len(layers[0].ov.sigma)
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+PAIR_COLUMNS = ["sender_layer", "sender_head", "receiver_layer", "receiver_head"]
+COLUMNS = ["mode", *PAIR_COLUMNS, "score", "score_above_random", "percentile", "matching"]
+
+
+def composition_table(
+    layers: Sequence[LayerCircuits],
+    asked: Collection[Pair] = (),
+    gram: Gram | None = None,
+    first_gram: Gram | None = None,
+    strongest: int = STRONGEST,
+) -> pd.DataFrame:
+    """Rows of composition.parquet: the pairs asked for and the strongest senders of every receiver, by mode.
+
+    Args:
+        layers: from layer 0 on.
+        asked: a pair whose sender is not of an earlier layer does not compose and has no row.
+        gram, first_gram: for the matching of rows of mode k; nan without `gram`, and for the other modes.
+        strongest: how many senders to keep of each receiver and mode; with 0 only what was asked for is computed.
+    """
+    tables = []
+    for layer in range(1, len(layers)):
+        mine = {(sender, receiver[1]) for sender, receiver in asked if receiver[0] == layer and sender[0] < layer}
+        heads = list(range(_n_heads(layers))) if strongest else sorted({head for _, head in mine})
+        for mode in MODES if heads else ():
+            found = received(layers, layer, mode, heads)
+            flat = found.flatten(0, 1)
+            top = flat.topk(min(strongest, len(flat)), dim=0).indices
+            kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, top, True).view_as(found)
+            for sender, head in mine:
+                kept[(*sender, heads.index(head))] = True
+            rows = pd.DataFrame(kept.nonzero().int().cpu().numpy(), columns=[*PAIR_COLUMNS[:2], "receiver_head"])
+            rows["receiver_head"] = np.array(heads, dtype=np.int32)[rows["receiver_head"]]
+            rows = rows.assign(mode=mode, receiver_layer=np.int32(layer), matching=math.nan)
+            rows["score"], rows["percentile"] = (x[kept].cpu().numpy() for x in (found, percentiles(found)))
+            rows["score_above_random"] = rows["score"] - 1 / math.sqrt(layers[layer].ov.read.shape[1])
+            if mode == "k" and gram is not None:
+                rows["matching"] = matching(layers, _pairs(rows), gram, first_gram).cpu().numpy()
+            tables.append(rows.sort_values(["receiver_head", "score"], ascending=[True, False], kind="stable"))
+    return pd.concat(tables, ignore_index=True)[COLUMNS] if tables else pd.DataFrame(columns=COLUMNS)
+
+
+def _pairs(table: pd.DataFrame) -> list[Pair]:
+    """The pairs of a table's rows."""
+    return [((a, b), (c, d)) for a, b, c, d in table[PAIR_COLUMNS].to_numpy().tolist()]
+
+
+def virtual_factors(layers: Sequence[LayerCircuits], pairs: Sequence[Pair]) -> Factors:
+    """The virtual heads W_OV^s W_OV^r of these pairs: what r writes of what s read (Elhage et al. 2021)."""
+    lefts, rights = [], []
+    for (sender_layer, sender_head), (layer, head) in pairs:
+        sender, receiver = _select(layers[sender_layer].ov, [sender_head]), _select(layers[layer].ov, [head])
+        lefts.append(sender.balanced_left @ (sender.balanced_right @ receiver.balanced_left))
+        rights.append(receiver.balanced_right)
+    return Factors("ov", torch.cat(lefts), torch.cat(rights))
+
+
+def virtual_heads_table(
+    layers: Sequence[LayerCircuits],
+    composition: pd.DataFrame,
+    grams: Grams | None = None,
+    first_grams: Grams | None = None,
+    n: int = STRONGEST,
+) -> pd.DataFrame:
+    """Rows of virtual_heads.parquet: the virtual heads of the n strongest V pairs of a composition table.
+
+    With n up to the table's `strongest` these are the strongest of all pairs.
+
+    Columns, besides the pair and its score:
+        frobenius_norm: norm_F(W_OV^s W_OV^r).
+        frobenius_share: its square over the sum for all senders of the receiver, in [0, 1]; nan where all are 0.
+        ov_copying: Re(sum lambda) / sum |lambda| of E W_OV^s W_OV^r W_U, in [-1, 1]; nan without `grams`. Senders of
+            layer 0 read the embeddings of `first_grams`, where given.
+    """
+    strongest = composition[composition["mode"] == "v"].sort_values("score", ascending=False, kind="stable").head(n)
+    table = strongest[[*PAIR_COLUMNS, "score"]]
+    pairs = _pairs(table)
+    norm, share, copying = (np.full(len(table), math.nan) for _ in range(3))
+    if pairs:
+        virtual = spectra.decompose(virtual_factors(layers, pairs), centred=False)
+        norm = virtual.sigma.norm(dim=-1).cpu().numpy()
+        if grams is not None:
+            later, first = (full_circuit_ratio(virtual, *g).cpu().numpy() for g in (grams, first_grams or grams))
+            copying = np.where(table["sender_layer"] == 0, first, later)
+    for row, ((at, sender), (layer, head)) in enumerate(pairs):
+        norms = torch.stack([layers[earlier].ov.sigma.norm(dim=-1) for earlier in range(layer)])
+        energy = (received(layers, layer, "v", [head])[..., 0] * norms).square()
+        share[row] = float(energy[at, sender] / energy.sum())
+    return table.assign(frobenius_norm=norm, frobenius_share=share, ov_copying=copying).reset_index(drop=True)

@@ -1,0 +1,186 @@
+"""The whole vocabulary as one side of a circuit sees it, a block of tokens at a time.
+
+Blocks come in the precision of the weights, to be screened; single tokens in float64, to be reported.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ovqk.circuits.threads import each
+from ovqk.circuits.vocabulary import BLOCK, Block0, Vocabulary, blocks
+from ovqk.weights.types import Architecture, Rows, normalise
+
+KEPT = 2**28  # bytes of block0 embeddings that are kept in memory, so that they are computed once
+ALONE = 512  # tokens whose block0 embeddings are computed by one thread: their rounding depends on no number of threads
+COMPUTED = 1e-4  # of the longest row: more than the rounding of a block0 embedding in float32
+
+
+@runtime_checkable
+class Side(Protocol):
+    """Rows of all tokens on one side of a circuit."""
+
+    @property
+    def rounding(self) -> float:
+        """How far a row of `blocks` may be from its row of `exact`, relative to the longest."""
+        ...
+
+    def __len__(self) -> int:
+        """Count the tokens."""
+        ...
+
+    def blocks(self, size: int) -> Iterator[tuple[slice, Float[Tensor, "token d_model"]]]:
+        """Go through all rows in order, at most `size` at a time."""
+        ...
+
+    def exact(self, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+        """Return the rows of these tokens, float64."""
+        ...
+
+    def moments(self, listed: Bool[Tensor, " token"]) -> tuple[Float[Tensor, " d_model"], float]:
+        """Return the mean of the listed rows, float64, and the norm of the longest of them."""
+        ...
+
+
+class StoredSide:
+    """Rows as they are: columns of W_U."""
+
+    def __init__(self, rows: Rows) -> None:
+        """Take the rows."""
+        self.rows = rows
+
+    @property
+    def rounding(self) -> float:
+        """See `Side`."""
+        return 0.0
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def blocks(self, size: int) -> Iterator[tuple[slice, Float[Tensor, "token d_model"]]]:
+        """See `Side`."""
+        for part in blocks(len(self), size):
+            yield part, self.rows[part]
+
+    def exact(self, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+        """See `Side`."""
+        return self.rows[ids].double()
+
+    def moments(self, listed: Bool[Tensor, " token"]) -> tuple[Float[Tensor, " d_model"], float]:
+        """See `Side`."""
+        moments = Moments(self.rows.shape[1], listed)
+        for part, rows in self.blocks(BLOCK):
+            moments.add(part, rows)
+        return moments.mean, moments.longest
+
+
+class NormalisedSide(StoredSide):
+    """Plain embeddings as the norm of layer 0 leaves them, but for its gain."""
+
+    def __init__(self, W_E: Rows, architecture: Architecture) -> None:
+        """Take the folded embedding."""
+        super().__init__(W_E)
+        self.architecture = architecture
+
+    def blocks(self, size: int) -> Iterator[tuple[slice, Float[Tensor, "token d_model"]]]:
+        """See `Side`."""
+        for part, rows in super().blocks(size):
+            yield part, self.normalised(rows)
+
+    def exact(self, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+        """See `Side`."""
+        return self.normalised(super().exact(ids))
+
+    def normalised(self, rows: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+        """Return rows as the layers' norm leaves them."""
+        return normalise(rows, self.architecture.norm, self.architecture.norm_eps)
+
+
+class Block0Side(NormalisedSide):
+    """Block0 embeddings as the norm of a later layer leaves them, but for its gain.
+
+    Computed once if KEPT holds all of them, else in each pass. The first pass, whoever makes it, leaves the moments.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, block0: Block0, listed: Bool[Tensor, " token"]) -> None:
+        """Compute nothing yet."""
+        super().__init__(vocabulary.W_E, block0.architecture)
+        self.block0, self._listed = block0, listed
+        self._moments, self._passed = Moments(vocabulary.d_model, listed), 0
+        self._kept: Tensor | None = None
+
+    @property
+    def rounding(self) -> float:
+        """See `Side`; `exact` computes rows again that are not kept."""
+        return 0.0 if self._is_kept else COMPUTED
+
+    @property
+    def _is_kept(self) -> bool:
+        return self._kept is not None and self._passed == len(self)
+
+    def read(self, start: int, stop: int) -> Float[Tensor, "token d_model"]:
+        """Return the embeddings of tokens start .. stop - 1, not normalised."""
+        if self._kept is not None and stop <= self._passed:
+            return self._kept[start:stop]
+        parts = self.rows[start:stop].split(ALONE)
+        rows = torch.cat(each(self.block0.rows, parts, self.rows.device))
+        if start <= self._passed < stop:
+            if self._passed == 0 and len(self) * rows.shape[1] * rows.element_size() <= KEPT:
+                self._kept = rows.new_empty(len(self), rows.shape[1])
+            new = rows[self._passed - start :]
+            if self._kept is not None:
+                self._kept[self._passed : stop] = new
+            self._moments.add(slice(self._passed, stop), self.normalised(new))
+            self._passed = stop
+        return rows
+
+    def forget(self) -> None:
+        """Give the memory of kept rows back; they are computed again if they are asked for."""
+        self._kept = None
+
+    def blocks(self, size: int) -> Iterator[tuple[slice, Float[Tensor, "token d_model"]]]:
+        """See `Side`."""
+        for part in blocks(len(self), size):
+            yield part, self.normalised(self.read(part.start, part.stop))
+
+    def exact(self, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+        """See `Side`."""
+        if self._kept is not None and self._is_kept:
+            return self.normalised(self._kept[ids]).double()
+        return self.normalised(self.block0.rows(self.rows[ids].double()))
+
+    def moments(self, listed: Bool[Tensor, " token"]) -> tuple[Float[Tensor, " d_model"], float]:
+        """See `Side`; the listed tokens are those it was made for."""
+        if not torch.equal(listed, self._listed):
+            raise ValueError("these are the moments of other tokens")
+        for part in blocks(len(self), BLOCK):
+            if self._passed < part.stop:
+                self.read(max(part.start, self._passed), part.stop)
+        return self._moments.mean, self._moments.longest
+
+
+class Moments:
+    """Mean and longest of the listed rows, summed up block by block."""
+
+    def __init__(self, d_model: int, listed: Bool[Tensor, " token"]) -> None:
+        """Begin with nothing."""
+        self.listed, self.longest = listed, 0.0
+        self._sum = torch.zeros(d_model, dtype=torch.float64, device=listed.device)
+        self._near: Tensor | None = None  # rows are summed less a row near their mean: float32 will do then
+
+    def add(self, part: slice, rows: Float[Tensor, "token d_model"]) -> None:
+        """Take the rows of these tokens."""
+        there = self.listed[part].to(rows)
+        if self._near is None:
+            self._near = rows.mean(0)
+        self.longest = max(self.longest, float((torch.linalg.vector_norm(rows, dim=1) * there).max()))
+        self._sum += there @ (rows - self._near)
+
+    @property
+    def mean(self) -> Float[Tensor, " d_model"]:
+        """The mean of all listed rows."""
+        mean = self._sum / int(self.listed.sum())
+        return mean if self._near is None else mean + self._near.double()

@@ -1,0 +1,81 @@
+"""Metrics of a whole layer: all of its heads' W_QK summed (layers.parquet).
+
+Published values are of the raw weights, so `qk_symmetry` and `qk_directionality` always are.
+"""
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ovqk.circuits.factors import key_side, query_side
+from ovqk.circuits.vocabulary import STRIPE, blocks, precision
+from ovqk.weights.types import Architecture, LayerWeights, read_through
+
+
+def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Architecture) -> dict[str, float]:
+    """`qk_symmetry` and `qk_directionality` of the raw, `qk_symmetry_folded` of the folded sum over heads of W_Q W_K^T.
+
+    Saponati et al. 2025, arXiv 2502.10927. Symmetry tr(M M) / |M|_F^2 and directionality both lie in [-1, 1];
+    positive directionality is column (key) dominated (the paper's tables print the negative). 0 for a zero layer.
+    """
+    matrix = _summed(raw, architecture)  # without the gains of a norm of queries and keys
+    values = {"qk_symmetry": _symmetry(matrix), "qk_directionality": directionality(matrix)}
+    if folded is raw:
+        return values | {"qk_symmetry_folded": values["qk_symmetry"]}
+    if folded.qk_norm is None:  # folding is linear in each side's rows: the sum is folded, and not summed again
+        for _ in range(2):
+            matrix = read_through(raw.norm, matrix).T
+    else:
+        W_Q, W_K = query_side(folded.W_Q, folded), key_side(folded.W_K, folded)
+        matrix = _summed(dataclasses.replace(folded, W_Q=W_Q, W_K=W_K), architecture)
+    return values | {"qk_symmetry_folded": _symmetry(matrix)}
+
+
+def _summed(weights: LayerWeights, architecture: Architecture) -> Float[Tensor, "d_model d_model"]:
+    """The sum over heads of W_Q W_K^T, as one product; the query heads of a KV group are summed first.
+
+    Each side is divided by a power of two of its size: no metric here sees a scale, and squares of the products of tiny
+    weights have no float32.
+    """
+    group = architecture.n_heads // architecture.n_kv_heads
+    queries = weights.W_Q.unflatten(0, (-1, group)).sum(1) if group > 1 else weights.W_Q
+    dtype = precision(architecture.d_model)
+    left, right = (_sized(side.transpose(0, 1).flatten(1), dtype) for side in (queries, weights.W_K))
+    return left @ right.T
+
+
+def _sized(side: Float[Tensor, "d_model column"], dtype: torch.dtype) -> Float[Tensor, "d_model column"]:
+    """A side of the product in this dtype, its largest entry below 1; exact, in two steps that stay finite."""
+    exponent = int(torch.frexp(torch.stack(side.aminmax()).abs().amax()).exponent)
+    return side.to(dtype) * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)
+
+
+def _symmetry(matrix: Float[Tensor, "d_model d_model"]) -> float:
+    """tr(M M) / |M|_F^2, in stripes: no second matrix is held."""
+    product = energy = 0.0
+    for rows in blocks(len(matrix), STRIPE):
+        stripe = matrix[rows]
+        product += float((stripe * matrix[:, rows].T).sum(dtype=torch.float64))
+        energy += float(stripe.square().sum(dtype=torch.float64))
+    return product / energy if energy > 0 else 0.0
+
+
+def directionality(matrix: Float[Tensor, "row column"]) -> float:
+    """How far outlying column norms exceed outlying row norms, in [-1, 1].
+
+    With c, r the norms of columns and rows and tau = mean + 2 sd (ddof 1) of each:
+    (sum over c > tau_c of (c - tau_c) - sum over r > tau_r of (r - tau_r)) / (their sum); 0 where none exceeds.
+    """
+    columns, rows = matrix.norm(dim=0), matrix.norm(dim=1)
+    excess_columns, excess_rows = _excess(columns), _excess(rows)
+    total = excess_columns + excess_rows
+    return float((excess_columns - excess_rows) / total) if total > 0 else 0.0
+
+
+def _excess(norms: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    if len(norms) < 2:
+        return norms.new_zeros(())
+    threshold = norms.mean() + 2 * norms.std()
+    return (norms - threshold).clamp_min(0).sum()

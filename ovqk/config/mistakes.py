@@ -1,0 +1,134 @@
+"""A user's mistake in a choice, as Hydra and OmegaConf report it, in one message."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+import yaml
+
+from ovqk.config import schema
+
+LISTED = 9
+"""Names of choices that a message lists: all of them if there are no more, else the nearest."""
+
+
+def check_keys(arguments: Iterable[str]) -> None:
+    """Refuse a mistyped key on the command line, naming the keys that are allowed where it stands.
+
+    Raises:
+        SystemExit: with one message.
+    """
+    for argument in arguments:
+        match = re.fullmatch(r"\+{0,2}([A-Za-z_][\w./-]*)=.*", argument, flags=re.DOTALL)
+        if match is None or re.split("[./]", match[1])[0] == "hydra":
+            continue
+        place: type = schema.Config
+        parts = match[1].split(".")
+        for depth, part in enumerate(parts):
+            if not is_dataclass(place):
+                break
+            allowed = {field.name: field.type for field in fields(place)}
+            if part not in allowed:
+                near = difflib.get_close_matches(part, allowed, n=1)
+                hint = f" Did you mean {'.'.join([*parts[:depth], *near])}?" if near else ""
+                where = ".".join(parts[:depth])
+                scope = f" under {where}" if where else ""
+                raise SystemExit(f"ovqk: {match[1]}: no such key.{hint} Allowed{scope}: {', '.join(sorted(allowed))}.")
+            inner = allowed[part]
+            if parts[depth + 1 :] and _is_value(inner):
+                whole, joined = ".".join(parts[: depth + 1]), "_".join(parts[depth : depth + 2])
+                hint = f" Did you mean {'.'.join([*parts[:depth], joined])}?" if joined in allowed else ""
+                raise SystemExit(f"ovqk: {match[1]}: no such key; {whole} is one value and has no keys.{hint}")
+            place = inner if isinstance(inner, type) else object
+
+
+def _is_value(kind: Any) -> bool:
+    """Whether a key of this type holds one value: no group, list or mapping."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else [kind]
+    return all(isinstance(each, type) and issubclass(each, str | int | float | Enum | type(None)) for each in kinds)
+
+
+def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
+    """What Hydra or OmegaConf says of a mistaken choice: the key, what was wrong with it and what is allowed.
+
+    Args:
+        error: the error, with what caused it.
+        folders: where the config files are, for the place of a mistake in a file.
+    """
+    if getattr(error, "missing_cfg_file", None):
+        return [_unknown_choice(error, folders)]
+    lines = [line for e in (error, error.__cause__) if e is not None for line in str(e).splitlines()]
+    found = [match for line in lines if (match := re.fullmatch(r"\s*(\w+)[:=] ?(.*)", line))]
+    facts = {match[1]: match[2] for match in found if match[1] in ("full_key", "object_type", "reference_type")}
+    told = list(dict.fromkeys(line for line in lines if line.lstrip().split("=")[0].split(":")[0] not in facts))
+    if match := re.match(r"Ambiguous value for argument '(.*)'$", lines[0] if lines else ""):
+        return [f"{match[1]}: several values need -m, which computes a cell for each: python run.py -m {match[1]}"]
+    if "full_key" not in facts:
+        override = getattr(error, "override", None)  # what could not be parsed
+        return [f"{override}: {told[0]}", *told[1:]] if override and override not in told[0] else told
+    key, place = facts["full_key"], getattr(schema, facts.get("object_type", ""), None)
+    what = next((line for line in told if line.startswith(("Invalid value ", "Value ", "Key "))), told[-1])
+    value = re.match(r"(?:Invalid value|Value) '(.*?)'", what)
+    if what.startswith("Key ") and is_dataclass(place):
+        what = f"no such key; allowed: {', '.join(field.name for field in fields(place))}"
+    if match := re.match(r"Error merging override (([^=]*)=.*)", told[0]):
+        return [f"{match[1]}: {what}" + ("" if re.sub(r"\[(\d+)\]", r".\1", key) == match[2] else f" ({key})")]
+    if match := re.match(r"In '([^']+)'", told[0]):
+        files = [path for folder in folders if (path := folder / f"{match[1]}.yaml").is_file()]
+        places = _places(yaml.safe_load(files[0].read_text("utf-8")), key, value and value[1]) if files else []
+        return [f"{match[1]}.yaml: {', '.join(places) or key}: {what}"]
+    return [f"{key}: {what}"]
+
+
+def _unknown_choice(error: Any, folders: Iterable[Path]) -> str:
+    """Say which model, task or other config file is not there, which names are near, and how to see them all."""
+    group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
+    first, _, rest = group.partition("/")
+    if first != "hydra" and rest:  # a name with a slash in it, as the hub has them
+        group, name = first, f"{rest}/{name}"
+    parent = re.match(r"In '([^']+)'", str(error))
+    where = f"{parent[1]}.yaml: " if parent and parent[1] not in ("config", "hydra/config") else ""
+    if group:
+        options = list(error.options or ())
+        said = f"{where}{group}={name}: there is no such {group.split('/')[-1]}."
+    else:
+        files = {path.stem for folder in folders for path in folder.glob("*.yaml")}
+        options = sorted(files - {"config", "settings"})
+        said = f"{where}-cn {name}: there is no {name}.yaml in conf/ or in a folder named by -cd."
+    if len(options) <= LISTED:
+        return f"{said} Allowed: {', '.join(options)}." if options else said
+    near = close_names(name.rpartition("/")[2], options)
+    hint = f" Did you mean {_either(near)}?" if near else ""
+    if group != "model":
+        return f"{said}{hint} There are {len(options)}."
+    return (
+        f"{said}{hint} `python run.py --help` lists all {len(options)}, and conf/model/ has a file for each. "
+        "A checkpoint of your own is model=local model.path=DIR."
+    )
+
+
+def close_names(name: str, options: Iterable[str]) -> list[str]:
+    """Return at most LISTED of the options that begin with the name, and then of those that are spelled like it."""
+    options = sorted(options)
+    begin = [option for option in options if option.lower().startswith(name.lower())] if name else []
+    like = difflib.get_close_matches(name.lower(), options, n=4, cutoff=0.65)
+    return list(dict.fromkeys([*begin, *like]))[:LISTED]
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _places(content: Any, key: str, value: str | None, at: str = "") -> Iterator[str]:
+    """Where a file holds this value (any, where None) under a key that ends so."""
+    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, inner in pairs:
+        place = f"{at}.{name}".lstrip(".")
+        if f".{place}".endswith(f".{key.split('.')[-1]}") and value in (None, str(inner)):
+            yield place
+        yield from _places(inner, key, value, place)

@@ -1,0 +1,141 @@
+"""One cell's choice as typed and checked values, and configs as plain data."""
+
+import re
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ovqk.config.schema import Config, Source, TrackingMode
+from ovqk.errors import UserError
+
+CIRCUITS = ("ov", "qk")
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+RESERVED = "wandb"  # W&B's folder beside those of the models
+REPOSITORY = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*")
+REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def resolve(config: DictConfig) -> Config:
+    """The typed choice of one cell, checked as far as it can be without touching a file.
+
+    Raises:
+        UserError: a value that the schema lets through is not allowed.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if "model.name" in missing and config.model.source is Source.local:
+        missing.remove("model.name")
+        if not config.model.path:
+            raise UserError(
+                "model.path: not set. model=local needs model.path=PATH: a Hugging Face directory, a GGUF file, or one "
+                "safetensors file of TransformerLens names."
+            )
+        config = config.copy()
+        path = Path(config.model.path).expanduser()
+        stem = path.resolve().name.removesuffix(".safetensors").removesuffix(".gguf")
+        config.model.name = re.sub(r"[^A-Za-z0-9._+-]+", "-", stem).strip("-.") or "local"
+    if missing:
+        raise UserError(f"{missing[0]}: not set, and it has no default.")
+    typed = OmegaConf.to_object(config)
+    assert isinstance(typed, Config)
+    typed = _at_checkpoint(typed)
+    _check(typed)
+    return typed
+
+
+def _at_checkpoint(config: Config) -> Config:
+    """A step of training as the revision that holds it, under a name of its own: pythia-70m-deduped-step1000."""
+    model = config.model
+    if model.checkpoint is None:
+        return config
+    if model.checkpoints is None:
+        raise UserError(f"model.checkpoint={model.checkpoint}: model={model.name} keeps no steps of its training.")
+    if model.checkpoint < 0:
+        raise UserError(f"model.checkpoint={model.checkpoint}: must be a step >= 0.")
+    revision = model.checkpoints.replace("{checkpoint}", str(model.checkpoint))
+    if revision != model.revision:  # a record's cell.yaml is resolved already
+        model.revision, model.name = revision, f"{model.name}-{revision}"
+    return config
+
+
+def _check(config: Config) -> None:
+    labels = {
+        "model.name": config.model.name,
+        "task.name": config.task.name,
+        "analysis.name": config.analysis.name,
+    }
+    for key, label in labels.items():
+        if not LABEL.fullmatch(label) or len(label) > 100:
+            raise UserError(
+                f"{key}={label!r}: allowed are up to 100 letters, digits, '.', '_', '+' and '-', the first a letter or "
+                "digit; it names a folder."
+            )
+    if config.model.name == RESERVED:
+        raise UserError(f"model.name={RESERVED}: W&B's own folder has that name; choose another.")
+    if config.model.repo is not None and not REPOSITORY.fullmatch(config.model.repo):
+        raise UserError(f"model.repo={config.model.repo!r}: must be OWNER/NAME.")
+    if not REVISION.fullmatch(config.model.revision):
+        raise UserError(f"model.revision={config.model.revision!r}: must be a branch, a tag or a commit.")
+    circuits = config.analysis.circuits
+    if not circuits or len(set(circuits)) != len(circuits) or not set(circuits) <= set(CIRCUITS):
+        raise UserError(f"analysis.circuits={circuits}: allowed are {', '.join(CIRCUITS)}, each once.")
+    if not config.analysis.offsets or min(config.analysis.offsets) < 0:
+        raise UserError(
+            f"analysis.offsets={config.analysis.offsets}: allowed are one or more offsets >= 0 (query minus key)."
+        )
+    if config.analysis.components < 0:
+        raise UserError(f"analysis.components={config.analysis.components}: must be a number of components >= 0.")
+    if config.analysis.pairs and len(circuits) < 2:
+        raise UserError(f"analysis.pairs=true: composition needs both circuits, and analysis.circuits={circuits}.")
+    if not 1 <= config.nulls.draws <= 1_000_000:
+        raise UserError(
+            f"nulls.draws={config.nulls.draws}: must be in 1 .. 1000000 (p cannot fall below 1 / (1 + draws))."
+        )
+    if not config.cache_gb > 0:
+        raise UserError(
+            f"cache_gb={config.cache_gb}: must be a positive number of gigabytes; cache=false keeps nothing."
+        )
+    if config.hub_timeout <= 0:
+        raise UserError(f"hub_timeout={config.hub_timeout}: must be a positive number of seconds.")
+    if config.model.n_ctx is not None and config.model.n_ctx < 1:
+        raise UserError(f"model.n_ctx={config.model.n_ctx}: must be a positive number of tokens.")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed}: must be in 0 .. 2^32 - 1.")
+    if config.model.trust_remote_code and not COMMIT.fullmatch(config.model.revision):
+        raise UserError(
+            f"model.trust_remote_code=true with model.revision={config.model.revision}: running a repository's code "
+            "needs a revision that is a full commit (40 hexadecimal digits)."
+        )
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain data: enums by their value."""
+
+    def simple(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, dict):
+            return {key: simple(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [simple(item) for item in value]
+        return value
+
+    return {key: simple(value) for key, value in asdict(config).items()}
+
+
+def tracking_mode(config: Config | DictConfig, wandb_mode: str | None) -> TrackingMode:
+    """`tracking=none` always wins, else WANDB_MODE, else the config.
+
+    Raises:
+        UserError: WANDB_MODE is none of its known values.
+    """
+    if config.tracking.mode is TrackingMode.none or not wandb_mode:
+        return config.tracking.mode
+    modes = {mode.value: mode for mode in (TrackingMode.online, TrackingMode.offline)}
+    modes |= {"dryrun": TrackingMode.offline, "disabled": TrackingMode.none}
+    if wandb_mode not in modes:
+        raise UserError(f"WANDB_MODE={wandb_mode}: allowed: {', '.join(modes)}.")
+    return modes[wandb_mode]

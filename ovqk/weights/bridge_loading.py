@@ -1,0 +1,202 @@
+"""Loading a Hugging Face model, its rotations, and TransformerLens's view of it."""
+
+import contextlib
+import io
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
+from ovqk.errors import UserError
+from ovqk.weights.family import WRAPPERS
+from ovqk.weights.types import Rotary
+
+
+def find_architecture(checkpoint: Checkpoint) -> str:
+    """Return the checkpoint's architecture as TransformerLens spells it.
+
+    Raises:
+        UserError: config.json names none, or TransformerLens has no adapter for it.
+    """
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    label, config = checkpoint.label, checkpoint.config
+    usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    names = config.get("architectures") or ([usual] if isinstance(usual, str) else [])
+    if not names:
+        raise UserError(f"{label}: config.json names no 'architectures' for model_type={config.get('model_type')}.")
+    known = {name.lower(): name for name in SUPPORTED_ARCHITECTURES}
+    for name in names:
+        if str(name).lower() in known:
+            return known[str(name).lower()]
+    raise UserError(
+        f"{label}: {', '.join(map(str, names))} is neither a family that ovqk reads itself nor an architecture "
+        "that TransformerLens has an adapter for; allowed: those of docs/architectures.md."
+    )
+
+
+def find_wrappers(checkpoint: Checkpoint) -> list[str]:
+    """Return what training tools put before the names of tensors, each sequence of them that some name begins with."""
+    known = "|".join(re.escape(wrapper) for wrapper in WRAPPERS if wrapper != "model.")  # many models' own
+    found = (re.match(f"(?:{known})+", name) for name in checkpoint.shapes)
+    return sorted({match[0] for match in found if match}, key=len, reverse=True)
+
+
+def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: bool) -> Any:
+    """Load the Hugging Face model, float32.
+
+    Raises:
+        UserError: it cannot be loaded, tensors are missing, or some are not finite.
+    """
+    from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
+
+    label = checkpoint.label
+    without = {f"^{re.escape(wrapper)}": "" for wrapper in find_wrappers(checkpoint)}
+    try:
+        model, report = get_hf_model_class_for_architecture(architecture).from_pretrained(
+            str(checkpoint.directory),
+            output_loading_info=True,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            key_mapping=without or None,
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"{label}: transformers cannot load {architecture} ({_told(error)}).") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise checkpoint.missing(missing[0], len(missing))
+    for name, parameter in model.named_parameters():
+        check_finite(label, name, parameter.detach())
+    return model.eval()
+
+
+def boot_bridge(checkpoint: Checkpoint, model: Any, architecture: str, trust_remote_code: bool) -> Any:
+    """Return TransformerLens's view of a model that is loaded.
+
+    Raises:
+        UserError: TransformerLens cannot read it.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources.transformers import source
+
+    model.config.architectures = [architecture]  # as TransformerLens spells it
+    try:
+        # a processor of pictures or sounds is not needed, and loading one may install packages
+        with unused_tokenizer() as tokenizer, mock.patch.object(source, "load_modality_processor"):
+            return TransformerBridge.boot_transformers(
+                str(checkpoint.directory),
+                hf_model=model,
+                tokenizer=tokenizer,
+                device="cpu",
+                trust_remote_code=trust_remote_code,
+            )
+    except Exception as error:  # an adapter raises many kinds
+        message = f"{checkpoint.label}: TransformerLens cannot read this {architecture} ({_told(error)})."
+        raise UserError(message) from error
+
+
+def original(owner: Any, name: str) -> nn.Module | None:
+    """Return the Hugging Face module behind a component of the bridge; None if there is none."""
+    component = getattr(owner, name, None)
+    found = getattr(component, "original_component", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def find_rotations(model: nn.Module) -> list[Rotary]:
+    """Return the rotations that the model's buffers and config hold, each once in either layout and direction."""
+    found: list[Rotary] = []
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not name.endswith("inv_freq") or buffer.dim() != 1 or name.startswith("original"):
+                continue
+            kind = name.removesuffix("inv_freq")
+            factor = getattr(module, f"{kind}attention_scaling", 1.0)
+            found.append(Rotary(buffer.detach().float(), scale=float(factor) ** 2))
+    rotary_dim = getattr(getattr(model, "config", None), "rotary_dim", None)
+    if isinstance(rotary_dim, int) and rotary_dim > 0:  # CodeGen keeps tables of sines and cosines
+        found.append(Rotary(10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)))
+    once: list[Rotary] = []
+    for rotary in found:
+        same = (
+            each.scale == rotary.scale and torch.equal(each.inverse_frequencies, rotary.inverse_frequencies)
+            for each in once
+        )
+        if not any(same):
+            once.append(rotary)
+    once += [replace(rotary, inverse_frequencies=-rotary.inverse_frequencies) for rotary in once]  # turned backwards
+    return [replace(rotary, interleaved=interleaved) for interleaved in (False, True) for rotary in once]
+
+
+def notes_of_config(config: Any) -> list[str]:
+    """Return notes on settings that a few tokens need not show: about long texts, and clipped values."""
+    notes = []
+    for place in (config, getattr(config, "attn_config", None)):  # MPT and DBRX keep it one level down
+        bound = place.get("clip_qkv") if isinstance(place, dict) else getattr(place, "clip_qkv", None)
+        if bound is not None:
+            notes.append(f"queries, keys and values are clipped at {bound:g} either way, and no metric has that in")
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in rope.values() if isinstance(each, dict)] or [rope]
+    named = ["attn_temperature_tuning"] if getattr(config, "attn_temperature_tuning", False) else []
+    named += ["llama_4_scaling_beta"] if any(each.get("llama_4_scaling_beta") for each in kinds) else []
+    if named:
+        notes.append(f"scores grow with the position of the query ({named[0]}); no metric has it in")
+    if chunk := getattr(config, "attention_chunk_size", None):
+        notes.append(
+            f"in layers with chunked attention a query sees its own chunk of {chunk} tokens alone; no metric has it in"
+        )
+    for name in sorted({str(each.get("rope_type")) for each in kinds} & {"dynamic", "longrope"}):
+        notes.append(f"the rotation changes with the length of the text ({name}); it is read as for short ones")
+    return notes
+
+
+@contextlib.contextmanager
+def unused_tokenizer() -> Iterator[Any]:
+    """TransformerLens wants a tokenizer, loads it again, and invents one of one token where a folder holds none."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    special = dict.fromkeys(("unk_token", "pad_token", "bos_token"), "<unk>")
+    with tempfile.TemporaryDirectory() as folder:
+        PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder)
+        yield PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _told(error: Exception) -> str:
+    """The first line of an error, whole, with the next if it announces it; its kind if it says nothing."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Progress bars and advice of the libraries are not this program's output."""
+    import transformers
+
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # the hub's with it, which a later cell may want to show
+    transformers.utils.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,39 @@
+"""Where tensors live."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ovqk.config.schema import Device
+from ovqk.errors import UserError
+from ovqk.weights.types import StoredRows
+
+Weights = TypeVar("Weights")
+
+
+def resolve_device(device: Device) -> torch.device:
+    """The device that was asked for.
+
+    Raises:
+        UserError: there is no CUDA device.
+    """
+    available = torch.cuda.is_available()
+    if device is Device.cuda and not available:
+        raise UserError("device=cuda: torch finds no CUDA device here; allowed: cpu, auto.")
+    return torch.device("cpu" if device is Device.cpu or not available else "cuda")
+
+
+def to_device(weights: Weights, device: torch.device) -> Weights:
+    """The same dataclass of weights with its tensors (and its norm's) on a device."""
+    if device.type == "cpu":
+        return weights
+    moved: dict[str, Any] = {}
+    for field in dataclasses.fields(weights):  # type: ignore[arg-type]
+        value = getattr(weights, field.name)
+        if isinstance(value, (Tensor, StoredRows)):
+            moved[field.name] = value.to(device)
+        elif dataclasses.is_dataclass(value):
+            moved[field.name] = to_device(value, device)
+    return dataclasses.replace(weights, **moved)  # type: ignore[type-var]

@@ -1,0 +1,120 @@
+"""What a row of the table of architecture families says: how a family names its tensors and lays them out."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import Any, Literal, Union
+
+from ovqk.weights.types import NormKind, PositionKind
+
+WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "model.")
+"""What torch.compile, data parallelism, PEFT and a module kept in a module put before the names of tensors."""
+
+
+ATTENTION_READS = ("query", "key", "value", "qkv")
+MLP_PARTS = ("mlp_in", "mlp_linear", "mlp_gate_and_linear", "mlp_out")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture family.
+
+    Attributes:
+        model_types: the `model_type` values of config.json that belong to it.
+        prefixes: what checkpoints put before the names of the tensors, in the order tried.
+        tensors: ovqk's name -> the checkpoint's, without `.weight` or `.bias`; `{layer}` is the layer's index.
+            `query`, `key`, `value` or a fused `qkv`; `norm` (absent: none, or one without a gain), `post_norm`,
+            `query_norm`, `key_norm`; the MLP's `mlp_in` (its gate, where it has one), `mlp_linear` or a fused
+            `mlp_gate_and_linear`, `mlp_out`, `mlp_norm`, `mlp_post_norm`.
+        keys: ovqk's name -> the keys of config.json, in the order tried.
+        linear: `out_in` for torch's Linear [out, in], `in_out` for GPT-2's Conv1D [in, out].
+        fused: how `qkv` is laid out: all queries, all keys, all values; or KV head by KV head, the queries that read
+            it, its key, its value.
+        unembedding: the unembedding's name, without a prefix.
+        gain_offset: what is added to the weight of a norm to give its gain (Gemma: 1).
+        scaled_embedding: embedding rows are multiplied by sqrt(d_model).
+        embedding_multiplier, residual_multiplier, logit_multiplier: keys of numbers that multiply embedding rows, what
+            attention and MLP write, and the logits.
+        logit_divisor: key of a number that the logits are divided by.
+        parallel: attention and MLP read the same stream; or the config's key that says so.
+        query_key_norm: queries and keys are normalised per head, or over all heads of a token.
+        interleaved: rotary pairs are neighbours (GPT-J).
+        partial_rotary: `partial_rotary_factor` is read: a part of a head is rotated. Elsewhere transformers ignores it.
+        rotated: which layers are rotated: every one; those that `no_rope_layers` marks with 1; those with a sliding
+            window; or those, and every one where no window is set.
+        default_theta: the base of the rotary frequencies where config.json gives none (of a `complete` family).
+        position_offset: rows of the position embedding before that of the first position (OPT: 2).
+        kv_heads: their number, where no key of config.json gives it.
+        scale: key of the number whose -1/2 power scales the scores, or a number; d_head where absent.
+        score_multiplier: key of the number that scales the scores itself.
+        experts: the MLP of block 0 is a mixture of experts.
+        read_bias, output_bias, mlp_bias: whether queries, keys and values have biases, whether the output projection
+            has one, and whether the MLP has; or config.json's key that says so.
+        norm_bias: whether the norms on the stream have biases.
+        refused: config keys that must be unset or false, as ovqk does not read what they turn on.
+        complete: config.json alone tells everything; otherwise transformers fills in the model type's defaults.
+        variant: from config.json, the row of this checkpoint; None: the bridge.
+        notes: for the record: what the model has and the formulas do not.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    prefixes: tuple[str, ...]
+    norm: NormKind
+    positions: PositionKind
+    tensors: Mapping[str, str]
+    keys: Mapping[str, tuple[str, ...]]
+    linear: Literal["out_in", "in_out"] = "out_in"
+    fused: Literal["columns", "per_head"] = "columns"
+    unembedding: str = "lm_head"
+    tied_by_default: bool = False
+    gain_offset: float = 0.0
+    scaled_embedding: bool = False
+    embedding_multiplier: str | None = None
+    residual_multiplier: str | None = None
+    logit_multiplier: str | None = None
+    logit_divisor: str | None = None
+    parallel: bool | str = False
+    query_key_norm: Literal["per_head", "over_heads"] | None = None
+    interleaved: bool = False
+    partial_rotary: bool = False
+    rotated: Literal["every", "no_rope_layers", "windowed", "windowed_or_every"] = "every"
+    default_theta: float = 10000.0
+    position_offset: int = 0
+    kv_heads: int | None = None
+    scale: str | float | None = None
+    score_multiplier: str | None = None
+    experts: bool = False
+    read_bias: bool | str = False
+    output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    norm_bias: bool = False
+    refused: tuple[str, ...] = field(default=())
+    complete: bool = False
+    variant: Callable[[Mapping[str, Any]], Union["Family", None]] | None = None
+    notes: tuple[str, ...] = ()
+
+    def reads(self, name: str) -> bool:
+        """Whether ovqk reads the tensor of this name: attention, norms and embeddings, and the MLP of block 0 alone."""
+        return self._read.fullmatch(name) is not None
+
+    @cached_property
+    def _read(self) -> re.Pattern[str]:
+        layers = {True: "0", False: r"\d+"}
+        names = (
+            re.escape(name).replace(re.escape("{layer}"), layers[part.startswith("mlp_")])
+            for part, name in self.tensors.items()
+        )
+        wrapper = f"(?:{'|'.join(map(re.escape, WRAPPERS))})*"
+        own = f"(?:{'|'.join(map(re.escape, self.prefixes))})(?:{'|'.join(names)})"
+        head = rf"(?:language_model\.)?{re.escape(self.unembedding)}"
+        return re.compile(rf"{wrapper}(?:{own}|{head})\.(?:weight|bias)")
+
+
+def wrappers() -> Iterator[str]:
+    """What may stand before the names of tensors, from nothing to three wrappers in a row."""
+    yield ""
+    for depth in (1, 2, 3):
+        yield from map("".join, product(WRAPPERS, repeat=depth))

@@ -1,0 +1,55 @@
+"""Which reader a checkpoint needs: the table of families, TransformerLens names, or the bridge."""
+
+import torch
+
+from ovqk.checkpoints.checkpoint import Checkpoint
+from ovqk.config.schema import ModelConfig
+from ovqk.errors import UserError
+from ovqk.weights.families import family_of
+from ovqk.weights.native import NativeWeights
+from ovqk.weights.transformer_lens_file import TransformerLensWeights
+from ovqk.weights.types import WeightSource
+from ovqk.weights.unreadable import refuse_unreadable, refuse_unreadable_defaults
+
+
+def open_weights(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
+    """The raw weights of a checkpoint, by the reader its config.json calls for.
+
+    Raises:
+        UserError: tensors are missing or misshapen, or the architecture is supported by neither way.
+    """
+    source = _open(checkpoint, model)
+    source.notes.extend(checkpoint.notes)
+    return source
+
+
+def _open(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
+    if not checkpoint.config:
+        return TransformerLensWeights(checkpoint, model.n_ctx, model.causal)
+    kind = checkpoint.config.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{checkpoint.label}: config.json gives no model_type, so its architecture is unknown.")
+    text = checkpoint.config.get("text_config")
+    if any(each.get("is_causal") is False for each in (checkpoint.config, text if isinstance(text, dict) else {})):
+        raise UserError(
+            f"{checkpoint.label}: config.json sets is_causal=false: attention looks both ways, and what ovqk computes "
+            "of positions and of roles assumes that keys precede queries; allowed: true, or unset."
+        )
+    family = family_of(checkpoint.config)
+    if family is not None:
+        ignored = [
+            f"model.{key}" for key, value in (("n_ctx", model.n_ctx), ("causal", model.causal)) if value is not None
+        ]
+        if ignored:
+            raise UserError(
+                f"{', '.join(ignored)}: the checkpoint's own config.json tells; allowed for {checkpoint.label}: unset."
+            )
+        return NativeWeights(checkpoint, family)
+    if quantised := checkpoint.quantised():
+        raise UserError(f"{checkpoint.label}:{quantised} Give a checkpoint that is not quantised.")
+    refuse_unreadable(checkpoint.label, checkpoint.config)
+    refuse_unreadable_defaults(checkpoint.label, checkpoint.config)
+    from ovqk.weights.bridge import BridgeWeights  # 8 seconds of imports, and only here
+
+    with torch.no_grad():
+        return BridgeWeights(checkpoint, model)
