@@ -15,18 +15,18 @@ import pandas as pd
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ovqk.cache import Entry, StructureCache
 from ovqk.candidates import candidate_rows, unclaimed
 from ovqk.circuits.composition import STRONGEST, composition_table, virtual_heads_table
 from ovqk.claims import Claims, resolve_claims
 from ovqk.config.schema import Config
 from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, metric_names
-from ovqk.model import Layer, Model
 from ovqk.nulls import Predicted
 from ovqk.patterns import PATTERNS, head_patterns
 from ovqk.statistics import QUANTILES
-from ovqk.structure import DirectionTables, Stage, StructureTables, Tables
+from ovqk.structure.cache import Entry, StructureCache
+from ovqk.structure.model import Layer, Model
+from ovqk.structure.tables import DirectionTables, Stage, StructureTables, Tables
 from ovqk.task_readout import ReadoutTables, TaskReadout
 from ovqk.testing import ClaimTests, matching_grams
 from ovqk.verdicts import VERDICTS, judge, subjects

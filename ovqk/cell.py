@@ -15,7 +15,6 @@ from omegaconf import DictConfig
 
 from ovqk import console
 from ovqk.analyse import analyse
-from ovqk.cache import StructureCache
 from ovqk.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ovqk.checkpoints.files import cache_folder
 from ovqk.config.resolve import resolve, tracking_mode
@@ -25,6 +24,7 @@ from ovqk.identity import cell_folder, cell_id, identity
 from ovqk.outcomes import Outcome, Outcomes, Status
 from ovqk.progress import layers_of
 from ovqk.record import claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
+from ovqk.structure.cache import StructureCache
 from ovqk.suggestions import shipped_tasks
 from ovqk.tasks import readable_tasks, tokenizer_for
 from ovqk.wandb_service import start_meanwhile

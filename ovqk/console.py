@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ovqk import comparison
-from ovqk.availability import NOT_APPLICABLE
 from ovqk.outcomes import Outcome
 from ovqk.record import read_record, read_tracking
 from ovqk.results import load_table
+from ovqk.structure.availability import NOT_APPLICABLE
 from ovqk.suggestions import next_arguments
 from ovqk.tables import (
     STYLES,

@@ -8,15 +8,15 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.availability import NOT_APPLICABLE
 from ovqk.circuits.factors import Circuit, scores
 from ovqk.circuits.maps import HeadMaps, Scorer
 from ovqk.circuits.vocabulary import Block0
 from ovqk.config.schema import VariableKind
 from ovqk.metrics import METRICS, metric_names
-from ovqk.model import Layer, Model
 from ovqk.readouts import CONTRAST_METRICS, SET_METRICS, EffectiveRows, Readout
-from ovqk.structure import Tables, heads_rows
+from ovqk.structure.availability import NOT_APPLICABLE
+from ovqk.structure.model import Layer, Model
+from ovqk.structure.tables import Tables, heads_rows
 from ovqk.tasks import TaskTokens, resolve_task
 
 

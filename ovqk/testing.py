@@ -22,7 +22,6 @@ from ovqk.circuits.maps import HeadMaps
 from ovqk.claims import Claims, Head
 from ovqk.config.schema import PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
-from ovqk.model import Form, Layer, Model
 from ovqk.nulls import (
     FRAME_METRICS,
     TOKEN_METRICS,
@@ -35,6 +34,7 @@ from ovqk.nulls import (
 )
 from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, Readout
 from ovqk.statistics import monte_carlo
+from ovqk.structure.model import Form, Layer, Model
 from ovqk.surrogates import (
     CHUNK_ELEMENTS,
     FrameDraws,

@@ -108,8 +108,8 @@ def cell_config(folder: Path, device: str = "cpu", task: str = "none") -> Any:
 
 def spectra_alone(config: Any) -> int:
     """Eigen- and singular values of every head, both circuits, both spaces; from the files on."""
-    from ovqk.model import Layer, Model
-    from ovqk.structure import spectrum
+    from ovqk.structure.model import Layer, Model
+    from ovqk.structure.tables import spectrum
 
     source = open_model(config)
     model = Model.read(source, None, None, "bench", config)
@@ -146,7 +146,7 @@ def whole_cell_with_words(config: Any) -> int:
 def cached(folder: Path) -> tuple[float, float]:
     """Seconds of a cell with directions whose structure is computed and kept, and of the same cell once more."""
     from ovqk.analyse import analyse
-    from ovqk.cache import StructureCache
+    from ovqk.structure.cache import StructureCache
 
     config = cell_config(folder)
     config.analysis.components = 3
@@ -229,7 +229,7 @@ def composition_seconds(folder: Path, shape: Shape) -> dict[str, float]:
     from transformer_lens.utilities.matrix import composition_scores
 
     from ovqk.circuits.composition import MODES, LayerCircuits, received
-    from ovqk.model import Layer, Model
+    from ovqk.structure.model import Layer, Model
 
     config = cell_config(folder)
     source = open_model(config)

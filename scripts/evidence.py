@@ -35,9 +35,9 @@ from ovqk.claims import Claims
 from ovqk.config.resolve import resolve
 from ovqk.config.schema import Direction, PredictionConfig, register
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
-from ovqk.model import Layer, Model
 from ovqk.nulls import Predicted, layer_strata, predicted_values
 from ovqk.statistics import Stratum, stratified_permutation, within_layer_auc
+from ovqk.structure.model import Layer, Model
 from ovqk.task_readout import TaskReadout
 from ovqk.tasks import load_tokenizer
 from ovqk.testing import ClaimTests

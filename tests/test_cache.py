@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from conftest import ROOT, compose, local
 
-from ovqk import structure
 from ovqk.analyse import Analysis, analyse
-from ovqk.cache import ENTRY, StructureCache
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.errors import UserError
+from ovqk.structure import tables
+from ovqk.structure.cache import ENTRY, StructureCache
 from ovqk.tasks import load_tokenizer
 from ovqk.weights.readers import open_weights
 
@@ -37,13 +37,13 @@ def cache(tmp_path) -> StructureCache:
 def computed(monkeypatch) -> list[int]:
     """The layers whose structure was computed."""
     seen: list[int] = []
-    whole = structure.layer_structure
+    whole = tables.layer_structure
 
     def counting(layer):
         seen.append(layer.index)
         return whole(layer)
 
-    monkeypatch.setattr(structure, "layer_structure", counting)
+    monkeypatch.setattr(tables, "layer_structure", counting)
     return seen
 
 
@@ -90,7 +90,7 @@ def test_what_the_tables_depend_on_has_an_entry_of_its_own(cache, computed, over
 def test_other_weights_and_other_code_have_entries_of_their_own(cache, computed, monkeypatch) -> None:
     run(cache, "task=none")
     run(cache, "task=none", digest="of other weights")
-    monkeypatch.setattr("ovqk.cache._code", lambda: "changed")
+    monkeypatch.setattr("ovqk.structure.cache._code", lambda: "changed")
     run(cache, "task=none")
     assert computed == [0, 1, 2, 3] * 3 and len(entries(cache)) == 3
 
@@ -176,7 +176,7 @@ def test_an_entry_that_another_process_throws_away_while_it_is_read_is_still_rea
     def gone(path) -> None:
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr("ovqk.cache.os.utime", gone)
+    monkeypatch.setattr("ovqk.structure.cache.os.utime", gone)
     same(run(cache, "task=none"), good)
     assert computed == []
 
@@ -185,7 +185,7 @@ def test_processes_that_need_the_same_compute_it_once(tmp_path) -> None:
     code = (
         "import sys; from pathlib import Path; sys.path[:0] = ['tests', '.']\n"
         "import test_cache as t; from ovqk import structure\n"
-        "whole = structure.layer_structure\n"
+        "whole = tables.layer_structure\n"
         "structure.layer_structure = lambda layer: (print('computed', layer.index), whole(layer))[1]\n"
         f"t.run(t.StructureCache(Path({str(tmp_path)!r}), 1.0, ''), 'task=none')\n"
     )

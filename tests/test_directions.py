@@ -23,7 +23,6 @@ from token_tables import (
     vocabulary,
 )
 
-from ovqk import structure
 from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.circuits import sides as effective_module
@@ -32,8 +31,8 @@ from ovqk.circuits.factors import Factors
 from ovqk.circuits.sides import Block0Side, StoredSide
 from ovqk.circuits.spectra import Decomposition, decompose
 from ovqk.circuits.vocabulary import Block0
-from ovqk.directions import COLUMNS, Directions, TokenSide
-from ovqk.model import Layer, Model
+from ovqk.structure.model import Layer, Model
+from ovqk.structure.token_tables import COLUMNS, Directions, TokenSide
 from ovqk.tasks import load_tokenizer
 from ovqk.token_lists import describe
 from ovqk.weights.readers import open_weights
@@ -274,7 +273,7 @@ def test_layers_wait_for_each_other_and_the_table_is_the_same(tiny_gpt2, monkeyp
         Directions, "tables", lambda self, found, *rest: (passes.append(len(found)), tables(self, found, *rest))[1]
     )
     for waiting in (1, 2**20):
-        monkeypatch.setattr(structure, "WAITING", waiting)
+        monkeypatch.setattr(tables, "WAITING", waiting)
         checkpoint = open_checkpoint(local(tiny_gpt2))
         cell = compose("task=none", "model=local", f"model.path={tiny_gpt2}")
         analysis = analyse(open_weights(checkpoint, local(tiny_gpt2)), None, None, "test", cell)
@@ -456,7 +455,7 @@ def test_the_record_says_which_tokens_are_left_out_and_that_block_0_could_not_be
     same = [name for name in plain.tables if name != "directions"]
     for name in same:  # spectra, heads and all else know nothing of it
         pd.testing.assert_frame_equal(plain.tables[name], every.tables[name])
-    monkeypatch.setattr("ovqk.model.read_block0", lambda *_: "no MLP is known")
+    monkeypatch.setattr("ovqk.structure.model.read_block0", lambda *_: "no MLP is known")
     lost, token = analysis("analysis.directions_embedding=by_layer"), analysis()
     assert not any("for want of block0" in note for note in token.notes)
     assert (

@@ -9,7 +9,7 @@ from token_tables import (
 )
 from tokenizers import AddedToken, Tokenizer
 
-from ovqk.rare import rare_tokens
+from ovqk.structure.rare_tokens import rare_tokens
 
 
 def large(rows: torch.Tensor, tokenizer: Tokenizer | None = None):

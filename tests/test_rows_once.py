@@ -21,9 +21,9 @@ from ovqk.circuits.factors import Factors
 from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.errors import UserError
-from ovqk.model import Layer, Model
 from ovqk.readouts import TOP_METRICS, EffectiveRows
 from ovqk.statistics import monte_carlo
+from ovqk.structure.model import Layer, Model
 from ovqk.task_readout import TaskReadout
 from ovqk.tasks import load_tokenizer
 from ovqk.testing import ClaimTests

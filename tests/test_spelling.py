@@ -5,7 +5,7 @@ from conftest import BUNDLED, shared_model
 from token_tables import BYTE_LEVEL, word_level
 from tokenizers import AddedToken, Tokenizer
 
-from ovqk.spelling import Spelling
+from ovqk.structure.spelling import Spelling
 
 
 def test_gpt2_tokens_are_spelled_as_the_text_they_stand_for() -> None:

@@ -32,8 +32,8 @@ from small import (
 
 from ovqk.analyse import Analysis, analyse
 from ovqk.config.schema import Direction
-from ovqk.model import Model
 from ovqk.statistics import benjamini_hochberg
+from ovqk.structure.model import Model
 from ovqk.surrogates import draw_words, subsamples
 from ovqk.testing import matching_grams
 from ovqk.weights.types import LayerWeights, MLPWeights

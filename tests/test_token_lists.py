@@ -3,7 +3,7 @@
 import torch
 from token_tables import random, table, word_level
 
-from ovqk.spelling import Spelling
+from ovqk.structure.spelling import Spelling
 from ovqk.token_lists import describe
 
 

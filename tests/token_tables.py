@@ -10,7 +10,7 @@ from ovqk.circuits.components import components
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.spectra import Decomposition, decompose
 from ovqk.circuits.vocabulary import Vocabulary, read_vocabulary
-from ovqk.directions import COLUMNS, TOKENS, Directions
+from ovqk.structure.token_tables import COLUMNS, TOKENS, Directions
 from ovqk.weights.types import EmbeddingWeights
 
 

@@ -15,7 +15,7 @@ from ovqk.circuits.components import Components, components
 from ovqk.circuits.factors import Circuit
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.summed_qk import layer_metrics
-from ovqk.model import Layer, Model
+from ovqk.structure.model import Layer, Model
 
 HeadValues = dict[str, Float[Tensor, " head"]]
 WAITING = 2**22  # numbers in the components that wait for a pass over the vocabulary

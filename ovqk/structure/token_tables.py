@@ -26,7 +26,7 @@ from ovqk.circuits.factors import Circuit
 from ovqk.circuits.sides import Block0Side, NormalisedSide, Side, StoredSide
 from ovqk.circuits.vocabulary import BLOCK, Vocabulary, blocks
 from ovqk.config.schema import Embedding
-from ovqk.spelling import Spelling
+from ovqk.structure.spelling import Spelling
 from ovqk.weights.types import Architecture
 
 TOKENS = 10  # of each side and sign

@@ -9,15 +9,15 @@ from jaxtyping import Bool, Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ovqk.availability import NO_EMBEDDING, unavailable_metrics
 from ovqk.circuits import positions, spectra
 from ovqk.circuits.composition import Grams
 from ovqk.circuits.factors import Circuit, Factors, key_side, ov_factors, qk_factors, query_side
 from ovqk.circuits.sides import Block0Side
 from ovqk.circuits.vocabulary import Block0, Vocabulary, read_vocabulary
 from ovqk.config.schema import Config, Processing
-from ovqk.directions import Directions
-from ovqk.rare import RareTokens, rare_tokens
+from ovqk.structure.availability import NO_EMBEDDING, unavailable_metrics
+from ovqk.structure.rare_tokens import RareTokens, rare_tokens
+from ovqk.structure.token_tables import Directions
 from ovqk.weights.devices import resolve_device, to_device
 from ovqk.weights.types import (
     ACTIVATIONS,

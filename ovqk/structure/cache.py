@@ -20,10 +20,10 @@ from filelock import FileLock
 
 from ovqk.config.resolve import plain
 from ovqk.metrics import SCHEMA_VERSION
-from ovqk.model import Model
-from ovqk.structure import Tables
+from ovqk.structure.model import Model
+from ovqk.structure.tables import Tables
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 ENTRY = "entry.json"
 GIGABYTE = 2**30
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk.circuits.vocabulary import Vocabulary, blocks, mean_row
-from ovqk.spelling import BYTE_LETTERS, Spelling
+from ovqk.structure.spelling import BYTE_LETTERS, Spelling
 
 NEAR_MEAN = 0.01  # quantile of the distance from the mean row
 LIKE_UNTRAINED = 0.9  # cosine with the mean of the rows known to be untrained, both less the mean row
