@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 
 from ovqk.candidates import candidate_rows, unclaimed
 from ovqk.circuits.composition import STRONGEST, composition_table, virtual_heads_table
-from ovqk.claims import Claims, resolve_claims
 from ovqk.config.schema import Config
 from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, metric_names
@@ -27,7 +26,8 @@ from ovqk.statistics import QUANTILES
 from ovqk.structure.cache import Entry, StructureCache
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.tables import DirectionTables, Stage, StructureTables, Tables
-from ovqk.task_readout import ReadoutTables, TaskReadout
+from ovqk.tasks.claims import Claims, resolve_claims
+from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
 from ovqk.testing import ClaimTests, matching_grams
 from ovqk.verdicts import VERDICTS, judge, subjects
 from ovqk.weights.types import WeightSource

@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ovqk.claims import Claims, Head
 from ovqk.config.schema import TaskConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.nulls import Predicted, depth_reference
-from ovqk.readouts import SUBSPACE_METRICS
 from ovqk.statistics import benjamini_hochberg, monte_carlo, percentile
+from ovqk.tasks.claims import Claims, Head
+from ovqk.tasks.readouts import SUBSPACE_METRICS
 from ovqk.testing import ClaimTests
 
 STRONGEST = 5

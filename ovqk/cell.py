@@ -26,7 +26,7 @@ from ovqk.progress import layers_of
 from ovqk.record import claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
 from ovqk.structure.cache import StructureCache
 from ovqk.suggestions import shipped_tasks
-from ovqk.tasks import readable_tasks, tokenizer_for
+from ovqk.tasks.words import readable_tasks, tokenizer_for
 from ovqk.wandb_service import start_meanwhile
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights

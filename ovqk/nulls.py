@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovqk.claims import Claims, Head
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS
-from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS
 from ovqk.statistics import (
     QUANTILES,
     TIE,
@@ -34,6 +32,8 @@ from ovqk.statistics import (
     within_layer_auc,
     within_layer_auc_interval,
 )
+from ovqk.tasks.claims import Claims, Head
+from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS
 from ovqk.weights.types import Architecture
 
 ALPHA = 0.05

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ovqk.claims import Head
 from ovqk.metrics import METRICS
 from ovqk.nulls import ALPHA, Values
+from ovqk.tasks.claims import Head
 
 PATTERNS = ("ov_aligned", "qk_simple", "ov_flat", "both_align")
 SIMPLE = 0.25  # of d_head

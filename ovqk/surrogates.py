@@ -24,9 +24,9 @@ from ovqk.circuits.spectra import Decomposition, Gram, full_circuit_ratio
 from ovqk.circuits.threads import CPU, each
 from ovqk.circuits.vocabulary import EXACT, blocks
 from ovqk.config.schema import VariableKind
-from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
-from ovqk.task_readout import TaskReadout
-from ovqk.tasks import Variable, WordSet
+from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
+from ovqk.tasks.task_readout import TaskReadout
+from ovqk.tasks.words import Variable, WordSet
 
 STAGES = (25, 50, 100, 200, 400)
 """Numbers of draws after which it is asked whether more are needed; then all."""

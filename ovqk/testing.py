@@ -19,7 +19,6 @@ from ovqk.circuits import composition
 from ovqk.circuits.composition import LayerCircuits
 from ovqk.circuits.factors import Circuit
 from ovqk.circuits.maps import HeadMaps
-from ovqk.claims import Claims, Head
 from ovqk.config.schema import PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.nulls import (
@@ -32,7 +31,6 @@ from ovqk.nulls import (
     predicted_values,
     role_rows,
 )
-from ovqk.readouts import SET_METRICS, SUBSPACE_METRICS, Readout
 from ovqk.statistics import monte_carlo
 from ovqk.structure.model import Form, Layer, Model
 from ovqk.surrogates import (
@@ -45,8 +43,10 @@ from ovqk.surrogates import (
     subsamples,
     surrogate_metrics,
 )
-from ovqk.task_readout import TaskReadout
-from ovqk.tasks import Variable
+from ovqk.tasks.claims import Claims, Head
+from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, Readout
+from ovqk.tasks.task_readout import TaskReadout
+from ovqk.tasks.words import Variable
 
 RESAMPLES = 1000  # of source tokens, for an interval
 SUBSAMPLES = 200  # of a subspace's words, for an interval

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ovqk.claims import Claims, Head
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.nulls import ALPHA, Predicted, counting
+from ovqk.tasks.claims import Claims, Head
 
 VERDICTS = ("corroborated", "partial", "unsupported", "contradicted", "untestable", "out_of_scope")
 

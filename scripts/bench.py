@@ -134,7 +134,7 @@ def whole_cell_with_words(config: Any) -> int:
     """Every stage of `analyse`, from the files on, with the tokenizer and the task's words."""
     from ovqk.analyse import analyse
     from ovqk.checkpoints.checkpoint import open_checkpoint
-    from ovqk.tasks import load_tokenizer
+    from ovqk.tasks.words import load_tokenizer
     from ovqk.weights.readers import open_weights
 
     checkpoint = open_checkpoint(config.model)

@@ -31,15 +31,15 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import open_checkpoint
-from ovqk.claims import Claims
 from ovqk.config.resolve import resolve
 from ovqk.config.schema import Direction, PredictionConfig, register
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.nulls import Predicted, layer_strata, predicted_values
 from ovqk.statistics import Stratum, stratified_permutation, within_layer_auc
 from ovqk.structure.model import Layer, Model
-from ovqk.task_readout import TaskReadout
-from ovqk.tasks import load_tokenizer
+from ovqk.tasks.claims import Claims
+from ovqk.tasks.task_readout import TaskReadout
+from ovqk.tasks.words import load_tokenizer
 from ovqk.testing import ClaimTests
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights

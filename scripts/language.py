@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from words import SEQUENCE_WEIGHTS, WORDS
 
-from ovqk.prompts import variants
+from ovqk.tasks.prompts import variants
 
 UNKNOWN, END_OF_TEXT = "<unk>", "<eos>"
 

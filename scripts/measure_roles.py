@@ -46,8 +46,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.config.schema import ModelConfig, Source
-from ovqk.prompts import Prompt, known_words, sample_prompts, start_tokens, token_positions
-from ovqk.tasks import load_tokenizer
+from ovqk.tasks.prompts import Prompt, known_words, sample_prompts, start_tokens, token_positions
+from ovqk.tasks.words import load_tokenizer
 
 LEAST_ATTENTION = 0.3
 LEAST_SHARE = 0.05

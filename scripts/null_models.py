@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from planted import LAYOUT, SHAPES, RandomModel, architecture, judged, p_values, planted, random_claims, random_model
 
-from ovqk.claims import Claims
 from ovqk.config.schema import PredictionConfig
 from ovqk.nulls import Predicted, head_rows
+from ovqk.tasks.claims import Claims
 
 TASKS = tuple(LAYOUT)
 POWER_SHAPES = ("learned positions", "rotary, grouped queries")

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from ovqk.analyse import Analysis, analyse
 from ovqk.config.schema import ClaimsConfig, Config, Direction, PredictionConfig, RoleConfig, TaskConfig, VariableConfig
 from ovqk.config.schema import VariableKind as Kind
-from ovqk.tasks import resolve_task
+from ovqk.tasks.words import resolve_task
 from ovqk.weights.types import (
     Architecture,
     EmbeddingWeights,

@@ -23,7 +23,7 @@ from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.config.schema import Config, Embedding, Processing, TaskConfig, VariableConfig, VariableKind
 from ovqk.metrics import METRICS
-from ovqk.tasks import load_tokenizer, resolve_task
+from ovqk.tasks.words import load_tokenizer, resolve_task
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import fold_layer, normalise
 

@@ -14,7 +14,7 @@ from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.structure import tables
 from ovqk.structure.cache import ENTRY, StructureCache
-from ovqk.tasks import load_tokenizer
+from ovqk.tasks.words import load_tokenizer
 from ovqk.weights.readers import open_weights
 
 

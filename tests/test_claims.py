@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from conftest import compose
 
-from ovqk.claims import Claims, parse_head, resolve_claims
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.errors import UserError
 from ovqk.nulls import Predicted, correct, head_rows, predicted_values, role_rows
+from ovqk.tasks.claims import Claims, parse_head, resolve_claims
 from ovqk.verdicts import Subject, judge, subjects
 from ovqk.weights.types import Architecture
 

@@ -33,7 +33,7 @@ from ovqk.circuits.spectra import Decomposition, decompose
 from ovqk.circuits.vocabulary import Block0
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.token_tables import COLUMNS, Directions, TokenSide
-from ovqk.tasks import load_tokenizer
+from ovqk.tasks.words import load_tokenizer
 from ovqk.token_lists import describe
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, normalise

@@ -18,7 +18,7 @@ from ovqk.checkpoints.gguf_file import GGUFFile
 from ovqk.checkpoints.gguf_tokenizer import SPLITS, tokenizer_of
 from ovqk.circuits.factors import ov_factors, qk_factors
 from ovqk.errors import UserError
-from ovqk.tasks import load_tokenizer
+from ovqk.tasks.words import load_tokenizer
 from ovqk.weights.readers import open_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles
-from ovqk.prompts import known_words, sample_prompts, start_tokens, token_positions, variants
+from ovqk.tasks.prompts import known_words, sample_prompts, start_tokens, token_positions, variants
 
 WORDS = {
     "names": ["Mary", "John", "Tom", "James", "Anna"],

@@ -15,8 +15,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import evidence
 import measure_roles
 
-from ovqk.claims import Claims
 from ovqk.config.schema import PredictionConfig
+from ovqk.tasks.claims import Claims
 from ovqk.weights.types import Architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small import DRAWS, Random, V, cell, run, task, tokenizer
 
-from ovqk import readouts, surrogates
+from ovqk import surrogates
 from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.circuits import alignment, spectra
@@ -21,11 +21,12 @@ from ovqk.circuits.factors import Factors
 from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.errors import UserError
-from ovqk.readouts import TOP_METRICS, EffectiveRows
 from ovqk.statistics import monte_carlo
 from ovqk.structure.model import Layer, Model
-from ovqk.task_readout import TaskReadout
-from ovqk.tasks import load_tokenizer
+from ovqk.tasks import readouts
+from ovqk.tasks.readouts import TOP_METRICS, EffectiveRows
+from ovqk.tasks.task_readout import TaskReadout
+from ovqk.tasks.words import load_tokenizer
 from ovqk.testing import ClaimTests
 from ovqk.weights.types import Architecture, EmbeddingWeights, StoredRows
 

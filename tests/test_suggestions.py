@@ -9,7 +9,7 @@ from ovqk import suggestions
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.suggestions import model_arguments, next_arguments
-from ovqk.tasks import load_tokenizer, readable_tasks, resolve_task
+from ovqk.tasks.words import load_tokenizer, readable_tasks, resolve_task
 
 CHOSEN = {
     "name": "mini-attn", "source": "bundled", "path": None, "repo": None, "revision": "main", "checkpoint": None,

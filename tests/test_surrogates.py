@@ -22,7 +22,7 @@ from ovqk.surrogates import (
     subsamples,
     surrogate_heads,
 )
-from ovqk.tasks import RANK_WINDOW, Variable, WordSet, load_tokenizer, resolve_task, surface_form
+from ovqk.tasks.words import RANK_WINDOW, Variable, WordSet, load_tokenizer, resolve_task, surface_form
 
 FRAMES = [
     (12, 3, False), (12, 3, True), (12, 5, True), (12, 9, False), (12, 9, True),

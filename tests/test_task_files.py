@@ -10,12 +10,12 @@ from conftest import BUNDLED, ROOT, compose, local, shared_model
 from tokenizers import Tokenizer
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
-from ovqk.claims import RELIABILITIES, Claims, check_roles, parse_head, resolve_claims
 from ovqk.config.resolve import plain
 from ovqk.config.schema import Direction, TaskConfig
 from ovqk.errors import UserError
-from ovqk.prompts import Prompt, sample_prompts, token_positions
-from ovqk.tasks import MIN_WORDS, _Lookup, load_tokenizer, resolve_task
+from ovqk.tasks.claims import RELIABILITIES, Claims, check_roles, parse_head, resolve_claims
+from ovqk.tasks.prompts import Prompt, sample_prompts, token_positions
+from ovqk.tasks.words import MIN_WORDS, _Lookup, load_tokenizer, resolve_task
 from ovqk.weights.types import Architecture
 
 TASKS = sorted(path.stem for path in (ROOT / "conf" / "task").glob("*.yaml") if path.stem != "none")
@@ -43,7 +43,7 @@ def drawn(task: TaskConfig, count: int = 300) -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def gpt2_tokenizer() -> Tokenizer:
-    from ovqk.tasks import _byte_level_bpe
+    from ovqk.tasks.words import _byte_level_bpe
 
     return _byte_level_bpe(shared_model("gpt2-tokenizer"))
 

@@ -141,7 +141,7 @@ def start_tokens(tokenizer: "Tokenizer", checkpoint: "Checkpoint") -> list[int]:
     `bos_token_id`, from which its post-processor is built): a tokenizer_config.json beside it is not its own.
 
     Args:
-        tokenizer: the checkpoint's, as `ovqk.tasks.load_tokenizer` reads it.
+        tokenizer: the checkpoint's, as `ovqk.tasks.words.load_tokenizer` reads it.
         checkpoint: whose folder may hold tokenizer_config.json.
 
     Raises:

@@ -19,7 +19,7 @@ from ovqk.circuits.maps import CircuitMaps
 from ovqk.circuits.vocabulary import BLOCK, Block0, Vocabulary, blocks
 from ovqk.config.schema import Embedding, VariableKind
 from ovqk.errors import UserError
-from ovqk.tasks import Variable, WordSet
+from ovqk.tasks.words import Variable, WordSet
 from ovqk.weights.types import Architecture, Rows, StoredRows, normalise
 
 SET_METRICS = (

@@ -13,11 +13,11 @@ from ovqk.circuits.maps import HeadMaps, Scorer
 from ovqk.circuits.vocabulary import Block0
 from ovqk.config.schema import VariableKind
 from ovqk.metrics import METRICS, metric_names
-from ovqk.readouts import CONTRAST_METRICS, SET_METRICS, EffectiveRows, Readout
 from ovqk.structure.availability import NOT_APPLICABLE
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.tables import Tables, heads_rows
-from ovqk.tasks import TaskTokens, resolve_task
+from ovqk.tasks.readouts import CONTRAST_METRICS, SET_METRICS, EffectiveRows, Readout
+from ovqk.tasks.words import TaskTokens, resolve_task
 
 
 @dataclass(frozen=True)
