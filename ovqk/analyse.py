@@ -15,21 +15,21 @@ import pandas as pd
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ovqk.candidates import candidate_rows, unclaimed
 from ovqk.circuits.composition import STRONGEST, composition_table, virtual_heads_table
 from ovqk.config.schema import Config
 from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, metric_names
-from ovqk.nulls import Predicted
-from ovqk.patterns import PATTERNS, head_patterns
-from ovqk.statistics import QUANTILES
 from ovqk.structure.cache import Entry, StructureCache
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.tables import DirectionTables, Stage, StructureTables, Tables
 from ovqk.tasks.claims import Claims, resolve_claims
 from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
-from ovqk.testing import ClaimTests, matching_grams
-from ovqk.verdicts import VERDICTS, judge, subjects
+from ovqk.verdicts.candidates import candidate_rows, unclaimed
+from ovqk.verdicts.claim_tests import ClaimTests, matching_grams
+from ovqk.verdicts.nulls import Predicted
+from ovqk.verdicts.patterns import PATTERNS, head_patterns
+from ovqk.verdicts.statistics import QUANTILES
+from ovqk.verdicts.verdict import VERDICTS, judge, subjects
 from ovqk.weights.types import WeightSource
 
 

@@ -34,13 +34,13 @@ from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.config.resolve import resolve
 from ovqk.config.schema import Direction, PredictionConfig, register
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
-from ovqk.nulls import Predicted, layer_strata, predicted_values
-from ovqk.statistics import Stratum, stratified_permutation, within_layer_auc
 from ovqk.structure.model import Layer, Model
 from ovqk.tasks.claims import Claims
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import load_tokenizer
-from ovqk.testing import ClaimTests
+from ovqk.verdicts.claim_tests import ClaimTests
+from ovqk.verdicts.nulls import Predicted, layer_strata, predicted_values
+from ovqk.verdicts.statistics import Stratum, stratified_permutation, within_layer_auc
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import Architecture

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from planted import LAYOUT, SHAPES, RandomModel, architecture, judged, p_values, planted, random_claims, random_model
 
 from ovqk.config.schema import PredictionConfig
-from ovqk.nulls import Predicted, head_rows
 from ovqk.tasks.claims import Claims
+from ovqk.verdicts.nulls import Predicted, head_rows
 
 TASKS = tuple(LAYOUT)
 POWER_SHAPES = ("learned positions", "rotary, grouped queries")

@@ -385,7 +385,7 @@ def judged(model: RandomModel, claimed: Claimed, draws: int = 99) -> Analysis:
     config.model.name = config.model.claims = NAME
     config.nulls.draws = draws
     config.seed = model.seed
-    with mock.patch.multiple("ovqk.testing", RESAMPLES=2, SUBSAMPLES=2):
+    with mock.patch.multiple("ovqk.verdicts.claim_tests", RESAMPLES=2, SUBSAMPLES=2):
         return analyse(model, model.tokenizer, len(model.W_E), NAME, config)
 
 

@@ -22,7 +22,7 @@ from calibration import NULLS
 from null_models import SURPRISE, interval, least_likely, null_cells, null_run, strained_run, tail
 from planted import SHAPES
 
-from ovqk.nulls import head_rows
+from ovqk.verdicts.nulls import head_rows
 
 SEEDS = 50  # models of every shape and task, in the full run
 STRAINED_SEEDS = 200

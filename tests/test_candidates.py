@@ -8,10 +8,10 @@ import pytest
 from small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, counted, run, task
 
 from ovqk.analyse import Analysis
-from ovqk.candidates import STRONGEST
 from ovqk.config.schema import Direction
-from ovqk.statistics import benjamini_hochberg
-from ovqk.surrogates import draw_words
+from ovqk.verdicts.candidates import STRONGEST
+from ovqk.verdicts.statistics import benjamini_hochberg
+from ovqk.verdicts.surrogates import draw_words
 
 ALL = N_LAYERS * N_HEADS
 

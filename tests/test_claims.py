@@ -9,9 +9,9 @@ from conftest import compose
 
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.errors import UserError
-from ovqk.nulls import Predicted, correct, head_rows, predicted_values, role_rows
 from ovqk.tasks.claims import Claims, parse_head, resolve_claims
-from ovqk.verdicts import Subject, judge, subjects
+from ovqk.verdicts.nulls import Predicted, correct, head_rows, predicted_values, role_rows
+from ovqk.verdicts.verdict import Subject, judge, subjects
 from ovqk.weights.types import Architecture
 
 

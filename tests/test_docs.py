@@ -127,7 +127,7 @@ def test_what_is_cited_is_in_the_literature() -> None:
 
 
 def test_the_verdicts_are_explained() -> None:
-    from ovqk.verdicts import VERDICTS
+    from ovqk.verdicts.verdict import VERDICTS
 
     text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
     assert all(f"| `{verdict}` |" in text for verdict in VERDICTS)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ovqk.patterns import head_patterns, iid_effective_rank
+from ovqk.verdicts.patterns import head_patterns, iid_effective_rank
 
 HEAD = (1, 2)
 SHAPE = (48, 16)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small import DRAWS, Random, V, cell, run, task, tokenizer
 
-from ovqk import surrogates
 from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.circuits import alignment, spectra
@@ -21,13 +20,14 @@ from ovqk.circuits.factors import Factors
 from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.errors import UserError
-from ovqk.statistics import monte_carlo
 from ovqk.structure.model import Layer, Model
 from ovqk.tasks import readouts
 from ovqk.tasks.readouts import TOP_METRICS, EffectiveRows
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import load_tokenizer
-from ovqk.testing import ClaimTests
+from ovqk.verdicts import surrogates
+from ovqk.verdicts.claim_tests import ClaimTests
+from ovqk.verdicts.statistics import monte_carlo
 from ovqk.weights.types import Architecture, EmbeddingWeights, StoredRows
 
 sys.path.insert(0, str(ROOT / "scripts"))

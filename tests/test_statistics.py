@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovqk.statistics import (
+from ovqk.verdicts.statistics import (
     EXCEEDANCES,
     Stratum,
     benjamini_hochberg,

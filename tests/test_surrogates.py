@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import BUNDLED, compose, local
 
-from ovqk import surrogates
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.config.schema import VariableKind
-from ovqk.surrogates import (
+from ovqk.tasks.words import RANK_WINDOW, Variable, WordSet, load_tokenizer, resolve_task, surface_form
+from ovqk.verdicts import surrogates
+from ovqk.verdicts.surrogates import (
     FrameDraws,
     Frames,
     draw_words,
@@ -22,7 +23,6 @@ from ovqk.surrogates import (
     subsamples,
     surrogate_heads,
 )
-from ovqk.tasks.words import RANK_WINDOW, Variable, WordSet, load_tokenizer, resolve_task, surface_form
 
 FRAMES = [
     (12, 3, False), (12, 3, True), (12, 5, True), (12, 9, False), (12, 9, True),

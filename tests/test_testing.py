@@ -32,10 +32,10 @@ from small import (
 
 from ovqk.analyse import Analysis, analyse
 from ovqk.config.schema import Direction
-from ovqk.statistics import benjamini_hochberg
 from ovqk.structure.model import Model
-from ovqk.surrogates import draw_words, subsamples
-from ovqk.testing import matching_grams
+from ovqk.verdicts.claim_tests import matching_grams
+from ovqk.verdicts.statistics import benjamini_hochberg
+from ovqk.verdicts.surrogates import draw_words, subsamples
 from ovqk.weights.types import LayerWeights, MLPWeights
 
 COLUMNS = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ovqk.config.schema import PredictionConfig
-from ovqk.nulls import Predicted
-from ovqk.verdicts import Subject, judge
+from ovqk.verdicts.nulls import Predicted
+from ovqk.verdicts.verdict import Subject, judge
 
 PRIMARY, SECONDARY = PredictionConfig("ov_task_auc"), PredictionConfig("ov_task_copy")
 HELD, OPPOSITE, NEITHER, UNTESTABLE = "held", "opposite", "neither", "untestable"

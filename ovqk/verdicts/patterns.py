@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ovqk.metrics import METRICS
-from ovqk.nulls import ALPHA, Values
 from ovqk.tasks.claims import Head
+from ovqk.verdicts.nulls import ALPHA, Values
 
 PATTERNS = ("ov_aligned", "qk_simple", "ov_flat", "both_align")
 SIMPLE = 0.25  # of d_head

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS
-from ovqk.statistics import (
+from ovqk.tasks.claims import Claims, Head
+from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS
+from ovqk.verdicts.statistics import (
     QUANTILES,
     TIE,
     MonteCarlo,
@@ -32,8 +34,6 @@ from ovqk.statistics import (
     within_layer_auc,
     within_layer_auc_interval,
 )
-from ovqk.tasks.claims import Claims, Head
-from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS
 from ovqk.weights.types import Architecture
 
 ALPHA = 0.05

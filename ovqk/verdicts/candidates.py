@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from ovqk.config.schema import TaskConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
-from ovqk.nulls import Predicted, depth_reference
-from ovqk.statistics import benjamini_hochberg, monte_carlo, percentile
 from ovqk.tasks.claims import Claims, Head
 from ovqk.tasks.readouts import SUBSPACE_METRICS
-from ovqk.testing import ClaimTests
+from ovqk.verdicts.claim_tests import ClaimTests
+from ovqk.verdicts.nulls import Predicted, depth_reference
+from ovqk.verdicts.statistics import benjamini_hochberg, monte_carlo, percentile
 
 STRONGEST = 5
 """Candidates of each role."""

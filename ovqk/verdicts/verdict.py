@@ -17,8 +17,8 @@ from functools import cached_property
 from typing import Any
 
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
-from ovqk.nulls import ALPHA, Predicted, counting
 from ovqk.tasks.claims import Claims, Head
+from ovqk.verdicts.nulls import ALPHA, Predicted, counting
 
 VERDICTS = ("corroborated", "partial", "unsupported", "contradicted", "untestable", "out_of_scope")
 

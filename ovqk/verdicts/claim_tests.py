@@ -21,7 +21,12 @@ from ovqk.circuits.factors import Circuit
 from ovqk.circuits.maps import HeadMaps
 from ovqk.config.schema import PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
-from ovqk.nulls import (
+from ovqk.structure.model import Form, Layer, Model
+from ovqk.tasks.claims import Claims, Head
+from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, Readout
+from ovqk.tasks.task_readout import TaskReadout
+from ovqk.tasks.words import Variable
+from ovqk.verdicts.nulls import (
     FRAME_METRICS,
     TOKEN_METRICS,
     Predicted,
@@ -31,9 +36,8 @@ from ovqk.nulls import (
     predicted_values,
     role_rows,
 )
-from ovqk.statistics import monte_carlo
-from ovqk.structure.model import Form, Layer, Model
-from ovqk.surrogates import (
+from ovqk.verdicts.statistics import monte_carlo
+from ovqk.verdicts.surrogates import (
     CHUNK_ELEMENTS,
     FrameDraws,
     WordDraws,
@@ -43,10 +47,6 @@ from ovqk.surrogates import (
     subsamples,
     surrogate_metrics,
 )
-from ovqk.tasks.claims import Claims, Head
-from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, Readout
-from ovqk.tasks.task_readout import TaskReadout
-from ovqk.tasks.words import Variable
 
 RESAMPLES = 1000  # of source tokens, for an interval
 SUBSAMPLES = 200  # of a subspace's words, for an interval
