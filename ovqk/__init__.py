@@ -1,5 +1,6 @@
 """QK and OV circuits of every attention head, tested against the mechanism a paper claims."""
 
+import importlib
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -9,13 +10,17 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 """Read by torch: large arrays lie in large pages of memory, which are handed out in fewer pieces."""
 
 __version__ = "0.1.0"
-__all__ = ["load_results"]
+__all__ = ["cell_folders", "load_results", "load_table", "portraits"]
+LAZY = {
+    "load_results": "ovqk.records.results",
+    "load_table": "ovqk.records.results",
+    "cell_folders": "ovqk.records.results",
+    "portraits": "ovqk.figures",
+}
+"""Public name -> the module that has it: imported when it is first asked for, so that no cell waits for pandas."""
 
 
 def __getattr__(name: str) -> object:
-    """`ovqk.load_results`, without importing pandas for those who need nothing of it."""
-    if name == "load_results":
-        from ovqk.results import load_results
-
-        return load_results
+    if name in LAZY:
+        return getattr(importlib.import_module(LAZY[name]), name)
     raise AttributeError(f"module 'ovqk' has no attribute '{name}'")

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from ovqk.circuits.composition import STRONGEST, composition_table, virtual_head
 from ovqk.config.schema import Config
 from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, metric_names
+from ovqk.records.record import Analysis
 from ovqk.structure.cache import Entry, StructureCache
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.tables import DirectionTables, Stage, StructureTables, Tables
@@ -31,31 +31,6 @@ from ovqk.verdicts.patterns import PATTERNS, head_patterns
 from ovqk.verdicts.statistics import QUANTILES
 from ovqk.verdicts.verdict import VERDICTS, judge, subjects
 from ovqk.weights.types import WeightSource
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """A cell's results.
-
-    Attributes:
-        tables: name -> table; a table the analysis does not make is absent.
-        unavailable: metric -> why no head has a value.
-        summary: flat scalars.
-        words: kept and dropped words of the task's sets.
-        processing: what was asked for and what was really done.
-        claims: source and reliability of the claims, or why there are none.
-        notes: what a reader of the tables should know besides.
-        null_seconds: the part of the time that went into drawing nulls.
-    """
-
-    tables: dict[str, pd.DataFrame]
-    unavailable: dict[str, str]
-    summary: dict[str, float | int]
-    words: dict[str, Any]
-    processing: dict[str, str]
-    claims: dict[str, Any]
-    notes: list[str]
-    null_seconds: float
 
 
 def analyse(

@@ -20,10 +20,10 @@ from ovqk.checkpoints.files import cache_folder
 from ovqk.config.resolve import resolve, tracking_mode
 from ovqk.config.schema import Config, TrackingMode
 from ovqk.errors import UserError
-from ovqk.identity import cell_folder, cell_id, identity
-from ovqk.outcomes import Outcome, Outcomes, Status
 from ovqk.progress import layers_of
-from ovqk.record import claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
+from ovqk.records.identity import cell_folder, cell_id, identity
+from ovqk.records.outcomes import Outcome, Outcomes, Status
+from ovqk.records.record import Origin, claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
 from ovqk.structure.cache import StructureCache
 from ovqk.suggestions import shipped_tasks
 from ovqk.tasks.words import readable_tasks, tokenizer_for
@@ -156,9 +156,10 @@ def compute(
         )
     analysis.notes.extend(notes)
     analysis.words["tasks"] = [] if tokenizer is None else readable_tasks(shipped_tasks(), tokenizer)
+    origin = Origin(checkpoint.digest, checkpoint.revision, checkpoint.quantisation, source.loaded_by)
     seconds = time.perf_counter() - started
     try:
-        write_done(folder, cell, content, identifier, checkpoint, source.loaded_by, analysis, seconds)
+        write_done(folder, cell, content, identifier, origin, analysis, seconds)
     except OSError as error:
         if error.errno not in DISK:
             raise

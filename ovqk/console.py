@@ -12,10 +12,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from ovqk import comparison
-from ovqk.outcomes import Outcome
-from ovqk.record import read_record, read_tracking
-from ovqk.results import load_table
+from ovqk.records import comparison
+from ovqk.records.outcomes import Outcome
+from ovqk.records.record import read_record, read_tracking
+from ovqk.records.results import load_table
 from ovqk.structure.availability import NOT_APPLICABLE
 from ovqk.suggestions import next_arguments
 from ovqk.tables import (

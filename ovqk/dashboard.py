@@ -16,8 +16,8 @@ from ovqk.config.schema import TrackingConfig
 from ovqk.metrics import METRICS
 from ovqk.overview import read_sweeps
 from ovqk.panels import Panels, read_panels
-from ovqk.record import read_record, read_tracking
-from ovqk.results import cell_folders
+from ovqk.records.record import read_record, read_tracking
+from ovqk.records.results import cell_folders
 
 NAME = "Heads, claims and spectra by model"
 TABLE_SECTIONS = {

@@ -14,10 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from ovqk.comparison import depths, roles
 from ovqk.page import Cell
-from ovqk.record import read_record, write_json
-from ovqk.results import cell_folders, load_table
+from ovqk.records.comparison import depths, roles
+from ovqk.records.record import read_record, write_json
+from ovqk.records.results import cell_folders, load_table
 
 SWEEPS = ".sweeps"
 CELLS = "sweep.json"
@@ -115,7 +115,7 @@ def draw(sweep: Sweep, into: Path) -> Iterator[tuple[str, Path]]:
     """Name and PNG file of the report's figures of all models together, begun within FIGURE_SECONDS."""
     import matplotlib
 
-    from ovqk.figures import STYLE
+    from ovqk.figures.models import STYLE
     from ovqk.report import sweep_figures
 
     cells = [

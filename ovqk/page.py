@@ -19,12 +19,13 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from ovqk import colours, thinning
-from ovqk.colours import Scale, short_names, spoken
-from ovqk.comparison import DEPTH_METRICS, differences
+from ovqk import thinning
+from ovqk.figures import colours
+from ovqk.figures.colours import Scale, short_names, spoken
 from ovqk.metrics import METRICS
-from ovqk.record import read_record
-from ovqk.results import cell_folders, load_table
+from ovqk.records.comparison import DEPTH_METRICS, differences
+from ovqk.records.record import read_record
+from ovqk.records.results import cell_folders, load_table
 from ovqk.thinning import DETAILS, Detail, Grid, Heads, Json, Pool, Tables, columnar, short
 
 BYTES = 5_000_000

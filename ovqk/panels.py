@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ovqk.comparison import QUARTERS, quarter_means, relative_depth, roles
 from ovqk.metrics import METRICS
-from ovqk.results import load_table
+from ovqk.records.comparison import QUARTERS, quarter_means, relative_depth, roles
+from ovqk.records.results import load_table
 
 MAX_ROWS = 10_000  # W&B cuts longer tables; the full ones stay in Parquet
 BINS = 32

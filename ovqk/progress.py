@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ovqk import console
-from ovqk.outcomes import Outcomes
+from ovqk.records.outcomes import Outcomes
 
 Layers = Callable[[int], Iterator[int]]
 """Number of layers -> their indexes in order, each counted as done when the next is asked for."""

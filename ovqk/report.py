@@ -16,9 +16,9 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ovqk import figures, portraits
+from ovqk.figures import models, portraits
 from ovqk.page import BYTES, CELLS, Cell, Failure, labels, make_page, read_cells, weights_labels
-from ovqk.record import RECORD, write_text
+from ovqk.records.record import RECORD, write_text
 
 PAGE = "report.html"
 FIGURES = "figures"
@@ -81,7 +81,7 @@ def write_figures(cells: Sequence[Cell], folder: Path) -> int:
     before, made = _written(folder), set()
     try:
         for name, figure in chain(sweep_figures(cells), cell_figures(cells)):
-            made |= {path.name for path in figures.save(figure, folder / name)}
+            made |= {path.name for path in models.save(figure, folder / name)}
         for name in before - made:
             (folder / name).unlink(missing_ok=True)
         before = set()
@@ -111,9 +111,9 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
     of_weights = weights_labels(cells)
     named = dict(zip((id(cell) for cell in cells), of_weights, strict=True))
     if len(verdicts):
-        yield "verdicts", figures.verdict_counts(verdicts)
-        yield "effects", figures.effects(verdicts)
-    yield "depth", figures.depth_curves(_joined(cells, "heads", of_weights))
+        yield "verdicts", models.verdict_counts(verdicts)
+        yield "effects", models.effects(verdicts)
+    yield "depth", models.depth_curves(_joined(cells, "heads", of_weights))
     for task in dict.fromkeys(cell.record["task"] for cell in cells):
         first: dict[str, Cell] = {}
         for cell in cells:
@@ -123,7 +123,7 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
         own_heads, own_verdicts = _joined(shown, "heads", list(first)), _joined(shown, "verdicts", list(first))
         for metric in _atlas_metrics(own_heads, own_verdicts):
             marked = own_verdicts if len(own_verdicts) else None
-            yield file_name("atlas", task, metric), figures.atlas(own_heads, metric, marked)
+            yield file_name("atlas", task, metric), models.atlas(own_heads, metric, marked)
 
 
 def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
@@ -137,7 +137,7 @@ def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
         ]
         pairs = [c.tables["composition"] for c in (cell, *whole) if "composition" in c.tables]
         joined = pd.concat(pairs, ignore_index=True) if pairs else None
-        yield file_name("circuit", *_title(cell, cells)), figures.circuit(verdicts, joined)
+        yield file_name("circuit", *_title(cell, cells)), models.circuit(verdicts, joined)
         for layer, head in _leading(verdicts):
             tables = dict(cell.tables) | ({} if joined is None else {"composition": joined.drop_duplicates(PAIR)})
             sheet = portraits.sheet(

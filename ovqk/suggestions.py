@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
-from ovqk.record import read_record
+from ovqk.records.record import read_record
 
 CONF = Path(__file__).parents[1] / "conf"
 GENERAL = ("ioi", "sva", "induction")

@@ -19,8 +19,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
-    from ovqk.outcomes import Outcomes
     from ovqk.progress import SweepProgress
+    from ovqk.records.outcomes import Outcomes
 
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ended
 LAUNCHER_ERROR = "launcher_error.txt"
@@ -75,7 +75,7 @@ class RunningSweep:
             return
         from ovqk.config.schema import TrackingMode
         from ovqk.overview import sweep_folder
-        from ovqk.record import read_tracking
+        from ovqk.records.record import read_tracking
         from ovqk.runs import Destination
         from ovqk.tracking import track_sweep
 
@@ -115,8 +115,8 @@ class SweepCallback(Callback):
         global running
         _check(config)
         from ovqk.cell import runs_here
-        from ovqk.outcomes import Outcomes
         from ovqk.progress import SweepProgress
+        from ovqk.records.outcomes import Outcomes
 
         outcomes, elsewhere = Outcomes(_settle_sweep_dir(config)), not runs_here(config.hydra)
         try:

@@ -26,8 +26,8 @@ from ovqk.config.schema import TrackingConfig, TrackingMode
 from ovqk.errors import UserError
 from ovqk.overview import Sweep, draw, overview_config, overview_tables, read_sweeps, remember_cells, sweep_folder
 from ovqk.panels import read_panels
-from ovqk.record import claim, read_record, read_tracking, write_tracking
-from ovqk.results import cell_folders
+from ovqk.records.record import claim, read_record, read_tracking, write_tracking
+from ovqk.records.results import cell_folders
 from ovqk.runs import Destination, Label, log_overview, log_panels, make_run
 from ovqk.wandb_service import NotReceivedError, in_words, is_of_server
 

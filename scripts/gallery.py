@@ -18,7 +18,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 
-from ovqk import figures, portraits
+from ovqk.figures import models, portraits
 from ovqk.page import Cell, read_cells
 from ovqk.report import PAGE, cell_figures, sweep_figures, write_report
 
@@ -72,13 +72,13 @@ def draw(cells: list[Cell]) -> None:
     """The chosen figures of the report, and those of one head."""
     for name, figure in chain(sweep_figures(cells), cell_figures(cells)):
         if name in CHOSEN:
-            figures.save(figure, GALLERY / name)
+            models.save(figure, GALLERY / name)
     model, task, layer, head = ONE_HEAD
     cell = next(cell for cell in cells if cell.place == (model, task))
     for circuit in ("ov", "qk"):
-        figures.save(portraits.eigenvalues(cell.tables, layer, head, circuit), GALLERY / f"eigenvalues_{circuit}")
-    figures.save(portraits.null_strips(cell.tables, layer, head), GALLERY / "nulls")
-    figures.save(portraits.position_or_content(cell.tables, layer, head), GALLERY / "positions")
+        models.save(portraits.eigenvalues(cell.tables, layer, head, circuit), GALLERY / f"eigenvalues_{circuit}")
+    models.save(portraits.null_strips(cell.tables, layer, head), GALLERY / "nulls")
+    models.save(portraits.position_or_content(cell.tables, layer, head), GALLERY / "positions")
 
 
 def photograph(results_dir: Path) -> None:

@@ -10,7 +10,7 @@ import yaml
 from conftest import BUNDLED, ROOT, compose, shared_model
 
 import ovqk
-from ovqk.record import is_done
+from ovqk.records.record import is_done
 
 QUICK = ("tracking=none",)
 
@@ -81,7 +81,7 @@ def test_a_cell_runs_again_from_its_own_config_with_equal_tables(cli, tmp_path) 
 
 
 def test_the_id_depends_on_what_numbers_depend_on_and_on_nothing_else() -> None:
-    from ovqk.identity import cell_id, identity
+    from ovqk.records.identity import cell_id, identity
 
     def of(*overrides: str, digest: str = "d") -> str:
         return cell_id(identity(compose(*overrides), digest))

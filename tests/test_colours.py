@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovqk import colours
-from ovqk.colours import Scale, colour_at, nice_above, short_names, spoken
+from ovqk.figures import colours
+from ovqk.figures.colours import Scale, colour_at, nice_above, short_names, spoken
 from ovqk.metrics import METRICS
 
 

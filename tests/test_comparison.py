@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from conftest import BUNDLED, compose
 
-from ovqk import comparison, console
+from ovqk import console
 from ovqk.cell import run_cell
-from ovqk.results import cell_folders
+from ovqk.records import comparison
+from ovqk.records.results import cell_folders
 
 
 def test_relative_depth_runs_from_the_first_layer_to_the_last() -> None:

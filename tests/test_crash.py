@@ -17,7 +17,7 @@ from conftest import ROOT, compose
 from filelock import FileLock
 
 from ovqk.cell import run_cell
-from ovqk.record import read_record, read_tracking
+from ovqk.records.record import read_record, read_tracking
 
 pytestmark = pytest.mark.slow
 CELLS = 60  # more than are done between the kills, on a fast machine too

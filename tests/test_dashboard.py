@@ -10,7 +10,7 @@ from wandb_stub import wandb_server
 
 from ovqk import dashboard
 from ovqk.cell import run_cell
-from ovqk.record import write_tracking
+from ovqk.records.record import write_tracking
 
 pytest.importorskip("wandb_workspaces", reason="pip install -e '.[dashboard]'")
 pytestmark = pytest.mark.filterwarnings("ignore")

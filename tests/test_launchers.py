@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, compose
 
 from ovqk.cell import run_cell
-from ovqk.record import is_done, read_record
+from ovqk.records.record import is_done, read_record
 
 pytestmark = pytest.mark.slow
 LIMIT = 240  # seconds for a sweep of tiny cells, on a machine that does other things too

@@ -14,8 +14,8 @@ from ovqk import overview, tracking
 from ovqk.cell import run_cell
 from ovqk.config.schema import TrackingMode
 from ovqk.overview import draw, overview_config, overview_tables, read_sweeps, remember_cells, sweep_folder
-from ovqk.record import claim, read_record, read_tracking, write_json
-from ovqk.results import cell_folders
+from ovqk.records.record import claim, read_record, read_tracking, write_json
+from ovqk.records.results import cell_folders
 from ovqk.runs import Destination
 from ovqk.tracking import track_sweep
 

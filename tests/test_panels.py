@@ -13,7 +13,7 @@ from ovqk import panels
 from ovqk.cell import run_cell
 from ovqk.metrics import METRICS
 from ovqk.panels import CURVES, HISTOGRAMS, plain_table, read_panels
-from ovqk.record import read_record
+from ovqk.records.record import read_record
 
 
 def cell(results: Path, *overrides: str) -> Path:

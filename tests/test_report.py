@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, page_data
 
-from ovqk import figures, page, thinning
+from ovqk import page, thinning
 from ovqk.cell import run_cell
+from ovqk.figures import models
 from ovqk.metrics import METRICS
 from ovqk.page import Cell, embedded, make_page, read_cells
+from ovqk.records.results import load_results
 from ovqk.report import WRITTEN, file_name, sweep_figures, write_report
-from ovqk.results import load_results
 from ovqk.thinning import DETAILS, Pool, short
 
 
@@ -472,8 +473,8 @@ def test_figures_show_each_of_several_cells(several) -> None:
 def test_a_figure_refuses_several_cells_as_one(several) -> None:
     tables = load_results(several, tables=["heads", "verdicts"])
     for draw in (
-        lambda: figures.atlas(tables["heads"], "ov_copying"),
-        lambda: figures.verdict_counts(tables["verdicts"]),
+        lambda: models.atlas(tables["heads"], "ov_copying"),
+        lambda: models.verdict_counts(tables["verdicts"]),
     ):
         with pytest.raises(ValueError, match=r"mini-attn.*: of 4 cells; choose one, or tell them apart by `model`"):
             draw()

@@ -17,7 +17,7 @@ from reported import HOSTILE_MODEL, STORABLE, make_results
 from ovqk.cell import run_cell
 from ovqk.errors import UserError
 from ovqk.page import make_page, read_cells
-from ovqk.record import write_text
+from ovqk.records.record import write_text
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

@@ -13,7 +13,7 @@ from conftest import ROOT, compose
 
 import ovqk
 from ovqk.cell import run_cell
-from ovqk.results import COORDINATES, load_results
+from ovqk.records.results import COORDINATES, load_results
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,11 @@ from omegaconf import OmegaConf
 
 import ovqk
 import ovqk.cell
-from ovqk import console, progress, record
+from ovqk import console, progress
 from ovqk.errors import UserError
-from ovqk.outcomes import Outcome, Outcomes
-from ovqk.record import is_done, read_record
+from ovqk.records import record
+from ovqk.records.outcomes import Outcome, Outcomes
+from ovqk.records.record import is_done, read_record
 from ovqk.sweep import expected_cells, launcher_hint, sweep_name
 
 QUICK = ("task=none", "analysis=ov", "tracking=none")

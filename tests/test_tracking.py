@@ -19,7 +19,7 @@ from ovqk.cell import run_cell
 from ovqk.config.resolve import tracking_mode
 from ovqk.config.schema import TrackingMode
 from ovqk.errors import UserError
-from ovqk.record import claim, is_done, read_record, read_tracking
+from ovqk.records.record import claim, is_done, read_record, read_tracking
 from ovqk.tracking import needs_tracking, run_id, track_cell
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_wandb")]

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ovqk.record import RECORD, read_record
+from ovqk.records.record import RECORD, read_record
 
 COORDINATES = ("model", "task", "analysis", "processing", "seed", "cell_id")
 

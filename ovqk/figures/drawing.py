@@ -20,8 +20,8 @@ from matplotlib.patches import Circle, Rectangle, Wedge
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from ovqk import colours
-from ovqk.colours import CATEGORIES, DIVERGING, VERDICT_COLOURS, Scale, colour_at
+from ovqk.figures import colours
+from ovqk.figures.colours import CATEGORIES, DIVERGING, VERDICT_COLOURS, Scale, colour_at
 
 INK, MUTED, LINE, FAINT, WARN = "#1d2025", "#5c626c", "#c6cad0", "#e8e9eb", "#a8470a"
 BLUE = CATEGORIES[0]

@@ -1,11 +1,12 @@
 """Figures from tables of records: each function takes DataFrames and returns a Matplotlib figure; none computes.
 
-    from ovqk import figures, load_results
+    from ovqk import load_results
+    from ovqk.figures import models
     tables = load_results("results")
-    figures.effects(tables["verdicts"]).savefig("effects.svg")
+    models.effects(tables["verdicts"]).savefig("effects.svg")
 
 Tables of several cells, as of `load_results`, are told apart by their columns `model` and `task`; those of one cell
-(`ovqk.results.load_table`) need neither. Figures of one head are in `ovqk.portraits`. What has no value is said to be
+(`ovqk.load_table`) need neither. Figures of one head are in `ovqk.portraits`. What has no value is said to be
 unavailable, never drawn as zero.
 """
 
@@ -25,11 +26,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
-from ovqk import colours, drawing
-from ovqk.colours import CATEGORIES, VERDICT_COLOURS, Scale, spoken
-from ovqk.comparison import DEPTH_METRICS, relative_depth
-from ovqk.drawing import HALO, INK, LINE, MUTED, STYLE, legible, styled
+from ovqk.figures import colours, drawing
+from ovqk.figures.colours import CATEGORIES, VERDICT_COLOURS, Scale, spoken
+from ovqk.figures.drawing import HALO, INK, LINE, MUTED, STYLE, legible, styled
 from ovqk.metrics import METRICS
+from ovqk.records.comparison import DEPTH_METRICS, relative_depth
 
 Tables = Mapping[str, pd.DataFrame]
 COLUMNS = 3  # panels beside each other

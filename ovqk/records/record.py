@@ -14,11 +14,12 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -28,10 +29,6 @@ from ovqk.config.resolve import plain
 from ovqk.config.schema import Config
 from ovqk.errors import UserError
 from ovqk.metrics import SCHEMA_VERSION
-
-if TYPE_CHECKING:  # who reads records, as `load_results` and the report do, waits for no torch
-    import ovqk.analyse
-    import ovqk.checkpoints.checkpoint
 
 RECORD = "record.json"
 TRACKING = "tracking.json"
@@ -51,6 +48,48 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
 )
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A cell's results.
+
+    Attributes:
+        tables: name -> table; a table the analysis does not make is absent.
+        unavailable: metric -> why no head has a value.
+        summary: flat scalars.
+        words: kept and dropped words of the task's sets.
+        processing: what was asked for and what was really done.
+        claims: source and reliability of the claims, or why there are none.
+        notes: what a reader of the tables should know besides.
+        null_seconds: the part of the time that went into drawing nulls.
+    """
+
+    tables: dict[str, pd.DataFrame]
+    unavailable: dict[str, str]
+    summary: dict[str, float | int]
+    words: dict[str, Any]
+    processing: dict[str, str]
+    claims: dict[str, Any]
+    notes: list[str]
+    null_seconds: float
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a cell's weights come from.
+
+    Attributes:
+        digest: of the checkpoint.
+        revision: the hub's resolved commit; None elsewhere.
+        quantisation: kind of tensor -> how it is quantised.
+        loaded_by: `families` or `bridge`.
+    """
+
+    digest: str
+    revision: str | None
+    quantisation: Mapping[str, str]
+    loaded_by: str
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -106,9 +145,8 @@ def write_done(
     config: Config,
     identity: dict[str, Any],
     identifier: str,
-    checkpoint: "ovqk.checkpoints.checkpoint.Checkpoint",
-    loaded_by: str,
-    analysis: "ovqk.analyse.Analysis",
+    origin: Origin,
+    analysis: Analysis,
     seconds: float,
 ) -> dict[str, Any]:
     """Write a cell's tables, its config and then its record; returns the record.
@@ -124,11 +162,10 @@ def write_done(
         "notes": analysis.notes,
         "words": analysis.words,
         "claims": analysis.claims,
-        "loaded_by": loaded_by,
+        "loaded_by": origin.loaded_by,
         "processing": analysis.processing,
         "tables": {name: len(table) for name, table in analysis.tables.items()},
-        "provenance": provenance(config, identity, checkpoint, seconds)
-        | {"null_seconds": round(analysis.null_seconds, 3)},
+        "provenance": provenance(config, identity, origin, seconds) | {"null_seconds": round(analysis.null_seconds, 3)},
     }
     write_json(folder / RECORD, record)
     return record
@@ -182,17 +219,15 @@ def cell_yaml(config: Config) -> str:
     return yaml.safe_dump(defaults | content, sort_keys=False, allow_unicode=True, width=110)
 
 
-def provenance(
-    config: Config, identity: dict[str, Any], checkpoint: "ovqk.checkpoints.checkpoint.Checkpoint", seconds: float
-) -> dict[str, Any]:
+def provenance(config: Config, identity: dict[str, Any], origin: Origin, seconds: float) -> dict[str, Any]:
     """What is needed to say where the numbers came from: weights, identity, config, versions, code, cost."""
     import torch
 
     commit, dirty = _git()
     return {
-        "weights_digest": checkpoint.digest,
-        "revision": checkpoint.revision,
-        "quantisation": dict(checkpoint.quantisation),
+        "weights_digest": origin.digest,
+        "revision": origin.revision,
+        "quantisation": dict(origin.quantisation),
         "identity": identity,
         "config": plain(config),
         "versions": dict(_versions()),

@@ -1,6 +1,7 @@
 """Figures of one head, from the tables of its cell; `ovqk.figures` has those of models beside each other.
 
-    from ovqk import figures, portraits, results
+    from ovqk.figures import models, portraits
+    from ovqk.records import results
     tables = {name: results.load_table(folder, name) for name in portraits.TABLES}
     portraits.sheet(tables, layer=3, head=4).savefig("head.png")
 
@@ -18,9 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from ovqk import drawing
-from ovqk.colours import spoken
-from ovqk.drawing import INK, MUTED, legible, styled
+from ovqk.figures import drawing
+from ovqk.figures.colours import spoken
+from ovqk.figures.drawing import INK, MUTED, legible, styled
 from ovqk.metrics import METRICS
 
 Tables = Mapping[str, pd.DataFrame | None]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ovqk.record import read_record
-from ovqk.results import load_table
+from ovqk.records.record import read_record
+from ovqk.records.results import load_table
 
 SHOWN_LETTERS = 24  # of a value that tells cells apart
 QUARTERS = ("first quarter", "second quarter", "third quarter", "last quarter")
