@@ -13,21 +13,21 @@ import torch
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ovqk import console
 from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ovqk.checkpoints.files import cache_folder
 from ovqk.config.resolve import resolve, tracking_mode
 from ovqk.config.schema import Config, TrackingMode
 from ovqk.errors import UserError
-from ovqk.progress import layers_of
 from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
 from ovqk.records.record import Origin, claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
+from ovqk.report import terminal
+from ovqk.report.progress import layers_of
+from ovqk.report.suggestions import shipped_tasks
 from ovqk.structure.cache import StructureCache
-from ovqk.suggestions import shipped_tasks
 from ovqk.tasks.words import readable_tasks, tokenizer_for
-from ovqk.wandb_service import start_meanwhile
+from ovqk.tracking.service import start_meanwhile
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
 
@@ -56,7 +56,7 @@ def run_job(config: DictConfig, hydra: Any) -> None:
     if outcome.warning:
         print(outcome.warning, file=sys.stderr)
     assert outcome.folder is not None
-    console.print_cell(Path(outcome.folder), cached=outcome.status == "cached")
+    terminal.print_cell(Path(outcome.folder), cached=outcome.status == "cached")
 
 
 def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
@@ -124,7 +124,7 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
 
 
 def _track(cell: Config, folder: Path, mode: TrackingMode) -> str | None:
-    from ovqk.tracking import needs_tracking, track_cell
+    from ovqk.tracking.track import needs_tracking, track_cell
 
     if not needs_tracking(folder):
         return None

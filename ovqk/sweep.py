@@ -19,8 +19,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
-    from ovqk.progress import SweepProgress
     from ovqk.records.outcomes import Outcomes
+    from ovqk.report.progress import SweepProgress
 
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ended
 LAUNCHER_ERROR = "launcher_error.txt"
@@ -59,11 +59,11 @@ class RunningSweep:
 
     def end(self) -> int:
         """Print the comparison and the count; returns the exit status."""
-        from ovqk import console
+        from ovqk.report import terminal
 
         self.progress.stop()
         outcomes, expected = self.outcomes.all(), self.progress.expected
-        console.print_sweep(outcomes, expected, self.progress.details, self.results_dir)
+        terminal.print_sweep(outcomes, expected, self.progress.details, self.results_dir)
         finished = [outcome for outcome in outcomes.values() if outcome.status != "failed"]
         return int(len(finished) < max(len(expected or ()), len(outcomes)))
 
@@ -74,10 +74,10 @@ class RunningSweep:
         if tracking is None or tracking["mode"] == "none" or any(outcome.tracking != tracking for outcome in done):
             return
         from ovqk.config.schema import TrackingMode
-        from ovqk.overview import sweep_folder
         from ovqk.records.record import read_tracking
-        from ovqk.runs import Destination
-        from ovqk.tracking import track_sweep
+        from ovqk.tracking.run import Destination
+        from ovqk.tracking.sweep_panels import sweep_folder
+        from ovqk.tracking.track import track_sweep
 
         destination = Destination(
             self.results_dir, TrackingMode(tracking["mode"]), str(tracking["project"]), tracking["entity"]
@@ -115,8 +115,8 @@ class SweepCallback(Callback):
         global running
         _check(config)
         from ovqk.cell import runs_here
-        from ovqk.progress import SweepProgress
         from ovqk.records.outcomes import Outcomes
+        from ovqk.report.progress import SweepProgress
 
         outcomes, elsewhere = Outcomes(_settle_sweep_dir(config)), not runs_here(config.hydra)
         try:

@@ -37,15 +37,15 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 @pytest.fixture
 def own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A W&B that knows no key, no settings and no server of the person who runs the tests."""
-    from ovqk import tracking
+    from ovqk.tracking import track
 
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "NETRC"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setattr(tracking, "_pause", tracking._Pause())
-    monkeypatch.setattr(tracking, "_agent_cells", {})
+    monkeypatch.setattr(track, "_pause", track._Pause())
+    monkeypatch.setattr(track, "_agent_cells", {})
     import wandb
 
     wandb.teardown()

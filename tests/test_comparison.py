@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from conftest import BUNDLED, compose
 
-from ovqk import console
 from ovqk.cell import run_cell
 from ovqk.records import comparison
 from ovqk.records.results import cell_folders
+from ovqk.report import terminal
 
 
 def test_relative_depth_runs_from_the_first_layer_to_the_last() -> None:
@@ -76,9 +76,9 @@ def test_other_weights_of_the_same_name_are_not_taken_for_the_same(folders, tmp_
     (twin / "record.json").write_text(json.dumps(record))
     table = comparison.depths([folders[-1], twin])
     assert set(table["weights"]) == {"ffffffff", own}
-    out = console._console()
+    out = terminal._console()
     with out.capture() as captured:
-        out.print(console.depth_table([folders[-1], twin]))
+        out.print(terminal.depth_table([folders[-1], twin]))
     assert "(ffffffff)" in captured.get()
 
 
@@ -94,10 +94,10 @@ def test_each_model_has_its_depth_profile_once_for_each_processing(folders) -> N
 
 
 def test_the_printed_tables_name_models_and_processing(folders) -> None:
-    out = console._console()
+    out = terminal._console()
     with out.capture() as captured:
-        out.print(console.role_table(folders))
-        out.print(console.depth_table(folders))
+        out.print(terminal.role_table(folders))
+        out.print(terminal.depth_table(folders))
     text = captured.get()
     assert "mini-attn (raw)" in text and "twin (folded)" in text and "last quarter" in text
     assert "agreement output" in text and "no claims" in text

@@ -10,7 +10,7 @@ from token_tables import factored, ids, orthonormal, random, table, values
 from ovqk.circuits.components import clusters, components, eigen_components
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.spectra import decompose
-from ovqk.token_lists import describe
+from ovqk.report.token_lists import describe
 
 
 @settings(max_examples=40, deadline=None)

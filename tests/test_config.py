@@ -55,44 +55,85 @@ def test_metrics_carry_title_formula_and_range() -> None:
     assert set(metric_names(["ov"])) | set(metric_names(["qk"])) == set(METRICS)
 
 
-# fmt: off
-ORDER = [
-    "errors", "memory", "metrics", "config", "mistakes", "resolve", "colours", "weights", "devices", "family",
-    "llamas", "families", "files", "shards", "patience", "hub", "gguf_file", "gguf_tokenizer", "gguf_settings",
-    "llama_cpp", "checkpoints", "allowed", "rotations", "settings", "native", "single_file", "threads", "heads",
-    "vocabulary", "unreadable", "block_probes", "agreement", "bridge_loading", "bridge_mlp", "bridge", "sources",
-    "spectra", "layers", "positions", "alignment", "tasks", "components", "effective", "spelling", "rare",
-    "directions", "head_maps", "readouts", "composition", "availability", "model", "structure", "cache",
-    "task_readout", "claims", "statistics", "nulls", "surrogates", "testing", "candidates", "patterns", "verdicts",
-    "prompts", "identity", "analyses", "record", "outcomes", "results", "comparison", "thinning", "drawing",
-    "figures", "portraits", "page", "report", "panels", "overview", "wandb_service", "runs", "tracking", "dashboard",
-    "tables", "token_lists", "suggestions", "console", "progress", "cell", "sweep",
-]
-# fmt: on
+FOLDERS = [
+    "errors", "metrics", "memory", "config", "checkpoints", "weights", "circuits", "structure", "tasks", "verdicts",
+    "records", "figures", "report", "tracking", "analyse", "cell", "sweep", "dashboard",
+]  # fmt: skip
+"""Folders of the package, and its modules beside them, in the order of the data flow."""
+READERS = {"figures", "report", "tracking"}
+"""Folders that show results."""
+RESULTS = {"errors", "metrics", "memory", "config", "records", *READERS}
+"""What these may import: records hold all there is to show."""
 
 
-def test_imports_run_one_way() -> None:
-    """Each module imports only from modules before it in the order of the data flow."""
-    modules = {path.stem: path for path in (ROOT / "ovqk").glob("*.py") if path.stem != "__init__"}
-    assert set(modules) == set(ORDER)
-    for name, path in modules.items():
-        for found in _imports(path):
-            assert ORDER.index(found) < ORDER.index(name), f"{name} imports {found}"
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name, without `ovqk.`."""
+    package = ROOT / "ovqk"
+    found = {path: ".".join(path.relative_to(package).with_suffix("").parts) for path in package.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for path, name in found.items() if name != "__init__"}
 
 
-def _imports(path: Path) -> set[str]:
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports anywhere, by dotted name without `ovqk.`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ovqk."):
-            found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.ImportFrom) and node.module == "ovqk":
+        if isinstance(node, ast.ImportFrom) and node.module == "ovqk":
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ovqk."):
+            module = node.module.removeprefix("ovqk.")
+            inside = {f"{module}.{alias.name}" for alias in node.names} & set(modules())
+            found |= inside or {module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("ovqk.") for alias in node.names if alias.name.startswith("ovqk.")}
     return found
 
 
+def test_imports_run_one_way_between_folders() -> None:
+    tops = {name.split(".")[0] for name in modules()} - {"bundled"}
+    assert tops == set(FOLDERS)
+    for name, path in modules().items():
+        folder = name.split(".")[0]
+        for other in {found.split(".")[0] for found in imported(path)} - {"bundled", "load_results", folder}:
+            assert FOLDERS.index(other) < FOLDERS.index(folder), f"{name} imports {other}"
+
+
+def test_imports_run_one_way_inside_folders() -> None:
+    """No module of a folder imports, by whatever way round, one that imports it."""
+    arrows = {name: imported(path) & set(modules()) for name, path in modules().items()}
+    done: set[str] = set()
+    while left := arrows.keys() - done:
+        ready = {name for name in left if arrows[name] - {name} <= done}
+        assert ready, f"modules import each other: {sorted(left)}"
+        done |= ready
+
+
+def test_what_shows_results_reads_records_and_nothing_else() -> None:
+    for name, path in modules().items():
+        if name.split(".")[0] in READERS:
+            others = {found.split(".")[0] for found in imported(path)} - {"load_results", "load_table"}
+            assert others <= RESULTS, f"{name} imports {sorted(others - RESULTS)}"
+
+
+def of_package(package: str) -> set[str]:
+    """Modules that import a package."""
+    found = set()
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            if any(part.split(".")[0] == package for part in names):
+                found.add(name)
+    return found
+
+
+def test_wandb_and_transformer_lens_are_each_behind_one_door() -> None:
+    assert of_package("wandb") == {"tracking.service"}
+    assert of_package("transformer_lens") == {"weights.bridge_loading"}
+
+
 def test_no_module_holds_two_nouns() -> None:
-    for path in (ROOT / "ovqk").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 450, path.name
+    for name, path in modules().items():
+        assert len(path.read_text().splitlines()) <= 450, name
 
 
 def test_transformer_lens_is_imported_only_where_it_is_used() -> None:

@@ -8,8 +8,8 @@ import pytest
 from conftest import BUNDLED
 from rich.console import Console
 
-from ovqk.console import claims_line
-from ovqk.tables import candidate_table, pair_table, reasons, verdict_table, virtual_table
+from ovqk.report.tables import candidate_table, pair_table, reasons, verdict_table, virtual_table
+from ovqk.report.terminal import claims_line
 
 
 def printed(table) -> list[str]:

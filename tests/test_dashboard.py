@@ -8,9 +8,9 @@ import pytest
 from conftest import compose
 from wandb_stub import wandb_server
 
-from ovqk import dashboard
 from ovqk.cell import run_cell
 from ovqk.records.record import write_tracking
+from ovqk.tracking import dashboard
 
 pytest.importorskip("wandb_workspaces", reason="pip install -e '.[dashboard]'")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -31,10 +31,10 @@ from ovqk.circuits.factors import Factors
 from ovqk.circuits.sides import Block0Side, StoredSide
 from ovqk.circuits.spectra import Decomposition, decompose
 from ovqk.circuits.vocabulary import Block0
+from ovqk.report.token_lists import describe
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.token_tables import COLUMNS, Directions, TokenSide
 from ovqk.tasks.words import load_tokenizer
-from ovqk.token_lists import describe
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, normalise
 

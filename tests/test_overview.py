@@ -10,14 +10,15 @@ import pytest
 from conftest import ROOT, compose
 from wandb_stub import command, impatient, inspect, sent_tables
 
-from ovqk import overview, tracking
 from ovqk.cell import run_cell
 from ovqk.config.schema import TrackingMode
-from ovqk.overview import draw, overview_config, overview_tables, read_sweeps, remember_cells, sweep_folder
 from ovqk.records.record import claim, read_record, read_tracking, write_json
 from ovqk.records.results import cell_folders
-from ovqk.runs import Destination
-from ovqk.tracking import track_sweep
+from ovqk.tracking import sweep_panels
+from ovqk.tracking import track as track_module
+from ovqk.tracking.run import Destination
+from ovqk.tracking.sweep_panels import draw, overview_config, overview_tables, read_sweeps, remember_cells, sweep_folder
+from ovqk.tracking.track import track_sweep
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_wandb")]
 NAME = "two models"
@@ -91,7 +92,7 @@ def test_it_shows_models_beside_each_other(results, tmp_path) -> None:
 
 
 def test_no_figure_is_begun_when_the_time_is_over(results, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(overview, "FIGURE_SECONDS", 0.0)
+    monkeypatch.setattr(sweep_panels, "FIGURE_SECONDS", 0.0)
     (sweep,) = read_sweeps(results)
     assert [name for name, _ in draw(sweep, tmp_path)] == ["verdicts"]
 
@@ -147,7 +148,7 @@ def test_a_failure_is_one_warning_and_the_command_sends_it_later(results, server
     assert "401" in warning and f"python -m ovqk.tracking {results}" in warning
     assert state(results)["status"] == "failed" and "401" in state(results)["reason"]
     server.answers = {}
-    monkeypatch.setattr(tracking, "_pause", tracking._Pause())
+    monkeypatch.setattr(track_module, "_pause", track_module._Pause())
     assert command(monkeypatch, results) == 0
     assert f"tracked the sweep {NAME} http" in capsys.readouterr().out
     assert len(server.runs) == 4 and state(results)["status"] == "done"
@@ -156,7 +157,7 @@ def test_a_failure_is_one_warning_and_the_command_sends_it_later(results, server
 
 
 def test_what_cannot_be_drawn_is_a_failure_and_no_more(results, monkeypatch) -> None:
-    monkeypatch.setattr(overview, "load_table", lambda folder, name: 1 / 0)
+    monkeypatch.setattr(sweep_panels, "load_table", lambda folder, name: 1 / 0)
     warning = track(results, "offline")
     assert warning is not None and "ZeroDivisionError" in warning
     assert state(results)["status"] == "failed"
@@ -189,7 +190,7 @@ def test_the_same_command_goes_on_with_the_same_sweep(cli, tmp_path, monkeypatch
     assert made["status"] == "done" and f"W&B: the sweep's own run: results/{made['directory']}" in printed
     code, printed = cli(*call, "model=mini-attn")  # narrowed: another sweep, of one cell
     assert code == 0 and "own run" not in printed and len(list((results / ".sweeps").iterdir())) <= 2
-    monkeypatch.setattr(tracking, "make_run", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(track_module, "make_run", lambda *arguments: 1 / 0)
     code, printed = cli(*call, "sweep=mine")
     assert code == 0 and printed.count("warning: W&B: the sweep's own run") == 1  # its cells were tracked before
     assert state(results, "mine")["status"] == "failed"

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from conftest import ROOT, compose
 
-from ovqk import panels
 from ovqk.cell import run_cell
 from ovqk.metrics import METRICS
-from ovqk.panels import CURVES, HISTOGRAMS, plain_table, read_panels
 from ovqk.records.record import read_record
+from ovqk.tracking import cell_panels
+from ovqk.tracking.cell_panels import CURVES, HISTOGRAMS, plain_table, read_panels
 
 
 def cell(results: Path, *overrides: str) -> Path:
@@ -39,7 +39,7 @@ def test_the_documented_panels_exist(claimed) -> None:
         "depth": {*CURVES, *shown.curves.columns},
         "histograms": set(HISTOGRAMS),
         "eigenvalues": set(shown.eigenvalues),
-        "tables": set(panels.TABLES),
+        "tables": set(cell_panels.TABLES),
         "health": {name.removeprefix("health/") for name in shown.scalars},
     }
     keys = re.findall(rf"`({'|'.join(known)})/(\w+)`", recipe)
@@ -101,9 +101,9 @@ def test_directions_are_a_row_per_component_with_the_tokens_of_both_ends(claimed
 
 
 def test_a_long_table_is_cut_to_its_leading_rows_and_the_summary_says_so(claimed, monkeypatch) -> None:
-    monkeypatch.setattr(panels, "MAX_ROWS", 40)
+    monkeypatch.setattr(cell_panels, "MAX_ROWS", 40)
     shown = read_panels(claimed, read_record(claimed))
-    components = len(pd.read_parquet(claimed / "directions.parquet").drop_duplicates(panels.COMPONENT))
+    components = len(pd.read_parquet(claimed / "directions.parquet").drop_duplicates(cell_panels.COMPONENT))
     assert len(shown.tables["directions"]) == 40 and set(shown.tables["directions"]["component"]) == {0}
     assert shown.scalars["rows_left_out/directions"] == components - 40
     assert "rows_left_out/heads" not in shown.scalars

@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, page_data
 
-from ovqk import page, thinning
 from ovqk.cell import run_cell
 from ovqk.figures import models
 from ovqk.metrics import METRICS
-from ovqk.page import Cell, embedded, make_page, read_cells
 from ovqk.records.results import load_results
-from ovqk.report import WRITTEN, file_name, sweep_figures, write_report
-from ovqk.thinning import DETAILS, Pool, short
+from ovqk.report import page, thinning
+from ovqk.report.page import Cell, embedded, make_page, read_cells
+from ovqk.report.thinning import DETAILS, Pool, short
+from ovqk.report.write import WRITTEN, file_name, sweep_figures, write_report
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_figures_of_an_earlier_report_go_and_other_files_stay(results, tmp_path,
         file.write("../beside.svg\nnotes.txt\n")  # no report writes such names
     shutil.rmtree(tmp_path / "mini-llama")
     with monkeypatch.context() as broken:
-        broken.setattr("ovqk.report.cell_figures", lambda cells: 1 / 0)
+        broken.setattr("ovqk.report.write.cell_figures", lambda cells: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write_report(tmp_path)
     assert llama <= {path.name for path in folder.iterdir()}  # nothing goes before the new ones are there

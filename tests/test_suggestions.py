@@ -5,10 +5,10 @@ import json
 import pytest
 from conftest import BUNDLED, ROOT, compose, local, shared_model
 
-from ovqk import suggestions
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.errors import UserError
-from ovqk.suggestions import model_arguments, next_arguments
+from ovqk.report import suggestions
+from ovqk.report.suggestions import model_arguments, next_arguments
 from ovqk.tasks.words import load_tokenizer, readable_tasks, resolve_task
 
 CHOSEN = {

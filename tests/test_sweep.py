@@ -21,11 +21,11 @@ from omegaconf import OmegaConf
 
 import ovqk
 import ovqk.cell
-from ovqk import console, progress
 from ovqk.errors import UserError
 from ovqk.records import record
 from ovqk.records.outcomes import Outcome, Outcomes
 from ovqk.records.record import is_done, read_record
+from ovqk.report import progress, terminal
 from ovqk.sweep import expected_cells, launcher_hint, sweep_name
 
 QUICK = ("task=none", "analysis=ov", "tracking=none")
@@ -115,7 +115,7 @@ def test_a_folder_used_again_forgets_the_sweep_before(cli, tmp_path) -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(8.4, "8 s"), (89.0, "89 s"), (91.0, "2 min"), (7300.0, "2 h 2 min")])
 def test_durations(seconds, text) -> None:
-    assert console.duration(seconds) == text
+    assert terminal.duration(seconds) == text
 
 
 def test_a_long_cell_shows_a_bar_on_a_terminal_and_a_short_one_nothing(monkeypatch) -> None:
@@ -125,7 +125,7 @@ def test_a_long_cell_shows_a_bar_on_a_terminal_and_a_short_one_nothing(monkeypat
 
     for short, shown in ((0.01, True), (60.0, False)):
         out = Console(file=io.StringIO(), force_terminal=True, width=100)
-        monkeypatch.setattr(console, "progress_console", lambda out=out: out)
+        monkeypatch.setattr(terminal, "progress_console", lambda out=out: out)
         monkeypatch.setattr(progress, "SHORT", short)
         with progress.layers_of("m / t / a", alone=True) as layers:
             for _ in layers(3):
@@ -142,7 +142,7 @@ def test_a_bar_is_gone_when_the_cell_fails(monkeypatch) -> None:
     from rich.console import Console
 
     out = Console(file=io.StringIO(), force_terminal=True, width=100)
-    monkeypatch.setattr(console, "progress_console", lambda: out)
+    monkeypatch.setattr(terminal, "progress_console", lambda: out)
     monkeypatch.setattr(progress, "SHORT", 0.0)
     before = threading.active_count()
     with pytest.raises(MemoryError), progress.layers_of("m", alone=True) as layers:
@@ -232,7 +232,7 @@ def test_an_end_that_cannot_be_told_is_no_success(cli, monkeypatch) -> None:
     def breaks(*arguments: object) -> None:
         raise ValueError("a damaged table")
 
-    monkeypatch.setattr(console, "print_sweep", breaks)
+    monkeypatch.setattr(terminal, "print_sweep", breaks)
     code, printed = cli("-m", *QUICK)
     assert code == 1 and "the end of the sweep: ValueError: a damaged table" in printed
 

@@ -3,8 +3,8 @@
 import torch
 from token_tables import random, table, word_level
 
+from ovqk.report.token_lists import describe
 from ovqk.structure.spelling import Spelling
-from ovqk.token_lists import describe
 
 
 def test_the_table_spells_its_tokens_and_lines_escape_what_a_terminal_would_obey() -> None:

@@ -14,13 +14,14 @@ import pytest
 from conftest import BUNDLED, ROOT, compose
 from wandb_stub import CLOSED, ENTITY, KEY, NEVER, Run, command, impatient, inspect, sent_tables, sync
 
-from ovqk import tracking, wandb_service
 from ovqk.cell import run_cell
 from ovqk.config.resolve import tracking_mode
 from ovqk.config.schema import TrackingMode
 from ovqk.errors import UserError
 from ovqk.records.record import claim, is_done, read_record, read_tracking
-from ovqk.tracking import needs_tracking, run_id, track_cell
+from ovqk.tracking import service
+from ovqk.tracking import track as track_module
+from ovqk.tracking.track import needs_tracking, run_id, track_cell
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_wandb")]
 TABLES = {"heads", "tests", "verdicts", "nulls", "composition", "directions"}
@@ -61,12 +62,12 @@ def test_wandb_is_started_while_a_cell_is_computed_and_a_failure_of_that_is_for_
 
     monkeypatch.setenv("WANDB_NOTES", "")
     with monkeypatch.context() as without:
-        without.setattr(wandb_service.importlib, "import_module", cannot)
+        without.setattr(service.importlib, "import_module", cannot)
         without.delitem(sys.modules, "wandb", raising=False)
-        wandb_service.start_meanwhile()
-        wandb_service._starting[-1].join()
+        service.start_meanwhile()
+        service._starting[-1].join()
     assert asked == ["wandb"] and "WANDB_NOTES" not in os.environ
-    assert track(results, "offline") is None and not wandb_service._starting
+    assert track(results, "offline") is None and not service._starting
 
 
 def test_a_home_that_cannot_be_written_is_no_matter(results, tmp_path) -> None:
@@ -261,7 +262,7 @@ def test_a_server_that_dies_half_way_gets_the_run_later(results, server, request
         assert track(results, "online") is not None
     assert read_tracking(cell(results))["status"] == "failed"
     server.dies_at, server.answers = None, {}
-    monkeypatch.setattr(tracking, "_pause", tracking._Pause())
+    monkeypatch.setattr(track_module, "_pause", track_module._Pause())
     assert command(monkeypatch, results) == 0
     (run,) = server.runs.values()
     assert run.exit_code == 0 and sent_tables(server) >= TABLES
@@ -301,14 +302,14 @@ def test_settings_that_are_empty_are_as_good_as_not_set(results, monkeypatch) ->
 
 def test_the_command_in_a_warning_can_be_pasted(results, monkeypatch) -> None:
     odd = results.rename(results.with_name("my results"))
-    monkeypatch.setattr(tracking, "make_run", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(track_module, "make_run", lambda *arguments: 1 / 0)
     warning = track(odd, "offline")
     assert warning is not None and warning.endswith(f"`python -m ovqk.tracking '{odd}'`")
 
 
 @pytest.mark.parametrize("when", ["idle", "half-way"])
 def test_a_killed_wandb_service_fails_the_cell_it_was_at_work_on_and_no_other(results, monkeypatch, when) -> None:
-    log_panels = tracking.log_panels
+    log_panels = track_module.log_panels
 
     def kill_and_log(run: object, wandb: object, panels: object) -> None:
         log_panels(run, wandb, panels)
@@ -318,9 +319,9 @@ def test_a_killed_wandb_service_fails_the_cell_it_was_at_work_on_and_no_other(re
     if when == "idle":
         kill_service()
     else:
-        monkeypatch.setattr(tracking, "log_panels", kill_and_log)
+        monkeypatch.setattr(track_module, "log_panels", kill_and_log)
     assert (track(results, "offline") is not None) == (when == "half-way")
-    monkeypatch.setattr(tracking, "log_panels", log_panels)
+    monkeypatch.setattr(track_module, "log_panels", log_panels)
     assert track(results, "offline") is None
     assert read_tracking(cell(results))["status"] == "done"
     assert len(list((results / "wandb").glob("offline-run-*"))) == 1
@@ -339,7 +340,7 @@ def test_a_run_of_the_callers_own_goes_on(results, monkeypatch, tmp_path) -> Non
 
     own = wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True, console="off"))
     assert track(results, "offline") is None
-    monkeypatch.setattr(tracking, "log_panels", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(track_module, "log_panels", lambda *arguments: 1 / 0)
     assert track(results, "offline") is not None
     assert wandb.run is own
     own.log({"x": 1})
@@ -390,7 +391,7 @@ def test_failures_of_the_command_are_a_line_each_and_status_1(results, server, m
     assert [line.split(":")[0].split()[:2] for line in lines] == [["not", "tracked"]] * 2
     assert "told to answer 401" in lines[0] and "not tried after" in lines[1]
     server.answers = {}
-    monkeypatch.setattr(tracking, "_pause", tracking._Pause())
+    monkeypatch.setattr(track_module, "_pause", track_module._Pause())
     assert command(monkeypatch, results) == 0 and len(server.runs) == 2
 
 

@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from wandb.proto.wandb_internal_pb2 import Record
 
-from ovqk import wandb_service
-from ovqk.wandb_service import FIRST, LAST, LOG_BLOCK, LOG_HEADER, WHOLE, reaches_its_exit
+from ovqk.tracking import service
+from ovqk.tracking.service import FIRST, LAST, LOG_BLOCK, LOG_HEADER, WHOLE, reaches_its_exit
 
 MIDDLE = 3
 EXIT = Record()
@@ -69,8 +69,8 @@ def test_a_log_of_another_format_is_believed(tmp_path) -> None:
 
 
 def test_a_run_that_is_never_written_to_its_end_was_not_received(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(wandb_service, "WRITTEN_SECONDS", 0.05)
+    monkeypatch.setattr(service, "WRITTEN_SECONDS", 0.05)
     log: Path = tmp_path / "run.wandb"
     log.write_bytes(log_of([history(10)]))
-    with pytest.raises(wandb_service.NotReceivedError, match="ended before the run was written"):
-        wandb_service._wait_for_end(log)
+    with pytest.raises(service.NotReceivedError, match="ended before the run was written"):
+        service._wait_for_end(log)

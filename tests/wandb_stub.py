@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from ovqk import runs, tracking, wandb_service
+from ovqk.tracking import __main__ as tracking_command
+from ovqk.tracking import run, service
 
 ENTITY = "someone"
 KEY = "0123456789canary0123456789canary01234567"
@@ -255,8 +256,8 @@ def impatient() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_INIT_TIMEOUT", "2")
         patch.setenv("WANDB_FINISH_TIMEOUT", "2")
-        patch.setattr(runs, "LOG_SECONDS", 4.0)
-        patch.setattr(wandb_service, "GRACE_SECONDS", 2.0)
+        patch.setattr(run, "LOG_SECONDS", 4.0)
+        patch.setattr(service, "GRACE_SECONDS", 2.0)
         yield
 
 
@@ -276,7 +277,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """`python -m ovqk.tracking ARGUMENTS`: its exit status, or its message."""
     monkeypatch.setattr(sys, "argv", ["ovqk.tracking", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        tracking.main()
+        tracking_command.main()
     return stop.value.code
 
 

@@ -16,9 +16,8 @@ from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
 from ovqk.records.record import read_record, read_tracking
 from ovqk.records.results import load_table
-from ovqk.structure.availability import NOT_APPLICABLE
-from ovqk.suggestions import next_arguments
-from ovqk.tables import (
+from ovqk.report.suggestions import next_arguments
+from ovqk.report.tables import (
     STYLES,
     candidate_table,
     layer_table,
@@ -29,7 +28,8 @@ from ovqk.tables import (
     verdict_table,
     virtual_table,
 )
-from ovqk.token_lists import describe
+from ovqk.report.token_lists import describe
+from ovqk.structure.availability import NOT_APPLICABLE
 
 SHOWN_TOKENS = 4  # on each side of a component
 SHOWN_MISSING = 20  # cells of a sweep

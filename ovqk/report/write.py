@@ -7,8 +7,6 @@ as SVG and PNG; figures of an earlier report that this one does not make are rem
 Reads records and tables, nothing else; the same records give the same bytes.
 """
 
-import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,8 +15,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ovqk.figures import models, portraits
-from ovqk.page import BYTES, CELLS, Cell, Failure, labels, make_page, read_cells, weights_labels
 from ovqk.records.record import RECORD, write_text
+from ovqk.report.page import BYTES, CELLS, Cell, Failure, labels, make_page, read_cells, weights_labels
 
 PAGE = "report.html"
 FIGURES = "figures"
@@ -208,26 +206,3 @@ def _above(folder: Path) -> Path | None:
 
 def _remedy(results_dir: Path) -> str:
     return f"Run python run.py results_dir={results_dir} first."
-
-
-def _print(line: str) -> None:
-    print(line, file=sys.stderr if line.startswith("without results") else sys.stdout, flush=True)
-
-
-def main() -> None:
-    """Write the report of a results folder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ovqk.report", description="One page that shows a folder of results."
-    )
-    parser.add_argument("results_dir", type=Path, help="the folder that run.py wrote")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; RESULTS_DIR/report.html unless given")
-    parser.add_argument(
-        "--figures", action=argparse.BooleanOptionalAction, default=True,
-        help="also write the figures, as SVG and PNG, to `figures` beside the page",
-    )  # fmt: skip
-    arguments = parser.parse_args()
-    write_report(arguments.results_dir, arguments.out, arguments.figures, _print)
-
-
-if __name__ == "__main__":
-    main()

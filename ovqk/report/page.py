@@ -19,14 +19,14 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from ovqk import thinning
 from ovqk.figures import colours
 from ovqk.figures.colours import Scale, short_names, spoken
 from ovqk.metrics import METRICS
 from ovqk.records.comparison import DEPTH_METRICS, differences
 from ovqk.records.record import read_record
 from ovqk.records.results import cell_folders, load_table
-from ovqk.thinning import DETAILS, Detail, Grid, Heads, Json, Pool, Tables, columnar, short
+from ovqk.report import thinning
+from ovqk.report.thinning import DETAILS, Detail, Grid, Heads, Json, Pool, Tables, columnar, short
 
 BYTES = 5_000_000
 """A page of up to 20 cells; one of more cells may be larger in proportion."""
@@ -219,7 +219,7 @@ def make_page(
 
 def render(data: Json) -> str:
     """One HTML file that loads nothing: its own script alone may run in it."""
-    template = files("ovqk") / "template"
+    template = files("ovqk.report") / "template"
 
     def joined(names: Iterable[str]) -> str:
         return "\n".join((template / name).read_text(encoding="utf-8") for name in names)

@@ -7,29 +7,31 @@ failure here never loses a result: tracking.json says what happened, and what wa
 or by the command above.
 """
 
-import argparse
 import contextlib
 import hashlib
 import os
 import shlex
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from filelock import Timeout
-
-from ovqk.config.schema import TrackingConfig, TrackingMode
-from ovqk.errors import UserError
-from ovqk.overview import Sweep, draw, overview_config, overview_tables, read_sweeps, remember_cells, sweep_folder
-from ovqk.panels import read_panels
+from ovqk.config.schema import TrackingMode
 from ovqk.records.record import claim, read_record, read_tracking, write_tracking
-from ovqk.records.results import cell_folders
-from ovqk.runs import Destination, Label, log_overview, log_panels, make_run
-from ovqk.wandb_service import NotReceivedError, in_words, is_of_server
+from ovqk.tracking.cell_panels import read_panels
+from ovqk.tracking.run import Destination, Label, log_overview, log_panels, make_run
+from ovqk.tracking.service import NotReceivedError, in_words, is_of_server
+from ovqk.tracking.sweep_panels import (
+    Sweep,
+    draw,
+    overview_config,
+    overview_tables,
+    read_sweeps,
+    remember_cells,
+    sweep_folder,
+)
 
 PAUSE_SECONDS = 300.0  # after a failure of the server, in which no other cell of this process waits for it
 
@@ -148,7 +150,7 @@ def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str
     record = read_record(folder)
     if record is None or record.get("status") != "done":
         raise ValueError(f"{folder} holds no finished record")
-    status, reason = _attempt(TrackedCell(folder, record), Destination(results_dir, mode, project, entity))
+    status, reason = attempt_tracking(TrackedCell(folder, record), Destination(results_dir, mode, project, entity))
     if status != "failed":
         return None
     waiting = f"W&B is left alone for {PAUSE_SECONDS / 60:.0f} minutes. " if _is_paused(mode) else ""
@@ -171,7 +173,7 @@ def track_sweep(name: str, cells: Iterable[Path], destination: Destination) -> s
         sweep = next((sweep for sweep in read_sweeps(results_dir) if sweep.name == name), None)
         if sweep is None or not TrackedSweep(sweep).needs_tracking:
             return None
-        status, reason = _attempt(TrackedSweep(sweep), destination)
+        status, reason = attempt_tracking(TrackedSweep(sweep), destination)
     if status == "done":
         return None
     return f"the sweep's own run, of all its cells, was not made ({reason}). Later: `{_command(results_dir)}`"
@@ -181,7 +183,7 @@ def _command(results_dir: Path) -> str:
     return f"python -m ovqk.tracking {shlex.quote(str(results_dir))}"
 
 
-def _attempt(what: Trackable, destination: Destination) -> tuple[str, str | None]:
+def attempt_tracking(what: Trackable, destination: Destination) -> tuple[str, str | None]:
     """Track a cell or a sweep and write the tracking.json of its folder: the status, and why it is not `done`.
 
     Where what was tracked is to be tracked again and that fails, tracking.json stays as it was.
@@ -239,104 +241,3 @@ def run_name(record: dict[str, Any]) -> str:
 
 def _reason(error: Exception, results_dir: Path) -> str:
     return in_words(error).replace(str(results_dir.absolute()), str(results_dir))
-
-
-def main() -> None:
-    """Track the finished cells under a results folder that were never tracked, and then its sweeps."""
-    parser = argparse.ArgumentParser(prog="python -m ovqk.tracking", description="Send finished cells to W&B.")
-    parser.add_argument("results_dir", type=Path)
-    parser.add_argument("--mode", choices=["online", "offline"], help="WANDB_MODE unless given, else online")
-    parser.add_argument("--project", help="the one in each cell's config unless given")
-    parser.add_argument("--entity", help="the one in each cell's config unless given")
-    parser.add_argument("--all", action="store_true", help="also what was tracked, offline for instance")
-    arguments = parser.parse_args()
-    if not arguments.results_dir.is_dir():
-        raise SystemExit(f"ovqk: {arguments.results_dir}: no such results folder.")
-    mode = _mode(arguments.mode)
-    folders = list(cell_folders(arguments.results_dir))
-    if not folders:
-        raise SystemExit(f"ovqk: {arguments.results_dir}: no cells there (MODEL/TASK/ANALYSIS-ID folders).")
-    sent = [_track_later(folder, arguments, mode) for folder in folders]
-    sweeps = read_sweeps(arguments.results_dir)
-    sent += [_track_sweep_later(sweep, arguments, mode) for sweep in sweeps]
-    places = folders + [sweep.folder for sweep in sweeps]
-    waiting = [place for place in places if _waits_offline(place, arguments.results_dir)]
-    if waiting and mode is TrackingMode.online:
-        run = shlex.quote(f"{arguments.results_dir}/wandb")
-        print(f"{len(waiting)} wait offline: --all sends them, or `wandb sync {run}`.")
-    raise SystemExit(0 if all(sent) else 1)
-
-
-def _mode(asked: str | None) -> TrackingMode:
-    name = asked or os.environ.get("WANDB_MODE") or TrackingMode.online.value
-    name = "offline" if name == "dryrun" else name
-    if name not in ("online", "offline"):
-        raise SystemExit(f"ovqk: WANDB_MODE={name}: with it nothing is sent; --mode online or --mode offline.")
-    return TrackingMode(name)
-
-
-def _track_later(folder: Path, arguments: argparse.Namespace, mode: TrackingMode) -> bool:
-    """Track a cell, unless it was or another process is at work on it; says what became of it. False: not tracked."""
-    record = read_record(folder)
-    if record is None or not {"status", "cell_id"} <= record.keys():
-        print(f"skipped {folder}: its record cannot be read", file=sys.stderr)
-        return True
-    if record["status"] != "done":
-        return True
-    destination = _destination(record, arguments, mode)
-
-    def attempt() -> tuple[str, str | None] | None:
-        return _attempt(TrackedCell(folder, record), destination) if arguments.all or needs_tracking(folder) else None
-
-    return _held(arguments.results_dir, record["cell_id"], str(folder), folder, attempt)
-
-
-def _track_sweep_later(sweep: Sweep, arguments: argparse.Namespace, mode: TrackingMode) -> bool:
-    """The same for a sweep's own run."""
-    destination = _destination(sweep.records[0], arguments, mode)
-
-    tracked = TrackedSweep(sweep)
-
-    def attempt() -> tuple[str, str | None] | None:
-        return _attempt(tracked, destination) if arguments.all or tracked.needs_tracking else None
-
-    return _held(arguments.results_dir, sweep.folder.name, f"the sweep {sweep.name}", sweep.folder, attempt)
-
-
-def _destination(record: dict[str, Any], arguments: argparse.Namespace, mode: TrackingMode) -> Destination:
-    chosen = record.get("provenance", {}).get("config", {}).get("tracking", {})
-    project = arguments.project or chosen.get("project") or TrackingConfig.project
-    return Destination(arguments.results_dir, mode, project, arguments.entity or chosen.get("entity"))
-
-
-def _held(
-    results_dir: Path, identifier: str, name: str, folder: Path, attempt: Callable[[], tuple[str, str | None] | None]
-) -> bool:
-    """Make an attempt at what no other process holds, and say what became of it; False where it failed."""
-    try:
-        with claim(results_dir, identifier, wait=False):
-            outcome = attempt()
-    except Timeout:
-        print(f"skipped {name}: another process is at work on it", file=sys.stderr)
-        return True
-    except UserError as error:
-        raise SystemExit(f"ovqk: {error}") from None
-    if outcome is None:
-        return True
-    status, reason = outcome
-    if status == "done":
-        print(" ".join(filter(None, ("tracked", name, read_tracking(folder).get("url")))))
-        return True
-    print(f"not tracked {name}: {reason}", file=sys.stderr)
-    return False
-
-
-def _waits_offline(folder: Path, results_dir: Path) -> bool:
-    """Whether the offline run of a cell or a sweep was not yet sent by `wandb sync`, which leaves a mark."""
-    state = read_tracking(folder)
-    offline = state.get("status") == "done" and "directory" in state
-    return offline and not list((results_dir / state["directory"]).glob("*.wandb.synced"))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ovqk import console
 from ovqk.records.outcomes import Outcomes
+from ovqk.report import terminal
 
 Layers = Callable[[int], Iterator[int]]
 """Number of layers -> their indexes in order, each counted as done when the next is asked for."""
@@ -24,11 +24,11 @@ def layers_of(name: str, alone: bool) -> Iterator[Layers]:
         name: how messages name the cell.
         alone: no other process computes for this terminal; two bars on one would overwrite each other.
     """
-    out = console.progress_console()
+    out = terminal.progress_console()
     if not (alone and out.is_terminal):
         yield lambda count: _with_lines(name, count)
         return
-    bar = console.cell_bar(out)
+    bar = terminal.cell_bar(out)
     task = bar.add_task(name, total=None)
     later = threading.Timer(SHORT, bar.start)
     later.daemon = True
@@ -56,7 +56,7 @@ def _with_lines(name: str, count: int) -> Iterator[int]:
         now = time.monotonic()
         if now - said >= BETWEEN_LINES and index + 1 < count:
             said = now
-            console.print_layers(name, index + 1, count, now - started)
+            terminal.print_layers(name, index + 1, count, now - started)
 
 
 class SweepProgress:
@@ -92,7 +92,7 @@ class SweepProgress:
                 self.computed += outcome.status != "cached"
                 count = None if self.expected is None else len(self.expected)
                 name = " ".join(filter(None, (outcome.name, self.details.get(number))))
-                console.print_cell_line(name, outcome, self.ended, count, self._seconds_left())
+                terminal.print_cell_line(name, outcome, self.ended, count, self._seconds_left())
 
     def _seconds_left(self) -> float | None:
         """At the pace of the cells that were computed: those that turn out to be done take none."""

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from ovqk.config.schema import TrackingMode
-from ovqk.panels import Panels, plain_table
-from ovqk.wandb_service import finish, quiet_wandb, settings, staged_in, within
+from ovqk.tracking.cell_panels import Panels, plain_table
+from ovqk.tracking.service import finish, quiet_wandb, settings, staged_in, within
 
 LOG_SECONDS = 30.0  # for W&B to take what is logged
 MAX_TAG, MAX_NAME = 64, 128  # what W&B allows, in letters

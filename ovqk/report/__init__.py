@@ -1,0 +1,11 @@
+"""The page of a folder of results, and what the terminal shows; `ovqk.report.write_report` writes the page."""
+
+__all__ = ["write_report"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "write_report":
+        from ovqk.report.write import write_report
+
+        return write_report
+    raise AttributeError(f"module 'ovqk.report' has no attribute '{name}'")

@@ -1,0 +1,37 @@
+"""One page that shows a folder of results, and its figures as files.
+
+    python -m ovqk.report RESULTS_DIR [--out FILE] [--figures | --no-figures]
+
+Writes RESULTS_DIR/report.html, which needs no network and no other file, and RESULTS_DIR/figures/ with the same figures
+as SVG and PNG; figures of an earlier report that this one does not make are removed, and no other file of that folder.
+Reads records and tables, nothing else; the same records give the same bytes.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ovqk.report.write import write_report
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr if line.startswith("without results") else sys.stdout, flush=True)
+
+
+def main() -> None:
+    """Write the report of a results folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ovqk.report", description="One page that shows a folder of results."
+    )
+    parser.add_argument("results_dir", type=Path, help="the folder that run.py wrote")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; RESULTS_DIR/report.html unless given")
+    parser.add_argument(
+        "--figures", action=argparse.BooleanOptionalAction, default=True,
+        help="also write the figures, as SVG and PNG, to `figures` beside the page",
+    )  # fmt: skip
+    arguments = parser.parse_args()
+    write_report(arguments.results_dir, arguments.out, arguments.figures, _print)
+
+
+if __name__ == "__main__":
+    main()

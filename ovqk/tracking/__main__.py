@@ -1,0 +1,134 @@
+"""Weights & Biases: one run per cell, made from its record alone, so that it can be made again elsewhere or later.
+
+    python -m ovqk.tracking RESULTS_DIR [--mode online] [--project NAME] [--entity NAME] [--all]
+
+A sweep has a run of its own besides, of the figures and tables over all its cells. Records are never touched and a
+failure here never loses a result: tracking.json says what happened, and what was not tracked is tracked by the next run
+or by the command above.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from ovqk.config.schema import TrackingConfig, TrackingMode
+from ovqk.errors import UserError
+from ovqk.records.record import claim, read_record, read_tracking
+from ovqk.records.results import cell_folders
+from ovqk.tracking.run import Destination
+from ovqk.tracking.sweep_panels import (
+    Sweep,
+    read_sweeps,
+)
+from ovqk.tracking.track import TrackedCell, TrackedSweep, attempt_tracking, needs_tracking
+
+
+def main() -> None:
+    """Track the finished cells under a results folder that were never tracked, and then its sweeps."""
+    parser = argparse.ArgumentParser(prog="python -m ovqk.tracking", description="Send finished cells to W&B.")
+    parser.add_argument("results_dir", type=Path)
+    parser.add_argument("--mode", choices=["online", "offline"], help="WANDB_MODE unless given, else online")
+    parser.add_argument("--project", help="the one in each cell's config unless given")
+    parser.add_argument("--entity", help="the one in each cell's config unless given")
+    parser.add_argument("--all", action="store_true", help="also what was tracked, offline for instance")
+    arguments = parser.parse_args()
+    if not arguments.results_dir.is_dir():
+        raise SystemExit(f"ovqk: {arguments.results_dir}: no such results folder.")
+    mode = _mode(arguments.mode)
+    folders = list(cell_folders(arguments.results_dir))
+    if not folders:
+        raise SystemExit(f"ovqk: {arguments.results_dir}: no cells there (MODEL/TASK/ANALYSIS-ID folders).")
+    sent = [_track_later(folder, arguments, mode) for folder in folders]
+    sweeps = read_sweeps(arguments.results_dir)
+    sent += [_track_sweep_later(sweep, arguments, mode) for sweep in sweeps]
+    places = folders + [sweep.folder for sweep in sweeps]
+    waiting = [place for place in places if _waits_offline(place, arguments.results_dir)]
+    if waiting and mode is TrackingMode.online:
+        run = shlex.quote(f"{arguments.results_dir}/wandb")
+        print(f"{len(waiting)} wait offline: --all sends them, or `wandb sync {run}`.")
+    raise SystemExit(0 if all(sent) else 1)
+
+
+def _mode(asked: str | None) -> TrackingMode:
+    name = asked or os.environ.get("WANDB_MODE") or TrackingMode.online.value
+    name = "offline" if name == "dryrun" else name
+    if name not in ("online", "offline"):
+        raise SystemExit(f"ovqk: WANDB_MODE={name}: with it nothing is sent; --mode online or --mode offline.")
+    return TrackingMode(name)
+
+
+def _track_later(folder: Path, arguments: argparse.Namespace, mode: TrackingMode) -> bool:
+    """Track a cell, unless it was or another process is at work on it; says what became of it. False: not tracked."""
+    record = read_record(folder)
+    if record is None or not {"status", "cell_id"} <= record.keys():
+        print(f"skipped {folder}: its record cannot be read", file=sys.stderr)
+        return True
+    if record["status"] != "done":
+        return True
+    destination = _destination(record, arguments, mode)
+
+    def attempt() -> tuple[str, str | None] | None:
+        return (
+            attempt_tracking(TrackedCell(folder, record), destination)
+            if arguments.all or needs_tracking(folder)
+            else None
+        )
+
+    return _held(arguments.results_dir, record["cell_id"], str(folder), folder, attempt)
+
+
+def _track_sweep_later(sweep: Sweep, arguments: argparse.Namespace, mode: TrackingMode) -> bool:
+    """The same for a sweep's own run."""
+    destination = _destination(sweep.records[0], arguments, mode)
+
+    tracked = TrackedSweep(sweep)
+
+    def attempt() -> tuple[str, str | None] | None:
+        return attempt_tracking(tracked, destination) if arguments.all or tracked.needs_tracking else None
+
+    return _held(arguments.results_dir, sweep.folder.name, f"the sweep {sweep.name}", sweep.folder, attempt)
+
+
+def _destination(record: dict[str, Any], arguments: argparse.Namespace, mode: TrackingMode) -> Destination:
+    chosen = record.get("provenance", {}).get("config", {}).get("tracking", {})
+    project = arguments.project or chosen.get("project") or TrackingConfig.project
+    return Destination(arguments.results_dir, mode, project, arguments.entity or chosen.get("entity"))
+
+
+def _held(
+    results_dir: Path, identifier: str, name: str, folder: Path, attempt: Callable[[], tuple[str, str | None] | None]
+) -> bool:
+    """Make an attempt at what no other process holds, and say what became of it; False where it failed."""
+    try:
+        with claim(results_dir, identifier, wait=False):
+            outcome = attempt()
+    except Timeout:
+        print(f"skipped {name}: another process is at work on it", file=sys.stderr)
+        return True
+    except UserError as error:
+        raise SystemExit(f"ovqk: {error}") from None
+    if outcome is None:
+        return True
+    status, reason = outcome
+    if status == "done":
+        print(" ".join(filter(None, ("tracked", name, read_tracking(folder).get("url")))))
+        return True
+    print(f"not tracked {name}: {reason}", file=sys.stderr)
+    return False
+
+
+def _waits_offline(folder: Path, results_dir: Path) -> bool:
+    """Whether the offline run of a cell or a sweep was not yet sent by `wandb sync`, which leaves a mark."""
+    state = read_tracking(folder)
+    offline = state.get("status") == "done" and "directory" in state
+    return offline and not list((results_dir / state["directory"]).glob("*.wandb.synced"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""A W&B workspace that compares models: the sections Claims, Spectra, Symmetry and position, Heads, Health.
+
+    python -m ovqk.dashboard RESULTS_DIR [--project NAME] [--entity NAME] [--name TITLE]
+
+Runs are grouped by `config.model`, and only what the records of the results hold gets a panel. Needs the extra
+`dashboard` (wandb-workspaces).
+"""
+
+import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ovqk.config.schema import TrackingConfig
+from ovqk.metrics import METRICS
+from ovqk.records.record import read_record, read_tracking
+from ovqk.records.results import cell_folders
+from ovqk.tracking.cell_panels import Panels, read_panels
+from ovqk.tracking.sweep_panels import read_sweeps
+
+NAME = "Heads, claims and spectra by model"
+TABLE_SECTIONS = {
+    "Claims": ("verdicts", "tests", "candidates"),
+    "Heads": ("heads", "directions", "composition", "virtual_heads", "nulls"),
+}
+CURVE_SECTIONS = {
+    "Spectra": ("ov_effective_rank", "qk_effective_rank"),
+    "Symmetry and position": (
+        "ov_symmetry",
+        "qk_symmetry",
+        "qk_symmetry_vocab",
+        "summed_qk_symmetry",
+        "summed_qk_directionality",
+        "qk_positional_share",
+        "qk_prev_auc",
+    ),
+    "Heads": (
+        "ov_copying",
+        "ov_copying_block0",
+        "qk_matching",
+        "qk_matching_block0",
+        "ov_task_auc",
+        "qk_task_auc",
+        "ov_task_alignment",
+        "qk_key_alignment",
+    ),
+}
+SWEEP_FIGURES = ("figures/verdicts", "figures/effects", "figures/depth")
+SECTIONS = ("Claims", "Spectra", "Symmetry and position", "Heads", "Health")
+
+
+def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], swept: bool = False) -> Any:
+    """The workspace (`wandb_workspaces.workspaces.Workspace`), not yet saved.
+
+    Args:
+        entity: whose project it is.
+        project: the project of the runs.
+        title: the workspace's name.
+        shown: what the runs show; what none of them has gets no panel.
+        swept: whether there is a sweep, whose own run has figures of all its cells.
+    """
+    import wandb_workspaces.reports.v2 as reports
+    import wandb_workspaces.workspaces as workspaces
+    from wandb_workspaces import expr
+
+    shown = list(shown)
+    curves = {str(name) for panels in shown for name in panels.curves}
+    tables = {name for panels in shown for name in panels.tables}
+    spectra = sorted({name for panels in shown for name in panels.eigenvalues})
+    scalars = {name for panels in shown for name in panels.scalars}
+    model = reports.Config("model")
+
+    def bars(title: str, *metrics: str) -> list[Any]:
+        there: list[Any] = [reports.SummaryMetric(metric) for metric in metrics if metric in scalars]
+        return [reports.BarPlot(title=title, metrics=there, groupby=model)] if there else []
+
+    panels: dict[str, list[Any]] = {section: [] for section in SECTIONS}
+    for role in sorted({name.split("/")[1] for name in scalars if name.startswith("role/")}):
+        panels["Claims"] += bars(role.replace("_", " "), f"role/{role}/effect", f"role/{role}/p")
+    if swept:
+        panels["Claims"].append(reports.MediaBrowser(title="whole sweeps", media_keys=list(SWEEP_FIGURES)))
+        panels["Claims"].append(reports.WeavePanelSummaryTable(table_name="comparison/roles"))
+    for name in spectra:
+        panels["Spectra"].append(_eigenvalue_chart(reports, name))
+    for section, names in CURVE_SECTIONS.items():
+        for name in filter(curves.__contains__, names):
+            meaning = METRICS[name].title if name in METRICS else "of the layer's summed W_QK"
+            plot = reports.LinePlot(title=f"{name}: {meaning}", x="relative_depth", y=[f"depth/{name}"], groupby=model)
+            panels[section].append(plot)
+    for section, names in TABLE_SECTIONS.items():
+        panels[section] += [
+            reports.WeavePanelSummaryTable(table_name=f"tables/{name}") for name in names if name in tables
+        ]
+    panels["Health"] += bars("seconds", "health/wall_seconds", "health/null_seconds")
+    panels["Health"] += bars("peak memory (MB)", "health/peak_memory_mb")
+    panels["Health"] += bars("metrics that are not there", "health/unavailable_metrics")
+    panels["Health"] += bars("words dropped", "health/words_dropped")
+    panels["Health"].append(reports.RunComparer(diff_only="split"))
+    return workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=title,
+        sections=[
+            workspaces.Section(name=section, panels=panels[section], is_open=section == "Claims")
+            for section in SECTIONS
+            if panels[section]
+        ],
+        runset_settings=workspaces.RunsetSettings(
+            groupby=[expr.Config("model")],
+            pinned_columns=["config:task", "config:analysis", "config:processing", "summary:status"],
+        ),
+    )
+
+
+def _eigenvalue_chart(reports: Any, name: str) -> Any:
+    circuit, space = name.split("_")
+    return reports.CustomChart(
+        query={"summaryTable": {"tableKey": f"eigenvalues/{name}_table"}},
+        chart_name="wandb/lineseries/v0",
+        chart_fields={"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"},
+        chart_strings={"title": f"{circuit.upper()} eigenvalues, {space} (real part)", "xname": "index"},
+    )
+
+
+def main() -> None:
+    """Save the workspace for the cells under a results folder."""
+    parser = argparse.ArgumentParser(prog="python -m ovqk.dashboard", description="Make a W&B workspace.")
+    parser.add_argument("results_dir", type=Path)
+    parser.add_argument("--project", help="the one of the cells unless given")
+    parser.add_argument("--entity", help="the one of the cells unless given")
+    parser.add_argument("--name", default=NAME, help="the workspace's title")
+    arguments = parser.parse_args()
+    try:
+        import wandb_workspaces.workspaces  # noqa: F401
+    except ImportError:
+        raise SystemExit(
+            "ovqk: the dashboard needs an extra: pip install -c constraints.txt -e '.[dashboard]'"
+        ) from None
+    shown, entity, project = _read(arguments.results_dir)
+    swept = bool(read_sweeps(arguments.results_dir))
+    entity, project = arguments.entity or entity, arguments.project or project
+    if entity is None:
+        raise SystemExit("ovqk: --entity: whose project is it? No cell there was tracked online, which would tell.")
+    try:
+        saved = workspace(entity, project, arguments.name, shown, swept).save()
+    except Exception as error:  # whatever W&B raises
+        raise SystemExit(f"ovqk: the workspace was not saved: {type(error).__name__}: {error}") from None
+    print(f"saved {saved.url}")
+
+
+def _read(results_dir: Path) -> tuple[list[Panels], str | None, str]:
+    """What the cells show, one of each task and analysis, and where they were tracked."""
+    shown: dict[tuple[str, str, str], Panels] = {}
+    entity, project = os.environ.get("WANDB_ENTITY"), str(TrackingConfig.project)
+    for folder in cell_folders(results_dir):
+        record = read_record(folder)
+        if record is None or record.get("status") != "done":
+            continue
+        tracking = record["provenance"]["config"].get("tracking", {})
+        project = tracking.get("project") or project
+        address = str(read_tracking(folder).get("url", "")).split("/")
+        online = address[-4] if len(address) > 4 else None  # .../ENTITY/PROJECT/runs/ID
+        entity = entity or tracking.get("entity") or online
+        key = (record["task"], record["analysis"], record["processing"]["applied"])
+        if key not in shown:
+            shown[key] = read_panels(folder, record)
+    if not shown:
+        raise SystemExit(f"ovqk: {results_dir}: no finished cells there (MODEL/TASK/ANALYSIS-ID folders).")
+    return list(shown.values()), entity, project
+
+
+if __name__ == "__main__":
+    main()
