@@ -10,6 +10,9 @@ from typing import Literal
 SCHEMA_VERSION = 7
 """Bumped when a number may change: cells of another version are computed again."""
 
+NOT_APPLICABLE = "not applicable: "
+"""Begins the reasons that lie in the kind of model or task, and not in something that is missing."""
+
 Needs = Literal["weights", "embedding", "unembedding", "task", "learned", "rotary", "positions", "composition"]
 
 

@@ -19,8 +19,9 @@ import nbclient
 import nbformat
 
 from ovqk.figures import models, portraits
-from ovqk.report.page import Cell, read_cells
-from ovqk.report.write import PAGE, cell_figures, sweep_figures, write_report
+from ovqk.figures.choice import cell_figures, sweep_figures
+from ovqk.records.cells import Cell, read_cells
+from ovqk.report.write import PAGE, write_report
 
 ROOT = Path(__file__).parent.parent
 GALLERY = ROOT / "docs" / "figures" / "gallery"

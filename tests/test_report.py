@@ -19,12 +19,14 @@ from reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, pag
 
 from ovqk.cell import run_cell
 from ovqk.figures import models
+from ovqk.figures.choice import file_name, sweep_figures
 from ovqk.metrics import METRICS
+from ovqk.records.cells import Cell, read_cells
 from ovqk.records.results import load_results
 from ovqk.report import page, thinning
-from ovqk.report.page import Cell, embedded, make_page, read_cells
+from ovqk.report.page import embedded, make_page
 from ovqk.report.thinning import DETAILS, Pool, short
-from ovqk.report.write import WRITTEN, file_name, sweep_figures, write_report
+from ovqk.report.write import WRITTEN, write_report
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import yaml
 from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
 from ovqk.records.record import read_record
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 GENERAL = ("ioi", "sva", "induction")
 """Tasks for a model that no task names: plain English, with a role in most circuits that were published."""
 

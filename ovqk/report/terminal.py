@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from ovqk.metrics import NOT_APPLICABLE
 from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
 from ovqk.records.record import read_record, read_tracking
@@ -29,7 +30,6 @@ from ovqk.report.tables import (
     virtual_table,
 )
 from ovqk.report.token_lists import describe
-from ovqk.structure.availability import NOT_APPLICABLE
 
 SHOWN_TOKENS = 4  # on each side of a component
 SHOWN_MISSING = 20  # cells of a sweep

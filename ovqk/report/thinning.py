@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ovqk.records.cells import Heads, Json, Tables
+
 QUANTILES = (0.05, 0.5, 0.95)
 FIRST_OFFSETS = 17  # kept one by one; later ones more and more apart
 MOST_OFFSETS = 96
@@ -18,10 +20,7 @@ DIRECTION_COLUMNS = (
     "layer", "head", "circuit", "kind", "component", "value", "value_im", "cluster", "cluster_size",
     "side", "sign", "token", "contrast",
 )  # fmt: skip
-Json = dict[str, Any]
 Short = float | int | None
-Heads = set[tuple[int, int]]
-Tables = dict[str, pd.DataFrame]
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-import pandas as pd
-from matplotlib.figure import Figure
-
-from ovqk.figures import models, portraits
+from ovqk.figures import models
+from ovqk.figures.choice import cell_figures, sweep_figures
+from ovqk.records.cells import Cell, Failure, read_cells
 from ovqk.records.record import RECORD, write_text
-from ovqk.report.page import BYTES, CELLS, Cell, Failure, labels, make_page, read_cells, weights_labels
+from ovqk.report.page import BYTES, CELLS, make_page
 
 PAGE = "report.html"
 FIGURES = "figures"
 WRITTEN = ".written"
 """In the folder of figures: the names of those that a report wrote, a line each."""
-STRUCTURE = ("ov_copying", "qk_matching", "qk_symmetry", "qk_positional_share", "ov_copying_residual")
-"""Metrics that an atlas of all models is drawn of, beside what each task's roles predict first."""
 
 
 def write_report(
@@ -95,96 +92,6 @@ def _written(folder: Path) -> set[str]:
     except (OSError, ValueError):
         return set()
     return {name for name in names if Path(name).name == name and Path(name).suffix in (".svg", ".png")}
-
-
-# --- which figures -------------------------------------------------------------------------------------------
-
-
-def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
-    """Name and figure of what shows all models together: verdicts, effects, depth, and atlases of each task.
-
-    Made one at a time, so that a caller who saves each holds no more than one.
-    """
-    verdicts = _joined(cells, "verdicts", labels(cells))
-    of_weights = weights_labels(cells)
-    named = dict(zip((id(cell) for cell in cells), of_weights, strict=True))
-    if len(verdicts):
-        yield "verdicts", models.verdict_counts(verdicts)
-        yield "effects", models.effects(verdicts)
-    yield "depth", models.depth_curves(_joined(cells, "heads", of_weights))
-    for task in dict.fromkeys(cell.record["task"] for cell in cells):
-        first: dict[str, Cell] = {}
-        for cell in cells:
-            if cell.record["task"] == task:
-                first.setdefault(named[id(cell)], cell)
-        shown = list(first.values())
-        own_heads, own_verdicts = _joined(shown, "heads", list(first)), _joined(shown, "verdicts", list(first))
-        for metric in _atlas_metrics(own_heads, own_verdicts):
-            marked = own_verdicts if len(own_verdicts) else None
-            yield file_name("atlas", task, metric), models.atlas(own_heads, metric, marked)
-
-
-def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
-    """Name and figure of what shows one cell: its circuit, and a sheet of the first head of each claimed role."""
-    for cell, label in zip(cells, labels(cells), strict=True):
-        verdicts = cell.tables.get("verdicts")
-        if verdicts is None:
-            continue
-        whole = [
-            other for other in cells if other.weights == cell.weights and other.record["analysis"] == "composition"
-        ]
-        pairs = [c.tables["composition"] for c in (cell, *whole) if "composition" in c.tables]
-        joined = pd.concat(pairs, ignore_index=True) if pairs else None
-        yield file_name("circuit", *_title(cell, cells)), models.circuit(verdicts, joined)
-        for layer, head in _leading(verdicts):
-            tables = dict(cell.tables) | ({} if joined is None else {"composition": joined.drop_duplicates(PAIR)})
-            sheet = portraits.sheet(
-                tables, layer, head, f"{label} / {cell.record['task']}", cell.record.get("unavailable", {})
-            )
-            yield file_name("head", *_title(cell, cells), f"{layer}.{head}"), sheet
-
-
-PAIR = ["mode", "sender_layer", "sender_head", "receiver_layer", "receiver_head"]
-
-
-def _leading(verdicts: pd.DataFrame) -> list[tuple[int, int]]:
-    """Of each role the head that stands out most of its layer; the first of them where none can be compared."""
-    heads = verdicts[verdicts["kind"] == "head"]
-    heads = (
-        heads.sort_values("effect", ascending=False, kind="stable", na_position="last")
-        .groupby("role", sort=False)
-        .head(1)
-    )
-    return sorted({(int(layer), int(head)) for layer, head in heads[["layer", "head"]].to_numpy()})
-
-
-def _atlas_metrics(heads: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
-    primary: list[str] = verdicts["primary"].dropna().to_list() if len(verdicts) else []
-    names = dict.fromkeys([*STRUCTURE, *primary])
-    return [name for name in names if name in heads and heads[name].notna().any()]
-
-
-def _joined(cells: Sequence[Cell], name: str, models: Sequence[str]) -> pd.DataFrame:
-    """One table of several cells, with what their models are called, task and id; empty where none has it."""
-    parts = [
-        cell.tables[name].assign(model=model, task=cell.record["task"], cell_id=cell.record["cell_id"])
-        for cell, model in zip(cells, models, strict=True)
-        if name in cell.tables
-    ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-
-
-def _title(cell: Cell, cells: Sequence[Cell]) -> list[str]:
-    """What a cell's files are called by: model and task, and the id where another cell has both."""
-    alone = sum(other.place == cell.place and "verdicts" in other.tables for other in cells) == 1
-    return [*cell.place] if alone else [*cell.place, cell.record["cell_id"]]
-
-
-def file_name(*parts: str) -> str:
-    """A file's name of these parts, of letters that any system takes."""
-    return "_".join(
-        "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in part) for part in parts
-    )
 
 
 # --- the command ---------------------------------------------------------------------------------------------

@@ -1,12 +1,10 @@
 """Why a metric has no value for any head of a model: said in the record, never filled in."""
 
 from ovqk.circuits.vocabulary import Block0, Vocabulary
-from ovqk.metrics import METRICS, metric_names
+from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
 from ovqk.weights.types import Architecture
 
 NO_EMBEDDING = "the checkpoint has no token embedding"
-NOT_APPLICABLE = "not applicable: "
-"""Begins the reasons that lie in the kind of model or task, and not in something that is missing."""
 MIN_POSITIONS = 4  # fewer leave no degree of freedom for an offset fit
 
 

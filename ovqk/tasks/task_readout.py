@@ -12,8 +12,7 @@ from ovqk.circuits.factors import Circuit, scores
 from ovqk.circuits.maps import HeadMaps, Scorer
 from ovqk.circuits.vocabulary import Block0
 from ovqk.config.schema import VariableKind
-from ovqk.metrics import METRICS, metric_names
-from ovqk.structure.availability import NOT_APPLICABLE
+from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.tables import Tables, heads_rows
 from ovqk.tasks.readouts import CONTRAST_METRICS, SET_METRICS, EffectiveRows, Readout

@@ -14,10 +14,10 @@ from typing import Any
 
 import pandas as pd
 
+from ovqk.records.cells import Cell
 from ovqk.records.comparison import depths, roles
 from ovqk.records.record import read_record, write_json
 from ovqk.records.results import cell_folders, load_table
-from ovqk.report.page import Cell
 
 SWEEPS = ".sweeps"
 CELLS = "sweep.json"
@@ -115,8 +115,8 @@ def draw(sweep: Sweep, into: Path) -> Iterator[tuple[str, Path]]:
     """Name and PNG file of the report's figures of all models together, begun within FIGURE_SECONDS."""
     import matplotlib
 
+    from ovqk.figures.choice import sweep_figures
     from ovqk.figures.models import STYLE
-    from ovqk.report.write import sweep_figures
 
     cells = [
         Cell(folder, record, {name: table for name in DRAWN if (table := load_table(folder, name)) is not None})

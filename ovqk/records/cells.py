@@ -1,0 +1,151 @@
+"""The finished cells of a results folder in memory, and what tells them apart."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ovqk.records.comparison import differences
+from ovqk.records.record import read_record
+from ovqk.records.results import cell_folders, load_table
+
+ANALYSES = ("b03", "qk", "ov", "composition")  # which of several cells of one model and task is shown first
+TABLES = (
+    "heads",
+    "layers",
+    "spectra",
+    "offsets",
+    "directions",
+    "composition",
+    "tests",
+    "nulls",
+    "verdicts",
+    "candidates",
+)
+NEEDED = ("model", "task", "analysis", "cell_id", "seed", "processing", "provenance")  # of a record
+Json = dict[str, Any]
+Heads = set[tuple[int, int]]
+Tables = dict[str, pd.DataFrame]
+
+
+@dataclass
+class Cell:
+    """One finished cell: its folder, record and tables."""
+
+    folder: Path
+    record: Json
+    tables: Tables
+    prints: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Model and task."""
+        return self.record["model"], self.record["task"]
+
+    @property
+    def weights(self) -> str:
+        """What was analysed: cells of the same weights and processing share all that no task enters."""
+        return f"{self.digest[:16]} {self.record['processing']['applied']}"
+
+    @property
+    def variant(self) -> tuple[str, str]:
+        """Processing and seed, for the order of cells that differ in nothing else."""
+        return str(self.record["processing"].get("applied")), f"{self.record['seed']:>6}"
+
+    @property
+    def digest(self) -> str:
+        """Of the weights' files."""
+        return str(self.record["provenance"].get("weights_digest"))
+
+    def print_of(self, name: str) -> tuple[str, int]:
+        """A fingerprint of a table: cells of the same weights mostly hold the same, which is then thinned once."""
+        if name not in self.prints:
+            self.prints[name] = int(pd.util.hash_pandas_object(self.tables[name], index=False).sum())
+        return self.weights, self.prints[name]
+
+    def marked(self) -> Heads:
+        """Heads that are claimed or candidates."""
+        found: Heads = set()
+        for name in ("verdicts", "candidates"):
+            if name in self.tables:
+                rows = self.tables[name][["layer", "head"]].dropna().astype(int)
+                found |= {(int(layer), int(head)) for layer, head in rows.to_numpy()}
+        return found
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell without results: it failed, or its files cannot be read."""
+
+    model: str
+    task: str
+    analysis: str
+    error: str
+
+
+def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
+    """The finished cells of a results folder, and those that failed or whose tables cannot be read."""
+    cells, failures = [], []
+    for folder in cell_folders(results_dir):
+        record = read_record(folder)
+        name = dict(zip(("model", "task", "analysis"), folder.relative_to(results_dir).parts, strict=True))
+        if record is None:
+            failures.append(Failure(**name, error="its record.json cannot be read"))
+            continue
+        name |= {key: str(record.get(key, value)) for key, value in name.items()}
+        if record.get("status") != "done":
+            failures.append(Failure(**name, error=str(record.get("error") or f"status {record.get('status')}")))
+            continue
+        try:
+            tables = {table: found for table in TABLES if (found := load_table(folder, table)) is not None}
+        except Exception as error:  # pyarrow has many names for a file that is none
+            failures.append(Failure(**name, error=f"a table cannot be read ({type(error).__name__})"))
+            continue
+        lacking = [key for key in NEEDED if key not in record] + ["heads.parquet"] * ("heads" not in tables)
+        if lacking:
+            failures.append(Failure(**name, error=f"without {', '.join(lacking)}"))
+            continue
+        cells.append(Cell(folder, record, tables))
+    rank = {name: place for place, name in enumerate(ANALYSES)}
+    cells.sort(key=lambda cell: (*cell.place, rank.get(cell.record["analysis"], len(rank)), *cell.variant, cell.folder))
+    return cells, failures
+
+
+def labels(cells: Sequence[Cell]) -> list[str]:
+    """What each cell's model is called: its name, and in brackets what tells it from others of its model and task."""
+    told_apart = differences([cell.record for cell in cells])
+    found = [
+        _named(cell.record["model"], [text.replace("processing=", "")])
+        for cell, text in zip(cells, told_apart, strict=True)
+    ]
+    judged = Counter((label, cell.place) for label, cell in zip(found, cells, strict=True) if "verdicts" in cell.tables)
+    return [
+        _named(label, [cell.record["analysis"] if judged[label, cell.place] > 1 else ""])
+        for label, cell in zip(found, cells, strict=True)
+    ]
+
+
+def weights_labels(cells: Sequence[Cell]) -> list[str]:
+    """The same of what no task enters: the model's name, with its weights and processing where it has several."""
+    digests, kinds = defaultdict(set), defaultdict(set)
+    for cell in cells:
+        digests[cell.record["model"]].add(cell.digest)
+        kinds[cell.record["model"]].add(cell.record["processing"]["applied"])
+    return [
+        _named(
+            cell.record["model"],
+            [
+                cell.digest[:8] if len(digests[cell.record["model"]]) > 1 else "",
+                cell.record["processing"]["applied"] if len(kinds[cell.record["model"]]) > 1 else "",
+            ],
+        )
+        for cell in cells
+    ]
+
+
+def _named(model: str, parts: Iterable[str]) -> str:
+    more = " ".join(filter(None, parts))
+    return f"{model} ({more})" if more else model
