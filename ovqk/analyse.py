@@ -165,7 +165,8 @@ def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFram
     table = composition_table(tests.layers, tests.pairs(), gram, first_gram, strongest=STRONGEST if every else 0)
     if not every:
         return {"composition": table}
-    full, first_full = model.full_grams
+    full = model.block0_circuit("ov")
+    first_full = None if model.vocabulary is None else model.vocabulary.full_circuit("ov")
     if full is None:
         why = grams if isinstance(grams, str) else "the checkpoint has no unembedding"
         tests.notes.append(f"virtual_heads: ov_copying is empty: {why}")

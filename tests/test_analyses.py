@@ -283,7 +283,7 @@ def test_a_first_layer_that_turns_tokens_around_hides_copying_from_the_plain_emb
     """Planted: block 0 makes every token its opposite, so a copying head after it has copying 1, and -1 by block0."""
     from ovqk.circuits.factors import Factors
     from ovqk.circuits.spectra import decompose, full_circuit_ratio
-    from ovqk.circuits.vocabulary import Block0, read_vocabulary
+    from ovqk.circuits.vocabulary import Block0, FullCircuit, read_vocabulary
     from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 
     eye, zeros = torch.eye(8)[None], torch.zeros(1, 8)
@@ -291,10 +291,10 @@ def test_a_first_layer_that_turns_tokens_around_hides_copying_from_the_plain_emb
     W_E = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
     vocabulary = read_vocabulary(EmbeddingWeights(W_E, None, W_E.T, None), None)
     turning = LayerWeights(0, eye, eye, eye, -2 * eye, zeros, zeros, zeros, norm=None)
-    gram, cross, _ = Block0(turning, None, facts).grams(vocabulary)
+    block0 = Block0(turning, None, facts).grams(vocabulary)
     copying = decompose(Factors("ov", eye, eye), centred=False)
-    plain = full_circuit_ratio(copying, vocabulary.gram_embed, vocabulary.gram_cross, vocabulary.gram_unembed)
-    later = full_circuit_ratio(copying, gram, cross, vocabulary.gram_unembed)
+    plain = full_circuit_ratio(copying, vocabulary.full_circuit("ov"))
+    later = full_circuit_ratio(copying, FullCircuit.ov(block0.embed, block0.cross, vocabulary.gram_unembed))
     assert float(plain) == pytest.approx(1, abs=1e-6) and float(later) == pytest.approx(-1, abs=1e-6)
 
 

@@ -36,7 +36,7 @@ from ovqk.circuits.composition import (
 from ovqk.circuits.factors import Factors, ov_factors, qk_factors
 from ovqk.circuits.positions import rotary_span
 from ovqk.circuits.spectra import decompose
-from ovqk.circuits.vocabulary import centred_gram
+from ovqk.circuits.vocabulary import FullCircuit, centred_gram
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import fold_layer
 
@@ -506,8 +506,8 @@ def test_virtual_heads_match_materialised_products(tiny) -> None:
     whole, E = Materialised(source), folded_embeddings(source)
     W_E, W_U = E.W_E.double(), E.W_U.double()
     C, columns = centre_tokens(len(W_E)), W_U.T.contiguous()
-    grams = centred_gram(W_E, W_E), centred_gram(columns, W_E), centred_gram(columns, columns)
-    table = virtual_heads_table(whole.layers, composition_table(whole.layers), grams, n=6)
+    full = FullCircuit.ov(centred_gram(W_E, W_E), centred_gram(columns, W_E), centred_gram(columns, columns))
+    table = virtual_heads_table(whole.layers, composition_table(whole.layers), full, n=6)
     strength = sorted((whole.score("v", s, r) for s, r in whole.pairs), reverse=True)
     assert table["score"].tolist() == pytest.approx(strength[:6], abs=1e-6)
     for a, b, c, e, score, norm, share, copying in table.itertuples(index=False):
@@ -522,8 +522,8 @@ def test_virtual_heads_match_materialised_products(tiny) -> None:
         assert torch.allclose(factors.left[0] @ factors.right[0], virtual, atol=1e-5 * float(virtual.norm()))
     everything = composition_table(whole.layers)
     assert virtual_heads_table(whole.layers, everything)["ov_copying"].isna().all()
-    of_negated = grams[0], -grams[1], grams[2]  # what layer 0 would read if its embeddings were -W_E
-    both = virtual_heads_table(whole.layers, everything, grams, of_negated, n=6)
+    of_negated = dataclasses.replace(full, cross=-full.cross)  # what layer 0 would read if its embeddings were -W_E
+    both = virtual_heads_table(whole.layers, everything, full, of_negated, n=6)
     sign = np.where(table["sender_layer"] == 0, -1, 1)
     assert set(sign) == {1, -1}
     assert np.allclose(both["ov_copying"], sign * table["ov_copying"])
@@ -534,6 +534,7 @@ import resource
 import torch
 from ovqk.circuits.composition import LayerCircuits, composition_table, virtual_heads_table
 from ovqk.circuits.spectra import Decomposition
+from ovqk.circuits.vocabulary import FullCircuit
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -546,7 +547,7 @@ before = peak()
 layers = [LayerCircuits.of(circuit(), circuit()) for _ in range(12)]
 gram = torch.eye(768)
 table = composition_table(layers, gram=gram)
-heads = virtual_heads_table(layers, table, (gram, gram, gram))
+heads = virtual_heads_table(layers, table, FullCircuit.ov(gram, gram, gram))
 print(len(table), len(heads), round(peak() - before))
 """
 

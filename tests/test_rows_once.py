@@ -18,7 +18,7 @@ from ovqk.circuits import alignment, spectra
 from ovqk.circuits.alignment import TopSearch, in_top_by_source, settle
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
-from ovqk.circuits.vocabulary import Vocabulary
+from ovqk.circuits.vocabulary import FullCircuit, Vocabulary
 from ovqk.errors import UserError
 from ovqk.structure.model import Layer, Model
 from ovqk.tasks import readouts
@@ -180,11 +180,11 @@ def test_a_bound_for_a_ratio_lies_on_the_ratios_side_of_what_was_observed(monkey
     frames = torch.linalg.qr(normal(2 * n, d, k).double()).Q
     maps = Decomposition(frames[:n], torch.rand(n, k).double() + 0.1, frames[n:], k)
     gram = torch.eye(d).double() + 0.1 * torch.ones(d, d).double()
-    exact, decomposed = full_circuit_ratio(maps, gram, gram, gram), []
+    exact, decomposed = full_circuit_ratio(maps, FullCircuit.qk(gram)), []
     eigenvalues = spectra.eigenvalues
     monkeypatch.setattr(spectra, "eigenvalues", lambda cores: (decomposed.append(len(cores)), eigenvalues(cores))[1])
     for observed in (-0.5, -0.01, 0.0, 0.2, 0.7, 1.0, float(exact[7])):
-        found = full_circuit_ratio(maps, gram, gram, gram, observed)
+        found = full_circuit_ratio(maps, FullCircuit.qk(gram), observed)
         for sign in (1, -1):
             assert monte_carlo(sign * observed, sign * found.numpy()) == monte_carlo(
                 sign * observed, sign * exact.numpy()

@@ -410,7 +410,7 @@ class Bare(Random):
 def test_k_composed_heads_see_plain_tokens_in_a_model_without_mlps(written, plain) -> None:
     model = Model.read(Bare(written), tokenizer(), V, "toy", cell(task()))
     gram, first = matching_grams(model)
-    wanted = (model.vocabulary.gram_embed, None) if plain else (model.block0_grams[0], model.block0_grams[2])
+    wanted = (model.vocabulary.gram_embed, None) if plain else (model.block0_grams.embed, model.block0_grams.with_plain)
     assert gram is wanted[0] and first is wanted[1]
 
 

@@ -31,16 +31,13 @@ from torch import Tensor
 from ovqk.circuits import spectra
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
-from ovqk.circuits.vocabulary import blocks
+from ovqk.circuits.vocabulary import FullCircuit, Gram, blocks
 
 Mode = Literal["q", "k", "v"]
 Head = tuple[int, int]
 """(layer, head)."""
 Pair = tuple[Head, Head]
 """(sender, receiver); only a sender of an earlier layer composes."""
-Gram = Float[Tensor, "d_model d_model"]
-Grams = tuple[Gram, Gram, Gram]
-"""E^T C E, W_U C E and W_U C W_U^T."""
 
 MODES: tuple[Mode, ...] = ("q", "k", "v")
 STRONGEST = 20  # senders kept for each receiver and mode, and virtual heads
@@ -266,8 +263,8 @@ def virtual_factors(layers: Sequence[LayerCircuits], pairs: Sequence[Pair]) -> F
 def virtual_heads_table(
     layers: Sequence[LayerCircuits],
     composition: pd.DataFrame,
-    grams: Grams | None = None,
-    first_grams: Grams | None = None,
+    full: FullCircuit | None = None,
+    first_full: FullCircuit | None = None,
     n: int = STRONGEST,
 ) -> pd.DataFrame:
     """Rows of virtual_heads.parquet: the virtual heads of the n strongest V pairs of a composition table.
@@ -277,8 +274,8 @@ def virtual_heads_table(
     Columns, besides the pair and its score:
         frobenius_norm: norm_F(W_OV^s W_OV^r).
         frobenius_share: its square over the sum for all senders of the receiver, in [0, 1]; nan where all are 0.
-        ov_copying: Re(sum lambda) / sum |lambda| of E W_OV^s W_OV^r W_U, in [-1, 1]; nan without `grams`. Senders of
-            layer 0 read the embeddings of `first_grams`, where given.
+        ov_copying: Re(sum lambda) / sum |lambda| of E W_OV^s W_OV^r W_U, in [-1, 1]; nan without `full`. Senders of
+            layer 0 read the embeddings of `first_full`, if that is given.
     """
     strongest = composition[composition["mode"] == "v"].sort_values("score", ascending=False, kind="stable").head(n)
     table = strongest[[*PAIR_COLUMNS, "score"]]
@@ -287,8 +284,8 @@ def virtual_heads_table(
     if pairs:
         virtual = spectra.decompose(virtual_factors(layers, pairs), centred=False)
         norm = virtual.sigma.norm(dim=-1).cpu().numpy()
-        if grams is not None:
-            later, first = (full_circuit_ratio(virtual, *g).cpu().numpy() for g in (grams, first_grams or grams))
+        if full is not None:
+            later, first = (full_circuit_ratio(virtual, of).cpu().numpy() for of in (full, first_full or full))
             copying = np.where(table["sender_layer"] == 0, first, later)
     for row, ((at, sender), (layer, head)) in enumerate(pairs):
         norms = torch.stack([layers[earlier].ov.sigma.norm(dim=-1) for earlier in range(layer)])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.threads import decomposed
-from ovqk.circuits.vocabulary import blocks, precision
+from ovqk.circuits.vocabulary import FullCircuit, Gram, blocks, precision
 
 SLACK = 1e-9  # relative, for what float64 rounds in a bound
 TINY = 1e-6  # relative to the sum of singular values: below it a denominator is rounding, not weights
@@ -30,7 +30,6 @@ SINGULAR = 1e-5  # of the largest pivot of a Gram's root: where a smaller one is
 NEAR = 1e-9  # a ratio this near to an observed one is computed and not bounded
 WELL_CONDITIONED = 3e3  # |R| |R^-1| up to which Cholesky gives a basis orthonormal within 1e-9 (float32: 1e-4)
 
-Gram = Float[Tensor, "d_model d_model"]
 Cores = Float[Tensor, "head k k"]
 
 
@@ -301,13 +300,13 @@ def eigenvalues(cores: Float[Tensor, "head k k"]) -> Complex[Tensor, "head k"]:
     return values.gather(-1, order)
 
 
-def full_circuit_singular_values(maps: Maps, gram_in: Gram, gram_out: Gram) -> Float[Tensor, "head k"]:
-    """Singular values of C A M B C for token matrices A, B with Grams A^T C A and B C B^T, descending.
+def full_circuit_singular_values(maps: Maps, read: Gram, write: Gram) -> Float[Tensor, "head k"]:
+    """Return the singular values of C A M B C, descending: see `FullCircuit` for A, B and their Grams.
 
     Through roots of k x k Grams, so that a vocabulary smaller than d_head is no special case: values beyond its
     rank come out as 0.
     """
-    root_in, root_out = _root(maps.left_gram(gram_in)), _root(maps.right_gram(gram_out))
+    root_in, root_out = _root(maps.left_gram(read)), _root(maps.right_gram(write))
     return decomposed(torch.linalg.svdvals, root_in @ maps.inner @ root_out.mT)  # type: ignore[no-any-return]
 
 
@@ -417,19 +416,17 @@ def vocabulary_symmetry(maps: Maps, gram: Gram) -> Float[Tensor, " head"]:
 
 def full_circuit_ratio(
     maps: Maps,
-    gram_in: Float[Tensor, "d_model d_model"],
-    gram_cross: Float[Tensor, "d_model d_model"],
-    gram_out: Float[Tensor, "d_model d_model"],
+    full: FullCircuit,
     observed: float | None = None,
 ) -> Float[Tensor, " head"]:
-    """Trace ratio of A M B, in [-1, 1], from A^T C A, B C A and B C B^T (A, B: token matrices).
+    """Return the trace ratio of A M B, in [-1, 1], from its Grams.
 
     The singular values of A M B, against which a vanishing denominator is told, are taken only where their bound by
     the norms of the Grams does not settle it. If a value was `observed`, all that is asked is on which side of it each
     ratio lies: where bounds tell (`trace_ratio_bounds`), a bound on that side stands for the ratio.
     """
-    cores = maps.core(gram_cross)
-    most = (gram_in.norm() * gram_out.norm()).sqrt() * maps.sigma.double().sum(-1)
+    cores = maps.core(full.cross)
+    most = (full.read.norm() * full.write.norm()).sqrt() * maps.sigma.double().sum(-1)
     found, rest = torch.zeros_like(most), torch.arange(len(cores), device=cores.device)
     for sharp in (False, True):
         if observed is None:
@@ -442,6 +439,6 @@ def full_circuit_ratio(
     if (eigen.abs().sum(-1) > TINY * most[rest]).all():
         found[rest] = trace_ratio(eigen, torch.zeros_like(most[rest]))
         return found
-    sigma = full_circuit_singular_values(maps, gram_in, gram_out)
+    sigma = full_circuit_singular_values(maps, full.read, full.write)
     found[rest] = trace_ratio(eigen, sigma[rest].sum(-1))
     return found

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.circuits.factors import ov_factors
+from ovqk.circuits.factors import Circuit, ov_factors
 from ovqk.circuits.threads import each
 from ovqk.errors import UserError
 from ovqk.weights.types import (
@@ -37,6 +37,51 @@ STRIPE = 128  # columns of a symmetric product taken at a time, at least
 ENOUGH = 2  # stripes for each thread: with fewer the longest would be waited for
 LARGE = 10**10  # products of a Gram beyond which they are float32
 EXACT = 512  # d_model up to which Grams and their products are float64
+
+
+Gram = Float[Tensor, "d_model d_model"]
+
+
+@dataclass(frozen=True, eq=False)
+class FullCircuit:
+    """The Grams of a full circuit A M B, a map from tokens to tokens through one head's M (A, B: token matrices).
+
+    QK and OV differ in B: for QK it is E^T, so that one Gram serves three times; for OV it is W_U.
+
+    Attributes:
+        read: A^T C A, of the tokens that are read.
+        cross: B C A, whose product with M has the eigenvalues of the full circuit.
+        write: B C B^T, of the tokens that are written (QK: of the keys).
+    """
+
+    read: Gram
+    cross: Gram
+    write: Gram
+
+    @classmethod
+    def qk(cls, gram: Gram) -> "FullCircuit":
+        """Return the Grams of E W_QK E^T, given E^T C E."""
+        return cls(gram, gram, gram)
+
+    @classmethod
+    def ov(cls, embed: Gram, cross: Gram, unembed: Gram) -> "FullCircuit":
+        """Return the Grams of E W_OV W_U, given E^T C E, W_U C E and W_U C W_U^T."""
+        return cls(embed, cross, unembed)
+
+
+@dataclass(frozen=True, eq=False)
+class Block0Grams:
+    """Grams of the block0 embeddings E, which later layers read.
+
+    Attributes:
+        embed: E^T C E.
+        cross: W_U C E; None without an unembedding.
+        with_plain: W_E^T C E, between plain embeddings, which layer 0 reads, and block0 ones.
+    """
+
+    embed: Gram
+    cross: Gram | None
+    with_plain: Gram
 
 
 @dataclass(frozen=True)
@@ -83,6 +128,14 @@ class Vocabulary:
     def gram_unembed(self) -> Float[Tensor, "d_model d_model"] | None:
         """W_U C W_U^T."""
         return self._written[1]
+
+    def full_circuit(self, circuit: Circuit) -> FullCircuit | None:
+        """Return the Grams of the full circuits of plain embeddings; None for OV without an unembedding."""
+        if circuit == "qk":
+            return FullCircuit.qk(self.gram_embed)
+        if self.gram_cross is None or self.gram_unembed is None:
+            return None
+        return FullCircuit.ov(self.gram_embed, self.gram_cross, self.gram_unembed)
 
     @cached_property
     def _written(self) -> tuple[Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"] | None]:
@@ -277,10 +330,8 @@ class Block0:
 
     def grams(
         self, vocabulary: Vocabulary, read: Callable[[int, int], Float[Tensor, "token d_model"]] | None = None
-    ) -> tuple[
-        Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"]
-    ]:
-        """E^T C E, W_U C E (None without an unembedding) and W_E^T C E, of the block0 embeddings E.
+    ) -> Block0Grams:
+        """Return the Grams of the block0 embeddings, in one pass over the tokens.
 
         `read` gives E of tokens start .. stop - 1, if a caller has them.
         """
@@ -289,6 +340,6 @@ class Block0:
         sides: list[Rows] = [E, vocabulary.W_E]
         if vocabulary.W_U_rows is None:
             second, plain = centred_grams(sides, [(0, 0), (1, 0)])
-            return second, None, plain
+            return Block0Grams(second, None, plain)
         second, plain, cross = centred_grams([*sides, vocabulary.W_U_rows], [(0, 0), (1, 0), (2, 0)])
-        return second, cross, plain
+        return Block0Grams(second, cross, plain)

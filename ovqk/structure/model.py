@@ -10,10 +10,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk.circuits import positions, spectra
-from ovqk.circuits.composition import Grams
 from ovqk.circuits.factors import Circuit, Factors, key_side, ov_factors, qk_factors, query_side
 from ovqk.circuits.sides import Block0Side
-from ovqk.circuits.vocabulary import Block0, Vocabulary, read_vocabulary
+from ovqk.circuits.vocabulary import Block0, Block0Grams, FullCircuit, Vocabulary, read_vocabulary
 from ovqk.config.schema import Config, Processing
 from ovqk.structure.availability import NO_EMBEDDING, unavailable_metrics
 from ovqk.structure.rare_tokens import RareTokens, rare_tokens
@@ -109,11 +108,22 @@ class Model:
         return None if self.W_pos is None else positions.row_moments(self.W_pos)
 
     @cached_property
-    def block0_grams(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """E^T C E, W_U C E and W_E^T C E of the block0 embeddings E, each [d_model, d_model]; None where not needed."""
+    def block0_grams(self) -> Block0Grams | None:
+        """The Grams of the block0 embeddings; None if they cannot be had, or if no layer reads them."""
         if not isinstance(self.block0, Block0) or self.vocabulary is None or self.architecture.n_layers == 1:
-            return None, None, None
+            return None
         return self.block0.grams(self.vocabulary, None if self.block0_side is None else self.block0_side.read)
+
+    def block0_circuit(self, circuit: Circuit) -> FullCircuit | None:
+        """Return the Grams of the full circuits of layers after the first, which read block0 embeddings, folded."""
+        grams, vocabulary = self.block0_grams, self.vocabulary
+        if grams is None or vocabulary is None:
+            return None
+        if circuit == "qk":
+            return FullCircuit.qk(grams.embed)
+        if grams.cross is None or vocabulary.gram_unembed is None:
+            return None
+        return FullCircuit.ov(grams.embed, grams.cross, vocabulary.gram_unembed)
 
     @property
     def lists_tokens(self) -> bool:
@@ -188,15 +198,6 @@ class Model:
                 f"directions: all layers are read through token embeddings, for want of block0 ones: {self.block0}"
             )
         return notes
-
-    @property
-    def full_grams(self) -> tuple[Grams | None, Grams | None]:
-        """(E^T C E, W_U C E, W_U C W_U^T) of the block0 embeddings E, and the same of plain ones, all folded."""
-        vocabulary, (gram, cross, _) = self.vocabulary, self.block0_grams
-        if vocabulary is None or vocabulary.gram_cross is None or vocabulary.gram_unembed is None:
-            return None, None
-        later = None if gram is None or cross is None else (gram, cross, vocabulary.gram_unembed)
-        return later, (vocabulary.gram_embed, vocabulary.gram_cross, vocabulary.gram_unembed)
 
     @property
     def processing(self) -> dict[str, str]:

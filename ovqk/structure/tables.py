@@ -148,16 +148,14 @@ def spectrum(model: Model, circuit: Circuit, maps: spectra.Maps) -> tuple[HeadVa
     vocabulary = model.spectral_vocabulary
     if vocabulary is None:
         return metrics, lines
-    gram, gram_out = vocabulary.gram_embed, vocabulary.gram_embed
-    if circuit == "ov":
-        if vocabulary.gram_cross is None or vocabulary.gram_unembed is None:
-            return metrics, lines
-        gram, gram_out = vocabulary.gram_cross, vocabulary.gram_unembed
-    sigma = spectra.full_circuit_singular_values(maps, vocabulary.gram_embed, gram_out)
-    eigen = spectra.eigenvalues(maps.core(gram))
+    full = vocabulary.full_circuit(circuit)
+    if full is None:
+        return metrics, lines
+    sigma = spectra.full_circuit_singular_values(maps, full.read, full.write)
+    eigen = spectra.eigenvalues(maps.core(full.cross))
     metrics["ov_copying" if circuit == "ov" else "qk_matching"] = spectra.trace_ratio(eigen, sigma.sum(-1))
     if circuit == "qk":
-        metrics["qk_symmetry_vocab"] = spectra.vocabulary_symmetry(maps, gram)
+        metrics["qk_symmetry_vocab"] = spectra.vocabulary_symmetry(maps, full.read)
     return metrics, [*lines, ("vocab", "eigen", eigen), ("vocab", "singular", sigma)]
 
 
@@ -220,16 +218,12 @@ def _query_key_bases(layer: Layer) -> positions.QueryKeyBases:
 
 
 def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
-    """`ov_copying_block0` and `qk_matching_block0`: full circuits of tokens as layers after the first see them."""
-    vocabulary, (gram, cross, _) = layer.model.vocabulary, layer.model.block0_grams
-    if gram is None or vocabulary is None or layer.index == 0:
+    """Return `ov_copying_block0` or `qk_matching_block0`: tokens are those that layers after the first read."""
+    full = None if layer.index == 0 else layer.model.block0_circuit(circuit)
+    if full is None:
         return {}
-    maps = layer.maps(circuit, True)
-    if circuit == "qk":
-        return {"qk_matching_block0": full_circuit_ratio(maps, gram, gram, gram)}
-    if cross is None or vocabulary.gram_unembed is None:
-        return {}
-    return {"ov_copying_block0": full_circuit_ratio(maps, gram, cross, vocabulary.gram_unembed)}
+    name = "ov_copying_block0" if circuit == "ov" else "qk_matching_block0"
+    return {name: full_circuit_ratio(layer.maps(circuit, True), full)}
 
 
 # --- tables --------------------------------------------------------------------------------------------------

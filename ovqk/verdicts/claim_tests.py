@@ -429,5 +429,5 @@ def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:
     mlp = model.block0.mlp
     if mlp is None or not (mlp.W_out.any() or mlp.b_out.any()):
         return model.vocabulary.gram_embed, None
-    gram, _, first = model.block0_grams
-    return "the model has no layer after the first" if gram is None else (gram, first)
+    block0 = model.block0_grams
+    return "the model has no layer after the first" if block0 is None else (block0.embed, block0.with_plain)

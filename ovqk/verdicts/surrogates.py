@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ovqk.circuits.factors import Circuit
 from ovqk.circuits.maps import CircuitMaps
-from ovqk.circuits.spectra import Decomposition, Gram, full_circuit_ratio
+from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
 from ovqk.circuits.threads import CPU, each
-from ovqk.circuits.vocabulary import EXACT, blocks
+from ovqk.circuits.vocabulary import EXACT, FullCircuit, Gram, blocks
 from ovqk.config.schema import VariableKind
+from ovqk.structure.model import Model
 from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import Variable, WordSet
@@ -34,6 +35,7 @@ CHUNK_ELEMENTS = 2**23  # of one side's frames held at a time (64 MB in float64)
 PART_ELEMENTS = 2**20  # of one side's frames in one thread at a time: enough that Python takes little of the time
 ATTEMPTS = 200  # at drawing a set of different matched words
 HALVES, PAIRS = "token", "token_pairs"
+FULL_CIRCUIT_METRICS: dict[Circuit, str] = {"ov": "ov_copying", "qk": "qk_matching"}
 
 
 # --- heads ---------------------------------------------------------------------------------------------------
@@ -295,37 +297,32 @@ def surrogate_metrics(
     trace ratio may be a bound that lies on the same side of it (see `full_circuit_ratio`).
     """
     model, readout = task.model, task.readout
-    plain, folded, (block0, cross, _) = model.spectral_vocabulary, model.vocabulary, model.block0_grams
+    circuits = full_circuits(model, wanted)
 
     def measure(maps: CircuitMaps) -> dict[str, Tensor | InTop]:
         found: dict[str, Tensor | InTop] = {}
         if readout is not None and wanted & {*SET_METRICS, *SUBSPACE_METRICS}:
             found |= readout.metrics(layer, maps, wanted - set(TOP_METRICS))
             found |= readout.in_top(layer, maps, wanted)
-        parts = maps.decomposition
-        if "ov_copying" in wanted and plain is not None:
-            grams = plain.gram_embed, plain.gram_cross, plain.gram_unembed
-            found["ov_copying"] = _written(parts, *grams, observed.get("ov_copying"))
-        if "ov_copying_block0" in wanted and block0 is not None and folded is not None:
-            grams = block0, cross, folded.gram_unembed
-            found["ov_copying_block0"] = _written(parts, *grams, observed.get("ov_copying_block0"))
-        if "qk_matching" in wanted and plain is not None:
-            grams = plain.gram_embed, plain.gram_embed, plain.gram_embed
-            found["qk_matching"] = full_circuit_ratio(parts, *grams, observed.get("qk_matching"))
-        if "qk_matching_block0" in wanted and block0 is not None:
-            grams = block0, block0, block0
-            found["qk_matching_block0"] = full_circuit_ratio(parts, *grams, observed.get("qk_matching_block0"))
+        for name, full in circuits.items():
+            found[name] = full_circuit_ratio(maps.decomposition, full, observed.get(name))
         return {name: values for name, values in found.items() if name in wanted}
 
     return measure
 
 
-def _written(
-    parts: Decomposition, gram_in: Tensor, cross: Tensor | None, gram_out: Tensor | None, observed: float | None
-) -> Tensor:
-    if cross is None or gram_out is None:
-        raise ValueError("what a head writes is measured against an unembedding")
-    return full_circuit_ratio(parts, gram_in, cross, gram_out, observed)
+def full_circuits(model: Model, wanted: set[str]) -> dict[str, FullCircuit]:
+    """Return metric -> the Grams of its full circuit, for the wanted metrics that are trace ratios of one.
+
+    A metric is left out if the model has none: `ov_copying_block0` of a single layer, say.
+    """
+    plain, found = model.spectral_vocabulary, dict[str, FullCircuit | None]()
+    for circuit, name in FULL_CIRCUIT_METRICS.items():
+        if name in wanted and plain is not None:
+            found[name] = plain.full_circuit(circuit)
+        if f"{name}_block0" in wanted:
+            found[f"{name}_block0"] = model.block0_circuit(circuit)
+    return {name: full for name, full in found.items() if full is not None}
 
 
 # --- words ---------------------------------------------------------------------------------------------------
