@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -249,8 +249,20 @@ def read_block0(source: WeightSource, vocabulary: Vocabulary | None, device: tor
 
 
 Part = Literal["Q", "K", "V", "O"]
-Form = tuple[Circuit, bool, tuple[int, ...]]
-"""(circuit, folded, offsets of the mean rotation): the form of the weights that a metric is of."""
+
+
+class Form(NamedTuple):
+    """Which weights of a layer a metric is computed from.
+
+    Attributes:
+        circuit: `ov` or `qk`.
+        folded: the norms are folded in; else the weights are as the checkpoint has them.
+        offsets: QK under rotary positions: the mean rotation is over these; (0,) for no rotation.
+    """
+
+    circuit: Circuit
+    folded: bool
+    offsets: tuple[int, ...]
 
 
 class Layer:
@@ -312,13 +324,13 @@ class Layer:
 
     def maps(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> spectra.FactoredMaps:
         """A circuit of the layer's heads, factored once; QK with the mean rotation over the offsets."""
-        form = circuit, folded or self.model.folds, offsets
+        form = Form(circuit, folded or self.model.folds, offsets)
         if form not in self._maps:
-            weights, facts = self.folded if form[1] else self.processed, self.model.architecture
+            weights, facts = self.folded if form.folded else self.processed, self.model.architecture
             kv = facts.kv_of_head.to(weights.W_O.device)
             every = torch.arange(facts.n_heads, device=kv.device)
             rank = min(facts.d_head, facts.d_model - self.model.centred)
-            across = self._across.setdefault(form[:2], [])
+            across = self._across.setdefault((circuit, form.folded), [])
             if circuit == "ov":
                 left, right = self.basis("V", folded), self.basis("O", folded)
                 inner = left.coordinates[kv] @ right.coordinates.mT

@@ -124,7 +124,7 @@ class ClaimTests:
         for metric in self.wanted & set(FRAME_METRICS):
             if METRICS[metric].circuit in self.model.circuits:
                 form = self.forms[metric, layer.index] = form_of(metric, layer)
-                self.sigma[layer.index, form] = layer.maps(*form).sigma
+                self.sigma[layer.index, form] = layer.maps(form.circuit, form.folded, form.offsets).sigma
         if self.composes and len(self.model.circuits) == 2:
             parts = layer.decomposition("ov", True), layer.decomposition("qk", True, layer.span)
             self.layers.append(LayerCircuits.of(*parts))
@@ -279,16 +279,15 @@ class ClaimTests:
         form = self.forms[metric, layer]
         if (head, form) not in self.frames:
             facts = self.model.architecture
-            circuit, folded, offsets = form
             # Heads that share keys and values share their frames: as dependent in the null as they can be. All
             # candidates share theirs, of either circuit: none is judged together with another.
-            own = (layer, int(facts.kv_of_head[index]), int(circuit == "ov"), int(folded), len(offsets))
+            own = (layer, int(facts.kv_of_head[index]), int(form.circuit == "ov"), int(form.folded), len(form.offsets))
             wanted = {name for name in self._asked(head) if self.forms.get((name, layer)) == form}
             self.frames[head, form] = FrameDraws(
-                circuit,
+                form.circuit,
                 self.sigma[layer, form][index],
                 facts.d_model,
-                folded and facts.norm == "layernorm",
+                form.folded and facts.norm == "layernorm",
                 surrogate_metrics(self.task, layer, wanted, self.observed.get(head, {})),
                 (self.model.config.seed, *(() if head in self.observed else own)),
             )
@@ -412,7 +411,7 @@ def form_of(metric: str, layer: Layer) -> Form:
     model = layer.model
     circuit, is_readout = METRICS[metric].circuit, "task" in METRICS[metric].needs
     folded = model.source.foldable and (is_readout or metric.endswith("_block0") or model.folds)
-    return circuit, folded, layer.span if is_readout and circuit == "qk" else (0,)
+    return Form(circuit, folded, layer.span if is_readout and circuit == "qk" else (0,))
 
 
 def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:
