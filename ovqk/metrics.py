@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ovqk.config.schema import Circuit
+
 SCHEMA_VERSION = 7
 """Bumped when a number may change: cells of another version are computed again."""
 
@@ -32,7 +34,7 @@ class Metric:
     """
 
     name: str
-    circuit: Literal["ov", "qk"]
+    circuit: Circuit
     title: str
     formula: str
     low: float | None
@@ -42,7 +44,7 @@ class Metric:
     chance: float | None = None
 
 
-def _spectral(circuit: Literal["ov", "qk"]) -> list[Metric]:
+def _spectral(circuit: Circuit) -> list[Metric]:
     matrix = "W_OV" if circuit == "ov" else "W_QK"
     residual_ratio = "copying_residual" if circuit == "ov" else "matching_residual"
     rows: list[tuple[str, str, str, float | None, float | None, str]] = [
@@ -99,7 +101,7 @@ def _metric(
     chance: float | None = None,
     source: str = "",
 ) -> Metric:
-    circuit: Literal["ov", "qk"] = "ov" if name.startswith("ov_") else "qk"
+    circuit: Circuit = "ov" if name.startswith("ov_") else "qk"
     return Metric(name, circuit, title, formula, low, high, source, frozenset(needs), chance)
 
 

@@ -56,7 +56,7 @@ def test_metrics_carry_title_formula_and_range() -> None:
 
 
 FOLDERS = [
-    "errors", "metrics", "memory", "config", "checkpoints", "weights", "circuits", "structure", "tasks", "verdicts",
+    "errors", "memory", "config", "metrics", "checkpoints", "weights", "circuits", "structure", "tasks", "verdicts",
     "records", "figures", "report", "tracking", "analyse", "cell", "sweep", "dashboard",
 ]  # fmt: skip
 """Folders of the package, and its modules beside them, in the order of the data flow."""

@@ -12,15 +12,13 @@ d_head x d_head.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ovqk.config.schema import Circuit
 from ovqk.weights.types import Architecture, LayerWeights, keys, queries
-
-Circuit = Literal["ov", "qk"]
 
 
 @dataclass(frozen=True)

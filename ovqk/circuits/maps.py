@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.circuits import alignment
-from ovqk.circuits.factors import Circuit, Factors
+from ovqk.circuits.factors import Factors
 from ovqk.circuits.spectra import Decomposition
+from ovqk.config.schema import Circuit
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """(query rows, key rows) -> scores [head, query, key]."""

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.circuits.factors import Circuit, ov_factors
+from ovqk.circuits.factors import ov_factors
 from ovqk.circuits.threads import each
+from ovqk.config.schema import Circuit
 from ovqk.errors import UserError
 from ovqk.weights.types import (
     ACTIVATIONS,

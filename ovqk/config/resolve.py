@@ -8,10 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ovqk.config.schema import Config, Source, TrackingMode
+from ovqk.config.schema import CIRCUITS, Config, Source, TrackingMode
 from ovqk.errors import UserError
 
-CIRCUITS = ("ov", "qk")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 RESERVED = "wandb"  # W&B's folder beside those of the models
 REPOSITORY = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*")

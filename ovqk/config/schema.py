@@ -6,10 +6,17 @@ wrong type is refused before any work is done.
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
+
+Circuit = Literal["ov", "qk"]
+"""One of a head's two circuits.
+
+Strings and not members of an Enum: they are columns' values, parts of metrics' names, and keys a user types.
+"""
+CIRCUITS: tuple[Circuit, ...] = get_args(Circuit)
 
 
 class Source(Enum):

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk.circuits import positions, spectra
-from ovqk.circuits.factors import Circuit, Factors, key_side, ov_factors, qk_factors, query_side
+from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, query_side
 from ovqk.circuits.sides import Block0Side
 from ovqk.circuits.vocabulary import Block0, Block0Grams, FullCircuit, Vocabulary, read_vocabulary
-from ovqk.config.schema import Config, Processing
+from ovqk.config.schema import Circuit, Config, Processing
 from ovqk.structure.availability import NO_EMBEDDING, unavailable_metrics
 from ovqk.structure.rare_tokens import RareTokens, rare_tokens
 from ovqk.structure.token_tables import Directions

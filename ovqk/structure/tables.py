@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ovqk.circuits import positions, spectra
 from ovqk.circuits.components import Components, components
-from ovqk.circuits.factors import Circuit
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.summed_qk import layer_metrics
+from ovqk.config.schema import Circuit
 from ovqk.structure.model import Layer, Model
 
 HeadValues = dict[str, Float[Tensor, " head"]]

@@ -22,10 +22,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk.circuits.components import KINDS, SIDES, Components
-from ovqk.circuits.factors import Circuit
 from ovqk.circuits.sides import Block0Side, NormalisedSide, Side, StoredSide
 from ovqk.circuits.vocabulary import BLOCK, Vocabulary, blocks
-from ovqk.config.schema import Embedding
+from ovqk.config.schema import Circuit, Embedding
 from ovqk.structure.spelling import Spelling
 from ovqk.weights.types import Architecture
 

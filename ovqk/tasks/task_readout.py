@@ -8,10 +8,10 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.circuits.factors import Circuit, scores
+from ovqk.circuits.factors import scores
 from ovqk.circuits.maps import HeadMaps, Scorer
 from ovqk.circuits.vocabulary import Block0
-from ovqk.config.schema import VariableKind
+from ovqk.config.schema import Circuit, VariableKind
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.tables import Tables, heads_rows

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ovqk.circuits import composition
 from ovqk.circuits.composition import LayerCircuits
-from ovqk.circuits.factors import Circuit
 from ovqk.circuits.maps import HeadMaps
-from ovqk.config.schema import PredictionConfig
+from ovqk.config.schema import Circuit, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.structure.model import Form, Layer, Model
 from ovqk.tasks.claims import Claims, Head

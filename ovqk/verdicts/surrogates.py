@@ -18,12 +18,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovqk.circuits.factors import Circuit
 from ovqk.circuits.maps import CircuitMaps
 from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
 from ovqk.circuits.threads import CPU, each
 from ovqk.circuits.vocabulary import EXACT, FullCircuit, Gram, blocks
-from ovqk.config.schema import VariableKind
+from ovqk.config.schema import Circuit, VariableKind
 from ovqk.structure.model import Model
 from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
 from ovqk.tasks.task_readout import TaskReadout
