@@ -26,9 +26,9 @@ from ovqk.tasks.claims import Claims, resolve_claims
 from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
 from ovqk.verdicts.candidates import candidate_rows, unclaimed
 from ovqk.verdicts.claim_tests import ClaimTests, matching_grams
+from ovqk.verdicts.null_tests import nulls_table, tests_table
 from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.patterns import PATTERNS, head_patterns
-from ovqk.verdicts.statistics import QUANTILES
 from ovqk.verdicts.verdict import VERDICTS, judge, subjects
 from ovqk.weights.types import WeightSource
 
@@ -134,24 +134,17 @@ def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> d
     rows = tests.rows(predicted)
     verdicts = []
     for subject in subjects(claims):
-        about = [
-            r for r in rows if r["role"] == subject.role and (r["layer"], r["head"]) == (subject.head or (None, None))
-        ]
+        about = [row for row in rows if (row.role, row.head) == (subject.role, subject.head)]
         reason = _why_no_primary(tests, predicted[subject.role])
         patterns = None
         if subject.head is not None:
             shape = (model.architecture.d_model - model.centred, model.architecture.d_head)
             patterns = head_patterns(values, subject.head, shape, tests.second.get(subject.head, math.nan), about)
         verdicts.append(judge(subject, predicted[subject.role], about, reason, patterns))
-    quantiles = [
-        {**{key: row[key] for key in ("role", "layer", "head", "metric", "null")}, "quantile": q, "value": float(v)}
-        for row in rows
-        for q, v in zip(QUANTILES, row.pop("quantiles"), strict=True)
-    ]
     table = pd.DataFrame(verdicts)
     for name in set(PATTERNS) & set(table):  # where none is known the column is empty, and not of numbers
         table[name] = table[name].astype(object).where(table[name].notna(), None)
-    return {"tests": pd.DataFrame(rows), "nulls": pd.DataFrame(quantiles), "verdicts": table}
+    return {"tests": tests_table(rows), "nulls": nulls_table(rows), "verdicts": table}
 
 
 def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFrame]:

@@ -137,9 +137,7 @@ def strained_run(cell: tuple[str, int], draws: int = 99) -> float:
         values = np.random.default_rng(seed).uniform(size=(4, 12))
         predicted = Predicted("mover", PredictionConfig("ov_task_auc"), primary=True, values=values)
         claims = Claims("", "measured", None, {"mover": [(1, head) for head in range(8)]}, {})
-        return next(
-            row["p"] for row in head_rows(predicted, (1, 0), claims, architecture(4, 12)) if row["null"] == null
-        )
+        return next(row.p for row in head_rows(predicted, (1, 0), claims, architecture(4, 12)) if row.null == null)
     torch.set_num_threads(1)
     model = RandomModel(architecture(3, 8, case.get("kv_heads")), case["task"], seed, lookalikes=case.get("lookalikes"))
     rows = p_values(judged(model, STRAINED_CLAIMS[case["task"]], draws).tables["tests"])

@@ -89,7 +89,7 @@ def test_depth_keeps_its_level_whatever_is_claimed_of_the_layer(claimed, heads) 
     rng, made = np.random.default_rng(0), claims(mover=[(1, head) for head in range(claimed)])
     grids = rng.uniform(size=(600, 4, heads))
     rows = [head_rows(predicted(values), (1, 0), made, facts(4, heads)) for values in grids]
-    assert_kept(np.array([row["p"] for found in rows for row in found if row["null"] == "depth"]), "depth")
+    assert_kept(np.array([row.p for found in rows for row in found if row.null == "depth"]), "depth")
 
 
 def test_depth_keeps_its_level_where_the_heads_of_a_group_are_claimed() -> None:
@@ -98,7 +98,7 @@ def test_depth_keeps_its_level_where_the_heads_of_a_group_are_claimed() -> None:
     grids = rng.normal(size=(400, 3, 2, 1)).repeat(4, axis=3) + 0.3 * rng.normal(size=(400, 3, 2, 4))
     architecture = facts(3, 8, n_kv_heads=2)
     rows = [head_rows(predicted(values.reshape(3, 8)), (1, 0), made, architecture) for values in grids]
-    assert_kept(np.array([row["p"] for found in rows for row in found if row["null"] == "depth"]), "depth")
+    assert_kept(np.array([row.p for found in rows for row in found if row.null == "depth"]), "depth")
 
 
 def strained(case: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from conftest import compose
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.errors import UserError
 from ovqk.tasks.claims import Claims, parse_head, resolve_claims
+from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import Predicted, correct, head_rows, predicted_values, role_rows
 from ovqk.verdicts.verdict import Subject, judge, subjects
 from ovqk.weights.types import Architecture
@@ -122,7 +123,7 @@ def verdict(values: np.ndarray, heads, direction: Direction = Direction.high, **
     made = claims(mover=heads, **other)
     prediction = predicted(values, direction)
     rows = role_rows(prediction, made, facts(*values.shape), seed=0)
-    correct(rows)
+    rows = correct(rows)
     return judge(Subject("mover", None), [prediction], rows, None)
 
 
@@ -168,7 +169,7 @@ def test_a_significantly_opposite_secondary_makes_a_mixed_partial() -> None:
     made = claims(mover=heads)
     pair = [predicted(values), predicted(values, Direction.low, primary=False)]
     rows = [row for prediction in pair for row in role_rows(prediction, made, facts(3, 8), 0)]
-    correct(rows)
+    rows = correct(rows)
     found = judge(Subject("mover", None), pair, rows, None)
     assert (found["verdict"], found["flags"]) == ("partial", "mixed")
 
@@ -176,24 +177,22 @@ def test_a_significantly_opposite_secondary_makes_a_mixed_partial() -> None:
 def test_other_claimed_heads_leave_the_null_unless_the_list_is_unreliable() -> None:
     values = grid()
     made = claims(mover=[(1, 0)], other=[(1, 1), (1, 2)])
-    counted = {row["null"]: row["n_others"] for row in role_rows(predicted(values), made, facts(3, 8), 0)}
+    counted = {row.null: row.n_others for row in role_rows(predicted(values), made, facts(3, 8), 0)}
     assert counted == {"layer": 5, "layer_all": 7}
     unreliable = Claims("test", "unreliable", None, made.roles, {})
-    counted = {row["null"]: row["n_others"] for row in role_rows(predicted(values), unreliable, facts(3, 8), 0)}
+    counted = {row.null: row.n_others for row in role_rows(predicted(values), unreliable, facts(3, 8), 0)}
     assert counted == {"layer": 7, "layer_all": 7}
 
 
 def test_a_single_head_is_compared_with_unclaimed_heads_of_layers_within_two() -> None:
     values = grid(layers=7)
     values[3, 0] = 100
-    rows = {
-        row["null"]: row for row in head_rows(predicted(values), (3, 0), claims(mover=[(3, 0), (3, 1)]), facts(7, 8))
-    }
-    assert rows["layer"]["n_null"] == 6 and rows["layer"]["percentile"] == 1
-    assert rows["depth"]["n_null"] == 6 + 4 * 8
-    assert rows["depth"]["p"] == pytest.approx(1 / 39)
-    correct(list(rows.values()))
-    assert rows["depth"]["q"] == pytest.approx(1 / 39) and math.isnan(rows["layer"]["q"])
+    rows = {row.null: row for row in head_rows(predicted(values), (3, 0), claims(mover=[(3, 0), (3, 1)]), facts(7, 8))}
+    assert rows["layer"].n_null == 6 and rows["layer"].percentile == 1
+    assert rows["depth"].n_null == 6 + 4 * 8
+    assert rows["depth"].p == pytest.approx(1 / 39)
+    q = {row.null: row.q for row in correct(list(rows.values()))}
+    assert q["depth"] == pytest.approx(1 / 39) and math.isnan(q["layer"])
 
 
 @pytest.mark.parametrize("claimed", [1, 2, 4])
@@ -204,15 +203,15 @@ def test_the_depth_null_is_calibrated_whatever_the_number_of_unclaimed_heads(cla
     n, found = 1500, []
     for _ in range(n):
         rows = head_rows(predicted(rng.normal(size=(4, 8))), (1, 0), claims(mover=heads), facts(4, 8))
-        found += [row["p"] for row in rows if row["null"] == "depth"]
+        found += [row.p for row in rows if row.null == "depth"]
     assert len(found) == n
     for a in (0.05, 0.1, 0.25, 0.5):
         assert (np.array(found) <= a).mean() <= a + 3.5 * math.sqrt(a * (1 - a) / n), a
 
 
-def depth_row(values: np.ndarray, head: tuple[int, int], made: Claims, **changes) -> dict:
+def depth_row(values: np.ndarray, head: tuple[int, int], made: Claims, **changes) -> NullTest:
     rows = head_rows(predicted(values), head, made, facts(*values.shape, **changes))
-    return next(row for row in rows if row["null"] == "depth")
+    return next(row for row in rows if row.null == "depth")
 
 
 @pytest.mark.parametrize("claimed", [(1, 5), (1, 1), (4, 2)])
@@ -229,8 +228,8 @@ def test_how_the_heads_of_a_layer_are_numbered_changes_nothing(claimed) -> None:
         ]
         seen.append(depth_row(moved, numbered[-1], claims(mover=numbered)))
     for name in ("p", "p_opposite", "percentile", "n_null"):
-        assert len({round(row[name], 12) for row in seen}) == 1, name
-    assert all(np.allclose(row["quantiles"], seen[0]["quantiles"]) for row in seen)
+        assert len({round(getattr(row, name), 12) for row in seen}) == 1, name
+    assert all(np.allclose(row.quantiles, seen[0].quantiles) for row in seen)
 
 
 def test_a_head_and_its_reference_are_compared_as_heads_of_layers_of_one_size() -> None:
@@ -248,26 +247,25 @@ def test_a_head_and_its_reference_are_compared_as_heads_of_layers_of_one_size() 
         ways = [[at, *rest] for rest in itertools.combinations([i for i in range(6) if i != at], 4)]
         above += np.mean([z(other[way])[0] >= mine[0] for way in ways])
     row = depth_row(values, (0, 0), made)
-    assert row["n_null"] == row["n_others"] == 10 and not row["exact"]
-    assert row["p"] == pytest.approx((1 + above) / 11, abs=0.02)
-    assert row["percentile"] == row["effect"] == pytest.approx(1 - above / 10, abs=0.02)
-    assert row["min_p"] == 1 / 11
-    assert depth_row(values, (0, 0), claims(mover=[(0, 0)]))["exact"]
+    assert row.n_null == row.n_others == 10 and not row.exact
+    assert row.p == pytest.approx((1 + above) / 11, abs=0.02)
+    assert row.percentile == row.effect == pytest.approx(1 - above / 10, abs=0.02)
+    assert row.min_p == 1 / 11
+    assert depth_row(values, (0, 0), claims(mover=[(0, 0)])).exact
 
 
 def test_nineteen_reference_heads_are_just_enough_however_their_shares_add_up() -> None:
     """4 + 7 + 8, as the layers around four induction heads of mini-attn have: p = 1/20 is attainable and testable."""
     made = claims(mover=[(3, h) for h in range(4)], other=[(2, 1)])
     row = depth_row(np.random.default_rng(0).normal(size=(4, 8)), (3, 0), made)
-    assert row["n_null"] == 19 and row["min_p"] <= 0.05
-    correct([row])
-    assert row["testable"]
+    assert row.n_null == 19 and row.min_p <= 0.05
+    assert row.testable
 
 
 def test_too_few_heads_to_standardise_by_give_no_depth_null() -> None:
     heads = [(1, head) for head in range(5)]
     rows = head_rows(predicted(grid()), (1, 0), claims(mover=heads), facts(3, 8))
-    assert [row["null"] for row in rows] == ["layer"]
+    assert [row.null for row in rows] == ["layer"]
 
 
 def test_the_percentile_of_a_head_is_its_place_in_its_own_layer() -> None:
@@ -276,18 +274,16 @@ def test_the_percentile_of_a_head_is_its_place_in_its_own_layer() -> None:
     made = claims(mover=[(2, 0)])
     prediction = predicted(values, Direction.low)
     rows = head_rows(prediction, (2, 0), made, facts(5, 8))
-    correct(rows)
+    rows = correct(rows)
     found = judge(Subject("mover", (2, 0)), [prediction], rows, None)
     assert found["percentile"] == 0 and found["value"] == values[2, 0]
 
 
 def test_a_heads_place_in_its_layer_is_described_and_never_corrected_or_counted_however_many_heads_there_are() -> None:
     values = grid(layers=1, heads=30)
-    rows = head_rows(predicted(values), (0, 3), claims(mover=[(0, 3)]), facts(1, 30))
-    correct(rows)
-    layer, depth = rows
-    assert layer["testable"] and not layer["counts"] and math.isnan(layer["q"])
-    assert depth["counts"] and depth["q"] == depth["p"]  # alone in its family
+    layer, depth = correct(head_rows(predicted(values), (0, 3), claims(mover=[(0, 3)]), facts(1, 30)))
+    assert layer.testable and not layer.counts and math.isnan(layer.q)
+    assert depth.counts and depth.q == depth.p  # alone in its family
 
 
 def test_percentiles_follow_the_metric_and_effects_the_prediction() -> None:
@@ -295,10 +291,10 @@ def test_percentiles_follow_the_metric_and_effects_the_prediction() -> None:
     values = grid(layers=5)
     values[2, 0] = values.min() - 1
     rows = head_rows(predicted(values, Direction.low), (2, 0), claims(mover=[(2, 0)]), facts(5, 8))
-    assert [row["null"] for row in rows] == ["layer", "depth"]
+    assert [row.null for row in rows] == ["layer", "depth"]
     for row in rows:
-        assert (row["percentile"], row["effect"], row["p"]) == (0, 1, 1 / (1 + row["n_null"]))
-        assert row["quantiles"][0] < row["quantiles"][-1]
+        assert (row.percentile, row.effect, row.p) == (0, 1, 1 / (1 + row.n_null))
+        assert row.quantiles[0] < row.quantiles[-1]
 
 
 def test_the_first_layer_may_have_a_metric_of_its_own_and_direct_paths_end_there() -> None:

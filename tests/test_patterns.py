@@ -1,10 +1,12 @@
 """The four patterns of a head, each with planted values, and what a spread of energies is compared with."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
+from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.patterns import head_patterns, iid_effective_rank
 
 HEAD = (1, 2)
@@ -12,13 +14,17 @@ SHAPE = (48, 16)
 """d_model and d_head of the planted head."""
 
 
-def row(metric: str, null: str = "depth", q: float = 0.01, **changes) -> dict:
+def row(metric: str, null: str = "depth", q: float = 0.01, testable: bool = True, **changes) -> NullTest:
     counts = null in ("depth", "frame", "token")
-    plain = {"metric": metric, "null": null, "q": q, "p": q, "testable": True, "counts": counts, "exploratory": False}
-    return plain | changes
+    plain = NullTest(
+        "mover", HEAD, metric, "high", True, False, null, counts, value=0.7, percentile=0.9, effect=0.9, p=q,
+        p_opposite=1.0, min_p=0.001 if testable else 0.125, n_null=7, exact=True, n_heads=1, n_others=7, quantiles=(),
+        q=q,
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changes)
 
 
-def exploratory(metric: str, null: str, p: float, **changes) -> dict:
+def exploratory(metric: str, null: str, p: float, **changes) -> NullTest:
     return row(metric, null, math.nan, p=p, counts=False, exploratory=True, **changes)
 
 
@@ -55,7 +61,7 @@ def test_what_holds_against_random_frames_alone_is_named_and_decides_no_pattern(
 KEYS = "qk_key_alignment"
 
 
-def keys(depth: float, frame: float) -> list[dict]:
+def keys(depth: float, frame: float) -> list[NullTest]:
     return [exploratory(KEYS, "depth", depth), exploratory(KEYS, "frame", frame)]
 
 
@@ -72,7 +78,7 @@ def keys(depth: float, frame: float) -> list[dict]:
 def test_both_align_is_an_ov_and_a_qk_prediction_that_hold_and_exploratory_ones_are_only_named(rows, both) -> None:
     found = patterns(rows)
     assert found["both_align"] is both
-    uncorrected = any(r["exploratory"] for r in rows) and all(r["p"] < 0.05 for r in rows if r["exploratory"])
+    uncorrected = any(r.exploratory for r in rows) and all(r.p < 0.05 for r in rows if r.exploratory)
     assert ("qk_key_alignment (exploratory, uncorrected)" in found["evidence"]) == uncorrected
     assert "ov_task_auc (exploratory" not in found["evidence"]
 

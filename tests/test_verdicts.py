@@ -1,5 +1,6 @@
 """The decision list of verdicts, case by case, and what a verdict says in words."""
 
+import dataclasses
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from ovqk.config.schema import PredictionConfig
+from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.verdict import Subject, judge
 
@@ -14,18 +16,18 @@ PRIMARY, SECONDARY = PredictionConfig("ov_task_auc"), PredictionConfig("ov_task_
 HELD, OPPOSITE, NEITHER, UNTESTABLE = "held", "opposite", "neither", "untestable"
 
 
-def a_row(null: str, state: str, primary: bool = True, counts: bool = True) -> dict:
+def a_row(null: str, state: str, primary: bool = True, counts: bool = True, **changes) -> NullTest:
     """A row of tests.parquet."""
     q, q_opposite = {HELD: (0.01, 1.0), OPPOSITE: (1.0, 0.01), NEITHER: (0.5, 0.5), UNTESTABLE: (math.nan,) * 2}[state]
-    return {
-        "null": null, "primary": primary, "counts": counts, "testable": state != UNTESTABLE, "q": q, "p": q,
-        "q_opposite": q_opposite, "min_p": 0.001 if state != UNTESTABLE else 0.125, "min_q": 0.002, "value": 0.7,
-        "n_heads": 1, "n_others": 7, "n_null": 8 if null == "layer" else 7, "prediction": "high",
-        "percentile": 0.9, "effect": 0.9, "ci_low": math.nan, "ci_high": math.nan,
-    }  # fmt: skip
+    row = NullTest(
+        "mover", (1, 0), "ov_task_auc", "high", primary, False, null, counts, value=0.7, percentile=0.9, effect=0.9,
+        p=q, p_opposite=q_opposite, min_p=0.001 if state != UNTESTABLE else 0.125, n_null=8 if null == "layer" else 7,
+        exact=True, n_heads=1, n_others=7, quantiles=(), q=q, q_opposite=q_opposite, min_q=0.002,
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)
 
 
-def decided(rows: list[dict], head: bool = True) -> dict:
+def decided(rows: list[NullTest], head: bool = True) -> dict:
     pair = [Predicted("mover", config, not i, np.ones((2, 2))) for i, config in enumerate((PRIMARY, SECONDARY))]
     return judge(Subject("mover", (1, 0) if head else None), pair, rows, None)
 
@@ -111,7 +113,7 @@ def test_of_a_role_the_effect_within_layers_is_said_to_be_an_auc() -> None:
 
 def test_what_could_not_be_significant_alone_is_not_said_to_be_small() -> None:
     """The highest head of its layers, whose q could not have been lower."""
-    row = a_row("depth", NEITHER) | {"q": 0.14, "min_q": 0.29, "effect": 1.0}
+    row = a_row("depth", NEITHER, q=0.14, min_q=0.29, effect=1.0)
     said = decided([row, a_row("frame", HELD)])["establishes"]
     assert (
         "significantly high against the unclaimed heads of nearby layers (q = 0.14, alone it could not be below 0.29"
@@ -120,8 +122,8 @@ def test_what_could_not_be_significant_alone_is_not_said_to_be_small() -> None:
 
 
 def test_the_percentile_of_a_verdict_is_within_the_layer_and_its_q_the_weakest() -> None:
-    rows = [a_row("layer", HELD, counts=False) | {"percentile": 0.3, "effect": 0.4, "testable": False},
-            a_row("depth", HELD) | {"q": 0.03, "p": 0.02}, a_row("frame", HELD)]  # fmt: skip
+    rows = [a_row("layer", HELD, counts=False, percentile=0.3, effect=0.4, min_p=1.0),
+            a_row("depth", HELD, q=0.03, p=0.02), a_row("frame", HELD)]  # fmt: skip
     found = decided(rows)
     assert (found["percentile"], found["effect"], found["q"], found["p"]) == (0.3, 0.4, 0.03, 0.02)
 
@@ -142,26 +144,26 @@ def test_a_head_of_a_role_that_composes_is_said_to_be_tested_with_its_role() -> 
 
 def test_a_verdict_that_could_not_be_significant_alone_says_so_and_under_what() -> None:
     begins, ends = "on its own it cannot get below ", ", whatever its value"
-    found = decided([a_row("depth", NEITHER) | {"min_q": 0.07}, a_row("frame", NEITHER) | {"min_q": 0.06}])
+    found = decided([a_row("depth", NEITHER, min_q=0.07), a_row("frame", NEITHER, min_q=0.06)])
     wanted = f"{begins}q = 0.07 under depth, q = 0.06 under frame{ends}"
     assert (found["verdict"], found["reason"]) == ("unsupported", wanted)
-    found = decided([a_row("depth", NEITHER) | {"min_q": 0.07}, a_row("frame", HELD)])
+    found = decided([a_row("depth", NEITHER, min_q=0.07), a_row("frame", HELD)])
     assert (found["verdict"], found["reason"]) == ("partial", f"{begins}q = 0.07 under depth{ends}")
     assert decided([a_row("depth", NEITHER), a_row("frame", NEITHER)])["reason"] == ""
 
 
 def test_a_verdict_names_the_nulls_that_count_and_could_not_decide() -> None:
     """Few draws, or a head that has no such null, do not make a claim look better tested than it is."""
-    few = a_row("frame", UNTESTABLE) | {"min_p": 1 / 6, "n_others": 5}
+    few = a_row("frame", UNTESTABLE, min_p=1 / 6, n_others=5)
     found = decided([a_row("layer", HELD), few], head=False)
     assert (found["verdict"], found["nulls"]) == ("corroborated", "layer")
     assert found["reason"] == "not tested under frame: the smallest p with 5 draws is 0.167"
     assert found["establishes"].endswith(f" It is {found['reason']}.")
-    both = decided([a_row("layer", HELD), few, few | {"null": "token"}], head=False)["reason"]
+    both = decided([a_row("layer", HELD), few, dataclasses.replace(few, null="token")], head=False)["reason"]
     assert both == found["reason"].replace("frame", "frame, token")
     found = decided([a_row("layer", HELD)], head=False)
     assert (found["verdict"], found["reason"]) == ("corroborated", "not tested under frame: none can be had for it")
-    crowded = a_row("layer", UNTESTABLE) | {"n_heads": 2}
+    crowded = a_row("layer", UNTESTABLE, n_heads=2)
     found = decided([crowded, a_row("frame", HELD)], head=False)
     assert found["verdict"] == "partial"
     assert found["reason"] == "not tested under layer: the smallest p with 2 claimed heads among 7 others is 0.125"
@@ -170,10 +172,10 @@ def test_a_verdict_names_the_nulls_that_count_and_could_not_decide() -> None:
 
 def test_an_untestable_claim_says_what_keeps_its_p_large() -> None:
     begins = "no null can reach p <= 0.05: the smallest p with "
-    ties = a_row("layer", UNTESTABLE) | {"min_p": 9 / 144, "n_null": 144, "n_heads": 2, "n_others": 22}
+    ties = a_row("layer", UNTESTABLE, min_p=9 / 144, n_null=144, n_heads=2, n_others=22)
     found = decided([ties], head=False)["reason"]
     assert found == f"{begins}2 claimed heads among 22 others (the best labelings tie) is 0.0625"
-    grouped = a_row("depth", UNTESTABLE) | {"min_p": 1 / 7, "n_null": 6, "n_others": 11}
+    grouped = a_row("depth", UNTESTABLE, min_p=1 / 7, n_null=6, n_others=11)
     assert decided([grouped])["reason"] == f"{begins}1 claimed head among 11 others (in 6 KV groups) is 0.143"
 
 
@@ -188,4 +190,4 @@ def test_a_contradiction_shows_its_evidence() -> None:
     ("effect", "said"), [(1.0, "100%"), (0.996, "more than 99%"), (0.004, "less than 1%"), (0.0, "0%")]
 )
 def test_all_and_none_of_them_are_said_only_where_it_is_so(effect, said) -> None:
-    assert f"beyond {said} of them)" in decided([a_row("depth", HELD) | {"effect": effect}])["establishes"]
+    assert f"beyond {said} of them)" in decided([a_row("depth", HELD, effect=effect)])["establishes"]

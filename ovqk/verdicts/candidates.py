@@ -53,47 +53,62 @@ class Ranking:
         return self.heads[:STRONGEST]
 
 
-def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]]) -> tuple[pd.DataFrame, list[str]]:
-    """candidates.parquet, and notes on the roles that are ranked otherwise than by their primary, or not at all.
+@dataclass(frozen=True)
+class Candidate:
+    """One prediction of one candidate: the columns of candidates.parquet, in order.
 
-    One row for every prediction of every candidate. Columns:
-        role, rank, layer, head: the candidate; rank 1 is the most extreme in what the role is ranked by.
-        metric, prediction, primary, exploratory, value: the prediction and the head's value.
-        ranked: whether the role is ranked by this prediction: the first that can be.
+    Attributes:
+        role, rank, layer, head: the candidate; rank 1 is the most extreme in the metric that ranks the role.
+        ranked: whether the role is ranked by this prediction, the first that can rank it.
         partners: of a composition, the candidates of other roles that the head composes with, as "3.0 3.4".
-        percentile: of the value among the other heads of its layer, in [0, 1].
+        metric, prediction, primary, exploratory, value: the prediction and the head's value.
+        percentile: the place of the value among the other heads of its layer, in [0, 1].
         p_depth, q_depth: against the heads of layers within 2, and corrected over all heads (Benjamini-Hochberg).
-        p_frame, p_frame_all: against heads of its own singular values, and times the number of heads ranked, at most 1.
-            Neither where the metric is a composition, whose partners were chosen too.
+        p_frame, p_frame_all: against heads of its own singular values, and times the number of heads ranked, at most 1;
+            nan for a composition, whose partners were chosen too.
         p_words, p_words_all: of predictions that other words decide too (alignment, transfer, read), against other
             words (the larger p of `token` and `token_pairs`), and times the number of heads ranked, at most 1.
     """
+
+    role: str
+    rank: int
+    layer: int
+    head: int
+    ranked: bool
+    partners: str
+    metric: str
+    prediction: str
+    primary: bool
+    exploratory: bool
+    value: float
+    percentile: float
+    p_depth: float
+    q_depth: float
+    p_frame: float
+    p_frame_all: float
+    p_words: float
+    p_words_all: float
+
+
+def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]]) -> tuple[pd.DataFrame, list[str]]:
+    """Return candidates.parquet, and notes on the roles that are not ranked by their primary, or not at all."""
     rankings, notes = rank(tests, tests.predicted(values))
     words = _under_words(tests, rankings)
     p_frame = tests.frame_ps(observe(tests, rankings))
-    rows: list[dict[str, object]] = []
+    rows: list[Candidate] = []
     depths: dict[tuple[object, ...], dict[Head, tuple[float, float]]] = {}
-    for role, ranking in rankings.items():
+    for ranking in rankings.values():
         for prediction in ranking.predictions:
-            composes = prediction.config.metric in COMPOSITION_METRICS
-            same = (
-                prediction.config.metric,
-                prediction.config.first_layer,
-                prediction.config.direct_only,
-                prediction.sign,
-            )
-            if not composes and same not in depths:  # several roles may predict the same
+            config = prediction.config
+            same = (config.metric, config.first_layer, config.direct_only, prediction.sign)
+            if not composes(prediction) and same not in depths:  # several roles may predict the same
                 depths[same] = _depth(prediction, tests.model.architecture.kv_of_head.numpy())
-            depth = {} if composes else depths[same]
-            named = " ".join(f"{layer}.{head}" for layer, head in ranking.partners) if composes else ""
-            places = {head: place for place, head in enumerate(ranking.strongest, start=1)}
-            places = {head: place for head, place in places.items() if not math.isnan(prediction.values[head])}
-            for head, place in places.items():
-                row = {"role": role, "rank": place, "layer": head[0], "head": head[1]}
-                row |= {"ranked": prediction is ranking.by, "partners": named}
-                p = p_frame[head, prediction.metric_of(head[0]), prediction.sign]
-                rows.append(row | _row(prediction, head, depth, p, words, len(ranking.heads)))
-    return pd.DataFrame(rows), notes
+            depth = {} if composes(prediction) else depths[same]
+            for head in ranking.strongest:
+                if not math.isnan(prediction.values[head]):
+                    p = p_frame[head, prediction.metric_of(head[0]), prediction.sign]
+                    rows.append(_candidate(ranking, prediction, head, depth, p, words))
+    return pd.DataFrame([vars(row) for row in rows]), notes
 
 
 def rank(tests: ClaimTests, predicted: Mapping[str, list[Predicted]]) -> tuple[dict[str, Ranking], list[str]]:
@@ -194,15 +209,15 @@ def decides(predicted: Predicted) -> bool:
     return not predicted.config.exploratory
 
 
-def _row(
+def _candidate(
+    ranking: Ranking,
     predicted: Predicted,
     head: Head,
     depth: Mapping[Head, tuple[float, float]],
     p_frame: float,
     words: WordValues,
-    ranked: int,
-) -> dict[str, object]:
-    value = float(predicted.values[head])
+) -> Candidate:
+    value, ranked = float(predicted.values[head]), len(ranking.heads)
     same = np.delete(predicted.values[head[0]], head[1])
     p_depth, q_depth = depth.get(head, (math.nan, math.nan))
     metric = predicted.metric_of(head[0])
@@ -212,20 +227,26 @@ def _row(
 
     drawn = [values[head, metric] for values in words if (head, metric) in values and decides(predicted)]
     p_words = max(map(p, drawn), default=math.nan)
-    return {
-        "metric": metric,
-        "prediction": predicted.config.direction.value,
-        "primary": predicted.primary,
-        "exploratory": predicted.config.exploratory,
-        "value": value,
-        "percentile": percentile(value, same[~np.isnan(same)]),
-        "p_depth": p_depth,
-        "q_depth": q_depth,
-        "p_frame": p_frame,
-        "p_frame_all": _of_all(p_frame, ranked),
-        "p_words": p_words,
-        "p_words_all": _of_all(p_words, ranked),
-    }
+    return Candidate(
+        role=predicted.role,
+        rank=1 + ranking.heads.index(head),
+        layer=head[0],
+        head=head[1],
+        ranked=predicted is ranking.by,
+        partners=" ".join(f"{layer}.{head}" for layer, head in ranking.partners) if composes(predicted) else "",
+        metric=metric,
+        prediction=predicted.config.direction.value,
+        primary=predicted.primary,
+        exploratory=predicted.config.exploratory,
+        value=value,
+        percentile=percentile(value, same[~np.isnan(same)]),
+        p_depth=p_depth,
+        q_depth=q_depth,
+        p_frame=p_frame,
+        p_frame_all=_of_all(p_frame, ranked),
+        p_words=p_words,
+        p_words_all=_of_all(p_words, ranked),
+    )
 
 
 def _of_all(p: float, ranked: int) -> float:
@@ -241,5 +262,5 @@ def _depth(predicted: Predicted, groups: NDArray[np.int64]) -> dict[Head, tuple[
         head = (int(layer), int(index))
         near = depth_reference(signed, head, set(), groups)
         if near is not None:
-            found[head] = near.counts()["p"]
+            found[head] = near.counts().p
     return {head: (found[head], q) for head, q in zip(found, benjamini_hochberg(list(found.values())), strict=True)}

@@ -7,8 +7,7 @@ circuits that compose. `ClaimTests.rows` then draws the nulls.
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from ovqk.tasks.claims import Claims, Head
 from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, Readout
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import Variable
+from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import (
     FRAME_METRICS,
     TOKEN_METRICS,
@@ -52,7 +52,6 @@ SUBSAMPLES = 200  # of a subspace's words, for an interval
 SUBSAMPLED = 0.8  # of the words
 WIDEN = (SUBSAMPLED / (1 - SUBSAMPLED)) ** 0.5
 """A subsample of a share f strays from the whole by sqrt((1 - f) / f) of the standard error of the whole."""
-Row = dict[str, Any]
 
 
 def predictions_by_metric(predictions: Iterable[PredictionConfig]) -> set[str]:
@@ -213,10 +212,10 @@ class ClaimTests:
                         found.add((min(own, other), max(own, other)))
         return sorted(pair for pair in found if pair[0][0] < pair[1][0])
 
-    def rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[Row]:
-        """Rows of tests.parquet, corrected; each with the `quantiles` of its null."""
+    def rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[NullTest]:
+        """Return every prediction's tests, corrected."""
         facts, seed = self.model.architecture, self.model.config.seed
-        rows: list[Row] = []
+        rows: list[NullTest] = []
         for role, predictions in predicted.items():
             for prediction in predictions:
                 heads = [head for head in self.claims.roles[role] if not np.isnan(prediction.values[head])]
@@ -227,13 +226,10 @@ class ClaimTests:
                     rows += head_rows(prediction, head, self.claims, facts, self.resamples)
                 rows += self._frame_rows(prediction, heads)
         rows += self._word_rows(predicted)
-        correct(rows)
         variable = self.task.readout.variable.name if self.task.readout is not None else None
-        for row in rows:
-            row["variable"] = variable
-        return rows
+        return [replace(row, variable=variable) for row in correct(rows)]
 
-    def _frame_rows(self, predicted: Predicted, heads: Sequence[Head]) -> list[Row]:
+    def _frame_rows(self, predicted: Predicted, heads: Sequence[Head]) -> list[NullTest]:
         names = {head: predicted.metric_of(head[0]) for head in heads}
         if not all(self.can_frame(names[head]) for head in heads):
             return []
@@ -241,9 +237,8 @@ class ClaimTests:
         for count in stages(most):
             found = zip(heads, first_of_each(draws, count), strict=True)
             drawn = {head: values[names[head]][:count] for head, values in found}
-            rows = _ensemble_rows(predicted, "frame", heads, drawn, most)
-            stopped = [row.pop("stopped") for row in rows]
-            if all(stopped):
+            rows, stopped = _ensemble_rows(predicted, "frame", heads, drawn, most)
+            if stopped:
                 break
         return rows
 
@@ -300,8 +295,8 @@ class ClaimTests:
         predictions = (config for role in roles for config in self.claims.predictions[role])
         return predictions_by_metric(predictions) - set(self.task.unavailable)
 
-    def _word_rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[Row]:
-        """Rows of `token` and `token_pairs`."""
+    def _word_rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[NullTest]:
+        """Return the tests under `token` and `token_pairs`."""
         asked = [
             (prediction, [head for head in self.claims.roles[role] if not np.isnan(prediction.values[head])])
             for role, predictions in predicted.items()
@@ -312,14 +307,12 @@ class ClaimTests:
         asked = [(prediction, heads) for prediction, heads in asked if heads]
         if not asked:
             return []
-        rows: list[Row] = []
+        rows: list[NullTest] = []
         heads = {head for _, some in asked for head in some}
         for words, drawn in self.word_draws(heads, {prediction.config.metric for prediction, _ in asked}):
             for prediction, some in asked:
                 values = {head: drawn[head, prediction.config.metric] for head in some}
-                rows += _ensemble_rows(prediction, words.null, some, values, len(words.variables))
-        for row in rows:
-            row.pop("stopped")
+                rows += _ensemble_rows(prediction, words.null, some, values, len(words.variables))[0]
         return rows
 
     def word_draws(
@@ -391,18 +384,17 @@ def _ensemble_rows(
     heads: Sequence[Head],
     drawn: Mapping[Head, NDArray[np.float64]],
     most: int,
-) -> list[Row]:
-    """The role's row (mean over its heads) and one for each head; each says whether its test has `stopped`."""
+) -> tuple[list[NullTest], bool]:
+    """Test the role (mean over its heads) and each head; return the tests, and whether more draws change none."""
     subjects: list[tuple[Head | None, list[Head]]] = [(None, list(heads)), *((head, [head]) for head in heads)]
-    rows = []
+    rows, stopped = [], True
     for subject, members in subjects:
         value = float(np.mean([predicted.values[head] for head in members]))
         draws = np.mean([drawn[head] for head in members], axis=0)
         test = monte_carlo(predicted.sign * value, predicted.sign * draws)
-        rows.append(
-            ensemble_row(predicted, subject, null, value, draws, test, members, most) | {"stopped": test.stopped}
-        )
-    return rows
+        rows.append(ensemble_row(predicted, subject, null, value, draws, test, members, most))
+        stopped = stopped and test.stopped
+    return rows, stopped
 
 
 def form_of(metric: str, layer: Layer) -> Form:

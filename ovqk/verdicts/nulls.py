@@ -12,8 +12,8 @@ Which of them count depends on what the metric says (`counting`).
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS
 from ovqk.tasks.claims import Claims, Head
 from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS
+from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.statistics import (
     QUANTILES,
     TIE,
@@ -36,7 +37,6 @@ from ovqk.verdicts.statistics import (
 )
 from ovqk.weights.types import Architecture
 
-ALPHA = 0.05
 DEPTH = 2  # layers on either side
 DEPTH_MIN_HEADS = 4  # unclaimed heads of a layer, for a median and a MAD that mean something
 FRAME_METRICS = (
@@ -138,6 +138,27 @@ def _peers(
     return found
 
 
+@dataclass(frozen=True)
+class Significance:
+    """How extreme a value is under a null; the fields are those of `NullTest`."""
+
+    p: float
+    p_opposite: float
+    min_p: float
+    effect: float
+    n_null: int
+    exact: bool
+    n_others: int
+
+
+class Effect(NamedTuple):
+    """The AUC within layers, and its 95 % interval: nan if the metric was not resampled."""
+
+    auc: float
+    low: float
+    high: float
+
+
 def _effect(
     predicted: Predicted,
     claims: Claims,
@@ -145,11 +166,11 @@ def _effect(
     resamples: Resamples,
     exclude_claimed: bool,
     of: Head | None = None,
-) -> dict[str, float]:
-    """AUC within layers, and its 95 % interval where the metric was resampled."""
+) -> Effect:
+    """Return the effect of the role, or of one of its heads."""
     peers = _peers(predicted, claims, architecture, exclude_claimed, of)
     strata = _strata(predicted, peers, architecture)
-    found = {"effect": within_layer_auc(strata), "ci_low": math.nan, "ci_high": math.nan}
+    low, high = math.nan, math.nan
     drawn = [resamples.get(predicted.metric_of(layer)) for layer, _, _ in peers]
     if peers and all(values is not None for values in drawn):
         kept = [
@@ -157,49 +178,41 @@ def _effect(
             for v, (layer, heads, _) in zip(drawn, peers, strict=True)
             if v is not None
         ]
-        found["ci_low"], found["ci_high"] = within_layer_auc_interval(strata, kept)
-    return found
+        low, high = within_layer_auc_interval(strata, kept)
+    return Effect(within_layer_auc(strata), low, high)
 
 
 def role_rows(
     predicted: Predicted, claims: Claims, architecture: Architecture, seed: int, resamples: Resamples | None = None
-) -> list[dict[str, Any]]:
-    """The role's rows under `layer` and `layer_all`; none where no head of the role has a value."""
+) -> list[NullTest]:
+    """Test the role under `layer` and `layer_all`; there is no test if no head of the role has a value."""
     rows = []
     for null, exclude in (("layer", True), ("layer_all", False)):
         strata = layer_strata(predicted, claims, architecture, exclude)
         if not strata:
             continue
         test = stratified_permutation(strata, seed)
-        rows.append(
-            _row(predicted, None, null)
-            | _effect(predicted, claims, architecture, resamples or {}, exclude)
-            | {
-                "value": test.statistic,
-                "null_mean": test.null_mean,
-                "null_sd": test.null_sd,
-                "percentile": test.percentile,
-                "p": test.p,
-                "p_opposite": test.p_opposite,
-                "min_p": test.min_p,
-                "n_null": test.labelings,
-                "exact": test.exact,
-                "n_heads": sum(int(stratum.claimed.sum()) for stratum in strata),
-                "n_others": sum(int((~stratum.claimed).sum()) for stratum in strata),
-                "quantiles": test.quantiles,
-            }
+        effect = _effect(predicted, claims, architecture, resamples or {}, exclude)
+        n_others = sum(int((~stratum.claimed).sum()) for stratum in strata)
+        significance = Significance(
+            test.p, test.p_opposite, test.min_p, effect.auc, test.labelings, test.exact, n_others
         )
+        row = _null_test(predicted, None, null, test.statistic, test.percentile, significance, test.quantiles)
+        row = replace(row, n_heads=sum(int(stratum.claimed.sum()) for stratum in strata))
+        row = replace(row, null_mean=test.null_mean, null_sd=test.null_sd, ci_low=effect.low, ci_high=effect.high)
+        rows.append(row)
     return rows
 
 
 def head_rows(
     predicted: Predicted, head: Head, claims: Claims, architecture: Architecture, resamples: Resamples | None = None
-) -> list[dict[str, Any]]:
-    """The head's rows under `layer` (its place among the layer's unclaimed heads) and `depth` (no composition's)."""
+) -> list[NullTest]:
+    """Test the head under `layer` (its place among the layer's unclaimed heads) and `depth` (no composition's)."""
     layer, _ = head
     signed = predicted.sign * predicted.values
     if math.isnan(signed[head]):
         return []
+    value = float(predicted.values[head])
     barred = {head} | (claims.heads if claims.reliability != "unreliable" else set())
     groups = architecture.kv_of_head.numpy()
     same = np.array([signed[layer, h] for h in range(architecture.n_heads) if (layer, h) not in barred])
@@ -207,26 +220,21 @@ def head_rows(
     rows = []
     if len(same):
         plain = predicted.sign * same
-        rows.append(
-            _row(predicted, head, "layer")
-            | reference_counts(signed[head], same)
-            | _effect(predicted, claims, architecture, resamples or {}, True, of=head)
-            | {
-                "null_mean": float(plain.mean()),
-                "null_sd": float(plain.std()),
-                "percentile": percentile(float(predicted.values[head]), plain),
-                "quantiles": np.quantile(plain, QUANTILES),
-            }
+        effect = _effect(predicted, claims, architecture, resamples or {}, True, of=head)
+        found = replace(reference_counts(signed[head], same), effect=effect.auc)
+        row = _null_test(
+            predicted, head, "layer", value, percentile(value, plain), found, np.quantile(plain, QUANTILES).tolist()
         )
+        mean, sd = float(plain.mean()), float(plain.std())
+        rows.append(replace(row, null_mean=mean, null_sd=sd, ci_low=effect.low, ci_high=effect.high))
     composes = predicted.config.metric in COMPOSITION_METRICS
     near = None if composes else depth_reference(signed, head, barred, groups)
     if near is not None:
         found = near.counts()
-        place = found["effect"] if predicted.sign > 0 else 1 - found["effect"]
-        rows.append(
-            _row(predicted, head, "depth") | found | {"percentile": place, "quantiles": near.quantiles(predicted.sign)}
-        )
-    return [row | {"value": float(predicted.values[head]), "n_heads": 1} for row in rows]
+        place = found.effect if predicted.sign > 0 else 1 - found.effect
+        quantiles = near.quantiles(predicted.sign).tolist()
+        rows.append(_null_test(predicted, head, "depth", value, place, found, quantiles))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -251,9 +259,9 @@ class DepthReference:
         """Of the reference heads, at QUANTILES; `sign` turns them back into the metric's own direction."""
         return np.quantile(sign * self.reference, QUANTILES, weights=self.shares, method="inverted_cdf")
 
-    def counts(self) -> dict[str, Any]:
-        """The p of the head among its reference heads, and what goes with it."""
-        return reference_counts(self.z, self.reference, self.shares, self.groups) | {"exact": not self.drawn}
+    def counts(self) -> Significance:
+        """Return the p of the head among its reference heads, and what goes with it."""
+        return replace(reference_counts(self.z, self.reference, self.shares, self.groups), exact=not self.drawn)
 
 
 def depth_reference(
@@ -319,23 +327,13 @@ def ensemble_row(
     test: MonteCarlo,
     heads: Sequence[Head],
     most: int,
-) -> dict[str, Any]:
-    """A row of `frame`, `token` or `token_pairs`: the mean metric of the heads (of one, its metric) against draws."""
-    return _row(predicted, head, null) | {
-        "value": value,
-        "null_mean": float(draws.mean()),
-        "null_sd": float(draws.std()),
-        "percentile": percentile(value, draws),
-        "effect": percentile(predicted.sign * value, predicted.sign * draws),
-        "p": test.p,
-        "p_opposite": test.p_opposite,
-        "min_p": 1 / (1 + most),
-        "n_null": test.n,
-        "exact": False,
-        "n_heads": len(heads),
-        "n_others": len(draws),
-        "quantiles": np.quantile(draws, QUANTILES),
-    }
+) -> NullTest:
+    """Test the mean metric of the heads (of one, its metric) against draws of `frame`, `token` or `token_pairs`."""
+    effect = percentile(predicted.sign * value, predicted.sign * draws)
+    found = Significance(test.p, test.p_opposite, 1 / (1 + most), effect, test.n, False, len(draws))
+    quantiles = np.quantile(draws, QUANTILES).tolist()
+    row = _null_test(predicted, head, null, value, percentile(value, draws), found, quantiles)
+    return replace(row, n_heads=len(heads), null_mean=float(draws.mean()), null_sd=float(draws.std()))
 
 
 def reference_counts(
@@ -343,8 +341,8 @@ def reference_counts(
     reference: NDArray[np.float64],
     shares: NDArray[np.float64] | None = None,
     groups: NDArray[np.int64] | None = None,
-) -> dict[str, Any]:
-    """p of one head among reference heads; heads that share keys and values count as one between them.
+) -> Significance:
+    """Return p of one head among reference heads; heads that share keys and values count as one between them.
 
     Args:
         value: of the head; or beside every entry of the reference.
@@ -358,50 +356,66 @@ def reference_counts(
         kv_heads, place = np.unique(groups, return_inverse=True)
         weights, n = shares / np.bincount(place, shares)[place], len(kv_heads)
     above, below = reference >= value - TIE, reference <= value + TIE
-    return {
-        "p": float((1 + weights[above].sum()) / (1 + n)),
-        "p_opposite": float((1 + weights[below].sum()) / (1 + n)),
-        "min_p": 1 / (1 + n),
-        "effect": float(shares[below].sum() + shares[~above].sum()) / (2 * shares.sum()),
-        "n_null": n,
-        "exact": True,
-        "n_others": round(shares.sum()),
-    }
+    return Significance(
+        p=float((1 + weights[above].sum()) / (1 + n)),
+        p_opposite=float((1 + weights[below].sum()) / (1 + n)),
+        min_p=1 / (1 + n),
+        effect=float(shares[below].sum() + shares[~above].sum()) / (2 * shares.sum()),
+        n_null=n,
+        exact=True,
+        n_others=round(shares.sum()),
+    )
 
 
-def _row(predicted: Predicted, head: Head | None, null: str) -> dict[str, Any]:
-    return {
-        "role": predicted.role,
-        "layer": None if head is None else head[0],
-        "head": None if head is None else head[1],
-        "metric": predicted.config.metric if head is None else predicted.metric_of(head[0]),
-        "prediction": predicted.config.direction.value,
-        "primary": predicted.primary,
-        "exploratory": predicted.config.exploratory,
-        "null": null,
-        "counts": null in counting(predicted.config.metric, head is None) and not predicted.config.exploratory,
-        "null_mean": math.nan,
-        "null_sd": math.nan,
-        "ci_low": math.nan,
-        "ci_high": math.nan,
-    }
+def _null_test(
+    predicted: Predicted,
+    head: Head | None,
+    null: str,
+    value: float,
+    place: float,
+    found: Significance,
+    quantiles: Sequence[float],
+) -> NullTest:
+    return NullTest(
+        role=predicted.role,
+        head=head,
+        metric=predicted.config.metric if head is None else predicted.metric_of(head[0]),
+        prediction=predicted.config.direction.value,
+        primary=predicted.primary,
+        exploratory=predicted.config.exploratory,
+        null=null,
+        counts=null in counting(predicted.config.metric, head is None) and not predicted.config.exploratory,
+        value=value,
+        percentile=place,
+        effect=found.effect,
+        p=found.p,
+        p_opposite=found.p_opposite,
+        min_p=found.min_p,
+        n_null=found.n_null,
+        exact=found.exact,
+        n_heads=1,
+        n_others=found.n_others,
+        quantiles=quantiles,
+    )
 
 
-def correct(rows: list[dict[str, Any]]) -> None:
-    """Add q, q_opposite and min_q: Benjamini-Hochberg per null, role and head rows apart, reported-only ones apart too.
+def correct(tests: Sequence[NullTest]) -> list[NullTest]:
+    """Return the tests with q, q_opposite and min_q, by Benjamini and Hochberg.
 
-    A null is untestable for a row whose min_p exceeds 0.05; such rows, exploratory ones and the descriptive `layer`
-    rows of single heads leave the family before the correction and have no q.
+    A family is the tests of one null: of roles and of heads apart, and those that are only reported apart too. Tests
+    that cannot be significant, exploratory ones and those of single heads under `layer`, which describe, are in no
+    family and have no q.
     """
-    families: dict[tuple[str, bool, bool], list[dict[str, Any]]] = {}
-    for row in rows:
-        is_role = row["head"] is None
-        row |= {"q": math.nan, "q_opposite": math.nan, "min_q": math.nan, "testable": row["min_p"] <= ALPHA}
-        if row["testable"] and not row["exploratory"] and (is_role or row["null"] != "layer"):
-            families.setdefault((row["null"], is_role, row["counts"]), []).append(row)
+    corrected = list(tests)
+    families: dict[tuple[str, bool, bool], list[int]] = {}
+    for index, test in enumerate(tests):
+        is_role = test.head is None
+        if test.testable and not test.exploratory and (is_role or test.null != "layer"):
+            families.setdefault((test.null, is_role, test.counts), []).append(index)
     for family in families.values():
-        for name, p in (("q", "p"), ("q_opposite", "p_opposite")):
-            for row, q in zip(family, benjamini_hochberg([row[p] for row in family]), strict=True):
-                row[name] = q
-        for row in family:
-            row["min_q"] = min(1.0, row["min_p"] * len(family))
+        qs = benjamini_hochberg([tests[index].p for index in family])
+        opposite = benjamini_hochberg([tests[index].p_opposite for index in family])
+        for index, q, q_opposite in zip(family, qs, opposite, strict=True):
+            least = min(1.0, tests[index].min_p * len(family))
+            corrected[index] = replace(tests[index], q=q, q_opposite=q_opposite, min_q=least)
+    return corrected

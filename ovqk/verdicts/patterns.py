@@ -10,7 +10,7 @@ beat: the evidence names both, and what they are.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,9 @@ import numpy as np
 
 from ovqk.metrics import METRICS
 from ovqk.tasks.claims import Head
-from ovqk.verdicts.nulls import ALPHA, Values
+from ovqk.verdicts.null_tests import NullTest
+from ovqk.verdicts.nulls import Values
+from ovqk.verdicts.statistics import ALPHA
 
 PATTERNS = ("ov_aligned", "qk_simple", "ov_flat", "both_align")
 SIMPLE = 0.25  # of d_head
@@ -27,7 +29,7 @@ FLAT_QUANTILE, FLAT_DRAWS = 0.05, 400
 
 
 def head_patterns(
-    values: Values, head: Head, shape: tuple[int, int], second: float, rows: Sequence[Mapping[str, Any]]
+    values: Values, head: Head, shape: tuple[int, int], second: float, rows: Sequence[NullTest]
 ) -> dict[str, Any]:
     """The patterns of one claimed head: booleans, None where what they rest on is not there, and `evidence`.
 
@@ -36,7 +38,7 @@ def head_patterns(
         head: the head.
         shape: the dimensions its maps act on (d_model, less one where they are centred) and d_head.
         second: sigma_2 / sigma_1 of W_QK; nan where QK was not taken apart.
-        rows: the rows of tests.parquet about it.
+        rows: the tests of it.
     """
     held = _holding(rows)
     ov, qk = (any(name.startswith(c) and not held[name] for name in held) for c in ("ov", "qk"))  # without reserve
@@ -58,15 +60,15 @@ def head_patterns(
     }
 
 
-def _holding(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _holding(rows: Sequence[NullTest]) -> dict[str, str]:
     """Metric -> with what reserve (mostly none), of the predictions that hold under every null that could decide."""
     found: dict[str, str] = {}
-    for metric in dict.fromkeys(row["metric"] for row in rows if row["metric"] in METRICS):
-        mine = [row for row in rows if row["metric"] == metric and row["testable"]]
-        exploratory = all(row["exploratory"] for row in mine)
-        deciding = [row for row in mine if row["counts"] or (exploratory and row["null"] in ("depth", "frame"))]
-        if deciding and all((row["p"] if exploratory else row["q"]) < ALPHA for row in deciding):
-            alone = all(row["null"] == "frame" for row in deciding)
+    for metric in dict.fromkeys(row.metric for row in rows if row.metric in METRICS):
+        mine = [row for row in rows if row.metric == metric and row.testable]
+        exploratory = all(row.exploratory for row in mine)
+        deciding = [row for row in mine if row.counts or (exploratory and row.null in ("depth", "frame"))]
+        if deciding and all((row.p if exploratory else row.q) < ALPHA for row in deciding):
+            alone = all(row.null == "frame" for row in deciding)
             found[metric] = ", ".join(["exploratory, uncorrected"] * exploratory + ["against frame alone"] * alone)
     return found
 

@@ -10,6 +10,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+ALPHA = 0.05
+"""The level of significance, of p and of q."""
 EXACT_LABELINGS = 100_000
 DRAWS = 10_000
 EXCEEDANCES = 20  # after which a Monte Carlo test stops

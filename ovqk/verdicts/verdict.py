@@ -18,7 +18,9 @@ from typing import Any
 
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.tasks.claims import Claims, Head
-from ovqk.verdicts.nulls import ALPHA, Predicted, counting
+from ovqk.verdicts.null_tests import NullTest
+from ovqk.verdicts.nulls import Predicted, counting
+from ovqk.verdicts.statistics import ALPHA
 
 VERDICTS = ("corroborated", "partial", "unsupported", "contradicted", "untestable", "out_of_scope")
 
@@ -77,47 +79,47 @@ class Evidence:
         rows: all of them, also those that are only reported.
     """
 
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[NullTest]
 
     @cached_property
-    def primary(self) -> list[Mapping[str, Any]]:
+    def primary(self) -> list[NullTest]:
         """Of the primary prediction."""
-        return [row for row in self.rows if row["counts"] and row["primary"]]
+        return [row for row in self.rows if row.counts and row.primary]
 
     @cached_property
-    def testable(self) -> list[Mapping[str, Any]]:
+    def testable(self) -> list[NullTest]:
         """Of the primary prediction, and able to be significant."""
-        return [row for row in self.primary if row["testable"]]
+        return [row for row in self.primary if row.testable]
 
     @cached_property
-    def held(self) -> list[Mapping[str, Any]]:
+    def held(self) -> list[NullTest]:
         """Testable, and significant as predicted."""
-        return [row for row in self.testable if row["q"] < ALPHA]
+        return [row for row in self.testable if row.q < ALPHA]
 
     @cached_property
-    def opposed(self) -> list[Mapping[str, Any]]:
+    def opposed(self) -> list[NullTest]:
         """Testable, and significant the other way."""
-        return [row for row in self.testable if row["q_opposite"] < ALPHA]
+        return [row for row in self.testable if row.q_opposite < ALPHA]
 
     @property
     def any_opposite(self) -> bool:
         """Whether any prediction, a secondary one too, came out significantly the other way."""
-        return any(row["counts"] and row["q_opposite"] < ALPHA for row in self.rows)
+        return any(row.counts and row.q_opposite < ALPHA for row in self.rows)
 
     @property
     def has_peers(self) -> bool:
         """Whether other heads or other words could decide, and not heads of the same spectrum alone."""
-        return any(row["null"] != "frame" for row in self.testable)
+        return any(row.null != "frame" for row in self.testable)
 
     @property
-    def weakest(self) -> Mapping[str, Any] | None:
+    def weakest(self) -> NullTest | None:
         """The testable row that is least significant; one that cannot be, where none can."""
-        return max(self.testable, key=lambda row: row["q"], default=next(iter(self.primary), None))
+        return max(self.testable, key=lambda row: row.q, default=next(iter(self.primary), None))
 
     @property
-    def placed(self) -> Mapping[str, Any] | None:
+    def placed(self) -> NullTest | None:
         """The row that says where the heads stand within their own layers, whether it counts or not."""
-        return next((row for row in self.rows if row["primary"] and row["null"] == "layer"), None)
+        return next((row for row in self.rows if row.primary and row.null == "layer"), None)
 
 
 def title(metric: str) -> str:
@@ -128,7 +130,7 @@ def title(metric: str) -> str:
 def judge(
     subject: Subject,
     predicted: Sequence[Predicted],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[NullTest],
     reason: str | None,
     patterns: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def judge(
     verdict, why = _decide(subject, predicted, evidence, reason, untested)
     flags = _flags(verdict, evidence)
     weakest, placed = evidence.weakest, evidence.placed
-    valued = placed or next((row for row in rows if row["primary"]), None)
+    valued = placed or next((row for row in rows if row.primary), None)
     return {
         "kind": subject.kind,
         "role": subject.role,
@@ -159,15 +161,15 @@ def judge(
         "verdict": verdict,
         "primary": _metric(subject, predicted),
         "prediction": predicted[0].config.direction.value if predicted else None,
-        "value": valued["value"] if valued else None,
-        **{key: placed[key] if placed else None for key in ("percentile", "effect", "ci_low", "ci_high")},
-        "p": weakest["p"] if weakest else None,
-        "q": weakest["q"] if weakest else None,
-        "min_q": weakest["min_q"] if weakest else None,
-        "q_opposite": min((row["q_opposite"] for row in evidence.testable), default=None),
-        "nulls": ", ".join(row["null"] for row in evidence.testable),
-        "held": ", ".join(row["null"] for row in evidence.held),
-        "opposed": ", ".join(row["null"] for row in evidence.opposed),
+        "value": valued.value if valued else None,
+        **{key: getattr(placed, key, None) for key in ("percentile", "effect", "ci_low", "ci_high")},
+        "p": weakest.p if weakest else None,
+        "q": weakest.q if weakest else None,
+        "min_q": weakest.min_q if weakest else None,
+        "q_opposite": min((row.q_opposite for row in evidence.testable), default=None),
+        "nulls": ", ".join(row.null for row in evidence.testable),
+        "held": ", ".join(row.null for row in evidence.held),
+        "opposed": ", ".join(row.null for row in evidence.opposed),
         "flags": " ".join(flags),
         "reason": why,
         **(patterns or {}),
@@ -178,9 +180,9 @@ def judge(
 
 def _flags(verdict: str, evidence: Evidence) -> list[str]:
     flags = ["mixed"] if verdict == "partial" and evidence.any_opposite else []
-    if verdict == "partial" and {row["null"] for row in evidence.held} == {"frame"}:
+    if verdict == "partial" and {row.null for row in evidence.held} == {"frame"}:
         flags.append("consistent")
-    if verdict == "contradicted" and {row["null"] for row in evidence.opposed} == {"frame"}:
+    if verdict == "contradicted" and {row.null for row in evidence.opposed} == {"frame"}:
         flags.append(FRAME_ONLY)
     return flags
 
@@ -202,10 +204,10 @@ def _decide(
         whole = f"{predicted[0].config.metric} is tested for the role as a whole"
         return "untestable", reason or (whole if composes else "the primary metric has no value for it")
     if not evidence.testable:
-        best = min(evidence.primary, key=lambda row: row["min_p"])
+        best = min(evidence.primary, key=lambda row: row.min_p)
         return "untestable", f"no null can reach p <= {ALPHA}: {_too_few(best)}"
     if evidence.opposed and not evidence.held:
-        against = ", ".join(f"q = {row['q_opposite']:.2g} under {row['null']}" for row in evidence.opposed)
+        against = ", ".join(f"q = {row.q_opposite:.2g} under {row.null}" for row in evidence.opposed)
         return "contradicted", "; ".join(filter(None, (f"significant the other way: {against}", untested)))
     every_null_held = len(evidence.held) == len(evidence.testable)
     if every_null_held and evidence.has_peers and not evidence.any_opposite:
@@ -218,44 +220,44 @@ def _untested(subject: Subject, predicted: Predicted, evidence: Evidence) -> str
     """Which nulls that count could not decide: `token_pairs`, which not every variable has, is not missed."""
     small: dict[str, list[str]] = {}
     for row in evidence.primary:
-        if not row["testable"]:
-            small.setdefault(_too_few(row), []).append(row["null"])
+        if not row.testable:
+            small.setdefault(_too_few(row), []).append(row.null)
     found = [f"not tested under {', '.join(nulls)}: {why}" for why, nulls in small.items()]
-    there = {"token_pairs", *(row["null"] for row in evidence.primary)}
+    there = {"token_pairs", *(row.null for row in evidence.primary)}
     missing = [null for null in counting(predicted.config.metric, subject.head is None) if null not in there]
     return "; ".join([*found, *([f"not tested under {', '.join(missing)}: none can be had for it"] if missing else [])])
 
 
-def _too_few(row: Mapping[str, Any]) -> str:
+def _too_few(row: NullTest) -> str:
     """How small a p the null could have reached for it."""
-    return f"the smallest p with {_sizes(row)} is {row['min_p']:.3g}"
+    return f"the smallest p with {_sizes(row)} is {row.min_p:.3g}"
 
 
-def _powerless(testable: Sequence[Mapping[str, Any]]) -> str:
+def _powerless(testable: Sequence[NullTest]) -> str:
     """Say which nulls could not have been significant for it alone, whatever its value."""
-    least = [f"q = {row['min_q']:.2g} under {row['null']}" for row in testable if _could_not(row)]
+    least = [f"q = {row.min_q:.2g} under {row.null}" for row in testable if _could_not(row)]
     return f"on its own it cannot get below {', '.join(least)}, whatever its value" if least else ""
 
 
-def _could_not(row: Mapping[str, Any]) -> bool:
-    return bool(row["q"] >= ALPHA and row["min_q"] >= ALPHA)
+def _could_not(row: NullTest) -> bool:
+    return bool(row.q >= ALPHA and row.min_q >= ALPHA)
 
 
-def _sizes(row: Mapping[str, Any]) -> str:
-    if row["null"] not in ("layer", "depth"):
-        return f"{row['n_others']} draws"
-    heads = "1 claimed head" if row["n_heads"] == 1 else f"{row['n_heads']} claimed heads"
-    among, n = f"{heads} among {row['n_others']} others", row["n_null"]
-    if row["null"] == "layer":  # of n labelings
-        return f"{among} (the best labelings tie)" if row["min_p"] * n > 1.5 else among
-    return f"{among} (in {n} KV groups)" if n < row["n_others"] else among
+def _sizes(row: NullTest) -> str:
+    if row.null not in ("layer", "depth"):
+        return f"{row.n_others} draws"
+    heads = "1 claimed head" if row.n_heads == 1 else f"{row.n_heads} claimed heads"
+    among, n = f"{heads} among {row.n_others} others", row.n_null
+    if row.null == "layer":  # of n labelings
+        return f"{among} (the best labelings tie)" if row.min_p * n > 1.5 else among
+    return f"{among} (in {n} KV groups)" if n < row.n_others else among
 
 
 def _statement(
     verdict: str,
     subject: Subject,
     predicted: Sequence[Predicted],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[NullTest],
     flags: Sequence[str],
     why: str,
     untested: str,
@@ -273,21 +275,21 @@ def _statement(
     return means.format(claim=claim) + (f" It is {untested}." if untested else "")
 
 
-def _part(row: Mapping[str, Any]) -> str:
+def _part(row: NullTest) -> str:
     """How the primary came out under one null: what is not significant is not said to be otherwise."""
-    direction = row["prediction"]
-    if row["q"] < ALPHA:
-        how, q = direction, row["q"]
-    elif row["q_opposite"] < ALPHA:
-        how, q = f"not {direction} but {'low' if direction == 'high' else 'high'}", row["q_opposite"]
+    direction = row.prediction
+    if row.q < ALPHA:
+        how, q = direction, row.q
+    elif row.q_opposite < ALPHA:
+        how, q = f"not {direction} but {'low' if direction == 'high' else 'high'}", row.q_opposite
     else:
-        how, q = f"not significantly {direction}", row["q"]
+        how, q = f"not significantly {direction}", row.q
     facts = [f"q = {q:.2g}"]
-    if _could_not(row) and row["q_opposite"] >= ALPHA:
-        facts.append(f"alone it could not be below {row['min_q']:.2g}")
+    if _could_not(row) and row.q_opposite >= ALPHA:
+        facts.append(f"alone it could not be below {row.min_q:.2g}")
     # Of a role under `layer` the effect is over pairs of a claimed head and another of its layer.
-    beyond = f"AUC within layers {row['effect']:.2f}" if row["null"] == "layer" else f"beyond {_share(row['effect'])}"
-    return f"{how} against {AGAINST[row['null']]} ({', '.join([*facts, beyond])})"
+    beyond = f"AUC within layers {row.effect:.2f}" if row.null == "layer" else f"beyond {_share(row.effect)}"
+    return f"{how} against {AGAINST[row.null]} ({', '.join([*facts, beyond])})"
 
 
 def _share(effect: float) -> str:
