@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from ovqk.circuits.composition import STRONGEST, composition_table, virtual_heads_table
 from ovqk.config.schema import Config
 from ovqk.memory import FreedMemory
-from ovqk.metrics import COMPOSITION_METRICS, METRICS, metric_names
+from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, metric_names
 from ovqk.records.record import Analysis
 from ovqk.structure.cache import Entry, StructureCache
 from ovqk.structure.model import Layer, Model
@@ -117,7 +117,7 @@ class JudgedTables:
     def tables(self, made: Tables) -> Tables:
         """`tests`, `nulls` and `verdicts` of claims, or `candidates`; and what `composition_tables` makes."""
         started, found = time.perf_counter(), Tables()
-        by_head = {name: _grid(self.tests.model, made["heads"], name) for name in METRICS}
+        by_head = {name: _grid(self.tests.model, made["heads"], name) for name in HEAD_METRICS}
         if self.claimed:
             found |= judge_claims(self.tests, by_head)
         else:

@@ -1,13 +1,14 @@
-"""The registry of per-head metrics: what each column of heads.parquet is called, means and may be.
+"""The registry of metrics, of heads and of pairs of heads: the name, meaning and range of each, and its nulls.
 
-A leaf: it names metrics and computes none, so tables, messages and plots can label themselves.
+It computes nothing. Whatever the rest of ovqk must know about a metric is a field of `Metric`, so that a new metric is a
+row here and a function that computes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from ovqk.config.schema import Circuit
+from ovqk.config.schema import Circuit, VariableKind
 
 SCHEMA_VERSION = 7
 """Bumped when a number may change: cells of another version are computed again."""
@@ -15,26 +16,48 @@ SCHEMA_VERSION = 7
 NOT_APPLICABLE = "not applicable: "
 """Begins the reasons that lie in the kind of model or task, and not in something that is missing."""
 
-Needs = Literal["weights", "embedding", "unembedding", "task", "learned", "rotary", "positions", "composition"]
+Needs = Literal[
+    "weights",
+    "embedding",
+    "unembedding",
+    "block0",
+    "task",
+    "learned",
+    "rotary",
+    "positions",
+    "offsets",
+    "scale",
+    "pairs",
+]
+"""What must be there for a metric: among these a scale of the scores that no norm of queries and keys takes away, and
+enough positions for a fit by offset."""
+Of = Literal["head", "words", "subspace", "pair"]
+"""What a metric is of: a head's weights, a mean over a task's words, the subspace that they span, a pair of heads."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One column.
+    """One metric; unless it is of a pair, a column of heads.parquet.
 
     Attributes:
         name: the column's name.
-        circuit: whose circuit it describes.
-        title: a plot's or table's label.
+        circuit: the circuit that it describes; None for a pair.
+        title: the label in plots and tables.
         formula: as in the definitions.
-        low, high: the range; None where unbounded.
-        source: where it comes from.
+        low, high: the range; None if there is no bound.
+        source: the publication that it comes from.
         needs: what must be there for it to be computed.
-        chance: its value for a head with nothing to do with the task, where it has one.
+        chance: its value for a head that has nothing to do with the task; None if there is no such value.
+        of: what it is of.
+        variable: the kind of variable that it is for; None for any kind.
+        reads: an OV metric of what the head reads, and not of what it writes.
+        full_circuit: the trace ratio of a full circuit, from tokens to tokens.
+        other_words: whether a null of other words counts for it or is only reported; None if there is no such null.
+        in_top: if it ranks a word's own logit in the whole vocabulary, the sign that W_OV is taken with; else 0.
     """
 
     name: str
-    circuit: Circuit
+    circuit: Circuit | None
     title: str
     formula: str
     low: float | None
@@ -42,6 +65,31 @@ class Metric:
     source: str
     needs: frozenset[Needs]
     chance: float | None = None
+    of: Of = "head"
+    variable: VariableKind | None = None
+    reads: bool = False
+    full_circuit: bool = False
+    other_words: Literal["counts", "reported"] | None = None
+    in_top: Literal[-1, 0, 1] = 0
+
+    @property
+    def is_readout(self) -> bool:
+        """Whether it is read from a task's words."""
+        return "task" in self.needs
+
+    @property
+    def of_scores(self) -> bool:
+        """Whether it is of attention scores between words, as they are after a norm of queries and keys."""
+        return self.of == "words" and self.circuit == "qk"
+
+    @property
+    def has_surrogates(self) -> bool:
+        """Whether random heads of the same singular values have it: the null `frame`."""
+        return self.of in ("words", "subspace") or self.full_circuit
+
+
+SCALES = ("frobenius_norm", "spectral_norm")
+"""Spectral metrics of the scale of the weights, which does not reach the scores of normalised queries and keys."""
 
 
 def _spectral(circuit: Circuit) -> list[Metric]:
@@ -85,7 +133,7 @@ def _spectral(circuit: Circuit) -> list[Metric]:
             low=low,
             high=high,
             source=source,
-            needs=frozenset({"weights"}),
+            needs=frozenset({"weights", "scale"} if circuit == "qk" and name in SCALES else {"weights"}),
         )
         for name, title, formula, low, high, source in rows
     ]
@@ -100,9 +148,25 @@ def _metric(
     needs: set[Needs],
     chance: float | None = None,
     source: str = "",
+    **more: Any,
 ) -> Metric:
     circuit: Circuit = "ov" if name.startswith("ov_") else "qk"
-    return Metric(name, circuit, title, formula, low, high, source, frozenset(needs), chance)
+    return Metric(name, circuit, title, formula, low, high, source, frozenset(needs), chance, **more)
+
+
+def _words(*row: Any, other_words: Literal["reported"] | None = "reported", **more: Any) -> Metric:
+    """Return a metric that is a mean over the words of a set."""
+    return _metric(*row, of="words", variable=VariableKind.set, other_words=other_words, **more)
+
+
+def _subspace(*row: Any, **more: Any) -> Metric:
+    """Return a metric of the subspace that the words of a variable span: other words decide about it too."""
+    return _metric(*row, of="subspace", other_words="counts", **more)
+
+
+def _pair(name: str, title: str, formula: str, low: float) -> Metric:
+    needs: frozenset[Needs] = frozenset({"pairs", "embedding"} if name == "k_composed_matching" else {"pairs"})
+    return Metric(name, None, title, formula, low, 1.0, "Elhage et al. 2021", needs, of="pair")
 
 
 def _shares() -> list[Metric]:
@@ -134,43 +198,55 @@ def _shares() -> list[Metric]:
 
 
 _METRICS = [
-    _metric("ov_copying", "OV copying", "sum lambda / sum |lambda| of W_E W_OV W_U", -1.0, 1.0, {"unembedding"}, None, "Elhage et al. 2021"),
-    _metric("ov_copying_block0", "OV copying, block 0 embeddings", "the same of E W_OV W_U, E the block0 embeddings, layers >= 1", -1.0, 1.0, {"unembedding"}),
+    _metric("ov_copying", "OV copying", "sum lambda / sum |lambda| of W_E W_OV W_U", -1.0, 1.0, {"unembedding"}, None, "Elhage et al. 2021", full_circuit=True),
+    _metric("ov_copying_block0", "OV copying, block 0 embeddings", "the same of E W_OV W_U, E the block0 embeddings, layers >= 1", -1.0, 1.0, {"unembedding", "block0"}, full_circuit=True),
     *_spectral("ov"),
-    _metric("qk_matching", "QK matching", "sum lambda / sum |lambda| of W_E W_QK W_E^T", -1.0, 1.0, {"embedding"}, None, "Elhage et al. 2021"),
-    _metric("qk_matching_block0", "QK matching, block 0 embeddings", "the same with block0 embeddings, layers >= 1", -1.0, 1.0, {"embedding"}),
+    _metric("qk_matching", "QK matching", "sum lambda / sum |lambda| of W_E W_QK W_E^T", -1.0, 1.0, {"embedding"}, None, "Elhage et al. 2021", full_circuit=True),
+    _metric("qk_matching_block0", "QK matching, block 0 embeddings", "the same with block0 embeddings, layers >= 1", -1.0, 1.0, {"embedding", "block0"}, full_circuit=True),
     _metric("qk_symmetry_vocab", "QK symmetry between tokens", "tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G)", -1.0, 1.0, {"embedding"}),
     *_spectral("qk"),
     *_shares(),
     _metric("qk_positional_share", "QK positional share", "sum of the *_position shares (learned); position share (rotary)", 0.0, 1.0, {"embedding", "positions"}),
     _metric("qk_positional_share_normalised", "QK positional share, normalised rows", "position share of normalised rows", 0.0, 1.0, {"embedding", "rotary"}),
-    _metric("qk_offset_r2", "QK offset R^2", "adjusted R^2 of s_ij = a_i + f(i - j)", None, 1.0, {"learned"}),
-    _metric("qk_prev_auc", "QK previous-token AUC", "share of positions scored below the previous one", 0.0, 1.0, {"positions"}, 0.5),
-    _metric("ov_task_auc", "OV copying of task tokens", "mean_t share of u with L_tu < L_tt, L = e W_OV W_U, columns centred", 0.0, 1.0, {"unembedding", "task"}, 0.5),
-    _metric("ov_task_auc_raw", "OV copying of task tokens, uncentred", "the same, columns not centred", 0.0, 1.0, {"unembedding", "task"}, 0.5),
-    _metric("ov_task_copy", "OV copy score (top 5)", "share of t with its own logit in the top 5 under W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022"),
-    _metric("ov_task_suppress", "OV suppression score (top 5)", "share of t with its own logit in the top 5 under -W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022"),
-    _metric("ov_task_transfer", "OV transfer of the contrast", "a W_OV b^T / sigma_1", -1.0, 1.0, {"unembedding", "task"}, 0.0),
-    _metric("ov_task_read", "OV reading of the contrast", "d |a W_OV|^2 / |W_OV|_F^2", 0.0, None, {"embedding", "task"}, 1.0),
-    _metric("ov_read_alignment", "OV reading of the task subspace", "|P_r W_OV|_F^2 / |W_OV|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
-    _metric("ov_task_alignment", "OV writing of the task subspace", "|W_OV P_w|_F^2 / |W_OV|_F^2 / (r/d)", 0.0, None, {"unembedding", "task"}, 1.0),
-    _metric("ov_top_alignment", "OV top direction in the task subspace", "|P_w v_1|^2 / (r/d)", 0.0, None, {"unembedding", "task"}, 1.0),
-    _metric("qk_task_auc", "QK matching of task tokens", "mean_t share of u with L_tu < L_tt, L = e W_QK e^T, columns centred", 0.0, 1.0, {"embedding", "task"}, 0.5),
-    _metric("qk_task_auc_raw", "QK matching of task tokens, uncentred", "the same, columns not centred", 0.0, 1.0, {"embedding", "task"}, 0.5),
-    _metric("qk_task_auc_unembed", "QK matching of unembedding queries", "qk_task_auc with unembedding columns as queries", 0.0, 1.0, {"unembedding", "task"}, 0.5, "McDougall et al. 2023"),
-    _metric("qk_query_alignment", "QK query side in the task subspace", "|P_r W_QK|_F^2 / |W_QK|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
-    _metric("qk_key_alignment", "QK key side in the task subspace", "|W_QK P_r|_F^2 / |W_QK|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
-    _metric("qk_top_query_alignment", "QK top query direction in the task subspace", "|P_r u_1|^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
-    _metric("qk_top_key_alignment", "QK top key direction in the task subspace", "|P_r v_1|^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
+    _metric("qk_offset_r2", "QK offset R^2", "adjusted R^2 of s_ij = a_i + f(i - j)", None, 1.0, {"learned", "offsets"}),
+    _metric("qk_prev_auc", "QK previous-token AUC", "share of positions scored below the previous one", 0.0, 1.0, {"positions", "offsets"}, 0.5),
+    _words("ov_task_auc", "OV copying of task tokens", "mean_t share of u with L_tu < L_tt, L = e W_OV W_U, columns centred", 0.0, 1.0, {"unembedding", "task"}, 0.5),
+    _words("ov_task_auc_raw", "OV copying of task tokens, uncentred", "the same, columns not centred", 0.0, 1.0, {"unembedding", "task"}, 0.5),
+    _words("ov_task_copy", "OV copy score (top 5)", "share of t with its own logit in the top 5 under W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022", other_words=None, in_top=1),
+    _words("ov_task_suppress", "OV suppression score (top 5)", "share of t with its own logit in the top 5 under -W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022", other_words=None, in_top=-1),
+    _subspace("ov_task_transfer", "OV transfer of the contrast", "a W_OV b^T / sigma_1", -1.0, 1.0, {"unembedding", "task"}, 0.0, variable=VariableKind.contrast),
+    _subspace("ov_task_read", "OV reading of the contrast", "d |a W_OV|^2 / |W_OV|_F^2", 0.0, None, {"embedding", "task"}, 1.0, reads=True, variable=VariableKind.contrast),
+    _subspace("ov_read_alignment", "OV reading of the task subspace", "|P_r W_OV|_F^2 / |W_OV|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0, reads=True),
+    _subspace("ov_task_alignment", "OV writing of the task subspace", "|W_OV P_w|_F^2 / |W_OV|_F^2 / (r/d)", 0.0, None, {"unembedding", "task"}, 1.0),
+    _subspace("ov_top_alignment", "OV top direction in the task subspace", "|P_w v_1|^2 / (r/d)", 0.0, None, {"unembedding", "task"}, 1.0),
+    _words("qk_task_auc", "QK matching of task tokens", "mean_t share of u with L_tu < L_tt, L = e W_QK e^T, columns centred", 0.0, 1.0, {"embedding", "task"}, 0.5),
+    _words("qk_task_auc_raw", "QK matching of task tokens, uncentred", "the same, columns not centred", 0.0, 1.0, {"embedding", "task"}, 0.5),
+    _words("qk_task_auc_unembed", "QK matching of unembedding queries", "qk_task_auc with unembedding columns as queries", 0.0, 1.0, {"unembedding", "task"}, 0.5, "McDougall et al. 2023"),
+    _subspace("qk_query_alignment", "QK query side in the task subspace", "|P_r W_QK|_F^2 / |W_QK|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
+    _subspace("qk_key_alignment", "QK key side in the task subspace", "|W_QK P_r|_F^2 / |W_QK|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
+    _subspace("qk_top_query_alignment", "QK top query direction in the task subspace", "|P_r u_1|^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
+    _subspace("qk_top_key_alignment", "QK top key direction in the task subspace", "|P_r v_1|^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
+    _pair("q_composition", "Q-composition", "|W_OV(s) W_QK(r)| / (|W_OV(s)| |W_QK(r)|)", 0.0),
+    _pair("k_composition", "K-composition (percentile in the sender's layer)", "|W_OV(s) W_QK(r)^T| / (|W_OV(s)| |W_QK(r)|)", 0.0),
+    _pair("v_composition", "V-composition", "|W_OV(s) W_OV(r)| / (|W_OV(s)| |W_OV(r)|)", 0.0),
+    _pair("k_composed_matching", "K-composed matching", "sum lambda / sum |lambda| of token -> OV(s) -> keys of r", -1.0),
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
-"""Every per-head metric, in the order of the columns."""
+"""Every metric; those of a head in the order of the columns."""
 
-COMPOSITION_METRICS = ("q_composition", "k_composition", "v_composition", "k_composed_matching")
-"""Metrics of head pairs that a role may predict; not columns of heads.parquet."""
+
+def named(asked: Callable[[Metric], bool]) -> tuple[str, ...]:
+    """Return the names of the metrics for which this is true, in order."""
+    return tuple(name for name, metric in METRICS.items() if asked(metric))
+
+
+HEAD_METRICS = {name: METRICS[name] for name in named(lambda metric: metric.of != "pair")}
+"""Those of a head: the columns of heads.parquet."""
+COMPOSITION_METRICS = named(lambda metric: metric.of == "pair")
+"""Those of a pair of heads."""
 
 
 def metric_names(circuits: Sequence[str]) -> list[str]:
-    """The columns of these circuits, in order."""
+    """Return the columns of these circuits, in order."""
     return [name for name, metric in METRICS.items() if metric.circuit in circuits]

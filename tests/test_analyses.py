@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.config.schema import Config, Embedding, Processing, TaskConfig, VariableConfig, VariableKind
-from ovqk.metrics import METRICS
+from ovqk.metrics import HEAD_METRICS
 from ovqk.tasks.words import load_tokenizer, resolve_task
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import fold_layer, normalise
@@ -68,7 +68,7 @@ def run(path, task, *overrides, tokenizer=None):
 def check(name: str, found: np.ndarray, wanted: list[float]) -> None:
     wanted = np.array(wanted, dtype=float)
     assert np.isfinite(found).all(), f"{name}: {found}"
-    bounded = METRICS[name].high is not None and METRICS[name].high <= 1
+    bounded = HEAD_METRICS[name].high is not None and HEAD_METRICS[name].high <= 1
     tolerance = RATIO if bounded else SCALE * np.maximum(1, np.abs(wanted))
     assert (np.abs(found - wanted) <= tolerance).all(), f"{name}: {np.abs(found - wanted).max()}"
 
@@ -105,10 +105,11 @@ def test_every_column_matches_a_materialised_oracle(path, task, processing, requ
     checked |= _check_block0(source, n_tokens, heads)
     if cell.task.variables:
         checked |= _check_task(source, cell, tokenizer, n_tokens, heads)
-    computed = {name for name in METRICS if heads[name].notna().any()}
-    assert {name for name in METRICS if heads[name].isna().all()} == set(result.unavailable)
+    computed = {name for name in HEAD_METRICS if heads[name].notna().any()}
+    assert {name for name in HEAD_METRICS if heads[name].isna().all()} == set(result.unavailable)
     # position shares, offset fits and previous-token scores have their own brute force in test_positions.py
-    positional = {n for n in METRICS if "share" in n and not n.endswith("top_share")} | {"qk_offset_r2", "qk_prev_auc"}
+    positional = {name for name in HEAD_METRICS if "share" in name and not name.endswith("top_share")}
+    positional |= {"qk_offset_r2", "qk_prev_auc"}
     assert computed - positional == checked
 
 

@@ -8,7 +8,7 @@ from conftest import ROOT, compose
 
 from ovqk.config.schema import Source
 from ovqk.errors import UserError
-from ovqk.metrics import METRICS, metric_names
+from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, METRICS, metric_names
 
 MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
 TASKS = sorted(path.stem for path in (ROOT / "conf" / "task").glob("*.yaml"))
@@ -47,12 +47,38 @@ def test_every_sweep_composes_and_states_its_question_and_command(path) -> None:
     assert any("?" in line for line in comment) and any("python run.py" in line for line in comment)
 
 
-def test_metrics_carry_title_formula_and_range() -> None:
+def test_metrics_carry_title_formula_and_range_and_fields_that_agree() -> None:
     for metric in METRICS.values():
         assert metric.title and metric.formula and metric.needs
         assert metric.low is None or metric.high is None or metric.low < metric.high
-        assert metric.name.startswith(metric.circuit)
-    assert set(metric_names(["ov"])) | set(metric_names(["qk"])) == set(METRICS)
+        assert metric.circuit is None or metric.name.startswith(metric.circuit)
+        assert (metric.circuit is None) == (metric.of == "pair")
+        assert metric.is_readout == (metric.of in ("words", "subspace"))
+        assert metric.circuit == "ov" or not (metric.reads or metric.in_top)
+    assert set(metric_names(["ov"])) | set(metric_names(["qk"])) == set(HEAD_METRICS)
+    assert {*HEAD_METRICS, *COMPOSITION_METRICS} == set(METRICS)
+
+
+def asks_a_name(call: ast.AST) -> bool:
+    """Whether a call asks how a metric's name begins or ends."""
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+        return False
+    asks = {"startswith": str.startswith, "endswith": str.endswith}.get(call.func.attr)
+    if asks is None:
+        return False
+    parts = [part.value for part in ast.walk(call) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    written = ast.unparse(call)
+    return any(asks(name, part) for name in METRICS for part in parts) or "metric" in written or "circuit" in written
+
+
+def test_only_the_registry_tells_what_a_metric_is_from_its_name() -> None:
+    """What others must know of a metric is a field of `Metric`."""
+    handled = {"structure", "tasks", "verdicts", "analyse", "records", *READERS}
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())) if name.split(".")[0] in handled else ():
+            assert not asks_a_name(node), f"{name}: {ast.unparse(node)}"
+    seen = ["metric.endswith('_block0')", "name.startswith('qk_task_auc')", "name.startswith(maps.circuit)"]
+    assert all(asks_a_name(ast.parse(call, mode="eval").body) for call in seen)
 
 
 FOLDERS = [

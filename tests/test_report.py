@@ -20,7 +20,7 @@ from reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, pag
 from ovqk.cell import run_cell
 from ovqk.figures import models
 from ovqk.figures.choice import file_name, sweep_figures
-from ovqk.metrics import METRICS
+from ovqk.metrics import HEAD_METRICS
 from ovqk.records.cells import Cell, read_cells
 from ovqk.records.results import load_results
 from ovqk.report import page, thinning
@@ -61,7 +61,7 @@ def test_every_metric_of_every_head_is_on_the_page_at_four_digits(results, made)
     _, data = made
     for cell in data["cells"]:
         heads = pd.read_parquet(results / cell["folder"].replace("%22", '"') / "heads.parquet")
-        for metric in METRICS:
+        for metric in HEAD_METRICS:
             if metric in heads and heads[metric].notna().any():
                 shown = column(data, cell, metric)
                 for value, found in zip(heads[metric], shown, strict=True):
@@ -323,7 +323,7 @@ def large_tables(seed: int) -> dict[str, pd.DataFrame]:
     generator = np.random.default_rng(seed)
     layer, head = np.divmod(np.arange(n_layers * n_heads), n_heads)
     place = pd.DataFrame({"layer": layer, "head": head})
-    tables = {"heads": place.assign(**{name: generator.normal(size=len(place)) for name in METRICS})}
+    tables = {"heads": place.assign(**{name: generator.normal(size=len(place)) for name in HEAD_METRICS})}
     parts = []
     for circuit in ("ov", "qk"):
         for space in ("vocab", "residual"):

@@ -18,7 +18,7 @@ from ovqk.circuits import vocabulary
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.spectra import decompose, eigenvalues, full_circuit_singular_values, trace_ratio
 from ovqk.circuits.vocabulary import centred_gram, mean_row, read_vocabulary
-from ovqk.metrics import METRICS
+from ovqk.metrics import HEAD_METRICS
 from ovqk.weights import native
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import EmbeddingWeights, Norm, StoredRows, fold_embeddings
@@ -103,7 +103,7 @@ def test_a_cell_from_stored_embeddings_is_that_of_embeddings_in_memory(path, req
     source = open_weights(open_checkpoint(local(folder)), local(folder))
     assert isinstance(source.embeddings().W_E, StoredRows)
     lazy = run(folder, toy_task("set"), tokenizer=toy_tokenizer())[-1].tables
-    for name in METRICS:
+    for name in HEAD_METRICS:
         one, two = held["heads"][name].to_numpy(), lazy["heads"][name].to_numpy()
         assert np.allclose(one, two, rtol=1e-5, atol=1e-5, equal_nan=True), name
     assert held["directions"]["token_id"].equals(lazy["directions"]["token_id"])
@@ -118,7 +118,7 @@ def test_float32_keeps_ratios_and_scales_within_what_the_definitions_allow(path,
     monkeypatch.setattr(vocabulary, "LARGE", 0)
     rough = run(folder, toy_task("set"), tokenizer=toy_tokenizer())[-1].tables
     moved = False
-    for name, metric in METRICS.items():
+    for name, metric in HEAD_METRICS.items():
         one, two = exact["heads"][name].to_numpy(), rough["heads"][name].to_numpy()
         bounded = metric.high is not None and metric.high <= 1
         assert np.allclose(one, two, rtol=0 if bounded else SCALE, atol=RATIO, equal_nan=True), name

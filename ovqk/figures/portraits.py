@@ -22,7 +22,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from ovqk.figures import drawing
 from ovqk.figures.colours import spoken
 from ovqk.figures.drawing import INK, MUTED, legible, styled
-from ovqk.metrics import METRICS
+from ovqk.metrics import HEAD_METRICS, METRICS
 
 Tables = Mapping[str, pd.DataFrame | None]
 TABLES = ("heads", "spectra", "directions", "offsets", "composition", "tests", "nulls", "verdicts")
@@ -308,7 +308,7 @@ def _draw_strips(panels: Any, tables: Tables, groups: list[Strip]) -> None:
         drawing.null_strip(axes, rows, quantiles, unit, _bounds(metric, unit, rows, quantiles))
         if (first["role"], metric) not in said:
             kind = "primary" if first["primary"] else "exploratory" if first["exploratory"] else "secondary"
-            name = METRICS[metric].title if metric in METRICS else PAIRS.get(metric, metric)
+            name = PAIRS.get(metric) or METRICS[metric].title
             axes.set_title(
                 f"{name} {ARROWS[first['prediction']]}  ({spoken(first['role'])}, {kind})", color=INK, fontsize=13
             )
@@ -333,7 +333,7 @@ def _quantiles(nulls: pd.DataFrame | None, rows: pd.DataFrame) -> dict[int, dict
 def _bounds(
     metric: str, unit: str, rows: pd.DataFrame, quantiles: Mapping[int, Mapping[float, float]]
 ) -> tuple[float, float]:
-    facts = METRICS.get(metric)
+    facts = HEAD_METRICS.get(metric)
     if unit != "value":
         return 0.0, 1.0
     if facts is not None and facts.low is not None and facts.high is not None:

@@ -1,7 +1,7 @@
 """Why a metric has no value for any head of a model: said in the record, never filled in."""
 
 from ovqk.circuits.vocabulary import Block0, Vocabulary
-from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
+from ovqk.metrics import METRICS, NOT_APPLICABLE, Needs, metric_names
 from ovqk.weights.types import Architecture
 
 NO_EMBEDDING = "the checkpoint has no token embedding"
@@ -26,6 +26,10 @@ def unavailable_metrics(
         block0: the effective embedding of later layers, or why there is none.
         why_no_embedding: why there is no vocabulary, where there is none.
     """
+
+    def needing(need: Needs) -> list[str]:
+        return [name for name in metric_names(circuits) if need in METRICS[name].needs]
+
     no_embedding = why_no_embedding if vocabulary is None else None
     no_unembedding = no_embedding
     if vocabulary is not None and vocabulary.W_U_rows is None:
@@ -45,18 +49,18 @@ def unavailable_metrics(
         if found:
             reasons[name] = found[0]
     if architecture.qk_norm:
-        for name in sorted({"qk_frobenius_norm", "qk_spectral_norm"} & set(metric_names(circuits))):
+        for name in needing("scale"):
             reasons[name] = f"{NOT_APPLICABLE}queries and keys are normalised: no scale of the weights reaches a score"
     few = n_positions is not None and n_positions < MIN_POSITIONS
     if few:
         reasons |= dict.fromkeys(
-            {"qk_offset_r2", "qk_prev_auc"} & set(metric_names(circuits)),
+            needing("offsets"),
             f"{n_positions} positions are too few for a fit by offset",
         )
     if not architecture.causal:
-        for name in sorted({"qk_offset_r2", "qk_prev_auc"} & set(metric_names(circuits))):
+        for name in needing("offsets"):
             reasons.setdefault(name, "attention is not causal: keys follow queries too")
-    for name in sorted({"ov_copying_block0", "qk_matching_block0"} & set(metric_names(circuits))):
+    for name in needing("block0"):
         if isinstance(block0, str):
             reasons.setdefault(name, block0)
         elif architecture.n_layers == 1:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ovqk.config.schema import ClaimsConfig, ModelConfig, PredictionConfig, Source, TaskConfig
 from ovqk.errors import UserError
-from ovqk.metrics import COMPOSITION_METRICS, METRICS
+from ovqk.metrics import METRICS
 from ovqk.weights.types import Architecture
 
 Head = tuple[int, int]
@@ -135,13 +135,12 @@ def check_roles(task: TaskConfig) -> None:
     for role, config in task.roles.items():
         for prediction in config.predictions:
             for name in (prediction.metric, prediction.first_layer):
-                if name is not None and name not in METRICS and name not in COMPOSITION_METRICS:
+                if name is not None and name not in METRICS:
                     raise UserError(
-                        f"task.roles.{role}.predictions: unknown metric '{name}'; allowed: "
-                        f"{', '.join([*METRICS, *COMPOSITION_METRICS])}."
+                        f"task.roles.{role}.predictions: unknown metric '{name}'; allowed: {', '.join(METRICS)}."
                     )
             strangers = [partner for partner in prediction.partners if partner not in task.roles]
-            composes = prediction.metric in COMPOSITION_METRICS
+            composes = METRICS[prediction.metric].of == "pair"
             if strangers or composes != bool(prediction.partners):
                 raise UserError(
                     f"task.roles.{role}.predictions: {prediction.metric} has partners={list(prediction.partners)}; a "

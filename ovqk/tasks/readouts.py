@@ -19,36 +19,20 @@ from ovqk.circuits.maps import CircuitMaps
 from ovqk.circuits.vocabulary import BLOCK, Block0, Vocabulary, blocks
 from ovqk.config.schema import Embedding, VariableKind
 from ovqk.errors import UserError
+from ovqk.metrics import METRICS, named
 from ovqk.tasks.words import Variable, WordSet
 from ovqk.weights.types import Architecture, Rows, StoredRows, normalise
 
-SET_METRICS = (
-    "ov_task_auc",
-    "ov_task_auc_raw",
-    "ov_task_copy",
-    "ov_task_suppress",
-    "qk_task_auc",
-    "qk_task_auc_raw",
-    "qk_task_auc_unembed",
-)
+SET_METRICS = named(lambda metric: metric.of == "words")
 """Means over the source tokens of a `set` variable."""
-CONTRAST_METRICS = ("ov_task_transfer", "ov_task_read")
-SUBSPACE_METRICS = (
-    "ov_read_alignment",
-    "ov_task_alignment",
-    "ov_top_alignment",
-    "qk_query_alignment",
-    "qk_key_alignment",
-    "qk_top_query_alignment",
-    "qk_top_key_alignment",
-    *CONTRAST_METRICS,
-)
+CONTRAST_METRICS = named(lambda metric: metric.variable is VariableKind.contrast)
+SUBSPACE_METRICS = named(lambda metric: metric.of == "subspace")
 """Of the subspace that a variable's words span, on either side of a circuit."""
 
 WRITE = "write"
 """The kind of rows that words are on the write side: columns of W_U."""
 
-TOP_METRICS = {"ov_task_copy": 1, "ov_task_suppress": -1}
+TOP_METRICS = {name: METRICS[name].in_top for name in named(lambda metric: metric.in_top != 0)}
 """Metrics that rank a word's own logit in the whole vocabulary -> the sign that W_OV is taken with."""
 SCREEN = 4096
 """Tokens of an unembedding left in the checkpoint that are kept for the first comparisons of such a ranking."""
@@ -279,7 +263,7 @@ class Readout:
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head"]]:
         """The metrics of the subspaces that the variable's words span."""
-        mine = [name for name in SUBSPACE_METRICS if name.startswith(maps.circuit)]
+        mine = [name for name in SUBSPACE_METRICS if METRICS[name].circuit == maps.circuit]
         if not self.reads(layer) or (wanted is not None and not set(wanted) & set(mine)):
             return {}
         parts, basis = maps.decomposition, self.basis(layer)

@@ -127,7 +127,7 @@ def read_words(model: Model, n_tokens: int | None) -> TaskTokens:
 def unavailable_on(model: Model, readout: Readout | None) -> dict[str, str]:
     """Return metric -> reason, for the metrics that no head of this model can have on this task."""
     task, facts, circuits = model.config.task, model.architecture, list(model.circuits)
-    reasons, of_tasks = dict(model.unavailable), [n for n in metric_names(circuits) if "task" in METRICS[n].needs]
+    reasons, of_tasks = dict(model.unavailable), [n for n in metric_names(circuits) if METRICS[n].is_readout]
     if readout is None:
         why = "no word is read" if task.variables else f"{NOT_APPLICABLE}task {task.name} has no words"
         for name in of_tasks:

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ovqk.config.schema import TaskConfig
-from ovqk.metrics import COMPOSITION_METRICS, METRICS
+from ovqk.config.schema import CIRCUITS, TaskConfig
+from ovqk.metrics import METRICS
 from ovqk.tasks.claims import Claims, Head
 from ovqk.tasks.readouts import SUBSPACE_METRICS
 from ovqk.verdicts.claim_tests import ClaimTests
@@ -153,7 +153,7 @@ def _note(tests: ClaimTests, role: str, primary: Predicted, ranking: Ranking | N
 
 def composes(predicted: Predicted) -> bool:
     """Whether the prediction is about pairs of heads."""
-    return predicted.config.metric in COMPOSITION_METRICS
+    return METRICS[predicted.config.metric].of == "pair"
 
 
 def spoken(role: str) -> str:
@@ -186,8 +186,9 @@ def _under_words(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> WordValu
         own = {p.config.metric for p in ranking.predictions if p.config.metric in SUBSPACE_METRICS and decides(p)}
         metrics |= own
         heads |= set(ranking.strongest) if own else set()
-    for circuit in {METRICS[metric].circuit for metric in metrics}:
-        tests.read_maps(heads, circuit)
+    for circuit in CIRCUITS:
+        if any(METRICS[metric].circuit == circuit for metric in metrics):
+            tests.read_maps(heads, circuit)
     return [drawn for _, drawn in tests.word_draws(heads, metrics)] if metrics else []
 
 

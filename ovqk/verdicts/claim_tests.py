@@ -26,8 +26,6 @@ from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import Variable
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import (
-    FRAME_METRICS,
-    TOKEN_METRICS,
     Predicted,
     correct,
     ensemble_row,
@@ -119,8 +117,8 @@ class ClaimTests:
         if "qk" in self.model.circuits:
             sigma = layer.maps("qk", self.model.folds).sigma
             self.second |= {(layer.index, head): float(sigma[head, 1:2].sum() / sigma[head, 0]) for head in here}
-        for metric in self.wanted & set(FRAME_METRICS):
-            if METRICS[metric].circuit in self.model.circuits:
+        for metric in self.wanted:
+            if METRICS[metric].has_surrogates and METRICS[metric].circuit in self.model.circuits:
                 form = self.forms[metric, layer.index] = form_of(metric, layer)
                 self.sigma[layer.index, form] = layer.maps(form.circuit, form.folded, form.offsets).sigma
         if self.composes and len(self.model.circuits) == 2:
@@ -129,8 +127,8 @@ class ClaimTests:
         if not here:
             return
         for circuit in self.model.circuits:
-            wanted = {name for name in self.wanted - set(COMPOSITION_METRICS) if METRICS[name].circuit == circuit}
-            if not any("task" in METRICS[name].needs for name in wanted):
+            wanted = {name for name in self.wanted if METRICS[name].circuit == circuit}
+            if not any(METRICS[name].is_readout for name in wanted):
                 continue
             maps = self.task.maps(layer, circuit)
             if maps is None or self.task.readout is None:
@@ -264,8 +262,11 @@ class ClaimTests:
 
     def can_frame(self, metric: str) -> bool:
         """Whether a surrogate of this spectrum has the metric: not where queries and keys are normalised."""
-        normalised = self.model.architecture.qk_norm and metric.startswith("qk_task_auc")
-        return metric in FRAME_METRICS and not normalised
+        return METRICS[metric].has_surrogates and not self._renormalised(metric)
+
+    def _renormalised(self, metric: str) -> bool:
+        """Whether the metric is of scores after a norm of queries and keys, which surrogates lack."""
+        return self.model.architecture.qk_norm and METRICS[metric].of_scores
 
     def frame(self, head: Head, metric: str) -> FrameDraws:
         """The draws of the head's surrogates in the form that this metric is of."""
@@ -301,8 +302,8 @@ class ClaimTests:
             (prediction, [head for head in self.claims.roles[role] if not np.isnan(prediction.values[head])])
             for role, predictions in predicted.items()
             for prediction in predictions
-            if prediction.config.metric in (*TOKEN_METRICS, *SUBSPACE_METRICS)
-            and not (self.model.architecture.qk_norm and prediction.config.metric.startswith("qk_task_auc"))
+            if METRICS[prediction.config.metric].other_words is not None
+            and not self._renormalised(prediction.config.metric)
         ]
         asked = [(prediction, heads) for prediction, heads in asked if heads]
         if not asked:
@@ -400,9 +401,11 @@ def _ensemble_rows(
 def form_of(metric: str, layer: Layer) -> Form:
     """Return the form of the weights that this metric is of in this layer."""
     model = layer.model
-    circuit, is_readout = METRICS[metric].circuit, "task" in METRICS[metric].needs
-    folded = model.source.foldable and (is_readout or metric.endswith("_block0") or model.folds)
-    return Form(circuit, folded, layer.span if is_readout and circuit == "qk" else (0,))
+    facts = METRICS[metric]
+    if facts.circuit is None:
+        raise ValueError(f"{metric} is of a pair of heads")
+    folded = model.source.foldable and (facts.is_readout or "block0" in facts.needs or model.folds)
+    return Form(facts.circuit, folded, layer.span if facts.is_readout and facts.circuit == "qk" else (0,))
 
 
 def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:

@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovqk.config.schema import Direction, PredictionConfig
-from ovqk.metrics import COMPOSITION_METRICS
+from ovqk.metrics import METRICS
 from ovqk.tasks.claims import Claims, Head
-from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.statistics import (
     QUANTILES,
@@ -39,12 +38,6 @@ from ovqk.weights.types import Architecture
 
 DEPTH = 2  # layers on either side
 DEPTH_MIN_HEADS = 4  # unclaimed heads of a layer, for a median and a MAD that mean something
-FRAME_METRICS = (
-    *SET_METRICS, *SUBSPACE_METRICS, "ov_copying", "ov_copying_block0", "qk_matching", "qk_matching_block0"
-)  # fmt: skip
-TOKEN_METRICS = tuple(name for name in SET_METRICS if name not in ("ov_task_copy", "ov_task_suppress"))
-"""Of a set's tokens, under other tokens: reported, never counted. Not those that rank a logit in the whole vocabulary:
-that would cost more than everything else together."""
 Values = Mapping[str, NDArray[np.float64]]
 """Metric -> [layer, head], nan where it has no value."""
 Resamples = Mapping[str, NDArray[np.float64]]
@@ -59,11 +52,11 @@ def counting(metric: str, is_role: bool) -> tuple[str, ...]:
     `layer` alone, for the role as a whole.
     """
     peers = "layer" if is_role else "depth"
-    if metric in COMPOSITION_METRICS:
+    facts = METRICS[metric]
+    if facts.of == "pair":
         return (peers,) if is_role else ()
-    if metric in SUBSPACE_METRICS:
-        return (peers, "frame", "token", "token_pairs")
-    return (peers, "frame") if metric in FRAME_METRICS else (peers,)
+    words = ("token", "token_pairs") if facts.other_words == "counts" else ()
+    return (peers, *(("frame",) if facts.has_surrogates else ()), *words)
 
 
 @dataclass(frozen=True)
@@ -227,7 +220,7 @@ def head_rows(
         )
         mean, sd = float(plain.mean()), float(plain.std())
         rows.append(replace(row, null_mean=mean, null_sd=sd, ci_low=effect.low, ci_high=effect.high))
-    composes = predicted.config.metric in COMPOSITION_METRICS
+    composes = METRICS[predicted.config.metric].of == "pair"
     near = None if composes else depth_reference(signed, head, barred, groups)
     if near is not None:
         found = near.counts()

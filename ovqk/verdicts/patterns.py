@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ovqk.metrics import METRICS
+from ovqk.config.schema import CIRCUITS
+from ovqk.metrics import HEAD_METRICS, METRICS
 from ovqk.tasks.claims import Head
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import Values
@@ -41,7 +42,7 @@ def head_patterns(
         rows: the tests of it.
     """
     held = _holding(rows)
-    ov, qk = (any(name.startswith(c) and not held[name] for name in held) for c in ("ov", "qk"))  # without reserve
+    ov, qk = (any(METRICS[name].circuit == c and not held[name] for name in held) for c in CIRCUITS)  # without reserve
     rank, spread = (float(values[name][head]) for name in ("qk_rank90", "ov_effective_rank_energy"))
     least = iid_effective_rank(*shape) if math.isfinite(spread) else math.nan
     evidence = []
@@ -63,7 +64,7 @@ def head_patterns(
 def _holding(rows: Sequence[NullTest]) -> dict[str, str]:
     """Metric -> with what reserve (mostly none), of the predictions that hold under every null that could decide."""
     found: dict[str, str] = {}
-    for metric in dict.fromkeys(row.metric for row in rows if row.metric in METRICS):
+    for metric in dict.fromkeys(row.metric for row in rows if row.metric in HEAD_METRICS):
         mine = [row for row in rows if row.metric == metric and row.testable]
         exploratory = all(row.exploratory for row in mine)
         deciding = [row for row in mine if row.counts or (exploratory and row.null in ("depth", "frame"))]

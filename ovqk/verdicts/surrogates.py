@@ -23,6 +23,7 @@ from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
 from ovqk.circuits.threads import CPU, each
 from ovqk.circuits.vocabulary import EXACT, FullCircuit, Gram, blocks
 from ovqk.config.schema import Circuit, VariableKind
+from ovqk.metrics import METRICS, named
 from ovqk.structure.model import Model
 from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
 from ovqk.tasks.task_readout import TaskReadout
@@ -34,7 +35,6 @@ CHUNK_ELEMENTS = 2**23  # of one side's frames held at a time (64 MB in float64)
 PART_ELEMENTS = 2**20  # of one side's frames in one thread at a time: enough that Python takes little of the time
 ATTEMPTS = 200  # at drawing a set of different matched words
 HALVES, PAIRS = "token", "token_pairs"
-FULL_CIRCUIT_METRICS: dict[Circuit, str] = {"ov": "ov_copying", "qk": "qk_matching"}
 
 
 # --- heads ---------------------------------------------------------------------------------------------------
@@ -316,11 +316,14 @@ def full_circuits(model: Model, wanted: set[str]) -> dict[str, FullCircuit]:
     A metric is left out if the model has none: `ov_copying_block0` of a single layer, say.
     """
     plain, found = model.spectral_vocabulary, dict[str, FullCircuit | None]()
-    for circuit, name in FULL_CIRCUIT_METRICS.items():
-        if name in wanted and plain is not None:
+    for name in named(lambda metric: metric.full_circuit):
+        circuit = METRICS[name].circuit
+        if name not in wanted or circuit is None:
+            continue
+        if "block0" in METRICS[name].needs:
+            found[name] = model.block0_circuit(circuit)
+        elif plain is not None:
             found[name] = plain.full_circuit(circuit)
-        if f"{name}_block0" in wanted:
-            found[f"{name}_block0"] = model.block0_circuit(circuit)
     return {name: full for name, full in found.items() if full is not None}
 
 

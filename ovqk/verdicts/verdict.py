@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ovqk.metrics import COMPOSITION_METRICS, METRICS
+from ovqk.metrics import METRICS
 from ovqk.tasks.claims import Claims, Head
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import Predicted, counting
@@ -49,12 +49,6 @@ AGAINST = {
     "frame": "heads of the same singular values between random frames",
     "token": "other words",
     "token_pairs": "random pairs of other words",
-}
-PAIRS = {
-    "q_composition": "Q-composition",
-    "k_composition": "K-composition (percentile in the sender's layer)",
-    "v_composition": "V-composition",
-    "k_composed_matching": "K-composed matching",
 }
 
 
@@ -120,11 +114,6 @@ class Evidence:
     def placed(self) -> NullTest | None:
         """The row that says where the heads stand within their own layers, whether it counts or not."""
         return next((row for row in self.rows if row.primary and row.null == "layer"), None)
-
-
-def title(metric: str) -> str:
-    """What a person reads for a metric of heads or of pairs of heads."""
-    return PAIRS[metric] if metric in COMPOSITION_METRICS else METRICS[metric].title
 
 
 def judge(
@@ -200,7 +189,7 @@ def _decide(
     if not predicted:
         return "out_of_scope", "the role predicts nothing of the weights"
     if not evidence.primary:
-        composes = subject.head is not None and predicted[0].config.metric in COMPOSITION_METRICS
+        composes = subject.head is not None and METRICS[predicted[0].config.metric].of == "pair"
         whole = f"{predicted[0].config.metric} is tested for the role as a whole"
         return "untestable", reason or (whole if composes else "the primary metric has no value for it")
     if not evidence.testable:
@@ -266,7 +255,7 @@ def _statement(
     metric = _metric(subject, predicted)
     if verdict not in MEANS or not rows or metric is None:
         return f"Nothing: {why}."
-    claim = f"{title(metric)} is " + ", and ".join(_part(row) for row in rows)
+    claim = f"{METRICS[metric].title} is " + ", and ".join(_part(row) for row in rows)
     means = MEANS[verdict]
     if "consistent" in flags:
         means = CONSISTENT
@@ -302,8 +291,8 @@ def _share(effect: float) -> str:
 def _limits(verdict: str, predicted: Sequence[Predicted]) -> str:
     if verdict in ("untestable", "out_of_scope"):
         return ""
-    metric = predicted[0].config.metric
-    writes = metric.startswith("ov_") and metric not in ("ov_task_read", "ov_read_alignment")
+    metric = METRICS[predicted[0].config.metric]
+    writes = metric.circuit == "ov" and not metric.reads
     return NOT_ESTABLISHED + (NOT_INDEPENDENT if writes else "")
 
 
