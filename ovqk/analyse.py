@@ -46,12 +46,12 @@ def analyse(
 
     Args:
         source: the model's raw weights.
-        tokenizer: its tokenizer, where it has one.
-        n_tokens: the number of real tokens, where the tokenizer tells.
+        tokenizer: its tokenizer, if it has one.
+        n_tokens: the number of real tokens, if the tokenizer tells.
         label: how messages name the model.
         config: the resolved cell.
         layers: counts off the layers, and may show how far it is.
-        cache: where what depends on no task is kept for other cells; None computes it anew.
+        cache: keeps the tables that depend on no task for other cells; None computes them anew.
 
     Raises:
         UserError: the task cannot be read on this model: its words, its claims.
@@ -93,7 +93,7 @@ def analyse(
 
 
 class JudgedTables:
-    """The stage that tests the claims, or ranks candidates where nothing is claimed, and composes pairs of heads.
+    """The stage that tests the claims, or ranks candidates if nothing is claimed, and composes pairs of heads.
 
     Attributes:
         seconds: the time that its tables took, composition aside.
@@ -115,7 +115,7 @@ class JudgedTables:
         self.tests.visit(layer)
 
     def tables(self, made: Tables) -> Tables:
-        """`tests`, `nulls` and `verdicts` of claims, or `candidates`; and what `composition_tables` makes."""
+        """Return `tests`, `nulls` and `verdicts` of claims, or `candidates`; and the tables of `composition_tables`."""
         started, found = time.perf_counter(), Tables()
         by_head = {name: _grid(self.tests.model, made["heads"], name) for name in HEAD_METRICS}
         if self.claimed:
@@ -128,7 +128,7 @@ class JudgedTables:
 
 
 def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> dict[str, pd.DataFrame]:
-    """tests.parquet, nulls.parquet and verdicts.parquet."""
+    """Test the claims and judge them: tests.parquet, nulls.parquet and verdicts.parquet."""
     model, claims = tests.model, tests.claims
     predicted = tests.predicted(values)
     rows = tests.rows(predicted)
@@ -142,13 +142,13 @@ def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> d
             patterns = head_patterns(values, subject.head, shape, tests.second.get(subject.head, math.nan), about)
         verdicts.append(judge(subject, predicted[subject.role], about, reason, patterns))
     table = pd.DataFrame(verdicts)
-    for name in set(PATTERNS) & set(table):  # where none is known the column is empty, and not of numbers
+    for name in set(PATTERNS) & set(table):  # a column without any value is empty, and not of numbers
         table[name] = table[name].astype(object).where(table[name].notna(), None)
     return {"tests": tests_table(rows), "nulls": nulls_table(rows), "verdicts": table}
 
 
 def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFrame]:
-    """composition.parquet: the pairs that the claims name, or the strongest of all, and then virtual_heads.parquet."""
+    """Make composition.parquet of the claims' pairs, or of the strongest of all; then virtual_heads.parquet too."""
     if not tests.layers:
         return {}
     grams, every = matching_grams(model), model.config.analysis.pairs
@@ -202,7 +202,7 @@ def _describe(claims: Claims | str) -> dict[str, Any]:
 
 
 def summarise(task: TaskReadout, tables: dict[str, pd.DataFrame]) -> dict[str, float | int]:
-    """Flat scalars: sizes, means over heads, verdict counts, each role's effect and p."""
+    """Return flat scalars: sizes, means over heads, verdict counts, each role's effect and p."""
     model, facts = task.model, task.model.architecture
     summary: dict[str, float | int] = {
         "n_layers": facts.n_layers,
@@ -223,6 +223,6 @@ def summarise(task: TaskReadout, tables: dict[str, pd.DataFrame]) -> dict[str, f
 
 
 def _grid(model: Model, heads: pd.DataFrame, name: str) -> NDArray[np.float64]:
-    """A metric's values as [layer, head]; nan where the analysis does not have it."""
+    """Return a metric's values as [layer, head]; nan if the analysis does not compute it."""
     shape = model.architecture.n_layers, model.architecture.n_heads
     return heads[name].to_numpy(dtype=np.float64).reshape(shape) if name in heads else np.full(shape, math.nan)

@@ -1,4 +1,4 @@
-"""Why a metric has no value for any head of a model: said in the record, never filled in."""
+"""Reasons why no head of a model has a metric: they are in the record, and no value is made up."""
 
 from ovqk.circuits.vocabulary import Block0, Vocabulary
 from ovqk.metrics import METRICS, NOT_APPLICABLE, Needs, metric_names
@@ -16,15 +16,15 @@ def unavailable_metrics(
     block0: Block0 | str,
     why_no_embedding: str,
 ) -> dict[str, str]:
-    """Metric -> reason, for the metrics of these circuits that no head can have.
+    """Return metric -> reason, for the metrics of these circuits that no head can have.
 
     Args:
         circuits: `ov`, `qk`.
         architecture: the model's facts.
-        vocabulary: its embeddings; None where the checkpoint holds none.
-        n_positions: rows of the learned position embedding; None where there is none.
+        vocabulary: its embeddings; None if the checkpoint holds none.
+        n_positions: rows of the learned position embedding; None if there is none.
         block0: the effective embedding of later layers, or why there is none.
-        why_no_embedding: why there is no vocabulary, where there is none.
+        why_no_embedding: why there is no vocabulary, if there is none.
     """
 
     def needing(need: Needs) -> list[str]:

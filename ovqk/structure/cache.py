@@ -1,4 +1,4 @@
-"""What of a model depends on no task, kept for the cells of other tasks and for other processes.
+"""The tables of a model that depend on no task, kept for the cells of other tasks and for other processes.
 
 An entry is a folder of Parquet tables and `entry.json`, with a hash of each. It comes into being by one rename, so
 that there is no half of one; an entry that is damaged all the same is thrown away and computed again.
@@ -33,8 +33,8 @@ class Entry:
     """A model's place in the cache while a cell needs it.
 
     Attributes:
-        tables: what was found; None where it has to be computed.
-        folder: where it is kept; None where nothing can be.
+        tables: the tables that were found; None if they have to be computed.
+        folder: where it is kept; None if nothing can be kept.
         most: bytes that all entries together may have.
     """
 
@@ -69,7 +69,7 @@ class StructureCache:
         self.folder, self.most, self.digest = folder / "structure", gigabytes * GIGABYTE, digest
 
     def key(self, model: Model) -> str:
-        """What the tables depend on, hashed."""
+        """Hash everything that the tables depend on."""
         config = model.config
         analysis = plain(config.analysis)
         content = {
@@ -91,7 +91,7 @@ class StructureCache:
 
     @contextmanager
     def entry(self, model: Model) -> Iterator[Entry]:
-        """The model's entry. While one process computes it, others wait for it instead of computing it too."""
+        """Open the model's entry. While one process computes it, others wait instead of computing it too."""
         folder = self.folder / self.key(model)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ class StructureCache:
 
 
 def _read(folder: Path) -> Tables | None:
-    """An entry's tables; None, and no entry, where there is none that is whole."""
+    """Return an entry's tables; None if there is no whole entry, and what is left of a broken one is removed."""
     try:
         hashes = json.loads((folder / ENTRY).read_text(encoding="utf-8"))["tables"]
         tables = {}
@@ -151,7 +151,7 @@ def _forget_oldest(folder: Path, most: float) -> None:
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    """A hash of ovqk's own modules: an entry of other code is never read, whoever forgot to bump a version."""
+    """Hash ovqk's own modules: an entry of other code is never read, even if no version was bumped."""
     return _hash(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))))
 
 

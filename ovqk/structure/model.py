@@ -1,4 +1,4 @@
-"""A model without a task: what is read once and shared by all layers, and one layer at a time."""
+"""A model without a task: the parts that all layers share, read once, and one layer at a time."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +32,7 @@ from ovqk.weights.types import (
 
 @dataclass(frozen=True)
 class Model:
-    """What is read once per model and shared by its layers; the large parts when first asked for.
+    """Everything that is read once per model and shared by its layers; large parts when they are first needed.
 
     Attributes:
         label: how messages name the model.
@@ -159,7 +159,7 @@ class Model:
 
     @cached_property
     def directions(self) -> Directions | None:
-        """What reads tokens out; None where there is none to read, or none is asked for."""
+        """The reader of tokens; None without a vocabulary, or if no component is asked for."""
         if self.vocabulary is None or not self.lists_tokens:
             return None
         return Directions(
@@ -276,7 +276,7 @@ class Layer:
         self._across: dict[tuple[Circuit, bool], list[tuple[Tensor | None, Tensor]]] = {}
 
     def read(self) -> LayerWeights:
-        """The raw weights, from the checkpoint: they are kept only where they are what is processed."""
+        """Read the raw weights from the checkpoint; they are kept only if they are what is processed."""
         return to_device(self.model.source.layer(self.index), self.model.device)
 
     @cached_property
@@ -286,7 +286,7 @@ class Layer:
 
     @cached_property
     def folded(self) -> LayerWeights:
-        """With the norms folded in, where that can be done."""
+        """The weights with the norms folded in, if that can be done."""
         if not self.model.source.foldable:
             return self.processed
         return fold_layer(self.read(), self.model.architecture)
@@ -298,7 +298,7 @@ class Layer:
         return None if norm is None else norm.weight.double()
 
     def factors(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Factors:
-        """Factors of the folded or of the processed weights; QK with the mean rotation over the offsets."""
+        """Return factors of the folded or of the processed weights; QK with the mean rotation over the offsets."""
         weights = self.folded if folded else self.processed
         if circuit == "ov":
             return ov_factors(weights, self.model.architecture)
@@ -311,7 +311,7 @@ class Layer:
         return tuple(range(positions.rotary_span(self.folded, facts))) if self.folded.rotary is not None else (0,)
 
     def basis(self, part: Part, folded: bool) -> spectra.Basis:
-        """An orthonormal basis of what each head's W_Q, W_K, W_V reads or W_O writes, folded or as processed.
+        """Return an orthonormal basis of what each head's W_Q, W_K, W_V reads or W_O writes, folded or as processed.
 
         Found once: every decomposition and every moment of this layer is taken through it.
         """
@@ -323,7 +323,7 @@ class Layer:
         return self._bases[key]
 
     def maps(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> spectra.FactoredMaps:
-        """A circuit of the layer's heads, factored once; QK with the mean rotation over the offsets."""
+        """Return a circuit of the layer's heads, factored once; QK with the mean rotation over the offsets."""
         form = Form(circuit, folded or self.model.folds, offsets)
         if form not in self._maps:
             weights, facts = self.folded if form.folded else self.processed, self.model.architecture
@@ -342,5 +342,5 @@ class Layer:
         return self._maps[form]
 
     def decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> spectra.Decomposition:
-        """The thin SVD of a circuit's heads, with its directions."""
+        """Return the thin SVD of a circuit's heads, with its directions."""
         return self.maps(circuit, folded, offsets).decomposition

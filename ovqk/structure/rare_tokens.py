@@ -33,7 +33,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class RareTokens:
-    """Which tokens are left out, and how many for each reason: for the first of REASONS that holds.
+    """The tokens that are left out, and how many for each reason; a token counts for the first of REASONS that holds.
 
     Attributes:
         listed: True for the tokens that stay.
@@ -82,7 +82,7 @@ def rare_tokens(vocabulary: Vocabulary, tokenizer: Tokenizer | None, tied: bool 
 
 
 def _by_tokenizer(tokenizer: Tokenizer | None, n: int) -> list[tuple[int, str, bool]]:
-    """(token, reason, known to be untrained) for the tokens that are recognised by what the tokenizer says."""
+    """Return (token, reason, known to be untrained) for the tokens that the tokenizer tells."""
     if tokenizer is None:
         return []
     special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
@@ -107,7 +107,7 @@ def _by_tokenizer(tokenizer: Tokenizer | None, n: int) -> list[tuple[int, str, b
 def _by_row(
     vocabulary: Vocabulary, untrained: Bool[Tensor, " token"]
 ) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"] | None]:
-    """Each row's distance from the mean row, and its cosine with the untrained mean (None if few are known)."""
+    """Return each row's distance from the mean row, and its cosine with the untrained mean (None if few are known)."""
     W_E, mean = vocabulary.W_E, mean_row(vocabulary.W_E)
     aim = None
     if int(untrained.sum()) >= KNOWN_UNTRAINED:

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letter that stands for each byte in a byte-level vocabulary (Radford et al. 2019) -> the byte."""
+    """Return letter -> the byte that it stands for in a byte-level vocabulary (Radford et al. 2019)."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in own]
     return {chr(byte): byte for byte in own} | {chr(256 + index): byte for index, byte in enumerate(others)}
@@ -26,9 +26,9 @@ class Spelling:
             self.byte_level = "ByteLevel(" in f"{tokenizer.decoder} {tokenizer.pre_tokenizer}"
 
     def __call__(self, token: int) -> str:
-        """Leading spaces and control characters kept, special tokens by name, bytes that are no text as `\\xNN`.
+        """Spell a token: leading spaces and control characters kept, special tokens by name, other bytes as `\\xNN`.
 
-        `#id` where the tokenizer has no such token. Never raises; escape the text before a terminal shows it.
+        A token that the tokenizer lacks is `#id`. Never raises; escape the text before a terminal shows it.
         """
         if token not in self.known:
             self.known[token] = self._spelled(token)

@@ -1,4 +1,4 @@
-"""What of a model depends on no task: spectra, symmetry, positions and directions of every head, a layer at a time."""
+"""Tables that depend on no task: spectra, symmetry, positions and directions of every head, a layer at a time."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ HeadValues = dict[str, Float[Tensor, " head"]]
 WAITING = 2**22  # numbers in the components that wait for a pass over the vocabulary
 MOVES = 1e-3  # a value that moves by more with the rounding of 32-bit weights is decided by it
 Tables = dict[str, pd.DataFrame]
-"""Name -> rows: heads, layers, spectra, offsets, directions; one that a model does not have is absent."""
+"""Name -> rows: heads, layers, spectra, offsets, directions; a table that a model does not have is absent."""
 
 
 class Stage(Protocol):
@@ -37,7 +37,7 @@ class Stage(Protocol):
 
 
 def layer_structure(layer: Layer) -> Tables:
-    """One layer's rows of every table. `heads` has a column for each metric that has a value, and `unstable`."""
+    """Compute one layer's rows of every table; `heads` has each metric that has a value, and `unstable`."""
     model = layer.model
     tables: dict[str, list[pd.DataFrame]] = {"layers": [layer_row(layer)] if "qk" in model.circuits else []}
     values = HeadValues()
@@ -57,7 +57,7 @@ def layer_structure(layer: Layer) -> Tables:
 
 
 def stacked(layers: Sequence[Tables]) -> Tables:
-    """The tables of all layers, each as one."""
+    """Return the tables of all layers, each as one."""
     names = dict.fromkeys(name for tables in layers for name in tables)
     return {name: pd.concat([t[name] for t in layers if name in t], ignore_index=True) for name in names}
 
@@ -74,7 +74,7 @@ class StructureTables:
         self._layers.append(layer_structure(layer))
 
     def tables(self, _: Tables) -> Tables:
-        """`heads`, `layers`, `spectra` and `offsets` of all layers visited."""
+        """Return `heads`, `layers`, `spectra` and `offsets` of all layers visited."""
         return stacked(self._layers)
 
 
@@ -85,7 +85,7 @@ class DirectionTables:
     """
 
     def __init__(self, model: Model) -> None:
-        """Nothing is made where the model has no vocabulary, or no component is asked for."""
+        """Begin with nothing; nothing is made without a vocabulary, or if no component is asked for."""
         self.model = model
         self._waiting: list[tuple[int, Circuit, Components]] = []
         self._made: list[pd.DataFrame] = []
@@ -106,7 +106,7 @@ class DirectionTables:
             self._pass()
 
     def tables(self, _: Tables) -> Tables:
-        """`directions` of all layers visited, or nothing."""
+        """Return `directions` of all layers visited, or nothing."""
         self._pass()
         if self.model.block0_side is not None:
             self.model.block0_side.forget()
@@ -122,7 +122,7 @@ class DirectionTables:
 
 
 def circuit_spectra(layer: Layer, circuit: Circuit) -> tuple[HeadValues, pd.DataFrame]:
-    """Residual-space and full-circuit metrics of one circuit (at D = 0), and its spectra at the offsets asked for."""
+    """Return one circuit's residual-space and full-circuit metrics (at D = 0), and its spectra at the offsets asked."""
     model = layer.model
     rotates = circuit == "qk" and layer.folded.rotary is not None
     tables, found = [], {}
@@ -135,7 +135,7 @@ def circuit_spectra(layer: Layer, circuit: Circuit) -> tuple[HeadValues, pd.Data
 
 
 def spectrum(model: Model, circuit: Circuit, maps: spectra.Maps) -> tuple[HeadValues, list[tuple[str, str, Tensor]]]:
-    """Metrics of one circuit, and (space, kind, values [head, index]) of its spectra."""
+    """Return metrics of one circuit, and (space, kind, values [head, index]) of its spectra."""
     cores = maps.core()
     eigen = spectra.eigenvalues(cores)
     values = spectra.spectrum_metrics(maps, (cores, eigen))
@@ -160,7 +160,7 @@ def spectrum(model: Model, circuit: Circuit, maps: spectra.Maps) -> tuple[HeadVa
 
 
 def rounding_sensitive(layer: Layer, circuit: Circuit, metrics: HeadValues) -> list[str]:
-    """Per head, the metrics that the rounding of weights moves by more than 1e-3 (of their own size above 1)."""
+    """Return, by head, the metrics that rounding of the weights moves by over 1e-3 (of their size above 1)."""
     model = layer.model
     maps = layer.maps(circuit, model.folds).rounded(seed=2 * (model.config.seed + layer.index))
     moved, _ = spectrum(model, circuit, maps)
@@ -175,7 +175,7 @@ def rounding_sensitive(layer: Layer, circuit: Circuit, metrics: HeadValues) -> l
 
 
 def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
-    """Shares of position and content, the offset fit, the previous-token score, and the offset profile."""
+    """Return shares of position and content, offset fit, previous-token score, and the offset profile."""
     model, facts = layer.model, layer.model.architecture
     values = HeadValues()
     profile: Tensor | None = None
@@ -199,7 +199,7 @@ def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
 
 
 def token_head_moments(layer: Layer) -> tuple[positions.HeadMoments, positions.HeadMoments]:
-    """Moments of the heads' queries and keys over the vocabulary, of plain and of normalised embedding rows."""
+    """Return moments of queries and keys over the vocabulary, of plain and of normalised embedding rows."""
     model, weights, facts = layer.model, layer.folded, layer.model.architecture
     if weights.qk_norm is not None and model.sampled_rows is not None:
         return positions.normalised_head_moments(weights, facts, model.sampled_rows)
@@ -230,7 +230,7 @@ def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
 
 
 def heads_rows(layer: Layer, values: HeadValues) -> pd.DataFrame:
-    """One row for each head of a layer, a column for each of these metrics."""
+    """Return one row for each head of a layer, a column for each of these metrics."""
     n_heads = layer.model.architecture.n_heads
     columns: dict[str, Any] = {
         "layer": np.full(n_heads, layer.index, dtype=np.int32),
@@ -240,7 +240,7 @@ def heads_rows(layer: Layer, values: HeadValues) -> pd.DataFrame:
 
 
 def layer_row(layer: Layer) -> pd.DataFrame:
-    """The layer's row of layers.parquet."""
+    """Return the layer's row of layers.parquet."""
     raw = layer.read() if layer.model.source.foldable else layer.folded
     return pd.DataFrame([{"layer": layer.index} | layer_metrics(raw, layer.folded, layer.model.architecture)])
 

@@ -63,14 +63,14 @@ class Extremes:
     contrast: Float[Tensor, " list"]
 
     def of(self, first: int, n: int) -> "Extremes":
-        """The lists of n components from this one on, which is 0 then."""
+        """Return the lists of n components from this one on, which is 0 then."""
         mine = (self.owner >= first) & (self.owner < first + n)
         return Extremes(
             self.owner[mine] - first, self.sign[mine], self.token[mine], self.score[mine], self.contrast[mine]
         )
 
     def joint_sign(self) -> Int[Tensor, " n"]:
-        """Of each component: -1 where its projection of largest magnitude is negative."""
+        """Return -1 for each component whose projection of largest magnitude is negative, else 1."""
         plus, minus = (self.sign == 1).nonzero()[:, 0], (self.sign == -1).nonzero()[:, 0]
         other = plus[self.owner[minus]]  # the list of the same component's largest
         more = self.score[minus, 0] > self.score[other, 0]
@@ -92,14 +92,14 @@ class TokenSide:
         self.slack = max(SLACK, rows.rounding) * self.longest
 
     def each(self, planes: Sequence[Float[Tensor, "_ 2 d_model"]], count: int) -> list[Extremes]:
-        """The extremes of several batches of components, in one pass over the tokens."""
+        """Return the extremes of several batches of components, in one pass over the tokens."""
         if not planes:
             return []
         together, sizes = self.extremes(torch.cat(list(planes)), count), [len(some) for some in planes]
         return [together.of(sum(sizes[:at]), n) for at, n in enumerate(sizes)]
 
     def extremes(self, planes: Float[Tensor, "n 2 d_model"], count: int) -> Extremes:
-        """The tokens of largest and of smallest projection, those of equal score by id.
+        """Find the tokens of largest and of smallest projection; equal scores are ordered by id.
 
         The vocabulary is screened in float32, a block of tokens at a time; tokens within rounding of the best are
         projected again in float64, so that neither blocks nor threads decide.
@@ -134,7 +134,7 @@ class TokenSide:
     def _screened(
         self, planes: Float[Tensor, "n 2 d_model"], is_pair: Bool[Tensor, " n"], count: int
     ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"], Float[Tensor, " n"]]:
-        """Candidates (list, token) for each list's `count` best, and the standard deviation of a component's scores.
+        """Return candidates (list, token) for each list's `count` best, and the standard deviation of scores.
 
         Lists are every component's +1, then every line's -1. Projections are taken of as many components at a time as
         a processor's cache holds the scores of. Segments of tokens are passed over if none of theirs is among the best
@@ -177,7 +177,7 @@ class TokenSide:
     def _above(
         self, scores: Float[Tensor, "list padded"], best: Float[Tensor, "list count"], n: int
     ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"], Float[Tensor, " candidate"]]:
-        """(list, place in the block, score) of the first n tokens' scores that may be among the best, list by list."""
+        """Return (list, place in the block, score) for the first n tokens' scores that may be among the best."""
         segments = scores.unflatten(1, (-1, SEGMENT))
         peaks = segments.amax(-1)
         least = best[:, -1]
@@ -195,7 +195,7 @@ class TokenSide:
 def _raised(
     best: Float[Tensor, "list count"], lists: Int[Tensor, " n"], _: Int[Tensor, " n"], scores: Float[Tensor, " n"]
 ) -> Float[Tensor, "list count"]:
-    """The best scores of each list so far and of these, which come list by list."""
+    """Return the best scores of each list so far and of these, which come list by list."""
     if not len(lists):
         return best
     number = torch.bincount(lists, minlength=len(best))
@@ -256,9 +256,9 @@ class Directions:
         return "token" if self.later is None else self.embedding.kind(layer)
 
     def tables(self, found: Sequence[tuple[int, Circuit, Components]], tokens: int = TOKENS) -> list[pd.DataFrame]:
-        """Of these circuits (layer, circuit, components), a row for each head, component, side, sign and rank.
+        """Make a row for each head, component, side, sign and rank of these circuits (layer, circuit, components).
 
-        Each is empty where M is 0. The vocabulary is passed once for all of them.
+        A table is empty if M is 0. The vocabulary is passed once for all of them.
 
         Columns: layer, head, circuit, kind (`singular`, `eigen`), component (a complex pair is one), value (sigma or
         Re lambda), value_im (Im lambda > 0 for a pair, else 0), cluster (its first component), cluster_size (counting
@@ -299,7 +299,7 @@ class Directions:
 
 
 def _rows(found: Components, extremes: Extremes, joint: Int[Tensor, " n"], side: str) -> dict[str, NDArray[Any]]:
-    """One side's columns: every list's component and tokens, the signs turned as on the component's other side."""
+    """Return one side's columns: every list's component and tokens, signs turned as on the other side."""
     n_ranks, owner = extremes.token.shape[1], extremes.owner
     lists = {field.name: getattr(found, field.name) for field in fields(found) if field.name not in SIDES}
     lists = {name: x[owner] for name, x in lists.items()} | {"sign": extremes.sign * joint[owner]}

@@ -39,7 +39,7 @@ class Claims:
 
 
 def resolve_claims(task: TaskConfig, model: ModelConfig, architecture: Architecture) -> Claims | str:
-    """The claims that apply, or the reason why none do.
+    """Return the claims that apply, or the reason why none do.
 
     A head list serves the model it was published for and no other. A local checkpoint may be a copy of that model:
     `model.claims` says of which, and it must have as many layers and heads.
@@ -80,7 +80,7 @@ def resolve_claims(task: TaskConfig, model: ModelConfig, architecture: Architect
 
 
 def check_borrowing(model: ModelConfig) -> None:
-    """Only a local checkpoint may be judged by claims that do not bear its own name.
+    """Check that only a local checkpoint is judged by claims that do not bear its own name.
 
     Raises:
         UserError: another model is.
@@ -94,7 +94,7 @@ def check_borrowing(model: ModelConfig) -> None:
 
 
 def check_shape(config: ClaimsConfig, name: str, architecture: Architecture) -> None:
-    """The model has as many layers and heads as the one that the heads are of, where the claims tell.
+    """Check that the model has as many layers and heads as the one that the claims are about, if they tell.
 
     Raises:
         UserError: it has not.
@@ -109,7 +109,7 @@ def check_shape(config: ClaimsConfig, name: str, architecture: Architecture) -> 
 
 
 def parse_head(name: object, key: str, architecture: Architecture) -> Head:
-    """ "9.10" -> (9, 10).
+    """Turn "9.10" into (9, 10).
 
     Raises:
         UserError: not of that form, or the model has no such head.
@@ -127,7 +127,7 @@ def parse_head(name: object, key: str, architecture: Architecture) -> Head:
 
 
 def check_roles(task: TaskConfig) -> None:
-    """Every prediction of every role names a metric that exists.
+    """Check that every prediction of every role names a metric that exists.
 
     Raises:
         UserError: one does not.

@@ -81,7 +81,7 @@ class Prompt:
 
 
 def variants(template: str) -> list[str]:
-    """All texts of a template: each optional phrase `[...]` left out and put in, innermost last."""
+    """Return all texts of a template: each optional phrase `[...]` left out and put in, innermost last."""
     match = re.search(r"\[([^\[\]]*)\]", template)
     if match is None:
         return [template]
@@ -91,7 +91,7 @@ def variants(template: str) -> list[str]:
 
 
 def slot_names(template: str) -> list[str]:
-    """The slots of a template, in order, with repeats."""
+    """Return the slots of a template, in order, with repeats."""
     return re.findall(r"\{(\w+)\}", template)
 
 
@@ -117,7 +117,7 @@ def sample_prompts(words: WordSets, prompts: Mapping[str, Any], count: int, seed
 
 
 def token_positions(prompt: Prompt, offsets: Iterable[Span]) -> dict[str, int]:
-    """The token of each label: the last token that overlaps the label's characters.
+    """Return the token of each label: the last token that overlaps the label's characters.
 
     `offsets` are the tokenizer's character spans, one a token; special tokens have empty spans.
     A word of several tokens is therefore marked at its last, where all of it has been read.
@@ -180,12 +180,12 @@ def _word_set(words: WordSets, name: str) -> Sequence[str]:
 
 
 def _entry(slot: Any) -> Mapping[str, Any]:
-    """A slot as a mapping: a lone name is that of its set."""
+    """Return a slot as a mapping: a lone name is the name of its set."""
     return {"set": slot} if isinstance(slot, str) else slot
 
 
 def _forms(slot: Any) -> list[str]:
-    """The word sets of a slot: one, one a form, or none where another slot's word says it all."""
+    """Return the word sets of a slot: one, one a form, or none if another slot's word tells everything."""
     entry = _entry(slot)
     return [entry["set"]] if "set" in entry else list(entry.get("forms", []))
 
@@ -238,7 +238,7 @@ def _from_template(words: WordSets, prompts: Mapping[str, Any], index: int, rng:
 def _draw(
     words: WordSets, slots: Mapping[str, Mapping[str, Any]], index: int, rng: random.Random
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """A word index and a form for each slot with words. Slots others agree with alternate their form with `index`."""
+    """Draw a word index and a form for each slot with words; slots others agree with alternate with `index`."""
     slots = {name: slot for name, slot in slots.items() if _forms(slot)}
     leaders = {slot["agrees_with"] for slot in slots.values() if "agrees_with" in slot}
     forms: dict[str, int] = {}
@@ -272,7 +272,7 @@ def _draw(
 
 
 def _swapped(mentions: list[str], swap: Sequence[str] | None, exchange: bool) -> list[str]:
-    """The slot filled in at each mention, with the first mentions of the two swapped slots exchanged."""
+    """Fill in the slot at each mention, with the first mentions of the two swapped slots exchanged."""
     if swap is None or not exchange:
         return mentions
     first, second = (mentions.index(name) for name in swap)
@@ -282,7 +282,7 @@ def _swapped(mentions: list[str], swap: Sequence[str] | None, exchange: bool) ->
 
 
 def _fill(template: str, order: Sequence[str], values: Mapping[str, str]) -> tuple[str, dict[str, Span]]:
-    """The text with slots filled in `order`, and the characters of every mention and of END."""
+    """Fill slots in `order`; return the text, and the characters of every mention and of END."""
     literals = re.split(r"\{\w+\}", template)
     text, spans, seen = literals[0], {}, dict.fromkeys(order, 0)
     for name, literal in zip(order, literals[1:], strict=True):
@@ -301,7 +301,7 @@ def _last_word(text: str) -> Span:
 
 
 def _repeated(words: WordSets, repeated: Mapping[str, Any], rng: random.Random) -> Prompt:
-    """A random sequence and the start of its second copy, which ends on the word labelled END.
+    """Return a random sequence and the start of its second copy, which ends on the word labelled END.
 
     PREVIOUS marks END's word in the first copy, SOURCE the word after it: the answer.
     """
@@ -321,7 +321,7 @@ def _repeated(words: WordSets, repeated: Mapping[str, Any], rng: random.Random) 
 
 
 def known_words(words: WordSets, prompts: Mapping[str, Any], known: Callable[[str], bool]) -> dict[str, list[str]]:
-    """The word sets without the words a vocabulary lacks; a pair of forms stays or goes together."""
+    """Return the word sets without the words a vocabulary lacks; a pair of forms stays or goes together."""
     aligned = [_forms(slot) for slot in prompts.get("slots", {}).values()]
     kept = {name: list(filter(known, content)) for name, content in words.items()}
     for sets in aligned:

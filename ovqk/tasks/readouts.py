@@ -1,4 +1,4 @@
-"""What a causal variable looks like to each layer, and what each head does with it.
+"""A causal variable as each layer sees it, and the metrics of what each head does with it.
 
 Layer 0 reads the embedding; later layers read the `block0` effective embedding, unless the analysis chooses one for
 all.
@@ -44,7 +44,7 @@ class EffectiveRows:
     """Rows of effective embeddings, normalised as a layer's norm would; those of kept ids are computed once."""
 
     def __init__(self, vocabulary: Vocabulary, block0: Block0 | None, architecture: Architecture) -> None:
-        """Take the folded vocabulary; `block0` is None where it cannot be had."""
+        """Take the folded vocabulary; `block0` is None if it cannot be had."""
         self.vocabulary, self.block0, self.architecture = vocabulary, block0, architecture
         self._ids: Tensor | None = None
         self._rows: dict[str, Tensor] = {}
@@ -59,7 +59,7 @@ class EffectiveRows:
             self._ids, self._rows = before
 
     def __call__(self, ids: Int[Tensor, "*word"], kind: str) -> Float[Tensor, "*word d_model"]:
-        """Rows of these tokens; `kind`: `token` or `block0`, or `write`: columns of W_U, not normalised.
+        """Return rows of these tokens; `kind`: `token` or `block0`, or `write`: columns of W_U, not normalised.
 
         Raises:
             ValueError: a token is asked for that is not among those of `only`.
@@ -107,7 +107,7 @@ class EffectiveRows:
         return self.unembedding[:SCREEN]
 
     def normalised(self, rows: Float[Tensor, "*word d_model"]) -> Float[Tensor, "*word d_model"]:
-        """Rows as a layer's norm would leave them."""
+        """Return rows as a layer's norm would leave them."""
         return normalise(rows, self.architecture.norm, self.architecture.norm_eps)
 
 
@@ -152,7 +152,7 @@ class Readout:
         like: "Readout | None" = None,
         origins: dict[str, Tensor] | None = None,
     ) -> None:
-        """Take the variable's tokens and what gives their rows; `origins` of the same band, where known."""
+        """Take the variable's tokens and what gives their rows; `origins` of the same band, if known."""
         self.variable, self.effective, self.vocabulary = variable, rows, rows.vocabulary
         self.embedding, self.like = embedding, like
         self._words: dict[str, Tensor] = {}
@@ -161,18 +161,18 @@ class Readout:
         self.ids = variable.read[0].ids.to(self.vocabulary.W_E.device)
 
     def surrogates(self, variables: Sequence[Variable]) -> "Readout":
-        """The same readout of other words, of all these variables at once: what it gives is [draw, head].
+        """Return the same readout of other words, of all these variables at once: its values are [draw, head].
 
         Ranks stay, and the words drawn trade places with the task's in the band.
         """
         return Readout(Variable.stacked(variables), self.effective, self.embedding, like=self)
 
     def of_some(self, variables: Sequence[Variable]) -> "Readout":
-        """The same readout of some of the words, of all these choices at once ([draw, head]), with the same band."""
+        """Return the same readout of some of the words, for all these choices at once ([draw, head]), same band."""
         return Readout(Variable.stacked(variables), self.effective, self.embedding, origins=self._origins)
 
     def kind(self, layer: int) -> str:
-        """`token` or `block0`: the effective embedding that a layer's readouts use."""
+        """Return `token` or `block0`: the effective embedding that a layer's readouts use."""
         return self.embedding.kind(layer)
 
     def reads(self, layer: int) -> bool:
@@ -180,7 +180,7 @@ class Readout:
         return self.kind(layer) == "token" or self.effective.block0 is not None
 
     def rows(self, layer: int) -> Float[Tensor, "*draw word d_model"]:
-        """Normalised effective embeddings of the (first) read words, as this layer sees them."""
+        """Return normalised effective embeddings of the (first) read words, as this layer sees them."""
         kind = self.kind(layer)
         if kind not in self._words:
             self._words[kind] = self.effective(self.variable.read[0].ids, kind)
@@ -194,7 +194,7 @@ class Readout:
         return self._words[WRITE]
 
     def basis(self, layer: int) -> Float[Tensor, "*draw r d_model"]:
-        """Orthonormal basis of the read subspace, as this layer sees it."""
+        """Return an orthonormal basis of the read subspace, as this layer sees it."""
         return self._basis(self.kind(layer))
 
     @property
@@ -211,7 +211,7 @@ class Readout:
     def metrics(
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head"]]:
-        """Every task metric of these maps (of those wanted), as heads of this layer.
+        """Return every task metric of these maps (of those wanted), as heads of this layer.
 
         Without the layer's effective embedding there are none.
         """
@@ -221,7 +221,7 @@ class Readout:
     def by_source(
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head source"]]:
-        """The metrics of a `set` variable that are means over its tokens, token by token, in [0, 1]."""
+        """Return the metrics of a `set` variable that are means over its tokens, token by token, in [0, 1]."""
         W_U_rows = self.vocabulary.W_U_rows
         if not self.reads(layer) or self.variable.kind is VariableKind.contrast:
             return {}
@@ -248,7 +248,7 @@ class Readout:
         return found
 
     def in_top(self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None) -> "dict[str, InTop]":
-        """The metrics of TOP_METRICS, with the vocabulary's first tokens passed and the others not (`InTop.settle`)."""
+        """Return the metrics of TOP_METRICS; only the vocabulary's first tokens are passed yet (`InTop.settle`)."""
         names = [name for name in TOP_METRICS if wanted is None or name in wanted]
         there = self.reads(layer) and self.variable.kind is VariableKind.set and maps.circuit == "ov"
         unembedding = self.effective.unembedding if there and names else None
@@ -262,7 +262,7 @@ class Readout:
     def of_subspace(
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head"]]:
-        """The metrics of the subspaces that the variable's words span."""
+        """Return the metrics of the subspaces that the variable's words span."""
         mine = [name for name in SUBSPACE_METRICS if METRICS[name].circuit == maps.circuit]
         if not self.reads(layer) or (wanted is not None and not set(wanted) & set(mine)):
             return {}
@@ -288,7 +288,7 @@ class Readout:
         return found
 
     def _basis(self, kind: str) -> Float[Tensor, "*draw r d_model"]:
-        """Of the read side of one kind of embedding, or of the write side (`write`)."""
+        """Return the basis of the read side of one kind of embedding, or of the write side (`write`)."""
         if kind not in self._bases:
             first, *second = (self.effective(words.ids, kind) for words in self._sets(kind))
             if second:
@@ -299,7 +299,7 @@ class Readout:
         return self._bases[kind]
 
     def _contrast(self, kind: str, minus: Tensor, plus: Tensor) -> Float[Tensor, "*draw 1 d_model"]:
-        """Unit direction between the sides of the contrast.
+        """Return the unit direction between the sides of the contrast.
 
         Raises:
             UserError: the model does not tell them apart.
@@ -316,7 +316,7 @@ class Readout:
         return self.variable.write if kind == WRITE else self.variable.read
 
     def _origin(self, kind: str, words: Float[Tensor, "*draw word d_model"]) -> Float[Tensor, "*or_one d_model"]:
-        """Mean of the band that the words are compared with, on the read side of one kind or on the write side."""
+        """Return the mean of the band that the words are compared with, on the read or write side."""
         if self.like is not None:
             like = self.like  # the words drawn leave the pool, and the words of the task return to it
             n, own = len(like.variable.band), like.effective(like._sets(kind)[0].ids, kind)

@@ -101,7 +101,7 @@ class ReadoutTables:
         self._layers.append(heads_rows(layer, self.task.metrics(layer)))
 
     def tables(self, made: Tables) -> Tables:
-        """`heads`: a row per head, every metric of the analysis in the registry's order; null if it has no value."""
+        """Return `heads`: a row per head, a column per metric of the analysis; null if a head has no value."""
         structure, readouts = made["heads"], pd.concat(self._layers, ignore_index=True)
         columns = {name: structure[name] for name in ("layer", "head")}
         for name in metric_names(list(self.task.model.circuits)):

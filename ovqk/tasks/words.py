@@ -52,7 +52,7 @@ class Variable:
 
     @classmethod
     def stacked(cls, variables: "Sequence[Variable]") -> "Variable":
-        """Variables alike but for their words as one, with ids [draw, word] and no words."""
+        """Join variables that differ in their words alone into one, with ids [draw, word] and no words."""
 
         def stack(sides: Iterable[tuple[WordSet, ...]]) -> tuple[WordSet, ...]:
             return tuple(WordSet([], torch.stack([words.ids for words in sets])) for sets in zip(*sides, strict=True))
@@ -224,7 +224,7 @@ def _named_sets(variable: VariableConfig) -> tuple[list[str], list[str]]:
 
 
 def _some(dropped: dict[str, str]) -> str:
-    """Of the words that were dropped, the first six."""
+    """List the first six of the words that were dropped."""
     if not dropped:
         return ""
     more = len(dropped) - 6
@@ -259,7 +259,7 @@ def _check_sets(task: TaskConfig, variable: str, sets: list[str]) -> None:
 
 
 class _Lookup:
-    """Words as single tokens: with the leading space where the tokenizer marks it, or continuing a text without."""
+    """Words as single tokens: with the leading space if the tokenizer marks it, or continuing a text without."""
 
     def __init__(self, tokenizer: Tokenizer, n_tokens: int) -> None:
         self.tokenizer, self.n_tokens = tokenizer, n_tokens
@@ -268,7 +268,7 @@ class _Lookup:
         self.unknown = getattr(tokenizer.model, "unk_token", None)
 
     def token(self, word: str, continues: bool = False) -> int | None:
-        """The id of the one token that the word is, or None; a word that continues a text has no space before it."""
+        """Return the id of the one token that the word is, or None; a continuing word has no space before it."""
         for ids in [self._continuing(word)] if continues else [self._ids(f" {word}"), self._ids(word)]:
             if len(ids) != 1 or ids[0] >= self.n_tokens:
                 continue
@@ -284,12 +284,12 @@ class _Lookup:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _continuing(self, text: str) -> list[int]:
-        """Ids of a text after a new line, which takes the space that some tokenizers put before every text."""
+        """Return the ids of a text after a new line, which takes the space that some tokenizers put in front."""
         line, ids = self._ids("\n"), self._ids(f"\n{text}")
         return ids[len(line) :] if ids[: len(line)] == line else []
 
     def aligned(self, task: TaskConfig, sets: list[str]) -> tuple[list[WordSet], list[dict[str, str]]]:
-        """The sets, keeping an index only where every set's word is one token and no token comes twice.
+        """Return the sets, keeping an index only if every set's word is one token and no token comes twice.
 
         Returns:
             The sets, and of each the words that it lost and why.
@@ -318,7 +318,7 @@ class _Lookup:
 
 
 def _why(token: int | None, found: list[int], n_sets: int, seen: set[int]) -> str:
-    """Why a word is not read: for its own sake, or for that of its pair."""
+    """Say why a word is not read: for its own sake, or for its pair's."""
     if token is None:
         return "not one token here"
     if len(found) < n_sets:
@@ -329,7 +329,7 @@ def _why(token: int | None, found: list[int], n_sets: int, seen: set[int]) -> st
 
 
 def surface_form(token: str) -> tuple[bool, str, bool, int]:
-    """Leading space, capitalisation, letters only, and length class of a token as its vocabulary spells it."""
+    """Return leading space, capitalisation, letters only, and length class of a token as it is spelled."""
     text = token.lstrip("".join(WORD_STARTS))
     capitals = re.sub(r"[^a-zA-Z]", "", text)
     if capitals and capitals == capitals.upper():
@@ -348,10 +348,10 @@ def matched_tokens(
     n_tokens: int,
     own: Int[Tensor, " own"] | None = None,
 ) -> tuple[dict[int, list[int]], str]:
-    """Tokens that look like these words: same surface form, log id rank within 0.25, none of `excluded` but `own`.
+    """Find tokens like these words: same surface form, log id rank within 0.25, none of `excluded` but `own`.
 
     Returns:
-        Word id -> its matched tokens (never none), and a note (empty where nothing had to be relaxed): fewer than 8
+        Word id -> its matched tokens (never none), and a note (empty if nothing had to be relaxed): fewer than 8
         matches in all widen the rank window, then drop the length class, then the form. A single word with fewer than
         2 takes any of the others' matches.
 

@@ -1,4 +1,4 @@
-"""Where no circuit is claimed for a model: the heads that each role's predictions point at, as candidates.
+"""Candidates for each role, in a model that nothing is claimed about: the heads that its predictions point at.
 
 Nothing here is a verdict. The heads are chosen for being the strongest, so their own p-values are too small by that
 choice; the corrected ones stand beside them, over all the heads that were ranked.
@@ -26,7 +26,7 @@ STRONGEST = 5
 
 
 def unclaimed(task: TaskConfig) -> Claims:
-    """The task's roles without heads: what to look for in a model that nothing is claimed of."""
+    """Return the task's roles without heads: what to look for in a model without claims."""
     predictions = {role: list(config.predictions) for role, config in task.roles.items() if config.predictions}
     return Claims("no claims", "none", None, {role: [] for role in predictions}, predictions)
 
@@ -38,7 +38,7 @@ class Ranking:
     Attributes:
         by: the first of the role's predictions that can rank.
         heads: every head that it has a value for, the most extreme first.
-        partners: the candidates of other roles that it composes with, where it is a composition.
+        partners: the candidates of other roles that it composes with, if it is a composition.
         predictions: the role's predictions that have a value for any head.
     """
 
@@ -112,11 +112,11 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
 
 
 def rank(tests: ClaimTests, predicted: Mapping[str, list[Predicted]]) -> tuple[dict[str, Ranking], list[str]]:
-    """Role -> its ranking, in the order of the roles, and notes.
+    """Rank the heads of each role; return role -> ranking, in the order of the roles, and notes.
 
-    Where all pairs of heads are composed, a role whose primary is a composition is ranked by that, with the candidates
-    of its partner roles, as far as these are not ranked by a composition themselves. Whoever cannot be ranked by the
-    primary is by the first other prediction that has values and is not exploratory.
+    If all pairs of heads are composed, a role whose primary is a composition is ranked by that, with the candidates
+    of its partner roles, as far as these are not ranked by a composition themselves. A role whose primary has
+    no values is ranked by its next non-exploratory prediction that has.
     """
     found: dict[str, Ranking] = {}
     for role, predictions in predicted.items():
@@ -134,7 +134,7 @@ def rank(tests: ClaimTests, predicted: Mapping[str, list[Predicted]]) -> tuple[d
 
 
 def _note(tests: ClaimTests, role: str, primary: Predicted, ranking: Ranking | None) -> str:
-    """Where the primary does not rank the role: why, and what does."""
+    """Say why a role is not ranked by its primary, and what ranks it instead; empty if the primary does."""
     if (ranking is not None and ranking.by.primary) or (ranking is None and not composes(primary)):
         return ""
     why = "has no value here"
@@ -157,12 +157,12 @@ def composes(predicted: Predicted) -> bool:
 
 
 def spoken(role: str) -> str:
-    """A role's name as a person writes it."""
+    """Return a role's name as a person writes it."""
     return role.replace("_", " ")
 
 
 def add_ranking(found: dict[str, Ranking], role: str, predictions: Sequence[Predicted], partners: list[Head]) -> None:
-    """Rank the role's heads by the first prediction that has a value; nothing is added where none has."""
+    """Rank the role's heads by the first prediction that has a value; nothing is added if none has."""
     valued = [prediction for prediction in predictions if not np.isnan(prediction.values).all()]
     by = next((prediction for prediction in valued if not prediction.config.exploratory), None)
     if by is None:
@@ -180,7 +180,7 @@ WordValues = list[dict[tuple[Head, str], NDArray[np.float64]]]
 
 
 def _under_words(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> WordValues:
-    """What the candidates do with other words, for the predictions that these decide too."""
+    """Measure the candidates under other words, for the predictions that these decide too."""
     metrics, heads = set[str](), set[Head]()
     for ranking in rankings.values():
         own = {p.config.metric for p in ranking.predictions if p.config.metric in SUBSPACE_METRICS and decides(p)}
@@ -251,12 +251,12 @@ def _candidate(
 
 
 def _of_all(p: float, ranked: int) -> float:
-    """Bonferroni over the heads that the candidate was chosen from."""
+    """Correct p, by Bonferroni, for the heads that the candidate was chosen from."""
     return math.nan if math.isnan(p) else min(1.0, p * ranked)
 
 
 def _depth(predicted: Predicted, groups: NDArray[np.int64]) -> dict[Head, tuple[float, float]]:
-    """Head -> (p, q) against the heads of nearby layers, for every head that has one."""
+    """Return head -> (p, q) against the heads of nearby layers, for every head that has one."""
     signed = predicted.sign * predicted.values
     found: dict[Head, float] = {}
     for layer, index in np.argwhere(~np.isnan(signed)):

@@ -1,7 +1,7 @@
-"""Every prediction of every claim against its nulls: what the tests need of the weights, and their rows.
+"""The tests of every prediction of every claim against its nulls, and all that they need of the weights.
 
 The layers of a model pass by once. `ClaimTests.visit` keeps of each what the nulls will ask for: singular values and
-the claimed heads' maps (few), metric values under resampled words, and, where a role predicts a composition, the
+the claimed heads' maps (few), metric values under resampled words, and, if a role predicts a composition, the
 circuits that compose. `ClaimTests.rows` then draws the nulls.
 """
 
@@ -53,7 +53,7 @@ WIDEN = (SUBSAMPLED / (1 - SUBSAMPLED)) ** 0.5
 
 
 def predictions_by_metric(predictions: Iterable[PredictionConfig]) -> set[str]:
-    """Every metric that these predictions are about."""
+    """Return every metric that these predictions are about."""
     return {name for config in predictions for name in (config.metric, config.first_layer) if name is not None}
 
 
@@ -66,7 +66,7 @@ class ClaimTests:
         forms: (metric, layer) -> the form of the weights it is of.
         maps: (head, circuit) -> the claimed head's maps, as task readouts see them.
         resamples: metric -> [draw, layer, head] under resampled words.
-        layers: both circuits of every layer, where a prediction composes them.
+        layers: both circuits of every layer, if a prediction composes them.
         second: sigma_2 / sigma_1 of W_QK of the claimed heads.
         observed: head -> metric -> value, of candidates: what their surrogates are compared with, and nothing else of
             them is needed.
@@ -160,7 +160,7 @@ class ClaimTests:
     # --- afterwards ----------------------------------------------------------------------------------------
 
     def predicted(self, values: Mapping[str, NDArray[np.float64]]) -> dict[str, list[Predicted]]:
-        """Role -> its predictions with the values that decide them.
+        """Return role -> its predictions with the values that decide them.
 
         Args:
             values: metric -> [layer, head].
@@ -182,11 +182,11 @@ class ClaimTests:
         }
 
     def partners(self, config: PredictionConfig) -> list[Head]:
-        """The claimed heads that a composition is with."""
+        """Return the claimed heads of the roles that a composition names."""
         return [head for role in config.partners for head in self.claims.roles.get(role, [])]
 
     def composed(self, config: PredictionConfig, partners: Collection[Head]) -> NDArray[np.float64]:
-        """[layer, head]: a composition of every head with these, nan where it has no value."""
+        """Return [layer, head]: a composition of every head with the partners; nan if a head has none."""
         facts = self.model.architecture
         nothing = np.full((facts.n_layers, facts.n_heads), np.nan)
         if not self.layers or not partners:
@@ -201,7 +201,7 @@ class ClaimTests:
         return nothing
 
     def pairs(self) -> list[tuple[Head, Head]]:
-        """The (sender, receiver) pairs that the claims' predictions name."""
+        """Return the (sender, receiver) pairs that the claims' predictions name."""
         found = set()
         for role, predictions in self.claims.predictions.items():
             for config in predictions:
@@ -261,7 +261,7 @@ class ClaimTests:
         return found
 
     def can_frame(self, metric: str) -> bool:
-        """Whether a surrogate of this spectrum has the metric: not where queries and keys are normalised."""
+        """Whether a surrogate of this spectrum has the metric: not if it is of normalised queries and keys."""
         return METRICS[metric].has_surrogates and not self._renormalised(metric)
 
     def _renormalised(self, metric: str) -> bool:
@@ -269,7 +269,7 @@ class ClaimTests:
         return self.model.architecture.qk_norm and METRICS[metric].of_scores
 
     def frame(self, head: Head, metric: str) -> FrameDraws:
-        """The draws of the head's surrogates in the form that this metric is of."""
+        """Return the draws of the head's surrogates in the form that this metric is of."""
         layer, index = head
         form = self.forms[metric, layer]
         if (head, form) not in self.frames:
@@ -289,7 +289,7 @@ class ClaimTests:
         return self.frames[head, form]
 
     def _asked(self, head: Head) -> set[str]:
-        """The metrics of a candidate that were observed, or those that a claimed head's roles predict, with a value."""
+        """Return a candidate's observed metrics, or the available ones that a claimed head's roles predict."""
         if head in self.observed:
             return set(self.observed[head])
         roles = [role for role, heads in self.claims.roles.items() if head in heads] or list(self.claims.predictions)
@@ -319,7 +319,7 @@ class ClaimTests:
     def word_draws(
         self, heads: Collection[Head], metrics: set[str]
     ) -> Iterator[tuple[WordDraws, dict[tuple[Head, str], NDArray[np.float64]]]]:
-        """Each null of words, and (head, metric) -> [draw] under it; what cannot be drawn is noted and left out.
+        """Yield each null of words, and (head, metric) -> [draw] under it; a null that cannot be drawn is noted.
 
         Args:
             heads: whose maps are kept.
@@ -350,7 +350,7 @@ class ClaimTests:
     def _under_words(
         self, observed: Readout, variables: Sequence[Variable], heads: set[Head], metrics: set[str]
     ) -> dict[tuple[Head, str], NDArray[np.float64]]:
-        """(head, metric) -> [draw]: the metrics of the heads under each surrogate of the words, many at a time."""
+        """Return (head, metric) -> [draw]: the heads' metrics under each surrogate of the words, many at a time."""
         groups: dict[tuple[str, Circuit], list[Head]] = {}
         for head, circuit in self.maps:
             if head in heads and any(METRICS[name].circuit == circuit for name in metrics):
@@ -372,7 +372,7 @@ class ClaimTests:
         return {key: np.concatenate(values) for key, values in drawn.items()}
 
     def _chunks(self, readout: Readout, variables: Sequence[Variable], n_heads: int) -> Iterator[Sequence[Variable]]:
-        """As many draws of words at a time as memory should hold the rows of, and the scores of so many heads."""
+        """Split draws of words into chunks whose embedding rows and scores, of this many heads, fit in memory."""
         sets = (*readout.variable.read, *readout.variable.write)
         n_words = sum(len(words.ids) for words in sets)
         size = max(1, CHUNK_ELEMENTS // (n_words * (self.model.architecture.d_model + n_heads * n_words)))
@@ -409,11 +409,11 @@ def form_of(metric: str, layer: Layer) -> Form:
 
 
 def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:
-    """E^T C E of the embeddings E that K-composed heads see, and W_E^T C E for senders of layer 0; or why not.
+    """Return E^T C E of the embeddings E that K-composed heads see, and W_E^T C E for senders of layer 0; or why not.
 
-    E is `block0` where the model has MLPs, with plain embeddings for senders of layer 0, which read no others; plain
-    for all (None) where it has none, or one that writes nothing: then no layer turns a token into another, and what
-    block 0's heads add would only blur it.
+    E is `block0` if the model has MLPs, with plain embeddings for senders of layer 0, which read no others. Without
+    MLPs, or if block 0's writes nothing, E is plain for all senders (None): then no layer turns a token into another,
+    and the writes of block 0's heads would only blur it.
     """
     if model.vocabulary is None:
         return model.source.no_vocabulary or "the checkpoint has no token embedding"

@@ -39,13 +39,13 @@ from ovqk.weights.types import Architecture
 DEPTH = 2  # layers on either side
 DEPTH_MIN_HEADS = 4  # unclaimed heads of a layer, for a median and a MAD that mean something
 Values = Mapping[str, NDArray[np.float64]]
-"""Metric -> [layer, head], nan where it has no value."""
+"""Metric -> [layer, head], nan if a head has no value."""
 Resamples = Mapping[str, NDArray[np.float64]]
-"""Metric -> [draw, layer, head] under resampled words, nan where it was not resampled."""
+"""Metric -> [draw, layer, head] under resampled words, nan if it was not resampled."""
 
 
 def counting(metric: str, is_role: bool) -> tuple[str, ...]:
-    """The nulls that decide about a metric.
+    """Return the nulls that decide about a metric.
 
     Copying, suppressing and matching: the other heads (`layer` of a role, `depth` of a head) and `frame`; that they are
     special to the task's words is no part of those claims. Alignment, transfer, read: `token` as well. Compositions:
@@ -64,7 +64,7 @@ class Predicted:
     """A prediction with the values that decide it.
 
     Attributes:
-        values: [layer, head]; nan where the prediction does not apply.
+        values: [layer, head]; nan if the prediction does not apply.
     """
 
     role: str
@@ -74,16 +74,16 @@ class Predicted:
 
     @property
     def sign(self) -> float:
-        """-1 where the prediction is `low`."""
+        """-1 if the prediction is `low`, else 1."""
         return -1.0 if self.config.direction is Direction.low else 1.0
 
     def metric_of(self, layer: int) -> str:
-        """The metric that the prediction is about in this layer."""
+        """Return the metric that the prediction is about in this layer."""
         return self.config.first_layer if layer == 0 and self.config.first_layer is not None else self.config.metric
 
 
 def predicted_values(config: PredictionConfig, values: Values, architecture: Architecture) -> NDArray[np.float64]:
-    """The metric of a prediction for every head, nan where it makes none."""
+    """Return a prediction's metric for every head; nan if it predicts nothing of the head."""
     empty = np.full((architecture.n_layers, architecture.n_heads), math.nan)
     found = values.get(config.metric, empty).copy()
     if config.first_layer is not None:
@@ -96,7 +96,7 @@ def predicted_values(config: PredictionConfig, values: Values, architecture: Arc
 def layer_strata(
     predicted: Predicted, claims: Claims, architecture: Architecture, exclude_claimed: bool
 ) -> list[Stratum]:
-    """One stratum per layer with heads of the role that have a value."""
+    """Return one stratum per layer with heads of the role that have a value."""
     return _strata(predicted, _peers(predicted, claims, architecture, exclude_claimed), architecture)
 
 
@@ -115,7 +115,7 @@ def _strata(predicted: Predicted, peers: Peers, architecture: Architecture) -> l
 def _peers(
     predicted: Predicted, claims: Claims, architecture: Architecture, exclude_claimed: bool, of: Head | None = None
 ) -> Peers:
-    """(layer, heads, which are claimed) of each layer of the role's heads, or of the head `of` among unclaimed ones."""
+    """Return (layer, heads, which are claimed) for each layer of the role's heads, or for the layer of `of` alone."""
     role = set(claims.roles[predicted.role]) if of is None else {of}
     others = claims.heads - role if exclude_claimed and claims.reliability != "unreliable" else set()
     found = []
@@ -249,7 +249,7 @@ class DepthReference:
     drawn: bool
 
     def quantiles(self, sign: float) -> NDArray[np.float64]:
-        """Of the reference heads, at QUANTILES; `sign` turns them back into the metric's own direction."""
+        """Return the reference heads' values at QUANTILES; `sign` turns them back into the metric's own direction."""
         return np.quantile(sign * self.reference, QUANTILES, weights=self.shares, method="inverted_cdf")
 
     def counts(self) -> Significance:
@@ -260,7 +260,7 @@ class DepthReference:
 def depth_reference(
     signed: NDArray[np.float64], head: Head, barred: set[Head], groups: NDArray[np.int64]
 ) -> DepthReference | None:
-    """The head and the unclaimed heads of layers within 2, each standardised; None without enough of them.
+    """Compare the head with the unclaimed heads of layers within 2, each standardised; None if there are too few.
 
     A head is standardised by the median and MAD of its layer's heads, itself among them. Standardised by fewer than
     its reference is, or by others alone, it would be the more extreme of the two by construction. So a head of a layer
@@ -272,8 +272,8 @@ def depth_reference(
     the head's layer its rank among the z is uniform. With a head of another layer it is compared as two heads of layers
     of one size are, each thinned at random, and either exceeds the other with equal probability. Were all layers of
     one size, nothing would be thinned and the head's rank among all reference heads would be uniform: P(p <= a) <= a.
-    Where they are not, p is the mean over random thinnings, and a mean is less often extreme than what it is of (a
-    tail that is measured and not proved: docs/calibration.md). Which heads are left is drawn by rank of value, from a
+    If they are not, p is the mean over random thinnings, and a mean is less often extreme than its terms are (a tail
+    that is measured and not proved: docs/calibration.md). Which heads are left is drawn by rank of value, from a
     fixed seed: how heads are numbered changes nothing.
 
     Args:
@@ -340,8 +340,8 @@ def reference_counts(
     Args:
         value: of the head; or beside every entry of the reference.
         reference: of the reference heads.
-        shares: of its head that each entry is; every entry is a head, where None.
-        groups: the KV group of the head of each entry; every head its own, where None.
+        shares: of its head that each entry is; if None, every entry is a head.
+        groups: the KV group of the head of each entry; if None, every head is its own group.
     """
     shares = np.ones(len(reference)) if shares is None else shares
     weights, n = shares, round(shares.sum())

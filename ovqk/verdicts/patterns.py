@@ -32,13 +32,13 @@ FLAT_QUANTILE, FLAT_DRAWS = 0.05, 400
 def head_patterns(
     values: Values, head: Head, shape: tuple[int, int], second: float, rows: Sequence[NullTest]
 ) -> dict[str, Any]:
-    """The patterns of one claimed head: booleans, None where what they rest on is not there, and `evidence`.
+    """Return the patterns of one claimed head, None if what one rests on is missing, and `evidence`.
 
     Args:
         values: metric -> [layer, head].
         head: the head.
-        shape: the dimensions its maps act on (d_model, less one where they are centred) and d_head.
-        second: sigma_2 / sigma_1 of W_QK; nan where QK was not taken apart.
+        shape: the dimensions its maps act on (d_model, less one if they are centred) and d_head.
+        second: sigma_2 / sigma_1 of W_QK; nan if QK was not taken apart.
         rows: the tests of it.
     """
     held = _holding(rows)
@@ -62,7 +62,7 @@ def head_patterns(
 
 
 def _holding(rows: Sequence[NullTest]) -> dict[str, str]:
-    """Metric -> with what reserve (mostly none), of the predictions that hold under every null that could decide."""
+    """Return metric -> reserve, mostly empty, for predictions that hold under every null that could decide."""
     found: dict[str, str] = {}
     for metric in dict.fromkeys(row.metric for row in rows if row.metric in HEAD_METRICS):
         mine = [row for row in rows if row.metric == metric and row.testable]
@@ -76,7 +76,7 @@ def _holding(rows: Sequence[NullTest]) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def iid_effective_rank(d_model: int, d_head: int) -> float:
-    """5th percentile of exp H(sigma^2 / sum sigma^2) of a product of iid Gaussian [d, h] and [h, d] matrices.
+    """Return the 5th percentile of exp H(sigma^2 / sum sigma^2) for products of iid Gaussian [d, h] and [h, d].
 
     The triangular factors of Gaussian matrices are drawn directly (Bartlett's decomposition): chi on the diagonal,
     normal above it.

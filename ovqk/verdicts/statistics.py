@@ -82,7 +82,7 @@ class MonteCarlo:
 
 
 def monte_carlo(observed: float, draws: NDArray[np.float64]) -> MonteCarlo:
-    """Sequential Monte Carlo p-values (Besag & Clifford 1991), larger is more extreme; ties count against the claim.
+    """Return sequential Monte Carlo p-values (Besag & Clifford 1991); larger is more extreme, ties count against.
 
     The draws are counted in order, up to the 20th that is at least as extreme.
     """
@@ -100,7 +100,7 @@ def _counted(exceeds: NDArray[np.bool_]) -> tuple[float, int, bool]:
 
 
 def midranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Twice the mid-rank of each value (so that ties stay integers), from 2 for the smallest."""
+    """Return twice the mid-rank of each value (so that ties stay integers), from 2 for the smallest."""
     difference = values[:, None] - values[None, :]
     return 2 * (difference > TIE).sum(1) + (np.abs(difference) <= TIE).sum(1) + 1
 
@@ -153,7 +153,7 @@ def stratified_permutation(strata: Sequence[Stratum], seed: int) -> Permutation:
 
 
 def _weighted_quantiles(values: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The smallest value that at least this share of the weight does not exceed, at QUANTILES."""
+    """Return, for each of QUANTILES, the smallest value that this share of the weight does not exceed."""
     order = np.argsort(values)
     reached = counts[order].cumsum() / counts.sum()
     places = np.searchsorted(reached, np.array(QUANTILES) - TIE)
@@ -161,7 +161,7 @@ def _weighted_quantiles(values: NDArray[np.int64], counts: NDArray[np.int64]) ->
 
 
 def _labelings(stratum: Stratum, scores: NDArray[np.int64]) -> Distribution:
-    """Sum of the scores under the labels -> number of labelings of this layer.
+    """Return sum of scores -> number of labelings of this layer that give it.
 
     Groups trade places only with groups of as many candidates, and keep their numbers of claimed heads.
     """
@@ -202,7 +202,7 @@ def _convolve(distributions: Sequence[Distribution]) -> Distribution:
 
 
 def _draw(per_layer: Sequence[Distribution], seed: int) -> NDArray[np.int64]:
-    """Random labelings: the layers are independent, so each layer's sum is drawn from its exact distribution."""
+    """Draw random labelings: layers are independent, so each layer's sum is drawn from its exact distribution."""
     generator = np.random.default_rng(seed)
     drawn = np.zeros(DRAWS, dtype=np.int64)
     for layer in per_layer:
@@ -212,7 +212,7 @@ def _draw(per_layer: Sequence[Distribution], seed: int) -> NDArray[np.int64]:
 
 
 def within_layer_auc(strata: Sequence[Stratum]) -> float:
-    """Probability that a claimed head exceeds an unclaimed one of its layer (ties half); nan without such pairs."""
+    """Return P(a claimed head exceeds an unclaimed one of its layer), ties half; nan without such pairs."""
     above = pairs = 0.0
     for stratum in strata:
         claimed, others = stratum.values[stratum.claimed], stratum.values[~stratum.claimed]
@@ -222,14 +222,14 @@ def within_layer_auc(strata: Sequence[Stratum]) -> float:
 
 
 def _above(difference: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 where the difference is positive, 0.5 where it is no more than rounding."""
+    """Return 1 for a positive difference, and 0.5 for one that is no more than rounding."""
     return (difference > TIE) + 0.5 * (np.abs(difference) <= TIE)
 
 
 def within_layer_auc_interval(
     strata: Sequence[Stratum], resamples: Sequence[NDArray[np.float64]]
 ) -> tuple[float, float]:
-    """95 % interval of `within_layer_auc` over resamples of the metric.
+    """Return the 95 % interval of `within_layer_auc` over resamples of the metric.
 
     Args:
         strata: the observed strata.
@@ -247,7 +247,7 @@ def within_layer_auc_interval(
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values q of Benjamini & Hochberg 1995, in the order given."""
+    """Return the adjusted p-values q of Benjamini & Hochberg 1995, in the order given."""
     p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p, kind="stable")
     adjusted = p[order] * len(p) / np.arange(1, len(p) + 1)
@@ -257,9 +257,9 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
 
 
 def standardised(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """(value - median) / MAD of each value [thinning, n]: among all of them, or among `width` of them, itself included.
+    """Return (value - median) / MAD of each value [thinning, n], among all or among `width`, itself included.
 
-    Where `width` is less than n, THINNINGS times each value is left with others drawn at random, the same for every
+    If `width` is less than n, THINNINGS times each value is left with others drawn at random, the same for every
     call; nan for values without spread.
 
     Args:
@@ -283,7 +283,7 @@ def _standardised(rising: bytes, width: int) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=64)
 def _thinnings(n: int, width: int) -> NDArray[np.int64]:
-    """Indices [thinning, n, width], rising: those that are left where i of n is kept among `width`."""
+    """Return indices [thinning, n, width], rising: those left when i of n is kept among `width`."""
     if width == n:
         return np.broadcast_to(np.arange(n), (1, n, n))
     order = np.random.default_rng([n, width]).random((THINNINGS, n, n))
@@ -292,7 +292,7 @@ def _thinnings(n: int, width: int) -> NDArray[np.int64]:
 
 
 def percentile(value: float, reference: NDArray[np.float64]) -> float:
-    """Share of the reference below the value (ties half), in [0, 1]; nan for an empty reference."""
+    """Return the share of the reference below the value (ties half), in [0, 1]; nan for an empty reference."""
     if not len(reference):
         return math.nan
     return float(_above(value - reference).mean())

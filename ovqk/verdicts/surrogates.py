@@ -1,4 +1,4 @@
-"""Surrogates to compare a head or a task's words with: what the `frame` and `token` nulls are drawn from.
+"""Surrogates of heads and of a task's words: the draws of the `frame` and `token` nulls.
 
     frame   a head's own singular values between Haar frames: a head of the same spectrum that knows no token
     token   other words, alike in spelling and frequency: a task of the same form without its meaning
@@ -41,7 +41,7 @@ HALVES, PAIRS = "token", "token_pairs"
 
 
 def gaussian(count: int, d_model: int, k: int, generator: torch.Generator) -> Float[Tensor, "draw d_model k"]:
-    """Standard Gaussian matrices, float32, which is as random as float64 and takes an eighth of the time.
+    """Draw standard Gaussian matrices in float32: as random as float64, in an eighth of the time.
 
     In whole sixteens for each, as torch makes them, so that they are the same in whatever batches they are asked for.
     """
@@ -50,9 +50,9 @@ def gaussian(count: int, d_model: int, k: int, generator: torch.Generator) -> Fl
 
 
 def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[Tensor, "draw d_model k"]:
-    """Orthonormal k-frames of R^d, Haar distributed; with `centred`, of the complement of the all-ones vector.
+    """Return orthonormal k-frames of R^d, Haar distributed; if `centred`, orthogonal to the all-ones vector.
 
-    The Q of a Gaussian matrix, with positive diagonal of R (Mezzadri 2007), by Cholesky where it is well conditioned.
+    The Q of a Gaussian matrix, with positive diagonal of R (Mezzadri 2007), by Cholesky if it is well conditioned.
     With at least four times as many rows as columns, or twice as many in a large model, it is so well conditioned that
     float32 will do, in which the frames are then returned: columns are orthonormal within 1e-6 at the sizes of models,
     within 2e-5 in the tails of d_model = 8. Otherwise they are float64.
@@ -139,7 +139,7 @@ class FramedHeads(Decomposition):
 
 @dataclass(frozen=True)
 class FramedMaps:
-    """One circuit of such heads, as readouts take it (`head_maps.CircuitMaps`)."""
+    """One circuit of such heads, as readouts take it (`maps.CircuitMaps`)."""
 
     circuit: Circuit
     decomposition: FramedHeads
@@ -155,15 +155,15 @@ class FramedMaps:
         return self._queried(rows) @ self.decomposition.write.mT.to(rows)
 
     def _queried(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "draw row k"]:
-        """rows @ read diag(sigma)."""
+        """Return rows @ read diag(sigma)."""
         return self.decomposition.frames.queried(rows) * self.decomposition.sigma[0].to(rows)
 
 
 def surrogate_heads(sigma: Float[Tensor, " rank"], frames: Frames) -> FramedHeads:
     """Return heads with these singular values between frames.
 
-    Singular values beyond the columns of the frames are dropped: zeros, where these have as many as there are
-    dimensions left.
+    Singular values beyond the columns of the frames are dropped: these are zeros if the frames have as many columns
+    as there are dimensions left.
     """
     n, _, k = frames.read.shape
     return FramedHeads(frames.read, sigma[:k].to(frames.read).expand(n, k), frames.write, k, frames)
@@ -193,11 +193,11 @@ class FrameDraws:
         self._open: list[tuple[str, int, InTop]] = []
 
     def first(self, count: int) -> dict[str, NDArray[np.float64]]:
-        """The first `count` draws of every metric, or more; the same draws in whatever steps they are asked for."""
+        """Return at least `count` draws of every metric; they do not depend on the steps they are asked for in."""
         return first_of_each([self], count)[0]
 
     def missing(self, count: int) -> Iterator[Float[Tensor, "frame d_model k"]]:
-        """Noise for the frames of the draws that are yet to be made, some at a time."""
+        """Yield noise for the frames of the draws that are yet to be made, some at a time."""
         k = min(len(self.sigma), self.d_model - self.centred)
         n = count - self.count
         if self.sigma.device.type == "cpu":
@@ -213,7 +213,7 @@ class FrameDraws:
         return self.seed, self.d_model, len(self.sigma), self.centred, self.count
 
     def measured(self, frames: Frames) -> dict[str, list[float] | InTop]:
-        """The metrics of the surrogates between these frames, as numbers: many small tensors would hold memory.
+        """Measure the surrogates between these frames, as numbers: many small tensors would hold memory.
 
         What has still to be ranked in the rest of the vocabulary stays open until `close`.
         """
@@ -255,7 +255,7 @@ class FrameDraws:
 
 
 def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDArray[np.float64]]]:
-    """The first draws of several heads (see `FrameDraws.first`), side by side in threads.
+    """Return the first draws of several heads (see `FrameDraws.first`), computed side by side in threads.
 
     Noise is made here, for one set of heads that share their frames after the other; threads measure what it makes; the
     numbers are kept here, in order.
@@ -283,16 +283,16 @@ def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDA
 
 
 def stages(most: int) -> tuple[int, ...]:
-    """Numbers of draws after which it is asked whether more are needed, up to this many."""
+    """Return the numbers of draws, up to this many, after which a test asks whether it needs more."""
     return *(stage for stage in STAGES if stage < most), most
 
 
 def surrogate_metrics(
     task: TaskReadout, layer: int, wanted: set[str], observed: Mapping[str, float]
 ) -> Callable[[CircuitMaps], dict[str, Float[Tensor, " draw"] | InTop]]:
-    """What measures surrogates of a head of this layer, by the functions that measured the head.
+    """Return a function that measures surrogates of a head of this layer, as the head was measured.
 
-    Metrics that rank words in the vocabulary are left open (see `FrameDraws.close`). Where a value was observed, a
+    Metrics that rank words in the vocabulary are left open (see `FrameDraws.close`). If a value was observed, a
     trace ratio may be a bound that lies on the same side of it (see `full_circuit_ratio`).
     """
     model, readout = task.model, task.readout
@@ -340,10 +340,10 @@ class WordDraws:
 
 
 def draw_words(variable: Variable, count: int, seed: int) -> list[WordDraws]:
-    """Surrogates of a causal variable, by the token nulls that its kind has.
+    """Draw surrogates of a causal variable, by the token nulls that its kind has.
 
     set       `token`: as many matched tokens, one for each word, none twice
-    contrast  `token`: random halves of the read words and, independently, of the write words; the same halves where
+    contrast  `token`: random halves of the read words and, independently, of the write words; the same halves if
               the words read are the words written, as in the variable itself
               `token_pairs`: random pairs of tokens matched to the words
     """
@@ -355,7 +355,7 @@ def draw_words(variable: Variable, count: int, seed: int) -> list[WordDraws]:
 
 
 def subsamples(variable: Variable, count: int, share: float, seed: int) -> list[Variable]:
-    """The variable with this share of its words (of its pairs of words), drawn without replacement."""
+    """Draw the variable with this share of its words (of its pairs of words), without replacement."""
     rng = random.Random(f"subsamples {seed}")
 
     def some(sets: tuple[WordSet, ...], kept: list[int]) -> tuple[WordSet, ...]:
@@ -409,7 +409,7 @@ def _matched(null: str, variable: Variable, count: int, rng: random.Random) -> W
 
 
 def _matched_sets(sets: tuple[WordSet, ...], variable: Variable, rng: random.Random) -> tuple[WordSet, ...] | None:
-    """A matched token for every word of the sets, none twice; None where that fails again and again."""
+    """Draw a matched token for every word of the sets, none twice; None if that fails again and again."""
     ids = [i for words in sets for i in words.ids.tolist()]
     if len(variable.band) < len(ids) + 2:  # what is left of the band is its centre
         return None

@@ -1,4 +1,4 @@
-"""What the weights say of each claim: one verdict per claimed head and per role (definitions: section 6).
+"""Verdicts of the weights on claims: one for each claimed head and each role (definitions: section 6).
 
 The first line that matches wins:
 
@@ -54,7 +54,7 @@ AGAINST = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What a verdict is about: a role, or one of its heads."""
+    """The subject of a verdict: a role, or one of its heads."""
 
     role: str
     head: Head | None
@@ -67,7 +67,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Rows of tests.parquet about one subject, by what they can say; of the nulls that count, unless said otherwise.
+    """The tests of one subject, sorted by their outcome; only nulls that count, unless a property says otherwise.
 
     Attributes:
         rows: all of them, also those that are only reported.
@@ -107,7 +107,7 @@ class Evidence:
 
     @property
     def weakest(self) -> NullTest | None:
-        """The testable row that is least significant; one that cannot be, where none can."""
+        """The testable row that is least significant; if none is testable, the first that cannot be significant."""
         return max(self.testable, key=lambda row: row.q, default=next(iter(self.primary), None))
 
     @property
@@ -123,17 +123,17 @@ def judge(
     reason: str | None,
     patterns: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One row of verdicts.parquet.
+    """Judge one role or head: a row of verdicts.parquet.
 
     p, q and min_q are those of the weakest null that counts, q_opposite of the one most against the claim; `nulls` are
     those that could decide, `held` and `opposed` the ones that are significant for and against it. The percentile, the
-    effect and its interval are those within the heads' own layers; none where all other heads there are claimed.
+    effect and its interval are those within the heads' own layers; none if all other heads there are claimed.
 
     Args:
         subject: the role or head.
         predicted: its role's predictions, the primary first.
         rows: the rows of tests.parquet about it.
-        reason: why the primary metric has no value, where it has none.
+        reason: why the primary metric has no value, if it has none.
         patterns: of a head (`patterns.head_patterns`).
     """
     evidence = Evidence(rows)
@@ -185,7 +185,7 @@ def _metric(subject: Subject, predicted: Sequence[Predicted]) -> str | None:
 def _decide(
     subject: Subject, predicted: Sequence[Predicted], evidence: Evidence, reason: str | None, untested: str
 ) -> tuple[str, str]:
-    """The verdict, and why where that needs to be said."""
+    """Return the verdict, and the reason if it needs one."""
     if not predicted:
         return "out_of_scope", "the role predicts nothing of the weights"
     if not evidence.primary:
@@ -206,7 +206,7 @@ def _decide(
 
 
 def _untested(subject: Subject, predicted: Predicted, evidence: Evidence) -> str:
-    """Which nulls that count could not decide: `token_pairs`, which not every variable has, is not missed."""
+    """Say which counting nulls could not decide; `token_pairs`, which not every variable has, is not missed."""
     small: dict[str, list[str]] = {}
     for row in evidence.primary:
         if not row.testable:
@@ -218,7 +218,7 @@ def _untested(subject: Subject, predicted: Predicted, evidence: Evidence) -> str
 
 
 def _too_few(row: NullTest) -> str:
-    """How small a p the null could have reached for it."""
+    """Say how small a p the null could have reached."""
     return f"the smallest p with {_sizes(row)} is {row.min_p:.3g}"
 
 
@@ -251,7 +251,7 @@ def _statement(
     why: str,
     untested: str,
 ) -> str:
-    """What the weights establish, in words to be quoted."""
+    """Say what the weights establish, in words to be quoted."""
     metric = _metric(subject, predicted)
     if verdict not in MEANS or not rows or metric is None:
         return f"Nothing: {why}."
@@ -265,7 +265,7 @@ def _statement(
 
 
 def _part(row: NullTest) -> str:
-    """How the primary came out under one null: what is not significant is not said to be otherwise."""
+    """Say how the primary came out under one null; an insignificant value is only called not significant."""
     direction = row.prediction
     if row.q < ALPHA:
         how, q = direction, row.q
@@ -282,7 +282,7 @@ def _part(row: NullTest) -> str:
 
 
 def _share(effect: float) -> str:
-    """What part of them: all and none only where it is."""
+    """Say which part of the null the value exceeds: 100% and 0% only if it is all or none of it."""
     if 0 < effect < 0.005 or 0.995 <= effect < 1:
         return "less than 1% of them" if effect < 0.5 else "more than 99% of them"
     return f"{effect:.0%} of them"
@@ -297,7 +297,7 @@ def _limits(verdict: str, predicted: Sequence[Predicted]) -> str:
 
 
 def subjects(claims: Claims) -> list[Subject]:
-    """Every role, each followed by its heads."""
+    """Return every role, each followed by its heads."""
     return [
         subject
         for role, heads in claims.roles.items()
