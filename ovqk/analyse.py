@@ -107,7 +107,7 @@ class JudgedTables:
 
     @property
     def notes(self) -> list[str]:
-        """What could not be drawn, ranked or composed, and why."""
+        """Sentences for the record: which nulls, rankings or compositions are missing, and why."""
         return self.tests.notes
 
     def visit(self, layer: Layer) -> None:
@@ -203,10 +203,10 @@ def _describe(claims: Claims | str) -> dict[str, Any]:
 
 def summarise(task: TaskReadout, tables: dict[str, pd.DataFrame]) -> dict[str, float | int]:
     """Return flat scalars: sizes, means over heads, verdict counts, each role's effect and p."""
-    model, facts = task.model, task.model.architecture
+    model, architecture = task.model, task.model.architecture
     summary: dict[str, float | int] = {
-        "n_layers": facts.n_layers,
-        "n_heads": facts.n_layers * facts.n_heads,
+        "n_layers": architecture.n_layers,
+        "n_heads": architecture.n_layers * architecture.n_heads,
         "n_unstable_heads": int((tables["heads"]["unstable"] != "").sum()),
     }
     for name in metric_names(model.circuits):

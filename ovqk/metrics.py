@@ -29,10 +29,13 @@ Needs = Literal[
     "scale",
     "pairs",
 ]
-"""What must be there for a metric: among these a scale of the scores that no norm of queries and keys takes away, and
-enough positions for a fit by offset."""
+"""A thing that the model, the task or the analysis must have for a metric to be computed.
+
+`scale`: queries and keys are not normalised, so that the scale of W_QK reaches the scores. `offsets`: attention is
+causal, with enough positions for a fit by offset. `pairs`: both circuits are analysed.
+"""
 Of = Literal["head", "words", "subspace", "pair"]
-"""What a metric is of: a head's weights, a mean over a task's words, the subspace that they span, a pair of heads."""
+"""The subject of a metric: a head's weights, a mean over a task's words, the subspace they span, or a pair of heads."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,11 @@ class Metric:
         formula: as in the definitions.
         low, high: the range; None if there is no bound.
         source: the publication that it comes from.
-        needs: what must be there for it to be computed.
+        needs: the things without which it cannot be computed.
         chance: its value for a head that has nothing to do with the task; None if there is no such value.
-        of: what it is of.
+        of: its subject.
         variable: the kind of variable that it is for; None for any kind.
-        reads: an OV metric of what the head reads, and not of what it writes.
+        reads: it is an OV metric about reading, and says nothing about writing.
         full_circuit: the trace ratio of a full circuit, from tokens to tokens.
         other_words: whether a null of other words counts for it or is only reported; None if there is no such null.
         in_top: if it ranks a word's own logit in the whole vocabulary, the sign that W_OV is taken with; else 0.

@@ -166,7 +166,7 @@ def _metrics(cells: Sequence[Cell]) -> Json:
             "chance": metric.chance,
             "low": metric.low,
             "high": metric.high,
-            "of_task": "task" in metric.needs,
+            "of_task": metric.is_readout,
         }
         for name, metric in METRICS.items()
         if name in there

@@ -20,7 +20,7 @@ def unavailable_metrics(
 
     Args:
         circuits: `ov`, `qk`.
-        architecture: the model's facts.
+        architecture: the model's.
         vocabulary: its embeddings; None if the checkpoint holds none.
         n_positions: rows of the learned position embedding; None if there is none.
         block0: the effective embedding of later layers, or why there is none.

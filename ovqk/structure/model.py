@@ -52,7 +52,7 @@ class Model:
 
     @property
     def architecture(self) -> Architecture:
-        """The model's facts."""
+        """The architecture of the checkpoint."""
         return self.source.architecture
 
     @property
@@ -89,7 +89,7 @@ class Model:
 
     @cached_property
     def token_moments(self) -> tuple[positions.Moments, positions.Moments] | None:
-        """Of plain and of normalised embedding rows (the second is used under rotary positions)."""
+        """Moments of plain and of normalised embedding rows (the second is used under rotary positions)."""
         if self.vocabulary is None:
             return None
         plain = positions.token_moments(self.vocabulary)
@@ -104,7 +104,7 @@ class Model:
 
     @cached_property
     def position_moments(self) -> positions.Moments | None:
-        """Of the rows of W_pos; None without learned positions."""
+        """Moments of the rows of W_pos; None without learned positions."""
         return None if self.W_pos is None else positions.row_moments(self.W_pos)
 
     @cached_property
@@ -151,7 +151,7 @@ class Model:
 
     @cached_property
     def listed(self) -> Bool[Tensor, " token"]:
-        """Which tokens may be listed."""
+        """The tokens that may be listed: True for each of them."""
         if self.rare_tokens is not None:
             return self.rare_tokens.listed
         n = 0 if self.vocabulary is None else self.vocabulary.size
@@ -173,9 +173,14 @@ class Model:
 
     @property
     def sample_notes(self) -> list[str]:
-        """What a reader of the shares of position and content should know if they are of a sample of the tokens."""
-        facts = self.architecture
-        if self.vocabulary is None or not facts.qk_norm or facts.positions != "rotary" or "qk" not in self.circuits:
+        """A note, if the shares of position and content are computed from a sample of the tokens."""
+        architecture = self.architecture
+        if (
+            self.vocabulary is None
+            or not architecture.qk_norm
+            or architecture.positions != "rotary"
+            or "qk" not in self.circuits
+        ):
             return []
         step = positions.sample_step(self.vocabulary.size, self.vocabulary.d_model)
         if step == 1:
@@ -187,7 +192,7 @@ class Model:
 
     @property
     def direction_notes(self) -> list[str]:
-        """What a reader of lists of tokens should know: which are left out, and whether block 0 could not be had."""
+        """Notes on lists of tokens: how many tokens are left out, and whether block0 embeddings are missing."""
         if not self.lists_tokens:
             return []
         rare = None if self.rare_tokens is None else self.rare_tokens.note
@@ -201,7 +206,7 @@ class Model:
 
     @property
     def processing(self) -> dict[str, str]:
-        """What was asked for and what was done to the weights."""
+        """The processing asked for, and the processing that the weights got."""
         asked = self.config.processing.value
         applied = "folded" if self.folds else "raw"
         if self.architecture.norm == "none" and not self.architecture.post_norm:
@@ -221,9 +226,9 @@ class Model:
     ) -> "Model":
         """Read the embeddings; the task of the config has no part in it."""
         device = resolve_device(config.device)
-        facts = source.architecture
+        architecture = source.architecture
         raw = to_device(source.embeddings(), device)
-        folded = fold_embeddings(raw, facts) if source.foldable else raw
+        folded = fold_embeddings(raw, architecture) if source.foldable else raw
         vocabulary = None if folded.W_E is None else read_vocabulary(folded, n_tokens, label)
         spectral = vocabulary
         if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
@@ -293,7 +298,7 @@ class Layer:
 
     @property
     def gain(self) -> Float[Tensor, " d_model"] | None:
-        """What the norm before attention multiplies by, if it is not folded into the processed weights, float64."""
+        """The gain of the norm before attention, float64; None if it is folded into the processed weights."""
         norm = self.processed.norm
         return None if norm is None else norm.weight.double()
 
@@ -307,8 +312,10 @@ class Layer:
     @property
     def span(self) -> tuple[int, ...]:
         """The offsets whose mean rotation readouts and compositions use; (0,) without rotary positions."""
-        facts = self.model.architecture
-        return tuple(range(positions.rotary_span(self.folded, facts))) if self.folded.rotary is not None else (0,)
+        architecture = self.model.architecture
+        return (
+            tuple(range(positions.rotary_span(self.folded, architecture))) if self.folded.rotary is not None else (0,)
+        )
 
     def basis(self, part: Part, folded: bool) -> spectra.Basis:
         """Return an orthonormal basis of what each head's W_Q, W_K, W_V reads or W_O writes, folded or as processed.
@@ -326,10 +333,10 @@ class Layer:
         """Return a circuit of the layer's heads, factored once; QK with the mean rotation over the offsets."""
         form = Form(circuit, folded or self.model.folds, offsets)
         if form not in self._maps:
-            weights, facts = self.folded if form.folded else self.processed, self.model.architecture
-            kv = facts.kv_of_head.to(weights.W_O.device)
-            every = torch.arange(facts.n_heads, device=kv.device)
-            rank = min(facts.d_head, facts.d_model - self.model.centred)
+            weights, architecture = self.folded if form.folded else self.processed, self.model.architecture
+            kv = architecture.kv_of_head.to(weights.W_O.device)
+            every = torch.arange(architecture.n_heads, device=kv.device)
+            rank = min(architecture.d_head, architecture.d_model - self.model.centred)
             across = self._across.setdefault((circuit, form.folded), [])
             if circuit == "ov":
                 left, right = self.basis("V", folded), self.basis("O", folded)

@@ -98,7 +98,7 @@ class DirectionTables:
         for circuit in model.circuits:
             found = components(layer.decomposition(circuit, model.folds), model.config.analysis.components)
             gain = layer.gain
-            if gain is not None:  # rows are handed out without it
+            if gain is not None:  # token rows come without the gain
                 write = found.write * gain if circuit == "qk" else found.write
                 found = dataclasses.replace(found, read=found.read * gain, write=write)
             self._waiting.append((layer.index, circuit, found))
@@ -176,23 +176,23 @@ def rounding_sensitive(layer: Layer, circuit: Circuit, metrics: HeadValues) -> l
 
 def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
     """Return shares of position and content, offset fit, previous-token score, and the offset profile."""
-    model, facts = layer.model, layer.model.architecture
+    model, architecture = layer.model, layer.model.architecture
     values = HeadValues()
     profile: Tensor | None = None
-    if facts.positions == "learned" and model.W_pos is not None:
+    if architecture.positions == "learned" and model.W_pos is not None:
         if model.token_moments is not None and model.position_moments is not None:
             content, places = model.token_moments[0], model.position_moments
-            values |= positions.learned_shares(layer.folded, facts, content, places, _query_key_bases(layer))
+            values |= positions.learned_shares(layer.folded, architecture, content, places, _query_key_bases(layer))
         if "qk_prev_auc" not in model.unavailable:
-            scores = positions.learned_position_scores(layer.folded, facts, model.W_pos)
+            scores = positions.learned_position_scores(layer.folded, architecture, model.W_pos)
             profile = scores.by_offset
             values |= {"qk_offset_r2": scores.offset_r2, "qk_prev_auc": scores.previous_auc}
     elif layer.folded.rotary is not None and model.vocabulary is not None:
         plain, normalised = token_head_moments(layer)
-        values |= positions.rotary_shares(layer.folded, facts, plain)
-        shares = positions.rotary_shares(layer.folded, facts, normalised)
+        values |= positions.rotary_shares(layer.folded, architecture, plain)
+        shares = positions.rotary_shares(layer.folded, architecture, normalised)
         values |= {f"{name}_normalised": value for name, value in shares.items()}
-        profile = positions.rotary_offset_scores(layer.folded, facts, plain)
+        profile = positions.rotary_offset_scores(layer.folded, architecture, plain)
         if "qk_prev_auc" not in model.unavailable:
             values["qk_prev_auc"] = positions.previous_token_auc_rotary(profile)
     return values, None if profile is None else _offset_table(layer.index, profile)
@@ -200,16 +200,16 @@ def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
 
 def token_head_moments(layer: Layer) -> tuple[positions.HeadMoments, positions.HeadMoments]:
     """Return moments of queries and keys over the vocabulary, of plain and of normalised embedding rows."""
-    model, weights, facts = layer.model, layer.folded, layer.model.architecture
+    model, weights, architecture = layer.model, layer.folded, layer.model.architecture
     if weights.qk_norm is not None and model.sampled_rows is not None:
-        return positions.normalised_head_moments(weights, facts, model.sampled_rows)
+        return positions.normalised_head_moments(weights, architecture, model.sampled_rows)
     if model.token_moments is None:
         raise ValueError("moments need an embedding")
     plain, normalised = model.token_moments
     bases = _query_key_bases(layer)
     return (
-        positions.head_moments(weights, facts, plain, bases),
-        positions.head_moments(weights, facts, normalised, bases),
+        positions.head_moments(weights, architecture, plain, bases),
+        positions.head_moments(weights, architecture, normalised, bases),
     )
 
 

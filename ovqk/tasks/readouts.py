@@ -27,7 +27,7 @@ SET_METRICS = named(lambda metric: metric.of == "words")
 """Means over the source tokens of a `set` variable."""
 CONTRAST_METRICS = named(lambda metric: metric.variable is VariableKind.contrast)
 SUBSPACE_METRICS = named(lambda metric: metric.of == "subspace")
-"""Of the subspace that a variable's words span, on either side of a circuit."""
+"""Metrics of the subspace that a variable's words span, on either side of a circuit."""
 
 WRITE = "write"
 """The kind of rows that words are on the write side: columns of W_U."""

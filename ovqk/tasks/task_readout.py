@@ -1,4 +1,4 @@
-"""What a task adds to a model: its words as tokens, and what each head does with its first variable."""
+"""A task on a model: its words as tokens, and the metrics of what each head does with its first variable."""
 
 import math
 from dataclasses import dataclass, field
@@ -56,17 +56,17 @@ class TaskReadout:
 
     def maps(self, layer: Layer, circuit: Circuit) -> HeadMaps | None:
         """Return a circuit as readouts see it: folded, QK with the mean rotation; None if positions are unknown."""
-        facts = self.model.architecture
+        architecture = self.model.architecture
         if circuit == "ov":
             return HeadMaps(layer.factors("ov", True), layer.decomposition("ov", True))
-        if facts.positions == "unsupported":
+        if architecture.positions == "unsupported":
             return None
         weights, span = layer.folded, layer.span
         scorer: Scorer | None = None
         if weights.qk_norm is not None:
 
             def scorer(query_rows: Tensor, key_rows: Tensor) -> Tensor:
-                return scores(weights, facts, query_rows, key_rows, span)
+                return scores(weights, architecture, query_rows, key_rows, span)
 
         return HeadMaps(layer.factors("qk", True, span), layer.decomposition("qk", True, span), scorer)
 
@@ -126,7 +126,7 @@ def read_words(model: Model, n_tokens: int | None) -> TaskTokens:
 
 def unavailable_on(model: Model, readout: Readout | None) -> dict[str, str]:
     """Return metric -> reason, for the metrics that no head of this model can have on this task."""
-    task, facts, circuits = model.config.task, model.architecture, list(model.circuits)
+    task, architecture, circuits = model.config.task, model.architecture, list(model.circuits)
     reasons, of_tasks = dict(model.unavailable), [n for n in metric_names(circuits) if METRICS[n].is_readout]
     if readout is None:
         why = "no word is read" if task.variables else f"{NOT_APPLICABLE}task {task.name} has no words"
@@ -138,10 +138,10 @@ def unavailable_on(model: Model, readout: Readout | None) -> dict[str, str]:
         if METRICS[name].circuit in circuits:
             why = f"{NOT_APPLICABLE}the task's variable '{readout.variable.name}' is a {kind.value}"
             reasons.setdefault(name, why)
-    if not any(readout.reads(layer) for layer in range(facts.n_layers)):
+    if not any(readout.reads(layer) for layer in range(architecture.n_layers)):
         for name in of_tasks:
             reasons.setdefault(name, f"no effective embedding: {model.block0}")
-    if facts.positions == "unsupported":
+    if architecture.positions == "unsupported":
         for name in of_tasks:
             if METRICS[name].circuit == "qk":
                 reasons.setdefault(name, "ovqk does not know how this model encodes positions")

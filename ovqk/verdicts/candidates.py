@@ -169,14 +169,14 @@ def add_ranking(found: dict[str, Ranking], role: str, predictions: Sequence[Pred
         return
     signed = by.sign * by.values
     heads = [(int(layer), int(head)) for layer, head in np.argwhere(~np.isnan(signed))]
-    # Heads that tie are told apart by what else the role predicts, and never by their number while anything can.
+    # Ties are broken by the role's other predictions, and by a head's number only if those tie too.
     others = [np.nan_to_num(p.sign * p.values, nan=-np.inf) for p in valued if p is not by and not p.config.exploratory]
     heads.sort(key=lambda head: (-signed[head], *(-values[head] for values in others), head))
     found[role] = Ranking(by, heads, partners, valued)
 
 
 WordValues = list[dict[tuple[Head, str], NDArray[np.float64]]]
-"""Of each null of words: (head, metric) -> [draw]."""
+"""For each null of words, (head, metric) -> [draw]."""
 
 
 def _under_words(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> WordValues:

@@ -153,8 +153,8 @@ class ClaimTests:
             self._keep(name, layer.index, (own[name] + WIDEN * spread).double().cpu().numpy())
 
     def _keep(self, metric: str, layer: int, values: NDArray[np.float64]) -> None:
-        facts = self.model.architecture
-        empty = np.full((len(values), facts.n_layers, facts.n_heads), np.nan)
+        architecture = self.model.architecture
+        empty = np.full((len(values), architecture.n_layers, architecture.n_heads), np.nan)
         self.resamples.setdefault(metric, empty)[:, layer] = values
 
     # --- afterwards ----------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class ClaimTests:
         Args:
             values: metric -> [layer, head].
         """
-        facts = self.model.architecture
+        architecture = self.model.architecture
         return {
             role: [
                 Predicted(
@@ -174,7 +174,7 @@ class ClaimTests:
                     primary=index == 0,
                     values=self.composed(config, self.partners(config))
                     if config.metric in COMPOSITION_METRICS
-                    else predicted_values(config, values, facts),
+                    else predicted_values(config, values, architecture),
                 )
                 for index, config in enumerate(predictions)
             ]
@@ -187,8 +187,8 @@ class ClaimTests:
 
     def composed(self, config: PredictionConfig, partners: Collection[Head]) -> NDArray[np.float64]:
         """Return [layer, head]: a composition of every head with the partners; nan if a head has none."""
-        facts = self.model.architecture
-        nothing = np.full((facts.n_layers, facts.n_heads), np.nan)
+        architecture = self.model.architecture
+        nothing = np.full((architecture.n_layers, architecture.n_heads), np.nan)
         if not self.layers or not partners:
             return nothing
         if config.metric == "k_composition":
@@ -212,16 +212,16 @@ class ClaimTests:
 
     def rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[NullTest]:
         """Return every prediction's tests, corrected."""
-        facts, seed = self.model.architecture, self.model.config.seed
+        architecture, seed = self.model.architecture, self.model.config.seed
         rows: list[NullTest] = []
         for role, predictions in predicted.items():
             for prediction in predictions:
                 heads = [head for head in self.claims.roles[role] if not np.isnan(prediction.values[head])]
                 if not heads:
                     continue
-                rows += role_rows(prediction, self.claims, facts, seed, self.resamples)
+                rows += role_rows(prediction, self.claims, architecture, seed, self.resamples)
                 for head in heads:
-                    rows += head_rows(prediction, head, self.claims, facts, self.resamples)
+                    rows += head_rows(prediction, head, self.claims, architecture, self.resamples)
                 rows += self._frame_rows(prediction, heads)
         rows += self._word_rows(predicted)
         variable = self.task.readout.variable.name if self.task.readout is not None else None
@@ -273,16 +273,22 @@ class ClaimTests:
         layer, index = head
         form = self.forms[metric, layer]
         if (head, form) not in self.frames:
-            facts = self.model.architecture
-            # Heads that share keys and values share their frames: as dependent in the null as they can be. All
-            # candidates share theirs, of either circuit: none is judged together with another.
-            own = (layer, int(facts.kv_of_head[index]), int(form.circuit == "ov"), int(form.folded), len(form.offsets))
+            architecture = self.model.architecture
+            # Heads that share keys and values share frames: the null makes them as dependent as they can be. All
+            # candidates share frames, for either circuit, because no candidate is judged together with another.
+            own = (
+                layer,
+                int(architecture.kv_of_head[index]),
+                int(form.circuit == "ov"),
+                int(form.folded),
+                len(form.offsets),
+            )
             wanted = {name for name in self._asked(head) if self.forms.get((name, layer)) == form}
             self.frames[head, form] = FrameDraws(
                 form.circuit,
                 self.sigma[layer, form][index],
-                facts.d_model,
-                form.folded and facts.norm == "layernorm",
+                architecture.d_model,
+                form.folded and architecture.norm == "layernorm",
                 surrogate_metrics(self.task, layer, wanted, self.observed.get(head, {})),
                 (self.model.config.seed, *(() if head in self.observed else own)),
             )
@@ -401,11 +407,11 @@ def _ensemble_rows(
 def form_of(metric: str, layer: Layer) -> Form:
     """Return the form of the weights that this metric is of in this layer."""
     model = layer.model
-    facts = METRICS[metric]
-    if facts.circuit is None:
+    row = METRICS[metric]
+    if row.circuit is None:
         raise ValueError(f"{metric} is of a pair of heads")
-    folded = model.source.foldable and (facts.is_readout or "block0" in facts.needs or model.folds)
-    return Form(facts.circuit, folded, layer.span if facts.is_readout and facts.circuit == "qk" else (0,))
+    folded = model.source.foldable and (row.is_readout or "block0" in row.needs or model.folds)
+    return Form(row.circuit, folded, layer.span if row.is_readout and row.circuit == "qk" else (0,))
 
 
 def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:

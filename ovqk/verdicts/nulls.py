@@ -52,11 +52,11 @@ def counting(metric: str, is_role: bool) -> tuple[str, ...]:
     `layer` alone, for the role as a whole.
     """
     peers = "layer" if is_role else "depth"
-    facts = METRICS[metric]
-    if facts.of == "pair":
+    row = METRICS[metric]
+    if row.of == "pair":
         return (peers,) if is_role else ()
-    words = ("token", "token_pairs") if facts.other_words == "counts" else ()
-    return (peers, *(("frame",) if facts.has_surrogates else ()), *words)
+    words = ("token", "token_pairs") if row.other_words == "counts" else ()
+    return (peers, *(("frame",) if row.has_surrogates else ()), *words)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ def head_patterns(
         rows: the tests of it.
     """
     held = _holding(rows)
-    ov, qk = (any(METRICS[name].circuit == c and not held[name] for name in held) for c in CIRCUITS)  # without reserve
+    ov, qk = (
+        any(METRICS[name].circuit == c and not held[name] for name in held) for c in CIRCUITS
+    )  # without a reserve
     rank, spread = (float(values[name][head]) for name in ("qk_rank90", "ov_effective_rank_energy"))
     least = iid_effective_rank(*shape) if math.isfinite(spread) else math.nan
     evidence = []

@@ -18,7 +18,7 @@ EXCEEDANCES = 20  # after which a Monte Carlo test stops
 TIE = 1e-12  # values closer than this are equal
 THINNINGS = 200  # of a set of values, each to as many of them as another set has
 QUANTILES = (0.0, 0.01, 0.025, 0.05, 0.25, 0.5, 0.75, 0.95, 0.975, 0.99, 1.0)
-"""Of a null, kept for every test."""
+"""The quantiles of a null that are kept for every test."""
 
 Distribution = dict[int, int]
 """Value of a sum -> number of labelings that give it."""

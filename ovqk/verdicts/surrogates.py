@@ -209,7 +209,7 @@ class FrameDraws:
 
     @property
     def shares_with(self) -> tuple[object, ...]:
-        """What is the same for heads that are put between the same frames from here on."""
+        """A key that is equal for heads whose next draws use the same frames."""
         return self.seed, self.d_model, len(self.sigma), self.centred, self.count
 
     def measured(self, frames: Frames) -> dict[str, list[float] | InTop]:
@@ -245,7 +245,7 @@ class FrameDraws:
 
     @property
     def count(self) -> int:
-        """How many draws were made."""
+        """The number of draws made so far."""
         return max(map(len, self._drawn.values()), default=0)
 
     @property
@@ -273,7 +273,7 @@ def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDA
     for found in each(measured, missing, draws[0].sigma.device if draws else CPU):
         for own, values in found:
             own.keep(values)
-    for heads in together.values():  # who goes on alone goes on from here
+    for heads in together.values():  # a head that continues alone starts from the same state
         for own in heads[1:]:
             own.generator.set_state(heads[0].generator.get_state())
     InTop.settle([ranked for own in draws for ranked in own.open])

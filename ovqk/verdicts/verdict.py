@@ -77,22 +77,22 @@ class Evidence:
 
     @cached_property
     def primary(self) -> list[NullTest]:
-        """Of the primary prediction."""
+        """The tests of the primary prediction."""
         return [row for row in self.rows if row.counts and row.primary]
 
     @cached_property
     def testable(self) -> list[NullTest]:
-        """Of the primary prediction, and able to be significant."""
+        """The tests of the primary prediction that can be significant."""
         return [row for row in self.primary if row.testable]
 
     @cached_property
     def held(self) -> list[NullTest]:
-        """Testable, and significant as predicted."""
+        """The testable ones that are significant as predicted."""
         return [row for row in self.testable if row.q < ALPHA]
 
     @cached_property
     def opposed(self) -> list[NullTest]:
-        """Testable, and significant the other way."""
+        """The testable ones that are significant the other way."""
         return [row for row in self.testable if row.q_opposite < ALPHA]
 
     @property
@@ -273,12 +273,12 @@ def _part(row: NullTest) -> str:
         how, q = f"not {direction} but {'low' if direction == 'high' else 'high'}", row.q_opposite
     else:
         how, q = f"not significantly {direction}", row.q
-    facts = [f"q = {q:.2g}"]
+    details = [f"q = {q:.2g}"]
     if _could_not(row) and row.q_opposite >= ALPHA:
-        facts.append(f"alone it could not be below {row.min_q:.2g}")
+        details.append(f"alone it could not be below {row.min_q:.2g}")
     # Of a role under `layer` the effect is over pairs of a claimed head and another of its layer.
     beyond = f"AUC within layers {row.effect:.2f}" if row.null == "layer" else f"beyond {_share(row.effect)}"
-    return f"{how} against {AGAINST[row.null]} ({', '.join([*facts, beyond])})"
+    return f"{how} against {AGAINST[row.null]} ({', '.join([*details, beyond])})"
 
 
 def _share(effect: float) -> str:
