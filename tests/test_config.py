@@ -159,3 +159,16 @@ def test_a_step_of_training_is_a_revision_and_a_name_of_its_own() -> None:
         compose("model=gpt2", "model.checkpoint=1000")
     with pytest.raises(UserError, match="must be a step >= 0"):
         compose("model=pythia-70m-deduped", "model.checkpoint=-1")
+
+
+def test_nothing_heavy_is_imported_before_a_config_is_accepted() -> None:
+    """A mistyped choice is answered at once, without torch or pandas."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-X", "importtime", "run.py", "model=no-such-model"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 1 and "model=no-such-model: there is no such model" in done.stderr
+    assert "hydra" in modules
+    assert not modules & {"torch", "numpy", "pandas", "matplotlib", "wandb", "transformers", "transformer_lens"}
