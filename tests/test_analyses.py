@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLED, KINDS, SHARED, compose, local
-from oracle import (
+from support.commands import compose
+from support.models import BUNDLED, KINDS, SHARED, local
+from support.oracle import (
     auc,
     block0_rows,
     centre_tokens,
@@ -243,7 +244,7 @@ def test_the_effective_embedding_can_be_chosen(tiny_gpt2, embedding) -> None:
 
 def test_spectra_of_a_nilpotent_head_are_marked_unstable_not_reported_as_structure() -> None:
     """A Jordan block of 16: exact eigenvalues 0, computed ones decided by rounding."""
-    from oracle import regauge
+    from support.oracle import regauge
 
     from ovqk.circuits.factors import Factors
     from ovqk.circuits.spectra import decompose, spectrum_metrics

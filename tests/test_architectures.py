@@ -1,14 +1,8 @@
 """Architectures as scripts/architectures.py examines them: a fast part; docs/architectures.md has them all."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
 from architectures import RIGHT, Row, _next_row, examine, page
+from support import ROOT
 from tiny_architectures import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")

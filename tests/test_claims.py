@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import compose
+from support.commands import compose
 
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.errors import UserError

@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BUNDLED, compose
+from support.commands import compose
+from support.models import BUNDLED
 
 from ovqk.cell import run_cell
 from ovqk.records import comparison

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import compose
-from wandb_stub import wandb_server
+from support.commands import compose
+from support.wandb_stub import wandb_server
 
 from ovqk.cell import run_cell
 from ovqk.records.record import write_tracking

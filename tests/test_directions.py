@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import BUNDLED, compose, local, shared_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import block0_rows, folded_embeddings, matrices
-from token_tables import (
+from support.commands import compose
+from support.models import BUNDLED, local, shared_model
+from support.oracle import block0_rows, folded_embeddings, matrices
+from support.token_tables import (
     assert_same,
     check,
     factored,

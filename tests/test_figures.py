@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from reported import STORABLE
+from support.reported import STORABLE
 
 from ovqk.figures import colours, drawing, models, portraits
 from ovqk.figures.colours import VERDICT_COLOURS, Scale, colour_at

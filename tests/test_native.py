@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLED, KINDS, SIZES, local, make, make_llama, randomise
 from safetensors.torch import load_file, save_file
+from support.models import BUNDLED, KINDS, SIZES, local, make, make_llama, opened, randomise
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.circuits.factors import qk_factors
@@ -15,16 +15,11 @@ from ovqk.circuits.vocabulary import Block0
 from ovqk.errors import UserError
 from ovqk.weights.bridge import BridgeWeights
 from ovqk.weights.families import FAMILIES, WRAPPED, family_of
-from ovqk.weights.readers import open_weights
 from ovqk.weights.types import apply_norm, fold_embeddings, fold_layer, fold_mlp, fold_reads, keys, normalise, queries
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 
 LENGTH = 11
-
-
-def opened(directory):
-    return open_weights(open_checkpoint(local(directory)), local(directory))
 
 
 @torch.no_grad()

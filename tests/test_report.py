@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BUNDLED, ROOT, compose, shared_model
 from hypothesis import given
 from hypothesis import strategies as st
-from reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, page_data
+from support import ROOT
+from support.commands import compose
+from support.models import BUNDLED, shared_model
+from support.reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, page_data
 
 from ovqk.cell import run_cell
 from ovqk.figures import models

@@ -1,8 +1,8 @@
 """Tokens as the text that they stand for, hostile ones among them."""
 
 import pytest
-from conftest import BUNDLED, shared_model
-from token_tables import BYTE_LEVEL, word_level
+from support.models import BUNDLED, shared_model
+from support.token_tables import BYTE_LEVEL, word_level
 from tokenizers import AddedToken, Tokenizer
 
 from ovqk.structure.spelling import Spelling

@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 
+import bench
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, local
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import ROOT
+from support.models import local
 from test_analyses import RATIO, SCALE, run, toy_task, toy_tokenizer
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
@@ -22,9 +24,6 @@ from ovqk.metrics import METRICS
 from ovqk.weights import native
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import EmbeddingWeights, Norm, StoredRows, fold_embeddings
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import bench
 
 
 def rows(n: int, d: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:

@@ -15,9 +15,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import BUNDLED, ROOT, compose
 from filelock import FileLock
 from omegaconf import OmegaConf
+from support import ROOT
+from support.commands import compose
+from support.models import BUNDLED
 
 import ovqk
 import ovqk.cell

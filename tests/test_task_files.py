@@ -6,7 +6,9 @@ from dataclasses import asdict
 
 import pytest
 import yaml
-from conftest import BUNDLED, ROOT, compose, local, shared_model
+from support import ROOT
+from support.commands import compose
+from support.models import BUNDLED, local, shared_model
 from tokenizers import Tokenizer
 
 from ovqk.checkpoints.checkpoint import open_checkpoint

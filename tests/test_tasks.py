@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import BUNDLED, compose, local, shared_model
+from support.commands import compose
+from support.models import BUNDLED, local, shared_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ovqk.checkpoints.checkpoint import open_checkpoint

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import compose
-from small import (
+from support.commands import compose
+from support.small import (
     CONTRAST_CLAIMS,
     CONTRAST_ROLES,
     D_MODEL,

@@ -2,8 +2,6 @@
 
 import numpy as np
 import torch
-from conftest import compose
-from oracle import auc, block0_rows, centre_tokens, matrices, projector, ratio
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ovqk.analyse import Analysis, analyse
@@ -21,6 +19,8 @@ from ovqk.weights.types import (
     fold_layer,
     normalise,
 )
+from support.commands import compose
+from support.oracle import auc, block0_rows, centre_tokens, matrices, projector, ratio
 
 V, D_MODEL, D_HEAD, N_HEADS, N_LAYERS = 120, 24, 4, 12, 4
 DRAWS = 59
