@@ -22,18 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from module_comparison import compare_in_float64
+from tiny_architectures import VARIANTS, shrunk_model
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.config.schema import ModelConfig, Source
+from ovqk.errors import UserError
+from ovqk.weights.readers import open_weights
 
-from module_comparison import compare_in_float64  # noqa: E402
-from tiny_architectures import VARIANTS, shrunk_model  # noqa: E402
-
-from ovqk.checkpoints.checkpoint import open_checkpoint  # noqa: E402
-from ovqk.config.schema import ModelConfig, Source  # noqa: E402
-from ovqk.errors import UserError  # noqa: E402
-from ovqk.weights.readers import open_weights  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120
 """For one architecture."""
 RIGHT = 1e-4

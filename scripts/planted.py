@@ -24,7 +24,7 @@ import random
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
 import pandas as pd
@@ -39,7 +39,7 @@ from ovqk.config.schema import ClaimsConfig, Config, register
 from ovqk.metrics import COMPOSITION_METRICS
 from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Norm, QueryKeyNorm, Rotary
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[1] / "conf"
 NAME = "planted"
 D_MODEL, D_HEAD, N_CTX = 64, 8, 24
 WRITES = 0.02  # entries of W_O and of the MLP; those of the embeddings are of order 1
@@ -206,7 +206,9 @@ class RandomModel:
         self.final_norm = self._norm()
 
     def _dressed(self, weights: LayerWeights) -> LayerWeights:
-        biases = {name: 0.3 * self.normal(*getattr(weights, name).shape) for name in ("b_Q", "b_K", "b_V")}
+        biases: dict[str, Any] = {
+            name: 0.3 * self.normal(*getattr(weights, name).shape) for name in ("b_Q", "b_K", "b_V")
+        }
         gains = (1 + 0.3 * self.normal(*weights.b_Q.shape), 1 + 0.3 * self.normal(*weights.b_K.shape))
         qk_norm = QueryKeyNorm(*gains, 1e-5) if self.architecture.qk_norm else None
         return dataclasses.replace(weights, norm=self._norm(), qk_norm=qk_norm, **biases)
@@ -222,7 +224,8 @@ class RandomModel:
     def ids(self, *sets: str) -> list[int]:
         """The tokens of these word sets of the task."""
         words = word_sets(self.task)
-        return [self.tokenizer.token_to_id(word) for name in sets for word in words[name]]
+        vocabulary = self.tokenizer.get_vocab()
+        return [vocabulary[word] for name in sets for word in words[name]]
 
 
 # --- heads planted in it -------------------------------------------------------------------------------------
