@@ -25,7 +25,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import pandas as pd
 import torch
@@ -35,7 +34,7 @@ from torch import Tensor
 
 from ovqk.analyse import Analysis, analyse
 from ovqk.config.resolve import resolve
-from ovqk.config.schema import ClaimsConfig, Config, register
+from ovqk.config.schema import ClaimsConfig, Config, NullsConfig, register
 from ovqk.metrics import COMPOSITION_METRICS
 from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Norm, QueryKeyNorm, Rotary
 
@@ -381,15 +380,14 @@ def random_claims(model: RandomModel, each: int = 2) -> Claimed:
 
 
 def judged(model: RandomModel, claimed: Claimed, draws: int = 99) -> Analysis:
-    """The model analysed with these heads claimed; without the resamples that only intervals need."""
+    """The model analysed with these heads claimed, and with hardly a resample: intervals alone need them."""
     config = copy.deepcopy(base_config(model.task))
     roles = {role: [f"{layer}.{head}" for layer, head in heads] for role, heads in claimed.items()}
     config.task.claims = {NAME: ClaimsConfig("planted by hand", "measured", roles)}
     config.model.name = config.model.claims = NAME
-    config.nulls.draws = draws
+    config.nulls = NullsConfig(draws, resamples=2, subsamples=2)
     config.seed = model.seed
-    with mock.patch.multiple("ovqk.verdicts.claim_tests", RESAMPLES=2, SUBSAMPLES=2):
-        return analyse(model, model.tokenizer, len(model.W_E), NAME, config)
+    return analyse(model, model.tokenizer, len(model.W_E), NAME, config)
 
 
 def p_values(tests: pd.DataFrame) -> pd.DataFrame:

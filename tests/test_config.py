@@ -149,6 +149,12 @@ def test_transformer_lens_is_imported_only_where_it_is_used() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("key", ["nulls.resamples", "nulls.subsamples"])
+def test_an_interval_needs_two_draws(key) -> None:
+    with pytest.raises(UserError, match=rf"{key}=1: must be in 2 \.\. 1000000"):
+        compose(f"{key}=1")
+
+
 def test_a_step_of_training_is_a_revision_and_a_name_of_its_own() -> None:
     cell = compose("model=pythia-70m-deduped", "model.checkpoint=1000")
     assert (cell.model.revision, cell.model.name) == ("step1000", "pythia-70m-deduped-step1000")
