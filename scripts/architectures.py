@@ -130,7 +130,7 @@ def examine_all(names: list[str]) -> list[Row]:
                 try:
                     worker.stdin.write(name + "\n")
                     worker.stdin.flush()
-                    row, made = _next_row(lines, time.monotonic() + SECONDS)
+                    row, made = next_row(lines, time.monotonic() + SECONDS)
                 except BrokenPipeError:
                     pass
                 late = Row(name, "TRACEBACK" if made else "not shrunk", f"no answer within {SECONDS} s")
@@ -148,7 +148,7 @@ def _forward(stream: Any, lines: "queue.Queue[str]") -> None:
     lines.put("")
 
 
-def _next_row(lines: "queue.Queue[str]", until: float) -> tuple[Row | None, bool]:
+def next_row(lines: "queue.Queue[str]", until: float) -> tuple[Row | None, bool]:
     """The next row, None if it is late, and whether the tiny model was made."""
     made = False
     while True:

@@ -1,7 +1,7 @@
 """Architectures as scripts/architectures.py examines them: a fast part; docs/architectures.md has them all."""
 
 import pytest
-from architectures import RIGHT, Row, _next_row, examine, page
+from architectures import RIGHT, Row, examine, next_row, page
 from support import ROOT
 from tiny_architectures import VARIANTS
 
@@ -66,4 +66,4 @@ def test_a_worker_that_ends_without_an_answer_gives_no_row() -> None:
     lines: queue.Queue[str] = queue.Queue()
     lines.put("MADE x\n")
     lines.put("")
-    assert _next_row(lines, time.monotonic() + 5) == (None, True)
+    assert next_row(lines, time.monotonic() + 5) == (None, True)

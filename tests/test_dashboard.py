@@ -31,7 +31,7 @@ def sections(spec: str) -> dict[str, list[dict]]:
 
 
 def test_a_workspace_has_the_five_sections_with_what_the_records_hold(results) -> None:
-    shown, _, project = dashboard._read(results)
+    shown, _, project = dashboard.gathered_panels(results)
     model = dashboard.workspace("someone", project, "mine", shown, swept=True)._to_model()
     spec = model.spec.model_dump_json(by_alias=True, exclude_none=True)
     found = sections(spec)

@@ -206,19 +206,19 @@ def test_a_head_writes_what_the_model_writes(tiny, kind) -> None:
     )
     reader = "layers.{layer}.pre_feedforward_layernorm" if norms else reader
     for layer in range(facts.n_layers):
-        keep(source._name("output", layer).removesuffix(".weight"))
+        keep(source.tensor_name("output", layer).removesuffix(".weight"))
         if not facts.parallel and kind != "mini-attn":
             keep(source.prefix + reader.format(layer=layer))
     streams = model(torch.arange(40)[:, None], output_hidden_states=True).hidden_states
     for layer in range(facts.n_layers):
         weights = source.layer(layer)
-        stream, z = streams[layer][:, 0], kept[source._name("output", layer).removesuffix(".weight")]
+        stream, z = streams[layer][:, 0], kept[source.tensor_name("output", layer).removesuffix(".weight")]
         x = apply_norm(weights.norm, stream, facts.norm_eps)
         own = z.unflatten(-1, (facts.n_heads, facts.d_head))
         v = torch.einsum("td,hdk->thk", x, weights.W_V.double()) + weights.b_V
         assert close(v[:, facts.kv_of_head], own), layer
-        bias = tensors.get(source._name("output", layer, "bias"), torch.zeros(facts.d_model)).double()
-        raw = tensors[source._name("output", layer)].double()
+        bias = tensors.get(source.tensor_name("output", layer, "bias"), torch.zeros(facts.d_model)).double()
+        raw = tensors[source.tensor_name("output", layer)].double()
         output = own.flatten(1) @ (raw if family.linear == "in_out" else raw.T) + bias
         residual = model.config.residual_multiplier if kind == "granite" else 1.0
         heads = torch.einsum("thk,hkd->td", own, weights.W_O.double())
@@ -260,7 +260,7 @@ def test_missing_and_misshapen_tensors_are_named(tiny, kind, tmp_path) -> None:
     source = opened(tiny(kind))
     tensors = load_file(tiny(kind) / "model.safetensors")
     part = "query_norm" if "query_norm" in source.family.tensors else "norm"
-    name = source._name(part, 1)
+    name = source.tensor_name(part, 1)
     for change, message in ((None, f"missing from the checkpoint, the first of them '{name}'"), (7, "has shape")):
         altered = dict(tensors)
         altered.pop(name)
@@ -275,7 +275,7 @@ def test_missing_and_misshapen_tensors_are_named(tiny, kind, tmp_path) -> None:
 def test_a_bias_that_one_layer_lacks_is_not_taken_for_zero(tiny, tmp_path) -> None:
     folder = edited(tiny, "gpt2", tmp_path / "altered")
     tensors = load_file(folder / "model.safetensors")
-    name = opened(folder)._name("qkv", 1, "bias")
+    name = opened(folder).tensor_name("qkv", 1, "bias")
     tensors.pop(name)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"missing from the checkpoint, the first of them '{name}'"):

@@ -77,7 +77,7 @@ def test_grams_of_a_stored_vocabulary_are_those_of_one_in_memory(tiny_gpt2, kind
     W_U = W_E if tied else stored(other)
     lazy = read_vocabulary(fold_embeddings(EmbeddingWeights(W_E, None, W_U, norm), facts), 650)
     held = read_vocabulary(fold_embeddings(EmbeddingWeights(matrix, None, head.T, norm), facts), 650)
-    assert (lazy._stored_once is not None) == tied
+    assert (lazy.stored_once is not None) == tied
     for name in ("gram_embed", "gram_cross", "gram_unembed", "mean"):
         assert torch.allclose(getattr(lazy, name), getattr(held, name), rtol=1e-5, atol=1e-3), name
     assert torch.allclose(lazy.W_U_rows[torch.arange(650)], held.W_U_rows, atol=1e-5)
