@@ -13,7 +13,8 @@ os.environ.pop("WANDB_API_KEY", None)
 import pytest
 import torch
 from support.commands import CLI
-from support.models import make, make_gpt2, make_llama
+from support.models import make, make_gpt2, make_llama, shared_model
+from tokenizers import Tokenizer
 
 torch.set_num_threads(1)  # the tests run side by side
 
@@ -81,6 +82,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "tiny-llama"
     make_llama(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer() -> Tokenizer:
+    from ovqk.tasks.words import byte_level_bpe
+
+    return byte_level_bpe(shared_model("gpt2-tokenizer"))
 
 
 @pytest.fixture

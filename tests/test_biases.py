@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.gguf_writing import write_gguf
-from support.models import KINDS, opened, shared_model
-from test_native import BESIDE_PICTURES, PICTURES, edited
+from support.models import BESIDE_PICTURES, KINDS, PICTURES, edited, opened, shared_model
 
 from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles
 from ovqk.errors import UserError

@@ -14,7 +14,7 @@ import pytest
 from calibration import NULLS
 from null_models import SURPRISE, interval, least_likely, null_cells, null_run, strained_run, tail
 from planted import SHAPES
-from test_claims import claims, facts, predicted
+from support.claimed import claims, facts, predicted
 
 from ovqk.verdicts.nulls import head_rows
 

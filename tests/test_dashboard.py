@@ -74,7 +74,7 @@ def test_mistakes_are_one_message(results, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["ovqk.dashboard", str(tmp_path)])
     with pytest.raises(SystemExit, match="no finished cells there"):
         dashboard.main()
-    monkeypatch.setattr(dashboard, "_read", lambda results: ([], None, "ovqk"))
+    monkeypatch.setattr(dashboard, "gathered_panels", lambda results: ([], None, "ovqk"))
     monkeypatch.setattr(sys, "argv", ["ovqk.dashboard", str(results)])
     with pytest.raises(SystemExit, match="--entity: whose project is it"):
         dashboard.main()

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import BUNDLED, KINDS, SIZES, local, make, make_llama, opened, randomise
+from support.models import (
+    BESIDE_PICTURES,
+    BUNDLED,
+    KINDS,
+    TEXT,
+    edited,
+    local,
+    make,
+    make_llama,
+    opened,
+    randomise,
+)
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.circuits.factors import qk_factors
@@ -338,16 +349,6 @@ def test_windows_and_rotations_differ_by_layer(tiny) -> None:
     assert [neo.layer(layer).sliding_window for layer in range(2)] == [None, 4]
 
 
-def edited(tiny, kind: str, folder: Path, drop: tuple[str, ...] = (), **keys: object) -> Path:
-    """A tiny model's checkpoint with other keys in its config.json."""
-    folder.mkdir()
-    config = json.loads((tiny(kind) / "config.json").read_text())
-    config = {key: value for key, value in config.items() if key not in drop} | keys
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(load_file(tiny(kind) / "model.safetensors"), folder / "model.safetensors")
-    return folder
-
-
 def test_a_window_that_the_config_does_not_turn_on_is_none(tiny, tmp_path) -> None:
     """Qwen2's files give a size and, in `use_sliding_window`, whether it is used: no, where the key is left out."""
     drop = ("use_sliding_window", "layer_types", "max_window_layers")
@@ -375,31 +376,6 @@ def test_a_text_model_beside_one_for_pictures_is_found(tiny, tmp_path) -> None:
     one, two = opened(tiny("gemma3_text")), opened(tmp_path)
     assert torch.equal(qk_factors(one.layer(1), one.architecture).left, qk_factors(two.layer(1), two.architecture).left)
     assert torch.equal(one.embeddings().W_U, two.embeddings().W_U)
-
-
-TEXT = {key: value for key, value in SIZES.items() if key != "pad_token_id"}
-PICTURES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-MARKS = {"image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36}
-SECTIONS = {"rope_type": "default", "rope_theta": 300.0, "mrope_section": [1, 1, 1]}
-QWEN_VL = {"text_config": TEXT | {"rope_parameters": SECTIONS}, **MARKS}
-SEEN = {"depth": 1, "num_heads": 2, "patch_size": 4, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 24}
-BESIDE_PICTURES: dict[str, dict[str, object]] = {
-    "qwen2_vl": QWEN_VL | {"vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 24, "num_heads": 2}},
-    "qwen2_5_vl": QWEN_VL | {"vision_config": SEEN | {"fullatt_block_indexes": [0]}},
-    "qwen3_vl": QWEN_VL
-    | {"vision_config": SEEN | {"num_position_embeddings": 16, "deepstack_visual_indexes": []}}
-    | {"text_config": TEXT | {"head_dim": 6, "rope_parameters": SECTIONS, "tie_word_embeddings": True}},
-    "mistral3": {
-        "text_config": {"model_type": "mistral", **TEXT, "head_dim": 8, "sliding_window": 5},
-        "vision_config": {"model_type": "pixtral", **PICTURES, "image_size": 8, "patch_size": 4, "head_dim": 8},
-        "image_token_index": 39,
-    },
-    "llava": {
-        "text_config": {"model_type": "llama", **TEXT},
-        "vision_config": {"model_type": "clip_vision_model", **PICTURES, "image_size": 8, "patch_size": 4},
-        "image_token_index": 39,
-    },
-}
 
 
 @pytest.mark.parametrize("kind", BESIDE_PICTURES)

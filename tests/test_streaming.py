@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import ROOT
 from support.models import local
-from test_analyses import RATIO, SCALE, run, toy_task, toy_tokenizer
+from support.toy import RATIO, SCALE, run, toy_task, toy_tokenizer
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.circuits import vocabulary

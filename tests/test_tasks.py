@@ -13,13 +13,6 @@ from ovqk.tasks.words import load_tokenizer, matched_tokens, resolve_task, surfa
 
 
 @pytest.fixture(scope="module")
-def gpt2_tokenizer() -> Tokenizer:
-    from ovqk.tasks.words import _byte_level_bpe
-
-    return _byte_level_bpe(shared_model("gpt2-tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def mini_tokenizer() -> Tokenizer:
     return load_tokenizer(open_checkpoint(local(BUNDLED)))
 

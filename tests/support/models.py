@@ -1,9 +1,11 @@
 """Checkpoints for tests: those beside the repository, the bundled ones, and tiny random ones of every architecture."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.config.schema import ModelConfig, Source
@@ -175,6 +177,42 @@ KINDS: dict[str, dict[str, object]] = {
     "gpt_oss": WIDE | EXPERTS | WINDOWS,
 }  # fmt: skip
 """Tiny configurations of the architectures read natively; what follows a dash is a variant."""
+
+
+TEXT = {key: value for key, value in SIZES.items() if key != "pad_token_id"}
+PICTURES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+MARKS = {"image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36}
+SECTIONS = {"rope_type": "default", "rope_theta": 300.0, "mrope_section": [1, 1, 1]}
+QWEN_VL = {"text_config": TEXT | {"rope_parameters": SECTIONS}, **MARKS}
+SEEN = {"depth": 1, "num_heads": 2, "patch_size": 4, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 24}
+BESIDE_PICTURES: dict[str, dict[str, object]] = {
+    "qwen2_vl": QWEN_VL | {"vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 24, "num_heads": 2}},
+    "qwen2_5_vl": QWEN_VL | {"vision_config": SEEN | {"fullatt_block_indexes": [0]}},
+    "qwen3_vl": QWEN_VL
+    | {"vision_config": SEEN | {"num_position_embeddings": 16, "deepstack_visual_indexes": []}}
+    | {"text_config": TEXT | {"head_dim": 6, "rope_parameters": SECTIONS, "tie_word_embeddings": True}},
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **TEXT, "head_dim": 8, "sliding_window": 5},
+        "vision_config": {"model_type": "pixtral", **PICTURES, "image_size": 8, "patch_size": 4, "head_dim": 8},
+        "image_token_index": 39,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama", **TEXT},
+        "vision_config": {"model_type": "clip_vision_model", **PICTURES, "image_size": 8, "patch_size": 4},
+        "image_token_index": 39,
+    },
+}
+"""Language models beside ones for pictures; what was cut from a checkpoint of both is read as the text model."""
+
+
+def edited(tiny, kind: str, folder: Path, drop: tuple[str, ...] = (), **keys: object) -> Path:
+    """A tiny model's checkpoint with other keys in its config.json."""
+    folder.mkdir()
+    config = json.loads((tiny(kind) / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in drop} | keys
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(load_file(tiny(kind) / "model.safetensors"), folder / "model.safetensors")
+    return folder
 
 
 def make(kind: str, directory: Path, **overrides: object) -> torch.nn.Module:
