@@ -4,7 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, compose
+from support import ROOT
+from support.commands import compose
 
 from ovqk.config.schema import Source
 from ovqk.errors import UserError
@@ -146,6 +147,12 @@ def test_transformer_lens_is_imported_only_where_it_is_used() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("key", ["nulls.resamples", "nulls.subsamples"])
+def test_an_interval_needs_two_draws(key) -> None:
+    with pytest.raises(UserError, match=rf"{key}=1: must be in 2 \.\. 1000000"):
+        compose(f"{key}=1")
 
 
 def test_a_step_of_training_is_a_revision_and_a_name_of_its_own() -> None:
