@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.models import ROOT
 
 from ovqk.config.schema import Config
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
