@@ -20,7 +20,7 @@ class FreedMemory:
 
     def give_back(self) -> bool:
         """Return freed memory to the system; False if it is too soon, or if the C library is not glibc."""
-        trim = _malloc_trim()
+        trim = malloc_trim()
         if trim is None or time.monotonic() - self._last < SPACING:
             return False
         trim(0)
@@ -29,7 +29,7 @@ class FreedMemory:
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
+def malloc_trim() -> Callable[[int], int] | None:
     """Return glibc's `malloc_trim`; None with another C library, which has no such function."""
     try:
         function: Callable[[int], int] = ctypes.CDLL(None).malloc_trim

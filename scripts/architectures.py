@@ -22,18 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from module_comparison import compare_in_float64
+from tiny_architectures import VARIANTS, shrunk_model
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.config.schema import ModelConfig, Source
+from ovqk.errors import UserError
+from ovqk.weights.readers import open_weights
 
-from module_comparison import compare_in_float64  # noqa: E402
-from tiny_architectures import VARIANTS, shrunk_model  # noqa: E402
-
-from ovqk.checkpoints.checkpoint import open_checkpoint  # noqa: E402
-from ovqk.config.schema import ModelConfig, Source  # noqa: E402
-from ovqk.errors import UserError  # noqa: E402
-from ovqk.weights.readers import open_weights  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120
 """For one architecture."""
 RIGHT = 1e-4
@@ -133,7 +130,7 @@ def examine_all(names: list[str]) -> list[Row]:
                 try:
                     worker.stdin.write(name + "\n")
                     worker.stdin.flush()
-                    row, made = _next_row(lines, time.monotonic() + SECONDS)
+                    row, made = next_row(lines, time.monotonic() + SECONDS)
                 except BrokenPipeError:
                     pass
                 late = Row(name, "TRACEBACK" if made else "not shrunk", f"no answer within {SECONDS} s")
@@ -151,7 +148,7 @@ def _forward(stream: Any, lines: "queue.Queue[str]") -> None:
     lines.put("")
 
 
-def _next_row(lines: "queue.Queue[str]", until: float) -> tuple[Row | None, bool]:
+def next_row(lines: "queue.Queue[str]", until: float) -> tuple[Row | None, bool]:
     """The next row, None if it is late, and whether the tiny model was made."""
     made = False
     while True:

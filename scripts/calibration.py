@@ -221,11 +221,11 @@ def plot_power(table: pd.DataFrame) -> None:
 PAGE = """# How often the tests err
 
 Made by `{command}`, which runs everything again. The models are
-transformers in memory with weights at random initialisation (`tests/planted.py`): embeddings of 64 dimensions, heads of
-8, about 330 tokens, an MLP in block 0; learned and rotary positions, with and without grouped queries, tied and untied.
-Where nothing is planted they have random gains in every norm and random biases, and the third shape, rotary without
-grouped queries, norms of queries and keys. Nulls have 99 draws. `tests/test_calibration.py` and `tests/test_planted.py`
-hold the tests to these numbers.
+transformers in memory with weights at random initialisation (`scripts/planted.py`): embeddings of 64 dimensions, heads
+of 8, about 330 tokens, an MLP in block 0; learned and rotary positions, with and without grouped queries, tied and
+untied. Where nothing is planted they have random gains in every norm and random biases, and the third shape, rotary
+without grouped queries, norms of queries and keys. Nulls have 99 draws. `tests/test_calibration.py` and
+`tests/test_planted.py` hold the tests to these numbers.
 
 ## Nothing planted: p-values
 

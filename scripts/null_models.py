@@ -4,23 +4,18 @@
     strained_run  the same where a null has little to draw on
     power_run     heads of every role planted by hand, with noise mixed into what is planted: their verdicts
 
-The models are small transformers in memory (`tests/planted.py`).
+The models are small transformers in memory (`scripts/planted.py`).
 """
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
 from planted import LAYOUT, SHAPES, RandomModel, architecture, judged, p_values, planted, random_claims, random_model
 
 from ovqk.config.schema import PredictionConfig
@@ -155,5 +150,5 @@ def power_run(cell: tuple[str, str, int, float, int], draws: int = 99) -> pd.Dat
     tests, keys = tables["tests"], ["role", "layer", "head"]
     least = tests[(tests["null"] == "depth") & tests["primary"]].rename(columns={"min_p": "least_p"})
     verdicts = tables["verdicts"].merge(least[[*keys, "least_p"]], on=keys, how="left")
-    cell_of = {"shape": shape, "task": task, "seed": seed, "noise": noise, "per_layer": per_layer}
+    cell_of: dict[str, Any] = {"shape": shape, "task": task, "seed": seed, "noise": noise, "per_layer": per_layer}
     return verdicts[["kind", "role", "verdict", "least_p"]].assign(**cell_of)

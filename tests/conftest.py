@@ -1,8 +1,6 @@
-"""Models and helpers that the tests share. No test reaches the network; caches and results are temporary folders."""
+"""Fixtures that the tests share. No test reaches the network; caches and results are temporary folders."""
 
 import os
-import runpy
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,15 +12,10 @@ os.environ.pop("WANDB_API_KEY", None)
 
 import pytest
 import torch
+from support.commands import CLI
+from support.models import make, make_gpt2, make_llama, shared_model
+from tokenizers import Tokenizer
 
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "models"
-BUNDLED = ROOT / "ovqk" / "bundled" / "mini-attn"
-sys.path.insert(0, str(ROOT))
-
-from ovqk.config.schema import Config, ModelConfig, Source, register
-
-register()
 torch.set_num_threads(1)  # the tests run side by side
 
 
@@ -56,172 +49,12 @@ def own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 @pytest.fixture
 def server(own_wandb: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A W&B server of the test's own, with a key that it takes."""
-    from wandb_stub import KEY, wandb_server
+    from support.wandb_stub import KEY, wandb_server
 
     with wandb_server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         yield server
-
-
-def shared_model(name: str) -> Path:
-    """A real checkpoint that is not part of the repository; the test skips, with the reason, where it is missing."""
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"the real weights {name} are not beside this checkout")
-    return path
-
-
-def local(path: Path, **keys: object) -> ModelConfig:
-    """The config of a local checkpoint."""
-    return ModelConfig(name=path.name.removesuffix(".safetensors"), source=Source.local, path=str(path), **keys)
-
-
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights, norms and biases that are all non-trivial."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            is_gain = parameter.dim() == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.3 * noise if is_gain else 0.2 * noise)
-    return model.eval()
-
-
-def make_gpt2(directory: Path, **overrides: object) -> torch.nn.Module:
-    """A tiny random GPT-2 saved as a Hugging Face directory."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    settings = {"vocab_size": 40, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 12, "n_inner": 32}
-    quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-    model = randomise(GPT2LMHeadModel(GPT2Config(**settings | quiet | overrides)))
-    model.save_pretrained(directory)
-    return model
-
-
-def make_llama(directory: Path, **overrides: object) -> torch.nn.Module:
-    """A tiny random Llama with grouped queries, saved as a Hugging Face directory."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = {
-        "vocab_size": 40,
-        "hidden_size": 24,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 16,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    model = randomise(LlamaForCausalLM(LlamaConfig(**settings | overrides)))
-    model.save_pretrained(directory)
-    return model
-
-
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 16,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-WIDE = SIZES | {"head_dim": 8}  # heads together wider than the stream
-ONE_KV_EACH = SIZES | {"num_key_value_heads": 4}
-EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
-FALCON = {
-    "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0,
-    "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
-WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-KINDS: dict[str, dict[str, object]] = {
-    "gpt2": {"vocab_size": 40, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 16, "n_inner": 32},
-    "gpt_neo": {
-        "vocab_size": 40, "hidden_size": 24, "num_layers": 2, "num_heads": 4, "intermediate_size": 32,
-        "max_position_embeddings": 16, "window_size": 4, "attention_types": [[["global", "local"], 1]],
-    },
-    "gptj": {
-        "vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "n_inner": 32, "rotary_dim": 4,
-    },
-    "gpt_neox": ONE_KV_EACH | {"hidden_size": 32, "rotary_pct": 0.5},
-    "gpt_neox-sequential": ONE_KV_EACH | {"hidden_size": 32, "rotary_pct": 0.25, "use_parallel_residual": False},
-    "phi": SIZES | {"hidden_size": 32, "partial_rotary_factor": 0.5},
-    "phi3": SIZES | {"hidden_size": 32},
-    "phi3-longrope": SIZES | {
-        "hidden_size": 32, "original_max_position_embeddings": 12,
-        "rope_parameters": {
-            "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
-            "short_factor": [1.1, 1.3], "long_factor": [2.0, 3.0], "original_max_position_embeddings": 12,
-        },
-    },
-    "llama": WIDE,
-    "llama-yarn": WIDE | {
-        "rope_parameters": {
-            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 4,
-        },
-    },
-    "mistral": WIDE | {"sliding_window": 5},
-    "qwen2": SIZES,
-    "qwen3": WIDE,
-    "olmo": ONE_KV_EACH,
-    "olmo2": SIZES,
-    "gemma": WIDE,
-    "gemma2": WIDE | WINDOWS | {"query_pre_attn_scalar": 12, "final_logit_softcapping": None},
-    "gemma3_text": WIDE | WINDOWS | {"query_pre_attn_scalar": 12},
-    "llama-biases": WIDE | {"mlp_bias": True, "attention_bias": True},
-    "granite": SIZES | {
-        "mlp_bias": True, "attention_bias": True, "embedding_multiplier": 3.0, "residual_multiplier": 0.22,
-        "attention_multiplier": 0.3, "logits_scaling": 8.0,
-    },
-    "smollm3": SIZES | {"no_rope_layers": [1, 0, 1]},
-    "olmo3": SIZES | WINDOWS | {
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
-            "full_attention": {
-                "rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 4,
-            },
-        },
-    },
-    "exaone4": SIZES | WINDOWS,
-    "exaone4-without_windows": SIZES | {"sliding_window": None, "layer_types": ["full_attention"] * 3},
-    "glm": WIDE,
-    "glm4": WIDE,
-    "stablelm": SIZES | {"hidden_size": 32, "partial_rotary_factor": 0.25, "use_qkv_bias": True},
-    "stablelm-parallel": SIZES | {"hidden_size": 32, "partial_rotary_factor": 0.5, "use_parallel_residual": True},
-    "starcoder2": SIZES | {"sliding_window": 5},
-    "cohere": SIZES | {"attention_bias": True},
-    "cohere2": SIZES | WINDOWS,
-    "opt": {
-        "vocab_size": 40, "hidden_size": 24, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
-    },
-    "falcon": FALCON,
-    "falcon-grouped": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
-    "falcon-one_norm": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
-    "mixtral": WIDE | EXPERTS | {"sliding_window": 5},
-    "qwen2_moe": SIZES | EXPERTS | {"shared_expert_intermediate_size": 20},
-    "qwen2_moe-dense_first": SIZES | EXPERTS | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [0]},
-    "qwen3_moe": WIDE | EXPERTS,
-    "olmoe": SIZES | EXPERTS,
-    "gpt_oss": WIDE | EXPERTS | WINDOWS,
-}  # fmt: skip
-"""Tiny configurations of the architectures read natively; what follows a dash is a variant."""
-
-
-def make(kind: str, directory: Path, **overrides: object) -> torch.nn.Module:
-    """A tiny random model of one of KINDS, saved as a Hugging Face directory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(kind.split("-")[0], **KINDS[kind] | overrides)
-    model = randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
-    model.save_pretrained(directory)
-    return model
 
 
 @pytest.fixture(scope="session")
@@ -251,40 +84,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def compose(*overrides: str) -> Config:
-    """The resolved cell that these overrides compose."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
+@pytest.fixture(scope="session")
+def gpt2_tokenizer() -> Tokenizer:
+    from ovqk.tasks.words import byte_level_bpe
 
-    from ovqk.config.resolve import resolve
-
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return resolve(hydra_compose("config", overrides=list(overrides)))
-
-
-class CLI:
-    """run.py in this process."""
-
-    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        self.capfd, self.monkeypatch, self.folder = capfd, monkeypatch, folder
-
-    def __call__(self, *arguments: str) -> tuple[int, str]:
-        """Exit status and everything printed."""
-        from hydra.core.global_hydra import GlobalHydra
-
-        GlobalHydra.instance().clear()
-        self.monkeypatch.chdir(self.folder)
-        self.monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-        self.capfd.readouterr()
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-            if isinstance(stop.code, str):
-                print(stop.code)
-        printed = self.capfd.readouterr()
-        return code, printed.out + printed.err
+    return byte_level_bpe(shared_model("gpt2-tokenizer"))
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLED, KINDS, SHARED, compose, local
-from oracle import (
+from support.models import BUNDLED, KINDS, SHARED, local
+from support.oracle import (
     auc,
     block0_rows,
     centre_tokens,
@@ -17,52 +17,14 @@ from oracle import (
     spectral,
     task_subspace,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.toy import RATIO, SCALE, run, toy_task, toy_tokenizer
 
-from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import open_checkpoint
-from ovqk.config.schema import Config, Embedding, Processing, TaskConfig, VariableConfig, VariableKind
+from ovqk.config.schema import Embedding, Processing, VariableKind
 from ovqk.metrics import HEAD_METRICS
-from ovqk.tasks.words import load_tokenizer, resolve_task
+from ovqk.tasks.words import resolve_task
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import fold_layer, normalise
-
-RATIO = 1e-4  # absolute, where the range is bounded
-SCALE = 1e-4  # relative, elsewhere
-
-WORDS = {f"w{i}": i for i in range(40)}
-
-
-def toy_tokenizer(size: int = 40) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)} | {"<unk>": size}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer
-
-
-def toy_task(kind: str) -> TaskConfig:
-    if kind == "set":
-        variable = VariableConfig(VariableKind.set, words="a")
-    else:
-        variable = VariableConfig(VariableKind.contrast, read=["a", "b"], write=["b", "a"])
-    sets = {"a": [f"w{i}" for i in range(10, 19)], "b": [f"w{i}" for i in range(20, 29)]}
-    return TaskConfig(name="toy", title="toy", words=sets, variables={"v": variable})
-
-
-def config(path, task: str | TaskConfig, *overrides: str) -> Config:
-    cell = compose(f"task={task if isinstance(task, str) else 'none'}", "model=local", f"model.path={path}", *overrides)
-    if isinstance(task, TaskConfig):
-        cell.task = task
-    return cell
-
-
-def run(path, task, *overrides, tokenizer=None):
-    cell = config(path, task, *overrides)
-    checkpoint = open_checkpoint(local(path))
-    source = open_weights(checkpoint, local(path))
-    tokenizer = tokenizer or load_tokenizer(checkpoint)
-    rows = source.embeddings().W_E
-    n_tokens = None if tokenizer is None or rows is None else min(tokenizer.get_vocab_size(), rows.shape[0])
-    return source, cell, tokenizer, n_tokens, analyse(source, tokenizer, n_tokens, "test", cell)
 
 
 def check(name: str, found: np.ndarray, wanted: list[float]) -> None:
@@ -244,7 +206,7 @@ def test_the_effective_embedding_can_be_chosen(tiny_gpt2, embedding) -> None:
 
 def test_spectra_of_a_nilpotent_head_are_marked_unstable_not_reported_as_structure() -> None:
     """A Jordan block of 16: exact eigenvalues 0, computed ones decided by rounding."""
-    from oracle import regauge
+    from support.oracle import regauge
 
     from ovqk.circuits.factors import Factors
     from ovqk.circuits.spectra import decompose, spectrum_metrics

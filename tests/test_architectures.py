@@ -1,14 +1,8 @@
 """Architectures as scripts/architectures.py examines them: a fast part; docs/architectures.md has them all."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from architectures import RIGHT, Row, _next_row, examine, page
+from architectures import RIGHT, Row, examine, next_row, page
+from support import ROOT
 from tiny_architectures import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -72,4 +66,4 @@ def test_a_worker_that_ends_without_an_answer_gives_no_row() -> None:
     lines: queue.Queue[str] = queue.Queue()
     lines.put("MADE x\n")
     lines.put("")
-    assert _next_row(lines, time.monotonic() + 5) == (None, True)
+    assert next_row(lines, time.monotonic() + 5) == (None, True)

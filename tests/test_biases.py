@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, local, shared_model
-from gguf_writing import write_gguf
 from safetensors.torch import load_file, save_file
-from test_native import BESIDE_PICTURES, PICTURES, edited
+from support.gguf_writing import write_gguf
+from support.models import BESIDE_PICTURES, KINDS, PICTURES, edited, opened, shared_model
 
-from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles, open_checkpoint
+from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles
 from ovqk.errors import UserError
 from ovqk.weights.families import FAMILIES, WRAPPED, family_of
-from ovqk.weights.readers import open_weights
 from ovqk.weights.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
@@ -32,10 +30,6 @@ BESIDE = BESIDE_PICTURES | {
 CONFIGS = KINDS | TEXT_MODELS | BESIDE
 ELSEWHERE = r"experts|\.router\.|lm_head|\.gate\."
 """Biases of parts that no row names: mixtures of experts and unembeddings."""
-
-
-def opened(directory: Path):
-    return open_weights(open_checkpoint(local(directory)), local(directory))
 
 
 def build(kind: str, keys: dict[str, bool]):

@@ -2,29 +2,17 @@
 
 import pytest
 import torch
-from conftest import compose, local, make_gpt2, randomise
-from oracle import matrices
+from support.commands import compose
+from support.models import bridged, make_gpt2, opened, randomise
+from support.oracle import matrices
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.errors import UserError
-from ovqk.weights.bridge import BridgeWeights
-from ovqk.weights.readers import open_weights
 from ovqk.weights.types import fold_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SIZES = {"vocab_size": 40, "hidden_size": 24, "num_attention_heads": 4, "max_position_embeddings": 32}
-
-
-def opened(directory):
-    return open_weights(open_checkpoint(local(directory)), local(directory))
-
-
-@torch.no_grad()
-def bridged(directory):
-    """Through the bridge, whether the table has a row for it or not."""
-    return BridgeWeights(open_checkpoint(local(directory)), local(directory))
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,12 @@ import json
 
 import pytest
 import torch
-from conftest import SIZES, WIDE, compose, local, randomise
+from support.commands import compose
+from support.models import SIZES, WIDE, bridged, opened, randomise
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.weights.bridge import BridgeWeights
-from ovqk.weights.readers import open_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -26,15 +25,6 @@ def make(model_type, directory, **keys):
     model = randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
     model.save_pretrained(directory)
     return model
-
-
-def opened(directory):
-    return open_weights(open_checkpoint(local(directory)), local(directory))
-
-
-def bridged(directory):
-    """Through the bridge, whether or not the family is also read natively."""
-    return BridgeWeights(open_checkpoint(local(directory)), local(directory))
 
 
 def analysed(directory, read=bridged):

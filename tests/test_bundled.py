@@ -1,18 +1,13 @@
 """The bundled models are what their cards say: complete, small, and right on held-out sentences."""
 
 import json
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
 
 import accuracy
 import language
+import pytest
+import torch
 import words
+from support import ROOT
 
 BUNDLED = ROOT / "ovqk" / "bundled"
 MODELS = ("mini-attn", "mini-gpt2", "mini-llama")

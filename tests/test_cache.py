@@ -7,7 +7,9 @@ import sys
 
 import pandas as pd
 import pytest
-from conftest import ROOT, compose, local
+from support import ROOT
+from support.commands import compose
+from support.models import local
 
 from ovqk.analyse import Analysis, analyse
 from ovqk.checkpoints.checkpoint import open_checkpoint
@@ -183,15 +185,13 @@ def test_an_entry_that_another_process_throws_away_while_it_is_read_is_still_rea
 
 def test_processes_that_need_the_same_compute_it_once(tmp_path) -> None:
     code = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests', '.']\n"
-        "import test_cache as t; from ovqk import structure\n"
+        "from pathlib import Path; import test_cache as t; from ovqk.structure import tables\n"
         "whole = tables.layer_structure\n"
-        "structure.layer_structure = lambda layer: (print('computed', layer.index), whole(layer))[1]\n"
+        "tables.layer_structure = lambda layer: (print('computed', layer.index), whole(layer))[1]\n"
         f"t.run(t.StructureCache(Path({str(tmp_path)!r}), 1.0, ''), 'task=none')\n"
     )
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    call, path = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": os.pathsep.join(("tests", "."))}
+    both = [subprocess.Popen(call, cwd=ROOT, env=path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sorted(text.count("computed") for text in said) == [0, 4]

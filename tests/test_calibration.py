@@ -8,19 +8,13 @@ Conservative by construction, and measured so in docs/calibration.md: `layer` (f
 1 / n), `depth` of metrics that are mostly zero, `frame` of the same (ties count against the claim).
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
-from test_claims import claims, facts, predicted
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
 from calibration import NULLS
 from null_models import SURPRISE, interval, least_likely, null_cells, null_run, strained_run, tail
 from planted import SHAPES
+from support.claimed import claims, facts, predicted
 
 from ovqk.verdicts.nulls import head_rows
 

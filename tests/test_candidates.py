@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, counted, run, task
+from support.small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, counted, run, task
 
 from ovqk.analyse import Analysis
 from ovqk.config.schema import Direction

@@ -7,7 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import BUNDLED, ROOT, compose, shared_model
+from support import ROOT
+from support.commands import compose
+from support.models import BUNDLED, shared_model
 
 import ovqk
 from ovqk.records.record import is_done

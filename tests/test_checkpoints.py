@@ -7,19 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLED, local, make_gpt2, make_llama, shared_model
 from safetensors.torch import load_file, save_file
+from support.models import BUNDLED, local, make_gpt2, make_llama, opened, shared_model
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.circuits.vocabulary import read_vocabulary
 from ovqk.errors import UserError
-from ovqk.weights.readers import open_weights
 from ovqk.weights.types import fold_embeddings
-
-
-def opened(path: Path, **keys):
-    model = local(path, **keys)
-    return open_weights(open_checkpoint(model), model)
 
 
 def copy(tmp_path: Path, source: Path = BUNDLED) -> Path:

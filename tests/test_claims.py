@@ -5,31 +5,15 @@ import math
 
 import numpy as np
 import pytest
-from conftest import compose
+from support.claimed import claims, facts, predicted
+from support.commands import compose
 
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.errors import UserError
 from ovqk.tasks.claims import Claims, parse_head, resolve_claims
 from ovqk.verdicts.null_tests import NullTest
-from ovqk.verdicts.nulls import Predicted, correct, head_rows, predicted_values, role_rows
+from ovqk.verdicts.nulls import correct, head_rows, predicted_values, role_rows
 from ovqk.verdicts.verdict import Subject, judge, subjects
-from ovqk.weights.types import Architecture
-
-
-def facts(layers: int = 12, heads: int = 12, **changes) -> Architecture:
-    base = {
-        "family": "test",
-        "n_layers": layers,
-        "n_heads": heads,
-        "n_kv_heads": heads,
-        "d_model": 8,
-        "d_head": 4,
-        "n_ctx": 16,
-        "norm": "none",
-        "norm_eps": 1e-5,
-        "positions": "learned",
-    }
-    return Architecture(**base | changes)
 
 
 def test_the_published_circuits_are_the_papers() -> None:
@@ -109,14 +93,6 @@ def test_unknown_roles_and_metrics_are_refused() -> None:
 
 
 # --- from values to verdicts --------------------------------------------------------------------------------------
-
-
-def claims(**roles) -> Claims:
-    return Claims("test", "published", None, roles, {})
-
-
-def predicted(values: np.ndarray, direction: Direction = Direction.high, primary: bool = True) -> Predicted:
-    return Predicted("mover", PredictionConfig("ov_task_auc", direction), primary, values)
 
 
 def verdict(values: np.ndarray, heads, direction: Direction = Direction.high, **other) -> dict:

@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BUNDLED, compose
+from support.commands import compose
+from support.models import BUNDLED
 
 from ovqk.cell import run_cell
 from ovqk.records import comparison
@@ -76,7 +77,7 @@ def test_other_weights_of_the_same_name_are_not_taken_for_the_same(folders, tmp_
     (twin / "record.json").write_text(json.dumps(record))
     table = comparison.depths([folders[-1], twin])
     assert set(table["weights"]) == {"ffffffff", own}
-    out = terminal._console()
+    out = terminal.output_console()
     with out.capture() as captured:
         out.print(terminal.depth_table([folders[-1], twin]))
     assert "(ffffffff)" in captured.get()
@@ -94,7 +95,7 @@ def test_each_model_has_its_depth_profile_once_for_each_processing(folders) -> N
 
 
 def test_the_printed_tables_name_models_and_processing(folders) -> None:
-    out = terminal._console()
+    out = terminal.output_console()
     with out.capture() as captured:
         out.print(terminal.role_table(folders))
         out.print(terminal.depth_table(folders))

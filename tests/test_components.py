@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import regauge
-from token_tables import factored, ids, orthonormal, random, table, values
+from support.oracle import regauge
+from support.token_tables import factored, ids, orthonormal, random, table, values
 
 from ovqk.circuits.components import clusters, components, eigen_components
 from ovqk.circuits.factors import Factors

@@ -9,10 +9,10 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from conftest import local, shared_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import block0_rows, centre_tokens, folded_embeddings, matrices, ratio, regauge, rotation
+from support.models import local, shared_model
+from support.oracle import block0_rows, centre_tokens, folded_embeddings, matrices, ratio, regauge, rotation
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

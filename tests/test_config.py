@@ -4,7 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, compose
+from support import ROOT
+from support.commands import compose
 
 from ovqk.config.schema import Source
 from ovqk.errors import UserError
@@ -174,6 +175,12 @@ def test_transformer_lens_is_imported_only_where_it_is_used() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("key", ["nulls.resamples", "nulls.subsamples"])
+def test_an_interval_needs_two_draws(key) -> None:
+    with pytest.raises(UserError, match=rf"{key}=1: must be in 2 \.\. 1000000"):
+        compose(f"{key}=1")
+
+
 def test_a_step_of_training_is_a_revision_and_a_name_of_its_own() -> None:
     cell = compose("model=pythia-70m-deduped", "model.checkpoint=1000")
     assert (cell.model.revision, cell.model.name) == ("step1000", "pythia-70m-deduped-step1000")
@@ -185,3 +192,16 @@ def test_a_step_of_training_is_a_revision_and_a_name_of_its_own() -> None:
         compose("model=gpt2", "model.checkpoint=1000")
     with pytest.raises(UserError, match="must be a step >= 0"):
         compose("model=pythia-70m-deduped", "model.checkpoint=-1")
+
+
+def test_nothing_heavy_is_imported_before_a_config_is_accepted() -> None:
+    """A mistyped choice is answered at once, without torch or pandas."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-X", "importtime", "run.py", "model=no-such-model"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 1 and "model=no-such-model: there is no such model" in done.stderr
+    assert "hydra" in modules
+    assert not modules & {"torch", "numpy", "pandas", "matplotlib", "wandb", "transformers", "transformer_lens"}

@@ -5,8 +5,8 @@ import math
 
 import pandas as pd
 import pytest
-from conftest import BUNDLED
 from rich.console import Console
+from support.models import BUNDLED
 
 from ovqk.report.tables import candidate_table, pair_table, reasons, verdict_table, virtual_table
 from ovqk.report.terminal import claims_line

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT, compose
 from filelock import FileLock
+from support import ROOT
+from support.commands import compose
 
 from ovqk.cell import run_cell
 from ovqk.records.record import read_record, read_tracking

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import compose
-from wandb_stub import wandb_server
+from support.commands import compose
+from support.wandb_stub import wandb_server
 
 from ovqk.cell import run_cell
 from ovqk.records.record import write_tracking
@@ -31,7 +31,7 @@ def sections(spec: str) -> dict[str, list[dict]]:
 
 
 def test_a_workspace_has_the_five_sections_with_what_the_records_hold(results) -> None:
-    shown, _, project = dashboard._read(results)
+    shown, _, project = dashboard.gathered_panels(results)
     model = dashboard.workspace("someone", project, "mine", shown, swept=True)._to_model()
     spec = model.spec.model_dump_json(by_alias=True, exclude_none=True)
     found = sections(spec)
@@ -74,7 +74,7 @@ def test_mistakes_are_one_message(results, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["ovqk.dashboard", str(tmp_path)])
     with pytest.raises(SystemExit, match="no finished cells there"):
         dashboard.main()
-    monkeypatch.setattr(dashboard, "_read", lambda results: ([], None, "ovqk"))
+    monkeypatch.setattr(dashboard, "gathered_panels", lambda results: ([], None, "ovqk"))
     monkeypatch.setattr(sys, "argv", ["ovqk.dashboard", str(results)])
     with pytest.raises(SystemExit, match="--entity: whose project is it"):
         dashboard.main()

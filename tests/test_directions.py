@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import BUNDLED, compose, local, shared_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import block0_rows, folded_embeddings, matrices
-from token_tables import (
+from support.commands import compose
+from support.models import BUNDLED, local, shared_model
+from support.oracle import block0_rows, folded_embeddings, matrices
+from support.token_tables import (
     assert_same,
     check,
     factored,
@@ -273,7 +274,7 @@ def test_layers_wait_for_each_other_and_the_table_is_the_same(tiny_gpt2, monkeyp
         Directions, "tables", lambda self, found, *rest: (passes.append(len(found)), tables(self, found, *rest))[1]
     )
     for waiting in (1, 2**20):
-        monkeypatch.setattr(tables, "WAITING", waiting)
+        monkeypatch.setattr("ovqk.structure.tables.WAITING", waiting)
         checkpoint = open_checkpoint(local(tiny_gpt2))
         cell = compose("task=none", "model=local", f"model.path={tiny_gpt2}")
         analysis = analyse(open_weights(checkpoint, local(tiny_gpt2)), None, None, "test", cell)
@@ -286,7 +287,7 @@ def test_layers_wait_for_each_other_and_the_table_is_the_same(tiny_gpt2, monkeyp
 def test_few_tokens_are_projected_a_second_time(block) -> None:
     side = TokenSide(StoredSide(random(5000, 16, seed=0).float()), block=block)
     planes = torch.stack((random(20, 16, seed=1), torch.zeros(20, 16).double()), 1)
-    lists, tokens, _ = side._screened(planes, torch.zeros(20, dtype=torch.bool), 10)
+    lists, tokens, _ = side.screened(planes, torch.zeros(20, dtype=torch.bool), 10)
     assert 400 <= len(lists) < 480  # of 40 lists: ten and what is within rounding of them
     assert len(set(zip(lists.tolist(), tokens.tolist(), strict=True))) == len(lists)
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, compose
+from support import ROOT
+from support.commands import compose
 
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 

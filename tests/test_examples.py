@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, compose
+from support import ROOT
+from support.commands import compose
 
 from ovqk.cell import run_cell
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from reported import STORABLE
+from support.reported import STORABLE
 
 from ovqk.figures import colours, drawing, models, portraits
 from ovqk.figures.colours import VERDICT_COLOURS, Scale, colour_at
@@ -170,8 +170,8 @@ def test_the_letters_of_a_marked_head_stay_inside_its_ring(n_heads) -> None:
 
 
 def test_a_legend_of_many_roles_is_no_wider_than_its_atlas() -> None:
-    assert models._wrapped(["aa", "bb", "cc"], 8) == ["aa    bb", "cc"]
-    assert models._wrapped([], 8) == [] and models._wrapped(["longer than that"], 8) == ["longer than that"]
+    assert models.wrapped_lines(["aa", "bb", "cc"], 8) == ["aa    bb", "cc"]
+    assert models.wrapped_lines([], 8) == [] and models.wrapped_lines(["longer than that"], 8) == ["longer than that"]
 
 
 def pair(
@@ -217,12 +217,12 @@ def test_a_head_of_two_roles_is_drawn_once_under_the_smaller() -> None:
 
 def test_an_arrow_passes_no_head_and_runs_beside_another_of_its_heads() -> None:
     start, end, between = (0.0, 0.0), (4.0, 3.0), (2.0, 1.5)
-    assert models._clear_bend(start, end, 0.0, [], []) == 0
-    bend = models._clear_bend(start, end, 0.0, [between], [])
+    assert models.clear_bend(start, end, 0.0, [], []) == 0
+    bend = models.clear_bend(start, end, 0.0, [between], [])
     assert 0.1 < abs(bend) < 0.4
-    other = models._clear_bend(start, end, 0.0, [between], [bend])
+    other = models.clear_bend(start, end, 0.0, [between], [bend])
     assert abs(other - bend) > 0.06
-    assert models._clear_bend(start, end, 0.0, [(0.0, 3.0)], []) == 0  # a head that is not in the way
+    assert models.clear_bend(start, end, 0.0, [(0.0, 3.0)], []) == 0  # a head that is not in the way
 
 
 # --- one head ------------------------------------------------------------------------------------------------

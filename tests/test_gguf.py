@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, local, make, shared_model
 from gguf import GGMLQuantizationType, quants
-from gguf_writing import ARCHITECTURES, tokenizer_metadata, write_gguf
+from support.gguf_writing import ARCHITECTURES, tokenizer_metadata, write_gguf
+from support.models import KINDS, local, make, opened, shared_model
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.checkpoints.gguf_file import GGUFFile
@@ -19,7 +19,6 @@ from ovqk.checkpoints.gguf_tokenizer import SPLITS, tokenizer_of
 from ovqk.circuits.factors import ov_factors, qk_factors
 from ovqk.errors import UserError
 from ovqk.tasks.words import load_tokenizer
-from ovqk.weights.readers import open_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 
@@ -28,10 +27,6 @@ UNKNOWN_TO_TRANSFORMERS = ("gpt_neox", "gemma", "phi3", "mistral")
 """Model types of which its reader of GGUF files reads none, or none that is made here."""
 Q4_1, Q8_0, F16 = GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16
 TEXTS = ("Mary and John's 1732 apples,  they're new!\n\nYes", " the 12345 naïve 日本 words\t", "don't  stop  (ever)")
-
-
-def opened(path: Path):
-    return open_weights(open_checkpoint(local(path)), local(path))
 
 
 def same(a, b, tolerance: float = 1e-6) -> None:

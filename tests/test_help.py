@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, compose
+from support import ROOT
+from support.commands import compose
 
 WIDTH, HEIGHT = 100, 42
 

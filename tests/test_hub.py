@@ -15,10 +15,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import BUNDLED, KINDS, ROOT, compose, local, make_gpt2
-from hub_stub import COMMIT, REPO, Hub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import ROOT
+from support.commands import compose
+from support.hub_stub import COMMIT, REPO, Hub
+from support.models import BUNDLED, KINDS, local, make_gpt2
 
 from ovqk.checkpoints import hub as hub_module
 from ovqk.checkpoints import hub_timeout

@@ -2,15 +2,10 @@
 
 import itertools
 import random
-import sys
 from collections import Counter
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import language
+import pytest
 import words
 
 LENGTH = 48

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT, compose
+from support import ROOT
+from support.commands import compose
 
 from ovqk.cell import run_cell
 from ovqk.records.record import is_done, read_record

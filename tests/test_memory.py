@@ -9,7 +9,7 @@ from ovqk import memory
 from ovqk.memory import FreedMemory
 
 STATUS = Path("/proc/self/status")
-glibc = pytest.mark.skipif(memory._malloc_trim() is None or not STATUS.exists(), reason="needs glibc and Linux")
+glibc = pytest.mark.skipif(memory.malloc_trim() is None or not STATUS.exists(), reason="needs glibc and Linux")
 
 
 def resident_mb() -> float:
@@ -46,8 +46,8 @@ def test_another_c_library_is_left_alone(monkeypatch) -> None:
 
     monkeypatch.setattr(memory, "SPACING", 0.0)
     monkeypatch.setattr(memory.ctypes, "CDLL", Other)
-    memory._malloc_trim.cache_clear()
+    memory.malloc_trim.cache_clear()
     try:
         assert not FreedMemory().give_back()
     finally:
-        memory._malloc_trim.cache_clear()
+        memory.malloc_trim.cache_clear()

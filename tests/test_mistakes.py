@@ -1,10 +1,10 @@
 """A mistaken value, on the command line or in a file, is told by its key and with what is allowed; no more."""
 
 import pytest
-from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from support import ROOT
 
 from ovqk.config.mistakes import LISTED, check_keys, close_names, mistakes
 from ovqk.config.schema import register

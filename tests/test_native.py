@@ -6,8 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLED, KINDS, SIZES, local, make, make_llama, randomise
 from safetensors.torch import load_file, save_file
+from support.models import (
+    BESIDE_PICTURES,
+    BUNDLED,
+    KINDS,
+    TEXT,
+    edited,
+    local,
+    make,
+    make_llama,
+    opened,
+    randomise,
+)
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.circuits.factors import qk_factors
@@ -15,16 +26,11 @@ from ovqk.circuits.vocabulary import Block0
 from ovqk.errors import UserError
 from ovqk.weights.bridge import BridgeWeights
 from ovqk.weights.families import FAMILIES, WRAPPED, family_of
-from ovqk.weights.readers import open_weights
 from ovqk.weights.types import apply_norm, fold_embeddings, fold_layer, fold_mlp, fold_reads, keys, normalise, queries
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 
 LENGTH = 11
-
-
-def opened(directory):
-    return open_weights(open_checkpoint(local(directory)), local(directory))
 
 
 @torch.no_grad()
@@ -211,19 +217,19 @@ def test_a_head_writes_what_the_model_writes(tiny, kind) -> None:
     )
     reader = "layers.{layer}.pre_feedforward_layernorm" if norms else reader
     for layer in range(facts.n_layers):
-        keep(source._name("output", layer).removesuffix(".weight"))
+        keep(source.tensor_name("output", layer).removesuffix(".weight"))
         if not facts.parallel and kind != "mini-attn":
             keep(source.prefix + reader.format(layer=layer))
     streams = model(torch.arange(40)[:, None], output_hidden_states=True).hidden_states
     for layer in range(facts.n_layers):
         weights = source.layer(layer)
-        stream, z = streams[layer][:, 0], kept[source._name("output", layer).removesuffix(".weight")]
+        stream, z = streams[layer][:, 0], kept[source.tensor_name("output", layer).removesuffix(".weight")]
         x = apply_norm(weights.norm, stream, facts.norm_eps)
         own = z.unflatten(-1, (facts.n_heads, facts.d_head))
         v = torch.einsum("td,hdk->thk", x, weights.W_V.double()) + weights.b_V
         assert close(v[:, facts.kv_of_head], own), layer
-        bias = tensors.get(source._name("output", layer, "bias"), torch.zeros(facts.d_model)).double()
-        raw = tensors[source._name("output", layer)].double()
+        bias = tensors.get(source.tensor_name("output", layer, "bias"), torch.zeros(facts.d_model)).double()
+        raw = tensors[source.tensor_name("output", layer)].double()
         output = own.flatten(1) @ (raw if family.linear == "in_out" else raw.T) + bias
         residual = model.config.residual_multiplier if kind == "granite" else 1.0
         heads = torch.einsum("thk,hkd->td", own, weights.W_O.double())
@@ -265,7 +271,7 @@ def test_missing_and_misshapen_tensors_are_named(tiny, kind, tmp_path) -> None:
     source = opened(tiny(kind))
     tensors = load_file(tiny(kind) / "model.safetensors")
     part = "query_norm" if "query_norm" in source.family.tensors else "norm"
-    name = source._name(part, 1)
+    name = source.tensor_name(part, 1)
     for change, message in ((None, f"missing from the checkpoint, the first of them '{name}'"), (7, "has shape")):
         altered = dict(tensors)
         altered.pop(name)
@@ -280,7 +286,7 @@ def test_missing_and_misshapen_tensors_are_named(tiny, kind, tmp_path) -> None:
 def test_a_bias_that_one_layer_lacks_is_not_taken_for_zero(tiny, tmp_path) -> None:
     folder = edited(tiny, "gpt2", tmp_path / "altered")
     tensors = load_file(folder / "model.safetensors")
-    name = opened(folder)._name("qkv", 1, "bias")
+    name = opened(folder).tensor_name("qkv", 1, "bias")
     tensors.pop(name)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"missing from the checkpoint, the first of them '{name}'"):
@@ -343,16 +349,6 @@ def test_windows_and_rotations_differ_by_layer(tiny) -> None:
     assert [neo.layer(layer).sliding_window for layer in range(2)] == [None, 4]
 
 
-def edited(tiny, kind: str, folder: Path, drop: tuple[str, ...] = (), **keys: object) -> Path:
-    """A tiny model's checkpoint with other keys in its config.json."""
-    folder.mkdir()
-    config = json.loads((tiny(kind) / "config.json").read_text())
-    config = {key: value for key, value in config.items() if key not in drop} | keys
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(load_file(tiny(kind) / "model.safetensors"), folder / "model.safetensors")
-    return folder
-
-
 def test_a_window_that_the_config_does_not_turn_on_is_none(tiny, tmp_path) -> None:
     """Qwen2's files give a size and, in `use_sliding_window`, whether it is used: no, where the key is left out."""
     drop = ("use_sliding_window", "layer_types", "max_window_layers")
@@ -380,31 +376,6 @@ def test_a_text_model_beside_one_for_pictures_is_found(tiny, tmp_path) -> None:
     one, two = opened(tiny("gemma3_text")), opened(tmp_path)
     assert torch.equal(qk_factors(one.layer(1), one.architecture).left, qk_factors(two.layer(1), two.architecture).left)
     assert torch.equal(one.embeddings().W_U, two.embeddings().W_U)
-
-
-TEXT = {key: value for key, value in SIZES.items() if key != "pad_token_id"}
-PICTURES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-MARKS = {"image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36}
-SECTIONS = {"rope_type": "default", "rope_theta": 300.0, "mrope_section": [1, 1, 1]}
-QWEN_VL = {"text_config": TEXT | {"rope_parameters": SECTIONS}, **MARKS}
-SEEN = {"depth": 1, "num_heads": 2, "patch_size": 4, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 24}
-BESIDE_PICTURES: dict[str, dict[str, object]] = {
-    "qwen2_vl": QWEN_VL | {"vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 24, "num_heads": 2}},
-    "qwen2_5_vl": QWEN_VL | {"vision_config": SEEN | {"fullatt_block_indexes": [0]}},
-    "qwen3_vl": QWEN_VL
-    | {"vision_config": SEEN | {"num_position_embeddings": 16, "deepstack_visual_indexes": []}}
-    | {"text_config": TEXT | {"head_dim": 6, "rope_parameters": SECTIONS, "tie_word_embeddings": True}},
-    "mistral3": {
-        "text_config": {"model_type": "mistral", **TEXT, "head_dim": 8, "sliding_window": 5},
-        "vision_config": {"model_type": "pixtral", **PICTURES, "image_size": 8, "patch_size": 4, "head_dim": 8},
-        "image_token_index": 39,
-    },
-    "llava": {
-        "text_config": {"model_type": "llama", **TEXT},
-        "vision_config": {"model_type": "clip_vision_model", **PICTURES, "image_size": 8, "patch_size": 4},
-        "image_token_index": 39,
-    },
-}
 
 
 @pytest.mark.parametrize("kind", BESIDE_PICTURES)

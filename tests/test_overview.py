@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, compose
-from wandb_stub import command, impatient, inspect, sent_tables
+from support import ROOT
+from support.commands import compose
+from support.wandb_stub import command, impatient, inspect, sent_tables
 
 from ovqk.cell import run_cell
 from ovqk.config.schema import TrackingMode

@@ -4,8 +4,9 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from conftest import compose, make
-from gguf_writing import write_gguf
+from support.commands import compose
+from support.gguf_writing import write_gguf
+from support.models import make
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.config.schema import ModelConfig, Source

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, compose
+from support import ROOT
+from support.commands import compose
 
 from ovqk.cell import run_cell
 from ovqk.metrics import METRICS

@@ -1,17 +1,11 @@
 """Heads planted by hand are found, and heads that are not planted are not: what the verdicts are worth."""
 
-import sys
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
 from null_models import POWER_SHAPES, power_run, tail
 from planted import FEW, LAYOUT, MANY, N_CTX, SHAPES, PlantedModel, planted, tokenizer_of, word_sets
+from torch import Tensor
 
 COMPOSED = {"previous_token", "s_inhibition"}
 """Roles whose primary is a composition, which is tested for the role as a whole: their heads are untestable."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import rotation
-from small import Random, run, task
+from support.oracle import rotation
+from support.small import Random, run, task
 
 from ovqk.circuits import positions, vocabulary
 from ovqk.circuits.positions import (

@@ -1,7 +1,7 @@
 """Tokens that lists leave out: special, unused, parts of characters, and hardly trained ones."""
 
 import torch
-from token_tables import (
+from support.token_tables import (
     BYTE_LEVEL,
     random,
     vocabulary,

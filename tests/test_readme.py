@@ -5,7 +5,8 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, compose
+from support import ROOT
+from support.commands import compose
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    python run.py")]
@@ -31,7 +32,7 @@ def test_every_command_composes(command) -> None:
 
 
 def test_the_keys_of_the_table_exist() -> None:
-    from conftest import Config
+    from ovqk.config.schema import Config
 
     table = README[README.index("| key | default |") : README.index("Architectures:")]
     for key in re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE)[1:]:

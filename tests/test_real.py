@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import compose, local
+from support.commands import compose
+from support.models import local
 
 from ovqk.cell import run_cell
 from ovqk.checkpoints.checkpoint import open_checkpoint

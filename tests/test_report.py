@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BUNDLED, ROOT, compose, shared_model
 from hypothesis import given
 from hypothesis import strategies as st
-from reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, page_data
+from support import ROOT
+from support.commands import compose
+from support.models import BUNDLED, shared_model
+from support.reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, page_data
 
 from ovqk.cell import run_cell
 from ovqk.figures import models
@@ -151,7 +153,7 @@ def test_cells_of_one_model_and_task_have_addresses_of_their_own(results) -> Non
     first = next(cell for cell in cells if cell.place == ("mini-attn", "induction"))
     other = Cell(first.folder, first.record | {"analysis": "qk"}, first.tables)
     again = Cell(first.folder, first.record | {"analysis": "qk", "cell_id": "abc"}, first.tables)
-    names = page._cell_names([first, other, again])
+    names = page.cell_names([first, other, again])
     assert names == ["mini-attn/induction", "mini-attn/induction~qk", "mini-attn/induction~qk-abc"]
 
 
@@ -387,10 +389,10 @@ def test_a_page_that_cannot_fit_holds_the_least(results) -> None:
 
 
 def test_offsets_are_thinned_from_the_far_end() -> None:
-    assert thinning._spaced(10, 96) == list(range(10))
-    kept = thinning._spaced(1024, 40)
+    assert thinning.spaced_offsets(10, 96) == list(range(10))
+    kept = thinning.spaced_offsets(1024, 40)
     assert kept[:17] == list(range(17)) and kept[-1] == 1023 and len(kept) <= 40 and kept == sorted(set(kept))
-    assert thinning._spaced(1024, 0) == []
+    assert thinning.spaced_offsets(1024, 0) == []
 
 
 def test_numbers_are_short_and_what_is_not_finite_is_nothing() -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from conftest import BUNDLED, ROOT, compose, shared_model
-from reported import HOSTILE_MODEL, STORABLE, make_results
+from support import ROOT
+from support.commands import compose
+from support.models import BUNDLED, shared_model
+from support.reported import HOSTILE_MODEL, STORABLE, make_results
 
 from ovqk.cell import run_cell
 from ovqk.errors import UserError

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT, compose
+from support import ROOT
+from support.commands import compose
 
 import ovqk
 from ovqk.cell import run_cell

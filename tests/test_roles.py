@@ -2,18 +2,15 @@
 
 import json
 import shutil
-import sys
 
+import evidence
+import measure_roles
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import BUNDLED, ROOT, make
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import evidence
-import measure_roles
+from support import ROOT
+from support.models import BUNDLED, make
 
 from ovqk.config.schema import PredictionConfig
 from ovqk.tasks.claims import Claims

@@ -3,14 +3,16 @@
 import math
 import sys
 
+import bench
 import numpy as np
 import pytest
+import random_checkpoints
 import torch
-from conftest import ROOT, local
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small import DRAWS, Random, V, cell, run, task, tokenizer
+from support.models import local
+from support.small import DRAWS, Random, V, cell, run, task, tokenizer
 
 from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import open_checkpoint
@@ -29,10 +31,6 @@ from ovqk.verdicts import surrogates
 from ovqk.verdicts.claim_tests import ClaimTests
 from ovqk.verdicts.statistics import monte_carlo
 from ovqk.weights.types import Architecture, EmbeddingWeights, StoredRows
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import bench
-import random_checkpoints
 
 FACTS = Architecture("test", 1, 1, 1, 6, 3, 7, "rmsnorm", 1e-6, "learned")
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from conftest import ROOT
+from support import ROOT
 
 
 def test_keys_in_the_environment_reach_no_file_and_no_output(tmp_path) -> None:

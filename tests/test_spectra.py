@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import regauge
+from support.oracle import regauge
 
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.spectra import (

@@ -1,17 +1,17 @@
 """Tokens as the text that they stand for, hostile ones among them."""
 
 import pytest
-from conftest import BUNDLED, shared_model
-from token_tables import BYTE_LEVEL, word_level
+from support.models import BUNDLED, shared_model
+from support.token_tables import BYTE_LEVEL, word_level
 from tokenizers import AddedToken, Tokenizer
 
 from ovqk.structure.spelling import Spelling
 
 
 def test_gpt2_tokens_are_spelled_as_the_text_they_stand_for() -> None:
-    from ovqk.tasks.words import _byte_level_bpe
+    from ovqk.tasks.words import byte_level_bpe
 
-    tokenizer = _byte_level_bpe(shared_model("gpt2-tokenizer"))
+    tokenizer = byte_level_bpe(shared_model("gpt2-tokenizer"))
     spelling = Spelling(tokenizer)
     assert [spelling(i) for i in (0, 262, 1757, 198, 188, 50256)] == [
         "!", " the", " John", "\n", "\0", "<|endoftext|>",

@@ -5,13 +5,15 @@ import json
 import subprocess
 import sys
 
+import bench
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, local
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_analyses import RATIO, SCALE, run, toy_task, toy_tokenizer
+from support import ROOT
+from support.models import local
+from support.toy import RATIO, SCALE, run, toy_task, toy_tokenizer
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.circuits import vocabulary
@@ -22,9 +24,6 @@ from ovqk.metrics import HEAD_METRICS
 from ovqk.weights import native
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import EmbeddingWeights, Norm, StoredRows, fold_embeddings
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import bench
 
 
 def rows(n: int, d: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
@@ -78,7 +77,7 @@ def test_grams_of_a_stored_vocabulary_are_those_of_one_in_memory(tiny_gpt2, kind
     W_U = W_E if tied else stored(other)
     lazy = read_vocabulary(fold_embeddings(EmbeddingWeights(W_E, None, W_U, norm), facts), 650)
     held = read_vocabulary(fold_embeddings(EmbeddingWeights(matrix, None, head.T, norm), facts), 650)
-    assert (lazy._stored_once is not None) == tied
+    assert (lazy.stored_once is not None) == tied
     for name in ("gram_embed", "gram_cross", "gram_unembed", "mean"):
         assert torch.allclose(getattr(lazy, name), getattr(held, name), rtol=1e-5, atol=1e-3), name
     assert torch.allclose(lazy.W_U_rows[torch.arange(650)], held.W_U_rows, atol=1e-5)

@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from conftest import BUNDLED, ROOT, compose, local, shared_model
+from support import ROOT
+from support.commands import compose
+from support.models import BUNDLED, local, shared_model
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.errors import UserError

@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLED, compose, local
+from support.commands import compose
+from support.models import BUNDLED, local
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.config.schema import VariableKind

@@ -15,9 +15,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import BUNDLED, ROOT, compose
 from filelock import FileLock
 from omegaconf import OmegaConf
+from support import ROOT
+from support.commands import compose
+from support.models import BUNDLED
 
 import ovqk
 import ovqk.cell
@@ -297,13 +299,13 @@ def test_the_peak_of_memory_is_of_the_cell_and_not_of_those_before() -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux forgets a peak")
     large = torch.ones(120_000_000)
-    peak = record._peak_memory()
+    peak = record.peak_memory()
     del large
     record.forget_peak_memory()
-    assert peak - record._peak_memory() > 200_000_000
-    before = record._peak_memory()
+    assert peak - record.peak_memory() > 200_000_000
+    before = record.peak_memory()
     large = torch.ones(60_000_000)
-    assert record._peak_memory() - before > 200_000_000
+    assert record.peak_memory() - before > 200_000_000
     del large
 
 

@@ -6,8 +6,9 @@ from dataclasses import asdict
 
 import pytest
 import yaml
-from conftest import BUNDLED, ROOT, compose, local, shared_model
-from tokenizers import Tokenizer
+from support import ROOT
+from support.commands import compose
+from support.models import BUNDLED, local
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.config.resolve import plain
@@ -39,13 +40,6 @@ def task_of(name: str) -> TaskConfig:
 
 def drawn(task: TaskConfig, count: int = 300) -> list[Prompt]:
     return sample_prompts(task.words, task.prompts, count, seed=0)
-
-
-@pytest.fixture(scope="module")
-def gpt2_tokenizer() -> Tokenizer:
-    from ovqk.tasks.words import _byte_level_bpe
-
-    return _byte_level_bpe(shared_model("gpt2-tokenizer"))
 
 
 def test_the_task_files_are_these() -> None:

@@ -2,20 +2,14 @@
 
 import pytest
 import torch
-from conftest import BUNDLED, compose, local, shared_model
+from support.commands import compose
+from support.models import BUNDLED, local, shared_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.config.schema import VariableConfig, VariableKind
 from ovqk.errors import UserError
 from ovqk.tasks.words import load_tokenizer, matched_tokens, resolve_task, surface_form
-
-
-@pytest.fixture(scope="module")
-def gpt2_tokenizer() -> Tokenizer:
-    from ovqk.tasks.words import _byte_level_bpe
-
-    return _byte_level_bpe(shared_model("gpt2-tokenizer"))
 
 
 @pytest.fixture(scope="module")

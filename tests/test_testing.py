@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import compose
-from small import (
+from support.commands import compose
+from support.small import (
     CONTRAST_CLAIMS,
     CONTRAST_ROLES,
     D_MODEL,
@@ -347,6 +347,15 @@ def test_a_rerun_changes_nothing() -> None:
     one, again = (run(Random(), made, "nulls.draws=25") for _ in range(2))
     for name in ("tests", "nulls", "verdicts"):
         pd.testing.assert_frame_equal(one.tables[name], again.tables[name], check_exact=True)
+
+
+def test_only_intervals_depend_on_how_often_words_are_resampled() -> None:
+    few = ("nulls.draws=25", "nulls.resamples=2", "nulls.subsamples=2")
+    one, other = (run(Random(), task(claims=FEW), *overrides).tables["tests"] for overrides in (few[:1], few))
+    ends = ["ci_low", "ci_high"]
+    sampled = one["ci_low"].notna()
+    assert (one.loc[sampled, ends] != other.loc[sampled, ends]).any(axis=None)
+    pd.testing.assert_frame_equal(one.drop(columns=ends), other.drop(columns=ends), check_exact=True)
 
 
 @pytest.mark.slow

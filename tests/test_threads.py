@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import ROOT
+from support import ROOT
 
 from ovqk.circuits.threads import decomposed, each
 
@@ -152,7 +152,6 @@ def test_nothing_is_decomposed_by_lu_in_a_batch() -> None:
 
 COMPONENTS = """
 import sys, torch
-sys.path.insert(0, ".")
 from ovqk.circuits.components import components
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.spectra import decompose

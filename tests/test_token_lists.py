@@ -1,7 +1,7 @@
 """Lists of tokens as lines of text that a terminal may show."""
 
 import torch
-from token_tables import random, table, word_level
+from support.token_tables import random, table, word_level
 
 from ovqk.report.token_lists import describe
 from ovqk.structure.spelling import Spelling

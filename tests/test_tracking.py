@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import BUNDLED, ROOT, compose
-from wandb_stub import CLOSED, ENTITY, KEY, NEVER, Run, command, impatient, inspect, sent_tables, sync
+from support import ROOT
+from support.commands import compose
+from support.models import BUNDLED
+from support.wandb_stub import CLOSED, ENTITY, KEY, NEVER, Run, command, impatient, inspect, sent_tables, sync
 
 from ovqk.cell import run_cell
 from ovqk.config.resolve import tracking_mode

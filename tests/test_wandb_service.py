@@ -73,4 +73,4 @@ def test_a_run_that_is_never_written_to_its_end_was_not_received(tmp_path, monke
     log: Path = tmp_path / "run.wandb"
     log.write_bytes(log_of([history(10)]))
     with pytest.raises(service.NotReceivedError, match="ended before the run was written"):
-        service._wait_for_end(log)
+        service.wait_for_end(log)

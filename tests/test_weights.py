@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import BUNDLED, local, make_gpt2, make_llama, shared_model
 from safetensors.torch import load_file
+from support.models import BUNDLED, local, make_gpt2, make_llama, shared_model
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.weights.readers import open_weights

@@ -115,9 +115,9 @@ class Vocabulary:
     @cached_property
     def gram_embed(self) -> Float[Tensor, "d_model d_model"]:
         """G_QK = W_E^T C W_E."""
-        if self._stored_once is None:
+        if self.stored_once is None:
             return centred_gram(self.W_E, self.W_E)
-        W_E, _, gram = self._stored_once
+        W_E, _, gram = self.stored_once
         return W_E.fold(W_E.fold(gram).T)
 
     @property
@@ -143,15 +143,15 @@ class Vocabulary:
         """W_U C W_E and W_U C W_U^T, in one pass."""
         if self.W_U_rows is None:
             return None, None
-        if self._stored_once is None:
+        if self.stored_once is None:
             cross, unembed = centred_grams([self.W_U_rows, self.W_E], [(0, 1), (0, 0)])
             return cross, unembed
-        W_E, W_U_rows, gram = self._stored_once
+        W_E, W_U_rows, gram = self.stored_once
         written = W_U_rows.fold(gram).T
         return W_E.fold(written), W_U_rows.fold(written)
 
     @cached_property
-    def _stored_once(self) -> tuple[StoredRows, StoredRows, Float[Tensor, "d_model d_model"]] | None:
+    def stored_once(self) -> tuple[StoredRows, StoredRows, Float[Tensor, "d_model d_model"]] | None:
         """Both embeddings and the Gram of the matrix they are one of, where a tied checkpoint keeps it on disk.
 
         Gain and centring are linear in a row, so that this Gram gives all three.

@@ -93,6 +93,10 @@ def _check(config: Config) -> None:
         raise UserError(
             f"nulls.draws={config.nulls.draws}: must be in 1 .. 1000000 (p cannot fall below 1 / (1 + draws))."
         )
+    for key in ("resamples", "subsamples"):
+        draws = getattr(config.nulls, key)
+        if not 2 <= draws <= 1_000_000:
+            raise UserError(f"nulls.{key}={draws}: must be in 2 .. 1000000 (an interval is between two of its draws).")
     if not config.cache_gb > 0:
         raise UserError(
             f"cache_gb={config.cache_gb}: must be a positive number of gigabytes; cache=false keeps nothing."

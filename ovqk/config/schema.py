@@ -205,6 +205,10 @@ class NullsConfig:
 
     draws: int = 999
     """Surrogates of each head (frame) and of each word set (token)."""
+    resamples: int = 1000
+    """Draws of a word set with replacement, for the 95 % interval of metrics that are means over its words."""
+    subsamples: int = 200
+    """Draws of 80 % of a subspace's words without replacement, for the interval of metrics of a subspace."""
 
 
 @dataclass

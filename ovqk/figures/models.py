@@ -193,13 +193,13 @@ def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None
         drawing.atlas_grid(axes, grid, scale, _marks(verdicts, model, shorts), legible(model, 24))
     if parts:
         _colour_bar(figure, panels, scale, METRICS[metric].title)
-    lines = _wrapped([f"{short}  {spoken(role)}" for role, short in shorts.items()], 48 * columns)
+    lines = wrapped_lines([f"{short}  {spoken(role)}" for role, short in shorts.items()], 48 * columns)
     lines += [f"unavailable: {', '.join(absent)}"] if absent else []
     figure.supxlabel("\n".join(legible(line, 200) for line in lines), fontsize=12, color=MUTED)
     return figure
 
 
-def _wrapped(parts: Iterable[str], most: int) -> list[str]:
+def wrapped_lines(parts: Iterable[str], most: int) -> list[str]:
     """Parts beside each other, in lines of so many letters."""
     lines: list[str] = []
     for part in parts:
@@ -332,7 +332,7 @@ def _edges(axes: Axes, spots: Spots, composition: pd.DataFrame | None) -> None:
     for sender, receiver, mode, above in found:
         dash, bend = WAYS[mode]
         others = [spot for spot in spots.values() if spot not in (sender, receiver)]
-        bend = _clear_bend(sender, receiver, bend, others, taken[sender, receiver])
+        bend = clear_bend(sender, receiver, bend, others, taken[sender, receiver])
         taken[sender, receiver].append(bend)
         width = 0.8 + 4 * above / found[0][-1]
         arrow = FancyArrowPatch(
@@ -348,7 +348,7 @@ def _edges(axes: Axes, spots: Spots, composition: pd.DataFrame | None) -> None:
         axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3)
 
 
-def _clear_bend(start: Spot, end: Spot, bend: float, others: Sequence[Spot], taken: Sequence[float]) -> float:
+def clear_bend(start: Spot, end: Spot, bend: float, others: Sequence[Spot], taken: Sequence[float]) -> float:
     """The bend nearest to the one wanted with which an arrow passes no other head; what passes best where none does.
 
     Bends that are taken, by arrows of other kinds between the same heads, are left to them.

@@ -235,7 +235,7 @@ def provenance(config: Config, identity: dict[str, Any], origin: Origin, seconds
         "git_dirty": dirty,
         "wall_seconds": round(seconds, 3),
         "threads": torch.get_num_threads(),
-        "peak_memory_mb": round(_peak_memory() / 2**20, 1),
+        "peak_memory_mb": round(peak_memory() / 2**20, 1),
     }
 
 
@@ -256,7 +256,7 @@ def forget_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Peak resident bytes of this process, since it began or since `forget_peak_memory`."""
     with suppress(OSError, AttributeError):
         status = Path("/proc/self/status").read_text(encoding="utf-8")

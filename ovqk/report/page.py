@@ -111,7 +111,7 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
     """What the script reads: palettes, metrics, every cell, and a pool of what several cells share."""
     pool = Pool()
     made: dict[tuple[str, str, int], Json] = {}
-    names = _cell_names(cells)
+    names = cell_names(cells)
     return {
         "metrics": _metrics(cells),
         "depth_metrics": DEPTH_METRICS,
@@ -138,7 +138,7 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
     }
 
 
-def _cell_names(cells: Sequence[Cell]) -> list[str]:
+def cell_names(cells: Sequence[Cell]) -> list[str]:
     """`model/task` of the first cell of a model and task; of others the analysis and then the id besides."""
     found: list[str] = []
     for cell in cells:

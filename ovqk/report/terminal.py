@@ -36,7 +36,8 @@ SHOWN_MISSING = 20  # cells of a sweep
 MIN_WIDTH = 150  # of tables where the output is no terminal
 
 
-def _console() -> Console:
+def output_console() -> Console:
+    """Return the console for results: as wide as the terminal, or at least MIN_WIDTH if the output is no terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=max(MIN_WIDTH, console.width))
 
@@ -47,7 +48,7 @@ def print_cell(folder: Path, cached: bool) -> None:
     heads, verdicts = load_table(folder, "heads"), load_table(folder, "verdicts")
     if record is None or heads is None:
         return
-    out = _console()
+    out = output_console()
     summary = record["summary"]
     where = f"{summary['n_layers']} layers, {summary['n_heads']} heads, weights {record['processing']['applied']}"
     state = "done before, read from its record" if cached else f"{record['provenance']['wall_seconds']:.1f} s"
@@ -183,7 +184,7 @@ def print_cell_line(name: str, outcome: Outcome, ended: int, expected: int | Non
         line.append(f"  (about {duration(seconds_left)} left)", style="dim")
     if outcome.error:
         line.append(f"\n    {outcome.error}")
-    _console().print(line, soft_wrap=True)
+    output_console().print(line, soft_wrap=True)
     if outcome.warning:
         Console(stderr=True, highlight=False).print(Text(outcome.warning), soft_wrap=True)
 
@@ -234,7 +235,7 @@ def print_sweep(
         details: what tells cells of one model, task and analysis apart.
         results_dir: where the results are.
     """
-    out = _console()
+    out = output_console()
     ended = list(outcomes.values())
     folders = [Path(outcome.folder) for outcome in ended if outcome.folder]
     if folders:

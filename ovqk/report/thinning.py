@@ -195,8 +195,8 @@ def offsets(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Poo
     """The mean score by offset: the first offsets, then ever fewer."""
     table = tables["offsets"]
     every = sorted(table["offset"].unique().tolist())
-    dense = _spaced(len(every), MOST_OFFSETS)
-    sparse = dense if detail.offsets is None else _spaced(len(every), detail.offsets)
+    dense = spaced_offsets(len(every), MOST_OFFSETS)
+    sparse = dense if detail.offsets is None else spaced_offsets(len(every), detail.offsets)
     lines = table.pivot(index=["layer", "head"], columns="offset", values="mean_score").reindex(grid.index)
     profiles = []
     for place, line in zip(grid.index, lines.to_numpy(float), strict=True):
@@ -206,7 +206,7 @@ def offsets(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Poo
     return {"at": at, "of": len(every), "heads": profiles}
 
 
-def _spaced(n: int, most: int) -> list[int]:
+def spaced_offsets(n: int, most: int) -> list[int]:
     """At most `most` of 0 .. n - 1: the first ones, then as evenly in their logarithm as whole numbers go."""
     if n <= most:
         return list(range(n))

@@ -108,7 +108,7 @@ class TokenSide:
         owner = torch.cat((torch.arange(len(planes), device=planes.device), (~is_pair).nonzero()[:, 0]))
         sign = torch.ones_like(owner)
         sign[len(planes) :] = -1
-        lists, tokens, spread = self._screened(planes, is_pair, count)
+        lists, tokens, spread = self.screened(planes, is_pair, count)
         by_token = tokens.sort(stable=True).indices  # a token's row is computed once
         lists, tokens = lists[by_token], tokens[by_token]
         few, place = tokens.unique(return_inverse=True)
@@ -131,7 +131,7 @@ class TokenSide:
         contrast = score[best].mean(1) / spread[owner].where(spread[owner] > grid, math.nan)
         return Extremes(owner, sign, tokens[best], score[best], contrast)
 
-    def _screened(
+    def screened(
         self, planes: Float[Tensor, "n 2 d_model"], is_pair: Bool[Tensor, " n"], count: int
     ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"], Float[Tensor, " n"]]:
         """Return candidates (list, token) for each list's `count` best, and the standard deviation of scores.

@@ -96,7 +96,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         if (directory / "tokenizer.json").is_file():
             return Tokenizer.from_file(str(directory / "tokenizer.json"))
         if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-            return _byte_level_bpe(directory)
+            return byte_level_bpe(directory)
         if (directory / "tokenizer.model").is_file():
             from transformers import AutoTokenizer
 
@@ -128,7 +128,8 @@ def tokenizer_for(task: TaskConfig, checkpoint: Checkpoint) -> tuple[Tokenizer |
         ]
 
 
-def _byte_level_bpe(directory: Path) -> Tokenizer:
+def byte_level_bpe(directory: Path) -> Tokenizer:
+    """Return the tokenizer of a directory with vocab.json and merges.txt, as GPT-2 has it."""
     from tokenizers import decoders, models, pre_tokenizers
 
     bpe = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))

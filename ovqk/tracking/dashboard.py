@@ -137,7 +137,7 @@ def main() -> None:
         raise SystemExit(
             "ovqk: the dashboard needs an extra: pip install -c constraints.txt -e '.[dashboard]'"
         ) from None
-    shown, entity, project = _read(arguments.results_dir)
+    shown, entity, project = gathered_panels(arguments.results_dir)
     swept = bool(read_sweeps(arguments.results_dir))
     entity, project = arguments.entity or entity, arguments.project or project
     if entity is None:
@@ -149,7 +149,7 @@ def main() -> None:
     print(f"saved {saved.url}")
 
 
-def _read(results_dir: Path) -> tuple[list[Panels], str | None, str]:
+def gathered_panels(results_dir: Path) -> tuple[list[Panels], str | None, str]:
     """What the cells show, one of each task and analysis, and where they were tracked."""
     shown: dict[tuple[str, str, str], Panels] = {}
     entity, project = os.environ.get("WANDB_ENTITY"), str(TrackingConfig.project)

@@ -188,7 +188,7 @@ def finish(run: Any) -> None:
     try:
         run.finish()
         if offline:
-            _wait_for_end(Path(run.settings.sync_file))
+            wait_for_end(Path(run.settings.sync_file))
     except TimeoutError as error:
         raise NotReceivedError(": ".join([str(error).rstrip("."), *_errors(log)[:1]])) from error
     refused = [message for message in _errors(log) if message.startswith(STAGES)]
@@ -196,7 +196,7 @@ def finish(run: Any) -> None:
         raise NotReceivedError(refused[0])
 
 
-def _wait_for_end(log: Path) -> None:
+def wait_for_end(log: Path) -> None:
     """Wait until an offline run is written as far as its exit: W&B says that it is finished a little earlier.
 
     Raises:

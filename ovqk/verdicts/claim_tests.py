@@ -45,8 +45,6 @@ from ovqk.verdicts.surrogates import (
     surrogate_metrics,
 )
 
-RESAMPLES = 1000  # of source tokens, for an interval
-SUBSAMPLES = 200  # of a subspace's words, for an interval
 SUBSAMPLED = 0.8  # of the words
 WIDEN = (SUBSAMPLED / (1 - SUBSAMPLED)) ** 0.5
 """A subsample of a share f strays from the whole by sqrt((1 - f) / f) of the standard error of the whole."""
@@ -101,12 +99,13 @@ class ClaimTests:
         self.some: list[Readout] = []
         if readout is None or not self.claims.heads:
             return
+        draws = self.model.config.nulls
         if self.wanted & set(SET_METRICS):
             n = len(readout.ids)
             generator = np.random.default_rng([self.model.config.seed, 1])
-            self.weights = generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+            self.weights = generator.multinomial(n, np.full(n, 1 / n), size=draws.resamples) / n
         if self.wanted & set(SUBSPACE_METRICS):
-            drawn = subsamples(readout.variable, SUBSAMPLES, SUBSAMPLED, self.model.config.seed)
+            drawn = subsamples(readout.variable, draws.subsamples, SUBSAMPLED, self.model.config.seed)
             self.some = [readout.of_some(part) for part in self._chunks(readout, drawn, n_heads=0)]
 
     # --- while the layers pass -----------------------------------------------------------------------------

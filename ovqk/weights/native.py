@@ -82,7 +82,7 @@ class NativeWeights:
 
     def embeddings(self) -> EmbeddingWeights:
         """The raw embeddings; None for what the checkpoint does not hold."""
-        W_E, head = self._rows(self._name("embedding")), self._rows(self._unembedding())
+        W_E, head = self._rows(self.tensor_name("embedding")), self._rows(self._unembedding())
         if self.architecture.tied:  # a tied checkpoint may store either of the two
             W_E = head if W_E is None else W_E
             head = W_E
@@ -97,7 +97,7 @@ class NativeWeights:
         head = times(
             head, self.settings.multiplier(family.logit_multiplier) / self.settings.multiplier(family.logit_divisor)
         )
-        W_pos = self._optional(self._name("positions")) if "positions" in family.tensors else None
+        W_pos = self._optional(self.tensor_name("positions")) if "positions" in family.tensors else None
         W_pos = None if W_pos is None else W_pos[family.position_offset :]
         final_norm = None if head is None else self._norm("final_norm")
         return EmbeddingWeights(W_E, W_pos, head.T if isinstance(head, Tensor) else head, final_norm)
@@ -128,7 +128,7 @@ class NativeWeights:
 
     def _unties(self) -> bool:
         """Whether embedding and unembedding are both stored, and differ: transformers ties equal ones alone."""
-        names = self._name("embedding"), self._unembedding()
+        names = self.tensor_name("embedding"), self._unembedding()
         embedding, head = (self.checkpoint.shapes.get(name) for name in names)
         if embedding is None or head is None:
             return False
@@ -188,7 +188,7 @@ class NativeWeights:
             "output": (queries, facts.d_model),
         }
         dense = "mlp_out" in self.family.tensors
-        mlp_out = self.checkpoint.shapes.get(self._name("mlp_out", 0)) if dense else None
+        mlp_out = self.checkpoint.shapes.get(self.tensor_name("mlp_out", 0)) if dense else None
         if mlp_out:  # a partial checkpoint may hold the MLP's biases alone, which are not read
             d_mlp = mlp_out[0 if self.family.linear == "in_out" else -1]
             shapes |= {
@@ -210,7 +210,7 @@ class NativeWeights:
         missing = [name for place in places for name in self._missing(*place)]
         if missing := sorted(missing, key=lambda name: name.endswith(".bias")):  # weights are named first
             raise self.checkpoint.missing(missing[0], len(missing))
-        beyond = self._name("output", self.architecture.n_layers)
+        beyond = self.tensor_name("output", self.architecture.n_layers)
         if beyond in self.checkpoint:
             raise UserError(
                 f"{label}: config.json gives '{self.family.keys['n_layers'][0]}' as {self.architecture.n_layers}, but "
@@ -218,13 +218,13 @@ class NativeWeights:
             )
         for part, layer in [*places, *((part, 0) for part in once)]:
             bias, weight = shapes[part][-1:], shapes[part][:: 1 if self.family.linear == "in_out" else -1]
-            self.checkpoint.refuse_scaled(self._name(part, layer))
-            self._check_shape(self._name(part, layer), weight)
+            self.checkpoint.refuse_scaled(self.tensor_name(part, layer))
+            self._check_shape(self.tensor_name(part, layer), weight)
             if self.settings.has_bias(part):
-                self._check_shape(self._name(part, layer, "bias"), bias)
+                self._check_shape(self.tensor_name(part, layer, "bias"), bias)
         if "positions" in self.family.tensors and self.architecture.n_ctx is not None:
             rows = self.architecture.n_ctx + self.family.position_offset
-            self._check_shape(self._name("positions"), (rows, self.architecture.d_model))
+            self._check_shape(self.tensor_name("positions"), (rows, self.architecture.d_model))
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         found = self.checkpoint.shapes.get(name, shape)
@@ -234,7 +234,8 @@ class NativeWeights:
                 f"tensors promise {list(shape)}."
             )
 
-    def _name(self, part: str, layer: int | None = None, kind: str = "weight") -> str:
+    def tensor_name(self, part: str, layer: int | None = None, kind: str = "weight") -> str:
+        """Return the checkpoint's name for a part's weight or bias."""
         return f"{self.prefix}{self.family.tensors[part].format(layer=layer)}.{kind}"
 
     def _optional(self, name: str) -> Tensor | None:
@@ -270,19 +271,19 @@ class NativeWeights:
         return read
 
     def _linear(self, part: str, layer: int) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
-        weight = self.checkpoint.tensor(self._name(part, layer))
+        weight = self.checkpoint.tensor(self.tensor_name(part, layer))
         weight = weight if self.family.linear == "in_out" else weight.T
         bias = self._bias(part, layer)
         return weight, weight.new_zeros(weight.shape[-1]) if bias is None else bias
 
     def _bias(self, part: str, layer: int | None) -> Tensor | None:
         """The bias of a part that the model has; None if it has none, whatever the checkpoint stores."""
-        return self.checkpoint.tensor(self._name(part, layer, "bias")) if self.settings.has_bias(part) else None
+        return self.checkpoint.tensor(self.tensor_name(part, layer, "bias")) if self.settings.has_bias(part) else None
 
     def _missing(self, part: str, layer: int) -> list[str]:
         """The names of a part's weight and of the bias that the model has, as far as the checkpoint lacks them."""
         kinds = ("weight", "bias") if self.settings.has_bias(part) else ("weight",)
-        names = [self._name(part, layer, kind) for kind in kinds]
+        names = [self.tensor_name(part, layer, kind) for kind in kinds]
         return [name for name in names if name not in self.checkpoint]
 
     def _queries_keys_values(self, index: int) -> list[tuple[Tensor, Tensor]]:
@@ -304,7 +305,7 @@ class NativeWeights:
         kind: NormKind = "rmsnorm" if self.family.norm == "none" else self.family.norm
         if part not in self.family.tensors:
             return Norm(kind, torch.ones(self.architecture.d_model)) if self._gainless(part) else None
-        weight = self.checkpoint.tensor(self._name(part, layer)) + self.family.gain_offset
+        weight = self.checkpoint.tensor(self.tensor_name(part, layer)) + self.family.gain_offset
         return Norm(kind, weight, self._bias(part, layer))
 
     def _ignored_biases(self) -> list[str]:
@@ -312,7 +313,7 @@ class NativeWeights:
         layers = range(self.architecture.n_layers)
         places = [(part, layer) for part in self.family.tensors if not self.settings.has_bias(part) for layer in layers]
         names = dict.fromkeys(
-            self._name(*place, "bias") for place in places if place[0] not in ("embedding", "positions")
+            self.tensor_name(*place, "bias") for place in places if place[0] not in ("embedding", "positions")
         )
         return [name for name in names if name in self.checkpoint.shapes]
 
@@ -326,6 +327,6 @@ class NativeWeights:
         facts, joint = self.architecture, self.family.query_key_norm == "over_heads"
         gains = []
         for part, heads in (("query_norm", facts.n_heads), ("key_norm", facts.n_kv_heads)):
-            gain = self.checkpoint.tensor(self._name(part, index)) + self.family.gain_offset
+            gain = self.checkpoint.tensor(self.tensor_name(part, index)) + self.family.gain_offset
             gains.append(gain.reshape(heads, facts.d_head) if joint else gain.expand(heads, facts.d_head))
         return QueryKeyNorm(gains[0], gains[1], facts.norm_eps, over_heads=joint)

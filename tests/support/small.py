@@ -2,9 +2,7 @@
 
 import numpy as np
 import torch
-from conftest import compose
-from oracle import auc, block0_rows, centre_tokens, matrices, projector, ratio
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from ovqk.analyse import Analysis, analyse
 from ovqk.config.schema import ClaimsConfig, Config, Direction, PredictionConfig, RoleConfig, TaskConfig, VariableConfig
@@ -21,6 +19,9 @@ from ovqk.weights.types import (
     fold_layer,
     normalise,
 )
+from support.commands import compose
+from support.oracle import auc, block0_rows, centre_tokens, matrices, projector, ratio
+from support.toy import toy_tokenizer
 
 V, D_MODEL, D_HEAD, N_HEADS, N_LAYERS = 120, 24, 4, 12, 4
 DRAWS = 59
@@ -83,9 +84,7 @@ class Random:
 
 
 def tokenizer() -> Tokenizer:
-    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)} | {"<unk>": V}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return made
+    return toy_tokenizer(V)
 
 
 def high(metric: str, **keys) -> PredictionConfig:

@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
-from conftest import BUNDLED, compose, make_gpt2
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from ovqk.cell import run_cell
+from support.commands import compose
+from support.models import BUNDLED, make_gpt2
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -24,8 +24,7 @@ import random
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal
-from unittest import mock
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -35,11 +34,11 @@ from torch import Tensor
 
 from ovqk.analyse import Analysis, analyse
 from ovqk.config.resolve import resolve
-from ovqk.config.schema import ClaimsConfig, Config, register
+from ovqk.config.schema import ClaimsConfig, Config, NullsConfig, register
 from ovqk.metrics import COMPOSITION_METRICS
 from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Norm, QueryKeyNorm, Rotary
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[1] / "conf"
 NAME = "planted"
 D_MODEL, D_HEAD, N_CTX = 64, 8, 24
 WRITES = 0.02  # entries of W_O and of the MLP; those of the embeddings are of order 1
@@ -206,7 +205,9 @@ class RandomModel:
         self.final_norm = self._norm()
 
     def _dressed(self, weights: LayerWeights) -> LayerWeights:
-        biases = {name: 0.3 * self.normal(*getattr(weights, name).shape) for name in ("b_Q", "b_K", "b_V")}
+        biases: dict[str, Any] = {
+            name: 0.3 * self.normal(*getattr(weights, name).shape) for name in ("b_Q", "b_K", "b_V")
+        }
         gains = (1 + 0.3 * self.normal(*weights.b_Q.shape), 1 + 0.3 * self.normal(*weights.b_K.shape))
         qk_norm = QueryKeyNorm(*gains, 1e-5) if self.architecture.qk_norm else None
         return dataclasses.replace(weights, norm=self._norm(), qk_norm=qk_norm, **biases)
@@ -222,7 +223,8 @@ class RandomModel:
     def ids(self, *sets: str) -> list[int]:
         """The tokens of these word sets of the task."""
         words = word_sets(self.task)
-        return [self.tokenizer.token_to_id(word) for name in sets for word in words[name]]
+        vocabulary = self.tokenizer.get_vocab()
+        return [vocabulary[word] for name in sets for word in words[name]]
 
 
 # --- heads planted in it -------------------------------------------------------------------------------------
@@ -378,15 +380,14 @@ def random_claims(model: RandomModel, each: int = 2) -> Claimed:
 
 
 def judged(model: RandomModel, claimed: Claimed, draws: int = 99) -> Analysis:
-    """The model analysed with these heads claimed; without the resamples that only intervals need."""
+    """The model analysed with these heads claimed, and with hardly a resample: intervals alone need them."""
     config = copy.deepcopy(base_config(model.task))
     roles = {role: [f"{layer}.{head}" for layer, head in heads] for role, heads in claimed.items()}
     config.task.claims = {NAME: ClaimsConfig("planted by hand", "measured", roles)}
     config.model.name = config.model.claims = NAME
-    config.nulls.draws = draws
+    config.nulls = NullsConfig(draws, resamples=2, subsamples=2)
     config.seed = model.seed
-    with mock.patch.multiple("ovqk.verdicts.claim_tests", RESAMPLES=2, SUBSAMPLES=2):
-        return analyse(model, model.tokenizer, len(model.W_E), NAME, config)
+    return analyse(model, model.tokenizer, len(model.W_E), NAME, config)
 
 
 def p_values(tests: pd.DataFrame) -> pd.DataFrame:

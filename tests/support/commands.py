@@ -1,0 +1,48 @@
+"""Cells composed from overrides, and run.py in the process of a test."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from ovqk.config.schema import Config, register
+from support import ROOT
+
+register()
+
+
+def compose(*overrides: str) -> Config:
+    """The resolved cell that these overrides compose."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    from ovqk.config.resolve import resolve
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return resolve(hydra_compose("config", overrides=list(overrides)))
+
+
+class CLI:
+    """run.py in this process."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.capfd, self.monkeypatch, self.folder = capfd, monkeypatch, folder
+
+    def __call__(self, *arguments: str) -> tuple[int, str]:
+        """Exit status and everything printed."""
+        from hydra.core.global_hydra import GlobalHydra
+
+        GlobalHydra.instance().clear()
+        self.monkeypatch.chdir(self.folder)
+        self.monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        self.capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+            if isinstance(stop.code, str):
+                print(stop.code)
+        printed = self.capfd.readouterr()
+        return code, printed.out + printed.err
