@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ovqk.circuits import alignment
-from ovqk.circuits.maps import CircuitMaps
+from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.circuits.vocabulary import BLOCK, Block0, Vocabulary, blocks
 from ovqk.config.schema import Embedding, VariableKind
 from ovqk.errors import UserError

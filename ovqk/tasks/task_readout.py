@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.circuits.factors import Circuit, scores
-from ovqk.circuits.maps import HeadMaps, Scorer
+from ovqk.circuits.head_maps import HeadMaps, Scorer
 from ovqk.circuits.vocabulary import Block0
 from ovqk.config.schema import VariableKind
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names

@@ -18,7 +18,7 @@ from torch import Tensor
 from ovqk.circuits import composition
 from ovqk.circuits.composition import LayerCircuits
 from ovqk.circuits.factors import Circuit
-from ovqk.circuits.maps import HeadMaps
+from ovqk.circuits.head_maps import HeadMaps
 from ovqk.config.schema import PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.structure.model import Form, Layer, Model

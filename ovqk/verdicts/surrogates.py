@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovqk.circuits.factors import Circuit
-from ovqk.circuits.maps import CircuitMaps
+from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.circuits.spectra import Decomposition, Gram, full_circuit_ratio
 from ovqk.circuits.threads import CPU, each
 from ovqk.circuits.vocabulary import EXACT, blocks
