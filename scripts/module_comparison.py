@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ovqk.circuits.vocabulary import Block0
+from ovqk.circuits.effective_embeddings import Block0
 from ovqk.weights.block_probes import (
     BlockActivations,
     CannotRunError,

@@ -34,9 +34,9 @@ from ovqk.circuits.composition import (
     virtual_heads_table,
 )
 from ovqk.circuits.factors import Factors, ov_factors, qk_factors
+from ovqk.circuits.grams import centred_gram
+from ovqk.circuits.maps import decompose
 from ovqk.circuits.positions import rotary_span
-from ovqk.circuits.spectra import decompose
-from ovqk.circuits.vocabulary import centred_gram
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import fold_layer
 

@@ -27,10 +27,10 @@ from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.circuits import sides as effective_module
 from ovqk.circuits.components import components
+from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.factors import Factors
+from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.sides import Block0Side, StoredSide
-from ovqk.circuits.spectra import Decomposition, decompose
-from ovqk.circuits.vocabulary import Block0
 from ovqk.report.token_lists import describe
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.token_tables import COLUMNS, Directions, TokenSide

@@ -10,8 +10,8 @@ from conftest import BUNDLED, KINDS, SIZES, local, make, make_llama, randomise
 from safetensors.torch import load_file, save_file
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.factors import qk_factors
-from ovqk.circuits.vocabulary import Block0
 from ovqk.errors import UserError
 from ovqk.weights.bridge import BridgeWeights
 from ovqk.weights.families import FAMILIES, WRAPPED, family_of

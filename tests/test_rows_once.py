@@ -14,15 +14,16 @@ from small import DRAWS, Random, V, cell, run, task, tokenizer
 
 from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import open_checkpoint
-from ovqk.circuits import alignment, spectra
+from ovqk.circuits import alignment, effective_embeddings, spectra
 from ovqk.circuits.alignment import TopSearch, in_top_by_source, settle
+from ovqk.circuits.effective_embeddings import EffectiveRows
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
+from ovqk.circuits.maps import Decomposition
+from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.errors import UserError
 from ovqk.structure.model import Layer, Model
-from ovqk.tasks import readouts
-from ovqk.tasks.readouts import TOP_METRICS, EffectiveRows
+from ovqk.tasks.readouts import TOP_METRICS
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import load_tokenizer
 from ovqk.verdicts import surrogates
@@ -99,8 +100,8 @@ def stored(model: Random) -> tuple[Random, list[int]]:
 def test_an_unembedding_is_not_read_anew_for_every_surrogate(kept, monkeypatch) -> None:
     """In memory where it is small; otherwise passed once for each layer, and once for each stage of the draws."""
     wanted = run(Random(), task(), "model.claims=null").tables["candidates"]
-    monkeypatch.setattr(readouts, "KEPT_UP_TO", kept)
-    monkeypatch.setattr(readouts, "SCREEN", 16)
+    monkeypatch.setattr(effective_embeddings, "KEPT_UP_TO", kept)
+    monkeypatch.setattr(effective_embeddings, "SCREEN", 16)
     monkeypatch.setattr(surrogates, "PART_ELEMENTS", 1)  # one draw at a time
     model, reads = stored(Random())
     found = analyse(model, tokenizer(), V, "toy", cell(task(), "model.claims=null")).tables["candidates"]

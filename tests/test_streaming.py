@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from test_analyses import RATIO, SCALE, run, toy_task, toy_tokenizer
 
 from ovqk.checkpoints.checkpoint import open_checkpoint
-from ovqk.circuits import vocabulary
+from ovqk.circuits import grams
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import decompose, eigenvalues, full_circuit_singular_values, trace_ratio
-from ovqk.circuits.vocabulary import centred_gram, mean_row, read_vocabulary
+from ovqk.circuits.grams import centred_gram, mean_row
+from ovqk.circuits.maps import decompose
+from ovqk.circuits.spectra import eigenvalues, full_circuit_singular_values, trace_ratio
+from ovqk.circuits.vocabulary import read_vocabulary
 from ovqk.metrics import METRICS
 from ovqk.weights import native
 from ovqk.weights.readers import open_weights
@@ -88,8 +90,8 @@ def test_a_gram_is_the_same_in_whatever_blocks_and_stripes(monkeypatch) -> None:
     a, b = rows(500, 12, 6, shift=5.0), rows(500, 12, 7, shift=-2.0)
     centred = a.double() - a.double().mean(0)
     for block, stripe in ((4096, 256), (7, 5), (1, 1)):
-        monkeypatch.setattr(vocabulary, "BLOCK", block)
-        monkeypatch.setattr(vocabulary, "STRIPE", stripe)
+        monkeypatch.setattr(grams, "BLOCK", block)
+        monkeypatch.setattr(grams, "STRIPE", stripe)
         assert torch.allclose(centred_gram(a, a), centred.T @ centred, rtol=1e-9, atol=1e-8)
         assert torch.allclose(centred_gram(b, a), b.double().T @ centred, rtol=1e-9, atol=1e-8)
         assert torch.allclose(mean_row(a), a.double().mean(0), atol=1e-6)
@@ -114,8 +116,8 @@ def test_float32_keeps_ratios_and_scales_within_what_the_definitions_allow(path,
     """As large models are computed, against float64: 1e-4 on ratios, 1e-4 of their size on scales."""
     folder = request.getfixturevalue(path) if path.startswith("tiny") else tiny(path)
     exact = run(folder, toy_task("set"), tokenizer=toy_tokenizer())[-1].tables
-    monkeypatch.setattr(vocabulary, "EXACT", 0)
-    monkeypatch.setattr(vocabulary, "LARGE", 0)
+    monkeypatch.setattr(grams, "EXACT", 0)
+    monkeypatch.setattr(grams, "LARGE", 0)
     rough = run(folder, toy_task("set"), tokenizer=toy_tokenizer())[-1].tables
     moved = False
     for name, metric in METRICS.items():
@@ -136,8 +138,8 @@ def test_float32_suffices_where_embeddings_and_weights_are_far_from_isotropic(mo
     left, right = rows(d, k, 10)[None] * scales[:, None], (rows(d, k, 11)[None] * scales.flip(0)[:, None]).mT
     found = []
     for exact in (512, 10**6):
-        monkeypatch.setattr(vocabulary, "EXACT", exact)
-        monkeypatch.setattr(vocabulary, "LARGE", 0 if exact == 512 else 10**15)
+        monkeypatch.setattr(grams, "EXACT", exact)
+        monkeypatch.setattr(grams, "LARGE", 0 if exact == 512 else 10**15)
         gram = centred_gram(W_E, W_E)
         assert gram.dtype == (torch.float32 if exact == 512 else torch.float64)
         maps = decompose(Factors("qk", left, right), centred=False)

@@ -155,7 +155,7 @@ import sys, torch
 sys.path.insert(0, ".")
 from ovqk.circuits.components import components
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import decompose
+from ovqk.circuits.maps import decompose
 
 torch.set_num_threads(int(sys.argv[1]))
 generator = torch.Generator().manual_seed(0)

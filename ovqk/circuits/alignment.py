@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import Decomposition, guarded
+from ovqk.circuits.maps import Decomposition
+from ovqk.circuits.spectra import guarded
 from ovqk.circuits.threads import decomposed
 from ovqk.weights.types import Rows
 

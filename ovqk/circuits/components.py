@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Complex, Float, Inexact, Int
 from torch import Tensor
 
-from ovqk.circuits.spectra import TINY, Decomposition
+from ovqk.circuits.maps import Decomposition
+from ovqk.circuits.spectra import TINY
 from ovqk.circuits.threads import decomposed
 
 COMPONENTS = 3

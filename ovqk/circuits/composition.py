@@ -30,8 +30,9 @@ from torch import Tensor
 
 from ovqk.circuits import spectra
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
-from ovqk.circuits.vocabulary import blocks
+from ovqk.circuits.grams import blocks
+from ovqk.circuits.maps import Decomposition, decompose
+from ovqk.circuits.spectra import full_circuit_ratio
 
 Mode = Literal["q", "k", "v"]
 Head = tuple[int, int]
@@ -285,7 +286,7 @@ def virtual_heads_table(
     pairs = _pairs(table)
     norm, share, copying = (np.full(len(table), math.nan) for _ in range(3))
     if pairs:
-        virtual = spectra.decompose(virtual_factors(layers, pairs), centred=False)
+        virtual = decompose(virtual_factors(layers, pairs), centred=False)
         norm = virtual.sigma.norm(dim=-1).cpu().numpy()
         if grams is not None:
             later, first = (full_circuit_ratio(virtual, *g).cpu().numpy() for g in (grams, first_grams or grams))

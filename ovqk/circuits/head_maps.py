@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ovqk.circuits import alignment
 from ovqk.circuits.factors import Circuit, Factors
-from ovqk.circuits.spectra import Decomposition
+from ovqk.circuits.maps import Decomposition
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """(query rows, key rows) -> scores [head, query, key]."""

@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ovqk.circuits.effective_embeddings import Block0
+from ovqk.circuits.grams import BLOCK, blocks
 from ovqk.circuits.threads import each
-from ovqk.circuits.vocabulary import BLOCK, Block0, Vocabulary, blocks
+from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.weights.types import Architecture, Rows, normalise
 
 KEPT = 2**28  # bytes of block0 embeddings that are kept in memory, so that they are computed once

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.circuits.factors import key_side, query_side
-from ovqk.circuits.vocabulary import STRIPE, blocks, precision
+from ovqk.circuits.grams import STRIPE, blocks, precision
 from ovqk.weights.types import Architecture, LayerWeights, read_through
 
 

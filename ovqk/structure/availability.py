@@ -1,6 +1,7 @@
 """Why a metric has no value for any head of a model: said in the record, never filled in."""
 
-from ovqk.circuits.vocabulary import Block0, Vocabulary
+from ovqk.circuits.effective_embeddings import Block0
+from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
 from ovqk.weights.types import Architecture
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ovqk.circuits.components import KINDS, SIDES, Components
 from ovqk.circuits.factors import Circuit
+from ovqk.circuits.grams import BLOCK, blocks
 from ovqk.circuits.sides import Block0Side, NormalisedSide, Side, StoredSide
-from ovqk.circuits.vocabulary import BLOCK, Vocabulary, blocks
+from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.config.schema import Embedding
 from ovqk.structure.spelling import Spelling
 from ovqk.weights.types import Architecture

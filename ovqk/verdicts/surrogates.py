@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovqk.circuits.factors import Circuit
+from ovqk.circuits.grams import EXACT, blocks
 from ovqk.circuits.head_maps import CircuitMaps
-from ovqk.circuits.spectra import Decomposition, Gram, full_circuit_ratio
+from ovqk.circuits.maps import Decomposition, Gram
+from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.threads import CPU, each
-from ovqk.circuits.vocabulary import EXACT, blocks
 from ovqk.config.schema import VariableKind
 from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
 from ovqk.tasks.task_readout import TaskReadout

@@ -1,0 +1,122 @@
+"""Gram matrices a^T C b of rows of tokens, centred over tokens, a block of tokens at a time.
+
+C = I - 11^T/n takes each side less its mean over the n tokens. Products are summed so that neither the number of
+threads nor the size of the vocabulary moves a result by more than the bounds given below.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ovqk.circuits.threads import each
+from ovqk.weights.types import Rows
+
+BLOCK = 2048  # tokens handled at a time, fewer where rows are long
+ELEMENTS = 2**22  # of a block of embedding rows
+TOGETHER = 8  # blocks whose products are summed before they are added in float64
+NEAR_MEAN = 256  # tokens whose mean rows are taken less
+STRIPE = 128  # columns of a symmetric product taken at a time, at least
+ENOUGH = 2  # stripes for each thread: with fewer the longest would be waited for
+LARGE = 10**10  # products of a Gram beyond which they are float32
+EXACT = 512  # d_model up to which Grams and their products are float64
+
+
+def centred_gram(a: Rows, b: Rows) -> Float[Tensor, "d_a d_b"]:
+    """a^T C b: see `centred_grams`."""
+    return centred_grams([a], [(0, 0)])[0] if a is b else centred_grams([a, b], [(0, 1)])[0]
+
+
+def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> list[Float[Tensor, "d_a d_b"]]:
+    """a^T C b for these pairs of sides, in one pass over blocks of tokens, summed in float64 every few blocks.
+
+    The products are float32 where there are LARGE many of them (within 1e-6 of the norms of a and b) and float64
+    where there are fewer: of small vocabularies float32 would cost 1e-3 on ratios. Rows are first taken less one near
+    their mean, which C does not see.
+    """
+    n, widths = sides[0].shape[0], [side.shape[1] for side in sides]
+    exact = torch.float32 if n * max(widths) ** 2 > LARGE else torch.float64
+    shifts = [side[:NEAR_MEAN].double().mean(0) for side in sides]
+    sums = [torch.zeros_like(shift) for shift in shifts]
+    totals = [shifts[a].new_zeros(widths[a], widths[b]) for a, b in pairs]
+    parts = totals if exact == torch.float64 else [torch.zeros_like(total, dtype=exact) for total in totals]
+    size = max(1, min(n, BLOCK, ELEMENTS // max(widths)))
+    room = [shift.new_empty(size, len(shift), dtype=exact) for shift in shifts]  # new memory for each block costs more
+    for number, tokens in enumerate(blocks(n, size), 1):
+        x = [
+            torch.sub(side[tokens].to(exact), shift.to(exact), out=into[: tokens.stop - tokens.start])
+            for side, shift, into in zip(sides, shifts, room, strict=True)
+        ]
+        for total, rows in zip(sums, x, strict=True):
+            total += torch.ones(len(rows)).to(rows) @ rows
+        add_products(parts, x, pairs)
+        if parts is not totals and (number % TOGETHER == 0 or tokens.stop == n):
+            for total, part in zip(totals, parts, strict=True):
+                total += part
+                part.zero_()
+    for total, (a, b) in zip(totals, pairs, strict=True):
+        for some in stripes_of(widths[a]) if a == b else ():
+            total[: some.start, some] = total[some, : some.start].T
+        total.addr_(sums[a], sums[b], alpha=-1 / n)
+    return [total.to(precision(max(widths))) for total in totals]
+
+
+def add_products(
+    totals: Sequence[Float[Tensor, "d_a d_b"]],
+    x: Sequence[Float[Tensor, "token d_x"]],
+    pairs: Sequence[tuple[int, int]],
+) -> None:
+    """Add a^T b for these pairs of sides to the totals; of a product with itself the lower triangle alone.
+
+    In stripes of columns: a thread to each where there are enough of them, else all threads to one after the other.
+    """
+
+    def add(stripe: tuple[int, slice, int]) -> None:
+        number, some, lower = stripe
+        a, b = pairs[number]
+        totals[number][some, :lower].addmm_(x[a][:, some].T, x[b][:, :lower])
+
+    stripes = [
+        (number, some, some.stop if a == b else x[b].shape[1])
+        for number, (a, b) in enumerate(pairs)
+        for some in stripes_of(x[a].shape[1])
+    ]
+    if len(stripes) >= ENOUGH * torch.get_num_threads():
+        each(add, sorted(stripes, key=lambda stripe: -stripe[2]), x[0].device)  # the longest first
+    else:
+        for stripe in stripes:
+            add(stripe)
+
+
+def stripes_of(width: int) -> Iterator[slice]:
+    """Columns of a symmetric product taken at a time: of few a product is slow, of many little is saved."""
+    narrow = max(STRIPE, width // 16)
+    return blocks(width, narrow if width >= ENOUGH * torch.get_num_threads() * narrow else 2 * narrow)
+
+
+def precision(d_model: int) -> torch.dtype:
+    """The dtype of Grams and of what is multiplied by them: float64 where that is cheap (definitions: section 1).
+
+    Float32 keeps ratios within 1e-4 and scales within 1e-4 of their size; the departure from normality, a root of a
+    difference, within 2e-4 where it is 0.
+    """
+    return torch.float64 if d_model <= EXACT else torch.float32
+
+
+def mean_row(x: Rows) -> Float[Tensor, " d_model"]:
+    """The mean over tokens, float64; of large vocabularies within 1e-7 of the rows."""
+    if x.shape[0] <= NEAR_MEAN:
+        return x[:].double().mean(0)
+    near = x[:NEAR_MEAN].mean(0)  # rounded: the same number is taken away and added
+    total = torch.zeros_like(near, dtype=torch.float64)
+    for rows in blocks(x.shape[0], max(1, min(BLOCK, ELEMENTS // x.shape[1]))):
+        block = x[rows]
+        total += torch.ones(len(block)).to(block) @ (block - near)  # a product is faster than a sum
+    return near.double() + total / x.shape[0]
+
+
+def blocks(n: int, size: int = BLOCK) -> Iterator[slice]:
+    """Slices that cover range(n), `size` at a time."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
