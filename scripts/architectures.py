@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from module_comparison import compare_in_float64  # noqa: E402
 from tiny_architectures import VARIANTS, shrunk_model  # noqa: E402
 
-from ovqk.checkpoints.checkpoint import open_checkpoint  # noqa: E402
+from ovqk.checkpoints.opening import open_checkpoint  # noqa: E402
 from ovqk.config.schema import ModelConfig, Source  # noqa: E402
 from ovqk.errors import UserError  # noqa: E402
 from ovqk.weights.readers import open_weights  # noqa: E402

@@ -37,7 +37,10 @@ from ovqk.analyse import Analysis, analyse
 from ovqk.config.resolve import resolve
 from ovqk.config.schema import ClaimsConfig, Config, register
 from ovqk.metrics import COMPOSITION_METRICS
-from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Norm, QueryKeyNorm, Rotary
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.norms import Norm, QueryKeyNorm
+from ovqk.weights.rotary import Rotary
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 
 CONF = Path(__file__).parents[1] / "conf"
 NAME = "planted"

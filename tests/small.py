@@ -10,17 +10,11 @@ from ovqk.analyse import Analysis, analyse
 from ovqk.config.schema import ClaimsConfig, Config, Direction, PredictionConfig, RoleConfig, TaskConfig, VariableConfig
 from ovqk.config.schema import VariableKind as Kind
 from ovqk.tasks.words import resolve_task
-from ovqk.weights.types import (
-    Architecture,
-    EmbeddingWeights,
-    LayerWeights,
-    MLPWeights,
-    QueryKeyNorm,
-    Rotary,
-    fold_embeddings,
-    fold_layer,
-    normalise,
-)
+from ovqk.weights.folding import fold_embeddings, fold_layer
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.norms import QueryKeyNorm, normalise
+from ovqk.weights.rotary import Rotary
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 
 V, D_MODEL, D_HEAD, N_HEADS, N_LAYERS = 120, 24, 4, 12, 4
 DRAWS = 59

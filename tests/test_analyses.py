@@ -20,12 +20,13 @@ from oracle import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import Config, Embedding, Processing, TaskConfig, VariableConfig, VariableKind
 from ovqk.metrics import METRICS
 from ovqk.tasks.words import load_tokenizer, resolve_task
+from ovqk.weights.folding import fold_layer
+from ovqk.weights.norms import normalise
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import fold_layer, normalise
 
 RATIO = 1e-4  # absolute, where the range is bounded
 SCALE = 1e-4  # relative, elsewhere

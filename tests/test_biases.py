@@ -12,7 +12,9 @@ from gguf_writing import write_gguf
 from safetensors.torch import load_file, save_file
 from test_native import BESIDE_PICTURES, PICTURES, edited
 
-from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles, open_checkpoint
+from ovqk.checkpoints.checkpoint import Checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.checkpoints.tensors import SafetensorsFiles
 from ovqk.errors import UserError
 from ovqk.weights.families import FAMILIES, WRAPPED, family_of
 from ovqk.weights.readers import open_weights

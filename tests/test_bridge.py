@@ -6,11 +6,11 @@ from conftest import compose, local, make_gpt2, randomise
 from oracle import matrices
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.weights.bridge import BridgeWeights
+from ovqk.weights.folding import fold_layer
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import fold_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -8,7 +8,7 @@ import torch
 from conftest import SIZES, WIDE, compose, local, randomise
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.weights.bridge import BridgeWeights
 from ovqk.weights.readers import open_weights

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, compose, local
 
 from ovqk.analyse import Analysis, analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.structure import tables
 from ovqk.structure.cache import ENTRY, StructureCache

@@ -10,11 +10,11 @@ import torch
 from conftest import BUNDLED, local, make_gpt2, make_llama, shared_model
 from safetensors.torch import load_file, save_file
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits.vocabulary import read_vocabulary
 from ovqk.errors import UserError
+from ovqk.weights.folding import fold_embeddings
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import fold_embeddings
 
 
 def opened(path: Path, **keys):

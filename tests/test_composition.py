@@ -16,7 +16,7 @@ from oracle import block0_rows, centre_tokens, folded_embeddings, matrices, rati
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits import composition
 from ovqk.circuits.composition import (
     COLUMNS,
@@ -37,8 +37,8 @@ from ovqk.circuits.factors import Factors, ov_factors, qk_factors
 from ovqk.circuits.grams import centred_gram
 from ovqk.circuits.maps import decompose
 from ovqk.circuits.positions import rotary_span
+from ovqk.weights.folding import fold_layer
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import fold_layer
 
 KINDS = [
     "gpt2",

@@ -24,7 +24,7 @@ from token_tables import (
 )
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits import sides as effective_module
 from ovqk.circuits.components import components
 from ovqk.circuits.effective_embeddings import Block0
@@ -35,8 +35,9 @@ from ovqk.report.token_lists import describe
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.token_tables import COLUMNS, Directions, TokenSide
 from ovqk.tasks.words import load_tokenizer
+from ovqk.weights.norms import normalise
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, normalise
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 
 # --- oracle --------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ from conftest import KINDS, local, make, shared_model
 from gguf import GGMLQuantizationType, quants
 from gguf_writing import ARCHITECTURES, tokenizer_metadata, write_gguf
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.checkpoints.gguf_file import GGUFFile
 from ovqk.checkpoints.gguf_tokenizer import SPLITS, tokenizer_of
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits.factors import ov_factors, qk_factors
 from ovqk.errors import UserError
 from ovqk.tasks.words import load_tokenizer
@@ -207,7 +207,8 @@ def test_the_tokenizer_of_gpt2() -> None:
     """Against the checkpoint's own reading of vocab.json and merges.txt."""
     from tokenizers import models
 
-    from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles
+    from ovqk.checkpoints.checkpoint import Checkpoint
+    from ovqk.checkpoints.tensors import SafetensorsFiles
 
     directory = shared_model("gpt2-tokenizer")
     own = load_tokenizer(Checkpoint("x", directory, {"model_type": "gpt2"}, SafetensorsFiles({}, {}, {}), ""))

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from ovqk.checkpoints import hub as hub_module
 from ovqk.checkpoints import hub_timeout
-from ovqk.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import cache_folder, file_hash
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.checkpoints.shards import LEFT_OUT, read_header, write_part
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
@@ -638,7 +639,7 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[str]:
     """Another process that opens the model and prints its digest."""
     code = (
-        "from ovqk.checkpoints.checkpoint import open_checkpoint; from ovqk.config.schema import ModelConfig, Source\n"
+        "from ovqk.checkpoints.opening import open_checkpoint; from ovqk.config.schema import ModelConfig, Source\n"
         "from ovqk.weights.families import tensors_read\n"
         f"model = ModelConfig(name='tiny', source=Source.hub, repo={REPO!r})\n"
         "print(open_checkpoint(model, reads=tensors_read).digest)"

@@ -9,14 +9,16 @@ import torch
 from conftest import BUNDLED, KINDS, SIZES, local, make, make_llama, randomise
 from safetensors.torch import load_file, save_file
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.factors import qk_factors
 from ovqk.errors import UserError
 from ovqk.weights.bridge import BridgeWeights
 from ovqk.weights.families import FAMILIES, WRAPPED, family_of
+from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
+from ovqk.weights.norms import apply_norm, normalise
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import apply_norm, fold_embeddings, fold_layer, fold_mlp, fold_reads, keys, normalise, queries
+from ovqk.weights.types import keys, queries
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import compose, make
 from gguf_writing import write_gguf
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
 from ovqk.weights.readers import open_weights

@@ -19,7 +19,10 @@ from ovqk.circuits.positions import (
     rotary_shares,
     rotary_span,
 )
-from ovqk.weights.types import Architecture, LayerWeights, QueryKeyNorm, Rotary, StoredRows, keys, normalise, queries
+from ovqk.weights.norms import QueryKeyNorm, normalise
+from ovqk.weights.rotary import Rotary
+from ovqk.weights.stored_rows import StoredRows
+from ovqk.weights.types import Architecture, LayerWeights, keys, queries
 
 
 def facts(**changes) -> Architecture:

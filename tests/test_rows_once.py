@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from small import DRAWS, Random, V, cell, run, task, tokenizer
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits import alignment, effective_embeddings, spectra
 from ovqk.circuits.alignment import TopSearch, in_top_by_source, settle
 from ovqk.circuits.effective_embeddings import EffectiveRows
@@ -29,7 +29,8 @@ from ovqk.tasks.words import load_tokenizer
 from ovqk.verdicts import surrogates
 from ovqk.verdicts.claim_tests import ClaimTests
 from ovqk.verdicts.statistics import monte_carlo
-from ovqk.weights.types import Architecture, EmbeddingWeights, StoredRows
+from ovqk.weights.stored_rows import StoredRows
+from ovqk.weights.types import Architecture, EmbeddingWeights
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import bench

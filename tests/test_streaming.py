@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_analyses import RATIO, SCALE, run, toy_task, toy_tokenizer
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits import grams
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.grams import centred_gram, mean_row
@@ -22,8 +22,11 @@ from ovqk.circuits.spectra import eigenvalues, full_circuit_singular_values, tra
 from ovqk.circuits.vocabulary import read_vocabulary
 from ovqk.metrics import METRICS
 from ovqk.weights import native
+from ovqk.weights.folding import fold_embeddings
+from ovqk.weights.norms import Norm
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import EmbeddingWeights, Norm, StoredRows, fold_embeddings
+from ovqk.weights.stored_rows import StoredRows
+from ovqk.weights.types import EmbeddingWeights
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import bench

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import BUNDLED, ROOT, compose, local, shared_model
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.report import suggestions
 from ovqk.report.suggestions import model_arguments, next_arguments

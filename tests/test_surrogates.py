@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import BUNDLED, compose, local
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import VariableKind
 from ovqk.tasks.words import RANK_WINDOW, Variable, WordSet, load_tokenizer, resolve_task, surface_form
 from ovqk.verdicts import surrogates

@@ -9,7 +9,7 @@ import yaml
 from conftest import BUNDLED, ROOT, compose, local, shared_model
 from tokenizers import Tokenizer
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import plain
 from ovqk.config.schema import Direction, TaskConfig
 from ovqk.errors import UserError

@@ -16,7 +16,7 @@ from ovqk.circuits.factors import Factors
 from ovqk.circuits.maps import Decomposition
 from ovqk.circuits.spectra import guarded
 from ovqk.circuits.threads import decomposed
-from ovqk.weights.types import Rows
+from ovqk.weights.stored_rows import Rows
 
 ENERGY = 0.9  # of a word set's centred rows, kept in its subspace
 SMALL = 1e-8  # of the largest energy: below it a direction is not well told by the words' Gram

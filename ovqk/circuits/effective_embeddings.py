@@ -16,16 +16,10 @@ from torch import Tensor
 from ovqk.circuits.factors import ov_factors
 from ovqk.circuits.grams import BLOCK, blocks, centred_grams
 from ovqk.circuits.vocabulary import Vocabulary
-from ovqk.weights.types import (
-    ACTIVATIONS,
-    Architecture,
-    LayerWeights,
-    MLPWeights,
-    Rows,
-    StoredRows,
-    apply_norm,
-    normalise,
-)
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.norms import apply_norm, normalise
+from ovqk.weights.stored_rows import Rows, StoredRows
+from ovqk.weights.types import Architecture, LayerWeights
 
 HIDDEN_ELEMENTS = 2**21  # of block 0's hidden activations at a time
 
@@ -59,17 +53,8 @@ class Block0:
             return stream
         x = normalise(W_E if self.architecture.parallel else stream, kind, eps)
         tokens = max(1, HIDDEN_ELEMENTS // self.mlp.W_in.shape[1])
-        written = torch.cat([self._mlp(self.mlp, some) for some in x.split(tokens)])
+        written = torch.cat([self.mlp.apply(some) for some in x.split(tokens)])
         return stream + apply_norm(self.mlp.post_norm, written, eps)
-
-    @staticmethod
-    def _mlp(mlp: MLPWeights, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
-        hidden = torch.addmm(mlp.b_in.to(x), x, mlp.W_in.to(x))
-        hidden = ACTIVATIONS[mlp.activation](hidden)
-        if mlp.W_linear is not None:
-            linear = x @ mlp.W_linear.to(x)
-            hidden *= linear if mlp.b_linear is None else linear.add_(mlp.b_linear.to(x))
-        return torch.addmm(mlp.b_out.to(x), hidden, mlp.W_out.to(x))
 
     def grams(
         self, vocabulary: Vocabulary, read: Callable[[int, int], Float[Tensor, "token d_model"]] | None = None

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.circuits.threads import each
-from ovqk.weights.types import Rows
+from ovqk.weights.stored_rows import Rows
 
 BLOCK = 2048  # tokens handled at a time, fewer where rows are long
 ELEMENTS = 2**22  # of a block of embedding rows

@@ -12,7 +12,9 @@ from torch import Tensor
 from ovqk.circuits.grams import BLOCK, blocks, centred_gram, mean_row, precision
 from ovqk.circuits.maps import Basis
 from ovqk.circuits.vocabulary import Vocabulary
-from ovqk.weights.types import Architecture, LayerWeights, QueryKeyNorm, Rows, StoredRows, normalise
+from ovqk.weights.norms import QueryKeyNorm, normalise
+from ovqk.weights.stored_rows import Rows, StoredRows
+from ovqk.weights.types import Architecture, LayerWeights
 
 SAMPLE = 2**15  # tokens, at least, that moments of normalised queries and keys are taken over
 SAMPLE_ELEMENTS = 2**26  # of their rows, at most (256 MB)

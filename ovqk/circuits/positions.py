@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ovqk.circuits.maps import Basis
 from ovqk.circuits.moments import HeadMoments, Moments, QueryKeyBases, mean_through, outer
-from ovqk.weights.types import Architecture, LayerWeights, Rotary
+from ovqk.weights.rotary import Rotary
+from ovqk.weights.types import Architecture, LayerWeights
 
 EXACT_POSITIONS = 256  # up to which scores between positions are float64
 DEFAULT_SPAN = 128  # offsets averaged over under rotary positions, unless the context is shorter

@@ -14,7 +14,9 @@ from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.grams import BLOCK, blocks
 from ovqk.circuits.threads import each
 from ovqk.circuits.vocabulary import Vocabulary
-from ovqk.weights.types import Architecture, Rows, normalise
+from ovqk.weights.norms import normalise
+from ovqk.weights.stored_rows import Rows
+from ovqk.weights.types import Architecture
 
 KEPT = 2**28  # bytes of block0 embeddings that are kept in memory, so that they are computed once
 ALONE = 512  # tokens whose block0 embeddings are computed by one thread: their rounding depends on no number of threads

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ovqk.circuits.factors import key_side, query_side
 from ovqk.circuits.grams import STRIPE, blocks, precision
-from ovqk.weights.types import Architecture, LayerWeights, read_through
+from ovqk.weights.folding import read_through
+from ovqk.weights.types import Architecture, LayerWeights
 
 
 def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Architecture) -> dict[str, float]:

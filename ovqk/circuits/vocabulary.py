@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ovqk.circuits.grams import centred_gram, centred_grams, mean_row
 from ovqk.errors import UserError
-from ovqk.weights.types import EmbeddingWeights, Rows, StoredRows
+from ovqk.weights.stored_rows import Rows, StoredRows
+from ovqk.weights.types import EmbeddingWeights
 
 
 @dataclass(frozen=True)

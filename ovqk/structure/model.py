@@ -21,16 +21,9 @@ from ovqk.structure.availability import NO_EMBEDDING, unavailable_metrics
 from ovqk.structure.rare_tokens import RareTokens, rare_tokens
 from ovqk.structure.token_tables import Directions
 from ovqk.weights.devices import resolve_device, to_device
-from ovqk.weights.types import (
-    ACTIVATIONS,
-    Architecture,
-    LayerWeights,
-    WeightSource,
-    fold_embeddings,
-    fold_layer,
-    fold_mlp,
-    fold_reads,
-)
+from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
+from ovqk.weights.mlp import ACTIVATIONS
+from ovqk.weights.types import Architecture, LayerWeights, WeightSource
 
 
 @dataclass(frozen=True)

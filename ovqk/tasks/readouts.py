@@ -16,7 +16,7 @@ from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.config.schema import Embedding, VariableKind
 from ovqk.errors import UserError
 from ovqk.tasks.words import Variable, WordSet
-from ovqk.weights.types import Rows
+from ovqk.weights.stored_rows import Rows
 
 SET_METRICS = (
     "ov_task_auc",

@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ovqk.weights.block_probes import BlockActivations
-from ovqk.weights.types import LayerWeights, Norm, NormKind, QueryKeyNorm, Rotary, apply_norm, keys, normalise, queries
+from ovqk.weights.norms import Norm, NormKind, QueryKeyNorm, apply_norm, normalise
+from ovqk.weights.rotary import Rotary
+from ovqk.weights.types import LayerWeights, keys, queries
 
 TOLERANCE = 1e-3
 """Largest difference from the model's own activations that counts as agreement, relative to the largest of those."""

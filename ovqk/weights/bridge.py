@@ -30,16 +30,9 @@ from ovqk.weights.bridge_loading import (
 )
 from ovqk.weights.bridge_loading import unused_tokenizer as unused_tokenizer
 from ovqk.weights.bridge_mlp import read_first_mlp
-from ovqk.weights.types import (
-    Architecture,
-    EmbeddingWeights,
-    LayerWeights,
-    MLPWeights,
-    Norm,
-    NormKind,
-    PositionKind,
-    apply_norm,
-)
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.norms import Norm, NormKind, apply_norm
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, PositionKind
 
 PROBE = 12  # tokens
 

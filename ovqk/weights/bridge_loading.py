@@ -17,7 +17,7 @@ from torch import nn
 from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
 from ovqk.errors import UserError
 from ovqk.weights.family import WRAPPERS
-from ovqk.weights.types import Rotary
+from ovqk.weights.rotary import Rotary
 
 
 def find_architecture(checkpoint: Checkpoint) -> str:

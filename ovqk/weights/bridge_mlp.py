@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ovqk.weights.agreement import agrees
 from ovqk.weights.block_probes import BlockActivations
-from ovqk.weights.types import ACTIVATIONS, MLPWeights, Norm, apply_norm
+from ovqk.weights.mlp import ACTIVATIONS, MLPWeights
+from ovqk.weights.norms import Norm, apply_norm
 
 NOT_REPRODUCED = "ovqk's reading of block 0's MLP does not reproduce the model's own"
 
@@ -60,11 +61,7 @@ def _forms(
     eps: float,
 ) -> Iterator[tuple[MLPWeights, Float[Tensor, "position d_model"]]]:
     """The MLP as it is, with each norm behind it, and with a multiplier; and what each adds to the stream."""
-    x = apply_norm(mlp.norm, stream, eps)
-    hidden = ACTIVATIONS[mlp.activation](x @ mlp.W_in + mlp.b_in)
-    if mlp.W_linear is not None:
-        hidden = hidden * (x @ mlp.W_linear + (0 if mlp.b_linear is None else mlp.b_linear))
-    plain = hidden @ mlp.W_out + mlp.b_out
+    plain = mlp.apply(apply_norm(mlp.norm, stream, eps))
     yield mlp, plain
     for norm in norms:
         yield replace(mlp, post_norm=norm), apply_norm(norm, plain, eps)

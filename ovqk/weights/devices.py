@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ovqk.config.schema import Device
 from ovqk.errors import UserError
-from ovqk.weights.types import StoredRows
+from ovqk.weights.stored_rows import StoredRows
 
 Weights = TypeVar("Weights")
 

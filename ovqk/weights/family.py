@@ -7,7 +7,8 @@ from functools import cached_property
 from itertools import product
 from typing import Any, Literal, Union
 
-from ovqk.weights.types import NormKind, PositionKind
+from ovqk.weights.norms import NormKind
+from ovqk.weights.types import PositionKind
 
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "model.")
 """What torch.compile, data parallelism, PEFT and a module kept in a module put before the names of tensors."""

@@ -14,19 +14,11 @@ from torch import Tensor
 from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
 from ovqk.errors import UserError
 from ovqk.weights.family import Family, wrappers
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.norms import Norm, NormKind, QueryKeyNorm
 from ovqk.weights.settings import Settings
-from ovqk.weights.types import (
-    EmbeddingWeights,
-    LayerWeights,
-    MLPWeights,
-    Norm,
-    NormKind,
-    QueryKeyNorm,
-    Rows,
-    StoredRows,
-    split_heads,
-    times,
-)
+from ovqk.weights.stored_rows import Rows, StoredRows, times
+from ovqk.weights.types import EmbeddingWeights, LayerWeights, split_heads
 
 ROWS = 4096  # of two embeddings compared at a time
 SMALL = 2**22

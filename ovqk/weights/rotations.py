@@ -15,7 +15,8 @@ from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.errors import UserError
 from ovqk.weights.allowed import refuse_wrong_values, reworded
 from ovqk.weights.family import Family
-from ovqk.weights.types import Architecture, Rotary
+from ovqk.weights.rotary import Rotary
+from ovqk.weights.types import Architecture
 
 SCALINGS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 UP_TO_A_LENGTH = ("longrope", "dynamic")

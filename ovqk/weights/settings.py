@@ -6,8 +6,9 @@ from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.errors import UserError
 from ovqk.weights.allowed import is_integer, is_number
 from ovqk.weights.family import ATTENTION_READS, MLP_PARTS, Family
+from ovqk.weights.rotary import Rotary
 from ovqk.weights.rotations import completed, no_rotation, read_rotations
-from ovqk.weights.types import Architecture, Rotary
+from ovqk.weights.types import Architecture
 
 SEES_ALL = ("full_attention", "global")
 """Kinds of layers without a window."""

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.errors import UserError
-from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Norm, NormKind
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.norms import Norm, NormKind
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 
 
 class TransformerLensWeights:

@@ -1,0 +1,60 @@
+"""The norms of a model, as data and as functions: of the residual stream, and of queries and keys."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+NormKind = Literal["layernorm", "rmsnorm", "none"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm's gain and bias, [d_model] each; `weight` holds the whole gain (Gemma: 1 + gamma)."""
+
+    kind: NormKind
+    weight: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"] | None = None
+
+
+@dataclass(frozen=True)
+class QueryKeyNorm:
+    """A root-mean-square norm of queries and keys, before they are rotated.
+
+    Attributes:
+        query_gain, key_gain: what each normalised component is multiplied by.
+        over_heads: one root mean square for all heads of a token (OLMo 2) instead of one for each.
+    """
+
+    query_gain: Float[Tensor, "head d_head"]
+    key_gain: Float[Tensor, "kv_head d_head"]
+    eps: float
+    over_heads: bool = False
+
+    def apply(
+        self, x: Float[Tensor, "any_head row d_head"], gain: Float[Tensor, "any_head d_head"]
+    ) -> Float[Tensor, "any_head row d_head"]:
+        """The norm of queries or of keys, with their gain."""
+        over = (0, 2) if self.over_heads else (2,)
+        return x * torch.rsqrt(x.square().mean(over, keepdim=True) + self.eps) * gain[:, None]
+
+
+def normalise(x: Float[Tensor, "*batch d_model"], kind: NormKind, eps: float) -> Float[Tensor, "*batch d_model"]:
+    """The norm without gain and bias: what remains of it once folded."""
+    if kind == "none":
+        return x
+    if kind == "layernorm":
+        return functional.layer_norm(x, x.shape[-1:], eps=eps)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    return x * torch.rsqrt(square + eps)
+
+
+def apply_norm(norm: Norm | None, x: Float[Tensor, "*batch d_model"], eps: float) -> Float[Tensor, "*batch d_model"]:
+    """The whole norm, with gain and bias."""
+    if norm is None:
+        return x
+    x = normalise(x, norm.kind, eps) * norm.weight
+    return x if norm.bias is None else x + norm.bias
