@@ -145,7 +145,7 @@ def test_rows_of_no_token_may_hold_anything_and_those_of_tokens_may_not(tmp_path
         tensors[name][35] = float("nan")
 
     if not small:
-        monkeypatch.setattr(native, "SMALL", 0)
+        monkeypatch.setattr(native, "KEEP_UP_TO", 0)
     make_llama(tmp_path / "m")
     source = opened(rewrite(tmp_path / "m", spoil))
     folded = fold_embeddings(source.embeddings(), source.architecture)

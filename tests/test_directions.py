@@ -361,7 +361,7 @@ def test_every_layer_is_read_through_its_effective_embedding(
     path, processing, embedding, kept, request, monkeypatch
 ) -> None:
     """The whole cell against materialised float64 rows; block0 rows kept in memory or computed in each pass."""
-    monkeypatch.setattr(effective_module, "KEPT", 2**28 if kept else 0)
+    monkeypatch.setattr(effective_module, "KEEP_UP_TO", 2**28 if kept else 0)
     path = BUNDLED if path == "bundled" else request.getfixturevalue(path)
     checkpoint = open_checkpoint(local(path))
     source, tokenizer = open_weights(checkpoint, local(path)), load_tokenizer(checkpoint)

@@ -11,7 +11,8 @@ from oracle import regauge
 
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.grams import centred_gram, precision
-from ovqk.circuits.maps import Basis, decompose, power_of_two
+from ovqk.circuits.maps import Basis, decompose
+from ovqk.circuits.orthonormal import power_of_two
 from ovqk.circuits.spectra import (
     eigenvalues,
     full_circuit_singular_values,

@@ -94,7 +94,7 @@ def test_a_gram_is_the_same_in_whatever_blocks_and_stripes(monkeypatch) -> None:
     centred = a.double() - a.double().mean(0)
     for block, stripe in ((4096, 256), (7, 5), (1, 1)):
         monkeypatch.setattr(grams, "BLOCK", block)
-        monkeypatch.setattr(grams, "STRIPE", stripe)
+        monkeypatch.setattr(grams, "STRIPE_COLUMNS", stripe)
         assert torch.allclose(centred_gram(a, a), centred.T @ centred, rtol=1e-9, atol=1e-8)
         assert torch.allclose(centred_gram(b, a), b.double().T @ centred, rtol=1e-9, atol=1e-8)
         assert torch.allclose(mean_row(a), a.double().mean(0), atol=1e-6)
@@ -104,7 +104,7 @@ def test_a_gram_is_the_same_in_whatever_blocks_and_stripes(monkeypatch) -> None:
 def test_a_cell_from_stored_embeddings_is_that_of_embeddings_in_memory(path, request, tiny, monkeypatch) -> None:
     folder = request.getfixturevalue(path) if path.startswith("tiny") else tiny(path)
     held = run(folder, toy_task("set"), tokenizer=toy_tokenizer())[-1].tables
-    monkeypatch.setattr(native, "SMALL", 0)
+    monkeypatch.setattr(native, "KEEP_UP_TO", 0)
     source = open_weights(open_checkpoint(local(folder)), local(folder))
     assert isinstance(source.embeddings().W_E, StoredRows)
     lazy = run(folder, toy_task("set"), tokenizer=toy_tokenizer())[-1].tables
@@ -119,8 +119,8 @@ def test_float32_keeps_ratios_and_scales_within_what_the_definitions_allow(path,
     """As large models are computed, against float64: 1e-4 on ratios, 1e-4 of their size on scales."""
     folder = request.getfixturevalue(path) if path.startswith("tiny") else tiny(path)
     exact = run(folder, toy_task("set"), tokenizer=toy_tokenizer())[-1].tables
-    monkeypatch.setattr(grams, "EXACT", 0)
-    monkeypatch.setattr(grams, "LARGE", 0)
+    monkeypatch.setattr(grams, "FLOAT64_UP_TO", 0)
+    monkeypatch.setattr(grams, "FLOAT64_PRODUCTS_UP_TO", 0)
     rough = run(folder, toy_task("set"), tokenizer=toy_tokenizer())[-1].tables
     moved = False
     for name, metric in METRICS.items():
@@ -141,8 +141,8 @@ def test_float32_suffices_where_embeddings_and_weights_are_far_from_isotropic(mo
     left, right = rows(d, k, 10)[None] * scales[:, None], (rows(d, k, 11)[None] * scales.flip(0)[:, None]).mT
     found = []
     for exact in (512, 10**6):
-        monkeypatch.setattr(grams, "EXACT", exact)
-        monkeypatch.setattr(grams, "LARGE", 0 if exact == 512 else 10**15)
+        monkeypatch.setattr(grams, "FLOAT64_UP_TO", exact)
+        monkeypatch.setattr(grams, "FLOAT64_PRODUCTS_UP_TO", 0 if exact == 512 else 10**15)
         gram = centred_gram(W_E, W_E)
         assert gram.dtype == (torch.float32 if exact == 512 else torch.float64)
         maps = decompose(Factors("qk", left, right), centred=False)

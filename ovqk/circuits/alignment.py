@@ -18,8 +18,8 @@ from ovqk.circuits.spectra import guarded
 from ovqk.circuits.threads import decomposed
 from ovqk.weights.stored_rows import Rows
 
-ENERGY = 0.9  # of a word set's centred rows, kept in its subspace
-SMALL = 1e-8  # of the largest energy: below it a direction is not well told by the words' Gram
+ENERGY_KEPT = 0.9  # of a word set's centred rows, kept in its subspace
+ENERGY_ROUNDING = 1e-8  # of the largest energy: below it a direction is not well told by the words' Gram
 TOP_BLOCK = 1024  # tokens compared at a time, at most, and words that they are compared with
 TOP = 5  # Wang et al. 2022 count a name as copied when its logit is among the five largest
 
@@ -188,10 +188,12 @@ def subspace(
     x = (rows - origin[..., None, :]).double()
     energy, U = (part.flip(-1) for part in decomposed(torch.linalg.eigh, x @ x.mT))  # of the Gram: words are few
     share = energy.cumsum(-1) / energy.sum(-1, keepdim=True)
-    ranks = (share < ENERGY).sum(-1) + 1
+    ranks = (share < ENERGY_KEPT).sum(-1) + 1
     ranks = ranks if rank is None else torch.full_like(ranks, rank)
     most = int(ranks.max())
-    if (energy.gather(-1, ranks[..., None] - 1) <= SMALL * energy[..., :1]).any():  # fewer dimensions than asked for
+    if (
+        energy.gather(-1, ranks[..., None] - 1) <= ENERGY_ROUNDING * energy[..., :1]
+    ).any():  # fewer dimensions than asked for
         basis = torch.linalg.svd(x, full_matrices=False).Vh[..., :most, :]  # any others beside
     else:
         basis = U[..., :most].mT @ x / energy[..., :most, None].sqrt()

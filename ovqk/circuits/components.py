@@ -16,12 +16,12 @@ from jaxtyping import Bool, Complex, Float, Inexact, Int
 from torch import Tensor
 
 from ovqk.circuits.maps import Decomposition
-from ovqk.circuits.spectra import TINY
+from ovqk.circuits.spectra import ZERO_WITHIN
 from ovqk.circuits.threads import decomposed
 
 COMPONENTS = 3
-CLOSE = 0.1  # values nearer than this part of the larger one are linked
-SHIFT = 1e-8  # of sum sigma: how far beside its eigenvalue a left eigenvector is sought
+CLUSTER_GAP = 0.1  # values nearer than this part of the larger one are linked
+EIGENVALUE_SHIFT = 1e-8  # of sum sigma: how far beside its eigenvalue a left eigenvector is sought
 KINDS, SIDES = ("singular", "eigen"), ("read", "write")
 
 
@@ -57,7 +57,7 @@ def components(decomposition: Decomposition, count: int = COMPONENTS) -> Compone
 def singular_components(decomposition: Decomposition, count: int) -> Components:
     """Those below 1e-6 of sum sigma are left out."""
     sigma = decomposition.sigma
-    kept = sigma[:, :count] > TINY * sigma.sum(-1, keepdim=True)
+    kept = sigma[:, :count] > ZERO_WITHIN * sigma.sum(-1, keepdim=True)
     sides = [side[:, :, :count].mT[kept].to(torch.complex128) for side in (decomposition.read, decomposition.write)]
     return _batch("singular", kept, sigma.to(torch.complex128), clusters(sigma), sides)
 
@@ -73,7 +73,7 @@ def eigen_components(decomposition: Decomposition, count: int) -> Components:
     values, right = decomposed(torch.linalg.eig, cores)
     order = values.abs().masked_fill(values.imag < 0, -1).sort(dim=-1, descending=True, stable=True).indices
     values, right = values.gather(-1, order), right.gather(-1, order[:, None].expand_as(right))[:, :, :count]
-    left = _left_eigenvectors(cores, values[:, :count] + SHIFT * total, right)
+    left = _left_eigenvectors(cores, values[:, :count] + EIGENVALUE_SHIFT * total, right)
     read, write = (decomposition.balanced_left.to(right) @ right).mT, left @ decomposition.balanced_right.to(left)
     read, write = (side / side.norm(dim=-1, keepdim=True) for side in (read, write))
     overlap = (read * write).sum(-1)
@@ -81,8 +81,8 @@ def eigen_components(decomposition: Decomposition, count: int) -> Components:
     values = values.masked_fill(values.imag < 0, math.nan)  # the other half of each pair, sorted last
     members = clusters(values)
     value, modulus = values[:, :count], values[:, :count].abs()
-    coalesces = (members[1][:, :count] > 1) | ((value.imag > 0) & (2 * value.imag < CLOSE * modulus))
-    kept = (modulus > TINY * total) & (coalesces | (modulus * overlap.abs() > TINY * total))
+    coalesces = (members[1][:, :count] > 1) | ((value.imag > 0) & (2 * value.imag < CLUSTER_GAP * modulus))
+    kept = (modulus > ZERO_WITHIN * total) & (coalesces | (modulus * overlap.abs() > ZERO_WITHIN * total))
     return _batch("eigen", kept, values, members, [read[kept], write[kept]])
 
 
@@ -141,7 +141,9 @@ def clusters(values: Inexact[Tensor, "head k"]) -> tuple[Int[Tensor, "head k"], 
     Values closer than 10 % of the larger modulus are linked, and what is linked through others is one cluster.
     """
     n, modulus = values.shape[1], values.abs()
-    near = (values[:, :, None] - values[:, None]).abs() < CLOSE * torch.maximum(modulus[:, :, None], modulus[:, None])
+    near = (values[:, :, None] - values[:, None]).abs() < CLUSTER_GAP * torch.maximum(
+        modulus[:, :, None], modulus[:, None]
+    )
     linked = (near | torch.eye(n, dtype=torch.bool, device=values.device)).float()
     for _ in range(n.bit_length()):  # each step doubles the paths
         linked = (linked @ linked).clamp_max(1)

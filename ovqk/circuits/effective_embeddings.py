@@ -17,7 +17,7 @@ from ovqk.circuits.factors import ov_factors
 from ovqk.circuits.grams import BLOCK, blocks, centred_grams
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.weights.mlp import MLPWeights
-from ovqk.weights.norms import apply_norm, normalise
+from ovqk.weights.norms import apply_norm
 from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import Architecture, LayerWeights
 
@@ -44,14 +44,14 @@ class Block0:
 
     def rows(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """E for these rows of the folded embedding, in their precision."""
-        kind, eps = self.architecture.norm, self.architecture.norm_eps
-        written = normalise(W_E, kind, eps)
+        architecture, eps = self.architecture, self.architecture.norm_eps
+        written = architecture.normalised(W_E)
         for weight in self.attention:
             written = written @ weight.to(W_E)
         stream = W_E + apply_norm(self.post_norm, written, eps)
         if self.mlp is None:
             return stream
-        x = normalise(W_E if self.architecture.parallel else stream, kind, eps)
+        x = architecture.normalised(W_E if architecture.parallel else stream)
         tokens = max(1, HIDDEN_ELEMENTS // self.mlp.W_in.shape[1])
         written = torch.cat([self.mlp.apply(some) for some in x.split(tokens)])
         return stream + apply_norm(self.mlp.post_norm, written, eps)
@@ -151,4 +151,4 @@ class EffectiveRows:
 
     def normalised(self, rows: Float[Tensor, "*word d_model"]) -> Float[Tensor, "*word d_model"]:
         """Rows as a layer's norm would leave them."""
-        return normalise(rows, self.architecture.norm, self.architecture.norm_eps)
+        return self.architecture.normalised(rows)

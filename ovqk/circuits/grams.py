@@ -14,13 +14,13 @@ from ovqk.circuits.threads import each
 from ovqk.weights.stored_rows import Rows
 
 BLOCK = 2048  # tokens handled at a time, fewer where rows are long
-ELEMENTS = 2**22  # of a block of embedding rows
-TOGETHER = 8  # blocks whose products are summed before they are added in float64
-NEAR_MEAN = 256  # tokens whose mean rows are taken less
-STRIPE = 128  # columns of a symmetric product taken at a time, at least
-ENOUGH = 2  # stripes for each thread: with fewer the longest would be waited for
-LARGE = 10**10  # products of a Gram beyond which they are float32
-EXACT = 512  # d_model up to which Grams and their products are float64
+BLOCK_ELEMENTS = 2**22  # of a block of embedding rows
+BLOCKS_PER_SUM = 8  # blocks whose products are summed before they are added in float64
+SHIFT_TOKENS = 256  # tokens whose mean rows are taken less
+STRIPE_COLUMNS = 128  # columns of a symmetric product taken at a time, at least
+STRIPES_PER_THREAD = 2  # stripes for each thread: with fewer the longest would be waited for
+FLOAT64_PRODUCTS_UP_TO = 10**10  # products of a Gram beyond which they are float32
+FLOAT64_UP_TO = 512  # d_model up to which Grams and their products are float64
 
 
 def centred_gram(a: Rows, b: Rows) -> Float[Tensor, "d_a d_b"]:
@@ -29,19 +29,26 @@ def centred_gram(a: Rows, b: Rows) -> Float[Tensor, "d_a d_b"]:
 
 
 def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> list[Float[Tensor, "d_a d_b"]]:
-    """a^T C b for these pairs of sides, in one pass over blocks of tokens, summed in float64 every few blocks.
+    """Return a^T C b for these pairs of sides, in one pass over blocks of tokens, summed in float64 every few blocks.
 
-    The products are float32 where there are LARGE many of them (within 1e-6 of the norms of a and b) and float64
-    where there are fewer: of small vocabularies float32 would cost 1e-3 on ratios. Rows are first taken less one near
-    their mean, which C does not see.
+    Up to FLOAT64_PRODUCTS_UP_TO products are taken in float64, because float32 would cost a small vocabulary 1e-3 on
+    ratios. More of them are taken in float32, within 1e-6 of the norms of a and b. A row near the mean is first
+    subtracted from every row; C removes it anyway.
+
+    Args:
+        sides: matrices of one row per token, all over the same n tokens.
+        pairs: which side is a and which is b, by index.
+
+    Returns:
+        One matrix per pair, in the dtype that `precision` gives.
     """
     n, widths = sides[0].shape[0], [side.shape[1] for side in sides]
-    exact = torch.float32 if n * max(widths) ** 2 > LARGE else torch.float64
-    shifts = [side[:NEAR_MEAN].double().mean(0) for side in sides]
+    exact = torch.float32 if n * max(widths) ** 2 > FLOAT64_PRODUCTS_UP_TO else torch.float64
+    shifts = [side[:SHIFT_TOKENS].double().mean(0) for side in sides]
     sums = [torch.zeros_like(shift) for shift in shifts]
     totals = [shifts[a].new_zeros(widths[a], widths[b]) for a, b in pairs]
     parts = totals if exact == torch.float64 else [torch.zeros_like(total, dtype=exact) for total in totals]
-    size = max(1, min(n, BLOCK, ELEMENTS // max(widths)))
+    size = max(1, min(n, BLOCK, BLOCK_ELEMENTS // max(widths)))
     room = [shift.new_empty(size, len(shift), dtype=exact) for shift in shifts]  # new memory for each block costs more
     for number, tokens in enumerate(blocks(n, size), 1):
         x = [
@@ -51,7 +58,7 @@ def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> li
         for total, rows in zip(sums, x, strict=True):
             total += torch.ones(len(rows)).to(rows) @ rows
         add_products(parts, x, pairs)
-        if parts is not totals and (number % TOGETHER == 0 or tokens.stop == n):
+        if parts is not totals and (number % BLOCKS_PER_SUM == 0 or tokens.stop == n):
             for total, part in zip(totals, parts, strict=True):
                 total += part
                 part.zero_()
@@ -82,7 +89,7 @@ def add_products(
         for number, (a, b) in enumerate(pairs)
         for some in stripes_of(x[a].shape[1])
     ]
-    if len(stripes) >= ENOUGH * torch.get_num_threads():
+    if len(stripes) >= STRIPES_PER_THREAD * torch.get_num_threads():
         each(add, sorted(stripes, key=lambda stripe: -stripe[2]), x[0].device)  # the longest first
     else:
         for stripe in stripes:
@@ -91,8 +98,8 @@ def add_products(
 
 def stripes_of(width: int) -> Iterator[slice]:
     """Columns of a symmetric product taken at a time: of few a product is slow, of many little is saved."""
-    narrow = max(STRIPE, width // 16)
-    return blocks(width, narrow if width >= ENOUGH * torch.get_num_threads() * narrow else 2 * narrow)
+    narrow = max(STRIPE_COLUMNS, width // 16)
+    return blocks(width, narrow if width >= STRIPES_PER_THREAD * torch.get_num_threads() * narrow else 2 * narrow)
 
 
 def precision(d_model: int) -> torch.dtype:
@@ -101,16 +108,16 @@ def precision(d_model: int) -> torch.dtype:
     Float32 keeps ratios within 1e-4 and scales within 1e-4 of their size; the departure from normality, a root of a
     difference, within 2e-4 where it is 0.
     """
-    return torch.float64 if d_model <= EXACT else torch.float32
+    return torch.float64 if d_model <= FLOAT64_UP_TO else torch.float32
 
 
 def mean_row(x: Rows) -> Float[Tensor, " d_model"]:
     """The mean over tokens, float64; of large vocabularies within 1e-7 of the rows."""
-    if x.shape[0] <= NEAR_MEAN:
+    if x.shape[0] <= SHIFT_TOKENS:
         return x[:].double().mean(0)
-    near = x[:NEAR_MEAN].mean(0)  # rounded: the same number is taken away and added
+    near = x[:SHIFT_TOKENS].mean(0)  # rounded: the same number is taken away and added
     total = torch.zeros_like(near, dtype=torch.float64)
-    for rows in blocks(x.shape[0], max(1, min(BLOCK, ELEMENTS // x.shape[1]))):
+    for rows in blocks(x.shape[0], max(1, min(BLOCK, BLOCK_ELEMENTS // x.shape[1]))):
         block = x[rows]
         total += torch.ones(len(block)).to(block) @ (block - near)  # a product is faster than a sum
     return near.double() + total / x.shape[0]

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.grams import blocks, precision
+from ovqk.circuits.orthonormal import orthonormal
 from ovqk.circuits.threads import decomposed
 
-ROUNDING = 2.0**-24  # relative, of a 32-bit weight
-ELEMENTS = 2**22  # of the weights of a few heads, in float64 at a time
-WELL_CONDITIONED = 3e3  # |R| |R^-1| up to which Cholesky gives a basis orthonormal within 1e-9 (float32: 1e-4)
-
+FLOAT32_ROUNDING = 2.0**-24  # relative, of a 32-bit weight
+BLOCK_ELEMENTS = 2**22  # of the weights of a few heads, in float64 at a time
 Gram = Float[Tensor, "d_model d_model"]
 Cores = Float[Tensor, "head k k"]
 
@@ -125,7 +124,7 @@ class Basis:
         r = min(d_model, k)
         self.rows: Float[Tensor, "n r d_model"] = weight.new_empty(n, r, d_model, dtype=precision(d_model))
         self.coordinates: Float[Tensor, "n r k"] = weight.new_empty(n, r, k, dtype=torch.float64)
-        for heads in blocks(n, max(1, ELEMENTS // (d_model * k))):
+        for heads in blocks(n, max(1, BLOCK_ELEMENTS // (d_model * k))):
             self.rows[heads], self.coordinates[heads] = orthonormal(weight[heads], self.rows.dtype)
         self._within: list[tuple[Gram, Tensor]] = []
 
@@ -147,37 +146,6 @@ class Basis:
     def second_moment(self, gram: Gram) -> Float[Tensor, "n k k"]:
         """weight^T G weight, float64."""
         return self.coordinates.mT @ self.within(gram) @ self.coordinates
-
-
-def orthonormal(
-    weight: Float[Tensor, "n d_model k"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "n r d_model"], Float[Tensor, "n r k"]]:
-    """Q^T, in this dtype, and R, float64, of weight = Q R, by Cholesky's R of the Gram.
-
-    Two products in place of k steps; Householder's reflections where the weight is ill-conditioned. Each weight is
-    first divided by a power of two of its size, which changes no digit: the inverse of a tiny one has no float32.
-    """
-    d_model, k = weight.shape[1:]
-    exact = weight.double()
-    size = power_of_two(exact.abs().amax((-2, -1)))[:, None, None]
-    exact = exact / size
-    if k > d_model:
-        Q, R = torch.linalg.qr(exact)
-        return Q.mT.to(dtype), R * size
-    R, _ = torch.linalg.cholesky_ex(exact.mT @ exact, upper=True)
-    inverse = torch.linalg.solve_triangular(R, torch.eye(k).to(R).expand_as(R), upper=True)
-    rows = inverse.mT.to(dtype) @ exact.mT.to(dtype)
-    poor = ~(R.norm(dim=(-2, -1)) * inverse.norm(dim=(-2, -1)) < WELL_CONDITIONED)  # nan is poor too
-    if poor.any():
-        Q, R[poor] = torch.linalg.qr(exact[poor])
-        rows[poor] = Q.mT.to(dtype)
-    return rows, R * size
-
-
-def power_of_two(size: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """The power of two next above each size, float64; 1 for 0."""
-    exponent = torch.frexp(size.double()).exponent
-    return torch.ldexp(torch.ones_like(size, dtype=torch.float64), exponent)
 
 
 def _find(known: list[tuple[Any, Tensor]], gram: Gram | None) -> Tensor | None:
@@ -255,8 +223,8 @@ class FactoredMaps:
         """
         scale = self.left.coordinates.norm(dim=-1)[self.left_of][:, :, None]
         scale = scale * self.right.coordinates.norm(dim=-1)[self.right_of][:, None, :]
-        inner = self.inner + ROUNDING * scale * _noise(self.inner.shape, seed).to(self.inner)
-        return replace(self, inner=inner, jitter=ROUNDING, seed=seed + 1)
+        inner = self.inner + FLOAT32_ROUNDING * scale * _noise(self.inner.shape, seed).to(self.inner)
+        return replace(self, inner=inner, jitter=FLOAT32_ROUNDING, seed=seed + 1)
 
 
 def _of(each: Float[Tensor, "n r s"], heads: Int[Tensor, " head"]) -> Float[Tensor, "head r s"]:

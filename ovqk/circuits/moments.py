@@ -48,7 +48,7 @@ def normalised_moments(vocabulary: Vocabulary, architecture: Architecture) -> Mo
     """Moments of embedding rows normalised as a layer's norm would, a block of tokens at a time."""
 
     def read(start: int, stop: int) -> Tensor:
-        return normalise(vocabulary.W_E[start:stop], architecture.norm, architecture.norm_eps)
+        return architecture.normalised(vocabulary.W_E[start:stop])
 
     rows = StoredRows(read, (vocabulary.size, vocabulary.d_model), device=vocabulary.W_E.device)
     return Moments(mean_row(rows), centred_gram(rows, rows), vocabulary.size)

@@ -19,7 +19,7 @@ from ovqk.circuits.moments import HeadMoments, Moments, QueryKeyBases, mean_thro
 from ovqk.weights.rotary import Rotary
 from ovqk.weights.types import Architecture, LayerWeights
 
-EXACT_POSITIONS = 256  # up to which scores between positions are float64
+FLOAT64_POSITIONS_UP_TO = 256  # up to which scores between positions are float64
 DEFAULT_SPAN = 128  # offsets averaged over under rotary positions, unless the context is shorter
 
 
@@ -162,7 +162,7 @@ def learned_position_scores(
     T = W_pos.shape[0]
     if T < 4:
         raise ValueError(f"an offset fit needs at least 4 positions, not {T}")
-    exact = torch.float64 if T <= EXACT_POSITIONS else torch.float32
+    exact = torch.float64 if T <= FLOAT64_POSITIONS_UP_TO else torch.float32
     positions = (W_pos.double() - W_pos.double().mean(0)).to(exact)
     queries = positions @ weights.W_Q.to(exact)  # [head, T, d_head]
     keys = (positions @ weights.W_K.to(exact))[architecture.kv_of_head.to(W_pos.device)]

@@ -14,13 +14,14 @@ from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.grams import BLOCK, blocks
 from ovqk.circuits.threads import each
 from ovqk.circuits.vocabulary import Vocabulary
-from ovqk.weights.norms import normalise
 from ovqk.weights.stored_rows import Rows
 from ovqk.weights.types import Architecture
 
-KEPT = 2**28  # bytes of block0 embeddings that are kept in memory, so that they are computed once
-ALONE = 512  # tokens whose block0 embeddings are computed by one thread: their rounding depends on no number of threads
-COMPUTED = 1e-4  # of the longest row: more than the rounding of a block0 embedding in float32
+KEEP_UP_TO = 2**28  # bytes of block0 embeddings that are kept in memory, so that they are computed once
+TOKENS_PER_THREAD = (
+    512  # tokens whose block0 embeddings are computed by one thread: their rounding depends on no number of threads
+)
+RECOMPUTED_WITHIN = 1e-4  # of the longest row: more than the rounding of a block0 embedding in float32
 
 
 @runtime_checkable
@@ -100,13 +101,13 @@ class NormalisedSide(StoredSide):
 
     def normalised(self, rows: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """Return rows as the layers' norm leaves them."""
-        return normalise(rows, self.architecture.norm, self.architecture.norm_eps)
+        return self.architecture.normalised(rows)
 
 
 class Block0Side(NormalisedSide):
     """Block0 embeddings as the norm of a later layer leaves them, but for its gain.
 
-    Computed once if KEPT holds all of them, else in each pass. The first pass, whoever makes it, leaves the moments.
+    They are computed once if they fit in KEEP_UP_TO bytes, else in each pass. The first pass leaves the moments.
     """
 
     def __init__(self, vocabulary: Vocabulary, block0: Block0, listed: Bool[Tensor, " token"]) -> None:
@@ -119,7 +120,7 @@ class Block0Side(NormalisedSide):
     @property
     def rounding(self) -> float:
         """See `Side`; `exact` computes rows again that are not kept."""
-        return 0.0 if self._is_kept else COMPUTED
+        return 0.0 if self._is_kept else RECOMPUTED_WITHIN
 
     @property
     def _is_kept(self) -> bool:
@@ -129,10 +130,10 @@ class Block0Side(NormalisedSide):
         """Return the embeddings of tokens start .. stop - 1, not normalised."""
         if self._kept is not None and stop <= self._passed:
             return self._kept[start:stop]
-        parts = self.rows[start:stop].split(ALONE)
+        parts = self.rows[start:stop].split(TOKENS_PER_THREAD)
         rows = torch.cat(each(self.block0.rows, parts, self.rows.device))
         if start <= self._passed < stop:
-            if self._passed == 0 and len(self) * rows.shape[1] * rows.element_size() <= KEPT:
+            if self._passed == 0 and len(self) * rows.shape[1] * rows.element_size() <= KEEP_UP_TO:
                 self._kept = rows.new_empty(len(self), rows.shape[1])
             new = rows[self._passed - start :]
             if self._kept is not None:

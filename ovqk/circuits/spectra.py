@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from ovqk.circuits.maps import Cores, Gram, Maps, power_of_two
+from ovqk.circuits.maps import Cores, Gram, Maps
+from ovqk.circuits.orthonormal import power_of_two
 from ovqk.circuits.threads import decomposed
 
-SLACK = 1e-9  # relative, for what float64 rounds in a bound
-TINY = 1e-6  # relative to the sum of singular values: below it a denominator is rounding, not weights
-SINGULAR = 1e-5  # of the largest pivot of a Gram's root: where a smaller one is rounding
-NEAR = 1e-9  # a ratio this near to an observed one is computed and not bounded
+BOUND_ROUNDING = 1e-9  # relative, for what float64 rounds in a bound
+ZERO_WITHIN = 1e-6  # relative to the sum of singular values: below it a denominator is rounding, not weights
+PIVOT_ROUNDING = 1e-5  # of the largest pivot of a Gram's root: where a smaller one is rounding
+TIE_WITHIN = 1e-9  # a ratio this near to an observed one is computed and not bounded
 
 
 def eigenvalues(cores: Float[Tensor, "head k k"]) -> Complex[Tensor, "head k"]:
@@ -46,7 +47,7 @@ def _root(gram: Float[Tensor, "head k k"]) -> Float[Tensor, "head k k"]:
     gram = (gram + gram.mT) / 2
     root, failed = torch.linalg.cholesky_ex(gram, upper=True)
     pivots = root.diagonal(dim1=-2, dim2=-1)
-    poor = (failed > 0) | ~(pivots.amin(-1) > SINGULAR * pivots.amax(-1))
+    poor = (failed > 0) | ~(pivots.amin(-1) > PIVOT_ROUNDING * pivots.amax(-1))
     if poor.any():
         values, vectors = decomposed(torch.linalg.eigh, gram[poor])
         root[poor] = values.clamp_min(0).sqrt()[..., :, None] * vectors.mT
@@ -57,7 +58,7 @@ def guarded(
     numerator: Float[Tensor, "*draw head"], denominator: Float[Tensor, " head"], scale: Float[Tensor, " head"]
 ) -> Float[Tensor, "*draw head"]:
     """numerator / denominator, and 0 where the denominator is below 1e-6 of the scale (a nilpotent head)."""
-    small = denominator.abs() <= TINY * scale
+    small = denominator.abs() <= ZERO_WITHIN * scale
     return torch.where(small, torch.zeros_like(numerator), numerator / torch.where(small, 1.0, denominator))
 
 
@@ -73,15 +74,15 @@ def trace_ratio_bounds(
 
     The numerator is the trace. The denominator is at most sqrt(k) |core|_F (Weyl: at most the sum of singular values)
     and, which takes a determinant and is asked for by `sharp`, at least k |det|^(1/k): the mean of the moduli is at
-    least their geometric mean. Unless it is known to be above TINY of `most`, the ratio may be 0 (`guarded`).
+    least their geometric mean. Unless it is known to be above ZERO_WITHIN of `most`, the ratio may be 0 (`guarded`).
     """
     k, trace = cores.shape[-1], cores.diagonal(dim1=-2, dim2=-1).sum(-1)
-    largest = (1 + SLACK) * k**0.5 * cores.norm(dim=(-2, -1))
+    largest = (1 + BOUND_ROUNDING) * k**0.5 * cores.norm(dim=(-2, -1))
     smallest = torch.zeros_like(trace)
     if sharp:
         _, log_determinant = decomposed(torch.linalg.slogdet, cores)
-        smallest = (1 - SLACK) * k * (log_determinant / k).exp()
-    known = smallest > TINY * most
+        smallest = (1 - BOUND_ROUNDING) * k * (log_determinant / k).exp()
+    known = smallest > ZERO_WITHIN * most
     near_0 = torch.where(known, trace / largest, 0.0)
     far = torch.where(known, trace / smallest, trace.sign()).clamp(-1, 1)
     return torch.minimum(near_0, far), torch.maximum(near_0, far)
@@ -165,11 +166,11 @@ def full_circuit_ratio(
         if observed is None:
             break
         low, high = trace_ratio_bounds(cores[rest], most[rest], sharp)
-        below, above = high < observed - NEAR, low > observed + NEAR
+        below, above = high < observed - TIE_WITHIN, low > observed + TIE_WITHIN
         found[rest] = torch.where(below, high, low)
         rest = rest[~(below | above)]
     eigen = eigenvalues(cores[rest])
-    if (eigen.abs().sum(-1) > TINY * most[rest]).all():
+    if (eigen.abs().sum(-1) > ZERO_WITHIN * most[rest]).all():
         found[rest] = trace_ratio(eigen, torch.zeros_like(most[rest]))
         return found
     sigma = full_circuit_singular_values(maps, gram_in, gram_out)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.circuits.factors import key_side, query_side
-from ovqk.circuits.grams import STRIPE, blocks, precision
+from ovqk.circuits.grams import STRIPE_COLUMNS, blocks, precision
 from ovqk.weights.folding import read_through
 from ovqk.weights.types import Architecture, LayerWeights
 
@@ -56,7 +56,7 @@ def _sized(side: Float[Tensor, "d_model column"], dtype: torch.dtype) -> Float[T
 def _symmetry(matrix: Float[Tensor, "d_model d_model"]) -> float:
     """tr(M M) / |M|_F^2, in stripes: no second matrix is held."""
     product = energy = 0.0
-    for rows in blocks(len(matrix), STRIPE):
+    for rows in blocks(len(matrix), STRIPE_COLUMNS):
         stripe = matrix[rows]
         product += float((stripe * matrix[:, rows].T).sum(dtype=torch.float64))
         energy += float(stripe.square().sum(dtype=torch.float64))

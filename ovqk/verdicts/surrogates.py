@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovqk.circuits.factors import Circuit
-from ovqk.circuits.grams import EXACT, blocks
+from ovqk.circuits.grams import FLOAT64_UP_TO, blocks
 from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.circuits.maps import Decomposition, Gram
+from ovqk.circuits.orthonormal import triangular_factor
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.threads import CPU, each
 from ovqk.config.schema import VariableKind
@@ -58,13 +59,12 @@ def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[
     within 2e-5 in the tails of d_model = 8. Otherwise they are float64.
     """
     d_model, k = noise.shape[1:]
-    x = noise if 4 * k <= d_model or 2 * k <= d_model > EXACT else noise.double()
+    x = noise if 4 * k <= d_model or 2 * k <= d_model > FLOAT64_UP_TO else noise.double()
     if centred:
         x = x - x.mean(1, keepdim=True)
     if 2 * k <= d_model:
-        R = torch.linalg.cholesky(x.mT @ x, upper=True)
-        unit = torch.eye(k, dtype=R.dtype, device=R.device).expand_as(R)
-        return x @ torch.linalg.solve_triangular(R, unit, upper=True)
+        _, inverse = triangular_factor(x, check_errors=True)
+        return x @ inverse
     Q, R = torch.linalg.qr(x)
     return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
 

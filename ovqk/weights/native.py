@@ -20,8 +20,8 @@ from ovqk.weights.settings import Settings
 from ovqk.weights.stored_rows import Rows, StoredRows, times
 from ovqk.weights.types import EmbeddingWeights, LayerWeights, split_heads
 
-ROWS = 4096  # of two embeddings compared at a time
-SMALL = 2**22
+ROWS_COMPARED = 4096  # of two embeddings compared at a time
+KEEP_UP_TO = 2**22
 """Elements up to which an embedding is read at once (16 MB)."""
 DEQUANTISED_ONCE = 2**26
 """Elements up to which an embedding of a GGUF file is dequantised once and kept (256 MB)."""
@@ -52,8 +52,8 @@ class NativeWeights:
 
     def layer(self, index: int) -> LayerWeights:
         """The raw attention weights of a layer."""
-        facts = self.architecture
-        n_kv, n_heads = facts.n_kv_heads, facts.n_heads
+        architecture = self.architecture
+        n_kv, n_heads = architecture.n_kv_heads, architecture.n_heads
         (q, b_q), (k, b_k), (v, b_v) = self._queries_keys_values(index)
         output = self._linear("output", index)[0] * self.settings.multiplier(self.family.residual_multiplier)
         return LayerWeights(
@@ -61,7 +61,7 @@ class NativeWeights:
             W_Q=split_heads(q, n_heads),
             W_K=split_heads(k, n_kv),
             W_V=split_heads(v, n_kv),
-            W_O=output.reshape(n_heads, facts.d_head, facts.d_model),
+            W_O=output.reshape(n_heads, architecture.d_head, architecture.d_model),
             b_Q=b_q.reshape(n_heads, -1),
             b_K=b_k.reshape(n_kv, -1),
             b_V=b_v.reshape(n_kv, -1),
@@ -126,9 +126,10 @@ class NativeWeights:
             return False
         if embedding != head:
             return True
-        blocks = range(0, head[0], ROWS)
+        blocks = range(0, head[0], ROWS_COMPARED)
         return any(
-            not torch.equal(*(self.checkpoint.rows(name, n, n + ROWS, checked=False) for name in names)) for n in blocks
+            not torch.equal(*(self.checkpoint.rows(name, n, n + ROWS_COMPARED, checked=False) for name in names))
+            for n in blocks
         )
 
     def _notes(self) -> list[str]:
@@ -166,28 +167,28 @@ class NativeWeights:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each part's weight, as [d_in, d_out] where it is linear, but for the token embeddings."""
-        facts = self.architecture
-        queries, keys = facts.n_heads * facts.d_head, facts.n_kv_heads * facts.d_head
+        architecture = self.architecture
+        queries, keys = architecture.n_heads * architecture.d_head, architecture.n_kv_heads * architecture.d_head
         joint = self.family.query_key_norm == "over_heads"
         norms = ("norm", "post_norm", "final_norm", "mlp_norm", "mlp_post_norm")
-        shapes = dict.fromkeys(norms, (facts.d_model,)) | {
-            "query_norm": (queries if joint else facts.d_head,),
-            "key_norm": (keys if joint else facts.d_head,),
-            "qkv": (facts.d_model, queries + 2 * keys),
-            "query": (facts.d_model, queries),
-            "key": (facts.d_model, keys),
-            "value": (facts.d_model, keys),
-            "output": (queries, facts.d_model),
+        shapes = dict.fromkeys(norms, (architecture.d_model,)) | {
+            "query_norm": (queries if joint else architecture.d_head,),
+            "key_norm": (keys if joint else architecture.d_head,),
+            "qkv": (architecture.d_model, queries + 2 * keys),
+            "query": (architecture.d_model, queries),
+            "key": (architecture.d_model, keys),
+            "value": (architecture.d_model, keys),
+            "output": (queries, architecture.d_model),
         }
         dense = "mlp_out" in self.family.tensors
         mlp_out = self.checkpoint.shapes.get(self._name("mlp_out", 0)) if dense else None
         if mlp_out:  # a partial checkpoint may hold the MLP's biases alone, which are not read
             d_mlp = mlp_out[0 if self.family.linear == "in_out" else -1]
             shapes |= {
-                "mlp_in": (facts.d_model, d_mlp),
-                "mlp_linear": (facts.d_model, d_mlp),
-                "mlp_gate_and_linear": (facts.d_model, 2 * d_mlp),
-                "mlp_out": (d_mlp, facts.d_model),
+                "mlp_in": (architecture.d_model, d_mlp),
+                "mlp_linear": (architecture.d_model, d_mlp),
+                "mlp_gate_and_linear": (architecture.d_model, 2 * d_mlp),
+                "mlp_out": (d_mlp, architecture.d_model),
             }
         return {part: shape for part, shape in shapes.items() if part in self.family.tensors}
 
@@ -245,7 +246,7 @@ class NativeWeights:
                 f"{self.checkpoint.label}: tensor '{name}' has shape {list(shape)}, but config.json promises "
                 f"[tokens, {self.architecture.d_model}]."
             )
-        if math.prod(shape) <= SMALL:
+        if math.prod(shape) <= KEEP_UP_TO:
             return self.checkpoint.tensor(name, checked=False)
         if self.checkpoint.quantisation and math.prod(shape) <= DEQUANTISED_ONCE:
             return StoredRows(self._dequantised_rows(name), (shape[0], shape[1]))
@@ -282,13 +283,16 @@ class NativeWeights:
         if "qkv" not in self.family.tensors:
             return [self._linear(part, index) for part in ("query", "key", "value")]
         weight, bias = self._linear("qkv", index)
-        facts = self.architecture
+        architecture = self.architecture
         if self.family.fused == "columns":
-            sizes = [heads * facts.d_head for heads in (facts.n_heads, facts.n_kv_heads, facts.n_kv_heads)]
+            sizes = [
+                heads * architecture.d_head
+                for heads in (architecture.n_heads, architecture.n_kv_heads, architecture.n_kv_heads)
+            ]
             return list(zip(weight.split(sizes, dim=-1), bias.split(sizes), strict=True))
-        group = facts.n_heads // facts.n_kv_heads
-        per_head = (facts.n_kv_heads, group + 2, facts.d_head)
-        weights, biases = weight.reshape(facts.d_model, *per_head), bias.reshape(per_head)
+        group = architecture.n_heads // architecture.n_kv_heads
+        per_head = (architecture.n_kv_heads, group + 2, architecture.d_head)
+        weights, biases = weight.reshape(architecture.d_model, *per_head), bias.reshape(per_head)
         parts = slice(group), slice(group, group + 1), slice(group + 1, None)
         return [(weights[:, :, part].flatten(1), biases[:, part].flatten()) for part in parts]
 
@@ -315,9 +319,9 @@ class NativeWeights:
     def _query_key_norm(self, index: int) -> QueryKeyNorm | None:
         if self.family.query_key_norm is None:
             return None
-        facts, joint = self.architecture, self.family.query_key_norm == "over_heads"
+        architecture, joint = self.architecture, self.family.query_key_norm == "over_heads"
         gains = []
-        for part, heads in (("query_norm", facts.n_heads), ("key_norm", facts.n_kv_heads)):
+        for part, heads in (("query_norm", architecture.n_heads), ("key_norm", architecture.n_kv_heads)):
             gain = self.checkpoint.tensor(self._name(part, index)) + self.family.gain_offset
-            gains.append(gain.reshape(heads, facts.d_head) if joint else gain.expand(heads, facts.d_head))
-        return QueryKeyNorm(gains[0], gains[1], facts.norm_eps, over_heads=joint)
+            gains.append(gain.reshape(heads, architecture.d_head) if joint else gain.expand(heads, architecture.d_head))
+        return QueryKeyNorm(gains[0], gains[1], architecture.norm_eps, over_heads=joint)

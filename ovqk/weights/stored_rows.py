@@ -28,8 +28,8 @@ class StoredRows:
     centred: bool = False
     device: torch.device = CPU
 
-    NEAR = 256  # tokens between two that are asked for, up to which they are read in one piece
-    PIECE = 4096  # tokens that are read in one piece, at most
+    GAP_TOKENS = 256  # tokens between two that are asked for, up to which they are read in one piece
+    PIECE_TOKENS = 4096  # tokens that are read in one piece, at most
 
     def __getitem__(self, index: slice | Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
         """Rows of these tokens: a slice of step 1, or ids in any order."""
@@ -37,7 +37,7 @@ class StoredRows:
             start, stop, _ = index.indices(self.shape[0])
             return self.fold(self.read(start, stop).to(self.device))
         ids, place = index.cpu().unique(return_inverse=True)
-        ends = ((ids.diff() > self.NEAR) | (ids // self.PIECE).diff().bool()).nonzero()[:, 0] + 1
+        ends = ((ids.diff() > self.GAP_TOKENS) | (ids // self.PIECE_TOKENS).diff().bool()).nonzero()[:, 0] + 1
         pieces = [
             self.read(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in ids.tensor_split(ends) if run.numel()
         ]

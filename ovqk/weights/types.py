@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ovqk.weights.mlp import MLPWeights
-from ovqk.weights.norms import Norm, NormKind, QueryKeyNorm
+from ovqk.weights.norms import Norm, NormKind, QueryKeyNorm, normalise
 from ovqk.weights.rotary import Rotary
 from ovqk.weights.stored_rows import Rows, StoredRows
 
@@ -51,6 +51,10 @@ class Architecture:
     post_norm: bool = False
     qk_norm: bool = False
     parallel: bool = False
+
+    def normalised(self, rows: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Return rows of the residual stream as the norm before attention leaves them, without its gain and bias."""
+        return normalise(rows, self.norm, self.norm_eps)
 
     @cached_property
     def kv_of_head(self) -> Int[Tensor, " head"]:
