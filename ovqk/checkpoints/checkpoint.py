@@ -21,7 +21,7 @@ QUANTISED = {
     "SCB": "bitsandbytes",
     "scales": "MLX",
 }
-"""What a quantised tensor's other parts are called, in the order tried -> the method that calls them so."""
+"""Names of a quantised tensor's other parts, in the order tried -> the method that uses them."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Checkpoint:
     """A checkpoint on disk.
 
     Attributes:
-        label: how messages name it: what the user typed.
+        label: its name in messages, as the user typed it.
         directory: the folder that holds the files.
         config: `config.json`, or {} for a single file of TransformerLens names.
         tensors: its tensors, under the names that the architecture has in Hugging Face's checkpoints.
-        digest: SHA-256 over the weights, the config and the tokenizer files: what results depend on.
+        digest: SHA-256 over the weights, the config and the tokenizer files, on which results depend.
         revision: the hub's resolved commit; None elsewhere.
         metadata: of a GGUF file, which holds its tokenizer too; None elsewhere.
         quantisation: of a GGUF file: kind of tensor -> the number formats it is stored in.
-        notes: what a reader of results must know about the files, for instance that others beside them were not read.
+        notes: facts about the files that a reader of results must know, for instance that other files were not read.
     """
 
     label: str
@@ -95,7 +95,7 @@ class Checkpoint:
             )
 
     def quantised(self) -> str:
-        """By which method config.json says that the checkpoint is quantised, as a sentence; empty where it does not."""
+        """Return config.json's method of quantisation, as a sentence; empty if it names none."""
         for config in (self.config, self.config.get("text_config")):
             settings = config.get("quantization_config") if isinstance(config, dict) else None
             if isinstance(settings, dict) and settings.get("quant_method"):
@@ -104,7 +104,7 @@ class Checkpoint:
         return ""
 
     def _quantised_by_names(self) -> str:
-        """The same, from what the parts of tensors are called: for an error, as other tensors may be called so too."""
+        """Return the same, judged by tensors' names; only for errors, since other tensors may have such names too."""
         parts = {name.rpartition(".")[2]: name for name in (*self.shapes, *self.tensors.unread)}
         found = next((part for part in QUANTISED if part in parts), None)
         return f" The checkpoint is quantised ({QUANTISED[found]}): it holds '{parts[found]}'." if found else ""

@@ -1,4 +1,4 @@
-"""The settings of a GGUF file as config.json has them: what is derived, and what each architecture says besides."""
+"""The settings of a GGUF file as config.json has them: derived ones, and those of single architectures."""
 
 import math
 import re
@@ -130,7 +130,7 @@ def gpt_neox(file: GGUFFile, config: Config) -> Config:
 
 
 def phi3(file: GGUFFile, config: Config) -> Config:
-    """Return the rotation, with what transformers reads of it beside `rope_parameters` too."""
+    """Return the rotation, with the keys that transformers reads beside `rope_parameters` too."""
     rotation = rotary(file, config)
     trained = rotation["rope_parameters"].get("original_max_position_embeddings")
     top = {} if trained is None else {"original_max_position_embeddings": trained}
@@ -139,7 +139,7 @@ def phi3(file: GGUFFile, config: Config) -> Config:
 
 
 def gemma2(file: GGUFFile, config: Config) -> Config:
-    """Return what the file leaves to the model: every other layer slides, and the scale of the scores.
+    """Return the settings that the file leaves to the model: every other layer slides, and the scale of the scores.
 
     The scale is that of d_head, in the largest model of d_model / heads, as llama.cpp takes it.
     """

@@ -11,7 +11,7 @@ from ovqk.errors import UserError
 
 
 class TokenKind(IntEnum):
-    """What llama.cpp says of a token."""
+    """The kinds of tokens in llama.cpp."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -146,7 +146,7 @@ def _isolated(pattern: str) -> Any:
 
 
 def _sentencepiece(metadata: Mapping[str, Any], vocabulary: dict[str, int], kinds: list[int], label: str) -> Tokenizer:
-    """SentencePiece's BPE: of all neighbours the two are joined first that make the piece of the highest score."""
+    """Build SentencePiece's BPE, which first joins the two neighbours that make the piece with the highest score."""
     scores = metadata.get("tokenizer.ggml.scores")
     if scores is None or len(scores) < len(vocabulary):
         raise UserError(f"{label}: the file's SentencePiece tokenizer has no score for each token.")

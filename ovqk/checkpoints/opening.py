@@ -37,7 +37,7 @@ def open_checkpoint(model: ModelConfig, hub_timeout: float = 60.0, reads: hub.Re
         reads: from config.json, which tensors are read: no others are fetched from the hub (all, if None).
 
     Raises:
-        UserError: nothing usable is there; the message says what was looked for and what to do.
+        UserError: nothing usable is there; the message names the files looked for and a remedy.
     """
     if model.source is Source.bundled:
         return _open_directory(BUNDLED / model.name, label=f"model={model.name}")
@@ -163,7 +163,7 @@ def _checkpoint(
     revision: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> Checkpoint:
-    """A checkpoint of these shards, with the config and the tokenizer of a directory; `hashes` are the shards'."""
+    """Return a checkpoint of these shards, with a directory's config and tokenizer; `hashes` are the shards'."""
     files, shapes, unread = index_files(shards)
     extras = [directory / name for name in (CONFIG, *TOKENIZER_FILES) if (directory / name).is_file()]
     content = digest(hashes | {path.name: file_hash(path) for path in extras})
@@ -172,7 +172,7 @@ def _checkpoint(
 
 
 def _shards(directory: Path, label: str) -> tuple[list[Path], tuple[str, ...]]:
-    """The safetensors files that transformers would read of a directory, and notes on those that it would not.
+    """Return the safetensors files that transformers would read of a directory, and notes on those that it would not.
 
     In its order: model.safetensors, or the shards of the index. A file of another name is never read.
     """
@@ -209,7 +209,7 @@ def _shards(directory: Path, label: str) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def _adapter_alone(directory: Path) -> str:
-    """What a directory with an adapter and no model is told, with the base model where its config names it."""
+    """Return the message for a directory with an adapter and no model, with the base model if its config names it."""
     base = None
     if (directory / ADAPTER[0]).is_file():
         base = read_config(directory, str(directory), ADAPTER[0]).get("base_model_name_or_path")

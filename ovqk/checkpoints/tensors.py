@@ -71,7 +71,7 @@ class SafetensorsFiles:
 
 
 def index_files(paths: Iterable[Path]) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], dict[str, str]]:
-    """The files and shapes of tensors that can be read, and the dtypes of others: masks, and what is quantised."""
+    """Return the files and shapes of readable tensors, and the dtypes of others: masks and quantised tensors."""
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     unread: dict[str, str] = {}

@@ -20,8 +20,8 @@ from ovqk.circuits.spectra import ZERO_WITHIN
 from ovqk.circuits.threads import decomposed
 
 COMPONENTS = 3
-CLUSTER_GAP = 0.1  # values nearer than this part of the larger one are linked
-EIGENVALUE_SHIFT = 1e-8  # of sum sigma: how far beside its eigenvalue a left eigenvector is sought
+CLUSTER_GAP = 0.1  # relative to the larger of two values: nearer ones are linked
+EIGENVALUE_SHIFT = 1e-8  # relative to sum sigma: distance from its eigenvalue at which a left eigenvector is sought
 KINDS, SIDES = ("singular", "eigen"), ("read", "write")
 
 
@@ -33,7 +33,7 @@ class Components:
         head, kind: whose it is, and the index of its kind in KINDS.
         component: its place by falling modulus, from 0; a complex pair takes one place.
         value: sigma, or lambda (of a pair, the one with Im > 0).
-        cluster, cluster_size: the first component of its cluster (itself, where it stands alone), and how many the
+        cluster, cluster_size: the first component of its cluster (itself if it stands alone), and how many the
             cluster has, reported or not. Above 1 only the cluster's span is identified.
         read, write: orthonormal rows that span the side: two for a pair, else one and a row of zeros.
     """
@@ -49,13 +49,13 @@ class Components:
 
 
 def components(decomposition: Decomposition, count: int = COMPONENTS) -> Components:
-    """The `count` leading singular and eigen components of every head, without those that are rounding."""
+    """Return the `count` leading singular and eigen components of every head, without those that are rounding."""
     both = singular_components(decomposition, count), eigen_components(decomposition, count)
     return Components(*(torch.cat([getattr(part, field.name) for part in both]) for field in fields(Components)))
 
 
 def singular_components(decomposition: Decomposition, count: int) -> Components:
-    """Those below 1e-6 of sum sigma are left out."""
+    """Return the leading singular components, without those below 1e-6 of sum sigma."""
     sigma = decomposition.sigma
     kept = sigma[:, :count] > ZERO_WITHIN * sigma.sum(-1, keepdim=True)
     sides = [side[:, :, :count].mT[kept].to(torch.complex128) for side in (decomposition.read, decomposition.write)]
@@ -63,11 +63,11 @@ def singular_components(decomposition: Decomposition, count: int) -> Components:
 
 
 def eigen_components(decomposition: Decomposition, count: int) -> Components:
-    """From the k x k core. Components of equal modulus come in either order.
+    """Return the leading eigen components, from the k x k core; components of equal modulus come in either order.
 
-    Left out: eigenvalues below 1e-6 of sum sigma, and those that a change of M by that much could bring to 0. To first
-    order such a change moves an eigenvalue by itself / (l . r), r and l of unit length: so the eigenvalues of a chain
-    of reads and writes that ends are seen to be rounding. Where eigenvalues coalesce, first order says nothing.
+    Eigenvalues below 1e-6 of sum sigma are left out, and so are those that a change in M of that size could bring to
+    0. To first order a change moves an eigenvalue by its own size / (l . r), with r and l of unit length. This shows
+    that the eigenvalues of a nilpotent chain are rounding. If eigenvalues coalesce, first order says nothing.
     """
     total, cores = decomposition.sigma.sum(-1, keepdim=True), decomposition.core()
     values, right = decomposed(torch.linalg.eig, cores)
@@ -89,7 +89,7 @@ def eigen_components(decomposition: Decomposition, count: int) -> Components:
 def _left_eigenvectors(
     cores: Float[Tensor, "head k k"], beside: Complex[Tensor, "head n"], right: Complex[Tensor, "head k n"]
 ) -> Complex[Tensor, "head n k"]:
-    """Rows l with l K = lambda l: inverse iteration from the right eigenvector, at a number beside lambda.
+    """Find rows l with l K = lambda l, by inverse iteration from the right eigenvector at a number beside lambda.
 
     Of equal eigenvalues each gets the l that is nearest to its own r; nothing is divided by l . r.
     """
@@ -101,7 +101,7 @@ def _left_eigenvectors(
 
 
 def _inverse_iteration(systems: Complex[Tensor, "n k _"]) -> Complex[Tensor, "n k"]:
-    """The unit vector that each matrix stretches least, from the vector that stands in the last column.
+    """Return the unit vector that each matrix stretches least, from the vector that stands in the last column.
 
     One matrix at a time and never in a batch: torch's batched LU on the CPU takes several at once through a LAPACK
     that is not safe for that, and from 150 rows on it is wrong or hangs.
@@ -124,7 +124,7 @@ def _batch(
     members: tuple[Int[Tensor, "head k"], Int[Tensor, "head k"]],
     sides: list[Complex[Tensor, "n d_model"]],
 ) -> Components:
-    """The kept components; a side's vector becomes an orthonormal basis of its real and imaginary part."""
+    """Return the kept components; a side's vector becomes an orthonormal basis of its real and imaginary part."""
     value, cluster, size = (x[:, : kept.shape[1]][kept] for x in (values, *members))
     planes = []
     for side in sides:
@@ -136,9 +136,9 @@ def _batch(
 
 
 def clusters(values: Inexact[Tensor, "head k"]) -> tuple[Int[Tensor, "head k"], Int[Tensor, "head k"]]:
-    """Each value's cluster, as the index of its first member, and how many it has (nan: alone).
+    """Return each value's cluster, as the index of its first member, and how many it has (nan: alone).
 
-    Values closer than 10 % of the larger modulus are linked, and what is linked through others is one cluster.
+    Two values closer than 10 % of the larger modulus are linked, and values linked through others are one cluster.
     """
     n, modulus = values.shape[1], values.abs()
     near = (values[:, :, None] - values[:, None]).abs() < CLUSTER_GAP * torch.maximum(

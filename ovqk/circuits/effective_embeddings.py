@@ -21,16 +21,16 @@ from ovqk.weights.norms import apply_norm
 from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import Architecture, LayerWeights
 
-HIDDEN_ELEMENTS = 2**21  # of block 0's hidden activations at a time
+HIDDEN_ELEMENTS = 2**21  # elements of block 0's hidden activations computed at a time
 
 
 class Block0:
-    """The `block0` effective embedding: what later layers see of a token that attended only to itself.
+    """The `block0` effective embedding: a token's residual stream after block 0 if it attended only to itself.
 
         E = r + MLP0(ln2(r)),   r = W_E + sum over heads of ln1(W_E) W_V W_O   (block 0)
 
-    Without positions, b_V and b_O; MLP biases kept. An attention-only model has E = r. In a parallel block the MLP
-    reads W_E too; a norm after attention or MLP is applied to what it writes.
+    Positions, b_V and b_O are left out; MLP biases are kept. An attention-only model has E = r. In a parallel block
+    the MLP reads W_E too; a norm after attention or MLP is applied to their output.
     """
 
     def __init__(self, layer0: LayerWeights, mlp: MLPWeights | None, architecture: Architecture) -> None:
@@ -38,12 +38,12 @@ class Block0:
         factors, self.post_norm = ov_factors(layer0, architecture), layer0.post_norm
         heads, d_model, d_head = factors.left.shape
         joint = factors.left.transpose(0, 1).reshape(d_model, -1), factors.right.reshape(-1, d_model)
-        # All heads together map a row to a row: in one product where they have more dimensions than the row has.
+        # All heads together map a row to a row. If they have more dimensions than the row, one product is cheaper.
         self.attention = (joint[0] @ joint[1],) if 2 * heads * d_head > d_model else joint
         self.mlp, self.architecture = mlp, architecture
 
     def rows(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
-        """E for these rows of the folded embedding, in their precision."""
+        """Return E for these rows of the folded embedding, in their precision."""
         architecture, eps = self.architecture, self.architecture.norm_eps
         written = architecture.normalised(W_E)
         for weight in self.attention:
@@ -61,7 +61,7 @@ class Block0:
     ) -> tuple[
         Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"]
     ]:
-        """E^T C E, W_U C E (None without an unembedding) and W_E^T C E, of the block0 embeddings E.
+        """Return E^T C E, W_U C E (None without an unembedding) and W_E^T C E, of the block0 embeddings E.
 
         `read` gives E of tokens start .. stop - 1, if a caller has them.
         """
@@ -87,7 +87,7 @@ class EffectiveRows:
     """Rows of effective embeddings, normalised as a layer's norm would; those of kept ids are computed once."""
 
     def __init__(self, vocabulary: Vocabulary, block0: Block0 | None, architecture: Architecture) -> None:
-        """Take the folded vocabulary; `block0` is None where it cannot be had."""
+        """Take the folded vocabulary; `block0` is None if it is not available."""
         self.vocabulary, self.block0, self.architecture = vocabulary, block0, architecture
         self._ids: Tensor | None = None
         self._rows: dict[str, Tensor] = {}
@@ -102,7 +102,7 @@ class EffectiveRows:
             self._ids, self._rows = before
 
     def __call__(self, ids: Int[Tensor, "*word"], kind: str) -> Float[Tensor, "*word d_model"]:
-        """Rows of these tokens; `kind`: `token` or `block0`, or `write`: columns of W_U, not normalised.
+        """Return the rows for these tokens. `kind` is `token`, `block0` or `write` (columns of W_U, not normalised).
 
         Raises:
             ValueError: a token is asked for that is not among those of `only`.
@@ -124,7 +124,7 @@ class EffectiveRows:
             if self.unembedding is None:
                 raise ValueError("what words write needs an unembedding")
             return self.unembedding[ids.to(self.unembedding.device)]
-        if len(ids) > BLOCK:  # what block 0 computes on the way is several times as wide as a row
+        if len(ids) > BLOCK:  # block 0's hidden activations are several times as wide as a row
             return torch.cat([self._compute(some, kind) for some in ids.split(BLOCK)])
         rows = self.vocabulary.W_E[ids.to(self.vocabulary.W_E.device)]
         if kind == "block0" and self.block0 is not None:
@@ -150,5 +150,5 @@ class EffectiveRows:
         return self.unembedding[:SCREEN]
 
     def normalised(self, rows: Float[Tensor, "*word d_model"]) -> Float[Tensor, "*word d_model"]:
-        """Rows as a layer's norm would leave them."""
+        """Normalise rows as a layer's norm would."""
         return self.architecture.normalised(rows)

@@ -13,18 +13,18 @@ from torch import Tensor
 from ovqk.circuits.threads import each
 from ovqk.weights.stored_rows import Rows
 
-BLOCK = 2048  # tokens handled at a time, fewer where rows are long
-BLOCK_ELEMENTS = 2**22  # of a block of embedding rows
+BLOCK = 2048  # tokens handled at a time, fewer if rows are long
+BLOCK_ELEMENTS = 2**22  # elements in a block of embedding rows, at most
 BLOCKS_PER_SUM = 8  # blocks whose products are summed before they are added in float64
-SHIFT_TOKENS = 256  # tokens whose mean rows are taken less
+SHIFT_TOKENS = 256  # tokens whose mean is subtracted from all rows before products are taken
 STRIPE_COLUMNS = 128  # columns of a symmetric product taken at a time, at least
-STRIPES_PER_THREAD = 2  # stripes for each thread: with fewer the longest would be waited for
-FLOAT64_PRODUCTS_UP_TO = 10**10  # products of a Gram beyond which they are float32
+STRIPES_PER_THREAD = 2  # with fewer, threads would wait for the one with the longest stripe
+FLOAT64_PRODUCTS_UP_TO = 10**10  # multiplications of one Gram; a larger Gram is multiplied in float32
 FLOAT64_UP_TO = 512  # d_model up to which Grams and their products are float64
 
 
 def centred_gram(a: Rows, b: Rows) -> Float[Tensor, "d_a d_b"]:
-    """a^T C b: see `centred_grams`."""
+    """Return a^T C b; see `centred_grams`."""
     return centred_grams([a], [(0, 0)])[0] if a is b else centred_grams([a, b], [(0, 1)])[0]
 
 
@@ -74,9 +74,10 @@ def add_products(
     x: Sequence[Float[Tensor, "token d_x"]],
     pairs: Sequence[tuple[int, int]],
 ) -> None:
-    """Add a^T b for these pairs of sides to the totals; of a product with itself the lower triangle alone.
+    """Add a^T b for these pairs of sides to the totals. If a is b, only the lower triangle is added.
 
-    In stripes of columns: a thread to each where there are enough of them, else all threads to one after the other.
+    The work is cut into stripes of columns. If there are enough, each thread takes whole stripes; else all threads
+    share one stripe after the other.
     """
 
     def add(stripe: tuple[int, slice, int]) -> None:
@@ -97,22 +98,22 @@ def add_products(
 
 
 def stripes_of(width: int) -> Iterator[slice]:
-    """Columns of a symmetric product taken at a time: of few a product is slow, of many little is saved."""
+    """Yield the columns to take at a time: a product with few is slow, and one with many saves little by symmetry."""
     narrow = max(STRIPE_COLUMNS, width // 16)
     return blocks(width, narrow if width >= STRIPES_PER_THREAD * torch.get_num_threads() * narrow else 2 * narrow)
 
 
 def precision(d_model: int) -> torch.dtype:
-    """The dtype of Grams and of what is multiplied by them: float64 where that is cheap (definitions: section 1).
+    """Return the dtype for Grams and their products (definitions: section 1): float64 if d_model <= FLOAT64_UP_TO.
 
     Float32 keeps ratios within 1e-4 and scales within 1e-4 of their size; the departure from normality, a root of a
-    difference, within 2e-4 where it is 0.
+    difference, within 2e-4 if it is 0.
     """
     return torch.float64 if d_model <= FLOAT64_UP_TO else torch.float32
 
 
 def mean_row(x: Rows) -> Float[Tensor, " d_model"]:
-    """The mean over tokens, float64; of large vocabularies within 1e-7 of the rows."""
+    """Return the mean over tokens, float64; for large vocabularies within 1e-7 of the rows' size."""
     if x.shape[0] <= SHIFT_TOKENS:
         return x[:].double().mean(0)
     near = x[:SHIFT_TOKENS].mean(0)  # rounded: the same number is taken away and added
@@ -124,6 +125,6 @@ def mean_row(x: Rows) -> Float[Tensor, " d_model"]:
 
 
 def blocks(n: int, size: int = BLOCK) -> Iterator[slice]:
-    """Slices that cover range(n), `size` at a time."""
+    """Yield slices that cover range(n), `size` at a time."""
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))

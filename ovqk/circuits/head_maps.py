@@ -1,4 +1,4 @@
-"""Heads as task readouts take them: what they make of rows of tokens on either side."""
+"""Heads as task readouts take them: maps from rows of tokens to scores and writes."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class HeadMaps:
     """Heads of a model as `CircuitMaps`.
 
     Attributes:
-        scorer: what compares queries and keys where they are normalised; None where the factors do.
+        scorer: compares queries and keys if the model normalises them; None if the factors alone give the scores.
     """
 
     factors: Factors
@@ -61,7 +61,7 @@ class HeadMaps:
     def scores(
         self, query_rows: Float[Tensor, "*draw query d_model"], key_rows: Float[Tensor, "*draw key d_model"]
     ) -> Float[Tensor, "*draw head query key"]:
-        """See `CircuitMaps`; of normalised queries and keys, with their biases, where the model has a norm there."""
+        """See `CircuitMaps`. If the model normalises queries and keys, the scores are those of the normalised ones."""
         if self.scorer is not None:
             return self.scorer(query_rows, key_rows)
         return alignment.readout(self.factors, query_rows, key_rows)
@@ -71,7 +71,7 @@ class HeadMaps:
         return (rows @ self.factors.left) @ self.factors.right
 
     def only(self, heads: Sequence[int]) -> "HeadMaps":
-        """These heads alone, in this order; scores of normalised queries and keys are left behind."""
+        """Return these heads alone, in this order, without the scorer for normalised queries and keys."""
         index = torch.as_tensor(heads, device=self.factors.left.device)
         parts = self.decomposition
         return HeadMaps(
@@ -81,7 +81,7 @@ class HeadMaps:
 
     @staticmethod
     def joined(batches: "Sequence[HeadMaps]") -> "HeadMaps":
-        """Batches of one circuit as one."""
+        """Join batches of one circuit."""
 
         def cat(parts: Iterable[Tensor]) -> Tensor:
             return torch.cat(list(parts))

@@ -18,8 +18,8 @@ from ovqk.circuits.grams import blocks, precision
 from ovqk.circuits.orthonormal import orthonormal
 from ovqk.circuits.threads import decomposed
 
-FLOAT32_ROUNDING = 2.0**-24  # relative, of a 32-bit weight
-BLOCK_ELEMENTS = 2**22  # of the weights of a few heads, in float64 at a time
+FLOAT32_ROUNDING = 2.0**-24  # relative rounding of a 32-bit weight
+BLOCK_ELEMENTS = 2**22  # elements of weights that are in float64 at a time
 Gram = Float[Tensor, "d_model d_model"]
 Cores = Float[Tensor, "head k k"]
 
@@ -44,15 +44,15 @@ class Maps(Protocol):
         ...
 
     def core(self, gram: Gram | None = None) -> Float[Tensor, "head r r"]:
-        """N R^T G L or a matrix similar to it, float64; G = I where no Gram is given."""
+        """Return N R^T G L or a matrix similar to it, float64; G = I if no Gram is given."""
         ...
 
     def left_gram(self, gram: Gram) -> Float[Tensor, "head r r"]:
-        """L^T G L, float64."""
+        """Return L^T G L, float64."""
         ...
 
     def right_gram(self, gram: Gram) -> Float[Tensor, "head s s"]:
-        """R^T G R, float64."""
+        """Return R^T G R, float64."""
         ...
 
 
@@ -60,7 +60,7 @@ class Maps(Protocol):
 class Decomposition:
     """Thin singular value decomposition M = read diag(sigma) write^T of every head.
 
-    Float64, but for surrogates whose frames were made in float32.
+    It is float64, except for surrogates with float32 frames.
 
     The balanced factors, U sqrt(S) and sqrt(S) V^T, depend on M alone and not on the head's gauge.
 
@@ -92,7 +92,7 @@ class Decomposition:
         return self.sigma.diag_embed()
 
     def core(self, gram: Gram | None = None) -> Cores:
-        """sqrt(S) V^T G U sqrt(S): see `Maps`."""
+        """Return sqrt(S) V^T G U sqrt(S): see `Maps`."""
         left = self.balanced_left if gram is None else _times(gram, self.balanced_left)
         return (self.balanced_right.to(left) @ left).double()
 
@@ -111,7 +111,7 @@ def _times(gram: Gram, x: Float[Tensor, "head d_model k"]) -> Float[Tensor, "hea
 
 
 class Basis:
-    """Orthonormal columns that span what one weight of each head reads or writes: weight = basis @ coordinates.
+    """Orthonormal columns that span each head's weight on its residual side: weight = basis @ coordinates.
 
     Attributes:
         rows: the columns, as rows, in the dtype that `precision` gives.
@@ -129,14 +129,14 @@ class Basis:
         self._within: list[tuple[Gram, Tensor]] = []
 
     def through(self, gram: Gram) -> Float[Tensor, "n r d_model"]:
-        """Columns of gram @ basis, as rows: one product for all heads. It tells basis^T G basis by the way."""
+        """Return the columns of gram @ basis, as rows: one product for all heads. It also yields basis^T G basis."""
         product = (self.rows.flatten(0, 1) @ gram.to(self.rows).T).view_as(self.rows)
         if _find(self._within, gram) is None:
             self._within.append((gram, (self.rows @ product.mT).double()))
         return product
 
     def within(self, gram: Gram) -> Float[Tensor, "n r r"]:
-        """basis^T G basis, float64; kept, as it is small."""
+        """Return basis^T G basis, float64; kept, as it is small."""
         if _find(self._within, gram) is None:
             self.through(gram)
         found = _find(self._within, gram)
@@ -144,23 +144,23 @@ class Basis:
         return found
 
     def second_moment(self, gram: Gram) -> Float[Tensor, "n k k"]:
-        """weight^T G weight, float64."""
+        """Return weight^T G weight, float64."""
         return self.coordinates.mT @ self.within(gram) @ self.coordinates
 
 
 def _find(known: list[tuple[Any, Tensor]], gram: Gram | None) -> Tensor | None:
-    """What is kept of this very Gram."""
+    """Return the result that is kept for this very Gram object, if any."""
     return next((found for of, found in known if of is gram), None)
 
 
 @dataclass(frozen=True)
 class FactoredMaps:
-    """Maps M = left inner right^T between orthonormal bases that several maps share; directions only where asked for.
+    """Maps M = left inner right^T between orthonormal bases that several maps share; directions are computed on demand.
 
     Attributes:
         left_of, right_of: the basis of each head (of its KV head, under grouped queries).
         inner: M between the bases, float64.
-        jitter: of each product basis^T G basis, relative to |G|: 0, or what 32-bit weights leave open.
+        jitter: of each product basis^T G basis, relative to |G|: 0, or the rounding of 32-bit weights.
     """
 
     left: Basis
@@ -194,7 +194,7 @@ class FactoredMaps:
     def left_gram(self, gram: Gram) -> Float[Tensor, "head r r"]:
         """See `Maps`."""
         if _find(self.across, gram) is None and _find(self.left._within, gram) is None:
-            self._across(gram)  # one product serves both; where only this is asked for, a d x k x k one more
+            self._across(gram)  # one product serves both; if only this one is needed, that costs an extra d x k x k
         return self._jittered(_of(self.left.within(gram), self.left_of), gram)
 
     def right_gram(self, gram: Gram) -> Float[Tensor, "head s s"]:
@@ -202,7 +202,7 @@ class FactoredMaps:
         return self._jittered(_of(self.right.within(gram), self.right_of), gram)
 
     def _across(self, gram: Gram | None) -> Cores:
-        """right^T G left, float64."""
+        """Return right^T G left, float64."""
         found = _find(self.across, gram)
         if found is None:
             left = self.left.rows if gram is None else self.left.through(gram)
@@ -217,9 +217,9 @@ class FactoredMaps:
         return middle + size * _noise(middle.shape, self.seed).to(middle)
 
     def rounded(self, seed: int) -> "FactoredMaps":
-        """The same maps, moved at random by what the rounding of 32-bit weights leaves open.
+        """Return the same maps, moved at random by the rounding of 32-bit weights.
 
-        A value that moves with it is decided by rounding and not by the weights: of a nilpotent map, for instance.
+        A value that moves with it is decided by rounding and not by the weights, as for a nilpotent map.
         """
         scale = self.left.coordinates.norm(dim=-1)[self.left_of][:, :, None]
         scale = scale * self.right.coordinates.norm(dim=-1)[self.right_of][:, None, :]
@@ -228,7 +228,7 @@ class FactoredMaps:
 
 
 def _of(each: Float[Tensor, "n r s"], heads: Int[Tensor, " head"]) -> Float[Tensor, "head r s"]:
-    """What belongs to each head; nothing is copied where each has its own."""
+    """Return each head's entry; nothing is copied if every head has its own."""
     return each if len(each) == len(heads) else each[heads]
 
 
@@ -237,12 +237,12 @@ def _noise(shape: torch.Size, seed: int) -> Tensor:
 
 
 def decompose(factors: Factors, centred: bool) -> Decomposition:
-    """The thin SVD of each head's map, without forming it.
+    """Return the thin SVD of each head's map, without forming the map.
 
     Args:
         factors: the maps.
         centred: reads and writes are orthogonal to the all-ones direction (LayerNorm folded), which costs a rank
-            where d_head is not below d_model.
+            if d_head is not below d_model.
     """
     every = torch.arange(len(factors.left), device=factors.left.device)
     left, right = Basis(factors.left), Basis(factors.right.mT)

@@ -16,8 +16,8 @@ from ovqk.weights.norms import QueryKeyNorm, normalise
 from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import Architecture, LayerWeights
 
-SAMPLE = 2**15  # tokens, at least, that moments of normalised queries and keys are taken over
-SAMPLE_ELEMENTS = 2**26  # of their rows, at most (256 MB)
+SAMPLE = 2**15  # least number of tokens for the moments of normalised queries and keys
+SAMPLE_ELEMENTS = 2**26  # elements of their rows, at most (256 MB)
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Moments:
 
 
 def row_moments(rows: Float[Tensor, "row d_model"]) -> Moments:
-    """Moments of rows in memory."""
+    """Return the moments of rows in memory."""
     return Moments(mean_row(rows), centred_gram(rows, rows), len(rows))
 
 
 def token_moments(vocabulary: Vocabulary) -> Moments:
-    """Moments of the plain embedding rows, from the Gram that is there already."""
+    """Return the moments of the plain embedding rows, from the Gram that is there already."""
     return Moments(vocabulary.mean, vocabulary.gram_embed, vocabulary.size)
 
 
 def normalised_moments(vocabulary: Vocabulary, architecture: Architecture) -> Moments:
-    """Moments of embedding rows normalised as a layer's norm would, a block of tokens at a time."""
+    """Return the moments of embedding rows normalised as a layer's norm would, a block of tokens at a time."""
 
     def read(start: int, stop: int) -> Tensor:
         return architecture.normalised(vocabulary.W_E[start:stop])
@@ -76,7 +76,7 @@ QueryKeyBases = tuple[Basis, Basis]
 def head_moments(
     weights: LayerWeights, architecture: Architecture, tokens: Moments, bases: QueryKeyBases | None = None
 ) -> HeadMoments:
-    """Moments of q = x W_Q + b_Q and k = x W_K + b_K, from those of the rows x; `bases`, where they are known.
+    """Return the moments of q = x W_Q + b_Q and k = x W_K + b_K, from those of the rows x; `bases` if they are known.
 
     Raises:
         ValueError: queries and keys are normalised, so that they are not linear in x.
@@ -98,7 +98,7 @@ def head_moments(
 def mean_through(
     mean: Float[Tensor, " d_model"], weight: Float[Tensor, "n d_model d_head"]
 ) -> Float[Tensor, "n d_head"]:
-    """mean @ weight of each head, float64, with no copy of all weights in float64."""
+    """Return mean @ weight of each head, float64, with no copy of all weights in float64."""
     return torch.stack([mean @ each.double() for each in weight])
 
 
@@ -121,7 +121,7 @@ def sample_rows(W_E: Rows) -> Float[Tensor, "sampled d_model"]:
 def normalised_head_moments(
     weights: LayerWeights, architecture: Architecture, W_E: Float[Tensor, "token d_model"]
 ) -> tuple[HeadMoments, HeadMoments]:
-    """Return moments of normalised queries and keys, of plain rows and of rows normalised as a layer's norm would.
+    """Return the moments of normalised queries and keys, of plain rows and of rows normalised as a layer's norm would.
 
     A norm between the factors leaves no Gram to take them through: each token's queries and keys are computed, for
     both kinds of rows in one pass, in the precision that `grams.precision` gives. The sums are float64.

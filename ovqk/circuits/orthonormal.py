@@ -10,10 +10,10 @@ CHOLESKY_UP_TO = 3e3  # |R| |R^-1| up to which Cholesky gives a basis orthonorma
 def orthonormal(
     weight: Float[Tensor, "n d_model k"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "n r d_model"], Float[Tensor, "n r k"]]:
-    """Q^T, in this dtype, and R, float64, of weight = Q R, by Cholesky's R of the Gram.
+    """Return Q^T, in this dtype, and R, float64, of weight = Q R.
 
-    Two products in place of k steps; Householder's reflections where the weight is ill-conditioned. Each weight is
-    first divided by a power of two of its size, which changes no digit: the inverse of a tiny one has no float32.
+    R is Cholesky's factor of the Gram, or Householder's if the weight is ill-conditioned. Each weight is first divided
+    by a power of two of its size, which changes no digit: the inverse of a tiny weight would overflow float32.
     """
     d_model, k = weight.shape[1:]
     exact = weight.double()
@@ -47,6 +47,6 @@ def triangular_factor(
 
 
 def power_of_two(size: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """The power of two next above each size, float64; 1 for 0."""
+    """Return the power of two next above each size, float64; 1 for 0."""
     exponent = torch.frexp(size.double()).exponent
     return torch.ldexp(torch.ones_like(size, dtype=torch.float64), exponent)

@@ -1,9 +1,8 @@
-"""Position or content: how much of a head's score variance over keys comes from where a key is, and how much from
-what it is. A measured answer beside the common reading of symmetry (docs/definitions.md, section 4).
+"""Position or content: the shares of a head's score variance over keys that come from a key's position and token.
 
-All on folded weights, for the head's bilinear form on its direct path: for layers >= 1 what earlier heads move into
-the residual stream is not in it, and with learned positions the norm's joint scale of embedding and position is
-ignored.
+They are a measured answer beside the common reading of symmetry (docs/definitions.md, section 4). All of them are
+computed on folded weights, for the head's bilinear form on its direct path. For layers >= 1 this leaves out the writes
+of earlier heads, and with learned positions it ignores the norm's joint scale of embedding and position.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from ovqk.circuits.moments import HeadMoments, Moments, QueryKeyBases, mean_thro
 from ovqk.weights.rotary import Rotary
 from ovqk.weights.types import Architecture, LayerWeights
 
-FLOAT64_POSITIONS_UP_TO = 256  # up to which scores between positions are float64
+FLOAT64_POSITIONS_UP_TO = 256  # positions up to which their scores are float64
 DEFAULT_SPAN = 128  # offsets averaged over under rotary positions, unless the context is shorter
 
 
@@ -30,7 +29,7 @@ def learned_shares(
     positions: Moments,
     bases: QueryKeyBases | None = None,
 ) -> dict[str, Float[Tensor, " head"]]:
-    """The six shares of the score variance over keys, and their positional sum (learned positions).
+    """Return the six shares of the score variance over keys, and their positional sum (learned positions).
 
     The query is q0 = mean token + mean position (with b_Q), plus centred content, plus centred position; the key is
     centred content plus centred position. Over independent uniform tokens and positions the variance of the score
@@ -54,7 +53,7 @@ def learned_shares(
 
 
 def rotary_span(weights: LayerWeights, architecture: Architecture) -> int:
-    """L: how many offsets 0..L-1 are averaged over; bounded by the context and by the layer's sliding window."""
+    """Return L, the number of offsets 0..L-1 to average over, bounded by the context and the layer's sliding window."""
     bounds = (DEFAULT_SPAN, architecture.n_ctx, weights.sliding_window)
     return min(bound for bound in bounds if bound)
 
@@ -62,10 +61,10 @@ def rotary_span(weights: LayerWeights, architecture: Architecture) -> int:
 def rotary_shares(
     weights: LayerWeights, architecture: Architecture, moments: HeadMoments
 ) -> dict[str, Float[Tensor, " head"]]:
-    """The three shares of the score variance over (key token, offset), averaged over query tokens (rotary).
+    """Return the three shares of the score variance over (key token, offset), averaged over query tokens (rotary).
 
     Keys k = x W_K + b_K have mean mu and covariance Sigma; S is the second moment of q = x W_Q + b_Q (both normalised
-    where the model does so); offsets are uniform on 0..L-1 and Rbar is their mean rotation.
+    if the model does so); offsets are uniform on 0..L-1 and Rbar is their mean rotation.
 
     Returns:
         `qk_share_position`, `qk_share_content`, `qk_share_interaction`, each [head] in [0, 1] and summing to 1, and
@@ -95,14 +94,14 @@ Pairs = tuple[Complex[Tensor, "*#head pair pair"], Complex[Tensor, "*#head pair 
 
 
 def _turns(rotary: Rotary, span: int, d_head: int) -> Complex[Tensor, "offset pair"]:
-    """What R(D)^T multiplies each pair of dimensions by, D = 0..span-1; 1 where a dimension does not rotate."""
+    """Return R(D)^T as one complex factor per pair of dimensions, D = 0..span-1; 1 if a dimension does not rotate."""
     cos, sin = rotary.angles(torch.arange(span))
     still = torch.ones(span, (d_head - 2 * rotary.inverse_frequencies.numel() + 1) // 2, dtype=torch.complex128)
     return torch.cat((torch.complex(cos, -sin), still.to(cos.device)), 1)
 
 
 def _pairs(rotary: Rotary, matrix: Float[Tensor, "head d_head d_head"]) -> Pairs:
-    """A symmetric matrix by its pairs of dimensions, those that do not rotate last."""
+    """Return a symmetric matrix by its pairs of dimensions, those that do not rotate last."""
     n, d_head = 2 * rotary.inverse_frequencies.numel(), matrix.shape[-1]
     matrix = torch.nn.functional.pad(matrix, (0, (d_head - n) % 2) * 2)  # an odd dimension is paired with zeros
     order = torch.arange(matrix.shape[-1])
@@ -115,7 +114,7 @@ def _pairs(rotary: Rotary, matrix: Float[Tensor, "head d_head d_head"]) -> Pairs
 
 
 def _trace(S: Pairs, sigma: Pairs, turned: Pairs) -> Float[Tensor, " head"]:
-    """tr(S Sigma'), Sigma' the second matrix with its pairs multiplied so."""
+    """Return tr(S Sigma'), Sigma' the second matrix with its pairs multiplied by `turned`."""
     products = (s.conj() * x * turn for s, x, turn in zip(S, sigma, turned, strict=True))
     return sum(product.real.sum((-2, -1)) for product in products) / 2  # type: ignore[return-value]
 
@@ -123,7 +122,7 @@ def _trace(S: Pairs, sigma: Pairs, turned: Pairs) -> Float[Tensor, " head"]:
 def rotary_offset_scores(
     weights: LayerWeights, architecture: Architecture, moments: HeadMoments
 ) -> Float[Tensor, "head offset"]:
-    """mu_q R_D mu_k^T: the score that the mean query gives the mean key, by offset D = 0..L-1."""
+    """Return mu_q R_D mu_k^T: the score that the mean query gives the mean key, by offset D = 0..L-1."""
     rotary = _required(weights)
     cos, sin = rotary.angles(torch.arange(rotary_span(weights, architecture)))
     turned = rotary.rotate(moments.query_mean[:, None, :], cos, sin)
@@ -131,14 +130,14 @@ def rotary_offset_scores(
 
 
 def previous_token_auc_rotary(scores: Float[Tensor, "head offset"]) -> Float[Tensor, " head"]:
-    """`qk_prev_auc`, rotary: the share of offsets D != 1 whose mean score lies below that of D = 1."""
+    """Return `qk_prev_auc`, rotary: the share of offsets D != 1 whose mean score lies below that of D = 1."""
     others = torch.cat((scores[:, :1], scores[:, 2:]), dim=1)
     return _below(others, scores[:, 1:2])
 
 
 @dataclass(frozen=True)
 class PositionScores:
-    """What the position-position scores s_ij (query i, key j <= i) of a layer say, per head.
+    """Statistics of a layer's position-position scores s_ij (query i, key j <= i), per head.
 
     Attributes:
         offset_r2: adjusted R^2 of s_ij = a_i + f(i - j), relative to row means.
@@ -154,7 +153,7 @@ class PositionScores:
 def learned_position_scores(
     weights: LayerWeights, architecture: Architecture, W_pos: Float[Tensor, "n_ctx d_model"]
 ) -> PositionScores:
-    """Offset profile, offset R^2 and previous-token AUC of the scores between centred position embeddings.
+    """Return the offset profile, offset R^2 and previous-token AUC of the scores between centred position embeddings.
 
     Raises:
         ValueError: fewer than 4 positions leave no degree of freedom for the fit.
@@ -183,7 +182,7 @@ def learned_position_scores(
 def _squares_and_previous_auc(
     queries: Float[Tensor, "head T d_head"], keys: Float[Tensor, "head T d_head"]
 ) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
-    """The sum of s_ij^2 over j <= i, and `qk_prev_auc`: a key below s(i, i-1) counts 1, an equal one 1/2.
+    """Return the sum of s_ij^2 over j <= i, and `qk_prev_auc`: a key below s(i, i-1) counts 1, an equal one 1/2.
 
     One head at a time: s is [T, T].
     """
@@ -199,7 +198,7 @@ def _squares_and_previous_auc(
 
 @lru_cache(maxsize=2)
 def _offset_design(T: int) -> Float[Tensor, "offset offset"]:
-    """Pseudo-inverse of the normal equations for f in s_ij = a_i + f(i - j), the row effects eliminated."""
+    """Return the pseudo-inverse of the normal equations for f in s_ij = a_i + f(i - j), the row effects eliminated."""
     offsets = torch.arange(T)
     reciprocal = 1.0 / torch.arange(1, T + 1, dtype=torch.float64)
     tail = reciprocal.flip(0).cumsum(0).flip(0)  # sum over i >= D of 1 / (i + 1)
@@ -212,7 +211,7 @@ def _offset_design(T: int) -> Float[Tensor, "offset offset"]:
 def _diagonal_sums(
     queries: Float[Tensor, "head T d_head"], keys: Float[Tensor, "head T d_head"]
 ) -> Float[Tensor, "head T"]:
-    """The sum over each diagonal i - j = D of q_i . k_j: a correlation over positions, by Fourier transforms."""
+    """Return the sum over each diagonal i - j = D of q_i . k_j: a correlation over positions, by Fourier transforms."""
     T = queries.shape[1]
     q, k = (torch.fft.rfft(x, 2 * T, dim=1) for x in (queries, keys))
     return torch.fft.irfft((q * k.conj()).sum(-1), 2 * T, dim=1)[:, :T].double()
@@ -227,7 +226,7 @@ def _below(values: Float[Tensor, "head n"], than: Float[Tensor, "head #n"]) -> F
 
 
 def _required(weights: LayerWeights) -> Rotary:
-    """The layer's rotation, float64, where its weights are."""
+    """Return the layer's rotation, float64, on its weights' device."""
     if weights.rotary is None:
         raise ValueError("the layer has no rotary positions")
     frequencies = weights.rotary.inverse_frequencies.to(weights.W_Q.device, torch.float64)

@@ -19,9 +19,9 @@ from ovqk.weights.types import Architecture
 
 KEEP_UP_TO = 2**28  # bytes of block0 embeddings that are kept in memory, so that they are computed once
 TOKENS_PER_THREAD = (
-    512  # tokens whose block0 embeddings are computed by one thread: their rounding depends on no number of threads
+    512  # tokens computed by one thread at a time, so that rounding does not depend on the number of threads
 )
-RECOMPUTED_WITHIN = 1e-4  # of the longest row: more than the rounding of a block0 embedding in float32
+RECOMPUTED_WITHIN = 1e-4  # relative to the longest row: above the float32 rounding of a block0 embedding
 
 
 @runtime_checkable
@@ -174,7 +174,7 @@ class Moments:
         """Begin with nothing."""
         self.listed, self.longest = listed, 0.0
         self._sum = torch.zeros(d_model, dtype=torch.float64, device=listed.device)
-        self._near: Tensor | None = None  # rows are summed less a row near their mean: float32 will do then
+        self._near: Tensor | None = None  # a row near the mean is subtracted before summing, so that float32 suffices
 
     def add(self, part: slice, rows: Float[Tensor, "token d_model"]) -> None:
         """Take the rows of these tokens."""

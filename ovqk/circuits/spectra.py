@@ -17,14 +17,14 @@ from ovqk.circuits.maps import Cores, Gram, Maps
 from ovqk.circuits.orthonormal import power_of_two
 from ovqk.circuits.threads import decomposed
 
-BOUND_ROUNDING = 1e-9  # relative, for what float64 rounds in a bound
-ZERO_WITHIN = 1e-6  # relative to the sum of singular values: below it a denominator is rounding, not weights
-PIVOT_ROUNDING = 1e-5  # of the largest pivot of a Gram's root: where a smaller one is rounding
-TIE_WITHIN = 1e-9  # a ratio this near to an observed one is computed and not bounded
+BOUND_ROUNDING = 1e-9  # relative; covers the float64 rounding of a bound
+ZERO_WITHIN = 1e-6  # relative to the sum of singular values: a smaller denominator is rounding
+PIVOT_ROUNDING = 1e-5  # relative to the largest pivot of a Gram's root: smaller ones are rounding
+TIE_WITHIN = 1e-9  # a ratio this near to an observed one is computed exactly instead of bounded
 
 
 def eigenvalues(cores: Float[Tensor, "head k k"]) -> Complex[Tensor, "head k"]:
-    """Eigenvalues of each core, by falling modulus (ties: by real, then imaginary part)."""
+    """Return the eigenvalues of each core, by falling modulus (ties: by real, then imaginary part)."""
     values = decomposed(torch.linalg.eigvals, cores)
     order = values.imag.sort(dim=-1, descending=True, stable=True).indices
     values = values.gather(-1, order)
@@ -33,7 +33,7 @@ def eigenvalues(cores: Float[Tensor, "head k k"]) -> Complex[Tensor, "head k"]:
 
 
 def full_circuit_singular_values(maps: Maps, gram_in: Gram, gram_out: Gram) -> Float[Tensor, "head k"]:
-    """Singular values of C A M B C for token matrices A, B with Grams A^T C A and B C B^T, descending.
+    """Return the singular values of C A M B C for token matrices A, B with Grams A^T C A and B C B^T, descending.
 
     Through roots of k x k Grams, so that a vocabulary smaller than d_head is no special case: values beyond its
     rank come out as 0.
@@ -43,7 +43,7 @@ def full_circuit_singular_values(maps: Maps, gram_in: Gram, gram_out: Gram) -> F
 
 
 def _root(gram: Float[Tensor, "head k k"]) -> Float[Tensor, "head k k"]:
-    """R with R^T R = gram: Cholesky's, and of a Gram that is singular the root of its eigenvalues."""
+    """Return R with R^T R = gram: Cholesky's factor, or the root by eigenvalues if the Gram is singular."""
     gram = (gram + gram.mT) / 2
     root, failed = torch.linalg.cholesky_ex(gram, upper=True)
     pivots = root.diagonal(dim1=-2, dim2=-1)
@@ -57,20 +57,20 @@ def _root(gram: Float[Tensor, "head k k"]) -> Float[Tensor, "head k k"]:
 def guarded(
     numerator: Float[Tensor, "*draw head"], denominator: Float[Tensor, " head"], scale: Float[Tensor, " head"]
 ) -> Float[Tensor, "*draw head"]:
-    """numerator / denominator, and 0 where the denominator is below 1e-6 of the scale (a nilpotent head)."""
+    """Return numerator / denominator, and 0 if the denominator is below 1e-6 of the scale (a nilpotent head)."""
     small = denominator.abs() <= ZERO_WITHIN * scale
     return torch.where(small, torch.zeros_like(numerator), numerator / torch.where(small, 1.0, denominator))
 
 
 def trace_ratio(eigen: Complex[Tensor, "head k"], scale: Float[Tensor, " head"]) -> Float[Tensor, " head"]:
-    """sum lambda / sum |lambda|, in [-1, 1]: the copying score of Elhage et al. 2021 on a full OV circuit."""
+    """Return sum lambda / sum |lambda|, in [-1, 1]: the copying score of Elhage et al. 2021 on a full OV circuit."""
     return guarded(eigen.real.sum(-1), eigen.abs().sum(-1), scale)
 
 
 def trace_ratio_bounds(
     cores: Float[Tensor, "head k k"], most: Float[Tensor, " head"], sharp: bool
 ) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
-    """Bounds of sum lambda / sum |lambda| without the eigenvalues, from below and from above.
+    """Return bounds of sum lambda / sum |lambda| without the eigenvalues, from below and from above.
 
     The numerator is the trace. The denominator is at most sqrt(k) |core|_F (Weyl: at most the sum of singular values)
     and, which takes a determinant and is asked for by `sharp`, at least k |det|^(1/k): the mean of the moduli is at
@@ -91,11 +91,11 @@ def trace_ratio_bounds(
 def spectrum_metrics(
     maps: Maps, known: tuple[Cores, Complex[Tensor, "head k"]] | None = None
 ) -> dict[str, Float[Tensor, " head"]]:
-    """The metrics of one circuit in the residual space, without their `ov_` or `qk_` prefix.
+    """Return the metrics of one circuit in the residual space, without their `ov_` or `qk_` prefix.
 
     Formulas: definitions, section 2; effective rank: Roy & Vetterli 2007; copying as an eigenvalue ratio: Elhage
     et al. 2021; departure from normality: Henrici 1962. Every value is [head]; a head of zero weights scores 0.
-    `known` are the residual cores and their eigenvalues, where a caller has them.
+    `known` are the residual cores and their eigenvalues, if a caller has them.
     """
     unit = power_of_two(maps.sigma[..., 0])  # squares of squares of tiny weights vanish, even in float64
     sigma = maps.sigma / unit[:, None]
@@ -139,7 +139,7 @@ def _entropy(shares: Float[Tensor, "head k"]) -> Float[Tensor, " head"]:
 
 
 def vocabulary_symmetry(maps: Maps, gram: Gram) -> Float[Tensor, " head"]:
-    """tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G): how symmetric the attention between tokens is, in [-1, 1]."""
+    """Return tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G): how symmetric the attention between tokens is, in [-1, 1]."""
     cores = maps.core(gram)
     both = (cores @ cores).diagonal(dim1=-2, dim2=-1).sum(-1)
     norms = (maps.inner.mT @ maps.left_gram(gram) @ maps.inner * maps.right_gram(gram).mT).sum((-2, -1))
@@ -153,11 +153,11 @@ def full_circuit_ratio(
     gram_out: Float[Tensor, "d_model d_model"],
     observed: float | None = None,
 ) -> Float[Tensor, " head"]:
-    """Trace ratio of A M B, in [-1, 1], from A^T C A, B C A and B C B^T (A, B: token matrices).
+    """Return the trace ratio of A M B, in [-1, 1], from A^T C A, B C A and B C B^T (A, B: token matrices).
 
-    The singular values of A M B, against which a vanishing denominator is told, are taken only where their bound by
-    the norms of the Grams does not settle it. If a value was `observed`, all that is asked is on which side of it each
-    ratio lies: where bounds tell (`trace_ratio_bounds`), a bound on that side stands for the ratio.
+    A denominator counts as 0 relative to the singular values of A M B, which are computed only if a bound from the
+    Grams' norms does not settle the matter. If a value was `observed`, only the side on which each ratio lies matters:
+    if `trace_ratio_bounds` decide it, a bound on that side stands for the ratio.
     """
     cores = maps.core(gram_cross)
     most = (gram_in.norm() * gram_out.norm()).sqrt() * maps.sigma.double().sum(-1)

@@ -16,7 +16,7 @@ from ovqk.weights.types import Architecture, LayerWeights
 
 
 def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Architecture) -> dict[str, float]:
-    """`qk_symmetry` and `qk_directionality` of the raw, `qk_symmetry_folded` of the folded sum over heads of W_Q W_K^T.
+    """Return `qk_symmetry`, `qk_directionality` (raw) and `qk_symmetry_folded` of the sum over heads of W_Q W_K^T.
 
     Saponati et al. 2025, arXiv 2502.10927. Symmetry tr(M M) / |M|_F^2 and directionality both lie in [-1, 1];
     positive directionality is column (key) dominated (the paper's tables print the negative). 0 for a zero layer.
@@ -35,7 +35,7 @@ def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Archite
 
 
 def _summed(weights: LayerWeights, architecture: Architecture) -> Float[Tensor, "d_model d_model"]:
-    """The sum over heads of W_Q W_K^T, as one product; the query heads of a KV group are summed first.
+    """Return the sum over heads of W_Q W_K^T, as one product; the query heads of a KV group are summed first.
 
     Each side is divided by a power of two of its size: no metric here sees a scale, and squares of the products of tiny
     weights have no float32.
@@ -48,13 +48,13 @@ def _summed(weights: LayerWeights, architecture: Architecture) -> Float[Tensor, 
 
 
 def _sized(side: Float[Tensor, "d_model column"], dtype: torch.dtype) -> Float[Tensor, "d_model column"]:
-    """A side of the product in this dtype, its largest entry below 1; exact, in two steps that stay finite."""
+    """Return a side of the product in this dtype, its largest entry below 1; exact, in two steps that stay finite."""
     exponent = int(torch.frexp(torch.stack(side.aminmax()).abs().amax()).exponent)
     return side.to(dtype) * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)
 
 
 def _symmetry(matrix: Float[Tensor, "d_model d_model"]) -> float:
-    """tr(M M) / |M|_F^2, in stripes: no second matrix is held."""
+    """Return tr(M M) / |M|_F^2, in stripes: no second matrix is held."""
     product = energy = 0.0
     for rows in blocks(len(matrix), STRIPE_COLUMNS):
         stripe = matrix[rows]
@@ -64,10 +64,10 @@ def _symmetry(matrix: Float[Tensor, "d_model d_model"]) -> float:
 
 
 def directionality(matrix: Float[Tensor, "row column"]) -> float:
-    """How far outlying column norms exceed outlying row norms, in [-1, 1].
+    """Return how far outlying column norms exceed outlying row norms, in [-1, 1].
 
     With c, r the norms of columns and rows and tau = mean + 2 sd (ddof 1) of each:
-    (sum over c > tau_c of (c - tau_c) - sum over r > tau_r of (r - tau_r)) / (their sum); 0 where none exceeds.
+    (sum over c > tau_c of (c - tau_c) - sum over r > tau_r of (r - tau_r)) / (their sum); 0 if none exceeds.
     """
     columns, rows = matrix.norm(dim=0), matrix.norm(dim=1)
     excess_columns, excess_rows = _excess(columns), _excess(rows)

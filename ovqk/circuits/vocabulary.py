@@ -24,7 +24,7 @@ class Vocabulary:
 
     Attributes:
         W_E: embedding rows.
-        W_U_rows: the columns of W_U, as rows; None where the checkpoint holds none.
+        W_U_rows: the columns of W_U, as rows; None if the checkpoint holds none.
     """
 
     W_E: Rows
@@ -77,7 +77,7 @@ class Vocabulary:
 
     @cached_property
     def _stored_once(self) -> tuple[StoredRows, StoredRows, Float[Tensor, "d_model d_model"]] | None:
-        """Both embeddings and the Gram of the matrix they are one of, where a tied checkpoint keeps it on disk.
+        """Both embeddings and the Gram of the stored matrix they share, if a tied checkpoint keeps it on disk.
 
         Gain and centring are linear in a row, so that this Gram gives all three.
         """
@@ -89,7 +89,7 @@ class Vocabulary:
 
 
 def read_vocabulary(embeddings: EmbeddingWeights, n_tokens: int | None, label: str = "the checkpoint") -> Vocabulary:
-    """A model's embeddings over its first `n_tokens` ids (all, where None).
+    """Return a model's embeddings over its first `n_tokens` ids (all if None).
 
     Raises:
         ValueError: there is no W_E.

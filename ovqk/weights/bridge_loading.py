@@ -45,7 +45,7 @@ def find_architecture(checkpoint: Checkpoint) -> str:
 
 
 def find_wrappers(checkpoint: Checkpoint) -> list[str]:
-    """Return what training tools put before the names of tensors, each sequence of them that some name begins with."""
+    """Return the prefixes of training tools before the names of tensors: each sequence that some name begins with."""
     known = "|".join(re.escape(wrapper) for wrapper in WRAPPERS if wrapper != "model.")  # many models' own
     found = (re.match(f"(?:{known})+", name) for name in checkpoint.shapes)
     return sorted({match[0] for match in found if match}, key=len, reverse=True)
@@ -162,7 +162,7 @@ def notes_of_config(config: Any) -> list[str]:
 
 @contextlib.contextmanager
 def unused_tokenizer() -> Iterator[Any]:
-    """TransformerLens wants a tokenizer, loads it again, and invents one of one token where a folder holds none."""
+    """Yield a tokenizer of one word for TransformerLens, which insists on one even if the checkpoint has none."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -174,14 +174,14 @@ def unused_tokenizer() -> Iterator[Any]:
 
 
 def _told(error: Exception) -> str:
-    """The first line of an error, whole, with the next if it announces it; its kind if it says nothing."""
+    """Return the first line of an error, whole, with the next if it announces it; its kind if it says nothing."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Progress bars and advice of the libraries are not this program's output."""
+    """Silence the libraries' progress bars and advice, which are not this program's output."""
     import transformers
 
     bars = transformers.utils.logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
 """Folding of norms into the weights that read through them (definitions: section 1, Processing).
 
 A norm's gain and bias move into the weights behind it, and a LayerNorm's centring into the weights on both sides;
-`norms.normalise` is what remains to be done to the residual stream.
+only `norms.normalise` remains to be done to the residual stream.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def _read_through(
 def read_through(
     norm: Norm | None, weight: Float[Tensor, "*head d_model d_out"]
 ) -> Float[Tensor, "*head d_model d_out"]:
-    """A reading weight with the norm before it folded in: its gain, and under LayerNorm no all-ones direction."""
+    """Fold the norm before a reading weight into it: its gain, and for LayerNorm no all-ones direction is left."""
     if norm is None:
         return weight
     weight = norm.weight.to(weight)[:, None] * weight
@@ -52,7 +52,7 @@ def fold_reads(weights: LayerWeights, architecture: Architecture) -> LayerWeight
 def fold_layer(weights: LayerWeights, architecture: Architecture) -> LayerWeights:
     """Fold the norms before and after attention (definitions: section 1, Processing).
 
-    What a norm after attention divides by depends on all heads together, and is left out: only its gain is folded.
+    A norm after attention has a divisor that depends on all heads together. It is left out: only the gain is folded.
     """
     folded = fold_reads(weights, architecture)
     if weights.post_norm is None:
@@ -81,7 +81,7 @@ def fold_embeddings(weights: EmbeddingWeights, architecture: Architecture) -> Em
 
 
 def fold_mlp(weights: MLPWeights, architecture: Architecture) -> MLPWeights:
-    """Fold the norm before an MLP into both of its reading weights and centre what it writes; one after it stays."""
+    """Fold the norm before an MLP into both of its reading weights and centre its writes; a norm after it stays."""
     W_in, b_in = _read_through(weights.norm, weights.W_in, weights.b_in)
     W_linear, b_linear = weights.W_linear, weights.b_linear
     if W_linear is not None:

@@ -25,7 +25,7 @@ class MLPWeights:
     """An MLP: x -> act(x W_in + b_in) [* (x W_linear + b_linear)] W_out + b_out; the norms are as in LayerWeights.
 
     Attributes:
-        W_linear: the linear branch of a gated MLP; None where there is no gate.
+        W_linear: the linear branch of a gated MLP; None if there is no gate.
         b_linear: its bias; None for zeros.
     """
 

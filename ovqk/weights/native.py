@@ -20,7 +20,7 @@ from ovqk.weights.settings import Settings
 from ovqk.weights.stored_rows import Rows, StoredRows, times
 from ovqk.weights.types import EmbeddingWeights, LayerWeights, split_heads
 
-ROWS_COMPARED = 4096  # of two embeddings compared at a time
+ROWS_COMPARED = 4096  # rows of two embeddings compared at a time
 KEEP_UP_TO = 2**22
 """Elements up to which an embedding is read at once (16 MB)."""
 DEQUANTISED_ONCE = 2**26
@@ -51,7 +51,7 @@ class NativeWeights:
         self.notes = self._notes()
 
     def layer(self, index: int) -> LayerWeights:
-        """The raw attention weights of a layer."""
+        """Return the raw attention weights of a layer."""
         architecture = self.architecture
         n_kv, n_heads = architecture.n_kv_heads, architecture.n_heads
         (q, b_q), (k, b_k), (v, b_v) = self._queries_keys_values(index)
@@ -73,7 +73,7 @@ class NativeWeights:
         )
 
     def embeddings(self) -> EmbeddingWeights:
-        """The raw embeddings; None for what the checkpoint does not hold."""
+        """Return the raw embeddings; None for a matrix that the checkpoint does not hold."""
         W_E, head = self._rows(self._name("embedding")), self._rows(self._unembedding())
         if self.architecture.tied:  # a tied checkpoint may store either of the two
             W_E = head if W_E is None else W_E
@@ -95,7 +95,7 @@ class NativeWeights:
         return EmbeddingWeights(W_E, W_pos, head.T if isinstance(head, Tensor) else head, final_norm)
 
     def first_mlp(self) -> MLPWeights | str:
-        """Block 0's MLP, or the reason why there is none to read."""
+        """Return block 0's MLP, or the reason why there is none to read."""
         if self.family.experts:
             return "block 0 is a mixture of experts"
         parts = [part for part in self.family.tensors if part.startswith("mlp_")]
@@ -116,10 +116,10 @@ class NativeWeights:
         norms = self._norm("mlp_norm", 0), self._norm("mlp_post_norm", 0)
         return MLPWeights(W_in, b_in, W_linear, W_out, b_out, activation, *norms, b_linear)
 
-    # --- what the checkpoint adds to config.json ---------------------------------------------------------------
+    # --- facts that the checkpoint adds to config.json ---------------------------------------------------------------
 
     def _unties(self) -> bool:
-        """Whether embedding and unembedding are both stored, and differ: transformers ties equal ones alone."""
+        """Return whether embedding and unembedding are both stored, and differ: transformers ties equal ones alone."""
         names = self._name("embedding"), self._unembedding()
         embedding, head = (self.checkpoint.shapes.get(name) for name in names)
         if embedding is None or head is None:
@@ -151,7 +151,7 @@ class NativeWeights:
     # --- tensors ----------------------------------------------------------------------------------------------
 
     def _find_prefix(self) -> tuple[str, str]:
-        """What wraps the model in the names of its tensors, and what the names begin with, with that."""
+        """Return the wrapper's prefix in tensors' names, and the whole prefix including it."""
         probe = self.family.tensors["output"].format(layer=0) + ".weight"
         for wrapper, prefix in product(wrappers(), self.family.prefixes):
             if wrapper + prefix + probe in self.checkpoint:
@@ -159,14 +159,14 @@ class NativeWeights:
         raise self.checkpoint.missing(f"{self.family.prefixes[0]}{probe}")
 
     def _unembedding(self) -> str:
-        """The name of the unembedding, beside a text model that is one of two too."""
+        """Return the unembedding's name, also if the text model stands beside another."""
         names = [f"{self.wrapper}{part}{self.family.unembedding}.weight" for part in ("", "language_model.")]
-        if "language_model" not in self.prefix:  # where only the model within is wrapped, it has its bare name
+        if "language_model" not in self.prefix:  # if only the model within is wrapped, it has its bare name
             names[1] = f"{self.family.unembedding}.weight"
         return next((name for name in names if name in self.checkpoint.shapes), names[0])
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each part's weight, as [d_in, d_out] where it is linear, but for the token embeddings."""
+        """Return the shape of each part's weight, [d_in, d_out] if it is linear, except for the token embeddings."""
         architecture = self.architecture
         queries, keys = architecture.n_heads * architecture.d_head, architecture.n_kv_heads * architecture.d_head
         joint = self.family.query_key_norm == "over_heads"
@@ -195,7 +195,7 @@ class NativeWeights:
     def _check_tensors(self) -> None:
         """Check that each layer's attention and norms are there, biases with them, and that they have their shapes.
 
-        Embeddings are checked where they are read.
+        Embeddings are checked when they are read.
         """
         shapes, label = self._shapes(), self.checkpoint.label
         once = {part for part in shapes if part.startswith(("mlp_", "final_"))}
@@ -234,9 +234,9 @@ class NativeWeights:
         return self.checkpoint.tensor(name) if name in self.checkpoint else None
 
     def _rows(self, name: str) -> Rows | None:
-        """An embedding: read at once where it is small, else left in the checkpoint; None where there is none.
+        """Return an embedding: read at once if it is small, else left in the checkpoint; None if there is none.
 
-        Its rows are checked for NaN where they are read as those of tokens: `read_vocabulary` checks a small one.
+        Its rows are checked for NaN when they are read as tokens' rows; `read_vocabulary` checks a small embedding.
         """
         if name not in self.checkpoint:
             return None
@@ -253,7 +253,7 @@ class NativeWeights:
         return StoredRows(partial(self.checkpoint.rows, name), (shape[0], shape[1]))
 
     def _dequantised_rows(self, name: str) -> Callable[[int, int], Tensor]:
-        """Return what gives rows of a tensor of a GGUF file that is kept in memory: to dequantise it takes a while."""
+        """Return a reader of rows from a GGUF tensor that is kept in memory, because dequantising it takes a while."""
         kept = self.checkpoint.tensor(name, checked=False)
 
         def read(start: int, stop: int) -> Tensor:
@@ -269,17 +269,17 @@ class NativeWeights:
         return weight, weight.new_zeros(weight.shape[-1]) if bias is None else bias
 
     def _bias(self, part: str, layer: int | None) -> Tensor | None:
-        """The bias of a part that the model has; None if it has none, whatever the checkpoint stores."""
+        """Return the bias of a part that the model has; None if it has none, whatever the checkpoint stores."""
         return self.checkpoint.tensor(self._name(part, layer, "bias")) if self.settings.has_bias(part) else None
 
     def _missing(self, part: str, layer: int) -> list[str]:
-        """The names of a part's weight and of the bias that the model has, as far as the checkpoint lacks them."""
+        """Return the names of a part's weight and of its bias, if the model has one, that the checkpoint lacks."""
         kinds = ("weight", "bias") if self.settings.has_bias(part) else ("weight",)
         names = [self._name(part, layer, kind) for kind in kinds]
         return [name for name in names if name not in self.checkpoint]
 
     def _queries_keys_values(self, index: int) -> list[tuple[Tensor, Tensor]]:
-        """Weight [d_model, head * d_head] and bias of queries, of keys and of values."""
+        """Return the weight [d_model, head * d_head] and bias of queries, of keys and of values."""
         if "qkv" not in self.family.tensors:
             return [self._linear(part, index) for part in ("query", "key", "value")]
         weight, bias = self._linear("qkv", index)
@@ -304,7 +304,7 @@ class NativeWeights:
         return Norm(kind, weight, self._bias(part, layer))
 
     def _ignored_biases(self) -> list[str]:
-        """Biases that the checkpoint stores and the model does not have, by name."""
+        """Return the biases that the checkpoint stores and the model does not have, by name."""
         layers = range(self.architecture.n_layers)
         places = [(part, layer) for part in self.family.tensors if not self.settings.has_bias(part) for layer in layers]
         names = dict.fromkeys(
@@ -313,7 +313,7 @@ class NativeWeights:
         return [name for name in names if name in self.checkpoint.shapes]
 
     def _gainless(self, part: str) -> bool:
-        """Whether there is a norm without a gain: a family with norms that names no tensor for them."""
+        """Return whether there is a norm without a gain: a family with norms that names no tensor for them."""
         return self.family.norm != "none" and part in ("norm", "mlp_norm", "final_norm")
 
     def _query_key_norm(self, index: int) -> QueryKeyNorm | None:

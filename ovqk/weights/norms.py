@@ -25,7 +25,7 @@ class QueryKeyNorm:
     """A root-mean-square norm of queries and keys, before they are rotated.
 
     Attributes:
-        query_gain, key_gain: what each normalised component is multiplied by.
+        query_gain, key_gain: factors of the normalised components.
         over_heads: one root mean square for all heads of a token (OLMo 2) instead of one for each.
     """
 
@@ -37,13 +37,13 @@ class QueryKeyNorm:
     def apply(
         self, x: Float[Tensor, "any_head row d_head"], gain: Float[Tensor, "any_head d_head"]
     ) -> Float[Tensor, "any_head row d_head"]:
-        """The norm of queries or of keys, with their gain."""
+        """Apply the norm to queries or to keys, with their gain."""
         over = (0, 2) if self.over_heads else (2,)
         return x * torch.rsqrt(x.square().mean(over, keepdim=True) + self.eps) * gain[:, None]
 
 
 def normalise(x: Float[Tensor, "*batch d_model"], kind: NormKind, eps: float) -> Float[Tensor, "*batch d_model"]:
-    """The norm without gain and bias: what remains of it once folded."""
+    """Apply a norm without gain and bias, the part that remains once it is folded."""
     if kind == "none":
         return x
     if kind == "layernorm":
@@ -53,7 +53,7 @@ def normalise(x: Float[Tensor, "*batch d_model"], kind: NormKind, eps: float) ->
 
 
 def apply_norm(norm: Norm | None, x: Float[Tensor, "*batch d_model"], eps: float) -> Float[Tensor, "*batch d_model"]:
-    """The whole norm, with gain and bias."""
+    """Apply a whole norm, with gain and bias; None leaves the rows as they are."""
     if norm is None:
         return x
     x = normalise(x, norm.kind, eps) * norm.weight

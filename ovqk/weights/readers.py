@@ -13,7 +13,7 @@ from ovqk.weights.unreadable import refuse_unreadable, refuse_unreadable_default
 
 
 def open_weights(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
-    """The raw weights of a checkpoint, by the reader its config.json calls for.
+    """Return the raw weights of a checkpoint, by the reader its config.json calls for.
 
     Raises:
         UserError: tensors are missing or misshapen, or the architecture is supported by neither way.

@@ -31,7 +31,7 @@ class Rotary:
         cos: Float[Tensor, "*#batch pair"],
         sin: Float[Tensor, "*#batch pair"],
     ) -> Float[Tensor, "*batch d_head"]:
-        """x R for the rotation with these cosines and sines (their means give the mean rotation)."""
+        """Return x R for the rotation with these cosines and sines (their means give the mean rotation)."""
         rotary_dim = 2 * self.inverse_frequencies.numel()
         turned, passed = x[..., :rotary_dim], x[..., rotary_dim:]
         if self.interleaved:
@@ -48,6 +48,6 @@ class Rotary:
     def angles(
         self, offsets: Float[Tensor, " offset"] | Int[Tensor, " offset"]
     ) -> tuple[Float[Tensor, "offset pair"], Float[Tensor, "offset pair"]]:
-        """Cosines and sines of R(D) for each offset D, times the scale."""
+        """Return the cosines and sines of R(D) for each offset D, times the scale."""
         radians = offsets.to(self.inverse_frequencies)[:, None] * self.inverse_frequencies
         return self.scale * radians.cos(), self.scale * radians.sin()

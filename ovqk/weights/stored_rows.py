@@ -18,7 +18,7 @@ class StoredRows:
     Attributes:
         read: rows start .. stop - 1 as they are stored, float32.
         shape: (tokens, d_model).
-        gain: what each component is multiplied by; None for 1.
+        gain: factor of each component; None for 1.
         centred: whether each row is taken less its own mean.
     """
 
@@ -28,11 +28,11 @@ class StoredRows:
     centred: bool = False
     device: torch.device = CPU
 
-    GAP_TOKENS = 256  # tokens between two that are asked for, up to which they are read in one piece
-    PIECE_TOKENS = 4096  # tokens that are read in one piece, at most
+    GAP_TOKENS = 256  # gap between two requested tokens up to which they are read in one piece
+    PIECE_TOKENS = 4096  # tokens read in one piece, at most
 
     def __getitem__(self, index: slice | Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
-        """Rows of these tokens: a slice of step 1, or ids in any order."""
+        """Return the rows of these tokens: a slice of step 1, or ids in any order."""
         if isinstance(index, slice):
             start, stop, _ = index.indices(self.shape[0])
             return self.fold(self.read(start, stop).to(self.device))
@@ -45,7 +45,7 @@ class StoredRows:
         return self.fold(found.to(self.device))[place.to(self.device)]
 
     def folded(self, gain: Float[Tensor, " d_model"] | None, centred: bool) -> "StoredRows":
-        """The same rows times a gain, then less their mean.
+        """Return the same rows times a gain, then less their mean.
 
         Raises:
             ValueError: they are centred already, and a gain after that is not one before it.
@@ -57,16 +57,16 @@ class StoredRows:
         return dataclasses.replace(self, gain=self.gain if gain is None else gain, centred=self.centred or centred)
 
     def first(self, n_tokens: int | None) -> "StoredRows":
-        """The first tokens alone; all, where None."""
+        """Return the rows of the first tokens alone; all if None."""
         n = self.shape[0] if n_tokens is None else min(n_tokens, self.shape[0])
         return dataclasses.replace(self, shape=(n, self.shape[1]))
 
     def to(self, device: torch.device) -> "StoredRows":
-        """The same rows, handed out on a device."""
+        """Return the same rows, handed out on a device."""
         return dataclasses.replace(self, device=device, gain=None if self.gain is None else self.gain.to(device))
 
     def fold(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
-        """What gain and centring make of a row: a linear map, of any rows of d_model."""
+        """Apply gain and centring, a linear map, to any rows of d_model."""
         rows = rows if self.gain is None else rows * self.gain.to(rows)
         return rows - rows.mean(-1, keepdim=True) if self.centred else rows
 

@@ -22,16 +22,16 @@ PositionKind = Literal["learned", "rotary", "none", "unsupported"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """The facts of a model that its heads' weights do not hold, the same for all of its layers.
+    """Sizes and kinds of a model that its heads' weights do not hold, the same for all of its layers.
 
     Attributes:
-        norm: the norm before attention and before the unembedding; `none` too where attention reads the bare stream.
-        attention_scale: what multiplies the scores; None for 1 / sqrt(d_head). No metric has it in.
+        norm: the norm before attention and before the unembedding; `none` too if attention reads the bare stream.
+        attention_scale: factor of the scores; None for 1 / sqrt(d_head). Not part of any metric.
         post_norm: a norm stands between attention and the residual stream.
         qk_norm: queries and keys are normalised, so that no scale of W_QK reaches the scores.
-        parallel: attention and MLP of a block both read what comes into the block.
+        parallel: attention and MLP of a block both read the block's input.
         tied: the unembedding is the transposed embedding.
-        activation: name of the MLP's activation; None where there is no MLP that ovqk reads.
+        activation: name of the MLP's activation; None if there is no MLP that ovqk reads.
     """
 
     family: str
@@ -64,12 +64,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's attention weights, and what of its positions and norms differs from layer to layer.
+    """One layer's attention weights, and its positions and norms as far as they differ from layer to layer.
 
     Attributes:
-        norm: what stands before them; None once folded, or where there is none.
-        post_norm: what stands between W_O and the residual stream (Gemma 2, OLMo 2); None once its gain is folded.
-        qk_norm: what stands between W_Q, W_K and the scores.
+        norm: the norm before them; None once folded, or if there is none.
+        post_norm: the norm between W_O and the residual stream (Gemma 2, OLMo 2); None once its gain is folded.
+        qk_norm: the norm between W_Q, W_K and the scores.
         rotary: the rotation of queries and keys, under rotary positions.
         sliding_window: how many tokens back a query sees, itself included; None for all.
     """
@@ -90,13 +90,13 @@ class LayerWeights:
 
 
 def queries(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "head row d_head"]:
-    """Queries of these rows, normalised where the model does so, not yet rotated."""
+    """Return the queries of these rows, normalised if the model does so, not yet rotated."""
     q = x @ weights.W_Q.to(x) + weights.b_Q.to(x)[:, None]
     return q if weights.qk_norm is None else weights.qk_norm.apply(q, weights.qk_norm.query_gain.to(x))
 
 
 def keys(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "kv_head row d_head"]:
-    """Keys of these rows, normalised where the model does so, not yet rotated."""
+    """Return the keys of these rows, normalised if the model does so, not yet rotated."""
     k = x @ weights.W_K.to(x) + weights.b_K.to(x)[:, None]
     return k if weights.qk_norm is None else weights.qk_norm.apply(k, weights.qk_norm.key_gain.to(x))
 
@@ -108,11 +108,11 @@ def split_heads(weight: Float[Tensor, "d_model columns"], n_heads: int) -> Float
 
 @dataclass(frozen=True)
 class EmbeddingWeights:
-    """Token and position embeddings and the unembedding; None for what the checkpoint does not hold.
+    """Token and position embeddings and the unembedding; None for a matrix that the checkpoint does not hold.
 
     Attributes:
-        W_U: [d_model, d_vocab]; where it stays in the checkpoint, its columns as rows.
-        final_norm: what stands before W_U; None once folded, or where there is none.
+        W_U: [d_model, d_vocab]; if it stays in the checkpoint, its columns as rows.
+        final_norm: the norm before W_U; None once folded, or if there is none.
     """
 
     W_E: Rows | None
@@ -123,24 +123,24 @@ class EmbeddingWeights:
 
 @runtime_checkable
 class WeightSource(Protocol):
-    """What the native families and the bridge both give: raw weights, one layer at a time."""
+    """Raw weights, one layer at a time, as the native families and the bridge both give them."""
 
     architecture: Architecture
     loaded_by: Literal["families", "bridge"]
     foldable: bool
-    """False where the norms are not the plain pre-norm kind, so that folding would be wrong."""
+    """False if the norms are not the plain pre-norm kind, so that folding would be wrong."""
     no_vocabulary: str | None
-    """Why `embeddings` gives no W_E; None where it gives one, or where the checkpoint simply holds none."""
+    """Why `embeddings` gives no W_E; None if it gives one, or if the checkpoint simply holds none."""
     notes: list[str]
 
     def layer(self, index: int) -> LayerWeights:
-        """The raw attention weights of a layer."""
+        """Return the raw attention weights of a layer."""
         ...
 
     def embeddings(self) -> EmbeddingWeights:
-        """The raw embeddings."""
+        """Return the raw embeddings."""
         ...
 
     def first_mlp(self) -> MLPWeights | str:
-        """Block 0's MLP, or the reason why there is none to read."""
+        """Return block 0's MLP, or the reason why there is none to read."""
         ...

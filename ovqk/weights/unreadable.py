@@ -41,7 +41,7 @@ def refuse_unreadable(label: str, config: Mapping[str, Any]) -> None:
 
 
 def refuse_unreadable_defaults(label: str, config: Mapping[str, Any]) -> None:
-    """As `refuse_unreadable`, on config.json with the defaults that transformers has for what it leaves out.
+    """Do as `refuse_unreadable`, on config.json with transformers' defaults for missing keys.
 
     Raises:
         UserError: the architecture is not read.
@@ -63,7 +63,7 @@ def refuse_unreadable_defaults(label: str, config: Mapping[str, Any]) -> None:
 
 
 def _reason(config: Mapping[str, Any]) -> str | None:
-    """What the architecture has that ovqk does not read, and what is allowed."""
+    """Return a message on the feature that ovqk does not read and on the allowed ones; None if there is none."""
     if config.get("is_encoder_decoder"):
         return (
             "is an encoder-decoder model, with two stacks of layers and attention from one to the other; allowed: a "
@@ -99,7 +99,7 @@ def _reason(config: Mapping[str, Any]) -> str | None:
 
 
 def _layers_without_heads(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The kinds of layer without attention heads, and which layers are of each."""
+    """Return the kinds of layer without attention heads, and which layers are of each."""
     found: dict[str, list[int]] = {}
     for key in KIND_KEYS:
         kinds = config.get(key)
@@ -116,7 +116,7 @@ def _layers_without_heads(config: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def _unlike_heads(config: Mapping[str, Any]) -> str | None:
-    """Why the model's heads are not of one shape."""
+    """Return why the model's heads are not of one shape."""
     for key in PER_LAYER:
         each = config.get(key)
         if isinstance(each, list) and len(set(map(str, each))) > 1:
@@ -141,6 +141,6 @@ def _unlike_heads(config: Mapping[str, Any]) -> str | None:
 
 
 def _listed(numbers: list[int]) -> str:
-    """The first numbers of a list, as words."""
+    """Return the first numbers of a list, as words."""
     shown = ", ".join(map(str, numbers[:8]))
     return f"{shown}, ..." if len(numbers) > 8 else shown
