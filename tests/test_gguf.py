@@ -258,7 +258,7 @@ def test_padding_tokens_at_the_end_are_no_tokens() -> None:
         ({"pre": "klingon"}, "tokenizer.ggml.pre is 'klingon'.*allowed: .*smollm"),
         ({"model": "bert"}, "tokenizer.ggml.model is 'bert'.*allowed: gpt2"),
         ({"tokens": ["a", "a", "b"]}, "1 of the file's tokens stand in its vocabulary twice"),
-        ({"token_type": [1]}, "the file has 3 tokens, and says of 1 of what kind they are"),
+        ({"token_type": [1]}, "the file has 3 tokens but gives the kinds for 1"),
         ({"merges": ["a zz"]}, "cannot be built"),
         ({"tokens": ["a", "b", "c"]}, "cannot be built"),  # its merge makes a token that is not there: a panic
         ({"model": "llama"}, "has no score for each token"),

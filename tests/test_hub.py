@@ -411,15 +411,15 @@ def test_a_damaged_index(hub, wide, index) -> None:
 def test_a_file_on_the_hub_that_is_no_safetensors_file(hub, wide, data) -> None:
     hub.hold(wide)
     hub.files[SINGLE] = data
-    fails(r"model\.safetensors is no complete safetensors file on the hub|came cut short")
+    fails(r"model\.safetensors is no complete safetensors file on the hub|arrived incomplete")
 
 
 @pytest.mark.parametrize("spared", [0, 9], ids=["header", "tensors"])
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("short", r"model\.safetensors came cut short: \d+ bytes from byte \d+ on rather than \d+"),
-        ("deaf", r"model\.safetensors came cut short: \d+ bytes from byte \d+ on rather than \d+"),
+        ("short", r"model\.safetensors arrived incomplete: \d+ bytes from byte \d+ on instead of \d+"),
+        ("deaf", r"model\.safetensors arrived incomplete: \d+ bytes from byte \d+ on instead of \d+"),
         ("cut", r"did not deliver the files \(RemoteProtocolError: peer closed connection"),
     ],
 )
@@ -477,7 +477,7 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(hub, wide, tmp_p
     real = shutil.disk_usage(tmp_path)
     full = tmp_path / "ovqk"
     monkeypatch.setattr(shutil, "disk_usage", lambda p: real._replace(free=1000) if full in Path(p).parents else real)
-    fails(r"are to be fetched, and 1\.0 kB are free.*OVQK_CACHE_DIR")
+    fails(r"must be fetched, but only 1\.0 kB are free.*OVQK_CACHE_DIR")
     assert sum(sent.name == SINGLE for sent in hub.sent) == 2  # the header
 
 

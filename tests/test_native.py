@@ -642,7 +642,7 @@ def test_what_scales_gpt2s_scores_is_read_or_told(tmp_path, keys, scale, told) -
 
 def test_a_cap_on_logits_is_told(tiny, tmp_path) -> None:
     notes = opened(with_settings(tiny("gemma2"), tmp_path, final_logit_softcapping=20.0)).notes
-    assert any("logits are capped at 20, and no metric has that in" in note for note in notes)
+    assert any("logits are capped at 20, which is not part of any metric" in note for note in notes)
 
 
 def test_keys_that_transformers_does_not_have_for_a_model_type_are_not_read(tiny, tmp_path) -> None:

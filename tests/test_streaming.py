@@ -66,7 +66,7 @@ def test_gain_and_centring_are_those_of_the_whole_matrix() -> None:
     found = stored(matrix).folded(gain, centred=True)[torch.arange(50)]
     wanted = matrix * gain
     assert torch.allclose(found, wanted - wanted.mean(1, keepdim=True), atol=1e-6)
-    with pytest.raises(ValueError, match="a gain comes before centring"):
+    with pytest.raises(ValueError, match="a gain must be applied before centring"):
         stored(matrix).folded(None, centred=True).folded(gain, centred=False)
 
 

@@ -77,7 +77,7 @@ def tokenizer_of(metadata: Mapping[str, Any], label: str) -> Tokenizer | None:
 def _built(metadata: Mapping[str, Any], kind: str, tokens: list[str], label: str) -> Tokenizer:
     kinds = metadata.get("tokenizer.ggml.token_type", [TokenKind.NORMAL] * len(tokens))
     if len(kinds) != len(tokens):
-        raise UserError(f"{label}: the file has {len(tokens)} tokens, and says of {len(kinds)} of what kind they are.")
+        raise UserError(f"{label}: the file has {len(tokens)} tokens but gives the kinds for {len(kinds)}.")
     n_tokens = len(tokens)
     while n_tokens and kinds[n_tokens - 1] == TokenKind.UNUSED and re.fullmatch(r"\[PAD\d+\]", tokens[n_tokens - 1]):
         n_tokens -= 1  # rows that only make the embedding larger

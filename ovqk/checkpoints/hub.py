@@ -244,8 +244,8 @@ class _Repository:
         free = shutil.disk_usage(there).free
         if size > free:
             raise UserError(
-                f"{self.label}: {decimal(size)} are to be fetched, and {decimal(free)} are free. Free some, or move "
-                f"the cache to another disk with {key}."
+                f"{self.label}: {decimal(size)} must be fetched, but only {decimal(free)} are free. Free some "
+                f"space, or move the cache to another disk with {key}."
             )
 
     def _whole(self, name: str, revision: str, advance: Callable[[int], None] = lambda size: None) -> Path:
@@ -290,8 +290,8 @@ class _Repository:
                 data = file.read(length)
                 if len(data) != length:
                     raise UserError(
-                        f"{self.label}: {shard} came cut short: {len(data)} bytes from byte {offset} on rather than "
-                        f"{length}. Run it again; if that recurs, look at what stands between here and the hub."
+                        f"{self.label}: {shard} arrived incomplete: {len(data)} bytes from byte {offset} on instead of "
+                        f"{length}. Run it again; if that recurs, check the network between this machine and the hub."
                     )
                 self.patience.renew()
                 return bytes(data)

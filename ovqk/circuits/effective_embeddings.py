@@ -114,7 +114,9 @@ class EffectiveRows:
             return self._compute(few, kind)[place]
         place = torch.searchsorted(self._ids, ids.cpu()).clamp_max(len(self._ids) - 1)
         if not torch.equal(self._ids[place], ids.cpu()):
-            raise ValueError("a row is asked for of a token that is not among those that rows are restricted to")
+            raise ValueError(
+                "rows are restricted by `only`; `ids` must be among the ids given to it, and one is not among those"
+            )
         if kind not in self._rows:
             self._rows[kind] = self._compute(self._ids, kind)
         return self._rows[kind][place.to(self._rows[kind].device)]
@@ -122,7 +124,7 @@ class EffectiveRows:
     def _compute(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
         if kind == WRITE:
             if self.unembedding is None:
-                raise ValueError("what words write needs an unembedding")
+                raise ValueError("rows of kind 'write' need an unembedding, which the checkpoint does not hold")
             return self.unembedding[ids.to(self.unembedding.device)]
         if len(ids) > BLOCK:  # block 0's hidden activations are several times as wide as a row
             return torch.cat([self._compute(some, kind) for some in ids.split(BLOCK)])
@@ -146,7 +148,7 @@ class EffectiveRows:
     def first_unembedded(self) -> Float[Tensor, "token d_model"]:
         """The first SCREEN rows of W_U^T, in memory."""
         if self.unembedding is None:
-            raise ValueError("what words write needs an unembedding")
+            raise ValueError("rows of kind 'write' need an unembedding, which the checkpoint does not hold")
         return self.unembedding[:SCREEN]
 
     def normalised(self, rows: Float[Tensor, "*word d_model"]) -> Float[Tensor, "*word d_model"]:

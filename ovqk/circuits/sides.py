@@ -160,7 +160,9 @@ class Block0Side(NormalisedSide):
     def moments(self, listed: Bool[Tensor, " token"]) -> tuple[Float[Tensor, " d_model"], float]:
         """See `Side`; the listed tokens are those it was made for."""
         if not torch.equal(listed, self._listed):
-            raise ValueError("these are the moments of other tokens")
+            raise ValueError(
+                "moments are kept only for the tokens that this side was made with; `listed` must be those"
+            )
         for part in blocks(len(self), BLOCK):
             if self._passed < part.stop:
                 self.read(max(part.start, self._passed), part.stop)

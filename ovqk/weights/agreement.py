@@ -359,12 +359,14 @@ def _beyond_scores(block: BlockActivations, biased: bool) -> list[str]:
     notes = []
     if block.pattern is not None and bool(((block.pattern.sum(-1) - 1).abs() > 1e-3).any()):
         notes.append(
-            "a sink takes part of each head's attention: it scales down what a head moves, and no metric has it in"
+            "a sink takes part of each head's attention: it scales down a head's writes and is not part of any metric"
         )
     if block.capped:
-        notes.append("the scores are capped before the softmax (logit softcapping), and no metric has the cap in")
+        notes.append(
+            "the scores are capped before the softmax (logit softcapping), and the cap is not part of any metric"
+        )
     if biased:
-        notes.append("a bias by position is added to the scores, and no metric has it in")
+        notes.append("a bias by position is added to the scores, which is not part of any metric")
     return notes
 
 

@@ -143,8 +143,8 @@ class BridgeWeights:
             return record_activations(model, tokens, config.num_hidden_layers)
         except CannotRunError as error:
             raise UserError(
-                f"{self.checkpoint.label}: {self.architecture_name} cannot be run on {length} tokens, as ovqk must to "
-                f"check what it reads ({error})."
+                f"{self.checkpoint.label}: {self.architecture_name} cannot be run on {length} tokens, which ovqk needs "
+                f"to check its reading ({error})."
             ) from error
 
     def _raw_layer(self, index: int) -> LayerWeights:
@@ -252,7 +252,7 @@ class BridgeWeights:
             if reading.weights.rotary is NO_ROTATION:
                 mine.append("no positions reach the scores")
             if _holds_other_mixers(self.activations.modules[index : index + 1]):
-                mine.append("a state space mixer stands beside attention, and no metric has it in")
+                mine.append("a state space mixer stands beside attention, which is not part of any metric")
             if some_normalise and reading.weights.qk_norm is None:
                 mine.append("queries and keys are not normalised, as they are in the other layers")
             for note in mine:

@@ -144,16 +144,19 @@ def notes_of_config(config: Any) -> list[str]:
     for place in (config, getattr(config, "attn_config", None)):  # MPT and DBRX keep it one level down
         bound = place.get("clip_qkv") if isinstance(place, dict) else getattr(place, "clip_qkv", None)
         if bound is not None:
-            notes.append(f"queries, keys and values are clipped at {bound:g} either way, and no metric has that in")
+            notes.append(
+                f"queries, keys and values are clipped at {bound:g} either way, which is not part of any metric"
+            )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [each for each in rope.values() if isinstance(each, dict)] or [rope]
     named = ["attn_temperature_tuning"] if getattr(config, "attn_temperature_tuning", False) else []
     named += ["llama_4_scaling_beta"] if any(each.get("llama_4_scaling_beta") for each in kinds) else []
     if named:
-        notes.append(f"scores grow with the position of the query ({named[0]}); no metric has it in")
+        notes.append(f"scores grow with the position of the query ({named[0]}); this is not part of any metric")
     if chunk := getattr(config, "attention_chunk_size", None):
         notes.append(
-            f"in layers with chunked attention a query sees its own chunk of {chunk} tokens alone; no metric has it in"
+            f"in layers with chunked attention a query sees its own chunk of {chunk} tokens alone; "
+            "this is not part of any metric"
         )
     for name in sorted({str(each.get("rope_type")) for each in kinds} & {"dynamic", "longrope"}):
         notes.append(f"the rotation changes with the length of the text ({name}); it is read as for short ones")

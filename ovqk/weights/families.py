@@ -76,8 +76,8 @@ GPT2: Family = Family(
 def _gpt2(config: Mapping[str, Any]) -> Family:
     """Return GPT-2's row with the scale of its scores and notes on settings that are not part of any metric."""
     notes = {
-        "scale_attn_by_inverse_layer_idx": "the scores of each layer are divided by its number, counted from 1, and no "
-        "metric has that in",
+        "scale_attn_by_inverse_layer_idx": "the scores of each layer are divided by its number, counted from 1, "
+        "which is not part of any metric",
         "add_cross_attention": "the model also has cross-attention, which is not read",
     }
     return replace(
@@ -373,7 +373,7 @@ FALCON = Family(
 
 
 def _falcon(config: Mapping[str, Any]) -> Family | None:
-    """Return the row for the first Falcon (7B) or for the newer decoder (11B, 40B, 180B); None for any other, and ALiBi."""
+    """Return the row for the first Falcon (7B) or for the newer decoder (11B, 40B, 180B); None for any other."""
     if config.get("alibi") or config.get("parallel_attn", True) is not True:
         return None
     if not config.get("new_decoder_architecture"):

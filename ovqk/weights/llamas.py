@@ -250,7 +250,7 @@ GPT_OSS = replace(
     model_types=("gpt_oss",),
     notes=(
         "each head has an attention sink: a share of its attention goes to no token. Scores and writes are the model's "
-        "own, and no metric has that share in",
+        "own, and that share is not part of any metric",
     ),
     read_bias="attention_bias",
     output_bias="attention_bias",

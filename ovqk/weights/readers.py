@@ -32,8 +32,8 @@ def _open(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
     text = checkpoint.config.get("text_config")
     if any(each.get("is_causal") is False for each in (checkpoint.config, text if isinstance(text, dict) else {})):
         raise UserError(
-            f"{checkpoint.label}: config.json sets is_causal=false: attention looks both ways, and what ovqk computes "
-            "of positions and of roles assumes that keys precede queries; allowed: true, or unset."
+            f"{checkpoint.label}: config.json sets is_causal=false: attention looks both ways, but ovqk's "
+            "results for positions and roles assume that keys precede queries; allowed: true, or unset."
         )
     family = family_of(checkpoint.config)
     if family is not None:

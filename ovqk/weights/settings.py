@@ -89,7 +89,7 @@ class Settings:
         caps |= {"final_logit_softcapping": "logits are capped at {:g}"}
         for key, told in caps.items():
             if self._is_read(key) and (cap := self.config.get(key)):
-                notes.append(f"{told.format(cap)}, and no metric has that in")
+                notes.append(f"{told.format(cap)}, which is not part of any metric")
         if self.architecture.post_norm:
             notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
         if any(rotary.scale != 1 for rotary in self.rotations.values()):

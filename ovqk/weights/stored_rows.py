@@ -51,7 +51,7 @@ class StoredRows:
             ValueError: they are centred already, and a gain after that is not one before it.
         """
         if gain is not None and self.centred:
-            raise ValueError("a gain comes before centring")
+            raise ValueError("these rows are centred already; a gain must be applied before centring")
         if gain is not None and self.gain is not None:
             gain = self.gain * gain
         return dataclasses.replace(self, gain=self.gain if gain is None else gain, centred=self.centred or centred)
