@@ -67,7 +67,7 @@ class Checkpoint:
         return name in self.shapes
 
     def missing(self, name: str, n: int | None = None) -> UserError:
-        """Return the error that this tensor is not there, the first of n if given; of a quantised one it says so."""
+        """Return the error for a missing tensor, the first among n if given; quantised weights are named as such."""
         told = f"tensor '{name}' is missing from the checkpoint."
         if n is not None:
             told = f"{n} tensors are missing from the checkpoint, the first of them '{name}'."

@@ -19,7 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.mode
 
 
 def read_config(directory: Path, label: str, name: str = CONFIG) -> dict[str, Any]:
-    """Return the config.json of a directory, or another file of JSON keys.
+    """Read a directory's config.json, or another file of JSON keys.
 
     Raises:
         UserError: it is no JSON object.

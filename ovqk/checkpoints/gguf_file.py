@@ -1,4 +1,4 @@
-"""GGUF files, the format of llama.cpp: a header of metadata and tensor places, and tensors that may be quantised.
+"""GGUF files, llama.cpp's format: a header with metadata and tensor places, and tensors that may be quantised.
 
 The header is read here, since the package `gguf` takes seconds for the words of a real vocabulary; what a quantised
 block of numbers stands for is that package's to say. Tensors are read one at a time, and only the bytes asked for.
@@ -35,7 +35,7 @@ class StoredTensor:
         shape: as numpy and torch write it, the outermost dimension first.
         quantisation: the name of its number format, such as `F32`, `Q4_1` or `Q6_K`.
         offset: the byte of the file at which it begins.
-        row_bytes: bytes of one row, that is of the innermost dimension.
+        row_bytes: bytes in one row, the innermost dimension.
         known: whether its numbers can be had.
     """
 
@@ -114,7 +114,7 @@ class GGUFFile:
 
 
 def _dequantised(stored: NDArray[np.uint8], quantisation: str, n_columns: int) -> NDArray[np.float32]:
-    """Return rows of bytes as rows of numbers, a block of rows at a time."""
+    """Turn rows of bytes into rows of numbers, a block of rows at a time."""
     from gguf import GGMLQuantizationType, quants
 
     numbers = np.empty((len(stored), n_columns), np.float32)

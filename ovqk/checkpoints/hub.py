@@ -51,7 +51,7 @@ class Snapshot:
     Attributes:
         directory: holds config.json and the tokenizer's files; of a model for the bridge, everything.
         shards: the files, whole or smaller, that hold the tensors ovqk reads.
-        hashes: file name -> SHA-256 of every whole shard of the repository, whether it was fetched or not.
+        hashes: file name -> SHA-256 for every whole shard in the repository, whether it was fetched or not.
         commit: the commit that the revision resolved to.
     """
 

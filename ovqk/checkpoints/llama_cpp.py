@@ -88,7 +88,7 @@ def _kind(name: str) -> str:
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str | None:
-    """Return the checkpoint's name of a tensor of the file; None if ovqk knows of no such tensor."""
+    """Return the checkpoint's name for a tensor in the file; None if ovqk knows no such tensor."""
     stem, _, suffix = name.rpartition(".")
     parts = stem.split(".")
     if parts[0] == "blk" and len(parts) > 2 and parts[1].isdecimal():

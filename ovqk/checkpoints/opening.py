@@ -174,7 +174,7 @@ def _checkpoint(
 def _shards(directory: Path, label: str) -> tuple[list[Path], tuple[str, ...]]:
     """Return the safetensors files that transformers would read of a directory, and notes on those that it would not.
 
-    In its order: model.safetensors, or the shards of the index. A file of another name is never read.
+    The order is transformers' own: model.safetensors, or the index's shards. Files with other names are never read.
     """
     held = sorted(path for path in directory.glob("*.safetensors") if path.is_file())
     if (directory / SINGLE).is_file():

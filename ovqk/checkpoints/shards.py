@@ -9,7 +9,7 @@ from typing import Any
 
 LONGEST_HEADER = 100_000_000  # bytes that the format allows
 LEFT_OUT = "ovqk_left_out"
-"""In the metadata of a smaller file: the names, as JSON, of the tensors that it does not hold of the whole one."""
+"""Key in a smaller file's metadata: the names, as JSON, of the whole file's tensors that it leaves out."""
 
 Read = Callable[[int, int], bytes]
 """(offset, length) -> that many bytes."""

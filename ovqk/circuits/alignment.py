@@ -50,7 +50,7 @@ def _below_own(logits: Float[Tensor, "*draw head source target"]) -> Float[Tenso
 def readout(
     factors: Factors, rows: Float[Tensor, "*draw source d_model"], columns: Float[Tensor, "*draw target d_model"]
 ) -> Float[Tensor, "*draw head source target"]:
-    """Return rows M columns^T for each head: task logits of W_OV (columns: W_U's) or scores of W_QK (columns: keys)."""
+    """Return rows M columns^T for each head: task logits by W_OV (columns: W_U's) or scores by W_QK (columns: keys)."""
     left = torch.einsum("...sd,hdk->...hsk", rows, factors.left)
     right = torch.einsum("...td,hkd->...htk", columns, factors.right)
     return left @ right.mT
@@ -203,7 +203,7 @@ def subspace(
 def unit_contrast(
     minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*draw word d_model"]
 ) -> Float[Tensor, "*draw 1 d_model"]:
-    """Return the unit direction of mean(plus) - mean(minus), as a basis of one row; nan if they are the same."""
+    """Return the unit direction of mean(plus) - mean(minus), as a basis with one row; nan if they are the same."""
     direction = (plus.double() - minus.double()).mean(-2, keepdim=True)
     return direction / direction.norm(dim=-1, keepdim=True)
 
@@ -217,7 +217,7 @@ def same_mean(minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*
 
 @dataclass(frozen=True)
 class SideAlignment:
-    """Alignment of one side of a map with a subspace of rank r; at least 0, and 1 is chance for both."""
+    """How well one side of a map aligns with a subspace of rank r; at least 0, and 1 is chance for both."""
 
     whole: Float[Tensor, "*draw head"]
     """|M P|_F^2 / |M|_F^2 / (r/d): the share of the map's energy on that side."""
@@ -230,7 +230,7 @@ def side_alignment(
     sigma: Float[Tensor, "head k"],
     basis: Float[Tensor, "*draw r d_model"],
 ) -> SideAlignment:
-    """Return the alignment of the side whose singular directions these are with the span of an orthonormal basis."""
+    """Return how well the side with these singular directions aligns with an orthonormal basis."""
     chance = basis.square().sum((-2, -1))[..., None] / basis.shape[-1]  # r is the trace of the projector
     inside = _along(basis, directions).square().sum(-2)  # [*draw, head, k]
     energy = sigma.square()

@@ -1,11 +1,11 @@
-"""The leading singular and eigen components of every head.
+"""Every head's leading singular and eigen components.
 
-In the row convention a head is the sum of its components, singular (u, v) or eigen (M r = lambda r, l M = lambda l):
+In the row convention a head is a sum over its components, singular (u, v) or eigen (M r = lambda r, l M = lambda l):
 
     x M = sum sigma (x . u) v        x M = sum lambda (x . r) l / (l . r)
 
-Only the joint sign of a component means something: (u, v) and (-u, -v) are one. The sides of an eigen component have
-l . r > 0, so that copying or suppressing, matching or avoiding show in the sign of lambda.
+A component's joint sign alone means something: (u, v) and (-u, -v) are one. The sides of an eigen component have
+l . r > 0, so that copying or suppressing, matching or avoiding show in lambda's sign.
 """
 
 import math
@@ -27,12 +27,12 @@ KINDS, SIDES = ("singular", "eigen"), ("read", "write")
 
 @dataclass(frozen=True)
 class Components:
-    """Components of all heads in one batch.
+    """All heads' components in one batch.
 
     Attributes:
-        head, kind: whose it is, and the index of its kind in KINDS.
+        head, kind: the head that it belongs to, and its kind as an index into KINDS.
         component: its place by falling modulus, from 0; a complex pair takes one place.
-        value: sigma, or lambda (of a pair, the one with Im > 0).
+        value: sigma, or lambda (for a pair, the one with Im > 0).
         cluster, cluster_size: the first component of its cluster (itself if it stands alone), and how many the
             cluster has, reported or not. Above 1 only the cluster's span is identified.
         read, write: orthonormal rows that span the side: two for a pair, else one and a row of zeros.
@@ -65,7 +65,7 @@ def singular_components(decomposition: Decomposition, count: int) -> Components:
 def eigen_components(decomposition: Decomposition, count: int) -> Components:
     """Return the leading eigen components, from the k x k core; components of equal modulus come in either order.
 
-    Eigenvalues below 1e-6 of sum sigma are left out, and so are those that a change in M of that size could bring to
+    Eigenvalues below 1e-6 of sum sigma are left out, and so are those that a change in M by that much could bring to
     0. To first order a change moves an eigenvalue by its own size / (l . r), with r and l of unit length. This shows
     that the eigenvalues of a nilpotent chain are rounding. If eigenvalues coalesce, first order says nothing.
     """

@@ -7,8 +7,8 @@ Row vectors: a sender s adds x W_OV^s to the residual stream, and a receiver r o
     values  (v)   norm_F(W_OV^s W_OV^r)
 
 each over the product of the two heads' norms (Elhage et al. 2021). With thin SVDs U S V^T all three are the norm of one
-k x k block, norm_F(write_s read_r^T): the write side is S V^T of W_OV, the read sides are S U^T of W_QK (q), S V^T of
-W_QK (k) and S U^T of W_OV (v), each of norm 1. Heads are stacked, so that a pair of layers is one matrix product, taken
+k x k block, norm_F(write_s read_r^T): the write side is W_OV's S V^T, the read sides are W_QK's S U^T (q), W_QK's S V^T
+(k) and W_OV's S U^T (v), each with norm 1. Heads are stacked, so that a pair of layers is one matrix product, taken
 and reduced in tiles of at most TILE elements. An all-pairs pass therefore holds only one layer's sides, a tile and the
 scores beside the circuits.
 
@@ -45,12 +45,12 @@ Grams = tuple[Gram, Gram, Gram]
 
 MODES: tuple[Mode, ...] = ("q", "k", "v")
 STRONGEST = 20  # senders kept for each receiver and mode, and virtual heads
-TILE = 2**22  # elements of a product of stacked heads held at a time
+TILE = 2**22  # elements of a product between stacked heads held at a time
 
 
 @dataclass(frozen=True)
 class LayerCircuits:
-    """Both circuits of one layer's heads, decomposed: all that composition needs of a layer."""
+    """Both circuits of one layer's heads, decomposed: all that composition needs from a layer."""
 
     ov: Decomposition
     qk: Decomposition
@@ -65,11 +65,11 @@ class LayerCircuits:
         return LayerCircuits(_select(self.ov, heads), _select(self.qk, heads))
 
     def write(self) -> Float[Tensor, "head k d_model"]:
-        """Return S V^T of W_OV over its norm; 0 for a head of zero weights."""
+        """Return W_OV's S V^T over its norm; 0 for a head with zero weights."""
         return _unit_rows(self.ov.write, self.ov.sigma)
 
     def read(self, mode: Mode) -> Float[Tensor, "head k d_model"]:
-        """Return the matrix that the mode's input is read through, over its norm; 0 for a head of zero weights."""
+        """Return the matrix that the mode's input is read through, over its norm; 0 for a head with zero weights."""
         if mode == "v":
             return _unit_rows(self.ov.read, self.ov.sigma)
         return _unit_rows(self.qk.read if mode == "q" else self.qk.write, self.qk.sigma)
@@ -93,9 +93,11 @@ def _unit_rows(
 
 
 def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[Tensor, "sender receiver"]:
-    """Return the composition score of every pair of heads of two layers, in [0, 1]; 1 / sqrt(d_model) for iid weights.
+    """Return the composition score for every pair of heads between two layers, in [0, 1].
 
-    Elhage et al. 2021. A head of zero weights scores 0.
+    Independent, identically distributed weights score about 1 / sqrt(d_model).
+
+    Elhage et al. 2021. A head with zero weights scores 0.
     """
     write, read = sender.write(), receiver.read(mode)
     k = max(write.shape[1], read.shape[1])
@@ -224,7 +226,7 @@ def composition_table(
     Args:
         layers: from layer 0 on.
         asked: a pair whose sender is not of an earlier layer does not compose and has no row.
-        gram, first_gram: for the matching of rows of mode k; nan without `gram`, and for the other modes.
+        gram, first_gram: for the matching in rows with mode k; nan without `gram`, and for the other modes.
         strongest: senders to keep for each receiver and mode; if it is 0, only the pairs asked for are computed.
     """
     tables = []
@@ -271,14 +273,14 @@ def virtual_heads_table(
     first_grams: Grams | None = None,
     n: int = STRONGEST,
 ) -> pd.DataFrame:
-    """Return the rows of virtual_heads.parquet: the virtual heads of the n strongest V pairs of a composition table.
+    """Return the rows of virtual_heads.parquet: the virtual heads for a composition table's n strongest V pairs.
 
     With n up to the table's `strongest` these are the strongest of all pairs.
 
     Columns, besides the pair and its score:
         frobenius_norm: norm_F(W_OV^s W_OV^r).
         frobenius_share: its square over the sum for all senders of the receiver, in [0, 1]; nan if all are 0.
-        ov_copying: Re(sum lambda) / sum |lambda| of E W_OV^s W_OV^r W_U, in [-1, 1]; nan without `grams`. Senders of
+        ov_copying: Re(sum lambda) / sum |lambda| for E W_OV^s W_OV^r W_U, in [-1, 1]; nan without `grams`. Senders of
             layer 0 read the embeddings of `first_grams`, if given.
     """
     strongest = composition[composition["mode"] == "v"].sort_values("score", ascending=False, kind="stable").head(n)

@@ -1,7 +1,7 @@
 """Effective embeddings: a token's residual stream as the heads of a layer read it.
 
-`Block0` computes the stream after block 0 of a token that attended only to itself; `EffectiveRows` hands out rows of
-any kind, normalised as a layer's norm would.
+`Block0` computes the stream after block 0 for a token that attended only to itself; `EffectiveRows` hands out rows
+of any kind, normalised as a layer's norm would.
 """
 
 import math
@@ -76,15 +76,15 @@ class Block0:
 
 
 WRITE = "write"
-"""The kind of rows that words are on the write side: columns of W_U."""
+"""The kind of rows for words on the write side: W_U's columns."""
 SCREEN = 4096
-"""Tokens of an unembedding left in the checkpoint that are kept for the first comparisons of such a ranking."""
+"""Tokens whose unembedding is kept in memory, if the rest stays on disk, to rank a word's logit among them first."""
 KEPT_UP_TO = 2**26
-"""Elements of an unembedding that is kept in memory by the readouts of a task (256 MB)."""
+"""Largest number of elements in an unembedding that a task's readouts keep in memory (256 MB)."""
 
 
 class EffectiveRows:
-    """Rows of effective embeddings, normalised as a layer's norm would; those of kept ids are computed once."""
+    """Rows of effective embeddings, normalised as a layer's norm would; rows for kept ids are computed once."""
 
     def __init__(self, vocabulary: Vocabulary, block0: Block0 | None, architecture: Architecture) -> None:
         """Take the folded vocabulary; `block0` is None if it is not available."""

@@ -1,4 +1,4 @@
-"""The two circuits of every head of a layer, as low-rank factors.
+"""The two circuits of a layer's heads, as low-rank factors.
 
     W_QK = W_Q W_K^T      where the head looks: rows the query (destination), columns the key (source)
     W_OV = W_V W_O        how it copies: rows are read at the source, columns are written at the destination
@@ -6,7 +6,7 @@
 Under rotary positions W_QK(D) = W_Q R(D) W_K^T for a key D tokens back. If queries and keys are normalised, their
 gains belong to W_QK but the divisors do not: the form is that of un-normalised queries and keys.
 
-Both are [d_model, d_model] of rank at most d_head. They are never formed: everything ovqk reports has a core of
+Both are [d_model, d_model] with rank at most d_head. They are never formed: everything ovqk reports has a core of
 d_head x d_head.
 """
 
@@ -37,12 +37,12 @@ class Factors:
 
 
 def ov_factors(weights: LayerWeights, architecture: Architecture) -> Factors:
-    """Return W_V and W_O of each query head; under grouped queries heads of a group share W_V."""
+    """Return each query head's W_V and W_O; under grouped queries a group's heads share W_V."""
     return Factors("ov", weights.W_V[architecture.kv_of_head.to(weights.W_V.device)], weights.W_O)
 
 
 def qk_factors(weights: LayerWeights, architecture: Architecture, offsets: Iterable[int] = (0,)) -> Factors:
-    """Return W_Q Rbar and W_K^T of each query head, Rbar the mean of R(D) over these offsets.
+    """Return each query head's W_Q Rbar and W_K^T, with Rbar the mean of R(D) over these offsets.
 
     D = query position - key position; R(0) = 1, and without rotary positions every R is 1.
     """

@@ -1,4 +1,4 @@
-"""Gram matrices a^T C b of rows of tokens, centred over tokens, a block of tokens at a time.
+"""Gram matrices a^T C b between tokens' rows, centred over tokens, a block of tokens at a time.
 
 C = I - 11^T/n takes each side less its mean over the n tokens. Products are summed so that neither the number of
 threads nor the size of the vocabulary moves a result by more than the bounds given below.
@@ -32,7 +32,7 @@ def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> li
     """Return a^T C b for these pairs of sides, in one pass over blocks of tokens, summed in float64 every few blocks.
 
     Up to FLOAT64_PRODUCTS_UP_TO products are taken in float64, because float32 would cost a small vocabulary 1e-3 on
-    ratios. More of them are taken in float32, within 1e-6 of the norms of a and b. A row near the mean is first
+    ratios. More of them are taken in float32, within 1e-6 relative to the norms. A row near the mean is first
     subtracted from every row; C removes it anyway.
 
     Args:
@@ -106,8 +106,8 @@ def stripes_of(width: int) -> Iterator[slice]:
 def precision(d_model: int) -> torch.dtype:
     """Return the dtype for Grams and their products (definitions: section 1): float64 if d_model <= FLOAT64_UP_TO.
 
-    Float32 keeps ratios within 1e-4 and scales within 1e-4 of their size; the departure from normality, a root of a
-    difference, within 2e-4 if it is 0.
+    Float32 keeps ratios within 1e-4, and scales within 1e-4 relative to their size. The departure from normality is
+    the root of a difference: if it is 0, float32 keeps it within 2e-4.
     """
     return torch.float64 if d_model <= FLOAT64_UP_TO else torch.float32
 

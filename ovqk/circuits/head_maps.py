@@ -18,7 +18,7 @@ Scorer = Callable[[Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class CircuitMaps(Protocol):
-    """One circuit of a batch of heads, or of surrogates of one head, as readouts take it."""
+    """One circuit for a batch of heads, or for one head's surrogates, as readouts take it."""
 
     @property
     def circuit(self) -> Circuit:
@@ -33,7 +33,7 @@ class CircuitMaps(Protocol):
     def scores(
         self, query_rows: Float[Tensor, "*draw query d_model"], key_rows: Float[Tensor, "*draw key d_model"]
     ) -> Float[Tensor, "*draw head query key"]:
-        """Return rows M rows^T: scores of W_QK, or task logits of W_OV (key rows: W_U's columns)."""
+        """Return rows M rows^T: scores by W_QK, or task logits by W_OV (key rows: W_U's columns)."""
         ...
 
     def written(self, rows: Float[Tensor, "word d_model"]) -> Float[Tensor, "head word d_model"]:

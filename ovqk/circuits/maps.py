@@ -1,4 +1,4 @@
-"""Low-rank maps of a batch of heads, and their decompositions.
+"""Low-rank maps for a batch of heads, and their decompositions.
 
 A head's map W_QK or W_OV is [d_model, d_model] of rank at most d_head, and is never formed. It is kept as
 M = L N R^T with orthonormal columns in L and R, from one QR of each factor or from the thin singular value
@@ -106,7 +106,7 @@ class Decomposition:
 
 
 def _times(gram: Gram, x: Float[Tensor, "head d_model k"]) -> Float[Tensor, "head d_model k"]:
-    """Return gram @ x, multiplied in the precision of the Gram, in the larger of both precisions."""
+    """Multiply gram @ x in the Gram's precision, and return it in the larger precision of both."""
     return (gram @ x.to(gram.dtype)).to(torch.promote_types(gram.dtype, x.dtype))
 
 
@@ -158,9 +158,9 @@ class FactoredMaps:
     """Maps M = left inner right^T between orthonormal bases that several maps share; directions are computed on demand.
 
     Attributes:
-        left_of, right_of: the basis of each head (of its KV head, under grouped queries).
+        left_of, right_of: each head's basis, as an index (its KV head's, under grouped queries).
         inner: M between the bases, float64.
-        jitter: of each product basis^T G basis, relative to |G|: 0, or the rounding of 32-bit weights.
+        jitter: random change to each product basis^T G basis, relative to |G|: 0, or the rounding of 32-bit weights.
     """
 
     left: Basis

@@ -1,6 +1,6 @@
 """First and second moments of embedding rows, and of the queries and keys that a layer makes of them.
 
-The shares of position and content in a head's scores (`positions`) are traces of products of these moments.
+The position and content shares in a head's scores (`positions`) are traces of products between these moments.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def normalised_moments(vocabulary: Vocabulary, architecture: Architecture) -> Mo
 
 @dataclass(frozen=True)
 class HeadMoments:
-    """Moments of the queries and keys of uniformly drawn tokens, before rotation, float64.
+    """Moments of the queries and keys for uniformly drawn tokens, before rotation, float64.
 
     Attributes:
         query_mean, query_second: mean and second moment of queries.
@@ -70,7 +70,7 @@ class HeadMoments:
 
 
 QueryKeyBases = tuple[Basis, Basis]
-"""Of a layer's W_Q and W_K."""
+"""Bases of a layer's W_Q and W_K."""
 
 
 def head_moments(
@@ -98,7 +98,7 @@ def head_moments(
 def mean_through(
     mean: Float[Tensor, " d_model"], weight: Float[Tensor, "n d_model d_head"]
 ) -> Float[Tensor, "n d_head"]:
-    """Return mean @ weight of each head, float64, with no copy of all weights in float64."""
+    """Return mean @ weight per head, float64, without a float64 copy of all weights."""
     return torch.stack([mean @ each.double() for each in weight])
 
 
@@ -121,7 +121,7 @@ def sample_rows(W_E: Rows) -> Float[Tensor, "sampled d_model"]:
 def normalised_head_moments(
     weights: LayerWeights, architecture: Architecture, W_E: Float[Tensor, "token d_model"]
 ) -> tuple[HeadMoments, HeadMoments]:
-    """Return the moments of normalised queries and keys, of plain rows and of rows normalised as a layer's norm would.
+    """Return the moments of normalised queries and keys, once for plain rows and once for normalised ones.
 
     A norm between the factors leaves no Gram to take them through: each token's queries and keys are computed, for
     both kinds of rows in one pass, in the precision that `grams.precision` gives. The sums are float64.
@@ -154,7 +154,7 @@ def normalised_head_moments(
 
 
 class _NormalisedSide:
-    """Sums over tokens of normalised queries (or keys) and of their outer products, of plain and of normalised rows."""
+    """Sums over tokens of normalised queries (or keys) and their outer products, for plain and for normalised rows."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class _NormalisedSide:
             self._add(self.sums[1], y.mul_(ratio))
 
     def means(self, n: int) -> list[tuple[Float[Tensor, "n d_head"], Float[Tensor, "n d_head d_head"]]]:
-        """Return mean and second moment with the gain of the norm, of plain and of normalised rows."""
+        """Return mean and second moment with the norm's gain, for plain and for normalised rows."""
         return [(self.gain * first / n, outer(self.gain) * second / n) for first, second in self.sums]
 
     def _divided(self, y: Float[Tensor, "n token d_head"]) -> Float[Tensor, "n token d_head"]:

@@ -1,4 +1,4 @@
-"""Orthonormal bases by Cholesky's factor of a Gram: two products in place of a loop over columns."""
+"""Orthonormal bases by a Gram's Cholesky factor: two products instead of a loop over columns."""
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,7 @@ def orthonormal(
 def triangular_factor(
     x: Float[Tensor, "n d_model k"], check_errors: bool = False
 ) -> tuple[Float[Tensor, "n k k"], Float[Tensor, "n k k"]]:
-    """Return R, with a positive diagonal, and its inverse, of x = Q R with orthonormal Q: Cholesky's factor of x^T x.
+    """Return R and its inverse for x = Q R with orthonormal Q: Cholesky's factor of x^T x, with a positive diagonal.
 
     If the columns of a matrix depend on each other, neither of its results can be used.
 

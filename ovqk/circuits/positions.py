@@ -90,7 +90,7 @@ def rotary_shares(
 
 
 Pairs = tuple[Complex[Tensor, "*#head pair pair"], Complex[Tensor, "*#head pair pair"]]
-"""Of a symmetric matrix E[x^T x], with two dimensions of x as one complex z: E[conj(z_a) z_b] and E[z_a z_b]."""
+"""A symmetric matrix E[x^T x] as E[conj(z_a) z_b] and E[z_a z_b], with a pair of x's dimensions as one complex z."""
 
 
 def _turns(rotary: Rotary, span: int, d_head: int) -> Complex[Tensor, "offset pair"]:

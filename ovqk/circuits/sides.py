@@ -26,11 +26,11 @@ RECOMPUTED_WITHIN = 1e-4  # relative to the longest row: above the float32 round
 
 @runtime_checkable
 class Side(Protocol):
-    """Rows of all tokens on one side of a circuit."""
+    """All tokens' rows on one side of a circuit."""
 
     @property
     def rounding(self) -> float:
-        """How far a row of `blocks` may be from its row of `exact`, relative to the longest."""
+        """Largest distance of a row by `blocks` from that by `exact`, relative to the longest row."""
         ...
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Side(Protocol):
         ...
 
     def moments(self, listed: Bool[Tensor, " token"]) -> tuple[Float[Tensor, " d_model"], float]:
-        """Return the mean of the listed rows, float64, and the norm of the longest of them."""
+        """Return the listed rows' mean, float64, and their largest norm."""
         ...
 
 

@@ -1,6 +1,6 @@
-"""Metrics of a whole layer: all of its heads' W_QK summed (layers.parquet).
+"""Metrics for a whole layer: the sum of its heads' W_QK (layers.parquet).
 
-Published values are of the raw weights, so `qk_symmetry` and `qk_directionality` always are.
+Published values are for raw weights, so `qk_symmetry` and `qk_directionality` always use them.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from ovqk.weights.types import Architecture, LayerWeights
 def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Architecture) -> dict[str, float]:
     """Return `qk_symmetry`, `qk_directionality` (raw) and `qk_symmetry_folded` of the sum over heads of W_Q W_K^T.
 
-    Saponati et al. 2025, arXiv 2502.10927. Symmetry tr(M M) / |M|_F^2 and directionality both lie in [-1, 1];
-    positive directionality is column (key) dominated (the paper's tables print the negative). 0 for a zero layer.
+    Source: Saponati et al. 2025, arXiv 2502.10927. Symmetry tr(M M) / |M|_F^2 and directionality both lie in [-1, 1];
+    positive directionality is column (key) dominated (the paper's tables print the negative). Zero weights give 0.
     """
-    matrix = _summed(raw, architecture)  # without the gains of a norm of queries and keys
+    matrix = _summed(raw, architecture)  # without the gains of a query and key norm
     values = {"qk_symmetry": _symmetry(matrix), "qk_directionality": directionality(matrix)}
     if folded is raw:
         return values | {"qk_symmetry_folded": values["qk_symmetry"]}

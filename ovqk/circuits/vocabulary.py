@@ -1,7 +1,7 @@
 """The embeddings of a model's real tokens, with the Gram matrices that serve every head.
 
 A softmax cannot see a constant added to every token, so every Gram is centred over tokens: C = I - 11^T/V.
-Token ids beyond the tokenizer's vocabulary (padding rows) are left out of C, of the Grams and of V.
+Token ids beyond the tokenizer's vocabulary (padding rows) are left out of C, the Grams and V.
 """
 
 import dataclasses

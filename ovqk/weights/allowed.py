@@ -65,7 +65,7 @@ TOP: dict[str, Rule] = {
 }
 """Rules of keys about rotary positions."""
 SHARES: dict[str, Rule] = {"partial_rotary_factor": _or_null(SHARE), "rotary_pct": _or_null(SHARE)}
-"""Rules of keys that say which share of a head is rotated, of families that read them."""
+"""Rules for keys that give the rotated share of a head, in families that read them."""
 INSIDE: dict[str, Rule] = {
     "rope_type": NAME,
     "type": NAME,

@@ -1,8 +1,8 @@
 """A Hugging Face model's own activations on a few tokens, and those of each of its blocks alone.
 
 Each block is called by itself on a random residual stream: once with everything but attention silenced, which gives
-what attention adds to the stream and what it adds it from, and once with attention silenced. Random rows of unit
-variance keep the differences exact, which the large components of a trained model's stream would not.
+attention's addition to the stream and the inputs of that addition, and once with attention silenced. Random rows of
+unit variance keep the differences exact, which the large components of a trained model's stream would not.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ class BlockActivations:
             could not be silenced.
         other_write: the rest of the block's addition if attention is silenced.
         both_write: the whole block's addition.
-        queries, keys, values: as the attention's own product takes them, rotated and normalised; None if the model
+        queries, keys, values: the inputs of attention's own product, rotated and normalised; None if the model
             does not hand them to an attention function.
         pattern: that function's own weights.
         scaling: its factor of the scores.
         window: how many tokens back it looks, the query's included; None for all.
         capped: the scores are capped before the softmax.
         logits: the softmax's input, after caps, masks and biases.
-        inputs: input of each module of the block, by the module's identity.
+        inputs: each of the block's modules' input, by the module's identity.
     """
 
     stream: Float[Tensor, "position d_model"]
@@ -65,7 +65,7 @@ class ModelActivations:
 
     Attributes:
         first_stream: the first block's input; None if its blocks were not found.
-        inputs, outputs: of each module of the model, by the module's identity.
+        inputs, outputs: each module's, by its identity.
         blocks: one entry for each block, in order.
         logits: the model's output, with every multiplier and cap; None if it gives no logits.
     """
@@ -279,7 +279,7 @@ class Recorder:
 
 
 class _Softmax(TorchDispatchMode):
-    """Tells of the input of every softmax."""
+    """Reports every softmax's input."""
 
     def __init__(self, tell: Callable[[Tensor], None]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A row of the table of architecture families: how a family names its tensors and lays them out."""
+"""A row in the table of architecture families: how a family names its tensors and lays them out."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ class Family:
 
     Attributes:
         model_types: the `model_type` values of config.json that belong to it.
-        prefixes: prefixes of checkpoints before the names of tensors, in the order tried.
+        prefixes: checkpoints' prefixes before tensors' names, in the order tried.
         tensors: ovqk's name -> the checkpoint's, without `.weight` or `.bias`; `{layer}` is the layer's index.
             `query`, `key`, `value` or a fused `qkv`; `norm` (absent: none, or one without a gain), `post_norm`,
             `query_norm`, `key_norm`; the MLP's `mlp_in` (its gate, if it has one), `mlp_linear` or a fused
@@ -46,7 +46,7 @@ class Family:
         rotated: which layers are rotated: every one; those that `no_rope_layers` marks with 1; those with a sliding
             window; or those, and every one if no window is set.
         default_theta: the base of the rotary frequencies if config.json gives none (of a `complete` family).
-        position_offset: rows of the position embedding before that of the first position (OPT: 2).
+        position_offset: rows in the position embedding before the first position's (OPT: 2).
         kv_heads: their number, if no key of config.json gives it.
         scale: key of the number whose -1/2 power scales the scores, or a number; d_head if absent.
         score_multiplier: key of the number that scales the scores itself.

@@ -279,7 +279,7 @@ class NativeWeights:
         return [name for name in names if name not in self.checkpoint]
 
     def _queries_keys_values(self, index: int) -> list[tuple[Tensor, Tensor]]:
-        """Return the weight [d_model, head * d_head] and bias of queries, of keys and of values."""
+        """Return weight [d_model, head * d_head] and bias for queries, keys and values."""
         if "qkv" not in self.family.tensors:
             return [self._linear(part, index) for part in ("query", "key", "value")]
         weight, bias = self._linear("qkv", index)

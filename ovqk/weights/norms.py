@@ -1,4 +1,4 @@
-"""The norms of a model, as data and as functions: of the residual stream, and of queries and keys."""
+"""A model's norms, as data and as functions, for the residual stream and for queries and keys."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -17,7 +17,7 @@ class Rotary:
     Attributes:
         inverse_frequencies: radians per position of each rotated pair, [rotary_dim / 2].
         interleaved: pairs are (0, 1), (2, 3), ... (GPT-J); otherwise (0, r/2), (1, r/2 + 1), ... (Llama, NeoX).
-        scale: factor of R(D), from a scaling that also multiplies the cosines and sines of queries and keys (YaRN,
+        scale: factor of R(D), from a scaling that also multiplies queries' and keys' cosines and sines (YaRN,
             LongRoPE: the square of their attention factor).
     """
 

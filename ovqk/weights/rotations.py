@@ -20,7 +20,7 @@ from ovqk.weights.types import Architecture
 
 SCALINGS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 UP_TO_A_LENGTH = ("longrope", "dynamic")
-"""Scalings that change with the length of a text: ovqk reads the rotation of texts that are not longer than that."""
+"""Scalings that change beyond a length of text: ovqk reads the rotation for texts up to that length."""
 UNREADABLE = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
@@ -54,7 +54,7 @@ ABSENT = ("d_head", "n_kv_heads")
 def read_rotations(
     checkpoint: Checkpoint, family: Family, architecture: Architecture, full: Any
 ) -> tuple[dict[str | None, Rotary], list[str]]:
-    """Return the rotation of each kind of layer, under None if all layers have the same, and notes on them.
+    """Return each kind of layer's rotation, under None if all layers have the same, and notes on them.
 
     Args:
         checkpoint: its config.json as it stands.
@@ -146,7 +146,7 @@ def _plain_theta(config: Mapping[str, Any], family: Family) -> float | None:
 def _rotary(
     label: str, family: Family, d_head: int, full: Any, kind: str | None, parameters: Mapping[str, Any]
 ) -> Rotary:
-    """Return the rotation of one kind of layer."""
+    """Return one kind of layer's rotation."""
     name = parameters.get("rope_type", "default")
     if name == "default":
         partial = parameters.get("partial_rotary_factor", 1.0) if family.partial_rotary else 1.0

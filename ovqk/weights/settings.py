@@ -1,4 +1,4 @@
-"""The settings of a checkpoint: its config.json in ovqk's terms, by the row of the table that reads it."""
+"""A checkpoint's settings: its config.json in ovqk's terms, by the row of the table that reads it."""
 
 from typing import Any
 

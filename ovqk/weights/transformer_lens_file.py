@@ -1,4 +1,4 @@
-"""Weights in one safetensors file of TransformerLens names, whose shapes tell most of the architecture."""
+"""Weights in one safetensors file with TransformerLens names, whose shapes tell most of the architecture."""
 
 import re
 from typing import Literal

@@ -6,9 +6,9 @@ from typing import Any
 from ovqk.errors import UserError
 
 KIND_KEYS = ("layer_types", "layers_block_type", "block_types", "_block_types")
-"""Keys of config.json, or attributes of transformers' config, that give the kind of each layer."""
+"""Keys of config.json, or attributes of transformers' config, that give each layer's kind."""
 WITHOUT_HEADS = ("linear", "conv", "mamba", "recurrent", "ssm", "delta", "moe", "mlp")
-"""Parts of the names of kinds of layer that have no attention heads of their own."""
+"""Parts of layer kinds' names that show that such layers have no attention heads."""
 PER_LAYER = ("num_attention_heads", "num_key_value_heads", "num_query_heads", "num_kv_heads", "head_dim")
 TWO_KINDS = (
     ("global_head_dim", "head_dim"),
@@ -99,7 +99,7 @@ def _reason(config: Mapping[str, Any]) -> str | None:
 
 
 def _layers_without_heads(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the kinds of layer without attention heads, and which layers are of each."""
+    """Return the kinds of layer without attention heads, and the layers of each kind."""
     found: dict[str, list[int]] = {}
     for key in KIND_KEYS:
         kinds = config.get(key)
