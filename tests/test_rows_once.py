@@ -84,7 +84,7 @@ def test_a_piece_that_is_read_has_a_bound(monkeypatch) -> None:
         asked.append(stop - start)
         return matrix[start:stop]
 
-    monkeypatch.setattr(StoredRows, "PIECE", 16)
+    monkeypatch.setattr(StoredRows, "PIECE_TOKENS", 16)
     assert torch.equal(StoredRows(read, (100, 3))[torch.arange(1, 99, 2)], matrix[1:99:2])
     assert max(asked) <= 16
 
