@@ -533,7 +533,7 @@ PASS = """
 import resource
 import torch
 from ovqk.circuits.composition import LayerCircuits, composition_table, virtual_heads_table
-from ovqk.circuits.spectra import Decomposition
+from ovqk.circuits.maps import Decomposition
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
