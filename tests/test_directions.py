@@ -32,6 +32,7 @@ from ovqk.circuits.factors import Factors
 from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.sides import Block0Side, StoredSide
 from ovqk.report.token_lists import describe
+from ovqk.structure import tables as structure_tables
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.token_tables import COLUMNS, Directions, TokenSide
 from ovqk.tasks.words import load_tokenizer
@@ -269,12 +270,12 @@ def test_circuits_of_several_layers_in_one_pass_get_the_tables_that_each_gets_al
 
 def test_layers_wait_for_each_other_and_the_table_is_the_same(tiny_gpt2, monkeypatch) -> None:
     found, passes = [], []
-    tables = Directions.tables
+    original = Directions.tables
     monkeypatch.setattr(
-        Directions, "tables", lambda self, found, *rest: (passes.append(len(found)), tables(self, found, *rest))[1]
+        Directions, "tables", lambda self, found, *rest: (passes.append(len(found)), original(self, found, *rest))[1]
     )
     for waiting in (1, 2**20):
-        monkeypatch.setattr(tables, "WAITING", waiting)
+        monkeypatch.setattr(structure_tables, "WAITING", waiting)
         checkpoint = open_checkpoint(local(tiny_gpt2))
         cell = compose("task=none", "model=local", f"model.path={tiny_gpt2}")
         analysis = analyse(open_weights(checkpoint, local(tiny_gpt2)), None, None, "test", cell)
