@@ -14,8 +14,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import cache_folder
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import resolve, tracking_mode
 from ovqk.config.schema import Config, TrackingMode
 from ovqk.errors import UserError

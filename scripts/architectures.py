@@ -25,7 +25,7 @@ import torch
 from module_comparison import compare_in_float64
 from tiny_architectures import VARIANTS, shrunk_model
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
 from ovqk.weights.readers import open_weights

@@ -80,7 +80,7 @@ def cell_operations(shape: Shape) -> float:
 
 def open_model(config: Any) -> Any:
     """The weights that a cell reads."""
-    from ovqk.checkpoints.checkpoint import open_checkpoint
+    from ovqk.checkpoints.opening import open_checkpoint
     from ovqk.weights.readers import open_weights
 
     return open_weights(open_checkpoint(config.model), config.model)
@@ -133,7 +133,7 @@ def whole_cell(config: Any) -> int:
 def whole_cell_with_words(config: Any) -> int:
     """Every stage of `analyse`, from the files on, with the tokenizer and the task's words."""
     from ovqk.analyse import analyse
-    from ovqk.checkpoints.checkpoint import open_checkpoint
+    from ovqk.checkpoints.opening import open_checkpoint
     from ovqk.tasks.words import load_tokenizer
     from ovqk.weights.readers import open_weights
 
@@ -214,7 +214,7 @@ def transformer_lens(folder: Path, shape: Shape, sample: int) -> dict[str, float
 
 def in_memory(folder: Path) -> Any:
     """Layer 0's folded weights, W_E and W_U^T as tensors."""
-    from ovqk.weights.types import fold_embeddings, fold_layer
+    from ovqk.weights.folding import fold_embeddings, fold_layer
 
     source = open_model(cell_config(folder))
     folded = fold_embeddings(source.embeddings(), source.architecture)

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import resolve
 from ovqk.config.schema import Direction, PredictionConfig, register
 from ovqk.metrics import COMPOSITION_METRICS, METRICS

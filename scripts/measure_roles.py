@@ -44,7 +44,7 @@ from language import END_OF_TEXT
 from tokenizers.models import WordLevel
 from transformer_lens.model_bridge import TransformerBridge
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.tasks.prompts import Prompt, known_words, sample_prompts, start_tokens, token_positions
 from ovqk.tasks.words import load_tokenizer

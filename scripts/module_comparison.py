@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ovqk.circuits.vocabulary import Block0
+from ovqk.circuits.effective_embeddings import Block0
 from ovqk.weights.block_probes import (
     BlockActivations,
     CannotRunError,
@@ -16,17 +16,9 @@ from ovqk.weights.block_probes import (
     first_tensor,
     record_activations,
 )
-from ovqk.weights.types import (
-    WeightSource,
-    apply_norm,
-    fold_embeddings,
-    fold_layer,
-    fold_mlp,
-    fold_reads,
-    keys,
-    normalise,
-    queries,
-)
+from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
+from ovqk.weights.norms import apply_norm, normalise
+from ovqk.weights.types import WeightSource, keys, queries
 
 LENGTH = 15
 """Tokens of the text that is compared on."""

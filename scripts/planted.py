@@ -32,11 +32,15 @@ from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from ovqk.analyse import Analysis, analyse
+from ovqk.analyse import analyse
 from ovqk.config.resolve import resolve
 from ovqk.config.schema import ClaimsConfig, Config, NullsConfig, register
 from ovqk.metrics import COMPOSITION_METRICS
-from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Norm, QueryKeyNorm, Rotary
+from ovqk.records.record import Analysis
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.norms import Norm, QueryKeyNorm
+from ovqk.weights.rotary import Rotary
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 NAME = "planted"

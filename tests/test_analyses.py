@@ -19,12 +19,13 @@ from support.oracle import (
 )
 from support.toy import RATIO, SCALE, run, toy_task, toy_tokenizer
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import Embedding, Processing, VariableKind
 from ovqk.metrics import HEAD_METRICS
 from ovqk.tasks.words import resolve_task
+from ovqk.weights.folding import fold_layer
+from ovqk.weights.norms import normalise
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import fold_layer, normalise
 
 
 def check(name: str, found: np.ndarray, wanted: list[float]) -> None:
@@ -209,7 +210,8 @@ def test_spectra_of_a_nilpotent_head_are_marked_unstable_not_reported_as_structu
     from support.oracle import regauge
 
     from ovqk.circuits.factors import Factors
-    from ovqk.circuits.spectra import decompose, spectrum_metrics
+    from ovqk.circuits.maps import decompose
+    from ovqk.circuits.spectra import spectrum_metrics
 
     shift = torch.diag(torch.ones(15), 1)
     left, right = torch.zeros(1, 32, 16), torch.zeros(1, 16, 32)
@@ -244,9 +246,12 @@ def test_processing_is_recorded_as_it_was_done(tiny_gpt2) -> None:
 
 def test_a_first_layer_that_turns_tokens_around_hides_copying_from_the_plain_embedding() -> None:
     """Planted: block 0 makes every token its opposite, so a copying head after it has copying 1, and -1 by block0."""
+    from ovqk.circuits.effective_embeddings import Block0
     from ovqk.circuits.factors import Factors
-    from ovqk.circuits.spectra import decompose, full_circuit_ratio
-    from ovqk.circuits.vocabulary import Block0, FullCircuit, read_vocabulary
+    from ovqk.circuits.grams import FullCircuit
+    from ovqk.circuits.maps import decompose
+    from ovqk.circuits.spectra import full_circuit_ratio
+    from ovqk.circuits.vocabulary import read_vocabulary
     from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 
     eye, zeros = torch.eye(8)[None], torch.zeros(1, 8)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from support.gguf_writing import write_gguf
 from support.models import BESIDE_PICTURES, KINDS, PICTURES, edited, opened, shared_model
 
-from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles
+from ovqk.checkpoints.checkpoint import Checkpoint
+from ovqk.checkpoints.tensors import SafetensorsFiles
 from ovqk.errors import UserError
 from ovqk.weights.families import FAMILIES, WRAPPED, family_of
 from ovqk.weights.settings import Settings

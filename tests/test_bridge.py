@@ -8,7 +8,7 @@ from support.oracle import matrices
 
 from ovqk.analyse import analyse
 from ovqk.errors import UserError
-from ovqk.weights.types import fold_layer
+from ovqk.weights.folding import fold_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

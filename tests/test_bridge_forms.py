@@ -146,7 +146,9 @@ def test_opening_and_reading_a_layer_touches_no_stack_of_all_layers(tmp_path, mo
 def test_what_a_few_tokens_do_not_show_is_told_from_the_config(tmp_path) -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4}
     make("ministral3", tmp_path / "grows", **WIDE, rope_parameters=rope | {"llama_4_scaling_beta": 0.1, **ORIGINAL})
-    assert any("(llama_4_scaling_beta); no metric has it in" in note for note in bridged(tmp_path / "grows").notes)
+    assert any(
+        "(llama_4_scaling_beta); this is not part of any metric" in note for note in bridged(tmp_path / "grows").notes
+    )
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     make("mixtral", tmp_path / "long", **WIDE, **LOCAL_EXPERTS, rope_parameters=rope)
     assert any("changes with the length of the text (dynamic)" in note for note in bridged(tmp_path / "long").notes)
@@ -243,7 +245,7 @@ def test_clipped_queries_keys_and_values_are_told(tmp_path) -> None:
     sizes = {"vocab_size": 40, "d_model": 24, "n_heads": 4, "n_layers": 2, "max_seq_len": 16, "expansion_ratio": 2}
     for clip in (None, 6.0):
         make("mpt", tmp_path / str(clip), **sizes, attn_config={"clip_qkv": clip})
-        told = "queries, keys and values are clipped at 6 either way, and no metric has that in"
+        told = "queries, keys and values are clipped at 6 either way, which is not part of any metric"
         assert (told in opened(tmp_path / str(clip)).notes) == (clip is not None)
 
 

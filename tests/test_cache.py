@@ -11,9 +11,10 @@ from support import ROOT
 from support.commands import compose
 from support.models import local
 
-from ovqk.analyse import Analysis, analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.analyse import analyse
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.errors import UserError
+from ovqk.records.record import Analysis
 from ovqk.structure import tables
 from ovqk.structure.cache import ENTRY, StructureCache
 from ovqk.tasks.words import load_tokenizer

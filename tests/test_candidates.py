@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from support.small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, counted, run, task
 
-from ovqk.analyse import Analysis
 from ovqk.config.schema import Direction
+from ovqk.records.record import Analysis
 from ovqk.verdicts.candidates import STRONGEST
 from ovqk.verdicts.statistics import benjamini_hochberg
 from ovqk.verdicts.surrogates import draw_words

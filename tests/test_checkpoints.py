@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.models import BUNDLED, local, make_gpt2, make_llama, opened, shared_model
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits.vocabulary import read_vocabulary
 from ovqk.errors import UserError
-from ovqk.weights.types import fold_embeddings
+from ovqk.weights.folding import fold_embeddings
 
 
 def copy(tmp_path: Path, source: Path = BUNDLED) -> Path:
@@ -139,7 +139,7 @@ def test_rows_of_no_token_may_hold_anything_and_those_of_tokens_may_not(tmp_path
         tensors[name][35] = float("nan")
 
     if not small:
-        monkeypatch.setattr(native, "SMALL", 0)
+        monkeypatch.setattr(native, "KEEP_UP_TO", 0)
     make_llama(tmp_path / "m")
     source = opened(rewrite(tmp_path / "m", spoil))
     folded = fold_embeddings(source.embeddings(), source.architecture)

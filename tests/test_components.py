@@ -9,7 +9,7 @@ from support.token_tables import factored, ids, orthonormal, random, table, valu
 
 from ovqk.circuits.components import clusters, components, eigen_components
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import decompose
+from ovqk.circuits.maps import decompose
 from ovqk.report.token_lists import describe
 
 

@@ -16,7 +16,7 @@ from support.oracle import block0_rows, centre_tokens, folded_embeddings, matric
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits import composition
 from ovqk.circuits.composition import (
     COLUMNS,
@@ -34,11 +34,11 @@ from ovqk.circuits.composition import (
     virtual_heads_table,
 )
 from ovqk.circuits.factors import Factors, ov_factors, qk_factors
+from ovqk.circuits.grams import FullCircuit, centred_gram
+from ovqk.circuits.maps import decompose
 from ovqk.circuits.positions import rotary_span
-from ovqk.circuits.spectra import decompose
-from ovqk.circuits.vocabulary import FullCircuit, centred_gram
+from ovqk.weights.folding import fold_layer
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import fold_layer
 
 KINDS = [
     "gpt2",
@@ -159,7 +159,7 @@ def test_the_rotation_is_the_mean_one_that_was_decomposed(tiny) -> None:
 def test_scores_equal_those_of_transformer_lens(tiny, kind) -> None:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from ovqk.weights.bridge import unused_tokenizer
+    from ovqk.weights.bridge_loading import unused_tokenizer
 
     with unused_tokenizer() as tokenizer:
         bridge = TransformerBridge.boot_transformers(str(tiny(kind)), device="cpu", tokenizer=tokenizer)
@@ -533,8 +533,9 @@ PASS = """
 import resource
 import torch
 from ovqk.circuits.composition import LayerCircuits, composition_table, virtual_heads_table
-from ovqk.circuits.spectra import Decomposition
-from ovqk.circuits.vocabulary import FullCircuit
+from ovqk.circuits.maps import Decomposition
+from ovqk.circuits.grams import FullCircuit
+from ovqk.circuits.maps import Decomposition
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

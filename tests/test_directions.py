@@ -25,19 +25,20 @@ from support.token_tables import (
 )
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits import sides as effective_module
 from ovqk.circuits.components import components
+from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.factors import Factors
+from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.sides import Block0Side, StoredSide
-from ovqk.circuits.spectra import Decomposition, decompose
-from ovqk.circuits.vocabulary import Block0
 from ovqk.report.token_lists import describe
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.token_tables import COLUMNS, Directions, TokenSide
 from ovqk.tasks.words import load_tokenizer
+from ovqk.weights.norms import normalise
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, normalise
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 
 # --- oracle --------------------------------------------------------------------------------------------------
 
@@ -269,9 +270,9 @@ def test_circuits_of_several_layers_in_one_pass_get_the_tables_that_each_gets_al
 
 def test_layers_wait_for_each_other_and_the_table_is_the_same(tiny_gpt2, monkeypatch) -> None:
     found, passes = [], []
-    tables = Directions.tables
+    original = Directions.tables
     monkeypatch.setattr(
-        Directions, "tables", lambda self, found, *rest: (passes.append(len(found)), tables(self, found, *rest))[1]
+        Directions, "tables", lambda self, found, *rest: (passes.append(len(found)), original(self, found, *rest))[1]
     )
     for waiting in (1, 2**20):
         monkeypatch.setattr("ovqk.structure.tables.WAITING", waiting)
@@ -361,7 +362,7 @@ def test_every_layer_is_read_through_its_effective_embedding(
     path, processing, embedding, kept, request, monkeypatch
 ) -> None:
     """The whole cell against materialised float64 rows; block0 rows kept in memory or computed in each pass."""
-    monkeypatch.setattr(effective_module, "KEPT", 2**28 if kept else 0)
+    monkeypatch.setattr(effective_module, "KEEP_UP_TO", 2**28 if kept else 0)
     path = BUNDLED if path == "bundled" else request.getfixturevalue(path)
     checkpoint = open_checkpoint(local(path))
     source, tokenizer = open_weights(checkpoint, local(path)), load_tokenizer(checkpoint)

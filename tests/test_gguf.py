@@ -13,9 +13,9 @@ from gguf import GGMLQuantizationType, quants
 from support.gguf_writing import ARCHITECTURES, tokenizer_metadata, write_gguf
 from support.models import KINDS, local, make, opened, shared_model
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.checkpoints.gguf_file import GGUFFile
 from ovqk.checkpoints.gguf_tokenizer import SPLITS, tokenizer_of
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits.factors import ov_factors, qk_factors
 from ovqk.errors import UserError
 from ovqk.tasks.words import load_tokenizer
@@ -202,7 +202,8 @@ def test_the_tokenizer_of_gpt2() -> None:
     """Against the checkpoint's own reading of vocab.json and merges.txt."""
     from tokenizers import models
 
-    from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles
+    from ovqk.checkpoints.checkpoint import Checkpoint
+    from ovqk.checkpoints.tensors import SafetensorsFiles
 
     directory = shared_model("gpt2-tokenizer")
     own = load_tokenizer(Checkpoint("x", directory, {"model_type": "gpt2"}, SafetensorsFiles({}, {}, {}), ""))
@@ -252,7 +253,7 @@ def test_padding_tokens_at_the_end_are_no_tokens() -> None:
         ({"pre": "klingon"}, "tokenizer.ggml.pre is 'klingon'.*allowed: .*smollm"),
         ({"model": "bert"}, "tokenizer.ggml.model is 'bert'.*allowed: gpt2"),
         ({"tokens": ["a", "a", "b"]}, "1 of the file's tokens stand in its vocabulary twice"),
-        ({"token_type": [1]}, "the file has 3 tokens, and says of 1 of what kind they are"),
+        ({"token_type": [1]}, "the file has 3 tokens but gives the kinds for 1"),
         ({"merges": ["a zz"]}, "cannot be built"),
         ({"tokens": ["a", "b", "c"]}, "cannot be built"),  # its merge makes a token that is not there: a panic
         ({"model": "llama"}, "has no score for each token"),

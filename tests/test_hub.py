@@ -24,8 +24,9 @@ from support.models import BUNDLED, KINDS, local, make_gpt2
 
 from ovqk.checkpoints import hub as hub_module
 from ovqk.checkpoints import hub_timeout
-from ovqk.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import cache_folder, file_hash
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.checkpoints.shards import LEFT_OUT, read_header, write_part
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
@@ -412,15 +413,15 @@ def test_a_damaged_index(hub, wide, index) -> None:
 def test_a_file_on_the_hub_that_is_no_safetensors_file(hub, wide, data) -> None:
     hub.hold(wide)
     hub.files[SINGLE] = data
-    fails(r"model\.safetensors is no complete safetensors file on the hub|came cut short")
+    fails(r"model\.safetensors is no complete safetensors file on the hub|arrived incomplete")
 
 
 @pytest.mark.parametrize("spared", [0, 9], ids=["header", "tensors"])
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("short", r"model\.safetensors came cut short: \d+ bytes from byte \d+ on rather than \d+"),
-        ("deaf", r"model\.safetensors came cut short: \d+ bytes from byte \d+ on rather than \d+"),
+        ("short", r"model\.safetensors arrived incomplete: \d+ bytes from byte \d+ on instead of \d+"),
+        ("deaf", r"model\.safetensors arrived incomplete: \d+ bytes from byte \d+ on instead of \d+"),
         ("cut", r"did not deliver the files \(RemoteProtocolError: peer closed connection"),
     ],
 )
@@ -478,7 +479,7 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(hub, wide, tmp_p
     real = shutil.disk_usage(tmp_path)
     full = tmp_path / "ovqk"
     monkeypatch.setattr(shutil, "disk_usage", lambda p: real._replace(free=1000) if full in Path(p).parents else real)
-    fails(r"are to be fetched, and 1\.0 kB are free.*OVQK_CACHE_DIR")
+    fails(r"must be fetched, but only 1\.0 kB are free.*OVQK_CACHE_DIR")
     assert sum(sent.name == SINGLE for sent in hub.sent) == 2  # the header
 
 
@@ -640,7 +641,7 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[str]:
     """Another process that opens the model and prints its digest."""
     code = (
-        "from ovqk.checkpoints.checkpoint import open_checkpoint; from ovqk.config.schema import ModelConfig, Source\n"
+        "from ovqk.checkpoints.opening import open_checkpoint; from ovqk.config.schema import ModelConfig, Source\n"
         "from ovqk.weights.families import tensors_read\n"
         f"model = ModelConfig(name='tiny', source=Source.hub, repo={REPO!r})\n"
         "print(open_checkpoint(model, reads=tensors_read).digest)"

@@ -20,13 +20,15 @@ from support.models import (
     randomise,
 )
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.factors import qk_factors
-from ovqk.circuits.vocabulary import Block0
 from ovqk.errors import UserError
 from ovqk.weights.bridge import BridgeWeights
 from ovqk.weights.families import FAMILIES, WRAPPED, family_of
-from ovqk.weights.types import apply_norm, fold_embeddings, fold_layer, fold_mlp, fold_reads, keys, normalise, queries
+from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
+from ovqk.weights.norms import apply_norm, normalise
+from ovqk.weights.types import keys, queries
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 
@@ -611,7 +613,7 @@ def test_what_scales_gpt2s_scores_is_read_or_told(tmp_path, keys, scale, told) -
 
 def test_a_cap_on_logits_is_told(tiny, tmp_path) -> None:
     notes = opened(with_settings(tiny("gemma2"), tmp_path, final_logit_softcapping=20.0)).notes
-    assert any("logits are capped at 20, and no metric has that in" in note for note in notes)
+    assert any("logits are capped at 20, which is not part of any metric" in note for note in notes)
 
 
 def test_keys_that_transformers_does_not_have_for_a_model_type_are_not_read(tiny, tmp_path) -> None:

@@ -8,7 +8,7 @@ from support.commands import compose
 from support.gguf_writing import write_gguf
 from support.models import make
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
 from ovqk.weights.readers import open_weights

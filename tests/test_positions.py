@@ -9,21 +9,20 @@ from hypothesis import strategies as st
 from support.oracle import rotation
 from support.small import Random, run, task
 
-from ovqk.circuits import positions, vocabulary
+from ovqk.circuits import grams, moments
+from ovqk.circuits.moments import head_moments, normalised_head_moments, row_moments, sample_rows, sample_step
 from ovqk.circuits.positions import (
-    head_moments,
     learned_position_scores,
     learned_shares,
-    normalised_head_moments,
     previous_token_auc_rotary,
     rotary_offset_scores,
     rotary_shares,
     rotary_span,
-    row_moments,
-    sample_rows,
-    sample_step,
 )
-from ovqk.weights.types import Architecture, LayerWeights, QueryKeyNorm, Rotary, StoredRows, keys, normalise, queries
+from ovqk.weights.norms import QueryKeyNorm, normalise
+from ovqk.weights.rotary import Rotary
+from ovqk.weights.stored_rows import StoredRows
+from ovqk.weights.types import Architecture, LayerWeights, keys, queries
 
 
 def facts(**changes) -> Architecture:
@@ -138,7 +137,7 @@ def test_moments_of_normalised_queries_are_those_of_every_token(kind, over_heads
         weights = dataclasses.replace(weights, b_Q=torch.zeros(2, 4), b_K=torch.zeros(1, 4))
     norm = QueryKeyNorm(torch.rand(2, 4, generator=g), torch.rand(1, 4, generator=g), eps, over_heads)
     weights, W_E = dataclasses.replace(weights, qk_norm=norm), 3 * torch.randn(50, 8, generator=g).double()
-    monkeypatch.setattr(vocabulary, "BLOCK", 16)
+    monkeypatch.setattr(grams, "BLOCK", 16)
     both = normalised_head_moments(weights, architecture, W_E)
     for found, rows in zip(both, (W_E, normalise(W_E, kind, architecture.norm_eps)), strict=True):
         q, k = queries(weights, rows), keys(weights, rows).expand(2, -1, -1)
@@ -155,9 +154,9 @@ def test_a_large_vocabulary_is_sampled_in_even_steps_and_a_small_one_is_read_who
     assert [sample_step(n, 640) for n in (100, 49152, 65535, 65536, 262144)] == [1, 1, 1, 2, 8]
     assert sample_step(262144, 8192) == 32  # long rows: 8,192 tokens
     W_E = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(positions, "BLOCK", 16)
+    monkeypatch.setattr(moments, "BLOCK", 16)
     assert torch.equal(sample_rows(W_E), W_E)
-    monkeypatch.setattr(positions, "SAMPLE", 30)
+    monkeypatch.setattr(moments, "SAMPLE", 30)
     for rows in (W_E, StoredRows(lambda start, stop: W_E[start:stop], (100, 8))):
         assert torch.equal(sample_rows(rows), W_E[::3])
 
@@ -166,7 +165,7 @@ def test_shares_of_a_sample_are_near_those_of_all_tokens_and_the_record_says_so(
     source, made = Random("qk-norm"), task()
     whole = run(source, made)
     assert not any("moments are taken over" in note for note in whole.notes)
-    monkeypatch.setattr(positions, "SAMPLE", 60)
+    monkeypatch.setattr(moments, "SAMPLE", 60)
     sampled = run(source, made)
     assert any("taken over one in 2 of 120 tokens" in note for note in sampled.notes)
     names = ["qk_share_position", "qk_share_content", "qk_share_interaction"]
@@ -233,7 +232,8 @@ def test_offset_r2_is_the_adjusted_r2_of_the_two_way_regression(seed: int, T: in
 def test_previous_token_over_orthogonal_positions_is_positional_with_symmetry_zero() -> None:
     """Why symmetry does not tell position from content: this head is all position, and has symmetry 0."""
     from ovqk.circuits.factors import qk_factors
-    from ovqk.circuits.spectra import decompose, spectrum_metrics
+    from ovqk.circuits.maps import decompose
+    from ovqk.circuits.spectra import spectrum_metrics
 
     weights, architecture, W_pos = one_hot_layer(torch.diag(torch.ones(11), -1))
     symmetry = spectrum_metrics(decompose(qk_factors(weights, architecture), centred=False))["symmetry"]

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles
+from ovqk.checkpoints.checkpoint import Checkpoint
+from ovqk.checkpoints.tensors import SafetensorsFiles
 from ovqk.tasks.prompts import known_words, sample_prompts, start_tokens, token_positions, variants
 
 WORDS = {

@@ -13,12 +13,14 @@ from support.commands import compose
 from support.models import local
 
 from ovqk.cell import run_cell
-from ovqk.checkpoints.checkpoint import open_checkpoint
 from ovqk.checkpoints.gguf_file import GGUFFile
-from ovqk.circuits.vocabulary import Block0
+from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.circuits.effective_embeddings import Block0
 from ovqk.tasks.words import load_tokenizer
+from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
+from ovqk.weights.norms import normalise
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import fold_embeddings, fold_layer, fold_mlp, fold_reads, keys, normalise, queries
+from ovqk.weights.types import keys, queries
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -13,7 +13,9 @@ from support.models import KINDS, local
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles, open_checkpoint
+from ovqk.checkpoints.checkpoint import Checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.checkpoints.tensors import SafetensorsFiles
 from ovqk.errors import UserError
 from ovqk.weights.families import family_of
 from ovqk.weights.readers import open_weights
@@ -126,7 +128,8 @@ def test_a_plain_llama_is_read_without_transformers() -> None:
     config = {"model_type": "llama", "max_position_embeddings": 16, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
     code = (
-        "import sys; from pathlib import Path; from ovqk.checkpoints.checkpoint import Checkpoint, SafetensorsFiles; "
+        "import sys; from pathlib import Path; from ovqk.checkpoints.checkpoint import Checkpoint; "
+        "from ovqk.checkpoints.tensors import SafetensorsFiles; "
         "from ovqk.weights.families import family_of; from ovqk.weights.rotations import completed, read_rotations; "
         "from ovqk.weights.types import Architecture; "
         f"config = {config}; checkpoint = Checkpoint('x', Path(), config, SafetensorsFiles({{}}, {{}}, {{}}), ''); "

@@ -15,22 +15,25 @@ from support.models import local
 from support.small import DRAWS, Random, V, cell, run, task, tokenizer
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
-from ovqk.circuits import alignment, spectra
+from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.circuits import alignment, effective_embeddings, spectra
 from ovqk.circuits.alignment import TopSearch, in_top_by_source, settle
+from ovqk.circuits.effective_embeddings import EffectiveRows
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
-from ovqk.circuits.vocabulary import FullCircuit, Vocabulary
+from ovqk.circuits.grams import FullCircuit
+from ovqk.circuits.maps import Decomposition
+from ovqk.circuits.spectra import full_circuit_ratio
+from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.errors import UserError
 from ovqk.structure.model import Layer, Model
-from ovqk.tasks import readouts
-from ovqk.tasks.readouts import TOP_METRICS, EffectiveRows
+from ovqk.tasks.readouts import TOP_METRICS
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import load_tokenizer
 from ovqk.verdicts import surrogates
 from ovqk.verdicts.claim_tests import ClaimTests
 from ovqk.verdicts.statistics import monte_carlo
-from ovqk.weights.types import Architecture, EmbeddingWeights, StoredRows
+from ovqk.weights.stored_rows import StoredRows
+from ovqk.weights.types import Architecture, EmbeddingWeights
 
 FACTS = Architecture("test", 1, 1, 1, 6, 3, 7, "rmsnorm", 1e-6, "learned")
 
@@ -80,7 +83,7 @@ def test_a_piece_that_is_read_has_a_bound(monkeypatch) -> None:
         asked.append(stop - start)
         return matrix[start:stop]
 
-    monkeypatch.setattr(StoredRows, "PIECE", 16)
+    monkeypatch.setattr(StoredRows, "PIECE_TOKENS", 16)
     assert torch.equal(StoredRows(read, (100, 3))[torch.arange(1, 99, 2)], matrix[1:99:2])
     assert max(asked) <= 16
 
@@ -97,8 +100,8 @@ def stored(model: Random) -> tuple[Random, list[int]]:
 def test_an_unembedding_is_not_read_anew_for_every_surrogate(kept, monkeypatch) -> None:
     """In memory where it is small; otherwise passed once for each layer, and once for each stage of the draws."""
     wanted = run(Random(), task(), "model.claims=null").tables["candidates"]
-    monkeypatch.setattr(readouts, "KEPT_UP_TO", kept)
-    monkeypatch.setattr(readouts, "SCREEN", 16)
+    monkeypatch.setattr(effective_embeddings, "KEPT_UP_TO", kept)
+    monkeypatch.setattr(effective_embeddings, "SCREEN", 16)
     monkeypatch.setattr(surrogates, "PART_ELEMENTS", 1)  # one draw at a time
     model, reads = stored(Random())
     found = analyse(model, tokenizer(), V, "toy", cell(task(), "model.claims=null")).tables["candidates"]

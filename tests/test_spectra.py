@@ -10,18 +10,17 @@ from hypothesis import strategies as st
 from support.oracle import regauge
 
 from ovqk.circuits.factors import Factors
+from ovqk.circuits.grams import centred_gram, precision
+from ovqk.circuits.maps import Basis, decompose
+from ovqk.circuits.orthonormal import power_of_two
 from ovqk.circuits.spectra import (
-    Basis,
-    decompose,
     eigenvalues,
     full_circuit_singular_values,
-    power_of_two,
     spectrum_metrics,
     trace_ratio,
     vocabulary_symmetry,
 )
 from ovqk.circuits.summed_qk import directionality, layer_metrics
-from ovqk.circuits.vocabulary import centred_gram, precision
 from ovqk.weights.types import Architecture, LayerWeights
 
 

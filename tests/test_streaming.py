@@ -15,15 +15,20 @@ from support import ROOT
 from support.models import local
 from support.toy import RATIO, SCALE, run, toy_task, toy_tokenizer
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
-from ovqk.circuits import vocabulary
+from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.circuits import grams
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import decompose, eigenvalues, full_circuit_singular_values, trace_ratio
-from ovqk.circuits.vocabulary import centred_gram, mean_row, read_vocabulary
+from ovqk.circuits.grams import centred_gram, mean_row
+from ovqk.circuits.maps import decompose
+from ovqk.circuits.spectra import eigenvalues, full_circuit_singular_values, trace_ratio
+from ovqk.circuits.vocabulary import read_vocabulary
 from ovqk.metrics import HEAD_METRICS
 from ovqk.weights import native
+from ovqk.weights.folding import fold_embeddings
+from ovqk.weights.norms import Norm
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import EmbeddingWeights, Norm, StoredRows, fold_embeddings
+from ovqk.weights.stored_rows import StoredRows
+from ovqk.weights.types import EmbeddingWeights
 
 
 def rows(n: int, d: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
@@ -60,7 +65,7 @@ def test_gain_and_centring_are_those_of_the_whole_matrix() -> None:
     found = stored(matrix).folded(gain, centred=True)[torch.arange(50)]
     wanted = matrix * gain
     assert torch.allclose(found, wanted - wanted.mean(1, keepdim=True), atol=1e-6)
-    with pytest.raises(ValueError, match="a gain comes before centring"):
+    with pytest.raises(ValueError, match="a gain must be applied before centring"):
         stored(matrix).folded(None, centred=True).folded(gain, centred=False)
 
 
@@ -87,8 +92,8 @@ def test_a_gram_is_the_same_in_whatever_blocks_and_stripes(monkeypatch) -> None:
     a, b = rows(500, 12, 6, shift=5.0), rows(500, 12, 7, shift=-2.0)
     centred = a.double() - a.double().mean(0)
     for block, stripe in ((4096, 256), (7, 5), (1, 1)):
-        monkeypatch.setattr(vocabulary, "BLOCK", block)
-        monkeypatch.setattr(vocabulary, "STRIPE", stripe)
+        monkeypatch.setattr(grams, "BLOCK", block)
+        monkeypatch.setattr(grams, "STRIPE_COLUMNS", stripe)
         assert torch.allclose(centred_gram(a, a), centred.T @ centred, rtol=1e-9, atol=1e-8)
         assert torch.allclose(centred_gram(b, a), b.double().T @ centred, rtol=1e-9, atol=1e-8)
         assert torch.allclose(mean_row(a), a.double().mean(0), atol=1e-6)
@@ -98,7 +103,7 @@ def test_a_gram_is_the_same_in_whatever_blocks_and_stripes(monkeypatch) -> None:
 def test_a_cell_from_stored_embeddings_is_that_of_embeddings_in_memory(path, request, tiny, monkeypatch) -> None:
     folder = request.getfixturevalue(path) if path.startswith("tiny") else tiny(path)
     held = run(folder, toy_task("set"), tokenizer=toy_tokenizer())[-1].tables
-    monkeypatch.setattr(native, "SMALL", 0)
+    monkeypatch.setattr(native, "KEEP_UP_TO", 0)
     source = open_weights(open_checkpoint(local(folder)), local(folder))
     assert isinstance(source.embeddings().W_E, StoredRows)
     lazy = run(folder, toy_task("set"), tokenizer=toy_tokenizer())[-1].tables
@@ -113,8 +118,8 @@ def test_float32_keeps_ratios_and_scales_within_what_the_definitions_allow(path,
     """As large models are computed, against float64: 1e-4 on ratios, 1e-4 of their size on scales."""
     folder = request.getfixturevalue(path) if path.startswith("tiny") else tiny(path)
     exact = run(folder, toy_task("set"), tokenizer=toy_tokenizer())[-1].tables
-    monkeypatch.setattr(vocabulary, "EXACT", 0)
-    monkeypatch.setattr(vocabulary, "LARGE", 0)
+    monkeypatch.setattr(grams, "FLOAT64_UP_TO", 0)
+    monkeypatch.setattr(grams, "FLOAT64_PRODUCTS_UP_TO", 0)
     rough = run(folder, toy_task("set"), tokenizer=toy_tokenizer())[-1].tables
     moved = False
     for name, metric in HEAD_METRICS.items():
@@ -135,8 +140,8 @@ def test_float32_suffices_where_embeddings_and_weights_are_far_from_isotropic(mo
     left, right = rows(d, k, 10)[None] * scales[:, None], (rows(d, k, 11)[None] * scales.flip(0)[:, None]).mT
     found = []
     for exact in (512, 10**6):
-        monkeypatch.setattr(vocabulary, "EXACT", exact)
-        monkeypatch.setattr(vocabulary, "LARGE", 0 if exact == 512 else 10**15)
+        monkeypatch.setattr(grams, "FLOAT64_UP_TO", exact)
+        monkeypatch.setattr(grams, "FLOAT64_PRODUCTS_UP_TO", 0 if exact == 512 else 10**15)
         gram = centred_gram(W_E, W_E)
         assert gram.dtype == (torch.float32 if exact == 512 else torch.float64)
         maps = decompose(Factors("qk", left, right), centred=False)

@@ -7,7 +7,7 @@ from support import ROOT
 from support.commands import compose
 from support.models import BUNDLED, local, shared_model
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.report import suggestions
 from ovqk.report.suggestions import model_arguments, next_arguments

@@ -10,7 +10,7 @@ import torch
 from support.commands import compose
 from support.models import BUNDLED, local
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import VariableKind
 from ovqk.tasks.words import RANK_WINDOW, Variable, WordSet, load_tokenizer, resolve_task, surface_form
 from ovqk.verdicts import surrogates

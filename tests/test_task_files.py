@@ -10,7 +10,7 @@ from support import ROOT
 from support.commands import compose
 from support.models import BUNDLED, local
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import plain
 from ovqk.config.schema import Direction, TaskConfig
 from ovqk.errors import UserError

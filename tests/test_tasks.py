@@ -6,7 +6,7 @@ from support.commands import compose
 from support.models import BUNDLED, local, shared_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import VariableConfig, VariableKind
 from ovqk.errors import UserError
 from ovqk.tasks.words import load_tokenizer, matched_tokens, resolve_task, surface_form

@@ -30,13 +30,15 @@ from support.small import (
     tokenizer,
 )
 
-from ovqk.analyse import Analysis, analyse
+from ovqk.analyse import analyse
 from ovqk.config.schema import Direction
+from ovqk.records.record import Analysis
 from ovqk.structure.model import Model
 from ovqk.verdicts.claim_tests import matching_grams
 from ovqk.verdicts.statistics import benjamini_hochberg
 from ovqk.verdicts.surrogates import draw_words, subsamples
-from ovqk.weights.types import LayerWeights, MLPWeights
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.types import LayerWeights
 
 COLUMNS = {
     "role", "layer", "head", "metric", "prediction", "value", "null", "null_mean", "null_sd", "percentile", "effect",

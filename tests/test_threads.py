@@ -154,7 +154,7 @@ COMPONENTS = """
 import sys, torch
 from ovqk.circuits.components import components
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import decompose
+from ovqk.circuits.maps import decompose
 
 torch.set_num_threads(int(sys.argv[1]))
 generator = torch.Generator().manual_seed(0)

@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file
 from support.models import BUNDLED, local, make_gpt2, make_llama, shared_model
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.weights.folding import fold_embeddings, fold_layer
+from ovqk.weights.norms import Norm
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import Norm, Rotary, fold_embeddings, fold_layer
+from ovqk.weights.rotary import Rotary
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # transformer_lens and transformers warn about their own plans
@@ -19,7 +21,7 @@ pytestmark = [
 def boot(path):
     from transformer_lens.model_bridge import TransformerBridge
 
-    from ovqk.weights.bridge import unused_tokenizer
+    from ovqk.weights.bridge_loading import unused_tokenizer
 
     with unused_tokenizer() as tokenizer:
         return TransformerBridge.boot_transformers(str(path), device="cpu", tokenizer=tokenizer)
@@ -71,7 +73,7 @@ def test_what_real_gpt2_head_4_11_does_is_not_on_the_direct_path_from_positions(
 
 def test_gamma_is_folded_after_the_bias() -> None:
     """b + beta W uses the original W: folding gamma first would scale it."""
-    from ovqk.weights.types import _read_through
+    from ovqk.weights.folding import _read_through
 
     W, b = torch.tensor([[[2.0], [4.0]]]), torch.tensor([[1.0]])
     norm = Norm("rmsnorm", weight=torch.tensor([10.0, 100.0]), bias=torch.tensor([1.0, 1.0]))

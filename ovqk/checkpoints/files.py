@@ -1,4 +1,4 @@
-"""The files of a checkpoint as names and hashes: what holds which tensor, and what results depend on."""
+"""The files of a checkpoint: which file holds which tensor, and the hashes that results depend on."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.mode
 
 
 def read_config(directory: Path, label: str, name: str = CONFIG) -> dict[str, Any]:
-    """The config.json of a directory, or another file of JSON keys.
+    """Read a directory's config.json, or another file of JSON keys.
 
     Raises:
         UserError: it is no JSON object.
@@ -34,7 +34,7 @@ def read_config(directory: Path, label: str, name: str = CONFIG) -> dict[str, An
 
 
 def names_by_shard(directory: Path, label: str) -> dict[str, list[str]]:
-    """By file name, in order, the tensors that the index of a directory promises of each shard.
+    """Return the shards' file names, in order -> the tensors that a directory's index promises in each.
 
     Raises:
         UserError: the index is damaged.
@@ -51,7 +51,7 @@ def names_by_shard(directory: Path, label: str) -> dict[str, list[str]]:
 
 
 def digest(hashes: Mapping[str, str]) -> str:
-    """SHA-256 over the names and the hashes of files, in the order of their names."""
+    """Return the SHA-256 over the names and the hashes of files, in the order of their names."""
     total = hashlib.sha256()
     for name in sorted(hashes):
         total.update(f"{name}:{hashes[name]}\n".encode())
@@ -59,7 +59,7 @@ def digest(hashes: Mapping[str, str]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """A file's SHA-256; the hub's own for a file in its cache, remembered by (path, size, mtime) elsewhere."""
+    """Return a file's SHA-256; the hub's own for a file in its cache, remembered by (path, size, mtime) elsewhere."""
     if path.is_symlink():
         blob = path.readlink()
         if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
@@ -81,7 +81,7 @@ def file_hash(path: Path) -> str:
 
 
 def remember(path: Path, content: Any) -> None:
-    """Write JSON that can be had again: atomically, and not at all where the disk does not take it."""
+    """Write JSON that can be had again: atomically, and not at all if the disk does not take it."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,5 +92,5 @@ def remember(path: Path, content: Any) -> None:
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for ovqk (`OVQK_CACHE_DIR` moves it)."""
+    """Return the user's cache folder for ovqk (`OVQK_CACHE_DIR` moves it)."""
     return Path(os.environ.get("OVQK_CACHE_DIR") or platformdirs.user_cache_dir("ovqk"))

@@ -1,4 +1,4 @@
-"""GGUF files, the format of llama.cpp: a header of metadata and tensor places, and tensors that may be quantised.
+"""GGUF files, llama.cpp's format: a header with metadata and tensor places, and tensors that may be quantised.
 
 The header is read here, since the package `gguf` takes seconds for the words of a real vocabulary; what a quantised
 block of numbers stands for is that package's to say. Tensors are read one at a time, and only the bytes asked for.
@@ -35,7 +35,7 @@ class StoredTensor:
         shape: as numpy and torch write it, the outermost dimension first.
         quantisation: the name of its number format, such as `F32`, `Q4_1` or `Q6_K`.
         offset: the byte of the file at which it begins.
-        row_bytes: bytes of one row, that is of the innermost dimension.
+        row_bytes: bytes in one row, the innermost dimension.
         known: whether its numbers can be had.
     """
 
@@ -56,7 +56,7 @@ class GGUFFile:
 
     Attributes:
         metadata: key -> a number, a truth value, a string, or a list of one of these.
-        tensors: name -> where it is.
+        tensors: name -> its place in the file.
     """
 
     def __init__(self, path: Path, label: str) -> None:
@@ -105,7 +105,7 @@ class GGUFFile:
         return _dequantised(stored, tensor.quantisation, tensor.shape[-1]).reshape(shape)
 
     def quantisations(self) -> dict[str, str]:
-        """Kind of tensor, without layer and suffix (`attn_q`, `token_embd`) -> the number formats it is stored in."""
+        """Return the number formats of each kind of tensor, named without layer and suffix (`attn_q`, `token_embd`)."""
         found: dict[str, set[str]] = {}
         for name, tensor in self.tensors.items():
             parts = [part for part in name.split(".") if not part.isdecimal() and part not in ("blk", "weight")]
@@ -114,7 +114,7 @@ class GGUFFile:
 
 
 def _dequantised(stored: NDArray[np.uint8], quantisation: str, n_columns: int) -> NDArray[np.float32]:
-    """Rows of bytes as rows of numbers, a block of rows at a time."""
+    """Turn rows of bytes into rows of numbers, a block of rows at a time."""
     from gguf import GGMLQuantizationType, quants
 
     numbers = np.empty((len(stored), n_columns), np.float32)
@@ -129,7 +129,7 @@ def _dequantised(stored: NDArray[np.uint8], quantisation: str, n_columns: int) -
 
 
 def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Metadata and tensors.
+    """Return the metadata and the tensors.
 
     Raises:
         ValueError, struct.error: the bytes are no such header, or the file is shorter than it says.
@@ -239,7 +239,7 @@ class _Cursor:
 # --- as the tensors of a checkpoint ---------------------------------------------------------------------------
 
 Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""What puts the numbers of a whole tensor back into another layout."""
+"""Puts the numbers of a whole tensor back into another layout."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class RenamedTensors:
 
     Attributes:
         names: name here -> name in the file.
-        changes: name here -> what is done to the numbers, if anything is.
+        changes: name here -> the change to the numbers, if there is one.
         shapes: name here -> shape, after the change.
     """
 

@@ -1,4 +1,4 @@
-"""The settings of a GGUF file as config.json has them: what is derived, and what each architecture says besides."""
+"""A GGUF file's settings as config.json has them: derived ones, and those for single architectures."""
 
 import math
 import re
@@ -120,7 +120,7 @@ def llama(file: GGUFFile, config: Config) -> Config:
 
 
 def gpt_neox(file: GGUFFile, config: Config) -> Config:
-    """Return the rotation, of a part of each head, and whether attention and MLP read the same stream."""
+    """Return the rotation, for a part of each head, and whether attention and MLP read the same stream."""
     rotation = rotary(file, config)
     share = rotation["rope_parameters"].pop("partial_rotary_factor", 1.0)
     theta = rotation["rope_parameters"]["rope_theta"]
@@ -130,7 +130,7 @@ def gpt_neox(file: GGUFFile, config: Config) -> Config:
 
 
 def phi3(file: GGUFFile, config: Config) -> Config:
-    """Return the rotation, with what transformers reads of it beside `rope_parameters` too."""
+    """Return the rotation, with the keys that transformers reads beside `rope_parameters` too."""
     rotation = rotary(file, config)
     trained = rotation["rope_parameters"].get("original_max_position_embeddings")
     top = {} if trained is None else {"original_max_position_embeddings": trained}
@@ -139,7 +139,7 @@ def phi3(file: GGUFFile, config: Config) -> Config:
 
 
 def gemma2(file: GGUFFile, config: Config) -> Config:
-    """Return what the file leaves to the model: every other layer slides, and the scale of the scores.
+    """Return the settings that the file leaves to the model: every other layer slides, and the scale of the scores.
 
     The scale is that of d_head, in the largest model of d_model / heads, as llama.cpp takes it.
     """
@@ -149,7 +149,7 @@ def gemma2(file: GGUFFile, config: Config) -> Config:
 
 
 def gemma3(file: GGUFFile, config: Config) -> Config:
-    """Return the same of Gemma 3: every sixth layer sees all, the others slide, with a rotation of their own."""
+    """Return the same for Gemma 3: every sixth layer sees all, the others slide, with a rotation of their own."""
     rotation = rotary(file, config)
     largest = 62  # layers of Gemma 3 27B
     period = number(file, "attention.sliding_window_pattern") or 6

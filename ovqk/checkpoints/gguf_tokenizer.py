@@ -11,7 +11,7 @@ from ovqk.errors import UserError
 
 
 class TokenKind(IntEnum):
-    """What llama.cpp says of a token."""
+    """The kinds of tokens in llama.cpp."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -77,7 +77,7 @@ def tokenizer_of(metadata: Mapping[str, Any], label: str) -> Tokenizer | None:
 def _built(metadata: Mapping[str, Any], kind: str, tokens: list[str], label: str) -> Tokenizer:
     kinds = metadata.get("tokenizer.ggml.token_type", [TokenKind.NORMAL] * len(tokens))
     if len(kinds) != len(tokens):
-        raise UserError(f"{label}: the file has {len(tokens)} tokens, and says of {len(kinds)} of what kind they are.")
+        raise UserError(f"{label}: the file has {len(tokens)} tokens but gives the kinds for {len(kinds)}.")
     n_tokens = len(tokens)
     while n_tokens and kinds[n_tokens - 1] == TokenKind.UNUSED and re.fullmatch(r"\[PAD\d+\]", tokens[n_tokens - 1]):
         n_tokens -= 1  # rows that only make the embedding larger
@@ -146,7 +146,7 @@ def _isolated(pattern: str) -> Any:
 
 
 def _sentencepiece(metadata: Mapping[str, Any], vocabulary: dict[str, int], kinds: list[int], label: str) -> Tokenizer:
-    """SentencePiece's BPE: of all neighbours the two are joined first that make the piece of the highest score."""
+    """Build SentencePiece's BPE, which first joins the two neighbours that make the piece with the highest score."""
     scores = metadata.get("tokenizer.ggml.scores")
     if scores is None or len(scores) < len(vocabulary):
         raise UserError(f"{label}: the file's SentencePiece tokenizer has no score for each token.")

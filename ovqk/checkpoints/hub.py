@@ -1,4 +1,4 @@
-"""Models of the hub: of a repository only what ovqk reads is fetched, and only what no cache holds.
+"""Models of the hub: only tensors that ovqk reads are fetched, and only if no cache holds them.
 
 Whole files go to the Hugging Face cache, where other programs find them. Of a shard of which ovqk reads the smaller
 part, that part alone is read, by byte ranges, into a smaller file in ovqk's own cache. Either is complete or not there.
@@ -34,8 +34,8 @@ from ovqk.config.schema import ModelConfig
 from ovqk.errors import UserError
 
 SHARE = 0.5
-"""Of a shard's bytes: where ovqk reads more, the whole file is fetched, which other programs can use too."""
-CHUNK = 2**24  # bytes of one request: what is in memory at a time
+"""Share of a shard's bytes: if ovqk reads more, the whole file is fetched, which other programs can use too."""
+CHUNK = 2**24  # bytes of one request, which are in memory at a time
 REMEMBERED = 300.0
 """Seconds for which a repository is not asked for again after its hub could not be reached, or fell silent."""
 READ = "attention, norms, embeddings and the first MLP"
@@ -46,13 +46,13 @@ Reads = Callable[[Mapping[str, Any]], Callable[[str], bool] | None]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What there is on this machine of a repository at one commit.
+    """The files on this machine of a repository at one commit.
 
     Attributes:
         directory: holds config.json and the tokenizer's files; of a model for the bridge, everything.
         shards: the files, whole or smaller, that hold the tensors ovqk reads.
-        hashes: file name -> SHA-256 of every whole shard of the repository, whether it was fetched or not.
-        commit: what the revision resolved to.
+        hashes: file name -> SHA-256 for every whole shard in the repository, whether it was fetched or not.
+        commit: the commit that the revision resolved to.
     """
 
     directory: Path
@@ -62,7 +62,7 @@ class Snapshot:
 
 
 def fetch(model: ModelConfig, label: str, timeout: float, reads: Reads | None = None) -> Snapshot:
-    """What ovqk reads of a model of the hub, fetched where no cache holds it.
+    """Fetch the files that ovqk reads of a model on the hub and no cache holds, and return all of them.
 
     A hub that could not be reached, or fell silent, is waited for once: within REMEMBERED seconds the same question
     (with the same timeout) in this process has the same answer at once, as for the other cells of a sweep.
@@ -74,7 +74,7 @@ def fetch(model: ModelConfig, label: str, timeout: float, reads: Reads | None = 
         reads: from config.json, which tensors are read; shards without any are not fetched.
 
     Raises:
-        UserError: it cannot be had; the message says why and what to do.
+        UserError: it is not available; the message says why and gives a remedy.
     """
     if not model.repo:
         raise UserError(f"model.repo: not set for model={model.name}. source=hub needs repo: OWNER/NAME.")
@@ -96,12 +96,12 @@ def fetch(model: ModelConfig, label: str, timeout: float, reads: Reads | None = 
 
 
 _unanswered: dict[tuple[str, bool, str, float], tuple[float, str]] = {}
-"""What was asked of the hub in vain -> when, and the message."""
+"""Requests that the hub did not answer -> the time and the message."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file of the repository: its bytes, and its SHA-256 where it is a large one."""
+    """A file of the repository: its bytes, and its SHA-256 if it is a large one."""
 
     size: int
     sha256: str | None
@@ -109,7 +109,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A shard to fetch, and how many bytes of it: all, or where there is a header the tensors of these names."""
+    """A shard to fetch, and how many bytes of it: all, or if there is a header, the tensors of these names."""
 
     shard: str
     size: int
@@ -118,10 +118,10 @@ class _Wanted:
 
 
 class _Repository:
-    """A repository at one commit: what it holds, what of it is here, and how the rest is fetched."""
+    """A repository at one commit: its files, those on this machine, and how the rest is fetched."""
 
     def __init__(self, repo: str, revision: str, label: str, patience: Patience, reads: Reads | None) -> None:
-        """Resolve the revision and find out what there is."""
+        """Resolve the revision and list the files."""
         from huggingface_hub import HfFileSystem
 
         self.repo, self.label, self.patience = repo, label, patience
@@ -136,7 +136,7 @@ class _Repository:
         self.reads = None if reads is None else reads(read_config(self.directory, label))
 
     def snapshot(self) -> Snapshot:
-        """All that ovqk reads, fetched where it is not here."""
+        """Fetch the files that ovqk reads and this machine lacks, and return all of them."""
         names, needed = self._shards(), []
         for shard, promised in names.items():
             unread = self.reads is not None and promised and not any(map(self.reads, promised))
@@ -150,10 +150,10 @@ class _Repository:
         hashes = {shard: self.listing[shard].sha256 or file_hash(paths[shard]) for shard in names}
         return Snapshot(self.directory, list(paths.values()), hashes, self.commit)
 
-    # --- what there is ----------------------------------------------------------------------------------------
+    # --- files that exist -------------------------------------------------------------------------------------
 
     def _listing(self) -> dict[str, _Entry]:
-        """The repository's files: as remembered, as the hub says, or where it does not answer, those in the cache."""
+        """Return the repository's files: as remembered, from the hub, or from the cache if the hub does not answer."""
         from huggingface_hub.errors import HTTPError
 
         memory = self.own / "listing.json"
@@ -181,9 +181,9 @@ class _Repository:
         return found
 
     def _shards(self) -> dict[str, list[str]]:
-        """File name of each shard -> the tensors that the index promises of it; none where one file holds all.
+        """Return each shard's file name -> the tensors that the index promises in it; no tensors if one file holds all.
 
-        As transformers does: model.safetensors where it is there, else the shards of the index.
+        As transformers does, it takes model.safetensors if it exists, else the shards of the index.
         """
         if INDEX not in self.listing and SINGLE not in self.listing:
             raise UserError(f"{self.label}: the repository holds no {SINGLE}; ovqk unpickles nothing.")
@@ -197,16 +197,16 @@ class _Repository:
         return shards
 
     def _here(self, shard: str) -> Path | None:
-        """The shard in the Hugging Face cache, or the part of it in ovqk's own; None where neither holds it."""
+        """Return the shard in the Hugging Face cache, or the part of it in ovqk's own; None if neither holds it."""
         whole, part = self.directory / shard, self.own / shard
         if whole.is_file():
             return whole
         return part if self.reads is not None and is_part(part, self.reads) else None
 
-    # --- what is fetched --------------------------------------------------------------------------------------
+    # --- files to fetch ---------------------------------------------------------------------------------------
 
     def _wanted(self, shard: str, promised: list[str]) -> _Wanted:
-        """The whole shard, or the part of it that is read where that saves most of its bytes."""
+        """Return the whole shard, or only the part that is read if that saves most of its bytes."""
         entry = self.listing[shard]
         if self.reads is None or entry.sha256 is None or (promised and all(map(self.reads, promised))):
             return _Wanted(shard, entry.size)
@@ -220,7 +220,7 @@ class _Repository:
         return _Wanted(shard, entry.size) if size > SHARE * entry.size else _Wanted(shard, size, header, names)
 
     def _fetch(self, wanted: list[_Wanted], total: int) -> None:
-        """Say what is fetched, and fetch it."""
+        """Announce the files to fetch, and fetch them."""
         from huggingface_hub import constants
         from rich.filesize import decimal
 
@@ -244,12 +244,12 @@ class _Repository:
         free = shutil.disk_usage(there).free
         if size > free:
             raise UserError(
-                f"{self.label}: {decimal(size)} are to be fetched, and {decimal(free)} are free. Free some, or move "
-                f"the cache to another disk with {key}."
+                f"{self.label}: {decimal(size)} must be fetched, but only {decimal(free)} are free. Free some "
+                f"space, or move the cache to another disk with {key}."
             )
 
     def _whole(self, name: str, revision: str, advance: Callable[[int], None] = lambda size: None) -> Path:
-        """A file of the Hugging Face cache, fetched where it is not there."""
+        """Return a file's path in the Hugging Face cache; fetch the file if it is missing."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -282,7 +282,7 @@ class _Repository:
 
     @contextmanager
     def _ranges(self, shard: str) -> Iterator[Read]:
-        """Byte ranges of a file of the hub."""
+        """Yield a reader of byte ranges from a file on the hub."""
         with self.remote.open(f"{self.repo}@{self.commit}/{shard}", "rb", cache_type="none") as file:
 
             def read(offset: int, length: int) -> bytes:
@@ -290,8 +290,8 @@ class _Repository:
                 data = file.read(length)
                 if len(data) != length:
                     raise UserError(
-                        f"{self.label}: {shard} came cut short: {len(data)} bytes from byte {offset} on rather than "
-                        f"{length}. Run it again; if that recurs, look at what stands between here and the hub."
+                        f"{self.label}: {shard} arrived incomplete: {len(data)} bytes from byte {offset} on instead of "
+                        f"{length}. Run it again; if that recurs, check the network between this machine and the hub."
                     )
                 self.patience.renew()
                 return bytes(data)
@@ -301,7 +301,7 @@ class _Repository:
 
 @contextmanager
 def _progress(text: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Say on standard error what is fetched; yields what takes the bytes that came, for a bar on a terminal."""
+    """Announce a download on standard error; yield a function that takes the bytes received, for a progress bar."""
     from huggingface_hub.utils import are_progress_bars_disabled
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn

@@ -10,7 +10,7 @@ from typing import Any
 
 from ovqk.errors import UserError
 
-DEFAULT = 10.0  # seconds that huggingface_hub waits, where nothing is set
+DEFAULT = 10.0  # seconds that huggingface_hub waits if nothing is set
 CONNECT = 10.0  # seconds that making a connection may take
 CONNECT_AGAIN = 3.0  # the same to a host that could not be reached before
 ATTEMPTS = 4  # to connect: the library makes the second at once, the third after one and the fourth after two seconds
@@ -46,7 +46,7 @@ class Patience:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Inside, no request of the library waits longer than this, and none begins once patience is over."""
+        """Limit every request of the library inside to this time, and begin none once it is over."""
         from huggingface_hub import constants, set_client_factory
         from huggingface_hub.utils import logging
         from huggingface_hub.utils._http import default_client_factory
@@ -73,7 +73,7 @@ class Patience:
         if self.over:
             raise TimeoutError(f"nothing new for {self.seconds:g} s")
         own = request.extensions.get("timeout", {}).get("read") or DEFAULT
-        limit = self.seconds if own >= DEFAULT else min(own, self.seconds)  # what may fail has a short one
+        limit = self.seconds if own >= DEFAULT else min(own, self.seconds)  # a request that may fail has a short one
         request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), limit) | {
             "connect": min(limit, CONNECT_AGAIN if request.url.host in _unreached else CONNECT)
         }
@@ -108,14 +108,14 @@ class Patience:
         self._attempts = 0
         self.status = response.status_code if response.status_code in (408, 429, *range(500, 600)) else None
         if response.request.method == "HEAD" and response.status_code < 400:
-            self.renew()  # what has a body counts when it has come
+            self.renew()  # a response with a body counts when the body has come
         if response.status_code == 429:
             for name in ("ratelimit", "retry-after"):  # for as long the library would sleep
                 response.headers.pop(name, None)
 
 
 class Bar:
-    """What huggingface_hub takes for a progress bar."""
+    """A stand-in that huggingface_hub takes for a progress bar."""
 
     def __init__(self, patience: Patience, advance: Callable[[int], None], **_: Any) -> None:
         self.patience, self.advance = patience, advance
@@ -133,7 +133,7 @@ class Bar:
 
 @contextmanager
 def one_message(label: str, revision: str, patience: Patience) -> Iterator[None]:
-    """Whatever the hub or the disk refuses inside is one message for the user."""
+    """Turn any refusal by the hub or the disk inside into one message for the user."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HTTPError,
@@ -159,13 +159,13 @@ def one_message(label: str, revision: str, patience: Patience) -> Iterator[None]
 
 
 def _reason(error: BaseException, patience: Patience) -> tuple[str, bool]:
-    """Return what was wrong and what to do, and whether the hub was waited for in vain."""
+    """Return the error and its remedy, and whether the hub was waited for in vain."""
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     number = getattr(error, "errno", None)
     status = getattr(getattr(error, "response", None), "status_code", patience.status)
-    if isinstance(number, int):  # of the disk: what comes from the network has none
+    if isinstance(number, int):  # an error of the disk; network errors have no number
         what = "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else "a cache cannot be written"
         moves = "HF_HOME moves the Hugging Face cache, OVQK_CACHE_DIR ovqk's own."
         return f"{what} ({os.strerror(number)}). {moves}", False

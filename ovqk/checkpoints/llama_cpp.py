@@ -1,7 +1,7 @@
-"""What llama.cpp makes of a checkpoint when it writes a GGUF file, undone: config.json, names and layouts.
+"""llama.cpp's changes to a checkpoint in a GGUF file, undone: config.json, names and layouts.
 
 llama.cpp's converter gives each architecture names of its own for tensors and settings, permutes the rows of queries
-and keys where its rotation pairs neighbours (Llama), writes Gemma's norms as 1 + gamma, transposes GPT-2's Conv1D
+and keys if its rotation pairs neighbours (Llama), writes Gemma's norms as 1 + gamma, transposes GPT-2's Conv1D
 weights and takes GPT-NeoX's fused queries, keys and values apart by kind rather than by head. `CONVENTIONS` says which
 architecture has which of these; a new one is a new row.
 """
@@ -30,9 +30,9 @@ class Convention:
         names: the file's name of each tensor, without `.weight` or `.bias` -> the checkpoint's; `{layer}` in both.
         required: the file's key, after the architecture's name -> the key of config.json; all must be there.
         optional: the same, of keys that may be left out.
-        constants: what config.json says and a file does not.
-        complete: what else config.json says, derived from the file and from what is known of it so far.
-        changes: the file's name of a tensor, without layer and suffix -> what puts its numbers back.
+        constants: settings of config.json that a file does not hold.
+        complete: derives the rest of config.json from the file and from the settings read so far.
+        changes: the file's name of a tensor, without layer and suffix -> the function that puts its numbers back.
     """
 
     model_type: str
@@ -53,14 +53,14 @@ REFUSED = (
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
 )
-"""Settings, after the architecture's name, that change what the model computes and are not read; 0 means unset."""
+"""Settings, after the architecture's name, that change the model's results and are not read; 0 means unset."""
 
 
 def checkpoint_of(file: GGUFFile) -> tuple[Config, RenamedTensors]:
     """Return the config.json and the tensors that the file was made from, under their names in that checkpoint.
 
     Raises:
-        UserError: the architecture is not in CONVENTIONS, a setting is missing or changes what ovqk does not read, or
+        UserError: the architecture is not in CONVENTIONS, a setting is missing or turns on an unread feature, or
             a tensor that is there does not have the shape that its change needs.
     """
     architecture = file.metadata.get("general.architecture")
@@ -88,7 +88,7 @@ def _kind(name: str) -> str:
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str | None:
-    """Return the checkpoint's name of a tensor of the file; None if ovqk knows of no such tensor."""
+    """Return the checkpoint's name for a tensor in the file; None if ovqk knows no such tensor."""
     stem, _, suffix = name.rpartition(".")
     parts = stem.split(".")
     if parts[0] == "blk" and len(parts) > 2 and parts[1].isdecimal():
@@ -133,7 +133,7 @@ def _config(file: GGUFFile, architecture: str, convention: Convention) -> Config
 
 
 def _unpermuted(numbers: Array, heads: int) -> Array:
-    """Rows (or a bias) of each head, from pairs (0, 1), (2, 3), ... to pairs (0, d/2), (1, d/2 + 1), ..."""
+    """Reorder each head's rows (or bias) from pairs (0, 1), (2, 3), ... to pairs (0, d/2), (1, d/2 + 1), ..."""
     by_pair = numbers.reshape(heads, len(numbers) // heads // 2, 2, *numbers.shape[1:])
     return by_pair.swapaxes(1, 2).reshape(numbers.shape)
 
@@ -155,7 +155,7 @@ def _transposed(numbers: Array, config: Config) -> Array:
 
 
 def _by_head(numbers: Array, config: Config) -> Array:
-    """Fused queries, keys and values: from all queries, all keys, all values to the three of each head."""
+    """Reorder fused queries, keys and values from all queries, all keys, all values to the three of each head."""
     heads = config["num_attention_heads"]
     by_kind = numbers.reshape(3, heads, len(numbers) // 3 // heads, *numbers.shape[1:])
     return by_kind.swapaxes(0, 1).reshape(numbers.shape)

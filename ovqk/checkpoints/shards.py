@@ -1,4 +1,4 @@
-"""Safetensors files by their headers: which tensors one holds and where, and a smaller file of some of them."""
+"""Safetensors files by their headers: which tensors one holds at which bytes, and a smaller file of some of them."""
 
 import json
 import os
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LONGEST_HEADER = 100_000_000  # bytes; what the format allows
+LONGEST_HEADER = 100_000_000  # bytes that the format allows
 LEFT_OUT = "ovqk_left_out"
-"""In the metadata of a smaller file: the names, as JSON, of the tensors that it does not hold of the whole one."""
+"""Key in a smaller file's metadata: the names, as JSON, of the whole file's tensors that it leaves out."""
 
 Read = Callable[[int, int], bytes]
 """(offset, length) -> that many bytes."""
@@ -30,11 +30,11 @@ class Header:
     start: int
 
     def size(self, names: Iterable[str]) -> int:
-        """Bytes of these tensors."""
+        """Count the bytes of these tensors."""
         return sum(stop - start for start, stop in (self.tensors[name]["data_offsets"] for name in names))
 
     def runs(self, names: Iterable[str]) -> list[tuple[int, int]]:
-        """(offset, length) in the file of these tensors, what adjoins in one piece."""
+        """Return (offset, length) in the file for these tensors, adjoining ones in one piece."""
         runs: list[tuple[int, int]] = []
         for name in self._ordered(names):
             first, last = (self.start + offset for offset in self.tensors[name]["data_offsets"])
@@ -44,7 +44,7 @@ class Header:
         return runs
 
     def part(self, names: Iterable[str]) -> bytes:
-        """The header of a file that holds these tensors alone, in the order of `runs`."""
+        """Return the header of a file that holds these tensors alone, in the order of `runs`."""
         held = self._ordered(names)
         left_out = [name for name in self.tensors if name not in held]
         header: dict[str, Any] = {"__metadata__": self.metadata | {LEFT_OUT: json.dumps(left_out)}}
@@ -62,7 +62,7 @@ class Header:
 
 
 def read_header(read: Read, size: int) -> Header:
-    """The header of a safetensors file of `size` bytes.
+    """Return the header of a safetensors file of `size` bytes.
 
     Raises:
         ValueError: it is none, or does not describe a file of this size.
@@ -87,7 +87,7 @@ def read_header(read: Read, size: int) -> Header:
 
 
 def is_part(path: Path, reads: Callable[[str], bool]) -> bool:
-    """Whether a smaller file is there, is whole, and leaves out no tensor that is read."""
+    """Return whether a smaller file is there, is whole, and leaves out no tensor that is read."""
     try:
         with path.open("rb") as file:
             header = read_header(lambda offset, length: os.pread(file.fileno(), length, offset), path.stat().st_size)

@@ -1,4 +1,4 @@
-"""Does a head act on the task's causal variable? Readouts over the task's tokens (definitions: section 5).
+"""Readouts over a task's tokens: whether a head acts on the task's causal variable (definitions: section 5).
 
 Rows e_t are effective embeddings normalised as the layer's norm would; the matrices are those of the folded weights,
 for QK with the mean rotation under rotary positions. Biases are absent: b_V and b_O by definition, and a query or key
@@ -13,12 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import Decomposition, guarded
+from ovqk.circuits.maps import Decomposition
+from ovqk.circuits.spectra import guarded
 from ovqk.circuits.threads import decomposed
-from ovqk.weights.types import Rows
+from ovqk.weights.stored_rows import Rows
 
-ENERGY = 0.9  # of a word set's centred rows, kept in its subspace
-SMALL = 1e-8  # of the largest energy: below it a direction is not well told by the words' Gram
+ENERGY_KEPT = 0.9  # share of a word set's energy that its subspace keeps
+ENERGY_ROUNDING = 1e-8  # relative to the largest energy: below it the words' Gram does not determine a direction
 TOP_BLOCK = 1024  # tokens compared at a time, at most, and words that they are compared with
 TOP = 5  # Wang et al. 2022 count a name as copied when its logit is among the five largest
 
@@ -26,13 +27,13 @@ TOP = 5  # Wang et al. 2022 count a name as copied when its logit is among the f
 def task_auc_by_source(
     logits: Float[Tensor, "*draw head source target"],
 ) -> tuple[Float[Tensor, "*draw head source"], Float[Tensor, "*draw head source"]]:
-    """For each task token t, the share of other task tokens u with L_tu < L_tt, in [0, 1]; a tie counts half.
+    """Return for each task token t the share of other task tokens u with L_tu < L_tt, in [0, 1]; a tie counts half.
 
     `ov_task_auc` and `qk_task_auc` are the means over t; chance 0.5.
 
     Returns:
-        With each column first less its mean over the OTHER rows (what a column gets from any source is a bias, not
-        copying), and without that centring.
+        Two versions. The first centres each column by its mean over the OTHER rows, because a logit that a target gets
+        from every source is a bias and no copying. The second does not centre.
     """
     n = logits.shape[-1]
     others = (logits.sum(-2, keepdim=True) - logits) / (n - 1)
@@ -49,7 +50,7 @@ def _below_own(logits: Float[Tensor, "*draw head source target"]) -> Float[Tenso
 def readout(
     factors: Factors, rows: Float[Tensor, "*draw source d_model"], columns: Float[Tensor, "*draw target d_model"]
 ) -> Float[Tensor, "*draw head source target"]:
-    """rows M columns^T for each head: task logits of W_OV (columns: W_U's) or scores of W_QK (columns: keys)."""
+    """Return rows M columns^T for each head: task logits by W_OV (columns: W_U's) or scores by W_QK (columns: keys)."""
     left = torch.einsum("...sd,hdk->...hsk", rows, factors.left)
     right = torch.einsum("...td,hkd->...htk", columns, factors.right)
     return left @ right.mT
@@ -58,8 +59,8 @@ def readout(
 class TopSearch:
     """A search for the words whose own logit is in the top 5 of the whole vocabulary, under W_OV times each sign.
 
-    The vocabulary is passed in blocks (`compare`, `settle`), and a word is left alone once 5 tokens are known to come
-    before it: of most words this is known after few tokens.
+    The vocabulary is passed in blocks (`compare`, `settle`). A word is closed once 5 tokens are known to come before
+    it, which for most words happens after few tokens.
 
     Attributes:
         passed: how many of the vocabulary's first tokens were compared.
@@ -72,7 +73,7 @@ class TopSearch:
         own_rows: Float[Tensor, "word d_model"],
         signs: Sequence[int] = (1, -1),
     ) -> None:
-        """Take what the maps write of each word, its id and its own row of W_U^T."""
+        """Take the rows that the maps write for each word, the word's id and its own row of W_U^T."""
         own = (written * own_rows).sum(-1)
         self.passed, self.shape = 0, (len(signs), *own.shape)
         self._alive = (own.abs().sum(-1, keepdim=True) > 0).double()
@@ -120,7 +121,7 @@ class TopSearch:
         return one
 
     def give_back(self, searches: Sequence["TopSearch"]) -> None:
-        """Write what a joined search found into those that it was joined from, which leaves no word of them open."""
+        """Write a joined search's result into the searches that it was joined from, and close all of their words."""
         for search, before in zip(searches, self._before.split([len(s._open) for s in searches]), strict=True):
             search._before[search._open], search.passed = before, self.passed
             search._open, search._own = search._open[:0], search._own[:0]
@@ -154,7 +155,7 @@ def in_top_by_source(
     W_U_rows: Rows,
     signs: Sequence[int] = (1, -1),
 ) -> list[Float[Tensor, "head word"]]:
-    """Whether each word's own logit is in the top 5 of the whole vocabulary: 1 or 0, under W_OV times each sign.
+    """Return 1 for each word whose own logit is in the vocabulary's top 5 and 0 for others, under W_OV times each sign.
 
     The means over words are `ov_task_copy`, the copy score of Wang et al. 2022, and `ov_task_suppress`.
     """
@@ -164,7 +165,7 @@ def in_top_by_source(
 
 
 def widening(start: int, n: int) -> Iterator[slice]:
-    """Slices that cover range(start, n), the first ones short: few words are open after them."""
+    """Yield slices that cover range(start, n), the first ones short because few words are open after them."""
     size = min(TOP_BLOCK, max(1, TOP_BLOCK // 32, start))
     while start < n:
         yield slice(start, min(start + size, n))
@@ -172,25 +173,27 @@ def widening(start: int, n: int) -> Iterator[slice]:
 
 
 def _count(true: Bool[Tensor, "*word token"]) -> Int[Tensor, "*word"]:
-    """How many are true in each row: bytes are summed faster than truths."""
+    """Count the true entries in each row, as bytes: torch sums bytes faster than booleans."""
     return true.view(torch.uint8).sum(-1, dtype=torch.int32)
 
 
 def subspace(
     rows: Float[Tensor, "*draw word d_model"], origin: Float[Tensor, "*or_one d_model"], rank: int | None = None
 ) -> Float[Tensor, "*draw r d_model"]:
-    """Orthonormal basis of the span of a set's rows about an origin, at 90 % of the energy or of the rank given.
+    """Return an orthonormal basis for a set's rows about an origin, with 90 % of their energy or of the given rank.
 
-    The origin is the mean of the set's matched band: the set's own mean would take out what the set has in common.
-    Of several draws at once each has its own rank, and rows of zeros in place of what others have more.
+    The origin is the mean of the set's matched band, because the set's own mean would remove the direction that its
+    words share. If there are several draws, each has its own rank, and rows of zeros fill it up to the largest.
     """
     x = (rows - origin[..., None, :]).double()
     energy, U = (part.flip(-1) for part in decomposed(torch.linalg.eigh, x @ x.mT))  # of the Gram: words are few
     share = energy.cumsum(-1) / energy.sum(-1, keepdim=True)
-    ranks = (share < ENERGY).sum(-1) + 1
+    ranks = (share < ENERGY_KEPT).sum(-1) + 1
     ranks = ranks if rank is None else torch.full_like(ranks, rank)
     most = int(ranks.max())
-    if (energy.gather(-1, ranks[..., None] - 1) <= SMALL * energy[..., :1]).any():  # fewer dimensions than asked for
+    if (
+        energy.gather(-1, ranks[..., None] - 1) <= ENERGY_ROUNDING * energy[..., :1]
+    ).any():  # fewer dimensions than asked for
         basis = torch.linalg.svd(x, full_matrices=False).Vh[..., :most, :]  # any others beside
     else:
         basis = U[..., :most].mT @ x / energy[..., :most, None].sqrt()
@@ -200,13 +203,13 @@ def subspace(
 def unit_contrast(
     minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*draw word d_model"]
 ) -> Float[Tensor, "*draw 1 d_model"]:
-    """Unit direction of mean(plus) - mean(minus), as a basis of one row; nan where they are the same."""
+    """Return the unit direction of mean(plus) - mean(minus), as a basis with one row; nan if they are the same."""
     direction = (plus.double() - minus.double()).mean(-2, keepdim=True)
     return direction / direction.norm(dim=-1, keepdim=True)
 
 
 def same_mean(minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*draw word d_model"]) -> bool:
-    """Whether both sides have the same mean, in any draw, up to the rounding of their rows."""
+    """Return whether both sides have the same mean, in any draw, up to the rounding of their rows."""
     gap = (plus.double() - minus.double()).mean(-2).norm(dim=-1)
     size = minus.norm(dim=(-2, -1)) + plus.norm(dim=(-2, -1))
     return bool((gap <= torch.finfo(torch.float32).eps * size).any())
@@ -214,7 +217,7 @@ def same_mean(minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*
 
 @dataclass(frozen=True)
 class SideAlignment:
-    """Alignment of one side of a map with a subspace; 1 is chance for both."""
+    """How well one side of a map aligns with a subspace of rank r; at least 0, and 1 is chance for both."""
 
     whole: Float[Tensor, "*draw head"]
     """|M P|_F^2 / |M|_F^2 / (r/d): the share of the map's energy on that side."""
@@ -227,7 +230,7 @@ def side_alignment(
     sigma: Float[Tensor, "head k"],
     basis: Float[Tensor, "*draw r d_model"],
 ) -> SideAlignment:
-    """Alignment of the side whose singular directions these are with the span of an orthonormal basis."""
+    """Return how well the side with these singular directions aligns with an orthonormal basis."""
     chance = basis.square().sum((-2, -1))[..., None] / basis.shape[-1]  # r is the trace of the projector
     inside = _along(basis, directions).square().sum(-2)  # [*draw, head, k]
     energy = sigma.square()
@@ -238,7 +241,7 @@ def side_alignment(
 def transfer(
     decomposition: Decomposition, read: Float[Tensor, "*draw 1 d_model"], write: Float[Tensor, "*draw 1 d_model"]
 ) -> Float[Tensor, "*draw head"]:
-    """a W_OV b^T / sigma_1, in [-1, 1]: what of the variable's read direction arrives on its write direction."""
+    """Return a W_OV b^T / sigma_1, in [-1, 1]: how much of the read direction a arrives on the write direction b."""
     a, b = _along(read, decomposition.read)[..., 0, :], _along(write, decomposition.write)[..., 0, :]
     return guarded((a * decomposition.sigma * b).sum(-1), decomposition.sigma[:, 0], decomposition.sigma[:, 0])
 

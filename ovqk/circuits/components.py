@@ -1,11 +1,11 @@
-"""The leading singular and eigen components of every head.
+"""Every head's leading singular and eigen components.
 
-In the row convention a head is the sum of its components, singular (u, v) or eigen (M r = lambda r, l M = lambda l):
+In the row convention a head is a sum over its components, singular (u, v) or eigen (M r = lambda r, l M = lambda l):
 
     x M = sum sigma (x . u) v        x M = sum lambda (x . r) l / (l . r)
 
-Only the joint sign of a component means something: (u, v) and (-u, -v) are one. The sides of an eigen component have
-l . r > 0, so that copying or suppressing, matching or avoiding show in the sign of lambda.
+A component's joint sign alone means something: (u, v) and (-u, -v) are one. The sides of an eigen component have
+l . r > 0, so that copying or suppressing, matching or avoiding show in lambda's sign.
 """
 
 import math
@@ -15,24 +15,25 @@ import torch
 from jaxtyping import Bool, Complex, Float, Inexact, Int
 from torch import Tensor
 
-from ovqk.circuits.spectra import TINY, Decomposition
+from ovqk.circuits.maps import Decomposition
+from ovqk.circuits.spectra import ZERO_WITHIN
 from ovqk.circuits.threads import decomposed
 
 COMPONENTS = 3
-CLOSE = 0.1  # values nearer than this part of the larger one are linked
-SHIFT = 1e-8  # of sum sigma: how far beside its eigenvalue a left eigenvector is sought
+CLUSTER_GAP = 0.1  # relative to the larger of two values: nearer ones are linked
+EIGENVALUE_SHIFT = 1e-8  # relative to sum sigma: distance from its eigenvalue at which a left eigenvector is sought
 KINDS, SIDES = ("singular", "eigen"), ("read", "write")
 
 
 @dataclass(frozen=True)
 class Components:
-    """Components of all heads in one batch.
+    """All heads' components in one batch.
 
     Attributes:
-        head, kind: whose it is, and the index of its kind in KINDS.
+        head, kind: the head that it belongs to, and its kind as an index into KINDS.
         component: its place by falling modulus, from 0; a complex pair takes one place.
-        value: sigma, or lambda (of a pair, the one with Im > 0).
-        cluster, cluster_size: the first component of its cluster (itself, where it stands alone), and how many the
+        value: sigma, or lambda (for a pair, the one with Im > 0).
+        cluster, cluster_size: the first component of its cluster (itself if it stands alone), and how many the
             cluster has, reported or not. Above 1 only the cluster's span is identified.
         read, write: orthonormal rows that span the side: two for a pair, else one and a row of zeros.
     """
@@ -48,31 +49,31 @@ class Components:
 
 
 def components(decomposition: Decomposition, count: int = COMPONENTS) -> Components:
-    """The `count` leading singular and eigen components of every head, without those that are rounding."""
+    """Return the `count` leading singular and eigen components of every head, without those that are rounding."""
     both = singular_components(decomposition, count), eigen_components(decomposition, count)
     return Components(*(torch.cat([getattr(part, field.name) for part in both]) for field in fields(Components)))
 
 
 def singular_components(decomposition: Decomposition, count: int) -> Components:
-    """Those below 1e-6 of sum sigma are left out."""
+    """Return the leading singular components, without those below 1e-6 of sum sigma."""
     sigma = decomposition.sigma
-    kept = sigma[:, :count] > TINY * sigma.sum(-1, keepdim=True)
+    kept = sigma[:, :count] > ZERO_WITHIN * sigma.sum(-1, keepdim=True)
     sides = [side[:, :, :count].mT[kept].to(torch.complex128) for side in (decomposition.read, decomposition.write)]
     return _batch("singular", kept, sigma.to(torch.complex128), clusters(sigma), sides)
 
 
 def eigen_components(decomposition: Decomposition, count: int) -> Components:
-    """From the k x k core. Components of equal modulus come in either order.
+    """Return the leading eigen components, from the k x k core; components of equal modulus come in either order.
 
-    Left out: eigenvalues below 1e-6 of sum sigma, and those that a change of M by that much could bring to 0. To first
-    order such a change moves an eigenvalue by itself / (l . r), r and l of unit length: so the eigenvalues of a chain
-    of reads and writes that ends are seen to be rounding. Where eigenvalues coalesce, first order says nothing.
+    Eigenvalues below 1e-6 of sum sigma are left out, and so are those that a change in M by that much could bring to
+    0. To first order a change moves an eigenvalue by its own size / (l . r), with r and l of unit length. This shows
+    that the eigenvalues of a nilpotent chain are rounding. If eigenvalues coalesce, first order says nothing.
     """
     total, cores = decomposition.sigma.sum(-1, keepdim=True), decomposition.core()
     values, right = decomposed(torch.linalg.eig, cores)
     order = values.abs().masked_fill(values.imag < 0, -1).sort(dim=-1, descending=True, stable=True).indices
     values, right = values.gather(-1, order), right.gather(-1, order[:, None].expand_as(right))[:, :, :count]
-    left = _left_eigenvectors(cores, values[:, :count] + SHIFT * total, right)
+    left = _left_eigenvectors(cores, values[:, :count] + EIGENVALUE_SHIFT * total, right)
     read, write = (decomposition.balanced_left.to(right) @ right).mT, left @ decomposition.balanced_right.to(left)
     read, write = (side / side.norm(dim=-1, keepdim=True) for side in (read, write))
     overlap = (read * write).sum(-1)
@@ -80,15 +81,15 @@ def eigen_components(decomposition: Decomposition, count: int) -> Components:
     values = values.masked_fill(values.imag < 0, math.nan)  # the other half of each pair, sorted last
     members = clusters(values)
     value, modulus = values[:, :count], values[:, :count].abs()
-    coalesces = (members[1][:, :count] > 1) | ((value.imag > 0) & (2 * value.imag < CLOSE * modulus))
-    kept = (modulus > TINY * total) & (coalesces | (modulus * overlap.abs() > TINY * total))
+    coalesces = (members[1][:, :count] > 1) | ((value.imag > 0) & (2 * value.imag < CLUSTER_GAP * modulus))
+    kept = (modulus > ZERO_WITHIN * total) & (coalesces | (modulus * overlap.abs() > ZERO_WITHIN * total))
     return _batch("eigen", kept, values, members, [read[kept], write[kept]])
 
 
 def _left_eigenvectors(
     cores: Float[Tensor, "head k k"], beside: Complex[Tensor, "head n"], right: Complex[Tensor, "head k n"]
 ) -> Complex[Tensor, "head n k"]:
-    """Rows l with l K = lambda l: inverse iteration from the right eigenvector, at a number beside lambda.
+    """Find rows l with l K = lambda l, by inverse iteration from the right eigenvector at a number beside lambda.
 
     Of equal eigenvalues each gets the l that is nearest to its own r; nothing is divided by l . r.
     """
@@ -100,7 +101,7 @@ def _left_eigenvectors(
 
 
 def _inverse_iteration(systems: Complex[Tensor, "n k _"]) -> Complex[Tensor, "n k"]:
-    """The unit vector that each matrix stretches least, from the vector that stands in the last column.
+    """Return the unit vector that each matrix stretches least, from the vector that stands in the last column.
 
     One matrix at a time and never in a batch: torch's batched LU on the CPU takes several at once through a LAPACK
     that is not safe for that, and from 150 rows on it is wrong or hangs.
@@ -123,7 +124,7 @@ def _batch(
     members: tuple[Int[Tensor, "head k"], Int[Tensor, "head k"]],
     sides: list[Complex[Tensor, "n d_model"]],
 ) -> Components:
-    """The kept components; a side's vector becomes an orthonormal basis of its real and imaginary part."""
+    """Return the kept components; a side's vector becomes an orthonormal basis of its real and imaginary part."""
     value, cluster, size = (x[:, : kept.shape[1]][kept] for x in (values, *members))
     planes = []
     for side in sides:
@@ -135,12 +136,14 @@ def _batch(
 
 
 def clusters(values: Inexact[Tensor, "head k"]) -> tuple[Int[Tensor, "head k"], Int[Tensor, "head k"]]:
-    """Each value's cluster, as the index of its first member, and how many it has (nan: alone).
+    """Return each value's cluster, as the index of its first member, and how many it has (nan: alone).
 
-    Values closer than 10 % of the larger modulus are linked, and what is linked through others is one cluster.
+    Two values closer than 10 % of the larger modulus are linked, and values linked through others are one cluster.
     """
     n, modulus = values.shape[1], values.abs()
-    near = (values[:, :, None] - values[:, None]).abs() < CLOSE * torch.maximum(modulus[:, :, None], modulus[:, None])
+    near = (values[:, :, None] - values[:, None]).abs() < CLUSTER_GAP * torch.maximum(
+        modulus[:, :, None], modulus[:, None]
+    )
     linked = (near | torch.eye(n, dtype=torch.bool, device=values.device)).float()
     for _ in range(n.bit_length()):  # each step doubles the paths
         linked = (linked @ linked).clamp_max(1)

@@ -1,4 +1,4 @@
-"""How heads read what heads of earlier layers write (definitions: section 3).
+"""Composition: how heads read the writes of heads in earlier layers (definitions: section 3).
 
 Row vectors: a sender s adds x W_OV^s to the residual stream, and a receiver r of a later layer reads it into its
 
@@ -7,12 +7,12 @@ Row vectors: a sender s adds x W_OV^s to the residual stream, and a receiver r o
     values  (v)   norm_F(W_OV^s W_OV^r)
 
 each over the product of the two heads' norms (Elhage et al. 2021). With thin SVDs U S V^T all three are the norm of one
-k x k block, norm_F(write_s read_r^T): the write side is S V^T of W_OV, the read sides are S U^T of W_QK (q), S V^T of
-W_QK (k) and S U^T of W_OV (v), each of norm 1. Heads are stacked, so that a pair of layers is one matrix product, taken
-and reduced in tiles of at most TILE elements: what an all-pairs pass holds beside the circuits is one layer's sides, a
-tile, and numbers.
+k x k block, norm_F(write_s read_r^T): the write side is W_OV's S V^T, the read sides are W_QK's S U^T (q), W_QK's S V^T
+(k) and W_OV's S U^T (v), each with norm 1. Heads are stacked, so that a pair of layers is one matrix product, taken
+and reduced in tiles of at most TILE elements. An all-pairs pass therefore holds only one layer's sides, a tile and the
+scores beside the circuits.
 
-Under rotary positions W_QK is the one with the mean rotation: whoever decomposes it chooses the offsets.
+Under rotary positions W_QK is the one with the mean rotation; the caller who decomposes it chooses the offsets.
 """
 
 import dataclasses
@@ -30,8 +30,9 @@ from torch import Tensor
 
 from ovqk.circuits import spectra
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
-from ovqk.circuits.vocabulary import FullCircuit, Gram, blocks
+from ovqk.circuits.grams import FullCircuit, Gram, blocks
+from ovqk.circuits.maps import Decomposition, decompose
+from ovqk.circuits.spectra import full_circuit_ratio
 
 Mode = Literal["q", "k", "v"]
 Head = tuple[int, int]
@@ -41,12 +42,12 @@ Pair = tuple[Head, Head]
 
 MODES: tuple[Mode, ...] = ("q", "k", "v")
 STRONGEST = 20  # senders kept for each receiver and mode, and virtual heads
-TILE = 2**22  # elements of a product of stacked heads held at a time
+TILE = 2**22  # elements of a product between stacked heads held at a time
 
 
 @dataclass(frozen=True)
 class LayerCircuits:
-    """Both circuits of one layer's heads, decomposed: all that composition needs of a layer."""
+    """Both circuits of one layer's heads, decomposed: all that composition needs from a layer."""
 
     ov: Decomposition
     qk: Decomposition
@@ -57,15 +58,15 @@ class LayerCircuits:
         return cls(*(dataclasses.replace(c, read=c.read.to(dtype), write=c.write.to(dtype)) for c in (ov, qk)))
 
     def only(self, heads: Sequence[int]) -> "LayerCircuits":
-        """These heads alone, in this order."""
+        """Return these heads alone, in this order."""
         return LayerCircuits(_select(self.ov, heads), _select(self.qk, heads))
 
     def write(self) -> Float[Tensor, "head k d_model"]:
-        """S V^T of W_OV over its norm; 0 for a head of zero weights."""
+        """Return W_OV's S V^T over its norm; 0 for a head with zero weights."""
         return _unit_rows(self.ov.write, self.ov.sigma)
 
     def read(self, mode: Mode) -> Float[Tensor, "head k d_model"]:
-        """What the mode's input is read through, over its norm; 0 for a head of zero weights."""
+        """Return the matrix that the mode's input is read through, over its norm; 0 for a head with zero weights."""
         if mode == "v":
             return _unit_rows(self.ov.read, self.ov.sigma)
         return _unit_rows(self.qk.read if mode == "q" else self.qk.write, self.qk.sigma)
@@ -89,9 +90,11 @@ def _unit_rows(
 
 
 def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[Tensor, "sender receiver"]:
-    """Composition of every pair of heads of two layers, in [0, 1]; 1 / sqrt(d_model) for iid weights.
+    """Return the composition score for every pair of heads between two layers, in [0, 1].
 
-    Elhage et al. 2021. A head of zero weights scores 0.
+    Independent, identically distributed weights score about 1 / sqrt(d_model).
+
+    Elhage et al. 2021. A head with zero weights scores 0.
     """
     write, read = sender.write(), receiver.read(mode)
     k = max(write.shape[1], read.shape[1])
@@ -108,16 +111,16 @@ def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[
 def received(
     layers: Sequence[LayerCircuits], layer: int, mode: Mode, heads: Sequence[int] | None = None
 ) -> Float[Tensor, "sender_layer sender receiver"]:
-    """Scores of every head of every earlier layer into this layer's heads (all of them, where None); layer >= 1.
+    """Return the scores of every earlier layer's heads into this layer's `heads` (into all if None); layer >= 1.
 
-    An all-pairs pass is this for each layer and mode.
+    An all-pairs pass calls it for each layer and mode.
     """
     receiver = layers[layer] if heads is None else layers[layer].only(heads)
     return torch.stack([scores(layers[sender], receiver, mode) for sender in range(layer)])
 
 
 def percentiles(found: Float[Tensor, "*layer sender receiver"]) -> Float[Tensor, "*layer sender receiver"]:
-    """Share of the other senders of its layer that score below a sender (ties half), in [0, 1]; nan for a lone one."""
+    """Return the share of a layer's other senders that score below each (ties half), in [0, 1]; nan for a lone one."""
     mine = found.mT.contiguous()
     ordered = mine.sort(dim=-1).values
     below, upto = torch.searchsorted(ordered, mine), torch.searchsorted(ordered, mine, right=True)
@@ -127,20 +130,20 @@ def percentiles(found: Float[Tensor, "*layer sender receiver"]) -> Float[Tensor,
 def matching(
     layers: Sequence[LayerCircuits], pairs: Sequence[Pair], gram: Gram, first_gram: Gram | None = None
 ) -> Float[Tensor, " pair"]:
-    """K-composed matching, Re(sum lambda) / sum |lambda|, in [-1, 1]: +1 where r looks for its own token moved by s.
+    """Return K-composed matching, Re(sum lambda) / sum |lambda|, in [-1, 1]; +1 if r seeks its own token, moved by s.
 
     A query token t scores a key token u that passed through the sender by e_t W_QK^r (e_u W_OV^s)^T. The nonzero
     eigenvalues of that matrix over the vocabulary, C E W_QK^r W_OV^sT E^T C, are those of the core
 
         (R_r R_s^T) (L_s^T G L_r),   W_QK^r = L_r R_r,  W_OV^s = L_s R_s
 
-    0 where sum |lambda| is below 1e-6 of |R_r| |R_s| |L_s| |G L_r|, which bounds it: the pair does not compose.
+    The value is 0 if sum |lambda| is below 1e-6 of its bound |R_r| |R_s| |L_s| |G L_r|: the pair does not compose.
 
     Args:
-        gram: G = E^T C E of the embeddings that both heads are taken to see: `block0` where the model has MLPs, plain
-            ones where it has none (`testing.matching_grams`).
-        first_gram: W_E^T C E for senders of layer 0, which read plain embeddings; as `gram` where None. Where layer 0
-            turns tokens around, `gram` would give these senders the wrong sign.
+        gram: G = E^T C E of the embeddings that both heads are taken to see: `block0` if the model has MLPs, else
+            plain ones (`claim_tests.matching_grams`).
+        first_gram: W_E^T C E for senders of layer 0, which read plain embeddings; as `gram` if None. If layer 0
+            turns tokens around, `gram` gives these senders the wrong sign.
     """
     found = torch.zeros(len(pairs), dtype=torch.float64, device=gram.device)
     gram, first_gram = gram.double(), None if first_gram is None else first_gram.double()
@@ -160,23 +163,23 @@ def matching(
     return found
 
 
-# --- what a role predicts: [layer, head], nan where undefined ----------------------------------------------------
+# --- predictions of roles: [layer, head], nan if undefined ----------------------------------------------------
 
 
 def k_composition(layers: Sequence[LayerCircuits], receivers: Collection[Head]) -> NDArray[np.float64]:
-    """Of each head, the best percentile in its layer of what the keys of these receivers read of it, in [0, 1]."""
+    """Return each head's best percentile in its layer among scores into these receivers' keys, in [0, 1]."""
     return _best(layers, receivers, "k", as_percentile=True)
 
 
 def q_composition(layers: Sequence[LayerCircuits], receivers: Collection[Head]) -> NDArray[np.float64]:
-    """Of each head, the best score into the queries of these receivers, in [0, 1]."""
+    """Return each head's best score into the queries of these receivers, in [0, 1]."""
     return _best(layers, receivers, "q", as_percentile=False)
 
 
 def k_composed_matching(
     layers: Sequence[LayerCircuits], senders: Collection[Head], gram: Gram, first_gram: Gram | None = None
 ) -> NDArray[np.float64]:
-    """Of each head, the best K-composed matching with one of these senders of earlier layers, in [-1, 1]."""
+    """Return each head's best K-composed matching with one of these senders from earlier layers, in [-1, 1]."""
     heads = [(layer, head) for layer in range(len(layers)) for head in range(_n_heads(layers))]
     pairs = [(sender, receiver) for receiver in heads for sender in sorted(set(senders)) if sender[0] < receiver[0]]
     best = np.full((len(layers), _n_heads(layers)), math.nan)
@@ -215,13 +218,13 @@ def composition_table(
     first_gram: Gram | None = None,
     strongest: int = STRONGEST,
 ) -> pd.DataFrame:
-    """Rows of composition.parquet: the pairs asked for and the strongest senders of every receiver, by mode.
+    """Return the rows of composition.parquet: the pairs asked for and the strongest senders of every receiver, by mode.
 
     Args:
         layers: from layer 0 on.
         asked: a pair whose sender is not of an earlier layer does not compose and has no row.
-        gram, first_gram: for the matching of rows of mode k; nan without `gram`, and for the other modes.
-        strongest: how many senders to keep of each receiver and mode; with 0 only what was asked for is computed.
+        gram, first_gram: for the matching in rows with mode k; nan without `gram`, and for the other modes.
+        strongest: senders to keep for each receiver and mode; if it is 0, only the pairs asked for are computed.
     """
     tables = []
     for layer in range(1, len(layers)):
@@ -246,12 +249,12 @@ def composition_table(
 
 
 def _pairs(table: pd.DataFrame) -> list[Pair]:
-    """The pairs of a table's rows."""
+    """Return the pairs of a table's rows."""
     return [((a, b), (c, d)) for a, b, c, d in table[PAIR_COLUMNS].to_numpy().tolist()]
 
 
 def virtual_factors(layers: Sequence[LayerCircuits], pairs: Sequence[Pair]) -> Factors:
-    """The virtual heads W_OV^s W_OV^r of these pairs: what r writes of what s read (Elhage et al. 2021)."""
+    """Return the virtual heads W_OV^s W_OV^r for these pairs, from s's reads to r's writes (Elhage et al. 2021)."""
     lefts, rights = [], []
     for (sender_layer, sender_head), (layer, head) in pairs:
         sender, receiver = _select(layers[sender_layer].ov, [sender_head]), _select(layers[layer].ov, [head])
@@ -267,7 +270,7 @@ def virtual_heads_table(
     first_full: FullCircuit | None = None,
     n: int = STRONGEST,
 ) -> pd.DataFrame:
-    """Rows of virtual_heads.parquet: the virtual heads of the n strongest V pairs of a composition table.
+    """Return the rows of virtual_heads.parquet: the virtual heads for a composition table's n strongest V pairs.
 
     With n up to the table's `strongest` these are the strongest of all pairs.
 
@@ -282,7 +285,7 @@ def virtual_heads_table(
     pairs = _pairs(table)
     norm, share, copying = (np.full(len(table), math.nan) for _ in range(3))
     if pairs:
-        virtual = spectra.decompose(virtual_factors(layers, pairs), centred=False)
+        virtual = decompose(virtual_factors(layers, pairs), centred=False)
         norm = virtual.sigma.norm(dim=-1).cpu().numpy()
         if full is not None:
             later, first = (full_circuit_ratio(virtual, of).cpu().numpy() for of in (full, first_full or full))

@@ -1,12 +1,12 @@
-"""The two circuits of every head of a layer, as low-rank factors.
+"""The two circuits of a layer's heads, as low-rank factors.
 
     W_QK = W_Q W_K^T      where the head looks: rows the query (destination), columns the key (source)
-    W_OV = W_V W_O        what it copies: rows what is read at the source, columns what is written
+    W_OV = W_V W_O        how it copies: rows are read at the source, columns are written at the destination
 
-Under rotary positions W_QK(D) = W_Q R(D) W_K^T for a key D tokens back. Where queries and keys are normalised, their
-gains belong to W_QK, and what they are divided by does not: the form is that of un-normalised queries and keys.
+Under rotary positions W_QK(D) = W_Q R(D) W_K^T for a key D tokens back. If queries and keys are normalised, their
+gains belong to W_QK but the divisors do not: the form is that of un-normalised queries and keys.
 
-Both are [d_model, d_model] of rank at most d_head. They are never formed: everything ovqk reports has a core of
+Both are [d_model, d_model] with rank at most d_head. They are never formed: everything ovqk reports has a core of
 d_head x d_head.
 """
 
@@ -35,12 +35,12 @@ class Factors:
 
 
 def ov_factors(weights: LayerWeights, architecture: Architecture) -> Factors:
-    """W_V and W_O of each query head; under grouped queries heads of a group share W_V."""
+    """Return each query head's W_V and W_O; under grouped queries a group's heads share W_V."""
     return Factors("ov", weights.W_V[architecture.kv_of_head.to(weights.W_V.device)], weights.W_O)
 
 
 def qk_factors(weights: LayerWeights, architecture: Architecture, offsets: Iterable[int] = (0,)) -> Factors:
-    """W_Q Rbar and W_K^T of each query head, Rbar the mean of R(D) over these offsets.
+    """Return each query head's W_Q Rbar and W_K^T, with Rbar the mean of R(D) over these offsets.
 
     D = query position - key position; R(0) = 1, and without rotary positions every R is 1.
     """
@@ -51,14 +51,14 @@ def qk_factors(weights: LayerWeights, architecture: Architecture, offsets: Itera
 def query_side(
     W_Q: Float[Tensor, "head row d_head"], weights: LayerWeights, offsets: Iterable[int] = (0,)
 ) -> Float[Tensor, "head row d_head"]:
-    """W_Q, or its coordinates in a basis, with the norm's gain and the mean rotation."""
+    """Return W_Q, or its coordinates in a basis, with the norm's gain and the mean rotation."""
     return _rotated(
         W_Q if weights.qk_norm is None else W_Q * weights.qk_norm.query_gain.to(W_Q)[:, None], weights, offsets
     )
 
 
 def key_side(W_K: Float[Tensor, "kv_head row d_head"], weights: LayerWeights) -> Float[Tensor, "kv_head row d_head"]:
-    """W_K, or its coordinates in a basis, with the norm's gain."""
+    """Return W_K, or its coordinates in a basis, with the norm's gain."""
     return W_K if weights.qk_norm is None else W_K * weights.qk_norm.key_gain.to(W_K)[:, None]
 
 
@@ -69,7 +69,7 @@ def scores(
     key_rows: Float[Tensor, "key d_model"],
     offsets: Iterable[int] = (0,),
 ) -> Float[Tensor, "head query key"]:
-    """What each head's softmax compares, biases and normalisation included, but for the attention scale."""
+    """Return each head's scores before the softmax, with biases and normalisation but without the attention scale."""
     k = keys(weights, key_rows)[architecture.kv_of_head.to(key_rows.device)]
     return _rotated(queries(weights, query_rows), weights, offsets) @ k.mT
 
@@ -77,7 +77,7 @@ def scores(
 def _rotated(
     x: Float[Tensor, "head row d_head"], weights: LayerWeights, offsets: Iterable[int]
 ) -> Float[Tensor, "head row d_head"]:
-    """x Rbar, Rbar the mean rotation over the offsets."""
+    """Return x Rbar, Rbar the mean rotation over the offsets."""
     if weights.rotary is None:
         return x
     cos, sin = weights.rotary.angles(torch.tensor(list(offsets)))

@@ -1,96 +1,250 @@
-"""Heads as task readouts take them: what they make of rows of tokens on either side."""
+"""Low-rank maps for a batch of heads, and their decompositions.
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+A head's map W_QK or W_OV is [d_model, d_model] of rank at most d_head, and is never formed. It is kept as
+M = L N R^T with orthonormal columns in L and R, from one QR of each factor or from the thin singular value
+decomposition; `spectra` reads everything off k x k matrices between these bases.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ovqk.circuits import alignment
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import Decomposition
-from ovqk.config.schema import Circuit
+from ovqk.circuits.grams import Gram, blocks, precision
+from ovqk.circuits.orthonormal import orthonormal
+from ovqk.circuits.threads import decomposed
 
-Scorer = Callable[[Tensor, Tensor], Tensor]
-"""(query rows, key rows) -> scores [head, query, key]."""
+FLOAT32_ROUNDING = 2.0**-24  # relative rounding of a 32-bit weight
+BLOCK_ELEMENTS = 2**22  # elements of weights that are in float64 at a time
+Cores = Float[Tensor, "head k k"]
 
 
 @runtime_checkable
-class CircuitMaps(Protocol):
-    """One circuit of a batch of heads, or of surrogates of one head, as readouts take it."""
+class Maps(Protocol):
+    """A batch of maps M = L N R^T, one for each head, as spectra see them: through k x k matrices."""
 
     @property
-    def circuit(self) -> Circuit:
-        """`ov` or `qk`."""
+    def rank(self) -> int:
+        """The largest rank the shapes allow."""
         ...
 
     @property
-    def decomposition(self) -> Decomposition:
-        """The maps M."""
+    def sigma(self) -> Float[Tensor, "head k"]:
+        """Singular values, descending, float64."""
         ...
 
-    def scores(
-        self, query_rows: Float[Tensor, "*draw query d_model"], key_rows: Float[Tensor, "*draw key d_model"]
-    ) -> Float[Tensor, "*draw head query key"]:
-        """Return rows M rows^T: scores of W_QK, or task logits of W_OV (key rows: W_U's columns)."""
+    @property
+    def inner(self) -> Float[Tensor, "head r s"]:
+        """N, float64."""
         ...
 
-    def written(self, rows: Float[Tensor, "word d_model"]) -> Float[Tensor, "head word d_model"]:
-        """Return rows M."""
+    def core(self, gram: Gram | None = None) -> Float[Tensor, "head r r"]:
+        """Return N R^T G L or a matrix similar to it, float64; G = I if no Gram is given."""
+        ...
+
+    def left_gram(self, gram: Gram) -> Float[Tensor, "head r r"]:
+        """Return L^T G L, float64."""
+        ...
+
+    def right_gram(self, gram: Gram) -> Float[Tensor, "head s s"]:
+        """Return R^T G R, float64."""
         ...
 
 
 @dataclass(frozen=True)
-class HeadMaps:
-    """Heads of a model as `CircuitMaps`.
+class Decomposition:
+    """Thin singular value decomposition M = read diag(sigma) write^T of every head.
+
+    It is float64, except for surrogates with float32 frames.
+
+    The balanced factors, U sqrt(S) and sqrt(S) V^T, depend on M alone and not on the head's gauge.
 
     Attributes:
-        scorer: what compares queries and keys where they are normalised; None where the factors do.
+        read: columns are read (OV) or query (QK) directions.
+        sigma: singular values, descending.
+        write: columns are write (OV) or key (QK) directions.
+        rank: the largest rank the shapes allow.
     """
 
-    factors: Factors
-    decomposition: Decomposition
-    scorer: Scorer | None = None
+    read: Float[Tensor, "head d_model k"]
+    sigma: Float[Tensor, "head k"]
+    write: Float[Tensor, "head d_model k"]
+    rank: int
 
     @property
-    def circuit(self) -> Circuit:
-        """`ov` or `qk`."""
-        return self.factors.circuit
+    def balanced_left(self) -> Float[Tensor, "head d_model k"]:
+        """U sqrt(S): M = balanced_left @ balanced_right."""
+        return self.read * self.sigma.sqrt()[:, None, :]
 
-    def scores(
-        self, query_rows: Float[Tensor, "*draw query d_model"], key_rows: Float[Tensor, "*draw key d_model"]
-    ) -> Float[Tensor, "*draw head query key"]:
-        """See `CircuitMaps`; of normalised queries and keys, with their biases, where the model has a norm there."""
-        if self.scorer is not None:
-            return self.scorer(query_rows, key_rows)
-        return alignment.readout(self.factors, query_rows, key_rows)
+    @property
+    def balanced_right(self) -> Float[Tensor, "head k d_model"]:
+        """sqrt(S) V^T."""
+        return (self.write * self.sigma.sqrt()[:, None, :]).mT
 
-    def written(self, rows: Float[Tensor, "word d_model"]) -> Float[Tensor, "head word d_model"]:
-        """See `CircuitMaps`."""
-        return (rows @ self.factors.left) @ self.factors.right
+    @property
+    def inner(self) -> Cores:
+        """See `Maps`."""
+        return self.sigma.diag_embed()
 
-    def only(self, heads: Sequence[int]) -> "HeadMaps":
-        """These heads alone, in this order; scores of normalised queries and keys are left behind."""
-        index = torch.as_tensor(heads, device=self.factors.left.device)
-        parts = self.decomposition
-        return HeadMaps(
-            Factors(self.circuit, self.factors.left[index], self.factors.right[index]),
-            Decomposition(parts.read[index], parts.sigma[index], parts.write[index], parts.rank),
-        )
+    def core(self, gram: Gram | None = None) -> Cores:
+        """Return sqrt(S) V^T G U sqrt(S): see `Maps`."""
+        left = self.balanced_left if gram is None else _times(gram, self.balanced_left)
+        return (self.balanced_right.to(left) @ left).double()
 
-    @staticmethod
-    def joined(batches: "Sequence[HeadMaps]") -> "HeadMaps":
-        """Batches of one circuit as one."""
+    def left_gram(self, gram: Gram) -> Cores:
+        """See `Maps`."""
+        return self.read.mT.double() @ _times(gram, self.read).double()
 
-        def cat(parts: Iterable[Tensor]) -> Tensor:
-            return torch.cat(list(parts))
+    def right_gram(self, gram: Gram) -> Cores:
+        """See `Maps`."""
+        return self.write.mT.double() @ _times(gram, self.write).double()
 
-        factors, parts = [maps.factors for maps in batches], [maps.decomposition for maps in batches]
-        return HeadMaps(
-            Factors(batches[0].circuit, cat(f.left for f in factors), cat(f.right for f in factors)),
-            Decomposition(
-                cat(p.read for p in parts), cat(p.sigma for p in parts), cat(p.write for p in parts), parts[0].rank
-            ),
-        )
+
+def _times(gram: Gram, x: Float[Tensor, "head d_model k"]) -> Float[Tensor, "head d_model k"]:
+    """Multiply gram @ x in the Gram's precision, and return it in the larger precision of both."""
+    return (gram @ x.to(gram.dtype)).to(torch.promote_types(gram.dtype, x.dtype))
+
+
+class Basis:
+    """Orthonormal columns that span each head's weight on its residual side: weight = basis @ coordinates.
+
+    Attributes:
+        rows: the columns, as rows, in the dtype that `precision` gives.
+        coordinates: float64.
+    """
+
+    def __init__(self, weight: Float[Tensor, "n d_model k"]) -> None:
+        """Take the weights, a few heads at a time."""
+        n, d_model, k = weight.shape
+        r = min(d_model, k)
+        self.rows: Float[Tensor, "n r d_model"] = weight.new_empty(n, r, d_model, dtype=precision(d_model))
+        self.coordinates: Float[Tensor, "n r k"] = weight.new_empty(n, r, k, dtype=torch.float64)
+        for heads in blocks(n, max(1, BLOCK_ELEMENTS // (d_model * k))):
+            self.rows[heads], self.coordinates[heads] = orthonormal(weight[heads], self.rows.dtype)
+        self._within: list[tuple[Gram, Tensor]] = []
+
+    def through(self, gram: Gram) -> Float[Tensor, "n r d_model"]:
+        """Return the columns of gram @ basis, as rows: one product for all heads. It also yields basis^T G basis."""
+        product = (self.rows.flatten(0, 1) @ gram.to(self.rows).T).view_as(self.rows)
+        if _find(self._within, gram) is None:
+            self._within.append((gram, (self.rows @ product.mT).double()))
+        return product
+
+    def within(self, gram: Gram) -> Float[Tensor, "n r r"]:
+        """Return basis^T G basis, float64; kept, as it is small."""
+        if _find(self._within, gram) is None:
+            self.through(gram)
+        found = _find(self._within, gram)
+        assert found is not None
+        return found
+
+    def second_moment(self, gram: Gram) -> Float[Tensor, "n k k"]:
+        """Return weight^T G weight, float64."""
+        return self.coordinates.mT @ self.within(gram) @ self.coordinates
+
+
+def _find(known: list[tuple[Any, Tensor]], gram: Gram | None) -> Tensor | None:
+    """Return the result that is kept for this very Gram object, if any."""
+    return next((found for of, found in known if of is gram), None)
+
+
+@dataclass(frozen=True)
+class FactoredMaps:
+    """Maps M = left inner right^T between orthonormal bases that several maps share; directions are computed on demand.
+
+    Attributes:
+        left_of, right_of: each head's basis, as an index (its KV head's, under grouped queries).
+        inner: M between the bases, float64.
+        jitter: random change to each product basis^T G basis, relative to |G|: 0, or the rounding of 32-bit weights.
+    """
+
+    left: Basis
+    right: Basis
+    left_of: Int[Tensor, " head"]
+    right_of: Int[Tensor, " head"]
+    inner: Float[Tensor, "head r s"]
+    rank: int
+    jitter: float = 0.0
+    seed: int = 0
+    across: list[tuple[Gram | None, Cores]] = field(default_factory=list)
+    """right^T G left, of the Grams that were asked for: one list for all maps between two bases."""
+
+    @cached_property
+    def sigma(self) -> Float[Tensor, "head k"]:
+        """See `Maps`."""
+        return decomposed(torch.linalg.svdvals, self.inner)  # type: ignore[no-any-return]
+
+    @cached_property
+    def decomposition(self) -> Decomposition:
+        """The same maps with their directions."""
+        X, S, Yh = decomposed(lambda x: torch.linalg.svd(x, full_matrices=False), self.inner)
+        read = _of(self.left.rows, self.left_of).mT.double() @ X
+        write = _of(self.right.rows, self.right_of).mT.double() @ Yh.mT
+        return Decomposition(read, S, write, self.rank)
+
+    def core(self, gram: Gram | None = None) -> Float[Tensor, "head r r"]:
+        """See `Maps`."""
+        return self.inner @ self._jittered(self._across(gram), gram)
+
+    def left_gram(self, gram: Gram) -> Float[Tensor, "head r r"]:
+        """See `Maps`."""
+        if _find(self.across, gram) is None and _find(self.left._within, gram) is None:
+            self._across(gram)  # one product serves both; if only this one is needed, that costs an extra d x k x k
+        return self._jittered(_of(self.left.within(gram), self.left_of), gram)
+
+    def right_gram(self, gram: Gram) -> Float[Tensor, "head s s"]:
+        """See `Maps`."""
+        return self._jittered(_of(self.right.within(gram), self.right_of), gram)
+
+    def _across(self, gram: Gram | None) -> Cores:
+        """Return right^T G left, float64."""
+        found = _find(self.across, gram)
+        if found is None:
+            left = self.left.rows if gram is None else self.left.through(gram)
+            found = (_of(self.right.rows, self.right_of) @ _of(left, self.left_of).mT).double()
+            self.across.append((gram, found))
+        return found
+
+    def _jittered(self, middle: Tensor, gram: Gram | None) -> Tensor:
+        if not self.jitter:
+            return middle
+        size = self.jitter * (1.0 if gram is None else float(gram.norm()))
+        return middle + size * _noise(middle.shape, self.seed).to(middle)
+
+    def rounded(self, seed: int) -> "FactoredMaps":
+        """Return the same maps, moved at random by the rounding of 32-bit weights.
+
+        A value that moves with it is decided by rounding and not by the weights, as for a nilpotent map.
+        """
+        scale = self.left.coordinates.norm(dim=-1)[self.left_of][:, :, None]
+        scale = scale * self.right.coordinates.norm(dim=-1)[self.right_of][:, None, :]
+        inner = self.inner + FLOAT32_ROUNDING * scale * _noise(self.inner.shape, seed).to(self.inner)
+        return replace(self, inner=inner, jitter=FLOAT32_ROUNDING, seed=seed + 1)
+
+
+def _of(each: Float[Tensor, "n r s"], heads: Int[Tensor, " head"]) -> Float[Tensor, "head r s"]:
+    """Return each head's entry; nothing is copied if every head has its own."""
+    return each if len(each) == len(heads) else each[heads]
+
+
+def _noise(shape: torch.Size, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def decompose(factors: Factors, centred: bool) -> Decomposition:
+    """Return the thin SVD of each head's map, without forming the map.
+
+    Args:
+        factors: the maps.
+        centred: reads and writes are orthogonal to the all-ones direction (LayerNorm folded), which costs a rank
+            if d_head is not below d_model.
+    """
+    every = torch.arange(len(factors.left), device=factors.left.device)
+    left, right = Basis(factors.left), Basis(factors.right.mT)
+    d_model, d_head = factors.left.shape[1:]
+    rank = min(d_head, d_model - centred)
+    return FactoredMaps(left, right, every, every, left.coordinates @ right.coordinates.mT, rank).decomposition

@@ -10,22 +10,27 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ovqk.circuits.effective_embeddings import Block0
+from ovqk.circuits.grams import BLOCK, blocks
 from ovqk.circuits.threads import each
-from ovqk.circuits.vocabulary import BLOCK, Block0, Vocabulary, blocks
-from ovqk.weights.types import Architecture, Rows, normalise
+from ovqk.circuits.vocabulary import Vocabulary
+from ovqk.weights.stored_rows import Rows
+from ovqk.weights.types import Architecture
 
-KEPT = 2**28  # bytes of block0 embeddings that are kept in memory, so that they are computed once
-ALONE = 512  # tokens whose block0 embeddings are computed by one thread: their rounding depends on no number of threads
-COMPUTED = 1e-4  # of the longest row: more than the rounding of a block0 embedding in float32
+KEEP_UP_TO = 2**28  # bytes of block0 embeddings that are kept in memory, so that they are computed once
+TOKENS_PER_THREAD = (
+    512  # tokens computed by one thread at a time, so that rounding does not depend on the number of threads
+)
+RECOMPUTED_WITHIN = 1e-4  # relative to the longest row: above the float32 rounding of a block0 embedding
 
 
 @runtime_checkable
 class Side(Protocol):
-    """Rows of all tokens on one side of a circuit."""
+    """All tokens' rows on one side of a circuit."""
 
     @property
     def rounding(self) -> float:
-        """How far a row of `blocks` may be from its row of `exact`, relative to the longest."""
+        """Largest distance of a row by `blocks` from that by `exact`, relative to the longest row."""
         ...
 
     def __len__(self) -> int:
@@ -41,7 +46,7 @@ class Side(Protocol):
         ...
 
     def moments(self, listed: Bool[Tensor, " token"]) -> tuple[Float[Tensor, " d_model"], float]:
-        """Return the mean of the listed rows, float64, and the norm of the longest of them."""
+        """Return the listed rows' mean, float64, and their largest norm."""
         ...
 
 
@@ -96,13 +101,13 @@ class NormalisedSide(StoredSide):
 
     def normalised(self, rows: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """Return rows as the layers' norm leaves them."""
-        return normalise(rows, self.architecture.norm, self.architecture.norm_eps)
+        return self.architecture.normalised(rows)
 
 
 class Block0Side(NormalisedSide):
     """Block0 embeddings as the norm of a later layer leaves them, but for its gain.
 
-    Computed once if KEPT holds all of them, else in each pass. The first pass, whoever makes it, leaves the moments.
+    They are computed once if they fit in KEEP_UP_TO bytes, else in each pass. The first pass leaves the moments.
     """
 
     def __init__(self, vocabulary: Vocabulary, block0: Block0, listed: Bool[Tensor, " token"]) -> None:
@@ -115,7 +120,7 @@ class Block0Side(NormalisedSide):
     @property
     def rounding(self) -> float:
         """See `Side`; `exact` computes rows again that are not kept."""
-        return 0.0 if self._is_kept else COMPUTED
+        return 0.0 if self._is_kept else RECOMPUTED_WITHIN
 
     @property
     def _is_kept(self) -> bool:
@@ -125,10 +130,10 @@ class Block0Side(NormalisedSide):
         """Return the embeddings of tokens start .. stop - 1, not normalised."""
         if self._kept is not None and stop <= self._passed:
             return self._kept[start:stop]
-        parts = self.rows[start:stop].split(ALONE)
+        parts = self.rows[start:stop].split(TOKENS_PER_THREAD)
         rows = torch.cat(each(self.block0.rows, parts, self.rows.device))
         if start <= self._passed < stop:
-            if self._passed == 0 and len(self) * rows.shape[1] * rows.element_size() <= KEPT:
+            if self._passed == 0 and len(self) * rows.shape[1] * rows.element_size() <= KEEP_UP_TO:
                 self._kept = rows.new_empty(len(self), rows.shape[1])
             new = rows[self._passed - start :]
             if self._kept is not None:
@@ -155,7 +160,9 @@ class Block0Side(NormalisedSide):
     def moments(self, listed: Bool[Tensor, " token"]) -> tuple[Float[Tensor, " d_model"], float]:
         """See `Side`; the listed tokens are those it was made for."""
         if not torch.equal(listed, self._listed):
-            raise ValueError("these are the moments of other tokens")
+            raise ValueError(
+                "moments are kept only for the tokens that this side was made with; `listed` must be those"
+            )
         for part in blocks(len(self), BLOCK):
             if self._passed < part.stop:
                 self.read(max(part.start, self._passed), part.stop)
@@ -169,7 +176,7 @@ class Moments:
         """Begin with nothing."""
         self.listed, self.longest = listed, 0.0
         self._sum = torch.zeros(d_model, dtype=torch.float64, device=listed.device)
-        self._near: Tensor | None = None  # rows are summed less a row near their mean: float32 will do then
+        self._near: Tensor | None = None  # a row near the mean is subtracted before summing, so that float32 suffices
 
     def add(self, part: slice, rows: Float[Tensor, "token d_model"]) -> None:
         """Take the rows of these tokens."""

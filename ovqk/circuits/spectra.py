@@ -1,298 +1,31 @@
-"""Eigenvalues, singular values and everything read off them, through cores of d_head x d_head.
+"""Eigenvalues, singular values and the metrics read off them, all from cores of d_head x d_head.
 
-Every map is M = L N R^T with orthonormal columns in L and R: one QR of each factor, or the thin singular value
-decomposition. For any matrix G
+A map is M = L N R^T with orthonormal L and R (`maps`). For any matrix G
 
     the nonzero eigenvalues of  M G  are those of the core  N R^T G L
 
 which gives W_QK and W_OV with G = I, the full OV circuit W_E W_OV W_U with G = W_U C W_E, and the full QK circuit
-with G = W_E^T C W_E. Eigenvalues and traces are cyclic; singular values and Frobenius norms are not: those of a full
-circuit A M B are taken of  root(L^T A^T C A L) N root(R^T B C B^T R)^T.
+with G = W_E^T C W_E. Eigenvalues and traces are cyclic; singular values and Frobenius norms are not: the singular
+values of a full circuit A M B are those of  root(L^T A^T C A L) N root(R^T B C B^T R)^T.
 """
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
-
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float
 from torch import Tensor
 
-from ovqk.circuits.factors import Factors
+from ovqk.circuits.grams import FullCircuit, Gram
+from ovqk.circuits.maps import Cores, Maps
+from ovqk.circuits.orthonormal import power_of_two
 from ovqk.circuits.threads import decomposed
-from ovqk.circuits.vocabulary import FullCircuit, Gram, blocks, precision
 
-SLACK = 1e-9  # relative, for what float64 rounds in a bound
-TINY = 1e-6  # relative to the sum of singular values: below it a denominator is rounding, not weights
-ROUNDING = 2.0**-24  # relative, of a 32-bit weight
-ELEMENTS = 2**22  # of the weights of a few heads, in float64 at a time
-SINGULAR = 1e-5  # of the largest pivot of a Gram's root: where a smaller one is rounding
-NEAR = 1e-9  # a ratio this near to an observed one is computed and not bounded
-WELL_CONDITIONED = 3e3  # |R| |R^-1| up to which Cholesky gives a basis orthonormal within 1e-9 (float32: 1e-4)
-
-Cores = Float[Tensor, "head k k"]
-
-
-@runtime_checkable
-class Maps(Protocol):
-    """A batch of maps M = L N R^T, one for each head, as spectra see them: through k x k matrices."""
-
-    @property
-    def rank(self) -> int:
-        """The largest rank the shapes allow."""
-        ...
-
-    @property
-    def sigma(self) -> Float[Tensor, "head k"]:
-        """Singular values, descending, float64."""
-        ...
-
-    @property
-    def inner(self) -> Float[Tensor, "head r s"]:
-        """N, float64."""
-        ...
-
-    def core(self, gram: Gram | None = None) -> Float[Tensor, "head r r"]:
-        """N R^T G L or a matrix similar to it, float64; G = I where no Gram is given."""
-        ...
-
-    def left_gram(self, gram: Gram) -> Float[Tensor, "head r r"]:
-        """L^T G L, float64."""
-        ...
-
-    def right_gram(self, gram: Gram) -> Float[Tensor, "head s s"]:
-        """R^T G R, float64."""
-        ...
-
-
-@dataclass(frozen=True)
-class Decomposition:
-    """Thin singular value decomposition M = read diag(sigma) write^T of every head.
-
-    Float64, but for surrogates whose frames were made in float32.
-
-    The balanced factors, U sqrt(S) and sqrt(S) V^T, depend on M alone and not on the head's gauge.
-
-    Attributes:
-        read: columns are read (OV) or query (QK) directions.
-        sigma: singular values, descending.
-        write: columns are write (OV) or key (QK) directions.
-        rank: the largest rank the shapes allow.
-    """
-
-    read: Float[Tensor, "head d_model k"]
-    sigma: Float[Tensor, "head k"]
-    write: Float[Tensor, "head d_model k"]
-    rank: int
-
-    @property
-    def balanced_left(self) -> Float[Tensor, "head d_model k"]:
-        """U sqrt(S): M = balanced_left @ balanced_right."""
-        return self.read * self.sigma.sqrt()[:, None, :]
-
-    @property
-    def balanced_right(self) -> Float[Tensor, "head k d_model"]:
-        """sqrt(S) V^T."""
-        return (self.write * self.sigma.sqrt()[:, None, :]).mT
-
-    @property
-    def inner(self) -> Cores:
-        """See `Maps`."""
-        return self.sigma.diag_embed()
-
-    def core(self, gram: Gram | None = None) -> Cores:
-        """sqrt(S) V^T G U sqrt(S): see `Maps`."""
-        left = self.balanced_left if gram is None else _times(gram, self.balanced_left)
-        return (self.balanced_right.to(left) @ left).double()
-
-    def left_gram(self, gram: Gram) -> Cores:
-        """See `Maps`."""
-        return self.read.mT.double() @ _times(gram, self.read).double()
-
-    def right_gram(self, gram: Gram) -> Cores:
-        """See `Maps`."""
-        return self.write.mT.double() @ _times(gram, self.write).double()
-
-
-def _times(gram: Gram, x: Float[Tensor, "head d_model k"]) -> Float[Tensor, "head d_model k"]:
-    """Return gram @ x, multiplied in the precision of the Gram, in the larger of both precisions."""
-    return (gram @ x.to(gram.dtype)).to(torch.promote_types(gram.dtype, x.dtype))
-
-
-class Basis:
-    """Orthonormal columns that span what one weight of each head reads or writes: weight = basis @ coordinates.
-
-    Attributes:
-        rows: the columns, as rows, in the dtype that `precision` gives.
-        coordinates: float64.
-    """
-
-    def __init__(self, weight: Float[Tensor, "n d_model k"]) -> None:
-        """Take the weights, a few heads at a time."""
-        n, d_model, k = weight.shape
-        r = min(d_model, k)
-        self.rows: Float[Tensor, "n r d_model"] = weight.new_empty(n, r, d_model, dtype=precision(d_model))
-        self.coordinates: Float[Tensor, "n r k"] = weight.new_empty(n, r, k, dtype=torch.float64)
-        for heads in blocks(n, max(1, ELEMENTS // (d_model * k))):
-            self.rows[heads], self.coordinates[heads] = orthonormal(weight[heads], self.rows.dtype)
-        self._within: list[tuple[Gram, Tensor]] = []
-
-    def through(self, gram: Gram) -> Float[Tensor, "n r d_model"]:
-        """Columns of gram @ basis, as rows: one product for all heads. It tells basis^T G basis by the way."""
-        product = (self.rows.flatten(0, 1) @ gram.to(self.rows).T).view_as(self.rows)
-        if _find(self._within, gram) is None:
-            self._within.append((gram, (self.rows @ product.mT).double()))
-        return product
-
-    def within(self, gram: Gram) -> Float[Tensor, "n r r"]:
-        """basis^T G basis, float64; kept, as it is small."""
-        if _find(self._within, gram) is None:
-            self.through(gram)
-        found = _find(self._within, gram)
-        assert found is not None
-        return found
-
-    def second_moment(self, gram: Gram) -> Float[Tensor, "n k k"]:
-        """weight^T G weight, float64."""
-        return self.coordinates.mT @ self.within(gram) @ self.coordinates
-
-
-def orthonormal(
-    weight: Float[Tensor, "n d_model k"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "n r d_model"], Float[Tensor, "n r k"]]:
-    """Q^T, in this dtype, and R, float64, of weight = Q R, by Cholesky's R of the Gram.
-
-    Two products in place of k steps; Householder's reflections where the weight is ill-conditioned. Each weight is
-    first divided by a power of two of its size, which changes no digit: the inverse of a tiny one has no float32.
-    """
-    d_model, k = weight.shape[1:]
-    exact = weight.double()
-    size = power_of_two(exact.abs().amax((-2, -1)))[:, None, None]
-    exact = exact / size
-    if k > d_model:
-        Q, R = torch.linalg.qr(exact)
-        return Q.mT.to(dtype), R * size
-    R, _ = torch.linalg.cholesky_ex(exact.mT @ exact, upper=True)
-    inverse = torch.linalg.solve_triangular(R, torch.eye(k).to(R).expand_as(R), upper=True)
-    rows = inverse.mT.to(dtype) @ exact.mT.to(dtype)
-    poor = ~(R.norm(dim=(-2, -1)) * inverse.norm(dim=(-2, -1)) < WELL_CONDITIONED)  # nan is poor too
-    if poor.any():
-        Q, R[poor] = torch.linalg.qr(exact[poor])
-        rows[poor] = Q.mT.to(dtype)
-    return rows, R * size
-
-
-def power_of_two(size: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """The power of two next above each size, float64; 1 for 0."""
-    exponent = torch.frexp(size.double()).exponent
-    return torch.ldexp(torch.ones_like(size, dtype=torch.float64), exponent)
-
-
-def _find(known: list[tuple[Any, Tensor]], gram: Gram | None) -> Tensor | None:
-    """What is kept of this very Gram."""
-    return next((found for of, found in known if of is gram), None)
-
-
-@dataclass(frozen=True)
-class FactoredMaps:
-    """Maps M = left inner right^T between orthonormal bases that several maps share; directions only where asked for.
-
-    Attributes:
-        left_of, right_of: the basis of each head (of its KV head, under grouped queries).
-        inner: M between the bases, float64.
-        jitter: of each product basis^T G basis, relative to |G|: 0, or what 32-bit weights leave open.
-    """
-
-    left: Basis
-    right: Basis
-    left_of: Int[Tensor, " head"]
-    right_of: Int[Tensor, " head"]
-    inner: Float[Tensor, "head r s"]
-    rank: int
-    jitter: float = 0.0
-    seed: int = 0
-    across: list[tuple[Gram | None, Cores]] = field(default_factory=list)
-    """right^T G left, of the Grams that were asked for: one list for all maps between two bases."""
-
-    @cached_property
-    def sigma(self) -> Float[Tensor, "head k"]:
-        """See `Maps`."""
-        return decomposed(torch.linalg.svdvals, self.inner)  # type: ignore[no-any-return]
-
-    @cached_property
-    def decomposition(self) -> Decomposition:
-        """The same maps with their directions."""
-        X, S, Yh = decomposed(lambda x: torch.linalg.svd(x, full_matrices=False), self.inner)
-        read = _of(self.left.rows, self.left_of).mT.double() @ X
-        write = _of(self.right.rows, self.right_of).mT.double() @ Yh.mT
-        return Decomposition(read, S, write, self.rank)
-
-    def core(self, gram: Gram | None = None) -> Float[Tensor, "head r r"]:
-        """See `Maps`."""
-        return self.inner @ self._jittered(self._across(gram), gram)
-
-    def left_gram(self, gram: Gram) -> Float[Tensor, "head r r"]:
-        """See `Maps`."""
-        if _find(self.across, gram) is None and _find(self.left._within, gram) is None:
-            self._across(gram)  # one product serves both; where only this is asked for, a d x k x k one more
-        return self._jittered(_of(self.left.within(gram), self.left_of), gram)
-
-    def right_gram(self, gram: Gram) -> Float[Tensor, "head s s"]:
-        """See `Maps`."""
-        return self._jittered(_of(self.right.within(gram), self.right_of), gram)
-
-    def _across(self, gram: Gram | None) -> Cores:
-        """right^T G left, float64."""
-        found = _find(self.across, gram)
-        if found is None:
-            left = self.left.rows if gram is None else self.left.through(gram)
-            found = (_of(self.right.rows, self.right_of) @ _of(left, self.left_of).mT).double()
-            self.across.append((gram, found))
-        return found
-
-    def _jittered(self, middle: Tensor, gram: Gram | None) -> Tensor:
-        if not self.jitter:
-            return middle
-        size = self.jitter * (1.0 if gram is None else float(gram.norm()))
-        return middle + size * _noise(middle.shape, self.seed).to(middle)
-
-    def rounded(self, seed: int) -> "FactoredMaps":
-        """The same maps, moved at random by what the rounding of 32-bit weights leaves open.
-
-        A value that moves with it is decided by rounding and not by the weights: of a nilpotent map, for instance.
-        """
-        scale = self.left.coordinates.norm(dim=-1)[self.left_of][:, :, None]
-        scale = scale * self.right.coordinates.norm(dim=-1)[self.right_of][:, None, :]
-        inner = self.inner + ROUNDING * scale * _noise(self.inner.shape, seed).to(self.inner)
-        return replace(self, inner=inner, jitter=ROUNDING, seed=seed + 1)
-
-
-def _of(each: Float[Tensor, "n r s"], heads: Int[Tensor, " head"]) -> Float[Tensor, "head r s"]:
-    """What belongs to each head; nothing is copied where each has its own."""
-    return each if len(each) == len(heads) else each[heads]
-
-
-def _noise(shape: torch.Size, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def decompose(factors: Factors, centred: bool) -> Decomposition:
-    """The thin SVD of each head's map, without forming it.
-
-    Args:
-        factors: the maps.
-        centred: reads and writes are orthogonal to the all-ones direction (LayerNorm folded), which costs a rank
-            where d_head is not below d_model.
-    """
-    every = torch.arange(len(factors.left), device=factors.left.device)
-    left, right = Basis(factors.left), Basis(factors.right.mT)
-    d_model, d_head = factors.left.shape[1:]
-    rank = min(d_head, d_model - centred)
-    return FactoredMaps(left, right, every, every, left.coordinates @ right.coordinates.mT, rank).decomposition
+BOUND_ROUNDING = 1e-9  # relative; covers the float64 rounding of a bound
+ZERO_WITHIN = 1e-6  # relative to the sum of singular values: a smaller denominator is rounding
+PIVOT_ROUNDING = 1e-5  # relative to the largest pivot of a Gram's root: smaller ones are rounding
+TIE_WITHIN = 1e-9  # a ratio this near to an observed one is computed exactly instead of bounded
 
 
 def eigenvalues(cores: Float[Tensor, "head k k"]) -> Complex[Tensor, "head k"]:
-    """Eigenvalues of each core, by falling modulus (ties: by real, then imaginary part)."""
+    """Return the eigenvalues of each core, by falling modulus (ties: by real, then imaginary part)."""
     values = decomposed(torch.linalg.eigvals, cores)
     order = values.imag.sort(dim=-1, descending=True, stable=True).indices
     values = values.gather(-1, order)
@@ -311,11 +44,11 @@ def full_circuit_singular_values(maps: Maps, read: Gram, write: Gram) -> Float[T
 
 
 def _root(gram: Float[Tensor, "head k k"]) -> Float[Tensor, "head k k"]:
-    """R with R^T R = gram: Cholesky's, and of a Gram that is singular the root of its eigenvalues."""
+    """Return R with R^T R = gram: Cholesky's factor, or the root by eigenvalues if the Gram is singular."""
     gram = (gram + gram.mT) / 2
     root, failed = torch.linalg.cholesky_ex(gram, upper=True)
     pivots = root.diagonal(dim1=-2, dim2=-1)
-    poor = (failed > 0) | ~(pivots.amin(-1) > SINGULAR * pivots.amax(-1))
+    poor = (failed > 0) | ~(pivots.amin(-1) > PIVOT_ROUNDING * pivots.amax(-1))
     if poor.any():
         values, vectors = decomposed(torch.linalg.eigh, gram[poor])
         root[poor] = values.clamp_min(0).sqrt()[..., :, None] * vectors.mT
@@ -325,32 +58,32 @@ def _root(gram: Float[Tensor, "head k k"]) -> Float[Tensor, "head k k"]:
 def guarded(
     numerator: Float[Tensor, "*draw head"], denominator: Float[Tensor, " head"], scale: Float[Tensor, " head"]
 ) -> Float[Tensor, "*draw head"]:
-    """numerator / denominator, and 0 where the denominator is below 1e-6 of the scale (a nilpotent head)."""
-    small = denominator.abs() <= TINY * scale
+    """Return numerator / denominator, and 0 if the denominator is below 1e-6 of the scale (a nilpotent head)."""
+    small = denominator.abs() <= ZERO_WITHIN * scale
     return torch.where(small, torch.zeros_like(numerator), numerator / torch.where(small, 1.0, denominator))
 
 
 def trace_ratio(eigen: Complex[Tensor, "head k"], scale: Float[Tensor, " head"]) -> Float[Tensor, " head"]:
-    """sum lambda / sum |lambda|, in [-1, 1]: the copying score of Elhage et al. 2021 on a full OV circuit."""
+    """Return sum lambda / sum |lambda|, in [-1, 1]: the copying score of Elhage et al. 2021 on a full OV circuit."""
     return guarded(eigen.real.sum(-1), eigen.abs().sum(-1), scale)
 
 
 def trace_ratio_bounds(
     cores: Float[Tensor, "head k k"], most: Float[Tensor, " head"], sharp: bool
 ) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
-    """Bounds of sum lambda / sum |lambda| without the eigenvalues, from below and from above.
+    """Return bounds of sum lambda / sum |lambda| without the eigenvalues, from below and from above.
 
     The numerator is the trace. The denominator is at most sqrt(k) |core|_F (Weyl: at most the sum of singular values)
     and, which takes a determinant and is asked for by `sharp`, at least k |det|^(1/k): the mean of the moduli is at
-    least their geometric mean. Unless it is known to be above TINY of `most`, the ratio may be 0 (`guarded`).
+    least their geometric mean. Unless it is known to be above ZERO_WITHIN of `most`, the ratio may be 0 (`guarded`).
     """
     k, trace = cores.shape[-1], cores.diagonal(dim1=-2, dim2=-1).sum(-1)
-    largest = (1 + SLACK) * k**0.5 * cores.norm(dim=(-2, -1))
+    largest = (1 + BOUND_ROUNDING) * k**0.5 * cores.norm(dim=(-2, -1))
     smallest = torch.zeros_like(trace)
     if sharp:
         _, log_determinant = decomposed(torch.linalg.slogdet, cores)
-        smallest = (1 - SLACK) * k * (log_determinant / k).exp()
-    known = smallest > TINY * most
+        smallest = (1 - BOUND_ROUNDING) * k * (log_determinant / k).exp()
+    known = smallest > ZERO_WITHIN * most
     near_0 = torch.where(known, trace / largest, 0.0)
     far = torch.where(known, trace / smallest, trace.sign()).clamp(-1, 1)
     return torch.minimum(near_0, far), torch.maximum(near_0, far)
@@ -359,11 +92,11 @@ def trace_ratio_bounds(
 def spectrum_metrics(
     maps: Maps, known: tuple[Cores, Complex[Tensor, "head k"]] | None = None
 ) -> dict[str, Float[Tensor, " head"]]:
-    """The metrics of one circuit in the residual space, without their `ov_` or `qk_` prefix.
+    """Return the metrics of one circuit in the residual space, without their `ov_` or `qk_` prefix.
 
     Formulas: definitions, section 2; effective rank: Roy & Vetterli 2007; copying as an eigenvalue ratio: Elhage
     et al. 2021; departure from normality: Henrici 1962. Every value is [head]; a head of zero weights scores 0.
-    `known` are the residual cores and their eigenvalues, where a caller has them.
+    `known` are the residual cores and their eigenvalues, if a caller has them.
     """
     unit = power_of_two(maps.sigma[..., 0])  # squares of squares of tiny weights vanish, even in float64
     sigma = maps.sigma / unit[:, None]
@@ -407,7 +140,7 @@ def _entropy(shares: Float[Tensor, "head k"]) -> Float[Tensor, " head"]:
 
 
 def vocabulary_symmetry(maps: Maps, gram: Gram) -> Float[Tensor, " head"]:
-    """tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G): how symmetric the attention between tokens is, in [-1, 1]."""
+    """Return tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G): how symmetric the attention between tokens is, in [-1, 1]."""
     cores = maps.core(gram)
     both = (cores @ cores).diagonal(dim1=-2, dim2=-1).sum(-1)
     norms = (maps.inner.mT @ maps.left_gram(gram) @ maps.inner * maps.right_gram(gram).mT).sum((-2, -1))
@@ -421,9 +154,9 @@ def full_circuit_ratio(
 ) -> Float[Tensor, " head"]:
     """Return the trace ratio of A M B, in [-1, 1], from its Grams.
 
-    The singular values of A M B, against which a vanishing denominator is told, are taken only where their bound by
-    the norms of the Grams does not settle it. If a value was `observed`, all that is asked is on which side of it each
-    ratio lies: where bounds tell (`trace_ratio_bounds`), a bound on that side stands for the ratio.
+    A denominator counts as 0 relative to the singular values of A M B, which are computed only if a bound from the
+    Grams' norms does not settle the matter. If a value was `observed`, only the side on which each ratio lies matters:
+    if `trace_ratio_bounds` decide it, a bound on that side stands for the ratio.
     """
     cores = maps.core(full.cross)
     most = (full.read.norm() * full.write.norm()).sqrt() * maps.sigma.double().sum(-1)
@@ -432,11 +165,11 @@ def full_circuit_ratio(
         if observed is None:
             break
         low, high = trace_ratio_bounds(cores[rest], most[rest], sharp)
-        below, above = high < observed - NEAR, low > observed + NEAR
+        below, above = high < observed - TIE_WITHIN, low > observed + TIE_WITHIN
         found[rest] = torch.where(below, high, low)
         rest = rest[~(below | above)]
     eigen = eigenvalues(cores[rest])
-    if (eigen.abs().sum(-1) > TINY * most[rest]).all():
+    if (eigen.abs().sum(-1) > ZERO_WITHIN * most[rest]).all():
         found[rest] = trace_ratio(eigen, torch.zeros_like(most[rest]))
         return found
     sigma = full_circuit_singular_values(maps, full.read, full.write)

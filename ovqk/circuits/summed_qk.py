@@ -1,6 +1,6 @@
-"""Metrics of a whole layer: all of its heads' W_QK summed (layers.parquet).
+"""Metrics for a whole layer: the sum of its heads' W_QK (layers.parquet).
 
-Published values are of the raw weights, so `qk_symmetry` and `qk_directionality` always are.
+Published values are for raw weights, so `qk_symmetry` and `qk_directionality` always use them.
 """
 
 import dataclasses
@@ -10,17 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.circuits.factors import key_side, query_side
-from ovqk.circuits.vocabulary import STRIPE, blocks, precision
-from ovqk.weights.types import Architecture, LayerWeights, read_through
+from ovqk.circuits.grams import STRIPE_COLUMNS, blocks, precision
+from ovqk.weights.folding import read_through
+from ovqk.weights.types import Architecture, LayerWeights
 
 
 def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Architecture) -> dict[str, float]:
-    """`qk_symmetry` and `qk_directionality` of the raw, `qk_symmetry_folded` of the folded sum over heads of W_Q W_K^T.
+    """Return `qk_symmetry`, `qk_directionality` (raw) and `qk_symmetry_folded` of the sum over heads of W_Q W_K^T.
 
-    Saponati et al. 2025, arXiv 2502.10927. Symmetry tr(M M) / |M|_F^2 and directionality both lie in [-1, 1];
-    positive directionality is column (key) dominated (the paper's tables print the negative). 0 for a zero layer.
+    Source: Saponati et al. 2025, arXiv 2502.10927. Symmetry tr(M M) / |M|_F^2 and directionality both lie in [-1, 1];
+    positive directionality is column (key) dominated (the paper's tables print the negative). Zero weights give 0.
     """
-    matrix = _summed(raw, architecture)  # without the gains of a norm of queries and keys
+    matrix = _summed(raw, architecture)  # without the gains of a query and key norm
     values = {"qk_symmetry": _symmetry(matrix), "qk_directionality": directionality(matrix)}
     if folded is raw:
         return values | {"qk_symmetry_folded": values["qk_symmetry"]}
@@ -34,7 +35,7 @@ def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Archite
 
 
 def _summed(weights: LayerWeights, architecture: Architecture) -> Float[Tensor, "d_model d_model"]:
-    """The sum over heads of W_Q W_K^T, as one product; the query heads of a KV group are summed first.
+    """Return the sum over heads of W_Q W_K^T, as one product; the query heads of a KV group are summed first.
 
     Each side is divided by a power of two of its size: no metric here sees a scale, and squares of the products of tiny
     weights have no float32.
@@ -47,15 +48,15 @@ def _summed(weights: LayerWeights, architecture: Architecture) -> Float[Tensor, 
 
 
 def _sized(side: Float[Tensor, "d_model column"], dtype: torch.dtype) -> Float[Tensor, "d_model column"]:
-    """A side of the product in this dtype, its largest entry below 1; exact, in two steps that stay finite."""
+    """Return a side of the product in this dtype, its largest entry below 1; exact, in two steps that stay finite."""
     exponent = int(torch.frexp(torch.stack(side.aminmax()).abs().amax()).exponent)
     return side.to(dtype) * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)
 
 
 def _symmetry(matrix: Float[Tensor, "d_model d_model"]) -> float:
-    """tr(M M) / |M|_F^2, in stripes: no second matrix is held."""
+    """Return tr(M M) / |M|_F^2, in stripes: no second matrix is held."""
     product = energy = 0.0
-    for rows in blocks(len(matrix), STRIPE):
+    for rows in blocks(len(matrix), STRIPE_COLUMNS):
         stripe = matrix[rows]
         product += float((stripe * matrix[:, rows].T).sum(dtype=torch.float64))
         energy += float(stripe.square().sum(dtype=torch.float64))
@@ -63,10 +64,10 @@ def _symmetry(matrix: Float[Tensor, "d_model d_model"]) -> float:
 
 
 def directionality(matrix: Float[Tensor, "row column"]) -> float:
-    """How far outlying column norms exceed outlying row norms, in [-1, 1].
+    """Return how far outlying column norms exceed outlying row norms, in [-1, 1].
 
     With c, r the norms of columns and rows and tau = mean + 2 sd (ddof 1) of each:
-    (sum over c > tau_c of (c - tau_c) - sum over r > tau_r of (r - tau_r)) / (their sum); 0 where none exceeds.
+    (sum over c > tau_c of (c - tau_c) - sum over r > tau_r of (r - tau_r)) / (their sum); 0 if none exceeds.
     """
     columns, rows = matrix.norm(dim=0), matrix.norm(dim=1)
     excess_columns, excess_rows = _excess(columns), _excess(rows)

@@ -1,4 +1,7 @@
-"""Work shared out among threads in each of which torch works alone: what it would do one after the other itself."""
+"""Independent jobs in threads, with torch single-threaded inside each.
+
+LAPACK takes one small matrix at a time, so torch alone would run such jobs in sequence.
+"""
 
 import os
 from collections import deque
@@ -19,11 +22,11 @@ Result = TypeVar("Result")
 
 
 def each(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device = CPU) -> list[Result]:
-    """The function of every item, in order, as many at a time as torch has threads here (one, within such a thread).
+    """Call the function on every item, on as many at a time as torch has threads (one inside such a thread).
 
-    Items are made in the thread of the caller, while the function works on those before them: at most two for each
-    thread wait, or are done and not yet taken. What another device computes it shares out by itself: there one item is
-    taken at a time. The function must not set torch's number of threads.
+    Items are made in the caller's thread while the function works on earlier ones; at most two per thread wait, or are
+    done and not yet taken. On another device than the CPU, items run one at a time because the device shares out work
+    itself. The function must not set torch's number of threads. Results come in the order of the items.
     """
     workers = torch.get_num_threads()
     if workers < 2 or device.type != "cpu":
@@ -43,14 +46,14 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], device: torc
                 found.append(waiting.popleft().result())
         while waiting:
             found.append(waiting.popleft().result())
-    finally:  # of an error, or of Ctrl-C
+    finally:  # after an error or Ctrl-C
         for future in waiting:
             future.cancel()
     return found
 
 
 def decomposed(function: Callable[[Tensor], Any], batch: Inexact[Tensor, "*n rows columns"]) -> Any:
-    """A decomposition of small matrices, the batch shared out: LAPACK takes one at a time."""
+    """Decompose a batch of small matrices, shared out among threads, since LAPACK takes one matrix at a time."""
     parts = min(torch.get_num_threads(), len(batch)) if batch.dim() > 2 else 1
     if parts < 2 or batch.device.type != "cpu":
         return function(batch)
@@ -62,11 +65,11 @@ def decomposed(function: Callable[[Tensor], Any], batch: Inexact[Tensor, "*n row
 
 @cache
 def _threads(count: int, process: int) -> ThreadPoolExecutor:
-    """So many threads of this process in which torch works alone: a new one would start as many of its own."""
+    """Start `count` threads with torch single-threaded in each: by default each would start as many of its own."""
     ready = Barrier(count + 1)
 
     def begin() -> None:
-        torch.get_num_threads()  # the first question of a thread sets what all threads are to have
+        torch.get_num_threads()  # a thread's first query sets the number for all threads
         torch.set_num_threads(1)
         with suppress(BrokenBarrierError):
             ready.wait()
@@ -81,5 +84,5 @@ def _threads(count: int, process: int) -> ThreadPoolExecutor:
         ready.abort()
         raise
     finally:
-        torch.set_num_threads(before)  # what was set last, in whatever thread, holds for threads that are yet to come
+        torch.set_num_threads(before)  # the number set last, in any thread, holds for all new threads
     return pool

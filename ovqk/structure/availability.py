@@ -1,6 +1,7 @@
 """Reasons why no head of a model has a metric: they are in the record, and no value is made up."""
 
-from ovqk.circuits.vocabulary import Block0, Vocabulary
+from ovqk.circuits.effective_embeddings import Block0
+from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.metrics import METRICS, NOT_APPLICABLE, Needs, metric_names
 from ovqk.weights.types import Architecture
 

@@ -9,25 +9,21 @@ from jaxtyping import Bool, Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ovqk.circuits import positions, spectra
+from ovqk.circuits import moments, positions
+from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, query_side
+from ovqk.circuits.grams import Block0Grams, FullCircuit
+from ovqk.circuits.maps import Basis, Decomposition, FactoredMaps
 from ovqk.circuits.sides import Block0Side
-from ovqk.circuits.vocabulary import Block0, Block0Grams, FullCircuit, Vocabulary, read_vocabulary
+from ovqk.circuits.vocabulary import Vocabulary, read_vocabulary
 from ovqk.config.schema import Circuit, Config, Processing
 from ovqk.structure.availability import NO_EMBEDDING, unavailable_metrics
 from ovqk.structure.rare_tokens import RareTokens, rare_tokens
 from ovqk.structure.token_tables import Directions
 from ovqk.weights.devices import resolve_device, to_device
-from ovqk.weights.types import (
-    ACTIVATIONS,
-    Architecture,
-    LayerWeights,
-    WeightSource,
-    fold_embeddings,
-    fold_layer,
-    fold_mlp,
-    fold_reads,
-)
+from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
+from ovqk.weights.mlp import ACTIVATIONS
+from ovqk.weights.types import Architecture, LayerWeights, WeightSource
 
 
 @dataclass(frozen=True)
@@ -88,24 +84,24 @@ class Model:
         )
 
     @cached_property
-    def token_moments(self) -> tuple[positions.Moments, positions.Moments] | None:
+    def token_moments(self) -> tuple[moments.Moments, moments.Moments] | None:
         """Moments of plain and of normalised embedding rows (the second is used under rotary positions)."""
         if self.vocabulary is None:
             return None
-        plain = positions.token_moments(self.vocabulary)
+        plain = moments.token_moments(self.vocabulary)
         if self.architecture.positions != "rotary":
             return plain, plain
-        return plain, positions.normalised_moments(self.vocabulary, self.architecture)
+        return plain, moments.normalised_moments(self.vocabulary, self.architecture)
 
     @cached_property
     def sampled_rows(self) -> Float[Tensor, "sampled d_model"] | None:
         """Embedding rows that the moments of normalised queries and keys are taken over; None without an embedding."""
-        return None if self.vocabulary is None else positions.sample_rows(self.vocabulary.W_E)
+        return None if self.vocabulary is None else moments.sample_rows(self.vocabulary.W_E)
 
     @cached_property
-    def position_moments(self) -> positions.Moments | None:
+    def position_moments(self) -> moments.Moments | None:
         """Moments of the rows of W_pos; None without learned positions."""
-        return None if self.W_pos is None else positions.row_moments(self.W_pos)
+        return None if self.W_pos is None else moments.row_moments(self.W_pos)
 
     @cached_property
     def block0_grams(self) -> Block0Grams | None:
@@ -182,7 +178,7 @@ class Model:
             or "qk" not in self.circuits
         ):
             return []
-        step = positions.sample_step(self.vocabulary.size, self.vocabulary.d_model)
+        step = moments.sample_step(self.vocabulary.size, self.vocabulary.d_model)
         if step == 1:
             return []
         return [
@@ -276,8 +272,8 @@ class Layer:
     def __init__(self, model: Model, index: int) -> None:
         """Read the layer."""
         self.model, self.index = model, index
-        self._maps: dict[Form, spectra.FactoredMaps] = {}  # no caches of bound methods: they keep layers alive
-        self._bases: dict[tuple[str, bool], spectra.Basis] = {}
+        self._maps: dict[Form, FactoredMaps] = {}  # no caches of bound methods: they keep layers alive
+        self._bases: dict[tuple[str, bool], Basis] = {}
         self._across: dict[tuple[Circuit, bool], list[tuple[Tensor | None, Tensor]]] = {}
 
     def read(self) -> LayerWeights:
@@ -317,7 +313,7 @@ class Layer:
             tuple(range(positions.rotary_span(self.folded, architecture))) if self.folded.rotary is not None else (0,)
         )
 
-    def basis(self, part: Part, folded: bool) -> spectra.Basis:
+    def basis(self, part: Part, folded: bool) -> Basis:
         """Return an orthonormal basis of what each head's W_Q, W_K, W_V reads or W_O writes, folded or as processed.
 
         Found once: every decomposition and every moment of this layer is taken through it.
@@ -326,10 +322,10 @@ class Layer:
         if key not in self._bases:
             weights = self.folded if key[1] else self.processed
             weight = getattr(weights, f"W_{part}")
-            self._bases[key] = spectra.Basis(weight.mT if part == "O" else weight)
+            self._bases[key] = Basis(weight.mT if part == "O" else weight)
         return self._bases[key]
 
-    def maps(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> spectra.FactoredMaps:
+    def maps(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> FactoredMaps:
         """Return a circuit of the layer's heads, factored once; QK with the mean rotation over the offsets."""
         form = Form(circuit, folded or self.model.folds, offsets)
         if form not in self._maps:
@@ -341,13 +337,13 @@ class Layer:
             if circuit == "ov":
                 left, right = self.basis("V", folded), self.basis("O", folded)
                 inner = left.coordinates[kv] @ right.coordinates.mT
-                self._maps[form] = spectra.FactoredMaps(left, right, kv, every, inner, rank, across=across)
+                self._maps[form] = FactoredMaps(left, right, kv, every, inner, rank, across=across)
             else:
                 left, right = self.basis("Q", folded), self.basis("K", folded)
                 inner = query_side(left.coordinates, weights, offsets) @ key_side(right.coordinates, weights)[kv].mT
-                self._maps[form] = spectra.FactoredMaps(left, right, every, kv, inner, rank, across=across)
+                self._maps[form] = FactoredMaps(left, right, every, kv, inner, rank, across=across)
         return self._maps[form]
 
-    def decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> spectra.Decomposition:
+    def decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Decomposition:
         """Return the thin SVD of a circuit's heads, with its directions."""
         return self.maps(circuit, folded, offsets).decomposition

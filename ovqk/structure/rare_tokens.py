@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ovqk.circuits.vocabulary import Vocabulary, blocks, mean_row
+from ovqk.circuits.grams import blocks, mean_row
+from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.structure.spelling import BYTE_LETTERS, Spelling
 
 NEAR_MEAN = 0.01  # quantile of the distance from the mean row

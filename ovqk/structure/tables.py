@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.circuits import positions, spectra
+from ovqk.circuits import moments, positions, spectra
 from ovqk.circuits.components import Components, components
+from ovqk.circuits.maps import Maps
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.summed_qk import layer_metrics
 from ovqk.config.schema import Circuit
@@ -134,7 +135,7 @@ def circuit_spectra(layer: Layer, circuit: Circuit) -> tuple[HeadValues, pd.Data
     return at_zero, pd.concat(tables, ignore_index=True)
 
 
-def spectrum(model: Model, circuit: Circuit, maps: spectra.Maps) -> tuple[HeadValues, list[tuple[str, str, Tensor]]]:
+def spectrum(model: Model, circuit: Circuit, maps: Maps) -> tuple[HeadValues, list[tuple[str, str, Tensor]]]:
     """Return metrics of one circuit, and (space, kind, values [head, index]) of its spectra."""
     cores = maps.core()
     eigen = spectra.eigenvalues(cores)
@@ -198,22 +199,22 @@ def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
     return values, None if profile is None else _offset_table(layer.index, profile)
 
 
-def token_head_moments(layer: Layer) -> tuple[positions.HeadMoments, positions.HeadMoments]:
+def token_head_moments(layer: Layer) -> tuple[moments.HeadMoments, moments.HeadMoments]:
     """Return moments of queries and keys over the vocabulary, of plain and of normalised embedding rows."""
     model, weights, architecture = layer.model, layer.folded, layer.model.architecture
     if weights.qk_norm is not None and model.sampled_rows is not None:
-        return positions.normalised_head_moments(weights, architecture, model.sampled_rows)
+        return moments.normalised_head_moments(weights, architecture, model.sampled_rows)
     if model.token_moments is None:
         raise ValueError("moments need an embedding")
     plain, normalised = model.token_moments
     bases = _query_key_bases(layer)
     return (
-        positions.head_moments(weights, architecture, plain, bases),
-        positions.head_moments(weights, architecture, normalised, bases),
+        moments.head_moments(weights, architecture, plain, bases),
+        moments.head_moments(weights, architecture, normalised, bases),
     )
 
 
-def _query_key_bases(layer: Layer) -> positions.QueryKeyBases:
+def _query_key_bases(layer: Layer) -> moments.QueryKeyBases:
     return layer.basis("Q", True), layer.basis("K", True)
 
 

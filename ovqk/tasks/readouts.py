@@ -4,24 +4,20 @@ Layer 0 reads the embedding; later layers read the `block0` effective embedding,
 all.
 """
 
-import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.circuits import alignment
-from ovqk.circuits.maps import CircuitMaps
-from ovqk.circuits.vocabulary import BLOCK, Block0, Vocabulary, blocks
+from ovqk.circuits.effective_embeddings import WRITE, EffectiveRows
+from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.config.schema import Embedding, VariableKind
 from ovqk.errors import UserError
 from ovqk.metrics import METRICS, named
 from ovqk.tasks.words import Variable, WordSet
-from ovqk.weights.types import Architecture, Rows, StoredRows, normalise
+from ovqk.weights.stored_rows import Rows
 
 SET_METRICS = named(lambda metric: metric.of == "words")
 """Means over the source tokens of a `set` variable."""
@@ -29,86 +25,8 @@ CONTRAST_METRICS = named(lambda metric: metric.variable is VariableKind.contrast
 SUBSPACE_METRICS = named(lambda metric: metric.of == "subspace")
 """Metrics of the subspace that a variable's words span, on either side of a circuit."""
 
-WRITE = "write"
-"""The kind of rows that words are on the write side: columns of W_U."""
-
 TOP_METRICS = {name: METRICS[name].in_top for name in named(lambda metric: metric.in_top != 0)}
 """Metrics that rank a word's own logit in the whole vocabulary -> the sign that W_OV is taken with."""
-SCREEN = 4096
-"""Tokens of an unembedding left in the checkpoint that are kept for the first comparisons of such a ranking."""
-KEPT_UP_TO = 2**26
-"""Elements of an unembedding that is kept in memory by the readouts of a task (256 MB)."""
-
-
-class EffectiveRows:
-    """Rows of effective embeddings, normalised as a layer's norm would; those of kept ids are computed once."""
-
-    def __init__(self, vocabulary: Vocabulary, block0: Block0 | None, architecture: Architecture) -> None:
-        """Take the folded vocabulary; `block0` is None if it cannot be had."""
-        self.vocabulary, self.block0, self.architecture = vocabulary, block0, architecture
-        self._ids: Tensor | None = None
-        self._rows: dict[str, Tensor] = {}
-
-    @contextmanager
-    def only(self, ids: Int[Tensor, "*word"]) -> Iterator[None]:
-        """Answer for these tokens alone, each row computed once, until the context is left."""
-        before, self._ids, self._rows = (self._ids, self._rows), ids.unique().cpu(), {}
-        try:
-            yield
-        finally:
-            self._ids, self._rows = before
-
-    def __call__(self, ids: Int[Tensor, "*word"], kind: str) -> Float[Tensor, "*word d_model"]:
-        """Return rows of these tokens; `kind`: `token` or `block0`, or `write`: columns of W_U, not normalised.
-
-        Raises:
-            ValueError: a token is asked for that is not among those of `only`.
-        """
-        if self._ids is None:
-            if ids.dim() == 1:
-                return self._compute(ids, kind)
-            few, place = ids.unique(return_inverse=True)  # many draws of a few words
-            return self._compute(few, kind)[place]
-        place = torch.searchsorted(self._ids, ids.cpu()).clamp_max(len(self._ids) - 1)
-        if not torch.equal(self._ids[place], ids.cpu()):
-            raise ValueError("a row is asked for of a token that is not among those that rows are restricted to")
-        if kind not in self._rows:
-            self._rows[kind] = self._compute(self._ids, kind)
-        return self._rows[kind][place.to(self._rows[kind].device)]
-
-    def _compute(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
-        if kind == WRITE:
-            if self.unembedding is None:
-                raise ValueError("what words write needs an unembedding")
-            return self.unembedding[ids.to(self.unembedding.device)]
-        if len(ids) > BLOCK:  # what block 0 computes on the way is several times as wide as a row
-            return torch.cat([self._compute(some, kind) for some in ids.split(BLOCK)])
-        rows = self.vocabulary.W_E[ids.to(self.vocabulary.W_E.device)]
-        if kind == "block0" and self.block0 is not None:
-            rows = self.block0.rows(rows)
-        return self.normalised(rows)
-
-    @cached_property
-    def unembedding(self) -> Rows | None:
-        """W_U^T: in memory if it has at most KEPT_UP_TO elements, else as the vocabulary has it."""
-        rows = self.vocabulary.W_U_rows
-        if not isinstance(rows, StoredRows) or math.prod(rows.shape) > KEPT_UP_TO:
-            return rows
-        kept = torch.empty(rows.shape, device=rows.device)
-        for some in blocks(rows.shape[0]):
-            kept[some] = rows[some]
-        return kept
-
-    @cached_property
-    def first_unembedded(self) -> Float[Tensor, "token d_model"]:
-        """The first SCREEN rows of W_U^T, in memory."""
-        if self.unembedding is None:
-            raise ValueError("what words write needs an unembedding")
-        return self.unembedding[:SCREEN]
-
-    def normalised(self, rows: Float[Tensor, "*word d_model"]) -> Float[Tensor, "*word d_model"]:
-        """Return rows as a layer's norm would leave them."""
-        return normalise(rows, self.architecture.norm, self.architecture.norm_eps)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from ovqk.circuits.effective_embeddings import Block0, EffectiveRows
 from ovqk.circuits.factors import scores
-from ovqk.circuits.maps import HeadMaps, Scorer
-from ovqk.circuits.vocabulary import Block0
+from ovqk.circuits.head_maps import HeadMaps, Scorer
 from ovqk.config.schema import Circuit, VariableKind
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.tables import Tables, heads_rows
-from ovqk.tasks.readouts import CONTRAST_METRICS, SET_METRICS, EffectiveRows, Readout
+from ovqk.tasks.readouts import CONTRAST_METRICS, SET_METRICS, Readout
 from ovqk.tasks.words import TaskTokens, resolve_task
 
 

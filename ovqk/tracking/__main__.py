@@ -22,10 +22,7 @@ from ovqk.errors import UserError
 from ovqk.records.record import claim, read_record, read_tracking
 from ovqk.records.results import cell_folders
 from ovqk.tracking.run import Destination
-from ovqk.tracking.sweep_panels import (
-    Sweep,
-    read_sweeps,
-)
+from ovqk.tracking.sweep_panels import Sweep, read_sweeps
 from ovqk.tracking.track import TrackedCell, TrackedSweep, attempt_tracking, needs_tracking
 
 

@@ -116,7 +116,7 @@ def draw(sweep: Sweep, into: Path) -> Iterator[tuple[str, Path]]:
     import matplotlib
 
     from ovqk.figures.choice import sweep_figures
-    from ovqk.figures.models import STYLE
+    from ovqk.figures.drawing import STYLE
 
     cells = [
         Cell(folder, record, {name: table for name in DRAWN if (table := load_table(folder, name)) is not None})

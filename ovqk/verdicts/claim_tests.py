@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ovqk.circuits import composition
 from ovqk.circuits.composition import LayerCircuits
-from ovqk.circuits.maps import HeadMaps
+from ovqk.circuits.head_maps import HeadMaps
 from ovqk.config.schema import Circuit, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.structure.model import Form, Layer, Model
@@ -25,14 +25,7 @@ from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, Readout
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import Variable
 from ovqk.verdicts.null_tests import NullTest
-from ovqk.verdicts.nulls import (
-    Predicted,
-    correct,
-    ensemble_row,
-    head_rows,
-    predicted_values,
-    role_rows,
-)
+from ovqk.verdicts.nulls import Predicted, correct, ensemble_row, head_rows, predicted_values, role_rows
 from ovqk.verdicts.statistics import monte_carlo
 from ovqk.verdicts.surrogates import (
     CHUNK_ELEMENTS,

@@ -18,10 +18,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovqk.circuits.maps import CircuitMaps
-from ovqk.circuits.spectra import Decomposition, full_circuit_ratio
+from ovqk.circuits.grams import FLOAT64_UP_TO, FullCircuit, Gram, blocks
+from ovqk.circuits.head_maps import CircuitMaps
+from ovqk.circuits.maps import Decomposition
+from ovqk.circuits.orthonormal import triangular_factor
+from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.threads import CPU, each
-from ovqk.circuits.vocabulary import EXACT, FullCircuit, Gram, blocks
 from ovqk.config.schema import Circuit, VariableKind
 from ovqk.metrics import METRICS, named
 from ovqk.structure.model import Model
@@ -58,13 +60,12 @@ def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[
     within 2e-5 in the tails of d_model = 8. Otherwise they are float64.
     """
     d_model, k = noise.shape[1:]
-    x = noise if 4 * k <= d_model or 2 * k <= d_model > EXACT else noise.double()
+    x = noise if 4 * k <= d_model or 2 * k <= d_model > FLOAT64_UP_TO else noise.double()
     if centred:
         x = x - x.mean(1, keepdim=True)
     if 2 * k <= d_model:
-        R = torch.linalg.cholesky(x.mT @ x, upper=True)
-        unit = torch.eye(k, dtype=R.dtype, device=R.device).expand_as(R)
-        return x @ torch.linalg.solve_triangular(R, unit, upper=True)
+        _, inverse = triangular_factor(x, check_errors=True)
+        return x @ inverse
     Q, R = torch.linalg.qr(x)
     return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
 

@@ -1,7 +1,7 @@
 """How a block reads and writes the residual stream, found by trying ovqk's forms against the block's own activations.
 
-A form counts only if it reproduces what the module computes: queries times keys before the softmax, values, and what
-reaches the stream behind the output projection. The first form that does is taken; if none does, the reason is told.
+A form counts only if it reproduces the module's own numbers: queries times keys before the softmax, values, and the
+output projection's addition to the stream. The first form that does is taken; if none does, the reason is reported.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,17 +12,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ovqk.weights.block_probes import BlockActivations
-from ovqk.weights.types import LayerWeights, Norm, NormKind, QueryKeyNorm, Rotary, apply_norm, keys, normalise, queries
+from ovqk.weights.norms import Norm, NormKind, QueryKeyNorm, apply_norm, normalise
+from ovqk.weights.rotary import Rotary
+from ovqk.weights.types import LayerWeights, keys, queries
 
 TOLERANCE = 1e-3
 """Largest difference from the model's own activations that counts as agreement, relative to the largest of those."""
 NO_ROTATION = Rotary(torch.zeros(1))
-"""Of a layer without positions in a model with rotary positions: every R(D) is 1."""
+"""The rotation for a layer without positions in a model with rotary positions: every R(D) is 1."""
 
 
 @dataclass(frozen=True)
 class MeasuredNorm:
-    """A norm module as numbers: what it computes, whatever it stores."""
+    """A norm module's gain, bias and epsilon as its outputs show them, whatever it stores."""
 
     norm: Norm
     eps: float
@@ -30,16 +32,16 @@ class MeasuredNorm:
 
 @dataclass(frozen=True)
 class BlockReading:
-    """What was found of one block.
+    """The form that reproduces one block.
 
     Attributes:
         weights: of the block, with the norms, rotation and multipliers that reproduce it.
         eps: of the norm before attention; None if there is none.
-        attention_scale: what multiplies the scores; None if not known.
-        parallel: attention and MLP both read what comes into the block.
+        attention_scale: factor of the scores; None if not known.
+        parallel: attention and MLP both read the block's input.
         biased: something else than the scores reaches the softmax (ALiBi, a relative position's bias).
-        reads, writes: why ovqk's form does not reproduce what the block reads or writes; None if it does.
-        notes: what attention holds beyond the form, in words for the record.
+        reads, writes: why ovqk's form does not reproduce the block's reads or writes; None if it does.
+        notes: parts of attention beyond the form, in words for the record.
     """
 
     weights: LayerWeights
@@ -53,14 +55,14 @@ class BlockReading:
 
 
 def agrees(mine: Tensor, own: Tensor) -> bool:
-    """Whether two tensors differ by no more than TOLERANCE of the second's largest entry."""
+    """Return whether two tensors differ by no more than TOLERANCE of the second's largest entry."""
     if mine.shape != own.shape:
         return False
     return bool((mine - own).abs().max() <= TOLERANCE * own.abs().max().clamp_min(1e-6))
 
 
 def measure_norm(module: nn.Module | None, width: int) -> MeasuredNorm | None:
-    """Read a norm off what it computes on random rows, so that an offset of its gain needs no knowing.
+    """Measure a norm by its outputs on random rows, so that an offset in its stored gain does not matter.
 
     Returns None if the module is neither a root-mean-square norm nor a LayerNorm over the last `width` components.
     """
@@ -87,7 +89,7 @@ def measure_norm(module: nn.Module | None, width: int) -> MeasuredNorm | None:
 
 
 def _epsilon(module: nn.Module) -> float:
-    """A norm's epsilon, under any of the names that it has."""
+    """Return a norm's epsilon, under any of the names that it has."""
     for each in module.modules():
         for name in ("variance_epsilon", "eps", "epsilon"):
             if isinstance(getattr(each, name, None), float):
@@ -96,7 +98,7 @@ def _epsilon(module: nn.Module) -> float:
 
 
 def _stored_gain(module: nn.Module, measured: Float[Tensor, " width"]) -> Float[Tensor, " width"]:
-    """The gain as the module stores it, or less one (Gemma), if that is what was measured: it has no rounding."""
+    """Return the stored gain (or 1 + it, Gemma) if it is the measured one, because it has no rounding."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.shape == measured.shape:
         for stored in (weight.detach().float(), 1 + weight.detach().float()):
@@ -106,7 +108,7 @@ def _stored_gain(module: nn.Module, measured: Float[Tensor, " width"]) -> Float[
 
 
 def norms_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The direct children of a module that are norms."""
+    """Return the direct children of a module that are norms."""
     return {
         name: child
         for name, child in module.named_children()
@@ -126,11 +128,11 @@ def read_block(
     """Try ovqk's forms on one block.
 
     Args:
-        block: what the block computed.
+        block: the block's own activations.
         module: the block.
         weights: its attention weights, without norms.
         output_bias: the output projection's bias.
-        output_input: what the output projection was given.
+        output_input: the output projection's input.
         rotations: the rotations that the model's layers may use.
         norm_module: the norm that is named as the one before attention.
     """
@@ -173,7 +175,7 @@ def read_block(
 def _values_agree(
     block: BlockActivations, x: Float[Tensor, "position d_model"], weights: LayerWeights, output_input: Tensor | None
 ) -> bool:
-    """Whether x W_V + b_V are the module's values."""
+    """Return whether x W_V + b_V are the module's values."""
     mine = torch.einsum("pd,hdx->hpx", x, weights.W_V) + weights.b_V[:, None]
     if block.values is not None:
         copies = block.values.shape[0] // mine.shape[0]  # a module may repeat them for each query head itself
@@ -188,7 +190,10 @@ def _values_agree(
 def _match_scores(
     block: BlockActivations, x: Float[Tensor, "position d_model"], weights: LayerWeights, rotations: Sequence[Rotary]
 ) -> tuple[LayerWeights, float | None, bool] | None:
-    """The weights with the query and key norm and the rotation that give the module's scores; their scale; a bias."""
+    """Return the weights with the norms and the rotation that give the module's scores; None if no form does.
+
+    With them come the factor of the scores and whether a bias is added to them.
+    """
     watched = block.queries is not None and block.scaling is not None
     own, visible = _own_scores(block)
     if own is None:
@@ -215,7 +220,7 @@ def _match_scores(
 
 
 def _own_scores(block: BlockActivations) -> tuple[Tensor | None, Tensor]:
-    """The module's scores before its softmax, [head, query, key], and which of them count."""
+    """Return the module's scores before its softmax, [head, query, key], and which of them count."""
     length = len(block.stream)
     below = torch.ones(length, length, dtype=torch.bool).tril()
     if block.queries is not None and block.keys is not None and block.scaling is not None:
@@ -227,7 +232,7 @@ def _own_scores(block: BlockActivations) -> tuple[Tensor | None, Tensor]:
 def _scores(
     q: Float[Tensor, "head position d_head"], k: Float[Tensor, "head position d_head"], rotary: Rotary | None
 ) -> Float[Tensor, "head position position"]:
-    """q R(i - j) k^T for every pair of positions, without a scale."""
+    """Return q R(i - j) k^T for every pair of positions, without a scale."""
     if rotary is None:
         return q @ k.mT
     positions = torch.arange(q.shape[1])
@@ -238,7 +243,7 @@ def _scores(
 
 
 def _fit_scale(mine: Tensor, own: Tensor, visible: Tensor, slopes: bool) -> tuple[float, bool]:
-    """The scale between two sets of scores, and whether they agree but for constants of rows and slopes by offset."""
+    """Return the scale between two sets of scores, and whether they agree up to row constants and slopes by offset."""
     visible = visible & (own.amax(0) > -1e4)
     length = len(visible)
     offsets = (torch.arange(length)[:, None] - torch.arange(length)).to(own)
@@ -257,7 +262,7 @@ def _fit_scale(mine: Tensor, own: Tensor, visible: Tensor, slopes: bool) -> tupl
 
 
 def _query_key_forms(block: BlockActivations, weights: LayerWeights) -> Iterable[LayerWeights]:
-    """The weights as they are, and with each norm of queries and keys that the attention module holds."""
+    """Yield the weights as they are, and with each norm of queries and keys that the attention module holds."""
     yield weights
     if block.attention is None:
         return
@@ -284,7 +289,7 @@ def _query_key_forms(block: BlockActivations, weights: LayerWeights) -> Iterable
             form = QueryKeyNorm(gains[0], gains[1], one.eps, over_heads=joint)
             if one.norm.kind == "rmsnorm":
                 yield replace(weights, qk_norm=form)
-            elif not joint:  # a LayerNorm is a root-mean-square norm of what is centred, and centring is linear
+            elif not joint:  # a LayerNorm is a root-mean-square norm after centring, and centring is linear
                 yield _centred(weights, form)
         heads = _norms_by_head(query, n_heads, d_head), _norms_by_head(key, n_kv, d_head)
         if heads[0] is not None and heads[1] is not None:
@@ -295,7 +300,7 @@ def _query_key_forms(block: BlockActivations, weights: LayerWeights) -> Iterable
 
 
 def _centred(weights: LayerWeights, form: QueryKeyNorm) -> LayerWeights:
-    """Queries and keys less their mean over each head's components, in the weights."""
+    """Centre queries and keys over each head's components, in the weights."""
 
     def centre(x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True)
@@ -311,7 +316,7 @@ def _centred(weights: LayerWeights, form: QueryKeyNorm) -> LayerWeights:
 
 
 def _norms_by_head(module: nn.Module, heads: int, d_head: int) -> Tensor | None:
-    """Gains of a LayerNorm of each head's own: a module of all heads (Cohere), or one for each (StableLM)."""
+    """Return the gains of a LayerNorm per head, in one module for all heads (Cohere) or in one for each (StableLM)."""
     rows = torch.randn(heads, d_head, generator=torch.Generator().manual_seed(2))
     eps = _epsilon(module)
     try:
@@ -328,7 +333,7 @@ def _norms_by_head(module: nn.Module, heads: int, d_head: int) -> Tensor | None:
 
 
 def _mixing(block: BlockActivations, output_input: Tensor | None, n_heads: int) -> str | None:
-    """Why the output projection is not given the pattern's mean of the values; None if it is."""
+    """Return why the output projection is not given the pattern's mean of the values; None if it is."""
     if block.pattern is None or block.values is None:
         return None
     if output_input is None:
@@ -339,7 +344,7 @@ def _mixing(block: BlockActivations, output_input: Tensor | None, n_heads: int) 
 
 
 def _shift(block: BlockActivations) -> float:
-    """By how much what the softmax is given differs from the scores, but for a constant of each row."""
+    """Return the largest difference between the softmax's input and the scores, apart from a constant per row."""
     own, visible = _own_scores(block)
     if own is None or block.logits is None or block.logits.shape != own.shape:
         return 0.0
@@ -350,16 +355,18 @@ def _shift(block: BlockActivations) -> float:
 
 
 def _beyond_scores(block: BlockActivations, biased: bool) -> list[str]:
-    """What attention holds beyond the scores, for the record."""
+    """Return notes for the record on parts of attention beyond the scores."""
     notes = []
     if block.pattern is not None and bool(((block.pattern.sum(-1) - 1).abs() > 1e-3).any()):
         notes.append(
-            "a sink takes part of each head's attention: it scales down what a head moves, and no metric has it in"
+            "a sink takes part of each head's attention: it scales down a head's writes and is not part of any metric"
         )
     if block.capped:
-        notes.append("the scores are capped before the softmax (logit softcapping), and no metric has the cap in")
+        notes.append(
+            "the scores are capped before the softmax (logit softcapping), and the cap is not part of any metric"
+        )
     if biased:
-        notes.append("a bias by position is added to the scores, and no metric has it in")
+        notes.append("a bias by position is added to the scores, which is not part of any metric")
     return notes
 
 
@@ -370,7 +377,7 @@ def _match_write(
     output_input: Tensor | None,
     norms: Sequence[MeasuredNorm],
 ) -> tuple[LayerWeights, str | None, list[str]]:
-    """The weights with the norm or multiplier behind W_O that gives what attention adds to the stream."""
+    """Return the weights with the norm or multiplier behind W_O that reproduces attention's write to the stream."""
     own = block.attention_write
     if own is None or output_input is None:
         return weights, "what its attention adds to the residual stream could not be seen", []
@@ -396,7 +403,7 @@ def _match_write(
 
 
 def _is_parallel(block: BlockActivations) -> bool:
-    """Whether the rest of the block reads what comes into the block, and not what attention has added."""
+    """Return whether the rest of the block reads the block's input, without attention's write."""
     if block.attention_write is None or block.other_write is None or block.both_write is None:
         return False
     return agrees(block.attention_write + block.other_write, block.both_write)

@@ -12,12 +12,12 @@ Rule = tuple[Callable[[Any], bool], str]
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, and not true or false."""
+    """Return whether a value is a finite number, and not true or false."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is an integer, and not true or false."""
+    """Return whether a value is an integer, and not true or false."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -65,7 +65,7 @@ TOP: dict[str, Rule] = {
 }
 """Rules of keys about rotary positions."""
 SHARES: dict[str, Rule] = {"partial_rotary_factor": _or_null(SHARE), "rotary_pct": _or_null(SHARE)}
-"""Rules of keys that say which share of a head is rotated, of families that read them."""
+"""Rules for keys that give the rotated share of a head, in families that read them."""
 INSIDE: dict[str, Rule] = {
     "rope_type": NAME,
     "type": NAME,
@@ -128,7 +128,7 @@ def _check_rotations(label: str, path: str, place: Mapping[str, Any], shares: Ma
 
 
 def _settings(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The settings for all layers, or those of each kind of layer."""
+    """Return the settings for all layers, or those of each kind of layer."""
     yield path, settings
     for kind, inner in settings.items():
         if isinstance(inner, Mapping):

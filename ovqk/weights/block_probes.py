@@ -1,8 +1,8 @@
-"""What a Hugging Face model itself computes on a few tokens, and what each of its blocks computes alone.
+"""A Hugging Face model's own activations on a few tokens, and those of each of its blocks alone.
 
 Each block is called by itself on a random residual stream: once with everything but attention silenced, which gives
-what attention adds to the stream and what it adds it from, and once with attention silenced. Random rows of unit
-variance keep the differences exact, which the large components of a trained model's stream would not.
+attention's addition to the stream and the inputs of that addition, and once with attention silenced. Random rows of
+unit variance keep the differences exact, which the large components of a trained model's stream would not.
 """
 
 import contextlib
@@ -25,22 +25,22 @@ class CannotRunError(Exception):
 
 @dataclass
 class BlockActivations:
-    """What one block computes on the rows `stream`.
+    """One block's activations on the rows `stream`.
 
     Attributes:
         stream: the rows that the block was given.
-        attention_write: what attention adds to them, with everything behind its output projection; None if the block
+        attention_write: attention's addition to them, with everything behind its output projection; None if the block
             could not be silenced.
-        other_write: what the rest of the block adds if attention is silenced.
-        both_write: what the whole block adds.
-        queries, keys, values: as the attention's own product takes them, rotated and normalised; None if the model
+        other_write: the rest of the block's addition if attention is silenced.
+        both_write: the whole block's addition.
+        queries, keys, values: the inputs of attention's own product, rotated and normalised; None if the model
             does not hand them to an attention function.
         pattern: that function's own weights.
-        scaling: what it multiplies the scores by.
+        scaling: its factor of the scores.
         window: how many tokens back it looks, the query's included; None for all.
         capped: the scores are capped before the softmax.
-        logits: what the softmax was given, after caps, masks and biases.
-        inputs: input of each module of the block, by the module's identity.
+        logits: the softmax's input, after caps, masks and biases.
+        inputs: each of the block's modules' input, by the module's identity.
     """
 
     stream: Float[Tensor, "position d_model"]
@@ -61,13 +61,13 @@ class BlockActivations:
 
 @dataclass
 class ModelActivations:
-    """What the whole model computes on `tokens`, and each block alone.
+    """The whole model's activations on `tokens`, and each block's alone.
 
     Attributes:
-        first_stream: what comes into the first block; None if its blocks were not found.
-        inputs, outputs: of each module of the model, by the module's identity.
+        first_stream: the first block's input; None if its blocks were not found.
+        inputs, outputs: each module's, by its identity.
         blocks: one entry for each block, in order.
-        logits: what the model gives in the end, with every multiplier and cap; None if it gives no logits.
+        logits: the model's output, with every multiplier and cap; None if it gives no logits.
     """
 
     tokens: Int[Tensor, " position"]
@@ -81,7 +81,7 @@ class ModelActivations:
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> list[nn.Module]:
-    """The model's decoder blocks: a list of `n_layers` modules that hold attention; empty if there is none."""
+    """Return the model's decoder blocks: a list of `n_layers` modules that hold attention; empty if there is none."""
     found = [
         (any(part in name for part in ("vision", "visual", "audio")), list(module))
         for name, module in model.named_modules()
@@ -176,14 +176,14 @@ def _record_block(module: nn.Module, call: _Call, stream: Tensor) -> BlockActiva
 
 
 def _zeros(parameter: Tensor) -> Tensor:
-    """Zeros in a parameter's place; one zero for all of a matrix, which products of experts' tensors do not take."""
+    """Return zeros like a parameter: a matrix shares one zero in memory, but experts' tensors cannot."""
     if parameter.dim() > 2:
         return torch.zeros_like(parameter)
     return torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
 
 
 class Recorder:
-    """Hooks on a model: inputs and outputs of its modules, calls of its blocks, and what attention is handed."""
+    """Hooks on a model: inputs and outputs of its modules, calls of its blocks, and the inputs of attention."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -248,14 +248,14 @@ class Recorder:
             where[id(module)] = value[0].clone()
 
     def _note_attention(self) -> None:
-        """The child of the block inside which attention runs."""
+        """Return the child of the block inside which attention runs."""
         if len(self._blocks) == 1 and self._blocks[0] in self._stack:
             place = self._stack.index(self._blocks[0])
             if place + 1 < len(self._stack):
                 self.attention_child = self._stack[place + 1]
 
     def _softmax(self, logits: Tensor) -> None:
-        logits = logits[None] if logits.dim() == 3 else logits  # heads may stand where the batch does
+        logits = logits[None] if logits.dim() == 3 else logits  # the first axis may be heads instead of the batch
         shape = logits.shape
         if len(shape) == 4 and shape[0] == 1 and shape[2] == self.length and shape[3] in (self.length, self.length + 1):
             self.block.logits = logits[0, :, :, : self.length].clone()
@@ -279,7 +279,7 @@ class Recorder:
 
 
 class _Softmax(TorchDispatchMode):
-    """Tells of the input of every softmax."""
+    """Reports every softmax's input."""
 
     def __init__(self, tell: Callable[[Tensor], None]) -> None:
         super().__init__()
@@ -292,7 +292,7 @@ class _Softmax(TorchDispatchMode):
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """The first tensor of what a module returns."""
+    """Return the first tensor among a module's outputs."""
     if torch.is_tensor(output):
         return output
     if isinstance(output, tuple | list):

@@ -2,7 +2,7 @@
 
 The whole model is loaded. TransformerLens says which tensors are queries, keys, values and outputs; that ovqk's form
 of them, its norms, rotations and multipliers are the model's is measured on the model's own blocks (`agreement`).
-What is not reproduced is reported as raw or unavailable, never assumed.
+A part that is not reproduced is reported as raw or unavailable, never assumed.
 """
 
 from collections.abc import Iterator
@@ -30,16 +30,9 @@ from ovqk.weights.bridge_loading import (
 )
 from ovqk.weights.bridge_loading import unused_tokenizer as unused_tokenizer
 from ovqk.weights.bridge_mlp import read_first_mlp
-from ovqk.weights.types import (
-    Architecture,
-    EmbeddingWeights,
-    LayerWeights,
-    MLPWeights,
-    Norm,
-    NormKind,
-    PositionKind,
-    apply_norm,
-)
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.norms import Norm, NormKind, apply_norm
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, PositionKind
 
 PROBE = 12  # tokens
 
@@ -50,7 +43,7 @@ class BridgeWeights:
     loaded_by: Literal["families", "bridge"] = "bridge"
 
     def __init__(self, checkpoint: Checkpoint, model: ModelConfig) -> None:
-        """Load the model, and compare ovqk's reading of it with what its blocks compute.
+        """Load the model, and compare ovqk's reading of it with its blocks' own activations.
 
         Raises:
             UserError: TransformerLens does not support the architecture, tensors are missing, or a layer has no
@@ -70,7 +63,7 @@ class BridgeWeights:
             self._read_facts(config, raw[0], model)
 
     def _read_facts(self, config: Any, first: LayerWeights, model: ModelConfig) -> None:
-        """The architecture, what can be folded, and the notes."""
+        """Set the architecture, whether the norms can be folded, and the notes."""
         kinds = {reading.weights.norm.kind if reading.weights.norm else "none" for reading in self.readings}
         self.norm_kind: NormKind = kinds.pop() if len(kinds) == 1 else "none"
         why = self._why_raw(same_norm=not kinds)
@@ -111,14 +104,14 @@ class BridgeWeights:
         self.no_vocabulary = self._why_no_vocabulary(why)
 
     def layer(self, index: int) -> LayerWeights:
-        """The raw attention weights of a layer."""
+        """Return the raw attention weights of a layer."""
         weights = self.readings[index].weights
         if self.foldable:
             return weights
         return replace(weights, norm=None, post_norm=None, qk_norm=None, rotary=None)
 
     def embeddings(self) -> EmbeddingWeights:
-        """The raw embeddings; none if ovqk's reading does not reproduce the model."""
+        """Return the raw embeddings; none if ovqk's reading does not reproduce the model."""
         W_pos = self.bridge.W_pos.detach().float() if self.architecture.positions == "learned" else None
         if self.no_vocabulary is not None:
             return EmbeddingWeights(None, W_pos, None, None)
@@ -126,7 +119,7 @@ class BridgeWeights:
         return EmbeddingWeights(self._embedding_rows(W_pos), W_pos, W_U, self._final_norm())
 
     def first_mlp(self) -> MLPWeights | str:
-        """Block 0's MLP, if ovqk's reading of it reproduces what the block adds with attention silenced."""
+        """Return block 0's MLP, if ovqk's reading of it reproduces the block's addition with attention silenced."""
         block = self.activations.blocks[0] if self.activations.blocks else None
         if block is None:
             return "block 0 could not be seen"
@@ -137,7 +130,7 @@ class BridgeWeights:
     # --- loading ----------------------------------------------------------------------------------------------
 
     def _record(self, model: Any) -> ModelActivations:
-        """What the model and its blocks compute on a few tokens.
+        """Record the model's and its blocks' activations on a few tokens.
 
         Raises:
             UserError: the model cannot be run on them.
@@ -150,12 +143,12 @@ class BridgeWeights:
             return record_activations(model, tokens, config.num_hidden_layers)
         except CannotRunError as error:
             raise UserError(
-                f"{self.checkpoint.label}: {self.architecture_name} cannot be run on {length} tokens, as ovqk must to "
-                f"check what it reads ({error})."
+                f"{self.checkpoint.label}: {self.architecture_name} cannot be run on {length} tokens, which ovqk needs "
+                f"to check its reading ({error})."
             ) from error
 
     def _raw_layer(self, index: int) -> LayerWeights:
-        """A layer's attention weights as TransformerLens names them.
+        """Return a layer's attention weights as TransformerLens names them.
 
         Raises:
             UserError: the layer has no attention heads, or they are not stored as W_Q, W_K, W_V and W_O.
@@ -191,10 +184,10 @@ class BridgeWeights:
         return zero if found is None else found.detach().float().reshape(zero.shape)
 
     def _check_shapes(self, raw: list[LayerWeights]) -> None:
-        """Every layer has the heads that the first has.
+        """Refuse a model whose layers do not all have the first layer's heads.
 
         Raises:
-            UserError: one has not.
+            UserError: one does not.
         """
         for weights in raw[1:]:
             for name in ("W_Q", "W_K"):
@@ -208,7 +201,7 @@ class BridgeWeights:
     # --- the gates ----------------------------------------------------------------------------------------------
 
     def _read_blocks(self, model: nn.Module, raw: list[LayerWeights]) -> list[BlockReading]:
-        """Each block's reading; without one where the model's blocks were not seen."""
+        """Return each block's reading; a block that was not seen gets one that says so."""
         rotations = find_rotations(model)
         readings = []
         for index, weights in enumerate(raw):
@@ -234,7 +227,7 @@ class BridgeWeights:
         return readings
 
     def _why_raw(self, same_norm: bool) -> str | None:
-        """Why the weights are kept raw; None if every layer's reading reproduces it."""
+        """Return why the weights are kept raw; None if every layer's reading reproduces it."""
         if not self.causal:
             return "an encoder"
         for index, reading in enumerate(self.readings):
@@ -259,7 +252,7 @@ class BridgeWeights:
             if reading.weights.rotary is NO_ROTATION:
                 mine.append("no positions reach the scores")
             if _holds_other_mixers(self.activations.modules[index : index + 1]):
-                mine.append("a state space mixer stands beside attention, and no metric has it in")
+                mine.append("a state space mixer stands beside attention, which is not part of any metric")
             if some_normalise and reading.weights.qk_norm is None:
                 mine.append("queries and keys are not normalised, as they are in the other layers")
             for note in mine:
@@ -279,7 +272,7 @@ class BridgeWeights:
         return notes + notes_of_config(self.own.config.get_text_config())
 
     def _why_no_vocabulary(self, why: str | None) -> str | None:
-        """Why no embeddings are given; None if ovqk's reading of them is the model's."""
+        """Return why no embeddings are given; None if ovqk's reading of them is the model's."""
         if not self.causal:
             return "the model is an encoder"
         if why is not None:
@@ -294,7 +287,7 @@ class BridgeWeights:
         return None
 
     def _first_stream_matches(self) -> bool:
-        """The first residual stream is a multiple of W_E's rows (plus W_pos)."""
+        """Return whether the first residual stream is a multiple of W_E's rows (plus W_pos)."""
         stream = self.activations.first_stream
         if stream is None:
             return False
@@ -305,7 +298,7 @@ class BridgeWeights:
         return self._embedding_rows(W_pos) is not None
 
     def _embedding_rows(self, W_pos: Float[Tensor, "n_ctx d_model"] | None) -> Float[Tensor, "token d_model"] | None:
-        """The rows that the first residual stream holds: W_E's times a multiplier, or through a norm; else None."""
+        """Return the rows in the first residual stream, W_E's times a multiplier or through a norm; else None."""
         stream, rows, tokens = self.activations.first_stream, self.bridge.W_E.detach().float(), self.activations.tokens
         if stream is None or rows.shape[1:] != stream.shape[1:]:
             return None
@@ -320,7 +313,7 @@ class BridgeWeights:
         return None
 
     def _embedding_norms(self, width: int) -> Iterator[tuple[Norm, float]]:
-        """A norm without a gain, and every norm module whose output is the first residual stream."""
+        """Return a norm without a gain, and every norm module whose output is the first residual stream."""
         yield Norm("rmsnorm", torch.ones(width)), self.eps
         stream = self.activations.first_stream
         if stream is None:
@@ -333,7 +326,7 @@ class BridgeWeights:
                     yield measured.norm, measured.eps
 
     def _logits_match(self) -> bool:
-        """The unembedding reads the norm of what the last block writes, and W_U is its weight."""
+        """Return whether the logits are W_U times the norm of the last block's output, up to a bias."""
         unembed, final = original(self.bridge, "unembed"), self.activations.last_stream
         logits, norm = self.activations.outputs.get(id(unembed)), self._final_norm()
         W_U = self.bridge.W_U.detach().float()
@@ -345,7 +338,7 @@ class BridgeWeights:
         return agrees(mine - mine.mean(0), logits - logits.mean(0))  # a bias of the unembedding is a constant
 
     def _logit_scale(self) -> float:
-        """The number that the model multiplies what its unembedding gives by; 1 if it does something else with it."""
+        """Return the number that multiplies the unembedding's output; 1 if the model does something else with it."""
         given, logits = self.activations.outputs.get(id(original(self.bridge, "unembed"))), self.activations.logits
         if given is None or logits is None or given.shape != logits.shape:
             return 1.0
@@ -382,7 +375,7 @@ class BridgeWeights:
         return self.eps if measured is None else measured.eps
 
     def _measured_norms(self, index: int) -> list[Norm]:
-        """The norms of a block, the one named as before its MLP first."""
+        """Return the norms of a block, the one named as before its MLP first."""
         named = [original(self.bridge.blocks[index], name) for name in ("ln2", "ln2_post", "ln1", "ln1_post")]
         found = [measure_norm(each, self.architecture.d_model) for each in named if each is not None]
         return [each.norm for each in found if each is not None]

@@ -17,7 +17,7 @@ from torch import nn
 from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
 from ovqk.errors import UserError
 from ovqk.weights.family import WRAPPERS
-from ovqk.weights.types import Rotary
+from ovqk.weights.rotary import Rotary
 
 
 def find_architecture(checkpoint: Checkpoint) -> str:
@@ -45,7 +45,7 @@ def find_architecture(checkpoint: Checkpoint) -> str:
 
 
 def find_wrappers(checkpoint: Checkpoint) -> list[str]:
-    """Return what training tools put before the names of tensors, each sequence of them that some name begins with."""
+    """Return the prefixes of training tools before the names of tensors: each sequence that some name begins with."""
     known = "|".join(re.escape(wrapper) for wrapper in WRAPPERS if wrapper != "model.")  # many models' own
     found = (re.match(f"(?:{known})+", name) for name in checkpoint.shapes)
     return sorted({match[0] for match in found if match}, key=len, reverse=True)
@@ -144,16 +144,19 @@ def notes_of_config(config: Any) -> list[str]:
     for place in (config, getattr(config, "attn_config", None)):  # MPT and DBRX keep it one level down
         bound = place.get("clip_qkv") if isinstance(place, dict) else getattr(place, "clip_qkv", None)
         if bound is not None:
-            notes.append(f"queries, keys and values are clipped at {bound:g} either way, and no metric has that in")
+            notes.append(
+                f"queries, keys and values are clipped at {bound:g} either way, which is not part of any metric"
+            )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [each for each in rope.values() if isinstance(each, dict)] or [rope]
     named = ["attn_temperature_tuning"] if getattr(config, "attn_temperature_tuning", False) else []
     named += ["llama_4_scaling_beta"] if any(each.get("llama_4_scaling_beta") for each in kinds) else []
     if named:
-        notes.append(f"scores grow with the position of the query ({named[0]}); no metric has it in")
+        notes.append(f"scores grow with the position of the query ({named[0]}); this is not part of any metric")
     if chunk := getattr(config, "attention_chunk_size", None):
         notes.append(
-            f"in layers with chunked attention a query sees its own chunk of {chunk} tokens alone; no metric has it in"
+            f"in layers with chunked attention a query sees its own chunk of {chunk} tokens alone; "
+            "this is not part of any metric"
         )
     for name in sorted({str(each.get("rope_type")) for each in kinds} & {"dynamic", "longrope"}):
         notes.append(f"the rotation changes with the length of the text ({name}); it is read as for short ones")
@@ -162,7 +165,7 @@ def notes_of_config(config: Any) -> list[str]:
 
 @contextlib.contextmanager
 def unused_tokenizer() -> Iterator[Any]:
-    """TransformerLens wants a tokenizer, loads it again, and invents one of one token where a folder holds none."""
+    """Yield a tokenizer of one word for TransformerLens, which insists on one even if the checkpoint has none."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -174,14 +177,14 @@ def unused_tokenizer() -> Iterator[Any]:
 
 
 def _told(error: Exception) -> str:
-    """The first line of an error, whole, with the next if it announces it; its kind if it says nothing."""
+    """Return the first line of an error, whole, with the next if it announces it; its kind if it says nothing."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Progress bars and advice of the libraries are not this program's output."""
+    """Silence the libraries' progress bars and advice, which are not this program's output."""
     import transformers
 
     bars = transformers.utils.logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Block 0's MLP as TransformerLens names its tensors, checked against what the block adds without attention."""
+"""Block 0's MLP as TransformerLens names its tensors, checked against the block's own addition without attention."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ovqk.weights.agreement import agrees
 from ovqk.weights.block_probes import BlockActivations
-from ovqk.weights.types import ACTIVATIONS, MLPWeights, Norm, apply_norm
+from ovqk.weights.mlp import ACTIVATIONS, MLPWeights
+from ovqk.weights.norms import Norm, apply_norm
 
 NOT_REPRODUCED = "ovqk's reading of block 0's MLP does not reproduce the model's own"
 
@@ -22,7 +23,7 @@ def read_first_mlp(
 
     Args:
         bridge: TransformerLens's view of the model.
-        block: what block 0 computed.
+        block: block 0's own activations.
         module: block 0.
         before: the norm before the MLP.
         norms: the block's norms, any of which may stand behind the MLP.
@@ -59,12 +60,8 @@ def _forms(
     norms: Sequence[Norm],
     eps: float,
 ) -> Iterator[tuple[MLPWeights, Float[Tensor, "position d_model"]]]:
-    """The MLP as it is, with each norm behind it, and with a multiplier; and what each adds to the stream."""
-    x = apply_norm(mlp.norm, stream, eps)
-    hidden = ACTIVATIONS[mlp.activation](x @ mlp.W_in + mlp.b_in)
-    if mlp.W_linear is not None:
-        hidden = hidden * (x @ mlp.W_linear + (0 if mlp.b_linear is None else mlp.b_linear))
-    plain = hidden @ mlp.W_out + mlp.b_out
+    """Yield the MLP as it is, with each norm behind it and with a multiplier, and each form's output."""
+    plain = mlp.apply(apply_norm(mlp.norm, stream, eps))
     yield mlp, plain
     for norm in norms:
         yield replace(mlp, post_norm=norm), apply_norm(norm, plain, eps)
@@ -73,7 +70,7 @@ def _forms(
 
 
 def _named_weights(bridge: Any, before: Norm | None) -> MLPWeights:
-    """The weights that TransformerLens names as the MLP's, each [d_in, d_out]."""
+    """Return the weights that TransformerLens names as the MLP's, each [d_in, d_out]."""
     mlp, d_model = bridge.blocks[0].mlp, bridge.cfg.d_model
     W_in, W_out = mlp.W_in.detach().float(), mlp.W_out.detach().float()
     if bridge.cfg.gated_mlp:  # act(x W_gate) * (x W_in)

@@ -1,4 +1,4 @@
-"""Where tensors live."""
+"""The device that tensors live on."""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ovqk.config.schema import Device
 from ovqk.errors import UserError
-from ovqk.weights.types import StoredRows
+from ovqk.weights.stored_rows import StoredRows
 
 Weights = TypeVar("Weights")
 
 
 def resolve_device(device: Device) -> torch.device:
-    """The device that was asked for.
+    """Return the device that was asked for.
 
     Raises:
         UserError: there is no CUDA device.
@@ -26,7 +26,7 @@ def resolve_device(device: Device) -> torch.device:
 
 
 def to_device(weights: Weights, device: torch.device) -> Weights:
-    """The same dataclass of weights with its tensors (and its norm's) on a device."""
+    """Return the same dataclass of weights with its tensors (and its norm's) on a device."""
     if device.type == "cpu":
         return weights
     moved: dict[str, Any] = {}

@@ -74,10 +74,10 @@ GPT2: Family = Family(
 
 
 def _gpt2(config: Mapping[str, Any]) -> Family:
-    """With the scale of its scores, which no metric has in, and notes on what else config.json turns on."""
+    """Return GPT-2's row with the scale of its scores and notes on settings that are not part of any metric."""
     notes = {
-        "scale_attn_by_inverse_layer_idx": "the scores of each layer are divided by its number, counted from 1, and no "
-        "metric has that in",
+        "scale_attn_by_inverse_layer_idx": "the scores of each layer are divided by its number, counted from 1, "
+        "which is not part of any metric",
         "add_cross_attention": "the model also has cross-attention, which is not read",
     }
     return replace(
@@ -326,7 +326,7 @@ OPT: Family = Family(
 
 
 def _is_plain_opt(config: Mapping[str, Any]) -> bool:
-    """Whether norms come first and have gains, and embeddings are as wide as the stream (OPT-350M: neither)."""
+    """Return whether norms come first and have gains, and embeddings are as wide as the stream (OPT-350M: neither)."""
     width = config.get("word_embed_proj_dim")
     return (
         config.get("do_layer_norm_before", True) is True
@@ -373,7 +373,7 @@ FALCON = Family(
 
 
 def _falcon(config: Mapping[str, Any]) -> Family | None:
-    """The first Falcon (7B), and those of the newer decoder (11B, 40B, 180B); None for ALiBi and sequential blocks."""
+    """Return the row for the first Falcon (7B) or for the newer decoder (11B, 40B, 180B); None for any other."""
     if config.get("alibi") or config.get("parallel_attn", True) is not True:
         return None
     if not config.get("new_decoder_architecture"):
@@ -385,7 +385,7 @@ def _falcon(config: Mapping[str, Any]) -> Family | None:
 
 
 WRAPPED = {"mistral3": "mistral", "llava": "llama"}
-"""Model types that hold a text model of any type in `text_config` -> the type where it gives none."""
+"""Model types that hold a text model of any type in `text_config` -> the type if it gives none."""
 
 FAMILIES = {
     model_type: family

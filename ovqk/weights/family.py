@@ -1,4 +1,4 @@
-"""What a row of the table of architecture families says: how a family names its tensors and lays them out."""
+"""A row in the table of architecture families: how a family names its tensors and lays them out."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -7,10 +7,11 @@ from functools import cached_property
 from itertools import product
 from typing import Any, Literal, Union
 
-from ovqk.weights.types import NormKind, PositionKind
+from ovqk.weights.norms import NormKind
+from ovqk.weights.types import PositionKind
 
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "model.")
-"""What torch.compile, data parallelism, PEFT and a module kept in a module put before the names of tensors."""
+"""Prefixes that torch.compile, data parallelism, PEFT and a module kept in a module add to tensors' names."""
 
 
 ATTENTION_READS = ("query", "key", "value", "qkv")
@@ -23,17 +24,17 @@ class Family:
 
     Attributes:
         model_types: the `model_type` values of config.json that belong to it.
-        prefixes: what checkpoints put before the names of the tensors, in the order tried.
+        prefixes: checkpoints' prefixes before tensors' names, in the order tried.
         tensors: ovqk's name -> the checkpoint's, without `.weight` or `.bias`; `{layer}` is the layer's index.
             `query`, `key`, `value` or a fused `qkv`; `norm` (absent: none, or one without a gain), `post_norm`,
-            `query_norm`, `key_norm`; the MLP's `mlp_in` (its gate, where it has one), `mlp_linear` or a fused
+            `query_norm`, `key_norm`; the MLP's `mlp_in` (its gate, if it has one), `mlp_linear` or a fused
             `mlp_gate_and_linear`, `mlp_out`, `mlp_norm`, `mlp_post_norm`.
         keys: ovqk's name -> the keys of config.json, in the order tried.
         linear: `out_in` for torch's Linear [out, in], `in_out` for GPT-2's Conv1D [in, out].
         fused: how `qkv` is laid out: all queries, all keys, all values; or KV head by KV head, the queries that read
             it, its key, its value.
         unembedding: the unembedding's name, without a prefix.
-        gain_offset: what is added to the weight of a norm to give its gain (Gemma: 1).
+        gain_offset: added to a norm's weight to give its gain (Gemma: 1).
         scaled_embedding: embedding rows are multiplied by sqrt(d_model).
         embedding_multiplier, residual_multiplier, logit_multiplier: keys of numbers that multiply embedding rows, what
             attention and MLP write, and the logits.
@@ -43,20 +44,20 @@ class Family:
         interleaved: rotary pairs are neighbours (GPT-J).
         partial_rotary: `partial_rotary_factor` is read: a part of a head is rotated. Elsewhere transformers ignores it.
         rotated: which layers are rotated: every one; those that `no_rope_layers` marks with 1; those with a sliding
-            window; or those, and every one where no window is set.
-        default_theta: the base of the rotary frequencies where config.json gives none (of a `complete` family).
-        position_offset: rows of the position embedding before that of the first position (OPT: 2).
-        kv_heads: their number, where no key of config.json gives it.
-        scale: key of the number whose -1/2 power scales the scores, or a number; d_head where absent.
+            window; or those, and every one if no window is set.
+        default_theta: the base of the rotary frequencies if config.json gives none (of a `complete` family).
+        position_offset: rows in the position embedding before the first position's (OPT: 2).
+        kv_heads: their number, if no key of config.json gives it.
+        scale: key of the number whose -1/2 power scales the scores, or a number; d_head if absent.
         score_multiplier: key of the number that scales the scores itself.
         experts: the MLP of block 0 is a mixture of experts.
         read_bias, output_bias, mlp_bias: whether queries, keys and values have biases, whether the output projection
             has one, and whether the MLP has; or config.json's key that says so.
         norm_bias: whether the norms on the stream have biases.
-        refused: config keys that must be unset or false, as ovqk does not read what they turn on.
+        refused: config keys that must be unset or false, as ovqk does not read the features that they turn on.
         complete: config.json alone tells everything; otherwise transformers fills in the model type's defaults.
         variant: from config.json, the row of this checkpoint; None: the bridge.
-        notes: for the record: what the model has and the formulas do not.
+        notes: for the record, parts of the model that are not in the formulas.
     """
 
     name: str
@@ -97,7 +98,7 @@ class Family:
     notes: tuple[str, ...] = ()
 
     def reads(self, name: str) -> bool:
-        """Whether ovqk reads the tensor of this name: attention, norms and embeddings, and the MLP of block 0 alone."""
+        """Return whether ovqk reads the tensor of this name: attention, norms, embeddings and block 0's MLP."""
         return self._read.fullmatch(name) is not None
 
     @cached_property
@@ -114,7 +115,7 @@ class Family:
 
 
 def wrappers() -> Iterator[str]:
-    """What may stand before the names of tensors, from nothing to three wrappers in a row."""
+    """Return the possible prefixes of tensors' names, from nothing to three wrappers in a row."""
     yield ""
     for depth in (1, 2, 3):
         yield from map("".join, product(WRAPPERS, repeat=depth))

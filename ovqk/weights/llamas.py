@@ -250,7 +250,7 @@ GPT_OSS = replace(
     model_types=("gpt_oss",),
     notes=(
         "each head has an attention sink: a share of its attention goes to no token. Scores and writes are the model's "
-        "own, and no metric has that share in",
+        "own, and that share is not part of any metric",
     ),
     read_bias="attention_bias",
     output_bias="attention_bias",
@@ -258,7 +258,7 @@ GPT_OSS = replace(
 
 
 def _qwen_moe(config: Mapping[str, Any]) -> Family:
-    """With the dense MLP that some configs give block 0."""
+    """Return the row, with the dense MLP that some configs give block 0."""
     row = QWEN3_MOE if str(config.get("model_type")).startswith("qwen3") else QWEN2_MOE
     dense = config.get("mlp_only_layers")
     sparse = config.get("decoder_sparse_step", 1) == 1 and not (isinstance(dense, list) and 0 in dense)

@@ -14,22 +14,14 @@ from torch import Tensor
 from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
 from ovqk.errors import UserError
 from ovqk.weights.family import Family, wrappers
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.norms import Norm, NormKind, QueryKeyNorm
 from ovqk.weights.settings import Settings
-from ovqk.weights.types import (
-    EmbeddingWeights,
-    LayerWeights,
-    MLPWeights,
-    Norm,
-    NormKind,
-    QueryKeyNorm,
-    Rows,
-    StoredRows,
-    split_heads,
-    times,
-)
+from ovqk.weights.stored_rows import Rows, StoredRows, times
+from ovqk.weights.types import EmbeddingWeights, LayerWeights, split_heads
 
-ROWS = 4096  # of two embeddings compared at a time
-SMALL = 2**22
+ROWS_COMPARED = 4096  # rows of two embeddings compared at a time
+KEEP_UP_TO = 2**22
 """Elements up to which an embedding is read at once (16 MB)."""
 DEQUANTISED_ONCE = 2**26
 """Elements up to which an embedding of a GGUF file is dequantised once and kept (256 MB)."""
@@ -59,9 +51,9 @@ class NativeWeights:
         self.notes = self._notes()
 
     def layer(self, index: int) -> LayerWeights:
-        """The raw attention weights of a layer."""
-        facts = self.architecture
-        n_kv, n_heads = facts.n_kv_heads, facts.n_heads
+        """Return the raw attention weights of a layer."""
+        architecture = self.architecture
+        n_kv, n_heads = architecture.n_kv_heads, architecture.n_heads
         (q, b_q), (k, b_k), (v, b_v) = self._queries_keys_values(index)
         output = self._linear("output", index)[0] * self.settings.multiplier(self.family.residual_multiplier)
         return LayerWeights(
@@ -69,7 +61,7 @@ class NativeWeights:
             W_Q=split_heads(q, n_heads),
             W_K=split_heads(k, n_kv),
             W_V=split_heads(v, n_kv),
-            W_O=output.reshape(n_heads, facts.d_head, facts.d_model),
+            W_O=output.reshape(n_heads, architecture.d_head, architecture.d_model),
             b_Q=b_q.reshape(n_heads, -1),
             b_K=b_k.reshape(n_kv, -1),
             b_V=b_v.reshape(n_kv, -1),
@@ -81,7 +73,7 @@ class NativeWeights:
         )
 
     def embeddings(self) -> EmbeddingWeights:
-        """The raw embeddings; None for what the checkpoint does not hold."""
+        """Return the raw embeddings; None for a matrix that the checkpoint does not hold."""
         W_E, head = self._rows(self.tensor_name("embedding")), self._rows(self._unembedding())
         if self.architecture.tied:  # a tied checkpoint may store either of the two
             W_E = head if W_E is None else W_E
@@ -103,7 +95,7 @@ class NativeWeights:
         return EmbeddingWeights(W_E, W_pos, head.T if isinstance(head, Tensor) else head, final_norm)
 
     def first_mlp(self) -> MLPWeights | str:
-        """Block 0's MLP, or the reason why there is none to read."""
+        """Return block 0's MLP, or the reason why there is none to read."""
         if self.family.experts:
             return "block 0 is a mixture of experts"
         parts = [part for part in self.family.tensors if part.startswith("mlp_")]
@@ -124,19 +116,20 @@ class NativeWeights:
         norms = self._norm("mlp_norm", 0), self._norm("mlp_post_norm", 0)
         return MLPWeights(W_in, b_in, W_linear, W_out, b_out, activation, *norms, b_linear)
 
-    # --- what the checkpoint adds to config.json ---------------------------------------------------------------
+    # --- facts that the checkpoint adds to config.json ---------------------------------------------------------------
 
     def _unties(self) -> bool:
-        """Whether embedding and unembedding are both stored, and differ: transformers ties equal ones alone."""
+        """Return whether embedding and unembedding are both stored, and differ: transformers ties equal ones alone."""
         names = self.tensor_name("embedding"), self._unembedding()
         embedding, head = (self.checkpoint.shapes.get(name) for name in names)
         if embedding is None or head is None:
             return False
         if embedding != head:
             return True
-        blocks = range(0, head[0], ROWS)
+        blocks = range(0, head[0], ROWS_COMPARED)
         return any(
-            not torch.equal(*(self.checkpoint.rows(name, n, n + ROWS, checked=False) for name in names)) for n in blocks
+            not torch.equal(*(self.checkpoint.rows(name, n, n + ROWS_COMPARED, checked=False) for name in names))
+            for n in blocks
         )
 
     def _notes(self) -> list[str]:
@@ -158,7 +151,7 @@ class NativeWeights:
     # --- tensors ----------------------------------------------------------------------------------------------
 
     def _find_prefix(self) -> tuple[str, str]:
-        """What wraps the model in the names of its tensors, and what the names begin with, with that."""
+        """Return the wrapper's prefix in tensors' names, and the whole prefix including it."""
         probe = self.family.tensors["output"].format(layer=0) + ".weight"
         for wrapper, prefix in product(wrappers(), self.family.prefixes):
             if wrapper + prefix + probe in self.checkpoint:
@@ -166,43 +159,43 @@ class NativeWeights:
         raise self.checkpoint.missing(f"{self.family.prefixes[0]}{probe}")
 
     def _unembedding(self) -> str:
-        """The name of the unembedding, beside a text model that is one of two too."""
+        """Return the unembedding's name, also if the text model stands beside another."""
         names = [f"{self.wrapper}{part}{self.family.unembedding}.weight" for part in ("", "language_model.")]
-        if "language_model" not in self.prefix:  # where only the model within is wrapped, it has its bare name
+        if "language_model" not in self.prefix:  # if only the model within is wrapped, it has its bare name
             names[1] = f"{self.family.unembedding}.weight"
         return next((name for name in names if name in self.checkpoint.shapes), names[0])
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each part's weight, as [d_in, d_out] where it is linear, but for the token embeddings."""
-        facts = self.architecture
-        queries, keys = facts.n_heads * facts.d_head, facts.n_kv_heads * facts.d_head
+        """Return the shape of each part's weight, [d_in, d_out] if it is linear, except for the token embeddings."""
+        architecture = self.architecture
+        queries, keys = architecture.n_heads * architecture.d_head, architecture.n_kv_heads * architecture.d_head
         joint = self.family.query_key_norm == "over_heads"
         norms = ("norm", "post_norm", "final_norm", "mlp_norm", "mlp_post_norm")
-        shapes = dict.fromkeys(norms, (facts.d_model,)) | {
-            "query_norm": (queries if joint else facts.d_head,),
-            "key_norm": (keys if joint else facts.d_head,),
-            "qkv": (facts.d_model, queries + 2 * keys),
-            "query": (facts.d_model, queries),
-            "key": (facts.d_model, keys),
-            "value": (facts.d_model, keys),
-            "output": (queries, facts.d_model),
+        shapes = dict.fromkeys(norms, (architecture.d_model,)) | {
+            "query_norm": (queries if joint else architecture.d_head,),
+            "key_norm": (keys if joint else architecture.d_head,),
+            "qkv": (architecture.d_model, queries + 2 * keys),
+            "query": (architecture.d_model, queries),
+            "key": (architecture.d_model, keys),
+            "value": (architecture.d_model, keys),
+            "output": (queries, architecture.d_model),
         }
         dense = "mlp_out" in self.family.tensors
         mlp_out = self.checkpoint.shapes.get(self.tensor_name("mlp_out", 0)) if dense else None
         if mlp_out:  # a partial checkpoint may hold the MLP's biases alone, which are not read
             d_mlp = mlp_out[0 if self.family.linear == "in_out" else -1]
             shapes |= {
-                "mlp_in": (facts.d_model, d_mlp),
-                "mlp_linear": (facts.d_model, d_mlp),
-                "mlp_gate_and_linear": (facts.d_model, 2 * d_mlp),
-                "mlp_out": (d_mlp, facts.d_model),
+                "mlp_in": (architecture.d_model, d_mlp),
+                "mlp_linear": (architecture.d_model, d_mlp),
+                "mlp_gate_and_linear": (architecture.d_model, 2 * d_mlp),
+                "mlp_out": (d_mlp, architecture.d_model),
             }
         return {part: shape for part, shape in shapes.items() if part in self.family.tensors}
 
     def _check_tensors(self) -> None:
         """Check that each layer's attention and norms are there, biases with them, and that they have their shapes.
 
-        Embeddings are checked where they are read.
+        Embeddings are checked when they are read.
         """
         shapes, label = self._shapes(), self.checkpoint.label
         once = {part for part in shapes if part.startswith(("mlp_", "final_"))}
@@ -242,9 +235,9 @@ class NativeWeights:
         return self.checkpoint.tensor(name) if name in self.checkpoint else None
 
     def _rows(self, name: str) -> Rows | None:
-        """An embedding: read at once where it is small, else left in the checkpoint; None where there is none.
+        """Return an embedding: read at once if it is small, else left in the checkpoint; None if there is none.
 
-        Its rows are checked for NaN where they are read as those of tokens: `read_vocabulary` checks a small one.
+        Its rows are checked for NaN when they are read as tokens' rows; `read_vocabulary` checks a small embedding.
         """
         if name not in self.checkpoint:
             return None
@@ -254,14 +247,14 @@ class NativeWeights:
                 f"{self.checkpoint.label}: tensor '{name}' has shape {list(shape)}, but config.json promises "
                 f"[tokens, {self.architecture.d_model}]."
             )
-        if math.prod(shape) <= SMALL:
+        if math.prod(shape) <= KEEP_UP_TO:
             return self.checkpoint.tensor(name, checked=False)
         if self.checkpoint.quantisation and math.prod(shape) <= DEQUANTISED_ONCE:
             return StoredRows(self._dequantised_rows(name), (shape[0], shape[1]))
         return StoredRows(partial(self.checkpoint.rows, name), (shape[0], shape[1]))
 
     def _dequantised_rows(self, name: str) -> Callable[[int, int], Tensor]:
-        """Return what gives rows of a tensor of a GGUF file that is kept in memory: to dequantise it takes a while."""
+        """Return a reader of rows from a GGUF tensor that is kept in memory, because dequantising it takes a while."""
         kept = self.checkpoint.tensor(name, checked=False)
 
         def read(start: int, stop: int) -> Tensor:
@@ -277,27 +270,30 @@ class NativeWeights:
         return weight, weight.new_zeros(weight.shape[-1]) if bias is None else bias
 
     def _bias(self, part: str, layer: int | None) -> Tensor | None:
-        """The bias of a part that the model has; None if it has none, whatever the checkpoint stores."""
+        """Return the bias of a part that the model has; None if it has none, whatever the checkpoint stores."""
         return self.checkpoint.tensor(self.tensor_name(part, layer, "bias")) if self.settings.has_bias(part) else None
 
     def _missing(self, part: str, layer: int) -> list[str]:
-        """The names of a part's weight and of the bias that the model has, as far as the checkpoint lacks them."""
+        """Return the names of a part's weight and of its bias, if the model has one, that the checkpoint lacks."""
         kinds = ("weight", "bias") if self.settings.has_bias(part) else ("weight",)
         names = [self.tensor_name(part, layer, kind) for kind in kinds]
         return [name for name in names if name not in self.checkpoint]
 
     def _queries_keys_values(self, index: int) -> list[tuple[Tensor, Tensor]]:
-        """Weight [d_model, head * d_head] and bias of queries, of keys and of values."""
+        """Return weight [d_model, head * d_head] and bias for queries, keys and values."""
         if "qkv" not in self.family.tensors:
             return [self._linear(part, index) for part in ("query", "key", "value")]
         weight, bias = self._linear("qkv", index)
-        facts = self.architecture
+        architecture = self.architecture
         if self.family.fused == "columns":
-            sizes = [heads * facts.d_head for heads in (facts.n_heads, facts.n_kv_heads, facts.n_kv_heads)]
+            sizes = [
+                heads * architecture.d_head
+                for heads in (architecture.n_heads, architecture.n_kv_heads, architecture.n_kv_heads)
+            ]
             return list(zip(weight.split(sizes, dim=-1), bias.split(sizes), strict=True))
-        group = facts.n_heads // facts.n_kv_heads
-        per_head = (facts.n_kv_heads, group + 2, facts.d_head)
-        weights, biases = weight.reshape(facts.d_model, *per_head), bias.reshape(per_head)
+        group = architecture.n_heads // architecture.n_kv_heads
+        per_head = (architecture.n_kv_heads, group + 2, architecture.d_head)
+        weights, biases = weight.reshape(architecture.d_model, *per_head), bias.reshape(per_head)
         parts = slice(group), slice(group, group + 1), slice(group + 1, None)
         return [(weights[:, :, part].flatten(1), biases[:, part].flatten()) for part in parts]
 
@@ -309,7 +305,7 @@ class NativeWeights:
         return Norm(kind, weight, self._bias(part, layer))
 
     def _ignored_biases(self) -> list[str]:
-        """Biases that the checkpoint stores and the model does not have, by name."""
+        """Return the biases that the checkpoint stores and the model does not have, by name."""
         layers = range(self.architecture.n_layers)
         places = [(part, layer) for part in self.family.tensors if not self.settings.has_bias(part) for layer in layers]
         names = dict.fromkeys(
@@ -318,15 +314,15 @@ class NativeWeights:
         return [name for name in names if name in self.checkpoint.shapes]
 
     def _gainless(self, part: str) -> bool:
-        """Whether there is a norm without a gain: a family with norms that names no tensor for them."""
+        """Return whether there is a norm without a gain: a family with norms that names no tensor for them."""
         return self.family.norm != "none" and part in ("norm", "mlp_norm", "final_norm")
 
     def _query_key_norm(self, index: int) -> QueryKeyNorm | None:
         if self.family.query_key_norm is None:
             return None
-        facts, joint = self.architecture, self.family.query_key_norm == "over_heads"
+        architecture, joint = self.architecture, self.family.query_key_norm == "over_heads"
         gains = []
-        for part, heads in (("query_norm", facts.n_heads), ("key_norm", facts.n_kv_heads)):
+        for part, heads in (("query_norm", architecture.n_heads), ("key_norm", architecture.n_kv_heads)):
             gain = self.checkpoint.tensor(self.tensor_name(part, index)) + self.family.gain_offset
-            gains.append(gain.reshape(heads, facts.d_head) if joint else gain.expand(heads, facts.d_head))
-        return QueryKeyNorm(gains[0], gains[1], facts.norm_eps, over_heads=joint)
+            gains.append(gain.reshape(heads, architecture.d_head) if joint else gain.expand(heads, architecture.d_head))
+        return QueryKeyNorm(gains[0], gains[1], architecture.norm_eps, over_heads=joint)

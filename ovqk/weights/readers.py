@@ -13,7 +13,7 @@ from ovqk.weights.unreadable import refuse_unreadable, refuse_unreadable_default
 
 
 def open_weights(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
-    """The raw weights of a checkpoint, by the reader its config.json calls for.
+    """Return the raw weights of a checkpoint, by the reader its config.json calls for.
 
     Raises:
         UserError: tensors are missing or misshapen, or the architecture is supported by neither way.
@@ -32,8 +32,8 @@ def _open(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
     text = checkpoint.config.get("text_config")
     if any(each.get("is_causal") is False for each in (checkpoint.config, text if isinstance(text, dict) else {})):
         raise UserError(
-            f"{checkpoint.label}: config.json sets is_causal=false: attention looks both ways, and what ovqk computes "
-            "of positions and of roles assumes that keys precede queries; allowed: true, or unset."
+            f"{checkpoint.label}: config.json sets is_causal=false: attention looks both ways, but ovqk's "
+            "results for positions and roles assume that keys precede queries; allowed: true, or unset."
         )
     family = family_of(checkpoint.config)
     if family is not None:

@@ -15,18 +15,19 @@ from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.errors import UserError
 from ovqk.weights.allowed import refuse_wrong_values, reworded
 from ovqk.weights.family import Family
-from ovqk.weights.types import Architecture, Rotary
+from ovqk.weights.rotary import Rotary
+from ovqk.weights.types import Architecture
 
 SCALINGS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 UP_TO_A_LENGTH = ("longrope", "dynamic")
-"""Scalings that change with the length of a text: ovqk reads the rotation of texts that are not longer than that."""
+"""Scalings that change beyond a length of text: ovqk reads the rotation for texts up to that length."""
 UNREADABLE = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 def completed(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Any], Any]:
-    """Return config.json with the model type's defaults, the text model's where there are more, and as an object.
+    """Return config.json with the model type's defaults, the text model's if there are several, and as an object.
 
-    The object is transformers' own; None where config.json tells everything and transformers is not needed.
+    The object is transformers' own; None if config.json tells everything and transformers is not needed.
 
     Raises:
         UserError: a key's value is not allowed, or transformers cannot read it.
@@ -39,7 +40,7 @@ def completed(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Any], A
     whole = _asked(checkpoint)
     full = whole.get_text_config()
     keys: dict[str, Any] = full.to_dict()
-    if hasattr(full, "attention_layers"):  # GPT-Neo's to_dict leaves out what its pattern comes to
+    if hasattr(full, "attention_layers"):  # GPT-Neo's to_dict leaves out the kinds that its pattern gives
         keys["attention_layers"] = list(full.attention_layers)
     if whole is not full:  # the model that holds both ties, and not its text model
         keys["tie_word_embeddings"] = bool(getattr(whole, "tie_word_embeddings", False))
@@ -47,19 +48,19 @@ def completed(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Any], A
 
 
 ABSENT = ("d_head", "n_kv_heads")
-"""What a config may leave out without a default of the model type's own."""
+"""Settings that a config may leave out although the model type has no default for them."""
 
 
 def read_rotations(
     checkpoint: Checkpoint, family: Family, architecture: Architecture, full: Any
 ) -> tuple[dict[str | None, Rotary], list[str]]:
-    """Return the rotation of each kind of layer, under None if all layers have the same, and notes on them.
+    """Return each kind of layer's rotation, under None if all layers have the same, and notes on them.
 
     Args:
         checkpoint: its config.json as it stands.
         family: the row of the table that reads it.
-        architecture: the model's facts.
-        full: the config as transformers completes it; None where config.json tells everything.
+        architecture: sizes and kinds of the model.
+        full: the config as transformers completes it; None if config.json tells everything.
 
     Raises:
         UserError: the settings cannot be read, are not supported, or rotate what is no head.
@@ -101,7 +102,7 @@ def read_rotations(
 
 
 def _asked(checkpoint: Checkpoint) -> Any:
-    """The config as transformers completes it.
+    """Return the config as transformers completes it.
 
     Raises:
         UserError: it cannot.
@@ -115,7 +116,7 @@ def _asked(checkpoint: Checkpoint) -> Any:
 
 
 def _read(label: str, family: Family, d_head: int, full: Any) -> tuple[dict[str | None, Rotary], list[str]]:
-    """The rotations and the names of their scalings."""
+    """Return the rotations and the names of their scalings."""
     parameters = full.rope_parameters
     nested = {kind: inner for kind, inner in parameters.items() if inner is None or isinstance(inner, Mapping)}
     kinds: dict[str | None, Any] = {**nested} if any(nested.values()) else {None: parameters}
@@ -131,9 +132,9 @@ def _read(label: str, family: Family, d_head: int, full: Any) -> tuple[dict[str 
 
 
 def _plain_theta(config: Mapping[str, Any], family: Family) -> float | None:
-    """The base of the frequencies where nothing scales them; None where transformers is to be asked.
+    """Return the base of the frequencies if nothing scales them; None if transformers is to be asked.
 
-    As in transformers: what stands beside the type of the scaling comes before the key at the top.
+    As in transformers, a value beside the scaling's type comes before the key at the top.
     """
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     nested = any(isinstance(value, Mapping) for value in parameters.values())
@@ -145,7 +146,7 @@ def _plain_theta(config: Mapping[str, Any], family: Family) -> float | None:
 def _rotary(
     label: str, family: Family, d_head: int, full: Any, kind: str | None, parameters: Mapping[str, Any]
 ) -> Rotary:
-    """The rotation of one kind of layer."""
+    """Return one kind of layer's rotation."""
     name = parameters.get("rope_type", "default")
     if name == "default":
         partial = parameters.get("partial_rotary_factor", 1.0) if family.partial_rotary else 1.0
@@ -177,7 +178,7 @@ def _inverse_frequencies(theta: float, dim: int) -> Float[Tensor, " pair"]:
 
 
 def _longest(name: str, full: Any) -> int:
-    """The longest text with this rotation."""
+    """Return the longest text with this rotation."""
     longest: int = full.max_position_embeddings
     if name == "longrope":
         parameters = full.rope_parameters
@@ -186,7 +187,7 @@ def _longest(name: str, full: Any) -> int:
 
 
 def _ignored(checkpoint: Checkpoint, family: Family, d_head: int) -> list[str]:
-    """A key that the config sets and transformers does not read for this model type."""
+    """Return a note for a key that the config sets but transformers does not read for this model type."""
     config = checkpoint.config
     places = (config, config.get("rope_scaling"), config.get("rope_parameters"))
     factors = [place.get("partial_rotary_factor") for place in places if isinstance(place, Mapping)]

@@ -1,4 +1,4 @@
-"""The settings of a checkpoint: what its config.json says, in ovqk's terms, by the row of the table that reads it."""
+"""A checkpoint's settings: its config.json in ovqk's terms, by the row of the table that reads it."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.errors import UserError
 from ovqk.weights.allowed import is_integer, is_number
 from ovqk.weights.family import ATTENTION_READS, MLP_PARTS, Family
+from ovqk.weights.rotary import Rotary
 from ovqk.weights.rotations import completed, no_rotation, read_rotations
-from ovqk.weights.types import Architecture, Rotary
+from ovqk.weights.types import Architecture
 
 SEES_ALL = ("full_attention", "global")
 """Kinds of layers without a window."""
@@ -16,7 +17,7 @@ WINDOWED = ("sliding_attention", "local")
 
 
 class Settings:
-    """What config.json says, completed with the model type's defaults."""
+    """The settings in config.json, completed with the model type's defaults."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
         """Read the settings.
@@ -34,7 +35,7 @@ class Settings:
         self._check_rotations()
 
     def has_bias(self, part: str) -> bool:
-        """Whether the model has a bias there, whatever the checkpoint stores.
+        """Return whether the model has a bias there, whatever the checkpoint stores.
 
         Raises:
             UserError: the key of config.json that says so is neither true nor false.
@@ -50,11 +51,11 @@ class Settings:
         return self._flag(key) if isinstance(key, str) else key
 
     def window(self, layer: int) -> int | None:
-        """How many tokens back a query of this layer sees, itself included; None for all."""
+        """Return how many tokens back a query of this layer sees, itself included; None for all."""
         return None if self._kind(layer) in SEES_ALL else self._width
 
     def rotary(self, layer: int) -> Rotary | None:
-        """The rotation of queries and keys in this layer; None if the model has no rotary positions."""
+        """Return the rotation of queries and keys in this layer; None if the model has no rotary positions."""
         if not self.rotations:
             return None
         if not self._rotates(layer):
@@ -62,7 +63,7 @@ class Settings:
         return self.rotations.get(self._kind(layer), self.rotations.get(None))
 
     def multiplier(self, key: str | None) -> float:
-        """The number that a key of config.json gives; 1 if there is no key.
+        """Return the number that a key of config.json gives; 1 if there is no key.
 
         Raises:
             UserError: it gives none, or 0.
@@ -73,7 +74,7 @@ class Settings:
         return float(number)
 
     def notes(self) -> list[str]:
-        """Return the notes for the record: what the model has and the formulas do not."""
+        """Return notes for the record on parts of the model that are not in the formulas."""
         notes = [*self.family.notes]
         keys = (self.family.embedding_multiplier, self.family.residual_multiplier)
         factors = [f"{key}={self.multiplier(key):g}" for key in keys if self.multiplier(key) != 1]
@@ -88,7 +89,7 @@ class Settings:
         caps |= {"final_logit_softcapping": "logits are capped at {:g}"}
         for key, told in caps.items():
             if self._is_read(key) and (cap := self.config.get(key)):
-                notes.append(f"{told.format(cap)}, and no metric has that in")
+                notes.append(f"{told.format(cap)}, which is not part of any metric")
         if self.architecture.post_norm:
             notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
         if any(rotary.scale != 1 for rotary in self.rotations.values()):
@@ -120,7 +121,7 @@ class Settings:
         return bool(flag)
 
     def _is_read(self, key: str) -> bool:
-        """Whether transformers has this key for the model type: in another's config.json it means nothing."""
+        """Return whether transformers has this key for the model type: in another's config.json it means nothing."""
         return hasattr(self._model_type, key)
 
     # --- the architecture -------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ class Settings:
         )
 
     def _read_attention_scale(self) -> float | None:
-        """What multiplies the scores; None for 1 / sqrt(d_head)."""
+        """Return the factor of the scores; None for 1 / sqrt(d_head)."""
         family = self.family
         if family.score_multiplier is not None:
             return self.multiplier(family.score_multiplier)
@@ -181,7 +182,7 @@ class Settings:
     # --- layers -----------------------------------------------------------------------------------------------
 
     def _read_kinds(self) -> list[str]:
-        """Each layer's kind if the config tells the layers apart, else []."""
+        """Return each layer's kind if the config tells the layers apart, else []."""
         if not (self._is_read("layer_types") or self._is_read("attention_types")):
             return []
         key = "layer_types" if self._is_read("layer_types") else "attention_layers"  # GPT-Neo's, from its pattern
@@ -199,12 +200,12 @@ class Settings:
         return self._kinds[layer] if self._kinds else None
 
     def _read_window(self) -> int | None:
-        """The tokens that a layer with a window sees; None if no layer has one."""
+        """Return the tokens that a layer with a window sees; None if no layer has one."""
         used = not self._is_read("use_sliding_window") or self._flag("use_sliding_window")
         return self._positive("window") if used and self._read("window") else None
 
     def _rotates(self, layer: int) -> bool:
-        """Whether a layer of a model with rotary positions has them."""
+        """Return whether a layer of a model with rotary positions has them."""
         rule = self.family.rotated
         if rule == "no_rope_layers":
             marks = self.config["no_rope_layers"]

@@ -1,4 +1,4 @@
-"""Weights in one safetensors file of TransformerLens names, whose shapes tell most of the architecture."""
+"""Weights in one safetensors file with TransformerLens names, whose shapes tell most of the architecture."""
 
 import re
 from typing import Literal
@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.errors import UserError
-from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, MLPWeights, Norm, NormKind
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.norms import Norm, NormKind
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 
 
 class TransformerLensWeights:
@@ -56,7 +58,7 @@ class TransformerLensWeights:
         )
 
     def layer(self, index: int) -> LayerWeights:
-        """The raw attention weights of a layer."""
+        """Return the raw attention weights of a layer."""
         W_Q, W_K, W_V, W_O = (self._read(f"blocks.{index}.attn.W_{part}") for part in "QKVO")
         b_Q, b_K, b_V = (
             self._optional(f"blocks.{index}.attn.b_{part}", weight[:, 0])
@@ -65,7 +67,7 @@ class TransformerLensWeights:
         return LayerWeights(index, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, norm=self._norm(f"blocks.{index}.ln1"))
 
     def embeddings(self) -> EmbeddingWeights:
-        """The raw embeddings; None for what the file does not hold."""
+        """Return the raw embeddings; None for a matrix that the file does not hold."""
         W_E, W_pos, W_U = (
             self._read(name) if name in self.checkpoint else None
             for name in ("embed.W_E", "pos_embed.W_pos", "unembed.W_U")
@@ -73,13 +75,13 @@ class TransformerLensWeights:
         return EmbeddingWeights(W_E, W_pos, W_U, self._norm("ln_final"))
 
     def first_mlp(self) -> MLPWeights | str:
-        """Always a reason: the names do not say which activation the MLP has."""
+        """Return a reason, always: the names do not say which activation the MLP has."""
         if "blocks.0.mlp.W_in" in self.checkpoint:
             return "a file of TransformerLens names does not tell the MLP's activation"
         return "the model has no MLP"
 
     def _required(self, n_layers: int) -> list[str]:
-        """The names that the file must hold: what it has in one layer, it has in all."""
+        """Return the names that the file must hold: a part in one layer must be in all."""
         blocks = [f"blocks.{layer}" for layer in range(n_layers)]
         names = [f"{block}.attn.W_{part}" for block in blocks for part in "QKVO"]
         biases = [f"{block}.attn.b_{part}" for block in blocks for part in "QKV"]
@@ -94,7 +96,7 @@ class TransformerLensWeights:
         return names
 
     def _check_shapes(self, n_layers: int) -> int:
-        """What is read has the shapes that the first layer's queries and keys promise; the number of KV heads."""
+        """Check all shapes against the first layer's queries and keys, and return the number of KV heads."""
         label, shapes = self.checkpoint.label, self.checkpoint.shapes
         query, key = shapes["blocks.0.attn.W_Q"], shapes["blocks.0.attn.W_K"]
         if len(query) != 3 or min(query) < 1 or key[1:] != query[1:] or key[0] < 1 or query[0] % key[0]:

@@ -6,9 +6,9 @@ from typing import Any
 from ovqk.errors import UserError
 
 KIND_KEYS = ("layer_types", "layers_block_type", "block_types", "_block_types")
-"""Keys of config.json, or attributes of transformers' config, that give the kind of each layer."""
+"""Keys of config.json, or attributes of transformers' config, that give each layer's kind."""
 WITHOUT_HEADS = ("linear", "conv", "mamba", "recurrent", "ssm", "delta", "moe", "mlp")
-"""Parts of the names of kinds of layer that have no attention heads of their own."""
+"""Parts of layer kinds' names that show that such layers have no attention heads."""
 PER_LAYER = ("num_attention_heads", "num_key_value_heads", "num_query_heads", "num_kv_heads", "head_dim")
 TWO_KINDS = (
     ("global_head_dim", "head_dim"),
@@ -41,7 +41,7 @@ def refuse_unreadable(label: str, config: Mapping[str, Any]) -> None:
 
 
 def refuse_unreadable_defaults(label: str, config: Mapping[str, Any]) -> None:
-    """As `refuse_unreadable`, on config.json with the defaults that transformers has for what it leaves out.
+    """Do as `refuse_unreadable`, on config.json with transformers' defaults for missing keys.
 
     Raises:
         UserError: the architecture is not read.
@@ -63,7 +63,7 @@ def refuse_unreadable_defaults(label: str, config: Mapping[str, Any]) -> None:
 
 
 def _reason(config: Mapping[str, Any]) -> str | None:
-    """What the architecture has that ovqk does not read, and what is allowed."""
+    """Return a message on the feature that ovqk does not read and on the allowed ones; None if there is none."""
     if config.get("is_encoder_decoder"):
         return (
             "is an encoder-decoder model, with two stacks of layers and attention from one to the other; allowed: a "
@@ -99,7 +99,7 @@ def _reason(config: Mapping[str, Any]) -> str | None:
 
 
 def _layers_without_heads(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The kinds of layer without attention heads, and which layers are of each."""
+    """Return the kinds of layer without attention heads, and the layers of each kind."""
     found: dict[str, list[int]] = {}
     for key in KIND_KEYS:
         kinds = config.get(key)
@@ -116,7 +116,7 @@ def _layers_without_heads(config: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def _unlike_heads(config: Mapping[str, Any]) -> str | None:
-    """Why the model's heads are not of one shape."""
+    """Return why the model's heads are not of one shape."""
     for key in PER_LAYER:
         each = config.get(key)
         if isinstance(each, list) and len(set(map(str, each))) > 1:
@@ -141,6 +141,6 @@ def _unlike_heads(config: Mapping[str, Any]) -> str | None:
 
 
 def _listed(numbers: list[int]) -> str:
-    """The first numbers of a list, as words."""
+    """Return the first numbers of a list, as words."""
     shown = ", ".join(map(str, numbers[:8]))
     return f"{shown}, ..." if len(numbers) > 8 else shown

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.weights.bridge import BridgeWeights
 from ovqk.weights.readers import open_weights

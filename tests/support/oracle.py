@@ -10,15 +10,9 @@ import torch
 from torch import Tensor
 
 from ovqk.circuits.factors import Factors
-from ovqk.weights.types import (
-    EmbeddingWeights,
-    LayerWeights,
-    WeightSource,
-    fold_embeddings,
-    fold_mlp,
-    fold_reads,
-    normalise,
-)
+from ovqk.weights.folding import fold_embeddings, fold_mlp, fold_reads
+from ovqk.weights.norms import normalise
+from ovqk.weights.types import EmbeddingWeights, LayerWeights, WeightSource
 
 
 def rotation(rotary, d_head: int, D: int) -> Tensor:

@@ -4,21 +4,16 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from ovqk.analyse import Analysis, analyse
+from ovqk.analyse import analyse
 from ovqk.config.schema import ClaimsConfig, Config, Direction, PredictionConfig, RoleConfig, TaskConfig, VariableConfig
 from ovqk.config.schema import VariableKind as Kind
+from ovqk.records.record import Analysis
 from ovqk.tasks.words import resolve_task
-from ovqk.weights.types import (
-    Architecture,
-    EmbeddingWeights,
-    LayerWeights,
-    MLPWeights,
-    QueryKeyNorm,
-    Rotary,
-    fold_embeddings,
-    fold_layer,
-    normalise,
-)
+from ovqk.weights.folding import fold_embeddings, fold_layer
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.norms import QueryKeyNorm, normalise
+from ovqk.weights.rotary import Rotary
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 from support.commands import compose
 from support.oracle import auc, block0_rows, centre_tokens, matrices, projector, ratio
 from support.toy import toy_tokenizer

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ovqk.circuits.components import components
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.spectra import Decomposition, decompose
+from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.vocabulary import Vocabulary, read_vocabulary
 from ovqk.structure.token_tables import COLUMNS, TOKENS, Directions
 from ovqk.weights.types import EmbeddingWeights

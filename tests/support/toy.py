@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ovqk.analyse import analyse
-from ovqk.checkpoints.checkpoint import open_checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import Config, TaskConfig, VariableConfig, VariableKind
 from ovqk.tasks.words import load_tokenizer
 from ovqk.weights.readers import open_weights

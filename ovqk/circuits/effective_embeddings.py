@@ -1,0 +1,154 @@
+"""Effective embeddings: a token's residual stream as the heads of a layer read it.
+
+`Block0` computes the stream after block 0 for a token that attended only to itself; `EffectiveRows` hands out rows
+of any kind, normalised as a layer's norm would.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ovqk.circuits.factors import ov_factors
+from ovqk.circuits.grams import BLOCK, Block0Grams, blocks, centred_grams
+from ovqk.circuits.vocabulary import Vocabulary
+from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.norms import apply_norm
+from ovqk.weights.stored_rows import Rows, StoredRows
+from ovqk.weights.types import Architecture, LayerWeights
+
+HIDDEN_ELEMENTS = 2**21  # elements of block 0's hidden activations computed at a time
+
+
+class Block0:
+    """The `block0` effective embedding: a token's residual stream after block 0 if it attended only to itself.
+
+        E = r + MLP0(ln2(r)),   r = W_E + sum over heads of ln1(W_E) W_V W_O   (block 0)
+
+    Positions, b_V and b_O are left out; MLP biases are kept. An attention-only model has E = r. In a parallel block
+    the MLP reads W_E too; a norm after attention or MLP is applied to their output.
+    """
+
+    def __init__(self, layer0: LayerWeights, mlp: MLPWeights | None, architecture: Architecture) -> None:
+        """Take block 0's attention and MLP weights, their reads folded (`fold_reads`, `fold_mlp`)."""
+        factors, self.post_norm = ov_factors(layer0, architecture), layer0.post_norm
+        heads, d_model, d_head = factors.left.shape
+        joint = factors.left.transpose(0, 1).reshape(d_model, -1), factors.right.reshape(-1, d_model)
+        # All heads together map a row to a row. If they have more dimensions than the row, one product is cheaper.
+        self.attention = (joint[0] @ joint[1],) if 2 * heads * d_head > d_model else joint
+        self.mlp, self.architecture = mlp, architecture
+
+    def rows(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+        """Return E for these rows of the folded embedding, in their precision."""
+        architecture, eps = self.architecture, self.architecture.norm_eps
+        written = architecture.normalised(W_E)
+        for weight in self.attention:
+            written = written @ weight.to(W_E)
+        stream = W_E + apply_norm(self.post_norm, written, eps)
+        if self.mlp is None:
+            return stream
+        x = architecture.normalised(W_E if architecture.parallel else stream)
+        tokens = max(1, HIDDEN_ELEMENTS // self.mlp.W_in.shape[1])
+        written = torch.cat([self.mlp.apply(some) for some in x.split(tokens)])
+        return stream + apply_norm(self.mlp.post_norm, written, eps)
+
+    def grams(
+        self, vocabulary: Vocabulary, read: Callable[[int, int], Float[Tensor, "token d_model"]] | None = None
+    ) -> Block0Grams:
+        """Return the Grams of the block0 embeddings, in one pass over the tokens.
+
+        `read` gives E of tokens start .. stop - 1, if a caller has them.
+        """
+        read = read or (lambda start, stop: self.rows(vocabulary.W_E[start:stop]))
+        E = StoredRows(read, (vocabulary.size, vocabulary.d_model))
+        sides: list[Rows] = [E, vocabulary.W_E]
+        if vocabulary.W_U_rows is None:
+            second, plain = centred_grams(sides, [(0, 0), (1, 0)])
+            return Block0Grams(second, None, plain)
+        second, plain, cross = centred_grams([*sides, vocabulary.W_U_rows], [(0, 0), (1, 0), (2, 0)])
+        return Block0Grams(second, cross, plain)
+
+
+WRITE = "write"
+"""The kind of rows for words on the write side: W_U's columns."""
+SCREEN = 4096
+"""Tokens whose unembedding is kept in memory, if the rest stays on disk, to rank a word's logit among them first."""
+KEPT_UP_TO = 2**26
+"""Largest number of elements in an unembedding that a task's readouts keep in memory (256 MB)."""
+
+
+class EffectiveRows:
+    """Rows of effective embeddings, normalised as a layer's norm would; rows for kept ids are computed once."""
+
+    def __init__(self, vocabulary: Vocabulary, block0: Block0 | None, architecture: Architecture) -> None:
+        """Take the folded vocabulary; `block0` is None if it is not available."""
+        self.vocabulary, self.block0, self.architecture = vocabulary, block0, architecture
+        self._ids: Tensor | None = None
+        self._rows: dict[str, Tensor] = {}
+
+    @contextmanager
+    def only(self, ids: Int[Tensor, "*word"]) -> Iterator[None]:
+        """Answer for these tokens alone, each row computed once, until the context is left."""
+        before, self._ids, self._rows = (self._ids, self._rows), ids.unique().cpu(), {}
+        try:
+            yield
+        finally:
+            self._ids, self._rows = before
+
+    def __call__(self, ids: Int[Tensor, "*word"], kind: str) -> Float[Tensor, "*word d_model"]:
+        """Return the rows for these tokens. `kind` is `token`, `block0` or `write` (columns of W_U, not normalised).
+
+        Raises:
+            ValueError: a token is asked for that is not among those of `only`.
+        """
+        if self._ids is None:
+            if ids.dim() == 1:
+                return self._compute(ids, kind)
+            few, place = ids.unique(return_inverse=True)  # many draws of a few words
+            return self._compute(few, kind)[place]
+        place = torch.searchsorted(self._ids, ids.cpu()).clamp_max(len(self._ids) - 1)
+        if not torch.equal(self._ids[place], ids.cpu()):
+            raise ValueError(
+                "rows are restricted by `only`; `ids` must be among the ids given to it, and one is not among those"
+            )
+        if kind not in self._rows:
+            self._rows[kind] = self._compute(self._ids, kind)
+        return self._rows[kind][place.to(self._rows[kind].device)]
+
+    def _compute(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
+        if kind == WRITE:
+            if self.unembedding is None:
+                raise ValueError("rows of kind 'write' need an unembedding, which the checkpoint does not hold")
+            return self.unembedding[ids.to(self.unembedding.device)]
+        if len(ids) > BLOCK:  # block 0's hidden activations are several times as wide as a row
+            return torch.cat([self._compute(some, kind) for some in ids.split(BLOCK)])
+        rows = self.vocabulary.W_E[ids.to(self.vocabulary.W_E.device)]
+        if kind == "block0" and self.block0 is not None:
+            rows = self.block0.rows(rows)
+        return self.normalised(rows)
+
+    @cached_property
+    def unembedding(self) -> Rows | None:
+        """W_U^T: in memory if it has at most KEPT_UP_TO elements, else as the vocabulary has it."""
+        rows = self.vocabulary.W_U_rows
+        if not isinstance(rows, StoredRows) or math.prod(rows.shape) > KEPT_UP_TO:
+            return rows
+        kept = torch.empty(rows.shape, device=rows.device)
+        for some in blocks(rows.shape[0]):
+            kept[some] = rows[some]
+        return kept
+
+    @cached_property
+    def first_unembedded(self) -> Float[Tensor, "token d_model"]:
+        """The first SCREEN rows of W_U^T, in memory."""
+        if self.unembedding is None:
+            raise ValueError("rows of kind 'write' need an unembedding, which the checkpoint does not hold")
+        return self.unembedding[:SCREEN]
+
+    def normalised(self, rows: Float[Tensor, "*word d_model"]) -> Float[Tensor, "*word d_model"]:
+        """Normalise rows as a layer's norm would."""
+        return self.architecture.normalised(rows)

@@ -1,0 +1,175 @@
+"""Gram matrices a^T C b between tokens' rows, centred over tokens, a block of tokens at a time.
+
+C = I - 11^T/n takes each side less its mean over the n tokens. Products are summed so that neither the number of
+threads nor the size of the vocabulary moves a result by more than the bounds given below.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ovqk.circuits.threads import each
+from ovqk.weights.stored_rows import Rows
+
+BLOCK = 2048  # tokens handled at a time, fewer if rows are long
+BLOCK_ELEMENTS = 2**22  # elements in a block of embedding rows, at most
+BLOCKS_PER_SUM = 8  # blocks whose products are summed before they are added in float64
+SHIFT_TOKENS = 256  # tokens whose mean is subtracted from all rows before products are taken
+STRIPE_COLUMNS = 128  # columns of a symmetric product taken at a time, at least
+STRIPES_PER_THREAD = 2  # with fewer, threads would wait for the one with the longest stripe
+FLOAT64_PRODUCTS_UP_TO = 10**10  # multiplications of one Gram; a larger Gram is multiplied in float32
+FLOAT64_UP_TO = 512  # d_model up to which Grams and their products are float64
+
+Gram = Float[Tensor, "d_model d_model"]
+
+
+@dataclass(frozen=True, eq=False)
+class FullCircuit:
+    """The Grams of a full circuit A M B, a map from tokens to tokens through one head's M (A, B: token matrices).
+
+    QK and OV differ in B: for QK it is E^T, so that one Gram serves three times; for OV it is W_U.
+
+    Attributes:
+        read: A^T C A, of the tokens that are read.
+        cross: B C A, whose product with M has the eigenvalues of the full circuit.
+        write: B C B^T, of the tokens that are written (QK: of the keys).
+    """
+
+    read: Gram
+    cross: Gram
+    write: Gram
+
+    @classmethod
+    def qk(cls, gram: Gram) -> "FullCircuit":
+        """Return the Grams of E W_QK E^T, given E^T C E."""
+        return cls(gram, gram, gram)
+
+    @classmethod
+    def ov(cls, embed: Gram, cross: Gram, unembed: Gram) -> "FullCircuit":
+        """Return the Grams of E W_OV W_U, given E^T C E, W_U C E and W_U C W_U^T."""
+        return cls(embed, cross, unembed)
+
+
+@dataclass(frozen=True, eq=False)
+class Block0Grams:
+    """Grams of the block0 embeddings E, which later layers read.
+
+    Attributes:
+        embed: E^T C E.
+        cross: W_U C E; None without an unembedding.
+        with_plain: W_E^T C E, between plain embeddings, which layer 0 reads, and block0 ones.
+    """
+
+    embed: Gram
+    cross: Gram | None
+    with_plain: Gram
+
+
+def centred_gram(a: Rows, b: Rows) -> Float[Tensor, "d_a d_b"]:
+    """Return a^T C b; see `centred_grams`."""
+    return centred_grams([a], [(0, 0)])[0] if a is b else centred_grams([a, b], [(0, 1)])[0]
+
+
+def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> list[Float[Tensor, "d_a d_b"]]:
+    """Return a^T C b for these pairs of sides, in one pass over blocks of tokens, summed in float64 every few blocks.
+
+    Up to FLOAT64_PRODUCTS_UP_TO products are taken in float64, because float32 would cost a small vocabulary 1e-3 on
+    ratios. More of them are taken in float32, within 1e-6 relative to the norms. A row near the mean is first
+    subtracted from every row; C removes it anyway.
+
+    Args:
+        sides: matrices of one row per token, all over the same n tokens.
+        pairs: which side is a and which is b, by index.
+
+    Returns:
+        One matrix per pair, in the dtype that `precision` gives.
+    """
+    n, widths = sides[0].shape[0], [side.shape[1] for side in sides]
+    exact = torch.float32 if n * max(widths) ** 2 > FLOAT64_PRODUCTS_UP_TO else torch.float64
+    shifts = [side[:SHIFT_TOKENS].double().mean(0) for side in sides]
+    sums = [torch.zeros_like(shift) for shift in shifts]
+    totals = [shifts[a].new_zeros(widths[a], widths[b]) for a, b in pairs]
+    parts = totals if exact == torch.float64 else [torch.zeros_like(total, dtype=exact) for total in totals]
+    size = max(1, min(n, BLOCK, BLOCK_ELEMENTS // max(widths)))
+    room = [shift.new_empty(size, len(shift), dtype=exact) for shift in shifts]  # new memory for each block costs more
+    for number, tokens in enumerate(blocks(n, size), 1):
+        x = [
+            torch.sub(side[tokens].to(exact), shift.to(exact), out=into[: tokens.stop - tokens.start])
+            for side, shift, into in zip(sides, shifts, room, strict=True)
+        ]
+        for total, rows in zip(sums, x, strict=True):
+            total += torch.ones(len(rows)).to(rows) @ rows
+        add_products(parts, x, pairs)
+        if parts is not totals and (number % BLOCKS_PER_SUM == 0 or tokens.stop == n):
+            for total, part in zip(totals, parts, strict=True):
+                total += part
+                part.zero_()
+    for total, (a, b) in zip(totals, pairs, strict=True):
+        for some in stripes_of(widths[a]) if a == b else ():
+            total[: some.start, some] = total[some, : some.start].T
+        total.addr_(sums[a], sums[b], alpha=-1 / n)
+    return [total.to(precision(max(widths))) for total in totals]
+
+
+def add_products(
+    totals: Sequence[Float[Tensor, "d_a d_b"]],
+    x: Sequence[Float[Tensor, "token d_x"]],
+    pairs: Sequence[tuple[int, int]],
+) -> None:
+    """Add a^T b for these pairs of sides to the totals. If a is b, only the lower triangle is added.
+
+    The work is cut into stripes of columns. If there are enough, each thread takes whole stripes; else all threads
+    share one stripe after the other.
+    """
+
+    def add(stripe: tuple[int, slice, int]) -> None:
+        number, some, lower = stripe
+        a, b = pairs[number]
+        totals[number][some, :lower].addmm_(x[a][:, some].T, x[b][:, :lower])
+
+    stripes = [
+        (number, some, some.stop if a == b else x[b].shape[1])
+        for number, (a, b) in enumerate(pairs)
+        for some in stripes_of(x[a].shape[1])
+    ]
+    if len(stripes) >= STRIPES_PER_THREAD * torch.get_num_threads():
+        each(add, sorted(stripes, key=lambda stripe: -stripe[2]), x[0].device)  # the longest first
+    else:
+        for stripe in stripes:
+            add(stripe)
+
+
+def stripes_of(width: int) -> Iterator[slice]:
+    """Yield the columns to take at a time: a product with few is slow, and one with many saves little by symmetry."""
+    narrow = max(STRIPE_COLUMNS, width // 16)
+    return blocks(width, narrow if width >= STRIPES_PER_THREAD * torch.get_num_threads() * narrow else 2 * narrow)
+
+
+def precision(d_model: int) -> torch.dtype:
+    """Return the dtype for Grams and their products (definitions: section 1): float64 if d_model <= FLOAT64_UP_TO.
+
+    Float32 keeps ratios within 1e-4, and scales within 1e-4 relative to their size. The departure from normality is
+    the root of a difference: if it is 0, float32 keeps it within 2e-4.
+    """
+    return torch.float64 if d_model <= FLOAT64_UP_TO else torch.float32
+
+
+def mean_row(x: Rows) -> Float[Tensor, " d_model"]:
+    """Return the mean over tokens, float64; for large vocabularies within 1e-7 of the rows' size."""
+    if x.shape[0] <= SHIFT_TOKENS:
+        return x[:].double().mean(0)
+    near = x[:SHIFT_TOKENS].mean(0)  # rounded: the same number is taken away and added
+    total = torch.zeros_like(near, dtype=torch.float64)
+    for rows in blocks(x.shape[0], max(1, min(BLOCK, BLOCK_ELEMENTS // x.shape[1]))):
+        block = x[rows]
+        total += torch.ones(len(block)).to(block) @ (block - near)  # a product is faster than a sum
+    return near.double() + total / x.shape[0]
+
+
+def blocks(n: int, size: int = BLOCK) -> Iterator[slice]:
+    """Yield slices that cover range(n), `size` at a time."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))

@@ -1,0 +1,214 @@
+"""First and second moments of embedding rows, and of the queries and keys that a layer makes of them.
+
+The position and content shares in a head's scores (`positions`) are traces of products between these moments.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ovqk.circuits.grams import BLOCK, blocks, centred_gram, mean_row, precision
+from ovqk.circuits.maps import Basis
+from ovqk.circuits.vocabulary import Vocabulary
+from ovqk.weights.norms import QueryKeyNorm, normalise
+from ovqk.weights.stored_rows import Rows, StoredRows
+from ovqk.weights.types import Architecture, LayerWeights
+
+SAMPLE = 2**15  # least number of tokens for the moments of normalised queries and keys
+SAMPLE_ELEMENTS = 2**26  # elements of their rows, at most (256 MB)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of embedding rows.
+
+    Attributes:
+        mean: float64.
+        gram: the sum over rows of (row - mean)^T (row - mean): n times their (population) covariance.
+    """
+
+    mean: Float[Tensor, " d_model"]
+    gram: Float[Tensor, "d_model d_model"]
+    n: int
+
+
+def row_moments(rows: Float[Tensor, "row d_model"]) -> Moments:
+    """Return the moments of rows in memory."""
+    return Moments(mean_row(rows), centred_gram(rows, rows), len(rows))
+
+
+def token_moments(vocabulary: Vocabulary) -> Moments:
+    """Return the moments of the plain embedding rows, from the Gram that is there already."""
+    return Moments(vocabulary.mean, vocabulary.gram_embed, vocabulary.size)
+
+
+def normalised_moments(vocabulary: Vocabulary, architecture: Architecture) -> Moments:
+    """Return the moments of embedding rows normalised as a layer's norm would, a block of tokens at a time."""
+
+    def read(start: int, stop: int) -> Tensor:
+        return architecture.normalised(vocabulary.W_E[start:stop])
+
+    rows = StoredRows(read, (vocabulary.size, vocabulary.d_model), device=vocabulary.W_E.device)
+    return Moments(mean_row(rows), centred_gram(rows, rows), vocabulary.size)
+
+
+@dataclass(frozen=True)
+class HeadMoments:
+    """Moments of the queries and keys for uniformly drawn tokens, before rotation, float64.
+
+    Attributes:
+        query_mean, query_second: mean and second moment of queries.
+        key_mean, key_covariance: mean and covariance of keys.
+    """
+
+    query_mean: Float[Tensor, "head d_head"]
+    query_second: Float[Tensor, "head d_head d_head"]
+    key_mean: Float[Tensor, "head d_head"]
+    key_covariance: Float[Tensor, "head d_head d_head"]
+
+
+QueryKeyBases = tuple[Basis, Basis]
+"""Bases of a layer's W_Q and W_K."""
+
+
+def head_moments(
+    weights: LayerWeights, architecture: Architecture, tokens: Moments, bases: QueryKeyBases | None = None
+) -> HeadMoments:
+    """Return the moments of q = x W_Q + b_Q and k = x W_K + b_K, from those of the rows x; `bases` if they are known.
+
+    Raises:
+        ValueError: queries and keys are normalised, so that they are not linear in x.
+    """
+    if weights.qk_norm is not None:
+        raise ValueError("normalised queries and keys are not linear in the rows: see normalised_head_moments")
+    kv = architecture.kv_of_head.to(weights.W_K.device)
+    query, key = (Basis(weights.W_Q), Basis(weights.W_K)) if bases is None else bases
+    query_mean = mean_through(tokens.mean, weights.W_Q) + weights.b_Q.double()
+    key_mean = mean_through(tokens.mean, weights.W_K) + weights.b_K.double()
+    return HeadMoments(
+        query_mean=query_mean,
+        query_second=query.second_moment(tokens.gram) / tokens.n + outer(query_mean),
+        key_mean=key_mean[kv],
+        key_covariance=key.second_moment(tokens.gram)[kv] / tokens.n,
+    )
+
+
+def mean_through(
+    mean: Float[Tensor, " d_model"], weight: Float[Tensor, "n d_model d_head"]
+) -> Float[Tensor, "n d_head"]:
+    """Return mean @ weight per head, float64, without a float64 copy of all weights."""
+    return torch.stack([mean @ each.double() for each in weight])
+
+
+def sample_step(n: int, d_model: int) -> int:
+    """Return s if every s-th of n tokens is enough for moments: SAMPLE of them, fewer if their rows are very long."""
+    return max(1, n // min(SAMPLE, max(1, SAMPLE_ELEMENTS // d_model)))
+
+
+def sample_rows(W_E: Rows) -> Float[Tensor, "sampled d_model"]:
+    """Return the rows of every `sample_step`-th token, in memory.
+
+    Token ids run from frequent to rare, so that even steps give each frequency its share.
+    """
+    n, d_model = W_E.shape
+    step = sample_step(n, d_model)
+    size = step * max(1, BLOCK // step)
+    return torch.cat([W_E[some][::step].clone() for some in blocks(n, size)])
+
+
+def normalised_head_moments(
+    weights: LayerWeights, architecture: Architecture, W_E: Float[Tensor, "token d_model"]
+) -> tuple[HeadMoments, HeadMoments]:
+    """Return the moments of normalised queries and keys, once for plain rows and once for normalised ones.
+
+    A norm between the factors leaves no Gram to take them through: each token's queries and keys are computed, for
+    both kinds of rows in one pass, in the precision that `grams.precision` gives. The sums are float64.
+
+    Args:
+        weights: the layer.
+        architecture: of the model.
+        W_E: embedding rows: all of them, or a sample (see `sample_rows`).
+
+    Raises:
+        ValueError: queries and keys are not normalised (see `head_moments`).
+    """
+    norm, dtype, n = weights.qk_norm, precision(W_E.shape[1]), W_E.shape[0]
+    if norm is None:
+        raise ValueError("queries and keys that are not normalised have moments through a Gram: see head_moments")
+    sides = [
+        _NormalisedSide(weights.W_Q.to(dtype), weights.b_Q.to(dtype), norm.query_gain, norm, architecture),
+        _NormalisedSide(weights.W_K.to(dtype), weights.b_K.to(dtype), norm.key_gain, norm, architecture),
+    ]
+    for some in blocks(n):
+        x = W_E[some].to(dtype)
+        for side in sides:
+            side.add(x)
+    kv = architecture.kv_of_head.to(W_E.device)
+    both = []
+    for (query_mean, query_second), (key_mean, key_second) in zip(*(side.means(n) for side in sides), strict=True):
+        key_covariance = key_second - outer(key_mean)
+        both.append(HeadMoments(query_mean, query_second, key_mean[kv], key_covariance[kv]))
+    return both[0], both[1]
+
+
+class _NormalisedSide:
+    """Sums over tokens of normalised queries (or keys) and their outer products, for plain and for normalised rows."""
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "n d_model d_head"],
+        bias: Float[Tensor, "n d_head"],
+        gain: Float[Tensor, "n d_head"],
+        norm: QueryKeyNorm,
+        architecture: Architecture,
+    ) -> None:
+        n, _, d_head = weight.shape
+        self.weight, self.bias, self.gain, self.norm = weight, bias[:, None], gain.double(), norm
+        self.kind, self.eps = architecture.norm, architecture.norm_eps
+        self.sums = [
+            [weight.new_zeros(n, d_head, dtype=torch.float64), weight.new_zeros(n, d_head, d_head, dtype=torch.float64)]
+            for _ in range(2)
+        ]
+
+    def add(self, x: Float[Tensor, "token d_model"]) -> None:
+        """Add the queries of these rows.
+
+        A root-mean-square norm multiplies a row by a number, and so its queries if they have no bias. The norm of
+        queries takes that number out again up to its eps: mostly both kinds of rows have the same queries.
+        """
+        if self.kind != "rmsnorm" or self.bias.any():
+            for sums, rows in zip(self.sums, (x, normalise(x, self.kind, self.eps)), strict=True):
+                self._add(sums, self._divided(rows @ self.weight + self.bias))
+            return
+        y, scale = x @ self.weight, torch.rsqrt(x.square().mean(-1) + self.eps)[:, None]
+        square = torch.linalg.vector_norm(y, dim=(0, 2) if self.norm.over_heads else 2, keepdim=True).square()
+        square = square / (y.shape[0] * y.shape[2] if self.norm.over_heads else y.shape[2])
+        plain = torch.rsqrt(square + self.norm.eps)
+        normalised = scale * torch.rsqrt(scale.square() * square + self.norm.eps)
+        ratio = normalised / plain
+        found = self._add(self.sums[0], y.mul_(plain))
+        if (ratio - 1).abs().max() <= 4 * torch.finfo(y.dtype).eps:
+            for into, part in zip(self.sums[1], found, strict=True):
+                into += part
+        else:
+            self._add(self.sums[1], y.mul_(ratio))
+
+    def means(self, n: int) -> list[tuple[Float[Tensor, "n d_head"], Float[Tensor, "n d_head d_head"]]]:
+        """Return mean and second moment with the norm's gain, for plain and for normalised rows."""
+        return [(self.gain * first / n, outer(self.gain) * second / n) for first, second in self.sums]
+
+    def _divided(self, y: Float[Tensor, "n token d_head"]) -> Float[Tensor, "n token d_head"]:
+        return self.norm.apply(y, torch.ones_like(self.bias[:, 0]))
+
+    @staticmethod
+    def _add(sums: list[Tensor], y: Float[Tensor, "n token d_head"]) -> tuple[Tensor, Tensor]:
+        found = y.sum(1).double(), (y.mT @ y).double()
+        for into, part in zip(sums, found, strict=True):
+            into += part
+        return found
+
+
+def outer(x: Float[Tensor, "head d_head"]) -> Float[Tensor, "head d_head d_head"]:
+    return x[:, :, None] * x[:, None, :]
