@@ -140,22 +140,3 @@ def is_dark(colour: str) -> bool:
 
 def _rgb(colour: str) -> tuple[int, int, int]:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
-
-
-def spoken(name: str) -> str:
-    """A role, verdict or null as a person reads it: `name_mover` is `name mover`, `s_inhibition` is `S-inhibition`."""
-    return "S-inhibition" if name == "s_inhibition" else name.replace("_", " ")
-
-
-def short_names(roles: Iterable[str]) -> dict[str, str]:
-    """Role -> a few letters that stand for it in a picture, all different: `name_mover` is NM, `induction` is Ind."""
-    found: dict[str, str] = {}
-    for role in dict.fromkeys(roles):
-        words = role.split("_")
-        short = "".join(word[:1].upper() for word in words) if len(words) > 1 else role[:3].capitalize()
-        number = 2
-        unique = short
-        while unique in found.values():
-            unique, number = f"{short}{number}", number + 1
-        found[role] = unique
-    return found

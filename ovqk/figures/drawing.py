@@ -20,6 +20,7 @@ from matplotlib.patches import Circle, Rectangle, Wedge
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
+from ovqk import wording
 from ovqk.figures import colours
 from ovqk.figures.colours import CATEGORIES, DIVERGING, VERDICT_COLOURS, Scale, colour_at
 
@@ -38,15 +39,6 @@ STYLE: Any = {
 }  # fmt: skip
 MARKERS = dict.fromkeys(VERDICT_COLOURS, "o") | {"contradicted": "X", "untestable": "_", "out_of_scope": "."}
 DECADES = 3  # of modulus, from the rim of the complex plane to its centre
-NULL_NAMES = {
-    "layer": "other heads of its layers",
-    "layer_all": "the same, claimed ones too",
-    "depth": "heads of nearby layers",
-    "frame": "same spectrum, random frames",
-    "token": "other words",
-    "token_pairs": "random pairs of words",
-}
-MODE_NAMES = {"q": "Q: into queries", "k": "K: into keys", "v": "V: into values"}
 SHARES = {
     "key position": {f"qk_share_{query}_position": f"{query} query" for query in ("constant", "content", "position")},
     "key content": {f"qk_share_{query}_content": f"{query} query" for query in ("constant", "content", "position")},
@@ -359,7 +351,7 @@ def null_strip(
             fontsize=11.5,
             color=INK if decides else MUTED,
         )
-    axes.set_yticks(range(len(tests)), [NULL_NAMES.get(name, name) for name in tests["null"]])
+    axes.set_yticks(range(len(tests)), [wording.null(name) for name in tests["null"]])
     axes.set(xlim=bounds, ylim=(len(tests) - 0.5, -0.5))
     if unit == "percentile":
         axes.set_xticks([0, 0.5, 1], ["0 %", "percentile", "100 %"])
@@ -373,7 +365,7 @@ def null_strip(
 def partner_bars(axes: Axes, found: pd.DataFrame, side: str, title: str) -> None:
     """Compositions with heads on one side (`sender`, `receiver`), by mode; the line is random weights."""
     labels, y = [], 0.0
-    for mode, name in MODE_NAMES.items():
+    for mode, name in wording.MODES.items():
         rows = found[found["mode"] == mode].sort_values("score", ascending=False, kind="stable")
         if not len(rows):
             continue

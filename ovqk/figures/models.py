@@ -26,8 +26,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
+from ovqk import wording
 from ovqk.figures import colours, drawing
-from ovqk.figures.colours import CATEGORIES, VERDICT_COLOURS, Scale, spoken
+from ovqk.figures.colours import CATEGORIES, VERDICT_COLOURS, Scale
 from ovqk.figures.drawing import HALO, INK, LINE, MUTED, STYLE, legible, styled
 from ovqk.metrics import METRICS
 from ovqk.records.comparison import DEPTH_METRICS, relative_depth
@@ -106,7 +107,7 @@ def effects(verdicts: pd.DataFrame) -> Figure:
     labels = []
     for y, row in enumerate(rows.to_dict("records")):
         place = [row[key] for key in ("task", "model") if several[key]]
-        labels.append(legible(" · ".join([*place, spoken(row["role"])]), 60))
+        labels.append(legible(" · ".join([*place, wording.role(row["role"])]), 60))
         if _is_number(row["effect"]):
             if _is_number(row["ci_low"]) and _is_number(row["ci_high"]):
                 colour = VERDICT_COLOURS[row["verdict"]][0]
@@ -114,7 +115,7 @@ def effects(verdicts: pd.DataFrame) -> Figure:
             drawing.mark(axes, row["effect"], float(y), row["verdict"], size=10)
         else:
             axes.text(0, y, " unavailable", va="center_baseline", color=MUTED, style="italic", fontsize=12, bbox=HALO)
-        said = spoken(row["verdict"]) + (f" ({row['flags']})" if row.get("flags") else "")
+        said = wording.verdict(row["verdict"], row.get("flags"))
         said += f", q {row['q']:.2g}" if _is_number(row["q"]) else ""
         where: Any = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 12}
         axes.annotate(said, (1, y), (16, 0), xycoords=("axes fraction", "data"), **where)
@@ -187,13 +188,13 @@ def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None
     panels = list(figure.subplots(n_rows, columns, squeeze=False).flat)
     for axes in panels[len(parts) :]:
         axes.set_axis_off()
-    shorts = colours.short_names(verdicts["role"]) if verdicts is not None else {}
+    shorts = wording.short_roles(verdicts["role"]) if verdicts is not None else {}
     for axes, (model, part) in zip(panels, parts, strict=False):
         grid = part.pivot(index="layer", columns="head", values=metric).to_numpy(float)
         drawing.atlas_grid(axes, grid, scale, _marks(verdicts, model, shorts), legible(model, 24))
     if parts:
         _colour_bar(figure, panels, scale, METRICS[metric].title)
-    lines = _wrapped([f"{short}  {spoken(role)}" for role, short in shorts.items()], 48 * columns)
+    lines = _wrapped([f"{short}  {wording.role(role)}" for role, short in shorts.items()], 48 * columns)
     lines += [f"unavailable: {', '.join(absent)}"] if absent else []
     figure.supxlabel("\n".join(legible(line, 200) for line in lines), fontsize=12, color=MUTED)
     return figure
@@ -264,15 +265,17 @@ def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> 
         axes.text(-0.25, place * STEP, f"layer {layer}", ha="right", va="center", color=MUTED, fontsize=12)
     together = verdicts[verdicts["kind"] == "role"].set_index("role")["verdict"]
     for role, x in zip(roles, centres, strict=True):
-        axes.text(x, top + 1.05, legible(spoken(role)), ha="center", va="bottom", fontweight="bold")
-        axes.text(x, top + 0.97, spoken(together.get(role, "")), ha="center", va="top", color=MUTED, fontsize=11)
+        axes.text(x, top + 1.05, legible(wording.role(role)), ha="center", va="bottom", fontweight="bold")
+        axes.text(
+            x, top + 0.97, wording.verdict(together.get(role, "")), ha="center", va="top", color=MUTED, fontsize=11
+        )
     _edges(axes, spots, composition)
     for row in home.to_dict("records"):
         x, y = spots[row["layer"], row["head"]]
         _node(axes, x, y, f"{row['layer']}.{row['head']}", row["verdict"])
         mine = heads[(heads["layer"] == row["layer"]) & (heads["head"] == row["head"]) & (heads["role"] != row["role"])]
         if len(mine):
-            also = legible("also " + ", ".join(map(spoken, mine["role"])), 60)
+            also = legible("also " + ", ".join(map(wording.role, mine["role"])), 60)
             above = row["layer"] == layers[-1]  # where no arrow leaves, and below none that arrives
             where: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 10, "bbox": HALO}
             where |= {"va": "bottom" if above else "top", "color": MUTED, "zorder": 4}
@@ -344,7 +347,7 @@ def _edges(axes: Axes, spots: Spots, composition: pd.DataFrame | None) -> None:
     if found:
         modes = [mode for mode in WAYS if any(mode == other for _, _, other, _ in found)]
         handles = [Line2D([], [], color=colours.MODES[mode][0], ls=WAYS[mode][0], lw=2.4) for mode in modes]
-        names = [drawing.MODE_NAMES[mode] for mode in modes]
+        names = [wording.MODES[mode] for mode in modes]
         axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3)
 
 
@@ -417,4 +420,4 @@ def _verdict_legend(figure: Figure, there: pd.Series) -> None:
         for name in names
     ]  # fmt: skip
     if handles:
-        figure.legend(handles, [spoken(name) for name in names], loc="outside lower center", ncols=len(names))
+        figure.legend(handles, [wording.verdict(name) for name in names], loc="outside lower center", ncols=len(names))

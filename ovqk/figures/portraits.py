@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from ovqk import wording
 from ovqk.figures import drawing
-from ovqk.figures.colours import spoken
 from ovqk.figures.drawing import INK, MUTED, legible, styled
 from ovqk.metrics import METRICS
 
@@ -34,14 +34,7 @@ RATIOS = {
     ("qk", "vocab"): "qk_matching",
     ("qk", "residual"): "qk_matching_residual",
 }
-PAIRS = {
-    "q_composition": "Q-composition",
-    "k_composition": "K-composition",
-    "v_composition": "V-composition",
-    "k_composed_matching": "K-composed matching",
-}
 SHOWN_COMPONENTS, SHOWN_TOKENS, SHOWN_PARTNERS = 3, 5, 5
-ARROWS = {"high": "↑", "low": "↓"}
 
 
 @styled
@@ -175,7 +168,7 @@ def _heading(band: SubFigure, title: str, verdicts: list[dict[str, Any]]) -> Non
     axes.text(0, 0, legible(title, 80), fontsize=22, fontweight="bold", va="center")
     for y, row in enumerate(verdicts, start=1):
         drawing.mark(axes, 0.006, -float(y), row["verdict"], size=10)
-        said = f"{spoken(row['role'])}: {spoken(row['verdict'])}" + (f" ({row['flags']})" if row["flags"] else "")
+        said = f"{wording.role(row['role'])}: {wording.verdict(row['verdict'], row['flags'])}"
         axes.text(0.02, -y, legible(said, 100), va="center", fontsize=14)
     if not verdicts:
         axes.text(0, -1, "not claimed for this task", va="center", color=MUTED, fontsize=14)
@@ -308,10 +301,8 @@ def _draw_strips(panels: Any, tables: Tables, groups: list[Strip]) -> None:
         drawing.null_strip(axes, rows, quantiles, unit, _bounds(metric, unit, rows, quantiles))
         if (first["role"], metric) not in said:
             kind = "primary" if first["primary"] else "exploratory" if first["exploratory"] else "secondary"
-            name = METRICS[metric].title if metric in METRICS else PAIRS.get(metric, metric)
-            axes.set_title(
-                f"{name} {ARROWS[first['prediction']]}  ({spoken(first['role'])}, {kind})", color=INK, fontsize=13
-            )
+            title = f"{wording.predicted(metric, first['prediction'])}  ({wording.role(first['role'])}, {kind})"
+            axes.set_title(title, color=INK, fontsize=13)
         said.add((first["role"], metric))
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ovqk import wording
 from ovqk.figures import colours
-from ovqk.figures.colours import Scale, short_names, spoken
+from ovqk.figures.colours import Scale
 from ovqk.metrics import METRICS
 from ovqk.records.cells import Cell, Failure, Heads, Json, Tables, labels, weights_labels
 from ovqk.records.comparison import DEPTH_METRICS
@@ -117,6 +118,14 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
         "depth_metrics": DEPTH_METRICS,
         "scales": _scales(cells),
         "roles": _roles(cells),
+        "wording": {
+            "nulls": wording.NULLS,
+            "verdicts": wording.VERDICTS,
+            "flags": wording.FLAGS,
+            "arrows": wording.ARROWS,
+            "modes": wording.MODES,
+            "pair_metrics": wording.PAIR_METRICS,
+        },
         "palette": {
             "sequential": [colours.SEQUENTIAL, colours.SEQUENTIAL],
             "diverging": [colours.DIVERGING, colours.DIVERGING_DARK],
@@ -191,8 +200,8 @@ def _scales(cells: Sequence[Cell]) -> Json:
 def _roles(cells: Sequence[Cell]) -> Json:
     """Role -> how a person reads it, and the letters that stand for it in a picture."""
     tables = [cell.tables[name] for cell in cells for name in ("verdicts", "candidates") if name in cell.tables]
-    names = short_names(role for table in tables for role in table["role"])
-    return {role: {"name": spoken(role), "short": letters} for role, letters in names.items()}
+    names = wording.short_roles(role for table in tables for role in table["role"])
+    return {role: {"name": wording.role(role), "short": letters} for role, letters in names.items()}
 
 
 # --- one cell ------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
+from ovqk import wording
+
 STYLES = {"corroborated": "green", "partial": "yellow", "contradicted": "red", "unsupported": "magenta"}
-ARROWS = {"high": "↑", "low": "↓"}
 SHOWN_CANDIDATES = 3  # of each role
 SHOWN_PAIRS = 5  # of heads, of each kind of composition
 
@@ -40,10 +41,10 @@ def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[
     found = []
     for roles in same.values():
         records: list[dict[Any, Any]] = shown[shown["role"] == roles[0]].to_dict("records")
-        by = f"{records[0]['metric']} {ARROWS[records[0]['prediction']]}"
+        by = f"{records[0]['metric']} {wording.ARROWS[records[0]['prediction']]}"
         by += f" with {records[0]['partners']}" if records[0]["partners"] else ""
         by += "" if records[0]["primary"] else " (not its primary)"
-        found.append((", ".join(role.replace("_", " ") for role in roles), by, records))
+        found.append((", ".join(wording.role(role) for role in roles), by, records))
     return found
 
 
@@ -108,10 +109,10 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
         if not is_role:
             head = (int(row["layer"]), int(row["head"]))
             values = [rounded(indexed.at[head, name]) for _, name in columns]
-        primary = f"{row['primary']} {ARROWS[row['prediction']]}" if isinstance(row["primary"], str) else ""
-        verdict = row["verdict"] + (f" ({row['flags']})" if row["flags"] else "")
+        primary = f"{row['primary']} {wording.ARROWS[row['prediction']]}" if isinstance(row["primary"], str) else ""
+        verdict = wording.verdict(row["verdict"], row["flags"])
         if is_role:
-            name = Text(row["role"].replace("_", " "), style="bold")
+            name = Text(wording.role(row["role"]), style="bold")
             name.append(f": {primary}" if primary else "", style="dim")
         else:
             name = Text(f"  {int(row['layer'])}.{int(row['head'])}")
@@ -147,10 +148,10 @@ def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Iterable[str]:
     untested = verdicts[verdicts["reason"] != ""]
     for (verdict, reason), rows in untested.groupby(["verdict", "reason"], sort=False):
         names = [
-            row["role"].replace("_", " ") if row["kind"] == "role" else f"{int(row['layer'])}.{int(row['head'])}"
+            wording.role(row["role"]) if row["kind"] == "role" else f"{int(row['layer'])}.{int(row['head'])}"
             for row in rows.to_dict("records")
         ]
-        yield f"{verdict} ({', '.join(dict.fromkeys(names))}): {reason}"
+        yield f"{wording.verdict(str(verdict))} ({', '.join(dict.fromkeys(names))}): {reason}"
 
 
 def layer_table(heads: pd.DataFrame) -> Table:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from ovqk import wording
 from ovqk.metrics import NOT_APPLICABLE
 from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
@@ -289,7 +290,7 @@ def role_table(folders: Sequence[Path]) -> Table:
     table.add_column("verdict")
     table.add_column("of its heads")
     for row in rows if any(row["role"] for row in rows) else []:
-        place = [row["task"], row["analysis"], row["role"].replace("_", " "), row["model"], *[row["cell"]] * several]
+        place = [row["task"], row["analysis"], wording.role(row["role"]), row["model"], *[row["cell"]] * several]
         if not row["role"]:
             table.add_row(*place, *[""] * 5, Text(row["verdict"], style="dim"))
             continue
@@ -300,8 +301,8 @@ def role_table(folders: Sequence[Path]) -> Table:
             row["primary"] or "",
             rounded(row["effect"]),
             rounded(row["p"], digits=3),
-            Text(row["verdict"], style=STYLES.get(row["verdict"], "dim")),
-            ", ".join(f"{n} {verdict}" for verdict, n in row["of_its_heads"].items()),
+            Text(wording.verdict(row["verdict"]), style=STYLES.get(row["verdict"], "dim")),
+            ", ".join(f"{n} {wording.verdict(verdict)}" for verdict, n in row["of_its_heads"].items()),
         )
     return table
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ovqk import wording
 from ovqk.metrics import METRICS
 from ovqk.records.comparison import QUARTERS, quarter_means, relative_depth, roles
 from ovqk.records.results import load_table
@@ -216,8 +217,9 @@ def _drawn_heads(made: dict[str, pd.DataFrame]) -> pd.DataFrame:
         strongest = heads.index[:0] if ratio is None else heads[ratio].abs().nlargest(SHOWN_HEADS).index
         shown = heads.loc[strongest, ["layer", "head"]].assign(role="")
     shown = shown.astype({"layer": int, "head": int})
+    shown["role"] = shown["role"].map(wording.role)
     named = shown.groupby(["layer", "head"])["role"].agg("+".join).reset_index()
-    labels = [f"{row.layer}.{row.head} {row.role}".replace("_", " ").strip() for row in named.itertuples(index=False)]
+    labels = [f"{row.layer}.{row.head} {row.role}".strip() for row in named.itertuples(index=False)]
     return named[["layer", "head"]].assign(label=labels)
 
 

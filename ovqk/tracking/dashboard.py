@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ovqk import wording
 from ovqk.config.schema import TrackingConfig
 from ovqk.metrics import METRICS
 from ovqk.records.record import read_record, read_tracking
@@ -77,7 +78,7 @@ def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], sw
 
     panels: dict[str, list[Any]] = {section: [] for section in SECTIONS}
     for role in sorted({name.split("/")[1] for name in scalars if name.startswith("role/")}):
-        panels["Claims"] += bars(role.replace("_", " "), f"role/{role}/effect", f"role/{role}/p")
+        panels["Claims"] += bars(wording.role(role), f"role/{role}/effect", f"role/{role}/p")
     if swept:
         panels["Claims"].append(reports.MediaBrowser(title="whole sweeps", media_keys=list(SWEEP_FIGURES)))
         panels["Claims"].append(reports.WeavePanelSummaryTable(table_name="comparison/roles"))

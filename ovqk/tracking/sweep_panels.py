@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from ovqk import wording
 from ovqk.records.cells import Cell
 from ovqk.records.comparison import depths, roles
 from ovqk.records.record import read_record, write_json
@@ -99,7 +100,8 @@ def overview_tables(sweep: Sweep) -> dict[str, pd.DataFrame]:
     """`roles` and `depths`, the comparison that the terminal shows, and `cells`, what each cell cost."""
     claimed = roles(sweep.cells)
     claimed["of_its_heads"] = [
-        ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) for counts in claimed["of_its_heads"]
+        ", ".join(f"{count} {wording.verdict(verdict)}" for verdict, count in counts.items())
+        for counts in claimed["of_its_heads"]
     ]
     keys = ("model", "task", "analysis", "seed", "cell_id", "sweep")
     cells = [

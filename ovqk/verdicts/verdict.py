@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ovqk.metrics import COMPOSITION_METRICS, METRICS
+from ovqk import wording
+from ovqk.metrics import COMPOSITION_METRICS
 from ovqk.tasks.claims import Claims, Head
 from ovqk.verdicts.nulls import ALPHA, Predicted, counting
 
-VERDICTS = ("corroborated", "partial", "unsupported", "contradicted", "untestable", "out_of_scope")
+VERDICTS = tuple(wording.VERDICTS)
 
 NOT_ESTABLISHED = (
     "It does not establish that the model does this on task inputs, nor that the head is necessary: it is a statement "
@@ -41,19 +42,6 @@ AGAINST_SPECTRUM = (
 )
 FRAME_ONLY = "frame"
 """Flag of a contradiction by `frame` alone."""
-AGAINST = {
-    "layer": "the unclaimed heads of the same layers",
-    "depth": "the unclaimed heads of nearby layers",
-    "frame": "heads of the same singular values between random frames",
-    "token": "other words",
-    "token_pairs": "random pairs of other words",
-}
-PAIRS = {
-    "q_composition": "Q-composition",
-    "k_composition": "K-composition (percentile in the sender's layer)",
-    "v_composition": "V-composition",
-    "k_composed_matching": "K-composed matching",
-}
 
 
 @dataclass(frozen=True)
@@ -122,7 +110,8 @@ class Evidence:
 
 def title(metric: str) -> str:
     """What a person reads for a metric of heads or of pairs of heads."""
-    return PAIRS[metric] if metric in COMPOSITION_METRICS else METRICS[metric].title
+    measured = " (percentile in the sender's layer)" if metric == "k_composition" else ""
+    return wording.metric(metric) + measured
 
 
 def judge(
@@ -287,7 +276,7 @@ def _part(row: Mapping[str, Any]) -> str:
         facts.append(f"alone it could not be below {row['min_q']:.2g}")
     # Of a role under `layer` the effect is over pairs of a claimed head and another of its layer.
     beyond = f"AUC within layers {row['effect']:.2f}" if row["null"] == "layer" else f"beyond {_share(row['effect'])}"
-    return f"{how} against {AGAINST[row['null']]} ({', '.join([*facts, beyond])})"
+    return f"{how} against {wording.AGAINST[row['null']]} ({', '.join([*facts, beyond])})"
 
 
 def _share(effect: float) -> str:

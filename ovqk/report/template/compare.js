@@ -21,7 +21,7 @@ function summary() {
   const lost = REPORT.failures.length ? `, and ${plural(REPORT.failures.length, "cell")} without results` : "";
   const size = `${plural(CELLS.length, "cell")} of ${plural(MODELS.length, "model")}${tasks.length ? ` and ${plural(tasks.length, "task")}` : ""}${lost}. `;
   if (!roles.length) return `${size}No circuit is claimed for any of them, so there is nothing to judge. The strongest heads for each role are candidates (below); every head is in the atlas.`;
-  return `${size}${plural(roles.length, "role")} with claimed heads: ${sentenceList(counts.map(([name, n]) => `${n} ${name.replace(/_/g, " ")}`))}.`;
+  return `${size}${plural(roles.length, "role")} with claimed heads: ${sentenceList(counts.map(([name, n]) => `${n} ${verdictName(name)}`))}.`;
 }
 
 function compareControls(draw) {
@@ -88,7 +88,7 @@ function matrixGap(label, task) {
 function countBar(heads) {
   const counts = VERDICTS.map((name) => [name, heads.filter((row) => row.verdict === name).length]).filter(([, n]) => n);
   const [width, height] = [176, 17];
-  const said = counts.map(([name, n]) => `${n} ${name.replace(/_/g, " ")}`).join(", ");
+  const said = counts.map(([name, n]) => `${n} ${verdictName(name)}`).join(", ");
   let x = 0;
   return tip(s("svg", { class: "plot counts", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `heads: ${said}` }, counts.map(([name, n]) => {
     const part = (width * n) / heads.length;
@@ -143,7 +143,7 @@ function effects(cells) {
     h("p", { class: "note" }, note),
     h("div", { class: "controls" },
       h("label", {}, h("span", {}, "Filter"), h("input", { type: "search", value: chosen.text, id: "filter", placeholder: "role, model, metric …", oninput: (event) => { chosen.text = event.target.value; draw(); } })),
-      select("Verdict", [["", "any"], ...VERDICTS.map((name) => [name, name.replace(/_/g, " ")])], chosen.verdict, (name) => { chosen.verdict = name; draw(); })),
+      select("Verdict", [["", "any"], ...VERDICTS.map((name) => [name, verdictName(name)])], chosen.verdict, (name) => { chosen.verdict = name; draw(); })),
     box,
   ];
 }
@@ -186,13 +186,12 @@ function effectAxis() {
 }
 
 function effectRow(row) {
-  const arrow = { high: "↑", low: "↓" }[row.prediction] || "";
   return h("tr", {},
     h("td", {}, row.task),
     h("td", { class: "whole" }, h("a", { href: `#circuit/${row.cell.name}` }, roleName(row.role))),
     h("td", { class: "whole" }, row.cell.label, row.cell.analysis === "b03" || row.cell.label !== row.cell.model ? null : h("span", { class: "muted" }, ` ${row.cell.analysis}`)),
     h("td", { class: "number" }, row.heads),
-    h("td", { class: "small" }, row.primary ? tip(h("span", {}, `${metricTitle(row.primary)}\u00a0${arrow}`), row.primary) : h("span", { class: "muted" }, "none")),
+    h("td", { class: "small" }, row.primary ? tip(h("span", {}, predictedTitle(row.primary, row.prediction)), row.primary) : h("span", { class: "muted" }, "none")),
     h("td", {}, isNumber(row.effect) ? effectBar(row) : h("span", { class: "missing small" }, `unavailable: ${shortReason(row.reason)}`)),
     h("td", { class: "number" }, probability(row.q)),
     h("td", { class: "small says-verdict" }, tip(verdict(row), row.reason || row.establishes || "")));

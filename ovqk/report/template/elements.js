@@ -29,7 +29,7 @@ const CELLS = REPORT.cells;
 const BY_NAME = new Map(CELLS.map((cell) => [cell.name, cell]));
 const MODELS = unique(CELLS.map((cell) => cell.model));
 const TASKS = unique(CELLS.map((cell) => cell.task)).sort((a, b) => (a === "none") - (b === "none"));
-const VERDICTS = Object.keys(REPORT.palette.verdicts);
+const VERDICTS = Object.keys(REPORT.wording.verdicts);
 
 function unique(items) {
   return [...new Set(items)];
@@ -125,9 +125,20 @@ function roleShort(role) {
 }
 
 function metricTitle(name) {
-  const pairs = { q_composition: "Q-composition", k_composition: "K-composition", v_composition: "V-composition",
-    k_composed_matching: "K-composed matching" };
-  return REPORT.metrics[name] ? REPORT.metrics[name].title : pairs[name] || name;
+  return REPORT.metrics[name] ? REPORT.metrics[name].title : REPORT.wording.pair_metrics[name] || name;
+}
+
+/** A metric and the sign of its predicted direction. */
+function predictedTitle(name, direction) {
+  return `${metricTitle(name)} ${REPORT.wording.arrows[direction]}`;
+}
+
+function nullName(name) {
+  return REPORT.wording.nulls[name] || name;
+}
+
+function verdictName(name) {
+  return REPORT.wording.verdicts[name] || name;
 }
 
 // --- numbers ----------------------------------------------------------------------------------------------
@@ -206,17 +217,18 @@ function glyph(verdict) {
 }
 
 function verdictText(row) {
-  const flags = (row.flags || "").replace(/\bframe\b/, "by the frame null alone");
-  return row.verdict.replace(/_/g, " ") + (flags ? ` (${flags})` : "");
+  return verdictName(row.verdict) + (row.flags ? ` (${row.flags})` : "");
 }
 
+/** A verdict with its mark; what its flags say is its title. */
 function verdict(row) {
-  return h("span", { class: "verdict" }, glyph(row.verdict), verdictText(row));
+  const flags = (row.flags || "").split(" ").map((flag) => REPORT.wording.flags[`${row.verdict} (${flag})`]).filter(Boolean);
+  return h("span", { class: "verdict", title: flags.join("; ") || null }, glyph(row.verdict), verdictText(row));
 }
 
 function legend(there) {
   return h("div", { class: "legend" }, VERDICTS.filter((name) => there.has(name)).map((name) =>
-    h("span", { class: "verdict" }, glyph(name), name.replace(/_/g, " "))));
+    h("span", { class: "verdict" }, glyph(name), verdictName(name))));
 }
 
 /** A drop-down list: [value, label] pairs, or {label, options} groups of them. */

@@ -80,7 +80,7 @@ function verdictCard(cell, row) {
     row.establishes ? h("p", { class: "says" }, row.establishes) : null,
     row.does_not_establish ? h("p", { class: "small muted" }, row.does_not_establish) : null,
     facts([
-      ["Primary metric", row.primary ? `${metricTitle(row.primary)} ${row.prediction === "high" ? "↑" : "↓"}${isNumber(row.value) ? `, ${number(row.value, 3)}` : ", unavailable"}` : null],
+      ["Primary metric", row.primary ? `${predictedTitle(row.primary, row.prediction)}${isNumber(row.value) ? `, ${number(row.value, 3)}` : ", unavailable"}` : null],
       ["Within its layer", isNumber(row.percentile) ? `percentile ${percent(row.percentile)}, AUC ${number(row.effect)}${isNumber(row.ci_low) ? ` (95 % interval ${number(row.ci_low)} to ${number(row.ci_high)})` : ""}` : null],
       ["q", isNumber(row.q) ? `${probability(row.q)} under the weakest of: ${row.nulls}${row.held ? `; held under: ${row.held}` : "; held under none"}` : null],
       ["Why", row.reason && !(row.establishes || "").includes(row.reason) ? row.reason : null],
@@ -96,7 +96,7 @@ function candidateTable(cell, filter, link = false) {
   return h("table", {}, h("thead", {}, h("tr", {}, ["candidate for", "rank", "head", "metric", "value", "percentile in layer", "q nearby layers", "p frame, all heads"].map((title, k) => h("th", { scope: "col", class: k > 3 || k === 1 ? "number" : null }, title)))),
     h("tbody", {}, found.map((row) => h("tr", {}, h("td", {}, roleName(row.role)), h("td", { class: "number" }, row.rank),
       h("td", {}, link ? h("a", { href: headLink(cell, headLabel(row)) }, headLabel(row)) : headLabel(row)),
-      h("td", { class: "small" }, `${metricTitle(row.metric)} ${row.prediction === "high" ? "↑" : "↓"}${row.primary ? "" : row.exploratory ? " (exploratory)" : " (secondary)"}`),
+      h("td", { class: "small" }, `${predictedTitle(row.metric, row.prediction)}${row.primary ? "" : row.exploratory ? " (exploratory)" : " (secondary)"}`),
       h("td", { class: "number" }, number(row.value, 3)), h("td", { class: "number" }, percent(row.percentile)),
       h("td", { class: "number" }, isNumber(row.q_depth) ? probability(row.q_depth) : "unavailable"), h("td", { class: "number" }, isNumber(row.p_frame_all) ? probability(row.p_frame_all) : "unavailable")))));
 }

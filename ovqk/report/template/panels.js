@@ -333,7 +333,6 @@ function offsetPlot(cell, layer, head) {
 
 // --- composition ------------------------------------------------------------------------------------------
 
-const MODE_NAMES = { q: "Q: into queries", k: "K: into keys", v: "V: into values" };
 const SHOWN_PARTNERS = 6;
 
 /** The strongest partners of a head, as a reader of others and as one that is read. */
@@ -366,7 +365,7 @@ function partnerPlot(cell, layer, head, side, found) {
   const drawn = groups.flatMap(([mode, list]) => {
     const fill = shade(REPORT.palette.modes[mode]);
     const start = y;
-    const part = [s("text", { class: "strong", x: 0, y: y + 4, style: `fill:${fill}` }, MODE_NAMES[mode])];
+    const part = [s("text", { class: "strong", x: 0, y: y + 4, style: `fill:${fill}` }, REPORT.wording.modes[mode])];
     const values = [];
     y += 10;
     list.forEach((row) => {
@@ -394,10 +393,6 @@ function partnerPlot(cell, layer, head, side, found) {
 
 // --- nulls ------------------------------------------------------------------------------------------------
 
-const NULL_NAMES = {
-  layer: "other heads of its layers", layer_all: "the same, claimed ones among them", depth: "heads of nearby layers",
-  frame: "same spectrum, random frames", token: "other words", token_pairs: "random pairs of other words",
-};
 const STRIP = { width: 760, left: 214, right: 500, line: 25 };
 
 /** Every test of a head or a role: the null's quantiles with the value on them. */
@@ -415,7 +410,7 @@ function nullStrips(tests, name) {
     const kind = first.primary ? "primary" : first.exploratory ? "exploratory: reported, never decides" : "secondary";
     const own = parts.find((part) => part.unit === "value");
     return h("div", { style: "margin:14px 0 22px" },
-      h("h3", {}, `${metricTitle(metric)} ${first.prediction === "high" ? "↑" : "↓"} `, h("span", { class: "muted", style: "font-weight:400" }, `predicted ${first.prediction}, ${kind}${own ? `; value ${number(own.first.value, 3)}` : ""}`)),
+      h("h3", {}, `${predictedTitle(metric, first.prediction)} `, h("span", { class: "muted", style: "font-weight:400" }, `predicted ${first.prediction}, ${kind}${own ? `; value ${number(own.first.value, 3)}` : ""}`)),
       figure({
         drawing: h("div", {}, parts.map((part) => stripPlot(part, name))),
         table: () => [["null", "value", "5 %", "median", "95 %", "p", "q", "counts"], parts.flatMap((part) => part.rows.map((row) => [row.null, row.value,
@@ -431,7 +426,7 @@ function stripPlot({ metric, unit, rows: tests }, name) {
   const height = tests.length * line + 24;
   const inside = (at) => Math.min(right, Math.max(left, x(at)));
   const title = { value: "", rank: "mean rank within layers", percentile: "percentile" }[unit];
-  return svg(width, height, `${name}, ${metricTitle(metric)}: ${tests.map((row) => `${NULL_NAMES[row.null] || row.null} p ${probability(row.p)}`).join("; ")}`,
+  return svg(width, height, `${name}, ${metricTitle(metric)}: ${tests.map((row) => `${nullName(row.null)} p ${probability(row.p)}`).join("; ")}`,
     ticks(...bounds, 4).map((tick) => [
       s("line", { class: "gridline", x1: x(tick), x2: x(tick), y1: 0, y2: tests.length * line }),
       s("text", { class: "tick", x: x(tick), y: tests.length * line + 14, "text-anchor": "middle" }, unit === "percentile" ? `${Math.round(tick * 100)} %` : tickText(tick)),
@@ -446,7 +441,7 @@ function stripPlot({ metric, unit, rows: tests }, name) {
       const band = unit !== "percentile" && row.quantiles.length ? row : null;
       const why = !row.testable ? "cannot reach p ≤ 0.05" : row.counts ? "" : "reported only";
       return [
-        s("text", { x: left - 10, y: y + 4, "text-anchor": "end", class: decided ? null : "soft" }, NULL_NAMES[row.null] || row.null),
+        s("text", { x: left - 10, y: y + 4, "text-anchor": "end", class: decided ? null : "soft" }, nullName(row.null)),
         band ? s("line", { x1: inside(quantile(band, 0)), x2: inside(quantile(band, 1)), y1: y, y2: y, stroke: css("--line"), "stroke-width": 1.5 }) : null,
         band ? s("rect", { x: inside(quantile(band, 0.05)), width: Math.max(2, inside(quantile(band, 0.95)) - inside(quantile(band, 0.05))), y: y - 5, height: 10, rx: 2, fill: shade(["#c9ccd2", "#4d535c"]) }) : null,
         band ? s("line", { x1: inside(quantile(band, 0.5)), x2: inside(quantile(band, 0.5)), y1: y - 5, y2: y + 5, stroke: css("--muted"), "stroke-width": 1.5 }) : null,
