@@ -18,7 +18,7 @@ from ovqk.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ovqk.checkpoints.files import cache_folder
 from ovqk.config.resolve import resolve, tracking_mode
 from ovqk.config.schema import Config, TrackingMode
-from ovqk.errors import UserError
+from ovqk.errors import UserError, one_message, told
 from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
 from ovqk.records.record import Origin, claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
@@ -35,6 +35,7 @@ DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errn
 """A full, read-only or forbidden disk, or a name it does not take: a message for the user, and no defect."""
 
 
+@one_message()
 def run_job(config: DictConfig, hydra: Any) -> None:
     """Run the cell that Hydra composed.
 
@@ -52,7 +53,7 @@ def run_job(config: DictConfig, hydra: Any) -> None:
     except Exception as error:
         if not (isinstance(error, UserError) or _is_of_machine(error)):
             raise
-        raise SystemExit(f"ovqk: {_told(error)}") from None
+        raise UserError(told(error)) from None
     if outcome.warning:
         print(outcome.warning, file=sys.stderr)
     assert outcome.folder is not None
@@ -71,7 +72,7 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
     except Exception as error:
         seconds = time.perf_counter() - started
         trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
-        outcome = Outcome("failed", *_names(config), None, seconds, error=_told(error), traceback=trace or None)
+        outcome = Outcome("failed", *_names(config), None, seconds, error=told(error), traceback=trace or None)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # of a cell that ran out of memory
     Outcomes(Path(hydra.sweep.dir)).add(hydra.job.num, outcome)
@@ -113,7 +114,7 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
                 trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
                 if not is_done(folder):  # with force=true: what was done before stands
                     with suppress(OSError):  # of a disk that takes no record either: the sweep's end tells it
-                        write_failed(folder, cell, identifier, _told(error), trace)
+                        write_failed(folder, cell, identifier, told(error), trace)
                 raise
         warning = None if mode is TrackingMode.none else _track(cell, folder, mode)
     seconds = time.perf_counter() - started
@@ -210,10 +211,6 @@ def _enter(call: Path) -> None:
             f"{call}: the folder of the call cannot be entered on this machine ({error.strerror}); the machines of a "
             "cluster need it in common."
         ) from error
-
-
-def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def _is_of_machine(error: Exception) -> bool:

@@ -18,10 +18,14 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from ovqk.errors import UserError, first_line, one_message, told
+from ovqk.wording import counted
+
 if TYPE_CHECKING:
     from ovqk.records.outcomes import Outcomes
     from ovqk.report.progress import SweepProgress
 
+FAILED = 1  # exit status
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ended
 LAUNCHER_ERROR = "launcher_error.txt"
 EXTRAS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
@@ -102,10 +106,12 @@ running: RunningSweep | None = None
 class SweepCallback(Callback):
     """Hydra calls this around a run or a sweep; the exceptions of a callback it only warns of, so SystemExit it is."""
 
+    @one_message()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse an unusable results folder before Hydra makes folders in it."""
         _check(config)
 
+    @one_message()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """The same, note which cells the overrides expand to, and look out for those that end.
 
@@ -122,11 +128,11 @@ class SweepCallback(Callback):
         try:
             outcomes.begin(config.sweep or sweep_name(config), expected_cells(config))
         except OSError as error:
-            raise SystemExit(f"ovqk: results_dir={config.results_dir}: {error.strerror or error}") from None
+            raise UserError(f"results_dir={config.results_dir}: {error.strerror or error}") from None
         running = RunningSweep(outcomes, Path(config.results_dir), SweepProgress(outcomes), elsewhere)
         cells = running.progress.expected
         if cells is not None:  # Hydra composes each of them before the first begins
-            print(f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}", flush=True)
+            print(counted(len(cells), "cell"), flush=True)
         if elsewhere:
             _prepare_workers()
             running.progress.watch()
@@ -149,7 +155,7 @@ class SweepCallback(Callback):
             status = sweep.end()
             sweep.track()
         except Exception as error:
-            raise SystemExit(f"ovqk: the end of the sweep: {type(error).__name__}: {error}") from error
+            raise SystemExit(_said(f"the end of the sweep: {told(error)}", FAILED)) from error
         if status:
             raise SystemExit(status)
 
@@ -180,9 +186,9 @@ def end_early(error: BaseException) -> None:
     words = sweep.outcomes.folder / LAUNCHER_ERROR
     with words.open("w", encoding="utf-8") as file:
         file.writelines(traceback.format_exception(error))
-    first = (str(error).strip().splitlines() or [""])[0]
-    told = f"the launcher gave up ({type(error).__name__}: {first}). Its own words: {os.path.relpath(words)}"
-    raise SystemExit(_said(told, 1)) from None
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    message = f"the launcher gave up ({reason}). Its own words: {os.path.relpath(words)}"
+    raise SystemExit(_said(message, FAILED)) from None
 
 
 def launcher_hint(error: BaseException) -> list[str]:
@@ -262,14 +268,10 @@ def _check(config: DictConfig) -> None:
     """Refuse what would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import make_results_dir
     from ovqk.config.resolve import tracking_mode
-    from ovqk.errors import UserError
 
     _collect_garbage()
-    try:
-        tracking_mode(config, os.environ.get("WANDB_MODE"))
-        make_results_dir(Path(str(config.results_dir)))
-    except UserError as error:
-        raise SystemExit(f"ovqk: {error}") from None
+    tracking_mode(config, os.environ.get("WANDB_MODE"))
+    make_results_dir(Path(str(config.results_dir)))
 
 
 def _collect_garbage() -> None:

@@ -131,6 +131,20 @@ def test_wandb_and_transformer_lens_are_each_behind_one_door() -> None:
     assert of_package("transformer_lens") == {"weights.bridge_loading"}
 
 
+def test_a_command_is_ended_in_one_place() -> None:
+    """A user's mistake is a UserError; a sweep and a `__main__` besides end with a status of their own."""
+    ending = set()
+    for name, path in (modules() | {"run": ROOT / "run.py"}).items():
+        tree = ast.parse(path.read_text())
+        raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc]
+        called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        if any(ast.unparse(node).startswith("SystemExit") for node in raised) or any(
+            ast.unparse(function) in ("sys.exit", "exit", "quit") for function in called
+        ):
+            ending.add(name)
+    assert ending == {"errors", "sweep", "tracking.__main__"}
+
+
 def test_no_module_holds_two_nouns() -> None:
     for name, path in modules().items():
         assert len(path.read_text().splitlines()) <= 450, name

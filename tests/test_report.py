@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, page_data
 
 from ovqk.cell import run_cell
+from ovqk.errors import UserError
 from ovqk.figures import models
 from ovqk.figures.choice import file_name, sweep_figures
 from ovqk.metrics import METRICS
@@ -284,7 +285,7 @@ def test_what_cannot_be_reported_is_one_clear_message(results, tmp_path, kind) -
         (tmp_path / "file").touch()
         out = tmp_path / "file" / "report.html"
         wanted = f"{tmp_path / 'file'}: cannot be written ("
-    with pytest.raises(SystemExit, match=re.escape(f"ovqk: {wanted}")):
+    with pytest.raises(UserError, match=re.escape(wanted)):
         write_report(folder, out, with_figures=False)
 
 
@@ -485,7 +486,5 @@ def test_a_figure_refuses_several_cells_as_one(several) -> None:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_part_of_a_results_folder_is_named_with_the_whole(several, depth) -> None:
     part = next(several.glob("/".join("*" * depth)))
-    with pytest.raises(
-        SystemExit, match=re.escape(f"{part} is a part of a results folder: give the whole, {several}.")
-    ):
+    with pytest.raises(UserError, match=re.escape(f"{part} is a part of a results folder: give the whole, {several}.")):
         write_report(part)

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import yaml
 
 from ovqk.config import schema
+from ovqk.errors import UserError
 
 LISTED = 9
 """Names of choices that a message lists: all of them if there are no more, else the nearest."""
@@ -21,7 +22,7 @@ def check_keys(arguments: Iterable[str]) -> None:
     """Refuse a mistyped key on the command line, naming the keys that are allowed where it stands.
 
     Raises:
-        SystemExit: with one message.
+        UserError: a key is not allowed.
     """
     for argument in arguments:
         match = re.fullmatch(r"\+{0,2}([A-Za-z_][\w./-]*)=.*", argument, flags=re.DOTALL)
@@ -38,12 +39,12 @@ def check_keys(arguments: Iterable[str]) -> None:
                 hint = f" Did you mean {'.'.join([*parts[:depth], *near])}?" if near else ""
                 where = ".".join(parts[:depth])
                 scope = f" under {where}" if where else ""
-                raise SystemExit(f"ovqk: {match[1]}: no such key.{hint} Allowed{scope}: {', '.join(sorted(allowed))}.")
+                raise UserError(f"{match[1]}: no such key.{hint} Allowed{scope}: {', '.join(sorted(allowed))}.")
             inner = allowed[part]
             if parts[depth + 1 :] and _is_value(inner):
                 whole, joined = ".".join(parts[: depth + 1]), "_".join(parts[depth : depth + 2])
                 hint = f" Did you mean {'.'.join([*parts[:depth], joined])}?" if joined in allowed else ""
-                raise SystemExit(f"ovqk: {match[1]}: no such key; {whole} is one value and has no keys.{hint}")
+                raise UserError(f"{match[1]}: no such key; {whole} is one value and has no keys.{hint}")
             place = inner if isinstance(inner, type) else object
 
 

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ovqk.errors import one_message
 from ovqk.report.write import write_report
 
 
@@ -18,6 +19,7 @@ def _print(line: str) -> None:
     print(line, file=sys.stderr if line.startswith("without results") else sys.stdout, flush=True)
 
 
+@one_message()
 def main() -> None:
     """Write the report of a results folder."""
     parser = argparse.ArgumentParser(

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
+from ovqk.errors import UserError
 from ovqk.figures import models
 from ovqk.figures.choice import cell_figures, sweep_figures
 from ovqk.records.cells import Cell, Failure, read_cells
 from ovqk.records.record import RECORD, write_text
 from ovqk.report.page import BYTES, CELLS, make_page
+from ovqk.wording import counted
 
 PAGE = "report.html"
 FIGURES = "figures"
@@ -35,15 +37,15 @@ def write_report(
         tell: called with each line as soon as it is true.
 
     Raises:
-        SystemExit: there is no such folder, no finished cell in it, or a file cannot be written.
+        UserError: there is no such folder, no finished cell in it, or a file cannot be written.
     """
     if not results_dir.is_dir():
-        raise SystemExit(f"ovqk: {results_dir}: no such results folder.")
+        raise UserError(f"{results_dir}: no such results folder.")
     cells, failures = read_cells(results_dir)
     if not cells and (above := _above(results_dir)):
-        raise SystemExit(f"ovqk: {results_dir} is a part of a results folder: give the whole, {above}.")
+        raise UserError(f"{results_dir} is a part of a results folder: give the whole, {above}.")
     if not cells:
-        raise SystemExit(f"ovqk: {results_dir} holds no finished cell{_failed(failures)}. {_remedy(results_dir)}")
+        raise UserError(f"{results_dir} holds no finished cell{_failed(failures)}. {_remedy(results_dir)}")
     path = out or results_dir / PAGE
     said = []
     try:
@@ -52,7 +54,7 @@ def write_report(
             if tell:
                 tell(line)
     except OSError as error:
-        raise SystemExit(f"ovqk: {error.filename or path}: cannot be written ({error.strerror}).") from error
+        raise UserError(f"{error.filename or path}: cannot be written ({error.strerror}).") from error
     return said
 
 
@@ -61,13 +63,13 @@ def _write(cells: Sequence[Cell], failures: Sequence[Failure], path: Path, with_
     page = make_page(cells, failures, path.parent, FIGURES if with_figures else None)
     write_text(path, page.html)
     models = len({cell.record["model"] for cell in cells})
-    yield f"wrote {path} ({page.size / 1e6:.1f} MB, {_count(len(cells), 'cell')} of {_count(models, 'model')})"
+    yield f"wrote {path} ({page.size / 1e6:.1f} MB, {counted(len(cells), 'cell')} of {counted(models, 'model')})"
     if page.size > BYTES * max(1, len(cells) / CELLS):
         yield "the page is larger than planned even with the least detail of unclaimed heads"
     yield from (f"without results: {f.model} / {f.task} / {f.analysis}: {f.error}" for f in failures)
     if with_figures:
         n = write_figures(cells, path.parent / FIGURES)
-        yield f"wrote {_count(n, 'figure')}, as SVG and as PNG, to {path.parent / FIGURES}"
+        yield f"wrote {counted(n, 'figure')}, as SVG and as PNG, to {path.parent / FIGURES}"
 
 
 def write_figures(cells: Sequence[Cell], folder: Path) -> int:
@@ -97,12 +99,8 @@ def _written(folder: Path) -> set[str]:
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
-
-
 def _failed(failures: Sequence[Failure]) -> str:
-    return f" ({_count(len(failures), 'cell')} without results)" if failures else ""
+    return f" ({counted(len(failures), 'cell')} without results)" if failures else ""
 
 
 def _above(folder: Path) -> Path | None:

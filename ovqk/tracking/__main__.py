@@ -18,7 +18,7 @@ from typing import Any
 from filelock import Timeout
 
 from ovqk.config.schema import TrackingConfig, TrackingMode
-from ovqk.errors import UserError
+from ovqk.errors import UserError, one_message
 from ovqk.records.record import claim, read_record, read_tracking
 from ovqk.records.results import cell_folders
 from ovqk.tracking.run import Destination
@@ -29,6 +29,7 @@ from ovqk.tracking.sweep_panels import (
 from ovqk.tracking.track import TrackedCell, TrackedSweep, attempt_tracking, needs_tracking
 
 
+@one_message()
 def main() -> None:
     """Track the finished cells under a results folder that were never tracked, and then its sweeps."""
     parser = argparse.ArgumentParser(prog="python -m ovqk.tracking", description="Send finished cells to W&B.")
@@ -39,11 +40,11 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="also what was tracked, offline for instance")
     arguments = parser.parse_args()
     if not arguments.results_dir.is_dir():
-        raise SystemExit(f"ovqk: {arguments.results_dir}: no such results folder.")
+        raise UserError(f"{arguments.results_dir}: no such results folder.")
     mode = _mode(arguments.mode)
     folders = list(cell_folders(arguments.results_dir))
     if not folders:
-        raise SystemExit(f"ovqk: {arguments.results_dir}: no cells there (MODEL/TASK/ANALYSIS-ID folders).")
+        raise UserError(f"{arguments.results_dir}: no cells there (MODEL/TASK/ANALYSIS-ID folders).")
     sent = [_track_later(folder, arguments, mode) for folder in folders]
     sweeps = read_sweeps(arguments.results_dir)
     sent += [_track_sweep_later(sweep, arguments, mode) for sweep in sweeps]
@@ -111,8 +112,6 @@ def _held(
     except Timeout:
         print(f"skipped {name}: another process is at work on it", file=sys.stderr)
         return True
-    except UserError as error:
-        raise SystemExit(f"ovqk: {error}") from None
     if outcome is None:
         return True
     status, reason = outcome

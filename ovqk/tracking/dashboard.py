@@ -14,6 +14,7 @@ from typing import Any
 
 from ovqk import wording
 from ovqk.config.schema import TrackingConfig
+from ovqk.errors import UserError, one_message, told
 from ovqk.metrics import METRICS
 from ovqk.records.record import read_record, read_tracking
 from ovqk.records.results import cell_folders
@@ -124,6 +125,7 @@ def _eigenvalue_chart(reports: Any, name: str) -> Any:
     )
 
 
+@one_message()
 def main() -> None:
     """Save the workspace for the cells under a results folder."""
     parser = argparse.ArgumentParser(prog="python -m ovqk.dashboard", description="Make a W&B workspace.")
@@ -135,18 +137,16 @@ def main() -> None:
     try:
         import wandb_workspaces.workspaces  # noqa: F401
     except ImportError:
-        raise SystemExit(
-            "ovqk: the dashboard needs an extra: pip install -c constraints.txt -e '.[dashboard]'"
-        ) from None
+        raise UserError("the dashboard needs an extra: pip install -c constraints.txt -e '.[dashboard]'") from None
     shown, entity, project = _read(arguments.results_dir)
     swept = bool(read_sweeps(arguments.results_dir))
     entity, project = arguments.entity or entity, arguments.project or project
     if entity is None:
-        raise SystemExit("ovqk: --entity: whose project is it? No cell there was tracked online, which would tell.")
+        raise UserError("--entity: whose project is it? No cell there was tracked online, which would tell.")
     try:
         saved = workspace(entity, project, arguments.name, shown, swept).save()
     except Exception as error:  # whatever W&B raises
-        raise SystemExit(f"ovqk: the workspace was not saved: {type(error).__name__}: {error}") from None
+        raise UserError(f"the workspace was not saved: {told(error)}") from None
     print(f"saved {saved.url}")
 
 
@@ -167,7 +167,7 @@ def _read(results_dir: Path) -> tuple[list[Panels], str | None, str]:
         if key not in shown:
             shown[key] = read_panels(folder, record)
     if not shown:
-        raise SystemExit(f"ovqk: {results_dir}: no finished cells there (MODEL/TASK/ANALYSIS-ID folders).")
+        raise UserError(f"{results_dir}: no finished cells there (MODEL/TASK/ANALYSIS-ID folders).")
     return list(shown.values()), entity, project
 
 
