@@ -56,13 +56,14 @@ def test_metrics_carry_title_formula_and_range() -> None:
 
 
 FOLDERS = [
-    "errors", "metrics", "wording", "memory", "config", "checkpoints", "weights", "circuits", "structure", "tasks",
-    "verdicts", "records", "figures", "report", "tracking", "analyse", "cell", "sweep", "dashboard",
+    "errors", "metrics", "wording", "whole_files", "memory", "config", "checkpoints", "weights", "circuits",
+    "structure", "tasks", "verdicts", "records", "figures", "report", "tracking", "analyse", "cell", "sweep",
+    "dashboard",
 ]  # fmt: skip
 """Folders of the package, and its modules beside them, in the order of the data flow."""
 READERS = {"figures", "report", "tracking"}
 """Folders that show results."""
-RESULTS = {"errors", "metrics", "wording", "memory", "config", "records", *READERS}
+RESULTS = {"errors", "metrics", "wording", "whole_files", "memory", "config", "records", *READERS}
 """What these may import: records hold all there is to show."""
 
 

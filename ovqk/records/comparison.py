@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ovqk.records.record import read_record
+from ovqk.records.record import done_records
 from ovqk.records.results import load_table
 
 SHOWN_LETTERS = 24  # of a value that tells cells apart
@@ -45,8 +45,7 @@ def roles(folders: Iterable[Path]) -> pd.DataFrame:
     count). A cell without claims has one row, with an empty role and `no claims` for a verdict.
     """
     rows: list[dict[str, Any]] = []
-    read = [(folder, read_record(folder)) for folder in folders]
-    done = [(folder, record) for folder, record in read if record is not None and record.get("status") == "done"]
+    done = done_records(folders)
     told_apart = differences([record for _, record in done])
     for (folder, record), difference in zip(done, told_apart, strict=True):
         verdicts = load_table(folder, "verdicts")
@@ -107,9 +106,9 @@ def depths(folders: Iterable[Path]) -> pd.DataFrame:
     for each processing, from the first of their cells that has the metric.
     """
     seen: dict[tuple[str, ...], dict[str, Any]] = {}
-    for folder in folders:
-        record, heads = read_record(folder), load_table(folder, "heads")
-        if record is None or heads is None:
+    for folder, record in done_records(folders):
+        heads = load_table(folder, "heads")
+        if heads is None:
             continue
         place = {"model": record["model"], "processing": record["processing"]["applied"]}
         place["weights"] = record["provenance"]["weights_digest"][:8]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ovqk.records.record import write_json
+from ovqk.whole_files import write_json
 
 Status = Literal["done", "cached", "failed"]
 EXPECTED = "sweep.json"

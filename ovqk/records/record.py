@@ -7,14 +7,12 @@ was cut off at any moment is a cell that is not done.
 import errno
 import importlib.metadata
 import json
-import math
-import os
 import platform
 import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -29,11 +27,10 @@ from ovqk.config.resolve import plain
 from ovqk.config.schema import Config
 from ovqk.errors import UserError
 from ovqk.metrics import SCHEMA_VERSION
+from ovqk.whole_files import is_temporary, temporary, to_disk, write_json, write_text
 
 RECORD = "record.json"
 TRACKING = "tracking.json"
-TEMPORARY = re.compile(r"\..+\.(json|yaml|parquet)\.\d+\.tmp")
-"""Files under a name of their own until they are whole; a process that is killed leaves one."""
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 PACKAGES = (
     "ovqk",
@@ -101,10 +98,20 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a cell whose results are complete; None if they are not."""
+    record = read_record(folder)
+    return record if record is not None and record.get("status") == "done" else None
+
+
+def done_records(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the folders of cells whose results are complete, in their order, each with its record."""
+    return [(folder, record) for folder in folders if (record := read_done(folder)) is not None]
+
+
 def is_done(folder: Path) -> bool:
     """Whether the cell's results are complete."""
-    record = read_record(folder)
-    return record is not None and record.get("status") == "done"
+    return read_done(folder) is not None
 
 
 @contextmanager
@@ -136,7 +143,7 @@ def claim(results_dir: Path, identifier: str, wait: bool = True) -> Iterator[Non
 def clear_abandoned(folder: Path) -> None:
     """Remove what a process that was killed was still writing. The cell must be claimed."""
     for abandoned in folder.iterdir() if folder.is_dir() else ():
-        if TEMPORARY.fullmatch(abandoned.name):
+        if is_temporary(abandoned.name):
             abandoned.unlink(missing_ok=True)
 
 
@@ -176,18 +183,18 @@ def _write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
     written = {folder / f"{name}.parquet": table for name, table in tables.items()}
     try:
         for path, table in written.items():
-            table.to_parquet(_temporary(path), index=False)
-            _to_disk(_temporary(path))
+            table.to_parquet(temporary(path), index=False)
+            to_disk(temporary(path))
         for name in (RECORD, TRACKING):
             (folder / name).unlink(missing_ok=True)
         for stale in folder.glob("*.parquet"):
             stale.unlink()
         for path in written:
-            _temporary(path).replace(path)
-        _to_disk(folder)
+            temporary(path).replace(path)
+        to_disk(folder)
     finally:
         for path in written:
-            _temporary(path).unlink(missing_ok=True)
+            temporary(path).unlink(missing_ok=True)
 
 
 def write_failed(folder: Path, config: Config, identifier: str, error: str, traceback: str) -> None:
@@ -280,48 +287,6 @@ def _git() -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return None, None
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _to_disk(path: Path) -> None:
-    """Have the disk take a file, or a folder's names, before anything that relies on it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = _temporary(path)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all; a number that is not finite is null in it."""
-    write_text(path, json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: a number that is not there is null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return value
 
 
 def read_tracking(folder: Path) -> dict[str, Any]:

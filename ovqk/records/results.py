@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ovqk.records.record import RECORD, read_record
+from ovqk.records.record import RECORD, done_records
 
 COORDINATES = ("model", "task", "analysis", "processing", "seed", "cell_id")
 
@@ -78,8 +78,7 @@ def _done_cells(places: str | Path | Iterable[str | Path]) -> Iterator[tuple[Pat
             raise FileNotFoundError(f"{place}: no such folder")
         depths = ("", "*/", "*/*/", "*/*/*/")
         folders = sorted({path.parent for depth in depths for path in Path(place).glob(f"{depth}{RECORD}")})
-        records = [(folder, read_record(folder) or {}) for folder in folders]
-        done = [(folder, record) for folder, record in records if record.get("status") == "done"]
+        done = done_records(folders)
         if not done:
             found = f"none of its {len(folders)} cells is done" if folders else "no MODEL/TASK/ANALYSIS-ID folders"
             raise FileNotFoundError(f"{place}: no results: {found}")

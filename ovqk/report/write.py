@@ -15,8 +15,9 @@ from ovqk.errors import UserError
 from ovqk.figures import models
 from ovqk.figures.choice import cell_figures, sweep_figures
 from ovqk.records.cells import Cell, Failure, read_cells
-from ovqk.records.record import RECORD, write_text
+from ovqk.records.record import RECORD
 from ovqk.report.page import BYTES, CELLS, make_page
+from ovqk.whole_files import write_text
 from ovqk.wording import counted
 
 PAGE = "report.html"

@@ -16,7 +16,7 @@ from ovqk import wording
 from ovqk.config.schema import TrackingConfig
 from ovqk.errors import UserError, one_message, told
 from ovqk.metrics import METRICS
-from ovqk.records.record import read_record, read_tracking
+from ovqk.records.record import done_records, read_tracking
 from ovqk.records.results import cell_folders
 from ovqk.tracking.cell_panels import Panels, read_panels
 from ovqk.tracking.sweep_panels import read_sweeps
@@ -154,10 +154,7 @@ def _read(results_dir: Path) -> tuple[list[Panels], str | None, str]:
     """What the cells show, one of each task and analysis, and where they were tracked."""
     shown: dict[tuple[str, str, str], Panels] = {}
     entity, project = os.environ.get("WANDB_ENTITY"), str(TrackingConfig.project)
-    for folder in cell_folders(results_dir):
-        record = read_record(folder)
-        if record is None or record.get("status") != "done":
-            continue
+    for folder, record in done_records(cell_folders(results_dir)):
         tracking = record["provenance"]["config"].get("tracking", {})
         project = tracking.get("project") or project
         address = str(read_tracking(folder).get("url", "")).split("/")

@@ -18,7 +18,7 @@ from typing import Any
 
 import platformdirs
 
-from ovqk.errors import UserError
+from ovqk.errors import UserError, first_line
 
 INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
 FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
@@ -259,8 +259,8 @@ def in_words(error: Exception) -> str:
     if type(error).__name__ == "ValidationError":  # pydantic's, of what W&B reads in the environment or its files
         refused = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]  # type: ignore[attr-defined]
         return f"W&B's setting {'; '.join(refused)}"
-    text = str(error) or "W&B's service on this machine ended"
-    return f"{type(error).__name__}: {text}".splitlines()[0]
+    text = first_line(error) or "W&B's service on this machine ended"
+    return f"{type(error).__name__}: {text}"
 
 
 def is_of_server(error: Exception) -> bool:

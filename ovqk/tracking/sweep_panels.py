@@ -17,8 +17,9 @@ import pandas as pd
 from ovqk import wording
 from ovqk.records.cells import Cell
 from ovqk.records.comparison import depths, roles
-from ovqk.records.record import read_record, write_json
+from ovqk.records.record import done_records
 from ovqk.records.results import cell_folders, load_table
+from ovqk.whole_files import write_json
 
 SWEEPS = ".sweeps"
 CELLS = "sweep.json"
@@ -39,7 +40,7 @@ class Sweep:
     @property
     def records(self) -> list[dict[str, Any]]:
         """The records of its cells, in their order."""
-        return [record for folder in self.cells if (record := _done(folder)) is not None]
+        return [record for _, record in done_records(self.cells)]
 
 
 def sweep_folder(results_dir: Path, name: str) -> Path:
@@ -63,7 +64,7 @@ def read_sweeps(results_dir: Path) -> list[Sweep]:
         noted = _noted(path.parent)
         if {"name", "cells"} <= noted.keys():
             cells[noted["name"]] = {results_dir / cell for cell in noted["cells"]}
-    done = {folder: record for folder in cell_folders(results_dir) if (record := _done(folder)) is not None}
+    done = dict(done_records(cell_folders(results_dir)))
     for folder, record in done.items():
         if record.get("sweep"):
             cells.setdefault(record["sweep"], set()).add(folder)
@@ -79,11 +80,6 @@ def _noted(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / CELLS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
-
-
-def _done(folder: Path) -> dict[str, Any] | None:
-    record = read_record(folder)
-    return record if record is not None and record.get("status") == "done" else None
 
 
 # --- what it shows -------------------------------------------------------------------------------------------
@@ -122,8 +118,7 @@ def draw(sweep: Sweep, into: Path) -> Iterator[tuple[str, Path]]:
 
     cells = [
         Cell(folder, record, {name: table for name in DRAWN if (table := load_table(folder, name)) is not None})
-        for folder in sweep.cells
-        if (record := _done(folder)) is not None
+        for folder, record in done_records(sweep.cells)
     ]
     deadline = time.monotonic() + FIGURE_SECONDS
     for name, figure in sweep_figures(cells):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ovqk.config.schema import TrackingMode
-from ovqk.records.record import claim, read_record, read_tracking, write_tracking
+from ovqk.records.record import claim, read_done, read_record, read_tracking, write_tracking
 from ovqk.tracking.cell_panels import read_panels
 from ovqk.tracking.run import Destination, Label, log_overview, log_panels, make_run
 from ovqk.tracking.service import NotReceivedError, in_words, is_of_server
@@ -147,8 +147,8 @@ def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str
     Raises:
         ValueError: there is no finished record.
     """
-    record = read_record(folder)
-    if record is None or record.get("status") != "done":
+    record = read_done(folder)
+    if record is None:
         raise ValueError(f"{folder} holds no finished record")
     status, reason = attempt_tracking(TrackedCell(folder, record), Destination(results_dir, mode, project, entity))
     if status != "failed":
