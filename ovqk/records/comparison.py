@@ -29,20 +29,20 @@ DEPTH_METRICS = (
     "ov_effective_rank",
     "qk_effective_rank",
 )
-"""Metrics that no task enters: a model has them once, whatever was asked of it."""
+"""Metrics that depend on no task, so that each model has them once."""
 
 
 def relative_depth(layers: pd.Series, n_layers: int) -> pd.Series:
-    """layer / (n_layers - 1), in [0, 1]; 0 in a model of one layer."""
+    """Return layer / (n_layers - 1), in [0, 1]; 0 for a model of one layer."""
     return layers / max(1, n_layers - 1)
 
 
 def roles(folders: Iterable[Path]) -> pd.DataFrame:
-    """One row per cell and claimed role, models beside each other: task, analysis, role, then model.
+    """Return one row per cell and claimed role, ordered by task, analysis, role, then model.
 
-    Columns: model, task, analysis, cell (what tells it from others of these three), role, heads (how many), depth
+    Columns: model, task, analysis, cell (which tells it from others of these three), role, heads (how many), depth
     (their mean relative depth), primary (its metric), effect (AUC within layers), p, verdict, of_its_heads (verdict ->
-    count). A cell without claims has one row, with an empty role and `no claims` for a verdict.
+    count). A cell without claims has one row, with an empty role and the verdict `no claims`.
     """
     rows: list[dict[str, Any]] = []
     done = done_records(folders)
@@ -100,8 +100,9 @@ def _brief(value: str) -> str:
 
 
 def depths(folders: Iterable[Path]) -> pd.DataFrame:
-    """Mean over heads of each model's metrics, by quarter: metric, model, processing, weights (digest), then QUARTERS.
+    """Return the mean over heads of each model's metrics, by quarter of its depth.
 
+    Columns: metric, model, processing, weights (digest), then QUARTERS.
     A layer belongs to the quarter its relative depth falls into (the last layer to the last). Weights are taken once
     for each processing, from the first of their cells that has the metric.
     """

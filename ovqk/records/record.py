@@ -1,7 +1,7 @@
 """A cell's results on disk: Parquet tables, a config that runs the cell again, and record.json, written last.
 
-`record.json` with "status": "done" is what done means. It is renamed into place after everything else, so a cell that
-was cut off at any moment is a cell that is not done.
+A cell is done if and only if `record.json` has "status": "done". The file is renamed into place after all others, so a
+cell that was interrupted at any moment is not done.
 """
 
 import errno
@@ -52,14 +52,14 @@ class Analysis:
     """A cell's results.
 
     Attributes:
-        tables: name -> table; a table the analysis does not make is absent.
+        tables: name -> table; the tables that the analysis does not make are absent.
         unavailable: metric -> why no head has a value.
         summary: flat scalars.
         words: kept and dropped words of the task's sets.
-        processing: what was asked for and what was really done.
-        claims: source and reliability of the claims, or why there are none.
-        notes: what a reader of the tables should know besides.
-        null_seconds: the part of the time that went into drawing nulls.
+        processing: the processing of weights that was asked for, and the one that was applied.
+        claims: source and reliability of the claims, or the reason why there are none.
+        notes: further facts that a reader of the tables should know.
+        null_seconds: seconds spent on drawing nulls.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -77,8 +77,8 @@ class Origin:
     """Where a cell's weights come from.
 
     Attributes:
-        digest: of the checkpoint.
-        revision: the hub's resolved commit; None elsewhere.
+        digest: the checkpoint's digest.
+        revision: the hub's resolved commit; None for weights from elsewhere.
         quantisation: kind of tensor -> how it is quantised.
         loaded_by: `families` or `bridge`.
     """
@@ -90,7 +90,7 @@ class Origin:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """A cell's record.json; None where there is none that can be read."""
+    """Return a cell's record.json; None if there is none or it cannot be read."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -116,11 +116,11 @@ def is_done(folder: Path) -> bool:
 
 @contextmanager
 def claim(results_dir: Path, identifier: str, wait: bool = True) -> Iterator[None]:
-    """Hold a cell, so that one process at a time computes or tracks it; the system frees it when its owner dies.
+    """Lock a cell, so that one process at a time computes or tracks it. The system frees the lock if its owner dies.
 
     Raises:
         UserError: the file system has no locks.
-        Timeout: with wait=False, another process holds it.
+        Timeout: another process holds it, and wait=False.
     """
     locks = results_dir / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def claim(results_dir: Path, identifier: str, wait: bool = True) -> Iterator[Non
 
 
 def clear_abandoned(folder: Path) -> None:
-    """Remove what a process that was killed was still writing. The cell must be claimed."""
+    """Remove unfinished files of a process that was killed. The cell must be claimed."""
     for abandoned in folder.iterdir() if folder.is_dir() else ():
         if is_temporary(abandoned.name):
             abandoned.unlink(missing_ok=True)
@@ -156,9 +156,9 @@ def write_done(
     analysis: Analysis,
     seconds: float,
 ) -> dict[str, Any]:
-    """Write a cell's tables, its config and then its record; returns the record.
+    """Write a cell's tables, its config and then its record, and return the record.
 
-    What an earlier computation left stands until every new table is on the disk. The cell must be claimed.
+    The results of an earlier computation stand until every new table is on the disk. The cell must be claimed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_tables(folder, analysis.tables)
@@ -179,7 +179,7 @@ def write_done(
 
 
 def _write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
-    """Put the tables in the place of those that are there; from then on the folder holds no record, until it is new."""
+    """Replace the tables of an earlier computation; its record is removed, so that it never describes other tables."""
     written = {folder / f"{name}.parquet": table for name, table in tables.items()}
     try:
         for path, table in written.items():
@@ -198,7 +198,7 @@ def _write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
 
 
 def write_failed(folder: Path, config: Config, identifier: str, error: str, traceback: str) -> None:
-    """Record that a cell failed; a later run computes it again."""
+    """Record that a cell failed, so that a later run computes it again."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, _header(config, identifier, "failed") | {"error": error, "traceback": traceback})
 
@@ -217,17 +217,17 @@ def _header(config: Config, identifier: str, status: str) -> dict[str, Any]:
 
 
 def cell_yaml(config: Config) -> str:
-    """The resolved choice as a primary Hydra config: `python run.py -cd FOLDER -cn cell` computes it again."""
+    """Return the resolved choice as a primary Hydra config, for `python run.py -cd FOLDER -cn cell`."""
     content = plain(config)
     for key in ("results_dir", "force", "sweep", "cache", "cache_dir", "cache_gb"):
         content.pop(key)
-    tracking = content["tracking"].pop("mode")  # as a choice of its group, so that tracking=none takes its place
+    tracking = content["tracking"].pop("mode")  # a choice of its group, so that tracking=none overrides it
     defaults = {"defaults": ["schema", "settings", {"tracking": tracking}, "_self_"]}
     return yaml.safe_dump(defaults | content, sort_keys=False, allow_unicode=True, width=110)
 
 
 def provenance(config: Config, identity: dict[str, Any], origin: Origin, seconds: float) -> dict[str, Any]:
-    """What is needed to say where the numbers came from: weights, identity, config, versions, code, cost."""
+    """Return where the numbers came from: weights, identity, config, versions, code, cost."""
     import torch
 
     commit, dirty = _git()
@@ -258,13 +258,13 @@ def _versions() -> dict[str, str]:
 
 
 def forget_peak_memory() -> None:
-    """Let the peak begin anew, so that a cell of a sweep does not answer for those before it; Linux alone can."""
+    """Reset the peak, so that each cell of a sweep reports its own (Linux only)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _peak_memory() -> int:
-    """Peak resident bytes of this process, since it began or since `forget_peak_memory`."""
+    """Return the peak resident bytes of this process, since it began or since `forget_peak_memory`."""
     with suppress(OSError, AttributeError):
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
@@ -274,7 +274,7 @@ def _peak_memory() -> int:
 
 @cache
 def _git() -> tuple[str | None, bool | None]:
-    """Commit of the code and whether it has uncommitted changes; None where it is not a git checkout."""
+    """Return the code's commit and whether it has uncommitted changes; None for both outside a git checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -290,7 +290,7 @@ def _git() -> tuple[str | None, bool | None]:
 
 
 def read_tracking(folder: Path) -> dict[str, Any]:
-    """tracking.json of a cell; {"status": "pending"} where there is none."""
+    """Return the tracking.json of a cell; {"status": "pending"} if there is none."""
     try:
         return dict(json.loads((folder / TRACKING).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
