@@ -1,4 +1,4 @@
-"""One cell, start to end: skip it if it is done, else compute, record, track; and say what became of it."""
+"""One cell from start to end: skip it if it is done, else compute, record and track it, and report the outcome."""
 
 import errno
 import os
@@ -32,15 +32,15 @@ from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
 
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-"""A full, read-only or forbidden disk, or a name it does not take: a message for the user, and no defect."""
+"""Errors of a full, read-only or forbidden disk, or of a bad name: the user gets a message, and they are no defect."""
 
 
 @one_message()
 def run_job(config: DictConfig, hydra: Any) -> None:
     """Run the cell that Hydra composed.
 
-    A single run prints the cell's tables, and ends in a message (SystemExit) on a user's mistake or in a traceback on
-    a defect. In a sweep a failed cell is recorded and returns, so that the others go on.
+    A single run prints the cell's tables. It ends with one message after a user's mistake, and with a traceback after a
+    defect. In a sweep a failed cell is recorded and returns, so that the others go on.
 
     Raises:
         SystemExit: a single run met a user's mistake, or the machine's limits.
@@ -61,7 +61,7 @@ def run_job(config: DictConfig, hydra: Any) -> None:
 
 
 def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
-    """The same as one of many: whatever becomes of it is left for the process that prints the sweep."""
+    """Run one cell of a sweep, and leave its outcome for the process that prints the sweep."""
     started = time.perf_counter()
     try:
         _enter(Path(hydra.runtime.cwd))
@@ -89,10 +89,10 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
     Args:
         cell: the resolved choice.
         started: when work on it began (time.perf_counter); now unless given.
-        alone: no other process computes for this terminal.
+        alone: whether no other process computes for this terminal.
 
     Raises:
-        UserError: the cell cannot be computed as asked; where its id was known, its record says so.
+        UserError: the cell cannot be computed as asked; its record says so, if its id was known.
     """
     started = time.perf_counter() if started is None else started
     mode = tracking_mode(cell, os.environ.get("WANDB_MODE"))
@@ -165,13 +165,13 @@ def compute(
         if error.errno not in DISK:
             raise
         raise UserError(
-            f"results_dir={cell.results_dir}: the results cannot be written ({os.strerror(error.errno)}); what was "
-            "there before stands."
+            f"results_dir={cell.results_dir}: the results cannot be written ({os.strerror(error.errno)}). "
+            "Earlier results of the cell are unchanged."
         ) from error
 
 
 def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | None:
-    """Where the cell shares what depends on no task; None with `cache=false`."""
+    """Return the cache for results that depend on no task; None with `cache=false`."""
     if not cell.cache:
         return None
     folder = cache_folder() if cell.cache_dir is None else Path(cell.cache_dir).expanduser()
@@ -179,10 +179,10 @@ def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | No
 
 
 def make_results_dir(path: Path) -> None:
-    """Make the results folder, or refuse one that cannot be.
+    """Make the results folder, or refuse one that cannot be made.
 
     Raises:
-        UserError: a file stands where the folder, or one above it, should be, or it cannot be made or written.
+        UserError: the folder or one above it is a file, or it cannot be made or written.
     """
     try:
         place = next(place for place in (path, *path.parents) if place.exists())
@@ -199,10 +199,10 @@ def make_results_dir(path: Path) -> None:
 
 
 def _enter(call: Path) -> None:
-    """Go to the folder of the call, where relative paths mean what was typed; a worker may have started elsewhere.
+    """Change to the folder of the call, which typed paths are relative to; a worker may start in another.
 
     Raises:
-        UserError: this machine does not have it.
+        UserError: this machine has no such folder.
     """
     try:
         os.chdir(call)
@@ -214,14 +214,14 @@ def _enter(call: Path) -> None:
 
 
 def _is_of_machine(error: Exception) -> bool:
-    """Whether memory or the disk said no, which is no defect."""
+    """Whether the machine's memory or disk is exhausted or closed, which is no defect."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return getattr(error, "errno", None) in DISK or "can't allocate memory" in str(error)  # the latter is PyTorch's
 
 
 def _names(config: DictConfig) -> tuple[str, str, str]:
-    """Model, task and analysis as far as a choice that failed has them."""
+    """Return model, task and analysis, as far as a failed choice has them."""
 
     def name(group: str) -> str:
         try:
@@ -233,7 +233,7 @@ def _names(config: DictConfig) -> tuple[str, str, str]:
 
 
 def _portable(text: str) -> str:
-    """A traceback without this machine's folders."""
+    """Return a traceback without this machine's folders."""
     for place, name in ((str(Path(__file__).parents[1]), "."), (sys.prefix, "<python>"), (sys.base_prefix, "<python>")):
         text = text.replace(place, name)
     return text

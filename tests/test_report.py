@@ -306,7 +306,8 @@ def test_reading_and_reporting_wait_for_no_torch(results) -> None:
     folder = results / "mini-attn" / "induction"
     code = (
         f"import sys, ovqk; ovqk.load_results({str(folder)!r}); from ovqk import figures, portraits, report; "
-        f"report.read_cells(__import__('pathlib').Path({str(results)!r})); "
+        "from ovqk.records.cells import read_cells; from pathlib import Path; "
+        f"read_cells(Path({str(results)!r})); "
         "print([name for name in ('torch', 'transformers', 'transformer_lens', 'wandb') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)

@@ -6,8 +6,8 @@
     models.effects(tables["verdicts"]).savefig("effects.svg")
 
 Tables of several cells, as of `load_results`, are told apart by their columns `model` and `task`; those of one cell
-(`ovqk.load_table`) need neither. Figures of one head are in `ovqk.portraits`. What has no value is said to be
-unavailable, never drawn as zero.
+(`ovqk.load_table`) need neither. Figures of one head are in `ovqk.portraits`. A missing value is shown as
+unavailable, never as zero.
 """
 
 import math
@@ -40,7 +40,7 @@ STEP = 1.5  # from layer to layer of a circuit
 INCHES = (0.95, 0.76)  # of a circuit's units across and upwards
 CLEARANCE = 0.26  # inches between an arrow and the middle of a head that it passes
 WAYS: dict[str, tuple[Any, float]] = {"q": ("-", -0.12), "k": ((0, (5, 2.5)), 0.0), "v": ((0, (1.2, 1.6)), 0.12)}
-"""Of a composition's arrow: its dash and how much it bends."""
+"""Kind of composition -> its arrow's dash and bend."""
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -62,7 +62,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 @styled
 def verdict_counts(verdicts: pd.DataFrame) -> Figure:
-    """Models x tasks: the claimed heads by verdict, a bar of parts as wide as their shares, each with its count."""
+    """Draw models x tasks: the claimed heads by verdict, as a bar of shares, each with its count."""
     _one_cell_each(verdicts, ["model", "task"])
     heads = verdicts[verdicts["kind"] == "head"]
     models, tasks = _names(verdicts, "model"), _names(verdicts, "task")
@@ -97,7 +97,7 @@ def _count_bar(axes: Axes, y: int, counts: pd.Series) -> None:
 
 @styled
 def effects(verdicts: pd.DataFrame) -> Figure:
-    """A row per claimed role: AUC within layers with its 95 % interval, chance at 0.5, the mark of the verdict, q."""
+    """Draw a row per claimed role: AUC within layers with its 95 % interval, chance at 0.5, the verdict's mark, q."""
     rows = verdicts[verdicts["kind"] == "role"].reset_index(drop=True)
     rows = rows.sort_values("task", kind="stable", ignore_index=True) if "task" in rows else rows
     several = {key: len(_names(rows, key)) > 1 for key in ("task", "model")}
@@ -129,7 +129,7 @@ def effects(verdicts: pd.DataFrame) -> Figure:
 
 @styled
 def depth_curves(heads: pd.DataFrame, metrics: Sequence[str] = DEPTH_METRICS) -> Figure:
-    """Metrics against relative depth: a line per model through the means of its layers, a dot for every head."""
+    """Draw metrics against relative depth: a line per model through the means of its layers, a dot for every head."""
     there = [name for name in metrics if name in heads and heads[name].notna().any()]
     lines = [(model, _first_with(part, there)) for model, part in _parts(heads, "model")]
     n_rows = max(1, math.ceil(len(there) / COLUMNS))
@@ -165,7 +165,7 @@ def depth_curves(heads: pd.DataFrame, metrics: Sequence[str] = DEPTH_METRICS) ->
 
 @styled
 def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None) -> Figure:
-    """A grid of layers x heads per model, coloured by one metric on one scale; claimed heads are ringed and lettered.
+    """Draw a grid of layers x heads per model, coloured by one metric on one scale, with claimed heads ringed.
 
     Args:
         heads: of one task, one cell per model.
@@ -201,7 +201,7 @@ def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None
 
 
 def _wrapped(parts: Iterable[str], most: int) -> list[str]:
-    """Parts beside each other, in lines of so many letters."""
+    """Join parts to lines of at most so many letters."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 4 + len(part) <= most:
@@ -244,7 +244,7 @@ def _colour_bar(figure: Figure, panels: Any, scale: Scale, title: str) -> None:
 
 @styled
 def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> Figure:
-    """Claimed heads of one cell by role and layer, joined where a later one reads more of an earlier one than random.
+    """Draw the claimed heads of one cell by role and layer, joined if a later one reads an earlier one above random.
 
     Args:
         verdicts: of one cell.
@@ -288,11 +288,11 @@ def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> 
 
 Spot = tuple[float, float]
 Spots = dict[tuple[int, int], Spot]
-"""(layer, head) -> where it is drawn."""
+"""(layer, head) -> its place in the figure."""
 
 
 def _spots(home: pd.DataFrame, roles: Sequence[str], layers: Sequence[int]) -> tuple[Spots, list[float], float]:
-    """Where each head is drawn, the middle of each role's column, and how wide all columns are."""
+    """Return each head's place, the middle of each role's column, and the width of all columns."""
     spots: Spots = {}
     centres = []
     left = 0.0
@@ -320,7 +320,7 @@ def _node(axes: Axes, x: float, y: float, label: str, verdict: str) -> None:
 
 
 def _edges(axes: Axes, spots: Spots, composition: pd.DataFrame | None) -> None:
-    """Arrows between heads that are drawn, where the composition is above random."""
+    """Draw arrows between the heads if their composition is above random."""
     if composition is None:
         return
     ends = [f"{end}_{part}" for end in ("sender", "receiver") for part in ("layer", "head")]
@@ -352,7 +352,7 @@ def _edges(axes: Axes, spots: Spots, composition: pd.DataFrame | None) -> None:
 
 
 def _clear_bend(start: Spot, end: Spot, bend: float, others: Sequence[Spot], taken: Sequence[float]) -> float:
-    """The bend nearest to the one wanted with which an arrow passes no other head; what passes best where none does.
+    """Return the bend nearest to the wanted one with which an arrow passes no other head; the best one if none does.
 
     Bends that are taken, by arrows of other kinds between the same heads, are left to them.
     """
@@ -376,7 +376,7 @@ def _clear_bend(start: Spot, end: Spot, bend: float, others: Sequence[Spot], tak
 
 
 def _one_cell_each(table: pd.DataFrame, keys: list[str]) -> None:
-    """Refuse what would be drawn as one: cells of another seed, processing or analysis."""
+    """Refuse cells of other seeds, processings or analyses, which would be drawn as one."""
     if not {"cell_id", *keys} <= set(table):
         return
     n_cells = table.groupby(keys, sort=False)["cell_id"].nunique()
@@ -403,7 +403,7 @@ def _parts(table: pd.DataFrame, key: str) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _first_with(part: pd.DataFrame, metrics: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Metric -> the rows of the first of a model's cells that has it."""
+    """Return metric -> the rows of the first of a model's cells that has it."""
     cells = [cell for _, cell in _parts(part, "cell_id")]
     found = {
         name: next((cell for cell in cells if name in cell and cell[name].notna().any()), None) for name in metrics

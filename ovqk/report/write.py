@@ -2,9 +2,9 @@
 
     python -m ovqk.report RESULTS_DIR [--out FILE] [--figures | --no-figures]
 
-Writes RESULTS_DIR/report.html, which needs no network and no other file, and RESULTS_DIR/figures/ with the same figures
-as SVG and PNG; figures of an earlier report that this one does not make are removed, and no other file of that folder.
-Reads records and tables, nothing else; the same records give the same bytes.
+It writes RESULTS_DIR/report.html, which needs no network and no other file, and RESULTS_DIR/figures/ with the same
+figures as SVG and PNG. Of the files in that folder, only figures of an earlier report are removed, if this one does not
+make them. It reads records and tables and nothing else; the same records give the same bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,19 +23,19 @@ from ovqk.wording import counted
 PAGE = "report.html"
 FIGURES = "figures"
 WRITTEN = ".written"
-"""In the folder of figures: the names of those that a report wrote, a line each."""
+"""File in the folder of figures with the names of those that a report wrote, one per line."""
 
 
 def write_report(
     results_dir: Path, out: Path | None = None, with_figures: bool = True, tell: Callable[[str], object] | None = None
 ) -> list[str]:
-    """Write the page, and unless told otherwise its figures beside it; returns what to say about them.
+    """Write the page and its figures beside it, and return lines that say what was written.
 
     Args:
         results_dir: the folder that run.py wrote.
         out: the page; RESULTS_DIR/report.html unless given.
         with_figures: whether to write the figures too.
-        tell: called with each line as soon as it is true.
+        tell: a function to call with each line as soon as it is true.
 
     Raises:
         UserError: there is no such folder, no finished cell in it, or a file cannot be written.
@@ -74,7 +74,7 @@ def _write(cells: Sequence[Cell], failures: Sequence[Failure], path: Path, with_
 
 
 def write_figures(cells: Sequence[Cell], folder: Path) -> int:
-    """Write the figures of these cells, and remove an earlier report's that are not among them; returns how many."""
+    """Write the figures of these cells, remove other figures of an earlier report, and return how many were written."""
     folder.mkdir(parents=True, exist_ok=True)
     before, made = _written(folder), set()
     try:
@@ -89,7 +89,7 @@ def write_figures(cells: Sequence[Cell], folder: Path) -> int:
 
 
 def _written(folder: Path) -> set[str]:
-    """Names of the figures in a folder that an earlier report wrote."""
+    """Return the names of the figures in a folder that an earlier report wrote."""
     try:
         names = (folder / WRITTEN).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -105,7 +105,7 @@ def _failed(failures: Sequence[Failure]) -> str:
 
 
 def _above(folder: Path) -> Path | None:
-    """The results folder that a model's, a task's or a cell's folder lies in."""
+    """Return the results folder around a model's, a task's or a cell's folder; None if it is none of these."""
     depth = next((k for k in range(3) if next(folder.glob("*/" * k + RECORD), None)), None)
     return None if depth is None else folder.resolve().parents[2 - depth]
 

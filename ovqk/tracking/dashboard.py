@@ -2,7 +2,7 @@
 
     python -m ovqk.dashboard RESULTS_DIR [--project NAME] [--entity NAME] [--name TITLE]
 
-Runs are grouped by `config.model`, and only what the records of the results hold gets a panel. Needs the extra
+Runs are grouped by `config.model`, and a panel is made only for data that the records hold. Needs the extra
 `dashboard` (wandb-workspaces).
 """
 
@@ -53,13 +53,13 @@ SECTIONS = ("Claims", "Spectra", "Symmetry and position", "Heads", "Health")
 
 
 def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], swept: bool = False) -> Any:
-    """The workspace (`wandb_workspaces.workspaces.Workspace`), not yet saved.
+    """Return the workspace (`wandb_workspaces.workspaces.Workspace`), not yet saved.
 
     Args:
         entity: whose project it is.
         project: the project of the runs.
         title: the workspace's name.
-        shown: what the runs show; what none of them has gets no panel.
+        shown: the content of the runs; data that no run has gets no panel.
         swept: whether there is a sweep, whose own run has figures of all its cells.
     """
     import wandb_workspaces.reports.v2 as reports
@@ -142,7 +142,7 @@ def main() -> None:
     swept = bool(read_sweeps(arguments.results_dir))
     entity, project = arguments.entity or entity, arguments.project or project
     if entity is None:
-        raise UserError("--entity: whose project is it? No cell there was tracked online, which would tell.")
+        raise UserError("--entity: whose project is it? No cell there was tracked online, so the records do not tell.")
     try:
         saved = workspace(entity, project, arguments.name, shown, swept).save()
     except Exception as error:  # whatever W&B raises
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def _read(results_dir: Path) -> tuple[list[Panels], str | None, str]:
-    """What the cells show, one of each task and analysis, and where they were tracked."""
+    """Return the content of one cell for each task and analysis, and the entity and project of their runs."""
     shown: dict[tuple[str, str, str], Panels] = {}
     entity, project = os.environ.get("WANDB_ENTITY"), str(TrackingConfig.project)
     for folder, record in done_records(cell_folders(results_dir)):

@@ -1,7 +1,7 @@
-"""What the W&B run of a whole sweep shows, from the records of its cells alone: tables and figures over all of them.
+"""The content of a sweep's W&B run: tables and figures over all its cells, from their records alone.
 
-A sweep is known by its name, which the records of its cells hold. `<results_dir>/.sweeps/<id>/` says besides which
-cells it found done, and has the tracking.json of its run.
+A sweep is known by its name, which the records of its cells hold. `<results_dir>/.sweeps/<id>/` also lists the cells
+that it found done, and has the tracking.json of its run.
 """
 
 import hashlib
@@ -39,17 +39,17 @@ class Sweep:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """The records of its cells, in their order."""
+        """The records of its cells, in the order of the cells."""
         return [record for _, record in done_records(self.cells)]
 
 
 def sweep_folder(results_dir: Path, name: str) -> Path:
-    """Where a sweep's own files are; the folder's name is also the id of its run."""
+    """Return the folder of a sweep's own files, whose name is also the id of its run."""
     return results_dir / SWEEPS / f"sweep-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def remember_cells(results_dir: Path, name: str, cells: Iterable[Path]) -> None:
-    """Note the cells of a sweep, beside those noted before: one that was done earlier bears another sweep's name."""
+    """Note a sweep's cells and keep those noted before: the record of a cell done earlier may name another sweep."""
     folder = sweep_folder(results_dir, name)
     earlier = _noted(folder).get("cells", [])
     noted = {str(cell.relative_to(results_dir)) for cell in cells if cell.is_relative_to(results_dir)}
@@ -58,7 +58,7 @@ def remember_cells(results_dir: Path, name: str, cells: Iterable[Path]) -> None:
 
 
 def read_sweeps(results_dir: Path) -> list[Sweep]:
-    """The sweeps of a results folder that have at least LEAST cells done, by name."""
+    """Return the sweeps of a results folder with at least LEAST done cells, by name."""
     cells: dict[str, set[Path]] = {}
     for path in (results_dir / SWEEPS).glob(f"*/{CELLS}"):
         noted = _noted(path.parent)
@@ -86,14 +86,14 @@ def _noted(folder: Path) -> dict[str, Any]:
 
 
 def overview_config(sweep: Sweep) -> dict[str, Any]:
-    """What a sweep's run is filtered by; no `model`, so that it is in none of the groups of models."""
+    """Return the keys to filter a sweep's run by; without `model`, so that no group of a model contains it."""
     records = sweep.records
     lists = {f"{key}s": sorted({record[key] for record in records}) for key in ("model", "task")}
     return {"sweep": sweep.name, "cells": len(records)} | lists | {"analyses": sorted({r["analysis"] for r in records})}
 
 
 def overview_tables(sweep: Sweep) -> dict[str, pd.DataFrame]:
-    """`roles` and `depths`, the comparison that the terminal shows, and `cells`, what each cell cost."""
+    """Return `roles` and `depths`, the terminal's comparison, and `cells`, the cost of each cell."""
     claimed = roles(sweep.cells)
     claimed["of_its_heads"] = [
         ", ".join(f"{count} {wording.verdict(verdict)}" for verdict, count in counts.items())
@@ -110,7 +110,7 @@ def overview_tables(sweep: Sweep) -> dict[str, pd.DataFrame]:
 
 
 def draw(sweep: Sweep, into: Path) -> Iterator[tuple[str, Path]]:
-    """Name and PNG file of the report's figures of all models together, begun within FIGURE_SECONDS."""
+    """Yield name and PNG file of the report's figures of all models together, as many as FIGURE_SECONDS allow."""
     import matplotlib
 
     from ovqk.figures.choice import sweep_figures

@@ -11,7 +11,7 @@ function circuitPage(name) {
   draw();
   return [
     h("h1", { tabindex: -1 }, `Circuit: ${cell.label} on ${cell.task}`),
-    claimed(cell).size ? h("p", { class: "lead" }, "Claimed heads by role and layer. A line joins two heads if the later one reads more of what the earlier one writes than it would of random weights.") : null,
+    claimed(cell).size ? h("p", { class: "lead" }, "Claimed heads by role and layer. A line joins two heads if the later one reads more of the earlier one's output than it would with random weights.") : null,
     h("div", { class: "controls" }, select("Cell", CELLS.map((one) => [one.name, cellTitle(one)]), cell.name, (next) => { location.hash = `#circuit/${next}`; })),
     box,
   ];
@@ -24,7 +24,7 @@ function circuitContent(cell, redraw) {
     const proposed = rows(cell, "candidates").length;
     return [h("p", { class: "notice" }, `No claimed heads: ${why}.`),
       proposed ? h("h2", {}, "Candidates") : null,
-      proposed ? h("p", { class: "note" }, "The heads that each role's predictions point at: chosen for being the strongest, so this is no verdict.") : null,
+      proposed ? h("p", { class: "note" }, "These are the strongest heads by each role's predictions. They were chosen for that, so this is no verdict.") : null,
       proposed ? h("div", { class: "scroll" }, candidateTable(cell, ranks, true)) : null];
   }
   const edges = circuitEdges(cell);
@@ -69,7 +69,7 @@ function edgeNote(cell, edges, shown) {
     return h("p", { class: "note" }, why);
   }
   const others = edges.some((edge) => !edge.named);
-  return h("p", { class: "note" }, `Width: score above what independent random weights give. ${others ? "Full lines of colour: pairs that the claims name; pale ones: other pairs of claimed heads, from the all-pairs cell of the same weights." : "Pairs that the claims name; analysis=composition computes all pairs."}${shown.length === MOST_EDGES ? ` The ${MOST_EDGES} strongest are drawn.` : ""} A composition is a statement about weights: it does not say that the path carries anything on task inputs.`);
+  return h("p", { class: "note" }, `Width: the score above that of independent random weights. ${others ? "Full lines of colour: pairs that the claims name; pale ones: other pairs of claimed heads, from the all-pairs cell of the same weights." : "Pairs that the claims name; analysis=composition computes all pairs."}${shown.length === MOST_EDGES ? ` The ${MOST_EDGES} strongest are drawn.` : ""} A composition is a statement about weights: it does not say that the path carries anything on task inputs.`);
 }
 
 // --- the graph --------------------------------------------------------------------------------------------

@@ -67,11 +67,11 @@ function column(cell, metric) {
 function whyMissing(cell, metric, layer) {
   if (cell.unavailable[metric]) return cell.unavailable[metric];
   if (!cell.columns_there.includes(metric)) return `analysis ${cell.analysis} does not compute it`;
-  if (metric.endsWith("_block0") && layer === 0) return "it is of layers after the first";
+  if (metric.endsWith("_block0") && layer === 0) return "it exists only in layers after the first";
   return "it has no value for this head";
 }
 
-/** Cells of the same weights and processing, this one first: what no task enters is the same in all of them. */
+/** Cells of the same weights and processing, this one first: they share all results that depend on no task. */
 function siblings(cell) {
   return [cell, ...CELLS.filter((other) => other !== cell && other.weights === cell.weights && other.model === cell.model)];
 }
@@ -89,7 +89,7 @@ function isHead(row, layer, head) {
   return row.layer === layer && row.head === head;
 }
 
-/** "3.4" -> verdict rows of that head; candidates where nothing is claimed. */
+/** "3.4" -> verdict rows of that head. */
 function claimed(cell) {
   const found = new Map();
   for (const row of rows(cell, "verdicts")) {

@@ -11,7 +11,7 @@ function headPage(name, label) {
     return [h("h1", { tabindex: -1 }, "No such head"), h("p", {}, `${cell.model} has layers 0 to ${cell.layers - 1} of heads 0 to ${cell.heads - 1}.`), headChooser(cell, 0, 0)];
   }
   const roles = (claimed(cell).get(`${layer}.${head}`) || []).map((row) => roleName(row.role));
-  const what = roles.length ? `Claimed as ${sentenceList(roles)} for ${cell.task}.` : cell.task === "none" ? "No task, so nothing is claimed of it here." : `Not claimed for ${cell.task}.`;
+  const what = roles.length ? `Claimed as ${sentenceList(roles)} for ${cell.task}.` : cell.task === "none" ? "This cell has no task, so nothing is claimed about the head." : `Not claimed for ${cell.task}.`;
   return [
     h("h1", { tabindex: -1 }, `Head ${layer}.${head} of ${cell.label}`),
     h("p", { class: "lead" }, what),
@@ -106,7 +106,7 @@ function headNulls(cell, layer, head) {
   if (!tests.length) return [];
   const roles = unique(tests.map((row) => row.role));
   return [h("h2", {}, "Against the nulls"),
-    h("p", { class: "note" }, "Grey bar: 5 to 95 % of the null, its thin line the whole range, its tick the median. Dot: the head; filled where the null counts for the verdict, blue where q < 0.05. Heads of nearby layers are compared by values standardised within their layers, so the head is shown by its percentile among them."),
+    h("p", { class: "note" }, "Grey bar: 5 to 95 % of the null, its thin line the whole range, its tick the median. Dot: the head; filled if the null counts for the verdict, blue if q < 0.05. Heads of nearby layers are compared by values standardised within their layers, so the head is shown by its percentile among them."),
     ...roles.flatMap((role) => [
       roles.length > 1 ? h("h3", { style: "margin-top:18px;font-size:18px" }, `As ${roleName(role)}`) : null,
       ...nullStrips(tests.filter((row) => row.role === role), `head ${layer}.${head}`),

@@ -84,7 +84,7 @@ function powerText(power) {
 
 const RATIOS = { ov: { vocab: "ov_copying", residual: "ov_copying_residual" }, qk: { vocab: "qk_matching", residual: "qk_matching_residual" } };
 
-/** The eigenvalue ratio on its range, with the band of the frame null where any cell of these weights drew it. */
+/** The eigenvalue ratio on its range, with the band of the frame null if any cell of these weights drew it. */
 function ratioGauge(cell, layer, head, circuit, space, top) {
   const metric = RATIOS[circuit][space];
   const found = value(cell, metric, layer, head);
@@ -103,7 +103,7 @@ function ratioGauge(cell, layer, head, circuit, space, top) {
     s("text", { class: "strong", x: x(found), y: y - 13, "text-anchor": "middle" }, number(found)));
   const frame = band
     ? `Grey: 5 to 95 % (line: median) of this ratio for heads of the same singular values between random frames${row.cell === cell ? "" : ` (drawn for task ${row.cell.task})`}.`
-    : "The frame null of this ratio was not drawn: it is drawn only for what a claimed head's role predicts.";
+    : "The frame null of this ratio was not drawn: it is drawn only for metrics that a claimed head's role predicts.";
   return {
     drawn,
     said: `${metricTitle(metric)} ${number(found)}${band ? `; 5 to 95 % of the frame null ${number(band[0])} to ${number(band[2])}` : ""}`,
@@ -248,7 +248,7 @@ function symmetryScatter(cell, layer, head) {
   return figure({
     title: "Symmetry and position",
     drawing: drawn,
-    caption: `Symmetry is often read as position. It does not tell position from content: the share of the score's variance over keys that comes from where a key is was measured.${marks.size ? " Blue: claimed heads." : ""}`,
+    caption: `Symmetry is often read as position. It does not tell position from content: the other axis measures the share of the score's variance over keys that comes from their positions.${marks.size ? " Blue: claimed heads." : ""}`,
     name: `symmetry-${cell.model}-${layer}.${head}`,
     table: () => [["layer.head", "QK symmetry", "positional share"], all.map((point) => [`${point.l}.${point.k}`, point.x, point.y])],
   });
@@ -287,7 +287,7 @@ function shareBar(cell, layer, head) {
     return drawn;
   });
   const drawn = svg(width, y, `Shares of the QK score's variance of head ${layer}.${head}: ${parts.map((part) => `${titles[part.group]}, ${part.name} ${percent(part.share)}`).join("; ")}`, drawing);
-  const form = kind === "learned" ? "By what of the key the score varies with, and what of the query meets it (learned positions)." : "By offset, by key token, and by both together (rotary positions).";
+  const form = kind === "learned" ? "Split by the part of the key that the score varies with, and by the part of the query that meets it (learned positions)." : "Split by offset, by key token, and by both together (rotary positions).";
   return figure({
     title: "Shares of the score's variance",
     drawing: drawn,
@@ -349,7 +349,7 @@ function partnerPanels(cell, layer, head) {
     return found.length ? [partnerPlot(cell, layer, head, side, found)] : [];
   });
   const partial = source.analysis !== "composition";
-  const note = `Norm of the product of the two heads' matrices over the product of their norms (Elhage et al. 2021); the line is what independent random weights give. ${partial ? "Only the pairs that the claims name were computed; analysis=composition computes all." : source === cell ? "" : `From the cell ${source.task} / ${source.analysis} of the same weights.`}`;
+  const note = `Norm of the product of the two heads' matrices over the product of their norms (Elhage et al. 2021); the line marks independent random weights. ${partial ? "Only the pairs that the claims name were computed; analysis=composition computes all." : source === cell ? "" : `From the cell ${source.task} / ${source.analysis} of the same weights.`}`;
   if (!panels.length) return [h("p", { class: "missing" }, partial ? "No claimed pair has this head: analysis=composition computes all pairs." : "None of the strongest pairs has this head.")];
   return [h("p", { class: "note" }, note), h("div", { class: "grid2" }, panels)];
 }
