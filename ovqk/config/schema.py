@@ -13,7 +13,7 @@ from omegaconf import MISSING
 
 
 class Source(Enum):
-    """Where a model's files come from."""
+    """The origin of a model's files."""
 
     bundled = "bundled"
     local = "local"
@@ -57,7 +57,7 @@ class Direction(Enum):
 
 
 class Device(Enum):
-    """Where products are computed."""
+    """The device that computes products."""
 
     cpu = "cpu"
     cuda = "cuda"
@@ -75,7 +75,7 @@ class TrackingMode(Enum):
 
 @dataclass
 class ModelConfig:
-    """One model: where its weights are and whose claims apply to it."""
+    """One model: the place of its weights, and the model whose claims apply to it."""
 
     name: str = MISSING
     source: Source = MISSING

@@ -276,7 +276,7 @@ def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> 
         mine = heads[(heads["layer"] == row["layer"]) & (heads["head"] == row["head"]) & (heads["role"] != row["role"])]
         if len(mine):
             also = legible("also " + ", ".join(map(wording.role, mine["role"])), 60)
-            above = row["layer"] == layers[-1]  # where no arrow leaves, and below none that arrives
+            above = row["layer"] == layers[-1]  # no arrow leaves there, and below there is none that arrives
             where: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 10, "bbox": HALO}
             where |= {"va": "bottom" if above else "top", "color": MUTED, "zorder": 4}
             axes.annotate(also, (x, y), (0, 21 if above else -20), **where)

@@ -84,7 +84,7 @@ def partners(tables: Tables, layer: int, head: int) -> Figure:
 def null_strips(tables: Tables, layer: int | None, head: int | None, role: str | None = None) -> Figure:
     """Draw every test of a head (of roles if layer and head are None) on its null: range, 5 to 95 %, median, value.
 
-    A filled dot is one that counts for the verdict, blue where q < 0.05. The null `depth` compares values standardised
+    A filled dot is one that counts for the verdict, blue if q < 0.05. The null `depth` compares values standardised
     within their layers, so the head is drawn at its percentile.
     """
     groups = _strips(tables, layer, head, role)

@@ -68,7 +68,7 @@ def roles(folders: Iterable[Path]) -> pd.DataFrame:
 
 
 def differences(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What tells each cell from others of its model, task and analysis: `processing=raw seed=1`; empty where alone.
+    """Return text that tells each cell from others of its model, task and analysis, like `seed=1`; empty if alone.
 
     Everything its numbers depend on is compared; long values, and weights, are shown as eight digits of their hash.
     """

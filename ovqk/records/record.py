@@ -74,7 +74,7 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a cell's weights come from.
+    """The origin of a cell's weights.
 
     Attributes:
         digest: the checkpoint's digest.

@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: a cell's claimed heads, a sweep's comparison, and where the results are."""
+"""The terminal's output: a cell's claimed heads, a sweep's comparison, and the places of the results."""
 
 import shlex
 import sys
@@ -34,7 +34,7 @@ from ovqk.report.token_lists import describe
 
 SHOWN_TOKENS = 4  # on each side of a component
 SHOWN_MISSING = 20  # cells of a sweep
-MIN_WIDTH = 150  # of tables where the output is no terminal
+MIN_WIDTH = 150  # width of tables if the output is no terminal
 
 
 def _console() -> Console:

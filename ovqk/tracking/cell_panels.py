@@ -22,7 +22,7 @@ from ovqk.records.results import load_table
 MAX_ROWS = 10_000  # W&B cuts longer tables; the full ones stay in Parquet
 BINS = 32
 NUMBERS = ("integer", "floating", "mixed-integer-float", "decimal")  # as pandas calls a column's values
-SHOWN_HEADS = 8  # whose eigenvalues are drawn where there is neither claim nor candidate
+SHOWN_HEADS = 8  # with eigenvalues drawn, if there is neither claim nor candidate
 SHOWN_TOKENS = 5  # of each end of a component
 SHOWN_COORDINATES = ("model", "task", "analysis")
 CURVES = (

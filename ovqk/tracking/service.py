@@ -22,7 +22,7 @@ from ovqk.errors import UserError, first_line
 
 INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
 FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
-GRACE_SECONDS = 10.0  # after which the service is killed where it does not keep these times itself
+GRACE_SECONDS = 10.0  # after which the service is killed if it does not keep these times itself
 WRITTEN_SECONDS = 5.0  # for an offline run to be on disk after W&B has finished it
 LOG_MARK = b":W&B"  # how W&B's log of an offline run begins
 LOG_BLOCK, LOG_HEADER = 2**15, 7  # bytes; the file's own first bytes are as many as a piece's

@@ -138,7 +138,7 @@ function effects(cells) {
   const box = h("div", { class: "scroll" });
   const draw = () => box.replaceChildren(effectTable(all));
   draw();
-  const note = "AUC within layer: the chance that a claimed head is more extreme, in the predicted direction, than another head of its layer; 0.5 is chance. Whiskers: 95 % under resampled task words. Without whiskers, the metric does not depend on words. q: the largest corrected p under the nulls that count.";
+  const note = "AUC within layer: the chance that a claimed head is more extreme, in the predicted direction, than another head of its layer; 0.5 is chance. Whiskers: 95 % under resampled task words. A row without whiskers has a metric that does not depend on words. q: the largest corrected p under the nulls that count.";
   const flagged = Object.entries(REPORT.wording.flags).filter(([name]) => all.some((row) => verdictText(row) === name)).map(([name, says]) => ` ${name}: ${says}.`);
   return [
     h("p", { class: "note" }, note, flagged),
