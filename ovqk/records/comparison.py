@@ -87,7 +87,7 @@ def differences(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _flat(choice: dict[str, Any], at: str = "") -> dict[str, str]:
-    """Dotted keys and their values as JSON."""
+    """Return dotted keys and their values as JSON."""
     flat: dict[str, str] = {}
     for key, value in choice.items():
         flat |= _flat(value, f"{at}{key}.") if isinstance(value, dict) else {at + key: json.dumps(value)}
@@ -123,7 +123,7 @@ def depths(folders: Iterable[Path]) -> pd.DataFrame:
 
 
 def quarter_means(heads: pd.DataFrame, n_layers: int) -> pd.DataFrame:
-    """Mean over heads of DEPTH_METRICS by quarter of the depth: index QUARTERS, one column per metric there is."""
+    """Return means over heads of DEPTH_METRICS by quarter of the depth: index QUARTERS, one column per known metric."""
     there = [name for name in DEPTH_METRICS if name in heads and heads[name].notna().any()]
     depth = relative_depth(heads["layer"], n_layers)
     quarter = np.minimum((4 * depth).astype(int), 3)

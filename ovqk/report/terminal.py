@@ -73,8 +73,8 @@ def print_cell(folder: Path, cached: bool) -> None:
         out.print(f"note: {note}", style="dim", soft_wrap=True)
     for name, dropped in record["words"]["reasons"].items():
         for reason, words in grouped(dropped).items():
-            counted = f"{len(words)} words of '{name}' are" if len(words) > 1 else f"1 word of '{name}' is"
-            out.print(f"{counted} left out: {reason}", style="dim")
+            verb = "is" if len(words) == 1 else "are"
+            out.print(f"{wording.counted(len(words), 'word')} of '{name}' {verb} left out: {reason}", style="dim")
     _print_places(out, folder, record)
 
 

@@ -233,7 +233,7 @@ def _could_not(row: Mapping[str, Any]) -> bool:
 def _sizes(row: Mapping[str, Any]) -> str:
     if row["null"] not in ("layer", "depth"):
         return f"{row['n_others']} draws"
-    heads = "1 claimed head" if row["n_heads"] == 1 else f"{row['n_heads']} claimed heads"
+    heads = wording.counted(row["n_heads"], "claimed head")
     among, n = f"{heads} among {row['n_others']} others", row["n_null"]
     if row["null"] == "layer":  # of n labelings
         return f"{among} (the best labelings tie)" if row["min_p"] * n > 1.5 else among
