@@ -184,9 +184,9 @@ def test_an_entry_that_another_process_throws_away_while_it_is_read_is_still_rea
 def test_processes_that_need_the_same_compute_it_once(tmp_path) -> None:
     code = (
         "import sys; from pathlib import Path; sys.path[:0] = ['tests', '.']\n"
-        "import test_cache as t; from ovqk import structure\n"
+        "import test_cache as t; from ovqk.structure import tables\n"
         "whole = tables.layer_structure\n"
-        "structure.layer_structure = lambda layer: (print('computed', layer.index), whole(layer))[1]\n"
+        "tables.layer_structure = lambda layer: (print('computed', layer.index), whole(layer))[1]\n"
         f"t.run(t.StructureCache(Path({str(tmp_path)!r}), 1.0, ''), 'task=none')\n"
     )
     both = [
