@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ovqk.config.mistakes import check_keys, mistakes
 from ovqk.config.schema import register
+from ovqk.errors import UserError, one_message
 from ovqk.sweep import end_early, launcher_hint
 
 gc.disable()  # until ovqk.sweep has imported the rest: to look for garbage in what stays takes a tenth of the start
@@ -31,7 +32,9 @@ def main(config: DictConfig) -> None:
     run_job(config, HydraConfig.get())
 
 
-if __name__ == "__main__":
+@one_message()
+def run() -> None:
+    """Run the command line, and say in one message what is wrong with it or what broke it off."""
     if "-sc" not in sys.argv:  # Hydra's shell completion, whose install= and query= are no keys
         check_keys(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and a config's mistake is one message here
@@ -39,7 +42,11 @@ if __name__ == "__main__":
         main()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         folders = [Path(a) for a in sys.argv[1:] if Path(a).is_dir()] + [Path(__file__).parent / "conf"]
-        raise SystemExit("ovqk: " + "\n".join([*mistakes(error, folders), *launcher_hint(error)])) from None
+        raise UserError("\n".join([*mistakes(error, folders), *launcher_hint(error)])) from None
     except (Exception, KeyboardInterrupt) as error:
         end_early(error)
         raise
+
+
+if __name__ == "__main__":
+    run()

@@ -1,4 +1,4 @@
-"""One cell, start to end: skip it if it is done, else compute, record, track; and say what became of it."""
+"""One cell from start to end: skip it if it is done, else compute, record and track it, and report the outcome."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from ovqk.checkpoints.files import cache_folder
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import resolve, tracking_mode
 from ovqk.config.schema import Config, TrackingMode
-from ovqk.errors import UserError
+from ovqk.errors import UserError, one_message, told
 from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
 from ovqk.records.record import Origin, claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
@@ -33,14 +33,15 @@ from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
 
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-"""A full, read-only or forbidden disk, or a name it does not take: a message for the user, and no defect."""
+"""Errors of a full, read-only or forbidden disk, or of a bad name: the user gets a message, and they are no defect."""
 
 
+@one_message()
 def run_job(config: DictConfig, hydra: Any) -> None:
     """Run the cell that Hydra composed.
 
-    A single run prints the cell's tables, and ends in a message (SystemExit) on a user's mistake or in a traceback on
-    a defect. In a sweep a failed cell is recorded and returns, so that the others go on.
+    A single run prints the cell's tables. It ends with one message after a user's mistake, and with a traceback after a
+    defect. In a sweep a failed cell is recorded and returns, so that the others go on.
 
     Raises:
         SystemExit: a single run met a user's mistake, or the machine's limits.
@@ -53,7 +54,7 @@ def run_job(config: DictConfig, hydra: Any) -> None:
     except Exception as error:
         if not (isinstance(error, UserError) or _is_of_machine(error)):
             raise
-        raise SystemExit(f"ovqk: {_told(error)}") from None
+        raise UserError(told(error)) from None
     if outcome.warning:
         print(outcome.warning, file=sys.stderr)
     assert outcome.folder is not None
@@ -61,7 +62,7 @@ def run_job(config: DictConfig, hydra: Any) -> None:
 
 
 def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
-    """The same as one of many: whatever becomes of it is left for the process that prints the sweep."""
+    """Run one cell of a sweep, and leave its outcome for the process that prints the sweep."""
     started = time.perf_counter()
     try:
         _enter(Path(hydra.runtime.cwd))
@@ -72,7 +73,7 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
     except Exception as error:
         seconds = time.perf_counter() - started
         trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
-        outcome = Outcome("failed", *_names(config), None, seconds, error=_told(error), traceback=trace or None)
+        outcome = Outcome("failed", *_names(config), None, seconds, error=told(error), traceback=trace or None)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # of a cell that ran out of memory
     Outcomes(Path(hydra.sweep.dir)).add(hydra.job.num, outcome)
@@ -89,10 +90,10 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
     Args:
         cell: the resolved choice.
         started: when work on it began (time.perf_counter); now unless given.
-        alone: no other process computes for this terminal.
+        alone: whether no other process computes for this terminal.
 
     Raises:
-        UserError: the cell cannot be computed as asked; where its id was known, its record says so.
+        UserError: the cell cannot be computed as asked; its record says so, if its id was known.
     """
     started = time.perf_counter() if started is None else started
     mode = tracking_mode(cell, os.environ.get("WANDB_MODE"))
@@ -114,7 +115,7 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
                 trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
                 if not is_done(folder):  # with force=true: what was done before stands
                     with suppress(OSError):  # of a disk that takes no record either: the sweep's end tells it
-                        write_failed(folder, cell, identifier, _told(error), trace)
+                        write_failed(folder, cell, identifier, told(error), trace)
                 raise
         warning = None if mode is TrackingMode.none else _track(cell, folder, mode)
     seconds = time.perf_counter() - started
@@ -165,13 +166,13 @@ def compute(
         if error.errno not in DISK:
             raise
         raise UserError(
-            f"results_dir={cell.results_dir}: the results cannot be written ({os.strerror(error.errno)}); what was "
-            "there before stands."
+            f"results_dir={cell.results_dir}: the results cannot be written ({os.strerror(error.errno)}). "
+            "Earlier results of the cell are unchanged."
         ) from error
 
 
 def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | None:
-    """Where the cell shares what depends on no task; None with `cache=false`."""
+    """Return the cache for results that depend on no task; None with `cache=false`."""
     if not cell.cache:
         return None
     folder = cache_folder() if cell.cache_dir is None else Path(cell.cache_dir).expanduser()
@@ -179,10 +180,10 @@ def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | No
 
 
 def make_results_dir(path: Path) -> None:
-    """Make the results folder, or refuse one that cannot be.
+    """Make the results folder, or refuse one that cannot be made.
 
     Raises:
-        UserError: a file stands where the folder, or one above it, should be, or it cannot be made or written.
+        UserError: the folder or one above it is a file, or it cannot be made or written.
     """
     try:
         place = next(place for place in (path, *path.parents) if place.exists())
@@ -199,10 +200,10 @@ def make_results_dir(path: Path) -> None:
 
 
 def _enter(call: Path) -> None:
-    """Go to the folder of the call, where relative paths mean what was typed; a worker may have started elsewhere.
+    """Change to the folder of the call, which typed paths are relative to; a worker may start in another.
 
     Raises:
-        UserError: this machine does not have it.
+        UserError: this machine has no such folder.
     """
     try:
         os.chdir(call)
@@ -213,19 +214,15 @@ def _enter(call: Path) -> None:
         ) from error
 
 
-def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-
-
 def _is_of_machine(error: Exception) -> bool:
-    """Whether memory or the disk said no, which is no defect."""
+    """Whether the machine's memory or disk is exhausted or closed, which is no defect."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return getattr(error, "errno", None) in DISK or "can't allocate memory" in str(error)  # the latter is PyTorch's
 
 
 def _names(config: DictConfig) -> tuple[str, str, str]:
-    """Model, task and analysis as far as a choice that failed has them."""
+    """Return model, task and analysis, as far as a failed choice has them."""
 
     def name(group: str) -> str:
         try:
@@ -237,7 +234,7 @@ def _names(config: DictConfig) -> tuple[str, str, str]:
 
 
 def _portable(text: str) -> str:
-    """A traceback without this machine's folders."""
+    """Return a traceback without this machine's folders."""
     for place, name in ((str(Path(__file__).parents[1]), "."), (sys.prefix, "<python>"), (sys.base_prefix, "<python>")):
         text = text.replace(place, name)
     return text

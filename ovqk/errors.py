@@ -1,9 +1,36 @@
-"""The one exception that means: the user can mend this."""
+"""Errors as a person reads them, and the one place where a user's mistake ends a command."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
     """A mistake in a config, a path, a checkpoint or a task.
 
-    The message names the key, says what was wrong and what is allowed. It is shown without a traceback;
+    The message names the key, says what is wrong and what is allowed. It is shown without a traceback;
     everything else that goes wrong is a defect of ovqk and keeps its traceback.
     """
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """End the command with one message, status 1 and no traceback if the user made a mistake. Also a decorator.
+
+    Raises:
+        SystemExit: a UserError was raised inside.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(f"ovqk: {error}") from None
+
+
+def told(error: BaseException) -> str:
+    """Return an error in words: a user's mistake by its message, anything else with its type."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, with the next if a colon announces it; empty if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])

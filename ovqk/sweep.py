@@ -1,7 +1,7 @@
-"""The start and the end of a sweep: which cells to expect, and what became of them.
+"""The start and the end of a sweep: the cells to expect, and their outcomes.
 
 Hydra's launchers run the cells, in this process, in others or on other machines. A cell that fails records it and
-returns; where the system kills one, the launcher gives up, and the end is told here all the same.
+returns. If the system kills a cell, the launcher gives up, and this module still prints the end of the sweep.
 """
 
 import gc
@@ -18,14 +18,18 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from ovqk.errors import UserError, first_line, one_message, told
+from ovqk.wording import counted
+
 if TYPE_CHECKING:
     from ovqk.records.outcomes import Outcomes
     from ovqk.report.progress import SweepProgress
 
+FAILED = 1  # exit status
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ended
 LAUNCHER_ERROR = "launcher_error.txt"
 EXTRAS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
-"""Hydra's launchers that are packages of their own, and ovqk's extras that install them."""
+"""Hydra's launcher that is a package of its own -> the extra of ovqk that installs it."""
 
 
 LOCAL = (
@@ -40,7 +44,7 @@ LOCAL = (
     "cache_gb",
     "hydra",
 )
-"""Keys that say how a sweep is run and not what it computes."""
+"""Keys that say how a sweep is run, and do not change its results."""
 MAX_NAME = 120  # letters of a sweep's name
 
 
@@ -48,9 +52,9 @@ class RunningSweep:
     """The sweep of this process, from its start to its end.
 
     Attributes:
-        outcomes: of its cells, in its folder.
-        results_dir: where the results are.
-        progress: what was printed of it.
+        outcomes: the outcomes of its cells, in its folder.
+        results_dir: the folder of the results.
+        progress: the lines printed so far.
         elsewhere: whether its cells run in other processes, or on other machines.
     """
 
@@ -58,7 +62,7 @@ class RunningSweep:
         self.outcomes, self.results_dir, self.progress, self.elsewhere = outcomes, results_dir, progress, elsewhere
 
     def end(self) -> int:
-        """Print the comparison and the count; returns the exit status."""
+        """Print the comparison and the count, and return the exit status."""
         from ovqk.report import terminal
 
         self.progress.stop()
@@ -68,7 +72,7 @@ class RunningSweep:
         return int(len(finished) < max(len(expected or ()), len(outcomes)))
 
     def track(self) -> None:
-        """Make the sweep's own W&B run, where all its cells are tracked alike; what goes wrong is one warning."""
+        """Make the sweep's own W&B run if all its cells are tracked alike; a failure is one warning."""
         done = [outcome for outcome in self.outcomes.all().values() if outcome.folder]
         tracking = done[0].tracking if done else None
         if tracking is None or tracking["mode"] == "none" or any(outcome.tracking != tracking for outcome in done):
@@ -96,18 +100,20 @@ class RunningSweep:
 
 
 running: RunningSweep | None = None
-"""Set in the process that was started, and in no worker."""
+"""The sweep of this process; None in a worker."""
 
 
 class SweepCallback(Callback):
-    """Hydra calls this around a run or a sweep; the exceptions of a callback it only warns of, so SystemExit it is."""
+    """The calls that Hydra makes around a run or a sweep. It only warns of an Exception, not of SystemExit."""
 
+    @one_message()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse an unusable results folder before Hydra makes folders in it."""
         _check(config)
 
+    @one_message()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """The same, note which cells the overrides expand to, and look out for those that end.
+        """Refuse an unusable results folder, note the cells that the overrides expand to, and watch for their outcomes.
 
         Raises:
             SystemExit: the results folder cannot be used, or WANDB_MODE is unknown.
@@ -122,11 +128,11 @@ class SweepCallback(Callback):
         try:
             outcomes.begin(config.sweep or sweep_name(config), expected_cells(config))
         except OSError as error:
-            raise SystemExit(f"ovqk: results_dir={config.results_dir}: {error.strerror or error}") from None
+            raise UserError(f"results_dir={config.results_dir}: {error.strerror or error}") from None
         running = RunningSweep(outcomes, Path(config.results_dir), SweepProgress(outcomes), elsewhere)
         cells = running.progress.expected
         if cells is not None:  # Hydra composes each of them before the first begins
-            print(f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}", flush=True)
+            print(counted(len(cells), "cell"), flush=True)
         if elsewhere:
             _prepare_workers()
             running.progress.watch()
@@ -140,7 +146,7 @@ class SweepCallback(Callback):
         """Print the comparison and the count.
 
         Raises:
-            SystemExit: (status 1) where a cell failed or is missing.
+            SystemExit: a cell failed or is missing (status 1).
         """
         global running
         sweep, running = running, None
@@ -149,15 +155,15 @@ class SweepCallback(Callback):
             status = sweep.end()
             sweep.track()
         except Exception as error:
-            raise SystemExit(f"ovqk: the end of the sweep: {type(error).__name__}: {error}") from error
+            raise SystemExit(_said(f"the end of the sweep: {told(error)}", FAILED)) from error
         if status:
             raise SystemExit(status)
 
 
 def end_early(error: BaseException) -> None:
-    """End what `error` broke off, with one message: a sweep whose launcher gave up, or anything the user stopped.
+    """End a sweep whose launcher gave up, or a command that the user stopped, with one message.
 
-    Returns where there is nothing to say but the error itself.
+    Return if there is nothing to add to the error itself.
 
     Raises:
         SystemExit: with the exit status.
@@ -180,13 +186,13 @@ def end_early(error: BaseException) -> None:
     words = sweep.outcomes.folder / LAUNCHER_ERROR
     with words.open("w", encoding="utf-8") as file:
         file.writelines(traceback.format_exception(error))
-    first = (str(error).strip().splitlines() or [""])[0]
-    told = f"the launcher gave up ({type(error).__name__}: {first}). Its own words: {os.path.relpath(words)}"
-    raise SystemExit(_said(told, 1)) from None
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    message = f"the launcher gave up ({reason}). Its own words: {os.path.relpath(words)}"
+    raise SystemExit(_said(message, FAILED)) from None
 
 
 def launcher_hint(error: BaseException) -> list[str]:
-    """What to install, where the launcher that was asked for is not there."""
+    """Return what to install if the launcher is not installed; else nothing."""
     launcher = (getattr(error, "missing_cfg_file", None) or "").removeprefix("hydra/launcher/")
     if launcher not in EXTRAS:
         return []
@@ -199,7 +205,7 @@ def _said(message: str, status: int) -> int:
 
 
 def _wait_for_the_others(error: BaseException) -> None:
-    """Wait for the cells that still run or wait in a queue where the launcher gave up at one that was killed.
+    """Wait for the cells that still run or are in a queue, if the launcher gave up because one was killed.
 
     Only the launcher knows them: submitit's jobs and Ray's references are in the frame that raised. Joblib's workers
     end with it.
@@ -215,7 +221,7 @@ def _wait_for_the_others(error: BaseException) -> None:
 
 
 def expected_cells(config: DictConfig) -> list[list[str]] | None:
-    """The overrides of each cell that the sweep's overrides expand to; None for a sweeper that decides as it goes."""
+    """Return the overrides of each cell of the sweep; None if the sweeper decides as it goes."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -226,7 +232,7 @@ def expected_cells(config: DictConfig) -> list[list[str]] | None:
 
 
 def sweep_name(config: DictConfig) -> str:
-    """What a sweep is called that was given no name: what it computes, so that the same command is the same sweep."""
+    """Return the name of a sweep that was given none: its choices, so that the same command is the same sweep."""
     chosen = {each.split("=", 1)[0]: each for each in _sweep_overrides(config)}  # the command line's come last
     name = " ".join(each for key, each in chosen.items() if re.split("[.@]", key.lstrip("+~"))[0] not in LOCAL)
     name = name or "one cell"
@@ -235,14 +241,14 @@ def sweep_name(config: DictConfig) -> str:
 
 
 def _sweep_overrides(config: DictConfig) -> list[str]:
-    """Those of the sweep's file and then those of the command line."""
+    """Return the overrides of the sweep's file and then those of the command line."""
     params = config.hydra.sweeper.get("params")
     swept = params.items() if isinstance(params, DictConfig) else ()  # a sweeper of another kind may have a list
     return [f"{key!s}={value}" for key, value in swept] + list(config.hydra.overrides.task)
 
 
 def _settle_sweep_dir(config: DictConfig) -> Path:
-    """The sweep's folder as one absolute path, for workers that start in another folder."""
+    """Make the sweep's folder an absolute path, for workers that start in another folder, and return it."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     folder = Path(config.hydra.sweep.dir).absolute()
@@ -259,21 +265,17 @@ def _prepare_workers() -> None:
 
 
 def _check(config: DictConfig) -> None:
-    """Refuse what would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
+    """Refuse a choice that would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import make_results_dir
     from ovqk.config.resolve import tracking_mode
-    from ovqk.errors import UserError
 
     _collect_garbage()
-    try:
-        tracking_mode(config, os.environ.get("WANDB_MODE"))
-        make_results_dir(Path(str(config.results_dir)))
-    except UserError as error:
-        raise SystemExit(f"ovqk: {error}") from None
+    tracking_mode(config, os.environ.get("WANDB_MODE"))
+    make_results_dir(Path(str(config.results_dir)))
 
 
 def _collect_garbage() -> None:
-    """Look for garbage, as run.py does not while it imports and composes; what is there by now is none."""
+    """Turn garbage collection on again, which run.py turns off while it imports; objects made so far are exempt."""
     gc.freeze()
     gc.set_threshold(10_000)  # a task's tables and W&B's module alone are some hundred thousand objects that stay
     gc.enable()

@@ -39,18 +39,12 @@ from null_models import (
 from numpy.typing import NDArray
 from planted import FEW, LAYOUT, MANY
 
+from ovqk import wording
+
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-NULLS = {
-    "layer": "other heads of the layer",
-    "layer_all": "the same, claimed heads too",
-    "depth": "unclaimed heads of nearby layers",
-    "frame": "same spectrum, random frames",
-    "token": "other words",
-    "token_pairs": "random pairs of other words",
-}
 SMALL = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 NOISES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
 OUTCOMES = ("corroborated", "partial", "unsupported", "contradicted", "untestable")
@@ -68,7 +62,7 @@ def run(function: Callable[[Any], Any], cells: Sequence[Any], processes: int) ->
 def calibration_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Of every null and level: how often the primary predictions have p <= a, and where that is least probable."""
     primary, found = rows[rows["primary"]], []
-    for null, level in ((null, level) for null in NULLS for level in ("role", "head")):
+    for null, level in ((null, level) for null in wording.NULLS for level in ("role", "head")):
         mine = primary[(primary["null"] == null) & (primary["level"] == level)]
         if len(mine):
             opposite = {"tail, p opposite": least_likely(mine["p_opposite"].to_numpy())[2]}
@@ -172,7 +166,7 @@ def plot_calibration(rows: pd.DataFrame) -> None:
     primary = rows[rows["primary"]]
     figure, axes = plt.subplots(2, 3, figsize=(9, 6), sharex=True, sharey=True)
     a = np.geomspace(0.01, 1, 200)
-    for axis, (null, what) in zip(axes.flat, NULLS.items(), strict=True):
+    for axis, (null, what) in zip(axes.flat, wording.NULLS.items(), strict=True):
         mine = primary[primary["null"] == null]
         groups = {level: mine[mine["level"] == level]["p"].to_numpy() for level in ("role", "head")}
         n = min(len(p) for p in groups.values() if len(p))
@@ -204,7 +198,7 @@ def plot_power(table: pd.DataFrame) -> None:
             rows = table[table["role"] == role].sort_values("noise")
             left = (1 - rows["noise"]).clip(lower=nothing) * 1.012 ** (2 * place - 5)  # side by side
             bars = [rows["power"] - rows["low"], rows["high"] - rows["power"]]
-            label = "S-inhibition" if role == "s_inhibition" else role.replace("_", " ")
+            label = wording.role(role)
             axis.errorbar(left, rows["power"], yerr=bars, color=color, marker=marker, ms=4, lw=1.4, elinewidth=0.7,
                           label=label)  # fmt: skip
         axis.axhline(0.05, color="0.45", lw=1, ls="--")

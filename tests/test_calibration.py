@@ -11,11 +11,11 @@ Conservative by construction, and measured so in docs/calibration.md: `layer` (f
 import numpy as np
 import pandas as pd
 import pytest
-from calibration import NULLS
 from null_models import SURPRISE, interval, least_likely, null_cells, null_run, strained_run, tail
 from planted import SHAPES
 from support.claimed import claims, facts, predicted
 
+from ovqk import wording
 from ovqk.verdicts.nulls import head_rows
 
 SEEDS = 50  # models of every shape and task, in the full run
@@ -63,8 +63,8 @@ def test_uniform_p_values_pass_and_slightly_small_ones_do_not() -> None:
 
 def test_every_null_keeps_its_level_at_random_initialisation() -> None:
     rows = pd.concat([null_run(cell, draws=39) for cell in null_cells(range(1))])
-    assert set(rows["null"]) == set(NULLS)
-    assert set(rows[rows["level"] == "head"]["null"]) == set(NULLS) - {"layer_all"}
+    assert set(rows["null"]) == set(wording.NULLS)
+    assert set(rows[rows["level"] == "head"]["null"]) == set(wording.NULLS) - {"layer_all"}
     assert_calibrated(rows, each=False)
 
 

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovqk.figures import colours
-from ovqk.figures.colours import Scale, colour_at, nice_above, short_names, spoken
+from ovqk.figures.colours import Scale, colour_at, nice_above
 from ovqk.metrics import METRICS
+
+STRONG = ("corroborated", "partial", "unsupported", "contradicted")
 
 
 def test_a_bounded_metric_keeps_its_whole_range_so_that_models_compare() -> None:
@@ -93,12 +95,3 @@ def test_lines_stand_out_of_their_ground(place, ground) -> None:
         bright, dim = sorted((luminance(colour), luminance(ground)), reverse=True)
         contrast = (bright + 0.05) / (dim + 0.05)
         assert contrast >= 3, (colour, contrast)
-
-
-STRONG = ("corroborated", "partial", "unsupported", "contradicted")
-
-
-def test_roles_have_short_names_that_differ() -> None:
-    names = short_names(["name_mover", "negative_name_mover", "induction", "neural_mover", "name_mover"])
-    assert names == {"name_mover": "NM", "negative_name_mover": "NNM", "induction": "Ind", "neural_mover": "NM2"}
-    assert spoken("s_inhibition") == "S-inhibition" and spoken("previous_token") == "previous token"

@@ -83,13 +83,14 @@ def test_only_the_registry_tells_what_a_metric_is_from_its_name() -> None:
 
 
 FOLDERS = [
-    "errors", "memory", "config", "metrics", "checkpoints", "weights", "circuits", "structure", "tasks", "verdicts",
-    "records", "figures", "report", "tracking", "analyse", "cell", "sweep", "dashboard",
+    "errors", "whole_files", "memory", "config", "metrics", "wording", "checkpoints", "weights", "circuits",
+    "structure", "tasks", "verdicts", "records", "figures", "report", "tracking", "analyse", "cell", "sweep",
+    "dashboard",
 ]  # fmt: skip
 """Folders of the package, and its modules beside them, in the order of the data flow."""
 READERS = {"figures", "report", "tracking"}
 """Folders that show results."""
-RESULTS = {"errors", "metrics", "memory", "config", "records", *READERS}
+RESULTS = {"errors", "metrics", "wording", "whole_files", "memory", "config", "records", *READERS}
 """What these may import: records hold all there is to show."""
 
 
@@ -156,6 +157,20 @@ def of_package(package: str) -> set[str]:
 def test_wandb_and_transformer_lens_are_each_behind_one_door() -> None:
     assert of_package("wandb") == {"tracking.service"}
     assert of_package("transformer_lens") == {"weights.bridge_loading"}
+
+
+def test_a_command_is_ended_in_one_place() -> None:
+    """A user's mistake is a UserError; a sweep and a `__main__` besides end with a status of their own."""
+    ending = set()
+    for name, path in (modules() | {"run": ROOT / "run.py"}).items():
+        tree = ast.parse(path.read_text())
+        raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc]
+        called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        if any(ast.unparse(node).startswith("SystemExit") for node in raised) or any(
+            ast.unparse(function) in ("sys.exit", "exit", "quit") for function in called
+        ):
+            ending.add(name)
+    assert ending == {"errors", "sweep", "tracking.__main__"}
 
 
 def test_no_module_holds_two_nouns() -> None:

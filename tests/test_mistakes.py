@@ -8,6 +8,7 @@ from support import ROOT
 
 from ovqk.config.mistakes import LISTED, check_keys, close_names, mistakes
 from ovqk.config.schema import register
+from ovqk.errors import UserError
 
 
 def told(folder, *overrides: str) -> str:
@@ -109,7 +110,7 @@ def test_an_unknown_launcher_is_told_with_those_that_are_installed(tmp_path) -> 
 
 def test_a_group_that_is_not_there_is_no_key() -> None:
     check_keys(["hydra/launcher=laptop", "+hydra/launcher=laptop", "model.path=a/b"])
-    with pytest.raises(SystemExit, match="foo/bar: no such key"):
+    with pytest.raises(UserError, match="foo/bar: no such key"):
         check_keys(["+foo/bar=1"])
 
 
@@ -119,9 +120,9 @@ def test_a_group_that_is_not_there_is_no_key() -> None:
     ("device.name=cuda", "device.name: no such key; device is one value and has no keys."),
 ])  # fmt: skip
 def test_a_key_below_a_value_is_none(argument, message) -> None:
-    with pytest.raises(SystemExit) as found:
+    with pytest.raises(UserError) as found:
         check_keys([argument])
-    assert str(found.value) == f"ovqk: {message}"
+    assert str(found.value) == message
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ from support.wandb_stub import command, impatient, inspect, sent_tables
 
 from ovqk.cell import run_cell
 from ovqk.config.schema import TrackingMode
-from ovqk.records.record import claim, read_record, read_tracking, write_json
+from ovqk.records.record import claim, read_record, read_tracking
 from ovqk.records.results import cell_folders
 from ovqk.tracking import sweep_panels
 from ovqk.tracking import track as track_module
 from ovqk.tracking.run import Destination
 from ovqk.tracking.sweep_panels import draw, overview_config, overview_tables, read_sweeps, remember_cells, sweep_folder
 from ovqk.tracking.track import track_sweep
+from ovqk.whole_files import write_json
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_wandb")]
 NAME = "two models"

@@ -20,6 +20,7 @@ from support.models import BUNDLED, shared_model
 from support.reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, page_data
 
 from ovqk.cell import run_cell
+from ovqk.errors import UserError
 from ovqk.figures import models
 from ovqk.figures.choice import file_name, sweep_figures
 from ovqk.metrics import HEAD_METRICS
@@ -286,7 +287,7 @@ def test_what_cannot_be_reported_is_one_clear_message(results, tmp_path, kind) -
         (tmp_path / "file").touch()
         out = tmp_path / "file" / "report.html"
         wanted = f"{tmp_path / 'file'}: cannot be written ("
-    with pytest.raises(SystemExit, match=re.escape(f"ovqk: {wanted}")):
+    with pytest.raises(UserError, match=re.escape(wanted)):
         write_report(folder, out, with_figures=False)
 
 
@@ -306,8 +307,9 @@ def test_reading_and_reporting_wait_for_no_torch(results) -> None:
     """Its import takes seconds, which who reads tables in a notebook need not wait."""
     folder = results / "mini-attn" / "induction"
     code = (
-        f"import sys, ovqk; ovqk.load_results({str(folder)!r}); from ovqk import figures, portraits; "
-        f"from ovqk.records.cells import read_cells; read_cells(__import__('pathlib').Path({str(results)!r})); "
+        f"import sys, ovqk; ovqk.load_results({str(folder)!r}); from ovqk import figures, portraits, report; "
+        "from ovqk.records.cells import read_cells; from pathlib import Path; "
+        f"read_cells(Path({str(results)!r})); "
         "print([name for name in ('torch', 'transformers', 'transformer_lens', 'wandb') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
@@ -487,7 +489,5 @@ def test_a_figure_refuses_several_cells_as_one(several) -> None:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_part_of_a_results_folder_is_named_with_the_whole(several, depth) -> None:
     part = next(several.glob("/".join("*" * depth)))
-    with pytest.raises(
-        SystemExit, match=re.escape(f"{part} is a part of a results folder: give the whole, {several}.")
-    ):
+    with pytest.raises(UserError, match=re.escape(f"{part} is a part of a results folder: give the whole, {several}.")):
         write_report(part)

@@ -19,8 +19,8 @@ from support.reported import HOSTILE_MODEL, STORABLE, make_results
 from ovqk.cell import run_cell
 from ovqk.errors import UserError
 from ovqk.records.cells import read_cells
-from ovqk.records.record import write_text
 from ovqk.report.page import make_page
+from ovqk.whole_files import write_text
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

@@ -250,7 +250,7 @@ def test_a_forced_cell_that_fails_leaves_the_record_that_was_done(cli, tmp_path,
     monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
     code, printed = cli(*QUICK, "force=true")
     assert code == 1 and "Traceback" not in printed
-    assert "ovqk: results_dir=" in printed and "(No space left on device); what was there before stands." in printed
+    assert "ovqk: results_dir=" in printed and "(No space left on device). Earlier results" in printed
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
 
 

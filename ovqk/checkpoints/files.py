@@ -5,12 +5,14 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
 from ovqk.errors import UserError
+from ovqk.whole_files import write_text
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -82,13 +84,9 @@ def file_hash(path: Path) -> str:
 
 def remember(path: Path, content: Any) -> None:
     """Write JSON that can be had again: atomically, and not at all if the disk does not take it."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with suppress(OSError):  # of a read-only home or a full disk
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        pass  # a read-only home or a full disk
+        write_text(path, json.dumps(content))
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ovqk.errors import UserError
+from ovqk.errors import UserError, first_line
 
 DEFAULT = 10.0  # seconds that huggingface_hub waits if nothing is set
 CONNECT = 10.0  # seconds that making a connection may take
@@ -97,7 +97,7 @@ class Patience:
                 if self._attempts < ATTEMPTS and host not in _unreached:
                     raise
                 _unreached.add(host)
-                cause = re.sub(r"^\[.*?\] ?", "", _first_line(error))  # without an error number
+                cause = re.sub(r"^\[.*?\] ?", "", first_line(error))  # without an error number
                 self.failure = f"{host}: {cause or 'no connection in time'}"
                 raise OfflineModeIsEnabled(self.failure) from error
 
@@ -188,8 +188,4 @@ def _reason(error: BaseException, patience: Patience) -> tuple[str, bool]:
             f"not in a cache, and {silent}. Run it again, or use model=local model.path=DIR.",
             status is None,
         )
-    return f"the hub did not deliver the files ({type(error).__name__}: {_first_line(error)}). Run it again.", False
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
+    return f"the hub did not deliver the files ({type(error).__name__}: {first_line(error)}). Run it again.", False

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ovqk.whole_files import whole
+
 LONGEST_HEADER = 100_000_000  # bytes that the format allows
 LEFT_OUT = "ovqk_left_out"
 """Key in a smaller file's metadata: the names, as JSON, of the whole file's tensors that it leaves out."""
@@ -110,18 +112,11 @@ def write_part(path: Path, header: Header, names: Iterable[str], pieces: Iterato
         ValueError: the pieces are not as long as the tensors.
     """
     names = list(names)
-    for abandoned in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed
+    for abandoned in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
         abandoned.unlink(missing_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            expected = file.write(header.part(names)) + header.size(names)
-            for piece in pieces:
-                file.write(piece)
-            if file.tell() != expected:
-                raise ValueError(f"{file.tell()} bytes rather than {expected}")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path, "wb") as file:
+        expected = file.write(header.part(names)) + header.size(names)
+        for piece in pieces:
+            file.write(piece)
+        if file.tell() != expected:
+            raise ValueError(f"{file.tell()} bytes rather than {expected}")

@@ -1,4 +1,4 @@
-"""A user's mistake in a choice, as Hydra and OmegaConf report it, in one message."""
+"""One message for a mistake in a choice, made from the errors of Hydra and OmegaConf."""
 
 import difflib
 import re
@@ -12,16 +12,17 @@ from typing import Any, get_args
 import yaml
 
 from ovqk.config import schema
+from ovqk.errors import UserError
 
 LISTED = 9
-"""Names of choices that a message lists: all of them if there are no more, else the nearest."""
+"""How many names of choices a message lists; if there are more, it lists the nearest."""
 
 
 def check_keys(arguments: Iterable[str]) -> None:
-    """Refuse a mistyped key on the command line, naming the keys that are allowed where it stands.
+    """Refuse a mistyped key on the command line, and name the keys that are allowed in its group.
 
     Raises:
-        SystemExit: with one message.
+        UserError: a key is not allowed.
     """
     for argument in arguments:
         match = re.fullmatch(r"\+{0,2}([A-Za-z_][\w./-]*)=.*", argument, flags=re.DOTALL)
@@ -38,27 +39,27 @@ def check_keys(arguments: Iterable[str]) -> None:
                 hint = f" Did you mean {'.'.join([*parts[:depth], *near])}?" if near else ""
                 where = ".".join(parts[:depth])
                 scope = f" under {where}" if where else ""
-                raise SystemExit(f"ovqk: {match[1]}: no such key.{hint} Allowed{scope}: {', '.join(sorted(allowed))}.")
+                raise UserError(f"{match[1]}: no such key.{hint} Allowed{scope}: {', '.join(sorted(allowed))}.")
             inner = allowed[part]
             if parts[depth + 1 :] and _is_value(inner):
                 whole, joined = ".".join(parts[: depth + 1]), "_".join(parts[depth : depth + 2])
                 hint = f" Did you mean {'.'.join([*parts[:depth], joined])}?" if joined in allowed else ""
-                raise SystemExit(f"ovqk: {match[1]}: no such key; {whole} is one value and has no keys.{hint}")
+                raise UserError(f"{match[1]}: no such key; {whole} is one value and has no keys.{hint}")
             place = inner if isinstance(inner, type) else object
 
 
 def _is_value(kind: Any) -> bool:
-    """Whether a key of this type holds one value: no group, list or mapping."""
+    """Whether a key of this type holds one value, and is no group, list or mapping."""
     kinds = get_args(kind) if isinstance(kind, UnionType) else [kind]
     return all(isinstance(each, type) and issubclass(each, str | int | float | Enum | type(None)) for each in kinds)
 
 
 def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
-    """What Hydra or OmegaConf says of a mistaken choice: the key, what was wrong with it and what is allowed.
+    """Return the lines of a message about a mistaken choice: the key, what is wrong with it and what is allowed.
 
     Args:
-        error: the error, with what caused it.
-        folders: where the config files are, for the place of a mistake in a file.
+        error: the error that Hydra or OmegaConf raised.
+        folders: folders of config files, to tell the place of a mistake in a file.
     """
     if getattr(error, "missing_cfg_file", None):
         return [_unknown_choice(error, folders)]
@@ -86,7 +87,7 @@ def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
 
 
 def _unknown_choice(error: Any, folders: Iterable[Path]) -> str:
-    """Say which model, task or other config file is not there, which names are near, and how to see them all."""
+    """Say which model, task or other config file does not exist, which names are near, and how to see them all."""
     group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
     first, _, rest = group.partition("/")
     if first != "hydra" and rest:  # a name with a slash in it, as the hub has them
@@ -125,7 +126,7 @@ def _either(names: list[str]) -> str:
 
 
 def _places(content: Any, key: str, value: str | None, at: str = "") -> Iterator[str]:
-    """Where a file holds this value (any, where None) under a key that ends so."""
+    """Yield the places in a file that hold this value (any, if None) under a key that ends like this one."""
     pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for name, inner in pairs:
         place = f"{at}.{name}".lstrip(".")

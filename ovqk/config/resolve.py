@@ -1,4 +1,4 @@
-"""One cell's choice as typed and checked values, and configs as plain data."""
+"""Resolving a cell's choice to typed and checked values, and configs to plain data."""
 
 import re
 from dataclasses import asdict
@@ -19,10 +19,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def resolve(config: DictConfig) -> Config:
-    """The typed choice of one cell, checked as far as it can be without touching a file.
+    """Return the typed choice of one cell, checked as far as possible without reading a file.
 
     Raises:
-        UserError: a value that the schema lets through is not allowed.
+        UserError: a value has the right type but is not allowed.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if "model.name" in missing and config.model.source is Source.local:
@@ -46,7 +46,7 @@ def resolve(config: DictConfig) -> Config:
 
 
 def _at_checkpoint(config: Config) -> Config:
-    """A step of training as the revision that holds it, under a name of its own: pythia-70m-deduped-step1000."""
+    """Turn a step of training into its revision, and add it to the name: pythia-70m-deduped-step1000."""
     model = config.model
     if model.checkpoint is None:
         return config
@@ -115,7 +115,7 @@ def _check(config: Config) -> None:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain data: enums by their value."""
+    """Return a config dataclass as plain data, with each enum by its value."""
 
     def simple(value: Any) -> Any:
         if isinstance(value, Enum):
@@ -130,10 +130,10 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def tracking_mode(config: Config | DictConfig, wandb_mode: str | None) -> TrackingMode:
-    """`tracking=none` always wins, else WANDB_MODE, else the config.
+    """Return the mode of tracking: `none` if the config says so, else WANDB_MODE if it is set, else the config's.
 
     Raises:
-        UserError: WANDB_MODE is none of its known values.
+        UserError: WANDB_MODE has an unknown value.
     """
     if config.tracking.mode is TrackingMode.none or not wandb_mode:
         return config.tracking.mode

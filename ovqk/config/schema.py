@@ -1,4 +1,4 @@
-"""The schema of conf/: every key a user can set, its type and its default.
+"""The schema of conf/, with every key that a user can set, its type and its default.
 
 Hydra merges the YAML files and the command line into these dataclasses, so an unknown key or a value of the
 wrong type is refused before any work is done.
@@ -20,7 +20,7 @@ CIRCUITS: tuple[Circuit, ...] = get_args(Circuit)
 
 
 class Source(Enum):
-    """Where a model's files come from."""
+    """The origin of a model's files."""
 
     bundled = "bundled"
     local = "local"
@@ -44,7 +44,7 @@ class Embedding(Enum):
     block0 = "block0"
 
     def kind(self, layer: int) -> str:
-        """`token` or `block0`: the effective embedding that a layer is read through."""
+        """Return the effective embedding that a layer is read through, `token` or `block0`."""
         by_layer = self is Embedding.by_layer
         return "token" if self is Embedding.token or (by_layer and layer == 0) else "block0"
 
@@ -64,12 +64,12 @@ class Direction(Enum):
 
 
 class Device(Enum):
-    """Where products are computed."""
+    """The device that computes products."""
 
     cpu = "cpu"
     cuda = "cuda"
     auto = "auto"
-    """`cuda` where there is one."""
+    """`cuda` if the machine has one, else `cpu`."""
 
 
 class TrackingMode(Enum):
@@ -82,7 +82,7 @@ class TrackingMode(Enum):
 
 @dataclass
 class ModelConfig:
-    """One model: where its weights are and whose claims apply to it."""
+    """One model: the place of its weights, and the model whose claims apply to it."""
 
     name: str = MISSING
     source: Source = MISSING
@@ -99,15 +99,15 @@ class ModelConfig:
     revision: str = "main"
     """`hub`: branch, tag or commit; the commit it resolved to is in the record."""
     checkpoint: int | None = None
-    """`hub`: the step of training whose weights are read, of a model that keeps them; the last unless set."""
+    """`hub`: the step of training to read, if the repository keeps earlier ones; the last unless set."""
     checkpoints: str | None = None
-    """`hub`: the revisions that hold the steps of training, with `{checkpoint}` for the step."""
+    """`hub`: the name of the revision for a step of training, with `{checkpoint}` for the step."""
     claims: str | None = None
-    """The model whose claimed heads apply; none unless named. `local`: any, of which the checkpoint is a copy."""
+    """The model whose claimed heads apply; none unless set. `local`: any model that the checkpoint is a copy of."""
     n_ctx: int | None = None
-    """Context length, where the checkpoint does not tell."""
+    """Context length, if the checkpoint does not say."""
     causal: bool | None = None
-    """Causal attention, where the checkpoint does not tell."""
+    """Causal attention, if the checkpoint does not say."""
     trust_remote_code: bool = False
     """Run code from the checkpoint's repository; needs a `revision` that is a full commit."""
 
@@ -132,13 +132,13 @@ class PredictionConfig:
     metric: str = MISSING
     direction: Direction = Direction.high
     first_layer: str | None = None
-    """The metric that takes its place in layer 0, where that is another."""
+    """The metric that replaces it in layer 0, if another does."""
     direct_only: bool = False
-    """With learned positions, of layer 0 alone: later layers see positions through earlier heads."""
+    """With learned positions, test layer 0 alone: later layers see positions through earlier heads."""
     exploratory: bool = False
     """Reported, never part of a verdict."""
     partners: list[str] = field(default_factory=list)
-    """Of a composition: the roles whose claimed heads the head composes with."""
+    """For a composition: the roles whose claimed heads the head composes with."""
 
 
 @dataclass
@@ -192,11 +192,11 @@ class AnalysisConfig:
     components: int = 3
     """Leading components of each circuit whose tokens are read out (directions.parquet); 0 for none."""
     directions_embedding: Embedding = Embedding.token
-    """What components read tokens through (directions.parquet), as `embedding` is for task readouts."""
+    """The embedding that components read tokens through (directions.parquet); `embedding` is for task readouts."""
     rare_tokens: bool = False
-    """Special and hardly trained tokens are listed in directions.parquet too (docs/method.md)."""
+    """List special and hardly trained tokens in directions.parquet too (docs/method.md)."""
     pairs: bool = False
-    """Composition of all pairs of heads (composition.parquet, virtual_heads.parquet); else of the pairs claims name."""
+    """Compose all pairs of heads (composition.parquet, virtual_heads.parquet), not only those that claims name."""
 
 
 @dataclass
@@ -233,17 +233,17 @@ class Config:
     seed: int = 0
     results_dir: str = "results"
     sweep: str | None = None
-    """The name of the sweep, which groups its W&B runs; what it varies unless set."""
+    """The sweep's name, which groups its W&B runs; unless set, it is made of the keys that the sweep varies."""
     force: bool = False
     device: Device = Device.cpu
     hub_timeout: float = 60.0
-    """Seconds without anything new from the hub after which it is given up."""
+    """Seconds without any data from the hub before the download is given up."""
     cache: bool = True
-    """Keep what of a model depends on no task, for cells of other tasks."""
+    """Keep a model's decomposition, which depends on no task, for cells of other tasks."""
     cache_dir: str | None = None
     """The user's cache folder unless set."""
     cache_gb: float = 5.0
-    """Gigabytes that the cache may have; beyond them what was longest unused goes."""
+    """Gigabytes that the cache may have; beyond them, the entries that were unused the longest are removed."""
 
 
 def register() -> None:

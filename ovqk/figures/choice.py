@@ -1,4 +1,4 @@
-"""Which figures show a folder of results: of all models together, and of each cell."""
+"""The choice of figures for a folder of results: for all models together, and for each cell."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,13 +9,13 @@ from ovqk.figures import models, portraits
 from ovqk.records.cells import Cell, labels, weights_labels
 
 STRUCTURE = ("ov_copying", "qk_matching", "qk_symmetry", "qk_positional_share", "ov_copying_residual")
-"""Metrics that an atlas of all models is drawn of, beside what each task's roles predict first."""
+"""Metrics that have an atlas of all models, in addition to the primary metrics of each task's roles."""
 
 
 def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
-    """Name and figure of what shows all models together: verdicts, effects, depth, and atlases of each task.
+    """Yield names and figures of all models together: verdicts, effects, depth, and atlases of each task.
 
-    Made one at a time, so that a caller who saves each holds no more than one.
+    They are made one at a time, so that a caller who saves each holds only one.
     """
     verdicts = _joined(cells, "verdicts", labels(cells))
     of_weights = weights_labels(cells)
@@ -37,7 +37,7 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
 
 
 def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
-    """Name and figure of what shows one cell: its circuit, and a sheet of the first head of each claimed role."""
+    """Yield names and figures of each cell: its circuit, and a sheet for the leading head of each claimed role."""
     for cell, label in zip(cells, labels(cells), strict=True):
         verdicts = cell.tables.get("verdicts")
         if verdicts is None:
@@ -60,7 +60,7 @@ PAIR = ["mode", "sender_layer", "sender_head", "receiver_layer", "receiver_head"
 
 
 def _leading(verdicts: pd.DataFrame) -> list[tuple[int, int]]:
-    """Of each role the head that stands out most of its layer; the first of them where none can be compared."""
+    """Return for each role the head that stands out most in its layer; its first head if none can be compared."""
     heads = verdicts[verdicts["kind"] == "head"]
     heads = (
         heads.sort_values("effect", ascending=False, kind="stable", na_position="last")
@@ -77,7 +77,7 @@ def _atlas_metrics(heads: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
 
 
 def _joined(cells: Sequence[Cell], name: str, models: Sequence[str]) -> pd.DataFrame:
-    """One table of several cells, with what their models are called, task and id; empty where none has it."""
+    """Return one table of several cells with the label of their model, task and id; empty if no cell has it."""
     parts = [
         cell.tables[name].assign(model=model, task=cell.record["task"], cell_id=cell.record["cell_id"])
         for cell, model in zip(cells, models, strict=True)
@@ -87,13 +87,13 @@ def _joined(cells: Sequence[Cell], name: str, models: Sequence[str]) -> pd.DataF
 
 
 def _title(cell: Cell, cells: Sequence[Cell]) -> list[str]:
-    """What a cell's files are called by: model and task, and the id where another cell has both."""
+    """Return the parts of a cell's file names: model and task, and the id if another cell has both."""
     alone = sum(other.place == cell.place and "verdicts" in other.tables for other in cells) == 1
     return [*cell.place] if alone else [*cell.place, cell.record["cell_id"]]
 
 
 def file_name(*parts: str) -> str:
-    """A file's name of these parts, of letters that any system takes."""
+    """Return a file name of these parts, with letters that any system allows."""
     return "_".join(
         "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in part) for part in parts
     )

@@ -1,7 +1,7 @@
 """Colours, marks and scales of the figures and of the page: the same in both, and safe for colour-blind readers.
 
-Blue and orange are the two ends of what points either way, grey is what points nowhere; what a colour says, a shape,
-a dash or a label says too. Categories follow those of Okabe & Ito (2008), darker where a line on white would be faint.
+Blue and orange are the two ends of a diverging scale, and grey is its centre. A shape, a dash or a label repeats what a
+colour says. Categories follow those of Okabe & Ito (2008), darker where a line on white would be faint.
 """
 
 import math
@@ -27,7 +27,7 @@ DIVERGING_DARK = (
 CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#b0578d", "#2e97d0", "#b87d00", "#5b5b5b", "#44338f")
 CATEGORIES_DARK = ("#4aa8e8", "#ff8b47", "#2fc99b", "#e08fc0", "#9ad7ff", "#f2b84b", "#a8a8a8", "#a79bf0")
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
-"""Of lines, when there are more of them than categories; SVG's notation."""
+"""Dashes of lines, if there are more lines than categories, in SVG's notation."""
 MISSING, MISSING_DARK = "#e3e3e3", "#3f4247"
 VERDICT_COLOURS = {
     "corroborated": ("#0b5394", "#6db3f2"),
@@ -63,7 +63,7 @@ class Scale:
 
     @classmethod
     def of(cls, name: str, values: Iterable[float]) -> "Scale":
-        """The scale of a metric, for the values there are (nan and infinite ones are passed over).
+        """Return the scale of a metric for these values (nan and infinite ones are ignored).
 
         A bounded metric keeps its whole range, so that pages and figures compare, unless its values fill little of it.
         A metric with a chance level, or that may have either sign, diverges about it.
@@ -86,7 +86,7 @@ class Scale:
         return cls("diverging", centre - reach, centre, centre + reach)
 
     def position(self, value: float) -> float:
-        """Where a value lies on the scale, in [0, 1]; nan for nan."""
+        """Return the place of a value on the scale, in [0, 1]; nan for nan."""
         if math.isnan(value):
             return math.nan
         if self.kind == "ratio":
@@ -105,7 +105,7 @@ def _centre(metric: Metric) -> float | None:
 
 
 def nice_above(value: float) -> float:
-    """The least round number that is not below a positive value; 1 for what is not positive."""
+    """Return the least round number that is not below a positive value; 1 for other values."""
     if value <= 0:
         return 1.0
     unit = 10.0 ** math.floor(math.log10(value))
@@ -113,14 +113,14 @@ def nice_above(value: float) -> float:
 
 
 def stops(kind: str, dark: bool = False) -> tuple[str, ...]:
-    """The colours of a kind of scale, evenly spaced from low to high."""
+    """Return the colours of a kind of scale, evenly spaced from low to high."""
     if kind == "sequential":
         return SEQUENTIAL
     return DIVERGING_DARK if dark else DIVERGING
 
 
 def colour_at(place: float, colours: Sequence[str]) -> str:
-    """The colour at a place in [0, 1], linear between evenly spaced stops."""
+    """Return the colour at a place in [0, 1], linear between evenly spaced stops."""
     at = place * (len(colours) - 1)
     left = min(int(at), len(colours) - 2)
     pairs = zip(_rgb(colours[left]), _rgb(colours[left + 1]), strict=True)
@@ -140,22 +140,3 @@ def is_dark(colour: str) -> bool:
 
 def _rgb(colour: str) -> tuple[int, int, int]:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
-
-
-def spoken(name: str) -> str:
-    """A role, verdict or null as a person reads it: `name_mover` is `name mover`, `s_inhibition` is `S-inhibition`."""
-    return "S-inhibition" if name == "s_inhibition" else name.replace("_", " ")
-
-
-def short_names(roles: Iterable[str]) -> dict[str, str]:
-    """Role -> a few letters that stand for it in a picture, all different: `name_mover` is NM, `induction` is Ind."""
-    found: dict[str, str] = {}
-    for role in dict.fromkeys(roles):
-        words = role.split("_")
-        short = "".join(word[:1].upper() for word in words) if len(words) > 1 else role[:3].capitalize()
-        number = 2
-        unique = short
-        while unique in found.values():
-            unique, number = f"{short}{number}", number + 1
-        found[role] = unique
-    return found

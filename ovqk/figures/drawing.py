@@ -1,7 +1,7 @@
-"""Panels on Matplotlib axes: the parts that the figures are made of. Each draws what it is given and returns nothing.
+"""Panels on Matplotlib axes, which the figures are made of. Each function draws its data and returns nothing.
 
-No state of pyplot is touched. Texts of records are drawn as text: no mathematics is read into them, and what the font
-has no picture for is escaped.
+No state of pyplot is touched. Texts of records are drawn as plain text without mathematics, and letters that the font
+lacks are escaped.
 """
 
 import math
@@ -20,6 +20,7 @@ from matplotlib.patches import Circle, Rectangle, Wedge
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
+from ovqk import wording
 from ovqk.figures import colours
 from ovqk.figures.colours import CATEGORIES, DIVERGING, VERDICT_COLOURS, Scale, colour_at
 
@@ -27,7 +28,7 @@ INK, MUTED, LINE, FAINT, WARN = "#1d2025", "#5c626c", "#c6cad0", "#e8e9eb", "#a8
 BLUE = CATEGORIES[0]
 BAND = "#c9ccd2"
 HALO: Any = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"}
-"""Behind a text that lines or dots would cross."""
+"""The box behind a text that lines or dots would cross."""
 STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 13, "text.color": INK, "axes.titlesize": 14, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.titlepad": 10, "axes.labelcolor": MUTED, "axes.edgecolor": LINE,
@@ -38,15 +39,6 @@ STYLE: Any = {
 }  # fmt: skip
 MARKERS = dict.fromkeys(VERDICT_COLOURS, "o") | {"contradicted": "X", "untestable": "_", "out_of_scope": "."}
 DECADES = 3  # of modulus, from the rim of the complex plane to its centre
-NULL_NAMES = {
-    "layer": "other heads of its layers",
-    "layer_all": "the same, claimed ones too",
-    "depth": "heads of nearby layers",
-    "frame": "same spectrum, random frames",
-    "token": "other words",
-    "token_pairs": "random pairs of words",
-}
-MODE_NAMES = {"q": "Q: into queries", "k": "K: into keys", "v": "V: into values"}
 SHARES = {
     "key position": {f"qk_share_{query}_position": f"{query} query" for query in ("constant", "content", "position")},
     "key content": {f"qk_share_{query}_content": f"{query} query" for query in ("constant", "content", "position")},
@@ -80,7 +72,7 @@ def _drawable() -> frozenset[int]:
 
 
 def legible(text: str, most: int = 40) -> str:
-    """A text of a record for a figure: cut, its dollars no mathematics, what has no picture or turns text escaped."""
+    """Return a text of a record for a figure: cut, without mathematics, with letters that the font lacks escaped."""
 
     def letter(one: str) -> str:
         if one == "$":
@@ -94,26 +86,26 @@ def legible(text: str, most: int = 40) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number as a figure says it; `unavailable` for what is not there."""
+    """Return a number as a figure shows it; `unavailable` for a missing one."""
     if value is None or not math.isfinite(value):
         return "unavailable"
     return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def unavailable(axes: Axes, title: str, reason: str = "") -> None:
-    """A panel without values that says so."""
+    """Draw a panel that says that its values are unavailable."""
     empty(axes, title, "unavailable" + (f": {reason}" if reason else ""))
 
 
 def empty(axes: Axes, title: str, text: str) -> None:
-    """A panel that holds a sentence."""
+    """Draw a panel that holds a sentence."""
     axes.set_axis_off()
     axes.set_title(title)
     axes.text(0, 0.92, legible(text, 90), transform=axes.transAxes, style="italic", color=MUTED, va="top")
 
 
 def mark(axes: Axes, x: float, y: float, verdict: str, size: int = 9, shift: tuple[float, float] = (0.0, 0.0)) -> None:
-    """The mark of a verdict: its shape says what its colour says; shifted from the place by so many points."""
+    """Draw the mark of a verdict, whose shape says the same as its colour, shifted from its place by some points."""
     moved = ScaledTranslation(shift[0] / 72, shift[1] / 72, axes.get_figure().dpi_scale_trans)  # type: ignore[union-attr]
     colour = VERDICT_COLOURS[verdict][0]
     filled = verdict in ("corroborated", "contradicted", "out_of_scope")
@@ -131,13 +123,13 @@ def mark(axes: Axes, x: float, y: float, verdict: str, size: int = 9, shift: tup
 def eigenvalue_plane(
     axes: Axes, eigenvalues: Sequence[complex] | np.ndarray, ends: tuple[str, str], title: str
 ) -> None:
-    """Eigenvalues with their angle as it is and their modulus by its logarithm, as Elhage et al. 2021 draw them.
+    """Draw eigenvalues by their angle and the logarithm of their modulus, as in Elhage et al. 2021.
 
     Args:
-        axes: where to.
-        eigenvalues: of one head.
-        ends: what it means that they lie on the left and on the right.
-        title: of the panel.
+        axes: the panel.
+        eigenvalues: the eigenvalues of one head.
+        ends: the meaning of the left and of the right side.
+        title: the panel's title.
     """
     values = np.asarray(eigenvalues, dtype=complex)
     size = np.abs(values)
@@ -170,7 +162,7 @@ def eigenvalue_plane(
 
 
 def clear_way(spots: np.ndarray, rings: Sequence[float]) -> complex:
-    """The direction in which the rings' labels lie farthest from the eigenvalues that are drawn."""
+    """Return the direction in which the rings' labels lie farthest from the drawn eigenvalues."""
     ways = np.exp(1j * np.deg2rad([45, 60, 30, 75, 120, 135, 105, 150]))
     labels = np.multiply.outer(ways, rings)
     nearest = np.abs(labels[..., None] - spots).min(axis=-1).min(axis=-1) if len(rings) and len(spots) else ways.real
@@ -178,7 +170,7 @@ def clear_way(spots: np.ndarray, rings: Sequence[float]) -> complex:
 
 
 def ratio_gauge(axes: Axes, value: float, quantiles: Mapping[float, float] | None, title: str) -> None:
-    """A ratio on [-1, 1], and 5 to 95 % of its frame null (quantile -> value) where there is one."""
+    """Draw a ratio on [-1, 1], and 5 to 95 % of its frame null (quantile -> value) if there is one."""
     axes.plot([-1, 1], [0, 0], color=LINE, lw=1, zorder=1)
     if quantiles:
         axes.add_patch(Rectangle((quantiles[0.05], -0.3), quantiles[0.95] - quantiles[0.05], 0.6, color=BAND, lw=0))
@@ -193,7 +185,7 @@ def ratio_gauge(axes: Axes, value: float, quantiles: Mapping[float, float] | Non
 
 
 def singular_curve(axes: Axes, own: Sequence[float], every: np.ndarray, title: str) -> None:
-    """sigma_k / sigma_1 of a head against k, with the middle 90 % and the median of all heads [head, k]."""
+    """Draw sigma_k / sigma_1 of a head against k, with the middle 90 % and the median of all heads [head, k]."""
     sigma = np.asarray(own, dtype=float)
     k = np.arange(1, len(sigma) + 1)
     first = every[:, :1]
@@ -221,7 +213,7 @@ def singular_curve(axes: Axes, own: Sequence[float], every: np.ndarray, title: s
 def symmetry_scatter(
     axes: Axes, heads: pd.DataFrame, layer: int, head: int, claimed: Sequence[tuple[int, int]]
 ) -> None:
-    """QK symmetry against the measured positional share, a dot for each head of the model."""
+    """Draw QK symmetry against the measured positional share, with a dot for each head of the model."""
     x, y = heads["qk_symmetry"], heads["qk_positional_share"]
     places = list(zip(heads["layer"], heads["head"], strict=True))
     shades = [BLUE if place in set(claimed) else MUTED for place in places]
@@ -243,7 +235,7 @@ def symmetry_scatter(
 
 
 def share_bars(axes: Axes, row: Mapping[Any, Any]) -> None:
-    """The shares of the QK score's variance over keys, as bars in groups."""
+    """Draw the shares of the QK score's variance over keys, as bars in groups."""
     kinds = (SHARES, ROTARY_SHARES)
     parts = next(
         (kind for kind in kinds if any(math.isfinite(row.get(name, math.nan)) for g in kind.values() for name in g)),
@@ -280,7 +272,7 @@ def share_bars(axes: Axes, row: Mapping[Any, Any]) -> None:
 
 
 def offset_line(axes: Axes, offsets: Sequence[int], scores: Sequence[float]) -> None:
-    """The positional part of the mean score by offset; the previous token is marked."""
+    """Draw the positional part of the mean score by offset, with a mark at the previous token."""
     axes.plot(offsets, scores, "o-" if len(offsets) <= 130 else "-", color=BLUE, ms=3.5, lw=1.8)
     if len(offsets) > 130:
         axes.set_xscale("symlog", linthresh=4)
@@ -310,7 +302,7 @@ def null_strip(
     unit: str,
     bounds: tuple[float, float],
 ) -> None:
-    """Nulls as strips (range, 5 to 95 %, median) with the value on each, and p and q beside it.
+    """Draw nulls as strips (range, 5 to 95 %, median) with the value on each, and p and q beside it.
 
     Args:
         axes: where to.
@@ -359,7 +351,7 @@ def null_strip(
             fontsize=11.5,
             color=INK if decides else MUTED,
         )
-    axes.set_yticks(range(len(tests)), [NULL_NAMES.get(name, name) for name in tests["null"]])
+    axes.set_yticks(range(len(tests)), [wording.null(name) for name in tests["null"]])
     axes.set(xlim=bounds, ylim=(len(tests) - 0.5, -0.5))
     if unit == "percentile":
         axes.set_xticks([0, 0.5, 1], ["0 %", "percentile", "100 %"])
@@ -371,9 +363,9 @@ def null_strip(
 
 
 def partner_bars(axes: Axes, found: pd.DataFrame, side: str, title: str) -> None:
-    """Compositions with heads on one side (`sender`, `receiver`), by mode; the line is random weights."""
+    """Draw compositions with heads on one side (`sender`, `receiver`), by mode; the line marks random weights."""
     labels, y = [], 0.0
-    for mode, name in MODE_NAMES.items():
+    for mode, name in wording.MODES.items():
         rows = found[found["mode"] == mode].sort_values("score", ascending=False, kind="stable")
         if not len(rows):
             continue
@@ -400,13 +392,13 @@ ATLAS_WIDTH = 240  # points, of an atlas in its figure
 
 
 def _fitting(lines: Sequence[str], width: float) -> float:
-    """The size at which bold capitals fit into a square so many points wide, 10 at most."""
+    """Return the size, 10 at most, at which bold capitals fit into a square of this width in points."""
     longest = max((len(line) for line in lines), default=1)
     return min(10.0, width / (0.78 * longest), width / (1.15 * max(1, len(lines))))
 
 
 def atlas_grid(axes: Axes, values: np.ndarray, scale: Scale, marks: Mapping[tuple[int, int], str], title: str) -> None:
-    """Heads [layer, head] as squares coloured on a scale; marked ones are ringed and lettered; nan is crossed out."""
+    """Draw heads [layer, head] as squares on a colour scale; marked ones are ringed and named, nan is crossed out."""
     n_layers, n_heads = values.shape
     stops = colours.stops(scale.kind)
     for (layer, head), value in np.ndenumerate(values):

@@ -6,8 +6,8 @@
     models.effects(tables["verdicts"]).savefig("effects.svg")
 
 Tables of several cells, as of `load_results`, are told apart by their columns `model` and `task`; those of one cell
-(`ovqk.load_table`) need neither. Figures of one head are in `ovqk.portraits`. What has no value is said to be
-unavailable, never drawn as zero.
+(`ovqk.load_table`) need neither. Figures of one head are in `ovqk.portraits`. A missing value is shown as
+unavailable, never as zero.
 """
 
 import math
@@ -26,8 +26,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
+from ovqk import wording
 from ovqk.figures import colours, drawing
-from ovqk.figures.colours import CATEGORIES, VERDICT_COLOURS, Scale, spoken
+from ovqk.figures.colours import CATEGORIES, VERDICT_COLOURS, Scale
 from ovqk.figures.drawing import HALO, INK, LINE, MUTED, STYLE, legible, styled
 from ovqk.metrics import METRICS
 from ovqk.records.comparison import DEPTH_METRICS, relative_depth
@@ -39,7 +40,7 @@ STEP = 1.5  # from layer to layer of a circuit
 INCHES = (0.95, 0.76)  # of a circuit's units across and upwards
 CLEARANCE = 0.26  # inches between an arrow and the middle of a head that it passes
 WAYS: dict[str, tuple[Any, float]] = {"q": ("-", -0.12), "k": ((0, (5, 2.5)), 0.0), "v": ((0, (1.2, 1.6)), 0.12)}
-"""Of a composition's arrow: its dash and how much it bends."""
+"""Kind of composition -> its arrow's dash and bend."""
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -61,7 +62,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 @styled
 def verdict_counts(verdicts: pd.DataFrame) -> Figure:
-    """Models x tasks: the claimed heads by verdict, a bar of parts as wide as their shares, each with its count."""
+    """Draw models x tasks: the claimed heads by verdict, as a bar of shares, each with its count."""
     _one_cell_each(verdicts, ["model", "task"])
     heads = verdicts[verdicts["kind"] == "head"]
     models, tasks = _names(verdicts, "model"), _names(verdicts, "task")
@@ -96,7 +97,7 @@ def _count_bar(axes: Axes, y: int, counts: pd.Series) -> None:
 
 @styled
 def effects(verdicts: pd.DataFrame) -> Figure:
-    """A row per claimed role: AUC within layers with its 95 % interval, chance at 0.5, the mark of the verdict, q."""
+    """Draw a row per claimed role: AUC within layers with its 95 % interval, chance at 0.5, the verdict's mark, q."""
     rows = verdicts[verdicts["kind"] == "role"].reset_index(drop=True)
     rows = rows.sort_values("task", kind="stable", ignore_index=True) if "task" in rows else rows
     several = {key: len(_names(rows, key)) > 1 for key in ("task", "model")}
@@ -106,7 +107,7 @@ def effects(verdicts: pd.DataFrame) -> Figure:
     labels = []
     for y, row in enumerate(rows.to_dict("records")):
         place = [row[key] for key in ("task", "model") if several[key]]
-        labels.append(legible(" · ".join([*place, spoken(row["role"])]), 60))
+        labels.append(legible(" · ".join([*place, wording.role(row["role"])]), 60))
         if _is_number(row["effect"]):
             if _is_number(row["ci_low"]) and _is_number(row["ci_high"]):
                 colour = VERDICT_COLOURS[row["verdict"]][0]
@@ -114,7 +115,7 @@ def effects(verdicts: pd.DataFrame) -> Figure:
             drawing.mark(axes, row["effect"], float(y), row["verdict"], size=10)
         else:
             axes.text(0, y, " unavailable", va="center_baseline", color=MUTED, style="italic", fontsize=12, bbox=HALO)
-        said = spoken(row["verdict"]) + (f" ({row['flags']})" if row.get("flags") else "")
+        said = wording.verdict(row["verdict"], row.get("flags"))
         said += f", q {row['q']:.2g}" if _is_number(row["q"]) else ""
         where: Any = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 12}
         axes.annotate(said, (1, y), (16, 0), xycoords=("axes fraction", "data"), **where)
@@ -128,7 +129,7 @@ def effects(verdicts: pd.DataFrame) -> Figure:
 
 @styled
 def depth_curves(heads: pd.DataFrame, metrics: Sequence[str] = DEPTH_METRICS) -> Figure:
-    """Metrics against relative depth: a line per model through the means of its layers, a dot for every head."""
+    """Draw metrics against relative depth: a line per model through the means of its layers, a dot for every head."""
     there = [name for name in metrics if name in heads and heads[name].notna().any()]
     lines = [(model, _first_with(part, there)) for model, part in _parts(heads, "model")]
     n_rows = max(1, math.ceil(len(there) / COLUMNS))
@@ -164,7 +165,7 @@ def depth_curves(heads: pd.DataFrame, metrics: Sequence[str] = DEPTH_METRICS) ->
 
 @styled
 def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None) -> Figure:
-    """A grid of layers x heads per model, coloured by one metric on one scale; claimed heads are ringed and lettered.
+    """Draw a grid of layers x heads per model, coloured by one metric on one scale, with claimed heads ringed.
 
     Args:
         heads: of one task, one cell per model.
@@ -187,20 +188,20 @@ def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None
     panels = list(figure.subplots(n_rows, columns, squeeze=False).flat)
     for axes in panels[len(parts) :]:
         axes.set_axis_off()
-    shorts = colours.short_names(verdicts["role"]) if verdicts is not None else {}
+    shorts = wording.short_roles(verdicts["role"]) if verdicts is not None else {}
     for axes, (model, part) in zip(panels, parts, strict=False):
         grid = part.pivot(index="layer", columns="head", values=metric).to_numpy(float)
         drawing.atlas_grid(axes, grid, scale, _marks(verdicts, model, shorts), legible(model, 24))
     if parts:
         _colour_bar(figure, panels, scale, METRICS[metric].title)
-    lines = wrapped_lines([f"{short}  {spoken(role)}" for role, short in shorts.items()], 48 * columns)
+    lines = wrapped_lines([f"{short}  {wording.role(role)}" for role, short in shorts.items()], 48 * columns)
     lines += [f"unavailable: {', '.join(absent)}"] if absent else []
     figure.supxlabel("\n".join(legible(line, 200) for line in lines), fontsize=12, color=MUTED)
     return figure
 
 
 def wrapped_lines(parts: Iterable[str], most: int) -> list[str]:
-    """Parts beside each other, in lines of so many letters."""
+    """Join parts to lines of at most so many letters."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 4 + len(part) <= most:
@@ -243,7 +244,7 @@ def _colour_bar(figure: Figure, panels: Any, scale: Scale, title: str) -> None:
 
 @styled
 def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> Figure:
-    """Claimed heads of one cell by role and layer, joined where a later one reads more of an earlier one than random.
+    """Draw the claimed heads of one cell by role and layer, joined if a later one reads an earlier one above random.
 
     Args:
         verdicts: of one cell.
@@ -264,16 +265,18 @@ def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> 
         axes.text(-0.25, place * STEP, f"layer {layer}", ha="right", va="center", color=MUTED, fontsize=12)
     together = verdicts[verdicts["kind"] == "role"].set_index("role")["verdict"]
     for role, x in zip(roles, centres, strict=True):
-        axes.text(x, top + 1.05, legible(spoken(role)), ha="center", va="bottom", fontweight="bold")
-        axes.text(x, top + 0.97, spoken(together.get(role, "")), ha="center", va="top", color=MUTED, fontsize=11)
+        axes.text(x, top + 1.05, legible(wording.role(role)), ha="center", va="bottom", fontweight="bold")
+        axes.text(
+            x, top + 0.97, wording.verdict(together.get(role, "")), ha="center", va="top", color=MUTED, fontsize=11
+        )
     _edges(axes, spots, composition)
     for row in home.to_dict("records"):
         x, y = spots[row["layer"], row["head"]]
         _node(axes, x, y, f"{row['layer']}.{row['head']}", row["verdict"])
         mine = heads[(heads["layer"] == row["layer"]) & (heads["head"] == row["head"]) & (heads["role"] != row["role"])]
         if len(mine):
-            also = legible("also " + ", ".join(map(spoken, mine["role"])), 60)
-            above = row["layer"] == layers[-1]  # where no arrow leaves, and below none that arrives
+            also = legible("also " + ", ".join(map(wording.role, mine["role"])), 60)
+            above = row["layer"] == layers[-1]  # no arrow leaves there, and below there is none that arrives
             where: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 10, "bbox": HALO}
             where |= {"va": "bottom" if above else "top", "color": MUTED, "zorder": 4}
             axes.annotate(also, (x, y), (0, 21 if above else -20), **where)
@@ -285,11 +288,11 @@ def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> 
 
 Spot = tuple[float, float]
 Spots = dict[tuple[int, int], Spot]
-"""(layer, head) -> where it is drawn."""
+"""(layer, head) -> its place in the figure."""
 
 
 def _spots(home: pd.DataFrame, roles: Sequence[str], layers: Sequence[int]) -> tuple[Spots, list[float], float]:
-    """Where each head is drawn, the middle of each role's column, and how wide all columns are."""
+    """Return each head's place, the middle of each role's column, and the width of all columns."""
     spots: Spots = {}
     centres = []
     left = 0.0
@@ -317,7 +320,7 @@ def _node(axes: Axes, x: float, y: float, label: str, verdict: str) -> None:
 
 
 def _edges(axes: Axes, spots: Spots, composition: pd.DataFrame | None) -> None:
-    """Arrows between heads that are drawn, where the composition is above random."""
+    """Draw arrows between the heads if their composition is above random."""
     if composition is None:
         return
     ends = [f"{end}_{part}" for end in ("sender", "receiver") for part in ("layer", "head")]
@@ -344,12 +347,12 @@ def _edges(axes: Axes, spots: Spots, composition: pd.DataFrame | None) -> None:
     if found:
         modes = [mode for mode in WAYS if any(mode == other for _, _, other, _ in found)]
         handles = [Line2D([], [], color=colours.MODES[mode][0], ls=WAYS[mode][0], lw=2.4) for mode in modes]
-        names = [drawing.MODE_NAMES[mode] for mode in modes]
+        names = [wording.MODES[mode] for mode in modes]
         axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3)
 
 
 def clear_bend(start: Spot, end: Spot, bend: float, others: Sequence[Spot], taken: Sequence[float]) -> float:
-    """The bend nearest to the one wanted with which an arrow passes no other head; what passes best where none does.
+    """Return the bend nearest to the wanted one with which an arrow passes no other head; the best one if none does.
 
     Bends that are taken, by arrows of other kinds between the same heads, are left to them.
     """
@@ -373,7 +376,7 @@ def clear_bend(start: Spot, end: Spot, bend: float, others: Sequence[Spot], take
 
 
 def _one_cell_each(table: pd.DataFrame, keys: list[str]) -> None:
-    """Refuse what would be drawn as one: cells of another seed, processing or analysis."""
+    """Refuse cells of other seeds, processings or analyses, which would be drawn as one."""
     if not {"cell_id", *keys} <= set(table):
         return
     n_cells = table.groupby(keys, sort=False)["cell_id"].nunique()
@@ -400,7 +403,7 @@ def _parts(table: pd.DataFrame, key: str) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _first_with(part: pd.DataFrame, metrics: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Metric -> the rows of the first of a model's cells that has it."""
+    """Return metric -> the rows of the first of a model's cells that has it."""
     cells = [cell for _, cell in _parts(part, "cell_id")]
     found = {
         name: next((cell for cell in cells if name in cell and cell[name].notna().any()), None) for name in metrics
@@ -417,4 +420,4 @@ def _verdict_legend(figure: Figure, there: pd.Series) -> None:
         for name in names
     ]  # fmt: skip
     if handles:
-        figure.legend(handles, [spoken(name) for name in names], loc="outside lower center", ncols=len(names))
+        figure.legend(handles, [wording.verdict(name) for name in names], loc="outside lower center", ncols=len(names))

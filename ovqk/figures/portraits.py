@@ -19,37 +19,30 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from ovqk import wording
 from ovqk.figures import drawing
-from ovqk.figures.colours import spoken
 from ovqk.figures.drawing import INK, MUTED, legible, styled
 from ovqk.metrics import HEAD_METRICS, METRICS
 
 Tables = Mapping[str, pd.DataFrame | None]
 TABLES = ("heads", "spectra", "directions", "offsets", "composition", "tests", "nulls", "verdicts")
 ENDS = {("ov", "vocab"): ("suppresses", "copies"), ("qk", "vocab"): ("avoids it", "same token")}
-"""What it means that eigenvalues lie left and right; in residual space no more than that."""
+"""The meaning of eigenvalues on the left and on the right; in residual space they have none."""
 RATIOS = {
     ("ov", "vocab"): "ov_copying",
     ("ov", "residual"): "ov_copying_residual",
     ("qk", "vocab"): "qk_matching",
     ("qk", "residual"): "qk_matching_residual",
 }
-PAIRS = {
-    "q_composition": "Q-composition",
-    "k_composition": "K-composition",
-    "v_composition": "V-composition",
-    "k_composed_matching": "K-composed matching",
-}
 SHOWN_COMPONENTS, SHOWN_TOKENS, SHOWN_PARTNERS = 3, 5, 5
-ARROWS = {"high": "↑", "low": "↓"}
 
 
 @styled
 def eigenvalues(tables: Tables, layer: int, head: int, circuit: str = "ov", space: str | None = None) -> Figure:
-    """The eigenvalues of a circuit in the complex plane, angle kept and modulus by its logarithm.
+    """Draw the eigenvalues of a circuit in the complex plane, by angle and logarithm of the modulus.
 
     The form is that of Elhage et al. 2021. Below: sum lambda / sum |lambda|, with 5 to 95 % and the median of the frame
-    null (heads of the same singular values between random frames) where the head's role predicts the ratio.
+    null (heads of the same singular values between random frames) if the head's role predicts the ratio.
 
     Args:
         tables: spectra and heads; tests and nulls for the band.
@@ -65,7 +58,7 @@ def eigenvalues(tables: Tables, layer: int, head: int, circuit: str = "ov", spac
 
 @styled
 def singular_values(tables: Tables, layer: int, head: int, circuit: str = "ov") -> Figure:
-    """sigma_k / sigma_1 of W_OV or W_QK against k, with the middle 90 % and the median of the model's heads."""
+    """Draw sigma_k / sigma_1 of W_OV or W_QK against k, with the middle 90 % and the median of the model's heads."""
     figure = Figure(figsize=(5.6, 4.4), layout="constrained")
     _singular_values(figure.subplots(), tables, layer, head, circuit)
     return figure
@@ -73,7 +66,7 @@ def singular_values(tables: Tables, layer: int, head: int, circuit: str = "ov") 
 
 @styled
 def position_or_content(tables: Tables, layer: int, head: int, reasons: Mapping[str, str] | None = None) -> Figure:
-    """QK symmetry beside the measured shares of position, and the mean score by offset."""
+    """Draw QK symmetry beside the measured shares of position, and the mean score by offset."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     _positions(figure.subplots(1, 3), tables, layer, head, reasons or {})
     return figure
@@ -81,7 +74,7 @@ def position_or_content(tables: Tables, layer: int, head: int, reasons: Mapping[
 
 @styled
 def partners(tables: Tables, layer: int, head: int) -> Figure:
-    """The strongest compositions of the head: what it reads from, and what reads it (Elhage et al. 2021)."""
+    """Draw the strongest compositions of the head: heads it reads from, and heads that read it (Elhage et al. 2021)."""
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     _partners(figure.subplots(1, 2), tables, layer, head)
     return figure
@@ -89,9 +82,9 @@ def partners(tables: Tables, layer: int, head: int) -> Figure:
 
 @styled
 def null_strips(tables: Tables, layer: int | None, head: int | None, role: str | None = None) -> Figure:
-    """Every test of a head (of a role where layer and head are None) on its null: range, 5 to 95 %, median and value.
+    """Draw every test of a head (of roles if layer and head are None) on its null: range, 5 to 95 %, median, value.
 
-    A filled dot is one that counts for the verdict, blue where q < 0.05. The null `depth` compares values standardised
+    A filled dot is one that counts for the verdict, blue if q < 0.05. The null `depth` compares values standardised
     within their layers, so the head is drawn at its percentile.
     """
     groups = _strips(tables, layer, head, role)
@@ -104,7 +97,7 @@ def null_strips(tables: Tables, layer: int | None, head: int | None, role: str |
 
 @styled
 def components(tables: Tables, layer: int, head: int, circuit: str = "ov") -> Figure:
-    """The tokens that the leading singular components of a circuit read and write, at both of their ends."""
+    """Draw the tokens that the leading singular components of a circuit read and write, at both of their ends."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     _components(figure.subplots(), tables, layer, head, circuit)
     return figure
@@ -112,7 +105,7 @@ def components(tables: Tables, layer: int, head: int, circuit: str = "ov") -> Fi
 
 @styled
 def sheet(tables: Tables, layer: int, head: int, title: str = "", reasons: Mapping[str, str] | None = None) -> Figure:
-    """Everything about one head on one sheet: verdict, spectra, tokens, positions, partners, nulls.
+    """Draw everything about one head on one sheet: verdict, spectra, tokens, positions, partners, nulls.
 
     Args:
         tables: of its cell.
@@ -155,7 +148,7 @@ def sheet(tables: Tables, layer: int, head: int, title: str = "", reasons: Mappi
 
 
 def _of(table: pd.DataFrame | None, layer: int | None, head: int | None) -> pd.DataFrame:
-    """The rows of a head; of roles where both are None; none where there is no table."""
+    """Return the rows of a head, or of roles if both are None; no rows if there is no table."""
     if table is None:
         return pd.DataFrame()
     if layer is None or head is None:
@@ -175,7 +168,7 @@ def _heading(band: SubFigure, title: str, verdicts: list[dict[str, Any]]) -> Non
     axes.text(0, 0, legible(title, 80), fontsize=22, fontweight="bold", va="center")
     for y, row in enumerate(verdicts, start=1):
         drawing.mark(axes, 0.006, -float(y), row["verdict"], size=10)
-        said = f"{spoken(row['role'])}: {spoken(row['verdict'])}" + (f" ({row['flags']})" if row["flags"] else "")
+        said = f"{wording.role(row['role'])}: {wording.verdict(row['verdict'], row['flags'])}"
         axes.text(0.02, -y, legible(said, 100), va="center", fontsize=14)
     if not verdicts:
         axes.text(0, -1, "not claimed for this task", va="center", color=MUTED, fontsize=14)
@@ -214,7 +207,7 @@ def _eigenvalues(
 
 
 def frame_band(tables: Tables, layer: int, head: int, metric: str) -> dict[float, float] | None:
-    """Quantile -> value of the frame null of a head's metric; None where it was not drawn."""
+    """Return quantile -> value of the frame null of a head's metric; None if it was not drawn."""
     rows = _of(tables.get("nulls"), layer, head)
     if not len(rows):
         return None
@@ -261,7 +254,7 @@ def _positions(panels: Any, tables: Tables, layer: int, head: int, reasons: Mapp
 
 
 def _partners_of(tables: Tables, layer: int, head: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The strongest compositions that the head reads, and those that are read from it."""
+    """Return the strongest compositions that the head reads, and those that read it."""
     table = tables.get("composition")
     if table is None:
         return pd.DataFrame(), pd.DataFrame()
@@ -287,7 +280,7 @@ Strip = tuple[str, str, pd.DataFrame]
 
 
 def _strips(tables: Tables, layer: int | None, head: int | None, role: str | None) -> list[Strip]:
-    """The tests of a head or role by metric and by the unit of the null: what stands on one axis."""
+    """Return the tests of a head or role by metric and by the unit of the null: one group for each axis."""
     tests = _of(tables.get("tests"), layer, head)
     if not len(tests):
         return []
@@ -308,15 +301,13 @@ def _draw_strips(panels: Any, tables: Tables, groups: list[Strip]) -> None:
         drawing.null_strip(axes, rows, quantiles, unit, _bounds(metric, unit, rows, quantiles))
         if (first["role"], metric) not in said:
             kind = "primary" if first["primary"] else "exploratory" if first["exploratory"] else "secondary"
-            name = PAIRS.get(metric) or METRICS[metric].title
-            axes.set_title(
-                f"{name} {ARROWS[first['prediction']]}  ({spoken(first['role'])}, {kind})", color=INK, fontsize=13
-            )
+            title = f"{wording.predicted(metric, first['prediction'])}  ({wording.role(first['role'])}, {kind})"
+            axes.set_title(title, color=INK, fontsize=13)
         said.add((first["role"], metric))
 
 
 def _quantiles(nulls: pd.DataFrame | None, rows: pd.DataFrame) -> dict[int, dict[float, float]]:
-    """Row of tests.parquet -> quantile -> value of its null."""
+    """Return row of tests.parquet -> quantile -> value of its null."""
     found: dict[int, dict[float, float]] = {}
     for index, row in rows.iterrows():
         if nulls is not None:
@@ -346,7 +337,7 @@ def _bounds(
 
 
 def _components(axes: Axes, tables: Tables, layer: int, head: int, circuit: str) -> None:
-    """A table of texts: sigma, then what each end reads and writes."""
+    """Draw a table of texts: sigma, then the tokens that each end reads and writes."""
     rows = _of(tables.get("directions"), layer, head)
     title = f"{circuit.upper()}: tokens of its leading singular components"
     if len(rows):

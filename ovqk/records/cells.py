@@ -1,4 +1,4 @@
-"""The finished cells of a results folder in memory, and what tells them apart."""
+"""The finished cells of a results folder in memory, and labels that tell them apart."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def weights(self) -> str:
-        """What was analysed: cells of the same weights and processing share all that no task enters."""
+        """The weights and their processing; cells that share both share all results that depend on no task."""
         return f"{self.digest[:16]} {self.record['processing']['applied']}"
 
     @property
@@ -57,17 +57,17 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Of the weights' files."""
+        """The digest of the weights' files."""
         return str(self.record["provenance"].get("weights_digest"))
 
     def print_of(self, name: str) -> tuple[str, int]:
-        """A fingerprint of a table: cells of the same weights mostly hold the same, which is then thinned once."""
+        """Return a fingerprint of a table. Cells of the same weights mostly share it, and it is then thinned once."""
         if name not in self.prints:
             self.prints[name] = int(pd.util.hash_pandas_object(self.tables[name], index=False).sum())
         return self.weights, self.prints[name]
 
     def marked(self) -> Heads:
-        """Heads that are claimed or candidates."""
+        """Return the heads that are claimed or candidates."""
         found: Heads = set()
         for name in ("verdicts", "candidates"):
             if name in self.tables:
@@ -87,7 +87,7 @@ class Failure:
 
 
 def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
-    """The finished cells of a results folder, and those that failed or whose tables cannot be read."""
+    """Return the finished cells of a results folder, and those that failed or whose tables cannot be read."""
     cells, failures = [], []
     for folder in cell_folders(results_dir):
         record = read_record(folder)
@@ -115,7 +115,7 @@ def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
 
 
 def labels(cells: Sequence[Cell]) -> list[str]:
-    """What each cell's model is called: its name, and in brackets what tells it from others of its model and task."""
+    """Return each cell's model, with brackets that tell the cell from others of its model and task."""
     told_apart = differences([cell.record for cell in cells])
     found = [
         _named(cell.record["model"], [text.replace("processing=", "")])
@@ -129,7 +129,7 @@ def labels(cells: Sequence[Cell]) -> list[str]:
 
 
 def weights_labels(cells: Sequence[Cell]) -> list[str]:
-    """The same of what no task enters: the model's name, with its weights and processing where it has several."""
+    """Return each cell's model for results that depend on no task, with weights and processing if it has several."""
     digests, kinds = defaultdict(set), defaultdict(set)
     for cell in cells:
         digests[cell.record["model"]].add(cell.digest)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ovqk.records.record import read_record
+from ovqk.records.record import done_records
 from ovqk.records.results import load_table
 
 SHOWN_LETTERS = 24  # of a value that tells cells apart
@@ -29,24 +29,23 @@ DEPTH_METRICS = (
     "ov_effective_rank",
     "qk_effective_rank",
 )
-"""Metrics that no task enters: a model has them once, whatever was asked of it."""
+"""Metrics that depend on no task, so that each model has them once."""
 
 
 def relative_depth(layers: pd.Series, n_layers: int) -> pd.Series:
-    """layer / (n_layers - 1), in [0, 1]; 0 in a model of one layer."""
+    """Return layer / (n_layers - 1), in [0, 1]; 0 for a model of one layer."""
     return layers / max(1, n_layers - 1)
 
 
 def roles(folders: Iterable[Path]) -> pd.DataFrame:
-    """One row per cell and claimed role, models beside each other: task, analysis, role, then model.
+    """Return one row per cell and claimed role, ordered by task, analysis, role, then model.
 
-    Columns: model, task, analysis, cell (what tells it from others of these three), role, heads (how many), depth
+    Columns: model, task, analysis, cell (which tells it from others of these three), role, heads (how many), depth
     (their mean relative depth), primary (its metric), effect (AUC within layers), p, verdict, of_its_heads (verdict ->
-    count). A cell without claims has one row, with an empty role and `no claims` for a verdict.
+    count). A cell without claims has one row, with an empty role and the verdict `no claims`.
     """
     rows: list[dict[str, Any]] = []
-    read = [(folder, read_record(folder)) for folder in folders]
-    done = [(folder, record) for folder, record in read if record is not None and record.get("status") == "done"]
+    done = done_records(folders)
     told_apart = differences([record for _, record in done])
     for (folder, record), difference in zip(done, told_apart, strict=True):
         verdicts = load_table(folder, "verdicts")
@@ -69,7 +68,7 @@ def roles(folders: Iterable[Path]) -> pd.DataFrame:
 
 
 def differences(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What tells each cell from others of its model, task and analysis: `processing=raw seed=1`; empty where alone.
+    """Return text that tells each cell from others of its model, task and analysis, like `seed=1`; empty if alone.
 
     Everything its numbers depend on is compared; long values, and weights, are shown as eight digits of their hash.
     """
@@ -88,7 +87,7 @@ def differences(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _flat(choice: dict[str, Any], at: str = "") -> dict[str, str]:
-    """Dotted keys and their values as JSON."""
+    """Return dotted keys and their values as JSON."""
     flat: dict[str, str] = {}
     for key, value in choice.items():
         flat |= _flat(value, f"{at}{key}.") if isinstance(value, dict) else {at + key: json.dumps(value)}
@@ -101,15 +100,16 @@ def _brief(value: str) -> str:
 
 
 def depths(folders: Iterable[Path]) -> pd.DataFrame:
-    """Mean over heads of each model's metrics, by quarter: metric, model, processing, weights (digest), then QUARTERS.
+    """Return the mean over heads of each model's metrics, by quarter of its depth.
 
+    Columns: metric, model, processing, weights (digest), then QUARTERS.
     A layer belongs to the quarter its relative depth falls into (the last layer to the last). Weights are taken once
     for each processing, from the first of their cells that has the metric.
     """
     seen: dict[tuple[str, ...], dict[str, Any]] = {}
-    for folder in folders:
-        record, heads = read_record(folder), load_table(folder, "heads")
-        if record is None or heads is None:
+    for folder, record in done_records(folders):
+        heads = load_table(folder, "heads")
+        if heads is None:
             continue
         place = {"model": record["model"], "processing": record["processing"]["applied"]}
         place["weights"] = record["provenance"]["weights_digest"][:8]
@@ -123,7 +123,7 @@ def depths(folders: Iterable[Path]) -> pd.DataFrame:
 
 
 def quarter_means(heads: pd.DataFrame, n_layers: int) -> pd.DataFrame:
-    """Mean over heads of DEPTH_METRICS by quarter of the depth: index QUARTERS, one column per metric there is."""
+    """Return means over heads of DEPTH_METRICS by quarter of the depth: index QUARTERS, one column per known metric."""
     there = [name for name in DEPTH_METRICS if name in heads and heads[name].notna().any()]
     depth = relative_depth(heads["layer"], n_layers)
     quarter = np.minimum((4 * depth).astype(int), 3)

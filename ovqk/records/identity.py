@@ -1,4 +1,4 @@
-"""A cell's identity: what its numbers depend on, and nothing else.
+"""A cell's identity: everything that its numbers depend on, and nothing else.
 
 Two cells with one id have the same tables, whatever the machine, the folder, the device or the number of threads.
 """
@@ -14,11 +14,11 @@ from ovqk.metrics import SCHEMA_VERSION
 
 
 def identity(config: Config, digest: str) -> dict[str, Any]:
-    """What the cell's numbers depend on, as plain data.
+    """Return everything that the cell's numbers depend on, as plain data.
 
     Args:
         config: the resolved cell.
-        digest: of the checkpoint's weights, config and tokenizer.
+        digest: the digest of the checkpoint's weights, config and tokenizer.
     """
     model = plain(config.model)
     return {
@@ -34,11 +34,11 @@ def identity(config: Config, digest: str) -> dict[str, Any]:
 
 
 def cell_id(identity: dict[str, Any]) -> str:
-    """The first 12 hexadecimal digits of the identity's SHA-256."""
+    """Return the first 12 hexadecimal digits of the identity's SHA-256."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def cell_folder(config: Config, identifier: str) -> Path:
-    """`<results_dir>/<model>/<task>/<analysis>-<cell_id>`."""
+    """Return `<results_dir>/<model>/<task>/<analysis>-<cell_id>`."""
     return Path(config.results_dir) / config.model.name / config.task.name / f"{config.analysis.name}-{identifier}"

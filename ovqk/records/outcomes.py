@@ -1,7 +1,7 @@
-"""What became of the cells of a sweep, as small files that any process on any machine can write and read.
+"""The outcomes of a sweep's cells, as small files that any process on any machine can write and read.
 
 A sweep's folder under `<results_dir>/.hydra_runs` holds `sweep.json`, the cells it expects, and in `outcomes/` a file
-for each cell that has ended. A cell that left none was killed by the system, or never started.
+for each cell that has ended. A cell without a file was killed by the system, or never started.
 """
 
 import json
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ovqk.records.record import write_json
+from ovqk.whole_files import write_json
 
 Status = Literal["done", "cached", "failed"]
 EXPECTED = "sweep.json"
@@ -18,15 +18,15 @@ ENDED = "outcomes"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell.
+    """The outcome of one cell.
 
     Attributes:
-        status: `cached` where it was done before.
-        folder: its results, where it has any.
+        status: `cached` if it was done before.
+        folder: the folder of its results, if it has any.
         seconds: the time it took, with tracking.
-        error: of a failed cell, what went wrong.
-        traceback: of a failed cell, where that is a defect.
-        warning: what went wrong and did not cost the result: its W&B run.
+        error: why the cell failed, if it did.
+        traceback: of the error, if it is a defect and no mistake of the user.
+        warning: a failure that did not cost the result, such as one of its W&B run.
         tracking: how it is tracked: mode, project and entity.
     """
 
@@ -43,7 +43,7 @@ class Outcome:
 
     @property
     def name(self) -> str:
-        """How messages name the cell."""
+        """The cell as messages name it."""
         return f"{self.model} / {self.task} / {self.analysis}"
 
 
@@ -55,18 +55,18 @@ class Outcomes:
         self._read: dict[int, Outcome] = {}
 
     def begin(self, name: str, cells: list[list[str]] | None) -> None:
-        """Note the sweep's name and the cells to expect, each by its overrides, and forget what an earlier one left."""
+        """Note the sweep's name and the overrides of each expected cell; remove the outcomes of an earlier sweep."""
         (self.folder / ENDED).mkdir(parents=True, exist_ok=True)
         for earlier in (self.folder / ENDED).iterdir():
             earlier.unlink(missing_ok=True)
         write_json(self.folder / EXPECTED, {"name": name, "cells": cells})
 
     def name(self) -> str:
-        """The sweep's name."""
+        """Return the sweep's name."""
         return str(self._begun()["name"])
 
     def expected(self) -> list[list[str]] | None:
-        """The overrides of the cells to expect, by number; None where the sweeper decides as it goes."""
+        """Return the overrides of the expected cells, by number; None if the sweeper decides as it goes."""
         cells: list[list[str]] | None = self._begun()["cells"]
         return cells
 
@@ -74,18 +74,18 @@ class Outcomes:
         return dict(json.loads((self.folder / EXPECTED).read_text(encoding="utf-8")))
 
     def details(self) -> dict[int, str]:
-        """By number, what tells a cell from others of one model, task and analysis: overrides like seed=1."""
+        """Return number -> the overrides, like seed=1, that tell a cell from others of its model, task and analysis."""
         cells = [dict(override.split("=", 1) for override in cell) for cell in self.expected() or []]
         varied = [key for key in (cells[0] if cells else ()) if len({cell[key] for cell in cells}) > 1]
         shown = [key for key in varied if key not in ("model", "task", "analysis")]
         return {number: " ".join(f"{key}={cell[key]}" for key in shown) for number, cell in enumerate(cells)}
 
     def add(self, number: int, outcome: Outcome) -> None:
-        """Leave the outcome of one cell."""
+        """Write the outcome of one cell."""
         write_json(self.folder / ENDED / f"{number}.json", asdict(outcome))
 
     def new(self) -> dict[int, Outcome]:
-        """The outcomes that were left since the last time this was asked, by the number of the cell."""
+        """Return the outcomes since the last call, by the number of the cell."""
         found: dict[int, Outcome] = {}
         for path in (self.folder / ENDED).glob("*.json"):
             number = int(path.stem)
@@ -95,6 +95,6 @@ class Outcomes:
         return dict(sorted(found.items()))
 
     def all(self) -> dict[int, Outcome]:
-        """Every outcome so far, by the number of its cell."""
+        """Return every outcome so far, by the number of its cell."""
         self.new()
         return dict(sorted(self._read.items()))

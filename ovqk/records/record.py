@@ -1,20 +1,18 @@
 """A cell's results on disk: Parquet tables, a config that runs the cell again, and record.json, written last.
 
-`record.json` with "status": "done" is what done means. It is renamed into place after everything else, so a cell that
-was cut off at any moment is a cell that is not done.
+A cell is done if and only if `record.json` has "status": "done". The file is renamed into place after all others, so a
+cell that was interrupted at any moment is not done.
 """
 
 import errno
 import importlib.metadata
 import json
-import math
-import os
 import platform
 import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -29,11 +27,10 @@ from ovqk.config.resolve import plain
 from ovqk.config.schema import Config
 from ovqk.errors import UserError
 from ovqk.metrics import SCHEMA_VERSION
+from ovqk.whole_files import is_temporary, temporary, to_disk, write_json, write_text
 
 RECORD = "record.json"
 TRACKING = "tracking.json"
-TEMPORARY = re.compile(r"\..+\.(json|yaml|parquet)\.\d+\.tmp")
-"""Files under a name of their own until they are whole; a process that is killed leaves one."""
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 PACKAGES = (
     "ovqk",
@@ -55,14 +52,14 @@ class Analysis:
     """A cell's results.
 
     Attributes:
-        tables: name -> table; a table the analysis does not make is absent.
+        tables: name -> table; the tables that the analysis does not make are absent.
         unavailable: metric -> why no head has a value.
         summary: flat scalars.
         words: kept and dropped words of the task's sets.
-        processing: what was asked for and what was really done.
-        claims: source and reliability of the claims, or why there are none.
-        notes: what a reader of the tables should know besides.
-        null_seconds: the part of the time that went into drawing nulls.
+        processing: the processing of weights that was asked for, and the one that was applied.
+        claims: source and reliability of the claims, or the reason why there are none.
+        notes: further facts that a reader of the tables should know.
+        null_seconds: seconds spent on drawing nulls.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -77,11 +74,11 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a cell's weights come from.
+    """The origin of a cell's weights.
 
     Attributes:
-        digest: of the checkpoint.
-        revision: the hub's resolved commit; None elsewhere.
+        digest: the checkpoint's digest.
+        revision: the hub's resolved commit; None for weights from elsewhere.
         quantisation: kind of tensor -> how it is quantised.
         loaded_by: `families` or `bridge`.
     """
@@ -93,7 +90,7 @@ class Origin:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """A cell's record.json; None where there is none that can be read."""
+    """Return a cell's record.json; None if there is none or it cannot be read."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -101,19 +98,29 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a cell whose results are complete; None if they are not."""
+    record = read_record(folder)
+    return record if record is not None and record.get("status") == "done" else None
+
+
+def done_records(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the folders of cells whose results are complete, in their order, each with its record."""
+    return [(folder, record) for folder in folders if (record := read_done(folder)) is not None]
+
+
 def is_done(folder: Path) -> bool:
     """Whether the cell's results are complete."""
-    record = read_record(folder)
-    return record is not None and record.get("status") == "done"
+    return read_done(folder) is not None
 
 
 @contextmanager
 def claim(results_dir: Path, identifier: str, wait: bool = True) -> Iterator[None]:
-    """Hold a cell, so that one process at a time computes or tracks it; the system frees it when its owner dies.
+    """Lock a cell, so that one process at a time computes or tracks it. The system frees the lock if its owner dies.
 
     Raises:
         UserError: the file system has no locks.
-        Timeout: with wait=False, another process holds it.
+        Timeout: another process holds it, and wait=False.
     """
     locks = results_dir / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
@@ -134,9 +141,9 @@ def claim(results_dir: Path, identifier: str, wait: bool = True) -> Iterator[Non
 
 
 def clear_abandoned(folder: Path) -> None:
-    """Remove what a process that was killed was still writing. The cell must be claimed."""
+    """Remove unfinished files of a process that was killed. The cell must be claimed."""
     for abandoned in folder.iterdir() if folder.is_dir() else ():
-        if TEMPORARY.fullmatch(abandoned.name):
+        if is_temporary(abandoned.name):
             abandoned.unlink(missing_ok=True)
 
 
@@ -149,9 +156,9 @@ def write_done(
     analysis: Analysis,
     seconds: float,
 ) -> dict[str, Any]:
-    """Write a cell's tables, its config and then its record; returns the record.
+    """Write a cell's tables, its config and then its record, and return the record.
 
-    What an earlier computation left stands until every new table is on the disk. The cell must be claimed.
+    The results of an earlier computation stand until every new table is on the disk. The cell must be claimed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_tables(folder, analysis.tables)
@@ -172,26 +179,26 @@ def write_done(
 
 
 def _write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
-    """Put the tables in the place of those that are there; from then on the folder holds no record, until it is new."""
+    """Replace the tables of an earlier computation; its record is removed, so that it never describes other tables."""
     written = {folder / f"{name}.parquet": table for name, table in tables.items()}
     try:
         for path, table in written.items():
-            table.to_parquet(_temporary(path), index=False)
-            _to_disk(_temporary(path))
+            table.to_parquet(temporary(path), index=False)
+            to_disk(temporary(path))
         for name in (RECORD, TRACKING):
             (folder / name).unlink(missing_ok=True)
         for stale in folder.glob("*.parquet"):
             stale.unlink()
         for path in written:
-            _temporary(path).replace(path)
-        _to_disk(folder)
+            temporary(path).replace(path)
+        to_disk(folder)
     finally:
         for path in written:
-            _temporary(path).unlink(missing_ok=True)
+            temporary(path).unlink(missing_ok=True)
 
 
 def write_failed(folder: Path, config: Config, identifier: str, error: str, traceback: str) -> None:
-    """Record that a cell failed; a later run computes it again."""
+    """Record that a cell failed, so that a later run computes it again."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, _header(config, identifier, "failed") | {"error": error, "traceback": traceback})
 
@@ -210,17 +217,17 @@ def _header(config: Config, identifier: str, status: str) -> dict[str, Any]:
 
 
 def cell_yaml(config: Config) -> str:
-    """The resolved choice as a primary Hydra config: `python run.py -cd FOLDER -cn cell` computes it again."""
+    """Return the resolved choice as a primary Hydra config, for `python run.py -cd FOLDER -cn cell`."""
     content = plain(config)
     for key in ("results_dir", "force", "sweep", "cache", "cache_dir", "cache_gb"):
         content.pop(key)
-    tracking = content["tracking"].pop("mode")  # as a choice of its group, so that tracking=none takes its place
+    tracking = content["tracking"].pop("mode")  # a choice of its group, so that tracking=none overrides it
     defaults = {"defaults": ["schema", "settings", {"tracking": tracking}, "_self_"]}
     return yaml.safe_dump(defaults | content, sort_keys=False, allow_unicode=True, width=110)
 
 
 def provenance(config: Config, identity: dict[str, Any], origin: Origin, seconds: float) -> dict[str, Any]:
-    """What is needed to say where the numbers came from: weights, identity, config, versions, code, cost."""
+    """Return where the numbers came from: weights, identity, config, versions, code, cost."""
     import torch
 
     commit, dirty = _git()
@@ -251,13 +258,13 @@ def _versions() -> dict[str, str]:
 
 
 def forget_peak_memory() -> None:
-    """Let the peak begin anew, so that a cell of a sweep does not answer for those before it; Linux alone can."""
+    """Reset the peak, so that each cell of a sweep reports its own (Linux only)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process, since it began or since `forget_peak_memory`."""
+    """Return the peak resident bytes of this process, since it began or since `forgetpeak_memory`."""
     with suppress(OSError, AttributeError):
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
@@ -267,7 +274,7 @@ def peak_memory() -> int:
 
 @cache
 def _git() -> tuple[str | None, bool | None]:
-    """Commit of the code and whether it has uncommitted changes; None where it is not a git checkout."""
+    """Return the code's commit and whether it has uncommitted changes; None for both outside a git checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -282,50 +289,8 @@ def _git() -> tuple[str | None, bool | None]:
         return None, None
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _to_disk(path: Path) -> None:
-    """Have the disk take a file, or a folder's names, before anything that relies on it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = _temporary(path)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all; a number that is not finite is null in it."""
-    write_text(path, json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: a number that is not there is null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return value
-
-
 def read_tracking(folder: Path) -> dict[str, Any]:
-    """tracking.json of a cell; {"status": "pending"} where there is none."""
+    """Return the tracking.json of a cell; {"status": "pending"} if there is none."""
     try:
         return dict(json.loads((folder / TRACKING).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -9,18 +9,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ovqk.records.record import RECORD, read_record
+from ovqk.records.record import RECORD, done_records
 
 COORDINATES = ("model", "task", "analysis", "processing", "seed", "cell_id")
 
 
 def cell_folders(results_dir: str | Path) -> Iterator[Path]:
-    """Folders of the cells under a results folder that have a record, in the order of their names."""
+    """Yield the folders of cells under a results folder that have a record, in the order of their names."""
     yield from sorted(path.parent for path in Path(results_dir).glob(f"*/*/*/{RECORD}"))
 
 
 def load_table(folder: Path, name: str) -> pd.DataFrame | None:
-    """One table of one cell; None where the analysis did not make it."""
+    """Return one table of one cell; None if the analysis did not make it."""
     path = folder / f"{name}.parquet"
     return pd.read_parquet(path) if path.is_file() else None
 
@@ -28,14 +28,14 @@ def load_table(folder: Path, name: str) -> pd.DataFrame | None:
 def load_results(
     places: str | Path | Iterable[str | Path], tables: Sequence[str] | None = None
 ) -> dict[str, pd.DataFrame]:
-    """One DataFrame per table over all done cells, with COORDINATES as its first columns.
+    """Return one DataFrame per table over all done cells, with COORDINATES as its first columns.
 
     `cells` has one row per cell: its coordinates, folder, sweep, schema_version, wall_seconds, peak_memory_mb and its
-    summary. A cell that is found twice (one cell_id) is taken once, where it is found first.
+    summary. A cell that is found twice (one cell_id) is taken from the first place.
 
     Args:
         places: a results folder, a folder inside it down to one cell's, or several of these.
-        tables: names of the tables to read, `cells` besides; all of them unless given.
+        tables: names of the tables to read, in addition to `cells`; all of them unless given.
 
     Raises:
         FileNotFoundError: one of the places does not exist or holds no done cell.
@@ -78,8 +78,7 @@ def _done_cells(places: str | Path | Iterable[str | Path]) -> Iterator[tuple[Pat
             raise FileNotFoundError(f"{place}: no such folder")
         depths = ("", "*/", "*/*/", "*/*/*/")
         folders = sorted({path.parent for depth in depths for path in Path(place).glob(f"{depth}{RECORD}")})
-        records = [(folder, read_record(folder) or {}) for folder in folders]
-        done = [(folder, record) for folder, record in records if record.get("status") == "done"]
+        done = done_records(folders)
         if not done:
             found = f"none of its {len(folders)} cells is done" if folders else "no MODEL/TASK/ANALYSIS-ID folders"
             raise FileNotFoundError(f"{place}: no results: {found}")

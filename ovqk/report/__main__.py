@@ -2,15 +2,16 @@
 
     python -m ovqk.report RESULTS_DIR [--out FILE] [--figures | --no-figures]
 
-Writes RESULTS_DIR/report.html, which needs no network and no other file, and RESULTS_DIR/figures/ with the same figures
-as SVG and PNG; figures of an earlier report that this one does not make are removed, and no other file of that folder.
-Reads records and tables, nothing else; the same records give the same bytes.
+It writes RESULTS_DIR/report.html, which needs no network and no other file, and RESULTS_DIR/figures/ with the same
+figures as SVG and PNG. Of the files in that folder, only figures of an earlier report are removed, if this one does not
+make them. It reads records and tables and nothing else; the same records give the same bytes.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from ovqk.errors import one_message
 from ovqk.report.write import write_report
 
 
@@ -18,6 +19,7 @@ def _print(line: str) -> None:
     print(line, file=sys.stderr if line.startswith("without results") else sys.stdout, flush=True)
 
 
+@one_message()
 def main() -> None:
     """Write the report of a results folder."""
     parser = argparse.ArgumentParser(

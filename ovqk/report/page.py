@@ -1,7 +1,7 @@
-"""The report's page: records thinned to what a page of a few megabytes can hold, and put into one HTML file.
+"""The report's page: records, thinned to a few megabytes, in one HTML file.
 
-The page's parts (style, script, skeleton) are the files of `template/`. Data go in as JSON that no text of a
-record can end or turn into markup; the script shows every text as text.
+The page's parts (style, script, skeleton) are the files of `template/`. The data are JSON that no text of a
+record can end or turn into markup, and the script shows every text as text.
 """
 
 import base64
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ovqk import wording
 from ovqk.figures import colours
-from ovqk.figures.colours import Scale, short_names, spoken
+from ovqk.figures.colours import Scale
 from ovqk.metrics import METRICS
 from ovqk.records.cells import Cell, Failure, Heads, Json, Tables, labels, weights_labels
 from ovqk.records.comparison import DEPTH_METRICS
@@ -25,7 +26,7 @@ from ovqk.report import thinning
 from ovqk.report.thinning import DETAILS, Detail, Grid, Pool, columnar, short
 
 BYTES = 5_000_000
-"""A page of up to 20 cells; one of more cells may be larger in proportion."""
+"""The size of a page of up to CELLS cells; a page of more may be larger in proportion."""
 CELLS = 20
 STYLES = ("page.css",)
 SCRIPTS = tuple(
@@ -44,14 +45,14 @@ THINNED: dict[str, Callable[[Tables, Grid, Detail, Heads, Pool], Json]] = {
 
 @dataclass(frozen=True)
 class Page:
-    """A page and how much of the other heads it holds."""
+    """A page, and its detail for heads that are neither claimed nor candidates."""
 
     html: str
     detail: Detail
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """The size of the file in bytes."""
         return len(self.html.encode())
 
 
@@ -62,13 +63,13 @@ def make_page(
     figures: str | None = None,
     limit: int | None = None,
 ) -> Page:
-    """The page with as much detail as fits.
+    """Return the page with as much detail as fits.
 
     Args:
-        cells, failures: what it is about.
-        beside: the folder the page will lie in, from which it links to the cells' files.
+        cells, failures: the cells to show.
+        beside: the folder of the page, from which it links to the cells' files.
         figures: the folder beside it that holds its figures, if any.
-        limit: bytes; of as many cells, unless given.
+        limit: the largest size in bytes; in proportion to the number of cells unless given.
     """
     most = limit or BYTES * max(1, len(cells) / CELLS)
     for detail in DETAILS:
@@ -80,7 +81,7 @@ def make_page(
 
 
 def render(data: Json) -> str:
-    """One HTML file that loads nothing: its own script alone may run in it."""
+    """Return one HTML file that loads nothing and may run only its own script."""
     template = files("ovqk.report") / "template"
 
     def joined(names: Iterable[str]) -> str:
@@ -102,13 +103,13 @@ def render(data: Json) -> str:
 
 
 def embedded(data: Any) -> str:
-    """JSON that may stand in a script element: ASCII alone, and no character that begins or ends markup."""
+    """Return JSON for a script element: ASCII only, and no character that begins or ends markup."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, detail: Detail) -> Json:
-    """What the script reads: palettes, metrics, every cell, and a pool of what several cells share."""
+    """Return the script's data: words, palettes, metrics, every cell, and a pool of values that several cells share."""
     pool = Pool()
     made: dict[tuple[str, str, int], Json] = {}
     names = cell_names(cells)
@@ -117,6 +118,14 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
         "depth_metrics": DEPTH_METRICS,
         "scales": _scales(cells),
         "roles": _roles(cells),
+        "wording": {
+            "nulls": wording.NULLS,
+            "verdicts": wording.VERDICTS,
+            "flags": wording.FLAGS,
+            "arrows": wording.ARROWS,
+            "modes": wording.MODES,
+            "pair_metrics": wording.PAIR_METRICS,
+        },
         "palette": {
             "sequential": [colours.SEQUENTIAL, colours.SEQUENTIAL],
             "diverging": [colours.DIVERGING, colours.DIVERGING_DARK],
@@ -139,7 +148,7 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
 
 
 def cell_names(cells: Sequence[Cell]) -> list[str]:
-    """`model/task` of the first cell of a model and task; of others the analysis and then the id besides."""
+    """Return `model/task` for the first cell of a model and task; the others get their analysis and then their id."""
     found: list[str] = []
     for cell in cells:
         model, task = (quote(part, safe="") for part in cell.place)
@@ -150,12 +159,12 @@ def cell_names(cells: Sequence[Cell]) -> list[str]:
 
 
 def _marked(cells: Sequence[Cell], cell: Cell) -> Heads:
-    """Heads that are claimed or candidates in any cell of the same weights, so that what they share is shared."""
+    """Return the heads that are claimed or candidates in any cell of the same weights, to share their data."""
     return set().union(*(other.marked() for other in cells if other.weights == cell.weights))
 
 
 def _metrics(cells: Sequence[Cell]) -> Json:
-    """Name -> title, formula and so on, of the metrics that any cell has a column of."""
+    """Return name -> title, formula and so on, for the metrics that any cell has a column for."""
     there = {name for cell in cells for name in cell.tables["heads"].columns}
     return {
         name: {
@@ -174,7 +183,7 @@ def _metrics(cells: Sequence[Cell]) -> Json:
 
 
 def _scales(cells: Sequence[Cell]) -> Json:
-    """Task -> metric -> its scale over all models of the task, so that their colours compare."""
+    """Return task -> metric -> its scale over all models of the task, so that their colours compare."""
     found: Json = {}
     for task in dict.fromkeys(cell.record["task"] for cell in cells):
         tables = [cell.tables["heads"] for cell in cells if cell.record["task"] == task]
@@ -189,10 +198,10 @@ def _scales(cells: Sequence[Cell]) -> Json:
 
 
 def _roles(cells: Sequence[Cell]) -> Json:
-    """Role -> how a person reads it, and the letters that stand for it in a picture."""
+    """Return role -> its name for a person, and the letters for it in a picture."""
     tables = [cell.tables[name] for cell in cells for name in ("verdicts", "candidates") if name in cell.tables]
-    names = short_names(role for table in tables for role in table["role"])
-    return {role: {"name": spoken(role), "short": letters} for role, letters in names.items()}
+    names = wording.short_roles(role for table in tables for role in table["role"])
+    return {role: {"name": wording.role(role), "short": letters} for role, letters in names.items()}
 
 
 # --- one cell ------------------------------------------------------------------------------------------------

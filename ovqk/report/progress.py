@@ -1,4 +1,4 @@
-"""How far a long cell and a sweep are: a bar on a terminal, plain lines otherwise."""
+"""The progress of a long cell and of a sweep: a bar on a terminal, plain lines otherwise."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ def layers_of(name: str, alone: bool) -> Iterator[Layers]:
 
     Args:
         name: how messages name the cell.
-        alone: no other process computes for this terminal; two bars on one would overwrite each other.
+        alone: whether no other process computes for this terminal; two bars on one would overwrite each other.
     """
     out = terminal.progress_console()
     if not (alone and out.is_terminal):
@@ -73,19 +73,19 @@ class SweepProgress:
         self._printing = threading.Lock()
 
     def watch(self) -> None:
-        """Look for new outcomes from now on, where the cells run in other processes or on other machines."""
+        """Watch for new outcomes from now on, if the cells run in other processes or on other machines."""
         self._thread = threading.Thread(target=self._watch, name="ovqk-sweep-progress", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Print what is left to print, and look no more."""
+        """Print the remaining lines and stop watching."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
         self.print_new()
 
     def print_new(self) -> None:
-        """A line for each cell that has ended since the last one."""
+        """Print a line for each cell that has ended since the last call."""
         with self._printing:
             for number, outcome in self.outcomes.new().items():
                 self.ended += 1
@@ -95,7 +95,7 @@ class SweepProgress:
                 terminal.print_cell_line(name, outcome, self.ended, count, self._seconds_left())
 
     def _seconds_left(self) -> float | None:
-        """At the pace of the cells that were computed: those that turn out to be done take none."""
+        """Return the time left, from the pace of the computed cells; cells that are done already take none."""
         if self.expected is None or not self.computed or self.ended >= len(self.expected):
             return None
         return (time.monotonic() - self.started) * (len(self.expected) - self.ended) / self.computed

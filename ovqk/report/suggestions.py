@@ -86,7 +86,7 @@ def _task_files() -> list[tuple[Path, Mapping[str, Any]]]:
 
 def _tasks(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """Return other tasks that make sense for the model: those of which its tokenizer keeps enough words."""
-    readable = record["words"].get("tasks", [])  # a record of before has none
+    readable = record["words"].get("tasks", [])  # records of earlier versions have none
     claims = record["provenance"]["config"]["model"]["claims"]
     offered = _claimed(claims) or [name for name in GENERAL if (CONF / "task" / f"{name}.yaml").is_file()]
     tasks = [name for name in offered if name in readable and name != record["task"]]

@@ -1,4 +1,4 @@
-"""The tables that a person reads of one cell: verdicts, candidates, pairs of heads, means by layer."""
+"""Tables about one cell for a person: verdicts, candidates, pairs of heads, means by layer."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,8 +8,11 @@ import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
+from ovqk import wording
+
 STYLES = {"corroborated": "green", "partial": "yellow", "contradicted": "red", "unsupported": "magenta"}
-ARROWS = {"high": "↑", "low": "↓"}
+LEGEND = ("partial (consistent)", "contradicted (frame)")
+"""Verdicts with flags that a table explains."""
 SHOWN_CANDIDATES = 3  # of each role
 SHOWN_PAIRS = 5  # of heads, of each kind of composition
 
@@ -27,11 +30,11 @@ HEAD_COLUMNS = (
     ("QK align", "qk_key_alignment"),
 )
 SIDES = {"OV align": "writing", "QK align": "key"}
-"""Columns of alignment -> the side that they are of."""
+"""Column of alignment -> the side of the circuit that it measures."""
 
 
 def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[dict[Any, Any]]]]:
-    """Return (roles, what ranks them, rows of the strongest); roles that the same heads stand for are one."""
+    """Return (roles, the metric that ranks them, rows of the strongest); roles with the same heads are joined."""
     shown = candidates[candidates["ranked"] & (candidates["rank"] <= SHOWN_CANDIDATES)]
     same: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
     for role, rows in shown.groupby("role", sort=False):
@@ -40,15 +43,15 @@ def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[
     found = []
     for roles in same.values():
         records: list[dict[Any, Any]] = shown[shown["role"] == roles[0]].to_dict("records")
-        by = f"{records[0]['metric']} {ARROWS[records[0]['prediction']]}"
+        by = f"{records[0]['metric']} {wording.ARROWS[records[0]['prediction']]}"
         by += f" with {records[0]['partners']}" if records[0]["partners"] else ""
         by += "" if records[0]["primary"] else " (not its primary)"
-        found.append((", ".join(role.replace("_", " ") for role in roles), by, records))
+        found.append((", ".join(wording.role(role) for role in roles), by, records))
     return found
 
 
 def candidate_table(candidates: pd.DataFrame) -> Table:
-    """The strongest candidates, a row each."""
+    """Return a table of the strongest candidates, one per row."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     found = strongest_candidates(candidates)
     words = ["p words, all"] if any(pd.notna(row["p_words_all"]) for *_, rows in found for row in rows) else []
@@ -70,7 +73,7 @@ def candidate_table(candidates: pd.DataFrame) -> Table:
 
 
 def sweep_candidate_table(cells: Iterable[tuple[str, str, pd.DataFrame]]) -> Table:
-    """The strongest candidates of each role in several cells, (task, model, candidates), a row for each role."""
+    """Return a table of the strongest candidates in several cells, (task, model, candidates), one role per row."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("task", "model", "candidates for", "ranked by", "strongest heads, each with its value"):
         table.add_column(title, no_wrap=title in ("task", "model"))
@@ -82,7 +85,7 @@ def sweep_candidate_table(cells: Iterable[tuple[str, str, pd.DataFrame]]) -> Tab
 
 
 def shown_columns(heads: pd.DataFrame) -> list[tuple[str, str]]:
-    """(title, metric) of what a person reads; residual-space ones where the model gives little else."""
+    """Return (title, metric) for the columns to show; residual-space ones if the model has few others."""
 
     def there(columns: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         return [(title, name) for title, name in columns if name in heads and heads[name].notna().any()]
@@ -92,7 +95,7 @@ def shown_columns(heads: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
-    """One row per claimed head under a row for its role."""
+    """Return a table with one row per claimed head under a row for its role."""
     columns = shown_columns(heads)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("role: primary metric / head", no_wrap=True)
@@ -108,10 +111,10 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
         if not is_role:
             head = (int(row["layer"]), int(row["head"]))
             values = [rounded(indexed.at[head, name]) for _, name in columns]
-        primary = f"{row['primary']} {ARROWS[row['prediction']]}" if isinstance(row["primary"], str) else ""
-        verdict = row["verdict"] + (f" ({row['flags']})" if row["flags"] else "")
+        primary = f"{row['primary']} {wording.ARROWS[row['prediction']]}" if isinstance(row["primary"], str) else ""
+        verdict = wording.verdict(row["verdict"], row["flags"])
         if is_role:
-            name = Text(row["role"].replace("_", " "), style="bold")
+            name = Text(wording.role(row["role"]), style="bold")
             name.append(f": {primary}" if primary else "", style="dim")
         else:
             name = Text(f"  {int(row['layer'])}.{int(row['head'])}")
@@ -127,7 +130,7 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
 
 
 def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Iterable[str]:
-    """How to read the table, and why verdicts are as they are where that needs to be said, each reason once."""
+    """Yield how to read the table, and the reason of each verdict that needs one, each reason once."""
     yield ""
     titles = [title for title, _ in shown_columns(heads)]
     legend = ["position: share of the QK score's variance that is positional."] if "position" in titles else []
@@ -137,24 +140,24 @@ def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Iterable[str]:
         yield " ".join(legend)
     yield (
         "primary: value of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). "
-        "percentile: among unclaimed heads of the layer; where ↓ is predicted, 0% is the strongest."
+        "percentile: among unclaimed heads of the layer; if ↓ is predicted, 0% is the strongest."
     )
     yield (
         "q: the largest corrected p under the nulls that count (named in verdicts.parquet): other heads, random heads "
-        "with the same singular values (frame), other words. partial (consistent): it stands out only against those "
-        "random heads. contradicted (frame): it is significantly on the wrong side of those, and of nothing else."
+        "with the same singular values (frame), other words. "
+        + " ".join(f"{name}: {wording.FLAGS[name]}." for name in LEGEND)
     )
     untested = verdicts[verdicts["reason"] != ""]
     for (verdict, reason), rows in untested.groupby(["verdict", "reason"], sort=False):
         names = [
-            row["role"].replace("_", " ") if row["kind"] == "role" else f"{int(row['layer'])}.{int(row['head'])}"
+            wording.role(row["role"]) if row["kind"] == "role" else f"{int(row['layer'])}.{int(row['head'])}"
             for row in rows.to_dict("records")
         ]
-        yield f"{verdict} ({', '.join(dict.fromkeys(names))}): {reason}"
+        yield f"{wording.verdict(str(verdict))} ({', '.join(dict.fromkeys(names))}): {reason}"
 
 
 def layer_table(heads: pd.DataFrame) -> Table:
-    """Mean of the main metrics over the heads of each layer."""
+    """Return a table of the main metrics' means over the heads of each layer."""
     columns = shown_columns(heads)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("layer", *(title for title, _ in columns)):
@@ -165,7 +168,7 @@ def layer_table(heads: pd.DataFrame) -> Table:
 
 
 def pair_table(composition: pd.DataFrame) -> Table:
-    """The strongest pairs of each mode, by score."""
+    """Return a table of the strongest pairs for each kind of composition, by score."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("composition", "sender", "receiver", "score", "above random", "in layer", "matching"):
         table.add_column(title, justify="left" if title == "composition" else "right")
@@ -183,7 +186,7 @@ def pair_table(composition: pd.DataFrame) -> Table:
 
 
 def virtual_table(virtual: pd.DataFrame) -> Table:
-    """The virtual heads of the strongest V pairs."""
+    """Return a table of the virtual heads of the strongest V pairs."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("sender", "receiver", "score", "share", "OV copying"):
         table.add_column(title, justify="right")
@@ -199,12 +202,12 @@ def _pair(row: Mapping[Any, Any]) -> tuple[str, str]:
 
 
 def rounded(value: Any, digits: int = 2) -> str:
-    """A number with this many digits after the point, none of a large one; empty where there is none."""
+    """Return a number with this many digits after the point, or none if it is large; empty if it is missing."""
     if value is None or not math.isfinite(value):
         return ""
     return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def percent(value: Any) -> str:
-    """A share in percent; empty where there is none."""
+    """Return a share in percent; empty if it is missing."""
     return "" if value is None or not math.isfinite(value) else f"{value:.0%}"

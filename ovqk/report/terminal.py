@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: a cell's claimed heads, a sweep's comparison, and where the results are."""
+"""The terminal's output: a cell's claimed heads, a sweep's comparison, and the places of the results."""
 
 import shlex
 import sys
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from ovqk import wording
 from ovqk.metrics import NOT_APPLICABLE
 from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
@@ -33,7 +34,7 @@ from ovqk.report.token_lists import describe
 
 SHOWN_TOKENS = 4  # on each side of a component
 SHOWN_MISSING = 20  # cells of a sweep
-MIN_WIDTH = 150  # of tables where the output is no terminal
+MIN_WIDTH = 150  # width of tables if the output is no terminal
 
 
 def output_console() -> Console:
@@ -43,7 +44,7 @@ def output_console() -> Console:
 
 
 def print_cell(folder: Path, cached: bool) -> None:
-    """The claimed heads of a finished cell, what was unavailable, where things are, and what to do next."""
+    """Print a finished cell: its claimed heads, unavailable metrics, the places of its files, and next commands."""
     record = read_record(folder)
     heads, verdicts = load_table(folder, "heads"), load_table(folder, "verdicts")
     if record is None or heads is None:
@@ -73,20 +74,20 @@ def print_cell(folder: Path, cached: bool) -> None:
         out.print(f"note: {note}", style="dim", soft_wrap=True)
     for name, dropped in record["words"]["reasons"].items():
         for reason, words in grouped(dropped).items():
-            counted = f"{len(words)} words of '{name}' are" if len(words) > 1 else f"1 word of '{name}' is"
-            out.print(f"{counted} left out: {reason}", style="dim")
+            verb = "is" if len(words) == 1 else "are"
+            out.print(f"{wording.counted(len(words), 'word')} of '{name}' {verb} left out: {reason}", style="dim")
     _print_places(out, folder, record)
 
 
 def claims_line(claims: Mapping[str, str], model: str) -> str:
-    """Whose heads are judged, and who says so."""
+    """Return the line on the claims: the model they are about, and their source."""
     of = "Claims" if claims["of"] == model else f"Claims of {claims['of']}, applied to {model}"
     note = f" - {claims['note']}" if "note" in claims else ""
     return f"{of}: {claims['source']} ({claims['reliability']}){note}"
 
 
 def _print_directions(out: Console, folder: Path, verdicts: pd.DataFrame) -> None:
-    """What the leading singular and eigen component of each circuit of the claimed heads read and write."""
+    """Print the tokens that the leading component of each circuit of the claimed heads reads and writes."""
     table = load_table(folder, "directions")
     if table is None or not len(table):
         return
@@ -94,7 +95,7 @@ def _print_directions(out: Console, folder: Path, verdicts: pd.DataFrame) -> Non
     claimed = verdicts[verdicts["kind"] == "head"][["layer", "head"]].astype(int).drop_duplicates()
     out.print("\nLeading singular and eigen components (the next ones: directions.parquet)", style="dim")
     out.print(
-        "in brackets, the contrast of each list: mean score over the standard deviation of all tokens' scores.",
+        "In brackets, each list's contrast: its mean score over the standard deviation of all tokens' scores.",
         style="dim",
     )
     for layer, head in claimed.to_numpy().tolist():
@@ -103,34 +104,34 @@ def _print_directions(out: Console, folder: Path, verdicts: pd.DataFrame) -> Non
 
 
 def _print_pairs(out: Console, folder: Path) -> None:
-    """The strongest compositions and virtual heads, where all pairs of heads were composed."""
+    """Print the strongest compositions and virtual heads, if all pairs of heads were composed."""
     virtual, composition = load_table(folder, "virtual_heads"), load_table(folder, "composition")
     if virtual is None or composition is None:
         return
     out.print("\nStrongest compositions (more of them: composition.parquet)\n")
     out.print(pair_table(composition))
     out.print(
-        "above random: score less what iid weights score. in layer: percentile of the sender in its layer. matching: "
-        "1 where the receiver looks for its own token moved by the sender (K).",
+        "above random: score minus that of random weights. in layer: percentile of the sender in its layer. matching: "
+        "1 if the receiver looks for its own token moved by the sender (K).",
         style="dim",
     )
     out.print("\nStrongest virtual heads (more of them: virtual_heads.parquet)\n")
     out.print(virtual_table(virtual))
     out.print(
-        "share: of what the receiver's values read of all earlier heads. OV copying: of what the two write together.",
+        "share: the pair's part of all that the receiver's values read from earlier heads. OV copying: the pair's.",
         style="dim",
     )
 
 
 def _print_candidates(out: Console, folder: Path) -> None:
-    """The strongest heads for each role, where no circuit is claimed."""
+    """Print the strongest heads for each role, if no circuit is claimed."""
     found = load_table(folder, "candidates")
     if found is None or not len(found):
         return
     out.print("\nCandidates, not verdicts: the heads are chosen for being the strongest.\n")
     out.print(candidate_table(found))
     out.print(
-        "in layer: share of the layer's other heads that are lower; where ↓ is predicted, 0% is the strongest. "
+        "in layer: share of the layer's other heads that are lower; if ↓ is predicted, 0% is the strongest. "
         "q nearby: against heads of nearby layers, corrected over all heads. p frame, all: against heads of the same "
         "spectrum, times the number of heads"
         + ("; p words, all: against other words, likewise." if found["p_words_all"].notna().any() else "."),
@@ -165,15 +166,15 @@ def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None
 
 
 def _python() -> str:
-    """The interpreter as a person here would type it: a virtual environment below this folder, else `python`."""
+    """Return the interpreter as one types it here: a virtual environment below this folder, else `python`."""
     executable = Path(sys.executable)
     return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else "python"
 
 
 def print_cell_line(name: str, outcome: Outcome, ended: int, expected: int | None, seconds_left: float | None) -> None:
-    """Print a line for a cell of a sweep as it ends: how many have, what became of it, its time, and the time left.
+    """Print a line for a cell of a sweep as it ends: the count so far, its outcome, its time, and the time left.
 
-    What went wrong with a failed cell stands on a second line, and nowhere else.
+    The message of a failed cell stands on a second line, and nowhere else.
     """
     count = f"[{ended}/{expected}]" if expected else f"[{ended}]"
     style = {"done": "green", "cached": "dim", "failed": "red"}[outcome.status]
@@ -190,12 +191,12 @@ def print_cell_line(name: str, outcome: Outcome, ended: int, expected: int | Non
 
 
 def progress_console() -> Console:
-    """Where the progress of a cell is shown: results alone go to the output."""
+    """Return the console for progress: only results go to the standard output."""
     return Console(stderr=True, highlight=False)
 
 
 def cell_bar(out: Console) -> Progress:
-    """A bar over a cell's layers, gone when it is done."""
+    """Return a bar over a cell's layers, which disappears when the cell is done."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -207,14 +208,14 @@ def cell_bar(out: Console) -> Progress:
 
 
 def print_layers(name: str, done: int, count: int, seconds: float) -> None:
-    """The same as a line, for a log."""
+    """Print the number of layers that are done as a line, for a log."""
     left = duration(seconds * (count - done) / done)
     line = f"{name}: {done} of {count} layers in {duration(seconds)}, about {left} left"
     progress_console().print(line, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it."""
+    """Return a time in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -230,10 +231,10 @@ def print_sweep(
     """Print the comparison over the sweep's cells and the counts by status, and name the failed and the missing.
 
     Args:
-        outcomes: of the cells that ended, by number.
+        outcomes: the outcomes of cells that ended, by number.
         expected: the overrides of every cell.
-        details: what tells cells of one model, task and analysis apart.
-        results_dir: where the results are.
+        details: overrides that tell cells of one model, task and analysis apart.
+        results_dir: the folder of the results.
     """
     out = output_console()
     ended = list(outcomes.values())
@@ -269,7 +270,7 @@ def print_sweep(
 
 
 def _candidates(folders: Sequence[Path]) -> Table:
-    """The strongest heads for each role in the cells without claimed heads."""
+    """Return a table of the strongest heads for each role in the cells without claimed heads."""
     cells = []
     for folder in folders:
         record, candidates = read_record(folder), load_table(folder, "candidates")
@@ -279,7 +280,7 @@ def _candidates(folders: Sequence[Path]) -> Table:
 
 
 def role_table(folders: Sequence[Path]) -> Table:
-    """One row per role and model: where its heads are, how they stand out, the verdict. Empty where none is claimed."""
+    """Return one row per role and model: depth of its heads, effect, verdict. Empty if no head is claimed."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     right = ("heads", "depth", "AUC in layer", "p")
     rows = comparison.roles(folders).to_dict("records")
@@ -290,7 +291,7 @@ def role_table(folders: Sequence[Path]) -> Table:
     table.add_column("verdict")
     table.add_column("of its heads")
     for row in rows if any(row["role"] for row in rows) else []:
-        place = [row["task"], row["analysis"], row["role"].replace("_", " "), row["model"], *[row["cell"]] * several]
+        place = [row["task"], row["analysis"], wording.role(row["role"]), row["model"], *[row["cell"]] * several]
         if not row["role"]:
             table.add_row(*place, *[""] * 5, Text(row["verdict"], style="dim"))
             continue
@@ -301,14 +302,14 @@ def role_table(folders: Sequence[Path]) -> Table:
             row["primary"] or "",
             rounded(row["effect"]),
             rounded(row["p"], digits=3),
-            Text(row["verdict"], style=STYLES.get(row["verdict"], "dim")),
-            ", ".join(f"{n} {verdict}" for verdict, n in row["of_its_heads"].items()),
+            Text(wording.verdict(row["verdict"]), style=STYLES.get(row["verdict"], "dim")),
+            ", ".join(f"{n} {wording.verdict(verdict)}" for verdict, n in row["of_its_heads"].items()),
         )
     return table
 
 
 def depth_table(folders: Sequence[Path]) -> Table:
-    """One row per metric and model: means over heads by quarter of the relative depth."""
+    """Return one row per metric and model: means over heads by quarter of the relative depth."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("metric, mean over heads")
     table.add_column("model", no_wrap=True)
@@ -326,7 +327,7 @@ def depth_table(folders: Sequence[Path]) -> Table:
 
 
 def grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    """Reason -> the metrics it holds for."""
+    """Return reason -> the metrics it holds for."""
     found: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         found.setdefault(reason, []).append(name)

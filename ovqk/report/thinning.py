@@ -1,5 +1,5 @@
-"""A cell's tables, thinned to what a page can hold: everything of the heads that are claimed or candidates, the leading
-part of the others. What several cells share is held once, in a pool.
+"""A cell's tables, thinned for a page: everything about heads that are claimed or candidates, and the leading part for
+the others. Values that several cells share are held once, in a pool.
 """
 
 import json
@@ -25,11 +25,11 @@ Short = float | int | None
 
 @dataclass(frozen=True)
 class Detail:
-    """How much the page holds of a head that nothing is claimed of; None: everything.
+    """The detail for a head that is neither claimed nor a candidate; None stands for everything.
 
     Attributes:
         values: leading eigen- and singular values of each spectrum.
-        tokens: of each side and sign of a component; 0: no component.
+        tokens: tokens of each side and sign of a component; 0 for no component.
         partners: strongest compositions of each head, mode and side.
         offsets: points of its offset profile.
     """
@@ -47,18 +47,18 @@ DETAILS = (
     Detail(values=8, tokens=2, partners=4, offsets=24),
     Detail(values=0, tokens=0, partners=2, offsets=0),
 )
-"""From all to least; a page takes the first that fits."""
+"""Details from the most to the least; a page takes the first that fits."""
 
 
 @dataclass
 class Texts:
-    """Texts that are said once and meant by their place."""
+    """Different texts, each with its place in a list."""
 
     items: list[str] = field(default_factory=list)
     places: dict[str, int] = field(default_factory=dict)
 
     def add(self, text: str) -> int:
-        """The text's place."""
+        """Add the text unless it is there, and return its place."""
         if text not in self.places:
             self.places[text] = len(self.items)
             self.items.append(text)
@@ -67,14 +67,14 @@ class Texts:
 
 @dataclass
 class Pool:
-    """What several cells share, such as the spectra of one model under several tasks, is held once."""
+    """Different items, each held once, such as the spectra of one model that several tasks share."""
 
     items: list[Any] = field(default_factory=list)
     places: dict[str, int] = field(default_factory=dict)
     tokens: Texts = field(default_factory=Texts)
 
     def add(self, item: Any) -> int:
-        """The item's place."""
+        """Add the item unless it is there, and return its place."""
         key = json.dumps(item, separators=(",", ":"))
         if key not in self.places:
             self.places[key] = len(self.items)
@@ -83,7 +83,7 @@ class Pool:
 
 
 def columnar(table: pd.DataFrame, pool: Pool) -> Json:
-    """A table by columns; each is in the pool. Texts are a list of the different ones and a place for each row."""
+    """Return a table by columns, each in the pool. Texts are a list of different ones and a place per row."""
     found: Json = {"rows": len(table)}
     for name in map(str, table.columns):
         values = [_plain(value) for value in table[name]]
@@ -97,7 +97,7 @@ def columnar(table: pd.DataFrame, pool: Pool) -> Json:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a table as JSON has it; None for what is not there."""
+    """Return a value of a table as JSON holds it; None for a missing one."""
     if value is None or isinstance(value, str | bool | list):
         return value
     if isinstance(value, np.bool_):
@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
 
 
 def short(value: float) -> Short:
-    """A number at 4 digits, whole ones without a point; None where it is not finite."""
+    """Return a number at 4 digits, a whole one without a point; None if it is not finite."""
     if not math.isfinite(value):
         return None
     rounded = float(f"{value:.4g}")
@@ -116,7 +116,7 @@ def short(value: float) -> Short:
 
 
 def _tuples(table: pd.DataFrame) -> Iterable[Any]:
-    """The rows as tuples with names."""
+    """Return the rows as named tuples."""
     return table.itertuples(index=False)
 
 
@@ -133,17 +133,17 @@ class Grid:
 
     @classmethod
     def of(cls, table: pd.DataFrame) -> "Grid":
-        """As many layers and heads as the table of heads has."""
+        """Return the grid for a table of heads."""
         layers, heads = int(table["layer"].max()) + 1, int(table["head"].max()) + 1
         return cls(layers, heads, pd.MultiIndex.from_product([range(layers), range(heads)]))
 
     def rows(self, table: pd.DataFrame) -> pd.DataFrame:
-        """A table with one row for each head, in the grid's order."""
+        """Return a table with one row for each head, in the grid's order."""
         return table.set_index(["layer", "head"]).reindex(self.index)
 
 
 def with_quantiles(tests: pd.DataFrame, nulls: pd.DataFrame | None) -> pd.DataFrame:
-    """The tests, each with the quantiles of its null as a list."""
+    """Return the tests, each with the quantiles of its null as a list."""
     if nulls is None:
         return tests
     keys = ["role", "layer", "head", "metric", "null"]
@@ -158,7 +158,7 @@ def with_quantiles(tests: pd.DataFrame, nulls: pd.DataFrame | None) -> pd.DataFr
 
 
 def spectra(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
-    """Per head and circuit and space: eigenvalues (re, im; of a conjugate pair the one above) and singular values."""
+    """Return eigenvalues (re, im; one of each conjugate pair) and singular values per head, circuit and space."""
     table = tables["spectra"]
     table = table[table["offset"] == table["offset"].min()]
     heads: list[dict[str, Any]] = [{} for _ in grid.index]
@@ -178,12 +178,12 @@ def spectra(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Poo
 
 
 def _eigen(values: np.ndarray) -> list[Short]:
-    """re, im, re, im ...: real ones and, of each conjugate pair, the one above the axis."""
+    """Return re, im, re, im ... for real eigenvalues and the one above the axis of each conjugate pair."""
     return [short(part) for re, im in values if im >= 0 for part in (re, im)]
 
 
 def _band(sigma: np.ndarray) -> list[list[Short]]:
-    """Quantiles over heads of sigma_k / sigma_1, for every k; heads of zero weights are passed over."""
+    """Return quantiles over heads of sigma_k / sigma_1 for every k; heads with zero weights are left out."""
     first = sigma[:, :1]
     scaled = sigma[first[:, 0] > 0] / first[first[:, 0] > 0]
     if not len(scaled):
@@ -192,7 +192,7 @@ def _band(sigma: np.ndarray) -> list[list[Short]]:
 
 
 def offsets(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
-    """The mean score by offset: the first offsets, then ever fewer."""
+    """Return the mean score by offset: the first offsets, then fewer and fewer."""
     table = tables["offsets"]
     every = sorted(table["offset"].unique().tolist())
     dense = spaced_offsets(len(every), MOST_OFFSETS)
@@ -207,7 +207,7 @@ def offsets(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Poo
 
 
 def spaced_offsets(n: int, most: int) -> list[int]:
-    """At most `most` of 0 .. n - 1: the first ones, then as evenly in their logarithm as whole numbers go."""
+    """Return at most `most` of 0 .. n - 1: the first ones, then as evenly by logarithm as whole numbers allow."""
     if n <= most:
         return list(range(n))
     if most <= FIRST_OFFSETS:
@@ -217,14 +217,14 @@ def spaced_offsets(n: int, most: int) -> list[int]:
 
 
 def directions(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
-    """Per head: its components with the tokens at both ends of both sides, best first."""
+    """Return each head's components with the tokens at both ends of both sides, best first."""
     table, energy = tables["directions"], _energies(tables.get("spectra"))
     if detail.tokens is not None:
         claimed = pd.MultiIndex.from_frame(table[["layer", "head"]]).isin(list(marked))
         table = table[claimed | ((table["rank"] <= detail.tokens) & (table["kind"] == "singular"))]
     components: dict[tuple[Any, ...], Json] = {}
     table = table.sort_values("rank", kind="stable")
-    for row in _tuples(table.reindex(columns=list(DIRECTION_COLUMNS))):  # a record of before may lack a contrast
+    for row in _tuples(table.reindex(columns=list(DIRECTION_COLUMNS))):  # records of earlier versions lack a contrast
         key = (row.layer, row.head, row.circuit, row.kind, row.component)
         if key not in components:
             total = energy.get(key[:3])
@@ -248,7 +248,7 @@ def directions(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: 
 
 
 def _energies(spectra: pd.DataFrame | None) -> dict[tuple[int, int, str], float]:
-    """(layer, head, circuit) -> sum sigma^2 at offset 0, which components are read at."""
+    """Return (layer, head, circuit) -> sum sigma^2 at offset 0, where components are read."""
     if spectra is None:
         return {}
     wanted = (spectra["kind"] == "singular") & (spectra["space"] == "residual") & (spectra["offset"] == 0)
@@ -257,7 +257,7 @@ def _energies(spectra: pd.DataFrame | None) -> dict[tuple[int, int, str], float]
 
 
 def partners(table: pd.DataFrame, most: int | None, marked: Heads) -> pd.DataFrame:
-    """The strongest compositions of every head as a sender and as a receiver, and all those between marked heads."""
+    """Return each head's strongest compositions as sender and as receiver, and all those between marked heads."""
     if most is None:
         return table
     ordered = table.sort_values("score", ascending=False, kind="stable")

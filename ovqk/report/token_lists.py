@@ -10,7 +10,7 @@ SIDES = ("read", "write")
 
 
 def describe(table: pd.DataFrame, layer: int, head: int, shown: int = 5) -> list[str]:
-    """A head's components, a line each: `OV singular 0 (sigma 12.3): reads ' John' (6.1) | not ' a' (2.4) -> ...`.
+    """Return a head's components as lines: `OV singular 0 (sigma 12.3): reads ' John' (6.1) | not ' a' (2.4) -> ...`.
 
     The number behind each list is its contrast.
 
@@ -22,10 +22,10 @@ def describe(table: pd.DataFrame, layer: int, head: int, shown: int = 5) -> list
 
 
 def _list(records: Sequence[dict[Hashable, Any]]) -> str:
-    """The tokens of a list, and its contrast if it has one."""
+    """Return the tokens of a list, and its contrast if it has one."""
     tokens = [record["token"] for record in records]
     text = " ".join(repr(token if len(token) <= LONG else token[:LONG] + "…") for token in tokens)
-    contrast = records[0].get("contrast", 0.0) if records else 0.0  # a record of before has none
+    contrast = records[0].get("contrast", 0.0) if records else 0.0  # records of earlier versions have none
     return f"{text} ({contrast:.1f})" if contrast >= 0.05 else text
 
 

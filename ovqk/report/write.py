@@ -2,48 +2,51 @@
 
     python -m ovqk.report RESULTS_DIR [--out FILE] [--figures | --no-figures]
 
-Writes RESULTS_DIR/report.html, which needs no network and no other file, and RESULTS_DIR/figures/ with the same figures
-as SVG and PNG; figures of an earlier report that this one does not make are removed, and no other file of that folder.
-Reads records and tables, nothing else; the same records give the same bytes.
+It writes RESULTS_DIR/report.html, which needs no network and no other file, and RESULTS_DIR/figures/ with the same
+figures as SVG and PNG. Of the files in that folder, only figures of an earlier report are removed, if this one does not
+make them. It reads records and tables and nothing else; the same records give the same bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
+from ovqk.errors import UserError
 from ovqk.figures import models
 from ovqk.figures.choice import cell_figures, sweep_figures
 from ovqk.records.cells import Cell, Failure, read_cells
-from ovqk.records.record import RECORD, write_text
+from ovqk.records.record import RECORD
 from ovqk.report.page import BYTES, CELLS, make_page
+from ovqk.whole_files import write_text
+from ovqk.wording import counted
 
 PAGE = "report.html"
 FIGURES = "figures"
 WRITTEN = ".written"
-"""In the folder of figures: the names of those that a report wrote, a line each."""
+"""File in the folder of figures with the names of those that a report wrote, one per line."""
 
 
 def write_report(
     results_dir: Path, out: Path | None = None, with_figures: bool = True, tell: Callable[[str], object] | None = None
 ) -> list[str]:
-    """Write the page, and unless told otherwise its figures beside it; returns what to say about them.
+    """Write the page and its figures beside it, and return lines that say what was written.
 
     Args:
         results_dir: the folder that run.py wrote.
         out: the page; RESULTS_DIR/report.html unless given.
         with_figures: whether to write the figures too.
-        tell: called with each line as soon as it is true.
+        tell: a function to call with each line as soon as it is true.
 
     Raises:
-        SystemExit: there is no such folder, no finished cell in it, or a file cannot be written.
+        UserError: there is no such folder, no finished cell in it, or a file cannot be written.
     """
     if not results_dir.is_dir():
-        raise SystemExit(f"ovqk: {results_dir}: no such results folder.")
+        raise UserError(f"{results_dir}: no such results folder.")
     cells, failures = read_cells(results_dir)
     if not cells and (above := _above(results_dir)):
-        raise SystemExit(f"ovqk: {results_dir} is a part of a results folder: give the whole, {above}.")
+        raise UserError(f"{results_dir} is a part of a results folder: give the whole, {above}.")
     if not cells:
-        raise SystemExit(f"ovqk: {results_dir} holds no finished cell{_failed(failures)}. {_remedy(results_dir)}")
+        raise UserError(f"{results_dir} holds no finished cell{_failed(failures)}. {_remedy(results_dir)}")
     path = out or results_dir / PAGE
     said = []
     try:
@@ -52,7 +55,7 @@ def write_report(
             if tell:
                 tell(line)
     except OSError as error:
-        raise SystemExit(f"ovqk: {error.filename or path}: cannot be written ({error.strerror}).") from error
+        raise UserError(f"{error.filename or path}: cannot be written ({error.strerror}).") from error
     return said
 
 
@@ -61,17 +64,17 @@ def _write(cells: Sequence[Cell], failures: Sequence[Failure], path: Path, with_
     page = make_page(cells, failures, path.parent, FIGURES if with_figures else None)
     write_text(path, page.html)
     models = len({cell.record["model"] for cell in cells})
-    yield f"wrote {path} ({page.size / 1e6:.1f} MB, {_count(len(cells), 'cell')} of {_count(models, 'model')})"
+    yield f"wrote {path} ({page.size / 1e6:.1f} MB, {counted(len(cells), 'cell')} of {counted(models, 'model')})"
     if page.size > BYTES * max(1, len(cells) / CELLS):
         yield "the page is larger than planned even with the least detail of unclaimed heads"
     yield from (f"without results: {f.model} / {f.task} / {f.analysis}: {f.error}" for f in failures)
     if with_figures:
         n = write_figures(cells, path.parent / FIGURES)
-        yield f"wrote {_count(n, 'figure')}, as SVG and as PNG, to {path.parent / FIGURES}"
+        yield f"wrote {counted(n, 'figure')}, as SVG and as PNG, to {path.parent / FIGURES}"
 
 
 def write_figures(cells: Sequence[Cell], folder: Path) -> int:
-    """Write the figures of these cells, and remove an earlier report's that are not among them; returns how many."""
+    """Write the figures of these cells, remove other figures of an earlier report, and return how many were written."""
     folder.mkdir(parents=True, exist_ok=True)
     before, made = _written(folder), set()
     try:
@@ -86,7 +89,7 @@ def write_figures(cells: Sequence[Cell], folder: Path) -> int:
 
 
 def _written(folder: Path) -> set[str]:
-    """Names of the figures in a folder that an earlier report wrote."""
+    """Return the names of the figures in a folder that an earlier report wrote."""
     try:
         names = (folder / WRITTEN).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -97,16 +100,12 @@ def _written(folder: Path) -> set[str]:
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
-
-
 def _failed(failures: Sequence[Failure]) -> str:
-    return f" ({_count(len(failures), 'cell')} without results)" if failures else ""
+    return f" ({counted(len(failures), 'cell')} without results)" if failures else ""
 
 
 def _above(folder: Path) -> Path | None:
-    """The results folder that a model's, a task's or a cell's folder lies in."""
+    """Return the results folder around a model's, a task's or a cell's folder; None if it is none of these."""
     depth = next((k for k in range(3) if next(folder.glob("*/" * k + RECORD), None)), None)
     return None if depth is None else folder.resolve().parents[2 - depth]
 

@@ -22,6 +22,7 @@ from ovqk.config.resolve import plain
 from ovqk.metrics import SCHEMA_VERSION
 from ovqk.structure.model import Model
 from ovqk.structure.tables import Tables
+from ovqk.whole_files import temporary
 
 PACKAGE = Path(__file__).parents[1]
 ENTRY = "entry.json"
@@ -46,19 +47,19 @@ class Entry:
         """Keep tables that were computed. A full disk leaves nothing behind and costs nothing but the keeping."""
         if self.folder is None:
             return
-        temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
+        unfinished = temporary(self.folder)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
             hashes = {}
             for name, table in tables.items():
-                table.to_parquet(temporary / f"{name}.parquet", index=False)
-                hashes[name] = _hash((temporary / f"{name}.parquet").read_bytes())
-            (temporary / ENTRY).write_text(json.dumps({"tables": hashes}), encoding="utf-8")
-            temporary.replace(self.folder)
+                table.to_parquet(unfinished / f"{name}.parquet", index=False)
+                hashes[name] = _hash((unfinished / f"{name}.parquet").read_bytes())
+            (unfinished / ENTRY).write_text(json.dumps({"tables": hashes}), encoding="utf-8")
+            unfinished.replace(self.folder)
             _forget_oldest(self.folder.parent, self.most)
         except OSError:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class StructureCache:

@@ -2,9 +2,8 @@
 
     python -m ovqk.tracking RESULTS_DIR [--mode online] [--project NAME] [--entity NAME] [--all]
 
-A sweep has a run of its own besides, of the figures and tables over all its cells. Records are never touched and a
-failure here never loses a result: tracking.json says what happened, and what was not tracked is tracked by the next run
-or by the command above.
+A sweep also has a run of its own, with figures and tables over all its cells. Records are never changed, so a failure
+here loses no result: tracking.json says what happened, and the next run or the command above tries again.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from typing import Any
 from filelock import Timeout
 
 from ovqk.config.schema import TrackingConfig, TrackingMode
-from ovqk.errors import UserError
+from ovqk.errors import UserError, one_message
 from ovqk.records.record import claim, read_record, read_tracking
 from ovqk.records.results import cell_folders
 from ovqk.tracking.run import Destination
@@ -26,21 +25,22 @@ from ovqk.tracking.sweep_panels import Sweep, read_sweeps
 from ovqk.tracking.track import TrackedCell, TrackedSweep, attempt_tracking, needs_tracking
 
 
+@one_message()
 def main() -> None:
     """Track the finished cells under a results folder that were never tracked, and then its sweeps."""
     parser = argparse.ArgumentParser(prog="python -m ovqk.tracking", description="Send finished cells to W&B.")
     parser.add_argument("results_dir", type=Path)
     parser.add_argument("--mode", choices=["online", "offline"], help="WANDB_MODE unless given, else online")
-    parser.add_argument("--project", help="the one in each cell's config unless given")
-    parser.add_argument("--entity", help="the one in each cell's config unless given")
-    parser.add_argument("--all", action="store_true", help="also what was tracked, offline for instance")
+    parser.add_argument("--project", help="each cell's own, from its config, unless given")
+    parser.add_argument("--entity", help="each cell's own, from its config, unless given")
+    parser.add_argument("--all", action="store_true", help="also cells that were tracked before, offline for instance")
     arguments = parser.parse_args()
     if not arguments.results_dir.is_dir():
-        raise SystemExit(f"ovqk: {arguments.results_dir}: no such results folder.")
+        raise UserError(f"{arguments.results_dir}: no such results folder.")
     mode = _mode(arguments.mode)
     folders = list(cell_folders(arguments.results_dir))
     if not folders:
-        raise SystemExit(f"ovqk: {arguments.results_dir}: no cells there (MODEL/TASK/ANALYSIS-ID folders).")
+        raise UserError(f"{arguments.results_dir}: no cells there (MODEL/TASK/ANALYSIS-ID folders).")
     sent = [_track_later(folder, arguments, mode) for folder in folders]
     sweeps = read_sweeps(arguments.results_dir)
     sent += [_track_sweep_later(sweep, arguments, mode) for sweep in sweeps]
@@ -56,12 +56,12 @@ def _mode(asked: str | None) -> TrackingMode:
     name = asked or os.environ.get("WANDB_MODE") or TrackingMode.online.value
     name = "offline" if name == "dryrun" else name
     if name not in ("online", "offline"):
-        raise SystemExit(f"ovqk: WANDB_MODE={name}: with it nothing is sent; --mode online or --mode offline.")
+        raise UserError(f"WANDB_MODE={name}: with it nothing is sent; use --mode online or --mode offline.")
     return TrackingMode(name)
 
 
 def _track_later(folder: Path, arguments: argparse.Namespace, mode: TrackingMode) -> bool:
-    """Track a cell, unless it was or another process is at work on it; says what became of it. False: not tracked."""
+    """Track a cell unless it was tracked or another process works on it; print the outcome. Return False on failure."""
     record = read_record(folder)
     if record is None or not {"status", "cell_id"} <= record.keys():
         print(f"skipped {folder}: its record cannot be read", file=sys.stderr)
@@ -81,7 +81,7 @@ def _track_later(folder: Path, arguments: argparse.Namespace, mode: TrackingMode
 
 
 def _track_sweep_later(sweep: Sweep, arguments: argparse.Namespace, mode: TrackingMode) -> bool:
-    """The same for a sweep's own run."""
+    """Track a sweep's own run likewise."""
     destination = _destination(sweep.records[0], arguments, mode)
 
     tracked = TrackedSweep(sweep)
@@ -101,15 +101,13 @@ def _destination(record: dict[str, Any], arguments: argparse.Namespace, mode: Tr
 def _held(
     results_dir: Path, identifier: str, name: str, folder: Path, attempt: Callable[[], tuple[str, str | None] | None]
 ) -> bool:
-    """Make an attempt at what no other process holds, and say what became of it; False where it failed."""
+    """Make an attempt unless another process holds the cell, print its outcome, and return whether it is fine."""
     try:
         with claim(results_dir, identifier, wait=False):
             outcome = attempt()
     except Timeout:
         print(f"skipped {name}: another process is at work on it", file=sys.stderr)
         return True
-    except UserError as error:
-        raise SystemExit(f"ovqk: {error}") from None
     if outcome is None:
         return True
     status, reason = outcome

@@ -1,7 +1,7 @@
-"""What the W&B run of a cell shows, from its record alone: curves, eigenvalues, histograms, tables and scalars.
+"""The content of a cell's W&B run, from its record alone: curves, eigenvalues, histograms, tables and scalars.
 
-Plain data, without W&B: `tracking` hands it over. No name holds a head: heads are rows of tables and lines of
-charts, so that runs of models of any size share their names.
+It is plain data, which `tracking.run` logs. No name contains a head: heads are rows of tables and lines of charts, so
+that runs of models of any size share their names.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ovqk import wording
 from ovqk.metrics import METRICS
 from ovqk.records.comparison import QUARTERS, quarter_means, relative_depth, roles
 from ovqk.records.results import load_table
@@ -21,7 +22,7 @@ from ovqk.records.results import load_table
 MAX_ROWS = 10_000  # W&B cuts longer tables; the full ones stay in Parquet
 BINS = 32
 NUMBERS = ("integer", "floating", "mixed-integer-float", "decimal")  # as pandas calls a column's values
-SHOWN_HEADS = 8  # whose eigenvalues are drawn where there is neither claim nor candidate
+SHOWN_HEADS = 8  # with eigenvalues drawn, if there is neither claim nor candidate
 SHOWN_TOKENS = 5  # of each end of a component
 SHOWN_COORDINATES = ("model", "task", "analysis")
 CURVES = (
@@ -63,19 +64,19 @@ TABLES = (
     "virtual_heads",
     "directions",
 )
-"""Tables that are shown where the analysis made them; spectra and offsets are drawn, or in Parquet."""
+"""Tables that are shown if the analysis made them; spectra and offsets are drawn, or in Parquet."""
 COMPONENT = ["layer", "head", "circuit", "kind", "component"]
 LEADING = {
     "composition": ("score_above_random", False),
     "virtual_heads": ("score", False),
     "directions": ("component", True),
 }
-"""By which column, and whether rising, the rows of a table that is too long are kept; else by their order."""
+"""Table -> the column, and whether rising, that decides which rows to keep if it is too long; else their order does."""
 
 
 @dataclass(frozen=True)
 class Panels:
-    """What a run shows.
+    """The content of a run.
 
     Attributes:
         config: flat coordinates to group and filter by, and the resolved choice under `cfg`.
@@ -95,7 +96,7 @@ class Panels:
 
 
 def read_panels(folder: Path, record: dict[str, Any]) -> Panels:
-    """What the run of a done cell shows.
+    """Return the content of a done cell's run.
 
     Raises:
         FileNotFoundError: heads.parquet is not there.
@@ -117,7 +118,7 @@ def read_panels(folder: Path, record: dict[str, Any]) -> Panels:
 
 
 def run_config(record: dict[str, Any]) -> dict[str, Any]:
-    """Flat coordinates to group and filter by, and the resolved choice under `cfg`."""
+    """Return flat coordinates to group and filter by, and the resolved choice under `cfg`."""
     coordinates = {key: record[key] for key in ("model", "task", "analysis", "seed", "cell_id", "sweep")}
     more = {
         "processing": record["processing"]["applied"],
@@ -135,7 +136,7 @@ def run_config(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_curves(heads: pd.DataFrame, layers: pd.DataFrame | None, n_layers: int) -> pd.DataFrame:
-    """Means over the heads of each layer of CURVES, and the layer's own metrics (`summed_`), by layer and depth."""
+    """Return means over each layer's heads of CURVES, and the layer's own metrics (`summed_`), by layer and depth."""
     wanted = [name for name in CURVES if name in heads and heads[name].notna().any()]
     curves = heads.groupby("layer", as_index=False)[wanted].mean()
     curves.insert(1, "relative_depth", relative_depth(curves["layer"], n_layers))
@@ -145,7 +146,7 @@ def layer_curves(heads: pd.DataFrame, layers: pd.DataFrame | None, n_layers: int
 
 
 def health(record: dict[str, Any]) -> dict[str, Any]:
-    """Whether the cell is sound and what it cost: `status` and `health/...`."""
+    """Return the cell's state and cost: `status` and `health/...`."""
     made = record["provenance"]
     words = {place: sum(map(_count, record["words"].get(place, {}).values())) for place in ("kept", "dropped")}
     return {
@@ -165,7 +166,7 @@ def _count(words: int | list[str]) -> int:
 
 
 def _comparison(folder: Path, heads: pd.DataFrame, record: dict[str, Any]) -> dict[str, Any]:
-    """The cell's rows of the comparison: `role/ROLE/depth`, `/verdict` and `/heads`, `quarter/N/METRIC`."""
+    """Return the cell's rows of the comparison: `role/ROLE/depth`, `/verdict` and `/heads`, `quarter/N/METRIC`."""
     scalars: dict[str, Any] = {}
     for row in roles([folder]).to_dict("records"):
         if row["role"]:
@@ -189,7 +190,7 @@ def _histograms(heads: pd.DataFrame) -> dict[str, tuple[NDArray[np.int64], NDArr
 
 
 def _eigenvalues(made: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Real parts of the eigenvalues of some heads, by falling modulus, for each circuit and space."""
+    """Return real parts of the eigenvalues of some heads, by falling modulus, for each circuit and space."""
     if "spectra" not in made:
         return {}
     spectra = made["spectra"]
@@ -203,7 +204,7 @@ def _eigenvalues(made: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
 
 def _drawn_heads(made: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """layer, head, label: the claimed heads, else the candidates, else those of the most extreme eigenvalue ratio."""
+    """Return layer, head, label of the claimed heads, else of candidates, else of extreme eigenvalue ratios."""
     if "verdicts" in made:
         shown = made["verdicts"].query("kind == 'head'")[["layer", "head", "role"]]
     elif len(made.get("candidates", ())):
@@ -216,13 +217,14 @@ def _drawn_heads(made: dict[str, pd.DataFrame]) -> pd.DataFrame:
         strongest = heads.index[:0] if ratio is None else heads[ratio].abs().nlargest(SHOWN_HEADS).index
         shown = heads.loc[strongest, ["layer", "head"]].assign(role="")
     shown = shown.astype({"layer": int, "head": int})
+    shown["role"] = shown["role"].map(wording.role)
     named = shown.groupby(["layer", "head"])["role"].agg("+".join).reset_index()
-    labels = [f"{row.layer}.{row.head} {row.role}".replace("_", " ").strip() for row in named.itertuples(index=False)]
+    labels = [f"{row.layer}.{row.head} {row.role}".strip() for row in named.itertuples(index=False)]
     return named[["layer", "head"]].assign(label=labels)
 
 
 def _tables(made: dict[str, pd.DataFrame], record: dict[str, Any]) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
-    """The tables with the cell's coordinates first, and of those that were cut, how many rows are not shown."""
+    """Return the tables with the cell's coordinates first, and how many rows were cut from each that is too long."""
     tables: dict[str, pd.DataFrame] = {}
     left_out: dict[str, int] = {}
     for name in filter(made.__contains__, TABLES):
@@ -239,7 +241,7 @@ def _tables(made: dict[str, pd.DataFrame], record: dict[str, Any]) -> tuple[dict
 
 
 def _quantiles(nulls: pd.DataFrame) -> pd.DataFrame:
-    """One row per null, its quantiles as columns."""
+    """Return one row per null, with its quantiles as columns."""
     keys = [name for name in nulls.columns if name not in ("quantile", "value")]
     number = nulls.groupby(keys, dropna=False, sort=False, observed=True).ngroup()
     wide = nulls.assign(number=number).pivot(index="number", columns="quantile", values="value")
@@ -248,7 +250,7 @@ def _quantiles(nulls: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ends(directions: pd.DataFrame) -> pd.DataFrame:
-    """One row per component, with the leading tokens of each end of each side as text: read, read_opposite, ..."""
+    """Return one row per component, with the leading tokens of each end of each side: read, read_opposite, ..."""
     shown = directions[directions["rank"] <= SHOWN_TOKENS]
     first = ["value", "value_im", "cluster_size"]
     columns = [shown[name].tolist() for name in (*COMPONENT, *first, "side", "sign", "token")]
@@ -262,7 +264,7 @@ ENDS = {
     ("write", -1): "write_opposite",
 }
 SHAPES = {"nulls": _quantiles, "directions": _ends}
-"""Tables that are shown in another shape than they are kept in: shorter, and for people to read."""
+"""Tables that are shown in another, shorter shape than in Parquet."""
 
 
 def _component_rows(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
@@ -274,7 +276,7 @@ def _component_rows(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]
 
 
 def plain_table(frame: pd.DataFrame) -> tuple[list[type], list[list[Any]]]:
-    """The type of each column (bool, float or str) and the rows; None for what is missing or no finite number."""
+    """Return each column's type (bool, float or str) and the rows; values missing or not finite are None."""
     kinds, columns = zip(*[_plain_column(column) for _, column in frame.items()], strict=True)
     return list(kinds), [list(row) for row in zip(*columns, strict=True)]
 

@@ -2,7 +2,7 @@
 
     python -m ovqk.dashboard RESULTS_DIR [--project NAME] [--entity NAME] [--name TITLE]
 
-Runs are grouped by `config.model`, and only what the records of the results hold gets a panel. Needs the extra
+Runs are grouped by `config.model`, and a panel is made only for data that the records hold. Needs the extra
 `dashboard` (wandb-workspaces).
 """
 
@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ovqk import wording
 from ovqk.config.schema import TrackingConfig
+from ovqk.errors import UserError, one_message, told
 from ovqk.metrics import METRICS
-from ovqk.records.record import read_record, read_tracking
+from ovqk.records.record import done_records, read_tracking
 from ovqk.records.results import cell_folders
 from ovqk.tracking.cell_panels import Panels, read_panels
 from ovqk.tracking.sweep_panels import read_sweeps
@@ -51,13 +53,13 @@ SECTIONS = ("Claims", "Spectra", "Symmetry and position", "Heads", "Health")
 
 
 def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], swept: bool = False) -> Any:
-    """The workspace (`wandb_workspaces.workspaces.Workspace`), not yet saved.
+    """Return the workspace (`wandb_workspaces.workspaces.Workspace`), not yet saved.
 
     Args:
         entity: whose project it is.
         project: the project of the runs.
         title: the workspace's name.
-        shown: what the runs show; what none of them has gets no panel.
+        shown: the content of the runs; data that no run has gets no panel.
         swept: whether there is a sweep, whose own run has figures of all its cells.
     """
     import wandb_workspaces.reports.v2 as reports
@@ -77,7 +79,7 @@ def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], sw
 
     panels: dict[str, list[Any]] = {section: [] for section in SECTIONS}
     for role in sorted({name.split("/")[1] for name in scalars if name.startswith("role/")}):
-        panels["Claims"] += bars(role.replace("_", " "), f"role/{role}/effect", f"role/{role}/p")
+        panels["Claims"] += bars(wording.role(role), f"role/{role}/effect", f"role/{role}/p")
     if swept:
         panels["Claims"].append(reports.MediaBrowser(title="whole sweeps", media_keys=list(SWEEP_FIGURES)))
         panels["Claims"].append(reports.WeavePanelSummaryTable(table_name="comparison/roles"))
@@ -123,6 +125,7 @@ def _eigenvalue_chart(reports: Any, name: str) -> Any:
     )
 
 
+@one_message()
 def main() -> None:
     """Save the workspace for the cells under a results folder."""
     parser = argparse.ArgumentParser(prog="python -m ovqk.dashboard", description="Make a W&B workspace.")
@@ -134,29 +137,24 @@ def main() -> None:
     try:
         import wandb_workspaces.workspaces  # noqa: F401
     except ImportError:
-        raise SystemExit(
-            "ovqk: the dashboard needs an extra: pip install -c constraints.txt -e '.[dashboard]'"
-        ) from None
+        raise UserError("the dashboard needs an extra: pip install -c constraints.txt -e '.[dashboard]'") from None
     shown, entity, project = gathered_panels(arguments.results_dir)
     swept = bool(read_sweeps(arguments.results_dir))
     entity, project = arguments.entity or entity, arguments.project or project
     if entity is None:
-        raise SystemExit("ovqk: --entity: whose project is it? No cell there was tracked online, which would tell.")
+        raise UserError("--entity: whose project is it? No cell there was tracked online, so the records do not tell.")
     try:
         saved = workspace(entity, project, arguments.name, shown, swept).save()
     except Exception as error:  # whatever W&B raises
-        raise SystemExit(f"ovqk: the workspace was not saved: {type(error).__name__}: {error}") from None
+        raise UserError(f"the workspace was not saved: {told(error)}") from None
     print(f"saved {saved.url}")
 
 
 def gathered_panels(results_dir: Path) -> tuple[list[Panels], str | None, str]:
-    """What the cells show, one of each task and analysis, and where they were tracked."""
+    """Return the content of one cell for each task and analysis, and the entity and project of their runs."""
     shown: dict[tuple[str, str, str], Panels] = {}
     entity, project = os.environ.get("WANDB_ENTITY"), str(TrackingConfig.project)
-    for folder in cell_folders(results_dir):
-        record = read_record(folder)
-        if record is None or record.get("status") != "done":
-            continue
+    for folder, record in done_records(cell_folders(results_dir)):
         tracking = record["provenance"]["config"].get("tracking", {})
         project = tracking.get("project") or project
         address = str(read_tracking(folder).get("url", "")).split("/")
@@ -166,7 +164,7 @@ def gathered_panels(results_dir: Path) -> tuple[list[Panels], str | None, str]:
         if key not in shown:
             shown[key] = read_panels(folder, record)
     if not shown:
-        raise SystemExit(f"ovqk: {results_dir}: no finished cells there (MODEL/TASK/ANALYSIS-ID folders).")
+        raise UserError(f"{results_dir}: no finished cells there (MODEL/TASK/ANALYSIS-ID folders).")
     return list(shown.values()), entity, project
 
 

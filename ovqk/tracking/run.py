@@ -1,4 +1,4 @@
-"""One run in W&B, from its beginning to its end: what it is called, what it shows, and where it then is."""
+"""One run in W&B, from its beginning to its end: its label, its content, and its place."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ MAX_TAG, MAX_NAME = 64, 128  # what W&B allows, in letters
 
 @dataclass(frozen=True)
 class Destination:
-    """Where runs go: to the results folder's `wandb`, and with mode=online to the project."""
+    """The destination of runs: the results folder's `wandb`, and with mode=online the project."""
 
     results_dir: Path
     mode: TrackingMode
@@ -30,7 +30,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class Label:
-    """What a run is called, and how W&B sorts it; of any length."""
+    """A run's name and the keys that W&B sorts it by; texts of any length."""
 
     name: str
     group: str
@@ -42,13 +42,13 @@ class Label:
 def make_run(
     identifier: str, destination: Destination, label: Label, log: Callable[[Any, Any], None]
 ) -> dict[str, str]:
-    """Make a run, in the place of earlier ones of its id; where it is: {"directory": ...} or {"url": ...}.
+    """Make a run that replaces earlier ones of its id, and return its place: {"directory": ...} or {"url": ...}.
 
     Args:
         identifier: the run's id.
-        destination: where to.
-        label: what it is called.
-        log: hands over what the run shows, given the run and the wandb module.
+        destination: the run's destination.
+        label: the run's label.
+        log: a function of the run and the wandb module that logs the run's content.
     """
     wandb_dir = destination.results_dir.absolute() / "wandb"
     staging = wandb_dir / "data" / f"{identifier}-{time.time_ns()}"
@@ -83,7 +83,7 @@ def make_run(
 
 
 def _remove_earlier(wandb_dir: Path, identifier: str, kept: set[str]) -> None:
-    """Remove what earlier attempts at a run have left on disk, and tables that wait for nothing any more."""
+    """Remove files of earlier attempts at a run, and staged tables that are no longer needed."""
     for pattern in (f"*run-*-{identifier}", f"*run-*-{identifier}-[0-9]", f"data/{identifier}-*"):
         for left in wandb_dir.glob(pattern):
             if left.name not in kept:
@@ -91,7 +91,7 @@ def _remove_earlier(wandb_dir: Path, identifier: str, kept: set[str]) -> None:
 
 
 def log_panels(run: Any, wandb: Any, panels: Panels) -> None:
-    """Hand over curves, histograms, eigenvalues and tables, and the summary.
+    """Log curves, histograms, eigenvalues, tables and the summary.
 
     Raises:
         TimeoutError: W&B takes too long over it.
@@ -132,13 +132,13 @@ def _media(wandb: Any, panels: Panels) -> Iterator[tuple[str, Any]]:
 
 
 def log_overview(run: Any, wandb: Any, tables: dict[str, pd.DataFrame], figures: Iterable[tuple[str, Path]]) -> None:
-    """Hand over tables, and figures by the names of their PNG files."""
+    """Log tables, and figures by the names of their PNG files."""
     shown = {f"comparison/{name}": _table(wandb, table) for name, table in tables.items() if len(table)}
     run.log(shown | {f"figures/{name}": wandb.Image(str(path), caption=name) for name, path in figures})
 
 
 def _table(wandb: Any, frame: pd.DataFrame) -> Any:
-    """A W&B table with columns of one type each; what is missing or no finite number is shown as empty."""
+    """Return a W&B table whose columns have one type each; values that are missing or not finite are empty."""
     kinds, rows = plain_table(frame)
     table = wandb.Table(columns=[str(name) for name in frame.columns], data=[], dtype=kinds)
     table.data = rows  # the types are known: W&B need not look at every value

@@ -1,5 +1,5 @@
-"""W&B's service: the process that does the work for the wandb module, kept quiet, waited for within bounds, believed
-only when its own log agrees. The one module that imports wandb.
+"""W&B's service, the process that works for the wandb module: kept quiet, waited for within bounds, and checked against
+its own log. This is the only module that imports wandb.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from typing import Any
 
 import platformdirs
 
-from ovqk.errors import UserError
+from ovqk.errors import UserError, first_line
 
 INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
 FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
-GRACE_SECONDS = 10.0  # after which the service is killed where it does not keep these times itself
+GRACE_SECONDS = 10.0  # after which the service is killed if it does not keep these times itself
 WRITTEN_SECONDS = 5.0  # for an offline run to be on disk after W&B has finished it
 LOG_MARK = b":W&B"  # how W&B's log of an offline run begins
 LOG_BLOCK, LOG_HEADER = 2**15, 7  # bytes; the file's own first bytes are as many as a piece's
@@ -31,7 +31,7 @@ SWITCH_SECONDS = 1e-4  # that one thread runs Python before another may: torch a
 STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # of an upload, in W&B's own log of a run
 
 _starting: list[threading.Thread] = []
-"""What `start_meanwhile` has begun and nobody has waited for."""
+"""Threads of `start_meanwhile` that nobody has waited for."""
 
 
 class NotReceivedError(Exception):
@@ -40,10 +40,10 @@ class NotReceivedError(Exception):
 
 @contextlib.contextmanager
 def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
-    """The wandb module and its service, a process that does the work.
+    """Yield the wandb module and its service process.
 
-    Meanwhile W&B prints nothing, asks for no key and reports no errors of its own to its makers. After a failure the
-    service is killed, so that nobody waits for it and the next cell starts another.
+    Inside, W&B prints nothing, asks for no key and reports no errors to its makers. After a failure the service is
+    killed, so that nobody waits for it and the next cell starts another.
     """
     while _starting:
         _starting.pop().join()
@@ -75,7 +75,7 @@ def _service(wandb: Any) -> tuple[Any, subprocess.Popen[bytes]]:
 
 
 def _settle_environment() -> None:
-    """What W&B reads when it is imported."""
+    """Set the environment variables that W&B reads when it is imported."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.pop("WANDB_SERVICE", None)  # a parent's service: this process has its own
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
@@ -107,10 +107,10 @@ def start_meanwhile() -> None:
 
 
 def settings() -> dict[str, Any]:
-    """No console output, no information on the machine or the code, and bounded waiting.
+    """Return settings for W&B: no console output, no facts about the machine or the code, and bounded waiting.
 
     Raises:
-        UserError: a time in the environment is no number.
+        UserError: a time in the environment is not a number.
     """
     return {
         "silent": True,
@@ -141,7 +141,7 @@ def _seconds(name: str, default: float) -> float:
 
 @contextlib.contextmanager
 def staged_in(directory: Path) -> Iterator[None]:
-    """Tables wait to be sent beside the results and not in the home folder, unless the user chose a place."""
+    """Stage tables beside the results and not in the home folder, unless the user chose a place."""
     if "WANDB_DATA_DIR" in os.environ:
         yield
         return
@@ -154,10 +154,10 @@ def staged_in(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def within(seconds: float, service: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Kill W&B's service where it takes much longer: its own limits do not hold when a server dies at a bad moment.
+    """Kill W&B's service if it takes much longer: its own limits fail if a server dies at a bad moment.
 
     Raises:
-        TimeoutError: it was killed.
+        TimeoutError: the service was killed.
     """
     expired = threading.Event()
 
@@ -179,7 +179,7 @@ def within(seconds: float, service: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def finish(run: Any) -> None:
-    """Wait until the run is written, or received.
+    """Wait until the run is written (offline) or received (online).
 
     Raises:
         NotReceivedError: the server did not take all of it in time, or refused a part.
@@ -200,7 +200,7 @@ def wait_for_end(log: Path) -> None:
     """Wait until an offline run is written as far as its exit: W&B says that it is finished a little earlier.
 
     Raises:
-        NotReceivedError: it is not, as where the service is killed at that moment.
+        NotReceivedError: it is not, for instance because the service was killed at that moment.
     """
     deadline = time.monotonic() + WRITTEN_SECONDS
     while not reaches_its_exit(log):
@@ -240,7 +240,7 @@ def reaches_its_exit(log: Path) -> bool:
 
 
 def _errors(log: Path) -> list[str]:
-    """Errors in W&B's own log of a run: it tells of a refused file there and nowhere else."""
+    """Return the errors in W&B's own log of a run, the only place that mentions a refused file."""
     messages = []
     with contextlib.suppress(OSError):
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -253,17 +253,17 @@ def _errors(log: Path) -> list[str]:
 
 
 def in_words(error: Exception) -> str:
-    """What an error says, in one line and without the values it met, of which one may be a key."""
+    """Return an error in one line, without the values it met, since one of them may be an API key."""
     if isinstance(error, UserError):
         return str(error)
     if type(error).__name__ == "ValidationError":  # pydantic's, of what W&B reads in the environment or its files
         refused = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]  # type: ignore[attr-defined]
         return f"W&B's setting {'; '.join(refused)}"
-    text = str(error) or "W&B's service on this machine ended"
-    return f"{type(error).__name__}: {text}".splitlines()[0]
+    text = first_line(error) or "W&B's service on this machine ended"
+    return f"{type(error).__name__}: {text}"
 
 
 def is_of_server(error: Exception) -> bool:
-    """Whether the next cell would meet the same; not where W&B's service on this machine was killed."""
+    """Whether the server failed, so that the next cell would too; False if only the service here was killed."""
     wandb = sys.modules.get("wandb")
     return wandb is not None and isinstance(error, (wandb.Error, TimeoutError, NotReceivedError))

@@ -1,7 +1,7 @@
-"""What the W&B run of a whole sweep shows, from the records of its cells alone: tables and figures over all of them.
+"""The content of a sweep's W&B run: tables and figures over all its cells, from their records alone.
 
-A sweep is known by its name, which the records of its cells hold. `<results_dir>/.sweeps/<id>/` says besides which
-cells it found done, and has the tracking.json of its run.
+A sweep is known by its name, which the records of its cells hold. `<results_dir>/.sweeps/<id>/` also lists the cells
+that it found done, and has the tracking.json of its run.
 """
 
 import hashlib
@@ -14,10 +14,12 @@ from typing import Any
 
 import pandas as pd
 
+from ovqk import wording
 from ovqk.records.cells import Cell
 from ovqk.records.comparison import depths, roles
-from ovqk.records.record import read_record, write_json
+from ovqk.records.record import done_records
 from ovqk.records.results import cell_folders, load_table
+from ovqk.whole_files import write_json
 
 SWEEPS = ".sweeps"
 CELLS = "sweep.json"
@@ -37,17 +39,17 @@ class Sweep:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """The records of its cells, in their order."""
-        return [record for folder in self.cells if (record := _done(folder)) is not None]
+        """The records of its cells, in the order of the cells."""
+        return [record for _, record in done_records(self.cells)]
 
 
 def sweep_folder(results_dir: Path, name: str) -> Path:
-    """Where a sweep's own files are; the folder's name is also the id of its run."""
+    """Return the folder of a sweep's own files, whose name is also the id of its run."""
     return results_dir / SWEEPS / f"sweep-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def remember_cells(results_dir: Path, name: str, cells: Iterable[Path]) -> None:
-    """Note the cells of a sweep, beside those noted before: one that was done earlier bears another sweep's name."""
+    """Note a sweep's cells and keep those noted before: the record of a cell done earlier may name another sweep."""
     folder = sweep_folder(results_dir, name)
     earlier = _noted(folder).get("cells", [])
     noted = {str(cell.relative_to(results_dir)) for cell in cells if cell.is_relative_to(results_dir)}
@@ -56,13 +58,13 @@ def remember_cells(results_dir: Path, name: str, cells: Iterable[Path]) -> None:
 
 
 def read_sweeps(results_dir: Path) -> list[Sweep]:
-    """The sweeps of a results folder that have at least LEAST cells done, by name."""
+    """Return the sweeps of a results folder with at least LEAST done cells, by name."""
     cells: dict[str, set[Path]] = {}
     for path in (results_dir / SWEEPS).glob(f"*/{CELLS}"):
         noted = _noted(path.parent)
         if {"name", "cells"} <= noted.keys():
             cells[noted["name"]] = {results_dir / cell for cell in noted["cells"]}
-    done = {folder: record for folder in cell_folders(results_dir) if (record := _done(folder)) is not None}
+    done = dict(done_records(cell_folders(results_dir)))
     for folder, record in done.items():
         if record.get("sweep"):
             cells.setdefault(record["sweep"], set()).add(folder)
@@ -80,26 +82,22 @@ def _noted(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _done(folder: Path) -> dict[str, Any] | None:
-    record = read_record(folder)
-    return record if record is not None and record.get("status") == "done" else None
-
-
 # --- what it shows -------------------------------------------------------------------------------------------
 
 
 def overview_config(sweep: Sweep) -> dict[str, Any]:
-    """What a sweep's run is filtered by; no `model`, so that it is in none of the groups of models."""
+    """Return the keys to filter a sweep's run by; without `model`, so that no group of a model contains it."""
     records = sweep.records
     lists = {f"{key}s": sorted({record[key] for record in records}) for key in ("model", "task")}
     return {"sweep": sweep.name, "cells": len(records)} | lists | {"analyses": sorted({r["analysis"] for r in records})}
 
 
 def overview_tables(sweep: Sweep) -> dict[str, pd.DataFrame]:
-    """`roles` and `depths`, the comparison that the terminal shows, and `cells`, what each cell cost."""
+    """Return `roles` and `depths`, the terminal's comparison, and `cells`, the cost of each cell."""
     claimed = roles(sweep.cells)
     claimed["of_its_heads"] = [
-        ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) for counts in claimed["of_its_heads"]
+        ", ".join(f"{count} {wording.verdict(verdict)}" for verdict, count in counts.items())
+        for counts in claimed["of_its_heads"]
     ]
     keys = ("model", "task", "analysis", "seed", "cell_id", "sweep")
     cells = [
@@ -112,7 +110,7 @@ def overview_tables(sweep: Sweep) -> dict[str, pd.DataFrame]:
 
 
 def draw(sweep: Sweep, into: Path) -> Iterator[tuple[str, Path]]:
-    """Name and PNG file of the report's figures of all models together, begun within FIGURE_SECONDS."""
+    """Yield name and PNG file of the report's figures of all models together, as many as FIGURE_SECONDS allow."""
     import matplotlib
 
     from ovqk.figures.choice import sweep_figures
@@ -120,8 +118,7 @@ def draw(sweep: Sweep, into: Path) -> Iterator[tuple[str, Path]]:
 
     cells = [
         Cell(folder, record, {name: table for name in DRAWN if (table := load_table(folder, name)) is not None})
-        for folder in sweep.cells
-        if (record := _done(folder)) is not None
+        for folder, record in done_records(sweep.cells)
     ]
     deadline = time.monotonic() + FIGURE_SECONDS
     for name, figure in sweep_figures(cells):

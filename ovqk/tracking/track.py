@@ -2,9 +2,8 @@
 
     python -m ovqk.tracking RESULTS_DIR [--mode online] [--project NAME] [--entity NAME] [--all]
 
-A sweep has a run of its own besides, of the figures and tables over all its cells. Records are never touched and a
-failure here never loses a result: tracking.json says what happened, and what was not tracked is tracked by the next run
-or by the command above.
+A sweep also has a run of its own, with figures and tables over all its cells. Records are never changed, so a failure
+here loses no result: tracking.json says what happened, and the next run or the command above tries again.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ovqk.config.schema import TrackingMode
-from ovqk.records.record import claim, read_record, read_tracking, write_tracking
+from ovqk.records.record import claim, read_done, read_record, read_tracking, write_tracking
 from ovqk.tracking.cell_panels import read_panels
 from ovqk.tracking.run import Destination, Label, log_overview, log_panels, make_run
 from ovqk.tracking.service import NotReceivedError, in_words, is_of_server
@@ -38,7 +37,7 @@ PAUSE_SECONDS = 300.0  # after a failure of the server, in which no other cell o
 
 @dataclass
 class _Pause:
-    """Until when the server is left alone, and why."""
+    """The time until which the server is left alone, and the reason."""
 
     until: float = 0.0
     reason: str = ""
@@ -46,19 +45,19 @@ class _Pause:
 
 @runtime_checkable
 class Trackable(Protocol):
-    """What has a run of its own, and a folder with the tracking.json that tells of it."""
+    """A cell or a sweep with a run of its own, and a folder with the run's tracking.json."""
 
     @property
     def folder(self) -> Path:
-        """Where its tracking.json is."""
+        """The folder of its tracking.json."""
         ...
 
     def identify(self) -> dict[str, str]:
-        """The `run_id`, and the `record` that the run shows where that is not in the id."""
+        """Return the `run_id`, and the `record` that the run shows if the id does not name it."""
         ...
 
     def send(self, identifier: str, destination: Destination) -> dict[str, str]:
-        """Make the run of this id; where it is: {"directory": ...} or {"url": ...}."""
+        """Make the run of this id, and return its place: {"directory": ...} or {"url": ...}."""
         ...
 
 
@@ -70,7 +69,7 @@ class TrackedCell:
     record: dict[str, Any]
 
     def identify(self) -> dict[str, str]:
-        """The record's own run, or the one that a W&B agent made for this process.
+        """Return the record's own run, or the one that a W&B agent made for this process.
 
         Raises:
             NotReceivedError: the agent's run holds another cell already.
@@ -107,17 +106,17 @@ class TrackedSweep:
         return self.sweep.folder
 
     def identify(self) -> dict[str, str]:
-        """One run for the sweep; it shows the cells that `made_of` names."""
+        """Return the sweep's run; `made_of` names the cells it shows."""
         return {"run_id": self.folder.name, "record": self.made_of}
 
     @property
     def made_of(self) -> str:
-        """Another where a cell came to the sweep, or was computed again."""
+        """A hash of its cells, which changes if a cell is added or computed again."""
         return hashlib.sha256(" ".join(map(run_id, self.sweep.records)).encode()).hexdigest()[:12]
 
     @property
     def needs_tracking(self) -> bool:
-        """Whether it never was tracked with these cells."""
+        """Whether it was never tracked with these cells."""
         state = read_tracking(self.folder)
         return state.get("status") != "done" or state.get("record") != self.made_of
 
@@ -138,17 +137,17 @@ _agent_cells: dict[str, str] = {}  # run that a W&B agent handed out -> the cell
 
 
 def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str, entity: str | None) -> str | None:
-    """Make the W&B run of a done cell; returns a warning where that failed.
+    """Make the W&B run of a done cell, and return a warning if that failed.
 
     tracking.json gets the status, the mode, the run's id, its folder relative to the results (offline) or its address
-    (online), and the reason where it is not `done`: `failed`, or `pending` where the server was not tried because it
-    had failed an earlier cell of this process.
+    (online), and the reason if the status is not `done`. It is `failed`, or `pending` if the server was not
+    tried because it had failed an earlier cell of this process.
 
     Raises:
         ValueError: there is no finished record.
     """
-    record = read_record(folder)
-    if record is None or record.get("status") != "done":
+    record = read_done(folder)
+    if record is None:
         raise ValueError(f"{folder} holds no finished record")
     status, reason = attempt_tracking(TrackedCell(folder, record), Destination(results_dir, mode, project, entity))
     if status != "failed":
@@ -159,10 +158,10 @@ def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str
 
 
 def track_sweep(name: str, cells: Iterable[Path], destination: Destination) -> str | None:
-    """Make the W&B run of a sweep, or put a new one in its place; returns a warning where that failed.
+    """Make or replace the W&B run of a sweep, and return a warning if that failed.
 
     It shows the cells given, those that the sweep had before, and those whose records bear its name. Nothing happens
-    where they are the same as the last time, or fewer than two.
+    if they are the same as the last time, or fewer than two.
 
     Raises:
         OSError: the results folder cannot be written.
@@ -184,9 +183,9 @@ def _command(results_dir: Path) -> str:
 
 
 def attempt_tracking(what: Trackable, destination: Destination) -> tuple[str, str | None]:
-    """Track a cell or a sweep and write the tracking.json of its folder: the status, and why it is not `done`.
+    """Track a cell or a sweep, write its tracking.json, and return the status and the reason if it is not `done`.
 
-    Where what was tracked is to be tracked again and that fails, tracking.json stays as it was.
+    If a second attempt fails after a first that did not, tracking.json stays as it was.
     """
     before = read_tracking(what.folder)
     state: dict[str, Any] = {"mode": destination.mode.value}
@@ -215,7 +214,7 @@ def _is_paused(mode: TrackingMode) -> bool:
 
 
 def needs_tracking(folder: Path) -> bool:
-    """Whether a done cell is still to be tracked: its record never was, or a W&B agent waits for it in its own run."""
+    """Whether a done cell must be tracked: its record never was, or a W&B agent waits for it in its own run."""
     record, state = read_record(folder), read_tracking(folder)
     if in_agent() or record is None or state.get("status") != "done":
         return True
@@ -228,14 +227,14 @@ def in_agent() -> bool:
 
 
 def run_id(record: dict[str, Any]) -> str:
-    """One run per computed record: tracking a record twice is one run."""
+    """Return the id of a record's run; tracking a record twice gives one run."""
     wall = record["provenance"]["wall_seconds"]
     text = f"{record['cell_id']} {wall} {record['provenance']['peak_memory_mb']}"
     return f"{record['cell_id']}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def run_name(record: dict[str, Any]) -> str:
-    """What W&B shows."""
+    """Return the run's name in W&B."""
     return f"{record['model']} {record['task']} {record['analysis']}"
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ovqk import wording
 from ovqk.config.schema import CIRCUITS, TaskConfig
 from ovqk.metrics import METRICS
 from ovqk.tasks.claims import Claims, Head
@@ -139,26 +140,21 @@ def _note(tests: ClaimTests, role: str, primary: Predicted, ranking: Ranking | N
         return ""
     why = "has no value here"
     if composes(primary):
-        why = f"composes with {' and '.join(map(spoken, primary.config.partners))} heads, and none is "
+        why = f"composes with {' and '.join(map(wording.role, primary.config.partners))} heads, and none is "
         why += (
             "a candidate in a layer that it could"
             if tests.layers
             else "claimed (analysis=composition takes candidates)"
         )
     if ranking is None:
-        return f"no candidates for {spoken(role)}: its primary metric, {primary.config.metric}, {why}"
+        return f"no candidates for {wording.role(role)}: its primary metric, {primary.config.metric}, {why}"
     by = ranking.by.config.metric
-    return f"candidates for {spoken(role)} are ranked by {by}: its primary metric, {primary.config.metric}, {why}"
+    return f"candidates for {wording.role(role)} are ranked by {by}: its primary metric, {primary.config.metric}, {why}"
 
 
 def composes(predicted: Predicted) -> bool:
     """Whether the prediction is about pairs of heads."""
     return METRICS[predicted.config.metric].of == "pair"
-
-
-def spoken(role: str) -> str:
-    """Return a role's name as a person writes it."""
-    return role.replace("_", " ")
 
 
 def add_ranking(found: dict[str, Ranking], role: str, predictions: Sequence[Predicted], partners: list[Head]) -> None:

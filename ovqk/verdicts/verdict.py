@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ovqk import wording
 from ovqk.metrics import METRICS
 from ovqk.tasks.claims import Claims, Head
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import Predicted, counting
 from ovqk.verdicts.statistics import ALPHA
 
-VERDICTS = ("corroborated", "partial", "unsupported", "contradicted", "untestable", "out_of_scope")
+VERDICTS = tuple(wording.VERDICTS)
 
 NOT_ESTABLISHED = (
     "It does not establish that the model does this on task inputs, nor that the head is necessary: it is a statement "
@@ -43,13 +44,6 @@ AGAINST_SPECTRUM = (
 )
 FRAME_ONLY = "frame"
 """Flag of a contradiction by `frame` alone."""
-AGAINST = {
-    "layer": "the unclaimed heads of the same layers",
-    "depth": "the unclaimed heads of nearby layers",
-    "frame": "heads of the same singular values between random frames",
-    "token": "other words",
-    "token_pairs": "random pairs of other words",
-}
 
 
 @dataclass(frozen=True)
@@ -114,6 +108,12 @@ class Evidence:
     def placed(self) -> NullTest | None:
         """The row that says where the heads stand within their own layers, whether it counts or not."""
         return next((row for row in self.rows if row.primary and row.null == "layer"), None)
+
+
+def title(metric: str) -> str:
+    """What a person reads for a metric of heads or of pairs of heads."""
+    measured = " (percentile in the sender's layer)" if metric == "k_composition" else ""
+    return wording.metric(metric) + measured
 
 
 def judge(
@@ -235,7 +235,7 @@ def _could_not(row: NullTest) -> bool:
 def _sizes(row: NullTest) -> str:
     if row.null not in ("layer", "depth"):
         return f"{row.n_others} draws"
-    heads = "1 claimed head" if row.n_heads == 1 else f"{row.n_heads} claimed heads"
+    heads = wording.counted(row.n_heads, "claimed head")
     among, n = f"{heads} among {row.n_others} others", row.n_null
     if row.null == "layer":  # of n labelings
         return f"{among} (the best labelings tie)" if row.min_p * n > 1.5 else among
@@ -278,7 +278,7 @@ def _part(row: NullTest) -> str:
         details.append(f"alone it could not be below {row.min_q:.2g}")
     # Of a role under `layer` the effect is over pairs of a claimed head and another of its layer.
     beyond = f"AUC within layers {row.effect:.2f}" if row.null == "layer" else f"beyond {_share(row.effect)}"
-    return f"{how} against {AGAINST[row.null]} ({', '.join([*details, beyond])})"
+    return f"{how} against {wording.AGAINST[row.null]} ({', '.join([*details, beyond])})"
 
 
 def _share(effect: float) -> str:

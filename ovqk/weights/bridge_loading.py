@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
-from ovqk.errors import UserError
+from ovqk.errors import UserError, first_line
 from ovqk.weights.family import WRAPPERS
 from ovqk.weights.rotary import Rotary
 
@@ -72,7 +72,8 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
             key_mapping=without or None,
         )
     except Exception as error:  # transformers raises many kinds
-        raise UserError(f"{label}: transformers cannot load {architecture} ({_told(error)}).") from error
+        reason = first_line(error) or type(error).__name__
+        raise UserError(f"{label}: transformers cannot load {architecture} ({reason}).") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise checkpoint.missing(missing[0], len(missing))
@@ -102,7 +103,8 @@ def boot_bridge(checkpoint: Checkpoint, model: Any, architecture: str, trust_rem
                 trust_remote_code=trust_remote_code,
             )
     except Exception as error:  # an adapter raises many kinds
-        message = f"{checkpoint.label}: TransformerLens cannot read this {architecture} ({_told(error)})."
+        reason = first_line(error) or type(error).__name__
+        message = f"{checkpoint.label}: TransformerLens cannot read this {architecture} ({reason})."
         raise UserError(message) from error
 
 
@@ -174,12 +176,6 @@ def unused_tokenizer() -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as folder:
         PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder)
         yield PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def _told(error: Exception) -> str:
-    """Return the first line of an error, whole, with the next if it announces it; its kind if it says nothing."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ function circuitPage(name) {
   draw();
   return [
     h("h1", { tabindex: -1 }, `Circuit: ${cell.label} on ${cell.task}`),
-    claimed(cell).size ? h("p", { class: "lead" }, "Claimed heads by role and layer. A line joins two heads if the later one reads more of what the earlier one writes than it would of random weights.") : null,
+    claimed(cell).size ? h("p", { class: "lead" }, "Claimed heads by role and layer. A line joins two heads if the later one reads more of the earlier one's output than it would with random weights.") : null,
     h("div", { class: "controls" }, select("Cell", CELLS.map((one) => [one.name, cellTitle(one)]), cell.name, (next) => { location.hash = `#circuit/${next}`; })),
     box,
   ];
@@ -24,7 +24,7 @@ function circuitContent(cell, redraw) {
     const proposed = rows(cell, "candidates").length;
     return [h("p", { class: "notice" }, `No claimed heads: ${why}.`),
       proposed ? h("h2", {}, "Candidates") : null,
-      proposed ? h("p", { class: "note" }, "The heads that each role's predictions point at: chosen for being the strongest, so this is no verdict.") : null,
+      proposed ? h("p", { class: "note" }, "These are the strongest heads by each role's predictions. They were chosen for that, so this is no verdict.") : null,
       proposed ? h("div", { class: "scroll" }, candidateTable(cell, ranks, true)) : null];
   }
   const edges = circuitEdges(cell);
@@ -35,7 +35,7 @@ function circuitContent(cell, redraw) {
     const swatch = h("i", { class: "swatch" });
     swatch.style.borderTopColor = shade(REPORT.palette.modes[mode]);
     swatch.style.borderTopStyle = { q: "solid", k: "dashed", v: "dotted" }[mode];
-    return h("label", { class: "chip" }, h("input", { type: "checkbox", checked: edgeChoice[mode], onchange: (event) => { edgeChoice[mode] = event.target.checked; redraw(); } }), swatch, MODE_NAMES[mode]);
+    return h("label", { class: "chip" }, h("input", { type: "checkbox", checked: edgeChoice[mode], onchange: (event) => { edgeChoice[mode] = event.target.checked; redraw(); } }), swatch, REPORT.wording.modes[mode]);
   };
   return [
     edges.length ? h("div", { class: "controls" }, h("fieldset", {}, h("legend", {}, "Composition"), ["q", "k", "v"].map(box)),
@@ -69,7 +69,7 @@ function edgeNote(cell, edges, shown) {
     return h("p", { class: "note" }, why);
   }
   const others = edges.some((edge) => !edge.named);
-  return h("p", { class: "note" }, `Width: score above what independent random weights give. ${others ? "Full lines of colour: pairs that the claims name; pale ones: other pairs of claimed heads, from the all-pairs cell of the same weights." : "Pairs that the claims name; analysis=composition computes all pairs."}${shown.length === MOST_EDGES ? ` The ${MOST_EDGES} strongest are drawn.` : ""} A composition is a statement about weights: it does not say that the path carries anything on task inputs.`);
+  return h("p", { class: "note" }, `Width: the score above that of independent random weights. ${others ? "Full lines of colour: pairs that the claims name; pale ones: other pairs of claimed heads, from the all-pairs cell of the same weights." : "Pairs that the claims name; analysis=composition computes all pairs."}${shown.length === MOST_EDGES ? ` The ${MOST_EDGES} strongest are drawn.` : ""} A composition is a statement about weights: it does not say that the path carries anything on task inputs.`);
 }
 
 // --- the graph --------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ function graphEdge(edge, spots, most, radius) {
   const [hx, hy] = cutAt(to.x, to.y, mx, my, radius + 1);
   const angle = Math.atan2(hy - y2, hx - x2);
   const corner = (turn) => `${x2 + tipSize * 0.62 * Math.cos(angle + turn)} ${y2 + tipSize * 0.62 * Math.sin(angle + turn)}`;
-  const text = `${edge.sender} → ${edge.receiver}, ${MODE_NAMES[edge.mode]}\nscore ${number(edge.score, 3)}, ${number(edge.score_above_random, 3)} above random\n${percent(edge.percentile)} of the sender's layer score no more`;
+  const text = `${edge.sender} → ${edge.receiver}, ${REPORT.wording.modes[edge.mode]}\nscore ${number(edge.score, 3)}, ${number(edge.score_above_random, 3)} above random\n${percent(edge.percentile)} of the sender's layer score no more`;
   return tip(s("g", { opacity: edge.named ? 0.9 : 0.32 },
     s("path", { d: `M${x1} ${y1} Q${mx} ${my} ${x2} ${y2}`, fill: "none", stroke, "stroke-width": wide, "stroke-dasharray": { q: null, k: "7 4", v: "2 3" }[edge.mode] }),
     s("path", { d: `M${hx} ${hy} L${corner(Math.PI / 2)} L${corner(-Math.PI / 2)} Z`, fill: stroke })), text);
@@ -196,7 +196,7 @@ function roleCard(cell, row, found) {
     row.establishes ? h("p", { class: "says" }, row.establishes) : null,
     row.does_not_establish ? h("p", { class: "small muted" }, row.does_not_establish) : null,
     facts([
-      ["Primary metric", row.primary ? `${metricTitle(row.primary)} ${row.prediction === "high" ? "↑" : "↓"}` : null],
+      ["Primary metric", row.primary ? predictedTitle(row.primary, row.prediction) : null],
       ["AUC within layer", row.primary ? (isNumber(row.effect) ? `${number(row.effect)}${isNumber(row.ci_low) ? ` (95 % interval ${number(row.ci_low)} to ${number(row.ci_high)})` : " (no interval)"}` : "unavailable") : null],
       ["q", isNumber(row.q) ? `${probability(row.q)} under the weakest of: ${row.nulls}${row.held ? `; held under: ${row.held}` : "; held under none"}` : null],
       ["Why", row.reason && !(row.establishes || "").includes(row.reason) ? row.reason : null],

@@ -21,7 +21,7 @@ function summary() {
   const lost = REPORT.failures.length ? `, and ${plural(REPORT.failures.length, "cell")} without results` : "";
   const size = `${plural(CELLS.length, "cell")} of ${plural(MODELS.length, "model")}${tasks.length ? ` and ${plural(tasks.length, "task")}` : ""}${lost}. `;
   if (!roles.length) return `${size}No circuit is claimed for any of them, so there is nothing to judge. The strongest heads for each role are candidates (below); every head is in the atlas.`;
-  return `${size}${plural(roles.length, "role")} with claimed heads: ${sentenceList(counts.map(([name, n]) => `${n} ${name.replace(/_/g, " ")}`))}.`;
+  return `${size}${plural(roles.length, "role")} with claimed heads: ${sentenceList(counts.map(([name, n]) => `${n} ${verdictName(name)}`))}.`;
 }
 
 function compareControls(draw) {
@@ -53,7 +53,7 @@ function verdictMatrix(cells) {
   const asked = cells.filter((cell) => cell.task !== "none");
   const models = unique(cells.filter((cell) => asked.includes(cell) || !asked.some((other) => other.model === cell.model)).map((cell) => cell.label));
   const tasks = TASKS.filter((task) => task !== "none" && cells.some((cell) => cell.task === task));
-  if (!tasks.length) return [h("p", { class: "muted" }, "No task that claims heads is chosen.")];
+  if (!tasks.length) return [h("p", { class: "muted" }, "None of the chosen tasks claims heads.")];
   const there = new Set(cells.flatMap((cell) => rows(cell, "verdicts").map((row) => row.verdict)));
   const table = h("table", { class: "matrix wide", id: "matrix" },
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "model"), tasks.map((task) => h("th", { scope: "col" }, task)))),
@@ -62,7 +62,7 @@ function verdictMatrix(cells) {
       return h("td", { "data-label": task }, cell ? matrixCell(cell) : matrixGap(model, task));
     })))));
   return [
-    h("p", { class: "note" }, "Every claimed head under its role. The mark before a role is the verdict on its heads together; the one before a head is the verdict on that head alone. Bars count the heads by verdict. A verdict is about the weights: it does not say that the model does so on task inputs."),
+    h("p", { class: "note" }, "Each claimed head stands under its role. The mark before a role is the verdict on its heads together; the mark before a head is the verdict on that head alone. Bars count the heads by verdict. A verdict is about the weights: it does not say that the model does so on task inputs."),
     legend(there),
     h("div", { class: "scroll" }, table),
   ];
@@ -76,7 +76,7 @@ function matrixCell(cell) {
     h("div", { class: "heads" }, found.filter((row) => row.kind === "head" && row.role === role.role).map((row) => headMark(cell, row)))))];
 }
 
-/** Where a row's model and a task have no finished cell: whether there was none, or one without results. */
+/** What stands for a missing cell: whether it was not run, or is without results. */
 function matrixGap(label, task) {
   const { model } = CELLS.find((one) => one.label === label);
   const lost = REPORT.failures.find((one) => one.model === model && one.task === task);
@@ -88,7 +88,7 @@ function matrixGap(label, task) {
 function countBar(heads) {
   const counts = VERDICTS.map((name) => [name, heads.filter((row) => row.verdict === name).length]).filter(([, n]) => n);
   const [width, height] = [176, 17];
-  const said = counts.map(([name, n]) => `${n} ${name.replace(/_/g, " ")}`).join(", ");
+  const said = counts.map(([name, n]) => `${n} ${verdictName(name)}`).join(", ");
   let x = 0;
   return tip(s("svg", { class: "plot counts", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `heads: ${said}` }, counts.map(([name, n]) => {
     const part = (width * n) / heads.length;
@@ -134,16 +134,17 @@ function effectRows(cells) {
 
 function effects(cells) {
   const all = effectRows(cells);
-  if (!all.length) return [h("p", { class: "muted" }, "No role is claimed in what is chosen.")];
+  if (!all.length) return [h("p", { class: "muted" }, "None of the chosen cells has a claimed role.")];
   const box = h("div", { class: "scroll" });
   const draw = () => box.replaceChildren(effectTable(all));
   draw();
-  const note = "AUC within layer: the chance that a claimed head is more extreme, in the predicted direction, than another head of its layer; 0.5 is chance. Whiskers: 95 % under resampled task words. No whiskers: the metric is not of words. q: the largest corrected p under the nulls that count.";
+  const note = "AUC within layer: the chance that a claimed head is more extreme, in the predicted direction, than another head of its layer; 0.5 is chance. Whiskers: 95 % under resampled task words. A row without whiskers has a metric that does not depend on words. q: the largest corrected p under the nulls that count.";
+  const flagged = Object.entries(REPORT.wording.flags).filter(([name]) => all.some((row) => verdictText(row) === name)).map(([name, says]) => ` ${name}: ${says}.`);
   return [
-    h("p", { class: "note" }, note),
+    h("p", { class: "note" }, note, flagged),
     h("div", { class: "controls" },
       h("label", {}, h("span", {}, "Filter"), h("input", { type: "search", value: chosen.text, id: "filter", placeholder: "role, model, metric …", oninput: (event) => { chosen.text = event.target.value; draw(); } })),
-      select("Verdict", [["", "any"], ...VERDICTS.map((name) => [name, name.replace(/_/g, " ")])], chosen.verdict, (name) => { chosen.verdict = name; draw(); })),
+      select("Verdict", [["", "any"], ...VERDICTS.map((name) => [name, verdictName(name)])], chosen.verdict, (name) => { chosen.verdict = name; draw(); })),
     box,
   ];
 }
@@ -186,13 +187,12 @@ function effectAxis() {
 }
 
 function effectRow(row) {
-  const arrow = { high: "↑", low: "↓" }[row.prediction] || "";
   return h("tr", {},
     h("td", {}, row.task),
     h("td", { class: "whole" }, h("a", { href: `#circuit/${row.cell.name}` }, roleName(row.role))),
     h("td", { class: "whole" }, row.cell.label, row.cell.analysis === "b03" || row.cell.label !== row.cell.model ? null : h("span", { class: "muted" }, ` ${row.cell.analysis}`)),
     h("td", { class: "number" }, row.heads),
-    h("td", { class: "small" }, row.primary ? tip(h("span", {}, `${metricTitle(row.primary)}\u00a0${arrow}`), row.primary) : h("span", { class: "muted" }, "none")),
+    h("td", { class: "small" }, row.primary ? tip(h("span", {}, predictedTitle(row.primary, row.prediction)), row.primary) : h("span", { class: "muted" }, "none")),
     h("td", {}, isNumber(row.effect) ? effectBar(row) : h("span", { class: "missing small" }, `unavailable: ${shortReason(row.reason)}`)),
     h("td", { class: "number" }, probability(row.q)),
     h("td", { class: "small says-verdict" }, tip(verdict(row), row.reason || row.establishes || "")));
@@ -220,14 +220,14 @@ function depthCurves(cells) {
   const lines = metrics.map((metric) => [metric, depthLines(cells, metric)]);
   const absent = lines.filter(([, found]) => !found.length).map(([metric]) => metricTitle(metric));
   return [
-    h("p", { class: "note" }, "Lines: the mean over the heads of a layer. Dots: single heads. Depth 0 is the first layer of a model and 1 its last; no task enters these metrics."),
+    h("p", { class: "note" }, "Lines: the mean over the heads of a layer. Dots: single heads. Depth 0 is a model's first layer and 1 its last; these metrics depend on no task."),
     h("div", { class: "controls" }, h("label", { class: "chip" }, h("input", { type: "checkbox", checked: chosen.dots, onchange: (event) => {
       chosen.dots = event.target.checked;
       document.querySelectorAll(".depth-dots").forEach((node) => node.setAttribute("visibility", chosen.dots ? "visible" : "hidden"));
     } }), "single heads")),
     h("div", { class: "grid3" }, lines.filter(([, found]) => found.length).map(([metric, found]) => depthPlot(REPORT.metrics[metric], found, metric)),
       summedPlots(cells)),
-    absent.length ? h("p", { class: "note" }, `Unavailable in all that is chosen: ${absent.join(", ")}.`) : null,
+    absent.length ? h("p", { class: "note" }, `Unavailable in all chosen cells: ${absent.join(", ")}.`) : null,
     ...unavailableNotes(cells, metrics),
   ];
 }
@@ -266,7 +266,7 @@ const SUMMED = {
   qk_directionality: { title: "Directionality, summed W_QK", low: -1, high: 1 },
 };
 
-/** Of the sum over a layer's heads, on raw weights, as Saponati et al. 2025 publish it. */
+/** Metrics of the sum over a layer's heads, on raw weights, as in Saponati et al. 2025. */
 function summedPlots(cells) {
   return Object.entries(SUMMED).map(([name, facts]) => {
     const found = new Map();

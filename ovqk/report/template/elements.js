@@ -29,7 +29,7 @@ const CELLS = REPORT.cells;
 const BY_NAME = new Map(CELLS.map((cell) => [cell.name, cell]));
 const MODELS = unique(CELLS.map((cell) => cell.model));
 const TASKS = unique(CELLS.map((cell) => cell.task)).sort((a, b) => (a === "none") - (b === "none"));
-const VERDICTS = Object.keys(REPORT.palette.verdicts);
+const VERDICTS = Object.keys(REPORT.wording.verdicts);
 
 function unique(items) {
   return [...new Set(items)];
@@ -67,11 +67,11 @@ function column(cell, metric) {
 function whyMissing(cell, metric, layer) {
   if (cell.unavailable[metric]) return cell.unavailable[metric];
   if (!cell.columns_there.includes(metric)) return `analysis ${cell.analysis} does not compute it`;
-  if (metric.endsWith("_block0") && layer === 0) return "it is of layers after the first";
+  if (metric.endsWith("_block0") && layer === 0) return "it exists only in layers after the first";
   return "it has no value for this head";
 }
 
-/** Cells of the same weights and processing, this one first: what no task enters is the same in all of them. */
+/** Cells of the same weights and processing, this one first: they share all results that depend on no task. */
 function siblings(cell) {
   return [cell, ...CELLS.filter((other) => other !== cell && other.weights === cell.weights && other.model === cell.model)];
 }
@@ -89,7 +89,7 @@ function isHead(row, layer, head) {
   return row.layer === layer && row.head === head;
 }
 
-/** "3.4" -> verdict rows of that head; candidates where nothing is claimed. */
+/** "3.4" -> verdict rows of that head. */
 function claimed(cell) {
   const found = new Map();
   for (const row of rows(cell, "verdicts")) {
@@ -125,9 +125,20 @@ function roleShort(role) {
 }
 
 function metricTitle(name) {
-  const pairs = { q_composition: "Q-composition", k_composition: "K-composition", v_composition: "V-composition",
-    k_composed_matching: "K-composed matching" };
-  return REPORT.metrics[name] ? REPORT.metrics[name].title : pairs[name] || name;
+  return REPORT.metrics[name] ? REPORT.metrics[name].title : REPORT.wording.pair_metrics[name] || name;
+}
+
+/** A metric and the sign of its predicted direction. */
+function predictedTitle(name, direction) {
+  return `${metricTitle(name)} ${REPORT.wording.arrows[direction]}`;
+}
+
+function nullName(name) {
+  return REPORT.wording.nulls[name] || name;
+}
+
+function verdictName(name) {
+  return REPORT.wording.verdicts[name] || name;
 }
 
 // --- numbers ----------------------------------------------------------------------------------------------
@@ -206,17 +217,18 @@ function glyph(verdict) {
 }
 
 function verdictText(row) {
-  const flags = (row.flags || "").replace(/\bframe\b/, "by the frame null alone");
-  return row.verdict.replace(/_/g, " ") + (flags ? ` (${flags})` : "");
+  return verdictName(row.verdict) + (row.flags ? ` (${row.flags})` : "");
 }
 
+/** A verdict with its mark; what its flags say is its title. */
 function verdict(row) {
-  return h("span", { class: "verdict" }, glyph(row.verdict), verdictText(row));
+  const flags = (row.flags || "").split(" ").map((flag) => REPORT.wording.flags[`${row.verdict} (${flag})`]).filter(Boolean);
+  return h("span", { class: "verdict", title: flags.join("; ") || null }, glyph(row.verdict), verdictText(row));
 }
 
 function legend(there) {
   return h("div", { class: "legend" }, VERDICTS.filter((name) => there.has(name)).map((name) =>
-    h("span", { class: "verdict" }, glyph(name), name.replace(/_/g, " "))));
+    h("span", { class: "verdict" }, glyph(name), verdictName(name))));
 }
 
 /** A drop-down list: [value, label] pairs, or {label, options} groups of them. */

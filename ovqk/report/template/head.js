@@ -11,7 +11,7 @@ function headPage(name, label) {
     return [h("h1", { tabindex: -1 }, "No such head"), h("p", {}, `${cell.model} has layers 0 to ${cell.layers - 1} of heads 0 to ${cell.heads - 1}.`), headChooser(cell, 0, 0)];
   }
   const roles = (claimed(cell).get(`${layer}.${head}`) || []).map((row) => roleName(row.role));
-  const what = roles.length ? `Claimed as ${sentenceList(roles)} for ${cell.task}.` : cell.task === "none" ? "No task, so nothing is claimed of it here." : `Not claimed for ${cell.task}.`;
+  const what = roles.length ? `Claimed as ${sentenceList(roles)} for ${cell.task}.` : cell.task === "none" ? "This cell has no task, so nothing is claimed about the head." : `Not claimed for ${cell.task}.`;
   return [
     h("h1", { tabindex: -1 }, `Head ${layer}.${head} of ${cell.label}`),
     h("p", { class: "lead" }, what),
@@ -80,7 +80,7 @@ function verdictCard(cell, row) {
     row.establishes ? h("p", { class: "says" }, row.establishes) : null,
     row.does_not_establish ? h("p", { class: "small muted" }, row.does_not_establish) : null,
     facts([
-      ["Primary metric", row.primary ? `${metricTitle(row.primary)} ${row.prediction === "high" ? "↑" : "↓"}${isNumber(row.value) ? `, ${number(row.value, 3)}` : ", unavailable"}` : null],
+      ["Primary metric", row.primary ? `${predictedTitle(row.primary, row.prediction)}${isNumber(row.value) ? `, ${number(row.value, 3)}` : ", unavailable"}` : null],
       ["Within its layer", isNumber(row.percentile) ? `percentile ${percent(row.percentile)}, AUC ${number(row.effect)}${isNumber(row.ci_low) ? ` (95 % interval ${number(row.ci_low)} to ${number(row.ci_high)})` : ""}` : null],
       ["q", isNumber(row.q) ? `${probability(row.q)} under the weakest of: ${row.nulls}${row.held ? `; held under: ${row.held}` : "; held under none"}` : null],
       ["Why", row.reason && !(row.establishes || "").includes(row.reason) ? row.reason : null],
@@ -96,7 +96,7 @@ function candidateTable(cell, filter, link = false) {
   return h("table", {}, h("thead", {}, h("tr", {}, ["candidate for", "rank", "head", "metric", "value", "percentile in layer", "q nearby layers", "p frame, all heads"].map((title, k) => h("th", { scope: "col", class: k > 3 || k === 1 ? "number" : null }, title)))),
     h("tbody", {}, found.map((row) => h("tr", {}, h("td", {}, roleName(row.role)), h("td", { class: "number" }, row.rank),
       h("td", {}, link ? h("a", { href: headLink(cell, headLabel(row)) }, headLabel(row)) : headLabel(row)),
-      h("td", { class: "small" }, `${metricTitle(row.metric)} ${row.prediction === "high" ? "↑" : "↓"}${row.primary ? "" : row.exploratory ? " (exploratory)" : " (secondary)"}`),
+      h("td", { class: "small" }, `${predictedTitle(row.metric, row.prediction)}${row.primary ? "" : row.exploratory ? " (exploratory)" : " (secondary)"}`),
       h("td", { class: "number" }, number(row.value, 3)), h("td", { class: "number" }, percent(row.percentile)),
       h("td", { class: "number" }, isNumber(row.q_depth) ? probability(row.q_depth) : "unavailable"), h("td", { class: "number" }, isNumber(row.p_frame_all) ? probability(row.p_frame_all) : "unavailable")))));
 }
@@ -106,7 +106,7 @@ function headNulls(cell, layer, head) {
   if (!tests.length) return [];
   const roles = unique(tests.map((row) => row.role));
   return [h("h2", {}, "Against the nulls"),
-    h("p", { class: "note" }, "Grey bar: 5 to 95 % of the null, its thin line the whole range, its tick the median. Dot: the head; filled where the null counts for the verdict, blue where q < 0.05. Heads of nearby layers are compared by values standardised within their layers, so the head is shown by its percentile among them."),
+    h("p", { class: "note" }, "Grey bar: 5 to 95 % of the null, its thin line the whole range, its tick the median. Dot: the head; filled if the null counts for the verdict, blue if q < 0.05. Heads of nearby layers are compared by values standardised within their layers, so the head is shown by its percentile among them."),
     ...roles.flatMap((role) => [
       roles.length > 1 ? h("h3", { style: "margin-top:18px;font-size:18px" }, `As ${roleName(role)}`) : null,
       ...nullStrips(tests.filter((row) => row.role === role), `head ${layer}.${head}`),

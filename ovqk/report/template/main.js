@@ -8,7 +8,7 @@ function route() {
   return { section: SECTIONS.some(([key]) => key === parts[0]) ? parts[0] : "compare", parts: parts.slice(1) };
 }
 
-/** A part of the address as text; as it stands where it is no proper encoding. */
+/** A part of the address as text; unchanged if it is no proper encoding. */
 function decoded(part) {
   try {
     return part === undefined ? undefined : decodeURIComponent(part);
@@ -110,7 +110,7 @@ window.addEventListener("scroll", hideTip, { passive: true });
 
 // --- start ------------------------------------------------------------------------------------------------
 
-document.getElementById("foot").append("Made by ovqk from the records beside this page. Verdicts are about weights, not about what a model does on task inputs.");
+document.getElementById("foot").append("Made by ovqk from the records beside this page. Verdicts are about weights, not about a model's behaviour on task inputs.");
 window.addEventListener("hashchange", () => show(true));
 applyTheme();
 show(false);

@@ -84,7 +84,7 @@ function powerText(power) {
 
 const RATIOS = { ov: { vocab: "ov_copying", residual: "ov_copying_residual" }, qk: { vocab: "qk_matching", residual: "qk_matching_residual" } };
 
-/** The eigenvalue ratio on its range, with the band of the frame null where any cell of these weights drew it. */
+/** The eigenvalue ratio on its range, with the band of the frame null if any cell of these weights drew it. */
 function ratioGauge(cell, layer, head, circuit, space, top) {
   const metric = RATIOS[circuit][space];
   const found = value(cell, metric, layer, head);
@@ -103,7 +103,7 @@ function ratioGauge(cell, layer, head, circuit, space, top) {
     s("text", { class: "strong", x: x(found), y: y - 13, "text-anchor": "middle" }, number(found)));
   const frame = band
     ? `Grey: 5 to 95 % (line: median) of this ratio for heads of the same singular values between random frames${row.cell === cell ? "" : ` (drawn for task ${row.cell.task})`}.`
-    : "The frame null of this ratio was not drawn: it is drawn only for what a claimed head's role predicts.";
+    : "The frame null of this ratio was not drawn: it is drawn only for metrics that a claimed head's role predicts.";
   return {
     drawn,
     said: `${metricTitle(metric)} ${number(found)}${band ? `; 5 to 95 % of the frame null ${number(band[0])} to ${number(band[2])}` : ""}`,
@@ -248,7 +248,7 @@ function symmetryScatter(cell, layer, head) {
   return figure({
     title: "Symmetry and position",
     drawing: drawn,
-    caption: `Symmetry is often read as position. It does not tell position from content: the share of the score's variance over keys that comes from where a key is was measured.${marks.size ? " Blue: claimed heads." : ""}`,
+    caption: `Symmetry is often read as position. It does not tell position from content: the other axis measures the share of the score's variance over keys that comes from their positions.${marks.size ? " Blue: claimed heads." : ""}`,
     name: `symmetry-${cell.model}-${layer}.${head}`,
     table: () => [["layer.head", "QK symmetry", "positional share"], all.map((point) => [`${point.l}.${point.k}`, point.x, point.y])],
   });
@@ -287,7 +287,7 @@ function shareBar(cell, layer, head) {
     return drawn;
   });
   const drawn = svg(width, y, `Shares of the QK score's variance of head ${layer}.${head}: ${parts.map((part) => `${titles[part.group]}, ${part.name} ${percent(part.share)}`).join("; ")}`, drawing);
-  const form = kind === "learned" ? "By what of the key the score varies with, and what of the query meets it (learned positions)." : "By offset, by key token, and by both together (rotary positions).";
+  const form = kind === "learned" ? "Split by the part of the key that the score varies with, and by the part of the query that meets it (learned positions)." : "Split by offset, by key token, and by both together (rotary positions).";
   return figure({
     title: "Shares of the score's variance",
     drawing: drawn,
@@ -333,7 +333,6 @@ function offsetPlot(cell, layer, head) {
 
 // --- composition ------------------------------------------------------------------------------------------
 
-const MODE_NAMES = { q: "Q: into queries", k: "K: into keys", v: "V: into values" };
 const SHOWN_PARTNERS = 6;
 
 /** The strongest partners of a head, as a reader of others and as one that is read. */
@@ -350,7 +349,7 @@ function partnerPanels(cell, layer, head) {
     return found.length ? [partnerPlot(cell, layer, head, side, found)] : [];
   });
   const partial = source.analysis !== "composition";
-  const note = `Norm of the product of the two heads' matrices over the product of their norms (Elhage et al. 2021); the line is what independent random weights give. ${partial ? "Only the pairs that the claims name were computed; analysis=composition computes all." : source === cell ? "" : `From the cell ${source.task} / ${source.analysis} of the same weights.`}`;
+  const note = `Norm of the product of the two heads' matrices over the product of their norms (Elhage et al. 2021); the line marks independent random weights. ${partial ? "Only the pairs that the claims name were computed; analysis=composition computes all." : source === cell ? "" : `From the cell ${source.task} / ${source.analysis} of the same weights.`}`;
   if (!panels.length) return [h("p", { class: "missing" }, partial ? "No claimed pair has this head: analysis=composition computes all pairs." : "None of the strongest pairs has this head.")];
   return [h("p", { class: "note" }, note), h("div", { class: "grid2" }, panels)];
 }
@@ -366,7 +365,7 @@ function partnerPlot(cell, layer, head, side, found) {
   const drawn = groups.flatMap(([mode, list]) => {
     const fill = shade(REPORT.palette.modes[mode]);
     const start = y;
-    const part = [s("text", { class: "strong", x: 0, y: y + 4, style: `fill:${fill}` }, MODE_NAMES[mode])];
+    const part = [s("text", { class: "strong", x: 0, y: y + 4, style: `fill:${fill}` }, REPORT.wording.modes[mode])];
     const values = [];
     y += 10;
     list.forEach((row) => {
@@ -394,10 +393,6 @@ function partnerPlot(cell, layer, head, side, found) {
 
 // --- nulls ------------------------------------------------------------------------------------------------
 
-const NULL_NAMES = {
-  layer: "other heads of its layers", layer_all: "the same, claimed ones among them", depth: "heads of nearby layers",
-  frame: "same spectrum, random frames", token: "other words", token_pairs: "random pairs of other words",
-};
 const STRIP = { width: 760, left: 214, right: 500, line: 25 };
 
 /** Every test of a head or a role: the null's quantiles with the value on them. */
@@ -415,7 +410,7 @@ function nullStrips(tests, name) {
     const kind = first.primary ? "primary" : first.exploratory ? "exploratory: reported, never decides" : "secondary";
     const own = parts.find((part) => part.unit === "value");
     return h("div", { style: "margin:14px 0 22px" },
-      h("h3", {}, `${metricTitle(metric)} ${first.prediction === "high" ? "↑" : "↓"} `, h("span", { class: "muted", style: "font-weight:400" }, `predicted ${first.prediction}, ${kind}${own ? `; value ${number(own.first.value, 3)}` : ""}`)),
+      h("h3", {}, `${predictedTitle(metric, first.prediction)} `, h("span", { class: "muted", style: "font-weight:400" }, `predicted ${first.prediction}, ${kind}${own ? `; value ${number(own.first.value, 3)}` : ""}`)),
       figure({
         drawing: h("div", {}, parts.map((part) => stripPlot(part, name))),
         table: () => [["null", "value", "5 %", "median", "95 %", "p", "q", "counts"], parts.flatMap((part) => part.rows.map((row) => [row.null, row.value,
@@ -431,7 +426,7 @@ function stripPlot({ metric, unit, rows: tests }, name) {
   const height = tests.length * line + 24;
   const inside = (at) => Math.min(right, Math.max(left, x(at)));
   const title = { value: "", rank: "mean rank within layers", percentile: "percentile" }[unit];
-  return svg(width, height, `${name}, ${metricTitle(metric)}: ${tests.map((row) => `${NULL_NAMES[row.null] || row.null} p ${probability(row.p)}`).join("; ")}`,
+  return svg(width, height, `${name}, ${metricTitle(metric)}: ${tests.map((row) => `${nullName(row.null)} p ${probability(row.p)}`).join("; ")}`,
     ticks(...bounds, 4).map((tick) => [
       s("line", { class: "gridline", x1: x(tick), x2: x(tick), y1: 0, y2: tests.length * line }),
       s("text", { class: "tick", x: x(tick), y: tests.length * line + 14, "text-anchor": "middle" }, unit === "percentile" ? `${Math.round(tick * 100)} %` : tickText(tick)),
@@ -446,7 +441,7 @@ function stripPlot({ metric, unit, rows: tests }, name) {
       const band = unit !== "percentile" && row.quantiles.length ? row : null;
       const why = !row.testable ? "cannot reach p ≤ 0.05" : row.counts ? "" : "reported only";
       return [
-        s("text", { x: left - 10, y: y + 4, "text-anchor": "end", class: decided ? null : "soft" }, NULL_NAMES[row.null] || row.null),
+        s("text", { x: left - 10, y: y + 4, "text-anchor": "end", class: decided ? null : "soft" }, nullName(row.null)),
         band ? s("line", { x1: inside(quantile(band, 0)), x2: inside(quantile(band, 1)), y1: y, y2: y, stroke: css("--line"), "stroke-width": 1.5 }) : null,
         band ? s("rect", { x: inside(quantile(band, 0.05)), width: Math.max(2, inside(quantile(band, 0.95)) - inside(quantile(band, 0.05))), y: y - 5, height: 10, rx: 2, fill: shade(["#c9ccd2", "#4d535c"]) }) : null,
         band ? s("line", { x1: inside(quantile(band, 0.5)), x2: inside(quantile(band, 0.5)), y1: y - 5, y2: y + 5, stroke: css("--muted"), "stroke-width": 1.5 }) : null,

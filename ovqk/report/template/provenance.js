@@ -1,11 +1,11 @@
-// Provenance: where the numbers come from, and what there is no number for.
+// Provenance: where the numbers come from, and which are missing.
 
 const NOT_APPLICABLE = "not applicable: ";
 
 function provenancePage() {
   return [
     h("h1", { tabindex: -1 }, "Provenance"),
-    h("p", { class: "lead" }, "What every number here was computed from, what was left out, and where the full tables lie."),
+    h("p", { class: "lead" }, "The source of every number on this page, the parts left out, and links to the full tables."),
     ...failed(),
     h("h2", {}, "Cells"),
     h("div", { class: "scroll" }, cellTable()),
@@ -57,8 +57,8 @@ function unavailable() {
     h("tbody", {}, list.map((row) => h("tr", { style: "vertical-align:top" }, h("td", {}, row.reason.replace(NOT_APPLICABLE, "")), h("td", { class: "small path" }, row.metrics.join(", ")), h("td", { class: "small" }, row.cells.join(", ")))))));
   const [apart, lacking] = [all.filter((row) => row.reason.startsWith(NOT_APPLICABLE)), all.filter((row) => !row.reason.startsWith(NOT_APPLICABLE))];
   return [
-    lacking.length ? table(lacking) : h("p", {}, "Nothing that applies was unavailable."),
-    apart.length ? h("details", {}, h("summary", {}, `${plural(apart.length, "reason")} that lie in the kind of model or task`), table(apart)) : null,
+    lacking.length ? table(lacking) : h("p", {}, "No metric that applies is unavailable."),
+    apart.length ? h("details", {}, h("summary", {}, `${plural(apart.length, "reason")} from the kind of model or task`), table(apart)) : null,
   ];
 }
 
@@ -93,7 +93,7 @@ function cellDetails(cell) {
 function pageDetail() {
   const { values, tokens, partners, offsets } = REPORT.detail;
   if (values === null) return "Metrics, spectra, tokens and compositions of every head are on this page, at four digits; token scores, and all digits, are in the tables linked above.";
-  if (values === 0) return "Everything of the heads that are claimed or candidates is on this page, at four digits. Of the other heads, to keep the page small, only the metrics; the rest is in the tables linked above.";
+  if (values === 0) return "This page holds everything about the heads that are claimed or candidates, at four digits. To keep it small, it holds only the metrics of the other heads; the rest is in the tables linked above.";
   const less = [`${values} leading eigen- and singular values`, `${tokens} tokens of each side of singular components`, `${offsets} offsets`, `the ${partners} strongest compositions of each kind`];
-  return `Everything of the heads that are claimed or candidates is on this page, at four digits. Of the other heads, to keep the page small, all metrics and ${sentenceList(less)}; the rest is in the tables linked above.`;
+  return `This page holds everything about the heads that are claimed or candidates, at four digits. To keep it small, it holds for the other heads all metrics and ${sentenceList(less)}; the rest is in the tables linked above.`;
 }

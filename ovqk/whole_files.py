@@ -1,0 +1,76 @@
+"""Files that are written whole or not at all: under a temporary name, onto the disk, and then under their own.
+
+A process that is killed leaves at most a file of a temporary name, which `is_temporary` knows.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+def temporary(path: Path) -> Path:
+    """Return this process's temporary name for a file or folder, beside it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file has a temporary name of any process."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", name) is not None
+
+
+def to_disk(path: Path) -> None:
+    """Have the disk take a file, or a folder's names, before anything that relies on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file to write; it takes the place of an earlier one at the end, and only if nothing was raised.
+
+    Args:
+        path: the file.
+        mode: `w` for UTF-8 text, `wb` for bytes.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    unfinished = temporary(path)
+    try:
+        with unfinished.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all; a number that is not finite is null in it."""
+    write_text(path, json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """Return the value with null for each number that is not finite, which JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return value

@@ -1,0 +1,102 @@
+"""Roles, nulls, verdicts, directions, kinds of composition and metrics as a person reads them.
+
+The terminal, the report page, the figures and W&B all take their words from here. Tables keep the names that stand on
+the left of each mapping.
+"""
+
+from collections.abc import Iterable
+
+from ovqk.metrics import METRICS
+
+ROLES = {"s_inhibition": "S-inhibition"}
+"""Roles that are not read as their name with spaces for underscores."""
+NULLS = {
+    "layer": "other heads of its layers",
+    "layer_all": "the same, claimed ones too",
+    "depth": "heads of nearby layers",
+    "frame": "same spectrum, random frames",
+    "token": "other words",
+    "token_pairs": "random pairs of other words",
+}
+"""Null -> the label of a row in a figure."""
+AGAINST = {
+    "layer": "the unclaimed heads of the same layers",
+    "depth": "the unclaimed heads of nearby layers",
+    "frame": "heads of the same singular values between random frames",
+    "token": "other words",
+    "token_pairs": "random pairs of other words",
+}
+"""Null -> the same in a sentence that says what a head was compared with."""
+VERDICTS = {
+    "corroborated": "corroborated",
+    "partial": "partial",
+    "unsupported": "unsupported",
+    "contradicted": "contradicted",
+    "untestable": "untestable",
+    "out_of_scope": "out of scope",
+}
+"""Verdict -> its name, in the order of how much it says."""
+FLAGS = {
+    "partial (consistent)": "the head stands out only against random heads with its own singular values",
+    "partial (mixed)": "another prediction of the role is significant the other way",
+    "contradicted (frame)": (
+        "it is significantly on the wrong side of random heads with its own singular values, and of nothing else"
+    ),
+}
+"""Verdict with a flag -> what the flag says."""
+ARROWS = {"high": "↑", "low": "↓"}
+"""Predicted direction -> its sign."""
+MODES = {"q": "Q: into queries", "k": "K: into keys", "v": "V: into values"}
+"""Kind of composition -> what a sender writes into."""
+PAIR_METRICS = {
+    "q_composition": "Q-composition",
+    "k_composition": "K-composition",
+    "v_composition": "V-composition",
+    "k_composed_matching": "K-composed matching",
+}
+"""Metric of a pair of heads -> its title."""
+
+
+def role(name: str) -> str:
+    """Return a role as a person reads it: `name_mover` is "name mover"."""
+    return ROLES.get(name, name.replace("_", " "))
+
+
+def short_roles(names: Iterable[str]) -> dict[str, str]:
+    """Return role -> a few letters for it in a picture, all different: `name_mover` is NM, `induction` is Ind."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        words = name.split("_")
+        short = "".join(word[:1].upper() for word in words) if len(words) > 1 else name[:3].capitalize()
+        number = 2
+        unique = short
+        while unique in found.values():
+            unique, number = f"{short}{number}", number + 1
+        found[name] = unique
+    return found
+
+
+def null(name: str) -> str:
+    """Return a null as the label of a row in a figure."""
+    return NULLS.get(name, name)
+
+
+def verdict(name: str, flags: str | None = None) -> str:
+    """Return a verdict with its flags, if it has any, in brackets."""
+    said = VERDICTS.get(name, name)
+    return f"{said} ({flags})" if flags else said
+
+
+def metric(name: str) -> str:
+    """Return the title of a metric of heads or of pairs of heads."""
+    return METRICS[name].title if name in METRICS else PAIR_METRICS.get(name, name)
+
+
+def predicted(name: str, direction: str) -> str:
+    """Return a metric's title and the sign of the predicted direction."""
+    return f"{metric(name)} {ARROWS[direction]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which takes an s unless the number is 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

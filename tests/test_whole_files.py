@@ -1,0 +1,35 @@
+"""A file is written whole or not at all, and what is left behind is known by its name."""
+
+import json
+
+import pytest
+
+from ovqk.whole_files import is_temporary, temporary, whole, write_json, write_text
+
+
+def test_a_file_takes_the_place_of_the_one_before_at_the_end(tmp_path) -> None:
+    path = tmp_path / "record.json"
+    write_text(path, "before")
+    with whole(path) as file:
+        file.write("after")
+        assert path.read_text() == "before" and temporary(path).exists()
+    assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_breaks_off_leaves_the_file_as_it_was(tmp_path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"before")
+    with pytest.raises(RuntimeError), whole(path, "wb") as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_temporary_names_are_known(tmp_path) -> None:
+    assert is_temporary(temporary(tmp_path / "heads.parquet").name)
+    assert not is_temporary("heads.parquet") and not is_temporary(".written")
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path) -> None:
+    write_json(tmp_path / "a.json", {"a": [1.5, float("nan")], "b": (float("inf"),)})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.5, None], "b": [None]}
