@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ovqk.circuits.components import SIDES, Components
+from ovqk.circuits.components import KINDS, SIDES, Components
 from ovqk.circuits.grams import BLOCK, blocks
 from ovqk.circuits.sides import Block0Side, NormalisedSide, Side, StoredSide
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.config.schema import Circuit, Embedding
 from ovqk.structure.spelling import Spelling
-from ovqk.weights.allowed import KINDS
 from ovqk.weights.types import Architecture
 
 TOKENS = 10  # of each side and sign
