@@ -264,3 +264,47 @@ def test_what_training_tools_put_before_names_is_taken_off(tmp_path, wrapper) ->
     assert source.loaded_by == "bridge" and torch.equal(source.layer(1).W_Q, plain.layer(1).W_Q)
     told = f"the names of the tensors begin with '{wrapper}', which was taken off"
     assert told in source.notes and told not in plain.notes
+
+
+def test_a_window_that_only_the_mask_knows_is_found(tmp_path) -> None:
+    """PhiMoE hands no window to its attention: that its queries see no further shows with a short one."""
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    make("phimoe", tmp_path / "windowed", **SIZES, **experts, sliding_window=40)
+    assert {bridged(tmp_path / "windowed").layer(index).sliding_window for index in range(2)} == {40}
+    make("phimoe", tmp_path / "whole", **SIZES, **experts, sliding_window=None)
+    assert bridged(tmp_path / "whole").layer(0).sliding_window is None
+
+
+def test_a_scale_of_scores_that_is_fitted_in_each_layer_is_one_scale(tmp_path) -> None:
+    make(
+        "mpt",
+        tmp_path,
+        vocab_size=40,
+        d_model=24,
+        n_heads=4,
+        n_layers=3,
+        max_seq_len=16,
+        attn_config={"softmax_scale": 0.7},
+    )
+    assert bridged(tmp_path).architecture.attention_scale == pytest.approx(0.7, rel=1e-3)
+
+
+def test_a_checkpoint_of_more_layers_or_other_shapes_than_its_config_is_refused(tmp_path) -> None:
+    make("arcee", tmp_path, **SIZES)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(
+        UserError, match=r"gives 'num_hidden_layers' as 1, but the checkpoint holds 'model.layers.1\..*"
+    ):
+        bridged(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 2, "head_dim": 6}))
+    with pytest.raises(UserError, match=r"tensor '.*' has shape \[.*\], but config.json"):
+        bridged(tmp_path)
+
+
+def test_no_scale_is_given_for_queries_that_are_normalised_in_a_form_that_is_not_read(tmp_path) -> None:
+    make("hunyuan_v1_dense", tmp_path, **SIZES, head_dim=6)
+    source = bridged(tmp_path)
+    assert source.architecture.qk_norm
+    found = analysed(tmp_path)
+    assert "no scale of the weights reaches a score" in found.unavailable["qk_frobenius_norm"]

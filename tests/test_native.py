@@ -636,3 +636,21 @@ def test_attention_both_ways_of_a_text_model_beside_one_for_pictures_is_refused(
 def test_attention_both_ways_is_refused(tiny, tmp_path, kind) -> None:
     with pytest.raises(UserError, match="use_bidirectional_attention=True, which ovqk does not read"):
         opened(edited(tiny, kind, tmp_path / "m", use_bidirectional_attention=True))
+
+
+def test_a_mistral_whose_config_tells_its_layers_apart_is_read_as_ministral(tiny, tmp_path) -> None:
+    """As transformers reads it: layers that see everything have no window."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    folder = edited(tiny, "mistral", tmp_path / "mistral", layer_types=kinds, sliding_window=3)
+    source = opened(folder)
+    assert [source.layer(index).sliding_window for index in range(3)] == [None, 3, None]
+    from transformers import AutoConfig
+
+    assert AutoConfig.from_pretrained(folder).model_type == "ministral"
+    assert opened(tiny("mistral")).layer(0).sliding_window == 5  # without kinds every layer has the window
+
+
+@pytest.mark.parametrize(("kind", "key"), [("llama", "rms_norm_eps"), ("qwen2", "rms_norm_eps")])
+def test_a_norms_eps_that_is_null_is_refused(tiny, tmp_path, kind, key) -> None:
+    with pytest.raises(UserError, match=key):
+        opened(edited(tiny, kind, tmp_path / kind, **{key: None}))

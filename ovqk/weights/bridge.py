@@ -5,6 +5,7 @@ of them, its norms, rotations and multipliers are the model's is measured on the
 A part that is not reproduced is reported as raw or unavailable, never assumed.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -35,6 +36,35 @@ from ovqk.weights.norms import Norm, NormKind, apply_norm
 from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, PositionKind
 
 PROBE = 12  # tokens
+SAME_SCALE = 1e-3  # relative, of scales that are fitted to scores
+SEEN_WINDOW = 2  # tokens: a window that shows on so few
+
+
+def find_masked_windows(recorded: ModelActivations, model: Any, tokens: Tensor) -> None:
+    """Note the sliding window of blocks that attend through a mask and are not told of the window.
+
+    The model is run again with a window so short that it shows: a block has one if its queries then see no token
+    further back.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    blind = [block for block in recorded.blocks if block is not None and block.window is None]
+    if not isinstance(window, int) or window < 1 or not blind or len(tokens) <= SEEN_WINDOW:
+        return
+    config.sliding_window = SEEN_WINDOW
+    try:
+        short = record_activations(model, tokens, config.num_hidden_layers)
+    except CannotRunError:
+        return
+    finally:
+        config.sliding_window = window
+    for block, other in zip(recorded.blocks, short.blocks, strict=True):
+        if block is None or other is None or block.window is not None or other.pattern is None:
+            continue
+        far = torch.ones(other.pattern.shape[-2:], dtype=torch.bool).tril(-SEEN_WINDOW)
+        was_seen = block.pattern is not None and bool((block.pattern[..., far] != 0).any())
+        if was_seen and not (other.pattern[..., far] != 0).any():
+            block.window = window
 
 
 class BridgeWeights:
@@ -78,10 +108,11 @@ class BridgeWeights:
         self.notes = self._read_notes(why)
         eps = [reading.eps for reading in self.readings if reading.eps is not None]
         self.eps = eps[0] if eps else float(config.eps)
-        scales = {reading.attention_scale for reading in self.readings if reading.attention_scale is not None}
+        scales = sorted(reading.attention_scale for reading in self.readings if reading.attention_scale is not None)
         n_heads, d_model, d_head = first.W_Q.shape
         usual = d_head**-0.5
-        scale = next(iter(scales)) if len(scales) == 1 else None
+        alike = bool(scales) and scales[-1] - scales[0] <= SAME_SCALE * abs(scales[-1])  # they are fitted
+        scale = scales[len(scales) // 2] if alike else None
         self.architecture = Architecture(
             family=str(config.architecture),
             n_layers=config.n_layers,
@@ -96,12 +127,17 @@ class BridgeWeights:
             causal=self.causal if model.causal is None else model.causal,
             tied=self._tied(),
             activation=str(config.act_fn),
-            attention_scale=None if scale is None or abs(scale / usual - 1) < 1e-3 else scale,
+            attention_scale=None if scale is None or abs(scale / usual - 1) < SAME_SCALE else scale,
             post_norm=any(reading.weights.post_norm for reading in self.readings),
-            qk_norm=any(reading.weights.qk_norm for reading in self.readings),
+            qk_norm=any(reading.weights.qk_norm for reading in self.readings) or self._has_query_norm(),
             parallel=self.readings[0].parallel,  # of block 0, which is all that it is asked about
         )
         self.no_vocabulary = self._why_no_vocabulary(why)
+
+    def _has_query_norm(self) -> bool:
+        """Return whether block 0 has a norm for queries, in whatever form: then no scale of W_QK reaches a score."""
+        modules = self.activations.modules[0].named_modules() if self.activations.modules else ()
+        return any(re.search(r"(^|\.)(q|query)_?(layer)?_?norm", name) for name, _ in modules)
 
     def layer(self, index: int) -> LayerWeights:
         """Return the raw attention weights of a layer."""
@@ -140,7 +176,9 @@ class BridgeWeights:
         length = min(PROBE, int(getattr(config, "max_position_embeddings", None) or PROBE))
         tokens = torch.randint(0, rows, (length,), generator=torch.Generator().manual_seed(0))
         try:
-            return record_activations(model, tokens, config.num_hidden_layers)
+            recorded = record_activations(model, tokens, config.num_hidden_layers)
+            find_masked_windows(recorded, model, tokens)
+            return recorded
         except CannotRunError as error:
             raise UserError(
                 f"{self.checkpoint.label}: {self.architecture_name} cannot be run on {length} tokens, which ovqk needs "

@@ -32,6 +32,8 @@ def find_architecture(checkpoint: Checkpoint) -> str:
     label, config = checkpoint.label, checkpoint.config
     usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
     names = config.get("architectures") or ([usual] if isinstance(usual, str) else [])
+    if not isinstance(names, list):
+        raise UserError(f"{label}: config.json must give 'architectures' as a list of names, not {names!r}.")
     if not names:
         raise UserError(f"{label}: config.json names no 'architectures' for model_type={config.get('model_type')}.")
     known = {name.lower(): name for name in SUPPORTED_ARCHITECTURES}
@@ -70,10 +72,26 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             key_mapping=without or None,
+            ignore_mismatched_sizes=True,  # to name them below
         )
     except Exception as error:  # transformers raises many kinds
         reason = first_line(error) or type(error).__name__
         raise UserError(f"{label}: transformers cannot load {architecture} ({reason}).") from error
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, stored, promised = mismatched[0]
+        raise UserError(
+            f"{label}: tensor '{name}' has shape {list(stored)}, but config.json and the other tensors promise "
+            f"{list(promised)}."
+        )
+    n_layers = model.config.get_text_config().num_hidden_layers
+    layers = ((name, re.search(r"\.(\d+)\.", name)) for name in sorted(report["unexpected_keys"]))
+    beyond = [name for name, number in layers if number is not None and int(number[1]) >= n_layers]
+    if beyond:
+        raise UserError(
+            f"{label}: config.json gives 'num_hidden_layers' as {n_layers}, but the checkpoint holds '{beyond[0]}', "
+            "of a layer after those."
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise checkpoint.missing(missing[0], len(missing))

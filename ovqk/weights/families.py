@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ovqk.weights.family import Family
+from ovqk.weights.family import Family, as_transformers_reads
 from ovqk.weights.llamas import (
     BESIDE,
     EXAONE4,
@@ -21,6 +21,7 @@ from ovqk.weights.llamas import (
     KEYS,
     LLAMA,
     LLAMA_TENSORS,
+    MINISTRAL,
     MISTRAL,
     MIXTRAL,
     OLMO2,
@@ -390,8 +391,8 @@ WRAPPED = {"mistral3": "mistral", "llava": "llama"}
 FAMILIES = {
     model_type: family
     for family in (
-        GPT2, GPT_NEO, GPTJ, GPT_NEOX, PHI, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, OLMO, OLMO2, GEMMA, GEMMA2, GEMMA3,
-        GRANITE, SMOLLM3, OLMO3, EXAONE4, GLM, GLM4, STABLELM, STARCODER2, COHERE, COHERE2, OPT, FALCON,
+        GPT2, GPT_NEO, GPTJ, GPT_NEOX, PHI, LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, PHI3, OLMO, OLMO2, GEMMA, GEMMA2,
+        GEMMA3, GRANITE, SMOLLM3, OLMO3, EXAONE4, GLM, GLM4, STABLELM, STARCODER2, COHERE, COHERE2, OPT, FALCON,
         MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, QWEN2_VL, QWEN3_VL,
     )
     for model_type in family.model_types
@@ -406,7 +407,7 @@ def tensors_read(config: Mapping[str, Any]) -> Callable[[str], bool] | None:
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
     """Return the row that reads a checkpoint with this config.json; None: it needs the bridge."""
-    kind = str(config.get("model_type"))
+    kind = str(as_transformers_reads(config).get("model_type"))
     if kind in WRAPPED:
         text = config.get("text_config")
         text = text if isinstance(text, Mapping) else {}

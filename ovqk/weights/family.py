@@ -114,6 +114,12 @@ class Family:
         return re.compile(rf"{wrapper}(?:{own}|{head})\.(?:weight|bias)")
 
 
+def as_transformers_reads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json with the model type that transformers reads: a Mistral with `layer_types` is a Ministral."""
+    taken = {"model_type": "ministral"} if config.get("model_type") == "mistral" and "layer_types" in config else {}
+    return {**config, **taken}
+
+
 def wrappers() -> Iterator[str]:
     """Return the possible prefixes of tensors' names, from nothing to three wrappers in a row."""
     yield ""

@@ -58,6 +58,8 @@ MISTRAL = replace(
 )
 QWEN2 = replace(MISTRAL, model_types=("qwen2",), read_bias=True)
 
+MINISTRAL = replace(MISTRAL, model_types=("ministral",))
+
 QWEN3 = Family(
     name="qwen3",
     model_types=("qwen3",),

@@ -28,7 +28,8 @@ def _open(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
         return TransformerLensWeights(checkpoint, model.n_ctx, model.causal)
     kind = checkpoint.config.get("model_type")
     if not isinstance(kind, str):
-        raise UserError(f"{checkpoint.label}: config.json gives no model_type, so its architecture is unknown.")
+        said = "no model_type" if kind is None else f"'model_type' as {kind!r}; allowed: its name"
+        raise UserError(f"{checkpoint.label}: config.json gives {said}, so its architecture is unknown.")
     text = checkpoint.config.get("text_config")
     if any(each.get("is_causal") is False for each in (checkpoint.config, text if isinstance(text, dict) else {})):
         raise UserError(

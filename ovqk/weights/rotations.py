@@ -14,7 +14,7 @@ from torch import Tensor
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.errors import UserError
 from ovqk.weights.allowed import refuse_wrong_values, reworded
-from ovqk.weights.family import Family
+from ovqk.weights.family import Family, as_transformers_reads
 from ovqk.weights.rotary import Rotary
 from ovqk.weights.types import Architecture
 
@@ -110,7 +110,7 @@ def _asked(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.for_model(**checkpoint.config)
+        return AutoConfig.for_model(**as_transformers_reads(checkpoint.config))
     except Exception as error:  # transformers raises many kinds
         raise UserError(f"{checkpoint.label}: config.json cannot be read ({reworded(error)}).") from error
 

@@ -136,7 +136,8 @@ class Settings:
         n_heads, d_model = self._positive("n_heads"), self._positive("d_model")
         d_head = self._positive("d_head", d_model // n_heads)
         n_kv_heads = family.kv_heads or self._positive("n_kv_heads", n_heads)
-        norm_eps = self._read("norm_eps", 1e-5)
+        given = [self.config[key] for key in family.keys.get("norm_eps", ()) if key in self.config]
+        norm_eps = given[0] if given else 1e-5
         if not is_number(norm_eps) or norm_eps < 0:
             raise UserError(
                 f"{label}: config.json must give '{family.keys['norm_eps'][0]}' as a number that is finite and not "

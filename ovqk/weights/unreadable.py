@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ovqk.errors import UserError
+from ovqk.weights.family import as_transformers_reads
 
 KIND_KEYS = ("layer_types", "layers_block_type", "block_types", "_block_types")
 """Keys of config.json, or attributes of transformers' config, that give each layer's kind."""
@@ -49,7 +50,7 @@ def refuse_unreadable_defaults(label: str, config: Mapping[str, Any]) -> None:
     from transformers import AutoConfig
 
     try:
-        full = AutoConfig.for_model(**config)
+        full = AutoConfig.for_model(**as_transformers_reads(config))
         text = full.get_text_config()
         settings = {**full.to_dict(), **text.to_dict(), "text_config": None}
         settings |= {key: getattr(text, key) for key in KIND_KEYS if isinstance(getattr(text, key, None), list)}
