@@ -619,7 +619,7 @@ def test_a_cap_on_logits_is_told(tiny, tmp_path) -> None:
 def test_keys_that_transformers_does_not_have_for_a_model_type_are_not_read(tiny, tmp_path) -> None:
     """Mistral's window is that of every layer, whatever keys of Qwen2 stand beside it; OLMo's epsilon is fixed."""
     full = ["full_attention"] * 3
-    source = opened(edited(tiny, "mistral", tmp_path / "m", use_sliding_window=False, layer_types=full))
+    source = opened(edited(tiny, "mistral", tmp_path / "m", use_sliding_window=False))
     assert source.layer(0).sliding_window == 5
     capped = opened(edited(tiny, "llama", tmp_path / "l", attn_logit_softcapping=30.0, layer_types=full))
     assert not capped.notes

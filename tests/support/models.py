@@ -132,6 +132,7 @@ KINDS: dict[str, dict[str, object]] = {
         },
     },
     "mistral": WIDE | {"sliding_window": 5},
+    "ministral": WIDE | WINDOWS,
     "qwen2": SIZES,
     "qwen3": WIDE,
     "olmo": ONE_KV_EACH,
