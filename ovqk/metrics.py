@@ -169,7 +169,8 @@ def _subspace(*row: Any, **more: Any) -> Metric:
 
 def _pair(name: str, title: str, formula: str, low: float) -> Metric:
     needs: frozenset[Needs] = frozenset({"pairs", "embedding"} if name == "k_composed_matching" else {"pairs"})
-    return Metric(name, None, title, formula, low, 1.0, "Elhage et al. 2021", needs, of="pair")
+    source = "" if name == "k_composed_matching" else "Elhage et al. 2021"
+    return Metric(name, None, title, formula, low, 1.0, source, needs, of="pair")
 
 
 def _shares() -> list[Metric]:

@@ -142,7 +142,7 @@ def test_an_online_run_arrives_whole_and_without_a_word(results, server, capfd) 
         "embedding": "by_layer",
         "n_layers": 4,
     }
-    assert "results_dir" not in run.config["cfg"] and run.config["cfg"]["nulls"] == {"draws": 19}
+    assert "results_dir" not in run.config["cfg"] and run.config["cfg"]["nulls"]["draws"] == 19
     curves = [line for line in run.lines.values() if "layer" in line]
     assert [(line["layer"], line["depth/ov_copying"]) for line in curves] == [
         (line["layer"], line["layer/ov_copying"]) for line in curves

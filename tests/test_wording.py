@@ -1,6 +1,6 @@
 """What a person reads for roles, nulls and verdicts: one spelling, complete, and the page's too."""
 
-from conftest import ROOT
+from support import ROOT
 
 from ovqk import wording
 from ovqk.figures.colours import MODES, VERDICT_COLOURS
