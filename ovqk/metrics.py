@@ -87,7 +87,7 @@ class Metric:
 
     @property
     def has_surrogates(self) -> bool:
-        """Whether random heads of the same singular values have it: the null `frame`."""
+        """Whether random heads of the same singular values have it: the null `spectrum`."""
         return self.of in ("words", "subspace") or self.full_circuit
 
 

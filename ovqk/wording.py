@@ -14,7 +14,7 @@ NULLS = {
     "layer": "other heads of its layers",
     "layer_all": "the same, claimed ones too",
     "depth": "heads of nearby layers",
-    "frame": "same spectrum, random frames",
+    "spectrum": "same spectrum, random frames",
     "token": "other words",
     "token_pairs": "random pairs of other words",
 }
@@ -22,7 +22,7 @@ NULLS = {
 AGAINST = {
     "layer": "the unclaimed heads of the same layers",
     "depth": "the unclaimed heads of nearby layers",
-    "frame": "heads of the same singular values between random frames",
+    "spectrum": "heads of the same singular values between random frames",
     "token": "other words",
     "token_pairs": "random pairs of other words",
 }
@@ -39,7 +39,7 @@ VERDICTS = {
 FLAGS = {
     "partial (consistent)": "the head stands out only against random heads with its own singular values",
     "partial (mixed)": "another prediction of the role is significant the other way",
-    "contradicted (frame)": (
+    "contradicted (spectrum)": (
         "it is significantly on the wrong side of random heads with its own singular values, and of nothing else"
     ),
 }

@@ -240,8 +240,8 @@ somewhat above its a is no finding by itself, and a tail of 0.001 somewhere in t
 {calibration}
 
 Where the curve runs below the diagonal the test is conservative. `layer` has few labelings (in a layer of 8 heads the
-p-value of a single head cannot be below 1/8), and grouped queries leave it fewer still. `frame` and `token` can attain
-any multiple of 0.01.
+p-value of a single head cannot be below 1/8), and grouped queries leave it fewer still. `spectrum` and `token` can
+attain any multiple of 0.01.
 
 ### Where a null has little to draw on
 
@@ -283,7 +283,7 @@ heads of the layers within 2, those that share keys and values counted as one: i
 1 / (1 + n), the last column above and below, and if one of them is more extreme by chance, twice that. With k of m
 heads' rows as small, q = m / (k (1 + n)). In layers of {many} heads that is below 0.05, with learned positions even
 where one other is more extreme. The same heads planted in layers of {few} leave no room for that: with learned
-positions some miss it and are partial, by `frame` alone; under grouped queries, beside half as many groups, hardly a
+positions some miss it and are partial, by `spectrum` alone; under grouped queries, beside half as many groups, hardly a
 head can be corroborated, and what is planted whole is partial. Not so the agreement heads, of which other words decide
 too: where the smallest p of `depth` is above 0.05 it has no say, and the verdict's `reason` names what is missing. So
 of a head in a small model `partial` says little against it: `min_q` tells what it could have reached. Roles have the

@@ -114,7 +114,7 @@ def null_cells(seeds: Sequence[int], shapes: Sequence[str] = tuple(SHAPES)) -> l
 STRAINED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "uneven layers": ("depth", "head", {}),
     "group mates claimed, depth": ("depth", "head", {"task": "sva", "kv_heads": 2}),
-    "group mates claimed, frame": ("frame", "role", {"task": "sva", "kv_heads": 2}),
+    "group mates claimed, spectrum": ("spectrum", "role", {"task": "sva", "kv_heads": 2}),
     "few matched words": ("token", "role", {"task": "ioi", "lookalikes": 2}),
 }
 """Name -> null, level, and the model: of 3 layers of 8 heads, or (the first) bare numbers for 4 layers of 12."""

@@ -5,7 +5,7 @@ p-values at most a as there are had a probability below 1e-4 (binomial, one p-va
 models are drawn from fixed seeds, so a test that passes goes on passing.
 
 Conservative by construction, and measured so in docs/calibration.md: `layer` (few labelings; of a single head at least
-1 / n), `depth` of metrics that are mostly zero, `frame` of the same (ties count against the claim).
+1 / n), `depth` of metrics that are mostly zero, `spectrum` of the same (ties count against the claim).
 """
 
 import numpy as np
@@ -101,7 +101,7 @@ def strained(case: str) -> np.ndarray:
 
 @pytest.mark.slow
 def test_frame_keeps_its_level_where_the_heads_of_a_group_are_claimed() -> None:
-    assert_kept(strained("group mates claimed, frame"), "frame")
+    assert_kept(strained("group mates claimed, spectrum"), "spectrum")
 
 
 @pytest.mark.slow

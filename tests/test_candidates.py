@@ -55,7 +55,7 @@ def test_candidates_are_no_verdicts_and_nothing_of_a_verdict_is_written(result) 
     table = result.tables["candidates"]
     assert list(table.columns) == [
         "role", "rank", "layer", "head", "ranked", "partners", "metric", "prediction", "primary", "exploratory",
-        "value", "percentile", "p_depth", "q_depth", "p_frame", "p_frame_all", "p_words", "p_words_all",
+        "value", "percentile", "p_depth", "q_depth", "p_spectrum", "p_spectrum_all", "p_words", "p_words_all",
     ]  # fmt: skip
     assert list(dict.fromkeys(table["role"])) == [*RANKED, "previous"]
 
@@ -100,7 +100,7 @@ def test_where_all_pairs_are_composed_a_role_is_ranked_with_the_candidates_of_it
     best = into.groupby(["sender_layer", "sender_head"])["percentile"].max()
     for row in mine.to_dict("records"):
         assert row["value"] == pytest.approx(best[row["layer"], row["head"]])
-    assert mine[["p_depth", "p_frame"]].isna().all(axis=None)  # of partners that were chosen no p is honest
+    assert mine[["p_depth", "p_spectrum"]].isna().all(axis=None)  # of partners that were chosen no p is honest
     assert not [note for note in result.notes if "candidates" in note]
 
 
@@ -181,8 +181,8 @@ def test_frames_are_multiplied_by_the_number_of_heads_that_were_ranked(role, ind
         exceeding = np.cumsum([sign * draw >= sign * values[head] - 1e-9 for draw in draws])
         n = DRAWS if exceeding[-1] < 20 else int(np.argmax(exceeding == 20)) + 1
         p = (1 + min(20, exceeding[-1])) / (1 + n)
-        assert row["p_frame"] == pytest.approx(p)
-        assert row["p_frame_all"] == pytest.approx(min(1, p * ALL))
+        assert row["p_spectrum"] == pytest.approx(p)
+        assert row["p_spectrum_all"] == pytest.approx(min(1, p * ALL))
 
 
 @pytest.mark.parametrize(("kind", "role"), [("set", "writer"), ("contrast", "output"), ("contrast", "reader")])
@@ -213,8 +213,8 @@ def test_where_no_surrogate_has_the_metric_there_is_no_p_of_one() -> None:
     table = run(Random("qk-norm"), task(roles={"duplicate": SET_ROLES["duplicate"]}), "model.claims=null").tables
     candidates: pd.DataFrame = table["candidates"]
     scores = candidates[candidates["metric"] == "qk_task_auc"]
-    assert scores[["p_frame", "p_frame_all"]].isna().all(axis=None) and scores["p_depth"].notna().all()
-    assert candidates[candidates["metric"] == "qk_matching_block0"]["p_frame"].notna().all()
+    assert scores[["p_spectrum", "p_spectrum_all"]].isna().all(axis=None) and scores["p_depth"].notna().all()
+    assert candidates[candidates["metric"] == "qk_matching_block0"]["p_spectrum"].notna().all()
 
 
 def test_a_metric_without_values_has_no_candidates() -> None:

@@ -59,7 +59,7 @@ def test_only_columns_that_are_shown_are_explained() -> None:
 
 def candidates(role: str, heads: list[str], **changes) -> list[dict]:
     plain = {"metric": "ov_task_auc", "prediction": "high", "partners": "", "primary": True, "ranked": True,
-             "value": 0.9, "percentile": 1.0, "q_depth": 0.5, "p_frame_all": 0.1,
+             "value": 0.9, "percentile": 1.0, "q_depth": 0.5, "p_spectrum_all": 0.1,
              "p_words_all": math.nan}  # fmt: skip
     places = [(int(name[0]), int(name[2])) for name in heads]
     return [

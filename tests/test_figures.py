@@ -243,7 +243,7 @@ def spectra_table() -> pd.DataFrame:
 
 
 def frame_nulls() -> pd.DataFrame:
-    place = {"role": "induction", "layer": 0.0, "head": 0.0, "metric": "ov_copying", "null": "frame"}
+    place = {"role": "induction", "layer": 0.0, "head": 0.0, "metric": "ov_copying", "null": "spectrum"}
     return pd.DataFrame(
         [
             place | {"quantile": q, "value": v}
@@ -361,7 +361,7 @@ def test_table() -> pd.DataFrame:
     return pd.DataFrame(
         [
             row | {"null": "layer", "counts": False, "testable": False, "percentile": 1.0, "p": 0.2, "q": math.nan},
-            row | {"null": "frame", "counts": True, "testable": True, "percentile": 1.0, "p": 0.001, "q": 0.002},
+            row | {"null": "spectrum", "counts": True, "testable": True, "percentile": 1.0, "p": 0.001, "q": 0.002},
             row | {"null": "depth", "counts": True, "testable": True, "percentile": 0.8, "p": 0.2, "q": 0.3},
         ]
     )

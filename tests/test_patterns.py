@@ -15,7 +15,7 @@ SHAPE = (48, 16)
 
 
 def row(metric: str, null: str = "depth", q: float = 0.01, testable: bool = True, **changes) -> NullTest:
-    counts = null in ("depth", "frame", "token")
+    counts = null in ("depth", "spectrum", "token")
     plain = NullTest(
         "mover", HEAD, metric, "high", True, False, null, counts, value=0.7, percentile=0.9, effect=0.9, p=q,
         p_opposite=1.0, min_p=0.001 if testable else 0.125, n_null=7, exact=True, n_heads=1, n_others=7, quantiles=(),
@@ -35,17 +35,17 @@ def patterns(rows=(), rank90: float = 9, spread: float = 8, second: float = 0.5)
 
 
 @pytest.mark.parametrize(("rows", "aligned"), [
-    ([row("ov_task_auc"), row("ov_task_auc", "frame")], True),
-    ([row("ov_task_auc"), row("ov_task_auc", "frame", 0.2)], False),  # not under every null that counts
+    ([row("ov_task_auc"), row("ov_task_auc", "spectrum")], True),
+    ([row("ov_task_auc"), row("ov_task_auc", "spectrum", 0.2)], False),  # not under every null that counts
     ([row("ov_task_auc", q=0.05)], False),
     ([row("ov_task_auc", q=0.3), row("ov_task_copy")], True),  # a secondary one is enough
     ([row("ov_task_auc"), row("ov_task_auc", "token", 0.5, counts=False)], True),  # reported only
     ([row("ov_task_auc", "layer", counts=False)], False),  # nothing that decides
-    ([row("ov_task_auc", testable=False, q=math.nan), row("ov_task_auc", "frame")], False),  # any trained head may
+    ([row("ov_task_auc", testable=False, q=math.nan), row("ov_task_auc", "spectrum")], False),  # any trained head may
     ([row("ov_task_auc", testable=False, q=math.nan), row("ov_task_auc", "token")], True),
     ([row("ov_task_auc", testable=False, q=math.nan)], False),
     ([row("qk_task_auc")], False),
-    ([exploratory("ov_copying_block0", "depth", 0.01), exploratory("ov_copying_block0", "frame", 0.01)], False),
+    ([exploratory("ov_copying_block0", "depth", 0.01), exploratory("ov_copying_block0", "spectrum", 0.01)], False),
     ([row("k_composition", "layer", counts=True)], False),  # a composition is of neither circuit
 ])  # fmt: skip
 def test_ov_aligned_is_an_ov_prediction_that_holds_under_all_its_nulls(rows, aligned) -> None:
@@ -53,16 +53,16 @@ def test_ov_aligned_is_an_ov_prediction_that_holds_under_all_its_nulls(rows, ali
 
 
 def test_what_holds_against_random_frames_alone_is_named_and_decides_no_pattern() -> None:
-    found = patterns([row("ov_task_copy", "frame"), row("qk_task_auc")])
+    found = patterns([row("ov_task_copy", "spectrum"), row("qk_task_auc")])
     assert (found["ov_aligned"], found["both_align"]) == (False, False)
-    assert found["evidence"].startswith("holds: ov_task_copy (against frame alone), qk_task_auc;")
+    assert found["evidence"].startswith("holds: ov_task_copy (against spectrum alone), qk_task_auc;")
 
 
 KEYS = "qk_key_alignment"
 
 
 def keys(depth: float, frame: float) -> list[NullTest]:
-    return [exploratory(KEYS, "depth", depth), exploratory(KEYS, "frame", frame)]
+    return [exploratory(KEYS, "depth", depth), exploratory(KEYS, "spectrum", frame)]
 
 
 @pytest.mark.parametrize(("rows", "both"), [

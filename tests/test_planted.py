@@ -138,7 +138,7 @@ def test_planted_heads_are_found(shape, task, seed) -> None:
 
 
 def test_beside_few_groups_of_heads_a_planted_head_is_partial_and_its_role_corroborated() -> None:
-    """`depth` cannot be significant for each head of so many; `frame` and the role's `layer` can."""
+    """`depth` cannot be significant for each head of so many; `spectrum` and the role's `layer` can."""
     shares = outcomes(power_run(("rotary, grouped queries", "ioi", 0, 0.0, FEW)))
     assert (shares.loc["role"]["corroborated"] == 1).all()
     assert (shares.loc["head"].drop(COMPOSED)["partial"] == 1).all()

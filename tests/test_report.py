@@ -110,7 +110,7 @@ def test_verdicts_and_quantiles_reach_the_page(results, made) -> None:
     tests = pd.read_parquet(results / cell["folder"] / "tests.parquet")
     nulls = pd.read_parquet(results / cell["folder"] / "nulls.parquet")
     values = data["pool"][cell["tests"]["quantile_values"]]
-    row = int(np.flatnonzero((tests["null"] == "frame") & (tests["layer"] == 3))[0])
+    row = int(np.flatnonzero((tests["null"] == "spectrum") & (tests["layer"] == 3))[0])
     keys = ["role", "metric", "null", "layer", "head"]
     mine = nulls[(nulls[keys] == tests.loc[row, keys]).all(axis=1)]
     assert values[row] == [short(float(value)) for value in mine["value"]] and len(values[row]) == 11

@@ -105,7 +105,7 @@ def test_an_unembedding_is_not_read_anew_for_every_surrogate(kept, monkeypatch) 
     monkeypatch.setattr(surrogates, "PART_ELEMENTS", 1)  # one draw at a time
     model, reads = stored(Random())
     found = analyse(model, tokenizer(), V, "toy", cell(task(), "model.claims=null")).tables["candidates"]
-    for name in ("value", "p_frame", "p_words"):
+    for name in ("value", "p_spectrum", "p_words"):
         assert np.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-9, equal_nan=True), name
     assert max(reads) < (12 if kept else DRAWS)
 
@@ -199,9 +199,9 @@ def test_a_bound_for_a_ratio_lies_on_the_ratios_side_of_what_was_observed(monkey
 def test_candidates_have_the_p_of_all_their_draws(monkeypatch) -> None:
     """Drawn until the p is counted no further, by bounds where these tell: as with every draw made and exact."""
     drawn: dict[tuple[int, int], int] = {}
-    original = ClaimTests.frame_ps
+    original = ClaimTests.spectrum_ps
 
-    def frame_ps(self, asked):
+    def spectrum_ps(self, asked):
         found = original(self, asked)
         for (head, name, sign), p in found.items():
             if self.can_frame(name):
@@ -212,9 +212,9 @@ def test_candidates_have_the_p_of_all_their_draws(monkeypatch) -> None:
                 drawn[head] = self.frame(head, name).count
         return found
 
-    monkeypatch.setattr(ClaimTests, "frame_ps", frame_ps)
+    monkeypatch.setattr(ClaimTests, "spectrum_ps", spectrum_ps)
     table = run(Random(), task(), "model.claims=null").tables["candidates"]
-    assert table["p_frame"].notna().sum() > 20
+    assert table["p_spectrum"].notna().sum() > 20
     assert min(drawn.values()) < DRAWS == max(drawn.values())
 
 

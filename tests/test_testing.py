@@ -68,7 +68,7 @@ def select(tests: pd.DataFrame, role: str, metric: str, null: str, head: tuple[i
 # --- which nulls there are, and which count ------------------------------------------------------------------------
 
 PEERS = {"layer": True, "layer_all": False}, {"layer": False, "depth": True}
-FRAMED = tuple(level | {"frame": True} for level in PEERS)
+FRAMED = tuple(level | {"spectrum": True} for level in PEERS)
 WITH_WORDS = tuple(level | {"token": False} for level in FRAMED)
 ALIGNED = tuple(level | {"token": True} for level in FRAMED)
 CONTRAST = tuple(level | {"token_pairs": True} for level in ALIGNED)
@@ -133,7 +133,7 @@ def test_the_columns_are_those_of_the_definitions_and_no_more_than_the_named_one
     assert len(nulls) == 11 * len(tests)
     low_ends, high_ends = (nulls[nulls["quantile"] == q].reset_index(drop=True) for q in (0.0, 1.0))
     assert (low_ends["value"] <= high_ends["value"]).all() and low_ends[keys].equals(high_ends[keys])
-    drawn = tests["null"].isin(["frame", "token", "token_pairs"])
+    drawn = tests["null"].isin(["spectrum", "token", "token_pairs"])
     between = (low_ends["value"] <= tests["null_mean"]) & (tests["null_mean"] <= high_ends["value"])
     assert between[drawn].all()
 
@@ -173,7 +173,7 @@ def test_the_verdicts_are_one_for_every_role_and_head_and_none_is_of_a_null_that
         assert row["held"] == ", ".join(mine[mine["q"] < 0.05]["null"])
 
 
-# --- frame and token by force --------------------------------------------------------------------------------------
+# --- spectrum and token by force --------------------------------------------------------------------------------------
 
 
 FRAMES = [
@@ -220,7 +220,7 @@ def test_the_frame_null_is_a_loop_over_surrogates_written_out(role, metric, of_a
         of_a_set.tables["tests"],
         role,
         metric,
-        "frame",
+        "spectrum",
         value,
         draws,
         1 if prediction.direction is Direction.high else -1,
@@ -334,7 +334,7 @@ def test_metrics_without_words_have_an_effect_and_no_interval(of_a_set) -> None:
     ):
         row = select(tests, role, metric, "layer")
         assert math.isfinite(row["effect"]) and math.isnan(row["ci_low"]) and math.isnan(row["ci_high"])
-    drawn = tests["null"].isin(["depth", "frame", "token"])
+    drawn = tests["null"].isin(["depth", "spectrum", "token"])
     assert tests.loc[drawn, ["ci_low", "ci_high"]].isna().all(axis=None)
 
 
@@ -380,7 +380,7 @@ def test_another_number_of_threads_changes_nothing_that_is_counted() -> None:
 def test_another_seed_draws_other_nulls_and_leaves_the_values_alone(of_a_set) -> None:
     tests, other = of_a_set.tables["tests"], run(Random(), task(), "seed=1").tables["tests"]
     assert np.allclose(tests["value"], other["value"], atol=1e-12)
-    drawn = tests["null"].isin(["frame", "token"])
+    drawn = tests["null"].isin(["spectrum", "token"])
     means = tests["null_mean"] - other["null_mean"]
     assert (means[drawn].abs() > 1e-12).mean() > 0.9  # a metric of whole words may come out alike
     exact = tests["null"].isin(["depth", "layer", "layer_all"])
@@ -394,7 +394,7 @@ def test_few_draws_are_enough_to_test_with_or_say_that_they_are_not(draws) -> No
     made = task(claims={"mover": SET_CLAIMS["mover"]})
     tests = run(Random(), made, f"nulls.draws={draws}").tables["tests"]
     assert set(tests.columns) == COLUMNS | MORE_COLUMNS
-    drawn = tests[tests["null"].isin(["frame", "token"])]
+    drawn = tests[tests["null"].isin(["spectrum", "token"])]
     assert (drawn["min_p"] == 1 / (1 + draws)).all() and (drawn["n_null"] <= draws).all()
     assert (drawn["n_others"] <= draws).all() and (drawn["testable"] == (draws >= 19)).all()
     assert drawn.loc[~drawn["testable"].astype(bool), "q"].isna().all()
@@ -474,10 +474,10 @@ def test_normalised_queries_and_keys_have_no_surrogates_for_their_scores() -> No
     by_metric = tests.groupby("metric")["null"].agg(set)
     for metric in ("qk_task_auc", "qk_task_auc_unembed"):
         assert by_metric[metric] == {"layer", "layer_all", "depth"}
-    assert by_metric["qk_key_alignment"] == {"layer", "layer_all", "depth", "frame", "token"}
-    assert by_metric["qk_matching"] == {"layer", "depth", "frame"}  # of heads of layer 0, by its own name
-    assert by_metric["qk_matching_block0"] == {"layer", "layer_all", "depth", "frame"}
-    assert by_metric["ov_task_auc"] == {"layer", "layer_all", "depth", "frame", "token"}
+    assert by_metric["qk_key_alignment"] == {"layer", "layer_all", "depth", "spectrum", "token"}
+    assert by_metric["qk_matching"] == {"layer", "depth", "spectrum"}  # of heads of layer 0, by its own name
+    assert by_metric["qk_matching_block0"] == {"layer", "layer_all", "depth", "spectrum"}
+    assert by_metric["ov_task_auc"] == {"layer", "layer_all", "depth", "spectrum", "token"}
 
 
 @pytest.mark.parametrize("words", [True, False])
@@ -497,7 +497,7 @@ def test_a_checkpoint_without_an_unembedding_is_tested_on_what_it_reads() -> Non
     claims = {"reader": CONTRAST_CLAIMS["reader"]}
     tests = run(Random(unembedding=False), task("contrast", roles, claims)).tables["tests"]
     assert set(tests["metric"]) == {"ov_task_read"}
-    assert set(tests["null"]) == {"layer", "layer_all", "depth", "frame", "token", "token_pairs"}
+    assert set(tests["null"]) == {"layer", "layer_all", "depth", "spectrum", "token", "token_pairs"}
 
 
 def test_too_few_other_words_leave_the_frame_null_and_a_note() -> None:
@@ -505,7 +505,7 @@ def test_too_few_other_words_leave_the_frame_null_and_a_note() -> None:
     made.words["a"] = [f"w{i}" for i in range(80)]  # of 120 tokens: 40 others for 80 words
     result = run(Random(), made)
     assert any("null token" in note and "80 words of 'v'" in note for note in result.notes)
-    assert "token" not in set(result.tables["tests"]["null"]) and "frame" in set(result.tables["tests"]["null"])
+    assert "token" not in set(result.tables["tests"]["null"]) and "spectrum" in set(result.tables["tests"]["null"])
 
 
 def test_a_head_of_zero_weights_is_no_evidence_for_anything() -> None:
@@ -518,7 +518,7 @@ def test_a_head_of_zero_weights_is_no_evidence_for_anything() -> None:
 
     tests = run(Dead(), task(claims={"mover": SET_CLAIMS["mover"]})).tables["tests"]
     for metric in ("ov_task_auc", "ov_task_copy"):
-        for null in ("frame", "token") if metric == "ov_task_auc" else ("frame",):
+        for null in ("spectrum", "token") if metric == "ov_task_auc" else ("spectrum",):
             row = select(tests, "mover", metric, null, (1, 0))
             assert (row["p"], row["p_opposite"]) == (1, 1)
 
@@ -527,6 +527,6 @@ def test_heads_of_two_roles_are_drawn_once_and_have_the_same_frames() -> None:
     roles = {"one": [high("ov_task_auc")], "two": [low("ov_task_auc"), high("ov_copying")]}
     claims = {"one": ["1.0", "2.0"], "two": ["1.0", "3.0"]}
     tests = run(Random(), task("set", roles, claims)).tables["tests"]
-    one, two = (select(tests, role, "ov_task_auc", "frame", (1, 0)) for role in ("one", "two"))
+    one, two = (select(tests, role, "ov_task_auc", "spectrum", (1, 0)) for role in ("one", "two"))
     shared = min(one["n_others"], two["n_others"])
     assert (one["p"], one["p_opposite"]) == (two["p_opposite"], two["p"]) and shared >= 25

@@ -41,17 +41,19 @@ def expected(states: dict[str, str], secondary: str | None) -> tuple[str, str]:
         return "untestable", ""
     if against and not held:
         opposed = {null for null, state in testable.items() if state == OPPOSITE}
-        return "contradicted", "frame" if opposed == {"frame"} else ""
-    if len(held) == len(testable) and set(testable) - {"frame"} and secondary != OPPOSITE:
+        return "contradicted", "spectrum" if opposed == {"spectrum"} else ""
+    if len(held) == len(testable) and set(testable) - {"spectrum"} and secondary != OPPOSITE:
         return "corroborated", ""
     if held:
         flags = ["mixed"] if against or secondary == OPPOSITE else []
-        return "partial", " ".join([*flags, *(["consistent"] if held == {"frame"} else [])])
+        return "partial", " ".join([*flags, *(["consistent"] if held == {"spectrum"} else [])])
     return "unsupported", ""
 
 
 @pytest.mark.parametrize("secondary", [None, HELD, OPPOSITE, NEITHER, UNTESTABLE])
-@pytest.mark.parametrize("nulls", [("depth", "frame"), ("layer", "frame"), ("depth", "frame", "token"), ("layer",)])
+@pytest.mark.parametrize(
+    "nulls", [("depth", "spectrum"), ("layer", "spectrum"), ("depth", "spectrum", "token"), ("layer",)]
+)
 def test_the_decision_list_for_every_state_of_every_null_that_counts(nulls, secondary) -> None:
     seen = set()
     for states in itertools.product([HELD, OPPOSITE, NEITHER, UNTESTABLE], repeat=len(nulls)):
@@ -81,7 +83,7 @@ SAID = {
 @pytest.mark.parametrize("frame", [HELD, OPPOSITE, NEITHER])
 @pytest.mark.parametrize("depth", [HELD, OPPOSITE, NEITHER])
 def test_a_verdict_says_of_every_null_which_way_it_came_out(depth, frame) -> None:
-    found = decided([a_row("depth", depth), a_row("frame", frame)])
+    found = decided([a_row("depth", depth), a_row("spectrum", frame)])
     said = [
         SAID[depth].format(null="the unclaimed heads of nearby layers"),
         SAID[frame].format(null="heads of the same singular values between random frames"),
@@ -94,16 +96,16 @@ def test_a_verdict_says_of_every_null_which_way_it_came_out(depth, frame) -> Non
         "contradicted": "The weights point the other way:",
     }[found["verdict"]]
     opening = "Consistent with the claim and no more" if "consistent" in found["flags"] else opening
-    if found["flags"] == "frame":
+    if found["flags"] == "spectrum":
         opening = "The weights point the other way against heads of the same spectrum only"
-    assert (found["flags"] == "frame") == ((depth, frame) == (NEITHER, OPPOSITE))
+    assert (found["flags"] == "spectrum") == ((depth, frame) == (NEITHER, OPPOSITE))
     assert found["q_opposite"] == min({HELD: 1.0, OPPOSITE: 0.01, NEITHER: 0.5}[state] for state in (depth, frame))
     assert found["establishes"].startswith(opening)
     assert found["does_not_establish"]
 
 
 def test_of_a_role_the_effect_within_layers_is_said_to_be_an_auc() -> None:
-    said = decided([a_row("layer", NEITHER), a_row("frame", HELD)], head=False)["establishes"]
+    said = decided([a_row("layer", NEITHER), a_row("spectrum", HELD)], head=False)["establishes"]
     assert (
         "not significantly high against the unclaimed heads of the same layers (q = 0.5, AUC within layers 0.90)"
         in said
@@ -114,7 +116,7 @@ def test_of_a_role_the_effect_within_layers_is_said_to_be_an_auc() -> None:
 def test_what_could_not_be_significant_alone_is_not_said_to_be_small() -> None:
     """The highest head of its layers, whose q could not have been lower."""
     row = a_row("depth", NEITHER, q=0.14, min_q=0.29, effect=1.0)
-    said = decided([row, a_row("frame", HELD)])["establishes"]
+    said = decided([row, a_row("spectrum", HELD)])["establishes"]
     assert (
         "significantly high against the unclaimed heads of nearby layers (q = 0.14, alone it could not be below 0.29"
         in said
@@ -123,14 +125,14 @@ def test_what_could_not_be_significant_alone_is_not_said_to_be_small() -> None:
 
 def test_the_percentile_of_a_verdict_is_within_the_layer_and_its_q_the_weakest() -> None:
     rows = [a_row("layer", HELD, counts=False, percentile=0.3, effect=0.4, min_p=1.0),
-            a_row("depth", HELD, q=0.03, p=0.02), a_row("frame", HELD)]  # fmt: skip
+            a_row("depth", HELD, q=0.03, p=0.02), a_row("spectrum", HELD)]  # fmt: skip
     found = decided(rows)
     assert (found["percentile"], found["effect"], found["q"], found["p"]) == (0.3, 0.4, 0.03, 0.02)
 
 
 def test_where_all_other_heads_of_the_layer_are_claimed_there_is_no_percentile() -> None:
     """That of another null is among other things than the heads of the layer."""
-    found = decided([a_row("frame", HELD)])
+    found = decided([a_row("spectrum", HELD)])
     assert [found[name] for name in ("percentile", "effect", "ci_low", "ci_high")] == [None] * 4
     assert (found["value"], found["q"]) == (0.7, 0.01)
 
@@ -144,30 +146,30 @@ def test_a_head_of_a_role_that_composes_is_said_to_be_tested_with_its_role() -> 
 
 def test_a_verdict_that_could_not_be_significant_alone_says_so_and_under_what() -> None:
     begins, ends = "on its own it cannot get below ", ", whatever its value"
-    found = decided([a_row("depth", NEITHER, min_q=0.07), a_row("frame", NEITHER, min_q=0.06)])
-    wanted = f"{begins}q = 0.07 under depth, q = 0.06 under frame{ends}"
+    found = decided([a_row("depth", NEITHER, min_q=0.07), a_row("spectrum", NEITHER, min_q=0.06)])
+    wanted = f"{begins}q = 0.07 under depth, q = 0.06 under spectrum{ends}"
     assert (found["verdict"], found["reason"]) == ("unsupported", wanted)
-    found = decided([a_row("depth", NEITHER, min_q=0.07), a_row("frame", HELD)])
+    found = decided([a_row("depth", NEITHER, min_q=0.07), a_row("spectrum", HELD)])
     assert (found["verdict"], found["reason"]) == ("partial", f"{begins}q = 0.07 under depth{ends}")
-    assert decided([a_row("depth", NEITHER), a_row("frame", NEITHER)])["reason"] == ""
+    assert decided([a_row("depth", NEITHER), a_row("spectrum", NEITHER)])["reason"] == ""
 
 
 def test_a_verdict_names_the_nulls_that_count_and_could_not_decide() -> None:
     """Few draws, or a head that has no such null, do not make a claim look better tested than it is."""
-    few = a_row("frame", UNTESTABLE, min_p=1 / 6, n_others=5)
+    few = a_row("spectrum", UNTESTABLE, min_p=1 / 6, n_others=5)
     found = decided([a_row("layer", HELD), few], head=False)
     assert (found["verdict"], found["nulls"]) == ("corroborated", "layer")
-    assert found["reason"] == "not tested under frame: the smallest p with 5 draws is 0.167"
+    assert found["reason"] == "not tested under spectrum: the smallest p with 5 draws is 0.167"
     assert found["establishes"].endswith(f" It is {found['reason']}.")
     both = decided([a_row("layer", HELD), few, dataclasses.replace(few, null="token")], head=False)["reason"]
-    assert both == found["reason"].replace("frame", "frame, token")
+    assert both == found["reason"].replace("spectrum", "spectrum, token")
     found = decided([a_row("layer", HELD)], head=False)
-    assert (found["verdict"], found["reason"]) == ("corroborated", "not tested under frame: none can be had for it")
+    assert (found["verdict"], found["reason"]) == ("corroborated", "not tested under spectrum: none can be had for it")
     crowded = a_row("layer", UNTESTABLE, n_heads=2)
-    found = decided([crowded, a_row("frame", HELD)], head=False)
+    found = decided([crowded, a_row("spectrum", HELD)], head=False)
     assert found["verdict"] == "partial"
     assert found["reason"] == "not tested under layer: the smallest p with 2 claimed heads among 7 others is 0.125"
-    assert decided([a_row("depth", HELD), a_row("frame", HELD)])["reason"] == ""
+    assert decided([a_row("depth", HELD), a_row("spectrum", HELD)])["reason"] == ""
 
 
 def test_an_untestable_claim_says_what_keeps_its_p_large() -> None:
@@ -181,9 +183,9 @@ def test_an_untestable_claim_says_what_keeps_its_p_large() -> None:
 
 def test_a_contradiction_shows_its_evidence() -> None:
     """The column q is of the predicted direction, and 1 here."""
-    found = decided([a_row("depth", NEITHER), a_row("frame", OPPOSITE)])
+    found = decided([a_row("depth", NEITHER), a_row("spectrum", OPPOSITE)])
     assert (found["verdict"], found["q"]) == ("contradicted", 1.0)
-    assert found["reason"] == "significant the other way: q = 0.01 under frame"
+    assert found["reason"] == "significant the other way: q = 0.01 under spectrum"
 
 
 @pytest.mark.parametrize(

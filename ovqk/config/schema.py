@@ -204,7 +204,7 @@ class NullsConfig:
     """The ensembles that claims are tested against."""
 
     draws: int = 999
-    """Surrogates of each head (frame) and of each word set (token)."""
+    """Surrogates of each head (spectrum) and of each word set (token)."""
     resamples: int = 1000
     """Draws of a word set with replacement, for the 95 % interval of metrics that are means over its words."""
     subsamples: int = 200

@@ -170,7 +170,7 @@ def clear_way(spots: np.ndarray, rings: Sequence[float]) -> complex:
 
 
 def ratio_gauge(axes: Axes, value: float, quantiles: Mapping[float, float] | None, title: str) -> None:
-    """Draw a ratio on [-1, 1], and 5 to 95 % of its frame null (quantile -> value) if there is one."""
+    """Draw a ratio on [-1, 1], and 5 to 95 % of its spectrum null (quantile -> value) if there is one."""
     axes.plot([-1, 1], [0, 0], color=LINE, lw=1, zorder=1)
     if quantiles:
         axes.add_patch(Rectangle((quantiles[0.05], -0.3), quantiles[0.95] - quantiles[0.05], 0.6, color=BAND, lw=0))

@@ -207,11 +207,11 @@ def _eigenvalues(
 
 
 def frame_band(tables: Tables, layer: int, head: int, metric: str) -> dict[float, float] | None:
-    """Return quantile -> value of the frame null of a head's metric; None if it was not drawn."""
+    """Return quantile -> value of the spectrum null of a head's metric; None if it was not drawn."""
     rows = _of(tables.get("nulls"), layer, head)
     if not len(rows):
         return None
-    rows = rows[(rows["null"] == "frame") & (rows["metric"] == metric)].drop_duplicates("quantile")
+    rows = rows[(rows["null"] == "spectrum") & (rows["metric"] == metric)].drop_duplicates("quantile")
     return dict(zip(rows["quantile"], rows["value"], strict=True)) if len(rows) else None
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from ovqk import wording
 
 STYLES = {"corroborated": "green", "partial": "yellow", "contradicted": "red", "unsupported": "magenta"}
-LEGEND = ("partial (consistent)", "contradicted (frame)")
+LEGEND = ("partial (consistent)", "contradicted (spectrum)")
 """Verdicts with flags that a table explains."""
 SHOWN_CANDIDATES = 3  # of each role
 SHOWN_PAIRS = 5  # of heads, of each kind of composition
@@ -55,7 +55,7 @@ def candidate_table(candidates: pd.DataFrame) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     found = strongest_candidates(candidates)
     words = ["p words, all"] if any(pd.notna(row["p_words_all"]) for *_, rows in found for row in rows) else []
-    for title in ("candidates for", "ranked by", "head", "value", "in layer", "q nearby", "p frame, all", *words):
+    for title in ("candidates for", "ranked by", "head", "value", "in layer", "q nearby", "p spectrum, all", *words):
         table.add_column(title, justify="left" if title in ("candidates for", "ranked by") else "right")
     for roles, by, rows in found:
         for place, row in enumerate(rows):
@@ -66,7 +66,7 @@ def candidate_table(candidates: pd.DataFrame) -> Table:
                 rounded(row["value"]),
                 percent(row["percentile"]),
                 rounded(row["q_depth"], digits=3),
-                rounded(row["p_frame_all"], digits=3),
+                rounded(row["p_spectrum_all"], digits=3),
                 *[rounded(row["p_words_all"], digits=3) for _ in words],
             )
     return table
@@ -144,7 +144,7 @@ def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Iterable[str]:
     )
     yield (
         "q: the largest corrected p under the nulls that count (named in verdicts.parquet): other heads, random heads "
-        "with the same singular values (frame), other words. "
+        "with the same singular values (spectrum), other words. "
         + " ".join(f"{name}: {wording.FLAGS[name]}." for name in LEGEND)
     )
     untested = verdicts[verdicts["reason"] != ""]

@@ -65,8 +65,8 @@ class Candidate:
         metric, prediction, primary, exploratory, value: the prediction and the head's value.
         percentile: the place of the value among the other heads of its layer, in [0, 1].
         p_depth, q_depth: against the heads of layers within 2, and corrected over all heads (Benjamini-Hochberg).
-        p_frame, p_frame_all: against heads of its own singular values, and times the number of heads ranked, at most 1;
-            nan for a composition, whose partners were chosen too.
+        p_spectrum, p_spectrum_all: against heads of its own singular values, and times the number of heads ranked, at
+            most 1; nan for a composition, whose partners were chosen too.
         p_words, p_words_all: of predictions that other words decide too (alignment, transfer, read), against other
             words (the larger p of `token` and `token_pairs`), and times the number of heads ranked, at most 1.
     """
@@ -85,8 +85,8 @@ class Candidate:
     percentile: float
     p_depth: float
     q_depth: float
-    p_frame: float
-    p_frame_all: float
+    p_spectrum: float
+    p_spectrum_all: float
     p_words: float
     p_words_all: float
 
@@ -95,7 +95,7 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
     """Return candidates.parquet, and notes on the roles that are not ranked by their primary, or not at all."""
     rankings, notes = rank(tests, tests.predicted(values))
     words = _under_words(tests, rankings)
-    p_frame = tests.frame_ps(observe(tests, rankings))
+    p_spectrum = tests.spectrum_ps(observe(tests, rankings))
     rows: list[Candidate] = []
     depths: dict[tuple[object, ...], dict[Head, tuple[float, float]]] = {}
     for ranking in rankings.values():
@@ -107,7 +107,7 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
             depth = {} if composes(prediction) else depths[same]
             for head in ranking.strongest:
                 if not math.isnan(prediction.values[head]):
-                    p = p_frame[head, prediction.metric_of(head[0]), prediction.sign]
+                    p = p_spectrum[head, prediction.metric_of(head[0]), prediction.sign]
                     rows.append(_candidate(ranking, prediction, head, depth, p, words))
     return pd.DataFrame([vars(row) for row in rows]), notes
 
@@ -211,7 +211,7 @@ def _candidate(
     predicted: Predicted,
     head: Head,
     depth: Mapping[Head, tuple[float, float]],
-    p_frame: float,
+    p_spectrum: float,
     words: WordValues,
 ) -> Candidate:
     value, ranked = float(predicted.values[head]), len(ranking.heads)
@@ -239,8 +239,8 @@ def _candidate(
         percentile=percentile(value, same[~np.isnan(same)]),
         p_depth=p_depth,
         q_depth=q_depth,
-        p_frame=p_frame,
-        p_frame_all=_of_all(p_frame, ranked),
+        p_spectrum=p_spectrum,
+        p_spectrum_all=_of_all(p_spectrum, ranked),
         p_words=p_words,
         p_words_all=_of_all(p_words, ranked),
     )

@@ -227,13 +227,13 @@ class ClaimTests:
         for count in stages(most):
             found = zip(heads, first_of_each(draws, count), strict=True)
             drawn = {head: values[names[head]][:count] for head, values in found}
-            rows, stopped = _ensemble_rows(predicted, "frame", heads, drawn, most)
+            rows, stopped = _ensemble_rows(predicted, "spectrum", heads, drawn, most)
             if stopped:
                 break
         return rows
 
-    def frame_ps(self, asked: Iterable[tuple[Head, str, float]]) -> dict[tuple[Head, str, float], float]:
-        """Return p under `frame` of candidates, (head, metric, sign of the prediction) -> p; nan without such a null.
+    def spectrum_ps(self, asked: Iterable[tuple[Head, str, float]]) -> dict[tuple[Head, str, float], float]:
+        """Return p under `spectrum` of candidates, (head, metric, sign of the prediction) -> p; nan without it.
 
         Their values are in `observed`. Draws are made until every p of a head has met its 20 exceedances: none is
         counted further (see `monte_carlo`).

@@ -47,8 +47,8 @@ Resamples = Mapping[str, NDArray[np.float64]]
 def counting(metric: str, is_role: bool) -> tuple[str, ...]:
     """Return the nulls that decide about a metric.
 
-    Copying, suppressing and matching: the other heads (`layer` of a role, `depth` of a head) and `frame`; that they are
-    special to the task's words is no part of those claims. Alignment, transfer, read: `token` as well. Compositions:
+    Copying, suppressing and matching: the other heads (`layer` of a role, `depth` of a head) and `spectrum`; that they
+    are special to the task's words is no part of those claims. Alignment, transfer, read: `token` as well. Compositions:
     `layer` alone, for the role as a whole.
     """
     peers = "layer" if is_role else "depth"
@@ -56,7 +56,7 @@ def counting(metric: str, is_role: bool) -> tuple[str, ...]:
     if row.of == "pair":
         return (peers,) if is_role else ()
     words = ("token", "token_pairs") if row.other_words == "counts" else ()
-    return (peers, *(("frame",) if row.has_surrogates else ()), *words)
+    return (peers, *(("spectrum",) if row.has_surrogates else ()), *words)
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ def ensemble_row(
     heads: Sequence[Head],
     most: int,
 ) -> NullTest:
-    """Test the mean metric of the heads (of one, its metric) against draws of `frame`, `token` or `token_pairs`."""
+    """Test the mean metric of the heads (of one, its metric) against draws of `spectrum`, `token` or `token_pairs`."""
     effect = percentile(predicted.sign * value, predicted.sign * draws)
     found = Significance(test.p, test.p_opposite, 1 / (1 + most), effect, test.n, False, len(draws))
     quantiles = np.quantile(draws, QUANTILES).tolist()

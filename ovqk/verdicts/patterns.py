@@ -5,7 +5,7 @@ qk_simple    few QK components (90 % of the energy in a quarter of d_head), and 
 ov_flat      the OV energy is spread as in a product of random weights of the same shape: no one role to assign
 both_align   an OV and a QK prediction hold
 
-Exploratory predictions decide none of them, nor do those that hold against `frame` alone, which any trained head may
+Exploratory predictions decide none of them, nor do those that hold against `spectrum` alone, which any trained head may
 beat: the evidence names both, and what they are.
 """
 
@@ -69,10 +69,10 @@ def _holding(rows: Sequence[NullTest]) -> dict[str, str]:
     for metric in dict.fromkeys(row.metric for row in rows if row.metric in HEAD_METRICS):
         mine = [row for row in rows if row.metric == metric and row.testable]
         exploratory = all(row.exploratory for row in mine)
-        deciding = [row for row in mine if row.counts or (exploratory and row.null in ("depth", "frame"))]
+        deciding = [row for row in mine if row.counts or (exploratory and row.null in ("depth", "spectrum"))]
         if deciding and all((row.p if exploratory else row.q) < ALPHA for row in deciding):
-            alone = all(row.null == "frame" for row in deciding)
-            found[metric] = ", ".join(["exploratory, uncorrected"] * exploratory + ["against frame alone"] * alone)
+            alone = all(row.null == "spectrum" for row in deciding)
+            found[metric] = ", ".join(["exploratory, uncorrected"] * exploratory + ["against spectrum alone"] * alone)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Surrogates of heads and of a task's words: the draws of the `frame` and `token` nulls.
+"""Surrogates of heads and of a task's words: the draws of the `spectrum` and `token` nulls.
 
     frame   a head's own singular values between Haar frames: a head of the same spectrum that knows no token
     token   other words, alike in spelling and frequency: a task of the same form without its meaning

@@ -7,7 +7,7 @@ The first line that matches wins:
     contradicted   significantly opposite under a counting null, and significant under none
     corroborated   significant under every testable counting null, other heads or other words among them, and nothing
                    secondary significantly opposite
-    partial        significant under at least one; under `frame` alone: consistent with the claim, no more
+    partial        significant under at least one; under `spectrum` alone: consistent with the claim, no more
     unsupported    none of these
 """
 
@@ -42,8 +42,8 @@ CONSISTENT = "Consistent with the claim and no more, since any trained head may 
 AGAINST_SPECTRUM = (
     "The weights point the other way against heads of the same spectrum only, which any trained head may: {claim}."
 )
-FRAME_ONLY = "frame"
-"""Flag of a contradiction by `frame` alone."""
+SPECTRUM_ONLY = "spectrum"
+"""Flag of a contradiction by `spectrum` alone."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Evidence:
     @property
     def has_peers(self) -> bool:
         """Whether other heads or other words could decide, and not heads of the same spectrum alone."""
-        return any(row.null != "frame" for row in self.testable)
+        return any(row.null != "spectrum" for row in self.testable)
 
     @property
     def weakest(self) -> NullTest | None:
@@ -169,10 +169,10 @@ def judge(
 
 def _flags(verdict: str, evidence: Evidence) -> list[str]:
     flags = ["mixed"] if verdict == "partial" and evidence.any_opposite else []
-    if verdict == "partial" and {row.null for row in evidence.held} == {"frame"}:
+    if verdict == "partial" and {row.null for row in evidence.held} == {"spectrum"}:
         flags.append("consistent")
-    if verdict == "contradicted" and {row.null for row in evidence.opposed} == {"frame"}:
-        flags.append(FRAME_ONLY)
+    if verdict == "contradicted" and {row.null for row in evidence.opposed} == {"spectrum"}:
+        flags.append(SPECTRUM_ONLY)
     return flags
 
 
@@ -259,7 +259,7 @@ def _statement(
     means = MEANS[verdict]
     if "consistent" in flags:
         means = CONSISTENT
-    if FRAME_ONLY in flags:
+    if SPECTRUM_ONLY in flags:
         means = AGAINST_SPECTRUM
     return means.format(claim=claim) + (f" It is {untested}." if untested else "")
 

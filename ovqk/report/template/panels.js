@@ -84,7 +84,7 @@ function powerText(power) {
 
 const RATIOS = { ov: { vocab: "ov_copying", residual: "ov_copying_residual" }, qk: { vocab: "qk_matching", residual: "qk_matching_residual" } };
 
-/** The eigenvalue ratio on its range, with the band of the frame null if any cell of these weights drew it. */
+/** The eigenvalue ratio on its range, with the band of the spectrum null if any cell of these weights drew it. */
 function ratioGauge(cell, layer, head, circuit, space, top) {
   const metric = RATIOS[circuit][space];
   const found = value(cell, metric, layer, head);
@@ -103,18 +103,18 @@ function ratioGauge(cell, layer, head, circuit, space, top) {
     s("text", { class: "strong", x: x(found), y: y - 13, "text-anchor": "middle" }, number(found)));
   const frame = band
     ? `Grey: 5 to 95 % (line: median) of this ratio for heads of the same singular values between random frames${row.cell === cell ? "" : ` (drawn for task ${row.cell.task})`}.`
-    : "The frame null of this ratio was not drawn: it is drawn only for metrics that a claimed head's role predicts.";
+    : "The spectrum null of this ratio was not drawn: it is drawn only for metrics that a claimed head's role predicts.";
   return {
     drawn,
-    said: `${metricTitle(metric)} ${number(found)}${band ? `; 5 to 95 % of the frame null ${number(band[0])} to ${number(band[2])}` : ""}`,
+    said: `${metricTitle(metric)} ${number(found)}${band ? `; 5 to 95 % of the spectrum null ${number(band[0])} to ${number(band[2])}` : ""}`,
     caption: `${metricTitle(metric)} = sum λ / sum |λ|, the mean of cos(angle) weighted by |λ|. ${frame}`,
   };
 }
 
-/** The frame null's row of a metric for a head, from this cell or one of the same weights. */
+/** The spectrum null's row of a metric for a head, from this cell or one of the same weights. */
 function frameRow(cell, metric, layer, head) {
   for (const other of siblings(cell)) {
-    const row = rows(other, "tests").find((test) => test.null === "frame" && test.metric === metric && isHead(test, layer, head));
+    const row = rows(other, "tests").find((test) => test.null === "spectrum" && test.metric === metric && isHead(test, layer, head));
     if (row && row.quantiles && row.quantiles.length) return { ...row, cell: other };
   }
   return null;
@@ -447,7 +447,7 @@ function stripPlot({ metric, unit, rows: tests }, name) {
         band ? s("line", { x1: inside(quantile(band, 0.5)), x2: inside(quantile(band, 0.5)), y1: y - 5, y2: y + 5, stroke: css("--muted"), "stroke-width": 1.5 }) : null,
         unit === "percentile" ? s("line", { x1: left, x2: right, y1: y, y2: y, stroke: css("--line"), "stroke-width": 1.5 }) : null,
         isNumber(found) ? tip(s("circle", { cx: inside(found), cy: y, r: 5.5, fill: decided ? fill : css("--ground"), stroke: fill, "stroke-width": 1.8 }),
-          `${number(found, 3)}; ${percent(row.percentile)} of the null lies no higher\np ${probability(row.p)}, ${plural(row.n_others, row.null === "frame" || row.null.startsWith("token") ? "draw" : "other head")}`) : null,
+          `${number(found, 3)}; ${percent(row.percentile)} of the null lies no higher\np ${probability(row.p)}, ${plural(row.n_others, row.null === "spectrum" || row.null.startsWith("token") ? "draw" : "other head")}`) : null,
         s("text", { x: right + 14, y: y + 4 }, `p ${probability(row.p)}`),
         isNumber(row.q) ? s("text", { x: right + 76, y: y + 4, class: held ? "strong" : null }, `q ${probability(row.q)}`) : null,
         why ? s("text", { class: "tick", x: right + (isNumber(row.q) ? 138 : 76), y: y + 4 }, why) : null,
