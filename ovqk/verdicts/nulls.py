@@ -48,8 +48,8 @@ def counting(metric: str, is_role: bool) -> tuple[str, ...]:
     """Return the nulls that decide about a metric.
 
     Copying, suppressing and matching: the other heads (`layer` of a role, `depth` of a head) and `spectrum`; that they
-    are special to the task's words is no part of those claims. Alignment, transfer, read: `token` as well. Compositions:
-    `layer` alone, for the role as a whole.
+    are special to the task's words is no part of those claims. Alignment, transfer, read: `token` as well.
+    Compositions: `layer` alone, for the role as a whole.
     """
     peers = "layer" if is_role else "depth"
     row = METRICS[metric]
