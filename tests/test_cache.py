@@ -221,3 +221,24 @@ def test_a_cell_of_a_local_model_is_cached_by_its_weights(tiny_gpt2, tmp_path, c
         found = StructureCache(tmp_path / "cache", 1.0, checkpoint.digest)
         analyse(open_weights(checkpoint, cell.model), None, None, "test", cell, cache=found)
     assert len(entries(found)) == 1 and computed == [0, 1, 2]
+
+
+def test_an_entry_belongs_to_the_code_of_every_module_of_every_folder(tmp_path, monkeypatch) -> None:
+    """A changed file in any folder of the package, or a file that moved, is other code."""
+    from ovqk.structure import cache as module
+
+    def code(*names: str) -> str:
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(name)
+        module._code.cache_clear()
+        return module._code()
+
+    assert module.PACKAGE == ROOT / "ovqk"
+    monkeypatch.setattr(module, "PACKAGE", tmp_path)
+    seen = [code("top.py"), code("folder/inner.py"), code("folder/deeper/last.py")]
+    assert len(set(seen)) == 3
+    (tmp_path / "folder" / "inner.py").rename(tmp_path / "folder" / "other.py")
+    module._code.cache_clear()
+    assert module._code() not in seen
+    module._code.cache_clear()

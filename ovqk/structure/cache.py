@@ -152,8 +152,9 @@ def _forget_oldest(folder: Path, most: float) -> None:
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    """Hash ovqk's own modules: an entry of other code is never read, even if no version was bumped."""
-    return _hash(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))))
+    """Hash ovqk's own modules and their places: an entry of other code is never read, even if no version was bumped."""
+    places = ((path.relative_to(PACKAGE).as_posix().encode(), path) for path in sorted(PACKAGE.rglob("*.py")))
+    return _hash(b"".join(name + b"\0" + path.read_bytes() for name, path in places))
 
 
 def _hash(content: bytes) -> str:
