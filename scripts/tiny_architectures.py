@@ -86,7 +86,7 @@ WHOLE = {
     "musicgen": "MusicgenForConditionalGeneration",
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
 }
-"""Classes of models that have no causal part that can be made of their config alone."""
+"""Classes to make instead of the causal ones, which leave parts of a model out or cannot be made of its config."""
 NOT_MADE = {
     "gemma3n": "its vision tower is made by the package timm, which ovqk does not need",
     **dict.fromkeys(
