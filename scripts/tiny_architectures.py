@@ -155,8 +155,9 @@ def shrunk_model(name: str, directory: Path) -> nn.Module:
     config = shrunk_config(kind(), OWN.get(name, {}) | variant)
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True
-    maker = getattr(transformers, WHOLE[name]) if name in WHOLE else AutoModelForCausalLM
-    make = maker._from_config if name in WHOLE else maker.from_config
+    make: Any = AutoModelForCausalLM.from_config
+    if name in WHOLE:
+        make = getattr(transformers, WHOLE[name])._from_config
     model = make(config, attn_implementation="eager").float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
