@@ -202,7 +202,7 @@ def page(rows: list[Row], version: str) -> str:
         text.append(f"| {row.name} | {row.read} | {' | '.join(numbers)} | {_cell(remarks)} |")
     for kind, title in (
         ("refused", "Refused, with this message"),
-        ("not shrunk", "Not examined: not shrunk generically"),
+        ("not shrunk", "Not examined: no tiny model can be made"),
     ):
         these = [row for row in rows if row.read == kind]
         text += [f"\n## {title} ({len(these)})\n", "| architecture | reason |", "|---|---|"]

@@ -32,6 +32,15 @@ SHRUNK: dict[str, Any] = {
 """What each key of a config is set to, if the architecture's own config has it."""
 MULTIPLIERS = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0}
 YARN = {"original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.7}
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+DOTS3 = {"num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "per_layer_config": {}}
+INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 12,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}
 OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
@@ -40,14 +49,52 @@ OWN: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 48, "mamba_n_heads": 4, "mamba_d_head": 12, "mamba_d_state": 8},
     "stablelm": {"partial_rotary_factor": 0.5},
     "zaya": {"num_experts_per_tok": 1},
-    "mamba2": {"head_dim": 24, "num_heads": 4},
+    "mamba2": {"head_dim": 24, "num_heads": 4, "n_groups": 2, "state_size": 8, "chunk_size": 8},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "dots3_note": {
+        "text_config": DOTS3,
+        "vision_config": {"adapter_in_dim": 48, "adapter_out_dim": 48, "per_layer_config": {}},
+        "audio_config": {"adapter_input_size": 48, "adapter_out_dim": 48},
+    },
+    "dots3_note_text": DOTS3,
+    "gemma3n_text": {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], **TWO_KINDS},
+    "mllama": {"text_config": {"cross_attention_layers": [3]}},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": INDEXER,
+    "reformer": {
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 32],
+        "attn_layers": ["local", "lsh", "local", "lsh"],
+        "attention_head_size": 12,
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+    },
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 96,
+        "attention_head_dim": 24,
+        "num_key_value_heads": 4,
+        "mamba_dt_rank": 3,
+        "use_mamba_kernels": False,
+    },
 }
 """What single architectures need besides."""
-TOO_LARGE = {
-    "blt": "its patcher and its coders have settings of their own",
-    "phi4_multimodal": "a model of more than text",
+WHOLE = {
+    "llama4": "Llama4ForConditionalGeneration",
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
 }
-"""What cannot be shrunk by the settings above, and is too large to be made as it is."""
+"""Classes to make instead of the causal ones, which leave parts of a model out or cannot be made of its config."""
+NOT_MADE = {
+    "gemma3n": "its vision tower is made by the package timm, which ovqk does not need",
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "its config demands that all layers use another model's keys and values, and transformers' module refuses that",
+    ),
+}
+"""What cannot be made tiny, and why."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama, with biases of attention": {"attention_bias": True},
     "llama, YaRN": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **YARN}},
@@ -71,32 +118,47 @@ KEPT_BY_PATTERN = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_b
 """Lists with an entry for each layer, of which the first are kept."""
 
 
+def shrunk_config(default: Any, own: dict[str, Any]) -> Any:
+    """A config like a default one with its sizes made small, and those of the configs in it.
+
+    Args:
+        default: an architecture's config.
+        own: what it needs besides; for a config in it, a dictionary by its name.
+    """
+    kind, known = type(default), default.to_dict()
+    renamed = {value: key for key, value in getattr(kind, "attribute_map", {}).items()}
+    overrides = {key: value for key, value in SHRUNK.items() if key in known and key not in renamed.values()}
+    overrides |= {key: known[key][:4] for key in KEPT_BY_PATTERN if isinstance(known.get(key), list)}
+    if not isinstance(known.get("sliding_window", 0), int):
+        overrides.pop("sliding_window", None)
+    inner = {key: getattr(default, key, None) for key in kind.sub_configs}
+    for key, part in inner.items():
+        if part is not None:
+            overrides[key] = shrunk_config(part, own.get(key, {}))
+    return kind(**overrides | {key: value for key, value in own.items() if inner.get(key) is None})
+
+
 def shrunk_model(name: str, directory: Path) -> nn.Module:
     """Make a tiny random model of an architecture and save it as a Hugging Face directory.
 
     Raises:
         Exception: whatever transformers raises if the architecture cannot be shrunk so.
     """
+    import transformers
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    if name in TOO_LARGE:
-        raise ValueError(TOO_LARGE[name])
+    if name in NOT_MADE:
+        raise ValueError(NOT_MADE[name])
     variant = VARIANTS.get(name, {})
     name = name.split(",")[0]
     kind = CONFIG_MAPPING[name]
-    default = kind()
-    if default.get_text_config() is not default:
-        raise ValueError("a model of more than text")
-    known = default.to_dict()
-    renamed = {value: key for key, value in getattr(kind, "attribute_map", {}).items()}
-    overrides = {key: value for key, value in SHRUNK.items() if key in known and key not in renamed.values()}
-    overrides |= {key: known[key][:4] for key in KEPT_BY_PATTERN if isinstance(known.get(key), list)}
-    if not isinstance(known.get("sliding_window", 0), int):
-        overrides.pop("sliding_window", None)
-    config = kind(**overrides | OWN.get(name, {}) | variant)
+    config = shrunk_config(kind(), OWN.get(name, {}) | variant)
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    make: Any = AutoModelForCausalLM.from_config
+    if name in WHOLE:
+        make = getattr(transformers, WHOLE[name])._from_config
+    model = make(config, attn_implementation="eager").float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -176,6 +176,10 @@ REFUSED = {
         r"layers without attention heads \(mamba: 1, 3\)",
     ),
     "state spaces alone": ({"model_type": "mamba", "hidden_size": 24}, "layers without attention heads"),
+    "several stacks": (
+        {"model_type": "blt"},
+        r"several stacks of layers \(patcher_config, encoder_config, decoder_config, global_config\)",
+    ),
     "recurrent": (
         {"model_type": "recurrent_gemma", "block_types": ["recurrent", "recurrent", "attention"]},
         r"layers without attention heads \(recurrent: 0, 1\)",

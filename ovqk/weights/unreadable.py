@@ -60,6 +60,14 @@ def refuse_unreadable_defaults(label: str, config: Mapping[str, Any]) -> None:
     refuse_unreadable(label, settings | {"architectures": config.get("architectures")})
     if heads is None and not any(hasattr(text, key) for key in ("num_heads", "n_heads", "n_head")):
         name = ", ".join(config.get("architectures") or [str(config.get("model_type"))])
+        stacks = [
+            key for key, part in settings.items() if isinstance(part, Mapping) and part.get("num_attention_heads")
+        ]
+        if len(stacks) > 1:
+            raise UserError(
+                f"{label}: {name} has several stacks of layers ({', '.join(stacks)}); allowed: a model with one stack "
+                "of layers."
+            )
         raise UserError(f"{label}: {name} has layers without attention heads; allowed: attention in every layer.")
 
 
