@@ -10,17 +10,19 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 """Read by torch: large arrays lie in large pages of memory, which are handed out in fewer pieces."""
 
 __version__ = "0.1.0"
-__all__ = ["cell_folders", "load_results", "load_table", "portraits"]
+__all__ = ["cell_folders", "figures", "load_results", "load_table", "portraits", "report", "tracking"]
+MODULES = ("figures", "portraits", "report", "tracking")
 LAZY = {
     "load_results": "ovqk.records.results",
     "load_table": "ovqk.records.results",
     "cell_folders": "ovqk.records.results",
-    "portraits": "ovqk.figures",
 }
 """Public name -> the module that has it: imported when it is first asked for, so that no cell waits for pandas."""
 
 
 def __getattr__(name: str) -> object:
+    if name in MODULES:
+        return importlib.import_module(f"ovqk.{name}")
     if name in LAZY:
         return getattr(importlib.import_module(LAZY[name]), name)
     raise AttributeError(f"module 'ovqk' has no attribute '{name}'")

@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from ovqk import wording
 from ovqk.circuits.composition import STRONGEST, composition_table, virtual_heads_table
 from ovqk.config.schema import Config
 from ovqk.memory import FreedMemory
@@ -188,7 +189,7 @@ def _why_no_primary(tests: ClaimTests, predicted: list[Predicted]) -> str | None
 
 
 def _and(roles: list[str]) -> str:
-    return " and ".join(f"{role.replace('_', ' ')} heads" for role in roles)
+    return " and ".join(f"{wording.role(role)} heads" for role in roles)
 
 
 def _describe(claims: Claims | str) -> dict[str, Any]:

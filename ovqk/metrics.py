@@ -1,7 +1,7 @@
 """The registry of metrics, of heads and of pairs of heads: the name, meaning and range of each, and its nulls.
 
-It computes nothing. Whatever the rest of ovqk must know about a metric is a field of `Metric`, so that a new metric is a
-row here and a function that computes it.
+It computes nothing. Everything that decides about a metric is a field of `Metric`, so that a new metric is a row here and
+a function that computes it. Figures, page and dashboard choose themselves which metrics they show first.
 """
 
 from collections.abc import Callable, Sequence

@@ -24,7 +24,7 @@ def is_temporary(name: str) -> bool:
 
 
 def to_disk(path: Path) -> None:
-    """Have the disk take a file, or a folder's names, before anything that relies on it."""
+    """Flush a file, or a folder's names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

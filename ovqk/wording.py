@@ -48,13 +48,6 @@ ARROWS = {"high": "↑", "low": "↓"}
 """Predicted direction -> its sign."""
 MODES = {"q": "Q: into queries", "k": "K: into keys", "v": "V: into values"}
 """Kind of composition -> what a sender writes into."""
-PAIR_METRICS = {
-    "q_composition": "Q-composition",
-    "k_composition": "K-composition",
-    "v_composition": "V-composition",
-    "k_composed_matching": "K-composed matching",
-}
-"""Metric of a pair of heads -> its title."""
 
 
 def role(name: str) -> str:
@@ -89,7 +82,7 @@ def verdict(name: str, flags: str | None = None) -> str:
 
 def metric(name: str) -> str:
     """Return the title of a metric of heads or of pairs of heads."""
-    return METRICS[name].title if name in METRICS else PAIR_METRICS.get(name, name)
+    return METRICS[name].title
 
 
 def predicted(name: str, direction: str) -> str:

@@ -29,6 +29,7 @@ from hydra import compose, initialize_config_dir
 from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
+from ovqk import wording
 from ovqk.analyse import analyse
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import resolve
@@ -158,7 +159,7 @@ def main() -> None:
                 f"{model.name}: {', '.join(measure_roles.name_of(head) for head in model.claims.roles[role]) or 'none'}"
                 for model in models
             ]
-            print(f"### {task}: {role.replace('_', ' ')}\n\n{'; '.join(heads)}\n")
+            print(f"### {task}: {wording.role(role)}\n\n{'; '.join(heads)}\n")
             if shown := table(models, role):
                 print(f"{shown}\n")
 

@@ -204,7 +204,7 @@ def test_candidates_have_the_p_of_all_their_draws(monkeypatch) -> None:
     def spectrum_ps(self, asked):
         found = original(self, asked)
         for (head, name, sign), p in found.items():
-            if self.can_frame(name):
+            if self.has_spectrum_null(name):
                 fresh = ClaimTests(self.task, self.claims, sigma=self.sigma, forms=self.forms)
                 fresh.observed = {head: {name: math.nan}}  # on no side of which a bound can tell
                 values = fresh.frame(head, name).first(DRAWS)[name]

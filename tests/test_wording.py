@@ -4,7 +4,7 @@ from support import ROOT
 
 from ovqk import wording
 from ovqk.figures.colours import MODES, VERDICT_COLOURS
-from ovqk.metrics import COMPOSITION_METRICS
+from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.verdicts.verdict import VERDICTS
 
 
@@ -28,12 +28,18 @@ def test_a_noun_takes_an_s_unless_there_is_one() -> None:
 def test_nothing_that_is_shown_lacks_its_words() -> None:
     assert tuple(wording.VERDICTS) == VERDICTS == tuple(VERDICT_COLOURS)
     assert wording.MODES.keys() == MODES.keys()
-    assert tuple(wording.PAIR_METRICS) == COMPOSITION_METRICS
     assert wording.AGAINST.keys() == wording.NULLS.keys() - {"layer_all"}
 
 
 def test_the_page_has_no_words_of_its_own_for_them() -> None:
-    once = [*wording.NULLS.values(), *wording.MODES.values(), *wording.PAIR_METRICS.values(), *wording.ARROWS.values()]
+    once = [
+        *wording.NULLS.values(),
+        *wording.MODES.values(),
+        *(METRICS[name].title for name in COMPOSITION_METRICS),
+        *wording.AGAINST.values(),
+        *wording.FLAGS.values(),
+        *wording.ARROWS.values(),
+    ]
     for path in (ROOT / "ovqk" / "report" / "template").glob("*.js"):
         text = path.read_text(encoding="utf-8")
         assert not [words for words in once if f'"{words}"' in text], path.name

@@ -168,7 +168,7 @@ def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, StoredTenso
 
 
 def _number_format(kind: int) -> tuple[str, int, int, bool]:
-    """Name, numbers in a block, bytes of a block, and whether the package can dequantise it."""
+    """Return the format's name, the numbers and bytes in a block, and whether the package can dequantise it."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
     try:

@@ -276,7 +276,7 @@ def virtual_heads_table(
 
     Columns, besides the pair and its score:
         frobenius_norm: norm_F(W_OV^s W_OV^r).
-        frobenius_share: its square over the sum for all senders of the receiver, in [0, 1]; nan where all are 0.
+        frobenius_share: its square over the sum for all senders of the receiver, in [0, 1]; nan if all are 0.
         ov_copying: Re(sum lambda) / sum |lambda| of E W_OV^s W_OV^r W_U, in [-1, 1]; nan without `full`. Senders of
             layer 0 read the embeddings of `first_full`, if that is given.
     """

@@ -76,7 +76,7 @@ class StoredSide:
 
     def moments(self, listed: Bool[Tensor, " token"]) -> tuple[Float[Tensor, " d_model"], float]:
         """See `Side`."""
-        moments = Moments(self.rows.shape[1], listed)
+        moments = ListedRows(self.rows.shape[1], listed)
         for part, rows in self.blocks(BLOCK):
             moments.add(part, rows)
         return moments.mean, moments.longest
@@ -114,7 +114,7 @@ class Block0Side(NormalisedSide):
         """Compute nothing yet."""
         super().__init__(vocabulary.W_E, block0.architecture)
         self.block0, self._listed = block0, listed
-        self._moments, self._passed = Moments(vocabulary.d_model, listed), 0
+        self._moments, self._passed = ListedRows(vocabulary.d_model, listed), 0
         self._kept: Tensor | None = None
 
     @property
@@ -169,11 +169,11 @@ class Block0Side(NormalisedSide):
         return self._moments.mean, self._moments.longest
 
 
-class Moments:
+class ListedRows:
     """Mean and longest of the listed rows, summed up block by block."""
 
     def __init__(self, d_model: int, listed: Bool[Tensor, " token"]) -> None:
-        """Begin with nothing."""
+        """Start without rows."""
         self.listed, self.longest = listed, 0.0
         self._sum = torch.zeros(d_model, dtype=torch.float64, device=listed.device)
         self._near: Tensor | None = None  # a row near the mean is subtracted before summing, so that float32 suffices

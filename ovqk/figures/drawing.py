@@ -308,7 +308,7 @@ def null_strip(
         axes: where to.
         tests: rows of tests.parquet about one metric of one head or role, in one unit.
         quantiles: index of the row -> quantile -> value.
-        unit: `value`, `rank` or `percentile` (where the value itself is not of the null's unit).
+        unit: `value`, `rank` or `percentile` (if the value itself is not in the null's unit).
         bounds: of the axis.
     """
     low, high = bounds

@@ -19,7 +19,7 @@ from urllib.parse import quote
 from ovqk import wording
 from ovqk.figures import colours
 from ovqk.figures.colours import Scale
-from ovqk.metrics import METRICS
+from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.records.cells import Cell, Failure, Heads, Json, Tables, labels, weights_labels
 from ovqk.records.comparison import DEPTH_METRICS
 from ovqk.report import thinning
@@ -124,7 +124,7 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
             "flags": wording.FLAGS,
             "arrows": wording.ARROWS,
             "modes": wording.MODES,
-            "pair_metrics": wording.PAIR_METRICS,
+            "pair_metrics": {name: wording.metric(name) for name in COMPOSITION_METRICS},
         },
         "palette": {
             "sequential": [colours.SEQUENTIAL, colours.SEQUENTIAL],
@@ -176,6 +176,7 @@ def _metrics(cells: Sequence[Cell]) -> Json:
             "low": metric.low,
             "high": metric.high,
             "of_task": metric.is_readout,
+            "later_layers": "block0" in metric.needs,
         }
         for name, metric in METRICS.items()
         if name in there

@@ -67,7 +67,7 @@ class StructureTables:
     """The stage of everything but directions."""
 
     def __init__(self, model: Model) -> None:
-        """Begin with nothing."""
+        """Start without layers."""
         self.model, self._layers = model, list[Tables]()
 
     def visit(self, layer: Layer) -> None:
@@ -86,7 +86,7 @@ class DirectionTables:
     """
 
     def __init__(self, model: Model) -> None:
-        """Begin with nothing; nothing is made without a vocabulary, or if no component is asked for."""
+        """Start without layers; without a vocabulary, or if no component is asked for, no table is made."""
         self.model = model
         self._waiting: list[tuple[int, Circuit, Components]] = []
         self._made: list[pd.DataFrame] = []

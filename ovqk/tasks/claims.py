@@ -71,7 +71,7 @@ def resolve_claims(task: TaskConfig, model: ModelConfig, architecture: Architect
         if role not in task.roles:
             raise UserError(f"{key}.roles: unknown role '{role}'; task {task.name} knows {', '.join(task.roles)}.")
         if not names:
-            raise UserError(f"{key}.roles.{role}: names no head; leave the role out where it has none.")
+            raise UserError(f"{key}.roles.{role}: names no head; leave the role out if it has none.")
         roles[role] = [parse_head(name, f"{key}.roles.{role}", architecture) for name in names]
         if len(set(roles[role])) != len(roles[role]):
             raise UserError(f"{key}.roles.{role}: a head is named twice in {', '.join(map(str, names))}.")

@@ -44,12 +44,12 @@ class InTop:
 
     @property
     def by_source(self) -> Float[Tensor, "head word"]:
-        """1 for each word in the top 5 of the tokens passed, 0 for others."""
+        """Return 1 for each word in the top 5 of the tokens passed, 0 for others."""
         return self.search.found()[self.index]
 
     @staticmethod
     def settle(several: "Sequence[InTop]") -> None:
-        """Pass all other tokens of one vocabulary, for all of these at once."""
+        """Finish all these searches in one pass over the remaining tokens."""
         searches = list({id(top.search): top.search for top in several}.values())
         if searches:
             alignment.settle(searches, several[0].W_U_rows)

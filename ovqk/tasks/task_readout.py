@@ -93,7 +93,7 @@ class ReadoutTables:
     """The stage that adds what heads do on the task to what they are without one."""
 
     def __init__(self, task: TaskReadout) -> None:
-        """Begin with nothing."""
+        """Start without layers."""
         self.task, self._layers = task, list[pd.DataFrame]()
 
     def visit(self, layer: Layer) -> None:

@@ -189,7 +189,7 @@ def _under_words(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> WordValu
 
 
 def observe(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> list[tuple[Head, str, float]]:
-    """Tell the tests what surrogates of the candidates will be compared with; return each (head, metric, sign)."""
+    """Register the candidates' values for comparison with surrogates; return each (head, metric, sign)."""
     found = []
     for ranking in rankings.values():
         for prediction in ranking.predictions:

@@ -221,7 +221,7 @@ class ClaimTests:
 
     def _frame_rows(self, predicted: Predicted, heads: Sequence[Head]) -> list[NullTest]:
         names = {head: predicted.metric_of(head[0]) for head in heads}
-        if not all(self.can_frame(names[head]) for head in heads):
+        if not all(self.has_spectrum_null(names[head]) for head in heads):
             return []
         most, draws = self.model.config.nulls.draws, [self.frame(head, names[head]) for head in heads]
         for count in stages(most):
@@ -239,7 +239,7 @@ class ClaimTests:
         counted further (see `monte_carlo`).
         """
         found = dict.fromkeys(asked, math.nan)
-        going = [one for one in found if self.can_frame(one[1])]
+        going = [one for one in found if self.has_spectrum_null(one[1])]
         for count in stages(self.model.config.nulls.draws):
             draws = list(dict.fromkeys(self.frame(head, metric) for head, metric, _ in going))
             drawn = dict(zip(draws, first_of_each(draws, count), strict=True))
@@ -252,8 +252,8 @@ class ClaimTests:
                     going.remove(one)
         return found
 
-    def can_frame(self, metric: str) -> bool:
-        """Whether a surrogate of this spectrum has the metric: not if it is of normalised queries and keys."""
+    def has_spectrum_null(self, metric: str) -> bool:
+        """Return whether the spectrum null applies to the metric; it does not if queries and keys are normalised."""
         return METRICS[metric].has_surrogates and not self._renormalised(metric)
 
     def _renormalised(self, metric: str) -> bool:

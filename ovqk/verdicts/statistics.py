@@ -173,7 +173,7 @@ def _labelings(stratum: Stratum, scores: NDArray[np.int64]) -> Distribution:
 
 
 def _group_labelings(groups: Sequence[NDArray[np.int64]], counts: Sequence[int]) -> Distribution:
-    """Deal the counts of claimed heads out to groups of one size in every way, and choose the heads within each."""
+    """Enumerate the ways to divide claimed heads among groups of one size, and to choose the heads within each."""
     kinds = sorted(set(counts))
     start = tuple(counts.count(kind) for kind in kinds)
     states: dict[tuple[int, ...], Distribution] = {start: {0: 1}}

@@ -1,7 +1,7 @@
 """Surrogates of heads and of a task's words: the draws of the `spectrum` and `token` nulls.
 
-    frame   a head's own singular values between Haar frames: a head of the same spectrum that knows no token
-    token   other words, alike in spelling and frequency: a task of the same form without its meaning
+    spectrum  a head's own singular values between Haar frames: a head of the same spectrum that knows no token
+    token     other words, alike in spelling and frequency: a task of the same form without its meaning
 
 A surrogate head or readout goes through the very functions that made the observed value.
 """

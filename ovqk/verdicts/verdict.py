@@ -110,12 +110,6 @@ class Evidence:
         return next((row for row in self.rows if row.primary and row.null == "layer"), None)
 
 
-def title(metric: str) -> str:
-    """What a person reads for a metric of heads or of pairs of heads."""
-    measured = " (percentile in the sender's layer)" if metric == "k_composition" else ""
-    return wording.metric(metric) + measured
-
-
 def judge(
     subject: Subject,
     predicted: Sequence[Predicted],

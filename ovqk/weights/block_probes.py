@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ovqk.errors import first_line
+
 
 class CannotRunError(Exception):
     """The model raises if it is run on a few tokens; the message is its own."""
@@ -129,8 +131,7 @@ def _call(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return model(*args, **kwargs)
     except Exception as error:  # of any model's own code
-        message = (str(error).strip().splitlines() or [""])[0]
-        raise CannotRunError(f"{type(error).__name__}: {message}") from error
+        raise CannotRunError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

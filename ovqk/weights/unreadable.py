@@ -42,7 +42,7 @@ def refuse_unreadable(label: str, config: Mapping[str, Any]) -> None:
 
 
 def refuse_unreadable_defaults(label: str, config: Mapping[str, Any]) -> None:
-    """Do as `refuse_unreadable`, on config.json with transformers' defaults for missing keys.
+    """Refuse an architecture that is not read, by config.json with transformers' defaults for missing keys.
 
     Raises:
         UserError: the architecture is not read.

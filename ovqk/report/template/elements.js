@@ -67,7 +67,7 @@ function column(cell, metric) {
 function whyMissing(cell, metric, layer) {
   if (cell.unavailable[metric]) return cell.unavailable[metric];
   if (!cell.columns_there.includes(metric)) return `analysis ${cell.analysis} does not compute it`;
-  if (metric.endsWith("_block0") && layer === 0) return "it exists only in layers after the first";
+  if (REPORT.metrics[metric].later_layers && layer === 0) return "it exists only in layers after the first";
   return "it has no value for this head";
 }
 

@@ -90,7 +90,7 @@ function ratioGauge(cell, layer, head, circuit, space, top) {
   const found = value(cell, metric, layer, head);
   if (!isNumber(found)) return { drawn: null, said: "", caption: `${metricTitle(metric)} is unavailable: ${whyMissing(cell, metric, layer)}.` };
   const x = linear([-1, 1], [48, 292]);
-  const row = frameRow(cell, metric, layer, head);
+  const row = spectrumRow(cell, metric, layer, head);
   const scale = { kind: "diverging", low: -1, centre: 0, high: 1 };
   const band = row ? [quantile(row, 0.05), quantile(row, 0.5), quantile(row, 0.95)] : null;
   const y = top + 28;
@@ -101,18 +101,18 @@ function ratioGauge(cell, layer, head, circuit, space, top) {
     [-1, 0, 1].map((at) => s("text", { class: "tick", x: x(at), y: y + 23, "text-anchor": "middle" }, tickText(at))),
     s("circle", { cx: x(found), cy: y, r: 6.5, fill: colour(scale, found), stroke: css("--ink"), "stroke-width": 1.5 }),
     s("text", { class: "strong", x: x(found), y: y - 13, "text-anchor": "middle" }, number(found)));
-  const frame = band
+  const against = band
     ? `Grey: 5 to 95 % (line: median) of this ratio for heads of the same singular values between random frames${row.cell === cell ? "" : ` (drawn for task ${row.cell.task})`}.`
     : "The spectrum null of this ratio was not drawn: it is drawn only for metrics that a claimed head's role predicts.";
   return {
     drawn,
     said: `${metricTitle(metric)} ${number(found)}${band ? `; 5 to 95 % of the spectrum null ${number(band[0])} to ${number(band[2])}` : ""}`,
-    caption: `${metricTitle(metric)} = sum λ / sum |λ|, the mean of cos(angle) weighted by |λ|. ${frame}`,
+    caption: `${metricTitle(metric)} = sum λ / sum |λ|, the mean of cos(angle) weighted by |λ|. ${against}`,
   };
 }
 
 /** The spectrum null's row of a metric for a head, from this cell or one of the same weights. */
-function frameRow(cell, metric, layer, head) {
+function spectrumRow(cell, metric, layer, head) {
   for (const other of siblings(cell)) {
     const row = rows(other, "tests").find((test) => test.null === "spectrum" && test.metric === metric && isHead(test, layer, head));
     if (row && row.quantiles && row.quantiles.length) return { ...row, cell: other };
