@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import ROOT
-from support.models import KINDS, local
+from support.models import KINDS, local, make, opened
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -224,3 +224,13 @@ def test_a_value_of_the_wrong_kind_is_one_message(tiny, kind, keys, message, tmp
         open_weights(open_checkpoint(local(tmp_path)), local(tmp_path))
     for word in ("unsupported operand", "not supported between", "could not convert", "TypeError", "object has no"):
         assert word not in str(raised.value)
+
+
+def test_keys_that_a_scaling_lacks_are_named(tmp_path) -> None:
+    make("phi3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    scaling = {"type": "su", "long_factor": [1.0] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
+    with pytest.raises(UserError, match="short_factor"):
+        opened(tmp_path)

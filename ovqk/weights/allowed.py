@@ -163,6 +163,9 @@ def reworded(error: Exception) -> str:
         named = re.findall(r"\w+", types[1]) if types else re.findall(r"expected (\w+), got", told)
         allowed = dict.fromkeys(KINDS[name] for name in named if name in KINDS)
         return f"'{field[1]}' is {field[2]}" + (f"; allowed: {' or '.join(allowed)}" if allowed else "")
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        said = str(error.args[0])  # a key, or transformers' sentence on several
+        return said if " " in said else f"'{said}' is missing"
     kind, _, reason = told.rpartition("Error: ")
     if isinstance(error, TypeError | AttributeError | KeyError | IndexError) or kind.endswith(("Type", "Attribute")):
         return "a key has a value of a kind that transformers does not take"
