@@ -279,6 +279,25 @@ def test_a_window_that_only_the_mask_knows_is_found(tmp_path) -> None:
     assert bridged(tmp_path / "whole").layer(0).sliding_window is None
 
 
+def test_a_window_that_cannot_be_seen_is_told(tmp_path, monkeypatch) -> None:
+    """Without patterns to look at, nobody can say which layers have the config's window."""
+    from ovqk.weights import bridge
+
+    own = bridge.record_activations
+
+    def blind(*given):
+        recorded = own(*given)
+        for block in recorded.blocks:
+            block.pattern = None
+        return recorded
+
+    make("phimoe", tmp_path, **SIZES, num_local_experts=2, num_experts_per_tok=1, sliding_window=40)
+    monkeypatch.setattr(bridge, "record_activations", blind)
+    assert any(
+        "sliding_window=40, and it cannot be seen which layers have it" in note for note in bridged(tmp_path).notes
+    )
+
+
 def test_a_scale_of_scores_that_is_fitted_in_each_layer_is_one_scale(tmp_path) -> None:
     make(
         "mpt",
