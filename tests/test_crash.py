@@ -110,11 +110,11 @@ def records(folder: Path) -> list[Path]:
 
 
 def is_complete(run: Path) -> bool:
-    """Whether the log of an offline run reaches its end."""
+    """Whether the log of an offline run ends with an exit without an error; a long run says how long it took there."""
     (log,) = run.glob("*.wandb")
     command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(log)]
     lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-    return json.loads(lines[-1]).get("exit") == {"exit_code": 0}
+    return json.loads(lines[-1]).get("exit", {}).get("exit_code") == 0
 
 
 def assert_whole(folder: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_sweep_killed_at_random_moments_ends_complete(folder, tiny_gpt2) -> No
     assert {state["status"] for state in states} == {"done"} and len({state["run_id"] for state in states}) == CELLS + 1
     runs = {folder / "results" / state["directory"] for state in states}
     assert runs == set(folder.glob("results/wandb/offline-run-*"))  # no half of an earlier attempt to be synced
-    assert all(is_complete(run) for run in sorted(runs)[:: CELLS // 6])
+    assert not [run for run in sorted(runs)[:: CELLS // 6] if not is_complete(run)]
     assert not list(folder.glob("results/**/*.tmp"))
 
     for seed in (0, CELLS // 2 - 1):
