@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ovqk import wording
+from ovqk.activations.stage import ActivationTables, Runner
 from ovqk.circuits.composition import STRONGEST, composition_table, virtual_heads_table
 from ovqk.config.schema import Config
+from ovqk.errors import UserError
 from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, metric_names
 from ovqk.records.record import Analysis
 from ovqk.structure.cache import Entry, StructureCache
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.tables import DirectionTables, Stage, StructureTables, Tables
-from ovqk.tasks.claims import Claims, resolve_claims
+from ovqk.tasks.claims import MEASURED, Claims, resolve_claims
 from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
 from ovqk.verdicts.candidates import candidate_rows, unclaimed
 from ovqk.verdicts.claim_tests import ClaimTests, matching_grams
@@ -40,8 +42,9 @@ def analyse(
     n_tokens: int | None,
     label: str,
     config: Config,
-    layers: Callable[[int], Iterable[int]] = range,
+    steps: Callable[[int, str], Iterable[int]] = lambda count, what: range(count),
     cache: StructureCache | None = None,
+    runner: Runner | None = None,
 ) -> Analysis:
     """Compute one cell.
 
@@ -51,8 +54,9 @@ def analyse(
         n_tokens: the number of real tokens, if the tokenizer tells.
         label: how messages name the model.
         config: the resolved cell.
-        layers: counts off the layers, and may show how far it is.
+        steps: counts off layers, and batches of prompts, and may show how far it is.
         cache: keeps the tables that depend on no task for other cells; None computes them anew.
+        runner: how the model is run, if the analysis asks for activations.
 
     Raises:
         UserError: the task cannot be read on this model: its words, its claims.
@@ -60,12 +64,17 @@ def analyse(
     claims = resolve_claims(config.task, config.model, source.architecture)
     model = Model.read(source, tokenizer, n_tokens, label, config)
     task = TaskReadout.read(model, n_tokens)
+    activations = run_prompts(model, runner, claims, n_tokens, steps)
+    if config.model.claims == MEASURED:
+        ran = isinstance(activations, ActivationTables)
+        claims = activations.claims() if ran else f"no role is measured: {activations}"  # type: ignore[union-attr]
     judged = JudgedTables(task, claims)
     with nullcontext(Entry()) if cache is None else cache.entry(model) as entry:
         structure: list[Stage] = [] if entry.tables is not None else [StructureTables(model), DirectionTables(model)]
         of_the_task: list[Stage] = [ReadoutTables(task), judged]
+        of_the_task += [activations] if isinstance(activations, ActivationTables) else []
         freed = FreedMemory()
-        for index in layers(source.architecture.n_layers):
+        for index in steps(source.architecture.n_layers, "layer"):
             layer = Layer(model, index)
             for stage in (*structure, *of_the_task):
                 stage.visit(layer)
@@ -87,7 +96,28 @@ def analyse(
         claims=_describe(claims),
         notes=[*source.notes, *task.tokens.notes, *judged.notes, *model.sample_notes, *model.direction_notes],
         null_seconds=judged.seconds,
+        activations=activations.describe()
+        if isinstance(activations, ActivationTables)
+        else None
+        if activations is None
+        else {"untestable": activations},
     )
+
+
+def run_prompts(
+    model: Model,
+    runner: Runner | None,
+    claims: Claims | str,
+    n_tokens: int | None,
+    steps: Callable[[int, str], Iterable[int]],
+) -> ActivationTables | str | None:
+    """Run the task's prompts, if the analysis asks for it; return why it cannot be done, which harms nothing else."""
+    if runner is None:
+        return None
+    try:
+        return ActivationTables(model, runner, claims, n_tokens, steps)
+    except UserError as error:
+        return str(error)
 
 
 # --- claims --------------------------------------------------------------------------------------------------

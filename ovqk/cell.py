@@ -7,12 +7,14 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from tokenizers import Tokenizer
 
+from ovqk.activations.stage import Runner
 from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import cache_folder
@@ -24,13 +26,17 @@ from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
 from ovqk.records.record import Origin, claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
 from ovqk.report import terminal
-from ovqk.report.progress import layers_of
+from ovqk.report.progress import steps_of
 from ovqk.report.suggestions import shipped_tasks
 from ovqk.structure.cache import StructureCache
+from ovqk.tasks.prompts import start_tokens
 from ovqk.tasks.words import readable_tasks, tokenizer_for
 from ovqk.tracking.service import start_meanwhile
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
+
+if TYPE_CHECKING:
+    from ovqk.activations.forward import RunningModel
 
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 """Errors of a full, read-only or forbidden disk, or of a bad name: the user gets a message, and they are no defect."""
@@ -152,9 +158,10 @@ def compute(
     source = open_weights(checkpoint, cell.model)
     tokenizer, notes = tokenizer_for(cell.task, checkpoint)
     n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
-    with layers_of(f"{cell.model.name} / {cell.task.name} / {cell.analysis.name}", alone) as layers:
+    runner = runner_of(checkpoint, cell, tokenizer) if cell.analysis.activations else None
+    with steps_of(f"{cell.model.name} / {cell.task.name} / {cell.analysis.name}", alone) as steps:
         analysis = analyse(
-            source, tokenizer, n_tokens, checkpoint.label, cell, layers, structure_cache(cell, checkpoint)
+            source, tokenizer, n_tokens, checkpoint.label, cell, steps, structure_cache(cell, checkpoint), runner
         )
     analysis.notes.extend(notes)
     analysis.words["tasks"] = [] if tokenizer is None else readable_tasks(shipped_tasks(), tokenizer)
@@ -169,6 +176,21 @@ def compute(
             f"results_dir={cell.results_dir}: the results cannot be written ({os.strerror(error.errno)}). "
             "Earlier results of the cell are unchanged."
         ) from error
+
+
+def runner_of(checkpoint: Checkpoint, cell: Config, tokenizer: Tokenizer | None) -> Runner:
+    """Return how the checkpoint's model is run on prompts; nothing is loaded yet."""
+
+    def load(device: torch.device) -> "RunningModel":
+        from ovqk.activations.forward import RunningModel  # transformers and TransformerLens: some seconds
+
+        return RunningModel.load(checkpoint, cell.model, device)
+
+    try:
+        start = [] if tokenizer is None else start_tokens(tokenizer, checkpoint)
+    except ValueError as error:
+        raise UserError(f"{checkpoint.label}: {error}.") from error
+    return Runner(load, start)
 
 
 def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | None:

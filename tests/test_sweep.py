@@ -129,8 +129,8 @@ def test_a_long_cell_shows_a_bar_on_a_terminal_and_a_short_one_nothing(monkeypat
         out = Console(file=io.StringIO(), force_terminal=True, width=100)
         monkeypatch.setattr(terminal, "progress_console", lambda out=out: out)
         monkeypatch.setattr(progress, "SHORT", short)
-        with progress.layers_of("m / t / a", alone=True) as layers:
-            for _ in layers(3):
+        with progress.steps_of("m / t / a", alone=True) as steps:
+            for _ in steps(3, "layer"):
                 time.sleep(0.15)
             time.sleep(0.15)
         for stage in ("layer 2 of 3", "claims and nulls"):
@@ -147,8 +147,8 @@ def test_a_bar_is_gone_when_the_cell_fails(monkeypatch) -> None:
     monkeypatch.setattr(terminal, "progress_console", lambda: out)
     monkeypatch.setattr(progress, "SHORT", 0.0)
     before = threading.active_count()
-    with pytest.raises(MemoryError), progress.layers_of("m", alone=True) as layers:
-        for _ in layers(3):
+    with pytest.raises(MemoryError), progress.steps_of("m", alone=True) as steps:
+        for _ in steps(3, "layer"):
             time.sleep(0.1)
             raise MemoryError
     deadline = time.monotonic() + 5
@@ -160,10 +160,10 @@ def test_a_bar_is_gone_when_the_cell_fails(monkeypatch) -> None:
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_long_cell_writes_lines_where_there_is_no_terminal(monkeypatch, capsys, alone) -> None:
     monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
-    with progress.layers_of("m / t / a", alone) as layers:
-        assert list(layers(3)) == [0, 1, 2]
+    with progress.steps_of("m / t / a", alone) as steps:
+        assert list(steps(3, "layer")) == [0, 1, 2]
     assert capsys.readouterr().err == (
-        "m / t / a: 1 of 3 layers in 0 s, about 0 s left\nm / t / a: 2 of 3 layers in 0 s, about 0 s left\n"
+        "m / t / a: layer 1 of 3 in 0 s, about 0 s left\nm / t / a: layer 2 of 3 in 0 s, about 0 s left\n"
     )
 
 

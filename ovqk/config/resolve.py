@@ -97,6 +97,16 @@ def _check(config: Config) -> None:
         draws = getattr(config.nulls, key)
         if not 2 <= draws <= 1_000_000:
             raise UserError(f"nulls.{key}={draws}: must be in 2 .. 1000000 (an interval is between two of its draws).")
+    for key, most in (("prompts", 100_000), ("batch", 4096), ("screened", 100_000)):
+        number = getattr(config.activations, key)
+        least = 0 if key == "screened" else 1
+        if not least <= number <= most:
+            raise UserError(f"activations.{key}={number}: must be in {least} .. {most}.")
+    if config.model.claims == "measured" and not config.analysis.activations:
+        raise UserError(
+            f"model.claims=measured: analysis={config.analysis.name} does not run the model; allowed with "
+            "analysis=full and analysis=activations."
+        )
     if not config.cache_gb > 0:
         raise UserError(
             f"cache_gb={config.cache_gb}: must be a positive number of gigabytes; cache=false keeps nothing."

@@ -142,10 +142,63 @@ class PredictionConfig:
 
 
 @dataclass
+class AttentionConfig:
+    """The attention that a role's heads show on prompts: from a query token to a source token.
+
+    Tokens are labels of the task's prompts; "S1+1" and "S1-1" are the ones after and before a label.
+    """
+
+    query: str = MISSING
+    source: str = MISSING
+    control: str = MISSING
+    """A token of the same kind that the head should look at less."""
+    beyond: list[str] = field(default_factory=lambda: ["control", "counterfactual"])
+    """What the attention must exceed: that to the `control`, and that to the same place on `counterfactual` prompts."""
+
+
+@dataclass
+class WriteConfig:
+    """What a role's heads write at END: onto the logit of one word minus that of another."""
+
+    answer: str = "ANSWER"
+    """ANSWER, FOIL or a label, whose word is meant."""
+    other: str = "FOIL"
+    sign: int = 1
+    """1 if the head raises the difference, -1 if it lowers it."""
+
+
+@dataclass
+class EffectConfig:
+    """What is lost if the head's output at its query (else END) is the one it has on the counterfactual prompt."""
+
+    sign: int = 1
+    """1 if what the head does helps, -1 if it hinders."""
+    into: str | None = None
+    """The role whose heads' attention is looked at, to `source` minus `control`; unless set, the logit difference."""
+    source: str | None = None
+    """With `into`: the receivers' own source unless set; `control` likewise."""
+    control: str | None = None
+    given: str | None = None
+    """A role whose heads are replaced in any case: the effect with them replaced, minus the effect without."""
+
+
+@dataclass
+class RoleActivationsConfig:
+    """What a role's heads do on prompts (definitions: section 9)."""
+
+    attention: AttentionConfig | None = None
+    write: WriteConfig | None = None
+    effect: EffectConfig | None = None
+    decides: list[str] = MISSING
+    """Which of `attention`, `write`, `effect` a head must show to have the role."""
+
+
+@dataclass
 class RoleConfig:
     """A role in the task's circuit; its first prediction is the primary one."""
 
     predictions: list[PredictionConfig] = field(default_factory=list)
+    activations: RoleActivationsConfig | None = None
 
 
 @dataclass
@@ -197,6 +250,20 @@ class AnalysisConfig:
     """List special and hardly trained tokens in directions.parquet too (docs/method.md)."""
     pairs: bool = False
     """Compose all pairs of heads (composition.parquet, virtual_heads.parquet), not only those that claims name."""
+    activations: bool = False
+    """Run the model on the task's prompts too (activations.parquet, roles.parquet, joint.parquet)."""
+
+
+@dataclass
+class ActivationsConfig:
+    """What is measured by running the model on the task's prompts (definitions: section 9)."""
+
+    prompts: int = 256
+    """Prompts drawn, half of them to choose heads and half to test them; each with its counterfactual."""
+    batch: int = 32
+    """Prompts that run together."""
+    screened: int = 20
+    """Heads patched for the sake of a large first-order effect, beside those that are claimed or meet a role's rule."""
 
 
 @dataclass
@@ -228,6 +295,7 @@ class Config:
     task: TaskConfig = field(default_factory=TaskConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     nulls: NullsConfig = field(default_factory=NullsConfig)
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     processing: Processing = Processing.folded
     seed: int = 0

@@ -20,7 +20,8 @@ def identity(config: Config, digest: str) -> dict[str, Any]:
         config: the resolved cell.
         digest: the digest of the checkpoint's weights, config and tokenizer.
     """
-    model = plain(config.model)
+    model, activations = plain(config.model), plain(config.activations)
+    activations.pop("batch")  # how, not what
     return {
         "schema_version": SCHEMA_VERSION,
         "weights": digest,
@@ -30,6 +31,7 @@ def identity(config: Config, digest: str) -> dict[str, Any]:
         "task": plain(config.task),
         "analysis": plain(config.analysis),
         "nulls": plain(config.nulls),
+        **({"activations": activations} if config.analysis.activations else {}),
     }
 
 

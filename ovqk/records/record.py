@@ -60,6 +60,8 @@ class Analysis:
         claims: source and reliability of the claims, or the reason why there are none.
         notes: further facts that a reader of the tables should know.
         null_seconds: seconds spent on drawing nulls.
+        activations: prompts, halves and controls of what was measured by running the model, or why nothing was; None if
+            the analysis does not run it.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -70,6 +72,7 @@ class Analysis:
     claims: dict[str, Any]
     notes: list[str]
     null_seconds: float
+    activations: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ def write_done(
         "claims": analysis.claims,
         "loaded_by": origin.loaded_by,
         "processing": analysis.processing,
+        **({} if analysis.activations is None else {"activations": analysis.activations}),
         "tables": {name: len(table) for name, table in analysis.tables.items()},
         "provenance": provenance(config, identity, origin, seconds) | {"null_seconds": round(analysis.null_seconds, 3)},
     }

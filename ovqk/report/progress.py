@@ -8,17 +8,19 @@ from contextlib import contextmanager
 from ovqk.records.outcomes import Outcomes
 from ovqk.report import terminal
 
-Layers = Callable[[int], Iterator[int]]
-"""Number of layers -> their indexes in order, each counted as done when the next is asked for."""
+Steps = Callable[[int, str], Iterator[int]]
+"""Number of steps and what one is -> their indexes in order, each counted as done when the next is asked for."""
 
+AFTER = {"layer": "claims and nulls"}
+"""What follows the last step of a kind."""
 SHORT = 2.0  # seconds; a cell that takes no longer shows nothing
 BETWEEN_LINES = 30.0  # seconds
 LOOK_EVERY = 0.5  # seconds
 
 
 @contextmanager
-def layers_of(name: str, alone: bool) -> Iterator[Layers]:
-    """Show how many of a cell's layers are done, if it takes longer than a moment.
+def steps_of(name: str, alone: bool) -> Iterator[Steps]:
+    """Show how many of a cell's layers, or batches of prompts, are done, if it takes longer than a moment.
 
     Args:
         name: how messages name the cell.
@@ -26,7 +28,7 @@ def layers_of(name: str, alone: bool) -> Iterator[Layers]:
     """
     out = terminal.progress_console()
     if not (alone and out.is_terminal):
-        yield lambda count: _with_lines(name, count)
+        yield lambda count, what: _with_lines(f"{name}: {what}", count)
         return
     bar = terminal.cell_bar(out)
     task = bar.add_task(name, total=None)
@@ -34,14 +36,14 @@ def layers_of(name: str, alone: bool) -> Iterator[Layers]:
     later.daemon = True
     later.start()
 
-    def layers(count: int) -> Iterator[int]:
+    def steps(count: int, what: str) -> Iterator[int]:
         for index in range(count):
-            bar.update(task, description=f"{name}: layer {index + 1} of {count}", completed=index, total=count)
+            bar.update(task, description=f"{name}: {what} {index + 1} of {count}", completed=index, total=count)
             yield index
-        bar.reset(task, description=f"{name}: claims and nulls", total=None)
+        bar.reset(task, description=f"{name}: {AFTER.get(what, what)}", total=None)
 
     try:
-        yield layers
+        yield steps
     finally:
         later.cancel()
         later.join()
@@ -56,7 +58,7 @@ def _with_lines(name: str, count: int) -> Iterator[int]:
         now = time.monotonic()
         if now - said >= BETWEEN_LINES and index + 1 < count:
             said = now
-            terminal.print_layers(name, index + 1, count, now - started)
+            terminal.print_steps(name, index + 1, count, now - started)
 
 
 class SweepProgress:

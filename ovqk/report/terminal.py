@@ -207,10 +207,10 @@ def cell_bar(out: Console) -> Progress:
     return Progress(*columns, console=out, transient=True)
 
 
-def print_layers(name: str, done: int, count: int, seconds: float) -> None:
-    """Print the number of layers that are done as a line, for a log."""
+def print_steps(name: str, done: int, count: int, seconds: float) -> None:
+    """Print the number of layers, or of batches of prompts, that are done as a line, for a log."""
     left = duration(seconds * (count - done) / done)
-    line = f"{name}: {done} of {count} layers in {duration(seconds)}, about {left} left"
+    line = f"{name} {done} of {count} in {duration(seconds)}, about {left} left"
     progress_console().print(line, markup=False, soft_wrap=True)
 
 

@@ -11,6 +11,8 @@ from ovqk.weights.types import Architecture
 Head = tuple[int, int]
 """(layer, head)."""
 
+MEASURED = "measured"
+"""`model.claims` that asks for the roles that heads have on the cell's own prompts."""
 RELIABILITIES = ("published", "measured", "unreliable")
 
 
@@ -50,6 +52,8 @@ def resolve_claims(task: TaskConfig, model: ModelConfig, architecture: Architect
     """
     check_roles(task)
     check_borrowing(model)
+    if model.claims == MEASURED:
+        return "roles are measured on prompts"
     if not task.claims:
         return f"task {task.name} claims no heads"
     if model.claims is None:
@@ -85,11 +89,11 @@ def check_borrowing(model: ModelConfig) -> None:
     Raises:
         UserError: another model is.
     """
-    if model.source is not Source.local and model.claims not in (None, model.name):
+    if model.source is not Source.local and model.claims not in (None, MEASURED, model.name):
         raise UserError(
             f"model.claims={model.claims}: claims about {model.claims} do not apply to {model.name}. Allowed: "
-            f"{model.name} or null. If your checkpoint is a copy of {model.claims}, use model=local model.path=PATH "
-            f"model.claims={model.claims}."
+            f"{model.name}, {MEASURED} or null. If your checkpoint is a copy of {model.claims}, use model=local "
+            f"model.path=PATH model.claims={model.claims}."
         )
 
 

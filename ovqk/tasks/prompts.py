@@ -36,15 +36,31 @@ Or a repeated random sequence, cut anywhere in its second copy, where the foil i
 
 Slots of one word set never take the same word, and never two forms of one word (`up_to` apart). A mention is
 `slot`, then `slot.2` and so on; END is the last word of the text, from which the answer is predicted.
+
+`counterfactual` makes of each prompt a second one without the computation (definitions: section 9): the same words at
+the same places, but for the mentions that it names, each with the word that stands there instead:
+
+    counterfactual:
+      B.2: {draw: fresh}            # another word of its slot's set that the prompt does not hold
+      third: {draw: other_initial}  # such a word with another first letter
+      subject: {form: other}        # the same word in its slot's other form
+      start: {word: "01"}           # this word
+
+Under `repeated`, `counterfactual: fresh_first_copy` draws the first copy anew, from other words.
+
+A prompt's `cluster` is the unit that statistics resample: the template, the order of swapped slots and the forms drawn;
+with `clusters: [event]` the words of these slots too, for tasks of few templates.
 """
 
 import json
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
+
+from ovqk.tasks.counterfactuals import SlotDraw, replacements
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -54,8 +70,9 @@ if TYPE_CHECKING:
 WordSets = Mapping[str, Sequence[str]]
 Span = tuple[int, int]
 
-TEMPLATE_KEYS = {"templates", "slots", "swap", "answer", "foil", "labels"}
-REPEATED_KEYS = {"repeated"}
+TEMPLATE_KEYS = {"templates", "slots", "swap", "answer", "foil", "labels", "counterfactual", "clusters"}
+REPEATED_KEYS = {"repeated", "counterfactual"}
+FRESH_FIRST_COPY = "fresh_first_copy"
 SLOT_KEYS = ({"set"}, {"forms"}, {"forms", "agrees_with"}, {"set", "after"}, {"set", "up_to"}, {"initial_of"})
 ORDERED = {"after", "up_to"}
 LEADING = {"agrees_with", "initial_of", *ORDERED}
@@ -69,7 +86,8 @@ class Prompt:
     `spans` maps a label to the characters [start, stop) of the word it marks. `group` names the prompts
     that agree in every word position (same template, same optional phrases, whichever the order of
     swapped slots): means over a group are means at matching positions. `forms` holds the form drawn
-    for each slot that has forms.
+    for each slot that has forms. `template` is the one it was drawn from, before its optional phrases were chosen, and
+    `cluster` the unit of resampling. `counterfactual` is the same prompt without the computation, if the task says how.
     """
 
     text: str
@@ -78,6 +96,9 @@ class Prompt:
     spans: Mapping[str, Span]
     group: str
     forms: Mapping[str, int]
+    template: str = ""
+    cluster: str = ""
+    counterfactual: "Prompt | None" = None
 
 
 def variants(template: str) -> list[str]:
@@ -105,15 +126,24 @@ def sample_prompts(words: WordSets, prompts: Mapping[str, Any], count: int, seed
     rng = random.Random(seed)
     if "repeated" in prompts:
         _refuse_unknown(prompts, REPEATED_KEYS)
-        return [_repeated(words, prompts["repeated"], rng) for _ in range(count)]
+        fresh = _fresh_first_copy(prompts)
+        return [
+            _repeated(words, prompts["repeated"], rng, _own_rng(seed, index) if fresh else None)
+            for index in range(count)
+        ]
     _refuse_unknown(prompts, TEMPLATE_KEYS)
     missing = {"templates", "slots", "answer", "foil"} - set(prompts)
     if missing:
         raise ValueError(f"prompts lack {sorted(missing)}")
     _check_slots({name: _entry(slot) for name, slot in prompts["slots"].items()})
-    drawn = [_from_template(words, prompts, index, rng) for index in range(count)]
+    drawn = [_from_template(words, prompts, index, rng, _own_rng(seed, index)) for index in range(count)]
     rng.shuffle(drawn)
     return drawn
+
+
+def _own_rng(seed: int, index: int) -> random.Random:
+    """Return a source of draws for one prompt's counterfactual, so that it changes no other draw."""
+    return random.Random(f"counterfactual {seed} {index}")
 
 
 def token_positions(prompt: Prompt, offsets: Iterable[Span]) -> dict[str, int]:
@@ -203,9 +233,12 @@ def _check_slots(slots: Mapping[str, Mapping[str, Any]]) -> None:
                 raise ValueError(f"slot {name!r}: {key} {slot[key]!r}, which is no slot with words of its own")
 
 
-def _from_template(words: WordSets, prompts: Mapping[str, Any], index: int, rng: random.Random) -> Prompt:
+def _from_template(
+    words: WordSets, prompts: Mapping[str, Any], index: int, rng: random.Random, own: random.Random
+) -> Prompt:
     slots = {name: _entry(slot) for name, slot in prompts["slots"].items()}
-    template = rng.choice(variants(rng.choice(list(prompts["templates"]))))
+    base = rng.choice(list(prompts["templates"]))
+    template = rng.choice(variants(base))
     foil_of = prompts["foil"]["other_form_of"] if isinstance(prompts["foil"], Mapping) else None
     needed = {*slot_names(template), prompts["answer"], foil_of or prompts["foil"]}
     needed |= {slots[name][key] for name in needed & set(slots) for key in set(slots[name]) & LEADING}
@@ -222,17 +255,37 @@ def _from_template(words: WordSets, prompts: Mapping[str, Any], index: int, rng:
         sets = _forms(slots[foil_of])
         foil = words[sets[(forms[foil_of] + 1) % len(sets)]][indices[foil_of]]
 
-    order = _swapped(slot_names(template), prompts.get("swap"), exchange=index // 2 % 2 == 1)
+    exchange = index // 2 % 2 == 1
+    order = _swapped(slot_names(template), prompts.get("swap"), exchange)
     text, spans = _fill(template, order, values)
     answer = values[prompts["answer"]]
     if answer == foil:
         raise ValueError(f"answer and foil are both {answer!r} after {text!r}")
-    for label, mention in prompts.get("labels", {}).items():
+    labels = prompts.get("labels", {})
+    for label, mention in labels.items():
         if mention not in spans:
             raise ValueError(f"label {label}: no mention {mention!r} in {template!r}")
         spans[label] = spans[mention]
     drawn_forms = {name: form for name, form in forms.items() if "forms" in slots[name]}
-    return Prompt(text, answer, foil, spans, template, drawn_forms)
+    unit = [base, *(["swapped"] if exchange and "swap" in prompts else []), *map(str, drawn_forms.values())]
+    unit += [values[_known_slot(name, values)] for name in prompts.get("clusters", [])]
+    made = Prompt(text, answer, foil, spans, template, drawn_forms, base, " | ".join(unit))
+    if "counterfactual" not in prompts:
+        return made
+    drawn = {
+        name: SlotDraw(values[name], [words[key] for key in _forms(slots[name])], indices[name], forms[name])
+        for name in indices
+    }
+    replaced = replacements(prompts["counterfactual"], spans, drawn, values.values(), own)
+    text, spans = _fill(template, order, values, replaced)
+    spans |= {label: spans[mention] for label, mention in labels.items()}
+    return replace(made, counterfactual=replace(made, text=text, spans=spans))
+
+
+def _known_slot(name: str, values: Mapping[str, str]) -> str:
+    if name not in values:
+        raise ValueError(f"clusters: no slot {name!r} in every template; slots: {sorted(values)}")
+    return name
 
 
 def _draw(
@@ -281,15 +334,18 @@ def _swapped(mentions: list[str], swap: Sequence[str] | None, exchange: bool) ->
     return order
 
 
-def _fill(template: str, order: Sequence[str], values: Mapping[str, str]) -> tuple[str, dict[str, Span]]:
-    """Fill slots in `order`; return the text, and the characters of every mention and of END."""
+def _fill(
+    template: str, order: Sequence[str], values: Mapping[str, str], replaced: Mapping[str, str] | None = None
+) -> tuple[str, dict[str, Span]]:
+    """Fill slots in `order`, or with what replaces a mention; return the text, and the spans of mentions and END."""
     literals = re.split(r"\{\w+\}", template)
     text, spans, seen = literals[0], {}, dict.fromkeys(order, 0)
     for name, literal in zip(order, literals[1:], strict=True):
         seen[name] += 1
         mention = name if seen[name] == 1 else f"{name}.{seen[name]}"
-        spans[mention] = (len(text), len(text) + len(values[name]))
-        text += values[name] + literal
+        word = (replaced or {}).get(mention, values[name])
+        spans[mention] = (len(text), len(text) + len(word))
+        text += word + literal
     text = text.rstrip()
     spans["END"] = _last_word(text)
     return text, spans
@@ -300,10 +356,20 @@ def _last_word(text: str) -> Span:
     return match.span()
 
 
-def _repeated(words: WordSets, repeated: Mapping[str, Any], rng: random.Random) -> Prompt:
+def _fresh_first_copy(prompts: Mapping[str, Any]) -> bool:
+    asked = prompts.get("counterfactual", FRESH_FIRST_COPY)
+    if asked != FRESH_FIRST_COPY:
+        raise ValueError(f"counterfactual: {asked!r}; allowed with repeated: {FRESH_FIRST_COPY}")
+    return "counterfactual" in prompts
+
+
+def _repeated(
+    words: WordSets, repeated: Mapping[str, Any], rng: random.Random, own: random.Random | None = None
+) -> Prompt:
     """Return a random sequence and the start of its second copy, which ends on the word labelled END.
 
-    PREVIOUS marks END's word in the first copy, SOURCE the word after it: the answer.
+    PREVIOUS marks END's word in the first copy, SOURCE the word after it: the answer. With `own` it has a
+    counterfactual, whose first copy is of other words. Clusters are the words at END.
     """
     _refuse_unknown(repeated, {"words", "lengths"})
     length = rng.choice(list(repeated["lengths"]))
@@ -312,12 +378,25 @@ def _repeated(words: WordSets, repeated: Mapping[str, Any], rng: random.Random) 
         raise ValueError(f"a sequence of {length} different words needs more than the {len(pool)} given")
     sequence = rng.sample(pool, length)
     kept = rng.randrange(1, length)
-    foil = rng.choice([word for word in sequence if word not in (sequence[kept - 1], sequence[kept])])
-    tokens = sequence + sequence[:kept]
-    starts = [sum(len(word) + 1 for word in tokens[:i]) for i in range(len(tokens))]
-    places = {"PREVIOUS": kept - 1, "SOURCE": kept, "END": length + kept - 1}
-    spans = {label: (starts[i], starts[i] + len(tokens[i])) for label, i in places.items()}
-    return Prompt(" ".join(tokens), sequence[kept], foil, spans, f"repeated {length} cut {kept}", {})
+    answer = sequence[kept]
+    foil = rng.choice([word for word in sequence if word not in (sequence[kept - 1], answer)])
+
+    def laid_out(tokens: list[str]) -> tuple[str, dict[str, Span]]:
+        starts = [sum(len(word) + 1 for word in tokens[:i]) for i in range(len(tokens))]
+        places = {"PREVIOUS": kept - 1, "SOURCE": kept, "END": length + kept - 1}
+        spans = {label: (starts[i], starts[i] + len(tokens[i])) for label, i in places.items()}
+        return " ".join(tokens), spans
+
+    group = f"repeated {length} cut {kept}"
+    text, spans = laid_out(sequence + sequence[:kept])
+    made = Prompt(text, answer, foil, spans, group, {}, "repeated", sequence[kept - 1])
+    if own is None:
+        return made
+    others = [word for word in pool if word not in sequence]
+    if len(others) < length:
+        raise ValueError(f"counterfactual: a first copy of {length} other words needs more than the {len(pool)} given")
+    text, spans = laid_out(own.sample(others, length) + sequence[:kept])
+    return replace(made, counterfactual=replace(made, text=text, spans=spans))
 
 
 def known_words(words: WordSets, prompts: Mapping[str, Any], known: Callable[[str], bool]) -> dict[str, list[str]]:
@@ -329,3 +408,12 @@ def known_words(words: WordSets, prompts: Mapping[str, Any], known: Callable[[st
         for column, name in enumerate(sets):
             kept[name] = [row[column] for row in rows]
     return kept
+
+
+def word_sets_of(prompts: Mapping[str, Any]) -> list[str]:
+    """Return the word sets of answers, foils and the words that a counterfactual replaces."""
+    if "repeated" in prompts:
+        return [prompts["repeated"]["words"]]
+    foil = prompts["foil"]["other_form_of"] if isinstance(prompts["foil"], Mapping) else prompts["foil"]
+    names = [prompts["answer"], foil, *(mention.partition(".")[0] for mention in prompts.get("counterfactual", {}))]
+    return list(dict.fromkeys(name for slot in names for name in _forms(prompts["slots"][slot])))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from ovqk.checkpoints.checkpoint import Checkpoint
@@ -167,7 +167,7 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
             f"{label}: the directory holds no tokenizer files (tokenizer.json, or vocab.json and merges.txt), and "
             f"task={task.name} needs them to find its words. Add them, or use task=none."
         )
-    lookup = _Lookup(tokenizer, n_tokens)
+    lookup = WordLookup(tokenizer, n_tokens)
     kept: dict[str, int] = {}
     reasons: dict[str, dict[str, str]] = {}
     notes: list[str] = []
@@ -201,7 +201,7 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
 
 def readable_tasks(tasks: Iterable[TaskConfig], tokenizer: Tokenizer) -> list[str]:
     """Return the names of the tasks of which this tokenizer keeps enough words, in the order given."""
-    lookup = _Lookup(tokenizer, tokenizer.get_vocab_size())
+    lookup = WordLookup(tokenizer, tokenizer.get_vocab_size())
 
     def keeps_enough(task: TaskConfig) -> bool:
         for name, variable in task.variables.items():
@@ -259,7 +259,7 @@ def _check_sets(task: TaskConfig, variable: str, sets: list[str]) -> None:
         )
 
 
-class _Lookup:
+class WordLookup:
     """Words as single tokens: with the leading space if the tokenizer marks it, or continuing a text without."""
 
     def __init__(self, tokenizer: Tokenizer, n_tokens: int) -> None:
@@ -281,8 +281,22 @@ class _Lookup:
             return ids[0]
         return None
 
+    def encode(self, text: str) -> Encoding:
+        """Return a text's tokens and their characters, without any special token before it."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def holds_unknown(self, ids: Iterable[int]) -> bool:
+        """Whether one of the tokens is the one for what the tokenizer does not know."""
+        return self.unknown is not None and self.tokenizer.token_to_id(self.unknown) in ids
+
+    def next_token(self, text: str, word: str, continues: bool = False) -> int | None:
+        """Return the one token that the word adds to a text; None if it adds several, or changes those before it."""
+        before, after = self._ids(text), self._ids(f"{text}{'' if continues else ' '}{word}")
+        added = after[len(before) :]
+        return added[0] if after[: len(before)] == before and len(added) == 1 else None
+
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode(text).ids
 
     def _continuing(self, text: str) -> list[int]:
         """Return the ids of a text after a new line, which takes the space that some tokenizers put in front."""

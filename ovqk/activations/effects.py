@@ -1,0 +1,186 @@
+"""What is lost if a head puts out what it does on the counterfactual prompt (definitions: section 9)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ovqk.activations.batches import Prompts
+from ovqk.activations.forward import Look, Replacement, RunningModel
+from ovqk.activations.quantities import Observed, Steps
+from ovqk.tasks.claims import Head
+
+MOST_ROWS, MOST_TOKENS = 1024, 6144
+"""Prompts times replacements that run together, and their tokens."""
+REPLACED, MEAN, RESTORED = range(3)
+LEAST_CHANGE = 1e-3
+"""Change from replacing a head by itself, as a share of the mean logit difference, that is no longer rounding."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A replacement: a head at a label, possibly together with others.
+
+    Attributes:
+        others: heads that are replaced with it, at the same label.
+        head: None for the others alone.
+    """
+
+    head: Head | None
+    query: str
+    others: tuple[Head, ...] = ()
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """All heads that are replaced."""
+        return self.others if self.head is None else tuple(dict.fromkeys((*self.others, self.head)))
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Logit differences, and receivers' attention, with a replacement; nan where its label has no place.
+
+    Attributes:
+        difference: the output is the one on the prompt's own counterfactual.
+        mean_difference: it is the counterfactuals' mean over the prompt's cluster.
+        restored: the counterfactual prompt, with the head's output on the clean one.
+        look, mean_look: (query, source, control) -> attention of all heads, likewise.
+    """
+
+    difference: Float[Tensor, " prompt"]
+    mean_difference: Float[Tensor, " prompt"]
+    restored: Float[Tensor, " prompt"]
+    look: Mapping[tuple[str, str, str], Float[Tensor, "prompt layer head"]]
+    mean_look: Mapping[tuple[str, str, str], Float[Tensor, "prompt layer head"]]
+
+
+def measure_effects(
+    running: RunningModel,
+    prompts: Prompts,
+    observed: Observed,
+    patches: Sequence[Patch],
+    looks: Sequence[tuple[str, str, str]],
+    steps: Steps,
+    kinds: Sequence[int] = (REPLACED, MEAN),
+) -> dict[Patch, Effects]:
+    """Run every replacement on every prompt.
+
+    Args:
+        running: the model that runs.
+        prompts: the prompts.
+        observed: the runs over them, whose outputs are the replacements.
+        patches: the replacements.
+        looks: receivers' attentions to be read.
+        steps: counts off the batches.
+        kinds: which of REPLACED, MEAN and RESTORED; the others are nan.
+    """
+    means = _cluster_means(prompts, observed, {patch.query for patch in patches})
+    n_layers, n_heads = running.n_layers, running.n_heads
+    total = len(observed.difference)
+    nan = float("nan")
+    numbers = torch.full((len(patches), 3, total), nan)
+    seen = torch.full((len(patches), 2, len(looks), total, n_layers, n_heads), nan)
+    start = 0
+    for number in steps(len(prompts.batches), "replacements in batch") if patches else ():
+        batch, outputs = prompts.batches[number], observed.outputs[number]
+        rows = slice(start, start + len(batch))
+        start += len(batch)
+        places = [(index, patch, batch.position(patch.query)) for index, patch in enumerate(patches)]
+        here = [(index, patch, place) for index, patch, place in places if place is not None]
+        if not here:
+            continue
+        found = [tuple(map(batch.position, look)) for look in looks]
+        read = {k: Look(*places) for k, places in enumerate(found) if None not in places}  # type: ignore[arg-type]
+        contrast = batch.answers, batch.foils
+        clean = running.base(batch.tokens)
+        other = running.base(batch.counterfactual) if RESTORED in kinds else None
+        clean_kinds = tuple(kind for kind in kinds if kind != RESTORED)
+        for query in sorted({patch.query for _, patch, _ in here}):
+            some = sorted(
+                ((i, patch) for i, patch, _ in here if patch.query == query), key=lambda pair: min(pair[1].heads)
+            )
+            place = next(place for _, patch, place in here if patch.query == query)
+            rest = batch.tokens.shape[1] - int(place.min())
+            from_of = {
+                REPLACED: outputs[query][1],
+                MEAN: means[query][:, batch.clusters],
+                RESTORED: outputs[query][0],
+            }
+            for base, wanted in ((clean, clean_kinds), (other, tuple(kind for kind in kinds if kind == RESTORED))):
+                if base is None or not wanted:
+                    continue
+                rows_each = len(batch) * len(wanted)
+                at_once = max(1, min(MOST_ROWS, MOST_TOKENS // rest) // rows_each)
+                for first in range(0, len(some), at_once):
+                    part = [(index, patch, kind) for index, patch in some[first : first + at_once] for kind in wanted]
+                    replacements = [
+                        [Replacement(layer, head, from_of[kind][layer, :, head]) for layer, head in patch.heads]
+                        for _, patch, kind in part
+                    ]
+                    result = running.patched(
+                        base, place, replacements, contrast, list(read.values()) if base is clean else ()
+                    )
+                    for row, (index, _, kind) in enumerate(part):
+                        numbers[index, kind, rows] = result.difference[row]
+                        for shown, k in enumerate(read if base is clean else ()):
+                            look = result.looks[row, shown].permute(2, 0, 1)
+                            seen[index, kind, k, rows] = torch.where(
+                                look.isnan(), observed.looks[looks[k]][0][rows], look
+                            )
+    return {
+        patch: Effects(
+            *numbers[index],
+            look={look: seen[index, 0, k] for k, look in enumerate(looks)},
+            mean_look={look: seen[index, 1, k] for k, look in enumerate(looks)},
+        )
+        for index, patch in enumerate(patches)
+    }
+
+
+def _cluster_means(
+    prompts: Prompts, observed: Observed, queries: set[str]
+) -> dict[str, Float[Tensor, "layer cluster head d_head"]]:
+    """Return query -> the mean output over each cluster's counterfactuals at that label."""
+    found = {}
+    for query in queries:
+        sums, counts = None, torch.zeros(len(prompts.clusters))
+        for batch, outputs in zip(prompts.batches, observed.outputs, strict=True):
+            if query not in outputs:
+                continue
+            z = outputs[query][1]
+            if sums is None:
+                sums = torch.zeros(z.shape[0], len(prompts.clusters), *z.shape[2:])
+            sums.index_add_(1, batch.clusters, z)
+            counts += torch.bincount(batch.clusters, minlength=len(counts))
+        if sums is not None:
+            found[query] = sums / counts.clamp_min(1)[None, :, None, None]
+    return found
+
+
+def check_replacing(running: RunningModel, prompts: Prompts, observed: Observed) -> float:
+    """Replace heads by what they are, at every label, and return the largest change as a share of the mean difference.
+
+    If runs that begin at the label change anything, `running` begins at the first position from now on.
+    """
+    batch, outputs = prompts.batches[0], observed.outputs[0]
+    base = running.base(batch.tokens)
+    scale = float(observed.difference.abs().mean()) or 1.0
+    found = 0.0
+    for _ in range(2):
+        found = 0.0
+        for query, (z, _) in outputs.items():
+            place = batch.position(query)
+            if place is None:
+                continue
+            same = [
+                [Replacement(layer, 0, z[layer, :, 0])] for layer in (0, running.n_layers // 2, running.n_layers - 1)
+            ]
+            result = running.patched(base, place, same, (batch.answers, batch.foils))
+            change = (result.difference - observed.difference[: len(batch)]).abs().max()
+            found = max(found, float(change) / scale)
+        if found <= LEAST_CHANGE or running.whole:
+            break
+        running.whole = True
+    return found

@@ -1,0 +1,353 @@
+"""Running a model: what its heads look at and put out on a batch of prompts, and what changes if one is replaced.
+
+The model is transformers' own, seen through TransformerLens's TransformerBridge, whose hook points have one name in all
+architectures. A replacement at layer l and position p leaves all that comes before as it was: the run begins at layer l
+with the residual stream of the run it changes, and at position p with that run's keys and values.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
+from ovqk.config.schema import ModelConfig
+from ovqk.errors import UserError, first_line
+from ovqk.weights.bridge_loading import boot_bridge, find_architecture, load_model, quiet
+
+
+class Places(NamedTuple):
+    """The positions of a batch at which a run is kept, one for each prompt.
+
+    Attributes:
+        queries: where heads' patterns and outputs are kept.
+        sources: where values are kept.
+    """
+
+    queries: Int[Tensor, "query prompt"]
+    sources: Int[Tensor, "source prompt"]
+
+
+class Look(NamedTuple):
+    """An attention that a patched run reads: from a query to a source, minus that to a control; positions."""
+
+    query: Int[Tensor, " prompt"]
+    source: Int[Tensor, " prompt"]
+    control: Int[Tensor, " prompt"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward pass over a batch.
+
+    Attributes:
+        logits: at END.
+        final: the residual stream at END, before the final norm.
+        patterns: attention probabilities of the kept queries.
+        outputs: z of each query head at the kept queries, before the output projection.
+        values: of each KV head at the kept sources, with their bias.
+        attention_out: what attention puts out at END, before any norm behind it.
+        gradients: of the logit difference's sum with respect to `outputs`; None unless asked for.
+    """
+
+    logits: Float[Tensor, "prompt vocabulary"]
+    final: Float[Tensor, "prompt d_model"]
+    patterns: Float[Tensor, "layer prompt head query key"]
+    outputs: Float[Tensor, "layer prompt query head d_head"]
+    values: Float[Tensor, "layer prompt source kv_head d_head"]
+    attention_out: Float[Tensor, "layer prompt d_model"]
+    gradients: Float[Tensor, "layer prompt query head d_head"] | None = None
+
+
+@dataclass(frozen=True)
+class Base:
+    """A run that others change: its tokens, the residual stream before each layer, and its keys and values."""
+
+    tokens: Int[Tensor, "prompt position"]
+    residuals: list[Float[Tensor, "prompt position d_model"]]
+    cached: list[tuple[Tensor, Tensor]]
+
+
+class Replacement(NamedTuple):
+    """What a head puts out instead, for each prompt."""
+
+    layer: int
+    head: int
+    output: Float[Tensor, "prompt d_head"]
+
+
+class Patched(NamedTuple):
+    """What patched runs show, for each run and prompt.
+
+    Attributes:
+        difference: the logit of the answer minus that of the foil.
+        looks: the attention of all heads for each `Look`; nan where the run left it as it was.
+    """
+
+    difference: Float[Tensor, "replacement prompt"]
+    looks: Float[Tensor, "replacement look layer head prompt"]
+
+
+class RunningModel:
+    """A language model that runs prompts.
+
+    Attributes:
+        n_layers, n_heads: its sizes.
+        whole: whether patched runs begin at the first position, for an architecture that keys and values of an earlier
+            run do not serve.
+    """
+
+    def __init__(self, bridge: Any, device: torch.device) -> None:
+        """Take TransformerLens's view of a model that is loaded."""
+        self.bridge, self.device = bridge, device
+        self.model = bridge.original_model.to(device).requires_grad_(requires_grad=False).eval()
+        self.n_layers, self.n_heads = int(bridge.cfg.n_layers), int(bridge.cfg.n_heads)
+        self.whole = False
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, config: ModelConfig, device: torch.device) -> "RunningModel":
+        """Load a checkpoint's model in float32.
+
+        Raises:
+            UserError: transformers or TransformerLens cannot, or tensors are missing.
+        """
+        if not checkpoint.config:
+            raise UserError(f"{checkpoint.label}: a file of TransformerLens names does not tell how the model runs.")
+        with quiet(), torch.no_grad():
+            architecture = find_architecture(checkpoint)
+            model = (
+                load_model(checkpoint, architecture, config.trust_remote_code)
+                if checkpoint.metadata is None
+                else _from_tensors(checkpoint)
+            )
+            return cls(boot_bridge(checkpoint, model, architecture, config.trust_remote_code), device)
+
+    # --- whole runs ------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        tokens: Int[Tensor, "prompt position"],
+        places: Places,
+        contrast: tuple[Int[Tensor, " prompt"], Int[Tensor, " prompt"]] | None = None,
+    ) -> Run:
+        """Run prompts from the start, and keep what heads do at some places.
+
+        Args:
+            tokens: the prompts.
+            places: where they are kept.
+            contrast: the tokens of answers and foils; with them gradients of their logit difference are taken.
+        """
+        kept: dict[str, list[Tensor]] = {"pattern": [], "z": [], "v": [], "out": [], "final": []}
+        queries, sources = (each.T.to(self.device) for each in places)
+        every = torch.arange(len(tokens), device=self.device)[:, None]
+
+        def keep(value: Tensor, hook: Any, part: str) -> Tensor | None:
+            if part == "z":
+                if contrast is not None and not value.requires_grad:
+                    value = value.detach().requires_grad_()
+                kept[part].append(value if contrast is not None else value[every, queries])
+                return value
+            if part == "pattern":
+                found = value.transpose(1, 2)[every, queries].transpose(1, 2)
+            else:
+                found = value[every, sources] if part == "v" else value[:, -1]
+            kept[part].append(found.detach())
+            return None
+
+        names = [
+            (f"blocks.{layer}.attn.hook_{part}", partial(keep, part=part))
+            for layer in range(self.n_layers)
+            for part in ("pattern", "z", "v", "out")
+        ]
+        with (
+            torch.set_grad_enabled(contrast is not None),
+            self._hooked([*names, ("ln_final.hook_in", partial(keep, part="final"))]),
+        ):
+            logits = self._forward(input_ids=tokens.to(self.device), use_cache=False)
+            gradients = None
+            if contrast is not None:
+                answers, foils = (ids.to(self.device)[:, None] for ids in contrast)
+                difference = logits.gather(1, answers) - logits.gather(1, foils)
+                found = torch.autograd.grad(difference.sum(), kept["z"])
+                gradients = torch.stack([gradient[every, queries] for gradient in found]).cpu()
+                kept["z"] = [value[every, queries].detach() for value in kept["z"]]
+        return Run(
+            logits=logits.detach().cpu(),
+            final=kept["final"][0].cpu(),
+            patterns=torch.stack(kept["pattern"]).cpu(),
+            outputs=torch.stack(kept["z"]).cpu(),
+            values=torch.stack(kept["v"]).cpu(),
+            attention_out=torch.stack(kept["out"]).cpu(),
+            gradients=gradients,
+        )
+
+    # --- replacements ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def base(self, tokens: Int[Tensor, "prompt position"]) -> Base:
+        """Run prompts and keep what patched runs begin with."""
+        residuals: list[Tensor] = []
+        names = [(f"blocks.{layer}.hook_in", partial(_append, to=residuals)) for layer in range(self.n_layers)]
+        with self._hooked(names):
+            output = self.model(
+                input_ids=tokens.to(self.device), use_cache=True, logits_to_keep=1, past_key_values=_empty_cache()
+            )
+        cached = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return Base(tokens.to(self.device), residuals, cached)
+
+    @torch.no_grad()
+    def patched(
+        self,
+        base: Base,
+        at: Int[Tensor, " prompt"],
+        replacements: Sequence[Sequence[Replacement]],
+        contrast: tuple[Int[Tensor, " prompt"], Int[Tensor, " prompt"]],
+        looks: Sequence[Look] = (),
+    ) -> Patched:
+        """Run prompts with the outputs of some heads replaced at one position.
+
+        Args:
+            base: the run that is changed.
+            at: the position in each prompt.
+            replacements: the changed runs, each with the heads that are replaced in it.
+            contrast: the tokens of answers and foils.
+            looks: attentions to be read.
+        """
+        n, first = len(replacements), 0 if self.whole else int(at.min())
+        start = min(each.layer for together in replacements for each in together)
+        prompts = len(base.tokens)
+        every = torch.arange(prompts)
+        shown = torch.full((n, len(looks), self.n_layers, self.n_heads, prompts), math.nan)
+
+        def replace(value: Tensor, hook: Any, layer: int) -> Tensor:
+            value = value.clone()
+            for index, together in enumerate(replacements):
+                for each in together:
+                    if each.layer == layer:
+                        value[every + index * prompts, at - first, each.head] = each.output.to(value)
+            return value
+
+        def look(value: Tensor, hook: Any, layer: int) -> None:
+            for number, (query, source, control) in enumerate(looks):
+                if query.min() >= first:
+                    rows = value.view(n, prompts, *value.shape[1:])[
+                        :, every, :, query - first
+                    ]  # [prompt, n, head, key]
+                    found = rows[every, :, :, source] - rows[every, :, :, control]
+                    shown[:, number, layer] = found.permute(1, 2, 0).cpu()
+
+        layers = sorted({each.layer for together in replacements for each in together})
+        names: list[tuple[str, Callable[..., Any]]] = [
+            (f"blocks.{layer}.attn.hook_z", partial(replace, layer=layer)) for layer in layers
+        ]
+        if looks:
+            later = range(start, self.n_layers)
+            names += [(f"blocks.{layer}.attn.hook_pattern", partial(look, layer=layer)) for layer in later]
+        with self._hooked(names), self._beginning_at(start, base.residuals[start][:, first:].repeat(n, 1, 1)):
+            logits = self._forward(
+                input_ids=base.tokens[:, first:].repeat(n, 1),
+                use_cache=True,
+                past_key_values=_prefix(base, first, n),
+            )
+        answers, foils = (ids.to(self.device).repeat(n)[:, None] for ids in contrast)
+        difference = (logits.gather(1, answers) - logits.gather(1, foils)).view(n, prompts)
+        return Patched(difference.cpu(), shown)
+
+    @contextmanager
+    def _beginning_at(self, layer: int, residual: Float[Tensor, "prompt position d_model"]) -> Iterator[None]:
+        """Skip the layers before one, which is given the residual stream instead of what they would make of it."""
+        blocks = [self.bridge.blocks[index].original_component for index in range(layer)]
+        for block in blocks:
+            block.forward = lambda *_, **__: residual
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    # --- the model itself ------------------------------------------------------------------------------------
+
+    def _forward(self, **inputs: Any) -> Float[Tensor, "prompt vocabulary"]:
+        """Return the logits at the last position."""
+        try:
+            return self.model(logits_to_keep=1, **inputs).logits[:, -1].float()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise UserError(
+                f"activations.batch: out of memory with {len(inputs['input_ids'])} rows of "
+                f"{inputs['input_ids'].shape[1]} tokens; choose a smaller batch."
+            ) from error
+
+    @contextmanager
+    def _hooked(self, names: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self.bridge.hooks(fwd_hooks=list(names)))
+            yield
+
+
+def _append(value: Tensor, hook: Any, to: list[Tensor]) -> None:
+    to.append(value.detach())
+
+
+def _empty_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def _prefix(base: Base, first: int, n: int) -> Any:
+    """Return a cache of the keys and values before a position, for n changed runs; what is new is not kept."""
+    from transformers import DynamicCache
+
+    class Prefix(DynamicCache):  # type: ignore[misc]
+        def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            before = (part[:, :, :first].repeat(n, 1, 1, 1) for part in base.cached[layer_idx])
+            joined = [torch.cat(pair, 2) for pair in zip(before, (keys, values), strict=True)]
+            return joined[0], joined[1]
+
+        def get_seq_length(self, *_: Any, **__: Any) -> int:
+            return first
+
+        def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
+            return first + query_length, 0
+
+    return Prefix()
+
+
+def _from_tensors(checkpoint: Checkpoint) -> Any:
+    """Return the model of a GGUF file, from its tensors under the names that transformers gives them.
+
+    Raises:
+        UserError: transformers does not know it, or tensors are missing.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    label = checkpoint.label
+    try:
+        config = AutoConfig.for_model(**checkpoint.config)
+        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict={name: checkpoint.tensor(name) for name in checkpoint.shapes},
+            output_loading_info=True,
+            dtype=torch.float32,
+            attn_implementation="eager",
+        )
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(
+            f"{label}: transformers cannot run it ({first_line(error) or type(error).__name__})."
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise checkpoint.missing(missing[0], len(missing))
+    for name, parameter in model.named_parameters():
+        check_finite(label, name, parameter.detach())
+    return model.eval()

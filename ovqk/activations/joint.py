@@ -1,0 +1,151 @@
+"""What heads' weights say beside what they do on prompts, and how well the one ranks the other."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ovqk.activations.judge import LINKED, Judged
+from ovqk.config.schema import RoleActivationsConfig, TaskConfig
+from ovqk.metrics import METRICS
+
+READINGS = (
+    "does what its weights say",
+    "does, weights agree, unlinked",
+    "could, does not",
+    "does, not by the direct path",
+    "neither",
+    "undecided",
+)
+BOOTSTRAPS = 1000
+
+
+def joint_table(
+    judged: Judged, verdicts: pd.DataFrame | None, heads: pd.DataFrame, task: TaskConfig, seed: int
+) -> pd.DataFrame:
+    """Return joint.parquet: a row for each claimed or measured head, and one for each role over all heads.
+
+    Args:
+        judged: what heads do.
+        verdicts: of the weights, if heads were claimed.
+        heads: the weights' metrics.
+        task: the task.
+        seed: of bootstraps.
+    """
+    rows = []
+    for subject in judged.roles.to_dict("records"):
+        role, place = subject["role"], (int(subject["layer"]), int(subject["head"]))
+        weights = _weights(verdicts, role, place)
+        link = subject.get("write_link", math.nan)
+        rows.append(
+            {
+                "kind": "head", "role": role, "layer": place[0], "head": place[1],
+                "claimed": subject["claimed"], "measured": subject["measured"],
+                "weights": weights.get("verdict"), "primary": weights.get("primary"), "value": weights.get("value"),
+                "percentile": weights.get("percentile"), "activations": subject["verdict"],
+                **{name: subject.get(name, math.nan) for name in ("attention", "write", "effect")},
+                "write_link": link,
+                "reading": reading(weights.get("verdict"), subject["verdict"], link),
+            }
+        )  # fmt: skip
+    rows += _role_rows(judged, heads, task, seed)
+    return pd.DataFrame(rows)
+
+
+def reading(weights: str | None, activations: str, link: float) -> str:
+    """Return how a verdict of the weights and one of activations read together."""
+    does, could = activations == "realised", weights == "corroborated"
+    if does and could:
+        return READINGS[0] if math.isnan(link) or link >= LINKED else READINGS[1]
+    if could and activations in ("not_realised", "opposite"):
+        return READINGS[2]
+    if does and weights in ("unsupported", "contradicted"):
+        return READINGS[3]
+    if weights in ("unsupported", "contradicted") and activations in ("not_realised", "opposite"):
+        return READINGS[4]
+    return READINGS[5]
+
+
+def _weights(verdicts: pd.DataFrame | None, role: str, place: tuple[int, int]) -> Mapping[str, object]:
+    if verdicts is None:
+        return {}
+    found = verdicts[(verdicts["role"] == role) & (verdicts["layer"] == place[0]) & (verdicts["head"] == place[1])]
+    return found.iloc[0].to_dict() if len(found) else {}
+
+
+def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int) -> list[dict[str, object]]:
+    """Return for each role how its primary weight metric ranks all heads, against what they do on prompts."""
+    rows = []
+    for role, config in task.roles.items():
+        predictions = [p for p in config.predictions if METRICS[p.metric].of != "pair"]
+        if config.activations is None or not predictions:
+            continue
+        primary = predictions[0]
+        names = [
+            primary.first_layer if layer == 0 and primary.first_layer else primary.metric for layer in heads["layer"]
+        ]
+        if not set(names) <= set(heads):
+            continue
+        sign = 1 if primary.direction.value == "high" else -1
+        metric = sign * np.array([heads[name].iloc[row] for row, name in enumerate(names)], dtype=np.float64)
+        done, other = (_continuous(judged, role, half, config.activations) for half in ("testing", "choosing"))
+        has = np.array(
+            [
+                (layer, head) in judged.measured.get(role, [])
+                for layer, head in zip(heads["layer"], heads["head"], strict=True)
+            ]
+        )
+        low, high = _interval(metric, has, seed)
+        rows.append(
+            {
+                "kind": "role", "role": role, "layer": None, "head": None, "claimed": None, "measured": None,
+                "primary": primary.metric, "n_measured": int(has.sum()), "n_heads": len(heads),
+                "auc": _auc(metric, has), "auc_low": low, "auc_high": high,
+                "spearman": _spearman(metric, done), "split_half": _spearman(done, other),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _continuous(judged: Judged, role: str, half: str, config: RoleActivationsConfig) -> NDArray[np.float64]:
+    """Return the role's first deciding quantity that every head has: write in its sign, else attention over control."""
+    rows = judged.activations[(judged.activations["role"] == role) & (judged.activations["half"] == half)]
+    if "write" in config.decides and config.write is not None:
+        return config.write.sign * rows["write"].to_numpy(dtype=np.float64)
+    if config.attention is not None:
+        return (rows["attention"] - rows["attention_control"]).to_numpy(dtype=np.float64)
+    return rows["effect_first_order"].to_numpy(dtype=np.float64)
+
+
+def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    whole = np.isfinite(a) & np.isfinite(b)
+    if whole.sum() < 3:
+        return math.nan
+    ranks = [pd.Series(values[whole]).rank() for values in (a, b)]
+    return float(ranks[0].corr(ranks[1]))
+
+
+def _auc(metric: NDArray[np.float64], has: NDArray[np.bool_]) -> float:
+    """Return P(a head with the role has more of the metric than one without), ties half; nan without either."""
+    whole = np.isfinite(metric)
+    inside, outside = metric[has & whole], metric[~has & whole]
+    if not len(inside) or not len(outside):
+        return math.nan
+    difference = inside[:, None] - outside[None, :]
+    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+def _interval(metric: NDArray[np.float64], has: NDArray[np.bool_], seed: int) -> tuple[float, float]:
+    """Return the 95 % interval of the AUC over resampled heads, with and without the role apart."""
+    inside, outside = np.flatnonzero(has), np.flatnonzero(~has)
+    if len(inside) < 2:
+        return math.nan, math.nan
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(BOOTSTRAPS):
+        rows = np.concatenate([generator.choice(group, len(group)) for group in (inside, outside)])
+        found.append(_auc(metric[rows], has[rows]))
+    low, high = np.quantile(found, (0.025, 0.975))
+    return float(low), float(high)

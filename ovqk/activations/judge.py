@@ -1,0 +1,183 @@
+"""Verdicts on what heads do on prompts: tables of quantities and of roles (definitions: section 9).
+
+The first line that matches wins:
+
+    out_of_scope   the role says nothing of activations
+    untestable     the model does not do the task, or the quantities have no value or too few clusters
+    sensitive      the effect's sign or significance depends on what replaces the head's output
+    realised       every deciding quantity is significant, of the predicted sign, large enough, and beyond the peers'
+    partial        some are
+    opposite       none is, and one is significant the other way
+    not_realised   none of these
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from ovqk.activations.links import WriteLinks
+from ovqk.activations.measure import chosen_heads
+from ovqk.activations.roles import Measured
+from ovqk.tasks.claims import Head
+from ovqk.verdicts.statistics import ALPHA, benjamini_hochberg
+
+LEAST_ACCURACY = 0.8
+"""Share of the testing half's prompts whose answer must beat the foil."""
+LINKED = 0.5
+"""R^2 from which a head's write counts as the one that its weights account for."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model's roles on prompts.
+
+    Attributes:
+        activations: a row for each role, half and head.
+        roles: a row for each role and head that is claimed or measured.
+        measured: role -> heads that have it by measurement: chosen on one half and confirmed on the other.
+        gate: why nothing can be tested; empty if it can.
+    """
+
+    activations: pd.DataFrame
+    roles: pd.DataFrame
+    measured: dict[str, list[Head]]
+    gate: str
+
+
+def gate(measured: Measured) -> str:
+    """Return why a model's activations are not tested: it does not do the task; empty if it does."""
+    accuracy, difference = measured.accuracy("testing")
+    if accuracy >= LEAST_ACCURACY and difference > 0:
+        return ""
+    return f"the model does not do the task (accuracy {accuracy:.0%}, mean logit difference {difference:.2f})"
+
+
+def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]], links: WriteLinks | None) -> Judged:
+    """Test claimed and chosen heads on the testing half.
+
+    Args:
+        measured: what was measured.
+        claimed: role -> claimed heads; roles that say nothing of activations too.
+        links: of writes, if there are any.
+    """
+    why_not = gate(measured)
+    tables: list[pd.DataFrame] = []
+    subjects: list[dict[str, Any]] = []
+    for role in measured.roles:
+        choosing, testing = measured.rows(role, "choosing"), measured.rows(role, "testing")
+        if links is not None and role in links.shares:
+            testing["write_link"] = links.shares[role].double().flatten().numpy()
+            testing["write_link_slope"] = links.slopes[role].double().flatten().numpy()
+        tables += [choosing, testing]
+        chosen = chosen_heads(measured, role) if not why_not else ()
+        for head in dict.fromkeys((*claimed.get(role, ()), *chosen)):
+            row = testing[(testing["layer"] == head[0]) & (testing["head"] == head[1])].iloc[0].to_dict()
+            subjects.append(row | {"claimed": head in claimed.get(role, ()), "chosen": head in chosen})
+    _correct(measured, subjects)
+    by_role = {role: [s for s in subjects if s["role"] == role] for role in measured.roles}
+    found: dict[str, list[Head]] = {}
+    for role, of_role in by_role.items():
+        testing = next(
+            table for table in tables if table["role"].iloc[0] == role and table["half"].iloc[0] == "testing"
+        )
+        heads = {(int(s["layer"]), int(s["head"])) for s in of_role}
+        for subject in of_role:
+            subject |= _verdict(measured, role, subject, _peers(measured, role, testing, subject, heads), why_not)
+        found[role] = [
+            (int(s["layer"]), int(s["head"]))
+            for s in of_role
+            if s["chosen"] and s["verdict"] in ("realised", "sensitive")
+        ]
+        for subject in of_role:
+            subject["measured"] = (int(subject["layer"]), int(subject["head"])) in found[role]
+    for role in claimed:
+        if role not in measured.roles:
+            nothing = {"verdict": "out_of_scope", "reason": "the role says nothing of activations"}
+            subjects += [
+                {"role": role, "layer": layer, "head": head, "claimed": True, "chosen": False, "measured": False}
+                | nothing
+                for layer, head in claimed[role]
+            ]
+    roles = pd.DataFrame(subjects).drop(columns=["half"], errors="ignore")
+    front = ["role", "layer", "head", "claimed", "measured", "verdict", "reason", "held", "against"]
+    if len(roles):
+        roles = roles.reindex(columns=[*front, *(name for name in roles if name not in front)])
+    return Judged(pd.concat(tables, ignore_index=True), roles, found if not why_not else {}, why_not)
+
+
+def _correct(measured: Measured, subjects: list[dict[str, Any]]) -> None:
+    """Add q, of all deciding quantities of all claimed and chosen heads together."""
+    places = [
+        (subject, quantity, opposite)
+        for opposite in ("", "_opposite")
+        for subject in subjects
+        for quantity in measured.roles[subject["role"]].decides
+        if not math.isnan(subject.get(f"{quantity}_p{opposite}", math.nan))
+    ]
+    for opposite in ("", "_opposite"):
+        family = [(subject, quantity) for subject, quantity, which in places if which == opposite]
+        corrected = benjamini_hochberg([s[f"{quantity}_p{opposite}"] for s, quantity in family]) if family else []
+        for (subject, quantity), q in zip(family, corrected, strict=True):
+            subject[f"{quantity}_q{opposite}"] = q
+
+
+def _peers(
+    measured: Measured, role: str, testing: pd.DataFrame, subject: Mapping[str, Any], heads: Collection[Head]
+) -> dict[str, float]:
+    """Return for each deciding quantity the share of the layer's other heads, none of the role, that it exceeds.
+
+    Of effects only heads that were replaced can be compared; nan without any other head.
+    """
+    config, found = measured.roles[role], {}
+    signs = {
+        "attention": 1,
+        "write": config.write.sign if config.write else 1,
+        "effect": config.effect.sign if config.effect else 1,
+    }
+    layer = testing[testing["layer"] == subject["layer"]]
+    others = layer[
+        [(int(index), int(head)) not in heads for index, head in zip(layer["layer"], layer["head"], strict=True)]
+    ]
+    for quantity in config.decides:
+        values = signs[quantity] * others[quantity].dropna().to_numpy()
+        own = signs[quantity] * subject[quantity]
+        found[quantity] = float((values < own).mean()) if len(values) else math.nan
+    return found
+
+
+def _verdict(
+    measured: Measured, role: str, subject: Mapping[str, Any], peers: Mapping[str, float], why_not: str
+) -> dict[str, Any]:
+    """Return a head's verdict, what it was decided by, and why."""
+    config = measured.roles[role]
+    told: dict[str, Any] = {f"{quantity}_peers": share for quantity, share in peers.items()}
+    if why_not:
+        return told | {"verdict": "untestable", "reason": why_not, "held": "", "against": ""}
+    valued = [name for name in config.decides if not math.isnan(subject.get(f"{name}_p", math.nan))]
+    if len(valued) < len(config.decides):
+        missing = ", ".join(name for name in config.decides if name not in valued)
+        return told | {"verdict": "untestable", "reason": f"no value for {missing}", "held": "", "against": ""}
+    if max(subject[f"{name}_min_p"] for name in valued) > ALPHA:
+        return told | {"verdict": "untestable", "reason": "too few clusters of prompts", "held": "", "against": ""}
+    row = pd.DataFrame([subject])
+    shown = {name: bool(ok[0]) for name, ok in measured.passes(role, row, "q").items()}
+    held = [name for name, ok in shown.items() if ok]
+    against = [name for name in valued if subject[f"{name}_q_opposite"] <= ALPHA]
+    told |= {"held": ", ".join(held), "against": ", ".join(against), "reason": ""}
+    if "effect" in shown and math.isfinite(subject["effect_mean_replacement"]):
+        other = bool(subject["effect_mean_p"] <= ALPHA)
+        if len(held) == len(shown) and (
+            other != shown["effect"] or subject["effect_mean_replacement"] * subject["effect"] < 0
+        ):
+            return told | {"verdict": "sensitive", "reason": "with the counterfactuals' mean the effect is another"}
+    below = [name for name in held if peers[name] < 1]
+    if len(held) == len(shown) and not below:
+        return told | {"verdict": "realised"}
+    if held:
+        lacking = [f"no {name}" for name in shown if name not in held]
+        lacking += [f"{name} no more than another head of its layer" for name in below]
+        return told | {"verdict": "partial", "reason": "; ".join(lacking)}
+    return told | {"verdict": "opposite" if against else "not_realised"}

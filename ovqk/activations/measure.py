@@ -1,0 +1,145 @@
+"""Measuring a model's roles: choose heads on one half of the prompts, and test them on the other."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from ovqk.activations.batches import Prompts
+from ovqk.activations.effects import LEAST_CHANGE, RESTORED, Patch, check_replacing, measure_effects
+from ovqk.activations.forward import RunningModel
+from ovqk.activations.quantities import Steps, looks_of, observe, queries_of
+from ovqk.activations.roles import Measured
+from ovqk.config.schema import RoleActivationsConfig, TaskConfig
+from ovqk.errors import UserError
+from ovqk.structure.model import Model
+from ovqk.tasks.claims import Head
+
+MOST_CANDIDATES = 24
+"""Heads of a role that are patched for having met the rest of its rule, at most."""
+
+
+def check_activations(task: TaskConfig) -> dict[str, RoleActivationsConfig]:
+    """Return the roles that say what their heads do on prompts.
+
+    Raises:
+        UserError: one says it wrongly.
+    """
+    found = {name: role.activations for name, role in task.roles.items() if role.activations is not None}
+    for name, config in found.items():
+        key = f"task.roles.{name}.activations"
+        given = [part for part in ("attention", "write", "effect") if getattr(config, part) is not None]
+        if not config.decides or not set(config.decides) <= set(given):
+            raise UserError(
+                f"{key}.decides={list(config.decides)}: allowed are those given: {', '.join(given) or 'none'}."
+            )
+        if config.attention is not None and not (
+            config.attention.beyond and set(config.attention.beyond) <= {"control", "counterfactual"}
+        ):
+            raise UserError(
+                f"{key}.attention.beyond={list(config.attention.beyond)}: allowed: control, counterfactual."
+            )
+        for part in (config.write, config.effect):
+            if part is not None and part.sign not in (1, -1):
+                raise UserError(f"{key}: sign={part.sign}: allowed: 1, -1.")
+        if config.effect is None:
+            continue
+        for what, other in (("into", config.effect.into), ("given", config.effect.given)):
+            served = found.get(other) if other is not None else None
+            if other is not None and (served is None or other == name):
+                raise UserError(f"{key}.effect.{what}={other}: allowed: another role with activations of its own.")
+            if what == "into" and served is not None and served.attention is None:
+                raise UserError(f"{key}.effect.into={other}: role {other} says no attention that could change.")
+            if served is not None and served.effect is not None and (served.effect.into or served.effect.given):
+                raise UserError(f"{key}.effect.{what}={other}: a role that does not itself depend on another's heads.")
+    return found
+
+
+def measure(
+    running: RunningModel,
+    model: Model,
+    prompts: Prompts,
+    roles: Mapping[str, RoleActivationsConfig],
+    claimed: Mapping[str, Collection[Head]],
+    screened: int,
+    seed: int,
+    steps: Steps,
+) -> Measured:
+    """Run the prompts, and replace the heads that are claimed, meet a role's rule, or have a large first-order effect.
+
+    Args:
+        running: the model that runs.
+        model: its weights.
+        prompts: the prompts.
+        roles: what the task's roles say.
+        claimed: role -> claimed heads.
+        screened: how many heads are patched for their first-order effect.
+        seed: of drawn sign flips.
+        steps: counts off batches.
+    """
+    observed = observe(running, model, prompts, roles, steps)
+    if (change := check_replacing(running, prompts, observed)) > LEAST_CHANGE:
+        raise UserError(f"replacing a head by itself changes the logit difference by {change:.2g} of its mean.")
+    measured = Measured(observed, roles, {}, {}, seed, change)
+    first = [name for name, config in roles.items() if not _served(config)]
+    for names in (first, [name for name in roles if name not in first]):
+        patches: dict[Patch, None] = {}
+        for name in names:
+            for head in _to_patch(measured, name, claimed.get(name, ()), screened):
+                patches |= dict.fromkeys(_patches(measured, name, head))
+        new = [patch for patch in patches if patch not in measured.effects]
+        measured.add(measure_effects(running, prompts, measured.observed, new, looks_of(roles), steps))
+        for name in names:
+            measured.receivers[name] = tuple(claimed.get(name, ())) or chosen_heads(measured, name)
+    judged = {
+        Patch(head, queries_of(roles[name]))
+        for name in roles
+        for head in (*measured.receivers[name], *chosen_heads(measured, name))
+    }
+    again = sorted(
+        (patch for patch in judged if patch in measured.effects), key=lambda patch: (patch.query, patch.heads)
+    )
+    restored = measure_effects(running, prompts, measured.observed, again, (), steps, kinds=(RESTORED,))
+    measured.add({patch: replace(measured.effects[patch], restored=restored[patch].restored) for patch in again})
+    return measured
+
+
+def chosen_heads(measured: Measured, role: str) -> tuple[Head, ...]:
+    """Return the heads that show all of a role's deciding quantities on the choosing half."""
+    rows = measured.rows(role, "choosing")
+    shown = np.logical_and.reduce(list(measured.passes(role, rows).values()))
+    return _heads(rows[shown])
+
+
+def _served(config: RoleActivationsConfig) -> str | None:
+    return None if config.effect is None else config.effect.into or config.effect.given
+
+
+def _to_patch(measured: Measured, role: str, claimed: Collection[Head], screened: int) -> list[Head]:
+    """Return the heads whose effect on a role is measured; none if the role is about no effect."""
+    config = measured.roles[role]
+    if config.effect is None:
+        return []
+    rows = measured.rows(role, "choosing")
+    shown = [ok for name, ok in measured.passes(role, rows).items() if name != "effect"]
+    meets = np.logical_and.reduce(shown) if shown else np.zeros(len(rows), bool)
+    by = "attention_nonsink" if config.attention is not None else "write_share"
+    best = rows[meets].sort_values(by, key=np.abs, ascending=False).head(MOST_CANDIDATES)
+    large = rows.sort_values("effect_first_order", key=np.abs, ascending=False).head(screened)
+    return list(dict.fromkeys((*claimed, *_heads(best), *_heads(large))))
+
+
+def _patches(measured: Measured, role: str, head: Head) -> list[Patch]:
+    config = measured.roles[role]
+    assert config.effect is not None
+    query, found = queries_of(config), [Patch(head, queries_of(config))]
+    if config.effect.given is not None:
+        receivers = measured.receivers[config.effect.given]
+        if receivers:
+            found += [Patch(None, query, receivers), Patch(head, query, tuple(r for r in receivers if r != head))]
+    return found
+
+
+def _heads(rows: pd.DataFrame) -> tuple[Head, ...]:
+    return tuple((int(layer), int(head)) for layer, head in zip(rows["layer"], rows["head"], strict=True))

@@ -1,0 +1,292 @@
+"""What every head does on every prompt: attention, write, and first-order effect (definitions: section 9).
+
+All of it comes from one run over the clean and one over the counterfactual prompts.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ovqk.activations.batches import Batch, Prompts
+from ovqk.activations.forward import Places, Run, RunningModel
+from ovqk.config.schema import AttentionConfig, RoleActivationsConfig, WriteConfig
+from ovqk.structure.model import Model
+from ovqk.weights.norms import Norm
+from ovqk.weights.stored_rows import StoredRows
+
+Values = Float[Tensor, "prompt layer head"]
+"""One number for each prompt and head; nan for a prompt in which a label has no place."""
+Steps = Callable[[int, str], Iterable[int]]
+"""A number of steps and what they are -> their indexes, each counted as done when the next is asked for."""
+
+
+@dataclass(frozen=True)
+class RoleValues:
+    """What all heads do of what one role says; None for what it does not say.
+
+    Attributes:
+        attention: from the role's query to its source.
+        control: from the query to the control.
+        counterfactual: from the query to the same place on the counterfactual prompt.
+        sink: from the query to the first token.
+        write: in logits, before a softcap: the head's output at END through the final norm, whose scale is the run's
+            own, onto the unembedding of the role's answer minus its other word.
+        write_from_source: the part of it that the source token's value makes up.
+        first_order: of replacing the head's output at the query by the counterfactual's, on the logit difference.
+    """
+
+    attention: Values | None = None
+    control: Values | None = None
+    counterfactual: Values | None = None
+    sink: Values | None = None
+    write: Values | None = None
+    write_from_source: Values | None = None
+    first_order: Values | None = None
+
+
+@dataclass
+class Observed:
+    """All prompts' numbers, the batches one after the other.
+
+    Attributes:
+        clusters: the number of each prompt's cluster.
+        testing: whether a prompt is of the testing half.
+        difference, counterfactual_difference: logit of the answer minus that of the foil, on either prompt.
+        roles: role -> what heads do of it.
+        looks: (query, source, control) -> attention to the source minus the control, clean and counterfactual.
+        outputs: for each batch, query label -> z on the clean and on the counterfactual prompts, [layer, prompt, head,
+            d_head]; a label is missing if it has no place there.
+        readout_error: how far the writes of everything, read as writes are, miss the logit difference: the largest
+            deviation from its mean as a share of the mean difference. Large if the final norm or the unembedding is not
+            what ovqk takes it for.
+    """
+
+    clusters: Int[Tensor, " prompt"]
+    testing: Bool[Tensor, " prompt"]
+    difference: Float[Tensor, " prompt"]
+    counterfactual_difference: Float[Tensor, " prompt"]
+    templates: list[str]
+    roles: dict[str, RoleValues]
+    looks: dict[tuple[str, str, str], tuple[Values, Values]]
+    outputs: list[dict[str, tuple[Tensor, Tensor]]] = field(repr=False)
+    readout_error: float = math.nan
+
+
+def queries_of(config: RoleActivationsConfig) -> str:
+    """Return the label at which a role's heads act: its attention's query, or END."""
+    return "END" if config.attention is None else config.attention.query
+
+
+class Writes:
+    """The direct path from heads' outputs at END to logits: W_O, a norm after it, the final norm and W_U."""
+
+    def __init__(self, model: Model) -> None:
+        """Take the output weights of all layers. The model must have an unembedding."""
+        source = model.source
+        assert model.vocabulary is not None and model.vocabulary.W_U_rows is not None
+        self.rows, self.architecture = model.vocabulary.W_U_rows, model.architecture
+        self.embeddings = source.embeddings()
+        self.kv_of_head = model.architecture.kv_of_head
+        layers = [source.layer(index) for index in range(model.architecture.n_layers)]
+        self.W_O = [layer.W_O.float().cpu() for layer in layers]
+        self.post_norms: list[Norm | None] = [layer.post_norm for layer in layers]
+
+    def directions(
+        self, run: Run, plus: Int[Tensor, " prompt"], minus: Int[Tensor, " prompt"]
+    ) -> Float[Tensor, "prompt d_model"]:
+        """Return what the residual stream at END is multiplied by in the logit of one token minus that of another."""
+        difference = (self.rows[plus] - self.rows[minus]).float().cpu()
+        return difference * self._inverse_scale(run.final, self.architecture.norm)
+
+    def bias(self, plus: Int[Tensor, " prompt"], minus: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
+        """Return what the final norm's bias adds to the logit of one token minus that of another."""
+        norm, W_U = self.embeddings.final_norm, self.embeddings.W_U
+        if norm is None or norm.bias is None or W_U is None:
+            return torch.zeros(len(plus))
+        columns = [W_U[ids] if isinstance(W_U, StoredRows) else W_U[:, ids].T for ids in (plus, minus)]
+        return (columns[0] - columns[1]).float().cpu() @ norm.bias.float().cpu()
+
+    def of_layer(
+        self, layer: int, run: Run, directions: Float[Tensor, "prompt d_model"]
+    ) -> Float[Tensor, "prompt head d_head"]:
+        """Return what each head's output at END is multiplied by in a write."""
+        norm = self.post_norms[layer]
+        if norm is not None:
+            directions = (
+                directions * norm.weight.float().cpu() * self._inverse_scale(run.attention_out[layer], norm.kind)
+            )
+            if norm.kind == "layernorm":
+                directions = directions - directions.mean(-1, keepdim=True)
+        return torch.einsum("hzd,pd->phz", self.W_O[layer], directions)
+
+    def _inverse_scale(self, x: Float[Tensor, "prompt d_model"], kind: str) -> Float[Tensor, "prompt one"]:
+        if kind == "none":
+            return torch.ones(len(x), 1)
+        centred = x - x.mean(-1, keepdim=True) if kind == "layernorm" else x
+        return torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.architecture.norm_eps)
+
+
+def observe(
+    running: RunningModel, model: Model, prompts: Prompts, roles: Mapping[str, RoleActivationsConfig], steps: Steps
+) -> Observed:
+    """Run all prompts and their counterfactuals, and read what the roles ask for.
+
+    Args:
+        running: the model that runs.
+        model: its weights, with an unembedding.
+        prompts: the prompts.
+        roles: what the task's roles say of activations.
+        steps: counts off the batches, and may show how far it is.
+    """
+    writes = Writes(model)
+    asked = looks_of(roles)
+    parts: list[dict[str, RoleValues]] = []
+    seen: list[dict[tuple[str, str, str], tuple[Tensor, Tensor]]] = []
+    differences, counterfactuals, linear, outputs = [], [], [], []
+    for number in steps(len(prompts.batches), "batch of prompts"):
+        batch = prompts.batches[number]
+        labels = sorted({queries_of(config) for config in roles.values()} | {query for query, _, _ in asked} | {"END"})
+        queries = {label: place for label in labels if (place := batch.position(label)) is not None}
+        sources = {
+            config.attention.source: place
+            for config in roles.values()
+            if config.attention and (place := batch.position(config.attention.source)) is not None
+        }
+        places = Places(torch.stack(list(queries.values())), torch.stack(list(sources.values()) or [batch.at["END"]]))
+        clean = running.run(batch.tokens, places, (batch.answers, batch.foils))
+        other = running.run(batch.counterfactual, places)
+        contrast = [
+            logits.gather(1, ids[:, None])[:, 0]
+            for logits in (clean.logits, other.logits)
+            for ids in (batch.answers, batch.foils)
+        ]
+        differences.append(contrast[0] - contrast[1])
+        counterfactuals.append(contrast[2] - contrast[3])
+        linear.append(
+            (clean.final * writes.directions(clean, batch.answers, batch.foils)).sum(-1)
+            + writes.bias(batch.answers, batch.foils)
+        )
+        index = {label: number for number, label in enumerate(queries)}
+        outputs.append({label: (clean.outputs[:, :, i], other.outputs[:, :, i]) for label, i in index.items()})
+        parts.append(
+            {name: _role(config, batch, clean, other, index, sources, writes) for name, config in roles.items()}
+        )
+        seen.append({look: tuple(_look(look, batch, run, index) for run in (clean, other)) for look in asked})  # type: ignore[misc]
+    difference = torch.cat(differences)
+    error = torch.cat(linear) - difference
+    return Observed(
+        clusters=torch.cat([batch.clusters for batch in prompts.batches]),
+        testing=torch.cat([torch.full((len(batch),), batch.half == "testing") for batch in prompts.batches]),
+        difference=difference,
+        counterfactual_difference=torch.cat(counterfactuals),
+        templates=[template for batch in prompts.batches for template in batch.templates],
+        roles={name: _joined([part[name] for part in parts]) for name in roles},
+        looks={look: tuple(torch.cat([part[look][i] for part in seen]) for i in (0, 1)) for look in asked},  # type: ignore[misc]
+        outputs=outputs,
+        readout_error=float((error - error.mean()).abs().max() / difference.mean().abs()),
+    )
+
+
+def looks_of(roles: Mapping[str, RoleActivationsConfig]) -> list[tuple[str, str, str]]:
+    """Return the attentions (query, source, control) of receivers that some role's effect is on."""
+    found = [look for name in roles if (look := look_of(roles, name)) is not None]
+    return list(dict.fromkeys(found))
+
+
+def look_of(roles: Mapping[str, RoleActivationsConfig], name: str) -> tuple[str, str, str] | None:
+    """Return the attention of receivers that a role's effect is on; None if it is on the logit difference."""
+    effect = roles[name].effect
+    if effect is None or effect.into is None:
+        return None
+    receivers = roles[effect.into].attention
+    assert receivers is not None  # `check_activations`
+    return receivers.query, effect.source or receivers.source, effect.control or receivers.control
+
+
+def _role(
+    config: RoleActivationsConfig,
+    batch: Batch,
+    clean: Run,
+    other: Run,
+    queries: Mapping[str, int],
+    sources: Mapping[str, int],
+    writes: Writes,
+) -> RoleValues:
+    query = queries.get(queries_of(config))
+    found: dict[str, Tensor] = {}
+    shape = (len(batch), *clean.patterns.shape[:1], clean.patterns.shape[2])
+    missing = torch.full(shape, math.nan)
+    if config.attention is not None:
+        found |= _attention(config.attention, batch, clean, other, query, missing)
+    if config.write is not None:
+        found |= _write(config, config.write, batch, clean, queries, sources, writes, missing)
+    assert clean.gradients is not None
+    if query is None:
+        found["first_order"] = missing
+    else:
+        change = (clean.outputs[:, :, query] - other.outputs[:, :, query]) * clean.gradients[:, :, query]
+        found["first_order"] = change.sum(-1).transpose(0, 1)
+    return RoleValues(**found)
+
+
+def _attention(
+    config: AttentionConfig, batch: Batch, clean: Run, other: Run, query: int | None, missing: Tensor
+) -> dict[str, Tensor]:
+    source, control = batch.position(config.source), batch.position(config.control)
+    names = ("attention", "control", "counterfactual", "sink")
+    if query is None or source is None or control is None:
+        return dict.fromkeys(names, missing)
+    rows = ((clean, source), (clean, control), (other, source), (clean, torch.zeros_like(source)))
+    return {name: attention_to(run, query, key) for name, (run, key) in zip(names, rows, strict=True)}
+
+
+def attention_to(run: Run, query: int, key: Int[Tensor, " prompt"]) -> Values:
+    """Return all heads' attention from a kept query to one position in each prompt."""
+    every = torch.arange(len(key))
+    return run.patterns[:, :, :, query].permute(1, 0, 2, 3)[every, :, :, key]
+
+
+def _write(
+    config: RoleActivationsConfig,
+    write: WriteConfig,
+    batch: Batch,
+    clean: Run,
+    queries: Mapping[str, int],
+    sources: Mapping[str, int],
+    writes: Writes,
+    missing: Tensor,
+) -> dict[str, Tensor]:
+    directions = writes.directions(clean, batch.words(write.answer), batch.words(write.other))
+    end = queries["END"]
+    source = None if config.attention is None else config.attention.source
+    key = None if source is None else batch.position(source)
+    at_end = config.attention is not None and config.attention.query == "END"
+    written, from_source = [], []
+    for layer in range(len(writes.W_O)):
+        through = writes.of_layer(layer, clean, directions)
+        written.append((clean.outputs[layer, :, end] * through).sum(-1))
+        if at_end and source is not None and key is not None:
+            values = clean.values[layer, :, list(sources).index(source)]
+            values = values if values.shape[1] == through.shape[1] else values[:, writes.kv_of_head]
+            looked = clean.patterns[layer, :, :, end][torch.arange(len(key)), :, key]
+            from_source.append(looked * (values * through).sum(-1))
+    found = {"write": torch.stack(written, 1)}
+    if at_end:
+        found["write_from_source"] = torch.stack(from_source, 1) if from_source else missing
+    return found
+
+
+def _look(look: tuple[str, str, str], batch: Batch, run: Run, queries: Mapping[str, int]) -> Values:
+    query, source, control = queries.get(look[0]), batch.position(look[1]), batch.position(look[2])
+    if query is None or source is None or control is None:
+        return torch.full((len(batch), run.patterns.shape[0], run.patterns.shape[2]), math.nan)
+    return attention_to(run, query, source) - attention_to(run, query, control)
+
+
+def _joined(parts: Sequence[RoleValues]) -> RoleValues:
+    names = [name for name, value in vars(parts[0]).items() if value is not None]
+    return RoleValues(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

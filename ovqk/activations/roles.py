@@ -1,0 +1,247 @@
+"""The quantities of a role on one half of the prompts, for all heads (definitions: section 9)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from ovqk.activations.batches import Half
+from ovqk.activations.clusters import ClusterTest, flip_signs
+from ovqk.activations.effects import Effects, Patch
+from ovqk.activations.quantities import Observed, look_of, queries_of
+from ovqk.config.schema import RoleActivationsConfig
+from ovqk.tasks.claims import Head
+from ovqk.verdicts.statistics import ALPHA
+
+LEAST_SHARE = 0.05
+"""A write or an effect is at least this share of the mean logit difference, or of receivers' change in attention."""
+LEAST_ATTENTION = 0.1
+"""Attention to the source is at least this share of what does not go to the first token."""
+LEAST_ATTENTION_ALONE = 0.5
+"""The same for a role that attention alone decides."""
+QUANTITIES = ("attention", "write", "effect")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that was measured, before it is judged.
+
+    Attributes:
+        observed: runs over clean and counterfactual prompts.
+        roles: what the task's roles say.
+        effects: replacement -> what it does.
+        receivers: role -> the heads that other roles' effects go into.
+        seed: of drawn sign flips.
+        change: what replacing a head by itself does, as a share of the mean logit difference: a control.
+    """
+
+    observed: Observed
+    roles: Mapping[str, RoleActivationsConfig]
+    effects: dict[Patch, Effects]
+    receivers: dict[str, tuple[Head, ...]]
+    seed: int
+    change: float = 0.0
+    _rows: dict[tuple[str, Half], pd.DataFrame] = field(default_factory=dict)
+
+    def add(self, effects: Mapping[Patch, Effects]) -> None:
+        """Add what further replacements do."""
+        self.effects.update(effects)
+        self._rows.clear()
+
+    def rows(self, role: str, half: Half) -> pd.DataFrame:
+        """Return a role's quantities on one half: a row for each head, in the order of layers and heads.
+
+        Columns of what was not measured are missing, and nan for a head that was not.
+        """
+        if (role, half) not in self._rows:
+            self._rows[role, half] = self._compute(role, half)
+        return self._rows[role, half].copy()
+
+    def _compute(self, role: str, half: Half) -> pd.DataFrame:
+        config, observed = self.roles[role], self.observed
+        of_half = observed.testing if half == "testing" else ~observed.testing
+        clusters = observed.clusters[of_half].numpy()
+        _, n_layers, n_heads = observed.roles[role].first_order.shape  # type: ignore[union-attr]
+        places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+        table = pd.DataFrame(places, columns=["layer", "head"])
+        table.insert(0, "role", role)
+        table["half"] = half
+
+        def tested(values: torch.Tensor) -> ClusterTest:
+            return flip_signs(values[of_half].reshape(len(clusters), -1).double().numpy(), clusters, self.seed)
+
+        values = observed.roles[role]
+        base = self._mean(observed.difference, half)
+        if config.attention is not None:
+            assert values.attention is not None and values.control is not None
+            assert values.counterfactual is not None and values.sink is not None
+            attention, sink = tested(values.attention), tested(values.sink)
+            against = [tested(values.attention - values.control)]
+            if "counterfactual" in config.attention.beyond:
+                against.append(tested(values.attention - values.counterfactual))
+            table = _described(table, "attention", attention)
+            table["attention_control"] = tested(values.control).mean
+            table["attention_counterfactual"] = tested(values.counterfactual).mean
+            table["sink"] = sink.mean
+            with np.errstate(divide="ignore", invalid="ignore"):
+                table["attention_nonsink"] = attention.mean / np.maximum(1 - sink.mean, 1e-6)
+            table["attention_p"] = np.max([test.p for test in against], 0)
+            table["attention_p_opposite"] = np.max([test.p_opposite for test in against], 0)
+            table["attention_min_p"] = against[0].min_p
+        if config.write is not None:
+            assert values.write is not None
+            write = tested(values.write)
+            table = _described(table, "write", write)
+            table["write_share"] = write.mean / base
+            if values.write_from_source is not None:
+                table["write_from_source"] = tested(values.write_from_source).mean
+            forwards = config.write.sign > 0
+            table["write_p"] = write.p if forwards else write.p_opposite
+            table["write_p_opposite"] = write.p_opposite if forwards else write.p
+            table["write_min_p"] = write.min_p
+        assert values.first_order is not None
+        table["effect_first_order"] = tested(values.first_order).mean / self._mean(
+            observed.difference - observed.counterfactual_difference, half
+        )
+        if config.effect is not None:
+            self._add_effects(table, role, half, of_half, clusters)
+        return table
+
+    def passes(self, role: str, rows: pd.DataFrame, p: str = "p") -> dict[str, NDArray[np.bool_]]:
+        """Return for each deciding quantity which rows show it: significant, of the right sign, and large enough.
+
+        Args:
+            role: the role.
+            rows: of `rows`; with `q` columns if p is "q".
+            p: which column tells significance, `p` or `q`.
+        """
+        config, found = self.roles[role], {}
+        for quantity in config.decides:
+            if f"{quantity}_{p}" not in rows:  # not measured yet
+                continue
+            shown = rows[f"{quantity}_{p}"].to_numpy() <= ALPHA
+            if quantity == "attention":
+                assert config.attention is not None
+                alone = list(config.decides) == ["attention"]
+                shown &= rows["attention_nonsink"].to_numpy() >= (LEAST_ATTENTION_ALONE if alone else LEAST_ATTENTION)
+            elif quantity == "write":
+                assert config.write is not None
+                shown &= config.write.sign * rows["write_share"].to_numpy() >= LEAST_SHARE
+            else:
+                assert config.effect is not None
+                shown &= config.effect.sign * rows["effect_share"].to_numpy() >= LEAST_SHARE
+            found[quantity] = shown
+        return found
+
+    def _add_effects(
+        self, table: pd.DataFrame, role: str, half: Half, of_half: torch.Tensor, clusters: NDArray[np.int64]
+    ) -> None:
+        config = self.roles[role]
+        assert config.effect is not None
+        sign, query = config.effect.sign, queries_of(config)
+        columns: dict[str, list[NDArray[np.float64]]] = {"own": [], "mean": [], "restored": []}
+        index = []
+        for row, head in enumerate(zip(table["layer"], table["head"], strict=True)):
+            found = self._numerators(role, (int(head[0]), int(head[1])), query)
+            if found is not None:
+                index.append(row)
+                for name, value in zip(columns, found, strict=True):
+                    columns[name].append(value[of_half].double().numpy())
+        whole, base = self._denominators(role, half)
+        for name in (
+            "effect", "effect_se", "effect_q25", "effect_q50", "effect_q75", "effect_share", "effect_mean_replacement",
+            "effect_restored", "effect_p", "effect_p_opposite", "effect_mean_p",
+        ):  # fmt: skip
+            table[name] = math.nan
+        table["effect_min_p"] = math.nan
+        if not index:
+            return
+        own, mean, restored = (flip_signs(np.stack(columns[name], 1), clusters, self.seed) for name in columns)
+        put = {
+            "effect": own.mean / whole,
+            "effect_se": own.se / abs(whole),
+            "effect_share": own.mean / base,
+            "effect_mean_replacement": mean.mean / whole,
+            "effect_restored": restored.mean / whole,
+            "effect_p": own.p if sign > 0 else own.p_opposite,
+            "effect_p_opposite": own.p_opposite if sign > 0 else own.p,
+            "effect_mean_p": mean.p if sign > 0 else mean.p_opposite,
+            **{f"effect_q{share}": row for share, row in zip((25, 50, 75), own.quartiles, strict=True)},
+        }
+        for name, value in put.items():
+            table.loc[index, name] = value
+        table["effect_min_p"] = own.min_p
+
+    def _numerators(self, role: str, head: Head, query: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Return what each prompt loses by a head's replacement, by its mean, and regains; None if it was not run."""
+        effect, clean = self.roles[role].effect, self.observed.difference
+        assert effect is not None
+        alone = self.effects.get(Patch(head, query))
+        if alone is None:
+            return None
+        nothing = torch.full_like(clean, math.nan)
+        if effect.given is not None:
+            receivers = tuple(other for other in self.receivers[effect.given] if other != head)
+            without = self.effects.get(Patch(None, query, self.receivers[effect.given]))
+            both = self.effects.get(Patch(head, query, receivers))
+            if without is None or both is None:
+                return None
+            own = (without.difference - both.difference) - (clean - alone.difference)
+            mean = (without.mean_difference - both.mean_difference) - (clean - alone.mean_difference)
+            return own, mean, nothing
+        look = look_of(self.roles, role)
+        if look is None:
+            restored = alone.restored - self.observed.counterfactual_difference
+            return clean - alone.difference, clean - alone.mean_difference, restored
+        assert effect.into is not None
+        receivers = self.receivers[effect.into]
+        if not receivers:
+            return None
+        before = _of_heads(self.observed.looks[look][0], receivers)
+        return (
+            before - _of_heads(alone.look[look], receivers),
+            before - _of_heads(alone.mean_look[look], receivers),
+            nothing,
+        )
+
+    def _denominators(self, role: str, half: Half) -> tuple[float, float]:
+        """Return what the counterfactual takes away in all, and the mean that shares are of."""
+        effect, look = self.roles[role].effect, look_of(self.roles, role)
+        if look is not None:
+            assert effect is not None and effect.into is not None
+            clean, other = (_of_heads(each, self.receivers[effect.into]) for each in self.observed.looks[look])
+            whole = self._mean(clean - other, half)
+            return whole, whole
+        observed = self.observed
+        whole = self._mean(observed.difference - observed.counterfactual_difference, half)
+        return whole, self._mean(observed.difference, half)
+
+    def _mean(self, values: torch.Tensor, half: Half) -> float:
+        """Return the mean over a half's clusters of their means."""
+        of_half = self.observed.testing if half == "testing" else ~self.observed.testing
+        clusters, values = self.observed.clusters[of_half], values[of_half].double()
+        found = [values[clusters == cluster].nanmean() for cluster in clusters.unique()]
+        return float(torch.stack(found).nanmean()) if found else math.nan
+
+    def accuracy(self, half: Half) -> tuple[float, float]:
+        """Return the share of a half's prompts whose answer beats the foil, and the mean logit difference."""
+        of_half = self.observed.testing if half == "testing" else ~self.observed.testing
+        return float((self.observed.difference[of_half] > 0).double().mean()), self._mean(
+            self.observed.difference, half
+        )
+
+
+def _of_heads(values: torch.Tensor, heads: Sequence[Head]) -> torch.Tensor:
+    """Return the mean over some heads of [prompt, layer, head]; nan without any."""
+    if not heads:
+        return torch.full((len(values),), math.nan)
+    return torch.stack([values[:, layer, head] for layer, head in heads]).mean(0)
+
+
+def _described(table: pd.DataFrame, name: str, test: ClusterTest) -> pd.DataFrame:
+    quartiles = {f"{name}_q{share}": row for share, row in zip((25, 50, 75), test.quartiles, strict=True)}
+    return table.assign(**{name: test.mean, f"{name}_se": test.se, **quartiles})

@@ -1,0 +1,129 @@
+"""Activations as a stage of a cell: the model runs, weights are linked to what heads did, and these are judged."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ovqk.activations.batches import Prompts, read_prompts
+from ovqk.activations.forward import RunningModel
+from ovqk.activations.joint import joint_table
+from ovqk.activations.judge import Judged, judge_activations
+from ovqk.activations.links import WriteLinks
+from ovqk.activations.measure import check_activations, measure
+from ovqk.activations.quantities import Steps
+from ovqk.activations.roles import Measured
+from ovqk.config.schema import RoleActivationsConfig
+from ovqk.errors import UserError
+from ovqk.structure.model import Layer, Model
+from ovqk.structure.tables import Tables
+from ovqk.tasks.claims import MEASURED, Claims
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How a checkpoint is run.
+
+    Attributes:
+        load: loads the model; nothing of transformers or TransformerLens is imported before.
+        start: the tokens before every text.
+    """
+
+    load: Callable[[torch.device], RunningModel]
+    start: list[int]
+
+
+class ActivationTables:
+    """The stage that judges what heads do on prompts. Making it runs them."""
+
+    def __init__(self, model: Model, runner: Runner, claims: Claims | str, n_tokens: int | None, steps: Steps) -> None:
+        """Run the task's prompts through the model.
+
+        Raises:
+            UserError: the model or the task cannot be run.
+        """
+        config = model.config
+        self.model = model
+        self.roles: Mapping[str, RoleActivationsConfig] = check_activations(config.task)
+        if not self.roles:
+            raise UserError(f"task {config.task.name}: no role says what its heads do on prompts.")
+        if model.tokenizer is None or n_tokens is None:
+            raise UserError("the model has no tokenizer to read prompts with.")
+        if model.vocabulary is None or model.vocabulary.W_U_rows is None:
+            raise UserError("the checkpoint has no embedding or no unembedding.")
+        self.claimed = {} if isinstance(claims, str) else claims.roles
+        asked = config.activations
+        self.prompts: Prompts = read_prompts(
+            config.task, model.tokenizer, n_tokens, runner.start, asked.prompts, config.seed, asked.batch
+        )
+        longest = max(batch.tokens.shape[1] for batch in self.prompts.batches)
+        n_ctx = model.architecture.n_ctx
+        if n_ctx is not None and longest > n_ctx:
+            raise UserError(f"a prompt has {longest} tokens, more than the model's context of {n_ctx}.")
+        running = runner.load(model.device)
+        self.measured: Measured = measure(
+            running, model, self.prompts, self.roles, self.claimed, asked.screened, config.seed, steps
+        )
+        self.links = WriteLinks(model, self.prompts, self.measured.observed, self.roles)
+        self.measured.observed.outputs.clear()  # only replacements need them
+        self.judged: Judged | None = None
+
+    def claims(self) -> Claims | str:
+        """Return the measured roles as claims about the weights, or why there are none."""
+        judged = judge_activations(self.measured, self.claimed, None)
+        if judged.gate:
+            return f"no role is measured: {judged.gate}"
+        roles = {role: list(heads) for role, heads in judged.measured.items() if heads}
+        if not roles:
+            return "no head has a role by measurement"
+        task = self.model.config.task
+        return Claims(
+            source=f"measured on {self._n_prompts()} prompts, seed {self.model.config.seed}",
+            reliability=MEASURED,
+            note=None,
+            roles=roles,
+            predictions={role: list(task.roles[role].predictions) for role in roles},
+            of=self.model.config.model.name,
+        )
+
+    def visit(self, layer: Layer) -> None:
+        """See `Stage`."""
+        self.links.visit(layer)
+
+    def tables(self, made: Tables) -> Tables:
+        """Return `activations`, `roles` and `joint`."""
+        self.judged = judge_activations(self.measured, self.claimed, self.links)
+        config = self.model.config
+        joint = joint_table(self.judged, made.get("verdicts"), made["heads"], config.task, config.seed)
+        return Tables({"activations": self.judged.activations, "roles": self.judged.roles, "joint": joint})
+
+    def describe(self) -> dict[str, Any]:
+        """Return the record's block on activations: prompts, halves, gate, controls."""
+        assert self.judged is not None
+        observed, prompts = self.measured.observed, self.prompts
+        halves = {}
+        for half in ("choosing", "testing"):
+            of_half = observed.testing if half == "testing" else ~observed.testing
+            accuracy, difference = self.measured.accuracy(half)
+            halves[half] = {
+                "prompts": int(of_half.sum()),
+                "clusters": len(observed.clusters[of_half].unique()),
+                "accuracy": round(accuracy, 4),
+                "logit_difference": round(difference, 4),
+            }
+        correct = (observed.difference > 0).tolist()
+        by_template: dict[str, list[bool]] = {}
+        for template, right in zip(observed.templates, correct, strict=True):
+            by_template.setdefault(template, []).append(right)
+        return {
+            "start_tokens": prompts.start,
+            "left_out": prompts.left_out,
+            "halves": halves,
+            "accuracy_by_template": {name: round(sum(each) / len(each), 4) for name, each in by_template.items()},
+            "untestable": self.judged.gate,
+            "controls": {"replaced_by_itself": self.measured.change, "readout_error": observed.readout_error},
+        }
+
+    def _n_prompts(self) -> int:
+        return sum(map(len, self.prompts.batches))

@@ -1,0 +1,58 @@
+"""Counterfactual prompts: the same words at the same places, but for those that make the computation possible."""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+REPLACEMENTS = ({"draw": "fresh"}, {"draw": "other_initial"}, {"form": "other"})
+"""What may stand at a mention, besides {"word": WORD}."""
+
+
+class SlotDraw(NamedTuple):
+    """A slot's word in one prompt: the word, the slot's word sets by form, and its place there."""
+
+    word: str
+    forms: Sequence[Sequence[str]]
+    index: int
+    form: int
+
+
+def replacements(
+    asked: Any, mentions: Iterable[str], slots: Mapping[str, SlotDraw], held: Iterable[str], rng: random.Random
+) -> dict[str, str]:
+    """Return the words of a counterfactual: mention -> what stands there instead.
+
+    Args:
+        asked: the task's `counterfactual`: mention -> {draw: fresh}, {draw: other_initial}, {form: other} or {word: W}.
+        mentions: the mentions of the prompt.
+        slots: its slots with words of their own.
+        held: all of its words, which are not drawn.
+        rng: a source of draws.
+
+    Raises:
+        ValueError: an unknown mention or replacement, or no word is left.
+    """
+    if not isinstance(asked, Mapping):
+        raise ValueError(f"counterfactual: must be mentions with what stands there instead, not {asked!r}")
+    found: dict[str, str] = {}
+    for mention, what in asked.items():
+        slot = slots.get(mention.partition(".")[0])
+        if slot is None or mention not in mentions:
+            raise ValueError(f"counterfactual: no mention {mention!r} in every template; known: {sorted(mentions)}")
+        if isinstance(what, Mapping) and set(what) == {"word"} and isinstance(what["word"], str):
+            found[mention] = what["word"]
+        elif what not in REPLACEMENTS:
+            raise ValueError(f"counterfactual {mention}: {what!r}; allowed: {REPLACEMENTS} or {{'word': WORD}}")
+        elif "form" in what:
+            if len(slot.forms) < 2:
+                raise ValueError(f"counterfactual {mention}: its slot has one form")
+            found[mention] = slot.forms[(slot.form + 1) % len(slot.forms)][slot.index]
+        else:
+            barred = {*held, *found.values()}
+            pool = [word for word in slot.forms[slot.form] if word not in barred]
+            if what["draw"] == "other_initial":
+                pool = [word for word in pool if word[0] != slot.word[0]]
+            if not pool:
+                raise ValueError(f"counterfactual {mention}: no other word is left in its set")
+            found[mention] = rng.choice(pool)
+    return found
