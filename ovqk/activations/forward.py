@@ -109,6 +109,7 @@ class RunningModel:
         self.model = bridge.original_model.to(device).requires_grad_(requires_grad=False).eval()
         self.n_layers, self.n_heads = int(bridge.cfg.n_layers), int(bridge.cfg.n_heads)
         self.whole = False
+        self._in_tuples = False
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, config: ModelConfig, device: torch.device) -> "RunningModel":
@@ -194,7 +195,11 @@ class RunningModel:
         """Run prompts and keep what patched runs begin with."""
         residuals: list[Tensor] = []
         names = [(f"blocks.{layer}.hook_in", partial(_append, to=residuals)) for layer in range(self.n_layers)]
-        with self._hooked(names):
+
+        def look(module: object, inputs: object, output: object) -> None:
+            self._in_tuples = isinstance(output, tuple)
+
+        with self._hooked(names), _removed(self.bridge.blocks[0].original_component.register_forward_hook(look)):
             output = self.model(
                 input_ids=tokens.to(self.device), use_cache=True, logits_to_keep=1, past_key_values=_empty_cache()
             )
@@ -264,7 +269,7 @@ class RunningModel:
         """Skip the layers before one, which is given the residual stream instead of what they would make of it."""
         blocks = [self.bridge.blocks[index].original_component for index in range(layer)]
         for block in blocks:
-            block.forward = lambda *_, **__: residual
+            block.forward = lambda *_, **__: (residual,) if self._in_tuples else residual
         try:
             yield
         finally:
@@ -288,6 +293,14 @@ class RunningModel:
         with ExitStack() as stack:
             stack.enter_context(self.bridge.hooks(fwd_hooks=list(names)))
             yield
+
+
+@contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _append(value: Tensor, hook: Any, to: list[Tensor]) -> None:

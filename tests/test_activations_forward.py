@@ -1,0 +1,100 @@
+"""Runs through TransformerLens against plain transformers with hooks, in every family that ovqk reads itself."""
+
+import pytest
+import torch
+from support.models import KINDS, local
+from transformers import AutoModelForCausalLM
+
+from ovqk.activations.forward import Look, Places, Replacement, RunningModel
+from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.errors import UserError
+
+N, LENGTH = 3, 7
+CPU = torch.device("cpu")
+REFUSED = {"ministral", "falcon-grouped", "falcon-one_norm"}
+"""Forms that TransformerLens has no adapter for, or whose adapter fails."""
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED))
+def test_what_transformerlens_cannot_read_is_refused(tiny, kind) -> None:
+    with pytest.raises(UserError, match="TransformerLens"):
+        RunningModel.load(open_checkpoint(local(tiny(kind))), local(tiny(kind)), CPU)
+
+
+@pytest.fixture(scope="module", params=sorted(set(KINDS) - REFUSED))
+def ran(request, tiny):
+    directory = tiny(request.param)
+    checkpoint = open_checkpoint(local(directory))
+    running = RunningModel.load(checkpoint, local(directory), CPU)
+    plain = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
+    vocabulary = plain.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (N, LENGTH), generator=torch.Generator().manual_seed(0))
+    return running, plain, tokens
+
+
+def test_patterns_and_logits_are_the_models_own(ran) -> None:
+    running, plain, tokens = ran
+    every = torch.arange(LENGTH)[:, None].expand(LENGTH, N)
+    run = running.run(tokens, Places(every, every))
+    with torch.no_grad():
+        expected = plain(tokens, output_attentions=True, use_cache=False)
+    torch.testing.assert_close(run.logits, expected.logits[:, -1], atol=1e-4, rtol=1e-4)
+    patterns = torch.stack(expected.attentions)
+    torch.testing.assert_close(run.patterns, patterns, atol=1e-4, rtol=1e-4)
+
+
+def heads_output(plain: torch.nn.Module, running: RunningModel, layer: int) -> torch.nn.Module:
+    """The projection that heads' outputs enter, of the plain model."""
+    name = running.bridge.blocks[layer].attn.o.name
+    within = next(module for path, module in plain.named_modules() if path.endswith(f".{layer}.{_attention(running)}"))
+    return within.get_submodule(name)
+
+
+def _attention(running: RunningModel) -> str:
+    return running.bridge.blocks[0].attn.name
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["from the label on", "whole"])
+def test_a_replaced_head_changes_what_it_changes_in_the_plain_model(ran, whole) -> None:
+    running, plain, tokens = ran
+    running.whole = whole
+    generator = torch.Generator().manual_seed(1)
+    at, end = torch.tensor([2, 4, 3]), torch.full((N,), LENGTH - 1)
+    every = torch.arange(N)
+    contrast = torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])
+    look = Look(end, torch.tensor([0, 1, 2]), torch.tensor([3, 3, 4]))
+    base = running.base(tokens)
+    d_head = running.run(tokens, Places(end[None], end[None])).outputs.shape[-1]
+    for layer, head in ((0, 1), (running.n_layers - 1, 3)):
+        new = torch.randn(2, N, d_head, generator=generator)
+        replacements = [
+            [Replacement(layer, head, new[0])],
+            [Replacement(layer, head, new[1]), Replacement(layer, 0, new[0])],
+        ]
+        patched = running.patched(base, at, replacements, contrast, [look])
+        for index, together in enumerate(replacements):
+
+            def replace(
+                module: object, inputs: tuple[torch.Tensor, ...], together=together
+            ) -> tuple[torch.Tensor, ...]:
+                z = inputs[0].clone()
+                shape = z.shape
+                z = z.view(N, LENGTH, running.n_heads, d_head)
+                for each in together:
+                    z[every, at, each.head] = each.output
+                return (z.view(shape), *inputs[1:])
+
+            handle = heads_output(plain, running, layer).register_forward_pre_hook(replace)
+            with torch.no_grad():
+                expected = plain(tokens, output_attentions=True, use_cache=False)
+            handle.remove()
+            last = expected.logits[:, -1]
+            difference = last[every, contrast[0]] - last[every, contrast[1]]
+            torch.testing.assert_close(patched.difference[index], difference, atol=1e-4, rtol=1e-4)
+            rows = torch.stack(expected.attentions)[:, every, :, end]
+            looked = rows[every, :, :, look.source] - rows[every, :, :, look.control]  # [prompt, layer, head]
+            found = patched.looks[index, 0].permute(2, 0, 1)
+            later = slice(layer + 1, None)
+            torch.testing.assert_close(found[:, later], looked[:, later], atol=1e-4, rtol=1e-4)
+            assert found[:, :layer].isnan().all()  # what comes before is left as it was
+    running.whole = False
