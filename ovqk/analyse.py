@@ -90,7 +90,8 @@ def analyse(
     return Analysis(
         tables={name: table for name, table in made.items() if len(table)},
         unavailable=task.unavailable,
-        summary=summarise(task, made),
+        summary=summarise(task, made)
+        | (activations.summary(made) if isinstance(activations, ActivationTables) else {}),
         words={"kept": task.tokens.kept, "dropped": task.tokens.dropped, "reasons": task.tokens.reasons},
         processing=model.processing,
         claims=_describe(claims),

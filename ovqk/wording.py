@@ -44,6 +44,25 @@ FLAGS = {
     ),
 }
 """Verdict with a flag -> what the flag says."""
+ON_PROMPTS = {
+    "realised": "realised",
+    "partial": "partly realised",
+    "not_realised": "not realised",
+    "opposite": "the opposite",
+    "sensitive": "sensitive",
+    "untestable": "untestable",
+    "out_of_scope": "out of scope",
+}
+"""Verdict on what a head does on prompts -> its name."""
+READINGS = {
+    "linked": "does what its weights say",
+    "unlinked": "does it and its weights agree, but they do not account for what it writes",
+    "could": "could, by its weights, and does not here",
+    "indirect": "does it, and not by the direct path that the weights show",
+    "neither": "neither",
+    "undecided": "undecided",
+}
+"""Verdict of the weights and verdict on prompts, read together -> in words."""
 ARROWS = {"high": "↑", "low": "↓"}
 """Predicted direction -> its sign."""
 MODES = {"q": "Q: into queries", "k": "K: into keys", "v": "V: into values"}

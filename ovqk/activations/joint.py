@@ -11,14 +11,6 @@ from ovqk.activations.judge import LINKED, Judged
 from ovqk.config.schema import RoleActivationsConfig, TaskConfig
 from ovqk.metrics import METRICS
 
-READINGS = (
-    "does what its weights say",
-    "does, weights agree, unlinked",
-    "could, does not",
-    "does, not by the direct path",
-    "neither",
-    "undecided",
-)
 BOOTSTRAPS = 1000
 
 
@@ -55,17 +47,17 @@ def joint_table(
 
 
 def reading(weights: str | None, activations: str, link: float) -> str:
-    """Return how a verdict of the weights and one of activations read together."""
+    """Return how a verdict of the weights and one of activations read together: a key of `wording.READINGS`."""
     does, could = activations == "realised", weights == "corroborated"
     if does and could:
-        return READINGS[0] if math.isnan(link) or link >= LINKED else READINGS[1]
+        return "linked" if math.isnan(link) or link >= LINKED else "unlinked"
     if could and activations in ("not_realised", "opposite"):
-        return READINGS[2]
+        return "could"
     if does and weights in ("unsupported", "contradicted"):
-        return READINGS[3]
+        return "indirect"
     if weights in ("unsupported", "contradicted") and activations in ("not_realised", "opposite"):
-        return READINGS[4]
-    return READINGS[5]
+        return "neither"
+    return "undecided"
 
 
 def _weights(verdicts: pd.DataFrame | None, role: str, place: tuple[int, int]) -> Mapping[str, object]:

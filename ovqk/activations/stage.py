@@ -1,11 +1,13 @@
 """Activations as a stage of a cell: the model runs, weights are linked to what heads did, and these are judged."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ovqk import wording
 from ovqk.activations.batches import Prompts, read_prompts
 from ovqk.activations.forward import RunningModel
 from ovqk.activations.joint import joint_table
@@ -124,6 +126,21 @@ class ActivationTables:
             "untestable": self.judged.gate,
             "controls": {"replaced_by_itself": self.measured.change, "readout_error": observed.readout_error},
         }
+
+    def summary(self, made: Tables) -> dict[str, float | int]:
+        """Return flat scalars: how well the task is done, verdicts, and how weights rank the measured heads."""
+        assert self.judged is not None
+        accuracy, difference = self.measured.accuracy("testing")
+        found: dict[str, float | int] = {"prompts/accuracy": accuracy, "prompts/logit_difference": difference}
+        verdicts = self.judged.roles["verdict"].value_counts() if len(self.judged.roles) else {}
+        found |= {f"prompts/verdicts/{verdict}": int(verdicts.get(verdict, 0)) for verdict in wording.ON_PROMPTS}
+        found |= {f"prompts/measured/{role}": len(heads) for role, heads in self.judged.measured.items()}
+        rows = made["joint"]
+        for row in rows[rows["kind"] == "role"].to_dict("records"):
+            for name in ("auc", "spearman"):
+                if math.isfinite(row[name]):
+                    found[f"prompts/{name}/{row['role']}"] = float(row[name])
+        return found
 
     def _n_prompts(self) -> int:
         return sum(map(len, self.prompts.batches))

@@ -18,6 +18,7 @@ from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
 from ovqk.records.record import read_record, read_tracking
 from ovqk.records.results import load_table
+from ovqk.report.on_prompts import LEGEND, prompts_lines, prompts_table
 from ovqk.report.suggestions import next_arguments
 from ovqk.report.tables import (
     STYLES,
@@ -64,6 +65,7 @@ def print_cell(folder: Path, cached: bool) -> None:
         for line in reasons(heads, verdicts):
             out.print(line, style="dim")
         _print_directions(out, folder, verdicts)
+    _print_on_prompts(out, folder, record)
     _print_pairs(out, folder)
     for reason, names in grouped(record["unavailable"]).items():
         if reason.startswith(NOT_APPLICABLE):
@@ -101,6 +103,20 @@ def _print_directions(out: Console, folder: Path, verdicts: pd.DataFrame) -> Non
     for layer, head in claimed.to_numpy().tolist():
         for line in describe(table, layer, head, shown=SHOWN_TOKENS):
             out.print(Text(f"  {layer}.{head}  {line}", style="dim"), soft_wrap=True)
+
+
+def _print_on_prompts(out: Console, folder: Path, record: Mapping[str, Any]) -> None:
+    """Print what heads do on prompts, if the analysis ran the model."""
+    if record.get("activations") is None:
+        return
+    out.print()
+    for line in prompts_lines(record["activations"]):
+        out.print(line, soft_wrap=True)
+    joint, roles = load_table(folder, "joint"), load_table(folder, "roles")
+    if joint is not None and roles is not None and (joint["kind"] == "head").any():
+        out.print()
+        out.print(prompts_table(joint, roles))
+        out.print(LEGEND, style="dim")
 
 
 def _print_pairs(out: Console, folder: Path) -> None:

@@ -1,0 +1,84 @@
+"""The terminal's table of what heads do on prompts, beside what their weights say."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+from rich.text import Text
+
+from ovqk import wording
+from ovqk.report.tables import STYLES, rounded
+
+PROMPT_STYLES = {
+    "realised": "green",
+    "partial": "yellow",
+    "opposite": "red",
+    "not_realised": "magenta",
+    "sensitive": "yellow",
+}
+SHOWN = 8
+"""Heads of a role, at most; claimed and measured ones come first."""
+
+
+def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> Table:
+    """Return a table with one row per claimed or measured head: its weights' verdict and what it does on prompts."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("role / head", no_wrap=True)
+    for title in ("attention", "control", "write", "link", "effect", "by mean"):
+        table.add_column(title, justify="right")
+    for title in ("weights", "on prompts", "together"):
+        table.add_column(title, no_wrap=title != "together")
+    heads = joint[joint["kind"] == "head"]
+    for role, rows in heads.groupby("role", sort=False):
+        table.add_row(Text(wording.role(str(role)), style="bold"))
+        of_role = roles[roles["role"] == role].set_index(["layer", "head"])
+        ordered = rows.sort_values(["measured", "claimed"], ascending=False, kind="stable")
+        for row in ordered.head(SHOWN).to_dict("records"):
+            numbers = of_role.loc[(int(row["layer"]), int(row["head"]))].to_dict()
+            weights = row["weights"] if isinstance(row["weights"], str) else None
+            found = "" if row["claimed"] else " (measured)" if row["measured"] else " (chosen)"
+            table.add_row(
+                f"  {int(row['layer'])}.{int(row['head'])}{found}",
+                rounded(numbers.get("attention")),
+                rounded(numbers.get("attention_control")),
+                share(numbers.get("write_share")),
+                rounded(numbers.get("write_link")),
+                share(numbers.get("effect")),
+                share(numbers.get("effect_mean_replacement")),
+                Text(wording.verdict(weights), style=STYLES.get(weights, "dim")) if weights else "",
+                Text(wording.ON_PROMPTS[row["activations"]], style=PROMPT_STYLES.get(row["activations"], "dim")),
+                "" if row["reading"] == "undecided" else wording.READINGS[row["reading"]],
+            )
+        if len(ordered) > SHOWN:
+            table.add_row(f"  and {len(ordered) - SHOWN} more")
+    return table
+
+
+def prompts_lines(activations: Mapping[str, Any]) -> Iterable[str]:
+    """Yield how well the model does the task, and how to read the table; or why it was not run."""
+    if "halves" not in activations:
+        yield f"Not run on prompts: {activations['untestable']}"
+        return
+    choosing, testing = (activations["halves"][half] for half in ("choosing", "testing"))
+    yield (
+        f"On prompts: heads are chosen on {choosing['prompts']} and tested on {testing['prompts']} others of "
+        f"{testing['clusters']} clusters. There the answer beats the foil in {testing['accuracy']:.0%}, by "
+        f"{testing['logit_difference']:.2f} logits on average."
+    )
+    if activations["untestable"]:
+        yield f"Untestable: {activations['untestable']}."
+
+
+LEGEND = (
+    "attention, control: from the role's query to its source, and to a token of the same kind. write: onto the role's "
+    "words at the end of the text, as a share of the mean logit difference. link: share of the write's variance that "
+    "attention times the weights' own account explains. effect: share of what the counterfactual prompt takes "
+    "away that is lost if the head puts out what it does there; by mean: what it does there on average."
+)
+
+
+def share(value: Any) -> str:
+    """Return a share in whole percent; empty if it is missing."""
+    return "" if value is None or not math.isfinite(value) else f"{100 * value:.0f}%"
