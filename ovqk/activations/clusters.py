@@ -1,4 +1,4 @@
-"""Means over clusters of prompts, and tests by flipping the clusters' signs (definitions: section 9).
+"""Means over clusters of prompts, and tests by flipping the clusters' signs (definitions: section 7).
 
 Prompts of one template are alike, so that the cluster is the unit: its mean is one observation.
 """

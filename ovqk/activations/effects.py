@@ -1,4 +1,4 @@
-"""What is lost if a head puts out what it does on the counterfactual prompt (definitions: section 9)."""
+"""What is lost if a head puts out what it does on the counterfactual prompt (definitions: section 7)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Verdicts on what heads do on prompts: tables of quantities and of roles (definitions: section 9).
+"""Verdicts on what heads do on prompts: tables of quantities and of roles (definitions: section 7).
 
 The first line that matches wins:
 

@@ -1,4 +1,4 @@
-"""How much of what a head writes on prompts is what its weights' metrics see (definitions: section 9)."""
+"""How much of what a head writes on prompts is what its weights' metrics see (definitions: section 7)."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""What every head does on every prompt: attention, write, and first-order effect (definitions: section 9).
+"""What every head does on every prompt: attention, write, and first-order effect (definitions: section 7).
 
 All of it comes from one run over the clean and one over the counterfactual prompts.
 """

@@ -1,4 +1,4 @@
-"""The quantities of a role on one half of the prompts, for all heads (definitions: section 9)."""
+"""The quantities of a role on one half of the prompts, for all heads (definitions: section 7)."""
 
 import math
 from collections.abc import Mapping, Sequence

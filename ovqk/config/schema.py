@@ -184,7 +184,7 @@ class EffectConfig:
 
 @dataclass
 class RoleActivationsConfig:
-    """What a role's heads do on prompts (definitions: section 9)."""
+    """What a role's heads do on prompts (definitions: section 7)."""
 
     attention: AttentionConfig | None = None
     write: WriteConfig | None = None
@@ -256,7 +256,7 @@ class AnalysisConfig:
 
 @dataclass
 class ActivationsConfig:
-    """What is measured by running the model on the task's prompts (definitions: section 9)."""
+    """What is measured by running the model on the task's prompts (definitions: section 7)."""
 
     prompts: int = 256
     """Prompts drawn, half of them to choose heads and half to test them; each with its counterfactual."""

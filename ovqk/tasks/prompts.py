@@ -37,7 +37,7 @@ Or a repeated random sequence, cut anywhere in its second copy, where the foil i
 Slots of one word set never take the same word, and never two forms of one word (`up_to` apart). A mention is
 `slot`, then `slot.2` and so on; END is the last word of the text, from which the answer is predicted.
 
-`counterfactual` makes of each prompt a second one without the computation (definitions: section 9): the same words at
+`counterfactual` makes of each prompt a second one without the computation (definitions: section 7): the same words at
 the same places, but for the mentions that it names, each with the word that stands there instead:
 
     counterfactual:
