@@ -16,11 +16,12 @@ KINDS = (("ovqk", "py"), ("conf", "yaml"), ("scripts", "py"), ("tests", "py"), (
 SOURCES = [path for folder, kind in KINDS for path in (ROOT / folder).rglob(f"*.{kind}") if path != Path(__file__)]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ABOUT = {
-    "config": {1, 5},
+    "activations": {7},
+    "config": {1, 5, 7},
     "weights": {1},
     "circuits": {1, 2, 3, 4, 5},
     "structure": {1, 2, 4},
-    "tasks": {1, 5},
+    "tasks": {1, 5, 7},
     "verdicts": {3, 5, 6},
 }
 """Folder of the package -> the sections that are about what is computed there."""
