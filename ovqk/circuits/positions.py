@@ -45,10 +45,10 @@ def learned_shares(
     queries = {name: query.second_moment(moments.gram) / moments.n for name, moments in rows.items()}
     queries = {"constant": outer(constant), **queries}
     keys = {name: key.second_moment(moments.gram)[kv] / moments.n for name, moments in rows.items()}
-    parts = {f"{a}_{b}": (queries[a] * keys[b]).sum((-2, -1)) for a in queries for b in keys}
+    parts = {(a, b): (queries[a] * keys[b]).sum((-2, -1)) for a in queries for b in keys}
     total = torch.stack(list(parts.values())).sum(0)
-    shares = {f"qk_share_{name}": _share(value, total) for name, value in parts.items()}
-    positional = sum(value for name, value in parts.items() if name.endswith("_position"))
+    shares = {f"qk_share_{a}_{b}": _share(value, total) for (a, b), value in parts.items()}
+    positional = sum(value for (_, b), value in parts.items() if b == "position")
     return {**shares, "qk_positional_share": _share(torch.as_tensor(positional), total)}
 
 

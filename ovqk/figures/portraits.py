@@ -22,18 +22,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from ovqk import wording
 from ovqk.figures import drawing
 from ovqk.figures.drawing import INK, MUTED, legible, styled
-from ovqk.metrics import HEAD_METRICS, METRICS
+from ovqk.metrics import HEAD_METRICS, METRICS, ratios
 
 Tables = Mapping[str, pd.DataFrame | None]
 TABLES = ("heads", "spectra", "directions", "offsets", "composition", "tests", "nulls", "verdicts")
 ENDS = {("ov", "vocab"): ("suppresses", "copies"), ("qk", "vocab"): ("avoids it", "same token")}
 """The meaning of eigenvalues on the left and on the right; in residual space they have none."""
-RATIOS = {
-    ("ov", "vocab"): "ov_copying",
-    ("ov", "residual"): "ov_copying_residual",
-    ("qk", "vocab"): "qk_matching",
-    ("qk", "residual"): "qk_matching_residual",
-}
 SHOWN_COMPONENTS, SHOWN_TOKENS, SHOWN_PARTNERS = 3, 5, 5
 
 
@@ -190,7 +184,7 @@ def _eigenvalues(
         rows = rows[(rows["circuit"] == circuit) & (rows["kind"] == "eigen") & (rows["offset"] == rows["offset"].min())]
     there = [name for name in ("vocab", "residual") if len(rows) and (rows["space"] == name).any()]
     chosen = space or next(iter(there), "vocab")
-    metric = RATIOS[circuit, chosen]
+    metric = ratios()[circuit, chosen]
     if chosen not in there:
         drawing.unavailable(plane, title, reasons.get(metric, ""))
         gauge.set_axis_off()
