@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from ovqk import wording
 from ovqk.circuits.composition import STRONGEST, composition_table, virtual_heads_table
-from ovqk.config.schema import Config
+from ovqk.config.schema import Circuit, Config
 from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, metric_names
 from ovqk.records.record import Analysis
@@ -159,8 +159,8 @@ def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFram
     table = composition_table(tests.layers, tests.pairs(), gram, first_gram, strongest=STRONGEST if every else 0)
     if not every:
         return {"composition": table}
-    full = model.block0_circuit("ov")
-    first_full = None if model.vocabulary is None else model.vocabulary.full_circuit("ov")
+    full = model.block0_circuit(Circuit.ov)
+    first_full = None if model.vocabulary is None else model.vocabulary.full_circuit(Circuit.ov)
     if full is None:
         why = grams if isinstance(grams, str) else "the checkpoint has no unembedding"
         tests.notes.append(f"virtual_heads: ov_copying is empty: {why}")

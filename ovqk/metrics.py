@@ -114,7 +114,7 @@ class Metric:
     @property
     def of_scores(self) -> bool:
         """Whether it is of attention scores between words, as they are after a norm of queries and keys."""
-        return self.of == "words" and self.circuit == "qk"
+        return self.of == "words" and self.circuit is Circuit.qk
 
     @property
     def has_surrogates(self) -> bool:
@@ -136,12 +136,12 @@ def _at(places: str, order: int = 0) -> dict[str, Any]:
 
 
 def _spectral(circuit: Circuit) -> list[Metric]:
-    matrix = "W_OV" if circuit == "ov" else "W_QK"
-    residual_ratio = "copying_residual" if circuit == "ov" else "matching_residual"
+    matrix = "W_OV" if circuit is Circuit.ov else "W_QK"
+    residual_ratio = "copying_residual" if circuit is Circuit.ov else "matching_residual"
     sign = {"ratio_of": "residual", "column": f"{circuit.upper()} sign (residual)"}
-    sign |= _at("profile, residual column, atlas" if circuit == "ov" else "profile, residual column", SIGNS)
+    sign |= _at("profile, residual column, atlas" if circuit is Circuit.ov else "profile, residual column", SIGNS)
     symmetry: dict[str, Any] = {"topic": "symmetry"}
-    symmetry |= {} if circuit == "ov" else {"column": "symmetry"}
+    symmetry |= {} if circuit is Circuit.ov else {"column": "symmetry"}
     symmetry |= _at(f"depth, curve, histogram, profile{'' if circuit == 'ov' else ', atlas, column'}", SYMMETRY)
     rank = _at("depth, curve, profile", RANKS)
     rows: list[tuple[str, str, str, float | None, float | None, str, dict[str, Any]]] = [
@@ -168,7 +168,7 @@ def _spectral(circuit: Circuit) -> list[Metric]:
             low=low,
             high=high,
             source=source,
-            needs=frozenset({"weights", "scale"} if circuit == "qk" and name in SCALES else {"weights"}),
+            needs=frozenset({"weights", "scale"} if circuit is Circuit.qk and name in SCALES else {"weights"}),
             **{"topic": "spectrum"} | more,
         )
         for name, title, formula, low, high, source, more in rows
@@ -186,7 +186,7 @@ def _metric(
     source: str = "",
     **more: Any,
 ) -> Metric:
-    circuit: Circuit = "ov" if name.startswith("ov_") else "qk"
+    circuit = Circuit.ov if name.startswith("ov_") else Circuit.qk
     return Metric(name, circuit, title, formula, low, high, source, frozenset(needs), chance, **more)
 
 
@@ -246,11 +246,11 @@ def _shares() -> list[Metric]:
 _METRICS = [
     _metric("ov_copying", "OV copying", "sum lambda / sum |lambda| of W_E W_OV W_U", -1.0, 1.0, {"unembedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
     _metric("ov_copying_block0", "OV copying, block 0 embeddings", "the same of E W_OV W_U, E the block0 embeddings, layers >= 1", -1.0, 1.0, {"unembedding", "block0"}, full_circuit=True, topic="copying", **_at("depth, curve, profile", COPYING)),
-    *_spectral("ov"),
+    *_spectral(Circuit.ov),
     _metric("qk_matching", "QK matching", "sum lambda / sum |lambda| of W_E W_QK W_E^T", -1.0, 1.0, {"embedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
     _metric("qk_matching_block0", "QK matching, block 0 embeddings", "the same with block0 embeddings, layers >= 1", -1.0, 1.0, {"embedding", "block0"}, full_circuit=True, topic="copying", **_at("depth, curve, profile", COPYING)),
     _metric("qk_symmetry_vocab", "QK symmetry between tokens", "tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G)", -1.0, 1.0, {"embedding"}, topic="symmetry", **_at("curve", SYMMETRY_OF_TOKENS)),
-    *_spectral("qk"),
+    *_spectral(Circuit.qk),
     *_shares(),
     _metric("qk_positional_share", "QK positional share", "sum of the *_position shares (learned); position share (rotary)", 0.0, 1.0, {"embedding", "positions"}, topic="position", column="position", legend="share of the QK score's variance that is positional", **_at("depth, curve, histogram, atlas, column", POSITION)),
     _metric("qk_positional_share_normalised", "QK positional share, normalised rows", "position share of normalised rows", 0.0, 1.0, {"embedding", "rotary"}, topic="position"),
@@ -315,6 +315,6 @@ COMPOSITION_METRICS = named(lambda metric: metric.of == "pair")
 """Those of a pair of heads."""
 
 
-def metric_names(circuits: Sequence[str]) -> list[str]:
+def metric_names(circuits: Sequence[Circuit]) -> list[str]:
     """Return the columns of these circuits, in order."""
     return [name for name, metric in METRICS.items() if metric.circuit in circuits]

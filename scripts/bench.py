@@ -229,6 +229,7 @@ def composition_seconds(folder: Path, shape: Shape) -> dict[str, float]:
     from transformer_lens.utilities.matrix import composition_scores
 
     from ovqk.circuits.composition import MODES, LayerCircuits, received
+    from ovqk.config.schema import Circuit
     from ovqk.structure.model import Layer, Model
 
     config = cell_config(folder)
@@ -236,7 +237,7 @@ def composition_seconds(folder: Path, shape: Shape) -> dict[str, float]:
     model = Model.read(source, None, None, "bench", config)
     layers = [Layer(model, index) for index in range(shape.n_layers)]
     started = time.perf_counter()
-    circuits = [LayerCircuits.of(x.decomposition("ov", True), x.decomposition("qk", True)) for x in layers]
+    circuits = [LayerCircuits.of(x.decomposition(Circuit.ov, True), x.decomposition(Circuit.qk, True)) for x in layers]
     for index in range(1, shape.n_layers):
         for mode in MODES:
             received(circuits, index, mode)

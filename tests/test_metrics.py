@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,10 @@ import pytest
 from support.reported import make_results
 
 from ovqk import metrics
+from ovqk.config.schema import Circuit
 from ovqk.figures import portraits
 from ovqk.figures.choice import sweep_figures
-from ovqk.metrics import METRICS, Metric, Part, Place, Topic, ratios, shares, shown_in
+from ovqk.metrics import METRICS, Metric, Needs, Part, Place, Topic, ratios, shares, shown_in
 from ovqk.records.cells import read_cells
 from ovqk.records.record import read_record
 from ovqk.report.page import page_data
@@ -42,8 +43,12 @@ def test_shares_of_each_kind_of_positions_are_in_groups() -> None:
 
 
 def test_each_spectrum_of_eigenvalues_has_one_ratio() -> None:
-    assert set(ratios()) == {(circuit, space) for circuit in ("ov", "qk") for space in ("vocab", "residual")}
+    assert set(ratios()) == {(circuit, space) for circuit in Circuit for space in ("vocab", "residual")}
     assert len(ratios()) == sum(metric.ratio_of is not None for metric in METRICS.values())
+
+
+def made_up(circuit: Circuit, needs: Needs, **more: Any) -> Metric:
+    return Metric(NEW, circuit, "Made up", "1", 0.0, 1.0, "", frozenset({needs}), column="made-up", **more)
 
 
 @pytest.fixture
@@ -79,18 +84,13 @@ def showing(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_new_row_is_shown_in_the_place_that_it_names_and_no_other(place, cell, monkeypatch) -> None:
-    row = Metric(
-        NEW, "ov", "Made up", "1", 0.0, 1.0, "", frozenset({"weights"}), topic="copying", shown=frozenset({place}),
-        order=metrics.SYMMETRY, column="made-up",
-    )  # fmt: skip
+    row = made_up(Circuit.ov, "weights", topic="copying", shown=frozenset({place}), order=metrics.SYMMETRY)
     monkeypatch.setitem(METRICS, NEW, row)
     assert showing(cell) == {place}
 
 
 def test_a_new_share_is_a_bar_of_the_page_and_of_the_figure(monkeypatch) -> None:
-    row = Metric(
-        NEW, "qk", "Made up", "1", 0.0, 1.0, "", frozenset({"rotary"}), topic="position", share=("both", "made up")
-    )  # fmt: skip
+    row = made_up(Circuit.qk, "rotary", topic="position", share=("both", "made up"))
     monkeypatch.setitem(METRICS, NEW, row)
     heads = pd.DataFrame({"layer": [0], "head": [0], "qk_symmetry": [0.1], "qk_positional_share": [0.5]})
     heads = heads.assign(qk_share_position=0.5, qk_share_content=0.2, qk_share_interaction=0.2, **{NEW: 0.1})

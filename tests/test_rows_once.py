@@ -24,6 +24,7 @@ from ovqk.circuits.grams import FullCircuit
 from ovqk.circuits.maps import Decomposition
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.vocabulary import Vocabulary
+from ovqk.config.schema import Circuit
 from ovqk.errors import UserError
 from ovqk.structure.model import Layer, Model
 from ovqk.tasks.readouts import TOP_METRICS
@@ -137,10 +138,11 @@ def test_searches_settled_together_find_what_each_finds_alone(screen, monkeypatc
     monkeypatch.setattr(alignment, "TOP_BLOCK", 64)
     W_U_rows, ids = normal(300, 8, seed=1), torch.tensor([3, 250, 40, 299, 0])
     cases = [
-        (Factors("ov", normal(4, 8, 3, seed=s), normal(4, 3, 8, seed=s + 50)), normal(5, 8, seed=9)) for s in range(6)
+        (Factors(Circuit.ov, normal(4, 8, 3, seed=s), normal(4, 3, 8, seed=s + 50)), normal(5, 8, seed=9))
+        for s in range(6)
     ]
     rows = W_U_rows[ids]
-    cases.append((Factors("ov", torch.eye(8)[None], torch.eye(8)[None]), rows))  # copies: words that stay open
+    cases.append((Factors(Circuit.ov, torch.eye(8)[None], torch.eye(8)[None]), rows))  # copies: words that stay open
     searches = [TopSearch((x @ factors.left) @ factors.right, ids, rows) for factors, x in cases]
     for search in searches:
         settle([search], W_U_rows[:screen])
@@ -237,4 +239,4 @@ def test_a_random_checkpoint_has_words_block_0_and_both_cells(family, tmp_path) 
     source = bench.open_model(config)
     task = TaskReadout.read(Model.read(source, read, n_vocab, "toy", config), n_vocab)
     assert not isinstance(task.model.block0, str) and task.readout is not None
-    assert set(TOP_METRICS) <= set(task.readout.metrics(0, task.maps(Layer(task.model, 0), "ov")))
+    assert set(TOP_METRICS) <= set(task.readout.metrics(0, task.maps(Layer(task.model, 0), Circuit.ov)))

@@ -31,7 +31,7 @@ from support.small import (
 )
 
 from ovqk.analyse import analyse
-from ovqk.config.schema import Direction
+from ovqk.config.schema import Circuit, Direction
 from ovqk.records.record import Analysis
 from ovqk.structure.model import Model
 from ovqk.verdicts.claim_tests import matching_grams
@@ -451,7 +451,7 @@ def test_where_a_composition_has_no_matching_the_notes_say_why() -> None:
 # --- other models, other analyses ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("circuit", ["ov", "qk"])
+@pytest.mark.parametrize("circuit", Circuit)
 def test_one_circuit_alone_tests_what_it_can_and_says_what_it_cannot(circuit, of_a_set) -> None:
     result = run(Random(), task(), f"analysis={circuit}")
     tests, verdicts = result.tables["tests"], result.tables["verdicts"]

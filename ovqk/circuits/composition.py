@@ -33,6 +33,7 @@ from ovqk.circuits.factors import Factors
 from ovqk.circuits.grams import FullCircuit, Gram, blocks
 from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.spectra import full_circuit_ratio
+from ovqk.config.schema import Circuit
 
 Mode = Literal["q", "k", "v"]
 Head = tuple[int, int]
@@ -260,7 +261,7 @@ def virtual_factors(layers: Sequence[LayerCircuits], pairs: Sequence[Pair]) -> F
         sender, receiver = _select(layers[sender_layer].ov, [sender_head]), _select(layers[layer].ov, [head])
         lefts.append(sender.balanced_left @ (sender.balanced_right @ receiver.balanced_left))
         rights.append(receiver.balanced_right)
-    return Factors("ov", torch.cat(lefts), torch.cat(rights))
+    return Factors(Circuit.ov, torch.cat(lefts), torch.cat(rights))
 
 
 def virtual_heads_table(

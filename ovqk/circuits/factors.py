@@ -36,7 +36,7 @@ class Factors:
 
 def ov_factors(weights: LayerWeights, architecture: Architecture) -> Factors:
     """Return each query head's W_V and W_O; under grouped queries a group's heads share W_V."""
-    return Factors("ov", weights.W_V[architecture.kv_of_head.to(weights.W_V.device)], weights.W_O)
+    return Factors(Circuit.ov, weights.W_V[architecture.kv_of_head.to(weights.W_V.device)], weights.W_O)
 
 
 def qk_factors(weights: LayerWeights, architecture: Architecture, offsets: Iterable[int] = (0,)) -> Factors:
@@ -45,7 +45,9 @@ def qk_factors(weights: LayerWeights, architecture: Architecture, offsets: Itera
     D = query position - key position; R(0) = 1, and without rotary positions every R is 1.
     """
     keys = key_side(weights.W_K, weights)
-    return Factors("qk", query_side(weights.W_Q, weights, offsets), keys[architecture.kv_of_head.to(keys.device)].mT)
+    return Factors(
+        Circuit.qk, query_side(weights.W_Q, weights, offsets), keys[architecture.kv_of_head.to(keys.device)].mT
+    )
 
 
 def query_side(

@@ -66,7 +66,7 @@ class Vocabulary:
 
     def full_circuit(self, circuit: Circuit) -> FullCircuit | None:
         """Return the Grams of the full circuits of plain embeddings; None for OV without an unembedding."""
-        if circuit == "qk":
+        if circuit is Circuit.qk:
             return FullCircuit.qk(self.gram_embed)
         if self.gram_cross is None or self.gram_unembed is None:
             return None

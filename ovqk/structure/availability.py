@@ -1,7 +1,10 @@
 """Reasons why no head of a model has a metric: they are in the record, and no value is made up."""
 
+from collections.abc import Sequence
+
 from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.vocabulary import Vocabulary
+from ovqk.config.schema import Circuit
 from ovqk.metrics import METRICS, NOT_APPLICABLE, Needs, metric_names
 from ovqk.weights.types import Architecture
 
@@ -10,7 +13,7 @@ MIN_POSITIONS = 4  # fewer leave no degree of freedom for an offset fit
 
 
 def unavailable_metrics(
-    circuits: list[str],
+    circuits: Sequence[Circuit],
     architecture: Architecture,
     vocabulary: Vocabulary | None,
     n_positions: int | None,
@@ -20,7 +23,7 @@ def unavailable_metrics(
     """Return metric -> reason, for the metrics of these circuits that no head can have.
 
     Args:
-        circuits: `ov`, `qk`.
+        circuits: the circuits that the analysis takes apart.
         architecture: the model's.
         vocabulary: its embeddings; None if the checkpoint holds none.
         n_positions: rows of the learned position embedding; None if there is none.

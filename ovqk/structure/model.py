@@ -54,7 +54,7 @@ class Model:
     @property
     def circuits(self) -> list[Circuit]:
         """The circuits that the analysis takes apart."""
-        return list(self.config.analysis.circuits)  # type: ignore[arg-type]
+        return [Circuit(name) for name in self.config.analysis.circuits]
 
     @property
     def folds(self) -> bool:
@@ -75,7 +75,7 @@ class Model:
     def unavailable(self) -> dict[str, str]:
         """Metric -> why no head of this model has it, whatever the task."""
         return unavailable_metrics(
-            list(self.config.analysis.circuits),
+            self.circuits,
             self.architecture,
             self.vocabulary,
             None if self.W_pos is None else self.W_pos.shape[0],
@@ -115,7 +115,7 @@ class Model:
         grams, vocabulary = self.block0_grams, self.vocabulary
         if grams is None or vocabulary is None:
             return None
-        if circuit == "qk":
+        if circuit is Circuit.qk:
             return FullCircuit.qk(grams.embed)
         if grams.cross is None or vocabulary.gram_unembed is None:
             return None
@@ -175,7 +175,7 @@ class Model:
             self.vocabulary is None
             or not architecture.qk_norm
             or architecture.positions != "rotary"
-            or "qk" not in self.circuits
+            or Circuit.qk not in self.circuits
         ):
             return []
         step = moments.sample_step(self.vocabulary.size, self.vocabulary.d_model)
@@ -301,7 +301,7 @@ class Layer:
     def factors(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Factors:
         """Return factors of the folded or of the processed weights; QK with the mean rotation over the offsets."""
         weights = self.folded if folded else self.processed
-        if circuit == "ov":
+        if circuit is Circuit.ov:
             return ov_factors(weights, self.model.architecture)
         return qk_factors(weights, self.model.architecture, offsets)
 
@@ -334,7 +334,7 @@ class Layer:
             every = torch.arange(architecture.n_heads, device=kv.device)
             rank = min(architecture.d_head, architecture.d_model - self.model.centred)
             across = self._across.setdefault((circuit, form.folded), [])
-            if circuit == "ov":
+            if circuit is Circuit.ov:
                 left, right = self.basis("V", folded), self.basis("O", folded)
                 inner = left.coordinates[kv] @ right.coordinates.mT
                 self._maps[form] = FactoredMaps(left, right, kv, every, inner, rank, across=across)

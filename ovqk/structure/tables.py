@@ -40,7 +40,7 @@ class Stage(Protocol):
 def layer_structure(layer: Layer) -> Tables:
     """Compute one layer's rows of every table; `heads` has each metric that has a value, and `unstable`."""
     model = layer.model
-    tables: dict[str, list[pd.DataFrame]] = {"layers": [layer_row(layer)] if "qk" in model.circuits else []}
+    tables: dict[str, list[pd.DataFrame]] = {"layers": [layer_row(layer)] if Circuit.qk in model.circuits else []}
     values = HeadValues()
     unstable = [""] * model.architecture.n_heads
     for circuit in model.circuits:
@@ -49,7 +49,7 @@ def layer_structure(layer: Layer) -> Tables:
         unstable = _joined(unstable, rounding_sensitive(layer, circuit, metrics))
         values |= block0_metrics(layer, circuit)
         tables.setdefault("spectra", []).append(spectrum)
-    if "qk" in model.circuits:
+    if Circuit.qk in model.circuits:
         metrics, profile = position_metrics(layer)
         values |= metrics
         tables["offsets"] = [] if profile is None else [profile]
@@ -100,7 +100,7 @@ class DirectionTables:
             found = components(layer.decomposition(circuit, model.folds), model.config.analysis.components)
             gain = layer.gain
             if gain is not None:  # token rows come without the gain
-                write = found.write * gain if circuit == "qk" else found.write
+                write = found.write * gain if circuit is Circuit.qk else found.write
                 found = dataclasses.replace(found, read=found.read * gain, write=write)
             self._waiting.append((layer.index, circuit, found))
         if sum(found.read.numel() + found.write.numel() for _, _, found in self._waiting) >= WAITING:
@@ -125,7 +125,7 @@ class DirectionTables:
 def circuit_spectra(layer: Layer, circuit: Circuit) -> tuple[HeadValues, pd.DataFrame]:
     """Return one circuit's residual-space and full-circuit metrics (at D = 0), and its spectra at the offsets asked."""
     model = layer.model
-    rotates = circuit == "qk" and layer.folded.rotary is not None
+    rotates = circuit is Circuit.qk and layer.folded.rotary is not None
     tables, found = [], {}
     for offset in dict.fromkeys(model.config.analysis.offsets) if rotates else [0]:
         metrics, lines = spectrum(model, circuit, layer.maps(circuit, model.folds, (offset,)))
@@ -140,7 +140,7 @@ def spectrum(model: Model, circuit: Circuit, maps: Maps) -> tuple[HeadValues, li
     cores = maps.core()
     eigen = spectra.eigenvalues(cores)
     values = spectra.spectrum_metrics(maps, (cores, eigen))
-    residual = "ov_copying_residual" if circuit == "ov" else "qk_matching_residual"
+    residual = "ov_copying_residual" if circuit is Circuit.ov else "qk_matching_residual"
     metrics = {residual: values.pop("trace_ratio")} | {f"{circuit}_{name}": v for name, v in values.items()}
     lines = [
         ("residual", "eigen", eigen),
@@ -154,8 +154,8 @@ def spectrum(model: Model, circuit: Circuit, maps: Maps) -> tuple[HeadValues, li
         return metrics, lines
     sigma = spectra.full_circuit_singular_values(maps, full.read, full.write)
     eigen = spectra.eigenvalues(maps.core(full.cross))
-    metrics["ov_copying" if circuit == "ov" else "qk_matching"] = spectra.trace_ratio(eigen, sigma.sum(-1))
-    if circuit == "qk":
+    metrics["ov_copying" if circuit is Circuit.ov else "qk_matching"] = spectra.trace_ratio(eigen, sigma.sum(-1))
+    if circuit is Circuit.qk:
         metrics["qk_symmetry_vocab"] = spectra.vocabulary_symmetry(maps, full.read)
     return metrics, [*lines, ("vocab", "eigen", eigen), ("vocab", "singular", sigma)]
 
@@ -223,7 +223,7 @@ def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
     full = None if layer.index == 0 else layer.model.block0_circuit(circuit)
     if full is None:
         return {}
-    name = "ov_copying_block0" if circuit == "ov" else "qk_matching_block0"
+    name = "ov_copying_block0" if circuit is Circuit.ov else "qk_matching_block0"
     return {name: full_circuit_ratio(layer.maps(circuit, True), full)}
 
 
@@ -254,7 +254,7 @@ def _spectrum_table(layer: int, circuit: Circuit, space: str, kind: str, values:
         {
             "layer": np.int32(layer),
             "head": np.repeat(np.arange(n_heads, dtype=np.int32), n),
-            "circuit": circuit,
+            "circuit": circuit.value,
             "space": space,
             "kind": kind,
             "offset": np.int32(offset),

@@ -270,7 +270,7 @@ class Directions:
         asked: dict[str, dict[tuple[int, str], Tensor]] = {}
         for at, (layer, circuit, parts) in enumerate(found):
             asked.setdefault(self.kind(layer), {})[at, "read"] = parts.read
-            asked.setdefault(self.kind(layer) if circuit == "qk" else "write", {})[at, "write"] = parts.write
+            asked.setdefault(self.kind(layer) if circuit is Circuit.qk else "write", {})[at, "write"] = parts.write
         extremes: dict[tuple[int, str], Extremes] = {}
         for kind, planes in asked.items():
             if (side := self.side(kind)) is not None:
@@ -289,7 +289,7 @@ class Directions:
         ids, place = np.unique(rows["token_id"], return_inverse=True)
         rows |= {
             "layer": np.full(len(place), layer),
-            "circuit": np.full(len(place), circuit, dtype=object),
+            "circuit": np.full(len(place), circuit.value, dtype=object),
             "kind": np.array(KINDS, dtype=object)[rows["kind"]],
             "value": rows["value"].real,
             "value_im": rows["value"].imag,

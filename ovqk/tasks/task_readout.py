@@ -57,8 +57,8 @@ class TaskReadout:
     def maps(self, layer: Layer, circuit: Circuit) -> HeadMaps | None:
         """Return a circuit as readouts see it: folded, QK with the mean rotation; None if positions are unknown."""
         architecture = self.model.architecture
-        if circuit == "ov":
-            return HeadMaps(layer.factors("ov", True), layer.decomposition("ov", True))
+        if circuit is Circuit.ov:
+            return HeadMaps(layer.factors(Circuit.ov, True), layer.decomposition(Circuit.ov, True))
         if architecture.positions == "unsupported":
             return None
         weights, span = layer.folded, layer.span
@@ -68,7 +68,7 @@ class TaskReadout:
             def scorer(query_rows: Tensor, key_rows: Tensor) -> Tensor:
                 return scores(weights, architecture, query_rows, key_rows, span)
 
-        return HeadMaps(layer.factors("qk", True, span), layer.decomposition("qk", True, span), scorer)
+        return HeadMaps(layer.factors(Circuit.qk, True, span), layer.decomposition(Circuit.qk, True, span), scorer)
 
     def by_source(self, layer: Layer, circuit: Circuit) -> dict[str, Float[Tensor, "head source"]]:
         """Return the metrics of a circuit's heads, source token by source token; computed once for a layer."""
@@ -104,7 +104,7 @@ class ReadoutTables:
         """Return `heads`: a row per head, a column per metric of the analysis; null if a head has no value."""
         structure, readouts = made["heads"], pd.concat(self._layers, ignore_index=True)
         columns = {name: structure[name] for name in ("layer", "head")}
-        for name in metric_names(list(self.task.model.circuits)):
+        for name in metric_names(self.task.model.circuits):
             of = readouts if name in readouts else structure
             there = name in of and name not in self.task.unavailable
             columns[name] = of[name] if there else pd.Series(math.nan, index=structure.index)
@@ -126,7 +126,7 @@ def read_words(model: Model, n_tokens: int | None) -> TaskTokens:
 
 def unavailable_on(model: Model, readout: Readout | None) -> dict[str, str]:
     """Return metric -> reason, for the metrics that no head of this model can have on this task."""
-    task, architecture, circuits = model.config.task, model.architecture, list(model.circuits)
+    task, architecture, circuits = model.config.task, model.architecture, model.circuits
     reasons, of_tasks = dict(model.unavailable), [n for n in metric_names(circuits) if METRICS[n].is_readout]
     if readout is None:
         why = "no word is read" if task.variables else f"{NOT_APPLICABLE}task {task.name} has no words"
@@ -143,6 +143,6 @@ def unavailable_on(model: Model, readout: Readout | None) -> dict[str, str]:
             reasons.setdefault(name, f"no effective embedding: {model.block0}")
     if architecture.positions == "unsupported":
         for name in of_tasks:
-            if METRICS[name].circuit == "qk":
+            if METRICS[name].circuit is Circuit.qk:
                 reasons.setdefault(name, "ovqk does not know how this model encodes positions")
     return reasons

@@ -106,15 +106,15 @@ class ClaimTests:
     def visit(self, layer: Layer) -> None:
         """Keep what the tests need of this layer."""
         here = sorted(head for at, head in self.claims.heads if at == layer.index)
-        if "qk" in self.model.circuits:
-            sigma = layer.maps("qk", self.model.folds).sigma
+        if Circuit.qk in self.model.circuits:
+            sigma = layer.maps(Circuit.qk, self.model.folds).sigma
             self.second |= {(layer.index, head): float(sigma[head, 1:2].sum() / sigma[head, 0]) for head in here}
         for metric in self.wanted:
             if METRICS[metric].has_surrogates and METRICS[metric].circuit in self.model.circuits:
                 form = self.forms[metric, layer.index] = form_of(metric, layer)
                 self.sigma[layer.index, form] = layer.maps(form.circuit, form.folded, form.offsets).sigma
         if self.composes and len(self.model.circuits) == 2:
-            parts = layer.decomposition("ov", True), layer.decomposition("qk", True, layer.span)
+            parts = layer.decomposition(Circuit.ov, True), layer.decomposition(Circuit.qk, True, layer.span)
             self.layers.append(LayerCircuits.of(*parts))
         if not here:
             return
@@ -271,7 +271,7 @@ class ClaimTests:
             own = (
                 layer,
                 int(architecture.kv_of_head[index]),
-                int(form.circuit == "ov"),
+                int(form.circuit is Circuit.ov),
                 int(form.folded),
                 len(form.offsets),
             )
@@ -403,7 +403,7 @@ def form_of(metric: str, layer: Layer) -> Form:
     if row.circuit is None:
         raise ValueError(f"{metric} is of a pair of heads")
     folded = model.source.foldable and (row.is_readout or "block0" in row.needs or model.folds)
-    return Form(row.circuit, folded, layer.span if row.is_readout and row.circuit == "qk" else (0,))
+    return Form(row.circuit, folded, layer.span if row.is_readout and row.circuit is Circuit.qk else (0,))
 
 
 def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from ovqk import wording
+from ovqk.config.schema import Circuit
 from ovqk.metrics import METRICS
 from ovqk.tasks.claims import Claims, Head
 from ovqk.verdicts.null_tests import NullTest
@@ -286,7 +287,7 @@ def _limits(verdict: str, predicted: Sequence[Predicted]) -> str:
     if verdict in ("untestable", "out_of_scope"):
         return ""
     metric = METRICS[predicted[0].config.metric]
-    writes = metric.circuit == "ov" and not metric.reads
+    writes = metric.circuit is Circuit.ov and not metric.reads
     return NOT_ESTABLISHED + (NOT_INDEPENDENT if writes else "")
 
 
