@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from ovqk import wording
 from ovqk.circuits.composition import STRONGEST, composition_table, virtual_heads_table
@@ -31,14 +30,11 @@ from ovqk.verdicts.null_tests import nulls_table, tests_table
 from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.patterns import PATTERNS, head_patterns
 from ovqk.verdicts.verdict import VERDICTS, judge, subjects
-from ovqk.weights.types import WeightSource
+from ovqk.weights.types import OpenedModel
 
 
 def analyse(
-    source: WeightSource,
-    tokenizer: Tokenizer | None,
-    n_tokens: int | None,
-    label: str,
+    opened: OpenedModel,
     config: Config,
     layers: Callable[[int], Iterable[int]] = range,
     cache: StructureCache | None = None,
@@ -46,10 +42,7 @@ def analyse(
     """Compute one cell.
 
     Args:
-        source: the model's raw weights.
-        tokenizer: its tokenizer, if it has one.
-        n_tokens: the number of real tokens, if the tokenizer tells.
-        label: how messages name the model.
+        opened: the model's raw weights and its tokenizer, if it has one.
         config: the resolved cell.
         layers: counts off the layers, and may show how far it is.
         cache: keeps the tables that depend on no task for other cells; None computes them anew.
@@ -57,9 +50,10 @@ def analyse(
     Raises:
         UserError: the task cannot be read on this model: its words, its claims.
     """
+    source = opened.source
     claims = resolve_claims(config.task, config.model, source.architecture)
-    model = Model.read(source, tokenizer, n_tokens, label, config)
-    task = TaskReadout.read(model, n_tokens)
+    model = Model.read(opened, config)
+    task = TaskReadout.read(model)
     judged = JudgedTables(task, claims)
     with nullcontext(Entry()) if cache is None else cache.entry(model) as entry:
         structure: list[Stage] = [] if entry.tables is not None else [StructureTables(model), DirectionTables(model)]

@@ -31,6 +31,7 @@ from ovqk.tasks.words import readable_tasks, tokenizer_for
 from ovqk.tracking.service import start_meanwhile
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
+from ovqk.weights.types import OpenedModel
 
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 """Errors of a full, read-only or forbidden disk, or of a bad name: the user gets a message, and they are no defect."""
@@ -151,11 +152,9 @@ def compute(
     forget_peak_memory()
     source = open_weights(checkpoint, cell.model)
     tokenizer, notes = tokenizer_for(cell.task, checkpoint)
-    n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
+    opened = OpenedModel(source, checkpoint.label, tokenizer)
     with layers_of(f"{cell.model.name} / {cell.task.name} / {cell.analysis.name}", alone) as layers:
-        analysis = analyse(
-            source, tokenizer, n_tokens, checkpoint.label, cell, layers, structure_cache(cell, checkpoint)
-        )
+        analysis = analyse(opened, cell, layers, structure_cache(cell, checkpoint))
     analysis.notes.extend(notes)
     analysis.words["tasks"] = [] if tokenizer is None else readable_tasks(shipped_tasks(), tokenizer)
     origin = Origin(checkpoint.digest, checkpoint.revision, checkpoint.quantisation, source.loaded_by)

@@ -40,7 +40,7 @@ from ovqk.records.record import Analysis
 from ovqk.weights.mlp import MLPWeights
 from ovqk.weights.norms import Norm, QueryKeyNorm
 from ovqk.weights.rotary import Rotary
-from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, OpenedModel
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 NAME = "planted"
@@ -391,7 +391,7 @@ def judged(model: RandomModel, claimed: Claimed, draws: int = 99) -> Analysis:
     config.model.name = config.model.claims = NAME
     config.nulls = NullsConfig(draws, resamples=2, subsamples=2)
     config.seed = model.seed
-    return analyse(model, model.tokenizer, len(model.W_E), NAME, config)
+    return analyse(OpenedModel(model, NAME, model.tokenizer), config)
 
 
 def p_values(tests: pd.DataFrame) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from ovqk.structure import tables
 from ovqk.structure.cache import ENTRY, StructureCache
 from ovqk.tasks.words import load_tokenizer
 from ovqk.weights.readers import open_weights
+from ovqk.weights.types import OpenedModel
 
 
 def run(cache: StructureCache | None, *overrides: str, digest: str | None = None) -> Analysis:
@@ -28,7 +29,7 @@ def run(cache: StructureCache | None, *overrides: str, digest: str | None = None
     if cache is not None:
         cache.digest = digest or checkpoint.digest
     source, tokenizer = open_weights(checkpoint, cell.model), load_tokenizer(checkpoint)
-    return analyse(source, tokenizer, tokenizer.get_vocab_size(), "test", cell, cache=cache)
+    return analyse(OpenedModel(source, "test", tokenizer), cell, cache=cache)
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_a_cell_of_a_local_model_is_cached_by_its_weights(tiny_gpt2, tmp_path, c
         cell = compose("task=none", "model=local", f"model.path={folder}")
         checkpoint = open_checkpoint(local(folder))
         found = StructureCache(tmp_path / "cache", 1.0, checkpoint.digest)
-        analyse(open_weights(checkpoint, cell.model), None, None, "test", cell, cache=found)
+        analyse(OpenedModel(open_weights(checkpoint, cell.model), "test"), cell, cache=found)
     assert len(entries(found)) == 1 and computed == [0, 1, 2]
 
 

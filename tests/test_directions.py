@@ -39,7 +39,7 @@ from ovqk.structure.token_tables import COLUMNS, Directions, TokenSide
 from ovqk.tasks.words import load_tokenizer
 from ovqk.weights.norms import normalise
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, OpenedModel
 
 # --- oracle --------------------------------------------------------------------------------------------------
 
@@ -52,9 +52,8 @@ def test_every_head_matches_a_materialised_oracle(path, processing, request) -> 
     path = trained[path]() if path in trained else request.getfixturevalue(path)
     checkpoint = open_checkpoint(local(path))
     source, tokenizer = open_weights(checkpoint, local(path)), load_tokenizer(checkpoint)
-    n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
     cell = compose("task=none", "model=local", f"model.path={path}", f"processing={processing}")
-    model = Model.read(source, tokenizer, n_tokens, "test", cell)
+    model = Model.read(OpenedModel(source, "test", tokenizer), cell)
     vocabulary = model.spectral_vocabulary
     assert vocabulary is not None and vocabulary.W_U_rows is not None
     directions, kinds = Directions(vocabulary, tokenizer), set()
@@ -281,7 +280,7 @@ def test_layers_wait_for_each_other_and_the_table_is_the_same(tiny_gpt2, monkeyp
         monkeypatch.setattr("ovqk.structure.tables.WAITING", waiting)
         checkpoint = open_checkpoint(local(tiny_gpt2))
         cell = compose("task=none", "model=local", f"model.path={tiny_gpt2}")
-        analysis = analyse(open_weights(checkpoint, local(tiny_gpt2)), None, None, "test", cell)
+        analysis = analyse(OpenedModel(open_weights(checkpoint, local(tiny_gpt2)), "test"), cell)
         found.append(analysis.tables["directions"])
     assert passes[-1] == sum(passes[:-1]) and set(passes[:-1]) == {2}  # two circuits of each layer, or of all
     pd.testing.assert_frame_equal(*found)
@@ -372,8 +371,8 @@ def test_every_layer_is_read_through_its_effective_embedding(
     n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
     choices = [f"processing={processing}", f"analysis.directions_embedding={embedding}", "analysis.rare_tokens=true"]
     cell = compose("task=none", "model=local", f"model.path={path}", *choices)
-    model = Model.read(source, tokenizer, n_tokens, "test", cell)
-    rows = analyse(source, tokenizer, n_tokens, "test", cell).tables["directions"]
+    model = Model.read(OpenedModel(source, "test", tokenizer), cell)
+    rows = analyse(OpenedModel(source, "test", tokenizer), cell).tables["directions"]
     E = folded_embeddings(source)
     E = EmbeddingWeights(E.W_E[:n_tokens], None, E.W_U[:, :n_tokens], None)
     for index in range(source.architecture.n_layers):
@@ -448,7 +447,7 @@ def test_the_record_says_which_tokens_are_left_out_and_that_block_0_could_not_be
 
     def analysis(*overrides: str):
         cell = compose("task=none", "model=local", f"model.path={BUNDLED}", *overrides)
-        return analyse(source, tokenizer, tokenizer.get_vocab_size(), "test", cell)
+        return analyse(OpenedModel(source, "test", tokenizer), cell)
 
     plain, every = analysis(), analysis("analysis.rare_tokens=true")
     special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}

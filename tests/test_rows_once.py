@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.models import local
-from support.small import DRAWS, Random, V, cell, run, task, tokenizer
+from support.small import DRAWS, Random, cell, run, task, tokenizer
 
 from ovqk.analyse import analyse
 from ovqk.checkpoints.opening import open_checkpoint
@@ -34,7 +34,7 @@ from ovqk.verdicts import surrogates
 from ovqk.verdicts.claim_tests import ClaimTests
 from ovqk.verdicts.statistics import monte_carlo
 from ovqk.weights.stored_rows import StoredRows
-from ovqk.weights.types import Architecture, EmbeddingWeights
+from ovqk.weights.types import Architecture, EmbeddingWeights, OpenedModel
 
 FACTS = Architecture("test", 1, 1, 1, 6, 3, 7, "rmsnorm", 1e-6, "learned")
 
@@ -105,7 +105,7 @@ def test_an_unembedding_is_not_read_anew_for_every_surrogate(kept, monkeypatch) 
     monkeypatch.setattr(effective_embeddings, "SCREEN", 16)
     monkeypatch.setattr(surrogates, "PART_ELEMENTS", 1)  # one draw at a time
     model, reads = stored(Random())
-    found = analyse(model, tokenizer(), V, "toy", cell(task(), "model.claims=null")).tables["candidates"]
+    found = analyse(OpenedModel(model, "toy", tokenizer()), cell(task(), "model.claims=null")).tables["candidates"]
     for name in ("value", "p_spectrum", "p_words"):
         assert np.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-9, equal_nan=True), name
     assert max(reads) < (12 if kept else DRAWS)
@@ -237,6 +237,6 @@ def test_a_random_checkpoint_has_words_block_0_and_both_cells(family, tmp_path) 
         config.nulls.draws = 30
         assert bench.whole_cell_with_words(config) == 4
     source = bench.open_model(config)
-    task = TaskReadout.read(Model.read(source, read, n_vocab, "toy", config), n_vocab)
+    task = TaskReadout.read(Model.read(OpenedModel(source, "toy", read), config))
     assert not isinstance(task.model.block0, str) and task.readout is not None
     assert set(TOP_METRICS) <= set(task.readout.metrics(0, task.maps(Layer(task.model, 0), Circuit.ov)))

@@ -23,7 +23,7 @@ from ovqk.structure.token_tables import Directions
 from ovqk.weights.devices import resolve_device, to_device
 from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
 from ovqk.weights.mlp import ACTIVATIONS
-from ovqk.weights.types import Architecture, LayerWeights, WeightSource
+from ovqk.weights.types import Architecture, LayerWeights, OpenedModel, WeightSource
 
 
 @dataclass(frozen=True)
@@ -212,15 +212,13 @@ class Model:
         return {"requested": asked, "applied": applied}
 
     @classmethod
-    def read(
-        cls,
-        source: WeightSource,
-        tokenizer: Tokenizer | None,
-        n_tokens: int | None,
-        label: str,
-        config: Config,
-    ) -> "Model":
-        """Read the embeddings; the task of the config has no part in it."""
+    def read(cls, opened: OpenedModel, config: Config) -> "Model":
+        """Read the embeddings, over the tokens that the tokenizer knows; the task of the config has no part in it.
+
+        Raises:
+            UserError: an embedding holds NaN or infinity, or `device` is not there.
+        """
+        source, label, n_tokens = opened.source, opened.label, opened.n_tokens
         device = resolve_device(config.device)
         architecture = source.architecture
         raw = to_device(source.embeddings(), device)
@@ -229,7 +227,7 @@ class Model:
         spectral = vocabulary
         if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
             spectral = read_vocabulary(raw, n_tokens, label)
-        return cls(source, config, device, label, vocabulary, spectral, folded.W_pos, tokenizer)
+        return cls(source, config, device, label, vocabulary, spectral, folded.W_pos, opened.tokenizer)
 
 
 def read_block0(source: WeightSource, vocabulary: Vocabulary | None, device: torch.device) -> Block0 | str:

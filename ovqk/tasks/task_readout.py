@@ -36,17 +36,16 @@ class TaskReadout:
     _sources: WeakKeyDictionary[Layer, dict[Circuit, dict[str, Tensor]]] = field(default_factory=WeakKeyDictionary)
 
     @classmethod
-    def read(cls, model: Model, n_tokens: int | None) -> "TaskReadout":
+    def read(cls, model: Model) -> "TaskReadout":
         """Read the task's words by the model's tokenizer.
 
         Args:
             model: the model, with the choice of its cell.
-            n_tokens: the number of real tokens, if the tokenizer tells.
 
         Raises:
             UserError: the words cannot be read as tokens of the model.
         """
-        tokens = read_words(model, n_tokens)
+        tokens = read_words(model)
         readout = None
         if model.vocabulary is not None and tokens.variables:
             block0 = model.block0 if isinstance(model.block0, Block0) else None
@@ -111,17 +110,15 @@ class ReadoutTables:
         return {"heads": pd.DataFrame(columns | {"unstable": structure["unstable"]})}
 
 
-def read_words(model: Model, n_tokens: int | None) -> TaskTokens:
+def read_words(model: Model) -> TaskTokens:
     """Return the task's words as tokens; none if there are neither embeddings nor a tokenizer to read them by."""
     task, tokenizer, vocabulary = model.config.task, model.tokenizer, model.vocabulary
-    if tokenizer is None and vocabulary is None:
-        note = ["the checkpoint has no embeddings and no tokenizer: no word is read"] if task.variables else []
-        return TaskTokens([], {}, {}, note)
     if vocabulary is not None:  # a tokenizer may know more tokens than the model has rows for
-        n_tokens = vocabulary.size
-    elif n_tokens is None:
-        n_tokens = tokenizer.get_vocab_size() if tokenizer is not None else 0
-    return resolve_task(task, tokenizer, n_tokens, model.label)
+        return resolve_task(task, tokenizer, vocabulary.size, model.label)
+    if tokenizer is not None:
+        return resolve_task(task, tokenizer, tokenizer.get_vocab_size(), model.label)
+    note = ["the checkpoint has no embeddings and no tokenizer: no word is read"] if task.variables else []
+    return TaskTokens([], {}, {}, note)
 
 
 def unavailable_on(model: Model, readout: Readout | None) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk.weights.mlp import MLPWeights
@@ -144,3 +145,23 @@ class WeightSource(Protocol):
     def first_mlp(self) -> MLPWeights | str:
         """Return block 0's MLP, or the reason why there is none to read."""
         ...
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model as opening its checkpoint gave it: weights that are read layer by layer, and a tokenizer.
+
+    Attributes:
+        source: its raw weights.
+        label: its name in messages.
+        tokenizer: None if the checkpoint holds none, or if nothing is to be read by it.
+    """
+
+    source: WeightSource
+    label: str
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def n_tokens(self) -> int | None:
+        """The number of tokens that the tokenizer knows; None without one. Embeddings may have more or fewer rows."""
+        return None if self.tokenizer is None else self.tokenizer.get_vocab_size()
