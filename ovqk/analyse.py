@@ -14,14 +14,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ovqk import wording
-from ovqk.circuits.composition import STRONGEST, composition_table, virtual_heads_table
+from ovqk.circuits.composition import SENDERS_KEPT, composition_table, virtual_heads_table
 from ovqk.config.schema import Circuit, Config
 from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, metric_names
 from ovqk.records.record import Analysis
 from ovqk.structure.cache import Entry, StructureCache
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.tables import DirectionTables, Stage, StructureTables, Tables
+from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables
 from ovqk.tasks.claims import Claims, resolve_claims
 from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
 from ovqk.verdicts.candidates import candidate_rows, unclaimed
@@ -150,7 +150,7 @@ def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFram
     gram, first_gram = (None, None) if isinstance(grams, str) else grams
     if isinstance(grams, str):
         tests.notes.append(f"composition: matching is empty: {grams}")
-    table = composition_table(tests.layers, tests.pairs(), gram, first_gram, strongest=STRONGEST if every else 0)
+    table = composition_table(tests.layers, tests.pairs(), gram, first_gram, strongest=SENDERS_KEPT if every else 0)
     if not every:
         return {"composition": table}
     full = model.block0_circuit(Circuit.ov)

@@ -22,7 +22,7 @@ from ovqk.config.schema import Config, TrackingMode
 from ovqk.errors import UserError, one_message, told
 from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
-from ovqk.records.record import Origin, claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
+from ovqk.records.record import Origin, claim, forget_peak_memory, is_done, write_done, write_failed
 from ovqk.report import terminal
 from ovqk.report.progress import layers_of
 from ovqk.report.suggestions import shipped_tasks
@@ -32,6 +32,7 @@ from ovqk.tracking.service import start_meanwhile
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import OpenedModel
+from ovqk.whole_files import clear_abandoned
 
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 """Errors of a full, read-only or forbidden disk, or of a bad name: the user gets a message, and they are no defect."""

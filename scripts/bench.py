@@ -109,7 +109,7 @@ def cell_config(folder: Path, device: str = "cpu", task: str = "none") -> Any:
 def spectra_alone(config: Any) -> int:
     """Eigen- and singular values of every head, both circuits, both spaces; from the files on."""
     from ovqk.structure.model import Layer, Model
-    from ovqk.structure.tables import spectrum
+    from ovqk.structure.stages import spectrum
     from ovqk.weights.types import OpenedModel
 
     source = open_model(config)

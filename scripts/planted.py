@@ -40,13 +40,12 @@ from ovqk.records.record import Analysis
 from ovqk.weights.mlp import MLPWeights
 from ovqk.weights.norms import Norm, QueryKeyNorm
 from ovqk.weights.rotary import Rotary
-from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, OpenedModel
+from ovqk.weights.types import Architecture, EmbeddingWeights, Head, LayerWeights, OpenedModel
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 NAME = "planted"
 D_MODEL, D_HEAD, N_CTX = 64, 8, 24
 WRITES = 0.02  # entries of W_O and of the MLP; those of the embeddings are of order 1
-Head = tuple[int, int]
 Claimed = Mapping[str, Sequence[Head]]
 """Role -> heads."""
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from support.top import in_top_by_source
 
 from ovqk.circuits import alignment
-from ovqk.circuits.alignment import TOP, in_top_by_source
+from ovqk.circuits.alignment import TOP
 from ovqk.circuits.factors import Factors
 from ovqk.config.schema import Circuit
 

@@ -15,7 +15,7 @@ from ovqk.analyse import analyse
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.records.record import Analysis
-from ovqk.structure import tables
+from ovqk.structure import stages
 from ovqk.structure.cache import ENTRY, StructureCache
 from ovqk.tasks.words import load_tokenizer
 from ovqk.weights.readers import open_weights
@@ -41,13 +41,13 @@ def cache(tmp_path) -> StructureCache:
 def computed(monkeypatch) -> list[int]:
     """The layers whose structure was computed."""
     seen: list[int] = []
-    whole = tables.layer_structure
+    whole = stages.layer_structure
 
     def counting(layer):
         seen.append(layer.index)
         return whole(layer)
 
-    monkeypatch.setattr(tables, "layer_structure", counting)
+    monkeypatch.setattr(stages, "layer_structure", counting)
     return seen
 
 
@@ -187,9 +187,9 @@ def test_an_entry_that_another_process_throws_away_while_it_is_read_is_still_rea
 
 def test_processes_that_need_the_same_compute_it_once(tmp_path) -> None:
     code = (
-        "from pathlib import Path; import test_cache as t; from ovqk.structure import tables\n"
-        "whole = tables.layer_structure\n"
-        "tables.layer_structure = lambda layer: (print('computed', layer.index), whole(layer))[1]\n"
+        "from pathlib import Path; import test_cache as t; from ovqk.structure import stages\n"
+        "whole = stages.layer_structure\n"
+        "stages.layer_structure = lambda layer: (print('computed', layer.index), whole(layer))[1]\n"
         f"t.run(t.StructureCache(Path({str(tmp_path)!r}), 1.0, ''), 'task=none')\n"
     )
     call, path = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": os.pathsep.join(("tests", "."))}

@@ -277,7 +277,7 @@ def test_layers_wait_for_each_other_and_the_table_is_the_same(tiny_gpt2, monkeyp
         Directions, "tables", lambda self, found, *rest: (passes.append(len(found)), original(self, found, *rest))[1]
     )
     for waiting in (1, 2**20):
-        monkeypatch.setattr("ovqk.structure.tables.WAITING", waiting)
+        monkeypatch.setattr("ovqk.structure.stages.WAITING", waiting)
         checkpoint = open_checkpoint(local(tiny_gpt2))
         cell = compose("task=none", "model=local", f"model.path={tiny_gpt2}")
         analysis = analyse(OpenedModel(open_weights(checkpoint, local(tiny_gpt2)), "test"), cell)

@@ -17,7 +17,7 @@ from ovqk.metrics import METRICS, Metric, Needs, Part, Place, Topic, ratios, sha
 from ovqk.records.cells import read_cells
 from ovqk.records.record import read_record
 from ovqk.report.page import page_data
-from ovqk.report.tables import shown_columns
+from ovqk.report.terminal_tables import shown_columns
 from ovqk.report.thinning import DETAILS
 from ovqk.tracking import dashboard
 from ovqk.tracking.cell_panels import read_panels

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.models import local
 from support.small import DRAWS, Random, cell, run, task, tokenizer
+from support.top import in_top_by_source
 
 from ovqk.analyse import analyse
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits import alignment, effective_embeddings, spectra
-from ovqk.circuits.alignment import TopSearch, in_top_by_source, settle
+from ovqk.circuits.alignment import TopSearch, settle
 from ovqk.circuits.effective_embeddings import EffectiveRows
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.grams import FullCircuit

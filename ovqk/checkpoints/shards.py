@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ovqk.whole_files import whole
+from ovqk.whole_files import clear_abandoned, whole
 
 LONGEST_HEADER = 100_000_000  # bytes that the format allows
 LEFT_OUT = "ovqk_left_out"
@@ -112,8 +112,7 @@ def write_part(path: Path, header: Header, names: Iterable[str], pieces: Iterato
         ValueError: the pieces are not as long as the tensors.
     """
     names = list(names)
-    for abandoned in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-        abandoned.unlink(missing_ok=True)
+    clear_abandoned(path.parent, path.name)
     with whole(path, "wb") as file:
         expected = file.write(header.part(names)) + header.size(names)
         for piece in pieces:

@@ -148,22 +148,6 @@ def settle(searches: Sequence[TopSearch], W_U_rows: Rows) -> None:
         one.give_back(waiting)
 
 
-def in_top_by_source(
-    factors: Factors,
-    rows: Float[Tensor, "word d_model"],
-    ids: Int[Tensor, " word"],
-    W_U_rows: Rows,
-    signs: Sequence[int] = (1, -1),
-) -> list[Float[Tensor, "head word"]]:
-    """Return 1 for each word whose own logit is in the vocabulary's top 5 and 0 for others, under W_OV times each sign.
-
-    The means over words are `ov_task_copy`, the copy score of Wang et al. 2022, and `ov_task_suppress`.
-    """
-    search = TopSearch((rows @ factors.left) @ factors.right, ids, W_U_rows[ids], signs)
-    settle([search], W_U_rows)
-    return search.found()
-
-
 def widening(start: int, n: int) -> Iterator[slice]:
     """Yield slices that cover range(start, n), the first ones short because few words are open after them."""
     size = min(TOP_BLOCK, max(1, TOP_BLOCK // 32, start))

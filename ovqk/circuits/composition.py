@@ -34,15 +34,14 @@ from ovqk.circuits.grams import FullCircuit, Gram, blocks
 from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.config.schema import Circuit
+from ovqk.weights.types import Head
 
 Mode = Literal["q", "k", "v"]
-Head = tuple[int, int]
-"""(layer, head)."""
 Pair = tuple[Head, Head]
 """(sender, receiver); only a sender of an earlier layer composes."""
 
 MODES: tuple[Mode, ...] = ("q", "k", "v")
-STRONGEST = 20  # senders kept for each receiver and mode, and virtual heads
+SENDERS_KEPT = 20  # for each receiver and mode; also the number of virtual heads
 TILE = 2**22  # elements of a product between stacked heads held at a time
 
 
@@ -217,7 +216,7 @@ def composition_table(
     asked: Collection[Pair] = (),
     gram: Gram | None = None,
     first_gram: Gram | None = None,
-    strongest: int = STRONGEST,
+    strongest: int = SENDERS_KEPT,
 ) -> pd.DataFrame:
     """Return the rows of composition.parquet: the pairs asked for and the strongest senders of every receiver, by mode.
 
@@ -269,7 +268,7 @@ def virtual_heads_table(
     composition: pd.DataFrame,
     full: FullCircuit | None = None,
     first_full: FullCircuit | None = None,
-    n: int = STRONGEST,
+    n: int = SENDERS_KEPT,
 ) -> pd.DataFrame:
     """Return the rows of virtual_heads.parquet: the virtual heads for a composition table's n strongest V pairs.
 

@@ -4,7 +4,7 @@ C = I - 11^T/n takes each side less its mean over the n tokens. Products are sum
 threads nor the size of the vocabulary moves a result by more than the bounds given below.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.circuits.threads import each
+from ovqk.config.schema import Circuit
 from ovqk.weights.stored_rows import Rows
 
 BLOCK = 2048  # tokens handled at a time, fewer if rows are long
@@ -41,6 +42,25 @@ class FullCircuit:
     read: Gram
     cross: Gram
     write: Gram
+
+    @classmethod
+    def of(
+        cls, circuit: Circuit, read: Callable[[], Gram], written: Callable[[], tuple[Gram | None, Gram | None]]
+    ) -> "FullCircuit | None":
+        """Return the Grams of a circuit between tokens that heads read as the rows of E.
+
+        Each function is called only if its Grams are needed, because they cost a pass over the vocabulary.
+
+        Args:
+            circuit: which one.
+            read: gives E^T C E.
+            written: gives W_U C E and W_U C W_U^T for OV; None for each if there is no unembedding, and then there is
+                no full circuit.
+        """
+        if circuit is Circuit.qk:
+            return cls.qk(read())
+        cross, unembed = written()
+        return None if cross is None or unembed is None else cls.ov(read(), cross, unembed)
 
     @classmethod
     def qk(cls, gram: Gram) -> "FullCircuit":

@@ -66,11 +66,7 @@ class Vocabulary:
 
     def full_circuit(self, circuit: Circuit) -> FullCircuit | None:
         """Return the Grams of the full circuits of plain embeddings; None for OV without an unembedding."""
-        if circuit is Circuit.qk:
-            return FullCircuit.qk(self.gram_embed)
-        if self.gram_cross is None or self.gram_unembed is None:
-            return None
-        return FullCircuit.ov(self.gram_embed, self.gram_cross, self.gram_unembed)
+        return FullCircuit.of(circuit, lambda: self.gram_embed, lambda: self._written)
 
     @cached_property
     def _written(self) -> tuple[Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"] | None]:

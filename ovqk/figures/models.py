@@ -33,7 +33,6 @@ from ovqk.figures.drawing import HALO, INK, LINE, MUTED, STYLE, legible, styled
 from ovqk.metrics import METRICS, shown_in
 from ovqk.records.comparison import relative_depth
 
-Tables = Mapping[str, pd.DataFrame]
 COLUMNS = 3  # panels beside each other
 HOLLOW = ("untestable", "out_of_scope")  # verdicts that say nothing are drawn as outlines
 STEP = 1.5  # from layer to layer of a circuit

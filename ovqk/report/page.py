@@ -20,7 +20,7 @@ from ovqk import wording
 from ovqk.figures import colours
 from ovqk.figures.colours import Scale
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, ratios, shares, shown_in
-from ovqk.records.cells import Cell, Failure, Heads, Json, Tables, labels, weights_labels
+from ovqk.records.cells import Cell, CellTables, Failure, Heads, Json, labels, weights_labels
 from ovqk.report import thinning
 from ovqk.report.thinning import DETAILS, Detail, Grid, Pool, columnar, short
 
@@ -32,7 +32,7 @@ SCRIPTS = tuple(
     f"{name}.js"
     for name in ("elements", "plots", "panels", "compare", "atlas", "head", "circuit", "provenance", "main")
 )
-THINNED: dict[str, Callable[[Tables, Grid, Detail, Heads, Pool], Json]] = {
+THINNED: dict[str, Callable[[CellTables, Grid, Detail, Heads, Pool], Json]] = {
     "spectra": thinning.spectra,
     "offsets": thinning.offsets,
     "directions": thinning.directions,

@@ -21,7 +21,7 @@ from filelock import FileLock
 from ovqk.config.resolve import plain
 from ovqk.metrics import SCHEMA_VERSION
 from ovqk.structure.model import Model
-from ovqk.structure.tables import Tables
+from ovqk.structure.stages import Tables
 from ovqk.whole_files import temporary
 
 PACKAGE = Path(__file__).parents[1]

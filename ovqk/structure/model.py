@@ -115,11 +115,7 @@ class Model:
         grams, vocabulary = self.block0_grams, self.vocabulary
         if grams is None or vocabulary is None:
             return None
-        if circuit is Circuit.qk:
-            return FullCircuit.qk(grams.embed)
-        if grams.cross is None or vocabulary.gram_unembed is None:
-            return None
-        return FullCircuit.ov(grams.embed, grams.cross, vocabulary.gram_unembed)
+        return FullCircuit.of(circuit, lambda: grams.embed, lambda: (grams.cross, vocabulary.gram_unembed))
 
     @property
     def lists_tokens(self) -> bool:

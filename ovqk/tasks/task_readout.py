@@ -14,7 +14,7 @@ from ovqk.circuits.head_maps import HeadMaps, Scorer
 from ovqk.config.schema import Circuit, VariableKind
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.tables import Tables, heads_rows
+from ovqk.structure.stages import Tables, heads_rows
 from ovqk.tasks.readouts import CONTRAST_METRICS, SET_METRICS, Readout
 from ovqk.tasks.words import TaskTokens, resolve_task
 

@@ -20,7 +20,7 @@ from ovqk.circuits.head_maps import HeadMaps
 from ovqk.config.schema import Circuit, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.structure.model import Form, Layer, Model
-from ovqk.tasks.claims import Claims, Head
+from ovqk.tasks.claims import Claims
 from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, Readout
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import Variable
@@ -37,6 +37,7 @@ from ovqk.verdicts.surrogates import (
     subsamples,
     surrogate_metrics,
 )
+from ovqk.weights.types import Head
 
 SUBSAMPLED = 0.8  # of the words
 WIDEN = (SUBSAMPLED / (1 - SUBSAMPLED)) ** 0.5

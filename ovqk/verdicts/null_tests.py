@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from ovqk.tasks.claims import Head
 from ovqk.verdicts.statistics import ALPHA, QUANTILES
+from ovqk.weights.types import Head
 
 
 @dataclass(frozen=True)

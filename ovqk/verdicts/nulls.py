@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.metrics import METRICS
-from ovqk.tasks.claims import Claims, Head
+from ovqk.tasks.claims import Claims
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.statistics import (
     QUANTILES,
@@ -34,7 +34,7 @@ from ovqk.verdicts.statistics import (
     within_layer_auc,
     within_layer_auc_interval,
 )
-from ovqk.weights.types import Architecture
+from ovqk.weights.types import Architecture, Head
 
 DEPTH = 2  # layers on either side
 DEPTH_MIN_HEADS = 4  # unclaimed heads of a layer, for a median and a MAD that mean something

@@ -18,10 +18,10 @@ import numpy as np
 
 from ovqk.config.schema import CIRCUITS
 from ovqk.metrics import HEAD_METRICS, METRICS
-from ovqk.tasks.claims import Head
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import Values
 from ovqk.verdicts.statistics import ALPHA
+from ovqk.weights.types import Head
 
 PATTERNS = ("ov_aligned", "qk_simple", "ov_flat", "both_align")
 SIMPLE = 0.25  # of d_head

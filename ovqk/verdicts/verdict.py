@@ -19,10 +19,11 @@ from typing import Any
 from ovqk import wording
 from ovqk.config.schema import Circuit
 from ovqk.metrics import METRICS
-from ovqk.tasks.claims import Claims, Head
+from ovqk.tasks.claims import Claims
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import Predicted, counting
 from ovqk.verdicts.statistics import ALPHA
+from ovqk.weights.types import Head
 
 VERDICTS = tuple(wording.VERDICTS)
 

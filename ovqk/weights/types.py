@@ -21,6 +21,10 @@ from ovqk.weights.stored_rows import Rows, StoredRows
 PositionKind = Literal["learned", "rotary", "none", "unsupported"]
 
 
+Head = tuple[int, int]
+"""A head's place: (layer, head)."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Sizes and kinds of a model that its heads' weights do not hold, the same for all of its layers.
