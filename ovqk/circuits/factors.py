@@ -1,4 +1,4 @@
-"""The two circuits of a layer's heads, as low-rank factors.
+"""A layer's two circuits, head by head, as low-rank factors (definitions: section 1).
 
     W_QK = W_Q W_K^T      where the head looks: rows the query (destination), columns the key (source)
     W_OV = W_V W_O        how it copies: rows are read at the source, columns are written at the destination
@@ -23,10 +23,10 @@ from ovqk.weights.types import Architecture, LayerWeights, keys, queries
 
 @dataclass(frozen=True)
 class Factors:
-    """A batch of bilinear or linear maps M = left @ right, one per head.
+    """Bilinear or linear maps M = left @ right, one per head.
 
     Attributes:
-        circuit: `ov` (a map from the source's residual stream to the destination's) or `qk` (a form on both).
+        circuit: OV (a map from the source's residual stream to the destination's) or QK (a form on both).
     """
 
     circuit: Circuit

@@ -20,14 +20,14 @@ def unavailable_metrics(
     block0: Block0 | str,
     why_no_embedding: str,
 ) -> dict[str, str]:
-    """Return metric -> reason, for the metrics of these circuits that no head can have.
+    """Say why a metric is missing for every head: metric -> reason, for these circuits' metrics.
 
     Args:
         circuits: the circuits that the analysis takes apart.
         architecture: the model's.
         vocabulary: its embeddings; None if the checkpoint holds none.
-        n_positions: rows of the learned position embedding; None if there is none.
-        block0: the effective embedding of later layers, or why there is none.
+        n_positions: how many learned positions there are; None without them.
+        block0: the effective embedding that later layers read, or why there is none.
         why_no_embedding: why there is no vocabulary, if there is none.
     """
 
