@@ -372,7 +372,9 @@ def test_every_layer_is_read_through_its_effective_embedding(
     choices = [f"processing={processing}", f"analysis.directions_embedding={embedding}", "analysis.rare_tokens=true"]
     cell = compose("task=none", "model=local", f"model.path={path}", *choices)
     model = Model.read(OpenedModel(source, "test", tokenizer), cell)
-    rows = analyse(OpenedModel(source, "test", tokenizer), cell).tables["directions"]
+    tables = analyse(OpenedModel(source, "test", tokenizer), cell).tables
+    rows = tables["directions"]
+    assert {type(circuit) for name in ("directions", "spectra") for circuit in tables[name]["circuit"]} == {str}
     E = folded_embeddings(source)
     E = EmbeddingWeights(E.W_E[:n_tokens], None, E.W_U[:, :n_tokens], None)
     for index in range(source.architecture.n_layers):
