@@ -12,19 +12,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from ovqk import wording
 from ovqk.activations.stage import ActivationTables, Runner
-from ovqk.circuits.composition import STRONGEST, composition_table, virtual_heads_table
-from ovqk.config.schema import Config
+from ovqk.circuits.composition import SENDERS_KEPT, composition_table, virtual_heads_table
+from ovqk.config.schema import Circuit, Config
 from ovqk.errors import UserError
 from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, metric_names
 from ovqk.records.record import Analysis
 from ovqk.structure.cache import Entry, StructureCache
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.tables import DirectionTables, Stage, StructureTables, Tables
+from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables
 from ovqk.tasks.claims import MEASURED, Claims, resolve_claims
 from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
 from ovqk.verdicts.candidates import candidate_rows, unclaimed
@@ -33,14 +32,11 @@ from ovqk.verdicts.null_tests import nulls_table, tests_table
 from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.patterns import PATTERNS, head_patterns
 from ovqk.verdicts.verdict import VERDICTS, judge, subjects
-from ovqk.weights.types import WeightSource
+from ovqk.weights.types import OpenedModel
 
 
 def analyse(
-    source: WeightSource,
-    tokenizer: Tokenizer | None,
-    n_tokens: int | None,
-    label: str,
+    opened: OpenedModel,
     config: Config,
     steps: Callable[[int, str], Iterable[int]] = lambda count, what: range(count),
     cache: StructureCache | None = None,
@@ -49,10 +45,7 @@ def analyse(
     """Compute one cell.
 
     Args:
-        source: the model's raw weights.
-        tokenizer: its tokenizer, if it has one.
-        n_tokens: the number of real tokens, if the tokenizer tells.
-        label: how messages name the model.
+        opened: the model's raw weights and its tokenizer, if it has one.
         config: the resolved cell.
         steps: counts off layers, and batches of prompts, and may show how far it is.
         cache: keeps the tables that depend on no task for other cells; None computes them anew.
@@ -61,10 +54,11 @@ def analyse(
     Raises:
         UserError: the task cannot be read on this model: its words, its claims.
     """
+    source = opened.source
     claims = resolve_claims(config.task, config.model, source.architecture)
-    model = Model.read(source, tokenizer, n_tokens, label, config)
-    task = TaskReadout.read(model, n_tokens)
-    activations = run_prompts(model, runner, claims, n_tokens, steps)
+    model = Model.read(opened, config)
+    task = TaskReadout.read(model)
+    activations = run_prompts(model, runner, claims, steps)
     if config.model.claims == MEASURED:
         ran = isinstance(activations, ActivationTables)
         claims = activations.claims() if ran else f"no role is measured: {activations}"  # type: ignore[union-attr]
@@ -109,14 +103,13 @@ def run_prompts(
     model: Model,
     runner: Runner | None,
     claims: Claims | str,
-    n_tokens: int | None,
     steps: Callable[[int, str], Iterable[int]],
 ) -> ActivationTables | str | None:
     """Run the task's prompts, if the analysis asks for it; return why it cannot be done, which harms nothing else."""
     if runner is None:
         return None
     try:
-        return ActivationTables(model, runner, claims, n_tokens, steps)
+        return ActivationTables(model, runner, claims, steps)
     except UserError as error:
         return str(error)
 
@@ -187,11 +180,11 @@ def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFram
     gram, first_gram = (None, None) if isinstance(grams, str) else grams
     if isinstance(grams, str):
         tests.notes.append(f"composition: matching is empty: {grams}")
-    table = composition_table(tests.layers, tests.pairs(), gram, first_gram, strongest=STRONGEST if every else 0)
+    table = composition_table(tests.layers, tests.pairs(), gram, first_gram, strongest=SENDERS_KEPT if every else 0)
     if not every:
         return {"composition": table}
-    full = model.block0_circuit("ov")
-    first_full = None if model.vocabulary is None else model.vocabulary.full_circuit("ov")
+    full = model.block0_circuit(Circuit.ov)
+    first_full = None if model.vocabulary is None else model.vocabulary.full_circuit(Circuit.ov)
     if full is None:
         why = grams if isinstance(grams, str) else "the checkpoint has no unembedding"
         tests.notes.append(f"virtual_heads: ov_copying is empty: {why}")

@@ -24,7 +24,7 @@ from ovqk.config.schema import Config, TrackingMode
 from ovqk.errors import UserError, one_message, told
 from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
-from ovqk.records.record import Origin, claim, clear_abandoned, forget_peak_memory, is_done, write_done, write_failed
+from ovqk.records.record import Origin, claim, forget_peak_memory, is_done, write_done, write_failed
 from ovqk.report import terminal
 from ovqk.report.progress import steps_of
 from ovqk.report.suggestions import shipped_tasks
@@ -34,6 +34,8 @@ from ovqk.tasks.words import readable_tasks, tokenizer_for
 from ovqk.tracking.service import start_meanwhile
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
+from ovqk.weights.types import OpenedModel
+from ovqk.whole_files import clear_abandoned
 
 if TYPE_CHECKING:
     from ovqk.activations.forward import RunningModel
@@ -157,12 +159,10 @@ def compute(
     forget_peak_memory()
     source = open_weights(checkpoint, cell.model)
     tokenizer, notes = tokenizer_for(cell.task, checkpoint)
-    n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
+    opened = OpenedModel(source, checkpoint.label, tokenizer)
     runner = runner_of(checkpoint, cell, tokenizer) if cell.analysis.activations else None
     with steps_of(f"{cell.model.name} / {cell.task.name} / {cell.analysis.name}", alone) as steps:
-        analysis = analyse(
-            source, tokenizer, n_tokens, checkpoint.label, cell, steps, structure_cache(cell, checkpoint), runner
-        )
+        analysis = analyse(opened, cell, steps, structure_cache(cell, checkpoint), runner)
     analysis.notes.extend(notes)
     analysis.words["tasks"] = [] if tokenizer is None else readable_tasks(shipped_tasks(), tokenizer)
     origin = Origin(checkpoint.digest, checkpoint.revision, checkpoint.quantisation, source.loaded_by)

@@ -1,7 +1,9 @@
 """Errors as a person reads them, and the one place where a user's mistake ends a command."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -22,7 +24,17 @@ def one_message() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise SystemExit(f"ovqk: {error}") from None
+        end_command(str(error))
+
+
+def end_command(message: str, status: int = 1) -> NoReturn:
+    """End the command with one message on standard error.
+
+    Raises:
+        SystemExit: always, with this status.
+    """
+    print(f"ovqk: {message}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 def told(error: BaseException) -> str:

@@ -1,12 +1,12 @@
 """The registry of metrics, of heads and of pairs of heads: the name, meaning and range of each, and its nulls.
 
-It computes nothing. Everything that decides about a metric is a field of `Metric`, so that a new metric is a row here and
-a function that computes it. Figures, page and dashboard choose themselves which metrics they show first.
+It computes nothing. Everything that decides about a metric is a field of `Metric`, also the places that show it, so that a
+new metric is a row here and a function that computes it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from ovqk.config.schema import Circuit, VariableKind
 
@@ -36,6 +36,21 @@ causal, with enough positions for a fit by offset. `pairs`: both circuits are an
 """
 Of = Literal["head", "words", "subspace", "pair"]
 """The subject of a metric: a head's weights, a mean over a task's words, the subspace they span, or a pair of heads."""
+Topic = Literal["copying", "symmetry", "position", "spectrum", "task", "composition"]
+"""The question that a metric answers: a group of the page's atlas and a section of the W&B dashboard.
+
+`copying` holds matching too: whether a token is mapped to itself, by W_OV or by W_QK.
+"""
+Place = Literal["depth", "curve", "histogram", "atlas", "column", "residual column", "profile"]
+"""A place that shows some of the metrics.
+
+`depth`: the curves against relative depth in page and figures, and the means by quarter of the depth. `curve` and
+`histogram`: W&B panels over the layers and over all heads. `atlas`: a figure of all heads of all models. `column`: the
+terminal's tables; `residual column`: the columns before these for a model with few of them. `profile`: the page of a
+head, which shows it among all heads of the model.
+"""
+Part = Literal["position", "content", "both"]
+"""The part of the key that a share of the score's variance comes from, in the order that they are drawn in."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,14 @@ class Metric:
         full_circuit: the trace ratio of a full circuit, from tokens to tokens.
         other_words: whether a null of other words counts for it or is only reported; None if there is no such null.
         in_top: if it ranks a word's own logit in the whole vocabulary, the sign that W_OV is taken with; else 0.
+        topic: the question that it answers.
+        shown: the places that show it, besides the page's table and atlas, which show all.
+        order: its place among the metrics shown beside it, smaller first; equal ones in the order of the columns.
+        column: its title in the terminal's tables, if that is not `title`.
+        legend: what its values mean, for the terminal's tables.
+        side: the side of the circuit that lies in the task's subspace; empty if it is not of a side.
+        ratio_of: the space whose eigenvalues it is the ratio of, as drawn below them; None if it is of none.
+        share: it is a share of the score's variance: the part of the key, and a name for it beside the others of the part.
     """
 
     name: str
@@ -74,6 +97,14 @@ class Metric:
     full_circuit: bool = False
     other_words: Literal["counts", "reported"] | None = None
     in_top: Literal[-1, 0, 1] = 0
+    topic: Topic = field(kw_only=True)
+    shown: frozenset[Place] = frozenset()
+    order: int = 0
+    column: str = ""
+    legend: str = ""
+    side: str = ""
+    ratio_of: Literal["vocab", "residual"] | None = None
+    share: tuple[Part, str] | None = None
 
     @property
     def is_readout(self) -> bool:
@@ -83,7 +114,7 @@ class Metric:
     @property
     def of_scores(self) -> bool:
         """Whether it is of attention scores between words, as they are after a norm of queries and keys."""
-        return self.of == "words" and self.circuit == "qk"
+        return self.of == "words" and self.circuit is Circuit.qk
 
     @property
     def has_surrogates(self) -> bool:
@@ -95,38 +126,39 @@ SCALES = ("frobenius_norm", "spectral_norm")
 """Spectral metrics of the scale of the weights, which does not reach the scores of normalised queries and keys."""
 
 
+COPYING, SYMMETRY, SYMMETRY_OF_TOKENS, POSITION, SIGNS, PREVIOUS, RANKS, WORDS, SUBSPACES = range(9)
+"""The order of the metrics that are shown beside each other."""
+
+
+def _at(places: str, order: int = 0) -> dict[str, Any]:
+    """Return the fields of a metric that is shown in these places, divided by commas."""
+    return {"shown": frozenset(places.split(", ")), "order": order}
+
+
 def _spectral(circuit: Circuit) -> list[Metric]:
-    matrix = "W_OV" if circuit == "ov" else "W_QK"
-    residual_ratio = "copying_residual" if circuit == "ov" else "matching_residual"
-    rows: list[tuple[str, str, str, float | None, float | None, str]] = [
-        (
-            residual_ratio,
-            "eigenvalue sign, residual space",
-            "sum lambda / sum |lambda|",
-            -1.0,
-            1.0,
-            "Elhage et al. 2021",
-        ),
-        ("symmetry", "symmetry", "tr(M M) / |M|_F^2", -1.0, 1.0, "Saponati et al. 2025"),
-        ("skew_rotation", "rotation", "sum |Im lambda| / sum |lambda|", 0.0, 1.0, ""),
-        (
-            "nonnormality",
-            "departure from normality",
-            "sqrt(|M|_F^2 - sum |lambda|^2) / |M|_F",
-            0.0,
-            1.0,
-            "Henrici 1962",
-        ),
-        ("frobenius_norm", "Frobenius norm", "sqrt(sum sigma^2)", 0.0, None, ""),
-        ("spectral_norm", "spectral norm", "sigma_1", 0.0, None, ""),
-        ("stable_rank", "stable rank", "sum sigma^2 / sigma_1^2", 0.0, None, "Rudelson & Vershynin 2007"),
-        ("participation_ratio", "participation ratio", "(sum sigma^2)^2 / sum sigma^4", 0.0, None, ""),
-        ("effective_rank_energy", "effective rank of energies", "exp H(sigma^2 / sum sigma^2)", 0.0, None, ""),
-        ("effective_rank", "effective rank", "exp H(sigma / sum sigma)", 0.0, None, "Roy & Vetterli 2007"),
-        ("rank90", "rank at 90 % energy", "components for 90 % of sum sigma^2", 0.0, None, ""),
-        ("top_share", "top energy share", "sigma_1^2 / sum sigma^2", 0.0, 1.0, ""),
-        ("flatness", "spectral flatness", "geometric / arithmetic mean of sigma^2", 0.0, 1.0, ""),
-    ]
+    matrix = "W_OV" if circuit is Circuit.ov else "W_QK"
+    residual_ratio = "copying_residual" if circuit is Circuit.ov else "matching_residual"
+    sign = {"ratio_of": "residual", "column": f"{circuit.upper()} sign (residual)"}
+    sign |= _at("profile, residual column, atlas" if circuit is Circuit.ov else "profile, residual column", SIGNS)
+    symmetry: dict[str, Any] = {"topic": "symmetry"}
+    symmetry |= {} if circuit is Circuit.ov else {"column": "symmetry"}
+    symmetry |= _at(f"depth, curve, histogram, profile{'' if circuit == 'ov' else ', atlas, column'}", SYMMETRY)
+    rank = _at("depth, curve, profile", RANKS)
+    rows: list[tuple[str, str, str, float | None, float | None, str, dict[str, Any]]] = [
+        (residual_ratio, "eigenvalue sign, residual space", "sum lambda / sum |lambda|", -1.0, 1.0, "Elhage et al. 2021", sign),
+        ("symmetry", "symmetry", "tr(M M) / |M|_F^2", -1.0, 1.0, "Saponati et al. 2025", symmetry),
+        ("skew_rotation", "rotation", "sum |Im lambda| / sum |lambda|", 0.0, 1.0, "", {}),
+        ("nonnormality", "departure from normality", "sqrt(|M|_F^2 - sum |lambda|^2) / |M|_F", 0.0, 1.0, "Henrici 1962", _at("profile")),
+        ("frobenius_norm", "Frobenius norm", "sqrt(sum sigma^2)", 0.0, None, "", {}),
+        ("spectral_norm", "spectral norm", "sigma_1", 0.0, None, "", {}),
+        ("stable_rank", "stable rank", "sum sigma^2 / sigma_1^2", 0.0, None, "Rudelson & Vershynin 2007", {}),
+        ("participation_ratio", "participation ratio", "(sum sigma^2)^2 / sum sigma^4", 0.0, None, "", {}),
+        ("effective_rank_energy", "effective rank of energies", "exp H(sigma^2 / sum sigma^2)", 0.0, None, "", {}),
+        ("effective_rank", "effective rank", "exp H(sigma / sum sigma)", 0.0, None, "Roy & Vetterli 2007", rank),
+        ("rank90", "rank at 90 % energy", "components for 90 % of sum sigma^2", 0.0, None, "", {}),
+        ("top_share", "top energy share", "sigma_1^2 / sum sigma^2", 0.0, 1.0, "", _at("profile")),
+        ("flatness", "spectral flatness", "geometric / arithmetic mean of sigma^2", 0.0, 1.0, "", {}),
+    ]  # fmt: skip
     return [
         Metric(
             name=f"{circuit}_{name}",
@@ -136,9 +168,10 @@ def _spectral(circuit: Circuit) -> list[Metric]:
             low=low,
             high=high,
             source=source,
-            needs=frozenset({"weights", "scale"} if circuit == "qk" and name in SCALES else {"weights"}),
+            needs=frozenset({"weights", "scale"} if circuit is Circuit.qk and name in SCALES else {"weights"}),
+            **{"topic": "spectrum"} | more,
         )
-        for name, title, formula, low, high, source in rows
+        for name, title, formula, low, high, source, more in rows
     ]
 
 
@@ -153,24 +186,24 @@ def _metric(
     source: str = "",
     **more: Any,
 ) -> Metric:
-    circuit: Circuit = "ov" if name.startswith("ov_") else "qk"
+    circuit = Circuit.ov if name.startswith("ov_") else Circuit.qk
     return Metric(name, circuit, title, formula, low, high, source, frozenset(needs), chance, **more)
 
 
 def _words(*row: Any, other_words: Literal["reported"] | None = "reported", **more: Any) -> Metric:
     """Return a metric that is a mean over the words of a set."""
-    return _metric(*row, of="words", variable=VariableKind.set, other_words=other_words, **more)
+    return _metric(*row, of="words", topic="task", variable=VariableKind.set, other_words=other_words, **more)
 
 
 def _subspace(*row: Any, **more: Any) -> Metric:
     """Return a metric of the subspace that the words of a variable span: other words decide about it too."""
-    return _metric(*row, of="subspace", other_words="counts", **more)
+    return _metric(*row, of="subspace", topic="task", other_words="counts", **more)
 
 
 def _pair(name: str, title: str, formula: str, low: float) -> Metric:
     needs: frozenset[Needs] = frozenset({"pairs", "embedding"} if name == "k_composed_matching" else {"pairs"})
     source = "" if name == "k_composed_matching" else "Elhage et al. 2021"
-    return Metric(name, None, title, formula, low, 1.0, source, needs, of="pair")
+    return Metric(name, None, title, formula, low, 1.0, source, needs, of="pair", topic="composition")
 
 
 def _shares() -> list[Metric]:
@@ -182,10 +215,17 @@ def _shares() -> list[Metric]:
             0.0,
             1.0,
             {"embedding", "learned"},
+            topic="position",
+            share=(key, f"{query} query"),
         )
         for query in ("constant", "content", "position")
         for key in ("content", "position")
     ]
+    alone = {
+        "position": ("position", "offset alone"),
+        "content": ("content", "key token alone"),
+        "interaction": ("both", "both together"),
+    }
     rotary = [
         _metric(
             f"qk_share_{part}{suffix}",
@@ -194,40 +234,42 @@ def _shares() -> list[Metric]:
             0.0,
             1.0,
             {"embedding", "rotary"},
+            topic="position",
+            share=None if suffix else share,
         )
         for suffix in ("", "_normalised")
-        for part in ("position", "content", "interaction")
+        for part, share in alone.items()
     ]
     return [*learned, *rotary]
 
 
 _METRICS = [
-    _metric("ov_copying", "OV copying", "sum lambda / sum |lambda| of W_E W_OV W_U", -1.0, 1.0, {"unembedding"}, None, "Elhage et al. 2021", full_circuit=True),
-    _metric("ov_copying_block0", "OV copying, block 0 embeddings", "the same of E W_OV W_U, E the block0 embeddings, layers >= 1", -1.0, 1.0, {"unembedding", "block0"}, full_circuit=True),
-    *_spectral("ov"),
-    _metric("qk_matching", "QK matching", "sum lambda / sum |lambda| of W_E W_QK W_E^T", -1.0, 1.0, {"embedding"}, None, "Elhage et al. 2021", full_circuit=True),
-    _metric("qk_matching_block0", "QK matching, block 0 embeddings", "the same with block0 embeddings, layers >= 1", -1.0, 1.0, {"embedding", "block0"}, full_circuit=True),
-    _metric("qk_symmetry_vocab", "QK symmetry between tokens", "tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G)", -1.0, 1.0, {"embedding"}),
-    *_spectral("qk"),
+    _metric("ov_copying", "OV copying", "sum lambda / sum |lambda| of W_E W_OV W_U", -1.0, 1.0, {"unembedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
+    _metric("ov_copying_block0", "OV copying, block 0 embeddings", "the same of E W_OV W_U, E the block0 embeddings, layers >= 1", -1.0, 1.0, {"unembedding", "block0"}, full_circuit=True, topic="copying", **_at("depth, curve, profile", COPYING)),
+    *_spectral(Circuit.ov),
+    _metric("qk_matching", "QK matching", "sum lambda / sum |lambda| of W_E W_QK W_E^T", -1.0, 1.0, {"embedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
+    _metric("qk_matching_block0", "QK matching, block 0 embeddings", "the same with block0 embeddings, layers >= 1", -1.0, 1.0, {"embedding", "block0"}, full_circuit=True, topic="copying", **_at("depth, curve, profile", COPYING)),
+    _metric("qk_symmetry_vocab", "QK symmetry between tokens", "tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G)", -1.0, 1.0, {"embedding"}, topic="symmetry", **_at("curve", SYMMETRY_OF_TOKENS)),
+    *_spectral(Circuit.qk),
     *_shares(),
-    _metric("qk_positional_share", "QK positional share", "sum of the *_position shares (learned); position share (rotary)", 0.0, 1.0, {"embedding", "positions"}),
-    _metric("qk_positional_share_normalised", "QK positional share, normalised rows", "position share of normalised rows", 0.0, 1.0, {"embedding", "rotary"}),
-    _metric("qk_offset_r2", "QK offset R^2", "adjusted R^2 of s_ij = a_i + f(i - j)", None, 1.0, {"learned", "offsets"}),
-    _metric("qk_prev_auc", "QK previous-token AUC", "share of positions scored below the previous one", 0.0, 1.0, {"positions", "offsets"}, 0.5),
-    _words("ov_task_auc", "OV copying of task tokens", "mean_t share of u with L_tu < L_tt, L = e W_OV W_U, columns centred", 0.0, 1.0, {"unembedding", "task"}, 0.5),
+    _metric("qk_positional_share", "QK positional share", "sum of the *_position shares (learned); position share (rotary)", 0.0, 1.0, {"embedding", "positions"}, topic="position", column="position", legend="share of the QK score's variance that is positional", **_at("depth, curve, histogram, atlas, column", POSITION)),
+    _metric("qk_positional_share_normalised", "QK positional share, normalised rows", "position share of normalised rows", 0.0, 1.0, {"embedding", "rotary"}, topic="position"),
+    _metric("qk_offset_r2", "QK offset R^2", "adjusted R^2 of s_ij = a_i + f(i - j)", None, 1.0, {"learned", "offsets"}, topic="position"),
+    _metric("qk_prev_auc", "QK previous-token AUC", "share of positions scored below the previous one", 0.0, 1.0, {"positions", "offsets"}, 0.5, topic="position", column="previous AUC", **_at("curve, residual column", PREVIOUS)),
+    _words("ov_task_auc", "OV copying of task tokens", "mean_t share of u with L_tu < L_tt, L = e W_OV W_U, columns centred", 0.0, 1.0, {"unembedding", "task"}, 0.5, **_at("curve, histogram", WORDS)),
     _words("ov_task_auc_raw", "OV copying of task tokens, uncentred", "the same, columns not centred", 0.0, 1.0, {"unembedding", "task"}, 0.5),
     _words("ov_task_copy", "OV copy score (top 5)", "share of t with its own logit in the top 5 under W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022", other_words=None, in_top=1),
     _words("ov_task_suppress", "OV suppression score (top 5)", "share of t with its own logit in the top 5 under -W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022", other_words=None, in_top=-1),
     _subspace("ov_task_transfer", "OV transfer of the contrast", "a W_OV b^T / sigma_1", -1.0, 1.0, {"unembedding", "task"}, 0.0, variable=VariableKind.contrast),
     _subspace("ov_task_read", "OV reading of the contrast", "d |a W_OV|^2 / |W_OV|_F^2", 0.0, None, {"embedding", "task"}, 1.0, reads=True, variable=VariableKind.contrast),
-    _subspace("ov_read_alignment", "OV reading of the task subspace", "|P_r W_OV|_F^2 / |W_OV|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0, reads=True),
-    _subspace("ov_task_alignment", "OV writing of the task subspace", "|W_OV P_w|_F^2 / |W_OV|_F^2 / (r/d)", 0.0, None, {"unembedding", "task"}, 1.0),
+    _subspace("ov_read_alignment", "OV reading of the task subspace", "|P_r W_OV|_F^2 / |W_OV|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0, reads=True, side="reading"),
+    _subspace("ov_task_alignment", "OV writing of the task subspace", "|W_OV P_w|_F^2 / |W_OV|_F^2 / (r/d)", 0.0, None, {"unembedding", "task"}, 1.0, side="writing", column="OV align", **_at("curve, column", SUBSPACES)),
     _subspace("ov_top_alignment", "OV top direction in the task subspace", "|P_w v_1|^2 / (r/d)", 0.0, None, {"unembedding", "task"}, 1.0),
-    _words("qk_task_auc", "QK matching of task tokens", "mean_t share of u with L_tu < L_tt, L = e W_QK e^T, columns centred", 0.0, 1.0, {"embedding", "task"}, 0.5),
+    _words("qk_task_auc", "QK matching of task tokens", "mean_t share of u with L_tu < L_tt, L = e W_QK e^T, columns centred", 0.0, 1.0, {"embedding", "task"}, 0.5, **_at("curve, histogram", WORDS)),
     _words("qk_task_auc_raw", "QK matching of task tokens, uncentred", "the same, columns not centred", 0.0, 1.0, {"embedding", "task"}, 0.5),
     _words("qk_task_auc_unembed", "QK matching of unembedding queries", "qk_task_auc with unembedding columns as queries", 0.0, 1.0, {"unembedding", "task"}, 0.5, "McDougall et al. 2023"),
-    _subspace("qk_query_alignment", "QK query side in the task subspace", "|P_r W_QK|_F^2 / |W_QK|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
-    _subspace("qk_key_alignment", "QK key side in the task subspace", "|W_QK P_r|_F^2 / |W_QK|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
+    _subspace("qk_query_alignment", "QK query side in the task subspace", "|P_r W_QK|_F^2 / |W_QK|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0, side="query"),
+    _subspace("qk_key_alignment", "QK key side in the task subspace", "|W_QK P_r|_F^2 / |W_QK|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0, side="key", column="QK align", **_at("curve, column", SUBSPACES)),
     _subspace("qk_top_query_alignment", "QK top query direction in the task subspace", "|P_r u_1|^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
     _subspace("qk_top_key_alignment", "QK top key direction in the task subspace", "|P_r v_1|^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
     _pair("q_composition", "Q-composition", "|W_OV(s) W_QK(r)| / (|W_OV(s)| |W_QK(r)|)", 0.0),
@@ -245,12 +287,34 @@ def named(asked: Callable[[Metric], bool]) -> tuple[str, ...]:
     return tuple(name for name, metric in METRICS.items() if asked(metric))
 
 
+def shown_in(place: Place) -> list[str]:
+    """Return the names of the metrics that this place shows, in order."""
+    return sorted(named(lambda metric: place in metric.shown), key=lambda name: METRICS[name].order)
+
+
+def ratios() -> dict[tuple[str, str], str]:
+    """Return (circuit, space) -> the metric that is drawn below the eigenvalues of that circuit in that space."""
+    return {(m.circuit, m.ratio_of): m.name for m in METRICS.values() if m.circuit and m.ratio_of}
+
+
+def shares() -> dict[Literal["learned", "rotary"], dict[Part, dict[str, str]]]:
+    """Return kind of positions -> part of the key -> metric -> its name among the shares of that part."""
+    kinds: tuple[Literal["learned"], Literal["rotary"]] = ("learned", "rotary")
+    found: dict[Literal["learned", "rotary"], dict[Part, dict[str, str]]] = {kind: {} for kind in kinds}
+    for part in get_args(Part):
+        for metric in METRICS.values():
+            if metric.share is not None and metric.share[0] == part:
+                kind = next(kind for kind in kinds if kind in metric.needs)
+                found[kind].setdefault(part, {})[metric.name] = metric.share[1]
+    return found
+
+
 HEAD_METRICS = {name: METRICS[name] for name in named(lambda metric: metric.of != "pair")}
 """Those of a head: the columns of heads.parquet."""
 COMPOSITION_METRICS = named(lambda metric: metric.of == "pair")
 """Those of a pair of heads."""
 
 
-def metric_names(circuits: Sequence[str]) -> list[str]:
+def metric_names(circuits: Sequence[Circuit]) -> list[str]:
     """Return the columns of these circuits, in order."""
     return [name for name, metric in METRICS.items() if metric.circuit in circuits]

@@ -18,7 +18,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from ovqk.errors import UserError, first_line, one_message, told
+from ovqk.errors import UserError, end_command, first_line, one_message, told
 from ovqk.wording import counted
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class RunningSweep:
         if tracking is None or tracking["mode"] == "none" or any(outcome.tracking != tracking for outcome in done):
             return
         from ovqk.config.schema import TrackingMode
-        from ovqk.records.record import read_tracking
+        from ovqk.records.record import read_tracking, says_done
         from ovqk.tracking.run import Destination
         from ovqk.tracking.sweep_panels import sweep_folder
         from ovqk.tracking.track import track_sweep
@@ -94,7 +94,7 @@ class RunningSweep:
             print(f"warning: W&B: {warning}", file=sys.stderr)
             return
         state = read_tracking(sweep_folder(self.results_dir, self.outcomes.name()))
-        if state["status"] == "done":
+        if says_done(state):
             place = state.get("url") or self.results_dir / state.get("directory", "wandb")
             print(f"W&B: the sweep's own run: {place}")
 
@@ -155,7 +155,7 @@ class SweepCallback(Callback):
             status = sweep.end()
             sweep.track()
         except Exception as error:
-            raise SystemExit(_said(f"the end of the sweep: {told(error)}", FAILED)) from error
+            end_command(f"the end of the sweep: {told(error)}", FAILED)
         if status:
             raise SystemExit(status)
 
@@ -173,14 +173,14 @@ def end_early(error: BaseException) -> None:
     stopped = isinstance(error, KeyboardInterrupt)
     if sweep is None:
         if stopped:
-            raise SystemExit(_said("interrupted.", INTERRUPTED)) from None
+            end_command("interrupted.", INTERRUPTED)
         return
     if not stopped:
         _wait_for_the_others(error)
     status = sweep.end()
     if stopped:
         more = " Cells that a cluster has taken go on there." if sweep.elsewhere else ""
-        raise SystemExit(_said(f"interrupted.{more}", INTERRUPTED)) from None
+        end_command(f"interrupted.{more}", INTERRUPTED)
     if status == 0:  # it gave up at a cell that had ended
         raise SystemExit(0) from None
     words = sweep.outcomes.folder / LAUNCHER_ERROR
@@ -188,7 +188,7 @@ def end_early(error: BaseException) -> None:
         file.writelines(traceback.format_exception(error))
     reason = f"{type(error).__name__}: {first_line(error)}"
     message = f"the launcher gave up ({reason}). Its own words: {os.path.relpath(words)}"
-    raise SystemExit(_said(message, FAILED)) from None
+    end_command(message, FAILED)
 
 
 def launcher_hint(error: BaseException) -> list[str]:
@@ -197,11 +197,6 @@ def launcher_hint(error: BaseException) -> list[str]:
     if launcher not in EXTRAS:
         return []
     return [f"hydra/launcher={launcher} needs an extra: pip install -c constraints.txt -e '.[{EXTRAS[launcher]}]'"]
-
-
-def _said(message: str, status: int) -> int:
-    print(f"ovqk: {message}", file=sys.stderr)
-    return status
 
 
 def _wait_for_the_others(error: BaseException) -> None:

@@ -18,9 +18,20 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def is_temporary(name: str) -> bool:
-    """Whether a file has a temporary name of any process."""
-    return re.fullmatch(r"\..+\.\d+\.tmp", name) is not None
+def is_temporary(name: str, of: str | None = None) -> bool:
+    """Whether a file has a temporary name of any process, for the file `of` if that is given."""
+    found = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+    return found is not None and of in (None, found[1])
+
+
+def clear_abandoned(folder: Path, of: str | None = None) -> None:
+    """Delete what killed processes left under temporary names in a folder, for the file `of` if that is given.
+
+    No other process may be writing there: the caller holds a lock.
+    """
+    for abandoned in folder.iterdir() if folder.is_dir() else ():
+        if is_temporary(abandoned.name, of):
+            abandoned.unlink(missing_ok=True)
 
 
 def to_disk(path: Path) -> None:

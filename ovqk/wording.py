@@ -68,6 +68,9 @@ ARROWS = {"high": "↑", "low": "↓"}
 MODES = {"q": "Q: into queries", "k": "K: into keys", "v": "V: into values"}
 """Kind of composition -> what a sender writes into."""
 
+PARTS = {"position": "key position", "content": "key content", "both": "both"}
+"""Part of the key -> the shares of the score's variance that come from it."""
+
 
 def role(name: str) -> str:
     """Return a role as a person reads it: `name_mover` is "name mover"."""

@@ -109,10 +109,11 @@ def cell_config(folder: Path, device: str = "cpu", task: str = "none") -> Any:
 def spectra_alone(config: Any) -> int:
     """Eigen- and singular values of every head, both circuits, both spaces; from the files on."""
     from ovqk.structure.model import Layer, Model
-    from ovqk.structure.tables import spectrum
+    from ovqk.structure.stages import spectrum
+    from ovqk.weights.types import OpenedModel
 
     source = open_model(config)
-    model = Model.read(source, None, None, "bench", config)
+    model = Model.read(OpenedModel(source, "bench"), config)
     count = 0
     for index in range(source.architecture.n_layers):
         layer = Layer(model, index)
@@ -125,9 +126,10 @@ def spectra_alone(config: Any) -> int:
 def whole_cell(config: Any) -> int:
     """Every stage of `analyse`, from the files on."""
     from ovqk.analyse import analyse
+    from ovqk.weights.types import OpenedModel
 
-    source = open_model(config)
-    return len(analyse(source, None, None, "bench", config).tables["heads"])
+    opened = OpenedModel(open_model(config), "bench")
+    return len(analyse(opened, config).tables["heads"])
 
 
 def whole_cell_with_words(config: Any) -> int:
@@ -136,26 +138,27 @@ def whole_cell_with_words(config: Any) -> int:
     from ovqk.checkpoints.opening import open_checkpoint
     from ovqk.tasks.words import load_tokenizer
     from ovqk.weights.readers import open_weights
+    from ovqk.weights.types import OpenedModel
 
     checkpoint = open_checkpoint(config.model)
-    source, tokenizer = open_weights(checkpoint, config.model), load_tokenizer(checkpoint)
-    n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
-    return len(analyse(source, tokenizer, n_tokens, "bench", config).tables["heads"])
+    opened = OpenedModel(open_weights(checkpoint, config.model), "bench", load_tokenizer(checkpoint))
+    return len(analyse(opened, config).tables["heads"])
 
 
 def cached(folder: Path) -> tuple[float, float]:
     """Seconds of a cell with directions whose structure is computed and kept, and of the same cell once more."""
     from ovqk.analyse import analyse
     from ovqk.structure.cache import StructureCache
+    from ovqk.weights.types import OpenedModel
 
     config = cell_config(folder)
     config.analysis.components = 3
-    source = open_model(config)
+    opened = OpenedModel(open_model(config), "bench")
     with tempfile.TemporaryDirectory() as place:
         cache = StructureCache(Path(place), 5.0, "bench")
 
         def once() -> object:
-            return analyse(source, None, None, "bench", config, cache=cache)
+            return analyse(opened, config, cache=cache)
 
         return seconds(once), seconds(once)
 
@@ -229,14 +232,16 @@ def composition_seconds(folder: Path, shape: Shape) -> dict[str, float]:
     from transformer_lens.utilities.matrix import composition_scores
 
     from ovqk.circuits.composition import MODES, LayerCircuits, received
+    from ovqk.config.schema import Circuit
     from ovqk.structure.model import Layer, Model
+    from ovqk.weights.types import OpenedModel
 
     config = cell_config(folder)
     source = open_model(config)
-    model = Model.read(source, None, None, "bench", config)
+    model = Model.read(OpenedModel(source, "bench"), config)
     layers = [Layer(model, index) for index in range(shape.n_layers)]
     started = time.perf_counter()
-    circuits = [LayerCircuits.of(x.decomposition("ov", True), x.decomposition("qk", True)) for x in layers]
+    circuits = [LayerCircuits.of(x.decomposition(Circuit.ov, True), x.decomposition(Circuit.qk, True)) for x in layers]
     for index in range(1, shape.n_layers):
         for mode in MODES:
             received(circuits, index, mode)

@@ -44,7 +44,7 @@ from ovqk.verdicts.nulls import Predicted, layer_strata, predicted_values
 from ovqk.verdicts.statistics import Stratum, stratified_permutation, within_layer_auc
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import Architecture
+from ovqk.weights.types import Architecture, OpenedModel
 
 RESAMPLES = 2000
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,16 +76,14 @@ def measured(directory: Path, task: str, count: int) -> Measured:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cell = resolve(compose("config", overrides=[f"task={task}", "model=local", f"model.path={directory}"]))
     checkpoint = open_checkpoint(cell.model, reads=tensors_read)
-    source, tokenizer = open_weights(checkpoint, cell.model), load_tokenizer(checkpoint)
-    n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
-    heads = analyse(source, tokenizer, n_tokens, directory.name, cell).tables["heads"]
-    facts = source.architecture
+    opened = OpenedModel(open_weights(checkpoint, cell.model), directory.name, load_tokenizer(checkpoint))
+    heads = analyse(opened, cell).tables["heads"]
+    facts = opened.source.architecture
     values = {name: heads[name].to_numpy(float).reshape(facts.n_layers, facts.n_heads) for name in metrics_of(heads)}
     roles = {role: [evidence.head for evidence in entries] for role, entries in found.items()}
     predictions = {role: cell.task.roles[role].predictions if role in cell.task.roles else [] for role in roles}
     claims = Claims("measured", "measured", None, roles, predictions)
-    ours = Model.read(source, tokenizer, n_tokens, directory.name, cell)
-    tests = ClaimTests(TaskReadout.read(ours, n_tokens), claims)
+    tests = ClaimTests(TaskReadout.read(Model.read(opened, cell)), claims)
     for layer in range(facts.n_layers):
         tests.visit(Layer(tests.model, layer))
     for predicted in tests.predicted(values).values():

@@ -48,14 +48,13 @@ from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.tasks.prompts import Prompt, known_words, sample_prompts, start_tokens, token_positions
 from ovqk.tasks.words import load_tokenizer
+from ovqk.weights.types import Head
 
 LEAST_ATTENTION = 0.3
 LEAST_SHARE = 0.05
 LEAST_MEDIATED = 0.05
 BOOTSTRAPS = 2000
 QUANTILE = 0.001
-
-Head = tuple[int, int]
 
 
 @dataclass(frozen=True)

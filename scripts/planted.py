@@ -40,13 +40,12 @@ from ovqk.records.record import Analysis
 from ovqk.weights.mlp import MLPWeights
 from ovqk.weights.norms import Norm, QueryKeyNorm
 from ovqk.weights.rotary import Rotary
-from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
+from ovqk.weights.types import Architecture, EmbeddingWeights, Head, LayerWeights, OpenedModel
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 NAME = "planted"
 D_MODEL, D_HEAD, N_CTX = 64, 8, 24
 WRITES = 0.02  # entries of W_O and of the MLP; those of the embeddings are of order 1
-Head = tuple[int, int]
 Claimed = Mapping[str, Sequence[Head]]
 """Role -> heads."""
 
@@ -391,7 +390,7 @@ def judged(model: RandomModel, claimed: Claimed, draws: int = 99) -> Analysis:
     config.model.name = config.model.claims = NAME
     config.nulls = NullsConfig(draws, resamples=2, subsamples=2)
     config.seed = model.seed
-    return analyse(model, model.tokenizer, len(model.W_E), NAME, config)
+    return analyse(OpenedModel(model, NAME, model.tokenizer), config)
 
 
 def p_values(tests: pd.DataFrame) -> pd.DataFrame:

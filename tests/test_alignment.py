@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from support.top import in_top_by_source
 
 from ovqk.circuits import alignment
-from ovqk.circuits.alignment import TOP, in_top_by_source
+from ovqk.circuits.alignment import TOP
 from ovqk.circuits.factors import Factors
+from ovqk.config.schema import Circuit
 
 D_MODEL, D_HEAD = 8, 3
 
@@ -32,7 +34,7 @@ def random(n_tokens: int, n_words: int, seed: int = 0, heads: int = 4) -> Case:
     def integers(*shape: int) -> torch.Tensor:
         return torch.randint(-2, 3, shape, generator=generator).float()
 
-    factors = Factors("ov", integers(heads, D_MODEL, D_HEAD), integers(heads, D_HEAD, D_MODEL))
+    factors = Factors(Circuit.ov, integers(heads, D_MODEL, D_HEAD), integers(heads, D_HEAD, D_MODEL))
     ids = torch.randperm(n_tokens, generator=generator)[:n_words]
     return factors, integers(n_words, D_MODEL), ids, integers(D_MODEL, n_tokens)
 
@@ -67,7 +69,7 @@ def test_the_size_of_the_blocks_changes_nothing(monkeypatch) -> None:
 def test_the_fifth_is_in_the_top_and_the_sixth_is_not_wherever_the_better_ones_stand(place, above, monkeypatch) -> None:
     """One word, whose own token and whose betters lie in any block; the rest of the vocabulary lies below."""
     monkeypatch.setattr(alignment, "TOP_BLOCK", 16)
-    factors = Factors("ov", torch.eye(2)[None], torch.eye(2)[None])
+    factors = Factors(Circuit.ov, torch.eye(2)[None], torch.eye(2)[None])
     W_U = torch.zeros(2, 40)
     W_U[0] = -torch.arange(1.0, 41)
     others = [i for i in range(40) if i != place]
@@ -83,7 +85,7 @@ def test_the_fifth_is_in_the_top_and_the_sixth_is_not_wherever_the_better_ones_s
 
 def test_equals_of_a_words_own_logit_do_not_push_it_down() -> None:
     """Of six tokens with one column, each is as good as the first: strictly larger logits alone count."""
-    factors = Factors("ov", torch.eye(2)[None], torch.eye(2)[None])
+    factors = Factors(Circuit.ov, torch.eye(2)[None], torch.eye(2)[None])
     W_U = torch.zeros(2, 30)
     W_U[0, 10:16] = 1
     copied, suppressed = in_top_by_source(factors, torch.ones(1, 2), torch.tensor([12]), W_U.T)
@@ -93,7 +95,9 @@ def test_equals_of_a_words_own_logit_do_not_push_it_down() -> None:
 def test_a_word_never_outranks_itself_by_its_own_rounding() -> None:
     """Its own logit is summed once, and compared with itself in its block by that same value."""
     generator = torch.Generator().manual_seed(0)
-    factors = Factors("ov", torch.randn(3, 64, 8, generator=generator), torch.randn(3, 8, 64, generator=generator))
+    factors = Factors(
+        Circuit.ov, torch.randn(3, 64, 8, generator=generator), torch.randn(3, 8, 64, generator=generator)
+    )
     W_U = torch.randn(64, 5, generator=generator)
     ids = torch.arange(5)
     copied, suppressed = in_top_by_source(factors, torch.randn(5, 64, generator=generator), ids, W_U.T)
@@ -104,7 +108,7 @@ def test_a_head_that_writes_nothing_copies_nothing() -> None:
     factors, rows, ids, W_U = random(50, 6)
     left = factors.left.clone()
     left[1] = 0
-    copied, suppressed = in_top_by_source(Factors("ov", left, factors.right), rows, ids, W_U.T)
+    copied, suppressed = in_top_by_source(Factors(Circuit.ov, left, factors.right), rows, ids, W_U.T)
     assert not copied[1].any() and not suppressed[1].any()
     assert same((copied[[0, 2, 3]], suppressed[[0, 2, 3]]), tuple(
         side[[0, 2, 3]] for side in plain(factors, rows, ids, W_U)))  # fmt: skip
@@ -123,7 +127,7 @@ def test_a_head_that_copies_and_its_negative(n_tokens) -> None:
     rows = torch.nn.functional.normalize(torch.randn(n_tokens, 32, generator=generator), dim=1)
     ids = torch.arange(0, n_tokens, max(1, n_tokens // 6))[:6]
     eye = torch.eye(32)
-    factors = Factors("ov", torch.stack([eye, -eye]), torch.stack([eye, eye]))
+    factors = Factors(Circuit.ov, torch.stack([eye, -eye]), torch.stack([eye, eye]))
     copied, suppressed = in_top_by_source(factors, rows[ids], ids, rows)
     assert copied.mean(1).tolist()[0] == 1 and suppressed.mean(1).tolist()[1] == 1
     if n_tokens > 6:

@@ -20,7 +20,7 @@ from support.oracle import (
 from support.toy import RATIO, SCALE, run, toy_task, toy_tokenizer
 
 from ovqk.checkpoints.opening import open_checkpoint
-from ovqk.config.schema import Embedding, Processing, VariableKind
+from ovqk.config.schema import Circuit, Embedding, Processing, VariableKind
 from ovqk.metrics import HEAD_METRICS
 from ovqk.tasks.words import resolve_task
 from ovqk.weights.folding import fold_layer
@@ -216,7 +216,7 @@ def test_spectra_of_a_nilpotent_head_are_marked_unstable_not_reported_as_structu
     shift = torch.diag(torch.ones(15), 1)
     left, right = torch.zeros(1, 32, 16), torch.zeros(1, 16, 32)
     left[0, :16], right[0, :, :16] = torch.eye(16), shift
-    factors = Factors("ov", left, right)
+    factors = Factors(Circuit.ov, left, right)
     one = spectrum_metrics(decompose(factors, centred=False))
     two = spectrum_metrics(decompose(regauge(factors, 0), centred=False))
     assert abs(float(one["symmetry"])) < 1e-12
@@ -260,8 +260,8 @@ def test_a_first_layer_that_turns_tokens_around_hides_copying_from_the_plain_emb
     vocabulary = read_vocabulary(EmbeddingWeights(W_E, None, W_E.T, None), None)
     turning = LayerWeights(0, eye, eye, eye, -2 * eye, zeros, zeros, zeros, norm=None)
     block0 = Block0(turning, None, facts).grams(vocabulary)
-    copying = decompose(Factors("ov", eye, eye), centred=False)
-    plain = full_circuit_ratio(copying, vocabulary.full_circuit("ov"))
+    copying = decompose(Factors(Circuit.ov, eye, eye), centred=False)
+    plain = full_circuit_ratio(copying, vocabulary.full_circuit(Circuit.ov))
     later = full_circuit_ratio(copying, FullCircuit.ov(block0.embed, block0.cross, vocabulary.gram_unembed))
     assert float(plain) == pytest.approx(1, abs=1e-6) and float(later) == pytest.approx(-1, abs=1e-6)
 

@@ -9,6 +9,7 @@ from support.oracle import matrices
 from ovqk.analyse import analyse
 from ovqk.errors import UserError
 from ovqk.weights.folding import fold_layer
+from ovqk.weights.types import OpenedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -46,7 +47,7 @@ def test_an_encoder_is_residual_space_and_raw(bert) -> None:
     source = opened(bert)
     assert not source.foldable and source.no_vocabulary == "the model is an encoder"
     cell = compose("task=none", "model=local", f"model.path={bert}")
-    result = analyse(source, None, None, "bert", cell)
+    result = analyse(OpenedModel(source, "bert"), cell)
     assert result.processing["applied"] == "raw"
     assert result.unavailable["ov_copying"] == "the model is an encoder"
     heads = result.tables["heads"]

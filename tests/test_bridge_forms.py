@@ -11,6 +11,7 @@ from support.models import SIZES, WIDE, bridged, opened, randomise
 from ovqk.analyse import analyse
 from ovqk.errors import UserError
 from ovqk.weights.bridge import BridgeWeights
+from ovqk.weights.types import OpenedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -28,7 +29,7 @@ def make(model_type, directory, **keys):
 
 
 def analysed(directory, read=bridged):
-    return analyse(read(directory), None, None, "m", compose("task=none", "model=local", f"model.path={directory}"))
+    return analyse(OpenedModel(read(directory), "m"), compose("task=none", "model=local", f"model.path={directory}"))
 
 
 def copying(W_E, W_OV, W_U):

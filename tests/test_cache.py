@@ -15,10 +15,11 @@ from ovqk.analyse import analyse
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.records.record import Analysis
-from ovqk.structure import tables
+from ovqk.structure import stages
 from ovqk.structure.cache import ENTRY, StructureCache
 from ovqk.tasks.words import load_tokenizer
 from ovqk.weights.readers import open_weights
+from ovqk.weights.types import OpenedModel
 
 
 def run(cache: StructureCache | None, *overrides: str, digest: str | None = None) -> Analysis:
@@ -28,7 +29,7 @@ def run(cache: StructureCache | None, *overrides: str, digest: str | None = None
     if cache is not None:
         cache.digest = digest or checkpoint.digest
     source, tokenizer = open_weights(checkpoint, cell.model), load_tokenizer(checkpoint)
-    return analyse(source, tokenizer, tokenizer.get_vocab_size(), "test", cell, cache=cache)
+    return analyse(OpenedModel(source, "test", tokenizer), cell, cache=cache)
 
 
 @pytest.fixture
@@ -40,13 +41,13 @@ def cache(tmp_path) -> StructureCache:
 def computed(monkeypatch) -> list[int]:
     """The layers whose structure was computed."""
     seen: list[int] = []
-    whole = tables.layer_structure
+    whole = stages.layer_structure
 
     def counting(layer):
         seen.append(layer.index)
         return whole(layer)
 
-    monkeypatch.setattr(tables, "layer_structure", counting)
+    monkeypatch.setattr(stages, "layer_structure", counting)
     return seen
 
 
@@ -186,9 +187,9 @@ def test_an_entry_that_another_process_throws_away_while_it_is_read_is_still_rea
 
 def test_processes_that_need_the_same_compute_it_once(tmp_path) -> None:
     code = (
-        "from pathlib import Path; import test_cache as t; from ovqk.structure import tables\n"
-        "whole = tables.layer_structure\n"
-        "tables.layer_structure = lambda layer: (print('computed', layer.index), whole(layer))[1]\n"
+        "from pathlib import Path; import test_cache as t; from ovqk.structure import stages\n"
+        "whole = stages.layer_structure\n"
+        "stages.layer_structure = lambda layer: (print('computed', layer.index), whole(layer))[1]\n"
         f"t.run(t.StructureCache(Path({str(tmp_path)!r}), 1.0, ''), 'task=none')\n"
     )
     call, path = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": os.pathsep.join(("tests", "."))}
@@ -219,7 +220,7 @@ def test_a_cell_of_a_local_model_is_cached_by_its_weights(tiny_gpt2, tmp_path, c
         cell = compose("task=none", "model=local", f"model.path={folder}")
         checkpoint = open_checkpoint(local(folder))
         found = StructureCache(tmp_path / "cache", 1.0, checkpoint.digest)
-        analyse(open_weights(checkpoint, cell.model), None, None, "test", cell, cache=found)
+        analyse(OpenedModel(open_weights(checkpoint, cell.model), "test"), cell, cache=found)
     assert len(entries(found)) == 1 and computed == [0, 1, 2]
 
 

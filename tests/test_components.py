@@ -10,6 +10,7 @@ from support.token_tables import factored, ids, orthonormal, random, table, valu
 from ovqk.circuits.components import clusters, components, eigen_components
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.maps import decompose
+from ovqk.config.schema import Circuit
 from ovqk.report.token_lists import describe
 
 
@@ -129,7 +130,7 @@ def test_a_cluster_counts_components_that_are_not_reported() -> None:
 
 def test_of_equal_singular_values_only_the_span_survives_a_change_of_gauge() -> None:
     Q, P = orthonormal(16, 3, seed=0), orthonormal(16, 3, seed=1)
-    M = Factors("ov", (Q * torch.tensor([4.0, 4.0, 1.0]).double())[None], P.T[None])
+    M = Factors(Circuit.ov, (Q * torch.tensor([4.0, 4.0, 1.0]).double())[None], P.T[None])
     one, two = (components(decompose(x, centred=False), 3) for x in (M, regauge(M, seed=5)))
     assert one.cluster.tolist()[:3] == [0, 0, 2] and one.cluster_size.tolist()[:3] == [2, 2, 1]
     for side in ("read", "write"):

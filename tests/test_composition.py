@@ -37,6 +37,7 @@ from ovqk.circuits.factors import Factors, ov_factors, qk_factors
 from ovqk.circuits.grams import FullCircuit, centred_gram
 from ovqk.circuits.maps import decompose
 from ovqk.circuits.positions import rotary_span
+from ovqk.config.schema import Circuit
 from ovqk.weights.folding import fold_layer
 from ovqk.weights.readers import open_weights
 
@@ -62,7 +63,7 @@ def noise(*shape: int, seed: int) -> torch.Tensor:
 
 def random_layer(heads: int, d: int, k: int, seed: int, dtype: torch.dtype = torch.float32) -> LayerCircuits:
     left, right = noise(2, heads, d, k, seed=seed), noise(2, heads, k, d, seed=seed + 10**7)
-    return of_factors(Factors("ov", left[0], right[0]), Factors("qk", left[1], right[1]), dtype)
+    return of_factors(Factors(Circuit.ov, left[0], right[0]), Factors(Circuit.qk, left[1], right[1]), dtype)
 
 
 def random_layers(n: int, heads: int, d: int, k: int, seed: int = 0) -> list[LayerCircuits]:
@@ -71,7 +72,7 @@ def random_layers(n: int, heads: int, d: int, k: int, seed: int = 0) -> list[Lay
 
 def planted(W_OV: tuple[torch.Tensor, torch.Tensor], W_QK: tuple[torch.Tensor, torch.Tensor]) -> LayerCircuits:
     """One head; each map from its factors [d, k] and [d, k]: left right^T."""
-    return of_factors(*(Factors(c, a[None], b.T[None]) for c, (a, b) in (("ov", W_OV), ("qk", W_QK))))
+    return of_factors(*(Factors(c, a[None], b.T[None]) for c, (a, b) in ((Circuit.ov, W_OV), (Circuit.qk, W_QK))))
 
 
 def subspaces(n: int, d: int, k: int) -> list[torch.Tensor]:
@@ -263,7 +264,7 @@ def test_a_pair_that_does_not_compose_matches_at_exactly_zero_not_at_noise() -> 
 def test_heads_of_zero_weights_score_zero() -> None:
     left, right = noise(3, 12, 4, seed=0), noise(3, 4, 12, seed=1)
     left[1] = 0
-    layers = [of_factors(Factors("ov", left, right), Factors("qk", left, right))] * 2
+    layers = [of_factors(Factors(Circuit.ov, left, right), Factors(Circuit.qk, left, right))] * 2
     for mode in MODES:
         found = scores(*layers, mode)
         dead = torch.zeros(3, 3, dtype=torch.bool)
@@ -288,7 +289,7 @@ def test_a_gauge_of_either_head_changes_nothing(seed: int, k: int) -> None:
     gram = centred_gram(E, E)
     maps = [
         Factors(circuit, noise(heads, d, k, seed=seed + 2 + i).double(), noise(heads, k, d, seed=seed + 9 + i).double())
-        for i, circuit in enumerate(("ov", "qk", "ov", "qk"))
+        for i, circuit in enumerate([*Circuit, *Circuit])
     ]
 
     def gauged(factors: Factors) -> Factors:

@@ -7,7 +7,7 @@ import pytest
 from support import ROOT
 from support.commands import compose
 
-from ovqk.config.schema import Source
+from ovqk.config.schema import Circuit, Source
 from ovqk.errors import UserError
 from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, METRICS, metric_names
 
@@ -55,8 +55,8 @@ def test_metrics_carry_title_formula_and_range_and_fields_that_agree() -> None:
         assert metric.circuit is None or metric.name.startswith(metric.circuit)
         assert (metric.circuit is None) == (metric.of == "pair")
         assert metric.is_readout == (metric.of in ("words", "subspace"))
-        assert metric.circuit == "ov" or not (metric.reads or metric.in_top)
-    assert set(metric_names(["ov"])) | set(metric_names(["qk"])) == set(HEAD_METRICS)
+        assert metric.circuit is Circuit.ov or not (metric.reads or metric.in_top)
+    assert set(metric_names([Circuit.ov])) | set(metric_names([Circuit.qk])) == set(HEAD_METRICS)
     assert {*HEAD_METRICS, *COMPOSITION_METRICS} == set(METRICS)
 
 

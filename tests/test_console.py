@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from support.models import BUNDLED
 
-from ovqk.report.tables import candidate_table, pair_table, reasons, verdict_table, virtual_table
 from ovqk.report.terminal import claims_line
+from ovqk.report.terminal_tables import candidate_table, pair_table, reasons, verdict_table, virtual_table
 
 
 def printed(table) -> list[str]:

@@ -32,13 +32,14 @@ from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.sides import Block0Side, StoredSide
+from ovqk.config.schema import Circuit
 from ovqk.report.token_lists import describe
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.token_tables import COLUMNS, Directions, TokenSide
 from ovqk.tasks.words import load_tokenizer
 from ovqk.weights.norms import normalise
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, OpenedModel
 
 # --- oracle --------------------------------------------------------------------------------------------------
 
@@ -51,22 +52,21 @@ def test_every_head_matches_a_materialised_oracle(path, processing, request) -> 
     path = trained[path]() if path in trained else request.getfixturevalue(path)
     checkpoint = open_checkpoint(local(path))
     source, tokenizer = open_weights(checkpoint, local(path)), load_tokenizer(checkpoint)
-    n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
     cell = compose("task=none", "model=local", f"model.path={path}", f"processing={processing}")
-    model = Model.read(source, tokenizer, n_tokens, "test", cell)
+    model = Model.read(OpenedModel(source, "test", tokenizer), cell)
     vocabulary = model.spectral_vocabulary
     assert vocabulary is not None and vocabulary.W_U_rows is not None
     directions, kinds = Directions(vocabulary, tokenizer), set()
     for index in range(source.architecture.n_layers):
         layer = Layer(model, index)
         weights = layer.processed
-        for circuit, writes in (("ov", vocabulary.W_U_rows), ("qk", vocabulary.W_E)):
+        for circuit, writes in ((Circuit.ov, vocabulary.W_U_rows), (Circuit.qk, vocabulary.W_E)):
             rows = table_of(directions, index, circuit, layer.decomposition(circuit, model.folds))
             assert list(rows.columns) == list(COLUMNS)
             assert set(rows["layer"]) == {index} and set(rows["circuit"]) == {circuit}
             assert set(rows["head"]) == set(range(source.architecture.n_heads))
             for head in range(source.architecture.n_heads):
-                M = matrices(weights, source.architecture, head)[circuit == "qk"]
+                M = matrices(weights, source.architecture, head)[circuit is Circuit.qk]
                 wanted = oracle(M, vocabulary.W_E, writes)
                 check(rows, head, wanted)
                 kinds |= {"pair" if value.imag else "real" for (k, _), (value, _) in wanted.items() if k == "eigen"}
@@ -162,7 +162,7 @@ def test_a_rotation_by_90_degrees_is_one_complex_pair_scored_in_its_plane() -> N
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(["ov", "qk"]))
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(Circuit))
 def test_a_gauge_of_the_head_changes_nothing_not_even_a_sign(seed: int, gauge_seed: int, circuit: str) -> None:
     left, right = random(8, 3, seed=seed), random(3, 8, seed=seed + 1)
     A = torch.eye(3).double() + 0.3 * random(3, 3, seed=gauge_seed)
@@ -188,10 +188,10 @@ def test_only_the_joint_sign_is_chosen(seed: int, signs: list[float]) -> None:
     left, right, turn = random(8, 3, seed=seed), random(3, 8, seed=seed + 1), torch.tensor(signs).double()
     found = factored(left, right)
     directions = Directions(vocabulary(random(40, 8, seed=seed + 2), random(8, 40, seed=seed + 3)), None)
-    one = table_of(directions, 0, "ov", found)
+    one = table_of(directions, 0, Circuit.ov, found)
     both = Decomposition(found.read * turn, found.sigma, found.write * turn, found.rank)
-    assert_same(one, table_of(directions, 0, "ov", both))
-    other = table_of(directions, 0, "ov", Decomposition(found.read, found.sigma, found.write * turn, found.rank))
+    assert_same(one, table_of(directions, 0, Circuit.ov, both))
+    other = table_of(directions, 0, Circuit.ov, Decomposition(found.read, found.sigma, found.write * turn, found.rank))
     for k, sign in enumerate(signs):
         assert ids(other, "singular", k, "read") == ids(one, "singular", k, "read")
         assert ids(other, "singular", k, "write", int(sign)) == ids(one, "singular", k, "write", 1)
@@ -227,7 +227,9 @@ def test_a_constant_on_every_token_is_invisible() -> None:
     W_E, W_U = random(40, 8, seed=2), random(8, 40, seed=3)
     one = table(left, right, W_E, W_U)
     assert_same(one, table(left, right, W_E + 7 * random(1, 8, seed=4), W_U - 5 * random(8, 1, seed=5)))
-    assert_same(table(left, right, W_E, circuit="qk"), table(left, right, W_E + random(1, 8, seed=4), circuit="qk"))
+    assert_same(
+        table(left, right, W_E, circuit=Circuit.qk), table(left, right, W_E + random(1, 8, seed=4), circuit=Circuit.qk)
+    )
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 499, 500])
@@ -258,7 +260,7 @@ def test_circuits_of_several_layers_in_one_pass_get_the_tables_that_each_gets_al
     found = [
         (layer, circuit, components(factored(*pair, circuit)))
         for layer, pair in enumerate(heads)
-        for circuit in ("qk", "ov")
+        for circuit in reversed(Circuit)
     ]
     for W_U in (random(12, 60, seed=30), None):
         directions = Directions(vocabulary(random(60, 12, seed=20), W_U), None, 16)
@@ -275,10 +277,10 @@ def test_layers_wait_for_each_other_and_the_table_is_the_same(tiny_gpt2, monkeyp
         Directions, "tables", lambda self, found, *rest: (passes.append(len(found)), original(self, found, *rest))[1]
     )
     for waiting in (1, 2**20):
-        monkeypatch.setattr("ovqk.structure.tables.WAITING", waiting)
+        monkeypatch.setattr("ovqk.structure.stages.WAITING", waiting)
         checkpoint = open_checkpoint(local(tiny_gpt2))
         cell = compose("task=none", "model=local", f"model.path={tiny_gpt2}")
-        analysis = analyse(open_weights(checkpoint, local(tiny_gpt2)), None, None, "test", cell)
+        analysis = analyse(OpenedModel(open_weights(checkpoint, local(tiny_gpt2)), "test"), cell)
         found.append(analysis.tables["directions"])
     assert passes[-1] == sum(passes[:-1]) and set(passes[:-1]) == {2}  # two circuits of each layer, or of all
     pd.testing.assert_frame_equal(*found)
@@ -302,7 +304,7 @@ def test_without_an_unembedding_only_the_reads_of_ov_are_there() -> None:
     assert set(without["side"]) == {"read"}
     pd.testing.assert_frame_equal(without, with_[with_["side"] == "read"].reset_index(drop=True))
     assert all(" -> " not in line and "reads" in line for line in describe(without, 0, 0))
-    assert set(table(left, right, W_E, circuit="qk")["side"]) == {"read", "write"}
+    assert set(table(left, right, W_E, circuit=Circuit.qk)["side"]) == {"read", "write"}
 
 
 def test_a_vocabulary_smaller_than_the_head_lists_all_its_tokens() -> None:
@@ -332,9 +334,9 @@ def test_a_head_of_fewer_components_and_one_of_zero_weights() -> None:
     left, right = random(2, 8, 4, seed=0), random(2, 4, 8, seed=1)
     left[0], left[1, :, 2:] = 0, 0
     directions = Directions(vocabulary(random(40, 8, seed=2), random(8, 40, seed=3)), None)
-    rows = table_of(directions, 4, "qk", decompose(Factors("qk", left, right), centred=False))
+    rows = table_of(directions, 4, Circuit.qk, decompose(Factors(Circuit.qk, left, right), centred=False))
     assert set(rows["head"]) == {1} and len(values(rows, "singular", head=1)) == 2
-    nothing = table_of(directions, 4, "qk", decompose(Factors("qk", left[:1], right[:1]), centred=False))
+    nothing = table_of(directions, 4, Circuit.qk, decompose(Factors(Circuit.qk, left[:1], right[:1]), centred=False))
     assert len(nothing) == 0 and list(nothing.columns) == list(COLUMNS)
     assert pd.concat([nothing, rows], ignore_index=True)["layer"].dtype == np.int32
     assert describe(rows, 4, 0) == []
@@ -369,18 +371,20 @@ def test_every_layer_is_read_through_its_effective_embedding(
     n_tokens = None if tokenizer is None else tokenizer.get_vocab_size()
     choices = [f"processing={processing}", f"analysis.directions_embedding={embedding}", "analysis.rare_tokens=true"]
     cell = compose("task=none", "model=local", f"model.path={path}", *choices)
-    model = Model.read(source, tokenizer, n_tokens, "test", cell)
-    rows = analyse(source, tokenizer, n_tokens, "test", cell).tables["directions"]
+    model = Model.read(OpenedModel(source, "test", tokenizer), cell)
+    tables = analyse(OpenedModel(source, "test", tokenizer), cell).tables
+    rows = tables["directions"]
+    assert {type(circuit) for name in ("directions", "spectra") for circuit in tables[name]["circuit"]} == {str}
     E = folded_embeddings(source)
     E = EmbeddingWeights(E.W_E[:n_tokens], None, E.W_U[:, :n_tokens], None)
     for index in range(source.architecture.n_layers):
         layer = Layer(model, index)
         norm = layer.processed.norm
         reads = effective(source, embedding, index, E, None if norm is None else norm.weight)
-        for circuit, writes in (("ov", E.W_U.T), ("qk", reads)):
+        for circuit, writes in ((Circuit.ov, E.W_U.T), (Circuit.qk, reads)):
             mine = rows[(rows["layer"] == index) & (rows["circuit"] == circuit)]
             for head in range(source.architecture.n_heads):
-                M = matrices(layer.processed, source.architecture, head)[circuit == "qk"]
+                M = matrices(layer.processed, source.architecture, head)[circuit is Circuit.qk]
                 check(mine, head, oracle(M, reads, writes), 2e-4)
 
 
@@ -395,9 +399,9 @@ def test_a_planted_head_behind_block_0_reads_what_block_0_makes_of_a_token() -> 
     )
     tokens = vocabulary(W_E, W_E.T)
     every = torch.ones(n, dtype=torch.bool)
-    found = components(factored(W_E[:, [3]].double(), W_E[[7]].double(), "ov"), 1)
+    found = components(factored(W_E[:, [3]].double(), W_E[[7]].double(), Circuit.ov), 1)
     made = Directions(tokens, None, architecture=facts, later=Block0Side(tokens, block0, every))
-    first, second = made.tables([(0, "ov", found), (1, "ov", found)], tokens=2)
+    first, second = made.tables([(0, Circuit.ov, found), (1, Circuit.ov, found)], tokens=2)
     assert ids(first, "singular", 0, "read")[0] == 3 and ids(second, "singular", 0, "read") == [2, 3]
     assert scores(second, "singular", 0, "read") == pytest.approx([3 - 4 / n, 1 - 4 / n])
     assert ids(first, "singular", 0, "write")[0] == ids(second, "singular", 0, "write")[0] == 7
@@ -430,7 +434,7 @@ def test_lists_hold_no_token_that_is_left_out_and_are_centred_over_the_others() 
     listed = torch.ones(60, dtype=torch.bool)
     listed[out] = False
     made = Directions(vocabulary(W_E, W_U), None, 7, listed=listed)
-    rows = table_of(made, 0, "ov", factored(left, right))
+    rows = table_of(made, 0, Circuit.ov, factored(left, right))
     alone = table(left, right, W_E[listed], W_U[:, listed])
     assert not set(rows["token_id"]) & set(out.tolist())
     renamed = listed.nonzero()[:, 0].numpy()[alone["token_id"]]
@@ -445,7 +449,7 @@ def test_the_record_says_which_tokens_are_left_out_and_that_block_0_could_not_be
 
     def analysis(*overrides: str):
         cell = compose("task=none", "model=local", f"model.path={BUNDLED}", *overrides)
-        return analyse(source, tokenizer, tokenizer.get_vocab_size(), "test", cell)
+        return analyse(OpenedModel(source, "test", tokenizer), cell)
 
     plain, every = analysis(), analysis("analysis.rare_tokens=true")
     special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}

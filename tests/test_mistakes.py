@@ -59,7 +59,7 @@ def test_what_cannot_be_parsed_is_told_with_its_override(tmp_path) -> None:
 @pytest.mark.parametrize(("override", "message"), [
     ("task=ioii", "task=ioii: there is no such task. Allowed: acronym, copy_suppression, greater_than, induction, ioi, "
      "none, sva."),
-    ("analysis=b3", "analysis=b3: there is no such analysis. Allowed: b03, composition, ov, qk."),
+    ("analysis=b3", "analysis=b3: there is no such analysis. Allowed: activations, b03, composition, full, ov, qk."),
     ("tracking=on", "tracking=on: there is no such tracking. Allowed: none, offline, online."),
     ("model=gtp2", "model=gtp2: there is no such model. Did you mean gpt2? `python run.py --help` lists all "),
     ("model=gpt3", "model=gpt3: there is no such model. Did you mean gpt2? "),

@@ -11,10 +11,10 @@ from support import ROOT
 from support.commands import compose
 
 from ovqk.cell import run_cell
-from ovqk.metrics import METRICS
+from ovqk.metrics import shown_in
 from ovqk.records.record import read_record
 from ovqk.tracking import cell_panels
-from ovqk.tracking.cell_panels import CURVES, HISTOGRAMS, plain_table, read_panels
+from ovqk.tracking.cell_panels import plain_table, read_panels
 
 
 def cell(results: Path, *overrides: str) -> Path:
@@ -28,17 +28,13 @@ def claimed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cell(tmp_path_factory.mktemp("panels") / "results")
 
 
-def test_names_are_metrics() -> None:
-    assert set(CURVES) | set(HISTOGRAMS) <= set(METRICS)
-
-
 def test_the_documented_panels_exist(claimed) -> None:
     """Every key of the dashboard in docs/wandb.md is one that runs have."""
     recipe = (ROOT / "docs" / "wandb.md").read_text(encoding="utf-8").split("## A dashboard")[1]
     shown = read_panels(claimed, read_record(claimed))
     known = {
-        "depth": {*CURVES, *shown.curves.columns},
-        "histograms": set(HISTOGRAMS),
+        "depth": {*shown_in("curve"), *shown.curves.columns},
+        "histograms": set(shown_in("histogram")),
         "eigenvalues": set(shown.eigenvalues),
         "tables": set(cell_panels.TABLES),
         "health": {name.removeprefix("health/") for name in shown.scalars},
@@ -61,7 +57,7 @@ def test_histograms_have_the_metrics_own_bins_and_all_heads(claimed) -> None:
     shown = read_panels(claimed, read_record(claimed))
     counts, edges = shown.histograms["ov_copying"]
     assert (edges[0], edges[-1]) == (-1, 1) and counts.sum() == 32
-    assert set(shown.histograms) <= set(HISTOGRAMS)
+    assert set(shown.histograms) <= set(shown_in("histogram"))
 
 
 def test_eigenvalues_are_of_the_claimed_heads(claimed) -> None:

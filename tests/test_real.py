@@ -16,6 +16,7 @@ from ovqk.cell import run_cell
 from ovqk.checkpoints.gguf_file import GGUFFile
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits.effective_embeddings import Block0
+from ovqk.config.schema import Circuit
 from ovqk.tasks.words import load_tokenizer
 from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
 from ovqk.weights.norms import normalise
@@ -136,9 +137,16 @@ def test_sampled_heads_against_a_naive_float64_computation(path, source, tmp_pat
             for part, index in (("q", head), ("k", group), ("v", group))
         )
         W_QK, W_OV = q.T @ k, v.T @ read(layer, "attn_output")[:, head * 64 : head * 64 + 64].T
-        for matrix, circuit, middle, score in ((W_QK, "qk", gram, "qk_matching"), (W_OV, "ov", cross, "ov_copying")):
+        for matrix, circuit, middle, score in (
+            (W_QK, Circuit.qk, gram, "qk_matching"),
+            (W_OV, Circuit.ov, cross, "ov_copying"),
+        ):
             row, sigma = heads.loc[layer, head], torch.linalg.svdvals(matrix)
-            eigen = torch.linalg.eigvals(matrix @ middle) if circuit == "qk" else torch.linalg.eigvals(middle @ matrix)
+            eigen = (
+                torch.linalg.eigvals(matrix @ middle)
+                if circuit is Circuit.qk
+                else torch.linalg.eigvals(middle @ matrix)
+            )
             energy = sigma.square() / sigma.square().sum()
             expected = {
                 f"{circuit}_spectral_norm": sigma[0],

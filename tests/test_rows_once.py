@@ -12,18 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.models import local
-from support.small import DRAWS, Random, V, cell, run, task, tokenizer
+from support.small import DRAWS, Random, cell, run, task, tokenizer
+from support.top import in_top_by_source
 
 from ovqk.analyse import analyse
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits import alignment, effective_embeddings, spectra
-from ovqk.circuits.alignment import TopSearch, in_top_by_source, settle
+from ovqk.circuits.alignment import TopSearch, settle
 from ovqk.circuits.effective_embeddings import EffectiveRows
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.grams import FullCircuit
 from ovqk.circuits.maps import Decomposition
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.vocabulary import Vocabulary
+from ovqk.config.schema import Circuit
 from ovqk.errors import UserError
 from ovqk.structure.model import Layer, Model
 from ovqk.tasks.readouts import TOP_METRICS
@@ -33,7 +35,7 @@ from ovqk.verdicts import surrogates
 from ovqk.verdicts.claim_tests import ClaimTests
 from ovqk.verdicts.statistics import monte_carlo
 from ovqk.weights.stored_rows import StoredRows
-from ovqk.weights.types import Architecture, EmbeddingWeights
+from ovqk.weights.types import Architecture, EmbeddingWeights, OpenedModel
 
 FACTS = Architecture("test", 1, 1, 1, 6, 3, 7, "rmsnorm", 1e-6, "learned")
 
@@ -104,7 +106,7 @@ def test_an_unembedding_is_not_read_anew_for_every_surrogate(kept, monkeypatch) 
     monkeypatch.setattr(effective_embeddings, "SCREEN", 16)
     monkeypatch.setattr(surrogates, "PART_ELEMENTS", 1)  # one draw at a time
     model, reads = stored(Random())
-    found = analyse(model, tokenizer(), V, "toy", cell(task(), "model.claims=null")).tables["candidates"]
+    found = analyse(OpenedModel(model, "toy", tokenizer()), cell(task(), "model.claims=null")).tables["candidates"]
     for name in ("value", "p_spectrum", "p_words"):
         assert np.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-9, equal_nan=True), name
     assert max(reads) < (12 if kept else DRAWS)
@@ -137,10 +139,11 @@ def test_searches_settled_together_find_what_each_finds_alone(screen, monkeypatc
     monkeypatch.setattr(alignment, "TOP_BLOCK", 64)
     W_U_rows, ids = normal(300, 8, seed=1), torch.tensor([3, 250, 40, 299, 0])
     cases = [
-        (Factors("ov", normal(4, 8, 3, seed=s), normal(4, 3, 8, seed=s + 50)), normal(5, 8, seed=9)) for s in range(6)
+        (Factors(Circuit.ov, normal(4, 8, 3, seed=s), normal(4, 3, 8, seed=s + 50)), normal(5, 8, seed=9))
+        for s in range(6)
     ]
     rows = W_U_rows[ids]
-    cases.append((Factors("ov", torch.eye(8)[None], torch.eye(8)[None]), rows))  # copies: words that stay open
+    cases.append((Factors(Circuit.ov, torch.eye(8)[None], torch.eye(8)[None]), rows))  # copies: words that stay open
     searches = [TopSearch((x @ factors.left) @ factors.right, ids, rows) for factors, x in cases]
     for search in searches:
         settle([search], W_U_rows[:screen])
@@ -235,6 +238,6 @@ def test_a_random_checkpoint_has_words_block_0_and_both_cells(family, tmp_path) 
         config.nulls.draws = 30
         assert bench.whole_cell_with_words(config) == 4
     source = bench.open_model(config)
-    task = TaskReadout.read(Model.read(source, read, n_vocab, "toy", config), n_vocab)
+    task = TaskReadout.read(Model.read(OpenedModel(source, "toy", read), config))
     assert not isinstance(task.model.block0, str) and task.readout is not None
-    assert set(TOP_METRICS) <= set(task.readout.metrics(0, task.maps(Layer(task.model, 0), "ov")))
+    assert set(TOP_METRICS) <= set(task.readout.metrics(0, task.maps(Layer(task.model, 0), Circuit.ov)))

@@ -21,16 +21,19 @@ from ovqk.circuits.spectra import (
     vocabulary_symmetry,
 )
 from ovqk.circuits.summed_qk import directionality, layer_metrics
+from ovqk.config.schema import Circuit
 from ovqk.weights.types import Architecture, LayerWeights
 
 
-def factors(left: torch.Tensor, right: torch.Tensor, circuit: str = "ov") -> Factors:
+def factors(left: torch.Tensor, right: torch.Tensor, circuit: Circuit = Circuit.ov) -> Factors:
     return Factors(circuit, left[None].float(), right[None].float())
 
 
 def random_factors(d: int, h: int, seed: int, heads: int = 1) -> Factors:
     generator = torch.Generator().manual_seed(seed)
-    return Factors("ov", torch.randn(heads, d, h, generator=generator), torch.randn(heads, h, d, generator=generator))
+    return Factors(
+        Circuit.ov, torch.randn(heads, d, h, generator=generator), torch.randn(heads, h, d, generator=generator)
+    )
 
 
 def orthonormal(d: int, h: int, seed: int = 0) -> torch.Tensor:
@@ -71,7 +74,7 @@ def test_a_nilpotent_head_scores_zero_and_symmetrising_first_would_say_one_half(
 
 def test_same_token_matching_is_symmetric() -> None:
     Q = orthonormal(16, 4)
-    metrics = spectrum_metrics(decompose(factors(Q, Q.T, "qk"), centred=False))
+    metrics = spectrum_metrics(decompose(factors(Q, Q.T, Circuit.qk), centred=False))
     assert float(metrics["symmetry"]) == pytest.approx(1, abs=1e-6)
 
 
@@ -82,7 +85,7 @@ def test_a_planted_shift_has_symmetry_cos_2wd(w: float, D: int) -> None:
     Q = orthonormal(16, 2)
     c, s = math.cos(w * D), math.sin(w * D)
     turn = torch.tensor([[c, s], [-s, c]], dtype=torch.float64)
-    metrics = spectrum_metrics(decompose(factors(Q @ turn, Q.T, "qk"), centred=False))
+    metrics = spectrum_metrics(decompose(factors(Q @ turn, Q.T, Circuit.qk), centred=False))
     assert float(metrics["symmetry"]) == pytest.approx(math.cos(2 * w * D), abs=1e-6)
 
 
@@ -115,7 +118,7 @@ def test_a_gauge_of_the_head_changes_nothing(seed: int, h: int, gauge_seed: int)
     A = torch.eye(h, dtype=torch.float64) + 0.3 * torch.randn(h, h, generator=generator, dtype=torch.float64)
     if torch.linalg.cond(A) > 50:
         return
-    other = Factors("ov", M.left.double() @ A, torch.linalg.inv(A) @ M.right.double())
+    other = Factors(Circuit.ov, M.left.double() @ A, torch.linalg.inv(A) @ M.right.double())
     one = spectrum_metrics(decompose(M, centred=False))
     for same in (other, regauge(M, gauge_seed)):
         two = spectrum_metrics(decompose(same, centred=False))
@@ -128,7 +131,7 @@ def test_a_gauge_of_the_head_changes_nothing(seed: int, h: int, gauge_seed: int)
 def test_the_rank_measures_are_ordered(seed: int, h: int, decay: float) -> None:
     M = random_factors(12, h, seed)
     scales = torch.exp(-decay * torch.arange(h))
-    M = Factors("ov", M.left * scales, M.right)
+    M = Factors(Circuit.ov, M.left * scales, M.right)
     m = {name: float(value) for name, value in spectrum_metrics(decompose(M, centred=False)).items()}
     sigma = decompose(M, centred=False).sigma[0]
     middle = float(sigma.sum() ** 2 / sigma.square().sum())
@@ -145,7 +148,7 @@ def test_iid_heads_have_symmetry_mean_1_over_d_and_sd_sqrt_2_over_d() -> None:
     d, n = 24, 4000
     M = torch.randn(n, d, d, generator=torch.Generator().manual_seed(0))
     identity = torch.eye(d).expand(n, d, d)
-    symmetry = spectrum_metrics(decompose(Factors("qk", M, identity), centred=False))["symmetry"]
+    symmetry = spectrum_metrics(decompose(Factors(Circuit.qk, M, identity), centred=False))["symmetry"]
     assert float(symmetry.mean()) == pytest.approx(1 / d, abs=4 * math.sqrt(2) / d / math.sqrt(n))
     assert float(symmetry.std()) == pytest.approx(math.sqrt(2) / d, rel=0.1)
 
@@ -202,7 +205,7 @@ def test_a_head_of_tiny_weights_has_the_metrics_of_its_weights(scale, d_model) -
     rows = torch.randn(30, d_model, generator=torch.Generator().manual_seed(1))
     gram = (rows - rows.mean(0)).T.double() @ (rows - rows.mean(0)).double()
     gram = gram.to(precision(d_model))
-    one, two = (decompose(Factors("ov", x, x.roll(1, 0).mT.contiguous()), centred=False) for x in (tiny, back))
+    one, two = (decompose(Factors(Circuit.ov, x, x.roll(1, 0).mT.contiguous()), centred=False) for x in (tiny, back))
     mine, own = spectrum_metrics(one), spectrum_metrics(two)
     for name, value in own.items():
         size = scale**2 if name in ("frobenius_norm", "spectral_norm") else 1.0

@@ -22,6 +22,7 @@ from ovqk.circuits.grams import centred_gram, mean_row
 from ovqk.circuits.maps import decompose
 from ovqk.circuits.spectra import eigenvalues, full_circuit_singular_values, trace_ratio
 from ovqk.circuits.vocabulary import read_vocabulary
+from ovqk.config.schema import Circuit
 from ovqk.metrics import HEAD_METRICS
 from ovqk.weights import native
 from ovqk.weights.folding import fold_embeddings
@@ -144,7 +145,7 @@ def test_float32_suffices_where_embeddings_and_weights_are_far_from_isotropic(mo
         monkeypatch.setattr(grams, "FLOAT64_PRODUCTS_UP_TO", 0 if exact == 512 else 10**15)
         gram = centred_gram(W_E, W_E)
         assert gram.dtype == (torch.float32 if exact == 512 else torch.float64)
-        maps = decompose(Factors("qk", left, right), centred=False)
+        maps = decompose(Factors(Circuit.qk, left, right), centred=False)
         sigma = full_circuit_singular_values(maps, gram, gram)
         found.append((trace_ratio(eigenvalues(maps.core(gram)), sigma.sum(-1)), sigma))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-4)

@@ -11,7 +11,7 @@ from support.commands import compose
 from support.models import BUNDLED, local
 
 from ovqk.checkpoints.opening import open_checkpoint
-from ovqk.config.schema import VariableKind
+from ovqk.config.schema import Circuit, VariableKind
 from ovqk.tasks.words import RANK_WINDOW, Variable, WordSet, load_tokenizer, resolve_task, surface_form
 from ovqk.verdicts import surrogates
 from ovqk.verdicts.surrogates import (
@@ -135,7 +135,7 @@ def both_sides(maps) -> dict[str, torch.Tensor]:
 
 def draws(seed=(0, 1, 2), d: int = 13, k: int = 3, measure=energy, centred: bool = True) -> FrameDraws:
     sigma = torch.arange(k, 0, -1, dtype=torch.float64)
-    return FrameDraws("ov", sigma, d, centred, measure, seed)
+    return FrameDraws(Circuit.ov, sigma, d, centred, measure, seed)
 
 
 @pytest.mark.parametrize("k", [3, 9])

@@ -19,7 +19,6 @@ from support.small import (
     SET_ROLES,
     Oracle,
     Random,
-    V,
     cell,
     claimed,
     counted,
@@ -31,14 +30,14 @@ from support.small import (
 )
 
 from ovqk.analyse import analyse
-from ovqk.config.schema import Direction
+from ovqk.config.schema import Circuit, Direction
 from ovqk.records.record import Analysis
 from ovqk.structure.model import Model
 from ovqk.verdicts.claim_tests import matching_grams
 from ovqk.verdicts.statistics import benjamini_hochberg
 from ovqk.verdicts.surrogates import draw_words, subsamples
 from ovqk.weights.mlp import MLPWeights
-from ovqk.weights.types import LayerWeights
+from ovqk.weights.types import LayerWeights, OpenedModel
 
 COLUMNS = {
     "role", "layer", "head", "metric", "prediction", "value", "null", "null_mean", "null_sd", "percentile", "effect",
@@ -419,7 +418,7 @@ class Bare(Random):
 
 @pytest.mark.parametrize(("written", "plain"), [(None, True), (0.0, True), (1.0, False)])
 def test_k_composed_heads_see_plain_tokens_in_a_model_without_mlps(written, plain) -> None:
-    model = Model.read(Bare(written), tokenizer(), V, "toy", cell(task()))
+    model = Model.read(OpenedModel(Bare(written), "toy", tokenizer()), cell(task()))
     gram, first = matching_grams(model)
     wanted = (model.vocabulary.gram_embed, None) if plain else (model.block0_grams.embed, model.block0_grams.with_plain)
     assert gram is wanted[0] and first is wanted[1]
@@ -427,7 +426,7 @@ def test_k_composed_heads_see_plain_tokens_in_a_model_without_mlps(written, plai
 
 def pairs_of(source: Random, words: bool = False) -> Analysis:
     chosen = compose("task=none", "analysis=composition", "analysis.components=0", "model.claims=null")
-    return analyse(source, tokenizer() if words else None, V, "toy", chosen)
+    return analyse(OpenedModel(source, "toy", tokenizer() if words else None), chosen)
 
 
 def test_all_pairs_have_their_matching_and_copying_without_a_task_that_reads_words() -> None:
@@ -451,7 +450,7 @@ def test_where_a_composition_has_no_matching_the_notes_say_why() -> None:
 # --- other models, other analyses ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("circuit", ["ov", "qk"])
+@pytest.mark.parametrize("circuit", Circuit)
 def test_one_circuit_alone_tests_what_it_can_and_says_what_it_cannot(circuit, of_a_set) -> None:
     result = run(Random(), task(), f"analysis={circuit}")
     tests, verdicts = result.tables["tests"], result.tables["verdicts"]

@@ -155,11 +155,12 @@ import sys, torch
 from ovqk.circuits.components import components
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.maps import decompose
+from ovqk.config.schema import Circuit
 
 torch.set_num_threads(int(sys.argv[1]))
 generator = torch.Generator().manual_seed(0)
 left, right = (torch.randn(3, *shape, generator=generator) for shape in ((176, 160), (160, 176)))
-found = components(decompose(Factors("ov", left, right), centred=False), 3)
+found = components(decompose(Factors(Circuit.ov, left, right), centred=False), 3)
 spans = [side.mT @ side for side in (found.read, found.write)]
 torch.save([found.head, found.kind, found.component, found.cluster_size, found.value, *spans], sys.argv[2])
 """

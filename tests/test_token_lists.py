@@ -3,6 +3,7 @@
 import torch
 from support.token_tables import random, table, word_level
 
+from ovqk.config.schema import Circuit
 from ovqk.report.token_lists import describe
 from ovqk.structure.spelling import Spelling
 
@@ -25,7 +26,7 @@ def test_the_table_spells_its_tokens_and_lines_escape_what_a_terminal_would_obey
 
 def test_lines_say_query_and_key_and_show_as_many_tokens_as_asked() -> None:
     E = torch.eye(10).double()
-    rows = table(E[:, [3]] * -2, E[[3]], E, circuit="qk")
+    rows = table(E[:, [3]] * -2, E[[3]], E, circuit=Circuit.qk)
     assert describe(rows, 0, 0, shown=1) == [
         "QK singular 0 (sigma 2): queries '#3' | not '#0' -> keys '#0' | not '#3'",
         "QK eigen 0 (lambda -2): queries '#3' | not '#0' -> avoid keys '#3' | not '#0'",

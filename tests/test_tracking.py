@@ -418,11 +418,12 @@ def test_what_waits_offline_is_told(results, monkeypatch, capsys) -> None:
     assert f"1 wait offline: --all sends them, or `wandb sync {results}/wandb`." in capsys.readouterr().out
 
 
-def test_mistakes_of_the_command_are_one_message(results, tmp_path, monkeypatch) -> None:
-    assert "no such results folder" in str(command(monkeypatch, tmp_path / "none"))
-    assert "no cells there" in str(command(monkeypatch, tmp_path))
+def test_mistakes_of_the_command_are_one_message(results, tmp_path, monkeypatch, capsys) -> None:
+    assert command(monkeypatch, tmp_path / "none") == 1 and "no such results folder" in capsys.readouterr().err
+    assert command(monkeypatch, tmp_path) == 1 and "no cells there" in capsys.readouterr().err
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert "WANDB_MODE=disabled: with it nothing is sent" in str(command(monkeypatch, results))
+    assert command(monkeypatch, results) == 1
+    assert "ovqk: WANDB_MODE=disabled: with it nothing is sent" in capsys.readouterr().err
 
 
 # --- when a cell is tracked ------------------------------------------------------------------------------------

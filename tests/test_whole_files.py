@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ovqk.whole_files import is_temporary, temporary, whole, write_json, write_text
+from ovqk.whole_files import clear_abandoned, is_temporary, temporary, whole, write_json, write_text
 
 
 def test_a_file_takes_the_place_of_the_one_before_at_the_end(tmp_path) -> None:
@@ -28,6 +28,17 @@ def test_what_breaks_off_leaves_the_file_as_it_was(tmp_path) -> None:
 def test_temporary_names_are_known(tmp_path) -> None:
     assert is_temporary(temporary(tmp_path / "heads.parquet").name)
     assert not is_temporary("heads.parquet") and not is_temporary(".written")
+
+
+def test_what_killed_processes_left_is_deleted_for_one_file_or_for_all(tmp_path) -> None:
+    names = [".a.json.7.tmp", ".a.json.12.tmp", ".b.json.7.tmp", "a.json", ".a.json.lock"]
+    for name in names:
+        (tmp_path / name).touch()
+    clear_abandoned(tmp_path, "a.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[2:])
+    clear_abandoned(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[3:])
+    clear_abandoned(tmp_path / "none")
 
 
 def test_a_number_that_is_not_finite_is_null(tmp_path) -> None:

@@ -101,9 +101,7 @@ def labels_of(config: RoleActivationsConfig) -> set[str]:
     return found
 
 
-def read_prompts(
-    task: TaskConfig, tokenizer: Tokenizer, n_tokens: int, start: list[int], count: int, seed: int, size: int
-) -> Prompts:
+def read_prompts(task: TaskConfig, tokenizer: Tokenizer, start: list[int], count: int, seed: int, size: int) -> Prompts:
     """Draw a task's prompts and turn them into batches of at most `size`.
 
     Raises:
@@ -112,7 +110,7 @@ def read_prompts(
     """
     if not task.prompts or "counterfactual" not in task.prompts:
         raise UserError(f"task.prompts: task {task.name} says no counterfactual, without which nothing is measured.")
-    lookup = WordLookup(tokenizer, n_tokens)
+    lookup = WordLookup(tokenizer, tokenizer.get_vocab_size())
     words = _readable_words(task, lookup)
     try:
         drawn = sample_prompts(words, task.prompts, count, seed)

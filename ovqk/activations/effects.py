@@ -10,7 +10,7 @@ from torch import Tensor
 from ovqk.activations.batches import Prompts
 from ovqk.activations.forward import Look, Replacement, RunningModel
 from ovqk.activations.quantities import Observed, Steps
-from ovqk.tasks.claims import Head
+from ovqk.weights.types import Head
 
 MOST_ROWS, MOST_TOKENS = 1024, 6144
 """Prompts times replacements that run together, and their tokens."""
@@ -131,7 +131,9 @@ def measure_effects(
                             )
     return {
         patch: Effects(
-            *numbers[index],
+            difference=numbers[index, REPLACED],
+            mean_difference=numbers[index, MEAN],
+            restored=numbers[index, RESTORED],
             look={look: seen[index, 0, k] for k, look in enumerate(looks)},
             mean_look={look: seen[index, 1, k] for k, look in enumerate(looks)},
         )

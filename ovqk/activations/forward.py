@@ -318,9 +318,11 @@ def _prefix(base: Base, first: int, n: int) -> Any:
     from transformers import DynamicCache
 
     class Prefix(DynamicCache):  # type: ignore[misc]
-        def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
             before = (part[:, :, :first].repeat(n, 1, 1, 1) for part in base.cached[layer_idx])
-            joined = [torch.cat(pair, 2) for pair in zip(before, (keys, values), strict=True)]
+            joined = [torch.cat(pair, 2) for pair in zip(before, (key_states, value_states), strict=True)]
             return joined[0], joined[1]
 
         def get_seq_length(self, *_: Any, **__: Any) -> int:
@@ -344,7 +346,8 @@ def _from_tensors(checkpoint: Checkpoint) -> Any:
     label = checkpoint.label
     try:
         config = AutoConfig.for_model(**checkpoint.config)
-        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model, report = kind.from_pretrained(
             None,
             config=config,
             state_dict={name: checkpoint.tensor(name) for name in checkpoint.shapes},

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,16 +61,16 @@ def reading(weights: str | None, activations: str, link: float) -> str:
     return "undecided"
 
 
-def _weights(verdicts: pd.DataFrame | None, role: str, place: tuple[int, int]) -> Mapping[str, object]:
+def _weights(verdicts: pd.DataFrame | None, role: str, place: tuple[int, int]) -> Mapping[Any, Any]:
     if verdicts is None:
         return {}
     found = verdicts[(verdicts["role"] == role) & (verdicts["layer"] == place[0]) & (verdicts["head"] == place[1])]
     return found.iloc[0].to_dict() if len(found) else {}
 
 
-def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int) -> list[dict[str, object]]:
+def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int) -> list[dict[str, Any]]:
     """Return for each role how its primary weight metric ranks all heads, against what they do on prompts."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for role, config in task.roles.items():
         predictions = [p for p in config.predictions if METRICS[p.metric].of != "pair"]
         if config.activations is None or not predictions:

@@ -21,8 +21,8 @@ import pandas as pd
 from ovqk.activations.links import WriteLinks
 from ovqk.activations.measure import chosen_heads
 from ovqk.activations.roles import Measured
-from ovqk.tasks.claims import Head
 from ovqk.verdicts.statistics import ALPHA, benjamini_hochberg
+from ovqk.weights.types import Head
 
 LEAST_ACCURACY = 0.8
 """Share of the testing half's prompts whose answer must beat the foil."""
@@ -74,8 +74,11 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
         tables += [choosing, testing]
         chosen = chosen_heads(measured, role) if not why_not else ()
         for head in dict.fromkeys((*claimed.get(role, ()), *chosen)):
-            row = testing[(testing["layer"] == head[0]) & (testing["head"] == head[1])].iloc[0].to_dict()
-            subjects.append(row | {"claimed": head in claimed.get(role, ()), "chosen": head in chosen})
+            row = testing[(testing["layer"] == head[0]) & (testing["head"] == head[1])].iloc[0]
+            subjects.append(
+                {str(name): value for name, value in row.items()}
+                | {"claimed": head in claimed.get(role, ()), "chosen": head in chosen}
+            )
     _correct(measured, subjects)
     by_role = {role: [s for s in subjects if s["role"] == role] for role in measured.roles}
     found: dict[str, list[Head]] = {}

@@ -9,7 +9,7 @@ from torch import Tensor
 from ovqk.activations.batches import Prompts
 from ovqk.activations.quantities import Observed
 from ovqk.circuits.effective_embeddings import Block0, EffectiveRows
-from ovqk.config.schema import RoleActivationsConfig
+from ovqk.config.schema import Circuit, RoleActivationsConfig
 from ovqk.structure.model import Layer, Model
 
 
@@ -65,7 +65,7 @@ class WriteLinks:
         kind = self.model.config.analysis.embedding.kind(index)
         if kind == "block0" and not isinstance(self.model.block0, Block0):
             return
-        factors = layer.factors("ov", True)
+        factors = layer.factors(Circuit.ov, True)
         testing = self.observed.testing
         for name in self.roles:
             values = self.observed.roles[name]

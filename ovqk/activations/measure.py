@@ -14,7 +14,7 @@ from ovqk.activations.roles import Measured
 from ovqk.config.schema import RoleActivationsConfig, TaskConfig
 from ovqk.errors import UserError
 from ovqk.structure.model import Model
-from ovqk.tasks.claims import Head
+from ovqk.weights.types import Head
 
 MOST_CANDIDATES = 24
 """Heads of a role that are patched for having met the rest of its rule, at most."""

@@ -213,7 +213,7 @@ def _role(
     clean: Run,
     other: Run,
     queries: Mapping[str, int],
-    sources: Mapping[str, int],
+    sources: Mapping[str, Int[Tensor, " prompt"]],
     writes: Writes,
 ) -> RoleValues:
     query = queries.get(queries_of(config))
@@ -256,7 +256,7 @@ def _write(
     batch: Batch,
     clean: Run,
     queries: Mapping[str, int],
-    sources: Mapping[str, int],
+    sources: Mapping[str, Int[Tensor, " prompt"]],
     writes: Writes,
     missing: Tensor,
 ) -> dict[str, Tensor]:

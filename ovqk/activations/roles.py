@@ -14,8 +14,8 @@ from ovqk.activations.clusters import ClusterTest, flip_signs
 from ovqk.activations.effects import Effects, Patch
 from ovqk.activations.quantities import Observed, look_of, queries_of
 from ovqk.config.schema import RoleActivationsConfig
-from ovqk.tasks.claims import Head
 from ovqk.verdicts.statistics import ALPHA
+from ovqk.weights.types import Head
 
 LEAST_SHARE = 0.05
 """A write or an effect is at least this share of the mean logit difference, or of receivers' change in attention."""

@@ -19,7 +19,7 @@ from ovqk.activations.roles import Measured
 from ovqk.config.schema import RoleActivationsConfig
 from ovqk.errors import UserError
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.tables import Tables
+from ovqk.structure.stages import Tables
 from ovqk.tasks.claims import MEASURED, Claims
 
 
@@ -39,7 +39,7 @@ class Runner:
 class ActivationTables:
     """The stage that judges what heads do on prompts. Making it runs them."""
 
-    def __init__(self, model: Model, runner: Runner, claims: Claims | str, n_tokens: int | None, steps: Steps) -> None:
+    def __init__(self, model: Model, runner: Runner, claims: Claims | str, steps: Steps) -> None:
         """Run the task's prompts through the model.
 
         Raises:
@@ -50,14 +50,14 @@ class ActivationTables:
         self.roles: Mapping[str, RoleActivationsConfig] = check_activations(config.task)
         if not self.roles:
             raise UserError(f"task {config.task.name}: no role says what its heads do on prompts.")
-        if model.tokenizer is None or n_tokens is None:
+        if model.tokenizer is None:
             raise UserError("the model has no tokenizer to read prompts with.")
         if model.vocabulary is None or model.vocabulary.W_U_rows is None:
             raise UserError("the checkpoint has no embedding or no unembedding.")
         self.claimed = {} if isinstance(claims, str) else claims.roles
         asked = config.activations
         self.prompts: Prompts = read_prompts(
-            config.task, model.tokenizer, n_tokens, runner.start, asked.prompts, config.seed, asked.batch
+            config.task, model.tokenizer, runner.start, asked.prompts, config.seed, asked.batch
         )
         longest = max(batch.tokens.shape[1] for batch in self.prompts.batches)
         n_ctx = model.architecture.n_ctx
@@ -132,8 +132,8 @@ class ActivationTables:
         assert self.judged is not None
         accuracy, difference = self.measured.accuracy("testing")
         found: dict[str, float | int] = {"prompts/accuracy": accuracy, "prompts/logit_difference": difference}
-        verdicts = self.judged.roles["verdict"].value_counts() if len(self.judged.roles) else {}
-        found |= {f"prompts/verdicts/{verdict}": int(verdicts.get(verdict, 0)) for verdict in wording.ON_PROMPTS}
+        verdicts = list(self.judged.roles["verdict"]) if len(self.judged.roles) else []
+        found |= {f"prompts/verdicts/{verdict}": verdicts.count(verdict) for verdict in wording.ON_PROMPTS}
         found |= {f"prompts/measured/{role}": len(heads) for role, heads in self.judged.measured.items()}
         rows = made["joint"]
         for row in rows[rows["kind"] == "role"].to_dict("records"):

@@ -31,13 +31,13 @@ class Checkpoint:
     Attributes:
         label: its name in messages, as the user typed it.
         directory: the folder that holds the files.
-        config: `config.json`, or {} for a single file of TransformerLens names.
+        config: `config.json`, or {} for a single file with TransformerLens names.
         tensors: its tensors, under the names that the architecture has in Hugging Face's checkpoints.
         digest: SHA-256 over the weights, the config and the tokenizer files, on which results depend.
         revision: the hub's resolved commit; None elsewhere.
-        metadata: of a GGUF file, which holds its tokenizer too; None elsewhere.
-        quantisation: of a GGUF file: kind of tensor -> the number formats it is stored in.
-        notes: facts about the files that a reader of results must know, for instance that other files were not read.
+        metadata: a GGUF file's own, which holds its tokenizer too; None elsewhere.
+        quantisation: kind of tensor -> the number formats that a GGUF file stores it in; empty elsewhere.
+        notes: facts about the files that whoever reads results must know, for instance that other files were not read.
     """
 
     label: str
@@ -67,7 +67,7 @@ class Checkpoint:
         return name in self.shapes
 
     def missing(self, name: str, n: int | None = None) -> UserError:
-        """Return the error for a missing tensor, the first among n if given; quantised weights are named as such."""
+        """Make the error for a missing tensor, the first among n if given; it tells if weights are quantised."""
         told = f"tensor '{name}' is missing from the checkpoint."
         if n is not None:
             told = f"{n} tensors are missing from the checkpoint, the first of them '{name}'."
@@ -95,7 +95,7 @@ class Checkpoint:
             )
 
     def quantised(self) -> str:
-        """Return config.json's method of quantisation, as a sentence; empty if it names none."""
+        """Say, in a sentence, how config.json has the weights quantised; empty if it names no method."""
         for config in (self.config, self.config.get("text_config")):
             settings = config.get("quantization_config") if isinstance(config, dict) else None
             if isinstance(settings, dict) and settings.get("quant_method"):
@@ -118,7 +118,7 @@ class Checkpoint:
         return self.rows(name, 0, None, checked)
 
     def rows(self, name: str, start: int, stop: int | None, checked: bool = True) -> Tensor:
-        """Return the rows start .. stop - 1 of one matrix, as `tensor` does.
+        """Return one matrix's rows start .. stop - 1, as `tensor` does.
 
         Raises:
             UserError: the checkpoint does not hold it, or the file is damaged.

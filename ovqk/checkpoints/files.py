@@ -1,4 +1,4 @@
-"""The files of a checkpoint: which file holds which tensor, and the hashes that results depend on."""
+"""A checkpoint's files: which one holds which tensor, and the hashes that results depend on."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.mode
 
 
 def read_config(directory: Path, label: str, name: str = CONFIG) -> dict[str, Any]:
-    """Read a directory's config.json, or another file of JSON keys.
+    """Read a directory's config.json, or another file with JSON keys.
 
     Raises:
         UserError: it is no JSON object.
@@ -53,7 +53,7 @@ def names_by_shard(directory: Path, label: str) -> dict[str, list[str]]:
 
 
 def digest(hashes: Mapping[str, str]) -> str:
-    """Return the SHA-256 over the names and the hashes of files, in the order of their names."""
+    """Hash files' names together with their hashes, ordered by name (SHA-256)."""
     total = hashlib.sha256()
     for name in sorted(hashes):
         total.update(f"{name}:{hashes[name]}\n".encode())
@@ -65,7 +65,7 @@ def file_hash(path: Path) -> str:
     if path.is_symlink():
         blob = path.readlink()
         if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
-            return blob.name  # the etag of a large file is its SHA-256; of a small one, it is git's hash
+            return blob.name  # a large file's etag is its SHA-256; a small one's is git's hash
     real = path.resolve()
     status = real.stat()
     key = [str(real), status.st_size, status.st_mtime_ns]

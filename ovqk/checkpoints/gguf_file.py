@@ -1,7 +1,7 @@
 """GGUF files, llama.cpp's format: a header with metadata and tensor places, and tensors that may be quantised.
 
-The header is read here, since the package `gguf` takes seconds for the words of a real vocabulary; what a quantised
-block of numbers stands for is that package's to say. Tensors are read one at a time, and only the bytes asked for.
+The header is read here, since the package `gguf` takes seconds for a real vocabulary's words; that package knows which
+numbers a quantised block stands for. Tensors are read one at a time, and only the bytes asked for.
 """
 
 import math
@@ -33,8 +33,8 @@ class StoredTensor:
 
     Attributes:
         shape: as numpy and torch write it, the outermost dimension first.
-        quantisation: the name of its number format, such as `F32`, `Q4_1` or `Q6_K`.
-        offset: the byte of the file at which it begins.
+        quantisation: its number format, such as `F32`, `Q4_1` or `Q6_K`.
+        offset: the byte in the file at which it begins.
         row_bytes: bytes in one row, the innermost dimension.
         known: whether its numbers can be had.
     """
@@ -47,7 +47,7 @@ class StoredTensor:
 
     @property
     def n_rows(self) -> int:
-        """Rows of the innermost dimension."""
+        """How many rows it has, each along the innermost dimension."""
         return math.prod(self.shape[:-1])
 
 
@@ -105,7 +105,7 @@ class GGUFFile:
         return _dequantised(stored, tensor.quantisation, tensor.shape[-1]).reshape(shape)
 
     def quantisations(self) -> dict[str, str]:
-        """Return the number formats of each kind of tensor, named without layer and suffix (`attn_q`, `token_embd`)."""
+        """Return kind of tensor -> its number formats; kinds go without layer and suffix (`attn_q`, `token_embd`)."""
         found: dict[str, set[str]] = {}
         for name, tensor in self.tensors.items():
             parts = [part for part in name.split(".") if not part.isdecimal() and part not in ("blk", "weight")]
@@ -114,7 +114,7 @@ class GGUFFile:
 
 
 def _dequantised(stored: NDArray[np.uint8], quantisation: str, n_columns: int) -> NDArray[np.float32]:
-    """Turn rows of bytes into rows of numbers, a block of rows at a time."""
+    """Turn bytes into numbers, row by row, some rows at a time."""
     from gguf import GGMLQuantizationType, quants
 
     numbers = np.empty((len(stored), n_columns), np.float32)
@@ -239,12 +239,12 @@ class _Cursor:
 # --- as the tensors of a checkpoint ---------------------------------------------------------------------------
 
 Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""Puts the numbers of a whole tensor back into another layout."""
+"""Puts a whole tensor's numbers back into another layout."""
 
 
 @dataclass(frozen=True)
 class RenamedTensors:
-    """The tensors of a GGUF file under other names and in another layout.
+    """A GGUF file's tensors under other names and in another layout.
 
     Attributes:
         names: name here -> name in the file.

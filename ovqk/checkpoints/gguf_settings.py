@@ -10,13 +10,13 @@ from ovqk.errors import UserError
 Config = dict[str, Any]
 
 FRACTIONS = ("epsilon", "softcapping", "factor", "scale_linear", "freq_base", "freq_base_swa", "beta_fast", "beta_slow")
-"""Endings of the settings that need not be whole numbers."""
+"""Endings of settings that need not be whole numbers."""
 PARTLY_ROTATED = ("gpt_neox", "phi3")
-"""Model types that may rotate the first components of a head alone."""
+"""Model types that may rotate only a head's first components."""
 
 
 def setting(file: GGUFFile, key: str, default: Any = None) -> Any:
-    """Return a setting of the file's architecture.
+    """Return a setting for the file's architecture.
 
     Raises:
         UserError: it is a list, which gives each layer another.
@@ -49,8 +49,8 @@ def rotary(file: GGUFFile, config: Config) -> Config:
     """Return `head_dim`, and the rotation as `rope_parameters`.
 
     Raises:
-        UserError: values are of another width than keys, a part of a head is rotated in an architecture that rotates
-            the whole, or the scaling is unknown.
+        UserError: values have another width than keys, only a part of a head is rotated although the architecture
+            rotates the whole, or the scaling is unknown.
     """
     heads = config["num_attention_heads"]
     d_head = number(file, "attention.key_length") or config["hidden_size"] // max(heads, 1)
@@ -70,7 +70,7 @@ def rotary(file: GGUFFile, config: Config) -> Config:
 
 
 def _scaling(file: GGUFFile, config: Config) -> Config:
-    """Return the scaling of the rotation, in the words of `rope_parameters`.
+    """Return how the rotation is scaled, in `rope_parameters`' words.
 
     Llama 3's scaling is in the file as the factors that it divides frequencies by; LongRoPE with these factors for
     every length is the same rotation.
@@ -139,9 +139,9 @@ def phi3(file: GGUFFile, config: Config) -> Config:
 
 
 def gemma2(file: GGUFFile, config: Config) -> Config:
-    """Return the settings that the file leaves to the model: every other layer slides, and the scale of the scores.
+    """Return the settings that the file leaves to the model: every other layer slides, and how scores are scaled.
 
-    The scale is that of d_head, in the largest model of d_model / heads, as llama.cpp takes it.
+    Scores are divided by sqrt(d_head), and in the largest model by sqrt(d_model / heads), as llama.cpp does.
     """
     rotation = rotary(file, config)
     largest = 46  # layers of Gemma 2 27B: no key of the file tells its scale

@@ -1,7 +1,7 @@
-"""Models of the hub: only tensors that ovqk reads are fetched, and only if no cache holds them.
+"""Models on the hub: only tensors that ovqk reads are fetched, and only if no cache holds them.
 
-Whole files go to the Hugging Face cache, where other programs find them. Of a shard of which ovqk reads the smaller
-part, that part alone is read, by byte ranges, into a smaller file in ovqk's own cache. Either is complete or not there.
+Whole files go to the Hugging Face cache, where other programs find them. If ovqk reads only a small part of a shard,
+that part alone is fetched, by byte ranges, into a smaller file in ovqk's own cache. Either is complete or not there.
 """
 
 import json
@@ -35,7 +35,7 @@ from ovqk.errors import UserError
 
 SHARE = 0.5
 """Share of a shard's bytes: if ovqk reads more, the whole file is fetched, which other programs can use too."""
-CHUNK = 2**24  # bytes of one request, which are in memory at a time
+CHUNK = 2**24  # bytes in one request, which are in memory at a time
 REMEMBERED = 300.0
 """Seconds for which a repository is not asked for again after its hub could not be reached, or fell silent."""
 READ = "attention, norms, embeddings and the first MLP"
@@ -46,10 +46,10 @@ Reads = Callable[[Mapping[str, Any]], Callable[[str], bool] | None]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The files on this machine of a repository at one commit.
+    """A repository's files on this machine, at one commit.
 
     Attributes:
-        directory: holds config.json and the tokenizer's files; of a model for the bridge, everything.
+        directory: holds config.json and the tokenizer's files; for a model that the bridge reads, everything.
         shards: the files, whole or smaller, that hold the tensors ovqk reads.
         hashes: file name -> SHA-256 for every whole shard in the repository, whether it was fetched or not.
         commit: the commit that the revision resolved to.
@@ -62,7 +62,7 @@ class Snapshot:
 
 
 def fetch(model: ModelConfig, label: str, timeout: float, reads: Reads | None = None) -> Snapshot:
-    """Fetch the files that ovqk reads of a model on the hub and no cache holds, and return all of them.
+    """Fetch the files that ovqk reads of a hub model and that no cache holds, and return all that it reads.
 
     A hub that could not be reached, or fell silent, is waited for once: within REMEMBERED seconds the same question
     (with the same timeout) in this process has the same answer at once, as for the other cells of a sweep.
@@ -136,7 +136,7 @@ class _Repository:
         self.reads = None if reads is None else reads(read_config(self.directory, label))
 
     def snapshot(self) -> Snapshot:
-        """Fetch the files that ovqk reads and this machine lacks, and return all of them."""
+        """Fetch the files that ovqk reads and this machine lacks, and return all that it reads."""
         names, needed = self._shards(), []
         for shard, promised in names.items():
             unread = self.reads is not None and promised and not any(map(self.reads, promised))

@@ -1,4 +1,4 @@
-"""Safetensors files by their headers: which tensors one holds at which bytes, and a smaller file of some of them."""
+"""Safetensors files by their headers: which tensors one holds at which bytes, and a smaller file with some of them."""
 
 import json
 import os
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ovqk.whole_files import whole
+from ovqk.whole_files import clear_abandoned, whole
 
 LONGEST_HEADER = 100_000_000  # bytes that the format allows
 LEFT_OUT = "ovqk_left_out"
-"""Key in a smaller file's metadata: the names, as JSON, of the whole file's tensors that it leaves out."""
+"""Key in a smaller file's metadata: the tensors in the whole file that it leaves out, by name, as JSON."""
 
 Read = Callable[[int, int], bytes]
 """(offset, length) -> that many bytes."""
@@ -19,12 +19,12 @@ Read = Callable[[int, int], bytes]
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file.
+    """A safetensors file's header.
 
     Attributes:
-        tensors: name -> dtype, shape and data_offsets, as the file gives them, in the order of their bytes.
+        tensors: name -> dtype, shape and data_offsets, as the file gives them, ordered by their bytes.
         metadata: the file's own remarks.
-        start: offset of the first byte after the header.
+        start: offset at which the first byte after the header lies.
     """
 
     tensors: dict[str, dict[str, Any]]
@@ -32,11 +32,11 @@ class Header:
     start: int
 
     def size(self, names: Iterable[str]) -> int:
-        """Count the bytes of these tensors."""
+        """Count these tensors' bytes."""
         return sum(stop - start for start, stop in (self.tensors[name]["data_offsets"] for name in names))
 
     def runs(self, names: Iterable[str]) -> list[tuple[int, int]]:
-        """Return (offset, length) in the file for these tensors, adjoining ones in one piece."""
+        """List the (offset, length) at which these tensors lie in the file, adjoining ones in one piece."""
         runs: list[tuple[int, int]] = []
         for name in self._ordered(names):
             first, last = (self.start + offset for offset in self.tensors[name]["data_offsets"])
@@ -46,7 +46,7 @@ class Header:
         return runs
 
     def part(self, names: Iterable[str]) -> bytes:
-        """Return the header of a file that holds these tensors alone, in the order of `runs`."""
+        """Write the header for a file that holds these tensors alone, ordered as `runs` has them."""
         held = self._ordered(names)
         left_out = [name for name in self.tensors if name not in held]
         header: dict[str, Any] = {"__metadata__": self.metadata | {LEFT_OUT: json.dumps(left_out)}}
@@ -64,10 +64,10 @@ class Header:
 
 
 def read_header(read: Read, size: int) -> Header:
-    """Return the header of a safetensors file of `size` bytes.
+    """Read the header from a safetensors file that is `size` bytes long.
 
     Raises:
-        ValueError: it is none, or does not describe a file of this size.
+        ValueError: it is none, or does not describe a file this long.
     """
     length = int.from_bytes(read(0, 8), "little")
     if not 2 <= length <= min(size - 8, LONGEST_HEADER):
@@ -89,7 +89,7 @@ def read_header(read: Read, size: int) -> Header:
 
 
 def is_part(path: Path, reads: Callable[[str], bool]) -> bool:
-    """Return whether a smaller file is there, is whole, and leaves out no tensor that is read."""
+    """Say whether a smaller file is there, is whole, and leaves out no tensor that is read."""
     try:
         with path.open("rb") as file:
             header = read_header(lambda offset, length: os.pread(file.fileno(), length, offset), path.stat().st_size)
@@ -103,17 +103,16 @@ def write_part(path: Path, header: Header, names: Iterable[str], pieces: Iterato
 
     Args:
         path: the smaller file.
-        header: of the whole file.
+        header: the whole file's.
         names: the tensors that are kept.
-        pieces: the bytes of `header.runs(names)`.
+        pieces: the bytes at `header.runs(names)`.
 
     Raises:
         OSError: the disk does not take it.
         ValueError: the pieces are not as long as the tensors.
     """
     names = list(names)
-    for abandoned in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-        abandoned.unlink(missing_ok=True)
+    clear_abandoned(path.parent, path.name)
     with whole(path, "wb") as file:
         expected = file.write(header.part(names)) + header.size(names)
         for piece in pieces:

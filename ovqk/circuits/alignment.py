@@ -1,8 +1,8 @@
 """Readouts over a task's tokens: whether a head acts on the task's causal variable (definitions: section 5).
 
-Rows e_t are effective embeddings normalised as the layer's norm would; the matrices are those of the folded weights,
-for QK with the mean rotation under rotary positions. Biases are absent: b_V and b_O by definition, and a query or key
-bias adds to a whole column or a whole row of the readout, which centring or comparing within rows removes.
+Rows e_t are effective embeddings normalised as the layer's norm would; weights are folded, and QK has the mean
+rotation under rotary positions. Biases are absent: b_V and b_O by definition, and a query or key bias adds to a whole
+column or row, which centring or comparing within rows removes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,13 +27,14 @@ TOP = 5  # Wang et al. 2022 count a name as copied when its logit is among the f
 def task_auc_by_source(
     logits: Float[Tensor, "*draw head source target"],
 ) -> tuple[Float[Tensor, "*draw head source"], Float[Tensor, "*draw head source"]]:
-    """Return for each task token t the share of other task tokens u with L_tu < L_tt, in [0, 1]; a tie counts half.
+    """Say for each task token t how many other task tokens u it outranks: the share with L_tu < L_tt, in [0, 1].
 
-    `ov_task_auc` and `qk_task_auc` are the means over t; chance 0.5.
+    A tie counts half; 0.5 by chance. The means over t are `ov_task_auc` and `qk_task_auc` (docs/definitions.md,
+    section 5).
 
     Returns:
         Two versions. The first centres each column by its mean over the OTHER rows, because a logit that a target gets
-        from every source is a bias and no copying. The second does not centre.
+        from every source is a bias and no copying. The second does not centre (`_raw`).
     """
     n = logits.shape[-1]
     others = (logits.sum(-2, keepdim=True) - logits) / (n - 1)
@@ -50,20 +51,21 @@ def _below_own(logits: Float[Tensor, "*draw head source target"]) -> Float[Tenso
 def readout(
     factors: Factors, rows: Float[Tensor, "*draw source d_model"], columns: Float[Tensor, "*draw target d_model"]
 ) -> Float[Tensor, "*draw head source target"]:
-    """Return rows M columns^T for each head: task logits by W_OV (columns: W_U's) or scores by W_QK (columns: keys)."""
+    """Return rows M columns^T, head by head: logits by W_OV (columns of W_U) or scores by W_QK (columns: keys)."""
     left = torch.einsum("...sd,hdk->...hsk", rows, factors.left)
     right = torch.einsum("...td,hkd->...htk", columns, factors.right)
     return left @ right.mT
 
 
 class TopSearch:
-    """A search for the words whose own logit is in the top 5 of the whole vocabulary, under W_OV times each sign.
+    """A search for the words whose own logit is in the whole vocabulary's top 5, under W_OV times each sign.
 
     The vocabulary is passed in blocks (`compare`, `settle`). A word is closed once 5 tokens are known to come before
-    it, which for most words happens after few tokens.
+    it, which for most words happens after few tokens. The means over words are `ov_task_copy`, the copy score of Wang
+    et al. 2022, and `ov_task_suppress` (docs/definitions.md, section 5).
 
     Attributes:
-        passed: how many of the vocabulary's first tokens were compared.
+        passed: how many tokens, counted from id 0, were compared.
     """
 
     def __init__(
@@ -73,16 +75,16 @@ class TopSearch:
         own_rows: Float[Tensor, "word d_model"],
         signs: Sequence[int] = (1, -1),
     ) -> None:
-        """Take the rows that the maps write for each word, the word's id and its own row of W_U^T."""
+        """Take the rows that the maps write for each word, the word's id and its own row in W_U^T."""
         own = (written * own_rows).sum(-1)
         self.passed, self.shape = 0, (len(signs), *own.shape)
         self._alive = (own.abs().sum(-1, keepdim=True) > 0).double()
-        # Of the words that are open, each under each sign, which become fewer:
+        # For the open words, each under each sign, which become fewer:
         self._own = torch.cat([sign * own.flatten() for sign in signs])
         self._written = torch.cat([sign * written.flatten(0, 1) for sign in signs])
         self._targets = ids.repeat(len(signs) * len(own))
         self._open = torch.arange(len(self._own), device=own.device)
-        self._before = torch.zeros(len(self._own), dtype=torch.int32, device=own.device)  # of all words
+        self._before = torch.zeros(len(self._own), dtype=torch.int32, device=own.device)  # for all words
 
     @property
     def done(self) -> bool:
@@ -90,7 +92,7 @@ class TopSearch:
         return not len(self._open)
 
     def compare(self, start: int, columns: Float[Tensor, "d_model token"]) -> None:
-        """Count which of the tokens from `start` on come before the words that are open, and close some."""
+        """Count how many tokens, from id `start` on, come before each open word, and close words that have enough."""
         for first in range(0, len(self._open), TOP_BLOCK):  # few enough for the processor's cache
             some = slice(first, first + TOP_BLOCK)
             own, mine = self._own[some], self._targets[some] - start
@@ -105,12 +107,15 @@ class TopSearch:
         self.passed = start + columns.shape[1]
 
     def found(self) -> list[Float[Tensor, "head word"]]:
-        """Return 1 for each word that is in the top 5 of the tokens passed and 0 for others, for each sign."""
+        """Return, for each sign, 1 for a word in the top 5 among the tokens passed and 0 for others.
+
+        A head that writes on none of the words has 0 throughout.
+        """
         return list((self._before < TOP).view(self.shape) * self._alive)
 
     @classmethod
     def joined(cls, searches: Sequence["TopSearch"]) -> "TopSearch":
-        """Return one search for the open words of several, whose result `give_back` hands to them."""
+        """Join several searches into one for all their open words; `give_back` hands them its result."""
         one = cls.__new__(cls)
         one.passed = searches[0].passed
         one._own = torch.cat([search._own for search in searches])
@@ -121,7 +126,7 @@ class TopSearch:
         return one
 
     def give_back(self, searches: Sequence["TopSearch"]) -> None:
-        """Write a joined search's result into the searches that it was joined from, and close all of their words."""
+        """Write a joined search's result into the searches that it was joined from, and close all their words."""
         for search, before in zip(searches, self._before.split([len(s._open) for s in searches]), strict=True):
             search._before[search._open], search.passed = before, self.passed
             search._open, search._own = search._open[:0], search._own[:0]
@@ -129,7 +134,7 @@ class TopSearch:
 
 
 def settle(searches: Sequence[TopSearch], W_U_rows: Rows) -> None:
-    """Compare the open words of searches that passed the same tokens with all others, in one pass over the vocabulary.
+    """End searches that have passed the same tokens, in one pass over the rest of the vocabulary.
 
     Raises:
         ValueError: the searches have passed different numbers of tokens.
@@ -148,22 +153,6 @@ def settle(searches: Sequence[TopSearch], W_U_rows: Rows) -> None:
         one.give_back(waiting)
 
 
-def in_top_by_source(
-    factors: Factors,
-    rows: Float[Tensor, "word d_model"],
-    ids: Int[Tensor, " word"],
-    W_U_rows: Rows,
-    signs: Sequence[int] = (1, -1),
-) -> list[Float[Tensor, "head word"]]:
-    """Return 1 for each word whose own logit is in the vocabulary's top 5 and 0 for others, under W_OV times each sign.
-
-    The means over words are `ov_task_copy`, the copy score of Wang et al. 2022, and `ov_task_suppress`.
-    """
-    search = TopSearch((rows @ factors.left) @ factors.right, ids, W_U_rows[ids], signs)
-    settle([search], W_U_rows)
-    return search.found()
-
-
 def widening(start: int, n: int) -> Iterator[slice]:
     """Yield slices that cover range(start, n), the first ones short because few words are open after them."""
     size = min(TOP_BLOCK, max(1, TOP_BLOCK // 32, start))
@@ -180,10 +169,16 @@ def _count(true: Bool[Tensor, "*word token"]) -> Int[Tensor, "*word"]:
 def subspace(
     rows: Float[Tensor, "*draw word d_model"], origin: Float[Tensor, "*or_one d_model"], rank: int | None = None
 ) -> Float[Tensor, "*draw r d_model"]:
-    """Return an orthonormal basis for a set's rows about an origin, with 90 % of their energy or of the given rank.
+    """Return an orthonormal basis for a word set's rows about an origin, [draw, r, d_model], float64.
 
-    The origin is the mean of the set's matched band, because the set's own mean would remove the direction that its
-    words share. If there are several draws, each has its own rank, and rows of zeros fill it up to the largest.
+    It keeps 90 % of their energy, or has the given rank (docs/definitions.md, section 5). If there are several draws,
+    each has its own rank, and rows of zeros fill it up to the largest.
+
+    Args:
+        rows: the words' embeddings.
+        origin: the mean over the set's matched band: the set's own mean would take out the direction that its words
+            share.
+        rank: the rank; None for 90 % of the energy.
     """
     x = (rows - origin[..., None, :]).double()
     energy, U = (part.flip(-1) for part in decomposed(torch.linalg.eigh, x @ x.mT))  # of the Gram: words are few
@@ -203,13 +198,13 @@ def subspace(
 def unit_contrast(
     minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*draw word d_model"]
 ) -> Float[Tensor, "*draw 1 d_model"]:
-    """Return the unit direction of mean(plus) - mean(minus), as a basis with one row; nan if they are the same."""
+    """Return mean(plus) - mean(minus) with length 1, as a basis with one row; nan if the means are equal."""
     direction = (plus.double() - minus.double()).mean(-2, keepdim=True)
     return direction / direction.norm(dim=-1, keepdim=True)
 
 
 def same_mean(minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*draw word d_model"]) -> bool:
-    """Return whether both sides have the same mean, in any draw, up to the rounding of their rows."""
+    """Say whether in any draw both sides have the same mean, up to float32 rounding."""
     gap = (plus.double() - minus.double()).mean(-2).norm(dim=-1)
     size = minus.norm(dim=(-2, -1)) + plus.norm(dim=(-2, -1))
     return bool((gap <= torch.finfo(torch.float32).eps * size).any())
@@ -217,12 +212,12 @@ def same_mean(minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*
 
 @dataclass(frozen=True)
 class SideAlignment:
-    """How well one side of a map aligns with a subspace of rank r; at least 0, and 1 is chance for both."""
+    """How well one side of a map aligns with a subspace of rank r: both at least 0, and 1 by chance."""
 
     whole: Float[Tensor, "*draw head"]
-    """|M P|_F^2 / |M|_F^2 / (r/d): the share of the map's energy on that side."""
+    """|M P|_F^2 / |M|_F^2 / (r/d): the map's energy in the subspace."""
     top: Float[Tensor, "*draw head"]
-    """|P x_1|^2 / (r/d): of its top singular direction there."""
+    """|P x_1|^2 / (r/d): the same for its top singular direction alone."""
 
 
 def side_alignment(
@@ -230,7 +225,13 @@ def side_alignment(
     sigma: Float[Tensor, "head k"],
     basis: Float[Tensor, "*draw r d_model"],
 ) -> SideAlignment:
-    """Return how well the side with these singular directions aligns with an orthonormal basis."""
+    """Measure how much of each head's energy on one side lies in a subspace (docs/definitions.md, section 5).
+
+    Args:
+        directions: the head's singular directions on that side.
+        sigma: its singular values.
+        basis: orthonormal rows; rows of zeros do not count.
+    """
     chance = basis.square().sum((-2, -1))[..., None] / basis.shape[-1]  # r is the trace of the projector
     inside = _along(basis, directions).square().sum(-2)  # [*draw, head, k]
     energy = sigma.square()
@@ -241,7 +242,10 @@ def side_alignment(
 def transfer(
     decomposition: Decomposition, read: Float[Tensor, "*draw 1 d_model"], write: Float[Tensor, "*draw 1 d_model"]
 ) -> Float[Tensor, "*draw head"]:
-    """Return a W_OV b^T / sigma_1, in [-1, 1]: how much of the read direction a arrives on the write direction b."""
+    """Return a W_OV b^T / sigma_1, in [-1, 1]: how much of read direction a arrives on write direction b.
+
+    It is negative if it arrives with the opposite sign, and 0 for zero weights.
+    """
     a, b = _along(read, decomposition.read)[..., 0, :], _along(write, decomposition.write)[..., 0, :]
     return guarded((a * decomposition.sigma * b).sum(-1), decomposition.sigma[:, 0], decomposition.sigma[:, 0])
 

@@ -4,8 +4,8 @@ In the row convention a head is a sum over its components, singular (u, v) or ei
 
     x M = sum sigma (x . u) v        x M = sum lambda (x . r) l / (l . r)
 
-A component's joint sign alone means something: (u, v) and (-u, -v) are one. The sides of an eigen component have
-l . r > 0, so that copying or suppressing, matching or avoiding show in lambda's sign.
+Only a component's joint sign means something: (u, v) and (-u, -v) are one. An eigen component's sides have l . r > 0,
+so that copying or suppressing, matching or avoiding show in lambda's sign.
 """
 
 import math
@@ -49,13 +49,16 @@ class Components:
 
 
 def components(decomposition: Decomposition, count: int = COMPONENTS) -> Components:
-    """Return the `count` leading singular and eigen components of every head, without those that are rounding."""
+    """Take every head's `count` leading singular and eigen components (docs/definitions.md, section 2).
+
+    Components that are mere rounding are left out.
+    """
     both = singular_components(decomposition, count), eigen_components(decomposition, count)
     return Components(*(torch.cat([getattr(part, field.name) for part in both]) for field in fields(Components)))
 
 
 def singular_components(decomposition: Decomposition, count: int) -> Components:
-    """Return the leading singular components, without those below 1e-6 of sum sigma."""
+    """Take the leading singular components, without those below 1e-6 times sum sigma."""
     sigma = decomposition.sigma
     kept = sigma[:, :count] > ZERO_WITHIN * sigma.sum(-1, keepdim=True)
     sides = [side[:, :, :count].mT[kept].to(torch.complex128) for side in (decomposition.read, decomposition.write)]
@@ -63,11 +66,11 @@ def singular_components(decomposition: Decomposition, count: int) -> Components:
 
 
 def eigen_components(decomposition: Decomposition, count: int) -> Components:
-    """Return the leading eigen components, from the k x k core; components of equal modulus come in either order.
+    """Take the leading eigen components, from the k x k core; equal moduli come in either order.
 
-    Eigenvalues below 1e-6 of sum sigma are left out, and so are those that a change in M by that much could bring to
-    0. To first order a change moves an eigenvalue by its own size / (l . r), with r and l of unit length. This shows
-    that the eigenvalues of a nilpotent chain are rounding. If eigenvalues coalesce, first order says nothing.
+    Eigenvalues below 1e-6 times sum sigma are left out, and so are those that a change in M by that much could bring
+    to 0. To first order a change moves an eigenvalue by its own size / (l . r), for unit vectors r and l. This shows
+    that a nilpotent chain's eigenvalues are rounding. If eigenvalues coalesce, first order says nothing.
     """
     total, cores = decomposition.sigma.sum(-1, keepdim=True), decomposition.core()
     values, right = decomposed(torch.linalg.eig, cores)
@@ -91,7 +94,7 @@ def _left_eigenvectors(
 ) -> Complex[Tensor, "head n k"]:
     """Find rows l with l K = lambda l, by inverse iteration from the right eigenvector at a number beside lambda.
 
-    Of equal eigenvalues each gets the l that is nearest to its own r; nothing is divided by l . r.
+    If eigenvalues are equal, each gets the l that is nearest to its own r; nothing is divided by l . r.
     """
     n = cores.shape[-1]
     identity = torch.eye(n, dtype=beside.dtype, device=beside.device)
@@ -101,7 +104,7 @@ def _left_eigenvectors(
 
 
 def _inverse_iteration(systems: Complex[Tensor, "n k _"]) -> Complex[Tensor, "n k"]:
-    """Return the unit vector that each matrix stretches least, from the vector that stands in the last column.
+    """Find the unit vector that each matrix stretches least, starting from the vector in the last column.
 
     One matrix at a time and never in a batch: torch's batched LU on the CPU takes several at once through a LAPACK
     that is not safe for that, and from 150 rows on it is wrong or hangs.
@@ -124,7 +127,7 @@ def _batch(
     members: tuple[Int[Tensor, "head k"], Int[Tensor, "head k"]],
     sides: list[Complex[Tensor, "n d_model"]],
 ) -> Components:
-    """Return the kept components; a side's vector becomes an orthonormal basis of its real and imaginary part."""
+    """Put the kept components into one batch; a complex vector becomes an orthonormal basis for its two parts."""
     value, cluster, size = (x[:, : kept.shape[1]][kept] for x in (values, *members))
     planes = []
     for side in sides:
@@ -136,7 +139,7 @@ def _batch(
 
 
 def clusters(values: Inexact[Tensor, "head k"]) -> tuple[Int[Tensor, "head k"], Int[Tensor, "head k"]]:
-    """Return each value's cluster, as the index of its first member, and how many it has (nan: alone).
+    """Return each value's cluster, as its first member's index, and how many members it has (nan: alone).
 
     Two values closer than 10 % of the larger modulus are linked, and values linked through others are one cluster.
     """

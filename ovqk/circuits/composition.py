@@ -1,16 +1,16 @@
-"""Composition: how heads read the writes of heads in earlier layers (definitions: section 3).
+"""Composition: how heads read what heads in earlier layers write (definitions: section 3).
 
-Row vectors: a sender s adds x W_OV^s to the residual stream, and a receiver r of a later layer reads it into its
+Row vectors: a sender s adds x W_OV^s to the residual stream, and a receiver r in a later layer reads it into its
 
     queries (q)   norm_F(W_OV^s W_QK^r)
     keys    (k)   norm_F(W_OV^s W_QK^rT)
     values  (v)   norm_F(W_OV^s W_OV^r)
 
-each over the product of the two heads' norms (Elhage et al. 2021). With thin SVDs U S V^T all three are the norm of one
-k x k block, norm_F(write_s read_r^T): the write side is W_OV's S V^T, the read sides are W_QK's S U^T (q), W_QK's S V^T
+each divided by both heads' norms (Elhage et al. 2021). With thin SVDs U S V^T all three are the norm of one k x k
+block, norm_F(write_s read_r^T): the write side is W_OV's S V^T, the read sides are W_QK's S U^T (q), W_QK's S V^T
 (k) and W_OV's S U^T (v), each with norm 1. Heads are stacked, so that a pair of layers is one matrix product, taken
-and reduced in tiles of at most TILE elements. An all-pairs pass therefore holds only one layer's sides, a tile and the
-scores beside the circuits.
+and reduced in tiles with at most TILE elements. An all-pairs pass therefore holds only one layer's sides, a tile and
+the scores beside the circuits.
 
 Under rotary positions W_QK is the one with the mean rotation; the caller who decomposes it chooses the offsets.
 """
@@ -33,21 +33,21 @@ from ovqk.circuits.factors import Factors
 from ovqk.circuits.grams import FullCircuit, Gram, blocks
 from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.spectra import full_circuit_ratio
+from ovqk.config.schema import Circuit
+from ovqk.weights.types import Head
 
 Mode = Literal["q", "k", "v"]
-Head = tuple[int, int]
-"""(layer, head)."""
 Pair = tuple[Head, Head]
-"""(sender, receiver); only a sender of an earlier layer composes."""
+"""(sender, receiver); only a sender in an earlier layer composes."""
 
 MODES: tuple[Mode, ...] = ("q", "k", "v")
-STRONGEST = 20  # senders kept for each receiver and mode, and virtual heads
+SENDERS_KEPT = 20  # for each receiver and mode; also the number of virtual heads
 TILE = 2**22  # elements of a product between stacked heads held at a time
 
 
 @dataclass(frozen=True)
 class LayerCircuits:
-    """Both circuits of one layer's heads, decomposed: all that composition needs from a layer."""
+    """Both circuits for one layer's heads, decomposed: all that composition needs from a layer."""
 
     ov: Decomposition
     qk: Decomposition
@@ -66,7 +66,7 @@ class LayerCircuits:
         return _unit_rows(self.ov.write, self.ov.sigma)
 
     def read(self, mode: Mode) -> Float[Tensor, "head k d_model"]:
-        """Return the matrix that the mode's input is read through, over its norm; 0 for a head with zero weights."""
+        """Return the side that reads the mode's input (see the module), with norm 1; 0 for a head with zero weights."""
         if mode == "v":
             return _unit_rows(self.ov.read, self.ov.sigma)
         return _unit_rows(self.qk.read if mode == "q" else self.qk.write, self.qk.sigma)
@@ -90,11 +90,10 @@ def _unit_rows(
 
 
 def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[Tensor, "sender receiver"]:
-    """Return the composition score for every pair of heads between two layers, in [0, 1].
+    """Measure how strongly each receiver reads what each sender writes, in [0, 1] (docs/definitions.md, section 3).
 
-    Independent, identically distributed weights score about 1 / sqrt(d_model).
-
-    Elhage et al. 2021. A head with zero weights scores 0.
+    The score is Elhage et al.'s (2021). Independent, identically distributed weights score about 1 / sqrt(d_model), and
+    a head with zero weights scores 0.
     """
     write, read = sender.write(), receiver.read(mode)
     k = max(write.shape[1], read.shape[1])
@@ -111,7 +110,7 @@ def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[
 def received(
     layers: Sequence[LayerCircuits], layer: int, mode: Mode, heads: Sequence[int] | None = None
 ) -> Float[Tensor, "sender_layer sender receiver"]:
-    """Return the scores of every earlier layer's heads into this layer's `heads` (into all if None); layer >= 1.
+    """Score all heads in earlier layers as senders to this layer's `heads` (to all if None); layer >= 1.
 
     An all-pairs pass calls it for each layer and mode.
     """
@@ -120,7 +119,7 @@ def received(
 
 
 def percentiles(found: Float[Tensor, "*layer sender receiver"]) -> Float[Tensor, "*layer sender receiver"]:
-    """Return the share of a layer's other senders that score below each (ties half), in [0, 1]; nan for a lone one."""
+    """Rank each sender in its layer: the share of the others with lower scores, ties half, in [0, 1]; nan if alone."""
     mine = found.mT.contiguous()
     ordered = mine.sort(dim=-1).values
     below, upto = torch.searchsorted(ordered, mine), torch.searchsorted(ordered, mine, right=True)
@@ -130,19 +129,22 @@ def percentiles(found: Float[Tensor, "*layer sender receiver"]) -> Float[Tensor,
 def matching(
     layers: Sequence[LayerCircuits], pairs: Sequence[Pair], gram: Gram, first_gram: Gram | None = None
 ) -> Float[Tensor, " pair"]:
-    """Return K-composed matching, Re(sum lambda) / sum |lambda|, in [-1, 1]; +1 if r seeks its own token, moved by s.
+    """Say whether receivers look for the token that senders moved: K-composed matching, in [-1, 1].
 
-    A query token t scores a key token u that passed through the sender by e_t W_QK^r (e_u W_OV^s)^T. The nonzero
-    eigenvalues of that matrix over the vocabulary, C E W_QK^r W_OV^sT E^T C, are those of the core
+    It is Re(sum lambda) / sum |lambda| (docs/definitions.md, section 3), +1 if r seeks its own token, moved by s. A
+    query token t scores a key token u that passed through the sender by e_t W_QK^r (e_u W_OV^s)^T. Over the vocabulary
+    this matrix, C E W_QK^r W_OV^sT E^T C, has the same nonzero eigenvalues as the core
 
         (R_r R_s^T) (L_s^T G L_r),   W_QK^r = L_r R_r,  W_OV^s = L_s R_s
 
-    The value is 0 if sum |lambda| is below 1e-6 of its bound |R_r| |R_s| |L_s| |G L_r|: the pair does not compose.
+    The value is 0 if sum |lambda| is below 1e-6 times its bound |R_r| |R_s| |L_s| |G L_r|: the pair does not compose.
 
     Args:
-        gram: G = E^T C E of the embeddings that both heads are taken to see: `block0` if the model has MLPs, else
+        layers: from layer 0 on.
+        pairs: sender and receiver.
+        gram: G = E^T C E for the embeddings that both heads are taken to see: `block0` if the model has MLPs, else
             plain ones (`claim_tests.matching_grams`).
-        first_gram: W_E^T C E for senders of layer 0, which read plain embeddings; as `gram` if None. If layer 0
+        first_gram: W_E^T C E for senders in layer 0, which read plain embeddings; as `gram` if None. If layer 0
             turns tokens around, `gram` gives these senders the wrong sign.
     """
     found = torch.zeros(len(pairs), dtype=torch.float64, device=gram.device)
@@ -163,23 +165,23 @@ def matching(
     return found
 
 
-# --- predictions of roles: [layer, head], nan if undefined ----------------------------------------------------
+# --- roles' predictions: [layer, head], nan if undefined ------------------------------------------------------
 
 
 def k_composition(layers: Sequence[LayerCircuits], receivers: Collection[Head]) -> NDArray[np.float64]:
-    """Return each head's best percentile in its layer among scores into these receivers' keys, in [0, 1]."""
+    """Rank each head in its layer by its score into these receivers' keys; the best percentile counts, in [0, 1]."""
     return _best(layers, receivers, "k", as_percentile=True)
 
 
 def q_composition(layers: Sequence[LayerCircuits], receivers: Collection[Head]) -> NDArray[np.float64]:
-    """Return each head's best score into the queries of these receivers, in [0, 1]."""
+    """Take each head's best score into these receivers' queries, in [0, 1]."""
     return _best(layers, receivers, "q", as_percentile=False)
 
 
 def k_composed_matching(
     layers: Sequence[LayerCircuits], senders: Collection[Head], gram: Gram, first_gram: Gram | None = None
 ) -> NDArray[np.float64]:
-    """Return each head's best K-composed matching with one of these senders from earlier layers, in [-1, 1]."""
+    """Take each head's best `matching` with these senders, if they are in earlier layers; in [-1, 1]."""
     heads = [(layer, head) for layer in range(len(layers)) for head in range(_n_heads(layers))]
     pairs = [(sender, receiver) for receiver in heads for sender in sorted(set(senders)) if sender[0] < receiver[0]]
     best = np.full((len(layers), _n_heads(layers)), math.nan)
@@ -216,15 +218,15 @@ def composition_table(
     asked: Collection[Pair] = (),
     gram: Gram | None = None,
     first_gram: Gram | None = None,
-    strongest: int = STRONGEST,
+    strongest: int = SENDERS_KEPT,
 ) -> pd.DataFrame:
-    """Return the rows of composition.parquet: the pairs asked for and the strongest senders of every receiver, by mode.
+    """Make composition.parquet: for each mode the pairs asked for, and every receiver's strongest senders.
 
     Args:
         layers: from layer 0 on.
-        asked: a pair whose sender is not of an earlier layer does not compose and has no row.
-        gram, first_gram: for the matching in rows with mode k; nan without `gram`, and for the other modes.
-        strongest: senders to keep for each receiver and mode; if it is 0, only the pairs asked for are computed.
+        asked: pairs to include; one whose sender is not in an earlier layer does not compose and has no row.
+        gram, first_gram: for `matching` in rows with mode k; nan without `gram`, and for the other modes.
+        strongest: how many senders to keep for each receiver and mode; with 0, only the pairs asked for are computed.
     """
     tables = []
     for layer in range(1, len(layers)):
@@ -249,7 +251,7 @@ def composition_table(
 
 
 def _pairs(table: pd.DataFrame) -> list[Pair]:
-    """Return the pairs of a table's rows."""
+    """Read the pairs from a table's rows."""
     return [((a, b), (c, d)) for a, b, c, d in table[PAIR_COLUMNS].to_numpy().tolist()]
 
 
@@ -260,7 +262,7 @@ def virtual_factors(layers: Sequence[LayerCircuits], pairs: Sequence[Pair]) -> F
         sender, receiver = _select(layers[sender_layer].ov, [sender_head]), _select(layers[layer].ov, [head])
         lefts.append(sender.balanced_left @ (sender.balanced_right @ receiver.balanced_left))
         rights.append(receiver.balanced_right)
-    return Factors("ov", torch.cat(lefts), torch.cat(rights))
+    return Factors(Circuit.ov, torch.cat(lefts), torch.cat(rights))
 
 
 def virtual_heads_table(
@@ -268,17 +270,17 @@ def virtual_heads_table(
     composition: pd.DataFrame,
     full: FullCircuit | None = None,
     first_full: FullCircuit | None = None,
-    n: int = STRONGEST,
+    n: int = SENDERS_KEPT,
 ) -> pd.DataFrame:
-    """Return the rows of virtual_heads.parquet: the virtual heads for a composition table's n strongest V pairs.
+    """Make virtual_heads.parquet: the virtual heads for a composition table's n strongest V pairs.
 
-    With n up to the table's `strongest` these are the strongest of all pairs.
+    With n up to the table's `strongest` no pair outside the table is stronger.
 
     Columns, besides the pair and its score:
         frobenius_norm: norm_F(W_OV^s W_OV^r).
-        frobenius_share: its square over the sum for all senders of the receiver, in [0, 1]; nan if all are 0.
-        ov_copying: Re(sum lambda) / sum |lambda| of E W_OV^s W_OV^r W_U, in [-1, 1]; nan without `full`. Senders of
-            layer 0 read the embeddings of `first_full`, if that is given.
+        frobenius_share: its square over the sum for all the receiver's senders, in [0, 1]; nan if all are 0.
+        ov_copying: Re(sum lambda) / sum |lambda| for E W_OV^s W_OV^r W_U, in [-1, 1]; nan without `full`. Senders in
+            layer 0 read through `first_full`, if that is given.
     """
     strongest = composition[composition["mode"] == "v"].sort_values("score", ascending=False, kind="stable").head(n)
     table = strongest[[*PAIR_COLUMNS, "score"]]

@@ -1,4 +1,4 @@
-"""Effective embeddings: a token's residual stream as the heads of a layer read it.
+"""Effective embeddings: a token's residual stream as a layer's heads read it (definitions: section 1).
 
 `Block0` computes the stream after block 0 for a token that attended only to itself; `EffectiveRows` hands out rows
 of any kind, normalised as a layer's norm would.
@@ -21,7 +21,7 @@ from ovqk.weights.norms import apply_norm
 from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import Architecture, LayerWeights
 
-HIDDEN_ELEMENTS = 2**21  # elements of block 0's hidden activations computed at a time
+HIDDEN_ELEMENTS = 2**21  # elements in block 0's hidden activations computed at a time
 
 
 class Block0:
@@ -59,9 +59,11 @@ class Block0:
     def grams(
         self, vocabulary: Vocabulary, read: Callable[[int, int], Float[Tensor, "token d_model"]] | None = None
     ) -> Block0Grams:
-        """Return the Grams of the block0 embeddings, in one pass over the tokens.
+        """Compute the block0 embeddings' Gram matrices, in one pass over the tokens.
 
-        `read` gives E of tokens start .. stop - 1, if a caller has them.
+        Args:
+            vocabulary: folded embeddings.
+            read: gives E for tokens start .. stop - 1, if a caller has them; else they are computed.
         """
         read = read or (lambda start, stop: self.rows(vocabulary.W_E[start:stop]))
         E = StoredRows(read, (vocabulary.size, vocabulary.d_model))
@@ -78,11 +80,11 @@ WRITE = "write"
 SCREEN = 4096
 """Tokens whose unembedding is kept in memory, if the rest stays on disk, to rank a word's logit among them first."""
 KEPT_UP_TO = 2**26
-"""Largest number of elements in an unembedding that a task's readouts keep in memory (256 MB)."""
+"""The most elements that an unembedding may have for a task's readouts to keep it in memory (256 MB)."""
 
 
 class EffectiveRows:
-    """Rows of effective embeddings, normalised as a layer's norm would; rows for kept ids are computed once."""
+    """Effective embeddings, row by row, normalised as a layer's norm would; rows for kept ids are computed once."""
 
     def __init__(self, vocabulary: Vocabulary, block0: Block0 | None, architecture: Architecture) -> None:
         """Take the folded vocabulary; `block0` is None if it is not available."""
@@ -103,7 +105,7 @@ class EffectiveRows:
         """Return the rows for these tokens. `kind` is `token`, `block0` or `write` (columns of W_U, not normalised).
 
         Raises:
-            ValueError: a token is asked for that is not among those of `only`.
+            ValueError: a token is asked for that `only` leaves out, or `write` without an unembedding.
         """
         if self._ids is None:
             if ids.dim() == 1:

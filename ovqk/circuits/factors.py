@@ -1,4 +1,4 @@
-"""The two circuits of a layer's heads, as low-rank factors.
+"""A layer's two circuits, head by head, as low-rank factors (definitions: section 1).
 
     W_QK = W_Q W_K^T      where the head looks: rows the query (destination), columns the key (source)
     W_OV = W_V W_O        how it copies: rows are read at the source, columns are written at the destination
@@ -23,10 +23,10 @@ from ovqk.weights.types import Architecture, LayerWeights, keys, queries
 
 @dataclass(frozen=True)
 class Factors:
-    """A batch of bilinear or linear maps M = left @ right, one per head.
+    """Bilinear or linear maps M = left @ right, one per head.
 
     Attributes:
-        circuit: `ov` (a map from the source's residual stream to the destination's) or `qk` (a form on both).
+        circuit: OV (a map from the source's residual stream to the destination's) or QK (a form on both).
     """
 
     circuit: Circuit
@@ -36,7 +36,7 @@ class Factors:
 
 def ov_factors(weights: LayerWeights, architecture: Architecture) -> Factors:
     """Return each query head's W_V and W_O; under grouped queries a group's heads share W_V."""
-    return Factors("ov", weights.W_V[architecture.kv_of_head.to(weights.W_V.device)], weights.W_O)
+    return Factors(Circuit.ov, weights.W_V[architecture.kv_of_head.to(weights.W_V.device)], weights.W_O)
 
 
 def qk_factors(weights: LayerWeights, architecture: Architecture, offsets: Iterable[int] = (0,)) -> Factors:
@@ -45,7 +45,9 @@ def qk_factors(weights: LayerWeights, architecture: Architecture, offsets: Itera
     D = query position - key position; R(0) = 1, and without rotary positions every R is 1.
     """
     keys = key_side(weights.W_K, weights)
-    return Factors("qk", query_side(weights.W_Q, weights, offsets), keys[architecture.kv_of_head.to(keys.device)].mT)
+    return Factors(
+        Circuit.qk, query_side(weights.W_Q, weights, offsets), keys[architecture.kv_of_head.to(keys.device)].mT
+    )
 
 
 def query_side(

@@ -4,7 +4,7 @@ C = I - 11^T/n takes each side less its mean over the n tokens. Products are sum
 threads nor the size of the vocabulary moves a result by more than the bounds given below.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.circuits.threads import each
+from ovqk.config.schema import Circuit
 from ovqk.weights.stored_rows import Rows
 
 BLOCK = 2048  # tokens handled at a time, fewer if rows are long
@@ -28,19 +29,38 @@ Gram = Float[Tensor, "d_model d_model"]
 
 @dataclass(frozen=True, eq=False)
 class FullCircuit:
-    """The Grams of a full circuit A M B, a map from tokens to tokens through one head's M (A, B: token matrices).
+    """The Grams that stand for a full circuit A M B, which maps tokens to tokens through one head's M.
 
-    QK and OV differ in B: for QK it is E^T, so that one Gram serves three times; for OV it is W_U.
+    A has a row for each token, and B a column. For QK, B is E^T, so that one Gram serves three times; for OV it is W_U.
 
     Attributes:
-        read: A^T C A, of the tokens that are read.
-        cross: B C A, whose product with M has the eigenvalues of the full circuit.
-        write: B C B^T, of the tokens that are written (QK: of the keys).
+        read: A^T C A, for the tokens that are read.
+        cross: B C A, whose product with M has the full circuit's eigenvalues.
+        write: B C B^T, for the tokens that are written (QK: for the keys).
     """
 
     read: Gram
     cross: Gram
     write: Gram
+
+    @classmethod
+    def of(
+        cls, circuit: Circuit, read: Callable[[], Gram], written: Callable[[], tuple[Gram | None, Gram | None]]
+    ) -> "FullCircuit | None":
+        """Return the Grams for OV or QK between tokens that heads read as the rows of E.
+
+        Each function is called only if its Grams are needed, because they cost a pass over the vocabulary.
+
+        Args:
+            circuit: OV or QK.
+            read: gives E^T C E.
+            written: gives W_U C E and W_U C W_U^T for OV; None for each if there is no unembedding, and then there is
+                no full circuit.
+        """
+        if circuit is Circuit.qk:
+            return cls.qk(read())
+        cross, unembed = written()
+        return None if cross is None or unembed is None else cls.ov(read(), cross, unembed)
 
     @classmethod
     def qk(cls, gram: Gram) -> "FullCircuit":
@@ -55,7 +75,7 @@ class FullCircuit:
 
 @dataclass(frozen=True, eq=False)
 class Block0Grams:
-    """Grams of the block0 embeddings E, which later layers read.
+    """Gram matrices for the block0 embeddings E, which later layers read.
 
     Attributes:
         embed: E^T C E.
@@ -74,14 +94,14 @@ def centred_gram(a: Rows, b: Rows) -> Float[Tensor, "d_a d_b"]:
 
 
 def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> list[Float[Tensor, "d_a d_b"]]:
-    """Return a^T C b for these pairs of sides, in one pass over blocks of tokens, summed in float64 every few blocks.
+    """Return a^T C b for these pairs of sides, in one pass over the tokens, summed in float64 every few blocks.
 
     Up to FLOAT64_PRODUCTS_UP_TO products are taken in float64, because float32 would cost a small vocabulary 1e-3 on
     ratios. More of them are taken in float32, within 1e-6 relative to the norms. A row near the mean is first
     subtracted from every row; C removes it anyway.
 
     Args:
-        sides: matrices of one row per token, all over the same n tokens.
+        sides: matrices with one row per token, all over the same n tokens.
         pairs: which side is a and which is b, by index.
 
     Returns:
@@ -121,8 +141,8 @@ def add_products(
 ) -> None:
     """Add a^T b for these pairs of sides to the totals. If a is b, only the lower triangle is added.
 
-    The work is cut into stripes of columns. If there are enough, each thread takes whole stripes; else all threads
-    share one stripe after the other.
+    The columns are cut into stripes. If there are enough, each thread takes whole stripes; else all threads share one
+    stripe after the other.
     """
 
     def add(stripe: tuple[int, slice, int]) -> None:
@@ -152,13 +172,13 @@ def precision(d_model: int) -> torch.dtype:
     """Return the dtype for Grams and their products (definitions: section 1): float64 if d_model <= FLOAT64_UP_TO.
 
     Float32 keeps ratios within 1e-4, and scales within 1e-4 relative to their size. The departure from normality is
-    the root of a difference: if it is 0, float32 keeps it within 2e-4.
+    a difference's root: if it is 0, float32 keeps it within 2e-4.
     """
     return torch.float64 if d_model <= FLOAT64_UP_TO else torch.float32
 
 
 def mean_row(x: Rows) -> Float[Tensor, " d_model"]:
-    """Return the mean over tokens, float64; for large vocabularies within 1e-7 of the rows' size."""
+    """Average over tokens, in float64; for large vocabularies within 1e-7 relative to the rows' size."""
     if x.shape[0] <= SHIFT_TOKENS:
         return x[:].double().mean(0)
     near = x[:SHIFT_TOKENS].mean(0)  # rounded: the same number is taken away and added

@@ -10,10 +10,10 @@ CHOLESKY_UP_TO = 3e3  # |R| |R^-1| up to which Cholesky gives a basis orthonorma
 def orthonormal(
     weight: Float[Tensor, "n d_model k"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "n r d_model"], Float[Tensor, "n r k"]]:
-    """Return Q^T, in this dtype, and R, float64, of weight = Q R.
+    """Factor weight = Q R with orthonormal Q; return Q^T in this dtype, and R in float64.
 
-    R is Cholesky's factor of the Gram, or Householder's if the weight is ill-conditioned. Each weight is first divided
-    by a power of two of its size, which changes no digit: the inverse of a tiny weight would overflow float32.
+    R is the Gram's Cholesky factor, or Householder's if the weight is ill-conditioned. Each weight is first divided by
+    a power of two near its size, which changes no digit: a tiny weight's inverse would overflow float32.
     """
     d_model, k = weight.shape[1:]
     exact = weight.double()
@@ -34,9 +34,9 @@ def orthonormal(
 def triangular_factor(
     x: Float[Tensor, "n d_model k"], check_errors: bool = False
 ) -> tuple[Float[Tensor, "n k k"], Float[Tensor, "n k k"]]:
-    """Return R and its inverse for x = Q R with orthonormal Q: Cholesky's factor of x^T x, with a positive diagonal.
+    """Return R and its inverse for x = Q R with orthonormal Q: x^T x's Cholesky factor, with a positive diagonal.
 
-    If the columns of a matrix depend on each other, neither of its results can be used.
+    If a matrix has linearly dependent columns, neither result can be used.
 
     Raises:
         torch.linalg.LinAlgError: with `check_errors`, if that is so.
@@ -47,6 +47,6 @@ def triangular_factor(
 
 
 def power_of_two(size: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """Return the power of two next above each size, float64; 1 for 0."""
+    """Return the smallest power of two above each size, float64; 1 for 0."""
     exponent = torch.frexp(size.double()).exponent
     return torch.ldexp(torch.ones_like(size, dtype=torch.float64), exponent)

@@ -1,8 +1,8 @@
-"""Position or content: the shares of a head's score variance over keys that come from a key's position and token.
+"""Position or content: how much of the variance that a head's scores have over keys comes from each.
 
-They are a measured answer beside the common reading of symmetry (docs/definitions.md, section 4). All of them are
-computed on folded weights, for the head's bilinear form on its direct path. For layers >= 1 this leaves out the writes
-of earlier heads, and with learned positions it ignores the norm's joint scale of embedding and position.
+These shares are a measured answer beside the common reading of symmetry (docs/definitions.md, section 4). They are
+computed from folded weights, for the head's bilinear form on its direct path. In layers >= 1 this leaves out what
+earlier heads write, and with learned positions it ignores that the norm scales embedding and position together.
 """
 
 import dataclasses
@@ -29,14 +29,22 @@ def learned_shares(
     positions: Moments,
     bases: QueryKeyBases | None = None,
 ) -> dict[str, Float[Tensor, " head"]]:
-    """Return the six shares of the score variance over keys, and their positional sum (learned positions).
+    """Split the score variance over keys into six shares, for learned positions (docs/definitions.md, section 4).
 
     The query is q0 = mean token + mean position (with b_Q), plus centred content, plus centred position; the key is
-    centred content plus centred position. Over independent uniform tokens and positions the variance of the score
+    centred content plus centred position. Tokens and positions are independent and uniform. Then the score's variance
     over keys, averaged over queries, is the sum of tr(A_a B_b), A_a = W_Q^T S_a W_Q, B_b = W_K^T Sigma_b W_K.
 
+    Args:
+        weights: folded.
+        architecture: the model's.
+        tokens: moments over the embedding rows.
+        positions: moments over the rows of W_pos.
+        bases: bases for the heads' queries and keys, if a caller has them.
+
     Returns:
-        `qk_share_{constant,content,position}_{content,position}` and `qk_positional_share`, each [head] in [0, 1].
+        `qk_share_{query part}_{key part}`, which sum to 1, and `qk_positional_share`, the sum over the three whose key
+        part is `position`; each [head] in [0, 1], and 0 for zero weights.
     """
     kv = architecture.kv_of_head.to(weights.W_K.device)
     query, key = (Basis(weights.W_Q), Basis(weights.W_K)) if bases is None else bases
@@ -45,15 +53,15 @@ def learned_shares(
     queries = {name: query.second_moment(moments.gram) / moments.n for name, moments in rows.items()}
     queries = {"constant": outer(constant), **queries}
     keys = {name: key.second_moment(moments.gram)[kv] / moments.n for name, moments in rows.items()}
-    parts = {f"{a}_{b}": (queries[a] * keys[b]).sum((-2, -1)) for a in queries for b in keys}
+    parts = {(a, b): (queries[a] * keys[b]).sum((-2, -1)) for a in queries for b in keys}
     total = torch.stack(list(parts.values())).sum(0)
-    shares = {f"qk_share_{name}": _share(value, total) for name, value in parts.items()}
-    positional = sum(value for name, value in parts.items() if name.endswith("_position"))
+    shares = {f"qk_share_{a}_{b}": _share(value, total) for (a, b), value in parts.items()}
+    positional = sum(value for (_, b), value in parts.items() if b == "position")
     return {**shares, "qk_positional_share": _share(torch.as_tensor(positional), total)}
 
 
 def rotary_span(weights: LayerWeights, architecture: Architecture) -> int:
-    """Return L, the number of offsets 0..L-1 to average over, bounded by the context and the layer's sliding window."""
+    """Return L, how many offsets 0..L-1 to average over: 128, or the context or the sliding window if it is shorter."""
     bounds = (DEFAULT_SPAN, architecture.n_ctx, weights.sliding_window)
     return min(bound for bound in bounds if bound)
 
@@ -61,14 +69,18 @@ def rotary_span(weights: LayerWeights, architecture: Architecture) -> int:
 def rotary_shares(
     weights: LayerWeights, architecture: Architecture, moments: HeadMoments
 ) -> dict[str, Float[Tensor, " head"]]:
-    """Return the three shares of the score variance over (key token, offset), averaged over query tokens (rotary).
+    """Split the score variance over (key token, offset) into three shares, for rotary positions.
 
     Keys k = x W_K + b_K have mean mu and covariance Sigma; S is the second moment of q = x W_Q + b_Q (both normalised
-    if the model does so); offsets are uniform on 0..L-1 and Rbar is their mean rotation.
+    if the model does so); offsets are uniform on 0..L-1 and Rbar is their mean rotation. The variance is averaged over
+    query tokens (docs/definitions.md, section 4).
 
     Returns:
         `qk_share_position`, `qk_share_content`, `qk_share_interaction`, each [head] in [0, 1] and summing to 1, and
-        `qk_positional_share`, which is the first.
+        `qk_positional_share`, which is the first. All are 0 for zero weights.
+
+    Raises:
+        ValueError: the layer has no rotary positions.
     """
     rotary = _required(weights)
     S, mu, sigma = moments.query_second, moments.key_mean, moments.key_covariance
@@ -90,7 +102,7 @@ def rotary_shares(
 
 
 Pairs = tuple[Complex[Tensor, "*#head pair pair"], Complex[Tensor, "*#head pair pair"]]
-"""A symmetric matrix E[x^T x] as E[conj(z_a) z_b] and E[z_a z_b], with a pair of x's dimensions as one complex z."""
+"""A symmetric matrix E[x^T x] as E[conj(z_a) z_b] and E[z_a z_b], with each pair of dimensions as one complex z."""
 
 
 def _turns(rotary: Rotary, span: int, d_head: int) -> Complex[Tensor, "offset pair"]:
@@ -122,7 +134,11 @@ def _trace(S: Pairs, sigma: Pairs, turned: Pairs) -> Float[Tensor, " head"]:
 def rotary_offset_scores(
     weights: LayerWeights, architecture: Architecture, moments: HeadMoments
 ) -> Float[Tensor, "head offset"]:
-    """Return mu_q R_D mu_k^T: the score that the mean query gives the mean key, by offset D = 0..L-1."""
+    """Return mu_q R_D mu_k^T: the score that the mean query gives the mean key, by offset D = 0..L-1, unscaled.
+
+    Raises:
+        ValueError: the layer has no rotary positions.
+    """
     rotary = _required(weights)
     cos, sin = rotary.angles(torch.arange(rotary_span(weights, architecture)))
     turned = rotary.rotate(moments.query_mean[:, None, :], cos, sin)
@@ -130,19 +146,23 @@ def rotary_offset_scores(
 
 
 def previous_token_auc_rotary(scores: Float[Tensor, "head offset"]) -> Float[Tensor, " head"]:
-    """Return `qk_prev_auc`, rotary: the share of offsets D != 1 whose mean score lies below that of D = 1."""
+    """Return `qk_prev_auc` for rotary positions, in [0, 1]: the share of offsets D != 1 that score below D = 1.
+
+    Ties count half; 0.5 by chance.
+    """
     others = torch.cat((scores[:, :1], scores[:, 2:]), dim=1)
     return _below(others, scores[:, 1:2])
 
 
 @dataclass(frozen=True)
 class PositionScores:
-    """Statistics of a layer's position-position scores s_ij (query i, key j <= i), per head.
+    """What a layer's scores s_ij between positions alone (query i, key j <= i) say about each head.
 
     Attributes:
-        offset_r2: adjusted R^2 of s_ij = a_i + f(i - j), relative to row means.
-        previous_auc: mean over i >= 2 of the share of j <= i, j != i - 1, with s_ij below s_{i,i-1}.
-        by_offset: mean score at each offset 0..T-1.
+        offset_r2: adjusted R^2 for s_ij = a_i + f(i - j), relative to row means: at most 1, 0 for zero weights.
+        previous_auc: the share of j <= i, j != i - 1, with s_ij below s_{i,i-1}, averaged over i >= 2; in [0, 1], ties
+            half, 0.5 by chance.
+        by_offset: mean score at each offset 0..T-1, before the attention scale.
     """
 
     offset_r2: Float[Tensor, " head"]
@@ -153,7 +173,9 @@ class PositionScores:
 def learned_position_scores(
     weights: LayerWeights, architecture: Architecture, W_pos: Float[Tensor, "n_ctx d_model"]
 ) -> PositionScores:
-    """Return the offset profile, offset R^2 and previous-token AUC of the scores between centred position embeddings.
+    """Score centred position embeddings against each other, and say whether the offset explains the scores.
+
+    See docs/definitions.md, section 4. Weights are folded, without biases.
 
     Raises:
         ValueError: fewer than 4 positions leave no degree of freedom for the fit.
@@ -172,7 +194,7 @@ def learned_position_scores(
     row_means = (queries * keys.double().cumsum(1)).sum(-1) / counts
     diagonals = _diagonal_sums(queries, keys)
     total = squares - (row_means.square() * counts).sum(-1)  # about the row means
-    centred = diagonals - row_means.flip(1).cumsum(1).flip(1)  # diagonal sums of the scores less their row means
+    centred = diagonals - row_means.flip(1).cumsum(1).flip(1)  # sums along diagonals of scores less their row means
     explained = ((centred @ solver) * centred).sum(-1)
     alive = total > 0
     r2 = torch.where(alive, 1 - (1 - explained / torch.where(alive, total, 1.0)) * degrees, 0.0)
@@ -198,7 +220,7 @@ def _squares_and_previous_auc(
 
 @lru_cache(maxsize=2)
 def _offset_design(T: int) -> Float[Tensor, "offset offset"]:
-    """Return the pseudo-inverse of the normal equations for f in s_ij = a_i + f(i - j), the row effects eliminated."""
+    """Invert the normal equations for f in s_ij = a_i + f(i - j), with the row effects eliminated."""
     offsets = torch.arange(T)
     reciprocal = 1.0 / torch.arange(1, T + 1, dtype=torch.float64)
     tail = reciprocal.flip(0).cumsum(0).flip(0)  # sum over i >= D of 1 / (i + 1)
@@ -211,7 +233,7 @@ def _offset_design(T: int) -> Float[Tensor, "offset offset"]:
 def _diagonal_sums(
     queries: Float[Tensor, "head T d_head"], keys: Float[Tensor, "head T d_head"]
 ) -> Float[Tensor, "head T"]:
-    """Return the sum over each diagonal i - j = D of q_i . k_j: a correlation over positions, by Fourier transforms."""
+    """Sum q_i . k_j along each diagonal i - j = D: a correlation over positions, by Fourier transforms."""
     T = queries.shape[1]
     q, k = (torch.fft.rfft(x, 2 * T, dim=1) for x in (queries, keys))
     return torch.fft.irfft((q * k.conj()).sum(-1), 2 * T, dim=1)[:, :T].double()

@@ -17,7 +17,7 @@ from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.weights.stored_rows import Rows
 from ovqk.weights.types import Architecture
 
-KEEP_UP_TO = 2**28  # bytes of block0 embeddings that are kept in memory, so that they are computed once
+KEEP_UP_TO = 2**28  # bytes up to which block0 embeddings are kept in memory, so that they are computed once
 TOKENS_PER_THREAD = (
     512  # tokens computed by one thread at a time, so that rounding does not depend on the number of threads
 )
@@ -30,7 +30,7 @@ class Side(Protocol):
 
     @property
     def rounding(self) -> float:
-        """Largest distance of a row by `blocks` from that by `exact`, relative to the longest row."""
+        """How far a row by `blocks` may lie from the same row by `exact`, relative to the longest row."""
         ...
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class Side(Protocol):
         ...
 
     def exact(self, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
-        """Return the rows of these tokens, float64."""
+        """Return these tokens' rows, float64."""
         ...
 
     def moments(self, listed: Bool[Tensor, " token"]) -> tuple[Float[Tensor, " d_model"], float]:
@@ -51,7 +51,7 @@ class Side(Protocol):
 
 
 class StoredSide:
-    """Rows as they are: columns of W_U."""
+    """Rows as they are, for the columns of W_U."""
 
     def __init__(self, rows: Rows) -> None:
         """Take the rows."""
@@ -83,7 +83,7 @@ class StoredSide:
 
 
 class NormalisedSide(StoredSide):
-    """Plain embeddings as the norm of layer 0 leaves them, but for its gain."""
+    """Plain embeddings as layer 0's norm leaves them, but for its gain."""
 
     def __init__(self, W_E: Rows, architecture: Architecture) -> None:
         """Take the folded embedding."""
@@ -105,7 +105,7 @@ class NormalisedSide(StoredSide):
 
 
 class Block0Side(NormalisedSide):
-    """Block0 embeddings as the norm of a later layer leaves them, but for its gain.
+    """Block0 embeddings as a later layer's norm leaves them, but for its gain.
 
     They are computed once if they fit in KEEP_UP_TO bytes, else in each pass. The first pass leaves the moments.
     """
@@ -127,7 +127,7 @@ class Block0Side(NormalisedSide):
         return self._kept is not None and self._passed == len(self)
 
     def read(self, start: int, stop: int) -> Float[Tensor, "token d_model"]:
-        """Return the embeddings of tokens start .. stop - 1, not normalised."""
+        """Return the embeddings for tokens start .. stop - 1, not normalised."""
         if self._kept is not None and stop <= self._passed:
             return self._kept[start:stop]
         parts = self.rows[start:stop].split(TOKENS_PER_THREAD)
@@ -170,7 +170,7 @@ class Block0Side(NormalisedSide):
 
 
 class ListedRows:
-    """Mean and longest of the listed rows, summed up block by block."""
+    """The listed rows' mean and largest norm, summed up block by block."""
 
     def __init__(self, d_model: int, listed: Bool[Tensor, " token"]) -> None:
         """Start without rows."""
@@ -179,7 +179,7 @@ class ListedRows:
         self._near: Tensor | None = None  # a row near the mean is subtracted before summing, so that float32 suffices
 
     def add(self, part: slice, rows: Float[Tensor, "token d_model"]) -> None:
-        """Take the rows of these tokens."""
+        """Take these tokens' rows."""
         there = self.listed[part].to(rows)
         if self._near is None:
             self._near = rows.mean(0)

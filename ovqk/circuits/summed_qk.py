@@ -16,10 +16,11 @@ from ovqk.weights.types import Architecture, LayerWeights
 
 
 def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Architecture) -> dict[str, float]:
-    """Return `qk_symmetry`, `qk_directionality` (raw) and `qk_symmetry_folded` of the sum over heads of W_Q W_K^T.
+    """Measure whether a layer's summed W_Q W_K^T is symmetric, and whether keys or queries dominate it.
 
-    Source: Saponati et al. 2025, arXiv 2502.10927. Symmetry tr(M M) / |M|_F^2 and directionality both lie in [-1, 1];
-    positive directionality is column (key) dominated (the paper's tables print the negative). Zero weights give 0.
+    Source: Saponati et al. 2025, arXiv 2502.10927. `qk_symmetry` is tr(M M) / |M|_F^2; `qk_directionality` is positive
+    if columns (keys) dominate (the paper's tables print the negative). Both are in [-1, 1], 0 for zero weights, and
+    computed from raw weights; `qk_symmetry_folded` is the symmetry of folded weights.
     """
     matrix = _summed(raw, architecture)  # without the gains of a query and key norm
     values = {"qk_symmetry": _symmetry(matrix), "qk_directionality": directionality(matrix)}
@@ -35,10 +36,10 @@ def layer_metrics(raw: LayerWeights, folded: LayerWeights, architecture: Archite
 
 
 def _summed(weights: LayerWeights, architecture: Architecture) -> Float[Tensor, "d_model d_model"]:
-    """Return the sum over heads of W_Q W_K^T, as one product; the query heads of a KV group are summed first.
+    """Sum W_Q W_K^T over heads, as one product; query heads that share keys are summed first.
 
-    Each side is divided by a power of two of its size: no metric here sees a scale, and squares of the products of tiny
-    weights have no float32.
+    Each side is divided by a power of two near its size: no metric here sees a scale, and tiny weights' products have
+    squares that underflow float32.
     """
     group = architecture.n_heads // architecture.n_kv_heads
     queries = weights.W_Q.unflatten(0, (-1, group)).sum(1) if group > 1 else weights.W_Q
@@ -48,7 +49,7 @@ def _summed(weights: LayerWeights, architecture: Architecture) -> Float[Tensor, 
 
 
 def _sized(side: Float[Tensor, "d_model column"], dtype: torch.dtype) -> Float[Tensor, "d_model column"]:
-    """Return a side of the product in this dtype, its largest entry below 1; exact, in two steps that stay finite."""
+    """Scale one side so that its largest entry is below 1; exact, in two steps that stay finite."""
     exponent = int(torch.frexp(torch.stack(side.aminmax()).abs().amax()).exponent)
     return side.to(dtype) * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)
 
@@ -64,9 +65,9 @@ def _symmetry(matrix: Float[Tensor, "d_model d_model"]) -> float:
 
 
 def directionality(matrix: Float[Tensor, "row column"]) -> float:
-    """Return how far outlying column norms exceed outlying row norms, in [-1, 1].
+    """Say how far outlying column norms exceed outlying row norms, in [-1, 1].
 
-    With c, r the norms of columns and rows and tau = mean + 2 sd (ddof 1) of each:
+    With norms c of columns and r of rows, and tau = mean + 2 sd (ddof 1) for each:
     (sum over c > tau_c of (c - tau_c) - sum over r > tau_r of (r - tau_r)) / (their sum); 0 if none exceeds.
     """
     columns, rows = matrix.norm(dim=0), matrix.norm(dim=1)

@@ -21,11 +21,11 @@ from ovqk.weights.types import EmbeddingWeights
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Embeddings of the real tokens, and the Grams that serve every head, each computed when first asked for.
+    """The real tokens' embeddings, and the Grams that serve every head, each computed when first asked for.
 
     Attributes:
         W_E: embedding rows.
-        W_U_rows: the columns of W_U, as rows; None if the checkpoint holds none.
+        W_U_rows: W_U's columns, as rows; None if the checkpoint holds none.
     """
 
     W_E: Rows
@@ -33,17 +33,17 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """V: the number of real tokens."""
+        """V: how many real tokens there are."""
         return self.W_E.shape[0]
 
     @property
     def d_model(self) -> int:
-        """Components of a row."""
+        """How many components a row has."""
         return self.W_E.shape[1]
 
     @cached_property
     def mean(self) -> Float[Tensor, " d_model"]:
-        """Mean row of W_E, float64."""
+        """W_E's mean row, float64."""
         return mean_row(self.W_E)
 
     @cached_property
@@ -65,12 +65,8 @@ class Vocabulary:
         return self._written[1]
 
     def full_circuit(self, circuit: Circuit) -> FullCircuit | None:
-        """Return the Grams of the full circuits of plain embeddings; None for OV without an unembedding."""
-        if circuit == "qk":
-            return FullCircuit.qk(self.gram_embed)
-        if self.gram_cross is None or self.gram_unembed is None:
-            return None
-        return FullCircuit.ov(self.gram_embed, self.gram_cross, self.gram_unembed)
+        """Return the Grams for full circuits that read plain embeddings; None for OV without an unembedding."""
+        return FullCircuit.of(circuit, lambda: self.gram_embed, lambda: self._written)
 
     @cached_property
     def _written(self) -> tuple[Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"] | None]:
@@ -86,7 +82,7 @@ class Vocabulary:
 
     @cached_property
     def stored_once(self) -> tuple[StoredRows, StoredRows, Float[Tensor, "d_model d_model"]] | None:
-        """Both embeddings and the Gram of the matrix they are one of, if a tied checkpoint keeps it on disk.
+        """Both embeddings, and the Gram of the one matrix behind them, if a tied checkpoint keeps it on disk.
 
         Gain and centring are linear in a row, so that this Gram gives all three.
         """
@@ -98,12 +94,12 @@ class Vocabulary:
 
 
 def read_vocabulary(embeddings: EmbeddingWeights, n_tokens: int | None, label: str = "the checkpoint") -> Vocabulary:
-    """Return a model's embeddings over its first `n_tokens` ids (all if None).
+    """Take a model's embeddings over its first `n_tokens` ids (all if None).
 
     Raises:
         ValueError: there is no W_E.
-        UserError: the row of one of these tokens holds NaN or infinity. Rows left in the checkpoint are checked when
-            they are read; those of no token never are.
+        UserError: a row of one of these tokens holds NaN or infinity. Rows left in the checkpoint are checked when they
+            are read; rows that belong to no token never are.
     """
     if embeddings.W_E is None:
         raise ValueError("a vocabulary needs W_E")

@@ -5,18 +5,27 @@ wrong type is refused before any work is done.
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Literal, get_args
+from enum import Enum, StrEnum
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-Circuit = Literal["ov", "qk"]
-"""One of a head's two circuits.
 
-Strings and not members of an Enum: they are columns' values, parts of metrics' names, and keys a user types.
-"""
-CIRCUITS: tuple[Circuit, ...] = get_args(Circuit)
+class Circuit(StrEnum):
+    """One of a head's two circuits.
+
+    Its members are strings, because they begin metrics' names and are keys that a user types. A table holds the plain
+    string, `circuit.value`.
+    """
+
+    ov = "ov"
+    """What a head writes for what it reads: W_V W_O, from the source's residual stream to the destination's."""
+    qk = "qk"
+    """What a head attends to: W_Q W_K^T, a bilinear form on the residual streams of destination and source."""
+
+
+CIRCUITS = tuple(Circuit)
 
 
 class Source(Enum):

@@ -6,10 +6,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ovqk.figures import models, portraits
+from ovqk.metrics import shown_in
 from ovqk.records.cells import Cell, labels, weights_labels
-
-STRUCTURE = ("ov_copying", "qk_matching", "qk_symmetry", "qk_positional_share", "ov_copying_residual")
-"""Metrics that have an atlas of all models, in addition to the primary metrics of each task's roles."""
 
 
 def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
@@ -71,8 +69,9 @@ def _leading(verdicts: pd.DataFrame) -> list[tuple[int, int]]:
 
 
 def _atlas_metrics(heads: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
+    """Return the metrics that have an atlas of all models: those of the registry, and the roles' primary ones."""
     primary: list[str] = verdicts["primary"].dropna().to_list() if len(verdicts) else []
-    names = dict.fromkeys([*STRUCTURE, *primary])
+    names = dict.fromkeys([*shown_in("atlas"), *primary])
     return [name for name in names if name in heads and heads[name].notna().any()]
 
 

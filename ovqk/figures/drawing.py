@@ -8,6 +8,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
+from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
@@ -23,6 +24,7 @@ from matplotlib.transforms import ScaledTranslation
 from ovqk import wording
 from ovqk.figures import colours
 from ovqk.figures.colours import CATEGORIES, DIVERGING, VERDICT_COLOURS, Scale, colour_at
+from ovqk.metrics import shares
 
 INK, MUTED, LINE, FAINT, WARN = "#1d2025", "#5c626c", "#c6cad0", "#e8e9eb", "#a8470a"
 BLUE = CATEGORIES[0]
@@ -39,15 +41,6 @@ STYLE: Any = {
 }  # fmt: skip
 MARKERS = dict.fromkeys(VERDICT_COLOURS, "o") | {"contradicted": "X", "untestable": "_", "out_of_scope": "."}
 DECADES = 3  # of modulus, from the rim of the complex plane to its centre
-SHARES = {
-    "key position": {f"qk_share_{query}_position": f"{query} query" for query in ("constant", "content", "position")},
-    "key content": {f"qk_share_{query}_content": f"{query} query" for query in ("constant", "content", "position")},
-}
-ROTARY_SHARES = {
-    "key position": {"qk_share_position": "offset alone"},
-    "key content": {"qk_share_content": "key token alone"},
-    "both": {"qk_share_interaction": "both together"},
-}
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -236,22 +229,19 @@ def symmetry_scatter(
 
 def share_bars(axes: Axes, row: Mapping[Any, Any]) -> None:
     """Draw the shares of the QK score's variance over keys, as bars in groups."""
-    kinds = (SHARES, ROTARY_SHARES)
-    parts = next(
-        (kind for kind in kinds if any(math.isfinite(row.get(name, math.nan)) for g in kind.values() for name in g)),
-        None,
-    )
+    known = {name for name, value in row.items() if isinstance(value, float) and math.isfinite(value)}
+    parts = next((kind for kind in shares().values() if known & set(chain(*kind.values()))), None)
     title = "Shares of the score's variance"
     if parts is None:
         unavailable(axes, title)
         return
-    shades = {"key position": (0.98, 0.84, 0.72), "key content": (0.05, 0.17, 0.28), "both": (0.5,)}
+    shades = {"position": (0.98, 0.84, 0.72), "content": (0.05, 0.17, 0.28), "both": (0.5,)}
     labels, y = [], 0.0
     for group, names in parts.items():
         axes.text(
             0,
             y,
-            f"{group}  {sum(row[name] for name in names):.0%}".replace("%", " %"),
+            f"{wording.PARTS[group]}  {sum(row[name] for name in names):.0%}".replace("%", " %"),
             va="center",
             fontweight="bold",
             fontsize=12,

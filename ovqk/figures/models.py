@@ -30,10 +30,9 @@ from ovqk import wording
 from ovqk.figures import colours, drawing
 from ovqk.figures.colours import CATEGORIES, VERDICT_COLOURS, Scale
 from ovqk.figures.drawing import HALO, INK, LINE, MUTED, STYLE, legible, styled
-from ovqk.metrics import METRICS
-from ovqk.records.comparison import DEPTH_METRICS, relative_depth
+from ovqk.metrics import METRICS, shown_in
+from ovqk.records.comparison import relative_depth
 
-Tables = Mapping[str, pd.DataFrame]
 COLUMNS = 3  # panels beside each other
 HOLLOW = ("untestable", "out_of_scope")  # verdicts that say nothing are drawn as outlines
 STEP = 1.5  # from layer to layer of a circuit
@@ -128,9 +127,15 @@ def effects(verdicts: pd.DataFrame) -> Figure:
 
 
 @styled
-def depth_curves(heads: pd.DataFrame, metrics: Sequence[str] = DEPTH_METRICS) -> Figure:
-    """Draw metrics against relative depth: a line per model through the means of its layers, a dot for every head."""
-    there = [name for name in metrics if name in heads and heads[name].notna().any()]
+def depth_curves(heads: pd.DataFrame, metrics: Sequence[str] | None = None) -> Figure:
+    """Draw metrics against relative depth: a line per model through the means of its layers, a dot for every head.
+
+    Args:
+        heads: of any models, with a column `model`.
+        metrics: columns of it; those that the registry shows along the depth, unless given.
+    """
+    wanted = shown_in("depth") if metrics is None else metrics
+    there = [name for name in wanted if name in heads and heads[name].notna().any()]
     lines = [(model, _first_with(part, there)) for model, part in _parts(heads, "model")]
     n_rows = max(1, math.ceil(len(there) / COLUMNS))
     figure = Figure(figsize=(13, 3.4 * n_rows + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1))

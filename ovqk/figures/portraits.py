@@ -22,23 +22,17 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from ovqk import wording
 from ovqk.figures import drawing
 from ovqk.figures.drawing import INK, MUTED, legible, styled
-from ovqk.metrics import HEAD_METRICS, METRICS
+from ovqk.metrics import HEAD_METRICS, METRICS, ratios
 
-Tables = Mapping[str, pd.DataFrame | None]
+HeadTables = Mapping[str, pd.DataFrame | None]
 TABLES = ("heads", "spectra", "directions", "offsets", "composition", "tests", "nulls", "verdicts")
 ENDS = {("ov", "vocab"): ("suppresses", "copies"), ("qk", "vocab"): ("avoids it", "same token")}
 """The meaning of eigenvalues on the left and on the right; in residual space they have none."""
-RATIOS = {
-    ("ov", "vocab"): "ov_copying",
-    ("ov", "residual"): "ov_copying_residual",
-    ("qk", "vocab"): "qk_matching",
-    ("qk", "residual"): "qk_matching_residual",
-}
 SHOWN_COMPONENTS, SHOWN_TOKENS, SHOWN_PARTNERS = 3, 5, 5
 
 
 @styled
-def eigenvalues(tables: Tables, layer: int, head: int, circuit: str = "ov", space: str | None = None) -> Figure:
+def eigenvalues(tables: HeadTables, layer: int, head: int, circuit: str = "ov", space: str | None = None) -> Figure:
     """Draw the eigenvalues of a circuit in the complex plane, by angle and logarithm of the modulus.
 
     The form is that of Elhage et al. 2021. Below: sum lambda / sum |lambda|, with 5 to 95 % and the median of the frame
@@ -57,7 +51,7 @@ def eigenvalues(tables: Tables, layer: int, head: int, circuit: str = "ov", spac
 
 
 @styled
-def singular_values(tables: Tables, layer: int, head: int, circuit: str = "ov") -> Figure:
+def singular_values(tables: HeadTables, layer: int, head: int, circuit: str = "ov") -> Figure:
     """Draw sigma_k / sigma_1 of W_OV or W_QK against k, with the middle 90 % and the median of the model's heads."""
     figure = Figure(figsize=(5.6, 4.4), layout="constrained")
     _singular_values(figure.subplots(), tables, layer, head, circuit)
@@ -65,7 +59,7 @@ def singular_values(tables: Tables, layer: int, head: int, circuit: str = "ov") 
 
 
 @styled
-def position_or_content(tables: Tables, layer: int, head: int, reasons: Mapping[str, str] | None = None) -> Figure:
+def position_or_content(tables: HeadTables, layer: int, head: int, reasons: Mapping[str, str] | None = None) -> Figure:
     """Draw QK symmetry beside the measured shares of position, and the mean score by offset."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     _positions(figure.subplots(1, 3), tables, layer, head, reasons or {})
@@ -73,7 +67,7 @@ def position_or_content(tables: Tables, layer: int, head: int, reasons: Mapping[
 
 
 @styled
-def partners(tables: Tables, layer: int, head: int) -> Figure:
+def partners(tables: HeadTables, layer: int, head: int) -> Figure:
     """Draw the strongest compositions of the head: heads it reads from, and heads that read it (Elhage et al. 2021)."""
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     _partners(figure.subplots(1, 2), tables, layer, head)
@@ -81,7 +75,7 @@ def partners(tables: Tables, layer: int, head: int) -> Figure:
 
 
 @styled
-def null_strips(tables: Tables, layer: int | None, head: int | None, role: str | None = None) -> Figure:
+def null_strips(tables: HeadTables, layer: int | None, head: int | None, role: str | None = None) -> Figure:
     """Draw every test of a head (of roles if layer and head are None) on its null: range, 5 to 95 %, median, value.
 
     A filled dot is one that counts for the verdict, blue if q < 0.05. The null `depth` compares values standardised
@@ -96,7 +90,7 @@ def null_strips(tables: Tables, layer: int | None, head: int | None, role: str |
 
 
 @styled
-def components(tables: Tables, layer: int, head: int, circuit: str = "ov") -> Figure:
+def components(tables: HeadTables, layer: int, head: int, circuit: str = "ov") -> Figure:
     """Draw the tokens that the leading singular components of a circuit read and write, at both of their ends."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     _components(figure.subplots(), tables, layer, head, circuit)
@@ -104,7 +98,9 @@ def components(tables: Tables, layer: int, head: int, circuit: str = "ov") -> Fi
 
 
 @styled
-def sheet(tables: Tables, layer: int, head: int, title: str = "", reasons: Mapping[str, str] | None = None) -> Figure:
+def sheet(
+    tables: HeadTables, layer: int, head: int, title: str = "", reasons: Mapping[str, str] | None = None
+) -> Figure:
     """Draw everything about one head on one sheet: verdict, spectra, tokens, positions, partners, nulls.
 
     Args:
@@ -156,7 +152,7 @@ def _of(table: pd.DataFrame | None, layer: int | None, head: int | None) -> pd.D
     return table[(table["layer"] == layer) & (table["head"] == head)]
 
 
-def _claims(tables: Tables, layer: int, head: int) -> list[dict[str, Any]]:
+def _claims(tables: HeadTables, layer: int, head: int) -> list[dict[str, Any]]:
     rows = _of(tables.get("verdicts"), layer, head)
     return rows.to_dict("records") if len(rows) else []  # type: ignore[return-value]
 
@@ -177,7 +173,7 @@ def _heading(band: SubFigure, title: str, verdicts: list[dict[str, Any]]) -> Non
 def _eigenvalues(
     plane: Axes,
     gauge: Axes,
-    tables: Tables,
+    tables: HeadTables,
     layer: int,
     head: int,
     circuit: str,
@@ -190,7 +186,7 @@ def _eigenvalues(
         rows = rows[(rows["circuit"] == circuit) & (rows["kind"] == "eigen") & (rows["offset"] == rows["offset"].min())]
     there = [name for name in ("vocab", "residual") if len(rows) and (rows["space"] == name).any()]
     chosen = space or next(iter(there), "vocab")
-    metric = RATIOS[circuit, chosen]
+    metric = ratios()[circuit, chosen]
     if chosen not in there:
         drawing.unavailable(plane, title, reasons.get(metric, ""))
         gauge.set_axis_off()
@@ -206,7 +202,7 @@ def _eigenvalues(
         gauge.set_axis_off()
 
 
-def frame_band(tables: Tables, layer: int, head: int, metric: str) -> dict[float, float] | None:
+def frame_band(tables: HeadTables, layer: int, head: int, metric: str) -> dict[float, float] | None:
     """Return quantile -> value of the spectrum null of a head's metric; None if it was not drawn."""
     rows = _of(tables.get("nulls"), layer, head)
     if not len(rows):
@@ -215,12 +211,12 @@ def frame_band(tables: Tables, layer: int, head: int, metric: str) -> dict[float
     return dict(zip(rows["quantile"], rows["value"], strict=True)) if len(rows) else None
 
 
-def _value(tables: Tables, layer: int, head: int, metric: str) -> float:
+def _value(tables: HeadTables, layer: int, head: int, metric: str) -> float:
     rows = _of(tables.get("heads"), layer, head)
     return float(rows.iloc[0][metric]) if len(rows) and metric in rows else math.nan
 
 
-def _singular_values(axes: Axes, tables: Tables, layer: int, head: int, circuit: str) -> None:
+def _singular_values(axes: Axes, tables: HeadTables, layer: int, head: int, circuit: str) -> None:
     title, table = f"{circuit.upper()} singular values", tables.get("spectra")
     if table is not None:
         kind = (table["circuit"] == circuit) & (table["kind"] == "singular") & (table["space"] == "residual")
@@ -232,7 +228,7 @@ def _singular_values(axes: Axes, tables: Tables, layer: int, head: int, circuit:
     drawing.singular_curve(axes, every.loc[(layer, head)].to_list(), every.to_numpy(float), title)
 
 
-def _positions(panels: Any, tables: Tables, layer: int, head: int, reasons: Mapping[str, str]) -> None:
+def _positions(panels: Any, tables: HeadTables, layer: int, head: int, reasons: Mapping[str, str]) -> None:
     heads, offsets = tables.get("heads"), _of(tables.get("offsets"), layer, head)
     wanted = ("qk_symmetry", "qk_positional_share")
     missing = [name for name in wanted if heads is None or name not in heads or heads[name].isna().all()]
@@ -253,7 +249,7 @@ def _positions(panels: Any, tables: Tables, layer: int, head: int, reasons: Mapp
         drawing.unavailable(panels[2], "Score by offset", reasons.get("qk_prev_auc", ""))
 
 
-def _partners_of(tables: Tables, layer: int, head: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _partners_of(tables: HeadTables, layer: int, head: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the strongest compositions that the head reads, and those that read it."""
     table = tables.get("composition")
     if table is None:
@@ -263,7 +259,7 @@ def _partners_of(tables: Tables, layer: int, head: int) -> tuple[pd.DataFrame, p
     return reads, is_read
 
 
-def _partners(panels: Any, tables: Tables, layer: int, head: int) -> None:
+def _partners(panels: Any, tables: HeadTables, layer: int, head: int) -> None:
     titles = {"sender": "Reads from", "receiver": "Is read by"}
     for axes, (side, title), found in zip(panels, titles.items(), _partners_of(tables, layer, head), strict=True):
         if len(found):
@@ -279,7 +275,7 @@ Strip = tuple[str, str, pd.DataFrame]
 """metric, unit, rows of tests.parquet."""
 
 
-def _strips(tables: Tables, layer: int | None, head: int | None, role: str | None) -> list[Strip]:
+def _strips(tables: HeadTables, layer: int | None, head: int | None, role: str | None) -> list[Strip]:
     """Return the tests of a head or role by metric and by the unit of the null: one group for each axis."""
     tests = _of(tables.get("tests"), layer, head)
     if not len(tests):
@@ -291,7 +287,7 @@ def _strips(tables: Tables, layer: int | None, head: int | None, role: str | Non
     return [(str(metric), str(kind), rows) for (_, metric, kind), rows in groups]
 
 
-def _draw_strips(panels: Any, tables: Tables, groups: list[Strip]) -> None:
+def _draw_strips(panels: Any, tables: HeadTables, groups: list[Strip]) -> None:
     if not groups:
         drawing.empty(panels[0], "Against the nulls", "nothing is claimed of it here")
     said: set[tuple[str, str]] = set()
@@ -336,7 +332,7 @@ def _bounds(
 # --- tokens --------------------------------------------------------------------------------------------------
 
 
-def _components(axes: Axes, tables: Tables, layer: int, head: int, circuit: str) -> None:
+def _components(axes: Axes, tables: HeadTables, layer: int, head: int, circuit: str) -> None:
     """Draw a table of texts: sigma, then the tokens that each end reads and writes."""
     rows = _of(tables.get("directions"), layer, head)
     title = f"{circuit.upper()}: tokens of its leading singular components"

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ovqk.records.comparison import differences
-from ovqk.records.record import read_record
+from ovqk.records.record import read_record, says_done
 from ovqk.records.results import cell_folders, load_table
 
 ANALYSES = ("b03", "qk", "ov", "composition")  # which of several cells of one model and task is shown first
@@ -28,7 +28,7 @@ TABLES = (
 NEEDED = ("model", "task", "analysis", "cell_id", "seed", "processing", "provenance")  # of a record
 Json = dict[str, Any]
 Heads = set[tuple[int, int]]
-Tables = dict[str, pd.DataFrame]
+CellTables = dict[str, pd.DataFrame]
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Cell:
 
     folder: Path
     record: Json
-    tables: Tables
+    tables: CellTables
     prints: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -96,7 +96,7 @@ def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
             failures.append(Failure(**name, error="its record.json cannot be read"))
             continue
         name |= {key: str(record.get(key, value)) for key, value in name.items()}
-        if record.get("status") != "done":
+        if not says_done(record):
             failures.append(Failure(**name, error=str(record.get("error") or f"status {record.get('status')}")))
             continue
         try:

@@ -13,23 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ovqk.metrics import shown_in
 from ovqk.records.record import done_records
 from ovqk.records.results import load_table
 
 SHOWN_LETTERS = 24  # of a value that tells cells apart
 QUARTERS = ("first quarter", "second quarter", "third quarter", "last quarter")
-DEPTH_METRICS = (
-    "ov_copying",
-    "ov_copying_block0",
-    "qk_matching",
-    "qk_matching_block0",
-    "ov_symmetry",
-    "qk_symmetry",
-    "qk_positional_share",
-    "ov_effective_rank",
-    "qk_effective_rank",
-)
-"""Metrics that depend on no task, so that each model has them once."""
 
 
 def relative_depth(layers: pd.Series, n_layers: int) -> pd.Series:
@@ -117,14 +106,18 @@ def depths(folders: Iterable[Path]) -> pd.DataFrame:
         for metric in map(str, means.columns):
             row = {"metric": metric} | place | {name: means.at[name, metric] for name in QUARTERS}
             seen.setdefault((metric, *place.values()), row)
-    order = {name: place for place, name in enumerate(DEPTH_METRICS)}
+    order = {name: place for place, name in enumerate(shown_in("depth"))}
     rows = sorted(seen.values(), key=lambda row: order[row["metric"]])
     return pd.DataFrame(rows)
 
 
 def quarter_means(heads: pd.DataFrame, n_layers: int) -> pd.DataFrame:
-    """Return means over heads of DEPTH_METRICS by quarter of the depth: index QUARTERS, one column per known metric."""
-    there = [name for name in DEPTH_METRICS if name in heads and heads[name].notna().any()]
+    """Average each metric that is shown along the depth over the heads of each quarter of it.
+
+    Returns:
+        One row for each of QUARTERS (nan for one without layers), one column for each metric that has values.
+    """
+    there = [name for name in shown_in("depth") if name in heads and heads[name].notna().any()]
     depth = relative_depth(heads["layer"], n_layers)
     quarter = np.minimum((4 * depth).astype(int), 3)
     means = heads[there].groupby(quarter).mean().reindex(range(4))

@@ -27,7 +27,7 @@ from ovqk.config.resolve import plain
 from ovqk.config.schema import Config
 from ovqk.errors import UserError
 from ovqk.metrics import SCHEMA_VERSION
-from ovqk.whole_files import is_temporary, temporary, to_disk, write_json, write_text
+from ovqk.whole_files import temporary, to_disk, write_json, write_text
 
 RECORD = "record.json"
 TRACKING = "tracking.json"
@@ -104,7 +104,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def read_done(folder: Path) -> dict[str, Any] | None:
     """Return the record of a cell whose results are complete; None if they are not."""
     record = read_record(folder)
-    return record if record is not None and record.get("status") == "done" else None
+    return record if record is not None and says_done(record) else None
+
+
+def says_done(state: Mapping[str, Any]) -> bool:
+    """Whether a record.json says that its results are complete, or a tracking.json that its run is."""
+    return state.get("status") == "done"
 
 
 def done_records(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -141,13 +146,6 @@ def claim(results_dir: Path, identifier: str, wait: bool = True) -> Iterator[Non
         yield
     finally:
         lock.release()
-
-
-def clear_abandoned(folder: Path) -> None:
-    """Remove unfinished files of a process that was killed. The cell must be claimed."""
-    for abandoned in folder.iterdir() if folder.is_dir() else ():
-        if is_temporary(abandoned.name):
-            abandoned.unlink(missing_ok=True)
 
 
 def write_done(

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ovqk import wording
-from ovqk.report.tables import STYLES, rounded
+from ovqk.report.terminal_tables import STYLES, rounded
 
 PROMPT_STYLES = {
     "realised": "green",
@@ -33,10 +33,10 @@ def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> Table:
     heads = joint[joint["kind"] == "head"]
     for role, rows in heads.groupby("role", sort=False):
         table.add_row(Text(wording.role(str(role)), style="bold"))
-        of_role = roles[roles["role"] == role].set_index(["layer", "head"])
+        of_role = {(row["layer"], row["head"]): row for row in roles[roles["role"] == role].to_dict("records")}
         ordered = rows.sort_values(["measured", "claimed"], ascending=False, kind="stable")
         for row in ordered.head(SHOWN).to_dict("records"):
-            numbers = of_role.loc[(int(row["layer"]), int(row["head"]))].to_dict()
+            numbers = of_role[int(row["layer"]), int(row["head"])]
             weights = row["weights"] if isinstance(row["weights"], str) else None
             found = "" if row["claimed"] else " (measured)" if row["measured"] else " (chosen)"
             table.add_row(

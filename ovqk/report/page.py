@@ -19,9 +19,8 @@ from urllib.parse import quote
 from ovqk import wording
 from ovqk.figures import colours
 from ovqk.figures.colours import Scale
-from ovqk.metrics import COMPOSITION_METRICS, METRICS
-from ovqk.records.cells import Cell, Failure, Heads, Json, Tables, labels, weights_labels
-from ovqk.records.comparison import DEPTH_METRICS
+from ovqk.metrics import COMPOSITION_METRICS, METRICS, ratios, shares, shown_in
+from ovqk.records.cells import Cell, CellTables, Failure, Heads, Json, labels, weights_labels
 from ovqk.report import thinning
 from ovqk.report.thinning import DETAILS, Detail, Grid, Pool, columnar, short
 
@@ -33,7 +32,7 @@ SCRIPTS = tuple(
     f"{name}.js"
     for name in ("elements", "plots", "panels", "compare", "atlas", "head", "circuit", "provenance", "main")
 )
-THINNED: dict[str, Callable[[Tables, Grid, Detail, Heads, Pool], Json]] = {
+THINNED: dict[str, Callable[[CellTables, Grid, Detail, Heads, Pool], Json]] = {
     "spectra": thinning.spectra,
     "offsets": thinning.offsets,
     "directions": thinning.directions,
@@ -115,7 +114,7 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
     names = cell_names(cells)
     return {
         "metrics": _metrics(cells),
-        "depth_metrics": DEPTH_METRICS,
+        "shown": _shown(),
         "scales": _scales(cells),
         "roles": _roles(cells),
         "wording": {
@@ -124,6 +123,7 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
             "flags": wording.FLAGS,
             "arrows": wording.ARROWS,
             "modes": wording.MODES,
+            "parts": wording.PARTS,
             "pair_metrics": {name: wording.metric(name) for name in COMPOSITION_METRICS},
         },
         "palette": {
@@ -177,9 +177,31 @@ def _metrics(cells: Sequence[Cell]) -> Json:
             "high": metric.high,
             "of_task": metric.is_readout,
             "later_layers": "block0" in metric.needs,
+            "topic": metric.topic,
         }
         for name, metric in METRICS.items()
         if name in there
+    }
+
+
+def _shown() -> Json:
+    """Return the metrics of each place of the page: along the depth, in a head's profile, below its eigenvalues, ..."""
+    profile = [METRICS[name] for name in METRICS if "profile" in METRICS[name].shown]
+    below: dict[str, dict[str, str]] = {}
+    for (circuit, space), name in ratios().items():
+        below.setdefault(circuit, {})[space] = name
+    return {
+        "depth": shown_in("depth"),
+        "profile": {circuit: [metric.name for metric in profile if metric.circuit == circuit] for circuit in below},
+        "ratios": below,
+        "shares": {
+            kind: [
+                {"metric": metric, "name": name, "group": part}
+                for part, names in parts.items()
+                for metric, name in names.items()
+            ]
+            for kind, parts in shares().items()
+        },
     }
 
 

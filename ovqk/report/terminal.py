@@ -16,11 +16,11 @@ from ovqk import wording
 from ovqk.metrics import NOT_APPLICABLE
 from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
-from ovqk.records.record import read_record, read_tracking
+from ovqk.records.record import read_record, read_tracking, says_done
 from ovqk.records.results import load_table
 from ovqk.report.on_prompts import LEGEND, prompts_lines, prompts_table
 from ovqk.report.suggestions import next_arguments
-from ovqk.report.tables import (
+from ovqk.report.terminal_tables import (
     STYLES,
     candidate_table,
     layer_table,
@@ -159,11 +159,11 @@ def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None
     tracking = read_tracking(folder)
     results_dir = folder.parents[2]
     out.print(f"\nrecord: {folder}", soft_wrap=True)
-    if tracking["status"] == "done" and tracking.get("directory"):
+    if says_done(tracking) and tracking.get("directory"):
         run = results_dir / tracking["directory"]
         out.print(f"W&B (offline): {run}", soft_wrap=True)
         sync = f"   {_python()} -m wandb sync {shlex.quote(str(run))}"
-    elif tracking["status"] == "done":
+    elif says_done(tracking):
         sync = ""
         out.print(f"W&B: {tracking.get('url') or 'run ' + tracking['run_id']}", soft_wrap=True)
     else:

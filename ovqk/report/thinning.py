@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ovqk.records.cells import Heads, Json, Tables
+from ovqk.records.cells import CellTables, Heads, Json
 
 QUANTILES = (0.05, 0.5, 0.95)
 FIRST_OFFSETS = 17  # kept one by one; later ones more and more apart
@@ -157,7 +157,7 @@ def with_quantiles(tests: pd.DataFrame, nulls: pd.DataFrame | None) -> pd.DataFr
     return tests.assign(quantiles=at, quantile_values=values)
 
 
-def spectra(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
+def spectra(tables: CellTables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
     """Return eigenvalues (re, im; one of each conjugate pair) and singular values per head, circuit and space."""
     table = tables["spectra"]
     table = table[table["offset"] == table["offset"].min()]
@@ -191,7 +191,7 @@ def _band(sigma: np.ndarray) -> list[list[Short]]:
     return [[short(value) for value in line] for line in np.quantile(scaled, QUANTILES, axis=0)]
 
 
-def offsets(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
+def offsets(tables: CellTables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
     """Return the mean score by offset: the first offsets, then fewer and fewer."""
     table = tables["offsets"]
     every = sorted(table["offset"].unique().tolist())
@@ -216,7 +216,7 @@ def spaced_offsets(n: int, most: int) -> list[int]:
     return sorted({*range(FIRST_OFFSETS), *(round(float(value)) for value in later)})
 
 
-def directions(tables: Tables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
+def directions(tables: CellTables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
     """Return each head's components with the tokens at both ends of both sides, best first."""
     table, energy = tables["directions"], _energies(tables.get("spectra"))
     if detail.tokens is not None:

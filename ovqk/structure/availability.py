@@ -1,7 +1,10 @@
 """Reasons why no head of a model has a metric: they are in the record, and no value is made up."""
 
+from collections.abc import Sequence
+
 from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.vocabulary import Vocabulary
+from ovqk.config.schema import Circuit
 from ovqk.metrics import METRICS, NOT_APPLICABLE, Needs, metric_names
 from ovqk.weights.types import Architecture
 
@@ -10,21 +13,21 @@ MIN_POSITIONS = 4  # fewer leave no degree of freedom for an offset fit
 
 
 def unavailable_metrics(
-    circuits: list[str],
+    circuits: Sequence[Circuit],
     architecture: Architecture,
     vocabulary: Vocabulary | None,
     n_positions: int | None,
     block0: Block0 | str,
     why_no_embedding: str,
 ) -> dict[str, str]:
-    """Return metric -> reason, for the metrics of these circuits that no head can have.
+    """Say why a metric is missing for every head: metric -> reason, for these circuits' metrics.
 
     Args:
-        circuits: `ov`, `qk`.
+        circuits: the circuits that the analysis takes apart.
         architecture: the model's.
         vocabulary: its embeddings; None if the checkpoint holds none.
-        n_positions: rows of the learned position embedding; None if there is none.
-        block0: the effective embedding of later layers, or why there is none.
+        n_positions: how many learned positions there are; None without them.
+        block0: the effective embedding that later layers read, or why there is none.
         why_no_embedding: why there is no vocabulary, if there is none.
     """
 

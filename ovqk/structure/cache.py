@@ -1,7 +1,7 @@
-"""The tables of a model that depend on no task, kept for the cells of other tasks and for other processes.
+"""A model's tables that depend on no task, kept for cells with other tasks and for other processes.
 
-An entry is a folder of Parquet tables and `entry.json`, with a hash of each. It comes into being by one rename, so
-that there is no half of one; an entry that is damaged all the same is thrown away and computed again.
+An entry is a folder that holds Parquet tables, and `entry.json` with a hash for each. One rename brings it into being,
+so that it is never half there; an entry that is damaged all the same is thrown away and computed again.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from filelock import FileLock
 from ovqk.config.resolve import plain
 from ovqk.metrics import SCHEMA_VERSION
 from ovqk.structure.model import Model
-from ovqk.structure.tables import Tables
+from ovqk.structure.stages import Tables
 from ovqk.whole_files import temporary
 
 PACKAGE = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ class StructureCache:
     """A folder of entries, shared by processes."""
 
     def __init__(self, folder: Path, gigabytes: float, digest: str) -> None:
-        """Take where it is, how large it may be, and the digest of the checkpoint."""
+        """Take where it is, how large it may be, and the checkpoint's digest."""
         self.folder, self.most, self.digest = folder / "structure", gigabytes * GIGABYTE, digest
 
     def key(self, model: Model) -> str:
@@ -113,7 +113,7 @@ class StructureCache:
 
 
 def _read(folder: Path) -> Tables | None:
-    """Return an entry's tables; None if there is no whole entry, and what is left of a broken one is removed."""
+    """Read an entry's tables; None if there is no whole entry, and the rest of a broken one is removed."""
     try:
         hashes = json.loads((folder / ENTRY).read_text(encoding="utf-8"))["tables"]
         tables = {}
@@ -152,7 +152,7 @@ def _forget_oldest(folder: Path, most: float) -> None:
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    """Hash ovqk's own modules and their places: an entry of other code is never read, even if no version was bumped."""
+    """Hash ovqk's own modules and their places: no entry by other code is read, even if no version was bumped."""
     places = ((path.relative_to(PACKAGE).as_posix().encode(), path) for path in sorted(PACKAGE.rglob("*.py")))
     return _hash(b"".join(name + b"\0" + path.read_bytes() for name, path in places))
 

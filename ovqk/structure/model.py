@@ -23,7 +23,7 @@ from ovqk.structure.token_tables import Directions
 from ovqk.weights.devices import resolve_device, to_device
 from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
 from ovqk.weights.mlp import ACTIVATIONS
-from ovqk.weights.types import Architecture, LayerWeights, WeightSource
+from ovqk.weights.types import Architecture, LayerWeights, OpenedModel, WeightSource
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,13 @@ class Model:
     """Everything that is read once per model and shared by its layers; large parts when they are first needed.
 
     Attributes:
-        label: how messages name the model.
-        vocabulary: folded; for readouts and shares. None if the checkpoint holds no embedding.
-        spectral_vocabulary: as processed; for full-circuit spectra.
+        source: the raw weights.
+        config: the resolved cell; its task has no part here.
+        device: the device that computes products.
+        label: the model's name in messages.
+        vocabulary: folded embeddings, for readouts and shares; None if the checkpoint holds no embedding.
+        spectral_vocabulary: embeddings as processed, for full-circuit spectra.
+        W_pos: learned position embeddings; None without them.
         tokenizer: None if there is none.
     """
 
@@ -54,11 +58,11 @@ class Model:
     @property
     def circuits(self) -> list[Circuit]:
         """The circuits that the analysis takes apart."""
-        return list(self.config.analysis.circuits)  # type: ignore[arg-type]
+        return [Circuit(name) for name in self.config.analysis.circuits]
 
     @property
     def folds(self) -> bool:
-        """Whether the spectra are of folded weights."""
+        """Whether spectra are computed from folded weights."""
         return self.config.processing is Processing.folded and self.source.foldable
 
     @property
@@ -75,7 +79,7 @@ class Model:
     def unavailable(self) -> dict[str, str]:
         """Metric -> why no head of this model has it, whatever the task."""
         return unavailable_metrics(
-            list(self.config.analysis.circuits),
+            self.circuits,
             self.architecture,
             self.vocabulary,
             None if self.W_pos is None else self.W_pos.shape[0],
@@ -85,7 +89,7 @@ class Model:
 
     @cached_property
     def token_moments(self) -> tuple[moments.Moments, moments.Moments] | None:
-        """Moments of plain and of normalised embedding rows (the second is used under rotary positions)."""
+        """Moments over plain and over normalised embedding rows (the second only under rotary positions)."""
         if self.vocabulary is None:
             return None
         plain = moments.token_moments(self.vocabulary)
@@ -95,35 +99,34 @@ class Model:
 
     @cached_property
     def sampled_rows(self) -> Float[Tensor, "sampled d_model"] | None:
-        """Embedding rows that the moments of normalised queries and keys are taken over; None without an embedding."""
+        """Embedding rows over which normalised queries and keys have their moments; None without an embedding."""
         return None if self.vocabulary is None else moments.sample_rows(self.vocabulary.W_E)
 
     @cached_property
     def position_moments(self) -> moments.Moments | None:
-        """Moments of the rows of W_pos; None without learned positions."""
+        """Moments over the rows of W_pos; None without learned positions."""
         return None if self.W_pos is None else moments.row_moments(self.W_pos)
 
     @cached_property
     def block0_grams(self) -> Block0Grams | None:
-        """The Grams of the block0 embeddings; None if they cannot be had, or if no layer reads them."""
+        """Gram matrices of the block0 embeddings; None if they cannot be had, or if no layer reads them."""
         if not isinstance(self.block0, Block0) or self.vocabulary is None or self.architecture.n_layers == 1:
             return None
         return self.block0.grams(self.vocabulary, None if self.block0_side is None else self.block0_side.read)
 
     def block0_circuit(self, circuit: Circuit) -> FullCircuit | None:
-        """Return the Grams of the full circuits of layers after the first, which read block0 embeddings, folded."""
+        """Return the Grams of full circuits that read block0 embeddings, as layers after the first do; folded.
+
+        None if block0 embeddings cannot be had, and for OV without an unembedding.
+        """
         grams, vocabulary = self.block0_grams, self.vocabulary
         if grams is None or vocabulary is None:
             return None
-        if circuit == "qk":
-            return FullCircuit.qk(grams.embed)
-        if grams.cross is None or vocabulary.gram_unembed is None:
-            return None
-        return FullCircuit.ov(grams.embed, grams.cross, vocabulary.gram_unembed)
+        return FullCircuit.of(circuit, lambda: grams.embed, lambda: (grams.cross, vocabulary.gram_unembed))
 
     @property
     def lists_tokens(self) -> bool:
-        """Whether components are read out as lists of tokens."""
+        """Whether components are read out as token lists."""
         return self.vocabulary is not None and self.config.analysis.components > 0
 
     @cached_property
@@ -135,7 +138,7 @@ class Model:
 
     @cached_property
     def block0_side(self) -> Block0Side | None:
-        """The vocabulary as block0 embeddings, if lists of tokens read some layer through them."""
+        """The vocabulary as block0 embeddings, if token lists read some layer through them."""
         if not isinstance(self.block0, Block0) or self.vocabulary is None or not self.lists_tokens:
             return None
         if not any(
@@ -169,13 +172,13 @@ class Model:
 
     @property
     def sample_notes(self) -> list[str]:
-        """A note, if the shares of position and content are computed from a sample of the tokens."""
+        """A note, if shares of position and content are computed from sampled tokens."""
         architecture = self.architecture
         if (
             self.vocabulary is None
             or not architecture.qk_norm
             or architecture.positions != "rotary"
-            or "qk" not in self.circuits
+            or Circuit.qk not in self.circuits
         ):
             return []
         step = moments.sample_step(self.vocabulary.size, self.vocabulary.d_model)
@@ -188,7 +191,7 @@ class Model:
 
     @property
     def direction_notes(self) -> list[str]:
-        """Notes on lists of tokens: how many tokens are left out, and whether block0 embeddings are missing."""
+        """Notes on token lists: how many tokens are left out, and whether block0 embeddings are missing."""
         if not self.lists_tokens:
             return []
         rare = None if self.rare_tokens is None else self.rare_tokens.note
@@ -212,15 +215,13 @@ class Model:
         return {"requested": asked, "applied": applied}
 
     @classmethod
-    def read(
-        cls,
-        source: WeightSource,
-        tokenizer: Tokenizer | None,
-        n_tokens: int | None,
-        label: str,
-        config: Config,
-    ) -> "Model":
-        """Read the embeddings; the task of the config has no part in it."""
+    def read(cls, opened: OpenedModel, config: Config) -> "Model":
+        """Read the embeddings, over the tokens that the tokenizer knows; the task of the config has no part in it.
+
+        Raises:
+            UserError: an embedding holds NaN or infinity, or `device` is not there.
+        """
+        source, label, n_tokens = opened.source, opened.label, opened.n_tokens
         device = resolve_device(config.device)
         architecture = source.architecture
         raw = to_device(source.embeddings(), device)
@@ -229,11 +230,11 @@ class Model:
         spectral = vocabulary
         if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
             spectral = read_vocabulary(raw, n_tokens, label)
-        return cls(source, config, device, label, vocabulary, spectral, folded.W_pos, tokenizer)
+        return cls(source, config, device, label, vocabulary, spectral, folded.W_pos, opened.tokenizer)
 
 
 def read_block0(source: WeightSource, vocabulary: Vocabulary | None, device: torch.device) -> Block0 | str:
-    """Return block 0 as the effective embedding of later layers, or why it cannot be had."""
+    """Read block 0, whose output later layers read as their effective embedding; or say why it cannot be had."""
     if vocabulary is None:
         return source.no_vocabulary or NO_EMBEDDING
     if not source.foldable:
@@ -253,12 +254,12 @@ Part = Literal["Q", "K", "V", "O"]
 
 
 class Form(NamedTuple):
-    """Which weights of a layer a metric is computed from.
+    """The weights in a layer that a metric is computed from.
 
     Attributes:
-        circuit: `ov` or `qk`.
-        folded: the norms are folded in; else the weights are as the checkpoint has them.
-        offsets: QK under rotary positions: the mean rotation is over these; (0,) for no rotation.
+        circuit: OV or QK.
+        folded: whether the norms are folded in; else the weights are as the checkpoint has them.
+        offsets: for QK under rotary positions, those over which the rotation is averaged; (0,) for no rotation.
     """
 
     circuit: Circuit
@@ -294,14 +295,14 @@ class Layer:
 
     @property
     def gain(self) -> Float[Tensor, " d_model"] | None:
-        """The gain of the norm before attention, float64; None if it is folded into the processed weights."""
+        """The gain in the norm before attention, float64; None if it is folded into the processed weights."""
         norm = self.processed.norm
         return None if norm is None else norm.weight.double()
 
     def factors(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Factors:
-        """Return factors of the folded or of the processed weights; QK with the mean rotation over the offsets."""
+        """Return a circuit's factors, folded or as processed; QK is averaged over the offsets' rotations."""
         weights = self.folded if folded else self.processed
-        if circuit == "ov":
+        if circuit is Circuit.ov:
             return ov_factors(weights, self.model.architecture)
         return qk_factors(weights, self.model.architecture, offsets)
 
@@ -314,9 +315,13 @@ class Layer:
         )
 
     def basis(self, part: Part, folded: bool) -> Basis:
-        """Return an orthonormal basis of what each head's W_Q, W_K, W_V reads or W_O writes, folded or as processed.
+        """Return orthonormal bases for the subspaces that the heads' W_Q, W_K or W_V read, or that W_O writes.
 
-        Found once: every decomposition and every moment of this layer is taken through it.
+        They are found once, because every decomposition and moment in this layer goes through them.
+
+        Args:
+            part: the weight.
+            folded: folded weights; else those that are processed.
         """
         key = part, folded or self.model.folds
         if key not in self._bases:
@@ -326,7 +331,13 @@ class Layer:
         return self._bases[key]
 
     def maps(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> FactoredMaps:
-        """Return a circuit of the layer's heads, factored once; QK with the mean rotation over the offsets."""
+        """Return a circuit for all heads, factored once; QK is averaged over the offsets' rotations.
+
+        Args:
+            circuit: OV or QK.
+            folded: folded weights; else those that are processed.
+            offsets: query position less key position; 0 for no rotation.
+        """
         form = Form(circuit, folded or self.model.folds, offsets)
         if form not in self._maps:
             weights, architecture = self.folded if form.folded else self.processed, self.model.architecture
@@ -334,7 +345,7 @@ class Layer:
             every = torch.arange(architecture.n_heads, device=kv.device)
             rank = min(architecture.d_head, architecture.d_model - self.model.centred)
             across = self._across.setdefault((circuit, form.folded), [])
-            if circuit == "ov":
+            if circuit is Circuit.ov:
                 left, right = self.basis("V", folded), self.basis("O", folded)
                 inner = left.coordinates[kv] @ right.coordinates.mT
                 self._maps[form] = FactoredMaps(left, right, kv, every, inner, rank, across=across)
@@ -345,5 +356,5 @@ class Layer:
         return self._maps[form]
 
     def decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Decomposition:
-        """Return the thin SVD of a circuit's heads, with its directions."""
+        """Return a circuit's thin SVD, head by head, with its directions; see `maps`."""
         return self.maps(circuit, folded, offsets).decomposition

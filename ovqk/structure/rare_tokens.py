@@ -1,7 +1,7 @@
-"""Tokens that lists of tokens leave out because a model was hardly trained on them (docs/method.md has the rule).
+"""Tokens that lists leave out because a model was hardly trained on them (docs/method.md has the rule).
 
-Plain rows of such tokens lie apart from all others, and fill every list of largest and smallest projections. The signs
-are those of Land & Bartolo 2024 (arXiv 2405.05417): the kind of token, a row near the mean, a row like unused ones.
+Such tokens' plain rows lie apart from all others, and would fill every list of extreme projections. The signs follow
+Land & Bartolo 2024 (arXiv 2405.05417): the token's kind, a row near the mean, a row like those of unused tokens.
 """
 
 import re
@@ -16,9 +16,9 @@ from ovqk.circuits.grams import blocks, mean_row
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.structure.spelling import BYTE_LETTERS, Spelling
 
-NEAR_MEAN = 0.01  # quantile of the distance from the mean row
-LIKE_UNTRAINED = 0.9  # cosine with the mean of the rows known to be untrained, both less the mean row
-KNOWN_UNTRAINED = 3  # of those rows that are needed
+NEAR_MEAN = 0.01  # quantile over all distances from the mean row
+LIKE_UNTRAINED = 0.9  # cosine with the mean over rows known to be untrained, both less the mean row
+KNOWN_UNTRAINED = 3  # rows known to be untrained that are needed
 LARGE_VOCABULARY = 10_000  # tokens from which rows are looked at: in smaller vocabularies every token is a frequent one
 IMPOSSIBLE = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no UTF-8 text has
 WHITESPACE = {0x09, 0x0A, 0x0D}

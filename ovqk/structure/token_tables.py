@@ -2,10 +2,10 @@
 
 OV reads tokens and writes columns of W_U; QK compares tokens (read: the query, write: the key). Tokens are read as rows
 of W_E, or as `block0` embeddings, normalised as the layer's norm would. Projections are centred over the tokens that
-may be listed: a softmax cannot see a constant.
+may be listed, because a softmax cannot see a constant.
 
-The joint sign of a component is chosen so that the read side's projection of largest magnitude is positive (a tie: that
-of the lowest token id).
+A component's joint sign makes the read side's projection of largest magnitude positive (in a tie, the lowest token id
+decides).
 """
 
 import math
@@ -29,12 +29,12 @@ from ovqk.config.schema import Circuit, Embedding
 from ovqk.structure.spelling import Spelling
 from ovqk.weights.types import Architecture
 
-TOKENS = 10  # of each side and sign
-SLACK = 1e-5  # of the longest token: more than the rounding of a float32 projection
+TOKENS = 10  # for each side and sign
+SLACK = 1e-5  # times the longest token: more than a float32 projection's rounding
 SCORES = 2**20  # projections held at a time
-SEGMENT = 32  # tokens of a segment
+SEGMENT = 32  # tokens in a segment
 CANDIDATES = 4096  # projected again at a time
-GRID = 1e-9  # of the longest token: scores are rounded to it, so that equal tokens score the same
+GRID = 1e-9  # times the longest token: scores are rounded to it, so that equal tokens score the same
 
 # fmt: off
 COLUMNS = {
@@ -48,13 +48,15 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Extremes:
-    """Lists of tokens, one for each component and sign (a pair has only +1), best first.
+    """Token lists, one for each component and sign (a complex pair has only +1), best first.
 
     Attributes:
-        owner, sign: whose list, and of its largest (+1) or smallest (-1) projections.
+        owner: the component that each list belongs to.
+        sign: whether it holds the largest (+1) or the smallest (-1) projections.
+        token: token ids.
         score: sign times the centred projection; on a pair's plane, its norm.
-        contrast: mean score of the list over the standard deviation of all tokens' scores (on one axis of a plane, on
-            average); nan if they are all alike.
+        contrast: the list's mean score over the standard deviation of all tokens' scores (on a plane, along one axis
+            on average); nan if all tokens score alike.
     """
 
     owner: Int[Tensor, " list"]
@@ -64,14 +66,14 @@ class Extremes:
     contrast: Float[Tensor, " list"]
 
     def of(self, first: int, n: int) -> "Extremes":
-        """Return the lists of n components from this one on, which is 0 then."""
+        """Return the lists that belong to n components from `first` on, renumbered from 0."""
         mine = (self.owner >= first) & (self.owner < first + n)
         return Extremes(
             self.owner[mine] - first, self.sign[mine], self.token[mine], self.score[mine], self.contrast[mine]
         )
 
     def joint_sign(self) -> Int[Tensor, " n"]:
-        """Return -1 for each component whose projection of largest magnitude is negative, else 1."""
+        """Return -1 for each component whose projection of largest magnitude is negative, else 1, [n]."""
         plus, minus = (self.sign == 1).nonzero()[:, 0], (self.sign == -1).nonzero()[:, 0]
         other = plus[self.owner[minus]]  # the list of the same component's largest
         more = self.score[minus, 0] > self.score[other, 0]
@@ -82,7 +84,7 @@ class Extremes:
 
 
 class TokenSide:
-    """The tokens of one side that may be listed, less their mean."""
+    """The tokens that may be listed on one side, less their mean."""
 
     def __init__(self, rows: Side, listed: Bool[Tensor, " token"] | None = None, block: int = BLOCK) -> None:
         """Take the side, and which tokens may be listed (all, if None)."""
@@ -93,17 +95,21 @@ class TokenSide:
         self.slack = max(SLACK, rows.rounding) * self.longest
 
     def each(self, planes: Sequence[Float[Tensor, "_ 2 d_model"]], count: int) -> list[Extremes]:
-        """Return the extremes of several batches of components, in one pass over the tokens."""
+        """Find the extremes for several batches of components, in one pass over the tokens."""
         if not planes:
             return []
         together, sizes = self.extremes(torch.cat(list(planes)), count), [len(some) for some in planes]
         return [together.of(sum(sizes[:at]), n) for at, n in enumerate(sizes)]
 
     def extremes(self, planes: Float[Tensor, "n 2 d_model"], count: int) -> Extremes:
-        """Find the tokens of largest and of smallest projection; equal scores are ordered by id.
+        """Find the tokens with the largest and the smallest projections; equal scores are ordered by id.
 
-        The vocabulary is screened in float32, a block of tokens at a time; tokens within rounding of the best are
+        The vocabulary is screened in float32, block by block. Tokens that rounding could bring among the best are
         projected again in float64, so that neither blocks nor threads decide.
+
+        Args:
+            planes: for each component one direction, or the two that span a complex pair's plane (else zeros).
+            count: the length of a list, at most as many tokens as may be listed.
         """
         is_pair, count = planes[:, 1].any(-1), min(count, self.size)
         owner = torch.cat((torch.arange(len(planes), device=planes.device), (~is_pair).nonzero()[:, 0]))
@@ -135,11 +141,11 @@ class TokenSide:
     def screened(
         self, planes: Float[Tensor, "n 2 d_model"], is_pair: Bool[Tensor, " n"], count: int
     ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"], Float[Tensor, " n"]]:
-        """Return candidates (list, token) for each list's `count` best, and the standard deviation of scores.
+        """Return candidates (list, token) for each list's `count` best, and the scores' standard deviation [n].
 
-        Lists are every component's +1, then every line's -1. Projections are taken of as many components at a time as
-        a processor's cache holds the scores of. Segments of tokens are passed over if none of theirs is among the best
-        so far; the count-th largest maximum of a segment is no better than the count-th best token.
+        Lists are every component's +1, then every line's -1. Components are projected in groups whose scores fit in a
+        processor's cache. A segment of tokens is passed over if none is among the best so far; the count-th largest
+        maximum over segments is no better than the count-th best token.
         """
         n, device, lines = len(planes), planes.device, (~is_pair).long().cumsum(0)
         owners = torch.cat((torch.arange(n, device=device), (~is_pair).nonzero()[:, 0]))
@@ -196,7 +202,7 @@ class TokenSide:
 def _raised(
     best: Float[Tensor, "list count"], lists: Int[Tensor, " n"], _: Int[Tensor, " n"], scores: Float[Tensor, " n"]
 ) -> Float[Tensor, "list count"]:
-    """Return the best scores of each list so far and of these, which come list by list."""
+    """Merge new scores, which come list by list, into each list's best so far."""
     if not len(lists):
         return best
     number = torch.bincount(lists, minlength=len(best))
@@ -223,10 +229,10 @@ class Directions:
         """Take the tokens' embeddings and spelling; without W_U, OV components have no written tokens.
 
         Args:
-            vocabulary: the folded one.
+            vocabulary: folded embeddings.
             tokenizer: spells the tokens; None for `#id`.
             block: tokens handled at a time.
-            architecture: whose norm rows of the embedding go through; None for rows as they are.
+            architecture: names the norm that embedding rows go through; None for rows as they are.
             embedding: which effective embedding each layer is read through.
             later: block0 embeddings; without them `token` stands in.
             listed: which tokens may be listed; None for all.
@@ -253,24 +259,24 @@ class Directions:
         return self._sides[kind]
 
     def kind(self, layer: int) -> str:
-        """Return the kind of rows that a layer is read through."""
+        """Say which rows a layer is read through: `token` or `block0`."""
         return "token" if self.later is None else self.embedding.kind(layer)
 
     def tables(self, found: Sequence[tuple[int, Circuit, Components]], tokens: int = TOKENS) -> list[pd.DataFrame]:
-        """Make a row for each head, component, side, sign and rank of these circuits (layer, circuit, components).
+        """List tokens for several circuits (layer, circuit, components), in one pass over the vocabulary.
 
-        A table is empty if M is 0. The vocabulary is passed once for all of them.
+        Each table has a row for every head, component, side, sign and rank; it is empty if M is 0.
 
         Columns: layer, head, circuit, kind (`singular`, `eigen`), component (a complex pair is one), value (sigma or
         Re lambda), value_im (Im lambda > 0 for a pair, else 0), cluster (its first component), cluster_size (counting
         components that are not reported; above 1, only their span is identified), side (`read`, `write`), sign (+1
-        largest, -1 smallest), rank (1 the most extreme), token_id, token, score (the centred projection), contrast (of
-        the list: its mean score over the standard deviation of all scores; null if they are all alike).
+        largest, -1 smallest), rank (1 the most extreme), token_id, token, score (the centred projection), contrast (the
+        list's mean score over the standard deviation of all scores; null if they are all alike).
         """
         asked: dict[str, dict[tuple[int, str], Tensor]] = {}
         for at, (layer, circuit, parts) in enumerate(found):
             asked.setdefault(self.kind(layer), {})[at, "read"] = parts.read
-            asked.setdefault(self.kind(layer) if circuit == "qk" else "write", {})[at, "write"] = parts.write
+            asked.setdefault(self.kind(layer) if circuit is Circuit.qk else "write", {})[at, "write"] = parts.write
         extremes: dict[tuple[int, str], Extremes] = {}
         for kind, planes in asked.items():
             if (side := self.side(kind)) is not None:
@@ -289,7 +295,7 @@ class Directions:
         ids, place = np.unique(rows["token_id"], return_inverse=True)
         rows |= {
             "layer": np.full(len(place), layer),
-            "circuit": np.full(len(place), circuit, dtype=object),
+            "circuit": np.full(len(place), circuit.value, dtype=object),
             "kind": np.array(KINDS, dtype=object)[rows["kind"]],
             "value": rows["value"].real,
             "value_im": rows["value"].imag,

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from ovqk.config.schema import ClaimsConfig, ModelConfig, PredictionConfig, Source, TaskConfig
 from ovqk.errors import UserError
 from ovqk.metrics import METRICS
-from ovqk.weights.types import Architecture
-
-Head = tuple[int, int]
-"""(layer, head)."""
+from ovqk.weights.types import Architecture, Head
 
 MEASURED = "measured"
 """`model.claims` that asks for the roles that heads have on the cell's own prompts."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ovqk.circuits import alignment
 from ovqk.circuits.effective_embeddings import WRITE, EffectiveRows
 from ovqk.circuits.head_maps import CircuitMaps
-from ovqk.config.schema import Embedding, VariableKind
+from ovqk.config.schema import Circuit, Embedding, VariableKind
 from ovqk.errors import UserError
 from ovqk.metrics import METRICS, named
 from ovqk.tasks.words import Variable, WordSet
@@ -149,14 +149,14 @@ class Readout:
             return wanted is None or any(name in wanted for name in names)
 
         found: dict[str, Tensor] = {}
-        if maps.circuit == "ov" and W_U_rows is not None:
+        if maps.circuit is Circuit.ov and W_U_rows is not None:
             if asked("ov_task_auc", "ov_task_auc_raw"):
                 logits = maps.scores(rows, self.written)
                 found["ov_task_auc"], found["ov_task_auc_raw"] = alignment.task_auc_by_source(logits)
             in_top = self.in_top(layer, maps, wanted)
             InTop.settle(list(in_top.values()))
             found |= {name: top.by_source for name, top in in_top.items()}
-        if maps.circuit == "qk":
+        if maps.circuit is Circuit.qk:
             if asked("qk_task_auc", "qk_task_auc_raw"):
                 scores = maps.scores(rows, rows)
                 found["qk_task_auc"], found["qk_task_auc_raw"] = alignment.task_auc_by_source(scores)
@@ -168,7 +168,7 @@ class Readout:
     def in_top(self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None) -> "dict[str, InTop]":
         """Return the metrics of TOP_METRICS; only the vocabulary's first tokens are passed yet (`InTop.settle`)."""
         names = [name for name in TOP_METRICS if wanted is None or name in wanted]
-        there = self.reads(layer) and self.variable.kind is VariableKind.set and maps.circuit == "ov"
+        there = self.reads(layer) and self.variable.kind is VariableKind.set and maps.circuit is Circuit.ov
         unembedding = self.effective.unembedding if there and names else None
         if unembedding is None:
             return {}
@@ -185,7 +185,7 @@ class Readout:
         if not self.reads(layer) or (wanted is not None and not set(wanted) & set(mine)):
             return {}
         parts, basis = maps.decomposition, self.basis(layer)
-        if maps.circuit == "qk":
+        if maps.circuit is Circuit.qk:
             query = alignment.side_alignment(parts.read, parts.sigma, basis)
             key = alignment.side_alignment(parts.write, parts.sigma, basis)
             return {

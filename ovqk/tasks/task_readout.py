@@ -14,7 +14,7 @@ from ovqk.circuits.head_maps import HeadMaps, Scorer
 from ovqk.config.schema import Circuit, VariableKind
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.tables import Tables, heads_rows
+from ovqk.structure.stages import Tables, heads_rows
 from ovqk.tasks.readouts import CONTRAST_METRICS, SET_METRICS, Readout
 from ovqk.tasks.words import TaskTokens, resolve_task
 
@@ -36,17 +36,16 @@ class TaskReadout:
     _sources: WeakKeyDictionary[Layer, dict[Circuit, dict[str, Tensor]]] = field(default_factory=WeakKeyDictionary)
 
     @classmethod
-    def read(cls, model: Model, n_tokens: int | None) -> "TaskReadout":
+    def read(cls, model: Model) -> "TaskReadout":
         """Read the task's words by the model's tokenizer.
 
         Args:
             model: the model, with the choice of its cell.
-            n_tokens: the number of real tokens, if the tokenizer tells.
 
         Raises:
             UserError: the words cannot be read as tokens of the model.
         """
-        tokens = read_words(model, n_tokens)
+        tokens = read_words(model)
         readout = None
         if model.vocabulary is not None and tokens.variables:
             block0 = model.block0 if isinstance(model.block0, Block0) else None
@@ -57,8 +56,8 @@ class TaskReadout:
     def maps(self, layer: Layer, circuit: Circuit) -> HeadMaps | None:
         """Return a circuit as readouts see it: folded, QK with the mean rotation; None if positions are unknown."""
         architecture = self.model.architecture
-        if circuit == "ov":
-            return HeadMaps(layer.factors("ov", True), layer.decomposition("ov", True))
+        if circuit is Circuit.ov:
+            return HeadMaps(layer.factors(Circuit.ov, True), layer.decomposition(Circuit.ov, True))
         if architecture.positions == "unsupported":
             return None
         weights, span = layer.folded, layer.span
@@ -68,7 +67,7 @@ class TaskReadout:
             def scorer(query_rows: Tensor, key_rows: Tensor) -> Tensor:
                 return scores(weights, architecture, query_rows, key_rows, span)
 
-        return HeadMaps(layer.factors("qk", True, span), layer.decomposition("qk", True, span), scorer)
+        return HeadMaps(layer.factors(Circuit.qk, True, span), layer.decomposition(Circuit.qk, True, span), scorer)
 
     def by_source(self, layer: Layer, circuit: Circuit) -> dict[str, Float[Tensor, "head source"]]:
         """Return the metrics of a circuit's heads, source token by source token; computed once for a layer."""
@@ -104,29 +103,27 @@ class ReadoutTables:
         """Return `heads`: a row per head, a column per metric of the analysis; null if a head has no value."""
         structure, readouts = made["heads"], pd.concat(self._layers, ignore_index=True)
         columns = {name: structure[name] for name in ("layer", "head")}
-        for name in metric_names(list(self.task.model.circuits)):
+        for name in metric_names(self.task.model.circuits):
             of = readouts if name in readouts else structure
             there = name in of and name not in self.task.unavailable
             columns[name] = of[name] if there else pd.Series(math.nan, index=structure.index)
         return {"heads": pd.DataFrame(columns | {"unstable": structure["unstable"]})}
 
 
-def read_words(model: Model, n_tokens: int | None) -> TaskTokens:
+def read_words(model: Model) -> TaskTokens:
     """Return the task's words as tokens; none if there are neither embeddings nor a tokenizer to read them by."""
     task, tokenizer, vocabulary = model.config.task, model.tokenizer, model.vocabulary
-    if tokenizer is None and vocabulary is None:
-        note = ["the checkpoint has no embeddings and no tokenizer: no word is read"] if task.variables else []
-        return TaskTokens([], {}, {}, note)
     if vocabulary is not None:  # a tokenizer may know more tokens than the model has rows for
-        n_tokens = vocabulary.size
-    elif n_tokens is None:
-        n_tokens = tokenizer.get_vocab_size() if tokenizer is not None else 0
-    return resolve_task(task, tokenizer, n_tokens, model.label)
+        return resolve_task(task, tokenizer, vocabulary.size, model.label)
+    if tokenizer is not None:
+        return resolve_task(task, tokenizer, tokenizer.get_vocab_size(), model.label)
+    note = ["the checkpoint has no embeddings and no tokenizer: no word is read"] if task.variables else []
+    return TaskTokens([], {}, {}, note)
 
 
 def unavailable_on(model: Model, readout: Readout | None) -> dict[str, str]:
     """Return metric -> reason, for the metrics that no head of this model can have on this task."""
-    task, architecture, circuits = model.config.task, model.architecture, list(model.circuits)
+    task, architecture, circuits = model.config.task, model.architecture, model.circuits
     reasons, of_tasks = dict(model.unavailable), [n for n in metric_names(circuits) if METRICS[n].is_readout]
     if readout is None:
         why = "no word is read" if task.variables else f"{NOT_APPLICABLE}task {task.name} has no words"
@@ -143,6 +140,6 @@ def unavailable_on(model: Model, readout: Readout | None) -> dict[str, str]:
             reasons.setdefault(name, f"no effective embedding: {model.block0}")
     if architecture.positions == "unsupported":
         for name in of_tasks:
-            if METRICS[name].circuit == "qk":
+            if METRICS[name].circuit is Circuit.qk:
                 reasons.setdefault(name, "ovqk does not know how this model encodes positions")
     return reasons

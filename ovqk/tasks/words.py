@@ -287,7 +287,8 @@ class WordLookup:
 
     def holds_unknown(self, ids: Iterable[int]) -> bool:
         """Whether one of the tokens is the one for what the tokenizer does not know."""
-        return self.unknown is not None and self.tokenizer.token_to_id(self.unknown) in ids
+        unknown = None if self.unknown is None else self.tokenizer.token_to_id(self.unknown)
+        return unknown is not None and unknown in ids
 
     def next_token(self, text: str, word: str, continues: bool = False) -> int | None:
         """Return the one token that the word adds to a text; None if it adds several, or changes those before it."""

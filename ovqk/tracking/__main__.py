@@ -18,7 +18,7 @@ from filelock import Timeout
 
 from ovqk.config.schema import TrackingConfig, TrackingMode
 from ovqk.errors import UserError, one_message
-from ovqk.records.record import claim, read_record, read_tracking
+from ovqk.records.record import claim, read_record, read_tracking, says_done
 from ovqk.records.results import cell_folders
 from ovqk.tracking.run import Destination
 from ovqk.tracking.sweep_panels import Sweep, read_sweeps
@@ -66,7 +66,7 @@ def _track_later(folder: Path, arguments: argparse.Namespace, mode: TrackingMode
     if record is None or not {"status", "cell_id"} <= record.keys():
         print(f"skipped {folder}: its record cannot be read", file=sys.stderr)
         return True
-    if record["status"] != "done":
+    if not says_done(record):
         return True
     destination = _destination(record, arguments, mode)
 
@@ -121,7 +121,7 @@ def _held(
 def _waits_offline(folder: Path, results_dir: Path) -> bool:
     """Whether the offline run of a cell or a sweep was not yet sent by `wandb sync`, which leaves a mark."""
     state = read_tracking(folder)
-    offline = state.get("status") == "done" and "directory" in state
+    offline = says_done(state) and "directory" in state
     return offline and not list((results_dir / state["directory"]).glob("*.wandb.synced"))
 
 

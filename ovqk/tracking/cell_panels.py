@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ovqk import wording
-from ovqk.metrics import METRICS
+from ovqk.metrics import METRICS, ratios, shown_in
 from ovqk.records.comparison import QUARTERS, quarter_means, relative_depth, roles
 from ovqk.records.results import load_table
 
@@ -25,34 +25,6 @@ NUMBERS = ("integer", "floating", "mixed-integer-float", "decimal")  # as pandas
 SHOWN_HEADS = 8  # with eigenvalues drawn, if there is neither claim nor candidate
 SHOWN_TOKENS = 5  # of each end of a component
 SHOWN_COORDINATES = ("model", "task", "analysis")
-CURVES = (
-    "ov_copying",
-    "ov_copying_block0",
-    "qk_matching",
-    "qk_matching_block0",
-    "ov_symmetry",
-    "qk_symmetry",
-    "qk_symmetry_vocab",
-    "qk_positional_share",
-    "qk_prev_auc",
-    "ov_effective_rank",
-    "qk_effective_rank",
-    "ov_task_auc",
-    "qk_task_auc",
-    "ov_task_alignment",
-    "qk_key_alignment",
-)
-"""Metrics whose means over the heads of a layer are drawn over the layers."""
-HISTOGRAMS = (
-    "ov_copying",
-    "qk_matching",
-    "ov_symmetry",
-    "qk_symmetry",
-    "qk_positional_share",
-    "ov_task_auc",
-    "qk_task_auc",
-)
-"""Metrics whose values over all heads are drawn as a histogram, in bins of the metric's own range."""
 TABLES = (
     "heads",
     "layers",
@@ -136,8 +108,8 @@ def run_config(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_curves(heads: pd.DataFrame, layers: pd.DataFrame | None, n_layers: int) -> pd.DataFrame:
-    """Return means over each layer's heads of CURVES, and the layer's own metrics (`summed_`), by layer and depth."""
-    wanted = [name for name in CURVES if name in heads and heads[name].notna().any()]
+    """Return means over each layer's heads, and the layer's own metrics (`summed_`), by layer and depth."""
+    wanted = [name for name in shown_in("curve") if name in heads and heads[name].notna().any()]
     curves = heads.groupby("layer", as_index=False)[wanted].mean()
     curves.insert(1, "relative_depth", relative_depth(curves["layer"], n_layers))
     if layers is None:
@@ -179,7 +151,7 @@ def _comparison(folder: Path, heads: pd.DataFrame, record: dict[str, Any]) -> di
 
 def _histograms(heads: pd.DataFrame) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:
     found = {}
-    for name in HISTOGRAMS:
+    for name in shown_in("histogram"):
         values = heads[name].dropna().to_numpy() if name in heads else np.empty(0)
         if len(values):
             low, high = METRICS[name].low, METRICS[name].high
@@ -211,9 +183,8 @@ def _drawn_heads(made: dict[str, pd.DataFrame]) -> pd.DataFrame:
         shown = made["candidates"][["layer", "head", "role"]].drop_duplicates()
     else:
         heads = made["heads"]
-        ratio = next(
-            (name for name in ("ov_copying", "qk_matching") if name in heads and heads[name].notna().any()), None
-        )
+        between_tokens = [name for (_, space), name in ratios().items() if space == "vocab"]
+        ratio = next((name for name in between_tokens if name in heads and heads[name].notna().any()), None)
         strongest = heads.index[:0] if ratio is None else heads[ratio].abs().nlargest(SHOWN_HEADS).index
         shown = heads.loc[strongest, ["layer", "head"]].assign(role="")
     shown = shown.astype({"layer": int, "head": int})

@@ -8,14 +8,15 @@ Runs are grouped by `config.model`, and a panel is made only for data that the r
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ovqk import wording
 from ovqk.config.schema import TrackingConfig
 from ovqk.errors import UserError, one_message, told
-from ovqk.metrics import METRICS
+from ovqk.metrics import METRICS, Topic, shown_in
 from ovqk.records.record import done_records, read_tracking
 from ovqk.records.results import cell_folders
 from ovqk.tracking.cell_panels import Panels, read_panels
@@ -26,28 +27,13 @@ TABLE_SECTIONS = {
     "Claims": ("verdicts", "tests", "candidates"),
     "Heads": ("heads", "directions", "composition", "virtual_heads", "nulls"),
 }
-CURVE_SECTIONS = {
-    "Spectra": ("ov_effective_rank", "qk_effective_rank"),
-    "Symmetry and position": (
-        "ov_symmetry",
-        "qk_symmetry",
-        "qk_symmetry_vocab",
-        "summed_qk_symmetry",
-        "summed_qk_directionality",
-        "qk_positional_share",
-        "qk_prev_auc",
-    ),
-    "Heads": (
-        "ov_copying",
-        "ov_copying_block0",
-        "qk_matching",
-        "qk_matching_block0",
-        "ov_task_auc",
-        "qk_task_auc",
-        "ov_task_alignment",
-        "qk_key_alignment",
-    ),
+CURVE_SECTIONS: dict[str, tuple[Topic | Literal["summed"], ...]] = {
+    "Spectra": ("spectrum",),
+    "Symmetry and position": ("symmetry", "summed", "position"),
+    "Heads": ("copying", "task"),
 }
+"""Section -> the topics of its line plots; `summed` for those of the layer's summed W_QK."""
+SUMMED = ("summed_qk_symmetry", "summed_qk_directionality")
 SWEEP_FIGURES = ("figures/verdicts", "figures/effects", "figures/depth")
 SECTIONS = ("Claims", "Spectra", "Symmetry and position", "Heads", "Health")
 
@@ -85,8 +71,8 @@ def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], sw
         panels["Claims"].append(reports.WeavePanelSummaryTable(table_name="comparison/roles"))
     for name in spectra:
         panels["Spectra"].append(_eigenvalue_chart(reports, name))
-    for section, names in CURVE_SECTIONS.items():
-        for name in filter(curves.__contains__, names):
+    for section, topics in CURVE_SECTIONS.items():
+        for name in filter(curves.__contains__, chain.from_iterable(map(curves_about, topics))):
             meaning = METRICS[name].title if name in METRICS else "of the layer's summed W_QK"
             plot = reports.LinePlot(title=f"{name}: {meaning}", x="relative_depth", y=[f"depth/{name}"], groupby=model)
             panels[section].append(plot)
@@ -113,6 +99,11 @@ def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], sw
             pinned_columns=["config:task", "config:analysis", "config:processing", "summary:status"],
         ),
     )
+
+
+def curves_about(topic: Topic | Literal["summed"]) -> Sequence[str]:
+    """Return the curves of a run that are about a topic, in order."""
+    return SUMMED if topic == "summed" else [name for name in shown_in("curve") if METRICS[name].topic == topic]
 
 
 def _eigenvalue_chart(reports: Any, name: str) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ovqk.config.schema import TrackingMode
-from ovqk.records.record import claim, read_done, read_record, read_tracking, write_tracking
+from ovqk.records.record import claim, read_done, read_record, read_tracking, says_done, write_tracking
 from ovqk.tracking.cell_panels import read_panels
 from ovqk.tracking.run import Destination, Label, log_overview, log_panels, make_run
 from ovqk.tracking.service import NotReceivedError, in_words, is_of_server
@@ -118,7 +118,7 @@ class TrackedSweep:
     def needs_tracking(self) -> bool:
         """Whether it was never tracked with these cells."""
         state = read_tracking(self.folder)
-        return state.get("status") != "done" or state.get("record") != self.made_of
+        return not says_done(state) or state.get("record") != self.made_of
 
     def send(self, identifier: str, destination: Destination) -> dict[str, str]:
         """See `Trackable`. The figures are drawn before W&B is asked for anything."""
@@ -203,7 +203,7 @@ def attempt_tracking(what: Trackable, destination: Destination) -> tuple[str, st
         if destination.mode is TrackingMode.online and is_of_server(error):
             _pause.until, _pause.reason = time.monotonic() + PAUSE_SECONDS, reason
     state = {"status": status} | state | ({"reason": reason} if reason else {})
-    tracked = before.get("status") == "done" and before.get("run_id") == state.get("run_id")
+    tracked = says_done(before) and before.get("run_id") == state.get("run_id")
     with contextlib.suppress(OSError):  # of a full disk; what has no such file is pending
         write_tracking(what.folder, before if tracked and status != "done" else state)
     return status, reason
@@ -216,7 +216,7 @@ def _is_paused(mode: TrackingMode) -> bool:
 def needs_tracking(folder: Path) -> bool:
     """Whether a done cell must be tracked: its record never was, or a W&B agent waits for it in its own run."""
     record, state = read_record(folder), read_tracking(folder)
-    if in_agent() or record is None or state.get("status") != "done":
+    if in_agent() or record is None or not says_done(state):
         return True
     return state.get("record", state.get("run_id")) != run_id(record)
 

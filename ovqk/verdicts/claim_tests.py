@@ -1,7 +1,7 @@
-"""The tests of every prediction of every claim against its nulls, and all that they need of the weights.
+"""Tests of the claims' predictions against the nulls, and everything that these tests need from the weights.
 
-The layers of a model pass by once. `ClaimTests.visit` keeps of each what the nulls will ask for: singular values and
-the claimed heads' maps (few), metric values under resampled words, and, if a role predicts a composition, the
+A model's layers pass by once. `ClaimTests.visit` keeps the parts of a layer that the nulls will ask for: singular
+values, the claimed heads' maps (few), metric values under resampled words, and, if a role predicts a composition, the
 circuits that compose. `ClaimTests.rows` then draws the nulls.
 """
 
@@ -20,7 +20,7 @@ from ovqk.circuits.head_maps import HeadMaps
 from ovqk.config.schema import Circuit, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.structure.model import Form, Layer, Model
-from ovqk.tasks.claims import Claims, Head
+from ovqk.tasks.claims import Claims
 from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, Readout
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import Variable
@@ -37,10 +37,11 @@ from ovqk.verdicts.surrogates import (
     subsamples,
     surrogate_metrics,
 )
+from ovqk.weights.types import Head
 
-SUBSAMPLED = 0.8  # of the words
+SUBSAMPLED = 0.8  # share of the words in a subsample
 WIDEN = (SUBSAMPLED / (1 - SUBSAMPLED)) ** 0.5
-"""A subsample of a share f strays from the whole by sqrt((1 - f) / f) of the standard error of the whole."""
+"""A subsample with a share f of the words strays from the whole by sqrt((1 - f) / f) standard errors of the whole."""
 
 
 def predictions_by_metric(predictions: Iterable[PredictionConfig]) -> set[str]:
@@ -50,18 +51,19 @@ def predictions_by_metric(predictions: Iterable[PredictionConfig]) -> set[str]:
 
 @dataclass
 class ClaimTests:
-    """The tests of one model's claims.
+    """One model's claims under test.
 
     Attributes:
+        task: the task read on the model.
+        claims: the claimed heads and the predictions about them.
         sigma: (layer, form) -> singular values [head, k].
-        forms: (metric, layer) -> the form of the weights it is of.
+        forms: (metric, layer) -> the form of the weights that it is computed from.
         maps: (head, circuit) -> the claimed head's maps, as task readouts see them.
         resamples: metric -> [draw, layer, head] under resampled words.
-        layers: both circuits of every layer, if a prediction composes them.
-        second: sigma_2 / sigma_1 of W_QK of the claimed heads.
-        observed: head -> metric -> value, of candidates: what their surrogates are compared with, and nothing else of
-            them is needed.
-        notes: why the word nulls that could not be drawn were not.
+        layers: both circuits, layer by layer, if a prediction composes them.
+        second: claimed head -> sigma_2 / sigma_1 in W_QK.
+        observed: candidate -> metric -> the value that its surrogates are compared with.
+        notes: the word nulls that could not be drawn, and why.
     """
 
     task: TaskReadout
@@ -81,7 +83,7 @@ class ClaimTests:
         return self.task.model
 
     def __post_init__(self) -> None:
-        """Draw what is the same for all layers."""
+        """Draw the resampled words, which are the same for all layers."""
         predictions = [config for configs in self.claims.predictions.values() for config in configs]
         self.wanted = predictions_by_metric(predictions)
         claimed = any(config.metric in COMPOSITION_METRICS and self.partners(config) for config in predictions)
@@ -104,17 +106,17 @@ class ClaimTests:
     # --- while the layers pass -----------------------------------------------------------------------------
 
     def visit(self, layer: Layer) -> None:
-        """Keep what the tests need of this layer."""
+        """Keep the parts of this layer that the tests need; see `Stage`."""
         here = sorted(head for at, head in self.claims.heads if at == layer.index)
-        if "qk" in self.model.circuits:
-            sigma = layer.maps("qk", self.model.folds).sigma
+        if Circuit.qk in self.model.circuits:
+            sigma = layer.maps(Circuit.qk, self.model.folds).sigma
             self.second |= {(layer.index, head): float(sigma[head, 1:2].sum() / sigma[head, 0]) for head in here}
         for metric in self.wanted:
             if METRICS[metric].has_surrogates and METRICS[metric].circuit in self.model.circuits:
                 form = self.forms[metric, layer.index] = form_of(metric, layer)
                 self.sigma[layer.index, form] = layer.maps(form.circuit, form.folded, form.offsets).sigma
         if self.composes and len(self.model.circuits) == 2:
-            parts = layer.decomposition("ov", True), layer.decomposition("qk", True, layer.span)
+            parts = layer.decomposition(Circuit.ov, True), layer.decomposition(Circuit.qk, True, layer.span)
             self.layers.append(LayerCircuits.of(*parts))
         if not here:
             return
@@ -174,11 +176,15 @@ class ClaimTests:
         }
 
     def partners(self, config: PredictionConfig) -> list[Head]:
-        """Return the claimed heads of the roles that a composition names."""
+        """Return the heads claimed for the roles that a composition names as partners."""
         return [head for role in config.partners for head in self.claims.roles.get(role, [])]
 
     def composed(self, config: PredictionConfig, partners: Collection[Head]) -> NDArray[np.float64]:
-        """Return [layer, head]: a composition of every head with the partners; nan if a head has none."""
+        """Measure how strongly every head composes with the partners [layer, head]; nan for a head that cannot.
+
+        The strongest partner counts (`composition`). All are nan if the circuits were not kept or if there is no
+        partner.
+        """
         architecture = self.model.architecture
         nothing = np.full((architecture.n_layers, architecture.n_heads), np.nan)
         if not self.layers or not partners:
@@ -203,7 +209,7 @@ class ClaimTests:
         return sorted(pair for pair in found if pair[0][0] < pair[1][0])
 
     def rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[NullTest]:
-        """Return every prediction's tests, corrected."""
+        """Test every prediction under all its nulls, and correct the p-values over the model (`correct`)."""
         architecture, seed = self.model.architecture, self.model.config.seed
         rows: list[NullTest] = []
         for role, predictions in predicted.items():
@@ -233,10 +239,12 @@ class ClaimTests:
         return rows
 
     def spectrum_ps(self, asked: Iterable[tuple[Head, str, float]]) -> dict[tuple[Head, str, float], float]:
-        """Return p under `spectrum` of candidates, (head, metric, sign of the prediction) -> p; nan without it.
+        """Return p under `spectrum` for candidates, whose values are in `observed`; nan if the null does not apply.
 
-        Their values are in `observed`. Draws are made until every p of a head has met its 20 exceedances: none is
-        counted further (see `monte_carlo`).
+        Draws go on until each p has met its 20 exceedances, after which it is counted no further (`monte_carlo`).
+
+        Args:
+            asked: (head, metric, sign of the prediction).
         """
         found = dict.fromkeys(asked, math.nan)
         going = [one for one in found if self.has_spectrum_null(one[1])]
@@ -253,15 +261,18 @@ class ClaimTests:
         return found
 
     def has_spectrum_null(self, metric: str) -> bool:
-        """Return whether the spectrum null applies to the metric; it does not if queries and keys are normalised."""
+        """Say whether random heads with the same singular values can be compared on this metric.
+
+        They cannot on attention scores of normalised queries and keys, because surrogates have no such norm.
+        """
         return METRICS[metric].has_surrogates and not self._renormalised(metric)
 
     def _renormalised(self, metric: str) -> bool:
-        """Whether the metric is of scores after a norm of queries and keys, which surrogates lack."""
+        """Whether the metric is about scores after queries and keys were normalised, which surrogates are not."""
         return self.model.architecture.qk_norm and METRICS[metric].of_scores
 
     def frame(self, head: Head, metric: str) -> FrameDraws:
-        """Return the draws of the head's surrogates in the form that this metric is of."""
+        """Return a head's surrogates, in the form of the weights that this metric is computed from; made once."""
         layer, index = head
         form = self.forms[metric, layer]
         if (head, form) not in self.frames:
@@ -271,7 +282,7 @@ class ClaimTests:
             own = (
                 layer,
                 int(architecture.kv_of_head[index]),
-                int(form.circuit == "ov"),
+                int(form.circuit is Circuit.ov),
                 int(form.folded),
                 len(form.offsets),
             )
@@ -287,7 +298,7 @@ class ClaimTests:
         return self.frames[head, form]
 
     def _asked(self, head: Head) -> set[str]:
-        """Return a candidate's observed metrics, or the available ones that a claimed head's roles predict."""
+        """Name a candidate's observed metrics, or the available ones that a claimed head's roles predict."""
         if head in self.observed:
             return set(self.observed[head])
         roles = [role for role, heads in self.claims.roles.items() if head in heads] or list(self.claims.predictions)
@@ -295,7 +306,7 @@ class ClaimTests:
         return predictions_by_metric(predictions) - set(self.task.unavailable)
 
     def _word_rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[NullTest]:
-        """Return the tests under `token` and `token_pairs`."""
+        """Test predictions about words or their subspace under `token` and `token_pairs`."""
         asked = [
             (prediction, [head for head in self.claims.roles[role] if not np.isnan(prediction.values[head])])
             for role, predictions in predicted.items()
@@ -317,11 +328,11 @@ class ClaimTests:
     def word_draws(
         self, heads: Collection[Head], metrics: set[str]
     ) -> Iterator[tuple[WordDraws, dict[tuple[Head, str], NDArray[np.float64]]]]:
-        """Yield each null of words, and (head, metric) -> [draw] under it; a null that cannot be drawn is noted.
+        """Yield each null that draws words, and (head, metric) -> [draw] under it; `notes` tells of one without draws.
 
         Args:
-            heads: whose maps are kept.
-            metrics: of the task's words.
+            heads: heads whose maps are kept.
+            metrics: metrics that read the task's words.
         """
         readout, config = self.task.readout, self.model.config
         if readout is None:
@@ -339,7 +350,7 @@ class ClaimTests:
             yield words, drawn
 
     def read_maps(self, heads: Collection[Head], circuit: Circuit) -> None:
-        """Keep the maps of heads that were not known while the layers passed: these layers are read again."""
+        """Keep the maps for heads that were not known while the layers passed; their layers are read again."""
         for index in sorted({layer for layer, _ in heads}):
             maps = self.task.maps(Layer(self.model, index), circuit)
             if maps is not None:
@@ -348,7 +359,7 @@ class ClaimTests:
     def _under_words(
         self, observed: Readout, variables: Sequence[Variable], heads: set[Head], metrics: set[str]
     ) -> dict[tuple[Head, str], NDArray[np.float64]]:
-        """Return (head, metric) -> [draw]: the heads' metrics under each surrogate of the words, many at a time."""
+        """Return (head, metric) -> [draw]: the heads' metrics with other words in the task's place, many at a time."""
         groups: dict[tuple[str, Circuit], list[Head]] = {}
         for head, circuit in self.maps:
             if head in heads and any(METRICS[name].circuit == circuit for name in metrics):
@@ -370,7 +381,7 @@ class ClaimTests:
         return {key: np.concatenate(values) for key, values in drawn.items()}
 
     def _chunks(self, readout: Readout, variables: Sequence[Variable], n_heads: int) -> Iterator[Sequence[Variable]]:
-        """Split draws of words into chunks whose embedding rows and scores, of this many heads, fit in memory."""
+        """Split draws into chunks whose embedding rows, and scores for this many heads, fit in memory."""
         sets = (*readout.variable.read, *readout.variable.write)
         n_words = sum(len(words.ids) for words in sets)
         size = max(1, CHUNK_ELEMENTS // (n_words * (self.model.architecture.d_model + n_heads * n_words)))
@@ -384,7 +395,7 @@ def _ensemble_rows(
     drawn: Mapping[Head, NDArray[np.float64]],
     most: int,
 ) -> tuple[list[NullTest], bool]:
-    """Test the role (mean over its heads) and each head; return the tests, and whether more draws change none."""
+    """Test the role (by the mean over its heads) and each head; also say whether more draws would change nothing."""
     subjects: list[tuple[Head | None, list[Head]]] = [(None, list(heads)), *((head, [head]) for head in heads)]
     rows, stopped = [], True
     for subject, members in subjects:
@@ -397,21 +408,26 @@ def _ensemble_rows(
 
 
 def form_of(metric: str, layer: Layer) -> Form:
-    """Return the form of the weights that this metric is of in this layer."""
+    """Return the form of the weights that this metric is computed from in this layer.
+
+    Raises:
+        ValueError: the metric is about a pair of heads.
+    """
     model = layer.model
     row = METRICS[metric]
     if row.circuit is None:
         raise ValueError(f"{metric} is of a pair of heads")
     folded = model.source.foldable and (row.is_readout or "block0" in row.needs or model.folds)
-    return Form(row.circuit, folded, layer.span if row.is_readout and row.circuit == "qk" else (0,))
+    return Form(row.circuit, folded, layer.span if row.is_readout and row.circuit is Circuit.qk else (0,))
 
 
 def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:
-    """Return E^T C E of the embeddings E that K-composed heads see, and W_E^T C E for senders of layer 0; or why not.
+    """Return the Grams that `k_composed_matching` needs, or why there are none (docs/definitions.md, section 3).
 
-    E is `block0` if the model has MLPs, with plain embeddings for senders of layer 0, which read no others. Without
-    MLPs, or if block 0's writes nothing, E is plain for all senders (None): then no layer turns a token into another,
-    and the writes of block 0's heads would only blur it.
+    The first is E^T C E, [d_model, d_model], for the embeddings E that senders read: `block0` if the model has MLPs.
+    The second is W_E^T C E for senders in layer 0, which read plain embeddings. Without MLPs, or if block 0's MLP
+    writes nothing, E is plain for all senders and the second is None: then no layer turns a token into another, and
+    block 0's heads would only blur it.
     """
     if model.vocabulary is None:
         return model.source.no_vocabulary or "the checkpoint has no token embedding"

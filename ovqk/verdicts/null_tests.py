@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from ovqk.tasks.claims import Head
 from ovqk.verdicts.statistics import ALPHA, QUANTILES
+from ovqk.weights.types import Head
 
 
 @dataclass(frozen=True)
@@ -18,24 +18,23 @@ class NullTest:
     Attributes:
         role: the role.
         head: the head; None for the role as a whole.
-        metric: the metric, of a head the one that the prediction is about in its layer.
+        metric: the metric; for a head the one that the prediction is about in its layer.
         prediction: `high` or `low`.
         primary, exploratory: what the prediction is to the role.
         null: the name of the null.
         counts: whether the null decides about the prediction; if not, the row is only reported.
-        value: the head's metric; of a role the mean over its heads, or the statistic of its permutations.
-        null_mean, null_sd: of the null; nan under `depth`, whose values are not on the metric's scale.
-        percentile: the place of the value in the null, in [0, 1].
-        effect: the share of the null below the value in the predicted direction, ties counted by half; under `layer`
-            the AUC within layers.
+        value: the head's metric; for a role the mean over its heads, or the statistic that permutations are ranked by.
+        null_mean, null_sd: the null's mean and standard deviation; nan under `depth`, which is on another scale.
+        percentile: the share of the null below the value, in [0, 1].
+        effect: the same in the predicted direction, ties half; under `layer` the AUC within layers.
         ci_low, ci_high: the effect's 95 % interval; nan if the metric was not resampled.
         p: how often the null is at least as extreme in the predicted direction.
         p_opposite: how often it is in the other direction.
         min_p: the smallest p that this null can give.
-        n_null: the number of labelings, KV groups or draws that p is a share of.
+        n_null: how many labelings, KV groups or draws p was counted on.
         exact: whether they are all there are, and not a sample.
-        n_heads, n_others: the number of claimed heads, and of heads or draws that they are compared with.
-        quantiles: of the null, at QUANTILES.
+        n_heads, n_others: how many heads are claimed, and how many heads or draws they are compared with.
+        quantiles: the null at QUANTILES.
         q, q_opposite, min_q: p, p_opposite and min_p after correction; nan if the row is in no family (`correct`).
         variable: the name of the task's causal variable.
     """

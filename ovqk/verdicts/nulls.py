@@ -1,11 +1,11 @@
 """The nulls a claim is tested against, and the rows of tests.parquet (definitions: section 6).
 
-    layer        the role's heads against the other heads of their layers: labels permuted within layers
-    layer_all    the same, with the heads of other claimed roles among the others; reported, never counted
-    depth        one head against the unclaimed heads of layers within 2, each standardised within its layer
-    frame        heads of the same singular values between random frames: beyond the spectrum; necessary, never enough
-    token        other words, alike in spelling and frequency (of a contrast: random halves of its own words)
-    token_pairs  of a contrast: random pairs of other words
+    layer        the role's heads against other heads in their layers: labels permuted within layers
+    layer_all    the same, with heads that other roles claim among the others; reported, never counted
+    depth        one head against unclaimed heads at most 2 layers away, each standardised within its layer
+    spectrum     random heads with the same singular values: beyond the spectrum; necessary, never enough
+    token        other words, alike in spelling and frequency (for a contrast: random halves of its own words)
+    token_pairs  random pairs of other words (for a contrast alone)
 
 Which of them count depends on what the metric says (`counting`).
 """
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.metrics import METRICS
-from ovqk.tasks.claims import Claims, Head
+from ovqk.tasks.claims import Claims
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.statistics import (
     QUANTILES,
@@ -34,10 +34,10 @@ from ovqk.verdicts.statistics import (
     within_layer_auc,
     within_layer_auc_interval,
 )
-from ovqk.weights.types import Architecture
+from ovqk.weights.types import Architecture, Head
 
 DEPTH = 2  # layers on either side
-DEPTH_MIN_HEADS = 4  # unclaimed heads of a layer, for a median and a MAD that mean something
+DEPTH_MIN_HEADS = 4  # unclaimed heads in a layer, for a median and a MAD that mean something
 Values = Mapping[str, NDArray[np.float64]]
 """Metric -> [layer, head], nan if a head has no value."""
 Resamples = Mapping[str, NDArray[np.float64]]
@@ -45,11 +45,11 @@ Resamples = Mapping[str, NDArray[np.float64]]
 
 
 def counting(metric: str, is_role: bool) -> tuple[str, ...]:
-    """Return the nulls that decide about a metric.
+    """Name the nulls that decide about a metric (docs/definitions.md, section 6).
 
-    Copying, suppressing and matching: the other heads (`layer` of a role, `depth` of a head) and `spectrum`; that they
-    are special to the task's words is no part of those claims. Alignment, transfer, read: `token` as well.
-    Compositions: `layer` alone, for the role as a whole.
+    Copying, suppressing and matching: other heads (`layer` for a role, `depth` for a head) and `spectrum`, because such
+    a claim does not say that the head is special to the task's words. Alignment, transfer and reading: `token` and
+    `token_pairs` as well. Compositions: `layer` alone, for the role as a whole; no null decides about a single head.
     """
     peers = "layer" if is_role else "depth"
     row = METRICS[metric]
@@ -61,10 +61,13 @@ def counting(metric: str, is_role: bool) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A prediction with the values that decide it.
+    """One prediction of a role, with the metric's value for every head.
 
     Attributes:
-        values: [layer, head]; nan if the prediction does not apply.
+        role: the role that predicts it.
+        config: the metric and the direction.
+        primary: whether the verdict rests on it.
+        values: [layer, head], in the metric's own direction; nan if the prediction says nothing about a head.
     """
 
     role: str
@@ -83,7 +86,11 @@ class Predicted:
 
 
 def predicted_values(config: PredictionConfig, values: Values, architecture: Architecture) -> NDArray[np.float64]:
-    """Return a prediction's metric for every head; nan if it predicts nothing of the head."""
+    """Take a prediction's metric for every head [layer, head]; nan if it predicts nothing about a head.
+
+    In layer 0 the metric is `first_layer`, if that is given. `direct_only` keeps layer 0 alone, unless positions are
+    rotary.
+    """
     empty = np.full((architecture.n_layers, architecture.n_heads), math.nan)
     found = values.get(config.metric, empty).copy()
     if config.first_layer is not None:
@@ -96,7 +103,7 @@ def predicted_values(config: PredictionConfig, values: Values, architecture: Arc
 def layer_strata(
     predicted: Predicted, claims: Claims, architecture: Architecture, exclude_claimed: bool
 ) -> list[Stratum]:
-    """Return one stratum per layer with heads of the role that have a value."""
+    """Collect, layer by layer, the role's heads and those that they are compared with; each must have a value."""
     return _strata(predicted, _peers(predicted, claims, architecture, exclude_claimed), architecture)
 
 
@@ -115,7 +122,7 @@ def _strata(predicted: Predicted, peers: Peers, architecture: Architecture) -> l
 def _peers(
     predicted: Predicted, claims: Claims, architecture: Architecture, exclude_claimed: bool, of: Head | None = None
 ) -> Peers:
-    """Return (layer, heads, which are claimed) for each layer of the role's heads, or for the layer of `of` alone."""
+    """Return (layer, heads, which are claimed) for each layer with a head of the role, or with the head `of`."""
     role = set(claims.roles[predicted.role]) if of is None else {of}
     others = claims.heads - role if exclude_claimed and claims.reliability != "unreliable" else set()
     found = []
@@ -160,7 +167,7 @@ def _effect(
     exclude_claimed: bool,
     of: Head | None = None,
 ) -> Effect:
-    """Return the effect of the role, or of one of its heads."""
+    """Measure how far a role, or the head `of`, stands out within its layers; see `Effect`."""
     peers = _peers(predicted, claims, architecture, exclude_claimed, of)
     strata = _strata(predicted, peers, architecture)
     low, high = math.nan, math.nan
@@ -178,7 +185,10 @@ def _effect(
 def role_rows(
     predicted: Predicted, claims: Claims, architecture: Architecture, seed: int, resamples: Resamples | None = None
 ) -> list[NullTest]:
-    """Test the role under `layer` and `layer_all`; there is no test if no head of the role has a value."""
+    """Test a role under `layer` and `layer_all` (docs/definitions.md, section 6).
+
+    There are no rows if none of its heads has a value.
+    """
     rows = []
     for null, exclude in (("layer", True), ("layer_all", False)):
         strata = layer_strata(predicted, claims, architecture, exclude)
@@ -200,7 +210,10 @@ def role_rows(
 def head_rows(
     predicted: Predicted, head: Head, claims: Claims, architecture: Architecture, resamples: Resamples | None = None
 ) -> list[NullTest]:
-    """Test the head under `layer` (its place among the layer's unclaimed heads) and `depth` (no composition's)."""
+    """Test a head under `layer`, its place among its layer's unclaimed heads, and under `depth` unless it composes.
+
+    There is no row for a null without reference heads, and none at all if the head has no value.
+    """
     layer, _ = head
     signed = predicted.sign * predicted.values
     if math.isnan(signed[head]):
@@ -235,11 +248,11 @@ class DepthReference:
     """A head beside its reference heads, comparison by comparison.
 
     Attributes:
-        z: of the head, standardised within its layer, in each comparison.
-        reference: of the reference head, likewise.
-        shares: of its reference head's comparisons that each one is; a head's sum to 1.
-        groups: the KV group of each reference head.
-        drawn: whether the comparisons are a sample of those that there are.
+        z: the head's value, standardised within its layer, in each comparison.
+        reference: the reference head's value, likewise.
+        shares: the weight given to each comparison; the weights sum to 1 for each reference head.
+        groups: each reference head's KV group.
+        drawn: whether the comparisons are a sample, and not all that there are.
     """
 
     z: NDArray[np.float64]
@@ -249,38 +262,38 @@ class DepthReference:
     drawn: bool
 
     def quantiles(self, sign: float) -> NDArray[np.float64]:
-        """Return the reference heads' values at QUANTILES; `sign` turns them back into the metric's own direction."""
+        """Return the reference's standardised values at QUANTILES; `sign` turns them into the metric's direction."""
         return np.quantile(sign * self.reference, QUANTILES, weights=self.shares, method="inverted_cdf")
 
     def counts(self) -> Significance:
-        """Return the p of the head among its reference heads, and what goes with it."""
+        """Say how extreme the head is among its reference heads."""
         return replace(reference_counts(self.z, self.reference, self.shares, self.groups), exact=not self.drawn)
 
 
 def depth_reference(
     signed: NDArray[np.float64], head: Head, barred: set[Head], groups: NDArray[np.int64]
 ) -> DepthReference | None:
-    """Compare the head with the unclaimed heads of layers within 2, each standardised; None if there are too few.
+    """Compare a head with unclaimed heads at most 2 layers away, each standardised; None if there are too few.
 
-    A head is standardised by the median and MAD of its layer's heads, itself among them. Standardised by fewer than
-    its reference is, or by others alone, it would be the more extreme of the two by construction. So a head of a layer
-    of n and one of a layer of m are compared as heads of min(n, m): the larger layer is thinned to itself and as many
-    of its others as that takes, in every way (a sample of THINNINGS ways), and the comparison counts by the share of
-    ways in which it comes out so. Within one layer nothing is thinned.
+    A head is standardised by the median and MAD over its layer, itself included. If fewer heads entered for it than
+    for its reference, or others alone, it would be the more extreme of the two by construction. So heads from layers
+    with n and m heads are compared as if both had min(n, m): the larger layer is thinned to the head and as many others
+    as that takes, in every way (THINNINGS ways, drawn at random), and each way is one comparison. Within one layer
+    nothing is thinned.
 
-    Why the level holds: let the heads of each layer be exchangeable, and the layers alike up to place and scale. Within
-    the head's layer its rank among the z is uniform. With a head of another layer it is compared as two heads of layers
-    of one size are, each thinned at random, and either exceeds the other with equal probability. Were all layers of
-    one size, nothing would be thinned and the head's rank among all reference heads would be uniform: P(p <= a) <= a.
-    If they are not, p is the mean over random thinnings, and a mean is less often extreme than its terms are (a tail
-    that is measured and not proved: docs/calibration.md). Which heads are left is drawn by rank of value, from a
-    fixed seed: how heads are numbered changes nothing.
+    Why the level holds: let heads be exchangeable within each layer, and the layers alike up to place and scale. Within
+    the head's layer its rank among the z is uniform. Against a head from another layer, both come from layers thinned
+    at random to one size, so either exceeds the other with equal probability. If all layers had one size, nothing would
+    be thinned and the head's rank among all reference heads would be uniform: P(p <= a) <= a. Otherwise p is a mean
+    over random thinnings, and a mean is less often extreme than its terms are (a tail that is measured and not proved:
+    docs/calibration.md). The heads that stay are drawn by the rank of their values, from a fixed seed, so the numbering
+    of heads changes nothing.
 
     Args:
         signed: the metric [layer, head], larger in the predicted direction.
         head: the head.
         barred: heads that are no reference.
-        groups: the KV group of each head of a layer.
+        groups: each head's KV group, [head], the same in every layer.
     """
     layer, _ = head
     near: dict[int, NDArray[np.int64]] = {}
@@ -321,7 +334,18 @@ def ensemble_row(
     heads: Sequence[Head],
     most: int,
 ) -> NullTest:
-    """Test the mean metric of the heads (of one, its metric) against draws of `spectrum`, `token` or `token_pairs`."""
+    """Test a mean over heads against random draws, under `spectrum`, `token` or `token_pairs`.
+
+    Args:
+        predicted: the prediction.
+        head: the head; None for the role as a whole.
+        null: the null's name.
+        value: the metric's mean over `heads`.
+        draws: the same mean in each draw.
+        test: the p-values, counted on these draws.
+        heads: the heads that have a value.
+        most: draws that would have been made without stopping early; 1 / (1 + most) is the smallest p.
+    """
     effect = percentile(predicted.sign * value, predicted.sign * draws)
     found = Significance(test.p, test.p_opposite, 1 / (1 + most), effect, test.n, False, len(draws))
     quantiles = np.quantile(draws, QUANTILES).tolist()
@@ -335,13 +359,15 @@ def reference_counts(
     shares: NDArray[np.float64] | None = None,
     groups: NDArray[np.int64] | None = None,
 ) -> Significance:
-    """Return p of one head among reference heads; heads that share keys and values count as one between them.
+    """Rank one head among reference heads: p = (1 + heads at least as extreme) / (1 + heads).
+
+    Heads that share keys and values count as one between them.
 
     Args:
-        value: of the head; or beside every entry of the reference.
-        reference: of the reference heads.
-        shares: of its head that each entry is; if None, every entry is a head.
-        groups: the KV group of the head of each entry; if None, every head is its own group.
+        value: the head's value, or one for each reference entry.
+        reference: the reference heads' values.
+        shares: each entry's weight, if several belong to one head; if None, every entry is a head.
+        groups: the KV group behind each entry; if None, every head is its own group.
     """
     shares = np.ones(len(reference)) if shares is None else shares
     weights, n = shares, round(shares.sum())
@@ -393,11 +419,11 @@ def _null_test(
 
 
 def correct(tests: Sequence[NullTest]) -> list[NullTest]:
-    """Return the tests with q, q_opposite and min_q, by Benjamini and Hochberg.
+    """Add q, q_opposite and min_q to the tests, by Benjamini & Hochberg 1995 (docs/definitions.md, section 6).
 
-    A family is the tests of one null: of roles and of heads apart, and those that are only reported apart too. Tests
-    that cannot be significant, exploratory ones and those of single heads under `layer`, which describe, are in no
-    family and have no q.
+    A family holds the tests under one null, with roles and heads apart, and with those that are only reported apart.
+    No family, and so no q, has tests that cannot be significant, exploratory ones, and single heads under `layer`,
+    which only describe.
     """
     corrected = list(tests)
     families: dict[tuple[str, bool, bool], list[int]] = {}

@@ -1,12 +1,12 @@
 """The four patterns that the claims are read by, each with its evidence (definitions: section 6).
 
 ov_aligned   an OV prediction of the role holds for the head
-qk_simple    few QK components (90 % of the energy in a quarter of d_head), and the first stands alone
-ov_flat      the OV energy is spread as in a product of random weights of the same shape: no one role to assign
+qk_simple    few QK components (90 % of the energy in d_head / 4 or fewer), and the first stands alone
+ov_flat      the OV energy is spread as in a product of random matrices with the same shape: no one role to assign
 both_align   an OV and a QK prediction hold
 
-Exploratory predictions decide none of them, nor do those that hold against `spectrum` alone, which any trained head may
-beat: the evidence names both, and what they are.
+No pattern rests on exploratory predictions, or on those that hold against `spectrum` alone, which any trained head may
+beat; the evidence names both, and what they are.
 """
 
 import math
@@ -18,28 +18,28 @@ import numpy as np
 
 from ovqk.config.schema import CIRCUITS
 from ovqk.metrics import HEAD_METRICS, METRICS
-from ovqk.tasks.claims import Head
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import Values
 from ovqk.verdicts.statistics import ALPHA
+from ovqk.weights.types import Head
 
 PATTERNS = ("ov_aligned", "qk_simple", "ov_flat", "both_align")
-SIMPLE = 0.25  # of d_head
-CLUSTER = 0.1  # of its own value: a component closer than this to the next is not identified alone
+SIMPLE = 0.25  # share of d_head
+CLUSTER = 0.1  # share of its own value: a component closer than this to the next is not identified alone
 FLAT_QUANTILE, FLAT_DRAWS = 0.05, 400
 
 
 def head_patterns(
     values: Values, head: Head, shape: tuple[int, int], second: float, rows: Sequence[NullTest]
 ) -> dict[str, Any]:
-    """Return the patterns of one claimed head, None if what one rests on is missing, and `evidence`.
+    """Return one claimed head's patterns, and `evidence`, a sentence on each; None if the metric behind one is missing.
 
     Args:
         values: metric -> [layer, head].
         head: the head.
-        shape: the dimensions its maps act on (d_model, less one if they are centred) and d_head.
-        second: sigma_2 / sigma_1 of W_QK; nan if QK was not taken apart.
-        rows: the tests of it.
+        shape: how many dimensions its maps act on (d_model, less one if they are centred), and d_head.
+        second: sigma_2 / sigma_1 in W_QK; nan if QK was not taken apart.
+        rows: its tests.
     """
     held = _holding(rows)
     ov, qk = (
@@ -64,7 +64,7 @@ def head_patterns(
 
 
 def _holding(rows: Sequence[NullTest]) -> dict[str, str]:
-    """Return metric -> reserve, mostly empty, for predictions that hold under every null that could decide."""
+    """Return metric -> reserve (mostly none) for predictions that hold under every null that could decide."""
     found: dict[str, str] = {}
     for metric in dict.fromkeys(row.metric for row in rows if row.metric in HEAD_METRICS):
         mine = [row for row in rows if row.metric == metric and row.testable]
@@ -78,9 +78,10 @@ def _holding(rows: Sequence[NullTest]) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def iid_effective_rank(d_model: int, d_head: int) -> float:
-    """Return the 5th percentile of exp H(sigma^2 / sum sigma^2) for products of iid Gaussian [d, h] and [h, d].
+    """Return the effective rank that 95 % of random OV circuits exceed: exp H(sigma^2 / sum sigma^2), in [1, d_head].
 
-    The triangular factors of Gaussian matrices are drawn directly (Bartlett's decomposition): chi on the diagonal,
+    A random circuit is the product of iid Gaussian matrices [d_model, d_head] and [d_head, d_model]; FLAT_DRAWS are
+    drawn from a fixed seed. Only their triangular factors are drawn, by Bartlett's decomposition: chi on the diagonal,
     normal above it.
     """
     generator = np.random.default_rng(0)

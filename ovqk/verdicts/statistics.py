@@ -16,22 +16,22 @@ EXACT_LABELINGS = 100_000
 DRAWS = 10_000
 EXCEEDANCES = 20  # after which a Monte Carlo test stops
 TIE = 1e-12  # values closer than this are equal
-THINNINGS = 200  # of a set of values, each to as many of them as another set has
+THINNINGS = 200  # random ways to thin a larger layer to the size that another layer has
 QUANTILES = (0.0, 0.01, 0.025, 0.05, 0.25, 0.5, 0.75, 0.95, 0.975, 0.99, 1.0)
 """The quantiles of a null that are kept for every test."""
 
 Distribution = dict[int, int]
-"""Value of a sum -> number of labelings that give it."""
+"""Sum of scores -> how many labelings give it."""
 
 
 @dataclass(frozen=True)
 class Stratum:
-    """The heads of one layer that a role's labels may fall on.
+    """The heads in one layer that a role's labels may fall on.
 
     Attributes:
         values: the metric, [n], larger in the predicted direction.
-        claimed: which of them the role claims.
-        groups: the KV group of each; every head its own without grouped queries.
+        claimed: whether the role claims each head, [n].
+        groups: each head's KV group, [n]; every head has its own without grouped queries.
     """
 
     values: NDArray[np.float64]
@@ -41,14 +41,17 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Permutation:
-    """A layer-stratified permutation test of the mean within-layer rank.
+    """The mean rank that claimed heads have within their layers, tested by permuting labels within layers.
 
     Attributes:
-        statistic: mean of (rank - 0.5) / n over the claimed heads, in (0, 1); 0.5 by chance.
-        p, p_opposite: one-sided, identity included.
+        statistic: (rank - 0.5) / n, averaged over the claimed heads, in (0, 1); 0.5 by chance.
+        p, p_opposite: one-sided, in the predicted and in the other direction, identity included.
         min_p: the smallest p that these labels and ranks can give.
-        labelings: how many labelings there are, or were drawn.
-        quantiles: of the statistic over the labelings, at QUANTILES.
+        null_mean, null_sd: over the labelings, on the statistic's scale.
+        percentile: the share of labelings with a smaller statistic, ties half.
+        labelings: how many there are, or were drawn (the identity counts as one).
+        exact: whether all were counted.
+        quantiles: the statistic over the labelings, at QUANTILES.
     """
 
     statistic: float
@@ -69,9 +72,9 @@ class MonteCarlo:
 
     Attributes:
         p, p_opposite: (1 + exceedances) / (1 + draws).
-        n: draws that p was counted on.
+        n: how many draws p was counted on.
         p_stopped: whether p has met its 20 exceedances, so that more draws would not change it.
-        stopped: whether both directions have, so that more draws would change nothing.
+        stopped: whether both directions have, so that more draws would change neither.
     """
 
     p: float
@@ -82,9 +85,13 @@ class MonteCarlo:
 
 
 def monte_carlo(observed: float, draws: NDArray[np.float64]) -> MonteCarlo:
-    """Return sequential Monte Carlo p-values (Besag & Clifford 1991); larger is more extreme, ties count against.
+    """Count p in both directions by sequential Monte Carlo (Besag & Clifford 1991).
 
-    The draws are counted in order, up to the 20th that is at least as extreme.
+    The draws are counted in order, up to the 20th that is at least as extreme; ties count against the claim.
+
+    Args:
+        observed: the value, larger in the predicted direction.
+        draws: the same under the null, [draw].
     """
     p, n, stopped = _counted(draws >= observed - TIE)
     p_opposite, _, stopped_opposite = _counted(draws <= observed + TIE)
@@ -100,7 +107,7 @@ def _counted(exceeds: NDArray[np.bool_]) -> tuple[float, int, bool]:
 
 
 def midranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return twice the mid-rank of each value (so that ties stay integers), from 2 for the smallest."""
+    """Return each value's mid-rank times two, so that ties stay integers; a smallest value without ties has 2."""
     difference = values[:, None] - values[None, :]
     return 2 * (difference > TIE).sum(1) + (np.abs(difference) <= TIE).sum(1) + 1
 
@@ -108,7 +115,8 @@ def midranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
 def stratified_permutation(strata: Sequence[Stratum], seed: int) -> Permutation:
     """Permute the role's labels within each layer; under grouped queries KV groups first, then heads within groups.
 
-    Exact, by convolution, up to 100,000 labelings; 10,000 draws beyond (Phipson & Smyth 2010: identity included).
+    Exact, by convolution, up to 100,000 labelings; 10,000 draws beyond (Phipson & Smyth 2010: identity included). See
+    docs/definitions.md, section 6.
 
     Raises:
         ValueError: no stratum claims a head.
@@ -153,7 +161,7 @@ def stratified_permutation(strata: Sequence[Stratum], seed: int) -> Permutation:
 
 
 def _weighted_quantiles(values: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return, for each of QUANTILES, the smallest value that this share of the weight does not exceed."""
+    """Return, for each quantile in QUANTILES, the smallest value at or below which that share of all counts lies."""
     order = np.argsort(values)
     reached = counts[order].cumsum() / counts.sum()
     places = np.searchsorted(reached, np.array(QUANTILES) - TIE)
@@ -161,9 +169,9 @@ def _weighted_quantiles(values: NDArray[np.int64], counts: NDArray[np.int64]) ->
 
 
 def _labelings(stratum: Stratum, scores: NDArray[np.int64]) -> Distribution:
-    """Return sum of scores -> number of labelings of this layer that give it.
+    """Count one layer's labelings by the sum of scores that each gives the claimed heads.
 
-    Groups trade places only with groups of as many candidates, and keep their numbers of claimed heads.
+    KV groups trade places only with groups that have as many heads here, and keep how many of them are claimed.
     """
     sizes: dict[int, list[tuple[NDArray[np.int64], int]]] = {}
     for group in np.unique(stratum.groups):
@@ -173,7 +181,7 @@ def _labelings(stratum: Stratum, scores: NDArray[np.int64]) -> Distribution:
 
 
 def _group_labelings(groups: Sequence[NDArray[np.int64]], counts: Sequence[int]) -> Distribution:
-    """Enumerate the ways to divide claimed heads among groups of one size, and to choose the heads within each."""
+    """Count the ways to hand out these numbers of claimed heads among equal groups, and to choose heads within each."""
     kinds = sorted(set(counts))
     start = tuple(counts.count(kind) for kind in kinds)
     states: dict[tuple[int, ...], Distribution] = {start: {0: 1}}
@@ -212,7 +220,10 @@ def _draw(per_layer: Sequence[Distribution], seed: int) -> NDArray[np.int64]:
 
 
 def within_layer_auc(strata: Sequence[Stratum]) -> float:
-    """Return P(a claimed head exceeds an unclaimed one of its layer), ties half; nan without such pairs."""
+    """Estimate P(a claimed head exceeds an unclaimed one in its layer), in [0, 1], 0.5 by chance.
+
+    Ties count half, and all pairs alike, so that layers with more pairs weigh more; nan without any pair.
+    """
     above = pairs = 0.0
     for stratum in strata:
         claimed, others = stratum.values[stratum.claimed], stratum.values[~stratum.claimed]
@@ -229,11 +240,11 @@ def _above(difference: NDArray[np.float64]) -> NDArray[np.float64]:
 def within_layer_auc_interval(
     strata: Sequence[Stratum], resamples: Sequence[NDArray[np.float64]]
 ) -> tuple[float, float]:
-    """Return the 95 % interval of `within_layer_auc` over resamples of the metric.
+    """Return the 2.5 and 97.5 % quantiles that `within_layer_auc` has over resamples; nan without any pair.
 
     Args:
         strata: the observed strata.
-        resamples: for each stratum the metric of its heads in every resample, [draw, n], signed as in the stratum.
+        resamples: one array [draw, n] for each stratum: its heads' metric in every resample, signed as there.
     """
     above, pairs = 0.0, 0
     for stratum, values in zip(strata, resamples, strict=True):
@@ -257,21 +268,21 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
 
 
 def standardised(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Return (value - median) / MAD of each value [thinning, n], among all or among `width`, itself included.
+    """Return (value - median) / MAD for each value [thinning, n], among all n or among `width`, itself included.
 
-    If `width` is less than n, THINNINGS times each value is left with others drawn at random, the same for every
-    call; nan for values without spread.
+    If `width` is n there is one thinning, the whole. Otherwise each value is kept THINNINGS times among others drawn
+    at random, the same in every call. nan if the values drawn have no spread.
 
     Args:
-        values: [n], rising: which are drawn together depends on their ranks alone.
-        width: at most n.
+        values: [n], rising, because ranks alone decide which values are drawn together.
+        width: how many are kept, at most n.
     """
     return _standardised(np.asarray(values, dtype=np.float64).tobytes(), width)
 
 
 @lru_cache(maxsize=256)
 def _standardised(rising: bytes, width: int) -> NDArray[np.float64]:
-    """Standardise values given as bytes, once: the heads near one head are mostly those near the next one too."""
+    """Standardise values given as bytes, and remember them: two heads in one layer have mostly the same neighbours."""
     values = np.frombuffer(rising)
     left = values[_thinnings(len(values), width)]  # [thinning, n, width], each row rising
     median = (left[..., (width - 1) // 2] + left[..., width // 2]) / 2
@@ -283,7 +294,7 @@ def _standardised(rising: bytes, width: int) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=64)
 def _thinnings(n: int, width: int) -> NDArray[np.int64]:
-    """Return indices [thinning, n, width], rising: those left when i of n is kept among `width`."""
+    """Return indices [thinning, n, width], rising: the values that stay if the i-th is kept among `width`."""
     if width == n:
         return np.broadcast_to(np.arange(n), (1, n, n))
     order = np.random.default_rng([n, width]).random((THINNINGS, n, n))
@@ -292,7 +303,7 @@ def _thinnings(n: int, width: int) -> NDArray[np.int64]:
 
 
 def percentile(value: float, reference: NDArray[np.float64]) -> float:
-    """Return the share of the reference below the value (ties half), in [0, 1]; nan for an empty reference."""
+    """Return the share of reference values below the value, ties half, in [0, 1]; nan without reference values."""
     if not len(reference):
         return math.nan
     return float(_above(value - reference).mean())

@@ -1,8 +1,8 @@
-"""Verdicts of the weights on claims: one for each claimed head and each role (definitions: section 6).
+"""The weights' verdicts on claims: one for each claimed head and each role (definitions: section 6).
 
 The first line that matches wins:
 
-    out_of_scope   the role predicts nothing of the weights
+    out_of_scope   the role predicts nothing about the weights
     untestable     the primary metric is unavailable, or no counting null can reach p <= 0.05
     contradicted   significantly opposite under a counting null, and significant under none
     corroborated   significant under every testable counting null, other heads or other words among them, and nothing
@@ -17,11 +17,13 @@ from functools import cached_property
 from typing import Any
 
 from ovqk import wording
+from ovqk.config.schema import Circuit
 from ovqk.metrics import METRICS
-from ovqk.tasks.claims import Claims, Head
+from ovqk.tasks.claims import Claims
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import Predicted, counting
 from ovqk.verdicts.statistics import ALPHA
+from ovqk.weights.types import Head
 
 VERDICTS = tuple(wording.VERDICTS)
 
@@ -43,12 +45,12 @@ AGAINST_SPECTRUM = (
     "The weights point the other way against heads of the same spectrum only, which any trained head may: {claim}."
 )
 SPECTRUM_ONLY = "spectrum"
-"""Flag of a contradiction by `spectrum` alone."""
+"""The flag for a contradiction by `spectrum` alone."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The subject of a verdict: a role, or one of its heads."""
+    """A role, or one of its heads: the subject that a verdict is about."""
 
     role: str
     head: Head | None
@@ -61,22 +63,22 @@ class Subject:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The tests of one subject, sorted by their outcome; only nulls that count, unless a property says otherwise.
+    """One subject's tests, sorted by their outcome; only nulls that count, unless a property says otherwise.
 
     Attributes:
-        rows: all of them, also those that are only reported.
+        rows: all tests, also those that are only reported.
     """
 
     rows: Sequence[NullTest]
 
     @cached_property
     def primary(self) -> list[NullTest]:
-        """The tests of the primary prediction."""
+        """Tests for the primary prediction."""
         return [row for row in self.rows if row.counts and row.primary]
 
     @cached_property
     def testable(self) -> list[NullTest]:
-        """The tests of the primary prediction that can be significant."""
+        """Tests for the primary prediction that can be significant."""
         return [row for row in self.primary if row.testable]
 
     @cached_property
@@ -96,7 +98,7 @@ class Evidence:
 
     @property
     def has_peers(self) -> bool:
-        """Whether other heads or other words could decide, and not heads of the same spectrum alone."""
+        """Whether other heads or other words could decide, and not random heads with the same spectrum alone."""
         return any(row.null != "spectrum" for row in self.testable)
 
     @property
@@ -119,16 +121,16 @@ def judge(
 ) -> dict[str, Any]:
     """Judge one role or head: a row of verdicts.parquet.
 
-    p, q and min_q are those of the weakest null that counts, q_opposite of the one most against the claim; `nulls` are
-    those that could decide, `held` and `opposed` the ones that are significant for and against it. The percentile, the
-    effect and its interval are those within the heads' own layers; none if all other heads there are claimed.
+    p, q and min_q come from the weakest null that counts, q_opposite from the one most against the claim; `nulls` are
+    those that could decide, `held` and `opposed` the ones that are significant for and against it. Percentile, effect
+    and interval are those within the heads' own layers; none if all other heads there are claimed.
 
     Args:
         subject: the role or head.
         predicted: its role's predictions, the primary first.
-        rows: the rows of tests.parquet about it.
+        rows: its rows in tests.parquet.
         reason: why the primary metric has no value, if it has none.
-        patterns: of a head (`patterns.head_patterns`).
+        patterns: a head's patterns (`patterns.head_patterns`); None for a role.
     """
     evidence = Evidence(rows)
     untested = _untested(subject, predicted[0], evidence) if evidence.testable else ""
@@ -286,7 +288,7 @@ def _limits(verdict: str, predicted: Sequence[Predicted]) -> str:
     if verdict in ("untestable", "out_of_scope"):
         return ""
     metric = METRICS[predicted[0].config.metric]
-    writes = metric.circuit == "ov" and not metric.reads
+    writes = metric.circuit is Circuit.ov and not metric.reads
     return NOT_ESTABLISHED + (NOT_INDEPENDENT if writes else "")
 
 

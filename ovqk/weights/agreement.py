@@ -35,9 +35,9 @@ class BlockReading:
     """The form that reproduces one block.
 
     Attributes:
-        weights: of the block, with the norms, rotation and multipliers that reproduce it.
-        eps: of the norm before attention; None if there is none.
-        attention_scale: factor of the scores; None if not known.
+        weights: the block's, with the norms, rotation and multipliers that reproduce it.
+        eps: the epsilon in the norm before attention; None if there is none.
+        attention_scale: the factor that multiplies scores; None if not known.
         parallel: attention and MLP both read the block's input.
         biased: something else than the scores reaches the softmax (ALiBi, a relative position's bias).
         reads, writes: why ovqk's form does not reproduce the block's reads or writes; None if it does.
@@ -55,7 +55,7 @@ class BlockReading:
 
 
 def agrees(mine: Tensor, own: Tensor) -> bool:
-    """Return whether two tensors differ by no more than TOLERANCE of the second's largest entry."""
+    """Return whether two tensors differ by at most TOLERANCE times the second's largest entry."""
     if mine.shape != own.shape:
         return False
     return bool((mine - own).abs().max() <= TOLERANCE * own.abs().max().clamp_min(1e-6))
@@ -108,7 +108,7 @@ def _stored_gain(module: nn.Module, measured: Float[Tensor, " width"]) -> Float[
 
 
 def norms_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the direct children of a module that are norms."""
+    """Return a module's direct children that are norms."""
     return {
         name: child
         for name, child in module.named_children()
@@ -192,7 +192,7 @@ def _match_scores(
 ) -> tuple[LayerWeights, float | None, bool] | None:
     """Return the weights with the norms and the rotation that give the module's scores; None if no form does.
 
-    With them come the factor of the scores and whether a bias is added to them.
+    With them come the factor that multiplies scores, and whether a bias is added to them.
     """
     watched = block.queries is not None and block.scaling is not None
     own, visible = _own_scores(block)
@@ -262,7 +262,7 @@ def _fit_scale(mine: Tensor, own: Tensor, visible: Tensor, slopes: bool) -> tupl
 
 
 def _query_key_forms(block: BlockActivations, weights: LayerWeights) -> Iterable[LayerWeights]:
-    """Yield the weights as they are, and with each norm of queries and keys that the attention module holds."""
+    """Yield the weights as they are, and with each norm for queries and keys that the attention module holds."""
     yield weights
     if block.attention is None:
         return
@@ -316,7 +316,7 @@ def _centred(weights: LayerWeights, form: QueryKeyNorm) -> LayerWeights:
 
 
 def _norms_by_head(module: nn.Module, heads: int, d_head: int) -> Tensor | None:
-    """Return the gains of a LayerNorm per head, in one module for all heads (Cohere) or in one for each (StableLM)."""
+    """Return each head's LayerNorm gains, from one module for all heads (Cohere) or one for each (StableLM)."""
     rows = torch.randn(heads, d_head, generator=torch.Generator().manual_seed(2))
     eps = _epsilon(module)
     try:
@@ -333,7 +333,7 @@ def _norms_by_head(module: nn.Module, heads: int, d_head: int) -> Tensor | None:
 
 
 def _mixing(block: BlockActivations, output_input: Tensor | None, n_heads: int) -> str | None:
-    """Return why the output projection is not given the pattern's mean of the values; None if it is."""
+    """Say why the output projection does not get the values averaged by the pattern; None if it does."""
     if block.pattern is None or block.values is None:
         return None
     if output_input is None:
@@ -355,7 +355,7 @@ def _shift(block: BlockActivations) -> float:
 
 
 def _beyond_scores(block: BlockActivations, biased: bool) -> list[str]:
-    """Return notes for the record on parts of attention beyond the scores."""
+    """Say which parts of attention lie beyond the scores: notes for the record."""
     notes = []
     if block.pattern is not None and bool(((block.pattern.sum(-1) - 1).abs() > 1e-3).any()):
         notes.append(

@@ -1,4 +1,4 @@
-"""The values that keys of config.json may have, checked before transformers reads them: it says less, or nothing."""
+"""The values that config.json's keys may have, checked before transformers reads them: it says less, or nothing."""
 
 import math
 import re
@@ -54,7 +54,7 @@ LAYERS: dict[str, Rule] = {
         (lambda value: isinstance(value, list) and all(map(is_integer, value)), "a list of 0 and 1")
     ),
 }
-"""Rules of keys about heads and layers."""
+"""Rules for keys about heads and layers."""
 TOP: dict[str, Rule] = {
     "rope_theta": POSITIVE,
     "rope_local_base_freq": POSITIVE,
@@ -63,9 +63,9 @@ TOP: dict[str, Rule] = {
     "rope_parameters": OBJECT,
     "original_max_position_embeddings": _or_null(POSITIVE_INTEGER),
 }
-"""Rules of keys about rotary positions."""
+"""Rules for keys about rotary positions."""
 SHARES: dict[str, Rule] = {"partial_rotary_factor": _or_null(SHARE), "rotary_pct": _or_null(SHARE)}
-"""Rules for keys that give the rotated share of a head, in families that read them."""
+"""Rules for keys that say which share of a head is rotated, in families that read them."""
 INSIDE: dict[str, Rule] = {
     "rope_type": NAME,
     "type": NAME,
@@ -82,7 +82,7 @@ INSIDE: dict[str, Rule] = {
     "long_factor": FACTORS,
     "original_max_position_embeddings": _or_null(POSITIVE_INTEGER),
 }
-"""Rules of keys in `rope_scaling` and `rope_parameters`."""
+"""Rules for keys in `rope_scaling` and `rope_parameters`."""
 NEEDED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -94,7 +94,7 @@ NEEDED = {
 
 
 def refuse_wrong_values(label: str, config: Mapping[str, Any], family: Family) -> None:
-    """Refuse keys of config.json whose value is of another kind than it can be, or out of range.
+    """Refuse a config.json in which a value has the wrong type or is out of range.
 
     Raises:
         UserError: there is one; the message names it, and what is allowed.
@@ -128,7 +128,7 @@ def _check_rotations(label: str, path: str, place: Mapping[str, Any], shares: Ma
 
 
 def _settings(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Return the settings for all layers, or those of each kind of layer."""
+    """Return the settings for all layers, or those for each layer kind."""
     yield path, settings
     for kind, inner in settings.items():
         if isinstance(inner, Mapping):
@@ -155,7 +155,7 @@ KINDS = {
 
 
 def reworded(error: Exception) -> str:
-    """Return the reason why transformers does not read a config, without the words of Python's own exceptions."""
+    """Say why transformers does not read a config, without the words that Python's own exceptions add."""
     told = " ".join(str(error).split())
     field = re.search(r"error for field '(\w+)'.*\(value: (.*)\)", told)
     if field is not None:

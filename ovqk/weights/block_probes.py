@@ -1,8 +1,8 @@
-"""A Hugging Face model's own activations on a few tokens, and those of each of its blocks alone.
+"""A Hugging Face model's own activations on a few tokens, and those that each block has alone.
 
 Each block is called by itself on a random residual stream: once with everything but attention silenced, which gives
-attention's addition to the stream and the inputs of that addition, and once with attention silenced. Random rows of
-unit variance keep the differences exact, which the large components of a trained model's stream would not.
+attention's addition to the stream and that addition's inputs, and once with attention silenced. Random rows with
+unit variance keep the differences exact, which the large components in a trained model's stream would not.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ class BlockActivations:
         queries, keys, values: the inputs of attention's own product, rotated and normalised; None if the model
             does not hand them to an attention function.
         pattern: that function's own weights.
-        scaling: its factor of the scores.
+        scaling: its factor on the scores.
         window: how many tokens back it looks, the query's included; None for all.
         capped: the scores are capped before the softmax.
         logits: the softmax's input, after caps, masks and biases.
-        inputs: each of the block's modules' input, by the module's identity.
+        inputs: the input that each module in the block gets, by the module's identity.
     """
 
     stream: Float[Tensor, "position d_model"]
@@ -100,7 +100,7 @@ def _holds_attention(module: nn.Module) -> bool:
 def record_activations(
     model: nn.Module, tokens: Int[Tensor, " position"], n_layers: int, seed: int = 0
 ) -> ModelActivations:
-    """Run the model on the tokens and each of its blocks on random rows.
+    """Run the model on the tokens, and each block on random rows.
 
     Raises:
         CannotRunError: the model cannot be run on these tokens.
@@ -184,7 +184,7 @@ def _zeros(parameter: Tensor) -> Tensor:
 
 
 class Recorder:
-    """Hooks on a model: inputs and outputs of its modules, calls of its blocks, and the inputs of attention."""
+    """Hooks on a model: its modules' inputs and outputs, calls to its blocks, and attention's inputs."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -249,7 +249,7 @@ class Recorder:
             where[id(module)] = value[0].clone()
 
     def _note_attention(self) -> None:
-        """Return the child of the block inside which attention runs."""
+        """Find the block's child inside which attention runs."""
         if len(self._blocks) == 1 and self._blocks[0] in self._stack:
             place = self._stack.index(self._blocks[0])
             if place + 1 < len(self._stack):

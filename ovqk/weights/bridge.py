@@ -1,8 +1,8 @@
 """Architectures outside the table of families, through TransformerLens's TransformerBridge.
 
-The whole model is loaded. TransformerLens says which tensors are queries, keys, values and outputs; that ovqk's form
-of them, its norms, rotations and multipliers are the model's is measured on the model's own blocks (`agreement`).
-A part that is not reproduced is reported as raw or unavailable, never assumed.
+The whole model is loaded. TransformerLens says which tensors are queries, keys, values and outputs. Whether ovqk's
+form, with its norms, rotations and multipliers, is the model's is measured on the model's own blocks (`agreement`). A
+part that is not reproduced is reported as raw or unavailable, never assumed.
 """
 
 import re
@@ -36,12 +36,12 @@ from ovqk.weights.norms import Norm, NormKind, apply_norm
 from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, PositionKind
 
 PROBE = 12  # tokens
-SAME_SCALE = 1e-3  # relative, of scales that are fitted to scores
+SAME_SCALE = 1e-3  # relative, between scales that are fitted to scores
 SEEN_WINDOW = 2  # tokens: a window that shows on so few
 
 
 def find_masked_windows(recorded: ModelActivations, model: Any, tokens: Tensor) -> str | None:
-    """Note the sliding window of blocks that attend through a mask and are not told of the window.
+    """Note the sliding window for blocks that attend through a mask and are not told about the window.
 
     The model is run again with a window so short that it shows: a block has one if its queries then see no token
     further back.
@@ -80,7 +80,7 @@ def find_masked_windows(recorded: ModelActivations, model: Any, tokens: Tensor) 
 
 
 class BridgeWeights:
-    """Weights of a model that TransformerLens loads."""
+    """The weights of a model that TransformerLens loads; see `WeightSource`."""
 
     loaded_by: Literal["families", "bridge"] = "bridge"
 
@@ -152,7 +152,7 @@ class BridgeWeights:
         return any(re.search(r"(^|\.)(q|query)_?(layer)?_?norm", name) for name, _ in modules)
 
     def layer(self, index: int) -> LayerWeights:
-        """Return the raw attention weights of a layer."""
+        """Return a layer's raw attention weights."""
         weights = self.readings[index].weights
         if self.foldable:
             return weights
@@ -378,7 +378,7 @@ class BridgeWeights:
                     yield measured.norm, measured.eps
 
     def _logits_match(self) -> bool:
-        """Return whether the logits are W_U times the norm of the last block's output, up to a bias."""
+        """Return whether the logits are W_U times the last block's normalised output, up to a bias."""
         unembed, final = original(self.bridge, "unembed"), self.activations.last_stream
         logits, norm = self.activations.outputs.get(id(unembed)), self._final_norm()
         W_U = self.bridge.W_U.detach().float()
@@ -427,7 +427,7 @@ class BridgeWeights:
         return self.eps if measured is None else measured.eps
 
     def _measured_norms(self, index: int) -> list[Norm]:
-        """Return the norms of a block, the one named as before its MLP first."""
+        """Return a block's norms, the one named as before its MLP first."""
         named = [original(self.bridge.blocks[index], name) for name in ("ln2", "ln2_post", "ln1", "ln1_post")]
         found = [measure_norm(each, self.architecture.d_model) for each in named if each is not None]
         return [each.norm for each in found if each is not None]

@@ -47,7 +47,7 @@ def find_architecture(checkpoint: Checkpoint) -> str:
 
 
 def find_wrappers(checkpoint: Checkpoint) -> list[str]:
-    """Return the prefixes of training tools before the names of tensors: each sequence that some name begins with."""
+    """Return the prefixes that training tools put before tensors' names: each sequence that some name begins with."""
     known = "|".join(re.escape(wrapper) for wrapper in WRAPPERS if wrapper != "model.")  # many models' own
     found = (re.match(f"(?:{known})+", name) for name in checkpoint.shapes)
     return sorted({match[0] for match in found if match}, key=len, reverse=True)
@@ -111,7 +111,7 @@ def boot_bridge(checkpoint: Checkpoint, model: Any, architecture: str, trust_rem
 
     model.config.architectures = [architecture]  # as TransformerLens spells it
     try:
-        # a processor of pictures or sounds is not needed, and loading one may install packages
+        # a processor for pictures or sounds is not needed, and loading one may install packages
         with unused_tokenizer() as tokenizer, mock.patch.object(source, "load_modality_processor"):
             return TransformerBridge.boot_transformers(
                 str(checkpoint.directory),
@@ -127,7 +127,7 @@ def boot_bridge(checkpoint: Checkpoint, model: Any, architecture: str, trust_rem
 
 
 def original(owner: Any, name: str) -> nn.Module | None:
-    """Return the Hugging Face module behind a component of the bridge; None if there is none."""
+    """Return the Hugging Face module behind a bridge component; None if there is none."""
     component = getattr(owner, name, None)
     found = getattr(component, "original_component", None)
     return found if isinstance(found, nn.Module) else None
@@ -185,7 +185,7 @@ def notes_of_config(config: Any) -> list[str]:
 
 @contextlib.contextmanager
 def unused_tokenizer() -> Iterator[Any]:
-    """Yield a tokenizer of one word for TransformerLens, which insists on one even if the checkpoint has none."""
+    """Yield a tokenizer with one word for TransformerLens, which insists on one even if the checkpoint has none."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

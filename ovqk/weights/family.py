@@ -23,41 +23,42 @@ class Family:
     """One architecture family.
 
     Attributes:
-        model_types: the `model_type` values of config.json that belong to it.
+        model_types: values that its config.json has under `model_type`.
         prefixes: checkpoints' prefixes before tensors' names, in the order tried.
         tensors: ovqk's name -> the checkpoint's, without `.weight` or `.bias`; `{layer}` is the layer's index.
             `query`, `key`, `value` or a fused `qkv`; `norm` (absent: none, or one without a gain), `post_norm`,
             `query_norm`, `key_norm`; the MLP's `mlp_in` (its gate, if it has one), `mlp_linear` or a fused
             `mlp_gate_and_linear`, `mlp_out`, `mlp_norm`, `mlp_post_norm`.
-        keys: ovqk's name -> the keys of config.json, in the order tried.
+        keys: ovqk's name -> config.json's keys, in the order tried.
         linear: `out_in` for torch's Linear [out, in], `in_out` for GPT-2's Conv1D [in, out].
         fused: how `qkv` is laid out: all queries, all keys, all values; or KV head by KV head, the queries that read
             it, its key, its value.
         unembedding: the unembedding's name, without a prefix.
         gain_offset: added to a norm's weight to give its gain (Gemma: 1).
         scaled_embedding: embedding rows are multiplied by sqrt(d_model).
-        embedding_multiplier, residual_multiplier, logit_multiplier: keys of numbers that multiply embedding rows, what
+        embedding_multiplier, residual_multiplier, logit_multiplier: keys for numbers that multiply embedding rows, what
             attention and MLP write, and the logits.
-        logit_divisor: key of a number that the logits are divided by.
+        logit_divisor: key for a number that the logits are divided by.
         parallel: attention and MLP read the same stream; or the config's key that says so.
-        query_key_norm: queries and keys are normalised per head, or over all heads of a token.
+        query_key_norm: queries and keys are normalised per head, or per token over all heads.
         interleaved: rotary pairs are neighbours (GPT-J).
-        partial_rotary: `partial_rotary_factor` is read: a part of a head is rotated. Elsewhere transformers ignores it.
+        partial_rotary: `partial_rotary_factor` is read: only a part of each head is rotated. Elsewhere transformers
+            ignores it.
         rotated: which layers are rotated: every one; those that `no_rope_layers` marks with 1; those with a sliding
             window; or those, and every one if no window is set.
-        default_theta: the base of the rotary frequencies if config.json gives none (of a `complete` family).
+        default_theta: the rotary frequencies' base if config.json gives none (for a `complete` family).
         position_offset: rows in the position embedding before the first position's (OPT: 2).
-        kv_heads: their number, if no key of config.json gives it.
-        scale: key of the number whose -1/2 power scales the scores, or a number; d_head if absent.
-        score_multiplier: key of the number that scales the scores itself.
-        experts: the MLP of block 0 is a mixture of experts.
+        kv_heads: how many there are, if config.json has no key for it.
+        scale: key for the number whose -1/2 power scales the scores, or a number; d_head if absent.
+        score_multiplier: key for the number that scales the scores itself.
+        experts: block 0's MLP is a mixture of experts.
         read_bias, output_bias, mlp_bias: whether queries, keys and values have biases, whether the output projection
             has one, and whether the MLP has; or config.json's key that says so.
         norm_bias: whether the norms on the stream have biases.
         refused: config keys that must be unset or false, as ovqk does not read the features that they turn on.
         complete: config.json alone tells everything; otherwise transformers fills in the model type's defaults.
-        variant: from config.json, the row of this checkpoint; None: the bridge.
-        notes: for the record, parts of the model that are not in the formulas.
+        variant: from config.json, the row for this checkpoint; None: the bridge.
+        notes: for the record, parts that such a model has and the formulas have not.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Family:
     notes: tuple[str, ...] = ()
 
     def reads(self, name: str) -> bool:
-        """Return whether ovqk reads the tensor of this name: attention, norms, embeddings and block 0's MLP."""
+        """Return whether ovqk reads a tensor with this name: attention, norms, embeddings and block 0's MLP."""
         return self._read.fullmatch(name) is not None
 
     @cached_property
@@ -121,7 +122,7 @@ def as_transformers_reads(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def wrappers() -> Iterator[str]:
-    """Return the possible prefixes of tensors' names, from nothing to three wrappers in a row."""
+    """Yield prefixes that tensors' names may have, from none to three wrappers in a row."""
     yield ""
     for depth in (1, 2, 3):
         yield from map("".join, product(WRAPPERS, repeat=depth))

@@ -1,4 +1,4 @@
-"""Weights of the families in the table, read from the checkpoint one layer at a time."""
+"""Weights for the families in the table, read from the checkpoint one layer at a time."""
 
 import math
 from collections.abc import Callable
@@ -20,15 +20,15 @@ from ovqk.weights.settings import Settings
 from ovqk.weights.stored_rows import Rows, StoredRows, times
 from ovqk.weights.types import EmbeddingWeights, LayerWeights, split_heads
 
-ROWS_COMPARED = 4096  # rows of two embeddings compared at a time
+ROWS_COMPARED = 4096  # rows in two embeddings compared at a time
 KEEP_UP_TO = 2**22
 """Elements up to which an embedding is read at once (16 MB)."""
 DEQUANTISED_ONCE = 2**26
-"""Elements up to which an embedding of a GGUF file is dequantised once and kept (256 MB)."""
+"""Elements up to which an embedding in a GGUF file is dequantised once and kept (256 MB)."""
 
 
 class NativeWeights:
-    """Weights of a checkpoint whose family is in the table."""
+    """The weights in a checkpoint whose family is in the table; see `WeightSource`."""
 
     loaded_by: Literal["families", "bridge"] = "families"
     foldable = True
@@ -51,7 +51,7 @@ class NativeWeights:
         self.notes = self._notes()
 
     def layer(self, index: int) -> LayerWeights:
-        """Return the raw attention weights of a layer."""
+        """Return a layer's raw attention weights."""
         architecture = self.architecture
         n_kv, n_heads = architecture.n_kv_heads, architecture.n_heads
         (q, b_q), (k, b_k), (v, b_v) = self._queries_keys_values(index)
@@ -75,7 +75,7 @@ class NativeWeights:
     def embeddings(self) -> EmbeddingWeights:
         """Return the raw embeddings; None for a matrix that the checkpoint does not hold."""
         W_E, head = self._rows(self.tensor_name("embedding")), self._rows(self._unembedding())
-        if self.architecture.tied:  # a tied checkpoint may store either of the two
+        if self.architecture.tied:  # a tied checkpoint may store either one
             W_E = head if W_E is None else W_E
             head = W_E
         if W_E is not None and head is not None and W_E.shape[0] != head.shape[0]:
@@ -270,11 +270,11 @@ class NativeWeights:
         return weight, weight.new_zeros(weight.shape[-1]) if bias is None else bias
 
     def _bias(self, part: str, layer: int | None) -> Tensor | None:
-        """Return the bias of a part that the model has; None if it has none, whatever the checkpoint stores."""
+        """Return a part's bias if the model has it; None if it has none, whatever the checkpoint stores."""
         return self.checkpoint.tensor(self.tensor_name(part, layer, "bias")) if self.settings.has_bias(part) else None
 
     def _missing(self, part: str, layer: int) -> list[str]:
-        """Return the names of a part's weight and of its bias, if the model has one, that the checkpoint lacks."""
+        """Name what the checkpoint lacks for a part: its weight, and its bias if the model has one."""
         kinds = ("weight", "bias") if self.settings.has_bias(part) else ("weight",)
         names = [self.tensor_name(part, layer, kind) for kind in kinds]
         return [name for name in names if name not in self.checkpoint]

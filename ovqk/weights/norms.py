@@ -22,11 +22,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class QueryKeyNorm:
-    """A root-mean-square norm of queries and keys, before they are rotated.
+    """A root-mean-square norm for queries and keys, before they are rotated.
 
     Attributes:
-        query_gain, key_gain: factors of the normalised components.
-        over_heads: one root mean square for all heads of a token (OLMo 2) instead of one for each.
+        query_gain, key_gain: factors on the normalised components.
+        over_heads: a token has one root mean square over all heads (OLMo 2) instead of one for each.
     """
 
     query_gain: Float[Tensor, "head d_head"]

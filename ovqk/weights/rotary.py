@@ -1,4 +1,4 @@
-"""Rotary positions as a linear map: rows of queries or keys times R(m).
+"""Rotary positions as a linear map: query or key rows times R(m).
 
 `rotations` reads the frequencies from a checkpoint's config.json.
 """
@@ -15,9 +15,9 @@ class Rotary:
     """Rotary positions: a row x at position m becomes x R(m).
 
     Attributes:
-        inverse_frequencies: radians per position of each rotated pair, [rotary_dim / 2].
+        inverse_frequencies: radians per position, for each rotated pair, [rotary_dim / 2].
         interleaved: pairs are (0, 1), (2, 3), ... (GPT-J); otherwise (0, r/2), (1, r/2 + 1), ... (Llama, NeoX).
-        scale: factor of R(D), from a scaling that also multiplies queries' and keys' cosines and sines (YaRN,
+        scale: a factor on R(D), from a scaling that also multiplies queries' and keys' cosines and sines (YaRN,
             LongRoPE: the square of their attention factor).
     """
 
@@ -48,6 +48,6 @@ class Rotary:
     def angles(
         self, offsets: Float[Tensor, " offset"] | Int[Tensor, " offset"]
     ) -> tuple[Float[Tensor, "offset pair"], Float[Tensor, "offset pair"]]:
-        """Return the cosines and sines of R(D) for each offset D, times the scale."""
+        """Return R(D)'s cosines and sines for each offset D, times the scale."""
         radians = offsets.to(self.inverse_frequencies)[:, None] * self.inverse_frequencies
         return self.scale * radians.cos(), self.scale * radians.sin()

@@ -1,4 +1,4 @@
-"""The rotary positions that config.json describes, in either generation of its keys, as transformers understands them.
+"""The rotary positions that config.json describes, by its older or newer keys, as transformers understands them.
 
 transformers completes a config with the model type's defaults and moves every rotary key to where its models look;
 ovqk takes the rotation from there. A plain Llama config is read without importing it.
@@ -20,7 +20,7 @@ from ovqk.weights.types import Architecture
 
 SCALINGS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 UP_TO_A_LENGTH = ("longrope", "dynamic")
-"""Scalings that change beyond a length of text: ovqk reads the rotation for texts up to that length."""
+"""Scalings that change when a text is longer than a limit: ovqk reads the rotation for texts up to that limit."""
 UNREADABLE = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
@@ -54,12 +54,12 @@ ABSENT = ("d_head", "n_kv_heads")
 def read_rotations(
     checkpoint: Checkpoint, family: Family, architecture: Architecture, full: Any
 ) -> tuple[dict[str | None, Rotary], list[str]]:
-    """Return each kind of layer's rotation, under None if all layers have the same, and notes on them.
+    """Read the rotation for each kind of layer, under None if all layers have the same, and notes on them.
 
     Args:
         checkpoint: its config.json as it stands.
-        family: the row of the table that reads it.
-        architecture: sizes and kinds of the model.
+        family: the row in the table that reads it.
+        architecture: the model's sizes and kinds.
         full: the config as transformers completes it; None if config.json tells everything.
 
     Raises:
@@ -116,7 +116,7 @@ def _asked(checkpoint: Checkpoint) -> Any:
 
 
 def _read(label: str, family: Family, d_head: int, full: Any) -> tuple[dict[str | None, Rotary], list[str]]:
-    """Return the rotations and the names of their scalings."""
+    """Return the rotations, and how each is scaled, by name."""
     parameters = full.rope_parameters
     nested = {kind: inner for kind, inner in parameters.items() if inner is None or isinstance(inner, Mapping)}
     kinds: dict[str | None, Any] = {**nested} if any(nested.values()) else {None: parameters}
@@ -132,7 +132,7 @@ def _read(label: str, family: Family, d_head: int, full: Any) -> tuple[dict[str 
 
 
 def _plain_theta(config: Mapping[str, Any], family: Family) -> float | None:
-    """Return the base of the frequencies if nothing scales them; None if transformers is to be asked.
+    """Return the frequencies' base if nothing scales them; None if transformers is to be asked.
 
     As in transformers, a value beside the scaling's type comes before the key at the top.
     """
@@ -169,7 +169,7 @@ def _rotary(
 
 
 def no_rotation() -> Rotary:
-    """Return the rotation of a layer without positions: by no angle, whatever the offset."""
+    """Return the rotation for a layer without positions: by no angle, whatever the offset."""
     return Rotary(torch.zeros(1))
 
 

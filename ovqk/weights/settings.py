@@ -1,4 +1,4 @@
-"""A checkpoint's settings: its config.json in ovqk's terms, by the row of the table that reads it."""
+"""A checkpoint's settings: its config.json in ovqk's terms, by the row in the table that reads it."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from ovqk.weights.rotations import completed, no_rotation, read_rotations
 from ovqk.weights.types import Architecture
 
 SEES_ALL = ("full_attention", "global")
-"""Kinds of layers without a window."""
+"""Layer kinds without a window."""
 WINDOWED = ("sliding_attention", "local")
-"""Kinds of layers in which a query sees the last tokens alone."""
+"""Layer kinds in which a query sees the last tokens alone."""
 
 
 class Settings:
@@ -38,7 +38,7 @@ class Settings:
         """Return whether the model has a bias there, whatever the checkpoint stores.
 
         Raises:
-            UserError: the key of config.json that says so is neither true nor false.
+            UserError: config.json's key for it is neither true nor false.
         """
         if part in ("embedding", "positions", "query_norm", "key_norm"):
             return False
@@ -51,11 +51,11 @@ class Settings:
         return self._flag(key) if isinstance(key, str) else key
 
     def window(self, layer: int) -> int | None:
-        """Return how many tokens back a query of this layer sees, itself included; None for all."""
+        """Return how many tokens back a query in this layer sees, itself included; None for all."""
         return None if self._kind(layer) in SEES_ALL else self._width
 
     def rotary(self, layer: int) -> Rotary | None:
-        """Return the rotation of queries and keys in this layer; None if the model has no rotary positions."""
+        """Return how queries and keys are rotated in this layer; None if the model has no rotary positions."""
         if not self.rotations:
             return None
         if not self._rotates(layer):
@@ -63,7 +63,7 @@ class Settings:
         return self.rotations.get(self._kind(layer), self.rotations.get(None))
 
     def multiplier(self, key: str | None) -> float:
-        """Return the number that a key of config.json gives; 1 if there is no key.
+        """Return the number that config.json gives under a key; 1 if there is no key.
 
         Raises:
             UserError: it gives none, or 0.
@@ -74,7 +74,7 @@ class Settings:
         return float(number)
 
     def notes(self) -> list[str]:
-        """Return notes for the record on parts of the model that are not in the formulas."""
+        """Say which parts of the model are not in the formulas: notes for the record."""
         notes = [*self.family.notes]
         keys = (self.family.embedding_multiplier, self.family.residual_multiplier)
         factors = [f"{key}={self.multiplier(key):g}" for key in keys if self.multiplier(key) != 1]
@@ -167,7 +167,7 @@ class Settings:
         )
 
     def _read_attention_scale(self) -> float | None:
-        """Return the factor of the scores; None for 1 / sqrt(d_head)."""
+        """Return the factor that multiplies scores; None for 1 / sqrt(d_head)."""
         family = self.family
         if family.score_multiplier is not None:
             return self.multiplier(family.score_multiplier)
@@ -206,7 +206,7 @@ class Settings:
         return self._positive("window") if used and self._read("window") else None
 
     def _rotates(self, layer: int) -> bool:
-        """Return whether a layer of a model with rotary positions has them."""
+        """Return whether a layer has rotary positions, in a model that does."""
         rule = self.family.rotated
         if rule == "no_rope_layers":
             marks = self.config["no_rope_layers"]
@@ -219,7 +219,7 @@ class Settings:
         """Check that every layer that is rotated has a rotation.
 
         Raises:
-            UserError: the settings name kinds of layers that this model does not have.
+            UserError: the settings name layer kinds that this model does not have.
         """
         for layer in range(self.architecture.n_layers if self.rotations else 0):
             kind = self._kind(layer)

@@ -13,12 +13,12 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A row of d_model for each token, left in the checkpoint and read when asked for: `rows[ids]`, `rows[start:stop]`.
+    """One row per token, left in the checkpoint and read when asked for: `rows[ids]`, `rows[start:stop]`.
 
     Attributes:
-        read: rows start .. stop - 1 as they are stored, float32.
+        read: gives rows start .. stop - 1 as they are stored, float32.
         shape: (tokens, d_model).
-        gain: factor of each component; None for 1.
+        gain: a factor for each component; None for 1.
         centred: whether each row is taken less its own mean.
     """
 
@@ -32,7 +32,7 @@ class StoredRows:
     PIECE_TOKENS = 4096  # tokens read in one piece, at most
 
     def __getitem__(self, index: slice | Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
-        """Return the rows of these tokens: a slice of step 1, or ids in any order."""
+        """Return these tokens' rows: a slice with step 1, or ids in any order."""
         if isinstance(index, slice):
             start, stop, _ = index.indices(self.shape[0])
             return self.fold(self.read(start, stop).to(self.device))
@@ -57,7 +57,7 @@ class StoredRows:
         return dataclasses.replace(self, gain=self.gain if gain is None else gain, centred=self.centred or centred)
 
     def first(self, n_tokens: int | None) -> "StoredRows":
-        """Return the rows of the first tokens alone; all if None."""
+        """Keep the first tokens' rows alone; all if None, or if there are fewer."""
         n = self.shape[0] if n_tokens is None else min(n_tokens, self.shape[0])
         return dataclasses.replace(self, shape=(n, self.shape[1]))
 
@@ -66,7 +66,7 @@ class StoredRows:
         return dataclasses.replace(self, device=device, gain=None if self.gain is None else self.gain.to(device))
 
     def fold(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
-        """Apply gain and centring, a linear map, to any rows of d_model."""
+        """Apply gain and centring, a linear map, to any rows with d_model components."""
         rows = rows if self.gain is None else rows * self.gain.to(rows)
         return rows - rows.mean(-1, keepdim=True) if self.centred else rows
 
@@ -76,7 +76,7 @@ Rows = Float[Tensor, "token d_model"] | StoredRows
 
 
 def times(rows: Rows | None, factor: float) -> Rows | None:
-    """Return an embedding times a number."""
+    """Multiply an embedding by a number; None stays None."""
     if rows is None or factor == 1:
         return rows
     return (

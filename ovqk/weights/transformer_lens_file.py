@@ -14,7 +14,7 @@ from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 
 
 class TransformerLensWeights:
-    """A single file of TransformerLens names: blocks.0.attn.W_Q [head, d_model, d_head], embed.W_E, ..."""
+    """A single file with TransformerLens names: blocks.0.attn.W_Q [head, d_model, d_head], embed.W_E, ..."""
 
     loaded_by: Literal["families", "bridge"] = "families"
     foldable = True
@@ -58,7 +58,7 @@ class TransformerLensWeights:
         )
 
     def layer(self, index: int) -> LayerWeights:
-        """Return the raw attention weights of a layer."""
+        """Return a layer's raw attention weights."""
         W_Q, W_K, W_V, W_O = (self._read(f"blocks.{index}.attn.W_{part}") for part in "QKVO")
         b_Q, b_K, b_V = (
             self._optional(f"blocks.{index}.attn.b_{part}", weight[:, 0])
@@ -96,7 +96,7 @@ class TransformerLensWeights:
         return names
 
     def _check_shapes(self, n_layers: int) -> int:
-        """Check all shapes against the first layer's queries and keys, and return the number of KV heads."""
+        """Check all shapes against the first layer's queries and keys, and count the KV heads."""
         label, shapes = self.checkpoint.label, self.checkpoint.shapes
         query, key = shapes["blocks.0.attn.W_Q"], shapes["blocks.0.attn.W_K"]
         if len(query) != 3 or min(query) < 1 or key[1:] != query[1:] or key[0] < 1 or query[0] % key[0]:

@@ -10,6 +10,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk.weights.mlp import MLPWeights
@@ -20,18 +21,22 @@ from ovqk.weights.stored_rows import Rows, StoredRows
 PositionKind = Literal["learned", "rotary", "none", "unsupported"]
 
 
+Head = tuple[int, int]
+"""A head's place: (layer, head)."""
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes and kinds of a model that its heads' weights do not hold, the same for all of its layers.
+    """A model's sizes and kinds that its heads' weights do not hold, the same for all its layers.
 
     Attributes:
         norm: the norm before attention and before the unembedding; `none` too if attention reads the bare stream.
-        attention_scale: factor of the scores; None for 1 / sqrt(d_head). Not part of any metric.
+        attention_scale: the factor that multiplies scores; None for 1 / sqrt(d_head). Not part of any metric.
         post_norm: a norm stands between attention and the residual stream.
-        qk_norm: queries and keys are normalised, so that no scale of W_QK reaches the scores.
-        parallel: attention and MLP of a block both read the block's input.
+        qk_norm: queries and keys are normalised, so that W_QK's scale does not reach the scores.
+        parallel: a block's attention and MLP both read its input.
         tied: the unembedding is the transposed embedding.
-        activation: name of the MLP's activation; None if there is no MLP that ovqk reads.
+        activation: the MLP's activation, by name; None if there is no MLP that ovqk reads.
     """
 
     family: str
@@ -53,7 +58,7 @@ class Architecture:
     parallel: bool = False
 
     def normalised(self, rows: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """Return rows of the residual stream as the norm before attention leaves them, without its gain and bias."""
+        """Normalise residual-stream rows as the norm before attention does, but for its gain and bias."""
         return normalise(rows, self.norm, self.norm_eps)
 
     @cached_property
@@ -70,7 +75,7 @@ class LayerWeights:
         norm: the norm before them; None once folded, or if there is none.
         post_norm: the norm between W_O and the residual stream (Gemma 2, OLMo 2); None once its gain is folded.
         qk_norm: the norm between W_Q, W_K and the scores.
-        rotary: the rotation of queries and keys, under rotary positions.
+        rotary: how queries and keys are rotated; None without rotary positions.
         sliding_window: how many tokens back a query sees, itself included; None for all.
     """
 
@@ -90,13 +95,13 @@ class LayerWeights:
 
 
 def queries(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "head row d_head"]:
-    """Return the queries of these rows, normalised if the model does so, not yet rotated."""
+    """Return these rows' queries, normalised if the model does so, not yet rotated."""
     q = x @ weights.W_Q.to(x) + weights.b_Q.to(x)[:, None]
     return q if weights.qk_norm is None else weights.qk_norm.apply(q, weights.qk_norm.query_gain.to(x))
 
 
 def keys(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "kv_head row d_head"]:
-    """Return the keys of these rows, normalised if the model does so, not yet rotated."""
+    """Return these rows' keys, normalised if the model does so, not yet rotated."""
     k = x @ weights.W_K.to(x) + weights.b_K.to(x)[:, None]
     return k if weights.qk_norm is None else weights.qk_norm.apply(k, weights.qk_norm.key_gain.to(x))
 
@@ -134,7 +139,11 @@ class WeightSource(Protocol):
     notes: list[str]
 
     def layer(self, index: int) -> LayerWeights:
-        """Return the raw attention weights of a layer."""
+        """Return a layer's raw attention weights.
+
+        Raises:
+            UserError: a tensor is missing, damaged, or holds NaN or infinity.
+        """
         ...
 
     def embeddings(self) -> EmbeddingWeights:
@@ -144,3 +153,23 @@ class WeightSource(Protocol):
     def first_mlp(self) -> MLPWeights | str:
         """Return block 0's MLP, or the reason why there is none to read."""
         ...
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model as opening its checkpoint gave it: weights that are read layer by layer, and a tokenizer.
+
+    Attributes:
+        source: its raw weights.
+        label: its name in messages.
+        tokenizer: None if the checkpoint holds none, or if nothing is to be read by it.
+    """
+
+    source: WeightSource
+    label: str
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def n_tokens(self) -> int | None:
+        """How many tokens the tokenizer knows; None without one. Embeddings may have more or fewer rows."""
+        return None if self.tokenizer is None else self.tokenizer.get_vocab_size()

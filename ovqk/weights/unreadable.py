@@ -7,9 +7,9 @@ from ovqk.errors import UserError
 from ovqk.weights.family import as_transformers_reads
 
 KIND_KEYS = ("layer_types", "layers_block_type", "block_types", "_block_types")
-"""Keys of config.json, or attributes of transformers' config, that give each layer's kind."""
+"""Keys in config.json, or attributes of transformers' config, that give each layer's kind."""
 WITHOUT_HEADS = ("linear", "conv", "mamba", "recurrent", "ssm", "delta", "moe", "mlp")
-"""Parts of layer kinds' names that show that such layers have no attention heads."""
+"""Words in a layer kind's name which show that such layers have no attention heads."""
 PER_LAYER = ("num_attention_heads", "num_key_value_heads", "num_query_heads", "num_kv_heads", "head_dim")
 TWO_KINDS = (
     ("global_head_dim", "head_dim"),
@@ -20,11 +20,11 @@ TWO_KINDS = (
     ("v_head_dim", "head_dim"),
     ("swa_v_head_dim", "v_head_dim"),
 )
-"""Pairs of keys that give some heads another shape than the others, or values another than keys."""
+"""Pairs of keys that give some heads another shape than others, or values another width than keys."""
 
 
 def refuse_unreadable(label: str, config: Mapping[str, Any]) -> None:
-    """Refuse an architecture whose config.json says that its attention is not W_Q, W_K, W_V, W_O of alike heads.
+    """Refuse an architecture whose config.json says that its attention is not W_Q, W_K, W_V, W_O with like heads.
 
     Args:
         label: how messages name the checkpoint.
@@ -72,7 +72,7 @@ def refuse_unreadable_defaults(label: str, config: Mapping[str, Any]) -> None:
 
 
 def _reason(config: Mapping[str, Any]) -> str | None:
-    """Return a message on the feature that ovqk does not read and on the allowed ones; None if there is none."""
+    """Say which feature ovqk does not read, and what is allowed; None if it reads all."""
     if config.get("is_encoder_decoder"):
         return (
             "is an encoder-decoder model, with two stacks of layers and attention from one to the other; allowed: a "
@@ -108,7 +108,7 @@ def _reason(config: Mapping[str, Any]) -> str | None:
 
 
 def _layers_without_heads(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the kinds of layer without attention heads, and the layers of each kind."""
+    """Return each layer kind without attention heads, with its layers."""
     found: dict[str, list[int]] = {}
     for key in KIND_KEYS:
         kinds = config.get(key)
@@ -125,7 +125,7 @@ def _layers_without_heads(config: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def _unlike_heads(config: Mapping[str, Any]) -> str | None:
-    """Return why the model's heads are not of one shape."""
+    """Say why the model's heads have not all the same shape; None if they have."""
     for key in PER_LAYER:
         each = config.get(key)
         if isinstance(each, list) and len(set(map(str, each))) > 1:
@@ -150,6 +150,6 @@ def _unlike_heads(config: Mapping[str, Any]) -> str | None:
 
 
 def _listed(numbers: list[int]) -> str:
-    """Return the first numbers of a list, as words."""
+    """Spell out a list's first numbers."""
     shown = ", ".join(map(str, numbers[:8]))
     return f"{shown}, ..." if len(numbers) > 8 else shown

@@ -41,8 +41,6 @@ class CLI:
         try:
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
         except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-            if isinstance(stop.code, str):
-                print(stop.code)
+            code = int(stop.code or 0)
         printed = self.capfd.readouterr()
         return code, printed.out + printed.err

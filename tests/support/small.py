@@ -13,7 +13,7 @@ from ovqk.weights.folding import fold_embeddings, fold_layer
 from ovqk.weights.mlp import MLPWeights
 from ovqk.weights.norms import QueryKeyNorm, normalise
 from ovqk.weights.rotary import Rotary
-from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
+from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, OpenedModel
 from support.commands import compose
 from support.oracle import auc, block0_rows, centre_tokens, matrices, projector, ratio
 from support.toy import toy_tokenizer
@@ -142,7 +142,7 @@ def cell(made: TaskConfig, *overrides: str) -> Config:
 
 
 def run(source: Random, made: TaskConfig, *overrides: str, words: bool = True) -> Analysis:
-    return analyse(source, tokenizer() if words else None, V if words else None, "toy", cell(made, *overrides))
+    return analyse(OpenedModel(source, "toy", tokenizer() if words else None), cell(made, *overrides))
 
 
 def claimed(role: str, claims=SET_CLAIMS) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from ovqk.circuits.components import components
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.vocabulary import Vocabulary, read_vocabulary
+from ovqk.config.schema import Circuit
 from ovqk.structure.token_tables import COLUMNS, TOKENS, Directions
 from ovqk.weights.types import EmbeddingWeights
 
@@ -26,7 +27,7 @@ def vocabulary(W_E: torch.Tensor, W_U: torch.Tensor | None) -> Vocabulary:
     return read_vocabulary(EmbeddingWeights(W_E, None, W_U, None), None)
 
 
-def factored(left: torch.Tensor, right: torch.Tensor, circuit: str = "ov") -> Decomposition:
+def factored(left: torch.Tensor, right: torch.Tensor, circuit: Circuit = Circuit.ov) -> Decomposition:
     """One head M = left @ right."""
     return decompose(Factors(circuit, left[None], right[None]), centred=False)
 
@@ -36,7 +37,7 @@ def table(
     right: torch.Tensor,
     W_E: torch.Tensor,
     W_U: torch.Tensor | None = None,
-    circuit: str = "ov",
+    circuit: Circuit = Circuit.ov,
     tokenizer: Tokenizer | None = None,
     block: int = 8192,
     **sizes: int,
@@ -46,7 +47,7 @@ def table(
 
 
 def table_of(
-    directions: Directions, layer: int, circuit: str, parts: Decomposition, count: int = 3, tokens: int = TOKENS
+    directions: Directions, layer: int, circuit: Circuit, parts: Decomposition, count: int = 3, tokens: int = TOKENS
 ) -> pd.DataFrame:
     """One circuit of one layer."""
     return directions.tables([(layer, circuit, components(parts, count))], tokens)[0]

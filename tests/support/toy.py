@@ -7,6 +7,7 @@ from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import Config, TaskConfig, VariableConfig, VariableKind
 from ovqk.tasks.words import load_tokenizer
 from ovqk.weights.readers import open_weights
+from ovqk.weights.types import OpenedModel
 from support.commands import compose
 from support.models import local
 
@@ -43,4 +44,4 @@ def run(path, task, *overrides, tokenizer=None):
     tokenizer = tokenizer or load_tokenizer(checkpoint)
     rows = source.embeddings().W_E
     n_tokens = None if tokenizer is None or rows is None else min(tokenizer.get_vocab_size(), rows.shape[0])
-    return source, cell, tokenizer, n_tokens, analyse(source, tokenizer, n_tokens, "test", cell)
+    return source, cell, tokenizer, n_tokens, analyse(OpenedModel(source, "test", tokenizer), cell)

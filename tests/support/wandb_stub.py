@@ -274,7 +274,7 @@ def sync(results: Path) -> None:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """`python -m ovqk.tracking ARGUMENTS`: its exit status, or its message."""
+    """`python -m ovqk.tracking ARGUMENTS`: its exit status."""
     monkeypatch.setattr(sys, "argv", ["ovqk.tracking", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         tracking_command.main()

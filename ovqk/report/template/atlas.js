@@ -8,7 +8,7 @@ function atlasPage(task, metric) {
   atlasChoice.task = tasks.includes(task) ? task : tasks.includes(atlasChoice.task) ? atlasChoice.task : best;
   const cells = atlasCells(atlasChoice.task);
   const metrics = Object.keys(REPORT.metrics).filter((name) => REPORT.scales[atlasChoice.task][name]);
-  const wanted = [metric, atlasChoice.metric, "ov_copying", "ov_copying_residual", metrics[0]];
+  const wanted = [metric, atlasChoice.metric, RATIOS.ov.vocab, RATIOS.ov.residual, metrics[0]];
   atlasChoice.metric = wanted.find((name) => metrics.includes(name));
   const go = (next) => { location.hash = `#atlas/${encodeURIComponent(next.task)}/${next.metric}`; };
   return [
@@ -39,7 +39,7 @@ function metricGroups(metrics) {
   const group = (name) => {
     const metric = REPORT.metrics[name];
     if (metric.of_task) return `${metric.circuit.toUpperCase()}, on the task's words`;
-    if (/share|offset|prev/.test(name)) return "position or content";
+    if (metric.topic === "position") return "position or content";
     return metric.circuit === "ov" ? "OV: what is copied" : "QK: where it looks";
   };
   const groups = new Map();

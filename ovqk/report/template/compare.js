@@ -216,7 +216,7 @@ function effectBar(row) {
 // --- along the depth --------------------------------------------------------------------------------------
 
 function depthCurves(cells) {
-  const metrics = REPORT.depth_metrics.filter((metric) => metric in REPORT.metrics);
+  const metrics = REPORT.shown.depth.filter((metric) => metric in REPORT.metrics);
   const lines = metrics.map((metric) => [metric, depthLines(cells, metric)]);
   const absent = lines.filter(([, found]) => !found.length).map(([metric]) => metricTitle(metric));
   return [

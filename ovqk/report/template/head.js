@@ -124,7 +124,7 @@ function circuitSection(cell, layer, head, circuit) {
 
 function circuitPanels(cell, layer, head, circuit, redraw) {
   const spectra = spectraOf(cell, layer, head)[circuit];
-  if (!spectra) return [missing(cell.spectra ? (cell.columns_there.some((name) => name.startsWith(circuit)) ? "not on this page: see spectra.parquet" : `analysis ${cell.analysis} does not take ${circuit.toUpperCase()} apart`) : "no spectra were recorded")];
+  if (!spectra) return [missing(cell.spectra ? (cell.columns_there.some((name) => REPORT.metrics[name].circuit === circuit) ? "not on this page: see spectra.parquet" : `analysis ${cell.analysis} does not take ${circuit.toUpperCase()} apart`) : "no spectra were recorded")];
   const spaces = ["vocab", "residual"].filter((space) => spectra[space] && (spectra[space].eigen || []).length);
   const space = spaces.includes(spaceChoice[circuit]) ? spaceChoice[circuit] : spaces[0];
   const parts = [];

@@ -82,7 +82,7 @@ function powerText(power) {
   return size >= 0.01 && size < 10000 ? tickText(Number(size.toPrecision(2))) : `1e${Math.round(power * 10) / 10}`.replace("e-", "e−");
 }
 
-const RATIOS = { ov: { vocab: "ov_copying", residual: "ov_copying_residual" }, qk: { vocab: "qk_matching", residual: "qk_matching_residual" } };
+const RATIOS = REPORT.shown.ratios;
 
 /** The eigenvalue ratio on its range, with the band of the spectrum null if any cell of these weights drew it. */
 function ratioGauge(cell, layer, head, circuit, space, top) {
@@ -154,14 +154,9 @@ function singularCurve(cell, layer, head, circuit, spectrum) {
   });
 }
 
-const PROFILES = {
-  ov: ["ov_copying", "ov_copying_block0", "ov_copying_residual", "ov_symmetry", "ov_nonnormality", "ov_effective_rank", "ov_top_share"],
-  qk: ["qk_matching", "qk_matching_block0", "qk_matching_residual", "qk_symmetry", "qk_nonnormality", "qk_effective_rank", "qk_top_share"],
-};
-
 /** Where the head stands among all heads of its model, metric by metric. */
 function profile(cell, layer, head, circuit) {
-  const names = PROFILES[circuit].filter((name) => REPORT.metrics[name]);
+  const names = REPORT.shown.profile[circuit].filter((name) => REPORT.metrics[name]);
   const [width, line, left, right] = [340, 36, 8, 286];
   const place = layer * cell.heads + head;
   const there = names.filter((name) => column(cell, name));
@@ -200,7 +195,7 @@ const SHOWN_TOKENS = 8;
 
 function componentTable(cell, layer, head, circuit, kind) {
   const source = having(cell, "directions");
-  if (!source) return missing(cell.tables.directions === undefined && cell.unavailable.ov_copying ? cell.unavailable.ov_copying : `analysis ${cell.analysis} read out no components`);
+  if (!source) return missing(cell.tables.directions === undefined && cell.unavailable[RATIOS.ov.vocab] ? cell.unavailable[RATIOS.ov.vocab] : `analysis ${cell.analysis} read out no components`);
   const found = REPORT.pool[source.directions.heads[layer * cell.heads + head]].filter((row) => row.circuit === circuit && row.kind === kind);
   if (!found.length) return h("p", { class: "missing" }, "not on this page: see directions.parquet");
   const [reads, writes] = VERBS[circuit];
@@ -254,11 +249,7 @@ function symmetryScatter(cell, layer, head) {
   });
 }
 
-const SHARES = {
-  learned: [["constant", "position"], ["content", "position"], ["position", "position"], ["constant", "content"], ["content", "content"], ["position", "content"]]
-    .map(([query, key]) => ({ metric: `qk_share_${query}_${key}`, name: `${query} query`, group: key })),
-  rotary: [{ metric: "qk_share_position", name: "offset alone", group: "position" }, { metric: "qk_share_content", name: "key token alone", group: "content" }, { metric: "qk_share_interaction", name: "both together", group: "both" }],
-};
+const SHARES = REPORT.shown.shares;
 
 /** The shares of the score's variance as one bar of parts. */
 function shareBar(cell, layer, head) {
@@ -270,7 +261,7 @@ function shareBar(cell, layer, head) {
   const [width, line, left, right] = [340, 22, 112, 292];
   const groups = unique(parts.map((part) => part.group)).map((name) => [name, parts.filter((part) => part.group === name)]);
   const x = linear([0, 1], [left, right]);
-  const titles = { position: "key position", content: "key content", both: "both" };
+  const titles = REPORT.wording.parts;
   let y = 2;
   const drawing = groups.flatMap(([name, own]) => {
     const drawn = [s("text", { class: "strong", x: 0, y: y + 14 }, titles[name]), s("text", { class: "strong", x: right + 8, y: y + 14 }, percent(own.reduce((sum, part) => sum + part.share, 0)))];

@@ -9,28 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ovqk import wording
+from ovqk.metrics import METRICS, Place, shown_in
 
 STYLES = {"corroborated": "green", "partial": "yellow", "contradicted": "red", "unsupported": "magenta"}
 LEGEND = ("partial (consistent)", "contradicted (spectrum)")
 """Verdicts with flags that a table explains."""
 SHOWN_CANDIDATES = 3  # of each role
 SHOWN_PAIRS = 5  # of heads, of each kind of composition
-
-RESIDUAL_COLUMNS = (
-    ("OV sign (residual)", "ov_copying_residual"),
-    ("QK sign (residual)", "qk_matching_residual"),
-    ("previous AUC", "qk_prev_auc"),
-)
-HEAD_COLUMNS = (
-    ("OV copying", "ov_copying"),
-    ("QK matching", "qk_matching"),
-    ("symmetry", "qk_symmetry"),
-    ("position", "qk_positional_share"),
-    ("OV align", "ov_task_alignment"),
-    ("QK align", "qk_key_alignment"),
-)
-SIDES = {"OV align": "writing", "QK align": "key"}
-"""Column of alignment -> the side of the circuit that it measures."""
 
 
 def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[dict[Any, Any]]]]:
@@ -87,11 +72,12 @@ def sweep_candidate_table(cells: Iterable[tuple[str, str, pd.DataFrame]]) -> Tab
 def shown_columns(heads: pd.DataFrame) -> list[tuple[str, str]]:
     """Return (title, metric) for the columns to show; residual-space ones if the model has few others."""
 
-    def there(columns: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        return [(title, name) for title, name in columns if name in heads and heads[name].notna().any()]
+    def there(place: Place) -> list[tuple[str, str]]:
+        names = [name for name in shown_in(place) if name in heads and heads[name].notna().any()]
+        return [(METRICS[name].column or METRICS[name].title, name) for name in names]
 
-    columns = there(HEAD_COLUMNS)
-    return columns if len(columns) >= 3 else there((*RESIDUAL_COLUMNS, *HEAD_COLUMNS))
+    columns = there("column")
+    return columns if len(columns) >= 3 else [*there("residual column"), *columns]
 
 
 def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
@@ -132,9 +118,9 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
 def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Iterable[str]:
     """Yield how to read the table, and the reason of each verdict that needs one, each reason once."""
     yield ""
-    titles = [title for title, _ in shown_columns(heads)]
-    legend = ["position: share of the QK score's variance that is positional."] if "position" in titles else []
-    if sides := {title: side for title, side in SIDES.items() if title in titles}:
+    columns = [(title, METRICS[name]) for title, name in shown_columns(heads)]
+    legend = [f"{title}: {metric.legend}." for title, metric in columns if metric.legend]
+    if sides := {title: metric.side for title, metric in columns if metric.side}:
         legend.append(f"{', '.join(sides)}: {' and '.join(sides.values())} side in the task's subspace, 1 by chance.")
     if legend:
         yield " ".join(legend)

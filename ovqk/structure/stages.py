@@ -1,4 +1,4 @@
-"""Tables that depend on no task: spectra, symmetry, positions and directions of every head, a layer at a time."""
+"""The stages that need no task: every head's spectra, symmetry, positions and directions, a layer at a time."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from ovqk.structure.model import Layer, Model
 
 HeadValues = dict[str, Float[Tensor, " head"]]
 WAITING = 2**22  # numbers in the components that wait for a pass over the vocabulary
-MOVES = 1e-3  # a value that moves by more with the rounding of 32-bit weights is decided by it
+MOVES = 1e-3  # a value that moves by more when 32-bit weights are rounded is decided by rounding
 Tables = dict[str, pd.DataFrame]
 """Name -> rows: heads, layers, spectra, offsets, directions; a table that a model does not have is absent."""
 
@@ -29,18 +29,18 @@ class Stage(Protocol):
     """A part of a cell's computation: it visits each layer once, and then makes its tables."""
 
     def visit(self, layer: Layer) -> None:
-        """Take what is needed of a layer. Keep no layer: its weights would stay in memory."""
+        """Take from a layer what the tables need. Keep no layer: its weights would stay in memory."""
         ...
 
     def tables(self, made: Tables) -> Tables:
-        """Return this stage's tables, once all layers are visited; `made` are those of the stages before it."""
+        """Return this stage's tables, once all layers are visited; `made` holds those that earlier stages made."""
         ...
 
 
 def layer_structure(layer: Layer) -> Tables:
-    """Compute one layer's rows of every table; `heads` has each metric that has a value, and `unstable`."""
+    """Compute one layer's rows in every table; `heads` has a column for each metric with a value, and `unstable`."""
     model = layer.model
-    tables: dict[str, list[pd.DataFrame]] = {"layers": [layer_row(layer)] if "qk" in model.circuits else []}
+    tables: dict[str, list[pd.DataFrame]] = {"layers": [layer_row(layer)] if Circuit.qk in model.circuits else []}
     values = HeadValues()
     unstable = [""] * model.architecture.n_heads
     for circuit in model.circuits:
@@ -49,7 +49,7 @@ def layer_structure(layer: Layer) -> Tables:
         unstable = _joined(unstable, rounding_sensitive(layer, circuit, metrics))
         values |= block0_metrics(layer, circuit)
         tables.setdefault("spectra", []).append(spectrum)
-    if "qk" in model.circuits:
+    if Circuit.qk in model.circuits:
         metrics, profile = position_metrics(layer)
         values |= metrics
         tables["offsets"] = [] if profile is None else [profile]
@@ -58,13 +58,13 @@ def layer_structure(layer: Layer) -> Tables:
 
 
 def stacked(layers: Sequence[Tables]) -> Tables:
-    """Return the tables of all layers, each as one."""
+    """Join the layers' tables, name by name."""
     names = dict.fromkeys(name for tables in layers for name in tables)
     return {name: pd.concat([t[name] for t in layers if name in t], ignore_index=True) for name in names}
 
 
 class StructureTables:
-    """The stage of everything but directions."""
+    """The stage that makes all tables without a task but `directions`."""
 
     def __init__(self, model: Model) -> None:
         """Start without layers."""
@@ -75,14 +75,14 @@ class StructureTables:
         self._layers.append(layer_structure(layer))
 
     def tables(self, _: Tables) -> Tables:
-        """Return `heads`, `layers`, `spectra` and `offsets` of all layers visited."""
+        """Return `heads`, `layers`, `spectra` and `offsets` for all layers visited."""
         return stacked(self._layers)
 
 
 class DirectionTables:
-    """The tokens that the leading components of every circuit read and write (at D = 0).
+    """The stage that lists the tokens which each circuit's leading components read and write (at offset D = 0).
 
-    Layers wait for each other, up to WAITING, since the whole vocabulary is passed for as many as there are.
+    Layers wait for each other, up to WAITING numbers, so that one pass over the vocabulary serves several.
     """
 
     def __init__(self, model: Model) -> None:
@@ -92,7 +92,7 @@ class DirectionTables:
         self._made: list[pd.DataFrame] = []
 
     def visit(self, layer: Layer) -> None:
-        """Take a layer's components."""
+        """Take a layer's leading components, and read their tokens once enough are waiting."""
         model = self.model
         if model.directions is None:
             return
@@ -100,14 +100,14 @@ class DirectionTables:
             found = components(layer.decomposition(circuit, model.folds), model.config.analysis.components)
             gain = layer.gain
             if gain is not None:  # token rows come without the gain
-                write = found.write * gain if circuit == "qk" else found.write
+                write = found.write * gain if circuit is Circuit.qk else found.write
                 found = dataclasses.replace(found, read=found.read * gain, write=write)
             self._waiting.append((layer.index, circuit, found))
         if sum(found.read.numel() + found.write.numel() for _, _, found in self._waiting) >= WAITING:
             self._pass()
 
     def tables(self, _: Tables) -> Tables:
-        """Return `directions` of all layers visited, or nothing."""
+        """Return `directions` for all layers visited, or nothing."""
         self._pass()
         if self.model.block0_side is not None:
             self.model.block0_side.forget()
@@ -123,9 +123,15 @@ class DirectionTables:
 
 
 def circuit_spectra(layer: Layer, circuit: Circuit) -> tuple[HeadValues, pd.DataFrame]:
-    """Return one circuit's residual-space and full-circuit metrics (at D = 0), and its spectra at the offsets asked."""
+    """Compute one circuit's spectral metrics, and its rows in `spectra` (docs/definitions.md, section 2).
+
+    Metrics are at offset D = 0. Under rotary positions QK has spectra at each of `analysis.offsets`.
+
+    Returns:
+        metric -> [head], in residual space and for the full circuit; the rows.
+    """
     model = layer.model
-    rotates = circuit == "qk" and layer.folded.rotary is not None
+    rotates = circuit is Circuit.qk and layer.folded.rotary is not None
     tables, found = [], {}
     for offset in dict.fromkeys(model.config.analysis.offsets) if rotates else [0]:
         metrics, lines = spectrum(model, circuit, layer.maps(circuit, model.folds, (offset,)))
@@ -136,11 +142,16 @@ def circuit_spectra(layer: Layer, circuit: Circuit) -> tuple[HeadValues, pd.Data
 
 
 def spectrum(model: Model, circuit: Circuit, maps: Maps) -> tuple[HeadValues, list[tuple[str, str, Tensor]]]:
-    """Return metrics of one circuit, and (space, kind, values [head, index]) of its spectra."""
+    """Compute one circuit's spectral metrics and spectra from its maps (docs/definitions.md, section 2).
+
+    Returns:
+        metric -> [head]; then (space, kind, values [head, index]), with space `residual` or `vocab` and kind `eigen`
+        or `singular`. `vocab` is left out without an embedding, and for OV without an unembedding.
+    """
     cores = maps.core()
     eigen = spectra.eigenvalues(cores)
     values = spectra.spectrum_metrics(maps, (cores, eigen))
-    residual = "ov_copying_residual" if circuit == "ov" else "qk_matching_residual"
+    residual = "ov_copying_residual" if circuit is Circuit.ov else "qk_matching_residual"
     metrics = {residual: values.pop("trace_ratio")} | {f"{circuit}_{name}": v for name, v in values.items()}
     lines = [
         ("residual", "eigen", eigen),
@@ -154,14 +165,14 @@ def spectrum(model: Model, circuit: Circuit, maps: Maps) -> tuple[HeadValues, li
         return metrics, lines
     sigma = spectra.full_circuit_singular_values(maps, full.read, full.write)
     eigen = spectra.eigenvalues(maps.core(full.cross))
-    metrics["ov_copying" if circuit == "ov" else "qk_matching"] = spectra.trace_ratio(eigen, sigma.sum(-1))
-    if circuit == "qk":
+    metrics["ov_copying" if circuit is Circuit.ov else "qk_matching"] = spectra.trace_ratio(eigen, sigma.sum(-1))
+    if circuit is Circuit.qk:
         metrics["qk_symmetry_vocab"] = spectra.vocabulary_symmetry(maps, full.read)
     return metrics, [*lines, ("vocab", "eigen", eigen), ("vocab", "singular", sigma)]
 
 
 def rounding_sensitive(layer: Layer, circuit: Circuit, metrics: HeadValues) -> list[str]:
-    """Return, by head, the metrics that rounding of the weights moves by over 1e-3 (of their size above 1)."""
+    """Name, head by head, the metrics that rounding the weights moves by over 1e-3 (relative, if they exceed 1)."""
     model = layer.model
     maps = layer.maps(circuit, model.folds).rounded(seed=2 * (model.config.seed + layer.index))
     moved, _ = spectrum(model, circuit, maps)
@@ -176,7 +187,12 @@ def rounding_sensitive(layer: Layer, circuit: Circuit, metrics: HeadValues) -> l
 
 
 def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
-    """Return shares of position and content, offset fit, previous-token score, and the offset profile."""
+    """Measure whether a layer's heads attend by position or by content (docs/definitions.md, section 4).
+
+    Returns:
+        metric -> [head], as far as positions are learned or rotary and the embeddings are there; the rows of `offsets`,
+        None without a profile.
+    """
     model, architecture = layer.model, layer.model.architecture
     values = HeadValues()
     profile: Tensor | None = None
@@ -200,7 +216,13 @@ def position_metrics(layer: Layer) -> tuple[HeadValues, pd.DataFrame | None]:
 
 
 def token_head_moments(layer: Layer) -> tuple[moments.HeadMoments, moments.HeadMoments]:
-    """Return moments of queries and keys over the vocabulary, of plain and of normalised embedding rows."""
+    """Return the moments that queries and keys have over the vocabulary, for plain and for normalised embedding rows.
+
+    If the model normalises queries and keys, they are taken over sampled rows.
+
+    Raises:
+        ValueError: there is no embedding.
+    """
     model, weights, architecture = layer.model, layer.folded, layer.model.architecture
     if weights.qk_norm is not None and model.sampled_rows is not None:
         return moments.normalised_head_moments(weights, architecture, model.sampled_rows)
@@ -219,11 +241,14 @@ def _query_key_bases(layer: Layer) -> moments.QueryKeyBases:
 
 
 def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
-    """Return `ov_copying_block0` or `qk_matching_block0`: tokens are those that layers after the first read."""
+    """Return `ov_copying_block0` or `qk_matching_block0`, in [-1, 1]: copying or matching of block0 embeddings.
+
+    Empty in layer 0, which does not read them, and if they cannot be had (docs/definitions.md, section 2).
+    """
     full = None if layer.index == 0 else layer.model.block0_circuit(circuit)
     if full is None:
         return {}
-    name = "ov_copying_block0" if circuit == "ov" else "qk_matching_block0"
+    name = "ov_copying_block0" if circuit is Circuit.ov else "qk_matching_block0"
     return {name: full_circuit_ratio(layer.maps(circuit, True), full)}
 
 
@@ -231,7 +256,7 @@ def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
 
 
 def heads_rows(layer: Layer, values: HeadValues) -> pd.DataFrame:
-    """Return one row for each head of a layer, a column for each of these metrics."""
+    """Return one row for each head in a layer, with a column for each metric given."""
     n_heads = layer.model.architecture.n_heads
     columns: dict[str, Any] = {
         "layer": np.full(n_heads, layer.index, dtype=np.int32),
@@ -241,7 +266,7 @@ def heads_rows(layer: Layer, values: HeadValues) -> pd.DataFrame:
 
 
 def layer_row(layer: Layer) -> pd.DataFrame:
-    """Return the layer's row of layers.parquet."""
+    """Return the layer's row in layers.parquet: metrics of the QK matrix summed over its heads."""
     raw = layer.read() if layer.model.source.foldable else layer.folded
     return pd.DataFrame([{"layer": layer.index} | layer_metrics(raw, layer.folded, layer.model.architecture)])
 
@@ -254,7 +279,7 @@ def _spectrum_table(layer: int, circuit: Circuit, space: str, kind: str, values:
         {
             "layer": np.int32(layer),
             "head": np.repeat(np.arange(n_heads, dtype=np.int32), n),
-            "circuit": circuit,
+            "circuit": circuit.value,
             "space": space,
             "kind": kind,
             "offset": np.int32(offset),
