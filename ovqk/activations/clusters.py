@@ -47,7 +47,7 @@ def flip_signs(values: Array, clusters: NDArray[np.int64], seed: int) -> Cluster
         clusters: the number of each prompt's cluster.
         seed: of the draws.
     """
-    valued = ~np.isnan(values).all(0)
+    valued: NDArray[np.bool_] = np.asarray(~np.isnan(values).all(0))
     if not valued.all():
         return _spread(flip_signs(values[:, valued], clusters, seed), valued)
     whole = ~np.isnan(values).any(1)

@@ -56,6 +56,14 @@ def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> Table:
     return table
 
 
+def prompt_reasons(roles: pd.DataFrame) -> Iterable[str]:
+    """Yield the reason of each verdict that has one, each reason once."""
+    told = roles[roles["reason"].fillna("") != ""]
+    for (verdict, reason), rows in told.groupby(["verdict", "reason"], sort=False):
+        names = [f"{int(row['layer'])}.{int(row['head'])}" for row in rows.to_dict("records")]
+        yield f"{wording.ON_PROMPTS[str(verdict)]} ({', '.join(dict.fromkeys(names))}): {reason}"
+
+
 def prompts_lines(activations: Mapping[str, Any]) -> Iterable[str]:
     """Yield how well the model does the task, and how to read the table; or why it was not run."""
     if "halves" not in activations:

@@ -18,7 +18,7 @@ from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
 from ovqk.records.record import read_record, read_tracking, says_done
 from ovqk.records.results import load_table
-from ovqk.report.on_prompts import LEGEND, prompts_lines, prompts_table
+from ovqk.report.on_prompts import LEGEND, prompt_reasons, prompts_lines, prompts_table
 from ovqk.report.suggestions import next_arguments
 from ovqk.report.terminal_tables import (
     STYLES,
@@ -117,6 +117,8 @@ def _print_on_prompts(out: Console, folder: Path, record: Mapping[str, Any]) -> 
         out.print()
         out.print(prompts_table(joint, roles))
         out.print(LEGEND, style="dim")
+        for line in prompt_reasons(roles):
+            out.print(line, style="dim", soft_wrap=True)
 
 
 def _print_pairs(out: Console, folder: Path) -> None:

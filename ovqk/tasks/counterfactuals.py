@@ -13,7 +13,7 @@ class SlotDraw(NamedTuple):
 
     word: str
     forms: Sequence[Sequence[str]]
-    index: int
+    place: int
     form: int
 
 
@@ -46,7 +46,7 @@ def replacements(
         elif "form" in what:
             if len(slot.forms) < 2:
                 raise ValueError(f"counterfactual {mention}: its slot has one form")
-            found[mention] = slot.forms[(slot.form + 1) % len(slot.forms)][slot.index]
+            found[mention] = slot.forms[(slot.form + 1) % len(slot.forms)][slot.place]
         else:
             barred = {*held, *found.values()}
             pool = [word for word in slot.forms[slot.form] if word not in barred]
