@@ -5,7 +5,8 @@ The first line that matches wins:
     out_of_scope   the role says nothing of activations
     untestable     the model does not do the task, or the quantities have no value or too few clusters
     sensitive      the effect's sign or significance depends on what replaces the head's output
-    realised       every deciding quantity is significant, of the predicted sign, large enough, and beyond the peers'
+    realised       every deciding quantity is significant, of the predicted sign and large enough, and no head of the
+                   layer without the role does as much in all of them
     partial        some are
     opposite       none is, and one is significant the other way
     not_realised   none of these
@@ -16,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ovqk.activations.links import WriteLinks
@@ -88,7 +90,8 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
         )
         heads = {(int(s["layer"]), int(s["head"])) for s in of_role}
         for subject in of_role:
-            subject |= _verdict(measured, role, subject, _peers(measured, role, testing, subject, heads), why_not)
+            peers, outdone = _peers(measured, role, testing, subject, heads)
+            subject |= _verdict(measured, role, subject, peers, outdone, why_not)
         found[role] = [
             (int(s["layer"]), int(s["head"]))
             for s in of_role
@@ -129,12 +132,16 @@ def _correct(measured: Measured, subjects: list[dict[str, Any]]) -> None:
 
 def _peers(
     measured: Measured, role: str, testing: pd.DataFrame, subject: Mapping[str, Any], heads: Collection[Head]
-) -> dict[str, float]:
-    """Return for each deciding quantity the share of the layer's other heads, none of the role, that it exceeds.
+) -> tuple[dict[str, float], bool]:
+    """Compare a head with the layer's other heads, none of the role.
 
-    Of effects only heads that were replaced can be compared; nan without any other head.
+    Of effects only heads that were replaced can be compared.
+
+    Returns:
+        For each deciding quantity the share of them that it exceeds, nan without any; and whether one of them does as
+        much in every deciding quantity.
     """
-    config, found = measured.roles[role], {}
+    config = measured.roles[role]
     signs = {
         "attention": 1,
         "write": config.write.sign if config.write else 1,
@@ -144,15 +151,22 @@ def _peers(
     others = layer[
         [(int(index), int(head)) not in heads for index, head in zip(layer["layer"], layer["head"], strict=True)]
     ]
+    found, outdone = {}, np.ones(len(others), dtype=bool)
     for quantity in config.decides:
-        values = signs[quantity] * others[quantity].dropna().to_numpy()
-        own = signs[quantity] * subject[quantity]
+        values, own = signs[quantity] * others[quantity].to_numpy(dtype=np.float64), signs[quantity] * subject[quantity]
+        outdone &= values >= own
+        values = values[~np.isnan(values)]
         found[quantity] = float((values < own).mean()) if len(values) else math.nan
-    return found
+    return found, bool(outdone.any())
 
 
 def _verdict(
-    measured: Measured, role: str, subject: Mapping[str, Any], peers: Mapping[str, float], why_not: str
+    measured: Measured,
+    role: str,
+    subject: Mapping[str, Any],
+    peers: Mapping[str, float],
+    outdone: bool,
+    why_not: str,
 ) -> dict[str, Any]:
     """Return a head's verdict, what it was decided by, and why."""
     config = measured.roles[role]
@@ -176,11 +190,10 @@ def _verdict(
             other != shown["effect"] or subject["effect_mean_replacement"] * subject["effect"] < 0
         ):
             return told | {"verdict": "sensitive", "reason": "with the counterfactuals' mean the effect is another"}
-    below = [name for name in held if peers[name] < 1]
-    if len(held) == len(shown) and not below:
+    if len(held) == len(shown) and not outdone:
         return told | {"verdict": "realised"}
     if held:
         lacking = [f"no {name}" for name in shown if name not in held]
-        lacking += [f"{name} no more than another head of its layer" for name in below]
+        lacking = lacking or ["a head of its layer without the role does as much"]
         return told | {"verdict": "partial", "reason": "; ".join(lacking)}
     return told | {"verdict": "opposite" if against else "not_realised"}
