@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ovqk.activations.attention_only import AttentionOnly
 from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
 from ovqk.config.schema import ModelConfig
 from ovqk.errors import UserError, first_line
@@ -119,7 +120,7 @@ class RunningModel:
             UserError: transformers or TransformerLens cannot, or tensors are missing.
         """
         if not checkpoint.config:
-            raise UserError(f"{checkpoint.label}: a file of TransformerLens names does not tell how the model runs.")
+            return cls(AttentionOnly(checkpoint, config), device)
         with quiet(), torch.no_grad():
             architecture = find_architecture(checkpoint)
             model = (

@@ -1,0 +1,134 @@
+"""Running an attention-only model whose weights stand in one file of TransformerLens names.
+
+No library runs such a file by itself. Without MLPs its shapes tell everything: embeddings, heads, norms, unembedding.
+Parts have the names of TransformerLens's hook points, so that `RunningModel` sees it as it sees any other model.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ovqk.checkpoints.checkpoint import Checkpoint
+from ovqk.config.schema import ModelConfig
+from ovqk.errors import UserError
+from ovqk.weights.norms import apply_norm
+from ovqk.weights.transformer_lens_file import TransformerLensWeights
+from ovqk.weights.types import LayerWeights, keys, queries
+
+Hooks = dict[str, list[Callable[..., Any]]]
+
+
+class AttentionBlock(nn.Module):
+    """One layer: the heads' outputs are added to the residual stream."""
+
+    def __init__(self, weights: LayerWeights, b_O: Float[Tensor, " d_model"], model: "AttentionOnly") -> None:
+        """Take the raw weights; `model` holds the hooks and the architecture."""
+        super().__init__()
+        self.weights, self.b_O, self.run_hooks = weights, b_O, model.run_hooks
+        self.architecture = model.architecture
+
+    def forward(self, stream: Float[Tensor, "prompt position d_model"], cache: Any) -> Tensor:
+        """Return the residual stream behind the layer."""
+        weights, architecture, name = self.weights, self.architecture, f"blocks.{self.weights.layer}"
+        stream = self.run_hooks(f"{name}.hook_in", stream)
+        x = apply_norm(weights.norm, stream, architecture.norm_eps)
+        q, k = (torch.stack([part(weights, rows) for rows in x]) for part in (queries, keys))
+        v = torch.einsum("bpd,hdz->bphz", x, weights.W_V) + weights.b_V
+        v = self.run_hooks(f"{name}.attn.hook_v", v).transpose(1, 2)
+        before = 0
+        if cache is not None:
+            before = cache.get_seq_length(weights.layer)
+            k, v = cache.update(k, v, weights.layer)
+        kv = architecture.kv_of_head
+        scale = architecture.attention_scale or 1 / math.sqrt(architecture.d_head)
+        scores = scale * torch.einsum("bhqz,bhkz->bhqk", q, k[:, kv])
+        if architecture.causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(before + 1)
+            scores = scores.masked_fill(later.to(scores.device), -math.inf)
+        pattern = self.run_hooks(f"{name}.attn.hook_pattern", scores.softmax(-1))
+        z = torch.einsum("bhqk,bhkz->bqhz", pattern, v[:, kv])
+        z = self.run_hooks(f"{name}.attn.hook_z", z)
+        out = torch.einsum("bqhz,hzd->bqd", z, weights.W_O) + self.b_O
+        return stream + self.run_hooks(f"{name}.attn.hook_out", out)
+
+
+class AttentionOnly(nn.Module):
+    """An attention-only model, in the form of TransformerLens's bridge as far as `RunningModel` needs it."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
+        """Read the file.
+
+        Raises:
+            UserError: it has MLPs, of which it does not say how they compute, or no embedding or unembedding.
+        """
+        super().__init__()
+        source = TransformerLensWeights(checkpoint, config.n_ctx, config.causal)
+        self.architecture, self.hooks_by_name = source.architecture, Hooks()
+        if any(".mlp." in name for name in checkpoint.shapes):
+            raise UserError(f"{checkpoint.label}: a file of TransformerLens names does not tell how its MLPs compute.")
+        embeddings = source.embeddings()
+        W_E, W_U = embeddings.W_E, embeddings.W_U
+        if not isinstance(W_E, Tensor) or not isinstance(W_U, Tensor):
+            raise UserError(f"{checkpoint.label}: the file holds no embedding or no unembedding, so it cannot be run.")
+        self.W_E, self.W_U, self.W_pos, self.final_norm = W_E, W_U, embeddings.W_pos, embeddings.final_norm
+        self.b_U = self._optional(checkpoint, "unembed.b_U", W_U.shape[1])
+        n_layers, d_model = self.architecture.n_layers, self.architecture.d_model
+        self.blocks = nn.ModuleList()
+        for index in range(n_layers):
+            b_O = self._optional(checkpoint, f"blocks.{index}.attn.b_O", d_model)
+            holder = nn.Module()
+            holder.original_component = AttentionBlock(source.layer(index), b_O, self)
+            self.blocks.append(holder)
+        self.cfg = SimpleNamespace(n_layers=n_layers, n_heads=self.architecture.n_heads)
+
+    @property
+    def original_model(self) -> "AttentionOnly":
+        """The model that runs."""
+        return self
+
+    @contextmanager
+    def hooks(self, fwd_hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
+        """Call functions of (value, hook) at named places; what they return replaces the value."""
+        for name, function in fwd_hooks:
+            self.hooks_by_name.setdefault(name, []).append(function)
+        try:
+            yield
+        finally:
+            self.hooks_by_name.clear()
+
+    def run_hooks(self, name: str, value: Tensor) -> Tensor:
+        """Return a value as the functions at its place leave it."""
+        for function in self.hooks_by_name.get(name, ()):
+            found = function(value, hook=None)
+            value = value if found is None else found
+        return value
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "prompt position"],
+        use_cache: bool = False,
+        past_key_values: Any = None,
+        logits_to_keep: int = 0,
+    ) -> SimpleNamespace:
+        """Return logits of the last positions (all for 0), in the form of transformers' outputs."""
+        cache = past_key_values if use_cache else None
+        first = 0 if cache is None else cache.get_seq_length()
+        stream = self.W_E[input_ids]
+        if self.W_pos is not None:
+            stream = stream + self.W_pos[first : first + input_ids.shape[1]]
+        for block in self.blocks:
+            layer = block.original_component
+            assert isinstance(layer, AttentionBlock)
+            stream = layer(stream, cache)
+        stream = self.run_hooks("ln_final.hook_in", stream)[:, -logits_to_keep:]
+        x = apply_norm(self.final_norm, stream, self.architecture.norm_eps)
+        return SimpleNamespace(logits=x @ self.W_U + self.b_U, past_key_values=cache)
+
+    def _optional(self, checkpoint: Checkpoint, name: str, size: int) -> Tensor:
+        return checkpoint.tensor(name) if name in checkpoint else torch.zeros(size)
