@@ -63,7 +63,7 @@ def measure_effects(
     patches: Sequence[Patch],
     looks: Sequence[tuple[str, str, str]],
     steps: Steps,
-    kinds: Sequence[int] = (REPLACED, MEAN),
+    kinds: Sequence[int] = (REPLACED,),
 ) -> dict[Patch, Effects]:
     """Run every replacement on every prompt.
 
@@ -139,6 +139,11 @@ def measure_effects(
         )
         for index, patch in enumerate(patches)
     }
+
+
+def merged(first: Effects, second: Effects) -> Effects:
+    """Return what was measured of one replacement in two calls: the first's REPLACED, the second's other kinds."""
+    return Effects(first.difference, second.mean_difference, second.restored, first.look, second.mean_look)
 
 
 def _cluster_means(

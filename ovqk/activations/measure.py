@@ -1,13 +1,12 @@
 """Measuring a model's roles: choose heads on one half of the prompts, and test them on the other."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from ovqk.activations.batches import Prompts
-from ovqk.activations.effects import LEAST_CHANGE, RESTORED, Patch, check_replacing, measure_effects
+from ovqk.activations.effects import LEAST_CHANGE, MEAN, RESTORED, Patch, check_replacing, measure_effects, merged
 from ovqk.activations.forward import RunningModel
 from ovqk.activations.quantities import Steps, looks_of, observe, queries_of
 from ovqk.activations.roles import Measured
@@ -68,6 +67,8 @@ def measure(
 ) -> Measured:
     """Run the prompts, and replace the heads that are claimed, meet a role's rule, or have a large first-order effect.
 
+    The two other kinds of replacement follow for claimed and chosen heads alone.
+
     Args:
         running: the model that runs.
         model: its weights.
@@ -92,16 +93,13 @@ def measure(
         measured.add(measure_effects(running, prompts, measured.observed, new, looks_of(roles), steps))
         for name in names:
             measured.receivers[name] = tuple(claimed.get(name, ())) or chosen_heads(measured, name)
-    judged = {
-        Patch(head, queries_of(roles[name]))
-        for name in roles
-        for head in (*measured.receivers[name], *chosen_heads(measured, name))
-    }
-    again = sorted(
-        (patch for patch in judged if patch in measured.effects), key=lambda patch: (patch.query, patch.heads)
-    )
-    restored = measure_effects(running, prompts, measured.observed, again, (), steps, kinds=(RESTORED,))
-    measured.add({patch: replace(measured.effects[patch], restored=restored[patch].restored) for patch in again})
+    patches = {}
+    for name, config in roles.items():
+        if config.effect is not None:
+            for head in dict.fromkeys((*measured.receivers[name], *chosen_heads(measured, name))):
+                patches |= dict.fromkeys(_patches(measured, name, head))
+    again = measure_effects(running, prompts, observed, list(patches), looks_of(roles), steps, (MEAN, RESTORED))
+    measured.add({patch: merged(measured.effects[patch], effects) for patch, effects in again.items()})
     return measured
 
 
