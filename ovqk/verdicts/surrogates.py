@@ -21,7 +21,6 @@ from torch import Tensor
 from ovqk.circuits.grams import FLOAT64_UP_TO, FullCircuit, Gram, blocks
 from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.circuits.maps import Decomposition
-from ovqk.circuits.orthonormal import triangular_factor
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.threads import CPU, each
 from ovqk.config.schema import Circuit, VariableKind
@@ -67,8 +66,8 @@ def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[
     if centred:
         x = x - x.mean(1, keepdim=True)
     if 2 * k <= d_model:
-        _, inverse = triangular_factor(x, check_errors=True)
-        return x @ inverse
+        R, _ = torch.linalg.cholesky_ex(x.mT @ x, upper=True, check_errors=True)
+        return torch.linalg.solve_triangular(R, x, upper=True, left=False)
     Q, R = torch.linalg.qr(x)
     return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
 
