@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from support.oracle import regauge
 from support.token_tables import factored, ids, orthonormal, random, table, values
 
+from ovqk.circuits import components as components_module
 from ovqk.circuits.components import clusters, components, eigen_components
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.maps import decompose
+from ovqk.circuits.spectra import eigenvalues
 from ovqk.config.schema import Circuit
 from ovqk.report.token_lists import describe
 
@@ -57,6 +59,45 @@ def test_of_equal_pairs_each_writes_in_the_plane_that_it_reads(seed: int) -> Non
     found = eigen_components(factored(Q @ torch.block_diag(quarter, quarter), Q.T), count=3)
     assert torch.allclose(found.value, torch.full((2,), 1j, dtype=torch.complex128))
     assert torch.allclose(found.read.mT @ found.read, found.write.mT @ found.write, atol=1e-6)
+
+
+def heads_of_every_kind() -> dict[str, torch.Tensor]:
+    """[head, 24, 24] matrices: random ones, and those whose eigenvalues lie together or are rounding."""
+    plain = torch.stack([random(24, 24, seed=seed) for seed in range(40)])
+    rotation = torch.tensor([[0.6, -0.8], [0.8, 0.6]]).double()
+    close = torch.diag(torch.linspace(1, 24, 24).double())
+    close[23, 23] = close[22, 22] + 1e-9
+    return {
+        "random": plain,
+        "symmetric": plain + plain.mT,
+        "equal": torch.stack([torch.eye(24).double(), torch.block_diag(*[rotation] * 12), close]),
+        "chain": torch.stack([torch.diag(torch.ones(23).double(), 1), torch.zeros(24, 24).double(), plain[0] * 1e-30]),
+    }
+
+
+@pytest.mark.parametrize("kind", heads_of_every_kind())
+def test_components_from_eigenvalues_that_are_nearly_known_are_those_of_the_whole_decomposition(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, from eigenvalues of a core that is rounded to float32."""
+    M = heads_of_every_kind()[kind]
+    heads = decompose(Factors(Circuit.ov, M, torch.eye(24).double().expand_as(M)), centred=False)
+    wanted, near = eigen_components(heads, 3), eigenvalues(heads.core().float().double())
+    taken_apart, whole = [], components_module._decomposed
+    monkeypatch.setattr(
+        components_module, "_decomposed", lambda cores, *rest: (taken_apart.append(len(cores)), whole(cores, *rest))[1]
+    )
+    found = eigen_components(heads, 3, near)
+    for name in ("head", "kind", "component", "cluster", "cluster_size"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    assert torch.allclose(found.value, wanted.value, rtol=1e-9, atol=0)
+    for name in ("read", "write"):
+        planes = [getattr(some, name).mT @ getattr(some, name) for some in (found, wanted)]
+        assert torch.allclose(*planes, atol=1e-9), name
+    if kind == "random":  # a few have moduli that float32 cannot tell apart
+        assert sum(taken_apart) < 5
+    if kind in ("equal", "chain"):
+        assert taken_apart == [len(M) - (kind == "chain")]
 
 
 @pytest.mark.parametrize("rounded", [False, True])

@@ -179,6 +179,25 @@ def test_a_trace_ratio_lies_within_its_bounds(seed, k, shift, singular) -> None:
         assert (low <= exact + 1e-12).all() and (exact <= high + 1e-12).all()
 
 
+@pytest.mark.parametrize(("d", "k"), [(12, 3), (64, 16), (160, 64), (16, 16)])
+@pytest.mark.parametrize("decay", [0.0, 6.0])
+def test_float32_eigenvalues_of_surrogates_give_their_ratios_far_within_what_is_allowed(d, k, decay) -> None:
+    """Cores between random frames, with even singular values and with some that fall to 1e-6 of the largest."""
+    frames = torch.linalg.qr(normal(2 * 200, d, k).double()).Q
+    sigma = (10.0 ** torch.linspace(0, -decay, k).double()).expand(200, k)
+    gram = normal(d, d, seed=3).double()
+    cores = Decomposition(frames[:200], 1e-20 * sigma, frames[200:], k).core(gram @ gram.T)
+    exact = spectra.trace_ratio(torch.linalg.eigvals(cores), torch.zeros(200).double())
+    low, high = spectra.trace_ratio_intervals(cores, torch.zeros(200).double())
+    told = high - low < 1
+    assert told.double().mean() > (0.9 if k > 3 else 0.4)
+    middle, width = (low + high)[told] / 2, spectra.FLOAT32_EIGENVALUES * exact[told].abs()
+    assert ((middle - exact[told]).abs() < 0.01 * width).all()
+    assert (low[~told] == -1).all() and (high[~told] == 1).all()
+    low, high = spectra.trace_ratio_intervals(cores, 1e9 * cores.norm(dim=(-2, -1)))  # any sum may count as 0
+    assert (low == -1).all() and (high == 1).all()
+
+
 def test_a_bound_for_a_ratio_lies_on_the_ratios_side_of_what_was_observed(monkeypatch) -> None:
     d, k, n = 12, 5, 400
     frames = torch.linalg.qr(normal(2 * n, d, k).double()).Q

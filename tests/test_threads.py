@@ -106,6 +106,7 @@ def test_threads_work_in_the_mode_of_the_caller() -> None:
 BY_LU = {"lu", "lu_factor", "lu_factor_ex", "lu_solve", "lu_unpack", "solve", "solve_ex", "inv", "inv_ex", "inverse",
          "det", "logdet", "slogdet", "matrix_power", "tensorinv", "tensorsolve"}  # fmt: skip
 UNBATCHED = {
+    ("ovqk/circuits/components.py", "_both_sides"),  # one matrix, torch alone in each thread
     (
         "ovqk/circuits/components.py",
         "_inverse_iteration",
@@ -156,11 +157,13 @@ from ovqk.circuits.components import components
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.maps import decompose
 from ovqk.config.schema import Circuit
+from ovqk.circuits.spectra import eigenvalues
 
 torch.set_num_threads(int(sys.argv[1]))
 generator = torch.Generator().manual_seed(0)
 left, right = (torch.randn(3, *shape, generator=generator) for shape in ((176, 160), (160, 176)))
-found = components(decompose(Factors(Circuit.ov, left, right), centred=False), 3)
+heads = decompose(Factors(Circuit.ov, left, right), centred=False)
+found = components(heads, 3, eigenvalues(heads.core()) if sys.argv[3] == "near" else None)
 spans = [side.mT @ side for side in (found.read, found.write)]
 torch.save([found.head, found.kind, found.component, found.cluster_size, found.value, *spans], sys.argv[2])
 """
@@ -168,11 +171,13 @@ torch.save([found.head, found.kind, found.component, found.cluster_size, found.v
 
 def test_components_of_large_heads_are_the_same_with_two_threads(tmp_path) -> None:
     """At d_head 160, in processes that are given up where they hang."""
-    for threads in (1, 2):
-        call = [sys.executable, "-c", COMPONENTS, str(threads), str(tmp_path / str(threads))]
+    ways = [(1, "whole"), (2, "whole"), (1, "near"), (2, "near")]
+    for threads, way in ways:
+        call = [sys.executable, "-c", COMPONENTS, str(threads), str(tmp_path / f"{threads} {way}"), way]
         done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0 and "MKL" not in done.stdout + done.stderr, done.stderr
-    one, two = (torch.load(tmp_path / str(threads)) for threads in (1, 2))
+    one, *others = (torch.load(tmp_path / f"{threads} {way}") for threads, way in ways)
     assert set(one[1].tolist()) == {0, 1} and set(one[0].tolist()) == {0, 1, 2}
-    for a, b in zip(one, two, strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+    for other in others:
+        for a, b in zip(one, other, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)

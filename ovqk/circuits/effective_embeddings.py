@@ -4,6 +4,7 @@
 of any kind, normalised as a layer's norm would.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from ovqk.circuits.factors import ov_factors
 from ovqk.circuits.grams import BLOCK, Block0Grams, blocks, centred_grams
+from ovqk.circuits.threads import each
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.weights.mlp import MLPWeights
 from ovqk.weights.norms import apply_norm
 from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import Architecture, LayerWeights
 
-HIDDEN_ELEMENTS = 2**21  # elements in block 0's hidden activations computed at a time
+HIDDEN_ELEMENTS = 2**21  # elements of block 0's hidden activations computed at a time
+TOKENS_PER_THREAD = 512  # tokens computed by one thread at a time: rounding does not depend on the number of threads
 
 
 class Block0:
@@ -43,7 +46,12 @@ class Block0:
         self.mlp, self.architecture = mlp, architecture
 
     def rows(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
-        """Return E for these rows of the folded embedding, in their precision."""
+        """Return E for these rows of the folded embedding, in their precision; many are shared out among threads."""
+        if len(W_E) <= TOKENS_PER_THREAD:
+            return self._rows(W_E)
+        return torch.cat(each(self._rows, W_E.split(TOKENS_PER_THREAD), W_E.device))
+
+    def _rows(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         architecture, eps = self.architecture, self.architecture.norm_eps
         written = architecture.normalised(W_E)
         for weight in self.attention:
@@ -61,18 +69,34 @@ class Block0:
     ) -> Block0Grams:
         """Compute the block0 embeddings' Gram matrices, in one pass over the tokens.
 
-        Args:
-            vocabulary: folded embeddings.
-            read: gives E for tokens start .. stop - 1, if a caller has them; else they are computed.
+        `read` gives E of tokens start .. stop - 1, if a caller has them. If both embeddings are one matrix in the
+        checkpoint, its rows are read once.
         """
-        read = read or (lambda start, stop: self.rows(vocabulary.W_E[start:stop]))
+        W_E, W_U_rows = vocabulary.W_E, vocabulary.W_U_rows
+        if isinstance(W_E, StoredRows) and isinstance(W_U_rows, StoredRows) and W_E.read is W_U_rows.read:
+            once = _last_kept(W_E.read)
+            W_E, W_U_rows = dataclasses.replace(W_E, read=once), dataclasses.replace(W_U_rows, read=once)
+        read = read or (lambda start, stop: self.rows(W_E[start:stop]))
         E = StoredRows(read, (vocabulary.size, vocabulary.d_model))
-        sides: list[Rows] = [E, vocabulary.W_E]
-        if vocabulary.W_U_rows is None:
+        sides: list[Rows] = [E, W_E]
+        if W_U_rows is None:
             second, plain = centred_grams(sides, [(0, 0), (1, 0)])
             return Block0Grams(second, None, plain)
-        second, plain, cross = centred_grams([*sides, vocabulary.W_U_rows], [(0, 0), (1, 0), (2, 0)])
+        second, plain, cross = centred_grams([*sides, W_U_rows], [(0, 0), (1, 0), (2, 0)])
         return Block0Grams(second, cross, plain)
+
+
+def _last_kept(read: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
+    """Return the same reader, which does not read again the rows that it has just read."""
+    kept: dict[tuple[int, int], Tensor] = {}
+
+    def again(start: int, stop: int) -> Tensor:
+        if (start, stop) not in kept:
+            kept.clear()
+            kept[start, stop] = read(start, stop)
+        return kept[start, stop]
+
+    return again
 
 
 WRITE = "write"

@@ -6,7 +6,7 @@ decomposition; `spectra` reads everything off k x k matrices between these bases
 """
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -231,7 +231,9 @@ def _of(each: Float[Tensor, "n r s"], heads: Int[Tensor, " head"]) -> Float[Tens
     return each if len(each) == len(heads) else each[heads]
 
 
+@lru_cache(maxsize=2)
 def _noise(shape: torch.Size, seed: int) -> Tensor:
+    """Return standard Gaussian noise; kept, as every product of a map's bases is moved by the same."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ovqk.circuits.grams import BLOCK, blocks, centred_gram, mean_row, precision
 from ovqk.circuits.maps import Basis
+from ovqk.circuits.threads import each
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.weights.norms import QueryKeyNorm, normalise
 from ovqk.weights.stored_rows import Rows, StoredRows
@@ -124,7 +125,8 @@ def normalised_head_moments(
     """Return the moments of normalised queries and keys, once for plain rows and once for normalised ones.
 
     A norm between the factors leaves no Gram to take them through: each token's queries and keys are computed, for
-    both kinds of rows in one pass, in the precision that `grams.precision` gives. The sums are float64.
+    both kinds of rows in one pass, in the precision that `grams.precision` gives; each thread takes a block of tokens.
+    The sums are float64.
 
     Args:
         weights: the layer.
@@ -141,10 +143,9 @@ def normalised_head_moments(
         _NormalisedSide(weights.W_Q.to(dtype), weights.b_Q.to(dtype), norm.query_gain, norm, architecture),
         _NormalisedSide(weights.W_K.to(dtype), weights.b_K.to(dtype), norm.key_gain, norm, architecture),
     ]
-    for some in blocks(n):
-        x = W_E[some].to(dtype)
-        for side in sides:
-            side.add(x)
+    for found in each(lambda some: [side.of(W_E[some].to(dtype)) for side in sides], blocks(n), W_E.device):
+        for side, sums in zip(sides, found, strict=True):
+            side.add(sums)
     kv = architecture.kv_of_head.to(W_E.device)
     both = []
     for (query_mean, query_second), (key_mean, key_second) in zip(*(side.means(n) for side in sides), strict=True):
@@ -172,28 +173,30 @@ class _NormalisedSide:
             for _ in range(2)
         ]
 
-    def add(self, x: Float[Tensor, "token d_model"]) -> None:
-        """Add the queries of these rows.
+    def of(self, x: Float[Tensor, "token d_model"]) -> list[tuple[Tensor, Tensor]]:
+        """Return the sums over the queries of these rows, as they are and normalised (see `_sums`).
 
         A root-mean-square norm multiplies a row by a number, and so its queries if they have no bias. The norm of
         queries takes that number out again up to its eps: mostly both kinds of rows have the same queries.
         """
         if self.kind != "rmsnorm" or self.bias.any():
-            for sums, rows in zip(self.sums, (x, normalise(x, self.kind, self.eps)), strict=True):
-                self._add(sums, self._divided(rows @ self.weight + self.bias))
-            return
+            both = x, normalise(x, self.kind, self.eps)
+            return [self._sums(self._divided(rows @ self.weight + self.bias)) for rows in both]
         y, scale = x @ self.weight, torch.rsqrt(x.square().mean(-1) + self.eps)[:, None]
         square = torch.linalg.vector_norm(y, dim=(0, 2) if self.norm.over_heads else 2, keepdim=True).square()
         square = square / (y.shape[0] * y.shape[2] if self.norm.over_heads else y.shape[2])
         plain = torch.rsqrt(square + self.norm.eps)
         normalised = scale * torch.rsqrt(scale.square() * square + self.norm.eps)
         ratio = normalised / plain
-        found = self._add(self.sums[0], y.mul_(plain))
-        if (ratio - 1).abs().max() <= 4 * torch.finfo(y.dtype).eps:
-            for into, part in zip(self.sums[1], found, strict=True):
+        found = self._sums(y.mul_(plain))
+        same = (ratio - 1).abs().max() <= 4 * torch.finfo(y.dtype).eps
+        return [found, found if same else self._sums(y.mul_(ratio))]
+
+    def add(self, both: list[tuple[Tensor, Tensor]]) -> None:
+        """Add sums that `of` has found."""
+        for sums, found in zip(self.sums, both, strict=True):
+            for into, part in zip(sums, found, strict=True):
                 into += part
-        else:
-            self._add(self.sums[1], y.mul_(ratio))
 
     def means(self, n: int) -> list[tuple[Float[Tensor, "n d_head"], Float[Tensor, "n d_head d_head"]]]:
         """Return mean and second moment with the norm's gain, for plain and for normalised rows."""
@@ -203,11 +206,14 @@ class _NormalisedSide:
         return self.norm.apply(y, torch.ones_like(self.bias[:, 0]))
 
     @staticmethod
-    def _add(sums: list[Tensor], y: Float[Tensor, "n token d_head"]) -> tuple[Tensor, Tensor]:
-        found = y.sum(1).double(), (y.mT @ y).double()
-        for into, part in zip(sums, found, strict=True):
-            into += part
-        return found
+    def _sums(y: Float[Tensor, "n token d_head"]) -> tuple[Float[Tensor, "n d_head"], Float[Tensor, "n d_head d_head"]]:
+        """Return the sum over tokens of y and of its outer products, whose upper right quarter is the lower left."""
+        half = y.shape[-1] // 2
+        second = y.new_empty(len(y), y.shape[-1], y.shape[-1])
+        second[:, half:] = y[..., half:].mT @ y
+        second[:, :half, :half] = y[..., :half].mT @ y[..., :half]
+        second[:, :half, half:] = second[:, half:, :half].mT
+        return y.sum(1).double(), second.double()
 
 
 def outer(x: Float[Tensor, "head d_head"]) -> Float[Tensor, "head d_head d_head"]:

@@ -32,16 +32,13 @@ def orthonormal(
 
 
 def triangular_factor(
-    x: Float[Tensor, "n d_model k"], check_errors: bool = False
+    x: Float[Tensor, "n d_model k"],
 ) -> tuple[Float[Tensor, "n k k"], Float[Tensor, "n k k"]]:
     """Return R and its inverse for x = Q R with orthonormal Q: x^T x's Cholesky factor, with a positive diagonal.
 
-    If a matrix has linearly dependent columns, neither result can be used.
-
-    Raises:
-        torch.linalg.LinAlgError: with `check_errors`, if that is so.
+    If the columns of a matrix depend on each other, neither of its results can be used.
     """
-    R, _ = torch.linalg.cholesky_ex(x.mT @ x, upper=True, check_errors=check_errors)
+    R, _ = torch.linalg.cholesky_ex(x.mT @ x, upper=True)
     unit = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device).expand_as(R)
     return R, torch.linalg.solve_triangular(R, unit, upper=True)
 

@@ -12,15 +12,11 @@ from torch import Tensor
 
 from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.grams import BLOCK, blocks
-from ovqk.circuits.threads import each
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.weights.stored_rows import Rows
 from ovqk.weights.types import Architecture
 
-KEEP_UP_TO = 2**28  # bytes up to which block0 embeddings are kept in memory, so that they are computed once
-TOKENS_PER_THREAD = (
-    512  # tokens computed by one thread at a time, so that rounding does not depend on the number of threads
-)
+KEEP_UP_TO = 2**28  # bytes of block0 embeddings that are kept in memory, so that they are computed once
 RECOMPUTED_WITHIN = 1e-4  # relative to the longest row: above the float32 rounding of a block0 embedding
 
 
@@ -130,8 +126,7 @@ class Block0Side(NormalisedSide):
         """Return the embeddings for tokens start .. stop - 1, not normalised."""
         if self._kept is not None and stop <= self._passed:
             return self._kept[start:stop]
-        parts = self.rows[start:stop].split(TOKENS_PER_THREAD)
-        rows = torch.cat(each(self.block0.rows, parts, self.rows.device))
+        rows = self.block0.rows(self.rows[start:stop])
         if start <= self._passed < stop:
             if self._passed == 0 and len(self) * rows.shape[1] * rows.element_size() <= KEEP_UP_TO:
                 self._kept = rows.new_empty(len(self), rows.shape[1])

@@ -9,6 +9,8 @@ with G = W_E^T C W_E. Eigenvalues and traces are cyclic; singular values and Fro
 values of a full circuit A M B are those of  root(L^T A^T C A L) N root(R^T B C B^T R)^T.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
@@ -22,6 +24,8 @@ BOUND_ROUNDING = 1e-9  # relative; covers the float64 rounding of a bound
 ZERO_WITHIN = 1e-6  # relative to the sum of singular values: a smaller denominator is rounding
 PIVOT_ROUNDING = 1e-5  # relative to the largest pivot of a Gram's root: smaller ones are rounding
 TIE_WITHIN = 1e-9  # a ratio this near to an observed one is computed exactly instead of bounded
+FLOAT32_EIGENVALUES = 1e-2  # of a sum of moduli: far above the float32 rounding of a random core's eigenvalues
+SUM_OF_FLOAT32 = 0.1  # of |core|_F: a sum of moduli below this is not taken from float32 eigenvalues
 
 
 def eigenvalues(cores: Float[Tensor, "head k k"]) -> Complex[Tensor, "head k"]:
@@ -87,6 +91,32 @@ def trace_ratio_bounds(
     near_0 = torch.where(known, trace / largest, 0.0)
     far = torch.where(known, trace / smallest, trace.sign()).clamp(-1, 1)
     return torch.minimum(near_0, far), torch.maximum(near_0, far)
+
+
+def trace_ratio_intervals(
+    cores: Float[Tensor, "head k k"], most: Float[Tensor, " head"]
+) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
+    """Return bounds of sum lambda / sum |lambda| by float32 eigenvalues, which take half the time of float64 ones.
+
+    They are for cores between random frames, whose eigenvalues are well-conditioned: rounding moves the sum of moduli
+    by some 1e-6 of itself, and the bounds allow FLOAT32_EIGENVALUES. A sum that is small beside the core, or that may
+    count as 0 (`guarded`), leaves the ratio open: within [-1, 1].
+    """
+    trace, size = cores.diagonal(dim1=-2, dim2=-1).sum(-1), cores.norm(dim=(-2, -1))
+    unit = power_of_two(size)[:, None, None]
+    total = decomposed(torch.linalg.eigvals, (cores / unit).float()).abs().double().sum(-1) * unit[:, 0, 0]
+    known = (total > SUM_OF_FLOAT32 * size) & (total > 2 * ZERO_WITHIN * most)
+    ratio = trace / torch.where(known, total, 1.0)
+    wide = FLOAT32_EIGENVALUES * ratio.abs()
+    return torch.where(known, ratio - wide, -1.0), torch.where(known, ratio + wide, 1.0)
+
+
+BOUNDS = (
+    partial(trace_ratio_bounds, sharp=False),
+    partial(trace_ratio_bounds, sharp=True),
+    trace_ratio_intervals,
+)
+"""Bounds of a trace ratio, the cheapest first."""
 
 
 def spectrum_metrics(
@@ -156,15 +186,15 @@ def full_circuit_ratio(
 
     A denominator counts as 0 relative to the singular values of A M B, which are computed only if a bound from the
     Grams' norms does not settle the matter. If a value was `observed`, only the side on which each ratio lies matters:
-    if `trace_ratio_bounds` decide it, a bound on that side stands for the ratio.
+    if `trace_ratio_bounds` or `trace_ratio_intervals` decide it, a bound on that side stands for the ratio.
     """
     cores = maps.core(full.cross)
     most = (full.read.norm() * full.write.norm()).sqrt() * maps.sigma.double().sum(-1)
     found, rest = torch.zeros_like(most), torch.arange(len(cores), device=cores.device)
-    for sharp in (False, True):
-        if observed is None:
+    for bounds in BOUNDS:
+        if observed is None or not len(rest):
             break
-        low, high = trace_ratio_bounds(cores[rest], most[rest], sharp)
+        low, high = bounds(cores[rest], most[rest])
         below, above = high < observed - TIE_WITHIN, low > observed + TIE_WITHIN
         found[rest] = torch.where(below, high, low)
         rest = rest[~(below | above)]

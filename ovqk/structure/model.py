@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Complex, Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, que
 from ovqk.circuits.grams import Block0Grams, FullCircuit
 from ovqk.circuits.maps import Basis, Decomposition, FactoredMaps
 from ovqk.circuits.sides import Block0Side
+from ovqk.circuits.spectra import eigenvalues
 from ovqk.circuits.vocabulary import Vocabulary, read_vocabulary
 from ovqk.config.schema import Circuit, Config, Processing
 from ovqk.structure.availability import NO_EMBEDDING, unavailable_metrics
@@ -276,6 +277,7 @@ class Layer:
         self._maps: dict[Form, FactoredMaps] = {}  # no caches of bound methods: they keep layers alive
         self._bases: dict[tuple[str, bool], Basis] = {}
         self._across: dict[tuple[Circuit, bool], list[tuple[Tensor | None, Tensor]]] = {}
+        self._eigenvalues: dict[Circuit, Tensor] = {}
 
     def read(self) -> LayerWeights:
         """Read the raw weights from the checkpoint; they are kept only if they are what is processed."""
@@ -358,3 +360,9 @@ class Layer:
     def decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Decomposition:
         """Return a circuit's thin SVD, head by head, with its directions; see `maps`."""
         return self.maps(circuit, folded, offsets).decomposition
+
+    def eigenvalues(self, circuit: Circuit) -> Complex[Tensor, "head k"]:
+        """Return the eigenvalues of a circuit's heads as processed, at D = 0, in residual space; found once."""
+        if circuit not in self._eigenvalues:
+            self._eigenvalues[circuit] = eigenvalues(self.maps(circuit, self.model.folds).core())
+        return self._eigenvalues[circuit]

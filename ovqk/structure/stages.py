@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from ovqk.circuits import moments, positions, spectra
@@ -97,7 +97,8 @@ class DirectionTables:
         if model.directions is None:
             return
         for circuit in model.circuits:
-            found = components(layer.decomposition(circuit, model.folds), model.config.analysis.components)
+            parts, near = layer.decomposition(circuit, model.folds), layer.eigenvalues(circuit)
+            found = components(parts, model.config.analysis.components, near)
             gain = layer.gain
             if gain is not None:  # token rows come without the gain
                 write = found.write * gain if circuit is Circuit.qk else found.write
@@ -134,22 +135,27 @@ def circuit_spectra(layer: Layer, circuit: Circuit) -> tuple[HeadValues, pd.Data
     rotates = circuit is Circuit.qk and layer.folded.rotary is not None
     tables, found = [], {}
     for offset in dict.fromkeys(model.config.analysis.offsets) if rotates else [0]:
-        metrics, lines = spectrum(model, circuit, layer.maps(circuit, model.folds, (offset,)))
+        eigen = layer.eigenvalues(circuit) if offset == 0 else None
+        metrics, lines = spectrum(model, circuit, layer.maps(circuit, model.folds, (offset,)), eigen)
         tables += [_spectrum_table(layer.index, circuit, *line, offset=offset) for line in lines]
         found[offset] = metrics
-    at_zero = found[0] if 0 in found else spectrum(model, circuit, layer.maps(circuit, model.folds))[0]
+    at_zero = (
+        found[0]
+        if 0 in found
+        else spectrum(model, circuit, layer.maps(circuit, model.folds), layer.eigenvalues(circuit))[0]
+    )
     return at_zero, pd.concat(tables, ignore_index=True)
 
 
-def spectrum(model: Model, circuit: Circuit, maps: Maps) -> tuple[HeadValues, list[tuple[str, str, Tensor]]]:
-    """Compute one circuit's spectral metrics and spectra from its maps (docs/definitions.md, section 2).
+def spectrum(
+    model: Model, circuit: Circuit, maps: Maps, eigen: Complex[Tensor, "head k"] | None = None
+) -> tuple[HeadValues, list[tuple[str, str, Tensor]]]:
+    """Return metrics of one circuit, and (space, kind, values [head, index]) of its spectra.
 
-    Returns:
-        metric -> [head]; then (space, kind, values [head, index]), with space `residual` or `vocab` and kind `eigen`
-        or `singular`. `vocab` is left out without an embedding, and for OV without an unembedding.
+    `eigen` are the eigenvalues in residual space, if a caller has them.
     """
     cores = maps.core()
-    eigen = spectra.eigenvalues(cores)
+    eigen = spectra.eigenvalues(cores) if eigen is None else eigen
     values = spectra.spectrum_metrics(maps, (cores, eigen))
     residual = "ov_copying_residual" if circuit is Circuit.ov else "qk_matching_residual"
     metrics = {residual: values.pop("trace_ratio")} | {f"{circuit}_{name}": v for name, v in values.items()}

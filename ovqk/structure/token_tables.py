@@ -9,8 +9,9 @@ decides).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 from ovqk.circuits.components import KINDS, SIDES, Components
 from ovqk.circuits.grams import BLOCK, blocks
 from ovqk.circuits.sides import Block0Side, NormalisedSide, Side, StoredSide
+from ovqk.circuits.threads import each
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.config.schema import Circuit, Embedding
 from ovqk.structure.spelling import Spelling
@@ -143,43 +145,56 @@ class TokenSide:
     ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"], Float[Tensor, " n"]]:
         """Return candidates (list, token) for each list's `count` best, and the scores' standard deviation [n].
 
-        Lists are every component's +1, then every line's -1. Components are projected in groups whose scores fit in a
-        processor's cache. A segment of tokens is passed over if none is among the best so far; the count-th largest
-        maximum over segments is no better than the count-th best token.
+        Lists are every component's +1, then every line's -1. Projections are taken of as many components at a time as
+        a processor's cache holds the scores of. Segments of tokens are passed over if none of theirs is among the best
+        so far; the count-th largest maximum of a segment is no better than the count-th best token. Each thread takes a
+        block of tokens; which scores are the best does not depend on their order.
         """
         n, device, lines = len(planes), planes.device, (~is_pair).long().cumsum(0)
         owners = torch.cat((torch.arange(n, device=device), (~is_pair).nonzero()[:, 0]))
-        best = torch.full((len(owners), count), -math.inf, device=device)
-        squares = torch.zeros(n, dtype=torch.float64, device=device)
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for tokens, rows in self.rows.blocks(self.block):
-            ids = self.listed[tokens].nonzero()[:, 0].to(device) + tokens.start
-            if not len(ids):
-                continue
-            x = rows if len(ids) == len(rows) else rows[ids - tokens.start]
-            x = x - self.mean.to(x)
-            best = best.to(x)
-            x = torch.cat((x, x[-1:].expand(-len(x) % SEGMENT, -1)))  # whole segments: the last token once more
+        best = torch.full((len(owners), count), -math.inf, dtype=torch.float64, device=device)
+        changing = Lock()
+
+        def candidates(
+            job: tuple[Float[Tensor, "padded d_model"], Int[Tensor, " token"]],
+        ) -> tuple[Float[Tensor, " n"], list[tuple[Tensor, Tensor, Tensor]]]:
+            """Return the sum of squared scores, and candidates of a block; what other threads find may come late."""
+            (x, ids), squares, found = job, torch.empty(n, dtype=torch.float64, device=device), []
             for part in blocks(n, max(1, SCORES // len(x))):
                 pair = is_pair[part]
                 own = planes[part]
                 scores = torch.cat((own[:, 0], own[pair, 1])).to(x) @ x.T
                 scores, second = scores.split([len(own), int(pair.sum())])
                 scores[pair] = torch.hypot(scores[pair], second)
-                squares[part] += torch.linalg.vector_norm(scores[:, : len(ids)], dim=1).double().square()
+                squares[part] = torch.linalg.vector_norm(scores[:, : len(ids)], dim=1).double().square()
                 offset = n + (int(lines[part.start - 1]) if part.start else 0)
                 minus = slice(offset, offset + len(own) - int(pair.sum()))
                 both = (part, scores), (minus, -scores[~pair] if pair.any() else -scores)
                 for where, values in both:
-                    candidates = self._above(values, best[where], len(ids))
-                    best[where] = _raised(best[where], *candidates)
-                    found.append((candidates[0] + where.start, ids[candidates[1]], candidates[2]))
+                    some = self._above(values, best[where].to(x), len(ids))
+                    with changing:
+                        best[where] = _raised(best[where], *some)
+                    found.append((some[0] + where.start, ids[some[1]], some[2]))
+            return squares, found
+
+        both = each(candidates, self._centred_blocks(), device)
+        found = [some for _, here in both for some in here]
         if not found:
-            return owners, owners, squares
+            return owners, owners, torch.zeros(n, dtype=torch.float64, device=device)
+        squares = torch.stack([squares for squares, _ in both]).sum(0)
         lists, chosen, score = (torch.cat(parts) for parts in zip(*found, strict=True))
-        kept = score >= best[lists, -1] - self.slack
+        kept = score >= best.to(score)[lists, -1] - self.slack
         squares[is_pair] /= 2  # of each axis
         return lists[kept], chosen[kept], (squares / self.size).sqrt()
+
+    def _centred_blocks(self) -> Iterator[tuple[Float[Tensor, "padded d_model"], Int[Tensor, " token"]]]:
+        """Yield listed tokens as rows less their mean, in whole segments (the last token once more), and their ids."""
+        for tokens, rows in self.rows.blocks(self.block):
+            ids = self.listed[tokens].nonzero()[:, 0].to(rows.device) + tokens.start
+            if len(ids):
+                x = rows if len(ids) == len(rows) else rows[ids - tokens.start]
+                x = x - self.mean.to(x)
+                yield torch.cat((x, x[-1:].expand(-len(x) % SEGMENT, -1))), ids
 
     def _above(
         self, scores: Float[Tensor, "list padded"], best: Float[Tensor, "list count"], n: int
@@ -208,7 +223,7 @@ def _raised(
     number = torch.bincount(lists, minlength=len(best))
     place = torch.arange(len(lists), device=lists.device) - (number.cumsum(0) - number)[lists]
     new = best.new_full((len(best), int(number.max())), -math.inf)
-    new[lists, place] = scores
+    new[lists, place] = scores.to(new)
     return torch.cat((best, new), 1).topk(best.shape[1]).values
 
 

@@ -28,8 +28,10 @@ from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import Predicted, correct, ensemble_row, head_rows, predicted_values, role_rows
 from ovqk.verdicts.statistics import monte_carlo
 from ovqk.verdicts.surrogates import (
+    CANDIDATES_STAGES,
     CHUNK_ELEMENTS,
     FrameDraws,
+    Measure,
     WordDraws,
     draw_words,
     first_of_each,
@@ -241,16 +243,19 @@ class ClaimTests:
     def spectrum_ps(self, asked: Iterable[tuple[Head, str, float]]) -> dict[tuple[Head, str, float], float]:
         """Return p under `spectrum` for candidates, whose values are in `observed`; nan if the null does not apply.
 
-        Draws go on until each p has met its 20 exceedances, after which it is counted no further (`monte_carlo`).
-
-        Args:
-            asked: (head, metric, sign of the prediction).
+        Their values are in `observed`. Draws are made until every p of a head has met its 20 exceedances: none is
+        counted further (see `monte_carlo`). A metric whose p is known is measured no more, while others of the same
+        head go on.
         """
         found = dict.fromkeys(asked, math.nan)
         going = [one for one in found if self.has_spectrum_null(one[1])]
-        for count in stages(self.model.config.nulls.draws):
-            draws = list(dict.fromkeys(self.frame(head, metric) for head, metric, _ in going))
-            drawn = dict(zip(draws, first_of_each(draws, count), strict=True))
+        for count in stages(self.model.config.nulls.draws, CANDIDATES_STAGES):
+            draws: dict[FrameDraws, tuple[Head, set[str]]] = {}
+            for head, metric, _ in going:
+                draws.setdefault(self.frame(head, metric), (head, set()))[1].add(metric)
+            for own, (head, metrics) in draws.items():
+                own.measure = self._measure(head, metrics)
+            drawn = dict(zip(draws, first_of_each(list(draws), count), strict=True))
             for one in list(going):
                 head, metric, sign = one
                 values = drawn[self.frame(head, metric)][metric]
@@ -292,10 +297,13 @@ class ClaimTests:
                 self.sigma[layer, form][index],
                 architecture.d_model,
                 form.folded and architecture.norm == "layernorm",
-                surrogate_metrics(self.task, layer, wanted, self.observed.get(head, {})),
+                self._measure(head, wanted),
                 (self.model.config.seed, *(() if head in self.observed else own)),
             )
         return self.frames[head, form]
+
+    def _measure(self, head: Head, wanted: set[str]) -> Measure:
+        return surrogate_metrics(self.task, head[0], wanted, self.observed.get(head, {}))
 
     def _asked(self, head: Head) -> set[str]:
         """Name a candidate's observed metrics, or the available ones that a claimed head's roles predict."""

@@ -21,7 +21,6 @@ from torch import Tensor
 from ovqk.circuits.grams import FLOAT64_UP_TO, FullCircuit, Gram, blocks
 from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.circuits.maps import Decomposition
-from ovqk.circuits.orthonormal import triangular_factor
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.threads import CPU, each
 from ovqk.config.schema import Circuit, VariableKind
@@ -30,9 +29,12 @@ from ovqk.structure.model import Model
 from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import Variable, WordSet
+from ovqk.verdicts.statistics import TIE
 
 STAGES = (25, 50, 100, 200, 400)
 """Numbers of draws after which it is asked whether more are needed; then all."""
+CANDIDATES_STAGES = (25, 35, 50, 70, 100, 140, 200, 280, 400, 560, 780)
+"""The same for candidates, of which nothing but p is told: what is drawn beyond the last draw that counts is lost."""
 CHUNK_ELEMENTS = 2**23  # of one side's frames held at a time (64 MB in float64)
 PART_ELEMENTS = 2**20  # of one side's frames in one thread at a time: enough that Python takes little of the time
 ATTEMPTS = 200  # at drawing a set of different matched words
@@ -64,8 +66,8 @@ def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[
     if centred:
         x = x - x.mean(1, keepdim=True)
     if 2 * k <= d_model:
-        _, inverse = triangular_factor(x, check_errors=True)
-        return x @ inverse
+        R, _ = torch.linalg.cholesky_ex(x.mT @ x, upper=True, check_errors=True)
+        return torch.linalg.solve_triangular(R, x, upper=True, left=False)
     Q, R = torch.linalg.qr(x)
     return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
 
@@ -170,6 +172,10 @@ def surrogate_heads(sigma: Float[Tensor, " rank"], frames: Frames) -> FramedHead
     return FramedHeads(frames.read, sigma[:k].to(frames.read).expand(n, k), frames.write, k, frames)
 
 
+Measure = Callable[[CircuitMaps], Mapping[str, Tensor | InTop]]
+"""Measures a batch of surrogates: metric -> [draw]."""
+
+
 class FrameDraws:
     """Metric values of one head's surrogates, drawn as they are asked for; the same seed gives the same draws."""
 
@@ -179,12 +185,13 @@ class FrameDraws:
         sigma: Float[Tensor, " k"],
         d_model: int,
         centred: bool,
-        measure: Callable[[CircuitMaps], Mapping[str, Tensor | InTop]],
+        measure: Measure,
         seed: Sequence[int],
     ) -> None:
         """Take the head's singular values, and what measures a batch of its surrogates.
 
-        Heads of one seed are put between the same frames.
+        Heads of one seed are put between the same frames. `measure` may be replaced by one of fewer metrics: those that
+        it leaves out keep the draws that they have.
         """
         self.circuit, self.sigma, self.d_model, self.centred = circuit, sigma, d_model, centred
         self.measure, self.seed = measure, tuple(seed)
@@ -194,7 +201,7 @@ class FrameDraws:
         self._open: list[tuple[str, int, InTop]] = []
 
     def first(self, count: int) -> dict[str, NDArray[np.float64]]:
-        """Return at least `count` draws of every metric; they do not depend on the steps they are asked for in."""
+        """Return at least `count` draws of every metric that is measured; the same in whatever steps they are asked."""
         return first_of_each([self], count)[0]
 
     def missing(self, count: int) -> Iterator[Float[Tensor, "frame d_model k"]]:
@@ -283,18 +290,17 @@ def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDA
     return [own.drawn for own in draws]
 
 
-def stages(most: int) -> tuple[int, ...]:
+def stages(most: int, of: Sequence[int] = STAGES) -> tuple[int, ...]:
     """Return the numbers of draws, up to this many, after which a test asks whether it needs more."""
-    return *(stage for stage in STAGES if stage < most), most
+    return *(stage for stage in of if stage < most), most
 
 
-def surrogate_metrics(
-    task: TaskReadout, layer: int, wanted: set[str], observed: Mapping[str, float]
-) -> Callable[[CircuitMaps], dict[str, Float[Tensor, " draw"] | InTop]]:
+def surrogate_metrics(task: TaskReadout, layer: int, wanted: set[str], observed: Mapping[str, float]) -> Measure:
     """Return a function that measures surrogates of a head of this layer, as the head was measured.
 
     Metrics that rank words in the vocabulary are left open (see `FrameDraws.close`). If a value was observed, a
-    trace ratio may be a bound that lies on the same side of it (see `full_circuit_ratio`).
+    trace ratio may be a bound that lies on the same side of it (see `full_circuit_ratio`), and words are not ranked
+    further if too few of them are left to reach what was observed.
     """
     model, readout = task.model, task.readout
     circuits = full_circuits(model, wanted)
@@ -303,12 +309,21 @@ def surrogate_metrics(
         found: dict[str, Tensor | InTop] = {}
         if readout is not None and wanted & {*SET_METRICS, *SUBSPACE_METRICS}:
             found |= readout.metrics(layer, maps, wanted - set(TOP_METRICS))
-            found |= readout.in_top(layer, maps, wanted)
+            found |= {
+                name: _unless_below(top, observed.get(name, -math.inf))
+                for name, top in readout.in_top(layer, maps, wanted).items()
+            }
         for name, full in circuits.items():
             found[name] = full_circuit_ratio(maps.decomposition, full, observed.get(name))
         return {name: values for name, values in found.items() if name in wanted}
 
     return measure
+
+
+def _unless_below(top: InTop, observed: float) -> InTop | Float[Tensor, " draw"]:
+    """Return the shares of words that are still open if all lie below what was observed: they can only fall."""
+    most = top.by_source.mean(-1)
+    return most if bool((most < observed - TIE).all()) else top
 
 
 def full_circuits(model: Model, wanted: set[str]) -> dict[str, FullCircuit]:
