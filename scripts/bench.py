@@ -88,6 +88,13 @@ def open_model(config: Any) -> Any:
 
 def cell_config(folder: Path, device: str = "cpu", task: str = "none") -> Any:
     """`run.py model=local` without directions."""
+    return compose_cell(
+        "model=local", f'model.path="{folder}"', f"task={task}", "analysis.components=0", f"device={device}"
+    )
+
+
+def compose_cell(*overrides: str) -> Any:
+    """The cell that `run.py` would compute with these overrides."""
     from hydra import compose, initialize_config_dir
 
     from ovqk.config.resolve import resolve
@@ -96,13 +103,6 @@ def cell_config(folder: Path, device: str = "cpu", task: str = "none") -> Any:
     register()
     root = Path(__file__).resolve().parents[1]
     with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-        overrides = [
-            "model=local",
-            f'model.path="{folder}"',
-            f"task={task}",
-            "analysis.components=0",
-            f"device={device}",
-        ]
         return resolve(compose("config", overrides=[*overrides, "tracking=none"]))
 
 
@@ -353,6 +353,21 @@ def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace)
             print(f"{name} {title}: {total:.1f} s ({parts}): {total / best['seconds']:.0f} x", flush=True)
 
 
+def report_activations(path: Path, task: str) -> None:
+    """Measure what running a model on prompts takes, beside one forward pass over them, and print."""
+    from bench_activations import measure_activations
+
+    found = measure_activations(path, task)
+    total, once = found.pop("everything"), found.pop("forward")
+    replacements, peak = int(found.pop("replacements")), found.pop("peak_mb")
+    parts = ", ".join(f"{what} {value:.1f} s" for what, value in found.items())
+    print(
+        f"{path.name} {task}: {total:.1f} s ({parts}; {replacements} replacements); one forward pass {once:.2f} s: ",
+        end="",
+    )
+    print(f"{total / once:.1f} x; peak {peak:.0f} MB", flush=True)
+
+
 def start_up(repeats: int) -> None:
     """The default cell's wall time beside that of importing torch, hydra, pandas and wandb, best of some."""
     root = Path(__file__).resolve().parents[1]
@@ -378,10 +393,15 @@ def start_up(repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="gpt2-small", help=f"of {', '.join(SHAPES)}")
-    kinds = ["spectra", "cell", "task", "composition", "cache", "profile", "startup"]
+    kinds = ["spectra", "cell", "task", "composition", "cache", "profile", "startup", "activations"]
     parser.add_argument("--what", default="spectra", choices=kinds)
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
-    parser.add_argument("--path", type=Path, help="for --what task: a Hugging Face directory, instead of shapes")
+    parser.add_argument(
+        "--path",
+        type=Path,
+        help="for --what task: a Hugging Face directory instead of shapes; activations: or a GGUF file",
+    )
+    parser.add_argument("--task", default="ioi", help="for --what activations")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
@@ -395,6 +415,11 @@ def main() -> None:
         return
     if arguments.child:
         run_child(arguments.child, arguments.folder, arguments.device)
+        return
+    if arguments.what == "activations":
+        if not arguments.path:
+            parser.error("--what activations needs --path: random weights do no task")
+        report_activations(arguments.path, arguments.task)
         return
     if arguments.path:
         if arguments.what != "task":

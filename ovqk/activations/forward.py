@@ -281,13 +281,7 @@ class RunningModel:
 
     def _forward(self, **inputs: Any) -> Float[Tensor, "prompt vocabulary"]:
         """Return the logits at the last position."""
-        try:
-            return self.model(logits_to_keep=1, **inputs).logits[:, -1].float()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise UserError(
-                f"activations.batch: out of memory with {len(inputs['input_ids'])} rows of "
-                f"{inputs['input_ids'].shape[1]} tokens; choose a smaller batch."
-            ) from error
+        return self.model(logits_to_keep=1, **inputs).logits[:, -1].float()
 
     @contextmanager
     def _hooked(self, names: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:

@@ -22,6 +22,10 @@ from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import Tables
 from ovqk.tasks.claims import MEASURED, Claims
 
+MEMORY = (torch.OutOfMemoryError, MemoryError)
+SMALLER = 4
+"""By how much smaller batches are tried once if memory is exhausted."""
+
 
 @dataclass(frozen=True)
 class Runner:
@@ -56,20 +60,36 @@ class ActivationTables:
             raise UserError("the checkpoint has no embedding or no unembedding.")
         self.claimed = {} if isinstance(claims, str) else claims.roles
         asked = config.activations
-        self.prompts: Prompts = read_prompts(
-            config.task, model.tokenizer, runner.start, asked.prompts, config.seed, asked.batch
-        )
+        self.prompts: Prompts = self._read(runner, asked.batch)
         longest = max(batch.tokens.shape[1] for batch in self.prompts.batches)
         n_ctx = model.architecture.n_ctx
         if n_ctx is not None and longest > n_ctx:
             raise UserError(f"a prompt has {longest} tokens, more than the model's context of {n_ctx}.")
         running = runner.load(model.device)
-        self.measured: Measured = measure(
-            running, model, self.prompts, self.roles, self.claimed, asked.screened, config.seed, steps
-        )
+        try:
+            self.measured: Measured = self._measure(running, steps)
+        except MEMORY:
+            smaller = max(1, asked.batch // SMALLER)
+            self.prompts = self._read(runner, smaller)
+            try:
+                self.measured = self._measure(running, steps)
+            except MEMORY as error:
+                raise UserError(
+                    f"activations.batch={asked.batch}: out of memory, and with batches of {smaller} prompts too."
+                ) from error
         self.links = WriteLinks(model, self.prompts, self.measured.observed, self.roles)
         self.measured.observed.outputs.clear()  # only replacements need them
         self.judged: Judged | None = None
+
+    def _read(self, runner: Runner, batch: int) -> Prompts:
+        config, tokenizer = self.model.config, self.model.tokenizer
+        assert tokenizer is not None
+        return read_prompts(config.task, tokenizer, runner.start, config.activations.prompts, config.seed, batch)
+
+    def _measure(self, running: "RunningModel", steps: Steps) -> Measured:
+        config = self.model.config
+        screened = config.activations.screened
+        return measure(running, self.model, self.prompts, self.roles, self.claimed, screened, config.seed, steps)
 
     def claims(self) -> Claims | str:
         """Return the measured roles as claims about the weights, or why there are none."""

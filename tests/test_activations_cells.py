@@ -1,0 +1,190 @@
+"""Cells that run their model: tables, records, claims by measurement, and what cannot be run."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.commands import compose
+from support.models import local, shared_model
+
+from ovqk.activations.measure import check_activations
+from ovqk.activations.stage import ActivationTables
+from ovqk.cell import run_cell
+from ovqk.checkpoints.opening import BUNDLED
+from ovqk.config.schema import AttentionConfig, EffectConfig, WriteConfig
+from ovqk.errors import UserError
+from ovqk.records.record import read_record
+
+FEW = ("activations.prompts=96", "nulls.draws=99")
+
+
+def computed(tmp_path: Path, *overrides: str) -> tuple[Path, dict, dict[str, pd.DataFrame]]:
+    cell = compose(*overrides, "tracking=none", f"results_dir={tmp_path / 'results'}")
+    outcome = run_cell(cell)
+    folder = Path(outcome.folder)
+    record = read_record(folder)
+    return folder, record, {path.stem: pd.read_parquet(path) for path in folder.glob("*.parquet")}
+
+
+def test_a_full_cell_holds_both_readings(tmp_path) -> None:
+    _, record, tables = computed(tmp_path, "model=mini-gpt2", "task=induction", "analysis=full", *FEW)
+    assert {"activations", "roles", "joint", "verdicts", "directions"} <= set(tables)
+    activations = record["activations"]
+    assert activations["untestable"] == "" and activations["start_tokens"] == [1]
+    assert activations["halves"]["testing"]["accuracy"] > 0.95
+    assert activations["controls"]["replaced_by_itself"] < 1e-4 and activations["controls"]["readout_error"] < 1e-4
+    rows = tables["activations"]
+    assert len(rows) == 2 * 2 * 32 and set(rows["half"]) == {"choosing", "testing"}
+    assert rows["attention"].between(0, 1).all() and rows["attention_nonsink"].between(0, 1 + 1e-6).all()
+    roles = tables["roles"]
+    claimed = roles[roles["claimed"]]
+    assert set(claimed[claimed["role"] == "induction"]["head"]) == {0, 2, 7}
+    assert (claimed["verdict"] == "realised").sum() >= 3  # claims that another way of measuring found
+    joint = tables["joint"]
+    assert set(joint["kind"]) == {"head", "role"} and len(joint[joint["kind"] == "head"]) == len(roles)
+    assert record["summary"]["prompts/accuracy"] == pytest.approx(
+        activations["halves"]["testing"]["accuracy"], abs=1e-4
+    )
+    assert run_cell(compose("model=mini-gpt2", "task=induction", "analysis=full", *FEW, "tracking=none",
+                            f"results_dir={tmp_path / 'results'}")).status == "cached"  # fmt: skip
+
+
+def test_roles_by_measurement_are_claims_about_the_weights(tmp_path) -> None:
+    """The weights of a model that nothing is published about get verdicts."""
+    _, record, tables = computed(
+        tmp_path, "model=mini-llama", "model.claims=measured", "task=induction", "analysis=activations", *FEW
+    )
+    assert record["claims"]["reliability"] == "measured" and "96 prompts" in record["claims"]["source"]
+    heads = tables["verdicts"][tables["verdicts"]["kind"] == "head"]
+    measured = tables["roles"][tables["roles"]["measured"]]
+    assert len(heads) == len(measured) > 0
+    assert tables["joint"][tables["joint"]["kind"] == "head"]["weights"].notna().all()
+
+
+def test_measuring_needs_an_analysis_that_runs_the_model() -> None:
+    with pytest.raises(UserError, match=r"model\.claims=measured: analysis=b03 does not run the model"):
+        compose("model=mini-attn", "model.claims=measured")
+
+
+def test_weights_do_not_depend_on_running_the_model(tmp_path) -> None:
+    tables = [computed(tmp_path / name, "model=mini-attn", "task=induction", f"analysis={name}", "nulls.draws=99",
+                       "activations.prompts=64")[2] for name in ("b03", "full")]  # fmt: skip
+    for name in ("heads", "spectra", "directions", "verdicts", "tests", "nulls"):
+        pd.testing.assert_frame_equal(tables[0][name], tables[1][name])
+
+
+def test_a_model_that_does_not_do_the_task_keeps_its_weights_verdicts(tmp_path) -> None:
+    source, folder = BUNDLED / "mini-gpt2", tmp_path / "shuffled"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    weights = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, value in weights.items():
+        if value.dim() == 2:
+            weights[name] = (
+                value.flatten()[torch.randperm(value.numel(), generator=generator)].view_as(value).contiguous()
+            )
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _, record, tables = computed(
+        tmp_path, "model=local", f"model.path={folder}", "model.claims=mini-gpt2", "task=induction",
+        "analysis=activations", *FEW,
+    )  # fmt: skip
+    assert record["activations"]["untestable"].startswith("the model does not do the task (accuracy ")
+    assert set(tables["roles"]["verdict"]) == {"untestable"} and "verdicts" in tables
+
+
+def test_what_cannot_be_run_says_why_and_harms_nothing(tmp_path) -> None:
+    folder = tmp_path / "partial"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((BUNDLED / "mini-gpt2" / name).read_bytes())
+    weights = load_file(BUNDLED / "mini-gpt2" / "model.safetensors")
+    lacking = next(name for name in weights if name.endswith("h.2.mlp.c_fc.weight"))
+    del weights[lacking]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _, record, tables = computed(
+        tmp_path, "model=local", f"model.path={folder}", "task=induction", "analysis=activations", *FEW
+    )
+    assert "missing" in record["activations"]["untestable"] and "mlp.c_fc" in record["activations"]["untestable"]
+    assert "roles" not in tables and len(tables["heads"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("activations.prompts=6",), "clusters of prompts, and needs 4"),
+        (("~task.prompts.counterfactual",), "says no counterfactual"),
+        (("task.roles.induction.activations.attention.query=ENDE",), "name the label 'ENDE'"),
+        (("task.roles.induction.activations.attention.query=a b",), "'a b' is not a label"),
+        (("task.words.content=[park,river]",), "of the words that this tokenizer can read"),
+    ],
+)
+def test_a_task_that_cannot_be_measured_says_why(tmp_path, overrides, message) -> None:
+    _, record, _ = computed(
+        tmp_path, "model=mini-gpt2", "task=induction", "analysis=activations", "~task.variables.token",
+        "nulls.draws=19", *overrides,
+    )  # fmt: skip
+    assert message in record["activations"]["untestable"]
+
+
+def test_a_smaller_batch_is_tried_once(tmp_path, monkeypatch) -> None:
+    sizes = []
+    real = ActivationTables._measure
+
+    def short(self: ActivationTables, *arguments: object) -> object:
+        sizes.append(max(len(batch) for batch in self.prompts.batches))
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(ActivationTables, "_measure", short)
+    _, record, _ = computed(
+        tmp_path, "model=mini-gpt2", "task=sva", "analysis=activations", "activations.prompts=64",
+        "activations.batch=16", "nulls.draws=19",
+    )  # fmt: skip
+    assert sizes == [16, 4] and record["activations"]["untestable"] == ""
+    monkeypatch.setattr(ActivationTables, "_measure", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    _, record, _ = computed(
+        tmp_path / "again", "model=mini-gpt2", "task=sva", "analysis=activations", "activations.prompts=64",
+        "activations.batch=16", "nulls.draws=19",
+    )  # fmt: skip
+    assert record["activations"]["untestable"] == (
+        "activations.batch=16: out of memory, and with batches of 4 prompts too."
+    )
+
+
+def role(**parts: object) -> object:
+    task = compose("task=ioi").task
+    for name, value in parts.items():
+        setattr(task.roles["name_mover"].activations, name, value)
+    return task
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"decides": ["attention", "position"]}, r"decides=.*allowed are those given: attention, write, effect"),
+        ({"decides": []}, "allowed are those given"),
+        ({"attention": AttentionConfig("END", "IO", "OTHER", [])}, "allowed: control, counterfactual"),
+        ({"write": WriteConfig(sign=2)}, "sign=2: allowed: 1, -1"),
+        ({"effect": EffectConfig(into="nobody")}, "effect.into=nobody: allowed: another role"),
+        ({"effect": EffectConfig(given="s_inhibition")}, "does not itself depend on another's heads"),
+    ],
+)
+def test_a_role_that_says_it_wrongly_is_refused(parts, message) -> None:
+    with pytest.raises(UserError, match=message):
+        check_activations(role(**parts))
+
+
+def test_gpt2_without_embeddings_cannot_be_run(tmp_path) -> None:
+    folder = shared_model("gpt2-small-attention")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
+    from ovqk.activations.forward import RunningModel
+    from ovqk.checkpoints.opening import open_checkpoint
+
+    with pytest.raises(UserError, match="missing from the checkpoint"):
+        RunningModel.load(open_checkpoint(local(folder)), local(folder), torch.device("cpu"))
