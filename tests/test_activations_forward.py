@@ -1,13 +1,21 @@
 """Runs through TransformerLens against plain transformers with hooks, in every family that ovqk reads itself."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
+from support.commands import compose
 from support.models import KINDS, local
 from transformers import AutoModelForCausalLM
 
 from ovqk.activations.forward import Look, Places, Replacement, RunningModel
+from ovqk.activations.quantities import Writes
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.errors import UserError
+from ovqk.structure.model import Model
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import OpenedModel
 
 N, LENGTH = 3, 7
 CPU = torch.device("cpu")
@@ -98,3 +106,60 @@ def test_a_replaced_head_changes_what_it_changes_in_the_plain_model(ran, whole) 
             torch.testing.assert_close(found[:, later], looked[:, later], atol=1e-4, rtol=1e-4)
             assert found[:, :layer].isnan().all()  # what comes before is left as it was
     running.whole = False
+
+
+def test_writes_of_all_heads_are_what_attention_adds_to_the_stream(ran, request) -> None:
+    """z W_O summed over heads, a constant bias aside, through the norm behind attention if there is one."""
+    running, _, tokens = ran
+    directory = ran_directory(request)
+    config = compose("model=local", f"model.path={directory}", "task=none", "analysis=b03")
+    model = Model.read(OpenedModel(open_weights(open_checkpoint(local(directory)), local(directory)), "tiny"), config)
+    if model.vocabulary is None or model.vocabulary.W_U_rows is None:
+        pytest.skip(f"ovqk reads no unembedding of it: {model.source.no_vocabulary}")
+    writes = Writes(model)
+    end = torch.full((1, N), LENGTH - 1)
+    kept: dict[str, torch.Tensor] = {}
+    names = [f"blocks.{layer}.hook_{part}" for layer in range(running.n_layers) for part in ("in", "resid_mid")]
+
+    def keep(value: torch.Tensor, hook: object, name: str) -> None:
+        kept[name] = value[:, -1]
+
+    with running.bridge.hooks(fwd_hooks=[(name, partial(keep, name=name)) for name in names if has(running, name)]):
+        run = running.run(tokens, Places(end, end))
+    directions = torch.randn(1, model.architecture.d_model, generator=torch.Generator().manual_seed(2)).expand(N, -1)
+    for layer in range(running.n_layers):
+        through = writes.of_layer(layer, run, directions)
+        written = (run.outputs[layer, :, 0] * through).sum((-1, -2))
+        middle = kept.get(f"blocks.{layer}.hook_resid_mid")
+        added = run.attention_out[layer] if middle is None else middle - kept[f"blocks.{layer}.hook_in"]
+        rest = (added * directions).sum(-1) - written
+        assert (rest - rest.mean()).abs().max() < 2e-4 * max(1.0, float(written.abs().max())), f"layer {layer}"
+
+
+def test_the_final_stream_read_as_writes_are_is_the_logit_difference(ran, request) -> None:
+    running, _, tokens = ran
+    directory = ran_directory(request)
+    config = compose("model=local", f"model.path={directory}", "task=none", "analysis=b03")
+    model = Model.read(OpenedModel(open_weights(open_checkpoint(local(directory)), local(directory)), "tiny"), config)
+    if model.vocabulary is None or model.vocabulary.W_U_rows is None:
+        pytest.skip(f"ovqk reads no unembedding of it: {model.source.no_vocabulary}")
+    writes = Writes(model)
+    end = torch.full((1, N), LENGTH - 1)
+    run = running.run(tokens, Places(end, end))
+    plus, minus = torch.full((N,), 7), torch.full((N,), 9)
+    expected = run.logits[:, 7] - run.logits[:, 9]
+    found = (run.final * writes.directions(run, plus, minus)).sum(-1) + writes.bias(plus, minus)
+    found += running.bias(plus) - running.bias(minus)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def has(running: RunningModel, name: str) -> bool:
+    """Whether the model has such a place: the stream between attention and MLP, unless both read the block's input."""
+    if not name.endswith("resid_mid"):
+        return True
+    parallel = getattr(running.bridge.cfg, "parallel_attn_mlp", False)
+    return not parallel and hasattr(running.bridge.blocks[0], "hook_resid_mid")
+
+
+def ran_directory(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue("tiny")(request.node.callspec.params["ran"])

@@ -279,6 +279,19 @@ class RunningModel:
 
     # --- the model itself ------------------------------------------------------------------------------------
 
+    def bias(self, tokens: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
+        """Return the unembedding's bias for these tokens; 0 without one."""
+        found = getattr(self.model, "b_U", None)
+        if found is None:
+            found = getattr(self.model.get_output_embeddings(), "bias", None)
+        return found.detach().float().cpu()[tokens] if isinstance(found, Tensor) else torch.zeros(len(tokens))
+
+    def before_softcap(self, logits: Float[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
+        """Return logits as they were before the model capped them, if it does."""
+        config = getattr(self.model, "config", None)
+        cap = None if config is None else getattr(config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.atanh(logits / cap)
+
     def _forward(self, **inputs: Any) -> Float[Tensor, "prompt vocabulary"]:
         """Return the logits at the last position."""
         return self.model(logits_to_keep=1, **inputs).logits[:, -1].float()

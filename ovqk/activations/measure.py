@@ -15,6 +15,8 @@ from ovqk.errors import UserError
 from ovqk.structure.model import Model
 from ovqk.weights.types import Head
 
+LEAST_ERROR = 0.01
+"""Error of the logit difference, as writes are read, that is no longer rounding."""
 MOST_CANDIDATES = 24
 """Heads of a role that are patched for having met the rest of its rule, at most."""
 
@@ -82,6 +84,11 @@ def measure(
     observed = observe(running, model, prompts, roles, steps)
     if (change := check_replacing(running, prompts, observed)) > LEAST_CHANGE:
         raise UserError(f"replacing a head by itself changes the logit difference by {change:.2g} of its mean.")
+    if observed.readout_error > LEAST_ERROR:
+        raise UserError(
+            "what heads write cannot be read off: through the final norm and the unembedding the logit difference "
+            f"comes out wrong by {observed.readout_error:.2g} of its mean."
+        )
     measured = Measured(observed, roles, {}, {}, seed, change)
     first = [name for name, config in roles.items() if not _served(config)]
     for names in (first, [name for name in roles if name not in first]):

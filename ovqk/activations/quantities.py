@@ -60,9 +60,8 @@ class Observed:
         looks: (query, source, control) -> attention to the source minus the control, clean and counterfactual.
         outputs: for each batch, query label -> z on the clean and on the counterfactual prompts, [layer, prompt, head,
             d_head]; a label is missing if it has no place there.
-        readout_error: how far the writes of everything, read as writes are, miss the logit difference: the largest
-            deviation from its mean as a share of the mean difference. Large if the final norm or the unembedding is not
-            what ovqk takes it for.
+        readout_error: how far the final stream, read as writes are, misses a prompt's logit difference, as a share of
+            the mean one. Large if the final norm or the unembedding is not what ovqk takes it for.
     """
 
     clusters: Int[Tensor, " prompt"]
@@ -100,7 +99,8 @@ class Writes:
     ) -> Float[Tensor, "prompt d_model"]:
         """Return what the residual stream at END is multiplied by in the logit of one token minus that of another."""
         difference = (self.rows[plus] - self.rows[minus]).float().cpu()
-        return difference * self._inverse_scale(run.final, self.architecture.norm)
+        norm = self.embeddings.final_norm
+        return difference * self._inverse_scale(run.final, self.architecture.norm if norm is None else norm.kind)
 
     def bias(self, plus: Int[Tensor, " prompt"], minus: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
         """Return what the final norm's bias adds to the logit of one token minus that of another."""
@@ -146,7 +146,7 @@ def observe(
     asked = looks_of(roles)
     parts: list[dict[str, RoleValues]] = []
     seen: list[dict[tuple[str, str, str], tuple[Tensor, Tensor]]] = []
-    differences, counterfactuals, linear, outputs = [], [], [], []
+    differences, counterfactuals, errors, outputs = [], [], [], []
     for number in steps(len(prompts.batches), "batch of prompts"):
         batch = prompts.batches[number]
         labels = sorted({queries_of(config) for config in roles.values()} | {query for query, _, _ in asked} | {"END"})
@@ -166,10 +166,9 @@ def observe(
         ]
         differences.append(contrast[0] - contrast[1])
         counterfactuals.append(contrast[2] - contrast[3])
-        linear.append(
-            (clean.final * writes.directions(clean, batch.answers, batch.foils)).sum(-1)
-            + writes.bias(batch.answers, batch.foils)
-        )
+        read = (clean.final * writes.directions(clean, batch.answers, batch.foils)).sum(-1)
+        read += writes.bias(batch.answers, batch.foils) + running.bias(batch.answers) - running.bias(batch.foils)
+        errors.append(read - running.before_softcap(contrast[0]) + running.before_softcap(contrast[1]))
         index = {label: number for number, label in enumerate(queries)}
         outputs.append({label: (clean.outputs[:, :, i], other.outputs[:, :, i]) for label, i in index.items()})
         parts.append(
@@ -177,7 +176,7 @@ def observe(
         )
         seen.append({look: tuple(_look(look, batch, run, index) for run in (clean, other)) for look in asked})  # type: ignore[misc]
     difference = torch.cat(differences)
-    error = torch.cat(linear) - difference
+    error = torch.cat(errors).abs().max() / difference.abs().mean()
     return Observed(
         clusters=torch.cat([batch.clusters for batch in prompts.batches]),
         testing=torch.cat([torch.full((len(batch),), batch.half == "testing") for batch in prompts.batches]),
@@ -187,7 +186,7 @@ def observe(
         roles={name: _joined([part[name] for part in parts]) for name in roles},
         looks={look: tuple(torch.cat([part[look][i] for part in seen]) for i in (0, 1)) for look in asked},  # type: ignore[misc]
         outputs=outputs,
-        readout_error=float((error - error.mean()).abs().max() / difference.mean().abs()),
+        readout_error=float(error),
     )
 
 
