@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import compose
-from support.models import KINDS, local
+from support.models import KINDS, local, make
 from transformers import AutoModelForCausalLM
 
 from ovqk.activations.forward import Look, Places, Replacement, RunningModel
@@ -163,3 +163,23 @@ def has(running: RunningModel, name: str) -> bool:
 
 def ran_directory(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue("tiny")(request.node.callspec.params["ran"])
+
+
+def test_softcaps_are_the_models_own_and_writes_are_before_the_last(tmp_path) -> None:
+    folder = tmp_path / "capped"
+    plain = make("gemma2", folder, final_logit_softcapping=3.0, attn_logit_softcapping=2.0).eval()
+    running = RunningModel.load(open_checkpoint(local(folder)), local(folder), CPU)
+    tokens = torch.randint(40, (N, LENGTH), generator=torch.Generator().manual_seed(0))
+    every = torch.arange(LENGTH)[:, None].expand(LENGTH, N)
+    run = running.run(tokens, Places(every, every))
+    with torch.no_grad():
+        expected = plain(tokens, output_attentions=True, use_cache=False)
+    torch.testing.assert_close(run.logits, expected.logits[:, -1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(run.patterns, torch.stack(expected.attentions), atol=1e-4, rtol=1e-4)
+    assert run.logits.abs().max() < 3
+    config = compose("model=local", f"model.path={folder}", "task=none", "analysis=b03")
+    model = Model.read(OpenedModel(open_weights(open_checkpoint(local(folder)), local(folder)), "tiny"), config)
+    plus, minus = torch.full((N,), 7), torch.full((N,), 9)
+    uncapped = [running.before_softcap(run.logits[:, token]) for token in (7, 9)]
+    found = (run.final * Writes(model).directions(run, plus, minus)).sum(-1)
+    torch.testing.assert_close(found, uncapped[0] - uncapped[1], atol=1e-3, rtol=1e-3)
