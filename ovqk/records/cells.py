@@ -24,6 +24,9 @@ TABLES = (
     "nulls",
     "verdicts",
     "candidates",
+    "activations",
+    "roles",
+    "joint",
 )
 NEEDED = ("model", "task", "analysis", "cell_id", "seed", "processing", "provenance")  # of a record
 Json = dict[str, Any]
