@@ -8,7 +8,7 @@ with the residual stream of the run it changes, and at position p with that run'
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +21,10 @@ from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
 from ovqk.config.schema import ModelConfig
 from ovqk.errors import UserError, first_line
 from ovqk.weights.bridge_loading import boot_bridge, find_architecture, load_model, quiet
+
+
+GRADIENT_PROMPTS = 8
+"""Prompts whose gradients are taken together: all that a forward pass computes stays in memory for them."""
 
 
 class Places(NamedTuple):
@@ -145,6 +149,18 @@ class RunningModel:
             places: where they are kept.
             contrast: the tokens of answers and foils; with them gradients of their logit difference are taken.
         """
+        if contrast is not None and len(tokens) > GRADIENT_PROMPTS:
+            parts = [slice(first, first + GRADIENT_PROMPTS) for first in range(0, len(tokens), GRADIENT_PROMPTS)]
+            return _joined(
+                [
+                    self.run(
+                        tokens[part],
+                        Places(places.queries[:, part], places.sources[:, part]),
+                        (contrast[0][part], contrast[1][part]),
+                    )
+                    for part in parts
+                ]
+            )
         kept: dict[str, list[Tensor]] = {"pattern": [], "z": [], "v": [], "out": [], "final": []}
         queries, sources = (each.T.to(self.device) for each in places)
         every = torch.arange(len(tokens), device=self.device)[:, None]
@@ -301,6 +317,16 @@ class RunningModel:
         with ExitStack() as stack:
             stack.enter_context(self.bridge.hooks(fwd_hooks=list(names)))
             yield
+
+
+def _joined(runs: Sequence[Run]) -> Run:
+    """Return runs over parts of a batch as one."""
+
+    def cat(name: str) -> Tensor:
+        parts = [getattr(run, name) for run in runs]
+        return torch.cat(parts, 0 if name in ("logits", "final") else 1)
+
+    return Run(**{field.name: cat(field.name) for field in fields(Run)})
 
 
 @contextmanager

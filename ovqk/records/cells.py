@@ -12,7 +12,14 @@ from ovqk.records.comparison import differences
 from ovqk.records.record import read_record, says_done
 from ovqk.records.results import cell_folders, load_table
 
-ANALYSES = ("b03", "qk", "ov", "composition")  # which of several cells of one model and task is shown first
+ANALYSES = (
+    "full",
+    "b03",
+    "activations",
+    "qk",
+    "ov",
+    "composition",
+)  # which of several cells of one model and task is shown first
 TABLES = (
     "heads",
     "layers",
