@@ -22,7 +22,6 @@ from ovqk.config.schema import ModelConfig
 from ovqk.errors import UserError, first_line
 from ovqk.weights.bridge_loading import boot_bridge, find_architecture, load_model, quiet
 
-
 GRADIENT_PROMPTS = 8
 """Prompts whose gradients are taken together: all that a forward pass computes stays in memory for them."""
 
