@@ -52,6 +52,7 @@ ON_PROMPTS = {
     "sensitive": "sensitive",
     "untestable": "untestable",
     "out_of_scope": "out of scope",
+    "not_chosen": "not chosen",
 }
 """Verdict on what a head does on prompts -> its name."""
 READINGS = {

@@ -1,7 +1,7 @@
 """What heads' weights say beside what they do on prompts, and how well the one ranks the other."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,25 @@ def joint_table(
         )  # fmt: skip
     rows += _role_rows(judged, heads, task, seed)
     return pd.DataFrame(rows)
+
+
+def on_prompts(candidates: pd.DataFrame, judged: Judged, roles: Collection[str]) -> pd.DataFrame:
+    """Return candidates.parquet with the column `on_prompts`.
+
+    It is a candidate's verdict on prompts if it was chosen there, else `not_chosen`: it does not show all deciding
+    quantities on the choosing half; `untestable` if nothing is; None for a role that says nothing of activations.
+    """
+    verdicts = {
+        (row["role"], int(row["layer"]), int(row["head"])): row["verdict"] for row in judged.roles.to_dict("records")
+    }
+
+    def verdict(role: str, layer: int, head: int) -> Any:
+        if role not in roles:
+            return None
+        return "untestable" if judged.gate else verdicts.get((role, layer, head), "not_chosen")
+
+    places = zip(candidates["role"], candidates["layer"], candidates["head"], strict=True)
+    return candidates.assign(on_prompts=[verdict(str(role), int(layer), int(head)) for role, layer, head in places])
 
 
 def reading(weights: str | None, activations: str, link: float) -> str:

@@ -10,7 +10,7 @@ import torch
 from ovqk import wording
 from ovqk.activations.batches import Prompts, read_prompts
 from ovqk.activations.forward import RunningModel
-from ovqk.activations.joint import joint_table
+from ovqk.activations.joint import joint_table, on_prompts
 from ovqk.activations.judge import Judged, judge_activations
 from ovqk.activations.links import WriteLinks
 from ovqk.activations.measure import check_activations, measure
@@ -114,11 +114,14 @@ class ActivationTables:
         self.links.visit(layer)
 
     def tables(self, made: Tables) -> Tables:
-        """Return `activations`, `roles` and `joint`."""
+        """Return `activations`, `roles` and `joint`, and `candidates` with what they do on prompts."""
         self.judged = judge_activations(self.measured, self.claimed, self.links)
         config = self.model.config
         joint = joint_table(self.judged, made.get("verdicts"), made["heads"], config.task, config.seed)
-        return Tables({"activations": self.judged.activations, "roles": self.judged.roles, "joint": joint})
+        found = Tables({"activations": self.judged.activations, "roles": self.judged.roles, "joint": joint})
+        if "candidates" in made:
+            found["candidates"] = on_prompts(made["candidates"], self.judged, set(self.roles))
+        return found
 
     def describe(self) -> dict[str, Any]:
         """Return the record's block on activations: prompts, halves, gate, controls."""

@@ -23,7 +23,8 @@ def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[
     shown = candidates[candidates["ranked"] & (candidates["rank"] <= SHOWN_CANDIDATES)]
     same: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
     for role, rows in shown.groupby("role", sort=False):
-        key = tuple(rows[["metric", "prediction", "partners", "layer", "head"]].itertuples(index=False, name=None))
+        told = [name for name in ("metric", "prediction", "partners", "layer", "head", "on_prompts") if name in rows]
+        key = tuple(rows[told].itertuples(index=False, name=None))
         same.setdefault(key, []).append(str(role))
     found = []
     for roles in same.values():
@@ -42,6 +43,9 @@ def candidate_table(candidates: pd.DataFrame) -> Table:
     words = ["p words, all"] if any(pd.notna(row["p_words_all"]) for *_, rows in found for row in rows) else []
     for title in ("candidates for", "ranked by", "head", "value", "in layer", "q nearby", "p spectrum, all", *words):
         table.add_column(title, justify="left" if title in ("candidates for", "ranked by") else "right")
+    ran = "on_prompts" in candidates
+    if ran:
+        table.add_column("on prompts")
     for roles, by, rows in found:
         for place, row in enumerate(rows):
             table.add_row(
@@ -53,6 +57,7 @@ def candidate_table(candidates: pd.DataFrame) -> Table:
                 rounded(row["q_depth"], digits=3),
                 rounded(row["p_spectrum_all"], digits=3),
                 *[rounded(row["p_words_all"], digits=3) for _ in words],
+                *[wording.ON_PROMPTS.get(row["on_prompts"], "") for _ in range(ran)],
             )
     return table
 
