@@ -198,3 +198,32 @@ def test_the_strongest_candidates_are_heads_that_play_the_role_and_what_they_cos
     assert np.isfinite(candidates["value"]).all()
     with capsys.disabled():
         print(f"\nSmolLM2-135M: task=ioi takes {task / structure:.2f} times task=none ({structure:.1f} s of CPU)")
+
+
+def test_what_heads_do_on_prompts(path, model, tmp_path, capsys) -> None:
+    """Agreement: the two first candidates by weights are the heads that do it; patterns are the running model's own."""
+    from ovqk.activations.forward import Places, RunningModel
+
+    tables = cell(tmp_path, f"model={MODEL}", "task=sva", "analysis=activations")
+    roles = tables["roles"]
+    measured = roles[roles["measured"] & (roles["role"] == "agreement_output")]
+    found = {(int(layer), int(head)) for layer, head in measured[["layer", "head"]].to_numpy()}
+    assert found == {(26, 0), (27, 8)}
+    candidates = tables["candidates"]
+    first = candidates[(candidates["role"] == "agreement_output") & candidates["ranked"]].nsmallest(2, "rank")
+    assert {(int(layer), int(head)) for layer, head in first[["layer", "head"]].to_numpy()} == found
+    assert set(first["on_prompts"]) == {"realised"}
+    joint = tables["joint"].query("kind == 'role'").set_index("role")
+    with capsys.disabled():
+        print(f"\nSmolLM2-135M, agreement output: AUC of ov_task_transfer {joint.at['agreement_output', 'auc']:.3f}")
+
+    running = RunningModel.load(open_checkpoint(local(path)), local(path), torch.device("cpu"))
+    tokenizer = load_tokenizer(open_checkpoint(local(path)))
+    assert tokenizer is not None
+    ids = torch.tensor([tokenizer.encode(PROMPT).ids])
+    every = torch.arange(ids.shape[1])[:, None]
+    run = running.run(ids, Places(every, every))
+    with torch.no_grad():
+        expected = model(ids, output_attentions=True)
+    torch.testing.assert_close(run.patterns, torch.stack(expected.attentions), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(run.logits, expected.logits[:, -1], atol=1e-3, rtol=1e-3)
