@@ -95,8 +95,8 @@ def test_an_unknown_config_is_told_with_those_of_the_folder_given(tmp_path) -> N
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"), pytest.raises(HydraException) as found:
         compose("cros_model")
     assert mistakes(found.value, [ROOT / "sweeps", ROOT / "conf"]) == [
-        "-cn cros_model: there is no cros_model.yaml in conf/ or in a folder named by -cd. Allowed: cross_model, "
-        "gpt2_family, scale, sensitivity, smoke, training, wandb_grid."
+        "-cn cros_model: there is no cros_model.yaml in conf/ or in a folder named by -cd. Allowed: behaviour, "
+        "cross_model, gpt2_family, scale, sensitivity, smoke, training, wandb_grid."
     ]
 
 
