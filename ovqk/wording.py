@@ -85,7 +85,7 @@ PROMPT_BARS = {
     "attention": {
         "attention": "{source}",
         "attention_control": "{control}: control",
-        "attention_counterfactual": "{source}, counterfactual",
+        "attention_counterfactual": "on the counterfactual",
         "sink": "first token",
     },
     "write": {"write": "the whole write", "write_from_source": "from {source} alone"},

@@ -209,7 +209,7 @@ def test_names_keep_apart_and_heads_without_a_number_are_not_drawn(cell) -> None
     ]
     assert len(boxes) == 12
     overlaps = sum(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
-    assert overlaps <= 1
+    assert overlaps == 0
     ranking.points["prompts"] = math.nan
     empty = prompts.rankings([ranking])
     assert "unavailable" in [text.get_text() for text in empty.axes[0].texts]

@@ -4,7 +4,7 @@ The functions draw `ovqk.records.on_prompts.Ranking` and compute nothing; claime
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,12 @@ from ovqk.records.on_prompts import Ranking
 
 COLUMNS = 3
 PANEL = (4.6, 4.4)  # inches
+MARGIN = 0.35  # inches beside a panel that a name may use
 LETTER = (0.105, 0.19)  # inches across and upwards of a letter of a name
 AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 """Sides of a dot at which its name may stand, the best first."""
+FARTHER = tuple((side, up) for up in (1, -1, 2, -2, 3, -3) for side in (1, -1))
+"""Places farther off, at the end of a line: side, and lines of names upwards."""
 
 
 @styled
@@ -47,7 +50,7 @@ def rankings(ranked: Sequence[Ranking], title: str = "") -> Figure:
     shown = [found for found in wording.FOUND if found in there]
     handles = [Line2D([], [], **_look(found)) for found in shown]
     figure.legend(
-        handles, [wording.FOUND[found] for found in shown], loc="outside lower center", ncols=min(4, 2 * columns)
+        handles, [wording.FOUND[found] for found in shown], loc="outside lower center", ncols=4 if columns > 2 else 2
     )
     if title:
         figure.suptitle(legible(title, 90), x=0.01, ha="left", fontsize=13, color=MUTED)
@@ -86,16 +89,16 @@ def _panel(axes: Axes, ranking: Ranking) -> None:
     axes.margins(0.1)
     axes.grid()
     named = points[points["found"] != "neither"]
-    for row, (dx, dy) in zip(named.to_dict("records"), _sides(axes, points, named), strict=True):
-        where: Any = {
-            "ha": {1: "left", 0: "center", -1: "right"}[dx], "va": {1: "bottom", 0: "center", -1: "top"}[dy],
-            "fontsize": 10.5, "fontweight": "bold", "zorder": 8,
-        }  # fmt: skip
-        gap = 8 if dx == 0 or dy == 0 else 4
+    for row, (across, up, far) in zip(named.to_dict("records"), _places(axes, points, named), strict=True):
+        line: Any = {"arrowstyle": "-", "color": MUTED, "lw": 0.7, "shrinkA": 0, "shrinkB": 4} if far else None
         axes.annotate(
-            f"{int(row['layer'])}.{int(row['head'])}", (row["weights"], row["prompts"]), (gap * dx, gap * dy),
-            textcoords="offset points", **where,
+            _name(row), (row["weights"], row["prompts"]), (72 * across, 72 * up), textcoords="offset points",
+            ha="center", va="center", fontsize=10.5, fontweight="bold", zorder=8, arrowprops=line,
         )  # fmt: skip
+
+
+def _name(row: Mapping[Any, Any]) -> str:
+    return f"{int(row['layer'])}.{int(row['head'])}"
 
 
 def _broken(title: str) -> str:
@@ -104,8 +107,11 @@ def _broken(title: str) -> str:
     return f"{title[:middle]}\n{title[middle + 1 :]}" if len(title) > 36 and middle > 0 else title
 
 
-def _sides(axes: Axes, points: pd.DataFrame, named: pd.DataFrame) -> Iterator[tuple[int, int]]:
-    """Yield for each named head the side of its dot at which its name covers the fewest dots and names, in inches."""
+def _places(axes: Axes, points: pd.DataFrame, named: pd.DataFrame) -> Iterator[tuple[float, float, bool]]:
+    """Yield for each named head the way from its dot to its name, in inches, and whether a line must join them.
+
+    Of the places around the dot it is the one at which the name covers the fewest names and dots.
+    """
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     scale = ((PANEL[0] - 1.2) / (right - left), (PANEL[1] - 1.4) / (high - low))
     dots = points[["weights", "prompts"]].to_numpy(float) * scale
@@ -113,26 +119,26 @@ def _sides(axes: Axes, points: pd.DataFrame, named: pd.DataFrame) -> Iterator[tu
     taken: list[Box] = []
     for index, row in zip(named.index, named.to_dict("records"), strict=True):
         own = points.index.get_loc(index)
-        width = LETTER[0] * len(f"{int(row['layer'])}.{int(row['head'])}")
+        half, tall = LETTER[0] * len(_name(row)) / 2, LETTER[1]
+        ways = [(side * (half + 0.09), up * (tall / 2 + 0.08), False) for side, up in AROUND]
+        ways += [(side * (half + 0.25), up * tall, True) for side, up in FARTHER]
+        x, y = map(float, dots[own])
+        boxes = [(x + a - half, x + a + half, y + b - tall / 2, y + b + tall / 2) for a, b, _ in ways]
         crowds = []
-        for side in AROUND:
-            box = _box(dots[own], side, width)
+        for box, (across, up, far) in zip(boxes, ways, strict=True):
             covered = _covered(box, np.delete(dots, own, 0), np.delete(sizes, own))
             crossed = sum(box[0] < b and a < box[1] and box[2] < d and c < box[3] for a, b, c, d in taken)
-            outside = box[0] < left * scale[0] or box[1] > right * scale[0]
-            crowds.append(covered + 3 * crossed + 3 * outside)
-        best = AROUND[int(np.argmin(crowds))]
-        taken.append(_box(dots[own], best, width))
-        yield best
+            line = [(x + part * across, y + part * up) for part in np.linspace(0.1, 0.9, 9)] if far else []
+            struck = sum(any(a < at < b and c < height < d for at, height in line) for a, b, c, d in taken)
+            outside = box[0] < left * scale[0] or box[1] > right * scale[0] + MARGIN
+            crowds.append(covered + 9 * crossed + 5 * struck + 9 * outside)
+        best = int(np.argmin(crowds))
+        taken.append(boxes[best])
+        yield ways[best]
 
 
 Box = tuple[float, float, float, float]
 """Left, right, bottom and top of a name, in inches."""
-
-
-def _box(dot: np.ndarray, side: tuple[int, int], width: float) -> Box:
-    x, y = float(dot[0]) + side[0] * (width / 2 + 0.09), float(dot[1]) + side[1] * (LETTER[1] / 2 + 0.08)
-    return x - width / 2, x + width / 2, y - LETTER[1] / 2, y + LETTER[1] / 2
 
 
 def _covered(box: Box, dots: np.ndarray, sizes: np.ndarray) -> int:

@@ -25,7 +25,7 @@ function promptsOverview(cells) {
   if (!own.length) return [];
   const heading = h("h2", {}, PROMPTS);
   if (own.length === 1) {
-    return [heading, ...promptLines(own[0]), own[0].on_prompts.readings.length ? quad(own[0]) : null, h("p", {}, h("a", { href: `#prompts/${own[0].name}` }, "What each head does"))];
+    return [heading, ...own[0].on_prompts.lines.map((line) => h("p", {}, line)), own[0].on_prompts.readings.length ? quad(own[0]) : null, h("p", { class: "more" }, h("a", { href: `#prompts/${own[0].name}` }, "What each head does"))];
   }
   const shown = ["linked", "unlinked", "could", "indirect", "neither"].filter((name) => name !== "unlinked" || own.some((cell) => headsOf(cell, name).size));
   const titles = [["model", ""], ["task", ""], ["accuracy", "number"], ["logit difference", "number"], ["measured", "number"],
@@ -162,23 +162,28 @@ function rankingPlot(cell, ranking) {
 }
 
 const SIDES = [[1, 0], [-1, 0], [0, 1], [0, -1], [1, 1], [-1, 1], [1, -1], [-1, -1]];
+const FARTHER = [1, -1, 2, -2, 3, -3].flatMap((up) => [[1, up], [-1, up]]); // at the end of a line
 
-/** The names of marked heads, each at the side of its mark where it covers least. */
+/** The names of marked heads, each at the place around its mark where it covers least. */
 function namesBeside(named, spots, plot) {
   const taken = [];
   return named.map((spot) => {
-    const [width, height] = [7 * spot.label.length, 12];
-    const box = ([dx, dy]) => { const [x, y] = [spot.at[0] + dx * (width / 2 + 8), spot.at[1] + dy * (height / 2 + 7)]; return [x - width / 2, x + width / 2, y - height / 2, y + height / 2]; };
-    const crowd = (side) => {
-      const [x0, x1, y0, y1] = box(side);
+    const [x, y] = spot.at;
+    const [half, tall] = [3.5 * spot.label.length, 12];
+    const ways = [...SIDES.map(([side, up]) => ({ x: x + side * (half + 8), y: y + up * (tall / 2 + 7) })),
+      ...FARTHER.map(([side, up]) => ({ x: x + side * (half + 18), y: y + up * tall, far: side }))];
+    const crowd = (way) => {
+      const [x0, x1, y0, y1] = [way.x - half, way.x + half, way.y - tall / 2, way.y + tall / 2];
       const covered = spots.filter((other) => { const r = other.found === "neither" ? 2 : 5; return other !== spot && x0 - r < other.at[0] && other.at[0] < x1 + r && y0 - r < other.at[1] && other.at[1] < y1 + r; }).length;
-      const crossed = taken.filter(([a, b, c, d]) => x0 < b && a < x1 && y0 < d && c < y1).length;
-      return covered + 3 * crossed + (x0 < plot.left || x1 > plot.right + 10 || y0 < plot.top - 10 || y1 > plot.bottom ? 3 : 0);
+      const crossed = taken.filter((other) => x0 < other.x + other.half && other.x - other.half < x1 && Math.abs(other.y - way.y) < tall).length;
+      const line = way.far ? [0.1, 0.3, 0.5, 0.7, 0.9].map((part) => [x + part * (way.x - x), y + part * (way.y - y)]) : [];
+      const struck = taken.filter((other) => line.some(([a, b]) => Math.abs(a - other.x) < other.half && Math.abs(b - other.y) < tall / 2)).length;
+      return covered + 9 * crossed + 5 * struck + (x0 < plot.left || x1 > plot.right + 10 || y0 < plot.top - 10 || y1 > plot.bottom ? 9 : 0);
     };
-    const best = SIDES.reduce((one, other) => (crowd(other) < crowd(one) ? other : one));
-    const own = box(best);
-    taken.push(own);
-    return s("text", { class: "strong halo", x: (own[0] + own[1]) / 2, y: (own[2] + own[3]) / 2 + 4, "text-anchor": "middle", style: "font-size:11.5px" }, spot.label);
+    const best = ways.reduce((one, other) => (crowd(other) < crowd(one) ? other : one));
+    taken.push({ ...best, half });
+    return [best.far ? s("line", { stroke: css("--muted"), "stroke-width": 0.8, x1: x, y1: y, x2: best.x - best.far * half, y2: best.y }) : null,
+      s("text", { class: "strong halo", x: best.x, y: best.y + 4, "text-anchor": "middle", style: "font-size:11.5px" }, spot.label)];
   });
 }
 
