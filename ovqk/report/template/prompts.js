@@ -204,7 +204,7 @@ function promptTable(cell) {
           h("td", {}, h("a", { href: headLink(cell, headLabel(row)) }, headLabel(row))),
           h("td", { class: "small whole" }, row.found),
           quantities.map(([name]) => h("td", { class: "number" }, promptNumber(name, row[name]))),
-          h("td", { class: "small" }, row.weights ? verdict({ verdict: row.weights }) : h("span", { class: "muted" }, "not tested")),
+          h("td", { class: "small whole" }, row.weights ? verdict({ verdict: row.weights }) : h("span", { class: "muted" }, "not tested")),
           h("td", { class: "small on-prompts" }, promptVerdict(row.activations), row.reason ? h("div", { class: "muted" }, row.reason) : null),
           h("td", { class: "small together" }, row.reading === "undecided" ? h("span", { class: "muted" }, REPORT.wording.readings.undecided) : REPORT.wording.readings[row.reading])))))))];
 }
