@@ -4,7 +4,7 @@ The terminal, the report page, the figures and W&B all take their words from her
 the left of each mapping.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ovqk.metrics import METRICS
 
@@ -64,6 +64,62 @@ READINGS = {
     "undecided": "undecided",
 }
 """Verdict of the weights and verdict on prompts, read together -> in words."""
+PROMPT_COLUMNS = {
+    "attention": "attention",
+    "attention_control": "control",
+    "write_share": "write",
+    "write_link": "link",
+    "effect": "effect",
+    "effect_mean_replacement": "by mean",
+}
+"""Quantity on prompts -> the head of its column in a table of heads."""
+PROMPT_SHARES = ("write_share", "effect", "effect_mean_replacement")
+"""Those that are read in percent."""
+PROMPT_LEGEND = (
+    "attention, control: from the role's query to its source, and to a token of the same kind. write: onto the role's "
+    "words at the end of the text, as a share of the mean logit difference. link: share of the write's variance that "
+    "attention times the weights' own account explains. effect: share of what the counterfactual prompt takes "
+    "away that is lost if the head puts out what it does there; by mean: what it does there on average."
+)
+"""How to read these columns."""
+PROMPT_BARS = {
+    "attention": {
+        "attention": "{source}",
+        "attention_control": "{control}: control",
+        "attention_counterfactual": "on the counterfactual",
+        "sink": "first token",
+    },
+    "write": {"write": "the whole write", "write_from_source": "from {source} alone"},
+    "effect": {
+        "effect": "replaced by its own",
+        "effect_mean_replacement": "replaced by the mean",
+        "effect_restored": "restored",
+    },
+}
+"""Kind of quantity -> quantity on prompts -> the label of its bar; in braces labels of the role's tokens."""
+PROMPT_KINDS = {
+    "attention": "Attention from {query}",
+    "write": "Write onto {answer} minus {other} (logits)",
+    "effect": "Effect on {into} (share)",
+}
+"""Kind of quantity on prompts -> the title of its picture."""
+PROMPT_QUANTITIES = {
+    "write": "write onto {answer} minus {other} (logits)",
+    "attention": "attention from {query} to {source} minus to {control}",
+    "effect_first_order": "first-order effect (share)",
+}
+"""Quantity on prompts that every head has -> the title of its axis."""
+RANKED = {"spearman": "Spearman", "split_half": "split-half"}
+"""Statistic of how weights rank heads, beside the AUC -> its name."""
+FOUND = {
+    "both": "claimed and measured",
+    "measured": "measured, not claimed",
+    "claimed": "claimed, not measured",
+    "neither": "other heads",
+}
+"""Whether a head is claimed for a role and measured in it -> in words."""
+CHOSEN = "chosen, not confirmed"
+"""A head that is neither claimed nor measured, and was looked at for being chosen on the other half."""
 ARROWS = {"high": "↑", "low": "↓"}
 """Predicted direction -> its sign."""
 MODES = {"q": "Q: into queries", "k": "K: into keys", "v": "V: into values"}
@@ -111,6 +167,16 @@ def metric(name: str) -> str:
 def predicted(name: str, direction: str) -> str:
     """Return a metric's title and the sign of the predicted direction."""
     return f"{metric(name)} {ARROWS[direction]}"
+
+
+def found(claimed: bool, measured: bool) -> str:
+    """Return the key of `FOUND` for a head."""
+    return "both" if claimed and measured else "claimed" if claimed else "measured" if measured else "neither"
+
+
+def counts(by_verdict: Mapping[str, int], names: Mapping[str, str]) -> str:
+    """Return how many heads have each verdict, in the order of the verdicts' names: `3 realised, 1 sensitive`."""
+    return ", ".join(f"{by_verdict[verdict]} {name}" for verdict, name in names.items() if by_verdict.get(verdict))
 
 
 def counted(number: int, noun: str) -> str:

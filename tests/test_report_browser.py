@@ -14,8 +14,10 @@ import pytest
 from support import ROOT
 from support.commands import compose
 from support.models import BUNDLED, shared_model
+from support.prompted import HEADS, make_prompted
 from support.reported import HOSTILE_MODEL, STORABLE, make_results
 
+from ovqk import wording
 from ovqk.cell import run_cell
 from ovqk.errors import UserError
 from ovqk.records.cells import read_cells
@@ -400,6 +402,83 @@ def test_hostile_tokens_and_names_are_text(reader) -> None:
     assert STORABLE[0] in reader.page.inner_text("main")  # provenance: a word that was left out
     reader.open(f"head/{HOSTILE_CELL}/2.0")
     reader.see("hostile")
+
+
+# --- on prompts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prompts_file(page_file, tmp_path_factory) -> Path:
+    """A page of two cells that ran their model."""
+    (source,) = (page_file.parent / "mini-attn" / "induction").glob("b03-*")
+    results = tmp_path_factory.mktemp("prompted") / "results"
+    for model in ("mini-attn", "twin"):
+        make_prompted(source, results, model)
+    path = results / "report.html"
+    write_text(path, make_page(*read_cells(results), results, "figures").html)
+    return path
+
+
+@pytest.fixture
+def prompts_reader(browser, prompts_file) -> Iterator[Reader]:
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme="light")
+    visit = Reader(context.new_page(), prompts_file)
+    yield visit
+    context.close()
+    assert visit.complaints == []
+
+
+@pytest.mark.slow
+def test_weights_and_prompts_are_crossed_with_the_names_of_the_heads(prompts_reader) -> None:
+    reader = prompts_reader
+    reader.open("prompts/mini-attn/induction")
+    assert reader.title() == "On prompts: mini-attn on induction"
+    assert "answer beats the foil in 95%" in reader.page.inner_text(".lead")
+    for reading in ("linked", "unlinked", "could", "indirect", "neither"):
+        field = "linked" if reading == "unlinked" else reading
+        text = reader.page.inner_text(f"#quad [data-reading={field}]")
+        own = [f"{layer}.{head}" for _, layer, head, *_, says, _ in HEADS if says == reading]
+        assert own and all(head in text for head in own)
+        words = wording.READINGS[reading]
+        assert words[0].upper() + words[1:] in text
+    outside = reader.page.inner_text("#undecided")
+    assert all(head in outside for head in ("2.7", "0.1", "1.3")) and "not tested" in outside
+    table = reader.page.inner_text("#prompt-heads")
+    assert "no effect" in table and wording.CHOSEN in table and "too few clusters of prompts" in table
+    marks = reader.page.locator(".rankings svg.plot a[tabindex='0']").evaluate_all(
+        "nodes => nodes.map(n => n.ariaLabel)"
+    )
+    assert len(marks) == 7 and "head 2.7: measured, not claimed" in marks
+    reader.see("prompts")
+    reader.page.click("#quad a:text-is('3.3')")
+    assert reader.title() == "Head 3.3 of mini-attn"
+    card = reader.page.locator("section.card:has(h3:has-text('not realised'))")
+    assert card.locator("figure h3").all_inner_texts()[0] == "Attention from END *"
+    assert "R²" in card.inner_text() and "could, by its weights" in card.inner_text()
+    reader.see("prompts_head")
+
+
+@pytest.mark.slow
+def test_the_comparison_of_cells_that_ran_counts_their_heads_and_fits(prompts_reader) -> None:
+    reader = prompts_reader
+    reader.open("compare")
+    lines = reader.texts("#readings tbody tr")
+    assert len(lines) == 2 and all("95 %" in line and "4.25" in line for line in lines)
+    assert reader.page.evaluate("document.querySelector('#readings').closest('.scroll').scrollWidth") <= 1120
+    reader.page.uncheck("label:has-text('twin') input")
+    assert "Does what its weights say" in reader.page.inner_text("#quad")  # of one cell its fields
+    for section in ("compare", "prompts/twin/induction", "head/twin/induction/3.0"):
+        reader.page.set_viewport_size({"width": 380, "height": 800})
+        reader.open(section)
+        assert reader.page.evaluate("document.documentElement.scrollWidth") <= 380
+
+
+def test_a_page_without_them_says_nothing_of_prompts(reader) -> None:
+    reader.open("prompts/mini-attn/induction")
+    assert reader.title() == "Do the weights bear out the claims?"
+    assert "On prompts" not in reader.page.inner_text("body")
+    reader.open("head/mini-attn/induction/3.4")
+    assert reader.page.locator("h2:text-is('On prompts')").count() == 0
 
 
 # --- a sweep of everything -----------------------------------------------------------------------------------

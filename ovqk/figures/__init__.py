@@ -5,7 +5,7 @@
 
 import importlib
 
-MODULES = ("choice", "colours", "drawing", "models", "portraits")
+MODULES = ("choice", "colours", "drawing", "models", "portraits", "prompts")
 
 
 def __getattr__(name: str) -> object:

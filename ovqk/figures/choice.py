@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ovqk.figures import models, portraits
+from ovqk.figures import models, portraits, prompts
 from ovqk.metrics import shown_in
 from ovqk.records.cells import Cell, labels, weights_labels
+from ovqk.records.on_prompts import rankings
 
 
 def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
@@ -35,8 +36,11 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
 
 
 def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
-    """Yield names and figures of each cell: its circuit, and a sheet for the leading head of each claimed role."""
+    """Yield names and figures of each cell: weights against prompts, circuit, the leading head of each claimed role."""
     for cell, label in zip(cells, labels(cells), strict=True):
+        if ranked := rankings(cell.record, cell.tables):
+            title = f"{label} / {cell.record['task']}"
+            yield file_name("prompts", *_title(cell, cells, "joint")), prompts.rankings(ranked, title)
         verdicts = cell.tables.get("verdicts")
         if verdicts is None:
             continue
@@ -85,9 +89,9 @@ def _joined(cells: Sequence[Cell], name: str, models: Sequence[str]) -> pd.DataF
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def _title(cell: Cell, cells: Sequence[Cell]) -> list[str]:
-    """Return the parts of a cell's file names: model and task, and the id if another cell has both."""
-    alone = sum(other.place == cell.place and "verdicts" in other.tables for other in cells) == 1
+def _title(cell: Cell, cells: Sequence[Cell], table: str = "verdicts") -> list[str]:
+    """Return the parts of a cell's file names: model and task, and the id if another cell with the table has both."""
+    alone = sum(other.place == cell.place and table in other.tables for other in cells) == 1
     return [*cell.place] if alone else [*cell.place, cell.record["cell_id"]]
 
 

@@ -40,6 +40,25 @@ VERDICT_COLOURS = {
 """Verdict -> its colour on a light and on a dark ground, in the order of how much it says."""
 MODES = {"q": ("#0072b2", "#4aa8e8"), "k": ("#d55e00", "#ff8b47"), "v": ("#009e73", "#2fc99b")}
 """Composition into queries, keys and values -> its colour on a light and on a dark ground."""
+ON_PROMPTS = {
+    "realised": "corroborated",
+    "partial": "partial",
+    "not_realised": "unsupported",
+    "opposite": "contradicted",
+    "sensitive": "partial",
+    "untestable": "untestable",
+    "out_of_scope": "out_of_scope",
+}
+"""Verdict on prompts -> the verdict of the weights that has the same mark and colour."""
+FOUND = {
+    "both": ("#0072b2", "#4aa8e8"),
+    "measured": ("#d55e00", "#ff8b47"),
+    "claimed": ("#0072b2", "#4aa8e8"),
+    "neither": ("#5c626c", "#a5abb5"),
+}
+"""Whether a head is claimed and measured -> its colour on a light and on a dark ground."""
+FOUND_MARKERS = {"both": "o", "measured": "D", "claimed": "o", "neither": "o"}
+"""The same -> its shape; heads that are only claimed are hollow."""
 # fmt: on
 
 RATIO_DOUBLINGS = 4  # a ratio's colours end at 2^4 times its chance level, and at 1 / 2^4

@@ -77,10 +77,10 @@ class Cell:
         return self.weights, self.prints[name]
 
     def marked(self) -> Heads:
-        """Return the heads that are claimed or candidates."""
+        """Return the heads that are claimed, candidates, or chosen on prompts."""
         found: Heads = set()
-        for name in ("verdicts", "candidates"):
-            if name in self.tables:
+        for name in ("verdicts", "candidates", "roles"):
+            if name in self.tables and len(self.tables[name]):
                 rows = self.tables[name][["layer", "head"]].dropna().astype(int)
                 found |= {(int(layer), int(head)) for layer, head in rows.to_numpy()}
         return found

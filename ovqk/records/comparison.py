@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ovqk.metrics import shown_in
+from ovqk.records.on_prompts import verdict_counts
 from ovqk.records.record import done_records
 from ovqk.records.results import load_table
 
@@ -31,13 +32,14 @@ def roles(folders: Iterable[Path]) -> pd.DataFrame:
 
     Columns: model, task, analysis, cell (which tells it from others of these three), role, heads (how many), depth
     (their mean relative depth), primary (its metric), effect (AUC within layers), p, verdict, of_its_heads (verdict ->
-    count). A cell without claims has one row, with an empty role and the verdict `no claims`.
+    count), and on_prompts (the same of what they do there) if a cell ran its model. A cell
+    without claims has one row, with an empty role and the verdict `no claims`.
     """
     rows: list[dict[str, Any]] = []
     done = done_records(folders)
     told_apart = differences([record for _, record in done])
     for (folder, record), difference in zip(done, told_apart, strict=True):
-        verdicts = load_table(folder, "verdicts")
+        verdicts, on_prompts = load_table(folder, "verdicts"), load_table(folder, "roles")
         place = {key: record[key] for key in ("model", "task", "analysis")} | {"cell": difference}
         if verdicts is None:
             rows.append(place | {"role": "", "heads": 0, "verdict": "no claims", "of_its_heads": {}})
@@ -50,9 +52,12 @@ def roles(folders: Iterable[Path]) -> pd.DataFrame:
                 | {"role": row["role"], "heads": len(own), "depth": float(depth.mean())}
                 | {key: row.get(key) for key in ("primary", "effect", "p", "verdict")}
                 | {"of_its_heads": own["verdict"].value_counts().to_dict()}
+                | ({} if on_prompts is None else {"on_prompts": verdict_counts(on_prompts, own)})
             )
     first = {key: list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "analysis", "role", "model")}
     rows.sort(key=lambda row: [order.index(row[key]) for key, order in first.items()])
+    if any("on_prompts" in row for row in rows):
+        rows = [row | {"on_prompts": row.get("on_prompts", {})} for row in rows]
     return pd.DataFrame(rows)
 
 

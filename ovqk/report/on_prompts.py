@@ -26,7 +26,7 @@ def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> Table:
     """Return a table with one row per claimed or measured head: its weights' verdict and what it does on prompts."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("role / head", no_wrap=True)
-    for title in ("attention", "control", "write", "link", "effect", "by mean"):
+    for title in wording.PROMPT_COLUMNS.values():
         table.add_column(title, justify="right")
     for title in ("weights", "on prompts", "together"):
         table.add_column(title, no_wrap=title != "together")
@@ -41,12 +41,10 @@ def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> Table:
             found = "" if row["claimed"] else " (measured)" if row["measured"] else " (chosen)"
             table.add_row(
                 f"  {int(row['layer'])}.{int(row['head'])}{found}",
-                rounded(numbers.get("attention")),
-                rounded(numbers.get("attention_control")),
-                share(numbers.get("write_share")),
-                rounded(numbers.get("write_link")),
-                share(numbers.get("effect")),
-                share(numbers.get("effect_mean_replacement")),
+                *(
+                    (share if name in wording.PROMPT_SHARES else rounded)(numbers.get(name))
+                    for name in wording.PROMPT_COLUMNS
+                ),
                 Text(wording.verdict(weights), style=STYLES.get(weights, "dim")) if weights else "",
                 Text(wording.ON_PROMPTS[row["activations"]], style=PROMPT_STYLES.get(row["activations"], "dim")),
                 "" if row["reading"] == "undecided" else wording.READINGS[row["reading"]],
@@ -75,16 +73,11 @@ def prompts_lines(activations: Mapping[str, Any]) -> Iterable[str]:
         f"{testing['clusters']} clusters. There the answer beats the foil in {testing['accuracy']:.0%}, by "
         f"{testing['logit_difference']:.2f} logits on average."
     )
+    if left_out := activations.get("left_out"):
+        said = "; ".join(f"{n} with {why}" for why, n in left_out.items())
+        yield f"{wording.counted(sum(left_out.values()), 'prompt')} left out: {said}."
     if activations["untestable"]:
         yield f"Untestable: {activations['untestable']}."
-
-
-LEGEND = (
-    "attention, control: from the role's query to its source, and to a token of the same kind. write: onto the role's "
-    "words at the end of the text, as a share of the mean logit difference. link: share of the write's variance that "
-    "attention times the weights' own account explains. effect: share of what the counterfactual prompt takes "
-    "away that is lost if the head puts out what it does there; by mean: what it does there on average."
-)
 
 
 def share(value: Any) -> str:

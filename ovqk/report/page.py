@@ -22,6 +22,7 @@ from ovqk.figures.colours import Scale
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, ratios, shares, shown_in
 from ovqk.records.cells import Cell, CellTables, Failure, Heads, Json, labels, weights_labels
 from ovqk.report import thinning
+from ovqk.report.prompts_data import prompt_data, prompt_palette, prompt_words
 from ovqk.report.thinning import DETAILS, Detail, Grid, Pool, columnar, short
 
 BYTES = 5_000_000
@@ -30,8 +31,9 @@ CELLS = 20
 STYLES = ("page.css",)
 SCRIPTS = tuple(
     f"{name}.js"
-    for name in ("elements", "plots", "panels", "compare", "atlas", "head", "circuit", "provenance", "main")
+    for name in ("elements", "plots", "panels", "compare", "prompts", "atlas", "head", "circuit", "provenance", "main")
 )
+ROLE_TABLES = ("verdicts", "candidates", "joint")  # whose roles the page names
 THINNED: dict[str, Callable[[CellTables, Grid, Detail, Heads, Pool], Json]] = {
     "spectra": thinning.spectra,
     "offsets": thinning.offsets,
@@ -125,7 +127,8 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
             "modes": wording.MODES,
             "parts": wording.PARTS,
             "pair_metrics": {name: wording.metric(name) for name in COMPOSITION_METRICS},
-        },
+        }
+        | prompt_words(cells),
         "palette": {
             "sequential": [colours.SEQUENTIAL, colours.SEQUENTIAL],
             "diverging": [colours.DIVERGING, colours.DIVERGING_DARK],
@@ -134,7 +137,8 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
             "missing": [colours.MISSING, colours.MISSING_DARK],
             "verdicts": colours.VERDICT_COLOURS,
             "modes": colours.MODES,
-        },
+        }
+        | prompt_palette(cells),
         "cells": [
             _cell(cell, name, beside, detail, pool, _marked(cells, cell), made)
             | {"label": label, "weights_label": weights_label}
@@ -222,8 +226,8 @@ def _scales(cells: Sequence[Cell]) -> Json:
 
 def _roles(cells: Sequence[Cell]) -> Json:
     """Return role -> its name for a person, and the letters for it in a picture."""
-    tables = [cell.tables[name] for cell in cells for name in ("verdicts", "candidates") if name in cell.tables]
-    names = wording.short_roles(role for table in tables for role in table["role"])
+    tables = [cell.tables[name] for cell in cells for name in ROLE_TABLES if name in cell.tables]
+    names = wording.short_roles(role for table in tables if "role" in table for role in table["role"])
     return {role: {"name": wording.role(role), "short": letters} for role, letters in names.items()}
 
 
@@ -279,7 +283,7 @@ def _cell(
             content[table] = made[key]
     if "composition" in tables:
         content["composition"] = columnar(thinning.partners(tables["composition"], detail.partners, marked), pool)
-    return content
+    return content | prompt_data(cell, detail, marked, pool)
 
 
 def _provenance(record: Json) -> Json:

@@ -18,7 +18,7 @@ from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
 from ovqk.records.record import read_record, read_tracking, says_done
 from ovqk.records.results import load_table
-from ovqk.report.on_prompts import LEGEND, prompt_reasons, prompts_lines, prompts_table
+from ovqk.report.on_prompts import prompt_reasons, prompts_lines, prompts_table
 from ovqk.report.suggestions import next_arguments
 from ovqk.report.terminal_tables import (
     STYLES,
@@ -116,7 +116,7 @@ def _print_on_prompts(out: Console, folder: Path, record: Mapping[str, Any]) -> 
     if joint is not None and roles is not None and (joint["kind"] == "head").any():
         out.print()
         out.print(prompts_table(joint, roles))
-        out.print(LEGEND, style="dim")
+        out.print(wording.PROMPT_LEGEND, style="dim")
         for line in prompt_reasons(roles):
             out.print(line, style="dim", soft_wrap=True)
 
@@ -304,10 +304,14 @@ def role_table(folders: Sequence[Path]) -> Table:
     rows = comparison.roles(folders).to_dict("records")
     several = any(row["cell"] for row in rows)
     titles = ("task", "analysis", "role", "model", *["cell"] * several, "heads", "depth", "primary metric")
+    ran = any("on_prompts" in row for row in rows)
+    whole = ("model", "primary metric") if ran else ("model",)  # more columns would cut the metric's name
     for title in (*titles, "AUC in layer", "p"):
-        table.add_column(title, justify="right" if title in right else "left", no_wrap=title == "model")
+        table.add_column(title, justify="right" if title in right else "left", no_wrap=title in whole)
     table.add_column("verdict")
     table.add_column("of its heads")
+    if ran:
+        table.add_column("on prompts")
     for row in rows if any(row["role"] for row in rows) else []:
         place = [row["task"], row["analysis"], wording.role(row["role"]), row["model"], *[row["cell"]] * several]
         if not row["role"]:
@@ -322,6 +326,7 @@ def role_table(folders: Sequence[Path]) -> Table:
             rounded(row["p"], digits=3),
             Text(wording.verdict(row["verdict"]), style=STYLES.get(row["verdict"], "dim")),
             ", ".join(f"{n} {wording.verdict(verdict)}" for verdict, n in row["of_its_heads"].items()),
+            *([wording.counts(row["on_prompts"], wording.ON_PROMPTS)] if ran else []),
         )
     return table
 

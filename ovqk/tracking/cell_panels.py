@@ -35,6 +35,8 @@ TABLES = (
     "composition",
     "virtual_heads",
     "directions",
+    "roles",
+    "joint",
 )
 """Tables that are shown if the analysis made them; spectra and offsets are drawn, or in Parquet."""
 COMPONENT = ["layer", "head", "circuit", "kind", "component"]

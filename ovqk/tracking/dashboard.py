@@ -24,7 +24,7 @@ from ovqk.tracking.sweep_panels import read_sweeps
 
 NAME = "Heads, claims and spectra by model"
 TABLE_SECTIONS = {
-    "Claims": ("verdicts", "tests", "candidates"),
+    "Claims": ("verdicts", "tests", "candidates", "roles", "joint"),
     "Heads": ("heads", "directions", "composition", "virtual_heads", "nulls"),
 }
 CURVE_SECTIONS: dict[str, tuple[Topic | Literal["summed"], ...]] = {
@@ -69,6 +69,8 @@ def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], sw
     if swept:
         panels["Claims"].append(reports.MediaBrowser(title="whole sweeps", media_keys=list(SWEEP_FIGURES)))
         panels["Claims"].append(reports.WeavePanelSummaryTable(table_name="comparison/roles"))
+        if "prompts/accuracy" in scalars:
+            panels["Claims"].append(reports.WeavePanelSummaryTable(table_name="comparison/prompts"))
     for name in spectra:
         panels["Spectra"].append(_eigenvalue_chart(reports, name))
     for section, topics in CURVE_SECTIONS.items():

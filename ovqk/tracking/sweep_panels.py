@@ -17,6 +17,7 @@ import pandas as pd
 from ovqk import wording
 from ovqk.records.cells import Cell
 from ovqk.records.comparison import depths, roles
+from ovqk.records.on_prompts import tasks_done
 from ovqk.records.record import done_records
 from ovqk.records.results import cell_folders, load_table
 from ovqk.whole_files import write_json
@@ -93,12 +94,17 @@ def overview_config(sweep: Sweep) -> dict[str, Any]:
 
 
 def overview_tables(sweep: Sweep) -> dict[str, pd.DataFrame]:
-    """Return `roles` and `depths`, the terminal's comparison, and `cells`, the cost of each cell."""
+    """Return `roles` and `depths`, the terminal's comparison, `cells`, the cost of each cell, and `prompts`.
+
+    `prompts` says how well the models do the tasks, if a cell ran its model on prompts.
+    """
     claimed = roles(sweep.cells)
     claimed["of_its_heads"] = [
         ", ".join(f"{count} {wording.verdict(verdict)}" for verdict, count in counts.items())
         for counts in claimed["of_its_heads"]
     ]
+    if "on_prompts" in claimed:
+        claimed["on_prompts"] = [wording.counts(counts, wording.ON_PROMPTS) for counts in claimed["on_prompts"]]
     keys = ("model", "task", "analysis", "seed", "cell_id", "sweep")
     cells = [
         {key: record[key] for key in keys}
@@ -106,7 +112,9 @@ def overview_tables(sweep: Sweep) -> dict[str, pd.DataFrame]:
         | {key: record["provenance"][key] for key in ("wall_seconds", "peak_memory_mb")}
         for record in sweep.records
     ]
-    return {"roles": claimed, "depths": depths(sweep.cells), "cells": pd.DataFrame(cells)}
+    tables = {"roles": claimed, "depths": depths(sweep.cells), "cells": pd.DataFrame(cells)}
+    done = tasks_done(sweep.cells)
+    return tables | ({"prompts": done} if len(done) else {})
 
 
 def draw(sweep: Sweep, into: Path) -> Iterator[tuple[str, Path]]:

@@ -43,7 +43,7 @@ function chosenCells() {
 
 function compareContent() {
   const cells = chosenCells();
-  return [h("h2", {}, "Verdicts"), ...verdictMatrix(cells), h("h2", {}, "Effects"), ...effects(cells), h("h2", {}, "Along the depth"), ...depthCurves(cells)];
+  return [h("h2", {}, "Verdicts"), ...verdictMatrix(cells), ...promptsOverview(cells), h("h2", {}, "Effects"), ...effects(cells), h("h2", {}, "Along the depth"), ...depthCurves(cells)];
 }
 
 // --- verdicts ---------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ function headPage(name, label) {
     headChooser(cell, layer, head),
     ...headVerdicts(cell, layer, head),
     ...headNulls(cell, layer, head),
+    ...headOnPrompts(cell, layer, head),
     h("h2", {}, "OV: what it copies"),
     circuitSection(cell, layer, head, "ov"),
     h("h2", {}, "QK: where it looks"),

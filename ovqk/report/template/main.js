@@ -1,6 +1,6 @@
-// Routes (#compare, #atlas/TASK/METRIC, #head/MODEL/TASK/LAYER.HEAD, #circuit/MODEL/TASK, #provenance), theme and tips.
+// Routes (#compare, #prompts/MODEL/TASK, #atlas/TASK/METRIC, #head/MODEL/TASK/LAYER.HEAD, #circuit/MODEL/TASK, #provenance), theme and tips.
 
-const SECTIONS = [["compare", "Compare"], ["atlas", "Head atlas"], ["head", "Head"], ["circuit", "Circuit"], ["provenance", "Provenance"]];
+const SECTIONS = [["compare", "Compare"], ...(RAN.length ? [["prompts", PROMPTS]] : []), ["atlas", "Head atlas"], ["head", "Head"], ["circuit", "Circuit"], ["provenance", "Provenance"]];
 const main = document.getElementById("main");
 
 function route() {
@@ -20,6 +20,7 @@ function decoded(part) {
 function content({ section, parts }) {
   if (!CELLS.length) return [h("h1", { tabindex: -1 }, "No finished cell"), ...failed()];
   switch (section) {
+    case "prompts": return promptsPage(parts.slice(0, 2).join("/"));
     case "atlas": return atlasPage(decoded(parts[0]), parts[1]);
     case "head": return headPage(parts.slice(0, 2).join("/"), parts[2]);
     case "circuit": return circuitPage(parts.slice(0, 2).join("/"));
@@ -110,7 +111,7 @@ window.addEventListener("scroll", hideTip, { passive: true });
 
 // --- start ------------------------------------------------------------------------------------------------
 
-document.getElementById("foot").append("Made by ovqk from the records beside this page. Verdicts are about weights, not about a model's behaviour on task inputs.");
+document.getElementById("foot").append(`Made by ovqk from the records beside this page. ${RAN.length ? "Verdicts are about weights, and those on prompts about what heads do there." : "Verdicts are about weights, not about a model's behaviour on task inputs."}`);
 window.addEventListener("hashchange", () => show(true));
 applyTheme();
 show(false);

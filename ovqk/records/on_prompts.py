@@ -1,0 +1,246 @@
+"""What a cell's record and tables hold about prompts: heads by how they read, and weights against prompts.
+
+Nothing here measures: it names and arranges what `activations`, `roles` and `joint` hold (definitions: section 7).
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ovqk import wording
+from ovqk.records.record import done_records
+from ovqk.records.results import load_table
+
+TESTING = "testing"
+JOINT = ("kind", "role", "layer", "head", "claimed", "measured", "weights", "activations", "reading")
+STATISTICS = ("n_measured", "n_heads", "auc", "auc_low", "auc_high", "spearman", "split_half")
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How a role's weight metric ranks all heads, beside what they do on prompts.
+
+    Attributes:
+        role: the role.
+        primary: the metric of the weights.
+        first_layer: the metric that stands for it in layer 0; None if it is the same.
+        direction: of the prediction.
+        quantity: the title of what heads do on prompts.
+        points: a row for each head: layer, head, weights, prompts, found (a key of `wording.FOUND`).
+        statistics: of joint.parquet: STATISTICS.
+    """
+
+    role: str
+    primary: str
+    first_layer: str | None
+    direction: str
+    quantity: str
+    points: pd.DataFrame
+    statistics: dict[str, float]
+
+    @property
+    def titles(self) -> list[str]:
+        """The weights' metric with the sign of its prediction, and the one that stands for it in the first layer."""
+        first = [f"(layer 0: {wording.metric(self.first_layer)})"] if self.first_layer else []
+        return [wording.predicted(self.primary, self.direction), *first]
+
+    @property
+    def says(self) -> list[str]:
+        """How the weights rank the heads: AUC with its interval; Spearman, and what it could reach."""
+        auc, low, high = (self.statistics[name] for name in ("auc", "auc_low", "auc_high"))
+        interval = f" ({low:.2f} to {high:.2f})" if math.isfinite(low) and math.isfinite(high) else ""
+        none = "no AUC" if self.statistics["n_measured"] else "no AUC: no head is measured"
+        others = [
+            f"{title} {_signed(self.statistics[name])}"
+            for name, title in wording.RANKED.items()
+            if math.isfinite(self.statistics[name])
+        ]
+        return [f"AUC {auc:.2f}{interval}" if math.isfinite(auc) else none, *([", ".join(others)] if others else [])]
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def role_choice(record: Json, role: str) -> Json:
+    """Return what the record's task says of a role on prompts; empty if it says nothing."""
+    roles = record["provenance"]["config"]["task"].get("roles") or {}
+    return (roles.get(role) or {}).get("activations") or {}
+
+
+def rankings(record: Json, tables: Mapping[str, pd.DataFrame]) -> list[Ranking]:
+    """Return a ranking for each role of joint.parquet whose metric all heads may have, in its order."""
+    if not {"joint", "activations", "heads"} <= tables.keys():
+        return []
+    return [_ranking(record, tables, row) for row in joint_rows(tables["joint"], "role").to_dict("records")]
+
+
+def joint_rows(joint: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Return the rows of joint.parquet about heads or about roles, with all columns that are read here."""
+    whole = joint.reindex(columns=list(dict.fromkeys([*JOINT, *joint.columns])))
+    return whole[whole["kind"] == kind]
+
+
+def _ranking(record: Json, tables: Mapping[str, pd.DataFrame], row: Mapping[Any, Any]) -> Ranking:
+    role, primary = row["role"], row["primary"]
+    config = record["provenance"]["config"]["task"]["roles"][role]
+    prediction = next(each for each in config["predictions"] if each["metric"] == primary)
+    first_layer = prediction.get("first_layer")
+    heads = tables["heads"].set_index(["layer", "head"]).sort_index()
+    weights = heads[primary].to_numpy(float).copy()
+    if first_layer:
+        first = heads.index.get_level_values("layer") == 0
+        weights[first] = heads[first_layer].to_numpy(float)[first]
+    quantity, values = _quantity(config["activations"], _testing(tables["activations"], role).reindex(heads.index))
+    own = joint_rows(tables["joint"], "head")
+    found = {
+        (int(each["layer"]), int(each["head"])): wording.found(bool(each["claimed"]), bool(each["measured"]))
+        for each in own[own["role"] == role].to_dict("records")
+    }
+    points = pd.DataFrame(
+        {
+            "layer": heads.index.get_level_values("layer"),
+            "head": heads.index.get_level_values("head"),
+            "weights": weights,
+            "prompts": values,
+            "found": [found.get((int(layer), int(head)), "neither") for layer, head in heads.index],
+        }
+    )
+    statistics = {name: float(row.get(name, np.nan)) for name in STATISTICS}
+    return Ranking(role, primary, first_layer, prediction["direction"], quantity, points, statistics)
+
+
+def _testing(activations: pd.DataFrame, role: str) -> pd.DataFrame:
+    rows = activations[(activations["role"] == role) & (activations["half"] == TESTING)]
+    return rows.set_index(["layer", "head"])
+
+
+def _quantity(choice: Json, rows: pd.DataFrame) -> tuple[str, np.ndarray]:
+    """Return the title and values of what joint.parquet ranks by: a role's write in its sign, else its attention."""
+    if "write" in choice["decides"] and choice.get("write"):
+        write = choice["write"]
+        ends = ("answer", "other") if write["sign"] > 0 else ("other", "answer")
+        title = wording.PROMPT_QUANTITIES["write"].format(answer=write[ends[0]], other=write[ends[1]])
+        return title, write["sign"] * rows["write"].to_numpy(float)
+    if choice.get("attention"):
+        title = wording.PROMPT_QUANTITIES["attention"].format(**_labels(choice))
+        return title, (rows["attention"] - rows["attention_control"]).to_numpy(float)
+    return wording.PROMPT_QUANTITIES["effect_first_order"], rows["effect_first_order"].to_numpy(float)
+
+
+def _labels(choice: Json) -> dict[str, str]:
+    """Return the labels of a role's tokens, and what its effect is on, for the titles of `wording`."""
+    attention, write, effect = (choice.get(kind) or {} for kind in ("attention", "write", "effect"))
+    into = f"{wording.role(effect['into'])} heads' attention" if effect.get("into") else "the logit difference"
+    given = f" without {wording.role(effect['given'])} heads" if effect.get("given") else ""
+    found = {name: attention.get(name, "the source") for name in ("query", "source", "control")}
+    return found | {name: write.get(name, "") for name in ("answer", "other")} | {"into": into + given}
+
+
+def pictures(record: Json, role: str) -> list[Json]:
+    """Return the bars that show what a head does for a role: kind, title, and columns with their labels."""
+    choice = role_choice(record, role)
+    labels = _labels(choice)
+    return [
+        {
+            "kind": kind,
+            "title": wording.PROMPT_KINDS[kind].format(**labels),
+            "decides": kind in choice["decides"],
+            "bars": [[column, label.format(**labels)] for column, label in bars.items()],
+        }
+        for kind, bars in wording.PROMPT_BARS.items()
+        if choice.get(kind)
+    ]
+
+
+def head_table(joint: pd.DataFrame, roles: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per claimed or chosen head and role, those that are measured and then claimed first.
+
+    Columns: role, layer, head, measured, found (in words), the quantities of `wording.PROMPT_COLUMNS`, weights and
+    activations (verdicts), reading, reason.
+    """
+    wanted = ["role", "layer", "head", "reason", *wording.PROMPT_COLUMNS]
+    heads = joint_rows(joint, "head")[
+        ["role", "layer", "head", "claimed", "measured", "weights", "activations", "reading"]
+    ]
+    if not len(heads):
+        return pd.DataFrame()
+    heads = heads.astype({"layer": int, "head": int, "claimed": bool, "measured": bool})
+    order = {role: place for place, role in enumerate(dict.fromkeys(heads["role"]))}
+    heads = heads.assign(place=heads["role"].map(order)).sort_values(
+        ["place", "measured", "claimed"], ascending=[True, False, False], kind="stable"
+    )
+    keys = [wording.found(*pair) for pair in zip(heads["claimed"], heads["measured"], strict=True)]
+    heads["found"] = [wording.CHOSEN if key == "neither" else wording.FOUND[key] for key in keys]
+    quantities = roles.reindex(columns=wanted).astype({"layer": int, "head": int})
+    whole = heads.merge(quantities, on=["role", "layer", "head"], how="left")
+    first = ["role", "layer", "head", "measured", "found"]
+    return whole[[*first, *wording.PROMPT_COLUMNS, "weights", "activations", "reading", "reason"]]
+
+
+def head_values(activations: pd.DataFrame) -> pd.DataFrame:
+    """Return what each head does for each role on the testing half, as `wording.PROMPT_BARS` shows it."""
+    shown = [column for bars in wording.PROMPT_BARS.values() for column in bars]
+    errors = [f"{kind}_se" for kind in wording.PROMPT_BARS]
+    columns = ["role", "layer", "head", *shown, *errors, "write_link", "write_link_slope"]
+    rows = activations[activations["half"] == TESTING]
+    return rows[[column for column in columns if column in rows]].reset_index(drop=True)
+
+
+def readings(joint: pd.DataFrame) -> list[Json]:
+    """Return heads by how their weights and what they do on prompts read together, in the order of `wording.READINGS`.
+
+    Each has the reading, both verdicts (the weights' is None for a head whose weights were not tested), and
+    role -> heads.
+    """
+    heads = joint_rows(joint, "head")
+    heads = heads.assign(weights=[value if isinstance(value, str) else "" for value in heads["weights"]])
+    found: list[Json] = []
+    for (reading, weights, prompts), rows in heads.groupby(["reading", "weights", "activations"], sort=False):
+        roles: dict[str, list[str]] = {}
+        for row in rows.to_dict("records"):
+            roles.setdefault(row["role"], []).append(f"{int(row['layer'])}.{int(row['head'])}")
+        found.append({"reading": reading, "weights": weights or None, "prompts": prompts, "roles": roles})
+    orders = [list(order) for order in (wording.READINGS, [*wording.VERDICTS, None], wording.ON_PROMPTS)]
+    keys = ("reading", "weights", "prompts")
+    found.sort(key=lambda group: [order.index(group[key]) for key, order in zip(keys, orders, strict=True)])
+    return found
+
+
+def verdict_counts(roles: pd.DataFrame, heads: pd.DataFrame) -> dict[str, int]:
+    """Return verdict on prompts -> how many of these heads of one role (columns role, layer, head) have it."""
+    if not len(roles):
+        return {}
+    keys = ["role", "layer", "head"]
+    wanted = heads[keys].astype({"layer": int, "head": int})
+    found = wanted.merge(roles[[*keys, "verdict"]].astype({"layer": int, "head": int}), on=keys)
+    return {str(verdict): int(count) for verdict, count in found["verdict"].value_counts().items()}
+
+
+def tasks_done(folders: Iterable[Path]) -> pd.DataFrame:
+    """Return one row per cell that ran the model: how well it does the task, and how many heads are measured.
+
+    Columns: model, task, analysis, cell_id, accuracy, logit_difference (both on the testing half), measured_heads, and
+    what cannot be tested, and why, as `untestable`.
+    """
+    rows = []
+    for folder, record in done_records(folders):
+        if record.get("activations") is None:
+            continue
+        roles, summary = load_table(folder, "roles"), record["summary"]
+        measured = roles[roles["measured"].astype(bool)] if roles is not None and len(roles) else pd.DataFrame()
+        rows.append(
+            {key: record[key] for key in ("model", "task", "analysis", "cell_id")}
+            | {key: summary.get(f"prompts/{key}") for key in ("accuracy", "logit_difference")}
+            | {
+                "measured_heads": len(measured[["layer", "head"]].drop_duplicates()) if len(measured) else 0,
+                "untestable": record["activations"].get("untestable", ""),
+            }
+        )
+    return pd.DataFrame(rows)

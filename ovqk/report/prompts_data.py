@@ -1,0 +1,82 @@
+"""What the page shows of a cell that ran its model on prompts, as JSON."""
+
+from collections.abc import Iterable, Sequence
+
+from ovqk import wording
+from ovqk.figures import colours
+from ovqk.records import on_prompts
+from ovqk.records.cells import Cell, Heads, Json
+from ovqk.report.on_prompts import prompts_lines
+from ovqk.report.thinning import Detail, Pool, columnar, short
+
+
+def ran(cell: Cell) -> bool:
+    """Return whether a cell asked for its model to be run."""
+    return cell.record.get("activations") is not None
+
+
+def prompt_words(cells: Iterable[Cell]) -> Json:
+    """Return the words about prompts that the page needs; none if no cell ran its model."""
+    if not any(map(ran, cells)):
+        return {}
+    return {
+        "on_prompts": wording.ON_PROMPTS,
+        "readings": wording.READINGS,
+        "found": wording.FOUND,
+        "prompt_columns": wording.PROMPT_COLUMNS,
+        "prompt_shares": wording.PROMPT_SHARES,
+        "prompt_legend": wording.PROMPT_LEGEND,
+    }
+
+
+def prompt_palette(cells: Iterable[Cell]) -> Json:
+    """Return the marks and colours of verdicts on prompts and of claimed and measured heads; none likewise."""
+    if not any(map(ran, cells)):
+        return {}
+    return {"on_prompts": colours.ON_PROMPTS, "found": colours.FOUND, "found_markers": colours.FOUND_MARKERS}
+
+
+def prompt_data(cell: Cell, detail: Detail, marked: Heads, pool: Pool) -> Json:
+    """Return `on_prompts`, `prompt_heads` and `prompt_values` of a cell; nothing if it did not run its model."""
+    if not ran(cell):
+        return {}
+    record, tables = cell.record, cell.tables
+    block = record["activations"]
+    found: Json = {
+        "on_prompts": {
+            "lines": list(prompts_lines(block)),
+            "testing": block.get("halves", {}).get(on_prompts.TESTING),
+            "untestable": block.get("untestable", ""),
+            "readings": on_prompts.readings(tables["joint"]) if "joint" in tables else [],
+            "rankings": [_ranking(ranking, pool) for ranking in on_prompts.rankings(record, tables)],
+            "pictures": {},
+        }
+    }
+    if {"joint", "roles"} <= tables.keys():
+        heads = on_prompts.head_table(tables["joint"], tables["roles"])
+        if len(heads):
+            found["prompt_heads"] = columnar(heads, pool)
+    if "activations" in tables:
+        values = on_prompts.head_values(tables["activations"])
+        roles: Sequence[str] = list(dict.fromkeys(values["role"]))
+        found["on_prompts"]["pictures"] = {role: on_prompts.pictures(record, role) for role in roles}
+        if detail.partners is not None:
+            kept = [place in marked for place in zip(values["layer"], values["head"], strict=True)]
+            values = values[kept]
+        found["prompt_values"] = columnar(values, pool)
+    return found
+
+
+def _ranking(ranking: on_prompts.Ranking, pool: Pool) -> Json:
+    points = ranking.points
+    return {
+        "role": ranking.role,
+        "titles": ranking.titles,
+        "quantity": ranking.quantity,
+        "says": ranking.says,
+        "layer": pool.add([int(layer) for layer in points["layer"]]),
+        "head": pool.add([int(head) for head in points["head"]]),
+        "x": pool.add([short(value) for value in points["weights"]]),
+        "y": pool.add([short(value) for value in points["prompts"]]),
+        "found": pool.add(points["found"].to_list()),
+    }
