@@ -22,6 +22,7 @@ from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import resolve, tracking_mode
 from ovqk.config.schema import Config, TrackingMode
 from ovqk.errors import UserError, one_message, told
+from ovqk.memory import is_exhausted
 from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
 from ovqk.records.record import Origin, claim, forget_peak_memory, is_done, write_done, write_failed
@@ -238,9 +239,7 @@ def _enter(call: Path) -> None:
 
 def _is_of_machine(error: Exception) -> bool:
     """Whether the machine's memory or disk is exhausted or closed, which is no defect."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return getattr(error, "errno", None) in DISK or "can't allocate memory" in str(error)  # the latter is PyTorch's
+    return is_exhausted(error) or getattr(error, "errno", None) in DISK
 
 
 def _names(config: DictConfig) -> tuple[str, str, str]:

@@ -28,6 +28,12 @@ class FreedMemory:
         return True
 
 
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error says that memory is exhausted; on the CPU PyTorch raises a RuntimeError."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
 @cache
 def malloc_trim() -> Callable[[int], int] | None:
     """Return glibc's `malloc_trim`; None with another C library, which has no such function."""

@@ -57,9 +57,10 @@ ON_PROMPTS = {
 """Verdict on what a head does on prompts -> its name."""
 READINGS = {
     "linked": "does what its weights say",
-    "unlinked": "does it and its weights agree, but they do not account for what it writes",
-    "could": "could, by its weights, and does not here",
-    "indirect": "does it, and not by the direct path that the weights show",
+    "unlinked": "does it, weights agree, no link shown",
+    "could": "could, does not here",
+    "unranked": "does it as its weights say, like others",
+    "indirect": "does it, not by the direct path",
     "neither": "neither",
     "undecided": "undecided",
 }

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from support.commands import compose
 from support.models import local, shared_model
 
+from ovqk.activations import stage
+from ovqk.activations.batches import Prompts
 from ovqk.activations.measure import check_activations
-from ovqk.activations.stage import ActivationTables
 from ovqk.cell import run_cell
 from ovqk.checkpoints.opening import BUNDLED
 from ovqk.config.schema import AttentionConfig, EffectConfig, WriteConfig
@@ -133,21 +134,21 @@ def test_a_task_that_cannot_be_measured_says_why(tmp_path, overrides, message) -
 
 def test_a_smaller_batch_is_tried_once(tmp_path, monkeypatch) -> None:
     sizes = []
-    real = ActivationTables._measure
+    real = stage.measure
 
-    def short(self: ActivationTables, *arguments: object) -> object:
-        sizes.append(max(len(batch) for batch in self.prompts.batches))
+    def short(running: object, model: object, prompts: Prompts, *arguments: object) -> object:
+        sizes.append(max(len(batch) for batch in prompts.batches))
         if len(sizes) == 1:
-            raise torch.OutOfMemoryError("no room")
-        return real(self, *arguments)
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return real(running, model, prompts, *arguments)
 
-    monkeypatch.setattr(ActivationTables, "_measure", short)
+    monkeypatch.setattr(stage, "measure", short)
     _, record, _ = computed(
         tmp_path, "model=mini-gpt2", "task=sva", "analysis=activations", "activations.prompts=64",
         "activations.batch=16", "nulls.draws=19",
     )  # fmt: skip
     assert sizes == [16, 4] and record["activations"]["untestable"] == ""
-    monkeypatch.setattr(ActivationTables, "_measure", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(stage, "measure", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     _, record, _ = computed(
         tmp_path / "again", "model=mini-gpt2", "task=sva", "analysis=activations", "activations.prompts=64",
         "activations.batch=16", "nulls.draws=19",
@@ -172,6 +173,8 @@ def role(**parts: object) -> object:
         ({"attention": AttentionConfig("END", "IO", "OTHER", [])}, "allowed: control, counterfactual"),
         ({"write": WriteConfig(sign=2)}, "sign=2: allowed: 1, -1"),
         ({"effect": EffectConfig(into="nobody")}, "effect.into=nobody: allowed: another role"),
+        ({"effect": EffectConfig(given="previous_token")}, "its heads act at S1.1, not at END"),
+        ({"effect": EffectConfig(given="copy_suppression", into="copy_suppression")}, "allowed is one of them"),
         ({"effect": EffectConfig(given="s_inhibition")}, "does not itself depend on another's heads"),
     ],
 )

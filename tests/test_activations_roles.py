@@ -115,10 +115,11 @@ def test_verdicts() -> None:
     ("weights", "activations", "link", "expected"),
     [
         ("corroborated", "realised", 0.9, "linked"),
-        ("corroborated", "realised", math.nan, "linked"),
+        ("corroborated", "realised", math.nan, "unlinked"),
         ("corroborated", "realised", 0.1, "unlinked"),
         ("corroborated", "not_realised", 0.9, "could"),
         ("unsupported", "realised", 0.0, "indirect"),
+        ("unsupported", "realised", 0.9, "unranked"),
         ("contradicted", "opposite", 0.0, "neither"),
         ("partial", "realised", 0.9, "undecided"),
         ("corroborated", "partial", 0.9, "undecided"),

@@ -20,6 +20,7 @@ ABOUT = {
     "config": {1, 5, 7},
     "weights": {1},
     "circuits": {1, 2, 3, 4, 5},
+    "records": {7},
     "structure": {1, 2, 4},
     "tasks": {1, 5, 7},
     "verdicts": {3, 5, 6},

@@ -20,6 +20,9 @@ from ovqk.errors import UserError
 from ovqk.tasks.prompts import Prompt, known_words, sample_prompts, token_positions, word_sets_of
 from ovqk.tasks.words import WordLookup
 
+NEW_LINE = "\n"
+"""What prompts begin with in a model without a start token: heads look at the first token for its place, so that a name
+there would be no control for another."""
 Half = Literal["choosing", "testing"]
 FEW_TEMPLATES = 4
 """A task of fewer templates is split into halves by its clusters."""
@@ -61,7 +64,12 @@ class Batch:
         """Return the tokens of ANSWER, of FOIL, or at a label."""
         if name == "ANSWER":
             return self.answers
-        return self.foils if name == "FOIL" else self.tokens.gather(1, self.at[name][:, None])[:, 0]
+        if name == "FOIL":
+            return self.foils
+        place = self.position(name)
+        if place is None:
+            raise UserError(f"task.roles: activations write the word at {name!r}, which is outside of a prompt.")
+        return self.tokens.gather(1, place[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Prompts:
     Attributes:
         batches: of both halves.
         clusters: names of the clusters, by number.
-        start: the tokens before each text.
+        start: the tokens before each text: the model's own start token, else those of a new line.
         left_out: reason -> how many prompts were left out for it.
     """
 
@@ -111,6 +119,7 @@ def read_prompts(task: TaskConfig, tokenizer: Tokenizer, start: list[int], count
     if not task.prompts or "counterfactual" not in task.prompts:
         raise UserError(f"task.prompts: task {task.name} says no counterfactual, without which nothing is measured.")
     lookup = WordLookup(tokenizer, tokenizer.get_vocab_size())
+    start = start or lookup.encode(NEW_LINE).ids
     words = _readable_words(task, lookup)
     try:
         drawn = sample_prompts(words, task.prompts, count, seed)
@@ -127,7 +136,7 @@ def read_prompts(task: TaskConfig, tokenizer: Tokenizer, start: list[int], count
         else:
             read.append((prompt, tokens))
     names = sorted({prompt.cluster for prompt, _ in read})
-    halves = _halves([prompt for prompt, _ in read], seed)
+    halves = _halves([prompt for prompt, _ in read], bool(task.prompts.get("clusters")), seed)
     for half in ("choosing", "testing"):
         n_clusters = len({prompt.cluster for prompt, _ in read if halves[prompt.cluster] == half})
         if n_clusters < LEAST_CLUSTERS:
@@ -223,10 +232,10 @@ def _tokens(
     return _Tokens(clean, counterfactual, {label: at[label] for label in sorted(wanted | {"END"})}, answer, foil)
 
 
-def _halves(prompts: Sequence[Prompt], seed: int) -> dict[str, Half]:
-    """Return cluster -> half: templates are split, or clusters where there are few templates."""
+def _halves(prompts: Sequence[Prompt], named: bool, seed: int) -> dict[str, Half]:
+    """Return cluster -> half: templates are split; clusters if there are few, or if clusters are words (`named`)."""
     templates = sorted({prompt.template for prompt in prompts})
-    by_template = len(templates) >= FEW_TEMPLATES
+    by_template = len(templates) >= FEW_TEMPLATES and not named
     units = templates if by_template else sorted({prompt.cluster for prompt in prompts})
     random.Random(f"halves {seed}").shuffle(units)
     choosing = set(units[: len(units) // 2])

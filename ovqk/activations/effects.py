@@ -1,8 +1,10 @@
 """What is lost if a head puts out what it does on the counterfactual prompt (definitions: section 7)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -174,9 +176,9 @@ def check_replacing(running: RunningModel, prompts: Prompts, observed: Observed)
     batch, outputs = prompts.batches[0], observed.outputs[0]
     base = running.base(batch.tokens)
     scale = float(observed.difference.abs().mean()) or 1.0
-    found = 0.0
+    found = math.nan
     for _ in range(2):
-        found = 0.0
+        shares: list[float] = []
         for query, (z, _) in outputs.items():
             place = batch.position(query)
             if place is None:
@@ -186,7 +188,8 @@ def check_replacing(running: RunningModel, prompts: Prompts, observed: Observed)
             ]
             result = running.patched(base, place, same, (batch.answers, batch.foils))
             change = (result.difference - observed.difference[: len(batch)]).abs().max()
-            found = max(found, float(change) / scale)
+            shares.append(float(change) / scale)
+        found = float(np.max(shares))  # nan if one is
         if found <= LEAST_CHANGE or running.whole:
             break
         running.whole = True

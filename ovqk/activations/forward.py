@@ -240,7 +240,8 @@ class RunningModel:
             contrast: the tokens of answers and foils.
             looks: attentions to be read.
         """
-        n, first = len(replacements), 0 if self.whole else int(at.min())
+        n, first = len(replacements), int(torch.stack([at, *(look.query for look in looks)]).min())
+        first = 0 if self.whole else first
         start = min(each.layer for together in replacements for each in together)
         prompts = len(base.tokens)
         every = torch.arange(prompts)
@@ -256,12 +257,10 @@ class RunningModel:
 
         def look(value: Tensor, hook: Any, layer: int) -> None:
             for number, (query, source, control) in enumerate(looks):
-                if query.min() >= first:
-                    rows = value.view(n, prompts, *value.shape[1:])[
-                        :, every, :, query - first
-                    ]  # [prompt, n, head, key]
-                    found = rows[every, :, :, source] - rows[every, :, :, control]
-                    shown[:, number, layer] = found.permute(1, 2, 0).cpu()
+                whole = value.view(n, prompts, *value.shape[1:])
+                rows = whole[:, every, :, query - first]  # [prompt, n, head, key]
+                found = rows[every, :, :, source] - rows[every, :, :, control]
+                shown[:, number, layer] = found.permute(1, 2, 0).cpu()
 
         layers = sorted({each.layer for together in replacements for each in together})
         names: list[tuple[str, Callable[..., Any]]] = [

@@ -31,7 +31,7 @@ def joint_table(
     for subject in judged.roles.to_dict("records"):
         role, place = subject["role"], (int(subject["layer"]), int(subject["head"]))
         weights = _weights(verdicts, role, place)
-        link = subject.get("write_link", math.nan)
+        link, slope = (subject.get(name, math.nan) for name in ("write_link", "write_link_slope"))
         rows.append(
             {
                 "kind": "head", "role": role, "layer": place[0], "head": place[1],
@@ -40,7 +40,7 @@ def joint_table(
                 "percentile": weights.get("percentile"), "activations": subject["verdict"],
                 **{name: subject.get(name, math.nan) for name in ("attention", "write", "effect")},
                 "write_link": link,
-                "reading": reading(weights.get("verdict"), subject["verdict"], link),
+                "reading": reading(weights.get("verdict"), subject["verdict"], 0.0 if slope < 0 else link),
             }
         )  # fmt: skip
     rows += _role_rows(judged, heads, task, seed)
@@ -68,13 +68,13 @@ def on_prompts(candidates: pd.DataFrame, judged: Judged, roles: Collection[str])
 
 def reading(weights: str | None, activations: str, link: float) -> str:
     """Return how a verdict of the weights and one of activations read together: a key of `wording.READINGS`."""
-    does, could = activations == "realised", weights == "corroborated"
+    does, could, linked = activations == "realised", weights == "corroborated", link >= LINKED
     if does and could:
-        return "linked" if math.isnan(link) or link >= LINKED else "unlinked"
+        return "linked" if linked else "unlinked"
     if could and activations in ("not_realised", "opposite"):
         return "could"
     if does and weights in ("unsupported", "contradicted"):
-        return "indirect"
+        return "unranked" if linked else "indirect"
     if weights in ("unsupported", "contradicted") and activations in ("not_realised", "opposite"):
         return "neither"
     return "undecided"

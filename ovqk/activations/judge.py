@@ -92,21 +92,18 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
         for subject in of_role:
             peers, outdone = _peers(measured, role, testing, subject, heads)
             subject |= _verdict(measured, role, subject, peers, outdone, why_not)
-        found[role] = [
-            (int(s["layer"]), int(s["head"]))
-            for s in of_role
-            if s["chosen"] and s["verdict"] in ("realised", "sensitive")
-        ]
+        found[role] = [(int(s["layer"]), int(s["head"])) for s in of_role if s["chosen"] and s["confirmed"]]
         for subject in of_role:
             subject["measured"] = (int(subject["layer"]), int(subject["head"])) in found[role]
     for role in claimed:
         if role not in measured.roles:
-            nothing = {"verdict": "out_of_scope", "reason": "the role says nothing of activations"}
-            subjects += [
-                {"role": role, "layer": layer, "head": head, "claimed": True, "chosen": False, "measured": False}
-                | nothing
-                for layer, head in claimed[role]
-            ]
+            nothing: dict[str, Any] = {
+                "verdict": "out_of_scope",
+                "reason": "the role says nothing of activations",
+                "claimed": True,
+            }
+            nothing |= dict.fromkeys(("chosen", "confirmed", "measured"), False)
+            subjects += [{"role": role, "layer": layer, "head": head} | nothing for layer, head in claimed[role]]
     roles = pd.DataFrame(subjects).drop(columns=["half"], errors="ignore")
     front = ["role", "layer", "head", "claimed", "measured", "verdict", "reason", "held", "against"]
     if len(roles):
@@ -153,7 +150,8 @@ def _peers(
     ]
     found, outdone = {}, np.ones(len(others), dtype=bool)
     for quantity in config.decides:
-        values, own = signs[quantity] * others[quantity].to_numpy(dtype=np.float64), signs[quantity] * subject[quantity]
+        name = "effect_share" if quantity == "effect" else quantity  # its sign does not depend on the counterfactual's
+        values, own = signs[quantity] * others[name].to_numpy(dtype=np.float64), signs[quantity] * subject[name]
         outdone &= values >= own
         values = values[~np.isnan(values)]
         found[quantity] = float((values < own).mean()) if len(values) else math.nan
@@ -170,7 +168,7 @@ def _verdict(
 ) -> dict[str, Any]:
     """Return a head's verdict, what it was decided by, and why."""
     config = measured.roles[role]
-    told: dict[str, Any] = {f"{quantity}_peers": share for quantity, share in peers.items()}
+    told: dict[str, Any] = {f"{quantity}_peers": share for quantity, share in peers.items()} | {"confirmed": False}
     if why_not:
         return told | {"verdict": "untestable", "reason": why_not, "held": "", "against": ""}
     valued = [name for name in config.decides if not math.isnan(subject.get(f"{name}_p", math.nan))]
@@ -183,7 +181,7 @@ def _verdict(
     shown = {name: bool(ok[0]) for name, ok in measured.passes(role, row, "q").items()}
     held = [name for name, ok in shown.items() if ok]
     against = [name for name in valued if subject[f"{name}_q_opposite"] <= ALPHA]
-    told |= {"held": ", ".join(held), "against": ", ".join(against), "reason": ""}
+    told |= {"held": ", ".join(held), "against": ", ".join(against), "reason": "", "confirmed": len(held) == len(shown)}
     if "effect" in shown and math.isfinite(subject["effect_mean_replacement"]):
         other = bool(subject["effect_mean_p"] <= ALPHA)
         if len(held) == len(shown) and (
@@ -192,8 +190,9 @@ def _verdict(
             return told | {"verdict": "sensitive", "reason": "with the counterfactuals' mean the effect is another"}
     if len(held) == len(shown) and not outdone:
         return told | {"verdict": "realised"}
+    small = [name for name in shown if name not in held and subject[f"{name}_q"] <= ALPHA]
+    lacking = [f"{name} too small" if name in small else f"no {name}" for name in shown if name not in held]
     if held:
-        lacking = [f"no {name}" for name in shown if name not in held]
         lacking = lacking or ["a head of its layer without the role does as much"]
         return told | {"verdict": "partial", "reason": "; ".join(lacking)}
-    return told | {"verdict": "opposite" if against else "not_realised"}
+    return told | {"verdict": "opposite" if against else "not_realised", "reason": "; ".join(lacking) if small else ""}

@@ -46,12 +46,17 @@ def check_activations(task: TaskConfig) -> dict[str, RoleActivationsConfig]:
                 raise UserError(f"{key}: sign={part.sign}: allowed: 1, -1.")
         if config.effect is None:
             continue
+        if config.effect.into and config.effect.given:
+            raise UserError(f"{key}.effect: into and given: allowed is one of them.")
         for what, other in (("into", config.effect.into), ("given", config.effect.given)):
             served = found.get(other) if other is not None else None
             if other is not None and (served is None or other == name):
                 raise UserError(f"{key}.effect.{what}={other}: allowed: another role with activations of its own.")
             if what == "into" and served is not None and served.attention is None:
                 raise UserError(f"{key}.effect.into={other}: role {other} says no attention that could change.")
+            if what == "given" and served is not None and queries_of(served) != queries_of(config):
+                places = f"{queries_of(served)}, not at {queries_of(config)}"
+                raise UserError(f"{key}.effect.given={other}: its heads act at {places}.")
             if served is not None and served.effect is not None and (served.effect.into or served.effect.given):
                 raise UserError(f"{key}.effect.{what}={other}: a role that does not itself depend on another's heads.")
     return found
@@ -82,9 +87,9 @@ def measure(
         steps: counts off batches.
     """
     observed = observe(running, model, prompts, roles, steps)
-    if (change := check_replacing(running, prompts, observed)) > LEAST_CHANGE:
+    if not (change := check_replacing(running, prompts, observed)) <= LEAST_CHANGE:
         raise UserError(f"replacing a head by itself changes the logit difference by {change:.2g} of its mean.")
-    if observed.readout_error > LEAST_ERROR:
+    if not observed.readout_error <= LEAST_ERROR:
         raise UserError(
             "what heads write cannot be read off: through the final norm and the unembedding the logit difference "
             f"comes out wrong by {observed.readout_error:.2g} of its mean."
@@ -105,6 +110,8 @@ def measure(
         if config.effect is not None:
             for head in dict.fromkeys((*measured.receivers[name], *chosen_heads(measured, name))):
                 patches |= dict.fromkeys(_patches(measured, name, head))
+    new = [patch for patch in patches if patch not in measured.effects]
+    measured.add(measure_effects(running, prompts, observed, new, looks_of(roles), steps))
     again = measure_effects(running, prompts, observed, list(patches), looks_of(roles), steps, (MEAN, RESTORED))
     measured.add({patch: merged(measured.effects[patch], effects) for patch, effects in again.items()})
     return measured
@@ -141,8 +148,8 @@ def _patches(measured: Measured, role: str, head: Head) -> list[Patch]:
     query, found = queries_of(config), [Patch(head, queries_of(config))]
     if config.effect.given is not None:
         receivers = measured.receivers[config.effect.given]
-        if receivers:
-            found += [Patch(None, query, receivers), Patch(head, query, tuple(r for r in receivers if r != head))]
+        if receivers and head not in receivers:
+            found += [Patch(None, query, receivers), Patch(head, query, receivers)]
     return found
 
 

@@ -152,6 +152,10 @@ class Measured:
                 for name, value in zip(columns, found, strict=True):
                     columns[name].append(value[of_half].double().numpy())
         whole, base = self._denominators(role, half)
+        if not abs(whole) > LEAST_SHARE * abs(
+            base
+        ):  # the counterfactual takes nothing away that one could have a share of
+            whole = math.nan
         for name in (
             "effect", "effect_se", "effect_q25", "effect_q50", "effect_q75", "effect_share", "effect_mean_replacement",
             "effect_restored", "effect_p", "effect_p_opposite", "effect_mean_p",
@@ -170,7 +174,7 @@ class Measured:
             "effect_p": own.p if sign > 0 else own.p_opposite,
             "effect_p_opposite": own.p_opposite if sign > 0 else own.p,
             "effect_mean_p": mean.p if sign > 0 else mean.p_opposite,
-            **{f"effect_q{share}": row for share, row in zip((25, 50, 75), own.quartiles, strict=True)},
+            **{f"effect_q{share}": row / whole for share, row in zip((25, 50, 75), own.quartiles, strict=True)},
         }
         for name, value in put.items():
             table.loc[index, name] = value
@@ -185,8 +189,10 @@ class Measured:
             return None
         nothing = torch.full_like(clean, math.nan)
         if effect.given is not None:
-            receivers = tuple(other for other in self.receivers[effect.given] if other != head)
-            without = self.effects.get(Patch(None, query, self.receivers[effect.given]))
+            if head in self.receivers[effect.given]:  # it cannot stand in for itself
+                return None
+            receivers = self.receivers[effect.given]
+            without = self.effects.get(Patch(None, query, receivers))
             both = self.effects.get(Patch(head, query, receivers))
             if without is None or both is None:
                 return None

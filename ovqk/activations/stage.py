@@ -18,11 +18,11 @@ from ovqk.activations.quantities import Steps
 from ovqk.activations.roles import Measured
 from ovqk.config.schema import RoleActivationsConfig
 from ovqk.errors import UserError
+from ovqk.memory import is_exhausted
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import Tables
 from ovqk.tasks.claims import MEASURED, Claims
 
-MEMORY = (torch.OutOfMemoryError, MemoryError)
 SMALLER = 4
 """By how much smaller batches are tried once if memory is exhausted."""
 
@@ -66,17 +66,16 @@ class ActivationTables:
         if n_ctx is not None and longest > n_ctx:
             raise UserError(f"a prompt has {longest} tokens, more than the model's context of {n_ctx}.")
         running = runner.load(model.device)
-        try:
-            self.measured: Measured = self._measure(running, steps)
-        except MEMORY:
+        measured = self._measure(running, steps)
+        if measured is None:
             smaller = max(1, asked.batch // SMALLER)
             self.prompts = self._read(runner, smaller)
-            try:
-                self.measured = self._measure(running, steps)
-            except MEMORY as error:
+            measured = self._measure(running, steps)
+            if measured is None:
                 raise UserError(
                     f"activations.batch={asked.batch}: out of memory, and with batches of {smaller} prompts too."
-                ) from error
+                )
+        self.measured: Measured = measured
         self.links = WriteLinks(model, self.prompts, self.measured.observed, self.roles)
         self.measured.observed.outputs.clear()  # only replacements need them
         self.judged: Judged | None = None
@@ -86,10 +85,16 @@ class ActivationTables:
         assert tokenizer is not None
         return read_prompts(config.task, tokenizer, runner.start, config.activations.prompts, config.seed, batch)
 
-    def _measure(self, running: "RunningModel", steps: Steps) -> Measured:
+    def _measure(self, running: "RunningModel", steps: Steps) -> Measured | None:
+        """Run the prompts; None if memory is exhausted."""
         config = self.model.config
         screened = config.activations.screened
-        return measure(running, self.model, self.prompts, self.roles, self.claimed, screened, config.seed, steps)
+        try:
+            return measure(running, self.model, self.prompts, self.roles, self.claimed, screened, config.seed, steps)
+        except (MemoryError, RuntimeError) as error:
+            if not is_exhausted(error):
+                raise
+        return None
 
     def claims(self) -> Claims | str:
         """Return the measured roles as claims about the weights, or why there are none."""
@@ -159,7 +164,7 @@ class ActivationTables:
         found |= {f"prompts/verdicts/{verdict}": verdicts.count(verdict) for verdict in wording.ON_PROMPTS}
         found |= {f"prompts/measured/{role}": len(heads) for role, heads in self.judged.measured.items()}
         rows = made["joint"]
-        for row in rows[rows["kind"] == "role"].to_dict("records"):
+        for row in () if self.judged.gate else rows[rows["kind"] == "role"].to_dict("records"):
             for name in ("auc", "spearman"):
                 if math.isfinite(row[name]):
                     found[f"prompts/{name}/{row['role']}"] = float(row[name])

@@ -48,6 +48,7 @@ ON_PROMPTS = {
     "sensitive": "partial",
     "untestable": "untestable",
     "out_of_scope": "out_of_scope",
+    "not_chosen": "unsupported",
 }
 """Verdict on prompts -> the verdict of the weights that has the same mark and colour."""
 FOUND = {

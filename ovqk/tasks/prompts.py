@@ -49,7 +49,7 @@ the same places, but for the mentions that it names, each with the word that sta
 Under `repeated`, `counterfactual: fresh_first_copy` draws the first copy anew, from other words.
 
 A prompt's `cluster` is the unit that statistics resample: the template, the order of swapped slots and the forms drawn;
-with `clusters: [event]` the words of these slots too, for tasks of few templates.
+with `clusters: [event]` the words of these slots instead, for tasks of few templates.
 """
 
 import json
@@ -268,7 +268,7 @@ def _from_template(
         spans[label] = spans[mention]
     drawn_forms = {name: form for name, form in forms.items() if "forms" in slots[name]}
     unit = [base, *(["swapped"] if exchange and "swap" in prompts else []), *map(str, drawn_forms.values())]
-    unit += [values[_known_slot(name, values)] for name in prompts.get("clusters", [])]
+    unit = [values[_known_slot(name, values)] for name in prompts.get("clusters", [])] or unit
     made = Prompt(text, answer, foil, spans, template, drawn_forms, base, " | ".join(unit))
     if "counterfactual" not in prompts:
         return made

@@ -23,6 +23,7 @@ HEADS = [
     ("induction", 3, 1, True, True, "corroborated", "realised", "unlinked", ""),
     ("induction", 3, 3, True, False, "corroborated", "not_realised", "could", ""),
     ("induction", 3, 4, True, False, "unsupported", "realised", "indirect", ""),
+    ("previous_token", 1, 2, True, False, "unsupported", "realised", "unranked", ""),
     ("induction", 2, 7, False, True, None, "realised", "undecided", ""),
     ("previous_token", 1, 1, True, False, "contradicted", "opposite", "neither", ""),
     ("previous_token", 0, 1, False, False, None, "partial", "undecided", "no effect"),

@@ -27,7 +27,7 @@ function promptsOverview(cells) {
   if (own.length === 1) {
     return [heading, ...own[0].on_prompts.lines.map((line) => h("p", {}, line)), own[0].on_prompts.readings.length ? quad(own[0]) : null, h("p", { class: "more" }, h("a", { href: `#prompts/${own[0].name}` }, "What each head does"))];
   }
-  const shown = ["linked", "unlinked", "could", "indirect", "neither"].filter((name) => name !== "unlinked" || own.some((cell) => headsOf(cell, name).size));
+  const shown = ["linked", "unlinked", "could", "unranked", "indirect", "neither"].filter((name) => !["unlinked", "unranked"].includes(name) || own.some((cell) => headsOf(cell, name).size));
   const titles = [["model", ""], ["task", ""], ["accuracy", "number"], ["logit difference", "number"], ["measured", "number"],
     ...shown.map((name) => [REPORT.wording.readings[name], ""]), [REPORT.wording.readings.undecided, "number"]];
   const count = (roles) => [...roles.values()].reduce((sum, heads) => sum + heads.length, 0);
@@ -94,7 +94,7 @@ function quad(cell) {
     h("thead", {}, h("tr", {}, h("td", {}), h("th", { scope: "col" }, `on prompts: ${done.realised}`), h("th", { scope: "col" }, `on prompts: ${done.not_realised}, or ${done.opposite}`))),
     h("tbody", {},
       h("tr", {}, h("th", { scope: "row" }, `weights: ${verdicts.corroborated}`), field(["linked", "unlinked"]), field(["could"])),
-      h("tr", {}, h("th", { scope: "row" }, `weights: ${verdicts.unsupported}, or ${verdicts.contradicted}`), field(["indirect"]), field(["neither"])))));
+      h("tr", {}, h("th", { scope: "row" }, `weights: ${verdicts.unsupported}, or ${verdicts.contradicted}`), field(["unranked", "indirect"]), field(["neither"])))));
 }
 
 /** The heads outside of the four fields, by the two verdicts that keep them out. */
