@@ -29,7 +29,12 @@ def test_what_transformerlens_cannot_read_is_refused(tiny, kind) -> None:
         RunningModel.load(open_checkpoint(local(tiny(kind))), local(tiny(kind)), CPU)
 
 
-@pytest.fixture(scope="module", params=sorted(set(KINDS) - REFUSED))
+FAST = {"gpt2", "gpt_neox", "gptj", "llama", "qwen3", "phi3", "gemma3_text", "olmo2", "granite", "falcon", "mixtral"}
+"""Forms that the fast tests run; the slow ones run all."""
+FORMS = [pytest.param(kind, marks=[] if kind in FAST else pytest.mark.slow) for kind in sorted(set(KINDS) - REFUSED)]
+
+
+@pytest.fixture(scope="module", params=FORMS)
 def ran(request, tiny):
     directory = tiny(request.param)
     checkpoint = open_checkpoint(local(directory))

@@ -40,7 +40,8 @@ def test_another_models_head_list_is_never_used(model) -> None:
 def test_another_models_head_list_is_refused_even_when_it_is_named(model, of) -> None:
     cell = compose(f"model={model}", "task=ioi", f"model.claims={of}")
     with pytest.raises(
-        UserError, match=rf"model\.claims={of}: claims about {of} do not apply to {model}\. Allowed: {model} or null"
+        UserError,
+        match=rf"model\.claims={of}: claims about {of} do not apply to {model}\. Allowed: {model}, measured or null",
     ):
         resolve_claims(cell.task, cell.model, facts(4, 8))
 
