@@ -1,6 +1,7 @@
 """Memory that the C library keeps after it was freed, given back to the system."""
 
 import ctypes
+import gc
 import time
 from collections.abc import Callable
 from functools import cache
@@ -26,6 +27,14 @@ class FreedMemory:
         trim(0)
         self._last = time.monotonic()
         return True
+
+
+def give_all_back() -> None:
+    """Collect what is freed only by a search for cycles, as a model with hooks, and return it to the system."""
+    gc.collect()
+    trim = malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 def is_exhausted(error: BaseException) -> bool:

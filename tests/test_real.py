@@ -208,10 +208,10 @@ def test_what_heads_do_on_prompts(path, model, tmp_path, capsys) -> None:
     roles = tables["roles"]
     measured = roles[roles["measured"] & (roles["role"] == "agreement_output")]
     found = {(int(layer), int(head)) for layer, head in measured[["layer", "head"]].to_numpy()}
-    assert found == {(26, 0), (27, 8)}
+    assert {(26, 0), (27, 8)} <= found and len(found) < 5
     candidates = tables["candidates"]
     first = candidates[(candidates["role"] == "agreement_output") & candidates["ranked"]].nsmallest(2, "rank")
-    assert {(int(layer), int(head)) for layer, head in first[["layer", "head"]].to_numpy()} == found
+    assert {(int(layer), int(head)) for layer, head in first[["layer", "head"]].to_numpy()} == {(26, 0), (27, 8)}
     assert set(first["on_prompts"]) == {"realised"}
     joint = tables["joint"].query("kind == 'role'").set_index("role")
     with capsys.disabled():

@@ -12,9 +12,10 @@ from torch import Tensor
 from ovqk.activations.batches import Prompts
 from ovqk.activations.forward import Look, Replacement, RunningModel
 from ovqk.activations.quantities import Observed, Steps
+from ovqk.memory import FreedMemory
 from ovqk.weights.types import Head
 
-MOST_ROWS, MOST_TOKENS = 1024, 6144
+MOST_ROWS, MOST_TOKENS = 512, 4096
 """Prompts times replacements that run together, and their tokens."""
 REPLACED, MEAN, RESTORED = range(3)
 LEAST_CHANGE = 1e-3
@@ -85,7 +86,9 @@ def measure_effects(
     numbers = torch.full((len(patches), 3, total), nan)
     seen = torch.full((len(patches), 2, len(looks), total, n_layers, n_heads), nan)
     start = 0
+    freed = FreedMemory()
     for number in steps(len(prompts.batches), "replacements in batch") if patches else ():
+        freed.give_back()
         batch, outputs = prompts.batches[number], observed.outputs[number]
         rows = slice(start, start + len(batch))
         start += len(batch)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ovqk.activations.batches import Batch, Prompts
 from ovqk.activations.forward import Places, Run, RunningModel
 from ovqk.config.schema import AttentionConfig, RoleActivationsConfig, WriteConfig
+from ovqk.memory import FreedMemory
 from ovqk.structure.model import Model
 from ovqk.weights.norms import Norm
 from ovqk.weights.stored_rows import StoredRows
@@ -147,7 +148,9 @@ def observe(
     parts: list[dict[str, RoleValues]] = []
     seen: list[dict[tuple[str, str, str], tuple[Tensor, Tensor]]] = []
     differences, counterfactuals, errors, outputs = [], [], [], []
+    freed = FreedMemory()
     for number in steps(len(prompts.batches), "batch of prompts"):
+        freed.give_back()
         batch = prompts.batches[number]
         labels = sorted({queries_of(config) for config in roles.values()} | {query for query, _, _ in asked} | {"END"})
         queries = {label: place for label in labels if (place := batch.position(label)) is not None}

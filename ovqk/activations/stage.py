@@ -18,7 +18,7 @@ from ovqk.activations.quantities import Steps
 from ovqk.activations.roles import Measured
 from ovqk.config.schema import RoleActivationsConfig
 from ovqk.errors import UserError
-from ovqk.memory import is_exhausted
+from ovqk.memory import give_all_back, is_exhausted
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import Tables
 from ovqk.tasks.claims import MEASURED, Claims
@@ -76,6 +76,8 @@ class ActivationTables:
                     f"activations.batch={asked.batch}: out of memory, and with batches of {smaller} prompts too."
                 )
         self.measured: Measured = measured
+        del running
+        give_all_back()  # the model and its hooks refer to each other
         self.links = WriteLinks(model, self.prompts, self.measured.observed, self.roles)
         self.measured.observed.outputs.clear()  # only replacements need them
         self.judged: Judged | None = None
