@@ -448,13 +448,13 @@ def test_weights_and_prompts_are_crossed_with_the_names_of_the_heads(prompts_rea
     marks = reader.page.locator(".rankings svg.plot a[tabindex='0']").evaluate_all(
         "nodes => nodes.map(n => n.ariaLabel)"
     )
-    assert len(marks) == 7 and "head 2.7: measured, not claimed" in marks
+    assert len(marks) == 8 and "head 2.7: measured, not claimed" in marks
     reader.see("prompts")
     reader.page.click("#quad a:text-is('3.3')")
     assert reader.title() == "Head 3.3 of mini-attn"
     card = reader.page.locator("section.card:has(h3:has-text('not realised'))")
     assert card.locator("figure h3").all_inner_texts()[0] == "Attention from END *"
-    assert "R²" in card.inner_text() and "could, by its weights" in card.inner_text()
+    assert "R²" in card.inner_text() and wording.READINGS["could"] in card.inner_text()
     reader.see("prompts_head")
 
 

@@ -94,7 +94,7 @@ function quad(cell) {
     h("thead", {}, h("tr", {}, h("td", {}), h("th", { scope: "col" }, `on prompts: ${done.realised}`), h("th", { scope: "col" }, `on prompts: ${done.not_realised}, or ${done.opposite}`))),
     h("tbody", {},
       h("tr", {}, h("th", { scope: "row" }, `weights: ${verdicts.corroborated}`), field(["linked", "unlinked"]), field(["could"])),
-      h("tr", {}, h("th", { scope: "row" }, `weights: ${verdicts.unsupported}, or ${verdicts.contradicted}`), field(["unranked", "indirect"]), field(["neither"])))));
+      h("tr", {}, h("th", { scope: "row" }, `weights: ${verdicts.unsupported}, or ${verdicts.contradicted}`), field(["indirect", "unranked"]), field(["neither"])))));
 }
 
 /** The heads outside of the four fields, by the two verdicts that keep them out. */
