@@ -71,7 +71,7 @@ function promptsPage(name) {
     h("div", { class: "controls" }, select("Cell", RAN.map((one) => [one.name, cellTitle(one)]), cell.name, (next) => { location.hash = `#prompts/${next}`; })),
     ...(found.readings.length ? [h("h2", {}, "Weights and prompts together"), quad(cell), ...undecided(cell)] : [h("p", { class: "notice" }, found.rankings.length ? "No head is claimed, and none was chosen on prompts." : "No head was measured.")]),
     ...(found.rankings.length ? [h("h2", {}, "All heads: weights against prompts"),
-      h("p", { class: "note" }, "Across: the role's weight metric. Upwards: what heads do on prompts. AUC: the chance that a measured head has more of the metric, in the predicted direction, than another head; 0.5 is chance. Spearman: of the two axes; split-half: of the upward one between the halves of the prompts, which bounds what any ranking could reach."),
+      h("p", { class: "note" }, "Across: the role's weight metric. Upwards: what heads do on prompts. AUC: the chance that a measured head has more of the metric, in the predicted direction, than another head; 0.5 is chance. Spearman: of the two axes; split-half: of the upward one between the halves of the prompts, whose square root is about what a ranking without errors would reach."),
       foundLegend(new Set(found.rankings.flatMap((ranking) => REPORT.pool[ranking.found]))),
       h("div", { class: "grid3 rankings" }, found.rankings.map((ranking) => rankingPlot(cell, ranking)))] : []),
     ...promptTable(cell),
