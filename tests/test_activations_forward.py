@@ -116,13 +116,8 @@ def test_a_replaced_head_changes_what_it_changes_in_the_plain_model(ran, whole) 
 def test_writes_of_all_heads_are_what_attention_adds_to_the_stream(ran, request) -> None:
     """z W_O summed over heads, a constant bias aside, through the norm behind attention if there is one."""
     running, _, tokens = ran
-    directory = ran_directory(request)
-    config = compose("model=local", f"model.path={directory}", "task=none", "analysis=b03")
-    model = Model.read(OpenedModel(open_weights(open_checkpoint(local(directory)), local(directory)), "tiny"), config)
-    if model.vocabulary is None or model.vocabulary.W_U_rows is None:
-        pytest.skip(f"ovqk reads no unembedding of it: {model.source.no_vocabulary}")
-    writes = Writes(model)
-    end = torch.full((1, N), LENGTH - 1)
+    model = weights(request.getfixturevalue("tiny")(request.node.callspec.params["ran"]))
+    writes, end = Writes(model), torch.full((1, N), LENGTH - 1)
     kept: dict[str, torch.Tensor] = {}
     names = [f"blocks.{layer}.hook_{part}" for layer in range(running.n_layers) for part in ("in", "resid_mid")]
 
@@ -143,13 +138,8 @@ def test_writes_of_all_heads_are_what_attention_adds_to_the_stream(ran, request)
 
 def test_the_final_stream_read_as_writes_are_is_the_logit_difference(ran, request) -> None:
     running, _, tokens = ran
-    directory = ran_directory(request)
-    config = compose("model=local", f"model.path={directory}", "task=none", "analysis=b03")
-    model = Model.read(OpenedModel(open_weights(open_checkpoint(local(directory)), local(directory)), "tiny"), config)
-    if model.vocabulary is None or model.vocabulary.W_U_rows is None:
-        pytest.skip(f"ovqk reads no unembedding of it: {model.source.no_vocabulary}")
-    writes = Writes(model)
-    end = torch.full((1, N), LENGTH - 1)
+    model = weights(request.getfixturevalue("tiny")(request.node.callspec.params["ran"]))
+    writes, end = Writes(model), torch.full((1, N), LENGTH - 1)
     run = running.run(tokens, Places(end, end))
     plus, minus = torch.full((N,), 7), torch.full((N,), 9)
     expected = run.logits[:, 7] - run.logits[:, 9]
@@ -166,8 +156,10 @@ def has(running: RunningModel, name: str) -> bool:
     return not parallel and hasattr(running.bridge.blocks[0], "hook_resid_mid")
 
 
-def ran_directory(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue("tiny")(request.node.callspec.params["ran"])
+def weights(directory: Path) -> Model:
+    """The model as its weights are read, without a task."""
+    config = compose("model=local", f"model.path={directory}", "task=none", "analysis=b03")
+    return Model.read(OpenedModel(open_weights(open_checkpoint(local(directory)), local(directory)), "tiny"), config)
 
 
 def test_softcaps_are_the_models_own_and_writes_are_before_the_last(tmp_path) -> None:
@@ -182,8 +174,7 @@ def test_softcaps_are_the_models_own_and_writes_are_before_the_last(tmp_path) ->
     torch.testing.assert_close(run.logits, expected.logits[:, -1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(run.patterns, torch.stack(expected.attentions), atol=1e-4, rtol=1e-4)
     assert run.logits.abs().max() < 3
-    config = compose("model=local", f"model.path={folder}", "task=none", "analysis=b03")
-    model = Model.read(OpenedModel(open_weights(open_checkpoint(local(folder)), local(folder)), "tiny"), config)
+    model = weights(folder)
     plus, minus = torch.full((N,), 7), torch.full((N,), 9)
     uncapped = [running.before_softcap(run.logits[:, token]) for token in (7, 9)]
     found = (run.final * Writes(model).directions(run, plus, minus)).sum(-1)

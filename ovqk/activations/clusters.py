@@ -5,6 +5,7 @@ Prompts of one template are alike, so that the cluster is the unit: its mean is 
 
 import itertools
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,20 @@ class ClusterTest:
     min_p: float
 
 
+def cluster_means(values: Array, clusters: NDArray[np.int64]) -> Array:
+    """Return each cluster's mean, [cluster, column], over the prompts that have a value in every column.
+
+    Args:
+        values: [prompt, column].
+        clusters: the number of each prompt's cluster.
+    """
+    whole = ~np.isnan(values).any(1)
+    names, index = np.unique(clusters[whole], return_inverse=True)
+    sums = np.zeros((len(names), values.shape[1]))
+    np.add.at(sums, index, values[whole])
+    return sums / np.bincount(index, minlength=len(names))[:, None]
+
+
 def flip_signs(values: Array, clusters: NDArray[np.int64], seed: int) -> ClusterTest:
     """Test that means over clusters are above 0 by flipping clusters' signs, the same ones in all columns.
 
@@ -50,16 +65,11 @@ def flip_signs(values: Array, clusters: NDArray[np.int64], seed: int) -> Cluster
     valued: NDArray[np.bool_] = np.asarray(~np.isnan(values).all(0))
     if not valued.all():
         return _spread(flip_signs(values[:, valued], clusters, seed), valued)
-    whole = ~np.isnan(values).any(1)
-    values, clusters = values[whole], clusters[whole]
-    names, index = np.unique(clusters, return_inverse=True)
-    n, columns = len(names), values.shape[1]
+    values, means = values[~np.isnan(values).any(1)], cluster_means(values, clusters)
+    n, columns = means.shape
     if n < 2:
         empty = np.full(columns, np.nan)
         return ClusterTest(empty, empty, np.full((3, columns), np.nan), empty, empty, 1.0)
-    sums = np.zeros((n, columns))
-    np.add.at(sums, index, values)
-    means = sums / np.bincount(index)[:, None]
     mean, sd = means.mean(0), means.std(0, ddof=1)
     signs = _signs(n, seed)
     flipped = signs @ means / n
@@ -86,6 +96,7 @@ def _spread(test: ClusterTest, valued: NDArray[np.bool_]) -> ClusterTest:
     return ClusterTest(**parts, min_p=test.min_p)
 
 
+@lru_cache(maxsize=16)
 def _signs(n: int, seed: int) -> Array:
     """Return flips [flip, cluster], the unflipped first."""
     if 2**n <= DRAWS:

@@ -7,7 +7,7 @@ with the residual stream of the run it changes, and at position p with that run'
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,9 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ovqk.activations.attention_only import AttentionOnly
-from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
+from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.config.schema import ModelConfig
-from ovqk.errors import UserError, first_line
 from ovqk.weights.bridge_loading import boot_bridge, find_architecture, load_model, quiet
 
 GRADIENT_PROMPTS = 8
@@ -126,11 +125,7 @@ class RunningModel:
             return cls(AttentionOnly(checkpoint, config), device)
         with quiet(), torch.no_grad():
             architecture = find_architecture(checkpoint)
-            model = (
-                load_model(checkpoint, architecture, config.trust_remote_code)
-                if checkpoint.metadata is None
-                else _from_tensors(checkpoint)
-            )
+            model = load_model(checkpoint, architecture, config.trust_remote_code)
             return cls(boot_bridge(checkpoint, model, architecture, config.trust_remote_code), device)
 
     # --- whole runs ------------------------------------------------------------------------------------------
@@ -310,11 +305,8 @@ class RunningModel:
         """Return the logits at the last position."""
         return self.model(logits_to_keep=1, **inputs).logits[:, -1].float()
 
-    @contextmanager
-    def _hooked(self, names: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(self.bridge.hooks(fwd_hooks=list(names)))
-            yield
+    def _hooked(self, names: Sequence[tuple[str, Callable[..., Any]]]) -> AbstractContextManager[Any]:
+        return self.bridge.hooks(fwd_hooks=list(names))  # type: ignore[no-any-return]
 
 
 def _joined(runs: Sequence[Run]) -> Run:
@@ -364,38 +356,3 @@ def _prefix(base: Base, first: int, n: int) -> Any:
             return first + query_length, 0
 
     return Prefix()
-
-
-def _from_tensors(checkpoint: Checkpoint) -> Any:
-    """Return the model of a GGUF file, from its tensors under the names that transformers gives them.
-
-    Raises:
-        UserError: transformers does not know it, or tensors are missing.
-    """
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    label = checkpoint.label
-    try:
-        config = AutoConfig.for_model(**checkpoint.config)
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model, report = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict={name: checkpoint.tensor(name) for name in checkpoint.shapes},
-            output_loading_info=True,
-            dtype=torch.float32,
-            attn_implementation="eager",
-        )
-    except UserError:
-        raise
-    except Exception as error:  # transformers raises many kinds
-        raise UserError(
-            f"{label}: transformers cannot run it ({first_line(error) or type(error).__name__})."
-        ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise checkpoint.missing(missing[0], len(missing))
-    for name, parameter in model.named_parameters():
-        check_finite(label, name, parameter.detach())
-    return model.eval()

@@ -88,20 +88,21 @@ def _weights(verdicts: pd.DataFrame | None, role: str, place: tuple[int, int]) -
 
 
 def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int) -> list[dict[str, Any]]:
-    """Return for each role how its primary weight metric ranks all heads, against what they do on prompts."""
+    """Return for each role how its weight metric ranks all heads, against what they do on prompts.
+
+    The metric is the first that the role predicts of heads: a composition ranks pairs.
+    """
     rows: list[dict[str, Any]] = []
     for role, config in task.roles.items():
-        predictions = [p for p in config.predictions if METRICS[p.metric].of != "pair"]
-        if config.activations is None or not predictions:
+        first = next((p for p in config.predictions if METRICS[p.metric].of != "pair"), None)
+        if config.activations is None or first is None:
             continue
-        primary = predictions[0]
-        names = [
-            primary.first_layer if layer == 0 and primary.first_layer else primary.metric for layer in heads["layer"]
-        ]
+        names = [first.first_layer if layer == 0 and first.first_layer else first.metric for layer in heads["layer"]]
         if not set(names) <= set(heads):
             continue
-        sign = 1 if primary.direction.value == "high" else -1
+        sign = 1 if first.direction.value == "high" else -1
         metric = sign * np.array([heads[name].iloc[row] for row, name in enumerate(names)], dtype=np.float64)
+        quantity = ranked_quantity(config.activations)
         done, other = (_continuous(judged, role, half, config.activations) for half in ("testing", "choosing"))
         has = np.array(
             [
@@ -113,7 +114,7 @@ def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int)
         rows.append(
             {
                 "kind": "role", "role": role, "layer": None, "head": None, "claimed": None, "measured": None,
-                "primary": primary.metric, "n_measured": int(has.sum()), "n_heads": len(heads),
+                "metric": first.metric, "quantity": quantity, "n_measured": int(has.sum()), "n_heads": len(heads),
                 "auc": _auc(metric, has), "auc_low": low, "auc_high": high,
                 "spearman": _spearman(metric, done), "split_half": _spearman(done, other),
             }
@@ -121,14 +122,21 @@ def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int)
     return rows
 
 
+def ranked_quantity(config: RoleActivationsConfig) -> str:
+    """Return what heads are ranked by, which all heads have: `write`, else `attention`, else `effect_first_order`."""
+    if "write" in config.decides:
+        return "write"
+    return "effect_first_order" if config.attention is None else "attention"
+
+
 def _continuous(judged: Judged, role: str, half: str, config: RoleActivationsConfig) -> NDArray[np.float64]:
-    """Return the role's first deciding quantity that every head has: write in its sign, else attention over control."""
+    """Return the quantity that heads are ranked by: writes in their sign, attention less its control."""
     rows = judged.activations[(judged.activations["role"] == role) & (judged.activations["half"] == half)]
-    if "write" in config.decides and config.write is not None:
-        return config.write.sign * rows["write"].to_numpy(dtype=np.float64)
-    if config.attention is not None:
-        return (rows["attention"] - rows["attention_control"]).to_numpy(dtype=np.float64)
-    return rows["effect_first_order"].to_numpy(dtype=np.float64)
+    name = ranked_quantity(config)
+    values = rows[name].to_numpy(dtype=np.float64)
+    if name == "attention":
+        return values - rows["attention_control"].to_numpy(dtype=np.float64)
+    return values if config.write is None or name != "write" else config.write.sign * values
 
 
 def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -67,6 +67,7 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
     """
     why_not = gate(measured)
     tables: list[pd.DataFrame] = []
+    tested: dict[str, pd.DataFrame] = {}
     subjects: list[dict[str, Any]] = []
     for role in measured.roles:
         choosing, testing = measured.rows(role, "choosing"), measured.rows(role, "testing")
@@ -74,6 +75,7 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
             testing["write_link"] = links.shares[role].double().flatten().numpy()
             testing["write_link_slope"] = links.slopes[role].double().flatten().numpy()
         tables += [choosing, testing]
+        tested[role] = testing
         chosen = chosen_heads(measured, role) if not why_not else ()
         for head in dict.fromkeys((*claimed.get(role, ()), *chosen)):
             row = testing[(testing["layer"] == head[0]) & (testing["head"] == head[1])].iloc[0]
@@ -82,26 +84,19 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
                 | {"claimed": head in claimed.get(role, ()), "chosen": head in chosen}
             )
     _correct(measured, subjects)
-    by_role = {role: [s for s in subjects if s["role"] == role] for role in measured.roles}
     found: dict[str, list[Head]] = {}
-    for role, of_role in by_role.items():
-        testing = next(
-            table for table in tables if table["role"].iloc[0] == role and table["half"].iloc[0] == "testing"
-        )
-        heads = {(int(s["layer"]), int(s["head"])) for s in of_role}
+    for role in measured.roles:
+        of_role = [subject for subject in subjects if subject["role"] == role]
+        heads = {_place(subject) for subject in of_role}
         for subject in of_role:
-            peers, outdone = _peers(measured, role, testing, subject, heads)
+            peers, outdone = _peers(measured, role, tested[role], subject, heads)
             subject |= _verdict(measured, role, subject, peers, outdone, why_not)
-        found[role] = [(int(s["layer"]), int(s["head"])) for s in of_role if s["chosen"] and s["confirmed"]]
-        for subject in of_role:
-            subject["measured"] = (int(subject["layer"]), int(subject["head"])) in found[role]
+            subject["measured"] = subject["chosen"] and subject["confirmed"]
+        found[role] = [_place(subject) for subject in of_role if subject["measured"]]
     for role in claimed:
         if role not in measured.roles:
-            nothing: dict[str, Any] = {
-                "verdict": "out_of_scope",
-                "reason": "the role says nothing of activations",
-                "claimed": True,
-            }
+            why = "the role says nothing of activations"
+            nothing: dict[str, Any] = {"verdict": "out_of_scope", "reason": why, "claimed": True}
             nothing |= dict.fromkeys(("chosen", "confirmed", "measured"), False)
             subjects += [{"role": role, "layer": layer, "head": head} | nothing for layer, head in claimed[role]]
     roles = pd.DataFrame(subjects).drop(columns=["half"], errors="ignore")
@@ -111,17 +106,19 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
     return Judged(pd.concat(tables, ignore_index=True), roles, found if not why_not else {}, why_not)
 
 
+def _place(subject: Mapping[str, Any]) -> Head:
+    return int(subject["layer"]), int(subject["head"])
+
+
 def _correct(measured: Measured, subjects: list[dict[str, Any]]) -> None:
     """Add q, of all deciding quantities of all claimed and chosen heads together."""
-    places = [
-        (subject, quantity, opposite)
-        for opposite in ("", "_opposite")
-        for subject in subjects
-        for quantity in measured.roles[subject["role"]].decides
-        if not math.isnan(subject.get(f"{quantity}_p{opposite}", math.nan))
-    ]
     for opposite in ("", "_opposite"):
-        family = [(subject, quantity) for subject, quantity, which in places if which == opposite]
+        family = [
+            (subject, quantity)
+            for subject in subjects
+            for quantity in measured.roles[subject["role"]].decides
+            if not math.isnan(subject.get(f"{quantity}_p{opposite}", math.nan))
+        ]
         corrected = benjamini_hochberg([s[f"{quantity}_p{opposite}"] for s, quantity in family]) if family else []
         for (subject, quantity), q in zip(family, corrected, strict=True):
             subject[f"{quantity}_q{opposite}"] = q

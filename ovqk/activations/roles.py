@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ovqk.activations.batches import Half
-from ovqk.activations.clusters import ClusterTest, flip_signs
+from ovqk.activations.clusters import ClusterTest, cluster_means, flip_signs
 from ovqk.activations.effects import Effects, Patch
 from ovqk.activations.quantities import Observed, look_of, queries_of
 from ovqk.config.schema import RoleActivationsConfig
@@ -23,7 +23,6 @@ LEAST_ATTENTION = 0.1
 """Attention to the source is at least this share of what does not go to the first token."""
 LEAST_ATTENTION_ALONE = 0.5
 """The same for a role that attention alone decides."""
-QUANTITIES = ("attention", "write", "effect")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Measured:
 
     def _compute(self, role: str, half: Half) -> pd.DataFrame:
         config, observed = self.roles[role], self.observed
-        of_half = observed.testing if half == "testing" else ~observed.testing
+        of_half = self._of(half)
         clusters = observed.clusters[of_half].numpy()
         _, n_layers, n_heads = observed.roles[role].first_order.shape  # type: ignore[union-attr]
         places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
@@ -71,24 +70,29 @@ class Measured:
         table.insert(0, "role", role)
         table["half"] = half
 
+        def flat(values: torch.Tensor) -> NDArray[np.float64]:
+            return values[of_half].reshape(len(clusters), -1).double().numpy()
+
         def tested(values: torch.Tensor) -> ClusterTest:
-            return flip_signs(values[of_half].reshape(len(clusters), -1).double().numpy(), clusters, self.seed)
+            return flip_signs(flat(values), clusters, self.seed)
+
+        def mean(values: torch.Tensor) -> NDArray[np.float64]:
+            return _mean(flat(values), clusters)
 
         values = observed.roles[role]
         base = self._mean(observed.difference, half)
         if config.attention is not None:
             assert values.attention is not None and values.control is not None
             assert values.counterfactual is not None and values.sink is not None
-            attention, sink = tested(values.attention), tested(values.sink)
+            attention, sink = tested(values.attention), mean(values.sink)
             against = [tested(values.attention - values.control)]
             if "counterfactual" in config.attention.beyond:
                 against.append(tested(values.attention - values.counterfactual))
             table = _described(table, "attention", attention)
-            table["attention_control"] = tested(values.control).mean
-            table["attention_counterfactual"] = tested(values.counterfactual).mean
-            table["sink"] = sink.mean
-            with np.errstate(divide="ignore", invalid="ignore"):
-                table["attention_nonsink"] = attention.mean / np.maximum(1 - sink.mean, 1e-6)
+            table["attention_control"] = mean(values.control)
+            table["attention_counterfactual"] = mean(values.counterfactual)
+            table["sink"] = sink
+            table["attention_nonsink"] = attention.mean / np.maximum(1 - sink, 1e-6)
             table["attention_p"] = np.max([test.p for test in against], 0)
             table["attention_p_opposite"] = np.max([test.p_opposite for test in against], 0)
             table["attention_min_p"] = against[0].min_p
@@ -98,15 +102,14 @@ class Measured:
             table = _described(table, "write", write)
             table["write_share"] = write.mean / base
             if values.write_from_source is not None:
-                table["write_from_source"] = tested(values.write_from_source).mean
+                table["write_from_source"] = mean(values.write_from_source)
             forwards = config.write.sign > 0
             table["write_p"] = write.p if forwards else write.p_opposite
             table["write_p_opposite"] = write.p_opposite if forwards else write.p
             table["write_min_p"] = write.min_p
         assert values.first_order is not None
-        table["effect_first_order"] = tested(values.first_order).mean / self._mean(
-            observed.difference - observed.counterfactual_difference, half
-        )
+        lost = self._mean(observed.difference - observed.counterfactual_difference, half)
+        table["effect_first_order"] = mean(values.first_order) / lost
         if config.effect is not None:
             self._add_effects(table, role, half, of_half, clusters)
         return table
@@ -152,9 +155,7 @@ class Measured:
                 for name, value in zip(columns, found, strict=True):
                     columns[name].append(value[of_half].double().numpy())
         whole, base = self._denominators(role, half)
-        if not abs(whole) > LEAST_SHARE * abs(
-            base
-        ):  # the counterfactual takes nothing away that one could have a share of
+        if not abs(whole) > LEAST_SHARE * abs(base):  # next to nothing to have a share of
             whole = math.nan
         for name in (
             "effect", "effect_se", "effect_q25", "effect_q50", "effect_q75", "effect_share", "effect_mean_replacement",
@@ -226,19 +227,25 @@ class Measured:
         whole = self._mean(observed.difference - observed.counterfactual_difference, half)
         return whole, self._mean(observed.difference, half)
 
+    def _of(self, half: Half) -> torch.Tensor:
+        """Return which prompts are of a half."""
+        return self.observed.testing if half == "testing" else ~self.observed.testing
+
     def _mean(self, values: torch.Tensor, half: Half) -> float:
-        """Return the mean over a half's clusters of their means."""
-        of_half = self.observed.testing if half == "testing" else ~self.observed.testing
-        clusters, values = self.observed.clusters[of_half], values[of_half].double()
-        found = [values[clusters == cluster].nanmean() for cluster in clusters.unique()]
-        return float(torch.stack(found).nanmean()) if found else math.nan
+        """Return the mean over a half's clusters of their means; nan if no prompt has a value."""
+        of_half = self._of(half)
+        return float(_mean(values[of_half, None].double().numpy(), self.observed.clusters[of_half].numpy())[0])
 
     def accuracy(self, half: Half) -> tuple[float, float]:
         """Return the share of a half's prompts whose answer beats the foil, and the mean logit difference."""
-        of_half = self.observed.testing if half == "testing" else ~self.observed.testing
-        return float((self.observed.difference[of_half] > 0).double().mean()), self._mean(
-            self.observed.difference, half
-        )
+        difference = self.observed.difference
+        return float((difference[self._of(half)] > 0).double().mean()), self._mean(difference, half)
+
+
+def _mean(values: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the mean over clusters of their means, [column]; nan if no prompt has a value in every column."""
+    means = cluster_means(values, clusters)
+    return means.mean(0) if len(means) else np.full(values.shape[1], math.nan)
 
 
 def _of_heads(values: torch.Tensor, heads: Sequence[Head]) -> torch.Tensor:

@@ -28,7 +28,7 @@ class Ranking:
 
     Attributes:
         role: the role.
-        primary: the metric of the weights.
+        metric: of the weights.
         first_layer: the metric that stands for it in layer 0; None if it is the same.
         direction: of the prediction.
         quantity: the title of what heads do on prompts.
@@ -37,7 +37,7 @@ class Ranking:
     """
 
     role: str
-    primary: str
+    metric: str
     first_layer: str | None
     direction: str
     quantity: str
@@ -48,7 +48,7 @@ class Ranking:
     def titles(self) -> list[str]:
         """The weights' metric with the sign of its prediction, and the one that stands for it in the first layer."""
         first = [f"(layer 0: {wording.metric(self.first_layer)})"] if self.first_layer else []
-        return [wording.predicted(self.primary, self.direction), *first]
+        return [wording.predicted(self.metric, self.direction), *first]
 
     @property
     def says(self) -> list[str]:
@@ -88,16 +88,17 @@ def joint_rows(joint: pd.DataFrame, kind: str) -> pd.DataFrame:
 
 
 def _ranking(record: Json, tables: Mapping[str, pd.DataFrame], row: Mapping[Any, Any]) -> Ranking:
-    role, primary = row["role"], row["primary"]
+    role, metric = row["role"], row["metric"]
     config = record["provenance"]["config"]["task"]["roles"][role]
-    prediction = next(each for each in config["predictions"] if each["metric"] == primary)
+    prediction = next(each for each in config["predictions"] if each["metric"] == metric)
     first_layer = prediction.get("first_layer")
     heads = tables["heads"].set_index(["layer", "head"]).sort_index()
-    weights = heads[primary].to_numpy(float).copy()
+    weights = heads[metric].to_numpy(float).copy()
     if first_layer:
         first = heads.index.get_level_values("layer") == 0
         weights[first] = heads[first_layer].to_numpy(float)[first]
-    quantity, values = _quantity(config["activations"], _testing(tables["activations"], role).reindex(heads.index))
+    rows = _testing(tables["activations"], role).reindex(heads.index)
+    quantity, values = _quantity(row["quantity"], config["activations"], rows)
     own = joint_rows(tables["joint"], "head")
     found = {
         (int(each["layer"]), int(each["head"])): wording.found(bool(each["claimed"]), bool(each["measured"]))
@@ -113,7 +114,7 @@ def _ranking(record: Json, tables: Mapping[str, pd.DataFrame], row: Mapping[Any,
         }
     )
     statistics = {name: float(row.get(name, np.nan)) for name in STATISTICS}
-    return Ranking(role, primary, first_layer, prediction["direction"], quantity, points, statistics)
+    return Ranking(role, metric, first_layer, prediction["direction"], quantity, points, statistics)
 
 
 def _testing(activations: pd.DataFrame, role: str) -> pd.DataFrame:
@@ -121,17 +122,18 @@ def _testing(activations: pd.DataFrame, role: str) -> pd.DataFrame:
     return rows.set_index(["layer", "head"])
 
 
-def _quantity(choice: Json, rows: pd.DataFrame) -> tuple[str, np.ndarray]:
-    """Return the title and values of what joint.parquet ranks by: a role's write in its sign, else its attention."""
-    if "write" in choice["decides"] and choice.get("write"):
+def _quantity(name: str, choice: Json, rows: pd.DataFrame) -> tuple[str, np.ndarray]:
+    """Return the title and values of what joint.parquet ranks by: writes in their sign, attention less its control."""
+    values = rows[name].to_numpy(float)
+    if name == "write":
         write = choice["write"]
         ends = ("answer", "other") if write["sign"] > 0 else ("other", "answer")
-        title = wording.PROMPT_QUANTITIES["write"].format(answer=write[ends[0]], other=write[ends[1]])
-        return title, write["sign"] * rows["write"].to_numpy(float)
-    if choice.get("attention"):
-        title = wording.PROMPT_QUANTITIES["attention"].format(**_labels(choice))
-        return title, (rows["attention"] - rows["attention_control"]).to_numpy(float)
-    return wording.PROMPT_QUANTITIES["effect_first_order"], rows["effect_first_order"].to_numpy(float)
+        return wording.PROMPT_QUANTITIES[name].format(answer=write[ends[0]], other=write[ends[1]]), write[
+            "sign"
+        ] * values
+    if name == "attention":
+        values = values - rows["attention_control"].to_numpy(float)
+    return wording.PROMPT_QUANTITIES[name].format(**_labels(choice)), values
 
 
 def _labels(choice: Json) -> dict[str, str]:

@@ -54,18 +54,19 @@ def find_wrappers(checkpoint: Checkpoint) -> list[str]:
 
 
 def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: bool) -> Any:
-    """Load the Hugging Face model, float32.
+    """Load the Hugging Face model, float32, from a directory or from a GGUF file's tensors.
 
     Raises:
         UserError: it cannot be loaded, tensors are missing, or some are not finite.
     """
     from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
 
-    label = checkpoint.label
+    label, files = checkpoint.label, checkpoint.metadata is None
     without = {f"^{re.escape(wrapper)}": "" for wrapper in find_wrappers(checkpoint)}
     try:
         model, report = get_hf_model_class_for_architecture(architecture).from_pretrained(
-            str(checkpoint.directory),
+            str(checkpoint.directory) if files else None,
+            **({} if files else _of_gguf(checkpoint)),
             output_loading_info=True,
             dtype=torch.float32,
             attn_implementation="eager",
@@ -74,6 +75,8 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
             key_mapping=without or None,
             ignore_mismatched_sizes=True,  # to name them below
         )
+    except UserError:
+        raise
     except Exception as error:  # transformers raises many kinds
         reason = first_line(error) or type(error).__name__
         raise UserError(f"{label}: transformers cannot load {architecture} ({reason}).") from error
@@ -98,6 +101,14 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
     for name, parameter in model.named_parameters():
         check_finite(label, name, parameter.detach())
     return model.eval()
+
+
+def _of_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return a GGUF file's settings and tensors as transformers takes them, the tensors under its own names."""
+    from transformers import AutoConfig
+
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.shapes}
+    return {"config": AutoConfig.for_model(**checkpoint.config), "state_dict": tensors}
 
 
 def boot_bridge(checkpoint: Checkpoint, model: Any, architecture: str, trust_remote_code: bool) -> Any:

@@ -81,7 +81,8 @@ def make_prompted(source: Path, results: Path, model: str = "mini-attn") -> Path
         {
             "kind": "role",
             "role": ["induction", "previous_token"],
-            "primary": ["ov_copying", "qk_prev_auc"],
+            "metric": ["ov_copying", "qk_prev_auc"],
+            "quantity": ["write", "attention"],
             **statistics,
         }
         | {"spearman": [-0.25, 0.5], "split_half": [0.9, 0.8]}
