@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import compose
+from support.gguf_writing import ARCHITECTURES, write_gguf
 from support.models import KINDS, local, make
 from transformers import AutoModelForCausalLM
 
@@ -179,3 +180,25 @@ def test_softcaps_are_the_models_own_and_writes_are_before_the_last(tmp_path) ->
     uncapped = [running.before_softcap(run.logits[:, token]) for token in (7, 9)]
     found = (run.final * Writes(model).directions(run, plus, minus)).sum(-1)
     torch.testing.assert_close(found, uncapped[0] - uncapped[1], atol=1e-3, rtol=1e-3)
+
+
+UNTOLD: dict[str, dict[str, object]] = {
+    "gemma2": {"query_pre_attn_scalar": 8, "final_logit_softcapping": 30.0},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention"] * 3},
+    "mistral": {"sliding_window": None},
+}
+"""Settings that a GGUF file does not tell, as it is read."""
+
+
+@pytest.mark.parametrize("kind", sorted(set(ARCHITECTURES) - {"gemma"}))
+def test_a_gguf_file_runs_as_the_directory_that_it_was_made_from(kind, tmp_path) -> None:
+    make(kind, tmp_path / "hf", **UNTOLD.get(kind, {}))
+    file = write_gguf(tmp_path / "hf", tmp_path / "model.gguf")
+    tokens = torch.randint(40, (N, LENGTH), generator=torch.Generator().manual_seed(0))
+    every = torch.arange(LENGTH)[:, None].expand(LENGTH, N)
+    runs = [
+        RunningModel.load(open_checkpoint(local(path)), local(path), CPU).run(tokens, Places(every, every))
+        for path in (file, tmp_path / "hf")
+    ]
+    for part in ("logits", "patterns", "outputs"):
+        torch.testing.assert_close(*(getattr(run, part) for run in runs), atol=1e-4, rtol=1e-4)

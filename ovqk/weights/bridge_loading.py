@@ -64,9 +64,13 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
     label, files = checkpoint.label, checkpoint.metadata is None
     without = {f"^{re.escape(wrapper)}": "" for wrapper in find_wrappers(checkpoint)}
     try:
-        model, report = get_hf_model_class_for_architecture(architecture).from_pretrained(
+        kind: Any = get_hf_model_class_for_architecture(architecture)
+        content: dict[str, Any] = {}
+        if not files:
+            kind, content = _of_gguf(checkpoint)
+        model, report = kind.from_pretrained(
             str(checkpoint.directory) if files else None,
-            **({} if files else _of_gguf(checkpoint)),
+            **content,
             output_loading_info=True,
             dtype=torch.float32,
             attn_implementation="eager",
@@ -103,12 +107,14 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
     return model.eval()
 
 
-def _of_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return a GGUF file's settings and tensors as transformers takes them, the tensors under its own names."""
+def _of_gguf(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+    """Return the class of a GGUF file's model, and its settings and tensors as transformers takes them."""
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    config = AutoConfig.for_model(**checkpoint.config)
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.shapes}
-    return {"config": AutoConfig.for_model(**checkpoint.config), "state_dict": tensors}
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], {"config": config, "state_dict": tensors}
 
 
 def boot_bridge(checkpoint: Checkpoint, model: Any, architecture: str, trust_remote_code: bool) -> Any:
