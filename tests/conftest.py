@@ -16,7 +16,15 @@ from support.commands import CLI
 from support.models import make, make_gpt2, make_llama, shared_model
 from tokenizers import Tokenizer
 
-torch.set_num_threads(1)  # the tests run side by side
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tests run side by side; one that sets another number of threads does so for itself alone."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

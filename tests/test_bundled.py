@@ -22,7 +22,6 @@ def name(request) -> str:
 
 @pytest.fixture(scope="module")
 def loaded(name):
-    torch.set_num_threads(2)
     return accuracy.load(BUNDLED / name)
 
 

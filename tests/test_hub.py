@@ -655,10 +655,10 @@ def test_a_killed_fetch_leaves_nothing_that_is_taken_for_whole(hub, wide, tmp_pa
     hub.pause = 0.3
     with start(hub, tmp_path) as process:
         limit = time.monotonic() + 60
-        while not list(own_folder().glob("*.tmp")) and time.monotonic() < limit:
+        while not list(own_folder().glob(f".{SINGLE}.*.tmp")) and time.monotonic() < limit:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-    assert list(own_folder().glob("*.tmp")) and not (own_folder() / SINGLE).exists()
+    assert list(own_folder().glob(f".{SINGLE}.*.tmp")) and not (own_folder() / SINGLE).exists()
     hub.pause = 0
     assert same_weights(opened(), model(), wide)
     assert not list(own_folder().glob("*.tmp"))

@@ -1,9 +1,11 @@
 """A file is written whole or not at all, and what is left behind is known by its name."""
 
 import json
+import os
 
 import pytest
 
+from ovqk.checkpoints.files import remember
 from ovqk.whole_files import clear_abandoned, is_temporary, temporary, whole, write_json, write_text
 
 
@@ -44,3 +46,20 @@ def test_what_killed_processes_left_is_deleted_for_one_file_or_for_all(tmp_path)
 def test_a_number_that_is_not_finite_is_null(tmp_path) -> None:
     write_json(tmp_path / "a.json", {"a": [1.5, float("nan")], "b": (float("inf"),)})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.5, None], "b": [None]}
+
+
+def test_what_another_process_may_still_be_writing_is_spared(tmp_path) -> None:
+    old, new = tmp_path / ".a.json.7.tmp", tmp_path / ".b.json.12.tmp"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    clear_abandoned(tmp_path, age=60.0)
+    assert list(tmp_path.iterdir()) == [new]
+
+
+def test_remembering_deletes_what_killed_processes_left_long_ago(tmp_path) -> None:
+    old = tmp_path / ".digest.json.7.tmp"
+    old.touch()
+    os.utime(old, (0, 0))
+    remember(tmp_path / "other.json", {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]

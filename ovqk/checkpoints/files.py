@@ -12,12 +12,13 @@ from typing import Any
 import platformdirs
 
 from ovqk.errors import UserError
-from ovqk.whole_files import write_text
+from ovqk.whole_files import clear_abandoned, write_text
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "tokenizer_config.json")
+ABANDONED_AFTER = 3600.0  # seconds; what is remembered is written in milliseconds
 
 
 def read_config(directory: Path, label: str, name: str = CONFIG) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def remember(path: Path, content: Any) -> None:
     with suppress(OSError):  # of a read-only home or a full disk
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(content))
+        clear_abandoned(path.parent, age=ABANDONED_AFTER)
 
 
 def cache_folder() -> Path:
