@@ -80,6 +80,8 @@ class Metric:
         side: the side of the circuit that lies in the task's subspace; empty if it is not of a side.
         ratio_of: the space whose eigenvalues it is the ratio of, as drawn below them; None if it is of none.
         share: it is a share of the score's variance: the part of the key, and a name for it beside the others of the part.
+        composes: of a pair: the input of the receiver that the sender writes.
+        ranks: of a pair: the end whose heads it ranks.
     """
 
     name: str
@@ -105,6 +107,8 @@ class Metric:
     side: str = ""
     ratio_of: Literal["vocab", "residual"] | None = None
     share: tuple[Part, str] | None = None
+    composes: Literal["query", "key", "value"] | None = None
+    ranks: Literal["sender", "receiver"] | None = None
 
     @property
     def is_readout(self) -> bool:
@@ -200,10 +204,18 @@ def _subspace(*row: Any, **more: Any) -> Metric:
     return _metric(*row, of="subspace", topic="task", other_words="counts", **more)
 
 
-def _pair(name: str, title: str, formula: str, low: float) -> Metric:
+def _pair(
+    name: str,
+    title: str,
+    formula: str,
+    low: float,
+    composes: Literal["query", "key", "value"],
+    ranks: Literal["sender", "receiver"] = "sender",
+) -> Metric:
     needs: frozenset[Needs] = frozenset({"pairs", "embedding"} if name == "k_composed_matching" else {"pairs"})
     source = "" if name == "k_composed_matching" else "Elhage et al. 2021"
-    return Metric(name, None, title, formula, low, 1.0, source, needs, of="pair", topic="composition")
+    more: dict[str, Any] = {"composes": composes, "ranks": ranks}
+    return Metric(name, None, title, formula, low, 1.0, source, needs, of="pair", topic="composition", **more)
 
 
 def _shares() -> list[Metric]:
@@ -272,10 +284,10 @@ _METRICS = [
     _subspace("qk_key_alignment", "QK key side in the task subspace", "|W_QK P_r|_F^2 / |W_QK|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0, side="key", column="QK align", **_at("curve, column", SUBSPACES)),
     _subspace("qk_top_query_alignment", "QK top query direction in the task subspace", "|P_r u_1|^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
     _subspace("qk_top_key_alignment", "QK top key direction in the task subspace", "|P_r v_1|^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0),
-    _pair("q_composition", "Q-composition", "|W_OV(s) W_QK(r)| / (|W_OV(s)| |W_QK(r)|)", 0.0),
-    _pair("k_composition", "K-composition (percentile in the sender's layer)", "|W_OV(s) W_QK(r)^T| / (|W_OV(s)| |W_QK(r)|)", 0.0),
-    _pair("v_composition", "V-composition", "|W_OV(s) W_OV(r)| / (|W_OV(s)| |W_OV(r)|)", 0.0),
-    _pair("k_composed_matching", "K-composed matching", "sum lambda / sum |lambda| of token -> OV(s) -> keys of r", -1.0),
+    _pair("q_composition", "Q-composition", "|W_OV(s) W_QK(r)| / (|W_OV(s)| |W_QK(r)|)", 0.0, "query"),
+    _pair("k_composition", "K-composition (percentile in the sender's layer)", "|W_OV(s) W_QK(r)^T| / (|W_OV(s)| |W_QK(r)|)", 0.0, "key"),
+    _pair("v_composition", "V-composition", "|W_OV(s) W_OV(r)| / (|W_OV(s)| |W_OV(r)|)", 0.0, "value"),
+    _pair("k_composed_matching", "K-composed matching", "sum lambda / sum |lambda| of token -> OV(s) -> keys of r", -1.0, "key", "receiver"),
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _METRICS}

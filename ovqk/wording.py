@@ -69,7 +69,8 @@ PROMPT_COLUMNS = {
     "attention": "attention",
     "attention_control": "control",
     "write_share": "write",
-    "write_link": "link",
+    "write_link": "write link",
+    "score_link": "score link",
     "effect": "effect",
     "effect_mean_replacement": "by mean",
 }
@@ -78,9 +79,10 @@ PROMPT_SHARES = ("write_share", "effect", "effect_mean_replacement")
 """Those that are read in percent."""
 PROMPT_LEGEND = (
     "attention, control: from the role's query to its source, and to a token of the same kind. write: onto the role's "
-    "words at the end of the text, as a share of the mean logit difference. link: share of the write's variance that "
-    "attention times the weights' own account explains. effect: share of what the counterfactual prompt takes "
-    "away that is lost if the head puts out what it does there; by mean: what it does there on average."
+    "words at the end of the text, as a share of the mean logit difference. write link: share of the write's "
+    "variance that attention times the weights' own account explains. score link: share of what the source's score "
+    "exceeds other tokens' by that comes from the two tokens themselves. effect: share of what the counterfactual "
+    "prompt takes away that is lost if the head puts out what it does there; by mean: what it does there on average."
 )
 """How to read these columns."""
 PROMPT_BARS = {

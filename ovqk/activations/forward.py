@@ -199,6 +199,13 @@ class RunningModel:
             gradients=gradients,
         )
 
+    def run_hooked(
+        self, tokens: Int[Tensor, "prompt position"], names: Sequence[tuple[str, Callable[..., Any]]]
+    ) -> None:
+        """Run prompts from the start; functions of (value, hook) see what is at some of TransformerLens's places."""
+        with torch.no_grad(), self._hooked(names):
+            self._forward(input_ids=tokens.to(self.device), use_cache=False)
+
     # --- replacements ----------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -9,10 +9,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ovqk.activations.judge import LINKED, Judged
-from ovqk.config.schema import RoleActivationsConfig, TaskConfig
+from ovqk.config.schema import Circuit, RoleActivationsConfig, TaskConfig
 from ovqk.metrics import METRICS
 
 BOOTSTRAPS = 1000
+LINKS = ("write_link", "score_link", "score_key_partner", "score_query_partner")
+"""What ties weights to prompts."""
 
 
 def joint_table(
@@ -31,7 +33,7 @@ def joint_table(
     for subject in judged.roles.to_dict("records"):
         role, place = subject["role"], (int(subject["layer"]), int(subject["head"]))
         weights = _weights(verdicts, role, place)
-        link, slope = (subject.get(name, math.nan) for name in ("write_link", "write_link_slope"))
+        link = _link(weights.get("primary"), subject)
         rows.append(
             {
                 "kind": "head", "role": role, "layer": place[0], "head": place[1],
@@ -39,8 +41,8 @@ def joint_table(
                 "weights": weights.get("verdict"), "primary": weights.get("primary"), "value": weights.get("value"),
                 "percentile": weights.get("percentile"), "activations": subject["verdict"],
                 **{name: subject.get(name, math.nan) for name in ("attention", "write", "effect")},
-                "write_link": link,
-                "reading": reading(weights.get("verdict"), subject["verdict"], 0.0 if slope < 0 else link),
+                **{name: subject.get(name, math.nan) for name in LINKS}, "link": link,
+                "reading": reading(weights.get("verdict"), subject["verdict"], link),
             }
         )  # fmt: skip
     rows += _role_rows(judged, heads, task, seed)
@@ -78,6 +80,22 @@ def reading(weights: str | None, activations: str, link: float) -> str:
     if weights in ("unsupported", "contradicted") and activations in ("not_realised", "opposite"):
         return "neither"
     return "undecided"
+
+
+def _link(primary: str | None, subject: Mapping[Any, Any]) -> float:
+    """Return the link of what the weights' verdict was about, nan if there is none.
+
+    OV: `write_link`, 0 if the write falls where the weights say that it rises. QK: `score_link`. A receiver's input by
+    composition: the part of its scores that comes through the partners.
+    """
+    metric = METRICS.get(primary) if isinstance(primary, str) else None
+    if metric is None:
+        return math.nan
+    if metric.circuit is Circuit.ov:
+        falls = subject.get("write_link_slope", math.nan) < 0
+        return 0.0 if falls else float(subject.get("write_link", math.nan))
+    name = "score_link" if metric.circuit is Circuit.qk else f"score_{metric.composes}_partner"
+    return float(subject.get(name, math.nan)) if metric.circuit or metric.ranks == "receiver" else math.nan
 
 
 def _weights(verdicts: pd.DataFrame | None, role: str, place: tuple[int, int]) -> Mapping[Any, Any]:

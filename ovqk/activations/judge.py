@@ -29,7 +29,7 @@ from ovqk.weights.types import Head
 LEAST_ACCURACY = 0.8
 """Share of the testing half's prompts whose answer must beat the foil."""
 LINKED = 0.5
-"""R^2 from which a head's write counts as the one that its weights account for."""
+"""Share of its write's variance, or of its contrast in score, from which a head's weights account for what it did."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
             row = testing[(testing["layer"] == head[0]) & (testing["head"] == head[1])].iloc[0]
             subjects.append(
                 {str(name): value for name, value in row.items()}
+                | _score(measured, role, head)
                 | {"claimed": head in claimed.get(role, ()), "chosen": head in chosen}
             )
     _correct(measured, subjects)
@@ -104,6 +105,11 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
     if len(roles):
         roles = roles.reindex(columns=[*front, *(name for name in roles if name not in front)])
     return Judged(pd.concat(tables, ignore_index=True), roles, found if not why_not else {}, why_not)
+
+
+def _score(measured: Measured, role: str, head: Head) -> dict[str, float]:
+    found = measured.scores.get((role, head))
+    return {} if found is None else {f"score_{name}": value for name, value in found._asdict().items()}
 
 
 def _place(subject: Mapping[str, Any]) -> Head:

@@ -10,6 +10,7 @@ from ovqk.activations.effects import LEAST_CHANGE, MEAN, RESTORED, Patch, check_
 from ovqk.activations.forward import RunningModel
 from ovqk.activations.quantities import Steps, looks_of, observe, queries_of
 from ovqk.activations.roles import Measured
+from ovqk.activations.score_links import Asked, Partners, partner_roles, score_links
 from ovqk.config.schema import RoleActivationsConfig, TaskConfig
 from ovqk.errors import UserError
 from ovqk.structure.model import Model
@@ -114,7 +115,27 @@ def measure(
     measured.add(measure_effects(running, prompts, observed, new, looks_of(roles), steps))
     again = measure_effects(running, prompts, observed, list(patches), looks_of(roles), steps, (MEAN, RESTORED))
     measured.add({patch: merged(measured.effects[patch], effects) for patch, effects in again.items()})
+    _add_scores(measured, running, model, prompts, steps)
     return measured
+
+
+def _add_scores(measured: Measured, running: RunningModel, model: Model, prompts: Prompts, steps: Steps) -> None:
+    """Split the scores of all claimed and chosen heads whose role says what they look at."""
+    task, asked = model.config.task, dict[tuple[str, Head], Asked]()
+    for name, config in measured.roles.items():
+        if config.attention is None:
+            continue
+        sides = partner_roles(task.roles, name)
+        partners = Partners(
+            **{
+                side: tuple(head for role in roles for head in measured.receivers.get(role, ()))
+                for side, roles in sides.items()
+            }
+        )
+        for head in dict.fromkeys((*measured.receivers[name], *chosen_heads(measured, name))):
+            asked[name, head] = Asked(head, config.attention.query, config.attention.source, partners)
+    found = score_links(running, model, prompts, list(dict.fromkeys(asked.values())), steps)
+    measured.scores.update({subject: found[each] for subject, each in asked.items()})
 
 
 def chosen_heads(measured: Measured, role: str) -> tuple[Head, ...]:

@@ -16,7 +16,7 @@ from ovqk.activations.forward import Places, Run, RunningModel
 from ovqk.config.schema import AttentionConfig, RoleActivationsConfig, WriteConfig
 from ovqk.memory import FreedMemory
 from ovqk.structure.model import Model
-from ovqk.weights.norms import Norm
+from ovqk.weights.norms import Norm, inverse_scale
 from ovqk.weights.stored_rows import StoredRows
 
 Values = Float[Tensor, "prompt layer head"]
@@ -101,7 +101,8 @@ class Writes:
         """Return what the residual stream at END is multiplied by in the logit of one token minus that of another."""
         difference = (self.rows[plus] - self.rows[minus]).float().cpu()
         norm = self.embeddings.final_norm
-        return difference * self._inverse_scale(run.final, self.architecture.norm if norm is None else norm.kind)
+        kind = self.architecture.norm if norm is None else norm.kind
+        return difference * inverse_scale(run.final, kind, self.architecture.norm_eps)
 
     def bias(self, plus: Int[Tensor, " prompt"], minus: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
         """Return what the final norm's bias adds to the logit of one token minus that of another."""
@@ -117,18 +118,11 @@ class Writes:
         """Return what each head's output at END is multiplied by in a write."""
         norm = self.post_norms[layer]
         if norm is not None:
-            directions = (
-                directions * norm.weight.float().cpu() * self._inverse_scale(run.attention_out[layer], norm.kind)
-            )
+            scale = inverse_scale(run.attention_out[layer], norm.kind, self.architecture.norm_eps)
+            directions = directions * norm.weight.float().cpu() * scale
             if norm.kind == "layernorm":
                 directions = directions - directions.mean(-1, keepdim=True)
         return torch.einsum("hzd,pd->phz", self.W_O[layer], directions)
-
-    def _inverse_scale(self, x: Float[Tensor, "prompt d_model"], kind: str) -> Float[Tensor, "prompt one"]:
-        if kind == "none":
-            return torch.ones(len(x), 1)
-        centred = x - x.mean(-1, keepdim=True) if kind == "layernorm" else x
-        return torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.architecture.norm_eps)
 
 
 def observe(

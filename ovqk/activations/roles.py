@@ -13,6 +13,7 @@ from ovqk.activations.batches import Half
 from ovqk.activations.clusters import ClusterTest, cluster_means, flip_signs
 from ovqk.activations.effects import Effects, Patch
 from ovqk.activations.quantities import Observed, look_of, queries_of
+from ovqk.activations.score_links import ScoreLink
 from ovqk.config.schema import RoleActivationsConfig
 from ovqk.verdicts.statistics import ALPHA
 from ovqk.weights.types import Head
@@ -36,6 +37,7 @@ class Measured:
         receivers: role -> the heads that other roles' effects go into.
         seed: of drawn sign flips.
         change: what replacing a head by itself does, as a share of the mean logit difference: a control.
+        scores: (role, head) -> how its scores come about, for claimed and chosen heads of a role that says a source.
     """
 
     observed: Observed
@@ -44,6 +46,7 @@ class Measured:
     receivers: dict[str, tuple[Head, ...]]
     seed: int
     change: float = 0.0
+    scores: dict[tuple[str, Head], ScoreLink] = field(default_factory=dict)
     _rows: dict[tuple[str, Half], pd.DataFrame] = field(default_factory=dict)
 
     def add(self, effects: Mapping[Patch, Effects]) -> None:

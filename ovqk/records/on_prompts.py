@@ -167,7 +167,8 @@ def head_table(joint: pd.DataFrame, roles: pd.DataFrame) -> pd.DataFrame:
     Columns: role, layer, head, measured, found (in words), the quantities of `wording.PROMPT_COLUMNS`, weights and
     activations (verdicts), reading, reason.
     """
-    wanted = ["role", "layer", "head", "reason", *wording.PROMPT_COLUMNS]
+    more = ["score_contrast", "score_key_partner", "score_query_partner"]
+    wanted = ["role", "layer", "head", "reason", *wording.PROMPT_COLUMNS, *more]
     heads = joint_rows(joint, "head")[
         ["role", "layer", "head", "claimed", "measured", "weights", "activations", "reading"]
     ]
@@ -183,7 +184,7 @@ def head_table(joint: pd.DataFrame, roles: pd.DataFrame) -> pd.DataFrame:
     quantities = roles.reindex(columns=wanted).astype({"layer": int, "head": int})
     whole = heads.merge(quantities, on=["role", "layer", "head"], how="left")
     first = ["role", "layer", "head", "measured", "found"]
-    return whole[[*first, *wording.PROMPT_COLUMNS, "weights", "activations", "reading", "reason"]]
+    return whole[[*first, *wording.PROMPT_COLUMNS, "weights", "activations", "reading", "reason", *more]]
 
 
 def head_values(activations: pd.DataFrame) -> pd.DataFrame:

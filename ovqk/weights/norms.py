@@ -38,8 +38,12 @@ class QueryKeyNorm:
         self, x: Float[Tensor, "any_head row d_head"], gain: Float[Tensor, "any_head d_head"]
     ) -> Float[Tensor, "any_head row d_head"]:
         """Apply the norm to queries or to keys, with their gain."""
+        return x * self.inverse_scale(x) * gain[:, None]
+
+    def inverse_scale(self, x: Float[Tensor, "any_head row d_head"]) -> Float[Tensor, "one_or_any_head row one"]:
+        """Return what queries or keys are multiplied by, besides their gain."""
         over = (0, 2) if self.over_heads else (2,)
-        return x * torch.rsqrt(x.square().mean(over, keepdim=True) + self.eps) * gain[:, None]
+        return torch.rsqrt(x.square().mean(over, keepdim=True) + self.eps)
 
 
 def normalise(x: Float[Tensor, "*batch d_model"], kind: NormKind, eps: float) -> Float[Tensor, "*batch d_model"]:
@@ -58,3 +62,27 @@ def apply_norm(norm: Norm | None, x: Float[Tensor, "*batch d_model"], eps: float
         return x
     x = normalise(x, norm.kind, eps) * norm.weight
     return x if norm.bias is None else x + norm.bias
+
+
+def inverse_scale(x: Float[Tensor, "*batch d_model"], kind: NormKind, eps: float) -> Float[Tensor, "*batch one"]:
+    """Return what a norm multiplies rows by, besides its gain; under `layernorm` their mean is removed before."""
+    if kind == "none":
+        return torch.ones_like(x[..., :1])
+    centred = x - x.mean(-1, keepdim=True) if kind == "layernorm" else x
+    return torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+
+
+def linear_part(
+    norm: Norm | None,
+    parts: Float[Tensor, "*part_and_batch d_model"],
+    whole: Float[Tensor, "*batch d_model"],
+    eps: float,
+) -> Float[Tensor, "*part_and_batch d_model"]:
+    """Return what a norm, its bias aside, makes of parts of rows, at the scale that it has on the whole rows.
+
+    Parts that sum to the whole come out as parts that sum to the normalised whole.
+    """
+    if norm is None:
+        return parts
+    centred = parts - parts.mean(-1, keepdim=True) if norm.kind == "layernorm" else parts
+    return centred * inverse_scale(whole, norm.kind, eps) * norm.weight

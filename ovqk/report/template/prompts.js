@@ -231,6 +231,7 @@ function headOnPrompts(cell, layer, head) {
 function promptCard(cell, row, judged) {
   const pictures = cell.on_prompts.pictures[row.role] || [];
   const link = isNumber(row.write_link) ? `R² ${number(row.write_link)}, slope ${number(row.write_link_slope)}` : null;
+  const scores = judged ? scoreParts(judged) : "";
   return h("section", { class: "card" },
     h("h3", {}, capital(roleName(row.role)), judged ? promptVerdict(judged.activations) : null, judged ? h("span", { class: "small muted" }, judged.found) : null),
     judged ? facts([
@@ -239,7 +240,21 @@ function promptCard(cell, row, judged) {
       ["Together", REPORT.wording.readings[judged.reading]],
     ]) : null,
     h("div", { class: "grid3 pictures" }, pictures.map((picture) => promptBars(cell, row, picture)).filter(Boolean)),
-    link ? facts([["Link", `${link}: of the write on attention times the weights' own account of it`]]) : null);
+    link || scores ? facts([
+      ["Write", link ? `${link}: of the write on attention times the weights' own account of it` : null],
+      ["Score", scores || null],
+    ]) : null);
+}
+
+/** Where a head's contrast in score between its source and other tokens comes from, in words. */
+function scoreParts(row) {
+  if (!isNumber(row.score_link)) return "";
+  const part = (name, text) => (isNumber(row[name]) ? [`${minus(percent(row[name]))} ${text}`] : []);
+  return `${number(row.score_contrast)} above other tokens': ${[
+    ...part("score_link", "from the two tokens themselves"),
+    ...part("score_key_partner", "through what its partners write to the key"),
+    ...part("score_query_partner", "through what its partners write to the query"),
+  ].join(", ")}`;
 }
 
 const BARS = { width: 330, left: 158, right: 56, line: 25 };

@@ -1,0 +1,312 @@
+"""What made a head look where it looked: its scores on prompts, split by who wrote what it read.
+
+Before the softmax, and with the scales of norms as they were in the run, the score of a query and a key is bilinear in
+the two rows of the residual stream, and the rows are sums: of the embeddings with the first MLP, of what each earlier
+head wrote, and of the rest. So the score is a sum over pairs of writers, and each pair has its share of the contrast
+
+    score(query, source) - mean over the other keys of score(query, key)
+
+by which the head looks at the source (definitions: section 7).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ovqk.activations.batches import Batch, Prompts
+from ovqk.activations.forward import RunningModel
+from ovqk.activations.quantities import Steps
+from ovqk.config.schema import RoleConfig
+from ovqk.metrics import METRICS
+from ovqk.structure.model import Model
+from ovqk.weights.devices import to_device
+from ovqk.weights.norms import apply_norm, linear_part
+from ovqk.weights.types import Architecture, Head, LayerWeights
+
+LEAST_AGREEMENT = 1e-3
+"""By how much attention computed from the scores may differ from the model's own, in probability."""
+
+Stream = Float[Tensor, "prompt position d_model"]
+
+
+class ScoreLink(NamedTuple):
+    """Shares of a head's contrast in score, each its mean over clusters of prompts over the mean contrast.
+
+    A share may lie outside of [0, 1]: parts may be negative. All are nan if attention computed from the scores is not
+    the model's own (it is softcapped, or biased by distance, or has a sink beside its keys).
+
+    Attributes:
+        contrast: mean, in the score's own unit, after its factor and before the softmax.
+        link: both rows as the embeddings and the first MLP wrote them: what the weights of the head alone see.
+        key_heads, query_heads: the row on that side as all earlier heads wrote it, whatever the other row.
+        key_partner, query_partner: as the partners among them wrote it; nan without partners in earlier layers.
+    """
+
+    contrast: float
+    link: float
+    key_heads: float
+    query_heads: float
+    key_partner: float
+    query_partner: float
+
+
+class Partners(NamedTuple):
+    """The earlier heads that a role's heads are said to read on either side."""
+
+    query: tuple[Head, ...] = ()
+    key: tuple[Head, ...] = ()
+
+
+def partner_roles(roles: Mapping[str, RoleConfig], name: str) -> dict[str, list[str]]:
+    """Return query and key -> the roles whose heads write it for this role's heads, by what roles predict of pairs."""
+    found: dict[str, list[str]] = {"query": [], "key": []}
+    for role, config in roles.items():
+        for prediction in config.predictions:
+            metric = METRICS[prediction.metric]
+            if metric.composes not in found:
+                continue
+            if metric.ranks == "receiver" and role == name:
+                found[metric.composes] += prediction.partners
+            elif metric.ranks == "sender" and name in prediction.partners:
+                found[metric.composes].append(role)
+    return {side: list(dict.fromkeys(names)) for side, names in found.items()}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A head whose scores are split.
+
+    Attributes:
+        query, source: labels of the prompts.
+        partners: that may be of any layer; later ones are left out.
+    """
+
+    head: Head
+    query: str
+    source: str
+    partners: Partners
+
+    def earlier(self, side: str) -> tuple[Head, ...]:
+        """Return the partners of a side that lie in layers before the head's."""
+        return tuple(sorted(head for head in getattr(self.partners, side) if head[0] < self.head[0]))
+
+
+@dataclass
+class _Writers:
+    """What has been written to the stream so far, at every position of a batch.
+
+    Attributes:
+        direct: by the embeddings and the first MLP.
+        heads: by all heads.
+        some: some heads -> by these.
+    """
+
+    direct: Stream
+    heads: Stream
+    some: dict[tuple[Head, ...], Stream] = field(default_factory=dict)
+
+    def parts(self, stream: Stream, partners: tuple[Head, ...]) -> Float[Tensor, "part prompt position d_model"]:
+        """Return what a stream consists of: direct, partners, other heads, the rest."""
+        partner = self.some[partners] if partners else torch.zeros_like(stream)
+        return torch.stack([self.direct, partner, self.heads - partner, stream - self.direct - self.heads])
+
+
+def score_links(
+    running: RunningModel, model: Model, prompts: Prompts, asked: Sequence[Asked], steps: Steps
+) -> dict[Asked, ScoreLink]:
+    """Run the testing half once more, and split heads' scores.
+
+    Args:
+        running: the model that runs.
+        model: its weights.
+        prompts: the prompts; those of the testing half in which a head's labels have a place are used.
+        asked: the heads.
+        steps: counts off the batches.
+    """
+    found: dict[Asked, list[tuple[Tensor, Tensor]]] = {each: [] for each in asked}
+    wrong: set[Asked] = set()
+    batches = [batch for batch in prompts.batches if batch.half == "testing"]
+    for number in steps(len(batches), "scores of batch") if asked else ():
+        batch = batches[number]
+        for each, contrasts in _Split(running, model, batch, asked).run().items():
+            if contrasts is None:
+                wrong.add(each)
+            else:
+                found[each].append((batch.clusters, contrasts))
+    return {each: _link(each, parts if each not in wrong else []) for each, parts in found.items()}
+
+
+def _link(asked: Asked, parts: Sequence[tuple[Tensor, Tensor]]) -> ScoreLink:
+    if not parts:
+        return ScoreLink(*[math.nan] * len(ScoreLink._fields))
+    clusters, contrasts = (torch.cat(list(each)) for each in zip(*parts, strict=True))
+    means = torch.stack([contrasts[clusters == cluster].mean(0) for cluster in clusters.unique()]).mean(0)  # [q, k]
+    whole = float(means.sum())
+    shares = means / whole
+    return ScoreLink(
+        contrast=whole,
+        link=float(shares[0, 0]),
+        key_heads=float(shares[:, 1:3].sum()),
+        query_heads=float(shares[1:3].sum()),
+        key_partner=float(shares[:, 1].sum()) if asked.earlier("key") else math.nan,
+        query_partner=float(shares[1].sum()) if asked.earlier("query") else math.nan,
+    )
+
+
+class _Split:
+    """One run of a batch in which the scores of some heads are split."""
+
+    def __init__(self, running: RunningModel, model: Model, batch: Batch, asked: Sequence[Asked]) -> None:
+        self.running, self.batch, self.architecture = running, batch, model.architecture
+        self.here = [each for each in asked if None not in (batch.position(each.query), batch.position(each.source))]
+        self.source, self.last = model.source, max((each.head[0] for each in self.here), default=-1)
+        partners = {each.earlier(side) for each in self.here for side in ("query", "key")} - {()}
+        self.sets = sorted(partners)
+        self.found: dict[Asked, Tensor | None] = {}
+        self.expected: dict[Asked, Tensor] = {}
+        self.writers: _Writers | None = None
+        self.before: Tensor | None = None
+        self.outputs: Tensor | None = None
+        self.weights: LayerWeights | None = None
+
+    @torch.no_grad()
+    def run(self) -> dict[Asked, Float[Tensor, "prompt query_part key_part"] | None]:
+        """Return contrasts of all heads whose labels have a place here; None for those whose attention is another."""
+        if not self.here:
+            return {}
+        names: list[tuple[str, Callable[..., Any]]] = []
+        for layer in range(self.last + 1):
+            names += [
+                (f"blocks.{layer}.hook_in", partial(self._enter, layer=layer)),
+                (f"blocks.{layer}.attn.hook_z", self._keep),
+                (f"blocks.{layer}.attn.hook_out", partial(self._leave, layer=layer)),
+                (f"blocks.{layer}.attn.hook_pattern", partial(self._check, layer=layer)),
+            ]
+        self.running.run_hooked(self.batch.tokens, names)
+        return self.found
+
+    def _enter(self, value: Tensor, hook: Any, layer: int) -> None:
+        stream = value.detach().float()
+        if self.writers is None:
+            zeros = torch.zeros_like(stream)
+            self.writers = _Writers(stream, zeros, dict.fromkeys(self.sets, zeros))
+        elif layer == 1:
+            assert self.before is not None
+            self.writers.direct = self.writers.direct + (stream - self.before - self.writers.heads)
+        self.before = stream
+        self.weights = to_device(self.source.layer(layer), stream.device)
+        for each in self.here:
+            if each.head[0] == layer:
+                self._split(each, stream)
+
+    def _keep(self, value: Tensor, hook: Any) -> None:
+        self.outputs = value.detach().float()
+
+    def _leave(self, value: Tensor, hook: Any, layer: int) -> None:
+        assert self.weights is not None and self.outputs is not None and self.writers is not None
+        z, W_O, norm, whole = self.outputs, self.weights.W_O, self.weights.post_norm, value.detach().float()
+        eps = self.architecture.norm_eps
+
+        def written(heads: Sequence[int]) -> Tensor:
+            some = list(heads)
+            return linear_part(norm, torch.einsum("bphz,hzd->bpd", z[:, :, some], W_O[some]), whole, eps)
+
+        self.writers.heads = self.writers.heads + written(range(z.shape[2]))
+        for some in self.sets:
+            own = [head for index, head in some if index == layer]
+            if own:
+                self.writers.some[some] = self.writers.some[some] + written(own)
+
+    def _check(self, value: Tensor, hook: Any, layer: int) -> None:
+        every = torch.arange(len(self.batch))
+        for each in self.here:
+            if each.head[0] == layer:
+                query = self.batch.position(each.query)
+                assert query is not None
+                own = value.detach().float()[every, each.head[1], query]
+                if not float((own - self.expected[each]).abs().max()) <= LEAST_AGREEMENT:
+                    self.found[each] = None
+
+    def _split(self, asked: Asked, stream: Stream) -> None:
+        assert self.writers is not None and self.weights is not None
+        at = {name: self.batch.position(getattr(asked, name)) for name in ("query", "source")}
+        query, source = at["query"], at["source"]
+        assert query is not None and source is not None
+        every, positions = torch.arange(len(stream)), torch.arange(stream.shape[1])
+        query_parts = self.writers.parts(stream, asked.earlier("query"))[:, every, query][:, :, None]
+        key_parts = self.writers.parts(stream, asked.earlier("key"))
+        own = stream[every, query][:, None]
+        scores = split_scores(
+            self.weights, self.architecture, asked.head[1], (query_parts, own), (key_parts, stream), query
+        )
+        seen = positions[None] <= query[:, None] if self.architecture.causal else torch.ones(stream.shape[:2]) > 0
+        if self.weights.sliding_window is not None:
+            seen &= query[:, None] - positions[None] < self.weights.sliding_window
+        seen = seen.to(stream.device)
+        whole = scores.sum((1, 2)).masked_fill(~seen, -math.inf)
+        self.expected[asked] = whole.softmax(-1)
+        others = seen.clone()
+        others[every, source] = False
+        mean = (scores * others[:, None, None]).sum(-1) / others.sum(-1)[:, None, None]
+        self.found[asked] = (scores[every, :, :, source] - mean).cpu()
+
+
+def split_scores(
+    weights: LayerWeights,
+    architecture: Architecture,
+    head: int,
+    query: tuple[Float[Tensor, "part prompt one d_model"], Float[Tensor, "prompt one d_model"]],
+    key: tuple[Float[Tensor, "part prompt position d_model"], Float[Tensor, "prompt position d_model"]],
+    at: Int[Tensor, " prompt"],
+) -> Float[Tensor, "prompt query_part key_part position"]:
+    """Return a head's scores before the softmax, for each part of the query's row and each part of the keys' rows.
+
+    Biases of norms, queries and keys are counted with the first part. The scores of all pairs sum to the score.
+
+    Args:
+        weights: the layer's, not folded.
+        architecture: the model's.
+        head: the head.
+        query: the parts of the residual stream at the query, and their sum.
+        key: the same for every position.
+        at: the query's position.
+    """
+    q = _side(weights, architecture, head, *query, side="query")[:, :, 0]
+    k = _side(weights, architecture, int(architecture.kv_of_head[head]), *key, side="key")
+    scale = architecture.attention_scale or 1 / math.sqrt(architecture.d_head)
+    if weights.rotary is None:
+        return scale * torch.einsum("apz,bpkz->pabk", q, k)
+    offsets = at[:, None] - torch.arange(k.shape[2])[None]
+    cos, sin = (each.view(*offsets.shape, -1).to(q) for each in weights.rotary.angles(offsets.flatten().double()))
+    turned = weights.rotary.rotate(q[:, :, None], cos, sin)  # x R(query) (y R(key))^T = x R(query - key) y^T
+    return scale * torch.einsum("apkz,bpkz->pabk", turned, k)
+
+
+def _side(
+    weights: LayerWeights,
+    architecture: Architecture,
+    head: int,
+    parts: Float[Tensor, "part prompt position d_model"],
+    stream: Stream,
+    side: str,
+) -> Float[Tensor, "part prompt position d_head"]:
+    """Return what a head's queries or keys consist of, before they are rotated."""
+    W, b = (weights.W_Q, weights.b_Q) if side == "query" else (weights.W_K, weights.b_K)
+    eps, norm = architecture.norm_eps, weights.norm
+    made = linear_part(norm, parts, stream, eps) @ W[head]
+    bias = b[head] if norm is None or norm.bias is None else b[head] + norm.bias @ W[head]
+    made[0] += bias
+    if weights.qk_norm is None:
+        return made
+    whole = apply_norm(norm, stream, eps)
+    bare = torch.einsum("bpd,hdz->hbpz", whole, W) + b[:, None, None]
+    n_heads, width = bare.shape[0], bare.shape[-1]
+    scale = weights.qk_norm.inverse_scale(bare.reshape(n_heads, -1, width)).expand(n_heads, -1, 1)[head]
+    gain = weights.qk_norm.query_gain if side == "query" else weights.qk_norm.key_gain
+    return made * scale.reshape(*bare.shape[1:3], 1) * gain[head]
