@@ -85,6 +85,13 @@ PROMPT_LEGEND = (
     "prompt takes away that is lost if the head puts out what it does there; by mean: what it does there on average."
 )
 """How to read these columns."""
+PROMPT_DECIDES = {
+    "attention": "attention",
+    "write": "write",
+    "effect": "effect",
+    "repeats": "attention on random repeats",
+}
+"""Deciding quantity on prompts -> its name in reasons."""
 PROMPT_BARS = {
     "attention": {
         "attention": "{source}",
@@ -92,6 +99,7 @@ PROMPT_BARS = {
         "attention_counterfactual": "on the counterfactual",
         "sink": "first token",
     },
+    "repeats": {"repeats": "{repeats}", "repeats_control": "other tokens: control"},
     "write": {"write": "the whole write", "write_from_source": "from {source} alone"},
     "effect": {
         "effect": "replaced by its own",
@@ -100,8 +108,15 @@ PROMPT_BARS = {
     },
 }
 """Kind of quantity -> quantity on prompts -> the label of its bar; in braces labels of the role's tokens."""
+REPEATS = {
+    "previous": "to the token before",
+    "same": "to its first occurrence",
+    "next": "to the token after that",
+}
+"""Place in random repeats -> in words."""
 PROMPT_KINDS = {
     "attention": "Attention from {query}",
+    "repeats": "Attention on random tokens that come twice",
     "write": "Write onto {answer} minus {other} (logits)",
     "effect": "Effect on {into} (share)",
 }

@@ -7,6 +7,7 @@ Parts have the names of TransformerLens's hook points, so that `RunningModel` se
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,6 +130,16 @@ class AttentionOnly(nn.Module):
         stream = self.run_hooks("ln_final.hook_in", stream)[:, -logits_to_keep:]
         x = apply_norm(self.final_norm, stream, self.architecture.norm_eps)
         return SimpleNamespace(logits=x @ self.W_U + self.b_U, past_key_values=cache)
+
+    def redraw(self, drawn: Callable[[Tensor], Tensor]) -> None:
+        """Replace every matrix by what a function draws for it."""
+        self.W_E, self.W_U = drawn(self.W_E), drawn(self.W_U)
+        self.W_pos = None if self.W_pos is None else drawn(self.W_pos)
+        for block in self.blocks:
+            layer = block.original_component
+            assert isinstance(layer, AttentionBlock)
+            W_Q, W_K, W_V, W_O = (drawn(getattr(layer.weights, f"W_{part}")) for part in "QKVO")
+            layer.weights = replace(layer.weights, W_Q=W_Q, W_K=W_K, W_V=W_V, W_O=W_O)
 
     def _optional(self, checkpoint: Checkpoint, name: str, size: int) -> Tensor:
         return checkpoint.tensor(name) if name in checkpoint else torch.zeros(size)

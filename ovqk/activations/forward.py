@@ -206,6 +206,24 @@ class RunningModel:
         with torch.no_grad(), self._hooked(names):
             self._forward(input_ids=tokens.to(self.device), use_cache=False)
 
+    @torch.no_grad()
+    def redraw(self, seed: int) -> None:
+        """Draw every matrix anew, from a normal distribution of its own mean and standard deviation.
+
+        Gains and biases stay as they are.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def drawn(matrix: Tensor) -> Tensor:
+            return torch.empty(matrix.shape).normal_(float(matrix.mean()), float(matrix.std()), generator=generator)
+
+        if isinstance(self.model, AttentionOnly):
+            self.model.redraw(drawn)
+            return
+        for parameter in self.model.parameters():
+            if parameter.dim() > 1:
+                parameter.data = drawn(parameter).to(parameter)
+
     # --- replacements ----------------------------------------------------------------------------------------
 
     @torch.no_grad()

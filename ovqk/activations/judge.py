@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ovqk import wording
 from ovqk.activations.links import WriteLinks
 from ovqk.activations.measure import chosen_heads
 from ovqk.activations.roles import Measured
@@ -144,6 +145,7 @@ def _peers(
     config = measured.roles[role]
     signs = {
         "attention": 1,
+        "repeats": 1,
         "write": config.write.sign if config.write else 1,
         "effect": config.effect.sign if config.effect else 1,
     }
@@ -176,7 +178,7 @@ def _verdict(
         return told | {"verdict": "untestable", "reason": why_not, "held": "", "against": ""}
     valued = [name for name in config.decides if not math.isnan(subject.get(f"{name}_p", math.nan))]
     if len(valued) < len(config.decides):
-        missing = ", ".join(name for name in config.decides if name not in valued)
+        missing = ", ".join(wording.PROMPT_DECIDES[name] for name in config.decides if name not in valued)
         return told | {"verdict": "untestable", "reason": f"no value for {missing}", "held": "", "against": ""}
     if max(subject[f"{name}_min_p"] for name in valued) > ALPHA:
         return told | {"verdict": "untestable", "reason": "too few clusters of prompts", "held": "", "against": ""}
@@ -194,7 +196,11 @@ def _verdict(
     if len(held) == len(shown) and not outdone:
         return told | {"verdict": "realised"}
     small = [name for name in shown if name not in held and subject[f"{name}_q"] <= ALPHA]
-    lacking = [f"{name} too small" if name in small else f"no {name}" for name in shown if name not in held]
+    lacking = [
+        f"{wording.PROMPT_DECIDES[name]} too small" if name in small else f"no {wording.PROMPT_DECIDES[name]}"
+        for name in shown
+        if name not in held
+    ]
     if held:
         lacking = lacking or ["a head of its layer without the role does as much"]
         return told | {"verdict": "partial", "reason": "; ".join(lacking)}

@@ -9,6 +9,7 @@ from ovqk.activations.batches import Prompts
 from ovqk.activations.effects import LEAST_CHANGE, MEAN, RESTORED, Patch, check_replacing, measure_effects, merged
 from ovqk.activations.forward import RunningModel
 from ovqk.activations.quantities import Steps, looks_of, observe, queries_of
+from ovqk.activations.repeats import RepeatValues, draw_repeats, run_repeats
 from ovqk.activations.roles import Measured
 from ovqk.activations.score_links import Asked, Partners, partner_roles, score_links
 from ovqk.config.schema import RoleActivationsConfig, TaskConfig
@@ -31,7 +32,7 @@ def check_activations(task: TaskConfig) -> dict[str, RoleActivationsConfig]:
     found = {name: role.activations for name, role in task.roles.items() if role.activations is not None}
     for name, config in found.items():
         key = f"task.roles.{name}.activations"
-        given = [part for part in ("attention", "write", "effect") if getattr(config, part) is not None]
+        given = [part for part in ("attention", "write", "effect", "repeats") if getattr(config, part) is not None]
         if not config.decides or not set(config.decides) <= set(given):
             raise UserError(
                 f"{key}.decides={list(config.decides)}: allowed are those given: {', '.join(given) or 'none'}."
@@ -95,7 +96,7 @@ def measure(
             "what heads write cannot be read off: through the final norm and the unembedding the logit difference "
             f"comes out wrong by {observed.readout_error:.2g} of its mean."
         )
-    measured = Measured(observed, roles, {}, {}, seed, change)
+    measured = Measured(observed, roles, {}, {}, seed, change, _repeats(running, model, prompts, roles, seed, steps))
     first = [name for name, config in roles.items() if not _served(config)]
     for names in (first, [name for name in roles if name not in first]):
         patches: dict[Patch, None] = {}
@@ -117,6 +118,22 @@ def measure(
     measured.add({patch: merged(measured.effects[patch], effects) for patch, effects in again.items()})
     _add_scores(measured, running, model, prompts, steps)
     return measured
+
+
+def _repeats(
+    running: RunningModel,
+    model: Model,
+    prompts: Prompts,
+    roles: Mapping[str, RoleActivationsConfig],
+    seed: int,
+    steps: Steps,
+) -> RepeatValues | None:
+    """Run random repeats if some role asks for them; None if it does not, or if the model has no room for them."""
+    assert model.tokenizer is not None
+    if all(config.repeats is None for config in roles.values()):
+        return None
+    tokens = draw_repeats(model.tokenizer, prompts.start, model.architecture.n_ctx, seed)
+    return None if tokens is None else run_repeats(running, tokens, len(prompts.start), steps)
 
 
 def _add_scores(measured: Measured, running: RunningModel, model: Model, prompts: Prompts, steps: Steps) -> None:

@@ -146,14 +146,7 @@ def observe(
     for number in steps(len(prompts.batches), "batch of prompts"):
         freed.give_back()
         batch = prompts.batches[number]
-        labels = sorted({queries_of(config) for config in roles.values()} | {query for query, _, _ in asked} | {"END"})
-        queries = {label: place for label in labels if (place := batch.position(label)) is not None}
-        sources = {
-            config.attention.source: place
-            for config in roles.values()
-            if config.attention and (place := batch.position(config.attention.source)) is not None
-        }
-        places = Places(torch.stack(list(queries.values())), torch.stack(list(sources.values()) or [batch.at["END"]]))
+        queries, sources, places = places_of(batch, roles, asked)
         clean = running.run(batch.tokens, places, (batch.answers, batch.foils))
         other = running.run(batch.counterfactual, places)
         contrast = [
@@ -166,12 +159,11 @@ def observe(
         read = (clean.final * writes.directions(clean, batch.answers, batch.foils)).sum(-1)
         read += writes.bias(batch.answers, batch.foils) + running.bias(batch.answers) - running.bias(batch.foils)
         errors.append(read - running.before_softcap(contrast[0]) + running.before_softcap(contrast[1]))
-        index = {label: number for number, label in enumerate(queries)}
-        outputs.append({label: (clean.outputs[:, :, i], other.outputs[:, :, i]) for label, i in index.items()})
+        outputs.append({label: (clean.outputs[:, :, i], other.outputs[:, :, i]) for label, i in queries.items()})
         parts.append(
-            {name: _role(config, batch, clean, other, index, sources, writes) for name, config in roles.items()}
+            {name: _role(config, batch, clean, other, queries, sources, writes) for name, config in roles.items()}
         )
-        seen.append({look: tuple(_look(look, batch, run, index) for run in (clean, other)) for look in asked})  # type: ignore[misc]
+        seen.append({look: tuple(_look(look, batch, run, queries) for run in (clean, other)) for look in asked})  # type: ignore[misc]
     difference = torch.cat(differences)
     error = torch.cat(errors).abs().max() / difference.abs().mean()
     return Observed(
@@ -180,11 +172,32 @@ def observe(
         difference=difference,
         counterfactual_difference=torch.cat(counterfactuals),
         templates=[template for batch in prompts.batches for template in batch.templates],
-        roles={name: _joined([part[name] for part in parts]) for name in roles},
+        roles={name: joined([part[name] for part in parts]) for name in roles},
         looks={look: tuple(torch.cat([part[look][i] for part in seen]) for i in (0, 1)) for look in asked},  # type: ignore[misc]
         outputs=outputs,
         readout_error=float(error),
     )
+
+
+def places_of(
+    batch: Batch, roles: Mapping[str, RoleActivationsConfig], looks: Iterable[tuple[str, str, str]]
+) -> tuple[dict[str, int], dict[str, Int[Tensor, " prompt"]], Places]:
+    """Return what is kept of a batch's runs: label -> its number among the queries, sources, and the places of both.
+
+    Args:
+        batch: the prompts; a label that has no place in them is left out.
+        roles: what the task's roles say of activations.
+        looks: further attentions (query, source, control).
+    """
+    labels = sorted({queries_of(config) for config in roles.values()} | {query for query, _, _ in looks} | {"END"})
+    queries = {label: place for label in labels if (place := batch.position(label)) is not None}
+    sources = {
+        config.attention.source: place
+        for config in roles.values()
+        if config.attention and (place := batch.position(config.attention.source)) is not None
+    }
+    places = Places(torch.stack(list(queries.values())), torch.stack(list(sources.values()) or [batch.at["END"]]))
+    return {label: number for number, label in enumerate(queries)}, sources, places
 
 
 def looks_of(roles: Mapping[str, RoleActivationsConfig]) -> list[tuple[str, str, str]]:
@@ -217,7 +230,7 @@ def _role(
     shape = (len(batch), *clean.patterns.shape[:1], clean.patterns.shape[2])
     missing = torch.full(shape, math.nan)
     if config.attention is not None:
-        found |= _attention(config.attention, batch, clean, other, query, missing)
+        found |= attention_values(config.attention, batch, clean, other, query)
     if config.write is not None:
         found |= _write(config, config.write, batch, clean, queries, sources, writes, missing)
     assert clean.gradients is not None
@@ -229,13 +242,22 @@ def _role(
     return RoleValues(**found)
 
 
-def _attention(
-    config: AttentionConfig, batch: Batch, clean: Run, other: Run, query: int | None, missing: Tensor
-) -> dict[str, Tensor]:
+def attention_values(
+    config: AttentionConfig, batch: Batch, clean: Run, other: Run, query: int | None
+) -> dict[str, Values]:
+    """Return attention, control, counterfactual and sink of `RoleValues`.
+
+    Args:
+        config: what the role says.
+        batch: the prompts.
+        clean, other: runs over them and over their counterfactuals.
+        query: the query's number among those that were kept; None if it has no place here.
+    """
     source, control = batch.position(config.source), batch.position(config.control)
     names = ("attention", "control", "counterfactual", "sink")
     if query is None or source is None or control is None:
-        return dict.fromkeys(names, missing)
+        shape = (len(batch), *clean.patterns.shape[:1], clean.patterns.shape[2])
+        return dict.fromkeys(names, torch.full(shape, math.nan))
     rows = ((clean, source), (clean, control), (other, source), (clean, torch.zeros_like(source)))
     return {name: attention_to(run, query, key) for name, (run, key) in zip(names, rows, strict=True)}
 
@@ -283,6 +305,7 @@ def _look(look: tuple[str, str, str], batch: Batch, run: Run, queries: Mapping[s
     return attention_to(run, query, source) - attention_to(run, query, control)
 
 
-def _joined(parts: Sequence[RoleValues]) -> RoleValues:
+def joined(parts: Sequence[RoleValues]) -> RoleValues:
+    """Return the values of several batches as those of one."""
     names = [name for name, value in vars(parts[0]).items() if value is not None]
     return RoleValues(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from ovqk.activations.batches import Half
 from ovqk.activations.clusters import ClusterTest, cluster_means, flip_signs
 from ovqk.activations.effects import Effects, Patch
-from ovqk.activations.quantities import Observed, look_of, queries_of
+from ovqk.activations.quantities import Observed, RoleValues, look_of, queries_of
+from ovqk.activations.repeats import RepeatValues
 from ovqk.activations.score_links import ScoreLink
-from ovqk.config.schema import RoleActivationsConfig
+from ovqk.config.schema import Repeats, RoleActivationsConfig
 from ovqk.verdicts.statistics import ALPHA
 from ovqk.weights.types import Head
 
@@ -23,7 +24,7 @@ LEAST_SHARE = 0.05
 LEAST_ATTENTION = 0.1
 """Attention to the source is at least this share of what does not go to the first token."""
 LEAST_ATTENTION_ALONE = 0.5
-"""The same for a role that attention alone decides."""
+"""The same for a role that only attention decides, on prompts or on random repeats."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Measured:
         receivers: role -> the heads that other roles' effects go into.
         seed: of drawn sign flips.
         change: what replacing a head by itself does, as a share of the mean logit difference: a control.
+        repeats: runs over random repeats, if some role asks for them and the model has room for them.
         scores: (role, head) -> how its scores come about, for claimed and chosen heads of a role that says a source.
     """
 
@@ -46,6 +48,7 @@ class Measured:
     receivers: dict[str, tuple[Head, ...]]
     seed: int
     change: float = 0.0
+    repeats: RepeatValues | None = None
     scores: dict[tuple[str, Head], ScoreLink] = field(default_factory=dict)
     _rows: dict[tuple[str, Half], pd.DataFrame] = field(default_factory=dict)
 
@@ -67,81 +70,38 @@ class Measured:
         config, observed = self.roles[role], self.observed
         of_half = self._of(half)
         clusters = observed.clusters[of_half].numpy()
+        tests = Tests(of_half, clusters, self.seed)
         _, n_layers, n_heads = observed.roles[role].first_order.shape  # type: ignore[union-attr]
-        places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-        table = pd.DataFrame(places, columns=["layer", "head"])
-        table.insert(0, "role", role)
-        table["half"] = half
-
-        def flat(values: torch.Tensor) -> NDArray[np.float64]:
-            return values[of_half].reshape(len(clusters), -1).double().numpy()
-
-        def tested(values: torch.Tensor) -> ClusterTest:
-            return flip_signs(flat(values), clusters, self.seed)
-
-        def mean(values: torch.Tensor) -> NDArray[np.float64]:
-            return _mean(flat(values), clusters)
-
+        table = heads_table(role, n_layers, n_heads).assign(half=half)
         values = observed.roles[role]
         base = self._mean(observed.difference, half)
         if config.attention is not None:
-            assert values.attention is not None and values.control is not None
-            assert values.counterfactual is not None and values.sink is not None
-            attention, sink = tested(values.attention), mean(values.sink)
-            against = [tested(values.attention - values.control)]
-            if "counterfactual" in config.attention.beyond:
-                against.append(tested(values.attention - values.counterfactual))
-            table = _described(table, "attention", attention)
-            table["attention_control"] = mean(values.control)
-            table["attention_counterfactual"] = mean(values.counterfactual)
-            table["sink"] = sink
-            table["attention_nonsink"] = attention.mean / np.maximum(1 - sink, 1e-6)
-            table["attention_p"] = np.max([test.p for test in against], 0)
-            table["attention_p_opposite"] = np.max([test.p_opposite for test in against], 0)
-            table["attention_min_p"] = against[0].min_p
+            table = with_attention(table, config, values, tests)
+        if config.repeats is not None and self.repeats is not None:
+            table = with_repeats(table, config.repeats, self.repeats, half, self.seed)
         if config.write is not None:
             assert values.write is not None
-            write = tested(values.write)
+            write = tests.tested(values.write)
             table = _described(table, "write", write)
             table["write_share"] = write.mean / base
             if values.write_from_source is not None:
-                table["write_from_source"] = mean(values.write_from_source)
+                table["write_from_source"] = tests.mean(values.write_from_source)
             forwards = config.write.sign > 0
             table["write_p"] = write.p if forwards else write.p_opposite
             table["write_p_opposite"] = write.p_opposite if forwards else write.p
             table["write_min_p"] = write.min_p
         assert values.first_order is not None
         lost = self._mean(observed.difference - observed.counterfactual_difference, half)
-        table["effect_first_order"] = mean(values.first_order) / lost
+        table["effect_first_order"] = tests.mean(values.first_order) / lost
         if config.effect is not None:
             self._add_effects(table, role, half, of_half, clusters)
         return table
 
     def passes(self, role: str, rows: pd.DataFrame, p: str = "p") -> dict[str, NDArray[np.bool_]]:
-        """Return for each deciding quantity which rows show it: significant, of the right sign, and large enough.
-
-        Args:
-            role: the role.
-            rows: of `rows`; with `q` columns if p is "q".
-            p: which column tells significance, `p` or `q`.
-        """
-        config, found = self.roles[role], {}
-        for quantity in config.decides:
-            if f"{quantity}_{p}" not in rows:  # not measured yet
-                continue
-            shown = rows[f"{quantity}_{p}"].to_numpy() <= ALPHA
-            if quantity == "attention":
-                assert config.attention is not None
-                alone = list(config.decides) == ["attention"]
-                shown &= rows["attention_nonsink"].to_numpy() >= (LEAST_ATTENTION_ALONE if alone else LEAST_ATTENTION)
-            elif quantity == "write":
-                assert config.write is not None
-                shown &= config.write.sign * rows["write_share"].to_numpy() >= LEAST_SHARE
-            else:
-                assert config.effect is not None
-                shown &= config.effect.sign * rows["effect_share"].to_numpy() >= LEAST_SHARE
-            found[quantity] = shown
-        return found
+        """Return for each deciding quantity which rows show it (see `shows`); none for what is not measured yet."""
+        config = self.roles[role]
+        measured = [quantity for quantity in config.decides if f"{quantity}_{p}" in rows]
+        return {quantity: shows(config, quantity, rows, p) for quantity in measured}
 
     def _add_effects(
         self, table: pd.DataFrame, role: str, half: Half, of_half: torch.Tensor, clusters: NDArray[np.int64]
@@ -243,6 +203,95 @@ class Measured:
         """Return the share of a half's prompts whose answer beats the foil, and the mean logit difference."""
         difference = self.observed.difference
         return float((difference[self._of(half)] > 0).double().mean()), self._mean(difference, half)
+
+
+@dataclass(frozen=True)
+class Tests:
+    """Tests over the clusters of one half of the prompts.
+
+    Attributes:
+        rows: which prompts are of the half.
+        clusters: the number of each such prompt's cluster.
+        seed: of drawn sign flips.
+    """
+
+    rows: torch.Tensor
+    clusters: NDArray[np.int64]
+    seed: int
+
+    def _flat(self, values: torch.Tensor) -> NDArray[np.float64]:
+        return values[self.rows].reshape(len(self.clusters), -1).double().numpy()
+
+    def tested(self, values: torch.Tensor) -> ClusterTest:
+        """Test [prompt, layer, head], over all of which the columns run."""
+        return flip_signs(self._flat(values), self.clusters, self.seed)
+
+    def mean(self, values: torch.Tensor) -> NDArray[np.float64]:
+        """Return the mean over clusters of their means."""
+        return _mean(self._flat(values), self.clusters)
+
+
+def heads_table(role: str, n_layers: int, n_heads: int) -> pd.DataFrame:
+    """Return a row for each head, in the order of layers and heads: role, layer, head."""
+    places = [(role, layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    return pd.DataFrame(places, columns=["role", "layer", "head"])
+
+
+def with_attention(
+    table: pd.DataFrame, config: RoleActivationsConfig, values: RoleValues, tests: Tests
+) -> pd.DataFrame:
+    """Return the table with a role's attention on prompts, less its control and less its counterfactual's."""
+    assert values.attention is not None and values.control is not None and config.attention is not None
+    assert values.counterfactual is not None and values.sink is not None
+    attention, sink = tests.tested(values.attention), tests.mean(values.sink)
+    against = [tests.tested(values.attention - values.control)]
+    if "counterfactual" in config.attention.beyond:
+        against.append(tests.tested(values.attention - values.counterfactual))
+    return _described(table, "attention", attention).assign(
+        attention_control=tests.mean(values.control),
+        attention_counterfactual=tests.mean(values.counterfactual),
+        sink=sink,
+        attention_nonsink=attention.mean / np.maximum(1 - sink, 1e-6),
+        attention_p=np.max([test.p for test in against], 0),
+        attention_p_opposite=np.max([test.p_opposite for test in against], 0),
+        attention_min_p=against[0].min_p,
+    )
+
+
+def with_repeats(table: pd.DataFrame, place: Repeats, values: RepeatValues, half: Half, seed: int) -> pd.DataFrame:
+    """Return the table with attention to a place in random repeats, less that to other tokens.
+
+    Each sequence is a cluster.
+    """
+    of_half = values.testing if half == "testing" else ~values.testing
+    tests = Tests(of_half, np.arange(int(of_half.sum())), seed)
+    attention, sink = tests.tested(values.attention[place]), tests.mean(values.sink)
+    against = tests.tested(values.attention[place] - values.control)
+    return _described(table, "repeats", attention).assign(
+        repeats_control=tests.mean(values.control),
+        repeats_nonsink=attention.mean / np.maximum(1 - sink, 1e-6),
+        repeats_p=against.p,
+        repeats_p_opposite=against.p_opposite,
+        repeats_min_p=against.min_p,
+    )
+
+
+def shows(config: RoleActivationsConfig, quantity: str, rows: pd.DataFrame, p: str = "p") -> NDArray[np.bool_]:
+    """Return which rows show a deciding quantity: significant, of the right sign, and large enough.
+
+    Args:
+        config: what the role says.
+        quantity: one of `decides`.
+        rows: of `Measured.rows`; with `q` columns if p is "q".
+        p: which column tells significance, `p` or `q`.
+    """
+    shown: NDArray[np.bool_] = rows[f"{quantity}_{p}"].to_numpy() <= ALPHA
+    if quantity in ("attention", "repeats"):
+        alone = set(config.decides) <= {"attention", "repeats"}
+        return shown & (rows[f"{quantity}_nonsink"].to_numpy() >= (LEAST_ATTENTION_ALONE if alone else LEAST_ATTENTION))
+    part = config.write if quantity == "write" else config.effect
+    assert part is not None
+    return shown & (part.sign * rows[f"{quantity}_share"].to_numpy() >= LEAST_SHARE)
 
 
 def _mean(values: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDArray[np.float64]:

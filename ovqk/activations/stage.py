@@ -16,6 +16,7 @@ from ovqk.activations.links import WriteLinks
 from ovqk.activations.measure import check_activations, measure
 from ovqk.activations.quantities import Steps
 from ovqk.activations.roles import Measured
+from ovqk.activations.untrained import untrained_control
 from ovqk.config.schema import RoleActivationsConfig
 from ovqk.errors import UserError
 from ovqk.memory import give_all_back, is_exhausted
@@ -76,6 +77,7 @@ class ActivationTables:
                     f"activations.batch={asked.batch}: out of memory, and with batches of {smaller} prompts too."
                 )
         self.measured: Measured = measured
+        self.untrained = self._run_untrained(running, steps)
         del running
         give_all_back()  # the model and its hooks refer to each other
         self.links = WriteLinks(model, self.prompts, self.measured.observed, self.roles)
@@ -93,6 +95,15 @@ class ActivationTables:
         screened = config.activations.screened
         try:
             return measure(running, self.model, self.prompts, self.roles, self.claimed, screened, config.seed, steps)
+        except (MemoryError, RuntimeError) as error:
+            if not is_exhausted(error):
+                raise
+        return None
+
+    def _run_untrained(self, running: RunningModel, steps: Steps) -> dict[str, dict[str, float]] | None:
+        """Run the model with random weights, after which it is of no use; None if memory is exhausted."""
+        try:
+            return untrained_control(running, self.prompts, self.measured, self.model.config.seed, steps)
         except (MemoryError, RuntimeError) as error:
             if not is_exhausted(error):
                 raise
@@ -154,7 +165,11 @@ class ActivationTables:
             "halves": halves,
             "accuracy_by_template": {name: round(sum(each) / len(each), 4) for name, each in by_template.items()},
             "untestable": self.judged.gate,
-            "controls": {"replaced_by_itself": self.measured.change, "readout_error": observed.readout_error},
+            "controls": {
+                "replaced_by_itself": self.measured.change,
+                "readout_error": observed.readout_error,
+                "untrained": self.untrained,
+            },
         }
 
     def summary(self, made: Tables) -> dict[str, float | int]:

@@ -150,6 +150,17 @@ class PredictionConfig:
     """For a composition: the roles whose claimed heads the head composes with."""
 
 
+class Repeats(StrEnum):
+    """Where a role's heads look on random tokens that come twice, from a token of the second copy."""
+
+    previous = "previous"
+    """To the token before."""
+    same = "same"
+    """To the same token's first occurrence."""
+    next = "next"
+    """To the token after that."""
+
+
 @dataclass
 class AttentionConfig:
     """The attention that a role's heads show on prompts: from a query token to a source token.
@@ -198,8 +209,10 @@ class RoleActivationsConfig:
     attention: AttentionConfig | None = None
     write: WriteConfig | None = None
     effect: EffectConfig | None = None
+    repeats: Repeats | None = None
+    """Where the heads look on random tokens that come twice."""
     decides: list[str] = MISSING
-    """Which of `attention`, `write`, `effect` a head must show to have the role."""
+    """Which of `attention`, `write`, `effect`, `repeats` a head must show to have the role."""
 
 
 @dataclass

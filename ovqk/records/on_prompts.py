@@ -142,6 +142,7 @@ def _labels(choice: Json) -> dict[str, str]:
     into = f"{wording.role(effect['into'])} heads' attention" if effect.get("into") else "the logit difference"
     given = f" without {wording.role(effect['given'])} heads" if effect.get("given") else ""
     found = {name: attention.get(name, "the source") for name in ("query", "source", "control")}
+    found |= {"repeats": wording.REPEATS.get(choice.get("repeats") or "", "")}
     return found | {name: write.get(name, "") for name in ("answer", "other")} | {"into": into + given}
 
 

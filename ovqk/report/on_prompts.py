@@ -78,6 +78,14 @@ def prompts_lines(activations: Mapping[str, Any]) -> Iterable[str]:
         yield f"{wording.counted(sum(left_out.values()), 'prompt')} left out: {said}."
     if activations["untestable"]:
         yield f"Untestable: {activations['untestable']}."
+    elif untrained := activations.get("controls", {}).get("untrained"):
+        role, passed = max(
+            ((role, max(shares.values())) for role, shares in untrained.items()), key=lambda pair: pair[1]
+        )
+        yield (
+            f"Control: with its matrices drawn at random, {passed:.1%} of the model's heads pass the test of attention "
+            f"for {wording.role(role)}, and no more for another role."
+        )
 
 
 def share(value: Any) -> str:
