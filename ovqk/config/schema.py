@@ -209,10 +209,10 @@ class RoleActivationsConfig:
     attention: AttentionConfig | None = None
     write: WriteConfig | None = None
     effect: EffectConfig | None = None
-    repeats: Repeats | None = None
-    """Where the heads look on random tokens that come twice."""
     decides: list[str] = MISSING
     """Which of `attention`, `write`, `effect`, `repeats` a head must show to have the role."""
+    repeats: Repeats | None = None
+    """Where the heads look on random tokens that come twice."""
 
 
 @dataclass
