@@ -1,12 +1,18 @@
 """What counts as an effect: on the logit difference, into receivers, and given that others are replaced."""
 
+import itertools
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ovqk.activations import joint
 from ovqk.activations.effects import Effects, Patch
-from ovqk.activations.joint import reading
+from ovqk.activations.joint import peers_p, reading
 from ovqk.activations.judge import judge_activations
 from ovqk.activations.quantities import Observed, RoleValues
 from ovqk.activations.roles import Measured
@@ -129,3 +135,44 @@ def test_verdicts() -> None:
 def test_readings(weights, activations, link, expected) -> None:
     assert reading(weights, activations, link) == expected
     assert expected in READINGS and activations in ON_PROMPTS
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10_000), sizes=st.lists(st.integers(2, 5), min_size=1, max_size=3), ties=st.booleans())
+def test_peers_are_all_choices_of_as_many_heads_of_the_same_layers(seed, sizes, ties) -> None:
+    rng = np.random.default_rng(seed)
+    layers = np.repeat(np.arange(len(sizes)), sizes)
+    values = rng.integers(0, 3, len(layers)).astype(float) if ties else rng.normal(size=len(layers))
+    has = rng.random(len(layers)) < 0.4
+    counts = [int(has[layers == layer].sum()) for layer in range(len(sizes))]
+    found = peers_p(values, has, layers, 0)
+    if all(count in (0, size) for count, size in zip(counts, sizes, strict=True)):
+        assert math.isnan(found)
+        return
+    own, choices = values[has].sum(), []
+    for some in itertools.product([False, True], repeat=len(layers)):
+        picked = np.array(some)
+        if [int(picked[layers == layer].sum()) for layer in range(len(sizes))] == counts:
+            choices.append(values[picked].sum() >= own - 1e-9)
+    assert found == pytest.approx(np.mean(choices))
+
+
+def test_peers_are_drawn_where_choices_are_too_many(monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    layers = np.repeat([0, 1], 8)
+    values, has = rng.normal(size=16), np.arange(16) % 8 < 3
+    exact = peers_p(values, has, layers, 0)
+    monkeypatch.setattr(joint, "MOST_CHOICES", 3000)  # of 56 x 56
+    drawn = peers_p(values, has, layers, 0)
+    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact / 3000)) and drawn != exact
+
+
+def test_a_row_that_could_not_be_significant_alone_says_so() -> None:
+    """Five clusters: the least p of sign flips is 1/32, times ten rows, four of them of chosen heads of other roles."""
+    found = measured()
+    few = replace(found, observed=replace(found.observed, clusters=torch.arange(N) // 2 % 5))
+    rows = judge_activations(few, {"mover": [(1, 0), (1, 1)]}, None).roles
+    own = rows[rows["head"].eq(0) & rows["layer"].eq(1)].iloc[0]
+    assert own["attention_min_q"] == pytest.approx(10 / 32)
+    other = rows[rows["head"].eq(1)].iloc[0]
+    assert "no write (alone it could not be significant: q at least 0.31)" in other["reason"]

@@ -1,5 +1,6 @@
 """What heads' weights say beside what they do on prompts, and how well the one ranks the other."""
 
+import itertools
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from ovqk.config.schema import Circuit, RoleActivationsConfig, TaskConfig
 from ovqk.metrics import METRICS
 
 BOOTSTRAPS = 1000
+MOST_CHOICES = 100_000
+TIE = 1e-12
 LINKS = ("write_link", "score_link", "score_key_partner", "score_query_partner")
 """What ties weights to prompts."""
 
@@ -129,15 +132,51 @@ def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int)
             ]
         )
         low, high = _interval(metric, has, seed)
+        layers = heads["layer"].to_numpy()
         rows.append(
             {
                 "kind": "role", "role": role, "layer": None, "head": None, "claimed": None, "measured": None,
                 "metric": first.metric, "quantity": quantity, "n_measured": int(has.sum()), "n_heads": len(heads),
                 "auc": _auc(metric, has), "auc_low": low, "auc_high": high,
                 "spearman": _spearman(metric, done), "split_half": _spearman(done, other),
+                "peers_p": peers_p(done, has, layers, seed),
             }
         )  # fmt: skip
     return rows
+
+
+def peers_p(values: NDArray[np.float64], has: NDArray[np.bool_], layers: NDArray[np.int64], seed: int) -> float:
+    """Return how often as many heads of the same layers have as large a mean, the role's own among the choices.
+
+    All choices are tried up to 100,000, else as many draws. nan without heads of the role, or if they are all heads of
+    their layers.
+
+    Args:
+        values: of all heads; the role's heads must not have been chosen for them.
+        has: which heads have the role.
+        layers: of all heads.
+        seed: of draws.
+    """
+    whole = np.isfinite(values)
+    groups = [values[whole & (layers == layer)] for layer in np.unique(layers[has & whole])]
+    counts = [int((has & whole & (layers == layer)).sum()) for layer in np.unique(layers[has & whole])]
+    choices = math.prod(math.comb(len(group), count) for group, count in zip(groups, counts, strict=True))
+    if choices <= 1:
+        return math.nan
+    own = float(values[has & whole].sum())
+    slack = TIE * float(np.abs(np.concatenate(groups)).max())
+    if choices <= MOST_CHOICES:
+        sums = np.zeros(1)
+        for group, count in zip(groups, counts, strict=True):
+            of_layer = np.array([sum(some) for some in itertools.combinations(group.tolist(), count)])
+            sums = (sums[:, None] + of_layer[None, :]).ravel()
+        return float((sums >= own - slack).mean())
+    generator = np.random.default_rng([seed, len(values)])
+    drawn = np.zeros(MOST_CHOICES - 1)
+    for group, count in zip(groups, counts, strict=True):
+        order = generator.random((MOST_CHOICES - 1, len(group))).argsort(1)[:, :count]
+        drawn += group[order].sum(1)
+    return float((1 + (drawn >= own - slack).sum()) / MOST_CHOICES)
 
 
 def ranked_quantity(config: RoleActivationsConfig) -> str:

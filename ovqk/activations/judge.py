@@ -118,7 +118,7 @@ def _place(subject: Mapping[str, Any]) -> Head:
 
 
 def _correct(measured: Measured, subjects: list[dict[str, Any]]) -> None:
-    """Add q, of all deciding quantities of all claimed and chosen heads together."""
+    """Add q, of all deciding quantities of all claimed and chosen heads together, and min_q, the least alone."""
     for opposite in ("", "_opposite"):
         family = [
             (subject, quantity)
@@ -129,6 +129,7 @@ def _correct(measured: Measured, subjects: list[dict[str, Any]]) -> None:
         corrected = benjamini_hochberg([s[f"{quantity}_p{opposite}"] for s, quantity in family]) if family else []
         for (subject, quantity), q in zip(family, corrected, strict=True):
             subject[f"{quantity}_q{opposite}"] = q
+            subject[f"{quantity}_min_q"] = min(1.0, subject[f"{quantity}_min_p"] * len(family))
 
 
 def _peers(
@@ -196,12 +197,16 @@ def _verdict(
     if len(held) == len(shown) and not outdone:
         return told | {"verdict": "realised"}
     small = [name for name in shown if name not in held and subject[f"{name}_q"] <= ALPHA]
-    lacking = [
-        f"{wording.PROMPT_DECIDES[name]} too small" if name in small else f"no {wording.PROMPT_DECIDES[name]}"
-        for name in shown
-        if name not in held
-    ]
+    lacking = [_lacking(subject, name, small) for name in shown if name not in held]
     if held:
         lacking = lacking or ["a head of its layer without the role does as much"]
         return told | {"verdict": "partial", "reason": "; ".join(lacking)}
     return told | {"verdict": "opposite" if against else "not_realised", "reason": "; ".join(lacking) if small else ""}
+
+
+def _lacking(subject: Mapping[str, Any], quantity: str, small: Collection[str]) -> str:
+    name = wording.PROMPT_DECIDES[quantity]
+    if quantity in small:
+        return f"{name} too small"
+    least = subject[f"{quantity}_min_q"]
+    return f"no {name}" + (f" (alone it could not be significant: q at least {least:.2f})" if least > ALPHA else "")
