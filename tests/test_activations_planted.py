@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from support.models import local, shared_model
+from support.models import KINDS, local, randomise, shared_model
 from support.planted_runs import HEADS, Ran, cell, run_model, write_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ovqk.activations.forward import Places, RunningModel
 from ovqk.checkpoints.opening import open_checkpoint
@@ -68,6 +69,43 @@ def test_writes_of_random_heads_are_significant_as_often_as_the_level_says(tmp_p
     for level in (0.05, 0.2):
         # heads of one model share prompts: as few as SEEDS independent ones
         assert abs((p <= level).mean() - level) < 3 * np.sqrt(level * (1 - level) / SEEDS)
+
+
+SHAPES = {
+    "gpt2": {"n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 4},
+    "llama": {"max_position_embeddings": 32, "num_hidden_layers": 3},
+    "gpt_neox": {"max_position_embeddings": 32, "num_hidden_layers": 2},
+}
+MODELS = 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHAPES)
+def test_p_of_untrained_models_are_at_their_level_in_three_shapes(tmp_path, kind) -> None:
+    """Earlier occurrences mean nothing to them, answers and foils are drawn alike: no quantity has a side.
+
+    Attention less that on the counterfactual, the write and the effect, of all heads; and no role is measured.
+    """
+    found: dict[str, list[np.ndarray]] = {"attention": [], "write": [], "effect": []}
+    for seed in range(MODELS):
+        config = cell(seed, "activations.prompts=64", "activations.screened=12")
+        config.task.roles["induction"].activations.attention.beyond = ["counterfactual"]
+        vocabulary = len(config.task.words["content"]) + 1
+        plain = AutoConfig.for_model(kind, **KINDS[kind] | SHAPES[kind] | {"vocab_size": vocabulary})
+        directory = tmp_path / str(seed)
+        randomise(AutoModelForCausalLM.from_config(plain), seed).save_pretrained(directory)
+        result = run_model(directory, config)
+        assert not any(result.judged.measured.values())
+        rows = result.measured.rows("induction", "testing")
+        for quantity, values in found.items():
+            values.append(rows[f"{quantity}_p"].to_numpy())
+    for quantity, values in found.items():
+        p = np.stack(values)
+        assert np.isfinite(p).all()
+        for level in (0.05, 0.2):
+            # heads of one model share prompts and streams: as few as MODELS independent ones
+            share = (p <= level).mean()
+            assert abs(share - level) < 3 * np.sqrt(level * (1 - level) / MODELS), f"{quantity}: {share} at {level}"
 
 
 def test_the_heads_of_a_trained_attention_only_model_do_what_is_known_of_them() -> None:

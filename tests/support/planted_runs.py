@@ -85,10 +85,10 @@ def write_model(file: Path, n_tokens: int, seed: int, planted: tuple[Head, Head]
 
 
 def run_model(file: Path, config: Config) -> Ran:
-    """Measure and judge a model that `write_model` saved."""
+    """Measure and judge a model that `write_model` saved, or one of transformers' in a directory."""
     words = config.task.words["content"]
     checkpoint = open_checkpoint(local(file))
-    config.model = local(file, causal=True)
+    config.model = local(file) if file.is_dir() else local(file, causal=True)
     opened = OpenedModel(open_weights(checkpoint, config.model), "planted", tokenizer(words))
     model = Model.read(opened, config)
     asked = config.activations
@@ -99,6 +99,6 @@ def run_model(file: Path, config: Config) -> Ran:
         running, model, prompts, roles, {}, asked.screened, config.seed, lambda count, what: range(count)
     )
     links = WriteLinks(model, prompts, measured.observed, roles)
-    for index in range(LAYERS):
+    for index in range(model.architecture.n_layers):
         links.visit(Layer(model, index))
     return Ran(prompts, measured, judge_activations(measured, {}, links))
