@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,22 @@ def file_hash(path: Path) -> str:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     remember(memory, {"key": key, "sha256": sha256})
     return sha256
+
+
+@contextmanager
+def folder_of(files: Iterable[Path], name: str = "files") -> Iterator[Path]:
+    """Yield a folder with links to these files, those that exist, and with nothing else.
+
+    A library that is given it cannot read another file of a checkpoint's directory, on which its digest does not
+    depend: pickled weights, an adapter, code.
+    """
+    with tempfile.TemporaryDirectory(prefix="ovqk-") as above:
+        folder = Path(above) / (name or "files")
+        folder.mkdir()
+        for path in files:
+            if path.is_file():
+                (folder / path.name).symlink_to(path.resolve())
+        yield folder
 
 
 def remember(path: Path, content: Any) -> None:

@@ -13,6 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from ovqk.checkpoints.checkpoint import Checkpoint
+from ovqk.checkpoints.files import CONFIG, TOKENIZER_FILES, folder_of
 from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
 from ovqk.errors import UserError
 
@@ -100,10 +101,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         if (directory / "tokenizer.model").is_file():
             from transformers import AutoTokenizer
 
-            return AutoTokenizer.from_pretrained(directory).backend_tokenizer
-    except KeyboardInterrupt:
+            with folder_of(directory / name for name in (CONFIG, *TOKENIZER_FILES)) as folder:
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return tokenizer.backend_tokenizer
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizers library raises bare Exception, and panics of Rust, which are none
+        if "trust_remote_code" in str(error):
+            error = ValueError("they are of a kind that the directory's own code builds, which ovqk does not run")
         raise UserError(f"{checkpoint.label}: its tokenizer files cannot be read ({error}).") from error
     return None
 
