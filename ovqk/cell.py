@@ -21,7 +21,7 @@ from ovqk.checkpoints.files import cache_folder
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import resolve, tracking_mode
 from ovqk.config.schema import Config, TrackingMode
-from ovqk.errors import UserError, one_message, told
+from ovqk.errors import UserError, one_message, told, without_secrets
 from ovqk.memory import is_exhausted
 from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
@@ -247,7 +247,7 @@ def _names(config: DictConfig) -> tuple[str, str, str]:
 
     def name(group: str) -> str:
         try:
-            return str(config[group].name)
+            return without_secrets(str(config[group].name))
         except Exception:
             return "local" if group == "model" else "?"
 
@@ -255,7 +255,7 @@ def _names(config: DictConfig) -> tuple[str, str, str]:
 
 
 def _portable(text: str) -> str:
-    """Return a traceback without this machine's folders."""
+    """Return a traceback without this machine's folders and secrets."""
     for place, name in ((str(Path(__file__).parents[1]), "."), (sys.prefix, "<python>"), (sys.base_prefix, "<python>")):
         text = text.replace(place, name)
-    return text
+    return without_secrets(text)

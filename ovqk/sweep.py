@@ -18,7 +18,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from ovqk.errors import UserError, end_command, first_line, one_message, told
+from ovqk.errors import UserError, end_command, first_line, one_message, told, without_secrets
 from ovqk.wording import counted
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def end_early(error: BaseException) -> None:
         raise SystemExit(0) from None
     words = sweep.outcomes.folder / LAUNCHER_ERROR
     with words.open("w", encoding="utf-8") as file:
-        file.writelines(traceback.format_exception(error))
+        file.write(without_secrets("".join(traceback.format_exception(error))))
     reason = f"{type(error).__name__}: {first_line(error)}"
     message = f"the launcher gave up ({reason}). Its own words: {os.path.relpath(words)}"
     end_command(message, FAILED)
@@ -263,8 +263,10 @@ def _check(config: DictConfig) -> None:
     """Refuse a choice that would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import make_results_dir
     from ovqk.config.resolve import tracking_mode
+    from ovqk.config.secrets import refuse_secrets
 
     _collect_garbage()
+    refuse_secrets(config)
     tracking_mode(config, os.environ.get("WANDB_MODE"))
     make_results_dir(Path(str(config.results_dir)))
 

@@ -225,7 +225,16 @@ def cell_yaml(config: Config) -> str:
         content.pop(key)
     tracking = content["tracking"].pop("mode")  # a choice of its group, so that tracking=none overrides it
     defaults = {"defaults": ["schema", "settings", {"tracking": tracking}, "_self_"]}
-    return yaml.safe_dump(defaults | content, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(defaults | _literal(content), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _literal(value: Any) -> Any:
+    """Return plain data in which OmegaConf interpolates no text: all was, when the choice was resolved."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value) if isinstance(value, str) else value
 
 
 def provenance(config: Config, identity: dict[str, Any], origin: Origin, seconds: float) -> dict[str, Any]:
