@@ -6,7 +6,6 @@ cell that was interrupted at any moment is not done.
 
 import errno
 import importlib.metadata
-import json
 import platform
 import re
 import resource
@@ -27,7 +26,8 @@ from ovqk.config.resolve import plain
 from ovqk.config.schema import Config
 from ovqk.errors import UserError
 from ovqk.metrics import SCHEMA_VERSION
-from ovqk.whole_files import temporary, to_disk, write_json, write_text
+from ovqk.records.soundness import record_fault, tables_fault
+from ovqk.whole_files import read_json, temporary, to_disk, write_json, write_text
 
 RECORD = "record.json"
 TRACKING = "tracking.json"
@@ -95,16 +95,21 @@ class Origin:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return a cell's record.json; None if there is none or it cannot be read."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_json(folder / RECORD)
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
-    """Return the record of a cell whose results are complete; None if they are not."""
+    """Return the record of a cell whose results are complete and sound; None if they are not."""
     record = read_record(folder)
-    return record if record is not None and says_done(record) else None
+    return record if record is not None and says_done(record) and fault(folder, record) is None else None
+
+
+def fault(folder: Path, record: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with a cell whose record says that it is done, or with its tables; None if it is sound."""
+    return record_fault(record) or tables_fault(folder, record)
 
 
 def says_done(state: Mapping[str, Any]) -> bool:
@@ -303,8 +308,9 @@ def _git() -> tuple[str | None, bool | None]:
 def read_tracking(folder: Path) -> dict[str, Any]:
     """Return the tracking.json of a cell; {"status": "pending"} if there is none."""
     try:
-        return dict(json.loads((folder / TRACKING).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        content = read_json(folder / TRACKING)
+        return {key: text for key, text in content.items() if isinstance(text, str)}
+    except (OSError, ValueError, AttributeError):
         return {"status": "pending"}
 
 
