@@ -1,6 +1,5 @@
 """One cell from start to end: skip it if it is done, else compute, record and track it, and report the outcome."""
 
-import errno
 import os
 import sys
 import time
@@ -36,13 +35,10 @@ from ovqk.tracking.service import start_meanwhile
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import OpenedModel
-from ovqk.whole_files import clear_abandoned
+from ovqk.whole_files import DISK, clear_abandoned
 
 if TYPE_CHECKING:
     from ovqk.activations.forward import RunningModel
-
-DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-"""Errors of a full, read-only or forbidden disk, or of a bad name: the user gets a message, and they are no defect."""
 
 
 @one_message()
@@ -81,7 +77,8 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
         outcome = run_cell(cell, started, alone=runs_here(hydra))
     except Exception as error:
         seconds = time.perf_counter() - started
-        trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
+        known = isinstance(error, UserError) or _is_of_machine(error)
+        trace = "" if known else _portable(traceback.format_exc())
         outcome = Outcome("failed", *_names(config), None, seconds, error=told(error), traceback=trace or None)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # of a cell that ran out of memory

@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from ovqk.errors import UserError, end_command, first_line, one_message, told, without_secrets
+from ovqk.whole_files import DISK
 from ovqk.wording import counted
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class RunningSweep:
         self.progress.stop()
         outcomes, expected = self.outcomes.all(), self.progress.expected
         terminal.print_sweep(outcomes, expected, self.progress.details, self.results_dir)
+        self.outcomes.forget()
         finished = [outcome for outcome in outcomes.values() if outcome.status != "failed"]
         return int(len(finished) < max(len(expected or ()), len(outcomes)))
 
@@ -171,6 +173,8 @@ def end_early(error: BaseException) -> None:
     global running
     sweep, running = running, None
     stopped = isinstance(error, KeyboardInterrupt)
+    if sweep is None and isinstance(error, OSError) and error.errno in DISK:
+        raise UserError(f"{error.filename or 'a file'}: cannot be written ({error.strerror}).") from None
     if sweep is None:
         if stopped:
             end_command("interrupted.", INTERRUPTED)
@@ -183,11 +187,14 @@ def end_early(error: BaseException) -> None:
         end_command(f"interrupted.{more}", INTERRUPTED)
     if status == 0:  # it gave up at a cell that had ended
         raise SystemExit(0) from None
+    message = f"the launcher gave up ({type(error).__name__}: {first_line(error)})."
     words = sweep.outcomes.folder / LAUNCHER_ERROR
-    with words.open("w", encoding="utf-8") as file:
-        file.write(without_secrets("".join(traceback.format_exception(error))))
-    reason = f"{type(error).__name__}: {first_line(error)}"
-    message = f"the launcher gave up ({reason}). Its own words: {os.path.relpath(words)}"
+    try:
+        with words.open("w", encoding="utf-8") as file:
+            file.write(without_secrets("".join(traceback.format_exception(error))))
+        message += f" Its own words: {os.path.relpath(words)}"
+    except OSError as other:
+        message += f" Its own words cannot be written ({other.strerror})."
     end_command(message, FAILED)
 
 

@@ -3,6 +3,7 @@
 A process that is killed leaves at most a file of a temporary name, which `is_temporary` knows.
 """
 
+import errno
 import json
 import math
 import os
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+"""Errors of a full, read-only or forbidden disk, or of a bad name: the user gets a message, and they are no defect."""
 LARGEST_JSON = 2**24
 """Bytes of a JSON file: far above any that ovqk reads, and small enough that its content fits in memory."""
 
