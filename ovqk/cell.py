@@ -20,7 +20,7 @@ from ovqk.checkpoints.files import cache_folder
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import resolve, tracking_mode
 from ovqk.config.schema import Config, TrackingMode
-from ovqk.errors import UserError, one_message, told, without_secrets
+from ovqk.errors import UserError, one_message, told, was_interrupted, without_secrets
 from ovqk.memory import is_exhausted
 from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
@@ -76,6 +76,8 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
             cell.sweep = Outcomes(Path(hydra.sweep.dir)).name()
         outcome = run_cell(cell, started, alone=runs_here(hydra))
     except Exception as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from None
         seconds = time.perf_counter() - started
         known = isinstance(error, UserError) or _is_of_machine(error)
         trace = "" if known else _portable(traceback.format_exc())

@@ -29,11 +29,25 @@ def one_message() -> Iterator[None]:
 
     Raises:
         SystemExit: a UserError was raised inside.
+        KeyboardInterrupt: the error came of one.
     """
     try:
         yield
     except UserError as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from None
         end_command(str(error))
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error is Ctrl-C or came of it: a library may turn it into an error of its own."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def end_command(message: str, status: int = 1) -> NoReturn:

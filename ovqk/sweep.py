@@ -18,7 +18,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from ovqk.errors import UserError, end_command, first_line, one_message, told, without_secrets
+from ovqk.errors import UserError, end_command, first_line, one_message, told, was_interrupted, without_secrets
 from ovqk.whole_files import DISK
 from ovqk.wording import counted
 
@@ -172,7 +172,7 @@ def end_early(error: BaseException) -> None:
     """
     global running
     sweep, running = running, None
-    stopped = isinstance(error, KeyboardInterrupt)
+    stopped = was_interrupted(error)
     if sweep is None and isinstance(error, OSError) and error.errno in DISK:
         raise UserError(f"{error.filename or 'a file'}: cannot be written ({error.strerror}).") from None
     if sweep is None:
