@@ -4,7 +4,6 @@ A cell is done if and only if `record.json` has "status": "done". The file is re
 cell that was interrupted at any moment is not done.
 """
 
-import errno
 import importlib.metadata
 import platform
 import re
@@ -20,18 +19,16 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from filelock import FileLock
 
 from ovqk.config.resolve import plain
 from ovqk.config.schema import Config
-from ovqk.errors import UserError
+from ovqk.locks import locked
 from ovqk.metrics import SCHEMA_VERSION
 from ovqk.records.soundness import record_fault, tables_fault
 from ovqk.whole_files import read_json, temporary, to_disk, write_json, write_text
 
 RECORD = "record.json"
 TRACKING = "tracking.json"
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 PACKAGES = (
     "ovqk",
     "torch",
@@ -132,25 +129,13 @@ def claim(results_dir: Path, identifier: str, wait: bool = True) -> Iterator[Non
     """Lock a cell, so that one process at a time computes or tracks it. The system frees the lock if its owner dies.
 
     Raises:
-        UserError: the file system has no locks.
+        UserError: the file system has no locks, or refuses this one.
         Timeout: another process holds it, and wait=False.
     """
     locks = results_dir / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(locks / f"{identifier}.lock", fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        raise UserError(
-            f"results_dir={results_dir}: its file system has no file locks ({error.strerror}), without which two "
-            "processes would write the same cell. Choose another folder, or mount it with locks (Lustre: -o flock)."
-        ) from error
-    try:
+    with locked(locks / f"{identifier}.lock", f"results_dir={results_dir}, cell {identifier}", wait):
         yield
-    finally:
-        lock.release()
 
 
 def write_done(
