@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ovqk.config.mistakes import check_keys, mistakes
-from ovqk.config.rerun import refuse_foreign_code
+from ovqk.config.rerun import refuse_foreign_files
 from ovqk.config.schema import register
 from ovqk.errors import UserError, one_message, was_interrupted
 from ovqk.sweep import end_early, launcher_hint
@@ -66,7 +66,7 @@ def run_choice() -> None:
     """
     if "-sc" not in sys.argv:  # Hydra's shell completion, whose install= and query= are no keys
         check_keys(sys.argv[1:])
-        refuse_foreign_code(sys.argv[1:])
+        refuse_foreign_files(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and a config's mistake is one message here
     try:
         main()

@@ -22,6 +22,7 @@ from ovqk.config.resolve import resolve, tracking_mode
 from ovqk.config.schema import Config, TrackingMode
 from ovqk.errors import UserError, one_message, told, was_interrupted, without_secrets
 from ovqk.memory import is_exhausted
+from ovqk.orphans import end_with_parent
 from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
 from ovqk.records.record import Origin, claim, forget_peak_memory, is_done, write_done, write_failed
@@ -69,6 +70,8 @@ def run_job(config: DictConfig, hydra: Any) -> None:
 def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
     """Run one cell of a sweep, and leave its outcome for the process that prints the sweep."""
     started = time.perf_counter()
+    if hydra.launcher._target_.endswith(".JoblibLauncher"):
+        end_with_parent()
     try:
         _enter(Path(hydra.runtime.cwd))
         cell = resolve(config)

@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from ovqk.errors import UserError, end_command, first_line, one_message, told, was_interrupted, without_secrets
+from ovqk.orphans import be_parent
 from ovqk.whole_files import DISK
 from ovqk.wording import counted
 
@@ -261,6 +262,7 @@ def _settle_sweep_dir(config: DictConfig) -> Path:
 
 
 def _prepare_workers() -> None:
+    be_parent()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells its makers of each cluster unless told not to
     # joblib replaces a worker that has grown, as after a large model; nothing is lost by it
     warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")

@@ -7,7 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 from support.commands import compose
 
-from ovqk.config.rerun import refuse_foreign_code
+from ovqk.config.rerun import refuse_foreign_files
 from ovqk.errors import UserError, secrets, told, without_secrets
 from ovqk.records.record import cell_yaml
 
@@ -80,7 +80,7 @@ def test_a_cell_file_that_names_code_is_refused(tmp_path, change, message) -> No
     (tmp_path / "cell.yaml").write_text(yaml.safe_dump(content))
     for arguments in (["-cd", str(tmp_path), "-cn", "cell"], ["-cn=cell.yaml", f"--config-dir={tmp_path}", "seed=1"]):
         with pytest.raises(UserError, match=message):
-            refuse_foreign_code(arguments)
+            refuse_foreign_files(arguments)
 
 
 def test_a_cell_file_of_ovqks_is_computed_again(cli, tmp_path) -> None:

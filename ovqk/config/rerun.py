@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from ovqk.config.expansion import refuse_expanding
 from ovqk.config.schema import Config, TrackingMode
 from ovqk.errors import UserError
 
@@ -14,8 +15,8 @@ CELL = "cell"
 HELD = {"defaults", *(field.name for field in fields(Config))}
 
 
-def refuse_foreign_code(arguments: list[str]) -> None:
-    """Refuse a cell's config file, if the command line names one, that holds anything but a cell's choice.
+def refuse_foreign_files(arguments: list[str]) -> None:
+    """Refuse a folder of config files that expand without bounds, and a cell's file that holds more than its choice.
 
     Hydra would make the objects that `hydra.callbacks` and other keys of its own name, and run whatever code that is.
 
@@ -25,6 +26,8 @@ def refuse_foreign_code(arguments: list[str]) -> None:
     from hydra._internal.utils import get_args_parser
 
     asked = get_args_parser().parse_known_args(arguments)[0]
+    if asked.config_dir is not None:
+        refuse_expanding(Path(asked.config_dir))
     if asked.config_dir is None or Path(asked.config_name or "").stem != CELL:
         return
     path = Path(asked.config_dir) / f"{CELL}.yaml"

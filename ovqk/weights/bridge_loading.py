@@ -20,6 +20,7 @@ from ovqk.checkpoints.files import CONFIG, INDEX, SINGLE, folder_of
 from ovqk.errors import UserError, first_line
 from ovqk.weights.family import WRAPPERS
 from ovqk.weights.rotary import Rotary
+from ovqk.weights.sizes import refuse_larger
 
 
 def find_architecture(checkpoint: Checkpoint) -> str:
@@ -71,6 +72,8 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
         if not files:
             kind, content = _of_gguf(checkpoint)
         with folder_of(_files_of_digest(checkpoint, trust_remote_code), checkpoint.directory.resolve().name) as folder:
+            if files:
+                refuse_larger(checkpoint, _count_numbers(kind, folder, trust_remote_code))
             model, report = kind.from_pretrained(
                 str(folder) if files else None,
                 **content,
@@ -116,6 +119,16 @@ def _files_of_digest(checkpoint: Checkpoint, trust_remote_code: bool) -> list[Pa
     directory, code = checkpoint.directory, checkpoint.directory.glob("*.py") if trust_remote_code else ()
     index = [] if any(shard.name == SINGLE for shard in checkpoint.shards) else [directory / INDEX]
     return [directory / CONFIG, *index, *code, *checkpoint.shards]
+
+
+def _count_numbers(kind: Any, folder: Path, trust_remote_code: bool) -> int:
+    """Count the numbers in the model that config.json describes, without making them."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    with torch.device("meta"):
+        model = kind.from_config(config, trust_remote_code=trust_remote_code)
+    return sum(tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
 
 
 def _of_gguf(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
