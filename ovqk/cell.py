@@ -1,6 +1,5 @@
 """One cell from start to end: skip it if it is done, else compute, record and track it, and report the outcome."""
 
-import errno
 import os
 import sys
 import time
@@ -21,8 +20,9 @@ from ovqk.checkpoints.files import cache_folder
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import resolve, tracking_mode
 from ovqk.config.schema import Config, TrackingMode
-from ovqk.errors import UserError, one_message, told
+from ovqk.errors import UserError, one_message, told, was_interrupted, without_secrets
 from ovqk.memory import is_exhausted
+from ovqk.orphans import end_with_parent
 from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
 from ovqk.records.record import Origin, claim, forget_peak_memory, is_done, write_done, write_failed
@@ -36,13 +36,10 @@ from ovqk.tracking.service import start_meanwhile
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import OpenedModel
-from ovqk.whole_files import clear_abandoned
+from ovqk.whole_files import DISK, clear_abandoned
 
 if TYPE_CHECKING:
     from ovqk.activations.forward import RunningModel
-
-DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-"""Errors of a full, read-only or forbidden disk, or of a bad name: the user gets a message, and they are no defect."""
 
 
 @one_message()
@@ -73,6 +70,8 @@ def run_job(config: DictConfig, hydra: Any) -> None:
 def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
     """Run one cell of a sweep, and leave its outcome for the process that prints the sweep."""
     started = time.perf_counter()
+    if hydra.launcher._target_.endswith(".JoblibLauncher"):
+        end_with_parent()
     try:
         _enter(Path(hydra.runtime.cwd))
         cell = resolve(config)
@@ -80,8 +79,11 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
             cell.sweep = Outcomes(Path(hydra.sweep.dir)).name()
         outcome = run_cell(cell, started, alone=runs_here(hydra))
     except Exception as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from None
         seconds = time.perf_counter() - started
-        trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
+        known = isinstance(error, UserError) or _is_of_machine(error)
+        trace = "" if known else _portable(traceback.format_exc())
         outcome = Outcome("failed", *_names(config), None, seconds, error=told(error), traceback=trace or None)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # of a cell that ran out of memory
@@ -247,7 +249,7 @@ def _names(config: DictConfig) -> tuple[str, str, str]:
 
     def name(group: str) -> str:
         try:
-            return str(config[group].name)
+            return without_secrets(str(config[group].name))
         except Exception:
             return "local" if group == "model" else "?"
 
@@ -255,7 +257,7 @@ def _names(config: DictConfig) -> tuple[str, str, str]:
 
 
 def _portable(text: str) -> str:
-    """Return a traceback without this machine's folders."""
+    """Return a traceback without this machine's folders and secrets."""
     for place, name in ((str(Path(__file__).parents[1]), "."), (sys.prefix, "<python>"), (sys.base_prefix, "<python>")):
         text = text.replace(place, name)
-    return text
+    return without_secrets(text)

@@ -1,9 +1,18 @@
 """Errors as a person reads them, and the one place where a user's mistake ends a command."""
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
+
+SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSPHRASE|CREDENTIAL)S?(_|$)|API_?KEY|PASSWORD|PASSWD", re.IGNORECASE)
+"""Matches names of environment variables that hold a secret."""
+PLACE = re.compile(r"_(PATH|FILE|DIR|HOME|URL)$", re.IGNORECASE)
+"""Matches names of environment variables that hold a place, perhaps one of a secret."""
+SHORTEST_SECRET = 8
+"""Letters: a shorter value, as "true", is no secret, and other texts may well contain it."""
 
 
 class UserError(Exception):
@@ -20,11 +29,25 @@ def one_message() -> Iterator[None]:
 
     Raises:
         SystemExit: a UserError was raised inside.
+        KeyboardInterrupt: the error came of one.
     """
     try:
         yield
     except UserError as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from None
         end_command(str(error))
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error is Ctrl-C or came of it: a library may turn it into an error of its own."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def end_command(message: str, status: int = 1) -> NoReturn:
@@ -33,13 +56,30 @@ def end_command(message: str, status: int = 1) -> NoReturn:
     Raises:
         SystemExit: always, with this status.
     """
-    print(f"ovqk: {message}", file=sys.stderr)
+    print(f"ovqk: {without_secrets(message)}", file=sys.stderr)
     raise SystemExit(status)
 
 
 def told(error: BaseException) -> str:
     """Return an error in words: a user's mistake by its message, anything else with its type."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return without_secrets(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+
+
+def secrets() -> dict[str, str]:
+    """Return the environment variables that hold a secret, by name, the longest value first."""
+    found = {
+        name: value
+        for name, value in os.environ.items()
+        if SECRET.search(name) and not PLACE.search(name) and len(value) >= SHORTEST_SECRET
+    }
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with `$NAME` for each value of a secret environment variable."""
+    for name, value in secrets().items():
+        text = text.replace(value, f"${name}")
+    return text
 
 
 def first_line(error: BaseException) -> str:

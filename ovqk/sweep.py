@@ -18,7 +18,9 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from ovqk.errors import UserError, end_command, first_line, one_message, told
+from ovqk.errors import UserError, end_command, first_line, one_message, told, was_interrupted, without_secrets
+from ovqk.orphans import be_parent
+from ovqk.whole_files import DISK
 from ovqk.wording import counted
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class RunningSweep:
         self.progress.stop()
         outcomes, expected = self.outcomes.all(), self.progress.expected
         terminal.print_sweep(outcomes, expected, self.progress.details, self.results_dir)
+        self.outcomes.forget()
         finished = [outcome for outcome in outcomes.values() if outcome.status != "failed"]
         return int(len(finished) < max(len(expected or ()), len(outcomes)))
 
@@ -170,7 +173,9 @@ def end_early(error: BaseException) -> None:
     """
     global running
     sweep, running = running, None
-    stopped = isinstance(error, KeyboardInterrupt)
+    stopped = was_interrupted(error)
+    if sweep is None and isinstance(error, OSError) and error.errno in DISK:
+        raise UserError(f"{error.filename or 'a file'}: cannot be written ({error.strerror}).") from None
     if sweep is None:
         if stopped:
             end_command("interrupted.", INTERRUPTED)
@@ -183,11 +188,14 @@ def end_early(error: BaseException) -> None:
         end_command(f"interrupted.{more}", INTERRUPTED)
     if status == 0:  # it gave up at a cell that had ended
         raise SystemExit(0) from None
+    message = f"the launcher gave up ({type(error).__name__}: {first_line(error)})."
     words = sweep.outcomes.folder / LAUNCHER_ERROR
-    with words.open("w", encoding="utf-8") as file:
-        file.writelines(traceback.format_exception(error))
-    reason = f"{type(error).__name__}: {first_line(error)}"
-    message = f"the launcher gave up ({reason}). Its own words: {os.path.relpath(words)}"
+    try:
+        with words.open("w", encoding="utf-8") as file:
+            file.write(without_secrets("".join(traceback.format_exception(error))))
+        message += f" Its own words: {os.path.relpath(words)}"
+    except OSError as other:
+        message += f" Its own words cannot be written ({other.strerror})."
     end_command(message, FAILED)
 
 
@@ -254,6 +262,7 @@ def _settle_sweep_dir(config: DictConfig) -> Path:
 
 
 def _prepare_workers() -> None:
+    be_parent()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells its makers of each cluster unless told not to
     # joblib replaces a worker that has grown, as after a large model; nothing is lost by it
     warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
@@ -263,8 +272,10 @@ def _check(config: DictConfig) -> None:
     """Refuse a choice that would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import make_results_dir
     from ovqk.config.resolve import tracking_mode
+    from ovqk.config.secrets import refuse_secrets
 
     _collect_garbage()
+    refuse_secrets(config)
     tracking_mode(config, os.environ.get("WANDB_MODE"))
     make_results_dir(Path(str(config.results_dir)))
 

@@ -3,15 +3,22 @@
 A process that is killed leaves at most a file of a temporary name, which `is_temporary` knows.
 """
 
+import errno
 import json
 import math
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+"""Errors of a full, read-only or forbidden disk, or of a bad name: the user gets a message, and they are no defect."""
+LARGEST_JSON = 2**24
+"""Bytes of a JSON file: far above any that ovqk reads, and small enough that its content fits in memory."""
 
 
 def temporary(path: Path) -> Path:
@@ -67,6 +74,25 @@ def whole(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's content.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file, no JSON, larger than LARGEST_JSON, or nested too deeply.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device might never end
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        content = file.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise ValueError(f"it is larger than {LARGEST_JSON} bytes")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_text(path: Path, text: str) -> None:

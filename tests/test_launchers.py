@@ -127,6 +127,25 @@ def test_joblib_gives_up_when_a_worker_is_killed_and_the_same_command_does_the_r
     assert code == 0 and f"{SEEDS - done} done, {done} cached, 0 failed, 0 missing" in printed, complaint
 
 
+@pytest.mark.parametrize("sweep", ["laptop"], indirect=True)
+def test_joblibs_workers_end_with_a_command_that_is_killed(sweep) -> None:
+    process = sweep.start("hydra.launcher.n_jobs=2", "seed=range(40)")
+    deadline = time.monotonic() + LIMIT
+    while not list(sweep.results.glob(".hydra_runs/*/outcomes/*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = [
+        Path("/proc") / each.name
+        for each in Path("/proc").glob("[0-9]*")
+        if each.name != str(process.pid) and descends_from(int(each.name), process.pid)
+    ]
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate(timeout=LIMIT)
+    time.sleep(10)
+    assert not [worker for worker in workers if worker.exists() and "Z" not in (worker / "stat").read_text()]
+
+
 @pytest.mark.parametrize("sweep", ["submitit_local"], indirect=True)
 def test_a_job_that_is_killed_is_missing_and_the_others_are_waited_for(sweep) -> None:
     process = sweep.start()

@@ -315,7 +315,7 @@ def test_a_file_system_without_locks_is_one_message(cli, tmp_path, monkeypatch) 
 
     monkeypatch.setattr(fcntl, "flock", missing)
     code, printed = cli(*QUICK)
-    assert code == 1 and "results_dir=results: its file system has no file locks" in printed
+    assert code == 1 and "results_dir=results, cell " in printed and "its file system has no file locks" in printed
     assert not list(tmp_path.glob("results/*/*/*"))
 
 

@@ -4,15 +4,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
 from ovqk.errors import UserError
-from ovqk.whole_files import clear_abandoned, write_text
+from ovqk.whole_files import clear_abandoned, read_json, write_text
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -28,8 +29,8 @@ def read_config(directory: Path, label: str, name: str = CONFIG) -> dict[str, An
         UserError: it is no JSON object.
     """
     try:
-        config = json.loads((directory / name).read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = read_json(directory / name)
+    except (ValueError, OSError) as error:
         raise UserError(f"{label}: {name} is not valid JSON ({error}).") from error
     if not isinstance(config, dict):
         raise UserError(f"{label}: {name} holds no keys, but {type(config).__name__}.")
@@ -44,11 +45,11 @@ def names_by_shard(directory: Path, label: str) -> dict[str, list[str]]:
     """
     shards: dict[str, list[str]] = {}
     try:
-        for name, shard in json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].items():
-            if Path(shard).name != shard:
+        for name, shard in read_json(directory / INDEX)["weight_map"].items():
+            if Path(shard).name != shard or "\0" in shard:
                 raise ValueError(f"{shard!r} is no file beside it")
             shards.setdefault(shard, []).append(name)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise UserError(f"{label}: {INDEX} is damaged ({error!r}).") from error
     return dict(sorted(shards.items()))
 
@@ -72,7 +73,7 @@ def file_hash(path: Path) -> str:
     key = [str(real), status.st_size, status.st_mtime_ns]
     memory = cache_folder() / "digests" / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
     try:
-        remembered = json.loads(memory.read_text(encoding="utf-8"))
+        remembered = read_json(memory)
         if remembered["key"] == key:
             return str(remembered["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -81,6 +82,22 @@ def file_hash(path: Path) -> str:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     remember(memory, {"key": key, "sha256": sha256})
     return sha256
+
+
+@contextmanager
+def folder_of(files: Iterable[Path], name: str = "files") -> Iterator[Path]:
+    """Yield a folder with links to these files, those that exist, and with nothing else.
+
+    A library that is given it cannot read another file of a checkpoint's directory, on which its digest does not
+    depend: pickled weights, an adapter, code.
+    """
+    with tempfile.TemporaryDirectory(prefix="ovqk-") as above:
+        folder = Path(above) / (name or "files")
+        folder.mkdir()
+        for path in files:
+            if path.is_file():
+                (folder / path.name).symlink_to(path.resolve())
+        yield folder
 
 
 def remember(path: Path, content: Any) -> None:

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from ovqk.checkpoints.files import (
     CONFIG,
     INDEX,
@@ -32,6 +30,7 @@ from ovqk.checkpoints.hub_timeout import Bar, Patience, UnansweredError, one_mes
 from ovqk.checkpoints.shards import Header, Read, is_part, read_header, write_part
 from ovqk.config.schema import ModelConfig
 from ovqk.errors import UserError
+from ovqk.locks import locked
 
 SHARE = 0.5
 """Share of a shard's bytes: if ovqk reads more, the whole file is fetched, which other programs can use too."""
@@ -265,7 +264,7 @@ class _Repository:
         """Write the part of a shard that is read to ovqk's own cache; another process that does so is waited for."""
         assert self.reads is not None
         self.own.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.own / f"{item.shard}.lock"):
+        with locked(self.own / f"{item.shard}.lock", f"{self.label}, {item.shard}"):
             self.patience.renew()
             if is_part(self.own / item.shard, self.reads):
                 return

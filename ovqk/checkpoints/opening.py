@@ -168,7 +168,7 @@ def _checkpoint(
     extras = [directory / name for name in (CONFIG, *TOKENIZER_FILES) if (directory / name).is_file()]
     content = digest(hashes | {path.name: file_hash(path) for path in extras})
     tensors, config = SafetensorsFiles(files, shapes, unread), read_config(directory, label)
-    return Checkpoint(label, directory, config, tensors, content, revision, notes=notes)
+    return Checkpoint(label, directory, config, tensors, content, revision, notes=notes, shards=tuple(shards))
 
 
 def _shards(directory: Path, label: str) -> tuple[list[Path], tuple[str, ...]]:

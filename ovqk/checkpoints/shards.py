@@ -1,6 +1,7 @@
 """Safetensors files by their headers: which tensors one holds at which bytes, and a smaller file with some of them."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,7 +10,11 @@ from typing import Any
 
 from ovqk.whole_files import clear_abandoned, whole
 
-LONGEST_HEADER = 100_000_000  # bytes that the format allows
+LONGEST_HEADER = 2**25
+"""Bytes: the format allows 100 MB, and no model comes near; what such a header holds would take gigabytes of memory."""
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
+BITS |= {"F64": 64, "I64": 64, "U64": 64}
+"""Number format -> bits of a number, for those of whole bytes that are in use."""
 LEFT_OUT = "ovqk_left_out"
 """Key in a smaller file's metadata: the tensors in the whole file that it leaves out, by name, as JSON."""
 
@@ -71,21 +76,40 @@ def read_header(read: Read, size: int) -> Header:
     """
     length = int.from_bytes(read(0, 8), "little")
     if not 2 <= length <= min(size - 8, LONGEST_HEADER):
-        raise ValueError(f"a header of {length} bytes in a file of {size}")
-    header, stop = json.loads(read(8, length)), 0
+        raise ValueError(f"a header of {length} bytes in a file of {size}; allowed: up to {LONGEST_HEADER}")
+    try:
+        header, stop = json.loads(read(8, length)), 0
+    except RecursionError:
+        raise ValueError("its header is nested too deeply") from None
     try:
         metadata = header.pop("__metadata__", None) or {}
         tensors = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
-        for tensor in tensors.values():
+        for name, tensor in tensors.items():
             start, end = tensor["data_offsets"]
             if start != stop or end < start:
                 raise ValueError(f"tensors are not laid end to end at byte {stop}")
+            _check_tensor(name, tensor, end - start)
             stop = end
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"not the header of a safetensors file: {error!r}") from error
     if 8 + length + stop != size:
         raise ValueError(f"tensors of {stop} bytes in a file of {size}")
     return Header(tensors, metadata, 8 + length)
+
+
+def _check_tensor(name: str, tensor: dict[str, Any], size: int) -> None:
+    """Check that a tensor's shape and number format take as many bytes as it has.
+
+    Raises:
+        ValueError: they do not.
+    """
+    shape, kind = tensor["shape"], tensor["dtype"]
+    if not isinstance(kind, str) or not isinstance(shape, list):
+        raise TypeError(name)
+    if any(not isinstance(length, int) or isinstance(length, bool) or length < 0 for length in shape):
+        raise ValueError(f"tensor '{name}' has the shape {str(shape)[:60]}")
+    if kind in BITS and math.prod(shape) * BITS[kind] != 8 * size:
+        raise ValueError(f"tensor '{name}' of shape {shape} in {kind} has {size} bytes")
 
 
 def is_part(path: Path, reads: Callable[[str], bool]) -> bool:

@@ -1,21 +1,24 @@
 """Named tensors on disk: the protocol, and safetensors files.
 
-Tensors are read one at a time, so that only those that an analysis needs are ever in memory. A file is reopened for
-each read, because mapped pages count as resident memory for as long as it stays open.
+Tensors are read one at a time, so that only those that an analysis needs are ever in memory. A file's header is read
+once, and of each tensor only the bytes asked for: mapped pages would count as resident memory.
 """
 
+import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ovqk.checkpoints.shards import read_header
 from ovqk.errors import UserError
 
-FLOATING = ("F64", "F32", "F16", "BF16")
+KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATING = tuple(KINDS)
 
 
 @runtime_checkable
@@ -42,15 +45,23 @@ class Tensors(Protocol):
         ...
 
 
+class Place(NamedTuple):
+    """A tensor's place: its file, its number format, and the offset at which its bytes begin."""
+
+    path: Path
+    format: str
+    offset: int
+
+
 @dataclass(frozen=True)
 class SafetensorsFiles:
     """The tensors of one or more safetensors files.
 
     Attributes:
-        files: tensor name -> the file that holds it.
+        files: tensor name -> its place.
     """
 
-    files: Mapping[str, Path]
+    files: Mapping[str, Place]
     shapes: Mapping[str, tuple[int, ...]]
     unread: Mapping[str, str]
     allowed = ", ".join(FLOATING)
@@ -61,30 +72,53 @@ class SafetensorsFiles:
         Raises:
             UserError: the file is damaged.
         """
+        (path, stored, offset), shape = self.files[name], self.shapes[name]
+        kind, row = KINDS[stored], math.prod(shape[1:])
+        if shape:
+            start, stop, _ = slice(start, stop).indices(shape[0])
+            offset, shape = offset + start * row * kind.itemsize, (max(0, stop - start), *shape[1:])
+        content = bytearray(math.prod(shape) * kind.itemsize)
+        if not content:
+            return torch.empty(shape)
         try:
-            with safe_open(self.files[name], framework="pt") as file:
-                whole = start == 0 and stop is None
-                found = file.get_tensor(name) if whole else file.get_slice(name)[start:stop]
-                return found.to(torch.float32, copy=True)
-        except (SafetensorError, OSError) as error:
-            raise UserError(_damaged(self.files[name], error)) from error
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                view, done = memoryview(content), 0
+                while done < len(content) and (read := file.readinto(view[done:])):
+                    done += read
+        except OSError as error:
+            raise UserError(_damaged(path, error)) from error
+        if done < len(content):
+            raise UserError(_damaged(path, ValueError(f"{len(content)} bytes from byte {offset} on are not there")))
+        return torch.frombuffer(content, dtype=kind).reshape(shape).to(torch.float32)
 
 
-def index_files(paths: Iterable[Path]) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], dict[str, str]]:
-    """Return the files and shapes of readable tensors, and the dtypes of others: masks and quantised tensors."""
-    files: dict[str, Path] = {}
+def index_files(paths: Iterable[Path]) -> tuple[dict[str, Place], dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return the places and shapes of readable tensors, and the dtypes of others: masks and quantised tensors.
+
+    Raises:
+        UserError: a file is no safetensors file, is cut short, or holds a tensor that another one holds, too.
+    """
+    files: dict[str, Place] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     unread: dict[str, str] = {}
     for path in paths:
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    piece = file.get_slice(name)
-                    if piece.get_dtype() in FLOATING:
-                        files[name], shapes[name] = path, tuple(piece.get_shape())
-                    else:
-                        unread[name] = piece.get_dtype()
-        except (SafetensorError, OSError) as error:
+            with path.open("rb") as file:
+                descriptor = file.fileno()
+                header = read_header(
+                    lambda offset, length, of=descriptor: os.pread(of, length, offset), os.fstat(descriptor).st_size
+                )
+            for name, tensor in header.tensors.items():
+                if name in shapes or name in unread:
+                    other = files[name].path.name if name in files else "another file"
+                    raise UserError(f"{path.name}: it holds '{name}', and so does {other}; allowed: each tensor once.")
+                if tensor["dtype"] in KINDS:
+                    files[name] = Place(path, tensor["dtype"], header.start + tensor["data_offsets"][0])
+                    shapes[name] = tuple(tensor["shape"])
+                else:
+                    unread[name] = tensor["dtype"]
+        except (ValueError, OSError) as error:
             raise UserError(_damaged(path, error)) from error
     return files, shapes, unread
 

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ovqk.config.schema import CIRCUITS, Config, Source, TrackingMode
+from ovqk.config.secrets import refuse_secrets
 from ovqk.errors import UserError
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -24,6 +25,7 @@ def resolve(config: DictConfig) -> Config:
     Raises:
         UserError: a value has the right type but is not allowed.
     """
+    refuse_secrets(config)
     missing = sorted(OmegaConf.missing_keys(config))
     if "model.name" in missing and config.model.source is Source.local:
         missing.remove("model.name")

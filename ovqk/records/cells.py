@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ovqk.records.comparison import differences
-from ovqk.records.record import read_record, says_done
+from ovqk.records.record import fault, read_record, says_done
 from ovqk.records.results import cell_folders, load_table
 
 ANALYSES = (
@@ -35,7 +35,6 @@ TABLES = (
     "roles",
     "joint",
 )
-NEEDED = ("model", "task", "analysis", "cell_id", "seed", "processing", "provenance")  # of a record
 Json = dict[str, Any]
 Heads = set[tuple[int, int]]
 CellTables = dict[str, pd.DataFrame]
@@ -109,14 +108,13 @@ def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
         if not says_done(record):
             failures.append(Failure(**name, error=str(record.get("error") or f"status {record.get('status')}")))
             continue
+        if (wrong := fault(folder, record)) is not None:
+            failures.append(Failure(**name, error=wrong))
+            continue
         try:
             tables = {table: found for table in TABLES if (found := load_table(folder, table)) is not None}
         except Exception as error:  # pyarrow has many names for a file that is none
             failures.append(Failure(**name, error=f"a table cannot be read ({type(error).__name__})"))
-            continue
-        lacking = [key for key in NEEDED if key not in record] + ["heads.parquet"] * ("heads" not in tables)
-        if lacking:
-            failures.append(Failure(**name, error=f"without {', '.join(lacking)}"))
             continue
         cells.append(Cell(folder, record, tables))
     rank = {name: place for place, name in enumerate(ANALYSES)}

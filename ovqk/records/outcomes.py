@@ -4,8 +4,15 @@ A sweep's folder under `<results_dir>/.hydra_runs` holds `sweep.json`, the cells
 for each cell that has ended. A cell without a file was killed by the system, or never started.
 """
 
+import hashlib
 import json
+import os
+import shutil
+import stat
+import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +60,7 @@ class Outcomes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._read: dict[int, Outcome] = {}
+        self._beside = _folder_beside(folder)
 
     def begin(self, name: str, cells: list[list[str]] | None) -> None:
         """Note the sweep's name and the overrides of each expected cell; remove the outcomes of an earlier sweep."""
@@ -81,20 +89,57 @@ class Outcomes:
         return {number: " ".join(f"{key}={cell[key]}" for key in shown) for number, cell in enumerate(cells)}
 
     def add(self, number: int, outcome: Outcome) -> None:
-        """Write the outcome of one cell."""
-        write_json(self.folder / ENDED / f"{number}.json", asdict(outcome))
+        """Write the outcome of one cell.
+
+        If the disk of the results is full, it is kept in this process, and in the machine's temporary folder for the
+        process that prints the sweep.
+        """
+        try:
+            write_json(self.folder / ENDED / f"{number}.json", asdict(outcome))
+        except OSError:
+            _unwritten.setdefault(self.folder, {})[number] = outcome
+            with suppress(OSError):
+                self._beside.mkdir(mode=0o700, exist_ok=True)
+                write_json(self._beside / f"{number}.json", asdict(outcome))
 
     def new(self) -> dict[int, Outcome]:
         """Return the outcomes since the last call, by the number of the cell."""
-        found: dict[int, Outcome] = {}
-        for path in (self.folder / ENDED).glob("*.json"):
+        kept = _unwritten.get(self.folder, {})
+        found = {number: outcome for number, outcome in kept.items() if number not in self._read}
+        folders = [self.folder / ENDED, *([self._beside] if _is_own(self._beside) else [])]
+        for path in chain.from_iterable(folder.glob("*.json") for folder in folders):
             number = int(path.stem)
-            if number not in self._read:
+            if number not in self._read and number not in found:
                 found[number] = Outcome(**json.loads(path.read_text(encoding="utf-8")))
         self._read |= found
         return dict(sorted(found.items()))
+
+    def forget(self) -> None:
+        """Remove the outcomes that were kept elsewhere."""
+        _unwritten.pop(self.folder, None)
+        if _is_own(self._beside):
+            shutil.rmtree(self._beside, ignore_errors=True)
 
     def all(self) -> dict[int, Outcome]:
         """Return every outcome so far, by the number of its cell."""
         self.new()
         return dict(sorted(self._read.items()))
+
+
+_unwritten: dict[Path, dict[int, Outcome]] = {}
+"""Sweep's folder -> outcomes of its cells that the disk did not take."""
+
+
+def _folder_beside(folder: Path) -> Path:
+    """Return the place of outcomes in this machine's temporary folder."""
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"ovqk-outcomes-{name}"
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is there and this user's: anybody may write to the temporary folder."""
+    try:
+        status = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()

@@ -4,9 +4,7 @@ A cell is done if and only if `record.json` has "status": "done". The file is re
 cell that was interrupted at any moment is not done.
 """
 
-import errno
 import importlib.metadata
-import json
 import platform
 import re
 import resource
@@ -21,17 +19,16 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from filelock import FileLock
 
 from ovqk.config.resolve import plain
 from ovqk.config.schema import Config
-from ovqk.errors import UserError
+from ovqk.locks import locked
 from ovqk.metrics import SCHEMA_VERSION
-from ovqk.whole_files import temporary, to_disk, write_json, write_text
+from ovqk.records.soundness import record_fault, tables_fault
+from ovqk.whole_files import read_json, temporary, to_disk, write_json, write_text
 
 RECORD = "record.json"
 TRACKING = "tracking.json"
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 PACKAGES = (
     "ovqk",
     "torch",
@@ -95,16 +92,21 @@ class Origin:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return a cell's record.json; None if there is none or it cannot be read."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_json(folder / RECORD)
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
-    """Return the record of a cell whose results are complete; None if they are not."""
+    """Return the record of a cell whose results are complete and sound; None if they are not."""
     record = read_record(folder)
-    return record if record is not None and says_done(record) else None
+    return record if record is not None and says_done(record) and fault(folder, record) is None else None
+
+
+def fault(folder: Path, record: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with a cell whose record says that it is done, or with its tables; None if it is sound."""
+    return record_fault(record) or tables_fault(folder, record)
 
 
 def says_done(state: Mapping[str, Any]) -> bool:
@@ -127,25 +129,13 @@ def claim(results_dir: Path, identifier: str, wait: bool = True) -> Iterator[Non
     """Lock a cell, so that one process at a time computes or tracks it. The system frees the lock if its owner dies.
 
     Raises:
-        UserError: the file system has no locks.
+        UserError: the file system has no locks, or refuses this one.
         Timeout: another process holds it, and wait=False.
     """
     locks = results_dir / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(locks / f"{identifier}.lock", fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        raise UserError(
-            f"results_dir={results_dir}: its file system has no file locks ({error.strerror}), without which two "
-            "processes would write the same cell. Choose another folder, or mount it with locks (Lustre: -o flock)."
-        ) from error
-    try:
+    with locked(locks / f"{identifier}.lock", f"results_dir={results_dir}, cell {identifier}", wait):
         yield
-    finally:
-        lock.release()
 
 
 def write_done(
@@ -225,7 +215,16 @@ def cell_yaml(config: Config) -> str:
         content.pop(key)
     tracking = content["tracking"].pop("mode")  # a choice of its group, so that tracking=none overrides it
     defaults = {"defaults": ["schema", "settings", {"tracking": tracking}, "_self_"]}
-    return yaml.safe_dump(defaults | content, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(defaults | _literal(content), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _literal(value: Any) -> Any:
+    """Return plain data in which OmegaConf interpolates no text: all was, when the choice was resolved."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value) if isinstance(value, str) else value
 
 
 def provenance(config: Config, identity: dict[str, Any], origin: Origin, seconds: float) -> dict[str, Any]:
@@ -294,8 +293,9 @@ def _git() -> tuple[str | None, bool | None]:
 def read_tracking(folder: Path) -> dict[str, Any]:
     """Return the tracking.json of a cell; {"status": "pending"} if there is none."""
     try:
-        return dict(json.loads((folder / TRACKING).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        content = read_json(folder / TRACKING)
+        return {key: text for key, text in content.items() if isinstance(text, str)}
+    except (OSError, ValueError, AttributeError):
         return {"status": "pending"}
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ovqk.records.record import RECORD, done_records
+from ovqk.records.record import RECORD, fault, read_record, says_done
 
 COORDINATES = ("model", "task", "analysis", "processing", "seed", "cell_id")
 
@@ -39,21 +39,30 @@ def load_results(
 
     Raises:
         FileNotFoundError: one of the places does not exist or holds no done cell.
-        ValueError: no place is given, none of the cells has one of the tables, or a file cannot be read.
+        ValueError: no place is given, or none of the cells has one of the tables.
+
+    Warns:
+        UserWarning: a cell is left out, since its record or a table of it is damaged; or cells of several schema
+            versions are read.
     """
     if isinstance(tables, str):
         raise ValueError(f"tables={tables!r}: must be a list of names, as ['{tables}']")
     rows: list[dict[str, Any]] = []
     parts: dict[str, list[pa.Table]] = {}
     for folder, record in _done_cells(places):
+        row = _row(folder, record)
         try:
-            rows.append(_row(folder, record))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder / RECORD}: no record of this version ({error} is not there)") from error
-        for path in sorted(folder.glob("*.parquet")):
-            if tables is None or path.stem in tables:
-                table = _read(path)
-                parts.setdefault(path.stem, []).append(_with_coordinates(table, rows[-1]))
+            read = {
+                path.stem: _with_coordinates(_read(path), row)
+                for path in sorted(folder.glob("*.parquet"))
+                if tables is None or path.stem in tables
+            }
+        except ValueError as error:
+            _leave_out(folder, str(error))
+            continue
+        rows.append(row)
+        for name, table in read.items():
+            parts.setdefault(name, []).append(table)
     if not rows:
         raise ValueError("places: none is given; a results folder, or several")
     versions = sorted({row["schema_version"] for row in rows})
@@ -78,7 +87,11 @@ def _done_cells(places: str | Path | Iterable[str | Path]) -> Iterator[tuple[Pat
             raise FileNotFoundError(f"{place}: no such folder")
         depths = ("", "*/", "*/*/", "*/*/*/")
         folders = sorted({path.parent for depth in depths for path in Path(place).glob(f"{depth}{RECORD}")})
-        done = done_records(folders)
+        read = [(folder, record) for folder in folders if (record := read_record(folder)) and says_done(record)]
+        faults = {folder: wrong for folder, record in read if (wrong := fault(folder, record)) is not None}
+        for folder, wrong in faults.items():
+            _leave_out(folder, wrong)
+        done = [(folder, record) for folder, record in read if folder not in faults]
         if not done:
             found = f"none of its {len(folders)} cells is done" if folders else "no MODEL/TASK/ANALYSIS-ID folders"
             raise FileNotFoundError(f"{place}: no results: {found}")
@@ -88,17 +101,21 @@ def _done_cells(places: str | Path | Iterable[str | Path]) -> Iterator[tuple[Pat
                 yield folder, record
 
 
+def _leave_out(folder: Path, wrong: str) -> None:
+    warnings.warn(f"{folder} is left out: {wrong}; force=true computes the cell again", stacklevel=4)
+
+
 def _read(path: Path) -> pa.Table:
     try:
         return pq.ParquetFile(path, memory_map=True).read(use_threads=False)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: cannot be read ({error}); force=true computes the cell again") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path.name} cannot be read ({error})") from error
 
 
 def _row(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     row = {key: record[key] for key in ("model", "task", "analysis")}
     row |= {"processing": record["processing"]["applied"], "seed": record["seed"], "cell_id": record["cell_id"]}
-    row |= {"folder": str(folder), "sweep": record["sweep"], "schema_version": record["schema_version"]}
+    row |= {"folder": str(folder), "sweep": record.get("sweep"), "schema_version": record["schema_version"]}
     row |= {key: record["provenance"][key] for key in ("wall_seconds", "peak_memory_mb")}
     return row | record["summary"]
 

@@ -16,7 +16,7 @@ from ovqk.report.write import write_report
 
 
 def _print(line: str) -> None:
-    print(line, file=sys.stderr if line.startswith("without results") else sys.stdout, flush=True)
+    print(line, file=sys.stderr if line.startswith("without ") else sys.stdout, flush=True)
 
 
 @one_message()

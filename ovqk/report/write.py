@@ -10,16 +10,19 @@ make them. It reads records and tables and nothing else; the same records give t
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
-from ovqk.errors import UserError
+from ovqk.errors import UserError, told
 from ovqk.figures import models
 from ovqk.figures.choice import cell_figures, sweep_figures
 from ovqk.records.cells import Cell, Failure, read_cells
 from ovqk.records.record import RECORD
-from ovqk.report.page import BYTES, CELLS, make_page
+from ovqk.report.page import BYTES, CELLS, embedded, make_page, page_data
+from ovqk.report.thinning import DETAILS
 from ovqk.whole_files import write_text
 from ovqk.wording import counted
 
+Made = TypeVar("Made")
 PAGE = "report.html"
 FIGURES = "figures"
 WRITTEN = ".written"
@@ -61,7 +64,11 @@ def write_report(
 
 def _write(cells: Sequence[Cell], failures: Sequence[Failure], path: Path, with_figures: bool) -> Iterator[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = make_page(cells, failures, path.parent, FIGURES if with_figures else None)
+    figures = FIGURES if with_figures else None
+    page, cells, unsound = _without_unsound(
+        lambda shown, others: make_page(shown, [*failures, *others], path.parent, figures), cells, path.parent
+    )
+    failures = [*failures, *unsound]
     write_text(path, page.html)
     models = len({cell.record["model"] for cell in cells})
     yield f"wrote {path} ({page.size / 1e6:.1f} MB, {counted(len(cells), 'cell')} of {counted(models, 'model')})"
@@ -69,8 +76,55 @@ def _write(cells: Sequence[Cell], failures: Sequence[Failure], path: Path, with_
         yield "the page is larger than planned even with the least detail of unclaimed heads"
     yield from (f"without results: {f.model} / {f.task} / {f.analysis}: {f.error}" for f in failures)
     if with_figures:
-        n = write_figures(cells, path.parent / FIGURES)
+        folder = path.parent / FIGURES
+        n, _, unsound = _without_unsound(lambda shown, _: write_figures(shown, folder), cells, path.parent)
+        yield from (f"without figures: {f.model} / {f.task} / {f.analysis}: {f.error}" for f in unsound)
         yield f"wrote {counted(n, 'figure')}, as SVG and as PNG, to {path.parent / FIGURES}"
+
+
+def _without_unsound(
+    make: Callable[[Sequence[Cell], Sequence[Failure]], Made], cells: Sequence[Cell], beside: Path
+) -> tuple[Made, Sequence[Cell], list[Failure]]:
+    """Make something of cells; a cell with a value that no reader expects is left out, and spoils nothing.
+
+    Args:
+        make: makes it of cells, and may name the others.
+        cells: the cells.
+        beside: the folder of the page.
+
+    Returns:
+        What was made, the cells it is of, and the others with the reason.
+
+    Raises:
+        UserError: no cell is left.
+    """
+    try:
+        return make(cells, []), cells, []
+    except (UserError, OSError):
+        raise
+    except Exception:
+        errors = {place: error for place, cell in enumerate(cells) if (error := _error_of(cell, beside)) is not None}
+        if not errors:
+            raise  # a defect of ovqk's
+    unsound = [
+        Failure(*cells[place].place, cells[place].record["analysis"], f"it cannot be shown ({told(error)})")
+        for place, error in errors.items()
+    ]
+    kept = [cell for place, cell in enumerate(cells) if place not in errors]
+    if not kept:
+        raise UserError(f"none of the {counted(len(cells), 'finished cell')} can be shown: {unsound[0].error}.")
+    return make(kept, unsound), kept, unsound
+
+
+def _error_of(cell: Cell, beside: Path) -> Exception | None:
+    """Return the error that showing this cell alone raises, if it does."""
+    try:
+        embedded(page_data([cell], [], beside, DETAILS[-1]))
+        for _ in chain(sweep_figures([cell]), cell_figures([cell])):
+            pass
+    except Exception as error:
+        return error
+    return None
 
 
 def write_figures(cells: Sequence[Cell], folder: Path) -> int:

@@ -10,15 +10,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock
 
 from ovqk.config.resolve import plain
+from ovqk.errors import UserError
+from ovqk.locks import locked
 from ovqk.metrics import SCHEMA_VERSION
 from ovqk.structure.model import Model
 from ovqk.structure.stages import Tables
@@ -94,22 +95,20 @@ class StructureCache:
     def entry(self, model: Model) -> Iterator[Entry]:
         """Open the model's entry. While one process computes it, others wait instead of computing it too."""
         folder = self.folder / self.key(model)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / f".{folder.name}.lock")
-            lock.acquire()
-        except OSError:  # a read-only home: no cache
-            yield Entry()
-            return
-        try:
+        with ExitStack() as held:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                what = f"the cache's entry {folder.name}"
+                held.enter_context(locked(self.folder / f".{folder.name}.lock", what))
+            except (OSError, UserError):  # a read-only home, or a file system without locks: no cache
+                yield Entry()
+                return
             found = _read(folder)
             if found is not None:
-                lock.release()
+                held.close()
                 with suppress(OSError):  # another process throws it away, or it is another user's
                     os.utime(folder / ENTRY)
             yield Entry(found, folder, self.most)
-        finally:
-            lock.release()
 
 
 def _read(folder: Path) -> Tables | None:

@@ -13,10 +13,12 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from ovqk.checkpoints.checkpoint import Checkpoint
+from ovqk.checkpoints.files import CONFIG, TOKENIZER_FILES, folder_of
 from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
 from ovqk.errors import UserError
 
 MIN_WORDS = 8
+MOST_WORDS = 10_000  # of a set: each is looked up, drawn for nulls, and listed in the record
 WORD_STARTS = ("Ġ", "▁")  # how byte-level BPE and sentencepiece mark a leading space
 RANK_WINDOW = 0.25  # matched tokens lie within this of the word's log id rank
 
@@ -82,9 +84,19 @@ class TaskTokens:
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """Return the checkpoint's own tokenizer; None if its directory, or its GGUF file, holds none.
 
+    It neither pads texts nor cuts them, whatever its files say.
+
     Raises:
         UserError: its tokenizer files are damaged, or of a kind that cannot be built.
     """
+    tokenizer = _load_tokenizer(checkpoint)
+    if tokenizer is not None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+    return tokenizer
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     directory = checkpoint.directory
     if checkpoint.metadata is not None:
         from ovqk.checkpoints.gguf_tokenizer import tokenizer_of
@@ -100,10 +112,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         if (directory / "tokenizer.model").is_file():
             from transformers import AutoTokenizer
 
-            return AutoTokenizer.from_pretrained(directory).backend_tokenizer
-    except KeyboardInterrupt:
+            with folder_of(directory / name for name in (CONFIG, *TOKENIZER_FILES)) as folder:
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return tokenizer.backend_tokenizer
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizers library raises bare Exception, and panics of Rust, which are none
+        if "trust_remote_code" in str(error):
+            error = ValueError("they are of a kind that the directory's own code builds, which ovqk does not run")
         raise UserError(f"{checkpoint.label}: its tokenizer files cannot be read ({error}).") from error
     return None
 
@@ -243,6 +259,8 @@ def _check_set(task: TaskConfig, where: str, key: str) -> None:
 def _check_sets(task: TaskConfig, variable: str, sets: list[str]) -> None:
     for key in sets:
         _check_set(task, f"task.variables.{variable}", key)
+        if len(task.words[key]) > MOST_WORDS:
+            raise UserError(f"task.words.{key}: holds {len(task.words[key])} words; allowed: up to {MOST_WORDS}.")
     kind = task.variables[variable].kind
     wanted = 1 if kind is VariableKind.set else 2
     if len(sets) != wanted or len({len(task.words[key]) for key in sets}) != 1:
@@ -251,7 +269,8 @@ def _check_sets(task: TaskConfig, variable: str, sets: list[str]) -> None:
             f"task.variables.{variable}: a {kind.value} needs {wanted} word set(s) of equal length on each side, not "
             f"{given}."
         )
-    twice = [word for word in task.words[sets[0]] if word in task.words[sets[-1]]] if wanted == 2 else []
+    others = set(task.words[sets[-1]])
+    twice = [word for word in task.words[sets[0]] if word in others] if wanted == 2 else []
     if twice:
         raise UserError(
             f"task.variables.{variable}: {', '.join(map(repr, twice[:6]))}{', ...' if len(twice) > 6 else ''}: a word "
@@ -326,9 +345,10 @@ class WordLookup:
             WordSet([task.words[key][i] for i in keep], torch.tensor([row[i] for i in keep], dtype=torch.long))
             for key, row in zip(sets, rows, strict=True)
         ]
+        read = [set(words.words) for words in kept]
         lost_only = [
-            {word: why for word, why in lost.items() if word not in words.words}  # a word may have been given twice
-            for words, lost in zip(kept, reasons, strict=True)
+            {word: why for word, why in lost.items() if word not in words}  # a word may have been given twice
+            for words, lost in zip(read, reasons, strict=True)
         ]
         return kept, lost_only
 

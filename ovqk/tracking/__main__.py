@@ -18,7 +18,7 @@ from filelock import Timeout
 
 from ovqk.config.schema import TrackingConfig, TrackingMode
 from ovqk.errors import UserError, one_message
-from ovqk.records.record import claim, read_record, read_tracking, says_done
+from ovqk.records.record import claim, fault, read_record, read_tracking, says_done
 from ovqk.records.results import cell_folders
 from ovqk.tracking.run import Destination
 from ovqk.tracking.sweep_panels import Sweep, read_sweeps
@@ -63,10 +63,13 @@ def _mode(asked: str | None) -> TrackingMode:
 def _track_later(folder: Path, arguments: argparse.Namespace, mode: TrackingMode) -> bool:
     """Track a cell unless it was tracked or another process works on it; print the outcome. Return False on failure."""
     record = read_record(folder)
-    if record is None or not {"status", "cell_id"} <= record.keys():
+    if record is None or "status" not in record:
         print(f"skipped {folder}: its record cannot be read", file=sys.stderr)
         return True
     if not says_done(record):
+        return True
+    if (wrong := fault(folder, record)) is not None:
+        print(f"skipped {folder}: {wrong}", file=sys.stderr)
         return True
     destination = _destination(record, arguments, mode)
 
@@ -121,8 +124,9 @@ def _held(
 def _waits_offline(folder: Path, results_dir: Path) -> bool:
     """Whether the offline run of a cell or a sweep was not yet sent by `wandb sync`, which leaves a mark."""
     state = read_tracking(folder)
-    offline = says_done(state) and "directory" in state
-    return offline and not list((results_dir / state["directory"]).glob("*.wandb.synced"))
+    place = Path(state.get("directory", ".."))
+    offline = says_done(state) and not place.is_absolute() and ".." not in place.parts
+    return offline and not list((results_dir / place).glob("*.wandb.synced"))
 
 
 if __name__ == "__main__":

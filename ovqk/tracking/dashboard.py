@@ -8,6 +8,7 @@ Runs are grouped by `config.model`, and a panel is made only for data that the r
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -155,7 +156,10 @@ def gathered_panels(results_dir: Path) -> tuple[list[Panels], str | None, str]:
         entity = entity or tracking.get("entity") or online
         key = (record["task"], record["analysis"], record["processing"]["applied"])
         if key not in shown:
-            shown[key] = read_panels(folder, record)
+            try:
+                shown[key] = read_panels(folder, record)
+            except Exception as error:  # of a value that no reader expects
+                print(f"left out {folder}: it cannot be shown ({told(error)})", file=sys.stderr)
     if not shown:
         raise UserError(f"{results_dir}: no finished cells there (MODEL/TASK/ANALYSIS-ID folders).")
     return list(shown.values()), entity, project

@@ -5,7 +5,6 @@ that it found done, and has the tracking.json of its run.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from ovqk.records.comparison import depths, roles
 from ovqk.records.on_prompts import tasks_done
 from ovqk.records.record import done_records
 from ovqk.records.results import cell_folders, load_table
-from ovqk.whole_files import write_json
+from ovqk.whole_files import read_json, write_json
 
 SWEEPS = ".sweeps"
 CELLS = "sweep.json"
@@ -78,8 +77,10 @@ def read_sweeps(results_dir: Path) -> list[Sweep]:
 
 def _noted(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / CELLS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        noted = read_json(folder / CELLS)
+        texts = all(isinstance(each, str) for each in (noted["name"], *noted["cells"]))
+        return {"name": noted["name"], "cells": list(noted["cells"])} if texts else {}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,9 +16,11 @@ import torch
 from torch import nn
 
 from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
+from ovqk.checkpoints.files import CONFIG, INDEX, SINGLE, folder_of
 from ovqk.errors import UserError, first_line
 from ovqk.weights.family import WRAPPERS
 from ovqk.weights.rotary import Rotary
+from ovqk.weights.sizes import refuse_larger
 
 
 def find_architecture(checkpoint: Checkpoint) -> str:
@@ -68,17 +71,21 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
         content: dict[str, Any] = {}
         if not files:
             kind, content = _of_gguf(checkpoint)
-        model, report = kind.from_pretrained(
-            str(checkpoint.directory) if files else None,
-            **content,
-            output_loading_info=True,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            key_mapping=without or None,
-            ignore_mismatched_sizes=True,  # to name them below
-        )
+        with folder_of(_files_of_digest(checkpoint, trust_remote_code), checkpoint.directory.resolve().name) as folder:
+            if files:
+                refuse_larger(checkpoint, _count_numbers(kind, folder, trust_remote_code))
+            model, report = kind.from_pretrained(
+                str(folder) if files else None,
+                **content,
+                output_loading_info=True,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                key_mapping=without or None,
+                ignore_mismatched_sizes=True,  # to name them below
+            )
     except UserError:
         raise
     except Exception as error:  # transformers raises many kinds
@@ -105,6 +112,23 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
     for name, parameter in model.named_parameters():
         check_finite(label, name, parameter.detach())
     return model.eval()
+
+
+def _files_of_digest(checkpoint: Checkpoint, trust_remote_code: bool) -> list[Path]:
+    """List config.json, the weights that the digest is of, and if it is trusted the directory's code."""
+    directory, code = checkpoint.directory, checkpoint.directory.glob("*.py") if trust_remote_code else ()
+    index = [] if any(shard.name == SINGLE for shard in checkpoint.shards) else [directory / INDEX]
+    return [directory / CONFIG, *index, *code, *checkpoint.shards]
+
+
+def _count_numbers(kind: Any, folder: Path, trust_remote_code: bool) -> int:
+    """Count the numbers in the model that config.json describes, without making them."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    with torch.device("meta"):
+        model = kind.from_config(config, trust_remote_code=trust_remote_code)
+    return sum(tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
 
 
 def _of_gguf(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
@@ -210,7 +234,7 @@ def unused_tokenizer() -> Iterator[Any]:
     special = dict.fromkeys(("unk_token", "pad_token", "bos_token"), "<unk>")
     with tempfile.TemporaryDirectory() as folder:
         PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder)
-        yield PreTrainedTokenizerFast.from_pretrained(folder)
+        yield PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 @contextlib.contextmanager

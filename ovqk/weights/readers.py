@@ -7,6 +7,7 @@ from ovqk.config.schema import ModelConfig
 from ovqk.errors import UserError
 from ovqk.weights.families import family_of
 from ovqk.weights.native import NativeWeights
+from ovqk.weights.sizes import refuse_sizes
 from ovqk.weights.transformer_lens_file import TransformerLensWeights
 from ovqk.weights.types import WeightSource
 from ovqk.weights.unreadable import refuse_unreadable, refuse_unreadable_defaults
@@ -37,6 +38,7 @@ def _open(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
             "results for positions and roles assume that keys precede queries; allowed: true, or unset."
         )
     family = family_of(checkpoint.config)
+    refuse_sizes(checkpoint, loaded_whole=family is None)
     if family is not None:
         ignored = [
             f"model.{key}" for key, value in (("n_ctx", model.n_ctx), ("causal", model.causal)) if value is not None

@@ -1,0 +1,190 @@
+"""Whether a done cell's record and tables are such as ovqk writes them.
+
+They may be someone else's, or damaged. Whoever reads several cells leaves an unsound one out, and says why.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+CELL_ID = re.compile("[0-9a-f]{12}")
+TABLE = re.compile("[a-z_]{1,40}")
+MOST_LAYERS, MOST_HEADS = 10_000, 10_000_000
+"""Of a model; more are no model's, and tables by layer and head would not fit in memory."""
+ROWS_PER_BYTE, FEW_ROWS = 8, 100_000
+"""A table of more than FEW_ROWS rows takes at least a byte for so many: an honest one has numbers in them."""
+POSITIONS = {
+    "heads": ("layer", "head"),
+    "layers": ("layer",),
+    "spectra": ("layer", "head"),
+    "offsets": ("layer", "head"),
+    "directions": ("layer", "head"),
+    "composition": ("sender_layer", "sender_head", "receiver_layer", "receiver_head"),
+    "virtual_heads": ("sender_layer", "sender_head", "receiver_layer", "receiver_head"),
+    "tests": ("layer", "head"),
+    "nulls": ("layer", "head"),
+    "verdicts": ("layer", "head"),
+    "candidates": ("layer", "head"),
+    "activations": ("layer", "head"),
+    "roles": ("layer", "head"),
+    "joint": ("layer", "head"),
+}
+"""Table -> its columns that name layers and heads."""
+TEXTS: dict[str, tuple[str, ...]] = {
+    "heads": ("unstable",),
+    "spectra": ("circuit", "space", "kind"),
+    "directions": ("circuit", "kind", "side", "token"),
+    "composition": ("mode",),
+    "tests": ("role", "metric", "prediction", "null"),
+    "nulls": ("role", "metric", "null"),
+    "verdicts": ("kind", "role", "verdict"),
+    "candidates": ("role",),
+    "activations": ("role", "half"),
+    "roles": ("role", "verdict"),
+    "joint": ("kind", "role"),
+}
+"""Table -> its columns that hold text, and that each reader needs."""
+NUMBERS: dict[str, tuple[str, ...]] = {
+    "spectra": ("offset", "index", "re", "im"),
+    "offsets": ("offset", "mean_score"),
+    "directions": ("component", "value", "cluster", "cluster_size", "sign", "rank", "score"),
+    "composition": ("score", "score_above_random", "percentile"),
+    "virtual_heads": ("score", "ov_copying"),
+    "tests": ("value", "p", "q"),
+    "nulls": ("quantile", "value"),
+    "verdicts": ("value", "effect", "p", "q"),
+}
+"""Table -> its columns that hold numbers, and that each reader needs, beside POSITIONS."""
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _flat(value: Any) -> bool:
+    return isinstance(value, dict) and all(each is None or _is(int, float)(each) for each in value.values())
+
+
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (_is(str), "a text"),
+    "task": (_is(str), "a text"),
+    "analysis": (_is(str), "a text"),
+    "cell_id": (lambda value: isinstance(value, str) and CELL_ID.fullmatch(value) is not None, "12 digits in 0-9a-f"),
+    "schema_version": (_is(int), "a whole number"),
+    "seed": (_is(int), "a whole number"),
+    "sweep": (_is(str, type(None)), "a text or null"),
+    "summary": (_flat, "numbers by name"),
+    "unavailable": (lambda value: isinstance(value, dict) and _texts([*value.values()]), "texts by name"),
+    "notes": (_texts, "a list of texts"),
+    "words": (_is(dict), "an object"),
+    "words.kept": (_is(dict), "an object"),
+    "words.dropped": (_is(dict), "an object"),
+    "claims": (_is(dict), "an object"),
+    "processing": (_is(dict), "an object"),
+    "processing.applied": (_is(str), "a text"),
+    "provenance": (_is(dict), "an object"),
+    "provenance.wall_seconds": (_is(int, float), "a number"),
+    "provenance.peak_memory_mb": (_is(int, float), "a number"),
+    "provenance.weights_digest": (_is(str), "a text"),
+    "provenance.identity": (_is(dict), "an object"),
+    "provenance.config": (_is(dict), "an object"),
+    "provenance.config.task": (_is(dict), "an object"),
+    "provenance.config.tracking": (_is(dict), "an object"),
+}
+"""Key of a done cell's record, with dots between levels -> what its value must be."""
+OPTIONAL = {
+    "sweep",
+    "unavailable",
+    "words",
+    "words.kept",
+    "words.dropped",
+    "claims",
+    "provenance.identity",
+    "provenance.config.tracking",
+}
+"""Keys that may be missing."""
+
+
+def record_fault(record: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with a done cell's record; None if it is sound."""
+    for key, (fits, allowed) in FIELDS.items():
+        place: Any = record
+        for part in key.split("."):
+            place = place.get(part, FIELDS) if isinstance(place, Mapping) else FIELDS
+        if place is FIELDS:  # a mark for a missing one
+            if key not in OPTIONAL:
+                return f"its record.json has no {key}"
+        elif not fits(place):
+            return f"its record.json gives {key} as {_short(place)}; allowed: {allowed}"
+    summary = record["summary"]
+    for key, most in (("n_layers", MOST_LAYERS), ("n_heads", MOST_HEADS)):
+        if not (_is(int)(summary.get(key)) and 1 <= summary[key] <= most):
+            return f"its record.json gives summary.{key} as {_short(summary.get(key))}; allowed: 1 .. {most}"
+    return None
+
+
+def tables_fault(folder: Path, record: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with the tables that a sound record names, by their footers; None if they are sound."""
+    named = record.get("tables", {"heads": None})  # an earlier version named none
+    if not isinstance(named, Mapping) or "heads" not in named or not all(map(TABLE.fullmatch, named)):
+        return "its record.json does not name its tables"
+    for name, rows in named.items():
+        fault = _table_fault(folder / f"{name}.parquet", name, rows, record["summary"])
+        if fault is not None:
+            return f"{name}.parquet {fault}"
+    return None
+
+
+def _table_fault(path: Path, name: str, rows: Any, summary: Mapping[str, Any]) -> str | None:
+    try:
+        if not path.is_file():
+            return "is not there"
+        with pq.ParquetFile(path) as file:
+            footer, schema = file.metadata, file.schema_arrow
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        return f"cannot be read ({type(error).__name__})"
+    if rows is not None and footer.num_rows != rows:
+        return f"has {footer.num_rows} rows and not {_short(rows)}, as its record.json says"
+    if footer.num_rows > FEW_ROWS + ROWS_PER_BYTE * path.stat().st_size:
+        return f"has {footer.num_rows} rows in {path.stat().st_size} bytes"
+    positions = POSITIONS.get(name, ())
+    for columns, fits, allowed in (
+        ((*positions, *NUMBERS.get(name, ())), _holds_numbers, "numbers"),
+        (TEXTS.get(name, ()), _holds_texts, "texts"),
+    ):
+        for column in columns:
+            if column not in schema.names:
+                return f"has no column {column}"
+            if not fits(schema.field(column).type):
+                return f"has {schema.field(column).type} in {column}; allowed: {allowed}"
+    by_name = {schema.names[index]: index for index in range(len(schema.names))}
+    for column in positions:
+        most = summary["n_layers"] if column.endswith("layer") else max(1, summary["n_heads"] // summary["n_layers"])
+        for group in range(footer.num_row_groups):
+            found = footer.row_group(group).column(by_name[column]).statistics
+            if found is not None and found.has_min_max and not (found.min >= 0 and found.max < most):
+                return f"has {column} {found.min} .. {found.max}; allowed: 0 .. {most - 1}"
+    return None
+
+
+def _holds_numbers(kind: pa.DataType) -> bool:
+    return any(test(kind) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_null))
+
+
+def _holds_texts(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

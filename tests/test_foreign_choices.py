@@ -1,0 +1,100 @@
+"""A choice made by someone else: it takes no secret of the environment along, and a cell's own file names no code."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+from support.commands import compose
+
+from ovqk.config.rerun import refuse_foreign_files
+from ovqk.errors import UserError, secrets, told, without_secrets
+from ovqk.records.record import cell_yaml
+
+KEY = "c0ffee" + 34 * "1"
+QUICK = ("task=none", "analysis=qk", "analysis.components=0", "tracking=none")
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+
+
+def test_which_variables_hold_secrets(monkeypatch) -> None:
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "MY_CREDENTIALS", "OPENAI_APIKEY"):
+        monkeypatch.setenv(name, f"{name}-value")
+        assert name in secrets()
+    for name, value in (("TOKENIZERS_PARALLELISM", "a-long-value"), ("HF_TOKEN_PATH", "/home/me/token"), ("KEY", "no")):
+        monkeypatch.setenv(name, value)
+        assert name not in secrets()
+    assert without_secrets(f"a {KEY} b") == "a $WANDB_API_KEY b" and KEY not in told(ValueError(KEY))
+
+
+@pytest.mark.parametrize("override", [
+    "model.name=${oc.env:WANDB_API_KEY}", "tracking.project=x-${oc.env:WANDB_API_KEY}", "sweep=${oc.env:WANDB_API_KEY}",
+    "task.title=${oc.env:WANDB_API_KEY}", "+task.words={a: ['${oc.env:WANDB_API_KEY}']}", f"task.title=x{KEY}",
+])  # fmt: skip
+def test_a_choice_with_a_secret_is_refused_without_telling_it(override) -> None:
+    with pytest.raises(UserError, match="holds the value of the environment variable WANDB_API_KEY") as found:
+        compose(override)
+    assert KEY not in str(found.value)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["results_dir=${oc.env:WANDB_API_KEY}"], ["hydra.run.dir=${oc.env:WANDB_API_KEY}"],
+    ["seed=${oc.env:WANDB_API_KEY}"], ["model.source=${oc.env:WANDB_API_KEY}"],
+    ["task.title=a,${oc.env:WANDB_API_KEY}", "-m"], ["model.name=b,${oc.env:WANDB_API_KEY}", "-m"],
+])  # fmt: skip
+def test_a_secret_leaves_no_trace_on_disk_or_screen(cli, tmp_path, arguments) -> None:
+    code, printed = cli(*QUICK, *arguments)
+    assert code == 1 and KEY not in printed, printed
+    assert "Traceback" not in printed
+    for path in tmp_path.rglob("*"):
+        assert KEY not in str(path) and not (path.is_file() and KEY.encode() in path.read_bytes()), path
+
+
+def test_a_task_file_of_someone_else_takes_no_secret_along(cli, tmp_path) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "theirs.yaml").write_text("name: theirs\ntitle: ${oc.env:WANDB_API_KEY}\n")
+    code, printed = cli("-cd", str(tmp_path), "task=theirs", "analysis=qk", "tracking=none")
+    assert code == 1 and "task.title: it holds the value of the environment variable WANDB_API_KEY" in printed
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("text", ["${oc.env:WANDB_API_KEY}", "\\${oc.env:HOME}", "\\\\${x} ${y}", "a\\b", "\\"])
+def test_a_text_of_a_cell_stays_the_same_when_it_is_computed_again(text) -> None:
+    cell = compose("task=none")
+    cell.task.title = text
+    again = OmegaConf.create(yaml.safe_load(cell_yaml(cell)))
+    assert again.task.title == text
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"hydra": {"callbacks": {"x": {"_target_": "os.system", "command": "touch ran"}}}}, "the key 'hydra' is not one"),
+    ({"callbacks": {}}, "the key 'callbacks' is not one"),
+    ({"defaults": ["schema", {"override hydra/launcher": "mine"}, "_self_"]}, "is not what a cell's choice extends"),
+    ({"task": {"name": "x", "prompts": {"a": [{"_target_": "os.system"}]}}}, "task.prompts.a.0._target_ names code"),
+])  # fmt: skip
+def test_a_cell_file_that_names_code_is_refused(tmp_path, change, message) -> None:
+    content = yaml.safe_load(cell_yaml(compose("task=none"))) | change
+    (tmp_path / "cell.yaml").write_text(yaml.safe_dump(content))
+    for arguments in (["-cd", str(tmp_path), "-cn", "cell"], ["-cn=cell.yaml", f"--config-dir={tmp_path}", "seed=1"]):
+        with pytest.raises(UserError, match=message):
+            refuse_foreign_files(arguments)
+
+
+def test_a_cell_file_of_ovqks_is_computed_again(cli, tmp_path) -> None:
+    code, printed = cli(*QUICK)
+    assert code == 0, printed
+    (folder,) = (path.parent for path in tmp_path.glob("results/*/*/*/record.json"))
+    code, printed = cli("-cd", str(folder), "-cn", "cell", "results_dir=again", "tracking=none")
+    assert code == 0, printed
+    (again,) = (path.parent for path in tmp_path.glob("again/*/*/*/record.json"))
+    assert again.name == folder.name
+    content = yaml.safe_load((folder / "cell.yaml").read_text())
+    mark = tmp_path / "ran"
+    content["hydra"] = {"callbacks": {"x": {"_target_": "pathlib.Path.touch", "self": str(mark)}}}
+    Path(folder / "cell.yaml").write_text(yaml.safe_dump(content))
+    code, printed = cli("-cd", str(folder), "-cn", "cell", "results_dir=third")
+    assert code == 1 and "the key 'hydra' is not one of a cell's choice" in printed
+    assert not mark.exists() and not (tmp_path / "third").exists()

@@ -1,0 +1,183 @@
+"""Of several cells one is damaged or someone else's: it is named and left out, the others stand, no file is made
+elsewhere, and it does not count as done."""
+
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from support.commands import compose
+from support.reported import page_data
+
+from ovqk import load_results
+from ovqk.cell import run_cell
+from ovqk.records.cells import read_cells
+from ovqk.records.record import fault, is_done, read_record
+from ovqk.records.soundness import NUMBERS, POSITIONS, TEXTS
+from ovqk.report.write import write_report
+from ovqk.tracking.__main__ import main as track
+from ovqk.tracking.sweep_panels import read_sweeps
+
+QUICK = ("analysis.components=1", "nulls.draws=19", "nulls.resamples=20", "nulls.subsamples=20", "tracking=none")
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory) -> Path:
+    """Two cells of one sweep."""
+    results = tmp_path_factory.mktemp("computed")
+    for task in ("ioi", "none"):
+        run_cell(compose(f"task={task}", *QUICK, "sweep=both", f"results_dir={results}"))
+    return results
+
+
+@pytest.fixture
+def results(computed, tmp_path) -> Path:
+    return Path(shutil.copytree(computed, tmp_path / "results"))
+
+
+def bad_cell(results: Path) -> Path:
+    return next(results.glob("mini-attn/ioi/b03-*"))
+
+
+def change_record(folder: Path, **changes: object) -> None:
+    """Set keys of a record, with `__` between levels."""
+    record = json.loads((folder / "record.json").read_text())
+    for key, value in changes.items():
+        *above, last = key.split("__")
+        place = record
+        for part in above:
+            place = place[part]
+        place[last] = value
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+def change_table(folder: Path, name: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    path = folder / f"{name}.parquet"
+    change(pd.read_parquet(path)).to_parquet(path, index=False)
+
+
+WRONG: list[object] = [None, True, 1.5, "x", [1], {"a": [1]}, -1]
+RECORDS = [
+    {key: value}
+    for key in ("model", "task", "cell_id", "schema_version", "seed", "summary", "notes", "words", "processing",
+                "provenance", "unavailable", "claims", "sweep", "tables", "provenance__wall_seconds",
+                "provenance__config", "processing__applied", "summary__n_layers", "summary__n_heads",
+                "provenance__weights_digest", "provenance__identity")
+    for value in WRONG
+]  # fmt: skip
+
+
+def others_stand(results: Path, bad: Path) -> None:
+    """Every reader leaves one cell out and keeps the other."""
+    cells, failures = read_cells(results)
+    assert len(cells) == 1 and len(failures) == 1, failures
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert set(load_results(results)["cells"]["task"]) == {"none"}
+    assert any(bad.name in str(each.message) and "is left out" in str(each.message) for each in told)
+    assert not is_done(bad)
+    assert read_sweeps(results) == []  # of one cell
+
+
+@pytest.mark.filterwarnings("ignore:cells of schema versions")
+def test_wrong_values_of_a_record(results) -> None:
+    """Each is either told, or such that all readers take it."""
+    bad = bad_cell(results)
+    sound = json.loads((bad / "record.json").read_text())
+    told = 0
+    for changes in RECORDS:
+        (bad / "record.json").write_text(json.dumps(sound))
+        change_record(bad, **changes)
+        wrong = fault(bad, json.loads((bad / "record.json").read_text()))
+        key = next(iter(changes))
+        told += wrong is not None
+        if wrong is not None:
+            assert key.split("__")[-1] in wrong or "name its tables" in wrong, (changes, wrong)
+        else:
+            load_results(results, tables=["heads"])
+    assert told > 110
+    change_record(bad, seed="x")
+    others_stand(results, bad)
+
+
+@pytest.mark.parametrize("table", sorted(POSITIONS))
+def test_wrong_columns_of_a_table(results, table) -> None:
+    bad = bad_cell(results)
+    if not (bad / f"{table}.parquet").exists():
+        return
+    before = (bad / f"{table}.parquet").read_bytes()
+    columns = (*POSITIONS[table], *NUMBERS.get(table, ()), *TEXTS.get(table, ()))
+    for column in columns:
+        for wrong in ("lost", "kind"):
+
+            def spoil(frame: pd.DataFrame, column: str = column, wrong: str = wrong) -> pd.DataFrame:
+                if wrong == "lost":
+                    return frame.drop(columns=column)
+                return frame.assign(**{column: ["x"] * len(frame) if column not in TEXTS.get(table, ()) else 1.0})
+
+            change_table(bad, table, spoil)
+            said = fault(bad, read_record(bad) or {})
+            assert said is not None and f"{table}.parquet" in said and column in said
+            (bad / f"{table}.parquet").write_bytes(before)
+    change_table(bad, table, lambda frame: frame.assign(**{POSITIONS[table][0]: 10**9}))
+    others_stand(results, bad)
+
+
+@pytest.mark.parametrize("break_it", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"PAR1 half"),
+    lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    lambda path: pd.read_parquet(path).head(3).to_parquet(path, index=False),
+])  # fmt: skip
+def test_a_cell_whose_tables_are_gone_is_not_done_and_is_computed_again(results, break_it) -> None:
+    bad = bad_cell(results)
+    break_it(bad / "tests.parquet")
+    others_stand(results, bad)
+    again = run_cell(compose("task=ioi", *QUICK, f"results_dir={results}"))
+    assert again.status == "done" and again.folder == str(bad)
+    assert fault(bad, read_record(bad) or {}) is None
+    assert run_cell(compose("task=ioi", *QUICK, f"results_dir={results}")).status == "cached"
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda folder: change_record(folder, summary__n_heads=10**9), "gives summary.n_heads as 1000000000"),
+    (lambda folder: change_table(folder, "heads", lambda frame: frame.iloc[:3]), "heads.parquet has 3 rows"),
+    (lambda folder: change_record(folder, words={"kept": 1}), "gives words.kept as 1"),
+    (lambda folder: change_table(folder, "heads", lambda frame: frame.assign(ov_copying="x")), "it cannot be shown"),
+])  # fmt: skip
+def test_the_page_names_a_bad_cell_and_shows_the_others(results, change, said) -> None:
+    bad = bad_cell(results)
+    change(bad)
+    lines = write_report(results, with_figures=False)
+    data = page_data((results / "report.html").read_text())
+    assert {cell["task"] for cell in data["cells"]} == {"none"}
+    (line,) = (line for line in lines if line.startswith("without results: mini-attn / ioi / b03"))
+    assert said in line
+
+
+@pytest.mark.slow
+def test_the_figures_of_other_cells_are_made(results) -> None:
+    bad = bad_cell(results)
+    change_table(bad, "verdicts", lambda frame: frame.assign(primary=[["x"]] * len(frame)))
+    write_report(results)
+    assert list((results / "figures").glob("*.svg"))
+    (results / "report.html").unlink()
+
+
+@pytest.mark.parametrize("name", ["../../evil", "*", "x" * 12, "ABCDEF012345", "", "0123456789ab/.."])
+def test_tracking_takes_no_cell_id_of_another_form(results, tmp_path, monkeypatch, capsys, name, own_wandb) -> None:
+    other = results / "wandb" / "offline-run-1-0123456789ab-012345"
+    other.mkdir(parents=True)
+    bad = bad_cell(results)
+    change_record(bad, cell_id=name)
+    good = next(results.glob("mini-attn/none/b03-*"))
+    change_record(good, status="failed")  # so that W&B need not be started
+    before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(results / ".locks")}
+    monkeypatch.setattr(sys, "argv", ["tracking", str(results), "--mode", "offline"])
+    with pytest.raises(SystemExit):
+        track()
+    assert "skipped" in (said := capsys.readouterr().err) and "gives cell_id as" in said
+    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(results / ".locks")} == before
