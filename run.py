@@ -1,52 +1,9 @@
-"""Compute one cell, or with -m a sweep of them:  python run.py -m model=gpt2,gpt2-medium task=ioi,sva"""
+"""Compute one cell, or with -m a sweep of them:  python run.py -m model=gpt2,gpt2-medium task=ioi,sva
 
-import atexit
-import gc
-import os
-import sys
-from pathlib import Path
+The installed command `ovqk` does the same; see `ovqk/command.py`.
+"""
 
-import hydra
-import yaml
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
-from ovqk.config.mistakes import check_keys, mistakes
-from ovqk.config.schema import register
-from ovqk.errors import UserError, one_message
-from ovqk.sweep import end_early, launcher_hint
-
-gc.disable()  # until ovqk.sweep has imported the rest: to look for garbage in what stays takes a tenth of the start
-atexit.register(gc.freeze)  # and what is there at the end goes with the process
-register()
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> None:
-    """Run the composed cell."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from ovqk.cell import run_job  # torch is imported here, after the config has been accepted
-
-    run_job(config, HydraConfig.get())
-
-
-@one_message()
-def run() -> None:
-    """Run the command line, and say in one message what is wrong with it or what broke it off."""
-    if "-sc" not in sys.argv:  # Hydra's shell completion, whose install= and query= are no keys
-        check_keys(sys.argv[1:])
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and a config's mistake is one message here
-    try:
-        main()
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        folders = [Path(a) for a in sys.argv[1:] if Path(a).is_dir()] + [Path(__file__).parent / "conf"]
-        raise UserError("\n".join([*mistakes(error, folders), *launcher_hint(error)])) from None
-    except (Exception, KeyboardInterrupt) as error:
-        end_early(error)
-        raise
-
+from ovqk.command import run
 
 if __name__ == "__main__":
     run()

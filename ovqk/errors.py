@@ -1,9 +1,16 @@
 """Errors as a person reads them, and the one place where a user's mistake ends a command."""
 
+import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
+
+SHOWS_TRACEBACK = "OVQK_TRACEBACK"
+"""Environment variable that shows the traceback above a user's mistake if it is 1; HYDRA_FULL_ERROR=1 sets it."""
+CLOSED_PIPE = 141
+"""Exit status of a command whose reader went away, as the shell gives it."""
 
 
 class UserError(Exception):
@@ -23,8 +30,14 @@ def one_message() -> Iterator[None]:
     """
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
+        if os.environ.get(SHOWS_TRACEBACK) == "1":
+            traceback.print_exception(error)
         end_command(str(error))
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        raise SystemExit(CLOSED_PIPE) from None
 
 
 def end_command(message: str, status: int = 1) -> NoReturn:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from ovqk.config.command_line import tool
 from ovqk.config.schema import TrackingMode
 from ovqk.records.record import claim, read_done, read_record, read_tracking, says_done, write_tracking
 from ovqk.tracking.cell_panels import read_panels
@@ -179,7 +180,7 @@ def track_sweep(name: str, cells: Iterable[Path], destination: Destination) -> s
 
 
 def _command(results_dir: Path) -> str:
-    return f"python -m ovqk.tracking {shlex.quote(str(results_dir))}"
+    return f"{tool('track')} {shlex.quote(str(results_dir))}"
 
 
 def attempt_tracking(what: Trackable, destination: Destination) -> tuple[str, str | None]:
