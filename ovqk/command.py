@@ -50,6 +50,8 @@ def run() -> None:
         gc.enable()
         importlib.import_module(TOOLS[sys.argv[1]].command).main(sys.argv[2:])
         return
+    if {"-m", "--multirun"} & set(sys.argv) and {"-c", "--cfg"} & set(sys.argv):
+        raise UserError("--cfg shows the choice of one cell: leave out -m, and give one value for each key.")
     if "-sc" not in sys.argv:  # Hydra's shell completion, whose install= and query= are no keys
         check_keys(sys.argv[1:])
     if {"--help", "-h"} & set(sys.argv) and Path(sys.argv[0]).name != "run.py":

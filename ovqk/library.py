@@ -139,7 +139,7 @@ class LibraryModel:
         """Return one row per head: layer, head, and every metric that needs no task; heads.parquet with task=none.
 
         Columns: see `ovqk.metrics.METRICS` for titles, ranges and sources; `unstable` names the metrics that rounding
-        the weights would move. It takes a few seconds for each hundred heads, unless a cell left it in the cache.
+        the weights would move. All layers are computed, unless a cell left them in the cache.
         """
         return self.tables["heads"].copy()
 

@@ -415,7 +415,8 @@ def test_project_and_entity_are_the_configs_unless_given(results, server, monkey
 def test_what_waits_offline_is_told(results, monkeypatch, capsys) -> None:
     assert track(results, "offline") is None
     assert command(monkeypatch, results) == 0
-    assert f"1 wait offline: --all sends them, or `wandb sync {results}/wandb`." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 wait offline; this sends them: " in printed and f"-m ovqk.tracking --all {results}\n" in printed
 
 
 def test_mistakes_of_the_command_are_one_message(results, tmp_path, monkeypatch, capsys) -> None:

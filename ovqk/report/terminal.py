@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from ovqk import wording
+from ovqk.config.command_line import program, python, tool
 from ovqk.metrics import NOT_APPLICABLE
 from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
@@ -187,35 +188,34 @@ def _print_candidates(out: Console, folder: Path) -> None:
 
 
 def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None:
+    """Print where the results are, and commands that go on from here."""
     tracking = read_tracking(folder)
     results_dir = folder.parents[2]
+    place = shlex.quote(str(results_dir))
     out.print(f"\nrecord: {folder}", soft_wrap=True)
+    send = f"{tool('track')} {place}"
     if says_done(tracking) and tracking.get("directory"):
-        run = results_dir / tracking["directory"]
-        out.print(f"W&B (offline): {run}", soft_wrap=True)
-        sync = f"   {_python()} -m wandb sync {shlex.quote(str(run))}"
+        out.print(f"W&B (offline): {results_dir / tracking['directory']}", soft_wrap=True)
+        send = f"{tool('track')} --all {place}"
     elif says_done(tracking):
-        sync = ""
+        send = ""
         out.print(f"W&B: {tracking.get('url') or 'run ' + tracking['run_id']}", soft_wrap=True)
     else:
-        sync = f"   {_python()} -m ovqk.tracking {shlex.quote(str(results_dir))}"
         out.print("W&B: not tracked" + (f" ({tracking['reason']})" if "reason" in tracking else ""), soft_wrap=True)
-    out.print("next:")
     arguments = next_arguments(folder, record)
     table = "composition" if "virtual_heads" in record["tables"] else "heads"
-    if arguments is not None:
-        out.print(f"   {_python()} run.py {arguments}", soft_wrap=True)
     code = f"import ovqk; print(ovqk.load_results({str(results_dir)!r})[{table!r}])"
     quoted = shlex.quote(code) if set(str(results_dir)) & set("\"'$`\\") else f'"{code}"'
-    out.print(f"   {_python()} -c {quoted}", soft_wrap=True)
-    if sync:
-        out.print(sync, soft_wrap=True)
-
-
-def _python() -> str:
-    """Return the interpreter as one types it here: a virtual environment below this folder, else `python`."""
-    executable = Path(sys.executable)
-    return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else "python"
+    commands = {
+        f"{tool('report')} {place}": "the page of all heads",
+        f"{program()} {arguments}" if arguments else "": "",
+        f"{python()} -c {quoted}": "",
+        send: "to W&B, with the network",
+    }
+    out.print("next:")
+    for command, why in commands.items():
+        if command:
+            out.print(Text(f"   {command}").append(f"   # {why}" if why else "", style="dim"), soft_wrap=True)
 
 
 def print_cell_line(name: str, outcome: Outcome, ended: int, expected: int | None, seconds_left: float | None) -> None:
@@ -301,6 +301,8 @@ def print_sweep(
     missing = [cell for number, cell in enumerate(expected or []) if number not in outcomes]
     counts = [f"{sum(o.status == status for o in ended)} {status}" for status in ("done", "cached", "failed")]
     out.print(f"\n{', '.join(counts)}, {len(missing)} missing; results in {results_dir}", soft_wrap=True)
+    if folders:
+        out.print(f"next: {tool('report')} {shlex.quote(str(results_dir))}   # the page of all cells", soft_wrap=True)
     for number, outcome in outcomes.items():
         if outcome.status == "failed":
             name = " ".join(filter(None, (outcome.name, details.get(number))))
@@ -312,7 +314,7 @@ def print_sweep(
         out.print(f"missing{more}: stopped by the system, or never started. The same command computes them.")
     untracked = sum("reason" in read_tracking(folder) for folder in folders)  # failed, or not tried after a failure
     if untracked:
-        command = f"{_python()} -m ovqk.tracking {shlex.quote(str(results_dir))}"
+        command = f"{tool('track')} {shlex.quote(str(results_dir))}"
         out.print(f"{untracked} not tracked by W&B; later: {command}", soft_wrap=True)
 
 
