@@ -124,7 +124,7 @@ def call(name: str, thing: Any) -> str:
     """Return a function's name with its parameters and their defaults, without annotations."""
     parameters = inspect.signature(inspect.unwrap(thing)).parameters.values()
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters if p.name != "self"]
-    return f"{name}{inspect.Signature(plain)}"
+    return re.sub(r"<function [^>]*>+( at 0x\w+>)?", "...", f"{name}{inspect.Signature(plain)}")
 
 
 def prose(doc: str) -> str:

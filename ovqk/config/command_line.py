@@ -83,8 +83,9 @@ def composable(key: str, value: str) -> str:
     """Return KEY=VALUE for Hydra: a value with odd characters is quoted."""
     if PLAIN.fullmatch(value):
         return f"{key}={value}"
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{key}="{escaped}"'
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return f"{key}={QuotedString(value, Quote.double).with_quotes()}"
 
 
 def quoted(key: str, value: str) -> str:
