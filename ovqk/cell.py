@@ -163,7 +163,7 @@ def compute(
     opened = OpenedModel(source, checkpoint.label, tokenizer)
     runner = runner_of(checkpoint, cell, tokenizer) if cell.analysis.activations else None
     with steps_of(f"{cell.model.name} / {cell.task.name} / {cell.analysis.name}", alone) as steps:
-        analysis = analyse(opened, cell, steps, structure_cache(cell, checkpoint), runner)
+        analysis = analyse(opened, cell, steps, structure_cache(cell, checkpoint), runner, steps.draws)
     analysis.notes.extend(notes)
     analysis.words["tasks"] = [] if tokenizer is None else readable_tasks(shipped_tasks(), tokenizer)
     origin = Origin(checkpoint.digest, checkpoint.revision, checkpoint.quantisation, source.loaded_by)

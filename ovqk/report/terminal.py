@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column as RichColumn
 from rich.text import Text
 
 from ovqk import wording
@@ -243,21 +244,25 @@ def progress_console() -> Console:
 
 
 def cell_bar(out: Console) -> Progress:
-    """Return a bar over a cell's layers, which disappears when the cell is done."""
+    """Return a bar over a cell's steps, which disappears when the cell is done; the cell's name is the first to give.
+
+    A task has the field `name`, the cell's.
+    """
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[name]}", table_column=RichColumn(no_wrap=True, overflow="ellipsis", ratio=1)),
+        TextColumn("{task.description}", table_column=RichColumn(no_wrap=True)),
+        BarColumn(bar_width=12),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True, table_column=RichColumn(no_wrap=True, min_width=5)),
     )
-    return Progress(*columns, console=out, transient=True)
+    return Progress(*columns, console=out, transient=True, expand=True)
 
 
-def print_steps(name: str, done: int, count: int, seconds: float) -> None:
-    """Print the number of layers, or of batches of prompts, that are done as a line, for a log."""
+def print_steps(name: str, done: int, count: int, seconds: float, follows: str = "", at_most: bool = False) -> None:
+    """Print how many steps are done as a line, for a log: layers, batches of prompts, or draws of nulls (at most)."""
     left = duration(seconds * (count - done) / done)
-    line = f"{name} {done} of {count} in {duration(seconds)}, about {left} left"
+    of, about = ("of at most", "at most") if at_most else ("of", "about")
+    line = f"{name} {done:,} {of} {count:,} in {duration(seconds)}, {about} {left} left{follows}"
     progress_console().print(line, markup=False, soft_wrap=True)
 
 
