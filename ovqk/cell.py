@@ -1,6 +1,8 @@
 """One cell from start to end: skip it if it is done, else compute, record and track it, and report the outcome."""
 
+import difflib
 import errno
+import math
 import os
 import sys
 import time
@@ -25,7 +27,7 @@ from ovqk.errors import UserError, one_message, told
 from ovqk.memory import is_exhausted
 from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
-from ovqk.records.record import Origin, claim, forget_peak_memory, is_done, write_done, write_failed
+from ovqk.records.record import Origin, claim, forget_peak_memory, is_done, read_done, write_done, write_failed
 from ovqk.report import terminal
 from ovqk.report.progress import steps_of
 from ovqk.report.suggestions import shipped_tasks
@@ -46,8 +48,8 @@ DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errn
 
 
 @one_message()
-def run_job(config: DictConfig, hydra: Any) -> None:
-    """Run the cell that Hydra composed.
+def run_job(config: DictConfig, hydra: Any) -> float | None:
+    """Run the cell that Hydra composed, and return its objective, if the choice names one.
 
     A single run prints the cell's tables. It ends with one message after a user's mistake, and with a traceback after a
     defect. In a sweep a failed cell is recorded and returns, so that the others go on.
@@ -56,8 +58,7 @@ def run_job(config: DictConfig, hydra: Any) -> None:
         SystemExit: a single run met a user's mistake, or the machine's limits.
     """
     if hydra.mode == RunMode.MULTIRUN:
-        _run_in_sweep(config, hydra)
-        return
+        return _run_in_sweep(config, hydra)
     try:
         outcome = run_cell(resolve(config))
     except Exception as error:
@@ -68,10 +69,32 @@ def run_job(config: DictConfig, hydra: Any) -> None:
         print(outcome.warning, file=sys.stderr)
     assert outcome.folder is not None
     terminal.print_cell(Path(outcome.folder), cached=outcome.status == "cached")
+    return objective_of(config.objective, Path(outcome.folder))
 
 
-def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
-    """Run one cell of a sweep, and leave its outcome for the process that prints the sweep."""
+def objective_of(name: str | None, folder: Path) -> float | None:
+    """Return a number of a done cell's summary; None if none is asked for.
+
+    Raises:
+        UserError: the cell has no such number.
+    """
+    if name is None:
+        return None
+    record = read_done(folder)
+    summary = {} if record is None else record["summary"]
+    if name not in summary:
+        near = difflib.get_close_matches(name, summary, n=3, cutoff=0.4)
+        hint = f" Near it: {', '.join(near)}." if near else ""
+        raise UserError(f"objective={name}: the record's summary has no such number.{hint}")
+    return float(summary[name])
+
+
+def _run_in_sweep(config: DictConfig, hydra: Any) -> float | None:
+    """Run one cell of a sweep, and leave its outcome for the process that prints the sweep; return its objective.
+
+    The objective of a cell that failed, or that has none, is nan.
+    """
+    objective = None if config.objective is None else math.nan
     started = time.perf_counter()
     try:
         _enter(Path(hydra.runtime.cwd))
@@ -79,6 +102,7 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
         if cell.sweep is None:
             cell.sweep = Outcomes(Path(hydra.sweep.dir)).name()
         outcome = run_cell(cell, started, alone=runs_here(hydra))
+        objective = objective_of(cell.objective, Path(str(outcome.folder)))
     except Exception as error:
         seconds = time.perf_counter() - started
         trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
@@ -86,6 +110,7 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # of a cell that ran out of memory
     Outcomes(Path(hydra.sweep.dir)).add(hydra.job.num, outcome)
+    return objective
 
 
 def runs_here(hydra: Any) -> bool:

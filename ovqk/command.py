@@ -34,13 +34,13 @@ register()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(config: DictConfig) -> None:
-    """Run the composed cell."""
+def main(config: DictConfig) -> float | None:
+    """Run the composed cell, and return its objective, if one is named."""
     from hydra.core.hydra_config import HydraConfig
 
     from ovqk.cell import run_job  # torch is imported here, after the config has been accepted
 
-    run_job(config, HydraConfig.get())
+    return run_job(config, HydraConfig.get())
 
 
 @one_message()

@@ -53,7 +53,7 @@ def python() -> str:
 def _installed() -> str | None:
     """Return the installed command `ovqk` as one types it here; None if this process was started otherwise."""
     started = Path(sys.argv[0])
-    if started.stem != "ovqk":
+    if started.name not in ("ovqk", "ovqk.exe"):
         return None
     return "ovqk" if shutil.which("ovqk") else shlex.quote(_near(started))
 

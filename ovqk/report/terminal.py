@@ -290,7 +290,7 @@ def print_sweep(
     """
     out = output_console()
     ended = list(outcomes.values())
-    folders = [Path(outcome.folder) for outcome in ended if outcome.folder]
+    folders = [Path(folder) for folder in dict.fromkeys(outcome.folder for outcome in ended) if folder]
     if folders:
         claimed, unclaimed = role_table(folders), _candidates(folders)
         if claimed.row_count or not unclaimed.row_count:

@@ -21,6 +21,7 @@ from ovqk.config.schema import TrackingConfig, TrackingMode
 from ovqk.errors import UserError, one_message
 from ovqk.records.record import claim, read_record, read_tracking, says_done
 from ovqk.records.results import cell_folders
+from ovqk.tracking.environment import not_followed, project_of
 from ovqk.tracking.run import Destination
 from ovqk.tracking.sweep_panels import Sweep, read_sweeps
 from ovqk.tracking.track import TrackedCell, TrackedSweep, attempt_tracking, needs_tracking
@@ -32,13 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=tool("track"), description="Send finished cells to W&B.")
     parser.add_argument("results_dir", type=Path)
     parser.add_argument("--mode", choices=["online", "offline"], help="WANDB_MODE unless given, else online")
-    parser.add_argument("--project", help="each cell's own, from its config, unless given")
+    parser.add_argument("--project", help="each cell's own, from its config, or WANDB_PROJECT")
     parser.add_argument("--entity", help="each cell's own, from its config, unless given")
     parser.add_argument("--all", action="store_true", help="also cells that were tracked before, offline for instance")
     chosen = parser.parse_args(arguments)
     if not chosen.results_dir.is_dir():
         raise UserError(f"{chosen.results_dir}: no such results folder.")
     mode = _mode(chosen.mode)
+    if said := not_followed():
+        print(f"warning: {said}", file=sys.stderr)
     folders = list(cell_folders(chosen.results_dir))
     if not folders:
         raise UserError(f"{chosen.results_dir}: no cells there (MODEL/TASK/ANALYSIS-ID folders).")
@@ -95,7 +98,7 @@ def _track_sweep_later(sweep: Sweep, arguments: argparse.Namespace, mode: Tracki
 
 def _destination(record: dict[str, Any], arguments: argparse.Namespace, mode: TrackingMode) -> Destination:
     chosen = record.get("provenance", {}).get("config", {}).get("tracking", {})
-    project = arguments.project or chosen.get("project") or TrackingConfig.project
+    project = arguments.project or project_of(chosen.get("project") or TrackingConfig.project)
     return Destination(arguments.results_dir, mode, project, arguments.entity or chosen.get("entity"))
 
 

@@ -21,6 +21,7 @@ from ovqk.config.command_line import tool
 from ovqk.config.schema import TrackingMode
 from ovqk.records.record import claim, read_done, read_record, read_tracking, says_done, write_tracking
 from ovqk.tracking.cell_panels import read_panels
+from ovqk.tracking.environment import project_of
 from ovqk.tracking.run import Destination, Label, log_overview, log_panels, make_run
 from ovqk.tracking.service import NotReceivedError, in_words, is_of_server
 from ovqk.tracking.sweep_panels import (
@@ -150,7 +151,9 @@ def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str
     record = read_done(folder)
     if record is None:
         raise ValueError(f"{folder} holds no finished record")
-    status, reason = attempt_tracking(TrackedCell(folder, record), Destination(results_dir, mode, project, entity))
+    status, reason = attempt_tracking(
+        TrackedCell(folder, record), Destination(results_dir, mode, project_of(project), entity)
+    )
     if status != "failed":
         return None
     waiting = f"W&B is left alone for {PAUSE_SECONDS / 60:.0f} minutes. " if _is_paused(mode) else ""
