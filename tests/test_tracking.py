@@ -121,7 +121,7 @@ def test_variables_of_the_environment_are_followed_and_one_that_cannot_be_is_nam
         "PROJECT": "theirs",
         "NAME": "tuesday",
         "RUN_GROUP": "all",
-        "TAGS": "a, b,",
+        "TAGS": "a,b",
         "DIR": "/x",
     }.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
