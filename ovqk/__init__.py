@@ -10,12 +10,13 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 """Read by torch: large arrays lie in large pages of memory, which are handed out in fewer pieces."""
 
 __version__ = "0.1.0"
-__all__ = ["cell_folders", "figures", "load_results", "load_table", "portraits", "report", "tracking"]
+__all__ = ["cell_folders", "figures", "load_results", "load_table", "open", "portraits", "report", "tracking"]
 MODULES = ("figures", "portraits", "report", "tracking")
 LAZY = {
     "load_results": "ovqk.records.results",
     "load_table": "ovqk.records.results",
     "cell_folders": "ovqk.records.results",
+    "open": "ovqk.library",
 }
 """Public name -> the module that has it: imported when it is first asked for, so that no cell waits for pandas."""
 

@@ -5,17 +5,21 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ovqk import wording
 from ovqk.activations.stage import ActivationTables, Runner
 from ovqk.circuits.composition import SENDERS_KEPT, composition_table, virtual_heads_table
+from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.config.schema import Circuit, Config
 from ovqk.errors import UserError
 from ovqk.memory import FreedMemory
@@ -28,11 +32,12 @@ from ovqk.tasks.claims import MEASURED, Claims, resolve_claims
 from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
 from ovqk.verdicts.candidates import candidate_rows, unclaimed
 from ovqk.verdicts.claim_tests import ClaimTests, matching_grams
-from ovqk.verdicts.null_tests import nulls_table, tests_table
+from ovqk.verdicts.null_tests import NullTest, nulls_table, tests_table
 from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.patterns import PATTERNS, head_patterns
+from ovqk.verdicts.surrogates import InTop, Measure
 from ovqk.verdicts.verdict import VERDICTS, judge, subjects
-from ovqk.weights.types import OpenedModel
+from ovqk.weights.types import Head, OpenedModel
 
 
 def analyse(
@@ -41,6 +46,7 @@ def analyse(
     steps: Callable[[int, str], Iterable[int]] = lambda count, what: range(count),
     cache: StructureCache | None = None,
     runner: Runner | None = None,
+    draws: Callable[[int, int], None] = lambda done, most: None,
 ) -> Analysis:
     """Compute one cell.
 
@@ -50,6 +56,7 @@ def analyse(
         steps: counts off layers, and batches of prompts, and may show how far it is.
         cache: keeps the tables that depend on no task for other cells; None computes them anew.
         runner: how the model is run, if the analysis asks for activations.
+        draws: takes how many draws of the nulls are made, and how many there may be.
 
     Raises:
         UserError: the task cannot be read on this model: its words, its claims.
@@ -62,7 +69,7 @@ def analyse(
     if config.model.claims == MEASURED:
         ran = isinstance(activations, ActivationTables)
         claims = activations.claims() if ran else f"no role is measured: {activations}"  # type: ignore[union-attr]
-    judged = JudgedTables(task, claims)
+    judged = JudgedTables(task, claims, draws)
     with nullcontext(Entry()) if cache is None else cache.entry(model) as entry:
         structure: list[Stage] = [] if entry.tables is not None else [StructureTables(model), DirectionTables(model)]
         of_the_task: list[Stage] = [ReadoutTables(task), judged]
@@ -117,6 +124,52 @@ def run_prompts(
 # --- claims --------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class CountedTests(ClaimTests):
+    """Claim tests that tell how many draws of heads with the same spectrum are made, and how many there may be."""
+
+    told: Callable[[int, int], None] = lambda done, most: None
+    drawn: int = 0
+    most: int = 0
+    counting: Lock = field(default_factory=Lock)
+
+    def rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[NullTest]:
+        """See `ClaimTests`."""
+        self._expect(
+            (head, prediction.metric_of(head[0]))
+            for role, predictions in predicted.items()
+            for prediction in predictions
+            for head in self.claims.roles[role]
+            if not np.isnan(prediction.values[head])
+        )
+        return super().rows(predicted)
+
+    def spectrum_ps(self, asked: Iterable[tuple[Head, str, float]]) -> dict[tuple[Head, str, float], float]:
+        """See `ClaimTests`."""
+        asked = list(asked)
+        self._expect((head, metric) for head, metric, _ in asked)
+        return super().spectrum_ps(asked)
+
+    def _expect(self, tested: Iterable[tuple[Head, str]]) -> None:
+        """Count the draws that tests of these heads and metrics may need: heads of one form share theirs."""
+        frames = {
+            (head, self.forms.get((metric, head[0]))) for head, metric in tested if self.has_spectrum_null(metric)
+        }
+        self.drawn, self.most = 0, len(frames) * self.model.config.nulls.draws
+
+    def _measure(self, head: Head, wanted: set[str]) -> Measure:
+        measure = super()._measure(head, wanted)
+
+        def counted(maps: CircuitMaps) -> Mapping[str, Tensor | InTop]:
+            found = measure(maps)
+            with self.counting:
+                self.drawn += len(maps.decomposition.sigma)
+                self.told(min(self.drawn, self.most), self.most)
+            return found
+
+        return counted
+
+
 class JudgedTables:
     """The stage that tests the claims, or ranks candidates if nothing is claimed, and composes pairs of heads.
 
@@ -124,10 +177,13 @@ class JudgedTables:
         seconds: the time that its tables took, composition aside.
     """
 
-    def __init__(self, task: TaskReadout, claims: Claims | str) -> None:
-        """Take the claims, or why there are none."""
+    def __init__(
+        self, task: TaskReadout, claims: Claims | str, draws: Callable[[int, int], None] = lambda done, most: None
+    ) -> None:
+        """Take the claims, or why there are none, and who is told of the draws of the nulls."""
         self.claimed = isinstance(claims, Claims)
-        self.tests = ClaimTests(task, claims if isinstance(claims, Claims) else unclaimed(task.model.config.task))
+        claimed = claims if isinstance(claims, Claims) else unclaimed(task.model.config.task)
+        self.tests = CountedTests(task, claimed, told=draws)
         self.seconds = 0.0
 
     @property

@@ -1,5 +1,7 @@
 """One cell from start to end: skip it if it is done, else compute, record and track it, and report the outcome."""
 
+import difflib
+import math
 import os
 import sys
 import time
@@ -25,7 +27,7 @@ from ovqk.memory import is_exhausted
 from ovqk.orphans import end_with_parent
 from ovqk.records.identity import cell_folder, cell_id, identity
 from ovqk.records.outcomes import Outcome, Outcomes, Status
-from ovqk.records.record import Origin, claim, forget_peak_memory, is_done, write_done, write_failed
+from ovqk.records.record import Origin, claim, forget_peak_memory, is_done, read_done, write_done, write_failed
 from ovqk.report import terminal
 from ovqk.report.progress import steps_of
 from ovqk.report.suggestions import shipped_tasks
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
 
 
 @one_message()
-def run_job(config: DictConfig, hydra: Any) -> None:
-    """Run the cell that Hydra composed.
+def run_job(config: DictConfig, hydra: Any) -> float | None:
+    """Run the cell that Hydra composed, and return its objective, if the choice names one.
 
     A single run prints the cell's tables. It ends with one message after a user's mistake, and with a traceback after a
     defect. In a sweep a failed cell is recorded and returns, so that the others go on.
@@ -53,8 +55,7 @@ def run_job(config: DictConfig, hydra: Any) -> None:
         SystemExit: a single run met a user's mistake, or the machine's limits.
     """
     if hydra.mode == RunMode.MULTIRUN:
-        _run_in_sweep(config, hydra)
-        return
+        return _run_in_sweep(config, hydra)
     try:
         outcome = run_cell(resolve(config))
     except Exception as error:
@@ -65,10 +66,32 @@ def run_job(config: DictConfig, hydra: Any) -> None:
         print(outcome.warning, file=sys.stderr)
     assert outcome.folder is not None
     terminal.print_cell(Path(outcome.folder), cached=outcome.status == "cached")
+    return objective_of(config.objective, Path(outcome.folder))
 
 
-def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
-    """Run one cell of a sweep, and leave its outcome for the process that prints the sweep."""
+def objective_of(name: str | None, folder: Path) -> float | None:
+    """Return a number of a done cell's summary; None if none is asked for.
+
+    Raises:
+        UserError: the cell has no such number.
+    """
+    if name is None:
+        return None
+    record = read_done(folder)
+    summary = {} if record is None else record["summary"]
+    if name not in summary:
+        near = difflib.get_close_matches(name, summary, n=3, cutoff=0.4)
+        hint = f" Near it: {', '.join(near)}." if near else ""
+        raise UserError(f"objective={name}: the record's summary has no such number.{hint}")
+    return float(summary[name])
+
+
+def _run_in_sweep(config: DictConfig, hydra: Any) -> float | None:
+    """Run one cell of a sweep, and leave its outcome for the process that prints the sweep; return its objective.
+
+    The objective of a cell that failed, or that has none, is nan.
+    """
+    objective = None if config.objective is None else math.nan
     started = time.perf_counter()
     if hydra.launcher._target_.endswith(".JoblibLauncher"):
         end_with_parent()
@@ -78,6 +101,7 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
         if cell.sweep is None:
             cell.sweep = Outcomes(Path(hydra.sweep.dir)).name()
         outcome = run_cell(cell, started, alone=runs_here(hydra))
+        objective = objective_of(cell.objective, Path(str(outcome.folder)))
     except Exception as error:
         if was_interrupted(error):
             raise KeyboardInterrupt from None
@@ -88,6 +112,7 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> None:
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # of a cell that ran out of memory
     Outcomes(Path(hydra.sweep.dir)).add(hydra.job.num, outcome)
+    return objective
 
 
 def runs_here(hydra: Any) -> bool:
@@ -165,7 +190,7 @@ def compute(
     opened = OpenedModel(source, checkpoint.label, tokenizer)
     runner = runner_of(checkpoint, cell, tokenizer) if cell.analysis.activations else None
     with steps_of(f"{cell.model.name} / {cell.task.name} / {cell.analysis.name}", alone) as steps:
-        analysis = analyse(opened, cell, steps, structure_cache(cell, checkpoint), runner)
+        analysis = analyse(opened, cell, steps, structure_cache(cell, checkpoint), runner, steps.draws)
     analysis.notes.extend(notes)
     analysis.words["tasks"] = [] if tokenizer is None else readable_tasks(shipped_tasks(), tokenizer)
     origin = Origin(checkpoint.digest, checkpoint.revision, checkpoint.quantisation, source.loaded_by)

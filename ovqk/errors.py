@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -13,6 +14,10 @@ PLACE = re.compile(r"_(PATH|FILE|DIR|HOME|URL)$", re.IGNORECASE)
 """Matches names of environment variables that hold a place, perhaps one of a secret."""
 SHORTEST_SECRET = 8
 """Letters: a shorter value, as "true", is no secret, and other texts may well contain it."""
+SHOWS_TRACEBACK = "OVQK_TRACEBACK"
+"""Environment variable that shows the traceback above a user's mistake if it is 1; HYDRA_FULL_ERROR=1 sets it."""
+CLOSED_PIPE = 141
+"""Exit status of a command whose reader went away, as the shell gives it."""
 
 
 class UserError(Exception):
@@ -33,10 +38,16 @@ def one_message() -> Iterator[None]:
     """
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         if was_interrupted(error):
             raise KeyboardInterrupt from None
+        if os.environ.get(SHOWS_TRACEBACK) == "1":
+            traceback.print_exception(error)
         end_command(str(error))
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        raise SystemExit(CLOSED_PIPE) from None
 
 
 def was_interrupted(error: BaseException | None) -> bool:

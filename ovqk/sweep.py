@@ -36,6 +36,7 @@ EXTRAS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "sl
 
 LOCAL = (
     "results_dir",
+    "objective",
     "sweep",
     "tracking",
     "force",
@@ -82,13 +83,13 @@ class RunningSweep:
             return
         from ovqk.config.schema import TrackingMode
         from ovqk.records.record import read_tracking, says_done
+        from ovqk.tracking.environment import project_of
         from ovqk.tracking.run import Destination
         from ovqk.tracking.sweep_panels import sweep_folder
         from ovqk.tracking.track import track_sweep
 
-        destination = Destination(
-            self.results_dir, TrackingMode(tracking["mode"]), str(tracking["project"]), tracking["entity"]
-        )
+        project = project_of(str(tracking["project"]))
+        destination = Destination(self.results_dir, TrackingMode(tracking["mode"]), project, tracking["entity"])
         try:
             warning = track_sweep(self.outcomes.name(), [Path(str(outcome.folder)) for outcome in done], destination)
         except OSError as error:
@@ -272,11 +273,14 @@ def _check(config: DictConfig) -> None:
     """Refuse a choice that would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import make_results_dir
     from ovqk.config.resolve import tracking_mode
+    from ovqk.config.schema import TrackingMode
     from ovqk.config.secrets import refuse_secrets
+    from ovqk.tracking.environment import not_followed
 
     _collect_garbage()
     refuse_secrets(config)
-    tracking_mode(config, os.environ.get("WANDB_MODE"))
+    if tracking_mode(config, os.environ.get("WANDB_MODE")) is not TrackingMode.none and (said := not_followed()):
+        print(f"warning: {said}", file=sys.stderr)
     make_results_dir(Path(str(config.results_dir)))
 
 

@@ -12,7 +12,9 @@ from support.commands import compose
 from support.models import BUNDLED, shared_model
 
 import ovqk
-from ovqk.records.record import is_done
+from ovqk.cell import objective_of, run_cell
+from ovqk.errors import UserError
+from ovqk.records.record import is_done, read_record
 
 QUICK = ("tracking=none",)
 
@@ -373,3 +375,20 @@ def test_results_do_not_depend_on_the_number_of_threads(tmp_path) -> None:
     for table in ("tests", "verdicts", "heads"):
         frames = [pd.read_parquet(path.parent / f"{table}.parquet") for path in (one, two)]
         pd.testing.assert_frame_equal(*frames, rtol=1e-6, atol=1e-9)
+
+
+# --- objectives ---------------------------------------------------------------------------------------------------
+
+
+def test_an_objective_is_a_number_of_the_summary(tmp_path) -> None:
+    outcome = run_cell(compose("task=none", "analysis=ov", "tracking=none", f"results_dir={tmp_path / 'r'}"))
+    folder = Path(str(outcome.folder))
+    wanted = read_record(folder)["summary"]["mean/ov_copying"]
+    assert objective_of("mean/ov_copying", folder) == wanted and objective_of(None, folder) is None
+    with pytest.raises(UserError, match=r"objective=mean/ov_copyin: .*Near it: .*mean/ov_copying"):
+        objective_of("mean/ov_copyin", folder)
+
+
+def test_a_failed_cell_of_a_sweep_has_no_objective_and_says_why(cli) -> None:
+    code, printed = cli("-m", "task=none", "analysis=ov", "tracking=none", "objective=mean/none_such", "seed=0,1")
+    assert code == 1 and printed.count("objective=mean/none_such: the record's summary has no such number") == 2

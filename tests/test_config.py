@@ -25,8 +25,9 @@ def test_every_task_and_analysis_composes(task, analysis) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_composes(model) -> None:
-    cell = compose(f"model={model}", *(["model.path=somewhere"] if model == "local" else []))
-    assert cell.model.name == ("somewhere" if model == "local" else model)
+    needed = {"local": ["model.path=somewhere"], "hub": ["model.repo=some/where"]}
+    cell = compose(f"model={model}", *needed.get(model, []))
+    assert cell.model.name == {"local": "somewhere", "hub": "where"}.get(model, model)
     if cell.model.source is Source.hub:
         assert cell.model.repo.count("/") == 1 and cell.model.revision == "main"
         comment = (ROOT / "conf" / "model" / f"{model}.yaml").read_text()
@@ -83,9 +84,9 @@ def test_only_the_registry_tells_what_a_metric_is_from_its_name() -> None:
 
 
 FOLDERS = [
-    "errors", "whole_files", "locks", "orphans", "memory", "config", "metrics", "wording", "checkpoints", "weights",
-    "circuits", "structure", "tasks", "verdicts", "activations", "records", "figures", "portraits", "report",
-    "tracking", "analyse", "cell", "sweep", "dashboard",
+    "errors", "whole_files", "locks", "orphans", "memory", "interrupts", "config", "metrics", "wording", "checkpoints",
+    "weights", "circuits", "structure", "tasks", "verdicts", "activations", "records", "figures", "portraits", "report",
+    "tracking", "analyse", "cell", "sweep", "dashboard", "library", "fetch", "command", "__main__",
 ]  # fmt: skip
 """Folders of the package, and its modules beside them, in the order of the data flow."""
 READERS = {"figures", "report", "tracking"}

@@ -114,7 +114,11 @@ def test_a_cell_shows_what_its_analysis_is_about_and_the_command_that_goes_on(an
     composed = analysis == "composition"
     assert ("Strongest compositions" in text) == ("Strongest virtual heads" in text) == composed
     assert ("['composition'])" in text) == composed
-    assert ("OV eigen 0 (lambda" in text) == ("QK singular 0 (sigma" in text) == (not composed)
+    assert (
+        ("OV copying" in text and "eigenvalues over the vocabulary" in text)
+        == ("QK singular 0 (sigma" in text)
+        == (not composed)
+    )
     assert "Claims of mini-attn, applied to twin:" in text
     # of a cell of ioi: the other tasks that claim heads of mini-attn
     assert "model.name=twin model.claims=mini-attn task=induction,sva" in text

@@ -130,12 +130,10 @@ def test_the_sign_of_an_eigenvalue_is_the_sign_of_the_component() -> None:
     for component, token in ((0, 3), (1, 6)):
         assert ids(rows, "eigen", component, "read") == ids(rows, "eigen", component, "write") == [token]
     assert ids(rows, "singular", 1, "write", -1) == [6]
-    lines = describe(rows, 0, 0)
-    assert lines[2] == "OV eigen 0 (lambda 4): reads '#3' (3.0) | not '#0' (0.3) -> writes '#3' (3.0) | not '#0' (0.3)"
-    assert (
-        lines[3]
-        == "OV eigen 1 (lambda -2): reads '#6' (3.0) | not '#0' (0.3) -> suppresses '#6' (3.0) | not '#0' (0.3)"
-    )
+    lines, space = describe(rows, 0, 0), "of the residual space"
+    copies = "reads '#3' (3.0) | not '#0' (0.3) -> writes '#3' (3.0) | not '#0' (0.3)"
+    suppresses = "reads '#6' (3.0) | not '#0' (0.3) -> suppresses '#6' (3.0) | not '#0' (0.3)"
+    assert lines[2:4] == [f"OV eigen 0 {space} (lambda 4): {copies}", f"OV eigen 1 {space} (lambda -2): {suppresses}"]
 
 
 def test_a_rotation_by_90_degrees_is_one_complex_pair_scored_in_its_plane() -> None:
@@ -154,7 +152,7 @@ def test_a_rotation_by_90_degrees_is_one_complex_pair_scored_in_its_plane() -> N
     assert set(eigen["cluster_size"]) == {1}
     assert (
         describe(rows, 0, 0, shown=1)[-1]
-        == "OV eigen 0 (lambda 0 ± 2i, a plane): reads '#4' (1.0) -> writes '#4' (1.0)"
+        == "OV eigen 0 of the residual space (lambda 0 ± 2i, a plane): reads '#4' (1.0) -> writes '#4' (1.0)"
     )
 
 

@@ -69,7 +69,7 @@ def test_the_keys_that_help_names_have_these_defaults(shown) -> None:
 
 def test_help_shows_five_commands_that_compose(shown) -> None:
     commands = re.findall(r"^(python run\.py(?: [^\[\s]\S*)*)   *\S", shown, flags=re.MULTILINE)
-    commands = [command for command in commands if "[" not in command]
+    commands = [command for command in commands if "[" not in command and command.split()[2:3] != ["report"]]
     assert len(commands) == 5
     for command in commands:
         words = [word for word in shlex.split(command)[2:] if word != "-m"]

@@ -1,5 +1,8 @@
 """A mistaken value, on the command line or in a file, is told by its key and with what is allowed; no more."""
 
+import shlex
+import sys
+
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -26,6 +29,7 @@ def told(folder, *overrides: str) -> str:
 @pytest.mark.parametrize(("override", "message"), [
     ("nulls.draws=abc", "nulls.draws=abc: Value 'abc' of type 'str' could not be converted to Integer"),
     ("processing=half", "processing=half: Invalid value 'half', expected one of [folded, raw]"),
+    ("processing=fold", "processing=fold: Invalid value 'fold', expected one of [folded, raw]. Did you mean folded?"),
     ("task.roles.induction.predictions.0.direction=up",
      "task.roles.induction.predictions.0.direction=up: Invalid value 'up', expected one of [high, low]"),
 ])  # fmt: skip
@@ -46,28 +50,43 @@ def test_a_mistake_in_a_task_file_is_told_with_its_role(old, new, place, what, t
     assert told(tmp_path, "task=mine") == f"task/mine.yaml: roles.duplicate_token.predictions.0.{place}: {what}"
 
 
-def test_a_list_of_values_without_m_is_told_what_it_needs(tmp_path) -> None:
+def test_a_list_of_values_without_m_is_told_what_it_needs(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "task=ioi,sva"])
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
     said = "task=ioi,sva: several values need -m, which computes a cell for each: python run.py -m task=ioi,sva"
     assert told(tmp_path, "task=ioi,sva") == said
 
 
-def test_what_cannot_be_parsed_is_told_with_its_override(tmp_path) -> None:
-    assert told(tmp_path, "results_dir=a=1").startswith("results_dir=a=1: mismatched input '='")
-    assert told(tmp_path, "model.path=a b(").startswith("Error parsing override 'model.path=a b('")
+@pytest.mark.parametrize("value", ["a=1", "a b(", "~/models/x", "/tmp/a(b)", "[1", 'a\\b"c('])
+def test_what_cannot_be_parsed_is_told_how_to_quote_it_and_that_helps(value, tmp_path) -> None:
+    said = told(tmp_path, f"model.path={value}")
+    assert said.startswith(f"model.path={value}: the value has signs with a meaning of their own. Quote it: ")
+    (quoted,) = shlex.split(said.rpartition("Quote it: ")[2])
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        assert compose("config", overrides=["model=local", quoted]).model.path == value
+
+
+def test_a_word_without_a_value_is_told_what_a_choice_is(tmp_path) -> None:
+    assert told(tmp_path, "b").startswith("b: no choice, which is KEY=VALUE. A value with a space in it is quoted")
 
 
 @pytest.mark.parametrize(("override", "message"), [
-    ("task=ioii", "task=ioii: there is no such task. Allowed: acronym, copy_suppression, greater_than, induction, ioi, "
-     "none, sva."),
-    ("analysis=b3", "analysis=b3: there is no such analysis. Allowed: activations, b03, composition, full, ov, qk."),
-    ("tracking=on", "tracking=on: there is no such tracking. Allowed: none, offline, online."),
-    ("model=gtp2", "model=gtp2: there is no such model. Did you mean gpt2? `python run.py --help` lists all "),
+    ("task=ioii", "task=ioii: there is no such task. Did you mean ioi? Allowed: acronym, copy_suppression, "
+     "greater_than, induction, ioi, none, sva."),
+    ("analysis=b3", "analysis=b3: there is no such analysis. Did you mean b03? Allowed: activations, b03, composition, "
+     "full, ov, qk."),
+    ("tracking=on", "tracking=on: there is no such tracking. Did you mean online? Allowed: none, offline, online."),
+    ("model=gtp2", "model=gtp2: there is no such model. Did you mean gpt2? A checkpoint of your own is model=local "),
     ("model=gpt3", "model=gpt3: there is no such model. Did you mean gpt2? "),
     ("model=LLAMA-3.2", "model=LLAMA-3.2: there is no such model. Did you mean llama-3.2-"),
     ("model=gpt2_medium", "model=gpt2_medium: there is no such model. Did you mean gpt2-medium? "),
     ("model=meta-llama/Llama-3.2-1B", "model=meta-llama/Llama-3.2-1B: there is no such model. Did you mean "
      "llama-3.2-1b"),
-    ("model=zzz", "model=zzz: there is no such model. `python run.py --help` lists all "),
+    ("model=zzz", "model=zzz: there is no such model. A checkpoint of your own is model=local model.path=PATH; one on "
+     "the hub is model=hub model.repo=OWNER/NAME. `"),
+    ("model=/some/path", "model=/some/path: there is no such model. A path is model=local model.path=/some/path. `"),
+    ("model=x.gguf", "model=x.gguf: there is no such model. A path is model=local model.path=x.gguf. `"),
+    ("model=zz/zz", "model=zz/zz: there is no such model. A repository on the hub is model=hub model.repo=zz/zz. `"),
 ])  # fmt: skip
 def test_an_unknown_choice_is_told_with_the_nearest_names(override, message, tmp_path) -> None:
     said = told(tmp_path, override)
@@ -95,8 +114,8 @@ def test_an_unknown_config_is_told_with_those_of_the_folder_given(tmp_path) -> N
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"), pytest.raises(HydraException) as found:
         compose("cros_model")
     assert mistakes(found.value, [ROOT / "sweeps", ROOT / "conf"]) == [
-        "-cn cros_model: there is no cros_model.yaml in conf/ or in a folder named by -cd. Allowed: behaviour, "
-        "cross_model, gpt2_family, scale, sensitivity, smoke, training, wandb_grid."
+        "-cn cros_model: there is no cros_model.yaml in conf/ or in a folder named by -cd. Did you mean "
+        "cross_model? Allowed: behaviour, cross_model, gpt2_family, scale, sensitivity, smoke, training, wandb_grid."
     ]
 
 

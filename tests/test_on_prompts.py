@@ -159,7 +159,7 @@ def test_a_cell_that_did_not_run_its_model_is_shown_as_before(plain) -> None:
     assert not {"on_prompts", "prompt_heads", "prompt_values"} & set(data["cells"][0])
     assert not {"readings", "on_prompts"} & set(data["wording"]) and "on_prompts" not in data["palette"]
     assert "on_prompts" not in comparison.roles([plain])
-    assert "on prompts" not in [column.header for column in terminal.role_table([plain]).columns]
+    assert "on prompts" not in [column.title for column in terminal.role_table([plain]).columns]
     assert "prompts" not in overview_tables(Sweep("one", plain, [plain]))
 
 
@@ -235,7 +235,7 @@ def test_a_sweep_counts_what_claimed_heads_do(results, plain) -> None:
         out.print(terminal.role_table([folder, plain]))
     text = capture.get()
     assert "on prompts" in text and "3 realised" in text and "ov_copying" in text
-    assert max(map(len, text.splitlines())) <= terminal.MIN_WIDTH
+    assert max(map(len, text.splitlines())) <= terminal.LOG_WIDTH
 
 
 def test_runs_hold_the_tables_and_a_sweep_how_well_tasks_are_done(results) -> None:

@@ -278,10 +278,10 @@ def test_what_cannot_be_reported_is_one_clear_message(results, tmp_path, kind) -
     wanted = f"{folder}: no such results folder."
     if kind != "missing":
         folder.mkdir()
-        wanted = f"{folder} holds no finished cell. Run python run.py results_dir={folder} first."
+        wanted = f"{folder} holds no finished cell. Compute one first: "
     if kind == "failed":
         shutil.copytree(results / "broken", folder / "broken")
-        wanted = f"{folder} holds no finished cell (1 cell without results). Run python run.py"
+        wanted = f"{folder} holds no finished cell (1 cell without results). Compute one first: "
     if kind == "unwritable":
         shutil.copytree(results / "partial", folder / "partial")
         (tmp_path / "file").touch()

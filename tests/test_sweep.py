@@ -86,11 +86,14 @@ def test_what_remains_is_estimated_from_the_cells_that_were_computed(tmp_path, m
     outcomes.add(0, outcome())
     shown.print_new()
     assert "[2/4] m / t / a seed=0  done  1.0 s  (about 20 min left)\n" in capsys.readouterr().out
+    clock += 60  # without what only the first cell pays
     outcomes.add(1, outcome("failed", error="no"))
+    shown.print_new()
+    printed = capsys.readouterr()
+    assert "[3/4] m / t / a seed=1  failed  1.0 s  (about 60 s left)\n    no\n" in printed.out
     outcomes.add(3, outcome(warning="warning: W&B: away"))
     shown.print_new()
     printed = capsys.readouterr()
-    assert "[3/4] m / t / a seed=1  failed  1.0 s  (about 5 min left)\n    no\n" in printed.out
     assert "[4/4] m / t / a seed=3  done  1.0 s\n" in printed.out and "warning: W&B: away" in printed.err
 
 
@@ -133,8 +136,11 @@ def test_a_long_cell_shows_a_bar_on_a_terminal_and_a_short_one_nothing(monkeypat
             for _ in steps(3, "layer"):
                 time.sleep(0.15)
             time.sleep(0.15)
-        for stage in ("layer 2 of 3", "claims and nulls"):
-            assert (f"m / t / a: {stage}" in out.file.getvalue()) is shown
+            for done in (5, 10):
+                steps.draws(done, 1000)
+                time.sleep(0.15)
+        for stage in ("layer 2 of 3, then claims and nulls", "null draw 10 of at most 1,000", "m / t / a:"):
+            assert (stage in out.file.getvalue()) is shown
 
 
 def test_a_bar_is_gone_when_the_cell_fails(monkeypatch) -> None:
@@ -162,9 +168,31 @@ def test_a_long_cell_writes_lines_where_there_is_no_terminal(monkeypatch, capsys
     monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
     with progress.steps_of("m / t / a", alone) as steps:
         assert list(steps(3, "layer")) == [0, 1, 2]
+        steps.draws(600, 1000)
+    then = ", then claims and nulls\n"
     assert capsys.readouterr().err == (
-        "m / t / a: layer 1 of 3 in 0 s, about 0 s left\nm / t / a: layer 2 of 3 in 0 s, about 0 s left\n"
+        f"m / t / a: layer 1 of 3 in 0 s, about 0 s left{then}m / t / a: layer 2 of 3 in 0 s, about 0 s left{then}"
+        "m / t / a: null draw 600 of at most 1,000 in 0 s, at most 0 s left\n"
     )
+
+
+@pytest.mark.parametrize("claimed", [True, False])
+def test_every_draw_of_the_nulls_is_counted_and_no_more_than_there_may_be(claimed) -> None:
+    """With claims, and with candidates."""
+    from ovqk.analyse import analyse
+    from ovqk.checkpoints.opening import open_checkpoint
+    from ovqk.tasks.words import load_tokenizer
+    from ovqk.weights.readers import open_weights
+    from ovqk.weights.types import OpenedModel
+
+    cell = compose("model=mini-attn", "task=ioi", "nulls.draws=99", *["model.claims=null"] * (not claimed))
+    checkpoint = open_checkpoint(cell.model)
+    opened = OpenedModel(open_weights(checkpoint, cell.model), checkpoint.label, load_tokenizer(checkpoint))
+    told: list[tuple[int, int]] = []
+    found = analyse(opened, cell, draws=lambda done, most: told.append((done, most)))
+    assert ("verdicts" in found.tables) == claimed
+    done, most = zip(*told, strict=True)
+    assert len(set(most)) == 1 and most[0] % 99 == 0 and list(done) == sorted(done) and 99 <= done[-1] <= most[0]
 
 
 # --- what is survived -------------------------------------------------------------------------------------------------

@@ -29,12 +29,12 @@ def test_lines_say_query_and_key_and_show_as_many_tokens_as_asked() -> None:
     rows = table(E[:, [3]] * -2, E[[3]], E, circuit=Circuit.qk)
     assert describe(rows, 0, 0, shown=1) == [
         "QK singular 0 (sigma 2): queries '#3' | not '#0' -> keys '#0' | not '#3'",
-        "QK eigen 0 (lambda -2): queries '#3' | not '#0' -> avoid keys '#3' | not '#0'",
+        "QK eigen 0 of the residual space (lambda -2): queries '#3' | not '#0' -> avoid keys '#3' | not '#0'",
     ]
     assert describe(rows, 0, 0, shown=2)[0].count("'#") == 8
     assert describe(rows, 1, 0) == describe(rows, 0, 1) == []
     turned = table(E[:, :2], torch.stack((E[1] - E[0], -E[0] - E[1])), E, E)
     assert (
         describe(turned, 0, 0, shown=1)[-1]
-        == "OV eigen 0 (lambda -1 ± 1i, a plane): reads '#0' (1.0) -> writes '#0' (1.0)"
+        == "OV eigen 0 of the residual space (lambda -1 ± 1i, a plane): reads '#0' (1.0) -> writes '#0' (1.0)"
     )

@@ -21,7 +21,7 @@ from ovqk.config.resolve import tracking_mode
 from ovqk.config.schema import TrackingMode
 from ovqk.errors import UserError
 from ovqk.records.record import claim, is_done, read_record, read_tracking
-from ovqk.tracking import service
+from ovqk.tracking import environment, service
 from ovqk.tracking import track as track_module
 from ovqk.tracking.track import needs_tracking, run_id, track_cell
 
@@ -112,6 +112,32 @@ def test_an_offline_run_holds_config_curves_tables_and_summary(results) -> None:
     assert str(BUNDLED.parent) not in text and str(Path.home()) not in text.replace(str(results), "")
     assert f'"{socket.gethostname()}"' not in text
     assert not any(f"head_{head}" in text or f"/{head}.0/" in text for head in range(8))  # no metric name per head
+
+
+def test_variables_of_the_environment_are_followed_and_one_that_cannot_be_is_named(
+    results, monkeypatch, capsys
+) -> None:
+    for name, value in {
+        "PROJECT": "theirs",
+        "NAME": "tuesday",
+        "RUN_GROUP": "all",
+        "TAGS": "a,b",
+        "DIR": "/x",
+    }.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    record = read_record(cell(results))
+    assert track_cell(cell(results), results, TrackingMode.offline, "ovqk", None) is None
+    (log,) = (results / read_tracking(cell(results))["directory"]).glob("*.wandb")
+    run = next(line["run"] for line in inspect(log) if "run" in line)
+    assert (run["project"], run["run_group"]) == ("theirs", "all")
+    assert run["display_name"] == f"tuesday {record['model']} {record['task']} {record['analysis']}"
+    assert run["tags"] == [record["model"], record["task"], record["analysis"], "a", "b"]
+    assert environment.project_of("mine") == "mine"  # the config's own goes first
+    assert command(monkeypatch, results, "--mode", "offline") == 0
+    assert capsys.readouterr().err.startswith("warning: WANDB_DIR=/x is not followed: runs lie in results_dir/wandb")
+    monkeypatch.setenv("WANDB_DIR", "")
+    monkeypatch.setenv("WANDB_PROJECT", "")
+    assert environment.not_followed() is None and environment.project_of("ovqk") == "ovqk"
 
 
 def test_what_is_offline_asks_no_server_and_prints_nothing(results, server, capfd) -> None:
@@ -415,7 +441,8 @@ def test_project_and_entity_are_the_configs_unless_given(results, server, monkey
 def test_what_waits_offline_is_told(results, monkeypatch, capsys) -> None:
     assert track(results, "offline") is None
     assert command(monkeypatch, results) == 0
-    assert f"1 wait offline: --all sends them, or `wandb sync {results}/wandb`." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 wait offline; this sends them: " in printed and f"-m ovqk.tracking --all {results}\n" in printed
 
 
 def test_mistakes_of_the_command_are_one_message(results, tmp_path, monkeypatch, capsys) -> None:

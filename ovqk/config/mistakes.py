@@ -12,6 +12,7 @@ from typing import Any, get_args
 import yaml
 
 from ovqk.config import schema
+from ovqk.config.command_line import program, quoted
 from ovqk.errors import UserError
 
 LISTED = 9
@@ -68,13 +69,17 @@ def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
     facts = {match[1]: match[2] for match in found if match[1] in ("full_key", "object_type", "reference_type")}
     told = list(dict.fromkeys(line for line in lines if line.lstrip().split("=")[0].split(":")[0] not in facts))
     if match := re.match(r"Ambiguous value for argument '(.*)'$", lines[0] if lines else ""):
-        return [f"{match[1]}: several values need -m, which computes a cell for each: python run.py -m {match[1]}"]
+        return [f"{match[1]}: several values need -m, which computes a cell for each: {program()} -m {match[1]}"]
+    if "override_grammar" in str(error) and (said := _unparsed(error, lines)):
+        return [said]
     if "full_key" not in facts:
         override = getattr(error, "override", None)  # what could not be parsed
         return [f"{override}: {told[0]}", *told[1:]] if override and override not in told[0] else told
     key, place = facts["full_key"], getattr(schema, facts.get("object_type", ""), None)
     what = next((line for line in told if line.startswith(("Invalid value ", "Value ", "Key "))), told[-1])
     value = re.match(r"(?:Invalid value|Value) '(.*?)'", what)
+    if (allowed := re.search(r"expected one of \[(.*)\]", what)) and value:
+        what = f"{what}. {_meant(value[1], allowed[1].split(', '))}".rstrip(" .")
     if what.startswith("Key ") and is_dataclass(place):
         what = f"no such key; allowed: {', '.join(field.name for field in fields(place))}"
     if match := re.match(r"Error merging override (([^=]*)=.*)", told[0]):
@@ -102,15 +107,47 @@ def _unknown_choice(error: Any, folders: Iterable[Path]) -> str:
         options = sorted(files - {"config", "settings"})
         said = f"{where}-cn {name}: there is no {name}.yaml in conf/ or in a folder named by -cd."
     if len(options) <= LISTED:
-        return f"{said} Allowed: {', '.join(options)}." if options else said
+        return f"{said} {_meant(name, options)}Allowed: {', '.join(options)}." if options else said
     near = close_names(name.rpartition("/")[2], options)
     hint = f" Did you mean {_either(near)}?" if near else ""
     if group != "model":
         return f"{said}{hint} There are {len(options)}."
+    return f"{said}{hint}{_own_model(name)} `{program()} --help` lists all {len(options)}."
+
+
+def _own_model(name: str) -> str:
+    """Say how a path, or a repository on the hub, is chosen, if the name looks like one."""
+    if (
+        name.startswith(("/", "./", "../", "~"))
+        or Path(name).suffix in (".gguf", ".safetensors")
+        or Path(name).exists()
+    ):
+        return f" A path is model=local {quoted('model.path', name)}."
+    if name.count("/") == 1:
+        return f" A repository on the hub is model=hub {quoted('model.repo', name)}."
     return (
-        f"{said}{hint} `python run.py --help` lists all {len(options)}, and conf/model/ has a file for each. "
-        "A checkpoint of your own is model=local model.path=DIR."
+        " A checkpoint of your own is model=local model.path=PATH; one on the hub is model=hub model.repo=OWNER/NAME."
     )
+
+
+def _meant(name: str, options: Iterable[str]) -> str:
+    """Return `Did you mean ...? ` for a name that is spelled like one of the options; empty for others."""
+    options = list(options)
+    begin = [option for option in options if name and option.startswith(name.lower())]
+    near = begin[:1] or difflib.get_close_matches(name.lower(), options, n=1, cutoff=0.7)
+    return f"Did you mean {near[0]}? " if near else ""
+
+
+def _unparsed(error: BaseException, lines: list[str]) -> str | None:
+    """Say how to quote a value that Hydra's grammar does not take as it is; None if that is not what is wrong."""
+    found = re.search(r"(?:Error parsing override '|LexerNoViableAltException: )([^'\n]*)", "\n".join(lines))
+    override = getattr(error, "override", None) or (found[1] if found else None)
+    if override is None:
+        return None
+    key, equal, value = override.partition("=")
+    if not equal:
+        return f"{override}: no choice, which is KEY=VALUE. A value with a space in it is quoted: 'KEY=\"a b\"'."
+    return f"{override}: the value has signs with a meaning of their own. Quote it: {quoted(key, value)}"
 
 
 def close_names(name: str, options: Iterable[str]) -> list[str]:

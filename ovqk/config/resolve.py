@@ -38,6 +38,12 @@ def resolve(config: DictConfig) -> Config:
         path = Path(config.model.path).expanduser()
         stem = path.resolve().name.removesuffix(".safetensors").removesuffix(".gguf")
         config.model.name = re.sub(r"[^A-Za-z0-9._+-]+", "-", stem).strip("-.") or "local"
+    if "model.name" in missing and config.model.source is Source.hub:
+        missing.remove("model.name")
+        if not config.model.repo:
+            raise UserError("model.repo: not set. model=hub needs model.repo=OWNER/NAME, a repository on the hub.")
+        config = config.copy()
+        config.model.name = config.model.repo.rpartition("/")[2]
     if missing:
         raise UserError(f"{missing[0]}: not set, and it has no default.")
     typed = OmegaConf.to_object(config)

@@ -324,6 +324,8 @@ class Config:
     results_dir: str = "results"
     sweep: str | None = None
     """The sweep's name, which groups its W&B runs; unless set, it is made of the keys that the sweep varies."""
+    objective: str | None = None
+    """The key of the summary that a sweeper such as Optuna's gets for each cell, as `role/induction/effect`."""
     force: bool = False
     device: Device = Device.cpu
     hub_timeout: float = 60.0

@@ -9,8 +9,10 @@ make them. It reads records and tables and nothing else; the same records give t
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from ovqk.config.command_line import tool
 from ovqk.errors import one_message
 from ovqk.report.write import write_report
 
@@ -20,19 +22,17 @@ def _print(line: str) -> None:
 
 
 @one_message()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report of a results folder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ovqk.report", description="One page that shows a folder of results."
-    )
-    parser.add_argument("results_dir", type=Path, help="the folder that run.py wrote")
+    parser = argparse.ArgumentParser(prog=tool("report"), description="One page that shows a folder of results.")
+    parser.add_argument("results_dir", type=Path, help="the folder that cells were written to")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page; RESULTS_DIR/report.html unless given")
     parser.add_argument(
         "--figures", action=argparse.BooleanOptionalAction, default=True,
         help="also write the figures, as SVG and PNG, to `figures` beside the page",
     )  # fmt: skip
-    arguments = parser.parse_args()
-    write_report(arguments.results_dir, arguments.out, arguments.figures, _print)
+    chosen = parser.parse_args(arguments)
+    write_report(chosen.results_dir, chosen.out, chosen.figures, _print)
 
 
 if __name__ == "__main__":

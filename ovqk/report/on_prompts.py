@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
-from rich.table import Table
 from rich.text import Text
 
 from ovqk import wording
+from ovqk.report.fitted_table import CORE, Column, FittedTable
 from ovqk.report.terminal_tables import STYLES, rounded
 
 PROMPT_STYLES = {
@@ -18,18 +18,30 @@ PROMPT_STYLES = {
     "not_realised": "magenta",
     "sensitive": "yellow",
 }
+PROMPT_IMPORTANCE = {
+    "effect": CORE + 1,
+    "attention": CORE,
+    "write_share": 50,
+    "attention_control": 40,
+    "write_link": 30,
+}
+"""Quantity -> the importance of its column; others are left out before them."""
 SHOWN = 8
 """Heads of a role, at most; claimed and measured ones come first."""
 
 
-def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> Table:
+def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> FittedTable:
     """Return a table with one row per claimed or measured head: its weights' verdict and what it does on prompts."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("role / head", no_wrap=True)
-    for title in wording.PROMPT_COLUMNS.values():
-        table.add_column(title, justify="right")
-    for title in ("weights", "on prompts", "together"):
-        table.add_column(title, no_wrap=title != "together")
+    table = FittedTable(
+        [
+            Column("role / head", None, text=True),
+            *(Column(title, PROMPT_IMPORTANCE.get(name, 0)) for name, title in wording.PROMPT_COLUMNS.items()),
+            Column("weights", CORE - 1, text=True, wraps_at=12),
+            Column("on prompts", None, text=True),
+            Column("together", CORE - 2, text=True, wraps_at=20),
+        ],
+        "roles.parquet and joint.parquet",
+    )
     heads = joint[joint["kind"] == "head"]
     for role, rows in heads.groupby("role", sort=False):
         table.add_row(Text(wording.role(str(role)), style="bold"))

@@ -2,14 +2,14 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
+
+from rich.progress import Progress
 
 from ovqk.records.outcomes import Outcomes
 from ovqk.report import terminal
-
-Steps = Callable[[int, str], Iterator[int]]
-"""Number of steps and what one is -> their indexes in order, each counted as done when the next is asked for."""
 
 AFTER = {"layer": "claims and nulls"}
 """What follows the last step of a kind."""
@@ -18,9 +18,21 @@ BETWEEN_LINES = 30.0  # seconds
 LOOK_EVERY = 0.5  # seconds
 
 
+class Steps(Protocol):
+    """Counts off a cell's layers, its batches of prompts and the draws of its nulls."""
+
+    def __call__(self, count: int, what: str) -> Iterator[int]:
+        """Yield the indexes of this many steps, each counted as done when the next is asked for; `what` is one step."""
+        ...
+
+    def draws(self, done: int, most: int) -> None:
+        """Take how many draws of the nulls are made, and how many there may be: most tests need fewer."""
+        ...
+
+
 @contextmanager
 def steps_of(name: str, alone: bool) -> Iterator[Steps]:
-    """Show how many of a cell's layers, or batches of prompts, are done, if it takes longer than a moment.
+    """Show how far a cell is, if it takes longer than a moment: its layers, its batches of prompts, its nulls.
 
     Args:
         name: how messages name the cell.
@@ -28,22 +40,14 @@ def steps_of(name: str, alone: bool) -> Iterator[Steps]:
     """
     out = terminal.progress_console()
     if not (alone and out.is_terminal):
-        yield lambda count, what: _with_lines(f"{name}: {what}", count)
+        yield _Lines(name)
         return
     bar = terminal.cell_bar(out)
-    task = bar.add_task(name, total=None)
     later = threading.Timer(SHORT, bar.start)
     later.daemon = True
     later.start()
-
-    def steps(count: int, what: str) -> Iterator[int]:
-        for index in range(count):
-            bar.update(task, description=f"{name}: {what} {index + 1} of {count}", completed=index, total=count)
-            yield index
-        bar.reset(task, description=f"{name}: {AFTER.get(what, what)}", total=None)
-
     try:
-        yield steps
+        yield _Bar(name, bar)
     finally:
         later.cancel()
         later.join()
@@ -51,14 +55,57 @@ def steps_of(name: str, alone: bool) -> Iterator[Steps]:
             bar.stop()
 
 
-def _with_lines(name: str, count: int) -> Iterator[int]:
-    started = said = time.monotonic()
-    for index in range(count):
-        yield index
+class _Bar:
+    """Steps as a bar; after the layers it begins anew for the nulls."""
+
+    def __init__(self, name: str, bar: Progress) -> None:
+        self.bar, self.task = bar, bar.add_task("", total=None, name=f"{name}:")
+        self.counting = False
+
+    def __call__(self, count: int, what: str) -> Iterator[int]:
+        self.counting = False
+        follows = f", then {AFTER[what]}" if what in AFTER else ""
+        for index in range(count):
+            said = f"{what} {index + 1} of {count}{follows}"
+            self.bar.update(self.task, description=said, completed=index, total=count)
+            yield index
+        self.bar.reset(self.task, description=AFTER.get(what, what), total=None)
+
+    def draws(self, done: int, most: int) -> None:
+        if not self.counting:
+            self.bar.reset(self.task)  # the time left is that of the draws
+            self.counting = True
+        said = f"null draw {done:,} of at most {most:,}"
+        self.bar.update(self.task, description=said, completed=done, total=most)
+
+
+class _Lines:
+    """Steps as plain lines, now and then."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.began = self.said = time.monotonic()
+        self.counting = False
+
+    def __call__(self, count: int, what: str) -> Iterator[int]:
+        self.began = self.said = time.monotonic()
+        self.counting = False
+        for index in range(count):
+            yield index
+            if index + 1 < count:
+                self._say(what, index + 1, count, f", then {AFTER[what]}" if what in AFTER else "")
+
+    def draws(self, done: int, most: int) -> None:
+        if not self.counting:
+            self.began, self.counting = time.monotonic(), True
+        if done < most:
+            self._say("null draw", done, most, "", at_most=True)
+
+    def _say(self, what: str, done: int, count: int, follows: str, at_most: bool = False) -> None:
         now = time.monotonic()
-        if now - said >= BETWEEN_LINES and index + 1 < count:
-            said = now
-            terminal.print_steps(name, index + 1, count, now - started)
+        if now - self.said >= BETWEEN_LINES:
+            self.said = now
+            terminal.print_steps(f"{self.name}: {what}", done, count, now - self.began, follows, at_most)
 
 
 class SweepProgress:
@@ -68,7 +115,7 @@ class SweepProgress:
         self.outcomes = outcomes
         self.expected = outcomes.expected()
         self.details = outcomes.details()
-        self.started = time.monotonic()
+        self.started = self.first_ended = time.monotonic()
         self.ended = self.computed = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -91,16 +138,25 @@ class SweepProgress:
         with self._printing:
             for number, outcome in self.outcomes.new().items():
                 self.ended += 1
-                self.computed += outcome.status != "cached"
+                if outcome.status != "cached":
+                    self.computed += 1
+                    self.first_ended = time.monotonic() if self.computed == 1 else self.first_ended
                 count = None if self.expected is None else len(self.expected)
                 name = " ".join(filter(None, (outcome.name, self.details.get(number))))
                 terminal.print_cell_line(name, outcome, self.ended, count, self._seconds_left())
 
     def _seconds_left(self) -> float | None:
-        """Return the time left, from the pace of the computed cells; cells that are done already take none."""
+        """Return the time left, from the pace of the computed cells; cells that are done already take none.
+
+        If the cells run here one after the other, the first is left out as soon as there is a second: it alone pays
+        for imports, and for what later cells find in the cache.
+        """
         if self.expected is None or not self.computed or self.ended >= len(self.expected):
             return None
-        return (time.monotonic() - self.started) * (len(self.expected) - self.ended) / self.computed
+        now, left = time.monotonic(), len(self.expected) - self.ended
+        if self._thread is None and self.computed > 1:
+            return (now - self.first_ended) * left / (self.computed - 1)
+        return (now - self.started) * left / self.computed
 
     def _watch(self) -> None:
         while not self._stop.wait(LOOK_EVERY):

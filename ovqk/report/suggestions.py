@@ -1,6 +1,5 @@
 """Commands that go on from a finished cell, from its record and, if they are there, the files of conf/."""
 
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import Any
 
 import yaml
 
+from ovqk.config.command_line import config_folders, quoted
+from ovqk.config.place import CONF
 from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
 from ovqk.records.record import read_record
 
-CONF = Path(__file__).parents[2] / "conf"
 GENERAL = ("ioi", "sva", "induction")
 """Tasks for a model that no task names: plain English, with a role in most circuits that were published."""
 
@@ -26,28 +26,33 @@ def next_arguments(folder: Path, record: Mapping[str, Any]) -> str | None:
     if model is None:
         return None
     results_dir = str(folder.parents[2])
-    place = "" if results_dir == "results" else f" {_quoted('results_dir', results_dir)}"
+    place = "" if results_dir == "results" else f" {quoted('results_dir', results_dir)}"
+    given = "".join(f"-cd {shlex.quote(folder)} " for folder in config_folders())
     tasks = _tasks(folder, record)
     if not tasks:
         other = "b03" if record["analysis"] == "composition" else "composition"
-        return f"{model} task={record['task']} analysis={other}{place}"
+        return f"{given}{model} task={record['task']} analysis={other}{place}"
     analysis = "" if record["analysis"] == "b03" else f" analysis={record['analysis']}"
-    return f"{'-m ' if len(tasks) > 1 else ''}{model} task={','.join(tasks)}{analysis}{place}"
+    return f"{given}{'-m ' if len(tasks) > 1 else ''}{model} task={','.join(tasks)}{analysis}{place}"
 
 
 def model_arguments(chosen: Mapping[str, Any]) -> str | None:
     """Return the arguments that choose this model again; None if its name is no file of conf/model."""
     if chosen["source"] == "local":
         claims = f" model.claims={chosen['claims']}" if chosen["claims"] else ""
-        return f"model=local {_quoted('model.path', chosen['path'])} model.name={chosen['name']}{claims}"
+        return f"model=local {quoted('model.path', chosen['path'])} model.name={chosen['name']}{claims}"
     name, more = chosen["name"], ""
     if chosen["checkpoint"] is not None:  # a step of training is part of the name
         name, more = name.removesuffix(f"-{chosen['revision']}"), f" model.checkpoint={chosen['checkpoint']}"
     elif chosen["source"] == "hub" and chosen["revision"] != "main":
         more = f" model.revision={chosen['revision']}"
-    if CONF.is_dir() and not (CONF / "model" / f"{name}.yaml").is_file():
-        return None
-    return f"model={name}{more}"
+    places = [CONF, *map(Path, config_folders())]
+    if not CONF.is_dir() or any((place / "model" / f"{name}.yaml").is_file() for place in places):
+        return f"model={name}{more}"
+    if chosen["source"] == "hub" and chosen["repo"]:
+        named = "" if chosen["repo"].rpartition("/")[2] == name else f" model.name={name}"
+        return f"model=hub {quoted('model.repo', chosen['repo'])}{named}{more}"
+    return None
 
 
 def shipped_tasks() -> list[TaskConfig]:
@@ -74,7 +79,8 @@ def _task_files() -> list[tuple[Path, Mapping[str, Any]]]:
     """Return the files of conf/task and their contents, by name; files that YAML cannot read are left out."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found: list[tuple[Path, Mapping[str, Any]]] = []
-    for path in sorted((CONF / "task").glob("*.yaml")):
+    places = [CONF, *map(Path, config_folders())]
+    for path in sorted(path for place in places for path in (place / "task").glob("*.yaml")):
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
         except (yaml.YAMLError, UnicodeDecodeError):
@@ -88,7 +94,7 @@ def _tasks(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """Return other tasks that make sense for the model: those of which its tokenizer keeps enough words."""
     readable = record["words"].get("tasks", [])  # records of earlier versions have none
     claims = record["provenance"]["config"]["model"]["claims"]
-    offered = _claimed(claims) or [name for name in GENERAL if (CONF / "task" / f"{name}.yaml").is_file()]
+    offered = _claimed(claims) or [name for name in GENERAL if name in {path.stem for path, _ in _task_files()}]
     tasks = [name for name in offered if name in readable and name != record["task"]]
     return [name for name in tasks if not _failed(folder.parents[1] / name)]
 
@@ -104,11 +110,3 @@ def _failed(task: Path) -> bool:
     """Whether every cell of this model and task failed, of those that have a record."""
     records = [found for path in task.glob("*/record.json") if (found := read_record(path.parent)) is not None]
     return bool(records) and all(found.get("status") == "failed" for found in records)
-
-
-def _quoted(key: str, value: str) -> str:
-    """Return KEY=VALUE for Hydra in a shell: a value with odd characters is quoted for both."""
-    if re.fullmatch(r"[\w./~+-]+", value):
-        return f"{key}={value}"
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return shlex.quote(f'{key}="{escaped}"')

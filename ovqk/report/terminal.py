@@ -1,5 +1,6 @@
 """The terminal's output: a cell's claimed heads, a sweep's comparison, and the places of the results."""
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,21 +9,24 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column as RichColumn
 from rich.text import Text
 
 from ovqk import wording
+from ovqk.config.command_line import program, python, tool
 from ovqk.metrics import NOT_APPLICABLE
 from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
 from ovqk.records.record import read_record, read_tracking, says_done
 from ovqk.records.results import load_table
+from ovqk.report.fitted_table import CORE, Column, FittedTable
 from ovqk.report.on_prompts import prompt_reasons, prompts_lines, prompts_table
 from ovqk.report.suggestions import next_arguments
 from ovqk.report.terminal_tables import (
     STYLES,
     candidate_table,
+    found_line,
     layer_table,
     pair_table,
     reasons,
@@ -31,17 +35,31 @@ from ovqk.report.terminal_tables import (
     verdict_table,
     virtual_table,
 )
-from ovqk.report.token_lists import describe
+from ovqk.report.token_lists import describe, leading_eigenvalues
 
 SHOWN_TOKENS = 4  # on each side of a component
+SHOWN_HEADS = 8  # heads whose tokens are listed
 SHOWN_MISSING = 20  # cells of a sweep
-MIN_WIDTH = 150  # width of tables if the output is no terminal
+LOG_WIDTH = 150  # of tables, if the output is no terminal
+NOTEBOOK_WIDTH = 110  # of tables, in a notebook's cell
 
 
 def output_console() -> Console:
-    """Return the console for results: as wide as the terminal, or at least MIN_WIDTH if the output is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(MIN_WIDTH, console.width))
+    """Return the console for results, as wide as the terminal.
+
+    Without a terminal it is as wide as COLUMNS says, else NOTEBOOK_WIDTH in a notebook and LOG_WIDTH elsewhere.
+    Colours that FORCE_COLOR asks for do not make a pipe a terminal of 80 columns.
+    """
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    columns = os.environ.get("COLUMNS", "")
+    known = int(columns) if columns.isdecimal() and int(columns) > 0 else None
+    return Console(highlight=False, width=known or (NOTEBOOK_WIDTH if "JPY_PARENT_PID" in os.environ else LOG_WIDTH))
+
+
+def _say(out: Console, line: str, style: str = "") -> None:
+    """Print a sentence: broken at words in a terminal, one line in a file or a pipe."""
+    out.print(line, style=style, markup=False, soft_wrap=not sys.stdout.isatty())
 
 
 def print_cell(folder: Path, cached: bool) -> None:
@@ -58,27 +76,36 @@ def print_cell(folder: Path, cached: bool) -> None:
     if verdicts is None:
         out.print(f"No verdicts: {record['claims']['none']}. Means over the heads of each layer:\n")
         out.print(layer_table(heads))
+    else:
+        _print_directions(out, folder, heads, verdicts)
+    _print_pairs(out, folder)
+    _print_notes(out, record)
+    if verdicts is None:
         _print_candidates(out, folder)
     else:
-        out.print(f"{claims_line(record['claims'], record['model'])}\n")
-        out.print(verdict_table(heads, verdicts))
-        for line in reasons(heads, verdicts):
+        out.print(f"\n{claims_line(record['claims'], record['model'])}")
+        out.print(f"{found_line(verdicts)}\n", style="bold")
+        table = verdict_table(heads, verdicts)
+        out.print(table)
+        for line in reasons(heads, verdicts, table.titles(out.width)):
             out.print(line, style="dim")
-        _print_directions(out, folder, verdicts)
     _print_on_prompts(out, folder, record)
-    _print_pairs(out, folder)
+    _print_places(out, folder, record)
+
+
+def _print_notes(out: Console, record: Mapping[str, Any]) -> None:
+    """Print what is unavailable, the notes, and the words that were left out, each with its reason."""
     for reason, names in grouped(record["unavailable"]).items():
         if reason.startswith(NOT_APPLICABLE):
             continue
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more (see record.json)" if len(names) > 4 else "")
-        out.print(f"unavailable ({reason}): {shown}", style="dim", soft_wrap=True)
+        _say(out, f"unavailable ({reason}): {shown}", "dim")
     for note in record["notes"]:
-        out.print(f"note: {note}", style="dim", soft_wrap=True)
+        _say(out, f"note: {note}", "dim")
     for name, dropped in record["words"]["reasons"].items():
         for reason, words in grouped(dropped).items():
             verb = "is" if len(words) == 1 else "are"
-            out.print(f"{wording.counted(len(words), 'word')} of '{name}' {verb} left out: {reason}", style="dim")
-    _print_places(out, folder, record)
+            _say(out, f"{wording.counted(len(words), 'word')} of '{name}' {verb} left out: {reason}", "dim")
 
 
 def claims_line(claims: Mapping[str, str], model: str) -> str:
@@ -88,21 +115,25 @@ def claims_line(claims: Mapping[str, str], model: str) -> str:
     return f"{of}: {claims['source']} ({claims['reliability']}){note}"
 
 
-def _print_directions(out: Console, folder: Path, verdicts: pd.DataFrame) -> None:
-    """Print the tokens that the leading component of each circuit of the claimed heads reads and writes."""
-    table = load_table(folder, "directions")
+def _print_directions(out: Console, folder: Path, heads: pd.DataFrame, verdicts: pd.DataFrame) -> None:
+    """Print what the claimed heads' circuits read and write: the leading singular component of each."""
+    table, spectra = load_table(folder, "directions"), load_table(folder, "spectra")
     if table is None or not len(table):
         return
     table = table[table["component"] == 0]
-    claimed = verdicts[verdicts["kind"] == "head"][["layer", "head"]].astype(int).drop_duplicates()
-    out.print("\nLeading singular and eigen components (the next ones: directions.parquet)", style="dim")
-    out.print(
-        "In brackets, each list's contrast: its mean score over the standard deviation of all tokens' scores.",
-        style="dim",
-    )
-    for layer, head in claimed.to_numpy().tolist():
-        for line in describe(table, layer, head, shown=SHOWN_TOKENS):
-            out.print(Text(f"  {layer}.{head}  {line}", style="dim"), soft_wrap=True)
+    claimed = verdicts[verdicts["kind"] == "head"][["layer", "head"]].astype(int).drop_duplicates().to_numpy().tolist()
+    indexed = heads.set_index(["layer", "head"])
+    legend = "in brackets, each list's contrast: its mean score over the standard deviation of all tokens' scores."
+    out.print(f"Leading component of each circuit, as tokens; {legend}", style="dim")
+    for layer, head in claimed[:SHOWN_HEADS]:
+        values = "" if spectra is None else leading_eigenvalues(spectra, "ov", layer, head)
+        if "ov_copying" in heads and values:
+            said = f"OV copying {rounded(indexed.at[(layer, head), 'ov_copying'])}: eigenvalues over the vocabulary"
+            out.print(Text(f"  {layer}.{head}  {said} {values}, ...", style="dim"))
+        for line in describe(table, layer, head, shown=SHOWN_TOKENS, kinds=("singular",)):
+            out.print(Text(f"  {layer}.{head}  {line}", style="dim"))
+    more = f"{len(claimed) - SHOWN_HEADS} more heads, " if len(claimed) > SHOWN_HEADS else ""
+    out.print(f"  {more}further and eigen components: directions.parquet, and the report", style="dim")
 
 
 def _print_on_prompts(out: Console, folder: Path, record: Mapping[str, Any]) -> None:
@@ -111,14 +142,14 @@ def _print_on_prompts(out: Console, folder: Path, record: Mapping[str, Any]) -> 
         return
     out.print()
     for line in prompts_lines(record["activations"]):
-        out.print(line, soft_wrap=True)
+        _say(out, line)
     joint, roles = load_table(folder, "joint"), load_table(folder, "roles")
     if joint is not None and roles is not None and (joint["kind"] == "head").any():
         out.print()
         out.print(prompts_table(joint, roles))
         out.print(wording.PROMPT_LEGEND, style="dim")
         for line in prompt_reasons(roles):
-            out.print(line, style="dim", soft_wrap=True)
+            _say(out, line, "dim")
 
 
 def _print_pairs(out: Console, folder: Path) -> None:
@@ -158,35 +189,34 @@ def _print_candidates(out: Console, folder: Path) -> None:
 
 
 def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None:
+    """Print where the results are, and commands that go on from here."""
     tracking = read_tracking(folder)
     results_dir = folder.parents[2]
+    place = shlex.quote(str(results_dir))
     out.print(f"\nrecord: {folder}", soft_wrap=True)
+    send = f"{tool('track')} {place}"
     if says_done(tracking) and tracking.get("directory"):
-        run = results_dir / tracking["directory"]
-        out.print(f"W&B (offline): {run}", soft_wrap=True)
-        sync = f"   {_python()} -m wandb sync {shlex.quote(str(run))}"
+        out.print(f"W&B (offline): {results_dir / tracking['directory']}", soft_wrap=True)
+        send = f"{tool('track')} --all {place}"
     elif says_done(tracking):
-        sync = ""
+        send = ""
         out.print(f"W&B: {tracking.get('url') or 'run ' + tracking['run_id']}", soft_wrap=True)
     else:
-        sync = f"   {_python()} -m ovqk.tracking {shlex.quote(str(results_dir))}"
         out.print("W&B: not tracked" + (f" ({tracking['reason']})" if "reason" in tracking else ""), soft_wrap=True)
-    out.print("next:")
     arguments = next_arguments(folder, record)
     table = "composition" if "virtual_heads" in record["tables"] else "heads"
-    if arguments is not None:
-        out.print(f"   {_python()} run.py {arguments}", soft_wrap=True)
     code = f"import ovqk; print(ovqk.load_results({str(results_dir)!r})[{table!r}])"
     quoted = shlex.quote(code) if set(str(results_dir)) & set("\"'$`\\") else f'"{code}"'
-    out.print(f"   {_python()} -c {quoted}", soft_wrap=True)
-    if sync:
-        out.print(sync, soft_wrap=True)
-
-
-def _python() -> str:
-    """Return the interpreter as one types it here: a virtual environment below this folder, else `python`."""
-    executable = Path(sys.executable)
-    return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else "python"
+    commands = {
+        f"{tool('report')} {place}": "the page of all heads",
+        f"{program()} {arguments}" if arguments else "": "",
+        f"{python()} -c {quoted}": "",
+        send: "to W&B, with the network",
+    }
+    out.print("next:")
+    for command, why in commands.items():
+        if command:
+            out.print(Text(f"   {command}").append(f"   # {why}" if why else "", style="dim"), soft_wrap=True)
 
 
 def print_cell_line(name: str, outcome: Outcome, ended: int, expected: int | None, seconds_left: float | None) -> None:
@@ -214,21 +244,25 @@ def progress_console() -> Console:
 
 
 def cell_bar(out: Console) -> Progress:
-    """Return a bar over a cell's layers, which disappears when the cell is done."""
+    """Return a bar over a cell's steps, which disappears when the cell is done; the cell's name is the first to give.
+
+    A task has the field `name`, the cell's.
+    """
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[name]}", table_column=RichColumn(no_wrap=True, overflow="ellipsis", ratio=1)),
+        TextColumn("{task.description}", table_column=RichColumn(no_wrap=True)),
+        BarColumn(bar_width=12),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True, table_column=RichColumn(no_wrap=True, min_width=5)),
     )
-    return Progress(*columns, console=out, transient=True)
+    return Progress(*columns, console=out, transient=True, expand=True)
 
 
-def print_steps(name: str, done: int, count: int, seconds: float) -> None:
-    """Print the number of layers, or of batches of prompts, that are done as a line, for a log."""
+def print_steps(name: str, done: int, count: int, seconds: float, follows: str = "", at_most: bool = False) -> None:
+    """Print how many steps are done as a line, for a log: layers, batches of prompts, or draws of nulls (at most)."""
     left = duration(seconds * (count - done) / done)
-    line = f"{name} {done} of {count} in {duration(seconds)}, about {left} left"
+    of, about = ("of at most", "at most") if at_most else ("of", "about")
+    line = f"{name} {done:,} {of} {count:,} in {duration(seconds)}, {about} {left} left{follows}"
     progress_console().print(line, markup=False, soft_wrap=True)
 
 
@@ -256,7 +290,7 @@ def print_sweep(
     """
     out = output_console()
     ended = list(outcomes.values())
-    folders = [Path(outcome.folder) for outcome in ended if outcome.folder]
+    folders = [Path(folder) for folder in dict.fromkeys(outcome.folder for outcome in ended) if folder]
     if folders:
         claimed, unclaimed = role_table(folders), _candidates(folders)
         if claimed.row_count or not unclaimed.row_count:
@@ -272,6 +306,8 @@ def print_sweep(
     missing = [cell for number, cell in enumerate(expected or []) if number not in outcomes]
     counts = [f"{sum(o.status == status for o in ended)} {status}" for status in ("done", "cached", "failed")]
     out.print(f"\n{', '.join(counts)}, {len(missing)} missing; results in {results_dir}", soft_wrap=True)
+    if folders:
+        out.print(f"next: {tool('report')} {shlex.quote(str(results_dir))}   # the page of all cells", soft_wrap=True)
     for number, outcome in outcomes.items():
         if outcome.status == "failed":
             name = " ".join(filter(None, (outcome.name, details.get(number))))
@@ -283,11 +319,11 @@ def print_sweep(
         out.print(f"missing{more}: stopped by the system, or never started. The same command computes them.")
     untracked = sum("reason" in read_tracking(folder) for folder in folders)  # failed, or not tried after a failure
     if untracked:
-        command = f"{_python()} -m ovqk.tracking {shlex.quote(str(results_dir))}"
+        command = f"{tool('track')} {shlex.quote(str(results_dir))}"
         out.print(f"{untracked} not tracked by W&B; later: {command}", soft_wrap=True)
 
 
-def _candidates(folders: Sequence[Path]) -> Table:
+def _candidates(folders: Sequence[Path]) -> FittedTable:
     """Return a table of the strongest heads for each role in the cells without claimed heads."""
     cells = []
     for folder in folders:
@@ -297,21 +333,29 @@ def _candidates(folders: Sequence[Path]) -> Table:
     return sweep_candidate_table(cells)
 
 
-def role_table(folders: Sequence[Path]) -> Table:
+def role_table(folders: Sequence[Path]) -> FittedTable:
     """Return one row per role and model: depth of its heads, effect, verdict. Empty if no head is claimed."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    right = ("heads", "depth", "AUC in layer", "p")
     rows = comparison.roles(folders).to_dict("records")
     several = any(row["cell"] for row in rows)
-    titles = ("task", "analysis", "role", "model", *["cell"] * several, "heads", "depth", "primary metric")
     ran = any("on_prompts" in row for row in rows)
-    whole = ("model", "primary metric") if ran else ("model",)  # more columns would cut the metric's name
-    for title in (*titles, "AUC in layer", "p"):
-        table.add_column(title, justify="right" if title in right else "left", no_wrap=title in whole)
-    table.add_column("verdict")
-    table.add_column("of its heads")
-    if ran:
-        table.add_column("on prompts")
+    table = FittedTable(
+        [
+            Column("task", None, text=True, place=True),
+            Column("analysis", None, text=True, place=True),
+            Column("role", None, text=True),
+            Column("model", None, text=True),
+            *[Column("cell", None, text=True, wraps_at=12)] * several,
+            Column("heads", 30),
+            Column("depth", 10),
+            Column("primary metric", 50, text=True),
+            Column("AUC in layer", CORE),
+            Column("p", CORE + 1),
+            Column("verdict", None, text=True),
+            Column("of its heads", 60, text=True, wraps_at=18),
+            *[Column("on prompts", 70, text=True, wraps_at=18)] * ran,
+        ],
+        "the report and ovqk.load_results",
+    )
     for row in rows if any(row["role"] for row in rows) else []:
         place = [row["task"], row["analysis"], wording.role(row["role"]), row["model"], *[row["cell"]] * several]
         if not row["role"]:
@@ -331,13 +375,10 @@ def role_table(folders: Sequence[Path]) -> Table:
     return table
 
 
-def depth_table(folders: Sequence[Path]) -> Table:
+def depth_table(folders: Sequence[Path]) -> FittedTable:
     """Return one row per metric and model: means over heads by quarter of the relative depth."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("metric, mean over heads")
-    table.add_column("model", no_wrap=True)
-    for title in comparison.QUARTERS:
-        table.add_column(title, justify="right")
+    names = [Column("metric, mean over heads", None, text=True, wraps_at=20), Column("model", None, text=True)]
+    table = FittedTable([*names, *(Column(title, CORE) for title in comparison.QUARTERS)], "heads.parquet")
     rows = comparison.depths(folders).to_dict("records")
     models = {row["model"] for row in rows}
     varied = [  # the same model folded and raw, or other weights of the same name

@@ -1,15 +1,15 @@
 """Tables about one cell for a person: verdicts, candidates, pairs of heads, means by layer."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from rich.table import Table
 from rich.text import Text
 
 from ovqk import wording
 from ovqk.metrics import METRICS, Place, shown_in
+from ovqk.report.fitted_table import CORE, UNBROKEN, Column, FittedTable
 
 STYLES = {"corroborated": "green", "partial": "yellow", "contradicted": "red", "unsupported": "magenta"}
 LEGEND = ("partial (consistent)", "contradicted (spectrum)")
@@ -29,23 +29,32 @@ def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[
     found = []
     for roles in same.values():
         records: list[dict[Any, Any]] = shown[shown["role"] == roles[0]].to_dict("records")
-        by = f"{records[0]['metric']} {wording.ARROWS[records[0]['prediction']]}"
+        by = f"{records[0]['metric']}{UNBROKEN}{wording.ARROWS[records[0]['prediction']]}"
         by += f" with {records[0]['partners']}" if records[0]["partners"] else ""
         by += "" if records[0]["primary"] else " (not its primary)"
         found.append((", ".join(wording.role(role) for role in roles), by, records))
     return found
 
 
-def candidate_table(candidates: pd.DataFrame) -> Table:
+def candidate_table(candidates: pd.DataFrame) -> FittedTable:
     """Return a table of the strongest candidates, one per row."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
     found = strongest_candidates(candidates)
-    words = ["p words, all"] if any(pd.notna(row["p_words_all"]) for *_, rows in found for row in rows) else []
-    for title in ("candidates for", "ranked by", "head", "value", "in layer", "q nearby", "p spectrum, all", *words):
-        table.add_column(title, justify="left" if title in ("candidates for", "ranked by") else "right")
+    words = any(pd.notna(row["p_words_all"]) for *_, rows in found for row in rows)
     ran = "on_prompts" in candidates
-    if ran:
-        table.add_column("on prompts")
+    table = FittedTable(
+        [
+            Column("candidates for", None, text=True, wraps_at=16),
+            Column("ranked by", CORE - 1, text=True, wraps_at=18),
+            Column("head", None),
+            Column("value", CORE),
+            Column("in layer", 60),
+            Column("q nearby", 80),
+            Column("p spectrum, all", 50),
+            *[Column("p words, all", 40)] * words,
+            *[Column("on prompts", 90, text=True)] * ran,
+        ],
+        "candidates.parquet",
+    )
     for roles, by, rows in found:
         for place, row in enumerate(rows):
             table.add_row(
@@ -56,20 +65,27 @@ def candidate_table(candidates: pd.DataFrame) -> Table:
                 percent(row["percentile"]),
                 rounded(row["q_depth"], digits=3),
                 rounded(row["p_spectrum_all"], digits=3),
-                *[rounded(row["p_words_all"], digits=3) for _ in words],
-                *[wording.ON_PROMPTS.get(row["on_prompts"], "") for _ in range(ran)],
+                *[rounded(row["p_words_all"], digits=3)] * words,
+                *([wording.ON_PROMPTS.get(row["on_prompts"], "")] if ran else []),
             )
     return table
 
 
-def sweep_candidate_table(cells: Iterable[tuple[str, str, pd.DataFrame]]) -> Table:
+def sweep_candidate_table(cells: Iterable[tuple[str, str, pd.DataFrame]]) -> FittedTable:
     """Return a table of the strongest candidates in several cells, (task, model, candidates), one role per row."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("task", "model", "candidates for", "ranked by", "strongest heads, each with its value"):
-        table.add_column(title, no_wrap=title in ("task", "model"))
+    table = FittedTable(
+        [
+            Column("task", None, text=True, place=True),
+            Column("model", None, text=True, place=True),
+            Column("candidates for", None, text=True, wraps_at=16),
+            Column("ranked by", 50, text=True, wraps_at=18),
+            Column("strongest heads, each with its value", None, text=True, wraps_at=26),
+        ],
+        "candidates.parquet",
+    )
     for task, model, candidates in cells:
         for roles, by, rows in strongest_candidates(candidates):
-            heads = ", ".join(f"{row['layer']}.{row['head']} ({rounded(row['value'])})" for row in rows)
+            heads = ", ".join(f"{row['layer']}.{row['head']}{UNBROKEN}({rounded(row['value'])})" for row in rows)
             table.add_row(task, model, roles, by, heads)
     return table
 
@@ -85,16 +101,20 @@ def shown_columns(heads: pd.DataFrame) -> list[tuple[str, str]]:
     return columns if len(columns) >= 3 else [*there("residual column"), *columns]
 
 
-def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
+def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> FittedTable:
     """Return a table with one row per claimed head under a row for its role."""
     columns = shown_columns(heads)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("role: primary metric / head", no_wrap=True)
-    for title, _ in columns:
-        table.add_column(title, justify="right")
-    for title in ("primary", "percentile", "q"):
-        table.add_column(title, justify="right")
-    table.add_column("verdict", no_wrap=True)
+    table = FittedTable(
+        [
+            Column("role: primary metric / head", None, text=True),
+            *(Column(title, CORE - 1 - place) for place, (title, _) in enumerate(columns)),
+            Column("primary", CORE + 1),
+            Column("percentile", CORE),
+            Column("q", CORE + 2),
+            Column("verdict", None, text=True),
+        ],
+        "heads.parquet",
+    )
     indexed = heads.set_index(["layer", "head"])
     for row in verdicts.to_dict("records"):
         is_role = row["kind"] == "role"
@@ -102,7 +122,9 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
         if not is_role:
             head = (int(row["layer"]), int(row["head"]))
             values = [rounded(indexed.at[head, name]) for _, name in columns]
-        primary = f"{row['primary']} {wording.ARROWS[row['prediction']]}" if isinstance(row["primary"], str) else ""
+        primary = (
+            f"{row['primary']}{UNBROKEN}{wording.ARROWS[row['prediction']]}" if isinstance(row["primary"], str) else ""
+        )
         verdict = wording.verdict(row["verdict"], row["flags"])
         if is_role:
             name = Text(wording.role(row["role"]), style="bold")
@@ -120,10 +142,24 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Table:
     return table
 
 
-def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Iterable[str]:
-    """Yield how to read the table, and the reason of each verdict that needs one, each reason once."""
+def found_line(verdicts: pd.DataFrame) -> str:
+    """Return which roles have which verdict, in the order of how much a verdict says: what the cell found."""
+    roles = verdicts[verdicts["kind"] == "role"]
+    parts = []
+    for verdict in wording.VERDICTS:
+        names = [wording.role(name) for name in dict.fromkeys(roles[roles["verdict"] == verdict]["role"])]
+        if names:
+            parts.append(f"{wording.verdict(verdict)}: {', '.join(names)}")
+    return "Found: " + "; ".join(parts) + "."
+
+
+def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame, shown: Sequence[str] | None = None) -> Iterable[str]:
+    """Yield how to read the table, and the reason of each verdict that needs one, each reason once.
+
+    `shown` are the titles of the columns that are there; None for all.
+    """
     yield ""
-    columns = [(title, METRICS[name]) for title, name in shown_columns(heads)]
+    columns = [(title, METRICS[name]) for title, name in shown_columns(heads) if shown is None or title in shown]
     legend = [f"{title}: {metric.legend}." for title, metric in columns if metric.legend]
     if sides := {title: metric.side for title, metric in columns if metric.side}:
         legend.append(f"{', '.join(sides)}: {' and '.join(sides.values())} side in the task's subspace, 1 by chance.")
@@ -133,10 +169,13 @@ def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Iterable[str]:
         "primary: value of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). "
         "percentile: among unclaimed heads of the layer; if ↓ is predicted, 0% is the strongest."
     )
-    yield (
-        "q: the largest corrected p under the nulls that count (named in verdicts.parquet): other heads, random heads "
-        "with the same singular values (spectrum), other words. "
-        + " ".join(f"{name}: {wording.FLAGS[name]}." for name in LEGEND)
+    flagged = {wording.verdict(row["verdict"], row["flags"]) for row in verdicts.to_dict("records")}
+    yield " ".join(
+        [
+            "q: the largest corrected p under the nulls that count (named in verdicts.parquet): other heads, random "
+            "heads with the same singular values (spectrum), other words.",
+            *(f"{name}: {wording.FLAGS[name]}." for name in LEGEND if name in flagged),
+        ]
     )
     untested = verdicts[verdicts["reason"] != ""]
     for (verdict, reason), rows in untested.groupby(["verdict", "reason"], sort=False):
@@ -147,22 +186,26 @@ def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame) -> Iterable[str]:
         yield f"{wording.verdict(str(verdict))} ({', '.join(dict.fromkeys(names))}): {reason}"
 
 
-def layer_table(heads: pd.DataFrame) -> Table:
+def layer_table(heads: pd.DataFrame) -> FittedTable:
     """Return a table of the main metrics' means over the heads of each layer."""
     columns = shown_columns(heads)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("layer", *(title for title, _ in columns)):
-        table.add_column(title, justify="right")
+    kept = [Column(title, CORE - 1 - place) for place, (title, _) in enumerate(columns)]
+    table = FittedTable([Column("layer", None), *kept], "heads.parquet")
     for layer, rows in heads.groupby("layer"):
         table.add_row(str(layer), *(rounded(rows[name].mean()) for _, name in columns))
     return table
 
 
-def pair_table(composition: pd.DataFrame) -> Table:
+def pair_table(composition: pd.DataFrame) -> FittedTable:
     """Return a table of the strongest pairs for each kind of composition, by score."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("composition", "sender", "receiver", "score", "above random", "in layer", "matching"):
-        table.add_column(title, justify="left" if title == "composition" else "right")
+    table = FittedTable(
+        [
+            Column("composition", None, text=True),
+            *(Column(title, None) for title in ("sender", "receiver", "score")),
+            *(Column(title, weight) for title, weight in (("above random", 3), ("in layer", 2), ("matching", 1))),
+        ],
+        "composition.parquet",
+    )
     for mode, rows in composition.groupby("mode", sort=False):
         for place, row in enumerate(rows.nlargest(SHOWN_PAIRS, "score").to_dict("records")):
             table.add_row(
@@ -176,11 +219,10 @@ def pair_table(composition: pd.DataFrame) -> Table:
     return table
 
 
-def virtual_table(virtual: pd.DataFrame) -> Table:
+def virtual_table(virtual: pd.DataFrame) -> FittedTable:
     """Return a table of the virtual heads of the strongest V pairs."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("sender", "receiver", "score", "share", "OV copying"):
-        table.add_column(title, justify="right")
+    kept = [Column(title, None) for title in ("sender", "receiver", "score")]
+    table = FittedTable([*kept, Column("share", 1), Column("OV copying", 2)], "virtual_heads.parquet")
     for row in virtual.nlargest(SHOWN_PAIRS, "score").to_dict("records"):
         numbers = (rounded(row["score"], digits=3), percent(row["frobenius_share"]), rounded(row["ov_copying"]))
         table.add_row(*_pair(row), *numbers)

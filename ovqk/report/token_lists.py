@@ -7,17 +7,22 @@ import pandas as pd
 
 LONG = 30  # letters of a token that a line shows
 SIDES = ("read", "write")
+KINDS = {"singular": "singular {}", "eigen": "eigen {} of the residual space"}
+"""Kind of component -> how a line calls one: `ov_copying` is about the eigenvalues over the vocabulary, not these."""
 
 
-def describe(table: pd.DataFrame, layer: int, head: int, shown: int = 5) -> list[str]:
+def describe(
+    table: pd.DataFrame, layer: int, head: int, shown: int = 5, kinds: Sequence[str] = tuple(KINDS)
+) -> list[str]:
     """Return a head's components as lines: `OV singular 0 (sigma 12.3): reads ' John' (6.1) | not ' a' (2.4) -> ...`.
 
-    The number behind each list is its contrast.
+    The number behind each list is its contrast. `kinds` are those to describe.
 
     Tokens are quoted and escaped as by repr, which leaves no control or direction-changing character; they may still
     hold what rich takes for markup (print them as `rich.text.Text`).
     """
     rows = table[(table["layer"] == layer) & (table["head"] == head) & (table["rank"] <= shown)]
+    rows = rows[rows["kind"].isin(kinds)]
     return [_line(part) for _, part in rows.groupby(["circuit", "kind", "component"], sort=False)]
 
 
@@ -46,4 +51,18 @@ def _line(rows: pd.DataFrame) -> str:
         sides += [f"{verb} {' | not '.join(filter(None, texts))}"] if texts[0] else []
     size = first["cluster_size"]
     together = f" (cluster of {size}: only their span means something)" if size > 1 else ""
-    return f"{first['circuit'].upper()} {first['kind']} {first['component']} ({value}){together}: {' -> '.join(sides)}"
+    name = f"{first['circuit'].upper()} {KINDS[first['kind']].format(first['component'])}"
+    return f"{name} ({value}){together}: {' -> '.join(sides)}"
+
+
+def leading_eigenvalues(spectra: pd.DataFrame, circuit: str, layer: int, head: int, shown: int = 3) -> str:
+    """Return a circuit's leading eigenvalues over the vocabulary, `11.4, 9.03, 7.09 ± 0.988i`; empty without any.
+
+    These are the eigenvalues that `ov_copying` and `qk_matching` sum. A complex pair is one.
+    """
+    told = (spectra["layer"] == layer) & (spectra["head"] == head) & (spectra["circuit"] == circuit)
+    rows = spectra[told & (spectra["space"] == "vocab") & (spectra["kind"] == "eigen")]
+    rows = rows[(rows["offset"] == rows["offset"].min()) & (rows["im"] >= 0)].sort_values("index").head(shown)
+    return ", ".join(
+        f"{row['re']:.3g}" + (f" ± {row['im']:.3g}i" if row["im"] > 0 else "") for row in rows.to_dict("records")
+    )

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
+from ovqk.config.command_line import program, quoted
 from ovqk.errors import UserError, told
 from ovqk.figures import models
 from ovqk.figures.choice import cell_figures, sweep_figures
@@ -35,7 +36,7 @@ def write_report(
     """Write the page and its figures beside it, and return lines that say what was written.
 
     Args:
-        results_dir: the folder that run.py wrote.
+        results_dir: the folder that cells were written to.
         out: the page; RESULTS_DIR/report.html unless given.
         with_figures: whether to write the figures too.
         tell: a function to call with each line as soon as it is true.
@@ -165,4 +166,4 @@ def _above(folder: Path) -> Path | None:
 
 
 def _remedy(results_dir: Path) -> str:
-    return f"Run python run.py results_dir={results_dir} first."
+    return f"Compute one first: {program()} {quoted('results_dir', str(results_dir))}"

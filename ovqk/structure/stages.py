@@ -85,9 +85,12 @@ class DirectionTables:
     Layers wait for each other, up to WAITING numbers, so that one pass over the vocabulary serves several.
     """
 
-    def __init__(self, model: Model) -> None:
-        """Start without layers; without a vocabulary, or if no component is asked for, no table is made."""
-        self.model = model
+    def __init__(self, model: Model, count: int | None = None) -> None:
+        """Start without layers; without a vocabulary, or if no component is asked for, no table is made.
+
+        `count` is how many components of each circuit are listed; `analysis.components` unless given.
+        """
+        self.model, self.count = model, model.config.analysis.components if count is None else count
         self._waiting: list[tuple[int, Circuit, Components]] = []
         self._made: list[pd.DataFrame] = []
 
@@ -98,7 +101,7 @@ class DirectionTables:
             return
         for circuit in model.circuits:
             parts, near = layer.decomposition(circuit, model.folds), layer.eigenvalues(circuit)
-            found = components(parts, model.config.analysis.components, near)
+            found = components(parts, self.count, near)
             gain = layer.gain
             if gain is not None:  # token rows come without the gain
                 write = found.write * gain if circuit is Circuit.qk else found.write

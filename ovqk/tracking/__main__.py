@@ -10,45 +10,49 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
 
+from ovqk.config.command_line import tool
 from ovqk.config.schema import TrackingConfig, TrackingMode
 from ovqk.errors import UserError, one_message
 from ovqk.records.record import claim, fault, read_record, read_tracking, says_done
 from ovqk.records.results import cell_folders
+from ovqk.tracking.environment import not_followed, project_of
 from ovqk.tracking.run import Destination
 from ovqk.tracking.sweep_panels import Sweep, read_sweeps
 from ovqk.tracking.track import TrackedCell, TrackedSweep, attempt_tracking, needs_tracking
 
 
 @one_message()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Track the finished cells under a results folder that were never tracked, and then its sweeps."""
-    parser = argparse.ArgumentParser(prog="python -m ovqk.tracking", description="Send finished cells to W&B.")
+    parser = argparse.ArgumentParser(prog=tool("track"), description="Send finished cells to W&B.")
     parser.add_argument("results_dir", type=Path)
     parser.add_argument("--mode", choices=["online", "offline"], help="WANDB_MODE unless given, else online")
-    parser.add_argument("--project", help="each cell's own, from its config, unless given")
+    parser.add_argument("--project", help="each cell's own, from its config, or WANDB_PROJECT")
     parser.add_argument("--entity", help="each cell's own, from its config, unless given")
     parser.add_argument("--all", action="store_true", help="also cells that were tracked before, offline for instance")
-    arguments = parser.parse_args()
-    if not arguments.results_dir.is_dir():
-        raise UserError(f"{arguments.results_dir}: no such results folder.")
-    mode = _mode(arguments.mode)
-    folders = list(cell_folders(arguments.results_dir))
+    chosen = parser.parse_args(arguments)
+    if not chosen.results_dir.is_dir():
+        raise UserError(f"{chosen.results_dir}: no such results folder.")
+    mode = _mode(chosen.mode)
+    if said := not_followed():
+        print(f"warning: {said}", file=sys.stderr)
+    folders = list(cell_folders(chosen.results_dir))
     if not folders:
-        raise UserError(f"{arguments.results_dir}: no cells there (MODEL/TASK/ANALYSIS-ID folders).")
-    sent = [_track_later(folder, arguments, mode) for folder in folders]
-    sweeps = read_sweeps(arguments.results_dir)
-    sent += [_track_sweep_later(sweep, arguments, mode) for sweep in sweeps]
+        raise UserError(f"{chosen.results_dir}: no cells there (MODEL/TASK/ANALYSIS-ID folders).")
+    sent = [_track_later(folder, chosen, mode) for folder in folders]
+    sweeps = read_sweeps(chosen.results_dir)
+    sent += [_track_sweep_later(sweep, chosen, mode) for sweep in sweeps]
     places = folders + [sweep.folder for sweep in sweeps]
-    waiting = [place for place in places if _waits_offline(place, arguments.results_dir)]
+    waiting = [place for place in places if _waits_offline(place, chosen.results_dir)]
     if waiting and mode is TrackingMode.online:
-        run = shlex.quote(f"{arguments.results_dir}/wandb")
-        print(f"{len(waiting)} wait offline: --all sends them, or `wandb sync {run}`.")
+        again = f"{tool('track')} --all {shlex.quote(str(chosen.results_dir))}"
+        print(f"{len(waiting)} wait offline; this sends them: {again}")
     raise SystemExit(0 if all(sent) else 1)
 
 
@@ -97,7 +101,7 @@ def _track_sweep_later(sweep: Sweep, arguments: argparse.Namespace, mode: Tracki
 
 def _destination(record: dict[str, Any], arguments: argparse.Namespace, mode: TrackingMode) -> Destination:
     chosen = record.get("provenance", {}).get("config", {}).get("tracking", {})
-    project = arguments.project or chosen.get("project") or TrackingConfig.project
+    project = arguments.project or project_of(chosen.get("project") or TrackingConfig.project)
     return Destination(arguments.results_dir, mode, project, arguments.entity or chosen.get("entity"))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ovqk import wording
+from ovqk.config.command_line import tool
 from ovqk.config.schema import TrackingConfig
 from ovqk.errors import UserError, one_message, told
 from ovqk.metrics import METRICS, Topic, shown_in
@@ -120,25 +121,25 @@ def _eigenvalue_chart(reports: Any, name: str) -> Any:
 
 
 @one_message()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Save the workspace for the cells under a results folder."""
-    parser = argparse.ArgumentParser(prog="python -m ovqk.dashboard", description="Make a W&B workspace.")
+    parser = argparse.ArgumentParser(prog=tool("dashboard"), description="Make a W&B workspace.")
     parser.add_argument("results_dir", type=Path)
     parser.add_argument("--project", help="the one of the cells unless given")
     parser.add_argument("--entity", help="the one of the cells unless given")
     parser.add_argument("--name", default=NAME, help="the workspace's title")
-    arguments = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     try:
         import wandb_workspaces.workspaces  # noqa: F401
     except ImportError:
         raise UserError("the dashboard needs an extra: pip install -c constraints.txt -e '.[dashboard]'") from None
-    shown, entity, project = gathered_panels(arguments.results_dir)
-    swept = bool(read_sweeps(arguments.results_dir))
-    entity, project = arguments.entity or entity, arguments.project or project
+    shown, entity, project = gathered_panels(chosen.results_dir)
+    swept = bool(read_sweeps(chosen.results_dir))
+    entity, project = chosen.entity or entity, chosen.project or project
     if entity is None:
         raise UserError("--entity: whose project is it? No cell there was tracked online, so the records do not tell.")
     try:
-        saved = workspace(entity, project, arguments.name, shown, swept).save()
+        saved = workspace(entity, project, chosen.name, shown, swept).save()
     except Exception as error:  # whatever W&B raises
         raise UserError(f"the workspace was not saved: {told(error)}") from None
     print(f"saved {saved.url}")

@@ -12,6 +12,7 @@ import pandas as pd
 
 from ovqk.config.schema import TrackingMode
 from ovqk.tracking.cell_panels import Panels, plain_table
+from ovqk.tracking.environment import group_of, name_of, tags_of
 from ovqk.tracking.service import finish, quiet_wandb, settings, staged_in, within
 
 LOG_SECONDS = 30.0  # for W&B to take what is logged
@@ -62,10 +63,10 @@ def make_run(
                 entity=destination.entity,
                 dir=str(destination.results_dir),
                 id=identifier,
-                name=label.name[:MAX_NAME],
-                group=label.group[:MAX_NAME],
+                name=name_of(label.name)[:MAX_NAME],
+                group=group_of(label.group)[:MAX_NAME],
                 job_type=label.job_type[:MAX_TAG],
-                tags=list(dict.fromkeys(tag[:MAX_TAG] for tag in label.tags)),
+                tags=list(dict.fromkeys(tag[:MAX_TAG] for tag in tags_of(label.tags))),
                 config=label.config,
                 mode=destination.mode.value,
                 reinit="create_new",  # a run of the caller's own goes on

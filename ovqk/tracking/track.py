@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from ovqk.config.command_line import tool
 from ovqk.config.schema import TrackingMode
 from ovqk.records.record import claim, read_done, read_record, read_tracking, says_done, write_tracking
 from ovqk.tracking.cell_panels import read_panels
+from ovqk.tracking.environment import project_of
 from ovqk.tracking.run import Destination, Label, log_overview, log_panels, make_run
 from ovqk.tracking.service import NotReceivedError, in_words, is_of_server
 from ovqk.tracking.sweep_panels import (
@@ -149,7 +151,9 @@ def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str
     record = read_done(folder)
     if record is None:
         raise ValueError(f"{folder} holds no finished record")
-    status, reason = attempt_tracking(TrackedCell(folder, record), Destination(results_dir, mode, project, entity))
+    status, reason = attempt_tracking(
+        TrackedCell(folder, record), Destination(results_dir, mode, project_of(project), entity)
+    )
     if status != "failed":
         return None
     waiting = f"W&B is left alone for {PAUSE_SECONDS / 60:.0f} minutes. " if _is_paused(mode) else ""
@@ -179,7 +183,7 @@ def track_sweep(name: str, cells: Iterable[Path], destination: Destination) -> s
 
 
 def _command(results_dir: Path) -> str:
-    return f"python -m ovqk.tracking {shlex.quote(str(results_dir))}"
+    return f"{tool('track')} {shlex.quote(str(results_dir))}"
 
 
 def attempt_tracking(what: Trackable, destination: Destination) -> tuple[str, str | None]:

@@ -1,0 +1,97 @@
+"""The command line: cells and sweeps, and the tools that go with them.
+
+ovqk [KEY=VALUE ...]              one cell; with -m a sweep (the same as `python run.py`)
+ovqk report RESULTS_DIR           the page of a folder of results
+ovqk track RESULTS_DIR            send to W&B what was never tracked
+ovqk fetch MODEL                  a model's files, for cells without a network
+ovqk dashboard RESULTS_DIR        a W&B workspace of a sweep
+"""
+
+import argparse
+import atexit
+import gc
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import hydra
+import yaml
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from ovqk.config.command_line import TOOLS, config_folders, program
+from ovqk.config.mistakes import check_keys, mistakes
+from ovqk.config.place import CONF
+from ovqk.config.rerun import refuse_foreign_files
+from ovqk.config.schema import register
+from ovqk.errors import SHOWS_TRACEBACK, UserError, one_message, was_interrupted
+from ovqk.interrupts import importing_is_over
+from ovqk.sweep import end_early, launcher_hint
+
+gc.disable()  # until ovqk.sweep has imported the rest: to look for garbage in what stays takes a tenth of the start
+atexit.register(gc.freeze)  # and what is there at the end goes with the process
+register()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(config: DictConfig) -> float | None:
+    """Run the composed cell, and return its objective, if one is named."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from ovqk.cell import run_job  # torch is imported here, after the config has been accepted
+
+    return run_job(config, HydraConfig.get())
+
+
+def run() -> None:
+    """Run the command line, and say in one message what is wrong with it or what broke it off."""
+    importing_is_over()
+    try:
+        with one_message():
+            _run()
+    except (Exception, KeyboardInterrupt) as error:
+        end_early(error)
+        raise
+
+
+def _run() -> None:
+    """Run a tool, or the command line's choice.
+
+    Raises:
+        UserError: the choice is mistaken.
+    """
+    if len(sys.argv) > 1 and sys.argv[1] in TOOLS:
+        gc.enable()
+        importlib.import_module(TOOLS[sys.argv[1]].command).main(sys.argv[2:])
+        return
+    if {"-m", "--multirun"} & set(sys.argv) and {"-c", "--cfg"} & set(sys.argv):
+        raise UserError("--cfg shows the choice of one cell: leave out -m, and give one value for each key.")
+    if "-sc" not in sys.argv:  # Hydra's shell completion, whose install= and query= are no keys
+        check_keys(sys.argv[1:])
+        refuse_foreign_files(sys.argv[1:])
+    if {"--help", "-h"} & set(sys.argv) and Path(sys.argv[0]).name != "run.py":
+        sys.argv.append(f"hydra.help.app_name={program()!r}")
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        os.environ[SHOWS_TRACEBACK] = "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and a config's mistake is one message here
+    _mend_hydra()
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from None
+        folders = [*map(Path, config_folders()), CONF]
+        raise UserError("\n".join([*mistakes(error, folders), *launcher_hint(error)])) from error
+
+
+def _mend_hydra() -> None:
+    """Let Python 3.14 take Hydra 1.3.8's options: its argparse looks into each help, and one of them is no text."""
+    if sys.version_info >= (3, 14):
+        argparse.HelpFormatter._get_help_string = _only_text  # type: ignore[method-assign]
+
+
+def _only_text(formatter: argparse.HelpFormatter, action: argparse.Action) -> str | None:
+    """Return an option's help if it is text."""
+    return action.help if isinstance(action.help, str | None) else "Install or uninstall the shell's completion."

@@ -1,0 +1,93 @@
+"""The command as a person types it from where they stand, for messages that name the next one."""
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Tool(NamedTuple):
+    """A command beside the one that computes cells.
+
+    Attributes:
+        module: what `python -m` runs.
+        command: the module whose `main` that is.
+    """
+
+    module: str
+    command: str
+
+
+TOOLS = {
+    "report": Tool("ovqk.report", "ovqk.report.__main__"),
+    "track": Tool("ovqk.tracking", "ovqk.tracking.__main__"),
+    "fetch": Tool("ovqk.fetch", "ovqk.fetch"),
+    "dashboard": Tool("ovqk.dashboard", "ovqk.dashboard"),
+}
+"""Word after `ovqk` -> the tool."""
+
+
+def program() -> str:
+    """Return the command that computes cells, as it was started: `python run.py`, `ovqk` or `python -m ovqk`."""
+    started = Path(sys.argv[0])
+    if started.name == "run.py":
+        return f"{python()} {shlex.quote(_near(started))}"
+    return _installed() or f"{python()} -m ovqk"
+
+
+def tool(name: str) -> str:
+    """Return the command for one of TOOLS, as `program` was started."""
+    installed = _installed()
+    return f"{python()} -m {TOOLS[name].module}" if installed is None else f"{installed} {name}"
+
+
+def python() -> str:
+    """Return the interpreter as one types it here: a virtual environment below this folder, else `python`."""
+    executable = Path(sys.executable)
+    return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else "python"
+
+
+def _installed() -> str | None:
+    """Return the installed command `ovqk` as one types it here; None if this process was started otherwise."""
+    started = Path(sys.argv[0])
+    if started.name not in ("ovqk", "ovqk.exe"):
+        return None
+    return "ovqk" if shutil.which("ovqk") else shlex.quote(_near(started))
+
+
+def _near(path: Path) -> str:
+    """Return a path relative to this folder if it is below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+
+
+def config_folders(arguments: Sequence[str] | None = None) -> list[str]:
+    """Return the folders that `-cd` names on a command line, this process's unless one is given."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    found = []
+    for place, argument in enumerate(arguments):
+        if argument in ("-cd", "--config-dir"):
+            found += arguments[place + 1 : place + 2]
+        elif argument.startswith("--config-dir="):
+            found.append(argument.partition("=")[2])
+    return found
+
+
+PLAIN = re.compile(r"[\w./+-]+")
+"""Values that neither Hydra nor a shell takes for anything but text."""
+
+
+def composable(key: str, value: str) -> str:
+    """Return KEY=VALUE for Hydra: a value with odd characters is quoted."""
+    if PLAIN.fullmatch(value):
+        return f"{key}={value}"
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+
+
+def quoted(key: str, value: str) -> str:
+    """Return KEY=VALUE for Hydra in a shell: a value with odd characters is quoted for both."""
+    return composable(key, value) if PLAIN.fullmatch(value) else shlex.quote(composable(key, value))

@@ -1,0 +1,7 @@
+"""Where the config files lie: beside the package in a checkout, inside it when it was installed from a wheel."""
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+"""The folder of config.yaml and of model/, task/, analysis/ and tracking/."""

@@ -1,0 +1,355 @@
+"""The door for notebooks: a model, its heads and their two circuits, by the functions that cells are computed with.
+
+    import ovqk
+
+    model = ovqk.open("mini-attn")        # or a path, a GGUF file, or OWNER/NAME on the hub
+    head = model.head(3, 0)
+    head.ov.copying, head.qk.singular_values, head.qk.symmetry
+    head.ov.tokens(3)                     # what its leading components read and write
+    head.portrait()                       # one sheet, as a Matplotlib figure
+    model.heads()                         # a row for each head: heads.parquet without a task
+
+Numbers are those of a cell with `task=none`: the same code computes them, and they come from the same cache.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from jaxtyping import Complex128, Float64
+from numpy import ndarray
+from omegaconf.errors import OmegaConfBaseException
+
+from ovqk.cell import structure_cache
+from ovqk.checkpoints.checkpoint import Checkpoint
+from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.config.command_line import composable
+from ovqk.config.mistakes import mistakes
+from ovqk.config.place import CONF
+from ovqk.config.resolve import resolve
+from ovqk.config.schema import Circuit, Config, register
+from ovqk.errors import UserError
+from ovqk.figures.portraits import TABLES
+from ovqk.metrics import METRICS
+from ovqk.structure.model import Layer, Model
+from ovqk.structure.stages import DirectionTables, StructureTables, Tables, stacked
+from ovqk.tasks.words import tokenizer_for
+from ovqk.weights.families import tensors_read
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import OpenedModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIDES = {Circuit.ov: ("reads", "writes"), Circuit.qk: ("queries", "keys")}
+
+
+def open(model: str | Path, *choices: str) -> "LibraryModel":
+    """Open a model by its name in conf/model, a path, or its name on the hub.
+
+    Args:
+        model: `mini-attn`, or another file of conf/model; a Hugging Face directory, a GGUF file or one safetensors file
+            of TransformerLens names; or OWNER/NAME on the hub.
+        choices: further choices as on the command line: `processing=raw`, `device=cuda`, `model.revision=v1`.
+
+    Raises:
+        UserError: there is no such model, or it cannot be read; the message says what is allowed.
+    """
+    config = chosen(model, *choices)
+    checkpoint = open_checkpoint(config.model, config.hub_timeout, tensors_read)
+    source = open_weights(checkpoint, config.model)
+    tokenizer, notes = tokenizer_for(config.task, checkpoint)
+    opened = OpenedModel(source, checkpoint.label, tokenizer)
+    return LibraryModel(Model.read(opened, config), checkpoint, [*source.notes, *notes])
+
+
+def chosen(model: str | Path, *choices: str) -> Config:
+    """Return the resolved cell without a task for a model as `open` takes it.
+
+    Raises:
+        UserError: a choice is not allowed.
+    """
+    register()
+    overrides = [*model_choice(model), "task=none", "tracking=none", *choices]
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return resolve(compose("config", overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError("\n".join(mistakes(error, [CONF]))) from error
+
+
+def model_choice(model: str | Path) -> list[str]:
+    """Return the choices that name a model: of conf/model, a path, or a repository on the hub."""
+    name = str(model)
+    if isinstance(model, str) and (CONF / "model" / f"{name}.yaml").is_file():
+        return [f"model={name}"]
+    path = Path(model).expanduser()
+    if isinstance(model, Path) or path.exists() or name.startswith((".", "/", "~")) or path.suffix in WEIGHTS:
+        return ["model=local", composable("model.path", name)]
+    return ["model=hub", composable("model.repo", name)] if name.count("/") == 1 else [composable("model", name)]
+
+
+WEIGHTS = (".gguf", ".safetensors")
+"""Endings of files that hold a model."""
+
+
+class LibraryModel:
+    """A model, opened: its sizes, its heads and their numbers.
+
+    Attributes:
+        name: as records call it.
+        n_layers, n_heads, d_model, d_head: its sizes; heads are query heads of a layer.
+        notes: remarks on how it was read.
+        unavailable: metric -> why no head of it has a value.
+    """
+
+    def __init__(self, model: Model, checkpoint: Checkpoint, notes: Sequence[str]) -> None:
+        """Take the parts that layers share; `open` makes them."""
+        architecture = model.architecture
+        self.name = model.config.model.name
+        self.n_layers, self.n_heads = architecture.n_layers, architecture.n_heads
+        self.d_model, self.d_head = architecture.d_model, architecture.d_head
+        self.notes = [*notes, *model.sample_notes, *model.direction_notes]
+        self.unavailable = model.unavailable
+        self.model, self._checkpoint = model, checkpoint
+        self._of_layer: dict[int, Tables] = {}
+        self._last: Layer | None = None
+
+    def __repr__(self) -> str:
+        """Say what it is: sizes and processing."""
+        sizes = f"{self.n_layers} layers of {self.n_heads} heads, d_model {self.d_model}, d_head {self.d_head}"
+        return f"<ovqk model {self.name}: {sizes}, weights {self.model.processing['applied']}>"
+
+    def head(self, layer: int, head: int) -> "Head":
+        """Return a head; `model.head(3, 0)` is 3.0 in tables.
+
+        Raises:
+            UserError: the model has no such head.
+        """
+        if not (0 <= layer < self.n_layers and 0 <= head < self.n_heads):
+            last = f"{self.n_layers - 1}, 0 to {self.n_heads - 1}"
+            raise UserError(f"head({layer}, {head}): {self.name} has layers and heads 0 to {last}.")
+        return Head(self, layer, head)
+
+    def heads(self) -> pd.DataFrame:
+        """Return one row per head: layer, head, and every metric that needs no task; heads.parquet with task=none.
+
+        Columns: see `ovqk.metrics.METRICS` for titles, ranges and sources; `unstable` names the metrics that rounding
+        the weights would move. All layers are computed, unless a cell left them in the cache.
+        """
+        return self.tables["heads"].copy()
+
+    @cached_property
+    def tables(self) -> Tables:
+        """All tables that need no task: heads, layers, spectra, offsets and directions, as cells write them."""
+        cache = structure_cache(self.model.config, self._checkpoint)
+        if cache is None:
+            return self._computed()
+        with cache.entry(self.model) as entry:
+            if entry.tables is not None:
+                return entry.tables
+            found = self._computed()
+            entry.keep(dict(found))
+            return found
+
+    def _computed(self) -> Tables:
+        return stacked([self.of_layer(index) for index in range(self.n_layers)])
+
+    def of_layer(self, index: int) -> Tables:
+        """Return the tables of one layer, computed once, without the other layers."""
+        if "tables" in self.__dict__:
+            return {name: table[table["layer"] == index] for name, table in self.tables.items()}
+        if index not in self._of_layer:
+            stages = [StructureTables(self.model), DirectionTables(self.model)]
+            made = Tables()
+            for stage in stages:
+                stage.visit(self.layer(index))
+            for stage in stages:
+                made |= stage.tables(made)
+            self._of_layer[index] = made
+        return self._of_layer[index]
+
+    def layer(self, index: int) -> Layer:
+        """Return a layer's weights and decompositions; the last one asked for is kept."""
+        if self._last is None or self._last.index != index:
+            self._last = Layer(self.model, index)
+        return self._last
+
+
+class Head:
+    """One head of a model.
+
+    Attributes:
+        layer, index: its place.
+        ov: what it writes for what it reads, W_V W_O.
+        qk: where it looks, W_Q W_K^T.
+    """
+
+    def __init__(self, model: LibraryModel, layer: int, index: int) -> None:
+        """Take its place; nothing is computed yet."""
+        self.model, self.layer, self.index = model, layer, index
+        self.ov, self.qk = OV(self, Circuit.ov), QK(self, Circuit.qk)
+
+    def __repr__(self) -> str:
+        """Say which head it is."""
+        return f"<head {self.layer}.{self.index} of {self.model.name}>"
+
+    @cached_property
+    def metrics(self) -> "pd.Series[Any]":
+        """Every metric of the head that needs no task, by name; `ovqk.metrics.METRICS` says what each means."""
+        (row,) = self.rows("heads").drop(columns=["layer", "head"]).to_dict("records")
+        return pd.Series(row, name=f"{self.layer}.{self.index}", dtype=object)
+
+    def rows(self, table: str) -> pd.DataFrame:
+        """Return the head's rows in a table of its model (heads, spectra, offsets, directions); none if it has none."""
+        found = self.model.of_layer(self.layer).get(table)
+        return pd.DataFrame() if found is None else found[found["head"] == self.index].reset_index(drop=True)
+
+    def value(self, metric: str) -> float:
+        """Return a metric's value.
+
+        Raises:
+            UserError: this model has none, or there is no such metric; the message says why.
+        """
+        if metric in self.model.unavailable:
+            raise UserError(f"{metric}: {self.model.name} has none: {self.model.unavailable[metric]}.")
+        if metric not in self.metrics:
+            there = ", ".join(name for name in self.metrics.index if name in METRICS)
+            raise UserError(f"{metric}: no metric of a head without a task; there are {there}.")
+        return float(self.metrics[metric])
+
+    def portrait(self) -> "Figure":
+        """Draw the head on one sheet: spectra, tokens, positions; all heads of the model are computed for its bands."""
+        from ovqk.figures import portraits
+
+        tables = {name: self.model.tables.get(name) for name in TABLES}
+        return portraits.sheet(tables, self.layer, self.index, self.model.name, self.model.unavailable)  # type: ignore[no-any-return]
+
+
+class CircuitOfHead:
+    """A circuit of a head: M = left @ right of rank d_head, never formed unless `matrix` is called.
+
+    It has the habits of TransformerLens's FactoredMatrix: `left` and `right` are its A and B, `matrix()` its AB,
+    `singular_values` and `eigenvalues` its S and eigenvalues.
+    """
+
+    def __init__(self, head: Head, circuit: Circuit) -> None:
+        """Take the head; nothing is computed yet."""
+        self.head, self.circuit = head, circuit
+
+    def __repr__(self) -> str:
+        """Say which circuit it is."""
+        return f"<{self.circuit.value.upper()} of {self.head!r}>"
+
+    @cached_property
+    def _factors(self) -> tuple[ndarray, ndarray]:
+        model = self.head.model
+        factors = model.layer(self.head.layer).factors(self.circuit, model.model.folds)
+        return tuple(part[self.head.index].double().cpu().numpy() for part in (factors.left, factors.right))  # type: ignore[return-value]
+
+    @property
+    def left(self) -> Float64[ndarray, "d_model d_head"]:
+        """W_V for OV, W_Q for QK; norms folded in unless `processing=raw`."""
+        return self._factors[0]
+
+    @property
+    def right(self) -> Float64[ndarray, "d_head d_model"]:
+        """W_O for OV, W_K^T for QK."""
+        return self._factors[1]
+
+    def matrix(self) -> Float64[ndarray, "d_model d_model"]:
+        """Return left @ right: what is read (QK: the query) by rows, what is written (the key) by columns."""
+        return self.left @ self.right
+
+    @property
+    def singular_values(self) -> Float64[ndarray, " k"]:
+        """Singular values in the residual space, descending; k = min(d_head, d_model)."""
+        return self._spectrum("residual", "singular").real
+
+    @property
+    def eigenvalues(self) -> Complex128[ndarray, " k"]:
+        """Nonzero eigenvalues in the residual space, by falling modulus."""
+        return self._spectrum("residual", "eigen")
+
+    @property
+    def vocabulary_singular_values(self) -> Float64[ndarray, " k"]:
+        """Singular values of the full circuit, from token to token, over the whole vocabulary."""
+        return self._spectrum("vocab", "singular").real
+
+    @property
+    def vocabulary_eigenvalues(self) -> Complex128[ndarray, " k"]:
+        """Nonzero eigenvalues of the full circuit over the whole vocabulary: those that copying and matching sum."""
+        return self._spectrum("vocab", "eigen")
+
+    def _spectrum(self, space: str, kind: str) -> Complex128[ndarray, " k"]:
+        rows = self.head.rows("spectra")
+        rows = rows[(rows["circuit"] == self.circuit.value) & (rows["space"] == space) & (rows["kind"] == kind)]
+        rows = rows[rows["offset"] == rows["offset"].min()].sort_values("index")
+        if not len(rows):
+            raise UserError(f"{self!r}: no spectrum over the vocabulary: the checkpoint lacks an embedding.")
+        found: ndarray = rows["re"].to_numpy() + 1j * rows["im"].to_numpy()
+        return found
+
+    def tokens(self, components: int = 3, shown: int = 5) -> pd.DataFrame:
+        """List the tokens at both ends of the leading singular components, the strongest first.
+
+        Columns: component, sigma, end (+ and -), and the two sides' tokens: reads and writes for OV, queries and keys
+        for QK. What is read at one end is written at the same end; which end is + means nothing.
+
+        Args:
+            components: how many; at most d_head.
+            shown: tokens of each list, at most 10.
+        """
+        model = self.head.model
+        stage = DirectionTables(model.model, components)
+        stage.visit(model.layer(self.head.layer))
+        table = stage.tables({}).get("directions", pd.DataFrame())
+        if not len(table):
+            raise UserError(f"{self!r}: no token lists: the checkpoint lacks an embedding.")
+        table = table[(table["head"] == self.head.index) & (table["circuit"] == self.circuit.value)]
+        table = table[(table["kind"] == "singular") & (table["rank"] <= shown)].sort_values("rank")
+        lists = []
+        for component, rows in table.groupby("component"):
+            for sign, end in ((1, "+"), (-1, "-")):
+                row: dict[str, Any] = {"component": component, "sigma": float(rows["value"].iloc[0]), "end": end}
+                for side, title in zip(("read", "write"), SIDES[self.circuit], strict=True):
+                    row[title] = rows[(rows["side"] == side) & (rows["sign"] == sign)]["token"].tolist()
+                lists.append(row)
+        return pd.DataFrame(lists)
+
+
+class OV(CircuitOfHead):
+    """What a head writes for what it reads: W_OV = W_V W_O."""
+
+    @property
+    def copying(self) -> float:
+        """Return ov_copying, in [-1, 1]: sum of the vocabulary's eigenvalues over the sum of their moduli."""
+        return self.head.value("ov_copying")
+
+    @property
+    def effective_rank(self) -> float:
+        """Return ov_effective_rank, in [1, d_head]."""
+        return self.head.value("ov_effective_rank")
+
+
+class QK(CircuitOfHead):
+    """Where a head looks: W_QK = W_Q W_K^T."""
+
+    @property
+    def matching(self) -> float:
+        """Return qk_matching, in [-1, 1]: the same ratio as copying; 1 if every token looks for itself."""
+        return self.head.value("qk_matching")
+
+    @property
+    def symmetry(self) -> float:
+        """Return qk_symmetry, in [-1, 1]: 1 if W_QK is symmetric, -1 if it is antisymmetric."""
+        return self.head.value("qk_symmetry")
+
+    @property
+    def effective_rank(self) -> float:
+        """Return qk_effective_rank, in [1, d_head]."""
+        return self.head.value("qk_effective_rank")

@@ -1,0 +1,211 @@
+"""A table for the terminal that never cuts a value: what does not fit is wrapped, or left out and named below."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+GAP = 2  # columns of the terminal between two of a table
+UNBROKEN = "\u00a0"
+"""Stands for a space at which no line is broken, in a cell's text; it is printed as a plain space."""
+CORE = 100
+"""From this importance on (up to twice it), a column is left out only after every text was wrapped."""
+NARROWEST = 8  # letters of a text in the worst case; longer words are broken
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        title: its heading.
+        importance: columns of the least importance are left out first; None for one that always stays.
+        text: whether it holds words, on the left, and may be wrapped. A number stands on the right and never is.
+        wraps_at: the width from which a text may be wrapped before any column is left out; None if that comes last.
+        place: whether it tells rows apart. If all rows are alike in it, it is the first to be left out, and its
+            value is named below the table.
+    """
+
+    title: str
+    importance: int | None = 0
+    text: bool = False
+    wraps_at: int | None = None
+    place: bool = False
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The columns of a table that are shown in a width, and those that are not.
+
+    Attributes:
+        shown: (place of the column, its width).
+        left_out: titles of the columns that are left out.
+        alike: (title, value) of the columns that are left out for having one value.
+    """
+
+    shown: list[tuple[int, int]]
+    left_out: list[str]
+    alike: list[tuple[str, str]]
+
+
+class FittedTable:
+    """Rows under titled columns, printed by rich in whatever width there is."""
+
+    def __init__(self, columns: Sequence[Column], source: str = "") -> None:
+        """Take the columns; `source` says where a reader finds those that are left out, as `heads.parquet`."""
+        self.columns, self.source = list(columns), source
+        self.rows: list[list[Text]] = []
+
+    @property
+    def row_count(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    def add_row(self, *cells: str | Text) -> None:
+        """Add a row; cells that are not given are empty."""
+        made = [cell if isinstance(cell, Text) else Text(cell) for cell in cells]
+        self.rows.append(made + [Text("")] * (len(self.columns) - len(made)))
+
+    def titles(self, width: int) -> list[str]:
+        """Return the titles of the columns that are shown in this width."""
+        return [self.columns[at].title for at, _ in self.fit(width).shown]
+
+    def fit(self, width: int) -> Fit:
+        """Choose the columns that are shown in this width, and how wide each is.
+
+        First headings and long texts are wrapped, then columns below CORE are left out by importance, then the texts
+        that had better stay whole are wrapped too, and only then are columns of the core left out and words broken.
+        """
+        shown = list(range(len(self.columns)))
+        left_out: list[int] = []
+        alike: list[tuple[str, str]] = []
+        for below, hard in ((CORE, False), (2 * CORE, True)):
+            while _total(widths := [self._least(at, hard) for at in shown]) > width:
+                at = self._least_important(shown, below)
+                if at is None:
+                    break
+                shown.remove(at)
+                if (value := self._one_value(at)) is not None:
+                    alike.append((self.columns[at].title, value))
+                elif any(row[at].plain for row in self.rows):
+                    left_out.append(at)
+        if _total(widths) > width:
+            widths = [self._least(at, hard=True, broken=True) for at in shown]
+        return Fit(
+            list(zip(shown, self._grown(shown, widths, width), strict=True)),
+            [self.columns[at].title for at in sorted(left_out)],
+            alike,
+        )
+
+    def _least_important(self, shown: Sequence[int], below: int) -> int | None:
+        """Return the column to leave out next, of less than this importance; None if all others must stay."""
+        for at in shown:
+            if self._one_value(at) is not None:
+                return at
+        weights = {at: weight for at in shown if (weight := self.columns[at].importance) is not None and weight < below}
+        return min(weights, key=weights.__getitem__, default=None)
+
+    def _one_value(self, at: int) -> str | None:
+        """Return the one value of a column that tells no rows apart; None for others."""
+        values = {row[at].plain for row in self.rows}
+        return next(iter(values)) if self.columns[at].place and len(values) == 1 and len(self.rows) > 1 else None
+
+    def _natural(self, at: int) -> int:
+        cells = [Text(self.columns[at].title), *(row[at] for row in self.rows)]
+        return max(cell_len(line) for cell in cells for line in cell.plain.split("\n"))
+
+    def _least(self, at: int, hard: bool, broken: bool = False) -> int:
+        """Return the least width of a column: with `hard`, texts that had better stay whole are wrapped too."""
+        column = self.columns[at]
+        title = max(map(cell_len, column.title.split()), default=0)
+        if not column.text:
+            return max(title, *(cell_len(row[at].plain) for row in self.rows), 0)
+        words = [word.rstrip(" \n") for row in self.rows for word in _words(row[at].plain)]
+        longest = max([title, *map(cell_len, words)])
+        if hard:
+            return min(longest, NARROWEST) if broken else longest
+        natural = self._natural(at)
+        return natural if column.wraps_at is None else min(natural, max(longest, column.wraps_at))
+
+    def _grown(self, shown: Sequence[int], widths: Sequence[int], width: int) -> list[int]:
+        """Return the widths, larger by what is left: the most important columns come back to their full width first."""
+        grown = list(widths)
+        spare = width - _total(widths)
+        order = sorted(
+            range(len(shown)),
+            key=lambda i: -(1000 if (weight := self.columns[shown[i]].importance) is None else weight),
+        )
+        for i in order:
+            more = max(0, min(spare, self._natural(shown[i]) - grown[i]))
+            grown[i] += more
+            spare -= more
+        return grown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table, and the names of the columns that it leaves out."""
+        fit = self.fit(options.max_width)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for at, wide in fit.shown:
+            column = self.columns[at]
+            table.add_column(
+                wrapped(Text(column.title), wide),
+                justify="left" if column.text else "right",
+                width=wide,
+            )
+        for row in self.rows:
+            table.add_row(*(wrapped(row[at], wide) for at, wide in fit.shown))
+        yield table
+        if fit.alike:
+            yield Text("In all rows: " + ", ".join(f"{title} {value}" for title, value in fit.alike) + ".", style="dim")
+        if fit.left_out:
+            place = f" (see {self.source})" if self.source else ""
+            names = ", ".join(fit.left_out)
+            yield Text(f"Left out in {options.max_width} columns: {names}{place}.", style="dim")
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + GAP * max(0, len(widths) - 1)
+
+
+def wrapped(text: Text, width: int) -> Text:
+    """Return a text broken into lines of at most this width, at spaces; a longer word is broken inside."""
+    offsets: list[int] = []
+    line = 0  # width of the line so far, with the space behind its last word
+    at = 0
+    for word in _words(text.plain):
+        if line and line + cell_len(word.rstrip(" \n")) > width:
+            offsets.append(at)
+            line = 0
+        if cell_len(word.rstrip(" \n")) > width:
+            for letter in word:
+                if line + cell_len(letter) > width and letter not in " \n":
+                    offsets.append(at)
+                    line = 0
+                line += cell_len(letter)
+                at += len(letter)
+        else:
+            line += cell_len(word)
+            at += len(word)
+        if word.endswith("\n"):
+            line = 0
+    lines = text.divide(offsets) if offsets else [text.copy()]
+    for piece in lines:
+        piece.rstrip()
+        piece.plain = piece.plain.replace(UNBROKEN, " ")
+    return Text("\n").join(lines)
+
+
+def _words(text: str) -> list[str]:
+    """Split a text behind every run of spaces and every end of a line; leading spaces stay with the first word."""
+    words: list[str] = []
+    word = ""
+    for letter in text:
+        ended = word.endswith("\n") or (word.endswith(" ") and word.strip(" ") and letter not in " \n")
+        if ended:
+            words.append(word)
+            word = ""
+        word += letter
+    return [*words, word] if word else words

@@ -1,0 +1,39 @@
+"""W&B's own variables in the environment: those that runs follow, and the one that they cannot.
+
+WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_RUN_GROUP and WANDB_TAGS are followed; an empty one counts as
+not set. WANDB_DIR is not: a run lies beside the records that it was made from, and a warning says so.
+"""
+
+import os
+
+from ovqk.config.schema import TrackingConfig
+
+
+def project_of(chosen: str) -> str:
+    """Return the project: the config's if it names one of its own, else WANDB_PROJECT if it is set."""
+    own = chosen != TrackingConfig.project
+    return chosen if own else os.environ.get("WANDB_PROJECT") or chosen
+
+
+def name_of(run: str) -> str:
+    """Return a run's name: after WANDB_NAME if it is set, since one name may be for the cells of a whole sweep."""
+    name = os.environ.get("WANDB_NAME")
+    return f"{name} {run}" if name else run
+
+
+def group_of(run: str) -> str:
+    """Return a run's group: WANDB_RUN_GROUP if it is set."""
+    return os.environ.get("WANDB_RUN_GROUP") or run
+
+
+def tags_of(run: list[str]) -> list[str]:
+    """Return a run's tags, and those of WANDB_TAGS, between commas."""
+    return [*run, *(tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip())]
+
+
+def not_followed() -> str | None:
+    """Return a warning about what is set and not followed; None if nothing is."""
+    place = os.environ.get("WANDB_DIR")
+    if not place:
+        return None
+    return f"WANDB_DIR={place} is not followed: runs lie in results_dir/wandb, beside the records they were made from"
