@@ -109,9 +109,8 @@ def test_where_all_pairs_are_composed_a_role_is_ranked_with_the_candidates_of_it
 @pytest.mark.parametrize("role", RANKED)
 def test_the_five_most_extreme_heads_in_the_predicted_direction_are_ranked(role, result) -> None:
     values, sign = values_of(result, role)
-    more = [
-        values_of(result, role, i) for i, p in enumerate(SET_ROLES[role]) if i and not p.exploratory and not p.partners
-    ]
+    rest = sorted((i for i in range(1, len(SET_ROLES[role]))), key=lambda i: SET_ROLES[role][i].exploratory)
+    more = [values_of(result, role, i) for i in rest if not SET_ROLES[role][i].partners]
     order = sorted(  # heads that tie are told apart by what else the role predicts
         np.ndindex(values.shape),
         key=lambda head: (-sign * values[head], *(-s * np.nan_to_num(v[head], nan=-s * np.inf) for v, s in more), head),

@@ -7,7 +7,7 @@ from null_models import POWER_SHAPES, power_run, tail
 from planted import FEW, LAYOUT, MANY, N_CTX, SHAPES, PlantedModel, planted, tokenizer_of, word_sets
 from torch import Tensor
 
-COMPOSED = {"previous_token", "s_inhibition"}
+COMPOSED = {"s_inhibition"}
 """Roles whose primary is a composition, which is tested for the role as a whole: their heads are untestable."""
 SEEDS = 50
 

@@ -182,8 +182,9 @@ def add_ranking(found: dict[str, Ranking], role: str, predictions: Sequence[Pred
         return
     signed = by.sign * by.values
     heads = [(int(layer), int(head)) for layer, head in np.argwhere(~np.isnan(signed))]
-    # Ties are broken by the role's other predictions, and by a head's number only if those tie too.
-    others = [np.nan_to_num(p.sign * p.values, nan=-np.inf) for p in valued if p is not by and not p.config.exploratory]
+    # Ties are broken by the role's other predictions, exploratory ones last, and by a head's number if those tie too.
+    rest = sorted((p for p in valued if p is not by), key=lambda p: p.config.exploratory)
+    others = [np.nan_to_num(p.sign * p.values, nan=-np.inf) for p in rest]
     heads.sort(key=lambda head: (-signed[head], *(-values[head] for values in others), head))
     found[role] = Ranking(by, heads, partners, valued)
 
