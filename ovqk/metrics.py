@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from ovqk.config.schema import Circuit, VariableKind
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 """Bumped when a number may change: cells of another version are computed again."""
 
 NOT_APPLICABLE = "not applicable: "
@@ -255,6 +255,30 @@ def _shares() -> list[Metric]:
     return [*learned, *rotary]
 
 
+def _simulated() -> list[Metric]:
+    """Return the metrics of attention on random tokens that occur twice, in the order of the columns."""
+    places = {
+        "previous": "the previous token",
+        "duplicate": "the token's first copy",
+        "induction": "the token after its first copy",
+        "self": "itself",
+        "first": "the first token",
+    }
+    needs: set[Needs] = {"embedding", "positions", "offsets"}
+    return [
+        _metric(
+            f"qk_simulated_{name}",
+            f"simulated attention to {place}",
+            "mean softmax attention there, effective embeddings of random tokens that occur twice",
+            0.0,
+            1.0,
+            needs,
+            topic="position",
+        )
+        for name, place in places.items()
+    ]
+
+
 _METRICS = [
     _metric("ov_copying", "OV copying", "sum lambda / sum |lambda| of W_E W_OV W_U", -1.0, 1.0, {"unembedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
     _metric("ov_copying_block0", "OV copying, block 0 embeddings", "the same of E W_OV W_U, E the block0 embeddings, layers >= 1", -1.0, 1.0, {"unembedding", "block0"}, full_circuit=True, topic="copying", **_at("depth, curve, profile", COPYING)),
@@ -268,8 +292,11 @@ _METRICS = [
     _metric("qk_positional_share_normalised", "QK positional share, normalised rows", "position share of normalised rows", 0.0, 1.0, {"embedding", "rotary"}, topic="position"),
     _metric("qk_offset_r2", "QK offset R^2", "adjusted R^2 of s_ij = a_i + f(i - j)", None, 1.0, {"learned", "offsets"}, topic="position"),
     _metric("qk_prev_auc", "QK previous-token AUC", "share of positions scored below the previous one", 0.0, 1.0, {"positions", "offsets"}, 0.5, topic="position", column="previous AUC", **_at("curve, residual column", PREVIOUS)),
+    *_simulated(),
+    _metric("qk_composed_margin", "QK match with moved tokens, margin", "max over senders s, mean_t (L_tt - mean of L_ut) / sd of L_ut, L = e W_QK (e W_OV(s))^T", None, None, {"embedding", "block0", "positions", "offsets"}, topic="composition"),
     _words("ov_task_auc", "OV copying of task tokens", "mean_t share of u with L_tu < L_tt, L = e W_OV W_U, columns centred", 0.0, 1.0, {"unembedding", "task"}, 0.5, **_at("curve, histogram", WORDS)),
     _words("ov_task_auc_raw", "OV copying of task tokens, uncentred", "the same, columns not centred", 0.0, 1.0, {"unembedding", "task"}, 0.5),
+    _words("ov_task_margin", "OV copying of task tokens, margin", "mean_t (L_tt - mean of L_st) / sd of L_st, s != t, L = e W_OV W_U", None, None, {"unembedding", "task"}, 0.0),
     _words("ov_task_copy", "OV copy score (top 5)", "share of t with its own logit in the top 5 under W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022", other_words=None, in_top=1),
     _words("ov_task_suppress", "OV suppression score (top 5)", "share of t with its own logit in the top 5 under -W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022", other_words=None, in_top=-1),
     _subspace("ov_task_transfer", "OV transfer of the contrast", "a W_OV b^T / sigma_1", -1.0, 1.0, {"unembedding", "task"}, 0.0, variable=VariableKind.contrast),
@@ -279,6 +306,7 @@ _METRICS = [
     _subspace("ov_top_alignment", "OV top direction in the task subspace", "|P_w v_1|^2 / (r/d)", 0.0, None, {"unembedding", "task"}, 1.0),
     _words("qk_task_auc", "QK matching of task tokens", "mean_t share of u with L_tu < L_tt, L = e W_QK e^T, columns centred", 0.0, 1.0, {"embedding", "task"}, 0.5, **_at("curve, histogram", WORDS)),
     _words("qk_task_auc_raw", "QK matching of task tokens, uncentred", "the same, columns not centred", 0.0, 1.0, {"embedding", "task"}, 0.5),
+    _words("qk_task_margin", "QK matching of task tokens, margin", "mean_t (L_tt - mean of L_st) / sd of L_st, s != t, L = e W_QK e^T", None, None, {"embedding", "task"}, 0.0),
     _words("qk_task_auc_unembed", "QK matching of unembedding queries", "qk_task_auc with unembedding columns as queries", 0.0, 1.0, {"unembedding", "task"}, 0.5, "McDougall et al. 2023"),
     _subspace("qk_query_alignment", "QK query side in the task subspace", "|P_r W_QK|_F^2 / |W_QK|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0, side="query"),
     _subspace("qk_key_alignment", "QK key side in the task subspace", "|W_QK P_r|_F^2 / |W_QK|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0, side="key", column="QK align", **_at("curve, column", SUBSPACES)),

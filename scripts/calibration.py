@@ -247,16 +247,16 @@ attain any multiple of 0.01.
 
 Random models again, 3 layers of 8 heads, with claims that strain a null:
 
-- uneven layers: 8 of the 12 heads of a layer are claimed, so that its median and MAD rest on fewer heads than its
+- uneven layers: 8 of the 12 heads of a layer are claimed, so that its median rests on fewer heads than its
   neighbours' (no models here: independent uniform numbers)
 - group mates claimed: three of the four heads that share W_V are claimed to read a number, which is a matter of W_V
 - few matched words: two made-up words for each name
 
 {strained}
 
-Where the tail is below {surprise:g} a null does not keep its level. What keeps it here: a head and its reference are
-standardised as heads of layers of one size (the larger thinned at random, p averaged over the ways); reference heads
-that share keys and values count as one; surrogates of heads that share them share their frames; and surrogate words of
+Where the tail is below {surprise:g} a null does not keep its level. What keeps it here: the trend that a head is
+standardised by rests on KV groups, of its own layer or of those around it, and the head takes part in it; reference
+heads that share keys and values count as one; surrogates of such heads share their frames; and surrogate words of
 a set may be the task's own, since without those they would share words with each other and never with the task.
 
 ## Heads planted: power
@@ -278,16 +278,13 @@ is a composition are untestable: it is tested for the role as a whole.
 
 ### Without noise, beside few heads
 
-What a single head can reach is a matter of how many heads stand beside it. `depth` compares it with the n unclaimed
-heads of the layers within 2, those that share keys and values counted as one: if it stands out of all of them, its p is
-1 / (1 + n), the last column above and below, and if one of them is more extreme by chance, twice that. With k of m
-heads' rows as small, q = m / (k (1 + n)). In layers of {many} heads that is below 0.05, with learned positions even
-where one other is more extreme. The same heads planted in layers of {few} leave no room for that: with learned
-positions some miss it and are partial, by `spectrum` alone; under grouped queries, beside half as many groups, hardly a
-head can be corroborated, and what is planted whole is partial. Not so the agreement heads, of which other words decide
-too: where the smallest p of `depth` is above 0.05 it has no say, and the verdict's `reason` names what is missing. So
-of a head in a small model `partial` says little against it: `min_q` tells what it could have reached. Roles have the
-power in both: the least share of a role that is corroborated in layers of {few} is {roles_few:.3f}.
+What a single head can reach is a matter of how many heads stand beside it. `depth` compares it with the unclaimed heads
+of the smallest window of layers around it that holds 40 KV groups, or of the whole model: if it stands out of all n
+groups, its p is 1 / (1 + n), the last column above and below, and if one of them is more extreme by chance, twice that.
+With k of m heads' rows as small, q = m / (k (1 + n)). The same heads are planted here in layers of {few}, under grouped
+queries six KV groups. Before the window grew, it held layers within two, and under grouped queries a head planted whole
+was corroborated in 0 to 2 of 100 cases (agreement heads, of which other words decide too, in all). Roles in layers of
+{few}: the least share of a role that is corroborated is {roles_few:.3f}.
 
 {outcomes_few}
 

@@ -50,8 +50,9 @@ RESAMPLES = 2000
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("ioi", "sva", "induction")
 ALWAYS = (
-    "ov_copying", "ov_copying_block0", "ov_task_auc", "ov_task_transfer", "ov_task_read", "qk_matching",
-    "qk_matching_block0", "qk_task_auc", "qk_key_alignment", "qk_positional_share", "qk_prev_auc",
+    "ov_copying", "ov_copying_block0", "ov_task_auc", "ov_task_margin", "ov_task_transfer", "ov_task_read",
+    "qk_matching", "qk_matching_block0", "qk_task_auc", "qk_task_margin", "qk_key_alignment", "qk_positional_share",
+    "qk_prev_auc", "qk_simulated_previous", "qk_simulated_duplicate", "qk_composed_margin",
 )  # fmt: skip
 
 

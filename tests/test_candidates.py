@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from support.small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, counted, run, task
+from support.small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, counted, high, run, task
 
 from ovqk.config.schema import Direction
 from ovqk.records.record import Analysis
-from ovqk.verdicts.candidates import STRONGEST
+from ovqk.verdicts.candidates import STRONGEST, standing
+from ovqk.verdicts.depth import depth_reference
 from ovqk.verdicts.statistics import benjamini_hochberg
 from ovqk.verdicts.surrogates import draw_words
 
@@ -55,7 +56,8 @@ def test_candidates_are_no_verdicts_and_nothing_of_a_verdict_is_written(result) 
     table = result.tables["candidates"]
     assert list(table.columns) == [
         "role", "rank", "layer", "head", "ranked", "partners", "metric", "prediction", "primary", "exploratory",
-        "value", "percentile", "p_depth", "q_depth", "p_spectrum", "p_spectrum_all", "p_words", "p_words_all",
+        "value", "percentile", "z", "gap", "p_depth", "q_depth", "p_spectrum", "p_spectrum_all", "p_tail", "tail_fit",
+        "q_tail", "p_words", "p_words_all",
     ]  # fmt: skip
     assert list(dict.fromkeys(table["role"])) == [*RANKED, "previous"]
 
@@ -107,9 +109,8 @@ def test_where_all_pairs_are_composed_a_role_is_ranked_with_the_candidates_of_it
 @pytest.mark.parametrize("role", RANKED)
 def test_the_five_most_extreme_heads_in_the_predicted_direction_are_ranked(role, result) -> None:
     values, sign = values_of(result, role)
-    more = [
-        values_of(result, role, i) for i, p in enumerate(SET_ROLES[role]) if i and not p.exploratory and not p.partners
-    ]
+    rest = sorted((i for i in range(1, len(SET_ROLES[role]))), key=lambda i: SET_ROLES[role][i].exploratory)
+    more = [values_of(result, role, i) for i in rest if not SET_ROLES[role][i].partners]
     order = sorted(  # heads that tie are told apart by what else the role predicts
         np.ndindex(values.shape),
         key=lambda head: (-sign * values[head], *(-s * np.nan_to_num(v[head], nan=-s * np.inf) for v, s in more), head),
@@ -134,20 +135,43 @@ def test_the_five_most_extreme_heads_in_the_predicted_direction_are_ranked(role,
             assert row["percentile"] == pytest.approx(below)
 
 
+@pytest.mark.parametrize("role", RANKED)
+def test_z_and_gap_are_over_all_heads_of_the_model(role, result) -> None:
+    values, sign = values_of(result, role)
+    signed = sign * values[~np.isnan(values)]
+    table = result.tables["candidates"]
+    mine = table[(table["role"] == role) & table["primary"]]
+    spread = 1.4826 * np.median(np.abs(signed - np.median(signed)))
+    for row in mine.to_dict("records"):
+        assert row["z"] == pytest.approx((sign * row["value"] - np.median(signed)) / spread)
+        others = list(signed)
+        others.remove(sign * row["value"])
+        behind = max(value for value in others if value <= sign * row["value"])  # 0 for heads that tie
+        assert row["gap"] == pytest.approx((sign * row["value"] - behind) / spread)
+
+
+def test_without_spread_there_is_no_standing() -> None:
+    assert np.isnan(standing(np.ones((2, 3)), (0, 0))).all()
+    z, gap = standing(np.array([[0.0, 1.0, math.nan], [2.0, 3.0, 4.0]]), (0, 0))
+    assert z == pytest.approx(-2 / 1.4826) and math.isnan(gap)
+
+
+def test_tails_are_fitted_to_what_is_measured_and_corrected_over_all_heads() -> None:
+    roles = {"mover": [high("ov_task_margin"), high("ov_copying")]}
+    table = run(Random(), task(roles=roles), "model.claims=null", "nulls.draws=999").tables["candidates"]
+    margin, copying = (table[table["metric"] == name] for name in ("ov_task_margin", "ov_copying"))
+    assert copying[["p_tail", "tail_fit", "q_tail"]].isna().all(axis=None)  # draws there may be bounds
+    assert margin["p_tail"].notna().all() and (margin["q_tail"] >= margin["p_tail"]).all()
+    # Random heads: where draws exceed the value, the fitted p is near the counted one.
+    assert (np.abs(np.log(margin["p_tail"] / margin["p_spectrum"])) < 1.5).all()
+    ps = sorted(margin["p_tail"])
+    assert margin["q_tail"].min() == pytest.approx(min(1.0, min(p * ALL / (i + 1) for i, p in enumerate(ps))))
+
+
 def depth_p(signed: np.ndarray, head: tuple[int, int]) -> float:
-    """Of one head, by hand: standardised in its own layer, against all heads of layers within two, likewise."""
-
-    def scores(row: np.ndarray) -> np.ndarray:
-        median = np.median(row)
-        spread = np.median(np.abs(row - median))
-        return (row - median) / spread if spread > 0 else np.array([])
-
-    near = range(max(0, head[0] - 2), min(N_LAYERS, head[0] + 3))
-    own = scores(signed[head[0]])
-    if not len(own):
-        return math.nan
-    others = np.concatenate([scores(signed[at]) if at != head[0] else np.delete(own, head[1]) for at in near])
-    return (1 + sum(others >= own[head[1]] - 1e-12)) / (1 + len(others))
+    """Of one head: every other head of the model, in layers of 12 heads as many as it takes; tests/test_depth.py."""
+    found = depth_reference(signed, head, set(), np.arange(N_HEADS))
+    return math.nan if found is None else found.counts().p
 
 
 @pytest.mark.parametrize("role", RANKED)

@@ -92,6 +92,8 @@ def test_a_metric_is_defined_as_the_registry_has_it(name) -> None:
         assert bounds == f"[{low:g}, {high:g}]"
     elif low is not None:
         assert bounds in (f">= {low:g}", "[1, h]")
+    elif high is None:
+        assert bounds == "any"
     else:
         assert bounds == f"<= {high:g}"
     assert source == (METRICS[name].source or "-")

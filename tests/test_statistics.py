@@ -15,7 +15,6 @@ from ovqk.verdicts.statistics import (
     midranks,
     monte_carlo,
     percentile,
-    standardised,
     stratified_permutation,
     within_layer_auc,
     within_layer_auc_interval,
@@ -122,21 +121,6 @@ def test_effects_and_percentiles() -> None:
     assert within_layer_auc([stratum([1, 2, 3], [0, 0, 1]), stratum([3, 2], [0, 1])]) == pytest.approx(2 / 3)
     assert math.isnan(within_layer_auc([stratum([1.0], [1])]))
     assert percentile(2.0, np.array([1.0, 2.0, 3.0])) == 0.5
-
-
-def test_values_are_standardised_among_all_or_among_every_choice_of_fewer() -> None:
-    assert standardised(np.array([0.0, 1.0, 3.0]), 3).tolist() == [[-1, 0, 2]]
-    assert np.isnan(standardised(np.ones(4), 4)).all()
-    values, place = np.array([-2.0, -0.3, 0.1, 0.9, 4.0]), 3
-    wanted = []
-    for others in itertools.combinations([0, 1, 2, 4], 2):
-        left = values[[place, *others]]
-        wanted.append((values[place] - np.median(left)) / np.median(np.abs(left - np.median(left))))
-    found = standardised(values, 3)[:, place]
-    assert {round(z, 9) for z in found} == {round(z, 9) for z in wanted}
-    for z in wanted:
-        share = np.mean(np.isclose(wanted, z))
-        assert np.isclose(found, z).mean() == pytest.approx(share, abs=4 * math.sqrt(share / len(found)))
 
 
 # --- random draws ----------------------------------------------------------------------------------------------------

@@ -186,18 +186,20 @@ def test_what_the_roles_predict() -> None:
         return {role: [(p.metric, p.direction, p.exploratory) for p in config.predictions] for role, config in roles}
 
     high, low = Direction.high, Direction.low
-    assert predicted("greater_than") == {"start_year_mover": [("ov_task_auc", high, False)]}
+    margin = {direction: ("ov_task_margin", direction, True) for direction in (high, low)}
+    assert predicted("greater_than") == {"start_year_mover": [("ov_task_auc", high, False), margin[high]]}
     assert predicted("copy_suppression") == {
         "copy_suppression": [
             ("ov_task_auc", low, False),
             ("ov_task_suppress", high, False),
+            margin[low],
             ("qk_task_auc_unembed", high, True),
         ]
     }
     assert predicted("copy_suppression")["copy_suppression"] == predicted("ioi")["copy_suppression"]
     assert predicted("acronym") == {
-        "letter_mover": [("ov_task_auc", high, False), ("ov_task_copy", high, False)],
-        "previous_token": [("qk_prev_auc", high, False)],
+        "letter_mover": [("ov_task_auc", high, False), ("ov_task_copy", high, False), margin[high]],
+        "previous_token": [("qk_simulated_previous", high, False), ("qk_prev_auc", high, True)],
         "letter_mover_feeder": [],
     }
 

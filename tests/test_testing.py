@@ -66,7 +66,7 @@ def select(tests: pd.DataFrame, role: str, metric: str, null: str, head: tuple[i
 
 # --- which nulls there are, and which count ------------------------------------------------------------------------
 
-PEERS = {"layer": True, "layer_all": False}, {"layer": False, "depth": True}
+PEERS = {"layer": True, "layer_all": False, "depth": True}, {"layer": False, "depth": True}
 FRAMED = tuple(level | {"spectrum": True} for level in PEERS)
 WITH_WORDS = tuple(level | {"token": False} for level in FRAMED)
 ALIGNED = tuple(level | {"token": True} for level in FRAMED)
@@ -151,8 +151,8 @@ def test_corrections_are_over_one_family_of_roles_and_one_of_heads_for_each_null
         assert np.allclose(family["q"], benjamini_hochberg(list(family["p"])))
         assert np.allclose(family["q_opposite"], benjamini_hochberg(list(family["p_opposite"])))
         assert np.allclose(family["min_q"], np.minimum(1, family["min_p"] * len(family)))
-    # layer of roles, depth of heads; both of the others; of a set the token rows that are only reported stand apart
-    assert families == 8
+    # layer of roles; both of the others, depth among them; of a set the token rows that are only reported stand apart
+    assert families == 9
 
 
 def test_the_verdicts_are_one_for_every_role_and_head_and_none_is_of_a_null_that_does_not_count(of_a_set) -> None:

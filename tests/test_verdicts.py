@@ -157,17 +157,18 @@ def test_a_verdict_that_could_not_be_significant_alone_says_so_and_under_what() 
 def test_a_verdict_names_the_nulls_that_count_and_could_not_decide() -> None:
     """Few draws, or a head that has no such null, do not make a claim look better tested than it is."""
     few = a_row("spectrum", UNTESTABLE, min_p=1 / 6, n_others=5)
-    found = decided([a_row("layer", HELD), few], head=False)
-    assert (found["verdict"], found["nulls"]) == ("corroborated", "layer")
+    depth = a_row("depth", HELD)
+    found = decided([a_row("layer", HELD), depth, few], head=False)
+    assert (found["verdict"], found["nulls"]) == ("corroborated", "layer, depth")
     assert found["reason"] == "not tested under spectrum: the smallest p with 5 draws is 0.167"
     assert found["establishes"].endswith(f" It is {found['reason']}.")
-    both = decided([a_row("layer", HELD), few, dataclasses.replace(few, null="token")], head=False)["reason"]
+    both = decided([a_row("layer", HELD), depth, few, dataclasses.replace(few, null="token")], head=False)["reason"]
     assert both == found["reason"].replace("spectrum", "spectrum, token")
-    found = decided([a_row("layer", HELD)], head=False)
+    found = decided([a_row("layer", HELD), depth], head=False)
     assert (found["verdict"], found["reason"]) == ("corroborated", "not tested under spectrum: none can be had for it")
     crowded = a_row("layer", UNTESTABLE, n_heads=2)
-    found = decided([crowded, a_row("spectrum", HELD)], head=False)
-    assert found["verdict"] == "partial"
+    found = decided([crowded, depth, a_row("spectrum", HELD)], head=False)
+    assert found["verdict"] == "corroborated"  # by heads of nearby layers, where those of its own are too few
     assert found["reason"] == "not tested under layer: the smallest p with 2 claimed heads among 7 others is 0.125"
     assert decided([a_row("depth", HELD), a_row("spectrum", HELD)])["reason"] == ""
 

@@ -21,6 +21,7 @@ from ovqk.weights.stored_rows import Rows
 ENERGY_KEPT = 0.9  # share of a word set's energy that its subspace keeps
 ENERGY_ROUNDING = 1e-8  # relative to the largest energy: below it the words' Gram does not determine a direction
 TOP_BLOCK = 1024  # tokens compared at a time, at most, and words that they are compared with
+FLAT = 1e-6  # relative to a column's largest entry: a smaller spread of the others is rounding
 TOP = 5  # Wang et al. 2022 count a name as copied when its logit is among the five largest
 
 
@@ -46,6 +47,29 @@ def _below_own(logits: Float[Tensor, "*draw head source target"]) -> Float[Tenso
     own = logits.diagonal(dim1=-2, dim2=-1)[..., None]
     below = _count(logits < own) + 0.5 * (_count(logits == own) - 1)
     return below.double() / (n - 1)
+
+
+def margin_by_source(scores: Float[Tensor, "*draw head source target"]) -> Float[Tensor, "*draw head source"]:
+    """Say for each token t how far its own entry stands out of its column, in standard deviations; any number.
+
+    (L_tt - the mean of L_st) / their standard deviation, over the other sources s != t (n - 2 degrees of freedom, so
+    that at least 3 tokens are needed). Unlike an AUC it does not saturate; 0 by chance. A column whose other entries
+    have no spread has its spread taken as FLAT times its largest entry, so that a perfect head has a large margin and
+    a head of zero weights has 0. The means over t are `ov_task_margin` and `qk_task_margin` (docs/definitions.md,
+    section 5).
+
+    Raises:
+        ValueError: there are fewer than 3 tokens.
+    """
+    n = scores.shape[-1]
+    if n < 3:
+        raise ValueError(f"a margin needs at least 3 tokens; there are {n}")
+    scores = (scores - scores.mean(-2, keepdim=True)).double()
+    own = scores.diagonal(dim1=-2, dim2=-1)
+    mean = -own / (n - 1)  # of the others, because the column sums to zero
+    squares = scores.square().sum(-2) - own.square() - (n - 1) * mean.square()
+    spread = (squares.clamp_min(0) / (n - 2)).sqrt().maximum(FLAT * scores.abs().amax(-2))
+    return (own - mean) / torch.where(spread > 0, spread, 1.0)
 
 
 def readout(

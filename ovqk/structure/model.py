@@ -15,6 +15,7 @@ from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, que
 from ovqk.circuits.grams import Block0Grams, FullCircuit
 from ovqk.circuits.maps import Basis, Decomposition, FactoredMaps
 from ovqk.circuits.sides import Block0Side
+from ovqk.circuits.simulated import Simulated
 from ovqk.circuits.spectra import eigenvalues
 from ovqk.circuits.vocabulary import Vocabulary, read_vocabulary
 from ovqk.config.schema import Circuit, Config, Processing
@@ -107,6 +108,14 @@ class Model:
     def position_moments(self) -> moments.Moments | None:
         """Moments over the rows of W_pos; None without learned positions."""
         return None if self.W_pos is None else moments.row_moments(self.W_pos)
+
+    @cached_property
+    def simulated(self) -> Simulated | None:
+        """The inputs of simulated attention; None without an embedding, or if it or the context has too few tokens."""
+        if self.vocabulary is None:
+            return None
+        block0 = self.block0 if isinstance(self.block0, Block0) else None
+        return Simulated.of(self.vocabulary, self.W_pos, block0, self.architecture)
 
     @cached_property
     def block0_grams(self) -> Block0Grams | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ovqk.circuits import moments, positions, spectra
 from ovqk.circuits.components import Components, components
 from ovqk.circuits.maps import Maps
+from ovqk.circuits.simulated import Senders, Simulated, attention
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.summed_qk import layer_metrics
 from ovqk.config.schema import Circuit
@@ -68,11 +69,15 @@ class StructureTables:
 
     def __init__(self, model: Model) -> None:
         """Start without layers."""
-        self.model, self._layers = model, list[Tables]()
+        self.model, self._layers, self._senders = model, list[Tables](), Senders()
 
     def visit(self, layer: Layer) -> None:
         """See `Stage`."""
-        self._layers.append(layer_structure(layer))
+        tables = layer_structure(layer)
+        if Circuit.qk in self.model.circuits:
+            columns = {n: v.double().cpu().numpy() for n, v in simulated_metrics(layer, self._senders).items()}
+            tables["heads"] = tables["heads"].assign(**columns)
+        self._layers.append(tables)
 
     def tables(self, _: Tables) -> Tables:
         """Return `heads`, `layers`, `spectra` and `offsets` for all layers visited."""
@@ -259,6 +264,22 @@ def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
         return {}
     name = "ov_copying_block0" if circuit is Circuit.ov else "qk_matching_block0"
     return {name: full_circuit_ratio(layer.maps(circuit, True), full)}
+
+
+def simulated_metrics(layer: Layer, senders: Senders) -> HeadValues:
+    """Return the metrics of simulated attention, and let the layer's heads send (docs/definitions.md, section 4).
+
+    Empty if the positions or the layer's effective embedding cannot be had.
+    """
+    model, kind = layer.model, Simulated.kind(layer.index)
+    simulated = None if "qk_simulated_previous" in model.unavailable else model.simulated
+    if simulated is None or kind not in simulated.tokens:
+        return {}
+    weights, architecture, tokens = layer.folded, model.architecture, simulated.tokens[kind]
+    values = attention(weights, architecture, simulated.sequences[kind])
+    margins = senders.margins(weights, architecture, tokens, layer.span)
+    senders.add(layer.factors(Circuit.ov, True), tokens, values["qk_simulated_previous"])
+    return values if margins is None else values | {"qk_composed_margin": margins}
 
 
 # --- tables --------------------------------------------------------------------------------------------------

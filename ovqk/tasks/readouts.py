@@ -139,7 +139,7 @@ class Readout:
     def by_source(
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head source"]]:
-        """Return the metrics of a `set` variable that are means over its tokens, token by token, in [0, 1]."""
+        """Return the metrics of a `set` variable that are means over its tokens, token by token."""
         W_U_rows = self.vocabulary.W_U_rows
         if not self.reads(layer) or self.variable.kind is VariableKind.contrast:
             return {}
@@ -150,16 +150,14 @@ class Readout:
 
         found: dict[str, Tensor] = {}
         if maps.circuit is Circuit.ov and W_U_rows is not None:
-            if asked("ov_task_auc", "ov_task_auc_raw"):
-                logits = maps.scores(rows, self.written)
-                found["ov_task_auc"], found["ov_task_auc_raw"] = alignment.task_auc_by_source(logits)
+            if asked("ov_task_auc", "ov_task_auc_raw", "ov_task_margin"):
+                found |= _of_scores("ov_task", maps.scores(rows, self.written), wanted)
             in_top = self.in_top(layer, maps, wanted)
             InTop.settle(list(in_top.values()))
             found |= {name: top.by_source for name, top in in_top.items()}
         if maps.circuit is Circuit.qk:
-            if asked("qk_task_auc", "qk_task_auc_raw"):
-                scores = maps.scores(rows, rows)
-                found["qk_task_auc"], found["qk_task_auc_raw"] = alignment.task_auc_by_source(scores)
+            if asked("qk_task_auc", "qk_task_auc_raw", "qk_task_margin"):
+                found |= _of_scores("qk_task", maps.scores(rows, rows), wanted)
             if W_U_rows is not None and asked("qk_task_auc_unembed"):
                 scores = maps.scores(self.effective.normalised(self.written), rows)
                 found["qk_task_auc_unembed"] = alignment.task_auc_by_source(scores)[0]
@@ -243,3 +241,15 @@ class Readout:
         if kind not in self._origins:
             self._origins[kind] = self.effective(self.variable.band, kind).mean(0)
         return self._origins[kind]
+
+
+def _of_scores(
+    prefix: str, scores: Float[Tensor, "*draw head source target"], wanted: Collection[str] | None
+) -> dict[str, Float[Tensor, "*draw head source"]]:
+    """Return the wanted metrics of a task's matrix of logits or scores, token by token."""
+    found: dict[str, Tensor] = {}
+    if wanted is None or {f"{prefix}_auc", f"{prefix}_auc_raw"} & set(wanted):
+        found[f"{prefix}_auc"], found[f"{prefix}_auc_raw"] = alignment.task_auc_by_source(scores)
+    if wanted is None or f"{prefix}_margin" in wanted:
+        found[f"{prefix}_margin"] = alignment.margin_by_source(scores)
+    return found

@@ -19,11 +19,15 @@ from ovqk.metrics import METRICS
 from ovqk.tasks.claims import Claims, Head
 from ovqk.tasks.readouts import SUBSPACE_METRICS
 from ovqk.verdicts.claim_tests import ClaimTests
-from ovqk.verdicts.nulls import Predicted, depth_reference
+from ovqk.verdicts.depth import depth_reference
+from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.statistics import benjamini_hochberg, monte_carlo, percentile
+from ovqk.verdicts.tails import Tail, tail_p
 
 STRONGEST = 5
 """Candidates of each role."""
+MAD_TO_SD = 1.4826
+"""The standard deviation of normal values over their median absolute deviation."""
 
 
 def unclaimed(task: TaskConfig) -> Claims:
@@ -64,9 +68,16 @@ class Candidate:
         partners: of a composition, the candidates of other roles that the head composes with, as "3.0 3.4".
         metric, prediction, primary, exploratory, value: the prediction and the head's value.
         percentile: the place of the value among the other heads of its layer, in [0, 1].
-        p_depth, q_depth: against the heads of layers within 2, and corrected over all heads (Benjamini-Hochberg).
+        z: how far the value stands out of all heads of the model in the predicted direction: its distance from their
+            median over 1.4826 times their median absolute deviation; nan if they have no spread.
+        gap: z less that of the next head, the one that the prediction puts behind it; nan for the last.
+        p_depth, q_depth: against the heads of nearby layers, and corrected over all heads (Benjamini-Hochberg).
         p_spectrum, p_spectrum_all: against heads of its own singular values, and times the number of heads ranked, at
             most 1; nan for a composition, whose partners were chosen too.
+        p_tail, tail_fit, q_tail: `p_spectrum` by the fitted tail of the draws (`tails.tail_p`), so that the number of
+            draws is no bound; p of the test that the tail fits; and p_tail corrected over all heads ranked
+            (Benjamini-Hochberg, with p = 1 for those that are no candidates, which can only raise it). nan if there is
+            no such null, if draws are only compared with the value and not measured, or if no tail fits.
         p_words, p_words_all: of predictions that other words decide too (alignment, transfer, read), against other
             words (the larger p of `token` and `token_pairs`), and times the number of heads ranked, at most 1.
     """
@@ -83,10 +94,15 @@ class Candidate:
     exploratory: bool
     value: float
     percentile: float
+    z: float
+    gap: float
     p_depth: float
     q_depth: float
     p_spectrum: float
     p_spectrum_all: float
+    p_tail: float
+    tail_fit: float
+    q_tail: float
     p_words: float
     p_words_all: float
 
@@ -105,10 +121,11 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
             if not composes(prediction) and same not in depths:  # several roles may predict the same
                 depths[same] = _depth(prediction, tests.model.architecture.kv_of_head.numpy())
             depth = {} if composes(prediction) else depths[same]
+            tails = _tails(tests, ranking, prediction)
             for head in ranking.strongest:
                 if not math.isnan(prediction.values[head]):
                     p = p_spectrum[head, prediction.metric_of(head[0]), prediction.sign]
-                    rows.append(_candidate(ranking, prediction, head, depth, p, words))
+                    rows.append(_candidate(ranking, prediction, head, depth, p, tails[head], words))
     return pd.DataFrame([vars(row) for row in rows]), notes
 
 
@@ -165,8 +182,9 @@ def add_ranking(found: dict[str, Ranking], role: str, predictions: Sequence[Pred
         return
     signed = by.sign * by.values
     heads = [(int(layer), int(head)) for layer, head in np.argwhere(~np.isnan(signed))]
-    # Ties are broken by the role's other predictions, and by a head's number only if those tie too.
-    others = [np.nan_to_num(p.sign * p.values, nan=-np.inf) for p in valued if p is not by and not p.config.exploratory]
+    # Ties are broken by the role's other predictions, exploratory ones last, and by a head's number if those tie too.
+    rest = sorted((p for p in valued if p is not by), key=lambda p: p.config.exploratory)
+    others = [np.nan_to_num(p.sign * p.values, nan=-np.inf) for p in rest]
     heads.sort(key=lambda head: (-signed[head], *(-values[head] for values in others), head))
     found[role] = Ranking(by, heads, partners, valued)
 
@@ -212,9 +230,11 @@ def _candidate(
     head: Head,
     depth: Mapping[Head, tuple[float, float]],
     p_spectrum: float,
+    tail: tuple[Tail, float],
     words: WordValues,
 ) -> Candidate:
     value, ranked = float(predicted.values[head]), len(ranking.heads)
+    z, gap = standing(predicted.sign * predicted.values, head)
     same = np.delete(predicted.values[head[0]], head[1])
     p_depth, q_depth = depth.get(head, (math.nan, math.nan))
     metric = predicted.metric_of(head[0])
@@ -237,13 +257,55 @@ def _candidate(
         exploratory=predicted.config.exploratory,
         value=value,
         percentile=percentile(value, same[~np.isnan(same)]),
+        z=z,
+        gap=gap,
         p_depth=p_depth,
         q_depth=q_depth,
         p_spectrum=p_spectrum,
         p_spectrum_all=_of_all(p_spectrum, ranked),
+        p_tail=tail[0].p,
+        tail_fit=tail[0].fit,
+        q_tail=tail[1],
         p_words=p_words,
         p_words_all=_of_all(p_words, ranked),
     )
+
+
+def standing(signed: NDArray[np.float64], head: Head) -> tuple[float, float]:
+    """Return a head's z among all heads with a value, and its gap to the next one; see `Candidate`.
+
+    Args:
+        signed: the metric [layer, head], larger in the predicted direction; nan if a head has no value.
+        head: the head.
+    """
+    values = signed[~np.isnan(signed)]
+    spread = MAD_TO_SD * float(np.median(np.abs(values - np.median(values))))
+    if spread == 0:
+        return math.nan, math.nan
+    behind = np.sort(values)[: int((values <= signed[head]).sum()) - 1]  # a head that ties has a gap of 0
+    gap = float(signed[head] - behind[-1]) / spread if len(behind) else math.nan
+    return float(signed[head] - np.median(values)) / spread, gap
+
+
+def _tails(tests: ClaimTests, ranking: Ranking, predicted: Predicted) -> dict[Head, tuple[Tail, float]]:
+    """Return candidate -> the fitted tail of its surrogates, and its p corrected over all heads ranked.
+
+    A metric whose draws may be bounds (`surrogate_metrics`) has none.
+    """
+    found = dict.fromkeys(ranking.strongest, Tail(math.nan, math.nan, 0))
+    for head in ranking.strongest:
+        metric = predicted.metric_of(head[0])
+        row = METRICS[metric]
+        measured = row.of in ("words", "subspace") and not row.in_top and tests.has_spectrum_null(metric)
+        if measured and not math.isnan(predicted.values[head]):
+            draws = tests.frame(head, metric).drawn[metric]
+            found[head] = tail_p(float(predicted.sign * predicted.values[head]), predicted.sign * draws)
+    ps = [1.0 if math.isnan(tail.p) else tail.p for tail in found.values()]
+    qs = benjamini_hochberg([*ps, *[1.0] * (len(ranking.heads) - len(ps))])
+    return {
+        head: (tail, math.nan if math.isnan(tail.p) else q)
+        for (head, tail), q in zip(found.items(), qs[: len(ps)], strict=True)
+    }
 
 
 def _of_all(p: float, ranked: int) -> float:

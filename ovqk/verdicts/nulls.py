@@ -2,7 +2,8 @@
 
     layer        the role's heads against other heads in their layers: labels permuted within layers
     layer_all    the same, with heads that other roles claim among the others; reported, never counted
-    depth        one head against unclaimed heads at most 2 layers away, each standardised within its layer
+    depth        a head, or a role by permuting its labels, against the unclaimed heads of the smallest window of
+                 layers with 40 KV groups, each standardised by a smooth trend over depth (`verdicts/depth.py`)
     spectrum     random heads with the same singular values: beyond the spectrum; necessary, never enough
     token        other words, alike in spelling and frequency (for a contrast: random halves of its own words)
     token_pairs  random pairs of other words (for a contrast alone)
@@ -21,23 +22,23 @@ from numpy.typing import NDArray
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.metrics import METRICS
 from ovqk.tasks.claims import Claims
+from ovqk.verdicts.depth import depth_pool, depth_reference
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.statistics import (
     QUANTILES,
-    TIE,
     MonteCarlo,
+    Significance,
     Stratum,
     benjamini_hochberg,
     percentile,
-    standardised,
+    pooled_permutation,
+    reference_counts,
     stratified_permutation,
     within_layer_auc,
     within_layer_auc_interval,
 )
 from ovqk.weights.types import Architecture, Head
 
-DEPTH = 2  # layers on either side
-DEPTH_MIN_HEADS = 4  # unclaimed heads in a layer, for a median and a MAD that mean something
 Values = Mapping[str, NDArray[np.float64]]
 """Metric -> [layer, head], nan if a head has no value."""
 Resamples = Mapping[str, NDArray[np.float64]]
@@ -47,16 +48,17 @@ Resamples = Mapping[str, NDArray[np.float64]]
 def counting(metric: str, is_role: bool) -> tuple[str, ...]:
     """Name the nulls that decide about a metric (docs/definitions.md, section 6).
 
-    Copying, suppressing and matching: other heads (`layer` for a role, `depth` for a head) and `spectrum`, because such
-    a claim does not say that the head is special to the task's words. Alignment, transfer and reading: `token` and
-    `token_pairs` as well. Compositions: `layer` alone, for the role as a whole; no null decides about a single head.
+    Copying, suppressing and matching: other heads (`layer` and `depth` for a role, `depth` for a head) and `spectrum`,
+    because such a claim does not say that the head is special to the task's words. Alignment, transfer and reading:
+    `token` and `token_pairs` as well. Compositions: `layer` alone, for the role as a whole; no null decides about a
+    single head.
     """
-    peers = "layer" if is_role else "depth"
+    peers = ("layer", "depth") if is_role else ("depth",)
     row = METRICS[metric]
     if row.of == "pair":
-        return (peers,) if is_role else ()
+        return ("layer",) if is_role else ()
     words = ("token", "token_pairs") if row.other_words == "counts" else ()
-    return (peers, *(("spectrum",) if row.has_surrogates else ()), *words)
+    return (*peers, *(("spectrum",) if row.has_surrogates else ()), *words)
 
 
 @dataclass(frozen=True)
@@ -138,19 +140,6 @@ def _peers(
     return found
 
 
-@dataclass(frozen=True)
-class Significance:
-    """How extreme a value is under a null; the fields are those of `NullTest`."""
-
-    p: float
-    p_opposite: float
-    min_p: float
-    effect: float
-    n_null: int
-    exact: bool
-    n_others: int
-
-
 class Effect(NamedTuple):
     """The AUC within layers, and its 95 % interval: nan if the metric was not resampled."""
 
@@ -185,7 +174,7 @@ def _effect(
 def role_rows(
     predicted: Predicted, claims: Claims, architecture: Architecture, seed: int, resamples: Resamples | None = None
 ) -> list[NullTest]:
-    """Test a role under `layer` and `layer_all` (docs/definitions.md, section 6).
+    """Test a role under `layer`, `layer_all` and `depth` (docs/definitions.md, section 6).
 
     There are no rows if none of its heads has a value.
     """
@@ -204,7 +193,28 @@ def role_rows(
         row = replace(row, n_heads=sum(int(stratum.claimed.sum()) for stratum in strata))
         row = replace(row, null_mean=test.null_mean, null_sd=test.null_sd, ci_low=effect.low, ci_high=effect.high)
         rows.append(row)
-    return rows
+    return [*rows, *_depth_of_role(predicted, claims, architecture, seed)]
+
+
+def _depth_of_role(predicted: Predicted, claims: Claims, architecture: Architecture, seed: int) -> list[NullTest]:
+    """Test a role under `depth`: labels permuted among the KV groups of nearby layers, the trend taken off.
+
+    No row for compositions, whose values depend on the partners' layers.
+    """
+    signed, role = predicted.sign * predicted.values, claims.roles[predicted.role]
+    role = [head for head in role if not math.isnan(signed[head])]
+    if not role or METRICS[predicted.config.metric].of == "pair":
+        return []
+    barred = claims.heads - set(role) if claims.reliability != "unreliable" else set[Head]()
+    pool = depth_pool(signed, role, barred, architecture.kv_of_head.numpy())
+    if pool is None:
+        return []
+    test = pooled_permutation(pool, seed)
+    others = int((~pool.claimed).sum())
+    effect = within_layer_auc([pool])
+    found = Significance(test.p, test.p_opposite, test.min_p, effect, test.labelings, test.exact, others)
+    row = _null_test(predicted, None, "depth", test.statistic, test.percentile, found, test.quantiles)
+    return [replace(row, n_heads=len(role), null_mean=test.null_mean, null_sd=test.null_sd)]
 
 
 def head_rows(
@@ -243,87 +253,6 @@ def head_rows(
     return rows
 
 
-@dataclass(frozen=True)
-class DepthReference:
-    """A head beside its reference heads, comparison by comparison.
-
-    Attributes:
-        z: the head's value, standardised within its layer, in each comparison.
-        reference: the reference head's value, likewise.
-        shares: the weight given to each comparison; the weights sum to 1 for each reference head.
-        groups: each reference head's KV group.
-        drawn: whether the comparisons are a sample, and not all that there are.
-    """
-
-    z: NDArray[np.float64]
-    reference: NDArray[np.float64]
-    shares: NDArray[np.float64]
-    groups: NDArray[np.int64]
-    drawn: bool
-
-    def quantiles(self, sign: float) -> NDArray[np.float64]:
-        """Return the reference's standardised values at QUANTILES; `sign` turns them into the metric's direction."""
-        return np.quantile(sign * self.reference, QUANTILES, weights=self.shares, method="inverted_cdf")
-
-    def counts(self) -> Significance:
-        """Say how extreme the head is among its reference heads."""
-        return replace(reference_counts(self.z, self.reference, self.shares, self.groups), exact=not self.drawn)
-
-
-def depth_reference(
-    signed: NDArray[np.float64], head: Head, barred: set[Head], groups: NDArray[np.int64]
-) -> DepthReference | None:
-    """Compare a head with unclaimed heads at most 2 layers away, each standardised; None if there are too few.
-
-    A head is standardised by the median and MAD over its layer, itself included. If fewer heads entered for it than
-    for its reference, or others alone, it would be the more extreme of the two by construction. So heads from layers
-    with n and m heads are compared as if both had min(n, m): the larger layer is thinned to the head and as many others
-    as that takes, in every way (THINNINGS ways, drawn at random), and each way is one comparison. Within one layer
-    nothing is thinned.
-
-    Why the level holds: let heads be exchangeable within each layer, and the layers alike up to place and scale. Within
-    the head's layer its rank among the z is uniform. Against a head from another layer, both come from layers thinned
-    at random to one size, so either exceeds the other with equal probability. If all layers had one size, nothing would
-    be thinned and the head's rank among all reference heads would be uniform: P(p <= a) <= a. Otherwise p is a mean
-    over random thinnings, and a mean is less often extreme than its terms are (a tail that is measured and not proved:
-    docs/calibration.md). The heads that stay are drawn by the rank of their values, from a fixed seed, so the numbering
-    of heads changes nothing.
-
-    Args:
-        signed: the metric [layer, head], larger in the predicted direction.
-        head: the head.
-        barred: heads that are no reference.
-        groups: each head's KV group, [head], the same in every layer.
-    """
-    layer, _ = head
-    near: dict[int, NDArray[np.int64]] = {}
-    for at in range(max(0, layer - DEPTH), min(len(signed), layer + DEPTH + 1)):
-        there = [h for h in range(signed.shape[1]) if (at, h) == head or (at, h) not in barred]
-        there = [h for h in there if not np.isnan(signed[at, h])]
-        if len(there) - (at == layer) >= DEPTH_MIN_HEADS:
-            # By value, the head before its equals: so its place does not depend on how heads are numbered.
-            order = np.lexsort((np.array([(at, h) != head for h in there]), signed[at, there]))
-            near[at] = np.array(there)[order]
-    if layer not in near:
-        return None
-    own = signed[layer, near[layer]]
-    place = int(np.flatnonzero(near[layer] == head[1])[0])
-    parts = []
-    for at, heads in near.items():
-        width = min(len(heads), len(own))
-        pair = standardised(own, width)[:, [place]], standardised(signed[at, heads], width)
-        mine, others = np.broadcast_arrays(*pair)
-        kept = np.isfinite(mine) & np.isfinite(others)
-        if at == layer:
-            kept[:, place] = False
-        shares = kept / np.maximum(kept.sum(0), 1)
-        ids = np.broadcast_to(at * len(groups) + groups[heads], kept.shape)
-        parts.append([x[kept] for x in (mine, others, shares, ids)])
-    z, reference, shares, ids = (np.concatenate(x) for x in zip(*parts, strict=True))
-    drawn = any(len(heads) != len(own) for heads in near.values())
-    return DepthReference(z, reference, shares, ids, drawn) if len(z) else None
-
-
 def ensemble_row(
     predicted: Predicted,
     head: Head | None,
@@ -351,39 +280,6 @@ def ensemble_row(
     quantiles = np.quantile(draws, QUANTILES).tolist()
     row = _null_test(predicted, head, null, value, percentile(value, draws), found, quantiles)
     return replace(row, n_heads=len(heads), null_mean=float(draws.mean()), null_sd=float(draws.std()))
-
-
-def reference_counts(
-    value: float | NDArray[np.float64],
-    reference: NDArray[np.float64],
-    shares: NDArray[np.float64] | None = None,
-    groups: NDArray[np.int64] | None = None,
-) -> Significance:
-    """Rank one head among reference heads: p = (1 + heads at least as extreme) / (1 + heads).
-
-    Heads that share keys and values count as one between them.
-
-    Args:
-        value: the head's value, or one for each reference entry.
-        reference: the reference heads' values.
-        shares: each entry's weight, if several belong to one head; if None, every entry is a head.
-        groups: the KV group behind each entry; if None, every head is its own group.
-    """
-    shares = np.ones(len(reference)) if shares is None else shares
-    weights, n = shares, round(shares.sum())
-    if groups is not None:
-        kv_heads, place = np.unique(groups, return_inverse=True)
-        weights, n = shares / np.bincount(place, shares)[place], len(kv_heads)
-    above, below = reference >= value - TIE, reference <= value + TIE
-    return Significance(
-        p=float((1 + weights[above].sum()) / (1 + n)),
-        p_opposite=float((1 + weights[below].sum()) / (1 + n)),
-        min_p=1 / (1 + n),
-        effect=float(shares[below].sum() + shares[~above].sum()) / (2 * shares.sum()),
-        n_null=n,
-        exact=True,
-        n_others=round(shares.sum()),
-    )
 
 
 def _null_test(

@@ -5,7 +5,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,6 @@ EXACT_LABELINGS = 100_000
 DRAWS = 10_000
 EXCEEDANCES = 20  # after which a Monte Carlo test stops
 TIE = 1e-12  # values closer than this are equal
-THINNINGS = 200  # random ways to thin a larger layer to the size that another layer has
 QUANTILES = (0.0, 0.01, 0.025, 0.05, 0.25, 0.5, 0.75, 0.95, 0.975, 0.99, 1.0)
 """The quantiles of a null that are kept for every test."""
 
@@ -160,6 +158,52 @@ def stratified_permutation(strata: Sequence[Stratum], seed: int) -> Permutation:
     )
 
 
+def pooled_permutation(pool: Stratum, seed: int) -> Permutation:
+    """Permute the role's labels over one pool of heads from several layers, KV groups first, then heads within groups.
+
+    As `stratified_permutation` of one stratum, for pools with many groups: beyond 100,000 labelings, 10,000 are drawn
+    directly and not from the distribution of all, so that the time grows with the groups and not with their sums.
+
+    Raises:
+        ValueError: no head is claimed.
+    """
+    if not pool.claimed.any():
+        raise ValueError("no claimed head in the pool")
+    _, place = np.unique(pool.groups, return_inverse=True)
+    sizes, taken = np.bincount(place), np.bincount(place, pool.claimed).astype(int)
+    total = 1
+    for size in set(sizes.tolist()):
+        counts = Counter(taken[sizes == size].tolist())
+        total *= math.factorial(sum(counts.values())) // math.prod(math.factorial(n) for n in counts.values())
+        total *= math.prod(math.comb(size, kind) ** n for kind, n in counts.items())
+    if total <= EXACT_LABELINGS:
+        return stratified_permutation([pool], seed)
+    scores, generator = midranks(pool.values) - 1, np.random.default_rng(seed)
+    drawn, claimed = np.zeros(DRAWS, dtype=np.int64), int(pool.claimed.sum())
+    for size in set(sizes.tolist()):
+        inside = np.array([scores[place == index] for index in np.flatnonzero(sizes == size)])  # [group, head]
+        wanted = taken[sizes == size]
+        wanted = wanted[wanted > 0]
+        if len(wanted):
+            chosen = generator.random((DRAWS, len(inside))).argsort(1)[:, : len(wanted)]
+            order = generator.random((DRAWS, len(wanted), size)).argsort(-1)
+            kept = np.arange(size) < wanted[:, None]  # the first so many of a random order
+            drawn += (np.take_along_axis(inside[chosen], order, -1) * kept).sum((1, 2))
+    observed, scale = int(scores[pool.claimed].sum()), 2 * len(scores) * claimed
+    return Permutation(
+        statistic=observed / scale,
+        p=float((1 + (drawn >= observed).sum()) / (1 + DRAWS)),
+        p_opposite=float((1 + (drawn <= observed).sum()) / (1 + DRAWS)),
+        min_p=1 / (1 + DRAWS),
+        null_mean=float(drawn.mean()) / scale,
+        null_sd=float(drawn.std()) / scale,
+        percentile=float((drawn < observed).mean() + 0.5 * (drawn == observed).mean()),
+        labelings=DRAWS + 1,
+        exact=False,
+        quantiles=tuple(float(v) / scale for v in _weighted_quantiles(drawn, np.ones_like(drawn))),
+    )
+
+
 def _weighted_quantiles(values: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return, for each quantile in QUANTILES, the smallest value at or below which that share of all counts lies."""
     order = np.argsort(values)
@@ -267,39 +311,45 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in q]
 
 
-def standardised(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Return (value - median) / MAD for each value [thinning, n], among all n or among `width`, itself included.
+@dataclass(frozen=True)
+class Significance:
+    """How extreme a value is under a null; the fields are those of `NullTest`."""
 
-    If `width` is n there is one thinning, the whole. Otherwise each value is kept THINNINGS times among others drawn
-    at random, the same in every call. nan if the values drawn have no spread.
+    p: float
+    p_opposite: float
+    min_p: float
+    effect: float
+    n_null: int
+    exact: bool
+    n_others: int
+
+
+def reference_counts(
+    value: float, reference: NDArray[np.float64], groups: NDArray[np.int64] | None = None
+) -> Significance:
+    """Rank one head among reference heads: p = (1 + heads at least as extreme) / (1 + heads).
+
+    Heads that share keys and values count as one between them.
 
     Args:
-        values: [n], rising, because ranks alone decide which values are drawn together.
-        width: how many are kept, at most n.
+        value: the head's value.
+        reference: the reference heads' values.
+        groups: the KV group of each; if None, every head is its own group.
     """
-    return _standardised(np.asarray(values, dtype=np.float64).tobytes(), width)
-
-
-@lru_cache(maxsize=256)
-def _standardised(rising: bytes, width: int) -> NDArray[np.float64]:
-    """Standardise values given as bytes, and remember them: two heads in one layer have mostly the same neighbours."""
-    values = np.frombuffer(rising)
-    left = values[_thinnings(len(values), width)]  # [thinning, n, width], each row rising
-    median = (left[..., (width - 1) // 2] + left[..., width // 2]) / 2
-    spread = np.median(np.abs(left - median[..., None]), -1)
-    found = (values - median) / np.where(spread > 0, spread, math.nan)
-    found.flags.writeable = False  # it is handed out again
-    return found
-
-
-@lru_cache(maxsize=64)
-def _thinnings(n: int, width: int) -> NDArray[np.int64]:
-    """Return indices [thinning, n, width], rising: the values that stay if the i-th is kept among `width`."""
-    if width == n:
-        return np.broadcast_to(np.arange(n), (1, n, n))
-    order = np.random.default_rng([n, width]).random((THINNINGS, n, n))
-    order[:, np.arange(n), np.arange(n)] = -1  # the value itself comes first
-    return np.sort(np.argpartition(order, width - 1, -1)[..., :width], -1)
+    weights, n = np.ones(len(reference)), len(reference)
+    if groups is not None:
+        kv_heads, place = np.unique(groups, return_inverse=True)
+        weights, n = 1 / np.bincount(place)[place], len(kv_heads)
+    above, below = reference >= value - TIE, reference <= value + TIE
+    return Significance(
+        p=float((1 + weights[above].sum()) / (1 + n)),
+        p_opposite=float((1 + weights[below].sum()) / (1 + n)),
+        min_p=1 / (1 + n),
+        effect=float(below.sum() + (~above).sum()) / (2 * len(reference)),
+        n_null=n,
+        exact=True,
+        n_others=len(reference),
+    )
 
 
 def percentile(value: float, reference: NDArray[np.float64]) -> float:

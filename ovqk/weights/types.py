@@ -31,7 +31,7 @@ class Architecture:
 
     Attributes:
         norm: the norm before attention and before the unembedding; `none` too if attention reads the bare stream.
-        attention_scale: the factor that multiplies scores; None for 1 / sqrt(d_head). Not part of any metric.
+        attention_scale: the factor that multiplies scores; None for 1 / sqrt(d_head). For simulated attention alone.
         post_norm: a norm stands between attention and the residual stream.
         qk_norm: queries and keys are normalised, so that W_QK's scale does not reach the scores.
         parallel: a block's attention and MLP both read its input.

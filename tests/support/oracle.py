@@ -145,6 +145,49 @@ def auc(L: Tensor, centred: bool) -> float:
     return float(np.mean(shares))
 
 
+def margin(L: Tensor) -> float:
+    """The mean over t of how many standard deviations L_tt stands above the other entries of its column."""
+    found, L = [], L.double().numpy()
+    for t in range(len(L)):
+        others = np.delete(L[:, t], t)
+        found.append((L[t, t] - others.mean()) / others.std(ddof=1))
+    return float(np.mean(found))
+
+
+def probes(n_tokens: int, n: int) -> Tensor:
+    """Random tokens, none twice: row 0 those of composed margins, the others those of simulated attention."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([torch.randperm(n_tokens, generator=generator)[:n] for _ in range(9)])
+
+
+def simulated(weights: LayerWeights, facts, head: int, x: Tensor) -> dict[str, float]:
+    """A head's attention on 2 n rows, query by query and key by key, at the places of the registry's metrics."""
+    kv, norm, length = head // (facts.n_heads // facts.n_kv_heads), weights.qk_norm, len(x)
+
+    def own(row: Tensor, W: Tensor, b: Tensor, gains, mine: int) -> Tensor:
+        every = torch.stack([row @ W[i].double() + b[i].double() for i in range(len(W))])
+        if norm is None:
+            return every[mine]
+        square = every.square().mean() if norm.over_heads else every[mine].square().mean()
+        return every[mine] / torch.sqrt(square + norm.eps) * gains[mine].double()
+
+    gains = (None, None) if norm is None else (norm.query_gain, norm.key_gain)
+    k = [own(row, weights.W_K, weights.b_K, gains[1], kv) for row in x.double()]
+    turn = [rotation(weights.rotary, facts.d_head, back) for back in range(length)]
+    n, found = length // 2, dict.fromkeys(("previous", "duplicate", "induction", "self", "first"), 0.0)
+    for i in range(n, length):
+        q = own(x[i].double(), weights.W_Q, weights.b_Q, gains[0], head)
+        scores = []
+        for j in range(i + 1):
+            hidden = weights.sliding_window is not None and i - j >= weights.sliding_window
+            score = float(q @ turn[i - j] @ k[j])
+            scores.append(-math.inf if hidden else score * (facts.attention_scale or facts.d_head**-0.5))
+        p = torch.tensor(scores, dtype=torch.float64).softmax(0)
+        at = {"previous": i - 1, "duplicate": i - n, "induction": i - n + 1, "self": i, "first": 0}
+        found = {name: found[name] + float(p[place]) / n for name, place in at.items()}
+    return found
+
+
 def projector(rows: Tensor) -> Tensor:
     """Orthogonal projector on the span of rows."""
     Q = torch.linalg.qr(rows.T).Q
