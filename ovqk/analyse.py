@@ -32,6 +32,7 @@ from ovqk.tasks.claims import MEASURED, Claims, resolve_claims
 from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
 from ovqk.verdicts.candidates import candidate_rows, unclaimed
 from ovqk.verdicts.claim_tests import ClaimTests, matching_grams
+from ovqk.verdicts.cycles import Cycle, CycleTables, read_cycle
 from ovqk.verdicts.null_tests import NullTest, nulls_table, tests_table
 from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.patterns import PATTERNS, head_patterns
@@ -65,6 +66,8 @@ def analyse(
     claims = resolve_claims(config.task, config.model, source.architecture)
     model = Model.read(opened, config)
     task = TaskReadout.read(model)
+    cycle = None if config.task.cycle is None else read_cycle(model)
+    no_cycle = cycle if isinstance(cycle, str) else None
     activations = run_prompts(model, runner, claims, steps)
     if config.model.claims == MEASURED:
         ran = isinstance(activations, ActivationTables)
@@ -73,6 +76,7 @@ def analyse(
     with nullcontext(Entry()) if cache is None else cache.entry(model) as entry:
         structure: list[Stage] = [] if entry.tables is not None else [StructureTables(model), DirectionTables(model)]
         of_the_task: list[Stage] = [ReadoutTables(task), judged]
+        of_the_task += [CycleTables(model, cycle)] if isinstance(cycle, Cycle) else []
         of_the_task += [activations] if isinstance(activations, ActivationTables) else []
         freed = FreedMemory()
         for index in steps(source.architecture.n_layers, "layer"):
@@ -96,7 +100,14 @@ def analyse(
         words={"kept": task.tokens.kept, "dropped": task.tokens.dropped, "reasons": task.tokens.reasons},
         processing=model.processing,
         claims=_describe(claims),
-        notes=[*source.notes, *task.tokens.notes, *judged.notes, *model.sample_notes, *model.direction_notes],
+        notes=[
+            *source.notes,
+            *([] if no_cycle is None else [f"no frequencies: {no_cycle}"]),
+            *task.tokens.notes,
+            *judged.notes,
+            *model.sample_notes,
+            *model.direction_notes,
+        ],
         null_seconds=judged.seconds,
         activations=activations.describe()
         if isinstance(activations, ActivationTables)

@@ -73,8 +73,7 @@ def _run() -> None:
         refuse_foreign_files(sys.argv[1:])
     if {"--help", "-h"} & set(sys.argv) and Path(sys.argv[0]).name != "run.py":
         sys.argv.append(f"hydra.help.app_name={program()!r}")
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        os.environ[SHOWS_TRACEBACK] = "1"
+    os.environ.setdefault(SHOWS_TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))  # as the user has it, kept
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and a config's mistake is one message here
     _mend_hydra()
     try:

@@ -200,3 +200,7 @@ def counts(by_verdict: Mapping[str, int], names: Mapping[str, str]) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, which takes an s unless the number is 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+CYCLE_PARTS = {"embedding": "embedding", "unembedding": "unembedding", "ov": "OV", "key": "keys"}
+"""Part of a model that is looked at by frequency -> its name."""

@@ -135,6 +135,20 @@ class VariableConfig:
 
 
 @dataclass
+class CycleConfig:
+    """Words of a task that are a cycle, the residues modulo a number (definitions: section 5)."""
+
+    modulus: int = MISSING
+    """How many residues there are."""
+    first: int = 0
+    """The token of residue 0; the others follow it. For models without a tokenizer."""
+    words: str | None = None
+    """A set of task.words, residue by residue, in place of `first`."""
+    query: int | None = None
+    """The token at which the answer is read, such as "="; unless set, it is read at a residue."""
+
+
+@dataclass
 class PredictionConfig:
     """What a role's claim predicts of one metric."""
 
@@ -252,6 +266,7 @@ class TaskConfig:
     variables: dict[str, VariableConfig] = field(default_factory=dict)
     roles: dict[str, RoleConfig] = field(default_factory=dict)
     claims: dict[str, ClaimsConfig] = field(default_factory=dict)
+    cycle: CycleConfig | None = None
 
 
 @dataclass

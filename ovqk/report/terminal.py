@@ -20,6 +20,7 @@ from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
 from ovqk.records.record import read_record, read_tracking, says_done
 from ovqk.records.results import load_table
+from ovqk.report.cycles import print_cycles
 from ovqk.report.fitted_table import CORE, Column, FittedTable
 from ovqk.report.on_prompts import prompt_reasons, prompts_lines, prompts_table
 from ovqk.report.suggestions import next_arguments
@@ -89,6 +90,9 @@ def print_cell(folder: Path, cached: bool) -> None:
         out.print(table)
         for line in reasons(heads, verdicts, table.titles(out.width)):
             out.print(line, style="dim")
+    cycles = load_table(folder, "cycles")
+    if cycles is not None:
+        print_cycles(out, cycles)
     _print_on_prompts(out, folder, record)
     _print_places(out, folder, record)
 

@@ -27,7 +27,7 @@ from ovqk.tracking.sweep_panels import read_sweeps
 NAME = "Heads, claims and spectra by model"
 TABLE_SECTIONS = {
     "Claims": ("verdicts", "tests", "candidates", "roles", "joint"),
-    "Heads": ("heads", "directions", "composition", "virtual_heads", "nulls"),
+    "Heads": ("heads", "directions", "composition", "virtual_heads", "nulls", "cycles"),
 }
 CURVE_SECTIONS: dict[str, tuple[Topic | Literal["summed"], ...]] = {
     "Spectra": ("spectrum",),

@@ -1,0 +1,45 @@
+"""What a model does with a cycle of words, as a table for the terminal."""
+
+import math
+
+import pandas as pd
+from rich.console import Console
+
+from ovqk import wording
+from ovqk.report.fitted_table import Column, FittedTable
+from ovqk.report.terminal_tables import rounded
+
+COLUMNS = (
+    Column("part", importance=None, text=True),
+    Column("frequency", importance=90),
+    Column("share", importance=80),
+    Column("for 95 %", importance=40),
+    Column("Gini", importance=20),
+    Column("within", importance=70),
+    Column("q", importance=85),
+)
+LEGEND = (
+    "frequency: the strongest, with the words in their order; share: its part of the power; for 95 %: how many hold as "
+    "much. OV: from word to word; within: the part that goes from a frequency to the same one. keys: the scores that "
+    "words have. q: against the same words in other orders."
+)
+
+
+def print_cycles(out: Console, cycles: pd.DataFrame) -> None:
+    """Print a row for the embeddings and for each head's OV and keys."""
+    table = FittedTable(COLUMNS, "cycles.parquet")
+    for row in cycles.to_dict("records"):
+        head = "" if pd.isna(row["layer"]) else f"{int(row['layer'])}.{int(row['head'])} "
+        there = not math.isnan(row["share"])
+        table.add_row(
+            f"{head}{wording.CYCLE_PARTS[row['part']]}",
+            str(int(row["frequency"])) if there else "none",
+            rounded(row["share"]),
+            str(int(row["n_frequencies"])) if there else "",
+            rounded(row["gini"]),
+            rounded(row["block_share"]),
+            rounded(row["q"], 3),
+        )
+    out.print()
+    out.print(table)
+    out.print(LEGEND, style="dim")

@@ -1,0 +1,213 @@
+"""What heads do with words that are a cycle, against the same words in any other order (definitions: section 5)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ovqk.circuits import fourier
+from ovqk.config.schema import CycleConfig, TaskConfig
+from ovqk.errors import UserError
+from ovqk.structure.model import Layer, Model
+from ovqk.structure.stages import Tables
+from ovqk.tasks.words import WordLookup
+from ovqk.verdicts.statistics import benjamini_hochberg
+from ovqk.weights.types import keys, queries
+
+LEAST_RESIDUES = 5
+AT_ONCE = 2**24
+"""Numbers of relabelled matrices that are transformed together."""
+TIE = 1e-9
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A task's cycle as tokens of one model.
+
+    Attributes:
+        ids: the token of each residue.
+        query: the token that the answer is read at, "=" for instance; None if it is a residue itself.
+    """
+
+    ids: Int[Tensor, " residue"]
+    query: int | None
+
+    @property
+    def p(self) -> int:
+        """The modulus."""
+        return len(self.ids)
+
+
+def read_cycle(model: Model) -> Cycle | str:
+    """Return the task's cycle, or why this model has none.
+
+    Raises:
+        UserError: the task gives it wrongly, or the model's vocabulary is too small for it.
+    """
+    task = model.config.task
+    config = task.cycle
+    assert config is not None
+    key, vocabulary = f"task {task.name}: cycle", model.vocabulary
+    if vocabulary is None:
+        return "the checkpoint holds no embedding"
+    if config.modulus < LEAST_RESIDUES:
+        raise UserError(f"{key}.modulus={config.modulus}: allowed: {LEAST_RESIDUES} and more.")
+    ids = _of_words(model, task, config) if config.words else list(range(config.first, config.first + config.modulus))
+    wanted = [*ids, *([] if config.query is None else [config.query])]
+    if min(wanted) < 0 or max(wanted) >= vocabulary.size:
+        raise UserError(
+            f"{key}: names the tokens {min(wanted)} to {max(wanted)}, and {model.label} has {vocabulary.size}; set "
+            "task.cycle.modulus, task.cycle.first and task.cycle.query to those of the model."
+        )
+    return Cycle(torch.tensor(ids), config.query)
+
+
+def _of_words(model: Model, task: TaskConfig, config: CycleConfig) -> list[int]:
+    words = task.words.get(str(config.words))
+    key = f"task {task.name}: cycle.words={config.words}"
+    if words is None or len(words) != config.modulus:
+        found = "no such word set" if words is None else f"{len(words)} words"
+        raise UserError(f"{key}: {found}; allowed: a set of task.words with as many as cycle.modulus={config.modulus}.")
+    if model.tokenizer is None or model.vocabulary is None:
+        raise UserError(f"{key}: {model.label} has no tokenizer to find them by.")
+    lookup = WordLookup(model.tokenizer, model.vocabulary.size)
+    ids = {word: lookup.token(word) for word in words}
+    missing = [word for word, token in ids.items() if token is None]
+    if missing or len(set(ids.values())) < len(words):
+        raise UserError(f"{key}: not one token each in {model.label}: {', '.join(missing[:6]) or 'two are the same'}.")
+    return [token for token in ids.values() if token is not None]
+
+
+class CycleTables:
+    """The stage that looks for frequencies: `frequencies`, a row each, and `cycles`, a row for each part of the model.
+
+    Parts are the embedding, the unembedding, and of each head `ov` (what it moves from residue to residue,
+    W_E W_OV W_U) and `key` (the scores that residues have as keys of the query, or of the mean residue as query). All
+    are on the direct path, which is the model's own in layer 0.
+    """
+
+    def __init__(self, model: Model, cycle: Cycle) -> None:
+        """Take the embeddings' rows of the residues."""
+        self.model, self.cycle = model, cycle
+        assert model.vocabulary is not None
+        self.W_E = model.vocabulary.W_E[cycle.ids].double()
+        rows = model.vocabulary.W_U_rows
+        self.W_U = None if rows is None or max(cycle.ids.tolist()) >= rows.shape[0] else rows[cycle.ids].double().T
+        config = model.config
+        self.orders = fourier.relabellings(cycle.p, config.nulls.draws, config.seed)
+        self._frequencies: list[pd.DataFrame] = []
+        self._rows: list[dict[str, float | str | int | None]] = []
+        self._add_rows("embedding", None, None, self.W_E)
+        if self.W_U is not None:
+            self._add_rows("unembedding", None, None, self.W_U.T)
+
+    def visit(self, layer: Layer) -> None:
+        """See `Stage`."""
+        weights, architecture = layer.folded, self.model.architecture
+        device = weights.W_V.device
+        W_E = self.W_E.to(device)
+        if self.W_U is not None:
+            kv = architecture.kv_of_head.to(device)
+            for head in range(architecture.n_heads):
+                moved = W_E @ weights.W_V[kv[head]].double() @ weights.W_O[head].double() @ self.W_U.to(device)
+                self._add_matrix(layer.index, head, moved.cpu())
+        scores = self._key_scores(layer)
+        for head, of_head in enumerate([] if scores is None else scores):
+            self._add_rows("key", layer.index, head, of_head[:, None])
+
+    def tables(self, _: Tables) -> Tables:
+        """Return `frequencies` and `cycles`, with q over the heads of each kind of part."""
+        cycles = pd.DataFrame(self._rows)
+        cycles["q"] = math.nan
+        whole = ("layer", "head", "frequency", "n_frequencies")
+        cycles = cycles.astype(dict.fromkeys(whole, "Int64"))
+        for part in cycles["part"].unique():
+            rows = cycles.index[(cycles["part"] == part) & cycles["p"].notna()]
+            if len(rows):
+                cycles.loc[rows, "q"] = benjamini_hochberg(cycles.loc[rows, "p"].tolist())
+        return {"frequencies": pd.concat(self._frequencies, ignore_index=True), "cycles": cycles}
+
+    def _key_scores(self, layer: Layer) -> Float[Tensor, "head residue"] | None:
+        """Return the score of each residue as a key, unscaled; None under rotary positions, which turn it."""
+        weights, architecture, vocabulary = layer.folded, self.model.architecture, self.model.vocabulary
+        if weights.rotary is not None or architecture.positions == "unsupported" or vocabulary is None:
+            return None
+        W_E = self.W_E.to(weights.W_Q.device)
+        token: Tensor = W_E.mean(0)
+        if self.cycle.query is not None:
+            token = vocabulary.W_E[torch.tensor([self.cycle.query])].to(W_E).sum(0)
+        W_pos = None if self.model.W_pos is None else self.model.W_pos.to(W_E)
+        query, rows = token[None], W_E
+        if W_pos is not None:
+            query, rows = query + W_pos[-1], rows + W_pos[:-1].mean(0)
+        q = queries(weights, architecture.normalised(query))[:, 0]
+        k = keys(weights, architecture.normalised(rows))[architecture.kv_of_head.to(W_E.device)]
+        return torch.einsum("hz,hrz->hr", q, k).cpu()
+
+    def _add_rows(self, part: str, layer: int | None, head: int | None, rows: Float[Tensor, "residue d"]) -> None:
+        """Add a part whose power is over frequencies: its null is the largest share of any frequency."""
+        own = fourier.power(rows)
+
+        def largest(orders: Int[Tensor, "draw residue"]) -> Float[Tensor, " draw"]:
+            return fourier.power(rows[orders]).amax(-1)
+
+        more = {"block_share": math.nan, "shift_variance": math.nan}
+        self._add(part, layer, head, own, largest, float(own.max()), more, rows.shape[-1])
+
+    def _add_matrix(self, layer: int, head: int, matrix: Float[Tensor, "residue residue"]) -> None:
+        """Add a head's OV: its null is the share of power that stays in one frequency, whichever."""
+        own = fourier.blocks(matrix)
+
+        def together(orders: Int[Tensor, "draw residue"]) -> Float[Tensor, " draw"]:
+            return fourier.blocks(matrix[orders[:, :, None], orders[:, None, :]]).sum(-1)
+
+        more = {"block_share": float(own.sum()), "shift_variance": float(fourier.shift_variance(matrix))}
+        self._add("ov", layer, head, own, together, float(own.sum()), more, self.cycle.p)
+
+    def _add(
+        self,
+        part: str,
+        layer: int | None,
+        head: int | None,
+        shares: Float[Tensor, " frequency"],
+        statistic: Callable[[Int[Tensor, "draw residue"]], Float[Tensor, " draw"]],
+        observed: float,
+        more: dict[str, float],
+        width: int,
+    ) -> None:
+        there = not math.isnan(observed)
+        at_once = max(1, AT_ONCE // (self.cycle.p * width))
+        drawn = torch.cat([statistic(part) for part in self.orders.split(at_once)]) if there else torch.zeros(0)
+        count = len(shares)
+        self._frequencies.append(
+            pd.DataFrame(
+                {
+                    "part": part,
+                    "layer": pd.array([layer] * count, dtype="Int64"),
+                    "head": pd.array([head] * count, dtype="Int64"),
+                    "frequency": np.arange(1, count + 1),
+                    "power": shares.numpy(),
+                    "doubling": fourier.doubling(shares, self.cycle.p).numpy(),
+                }
+            )
+        )
+        held = shares / shares.sum()
+        self._rows.append(
+            {
+                "part": part,
+                "layer": layer,
+                "head": head,
+                "frequency": int(shares.argmax()) + 1 if there else None,
+                "share": float(shares.max()),
+                **more,
+                "gini": float(fourier.gini(held)) if there else math.nan,
+                "n_frequencies": int(fourier.frequencies_needed(held)) if there else None,
+                "null_q95": float(drawn.quantile(0.95)) if there else math.nan,
+                "p": (1 + int((drawn >= observed - TIE).sum())) / (1 + len(drawn)) if there else math.nan,
+            }
+        )

@@ -1,0 +1,231 @@
+"""Cycles by frequency: against the transform as a matrix, on heads built by hand, and on published models."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from support.commands import compose
+from support.models import BUNDLED, local, shared_model
+
+from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.circuits import fourier
+from ovqk.errors import UserError
+from ovqk.records.results import load_table
+from ovqk.structure.model import Model
+from ovqk.tasks.words import load_tokenizer
+from ovqk.verdicts.cycles import read_cycle
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import OpenedModel
+
+moduli = st.sampled_from([5, 6, 7, 8, 11, 13, 16])
+
+
+def transform(p: int) -> tuple[np.ndarray, list[int]]:
+    """The real transform as an orthonormal matrix [row, residue], and the frequency of each row."""
+    a = np.arange(p)
+    rows, of = [np.ones(p)], [0]
+    for k in range(1, p // 2 + 1):
+        rows.append(np.cos(2 * np.pi * k * a / p))
+        of.append(k)
+        if 2 * k != p:
+            rows.append(np.sin(2 * np.pi * k * a / p))
+            of.append(k)
+    F = np.stack(rows)
+    return F / np.linalg.norm(F, axis=1, keepdims=True), of
+
+
+def drawn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(p=moduli, seed=st.integers(0, 1000))
+def test_power_is_that_of_the_transforms_rows(p, seed) -> None:
+    rows = drawn(seed, p, 3)
+    F, of = transform(p)
+    assert np.allclose(F @ F.T, np.eye(p))
+    squares = np.square(F @ rows.numpy()).sum(1)
+    expected = np.array(
+        [sum(s for s, k in zip(squares, of, strict=True) if k == want) for want in range(1, p // 2 + 1)]
+    )
+    assert np.allclose(fourier.power(rows), expected / expected.sum())
+
+
+@given(p=moduli, seed=st.integers(0, 1000))
+def test_blocks_are_those_of_the_transformed_matrix(p, seed) -> None:
+    matrix = drawn(seed, p, p)
+    F, of = transform(p)
+    squares = np.square(F @ matrix.numpy() @ F.T)[1:, 1:]
+    of = np.array(of[1:])
+    expected = [squares[np.ix_(of == k, of == k)].sum() / squares.sum() for k in range(1, p // 2 + 1)]
+    assert np.allclose(fourier.blocks(matrix), expected)
+
+
+@given(p=st.sampled_from([5, 7, 11, 13]), g=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_multiplying_residues_renames_frequencies_and_changes_nothing_else(p, g, seed) -> None:
+    if g % p == 0:
+        return
+    matrix, rows = drawn(seed, p, p), drawn(seed + 1, p, 2)
+    order = torch.arange(p) * g % p  # residue a now stands where g a stood
+    renamed = [min(g * k % p, -g * k % p) for k in range(1, p // 2 + 1)]
+    places = torch.tensor(renamed) - 1
+    assert torch.allclose(fourier.power(rows[order])[places], fourier.power(rows))
+    assert torch.allclose(fourier.blocks(matrix[order][:, order])[places], fourier.blocks(matrix))
+
+
+@given(p=moduli, seed=st.integers(0, 1000))
+def test_a_circulant_matrix_moves_within_frequencies(p, seed) -> None:
+    column = drawn(seed, p)
+    matrix = torch.stack([column.roll(shift) for shift in range(p)])
+    assert float(fourier.blocks(matrix).sum()) == pytest.approx(1)
+    assert float(fourier.shift_variance(matrix)) == pytest.approx(0, abs=1e-12)
+    other = drawn(seed + 1, p, p)
+    P = torch.eye(p, dtype=torch.float64).roll(1, 0)
+    expected = (other @ P - P @ other).norm() / other.norm()
+    assert float(fourier.shift_variance(other)) == pytest.approx(float(expected))
+
+
+@settings(max_examples=30)
+@given(shares=st.lists(st.floats(0.01, 1), min_size=2, max_size=12))
+def test_gini_and_the_fewest_frequencies(shares) -> None:
+    x = torch.tensor(shares, dtype=torch.float64) / sum(shares)
+    n = len(shares)
+    assert float(fourier.gini(x)) == pytest.approx(float((x[:, None] - x[None]).abs().sum() / (2 * n * x.sum())))
+    needed = int(fourier.frequencies_needed(x))
+    held = sorted(x.tolist(), reverse=True)
+    assert sum(held[:needed]) >= 0.95 - 1e-9 and sum(held[: needed - 1]) < 0.95
+
+
+def test_doubling_is_of_the_frequency_twice_as_fast() -> None:
+    shares = torch.tensor([0.5, 0.3, 0.2])
+    assert fourier.doubling(shares, 7).tolist() == pytest.approx([0.3 / 0.5, 0.2 / 0.3, 0.5 / 0.2])  # 2 3 = 6 = -1
+    found = fourier.doubling(shares, 6).tolist()
+    assert found[:2] == pytest.approx([0.3 / 0.5, 0.3 / 0.3]) and math.isnan(found[2])  # 2 3 = 0
+
+
+def test_nothing_has_no_frequency() -> None:
+    assert fourier.power(torch.ones(5, 2)).isnan().all() and fourier.blocks(torch.zeros(5, 5)).isnan().all()
+    assert fourier.shift_variance(torch.zeros(5, 5)).isnan()
+
+
+# --- cells ---------------------------------------------------------------------------------------------------
+
+
+def clock(p: int, k: int, path) -> None:
+    """A model whose head 0.0 looks by frequency k and moves it, and whose head 0.1 does nothing."""
+    a = torch.arange(p)
+    angles = 2 * torch.pi * torch.outer(a, torch.arange(1, 4)) / p  # three frequencies in the embedding
+    embedding = torch.cat([angles.cos(), angles.sin(), torch.zeros(p, 2)], 1)
+    equals = torch.zeros(1, 8)
+    equals[0, 6] = 1
+    own = [k - 1, k + 2]  # cosine and sine
+    W_Q, W_K, W_V, W_O = torch.zeros(2, 8, 2), torch.zeros(2, 8, 2), torch.zeros(2, 8, 2), torch.zeros(2, 2, 8)
+    W_Q[0, 6] = torch.tensor([0.6, 0.8])
+    for place, component in enumerate(own):
+        W_K[0, component, place] = W_V[0, component, place] = W_O[0, place, component] = 1
+    save_file(
+        {
+            "embed.W_E": torch.cat([embedding, equals]),
+            "unembed.W_U": torch.cat([embedding, equals]).T.contiguous(),
+            "pos_embed.W_pos": torch.zeros(3, 8),
+            **{f"blocks.0.attn.W_{n}": w for n, w in zip("QKVO", (W_Q, W_K, W_V, W_O), strict=True)},
+        },
+        path,
+    )
+
+
+def cycles(cli, path, *choices: str):
+    code, printed = cli("model=local", f"model.path={path}", "model.name=m", "task=modular_addition", "tracking=none",
+                        "model.causal=true", "analysis=b03", "analysis.components=0", *choices)  # fmt: skip
+    assert code == 0, printed
+    (folder,) = (cli.folder / "results" / "m" / "modular_addition").iterdir()
+    found = load_table(folder, "cycles")
+    return printed, found.set_index(found["part"] + found["head"].astype(str)), load_table(folder, "frequencies")
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_clock_head_is_found_and_a_head_of_zeros_has_no_numbers(cli, tmp_path, k) -> None:
+    clock(17, k, tmp_path / "clock.safetensors")
+    printed, rows, frequencies = cycles(
+        cli, tmp_path / "clock.safetensors", "task.cycle.modulus=17", "task.cycle.query=17", "nulls.draws=99"
+    )
+    for part in ("ov0", "key0"):
+        assert rows.at[part, "frequency"] == k and rows.at[part, "share"] == pytest.approx(1)
+        assert rows.at[part, "p"] == pytest.approx(0.01) and rows.at[part, "q"] == pytest.approx(0.01)
+        assert math.isnan(rows.at[part[:-1] + "1", "share"]) and math.isnan(rows.at[part[:-1] + "1", "p"])
+    assert rows.at["ov0", "block_share"] == pytest.approx(1)
+    assert rows.at["ov0", "shift_variance"] == pytest.approx(0, abs=1e-6)
+    embedding = frequencies[frequencies["part"] == "embedding"]
+    assert embedding["power"].iloc[:3].tolist() == pytest.approx([1 / 3] * 3)
+    assert rows[rows["part"] == "embedding"]["n_frequencies"].tolist() == [3]
+    assert "0.0 OV" in printed and "none" in printed
+
+
+def test_random_weights_have_p_at_their_level(cli, tmp_path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embed.W_E": (14, 24), "unembed.W_U": (24, 14), "pos_embed.W_pos": (3, 24)}
+    shapes |= {f"blocks.0.attn.W_{n}": (40, 24, 4) for n in "QKV"} | {"blocks.0.attn.W_O": (40, 4, 24)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "random.safetensors")
+    _, rows, _ = cycles(
+        cli, tmp_path / "random.safetensors", "task.cycle.modulus=13", "task.cycle.query=13", "nulls.draws=199"
+    )
+    p = rows.loc[rows["part"] == "ov", "p"].astype(float)
+    assert len(p) == 40 and (p <= 0.25).mean() == pytest.approx(0.25, abs=3 * math.sqrt(0.25 * 0.75 / 40))
+
+
+def test_published_models_have_their_known_frequencies(cli) -> None:
+    """Shares of W_E's power, heads' frequencies, OV blocks and keys of Zhong et al.'s model A-like run l8k1hzciux."""
+    path = shared_model("modular-addition") / "l8k1hzciux.safetensors"
+    _, rows, frequencies = cycles(cli, path, "task.cycle.modulus=59", "task.cycle.query=null", "nulls.draws=99")
+    embedding = frequencies[frequencies["part"] == "embedding"].set_index("frequency")["power"]
+    for k, share in ((13, 0.394), (16, 0.330), (21, 0.197), (17, 0.061)):
+        assert embedding[k] == pytest.approx(share, abs=0.002)
+    assert [rows.at[f"ov{head}", "frequency"] for head in range(4)] == [13, 16, 16, 13]
+    assert [rows.at[f"key{head}", "frequency"] for head in range(4)] == [13, 16, 16, 13]
+    assert rows.loc[rows["part"] == "ov", "block_share"].between(0.955, 0.985).all()
+    assert (rows.loc[rows["part"] == "key", "share"] > 0.985).all() and (rows["p"] <= 0.01).all()
+
+
+def test_nandas_grokked_model_has_its_known_frequencies(cli) -> None:
+    path = shared_model("nanda-mod113-grokked") / "model.safetensors"
+    _, _, frequencies = cycles(cli, path, "nulls.draws=99")
+    embedding = frequencies[frequencies["part"] == "embedding"].set_index("frequency")["power"]
+    for k, share in ((23, 0.238), (6, 0.168), (37, 0.152), (41, 0.144), (39, 0.127)):
+        assert embedding[k] == pytest.approx(share, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        (["task.cycle.modulus=4"], "cycle.modulus=4: allowed: 5 and more"),
+        (["task.cycle.modulus=40"], "has 18; set task.cycle.modulus"),
+        (["task.cycle.first=-1"], "names the tokens -1 to"),
+        (["task.cycle.query=99"], "names the tokens 0 to 99, and model.path="),
+        (["task.cycle.words=residues"], "cycle.words=residues: no such word set"),
+        (["+task.words.residues=[a,b]", "task.cycle.words=residues"], "2 words; allowed: a set of task.words"),
+    ],
+)  # fmt: skip
+def test_a_cycle_that_the_model_does_not_have_is_refused(cli, tmp_path, choices, said) -> None:
+    clock(17, 1, tmp_path / "clock.safetensors")
+    code, printed = cli("model=local", f"model.path={tmp_path / 'clock.safetensors'}", "model.name=m", "tracking=none",
+                        "task=modular_addition", "task.cycle.modulus=17", "task.cycle.query=17", *choices)  # fmt: skip
+    assert code == 1 and said in printed and "Traceback" not in printed
+
+
+def test_the_words_of_a_cycle_are_found_by_the_tokenizer() -> None:
+
+    names = ["Mary", "John", "Tom", "James", "Paul"]
+    config = compose("model=mini-attn", "task=modular_addition", "task.cycle.modulus=5", "task.cycle.query=null",
+                     "task.cycle.words=names", f"+task.words.names=[{','.join(names)}]")  # fmt: skip
+    checkpoint = open_checkpoint(local(BUNDLED))
+    tokenizer = load_tokenizer(checkpoint)
+    model = Model.read(OpenedModel(open_weights(checkpoint, local(BUNDLED)), "mini-attn", tokenizer), config)
+    cycle = read_cycle(model)
+    assert [tokenizer.id_to_token(token).strip("Ġ▁ ") for token in cycle.ids.tolist()] == names
+    config.task.words["names"][0] = "Xanthippe"
+    with pytest.raises(UserError, match="not one token each in mini-attn: Xanthippe"):
+        read_cycle(model)
