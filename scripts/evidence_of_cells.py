@@ -28,14 +28,14 @@ from ovqk import wording
 from ovqk.metrics import METRICS
 from ovqk.verdicts.statistics import Stratum, stratified_permutation, within_layer_auc
 
-ASKED = {
-    "name_mover": (1, "ov_task_margin", "ov_task_auc", "ov_task_copy"),
-    "backup_name_mover": (1, "ov_task_margin", "ov_task_auc", "ov_task_copy"),
-    "negative_name_mover": (-1, "ov_task_margin", "ov_task_auc"),
-    "copy_suppression": (-1, "ov_task_margin", "ov_task_auc"),
-    "duplicate_token": (1, "qk_simulated_duplicate", "qk_task_margin", "qk_task_auc", "qk_matching_block0"),
-    "induction": (1, "qk_composed_margin", "ov_copying", "ov_copying_block0"),
-    "previous_token": (1, "qk_simulated_previous", "qk_prev_auc"),
+ASKED: dict[str, tuple[int, tuple[str, ...]]] = {
+    "name_mover": (1, ("ov_task_margin", "ov_task_auc", "ov_task_copy")),
+    "backup_name_mover": (1, ("ov_task_margin", "ov_task_auc", "ov_task_copy")),
+    "negative_name_mover": (-1, ("ov_task_margin", "ov_task_auc")),
+    "copy_suppression": (-1, ("ov_task_margin", "ov_task_auc")),
+    "duplicate_token": (1, ("qk_simulated_duplicate", "qk_task_margin", "qk_task_auc", "qk_matching_block0")),
+    "induction": (1, ("qk_composed_margin", "ov_copying", "ov_copying_block0")),
+    "previous_token": (1, ("qk_simulated_previous", "qk_prev_auc")),
 }
 """Role -> the direction that it predicts, and the metrics: the primary by rule first, the one before it after it."""
 HEADER = ("model", "task", "role", "heads", "metric", "AUC", "p", "top 3", "rho", "ceiling")
@@ -53,7 +53,7 @@ def cells(folder: Path) -> Iterator[tuple[dict, dict[str, pd.DataFrame]]]:
 def spearman(a: pd.Series, b: pd.Series) -> float:
     """Return the rank correlation over heads that have both; nan if there are fewer than 3."""
     both = pd.concat([a, b], axis=1).dropna()
-    return float(both.rank().corr().iloc[0, 1]) if len(both) > 2 else math.nan
+    return float(np.corrcoef(both.rank().to_numpy().T)[0, 1]) if len(both) > 2 else math.nan
 
 
 def rows(record: dict, tables: dict[str, pd.DataFrame], kv: int | None) -> Iterator[tuple[str, ...]]:
@@ -63,7 +63,7 @@ def rows(record: dict, tables: dict[str, pd.DataFrame], kv: int | None) -> Itera
     groups = np.arange(n_heads) // (n_heads // kv) if kv else np.arange(n_heads)
     found = tables["roles"]
     real = found[found["head"].notna() & (found["verdict"] == "realised")]
-    for role, (sign, *metrics) in ASKED.items():
+    for role, (sign, metrics) in ASKED.items():
         own = [(int(a), int(b)) for a, b in real[real["role"] == role][["layer", "head"]].to_numpy()]
         quantity = tables["activations"].query("role == @role").pivot_table(
             index=["layer", "head"], columns="half", values="attention"
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--kv-heads", nargs="*", default=[], metavar="MODEL=N", help="of models with grouped queries")
     arguments = parser.parse_args()
-    assert all(name in METRICS for _, *names in ASKED.values() for name in names)
+    assert all(name in METRICS for _, names in ASKED.values() for name in names)
     grouped = {name: int(n) for name, n in (given.split("=") for given in arguments.kv_heads)}
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
     for folder in arguments.folders:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 COMPOSED = {"s_inhibition"}
 """Roles whose primary is a composition, which is tested for the role as a whole: their heads are untestable."""
+LEAST = {("head", "previous_token"): 0.85}
+"""Less than is asked of others: under rotary positions a random query bias is all that is planted of such a head."""
 SEEDS = 50
 
 
@@ -126,7 +128,8 @@ def assert_found(verdicts: pd.DataFrame, task: str, least: float) -> None:
     assert set(shares.index) == {(kind, role) for kind in ("role", "head") for role in LAYOUT[task]}
     for kind, role in shares.index:
         wanted = "untestable" if kind == "head" and role in COMPOSED else "corroborated"
-        assert shares.loc[(kind, role)].get(wanted, 0) >= least, f"{kind} {role}: {shares.loc[(kind, role)].to_dict()}"
+        enough = min(least, LEAST.get((kind, role), 1.0))
+        assert shares.loc[(kind, role)].get(wanted, 0) >= enough, f"{kind} {role}: {shares.loc[(kind, role)].to_dict()}"
 
 
 @pytest.mark.parametrize(

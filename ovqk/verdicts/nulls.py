@@ -48,17 +48,17 @@ Resamples = Mapping[str, NDArray[np.float64]]
 def counting(metric: str, is_role: bool) -> tuple[str, ...]:
     """Name the nulls that decide about a metric (docs/definitions.md, section 6).
 
-    Copying, suppressing and matching: other heads (`layer` and `depth` for a role, `depth` for a head) and `spectrum`,
-    because such a claim does not say that the head is special to the task's words. Alignment, transfer and reading:
-    `token` and `token_pairs` as well. Compositions: `layer` alone, for the role as a whole; no null decides about a
-    single head.
+    Copying, suppressing and matching: other heads (`layer` for a role, `depth` for a head) and `spectrum`, because such
+    a claim does not say that the head is special to the task's words. Alignment, transfer and reading: `token` and
+    `token_pairs` as well. Compositions: `layer` alone, for the role as a whole; no null decides about a single head.
+    If `layer` cannot be significant for a role, `depth` counts in its place (`role_rows`).
     """
-    peers = ("layer", "depth") if is_role else ("depth",)
+    peers = "layer" if is_role else "depth"
     row = METRICS[metric]
     if row.of == "pair":
-        return ("layer",) if is_role else ()
+        return (peers,) if is_role else ()
     words = ("token", "token_pairs") if row.other_words == "counts" else ()
-    return (*peers, *(("spectrum",) if row.has_surrogates else ()), *words)
+    return (peers, *(("spectrum",) if row.has_surrogates else ()), *words)
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,8 @@ def role_rows(
 ) -> list[NullTest]:
     """Test a role under `layer`, `layer_all` and `depth` (docs/definitions.md, section 6).
 
+    `depth` counts if `layer` cannot be significant, and is only reported if it can.
+
     There are no rows if none of its heads has a value.
     """
     rows = []
@@ -193,7 +195,9 @@ def role_rows(
         row = replace(row, n_heads=sum(int(stratum.claimed.sum()) for stratum in strata))
         row = replace(row, null_mean=test.null_mean, null_sd=test.null_sd, ci_low=effect.low, ci_high=effect.high)
         rows.append(row)
-    return [*rows, *_depth_of_role(predicted, claims, architecture, seed)]
+    decided = any(row.null == "layer" and row.testable for row in rows)
+    nearby = _depth_of_role(predicted, claims, architecture, seed)
+    return [*rows, *(replace(row, counts=not (decided or row.exploratory)) for row in nearby)]
 
 
 def _depth_of_role(predicted: Predicted, claims: Claims, architecture: Architecture, seed: int) -> list[NullTest]:
