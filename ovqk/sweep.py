@@ -265,12 +265,16 @@ def _check(config: DictConfig) -> None:
     from ovqk.cell import make_results_dir
     from ovqk.config.resolve import tracking_mode
     from ovqk.config.schema import TrackingMode
+    from ovqk.records import locks
     from ovqk.tracking.environment import not_followed
 
     _collect_garbage()
     if tracking_mode(config, os.environ.get("WANDB_MODE")) is not TrackingMode.none and (said := not_followed()):
         print(f"warning: {said}", file=sys.stderr)
-    make_results_dir(Path(str(config.results_dir)))
+    results_dir = Path(str(config.results_dir))
+    make_results_dir(results_dir)
+    if said := locks.warning(results_dir):
+        print(f"warning: {said}", file=sys.stderr)
 
 
 def _collect_garbage() -> None:

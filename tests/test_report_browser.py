@@ -553,9 +553,7 @@ def test_a_page_without_claims_speaks_of_none_and_cuts_no_name(browser, tmp_path
 # --- nothing claimed -------------------------------------------------------------------------------------------
 
 
-def test_where_nothing_is_claimed_the_page_opens_on_candidates_and_can_be_narrowed(
-    page_file, browser, tmp_path
-) -> None:
+def test_a_page_without_claims_opens_on_candidates_and_can_be_narrowed(page_file, browser, tmp_path) -> None:
     """Fourteen models without claims, and one that failed: candidates and the first plot are on the first screen."""
     results = tmp_path / "results"
     (source,) = (page_file.parent / "unclaimed" / "induction").glob("b03-*")
