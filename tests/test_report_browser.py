@@ -580,8 +580,8 @@ def test_a_page_without_claims_opens_on_candidates_and_can_be_narrowed(page_file
     assert "without results: no weights for induction" in table.inner_text()
     assert page.locator("p.lost").inner_text() == "lost / sva / b03 without results: no weights for sva"
     assert page.locator("svg.plot").first.bounding_box()["y"] < 1000
-    assert "model-03" not in page.locator("svg.plot").first.inner_text()  # 14 names would lie on each other
+    assert "model-03" not in page.locator("svg.plot").first.text_content()  # 14 names would lie on each other
     page.locator("#named").fill("model-03")
-    assert table.locator("tbody tr").count() == 1 and "model-03" in page.locator("svg.plot").first.inner_text()
+    assert table.locator("tbody tr").count() == 1 and "model-03" in page.locator("svg.plot").first.text_content()
     assert not reader.complaints
     page.close()
