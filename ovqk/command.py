@@ -56,7 +56,8 @@ def run() -> None:
         check_keys(sys.argv[1:])
     if {"--help", "-h"} & set(sys.argv) and Path(sys.argv[0]).name != "run.py":
         sys.argv.append(f"hydra.help.app_name={program()!r}")
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    asked = os.environ.get("HYDRA_FULL_ERROR")
+    if asked == "1":
         os.environ[SHOWS_TRACEBACK] = "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and a config's mistake is one message here
     _mend_hydra()
@@ -68,6 +69,9 @@ def run() -> None:
     except (Exception, KeyboardInterrupt) as error:
         end_early(error)
         raise
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        os.environ |= {} if asked is None else {"HYDRA_FULL_ERROR": asked}
 
 
 def _mend_hydra() -> None:
