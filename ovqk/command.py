@@ -73,7 +73,9 @@ def _run() -> None:
         refuse_foreign_files(sys.argv[1:])
     if {"--help", "-h"} & set(sys.argv) and Path(sys.argv[0]).name != "run.py":
         sys.argv.append(f"hydra.help.app_name={program()!r}")
-    os.environ.setdefault(SHOWS_TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "0"))  # as the user has it, kept
+    asked = os.environ.get("HYDRA_FULL_ERROR")
+    if asked == "1":
+        os.environ[SHOWS_TRACEBACK] = "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and a config's mistake is one message here
     _mend_hydra()
     try:
@@ -83,6 +85,9 @@ def _run() -> None:
             raise KeyboardInterrupt from None
         folders = [*map(Path, config_folders()), CONF]
         raise UserError("\n".join([*mistakes(error, folders), *launcher_hint(error)])) from error
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        os.environ |= {} if asked is None else {"HYDRA_FULL_ERROR": asked}
 
 
 def _mend_hydra() -> None:

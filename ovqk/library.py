@@ -36,7 +36,7 @@ from ovqk.errors import UserError
 from ovqk.figures.portraits import TABLES
 from ovqk.metrics import METRICS
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.stages import DirectionTables, StructureTables, Tables, stacked
+from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables, stacked
 from ovqk.tasks.words import tokenizer_for
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
@@ -164,7 +164,7 @@ class LibraryModel:
         if "tables" in self.__dict__:
             return {name: table[table["layer"] == index] for name, table in self.tables.items()}
         if index not in self._of_layer:
-            stages = [StructureTables(self.model), DirectionTables(self.model)]
+            stages: list[Stage] = [StructureTables(self.model), DirectionTables(self.model)]
             made = Tables()
             for stage in stages:
                 stage.visit(self.layer(index))

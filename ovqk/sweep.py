@@ -275,13 +275,17 @@ def _check(config: DictConfig) -> None:
     from ovqk.config.resolve import tracking_mode
     from ovqk.config.schema import TrackingMode
     from ovqk.config.secrets import refuse_secrets
+    from ovqk.records import mounts
     from ovqk.tracking.environment import not_followed
 
     _collect_garbage()
     refuse_secrets(config)
     if tracking_mode(config, os.environ.get("WANDB_MODE")) is not TrackingMode.none and (said := not_followed()):
         print(f"warning: {said}", file=sys.stderr)
-    make_results_dir(Path(str(config.results_dir)))
+    results_dir = Path(str(config.results_dir))
+    make_results_dir(results_dir)
+    if said := mounts.warning(results_dir):
+        print(f"warning: {said}", file=sys.stderr)
 
 
 def _collect_garbage() -> None:

@@ -174,7 +174,7 @@ def test_two_processes_on_one_results_folder_compute_a_cell_once(tmp_path) -> No
 
 def test_allowed_choices_are_listed(cli) -> None:
     _, printed = cli("model=gpt3")
-    assert all(name in printed for name in ("Did you mean gpt2?", "run.py --help", "model=local model.path=DIR"))
+    assert all(name in printed for name in ("Did you mean gpt2?", "run.py --help", "model=local model.path=PATH"))
     assert len(printed.strip().splitlines()) == 1
     _, printed = cli("analysis=b4")
     assert all(path.stem in printed for path in (ROOT / "conf" / "analysis").glob("*.yaml"))

@@ -12,7 +12,7 @@ from support.models import BUNDLED
 
 from ovqk.cell import run_cell
 from ovqk.records import comparison
-from ovqk.records.results import cell_folders
+from ovqk.records.results import cell_folders, load_table
 from ovqk.report import terminal
 
 
@@ -92,6 +92,18 @@ def test_each_model_has_its_depth_profile_once_for_each_processing(folders) -> N
     twin = copying[copying["model"] == "twin"].iloc[0]
     same = copying[(copying["model"] == "mini-attn") & (copying["processing"] == "folded")].iloc[0]
     assert np.allclose([twin[name] for name in comparison.QUARTERS], [same[name] for name in comparison.QUARTERS])
+
+
+def test_effective_ranks_are_shares_of_the_rank_that_a_head_could_have(folders) -> None:
+    table = comparison.depths(folders)
+    assert not table["metric"].str.endswith("_effective_rank").any()
+    for circuit in ("ov", "qk"):
+        shares = table[table["metric"] == f"{circuit}_effective_rank / d_head"][list(comparison.QUARTERS)].to_numpy()
+        assert (shares > 0).all() and (shares <= 1).all()
+    heads = load_table(folders[-1], "heads")
+    first = heads[heads["layer"] == 0]["ov_effective_rank"].mean() / 16  # d_head of mini-attn
+    (twin,) = table[(table["model"] == "twin") & (table["metric"] == "ov_effective_rank / d_head")]["first quarter"]
+    assert twin == pytest.approx(first)
 
 
 def test_the_printed_tables_name_models_and_processing(folders) -> None:

@@ -9,7 +9,14 @@ from rich.console import Console
 from support.models import BUNDLED
 
 from ovqk.report.terminal import claims_line
-from ovqk.report.terminal_tables import candidate_table, pair_table, reasons, verdict_table, virtual_table
+from ovqk.report.terminal_tables import (
+    candidate_table,
+    pair_table,
+    reasons,
+    sweep_candidate_table,
+    verdict_table,
+    virtual_table,
+)
 
 
 def printed(table) -> list[str]:
@@ -83,6 +90,16 @@ def test_roles_with_the_same_candidates_by_the_same_metric_are_one() -> None:
         assert sum(line.startswith(start) for line in lines) == 1
     assert any("k_composition ↑ with 3.0 3.4" in line for line in lines)
     assert any("ov_task_auc ↑ (not its primary)" in line for line in lines)
+
+
+def test_models_of_a_sweep_stand_beside_each_other_under_each_role() -> None:
+    both = pd.DataFrame([*candidates("name_mover", ["1.0"]), *candidates("induction", ["2.3"], on_prompts="realised")])
+    lines = printed(sweep_candidate_table([("ioi", "one", both), ("ioi", "two", both), ("sva", "one", both)]))
+    assert [line.split()[:1] + line.split("  ")[-1:] for line in lines[1:]] == [
+        ["ioi", "1.0 (0.90)"], ["ioi", "1.0 (0.90)"], ["ioi", "2.3 (0.90) realised"], ["ioi", "2.3 (0.90) realised"],
+        ["sva", "1.0 (0.90)"], ["sva", "2.3 (0.90) realised"],
+    ]  # fmt: skip
+    assert ["one" in line.split() for line in lines[1:]] == [True, False, True, False, True, True]
 
 
 def test_other_words_are_shown_where_they_decide() -> None:

@@ -9,11 +9,15 @@ from support import ROOT
 from support.commands import compose
 
 README = (ROOT / "README.md").read_text()
+USING = (ROOT / "docs" / "using.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    python run.py")]
 
 
 def test_the_readme_leads_with_two_commands() -> None:
-    assert README.index("make demo") < README.index("make test") < README.index("pip install")
+    assert README.index("![") < README.index("make demo") < README.index("make test") < README.index("pip install")
+    assert len(README.splitlines()) <= 120
+    for term in ("*null*", "*q*", "*corroborated*"):
+        assert README.count(term) == 1
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in ("demo", "test", "test-slow", "check"))
 
@@ -34,7 +38,7 @@ def test_every_command_composes(command) -> None:
 def test_the_keys_of_the_table_exist() -> None:
     from ovqk.config.schema import Config
 
-    table = README[README.index("| key | default |") : README.index("Architectures:")]
+    table = USING[USING.index("| key | default |") : USING.index("Architectures:")]
     for key in re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE)[1:]:
         for name in re.findall(r"`([\w.]+)`", key):
             place = Config()

@@ -3,6 +3,7 @@
 Without the browser these tests skip and say so; .ci/run installs it.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -547,3 +548,40 @@ def test_a_page_without_claims_speaks_of_none_and_cuts_no_name(browser, tmp_path
     assert "Ring: the previous token." in reader.page.inner_text("main")
     assert reader.page.evaluate(past_the_edge) == []
     reader.page.close()
+
+
+# --- nothing claimed -------------------------------------------------------------------------------------------
+
+
+def test_a_page_without_claims_opens_on_candidates_and_can_be_narrowed(page_file, browser, tmp_path) -> None:
+    """Fourteen models without claims, and one that failed: candidates and the first plot are on the first screen."""
+    results = tmp_path / "results"
+    (source,) = (page_file.parent / "unclaimed" / "induction").glob("b03-*")
+    for number in range(14):
+        folder = results / f"model-{number:02}" / "induction" / f"b03-{number:012x}"
+        shutil.copytree(source, folder)
+        record = json.loads((folder / "record.json").read_text())
+        record |= {"model": f"model-{number:02}", "cell_id": f"{number:012x}"}
+        record["provenance"]["weights_digest"] = f"{number:064x}"
+        (folder / "record.json").write_text(json.dumps(record))
+    for model, task in (("lost", "induction"), ("lost", "sva")):
+        failed = results / model / task / "b03-ffffffffffff"
+        failed.mkdir(parents=True)
+        record = {"status": "failed", "analysis": "b03", "error": f"no weights for {task}"}
+        (failed / "record.json").write_text(json.dumps(record))
+    path = results / "report.html"
+    write_text(path, make_page(*read_cells(results), results).html)
+    page = browser.new_page(viewport={"width": 1200, "height": 1000})
+    reader = Reader(page, path)
+    reader.open()
+    assert page.locator("h1").inner_text() == "Which heads are strongest for each role?"
+    table = page.locator("table.candidates")
+    assert table.locator("tbody tr").count() == 15 and table.locator("a.mark").count() >= 14 * 3
+    assert "without results: no weights for induction" in table.inner_text()
+    assert page.locator("p.lost").inner_text() == "lost / sva / b03 without results: no weights for sva"
+    assert page.locator("svg.plot").first.bounding_box()["y"] < 1000
+    assert "model-03" not in page.locator("svg.plot").first.text_content()  # 14 names would lie on each other
+    page.locator("#named").fill("model-03")
+    assert table.locator("tbody tr").count() == 1 and "model-03" in page.locator("svg.plot").first.text_content()
+    assert not reader.complaints
+    page.close()

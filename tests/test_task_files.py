@@ -19,7 +19,9 @@ from ovqk.tasks.prompts import Prompt, sample_prompts, token_positions
 from ovqk.tasks.words import MIN_WORDS, WordLookup, load_tokenizer, resolve_task
 from ovqk.weights.types import Architecture
 
-TASKS = sorted(path.stem for path in (ROOT / "conf" / "task").glob("*.yaml") if path.stem != "none")
+TASKS = sorted(
+    path.stem for path in (ROOT / "conf" / "task").glob("*.yaml") if path.stem not in ("none", "modular_addition")
+)
 GPT2 = Architecture("gpt2", 12, 12, 12, 768, 64, 1024, "layernorm", 1e-5, "learned")
 PUBLISHED = {  # definitions: section 8
     "greater_than": {"start_year_mover": ["5.1", "5.5", "6.9", "7.10", "8.8", "8.11", "9.1"]},

@@ -66,7 +66,7 @@ def _near(path: Path) -> str:
 def config_folders(arguments: Sequence[str] | None = None) -> list[str]:
     """Return the folders that `-cd` names on a command line, this process's unless one is given."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    found = []
+    found: list[str] = []
     for place, argument in enumerate(arguments):
         if argument in ("-cd", "--config-dir"):
             found += arguments[place + 1 : place + 2]

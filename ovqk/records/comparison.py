@@ -5,6 +5,7 @@ Layers of different models are compared by where they lie between the first (0) 
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ovqk.records.on_prompts import verdict_counts
 from ovqk.records.record import done_records
 from ovqk.records.results import load_table
 
+RANKS, OF_D_HEAD = ("ov_effective_rank", "qk_effective_rank"), " / d_head"
 SHOWN_LETTERS = 24  # of a value that tells cells apart
 QUARTERS = ("first quarter", "second quarter", "third quarter", "last quarter")
 
@@ -96,6 +98,8 @@ def _brief(value: str) -> str:
 def depths(folders: Iterable[Path]) -> pd.DataFrame:
     """Return the mean over heads of each model's metrics, by quarter of its depth.
 
+    An effective rank is a share of d_head, the largest that it could be: models differ in that.
+
     Columns: metric, model, processing, weights (digest), then QUARTERS.
     A layer belongs to the quarter its relative depth falls into (the last layer to the last). Weights are taken once
     for each processing, from the first of their cells that has the metric.
@@ -108,12 +112,23 @@ def depths(folders: Iterable[Path]) -> pd.DataFrame:
         place = {"model": record["model"], "processing": record["processing"]["applied"]}
         place["weights"] = record["provenance"]["weights_digest"][:8]
         means = quarter_means(heads, record["summary"]["n_layers"])
+        ranks = [name for name in RANKS if name in means]
+        means[ranks] /= _d_head(folder)
+        means = means.rename(columns={name: f"{name}{OF_D_HEAD}" for name in ranks})
         for metric in map(str, means.columns):
             row = {"metric": metric} | place | {name: means.at[name, metric] for name in QUARTERS}
             seen.setdefault((metric, *place.values()), row)
     order = {name: place for place, name in enumerate(shown_in("depth"))}
-    rows = sorted(seen.values(), key=lambda row: order[row["metric"]])
+    rows = sorted(seen.values(), key=lambda row: order[row["metric"].removesuffix(OF_D_HEAD)])
     return pd.DataFrame(rows)
+
+
+def _d_head(folder: Path) -> float:
+    """Return the most singular values that a head of the cell's model has; nan without spectra."""
+    spectra = load_table(folder, "spectra")
+    if spectra is None:
+        return math.nan
+    return float(1 + spectra.loc[(spectra["space"] == "residual") & (spectra["kind"] == "singular"), "index"].max())
 
 
 def quarter_means(heads: pd.DataFrame, n_layers: int) -> pd.DataFrame:

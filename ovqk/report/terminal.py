@@ -77,6 +77,7 @@ def print_cell(folder: Path, cached: bool) -> None:
     if verdicts is None:
         out.print(f"No verdicts: {record['claims']['none']}. Means over the heads of each layer:\n")
         out.print(layer_table(heads))
+        out.print()
     else:
         _print_directions(out, folder, heads, verdicts)
     _print_pairs(out, folder)

@@ -72,22 +72,40 @@ def candidate_table(candidates: pd.DataFrame) -> FittedTable:
 
 
 def sweep_candidate_table(cells: Iterable[tuple[str, str, pd.DataFrame]]) -> FittedTable:
-    """Return a table of the strongest candidates in several cells, (task, model, candidates), one role per row."""
+    """Return a table of the strongest candidates in several cells, (task, model, candidates), one role per row.
+
+    Models of one task and role stand beside each other.
+    """
     table = FittedTable(
         [
             Column("task", None, text=True, place=True),
-            Column("model", None, text=True, place=True),
             Column("candidates for", None, text=True, wraps_at=16),
+            Column("model", None, text=True, place=True),
             Column("ranked by", 50, text=True, wraps_at=18),
             Column("strongest heads, each with its value", None, text=True, wraps_at=26),
         ],
         "candidates.parquet",
     )
-    for task, model, candidates in cells:
-        for roles, by, rows in strongest_candidates(candidates):
-            heads = ", ".join(f"{row['layer']}.{row['head']}{UNBROKEN}({rounded(row['value'])})" for row in rows)
-            table.add_row(task, model, roles, by, heads)
+    found = [
+        (task, roles, model, by, rows)
+        for task, model, candidates in cells
+        for roles, by, rows in strongest_candidates(candidates)
+    ]
+    places = list(dict.fromkeys((task, roles) for task, roles, *_ in found))
+    tasks = list(dict.fromkeys(task for task, *_ in found))
+    found.sort(key=lambda row: (tasks.index(row[0]), places.index(row[:2])))
+    for task, roles, model, by, rows in found:
+        heads = ", ".join(
+            f"{row['layer']}.{row['head']}{UNBROKEN}({rounded(row['value'])})" + _on_prompts(row) for row in rows
+        )
+        table.add_row(task, roles, model, by, heads)
     return table
+
+
+def _on_prompts(row: Mapping[Any, Any]) -> str:
+    """Return what a candidate does on prompts, for a line, if its cell ran the model."""
+    found = row.get("on_prompts")
+    return f" {wording.ON_PROMPTS[found]}" if isinstance(found, str) and found in wording.ON_PROMPTS else ""
 
 
 def shown_columns(heads: pd.DataFrame) -> list[tuple[str, str]]:

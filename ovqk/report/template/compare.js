@@ -1,13 +1,14 @@
 // Compare: models beside each other, by verdict, by effect, and along their depth.
 
-const chosen = { models: new Set(MODELS), tasks: new Set(TASKS), verdict: "", text: "", sort: ["task", 1], dots: true };
+const chosen = { models: new Set(MODELS), tasks: new Set(TASKS), verdict: "", text: "", sort: ["task", 1], dots: true, name: "" };
+const MANY = 12; // models whose boxes and lines one can still tell apart
 
 function comparePage() {
   const content = h("div");
   const draw = () => content.replaceChildren(...compareContent().filter(Boolean));
   draw();
   return [
-    h("h1", { tabindex: -1 }, "Do the weights bear out the claims?"),
+    h("h1", { tabindex: -1 }, CELLS.some(judged) ? "Do the weights bear out the claims?" : "Which heads are strongest for each role?"),
     h("p", { class: "lead" }, summary()),
     compareControls(draw),
     content,
@@ -20,7 +21,7 @@ function summary() {
   const tasks = TASKS.filter((task) => task !== "none");
   const lost = REPORT.failures.length ? `, and ${plural(REPORT.failures.length, "cell")} without results` : "";
   const size = `${plural(CELLS.length, "cell")} of ${plural(MODELS.length, "model")}${tasks.length ? ` and ${plural(tasks.length, "task")}` : ""}${lost}. `;
-  if (!roles.length) return `${size}No circuit is claimed for any of them, so there is nothing to judge. The strongest heads for each role are candidates (below); every head is in the atlas.`;
+  if (!roles.length) return `${size}No circuit is claimed for any of them, so there is nothing to judge. The strongest heads for each role are candidates: places to look first, and no findings. Every head is in the atlas.`;
   return `${size}${plural(roles.length, "role")} with claimed heads: ${sentenceList(counts.map(([name, n]) => `${n} ${verdictName(name)}`))}.`;
 }
 
@@ -34,16 +35,67 @@ function compareControls(draw) {
     node.style.borderTopStyle = look(model).dash ? "dashed" : "solid";
     return node;
   };
-  return h("div", { class: "controls" }, chips("Models", MODELS, chosen.models, swatch), TASKS.length > 1 ? chips("Tasks", TASKS, chosen.tasks) : null);
+  const boxes = chips("Models", MODELS, chosen.models, swatch);
+  const models = MODELS.length <= MANY ? boxes : [
+    h("label", {}, "Models named like", h("input", { type: "search", id: "named", value: chosen.name, oninput: (event) => { chosen.name = event.target.value.trim().toLowerCase(); draw(); } })),
+    h("details", {}, h("summary", {}, `choose among ${plural(MODELS.length, "model")}`), boxes)];
+  return h("div", { class: "controls" }, models, TASKS.length > 1 ? chips("Tasks", TASKS, chosen.tasks) : null);
 }
 
 function chosenCells() {
-  return CELLS.filter((cell) => chosen.models.has(cell.model) && chosen.tasks.has(cell.task));
+  return CELLS.filter((cell) => chosen.models.has(cell.model) && chosen.tasks.has(cell.task) && named(cell.model));
+}
+
+/** Whether a model is one of those whose names were asked for. */
+function named(model) {
+  return model.toLowerCase().includes(chosen.name);
+}
+
+function judged(cell) {
+  return rows(cell, "verdicts").length > 0;
 }
 
 function compareContent() {
   const cells = chosenCells();
-  return [h("h2", {}, "Verdicts"), ...verdictMatrix(cells), ...promptsOverview(cells), h("h2", {}, "Effects"), ...effects(cells), h("h2", {}, "Along the depth"), ...depthCurves(cells)];
+  const found = candidateTables(cells.filter((cell) => !judged(cell)));
+  const depth = [h("h2", {}, "Along the depth"), ...depthCurves(cells)];
+  if (!CELLS.some(judged)) return [...found, ...lostElsewhere(), ...promptsOverview(cells), ...depth];
+  return [h("h2", {}, "Verdicts"), ...verdictMatrix(cells), ...lostElsewhere(), ...promptsOverview(cells), h("h2", {}, "Effects"), ...effects(cells), ...found, ...depth];
+}
+
+/** The message of each cell without results of a task that no other cell has: no table has a place for it. */
+function lostElsewhere() {
+  return REPORT.failures.filter((one) => !TASKS.includes(one.task) && named(one.model)).map((one) =>
+    h("p", { class: "small lost" }, `${one.model} / ${one.task} / ${one.analysis} without results: ${one.error}`));
+}
+
+// --- candidates -------------------------------------------------------------------------------------------
+
+const FIRST = 3; // candidates of each role
+
+/** For each task a table of models x roles: the strongest heads of models for which nothing is claimed. */
+function candidateTables(cells) {
+  const with_some = cells.filter((cell) => candidates(cell).size);
+  const tasks = TASKS.filter((task) => with_some.some((cell) => cell.task === task));
+  return tasks.flatMap((task) => [h("h2", {}, `Candidates: ${task}`), h("div", { class: with_some.length > MANY ? "scroll low" : "scroll" }, candidatesOf(task, with_some.filter((cell) => cell.task === task)))]);
+}
+
+function candidatesOf(task, cells) {
+  const ranked = (cell) => rows(cell, "candidates").filter((row) => ranks(row) && row.rank <= FIRST);
+  const roles = unique(cells.flatMap((cell) => ranked(cell).map((row) => row.role)));
+  const lost = REPORT.failures.filter((one) => one.task === task && chosen.tasks.has(task) && named(one.model));
+  return h("table", { class: "matrix wide candidates" },
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "model"), roles.map((role) => h("th", { scope: "col" }, roleName(role))))),
+    h("tbody", {},
+      cells.map((cell) => h("tr", {}, h("th", { scope: "row", class: cell.label.length < 22 ? "whole" : null }, cell.label), roles.map((role) => h("td", { "data-label": roleName(role) },
+        ranked(cell).filter((row) => row.role === role).map((row) => candidateMark(cell, row)))))),
+      lost.map((one) => h("tr", {}, h("th", { scope: "row" }, one.model), h("td", { colspan: Math.max(1, roles.length), class: "small" }, `without results: ${one.error}`)))));
+}
+
+function candidateMark(cell, row) {
+  const label = headLabel(row);
+  return [tip(h("a", { class: "mark", href: headLink(cell, label), "aria-label": `head ${label}, candidate for ${roleName(row.role)}` }, label, h("span", { class: "muted small" }, ` ${number(row.value)}`)),
+    `${label}: candidate for ${roleName(row.role)}\n${row.metric} ${REPORT.wording.arrows[row.prediction]} ${number(row.value)}`), " "];
 }
 
 // --- verdicts ---------------------------------------------------------------------------------------------
@@ -52,12 +104,13 @@ function compareContent() {
 function verdictMatrix(cells) {
   const asked = cells.filter((cell) => cell.task !== "none");
   const models = unique(cells.filter((cell) => asked.includes(cell) || !asked.some((other) => other.model === cell.model)).map((cell) => cell.label));
+  const lost = unique(REPORT.failures.map((one) => one.model)).filter((model) => !MODELS.includes(model) && named(model));
   const tasks = TASKS.filter((task) => task !== "none" && cells.some((cell) => cell.task === task));
   if (!tasks.length) return [h("p", { class: "muted" }, "None of the chosen tasks claims heads.")];
   const there = new Set(cells.flatMap((cell) => rows(cell, "verdicts").map((row) => row.verdict)));
   const table = h("table", { class: "matrix wide", id: "matrix" },
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "model"), tasks.map((task) => h("th", { scope: "col" }, task)))),
-    h("tbody", {}, models.map((model) => h("tr", {}, h("th", { scope: "row", class: model.length < 22 ? "whole" : null }, model), tasks.map((task) => {
+    h("tbody", {}, [...models, ...lost].map((model) => h("tr", {}, h("th", { scope: "row", class: model.length < 22 ? "whole" : null }, model), tasks.map((task) => {
       const cell = cells.find((one) => one.label === model && one.task === task);
       return h("td", { "data-label": task }, cell ? matrixCell(cell) : matrixGap(model, task));
     })))));
@@ -78,10 +131,10 @@ function matrixCell(cell) {
 
 /** What stands for a missing cell: whether it was not run, or is without results. */
 function matrixGap(label, task) {
-  const { model } = CELLS.find((one) => one.label === label);
+  const model = CELLS.find((one) => one.label === label)?.model ?? label;
   const lost = REPORT.failures.find((one) => one.model === model && one.task === task);
   if (!lost) return h("span", { class: "muted small" }, "not run");
-  return tip(h("a", { href: "#provenance", class: "small" }, "without results"), lost.error);
+  return [tip(h("a", { href: "#provenance", class: "small" }, "without results"), lost.error), h("span", { class: "muted small" }, `: ${clipped(lost.error, 120)}`)];
 }
 
 /** How many heads have each verdict, as one bar of parts. */
@@ -287,6 +340,7 @@ function depthPlot(facts, lines, name, caption) {
   const high = signed || (facts.high !== null ? facts.high : reach * 1.04);
   const size = { width: 340, height: 230, left: 44, right: 112, bottom: 38 };
   const plot = axes({ ...size, x: { domain: [0, 1], ticks: [0, 0.5, 1], title: "relative depth" }, y: { domain: [low, high] } });
+  const labelled = lines.length <= MANY;
   const ends = spread(lines.map((line) => plot.atY(line.points[line.points.length - 1].mean)), 14, plot.top + 4, plot.bottom);
   const drawn = lines.map((line, k) => {
     const style = lineLook(line.cell);
@@ -298,8 +352,8 @@ function depthPlot(facts, lines, name, caption) {
       s("path", { d: path(points), fill: "none", stroke: style.stroke, "stroke-width": 2.2, "stroke-dasharray": style.dash || null, "stroke-linejoin": "round" }),
       line.points.map((point) => tip(s("circle", { cx: plot.atX(point.depth), cy: plot.atY(point.mean), r: 3.2, fill: style.stroke }),
         `${line.cell.weights_label}, layer ${point.layer}\n${point.heads.length ? `mean ${number(point.mean)} of ${plural(point.heads.length, "head")}` : number(point.mean)}`)),
-      Math.abs(ends[k] - last[1]) > 5 ? s("path", { d: path([[last[0] + 4, last[1]], [plot.right + 8, ends[k]]]), stroke: style.stroke, "stroke-width": 0.8, fill: "none" }) : null,
-      s("text", { x: plot.right + 10, y: ends[k] + 4, class: "halo", style: `fill:${style.stroke};font-size:11.5px` }, lineName(line.cell)),
+      labelled && Math.abs(ends[k] - last[1]) > 5 ? s("path", { d: path([[last[0] + 4, last[1]], [plot.right + 8, ends[k]]]), stroke: style.stroke, "stroke-width": 0.8, fill: "none" }) : null,
+      !labelled ? null : s("text", { x: plot.right + 10, y: ends[k] + 4, class: "halo", style: `fill:${style.stroke};font-size:11.5px` }, lineName(line.cell)),
     ];
   });
   const zero = facts.low === -1 ? s("line", { class: "axis", x1: plot.left, x2: plot.right, y1: plot.atY(0), y2: plot.atY(0) }) : null;
