@@ -13,6 +13,7 @@ from typing import Any
 import platformdirs
 
 from ovqk.errors import UserError
+from ovqk.scratch import scratch_folder
 from ovqk.whole_files import read_json, write_text
 
 CONFIG = "config.json"
@@ -90,7 +91,7 @@ def folder_of(files: Iterable[Path], name: str = "files") -> Iterator[Path]:
     A library that is given it cannot read another file of a checkpoint's directory, on which its digest does not
     depend: pickled weights, an adapter, code.
     """
-    with tempfile.TemporaryDirectory(prefix="ovqk-") as above:
+    with tempfile.TemporaryDirectory(dir=scratch_folder()) as above:
         folder = Path(above) / (name or "files")
         folder.mkdir()
         for path in files:

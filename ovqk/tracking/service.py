@@ -19,6 +19,7 @@ from typing import Any
 import platformdirs
 
 from ovqk.errors import UserError, first_line
+from ovqk.scratch import scratch_folder
 
 INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
 FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
@@ -77,6 +78,8 @@ def _service(wandb: Any) -> tuple[Any, subprocess.Popen[bytes]]:
 def _settle_environment() -> None:
     """Set the environment variables that W&B reads when it is imported."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if "wandb" not in sys.modules:  # it makes temporary folders when it is imported, which a killed process leaves
+        tempfile.tempdir = str(scratch_folder())
     os.environ.pop("WANDB_SERVICE", None)  # a parent's service: this process has its own
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]  # as good as not set, and W&B refuses some of them
@@ -84,7 +87,7 @@ def _settle_environment() -> None:
         try:
             Path(platformdirs.user_cache_dir("wandb")).mkdir(parents=True, exist_ok=True)
         except OSError:  # a home that cannot be written, of which the service would complain at length
-            os.environ["WANDB_CACHE_DIR"] = tempfile.mkdtemp(prefix="ovqk-wandb-")
+            os.environ["WANDB_CACHE_DIR"] = tempfile.mkdtemp(prefix="wandb-", dir=scratch_folder())
 
 
 def start_meanwhile() -> None:
