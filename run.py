@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ovqk.config.mistakes import check_keys, mistakes
 from ovqk.config.rerun import refuse_foreign_files
 from ovqk.config.schema import register
-from ovqk.errors import UserError, one_message, was_interrupted
+from ovqk.errors import UserError, one_message, print_any_text, was_interrupted
 from ovqk.sweep import end_early, launcher_hint
 
 gc.disable()  # until ovqk.sweep has imported the rest: to look for garbage in what stays takes a tenth of the start
@@ -50,6 +50,7 @@ def run() -> None:
     """Run the command line, and say in one message what is wrong with it or what broke it off."""
     if signal.getsignal(signal.SIGINT) is stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    print_any_text()
     try:
         with one_message():
             run_choice()

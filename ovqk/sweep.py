@@ -271,12 +271,13 @@ def _prepare_workers() -> None:
 def _check(config: DictConfig) -> None:
     """Refuse a choice that would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import make_results_dir
-    from ovqk.config.resolve import tracking_mode
+    from ovqk.config.resolve import refuse_tilde, tracking_mode
     from ovqk.config.secrets import refuse_secrets
 
     _collect_garbage()
     refuse_secrets(config)
     tracking_mode(config, os.environ.get("WANDB_MODE"))
+    refuse_tilde(str(config.results_dir))
     make_results_dir(Path(str(config.results_dir)))
 
 

@@ -108,5 +108,14 @@ def remember(path: Path, content: Any) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the user's cache folder for ovqk (`OVQK_CACHE_DIR` moves it)."""
-    return Path(os.environ.get("OVQK_CACHE_DIR") or platformdirs.user_cache_dir("ovqk"))
+    """Return the user's cache folder for ovqk (`OVQK_CACHE_DIR` moves it).
+
+    Raises:
+        UserError: the home folder is not known.
+    """
+    folder = Path(os.environ.get("OVQK_CACHE_DIR") or platformdirs.user_cache_dir("ovqk"))
+    if str(folder).startswith("~"):
+        raise UserError(
+            f"the cache folder {folder}: the home folder is not known. Set HOME, or OVQK_CACHE_DIR to a whole path."
+        )
+    return folder

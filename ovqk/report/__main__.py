@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ovqk.errors import one_message
+from ovqk.errors import one_message, print_any_text
 from ovqk.report.write import write_report
 
 
@@ -22,6 +22,7 @@ def _print(line: str) -> None:
 @one_message()
 def main() -> None:
     """Write the report of a results folder."""
+    print_any_text()
     parser = argparse.ArgumentParser(
         prog="python -m ovqk.report", description="One page that shows a folder of results."
     )

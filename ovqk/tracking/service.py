@@ -5,6 +5,7 @@ its own log. This is the only module that imports wandb.
 import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ from ovqk.scratch import scratch_folder
 
 INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
 FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
+LONGEST_SECONDS = 86_400.0  # that an environment variable may set
 GRACE_SECONDS = 10.0  # after which the service is killed if it does not keep these times itself
 WRITTEN_SECONDS = 5.0  # for an offline run to be on disk after W&B has finished it
 LOG_MARK = b":W&B"  # how W&B's log of an offline run begins
@@ -137,9 +139,12 @@ def settings() -> dict[str, Any]:
 def _seconds(name: str, default: float) -> float:
     value = os.environ.get(name) or default
     try:
-        return float(value)
+        seconds = float(value)
     except ValueError:
-        raise UserError(f"{name}={value}: must be a number of seconds") from None
+        seconds = math.nan
+    if not 0 < seconds <= LONGEST_SECONDS:
+        raise UserError(f"{name}={value}: must be a number of seconds in 0 .. {LONGEST_SECONDS:.0f}")
+    return seconds
 
 
 @contextlib.contextmanager
