@@ -44,7 +44,7 @@ FUZZ: dict[str, Any] = {
     "deadline": None, "derandomize": True, "database": None, "phases": [Phase.generate], "report_multiple_bugs": False,
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 }  # fmt: skip
-COUNTS = {"headers": 500, "configs": 500, "whole models": 60, "tokenizers": 340, "tables": 300, "records": 300}
+COUNTS = {"headers": 700, "configs": 700, "whole models": 60, "tokenizers": 340, "tables": 100, "records": 100}
 assert sum(COUNTS.values()) == 2000
 
 ODD = st.one_of(
