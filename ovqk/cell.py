@@ -20,7 +20,7 @@ from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import cache_folder
 from ovqk.checkpoints.opening import open_checkpoint
-from ovqk.config.resolve import resolve, tracking_mode
+from ovqk.config.resolve import resolve, tracking_mode, user_path
 from ovqk.config.schema import Config, TrackingMode
 from ovqk.errors import UserError, one_message, told, was_interrupted, without_secrets
 from ovqk.memory import is_exhausted
@@ -225,7 +225,7 @@ def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | No
     """Return the cache for results that depend on no task; None with `cache=false`."""
     if not cell.cache:
         return None
-    folder = cache_folder() if cell.cache_dir is None else Path(cell.cache_dir).expanduser()
+    folder = cache_folder() if cell.cache_dir is None else user_path("cache_dir", cell.cache_dir)
     return StructureCache(folder, cell.cache_gb, checkpoint.digest)
 
 

@@ -26,7 +26,7 @@ from ovqk.config.mistakes import check_keys, mistakes
 from ovqk.config.place import CONF
 from ovqk.config.rerun import refuse_foreign_files
 from ovqk.config.schema import register
-from ovqk.errors import SHOWS_TRACEBACK, UserError, one_message, was_interrupted
+from ovqk.errors import SHOWS_TRACEBACK, UserError, one_message, print_any_text, was_interrupted
 from ovqk.interrupts import importing_is_over
 from ovqk.sweep import end_early, launcher_hint
 
@@ -48,6 +48,7 @@ def main(config: DictConfig) -> float | None:
 def run() -> None:
     """Run the command line, and say in one message what is wrong with it or what broke it off."""
     importing_is_over()
+    print_any_text()
     try:
         with one_message():
             _run()

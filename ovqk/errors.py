@@ -1,5 +1,6 @@
 """Errors as a person reads them, and the one place where a user's mistake ends a command."""
 
+import io
 import os
 import re
 import sys
@@ -48,6 +49,13 @@ def one_message() -> Iterator[None]:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         raise SystemExit(CLOSED_PIPE) from None
+
+
+def print_any_text() -> None:
+    """Let standard output and error take any text: a letter that the terminal does not have becomes a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def was_interrupted(error: BaseException | None) -> bool:

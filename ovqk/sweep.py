@@ -272,7 +272,7 @@ def _prepare_workers() -> None:
 def _check(config: DictConfig) -> None:
     """Refuse a choice that would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import make_results_dir
-    from ovqk.config.resolve import tracking_mode
+    from ovqk.config.resolve import refuse_tilde, tracking_mode
     from ovqk.config.schema import TrackingMode
     from ovqk.config.secrets import refuse_secrets
     from ovqk.records import mounts
@@ -282,6 +282,7 @@ def _check(config: DictConfig) -> None:
     refuse_secrets(config)
     if tracking_mode(config, os.environ.get("WANDB_MODE")) is not TrackingMode.none and (said := not_followed()):
         print(f"warning: {said}", file=sys.stderr)
+    refuse_tilde(str(config.results_dir))
     results_dir = Path(str(config.results_dir))
     make_results_dir(results_dir)
     if said := mounts.warning(results_dir):

@@ -65,7 +65,7 @@ def test_an_interrupt_at_any_moment(tmp_path) -> None:
     whole = time.monotonic() - started
     chance = random.Random(9)
     stopped = 0
-    for _ in range(10):
+    for _ in range(6):
         process = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -76,4 +76,4 @@ def test_an_interrupt_at_any_moment(tmp_path) -> None:
             continue  # it had ended
         stopped += 1
         assert (process.returncode, errors) == (130, "ovqk: interrupted.\n")
-    assert stopped >= 4
+    assert stopped >= 3

@@ -181,3 +181,15 @@ def test_tracking_takes_no_cell_id_of_another_form(results, tmp_path, monkeypatc
         track()
     assert "skipped" in (said := capsys.readouterr().err) and "gives cell_id as" in said
     assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(results / ".locks")} == before
+
+
+def test_a_column_of_another_kind_leaves_its_cell_out_of_that_table(results, tmp_path) -> None:
+    bad = bad_cell(results)
+    change_table(bad, "tests", lambda frame: frame.assign(note=1.0))
+    twins = [Path(shutil.copytree(results, tmp_path / name)) for name in "ab"]
+    for number, twin in enumerate(twins):
+        change_record(bad_cell(twin), cell_id=f"{number:012x}")
+    change_table(bad_cell(twins[1]), "tests", lambda frame: frame.assign(note="x"))
+    with pytest.warns(UserWarning, match=r"tests\.parquet of cell 0{11}1 is left out: note holds texts"):
+        found = load_results([results, *twins])
+    assert found["tests"]["cell_id"].nunique() == 2 and found["heads"]["cell_id"].nunique() == 4

@@ -141,14 +141,27 @@ class Checkpoint:
         return f"It holds {len(self.shapes)} tensors; those nearest by name: {', '.join(near[:3])}."
 
 
+LARGEST = 1e9
+"""The largest magnitude of a weight: products of four, as metrics have them, stay finite in float32."""
+
+
 def check_finite(label: str, name: str, tensor: Tensor) -> None:
-    """Refuse a tensor that holds NaN or infinity.
+    """Refuse a tensor that holds NaN or infinity, or numbers whose products are infinite.
 
     Raises:
         UserError: it does.
     """
-    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # nan goes through; nothing is allocated
+    if not tensor.numel():
+        return
+    extremes = torch.stack(tensor.aminmax())  # nan goes through; nothing is allocated
+    if not extremes.isfinite().all():
         raise UserError(
             f"{label}: tensor '{name}' holds NaN or infinity; allowed: finite weights. Did its training or its "
             "conversion to 16 bits fail?"
+        )
+    largest = float(extremes.abs().max())
+    if largest > LARGEST:
+        raise UserError(
+            f"{label}: tensor '{name}' holds a weight of magnitude {largest:.3g}; allowed: up to {LARGEST:g}. Is the "
+            "file damaged?"
         )

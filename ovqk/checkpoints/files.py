@@ -13,6 +13,7 @@ from typing import Any
 import platformdirs
 
 from ovqk.errors import UserError
+from ovqk.scratch import scratch_folder
 from ovqk.whole_files import clear_abandoned, read_json, write_text
 
 CONFIG = "config.json"
@@ -91,7 +92,7 @@ def folder_of(files: Iterable[Path], name: str = "files") -> Iterator[Path]:
     A library that is given it cannot read another file of a checkpoint's directory, on which its digest does not
     depend: pickled weights, an adapter, code.
     """
-    with tempfile.TemporaryDirectory(prefix="ovqk-") as above:
+    with tempfile.TemporaryDirectory(dir=scratch_folder()) as above:
         folder = Path(above) / (name or "files")
         folder.mkdir()
         for path in files:
@@ -109,5 +110,14 @@ def remember(path: Path, content: Any) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the user's cache folder for ovqk (`OVQK_CACHE_DIR` moves it)."""
-    return Path(os.environ.get("OVQK_CACHE_DIR") or platformdirs.user_cache_dir("ovqk"))
+    """Return the user's cache folder for ovqk (`OVQK_CACHE_DIR` moves it).
+
+    Raises:
+        UserError: the home folder is not known.
+    """
+    folder = Path(os.environ.get("OVQK_CACHE_DIR") or platformdirs.user_cache_dir("ovqk"))
+    if str(folder).startswith("~"):
+        raise UserError(
+            f"the cache folder {folder}: the home folder is not known. Set HOME, or OVQK_CACHE_DIR to a whole path."
+        )
+    return folder

@@ -18,6 +18,7 @@ from ovqk.checkpoints.files import (
     read_config,
 )
 from ovqk.checkpoints.tensors import FLOATING, SafetensorsFiles, index_files
+from ovqk.config.resolve import user_path
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
 
@@ -53,7 +54,7 @@ def open_checkpoint(model: ModelConfig, hub_timeout: float = 60.0, reads: hub.Re
 def _open_local(model: ModelConfig) -> Checkpoint:
     if not model.path:
         raise UserError(f"model.path: not set. model=local needs model.path=PATH: {LOCAL_KINDS}.")
-    path = Path(model.path).expanduser()
+    path = user_path("model.path", model.path)
     label = f"model.path={model.path}"
     if path.is_dir():
         return _open_directory(path, label)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ovqk.checkpoints.shards import read_header
+from ovqk.checkpoints.shards import Read, read_header
 from ovqk.errors import UserError
 
 KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -105,10 +105,7 @@ def index_files(paths: Iterable[Path]) -> tuple[dict[str, Place], dict[str, tupl
     for path in paths:
         try:
             with path.open("rb") as file:
-                descriptor = file.fileno()
-                header = read_header(
-                    lambda offset, length, of=descriptor: os.pread(of, length, offset), os.fstat(descriptor).st_size
-                )
+                header = read_header(_reader(file.fileno()), os.fstat(file.fileno()).st_size)
             for name, tensor in header.tensors.items():
                 if name in shapes or name in unread:
                     other = files[name].path.name if name in files else "another file"
@@ -121,6 +118,10 @@ def index_files(paths: Iterable[Path]) -> tuple[dict[str, Place], dict[str, tupl
         except (ValueError, OSError) as error:
             raise UserError(_damaged(path, error)) from error
     return files, shapes, unread
+
+
+def _reader(descriptor: int) -> Read:
+    return lambda offset, length: os.pread(descriptor, length, offset)
 
 
 def _damaged(path: Path, error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Resolving a cell's choice to typed and checked values, and configs to plain data."""
 
+import math
 import re
 from dataclasses import asdict
 from enum import Enum
@@ -17,6 +18,7 @@ RESERVED = "wandb"  # W&B's folder beside those of the models
 REPOSITORY = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+LONGEST_OFFSET = 10_000_000  # no model's context is longer
 
 
 def resolve(config: DictConfig) -> Config:
@@ -35,7 +37,7 @@ def resolve(config: DictConfig) -> Config:
                 "safetensors file of TransformerLens names."
             )
         config = config.copy()
-        path = Path(config.model.path).expanduser()
+        path = user_path("model.path", config.model.path)
         stem = path.resolve().name.removesuffix(".safetensors").removesuffix(".gguf")
         config.model.name = re.sub(r"[^A-Za-z0-9._+-]+", "-", stem).strip("-.") or "local"
     if "model.name" in missing and config.model.source is Source.hub:
@@ -89,9 +91,10 @@ def _check(config: Config) -> None:
     circuits = config.analysis.circuits
     if not circuits or len(set(circuits)) != len(circuits) or not set(circuits) <= set(CIRCUITS):
         raise UserError(f"analysis.circuits={circuits}: allowed are {', '.join(CIRCUITS)}, each once.")
-    if not config.analysis.offsets or min(config.analysis.offsets) < 0:
+    offsets = config.analysis.offsets
+    if not offsets or min(offsets) < 0 or max(offsets) > LONGEST_OFFSET:
         raise UserError(
-            f"analysis.offsets={config.analysis.offsets}: allowed are one or more offsets >= 0 (query minus key)."
+            f"analysis.offsets={offsets}: allowed are one or more offsets in 0 .. {LONGEST_OFFSET} (query minus key)."
         )
     if config.analysis.components < 0:
         raise UserError(f"analysis.components={config.analysis.components}: must be a number of components >= 0.")
@@ -115,11 +118,12 @@ def _check(config: Config) -> None:
             f"model.claims=measured: analysis={config.analysis.name} does not run the model; allowed with "
             "analysis=full and analysis=activations."
         )
+    refuse_tilde(config.results_dir)
     if not config.cache_gb > 0:
         raise UserError(
             f"cache_gb={config.cache_gb}: must be a positive number of gigabytes; cache=false keeps nothing."
         )
-    if config.hub_timeout <= 0:
+    if not (config.hub_timeout > 0 and math.isfinite(config.hub_timeout)):
         raise UserError(f"hub_timeout={config.hub_timeout}: must be a positive number of seconds.")
     if config.model.n_ctx is not None and config.model.n_ctx < 1:
         raise UserError(f"model.n_ctx={config.model.n_ctx}: must be a positive number of tokens.")
@@ -130,6 +134,28 @@ def _check(config: Config) -> None:
             f"model.trust_remote_code=true with model.revision={config.model.revision}: running a repository's code "
             "needs a revision that is a full commit (40 hexadecimal digits)."
         )
+
+
+def user_path(key: str, path: str) -> Path:
+    """Return a path that a user typed, with `~` for the home folder.
+
+    Raises:
+        UserError: nobody knows the home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}={path}: {error} Write the path without '~', or set HOME.") from error
+
+
+def refuse_tilde(results_dir: str) -> None:
+    """Refuse a results folder under `~`, which a shell left as it is: Hydra would make a folder of that name.
+
+    Raises:
+        UserError: it is.
+    """
+    if results_dir.startswith("~"):
+        raise UserError(f"results_dir={results_dir}: the shell has not replaced '~'; write $HOME, or the whole path.")
 
 
 def plain(config: Any) -> dict[str, Any]:

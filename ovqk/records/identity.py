@@ -1,6 +1,7 @@
 """A cell's identity: everything that its numbers depend on, and nothing else.
 
-Two cells with one id have the same tables, whatever the machine, the folder, the device or the number of threads.
+Two cells with one id have the same tables up to rounding, whatever the machine, the folder, the device or the number of
+threads (docs/performance.md says by how much), and to the byte on one machine with one number of threads.
 """
 
 import hashlib

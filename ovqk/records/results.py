@@ -1,6 +1,7 @@
 """Records as DataFrames: every table of every done cell, with the cell's coordinates as columns."""
 
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def load_results(
     if missing:
         there = sorted({path.stem for row in rows for path in Path(row["folder"]).glob("*.parquet")})
         raise ValueError(f"tables: {', '.join(missing)}: in none of the {len(rows)} cells; there: {', '.join(there)}")
-    frames = {name: pa.concat_tables(parts[name], promote_options="permissive").to_pandas() for name in sorted(parts)}
+    frames = {name: _joined(name, parts[name]).to_pandas() for name in sorted(parts)}
     return {"cells": pd.DataFrame(rows)} | frames
 
 
@@ -99,6 +100,40 @@ def _done_cells(places: str | Path | Iterable[str | Path]) -> Iterator[tuple[Pat
             if record.get("cell_id", folder) not in seen:
                 seen.add(record.get("cell_id", folder))
                 yield folder, record
+
+
+def _joined(name: str, tables: list[pa.Table]) -> pa.Table:
+    """Join one table of all cells; a cell whose column holds another kind of value than the others' is left out."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:
+        pass
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    for table in tables:
+        for field in table.schema:
+            kinds[field.name][_kind(field.type)] += 1
+    usual = {column: (found - Counter(null=found["null"])).most_common(1) for column, found in kinds.items()}
+    kept = []
+    for table in tables:
+        odd = [
+            field.name
+            for field in table.schema
+            if (most := usual[field.name]) and _kind(field.type) not in ("null", most[0][0])
+        ]
+        if odd:
+            cell = table.column("cell_id")[0].as_py() if table.num_rows else "an empty one"
+            told = f"{name}.parquet of cell {cell} is left out: {odd[0]} holds {_kind(table.schema.field(odd[0]).type)}"
+            warnings.warn(f"{told}, and {usual[odd[0]][0][0]} in other cells", stacklevel=3)
+        else:
+            kept.append(table)
+    return pa.concat_tables(kept, promote_options="permissive")
+
+
+def _kind(kind: pa.DataType) -> str:
+    if pa.types.is_null(kind):
+        return "null"
+    numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return "numbers" if numeric else "true or false" if pa.types.is_boolean(kind) else "texts"
 
 
 def _leave_out(folder: Path, wrong: str) -> None:

@@ -165,6 +165,12 @@ def _table_fault(path: Path, name: str, rows: Any, summary: Mapping[str, Any]) -
                 return f"has no column {column}"
             if not fits(schema.field(column).type):
                 return f"has {schema.field(column).type} in {column}; allowed: {allowed}"
+    for field in schema:
+        of_heads = name == "heads" and field.name not in TEXTS["heads"]
+        if not (_holds_numbers(field.type) or pa.types.is_boolean(field.type)) and (
+            of_heads or not _holds_texts(field.type)
+        ):
+            return f"has {field.type} in {field.name}; allowed: {'numbers' if of_heads else 'numbers or texts'}"
     by_name = {schema.names[index]: index for index in range(len(schema.names))}
     for column in positions:
         most = summary["n_layers"] if column.endswith("layer") else max(1, summary["n_heads"] // summary["n_layers"])

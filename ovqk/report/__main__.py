@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovqk.config.command_line import tool
-from ovqk.errors import one_message
+from ovqk.errors import one_message, print_any_text
 from ovqk.report.write import write_report
 
 
@@ -24,6 +24,7 @@ def _print(line: str) -> None:
 @one_message()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report of a results folder."""
+    print_any_text()
     parser = argparse.ArgumentParser(prog=tool("report"), description="One page that shows a folder of results.")
     parser.add_argument("results_dir", type=Path, help="the folder that cells were written to")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page; RESULTS_DIR/report.html unless given")

@@ -23,7 +23,7 @@ from ovqk.locks import locked
 from ovqk.metrics import SCHEMA_VERSION
 from ovqk.structure.model import Model
 from ovqk.structure.stages import Tables
-from ovqk.whole_files import temporary
+from ovqk.whole_files import is_temporary, temporary
 
 PACKAGE = Path(__file__).parents[1]
 ENTRY = "entry.json"
@@ -108,7 +108,21 @@ class StructureCache:
                 held.close()
                 with suppress(OSError):  # another process throws it away, or it is another user's
                     os.utime(folder / ENTRY)
+            else:
+                _clear_abandoned(self.folder, folder.name)
             yield Entry(found, folder, self.most)
+
+
+def _clear_abandoned(folder: Path, key: str) -> None:
+    """Remove the entries that killed processes left half-written. The lock of this key is held, others are tried."""
+    for left in folder.glob(".*.tmp"):
+        other = left.name[1:].split(".")[0]
+        if not is_temporary(left.name):
+            continue
+        with ExitStack() as held, suppress(OSError, UserError):  # another process is at work on it
+            if other != key:
+                held.enter_context(locked(folder / f".{other}.lock", other, wait=False))
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _read(folder: Path) -> Tables | None:

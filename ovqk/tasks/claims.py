@@ -115,7 +115,7 @@ def parse_head(name: object, key: str, architecture: Architecture) -> Head:
     Raises:
         UserError: not of that form, or the model has no such head.
     """
-    match = re.fullmatch(r"(\d+)\.(\d+)", name) if isinstance(name, str) else None
+    match = re.fullmatch(r"([0-9]{1,6})\.([0-9]{1,6})", name) if isinstance(name, str) else None
     if match is None:
         raise UserError(f"{key}: '{name}' is not a head; write layer.head in quotes, as \"9.10\".")
     layer, head = int(match[1]), int(match[2])

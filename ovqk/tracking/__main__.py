@@ -18,18 +18,20 @@ from filelock import Timeout
 
 from ovqk.config.command_line import tool
 from ovqk.config.schema import TrackingConfig, TrackingMode
-from ovqk.errors import UserError, one_message
+from ovqk.errors import UserError, one_message, print_any_text
 from ovqk.records.record import claim, fault, read_record, read_tracking, says_done
 from ovqk.records.results import cell_folders
 from ovqk.tracking.environment import not_followed, project_of
 from ovqk.tracking.run import Destination
 from ovqk.tracking.sweep_panels import Sweep, read_sweeps
 from ovqk.tracking.track import TrackedCell, TrackedSweep, attempt_tracking, needs_tracking
+from ovqk.whole_files import DISK
 
 
 @one_message()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Track the finished cells under a results folder that were never tracked, and then its sweeps."""
+    print_any_text()
     parser = argparse.ArgumentParser(prog=tool("track"), description="Send finished cells to W&B.")
     parser.add_argument("results_dir", type=Path)
     parser.add_argument("--mode", choices=["online", "offline"], help="WANDB_MODE unless given, else online")
@@ -115,6 +117,10 @@ def _held(
     except Timeout:
         print(f"skipped {name}: another process is at work on it", file=sys.stderr)
         return True
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise UserError(f"{results_dir}: it cannot be written ({error.strerror}); nothing was tracked.") from error
     if outcome is None:
         return True
     status, reason = outcome

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ovqk import wording
 from ovqk.config.command_line import tool
 from ovqk.config.schema import TrackingConfig
-from ovqk.errors import UserError, one_message, told
+from ovqk.errors import UserError, one_message, print_any_text, told
 from ovqk.metrics import METRICS, Topic, shown_in
 from ovqk.records.record import done_records, read_tracking
 from ovqk.records.results import cell_folders
@@ -123,6 +123,7 @@ def _eigenvalue_chart(reports: Any, name: str) -> Any:
 @one_message()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Save the workspace for the cells under a results folder."""
+    print_any_text()
     parser = argparse.ArgumentParser(prog=tool("dashboard"), description="Make a W&B workspace.")
     parser.add_argument("results_dir", type=Path)
     parser.add_argument("--project", help="the one of the cells unless given")

@@ -5,6 +5,7 @@ its own log. This is the only module that imports wandb.
 import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -19,9 +20,11 @@ from typing import Any
 import platformdirs
 
 from ovqk.errors import UserError, first_line
+from ovqk.scratch import scratch_folder
 
 INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
 FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
+LONGEST_SECONDS = 86_400.0  # that an environment variable may set
 GRACE_SECONDS = 10.0  # after which the service is killed if it does not keep these times itself
 WRITTEN_SECONDS = 5.0  # for an offline run to be on disk after W&B has finished it
 LOG_MARK = b":W&B"  # how W&B's log of an offline run begins
@@ -77,6 +80,8 @@ def _service(wandb: Any) -> tuple[Any, subprocess.Popen[bytes]]:
 def _settle_environment() -> None:
     """Set the environment variables that W&B reads when it is imported."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if "wandb" not in sys.modules:  # it makes temporary folders when it is imported, which a killed process leaves
+        tempfile.tempdir = str(scratch_folder())
     os.environ.pop("WANDB_SERVICE", None)  # a parent's service: this process has its own
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]  # as good as not set, and W&B refuses some of them
@@ -84,7 +89,7 @@ def _settle_environment() -> None:
         try:
             Path(platformdirs.user_cache_dir("wandb")).mkdir(parents=True, exist_ok=True)
         except OSError:  # a home that cannot be written, of which the service would complain at length
-            os.environ["WANDB_CACHE_DIR"] = tempfile.mkdtemp(prefix="ovqk-wandb-")
+            os.environ["WANDB_CACHE_DIR"] = tempfile.mkdtemp(prefix="wandb-", dir=scratch_folder())
 
 
 def start_meanwhile() -> None:
@@ -134,9 +139,12 @@ def settings() -> dict[str, Any]:
 def _seconds(name: str, default: float) -> float:
     value = os.environ.get(name) or default
     try:
-        return float(value)
+        seconds = float(value)
     except ValueError:
-        raise UserError(f"{name}={value}: must be a number of seconds") from None
+        seconds = math.nan
+    if not 0 < seconds <= LONGEST_SECONDS:
+        raise UserError(f"{name}={value}: must be a number of seconds in 0 .. {LONGEST_SECONDS:.0f}")
+    return seconds
 
 
 @contextlib.contextmanager

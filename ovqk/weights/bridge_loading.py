@@ -18,6 +18,7 @@ from torch import nn
 from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
 from ovqk.checkpoints.files import CONFIG, INDEX, SINGLE, folder_of
 from ovqk.errors import UserError, first_line
+from ovqk.scratch import scratch_folder
 from ovqk.weights.family import WRAPPERS
 from ovqk.weights.rotary import Rotary
 from ovqk.weights.sizes import refuse_larger
@@ -232,7 +233,7 @@ def unused_tokenizer() -> Iterator[Any]:
 
     tokens = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     special = dict.fromkeys(("unk_token", "pad_token", "bos_token"), "<unk>")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
         PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder)
         yield PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 

@@ -1,0 +1,57 @@
+"""A process's own temporary folder. If the process is killed, the next one that makes such a folder removes it."""
+
+import atexit
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+PREFIX = "ovqk-process-"
+LOCK = "lock"
+"""File that the process holds locked for as long as it lives."""
+UNLOCKED_SECONDS = 3600.0
+"""Age from which a folder without a locked file is abandoned, too; a younger one may be just being made."""
+
+
+def scratch_folder() -> Path:
+    """Return this process's temporary folder, which is removed when it ends."""
+    return _made(os.getpid())
+
+
+@cache
+def _made(process: int) -> Path:
+    _clear_abandoned()
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o600)  # open, and so locked, to the end of the process
+    with suppress(OSError):  # of a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    atexit.register(_remove, folder, process)
+    return folder
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # and not a fork of it
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear_abandoned() -> None:
+    """Remove this user's folders whose processes have ended: nothing holds their locks."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            status = folder.lstat()
+            if status.st_uid != os.getuid() or not folder.is_dir() or folder.is_symlink():
+                continue
+            if not (folder / LOCK).is_file():
+                if time.time() - status.st_mtime > UNLOCKED_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
+                continue
+            lock = os.open(folder / LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
