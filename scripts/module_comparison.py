@@ -18,7 +18,7 @@ from ovqk.weights.block_probes import (
 )
 from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
 from ovqk.weights.norms import apply_norm, normalise
-from ovqk.weights.types import WeightSource, keys, queries
+from ovqk.weights.types import WeightSource, keys, queries, score_scale
 
 LENGTH = 15
 """Tokens of the text that is compared on."""
@@ -89,7 +89,7 @@ def compare_scores(source: WeightSource, layer: int, block: BlockActivations) ->
     facts, weights = source.architecture, fold_layer(source.layer(layer), source.architecture)
     x = normalise(block.stream.double(), facts.norm, facts.norm_eps)
     q, k = queries(weights, x), keys(weights, x)[facts.kv_of_head]
-    scale = facts.attention_scale or facts.d_head**-0.5
+    scale = score_scale(weights, facts)
     mine = torch.zeros(facts.n_heads, LENGTH, LENGTH, dtype=torch.float64)
     for offset in range(LENGTH):
         turned = q[:, offset:]

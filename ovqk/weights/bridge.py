@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.config.schema import ModelConfig
 from ovqk.errors import UserError
-from ovqk.weights.agreement import NO_ROTATION, BlockReading, agrees, measure_norm, read_block
+from ovqk.weights.agreement import NO_ROTATION, BlockReading, measure_norm, read_block
 from ovqk.weights.block_probes import CannotRunError, ModelActivations, record_activations
 from ovqk.weights.bridge_loading import (
     boot_bridge,
     find_architecture,
-    find_rotations,
     find_wrappers,
     load_model,
     notes_of_config,
@@ -32,11 +31,12 @@ from ovqk.weights.bridge_loading import (
 from ovqk.weights.bridge_loading import unused_tokenizer as unused_tokenizer
 from ovqk.weights.bridge_mlp import read_first_mlp
 from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.multipliers import agrees, fit_multiplier, same
 from ovqk.weights.norms import Norm, NormKind, apply_norm
+from ovqk.weights.seen_rotations import find_rotations
 from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, PositionKind
 
 PROBE = 12  # tokens
-SAME_SCALE = 1e-3  # relative, between scales that are fitted to scores
 SEEN_WINDOW = 2  # tokens: a window that shows on so few
 
 
@@ -120,11 +120,14 @@ class BridgeWeights:
         self.notes = self._read_notes(why)
         eps = [reading.eps for reading in self.readings if reading.eps is not None]
         self.eps = eps[0] if eps else float(config.eps)
-        scales = sorted(reading.attention_scale for reading in self.readings if reading.attention_scale is not None)
+        scales = [reading.attention_scale for reading in self.readings if reading.attention_scale is not None]
         n_heads, d_model, d_head = first.W_Q.shape
-        usual = d_head**-0.5
-        alike = bool(scales) and scales[-1] - scales[0] <= SAME_SCALE * abs(scales[-1])  # they are fitted
-        scale = scales[len(scales) // 2] if alike else None
+        scale = scales[0] if scales and all(same(scales[0], other) for other in scales) else None
+        if scale is None:  # a scale for each layer
+            self.readings = [
+                replace(reading, weights=replace(reading.weights, attention_scale=reading.attention_scale))
+                for reading in self.readings
+            ]
         self.architecture = Architecture(
             family=str(config.architecture),
             n_layers=config.n_layers,
@@ -139,7 +142,7 @@ class BridgeWeights:
             causal=self.causal if model.causal is None else model.causal,
             tied=self._tied(),
             activation=str(config.act_fn),
-            attention_scale=None if scale is None or abs(scale / usual - 1) < SAME_SCALE else scale,
+            attention_scale=None if scale is None or same(scale, d_head**-0.5) else scale,
             post_norm=any(reading.weights.post_norm for reading in self.readings),
             qk_norm=any(reading.weights.qk_norm for reading in self.readings) or self._has_query_norm(),
             parallel=self.readings[0].parallel,  # of block 0, which is all that it is asked about
@@ -185,7 +188,9 @@ class BridgeWeights:
         """
         config = model.config.get_text_config()
         rows = model.get_input_embeddings().weight.shape[0]
-        length = min(PROBE, int(getattr(config, "max_position_embeddings", None) or PROBE))
+        rope = getattr(config, "rope_parameters", None) or {}  # beyond the original length some rotations are others
+        limits = getattr(config, "max_position_embeddings", None), rope.get("original_max_position_embeddings")
+        length = min(PROBE, *(int(limit) for limit in limits if limit))
         tokens = torch.randint(0, rows, (length,), generator=torch.Generator().manual_seed(0))
         try:
             recorded = record_activations(model, tokens, config.num_hidden_layers)
@@ -355,8 +360,7 @@ class BridgeWeights:
         if stream is None or rows.shape[1:] != stream.shape[1:]:
             return None
         own, plain = stream if W_pos is None else stream - W_pos[: len(stream)], rows[tokens]
-        scale = float((own * plain).sum() / plain.square().sum().clamp_min(1e-30))
-        scale = 1.0 if abs(scale - 1) < 1e-5 else scale
+        scale = fit_multiplier(plain, own)
         if agrees(plain * scale, own):
             return rows * scale
         for norm, eps in self._embedding_norms(rows.shape[1]) if W_pos is None else ():
@@ -394,8 +398,8 @@ class BridgeWeights:
         given, logits = self.activations.outputs.get(id(original(self.bridge, "unembed"))), self.activations.logits
         if given is None or logits is None or given.shape != logits.shape:
             return 1.0
-        scale = float((given * logits).sum() / given.square().sum().clamp_min(1e-30))
-        return scale if abs(scale - 1) > 1e-5 and agrees(given * scale, logits) else 1.0
+        scale = fit_multiplier(given, logits)
+        return scale if agrees(given * scale, logits) else 1.0
 
     def _positions(self) -> PositionKind:
         if any(reading.biased for reading in self.readings) or not self.causal:

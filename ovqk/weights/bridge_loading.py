@@ -1,4 +1,4 @@
-"""Loading a Hugging Face model, its rotations, and TransformerLens's view of it."""
+"""Loading a Hugging Face model, and TransformerLens's view of it."""
 
 import contextlib
 import io
@@ -7,7 +7,6 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +16,6 @@ from torch import nn
 from ovqk.checkpoints.checkpoint import Checkpoint, check_finite
 from ovqk.errors import UserError, first_line
 from ovqk.weights.family import WRAPPERS
-from ovqk.weights.rotary import Rotary
 
 
 def find_architecture(checkpoint: Checkpoint) -> str:
@@ -148,31 +146,6 @@ def original(owner: Any, name: str) -> nn.Module | None:
     component = getattr(owner, name, None)
     found = getattr(component, "original_component", None)
     return found if isinstance(found, nn.Module) else None
-
-
-def find_rotations(model: nn.Module) -> list[Rotary]:
-    """Return the rotations that the model's buffers and config hold, each once in either layout and direction."""
-    found: list[Rotary] = []
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if not name.endswith("inv_freq") or buffer.dim() != 1 or name.startswith("original"):
-                continue
-            kind = name.removesuffix("inv_freq")
-            factor = getattr(module, f"{kind}attention_scaling", 1.0)
-            found.append(Rotary(buffer.detach().float(), scale=float(factor) ** 2))
-    rotary_dim = getattr(getattr(model, "config", None), "rotary_dim", None)
-    if isinstance(rotary_dim, int) and rotary_dim > 0:  # CodeGen keeps tables of sines and cosines
-        found.append(Rotary(10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)))
-    once: list[Rotary] = []
-    for rotary in found:
-        same = (
-            each.scale == rotary.scale and torch.equal(each.inverse_frequencies, rotary.inverse_frequencies)
-            for each in once
-        )
-        if not any(same):
-            once.append(rotary)
-    once += [replace(rotary, inverse_frequencies=-rotary.inverse_frequencies) for rotary in once]  # turned backwards
-    return [replace(rotary, interleaved=interleaved) for interleaved in (False, True) for rotary in once]
 
 
 def notes_of_config(config: Any) -> list[str]:

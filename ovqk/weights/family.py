@@ -51,6 +51,7 @@ class Family:
         kv_heads: how many there are, if config.json has no key for it.
         scale: key for the number whose -1/2 power scales the scores, or a number; d_head if absent.
         score_multiplier: key for the number that scales the scores itself.
+        divided_by_layer: the scale of the scores is divided by the layer's number, counted from 1.
         experts: block 0's MLP is a mixture of experts.
         read_bias, output_bias, mlp_bias: whether queries, keys and values have biases, whether the output projection
             has one, and whether the MLP has; or config.json's key that says so.
@@ -88,6 +89,7 @@ class Family:
     kv_heads: int | None = None
     scale: str | float | None = None
     score_multiplier: str | None = None
+    divided_by_layer: bool = False
     experts: bool = False
     read_bias: bool | str = False
     output_bias: bool | str = False
