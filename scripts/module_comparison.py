@@ -1,7 +1,6 @@
 """What ovqk reads of a checkpoint, compared in float64 with what hooks on the Hugging Face model see."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from ovqk.circuits.effective_embeddings import Block0
 from ovqk.weights.block_probes import (
     BlockActivations,
-    CannotRunError,
     Recorder,
     find_blocks,
     first_tensor,
@@ -241,19 +239,3 @@ def _double(weights: Any) -> Any:
         elif dataclasses.is_dataclass(value):
             changes[field.name] = _double(value)
     return dataclasses.replace(weights, **changes)
-
-
-def compare_in_float64(source: WeightSource, directory: Path) -> dict[str, float | None]:
-    """Compare with the model in float64; in float32 if its own code does not run in float64."""
-    from transformers import AutoModelForCausalLM
-
-    for dtype in (torch.float64, torch.float32):
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, attn_implementation="eager", experts_implementation="eager", dtype=dtype
-        ).eval()
-        try:
-            return compare(source, model)
-        except CannotRunError:
-            if dtype == torch.float32:
-                raise
-    raise AssertionError("not reached")

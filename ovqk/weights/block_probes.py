@@ -209,7 +209,7 @@ class Recorder:
             handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_Softmax(self._softmax))
+            stack.enter_context(Softmaxes(self._softmax))
             for name in {type(module).__module__ for module in model.modules()}:
                 own = getattr(sys.modules.get(name), "eager_attention_forward", None)
                 if own is not None:
@@ -284,7 +284,7 @@ class Recorder:
         return attend
 
 
-class _Softmax(TorchDispatchMode):
+class Softmaxes(TorchDispatchMode):
     """Reports every softmax's input."""
 
     def __init__(self, tell: Callable[[Tensor], None]) -> None:

@@ -190,7 +190,7 @@ class BridgeWeights:
         rows = model.get_input_embeddings().weight.shape[0]
         rope = getattr(config, "rope_parameters", None) or {}  # beyond the original length some rotations are others
         limits = getattr(config, "max_position_embeddings", None), rope.get("original_max_position_embeddings")
-        length = min(PROBE, *(int(limit) for limit in limits if limit))
+        length = min([PROBE, *(int(limit) for limit in limits if limit)])
         tokens = torch.randint(0, rows, (length,), generator=torch.Generator().manual_seed(0))
         try:
             recorded = record_activations(model, tokens, config.num_hidden_layers)

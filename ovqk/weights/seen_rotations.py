@@ -1,7 +1,7 @@
 """The rotations that a Hugging Face model holds, and the factor on their cosines and sines as its blocks see them.
 
 A factor on cosines and sines multiplies R(D), and so belongs to W_QK: it need not reach all of a head's components.
-Every other number that multiplies queries, keys or scores is the scale of the scores (section 1 of the definitions).
+Every other number that multiplies queries, keys or scores is the scale of the scores (docs/definitions.md, section 1).
 Which number a model puts on its cosines is not told by any name, so it is measured on those that a block is handed.
 """
 
