@@ -615,6 +615,31 @@ def test_a_cap_on_logits_is_told(tiny, tmp_path) -> None:
     assert any("logits are capped at 20, which is not part of any metric" in note for note in notes)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "gemma3", "llava around gemma2", "vaultgemma", "nanochat"])
+def test_a_cap_on_logits_is_told_of_models_that_have_it_alone(kind, tmp_path) -> None:
+    """Models for pictures leave out the cap that the text model within has when it stands alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    torch.manual_seed(1)
+    capped = {"final_logit_softcapping": 0.05, "attn_logit_softcapping": None}
+    sizes = {key: value for key, value in TEXT.items() if key != "rope_parameters"} | {"head_dim": 8, **capped}
+    config = {
+        "gemma3": {**BESIDE_PICTURES["llava"], "text_config": sizes, "mm_tokens_per_image": 4},
+        "llava around gemma2": BESIDE_PICTURES["llava"] | {"text_config": {"model_type": "gemma2", **sizes}},
+    }.get(kind, sizes)
+    if kind == "gemma3":
+        config["vision_config"] = {**config["vision_config"], "model_type": "siglip_vision_model"}
+    beside = kind in ("gemma3", "llava around gemma2")
+    auto = AutoModelForImageTextToText if beside else AutoModelForCausalLM
+    made = AutoConfig.for_model(kind.split()[0], **json.loads(json.dumps(config)))
+    model = randomise(auto.from_config(made, attn_implementation="eager"))
+    model.save_pretrained(tmp_path)
+    logits = model(torch.arange(1, 11)[None]).logits
+    told = "logits are capped at 0.05, which is not part of any metric" in opened(tmp_path).notes
+    assert told == (not beside) == bool(logits.abs().max() <= 0.05)
+
+
 def test_keys_that_transformers_does_not_have_for_a_model_type_are_not_read(tiny, tmp_path) -> None:
     """Mistral's window is that of every layer, whatever keys of Qwen2 stand beside it; OLMo's epsilon is fixed."""
     full = ["full_attention"] * 3

@@ -30,6 +30,7 @@ from ovqk.weights.bridge_loading import (
 )
 from ovqk.weights.bridge_loading import unused_tokenizer as unused_tokenizer
 from ovqk.weights.bridge_mlp import read_first_mlp
+from ovqk.weights.masked_windows import find_masked_windows
 from ovqk.weights.mlp import MLPWeights
 from ovqk.weights.multipliers import agrees, fit_multiplier, same
 from ovqk.weights.norms import Norm, NormKind, apply_norm
@@ -37,46 +38,6 @@ from ovqk.weights.seen_rotations import find_rotations
 from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, PositionKind
 
 PROBE = 12  # tokens
-SEEN_WINDOW = 2  # tokens: a window that shows on so few
-
-
-def find_masked_windows(recorded: ModelActivations, model: Any, tokens: Tensor) -> str | None:
-    """Note the sliding window for blocks that attend through a mask and are not told about the window.
-
-    The model is run again with a window so short that it shows: a block has one if its queries then see no token
-    further back.
-
-    Returns:
-        A note for the record if it cannot be seen whether a block has the config's window, else None.
-    """
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    blind = [block for block in recorded.blocks if block is not None and block.window is None]
-    if not isinstance(window, int) or window < 1 or not blind or len(tokens) <= SEEN_WINDOW:
-        return None
-    unseen = (
-        f"config.json gives sliding_window={window}, and it cannot be seen which layers have it: metrics of positions "
-        "are those of layers without a window"
-    )
-    config.sliding_window = SEEN_WINDOW
-    try:
-        short = record_activations(model, tokens, config.num_hidden_layers)
-    except CannotRunError:
-        return unseen
-    finally:
-        config.sliding_window = window
-    told = None
-    for block, other in zip(recorded.blocks, short.blocks, strict=True):
-        if block is None or other is None or block.window is not None:
-            continue
-        if block.pattern is None or other.pattern is None:
-            told = unseen
-            continue
-        far = torch.ones(other.pattern.shape[-2:], dtype=torch.bool).tril(-SEEN_WINDOW)
-        was_seen = bool((block.pattern[..., far] != 0).any())
-        if was_seen and not (other.pattern[..., far] != 0).any():
-            block.window = window
-    return told
 
 
 class BridgeWeights:
@@ -148,6 +109,7 @@ class BridgeWeights:
             parallel=self.readings[0].parallel,  # of block 0, which is all that it is asked about
         )
         self.no_vocabulary = self._why_no_vocabulary(why)
+        self.notes += self._note_on_logits()
 
     def _has_query_norm(self) -> bool:
         """Return whether block 0 has a norm for queries, in whatever form: then no scale of W_QK reaches a score."""
@@ -166,7 +128,7 @@ class BridgeWeights:
         W_pos = self.bridge.W_pos.detach().float() if self.architecture.positions == "learned" else None
         if self.no_vocabulary is not None:
             return EmbeddingWeights(None, W_pos, None, None)
-        W_U = self.bridge.W_U.detach().float() * self._logit_scale()
+        W_U = self.bridge.W_U.detach().float() * (self._logit_scale() or 1.0)
         return EmbeddingWeights(self._embedding_rows(W_pos), W_pos, W_U, self._final_norm())
 
     def first_mlp(self) -> MLPWeights | str:
@@ -393,13 +355,27 @@ class BridgeWeights:
             return False
         return agrees(mine - mine.mean(0), logits - logits.mean(0))  # a bias of the unembedding is a constant
 
-    def _logit_scale(self) -> float:
-        """Return the number that multiplies the unembedding's output; 1 if the model does something else with it."""
-        given, logits = self.activations.outputs.get(id(original(self.bridge, "unembed"))), self.activations.logits
+    def _logit_scale(self) -> float | None:
+        """Return the number that multiplies the unembedding's output; None if the model does something else with it."""
+        given, logits = self._given_logits(), self.activations.logits
         if given is None or logits is None or given.shape != logits.shape:
             return 1.0
         scale = fit_multiplier(given, logits)
-        return scale if agrees(given * scale, logits) else 1.0
+        return scale if agrees(given * scale, logits) else None
+
+    def _given_logits(self) -> Tensor | None:
+        """Return the unembedding's output."""
+        return self.activations.outputs.get(id(original(self.bridge, "unembed")))
+
+    def _note_on_logits(self) -> list[str]:
+        """Say what follows the unembedding, if that is no number."""
+        given, logits = self._given_logits(), self.activations.logits
+        if self.no_vocabulary is not None or self._logit_scale() is not None or given is None or logits is None:
+            return []
+        cap = getattr(self.own.config.get_text_config(), "final_logit_softcapping", None)
+        if cap and agrees(cap * torch.tanh(given / cap), logits):
+            return [f"logits are capped at {cap:g}, which is not part of any metric"]
+        return ["the logits are not the unembedding's output times a number: what follows it is not part of any metric"]
 
     def _positions(self) -> PositionKind:
         if any(reading.biased for reading in self.readings) or not self.causal:

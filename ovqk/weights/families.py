@@ -415,6 +415,8 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
         inner = family_of({"model_type": WRAPPED[kind], **text})
         if inner is None:
             return None
-        return replace(inner, prefixes=BESIDE, complete=False, logit_multiplier=None, logit_divisor=None)
+        caps = tuple(key for key in inner.caps if key != "final_logit_softcapping")  # nothing follows the unembedding
+        bare = replace(inner, logit_multiplier=None, logit_divisor=None, caps=caps)
+        return replace(bare, prefixes=BESIDE, complete=False)
     family = FAMILIES.get(kind)
     return family.variant(config) if family is not None and family.variant is not None else family

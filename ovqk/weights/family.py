@@ -57,6 +57,7 @@ class Family:
             has one, and whether the MLP has; or config.json's key that says so.
         norm_bias: whether the norms on the stream have biases.
         refused: config keys that must be unset or false, as ovqk does not read the features that they turn on.
+        caps: keys of config.json for the largest score or logit, in the order that notes tell them.
         complete: config.json alone tells everything; otherwise transformers fills in the model type's defaults.
         variant: from config.json, the row for this checkpoint; None: the bridge.
         notes: for the record, parts that such a model has and the formulas have not.
@@ -96,6 +97,7 @@ class Family:
     mlp_bias: bool | str = False
     norm_bias: bool = False
     refused: tuple[str, ...] = field(default=())
+    caps: tuple[str, ...] = ()
     complete: bool = False
     variant: Callable[[Mapping[str, Any]], Union["Family", None]] | None = None
     notes: tuple[str, ...] = ()
