@@ -6,6 +6,7 @@ matrices whatever a module's layout, fusing, gains, multipliers and rotations ar
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,12 +42,12 @@ class ReachedError(Exception):
 def compare_materialised(source: WeightSource, model: nn.Module) -> dict[str, float]:
     """Return W_QK's and W_OV's largest relative difference over layers, `w_qk` and `w_ov`, for a model in float64."""
     facts, found = source.architecture, {"w_qk": 0.0, "w_ov": 0.0}
-    calls = _calls(model, facts, STREAMS)
+    calls = functools.cache(lambda streams: _calls(model, facts, streams))
     for layer, module in enumerate(find_blocks(model, facts.n_layers)):
         weights = fold_layer(source.layer(layer), facts)
-        mine, own = w_qk(model, module, calls[layer], weights, facts)
+        mine, own = w_qk(model, module, calls, weights, facts)
         found["w_qk"] = max(found["w_qk"], difference(mine, own))
-        mine, own = w_ov(module, calls[layer], weights, facts)
+        mine, own = w_ov(module, calls(STREAMS)[layer], weights, facts)
         found["w_ov"] = max(found["w_ov"], difference(mine, own))
     return found
 
@@ -75,9 +76,10 @@ def fitted(rows: Tensor, values: Tensor) -> Tensor:
 
 
 def w_qk(
-    model: nn.Module, module: nn.Module, call: Any, weights: LayerWeights, facts: Architecture
+    model: nn.Module, module: nn.Module, calls: Callable[[int], Any], weights: LayerWeights, facts: Architecture
 ) -> tuple[Tensor, Tensor]:
     """ovqk's W_QK and the module's, [head, d_model, d_model]: at offset 0, or 1 if the module shows scores alone."""
+    call = calls(STREAMS)[weights.layer]
     stream = _random_stream(call)
     handed = captured(module, call, stream)
     if isinstance(handed, tuple):
@@ -88,7 +90,7 @@ def w_qk(
         number = MULTIPLIED_READS.get(text.model_type, lambda _: 1.0)(text)
         own = q @ k.repeat_interleave(len(q) // len(k), 0).mT / number
         return bilinear(weights, facts, 0), own
-    grid = _calls(model, facts, GRID * GRID)[weights.layer]
+    grid = calls(GRID * GRID)[weights.layer]
     some = _random_stream(grid)
     query, key = some[:GRID, 1].clone(), some[:GRID, 0].clone()
     some[:, 1], some[:, 0] = query.repeat_interleave(GRID, 0), key.repeat(GRID, 1)

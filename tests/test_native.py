@@ -396,6 +396,30 @@ def test_the_text_model_beside_one_for_pictures_has_its_own_scores(tmp_path, kin
     assert torch.equal(read.W_U, model.get_output_embeddings().weight.T)
 
 
+@torch.no_grad()
+def test_the_unembedding_of_a_text_model_beside_pictures_has_the_name_that_its_wrapper_gives_it(tmp_path) -> None:
+    """GPT-NeoX calls its own `embed_out`, and LLaVA calls any `lm_head`."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = {key: value for key, value in KINDS["gpt_neox"].items() if key != "pad_token_id"}
+    config = BESIDE_PICTURES["llava"] | {"text_config": {"model_type": "gpt_neox", **text}}
+    made = AutoConfig.for_model("llava", **json.loads(json.dumps(config)))
+    model = randomise(AutoModelForImageTextToText.from_config(made))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(opened(tmp_path).embeddings().W_U, model.lm_head.weight.T)
+
+
+def test_a_pattern_of_windows_in_letters_needs_a_kind_for_each_layer(tiny, tmp_path) -> None:
+    """As EXAONE 4's own config.json has them; transformers adds an integer and a string."""
+    path = with_settings(tiny("exaone4"), tmp_path, sliding_window_pattern="LLLG")
+    assert opened(path).layer(0).sliding_window is not None
+    config = json.loads((path / "config.json").read_text())
+    config.pop("layer_types")
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="'sliding_window_pattern' as 'LLLG' and no 'layer_types'; allowed: an integer"):
+        opened(path)
+
+
 def test_a_config_with_the_text_models_keys_at_the_top_is_read_alike(tmp_path) -> None:
     """As the hub has Qwen2-VL: one level of keys, `mrope`, and tensors named as those of a text model."""
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -573,7 +597,7 @@ def test_stored_biases_that_the_model_does_not_have_are_not_read(kind, made, tur
         (
             "llama",
             {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}},
-            "gives rotary settings for full_attention, and layer 0 is of the kind None",
+            r"by kind of layer \('full_attention'\), but a model of model_type=llama has one rotation for all layers",
         ),
     ],
 )

@@ -198,6 +198,8 @@ def _shards(directory: Path, label: str) -> tuple[list[Path], tuple[str, ...]]:
     else:
         pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED)
         found = f" It holds {', '.join(pickled[:3])}, which ovqk does not unpickle." if pickled else ""
+        if quantised := sorted(path.name for path in directory.glob(f"*{GGUF}")):
+            found += f" It holds {few(quantised)}: give that file's path."
         raise UserError(f"{label}: not a checkpoint, it holds no .safetensors file.{found}")
     held_names = [path.name for path in directory.iterdir() if path.is_file()]
     return shards, notes_on_others("the directory", held_names, [path.name for path in shards])

@@ -40,7 +40,7 @@ def find_architecture(checkpoint: Checkpoint) -> str:
             return known[str(name).lower()]
     raise UserError(
         f"{label}: {', '.join(map(str, names))} is neither a family that ovqk reads itself nor an architecture "
-        "that TransformerLens has an adapter for; allowed: those of docs/architectures.md."
+        "that TransformerLens has an adapter for; allowed: those that docs/architectures.md lists as read."
     )
 
 
@@ -72,6 +72,7 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
             output_loading_info=True,
             dtype=torch.float32,
             attn_implementation="eager",
+            experts_implementation="eager",  # others demand rows of certain widths
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             key_mapping=without or None,
@@ -89,7 +90,7 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
             f"{label}: tensor '{name}' has shape {list(stored)}, but config.json and the other tensors promise "
             f"{list(promised)}."
         )
-    n_layers = model.config.get_text_config().num_hidden_layers
+    n_layers = model.config.get_text_config().num_hidden_layers + further_layers(model.config)
     layers = ((name, re.search(r"\.(\d+)\.", name)) for name in sorted(report["unexpected_keys"]))
     beyond = [name for name, number in layers if number is not None and int(number[1]) >= n_layers]
     if beyond:
@@ -103,6 +104,12 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
     for name, parameter in model.named_parameters():
         check_finite(label, name, parameter.detach())
     return model.eval()
+
+
+def further_layers(config: Any) -> int:
+    """Return how many layers that predict further tokens a checkpoint holds behind the model's own."""
+    number = getattr(config.get_text_config(), "num_nextn_predict_layers", None)
+    return number if isinstance(number, int) and number > 0 else 0
 
 
 def _of_gguf(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
@@ -138,6 +145,11 @@ def boot_bridge(checkpoint: Checkpoint, model: Any, architecture: str, trust_rem
     except Exception as error:  # an adapter raises many kinds
         reason = first_line(error) or type(error).__name__
         message = f"{checkpoint.label}: TransformerLens cannot read this {architecture} ({reason})."
+        if lacking := re.search(r"needs the optional (\w+) library", reason):
+            message = (
+                f"{checkpoint.label}: TransformerLens reads {architecture} with the help of the package {lacking[1]}, "
+                f"which is not installed; allowed: an environment with {lacking[1]}, or another architecture."
+            )
         raise UserError(message) from error
 
 
@@ -163,6 +175,11 @@ def notes_of_config(config: Any) -> list[str]:
     named += ["llama_4_scaling_beta"] if any(each.get("llama_4_scaling_beta") for each in kinds) else []
     if named:
         notes.append(f"scores grow with the position of the query ({named[0]}); this is not part of any metric")
+    if further := further_layers(config):
+        notes.append(
+            f"layers that predict further tokens (num_nextn_predict_layers={further}) are not part of the model that "
+            "runs, and are not read"
+        )
     if chunk := getattr(config, "attention_chunk_size", None):
         notes.append(
             f"in layers with chunked attention a query sees its own chunk of {chunk} tokens alone; "

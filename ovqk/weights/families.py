@@ -416,7 +416,7 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
         if inner is None:
             return None
         caps = tuple(key for key in inner.caps if key != "final_logit_softcapping")  # nothing follows the unembedding
-        bare = replace(inner, logit_multiplier=None, logit_divisor=None, caps=caps)
+        bare = replace(inner, logit_multiplier=None, logit_divisor=None, caps=caps, unembedding="lm_head")
         return replace(bare, prefixes=BESIDE, complete=False)
     family = FAMILIES.get(kind)
     return family.variant(config) if family is not None and family.variant is not None else family

@@ -46,6 +46,7 @@ class Family:
             ignores it.
         rotated: which layers are rotated: every one; those that `no_rope_layers` marks with 1; those with a sliding
             window; or those, and every one if no window is set.
+        rotations_by_kind: the module takes other rotary settings for each kind of layer; the others take one for all.
         default_theta: the rotary frequencies' base if config.json gives none (for a `complete` family).
         position_offset: rows in the position embedding before the first position's (OPT: 2).
         kv_heads: how many there are, if config.json has no key for it.
@@ -85,6 +86,7 @@ class Family:
     interleaved: bool = False
     partial_rotary: bool = False
     rotated: Literal["every", "no_rope_layers", "windowed", "windowed_or_every"] = "every"
+    rotations_by_kind: bool = False
     default_theta: float = 10000.0
     position_offset: int = 0
     kv_heads: int | None = None

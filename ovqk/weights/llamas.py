@@ -155,6 +155,7 @@ GEMMA3: Family = Family(
     scale="query_pre_attn_scalar",
     query_key_norm="per_head",
     refused=("use_bidirectional_attention",),
+    rotations_by_kind=True,
     caps=("final_logit_softcapping",),  # of scores the module has none, whatever config.json says
     read_bias="attention_bias",
     output_bias="attention_bias",
@@ -184,7 +185,7 @@ SMOLLM3 = replace(
     rotated="no_rope_layers",
     complete=False,
 )
-OLMO3 = replace(OLMO2, name="olmo3", model_types=("olmo3",), keys=WINDOWED)
+OLMO3 = replace(OLMO2, name="olmo3", model_types=("olmo3",), keys=WINDOWED, rotations_by_kind=True)
 EXAONE4 = replace(
     OLMO2,
     name="exaone4",
