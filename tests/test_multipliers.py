@@ -1,5 +1,7 @@
 """Numbers that multiply what attention reads, scores and writes: measured on the model, and put where the rule says."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -112,6 +114,45 @@ def test_a_number_on_keys_is_the_scale_of_the_scores_and_not_in_w_qk(tmp_path) -
     assert source.layer(0).rotary.scale == 1.0
     assert source.architecture.attention_scale == pytest.approx(0.7 * 6**-0.5, rel=SAME_NUMBER)
     assert agreement.BESIDE_THE_SCALE in source.notes
+
+
+@torch.no_grad()
+def test_a_multiplier_before_attention_is_in_every_weight_that_reads(tmp_path) -> None:
+    mamba = {"mamba_d_ssm": 24, "mamba_n_heads": 4, "mamba_d_head": 6, "mamba_d_state": 8}
+    numbers = {"attention_in_multiplier": 1.1, "attention_out_multiplier": 0.8, "key_multiplier": 0.7}
+    model = make("falcon_h1", tmp_path, **SIZES, **mamba, **numbers)
+    source = bridged(tmp_path)
+    assert any("a multiplier stands between the norm and attention" in note for note in source.notes)
+    for index, block in enumerate(model.model.layers):
+        weights, own = source.layer(index), block.self_attn
+        assert torch.allclose(weights.norm.weight, 1.1 * block.input_layernorm.weight, rtol=2e-6)
+        assert torch.equal(weights.W_V, own.v_proj.weight.reshape(2, 6, 24).mT)
+        assert torch.allclose(weights.W_O, 0.8 * own.o_proj.weight.T.reshape(4, 6, 24), rtol=2e-6, atol=0)
+    assert source.architecture.attention_scale == pytest.approx(0.7 * 6**-0.5, rel=SAME_NUMBER)
+
+
+@torch.no_grad()
+def test_norms_whose_epsilons_differ_leave_the_model_raw(tmp_path, monkeypatch) -> None:
+    """One epsilon is all that later layers' rows are normalised with."""
+    own = agreement.measure_norm
+
+    def other(module, width):
+        found = own(module, width)
+        return dataclasses.replace(found, eps=2e-6) if found is not None and module is second[0] else found
+
+    second = [None]
+    make("arcee", tmp_path, **SIZES)
+    read = agreement.read_block
+
+    def noting(block, module, *rest):
+        second[0] = rest[4] if rest[0].layer == 1 else None
+        return read(block, module, *rest)
+
+    monkeypatch.setattr(agreement, "measure_norm", other)
+    monkeypatch.setattr("ovqk.weights.bridge.read_block", noting)
+    source = bridged(tmp_path)
+    assert not source.foldable
+    assert any("norms before attention have different epsilons" in note for note in source.notes)
 
 
 @torch.no_grad()

@@ -147,12 +147,15 @@ def read_block(
     notes: list[str] = []
     reads: str | None = "its values are not those of the residual stream through a norm before attention"
     eps, scale, biased = None, block.scaling, False
-    for candidate in [*measured, None]:
+    multiplied = [found for found in (_multiplied(block, each) for each in measured) if found is not None]
+    for candidate in [*measured, None, *multiplied]:
         x = block.stream if candidate is None else apply_norm(candidate.norm, block.stream, candidate.eps)
         if not _values_agree(block, x, weights, output_input):
             continue
         weights = replace(weights, norm=None if candidate is None else candidate.norm)
         eps = None if candidate is None else candidate.eps
+        if any(candidate is each for each in multiplied):
+            notes.append("a multiplier stands between the norm and attention; it is in W_Q, W_K and W_V as a gain is")
         matched = _match_scores(block, x, weights, rotations)
         if matched is None:
             reads = "its scores before the softmax are not those of x W_Q and x W_K, normalised and rotated"
@@ -179,6 +182,19 @@ def read_block(
         writes,
         (*notes, *told),
     )
+
+
+def _multiplied(block: BlockActivations, measured: MeasuredNorm) -> MeasuredNorm | None:
+    """Return a norm times the number that makes it attention's own input; None if there is no such number but 1."""
+    given = block.inputs.get(id(block.attention))
+    x = apply_norm(measured.norm, block.stream, measured.eps)
+    if given is None or given.shape != x.shape:
+        return None
+    number, norm = fit_multiplier(x, given), measured.norm
+    if number == 1 or not agrees(number * x, given):
+        return None
+    bias = None if norm.bias is None else number * norm.bias
+    return replace(measured, norm=replace(norm, weight=number * norm.weight, bias=bias))
 
 
 def _values_agree(

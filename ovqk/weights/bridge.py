@@ -251,6 +251,8 @@ class BridgeWeights:
             for reason in (reading.reads, reading.writes):
                 if reason is not None:
                     return f"layer {index}: {reason}"
+        if len({reading.eps for reading in self.readings}) > 1:
+            return "its layers' norms before attention have different epsilons"
         if not same_norm:
             return "its layers have norms of different kinds before attention"
         return None
@@ -407,10 +409,10 @@ class BridgeWeights:
         return self.eps if measured is None else measured.eps
 
     def _measured_norms(self, index: int) -> list[Norm]:
-        """Return a block's norms, the one named as before its MLP first."""
+        """Return a block's norms with the epsilon that the model is read with, the one before its MLP first."""
         named = [original(self.bridge.blocks[index], name) for name in ("ln2", "ln2_post", "ln1", "ln1_post")]
         found = [measure_norm(each, self.architecture.d_model) for each in named if each is not None]
-        return [each.norm for each in found if each is not None]
+        return [each.norm for each in found if each is not None and each.eps == self.eps]
 
 
 def _holds_other_mixers(blocks: list[nn.Module]) -> bool:
