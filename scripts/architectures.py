@@ -111,7 +111,9 @@ def compare_in_float64(source: WeightSource, directory: Path, name: str) -> dict
         ).eval()
         try:
             found = compare(source, model)
-            return found if found["scores"] is None else found | compare_materialised(source, model)
+            if found["scores"] is not None:
+                found.update(compare_materialised(source, model))
+            return found
         except CannotRunError:
             if dtype == torch.float32:
                 raise

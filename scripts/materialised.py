@@ -97,9 +97,9 @@ def w_qk(
     scores = captured(module, grid, some)
     assert torch.is_tensor(scores)
     scores = scores[:, :, 1, 0].double().reshape(GRID, GRID, -1) / score_scale(weights, facts)
-    rows = [normalise(each.double(), facts.norm, facts.norm_eps) for each in (query, key)]
-    left = fitted(rows[0], scores)  # [d_model, key, head]
-    return bilinear(weights, facts, 1), fitted(rows[1], left.transpose(0, 1)).permute(2, 1, 0)
+    query, key = (normalise(each.double(), facts.norm, facts.norm_eps) for each in (query, key))
+    left = fitted(query, scores)  # [d_model, key, head]
+    return bilinear(weights, facts, 1), fitted(key, left.transpose(0, 1)).permute(2, 1, 0)
 
 
 def bilinear(weights: LayerWeights, facts: Architecture, offset: int) -> Tensor:
