@@ -68,25 +68,19 @@ class Moved:
         )
 
 
-@pytest.mark.parametrize(
-    ("name", "factors", "off"),
-    [
-        ("llama, YaRN", {}, ()),
-        ("llama, YaRN", {"query": 1.09}, ("w_qk",)),  # the scores are the same
-        ("llama, YaRN", {"output": 1.3}, ()),  # it changes no head
-        ("llama, YaRN", {"value": 1.3}, ("w_ov",)),
-        ("gpt_neo", {"value": 1.001}, ("w_ov",)),
-    ],
-)
-def test_a_number_in_the_wrong_place_shows_in_the_whole_matrices(name, factors, off, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["llama, YaRN", pytest.param("gpt_neo", marks=pytest.mark.slow)])
+def test_a_number_in_the_wrong_place_shows_in_the_whole_matrices(name, tmp_path) -> None:
     """W_QK times a number and the scale of the scores over it give the model's scores, and another W_QK."""
     from transformers import AutoModelForCausalLM
 
     shrunk_model(name, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float64).eval()
-    found = compare_materialised(Moved(opened(tmp_path), **factors), model)
-    assert {key for key, value in found.items() if not value < RIGHT} == set(off)
-    assert all(abs(found[key] - abs(next(iter(factors.values())) - 1)) < 1e-5 for key in off)
+    source = opened(tmp_path)
+    moved = {"query": {"w_qk"}, "value": {"w_ov"}, "output": set()}  # the last changes no head's product
+    for place, off in moved.items() if name.startswith("llama") else (("value", {"w_ov"}),):
+        found = compare_materialised(Moved(source, **{place: 1.001}), model)
+        assert {key for key, value in found.items() if not value < RIGHT} == off, place
+        assert all(abs(found[key] - 0.001) < 1e-5 for key in off)
 
 
 def test_a_number_that_is_off_is_wrong_and_a_missing_one_is_not() -> None:
