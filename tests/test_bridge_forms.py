@@ -348,6 +348,7 @@ def test_stored_layers_that_predict_further_tokens_are_no_layers_of_the_model(tm
 
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
     make("glm4_moe", tmp_path, **WIDE, **experts, n_group=1, topk_group=1, num_nextn_predict_layers=1)
+    assert not any("num_nextn_predict_layers" in note for note in bridged(tmp_path).notes)
     tensors = load_file(tmp_path / "model.safetensors")
     last = {name: tensor for name, tensor in tensors.items() if ".layers.2." in name}
     for number, fails in ((3, False), (4, True)):
@@ -359,7 +360,7 @@ def test_stored_layers_that_predict_further_tokens_are_no_layers_of_the_model(tm
             continue
         source = bridged(tmp_path)
         assert source.architecture.n_layers == 3
-        assert any("(num_nextn_predict_layers=1) are not part of the model" in note for note in source.notes)
+        assert any("(num_nextn_predict_layers=1): they are not part of" in note for note in source.notes)
 
 
 def test_a_package_that_transformer_lens_asks_for_is_one_plain_message(tmp_path, monkeypatch) -> None:

@@ -25,6 +25,7 @@ from ovqk.weights.bridge_loading import (
     find_wrappers,
     load_model,
     notes_of_config,
+    notes_on_further_layers,
     original,
     quiet,
 )
@@ -251,10 +252,10 @@ class BridgeWeights:
             for reason in (reading.reads, reading.writes):
                 if reason is not None:
                     return f"layer {index}: {reason}"
-        if len({reading.eps for reading in self.readings}) > 1:
-            return "its layers' norms before attention have different epsilons"
         if not same_norm:
             return "its layers have norms of different kinds before attention"
+        if len({reading.eps for reading in self.readings}) > 1:
+            return "its layers' norms before attention have different epsilons"
         return None
 
     def _read_notes(self, why: str | None) -> list[str]:
@@ -290,6 +291,7 @@ class BridgeWeights:
             notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
         if self.foldable and any(each.weights.rotary and each.weights.rotary.scale != 1 for each in self.readings):
             notes.append("the rotary scaling also multiplies the scores; the factor is in W_QK")
+        notes += notes_on_further_layers(self.checkpoint, self.own.config)
         return notes + notes_of_config(self.own.config.get_text_config())
 
     def _why_no_vocabulary(self, why: str | None) -> str | None:

@@ -6,7 +6,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -90,9 +90,8 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
             f"{label}: tensor '{name}' has shape {list(stored)}, but config.json and the other tensors promise "
             f"{list(promised)}."
         )
-    n_layers = model.config.get_text_config().num_hidden_layers + further_layers(model.config)
-    layers = ((name, re.search(r"\.(\d+)\.", name)) for name in sorted(report["unexpected_keys"]))
-    beyond = [name for name, number in layers if number is not None and int(number[1]) >= n_layers]
+    n_layers = model.config.get_text_config().num_hidden_layers
+    beyond = _beyond(report["unexpected_keys"], n_layers + further_layers(model.config))
     if beyond:
         raise UserError(
             f"{label}: config.json gives 'num_hidden_layers' as {n_layers}, but the checkpoint holds '{beyond[0]}', "
@@ -104,6 +103,23 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
     for name, parameter in model.named_parameters():
         check_finite(label, name, parameter.detach())
     return model.eval()
+
+
+def _beyond(names: Iterable[str], n_layers: int) -> list[str]:
+    """Return the names of tensors in layers from this number on."""
+    layers = ((name, re.search(r"\.(\d+)\.", name)) for name in sorted(names))
+    return [name for name, number in layers if number is not None and int(number[1]) >= n_layers]
+
+
+def notes_on_further_layers(checkpoint: Checkpoint, config: Any) -> list[str]:
+    """Return a note if the checkpoint stores layers that predict further tokens."""
+    further, n_layers = further_layers(config), config.get_text_config().num_hidden_layers
+    if not further or not _beyond(checkpoint.shapes, n_layers):
+        return []
+    return [
+        f"the checkpoint stores layers that predict further tokens (num_nextn_predict_layers={further}): they are not "
+        "part of the model that runs, and are not read"
+    ]
 
 
 def further_layers(config: Any) -> int:
@@ -175,11 +191,6 @@ def notes_of_config(config: Any) -> list[str]:
     named += ["llama_4_scaling_beta"] if any(each.get("llama_4_scaling_beta") for each in kinds) else []
     if named:
         notes.append(f"scores grow with the position of the query ({named[0]}); this is not part of any metric")
-    if further := further_layers(config):
-        notes.append(
-            f"layers that predict further tokens (num_nextn_predict_layers={further}) are not part of the model that "
-            "runs, and are not read"
-        )
     if chunk := getattr(config, "attention_chunk_size", None):
         notes.append(
             f"in layers with chunked attention a query sees its own chunk of {chunk} tokens alone; "
