@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from module_comparison import compare_in_float64
-from tiny_architectures import VARIANTS, shrunk_model
+from materialised import compare_materialised
+from module_comparison import compare
+from tiny_architectures import BESIDE_PICTURES, VARIANTS, WHOLE, shrunk_model
 
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
+from ovqk.weights.block_probes import CannotRunError
 from ovqk.weights.readers import open_weights
+from ovqk.weights.types import WeightSource
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120
@@ -44,6 +47,8 @@ class Row:
     name: str
     read: str = ""
     why: str = ""
+    w_qk: float | None = None
+    w_ov: float | None = None
     scores: float | None = None
     writes: float | None = None
     block0: float | None = None
@@ -53,8 +58,17 @@ class Row:
     @property
     def wrong(self) -> bool:
         """Whether a number that ovqk gives differs from the model's own."""
-        numbers = (self.scores, self.writes, self.block0, self.logits)
-        return any(number is not None and not number < RIGHT for number in numbers)
+        return any(number is not None and not number < RIGHT for number in self.numbers)
+
+    @property
+    def numbers(self) -> tuple[float | None, ...]:
+        """The largest relative differences, in the order of the page's columns."""
+        return self.w_qk, self.w_ov, self.scores, self.writes, self.block0, self.logits
+
+    @property
+    def shown(self) -> list[str]:
+        """The same in words; a dash for a number that ovqk does not give."""
+        return ["-" if number is None else f"{number:.0e}" for number in self.numbers]
 
 
 def examine(name: str) -> Row:
@@ -81,9 +95,29 @@ def examine(name: str) -> Row:
             row.read += ", raw"
         elif source.no_vocabulary is not None:
             row.why = f"no vocabulary: {source.no_vocabulary}"
-        for key, value in compare_in_float64(source, directory).items():
+        for key, value in compare_in_float64(source, directory, name.split(",")[0]).items():
             setattr(row, key, value)
     return row
+
+
+def compare_in_float64(source: WeightSource, directory: Path, name: str) -> dict[str, float | None]:
+    """Compare with the model in float64; in float32 if its own code does not run in float64."""
+    import transformers
+
+    kind = getattr(transformers, WHOLE[name] if name in BESIDE_PICTURES else "AutoModelForCausalLM")
+    for dtype in (torch.float64, torch.float32):
+        model = kind.from_pretrained(
+            directory, attn_implementation="eager", experts_implementation="eager", dtype=dtype
+        ).eval()
+        try:
+            found = compare(source, model)
+            if found["scores"] is not None:
+                found.update(compare_materialised(source, model))
+            return found
+        except CannotRunError:
+            if dtype == torch.float32:
+                raise
+    raise AssertionError("not reached")
 
 
 # --- many of them, in workers with a time limit ------------------------------------------------------------------
@@ -165,18 +199,19 @@ def next_row(lines: "queue.Queue[str]", until: float) -> tuple[Row | None, bool]
 
 
 def _shown(row: Row) -> str:
-    numbers = [
-        f"{value:.0e}" if value is not None else "-" for value in (row.scores, row.writes, row.block0, row.logits)
-    ]
-    return f"{'WRONG ' if row.wrong else ''}{row.name}: {row.read} {' '.join(numbers)} {row.why}"
+    return f"{'WRONG ' if row.wrong else ''}{row.name}: {row.read} {' '.join(row.shown)} {row.why}"
 
 
 HEADING = """# Which architectures are read, and how exactly
 
-Every architecture of transformers {version} that is a causal language model, as a tiny random model (4 layers of width
-48, 4 heads, 2 KV heads where the architecture has them), opened by ovqk and compared in float64 with what hooks on the
-Hugging Face model see. `python scripts/architectures.py --write` makes this page anew.
+Every architecture of transformers {version} that is a causal language model, and some for pictures that hold one, as a
+tiny random model (4 layers of width 48, 4 heads, 2 KV heads where the architecture has them), opened by ovqk and
+compared in float64 with what hooks on the Hugging Face model see. `python scripts/architectures.py --write` makes this
+page anew.
 
+- **W_QK**, **W_OV**: each head's whole matrix, with gains, multipliers and rotation and without the scale of the
+  scores, against the one that least squares find in what the module makes of random streams
+  (`scripts/materialised.py`).
 - **scores**: each head's scores before the softmax, every query with every key, positions included.
 - **writes**: what each head adds to the residual stream, with every norm and multiplier behind the output projection.
 - **block 0**: the first block as the effective embedding of later layers.
@@ -192,14 +227,14 @@ def page(rows: list[Row], version: str) -> str:
     """docs/architectures.md."""
     text = [HEADING.format(version=version)]
     read = [row for row in rows if row.read.startswith(("natively", "through"))]
-    text += [f"\n## Read ({len(read)})\n", "| architecture | read | scores | writes | block 0 | logits | remarks |"]
-    text.append("|---|---|---|---|---|---|---|")
+    text += [
+        f"\n## Read ({len(read)})\n",
+        "| architecture | read | W_QK | W_OV | scores | writes | block 0 | logits | remarks |",
+    ]
+    text.append("|---|---|---|---|---|---|---|---|---|")
     for row in read:
-        numbers = [
-            f"{value:.0e}" if value is not None else "-" for value in (row.scores, row.writes, row.block0, row.logits)
-        ]
         remarks = "; ".join([*([row.why] if row.why else []), *row.notes])
-        text.append(f"| {row.name} | {row.read} | {' | '.join(numbers)} | {_cell(remarks)} |")
+        text.append(f"| {row.name} | {row.read} | {' | '.join(row.shown)} | {_cell(remarks)} |")
     for kind, title in (
         ("refused", "Refused, with this message"),
         ("not shrunk", "Not examined: no tiny model can be made"),
@@ -227,7 +262,7 @@ def main() -> int:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    rows = examine_all(arguments.only or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS}))
+    rows = examine_all(arguments.only or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *BESIDE_PICTURES, *VARIANTS}))
     if arguments.write:
         (ROOT / "docs" / "architectures.md").write_text(page(rows, transformers.__version__))
     bad = [row for row in rows if row.wrong or row.read == "TRACEBACK"]

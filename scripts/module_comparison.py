@@ -1,7 +1,6 @@
 """What ovqk reads of a checkpoint, compared in float64 with what hooks on the Hugging Face model see."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from ovqk.circuits.effective_embeddings import Block0
 from ovqk.weights.block_probes import (
     BlockActivations,
-    CannotRunError,
     Recorder,
     find_blocks,
     first_tensor,
@@ -18,7 +16,7 @@ from ovqk.weights.block_probes import (
 )
 from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
 from ovqk.weights.norms import apply_norm, normalise
-from ovqk.weights.types import WeightSource, keys, queries
+from ovqk.weights.types import WeightSource, keys, queries, score_scale
 
 LENGTH = 15
 """Tokens of the text that is compared on."""
@@ -89,7 +87,7 @@ def compare_scores(source: WeightSource, layer: int, block: BlockActivations) ->
     facts, weights = source.architecture, fold_layer(source.layer(layer), source.architecture)
     x = normalise(block.stream.double(), facts.norm, facts.norm_eps)
     q, k = queries(weights, x), keys(weights, x)[facts.kv_of_head]
-    scale = facts.attention_scale or facts.d_head**-0.5
+    scale = score_scale(weights, facts)
     mine = torch.zeros(facts.n_heads, LENGTH, LENGTH, dtype=torch.float64)
     for offset in range(LENGTH):
         turned = q[:, offset:]
@@ -241,19 +239,3 @@ def _double(weights: Any) -> Any:
         elif dataclasses.is_dataclass(value):
             changes[field.name] = _double(value)
     return dataclasses.replace(weights, **changes)
-
-
-def compare_in_float64(source: WeightSource, directory: Path) -> dict[str, float | None]:
-    """Compare with the model in float64; in float32 if its own code does not run in float64."""
-    from transformers import AutoModelForCausalLM
-
-    for dtype in (torch.float64, torch.float32):
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, attn_implementation="eager", experts_implementation="eager", dtype=dtype
-        ).eval()
-        try:
-            return compare(source, model)
-        except CannotRunError:
-            if dtype == torch.float32:
-                raise
-    raise AssertionError("not reached")

@@ -32,6 +32,17 @@ SHRUNK: dict[str, Any] = {
 """What each key of a config is set to, if the architecture's own config has it."""
 MULTIPLIERS = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0}
 YARN = {"original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.7}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 6,
+    "long_factor": [2.0] * 6,
+    "short_mscale": 1.24,
+    "long_mscale": 1.5,
+    "original_max_position_embeddings": 32,
+}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}}
+TOWER = {"depth": 2, "out_hidden_size": 48}
 TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 DOTS3 = {"num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "per_layer_config": {}}
 INDEXER = {
@@ -63,6 +74,12 @@ OWN: dict[str, dict[str, Any]] = {
     "mllama": {"text_config": {"cross_attention_layers": [3]}},
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
+    "qwen2_vl": {"text_config": MROPE, "vision_config": {"depth": 2, "embed_dim": 48}},
+    "qwen2_5_vl": {"text_config": MROPE, "vision_config": {**TOWER, "fullatt_block_indexes": [1]}},
+    "qwen3_vl": {"text_config": MROPE, "vision_config": {**TOWER, "deepstack_visual_indexes": [0]}},
+    "qwen3_vl_moe": {"text_config": MROPE, "vision_config": {**TOWER, "deepstack_visual_indexes": [0]}},
+    "glm4v": {"text_config": MROPE, "vision_config": TOWER},
+    "paligemma": {"projection_dim": 48, "vision_config": {"projection_dim": 48}},
     "reformer": {
         "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [16, 32],
@@ -82,11 +99,32 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """What single architectures need besides."""
 WHOLE = {
+    **{
+        name: f"{stem}ForConditionalGeneration"
+        for name, stem in (
+            ("aya_vision", "AyaVision"),
+            ("glm4v", "Glm4v"),
+            ("idefics3", "Idefics3"),
+            ("internvl", "InternVL"),
+            ("llava", "Llava"),
+            ("llava_next", "LlavaNext"),
+            ("llava_onevision", "LlavaOnevision"),
+            ("mistral3", "Mistral3"),
+            ("paligemma", "PaliGemma"),
+            ("qwen2_5_vl", "Qwen2_5_VL"),
+            ("qwen2_vl", "Qwen2VL"),
+            ("qwen3_vl", "Qwen3VL"),
+            ("qwen3_vl_moe", "Qwen3VLMoe"),
+            ("smolvlm", "SmolVLM"),
+        )
+    },
     "llama4": "Llama4ForConditionalGeneration",
     "musicgen": "MusicgenForConditionalGeneration",
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
 }
 """Classes to make instead of the causal ones, which leave parts of a model out or cannot be made of its config."""
+BESIDE_PICTURES = tuple(name for name in WHOLE if name not in ("llama4", "musicgen", "musicgen_melody"))
+"""Models for pictures whose text model is causal: no causal language models to transformers, but loaded as such."""
 NOT_MADE = {
     "gemma3n": "its vision tower is made by the package timm, which ovqk does not need",
     **dict.fromkeys(
@@ -96,6 +134,25 @@ NOT_MADE = {
 }
 """What cannot be made tiny, and why."""
 VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt2, scores divided by the layer": {"scale_attn_by_inverse_layer_idx": True},
+    "falcon_h1, with multipliers": {
+        "key_multiplier": 0.7,
+        "attention_in_multiplier": 1.1,
+        "attention_out_multiplier": 0.8,
+        "embedding_multiplier": 5.0,
+        "lm_head_multiplier": 0.03,
+        "mlp_multipliers": [0.9, 0.6],
+    },
+    "granitemoe, multipliers near 1": {
+        "residual_multiplier": 0.9993,
+        "embedding_multiplier": 1.00001,
+        "attention_multiplier": 12**-0.5 * 1.0006,
+        "logits_scaling": 1.00001,
+    },
+    "phimoe, LongRoPE": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
+    "glm4_moe, YaRN on a part of each head": {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "partial_rotary_factor": 0.5, **YARN}
+    },
     "llama, with biases of attention": {"attention_bias": True},
     "llama, YaRN": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **YARN}},
     "granite, with multipliers": {**MULTIPLIERS, "attention_multiplier": 0.02, "logits_scaling": 8.0},

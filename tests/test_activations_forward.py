@@ -163,6 +163,21 @@ def weights(directory: Path) -> Model:
     return Model.read(OpenedModel(open_weights(open_checkpoint(local(directory)), local(directory)), "tiny"), config)
 
 
+def test_a_text_model_within_one_for_pictures_has_no_softcap_of_logits() -> None:
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    capped = {"model_type": "gemma2", "final_logit_softcapping": 3.0}
+    logits = torch.tensor([2.0, -1.0])
+    for config, changed in (
+        (AutoConfig.for_model(**capped), True),
+        (AutoConfig.for_model("llava", text_config=capped), False),
+    ):
+        running = SimpleNamespace(model=SimpleNamespace(config=config))
+        assert torch.equal(RunningModel.before_softcap(running, logits), logits) != changed
+
+
 def test_softcaps_are_the_models_own_and_writes_are_before_the_last(tmp_path) -> None:
     folder = tmp_path / "capped"
     plain = make("gemma2", folder, final_logit_softcapping=3.0, attn_logit_softcapping=2.0).eval()

@@ -332,3 +332,45 @@ def test_no_scale_is_given_for_queries_that_are_normalised_in_a_form_that_is_not
     assert source.architecture.qk_norm
     found = analysed(tmp_path)
     assert "no scale of the weights reaches a score" in found.unavailable["qk_frobenius_norm"]
+
+
+@torch.no_grad()
+def test_experts_of_any_width_are_run(tmp_path) -> None:
+    """transformers' fast experts demand rows of a multiple of 16 bytes."""
+    sizes = SIZES | {"hidden_size": 30, "num_attention_heads": 5, "num_key_value_heads": 5, "intermediate_size": 18}
+    make("phimoe", tmp_path, **sizes, **LOCAL_EXPERTS)
+    assert bridged(tmp_path).foldable
+
+
+@torch.no_grad()
+def test_stored_layers_that_predict_further_tokens_are_no_layers_of_the_model(tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
+    make("glm4_moe", tmp_path, **WIDE, **experts, n_group=1, topk_group=1, num_nextn_predict_layers=1)
+    assert not any("num_nextn_predict_layers" in note for note in bridged(tmp_path).notes)
+    tensors = load_file(tmp_path / "model.safetensors")
+    last = {name: tensor for name, tensor in tensors.items() if ".layers.2." in name}
+    for number, fails in ((3, False), (4, True)):
+        further = {name.replace(".layers.2.", f".layers.{number}."): tensor.clone() for name, tensor in last.items()}
+        save_file(tensors | further, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        if fails:
+            with pytest.raises(UserError, match=r"holds 'model\.layers\.4\..*of a layer after those"):
+                bridged(tmp_path)
+            continue
+        source = bridged(tmp_path)
+        assert source.architecture.n_layers == 3
+        assert any("(num_nextn_predict_layers=1): they are not part of" in note for note in source.notes)
+
+
+def test_a_package_that_transformer_lens_asks_for_is_one_plain_message(tmp_path, monkeypatch) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    def fails(*_, **__):
+        raise ImportError("Adapter needs the optional torchvision library from the 'multimodal' group. Install `x`.")
+
+    make("mixtral", tmp_path, **WIDE, **LOCAL_EXPERTS)
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", fails)
+    told = "with the help of the package torchvision, which is not installed; allowed: an environment with torchvision"
+    with pytest.raises(UserError, match=told):
+        bridged(tmp_path)

@@ -252,6 +252,13 @@ def test_a_file_of_another_name_is_no_checkpoint(tmp_path) -> None:
         opened(directory)
 
 
+def test_a_gguf_file_beside_a_config_alone_is_named(tiny, tmp_path) -> None:
+    shutil.copy(tiny("llama") / "config.json", tmp_path)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"holds no \.safetensors file\. It holds m\.gguf: give that file's path"):
+        opened(tmp_path)
+
+
 def test_an_adapter_is_told_of_beside_its_base_model_and_refused_alone(tmp_path) -> None:
     make_llama(tmp_path / "m")
     lora = {"base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight": torch.ones(2, 24)}

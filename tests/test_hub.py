@@ -393,6 +393,45 @@ def test_weights_that_the_repository_does_not_hold(hub, wide) -> None:
     fails(r"the repository holds no model\.safetensors; ovqk unpickles nothing")
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_stands_beside_the_checkpoint_that_is_read_is_told(hub, wide, cached, monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    whole = (wide / SINGLE).read_bytes()
+    shard(wide, second=("h.1.mlp",))
+    (wide / SINGLE).write_bytes(whole)
+    (wide / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    hub.hold(wide)
+    if cached:  # as another program left all of it, with no hub to be asked
+        from huggingface_hub import hf_hub_download
+
+        for name in hub.files:
+            hf_hub_download(REPO, name)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    checkpoint = opened()
+    two, adapter = checkpoint.notes
+    assert two == f"the repository holds more than one checkpoint: {SINGLE} was read, and {', '.join(SHARDS)} was not"
+    assert adapter.startswith("the repository holds an adapter (LoRA or the like), which was not applied")
+    assert {two, adapter} <= set(open_weights(checkpoint, model()).notes)
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_an_adapter_alone_in_a_repository_is_called_so(hub, wide, config) -> None:
+    """With the config.json of its base model beside it, or without."""
+    (wide / SINGLE).rename(wide / "adapter_model.safetensors")
+    (wide / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
+    if not config:
+        (wide / "config.json").unlink()
+    hub.hold(wide)
+    fails(r"an adapter \(LoRA or the like\) of someone/base, without the weights that it adapts")
+
+
+def test_an_adapter_alone_in_the_hub_cache_is_called_so(filled_cache) -> None:
+    snapshot = filled_cache / "models--someone--tiny" / "snapshots" / COMMIT
+    (snapshot / "config.json").rename(snapshot / "adapter_config.json")
+    fails("an adapter", timeout=1.0)
+
+
 def test_a_shard_that_the_index_names_and_the_repository_does_not_hold(hub, wide) -> None:
     shard(wide, second=("h.1.mlp", "h.2.mlp"))
     hub.hold(wide)

@@ -28,7 +28,7 @@ from ovqk.weights.bridge import BridgeWeights
 from ovqk.weights.families import FAMILIES, WRAPPED, family_of
 from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
 from ovqk.weights.norms import apply_norm, normalise
-from ovqk.weights.types import keys, queries
+from ovqk.weights.types import keys, queries, score_scale
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 
@@ -99,7 +99,6 @@ def test_the_bilinear_form_reproduces_the_models_own_scores(tiny, kind) -> None:
 
 def check_scores(source, streams, scores) -> None:
     facts = source.architecture
-    scale = facts.attention_scale or facts.d_head**-0.5
     for layer in range(facts.n_layers):
         weights = fold_layer(source.layer(layer), facts)
         x = normalise(streams[layer], facts.norm, facts.norm_eps)
@@ -108,7 +107,7 @@ def check_scores(source, streams, scores) -> None:
             turned = q[:, D:]
             if weights.rotary is not None:
                 turned = weights.rotary.rotate(turned, *weights.rotary.angles(torch.tensor([D])))
-            mine = (turned * k[:, : LENGTH - D]).sum(-1) * scale
+            mine = (turned * k[:, : LENGTH - D]).sum(-1) * score_scale(weights, facts)
             own = scores[layer].diagonal(-D, dim1=-2, dim2=-1)
             assert (mine - own).abs().max() < 1e-4 * max(1.0, own.abs().max().item()), (layer, D)
 
@@ -397,6 +396,30 @@ def test_the_text_model_beside_one_for_pictures_has_its_own_scores(tmp_path, kin
     assert torch.equal(read.W_U, model.get_output_embeddings().weight.T)
 
 
+@torch.no_grad()
+def test_the_unembedding_of_a_text_model_beside_pictures_has_the_name_that_its_wrapper_gives_it(tmp_path) -> None:
+    """GPT-NeoX calls its own `embed_out`, and LLaVA calls any `lm_head`."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = {key: value for key, value in KINDS["gpt_neox"].items() if key != "pad_token_id"}
+    config = BESIDE_PICTURES["llava"] | {"text_config": {"model_type": "gpt_neox", **text}}
+    made = AutoConfig.for_model("llava", **json.loads(json.dumps(config)))
+    model = randomise(AutoModelForImageTextToText.from_config(made))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(opened(tmp_path).embeddings().W_U, model.lm_head.weight.T)
+
+
+def test_a_pattern_of_windows_in_letters_needs_a_kind_for_each_layer(tiny, tmp_path) -> None:
+    """As EXAONE 4's own config.json has them; transformers adds an integer and a string."""
+    path = with_settings(tiny("exaone4"), tmp_path, sliding_window_pattern="LLLG")
+    assert opened(path).layer(0).sliding_window is not None
+    config = json.loads((path / "config.json").read_text())
+    config.pop("layer_types")
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="'sliding_window_pattern' as 'LLLG' and no 'layer_types'; allowed: an integer"):
+        opened(path)
+
+
 def test_a_config_with_the_text_models_keys_at_the_top_is_read_alike(tmp_path) -> None:
     """As the hub has Qwen2-VL: one level of keys, `mrope`, and tensors named as those of a text model."""
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -574,7 +597,7 @@ def test_stored_biases_that_the_model_does_not_have_are_not_read(kind, made, tur
         (
             "llama",
             {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}},
-            "gives rotary settings for full_attention, and layer 0 is of the kind None",
+            r"by kind of layer \('full_attention'\), but a model of model_type=llama has one rotation for all layers",
         ),
     ],
 )
@@ -606,7 +629,7 @@ def test_what_scales_gpt2s_scores_is_read_or_told(tmp_path, keys, scale, told) -
     source = opened(tmp_path)
     assert source.architecture.attention_scale == scale
     assert [told in note for note in source.notes] == ([True] if told else [])
-    if "scale_attn_weights" in keys:
+    if "scale" in "".join(keys):
         _, streams, scores = run_recorded(tmp_path)
         check_scores(source, streams, scores)
 
@@ -614,6 +637,31 @@ def test_what_scales_gpt2s_scores_is_read_or_told(tmp_path, keys, scale, told) -
 def test_a_cap_on_logits_is_told(tiny, tmp_path) -> None:
     notes = opened(with_settings(tiny("gemma2"), tmp_path, final_logit_softcapping=20.0)).notes
     assert any("logits are capped at 20, which is not part of any metric" in note for note in notes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "gemma3", "llava around gemma2", "vaultgemma", "nanochat"])
+def test_a_cap_on_logits_is_told_of_models_that_have_it_alone(kind, tmp_path) -> None:
+    """Models for pictures leave out the cap that the text model within has when it stands alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    torch.manual_seed(1)
+    capped = {"final_logit_softcapping": 0.05, "attn_logit_softcapping": None}
+    sizes = {key: value for key, value in TEXT.items() if key != "rope_parameters"} | {"head_dim": 8, **capped}
+    config = {
+        "gemma3": {**BESIDE_PICTURES["llava"], "text_config": sizes, "mm_tokens_per_image": 4},
+        "llava around gemma2": BESIDE_PICTURES["llava"] | {"text_config": {"model_type": "gemma2", **sizes}},
+    }.get(kind, sizes)
+    if kind == "gemma3":
+        config["vision_config"] = {**config["vision_config"], "model_type": "siglip_vision_model"}
+    beside = kind in ("gemma3", "llava around gemma2")
+    auto = AutoModelForImageTextToText if beside else AutoModelForCausalLM
+    made = AutoConfig.for_model(kind.split()[0], **json.loads(json.dumps(config)))
+    model = randomise(auto.from_config(made, attn_implementation="eager"))
+    model.save_pretrained(tmp_path)
+    logits = model(torch.arange(1, 11)[None]).logits
+    told = "logits are capped at 0.05, which is not part of any metric" in opened(tmp_path).notes
+    assert told == (not beside) == bool(logits.abs().max() <= 0.05)
 
 
 def test_keys_that_transformers_does_not_have_for_a_model_type_are_not_read(tiny, tmp_path) -> None:

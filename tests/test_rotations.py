@@ -1,6 +1,7 @@
 """Rotary settings of every family, in every form that config.json has for them, against transformers' own modules."""
 
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -121,6 +122,21 @@ def test_every_form_gives_the_rotation_that_transformers_gives(kind, form) -> No
     assert any("no longer than" in note for note in notes) == (form in ("dynamic", "longrope"))
     ignored = not partial and form in ("partial at the top", "partial inside")
     assert any("partial_rotary_factor=0.5, which transformers does not read" in note for note in notes) == ignored
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_rotations_by_kind_of_layer_are_read_of_modules_that_have_them_and_refused_of_others(kind) -> None:
+    kinds = {"full_attention": {"rope_type": "linear", "rope_theta": 77.0, "factor": 4.0}}
+    kinds["sliding_attention"] = {"rope_type": "default", "rope_theta": 500.0}
+    config = {key: value for key, value in KINDS[kind].items() if key not in DROPPED}
+    config |= {"model_type": kind, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_parameters": kinds}
+    module = importlib.import_module(MODEL_MAPPING[type(AutoConfig.for_model(kind))].__module__)
+    rotary = next(getattr(module, name) for name in dir(module) if name.endswith("RotaryEmbedding"))
+    has_kinds = "layer_type" in inspect.signature(rotary.forward).parameters
+    assert family_of(config).rotations_by_kind == has_kinds
+    if not has_kinds:
+        with pytest.raises(UserError, match=r"'rope_parameters' by kind of layer .* allowed: settings for all of them"):
+            read(config)
 
 
 def test_a_plain_llama_is_read_without_transformers() -> None:

@@ -20,7 +20,7 @@ from ovqk.config.schema import ModelConfig
 from ovqk.errors import UserError
 from ovqk.weights.norms import apply_norm
 from ovqk.weights.transformer_lens_file import TransformerLensWeights
-from ovqk.weights.types import LayerWeights, keys, queries
+from ovqk.weights.types import LayerWeights, keys, queries, score_scale
 
 Hooks = dict[str, list[Callable[..., Any]]]
 
@@ -47,7 +47,7 @@ class AttentionBlock(nn.Module):
             before = cache.get_seq_length(weights.layer)
             k, v = cache.update(k, v, weights.layer)
         kv = architecture.kv_of_head
-        scale = architecture.attention_scale or 1 / math.sqrt(architecture.d_head)
+        scale = score_scale(weights, architecture)
         scores = scale * torch.einsum("bhqz,bhkz->bhqk", q, k[:, kv])
         if architecture.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(before + 1)

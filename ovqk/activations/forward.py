@@ -322,8 +322,8 @@ class RunningModel:
 
     def before_softcap(self, logits: Float[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
         """Return logits as they were before the model capped them, if it does."""
-        config = getattr(self.model, "config", None)
-        cap = None if config is None else getattr(config.get_text_config(), "final_logit_softcapping", None)
+        config = getattr(self.model, "config", None)  # a text model's own: within one for pictures it caps nothing
+        cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.atanh(logits / cap)
 
     def _forward(self, **inputs: Any) -> Float[Tensor, "prompt vocabulary"]:

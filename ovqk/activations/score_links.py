@@ -27,7 +27,7 @@ from ovqk.metrics import METRICS
 from ovqk.structure.model import Model
 from ovqk.weights.devices import to_device
 from ovqk.weights.norms import apply_norm, linear_part
-from ovqk.weights.types import Architecture, Head, LayerWeights
+from ovqk.weights.types import Architecture, Head, LayerWeights, score_scale
 
 LEAST_AGREEMENT = 1e-3
 """By how much attention computed from the scores may differ from the model's own, in probability."""
@@ -279,7 +279,7 @@ def split_scores(
     """
     q = _side(weights, architecture, head, *query, side="query")[:, :, 0]
     k = _side(weights, architecture, int(architecture.kv_of_head[head]), *key, side="key")
-    scale = architecture.attention_scale or 1 / math.sqrt(architecture.d_head)
+    scale = score_scale(weights, architecture)
     if weights.rotary is None:
         return scale * torch.einsum("apz,bpkz->pabk", q, k)
     offsets = at[:, None] - torch.arange(k.shape[2])[None]

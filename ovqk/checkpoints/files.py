@@ -19,6 +19,7 @@ from ovqk.whole_files import clear_abandoned, read_json, write_text
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "tokenizer_config.json")
 ABANDONED_AFTER = 3600.0  # seconds; what is remembered is written in milliseconds
 
@@ -53,6 +54,41 @@ def names_by_shard(directory: Path, label: str) -> dict[str, list[str]]:
     except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise UserError(f"{label}: {INDEX} is damaged ({error!r}).") from error
     return dict(sorted(shards.items()))
+
+
+def notes_on_others(place: str, held: Iterable[str], shards: Iterable[str]) -> tuple[str, ...]:
+    """Return notes on checkpoints and adapters that stand beside the one that is read.
+
+    Args:
+        place: how a note names what holds them.
+        held: all files' names.
+        shards: those that are read.
+    """
+    held, shards, notes = sorted(held), list(shards), []
+    others = [name for name in held if name.endswith(".safetensors") and name not in (*shards, ADAPTER[1])]
+    if others:
+        read = SINGLE if SINGLE in shards else f"the shards of {INDEX}"
+        notes.append(f"{place} holds more than one checkpoint: {read} was read, and {few(others)} was not")
+    if any(name in held for name in ADAPTER):
+        notes.append(f"{place} holds an adapter (LoRA or the like), which was not applied: these are the base weights")
+    return tuple(notes)
+
+
+def adapter_alone(directory: Path) -> str:
+    """Return the message for a directory with an adapter and no model, with the base model if its config names it."""
+    base = None
+    if (directory / ADAPTER[0]).is_file():
+        base = read_config(directory, str(directory), ADAPTER[0]).get("base_model_name_or_path")
+    named = f" of {base}" if base else ""
+    return (
+        f"an adapter (LoRA or the like){named}, without the weights that it adapts. Merge it into its base model "
+        "(PEFT's merge_and_unload) and give the merged checkpoint."
+    )
+
+
+def few(names: list[str]) -> str:
+    """Name the first of some files, and count the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def digest(hashes: Mapping[str, str]) -> str:

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from ovqk.checkpoints.files import (
+    ADAPTER,
     CONFIG,
     INDEX,
     SINGLE,
     TOKENIZER_FILES,
+    adapter_alone,
     cache_folder,
     file_hash,
     names_by_shard,
+    notes_on_others,
     read_config,
     remember,
 )
@@ -52,12 +55,14 @@ class Snapshot:
         shards: the files, whole or smaller, that hold the tensors ovqk reads.
         hashes: file name -> SHA-256 for every whole shard in the repository, whether it was fetched or not.
         commit: the commit that the revision resolved to.
+        notes: on other checkpoints and adapters that the repository holds.
     """
 
     directory: Path
     shards: list[Path]
     hashes: dict[str, str]
     commit: str
+    notes: tuple[str, ...] = ()
 
 
 def fetch(model: ModelConfig, label: str, timeout: float, reads: Reads | None = None) -> Snapshot:
@@ -125,7 +130,7 @@ class _Repository:
 
         self.repo, self.label, self.patience = repo, label, patience
         self.remote: Any = HfFileSystem(skip_instance_cache=True)
-        self.directory = self._whole(CONFIG, revision).parent
+        self.directory = self._config(revision).parent
         self.commit = self.directory.name
         self.own = cache_folder() / "hub" / repo.replace("/", "--") / self.commit
         self.listing = self._listing()
@@ -147,9 +152,33 @@ class _Repository:
             self._fetch(wanted, sum(self.listing[shard].size for shard in names if self._here(shard) is None))
         paths = {shard: self._here(shard) or self.directory / shard for shard in needed}
         hashes = {shard: self.listing[shard].sha256 or file_hash(paths[shard]) for shard in names}
-        return Snapshot(self.directory, list(paths.values()), hashes, self.commit)
+        notes = notes_on_others("the repository", self.listing, names)
+        return Snapshot(self.directory, list(paths.values()), hashes, self.commit, notes)
 
     # --- files that exist -------------------------------------------------------------------------------------
+
+    def _config(self, revision: str) -> Path:
+        """Return config.json's path in the Hugging Face cache; fetch it if it is missing.
+
+        Raises:
+            UserError: the repository holds none; the message tells if it holds an adapter alone.
+        """
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return self._whole(CONFIG, revision)
+        except LocalEntryNotFoundError:  # nothing more is asked of a hub that does not answer
+            adapter = try_to_load_from_cache(self.repo, ADAPTER[0], revision=revision)
+            if isinstance(adapter, str):
+                raise UserError(f"{self.label}: {adapter_alone(Path(adapter).parent)}") from None
+            raise
+        except UserError as error:
+            try:
+                adapter_config = self._whole(ADAPTER[0], revision)
+            except UserError:
+                raise error from None
+            raise UserError(f"{self.label}: {adapter_alone(adapter_config.parent)}") from None
 
     def _listing(self) -> dict[str, _Entry]:
         """Return the repository's files: as remembered, from the hub, or from the cache if the hub does not answer."""
@@ -185,6 +214,10 @@ class _Repository:
         As transformers does, it takes model.safetensors if it exists, else the shards of the index.
         """
         if INDEX not in self.listing and SINGLE not in self.listing:
+            if ADAPTER[1] in self.listing:
+                if ADAPTER[0] in self.listing:
+                    self._whole(ADAPTER[0], self.commit)
+                raise UserError(f"{self.label}: {adapter_alone(self.directory)}")
             raise UserError(f"{self.label}: the repository holds no {SINGLE}; ovqk unpickles nothing.")
         shards = {SINGLE: []} if SINGLE in self.listing else names_by_shard(self.directory, self.label)
         missing = [shard for shard in shards if shard not in self.listing]

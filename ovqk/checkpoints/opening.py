@@ -8,13 +8,17 @@ from pathlib import Path
 from ovqk.checkpoints import hub
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import (
+    ADAPTER,
     CONFIG,
     INDEX,
     SINGLE,
     TOKENIZER_FILES,
+    adapter_alone,
     digest,
+    few,
     file_hash,
     names_by_shard,
+    notes_on_others,
     read_config,
 )
 from ovqk.checkpoints.tensors import FLOATING, SafetensorsFiles, index_files
@@ -25,7 +29,6 @@ from ovqk.errors import UserError
 BUNDLED = Path(__file__).parents[1] / "bundled"
 GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 LOCAL_KINDS = "a Hugging Face directory, a GGUF file, or one safetensors file of TransformerLens names"
 
 
@@ -48,7 +51,7 @@ def open_checkpoint(model: ModelConfig, hub_timeout: float = 60.0, reads: hub.Re
         return _open_package(model)
     label = f"model={model.name} ({model.repo}@{model.revision})"
     found = hub.fetch(model, label, hub_timeout, reads)
-    return _checkpoint(label, found.directory, found.shards, found.hashes, found.commit)
+    return _checkpoint(label, found.directory, found.shards, found.hashes, found.commit, found.notes)
 
 
 def _open_local(model: ModelConfig) -> Checkpoint:
@@ -144,9 +147,9 @@ def _dequantised(quantisations: Mapping[str, str]) -> list[str]:
 def _open_directory(directory: Path, label: str) -> Checkpoint:
     if not (directory / CONFIG).is_file():
         if any((directory / name).is_file() for name in ADAPTER):
-            raise UserError(f"{label}: {_adapter_alone(directory)}")
+            raise UserError(f"{label}: {adapter_alone(directory)}")
         files = sorted(path.name for path in directory.glob(f"*{GGUF}"))
-        found = f" It holds {_few(files)}: give that file's path." if files else ""
+        found = f" It holds {few(files)}: give that file's path." if files else ""
         raise UserError(
             f"{label}: not a checkpoint, it holds no config.json.{found} A Hugging Face directory with config.json and "
             "model.safetensors is needed."
@@ -187,39 +190,17 @@ def _shards(directory: Path, label: str) -> tuple[list[Path], tuple[str, ...]]:
             raise UserError(f"{label}: the index names {', '.join(missing)}, which the directory does not hold.")
         shards = [directory / name for name in names]
     elif any((directory / name).is_file() for name in ADAPTER):
-        raise UserError(f"{label}: {_adapter_alone(directory)}")
+        raise UserError(f"{label}: {adapter_alone(directory)}")
     elif held:
         raise UserError(
-            f"{label}: the directory holds {_few([path.name for path in held])}, but neither {SINGLE} nor {INDEX}, "
+            f"{label}: the directory holds {few([path.name for path in held])}, but neither {SINGLE} nor {INDEX}, "
             "which says which files make the checkpoint up. Is it complete?"
         )
     else:
         pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED)
         found = f" It holds {', '.join(pickled[:3])}, which ovqk does not unpickle." if pickled else ""
+        if quantised := sorted(path.name for path in directory.glob(f"*{GGUF}")):
+            found += f" It holds {few(quantised)}: give that file's path."
         raise UserError(f"{label}: not a checkpoint, it holds no .safetensors file.{found}")
-    others = [path.name for path in held if path not in shards and path.name != ADAPTER[1]]
-    notes = []
-    if others:
-        read = SINGLE if shards[0].name == SINGLE else f"the shards of {INDEX}"
-        notes.append(f"the directory holds more than one checkpoint: {read} was read, and {_few(others)} was not")
-    if any((directory / name).is_file() for name in ADAPTER):
-        notes.append(
-            "the directory holds an adapter (LoRA or the like), which was not applied: these are the base weights"
-        )
-    return shards, tuple(notes)
-
-
-def _adapter_alone(directory: Path) -> str:
-    """Return the message for a directory with an adapter and no model, with the base model if its config names it."""
-    base = None
-    if (directory / ADAPTER[0]).is_file():
-        base = read_config(directory, str(directory), ADAPTER[0]).get("base_model_name_or_path")
-    named = f" of {base}" if base else ""
-    return (
-        f"an adapter (LoRA or the like){named}, without the weights that it adapts. Merge it into its base model "
-        "(PEFT's merge_and_unload) and give the merged checkpoint."
-    )
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    held_names = [path.name for path in directory.iterdir() if path.is_file()]
+    return shards, notes_on_others("the directory", held_names, [path.name for path in shards])

@@ -17,7 +17,7 @@ from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.factors import Factors, key_side, query_side, scores
 from ovqk.circuits.grams import blocks
 from ovqk.circuits.vocabulary import Vocabulary
-from ovqk.weights.types import Architecture, LayerWeights, keys, queries
+from ovqk.weights.types import Architecture, LayerWeights, keys, queries, score_scale
 
 TOKENS = 50  # different tokens of a sequence, each of which occurs twice
 SEQUENCES = 8
@@ -104,7 +104,7 @@ def attention(
         cos, sin = (part.to(rows) for part in weights.rotary.angles(at.cpu()))
         q = weights.rotary.rotate(q, cos, sin)
         k = weights.rotary.rotate(k, cos, sin) / weights.rotary.scale  # the scale is that of queries and keys together
-    scale = architecture.attention_scale or architecture.d_head**-0.5
+    scale = score_scale(weights, architecture)
     logits = scale * (q[:, :, half:] @ k[architecture.kv_of_head.to(k.device)].mT)
     seen = _seen(at[half:], at, weights.sliding_window)
     pattern = logits.masked_fill(~seen, -torch.inf).softmax(-1).mean(1)  # [head, query, key]

@@ -12,12 +12,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ovqk.weights.block_probes import BlockActivations
+from ovqk.weights.multipliers import TOLERANCE, agrees, fit_multiplier, nearest_known, same, without_mean
 from ovqk.weights.norms import Norm, NormKind, QueryKeyNorm, apply_norm, normalise
 from ovqk.weights.rotary import Rotary
+from ovqk.weights.seen_rotations import measured_scale
 from ovqk.weights.types import LayerWeights, keys, queries
 
-TOLERANCE = 1e-3
-"""Largest difference from the model's own activations that counts as agreement, relative to the largest of those."""
+UNSEEN_COSINES = (
+    "the rotation's cosines could not be seen: a number that multiplies them, if there is one, counts as the scale of "
+    "the scores and is not in W_QK"
+)
+BESIDE_THE_SCALE = (
+    "a number multiplies queries or keys besides the scale of the scores; it counts as part of that scale and is not "
+    "in W_QK"
+)
+SAME_SUM = 1e-5
+"""Difference from 1 up to which the sum of a query's attention is 1."""
+TINY = 1e-3
+"""Factor on unit rows that makes a norm's epsilon show."""
 NO_ROTATION = Rotary(torch.zeros(1))
 """The rotation for a layer without positions in a model with rotary positions: every R(D) is 1."""
 
@@ -54,13 +66,6 @@ class BlockReading:
     notes: tuple[str, ...]
 
 
-def agrees(mine: Tensor, own: Tensor) -> bool:
-    """Return whether two tensors differ by at most TOLERANCE times the second's largest entry."""
-    if mine.shape != own.shape:
-        return False
-    return bool((mine - own).abs().max() <= TOLERANCE * own.abs().max().clamp_min(1e-6))
-
-
 def measure_norm(module: nn.Module | None, width: int) -> MeasuredNorm | None:
     """Measure a norm by its outputs on random rows, so that an offset in its stored gain does not matter.
 
@@ -70,7 +75,7 @@ def measure_norm(module: nn.Module | None, width: int) -> MeasuredNorm | None:
         return None
     rows = torch.randn(8, width, generator=torch.Generator().manual_seed(1))
     try:
-        own, zero = module(rows), module(torch.zeros(1, width))
+        own, tiny, zero = module(rows), module(TINY * rows), module(torch.zeros(1, width))
     except Exception:  # a module of any other kind raises any kind of error
         return None
     if not torch.is_tensor(own) or own.shape != rows.shape or not torch.is_tensor(zero):
@@ -83,7 +88,7 @@ def measure_norm(module: nn.Module | None, width: int) -> MeasuredNorm | None:
         written = own if bias is None else own - bias
         gain = _stored_gain(module, (written * plain).sum(0) / plain.square().sum(0))
         norm = Norm(kind, gain.detach().float(), None if bias is None else bias.detach().float())
-        if agrees(apply_norm(norm, rows, eps), own):
+        if agrees(apply_norm(norm, rows, eps), own) and agrees(apply_norm(norm, TINY * rows, eps), tiny):
             return MeasuredNorm(norm, eps)
     return None
 
@@ -102,7 +107,7 @@ def _stored_gain(module: nn.Module, measured: Float[Tensor, " width"]) -> Float[
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.shape == measured.shape:
         for stored in (weight.detach().float(), 1 + weight.detach().float()):
-            if torch.allclose(stored, measured, rtol=1e-4, atol=1e-4):
+            if torch.allclose(stored, measured, rtol=1e-6, atol=1e-6):
                 return stored
     return measured
 
@@ -142,18 +147,25 @@ def read_block(
     notes: list[str] = []
     reads: str | None = "its values are not those of the residual stream through a norm before attention"
     eps, scale, biased = None, block.scaling, False
-    for candidate in [*measured, None]:
+    multiplied = [found for found in (_multiplied(block, each) for each in measured) if found is not None]
+    for candidate in [*measured, None, *multiplied]:
         x = block.stream if candidate is None else apply_norm(candidate.norm, block.stream, candidate.eps)
         if not _values_agree(block, x, weights, output_input):
             continue
         weights = replace(weights, norm=None if candidate is None else candidate.norm)
         eps = None if candidate is None else candidate.eps
+        if any(candidate is each for each in multiplied):
+            notes.append("a multiplier stands between the norm and attention; it is in W_Q, W_K and W_V as a gain is")
         matched = _match_scores(block, x, weights, rotations)
         if matched is None:
             reads = "its scores before the softmax are not those of x W_Q and x W_K, normalised and rotated"
         else:
-            plain = weights.W_Q
-            weights, scale, biased = matched
+            plain, usual = weights.W_Q, weights.W_Q.shape[-1] ** -0.5
+            weights, scale, biased = matched.weights, matched.scale, matched.biased
+            if matched.unseen and not same(scale, usual):
+                notes.append(UNSEEN_COSINES)
+            elif block.scaling is not None and scale not in (block.scaling, usual):
+                notes.append(BESIDE_THE_SCALE)
             if weights.W_Q is not plain:
                 notes.append("queries and keys pass a LayerNorm: what it takes away, their mean, is out of W_Q and W_K")
             reads = _mixing(block, output_input, weights.W_O.shape[0])
@@ -172,6 +184,19 @@ def read_block(
     )
 
 
+def _multiplied(block: BlockActivations, measured: MeasuredNorm) -> MeasuredNorm | None:
+    """Return a norm times the number that makes it attention's own input; None if there is no such number but 1."""
+    given = block.inputs.get(id(block.attention))
+    x = apply_norm(measured.norm, block.stream, measured.eps)
+    if given is None or given.shape != x.shape:
+        return None
+    number, norm = fit_multiplier(x, given), measured.norm
+    if number == 1 or not agrees(number * x, given):
+        return None
+    bias = None if norm.bias is None else number * norm.bias
+    return replace(measured, norm=replace(norm, weight=number * norm.weight, bias=bias))
+
+
 def _values_agree(
     block: BlockActivations, x: Float[Tensor, "position d_model"], weights: LayerWeights, output_input: Tensor | None
 ) -> bool:
@@ -187,35 +212,54 @@ def _values_agree(
     return agrees(first, output_input[0])
 
 
+@dataclass(frozen=True)
+class _Match:
+    """The weights with the norms and the rotation that give a module's scores.
+
+    Attributes:
+        scale: the factor that multiplies scores.
+        biased: a bias by position is added to them.
+        unseen: the cosines were not seen, so that a factor on them would be in `scale`.
+    """
+
+    weights: LayerWeights
+    scale: float
+    biased: bool
+    unseen: bool
+
+
 def _match_scores(
     block: BlockActivations, x: Float[Tensor, "position d_model"], weights: LayerWeights, rotations: Sequence[Rotary]
-) -> tuple[LayerWeights, float | None, bool] | None:
-    """Return the weights with the norms and the rotation that give the module's scores; None if no form does.
+) -> _Match | None:
+    """Return the form that gives the module's scores; None if no form does.
 
-    With them come the factor that multiplies scores, and whether a bias is added to them.
+    A factor on cosines, as they are seen, is the rotation's; the scale of the scores is what is left.
     """
     watched = block.queries is not None and block.scaling is not None
     own, visible = _own_scores(block)
     if own is None:
         return None
-    group = weights.W_Q.shape[0] // weights.W_K.shape[0]
+    usual, group = weights.W_Q.shape[-1] ** -0.5, weights.W_Q.shape[0] // weights.W_K.shape[0]
+    turns = [(rotary, measured_scale(rotary, block.tables)) for rotary in rotations]
+    seen = [(None, 1.0), *((replace(rotary, scale=scale or 1.0), scale) for rotary, scale in turns)]
     for normed in _query_key_forms(block, weights):
         q, k = queries(normed, x), keys(normed, x).repeat_interleave(group, 0)
-        for rotary in (None, *rotations):
+        for rotary, measured in seen:
             mine = _scores(q, k, rotary)
             if mine.shape != own.shape:
                 continue
-            if watched:  # a model may scale its queries and then not the scores
-                scale = float((own * mine).sum() / mine.square().sum().clamp_min(1e-30))
-                if scale > 0 and agrees(mine * scale, own):
-                    biased = _shift(block) > TOLERANCE * float(own.abs().max()) and not block.capped
-                    known = block.scaling if agrees(mine * (block.scaling or 0), own) else scale
-                    return replace(normed, rotary=rotary), known, biased
-            else:
-                for slopes in (False, True) if rotary is None else (False,):
-                    scale, same = _fit_scale(mine, own, visible, slopes)
-                    if same:
-                        return replace(normed, rotary=rotary), scale, slopes
+            for slopes in (False, True) if rotary is None and not watched else (False,):
+                scale, agreed = fit_multiplier(mine, own), False
+                if not watched:
+                    scale, agreed = _fit_scale(mine, own, visible, slopes)
+                elif scale > 0:  # a model may scale its queries and then not the scores
+                    agreed = agrees(mine * scale, own)
+                if agreed:
+                    biased = slopes
+                    if watched:
+                        biased = _shift(block) > TOLERANCE * float(own.abs().max()) and not block.capped
+                    scale = nearest_known(scale, block.scaling, usual)
+                    return _Match(replace(normed, rotary=rotary), scale, biased, measured is None)
     return None
 
 
@@ -235,11 +279,8 @@ def _scores(
     """Return q R(i - j) k^T for every pair of positions, without a scale."""
     if rotary is None:
         return q @ k.mT
-    positions = torch.arange(q.shape[1])
-    unit = replace(rotary, scale=1.0)
-    cos, sin = unit.angles(positions)
-    cos, sin = cos.to(q), sin.to(q)
-    return rotary.scale * unit.rotate(q, cos, sin) @ unit.rotate(k, cos, sin).mT
+    cos, sin = (each.to(q) for each in replace(rotary, scale=1.0).angles(torch.arange(q.shape[1])))
+    return rotary.rotate(q, rotary.scale * cos, rotary.scale * sin) @ rotary.rotate(k, cos, sin).mT
 
 
 def _fit_scale(mine: Tensor, own: Tensor, visible: Tensor, slopes: bool) -> tuple[float, bool]:
@@ -257,7 +298,7 @@ def _fit_scale(mine: Tensor, own: Tensor, visible: Tensor, slopes: bool) -> tupl
     if slopes:
         energy = ramp.square().sum((-2, -1), keepdim=True)
         own, mine = (x - ramp * (x * ramp).sum((-2, -1), keepdim=True) / energy for x in (own, mine))
-    scale = float((own * mine).sum() / mine.square().sum().clamp_min(1e-30))
+    scale = fit_multiplier(mine, own)
     return scale, agrees(mine * scale, own)
 
 
@@ -357,7 +398,7 @@ def _shift(block: BlockActivations) -> float:
 def _beyond_scores(block: BlockActivations, biased: bool) -> list[str]:
     """Say which parts of attention lie beyond the scores: notes for the record."""
     notes = []
-    if block.pattern is not None and bool(((block.pattern.sum(-1) - 1).abs() > 1e-3).any()):
+    if block.pattern is not None and bool(((block.pattern.sum(-1) - 1).abs() > SAME_SUM).any()):
         notes.append(
             "a sink takes part of each head's attention: it scales down a head's writes and is not part of any metric"
         )
@@ -387,16 +428,13 @@ def _match_write(
     bias = torch.zeros(columns.shape[1]) if output_bias is None else output_bias
     plain = output_input @ columns + bias
 
-    def varies(x: Tensor) -> Tensor:
-        return x - x.mean(0)  # a constant of all positions is no head's
-
-    if agrees(varies(plain), varies(own)):
-        return weights, None, []
     for measured in norms:
-        if agrees(varies(apply_norm(measured.norm, plain, measured.eps)), varies(own)):
+        if agrees(without_mean(apply_norm(measured.norm, plain, measured.eps)), without_mean(own)):
             return replace(weights, post_norm=measured.norm), None, []
-    scale = float((varies(plain) * varies(own)).sum() / varies(plain).square().sum().clamp_min(1e-30))
-    if agrees(varies(plain) * scale, varies(own)):
+    scale = fit_multiplier(without_mean(plain), without_mean(own))
+    if agrees(without_mean(plain) * scale, without_mean(own)):
+        if scale == 1:
+            return weights, None, []
         told = ["a multiplier follows the output projection; it is in W_O"]
         return replace(weights, W_O=weights.W_O * scale), None, told
     return weights, "attention adds something other than z W_O + b_O to the residual stream", []

@@ -109,6 +109,12 @@ def refuse_wrong_values(label: str, config: Mapping[str, Any], family: Family) -
                     f"{label}: config.json gives '{path}{key}' {len(given)} long; allowed: an entry for each of the "
                     f"{layers} layers."
                 )
+        pattern = place.get("sliding_window_pattern")
+        if "window" in family.keys and not place.get("layer_types") and not _or_null(POSITIVE_INTEGER)[0](pattern):
+            raise UserError(
+                f"{label}: config.json gives '{path}sliding_window_pattern' as {pattern!r} and no '{path}layer_types'; "
+                "allowed: an integer above 0, or 'layer_types', a kind for each layer."
+            )
         if family.positions == "rotary":
             _check_rotations(label, path, place, SHARES if family.partial_rotary else {})
 

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ovqk.errors import first_line
+from ovqk.weights.seen_rotations import CosineTable, cosine_tables
 
 
 class CannotRunError(Exception):
@@ -43,6 +44,7 @@ class BlockActivations:
         capped: the scores are capped before the softmax.
         logits: the softmax's input, after caps, masks and biases.
         inputs: the input that each module in the block gets, by the module's identity.
+        tables: the cosines that the block's modules are given or give.
     """
 
     stream: Float[Tensor, "position d_model"]
@@ -59,6 +61,7 @@ class BlockActivations:
     logits: Float[Tensor, "head position position"] | None = None
     attention: nn.Module | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
+    tables: list[CosineTable] = field(default_factory=list)
 
 
 @dataclass
@@ -206,7 +209,7 @@ class Recorder:
             handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_Softmax(self._softmax))
+            stack.enter_context(Softmaxes(self._softmax))
             for name in {type(module).__module__ for module in model.modules()}:
                 own = getattr(sys.modules.get(name), "eager_attention_forward", None)
                 if own is not None:
@@ -221,6 +224,7 @@ class Recorder:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._stack.append(module)
+        self.block.tables += cosine_tables((args, kwargs), self.length)
         given = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
         self._keep(self.inputs, module, given)
         number = self._numbers.get(id(module))
@@ -243,6 +247,7 @@ class Recorder:
         if self._stack and self._stack[-1] is module:
             self._stack.pop()
         self._keep(self.outputs, module, first_tensor(output))
+        self.block.tables += cosine_tables(output, self.length)
 
     def _keep(self, where: dict[int, Tensor], module: nn.Module, value: Any) -> None:
         if torch.is_tensor(value) and value.is_floating_point() and value.shape[:2] == (1, self.length):
@@ -279,7 +284,7 @@ class Recorder:
         return attend
 
 
-class _Softmax(TorchDispatchMode):
+class Softmaxes(TorchDispatchMode):
     """Reports every softmax's input."""
 
     def __init__(self, tell: Callable[[Tensor], None]) -> None:

@@ -17,66 +17,28 @@ from torch import Tensor, nn
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.config.schema import ModelConfig
 from ovqk.errors import UserError
-from ovqk.weights.agreement import NO_ROTATION, BlockReading, agrees, measure_norm, read_block
+from ovqk.weights.agreement import NO_ROTATION, BlockReading, measure_norm, read_block
 from ovqk.weights.block_probes import CannotRunError, ModelActivations, record_activations
 from ovqk.weights.bridge_loading import (
     boot_bridge,
     find_architecture,
-    find_rotations,
     find_wrappers,
     load_model,
     notes_of_config,
+    notes_on_further_layers,
     original,
     quiet,
 )
 from ovqk.weights.bridge_loading import unused_tokenizer as unused_tokenizer
 from ovqk.weights.bridge_mlp import read_first_mlp
+from ovqk.weights.masked_windows import find_masked_windows
 from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.multipliers import agrees, fit_multiplier, same
 from ovqk.weights.norms import Norm, NormKind, apply_norm
+from ovqk.weights.seen_rotations import find_rotations
 from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, PositionKind
 
 PROBE = 12  # tokens
-SAME_SCALE = 1e-3  # relative, between scales that are fitted to scores
-SEEN_WINDOW = 2  # tokens: a window that shows on so few
-
-
-def find_masked_windows(recorded: ModelActivations, model: Any, tokens: Tensor) -> str | None:
-    """Note the sliding window for blocks that attend through a mask and are not told about the window.
-
-    The model is run again with a window so short that it shows: a block has one if its queries then see no token
-    further back.
-
-    Returns:
-        A note for the record if it cannot be seen whether a block has the config's window, else None.
-    """
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    blind = [block for block in recorded.blocks if block is not None and block.window is None]
-    if not isinstance(window, int) or window < 1 or not blind or len(tokens) <= SEEN_WINDOW:
-        return None
-    unseen = (
-        f"config.json gives sliding_window={window}, and it cannot be seen which layers have it: metrics of positions "
-        "are those of layers without a window"
-    )
-    config.sliding_window = SEEN_WINDOW
-    try:
-        short = record_activations(model, tokens, config.num_hidden_layers)
-    except CannotRunError:
-        return unseen
-    finally:
-        config.sliding_window = window
-    told = None
-    for block, other in zip(recorded.blocks, short.blocks, strict=True):
-        if block is None or other is None or block.window is not None:
-            continue
-        if block.pattern is None or other.pattern is None:
-            told = unseen
-            continue
-        far = torch.ones(other.pattern.shape[-2:], dtype=torch.bool).tril(-SEEN_WINDOW)
-        was_seen = bool((block.pattern[..., far] != 0).any())
-        if was_seen and not (other.pattern[..., far] != 0).any():
-            block.window = window
-    return told
 
 
 class BridgeWeights:
@@ -120,11 +82,14 @@ class BridgeWeights:
         self.notes = self._read_notes(why)
         eps = [reading.eps for reading in self.readings if reading.eps is not None]
         self.eps = eps[0] if eps else float(config.eps)
-        scales = sorted(reading.attention_scale for reading in self.readings if reading.attention_scale is not None)
+        scales = [reading.attention_scale for reading in self.readings if reading.attention_scale is not None]
         n_heads, d_model, d_head = first.W_Q.shape
-        usual = d_head**-0.5
-        alike = bool(scales) and scales[-1] - scales[0] <= SAME_SCALE * abs(scales[-1])  # they are fitted
-        scale = scales[len(scales) // 2] if alike else None
+        scale = scales[0] if scales and all(same(scales[0], other) for other in scales) else None
+        if scale is None:  # a scale for each layer
+            self.readings = [
+                replace(reading, weights=replace(reading.weights, attention_scale=reading.attention_scale))
+                for reading in self.readings
+            ]
         self.architecture = Architecture(
             family=str(config.architecture),
             n_layers=config.n_layers,
@@ -139,12 +104,13 @@ class BridgeWeights:
             causal=self.causal if model.causal is None else model.causal,
             tied=self._tied(),
             activation=str(config.act_fn),
-            attention_scale=None if scale is None or abs(scale / usual - 1) < SAME_SCALE else scale,
+            attention_scale=None if scale is None or same(scale, d_head**-0.5) else scale,
             post_norm=any(reading.weights.post_norm for reading in self.readings),
             qk_norm=any(reading.weights.qk_norm for reading in self.readings) or self._has_query_norm(),
             parallel=self.readings[0].parallel,  # of block 0, which is all that it is asked about
         )
         self.no_vocabulary = self._why_no_vocabulary(why)
+        self.notes += self._note_on_logits()
 
     def _has_query_norm(self) -> bool:
         """Return whether block 0 has a norm for queries, in whatever form: then no scale of W_QK reaches a score."""
@@ -163,7 +129,7 @@ class BridgeWeights:
         W_pos = self.bridge.W_pos.detach().float() if self.architecture.positions == "learned" else None
         if self.no_vocabulary is not None:
             return EmbeddingWeights(None, W_pos, None, None)
-        W_U = self.bridge.W_U.detach().float() * self._logit_scale()
+        W_U = self.bridge.W_U.detach().float() * (self._logit_scale() or 1.0)
         return EmbeddingWeights(self._embedding_rows(W_pos), W_pos, W_U, self._final_norm())
 
     def first_mlp(self) -> MLPWeights | str:
@@ -185,7 +151,9 @@ class BridgeWeights:
         """
         config = model.config.get_text_config()
         rows = model.get_input_embeddings().weight.shape[0]
-        length = min(PROBE, int(getattr(config, "max_position_embeddings", None) or PROBE))
+        rope = getattr(config, "rope_parameters", None) or {}  # beyond the original length some rotations are others
+        limits = getattr(config, "max_position_embeddings", None), rope.get("original_max_position_embeddings")
+        length = min([PROBE, *(int(limit) for limit in limits if limit)])
         tokens = torch.randint(0, rows, (length,), generator=torch.Generator().manual_seed(0))
         try:
             recorded = record_activations(model, tokens, config.num_hidden_layers)
@@ -286,6 +254,8 @@ class BridgeWeights:
                     return f"layer {index}: {reason}"
         if not same_norm:
             return "its layers have norms of different kinds before attention"
+        if len({reading.eps for reading in self.readings}) > 1:
+            return "its layers' norms before attention have different epsilons"
         return None
 
     def _read_notes(self, why: str | None) -> list[str]:
@@ -321,6 +291,7 @@ class BridgeWeights:
             notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
         if self.foldable and any(each.weights.rotary and each.weights.rotary.scale != 1 for each in self.readings):
             notes.append("the rotary scaling also multiplies the scores; the factor is in W_QK")
+        notes += notes_on_further_layers(self.checkpoint, self.own.config)
         return notes + notes_of_config(self.own.config.get_text_config())
 
     def _why_no_vocabulary(self, why: str | None) -> str | None:
@@ -355,8 +326,7 @@ class BridgeWeights:
         if stream is None or rows.shape[1:] != stream.shape[1:]:
             return None
         own, plain = stream if W_pos is None else stream - W_pos[: len(stream)], rows[tokens]
-        scale = float((own * plain).sum() / plain.square().sum().clamp_min(1e-30))
-        scale = 1.0 if abs(scale - 1) < 1e-5 else scale
+        scale = fit_multiplier(plain, own)
         if agrees(plain * scale, own):
             return rows * scale
         for norm, eps in self._embedding_norms(rows.shape[1]) if W_pos is None else ():
@@ -389,13 +359,27 @@ class BridgeWeights:
             return False
         return agrees(mine - mine.mean(0), logits - logits.mean(0))  # a bias of the unembedding is a constant
 
-    def _logit_scale(self) -> float:
-        """Return the number that multiplies the unembedding's output; 1 if the model does something else with it."""
-        given, logits = self.activations.outputs.get(id(original(self.bridge, "unembed"))), self.activations.logits
+    def _logit_scale(self) -> float | None:
+        """Return the number that multiplies the unembedding's output; None if the model does something else with it."""
+        given, logits = self._given_logits(), self.activations.logits
         if given is None or logits is None or given.shape != logits.shape:
             return 1.0
-        scale = float((given * logits).sum() / given.square().sum().clamp_min(1e-30))
-        return scale if abs(scale - 1) > 1e-5 and agrees(given * scale, logits) else 1.0
+        scale = fit_multiplier(given, logits)
+        return scale if agrees(given * scale, logits) else None
+
+    def _given_logits(self) -> Tensor | None:
+        """Return the unembedding's output."""
+        return self.activations.outputs.get(id(original(self.bridge, "unembed")))
+
+    def _note_on_logits(self) -> list[str]:
+        """Say what follows the unembedding, if that is no number."""
+        given, logits = self._given_logits(), self.activations.logits
+        if self.no_vocabulary is not None or self._logit_scale() is not None or given is None or logits is None:
+            return []
+        cap = getattr(self.own.config.get_text_config(), "final_logit_softcapping", None)
+        if cap and agrees(cap * torch.tanh(given / cap), logits):
+            return [f"logits are capped at {cap:g}, which is not part of any metric"]
+        return ["the logits are not the unembedding's output times a number: what follows it is not part of any metric"]
 
     def _positions(self) -> PositionKind:
         if any(reading.biased for reading in self.readings) or not self.causal:
@@ -427,10 +411,10 @@ class BridgeWeights:
         return self.eps if measured is None else measured.eps
 
     def _measured_norms(self, index: int) -> list[Norm]:
-        """Return a block's norms, the one named as before its MLP first."""
+        """Return a block's norms with the epsilon that the model is read with, the one before its MLP first."""
         named = [original(self.bridge.blocks[index], name) for name in ("ln2", "ln2_post", "ln1", "ln1_post")]
         found = [measure_norm(each, self.architecture.d_model) for each in named if each is not None]
-        return [each.norm for each in found if each is not None]
+        return [each.norm for each in found if each is not None and each.eps == self.eps]
 
 
 def _holds_other_mixers(blocks: list[nn.Module]) -> bool:

@@ -1,4 +1,4 @@
-"""Loading a Hugging Face model, its rotations, and TransformerLens's view of it."""
+"""Loading a Hugging Face model, and TransformerLens's view of it."""
 
 import contextlib
 import io
@@ -6,8 +6,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +19,6 @@ from ovqk.checkpoints.files import CONFIG, INDEX, SINGLE, folder_of
 from ovqk.errors import UserError, first_line
 from ovqk.scratch import scratch_folder
 from ovqk.weights.family import WRAPPERS
-from ovqk.weights.rotary import Rotary
 from ovqk.weights.sizes import refuse_larger
 
 
@@ -46,7 +44,7 @@ def find_architecture(checkpoint: Checkpoint) -> str:
             return known[str(name).lower()]
     raise UserError(
         f"{label}: {', '.join(map(str, names))} is neither a family that ovqk reads itself nor an architecture "
-        "that TransformerLens has an adapter for; allowed: those of docs/architectures.md."
+        "that TransformerLens has an adapter for; allowed: those that docs/architectures.md lists as read."
     )
 
 
@@ -81,6 +79,7 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
                 output_loading_info=True,
                 dtype=torch.float32,
                 attn_implementation="eager",
+                experts_implementation="eager",  # others demand rows of certain widths
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
@@ -100,8 +99,7 @@ def load_model(checkpoint: Checkpoint, architecture: str, trust_remote_code: boo
             f"{list(promised)}."
         )
     n_layers = model.config.get_text_config().num_hidden_layers
-    layers = ((name, re.search(r"\.(\d+)\.", name)) for name in sorted(report["unexpected_keys"]))
-    beyond = [name for name, number in layers if number is not None and int(number[1]) >= n_layers]
+    beyond = _beyond(report["unexpected_keys"], n_layers + further_layers(model.config))
     if beyond:
         raise UserError(
             f"{label}: config.json gives 'num_hidden_layers' as {n_layers}, but the checkpoint holds '{beyond[0]}', "
@@ -130,6 +128,29 @@ def _count_numbers(kind: Any, folder: Path, trust_remote_code: bool) -> int:
     with torch.device("meta"):
         model = kind.from_config(config, trust_remote_code=trust_remote_code)
     return sum(tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+
+
+def _beyond(names: Iterable[str], n_layers: int) -> list[str]:
+    """Return the names of tensors in layers from this number on."""
+    layers = ((name, re.search(r"\.(\d+)\.", name)) for name in sorted(names))
+    return [name for name, number in layers if number is not None and int(number[1]) >= n_layers]
+
+
+def notes_on_further_layers(checkpoint: Checkpoint, config: Any) -> list[str]:
+    """Return a note if the checkpoint stores layers that predict further tokens."""
+    further, n_layers = further_layers(config), config.get_text_config().num_hidden_layers
+    if not further or not _beyond(checkpoint.shapes, n_layers):
+        return []
+    return [
+        f"the checkpoint stores layers that predict further tokens (num_nextn_predict_layers={further}): they are not "
+        "part of the model that runs, and are not read"
+    ]
+
+
+def further_layers(config: Any) -> int:
+    """Return how many layers that predict further tokens a checkpoint holds behind the model's own."""
+    number = getattr(config.get_text_config(), "num_nextn_predict_layers", None)
+    return number if isinstance(number, int) and number > 0 else 0
 
 
 def _of_gguf(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
@@ -165,6 +186,11 @@ def boot_bridge(checkpoint: Checkpoint, model: Any, architecture: str, trust_rem
     except Exception as error:  # an adapter raises many kinds
         reason = first_line(error) or type(error).__name__
         message = f"{checkpoint.label}: TransformerLens cannot read this {architecture} ({reason})."
+        if lacking := re.search(r"needs the optional (\w+) library", reason):
+            message = (
+                f"{checkpoint.label}: TransformerLens reads {architecture} with the help of the package {lacking[1]}, "
+                f"which is not installed; allowed: an environment with {lacking[1]}, or another architecture."
+            )
         raise UserError(message) from error
 
 
@@ -173,31 +199,6 @@ def original(owner: Any, name: str) -> nn.Module | None:
     component = getattr(owner, name, None)
     found = getattr(component, "original_component", None)
     return found if isinstance(found, nn.Module) else None
-
-
-def find_rotations(model: nn.Module) -> list[Rotary]:
-    """Return the rotations that the model's buffers and config hold, each once in either layout and direction."""
-    found: list[Rotary] = []
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if not name.endswith("inv_freq") or buffer.dim() != 1 or name.startswith("original"):
-                continue
-            kind = name.removesuffix("inv_freq")
-            factor = getattr(module, f"{kind}attention_scaling", 1.0)
-            found.append(Rotary(buffer.detach().float(), scale=float(factor) ** 2))
-    rotary_dim = getattr(getattr(model, "config", None), "rotary_dim", None)
-    if isinstance(rotary_dim, int) and rotary_dim > 0:  # CodeGen keeps tables of sines and cosines
-        found.append(Rotary(10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)))
-    once: list[Rotary] = []
-    for rotary in found:
-        same = (
-            each.scale == rotary.scale and torch.equal(each.inverse_frequencies, rotary.inverse_frequencies)
-            for each in once
-        )
-        if not any(same):
-            once.append(rotary)
-    once += [replace(rotary, inverse_frequencies=-rotary.inverse_frequencies) for rotary in once]  # turned backwards
-    return [replace(rotary, interleaved=interleaved) for interleaved in (False, True) for rotary in once]
 
 
 def notes_of_config(config: Any) -> list[str]:

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ovqk.weights.agreement import agrees
 from ovqk.weights.block_probes import BlockActivations
 from ovqk.weights.mlp import ACTIVATIONS, MLPWeights
+from ovqk.weights.multipliers import agrees, fit_multiplier
 from ovqk.weights.norms import Norm, apply_norm
 
 NOT_REPRODUCED = "ovqk's reading of block 0's MLP does not reproduce the model's own"
@@ -65,7 +65,7 @@ def _forms(
     yield mlp, plain
     for norm in norms:
         yield replace(mlp, post_norm=norm), apply_norm(norm, plain, eps)
-    scale = float((plain * own).sum() / plain.square().sum().clamp_min(1e-30))
+    scale = fit_multiplier(plain, own)
     yield replace(mlp, W_out=mlp.W_out * scale, b_out=mlp.b_out * scale), plain * scale
 
 

@@ -77,13 +77,14 @@ GPT2: Family = Family(
 def _gpt2(config: Mapping[str, Any]) -> Family:
     """Return GPT-2's row with the scale of its scores and notes on settings that are not part of any metric."""
     notes = {
-        "scale_attn_by_inverse_layer_idx": "the scores of each layer are divided by its number, counted from 1, "
-        "which is not part of any metric",
+        "scale_attn_by_inverse_layer_idx": "the scores of each layer are divided by its number, counted from 1: a "
+        "scale of scores, which is not in W_QK",
         "add_cross_attention": "the model also has cross-attention, which is not read",
     }
     return replace(
         GPT2,
         scale=None if config.get("scale_attn_weights", True) else 1.0,
+        divided_by_layer=bool(config.get("scale_attn_by_inverse_layer_idx")),
         notes=tuple(note for key, note in notes.items() if config.get(key)),
     )
 
@@ -414,6 +415,8 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
         inner = family_of({"model_type": WRAPPED[kind], **text})
         if inner is None:
             return None
-        return replace(inner, prefixes=BESIDE, complete=False, logit_multiplier=None, logit_divisor=None)
+        caps = tuple(key for key in inner.caps if key != "final_logit_softcapping")  # nothing follows the unembedding
+        bare = replace(inner, logit_multiplier=None, logit_divisor=None, caps=caps, unembedding="lm_head")
+        return replace(bare, prefixes=BESIDE, complete=False)
     family = FAMILIES.get(kind)
     return family.variant(config) if family is not None and family.variant is not None else family

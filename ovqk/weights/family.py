@@ -46,16 +46,19 @@ class Family:
             ignores it.
         rotated: which layers are rotated: every one; those that `no_rope_layers` marks with 1; those with a sliding
             window; or those, and every one if no window is set.
+        rotations_by_kind: the module takes other rotary settings for each kind of layer; the others take one for all.
         default_theta: the rotary frequencies' base if config.json gives none (for a `complete` family).
         position_offset: rows in the position embedding before the first position's (OPT: 2).
         kv_heads: how many there are, if config.json has no key for it.
         scale: key for the number whose -1/2 power scales the scores, or a number; d_head if absent.
         score_multiplier: key for the number that scales the scores itself.
+        divided_by_layer: the scale of the scores is divided by the layer's number, counted from 1.
         experts: block 0's MLP is a mixture of experts.
         read_bias, output_bias, mlp_bias: whether queries, keys and values have biases, whether the output projection
             has one, and whether the MLP has; or config.json's key that says so.
         norm_bias: whether the norms on the stream have biases.
         refused: config keys that must be unset or false, as ovqk does not read the features that they turn on.
+        caps: keys of config.json for the largest score or logit, in the order that notes tell them.
         complete: config.json alone tells everything; otherwise transformers fills in the model type's defaults.
         variant: from config.json, the row for this checkpoint; None: the bridge.
         notes: for the record, parts that such a model has and the formulas have not.
@@ -83,17 +86,20 @@ class Family:
     interleaved: bool = False
     partial_rotary: bool = False
     rotated: Literal["every", "no_rope_layers", "windowed", "windowed_or_every"] = "every"
+    rotations_by_kind: bool = False
     default_theta: float = 10000.0
     position_offset: int = 0
     kv_heads: int | None = None
     scale: str | float | None = None
     score_multiplier: str | None = None
+    divided_by_layer: bool = False
     experts: bool = False
     read_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     norm_bias: bool = False
     refused: tuple[str, ...] = field(default=())
+    caps: tuple[str, ...] = ()
     complete: bool = False
     variant: Callable[[Mapping[str, Any]], Union["Family", None]] | None = None
     notes: tuple[str, ...] = ()

@@ -140,9 +140,10 @@ GEMMA2 = Family(
     tensors=GEMMA2_TENSORS,
     keys=WINDOWED | {"activation": ("hidden_activation",)},
     refused=("use_bidirectional_attention",),
+    caps=("attn_logit_softcapping", "final_logit_softcapping"),
 )
 
-GEMMA3 = Family(
+GEMMA3: Family = Family(
     name="gemma3",
     model_types=("gemma3_text", "gemma3"),  # the second holds a text model beside one for pictures
     prefixes=("model.", "language_model.model.", "model.language_model.", ""),
@@ -154,10 +155,13 @@ GEMMA3 = Family(
     scale="query_pre_attn_scalar",
     query_key_norm="per_head",
     refused=("use_bidirectional_attention",),
+    rotations_by_kind=True,
+    caps=("final_logit_softcapping",),  # of scores the module has none, whatever config.json says
     read_bias="attention_bias",
     output_bias="attention_bias",
     tensors=GEMMA2_TENSORS | QUERY_KEY_NORMS,
     keys=WINDOWED | {"activation": ("hidden_activation",)},
+    variant=lambda config: replace(GEMMA3, caps=()) if config.get("model_type") == "gemma3" else GEMMA3,
 )
 
 # --- Llama's kin, with multipliers, layers without positions, or norms elsewhere ------------------------------------
@@ -181,7 +185,7 @@ SMOLLM3 = replace(
     rotated="no_rope_layers",
     complete=False,
 )
-OLMO3 = replace(OLMO2, name="olmo3", model_types=("olmo3",), keys=WINDOWED)
+OLMO3 = replace(OLMO2, name="olmo3", model_types=("olmo3",), keys=WINDOWED, rotations_by_kind=True)
 EXAONE4 = replace(
     OLMO2,
     name="exaone4",

@@ -56,6 +56,7 @@ class NativeWeights:
         n_kv, n_heads = architecture.n_kv_heads, architecture.n_heads
         (q, b_q), (k, b_k), (v, b_v) = self._queries_keys_values(index)
         output = self._linear("output", index)[0] * self.settings.multiplier(self.family.residual_multiplier)
+        scale = (architecture.attention_scale or architecture.d_head**-0.5) / (index + 1)
         return LayerWeights(
             layer=index,
             W_Q=split_heads(q, n_heads),
@@ -70,6 +71,7 @@ class NativeWeights:
             qk_norm=self._query_key_norm(index),
             rotary=self.settings.rotary(index),
             sliding_window=self.settings.window(index),
+            attention_scale=scale if self.family.divided_by_layer else None,
         )
 
     def embeddings(self) -> EmbeddingWeights:

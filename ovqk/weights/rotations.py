@@ -119,6 +119,12 @@ def _read(label: str, family: Family, d_head: int, full: Any) -> tuple[dict[str 
     """Return the rotations, and how each is scaled, by name."""
     parameters = full.rope_parameters
     nested = {kind: inner for kind, inner in parameters.items() if inner is None or isinstance(inner, Mapping)}
+    if any(nested.values()) and not family.rotations_by_kind:
+        given = ", ".join(f"'{kind}'" for kind in nested)
+        raise UserError(
+            f"{label}: config.json gives rotary settings in 'rope_parameters' by kind of layer ({given}), but a model "
+            f"of model_type={full.model_type} has one rotation for all layers; allowed: settings for all of them."
+        )
     kinds: dict[str | None, Any] = {**nested} if any(nested.values()) else {None: parameters}
     rotations: dict[str | None, Rotary] = {}
     names = []

@@ -12,6 +12,11 @@ from ovqk.weights.types import Architecture
 
 SEES_ALL = ("full_attention", "global")
 """Layer kinds without a window."""
+CAPPED = {
+    "attn_logit_softcapping": "scores are capped at {:g} before the softmax",
+    "final_logit_softcapping": "logits are capped at {:g}",
+}
+"""Key in config.json for a cap -> what it caps, in words for the record."""
 WINDOWED = ("sliding_attention", "local")
 """Layer kinds in which a query sees the last tokens alone."""
 
@@ -85,11 +90,9 @@ class Settings:
                 "queries and keys are normalised: QK spectra are of the weights with the norms' gains, "
                 "un-normalised; readouts and shares normalise"
             )
-        caps = {"attn_logit_softcapping": "scores are capped at {:g} before the softmax"}
-        caps |= {"final_logit_softcapping": "logits are capped at {:g}"}
-        for key, told in caps.items():
-            if self._is_read(key) and (cap := self.config.get(key)):
-                notes.append(f"{told.format(cap)}, which is not part of any metric")
+        for key in self.family.caps:
+            if cap := self.config.get(key):
+                notes.append(f"{CAPPED[key].format(cap)}, which is not part of any metric")
         if self.architecture.post_norm:
             notes.append("a norm follows attention: its gain is in W_OV, what it divides by is not")
         if any(rotary.scale != 1 for rotary in self.rotations.values()):

@@ -31,7 +31,8 @@ class Architecture:
 
     Attributes:
         norm: the norm before attention and before the unembedding; `none` too if attention reads the bare stream.
-        attention_scale: the factor that multiplies scores; None for 1 / sqrt(d_head). For simulated attention alone.
+        attention_scale: the factor that multiplies scores; None for 1 / sqrt(d_head), or if each layer has its own.
+            For simulated attention, and scores on prompts.
         post_norm: a norm stands between attention and the residual stream.
         qk_norm: queries and keys are normalised, so that W_QK's scale does not reach the scores.
         parallel: a block's attention and MLP both read its input.
@@ -77,6 +78,7 @@ class LayerWeights:
         qk_norm: the norm between W_Q, W_K and the scores.
         rotary: how queries and keys are rotated; None without rotary positions.
         sliding_window: how many tokens back a query sees, itself included; None for all.
+        attention_scale: the factor that multiplies this layer's scores; None for the architecture's.
     """
 
     layer: int
@@ -92,6 +94,12 @@ class LayerWeights:
     qk_norm: QueryKeyNorm | None = None
     rotary: Rotary | None = None
     sliding_window: int | None = None
+    attention_scale: float | None = None
+
+
+def score_scale(weights: LayerWeights, architecture: Architecture) -> float:
+    """Return the factor that multiplies a layer's scores."""
+    return weights.attention_scale or architecture.attention_scale or architecture.d_head**-0.5
 
 
 def queries(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "head row d_head"]:

@@ -1,0 +1,225 @@
+"""Each head's whole W_QK and W_OV, in float64, from what its module computes and not from how its weights are stored.
+
+A block is given many random residual streams. Queries, keys and what a head adds to the stream are linear in the
+normalised stream once the norms that follow a projection are freed of their division, so least squares give the
+matrices whatever a module's layout, fusing, gains, multipliers and rotations are.
+"""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from module_comparison import difference, output_projection
+from torch import Tensor, nn
+
+from ovqk.weights.block_probes import Recorder, Softmaxes, find_blocks, first_tensor
+from ovqk.weights.folding import fold_layer
+from ovqk.weights.norms import normalise
+from ovqk.weights.types import Architecture, LayerWeights, WeightSource, score_scale
+
+TOKENS = 6
+"""Tokens in a stream: more than the offset that scores are read at."""
+STREAMS = 80
+"""Streams that a linear map is fitted to; d_model + 1 are needed."""
+GRID = 54
+"""Queries, and keys, in the grid that a bilinear form is fitted to if a module hands over its scores alone."""
+MULTIPLIED_READS: dict[str, Callable[[Any], float]] = {
+    "opt": lambda config: (config.hidden_size / config.num_attention_heads) ** -0.5,
+    "falcon_h1": lambda config: config.key_multiplier,
+}
+"""Model type -> the number that its module multiplies queries or keys by, apart from cosines: no part of W_QK."""
+
+
+class ReachedError(Exception):
+    """The block has computed what is wanted of it."""
+
+
+@torch.no_grad()
+def compare_materialised(source: WeightSource, model: nn.Module) -> dict[str, float]:
+    """Return W_QK's and W_OV's largest relative difference over layers, `w_qk` and `w_ov`, for a model in float64."""
+    facts, found = source.architecture, {"w_qk": 0.0, "w_ov": 0.0}
+    calls = functools.cache(lambda streams: _calls(model, facts, streams))
+    for layer, module in enumerate(find_blocks(model, facts.n_layers)):
+        weights = fold_layer(source.layer(layer), facts)
+        mine, own = w_qk(model, module, calls, weights, facts)
+        found["w_qk"] = max(found["w_qk"], difference(mine, own))
+        mine, own = w_ov(module, calls(STREAMS)[layer], weights, facts)
+        found["w_ov"] = max(found["w_ov"], difference(mine, own))
+    return found
+
+
+def _calls(model: nn.Module, facts: Architecture, streams: int) -> Any:
+    """Return how the model calls each of its blocks on so many texts at once."""
+    tokens = torch.randint(0, 64, (streams, TOKENS), generator=torch.Generator().manual_seed(6))
+    recorder = Recorder(TOKENS)
+    with recorder.watch(model, find_blocks(model, facts.n_layers)):
+        model(input_ids=tokens, use_cache=False)
+    return recorder.calls
+
+
+def _random_stream(call: Any, seed: int = 7) -> Tensor:
+    return torch.randn(call.stream.shape, generator=torch.Generator().manual_seed(seed), dtype=call.stream.dtype)
+
+
+def fitted(rows: Tensor, values: Tensor) -> Tensor:
+    """The linear part, [d_model, ...], of the affine map from rows to values."""
+    ones = torch.ones(len(rows), 1, dtype=torch.float64)
+    inverse = torch.linalg.pinv(torch.cat((rows.double(), ones), -1))
+    return torch.einsum("rn,n...->r...", inverse, values.double())[:-1]
+
+
+# --- W_QK -------------------------------------------------------------------------------------------------------
+
+
+def w_qk(
+    model: nn.Module, module: nn.Module, calls: Callable[[int], Any], weights: LayerWeights, facts: Architecture
+) -> tuple[Tensor, Tensor]:
+    """ovqk's W_QK and the module's, [head, d_model, d_model]: at offset 0, or 1 if the module shows scores alone."""
+    call = calls(STREAMS)[weights.layer]
+    stream = _random_stream(call)
+    handed = captured(module, call, stream)
+    if isinstance(handed, tuple):
+        rows = normalise(stream[:, 0].double(), facts.norm, facts.norm_eps)
+        q, k = (fitted(rows, each[:, :, 0]).transpose(0, 1) for each in handed)
+        config: Any = model.config
+        text = config.get_text_config()
+        number = MULTIPLIED_READS.get(text.model_type, lambda _: 1.0)(text)
+        own = q @ k.repeat_interleave(len(q) // len(k), 0).mT / number
+        return bilinear(weights, facts, 0), own
+    grid = calls(GRID * GRID)[weights.layer]
+    some = _random_stream(grid)
+    query, key = some[:GRID, 1].clone(), some[:GRID, 0].clone()
+    some[:, 1], some[:, 0] = query.repeat_interleave(GRID, 0), key.repeat(GRID, 1)
+    scores = captured(module, grid, some)
+    assert torch.is_tensor(scores)
+    scores = scores[:, :, 1, 0].double().reshape(GRID, GRID, -1) / score_scale(weights, facts)
+    query, key = (normalise(each.double(), facts.norm, facts.norm_eps) for each in (query, key))
+    left = fitted(query, scores)  # [d_model, key, head]
+    return bilinear(weights, facts, 1), fitted(key, left.transpose(0, 1)).permute(2, 1, 0)
+
+
+def bilinear(weights: LayerWeights, facts: Architecture, offset: int) -> Tensor:
+    """ovqk's W_Q R(D) W_K^T, with the gains of norms for queries and keys, [head, d_model, d_model]."""
+    W_Q, W_K = weights.W_Q.double(), weights.W_K.double()
+    if weights.qk_norm is not None:
+        W_Q = W_Q * weights.qk_norm.query_gain.double()[:, None]
+        W_K = W_K * weights.qk_norm.key_gain.double()[:, None]
+    if weights.rotary is not None:
+        cos, sin = weights.rotary.angles(torch.tensor([offset]))
+        W_Q = weights.rotary.rotate(W_Q, cos.double(), sin.double())
+    return W_Q @ W_K[facts.kv_of_head].mT
+
+
+def captured(module: nn.Module, call: Any, stream: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+    """The queries and keys that a block hands to its attention function, or its scores if it has no such function."""
+    seen: list[Any] = []
+
+    def attend(_: nn.Module, query: Tensor, key: Tensor, *__: Any, **___: Any) -> Any:
+        seen.append((query.clone(), key.clone()))
+        raise ReachedError
+
+    def scored(logits: Tensor) -> None:
+        if logits.shape[-2:] == (TOKENS, TOKENS):
+            seen.append(logits.reshape(len(stream), -1, TOKENS, TOKENS).clone())
+            raise ReachedError
+
+    with _attending(module, attend), Softmaxes(scored), _undivided(module, stream), contextlib.suppress(ReachedError):
+        call.run(module, stream, {})
+    found: tuple[Tensor, Tensor] | Tensor = seen[0]
+    return found
+
+
+# --- W_OV -------------------------------------------------------------------------------------------------------
+
+
+def w_ov(module: nn.Module, call: Any, weights: LayerWeights, facts: Architecture) -> tuple[Tensor, Tensor]:
+    """ovqk's W_OV and the module's own, with everything behind its output projection, [head, d_model, d_model]."""
+    stream, attention = _random_stream(call), _attention(module, facts)
+    output = output_projection(attention, facts.n_heads * facts.d_head, facts.d_model)
+    inside = {id(each) for each in attention.modules()}
+    zeros = {
+        f"{name}.{key}": torch.zeros_like(parameter)
+        for name, child in module.named_modules()
+        if name and id(child) not in inside and "norm" not in type(child).__name__.lower()
+        for key, parameter in child.named_parameters(recurse=False)
+    }
+
+    def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> Any:
+        copies = query.shape[1] // value.shape[1]  # every token attends to itself alone
+        return value.repeat_interleave(copies, 1).transpose(1, 2).contiguous(), None
+
+    def written(head: int | None) -> Tensor:
+        kept = torch.zeros(facts.n_heads, facts.d_head, dtype=stream.dtype)
+        if head is not None:
+            kept[head] = 1
+        handle = output.register_forward_pre_hook(lambda _, args: (args[0] * kept.flatten(), *args[1:]))
+        try:
+            with _attending(module, attend), _undivided(module, stream):
+                returned = first_tensor(call.run(module, stream, zeros))
+        finally:
+            handle.remove()
+        assert returned is not None
+        return (returned - stream)[:, 0].double()  # the first token attends to itself alone in any case
+
+    rows, nothing = normalise(stream[:, 0].double(), facts.norm, facts.norm_eps), written(None)
+    own = torch.stack([fitted(rows, written(head) - nothing) for head in range(facts.n_heads)])
+    if facts.norm == "layernorm":
+        own = own - own.mean(-1, keepdim=True)  # as folding does: no reader sees that direction
+    return weights.W_V.double()[facts.kv_of_head] @ weights.W_O.double(), own
+
+
+def _attention(module: nn.Module, facts: Architecture) -> nn.Module:
+    """A block's attention: its children that are named so."""
+    named = [(name.lower(), child) for name, child in module.named_children()]
+    holding = [child for name, child in named if "att" in name and "norm" not in name and not name.startswith("ln")]
+    return nn.ModuleList(holding)
+
+
+@contextlib.contextmanager
+def _attending(module: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
+    """Put a function in the place of the one that a block's modules attend by."""
+    with contextlib.ExitStack() as stack:
+        for name in {type(each).__module__ for each in module.modules()}:
+            if hasattr(sys.modules.get(name), "eager_attention_forward"):
+                stack.enter_context(mock.patch.object(sys.modules[name], "eager_attention_forward", attend))
+        yield
+
+
+@contextlib.contextmanager
+def _undivided(module: nn.Module, stream: Tensor) -> Iterator[None]:
+    """Take the division out of every norm that reads something else than the block's stream: its gain stays."""
+
+    def free(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        x = args[0]
+        if x.shape == stream.shape and torch.equal(x, stream):
+            return output
+        mean = x.mean(-1, keepdim=True) if centres(norm, x) else 0
+        return output * ((x - mean).square().mean(-1, keepdim=True) + epsilon(norm)).sqrt()
+
+    norms = [
+        each
+        for each in module.modules()
+        if "norm" in type(each).__name__.lower()
+        and not any("norm" in type(child).__name__.lower() for child in each.modules() if child is not each)
+    ]
+    handles = [norm.register_forward_hook(free) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def centres(norm: Any, x: Tensor) -> bool:
+    """Whether a norm takes away its input's mean."""
+    return bool((norm.forward(x + 1) - norm.forward(x)).abs().max() < 1e-3)
+
+
+def epsilon(norm: Any) -> float:
+    """A norm's epsilon, under any of the names that it has."""
+    names = ("variance_epsilon", "eps", "epsilon")
+    return next((float(getattr(norm, name)) for name in names if isinstance(getattr(norm, name, None), float)), 1e-5)
