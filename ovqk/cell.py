@@ -21,7 +21,7 @@ from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import cache_folder
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import resolve, tracking_mode, user_path
-from ovqk.config.schema import Config, TrackingMode
+from ovqk.config.schema import Config, Source, TrackingMode
 from ovqk.errors import UserError, one_message, told, was_interrupted, without_secrets
 from ovqk.memory import is_exhausted
 from ovqk.orphans import end_with_parent
@@ -212,7 +212,10 @@ def runner_of(checkpoint: Checkpoint, cell: Config, tokenizer: Tokenizer | None)
     def load(device: torch.device) -> "RunningModel":
         from ovqk.activations.forward import RunningModel  # transformers and TransformerLens: some seconds
 
-        return RunningModel.load(checkpoint, cell.model, device)
+        whole = checkpoint
+        if cell.model.source is Source.hub:  # only the tensors that weights' analyses read are here
+            whole = open_checkpoint(cell.model, cell.hub_timeout)
+        return RunningModel.load(whole, cell.model, device)
 
     try:
         start = [] if tokenizer is None else start_tokens(tokenizer, checkpoint)

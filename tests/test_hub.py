@@ -21,7 +21,9 @@ from support import ROOT
 from support.commands import compose
 from support.hub_stub import COMMIT, REPO, Hub
 from support.models import BUNDLED, KINDS, local, make_gpt2
+from transformers import AutoModelForCausalLM
 
+from ovqk.cell import runner_of
 from ovqk.checkpoints import hub as hub_module
 from ovqk.checkpoints import hub_timeout
 from ovqk.checkpoints.checkpoint import Checkpoint
@@ -687,6 +689,19 @@ def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[str]:
     )
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(hub, tmp_path), **streams)
+
+
+def test_a_model_of_which_a_part_is_here_is_fetched_whole_to_be_run(hub, wide) -> None:
+    hub.hold(wide)
+    checkpoint = opened()
+    assert not (checkpoint.directory / SINGLE).exists()  # only the part that weights' analyses read
+    cell = compose("model=hub", f"model.repo={REPO}", "task=induction", "analysis=activations")
+    cell.model = model()
+    running = runner_of(checkpoint, cell, None).load(torch.device("cpu"))
+    plain = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32).eval()
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.allclose(running._forward(input_ids=tokens), plain(tokens).logits[:, -1], atol=1e-5)
 
 
 def test_a_killed_fetch_leaves_nothing_that_is_taken_for_whole(hub, wide, tmp_path) -> None:
