@@ -326,6 +326,12 @@ class RunningModel:
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.atanh(logits / cap)
 
+    def scores_softcap(self) -> float | None:
+        """Return the cap of the scores before the softmax, if the model has one."""
+        config = getattr(self.model, "config", None)
+        cap = None if config is None else getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        return None if cap is None else float(cap)
+
     def _forward(self, **inputs: Any) -> Float[Tensor, "prompt vocabulary"]:
         """Return the logits at the last position."""
         return self.model(logits_to_keep=1, **inputs).logits[:, -1].float()

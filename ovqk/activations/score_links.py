@@ -36,10 +36,10 @@ Stream = Float[Tensor, "prompt position d_model"]
 
 
 class ScoreLink(NamedTuple):
-    """Shares of a head's contrast in score, each its mean over clusters of prompts over the mean contrast.
+    """Shares of a head's contrast in score, before a softcap: each its mean over clusters over the mean contrast.
 
     A share may lie outside of [0, 1]: parts may be negative. All are nan if attention computed from the scores is not
-    the model's own (it is softcapped, or biased by distance, or has a sink beside its keys).
+    the model's own (it is biased by distance, or has a sink beside its keys).
 
     Attributes:
         contrast: mean, in the score's own unit, after its factor and before the softmax.
@@ -249,8 +249,9 @@ class _Split:
         if self.weights.sliding_window is not None:
             seen &= query[:, None] - positions[None] < self.weights.sliding_window
         seen = seen.to(stream.device)
-        whole = scores.sum((1, 2)).masked_fill(~seen, -math.inf)
-        self.expected[asked] = whole.softmax(-1)
+        whole, cap = scores.sum((1, 2)), self.running.scores_softcap()
+        whole = whole if cap is None else cap * torch.tanh(whole / cap)
+        self.expected[asked] = whole.masked_fill(~seen, -math.inf).softmax(-1)
         others = seen.clone()
         others[every, source] = False
         mean = (scores * others[:, None, None]).sum(-1) / others.sum(-1)[:, None, None]
