@@ -7,7 +7,7 @@ import pytest
 from ovqk.records import mounts
 
 MOUNTS = r"""24 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
-30 24 0:40 / /home rw,relatime shared:2 - nfs4 server:/home rw,vers=4.2,local_lock=none
+30 24 0:40 / /users rw,relatime shared:2 - nfs4 server:/users rw,vers=4.2,local_lock=none
 31 24 0:41 / /scratch rw - nfs server:/scratch rw,vers=3,nolock,local_lock=all
 32 31 0:42 / /scratch/my\040own rw - lustre mds:/x rw,flock
 33 24 0:43 / /local rw - lustre mds:/y rw,localflock
@@ -20,7 +20,7 @@ a line that is none
 
 
 @pytest.mark.parametrize(("folder", "option"), [
-    ("/home/me/results", None),
+    ("/users/me/results", None),
     ("/scratch/results", "/scratch is mounted as nfs with nolock"),
     ("/scratch/my own/results", None),
     ("/scratch/my ownother", "/scratch is mounted as nfs with nolock"),
