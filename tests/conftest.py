@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 def private_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing outside temporary folders is read or written."""
     monkeypatch.setenv("OVQK_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "ovqk-cache"))
-    for name in ("WANDB_MODE", "WANDB_DATA_DIR"):
+    for name in ("WANDB_MODE", "WANDB_DATA_DIR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -213,7 +213,7 @@ def test_an_architecture_without_alike_heads_is_refused_from_its_config(case, tm
     config, message = REFUSED[case]
     monkeypatch.setitem(sys.modules, "ovqk.weights.bridge", None)  # an import of it raises
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["SomeForCausalLM"]}))
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_file({f"x{i}": torch.zeros(32) for i in range(8)}, tmp_path / "model.safetensors")  # as large as it says
     with pytest.raises(UserError, match=f"SomeForCausalLM.*{message}.*allowed: "):
         opened(tmp_path)
 

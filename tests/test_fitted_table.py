@@ -159,7 +159,7 @@ def test_the_tables_of_a_cell_on_prompts_and_of_its_sweep_fit_every_width(width,
     assert all(f"{100 * effect:.0f}%" in on_prompts.split() for effect in roles["effect"])
     for p in verdicts[verdicts["kind"] == "role"]["p"].dropna():
         assert f"{p:.3f}" in by_role.split()
-    assert all(title in on_prompts for title in wording.PROMPT_COLUMNS.values())
+    assert all(word in on_prompts for title in wording.PROMPT_COLUMNS.values() for word in title.split())
     assert all(quarter.split()[0] in by_depth for quarter in QUARTERS)
 
 

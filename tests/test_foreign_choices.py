@@ -24,7 +24,11 @@ def test_which_variables_hold_secrets(monkeypatch) -> None:
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "MY_CREDENTIALS", "OPENAI_APIKEY"):
         monkeypatch.setenv(name, f"{name}-value")
         assert name in secrets()
-    for name, value in (("TOKENIZERS_PARALLELISM", "a-long-value"), ("HF_TOKEN_PATH", "/users/me/token"), ("KEY", "no")):
+    for name, value in (
+        ("TOKENIZERS_PARALLELISM", "a-long-value"),
+        ("HF_TOKEN_PATH", "/users/me/token"),
+        ("KEY", "no"),
+    ):
         monkeypatch.setenv(name, value)
         assert name not in secrets()
     assert without_secrets(f"a {KEY} b") == "a $WANDB_API_KEY b" and KEY not in told(ValueError(KEY))

@@ -72,7 +72,7 @@ def test_a_word_without_a_value_is_told_what_a_choice_is(tmp_path) -> None:
 
 @pytest.mark.parametrize(("override", "message"), [
     ("task=ioii", "task=ioii: there is no such task. Did you mean ioi? Allowed: acronym, copy_suppression, "
-     "greater_than, induction, ioi, none, sva."),
+     "greater_than, induction, ioi, modular_addition, none, sva."),
     ("analysis=b3", "analysis=b3: there is no such analysis. Did you mean b03? Allowed: activations, b03, composition, "
      "full, ov, qk."),
     ("tracking=on", "tracking=on: there is no such tracking. Did you mean online? Allowed: none, offline, online."),

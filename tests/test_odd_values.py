@@ -36,14 +36,10 @@ def test_values_that_are_refused(override, message) -> None:
         compose(*QUICK, override)
 
 
-@pytest.mark.parametrize(("argument", "letter", "quoted"), [
-    ("results_dir=a~b", "~", "\"results_dir='a~b'\""), ("model.path=x^2", "^", "\"model.path='x^2'\""),
-])  # fmt: skip
-def test_letters_that_hydra_takes_in_quotes_are_told_with_the_quotes(cli, tmp_path, argument, letter, quoted) -> None:
+@pytest.mark.parametrize("argument", ["results_dir=a~b", "model.path=x^2"])
+def test_letters_that_hydra_takes_in_quotes_are_told_with_the_quotes(cli, tmp_path, argument) -> None:
     code, printed = cli(*QUICK, argument)
-    assert code == 1 and printed == (
-        f"ovqk: {argument}: Hydra takes {letter!r} only in quotes, which the shell needs in quotes, too: {quoted}\n"
-    )
+    assert code == 1 and printed.startswith(f"ovqk: {argument}: the value has signs with a meaning of their own. Quote")
     assert not list(tmp_path.iterdir())
 
 

@@ -136,7 +136,10 @@ def test_what_has_no_results_is_named(results, made, tmp_path) -> None:
     (folders[1] / "record.json").write_text('{"status": "done"')
     cells, failures = read_cells(tmp_path)
     assert not cells
-    assert [f.error for f in failures] == ["a table cannot be read (ArrowInvalid)", "its record.json cannot be read"]
+    assert [f.error for f in failures] == [
+        "spectra.parquet cannot be read (ArrowInvalid)",
+        "its record.json cannot be read",
+    ]
 
 
 def test_a_record_that_lacks_something_is_said_and_not_shown(results, tmp_path) -> None:
@@ -146,7 +149,7 @@ def test_a_record_that_lacks_something_is_said_and_not_shown(results, tmp_path) 
     del record["provenance"]
     path.write_text(json.dumps(record))
     (path.parent / "heads.parquet").unlink()
-    assert [f.error for f in read_cells(tmp_path)[1]] == ["without provenance, heads.parquet"]
+    assert [f.error for f in read_cells(tmp_path)[1]] == ["its record.json has no provenance"]
 
 
 def test_cells_of_one_model_and_task_have_addresses_of_their_own(results) -> None:
@@ -230,7 +233,7 @@ def test_the_command_writes_a_page_and_figures(results, tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert re.fullmatch(rf"wrote {one}/report.html \(0\.\d MB, 1 cell of 1 model\)", first)
-    assert second == f"wrote 11 figures, as SVG and as PNG, to {one}/figures"
+    assert second == f"wrote 12 figures, as SVG and as PNG, to {one}/figures"
     names = {path.name for path in (one / "figures").iterdir()}
     wanted = {"verdicts", "effects", "depth", "circuit_mini-attn_induction", "head_mini-attn_induction_3.0"}
     wanted |= {f"atlas_induction_{name}" for name in ("ov_copying", "qk_symmetry", "qk_positional_share")}

@@ -332,7 +332,7 @@ def test_the_command_in_a_warning_can_be_pasted(results, monkeypatch) -> None:
     odd = results.rename(results.with_name("my results"))
     monkeypatch.setattr(track_module, "make_run", lambda *arguments: 1 / 0)
     warning = track(odd, "offline")
-    assert warning is not None and warning.endswith(f"`python -m ovqk.tracking '{odd}'`")
+    assert warning is not None and warning.endswith(f"python -m ovqk.tracking '{odd}'`")
 
 
 @pytest.mark.parametrize("when", ["idle", "half-way"])

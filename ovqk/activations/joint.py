@@ -132,7 +132,7 @@ def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int)
             ]
         )
         low, high = _interval(metric, has, seed)
-        layers = heads["layer"].to_numpy()
+        layers = heads["layer"].to_numpy(dtype=np.int64)
         rows.append(
             {
                 "kind": "role", "role": role, "layer": None, "head": None, "claimed": None, "measured": None,

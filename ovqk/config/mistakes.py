@@ -68,10 +68,6 @@ def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
     found = [match for line in lines if (match := re.fullmatch(r"\s*(\w+)[:=] ?(.*)", line))]
     facts = {match[1]: match[2] for match in found if match[1] in ("full_key", "object_type", "reference_type")}
     told = list(dict.fromkeys(line for line in lines if line.lstrip().split("=")[0].split(":")[0] not in facts))
-    if match := re.match(r"(LexerNoViableAltException: )(([^=]*)=(.*))", lines[0] if lines else ""):
-        letter = match[2][lines[1].index("^") - len(match[1]) :][:1] if "^" in "".join(lines[1:2]) else "this"
-        quoted = f"\"{match[3]}='{match[4]}'\""
-        return [f"{match[2]}: Hydra takes {letter!r} only in quotes, which the shell needs in quotes, too: {quoted}"]
     if match := re.match(r"Ambiguous value for argument '(.*)'$", lines[0] if lines else ""):
         return [f"{match[1]}: several values need -m, which computes a cell for each: {program()} -m {match[1]}"]
     if "override_grammar" in str(error) and (said := _unparsed(error, lines)):

@@ -24,7 +24,7 @@ WIDTHS_OF_ALL = (
 """The same for a model that is loaded whole."""
 MARGIN = 4
 """Times that a width may exceed the longest side of a tensor: matrices may be stored flat, packed or not at all."""
-MORE, FEW = 4, 10**8
+MORE, FEW = 4, 2 * 10**8
 """A model has up to so many times its checkpoint's numbers (shared tensors are stored once), or FEW."""
 
 
