@@ -258,7 +258,7 @@ def test_figures_of_an_earlier_report_go_and_other_files_stay(results, tmp_path,
     shutil.rmtree(tmp_path / "mini-llama")
     with monkeypatch.context() as broken:
         broken.setattr("ovqk.report.write.cell_figures", lambda cells: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(UserError, match="ZeroDivisionError"):
             write_report(tmp_path)
     assert llama <= {path.name for path in folder.iterdir()}  # nothing goes before the new ones are there
     write_report(tmp_path)

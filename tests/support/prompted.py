@@ -67,7 +67,7 @@ def make_prompted(source: Path, results: Path, model: str = "mini-attn") -> Path
     rows = pd.DataFrame(HEADS, columns=COLUMNS)
     testing = activations[activations["half"] == "testing"].drop(columns="half")
     roles = rows.drop(columns=["weights", "reading"]).rename(columns={"activations": "verdict"})
-    roles.assign(chosen=True).merge(testing, on=["role", "layer", "head"]).to_parquet(
+    roles.assign(chosen=True, score_link=0.25).merge(testing, on=["role", "layer", "head"]).to_parquet(
         folder / "roles.parquet", index=False
     )
     statistics = {
