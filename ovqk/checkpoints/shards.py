@@ -83,6 +83,8 @@ def read_header(read: Read, size: int) -> Header:
         raise ValueError("its header is nested too deeply") from None
     try:
         metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are not texts")
         tensors = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
         for name, tensor in tensors.items():
             start, end = tensor["data_offsets"]
