@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from module_comparison import difference, output_projection
+from module_comparison import difference, output_projection, silenced
 from torch import Tensor, nn
 
 from ovqk.weights.block_probes import Recorder, Softmaxes, find_blocks, first_tensor
@@ -140,13 +140,7 @@ def w_ov(module: nn.Module, call: Any, weights: LayerWeights, facts: Architectur
     """ovqk's W_OV and the module's own, with everything behind its output projection, [head, d_model, d_model]."""
     stream, attention = _random_stream(call), _attention(module, facts)
     output = output_projection(attention, facts.n_heads * facts.d_head, facts.d_model)
-    inside = {id(each) for each in attention.modules()}
-    zeros = {
-        f"{name}.{key}": torch.zeros_like(parameter)
-        for name, child in module.named_modules()
-        if name and id(child) not in inside and "norm" not in type(child).__name__.lower()
-        for key, parameter in child.named_parameters(recurse=False)
-    }
+    zeros = silenced(module, attention)
 
     def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> Any:
         copies = query.shape[1] // value.shape[1]  # every token attends to itself alone

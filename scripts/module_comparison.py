@@ -120,6 +120,17 @@ def output_projection(attention: nn.Module, width: int, d_model: int) -> nn.Modu
     raise LookupError(f"no output projection among {[name for name, _ in named]}")
 
 
+def silenced(module: nn.Module, attention: nn.Module) -> dict[str, Tensor]:
+    """Zeros for all of a block's parameters but those of its attention and of its norms."""
+    inside = {id(each) for each in attention.modules()}
+    return {
+        f"{name}.{key}": torch.zeros_like(parameter)
+        for name, child in module.named_modules()
+        if name and id(child) not in inside and "norm" not in type(child).__name__.lower()
+        for key, parameter in child.named_parameters(recurse=False)
+    }
+
+
 def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: Tensor) -> float:
     """What each head adds to the stream: the block with one head let through, the rest of the block silenced."""
     facts, weights = source.architecture, source.layer(layer)
@@ -142,13 +153,7 @@ def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: T
     x = apply_norm(weights.norm, stream[0].double(), facts.norm_eps)
     values = torch.einsum("pd,hdx->hpx", x, weights.W_V.double()) + weights.b_V.double()[:, None]
     z = pattern.double() @ values[facts.kv_of_head]
-    inside = {id(each) for each in attention.modules()}
-    zeros = {
-        f"{name}.{key}": torch.zeros_like(parameter)
-        for name, child in module.named_modules()
-        if name and id(child) not in inside and "norm" not in type(child).__name__.lower()
-        for key, parameter in child.named_parameters(recurse=False)
-    }
+    zeros = silenced(module, attention)
 
     def written(head: int | None) -> Tensor:
         kept = torch.zeros(facts.n_heads, facts.d_head, dtype=stream.dtype)

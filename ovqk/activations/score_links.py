@@ -9,6 +9,7 @@ head wrote, and of the rest. So the score is a sum over pairs of writers, and ea
 by which the head looks at the source (definitions: section 7).
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,9 +133,10 @@ def score_links(
     found: dict[Asked, list[tuple[Tensor, Tensor]]] = {each: [] for each in asked}
     wrong: set[Asked] = set()
     batches = [batch for batch in prompts.batches if batch.half == "testing"]
+    layers = functools.cache(lambda index: to_device(model.source.layer(index), running.device))  # of all batches
     for number in steps(len(batches), "scores of batch") if asked else ():
         batch = batches[number]
-        for each, contrasts in _Split(running, model, batch, asked).run().items():
+        for each, contrasts in _Split(running, model.architecture, layers, batch, asked).run().items():
             if contrasts is None:
                 wrong.add(each)
             else:
@@ -162,10 +164,17 @@ def _link(asked: Asked, parts: Sequence[tuple[Tensor, Tensor]]) -> ScoreLink:
 class _Split:
     """One run of a batch in which the scores of some heads are split."""
 
-    def __init__(self, running: RunningModel, model: Model, batch: Batch, asked: Sequence[Asked]) -> None:
-        self.running, self.batch, self.architecture = running, batch, model.architecture
+    def __init__(
+        self,
+        running: RunningModel,
+        architecture: Architecture,
+        layers: Callable[[int], LayerWeights],
+        batch: Batch,
+        asked: Sequence[Asked],
+    ) -> None:
+        self.running, self.batch, self.architecture, self.layers = running, batch, architecture, layers
         self.here = [each for each in asked if None not in (batch.position(each.query), batch.position(each.source))]
-        self.source, self.last = model.source, max((each.head[0] for each in self.here), default=-1)
+        self.last = max((each.head[0] for each in self.here), default=-1)
         partners = {each.earlier(side) for each in self.here for side in ("query", "key")} - {()}
         self.sets = sorted(partners)
         self.found: dict[Asked, Tensor | None] = {}
@@ -200,7 +209,7 @@ class _Split:
             assert self.before is not None
             self.writers.direct = self.writers.direct + (stream - self.before - self.writers.heads)
         self.before = stream
-        self.weights = to_device(self.source.layer(layer), stream.device)
+        self.weights = self.layers(layer)
         for each in self.here:
             if each.head[0] == layer:
                 self._split(each, stream)
@@ -255,7 +264,9 @@ class _Split:
         others = seen.clone()
         others[every, source] = False
         mean = (scores * others[:, None, None]).sum(-1) / others.sum(-1)[:, None, None]
-        self.found[asked] = (scores[every, :, :, source] - mean).cpu()
+        contrast = scores[every, :, :, source] - mean
+        contrast[~seen[every, source]] = math.nan  # a token outside of the window has no score
+        self.found[asked] = contrast.cpu()
 
 
 def split_scores(
