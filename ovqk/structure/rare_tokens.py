@@ -23,6 +23,7 @@ LARGE_VOCABULARY = 10_000  # tokens from which rows are looked at: in smaller vo
 IMPOSSIBLE = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no UTF-8 text has
 WHITESPACE = {0x09, 0x0A, 0x0D}
 UNUSED = re.compile(r"[\[<]\|?(unused|reserved|extra|pad)[\w-]*\|?[\]>]|madeupword\d+", re.IGNORECASE)
+RAW_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # sentencepiece's bytes stand for characters without a token
 REASONS = {
     "special": "special",
     "unused": "unused or reserved",
@@ -96,7 +97,7 @@ def _by_tokenizer(tokenizer: Tokenizer | None, n: int) -> list[tuple[int, str, b
             found.append((token, "unused", True))
         elif token in special:
             found.append((token, "special", False))
-        elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):  # sentencepiece's bytes stand for characters without a token
+        elif RAW_BYTE.fullmatch(piece):
             found.append((token, "byte", int(piece[3:5], 16) in IMPOSSIBLE))
         elif byte_level and len(piece) == 1 and piece in BYTE_LETTERS:
             byte = BYTE_LETTERS[piece]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from tokenizers import Encoding, Tokenizer
@@ -367,13 +368,13 @@ def _why(token: int | None, found: list[int], n_sets: int, seen: set[int]) -> st
 def surface_form(token: str) -> tuple[bool, str, bool, int]:
     """Return leading space, capitalisation, letters only, and length class of a token as it is spelled."""
     text = token.lstrip("".join(WORD_STARTS))
-    capitals = re.sub(r"[^a-zA-Z]", "", text)
-    if capitals and capitals == capitals.upper():
+    letters = text if text.isascii() and text.isalpha() else re.sub(r"[^a-zA-Z]", "", text)
+    if letters.isupper():
         case = "upper"
-    elif capitals[:1].isupper() and capitals[1:] == capitals[1:].lower():
+    elif letters.istitle():
         case = "title"
     else:
-        case = "lower" if capitals == capitals.lower() else "mixed"
+        case = "lower" if letters.islower() or not letters else "mixed"
     return token.startswith(WORD_STARTS), case, text.isalpha(), min(len(text) // 3, 3)
 
 
@@ -395,22 +396,21 @@ def matched_tokens(
         UserError: the vocabulary has fewer than 8 other tokens.
     """
     forms = [surface_form(tokenizer.id_to_token(i) or "") for i in range(n_tokens)]
+    ranks = np.array([math.log(token + 1) for token in range(n_tokens)])
     outside = set(excluded.tolist())
     barred = outside - set(() if own is None else own.tolist())
 
     def matches(window: float, parts: int) -> dict[int, list[int]]:
         by_form: dict[tuple[object, ...], list[int]] = {}
-        for token in range(n_tokens):
+        for token, form in enumerate(forms):
             if token not in barred:
-                by_form.setdefault(forms[token][:parts], []).append(token)
-        return {
-            word: [
-                token
-                for token in by_form.get(forms[word][:parts], ())
-                if abs(math.log(token + 1) - math.log(word + 1)) <= window
-            ]
-            for word in ids.tolist()
-        }
+                by_form.setdefault(form[:parts], []).append(token)
+        alike = {form: np.array(tokens) for form, tokens in by_form.items()}
+        found = {}
+        for word in ids.tolist():
+            tokens = alike.get(forms[word][:parts], np.empty(0, dtype=np.int64))
+            found[word] = tokens[np.abs(ranks[tokens] - ranks[word]) <= window].tolist()
+        return found
 
     relaxations = (
         (RANK_WINDOW, 4, ""),

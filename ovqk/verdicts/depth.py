@@ -6,6 +6,7 @@ head grows until it does. Layers differ, so what is compared is not the metric b
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,9 +146,7 @@ def over_depth(
         return np.array([np.median(means[layer_of == layer]) for layer in at])
 
     sizes = np.array([(layer_of == layer).sum() for layer in at], dtype=float)
-    offset = (at[None, :] - at[:, None]).astype(float)  # [at, from]
-    weights = _weights(sizes, offset)
-    lines = _local_lines(weights, offset)
+    weights, lines = _kernel(tuple(at.tolist()), tuple(sizes.tolist()))
     # Where a place rests on few groups, on the layer's own above all, heads are nearer to it: as much as independent
     # groups of one variance would be.
     nearer = 1 - 2 * lines.diagonal() / sizes + (lines**2 / sizes).sum(1)
@@ -155,6 +154,14 @@ def over_depth(
     distance /= np.sqrt(np.maximum(nearer, LEAST_VARIANCE))[place]
     spread = (weights @ medians(np.abs(distance))) / weights.sum(1)
     return distance / spread[place] if (spread > TIE * np.abs(values).max()).all() else None
+
+
+@lru_cache(maxsize=256)
+def _kernel(at: tuple[int, ...], sizes: tuple[float, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return weights [at, from] of layers with so many KV groups, and their local lines, which all metrics share."""
+    offset = (np.array(at)[None, :] - np.array(at)[:, None]).astype(float)
+    weights = _weights(np.array(sizes), offset)
+    return weights, _local_lines(weights, offset)
 
 
 def _weights(sizes: NDArray[np.float64], offset: NDArray[np.float64]) -> NDArray[np.float64]:
