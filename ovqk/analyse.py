@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovqk import wording
-from ovqk.activations.stage import ActivationTables, Runner
+from ovqk.activations.stage import ActivationTables, Runner, run_words
 from ovqk.circuits.composition import SENDERS_KEPT, composition_table, virtual_heads_table
 from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.config.schema import Circuit, Config
@@ -56,7 +57,7 @@ def analyse(
         config: the resolved cell.
         steps: counts off layers, and batches of prompts, and may show how far it is.
         cache: keeps the tables that depend on no task for other cells; None computes them anew.
-        runner: how the model is run, if the analysis asks for activations.
+        runner: how the model is run, if the analysis asks for activations, or reads words through their streams.
         draws: takes how many draws of the nulls are made, and how many there may be.
 
     Raises:
@@ -65,10 +66,10 @@ def analyse(
     source = opened.source
     claims = resolve_claims(config.task, config.model, source.architecture)
     model = Model.read(opened, config)
-    task = TaskReadout.read(model)
+    task = TaskReadout.read(model, None if runner is None else partial(run_words, model, runner, steps))
     cycle = None if config.task.cycle is None else read_cycle(model)
     no_cycle = cycle if isinstance(cycle, str) else None
-    activations = run_prompts(model, runner, claims, steps)
+    activations = run_prompts(model, task, runner, claims, steps)
     if config.model.claims == MEASURED:
         ran = isinstance(activations, ActivationTables)
         claims = activations.claims() if ran else f"no role is measured: {activations}"  # type: ignore[union-attr]
@@ -106,6 +107,8 @@ def analyse(
             *task.tokens.notes,
             *judged.notes,
             *model.sample_notes,
+            *task.notes,
+            *(activations.notes if isinstance(activations, ActivationTables) else ()),
             *model.direction_notes,
         ],
         null_seconds=judged.seconds,
@@ -119,15 +122,16 @@ def analyse(
 
 def run_prompts(
     model: Model,
+    task: TaskReadout,
     runner: Runner | None,
     claims: Claims | str,
     steps: Callable[[int, str], Iterable[int]],
 ) -> ActivationTables | str | None:
     """Run the task's prompts, if the analysis asks for it; return why it cannot be done, which harms nothing else."""
-    if runner is None:
+    if runner is None or not model.config.analysis.activations:
         return None
     try:
-        return ActivationTables(model, runner, claims, steps)
+        return ActivationTables(model, runner, claims, steps, task.readout)
     except UserError as error:
         return str(error)
 

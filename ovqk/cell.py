@@ -21,7 +21,7 @@ from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import cache_folder
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import resolve, tracking_mode, user_path
-from ovqk.config.schema import Config, Source, TrackingMode
+from ovqk.config.schema import Config, Embedding, Source, TrackingMode
 from ovqk.errors import UserError, one_message, told, was_interrupted, without_secrets
 from ovqk.memory import is_exhausted
 from ovqk.orphans import end_with_parent
@@ -188,7 +188,8 @@ def compute(
     source = open_weights(checkpoint, cell.model)
     tokenizer, notes = tokenizer_for(cell.task, checkpoint)
     opened = OpenedModel(source, checkpoint.label, tokenizer)
-    runner = runner_of(checkpoint, cell, tokenizer) if cell.analysis.activations else None
+    runs = cell.analysis.activations or cell.analysis.embedding is Embedding.stream
+    runner = runner_of(checkpoint, cell, tokenizer) if runs else None
     with steps_of(f"{cell.model.name} / {cell.task.name} / {cell.analysis.name}", alone) as steps:
         analysis = analyse(opened, cell, steps, structure_cache(cell, checkpoint), runner, steps.draws)
     analysis.notes.extend(notes)

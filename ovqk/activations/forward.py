@@ -207,6 +207,26 @@ class RunningModel:
             self._forward(input_ids=tokens.to(self.device), use_cache=False)
 
     @torch.no_grad()
+    def streams(
+        self, prefixes: Int[Tensor, "prefix position"], words: Int[Tensor, " word"]
+    ) -> Float[Tensor, "layer word d_model"]:
+        """Return the residual stream before each layer of words behind prefixes, on average over these.
+
+        Keys and values of the prefixes are computed once, but in an architecture that they do not serve.
+        """
+        found: list[Tensor] = []
+        n, last = len(words), words.repeat_interleave(len(prefixes))[:, None]
+        names = [(f"blocks.{layer}.hook_in", partial(_append, to=found)) for layer in range(self.n_layers)]
+        if self.whole:
+            self.run_hooked(torch.cat([prefixes.repeat(n, 1), last], 1), names)
+        else:
+            base = self.base(prefixes)
+            with self._hooked(names):
+                cache = _prefix(base, prefixes.shape[1], n)
+                self._forward(input_ids=last.to(self.device), use_cache=True, past_key_values=cache)
+        return torch.stack([each[:, -1].float().unflatten(0, (n, -1)).mean(1) for each in found]).cpu()
+
+    @torch.no_grad()
     def redraw(self, seed: int) -> None:
         """Draw every matrix anew, from a normal distribution of its own mean and standard deviation.
 

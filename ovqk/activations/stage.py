@@ -5,10 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from ovqk import wording
 from ovqk.activations.batches import Prompts, read_prompts
+from ovqk.activations.fidelity import fidelity_note, fidelity_table, prompt_streams, sources_of
 from ovqk.activations.forward import RunningModel
 from ovqk.activations.joint import joint_table, on_prompts
 from ovqk.activations.judge import Judged, judge_activations
@@ -16,13 +20,16 @@ from ovqk.activations.links import WriteLinks
 from ovqk.activations.measure import check_activations, measure
 from ovqk.activations.quantities import Steps
 from ovqk.activations.roles import Measured
+from ovqk.activations.streams import draw_prefixes, read_streams
 from ovqk.activations.untrained import untrained_control
+from ovqk.circuits.effective_embeddings import Streams
 from ovqk.config.schema import RoleActivationsConfig
 from ovqk.errors import UserError
 from ovqk.memory import give_all_back, is_exhausted
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import Tables
 from ovqk.tasks.claims import MEASURED, Claims
+from ovqk.tasks.readouts import Readout
 
 SMALLER = 4
 """By how much smaller batches are tried once if memory is exhausted."""
@@ -41,11 +48,36 @@ class Runner:
     start: list[int]
 
 
+def run_words(
+    model: Model, runner: Runner, steps: Steps, tokens: Int[Tensor, " token"], words: Int[Tensor, " word"]
+) -> Streams | str:
+    """Run the model on single tokens, for `analysis.embedding=stream`; or say why it cannot be run.
+
+    No prefix holds one of the task's words.
+    """
+    if model.tokenizer is None:
+        return "the model has no tokenizer, whose words single tokens are put behind"
+    try:
+        prefixes = draw_prefixes(model.tokenizer, runner.start, set(words.tolist()))
+        n_ctx, length = model.architecture.n_ctx, prefixes.shape[1] + 1
+        if n_ctx is not None and length > n_ctx:
+            return f"a word behind its prefix has {length} tokens, more than the model's context of {n_ctx}"
+        running = runner.load(model.device)
+    except UserError as error:
+        return str(error).removesuffix(".")
+    rows = read_streams(running, tokens, prefixes, steps)
+    del running
+    give_all_back()  # the model and its hooks refer to each other
+    return Streams(tokens, rows)
+
+
 class ActivationTables:
     """The stage that judges what heads do on prompts. Making it runs them."""
 
-    def __init__(self, model: Model, runner: Runner, claims: Claims | str, steps: Steps) -> None:
-        """Run the task's prompts through the model.
+    def __init__(
+        self, model: Model, runner: Runner, claims: Claims | str, steps: Steps, readout: Readout | None = None
+    ) -> None:
+        """Run the task's prompts through the model; of the task's `readout` it is measured how it reads words.
 
         Raises:
             UserError: the model or the task cannot be run.
@@ -77,6 +109,7 @@ class ActivationTables:
                     f"activations.batch={asked.batch}: out of memory, and with batches of {smaller} prompts too."
                 )
         self.measured: Measured = measured
+        self.fidelity = self._fidelity(running, readout, steps)
         self.untrained = self._run_untrained(running, steps)
         del running
         give_all_back()  # the model and its hooks refer to each other
@@ -99,6 +132,14 @@ class ActivationTables:
             if not is_exhausted(error):
                 raise
         return None
+
+    def _fidelity(self, running: RunningModel, readout: Readout | None, steps: Steps) -> pd.DataFrame:
+        """Compare how the readout reads words with what the model has in their places on the prompts."""
+        if readout is None:
+            return pd.DataFrame()
+        ids = torch.cat([words.ids for words in readout.variable.read]).unique()
+        seen, streams = prompt_streams(running, self.prompts, sources_of(self.roles), ids, steps)
+        return fidelity_table(readout, self.model.architecture, seen, streams)
 
     def _run_untrained(self, running: RunningModel, steps: Steps) -> dict[str, dict[str, float]] | None:
         """Run the model with random weights, after which it is of no use; None if memory is exhausted."""
@@ -137,9 +178,16 @@ class ActivationTables:
         config = self.model.config
         joint = joint_table(self.judged, made.get("verdicts"), made["heads"], config.task, config.seed)
         found = Tables({"activations": self.judged.activations, "roles": self.judged.roles, "joint": joint})
+        found["fidelity"] = self.fidelity
         if "candidates" in made:
             found["candidates"] = on_prompts(made["candidates"], self.judged, set(self.roles))
         return found
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the record: where task readouts read words unlike the running model's."""
+        note = fidelity_note(self.fidelity)
+        return [] if note is None else [note]
 
     def describe(self) -> dict[str, Any]:
         """Return the record's block on activations: prompts, halves, gate, controls."""

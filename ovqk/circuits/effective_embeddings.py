@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -107,12 +108,47 @@ KEPT_UP_TO = 2**26
 """The most elements that an unembedding may have for a task's readouts to keep it in memory (256 MB)."""
 
 
+@dataclass(frozen=True)
+class Streams:
+    """Words as the running model has them before each layer: the rows of the `stream` effective embedding.
+
+    Attributes:
+        ids: the words' tokens, rising.
+        rows: their residual stream.
+    """
+
+    ids: Int[Tensor, " word"]
+    rows: Float[Tensor, "layer word d_model"]
+
+    def of(self, ids: Int[Tensor, " asked"], layer: int) -> Float[Tensor, "asked d_model"]:
+        """Return the rows of these tokens.
+
+        Raises:
+            ValueError: one of them was not run.
+        """
+        place = torch.searchsorted(self.ids, ids.cpu()).clamp_max(len(self.ids) - 1)
+        if not torch.equal(self.ids[place], ids.cpu()):
+            raise ValueError("a stream is asked for of a token that was not run")
+        return self.rows[layer][place]
+
+
+def stream_kind(layer: int) -> str:
+    """Name the kind of rows that a layer reads under the `stream` embedding: each layer has its own."""
+    return f"stream {layer}"
+
+
 class EffectiveRows:
     """Effective embeddings, row by row, normalised as a layer's norm would; rows for kept ids are computed once."""
 
-    def __init__(self, vocabulary: Vocabulary, block0: Block0 | None, architecture: Architecture) -> None:
-        """Take the folded vocabulary; `block0` is None if it is not available."""
-        self.vocabulary, self.block0, self.architecture = vocabulary, block0, architecture
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        block0: Block0 | None,
+        architecture: Architecture,
+        streams: Streams | None = None,
+    ) -> None:
+        """Take the folded vocabulary; `block0` is None if it is not available, `streams` unless the model was run."""
+        self.vocabulary, self.block0, self.architecture, self.streams = vocabulary, block0, architecture, streams
         self._ids: Tensor | None = None
         self._rows: dict[str, Tensor] = {}
 
@@ -126,10 +162,13 @@ class EffectiveRows:
             self._ids, self._rows = before
 
     def __call__(self, ids: Int[Tensor, "*word"], kind: str) -> Float[Tensor, "*word d_model"]:
-        """Return the rows for these tokens. `kind` is `token`, `block0` or `write` (columns of W_U, not normalised).
+        """Return the rows for these tokens.
+
+        `kind` is `token`, `block0`, a layer's `stream_kind`, or `write` (columns of W_U, not normalised).
 
         Raises:
-            ValueError: a token is asked for that `only` leaves out, or `write` without an unembedding.
+            ValueError: a token is asked for that `only` leaves out or that was not run, or `write` without an
+                unembedding.
         """
         if self._ids is None:
             if ids.dim() == 1:
@@ -152,7 +191,10 @@ class EffectiveRows:
             return self.unembedding[ids.to(self.unembedding.device)]
         if len(ids) > BLOCK:  # block 0's hidden activations are several times as wide as a row
             return torch.cat([self._compute(some, kind) for some in ids.split(BLOCK)])
-        rows = self.vocabulary.W_E[ids.to(self.vocabulary.W_E.device)]
+        device = self.vocabulary.W_E.device
+        if self.streams is not None and kind.startswith("stream"):
+            return self.normalised(self.streams.of(ids, int(kind.split()[1])).to(device))
+        rows = self.vocabulary.W_E[ids.to(device)]
         if kind == "block0" and self.block0 is not None:
             rows = self.block0.rows(rows)
         return self.normalised(rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ovqk.config.schema import CIRCUITS, Config, Source, TrackingMode
+from ovqk.config.schema import CIRCUITS, Config, Embedding, Source, TrackingMode
 from ovqk.config.secrets import refuse_secrets
 from ovqk.errors import UserError
 
@@ -98,6 +98,11 @@ def _check(config: Config) -> None:
         )
     if config.analysis.components < 0:
         raise UserError(f"analysis.components={config.analysis.components}: must be a number of components >= 0.")
+    if config.analysis.directions_embedding is Embedding.stream:
+        raise UserError(
+            "analysis.directions_embedding=stream: lists go over the whole vocabulary, and the model is run on single "
+            "words alone; allowed: token, block0, by_layer."
+        )
     if config.analysis.pairs and len(circuits) < 2:
         raise UserError(f"analysis.pairs=true: composition needs both circuits, and analysis.circuits={circuits}.")
     if not 1 <= config.nulls.draws <= 1_000_000:

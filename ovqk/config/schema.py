@@ -51,11 +51,14 @@ class Embedding(Enum):
     """`token` for layer 0 and `block0` for the layers after it."""
     token = "token"
     block0 = "block0"
+    stream = "stream"
+    """`token` for layer 0, and for the layers after it what the running model has there for a word alone."""
 
     def kind(self, layer: int) -> str:
-        """Return the effective embedding that a layer is read through, `token` or `block0`."""
-        by_layer = self is Embedding.by_layer
-        return "token" if self is Embedding.token or (by_layer and layer == 0) else "block0"
+        """Return the effective embedding that a layer is read through: `token`, `block0` or `stream`."""
+        if self is Embedding.token or (layer == 0 and self is not Embedding.block0):
+            return "token"
+        return "stream" if self is Embedding.stream else "block0"
 
 
 class VariableKind(Enum):
@@ -277,6 +280,7 @@ class AnalysisConfig:
     circuits: list[str] = MISSING
     """Any of `ov`, `qk`."""
     embedding: Embedding = Embedding.by_layer
+    """The embedding that task readouts read words through; `stream` runs the model on single words."""
     offsets: list[int] = field(default_factory=lambda: [0])
     """Rotary models: the offsets (query position - key position) at which QK spectra are taken."""
     components: int = 3

@@ -1,7 +1,7 @@
 """A causal variable as each layer sees it, and the metrics of what each head does with it.
 
 Layer 0 reads the embedding; later layers read the `block0` effective embedding, unless the analysis chooses one for
-all.
+all, or the model is run on single words (`stream`).
 """
 
 from collections.abc import Collection, Sequence
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.circuits import alignment
-from ovqk.circuits.effective_embeddings import WRITE, EffectiveRows
+from ovqk.circuits.effective_embeddings import WRITE, EffectiveRows, stream_kind
 from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.config.schema import Circuit, Embedding, VariableKind
 from ovqk.errors import UserError
@@ -90,12 +90,24 @@ class Readout:
         return Readout(Variable.stacked(variables), self.effective, self.embedding, origins=self._origins)
 
     def kind(self, layer: int) -> str:
-        """Return `token` or `block0`: the effective embedding that a layer's readouts use."""
-        return self.embedding.kind(layer)
+        """Return the effective embedding that a layer's readouts use: `token`, `block0` or its `stream_kind`."""
+        kind = self.embedding.kind(layer)
+        return stream_kind(layer) if kind == "stream" else kind
+
+    def kinds(self, layer: int) -> dict[str, str]:
+        """Return effective embedding -> its kind of rows, for those that can be had in this layer."""
+        there = {"token": "token"}
+        if layer and self.effective.block0 is not None:
+            there["block0"] = "block0"
+        if layer and self.effective.streams is not None:
+            there["stream"] = stream_kind(layer)
+        return there
 
     def reads(self, layer: int) -> bool:
         """Whether the layer's effective embedding can be had."""
-        return self.kind(layer) == "token" or self.effective.block0 is not None
+        kind = self.embedding.kind(layer)
+        there = {"block0": self.effective.block0, "stream": self.effective.streams}
+        return kind == "token" or there[kind] is not None
 
     def rows(self, layer: int) -> Float[Tensor, "*draw word d_model"]:
         """Return normalised effective embeddings of the (first) read words, as this layer sees them."""

@@ -1,22 +1,29 @@
 """A task on a model: its words as tokens, and the metrics of what each head does with its first variable."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import pandas as pd
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ovqk.circuits.effective_embeddings import Block0, EffectiveRows
+from ovqk.circuits.effective_embeddings import Block0, EffectiveRows, Streams
 from ovqk.circuits.factors import scores
 from ovqk.circuits.head_maps import HeadMaps, Scorer
-from ovqk.config.schema import Circuit, VariableKind
+from ovqk.config.schema import Circuit, Embedding, VariableKind
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import Tables, heads_rows
 from ovqk.tasks.readouts import CONTRAST_METRICS, SET_METRICS, Readout
 from ovqk.tasks.words import TaskTokens, resolve_task
+
+MATCHES_RUN = 32
+"""Matched tokens of each word, at most, that a model is run on for `analysis.embedding=stream`."""
+RunWords = Callable[[Int[Tensor, " token"], Int[Tensor, " word"]], Streams | str]
+"""Runs a model on single tokens, of which some are the task's words; says why if it cannot be run."""
 
 
 @dataclass(frozen=True)
@@ -27,31 +34,57 @@ class TaskReadout:
         tokens: the task's words as tokens of the model.
         readout: the task's first variable; None if no word is read.
         unavailable: metric -> why no head has it, of this model and on this task.
+        unread: why layers behind the first have no effective embedding, if they have none.
     """
 
     model: Model
     tokens: TaskTokens
     readout: Readout | None
     unavailable: dict[str, str]
+    unread: str = ""
     _sources: WeakKeyDictionary[Layer, dict[Circuit, dict[str, Tensor]]] = field(default_factory=WeakKeyDictionary)
 
     @classmethod
-    def read(cls, model: Model) -> "TaskReadout":
+    def read(cls, model: Model, run_words: RunWords | None = None) -> "TaskReadout":
         """Read the task's words by the model's tokenizer.
 
         Args:
             model: the model, with the choice of its cell.
+            run_words: runs the model on single words, for `analysis.embedding=stream`.
 
         Raises:
             UserError: the words cannot be read as tokens of the model.
         """
         tokens = read_words(model)
-        readout = None
+        readout, why = None, str(model.block0)
         if model.vocabulary is not None and tokens.variables:
             block0 = model.block0 if isinstance(model.block0, Block0) else None
-            rows = EffectiveRows(model.vocabulary, block0, model.architecture)
-            readout = Readout(tokens.variables[0], rows, model.config.analysis.embedding)
-        return cls(model, tokens, readout, unavailable_on(model, readout))
+            embedding, variable = model.config.analysis.embedding, tokens.variables[0]
+            streams: Streams | str | None = None
+            if embedding is Embedding.stream:
+                variable = variable.thinned(MATCHES_RUN)
+                streams = (
+                    "the model was not run"
+                    if run_words is None
+                    else run_words(variable.tokens, torch.cat([words.ids for words in variable.read]))
+                )
+            ran = streams if isinstance(streams, Streams) else None
+            readout = Readout(variable, EffectiveRows(model.vocabulary, block0, model.architecture, ran), embedding)
+            why = streams if isinstance(streams, str) else why
+        return cls(model, tokens, readout, unavailable_on(model, readout, why), why)
+
+    @property
+    def notes(self) -> list[str]:
+        """A note, if words are read as the running model has them, or should have been."""
+        if self.readout is None or self.readout.embedding is not Embedding.stream:
+            return []
+        streams, name = self.readout.effective.streams, "analysis.embedding=stream"
+        if streams is None:
+            return [f"{name}: behind layer 0 no word is read: {self.unread}"]
+        return [
+            f"{name}: behind layer 0 words are read as the running model has them behind short prefixes "
+            f"({len(streams.ids):,} tokens were run, at most {MATCHES_RUN} matched to each word)"
+        ]
 
     def maps(self, layer: Layer, circuit: Circuit) -> HeadMaps | None:
         """Return a circuit as readouts see it: folded, QK with the mean rotation; None if positions are unknown."""
@@ -121,8 +154,11 @@ def read_words(model: Model) -> TaskTokens:
     return TaskTokens([], {}, {}, note)
 
 
-def unavailable_on(model: Model, readout: Readout | None) -> dict[str, str]:
-    """Return metric -> reason, for the metrics that no head of this model can have on this task."""
+def unavailable_on(model: Model, readout: Readout | None, unread: str) -> dict[str, str]:
+    """Return metric -> reason, for the metrics that no head of this model can have on this task.
+
+    `unread` is why a layer's effective embedding cannot be had, if none can.
+    """
     task, architecture, circuits = model.config.task, model.architecture, model.circuits
     reasons, of_tasks = dict(model.unavailable), [n for n in metric_names(circuits) if METRICS[n].is_readout]
     if readout is None:
@@ -137,7 +173,7 @@ def unavailable_on(model: Model, readout: Readout | None) -> dict[str, str]:
             reasons.setdefault(name, why)
     if not any(readout.reads(layer) for layer in range(architecture.n_layers)):
         for name in of_tasks:
-            reasons.setdefault(name, f"no effective embedding: {model.block0}")
+            reasons.setdefault(name, f"no effective embedding: {unread}")
     if architecture.positions == "unsupported":
         for name in of_tasks:
             if METRICS[name].circuit is Circuit.qk:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,20 @@ class Variable:
     write: tuple[WordSet, ...]
     band: Int[Tensor, " token"]
     matches: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> Int[Tensor, " token"]:
+        """All tokens that a readout may ask for: the words, the band and the matches; rising."""
+        words = [words.ids for words in (*self.read, *self.write)]
+        matched = torch.tensor([token for found in self.matches.values() for token in found], dtype=torch.long)
+        return torch.cat([*words, self.band, matched]).unique()
+
+    def thinned(self, most: int) -> "Variable":
+        """Return the variable with at most so many matches of each word, drawn at random, and a band of these."""
+        rng = random.Random(f"matches of {self.name}")
+        matches = {word: sorted(rng.sample(found, min(most, len(found)))) for word, found in self.matches.items()}
+        band = set(self.band.tolist()) & {token for found in matches.values() for token in found}
+        return dataclasses.replace(self, matches=matches, band=torch.tensor(sorted(band), dtype=torch.long))
 
     @classmethod
     def stacked(cls, variables: "Sequence[Variable]") -> "Variable":

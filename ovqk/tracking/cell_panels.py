@@ -37,6 +37,7 @@ TABLES = (
     "directions",
     "roles",
     "joint",
+    "fidelity",
     "cycles",
 )
 """Tables that are shown if the analysis made them; spectra and offsets are drawn, or in Parquet."""

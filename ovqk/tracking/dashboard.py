@@ -26,7 +26,7 @@ from ovqk.tracking.sweep_panels import read_sweeps
 
 NAME = "Heads, claims and spectra by model"
 TABLE_SECTIONS = {
-    "Claims": ("verdicts", "tests", "candidates", "roles", "joint"),
+    "Claims": ("verdicts", "tests", "candidates", "roles", "joint", "fidelity"),
     "Heads": ("heads", "directions", "composition", "virtual_heads", "nulls", "cycles"),
 }
 CURVE_SECTIONS: dict[str, tuple[Topic | Literal["summed"], ...]] = {
