@@ -4,6 +4,7 @@ ovqk [KEY=VALUE ...]              one cell; with -m a sweep (the same as `python
 ovqk report RESULTS_DIR           the page of a folder of results
 ovqk track RESULTS_DIR            send to W&B what was never tracked
 ovqk fetch MODEL                  a model's files, for cells without a network
+ovqk plan MODEL                   what a cell will take: bytes to fetch, memory, time
 ovqk dashboard RESULTS_DIR        a W&B workspace of a sweep
 """
 

@@ -16,7 +16,7 @@ KINDS = (("ovqk", "py"), ("conf", "yaml"), ("scripts", "py"), ("tests", "py"), (
 SOURCES = [path for folder, kind in KINDS for path in (ROOT / folder).rglob(f"*.{kind}") if path != Path(__file__)]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ABOUT = {
-    "activations": {7},
+    "activations": {1, 7},
     "config": {1, 5, 7},
     "weights": {1},
     "circuits": {1, 2, 3, 4, 5},

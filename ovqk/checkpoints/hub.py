@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 from ovqk.checkpoints.files import (
     ADAPTER,
@@ -65,6 +65,29 @@ class Snapshot:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a repository holds, at one commit, as its headers tell.
+
+    Attributes:
+        directory: holds config.json and the tokenizer's files.
+        shapes: tensor -> shape, of the shards that ovqk reads from.
+        bytes_by_tensor: tensor -> its bytes in the file.
+        to_fetch: bytes that ovqk would fetch now.
+        whole: bytes of all shards.
+    """
+
+    directory: Path
+    shapes: dict[str, tuple[int, ...]]
+    bytes_by_tensor: dict[str, int]
+    commit: str
+    to_fetch: int
+    whole: int
+
+
+Found = TypeVar("Found")
+
+
 def fetch(model: ModelConfig, label: str, timeout: float, reads: Reads | None = None) -> Snapshot:
     """Fetch the files that ovqk reads of a hub model and that no cache holds, and return all that it reads.
 
@@ -80,6 +103,21 @@ def fetch(model: ModelConfig, label: str, timeout: float, reads: Reads | None = 
     Raises:
         UserError: it is not available; the message says why and gives a remedy.
     """
+    return _asked(model, label, timeout, reads, _Repository.snapshot)
+
+
+def survey(model: ModelConfig, label: str, timeout: float, reads: Reads | None = None) -> Survey:
+    """Look at a hub model without fetching any weights: config.json, the tokenizer's files and headers alone.
+
+    Arguments and errors are those of `fetch`.
+    """
+    return _asked(model, label, timeout, reads, _Repository.survey)
+
+
+def _asked(
+    model: ModelConfig, label: str, timeout: float, reads: Reads | None, of: Callable[["_Repository"], Found]
+) -> Found:
+    """Answer a question about a repository; one that its hub did not answer has the same answer at once."""
     if not model.repo:
         raise UserError(f"model.repo: not set for model={model.name}. source=hub needs repo: OWNER/NAME.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.repo):
@@ -93,7 +131,7 @@ def fetch(model: ModelConfig, label: str, timeout: float, reads: Reads | None = 
     patience = Patience(timeout)
     try:
         with one_message(label, model.revision, patience), patience.kept():
-            return _Repository(model.repo, model.revision, label, patience, reads).snapshot()
+            return of(_Repository(model.repo, model.revision, label, patience, reads))
     except UnansweredError as error:
         _unanswered[question] = time.monotonic(), str(error)
         raise
@@ -154,6 +192,27 @@ class _Repository:
         hashes = {shard: self.listing[shard].sha256 or file_hash(paths[shard]) for shard in names}
         notes = notes_on_others("the repository", self.listing, names)
         return Snapshot(self.directory, list(paths.values()), hashes, self.commit, notes)
+
+    def survey(self) -> Survey:
+        """Read the headers of the shards that ovqk reads from, and count what would be fetched."""
+        names = self._shards()
+        shapes, sizes, to_fetch = dict[str, tuple[int, ...]](), dict[str, int](), 0
+        for shard, promised in names.items():
+            if self.reads is not None and promised and not any(map(self.reads, promised)):
+                continue
+            here = self._here(shard)
+            if here is None:
+                item = self._wanted(shard, promised)
+                to_fetch += item.size
+                header = item.header or self._header(shard)
+            else:
+                with here.open("rb") as file:
+                    header = read_header(partial(_at, file), here.stat().st_size)
+            shapes |= {name: tuple(tensor["shape"]) for name, tensor in header.tensors.items()}
+            sizes |= {name: header.size([name]) for name in header.tensors}
+        return Survey(
+            self.directory, shapes, sizes, self.commit, to_fetch, sum(self.listing[shard].size for shard in names)
+        )
 
     # --- files that exist -------------------------------------------------------------------------------------
 
@@ -242,14 +301,18 @@ class _Repository:
         entry = self.listing[shard]
         if self.reads is None or entry.sha256 is None or (promised and all(map(self.reads, promised))):
             return _Wanted(shard, entry.size)
-        try:
-            with self._ranges(shard) as read:
-                header = read_header(read, entry.size)
-        except ValueError as error:
-            raise UserError(f"{self.label}: {shard} is no complete safetensors file on the hub ({error}).") from error
+        header = self._header(shard)
         names = tuple(filter(self.reads, header.tensors))
         size = header.size(names)
         return _Wanted(shard, entry.size) if size > SHARE * entry.size else _Wanted(shard, size, header, names)
+
+    def _header(self, shard: str) -> Header:
+        """Read a shard's header from the hub."""
+        try:
+            with self._ranges(shard) as read:
+                return read_header(read, self.listing[shard].size)
+        except ValueError as error:
+            raise UserError(f"{self.label}: {shard} is no complete safetensors file on the hub ({error}).") from error
 
     def _fetch(self, wanted: list[_Wanted], total: int) -> None:
         """Announce the files to fetch, and fetch them."""
@@ -329,6 +392,11 @@ class _Repository:
                 return bytes(data)
 
             yield read
+
+
+def _at(file: BinaryIO, offset: int, length: int) -> bytes:
+    file.seek(offset)
+    return file.read(length)
 
 
 @contextmanager

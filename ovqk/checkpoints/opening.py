@@ -21,7 +21,7 @@ from ovqk.checkpoints.files import (
     notes_on_others,
     read_config,
 )
-from ovqk.checkpoints.tensors import FLOATING, SafetensorsFiles, index_files
+from ovqk.checkpoints.tensors import FLOATING, SafetensorsFiles, ShapesAlone, index_files
 from ovqk.config.resolve import user_path
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
@@ -52,6 +52,23 @@ def open_checkpoint(model: ModelConfig, hub_timeout: float = 60.0, reads: hub.Re
     label = f"model={model.name} ({model.repo}@{model.revision})"
     found = hub.fetch(model, label, hub_timeout, reads)
     return _checkpoint(label, found.directory, found.shards, found.hashes, found.commit, found.notes)
+
+
+def survey_checkpoint(
+    model: ModelConfig, hub_timeout: float = 60.0, reads: hub.Reads | None = None
+) -> tuple[Checkpoint, hub.Survey | None]:
+    """Find a model's shapes without fetching its weights, for what needs no numbers.
+
+    Returns:
+        A checkpoint whose tensors have shapes and cannot be read, and what the hub holds. A checkpoint on this machine
+        is opened as by `open_checkpoint`, and then there is nothing to fetch.
+    """
+    if model.source is not Source.hub:
+        return open_checkpoint(model, hub_timeout), None
+    label = f"model={model.name} ({model.repo}@{model.revision})"
+    found = hub.survey(model, label, hub_timeout, reads)
+    config = read_config(found.directory, label)
+    return Checkpoint(label, found.directory, config, ShapesAlone(found.shapes), "", found.commit), found
 
 
 def _open_local(model: ModelConfig) -> Checkpoint:

@@ -7,7 +7,7 @@ once, and of each tensor only the bytes asked for: mapped pages would count as r
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -43,6 +43,23 @@ class Tensors(Protocol):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Any:
         """Return a tensor, or its rows start .. stop - 1, as an array that shares no memory with a file."""
         ...
+
+
+@dataclass(frozen=True)
+class ShapesAlone:
+    """The shapes of tensors that are not on this machine: sizes can be told of them, and nothing can be read."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    unread: Mapping[str, str] = field(default_factory=dict)
+    allowed = "none, for nothing was fetched"
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Refuse to read.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{name}: only its shape was asked for; its numbers were not fetched.")
 
 
 class Place(NamedTuple):

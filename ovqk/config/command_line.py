@@ -25,6 +25,7 @@ TOOLS = {
     "report": Tool("ovqk.report", "ovqk.report.__main__"),
     "track": Tool("ovqk.tracking", "ovqk.tracking.__main__"),
     "fetch": Tool("ovqk.fetch", "ovqk.fetch"),
+    "plan": Tool("ovqk.plan", "ovqk.plan"),
     "dashboard": Tool("ovqk.dashboard", "ovqk.dashboard"),
 }
 """Word after `ovqk` -> the tool."""

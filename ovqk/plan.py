@@ -1,0 +1,279 @@
+"""What a cell will take, before anything large is fetched: `ovqk plan MODEL`.
+
+    python -m ovqk.plan MODEL [KEY=VALUE ...]
+
+MODEL is a name of conf/model, a path or OWNER/NAME on the hub. Only config.json, the tokenizer's files and the headers
+of the weights are read. Operations are counted by the formulas that the cell uses, and the time is theirs at the rate
+that this machine reaches now.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ovqk.config.command_line import tool
+from ovqk.errors import UserError, one_message
+
+if TYPE_CHECKING:
+    from ovqk.weights.types import WeightSource
+
+IMPORTED = 320e6
+"""Bytes of a process that has imported what a cell needs."""
+HOARDED = 150e6
+"""Bytes beside weights and Grams, at most: blocks of tokens, and what the C library keeps (docs/performance.md)."""
+START_UP = 5.0
+"""Seconds of a start, on two cores of a server."""
+SPECTRA_ROW = 11.0
+"""Bytes of a row in spectra.parquet, which is most of what a cell writes."""
+
+
+class Sizes(NamedTuple):
+    """The sizes that a cell's cost depends on.
+
+    Attributes:
+        n_vocab: rows of the embedding.
+        d_mlp: hidden dimensions of block 0's MLP; 0 if it is not read.
+        gated: whether the MLP has three matrices.
+        normalised: whether queries and keys are, so that their moments are taken over sampled tokens.
+        components: of each circuit whose tokens are listed.
+    """
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    n_vocab: int
+    d_mlp: int
+    gated: bool
+    tied: bool
+    rotary: bool
+    learned: bool
+    normalised: bool
+    components: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cell's cost.
+
+    Attributes:
+        operations: part of the cell -> floating point operations of its products.
+        decompositions: "eigenvalues" and the like -> how many matrices of d_head x d_head.
+        memory: bytes at the peak of the whole process, at most.
+        written: bytes of results.
+    """
+
+    sizes: Sizes
+    operations: Mapping[str, float]
+    decompositions: Mapping[str, int]
+    memory: float
+    written: float
+
+    @property
+    def total(self) -> float:
+        """Operations of all products."""
+        return sum(self.operations.values())
+
+
+def plan_of(sizes: Sizes) -> Plan:
+    """Count what a cell without a task computes.
+
+    A product of n x m with m x p takes 2 n m p operations, a Gram of one matrix half as many. For each head: a basis of
+    each weight (two products), each Gram times each basis that it is asked for with, and some eight products of
+    d_model x d_head with itself, which give cores and Grams.
+    """
+    s = sizes
+    heads, kv_heads = s.n_layers * s.n_heads, s.n_layers * s.n_kv_heads
+    gram, large, small = s.n_vocab * s.d_model**2, 2 * s.d_model**2 * s.d_head, 2 * s.d_model * s.d_head**2
+    later = s.n_layers > 1
+    operations = {
+        "Grams of the vocabulary": gram * ((1 if s.tied else 4) + (1 if s.rotary else 0)),
+        "block 0 of every token": s.n_vocab
+        * (2 * s.d_model * min(s.d_model, 2 * s.n_heads * s.d_head) + (6 if s.gated else 4) * s.d_model * s.d_mlp)
+        * later,
+        "Grams of block 0": 5 * gram * later,
+        "Grams times heads": large
+        * (heads * (2 + later + s.rotary + s.learned) + kv_heads * (3 + later * 2 + s.rotary + s.learned)),
+        "bases and cores": small * (4 * (heads + kv_heads) + 10 * heads),
+        "moments of queries and keys": s.normalised
+        * min(s.n_vocab, 2**15)
+        * (heads + kv_heads)
+        * (2 * s.d_model * s.d_head + 2 * s.d_head**2),
+        "summed W_QK": 2 * 2 * s.n_layers * s.d_model**2 * s.n_heads * s.d_head,
+        "lists of tokens": 8 * s.components * heads * 2 * s.n_vocab * s.d_model,
+    }
+    decompositions = {
+        "eigenvalues": 2 * heads * (4 + later),
+        "singular values": 2 * heads * 4,
+        "singular vectors": 2 * heads * (s.components > 0),
+    }
+    layer = 4.0 * s.d_model * s.d_head * 2 * (s.n_heads + s.n_kv_heads)
+    grams = 8.0 * s.d_model**2 * (3 + s.rotary + 3 * later)
+    mlp = 4.0 * s.d_model * s.d_mlp * (3 if s.gated else 2)
+    memory = IMPORTED + HOARDED + 3 * layer + grams + mlp
+    written = SPECTRA_ROW * heads * s.d_head * 2 * 4
+    counted = {name: float(count) for name, count in operations.items()}
+    return Plan(s, counted, decompositions, memory, written)
+
+
+# --- this machine --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast this machine is.
+
+    Attributes:
+        products: operations a second in a large product, on all threads.
+        decompositions: kind -> seconds for a matrix, on one thread.
+        threads: how many torch uses.
+    """
+
+    products: float
+    decompositions: Mapping[str, float]
+    threads: int
+
+    def seconds(self, plan: Plan) -> float:
+        """Return how long the plan's products and decompositions take: these are shared out among threads."""
+        each = sum(count * self.decompositions[kind] for kind, count in plan.decompositions.items())
+        return plan.total / self.products + each / self.threads
+
+
+def measure_rates(d_model: int, d_head: int) -> Rates:
+    """Measure this machine for about two seconds."""
+    import torch
+
+    from ovqk.circuits.grams import precision
+
+    kind = precision(d_model)
+    a, b = (torch.randn(2048, 2048, dtype=kind) for _ in range(2))
+    core = torch.randn(d_head, d_head, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    products = 2 * 2048**3 / _best(lambda: a @ b)
+    torch.set_num_threads(1)
+    try:
+        decompositions = {
+            "eigenvalues": _best(lambda: torch.linalg.eigvals(core)),
+            "singular values": _best(lambda: torch.linalg.svdvals(core)),
+            "singular vectors": _best(lambda: torch.linalg.svd(core)),
+        }
+    finally:
+        torch.set_num_threads(threads)
+    return Rates(products, decompositions, threads)
+
+
+def _best(function: Callable[[], Any], times: int = 4) -> float:
+    """Return the seconds of the fastest of several calls."""
+    found = []
+    for _ in range(times):
+        started = time.perf_counter()
+        function()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+@one_message()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Say what a cell of a model will take."""
+    parser = argparse.ArgumentParser(
+        prog=tool("plan"), description="Say what a cell of a model will take, before its weights are fetched."
+    )
+    parser.add_argument("model", help="a name of conf/model, a path, or OWNER/NAME on the hub")
+    parser.add_argument(
+        "choices", nargs="*", metavar="KEY=VALUE", help="such as analysis.components=0, model.revision=v1"
+    )
+    asked = parser.parse_args(arguments)
+
+    from rich.filesize import decimal
+
+    from ovqk.checkpoints.opening import survey_checkpoint
+    from ovqk.library import chosen
+    from ovqk.weights.families import family_of, tensors_read
+    from ovqk.weights.readers import open_weights
+
+    config = chosen(asked.model.removeprefix("model="), *asked.choices)
+    checkpoint, there = survey_checkpoint(config.model, config.hub_timeout, tensors_read)
+    if there is not None:
+        print(f"{checkpoint.label}, commit {there.commit}")
+        print(f"to fetch     {decimal(there.to_fetch)} of {decimal(there.whole)}")
+    else:
+        print(f"{checkpoint.label}: on this machine")
+    if checkpoint.config and family_of(checkpoint.config) is None:
+        whole = 4 * sum(math.prod(shape) for shape in checkpoint.shapes.values())
+        raise UserError(
+            f"{checkpoint.label}: ovqk does not read this model layer by layer, so that it is loaded whole "
+            f"through TransformerLens: {decimal(whole)} of memory in float32. Its time is not planned."
+        )
+    sizes = sizes_of(open_weights(checkpoint, config.model), checkpoint.shapes, config.analysis.components)
+    plan, rates = plan_of(sizes), measure_rates(sizes.d_model, sizes.d_head)
+    seconds = START_UP + rates.seconds(plan)
+    print(
+        f"heads        {sizes.n_layers} layers of {sizes.n_heads} heads over {sizes.n_kv_heads} KV heads, d_model "
+        f"{sizes.d_model:,}, d_head {sizes.d_head}, {sizes.n_vocab:,} tokens"
+    )
+    print(f"memory       up to {decimal(int(plan.memory))}")
+    print(f"results      some {decimal(int(plan.written))}")
+    print(f"operations   {plan.total:.2g}, the most for: {_most(plan)}")
+    print(
+        f"time         about {_duration(seconds)}: {rates.products / 1e9:.0f} GFLOP/s in products on {rates.threads} "
+        f"threads, {1e3 * rates.decompositions['eigenvalues']:.1f} ms for the eigenvalues of a head"
+    )
+    print(
+        "For a cell without a task, start-up included, on a machine that does nothing else. A task adds its words and "
+        "nulls, up to as much again; analysis=full runs the model as well, which is not planned."
+    )
+
+
+def sizes_of(source: "WeightSource", shapes: Mapping[str, tuple[int, ...]], components: int) -> Sizes:
+    """Return the sizes that a cell's cost depends on, from an architecture and from tensors' shapes."""
+    from ovqk.weights.native import NativeWeights
+
+    architecture = source.architecture
+    n_vocab, d_mlp, gated = shapes.get("embed.W_E", (0,))[0], 0, False
+    if isinstance(source, NativeWeights):
+        parts = source.family.tensors
+        n_vocab = shapes.get(source.tensor_name("embedding"), (0,))[0]
+        gated = bool({"mlp_linear", "mlp_gate_and_linear"} & set(parts))
+        fused = "mlp_gate_and_linear" in parts
+        first = next((name for name in ("mlp_in", "mlp_gate_and_linear") if name in parts), None)
+        if first is not None and not source.family.experts:
+            d_mlp = math.prod(shapes.get(source.tensor_name(first, 0), (0,))) // architecture.d_model // (1 + fused)
+    return Sizes(
+        n_layers=architecture.n_layers,
+        n_heads=architecture.n_heads,
+        n_kv_heads=architecture.n_kv_heads,
+        d_model=architecture.d_model,
+        d_head=architecture.d_head,
+        n_vocab=n_vocab,
+        d_mlp=d_mlp,
+        gated=gated,
+        tied=architecture.tied,
+        rotary=architecture.positions == "rotary",
+        learned=architecture.positions == "learned",
+        normalised=architecture.qk_norm,
+        components=components,
+    )
+
+
+def _most(plan: Plan) -> str:
+    """Name the three parts with the most operations, and their shares."""
+    largest = sorted(plan.operations.items(), key=lambda part: -part[1])[:3]
+    return ", ".join(f"{name} {value / plan.total:.0%}" for name, value in largest)
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration as one says it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    main()
