@@ -82,6 +82,7 @@ class Metric:
         share: it is a share of the score's variance: the part of the key, and a name for it beside the others of the part.
         composes: of a pair: the input of the receiver that the sender writes.
         ranks: of a pair: the end whose heads it ranks.
+        counts_dimensions: it is at most the dimension of a head, of which models that differ in it are compared by shares.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Metric:
     share: tuple[Part, str] | None = None
     composes: Literal["query", "key", "value"] | None = None
     ranks: Literal["sender", "receiver"] | None = None
+    counts_dimensions: bool = False
 
     @property
     def is_readout(self) -> bool:
@@ -173,6 +175,7 @@ def _spectral(circuit: Circuit) -> list[Metric]:
             high=high,
             source=source,
             needs=frozenset({"weights", "scale"} if circuit is Circuit.qk and name in SCALES else {"weights"}),
+            counts_dimensions="rank" in name or name == "participation_ratio",
             **{"topic": "spectrum"} | more,
         )
         for name, title, formula, low, high, source, more in rows

@@ -18,6 +18,7 @@ from support.reported import STORABLE
 from ovqk.figures import colours, drawing, models, portraits
 from ovqk.figures.colours import VERDICT_COLOURS, Scale, colour_at
 from ovqk.figures.drawing import legible
+from ovqk.records.comparison import could_be_corroborated
 
 BLUE = colours.CATEGORIES[0]
 
@@ -81,12 +82,35 @@ def test_verdict_counts_are_bars_as_wide_as_their_shares() -> None:
     first, second = figure.axes
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["t1", "t2"]
     bars = [patch for patch in first.patches if isinstance(patch, Rectangle)]
-    assert [bar.get_width() for bar in bars] == pytest.approx([2 / 3, 1 / 3, 1])
+    assert [bar.get_width() for bar in bars] == pytest.approx([2 / 3, 1 / 3])
     assert to_hex(bars[0].get_facecolor()) == VERDICT_COLOURS["partial"][0]
-    assert to_hex(bars[2].get_facecolor()) == "#ffffff"  # untestable is an outline: nothing was found
-    assert [text.get_text() for text in first.texts] == ["2", "1", "1"]
+    assert [text.get_text() for text in first.texts] == ["2", "1", "none of 1 can be corroborated alone"]
     assert [label.get_text() for label in first.get_yticklabels()] == ["a", "b"]
     assert [text.get_text() for text in second.texts] == ["1", "no verdicts"]
+
+
+def test_heads_that_no_null_could_decide_about_are_told_and_not_counted() -> None:
+    table = verdict_table().assign(min_q=0.01)
+    heads = table["kind"] == "head"
+    table.loc[heads & (table["verdict"] == "partial"), "min_q"] = 0.05
+    could = could_be_corroborated(table)
+    assert not could[heads & table["verdict"].isin(["partial", "untestable"])].any()
+    assert could[table["verdict"] == "corroborated"].all()
+    assert could_be_corroborated(table.assign(verdict="corroborated", min_q=0.5)).all()
+    first = models.verdict_counts(table).axes[0]
+    assert "2 more cannot be corroborated" in [text.get_text() for text in first.texts]
+
+
+def test_ranks_of_models_with_other_heads_are_compared_as_shares() -> None:
+    wide, narrow = head_table("a"), head_table("b", seed=1)
+    both = pd.concat([wide.assign(ov_effective_rank=32.0), narrow.assign(ov_effective_rank=8.0)], ignore_index=True)
+    (axes, *_) = models.depth_curves(both, ["ov_effective_rank"], {"a": 64, "b": 16}).axes
+    assert axes.get_title(loc="left") == "OV effective rank / d_head" and axes.get_ylim() == (0, 1)
+    assert {y for line in axes.lines for y in line.get_ydata()} == {0.5}
+    (axes, *_) = models.depth_curves(both, ["ov_effective_rank"], {"a": 64, "b": 64}).axes
+    assert {y for line in axes.lines for y in line.get_ydata()} == {32.0, 8.0}
+    (axes, *_) = models.depth_curves(both, ["ov_effective_rank"], {"a": 64}).axes  # of the other nothing is known
+    assert axes.get_title(loc="left") == "OV effective rank"
 
 
 def test_effects_are_marks_with_intervals_and_what_is_missing_says_so() -> None:

@@ -22,7 +22,8 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
     if len(verdicts):
         yield "verdicts", models.verdict_counts(verdicts)
         yield "effects", models.effects(verdicts)
-    yield "depth", models.depth_curves(_joined(cells, "heads", of_weights))
+    sizes = {label: cell.d_head for cell, label in zip(cells, of_weights, strict=True) if cell.d_head}
+    yield "depth", models.depth_curves(_joined(cells, "heads", of_weights), d_heads=sizes)
     for task in dict.fromkeys(cell.record["task"] for cell in cells):
         first: dict[str, Cell] = {}
         for cell in cells:

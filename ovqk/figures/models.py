@@ -31,7 +31,7 @@ from ovqk.figures import colours, drawing
 from ovqk.figures.colours import CATEGORIES, VERDICT_COLOURS, Scale
 from ovqk.figures.drawing import HALO, INK, LINE, MUTED, STYLE, legible, styled
 from ovqk.metrics import METRICS, shown_in
-from ovqk.records.comparison import relative_depth
+from ovqk.records.comparison import could_be_corroborated, relative_depth
 
 COLUMNS = 3  # panels beside each other
 HOLLOW = ("untestable", "out_of_scope")  # verdicts that say nothing are drawn as outlines
@@ -61,7 +61,10 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 @styled
 def verdict_counts(verdicts: pd.DataFrame) -> Figure:
-    """Draw models x tasks: the claimed heads by verdict, as a bar of shares, each with its count."""
+    """Draw models x tasks: the claimed heads that could be corroborated, by verdict, as a bar of shares with counts.
+
+    How many could not, whatever their weights, stands below the bar.
+    """
     _one_cell_each(verdicts, ["model", "task"])
     heads = verdicts[verdicts["kind"] == "head"]
     models, tasks = _names(verdicts, "model"), _names(verdicts, "task")
@@ -70,18 +73,24 @@ def verdict_counts(verdicts: pd.DataFrame) -> Figure:
     for axes, task in zip(panels, tasks, strict=True):
         mine = heads[_column(heads, "task") == task]
         for y, model in enumerate(models):
-            _count_bar(axes, y, mine[_column(mine, "model") == model]["verdict"].value_counts())
+            own = mine[_column(mine, "model") == model]
+            could = could_be_corroborated(own)
+            _count_bar(axes, y, own[could]["verdict"].value_counts(), int((~could).sum()))
         axes.set(title=legible(task), xlim=(0, 1.06), ylim=(len(models) - 0.4, -0.6), xticks=[])
         axes.tick_params(axis="y", length=0)
         axes.spines[:].set_visible(False)
     panels[0].set_yticks(range(len(models)), [legible(model) for model in models], color=INK)
-    _verdict_legend(figure, heads["verdict"])
+    _verdict_legend(figure, heads[could_be_corroborated(heads)]["verdict"])
     return figure
 
 
-def _count_bar(axes: Axes, y: int, counts: pd.Series) -> None:
+def _count_bar(axes: Axes, y: int, counts: pd.Series, others: int) -> None:
+    told = {"color": MUTED, "style": "italic", "va": "center"}
     if not len(counts):
-        axes.text(0, y, "no verdicts", va="center", color=MUTED, style="italic", fontsize=12)
+        none = f"none of {others} can be corroborated alone" if others else "no verdicts"
+        axes.text(0, y, none, fontsize=12 if not others else 9, **told)
+    elif others:
+        axes.text(0, y + 0.4, f"{others} more cannot be corroborated", fontsize=8, **told)
     left = 0.0
     for verdict in filter(counts.__contains__, VERDICT_COLOURS):
         colour, share = VERDICT_COLOURS[verdict][0], counts[verdict] / counts.sum()
@@ -127,13 +136,20 @@ def effects(verdicts: pd.DataFrame) -> Figure:
 
 
 @styled
-def depth_curves(heads: pd.DataFrame, metrics: Sequence[str] | None = None) -> Figure:
+def depth_curves(
+    heads: pd.DataFrame, metrics: Sequence[str] | None = None, d_heads: Mapping[str, int] | None = None
+) -> Figure:
     """Draw metrics against relative depth: a line per model through the means of its layers, a dot for every head.
+
+    Effective ranks of models whose heads have different dimensions are drawn as shares of these, if they are known.
 
     Args:
         heads: of any models, with a column `model`.
         metrics: columns of it; those that the registry shows along the depth, unless given.
+        d_heads: model -> the dimension of its heads.
     """
+    known = d_heads or {}
+    differ = len(set(known.values())) > 1 and {model for model, _ in _parts(heads, "model")} <= known.keys()
     wanted = shown_in("depth") if metrics is None else metrics
     there = [name for name in wanted if name in heads and heads[name].notna().any()]
     lines = [(model, _first_with(part, there)) for model, part in _parts(heads, "model")]
@@ -144,20 +160,23 @@ def depth_curves(heads: pd.DataFrame, metrics: Sequence[str] | None = None) -> F
         axes.set_axis_off()
     for k, (axes, name) in enumerate(zip(panels, there, strict=False)):
         axes.set_axis_on()
-        for place, (_, tables) in enumerate(lines):
+        facts = METRICS[name]
+        shares, drawn = differ and facts.counts_dimensions, list[pd.Series]()
+        for place, (model, tables) in enumerate(lines):
             part = tables.get(name)
             if part is None:
                 continue
             colour = CATEGORIES[place % len(CATEGORIES)]
             depth = relative_depth(part["layer"], int(part["layer"].max()) + 1)
-            mean = part.groupby(depth)[name].mean()
-            axes.scatter(depth, part[name], s=9, color=colour, alpha=0.25, lw=0)
+            values = part[name] / (known[model] if shares else 1)
+            drawn.append(values)
+            mean = values.groupby(depth).mean()
+            axes.scatter(depth, values, s=9, color=colour, alpha=0.25, lw=0)
             axes.plot(mean.index, mean, "o-", color=colour, lw=2.2, ms=5)
-        facts = METRICS[name]
-        signed = facts.low == -1
-        bottom, top = facts.low if signed else min(0.0, float(heads[name].min())), facts.high
-        axes.set(xlim=(-0.03, 1.03), xticks=[0, 0.5, 1], title=facts.title)
-        axes.set_ylim(bottom, top if top is not None else 1.05 * float(heads[name].max()))
+        signed, every = facts.low == -1, pd.concat(drawn)
+        bottom, top = facts.low if signed else min(0.0, float(every.min())), 1.0 if shares else facts.high
+        axes.set(xlim=(-0.03, 1.03), xticks=[0, 0.5, 1], title=f"{facts.title}{' / d_head' if shares else ''}")
+        axes.set_ylim(bottom, top if top is not None else 1.05 * float(every.max()))
         axes.grid(axis="y")
         if signed:
             axes.axhline(0, color=LINE, lw=1, zorder=1)

@@ -60,6 +60,14 @@ class Cell:
         return f"{self.digest[:16]} {self.record['processing']['applied']}"
 
     @property
+    def d_head(self) -> int | None:
+        """The dimension of its heads, as many as a circuit has singular values; None if the cell keeps no spectra."""
+        spectra = self.tables.get("spectra")
+        if spectra is None or not len(spectra):
+            return None
+        return int(spectra.loc[(spectra["space"] == "residual") & (spectra["kind"] == "singular"), "index"].max()) + 1
+
+    @property
     def variant(self) -> tuple[str, str]:
         """Processing and seed, for the order of cells that differ in nothing else."""
         return str(self.record["processing"].get("applied")), f"{self.record['seed']:>6}"

@@ -18,6 +18,7 @@ from ovqk.metrics import shown_in
 from ovqk.records.on_prompts import verdict_counts
 from ovqk.records.record import done_records
 from ovqk.records.results import load_table
+from ovqk.verdicts.statistics import ALPHA
 
 RANKS, OF_D_HEAD = ("ov_effective_rank", "qk_effective_rank"), " / d_head"
 SHOWN_LETTERS = 24  # of a value that tells cells apart
@@ -142,3 +143,13 @@ def quarter_means(heads: pd.DataFrame, n_layers: int) -> pd.DataFrame:
     quarter = np.minimum((4 * depth).astype(int), 3)
     means = heads[there].groupby(quarter).mean().reindex(range(4))
     return means.set_axis(list(QUARTERS), axis="index")
+
+
+def could_be_corroborated(verdicts: pd.DataFrame) -> pd.Series:
+    """Say of each row of verdicts.parquet whether other weights could have corroborated its claim.
+
+    Not if no null decides about it, nor if the one that is weakest for it could not be significant, whatever the value.
+    """
+    decided = ~verdicts["verdict"].isin(["untestable", "out_of_scope"])
+    powerless = verdicts["min_q"].ge(ALPHA) if "min_q" in verdicts else False
+    return decided & ((verdicts["verdict"] == "corroborated") | ~powerless)

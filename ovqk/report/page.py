@@ -21,6 +21,7 @@ from ovqk.figures import colours
 from ovqk.figures.colours import Scale
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, ratios, shares, shown_in
 from ovqk.records.cells import Cell, CellTables, Failure, Heads, Json, labels, weights_labels
+from ovqk.records.comparison import could_be_corroborated
 from ovqk.report import thinning
 from ovqk.report.prompts_data import prompt_data, prompt_palette, prompt_words
 from ovqk.report.thinning import DETAILS, Detail, Grid, Pool, columnar, short
@@ -181,6 +182,7 @@ def _metrics(cells: Sequence[Cell]) -> Json:
             "high": metric.high,
             "of_task": metric.is_readout,
             "later_layers": "block0" in metric.needs,
+            "counts_dimensions": metric.counts_dimensions,
             "topic": metric.topic,
         }
         for name, metric in METRICS.items()
@@ -255,6 +257,7 @@ def _cell(
         "folder": folder,
         "layers": heads.layers,
         "heads": heads.heads,
+        "d_head": cell.d_head,
         "columns": {
             metric: pool.add([short(value) for value in rows[metric].to_numpy(float)])
             for metric in METRICS
@@ -270,9 +273,11 @@ def _cell(
         content["unstable"] = {f"{r.layer}.{r.head}": r.unstable for r in unstable.itertuples()}
     if "layers" in tables:
         content["by_layer"] = columnar(tables["layers"], pool)
-    for table in ("verdicts", "candidates"):
-        if table in tables:
-            content[table] = columnar(tables[table], pool)
+    if "verdicts" in tables:
+        verdicts = tables["verdicts"]
+        content["verdicts"] = columnar(verdicts.assign(decidable=could_be_corroborated(verdicts)), pool)
+    if "candidates" in tables:
+        content["candidates"] = columnar(tables["candidates"], pool)
     if "tests" in tables:
         content["tests"] = columnar(thinning.with_quantiles(tables["tests"], tables.get("nulls")), pool)
     for table, thin in THINNED.items():

@@ -115,7 +115,7 @@ function verdictMatrix(cells) {
       return h("td", { "data-label": task }, cell ? matrixCell(cell) : matrixGap(model, task));
     })))));
   return [
-    h("p", { class: "note" }, "Each claimed head stands under its role. The mark before a role is the verdict on its heads together; the mark before a head is the verdict on that head alone. Bars count the heads by verdict. A verdict is about the weights: it does not say that the model does so on task inputs."),
+    h("p", { class: "note" }, "Each claimed head stands under its role. The mark before a role is the verdict on its heads together; the mark before a head is the verdict on that head alone. Bars count, by verdict, the heads that could be corroborated; how many could not, whatever their weights, stands beside. A verdict is about the weights: it does not say that the model does so on task inputs."),
     legend(there),
     h("div", { class: "scroll" }, table),
   ];
@@ -137,23 +137,26 @@ function matrixGap(label, task) {
   return [tip(h("a", { href: "#provenance", class: "small" }, "without results"), lost.error), h("span", { class: "muted small" }, `: ${clipped(lost.error, 120)}`)];
 }
 
-/** How many heads have each verdict, as one bar of parts. */
-function countBar(heads) {
+/** How many heads have each verdict, of those that could be corroborated, as one bar of parts; and how many could not. */
+function countBar(all) {
+  const heads = all.filter((row) => row.decidable);
+  const rest = all.length - heads.length;
+  const note = rest ? h("span", { class: "muted small" }, heads.length ? ` ${rest} more could not be corroborated` : `none of ${plural(rest, "head")} could be corroborated alone`) : null;
+  if (!heads.length) return note;
   const counts = VERDICTS.map((name) => [name, heads.filter((row) => row.verdict === name).length]).filter(([, n]) => n);
   const [width, height] = [176, 17];
   const said = counts.map(([name, n]) => `${n} ${verdictName(name)}`).join(", ");
   let x = 0;
-  return tip(s("svg", { class: "plot counts", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `heads: ${said}` }, counts.map(([name, n]) => {
+  return [tip(s("svg", { class: "plot counts", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `heads: ${said}` }, counts.map(([name, n]) => {
     const part = (width * n) / heads.length;
     const fill = shade(REPORT.palette.verdicts[name]);
-    const quiet = name === "untestable" || name === "out_of_scope";
     const drawn = [
-      s("rect", { x: x + 0.75, y: 0.75, width: Math.max(1, part - 1.5), height: height - 1.5, rx: 2.5, fill: quiet ? "none" : fill, stroke: quiet ? fill : "none", "stroke-dasharray": "2 2" }),
-      part > 11 ? s("text", { x: x + part / 2, y: 12.5, "text-anchor": "middle", style: `font-size:11px;font-weight:600;fill:${quiet ? css("--muted") : inkOn(fill)}` }, n) : null,
+      s("rect", { x: x + 0.75, y: 0.75, width: Math.max(1, part - 1.5), height: height - 1.5, rx: 2.5, fill }),
+      part > 11 ? s("text", { x: x + part / 2, y: 12.5, "text-anchor": "middle", style: `font-size:11px;font-weight:600;fill:${inkOn(fill)}` }, n) : null,
     ];
     x += part;
     return drawn;
-  })), said);
+  })), said), note];
 }
 
 function headMark(cell, row) {
@@ -270,7 +273,9 @@ function effectBar(row) {
 
 function depthCurves(cells) {
   const metrics = REPORT.shown.depth.filter((metric) => metric in REPORT.metrics);
-  const lines = metrics.map((metric) => [metric, depthLines(cells, metric)]);
+  const sizes = unique(cells.map((cell) => cell.d_head));
+  const asShares = (metric) => REPORT.metrics[metric].counts_dimensions && sizes.length > 1 && sizes.every(isNumber);
+  const lines = metrics.map((metric) => [metric, depthLines(cells, metric, asShares(metric))]);
   const absent = lines.filter(([, found]) => !found.length).map(([metric]) => metricTitle(metric));
   return [
     h("p", { class: "note" }, "Lines: the mean over the heads of a layer. Dots: single heads. Depth 0 is a model's first layer and 1 its last; these metrics depend on no task."),
@@ -278,7 +283,7 @@ function depthCurves(cells) {
       chosen.dots = event.target.checked;
       document.querySelectorAll(".depth-dots").forEach((node) => node.setAttribute("visibility", chosen.dots ? "visible" : "hidden"));
     } }), "single heads")),
-    h("div", { class: "grid3" }, lines.filter(([, found]) => found.length).map(([metric, found]) => depthPlot(REPORT.metrics[metric], found, metric)),
+    h("div", { class: "grid3" }, lines.filter(([, found]) => found.length).map(([metric, found]) => depthPlot(asShares(metric) ? { ...REPORT.metrics[metric], title: `${metricTitle(metric)} / d_head`, high: 1 } : REPORT.metrics[metric], found, metric)),
       summedPlots(cells)),
     absent.length ? h("p", { class: "note" }, `Unavailable in all chosen cells: ${absent.join(", ")}.`) : null,
     ...unavailableNotes(cells, metrics),
@@ -297,8 +302,8 @@ function unavailableNotes(cells, metrics) {
   return [...seen].map(([key, titles]) => h("p", { class: "note" }, `${key} (${[...titles].join(", ")}).`));
 }
 
-/** One line for each model and processing: from the first of its cells that has the metric. */
-function depthLines(cells, metric) {
+/** One line for each model and processing: from the first of its cells that has the metric; as shares of d_head if asked. */
+function depthLines(cells, metric, shares) {
   const found = new Map();
   for (const cell of cells) {
     const values = column(cell, metric);
@@ -306,7 +311,7 @@ function depthLines(cells, metric) {
     const last = Math.max(1, cell.layers - 1);
     const points = [];
     for (let layer = 0; layer < cell.layers; layer += 1) {
-      const heads = values.slice(layer * cell.heads, (layer + 1) * cell.heads).filter(isNumber);
+      const heads = values.slice(layer * cell.heads, (layer + 1) * cell.heads).filter(isNumber).map((x) => (shares ? x / cell.d_head : x));
       if (heads.length) points.push({ layer, depth: layer / last, heads, mean: heads.reduce((a, b) => a + b, 0) / heads.length });
     }
     found.set(`${cell.model} ${cell.weights}`, { cell, points });
