@@ -94,11 +94,11 @@ function verdictCard(cell, row) {
 
 function candidateTable(cell, filter, link = false) {
   const found = rows(cell, "candidates").filter(filter);
-  return h("table", {}, h("thead", {}, h("tr", {}, ["candidate for", "rank", "head", "metric", "value", "percentile in layer", "q nearby layers", "p spectrum, all heads"].map((title, k) => h("th", { scope: "col", class: k > 3 || k === 1 ? "number" : null }, title)))),
+  return h("table", {}, h("thead", {}, h("tr", {}, ["candidate for", "rank", "head", "metric", "value", "z, all heads", "gap to next", "percentile in layer", "q nearby layers", "p spectrum, all heads"].map((title, k) => h("th", { scope: "col", class: k > 3 || k === 1 ? "number" : null }, title)))),
     h("tbody", {}, found.map((row) => h("tr", {}, h("td", {}, roleName(row.role)), h("td", { class: "number" }, row.rank),
       h("td", {}, link ? h("a", { href: headLink(cell, headLabel(row)) }, headLabel(row)) : headLabel(row)),
       h("td", { class: "small" }, `${predictedTitle(row.metric, row.prediction)}${row.primary ? "" : row.exploratory ? " (exploratory)" : " (secondary)"}`),
-      h("td", { class: "number" }, number(row.value, 3)), h("td", { class: "number" }, percent(row.percentile)),
+      h("td", { class: "number" }, number(row.value, 3)), ...["z", "gap"].map((name) => h("td", { class: "number" }, isNumber(row[name]) ? number(row[name], 1) : "unavailable")), h("td", { class: "number" }, percent(row.percentile)),
       h("td", { class: "number" }, isNumber(row.q_depth) ? probability(row.q_depth) : "unavailable"), h("td", { class: "number" }, isNumber(row.p_spectrum_all) ? probability(row.p_spectrum_all) : "unavailable")))));
 }
 
