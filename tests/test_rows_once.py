@@ -6,7 +6,6 @@ import sys
 import bench
 import numpy as np
 import pytest
-import random_checkpoints
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +30,7 @@ from ovqk.structure.model import Layer, Model
 from ovqk.tasks.readouts import TOP_METRICS
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import load_tokenizer
+from ovqk.testing import random_checkpoints
 from ovqk.verdicts import surrogates
 from ovqk.verdicts.claim_tests import ClaimTests
 from ovqk.verdicts.statistics import monte_carlo

@@ -23,7 +23,6 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -33,6 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from ovqk.analyse import analyse
+from ovqk.config.place import CONF
 from ovqk.config.resolve import resolve
 from ovqk.config.schema import ClaimsConfig, Config, NullsConfig, register
 from ovqk.metrics import COMPOSITION_METRICS
@@ -42,7 +42,6 @@ from ovqk.weights.norms import Norm, QueryKeyNorm
 from ovqk.weights.rotary import Rotary
 from ovqk.weights.types import Architecture, EmbeddingWeights, Head, LayerWeights, OpenedModel
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 NAME = "planted"
 D_MODEL, D_HEAD, N_CTX = 64, 8, 24
 WRITES = 0.02  # entries of W_O and of the MLP; those of the embeddings are of order 1

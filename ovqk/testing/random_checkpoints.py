@@ -1,6 +1,6 @@
 """Random checkpoints of the shapes of known models, with a synthetic tokenizer: what `bench.py` measures with.
 
-    python scripts/random_checkpoints.py gemma-3-270m /tmp/gemma-3-270m
+    python -m ovqk.testing.random_checkpoints gemma-3-270m /tmp/gemma-3-270m
 
 A checkpoint is a Hugging Face directory that holds what ovqk reads: attention of every layer, block 0's MLP, norms and
 embeddings. Its tokenizer is a byte-level BPE whose vocabulary is invented words, among them the words of ovqk's tasks.
@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
-TASKS = Path(__file__).resolve().parents[1] / "conf" / "task"
+from ovqk.config.place import CONF
+
+TASKS = CONF / "task"
 SPACE = "Ġ"  # a space, as byte-level BPE spells it
 LEADING_SPACE = 0.6  # share of the tokens that begin with a space
 TITLE_CASE = 0.3  # share of the tokens that begin with a capital letter

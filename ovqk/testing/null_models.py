@@ -4,7 +4,7 @@
     strained_run  the same where a null has little to draw on
     power_run     heads of every role planted by hand, with noise mixed into what is planted: their verdicts
 
-The models are small transformers in memory (`scripts/planted.py`).
+The models are small transformers in memory (`ovqk/testing/planted.py`).
 """
 
 import itertools
@@ -16,10 +16,20 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from planted import LAYOUT, SHAPES, RandomModel, architecture, judged, p_values, planted, random_claims, random_model
 
 from ovqk.config.schema import PredictionConfig
 from ovqk.tasks.claims import Claims
+from ovqk.testing.planted import (
+    LAYOUT,
+    SHAPES,
+    RandomModel,
+    architecture,
+    judged,
+    p_values,
+    planted,
+    random_claims,
+    random_model,
+)
 from ovqk.verdicts.nulls import Predicted, head_rows
 
 TASKS = tuple(LAYOUT)

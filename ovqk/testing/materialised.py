@@ -13,9 +13,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from module_comparison import difference, output_projection, silenced
 from torch import Tensor, nn
 
+from ovqk.testing.module_comparison import difference, output_projection, silenced
 from ovqk.weights.block_probes import Recorder, Softmaxes, find_blocks, first_tensor
 from ovqk.weights.folding import fold_layer
 from ovqk.weights.norms import normalise
