@@ -45,8 +45,8 @@ def own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "NETRC"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setattr(track, "_pause", track._Pause())
-    monkeypatch.setattr(track, "_agent_cells", {})
+    monkeypatch.setattr(track, "pause", track.Pause())
+    monkeypatch.setattr(track, "agent_cells", {})
     import wandb
 
     wandb.teardown()

@@ -94,7 +94,7 @@ def test_one_attention_gives_the_same_numbers_natively_and_through_the_bridge(tm
 @torch.no_grad()
 def test_a_weight_that_is_not_what_the_block_writes_leaves_the_model_raw(tmp_path, monkeypatch) -> None:
     make("mixtral", tmp_path, **WIDE, **LOCAL_EXPERTS)
-    own = BridgeWeights._raw_layer
+    own = BridgeWeights.raw_layer
 
     def wrong(self, index):
         weights = own(self, index)
@@ -102,7 +102,7 @@ def test_a_weight_that_is_not_what_the_block_writes_leaves_the_model_raw(tmp_pat
         return dataclasses.replace(weights, W_O=weights.W_O * one_head) if index == 1 else weights
 
     assert bridged(tmp_path).foldable
-    monkeypatch.setattr(BridgeWeights, "_raw_layer", wrong)
+    monkeypatch.setattr(BridgeWeights, "raw_layer", wrong)
     source = bridged(tmp_path)
     assert not source.foldable and source.no_vocabulary is not None
     assert any(note.startswith("layer 1: attention adds something other than z W_O + b_O") for note in source.notes)

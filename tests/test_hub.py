@@ -23,6 +23,7 @@ from support.hub_stub import COMMIT, REPO, Hub
 from support.models import BUNDLED, KINDS, local, make_gpt2
 from transformers import AutoModelForCausalLM
 
+from ovqk.activations.forward import Places
 from ovqk.cell import runner_of
 from ovqk.checkpoints import hub as hub_module
 from ovqk.checkpoints import hub_timeout
@@ -52,8 +53,8 @@ def opened(timeout: float = 20.0, **keys) -> Checkpoint:
 @pytest.fixture(autouse=True)
 def nothing_asked_before(monkeypatch) -> None:
     """A process that has asked no hub yet."""
-    monkeypatch.setattr(hub_module, "_unanswered", {})
-    monkeypatch.setattr(hub_timeout, "_unreached", set())
+    monkeypatch.setattr(hub_module, "unanswered", {})
+    monkeypatch.setattr(hub_timeout, "unreached", set())
 
 
 @pytest.fixture
@@ -597,13 +598,13 @@ def closed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     hub.server.shutdown()
     hub.server.server_close()
     asked: list[str] = []
-    before = hub_timeout.Patience._before
+    before = hub_timeout.Patience.before_request
 
     def noting(self: hub_timeout.Patience, request) -> None:
         asked.append(f"{request.method} {request.url.path}")
         before(self, request)
 
-    monkeypatch.setattr(hub_timeout.Patience, "_before", noting)
+    monkeypatch.setattr(hub_timeout.Patience, "before_request", noting)
     return asked
 
 
@@ -630,10 +631,10 @@ def test_a_hub_that_could_not_be_reached_is_asked_again_later(hub, wide, monkeyp
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace(hub.url, "http://127.0.0.1:1")
         )  # nobody listens there
         fails("the hub could not be reached")
-        assert hub_timeout._unreached == {"127.0.0.1"}
+        assert hub_timeout.unreached == {"127.0.0.1"}
         away.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         assert same_weights(opened(), model(), wide)
-        assert not hub_timeout._unreached  # it answers: patience as before
+        assert not hub_timeout.unreached  # it answers: patience as before
 
 
 def test_a_cached_model_behind_a_hub_that_cannot_be_reached_costs_no_pause(
@@ -654,7 +655,7 @@ def test_what_the_user_can_mend_is_asked_again_at_once(hub, wide) -> None:
 
 def test_offline_mode_is_named(hf_cache) -> None:
     fails(r"the hub could not be reached \(HF_HUB_OFFLINE is set\)", repo="someone/other")
-    assert not hub_module._unanswered  # no wait, nothing to spare
+    assert not hub_module.unanswered  # no wait, nothing to spare
 
 
 def test_a_step_of_training_is_read_at_its_revision(filled_cache) -> None:
@@ -701,7 +702,8 @@ def test_a_model_of_which_a_part_is_here_is_fetched_whole_to_be_run(hub, wide) -
     plain = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32).eval()
     tokens = torch.arange(8)[None]
     with torch.no_grad():
-        assert torch.allclose(running._forward(input_ids=tokens), plain(tokens).logits[:, -1], atol=1e-5)
+        last = Places(torch.tensor([[7]]), torch.tensor([[7]]))
+        assert torch.allclose(running.run(tokens, last).logits, plain(tokens).logits[:, -1], atol=1e-5)
 
 
 def test_a_killed_fetch_leaves_nothing_that_is_taken_for_whole(hub, wide, tmp_path) -> None:

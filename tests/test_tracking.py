@@ -67,9 +67,9 @@ def test_wandb_is_started_while_a_cell_is_computed_and_a_failure_of_that_is_for_
         without.setattr(service.importlib, "import_module", cannot)
         without.delitem(sys.modules, "wandb", raising=False)
         service.start_meanwhile()
-        service._starting[-1].join()
+        service.starting[-1].join()
     assert asked == ["wandb"] and "WANDB_NOTES" not in os.environ
-    assert track(results, "offline") is None and not service._starting
+    assert track(results, "offline") is None and not service.starting
 
 
 def test_a_home_that_cannot_be_written_is_no_matter(results, tmp_path) -> None:
@@ -290,7 +290,7 @@ def test_a_server_that_dies_half_way_gets_the_run_later(results, server, request
         assert track(results, "online") is not None
     assert read_tracking(cell(results))["status"] == "failed"
     server.dies_at, server.answers = None, {}
-    monkeypatch.setattr(track_module, "_pause", track_module._Pause())
+    monkeypatch.setattr(track_module, "pause", track_module.Pause())
     assert command(monkeypatch, results) == 0
     (run,) = server.runs.values()
     assert run.exit_code == 0 and sent_tables(server) >= TABLES
@@ -419,7 +419,7 @@ def test_failures_of_the_command_are_a_line_each_and_status_1(results, server, m
     assert [line.split(":")[0].split()[:2] for line in lines] == [["not", "tracked"]] * 2
     assert "told to answer 401" in lines[0] and "not tried after" in lines[1]
     server.answers = {}
-    monkeypatch.setattr(track_module, "_pause", track_module._Pause())
+    monkeypatch.setattr(track_module, "pause", track_module.Pause())
     assert command(monkeypatch, results) == 0 and len(server.runs) == 2
 
 

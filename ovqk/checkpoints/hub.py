@@ -87,7 +87,7 @@ def fetch(model: ModelConfig, label: str, timeout: float, reads: Reads | None = 
     from huggingface_hub import constants
 
     question = (constants.ENDPOINT, constants.HF_HUB_OFFLINE, label, timeout)
-    asked, answer = _unanswered.get(question, (-REMEMBERED, ""))
+    asked, answer = unanswered.get(question, (-REMEMBERED, ""))
     if time.monotonic() - asked < REMEMBERED:
         raise UnansweredError(answer)
     patience = Patience(timeout)
@@ -95,11 +95,11 @@ def fetch(model: ModelConfig, label: str, timeout: float, reads: Reads | None = 
         with one_message(label, model.revision, patience), patience.kept():
             return _Repository(model.repo, model.revision, label, patience, reads).snapshot()
     except UnansweredError as error:
-        _unanswered[question] = time.monotonic(), str(error)
+        unanswered[question] = time.monotonic(), str(error)
         raise
 
 
-_unanswered: dict[tuple[str, bool, str, float], tuple[float, str]] = {}
+unanswered: dict[tuple[str, bool, str, float], tuple[float, str]] = {}
 """Requests that the hub did not answer -> the time and the message."""
 
 

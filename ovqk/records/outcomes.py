@@ -98,14 +98,14 @@ class Outcomes:
         try:
             write_json(self.folder / ENDED / f"{number}.json", asdict(outcome))
         except OSError:
-            _unwritten.setdefault(self.folder, {})[number] = outcome
+            unwritten.setdefault(self.folder, {})[number] = outcome
             with suppress(OSError):
                 self._beside.mkdir(mode=0o700, exist_ok=True)
                 write_json(self._beside / f"{number}.json", asdict(outcome))
 
     def new(self) -> dict[int, Outcome]:
         """Return the outcomes since the last call, by the number of the cell."""
-        kept = _unwritten.get(self.folder, {})
+        kept = unwritten.get(self.folder, {})
         found = {number: outcome for number, outcome in kept.items() if number not in self._read}
         folders = [self.folder / ENDED, *([self._beside] if _is_own(self._beside) else [])]
         for path in chain.from_iterable(folder.glob("*.json") for folder in folders):
@@ -117,7 +117,7 @@ class Outcomes:
 
     def forget(self) -> None:
         """Remove the outcomes that were kept elsewhere."""
-        _unwritten.pop(self.folder, None)
+        unwritten.pop(self.folder, None)
         if _is_own(self._beside):
             shutil.rmtree(self._beside, ignore_errors=True)
 
@@ -127,7 +127,7 @@ class Outcomes:
         return dict(sorted(self._read.items()))
 
 
-_unwritten: dict[Path, dict[int, Outcome]] = {}
+unwritten: dict[Path, dict[int, Outcome]] = {}
 """Sweep's folder -> outcomes that could not be written to the disk."""
 
 

@@ -66,7 +66,7 @@ def write_report(
 def _write(cells: Sequence[Cell], failures: Sequence[Failure], path: Path, with_figures: bool) -> Iterator[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = FIGURES if with_figures else None
-    page, cells, unsound = _without_unsound(
+    page, cells, unsound = without_unsound(
         lambda shown, others: make_page(shown, [*failures, *others], path.parent, figures), cells, path.parent
     )
     failures = [*failures, *unsound]
@@ -78,12 +78,12 @@ def _write(cells: Sequence[Cell], failures: Sequence[Failure], path: Path, with_
     yield from (f"without results: {f.model} / {f.task} / {f.analysis}: {f.error}" for f in failures)
     if with_figures:
         folder = path.parent / FIGURES
-        n, _, unsound = _without_unsound(lambda shown, _: write_figures(shown, folder), cells, path.parent)
+        n, _, unsound = without_unsound(lambda shown, _: write_figures(shown, folder), cells, path.parent)
         yield from (f"without figures: {f.model} / {f.task} / {f.analysis}: {f.error}" for f in unsound)
         yield f"wrote {counted(n, 'figure')}, as SVG and as PNG, to {path.parent / FIGURES}"
 
 
-def _without_unsound(
+def without_unsound(
     make: Callable[[Sequence[Cell], Sequence[Failure]], Made], cells: Sequence[Cell], beside: Path
 ) -> tuple[Made, Sequence[Cell], list[Failure]]:
     """Make something from cells. A cell with a value that readers do not expect is left out and does not stop the rest.

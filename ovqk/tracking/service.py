@@ -33,7 +33,7 @@ WHOLE, FIRST, LAST = 1, 2, 4  # kinds of pieces of a record there; 3 is in the m
 SWITCH_SECONDS = 1e-4  # that one thread runs Python before another may: torch asks for its turn after every call
 STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # of an upload, in W&B's own log of a run
 
-_starting: list[threading.Thread] = []
+starting: list[threading.Thread] = []
 """Threads of `start_meanwhile` that nobody has waited for."""
 
 
@@ -48,8 +48,8 @@ def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
     Inside, W&B prints nothing, asks for no key and reports no errors to its makers. After a failure the service is
     killed, so that nobody waits for it and the next cell starts another.
     """
-    while _starting:
-        _starting.pop().join()
+    while starting:
+        starting.pop().join()
     _settle_environment()
     import wandb
 
@@ -105,10 +105,10 @@ def start_meanwhile() -> None:
         finally:
             sys.setswitchinterval(before)
 
-    if "wandb" not in sys.modules and not _starting:
+    if "wandb" not in sys.modules and not starting:
         _settle_environment()
-        _starting.append(threading.Thread(target=start, name="start wandb"))
-        _starting[-1].start()
+        starting.append(threading.Thread(target=start, name="start wandb"))
+        starting[-1].start()
 
 
 def settings() -> dict[str, Any]:
