@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ovqk.config.schema import RoleActivationsConfig, TaskConfig
 from ovqk.errors import UserError
+from ovqk.tasks.prompt_entry import check_prompts
 from ovqk.tasks.prompts import Prompt, known_words, sample_prompts, token_positions, word_sets_of
 from ovqk.tasks.words import WordLookup
 
@@ -142,6 +143,10 @@ def read_prompts(task: TaskConfig, tokenizer: Tokenizer, start: list[int], count
         raise UserError(f"task.prompts: task {task.name} says no counterfactual, without which nothing is measured.")
     lookup = WordLookup(tokenizer, tokenizer.get_vocab_size())
     start = start or lookup.encode(NEW_LINE).ids
+    try:
+        check_prompts(task.words, task.prompts)
+    except ValueError as error:
+        raise UserError(f"task.prompts: {error}.") from error
     words = _readable_words(task, lookup)
     try:
         drawn = sample_prompts(words, task.prompts, count, seed)

@@ -13,7 +13,7 @@ from ovqk.circuits.grams import BLOCK, blocks, centred_gram, mean_row, precision
 from ovqk.circuits.maps import Basis
 from ovqk.circuits.threads import each
 from ovqk.circuits.vocabulary import Vocabulary
-from ovqk.weights.norms import QueryKeyNorm, normalise
+from ovqk.weights.norms import QueryKeyNorm, inverse_scale, normalise
 from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import Architecture, LayerWeights
 
@@ -182,7 +182,7 @@ class _NormalisedSide:
         if self.kind != "rmsnorm" or self.bias.any():
             both = x, normalise(x, self.kind, self.eps)
             return [self._sums(self._divided(rows @ self.weight + self.bias)) for rows in both]
-        y, scale = x @ self.weight, torch.rsqrt(x.square().mean(-1) + self.eps)[:, None]
+        y, scale = x @ self.weight, inverse_scale(x, self.kind, self.eps)
         square = torch.linalg.vector_norm(y, dim=(0, 2) if self.norm.over_heads else 2, keepdim=True).square()
         square = square / (y.shape[0] * y.shape[2] if self.norm.over_heads else y.shape[2])
         plain = torch.rsqrt(square + self.norm.eps)

@@ -43,7 +43,7 @@ def replacements(
         ValueError: a mention or replacement is unknown, or no word is left to draw.
     """
     if not isinstance(asked, Mapping):
-        raise ValueError(f"counterfactual: must be mentions with what stands there instead, not {asked!r}")
+        raise ValueError(f"counterfactual: must be a mapping of mentions to replacements, not {asked!r}")
     found: dict[str, str] = {}
     for mention, what in asked.items():
         slot = slots.get(mention.partition(".")[0])

@@ -62,22 +62,23 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ovqk.tasks.counterfactuals import SlotDraw, replacements
+from ovqk.tasks.prompt_entry import (
+    LEADING,
+    ORDERED,
+    WordSets,
+    check_prompts,
+    forms_of,
+    replaced_slots,
+    slot_entry,
+    word_set,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ovqk.checkpoints.checkpoint import Checkpoint
 
-WordSets = Mapping[str, Sequence[str]]
 Span = tuple[int, int]
-
-TEMPLATE_KEYS = {"templates", "slots", "swap", "answer", "foil", "labels", "counterfactual", "clusters"}
-REPEATED_KEYS = {"repeated", "counterfactual"}
-FRESH_FIRST_COPY = "fresh_first_copy"
-SLOT_KEYS = ({"set"}, {"forms"}, {"forms", "agrees_with"}, {"set", "after"}, {"set", "up_to"}, {"initial_of"})
-ORDERED = {"after", "up_to"}
-LEADING = {"agrees_with", "initial_of", *ORDERED}
-"""The keys of a slot that name another, its leader."""
 
 
 @dataclass(frozen=True)
@@ -137,19 +138,14 @@ def sample_prompts(words: WordSets, prompts: Mapping[str, Any], count: int, seed
     Raises:
         ValueError: a key, slot, mention or word set is unknown, or a word set is too small for its slots.
     """
+    check_prompts(words, prompts)
     rng = random.Random(seed)
     if "repeated" in prompts:
-        _refuse_unknown(prompts, REPEATED_KEYS)
-        fresh = _fresh_first_copy(prompts)
+        fresh = "counterfactual" in prompts
         return [
             _repeated(words, prompts["repeated"], rng, _own_rng(seed, index) if fresh else None)
             for index in range(count)
         ]
-    _refuse_unknown(prompts, TEMPLATE_KEYS)
-    missing = {"templates", "slots", "answer", "foil"} - set(prompts)
-    if missing:
-        raise ValueError(f"prompts lack {sorted(missing)}")
-    _check_slots({name: _entry(slot) for name, slot in prompts["slots"].items()})
     drawn = [_from_template(words, prompts, index, rng, _own_rng(seed, index)) for index in range(count)]
     rng.shuffle(drawn)
     return drawn
@@ -217,46 +213,10 @@ def start_tokens(tokenizer: "Tokenizer", checkpoint: "Checkpoint") -> list[int]:
     return [found]
 
 
-def _refuse_unknown(entry: Mapping[str, Any], known: set[str]) -> None:
-    unknown = set(entry) - known
-    if unknown:
-        raise ValueError(f"unknown keys {sorted(unknown)} in prompts; known: {sorted(known)}")
-
-
-def _word_set(words: WordSets, name: str) -> Sequence[str]:
-    if name not in words:
-        raise ValueError(f"unknown word set {name!r}; known: {sorted(words)}")
-    return words[name]
-
-
-def _entry(slot: Any) -> Mapping[str, Any]:
-    """Return a slot as a mapping; a slot that is a mere name names its word set."""
-    return {"set": slot} if isinstance(slot, str) else slot
-
-
-def _forms(slot: Any) -> list[str]:
-    """Return a slot's word sets: one, or one for each form, or none if another slot's word determines it."""
-    entry = _entry(slot)
-    return [entry["set"]] if "set" in entry else list(entry.get("forms", []))
-
-
-def _check_slots(slots: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, slot in slots.items():
-        if set(slot) not in SLOT_KEYS:
-            known = "; ".join(", ".join(sorted(keys)) for keys in SLOT_KEYS)
-            raise ValueError(f"slot {name!r}: unknown keys {sorted(slot)}; known together: {known}")
-        for key in set(slot) & LEADING:
-            leader = slots.get(slot[key], {})
-            if "set" in slot and leader != {"set": slot["set"]}:
-                raise ValueError(f"slot {name!r}: {key} {slot[key]!r}, which is no plain slot of {slot['set']!r}")
-            if not _forms(leader):
-                raise ValueError(f"slot {name!r}: {key} {slot[key]!r}, which is no slot with words of its own")
-
-
 def _from_template(
     words: WordSets, prompts: Mapping[str, Any], index: int, rng: random.Random, own: random.Random
 ) -> Prompt:
-    slots = {name: _entry(slot) for name, slot in prompts["slots"].items()}
+    slots = {name: slot_entry(slot) for name, slot in prompts["slots"].items()}
     base = rng.choice(list(prompts["templates"]))
     template = rng.choice(variants(base))
     foil_of = prompts["foil"]["other_form_of"] if isinstance(prompts["foil"], Mapping) else None
@@ -267,12 +227,12 @@ def _from_template(
         raise ValueError(f"unknown slots {sorted(unknown)} in {template!r}; known: {sorted(slots)}")
 
     indices, forms = _draw(words, {name: slots[name] for name in slots if name in needed}, index, rng)
-    values = {name: words[_forms(slots[name])[forms[name]]][indices[name]] for name in indices}
+    values = {name: words[forms_of(slots[name])[forms[name]]][indices[name]] for name in indices}
     values |= {name: values[slots[name]["initial_of"]][0] for name in needed if "initial_of" in slots[name]}
     if foil_of is None:
         foil = values[prompts["foil"]]
     else:
-        sets = _forms(slots[foil_of])
+        sets = forms_of(slots[foil_of])
         foil = words[sets[(forms[foil_of] + 1) % len(sets)]][indices[foil_of]]
 
     exchange = index // 2 % 2 == 1
@@ -293,7 +253,7 @@ def _from_template(
     if "counterfactual" not in prompts:
         return made
     drawn = {
-        name: SlotDraw(values[name], [words[key] for key in _forms(slots[name])], indices[name], forms[name])
+        name: SlotDraw(values[name], [words[key] for key in forms_of(slots[name])], indices[name], forms[name])
         for name in indices
     }
     replaced = replacements(prompts["counterfactual"], spans, drawn, values.values(), own)
@@ -312,11 +272,11 @@ def _draw(
     words: WordSets, slots: Mapping[str, Mapping[str, Any]], index: int, rng: random.Random
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Draw a word index and a form for each slot with words; slots that others agree with alternate with `index`."""
-    slots = {name: slot for name, slot in slots.items() if _forms(slot)}
+    slots = {name: slot for name, slot in slots.items() if forms_of(slot)}
     leaders = {slot["agrees_with"] for slot in slots.values() if "agrees_with" in slot}
     forms: dict[str, int] = {}
     for name, slot in slots.items():
-        n_forms = len(_forms(slot))
+        n_forms = len(forms_of(slot))
         forms[name] = index % n_forms if name in leaders else rng.randrange(n_forms)
     for name, slot in slots.items():
         if "agrees_with" in slot:
@@ -326,8 +286,8 @@ def _draw(
     taken: dict[tuple[str, ...], set[int]] = {}
     indices: dict[str, int] = {}
     for name, slot in sorted(slots.items(), key=lambda item: bool(set(item[1]) & ORDERED)):  # leaders first
-        sets = _forms(slot)
-        sizes = {len(_word_set(words, name_of_set)) for name_of_set in sets}
+        sets = forms_of(slot)
+        sizes = {len(word_set(words, name_of_set)) for name_of_set in sets}
         if len(sizes) > 1:
             raise ValueError(f"slot {name!r}: the sets {sets} differ in length and cannot be index-aligned")
         used = taken.setdefault(tuple(sets), set())
@@ -376,13 +336,6 @@ def _last_word(text: str) -> Span:
     return match.span()
 
 
-def _fresh_first_copy(prompts: Mapping[str, Any]) -> bool:
-    asked = prompts.get("counterfactual", FRESH_FIRST_COPY)
-    if asked != FRESH_FIRST_COPY:
-        raise ValueError(f"counterfactual: {asked!r}; allowed with repeated: {FRESH_FIRST_COPY}")
-    return "counterfactual" in prompts
-
-
 def _repeated(
     words: WordSets, repeated: Mapping[str, Any], rng: random.Random, own: random.Random | None = None
 ) -> Prompt:
@@ -391,9 +344,8 @@ def _repeated(
     PREVIOUS marks END's word in the first copy, and SOURCE the word after it, which is the answer. If `own` is given,
     the prompt has a counterfactual, whose first copy has other words. The cluster is the word at END.
     """
-    _refuse_unknown(repeated, {"words", "lengths"})
     length = rng.choice(list(repeated["lengths"]))
-    pool = list(_word_set(words, repeated["words"]))
+    pool = list(word_set(words, repeated["words"]))
     if len(pool) < length:
         raise ValueError(f"a sequence of {length} different words needs more than the {len(pool)} given")
     sequence = rng.sample(pool, length)
@@ -421,10 +373,10 @@ def _repeated(
 
 def known_words(words: WordSets, prompts: Mapping[str, Any], known: Callable[[str], bool]) -> dict[str, list[str]]:
     """Return the word sets without the words that a vocabulary lacks; the forms of one word stay or go together."""
-    aligned = [_forms(slot) for slot in prompts.get("slots", {}).values()]
+    aligned = [forms_of(slot) for slot in prompts.get("slots", {}).values()]
     kept = {name: list(filter(known, content)) for name, content in words.items()}
     for sets in aligned:
-        rows = [row for row in zip(*(_word_set(words, name) for name in sets), strict=True) if all(map(known, row))]
+        rows = [row for row in zip(*(word_set(words, name) for name in sets), strict=True) if all(map(known, row))]
         for column, name in enumerate(sets):
             kept[name] = [row[column] for row in rows]
     return kept
@@ -434,6 +386,4 @@ def word_sets_of(prompts: Mapping[str, Any]) -> list[str]:
     """Return the names of the word sets that hold answers, foils and words that a counterfactual replaces."""
     if "repeated" in prompts:
         return [prompts["repeated"]["words"]]
-    foil = prompts["foil"]["other_form_of"] if isinstance(prompts["foil"], Mapping) else prompts["foil"]
-    names = [prompts["answer"], foil, *(mention.partition(".")[0] for mention in prompts.get("counterfactual", {}))]
-    return list(dict.fromkeys(name for slot in names for name in _forms(prompts["slots"][slot])))
+    return list(dict.fromkeys(name for slot in replaced_slots(prompts) for name in forms_of(prompts["slots"][slot])))
