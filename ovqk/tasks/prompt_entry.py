@@ -89,7 +89,7 @@ def forms_of(slot: Any) -> list[str]:
     return [entry["set"]] if "set" in entry else list(entry.get("forms", []))
 
 
-def _check_slots(slots: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_slots(slots: Mapping[str, Any]) -> None:
     for name, slot in slots.items():
         _refuse_other(slot, f"slot {name!r}")
         if set(slot) not in SLOT_KEYS:
