@@ -5,31 +5,15 @@ import json
 
 import pytest
 import torch
-from support.commands import compose
-from support.models import SIZES, WIDE, bridged, opened, randomise
+from support.bridge_models import LOCAL_EXPERTS, analysed, make
+from support.models import SIZES, WIDE, bridged, opened
 
-from ovqk.analyse import analyse
 from ovqk.errors import UserError
 from ovqk.weights.bridge import BridgeWeights
-from ovqk.weights.types import OpenedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-
-
-def make(model_type, directory, **keys):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(model_type, **keys)
-    model = randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
-    model.save_pretrained(directory)
-    return model
-
-
-def analysed(directory, read=bridged):
-    return analyse(OpenedModel(read(directory), "m"), compose("task=none", "model=local", f"model.path={directory}"))
 
 
 def copying(W_E, W_OV, W_U):
