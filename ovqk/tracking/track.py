@@ -113,7 +113,7 @@ class TrackedSweep:
 
     @property
     def made_of(self) -> str:
-        """A hash of its cells, which changes if a cell is added or computed again."""
+        """A hash over its cells, which changes if a cell is added or computed again."""
         return hashlib.sha256(" ".join(map(run_id, self.sweep.records)).encode()).hexdigest()[:12]
 
     @property
@@ -218,7 +218,7 @@ def _is_paused(mode: TrackingMode) -> bool:
 
 
 def needs_tracking(folder: Path) -> bool:
-    """Whether a done cell must be tracked: its record never was, or a W&B agent waits for it in its own run."""
+    """Whether a done cell must be tracked: its record was never tracked, or a W&B agent waits for it in its own run."""
     record, state = read_record(folder), read_tracking(folder)
     if in_agent() or record is None or not says_done(state):
         return True
