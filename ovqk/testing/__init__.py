@@ -1,4 +1,4 @@
-"""Models whose answer is known, and models that are compared with: for the tests and for `scripts/`, not in the wheel.
+"""Models with a known answer and comparisons with other code, for the tests and for `scripts/`; not in the wheel.
 
 planted             small transformers in memory, with heads planted by hand
 null_models         random and planted models, and how often the tests err on them
