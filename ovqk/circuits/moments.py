@@ -124,14 +124,14 @@ def normalised_head_moments(
 ) -> tuple[HeadMoments, HeadMoments]:
     """Return the moments of normalised queries and keys, once for plain rows and once for normalised ones.
 
-    A norm between the factors leaves no Gram to take them through: each token's queries and keys are computed, for
-    both kinds of rows in one pass, in the precision that `grams.precision` gives; each thread takes a block of tokens.
-    The sums are float64.
+    A norm lies between the factors, so no Gram gives the moments. Each token's queries and keys are computed instead,
+    for both kinds of rows in one pass, in the precision of `grams.precision`. Each thread takes a block of tokens. Sums
+    are float64.
 
     Args:
-        weights: the layer.
-        architecture: of the model.
-        W_E: embedding rows: all of them, or a sample (see `sample_rows`).
+        weights: the layer's weights.
+        architecture: the model's architecture.
+        W_E: embedding rows: all of them, or a sample (`sample_rows`).
 
     Raises:
         ValueError: queries and keys are not normalised (see `head_moments`).
