@@ -218,8 +218,8 @@ Made by `{command}`, which runs everything again. The models are
 transformers in memory with weights at random initialisation (`ovqk/testing/planted.py`): embeddings of 64 dimensions,
 heads of 8, about 330 tokens, an MLP in block 0; learned and rotary positions, with and without grouped queries, tied
 and untied. Models in which nothing is planted have random gains in every norm and random biases; those with rotary
-positions and without grouped queries also have norms of queries and keys. Nulls have 99 draws. `tests/test_calibration.py` and
-`tests/test_planted.py` hold the tests to these numbers.
+positions and without grouped queries also have norms of queries and keys. Nulls have 99 draws.
+`tests/test_calibration.py` and `tests/test_planted.py` hold the tests to these numbers.
 
 ## Nothing planted: p-values
 
