@@ -55,13 +55,13 @@ def analyse(
     Args:
         opened: the model's raw weights and its tokenizer, if it has one.
         config: the resolved cell.
-        steps: counts off layers, and batches of prompts, and may show how far it is.
-        cache: keeps the tables that depend on no task for other cells; None computes them anew.
-        runner: how the model is run, if the analysis asks for activations, or reads words through their streams.
-        draws: takes how many draws of the nulls are made, and how many there may be.
+        steps: counts off layers and batches of prompts, and may show progress.
+        cache: keeps the tables that depend on no task for other cells; with None they are computed anew.
+        runner: loads the model to run it, if the analysis asks for activations or reads words through their streams.
+        draws: is told the number of draws made for the nulls, and the most that there may be.
 
     Raises:
-        UserError: the task cannot be read on this model: its words, its claims.
+        UserError: the task's words or claims do not fit this model.
     """
     source = opened.source
     claims = resolve_claims(config.task, config.model, source.architecture)
@@ -127,7 +127,7 @@ def run_prompts(
     claims: Claims | str,
     steps: Callable[[int, str], Iterable[int]],
 ) -> ActivationTables | str | None:
-    """Run the task's prompts, if the analysis asks for it; return why it cannot be done, which harms nothing else."""
+    """Run the task's prompts if the analysis asks for it; if they cannot be run, return a sentence that says why."""
     if runner is None or not model.config.analysis.activations:
         return None
     try:
@@ -141,7 +141,7 @@ def run_prompts(
 
 @dataclass
 class CountedTests(ClaimTests):
-    """Claim tests that tell how many draws of heads with the same spectrum are made, and how many there may be."""
+    """Claim tests that report progress: the draws made under the null `spectrum`, and the most that there may be."""
 
     told: Callable[[int, int], None] = lambda done, most: None
     drawn: int = 0
@@ -166,7 +166,7 @@ class CountedTests(ClaimTests):
         return super().spectrum_ps(asked)
 
     def _expect(self, tested: Iterable[tuple[Head, str]]) -> None:
-        """Count the draws that tests of these heads and metrics may need: heads of one form share theirs."""
+        """Count the draws that tests of these heads and metrics may need; metrics with one form share their draws."""
         frames = {
             (head, self.forms.get((metric, head[0]))) for head, metric in tested if self.has_spectrum_null(metric)
         }
@@ -189,13 +189,13 @@ class JudgedTables:
     """The stage that tests the claims, or ranks candidates if nothing is claimed, and composes pairs of heads.
 
     Attributes:
-        seconds: the time that its tables took, composition aside.
+        seconds: the time that its tables took, without composition.
     """
 
     def __init__(
         self, task: TaskReadout, claims: Claims | str, draws: Callable[[int, int], None] = lambda done, most: None
     ) -> None:
-        """Take the claims, or why there are none, and who is told of the draws of the nulls."""
+        """Take the claims, or a sentence that says why there are none, and a function that is told of draws."""
         self.claimed = isinstance(claims, Claims)
         claimed = claims if isinstance(claims, Claims) else unclaimed(task.model.config.task)
         self.tests = CountedTests(task, claimed, told=draws)
@@ -203,7 +203,7 @@ class JudgedTables:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for the record: which nulls, rankings or compositions are missing, and why."""
+        """Sentences for the record that name missing nulls, rankings and compositions, with reasons."""
         return self.tests.notes
 
     def visit(self, layer: Layer) -> None:
@@ -211,7 +211,7 @@ class JudgedTables:
         self.tests.visit(layer)
 
     def tables(self, made: Tables) -> Tables:
-        """Return `tests`, `nulls` and `verdicts` of claims, or `candidates`; and the tables of `composition_tables`."""
+        """Return `tests`, `nulls` and `verdicts`, or `candidates` without claims; and composition tables."""
         started, found = time.perf_counter(), Tables()
         by_head = {name: _grid(self.tests.model, made["heads"], name) for name in HEAD_METRICS}
         if self.claimed:
@@ -244,7 +244,7 @@ def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> d
 
 
 def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFrame]:
-    """Make composition.parquet of the claims' pairs, or of the strongest of all; then virtual_heads.parquet too."""
+    """Make composition.parquet for the claims' pairs, or for the strongest of all pairs and virtual_heads.parquet."""
     if not tests.layers:
         return {}
     grams, every = matching_grams(model), model.config.analysis.pairs
@@ -298,7 +298,7 @@ def _describe(claims: Claims | str) -> dict[str, Any]:
 
 
 def summarise(task: TaskReadout, tables: dict[str, pd.DataFrame]) -> dict[str, float | int]:
-    """Return flat scalars: sizes, means over heads, verdict counts, each role's effect and p."""
+    """Return flat scalars: sizes, means over heads, counts of verdicts, each role's effect and p."""
     model, architecture = task.model, task.model.architecture
     summary: dict[str, float | int] = {
         "n_layers": architecture.n_layers,

@@ -95,9 +95,9 @@ def _run() -> None:
 def _mend_hydra() -> None:
     """Let Python 3.14 take Hydra 1.3.8's options: its argparse looks into each help, and one of them is no text."""
     if sys.version_info >= (3, 14):
-        argparse.HelpFormatter._get_help_string = _only_text  # type: ignore[method-assign]
+        argparse.HelpFormatter._get_help_string = only_text  # type: ignore[method-assign]
 
 
-def _only_text(formatter: argparse.HelpFormatter, action: argparse.Action) -> str | None:
+def only_text(formatter: argparse.HelpFormatter, action: argparse.Action) -> str | None:
     """Return an option's help if it is text."""
     return action.help if isinstance(action.help, str | None) else "Install or uninstall the shell's completion."

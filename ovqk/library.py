@@ -1,4 +1,4 @@
-"""The door for notebooks: a model, its heads and their two circuits, by the functions that cells are computed with.
+"""The interface for notebooks: a model, its heads and their two circuits, by the functions that cells use.
 
     import ovqk
 
@@ -101,9 +101,9 @@ class LibraryModel:
     """A model, opened: its sizes, its heads and their numbers.
 
     Attributes:
-        name: as records call it.
-        n_layers, n_heads, d_model, d_head: its sizes; heads are query heads of a layer.
-        notes: remarks on how it was read.
+        name: its name in records.
+        n_layers, n_heads, d_model, d_head: its sizes; `n_heads` counts the query heads in a layer.
+        notes: remarks on the way it was read.
         unavailable: metric -> why no head of it has a value.
     """
 
@@ -184,9 +184,9 @@ class Head:
     """One head of a model.
 
     Attributes:
-        layer, index: its place.
-        ov: what it writes for what it reads, W_V W_O.
-        qk: where it looks, W_Q W_K^T.
+        layer, index: its layer, and its number in the layer.
+        ov: its OV circuit, W_V W_O.
+        qk: its QK circuit, W_Q W_K^T.
     """
 
     def __init__(self, model: LibraryModel, layer: int, index: int) -> None:
@@ -323,7 +323,7 @@ class CircuitOfHead:
 
 
 class OV(CircuitOfHead):
-    """What a head writes for what it reads: W_OV = W_V W_O."""
+    """A head's OV circuit, W_OV = W_V W_O: what it writes when it attends to a token."""
 
     @property
     def copying(self) -> float:
@@ -337,7 +337,7 @@ class OV(CircuitOfHead):
 
 
 class QK(CircuitOfHead):
-    """Where a head looks: W_QK = W_Q W_K^T."""
+    """A head's QK circuit, W_QK = W_Q W_K^T: where it attends."""
 
     @property
     def matching(self) -> float:

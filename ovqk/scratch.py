@@ -24,7 +24,7 @@ def scratch_folder() -> Path:
 
 @cache
 def _made(process: int) -> Path:
-    _clear_abandoned()
+    clear_abandoned()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o600)  # open, and so locked, to the end of the process
     with suppress(OSError):  # of a file system without locks
@@ -38,7 +38,7 @@ def _remove(folder: Path, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _clear_abandoned() -> None:
+def clear_abandoned() -> None:
     """Remove this user's folders whose processes have ended: nothing holds their locks."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):

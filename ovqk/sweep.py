@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from ovqk.errors import UserError, end_command, first_line, one_message, told, was_interrupted, without_secrets
 from ovqk.orphans import be_parent
-from ovqk.whole_files import DISK
+from ovqk.whole_files import DISK, write_text
 from ovqk.wording import counted
 
 if TYPE_CHECKING:
@@ -192,8 +192,7 @@ def end_early(error: BaseException) -> None:
     message = f"the launcher gave up ({type(error).__name__}: {first_line(error)})."
     words = sweep.outcomes.folder / LAUNCHER_ERROR
     try:
-        with words.open("w", encoding="utf-8") as file:
-            file.write(without_secrets("".join(traceback.format_exception(error))))
+        write_text(words, without_secrets("".join(traceback.format_exception(error))))
         message += f" Its own words: {os.path.relpath(words)}"
     except OSError as other:
         message += f" Its own words cannot be written ({other.strerror})."

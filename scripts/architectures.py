@@ -2,9 +2,9 @@
 
     python scripts/architectures.py [--write] [--only NAME ...]
 
-Each architecture of transformers' causal language models is shrunk (`tiny_architectures.py`), saved as a Hugging Face
-directory and opened by ovqk, in workers with a time limit for each. What ovqk reads is compared with the Hugging Face
-model itself (`module_comparison.py`). `--write` writes docs/architectures.md.
+Each architecture of transformers' causal language models is shrunk (`ovqk.testing.tiny_architectures`), saved as a
+Hugging Face directory and opened by ovqk, in workers with a time limit for each. What ovqk reads is compared with the
+Hugging Face model itself (`ovqk.testing.module_comparison`). `--write` writes docs/architectures.md.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from materialised import compare_materialised
-from module_comparison import compare
-from tiny_architectures import BESIDE_PICTURES, VARIANTS, WHOLE, shrunk_model
 
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
+from ovqk.testing.materialised import compare_materialised
+from ovqk.testing.module_comparison import compare
+from ovqk.testing.tiny_architectures import BESIDE_PICTURES, VARIANTS, WHOLE, shrunk_model
 from ovqk.weights.block_probes import CannotRunError
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import WeightSource
@@ -211,7 +211,7 @@ page anew.
 
 - **W_QK**, **W_OV**: each head's whole matrix, with gains, multipliers and rotation and without the scale of the
   scores, against the one that least squares find in what the module makes of random streams
-  (`scripts/materialised.py`).
+  (`ovqk/testing/materialised.py`).
 - **scores**: each head's scores before the softmax, every query with every key, positions included.
 - **writes**: what each head adds to the residual stream, with every norm and multiplier behind the output projection.
 - **block 0**: the first block as the effective embedding of later layers.

@@ -17,7 +17,7 @@ full vocabulary:
               float32 product measured in this run; no decomposition is counted
 
 (a) and (b) are measured on some heads (`--sample`) and scaled to all of them. Checkpoints are random, of the shape
-named (`random_checkpoints.py`). Cells are run in processes of their own, whose peak resident memory is
+named (`ovqk.testing.random_checkpoints`). Cells are run in processes of their own, whose peak resident memory is
 given above that of a process which has imported the same modules and done nothing.
 """
 
@@ -40,7 +40,8 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as ovqk sets it where it is imported first
 
 import torch
-from random_checkpoints import SHAPES, Shape, make_checkpoint
+
+from ovqk.testing.random_checkpoints import SHAPES, Shape, make_checkpoint
 
 # --- the floor -----------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
     python scripts/calibration.py     # about a quarter of an hour on two cores
 
-The models are those of `null_models.py`. Written to docs/: figures/calibration.svg and .png,
+The models are those of `ovqk.testing.null_models`. Written to docs/: figures/calibration.svg and .png,
 figures/power.svg and .png, and calibration.md with the numbers behind them.
 
     calibration   random initialisation, heads claimed at random: how often p <= a
@@ -22,7 +22,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from null_models import (
+from numpy.typing import NDArray
+
+from ovqk import wording
+from ovqk.testing.null_models import (
     FALSE,
     POWER_SHAPES,
     STRAINED,
@@ -36,10 +39,7 @@ from null_models import (
     power_run,
     strained_run,
 )
-from numpy.typing import NDArray
-from planted import FEW, LAYOUT, MANY
-
-from ovqk import wording
+from ovqk.testing.planted import FEW, LAYOUT, MANY
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -215,11 +215,11 @@ def plot_power(table: pd.DataFrame) -> None:
 PAGE = """# How often the tests err
 
 Made by `{command}`, which runs everything again. The models are
-transformers in memory with weights at random initialisation (`scripts/planted.py`): embeddings of 64 dimensions, heads
-of 8, about 330 tokens, an MLP in block 0; learned and rotary positions, with and without grouped queries, tied and
-untied. Where nothing is planted they have random gains in every norm and random biases, and the third shape, rotary
-without grouped queries, norms of queries and keys. Nulls have 99 draws. `tests/test_calibration.py` and
-`tests/test_planted.py` hold the tests to these numbers.
+transformers in memory with weights at random initialisation (`ovqk/testing/planted.py`): embeddings of 64 dimensions,
+heads of 8, about 330 tokens, an MLP in block 0; learned and rotary positions, with and without grouped queries, tied
+and untied. Models in which nothing is planted have random gains in every norm and random biases; those with rotary
+positions and without grouped queries also have norms of queries and keys. Nulls have 99 draws.
+`tests/test_calibration.py` and `tests/test_planted.py` hold the tests to these numbers.
 
 ## Nothing planted: p-values
 

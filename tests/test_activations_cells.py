@@ -122,6 +122,7 @@ def test_what_cannot_be_run_says_why_and_harms_nothing(tmp_path) -> None:
         (("task.roles.induction.activations.attention.query=ENDE",), "name the label 'ENDE'"),
         (("task.roles.induction.activations.attention.query=a b",), "'a b' is not a label"),
         (("task.words.content=[park,river]",), "of the words that this tokenizer can read"),
+        (("task.prompts.repeated.words=nosuch",), "task.prompts: unknown word set 'nosuch'"),
     ],
 )
 def test_a_task_that_cannot_be_measured_says_why(tmp_path, overrides, message) -> None:

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 from architectures import RIGHT, Row, examine, next_row, page
-from materialised import compare_materialised
 from support import ROOT
 from support.models import opened
-from tiny_architectures import BESIDE_PICTURES, VARIANTS, shrunk_model
 
+from ovqk.testing.materialised import compare_materialised
+from ovqk.testing.tiny_architectures import BESIDE_PICTURES, VARIANTS, shrunk_model
 from ovqk.weights.types import score_scale
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -5,31 +5,15 @@ import json
 
 import pytest
 import torch
-from support.commands import compose
-from support.models import SIZES, WIDE, bridged, opened, randomise
+from support.bridge_models import LOCAL_EXPERTS, analysed, make
+from support.models import SIZES, WIDE, bridged, opened
 
-from ovqk.analyse import analyse
 from ovqk.errors import UserError
 from ovqk.weights.bridge import BridgeWeights
-from ovqk.weights.types import OpenedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-
-
-def make(model_type, directory, **keys):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(model_type, **keys)
-    model = randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
-    model.save_pretrained(directory)
-    return model
-
-
-def analysed(directory, read=bridged):
-    return analyse(OpenedModel(read(directory), "m"), compose("task=none", "model=local", f"model.path={directory}"))
 
 
 def copying(W_E, W_OV, W_U):
@@ -94,7 +78,7 @@ def test_one_attention_gives_the_same_numbers_natively_and_through_the_bridge(tm
 @torch.no_grad()
 def test_a_weight_that_is_not_what_the_block_writes_leaves_the_model_raw(tmp_path, monkeypatch) -> None:
     make("mixtral", tmp_path, **WIDE, **LOCAL_EXPERTS)
-    own = BridgeWeights._raw_layer
+    own = BridgeWeights.raw_layer
 
     def wrong(self, index):
         weights = own(self, index)
@@ -102,7 +86,7 @@ def test_a_weight_that_is_not_what_the_block_writes_leaves_the_model_raw(tmp_pat
         return dataclasses.replace(weights, W_O=weights.W_O * one_head) if index == 1 else weights
 
     assert bridged(tmp_path).foldable
-    monkeypatch.setattr(BridgeWeights, "_raw_layer", wrong)
+    monkeypatch.setattr(BridgeWeights, "raw_layer", wrong)
     source = bridged(tmp_path)
     assert not source.foldable and source.no_vocabulary is not None
     assert any(note.startswith("layer 1: attention adds something other than z W_O + b_O") for note in source.notes)

@@ -94,7 +94,7 @@ def test_what_the_tables_depend_on_has_an_entry_of_its_own(cache, computed, over
 def test_other_weights_and_other_code_have_entries_of_their_own(cache, computed, monkeypatch) -> None:
     run(cache, "task=none")
     run(cache, "task=none", digest="of other weights")
-    monkeypatch.setattr("ovqk.structure.cache._code", lambda: "changed")
+    monkeypatch.setattr("ovqk.structure.cache.code_digest", lambda: "changed")
     run(cache, "task=none")
     assert computed == [0, 1, 2, 3] * 3 and len(entries(cache)) == 3
 
@@ -232,14 +232,14 @@ def test_an_entry_belongs_to_the_code_of_every_module_of_every_folder(tmp_path, 
         for name in names:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(name)
-        module._code.cache_clear()
-        return module._code()
+        module.code_digest.cache_clear()
+        return module.code_digest()
 
     assert module.PACKAGE == ROOT / "ovqk"
     monkeypatch.setattr(module, "PACKAGE", tmp_path)
     seen = [code("top.py"), code("folder/inner.py"), code("folder/deeper/last.py")]
     assert len(set(seen)) == 3
     (tmp_path / "folder" / "inner.py").rename(tmp_path / "folder" / "other.py")
-    module._code.cache_clear()
-    assert module._code() not in seen
-    module._code.cache_clear()
+    module.code_digest.cache_clear()
+    assert module.code_digest() not in seen
+    module.code_digest.cache_clear()

@@ -11,11 +11,11 @@ Conservative by construction, and measured so in docs/calibration.md: `layer` (f
 import numpy as np
 import pandas as pd
 import pytest
-from null_models import SURPRISE, interval, least_likely, null_cells, null_run, strained_run, tail
-from planted import SHAPES
 from support.claimed import claims, facts, predicted
 
 from ovqk import wording
+from ovqk.testing.null_models import SURPRISE, interval, least_likely, null_cells, null_run, strained_run, tail
+from ovqk.testing.planted import SHAPES
 from ovqk.verdicts.nulls import head_rows
 
 SEEDS = 50  # models of every shape and task, in the full run

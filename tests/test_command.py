@@ -106,7 +106,7 @@ def test_hydras_options_are_taken_by_the_argparse_of_python_3_14(monkeypatch) ->
     monkeypatch.setattr(argparse.ArgumentParser, "add_argument", strict)
     with pytest.raises(TypeError):
         get_args_parser()
-    monkeypatch.setattr(argparse.HelpFormatter, "_get_help_string", command._only_text)
+    monkeypatch.setattr(argparse.HelpFormatter, "_get_help_string", command.only_text)
     assert get_args_parser().parse_args(["-m", "task=ioi"]).overrides == ["task=ioi"]
 
 

@@ -86,8 +86,8 @@ def test_only_the_registry_tells_what_a_metric_is_from_its_name() -> None:
 FOLDERS = [
     "errors", "whole_files", "locks", "orphans", "scratch", "memory", "interrupts", "config", "metrics", "wording",
     "checkpoints", "weights", "circuits", "structure", "tasks", "verdicts", "activations", "records", "figures",
-    "portraits", "report", "tracking", "analyse", "cell", "sweep", "dashboard", "library", "fetch", "plan", "command",
-    "__main__",
+    "portraits", "report", "tracking", "analyse", "cell", "sweep", "dashboard", "library", "fetch", "plan", "testing",
+    "command", "__main__",
 ]  # fmt: skip
 """Folders of the package, and its modules beside them, in the order of the data flow."""
 READERS = {"figures", "report", "tracking"}
@@ -142,6 +142,24 @@ def test_what_shows_results_reads_records_and_nothing_else() -> None:
         if name.split(".")[0] in READERS:
             others = {found.split(".")[0] for found in imported(path)} - {"load_results", "load_table"}
             assert others <= RESULTS, f"{name} imports {sorted(others - RESULTS)}"
+
+
+def tops(path: Path) -> set[str]:
+    """The first names of everything that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        found |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        found |= {node.module} if isinstance(node, ast.ImportFrom) and node.module else set()
+    return {name.split(".")[0] for name in found}
+
+
+def test_the_package_imports_no_script_scripts_no_test_and_tests_no_other_test() -> None:
+    scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
+    tests = {path.stem: path for path in (ROOT / "tests").glob("*.py")}
+    assert not any(tops(path) & {*scripts, *tests, "support"} for path in modules().values())
+    assert not any(tops(path) & {*tests, "support"} for path in scripts.values())
+    assert not any(tops(path) & set(tests) for path in (*tests.values(), *(ROOT / "tests" / "support").glob("*.py")))
+    assert not any(tops(path) & set(scripts) for path in (ROOT / "tests" / "support").glob("*.py"))
 
 
 def of_package(package: str) -> set[str]:

@@ -64,7 +64,7 @@ def test_a_counterfactual_changes_no_other_draw() -> None:
         ({"D": {"draw": "fresh"}}, "no mention 'D'"),
         ({"B.2": {"draw": "other"}}, "allowed"),
         ({"B.2": {"form": "other"}}, "one form"),
-        ("fresh_first_copy", "must be mentions"),
+        ("fresh_first_copy", "must be a mapping"),
     ],
 )
 def test_what_cannot_be_replaced_is_refused(counterfactual, message) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from null_models import SURPRISE, least_likely
 
+from ovqk.testing.null_models import SURPRISE, least_likely
 from ovqk.verdicts.depth import WINDOW, depth_pool, depth_reference, over_depth
 from ovqk.verdicts.statistics import Stratum, pooled_permutation, stratified_permutation
 

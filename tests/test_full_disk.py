@@ -32,7 +32,7 @@ def test_an_outcome_that_the_disk_does_not_take_reaches_the_end_of_the_sweep(tmp
     written.add(1, outcome)
     written.add(2, outcome)
     assert list(written.all()) == [0, 1, 2]
-    module._unwritten.clear()  # as in another process
+    module.unwritten.clear()  # as in another process
     other = Outcomes(tmp_path / "sweep")
     assert list(other.all()) == [0, 1, 2] and other.all()[2] == outcome
     other.forget()

@@ -34,7 +34,7 @@ from ovqk.records.cells import read_cells
 from ovqk.records.record import fault, forget_peak_memory, is_done, peak_memory, read_record
 from ovqk.report.page import embedded, page_data
 from ovqk.report.thinning import DETAILS
-from ovqk.report.write import _without_unsound
+from ovqk.report.write import without_unsound
 from ovqk.tasks.words import load_tokenizer, resolve_task
 from ovqk.tracking.sweep_panels import read_sweeps
 
@@ -259,7 +259,7 @@ def others_stand(results: Path, bad: Path) -> None:
     def make(shown: Any, _: Any) -> str:
         return embedded(page_data(shown, [], results, DETAILS[-1]))
 
-    _, shown, _ = _without_unsound(make, cells, results)
+    _, shown, _ = without_unsound(make, cells, results)
     assert "none" in {cell.record["task"] for cell in shown}
 
 

@@ -74,3 +74,8 @@ def test_a_checkout_named_ovqk_is_no_package_to_its_parent_folder(tmp_path) -> N
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == ROOT / "ovqk" / "__init__.py"
     assert (ROOT / "pyproject.toml").read_text().count('build-backend = "hatchling.build"') == 1
+
+
+def test_models_for_tests_are_not_in_the_wheel(environment, tmp_path) -> None:
+    code = "import importlib.util; print(importlib.util.find_spec('ovqk.testing'))"
+    assert ran(environment, tmp_path, "python", "-c", code).strip() == "None"

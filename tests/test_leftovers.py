@@ -51,7 +51,7 @@ def test_folders_of_others_are_left_alone(tmp_path, monkeypatch) -> None:
     old.mkdir()
     os.utime(old, (1, 1))
     (tmp_path / f"{scratch.PREFIX}link").symlink_to(young)
-    scratch._clear_abandoned()
+    scratch.clear_abandoned()
     assert young.exists() and not old.exists() and (tmp_path / f"{scratch.PREFIX}link").is_symlink()
 
 

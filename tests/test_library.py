@@ -16,6 +16,7 @@ from ovqk.circuits.factors import ov_factors, qk_factors
 from ovqk.errors import UserError
 from ovqk.library import LibraryModel, model_choice
 from ovqk.records.results import cell_folders, load_table
+from ovqk.structure.stages import StructureTables
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +40,15 @@ def test_heads_are_those_of_a_cell_without_a_task(model, tables) -> None:
     assert {"ov_copying", "qk_matching", "qk_symmetry", "qk_prev_auc", "unstable"} <= set(heads)
 
 
-def test_a_head_is_computed_without_its_model_and_alike(tables) -> None:
+def test_a_head_is_computed_without_its_model_and_alike(tables, monkeypatch) -> None:
+    visited, visit = [], StructureTables.visit
+    monkeypatch.setattr(StructureTables, "visit", lambda self, layer: visit(self, layer) or visited.append(layer.index))
     head = ovqk.open("mini-attn", "cache=false").head(3, 4)
     row = tables["heads"].set_index(["layer", "head"]).loc[(3, 4)]
     assert head.ov.copying == row["ov_copying"] and head.qk.matching == row["qk_matching"]
     assert head.qk.symmetry == row["qk_symmetry"] and head.ov.effective_rank == row["ov_effective_rank"]
     assert head.qk.effective_rank == row["qk_effective_rank"] and head.value("qk_prev_auc") == row["qk_prev_auc"]
-    assert "tables" not in head.model.__dict__ and list(head.model._of_layer) == [3]
+    assert "tables" not in head.model.__dict__ and visited == [3]
 
 
 def test_a_circuit_is_its_materialised_matrix(model) -> None:

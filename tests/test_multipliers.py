@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.bridge_models import LOCAL_EXPERTS, analysed, make
 from support.models import SIZES, bridged, make_gpt2, opened
-from test_bridge_forms import LOCAL_EXPERTS, analysed, make
 
 from ovqk.weights import agreement, seen_rotations
 from ovqk.weights.multipliers import SAME_NUMBER, agrees, fit_multiplier, nearest_known

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.hub_models import model, shard
 from support.models import BUNDLED, local
-from test_hub import hf_cache, hub, model, nothing_asked_before, shard, wide  # noqa: F401 (fixtures)
 
 from ovqk import plan as planning
 from ovqk.checkpoints.opening import open_checkpoint, survey_checkpoint
@@ -52,7 +52,7 @@ def test_sizes_are_those_of_the_tensors() -> None:
     assert sizes.d_mlp in (0, 4 * sizes.d_model) and not sizes.gated and sizes.learned and not sizes.rotary
 
 
-def test_a_survey_fetches_no_weights(hub, wide) -> None:  # noqa: F811
+def test_a_survey_fetches_no_weights(hub, wide) -> None:
     shard(wide, second=("h.1.mlp", "h.2.mlp"))
     hub.hold(wide)
     checkpoint, found = survey_checkpoint(model(), 20.0, tensors_read)

@@ -3,9 +3,10 @@
 import pandas as pd
 import pytest
 import torch
-from null_models import POWER_SHAPES, power_run, tail
-from planted import FEW, LAYOUT, MANY, N_CTX, SHAPES, PlantedModel, planted, tokenizer_of, word_sets
 from torch import Tensor
+
+from ovqk.testing.null_models import POWER_SHAPES, power_run, tail
+from ovqk.testing.planted import FEW, LAYOUT, MANY, N_CTX, SHAPES, PlantedModel, planted, tokenizer_of, word_sets
 
 COMPOSED = {"s_inhibition"}
 """Roles whose primary is a composition, which is tested for the role as a whole: their heads are untestable."""

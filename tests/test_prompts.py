@@ -200,6 +200,12 @@ def test_unknown_words_are_dropped_in_pairs():
         ({"labels": {"S3": "B.3"}}, "no mention"),
         ({"slots": {**IOI["slots"], "place": "cities"}}, "unknown word set"),
         ({"slots": {**IOI["slots"], "place": "nobody"}, "answer": "place"}, "unknown word set"),
+        ({"slots": ["A", "B"]}, "slots: must be a mapping"),
+        ({"slots": {**IOI["slots"], "A": None}}, "slot 'A': must be a mapping"),
+        ({"foil": {"form": "B"}}, "unknown slots"),
+        ({"counterfactual": "fresh_first_copy"}, "counterfactual: must be a mapping"),
+        ({"counterfactual": {"Z": {"draw": "fresh"}}}, "counterfactual: no mention 'Z'"),
+        ({"repeated": {"words": "names", "lengths": [4]}}, "unknown keys"),
     ],
 )
 def test_nonsense_is_refused(change, message):

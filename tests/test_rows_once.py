@@ -6,7 +6,6 @@ import sys
 import bench
 import numpy as np
 import pytest
-import random_checkpoints
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +30,7 @@ from ovqk.structure.model import Layer, Model
 from ovqk.tasks.readouts import TOP_METRICS
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import load_tokenizer
+from ovqk.testing import random_checkpoints
 from ovqk.verdicts import surrogates
 from ovqk.verdicts.claim_tests import ClaimTests
 from ovqk.verdicts.statistics import monte_carlo
@@ -113,8 +113,8 @@ def test_an_unembedding_is_not_read_anew_for_every_surrogate(kept, monkeypatch) 
 
 
 def test_finite_rows_are_checked_once_and_others_always_refused(tmp_path, monkeypatch) -> None:
-    shape = bench.Shape("gpt2", 1, 2, 16, 8, 40, tied=True)
-    bench.make_checkpoint(shape, tmp_path)
+    shape = random_checkpoints.Shape("gpt2", 1, 2, 16, 8, 40, tied=True)
+    random_checkpoints.make_checkpoint(shape, tmp_path)
     path = tmp_path / "embeddings.safetensors"
     tensors = load_file(path)
     tensors["transformer.wte.weight"][30, 2] = math.nan
@@ -247,8 +247,10 @@ def test_candidates_have_the_p_of_all_their_draws(monkeypatch) -> None:
 def test_a_random_checkpoint_has_words_block_0_and_both_cells(family, tmp_path) -> None:
     words = random_checkpoints.task_words()
     n_vocab = 256 + 3 * len(words)
-    shape = bench.Shape(family, 2, 2, 16, 8, n_vocab, tied=True, n_kv_heads=2 if family == "gpt2" else 1, d_mlp=24)
-    bench.make_checkpoint(shape, tmp_path)
+    shape = random_checkpoints.Shape(
+        family, 2, 2, 16, 8, n_vocab, tied=True, n_kv_heads=2 if family == "gpt2" else 1, d_mlp=24
+    )
+    random_checkpoints.make_checkpoint(shape, tmp_path)
     read = load_tokenizer(open_checkpoint(local(tmp_path)))
     assert read.get_vocab_size() == n_vocab
     assert len(read.encode(" Mary").ids) == 1 and read.decode(read.encode("Bob, (x)\n").ids) == "Bob, (x)\n"

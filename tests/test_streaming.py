@@ -24,6 +24,7 @@ from ovqk.circuits.spectra import eigenvalues, full_circuit_singular_values, tra
 from ovqk.circuits.vocabulary import read_vocabulary
 from ovqk.config.schema import Circuit
 from ovqk.metrics import HEAD_METRICS
+from ovqk.testing import random_checkpoints
 from ovqk.weights import native
 from ovqk.weights.folding import fold_embeddings
 from ovqk.weights.norms import Norm
@@ -152,7 +153,7 @@ def test_float32_suffices_where_embeddings_and_weights_are_far_from_isotropic(mo
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-4 * float(found[1][1].max()))
 
 
-SHAPE = bench.Shape("llama", 2, 16, 2048, 128, 8000, tied=False)
+SHAPE = random_checkpoints.Shape("llama", 2, 16, 2048, 128, 8000, tied=False)
 
 
 @pytest.mark.slow
@@ -162,7 +163,7 @@ def test_peak_memory_does_not_grow_with_depth_and_keeps_to_its_bound(tmp_path) -
     for n_layers in (2, 6):
         shape = dataclasses.replace(SHAPE, n_layers=n_layers)
         folder = tmp_path / str(n_layers)
-        bench.make_checkpoint(shape, folder)
+        random_checkpoints.make_checkpoint(shape, folder)
         above[n_layers] = bench.child("cell", folder, threads=1, device="cpu", hoard=False)["above_mb"]
     sizes = 4 * SHAPE.d_model * SHAPE.width, SHAPE.d_model**2, 3 * SHAPE.d_model * SHAPE.mlp_width
     layer, gram, mlp = (4 * size / 2**20 for size in sizes)
@@ -172,8 +173,8 @@ def test_peak_memory_does_not_grow_with_depth_and_keeps_to_its_bound(tmp_path) -
 
 def test_the_benchmark_runs_and_counts_what_it_says(tmp_path) -> None:
     """On a toy shape: a checkpoint that opens, the two ways of ovqk, and operations by hand."""
-    shape = bench.Shape("gpt2", 2, 2, 16, 8, 40, tied=True)
-    bench.make_checkpoint(shape, tmp_path)
+    shape = random_checkpoints.Shape("gpt2", 2, 2, 16, 8, 40, tied=True)
+    random_checkpoints.make_checkpoint(shape, tmp_path)
     config = bench.cell_config(tmp_path)
     assert bench.whole_cell(config) == 4
     assert bench.spectra_alone(config) == 2 * 2 * 2 * 4 * 8  # layers, circuits, heads, spectra, values

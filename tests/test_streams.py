@@ -9,9 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.commands import compose
+from support.commands import compose, computed
 from support.models import local
-from test_activations_cells import FEW, computed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM
@@ -26,6 +25,7 @@ from ovqk.errors import UserError
 from ovqk.tasks.words import Variable, VariableKind, WordSet, load_tokenizer
 
 CPU = torch.device("cpu")
+FEW = ("activations.prompts=96", "nulls.draws=99")
 
 
 def counted(n: int, what: str) -> range:

@@ -1,54 +1,30 @@
-"""W&B from records alone: what a run holds, offline, synced and online, and failures that lose nothing."""
+"""W&B runs made of records: what they hold, when and by which command they are made."""
 
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from support import ROOT
 from support.commands import compose
 from support.models import BUNDLED
-from support.wandb_stub import CLOSED, ENTITY, KEY, NEVER, Run, command, impatient, inspect, sent_tables, sync
+from support.tracked import cell, track
+from support.wandb_stub import ENTITY, KEY, Run, command, impatient, inspect, sent_tables, sync
 
-from ovqk.cell import run_cell
 from ovqk.config.resolve import tracking_mode
 from ovqk.config.schema import TrackingMode
 from ovqk.errors import UserError
-from ovqk.records.record import claim, is_done, read_record, read_tracking
+from ovqk.records.record import claim, read_record, read_tracking
 from ovqk.tracking import environment, service
 from ovqk.tracking import track as track_module
 from ovqk.tracking.track import needs_tracking, run_id, track_cell
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_wandb")]
 TABLES = {"heads", "tests", "verdicts", "nulls", "composition", "directions"}
-
-
-@pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with one cell that was never tracked."""
-    results = tmp_path_factory.mktemp("computed") / "results"
-    run_cell(compose("tracking=none", "nulls.draws=19", f"results_dir={results}"))
-    return results
-
-
-@pytest.fixture
-def results(computed: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(computed, tmp_path / "results")
-
-
-def cell(results: Path) -> Path:
-    (record,) = results.glob("*/*/*/record.json")
-    return record.parent
-
-
-def track(results: Path, mode: str) -> str | None:
-    return track_cell(cell(results), results, TrackingMode(mode), "ovqk-test", None)
 
 
 # --- what a run holds ------------------------------------------------------------------------------------------
@@ -67,9 +43,9 @@ def test_wandb_is_started_while_a_cell_is_computed_and_a_failure_of_that_is_for_
         without.setattr(service.importlib, "import_module", cannot)
         without.delitem(sys.modules, "wandb", raising=False)
         service.start_meanwhile()
-        service._starting[-1].join()
+        service.starting[-1].join()
     assert asked == ["wandb"] and "WANDB_NOTES" not in os.environ
-    assert track(results, "offline") is None and not service._starting
+    assert track(results, "offline") is None and not service.starting
 
 
 def test_a_home_that_cannot_be_written_is_no_matter(results, tmp_path) -> None:
@@ -227,155 +203,6 @@ def test_tables_of_an_offline_run_stay_behind_when_the_results_move_and_the_comm
     assert len(server.runs) == 1 and sent_tables(server) >= TABLES
 
 
-# --- failures --------------------------------------------------------------------------------------------------
-
-
-def test_a_failure_of_wandb_loses_nothing_and_is_recorded(results, monkeypatch) -> None:
-    import wandb
-
-    def refuse(**keys: object) -> None:
-        raise ConnectionError("no route to the server\nsecond line")
-
-    before = (cell(results) / "record.json").read_bytes()
-    monkeypatch.setattr(wandb, "init", refuse)
-    warning = track(results, "online")
-    assert warning is not None and "computed and recorded, but not tracked (ConnectionError: no route" in warning
-    state = read_tracking(cell(results))
-    assert (state["status"], state["reason"]) == ("failed", "ConnectionError: no route to the server")
-    assert is_done(cell(results)) and (cell(results) / "record.json").read_bytes() == before
-
-
-@pytest.mark.wandb_server
-@pytest.mark.parametrize(
-    ("answers", "reason"),
-    [
-        ({"POST": 401}, "told to answer 401"),
-        ({"POST UpsertBucket": NEVER}, "Timed out"),
-        ({"POST /files": 403}, "403"),
-        ({"PUT": 403}, "403"),
-        pytest.param({"POST": CLOSED}, "EOF", marks=pytest.mark.slow),
-        pytest.param({"POST /files": NEVER}, "Timed out", marks=pytest.mark.slow),
-        pytest.param({"POST ArtifactType": NEVER}, "W&B did not", marks=pytest.mark.slow),
-        pytest.param({"POST CreateArtifact": 402}, "402", marks=pytest.mark.slow),
-        pytest.param({"POST CreateRunFiles": 403}, "403", marks=pytest.mark.slow),
-        pytest.param({"PUT": 507}, "507", marks=pytest.mark.slow),
-        pytest.param({"PUT": NEVER}, "Timed out", marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_a_server_that_fails_is_recorded_told_once_and_soon(results, server, answers, reason, capfd) -> None:
-    server.answers = answers
-    started = time.monotonic()
-    with impatient():
-        warning = track(results, "online")
-    assert time.monotonic() - started < 30
-    state = read_tracking(cell(results))
-    assert warning is not None and state["reason"] in warning and reason in state["reason"]
-    assert state["status"] == "failed" and is_done(cell(results))
-    assert "".join(capfd.readouterr()) == ""  # the caller prints the warning
-    requests = len(server.requests)
-    assert track(results, "online") is None  # the next cell does not wait for the same server
-    state = read_tracking(cell(results))
-    assert state["status"] == "pending" and "not tried after: " in state["reason"]
-    assert len(server.requests) == requests
-    assert KEY not in (cell(results) / "tracking.json").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.wandb_server
-@pytest.mark.parametrize("request_", ["POST /files", "POST CommitArtifact", "PUT"])
-def test_a_server_that_dies_half_way_gets_the_run_later(results, server, request_, monkeypatch) -> None:
-    server.dies_at = request_
-    with impatient():
-        assert track(results, "online") is not None
-    assert read_tracking(cell(results))["status"] == "failed"
-    server.dies_at, server.answers = None, {}
-    monkeypatch.setattr(track_module, "_pause", track_module._Pause())
-    assert command(monkeypatch, results) == 0
-    (run,) = server.runs.values()
-    assert run.exit_code == 0 and sent_tables(server) >= TABLES
-    assert len(list((results / "wandb").glob("run-*"))) == 1  # nothing is left of the failure
-
-
-def test_without_a_key_the_message_says_what_to_do_and_nobody_is_asked(results, monkeypatch) -> None:
-    from wandb.errors import term
-
-    monkeypatch.setattr(term, "_isatty", lambda stream: True)  # a person sits at a terminal
-    warning = track(results, "online")
-    assert warning is not None and "No API key configured. Use `wandb login` to log in." in warning
-    assert read_tracking(cell(results))["status"] == "failed"
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        ("WANDB_CONSOLE", "a canary", "W&B's setting console: "),
-        ("WANDB_BASE_URL", "a canary", "W&B's setting base_url: "),
-        ("WANDB_INIT_TIMEOUT", "soon", "WANDB_INIT_TIMEOUT=soon: must be a number of seconds"),
-    ],
-)
-def test_a_setting_of_the_environment_that_is_refused_is_named(results, monkeypatch, name, value, reason) -> None:
-    monkeypatch.setenv(name, value)
-    warning = track(results, "offline")
-    assert warning is not None and reason in warning and "\n" not in warning
-    assert "canary" not in (cell(results) / "tracking.json").read_text()  # it could have been a key
-
-
-def test_settings_that_are_empty_are_as_good_as_not_set(results, monkeypatch) -> None:
-    for name in ("MODE", "SILENT", "BASE_URL", "INIT_TIMEOUT", "DATA_DIR", "DIR", "ENTITY"):
-        monkeypatch.setenv(f"WANDB_{name}", "")
-    assert track(results, "offline") is None
-    assert read_tracking(cell(results))["status"] == "done"
-
-
-def test_the_command_in_a_warning_can_be_pasted(results, monkeypatch) -> None:
-    odd = results.rename(results.with_name("my results"))
-    monkeypatch.setattr(track_module, "make_run", lambda *arguments: 1 / 0)
-    warning = track(odd, "offline")
-    assert warning is not None and warning.endswith(f"python -m ovqk.tracking '{odd}'`")
-
-
-@pytest.mark.parametrize("when", ["idle", "half-way"])
-def test_a_killed_wandb_service_fails_the_cell_it_was_at_work_on_and_no_other(results, monkeypatch, when) -> None:
-    log_panels = track_module.log_panels
-
-    def kill_and_log(run: object, wandb: object, panels: object) -> None:
-        log_panels(run, wandb, panels)
-        kill_service()
-
-    assert track(results, "offline") is None
-    if when == "idle":
-        kill_service()
-    else:
-        monkeypatch.setattr(track_module, "log_panels", kill_and_log)
-    assert (track(results, "offline") is not None) == (when == "half-way")
-    monkeypatch.setattr(track_module, "log_panels", log_panels)
-    assert track(results, "offline") is None
-    assert read_tracking(cell(results))["status"] == "done"
-    assert len(list((results / "wandb").glob("offline-run-*"))) == 1
-
-
-def kill_service() -> None:
-    import wandb
-
-    service = wandb.setup().ensure_service()._proc._process
-    os.kill(service.pid, signal.SIGKILL)
-    time.sleep(0.2)
-
-
-def test_a_run_of_the_callers_own_goes_on(results, monkeypatch, tmp_path) -> None:
-    import wandb
-
-    own = wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True, console="off"))
-    assert track(results, "offline") is None
-    monkeypatch.setattr(track_module, "log_panels", lambda *arguments: 1 / 0)
-    assert track(results, "offline") is not None
-    assert wandb.run is own
-    own.log({"x": 1})
-    own.finish()
-    assert "x" in json.dumps(inspect(next(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
-
-
 # --- the command -----------------------------------------------------------------------------------------------
 
 
@@ -419,7 +246,7 @@ def test_failures_of_the_command_are_a_line_each_and_status_1(results, server, m
     assert [line.split(":")[0].split()[:2] for line in lines] == [["not", "tracked"]] * 2
     assert "told to answer 401" in lines[0] and "not tried after" in lines[1]
     server.answers = {}
-    monkeypatch.setattr(track_module, "_pause", track_module._Pause())
+    monkeypatch.setattr(track_module, "pause", track_module.Pause())
     assert command(monkeypatch, results) == 0 and len(server.runs) == 2
 
 
@@ -464,29 +291,6 @@ def test_a_record_that_was_computed_again_is_tracked_again(results) -> None:
     record["provenance"]["wall_seconds"] += 1
     path.write_text(json.dumps(record))
     assert needs_tracking(cell(results))
-
-
-def test_a_failure_to_send_leaves_the_offline_run(results, server) -> None:
-    assert track(results, "offline") is None
-    before = read_tracking(cell(results))
-    server.answers = {"POST": 401}
-    with impatient():
-        assert track(results, "online") is not None
-    assert read_tracking(cell(results)) == before and (results / before["directory"]).is_dir()
-
-
-@pytest.mark.parametrize(
-    ("config", "environment", "wanted"),
-    [
-        ("none", "online", TrackingMode.none),
-        ("offline", None, TrackingMode.offline),
-        ("offline", "online", TrackingMode.online),
-        ("online", "disabled", TrackingMode.none),
-        ("online", "offline", TrackingMode.offline),
-    ],
-)
-def test_none_always_wins_then_the_environment_then_the_config(config, environment, wanted) -> None:
-    assert tracking_mode(compose(f"tracking={config}"), environment) is wanted
 
 
 def test_an_unknown_wandb_mode_is_refused() -> None:

@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 from support.models import BUNDLED, local, make_gpt2, make_llama, shared_model
 
 from ovqk.checkpoints.opening import open_checkpoint
-from ovqk.weights.folding import fold_embeddings, fold_layer
+from ovqk.weights.folding import fold_embeddings, fold_layer, fold_reads
 from ovqk.weights.norms import Norm
 from ovqk.weights.readers import open_weights
 from ovqk.weights.rotary import Rotary
+from ovqk.weights.types import Architecture, LayerWeights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # transformer_lens and transformers warn about their own plans
@@ -73,13 +74,13 @@ def test_what_real_gpt2_head_4_11_does_is_not_on_the_direct_path_from_positions(
 
 def test_gamma_is_folded_after_the_bias() -> None:
     """b + beta W uses the original W: folding gamma first would scale it."""
-    from ovqk.weights.folding import _read_through
-
     W, b = torch.tensor([[[2.0], [4.0]]]), torch.tensor([[1.0]])
     norm = Norm("rmsnorm", weight=torch.tensor([10.0, 100.0]), bias=torch.tensor([1.0, 1.0]))
-    weight, bias = _read_through(norm, W, b)
-    assert bias.item() == 1 + 2 + 4
-    assert weight.flatten().tolist() == [20.0, 400.0]
+    layer = LayerWeights(0, W_Q=W, W_K=W, W_V=W, W_O=W.mT, b_Q=b, b_K=b, b_V=b, norm=norm)
+    folded = fold_reads(layer, Architecture("tiny", 1, 1, 1, 2, 1, None, "rmsnorm", 0.0, "none"))
+    for name in "QKV":
+        assert getattr(folded, f"b_{name}").item() == 1 + 2 + 4
+        assert getattr(folded, f"W_{name}").flatten().tolist() == [20.0, 400.0]
 
 
 def test_layernorm_centres_what_is_read_and_what_is_written(tmp_path) -> None:

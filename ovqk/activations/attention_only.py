@@ -1,7 +1,7 @@
-"""Running an attention-only model whose weights stand in one file of TransformerLens names.
+"""Running an attention-only model whose weights are one file of TransformerLens names.
 
-No library runs such a file by itself. Without MLPs its shapes tell everything: embeddings, heads, norms, unembedding.
-Parts have the names of TransformerLens's hook points, so that `RunningModel` sees it as it sees any other model.
+No library runs such a file by itself. If it holds no MLPs, shapes alone say how it computes: embeddings, heads, norms,
+unembedding. The parts have the names of TransformerLens's hook points, so `RunningModel` runs it as any other model.
 """
 
 import math
@@ -26,7 +26,7 @@ Hooks = dict[str, list[Callable[..., Any]]]
 
 
 class AttentionBlock(nn.Module):
-    """One layer: the heads' outputs are added to the residual stream."""
+    """One layer, which adds its heads' outputs to the residual stream."""
 
     def __init__(self, weights: LayerWeights, b_O: Float[Tensor, " d_model"], model: "AttentionOnly") -> None:
         """Take the raw weights; `model` holds the hooks and the architecture."""
@@ -35,7 +35,7 @@ class AttentionBlock(nn.Module):
         self.architecture = model.architecture
 
     def forward(self, stream: Float[Tensor, "prompt position d_model"], cache: Any) -> Tensor:
-        """Return the residual stream behind the layer."""
+        """Return the residual stream after the layer."""
         weights, architecture, name = self.weights, self.architecture, f"blocks.{self.weights.layer}"
         stream = self.run_hooks(f"{name}.hook_in", stream)
         x = apply_norm(weights.norm, stream, architecture.norm_eps)
@@ -60,13 +60,14 @@ class AttentionBlock(nn.Module):
 
 
 class AttentionOnly(nn.Module):
-    """An attention-only model, in the form of TransformerLens's bridge as far as `RunningModel` needs it."""
+    """An attention-only model with the part of TransformerLens's bridge that `RunningModel` uses."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         """Read the file.
 
         Raises:
-            UserError: it has MLPs, of which it does not say how they compute, or no embedding or unembedding.
+            UserError: it has MLPs, whose activation function it does not name, or it lacks the embedding or
+                unembedding.
         """
         super().__init__()
         source = TransformerLensWeights(checkpoint, config.n_ctx, config.causal)
@@ -95,7 +96,7 @@ class AttentionOnly(nn.Module):
 
     @contextmanager
     def hooks(self, fwd_hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
-        """Call functions of (value, hook) at named places; what they return replaces the value."""
+        """Call functions of (value, hook) at named places; a value that they return replaces the one there."""
         for name, function in fwd_hooks:
             self.hooks_by_name.setdefault(name, []).append(function)
         try:
@@ -104,7 +105,7 @@ class AttentionOnly(nn.Module):
             self.hooks_by_name.clear()
 
     def run_hooks(self, name: str, value: Tensor) -> Tensor:
-        """Return a value as the functions at its place leave it."""
+        """Return a value after the functions at its place have changed it."""
         for function in self.hooks_by_name.get(name, ()):
             found = function(value, hook=None)
             value = value if found is None else found
@@ -117,7 +118,7 @@ class AttentionOnly(nn.Module):
         past_key_values: Any = None,
         logits_to_keep: int = 0,
     ) -> SimpleNamespace:
-        """Return logits of the last positions (all for 0), in the form of transformers' outputs."""
+        """Return logits at the last `logits_to_keep` positions (0 for all), in the form of transformers' outputs."""
         cache = past_key_values if use_cache else None
         first = 0 if cache is None else cache.get_seq_length()
         stream = self.W_E[input_ids]
@@ -132,7 +133,7 @@ class AttentionOnly(nn.Module):
         return SimpleNamespace(logits=x @ self.W_U + self.b_U, past_key_values=cache)
 
     def redraw(self, drawn: Callable[[Tensor], Tensor]) -> None:
-        """Replace every matrix by what a function draws for it."""
+        """Replace every matrix by the one that a function draws for it."""
         self.W_E, self.W_U = drawn(self.W_E), drawn(self.W_U)
         self.W_pos = None if self.W_pos is None else drawn(self.W_pos)
         for block in self.blocks:

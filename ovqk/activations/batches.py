@@ -1,6 +1,7 @@
-"""A task's prompts as tokens, each with its counterfactual, in batches of one length, so that none is padded.
+"""A task's prompts as tokens, each with its counterfactual (definitions: section 7).
 
-What a tokenizer splits where one token is needed is left out and counted.
+Prompts of one length form a batch, so no prompt is padded. A prompt is left out, and counted, if the tokenizer splits a
+word that must be one token.
 """
 
 import random
@@ -17,17 +18,20 @@ from torch import Tensor
 
 from ovqk.config.schema import RoleActivationsConfig, TaskConfig
 from ovqk.errors import UserError
+from ovqk.tasks.prompt_entry import check_prompts
 from ovqk.tasks.prompts import Prompt, known_words, sample_prompts, token_positions, word_sets_of
 from ovqk.tasks.words import WordLookup
 
 NEW_LINE = "\n"
-"""What prompts begin with in a model without a start token: heads look at the first token for its place, so that a name
-there would be no control for another."""
+"""The text before every prompt if the model has no start token.
+
+Heads look at the first token because it is first, so a name there could not serve as a control for another name.
+"""
 Half = Literal["choosing", "testing"]
 FEW_TEMPLATES = 4
-"""A task of fewer templates is split into halves by its clusters."""
+"""If a task has fewer templates, its clusters are split into halves instead."""
 LEAST_CLUSTERS = 4
-"""Clusters that each half must have at least."""
+"""The least number of clusters in each half."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,13 @@ class Batch:
     """Prompts of one half and one length.
 
     Attributes:
-        tokens, counterfactual: [prompt, position], of one length.
+        half: `choosing` or `testing`.
+        tokens, counterfactual: token ids of the prompts and of their counterfactuals, [prompt, position].
         at: label -> the position of its token in each prompt.
-        answers, foils: the tokens that should come next, and that naturally might.
+        answers: the id of the token that should come next.
+        foils: the id of the natural wrong answer.
         clusters: the number of each prompt's cluster.
+        templates: each prompt's template.
     """
 
     half: Half
@@ -54,14 +61,18 @@ class Batch:
         return len(self.tokens)
 
     def position(self, label: str) -> Int[Tensor, " prompt"] | None:
-        """Return the positions of a label, or of "S1+1" or "S1-1"; None if one is outside of its prompt."""
+        """Return the positions of a label such as "S1", "S1+1" or "S1-1"; None if one lies outside of its prompt."""
         name, step = split_label(label)
         places = self.at[name] + step
         inside = (places >= 0) & (places < self.tokens.shape[1])
         return places if bool(inside.all()) else None
 
     def words(self, name: str) -> Int[Tensor, " prompt"]:
-        """Return the tokens of ANSWER, of FOIL, or at a label."""
+        """Return each prompt's token id for ANSWER, FOIL or a label.
+
+        Raises:
+            UserError: the label lies outside of a prompt.
+        """
         if name == "ANSWER":
             return self.answers
         if name == "FOIL":
@@ -77,10 +88,10 @@ class Prompts:
     """All prompts of a cell as tokens.
 
     Attributes:
-        batches: of both halves.
-        clusters: names of the clusters, by number.
-        start: the tokens before each text: the model's own start token, else those of a new line.
-        left_out: reason -> how many prompts were left out for it.
+        batches: the batches of both halves.
+        clusters: the clusters' names, in the order of their numbers.
+        start: the token ids before each text: the model's own start token, or a new line if it has none.
+        left_out: reason -> the number of prompts left out for it.
     """
 
     batches: list[Batch]
@@ -90,7 +101,11 @@ class Prompts:
 
 
 def split_label(label: str) -> tuple[str, int]:
-    """Return "S1+1" as ("S1", 1), and "S1" as ("S1", 0)."""
+    """Return "S1+1" as ("S1", 1), and "S1" as ("S1", 0).
+
+    Raises:
+        UserError: the text is no label.
+    """
     match = re.fullmatch(r"(\w+?)([+-]\d+)?", label)
     if match is None:
         raise UserError(f"{label!r} is not a label; allowed: a label of the task's prompts, as S1, S1+1 or S1-1.")
@@ -98,7 +113,7 @@ def split_label(label: str) -> tuple[str, int]:
 
 
 def labels_of(config: RoleActivationsConfig) -> set[str]:
-    """Return the labels that a role's `activations` names, ANSWER and FOIL aside."""
+    """Return the labels that a role's `activations` names, without ANSWER and FOIL."""
     found = {"END"}
     if config.attention is not None:
         found |= {config.attention.query, config.attention.source, config.attention.control}
@@ -110,7 +125,15 @@ def labels_of(config: RoleActivationsConfig) -> set[str]:
 
 
 def read_prompts(task: TaskConfig, tokenizer: Tokenizer, start: list[int], count: int, seed: int, size: int) -> Prompts:
-    """Draw a task's prompts and turn them into batches of at most `size`.
+    """Draw a task's prompts and turn them into batches.
+
+    Args:
+        task: the task.
+        tokenizer: the model's tokenizer.
+        start: the model's start token, or nothing.
+        count: how many prompts are drawn.
+        seed: of the prompts and of the split into halves.
+        size: the most prompts in a batch.
 
     Raises:
         UserError: the task has no prompts or no counterfactual, its roles name unknown labels, or the tokenizer leaves
@@ -120,6 +143,10 @@ def read_prompts(task: TaskConfig, tokenizer: Tokenizer, start: list[int], count
         raise UserError(f"task.prompts: task {task.name} says no counterfactual, without which nothing is measured.")
     lookup = WordLookup(tokenizer, tokenizer.get_vocab_size())
     start = start or lookup.encode(NEW_LINE).ids
+    try:
+        check_prompts(task.words, task.prompts)
+    except ValueError as error:
+        raise UserError(f"task.prompts: {error}.") from error
     words = _readable_words(task, lookup)
     try:
         drawn = sample_prompts(words, task.prompts, count, seed)
@@ -179,7 +206,7 @@ class _Tokens:
 
 
 def _readable_words(task: TaskConfig, lookup: WordLookup) -> dict[str, list[str]]:
-    """Return the word sets without what this tokenizer cannot read; forms of a word stay or go together.
+    """Return the word sets without the words that this tokenizer cannot read; forms of a word stay or go together.
 
     Answers, foils and words that a counterfactual replaces must be one token each; others must be known.
     """
@@ -233,7 +260,10 @@ def _tokens(
 
 
 def _halves(prompts: Sequence[Prompt], named: bool, seed: int) -> dict[str, Half]:
-    """Return cluster -> half: templates are split; clusters if there are few, or if clusters are words (`named`)."""
+    """Return cluster -> half.
+
+    Templates are split at random. If there are few templates, or if clusters are words (`named`), clusters are split.
+    """
     templates = sorted({prompt.template for prompt in prompts})
     by_template = len(templates) >= FEW_TEMPLATES and not named
     units = templates if by_template else sorted({prompt.cluster for prompt in prompts})

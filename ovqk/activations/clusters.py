@@ -1,6 +1,6 @@
-"""Means over clusters of prompts, and tests by flipping the clusters' signs (definitions: section 7).
+"""Means over clusters of prompts, and tests that flip the clusters' signs (definitions: section 7).
 
-Prompts of one template are alike, so that the cluster is the unit: its mean is one observation.
+Prompts with one template are alike, so the mean of a cluster counts as one observation.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 20_000
-"""Draws of signs, unless all of them are fewer."""
+"""The most flips that are tried. If there are more, as many are drawn."""
 TIE = 1e-12
 
 Array = NDArray[np.float64]
@@ -22,11 +22,12 @@ class ClusterTest:
     """Means over clusters with their tests, [column].
 
     Attributes:
-        mean: of the clusters' means; nan if fewer than two clusters have a value.
+        mean: the mean over clusters of their means; nan if fewer than two clusters have a value.
         se: its standard error over clusters.
-        quartiles: 25, 50 and 75 % of the prompts' own values, [3, column].
-        p: share of sign flips, the one observed among them, whose mean is as large; p_opposite: as small.
-        min_p: the smallest p that as many clusters can give.
+        quartiles: the 25, 50 and 75 % quantiles over prompts, [3, column].
+        p: the share of sign flips with a mean at least as large, in (0, 1]; the observed signs are one of the flips.
+        p_opposite: the share of sign flips with a mean at least as small.
+        min_p: the smallest p that this number of clusters can give.
     """
 
     mean: Array
@@ -42,7 +43,7 @@ def cluster_means(values: Array, clusters: NDArray[np.int64]) -> Array:
 
     Args:
         values: [prompt, column].
-        clusters: the number of each prompt's cluster.
+        clusters: the number of each prompt's cluster, [prompt].
     """
     whole = ~np.isnan(values).any(1)
     names, index = np.unique(clusters[whole], return_inverse=True)
@@ -52,15 +53,16 @@ def cluster_means(values: Array, clusters: NDArray[np.int64]) -> Array:
 
 
 def flip_signs(values: Array, clusters: NDArray[np.int64], seed: int) -> ClusterTest:
-    """Test that means over clusters are above 0 by flipping clusters' signs, the same ones in all columns.
+    """Test whether means over clusters are above 0, by flipping clusters' signs (the same clusters in all columns).
 
-    All 2^clusters flips are tried, or 20,000 drawn ones and the observed where they are fewer. The sum of squares does
-    not change under flips, so that the studentised mean and the mean itself rank them alike.
+    All 2^clusters flips are tried. If they are more than 20,000, the observed signs and 19,999 drawn flips are tried.
+    Flips do not change the sum of squares, so the studentised mean and the mean itself rank them alike.
 
     Args:
-        values: [prompt, column]; a prompt with nan in some columns is left out of all, a column of nan alone stays so.
-        clusters: the number of each prompt's cluster.
-        seed: of the draws.
+        values: [prompt, column]. A prompt that has nan in some columns only is left out of all. A column without any
+            value gives nan.
+        clusters: the number of each prompt's cluster, [prompt].
+        seed: of the drawn flips.
     """
     valued: NDArray[np.bool_] = np.asarray(~np.isnan(values).all(0))
     if not valued.all():
@@ -85,7 +87,7 @@ def flip_signs(values: Array, clusters: NDArray[np.int64], seed: int) -> Cluster
 
 
 def _spread(test: ClusterTest, valued: NDArray[np.bool_]) -> ClusterTest:
-    """Return a test of some columns as one of all, with nan in the others."""
+    """Return a test of some columns as a test of all columns, with nan in the others."""
 
     def spread(part: Array) -> Array:
         whole = np.full((*part.shape[:-1], len(valued)), np.nan)
@@ -98,7 +100,7 @@ def _spread(test: ClusterTest, valued: NDArray[np.bool_]) -> ClusterTest:
 
 @lru_cache(maxsize=16)
 def _signs(n: int, seed: int) -> Array:
-    """Return flips [flip, cluster], the unflipped first."""
+    """Return flips [flip, cluster] of +1 and -1; the first leaves all signs as they are."""
     if 2**n <= DRAWS:
         return np.array(list(itertools.product((1.0, -1.0), repeat=n)))
     drawn = np.random.default_rng([seed, n]).choice((1.0, -1.0), size=(DRAWS, n))

@@ -1,4 +1,4 @@
-"""What is lost if a head puts out what it does on the counterfactual prompt (definitions: section 7)."""
+"""Effects of replacing a head's output by its output on the counterfactual prompt (definitions: section 7)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,20 @@ from ovqk.memory import FreedMemory
 from ovqk.weights.types import Head
 
 MOST_ROWS, MOST_TOKENS = 512, 4096
-"""Prompts times replacements that run together, and their tokens."""
+"""The most rows (prompts times replacements) and tokens that run together."""
 REPLACED, MEAN, RESTORED = range(3)
 LEAST_CHANGE = 1e-3
-"""Change from replacing a head by itself, as a share of the mean logit difference, that is no longer rounding."""
+"""The largest change, as a share of the mean logit difference, that replacing a head by itself may make by rounding."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A replacement: a head at a label, possibly together with others.
+    """A replacement of a head's output at a label, possibly together with other heads.
 
     Attributes:
-        others: heads that are replaced with it, at the same label.
-        head: None for the others alone.
+        head: the head; None if only `others` are replaced.
+        query: the label at whose position outputs are replaced.
+        others: further heads that are replaced at the same label.
     """
 
     head: Head | None
@@ -43,13 +44,14 @@ class Patch:
 
 @dataclass(frozen=True)
 class Effects:
-    """Logit differences, and receivers' attention, with a replacement; nan where its label has no place.
+    """Logit differences and receivers' attention under a replacement; nan for prompts in which its label has no place.
 
     Attributes:
-        difference: the output is the one on the prompt's own counterfactual.
-        mean_difference: it is the counterfactuals' mean over the prompt's cluster.
-        restored: the counterfactual prompt, with the head's output on the clean one.
-        look, mean_look: (query, source, control) -> attention of all heads, likewise.
+        difference: the logit difference if the output is that on the prompt's own counterfactual.
+        mean_difference: the same if the output is the mean over the counterfactuals of the prompt's cluster.
+        restored: the logit difference on the counterfactual prompt, with the head's output on the clean prompt.
+        look: (query, source, control) -> all heads' attention under the replacement of `difference`.
+        mean_look: the same under the replacement of `mean_difference`.
     """
 
     difference: Float[Tensor, " prompt"]
@@ -73,11 +75,11 @@ def measure_effects(
     Args:
         running: the model that runs.
         prompts: the prompts.
-        observed: the runs over them, whose outputs are the replacements.
+        observed: the runs over the prompts, which hold the outputs to put in.
         patches: the replacements.
-        looks: receivers' attentions to be read.
+        looks: the attentions of receivers to read.
         steps: counts off the batches.
-        kinds: which of REPLACED, MEAN and RESTORED; the others are nan.
+        kinds: which of REPLACED, MEAN and RESTORED to run; the others are nan.
     """
     means = _cluster_means(prompts, observed, {patch.query for patch in patches})
     n_layers, n_heads = running.n_layers, running.n_heads
@@ -147,14 +149,14 @@ def measure_effects(
 
 
 def merged(first: Effects, second: Effects) -> Effects:
-    """Return what was measured of one replacement in two calls: the first's REPLACED, the second's other kinds."""
+    """Join two measurements of one replacement: REPLACED from the first, the other kinds from the second."""
     return Effects(first.difference, second.mean_difference, second.restored, first.look, second.mean_look)
 
 
 def _cluster_means(
     prompts: Prompts, observed: Observed, queries: set[str]
 ) -> dict[str, Float[Tensor, "layer cluster head d_head"]]:
-    """Return query -> the mean output over each cluster's counterfactuals at that label."""
+    """Return query -> the mean output at that label over each cluster's counterfactuals."""
     found = {}
     for query in queries:
         sums, counts = None, torch.zeros(len(prompts.clusters))
@@ -172,9 +174,10 @@ def _cluster_means(
 
 
 def check_replacing(running: RunningModel, prompts: Prompts, observed: Observed) -> float:
-    """Replace heads by what they are, at every label, and return the largest change as a share of the mean difference.
+    """Replace heads' outputs by their own values at every label, and return the largest change that this makes.
 
-    If runs that begin at the label change anything, `running` begins at the first position from now on.
+    The change is in the logit difference, as a share of its mean; it should be rounding only. If runs that begin at
+    the label change anything, `running` begins at the first position from now on.
     """
     batch, outputs = prompts.batches[0], observed.outputs[0]
     base = running.base(batch.tokens)

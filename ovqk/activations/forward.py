@@ -1,8 +1,8 @@
-"""Running a model: what its heads look at and put out on a batch of prompts, and what changes if one is replaced.
+"""Running a model on a batch of prompts: its heads' attention and outputs, with and without replacements.
 
-The model is transformers' own, seen through TransformerLens's TransformerBridge, whose hook points have one name in all
-architectures. A replacement at layer l and position p leaves all that comes before as it was: the run begins at layer l
-with the residual stream of the run it changes, and at position p with that run's keys and values.
+The model is transformers' own. It is seen through TransformerLens's TransformerBridge, whose hook points have the same
+names in all architectures. A replacement at layer l and position p changes nothing before them. So the changed run
+begins at layer l with the original run's residual stream, and at position p with its keys and values.
 """
 
 import math
@@ -22,15 +22,15 @@ from ovqk.config.schema import ModelConfig
 from ovqk.weights.bridge_loading import boot_bridge, find_architecture, load_model, quiet
 
 GRADIENT_PROMPTS = 8
-"""Prompts whose gradients are taken together: all that a forward pass computes stays in memory for them."""
+"""Prompts whose gradients are taken together. All intermediate values of their forward pass stay in memory."""
 
 
 class Places(NamedTuple):
-    """The positions of a batch at which a run is kept, one for each prompt.
+    """The positions of a batch at which values of a run are kept, one for each prompt.
 
     Attributes:
-        queries: where heads' patterns and outputs are kept.
-        sources: where values are kept.
+        queries: the positions whose patterns and outputs are kept.
+        sources: the positions whose value vectors are kept.
     """
 
     queries: Int[Tensor, "query prompt"]
@@ -38,7 +38,7 @@ class Places(NamedTuple):
 
 
 class Look(NamedTuple):
-    """An attention that a patched run reads: from a query to a source, minus that to a control; positions."""
+    """An attention to read in a patched run: from a query to a source, minus that to a control. All are positions."""
 
     query: Int[Tensor, " prompt"]
     source: Int[Tensor, " prompt"]
@@ -50,13 +50,13 @@ class Run:
     """One forward pass over a batch.
 
     Attributes:
-        logits: at END.
+        logits: the logits at END.
         final: the residual stream at END, before the final norm.
-        patterns: attention probabilities of the kept queries.
+        patterns: attention probabilities of the kept queries, in [0, 1].
         outputs: z of each query head at the kept queries, before the output projection.
-        values: of each KV head at the kept sources, with their bias.
-        attention_out: what attention puts out at END, before any norm behind it.
-        gradients: of the logit difference's sum with respect to `outputs`; None unless asked for.
+        values: value vectors of each KV head at the kept sources, with their bias.
+        attention_out: the attention output at END, before a norm that may follow it.
+        gradients: the gradient of the summed logit differences with respect to `outputs`; None unless asked for.
     """
 
     logits: Float[Tensor, "prompt vocabulary"]
@@ -70,7 +70,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Base:
-    """A run that others change: its tokens, the residual stream before each layer, and its keys and values."""
+    """A run that patched runs start from: tokens, the residual stream before each layer, and keys and values."""
 
     tokens: Int[Tensor, "prompt position"]
     residuals: list[Float[Tensor, "prompt position d_model"]]
@@ -78,7 +78,7 @@ class Base:
 
 
 class Replacement(NamedTuple):
-    """What a head puts out instead, for each prompt."""
+    """An output that replaces a head's own, for each prompt."""
 
     layer: int
     head: int
@@ -86,11 +86,11 @@ class Replacement(NamedTuple):
 
 
 class Patched(NamedTuple):
-    """What patched runs show, for each run and prompt.
+    """Results of patched runs, for each run and prompt.
 
     Attributes:
-        difference: the logit of the answer minus that of the foil.
-        looks: the attention of all heads for each `Look`; nan where the run left it as it was.
+        difference: the logit of the answer minus the logit of the foil.
+        looks: all heads' attention for each `Look`; nan in layers before the replacement, which does not change them.
     """
 
     difference: Float[Tensor, "replacement prompt"]
@@ -101,13 +101,13 @@ class RunningModel:
     """A language model that runs prompts.
 
     Attributes:
-        n_layers, n_heads: its sizes.
-        whole: whether patched runs begin at the first position, for an architecture that keys and values of an earlier
-            run do not serve.
+        n_layers, n_heads: the numbers of layers, and of heads in a layer.
+        whole: whether patched runs begin at the first position. Some architectures cannot continue from the keys and
+            values of another run.
     """
 
     def __init__(self, bridge: Any, device: torch.device) -> None:
-        """Take TransformerLens's view of a model that is loaded."""
+        """Take a loaded model as TransformerLens's bridge shows it."""
         self.bridge, self.device = bridge, device
         self.model = bridge.original_model.to(device).requires_grad_(requires_grad=False).eval()
         self.n_layers, self.n_heads = int(bridge.cfg.n_layers), int(bridge.cfg.n_heads)
@@ -119,7 +119,7 @@ class RunningModel:
         """Load a checkpoint's model in float32.
 
         Raises:
-            UserError: transformers or TransformerLens cannot, or tensors are missing.
+            UserError: transformers or TransformerLens cannot load it, or tensors are missing.
         """
         if not checkpoint.config:
             return cls(AttentionOnly(checkpoint, config), device)
@@ -136,12 +136,12 @@ class RunningModel:
         places: Places,
         contrast: tuple[Int[Tensor, " prompt"], Int[Tensor, " prompt"]] | None = None,
     ) -> Run:
-        """Run prompts from the start, and keep what heads do at some places.
+        """Run prompts from the start, and keep the heads' attention, outputs and values at some places.
 
         Args:
-            tokens: the prompts.
-            places: where they are kept.
-            contrast: the tokens of answers and foils; with them gradients of their logit difference are taken.
+            tokens: the prompts' token ids.
+            places: the positions that are kept.
+            contrast: token ids of answers and foils. If they are given, gradients of the logit difference are taken.
         """
         if contrast is not None and len(tokens) > GRADIENT_PROMPTS:
             parts = [slice(first, first + GRADIENT_PROMPTS) for first in range(0, len(tokens), GRADIENT_PROMPTS)]
@@ -202,7 +202,7 @@ class RunningModel:
     def run_hooked(
         self, tokens: Int[Tensor, "prompt position"], names: Sequence[tuple[str, Callable[..., Any]]]
     ) -> None:
-        """Run prompts from the start; functions of (value, hook) see what is at some of TransformerLens's places."""
+        """Run prompts from the start, and call functions of (value, hook) at named hook points."""
         with torch.no_grad(), self._hooked(names):
             self._forward(input_ids=tokens.to(self.device), use_cache=False)
 
@@ -228,7 +228,7 @@ class RunningModel:
 
     @torch.no_grad()
     def redraw(self, seed: int) -> None:
-        """Draw every matrix anew, from a normal distribution of its own mean and standard deviation.
+        """Draw every matrix anew from a normal distribution with the matrix's mean and standard deviation.
 
         Gains and biases stay as they are.
         """
@@ -248,7 +248,7 @@ class RunningModel:
 
     @torch.no_grad()
     def base(self, tokens: Int[Tensor, "prompt position"]) -> Base:
-        """Run prompts and keep what patched runs begin with."""
+        """Run prompts, and keep the values that patched runs start from."""
         residuals: list[Tensor] = []
         names = [(f"blocks.{layer}.hook_in", partial(_append, to=residuals)) for layer in range(self.n_layers)]
 
@@ -274,11 +274,11 @@ class RunningModel:
         """Run prompts with the outputs of some heads replaced at one position.
 
         Args:
-            base: the run that is changed.
+            base: the run to change.
             at: the position in each prompt.
-            replacements: the changed runs, each with the heads that are replaced in it.
-            contrast: the tokens of answers and foils.
-            looks: attentions to be read.
+            replacements: for each changed run, the heads to replace.
+            contrast: token ids of answers and foils.
+            looks: attentions to read.
         """
         n, first = len(replacements), int(torch.stack([at, *(look.query for look in looks)]).min())
         first = 0 if self.whole else first
@@ -321,7 +321,7 @@ class RunningModel:
 
     @contextmanager
     def _beginning_at(self, layer: int, residual: Float[Tensor, "prompt position d_model"]) -> Iterator[None]:
-        """Skip the layers before one, which is given the residual stream instead of what they would make of it."""
+        """Skip the layers before this one, and give it the residual stream that they would have computed."""
         blocks = [self.bridge.blocks[index].original_component for index in range(layer)]
         for block in blocks:
             block.forward = lambda *_, **__: (residual,) if self._in_tuples else residual
@@ -334,20 +334,20 @@ class RunningModel:
     # --- the model itself ------------------------------------------------------------------------------------
 
     def bias(self, tokens: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
-        """Return the unembedding's bias for these tokens; 0 without one."""
+        """Return the unembedding's bias for these token ids; 0 if it has none."""
         found = getattr(self.model, "b_U", None)
         if found is None:
             found = getattr(self.model.get_output_embeddings(), "bias", None)
         return found.detach().float().cpu()[tokens] if isinstance(found, Tensor) else torch.zeros(len(tokens))
 
     def before_softcap(self, logits: Float[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
-        """Return logits as they were before the model capped them, if it does."""
-        config = getattr(self.model, "config", None)  # a text model's own: within one for pictures it caps nothing
+        """Return logits as they were before the model's softcap, if it has one."""
+        config = getattr(self.model, "config", None)  # not its text_config: a model for images does not apply that cap
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.atanh(logits / cap)
 
     def scores_softcap(self) -> float | None:
-        """Return the cap of the scores before the softmax, if the model has one."""
+        """Return the softcap of attention scores, or None if the model has none."""
         config = getattr(self.model, "config", None)
         cap = None if config is None else getattr(config.get_text_config(), "attn_logit_softcapping", None)
         return None if cap is None else float(cap)
@@ -361,7 +361,7 @@ class RunningModel:
 
 
 def _joined(runs: Sequence[Run]) -> Run:
-    """Return runs over parts of a batch as one."""
+    """Join runs over parts of a batch."""
 
     def cat(name: str) -> Tensor:
         parts = [getattr(run, name) for run in runs]
@@ -389,7 +389,7 @@ def _empty_cache() -> Any:
 
 
 def _prefix(base: Base, first: int, n: int) -> Any:
-    """Return a cache of the keys and values before a position, for n changed runs; what is new is not kept."""
+    """Return a cache of the keys and values before a position, for n changed runs; it keeps no new ones."""
     from transformers import DynamicCache
 
     class Prefix(DynamicCache):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What heads' weights say beside what they do on prompts, and how well the one ranks the other."""
+"""Verdicts from weights beside verdicts from prompts, and how well weights rank heads (definitions: section 7)."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ BOOTSTRAPS = 1000
 MOST_CHOICES = 100_000
 TIE = 1e-12
 LINKS = ("write_link", "score_link", "score_key_partner", "score_query_partner")
-"""What ties weights to prompts."""
+"""Columns that say how much of a head's behaviour its weights account for."""
 
 
 def joint_table(
@@ -26,11 +26,11 @@ def joint_table(
     """Return joint.parquet: a row for each claimed or measured head, and one for each role over all heads.
 
     Args:
-        judged: what heads do.
-        verdicts: of the weights, if heads were claimed.
-        heads: the weights' metrics.
+        judged: the heads' behaviour on prompts.
+        verdicts: verdicts.parquet, if heads were claimed.
+        heads: heads.parquet, which holds the weights' metrics.
         task: the task.
-        seed: of bootstraps.
+        seed: of the bootstrap and of drawn permutations.
     """
     rows = []
     for subject in judged.roles.to_dict("records"):
@@ -55,8 +55,14 @@ def joint_table(
 def on_prompts(candidates: pd.DataFrame, judged: Judged, roles: Collection[str]) -> pd.DataFrame:
     """Return candidates.parquet with the column `on_prompts`.
 
-    It is a candidate's verdict on prompts if it was chosen there, else `not_chosen`: it does not show all deciding
-    quantities on the choosing half; `untestable` if nothing is; None for a role that says nothing of activations.
+    The column holds a candidate's verdict on prompts if the candidate was chosen there. It is `not_chosen` if the
+    candidate lacks a deciding quantity on the choosing half. It is `untestable` if nothing can be tested, and None if
+    the role has no `activations`.
+
+    Args:
+        candidates: candidates.parquet.
+        judged: the heads' behaviour on prompts.
+        roles: the roles that have `activations`.
     """
     verdicts = {
         (row["role"], int(row["layer"]), int(row["head"])): row["verdict"] for row in judged.roles.to_dict("records")
@@ -72,7 +78,13 @@ def on_prompts(candidates: pd.DataFrame, judged: Judged, roles: Collection[str])
 
 
 def reading(weights: str | None, activations: str, link: float) -> str:
-    """Return how a verdict of the weights and one of activations read together: a key of `wording.READINGS`."""
+    """Read a verdict from weights and one from activations together, and return a key of `wording.READINGS`.
+
+    Args:
+        weights: the verdict from weights; None without one.
+        activations: the verdict from activations.
+        link: the share of the head's behaviour that its weights account for; nan if it is not known.
+    """
     does, could, linked = activations == "realised", weights == "corroborated", link >= LINKED
     if does and could:
         return "linked" if linked else "unlinked"
@@ -86,10 +98,10 @@ def reading(weights: str | None, activations: str, link: float) -> str:
 
 
 def _link(primary: str | None, subject: Mapping[Any, Any]) -> float:
-    """Return the link of what the weights' verdict was about, nan if there is none.
+    """Return the link that belongs to the primary metric; nan if there is none.
 
-    OV: `write_link`, 0 if the write falls where the weights say that it rises. QK: `score_link`. A receiver's input by
-    composition: the part of its scores that comes through the partners.
+    For an OV metric it is `write_link`, or 0 if the write falls when the weights say that it rises. For a QK metric it
+    is `score_link`. For a composition that ranks receivers it is the part of the scores that partners wrote.
     """
     metric = METRICS.get(primary) if isinstance(primary, str) else None
     if metric is None:
@@ -109,9 +121,9 @@ def _weights(verdicts: pd.DataFrame | None, role: str, place: tuple[int, int]) -
 
 
 def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int) -> list[dict[str, Any]]:
-    """Return for each role how its weight metric ranks all heads, against what they do on prompts.
+    """Return a row for each role: how well its weight metric ranks all heads by their behaviour on prompts.
 
-    The metric is the first that the role predicts of heads: a composition ranks pairs.
+    The metric is the role's first prediction about single heads, because a composition ranks pairs.
     """
     rows: list[dict[str, Any]] = []
     for role, config in task.roles.items():
@@ -146,16 +158,17 @@ def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int)
 
 
 def peers_p(values: NDArray[np.float64], has: NDArray[np.bool_], layers: NDArray[np.int64], seed: int) -> float:
-    """Return how often as many heads of the same layers have as large a mean, the role's own among the choices.
+    """Return how often a random choice of heads has at least as large a mean as the role's heads, in (0, 1].
 
-    All choices are tried up to 100,000, else as many draws. nan without heads of the role, or if they are all heads of
-    their layers.
+    A choice takes as many heads from each layer as the role has there; the role's own heads are one of the choices. Up
+    to 100,000 choices are all tried; if there are more, as many are drawn. The result is nan if no head has the role,
+    or if the role's heads are all heads of their layers.
 
     Args:
-        values: of all heads; the role's heads must not have been chosen for them.
-        has: which heads have the role.
-        layers: of all heads.
-        seed: of draws.
+        values: a quantity of all heads, [head]; the role's heads must not have been chosen by it.
+        has: which heads have the role, [head].
+        layers: each head's layer, [head].
+        seed: of the draws.
     """
     whole = np.isfinite(values)
     groups = [values[whole & (layers == layer)] for layer in np.unique(layers[has & whole])]
@@ -180,14 +193,14 @@ def peers_p(values: NDArray[np.float64], has: NDArray[np.bool_], layers: NDArray
 
 
 def ranked_quantity(config: RoleActivationsConfig) -> str:
-    """Return what heads are ranked by, which all heads have: `write`, else `attention`, else `effect_first_order`."""
+    """Return the quantity that ranks all heads: `write`, else `attention`, else `effect_first_order`."""
     if "write" in config.decides:
         return "write"
     return "effect_first_order" if config.attention is None else "attention"
 
 
 def _continuous(judged: Judged, role: str, half: str, config: RoleActivationsConfig) -> NDArray[np.float64]:
-    """Return the quantity that heads are ranked by: writes in their sign, attention less its control."""
+    """Return the ranking quantity [head]: a write times the predicted sign, or attention less its control."""
     rows = judged.activations[(judged.activations["role"] == role) & (judged.activations["half"] == half)]
     name = ranked_quantity(config)
     values = rows[name].to_numpy(dtype=np.float64)
@@ -205,7 +218,7 @@ def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 
 
 def _auc(metric: NDArray[np.float64], has: NDArray[np.bool_]) -> float:
-    """Return P(a head with the role has more of the metric than one without), ties half; nan without either."""
+    """Return P(a head with the role exceeds one without it), ties half; nan if there is no head of one kind."""
     whole = np.isfinite(metric)
     inside, outside = metric[has & whole], metric[~has & whole]
     if not len(inside) or not len(outside):
@@ -215,7 +228,7 @@ def _auc(metric: NDArray[np.float64], has: NDArray[np.bool_]) -> float:
 
 
 def _interval(metric: NDArray[np.float64], has: NDArray[np.bool_], seed: int) -> tuple[float, float]:
-    """Return the 95 % interval of the AUC over resampled heads, with and without the role apart."""
+    """Return the AUC's 95 % interval over resampled heads; heads with and without the role are resampled apart."""
     inside, outside = np.flatnonzero(has), np.flatnonzero(~has)
     if len(inside) < 2:
         return math.nan, math.nan

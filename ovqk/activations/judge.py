@@ -1,14 +1,14 @@
-"""Verdicts on what heads do on prompts: tables of quantities and of roles (definitions: section 7).
+"""Verdicts on heads' behaviour on prompts: tables of quantities and of roles (definitions: section 7).
 
-The first line that matches wins:
+A deciding quantity holds if it is significant, has the predicted sign and is large enough. The verdict is the first of
+these that holds:
 
-    out_of_scope   the role says nothing of activations
-    untestable     the model does not do the task, or the quantities have no value or too few clusters
-    sensitive      the effect's sign or significance depends on what replaces the head's output
-    realised       every deciding quantity is significant, of the predicted sign and large enough, and no head of the
-                   layer without the role does as much in all of them
-    partial        some are
-    opposite       none is, and one is significant the other way
+    out_of_scope   the role has no `activations`
+    untestable     the model does not do the task, or a deciding quantity has no value or too few clusters
+    sensitive      all hold, but with the mean replacement the effect has another sign or significance
+    realised       all hold, and no head of the layer without the role does as much in all of them
+    partial        some hold
+    opposite       none holds, and one is significant in the other direction
     not_realised   none of these
 """
 
@@ -28,9 +28,9 @@ from ovqk.verdicts.statistics import ALPHA, benjamini_hochberg
 from ovqk.weights.types import Head
 
 LEAST_ACCURACY = 0.8
-"""Share of the testing half's prompts whose answer must beat the foil."""
+"""The least share of the testing half's prompts in which the answer must beat the foil."""
 LINKED = 0.5
-"""Share of its write's variance, or of its contrast in score, from which a head's weights account for what it did."""
+"""The least share of a write's variance, or of a score's contrast, at which a head's weights account for it."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Judged:
     Attributes:
         activations: a row for each role, half and head.
         roles: a row for each role and head that is claimed or measured.
-        measured: role -> heads that have it by measurement: chosen on one half and confirmed on the other.
-        gate: why nothing can be tested; empty if it can.
+        measured: role -> the heads that were chosen on one half and confirmed on the other.
+        gate: why nothing can be tested; empty if tests are possible.
     """
 
     activations: pd.DataFrame
@@ -51,7 +51,7 @@ class Judged:
 
 
 def gate(measured: Measured) -> str:
-    """Return why a model's activations are not tested: it does not do the task; empty if it does."""
+    """Return a sentence that says why activations are not tested; it is empty if the model does the task."""
     accuracy, difference = measured.accuracy("testing")
     if accuracy >= LEAST_ACCURACY and difference > 0:
         return ""
@@ -62,9 +62,9 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
     """Test claimed and chosen heads on the testing half.
 
     Args:
-        measured: what was measured.
-        claimed: role -> claimed heads; roles that say nothing of activations too.
-        links: of writes, if there are any.
+        measured: all quantities of all heads.
+        claimed: role -> claimed heads, for roles without `activations` too.
+        links: links of writes, if there are any.
     """
     why_not = gate(measured)
     tables: list[pd.DataFrame] = []
@@ -118,7 +118,7 @@ def _place(subject: Mapping[str, Any]) -> Head:
 
 
 def _correct(measured: Measured, subjects: list[dict[str, Any]]) -> None:
-    """Add q, of all deciding quantities of all claimed and chosen heads together, and min_q, the least alone."""
+    """Add q, corrected over the deciding quantities of all claimed and chosen heads, and min_q, the least q alone."""
     for opposite in ("", "_opposite"):
         family = [
             (subject, quantity)
@@ -135,13 +135,13 @@ def _correct(measured: Measured, subjects: list[dict[str, Any]]) -> None:
 def _peers(
     measured: Measured, role: str, testing: pd.DataFrame, subject: Mapping[str, Any], heads: Collection[Head]
 ) -> tuple[dict[str, float], bool]:
-    """Compare a head with the layer's other heads, none of the role.
+    """Compare a head with the heads of its layer that do not have the role.
 
-    Of effects only heads that were replaced can be compared.
+    For effects only heads that were replaced can be compared.
 
     Returns:
-        For each deciding quantity the share of them that it exceeds, nan without any; and whether one of them does as
-        much in every deciding quantity.
+        For each deciding quantity, the share of these heads that the head exceeds; nan if there are none. And whether
+        one of them does as much as the head in every deciding quantity.
     """
     config = measured.roles[role]
     signs = {
@@ -172,7 +172,7 @@ def _verdict(
     outdone: bool,
     why_not: str,
 ) -> dict[str, Any]:
-    """Return a head's verdict, what it was decided by, and why."""
+    """Return a head's verdict, the quantities that decided it, and the reason."""
     config = measured.roles[role]
     told: dict[str, Any] = {f"{quantity}_peers": share for quantity, share in peers.items()} | {"confirmed": False}
     if why_not:

@@ -1,4 +1,4 @@
-"""How much of what a head writes on prompts is what its weights' metrics see (definitions: section 7)."""
+"""The share of a head's write on prompts that its weights account for (definitions: section 7)."""
 
 from collections.abc import Mapping
 
@@ -14,23 +14,23 @@ from ovqk.structure.model import Layer, Model
 
 
 class WriteLinks:
-    """Write on prompts against the weights' own account of it: attention times what OV makes of the source's token.
+    """Heads' writes on prompts beside the weights' account of them: attention times the source token through OV.
 
         account = a (e_source W_OV) . (W_U[answer] - W_U[other])
 
-    with e the effective embedding that the layer is read through. The share of the write's variance over the testing
-    prompts that the account explains, R^2, is the link: 1 if the head moved the token itself, 0 if it moved what
-    earlier layers had put there.
+    Here e is the effective embedding that the layer is read through. The link is R^2: the share of the write's
+    variance over the testing prompts that the account explains. It is 1 if the head moved the token itself, and 0 if
+    it moved something that earlier layers had written there.
 
     Attributes:
-        shares: role -> R^2 of all heads, [layer, head]; nan without variance.
-        slopes: role -> the write's slope over the account, likewise.
+        shares: role -> R^2 of all heads, [layer, head], in [0, 1]; nan without variance.
+        slopes: role -> the slope of the write over the account, [layer, head]; nan without variance.
     """
 
     def __init__(
         self, model: Model, prompts: Prompts, observed: Observed, roles: Mapping[str, RoleActivationsConfig]
     ) -> None:
-        """Take the runs; `visit` takes the layers."""
+        """Take the runs over the prompts. `visit` then adds the weights, layer by layer."""
         self.model, self.observed = model, observed
         self.roles = {
             name: config
@@ -59,7 +59,7 @@ class WriteLinks:
             self._tokens[name] = torch.cat(source), torch.cat(words[0]), torch.cat(words[1])
 
     def visit(self, layer: Layer) -> None:
-        """Relate the layer's writes to its weights."""
+        """Compute the links of this layer's heads (`Stage`)."""
         vocabulary, index = self.model.vocabulary, layer.index
         assert vocabulary is not None and vocabulary.W_U_rows is not None
         kind = self.model.config.analysis.embedding.kind(index)
@@ -81,7 +81,7 @@ class WriteLinks:
 def explained(
     account: Float[Tensor, "head prompt"], written: Float[Tensor, "head prompt"]
 ) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
-    """Return R^2 and slope of a regression with intercept, over prompts without nan."""
+    """Regress writes on their account, with an intercept, over prompts without nan; return R^2 and slope."""
     whole = ~(account.isnan() | written.isnan()).any(0)
     x, y = (each[:, whole] - each[:, whole].mean(-1, keepdim=True) for each in (account, written))
     cross, of_x, of_y = (x * y).sum(-1), x.square().sum(-1), y.square().sum(-1)

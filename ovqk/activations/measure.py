@@ -1,4 +1,7 @@
-"""Measuring a model's roles: choose heads on one half of the prompts, and test them on the other."""
+"""Measurement of a model's roles: heads are chosen on one half of the prompts and tested on the other.
+
+See docs/definitions.md, section 7.
+"""
 
 from collections.abc import Collection, Mapping
 
@@ -18,16 +21,16 @@ from ovqk.structure.model import Model
 from ovqk.weights.types import Head
 
 LEAST_ERROR = 0.01
-"""Error of the logit difference, as writes are read, that is no longer rounding."""
+"""The largest error of a logit difference that is computed from writes; a larger one is not rounding."""
 MOST_CANDIDATES = 24
-"""Heads of a role that are patched for having met the rest of its rule, at most."""
+"""The most heads of a role that are patched because they meet the rest of its rule."""
 
 
 def check_activations(task: TaskConfig) -> dict[str, RoleActivationsConfig]:
-    """Return the roles that say what their heads do on prompts.
+    """Return the roles that have `activations`.
 
     Raises:
-        UserError: one says it wrongly.
+        UserError: a key of `activations` is wrong.
     """
     found = {name: role.activations for name, role in task.roles.items() if role.activations is not None}
     for name, config in found.items():
@@ -76,17 +79,20 @@ def measure(
 ) -> Measured:
     """Run the prompts, and replace the heads that are claimed, meet a role's rule, or have a large first-order effect.
 
-    The two other kinds of replacement follow for claimed and chosen heads alone.
+    The replacements MEAN and RESTORED are made for claimed and chosen heads only.
 
     Args:
         running: the model that runs.
         model: its weights.
         prompts: the prompts.
-        roles: what the task's roles say.
+        roles: role -> its `activations`.
         claimed: role -> claimed heads.
-        screened: how many heads are patched for their first-order effect.
+        screened: how many heads are patched because of their first-order effect.
         seed: of drawn sign flips.
         steps: counts off batches.
+
+    Raises:
+        UserError: replacing a head by itself changes logits, or writes do not add up to the logit difference.
     """
     observed = observe(running, model, prompts, roles, steps)
     if not (change := check_replacing(running, prompts, observed)) <= LEAST_CHANGE:
@@ -128,7 +134,7 @@ def _repeats(
     seed: int,
     steps: Steps,
 ) -> RepeatValues | None:
-    """Run random repeats if some role asks for them; None if it does not, or if the model has no room for them."""
+    """Run random repeats; return None if no role asks for them, or if the model's context is too short."""
     assert model.tokenizer is not None
     if all(config.repeats is None for config in roles.values()):
         return None
@@ -137,7 +143,7 @@ def _repeats(
 
 
 def _add_scores(measured: Measured, running: RunningModel, model: Model, prompts: Prompts, steps: Steps) -> None:
-    """Split the scores of all claimed and chosen heads whose role says what they look at."""
+    """Split the scores of all claimed and chosen heads whose role has an `attention`."""
     task, asked = model.config.task, dict[tuple[str, Head], Asked]()
     for name, config in measured.roles.items():
         if config.attention is None:
@@ -167,7 +173,7 @@ def _served(config: RoleActivationsConfig) -> str | None:
 
 
 def _to_patch(measured: Measured, role: str, claimed: Collection[Head], screened: int) -> list[Head]:
-    """Return the heads whose effect on a role is measured; none if the role is about no effect."""
+    """Return the heads to replace for a role; none if the role has no `effect`."""
     config = measured.roles[role]
     if config.effect is None:
         return []

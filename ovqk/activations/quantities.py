@@ -1,6 +1,6 @@
-"""What every head does on every prompt: attention, write, and first-order effect (definitions: section 7).
+"""Attention, write and first-order effect of every head on every prompt (definitions: section 7).
 
-All of it comes from one run over the clean and one over the counterfactual prompts.
+All of them come from one run over the clean prompts and one over their counterfactuals.
 """
 
 import math
@@ -22,22 +22,23 @@ from ovqk.weights.stored_rows import StoredRows
 Values = Float[Tensor, "prompt layer head"]
 """One number for each prompt and head; nan for a prompt in which a label has no place."""
 Steps = Callable[[int, str], Iterable[int]]
-"""A number of steps and what they are -> their indexes, each counted as done when the next is asked for."""
+"""(number of steps, their name) -> their indexes; a step counts as done when the next is asked for."""
 
 
 @dataclass(frozen=True)
 class RoleValues:
-    """What all heads do of what one role says; None for what it does not say.
+    """The quantities of all heads that one role's `activations` names; None for those that it does not name.
 
     Attributes:
-        attention: from the role's query to its source.
-        control: from the query to the control.
-        counterfactual: from the query to the same place on the counterfactual prompt.
-        sink: from the query to the first token.
-        write: in logits, before a softcap: the head's output at END through the final norm, whose scale is the run's
-            own, onto the unembedding of the role's answer minus its other word.
-        write_from_source: the part of it that the source token's value makes up.
-        first_order: of replacing the head's output at the query by the counterfactual's, on the logit difference.
+        attention: attention from the role's query to its source, in [0, 1].
+        control: attention from the query to the control.
+        counterfactual: attention from the query to the source's position, on the counterfactual prompt.
+        sink: attention from the query to the first token.
+        write: the head's output at END through the final norm, onto the unembedding of the role's answer minus that of
+            its other word; in logits, before a softcap. The norm's scale is that of the run.
+        write_from_source: the part of the write that comes from the source token's value.
+        first_order: first-order effect on the logit difference of replacing the head's output at the query by its
+            output on the counterfactual.
     """
 
     attention: Values | None = None
@@ -51,18 +52,20 @@ class RoleValues:
 
 @dataclass
 class Observed:
-    """All prompts' numbers, the batches one after the other.
+    """Measurements on all prompts, in the order of their batches.
 
     Attributes:
         clusters: the number of each prompt's cluster.
-        testing: whether a prompt is of the testing half.
-        difference, counterfactual_difference: logit of the answer minus that of the foil, on either prompt.
-        roles: role -> what heads do of it.
-        looks: (query, source, control) -> attention to the source minus the control, clean and counterfactual.
-        outputs: for each batch, query label -> z on the clean and on the counterfactual prompts, [layer, prompt, head,
-            d_head]; a label is missing if it has no place there.
-        readout_error: how far the final stream, read as writes are, misses a prompt's logit difference, as a share of
-            the mean one. Large if the final norm or the unembedding is not what ovqk takes it for.
+        testing: whether a prompt belongs to the testing half.
+        difference: the answer's logit minus the foil's, on the prompt.
+        counterfactual_difference: the same on its counterfactual.
+        templates: each prompt's template.
+        roles: role -> the quantities of all heads.
+        looks: (query, source, control) -> attention to the source minus the control, on prompts and counterfactuals.
+        outputs: for each batch, query label -> z on the prompts and on their counterfactuals, each [layer, prompt,
+            head, d_head]. A label is missing if it has no place there.
+        readout_error: the largest error of a logit difference computed from the final stream as writes are, as a
+            share of the mean difference. It is large if ovqk misreads the final norm or the unembedding.
     """
 
     clusters: Int[Tensor, " prompt"]
@@ -77,12 +80,12 @@ class Observed:
 
 
 def queries_of(config: RoleActivationsConfig) -> str:
-    """Return the label at which a role's heads act: its attention's query, or END."""
+    """Return the label at which a role's heads act: the query of its attention, or END."""
     return "END" if config.attention is None else config.attention.query
 
 
 class Writes:
-    """The direct path from heads' outputs at END to logits: W_O, a norm after it, the final norm and W_U."""
+    """The direct path from heads' outputs at END to logits: W_O, a norm that may follow it, the final norm and W_U."""
 
     def __init__(self, model: Model) -> None:
         """Take the output weights of all layers. The model must have an unembedding."""
@@ -98,14 +101,19 @@ class Writes:
     def directions(
         self, run: Run, plus: Int[Tensor, " prompt"], minus: Int[Tensor, " prompt"]
     ) -> Float[Tensor, "prompt d_model"]:
-        """Return what the residual stream at END is multiplied by in the logit of one token minus that of another."""
+        """Return the directions in the residual stream at END whose products with it give a logit difference.
+
+        Args:
+            run: the run, whose norms' scales are used.
+            plus, minus: token ids; the difference is the logit of `plus` minus that of `minus`.
+        """
         difference = (self.rows[plus] - self.rows[minus]).float().cpu()
         norm = self.embeddings.final_norm
         kind = self.architecture.norm if norm is None else norm.kind
         return difference * inverse_scale(run.final, kind, self.architecture.norm_eps)
 
     def bias(self, plus: Int[Tensor, " prompt"], minus: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
-        """Return what the final norm's bias adds to the logit of one token minus that of another."""
+        """Return the final norm bias's part in the logit of `plus` minus that of `minus` (token ids)."""
         norm, W_U = self.embeddings.final_norm, self.embeddings.W_U
         if norm is None or norm.bias is None or W_U is None:
             return torch.zeros(len(plus))
@@ -115,7 +123,13 @@ class Writes:
     def of_layer(
         self, layer: int, run: Run, directions: Float[Tensor, "prompt d_model"]
     ) -> Float[Tensor, "prompt head d_head"]:
-        """Return what each head's output at END is multiplied by in a write."""
+        """Return the directions in each head's output at END whose products with it give the head's write.
+
+        Args:
+            layer: the layer.
+            run: the run, whose norms' scales are used.
+            directions: as `directions` returns them.
+        """
         norm = self.post_norms[layer]
         if norm is not None:
             scale = inverse_scale(run.attention_out[layer], norm.kind, self.architecture.norm_eps)
@@ -128,14 +142,14 @@ class Writes:
 def observe(
     running: RunningModel, model: Model, prompts: Prompts, roles: Mapping[str, RoleActivationsConfig], steps: Steps
 ) -> Observed:
-    """Run all prompts and their counterfactuals, and read what the roles ask for.
+    """Run all prompts and their counterfactuals, and read the quantities that the roles name.
 
     Args:
         running: the model that runs.
         model: its weights, with an unembedding.
         prompts: the prompts.
-        roles: what the task's roles say of activations.
-        steps: counts off the batches, and may show how far it is.
+        roles: role -> its `activations`.
+        steps: counts off the batches, and may show progress.
     """
     writes = Writes(model)
     asked = looks_of(roles)
@@ -182,12 +196,15 @@ def observe(
 def places_of(
     batch: Batch, roles: Mapping[str, RoleActivationsConfig], looks: Iterable[tuple[str, str, str]]
 ) -> tuple[dict[str, int], dict[str, Int[Tensor, " prompt"]], Places]:
-    """Return what is kept of a batch's runs: label -> its number among the queries, sources, and the places of both.
+    """Choose the positions at which a batch's runs are kept.
 
     Args:
         batch: the prompts; a label that has no place in them is left out.
-        roles: what the task's roles say of activations.
+        roles: role -> its `activations`.
         looks: further attentions (query, source, control).
+
+    Returns:
+        Query label -> its number among the kept queries; source label -> its positions; and the positions of both.
     """
     labels = sorted({queries_of(config) for config in roles.values()} | {query for query, _, _ in looks} | {"END"})
     queries = {label: place for label in labels if (place := batch.position(label)) is not None}
@@ -201,13 +218,13 @@ def places_of(
 
 
 def looks_of(roles: Mapping[str, RoleActivationsConfig]) -> list[tuple[str, str, str]]:
-    """Return the attentions (query, source, control) of receivers that some role's effect is on."""
+    """Return the attentions (query, source, control) of receivers that roles' effects are measured on."""
     found = [look for name in roles if (look := look_of(roles, name)) is not None]
     return list(dict.fromkeys(found))
 
 
 def look_of(roles: Mapping[str, RoleActivationsConfig], name: str) -> tuple[str, str, str] | None:
-    """Return the attention of receivers that a role's effect is on; None if it is on the logit difference."""
+    """Return the attention of receivers that a role's effect is measured on; None if that is the logit difference."""
     effect = roles[name].effect
     if effect is None or effect.into is None:
         return None
@@ -248,10 +265,10 @@ def attention_values(
     """Return attention, control, counterfactual and sink of `RoleValues`.
 
     Args:
-        config: what the role says.
+        config: the role's `attention`.
         batch: the prompts.
-        clean, other: runs over them and over their counterfactuals.
-        query: the query's number among those that were kept; None if it has no place here.
+        clean, other: runs over the prompts and over their counterfactuals.
+        query: the query's number among the kept queries; None if it has no place here.
     """
     source, control = batch.position(config.source), batch.position(config.control)
     names = ("attention", "control", "counterfactual", "sink")
@@ -306,6 +323,6 @@ def _look(look: tuple[str, str, str], batch: Batch, run: Run, queries: Mapping[s
 
 
 def joined(parts: Sequence[RoleValues]) -> RoleValues:
-    """Return the values of several batches as those of one."""
+    """Join the values of several batches."""
     names = [name for name, value in vars(parts[0]).items() if value is not None]
     return RoleValues(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

@@ -1,7 +1,7 @@
-"""Random tokens that come twice: where heads look with no text around (definitions: section 7).
+"""Attention on repeated sequences of random tokens (definitions: section 7).
 
-What a head does on a task's prompts may be tied to their words. On a sequence of random tokens that is repeated only
-the places are left to go by: the token before, the earlier occurrence of the same token, and the token after it.
+On a task's prompts a head's attention may depend on their words. A repeated sequence of random tokens leaves only
+places to attend to: the previous token, the earlier occurrence of the same token, and the token after that.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ovqk.activations.quantities import Steps
 from ovqk.config.schema import Repeats
 
 SEQUENCES, LENGTH, SHORTEST = 64, 20, 4
-"""Sequences, half of them for each half; tokens of one before it repeats, at most and at least."""
+"""How many sequences are drawn, and the most and the fewest tokens in one copy."""
 AT_ONCE = 16
 
 PerSequence = Float[Tensor, "sequence layer head"]
@@ -25,14 +25,14 @@ PerSequence = Float[Tensor, "sequence layer head"]
 
 @dataclass(frozen=True)
 class RepeatValues:
-    """Attention of all heads from the tokens of a sequence's second copy, on average over them.
+    """All heads' mean attention from the tokens of a sequence's second copy, in [0, 1].
 
     Attributes:
-        attention: to each place.
-        control: to the tokens before that are at none of these places, on average; start tokens aside.
-        sink: to the first token of all.
-        testing: whether a sequence is of the testing half.
-        tokens: the sequences, the start's tokens and two copies.
+        attention: place -> attention to it.
+        control: mean attention to the earlier tokens at none of these places, without start tokens.
+        sink: attention to the first token.
+        testing: whether a sequence belongs to the testing half.
+        tokens: the sequences: the start tokens and two copies.
     """
 
     attention: dict[Repeats, PerSequence]
@@ -45,16 +45,16 @@ class RepeatValues:
 def draw_repeats(
     tokenizer: Tokenizer, start: Sequence[int], n_ctx: int | None, seed: int
 ) -> Int[Tensor, "sequence position"] | None:
-    """Draw sequences, uniformly among the tokens that a tokenizer knows but for special ones.
+    """Draw sequences, uniformly from the tokenizer's tokens without special ones.
 
     Args:
-        tokenizer: the model's.
-        start: the tokens before each sequence.
-        n_ctx: the model's context.
+        tokenizer: the model's tokenizer.
+        start: the token ids before each sequence.
+        n_ctx: the model's context length; None if it is unlimited.
         seed: of the draws.
 
     Returns:
-        Tokens, the start's and two copies; None if the context or the vocabulary is too small for them.
+        Token ids: the start tokens and two copies. None if the context or the vocabulary is too small.
     """
     special = set(tokenizer.get_added_tokens_decoder())
     known = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - special))
@@ -70,12 +70,12 @@ def draw_repeats(
 def run_repeats(
     running: RunningModel, tokens: Int[Tensor, "sequence position"], n_start: int, steps: Steps
 ) -> RepeatValues:
-    """Run sequences and read where heads look from the second copy, its first and its last token aside.
+    """Run sequences, and read attention from the second copy without its first and its last token.
 
     Args:
         running: the model that runs.
-        tokens: of `draw_repeats`.
-        n_start: how many of them stand before the first copy.
+        tokens: the sequences, as `draw_repeats` returns them.
+        n_start: the number of start tokens before the first copy.
         steps: counts off batches.
     """
     length = (tokens.shape[1] - n_start) // 2

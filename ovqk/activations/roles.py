@@ -1,4 +1,4 @@
-"""The quantities of a role on one half of the prompts, for all heads (definitions: section 7)."""
+"""A role's quantities for all heads on one half of the prompts, with tests (definitions: section 7)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,26 +20,26 @@ from ovqk.verdicts.statistics import ALPHA
 from ovqk.weights.types import Head
 
 LEAST_SHARE = 0.05
-"""A write or an effect is at least this share of the mean logit difference, or of receivers' change in attention."""
+"""The least write or effect, as a share of the mean logit difference or of the receivers' change in attention."""
 LEAST_ATTENTION = 0.1
-"""Attention to the source is at least this share of what does not go to the first token."""
+"""The least attention to the source, as a share of the attention that does not go to the first token."""
 LEAST_ATTENTION_ALONE = 0.5
-"""The same for a role that only attention decides, on prompts or on random repeats."""
+"""The same for a role that attention alone decides, on prompts or on random repeats."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything that was measured, before it is judged.
+    """All measurements of a model on prompts, before they are judged.
 
     Attributes:
-        observed: runs over clean and counterfactual prompts.
-        roles: what the task's roles say.
-        effects: replacement -> what it does.
-        receivers: role -> the heads that other roles' effects go into.
+        observed: runs over prompts and their counterfactuals.
+        roles: role -> its `activations`.
+        effects: replacement -> its effects.
+        receivers: role -> the heads through which other roles' effects are measured.
         seed: of drawn sign flips.
-        change: what replacing a head by itself does, as a share of the mean logit difference: a control.
-        repeats: runs over random repeats, if some role asks for them and the model has room for them.
-        scores: (role, head) -> how its scores come about, for claimed and chosen heads of a role that says a source.
+        change: the largest change from replacing a head by itself, as a share of the mean logit difference; a control.
+        repeats: runs over random repeats; None if no role asks for them, or if the model's context is too short.
+        scores: (role, head) -> the split of its scores, for claimed and chosen heads of roles with an `attention`.
     """
 
     observed: Observed
@@ -53,14 +53,14 @@ class Measured:
     _rows: dict[tuple[str, Half], pd.DataFrame] = field(default_factory=dict)
 
     def add(self, effects: Mapping[Patch, Effects]) -> None:
-        """Add what further replacements do."""
+        """Add the effects of further replacements."""
         self.effects.update(effects)
         self._rows.clear()
 
     def rows(self, role: str, half: Half) -> pd.DataFrame:
         """Return a role's quantities on one half: a row for each head, in the order of layers and heads.
 
-        Columns of what was not measured are missing, and nan for a head that was not.
+        A quantity that was not measured has no column. A head for which it was not measured has nan.
         """
         if (role, half) not in self._rows:
             self._rows[role, half] = self._compute(role, half)
@@ -98,7 +98,13 @@ class Measured:
         return table
 
     def passes(self, role: str, rows: pd.DataFrame, p: str = "p") -> dict[str, NDArray[np.bool_]]:
-        """Return for each deciding quantity which rows show it (see `shows`); none for what is not measured yet."""
+        """Return, for each deciding quantity that is measured so far, which rows show it (`shows`).
+
+        Args:
+            role: the role.
+            rows: as `rows` returns them; with `q` columns if p is "q".
+            p: which column decides about significance, `p` or `q`.
+        """
         config = self.roles[role]
         measured = [quantity for quantity in config.decides if f"{quantity}_{p}" in rows]
         return {quantity: shows(config, quantity, rows, p) for quantity in measured}
@@ -118,7 +124,7 @@ class Measured:
                 for name, value in zip(columns, found, strict=True):
                     columns[name].append(value[of_half].double().numpy())
         whole, base = self._denominators(role, half)
-        if not abs(whole) > LEAST_SHARE * abs(base):  # next to nothing to have a share of
+        if not abs(whole) > LEAST_SHARE * abs(base):  # too small for shares of it to mean anything
             whole = math.nan
         for name in (
             "effect", "effect_se", "effect_q25", "effect_q50", "effect_q75", "effect_share", "effect_mean_replacement",
@@ -145,7 +151,7 @@ class Measured:
         table["effect_min_p"] = own.min_p
 
     def _numerators(self, role: str, head: Head, query: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Return what each prompt loses by a head's replacement, by its mean, and regains; None if it was not run."""
+        """Return each prompt's loss under REPLACED and MEAN, and its gain under RESTORED; None if they were not run."""
         effect, clean = self.roles[role].effect, self.observed.difference
         assert effect is not None
         alone = self.effects.get(Patch(head, query))
@@ -153,7 +159,7 @@ class Measured:
             return None
         nothing = torch.full_like(clean, math.nan)
         if effect.given is not None:
-            if head in self.receivers[effect.given]:  # it cannot stand in for itself
+            if head in self.receivers[effect.given]:  # it cannot be its own backup
                 return None
             receivers = self.receivers[effect.given]
             without = self.effects.get(Patch(None, query, receivers))
@@ -179,7 +185,7 @@ class Measured:
         )
 
     def _denominators(self, role: str, half: Half) -> tuple[float, float]:
-        """Return what the counterfactual takes away in all, and the mean that shares are of."""
+        """Return the denominators of `effect` (the counterfactual's whole effect) and of `effect_share` (the mean)."""
         effect, look = self.roles[role].effect, look_of(self.roles, role)
         if look is not None:
             assert effect is not None and effect.into is not None
@@ -191,16 +197,16 @@ class Measured:
         return whole, self._mean(observed.difference, half)
 
     def _of(self, half: Half) -> torch.Tensor:
-        """Return which prompts are of a half."""
+        """Return which prompts belong to a half."""
         return self.observed.testing if half == "testing" else ~self.observed.testing
 
     def _mean(self, values: torch.Tensor, half: Half) -> float:
-        """Return the mean over a half's clusters of their means; nan if no prompt has a value."""
+        """Return the mean over the cluster means of a half; nan if no prompt has a value."""
         of_half = self._of(half)
         return float(_mean(values[of_half, None].double().numpy(), self.observed.clusters[of_half].numpy())[0])
 
     def accuracy(self, half: Half) -> tuple[float, float]:
-        """Return the share of a half's prompts whose answer beats the foil, and the mean logit difference."""
+        """Return the share of a half's prompts with the answer above the foil, in [0, 1], and the mean difference."""
         difference = self.observed.difference
         return float((difference[self._of(half)] > 0).double().mean()), self._mean(difference, half)
 
@@ -210,7 +216,7 @@ class Tests:
     """Tests over the clusters of one half of the prompts.
 
     Attributes:
-        rows: which prompts are of the half.
+        rows: which prompts belong to the half.
         clusters: the number of each such prompt's cluster.
         seed: of drawn sign flips.
     """
@@ -223,16 +229,16 @@ class Tests:
         return values[self.rows].reshape(len(self.clusters), -1).double().numpy()
 
     def tested(self, values: torch.Tensor) -> ClusterTest:
-        """Test [prompt, layer, head], over all of which the columns run."""
+        """Test values [prompt, layer, head]; the columns of the test run over layers and heads."""
         return flip_signs(self._flat(values), self.clusters, self.seed)
 
     def mean(self, values: torch.Tensor) -> NDArray[np.float64]:
-        """Return the mean over clusters of their means."""
+        """Return the mean over the clusters' means, [layer x head]."""
         return _mean(self._flat(values), self.clusters)
 
 
 def heads_table(role: str, n_layers: int, n_heads: int) -> pd.DataFrame:
-    """Return a row for each head, in the order of layers and heads: role, layer, head."""
+    """Return a table with the columns role, layer and head, and a row for each head in order."""
     places = [(role, layer, head) for layer in range(n_layers) for head in range(n_heads)]
     return pd.DataFrame(places, columns=["role", "layer", "head"])
 
@@ -240,7 +246,14 @@ def heads_table(role: str, n_layers: int, n_heads: int) -> pd.DataFrame:
 def with_attention(
     table: pd.DataFrame, config: RoleActivationsConfig, values: RoleValues, tests: Tests
 ) -> pd.DataFrame:
-    """Return the table with a role's attention on prompts, less its control and less its counterfactual's."""
+    """Add a role's attention on prompts to the table, and its tests against the control and the counterfactual.
+
+    Args:
+        table: a row for each head (`heads_table`).
+        config: the role's `activations`.
+        values: the role's quantities.
+        tests: tests over one half.
+    """
     assert values.attention is not None and values.control is not None and config.attention is not None
     assert values.counterfactual is not None and values.sink is not None
     attention, sink = tests.tested(values.attention), tests.mean(values.sink)
@@ -259,7 +272,7 @@ def with_attention(
 
 
 def with_repeats(table: pd.DataFrame, place: Repeats, values: RepeatValues, half: Half, seed: int) -> pd.DataFrame:
-    """Return the table with attention to a place in random repeats, less that to other tokens.
+    """Add attention to a place in random repeats to the table, and its test against attention to other tokens.
 
     Each sequence is a cluster.
     """
@@ -277,13 +290,13 @@ def with_repeats(table: pd.DataFrame, place: Repeats, values: RepeatValues, half
 
 
 def shows(config: RoleActivationsConfig, quantity: str, rows: pd.DataFrame, p: str = "p") -> NDArray[np.bool_]:
-    """Return which rows show a deciding quantity: significant, of the right sign, and large enough.
+    """Return which rows show a deciding quantity: it is significant, has the right sign and is large enough.
 
     Args:
-        config: what the role says.
+        config: the role's `activations`.
         quantity: one of `decides`.
-        rows: of `Measured.rows`; with `q` columns if p is "q".
-        p: which column tells significance, `p` or `q`.
+        rows: as `Measured.rows` returns them; with `q` columns if p is "q".
+        p: which column decides about significance, `p` or `q`.
     """
     shown: NDArray[np.bool_] = rows[f"{quantity}_{p}"].to_numpy() <= ALPHA
     if quantity in ("attention", "repeats"):
@@ -295,13 +308,13 @@ def shows(config: RoleActivationsConfig, quantity: str, rows: pd.DataFrame, p: s
 
 
 def _mean(values: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the mean over clusters of their means, [column]; nan if no prompt has a value in every column."""
+    """Return the mean over the clusters' means, [column]; nan if no prompt has a value in every column."""
     means = cluster_means(values, clusters)
     return means.mean(0) if len(means) else np.full(values.shape[1], math.nan)
 
 
 def _of_heads(values: torch.Tensor, heads: Sequence[Head]) -> torch.Tensor:
-    """Return the mean over some heads of [prompt, layer, head]; nan without any."""
+    """Return the mean of values [prompt, layer, head] over some heads, [prompt]; nan if there are no heads."""
     if not heads:
         return torch.full((len(values),), math.nan)
     return torch.stack([values[:, layer, head] for layer, head in heads]).mean(0)

@@ -1,12 +1,11 @@
-"""What made a head look where it looked: its scores on prompts, split by who wrote what it read.
+"""Attention scores on prompts, split by the writers of the rows that the head reads (definitions: section 7).
 
-Before the softmax, and with the scales of norms as they were in the run, the score of a query and a key is bilinear in
-the two rows of the residual stream, and the rows are sums: of the embeddings with the first MLP, of what each earlier
-head wrote, and of the rest. So the score is a sum over pairs of writers, and each pair has its share of the contrast
+With the norms' scales as they were in the run, the score before the softmax is bilinear in the query's and the key's
+row of the residual stream. Each row is a sum of three kinds of terms: the embeddings with the first MLP, the outputs of
+earlier heads, and the rest. So the score is a sum over pairs of writers. Each pair has a share of the contrast by which
+the head looks at the source:
 
     score(query, source) - mean over the other keys of score(query, key)
-
-by which the head looks at the source (definitions: section 7).
 """
 
 import functools
@@ -31,22 +30,22 @@ from ovqk.weights.norms import apply_norm, linear_part
 from ovqk.weights.types import Architecture, Head, LayerWeights, score_scale
 
 LEAST_AGREEMENT = 1e-3
-"""By how much attention computed from the scores may differ from the model's own, in probability."""
+"""The most by which attention computed from the scores may differ from the model's own, in probability."""
 
 Stream = Float[Tensor, "prompt position d_model"]
 
 
 class ScoreLink(NamedTuple):
-    """Shares of a head's contrast in score, before a softcap: each its mean over clusters over the mean contrast.
+    """Shares of a head's contrast in score, before a softcap: a part's mean over clusters / the mean contrast.
 
-    A share may lie outside of [0, 1]: parts may be negative. All are nan if attention computed from the scores is not
-    the model's own (it is biased by distance, or has a sink beside its keys).
+    Parts may be negative, so a share may lie outside of [0, 1]. All are nan if attention computed from the scores is
+    not the model's own, for instance because it has a bias for distance or a sink beside its keys.
 
     Attributes:
-        contrast: mean, in the score's own unit, after its factor and before the softmax.
-        link: both rows as the embeddings and the first MLP wrote them: what the weights of the head alone see.
-        key_heads, query_heads: the row on that side as all earlier heads wrote it, whatever the other row.
-        key_partner, query_partner: as the partners among them wrote it; nan without partners in earlier layers.
+        contrast: the mean contrast, in units of the scaled score before the softmax.
+        link: the share from both rows as the embeddings and the first MLP wrote them, which a head's weights see.
+        key_heads, query_heads: the share from the row on that side as earlier heads wrote it, with any other row.
+        key_partner, query_partner: the same for the partners among these heads; nan without partners in earlier layers.
     """
 
     contrast: float
@@ -58,14 +57,19 @@ class ScoreLink(NamedTuple):
 
 
 class Partners(NamedTuple):
-    """The earlier heads that a role's heads are said to read on either side."""
+    """The heads that a role's heads are predicted to read, on the query's and on the key's side."""
 
     query: tuple[Head, ...] = ()
     key: tuple[Head, ...] = ()
 
 
 def partner_roles(roles: Mapping[str, RoleConfig], name: str) -> dict[str, list[str]]:
-    """Return query and key -> the roles whose heads write it for this role's heads, by what roles predict of pairs."""
+    """Return `query` and `key` -> the roles whose heads write that row, by the task's predicted compositions.
+
+    Args:
+        roles: all roles of the task.
+        name: the role whose heads read the rows.
+    """
     found: dict[str, list[str]] = {"query": [], "key": []}
     for role, config in roles.items():
         for prediction in config.predictions:
@@ -84,8 +88,9 @@ class Asked:
     """A head whose scores are split.
 
     Attributes:
+        head: the head.
         query, source: labels of the prompts.
-        partners: that may be of any layer; later ones are left out.
+        partners: its partners in any layer; those in later layers are left out.
     """
 
     head: Head
@@ -94,18 +99,18 @@ class Asked:
     partners: Partners
 
     def earlier(self, side: str) -> tuple[Head, ...]:
-        """Return the partners of a side that lie in layers before the head's."""
+        """Return the partners on a side (`query` or `key`) that lie in layers before the head's."""
         return tuple(sorted(head for head in getattr(self.partners, side) if head[0] < self.head[0]))
 
 
 @dataclass
 class _Writers:
-    """What has been written to the stream so far, at every position of a batch.
+    """The parts of the residual stream by their writers, at every position of a batch, up to the current layer.
 
     Attributes:
-        direct: by the embeddings and the first MLP.
-        heads: by all heads.
-        some: some heads -> by these.
+        direct: written by the embeddings and the first MLP.
+        heads: written by all heads.
+        some: a set of heads -> the part that these wrote.
     """
 
     direct: Stream
@@ -113,7 +118,7 @@ class _Writers:
     some: dict[tuple[Head, ...], Stream] = field(default_factory=dict)
 
     def parts(self, stream: Stream, partners: tuple[Head, ...]) -> Float[Tensor, "part prompt position d_model"]:
-        """Return what a stream consists of: direct, partners, other heads, the rest."""
+        """Return the stream's four parts: direct, partners, other heads, the rest. They sum to the stream."""
         partner = self.some[partners] if partners else torch.zeros_like(stream)
         return torch.stack([self.direct, partner, self.heads - partner, stream - self.direct - self.heads])
 
@@ -126,7 +131,7 @@ def score_links(
     Args:
         running: the model that runs.
         model: its weights.
-        prompts: the prompts; those of the testing half in which a head's labels have a place are used.
+        prompts: the prompts. Those of the testing half are used, as far as a head's labels have a place in them.
         asked: the heads.
         steps: counts off the batches.
     """
@@ -162,7 +167,7 @@ def _link(asked: Asked, parts: Sequence[tuple[Tensor, Tensor]]) -> ScoreLink:
 
 
 class _Split:
-    """One run of a batch in which the scores of some heads are split."""
+    """One run over a batch, during which the scores of some heads are split."""
 
     def __init__(
         self,
@@ -186,7 +191,7 @@ class _Split:
 
     @torch.no_grad()
     def run(self) -> dict[Asked, Float[Tensor, "prompt query_part key_part"] | None]:
-        """Return contrasts of all heads whose labels have a place here; None for those whose attention is another."""
+        """Return the contrasts of all heads whose labels have a place here; None if their attention does not agree."""
         if not self.here:
             return {}
         names: list[tuple[str, Callable[..., Any]]] = []
@@ -279,15 +284,15 @@ def split_scores(
 ) -> Float[Tensor, "prompt query_part key_part position"]:
     """Return a head's scores before the softmax, for each part of the query's row and each part of the keys' rows.
 
-    Biases of norms, queries and keys are counted with the first part. The scores of all pairs sum to the score.
+    Biases of norms, queries and keys count with the first part. The scores of all pairs of parts sum to the score.
 
     Args:
-        weights: the layer's, not folded.
-        architecture: the model's.
+        weights: the layer's weights, not folded.
+        architecture: the model's architecture.
         head: the head.
         query: the parts of the residual stream at the query, and their sum.
-        key: the same for every position.
-        at: the query's position.
+        key: the parts of the residual stream at every position, and their sum.
+        at: the query's position in each prompt.
     """
     q = _side(weights, architecture, head, *query, side="query")[:, :, 0]
     k = _side(weights, architecture, int(architecture.kv_of_head[head]), *key, side="key")
@@ -308,7 +313,7 @@ def _side(
     stream: Stream,
     side: str,
 ) -> Float[Tensor, "part prompt position d_head"]:
-    """Return what a head's queries or keys consist of, before they are rotated."""
+    """Return the parts of a head's queries or keys, before they are rotated."""
     W, b = (weights.W_Q, weights.b_Q) if side == "query" else (weights.W_K, weights.b_K)
     eps, norm = architecture.norm_eps, weights.norm
     made = linear_part(norm, parts, stream, eps) @ W[head]

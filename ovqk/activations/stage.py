@@ -1,4 +1,4 @@
-"""Activations as a stage of a cell: the model runs, weights are linked to what heads did, and these are judged."""
+"""The stage of a cell that runs the model, links weights to activations, and judges heads (definitions: section 7)."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -32,16 +32,16 @@ from ovqk.tasks.claims import MEASURED, Claims
 from ovqk.tasks.readouts import Readout
 
 SMALLER = 4
-"""By how much smaller batches are tried once if memory is exhausted."""
+"""The factor by which batches are made smaller, once, if memory is exhausted."""
 
 
 @dataclass(frozen=True)
 class Runner:
-    """How a checkpoint is run.
+    """Everything that running a checkpoint needs.
 
     Attributes:
-        load: loads the model; nothing of transformers or TransformerLens is imported before.
-        start: the tokens before every text.
+        load: loads the model on a device; imports transformers and TransformerLens only when it is called.
+        start: the token ids before every text.
     """
 
     load: Callable[[torch.device], RunningModel]
@@ -72,7 +72,7 @@ def run_words(
 
 
 class ActivationTables:
-    """The stage that judges what heads do on prompts. Making it runs them."""
+    """The stage that judges heads by their behaviour on prompts. Its constructor runs the prompts."""
 
     def __init__(
         self, model: Model, runner: Runner, claims: Claims | str, steps: Steps, readout: Readout | None = None
@@ -80,7 +80,7 @@ class ActivationTables:
         """Run the task's prompts through the model; of the task's `readout` it is measured how it reads words.
 
         Raises:
-            UserError: the model or the task cannot be run.
+            UserError: the model cannot be run, or the task has no prompts that it can read.
         """
         config = model.config
         self.model = model
@@ -123,7 +123,7 @@ class ActivationTables:
         return read_prompts(config.task, tokenizer, runner.start, config.activations.prompts, config.seed, batch)
 
     def _measure(self, running: "RunningModel", steps: Steps) -> Measured | None:
-        """Run the prompts; None if memory is exhausted."""
+        """Run the prompts; return None if memory is exhausted."""
         config = self.model.config
         screened = config.activations.screened
         try:
@@ -142,7 +142,7 @@ class ActivationTables:
         return fidelity_table(readout, self.model.architecture, seen, streams)
 
     def _run_untrained(self, running: RunningModel, steps: Steps) -> dict[str, dict[str, float]] | None:
-        """Run the model with random weights, after which it is of no use; None if memory is exhausted."""
+        """Run the model with random weights, which replace its own; return None if memory is exhausted."""
         try:
             return untrained_control(running, self.prompts, self.measured, self.model.config.seed, steps)
         except (MemoryError, RuntimeError) as error:
@@ -151,7 +151,7 @@ class ActivationTables:
         return None
 
     def claims(self) -> Claims | str:
-        """Return the measured roles as claims about the weights, or why there are none."""
+        """Return the measured roles as claims about the weights, or a sentence that says why there are none."""
         judged = judge_activations(self.measured, self.claimed, None)
         if judged.gate:
             return f"no role is measured: {judged.gate}"
@@ -169,11 +169,11 @@ class ActivationTables:
         )
 
     def visit(self, layer: Layer) -> None:
-        """See `Stage`."""
+        """Link this layer's writes to its weights (`Stage`)."""
         self.links.visit(layer)
 
     def tables(self, made: Tables) -> Tables:
-        """Return `activations`, `roles` and `joint`, and `candidates` with what they do on prompts."""
+        """Return `activations`, `roles` and `joint`, and `candidates` with the column `on_prompts`."""
         self.judged = judge_activations(self.measured, self.claimed, self.links)
         config = self.model.config
         joint = joint_table(self.judged, made.get("verdicts"), made["heads"], config.task, config.seed)
@@ -190,7 +190,7 @@ class ActivationTables:
         return [] if note is None else [note]
 
     def describe(self) -> dict[str, Any]:
-        """Return the record's block on activations: prompts, halves, gate, controls."""
+        """Return the record's block on activations: prompts, halves, the gate, controls."""
         assert self.judged is not None
         observed, prompts = self.measured.observed, self.prompts
         halves = {}
@@ -221,7 +221,7 @@ class ActivationTables:
         }
 
     def summary(self, made: Tables) -> dict[str, float | int]:
-        """Return flat scalars: how well the task is done, verdicts, and how weights rank the measured heads."""
+        """Return flat scalars: accuracy on the task, counts of verdicts, and how well weights rank measured heads."""
         assert self.judged is not None
         accuracy, difference = self.measured.accuracy("testing")
         found: dict[str, float | int] = {"prompts/accuracy": accuracy, "prompts/logit_difference": difference}

@@ -125,7 +125,7 @@ def _asked(
     from huggingface_hub import constants
 
     question = (constants.ENDPOINT, constants.HF_HUB_OFFLINE, label, timeout)
-    asked, answer = _unanswered.get(question, (-REMEMBERED, ""))
+    asked, answer = unanswered.get(question, (-REMEMBERED, ""))
     if time.monotonic() - asked < REMEMBERED:
         raise UnansweredError(answer)
     patience = Patience(timeout)
@@ -133,11 +133,11 @@ def _asked(
         with one_message(label, model.revision, patience), patience.kept():
             return of(_Repository(model.repo, model.revision, label, patience, reads))
     except UnansweredError as error:
-        _unanswered[question] = time.monotonic(), str(error)
+        unanswered[question] = time.monotonic(), str(error)
         raise
 
 
-_unanswered: dict[tuple[str, bool, str, float], tuple[float, str]] = {}
+unanswered: dict[tuple[str, bool, str, float], tuple[float, str]] = {}
 """Requests that the hub did not answer -> the time and the message."""
 
 

@@ -15,7 +15,7 @@ CONNECT = 10.0  # seconds that making a connection may take
 CONNECT_AGAIN = 3.0  # the same to a host that could not be reached before
 ATTEMPTS = 4  # to connect: the library makes the second at once, the third after one and the fourth after two seconds
 
-_unreached: set[str] = set()
+unreached: set[str] = set()
 """Hosts that this process could not reach when it last tried: one short attempt is enough for each request."""
 
 
@@ -53,7 +53,7 @@ class Patience:
 
         def client() -> Any:
             made = default_client_factory()
-            made.event_hooks["request"].append(self._before)
+            made.event_hooks["request"].append(self.before_request)
             made.event_hooks["response"].append(self._after)
             made.send = self._connecting(made.send)  # type: ignore[method-assign]
             return made
@@ -69,13 +69,14 @@ class Patience:
             constants.HF_HUB_DISABLE_XET = xet
             logging.set_verbosity(verbosity)
 
-    def _before(self, request: Any) -> None:
+    def before_request(self, request: Any) -> None:
+        """Give a request its timeouts; raise TimeoutError if nothing new has come for the whole time."""
         if self.over:
             raise TimeoutError(f"nothing new for {self.seconds:g} s")
         own = request.extensions.get("timeout", {}).get("read") or DEFAULT
         limit = self.seconds if own >= DEFAULT else min(own, self.seconds)  # a request that may fail has a short one
         request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), limit) | {
-            "connect": min(limit, CONNECT_AGAIN if request.url.host in _unreached else CONNECT)
+            "connect": min(limit, CONNECT_AGAIN if request.url.host in unreached else CONNECT)
         }
 
     def _connecting(self, send: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,9 +95,9 @@ class Patience:
                     raise
                 host = getattr(error, "request", request).url.host
                 self._attempts += 2 if type(error).__name__ == "ConnectTimeout" else 1
-                if self._attempts < ATTEMPTS and host not in _unreached:
+                if self._attempts < ATTEMPTS and host not in unreached:
                     raise
-                _unreached.add(host)
+                unreached.add(host)
                 cause = re.sub(r"^\[.*?\] ?", "", first_line(error))  # without an error number
                 self.failure = f"{host}: {cause or 'no connection in time'}"
                 raise OfflineModeIsEnabled(self.failure) from error
@@ -104,7 +105,7 @@ class Patience:
         return sent
 
     def _after(self, response: Any) -> None:
-        _unreached.discard(response.request.url.host)
+        unreached.discard(response.request.url.host)
         self._attempts = 0
         self.status = response.status_code if response.status_code in (408, 429, *range(500, 600)) else None
         if response.request.method == "HEAD" and response.status_code < 400:

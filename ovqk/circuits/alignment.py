@@ -1,4 +1,4 @@
-"""Readouts over a task's tokens: whether a head acts on the task's causal variable (definitions: section 5).
+"""Metrics over a task's tokens: whether a head acts on the task's causal variable (definitions: section 5).
 
 Rows e_t are effective embeddings normalised as the layer's norm would; weights are folded, and QK has the mean
 rotation under rotary positions. Biases are absent: b_V and b_O by definition, and a query or key bias adds to a whole
@@ -19,19 +19,18 @@ from ovqk.circuits.threads import decomposed
 from ovqk.weights.stored_rows import Rows
 
 ENERGY_KEPT = 0.9  # share of a word set's energy that its subspace keeps
-ENERGY_ROUNDING = 1e-8  # relative to the largest energy: below it the words' Gram does not determine a direction
-TOP_BLOCK = 1024  # tokens compared at a time, at most, and words that they are compared with
-FLAT = 1e-6  # relative to a column's largest entry: a smaller spread of the others is rounding
+ENERGY_ROUNDING = 1e-8  # relative to the largest energy; a smaller one does not determine a direction
+TOP_BLOCK = 1024  # the most tokens, and the most words, that are compared at a time
+FLAT = 1e-6  # relative to a column's largest entry; a smaller spread of the others is rounding
 TOP = 5  # Wang et al. 2022 count a name as copied when its logit is among the five largest
 
 
 def task_auc_by_source(
     logits: Float[Tensor, "*draw head source target"],
 ) -> tuple[Float[Tensor, "*draw head source"], Float[Tensor, "*draw head source"]]:
-    """Say for each task token t how many other task tokens u it outranks: the share with L_tu < L_tt, in [0, 1].
+    """Return, for each task token t, the share of other task tokens u with L_tu < L_tt, in [0, 1]; 0.5 by chance.
 
-    A tie counts half; 0.5 by chance. The means over t are `ov_task_auc` and `qk_task_auc` (docs/definitions.md,
-    section 5).
+    A tie counts half. The means over t are `ov_task_auc` and `qk_task_auc` (docs/definitions.md, section 5).
 
     Returns:
         Two versions. The first centres each column by its mean over the OTHER rows, because a logit that a target gets
@@ -50,13 +49,12 @@ def _below_own(logits: Float[Tensor, "*draw head source target"]) -> Float[Tenso
 
 
 def margin_by_source(scores: Float[Tensor, "*draw head source target"]) -> Float[Tensor, "*draw head source"]:
-    """Say for each token t how far its own entry stands out of its column, in standard deviations; any number.
+    """Return, for each token t, how far its own entry stands out of its column, in standard deviations; 0 by chance.
 
-    (L_tt - the mean of L_st) / their standard deviation, over the other sources s != t (n - 2 degrees of freedom, so
-    that at least 3 tokens are needed). Unlike an AUC it does not saturate; 0 by chance. A column whose other entries
-    have no spread has its spread taken as FLAT times its largest entry, so that a perfect head has a large margin and
-    a head of zero weights has 0. The means over t are `ov_task_margin` and `qk_task_margin` (docs/definitions.md,
-    section 5).
+    The margin is (L_tt - the mean of L_st) / their standard deviation, over the other sources s != t (n - 2 degrees of
+    freedom). Unlike an AUC it does not saturate. If the other entries have no spread, FLAT times the column's largest
+    entry replaces it. Then a perfect head has a large margin, and a head with zero weights has 0. The means over t are
+    `ov_task_margin` and `qk_task_margin` (docs/definitions.md, section 5).
 
     Raises:
         ValueError: there are fewer than 3 tokens.
@@ -236,7 +234,7 @@ def same_mean(minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*
 
 @dataclass(frozen=True)
 class SideAlignment:
-    """How well one side of a map aligns with a subspace of rank r: both at least 0, and 1 by chance."""
+    """The alignment of one side of a map with a subspace of rank r. Both numbers are >= 0, and 1 by chance."""
 
     whole: Float[Tensor, "*draw head"]
     """|M P|_F^2 / |M|_F^2 / (r/d): the map's energy in the subspace."""

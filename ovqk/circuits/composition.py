@@ -6,13 +6,13 @@ Row vectors: a sender s adds x W_OV^s to the residual stream, and a receiver r i
     keys    (k)   norm_F(W_OV^s W_QK^rT)
     values  (v)   norm_F(W_OV^s W_OV^r)
 
-each divided by both heads' norms (Elhage et al. 2021). With thin SVDs U S V^T all three are the norm of one k x k
-block, norm_F(write_s read_r^T): the write side is W_OV's S V^T, the read sides are W_QK's S U^T (q), W_QK's S V^T
-(k) and W_OV's S U^T (v), each with norm 1. Heads are stacked, so that a pair of layers is one matrix product, taken
-and reduced in tiles with at most TILE elements. An all-pairs pass therefore holds only one layer's sides, a tile and
-the scores beside the circuits.
+each divided by both heads' norms (Elhage et al. 2021). With thin SVDs U S V^T, each of the three is the norm of one
+k x k block, norm_F(write_s read_r^T). The write side is W_OV's S V^T. The read sides are W_QK's S U^T (q), W_QK's S V^T
+(k) and W_OV's S U^T (v). All sides are scaled to norm 1. Heads are stacked, so a pair of layers is one matrix product,
+taken in tiles with at most TILE elements. Computing all pairs therefore needs little memory besides the circuits: one
+layer's sides, a tile and the scores.
 
-Under rotary positions W_QK is the one with the mean rotation; the caller who decomposes it chooses the offsets.
+Under rotary positions W_QK has the mean rotation over the offsets that the caller chose when decomposing it.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
 """A layer's two circuits, head by head, as low-rank factors (definitions: section 1).
 
-    W_QK = W_Q W_K^T      where the head looks: rows the query (destination), columns the key (source)
-    W_OV = W_V W_O        how it copies: rows are read at the source, columns are written at the destination
+    W_QK = W_Q W_K^T      where the head looks; rows: the query (destination), columns: the key (source)
+    W_OV = W_V W_O        what the head copies; rows: read at the source, columns: written at the destination
 
-Under rotary positions W_QK(D) = W_Q R(D) W_K^T for a key D tokens back. If queries and keys are normalised, their
-gains belong to W_QK but the divisors do not: the form is that of un-normalised queries and keys.
+Under rotary positions W_QK(D) = W_Q R(D) W_K^T for a key D tokens back. If the model normalises queries and keys, W_QK
+includes the gains but not the divisors: it is the form on queries and keys before they are normalised.
 
-Both are [d_model, d_model] with rank at most d_head. They are never formed: everything ovqk reports has a core of
-d_head x d_head.
+Both are [d_model, d_model] with rank at most d_head. They are never formed, because every number that ovqk reports can
+be computed from a core of d_head x d_head.
 """
 
 from collections.abc import Iterable

@@ -1,9 +1,8 @@
 """Circuits over a cycle of tokens, by frequency (definitions: section 5).
 
-If a task's words are the residues modulo p, a model may represent a residue a by cos(2 pi k a / p) and
-sin(2 pi k a / p) for a few frequencies k = 1 .. p // 2, as models that learn modular addition do (Nanda et al. 2023,
-arXiv:2301.05217).
-Frequency 0, a constant, is left out everywhere: no softmax sees it.
+If a task's words are the residues modulo p, a model may represent residue a by cos(2 pi k a / p) and sin(2 pi k a / p)
+for a few frequencies k = 1 .. p // 2. Models that learn modular addition do so (Nanda et al. 2023, arXiv:2301.05217).
+Frequency 0 is a constant. It is left out everywhere, because a softmax does not see it.
 """
 
 import torch
@@ -11,15 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 ENOUGH = 0.95
-"""Share of the power that the leading frequencies hold together."""
+"""The least share of the power that the leading frequencies hold together (`frequencies_needed`)."""
 NOTHING = 1e-24
-"""Power, as a share of the constants' too, that is rounding and no power."""
+"""The largest power that counts as rounding, as a share of the whole power with the constants'."""
 
 
 def power(rows: Float[Tensor, "*batch residue d"]) -> Float[Tensor, "*batch frequency"]:
-    """Return the share of the rows' power at each frequency 1 .. p // 2; nan if all rows are equal.
+    """Return the share of the rows' power at each frequency 1 .. p // 2, in [0, 1]; nan if all rows are equal.
 
-    It is the squared norm of the frequency's two rows (one at p / 2) of the real discrete Fourier transform.
+    A frequency's power is the squared norm of its two rows (one at p / 2) in the real discrete Fourier transform.
     """
     found = torch.fft.fft(rows.double(), dim=-2).abs().square().sum(-1)
     powers, whole = _folded(found), found.sum(-1, keepdim=True)
@@ -28,10 +27,10 @@ def power(rows: Float[Tensor, "*batch residue d"]) -> Float[Tensor, "*batch freq
 
 
 def blocks(matrix: Float[Tensor, "*batch residue residue_written"]) -> Float[Tensor, "*batch frequency"]:
-    """Return the share of a matrix's power in each block (k, k), from a frequency to the same one; nan without power.
+    """Return the share of a matrix's power in each block (k, k), from a frequency to itself; nan without power.
 
-    The power is that of F M F^T, F the real transform, without the constants' row and column. A head that moves
-    residues as the group does has all of it in these blocks.
+    The power is that of F M F^T without the row and the column of the constants; F is the real transform. A head that
+    moves residues as the group does has all of its power in these blocks.
     """
     found = torch.fft.fft2(matrix.double()).abs().square()
     p = found.shape[-1]
@@ -59,16 +58,16 @@ def gini(shares: Float[Tensor, "*batch frequency"]) -> Float[Tensor, "*batch"]:
 
 
 def frequencies_needed(shares: Float[Tensor, "*batch frequency"]) -> Int[Tensor, "*batch"]:
-    """Return how many frequencies hold ENOUGH of the power at least, the strongest first."""
+    """Return the smallest number of frequencies that together hold the share ENOUGH of the power."""
     held = shares.sort(-1, descending=True).values.cumsum(-1)
     return (held < ENOUGH - 1e-12).sum(-1) + 1
 
 
 def doubling(shares: Float[Tensor, " frequency"], p: int) -> Float[Tensor, " frequency"]:
-    """Return power of 2k over power of k, for each frequency k: of 2k modulo p, or p - 2k.
+    """Return, for each frequency k, the power of 2k (modulo p, or p - 2k) over the power of k; >= 0.
 
-    Near 0 where a model's heads are keyed on k, larger where none is (Zhong et al. 2023, arXiv:2306.17844). A share of
-    frequency 0, which 2k is for k = p / 2, counts as none.
+    It is near 0 if a model's heads use frequency k, and larger if none does (Zhong et al. 2023, arXiv:2306.17844). For
+    k = p / 2, 2k is frequency 0, whose power counts as 0.
     """
     k = torch.arange(1, p // 2 + 1)
     twice = torch.minimum(2 * k % p, -2 * k % p)

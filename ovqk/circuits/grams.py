@@ -1,7 +1,7 @@
 """Gram matrices a^T C b between tokens' rows, centred over tokens, a block of tokens at a time.
 
-C = I - 11^T/n takes each side less its mean over the n tokens. Products are summed so that neither the number of
-threads nor the size of the vocabulary moves a result by more than the bounds given below.
+C = I - 11^T/n subtracts the mean over the n tokens from each side. Products are summed in such a way that neither the
+number of threads nor the size of the vocabulary changes a result by more than the bounds given below.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from ovqk.config.schema import Circuit
 from ovqk.weights.stored_rows import Rows
 
 BLOCK = 2048  # tokens handled at a time, fewer if rows are long
-BLOCK_ELEMENTS = 2**22  # elements in a block of embedding rows, at most
+BLOCK_ELEMENTS = 2**22  # the most elements in a block of embedding rows
 BLOCKS_PER_SUM = 8  # blocks whose products are summed before they are added in float64
 SHIFT_TOKENS = 256  # tokens whose mean is subtracted from all rows before products are taken
 STRIPE_COLUMNS = 128  # columns of a symmetric product taken at a time, at least
@@ -29,9 +29,9 @@ Gram = Float[Tensor, "d_model d_model"]
 
 @dataclass(frozen=True, eq=False)
 class FullCircuit:
-    """The Grams that stand for a full circuit A M B, which maps tokens to tokens through one head's M.
+    """The Grams that represent a full circuit A M B, which maps tokens to tokens through one head's M.
 
-    A has a row for each token, and B a column. For QK, B is E^T, so that one Gram serves three times; for OV it is W_U.
+    A has a row for each token, and B a column. For QK, B is E^T, so one Gram serves three times; for OV, B is W_U.
 
     Attributes:
         read: A^T C A, for the tokens that are read.

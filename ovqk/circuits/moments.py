@@ -13,7 +13,7 @@ from ovqk.circuits.grams import BLOCK, blocks, centred_gram, mean_row, precision
 from ovqk.circuits.maps import Basis
 from ovqk.circuits.threads import each
 from ovqk.circuits.vocabulary import Vocabulary
-from ovqk.weights.norms import QueryKeyNorm, normalise
+from ovqk.weights.norms import QueryKeyNorm, inverse_scale, normalise
 from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import Architecture, LayerWeights
 
@@ -124,14 +124,14 @@ def normalised_head_moments(
 ) -> tuple[HeadMoments, HeadMoments]:
     """Return the moments of normalised queries and keys, once for plain rows and once for normalised ones.
 
-    A norm between the factors leaves no Gram to take them through: each token's queries and keys are computed, for
-    both kinds of rows in one pass, in the precision that `grams.precision` gives; each thread takes a block of tokens.
-    The sums are float64.
+    A norm lies between the factors, so no Gram gives the moments. Each token's queries and keys are computed instead,
+    for both kinds of rows in one pass, in the precision of `grams.precision`. Each thread takes a block of tokens. Sums
+    are float64.
 
     Args:
-        weights: the layer.
-        architecture: of the model.
-        W_E: embedding rows: all of them, or a sample (see `sample_rows`).
+        weights: the layer's weights.
+        architecture: the model's architecture.
+        W_E: embedding rows: all of them, or a sample (`sample_rows`).
 
     Raises:
         ValueError: queries and keys are not normalised (see `head_moments`).
@@ -182,7 +182,7 @@ class _NormalisedSide:
         if self.kind != "rmsnorm" or self.bias.any():
             both = x, normalise(x, self.kind, self.eps)
             return [self._sums(self._divided(rows @ self.weight + self.bias)) for rows in both]
-        y, scale = x @ self.weight, torch.rsqrt(x.square().mean(-1) + self.eps)[:, None]
+        y, scale = x @ self.weight, inverse_scale(x, self.kind, self.eps)
         square = torch.linalg.vector_norm(y, dim=(0, 2) if self.norm.over_heads else 2, keepdim=True).square()
         square = square / (y.shape[0] * y.shape[2] if self.norm.over_heads else y.shape[2])
         plain = torch.rsqrt(square + self.norm.eps)

@@ -82,18 +82,18 @@ class Simulated:
 def attention(
     weights: LayerWeights, architecture: Architecture, rows: Float[Tensor, "sequence position d_model"]
 ) -> dict[str, Float[Tensor, " head"]]:
-    """Return where each head of a layer looks in the second copy of the tokens, in simulation.
+    """Simulate where each head of a layer attends from the second copy of repeated tokens (definitions, section 4).
 
     Args:
-        weights: the layer's, with the norm before attention folded in.
-        architecture: the model's.
-        rows: what the heads read: n normalised rows and the same tokens' rows again, sequence by sequence.
+        weights: the layer's weights, with the norm before attention folded in.
+        architecture: the model's architecture.
+        rows: the rows that the heads read: n normalised rows, then the rows of the same tokens again, sequence by
+            sequence.
 
     Returns:
-        The mean attention, in [0, 1], over sequences and the n positions of the second copy: `qk_simulated_previous`
-        to the token before, `qk_simulated_duplicate` to the token's first copy, `qk_simulated_induction` to the
-        token after that, `qk_simulated_self` to the token itself and `qk_simulated_first` to the first token
-        (docs/definitions.md, section 4).
+        Mean attention, in [0, 1], over sequences and the n positions of the second copy. `qk_simulated_previous`: to
+        the previous token. `qk_simulated_duplicate`: to the token's first copy. `qk_simulated_induction`: to the token
+        after that copy. `qk_simulated_self`: to the token itself. `qk_simulated_first`: to the first token.
     """
     sequences, length, _ = rows.shape
     half = length // 2
@@ -157,11 +157,11 @@ class Senders:
         rows: Float[Tensor, "token d_model"],
         offsets: tuple[int, ...],
     ) -> Float[Tensor, " head"] | None:
-        """Return `qk_composed_margin`: how well each head's queries tell whose token a sender has moved; any number.
+        """Return `qk_composed_margin`: whether each head's queries find their own token where a sender moved it.
 
-        The score of query token t on a key that holds what the sender wrote for token u is (e_t W_QK) (e_u W_OV^s)^T,
-        with the mean rotation over the offsets. The value is the margin of t = u, averaged over tokens, of the sender
-        that has the largest (docs/definitions.md, section 3). None without senders.
+        Query token t scores (e_t W_QK) (e_u W_OV^s)^T on a key that holds the sender's output for token u, with the
+        mean rotation over the offsets. The value is the margin of t = u (`margin_by_source`), averaged over tokens, for
+        the sender with the largest one (docs/definitions.md, section 3); any number. None without senders.
         """
         if self._written is None:
             return None

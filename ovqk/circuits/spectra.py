@@ -4,9 +4,9 @@ A map is M = L N R^T with orthonormal L and R (`maps`). For any matrix G
 
     the nonzero eigenvalues of  M G  are those of the core  N R^T G L
 
-which gives W_QK and W_OV with G = I, the full OV circuit W_E W_OV W_U with G = W_U C W_E, and the full QK circuit
-with G = W_E^T C W_E. Eigenvalues and traces are cyclic; singular values and Frobenius norms are not: the singular
-values of a full circuit A M B are those of  root(L^T A^T C A L) N root(R^T B C B^T R)^T.
+This gives W_QK and W_OV with G = I, the full OV circuit W_E W_OV W_U with G = W_U C W_E, and the full QK circuit with
+G = W_E^T C W_E. Eigenvalues and traces are cyclic; singular values and Frobenius norms are not. The singular values of
+a full circuit A M B are those of  root(L^T A^T C A L) N root(R^T B C B^T R)^T.
 """
 
 from functools import partial
@@ -21,8 +21,8 @@ from ovqk.circuits.orthonormal import power_of_two
 from ovqk.circuits.threads import decomposed
 
 BOUND_ROUNDING = 1e-9  # relative; covers the float64 rounding of a bound
-ZERO_WITHIN = 1e-6  # relative to the sum of singular values: a smaller denominator is rounding
-PIVOT_ROUNDING = 1e-5  # relative to the largest pivot of a Gram's root: smaller ones are rounding
+ZERO_WITHIN = 1e-6  # relative to the sum of singular values; a smaller denominator is rounding
+PIVOT_ROUNDING = 1e-5  # relative to the largest pivot of a Gram's root; smaller ones are rounding
 TIE_WITHIN = 1e-9  # a ratio this near to an observed one is computed exactly instead of bounded
 FLOAT32_EIGENVALUES = 1e-2  # of a sum of moduli: far above the float32 rounding of a random core's eigenvalues
 SUM_OF_FLOAT32 = 0.1  # of |core|_F: a sum of moduli below this is not taken from float32 eigenvalues
@@ -75,11 +75,12 @@ def trace_ratio(eigen: Complex[Tensor, "head k"], scale: Float[Tensor, " head"])
 def trace_ratio_bounds(
     cores: Float[Tensor, "head k k"], most: Float[Tensor, " head"], sharp: bool
 ) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
-    """Return bounds of sum lambda / sum |lambda| without the eigenvalues, from below and from above.
+    """Return a lower and an upper bound of sum lambda / sum |lambda|, without the eigenvalues.
 
-    The numerator is the trace. The denominator is at most sqrt(k) |core|_F (Weyl: at most the sum of singular values)
-    and, which takes a determinant and is asked for by `sharp`, at least k |det|^(1/k): the mean of the moduli is at
-    least their geometric mean. Unless it is known to be above ZERO_WITHIN of `most`, the ratio may be 0 (`guarded`).
+    The numerator is the trace. The denominator is at most sqrt(k) |core|_F (by Weyl it is at most the sum of singular
+    values). With `sharp`, a determinant gives a lower bound too: the denominator is at least k |det|^(1/k), because the
+    mean of the moduli is at least their geometric mean. If the denominator is not known to exceed ZERO_WITHIN times
+    `most`, the ratio may be 0 (`guarded`).
     """
     k, trace = cores.shape[-1], cores.diagonal(dim1=-2, dim2=-1).sum(-1)
     largest = (1 + BOUND_ROUNDING) * k**0.5 * cores.norm(dim=(-2, -1))

@@ -1,4 +1,4 @@
-"""Where the config files lie: beside the package in a checkout, inside it when it was installed from a wheel."""
+"""The place of the config files: beside the package in a checkout, inside it if it was installed from a wheel."""
 
 from pathlib import Path
 

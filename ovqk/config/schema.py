@@ -20,9 +20,9 @@ class Circuit(StrEnum):
     """
 
     ov = "ov"
-    """What a head writes for what it reads: W_V W_O, from the source's residual stream to the destination's."""
+    """W_V W_O, which maps the residual stream at the source to the output at the destination."""
     qk = "qk"
-    """What a head attends to: W_Q W_K^T, a bilinear form on the residual streams of destination and source."""
+    """W_Q W_K^T, a bilinear form on the residual streams at destination and source, which scores attention."""
 
 
 CIRCUITS = tuple(Circuit)
@@ -38,14 +38,14 @@ class Source(Enum):
 
 
 class Processing(Enum):
-    """Which weights the residual-space metrics see (definitions: section 1)."""
+    """The weights that residual-space metrics are computed from (definitions: section 1)."""
 
     folded = "folded"
     raw = "raw"
 
 
 class Embedding(Enum):
-    """Which effective embedding heads are read through (definitions: section 1)."""
+    """The effective embedding that heads are read through (definitions: section 1)."""
 
     by_layer = "by_layer"
     """`token` for layer 0 and `block0` for the layers after it."""
@@ -62,14 +62,14 @@ class Embedding(Enum):
 
 
 class VariableKind(Enum):
-    """What kind of causal variable a task reads (definitions: section 5)."""
+    """The kind of causal variable that a task reads (definitions: section 5)."""
 
     set = "set"
     contrast = "contrast"
 
 
 class Direction(Enum):
-    """Which side of its nulls a prediction expects the metric on."""
+    """The side of its nulls on which a prediction expects the metric."""
 
     high = "high"
     low = "low"
@@ -85,7 +85,7 @@ class Device(Enum):
 
 
 class TrackingMode(Enum):
-    """How far W&B is involved."""
+    """The extent to which W&B is used."""
 
     none = "none"
     offline = "offline"
@@ -139,10 +139,10 @@ class VariableConfig:
 
 @dataclass
 class CycleConfig:
-    """Words of a task that are a cycle, the residues modulo a number (definitions: section 5)."""
+    """Words of a task that form a cycle: the residues modulo a number (definitions: section 5)."""
 
     modulus: int = MISSING
-    """How many residues there are."""
+    """The number of residues."""
     first: int = 0
     """The token of residue 0; the others follow it. For models without a tokenizer."""
     words: str | None = None
@@ -153,7 +153,7 @@ class CycleConfig:
 
 @dataclass
 class PredictionConfig:
-    """What a role's claim predicts of one metric."""
+    """A role's prediction about one metric."""
 
     metric: str = MISSING
     direction: Direction = Direction.high
@@ -168,7 +168,7 @@ class PredictionConfig:
 
 
 class Repeats(StrEnum):
-    """Where a role's heads look on random tokens that come twice, from a token of the second copy."""
+    """The place that a role's heads attend to on repeated random tokens, from a token of the second copy."""
 
     previous = "previous"
     """To the token before."""
@@ -188,14 +188,14 @@ class AttentionConfig:
     query: str = MISSING
     source: str = MISSING
     control: str = MISSING
-    """A token of the same kind that the head should look at less."""
+    """A token of the same kind, to which the head should attend less."""
     beyond: list[str] = field(default_factory=lambda: ["control", "counterfactual"])
-    """What the attention must exceed: that to the `control`, and that to the same place on `counterfactual` prompts."""
+    """Attentions that it must exceed: to the `control`, and to the same place on the `counterfactual` prompt."""
 
 
 @dataclass
 class WriteConfig:
-    """What a role's heads write at END: onto the logit of one word minus that of another."""
+    """The write of a role's heads at END: their effect on the logit of one word minus that of another."""
 
     answer: str = "ANSWER"
     """ANSWER, FOIL or a label, whose word is meant."""
@@ -206,30 +206,30 @@ class WriteConfig:
 
 @dataclass
 class EffectConfig:
-    """What is lost if the head's output at its query (else END) is the one it has on the counterfactual prompt."""
+    """The loss if a head's output at its query, or at END, is replaced by its output on the counterfactual prompt."""
 
     sign: int = 1
-    """1 if what the head does helps, -1 if it hinders."""
+    """1 if the head raises the measured quantity, -1 if it lowers it."""
     into: str | None = None
-    """The role whose heads' attention is looked at, to `source` minus `control`; unless set, the logit difference."""
+    """Measure the attention of this role's heads, to `source` minus `control`; unless set, the logit difference."""
     source: str | None = None
     """With `into`: the receivers' own source unless set; `control` likewise."""
     control: str | None = None
     given: str | None = None
-    """A role whose heads are replaced in any case: the effect with them replaced, minus the effect without."""
+    """Measure the effect with this role's heads replaced, minus the effect without."""
 
 
 @dataclass
 class RoleActivationsConfig:
-    """What a role's heads do on prompts (definitions: section 7)."""
+    """The behaviour that a role's heads must show on prompts (definitions: section 7)."""
 
     attention: AttentionConfig | None = None
     write: WriteConfig | None = None
     effect: EffectConfig | None = None
     decides: list[str] = MISSING
-    """Which of `attention`, `write`, `effect`, `repeats` a head must show to have the role."""
+    """Those of `attention`, `write`, `effect` and `repeats` that a head must show to have the role."""
     repeats: Repeats | None = None
-    """Where the heads look on random tokens that come twice."""
+    """The place that the heads attend to on repeated random tokens."""
 
 
 @dataclass
@@ -274,7 +274,7 @@ class TaskConfig:
 
 @dataclass
 class AnalysisConfig:
-    """Which circuits are taken apart, and how."""
+    """The circuits that are decomposed, and the way they are."""
 
     name: str = MISSING
     circuits: list[str] = MISSING
@@ -282,7 +282,7 @@ class AnalysisConfig:
     embedding: Embedding = Embedding.by_layer
     """The embedding that task readouts read words through; `stream` runs the model on single words."""
     offsets: list[int] = field(default_factory=lambda: [0])
-    """Rotary models: the offsets (query position - key position) at which QK spectra are taken."""
+    """Rotary models: the offsets (query position - key position) at which QK spectra are computed."""
     components: int = 3
     """Leading components of each circuit whose tokens are read out (directions.parquet); 0 for none."""
     directions_embedding: Embedding = Embedding.token
@@ -297,14 +297,14 @@ class AnalysisConfig:
 
 @dataclass
 class ActivationsConfig:
-    """What is measured by running the model on the task's prompts (definitions: section 7)."""
+    """The measurement that runs the model on the task's prompts (definitions: section 7)."""
 
     prompts: int = 256
     """Prompts drawn, half of them to choose heads and half to test them; each with its counterfactual."""
     batch: int = 32
     """Prompts that run together."""
     screened: int = 20
-    """Heads patched for the sake of a large first-order effect, beside those that are claimed or meet a role's rule."""
+    """Heads patched because of a large first-order effect, besides those that are claimed or meet a role's rule."""
 
 
 @dataclass

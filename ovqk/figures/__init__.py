@@ -1,6 +1,7 @@
-"""Figures of models beside each other (`models`) and of one head (`portraits`), as functions of tables.
+"""Figures that show models beside each other (`models`) or one head (`portraits`), as functions of tables.
 
-`ovqk.figures.NAME` is `ovqk.figures.models.NAME`, imported when it is first asked for: matplotlib takes a second.
+`ovqk.figures.NAME` is `ovqk.figures.models.NAME`. It is imported when it is first used, because matplotlib takes a
+second.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The choice of figures for a folder of results: for all models together, and for each cell."""
+"""The figures that a report draws for a folder of results: for all models together, and for each cell."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,9 +12,9 @@ from ovqk.records.on_prompts import rankings
 
 
 def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
-    """Yield names and figures of all models together: verdicts, effects, depth, and atlases of each task.
+    """Yield (name, figure) for all models together: verdicts, effects, depth, and atlases for each task.
 
-    They are made one at a time, so that a caller who saves each holds only one.
+    Figures are made one at a time, so a caller that saves each of them holds only one.
     """
     verdicts = _joined(cells, "verdicts", labels(cells))
     of_weights = weights_labels(cells)
@@ -37,7 +37,7 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
 
 
 def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
-    """Yield names and figures of each cell: weights against prompts, circuit, the leading head of each claimed role."""
+    """Yield (name, figure) for each cell: weights against prompts, the circuit, the leading head for each role."""
     for cell, label in zip(cells, labels(cells), strict=True):
         if ranked := rankings(cell.record, cell.tables):
             title = f"{label} / {cell.record['task']}"
@@ -63,7 +63,7 @@ PAIR = ["mode", "sender_layer", "sender_head", "receiver_layer", "receiver_head"
 
 
 def _leading(verdicts: pd.DataFrame) -> list[tuple[int, int]]:
-    """Return for each role the head that stands out most in its layer; its first head if none can be compared."""
+    """Return, for each role, the head that stands out most in its layer; the first head if none can be compared."""
     heads = verdicts[verdicts["kind"] == "head"]
     heads = (
         heads.sort_values("effect", ascending=False, kind="stable", na_position="last")
@@ -74,14 +74,14 @@ def _leading(verdicts: pd.DataFrame) -> list[tuple[int, int]]:
 
 
 def _atlas_metrics(heads: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
-    """Return the metrics that have an atlas of all models: those of the registry, and the roles' primary ones."""
+    """Return the metrics that get an atlas: those marked in the registry, and the roles' primary metrics."""
     primary: list[str] = verdicts["primary"].dropna().to_list() if len(verdicts) else []
     names = dict.fromkeys([*shown_in("atlas"), *primary])
     return [name for name in names if name in heads and heads[name].notna().any()]
 
 
 def _joined(cells: Sequence[Cell], name: str, models: Sequence[str]) -> pd.DataFrame:
-    """Return one table of several cells with the label of their model, task and id; empty if no cell has it."""
+    """Join one table over cells, with columns for model label, task and id; empty if no cell has it."""
     parts = [
         cell.tables[name].assign(model=model, task=cell.record["task"], cell_id=cell.record["cell_id"])
         for cell, model in zip(cells, models, strict=True)
@@ -91,13 +91,13 @@ def _joined(cells: Sequence[Cell], name: str, models: Sequence[str]) -> pd.DataF
 
 
 def _title(cell: Cell, cells: Sequence[Cell], table: str = "verdicts") -> list[str]:
-    """Return the parts of a cell's file names: model and task, and the id if another cell with the table has both."""
+    """Return the parts of a cell's file names: model and task, and the id if another cell shares both."""
     alone = sum(other.place == cell.place and table in other.tables for other in cells) == 1
     return [*cell.place] if alone else [*cell.place, cell.record["cell_id"]]
 
 
 def file_name(*parts: str) -> str:
-    """Return a file name of these parts, with letters that any system allows."""
+    """Join parts to a file name with letters that any system allows."""
     return "_".join(
         "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in part) for part in parts
     )

@@ -1,7 +1,7 @@
-"""Colours, marks and scales of the figures and of the page: the same in both, and safe for colour-blind readers.
+"""Colours, marks and scales, which figures and the page share; safe for colour-blind readers.
 
-Blue and orange are the two ends of a diverging scale, and grey is its centre. A shape, a dash or a label repeats what a
-colour says. Categories follow those of Okabe & Ito (2008), darker where a line on white would be faint.
+Blue and orange are the two ends of a diverging scale, and grey is its centre. Everything that a colour says is repeated
+by a shape, a dash or a label. Categories follow Okabe & Ito (2008); those that would be faint on white are darker.
 """
 
 import math
@@ -69,11 +69,11 @@ NICE = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 
 @dataclass(frozen=True)
 class Scale:
-    """How the values of a metric become colours.
+    """A map from a metric's values to colours.
 
     Attributes:
-        kind: `sequential` from low to high; `diverging` about the centre; `ratio`: diverging, in doublings of it.
-        low, centre, high: the values at both ends and in the middle; values beyond are drawn as the ends.
+        kind: `sequential` from low to high, `diverging` about the centre, or `ratio`: diverging in doublings.
+        low, centre, high: the values at the ends and in the middle. Values beyond the ends get the ends' colours.
     """
 
     kind: Literal["sequential", "diverging", "ratio"]
@@ -83,10 +83,10 @@ class Scale:
 
     @classmethod
     def of(cls, name: str, values: Iterable[float]) -> "Scale":
-        """Return the scale of a metric for these values (nan and infinite ones are ignored).
+        """Choose a metric's scale for these values (nan and infinite ones are ignored).
 
-        A bounded metric keeps its whole range, so that pages and figures compare, unless its values fill little of it.
-        A metric with a chance level, or that may have either sign, diverges about it.
+        A bounded metric keeps its whole range, so that pages and figures can be compared, unless its values fill little
+        of it. The scale diverges about the chance level, or about 0 if the metric may have either sign.
         """
         metric = METRICS[name]
         finite = [value for value in values if math.isfinite(value)]
@@ -106,7 +106,7 @@ class Scale:
         return cls("diverging", centre - reach, centre, centre + reach)
 
     def position(self, value: float) -> float:
-        """Return the place of a value on the scale, in [0, 1]; nan for nan."""
+        """Return a value's place on the scale, in [0, 1]; nan for nan."""
         if math.isnan(value):
             return math.nan
         if self.kind == "ratio":
@@ -125,7 +125,7 @@ def _centre(metric: Metric) -> float | None:
 
 
 def nice_above(value: float) -> float:
-    """Return the least round number that is not below a positive value; 1 for other values."""
+    """Return the smallest round number >= a positive value; 1 for other values."""
     if value <= 0:
         return 1.0
     unit = 10.0 ** math.floor(math.log10(value))
@@ -133,7 +133,7 @@ def nice_above(value: float) -> float:
 
 
 def stops(kind: str, dark: bool = False) -> tuple[str, ...]:
-    """Return the colours of a kind of scale, evenly spaced from low to high."""
+    """Return the colours for a kind of scale, evenly spaced from low to high."""
     if kind == "sequential":
         return SEQUENTIAL
     return DIVERGING_DARK if dark else DIVERGING

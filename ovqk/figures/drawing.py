@@ -1,6 +1,6 @@
-"""Panels on Matplotlib axes, which the figures are made of. Each function draws its data and returns nothing.
+"""Panels on Matplotlib axes, from which figures are built. Each function draws its data and returns nothing.
 
-No state of pyplot is touched. Texts of records are drawn as plain text without mathematics, and letters that the font
+pyplot's state is not touched. Texts from records are drawn as plain text without mathematics, and letters that the font
 lacks are escaped.
 """
 
@@ -40,7 +40,7 @@ STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "ovqk", "axes.unicode_minus": True,
 }  # fmt: skip
 MARKERS = dict.fromkeys(VERDICT_COLOURS, "o") | {"contradicted": "X", "untestable": "_", "out_of_scope": "."}
-DECADES = 3  # of modulus, from the rim of the complex plane to its centre
+DECADES = 3  # decades of modulus from the rim of the complex plane to its centre
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -65,7 +65,7 @@ def _drawable() -> frozenset[int]:
 
 
 def legible(text: str, most: int = 40) -> str:
-    """Return a text of a record for a figure: cut, without mathematics, with letters that the font lacks escaped."""
+    """Return a record's text for a figure: cut, without mathematics, with letters that the font lacks escaped."""
 
     def letter(one: str) -> str:
         if one == "$":
@@ -79,14 +79,14 @@ def legible(text: str, most: int = 40) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """Return a number as a figure shows it; `unavailable` for a missing one."""
+    """Return a number as figures show it; `unavailable` if it is missing."""
     if value is None or not math.isfinite(value):
         return "unavailable"
     return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def unavailable(axes: Axes, title: str, reason: str = "") -> None:
-    """Draw a panel that says that its values are unavailable."""
+    """Draw a panel with the word unavailable."""
     empty(axes, title, "unavailable" + (f": {reason}" if reason else ""))
 
 
@@ -98,7 +98,7 @@ def empty(axes: Axes, title: str, text: str) -> None:
 
 
 def mark(axes: Axes, x: float, y: float, verdict: str, size: int = 9, shift: tuple[float, float] = (0.0, 0.0)) -> None:
-    """Draw the mark of a verdict, whose shape says the same as its colour, shifted from its place by some points."""
+    """Draw a verdict's mark, shifted from its place by some points; its shape says the same as its colour."""
     moved = ScaledTranslation(shift[0] / 72, shift[1] / 72, axes.get_figure().dpi_scale_trans)  # type: ignore[union-attr]
     colour = VERDICT_COLOURS[verdict][0]
     filled = verdict in ("corroborated", "contradicted", "out_of_scope")
@@ -120,7 +120,7 @@ def eigenvalue_plane(
 
     Args:
         axes: the panel.
-        eigenvalues: the eigenvalues of one head.
+        eigenvalues: one head's eigenvalues.
         ends: the meaning of the left and of the right side.
         title: the panel's title.
     """
@@ -178,7 +178,7 @@ def ratio_gauge(axes: Axes, value: float, quantiles: Mapping[float, float] | Non
 
 
 def singular_curve(axes: Axes, own: Sequence[float], every: np.ndarray, title: str) -> None:
-    """Draw sigma_k / sigma_1 of a head against k, with the middle 90 % and the median of all heads [head, k]."""
+    """Draw a head's sigma_k / sigma_1 against k, with the middle 90 % and the median over all heads [head, k]."""
     sigma = np.asarray(own, dtype=float)
     k = np.arange(1, len(sigma) + 1)
     first = every[:, :1]
@@ -295,11 +295,11 @@ def null_strip(
     """Draw nulls as strips (range, 5 to 95 %, median) with the value on each, and p and q beside it.
 
     Args:
-        axes: where to.
+        axes: the panel.
         tests: rows of tests.parquet about one metric of one head or role, in one unit.
-        quantiles: index of the row -> quantile -> value.
+        quantiles: index of a row -> quantile -> value.
         unit: `value`, `rank` or `percentile` (if the value itself is not in the null's unit).
-        bounds: of the axis.
+        bounds: the axis's limits.
     """
     low, high = bounds
     for y, (index, row) in enumerate(tests.iterrows()):
@@ -378,11 +378,11 @@ def partner_bars(axes: Axes, found: pd.DataFrame, side: str, title: str) -> None
     axes.spines[["bottom", "left"]].set_visible(False)
 
 
-ATLAS_WIDTH = 240  # points, of an atlas in its figure
+ATLAS_WIDTH = 240  # an atlas's width in its figure, in points
 
 
 def _fitting(lines: Sequence[str], width: float) -> float:
-    """Return the size, 10 at most, at which bold capitals fit into a square of this width in points."""
+    """Return the font size, at most 10, at which bold capitals fit into a square of this width in points."""
     longest = max((len(line) for line in lines), default=1)
     return min(10.0, width / (0.78 * longest), width / (1.15 * max(1, len(lines))))
 

@@ -1,13 +1,13 @@
-"""Figures from tables of records: each function takes DataFrames and returns a Matplotlib figure; none computes.
+"""Figures from records' tables. Each function takes DataFrames and returns a Matplotlib figure, and computes nothing.
 
     from ovqk import load_results
     from ovqk.figures import models
     tables = load_results("results")
     models.effects(tables["verdicts"]).savefig("effects.svg")
 
-Tables of several cells, as of `load_results`, are told apart by their columns `model` and `task`; those of one cell
-(`ovqk.load_table`) need neither. Figures of one head are in `ovqk.portraits`. A missing value is shown as
-unavailable, never as zero.
+Tables that hold several cells, as `load_results` returns them, need the columns `model` and `task`; tables for one cell
+(`ovqk.load_table`) do not. Figures of one head are in `ovqk.portraits`. A missing value is shown as unavailable, never
+as zero.
 """
 
 import math
@@ -34,9 +34,9 @@ from ovqk.metrics import METRICS, shown_in
 from ovqk.records.comparison import could_be_corroborated, relative_depth
 
 COLUMNS = 3  # panels beside each other
-HOLLOW = ("untestable", "out_of_scope")  # verdicts that say nothing are drawn as outlines
-STEP = 1.5  # from layer to layer of a circuit
-INCHES = (0.95, 0.76)  # of a circuit's units across and upwards
+HOLLOW = ("untestable", "out_of_scope")  # verdicts without a finding are drawn as outlines
+STEP = 1.5  # distance between two layers of a circuit
+INCHES = (0.95, 0.76)  # size of a circuit's unit, across and upwards
 CLEARANCE = 0.26  # inches between an arrow and the middle of a head that it passes
 WAYS: dict[str, tuple[Any, float]] = {"q": ("-", -0.12), "k": ((0, (5, 2.5)), 0.0), "v": ((0, (1.2, 1.6)), 0.12)}
 """Kind of composition -> its arrow's dash and bend."""
@@ -85,7 +85,7 @@ def verdict_counts(verdicts: pd.DataFrame) -> Figure:
 
 
 def _count_bar(axes: Axes, y: int, counts: pd.Series, others: int) -> None:
-    told = {"color": MUTED, "style": "italic", "va": "center"}
+    told: Any = {"color": MUTED, "style": "italic", "va": "center"}
     if not len(counts):
         none = f"none of {others} can be corroborated alone" if others else "no verdicts"
         axes.text(0, y, none, fontsize=12 if not others else 9, **told)
@@ -139,13 +139,13 @@ def effects(verdicts: pd.DataFrame) -> Figure:
 def depth_curves(
     heads: pd.DataFrame, metrics: Sequence[str] | None = None, d_heads: Mapping[str, int] | None = None
 ) -> Figure:
-    """Draw metrics against relative depth: a line per model through the means of its layers, a dot for every head.
+    """Draw metrics against relative depth: for each model a line through its layers' means, and a dot for every head.
 
     Effective ranks of models whose heads have different dimensions are drawn as shares of these, if they are known.
 
     Args:
-        heads: of any models, with a column `model`.
-        metrics: columns of it; those that the registry shows along the depth, unless given.
+        heads: heads.parquet of any models, with a column `model`.
+        metrics: columns of `heads`; unless given, those that the registry shows along the depth.
         d_heads: model -> the dimension of its heads.
     """
     known = d_heads or {}
@@ -192,9 +192,9 @@ def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None
     """Draw a grid of layers x heads per model, coloured by one metric on one scale, with claimed heads ringed.
 
     Args:
-        heads: of one task, one cell per model.
-        metric: a column of it.
-        verdicts: of the same cells; whose heads are marked.
+        heads: heads.parquet for one task, with one cell per model.
+        metric: a column of `heads`.
+        verdicts: verdicts.parquet of the same cells, whose heads are marked.
 
     Raises:
         KeyError: there is no such metric.
@@ -225,7 +225,7 @@ def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None
 
 
 def wrapped_lines(parts: Iterable[str], most: int) -> list[str]:
-    """Join parts to lines of at most so many letters."""
+    """Join parts to lines with at most this many letters."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 4 + len(part) <= most:
@@ -268,11 +268,11 @@ def _colour_bar(figure: Figure, panels: Any, scale: Scale, title: str) -> None:
 
 @styled
 def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> Figure:
-    """Draw the claimed heads of one cell by role and layer, joined if a later one reads an earlier one above random.
+    """Draw one cell's claimed heads by role and layer, with arrows between heads that compose above random.
 
     Args:
-        verdicts: of one cell.
-        composition: pairs of its heads; those above random between claimed heads are drawn, wider the further above.
+        verdicts: the cell's verdicts.parquet.
+        composition: the cell's composition.parquet. The higher a pair's score above random, the wider its arrow.
     """
     heads = verdicts[verdicts["kind"] == "head"].astype({"layer": int, "head": int})
     roles = sorted(_names(verdicts, "role"), key=lambda role: heads[heads["role"] == role]["layer"].mean())
@@ -376,9 +376,9 @@ def _edges(axes: Axes, spots: Spots, composition: pd.DataFrame | None) -> None:
 
 
 def clear_bend(start: Spot, end: Spot, bend: float, others: Sequence[Spot], taken: Sequence[float]) -> float:
-    """Return the bend nearest to the wanted one with which an arrow passes no other head; the best one if none does.
+    """Return the bend nearest to the wanted one with which an arrow passes no other head, or the best bend there is.
 
-    Bends that are taken, by arrows of other kinds between the same heads, are left to them.
+    Bends that arrows of other kinds between the same heads have are not used again.
     """
     turns = (0, 0.12, -0.12, 0.24, -0.24, 0.36, -0.36)
     bends = [bend + turn for turn in turns if all(abs(bend + turn - other) > 0.06 for other in taken)]
@@ -400,7 +400,7 @@ def clear_bend(start: Spot, end: Spot, bend: float, others: Sequence[Spot], take
 
 
 def _one_cell_each(table: pd.DataFrame, keys: list[str]) -> None:
-    """Refuse cells of other seeds, processings or analyses, which would be drawn as one."""
+    """Refuse several cells with one model, such as cells with different seeds, because they would be drawn as one."""
     if not {"cell_id", *keys} <= set(table):
         return
     n_cells = table.groupby(keys, sort=False)["cell_id"].nunique()
@@ -427,7 +427,7 @@ def _parts(table: pd.DataFrame, key: str) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _first_with(part: pd.DataFrame, metrics: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Return metric -> the rows of the first of a model's cells that has it."""
+    """Return metric -> the rows of the model's first cell that has it."""
     cells = [cell for _, cell in _parts(part, "cell_id")]
     found = {
         name: next((cell for cell in cells if name in cell and cell[name].notna().any()), None) for name in metrics

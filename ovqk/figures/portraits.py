@@ -1,12 +1,12 @@
-"""Figures of one head, from the tables of its cell; `ovqk.figures` has those of models beside each other.
+"""Figures of one head, from its cell's tables. Figures of models beside each other are in `ovqk.figures`.
 
     from ovqk.figures import models, portraits
     from ovqk.records import results
     tables = {name: results.load_table(folder, name) for name in portraits.TABLES}
     portraits.sheet(tables, layer=3, head=4).savefig("head.png")
 
-Every function takes a mapping of tables, the layer and the head. A table that the analysis did not make, or a metric
-without a value, is a panel that says unavailable; `reasons`, a record's `unavailable`, say why.
+Every function takes a mapping of tables, the layer and the head. If the analysis did not make a table, or a metric has
+no value, the panel says unavailable, and `reasons` (a record's `unavailable`) say why.
 """
 
 import math
@@ -27,20 +27,20 @@ from ovqk.metrics import HEAD_METRICS, METRICS, ratios
 HeadTables = Mapping[str, pd.DataFrame | None]
 TABLES = ("heads", "spectra", "directions", "offsets", "composition", "tests", "nulls", "verdicts")
 ENDS = {("ov", "vocab"): ("suppresses", "copies"), ("qk", "vocab"): ("avoids it", "same token")}
-"""The meaning of eigenvalues on the left and on the right; in residual space they have none."""
+"""(circuit, space) -> the meaning of eigenvalues on the left and on the right; in residual space they have none."""
 SHOWN_COMPONENTS, SHOWN_TOKENS, SHOWN_PARTNERS = 3, 5, 5
 
 
 @styled
 def eigenvalues(tables: HeadTables, layer: int, head: int, circuit: str = "ov", space: str | None = None) -> Figure:
-    """Draw the eigenvalues of a circuit in the complex plane, by angle and logarithm of the modulus.
+    """Draw a circuit's eigenvalues in the complex plane, by angle and logarithm of the modulus (Elhage et al. 2021).
 
-    The form is that of Elhage et al. 2021. Below: sum lambda / sum |lambda|, with 5 to 95 % and the median of the frame
-    null (heads of the same singular values between random frames) if the head's role predicts the ratio.
+    Below them is sum lambda / sum |lambda|. If the head's role predicts that ratio, the null `spectrum` (random heads
+    with the same singular values) is shown beside it by its median and its range from 5 to 95 %.
 
     Args:
-        tables: spectra and heads; tests and nulls for the band.
-        layer, head: whose.
+        tables: spectra and heads; tests and nulls for the null's range.
+        layer, head: the head.
         circuit: `ov` or `qk`.
         space: `vocab` (the full circuit, between tokens) or `residual`; the first that is there, unless given.
     """
@@ -68,7 +68,7 @@ def position_or_content(tables: HeadTables, layer: int, head: int, reasons: Mapp
 
 @styled
 def partners(tables: HeadTables, layer: int, head: int) -> Figure:
-    """Draw the strongest compositions of the head: heads it reads from, and heads that read it (Elhage et al. 2021)."""
+    """Draw the head's strongest compositions: heads that it reads, and heads that read it (Elhage et al. 2021)."""
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     _partners(figure.subplots(1, 2), tables, layer, head)
     return figure
@@ -76,10 +76,10 @@ def partners(tables: HeadTables, layer: int, head: int) -> Figure:
 
 @styled
 def null_strips(tables: HeadTables, layer: int | None, head: int | None, role: str | None = None) -> Figure:
-    """Draw every test of a head (of roles if layer and head are None) on its null: range, 5 to 95 %, median, value.
+    """Draw every test of a head, or of roles if layer and head are None, on its null: range, 5 to 95 %, median, value.
 
-    A filled dot is one that counts for the verdict, blue if q < 0.05. The null `depth` compares values standardised
-    within their layers, so the head is drawn at its percentile.
+    A dot is filled if the test counts for the verdict, and blue if q < 0.05. The null `depth` compares standardised
+    values, so there the head is drawn at its percentile.
     """
     groups = _strips(tables, layer, head, role)
     heights = [0.42 * len(rows) + 0.75 for _, _, rows in groups] or [1]
@@ -91,7 +91,7 @@ def null_strips(tables: HeadTables, layer: int | None, head: int | None, role: s
 
 @styled
 def components(tables: HeadTables, layer: int, head: int, circuit: str = "ov") -> Figure:
-    """Draw the tokens that the leading singular components of a circuit read and write, at both of their ends."""
+    """Draw the tokens that a circuit's leading singular components read and write, at both ends of each."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     _components(figure.subplots(), tables, layer, head, circuit)
     return figure
@@ -101,13 +101,13 @@ def components(tables: HeadTables, layer: int, head: int, circuit: str = "ov") -
 def sheet(
     tables: HeadTables, layer: int, head: int, title: str = "", reasons: Mapping[str, str] | None = None
 ) -> Figure:
-    """Draw everything about one head on one sheet: verdict, spectra, tokens, positions, partners, nulls.
+    """Draw all panels about one head on one sheet: verdict, spectra, tokens, positions, partners, nulls.
 
     Args:
-        tables: of its cell.
-        layer, head: whose.
-        title: of the sheet, such as the model's name.
-        reasons: metric -> why it has no value, as a record's `unavailable`.
+        tables: the cell's tables.
+        layer, head: the head.
+        title: the sheet's title, such as the model's name.
+        reasons: metric -> why it has no value, as in a record's `unavailable`.
     """
     strips = _strips(tables, layer, head, None)
     tall = sum(0.42 * len(rows) + 0.75 for _, _, rows in strips)
@@ -144,7 +144,7 @@ def sheet(
 
 
 def _of(table: pd.DataFrame | None, layer: int | None, head: int | None) -> pd.DataFrame:
-    """Return the rows of a head, or of roles if both are None; no rows if there is no table."""
+    """Return the rows about a head, or about roles if layer and head are None; none if there is no table."""
     if table is None:
         return pd.DataFrame()
     if layer is None or head is None:
@@ -197,13 +197,13 @@ def _eigenvalues(
     drawing.eigenvalue_plane(plane, values, ENDS.get((circuit, chosen), ("opposite", "same")), f"{title}\n{where}")
     value = _value(tables, layer, head, metric)
     if math.isfinite(value):
-        drawing.ratio_gauge(gauge, value, frame_band(tables, layer, head, metric), METRICS[metric].title)
+        drawing.ratio_gauge(gauge, value, spectrum_band(tables, layer, head, metric), METRICS[metric].title)
     else:
         gauge.set_axis_off()
 
 
-def frame_band(tables: HeadTables, layer: int, head: int, metric: str) -> dict[float, float] | None:
-    """Return quantile -> value of the spectrum null of a head's metric; None if it was not drawn."""
+def spectrum_band(tables: HeadTables, layer: int, head: int, metric: str) -> dict[float, float] | None:
+    """Return quantile -> value for a head's metric under the null `spectrum`; None if it was not drawn."""
     rows = _of(tables.get("nulls"), layer, head)
     if not len(rows):
         return None
@@ -276,7 +276,7 @@ Strip = tuple[str, str, pd.DataFrame]
 
 
 def _strips(tables: HeadTables, layer: int | None, head: int | None, role: str | None) -> list[Strip]:
-    """Return the tests of a head or role by metric and by the unit of the null: one group for each axis."""
+    """Group the tests of a head or role by metric and by the null's unit, one group for each axis."""
     tests = _of(tables.get("tests"), layer, head)
     if not len(tests):
         return []

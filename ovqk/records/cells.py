@@ -1,4 +1,4 @@
-"""The finished cells of a results folder in memory, and labels that tell them apart."""
+"""The finished cells of a results folder, read into memory, and labels that tell them apart."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ ANALYSES = (
     "qk",
     "ov",
     "composition",
-)  # which of several cells of one model and task is shown first
+)  # in the order in which several cells of one model and task are shown
 TABLES = (
     "heads",
     "layers",
@@ -42,7 +42,14 @@ CellTables = dict[str, pd.DataFrame]
 
 @dataclass
 class Cell:
-    """One finished cell: its folder, record and tables."""
+    """One finished cell.
+
+    Attributes:
+        folder: the folder of its results.
+        record: its record.json.
+        tables: name -> table.
+        prints: name -> a table's fingerprint, once it is computed.
+    """
 
     folder: Path
     record: Json
@@ -51,12 +58,12 @@ class Cell:
 
     @property
     def place(self) -> tuple[str, str]:
-        """Model and task."""
+        """The names of model and task."""
         return self.record["model"], self.record["task"]
 
     @property
     def weights(self) -> str:
-        """The weights and their processing; cells that share both share all results that depend on no task."""
+        """The weights and their processing. Cells that share both share all results that do not depend on a task."""
         return f"{self.digest[:16]} {self.record['processing']['applied']}"
 
     @property
@@ -69,7 +76,7 @@ class Cell:
 
     @property
     def variant(self) -> tuple[str, str]:
-        """Processing and seed, for the order of cells that differ in nothing else."""
+        """Processing and seed, which order the cells that differ in nothing else."""
         return str(self.record["processing"].get("applied")), f"{self.record['seed']:>6}"
 
     @property
@@ -78,7 +85,7 @@ class Cell:
         return str(self.record["provenance"].get("weights_digest"))
 
     def print_of(self, name: str) -> tuple[str, int]:
-        """Return a fingerprint of a table. Cells of the same weights mostly share it, and it is then thinned once."""
+        """Return a table's fingerprint. Cells with the same weights mostly share it, and then it is thinned once."""
         if name not in self.prints:
             self.prints[name] = int(pd.util.hash_pandas_object(self.tables[name], index=False).sum())
         return self.weights, self.prints[name]
@@ -95,7 +102,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell without results: it failed, or its files cannot be read."""
+    """A cell without results, because it failed or its files cannot be read; `error` says why."""
 
     model: str
     task: str
@@ -104,7 +111,11 @@ class Failure:
 
 
 def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
-    """Return the finished cells of a results folder, and those that failed or whose tables cannot be read."""
+    """Read the cells of a results folder.
+
+    Returns:
+        The finished cells, and those that failed or whose files cannot be read.
+    """
     cells, failures = [], []
     for folder in cell_folders(results_dir):
         record = read_record(folder)
@@ -131,7 +142,7 @@ def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
 
 
 def labels(cells: Sequence[Cell]) -> list[str]:
-    """Return each cell's model, with brackets that tell the cell from others of its model and task."""
+    """Return each cell's model, with brackets that tell the cell from others with its model and task."""
     told_apart = differences([cell.record for cell in cells])
     found = [
         _named(cell.record["model"], [text.replace("processing=", "")])
@@ -145,7 +156,10 @@ def labels(cells: Sequence[Cell]) -> list[str]:
 
 
 def weights_labels(cells: Sequence[Cell]) -> list[str]:
-    """Return each cell's model for results that depend on no task, with weights and processing if it has several."""
+    """Return each cell's model, with its weights or processing in brackets if the model has several.
+
+    These labels are for results that do not depend on a task.
+    """
     digests, kinds = defaultdict(set), defaultdict(set)
     for cell in cells:
         digests[cell.record["model"]].add(cell.digest)

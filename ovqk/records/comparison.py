@@ -1,6 +1,6 @@
 """Models side by side, from their records: by role, and by relative depth.
 
-Layers of different models are compared by where they lie between the first (0) and the last (1).
+Layers of different models are compared by their relative depth: 0 is the first layer, 1 the last.
 """
 
 import hashlib
@@ -21,22 +21,27 @@ from ovqk.records.results import load_table
 from ovqk.verdicts.statistics import ALPHA
 
 RANKS, OF_D_HEAD = ("ov_effective_rank", "qk_effective_rank"), " / d_head"
-SHOWN_LETTERS = 24  # of a value that tells cells apart
+SHOWN_LETTERS = 24  # the longest value that is shown to tell cells apart
 QUARTERS = ("first quarter", "second quarter", "third quarter", "last quarter")
 
 
 def relative_depth(layers: pd.Series, n_layers: int) -> pd.Series:
-    """Return layer / (n_layers - 1), in [0, 1]; 0 for a model of one layer."""
+    """Return layer / (n_layers - 1), in [0, 1]; 0 if the model has one layer."""
     return layers / max(1, n_layers - 1)
 
 
 def roles(folders: Iterable[Path]) -> pd.DataFrame:
     """Return one row per cell and claimed role, ordered by task, analysis, role, then model.
 
-    Columns: model, task, analysis, cell (which tells it from others of these three), role, heads (how many), depth
-    (their mean relative depth), primary (its metric), effect (AUC within layers), p, verdict, of_its_heads (verdict ->
-    count), and on_prompts (the same of what they do there) if a cell ran its model. A cell
-    without claims has one row, with an empty role and the verdict `no claims`.
+    A cell without claims has one row, with an empty role and the verdict `no claims`.
+
+    Columns:
+        model, task, analysis: the cell's choice.
+        cell: text that tells the cell from others with the same choice (`differences`).
+        role, heads, depth: the role, the number of its heads, and their mean relative depth.
+        primary, effect, p, verdict: the primary metric, its AUC within layers, p, and the role's verdict.
+        of_its_heads: verdict -> number of heads.
+        on_prompts: verdict on prompts -> number of heads; only if a cell ran its model.
     """
     rows: list[dict[str, Any]] = []
     done = done_records(folders)
@@ -65,9 +70,10 @@ def roles(folders: Iterable[Path]) -> pd.DataFrame:
 
 
 def differences(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return text that tells each cell from others of its model, task and analysis, like `seed=1`; empty if alone.
+    """Return text, such as `seed=1`, that tells each cell from others with its model, task and analysis.
 
-    Everything its numbers depend on is compared; long values, and weights, are shown as eight digits of their hash.
+    It is empty if there are no others. Everything that a cell's numbers depend on is compared. Long values are shown as
+    eight digits of their hash.
     """
     places = [tuple(record[key] for key in ("model", "task", "analysis")) for record in records]
     choices = [_flat(record["provenance"].get("identity", {})) for record in records]
@@ -97,13 +103,13 @@ def _brief(value: str) -> str:
 
 
 def depths(folders: Iterable[Path]) -> pd.DataFrame:
-    """Return the mean over heads of each model's metrics, by quarter of its depth.
+    """Return each model's mean metrics over heads, by quarter of its depth.
 
-    An effective rank is a share of d_head, the largest that it could be: models differ in that.
+    An effective rank is divided by d_head, its largest possible value, because models differ in d_head. A layer belongs
+    to the quarter into which its relative depth falls. The same weights with the same processing are taken once, from
+    the first cell that has the metric.
 
     Columns: metric, model, processing, weights (digest), then QUARTERS.
-    A layer belongs to the quarter its relative depth falls into (the last layer to the last). Weights are taken once
-    for each processing, from the first of their cells that has the metric.
     """
     seen: dict[tuple[str, ...], dict[str, Any]] = {}
     for folder, record in done_records(folders):
@@ -125,7 +131,7 @@ def depths(folders: Iterable[Path]) -> pd.DataFrame:
 
 
 def _d_head(folder: Path) -> float:
-    """Return the most singular values that a head of the cell's model has; nan without spectra."""
+    """Return the largest number of singular values of a head in this cell; nan without spectra."""
     spectra = load_table(folder, "spectra")
     if spectra is None:
         return math.nan
@@ -133,10 +139,10 @@ def _d_head(folder: Path) -> float:
 
 
 def quarter_means(heads: pd.DataFrame, n_layers: int) -> pd.DataFrame:
-    """Average each metric that is shown along the depth over the heads of each quarter of it.
+    """Average each metric that is shown along the depth, over the heads in each quarter of it.
 
     Returns:
-        One row for each of QUARTERS (nan for one without layers), one column for each metric that has values.
+        One row for each of QUARTERS (nan for a quarter without layers), one column for each metric that has values.
     """
     there = [name for name in shown_in("depth") if name in heads and heads[name].notna().any()]
     depth = relative_depth(heads["layer"], n_layers)

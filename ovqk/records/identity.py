@@ -1,7 +1,7 @@
 """A cell's identity: everything that its numbers depend on, and nothing else.
 
-Two cells with one id have the same tables up to rounding, whatever the machine, the folder, the device or the number of
-threads (docs/performance.md says by how much), and to the byte on one machine with one number of threads.
+Two cells with the same id have the same tables. On one machine with one number of threads they are equal to the byte.
+On other machines, devices or numbers of threads they differ by rounding (docs/performance.md says by how much).
 """
 
 import hashlib
@@ -22,7 +22,7 @@ def identity(config: Config, digest: str) -> dict[str, Any]:
         digest: the digest of the checkpoint's weights, config and tokenizer.
     """
     model, activations = plain(config.model), plain(config.activations)
-    activations.pop("batch")  # how, not what
+    activations.pop("batch")  # no number depends on it
     return {
         "schema_version": SCHEMA_VERSION,
         "weights": digest,

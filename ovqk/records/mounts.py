@@ -1,7 +1,7 @@
-"""Whether a folder's file locks reach other machines, from how its file system is mounted (Linux).
+"""A warning if a folder's file locks do not reach other machines, judged by the mount of its file system (Linux).
 
 Some mounts grant locks that only this machine sees: NFS with `nolock` or `local_lock=flock` or `all` (nfs(5)), Lustre
-with `localflock` (mount.lustre(8)), CIFS with `nobrl` (mount.cifs(8)). Two machines would then compute one cell.
+with `localflock` (mount.lustre(8)), CIFS with `nobrl` (mount.cifs(8)). Two machines would then compute the same cell.
 """
 
 import re
@@ -15,11 +15,11 @@ ALONE = {
     "cifs": ("nobrl",),
     "smb3": ("nobrl",),
 }
-"""File system -> options of a mount whose locks stay on this machine."""
+"""File system -> mount options with which locks stay on this machine."""
 
 
 def warning(folder: Path, mounts: str | None = None) -> str | None:
-    """Return a warning if this folder's locks do not reach other machines; None if they do, or if nobody can tell.
+    """Return a warning if this folder's locks do not reach other machines; None if they do, or if it is unknown.
 
     Args:
         folder: the results folder.

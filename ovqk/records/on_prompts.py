@@ -1,6 +1,6 @@
-"""What a cell's record and tables hold about prompts: heads by how they read, and weights against prompts.
+"""A cell's results on prompts, arranged for readers: heads by reading, and weights against prompts.
 
-Nothing here measures: it names and arranges what `activations`, `roles` and `joint` hold (definitions: section 7).
+Nothing is measured here. The numbers come from `activations`, `roles` and `joint` (definitions: section 7).
 """
 
 import math
@@ -24,16 +24,16 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ranking:
-    """How a role's weight metric ranks all heads, beside what they do on prompts.
+    """A role's weight metric beside its quantity on prompts, for all heads.
 
     Attributes:
         role: the role.
-        metric: of the weights.
-        first_layer: the metric that stands for it in layer 0; None if it is the same.
-        direction: of the prediction.
-        quantity: the title of what heads do on prompts.
+        metric: the weights' metric.
+        first_layer: the metric that replaces it in layer 0; None if it is the same.
+        direction: the prediction's direction, `high` or `low`.
+        quantity: the title of the quantity on prompts.
         points: a row for each head: layer, head, weights, prompts, found (a key of `wording.FOUND`).
-        statistics: of joint.parquet: STATISTICS.
+        statistics: the columns STATISTICS of joint.parquet.
     """
 
     role: str
@@ -46,13 +46,13 @@ class Ranking:
 
     @property
     def titles(self) -> list[str]:
-        """The weights' metric with the sign of its prediction, and the one that stands for it in the first layer."""
+        """The title of the weights' metric with its predicted sign, and that of the metric of the first layer."""
         first = [f"(layer 0: {wording.metric(self.first_layer)})"] if self.first_layer else []
         return [wording.predicted(self.metric, self.direction), *first]
 
     @property
     def says(self) -> list[str]:
-        """How the weights rank the heads: AUC with its interval; Spearman, and what it could reach."""
+        """Two texts on the ranking: the AUC with its interval; Spearman's correlation, and the most it could reach."""
         auc, low, high = (self.statistics[name] for name in ("auc", "auc_low", "auc_high"))
         interval = f" ({low:.2f} to {high:.2f})" if math.isfinite(low) and math.isfinite(high) else ""
         none = "no AUC" if self.statistics["n_measured"] else "no AUC: no head is measured"
@@ -69,20 +69,20 @@ def _signed(value: float) -> str:
 
 
 def role_choice(record: Json, role: str) -> Json:
-    """Return what the record's task says of a role on prompts; empty if it says nothing."""
+    """Return a role's `activations` in the record's task; empty if it has none."""
     roles = record["provenance"]["config"]["task"].get("roles") or {}
     return (roles.get(role) or {}).get("activations") or {}
 
 
 def rankings(record: Json, tables: Mapping[str, pd.DataFrame]) -> list[Ranking]:
-    """Return a ranking for each role of joint.parquet whose metric all heads may have, in its order."""
+    """Return a ranking for each row of joint.parquet about a role, in its order."""
     if not {"joint", "activations", "heads"} <= tables.keys():
         return []
     return [_ranking(record, tables, row) for row in joint_rows(tables["joint"], "role").to_dict("records")]
 
 
 def joint_rows(joint: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """Return the rows of joint.parquet about heads or about roles, with all columns that are read here."""
+    """Return the rows of joint.parquet about heads (`head`) or roles (`role`), with all columns that are read here."""
     whole = joint.reindex(columns=list(dict.fromkeys([*JOINT, *joint.columns])))
     return whole[whole["kind"] == kind]
 
@@ -123,7 +123,7 @@ def _testing(activations: pd.DataFrame, role: str) -> pd.DataFrame:
 
 
 def _quantity(name: str, choice: Json, rows: pd.DataFrame) -> tuple[str, np.ndarray]:
-    """Return the title and values of what joint.parquet ranks by: writes in their sign, attention less its control."""
+    """Return the ranking quantity's title and values: a write times its sign, or attention less its control."""
     values = rows[name].to_numpy(float)
     if name == "write":
         write = choice["write"]
@@ -137,7 +137,7 @@ def _quantity(name: str, choice: Json, rows: pd.DataFrame) -> tuple[str, np.ndar
 
 
 def _labels(choice: Json) -> dict[str, str]:
-    """Return the labels of a role's tokens, and what its effect is on, for the titles of `wording`."""
+    """Return a role's labels, and the quantity that its effect is measured on, for the titles in `wording`."""
     attention, write, effect = (choice.get(kind) or {} for kind in ("attention", "write", "effect"))
     into = f"{wording.role(effect['into'])} heads' attention" if effect.get("into") else "the logit difference"
     given = f" without {wording.role(effect['given'])} heads" if effect.get("given") else ""
@@ -147,7 +147,7 @@ def _labels(choice: Json) -> dict[str, str]:
 
 
 def pictures(record: Json, role: str) -> list[Json]:
-    """Return the bars that show what a head does for a role: kind, title, and columns with their labels."""
+    """Return the bars that show a head's quantities for a role: kind, title, and columns with their labels."""
     choice = role_choice(record, role)
     labels = _labels(choice)
     return [
@@ -163,10 +163,10 @@ def pictures(record: Json, role: str) -> list[Json]:
 
 
 def head_table(joint: pd.DataFrame, roles: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per claimed or chosen head and role, those that are measured and then claimed first.
+    """Return one row per role and claimed or chosen head, measured ones first, then claimed ones.
 
-    Columns: role, layer, head, measured, found (in words), the quantities of `wording.PROMPT_COLUMNS`, weights and
-    activations (verdicts), reading, reason.
+    Columns: role, layer, head, measured, found (in words), the quantities in `wording.PROMPT_COLUMNS`, weights and
+    activations (both verdicts), reading, reason.
     """
     more = ["score_contrast", "score_key_partner", "score_query_partner"]
     wanted = ["role", "layer", "head", "reason", *wording.PROMPT_COLUMNS, *more]
@@ -189,7 +189,7 @@ def head_table(joint: pd.DataFrame, roles: pd.DataFrame) -> pd.DataFrame:
 
 
 def head_values(activations: pd.DataFrame) -> pd.DataFrame:
-    """Return what each head does for each role on the testing half, as `wording.PROMPT_BARS` shows it."""
+    """Return each head's quantities for each role on the testing half: those in `wording.PROMPT_BARS`."""
     shown = [column for bars in wording.PROMPT_BARS.values() for column in bars]
     errors = [f"{kind}_se" for kind in wording.PROMPT_BARS]
     columns = ["role", "layer", "head", *shown, *errors, "write_link", "write_link_slope"]
@@ -198,10 +198,10 @@ def head_values(activations: pd.DataFrame) -> pd.DataFrame:
 
 
 def readings(joint: pd.DataFrame) -> list[Json]:
-    """Return heads by how their weights and what they do on prompts read together, in the order of `wording.READINGS`.
+    """Group heads by reading and verdicts, in the order of `wording.READINGS`.
 
-    Each has the reading, both verdicts (the weights' is None for a head whose weights were not tested), and
-    role -> heads.
+    Returns:
+        For each group: the reading, both verdicts (None if a head's weights were not tested), and role -> heads.
     """
     heads = joint_rows(joint, "head")
     heads = heads.assign(weights=[value if isinstance(value, str) else "" for value in heads["weights"]])
@@ -218,7 +218,7 @@ def readings(joint: pd.DataFrame) -> list[Json]:
 
 
 def verdict_counts(roles: pd.DataFrame, heads: pd.DataFrame) -> dict[str, int]:
-    """Return verdict on prompts -> how many of these heads of one role (columns role, layer, head) have it."""
+    """Count the verdicts on prompts of these heads (columns role, layer, head): verdict -> number of heads."""
     if not len(roles):
         return {}
     keys = ["role", "layer", "head"]
@@ -228,10 +228,10 @@ def verdict_counts(roles: pd.DataFrame, heads: pd.DataFrame) -> dict[str, int]:
 
 
 def tasks_done(folders: Iterable[Path]) -> pd.DataFrame:
-    """Return one row per cell that ran the model: how well it does the task, and how many heads are measured.
+    """Return one row per cell that ran its model: how well the model does the task, and how many heads are measured.
 
     Columns: model, task, analysis, cell_id, accuracy, logit_difference (both on the testing half), measured_heads, and
-    what cannot be tested, and why, as `untestable`.
+    untestable (why nothing can be tested; empty if tests are possible).
     """
     rows = []
     for folder, record in done_records(folders):

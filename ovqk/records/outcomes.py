@@ -1,7 +1,7 @@
 """The outcomes of a sweep's cells, as small files that any process on any machine can write and read.
 
-A sweep's folder under `<results_dir>/.hydra_runs` holds `sweep.json`, the cells it expects, and in `outcomes/` a file
-for each cell that has ended. A cell without a file was killed by the system, or never started.
+A sweep's folder under `<results_dir>/.hydra_runs` holds `sweep.json`, which lists the expected cells, and in
+`outcomes/` a file for each cell that has ended. A cell without a file was killed by the system, or never started.
 """
 
 import hashlib
@@ -28,13 +28,14 @@ class Outcome:
     """The outcome of one cell.
 
     Attributes:
-        status: `cached` if it was done before.
+        status: `done`, `failed`, or `cached` if the cell was done before.
+        model, task, analysis: the cell's choice.
         folder: the folder of its results, if it has any.
-        seconds: the time it took, with tracking.
+        seconds: the time it took, tracking included.
         error: why the cell failed, if it did.
-        traceback: of the error, if it is a defect and no mistake of the user.
-        warning: a failure that did not cost the result, such as one of its W&B run.
-        tracking: how it is tracked: mode, project and entity.
+        traceback: the error's traceback, if the error is a defect of ovqk and not a user's mistake.
+        warning: a failure that did not cost the result, such as a failure of its W&B run.
+        tracking: mode, project and entity of its W&B run.
     """
 
     status: Status
@@ -50,7 +51,7 @@ class Outcome:
 
     @property
     def name(self) -> str:
-        """The cell as messages name it."""
+        """The cell's name in messages."""
         return f"{self.model} / {self.task} / {self.analysis}"
 
 
@@ -82,7 +83,7 @@ class Outcomes:
         return dict(json.loads((self.folder / EXPECTED).read_text(encoding="utf-8")))
 
     def details(self) -> dict[int, str]:
-        """Return number -> the overrides, like seed=1, that tell a cell from others of its model, task and analysis."""
+        """Return number -> the overrides, such as seed=1, that tell a cell from others with its choice."""
         cells = [dict(override.split("=", 1) for override in cell) for cell in self.expected() or []]
         varied = [key for key in (cells[0] if cells else ()) if len({cell[key] for cell in cells}) > 1]
         shown = [key for key in varied if key not in ("model", "task", "analysis")]
@@ -91,20 +92,20 @@ class Outcomes:
     def add(self, number: int, outcome: Outcome) -> None:
         """Write the outcome of one cell.
 
-        If the disk of the results is full, it is kept in this process, and in the machine's temporary folder for the
-        process that prints the sweep.
+        If the disk of the results is full, the outcome is kept in this process and in the machine's temporary folder,
+        where the process that prints the sweep finds it.
         """
         try:
             write_json(self.folder / ENDED / f"{number}.json", asdict(outcome))
         except OSError:
-            _unwritten.setdefault(self.folder, {})[number] = outcome
+            unwritten.setdefault(self.folder, {})[number] = outcome
             with suppress(OSError):
                 self._beside.mkdir(mode=0o700, exist_ok=True)
                 write_json(self._beside / f"{number}.json", asdict(outcome))
 
     def new(self) -> dict[int, Outcome]:
         """Return the outcomes since the last call, by the number of the cell."""
-        kept = _unwritten.get(self.folder, {})
+        kept = unwritten.get(self.folder, {})
         found = {number: outcome for number, outcome in kept.items() if number not in self._read}
         folders = [self.folder / ENDED, *([self._beside] if _is_own(self._beside) else [])]
         for path in chain.from_iterable(folder.glob("*.json") for folder in folders):
@@ -116,7 +117,7 @@ class Outcomes:
 
     def forget(self) -> None:
         """Remove the outcomes that were kept elsewhere."""
-        _unwritten.pop(self.folder, None)
+        unwritten.pop(self.folder, None)
         if _is_own(self._beside):
             shutil.rmtree(self._beside, ignore_errors=True)
 
@@ -126,18 +127,18 @@ class Outcomes:
         return dict(sorted(self._read.items()))
 
 
-_unwritten: dict[Path, dict[int, Outcome]] = {}
-"""Sweep's folder -> outcomes of its cells that the disk did not take."""
+unwritten: dict[Path, dict[int, Outcome]] = {}
+"""Sweep's folder -> outcomes that could not be written to the disk."""
 
 
 def _folder_beside(folder: Path) -> Path:
-    """Return the place of outcomes in this machine's temporary folder."""
+    """Return the folder for outcomes in this machine's temporary folder."""
     name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"ovqk-outcomes-{name}"
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether a folder is there and this user's: anybody may write to the temporary folder."""
+    """Whether a folder exists and belongs to this user; anybody may write to the temporary folder."""
     try:
         status = folder.lstat()
     except OSError:

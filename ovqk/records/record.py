@@ -51,14 +51,14 @@ class Analysis:
     Attributes:
         tables: name -> table; the tables that the analysis does not make are absent.
         unavailable: metric -> why no head has a value.
-        summary: flat scalars.
+        summary: name -> number, without nesting.
         words: kept and dropped words of the task's sets.
         processing: the processing of weights that was asked for, and the one that was applied.
         claims: source and reliability of the claims, or the reason why there are none.
         notes: further facts that a reader of the tables should know.
         null_seconds: seconds spent on drawing nulls.
-        activations: prompts, halves and controls of what was measured by running the model, or why nothing was; None if
-            the analysis does not run it.
+        activations: prompts, halves and controls of the measurement on prompts, or why there was none; None if the
+            analysis does not run the model.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -79,7 +79,7 @@ class Origin:
     Attributes:
         digest: the checkpoint's digest.
         revision: the hub's resolved commit; None for weights from elsewhere.
-        quantisation: kind of tensor -> how it is quantised.
+        quantisation: kind of tensor -> its quantisation.
         loaded_by: `families` or `bridge`.
     """
 
@@ -219,7 +219,7 @@ def cell_yaml(config: Config) -> str:
 
 
 def _literal(value: Any) -> Any:
-    """Return plain data in which OmegaConf interpolates no text: all was, when the choice was resolved."""
+    """Return plain data with `${` escaped, so that OmegaConf does not interpolate it a second time."""
     if isinstance(value, dict):
         return {key: _literal(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -228,7 +228,7 @@ def _literal(value: Any) -> Any:
 
 
 def provenance(config: Config, identity: dict[str, Any], origin: Origin, seconds: float) -> dict[str, Any]:
-    """Return where the numbers came from: weights, identity, config, versions, code, cost."""
+    """Return the origin of the numbers: weights, identity, config, versions, code, cost."""
     import torch
 
     commit, dirty = _git()
@@ -265,7 +265,7 @@ def forget_peak_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Return the peak resident bytes of this process, since it began or since `forgetpeak_memory`."""
+    """Return this process's peak of resident bytes, since it began or since `forget_peak_memory`."""
     with suppress(OSError, AttributeError):
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]

@@ -1,6 +1,6 @@
-"""Whether a done cell's record and tables are such as ovqk writes them.
+"""Checks that a done cell's record and tables have the form that ovqk writes.
 
-They may be someone else's, or damaged. Whoever reads several cells leaves an unsound one out, and says why.
+They may come from someone else, or be damaged. A reader of several cells leaves out an unsound one and says why.
 """
 
 import re
@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 CELL_ID = re.compile("[0-9a-f]{12}")
 TABLE = re.compile("[a-z_]{1,40}")
 MOST_LAYERS, MOST_HEADS = 10_000, 10_000_000
-"""Of a model; more are no model's, and tables by layer and head would not fit in memory."""
+"""The most layers and heads of a model. No model has more, and tables by layer and head would not fit in memory."""
 ROWS_PER_BYTE, FEW_ROWS = 8, 100_000
-"""A table of more than FEW_ROWS rows takes at least a byte for so many: an honest one has numbers in them."""
+"""A table with more than FEW_ROWS rows may have at most so many rows for each byte; a sound one holds numbers."""
 POSITIONS = {
     "heads": ("layer", "head"),
     "layers": ("layer",),
@@ -33,7 +33,7 @@ POSITIONS = {
     "roles": ("layer", "head"),
     "joint": ("layer", "head"),
 }
-"""Table -> its columns that name layers and heads."""
+"""Table -> its columns with the numbers of layers and heads."""
 TEXTS: dict[str, tuple[str, ...]] = {
     "heads": ("unstable",),
     "spectra": ("circuit", "space", "kind"),
@@ -47,7 +47,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "roles": ("role", "verdict"),
     "joint": ("kind", "role"),
 }
-"""Table -> its columns that hold text, and that each reader needs."""
+"""Table -> its columns of text that readers need."""
 NUMBERS: dict[str, tuple[str, ...]] = {
     "spectra": ("offset", "index", "re", "im"),
     "offsets": ("offset", "mean_score"),
@@ -58,7 +58,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "nulls": ("quantile", "value"),
     "verdicts": ("value", "effect", "p", "q"),
 }
-"""Table -> its columns that hold numbers, and that each reader needs, beside POSITIONS."""
+"""Table -> its columns of numbers that readers need, besides POSITIONS."""
 
 
 def _is(*kinds: type) -> Callable[[Any], bool]:
@@ -99,7 +99,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "provenance.config.task": (_is(dict), "an object"),
     "provenance.config.tracking": (_is(dict), "an object"),
 }
-"""Key of a done cell's record, with dots between levels -> what its value must be."""
+"""Key of a done cell's record, with dots between levels -> a check of its value, and the allowed values in words."""
 OPTIONAL = {
     "sweep",
     "unavailable",
@@ -114,12 +114,12 @@ OPTIONAL = {
 
 
 def record_fault(record: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with a done cell's record; None if it is sound."""
+    """Return a sentence on the first fault of a done cell's record; None if it is sound."""
     for key, (fits, allowed) in FIELDS.items():
         place: Any = record
         for part in key.split("."):
             place = place.get(part, FIELDS) if isinstance(place, Mapping) else FIELDS
-        if place is FIELDS:  # a mark for a missing one
+        if place is FIELDS:  # marks a missing key
             if key not in OPTIONAL:
                 return f"its record.json has no {key}"
         elif not fits(place):
@@ -132,7 +132,10 @@ def record_fault(record: Mapping[str, Any]) -> str | None:
 
 
 def tables_fault(folder: Path, record: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with the tables that a sound record names, by their footers; None if they are sound."""
+    """Return a sentence on the first fault in the tables that a sound record names; None if they are sound.
+
+    Only the footers of the files are read.
+    """
     named = record.get("tables", {"heads": None})  # an earlier version named none
     if not isinstance(named, Mapping) or "heads" not in named or not all(map(TABLE.fullmatch, named)):
         return "its record.json does not name its tables"

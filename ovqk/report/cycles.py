@@ -1,4 +1,4 @@
-"""What a model does with a cycle of words, as a table for the terminal."""
+"""The terminal's table of frequencies, for a task whose words form a cycle."""
 
 import math
 

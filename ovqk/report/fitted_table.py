@@ -1,4 +1,4 @@
-"""A table for the terminal that never cuts a value: what does not fit is wrapped, or left out and named below."""
+"""A table for the terminal that never cuts a value: texts are wrapped, and columns that do not fit are named below."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-GAP = 2  # columns of the terminal between two of a table
+GAP = 2  # spaces between two columns
 UNBROKEN = "\u00a0"
-"""Stands for a space at which no line is broken, in a cell's text; it is printed as a plain space."""
+"""In a cell's text, a space at which no line is broken; it is printed as a plain space."""
 CORE = 100
-"""From this importance on (up to twice it), a column is left out only after every text was wrapped."""
-NARROWEST = 8  # letters of a text in the worst case; longer words are broken
+"""From this importance on (up to twice it), a column is left out only after every text is wrapped."""
+NARROWEST = 8  # least width of a text, in letters; longer words are broken
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,12 @@ class Column:
 
     Attributes:
         title: its heading.
-        importance: columns of the least importance are left out first; None for one that always stays.
-        text: whether it holds words, on the left, and may be wrapped. A number stands on the right and never is.
-        wraps_at: the width from which a text may be wrapped before any column is left out; None if that comes last.
-        place: whether it tells rows apart. If all rows are alike in it, it is the first to be left out, and its
-            value is named below the table.
+        importance: the columns with the least importance are left out first; None for a column that always stays.
+        text: whether it holds words, which stand on the left and may be wrapped. Numbers stand on the right and are
+            never wrapped.
+        wraps_at: the width to which a text may be wrapped before any column is left out; None if it is wrapped last.
+        place: whether it tells rows apart. If all rows have the same value, the column is left out first, and the value
+            is named below the table.
     """
 
     title: str
@@ -38,12 +39,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Fit:
-    """The columns of a table that are shown in a width, and those that are not.
+    """The columns that a table shows in a width, and those that it leaves out.
 
     Attributes:
-        shown: (place of the column, its width).
+        shown: (index of the column, its width).
         left_out: titles of the columns that are left out.
-        alike: (title, value) of the columns that are left out for having one value.
+        alike: (title, value) of the columns that are left out because all rows have one value.
     """
 
     shown: list[tuple[int, int]]
@@ -52,10 +53,10 @@ class Fit:
 
 
 class FittedTable:
-    """Rows under titled columns, printed by rich in whatever width there is."""
+    """Rows under titled columns, which rich prints in the width of the terminal."""
 
     def __init__(self, columns: Sequence[Column], source: str = "") -> None:
-        """Take the columns; `source` says where a reader finds those that are left out, as `heads.parquet`."""
+        """Take the columns; `source` names the file that has the columns left out, such as `heads.parquet`."""
         self.columns, self.source = list(columns), source
         self.rows: list[list[Text]] = []
 
@@ -74,10 +75,10 @@ class FittedTable:
         return [self.columns[at].title for at, _ in self.fit(width).shown]
 
     def fit(self, width: int) -> Fit:
-        """Choose the columns that are shown in this width, and how wide each is.
+        """Choose the columns that are shown in this width, and the width of each.
 
-        First headings and long texts are wrapped, then columns below CORE are left out by importance, then the texts
-        that had better stay whole are wrapped too, and only then are columns of the core left out and words broken.
+        The steps, until the table fits: wrap headings and long texts; leave out columns below CORE, by importance; wrap
+        the other texts; leave out columns of the core; break words.
         """
         shown = list(range(len(self.columns)))
         left_out: list[int] = []
@@ -101,7 +102,7 @@ class FittedTable:
         )
 
     def _least_important(self, shown: Sequence[int], below: int) -> int | None:
-        """Return the column to leave out next, of less than this importance; None if all others must stay."""
+        """Return the next column to leave out, with less than this importance; None if all others must stay."""
         for at in shown:
             if self._one_value(at) is not None:
                 return at
@@ -109,7 +110,7 @@ class FittedTable:
         return min(weights, key=weights.__getitem__, default=None)
 
     def _one_value(self, at: int) -> str | None:
-        """Return the one value of a column that tells no rows apart; None for others."""
+        """Return the value of a column with the same value in all rows; None for other columns."""
         values = {row[at].plain for row in self.rows}
         return next(iter(values)) if self.columns[at].place and len(values) == 1 and len(self.rows) > 1 else None
 
@@ -118,7 +119,7 @@ class FittedTable:
         return max(cell_len(line) for cell in cells for line in cell.plain.split("\n"))
 
     def _least(self, at: int, hard: bool, broken: bool = False) -> int:
-        """Return the least width of a column: with `hard`, texts that had better stay whole are wrapped too."""
+        """Return a column's least width. With `hard`, all texts may be wrapped; with `broken`, words may be broken."""
         column = self.columns[at]
         title = max(map(cell_len, column.title.split()), default=0)
         if not column.text:
@@ -131,7 +132,7 @@ class FittedTable:
         return natural if column.wraps_at is None else min(natural, max(longest, column.wraps_at))
 
     def _grown(self, shown: Sequence[int], widths: Sequence[int], width: int) -> list[int]:
-        """Return the widths, larger by what is left: the most important columns come back to their full width first."""
+        """Return the widths after sharing out the space that is left; the most important columns grow first."""
         grown = list(widths)
         spare = width - _total(widths)
         order = sorted(
@@ -173,7 +174,7 @@ def _total(widths: Sequence[int]) -> int:
 def wrapped(text: Text, width: int) -> Text:
     """Return a text broken into lines of at most this width, at spaces; a longer word is broken inside."""
     offsets: list[int] = []
-    line = 0  # width of the line so far, with the space behind its last word
+    line = 0  # width of the line so far, with the space after its last word
     at = 0
     for word in _words(text.plain):
         if line and line + cell_len(word.rstrip(" \n")) > width:
@@ -199,7 +200,7 @@ def wrapped(text: Text, width: int) -> Text:
 
 
 def _words(text: str) -> list[str]:
-    """Split a text behind every run of spaces and every end of a line; leading spaces stay with the first word."""
+    """Split a text after every run of spaces and every end of a line; leading spaces stay with the first word."""
     words: list[str] = []
     word = ""
     for letter in text:

@@ -1,4 +1,4 @@
-"""The terminal's table of what heads do on prompts, beside what their weights say."""
+"""The terminal's table of heads on prompts, beside the verdicts from their weights."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -25,13 +25,13 @@ PROMPT_IMPORTANCE = {
     "attention_control": 40,
     "write_link": 30,
 }
-"""Quantity -> the importance of its column; others are left out before them."""
+"""Quantity -> the importance of its column; the columns of other quantities are left out first."""
 SHOWN = 8
-"""Heads of a role, at most; claimed and measured ones come first."""
+"""The most heads shown for a role; claimed and measured ones come first."""
 
 
 def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> FittedTable:
-    """Return a table with one row per claimed or measured head: its weights' verdict and what it does on prompts."""
+    """Return a table with a row for each claimed or chosen head: its quantities on prompts and both verdicts."""
     table = FittedTable(
         [
             Column("role / head", None, text=True),
@@ -67,7 +67,7 @@ def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> FittedTable:
 
 
 def prompt_reasons(roles: pd.DataFrame) -> Iterable[str]:
-    """Yield the reason of each verdict that has one, each reason once."""
+    """Yield the reasons of verdicts, each reason once with its heads."""
     told = roles[roles["reason"].fillna("") != ""]
     for (verdict, reason), rows in told.groupby(["verdict", "reason"], sort=False):
         names = [f"{int(row['layer'])}.{int(row['head'])}" for row in rows.to_dict("records")]

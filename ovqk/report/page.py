@@ -111,7 +111,7 @@ def embedded(data: Any) -> str:
 
 
 def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, detail: Detail) -> Json:
-    """Return the script's data: words, palettes, metrics, every cell, and a pool of values that several cells share."""
+    """Return the page's data: words, palettes, metrics, every cell, and the values that several cells share."""
     pool = Pool()
     made: dict[tuple[str, str, int], Json] = {}
     names = cell_names(cells)
@@ -153,7 +153,7 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
 
 
 def cell_names(cells: Sequence[Cell]) -> list[str]:
-    """Return `model/task` for the first cell of a model and task; the others get their analysis and then their id."""
+    """Return each cell's name in the page: `model/task` for the first, and with analysis or id for further ones."""
     found: list[str] = []
     for cell in cells:
         model, task = (quote(part, safe="") for part in cell.place)
@@ -164,12 +164,12 @@ def cell_names(cells: Sequence[Cell]) -> list[str]:
 
 
 def _marked(cells: Sequence[Cell], cell: Cell) -> Heads:
-    """Return the heads that are claimed or candidates in any cell of the same weights, to share their data."""
+    """Return the heads that are marked in any cell with the same weights, so that these cells can share data."""
     return set().union(*(other.marked() for other in cells if other.weights == cell.weights))
 
 
 def _metrics(cells: Sequence[Cell]) -> Json:
-    """Return name -> title, formula and so on, for the metrics that any cell has a column for."""
+    """Return name -> title, formula and so on, for each metric that some cell has a column for."""
     there = {name for cell in cells for name in cell.tables["heads"].columns}
     return {
         name: {
@@ -191,7 +191,7 @@ def _metrics(cells: Sequence[Cell]) -> Json:
 
 
 def _shown() -> Json:
-    """Return the metrics of each place of the page: along the depth, in a head's profile, below its eigenvalues, ..."""
+    """Return the metrics for each place in the page: along the depth, in a head's profile, below its eigenvalues."""
     profile = [METRICS[name] for name in METRICS if "profile" in METRICS[name].shown]
     below: dict[str, dict[str, str]] = {}
     for (circuit, space), name in ratios().items():
@@ -212,7 +212,7 @@ def _shown() -> Json:
 
 
 def _scales(cells: Sequence[Cell]) -> Json:
-    """Return task -> metric -> its scale over all models of the task, so that their colours compare."""
+    """Return task -> metric -> its scale over all models with this task, so that their colours can be compared."""
     found: Json = {}
     for task in dict.fromkeys(cell.record["task"] for cell in cells):
         tables = [cell.tables["heads"] for cell in cells if cell.record["task"] == task]
@@ -227,7 +227,7 @@ def _scales(cells: Sequence[Cell]) -> Json:
 
 
 def _roles(cells: Sequence[Cell]) -> Json:
-    """Return role -> its name for a person, and the letters for it in a picture."""
+    """Return role -> its name in plain words, and its letters in pictures."""
     tables = [cell.tables[name] for cell in cells for name in ROLE_TABLES if name in cell.tables]
     names = wording.short_roles(role for table in tables if "role" in table for role in table["role"])
     return {role: {"name": wording.role(role), "short": letters} for role, letters in names.items()}

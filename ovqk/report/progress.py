@@ -12,7 +12,7 @@ from ovqk.records.outcomes import Outcomes
 from ovqk.report import terminal
 
 AFTER = {"layer": "claims and nulls"}
-"""What follows the last step of a kind."""
+"""Kind of step -> the work that follows the last step of this kind."""
 SHORT = 2.0  # seconds; a cell that takes no longer shows nothing
 BETWEEN_LINES = 30.0  # seconds
 LOOK_EVERY = 0.5  # seconds
@@ -22,21 +22,21 @@ class Steps(Protocol):
     """Counts off a cell's layers, its batches of prompts and the draws of its nulls."""
 
     def __call__(self, count: int, what: str) -> Iterator[int]:
-        """Yield the indexes of this many steps, each counted as done when the next is asked for; `what` is one step."""
+        """Yield the indexes of `count` steps. A step counts as done when the next is asked for; `what` names a step."""
         ...
 
     def draws(self, done: int, most: int) -> None:
-        """Take how many draws of the nulls are made, and how many there may be: most tests need fewer."""
+        """Take the number of draws made for the nulls, and the most that may be needed (mostly fewer are)."""
         ...
 
 
 @contextmanager
 def steps_of(name: str, alone: bool) -> Iterator[Steps]:
-    """Show how far a cell is, if it takes longer than a moment: its layers, its batches of prompts, its nulls.
+    """Show a cell's progress if it takes longer than SHORT: its layers, its batches of prompts, its nulls.
 
     Args:
-        name: how messages name the cell.
-        alone: whether no other process computes for this terminal; two bars on one would overwrite each other.
+        name: the cell's name in messages.
+        alone: whether no other process computes for this terminal. Two bars in one terminal would overwrite each other.
     """
     out = terminal.progress_console()
     if not (alone and out.is_terminal):
@@ -56,7 +56,7 @@ def steps_of(name: str, alone: bool) -> Iterator[Steps]:
 
 
 class _Bar:
-    """Steps as a bar; after the layers it begins anew for the nulls."""
+    """Steps as a bar, which begins anew for the nulls after the layers."""
 
     def __init__(self, name: str, bar: Progress) -> None:
         self.bar, self.task = bar, bar.add_task("", total=None, name=f"{name}:")
@@ -80,7 +80,7 @@ class _Bar:
 
 
 class _Lines:
-    """Steps as plain lines, now and then."""
+    """Steps as plain lines, at most one every BETWEEN_LINES."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -109,7 +109,7 @@ class _Lines:
 
 
 class SweepProgress:
-    """Prints a line for each cell of a sweep as it ends, wherever it was computed."""
+    """Prints a line for each cell of a sweep when it ends, on whichever machine it was computed."""
 
     def __init__(self, outcomes: Outcomes) -> None:
         self.outcomes = outcomes
@@ -122,7 +122,7 @@ class SweepProgress:
         self._printing = threading.Lock()
 
     def watch(self) -> None:
-        """Watch for new outcomes from now on, if the cells run in other processes or on other machines."""
+        """Begin to watch for new outcomes; needed if the cells run in other processes or on other machines."""
         self._thread = threading.Thread(target=self._watch, name="ovqk-sweep-progress", daemon=True)
         self._thread.start()
 
@@ -146,10 +146,10 @@ class SweepProgress:
                 terminal.print_cell_line(name, outcome, self.ended, count, self._seconds_left())
 
     def _seconds_left(self) -> float | None:
-        """Return the time left, from the pace of the computed cells; cells that are done already take none.
+        """Return the seconds left, judged by the time of the computed cells; None if it cannot be known.
 
-        If the cells run here one after the other, the first is left out as soon as there is a second: it alone pays
-        for imports, and for what later cells find in the cache.
+        If the cells run here one after the other, the first is left out as soon as there is a second. Only the first
+        pays for imports, and for results that later cells find in the cache.
         """
         if self.expected is None or not self.computed or self.ended >= len(self.expected):
             return None

@@ -1,4 +1,4 @@
-"""What the page shows of a cell that ran its model on prompts, as JSON."""
+"""The page's data for a cell that ran its model on prompts, as JSON."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,7 +11,7 @@ from ovqk.report.thinning import Detail, Pool, columnar, short
 
 
 def ran(cell: Cell) -> bool:
-    """Return whether a cell asked for its model to be run."""
+    """Return whether a cell's analysis runs the model."""
     return cell.record.get("activations") is not None
 
 
@@ -30,7 +30,7 @@ def prompt_words(cells: Iterable[Cell]) -> Json:
 
 
 def prompt_palette(cells: Iterable[Cell]) -> Json:
-    """Return the marks and colours of verdicts on prompts and of claimed and measured heads; none likewise."""
+    """Return marks and colours for verdicts on prompts, and for claimed and measured heads; none likewise."""
     if not any(map(ran, cells)):
         return {}
     return {"on_prompts": colours.ON_PROMPTS, "found": colours.FOUND, "found_markers": colours.FOUND_MARKERS}

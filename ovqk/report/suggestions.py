@@ -1,4 +1,4 @@
-"""Commands that go on from a finished cell, from its record and, if they are there, the files of conf/."""
+"""Suggested commands after a finished cell, taken from its record and, if it is there, from conf/."""
 
 import shlex
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
 from ovqk.records.record import read_record
 
 GENERAL = ("ioi", "sva", "induction")
-"""Tasks for a model that no task names: plain English, with a role in most circuits that were published."""
+"""Tasks to suggest for a model that no task names. They need only common English words."""
 
 
 def next_arguments(folder: Path, record: Mapping[str, Any]) -> str | None:
-    """Return the arguments of run.py for cells worth computing after this one; None if it cannot be told how.
+    """Return the arguments of run.py for cells worth computing after this one; None if they cannot be known.
 
-    Other tasks that claim heads of this model come first, then those of GENERAL. A task that failed for the model is
-    left out, and one of which its tokenizer keeps too few words. If no task is left, another analysis is named.
+    Other tasks that claim heads of this model come first, then those in GENERAL. A task is left out if it failed for
+    the model, or if it keeps too few words with its tokenizer. If no task is left, another analysis is named.
     """
     model = model_arguments(record["provenance"]["config"]["model"])
     if model is None:
@@ -56,7 +56,7 @@ def model_arguments(chosen: Mapping[str, Any]) -> str | None:
 
 
 def shipped_tasks() -> list[TaskConfig]:
-    """Return the tasks of conf/task as far as their words are concerned: name, words, continuations and variables.
+    """Return the parts of conf/task that concern words: name, words, continuations and variables of each task.
 
     A file that holds no such task is passed over: whoever chooses it is told.
     """
@@ -76,7 +76,7 @@ def _with_words(name: str, content: Mapping[str, Any]) -> TaskConfig | None:
 
 
 def _task_files() -> list[tuple[Path, Mapping[str, Any]]]:
-    """Return the files of conf/task and their contents, by name; files that YAML cannot read are left out."""
+    """Return the contents of the files in conf/task, by name; files that YAML cannot read are left out."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found: list[tuple[Path, Mapping[str, Any]]] = []
     places = [CONF, *map(Path, config_folders())]
@@ -91,7 +91,7 @@ def _task_files() -> list[tuple[Path, Mapping[str, Any]]]:
 
 
 def _tasks(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Return other tasks that make sense for the model: those of which its tokenizer keeps enough words."""
+    """Return other tasks that the model can do: those that keep enough words with its tokenizer."""
     readable = record["words"].get("tasks", [])  # records of earlier versions have none
     claims = record["provenance"]["config"]["model"]["claims"]
     offered = _claimed(claims) or [name for name in GENERAL if name in {path.stem for path, _ in _task_files()}]
@@ -107,6 +107,6 @@ def _claimed(model: str | None) -> list[str]:
 
 
 def _failed(task: Path) -> bool:
-    """Whether every cell of this model and task failed, of those that have a record."""
+    """Whether every cell with this model and task that has a record failed."""
     records = [found for path in task.glob("*/record.json") if (found := read_record(path.parent)) is not None]
     return bool(records) and all(found.get("status") == "failed" for found in records)

@@ -38,18 +38,18 @@ from ovqk.report.terminal_tables import (
 )
 from ovqk.report.token_lists import describe, leading_eigenvalues
 
-SHOWN_TOKENS = 4  # on each side of a component
+SHOWN_TOKENS = 4  # tokens on each side of a component
 SHOWN_HEADS = 8  # heads whose tokens are listed
 SHOWN_MISSING = 20  # cells of a sweep
-LOG_WIDTH = 150  # of tables, if the output is no terminal
-NOTEBOOK_WIDTH = 110  # of tables, in a notebook's cell
+LOG_WIDTH = 150  # of tables, if the output is not a terminal
+NOTEBOOK_WIDTH = 110  # of tables in a notebook's cell
 
 
 def output_console() -> Console:
     """Return the console for results, as wide as the terminal.
 
-    Without a terminal it is as wide as COLUMNS says, else NOTEBOOK_WIDTH in a notebook and LOG_WIDTH elsewhere.
-    Colours that FORCE_COLOR asks for do not make a pipe a terminal of 80 columns.
+    Without a terminal it is as wide as COLUMNS says. If COLUMNS is not set, it has NOTEBOOK_WIDTH in a notebook and
+    LOG_WIDTH elsewhere. FORCE_COLOR colours a pipe, and does not change its width.
     """
     if sys.stdout.isatty():
         return Console(highlight=False)
@@ -99,7 +99,7 @@ def print_cell(folder: Path, cached: bool) -> None:
 
 
 def _print_notes(out: Console, record: Mapping[str, Any]) -> None:
-    """Print what is unavailable, the notes, and the words that were left out, each with its reason."""
+    """Print the unavailable metrics, the notes, and the words that were left out, each with its reason."""
     for reason, names in grouped(record["unavailable"]).items():
         if reason.startswith(NOT_APPLICABLE):
             continue
@@ -121,7 +121,7 @@ def claims_line(claims: Mapping[str, str], model: str) -> str:
 
 
 def _print_directions(out: Console, folder: Path, heads: pd.DataFrame, verdicts: pd.DataFrame) -> None:
-    """Print what the claimed heads' circuits read and write: the leading singular component of each."""
+    """Print the tokens that the claimed heads' circuits read and write, by the leading singular component of each."""
     table, spectra = load_table(folder, "directions"), load_table(folder, "spectra")
     if table is None or not len(table):
         return
@@ -142,7 +142,7 @@ def _print_directions(out: Console, folder: Path, heads: pd.DataFrame, verdicts:
 
 
 def _print_on_prompts(out: Console, folder: Path, record: Mapping[str, Any]) -> None:
-    """Print what heads do on prompts, if the analysis ran the model."""
+    """Print the heads' quantities and verdicts on prompts, if the analysis ran the model."""
     if record.get("activations") is None:
         return
     out.print()
@@ -194,7 +194,7 @@ def _print_candidates(out: Console, folder: Path) -> None:
 
 
 def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None:
-    """Print where the results are, and commands that go on from here."""
+    """Print the places of the results, and suggested commands."""
     tracking = read_tracking(folder)
     results_dir = folder.parents[2]
     place = shlex.quote(str(results_dir))
@@ -225,9 +225,9 @@ def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None
 
 
 def print_cell_line(name: str, outcome: Outcome, ended: int, expected: int | None, seconds_left: float | None) -> None:
-    """Print a line for a cell of a sweep as it ends: the count so far, its outcome, its time, and the time left.
+    """Print a line for a cell of a sweep when it ends: the count so far, its outcome, its time, and the time left.
 
-    The message of a failed cell stands on a second line, and nowhere else.
+    If the cell failed, its message is printed on a second line, and nowhere else.
     """
     count = f"[{ended}/{expected}]" if expected else f"[{ended}]"
     style = {"done": "green", "cached": "dim", "failed": "red"}[outcome.status]
@@ -249,9 +249,9 @@ def progress_console() -> Console:
 
 
 def cell_bar(out: Console) -> Progress:
-    """Return a bar over a cell's steps, which disappears when the cell is done; the cell's name is the first to give.
+    """Return a bar over a cell's steps, which disappears when the cell is done.
 
-    A task has the field `name`, the cell's.
+    If the terminal is narrow, the cell's name is shortened first. A task of the bar has that name in its field `name`.
     """
     columns = (
         TextColumn("{task.fields[name]}", table_column=RichColumn(no_wrap=True, overflow="ellipsis", ratio=1)),
@@ -264,7 +264,7 @@ def cell_bar(out: Console) -> Progress:
 
 
 def print_steps(name: str, done: int, count: int, seconds: float, follows: str = "", at_most: bool = False) -> None:
-    """Print how many steps are done as a line, for a log: layers, batches of prompts, or draws of nulls (at most)."""
+    """Print a line for a log that says how many steps are done: layers, batches of prompts, or draws of nulls."""
     left = duration(seconds * (count - done) / done)
     of, about = ("of at most", "at most") if at_most else ("of", "about")
     line = f"{name} {done:,} {of} {count:,} in {duration(seconds)}, {about} {left} left{follows}"
@@ -339,7 +339,7 @@ def _candidates(folders: Sequence[Path]) -> FittedTable:
 
 
 def role_table(folders: Sequence[Path]) -> FittedTable:
-    """Return one row per role and model: depth of its heads, effect, verdict. Empty if no head is claimed."""
+    """Return a table with a row for each role and model: depth of its heads, effect, verdict; empty without claims."""
     rows = comparison.roles(folders).to_dict("records")
     several = any(row["cell"] for row in rows)
     ran = any("on_prompts" in row for row in rows)
@@ -381,12 +381,12 @@ def role_table(folders: Sequence[Path]) -> FittedTable:
 
 
 def depth_table(folders: Sequence[Path]) -> FittedTable:
-    """Return one row per metric and model: means over heads by quarter of the relative depth."""
+    """Return a table with a row for each metric and model: means over heads by quarter of the relative depth."""
     names = [Column("metric, mean over heads", None, text=True, wraps_at=20), Column("model", None, text=True)]
     table = FittedTable([*names, *(Column(title, CORE) for title in comparison.QUARTERS)], "heads.parquet")
     rows = comparison.depths(folders).to_dict("records")
     models = {row["model"] for row in rows}
-    varied = [  # the same model folded and raw, or other weights of the same name
+    varied = [  # one model both folded and raw, or different weights under one name
         key for key in ("processing", "weights") if len({(row["model"], row[key]) for row in rows}) > len(models)
     ]
     for row in rows:
@@ -396,7 +396,7 @@ def depth_table(folders: Sequence[Path]) -> FittedTable:
 
 
 def grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return reason -> the metrics it holds for."""
+    """Return reason -> the metrics that are unavailable for it."""
     found: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         found.setdefault(reason, []).append(name)

@@ -103,7 +103,7 @@ def sweep_candidate_table(cells: Iterable[tuple[str, str, pd.DataFrame]]) -> Fit
 
 
 def _on_prompts(row: Mapping[Any, Any]) -> str:
-    """Return what a candidate does on prompts, for a line, if its cell ran the model."""
+    """Return a candidate's verdict on prompts as text for a line; empty if its cell did not run the model."""
     found = row.get("on_prompts")
     return f" {wording.ON_PROMPTS[found]}" if isinstance(found, str) and found in wording.ON_PROMPTS else ""
 
@@ -161,7 +161,7 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> FittedTable:
 
 
 def found_line(verdicts: pd.DataFrame) -> str:
-    """Return which roles have which verdict, in the order of how much a verdict says: what the cell found."""
+    """Return a sentence that lists the roles by verdict, strongest verdict first."""
     roles = verdicts[verdicts["kind"] == "role"]
     parts = []
     for verdict in wording.VERDICTS:
@@ -172,7 +172,7 @@ def found_line(verdicts: pd.DataFrame) -> str:
 
 
 def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame, shown: Sequence[str] | None = None) -> Iterable[str]:
-    """Yield how to read the table, and the reason of each verdict that needs one, each reason once.
+    """Yield lines on how to read the table, and the reasons of verdicts, each reason once.
 
     `shown` are the titles of the columns that are there; None for all.
     """
@@ -205,7 +205,7 @@ def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame, shown: Sequence[str] | 
 
 
 def layer_table(heads: pd.DataFrame) -> FittedTable:
-    """Return a table of the main metrics' means over the heads of each layer."""
+    """Return a table of the main metrics, averaged over the heads in each layer."""
     columns = shown_columns(heads)
     kept = [Column(title, CORE - 1 - place) for place, (title, _) in enumerate(columns)]
     table = FittedTable([Column("layer", None), *kept], "heads.parquet")
@@ -238,7 +238,7 @@ def pair_table(composition: pd.DataFrame) -> FittedTable:
 
 
 def virtual_table(virtual: pd.DataFrame) -> FittedTable:
-    """Return a table of the virtual heads of the strongest V pairs."""
+    """Return a table of the virtual heads made by the strongest V pairs."""
     kept = [Column(title, None) for title in ("sender", "receiver", "score")]
     table = FittedTable([*kept, Column("share", 1), Column("OV copying", 2)], "virtual_heads.parquet")
     for row in virtual.nlargest(SHOWN_PAIRS, "score").to_dict("records"):

@@ -1,5 +1,7 @@
-"""A cell's tables, thinned for a page: everything about heads that are claimed or candidates, and the leading part for
-the others. Values that several cells share are held once, in a pool.
+"""A cell's tables, thinned for the page.
+
+Everything is kept about heads that are claimed or candidates, and the leading part about other heads. Values that
+several cells share are held once, in a pool.
 """
 
 import json
@@ -25,13 +27,13 @@ Short = float | int | None
 
 @dataclass(frozen=True)
 class Detail:
-    """The detail for a head that is neither claimed nor a candidate; None stands for everything.
+    """The detail that is kept for a head that is neither claimed nor a candidate; None stands for everything.
 
     Attributes:
-        values: leading eigen- and singular values of each spectrum.
-        tokens: tokens of each side and sign of a component; 0 for no component.
-        partners: strongest compositions of each head, mode and side.
-        offsets: points of its offset profile.
+        values: how many leading eigenvalues and singular values of each spectrum.
+        tokens: how many tokens for each side and sign of a component; 0 for no component.
+        partners: how many of the strongest compositions for each head, mode and side.
+        offsets: how many points of its offset profile.
     """
 
     values: int | None = None
@@ -47,12 +49,12 @@ DETAILS = (
     Detail(values=8, tokens=2, partners=4, offsets=24),
     Detail(values=0, tokens=0, partners=2, offsets=0),
 )
-"""Details from the most to the least; a page takes the first that fits."""
+"""Details from the most to the least; the page takes the first that fits."""
 
 
 @dataclass
 class Texts:
-    """Different texts, each with its place in a list."""
+    """Distinct texts in a list; each is known by its index."""
 
     items: list[str] = field(default_factory=list)
     places: dict[str, int] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class Texts:
 
 @dataclass
 class Pool:
-    """Different items, each held once, such as the spectra of one model that several tasks share."""
+    """Distinct items, each held once, such as one model's spectra, which several tasks share."""
 
     items: list[Any] = field(default_factory=list)
     places: dict[str, int] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class Pool:
 
 
 def columnar(table: pd.DataFrame, pool: Pool) -> Json:
-    """Return a table by columns, each in the pool. Texts are a list of different ones and a place per row."""
+    """Return a table by columns, each in the pool. A text column is a list of distinct texts and indexes into it."""
     found: Json = {"rows": len(table)}
     for name in map(str, table.columns):
         values = [_plain(value) for value in table[name]]
@@ -97,7 +99,7 @@ def columnar(table: pd.DataFrame, pool: Pool) -> Json:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of a table as JSON holds it; None for a missing one."""
+    """Return a table's value as JSON holds it; None if it is missing."""
     if value is None or isinstance(value, str | bool | list):
         return value
     if isinstance(value, np.bool_):
@@ -108,7 +110,7 @@ def _plain(value: Any) -> Any:
 
 
 def short(value: float) -> Short:
-    """Return a number at 4 digits, a whole one without a point; None if it is not finite."""
+    """Return a number with 4 digits, and a whole number without a point; None if it is not finite."""
     if not math.isfinite(value):
         return None
     rounded = float(f"{value:.4g}")
@@ -207,7 +209,7 @@ def offsets(tables: CellTables, grid: Grid, detail: Detail, marked: Heads, pool:
 
 
 def spaced_offsets(n: int, most: int) -> list[int]:
-    """Return at most `most` of 0 .. n - 1: the first ones, then as evenly by logarithm as whole numbers allow."""
+    """Return at most `most` numbers from 0 .. n - 1: the first ones, then numbers at about equal steps of logarithm."""
     if n <= most:
         return list(range(n))
     if most <= FIRST_OFFSETS:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pandas as pd
 
-LONG = 30  # letters of a token that a line shows
+LONG = 30  # the most letters of a token that a line shows
 SIDES = ("read", "write")
 KINDS = {"singular": "singular {}", "eigen": "eigen {} of the residual space"}
-"""Kind of component -> how a line calls one: `ov_copying` is about the eigenvalues over the vocabulary, not these."""
+"""Kind of component -> its name in a line. (`ov_copying` is about eigenvalues over the vocabulary, not about these.)"""
 
 
 def describe(

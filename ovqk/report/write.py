@@ -3,8 +3,8 @@
     python -m ovqk.report RESULTS_DIR [--out FILE] [--figures | --no-figures]
 
 It writes RESULTS_DIR/report.html, which needs no network and no other file, and RESULTS_DIR/figures/ with the same
-figures as SVG and PNG. Of the files in that folder, only figures of an earlier report are removed, if this one does not
-make them. It reads records and tables and nothing else; the same records give the same bytes.
+figures as SVG and PNG. Figures of an earlier report are removed if this report does not make them; no other file in
+that folder is. Only records and tables are read, and the same records give the same bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ Made = TypeVar("Made")
 PAGE = "report.html"
 FIGURES = "figures"
 WRITTEN = ".written"
-"""File in the folder of figures with the names of those that a report wrote, one per line."""
+"""A file in the folder of figures that lists the figures a report wrote, one name per line."""
 
 
 def write_report(
@@ -66,7 +66,7 @@ def write_report(
 def _write(cells: Sequence[Cell], failures: Sequence[Failure], path: Path, with_figures: bool) -> Iterator[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = FIGURES if with_figures else None
-    page, cells, unsound = _without_unsound(
+    page, cells, unsound = without_unsound(
         lambda shown, others: make_page(shown, [*failures, *others], path.parent, figures), cells, path.parent
     )
     failures = [*failures, *unsound]
@@ -78,23 +78,23 @@ def _write(cells: Sequence[Cell], failures: Sequence[Failure], path: Path, with_
     yield from (f"without results: {f.model} / {f.task} / {f.analysis}: {f.error}" for f in failures)
     if with_figures:
         folder = path.parent / FIGURES
-        n, _, unsound = _without_unsound(lambda shown, _: write_figures(shown, folder), cells, path.parent)
+        n, _, unsound = without_unsound(lambda shown, _: write_figures(shown, folder), cells, path.parent)
         yield from (f"without figures: {f.model} / {f.task} / {f.analysis}: {f.error}" for f in unsound)
         yield f"wrote {counted(n, 'figure')}, as SVG and as PNG, to {path.parent / FIGURES}"
 
 
-def _without_unsound(
+def without_unsound(
     make: Callable[[Sequence[Cell], Sequence[Failure]], Made], cells: Sequence[Cell], beside: Path
 ) -> tuple[Made, Sequence[Cell], list[Failure]]:
-    """Make something of cells; a cell with a value that no reader expects is left out, and spoils nothing.
+    """Make something from cells. A cell with a value that readers do not expect is left out and does not stop the rest.
 
     Args:
-        make: makes it of cells, and may name the others.
+        make: makes it from cells, and is told the cells left out.
         cells: the cells.
         beside: the folder of the page.
 
     Returns:
-        What was made, the cells it is of, and the others with the reason.
+        The thing made, the cells that it shows, and the cells left out with reasons.
 
     Raises:
         UserError: no cell is left.
@@ -106,7 +106,7 @@ def _without_unsound(
     except Exception:
         errors = {place: error for place, cell in enumerate(cells) if (error := _error_of(cell, beside)) is not None}
         if not errors:
-            raise  # a defect of ovqk's
+            raise  # a defect of ovqk
     unsound = [
         Failure(*cells[place].place, cells[place].record["analysis"], f"it cannot be shown ({told(error)})")
         for place, error in errors.items()

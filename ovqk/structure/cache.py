@@ -76,7 +76,7 @@ class StructureCache:
         analysis = plain(config.analysis)
         content = {
             "schema_version": SCHEMA_VERSION,
-            "code": _code(),
+            "code": code_digest(),
             "weights": self.digest,
             "processing": config.processing.value,
             "seed": config.seed,
@@ -164,7 +164,7 @@ def _forget_oldest(folder: Path, most: float) -> None:
 
 
 @lru_cache(maxsize=1)
-def _code() -> str:
+def code_digest() -> str:
     """Hash ovqk's own modules and their places: no entry by other code is read, even if no version was bumped."""
     places = ((path.relative_to(PACKAGE).as_posix().encode(), path) for path in sorted(PACKAGE.rglob("*.py")))
     return _hash(b"".join(name + b"\0" + path.read_bytes() for name, path in places))

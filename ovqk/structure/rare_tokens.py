@@ -1,7 +1,8 @@
 """Tokens that lists leave out because a model was hardly trained on them (docs/method.md has the rule).
 
-Such tokens' plain rows lie apart from all others, and would fill every list of extreme projections. The signs follow
-Land & Bartolo 2024 (arXiv 2405.05417): the token's kind, a row near the mean, a row like those of unused tokens.
+The rows of such tokens lie apart from all others, and would fill every list of extreme projections. They are recognised
+as in Land & Bartolo 2024 (arXiv 2405.05417): by the token's kind, and by a row near the mean or like those of unused
+tokens.
 """
 
 import re
@@ -17,9 +18,9 @@ from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.structure.spelling import BYTE_LETTERS, Spelling
 
 NEAR_MEAN = 0.01  # quantile over all distances from the mean row
-LIKE_UNTRAINED = 0.9  # cosine with the mean over rows known to be untrained, both less the mean row
-KNOWN_UNTRAINED = 3  # rows known to be untrained that are needed
-LARGE_VOCABULARY = 10_000  # tokens from which rows are looked at: in smaller vocabularies every token is a frequent one
+LIKE_UNTRAINED = 0.9  # least cosine with the mean over untrained rows, both less the mean row
+KNOWN_UNTRAINED = 3  # the least number of rows known to be untrained
+LARGE_VOCABULARY = 10_000  # the least size for judging rows; in smaller vocabularies every token is frequent
 IMPOSSIBLE = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no UTF-8 text has
 WHITESPACE = {0x09, 0x0A, 0x0D}
 UNUSED = re.compile(r"[\[<]\|?(unused|reserved|extra|pad)[\w-]*\|?[\]>]|madeupword\d+", re.IGNORECASE)
@@ -35,7 +36,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class RareTokens:
-    """The tokens that are left out, and how many for each reason; a token counts for the first of REASONS that holds.
+    """The tokens that lists leave out, and their number by reason; a token counts for the first of REASONS that holds.
 
     Attributes:
         listed: True for the tokens that stay.
@@ -60,7 +61,7 @@ class RareTokens:
 def rare_tokens(vocabulary: Vocabulary, tokenizer: Tokenizer | None, tied: bool = False) -> RareTokens:
     """Apply the rule to a model's vocabulary: by the tokenizer, and by rows of W_E if the vocabulary is large.
 
-    A short row is a sign only if the embedding is not tied: the unembedding of frequent words makes their rows short.
+    A short row is a sign only if the embedding is not tied. If it is tied, rows of frequent words are short too.
     """
     n, device = vocabulary.size, vocabulary.W_E.device
     found = {reason: torch.zeros(n, dtype=torch.bool) for reason in REASONS}

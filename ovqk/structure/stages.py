@@ -1,4 +1,4 @@
-"""The stages that need no task: every head's spectra, symmetry, positions and directions, a layer at a time."""
+"""The stages that need no task: every head's spectra, symmetry, positions and directions, layer by layer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from ovqk.config.schema import Circuit
 from ovqk.structure.model import Layer, Model
 
 HeadValues = dict[str, Float[Tensor, " head"]]
-WAITING = 2**22  # numbers in the components that wait for a pass over the vocabulary
-MOVES = 1e-3  # a value that moves by more when 32-bit weights are rounded is decided by rounding
+WAITING = 2**22  # the most numbers in components that wait for a pass over the vocabulary
+MOVES = 1e-3  # a value that changes by more when 32-bit weights are rounded is decided by rounding
 Tables = dict[str, pd.DataFrame]
 """Name -> rows: heads, layers, spectra, offsets, directions; a table that a model does not have is absent."""
 
@@ -30,7 +30,7 @@ class Stage(Protocol):
     """A part of a cell's computation: it visits each layer once, and then makes its tables."""
 
     def visit(self, layer: Layer) -> None:
-        """Take from a layer what the tables need. Keep no layer: its weights would stay in memory."""
+        """Take the numbers that the tables need from a layer. Keep no layer, or its weights would stay in memory."""
         ...
 
     def tables(self, made: Tables) -> Tables:
@@ -186,7 +186,7 @@ def spectrum(
 
 
 def rounding_sensitive(layer: Layer, circuit: Circuit, metrics: HeadValues) -> list[str]:
-    """Name, head by head, the metrics that rounding the weights moves by over 1e-3 (relative, if they exceed 1)."""
+    """Name, head by head, the metrics that change by over 1e-3 if weights are rounded (relative, if they exceed 1)."""
     model = layer.model
     maps = layer.maps(circuit, model.folds).rounded(seed=2 * (model.config.seed + layer.index))
     moved, _ = spectrum(model, circuit, maps)

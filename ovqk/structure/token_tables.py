@@ -31,12 +31,12 @@ from ovqk.config.schema import Circuit, Embedding
 from ovqk.structure.spelling import Spelling
 from ovqk.weights.types import Architecture
 
-TOKENS = 10  # for each side and sign
-SLACK = 1e-5  # times the longest token: more than a float32 projection's rounding
+TOKENS = 10  # in a list, for each side and sign
+SLACK = 1e-5  # times the longest token; larger than the rounding of a float32 projection
 SCORES = 2**20  # projections held at a time
 SEGMENT = 32  # tokens in a segment
-CANDIDATES = 4096  # projected again at a time
-GRID = 1e-9  # times the longest token: scores are rounded to it, so that equal tokens score the same
+CANDIDATES = 4096  # tokens that are projected again at a time
+GRID = 1e-9  # times the longest token; scores are rounded to multiples of it, so that equal tokens score the same
 
 # fmt: off
 COLUMNS = {
@@ -145,10 +145,10 @@ class TokenSide:
     ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"], Float[Tensor, " n"]]:
         """Return candidates (list, token) for each list's `count` best, and the scores' standard deviation [n].
 
-        Lists are every component's +1, then every line's -1. Projections are taken of as many components at a time as
-        a processor's cache holds the scores of. Segments of tokens are passed over if none of theirs is among the best
-        so far; the count-th largest maximum of a segment is no better than the count-th best token. Each thread takes a
-        block of tokens; which scores are the best does not depend on their order.
+        The lists are every component's +1, then every line's -1. Components are taken in groups whose scores fit in a
+        processor's cache. A segment of tokens is skipped if no token of it is among the best so far: the count-th
+        largest maximum over segments is a lower bound for the count-th best score. Each thread takes a block of tokens;
+        the best scores do not depend on the order of the blocks.
         """
         n, device, lines = len(planes), planes.device, (~is_pair).long().cumsum(0)
         owners = torch.cat((torch.arange(n, device=device), (~is_pair).nonzero()[:, 0]))
@@ -158,7 +158,7 @@ class TokenSide:
         def candidates(
             job: tuple[Float[Tensor, "padded d_model"], Int[Tensor, " token"]],
         ) -> tuple[Float[Tensor, " n"], list[tuple[Tensor, Tensor, Tensor]]]:
-            """Return the sum of squared scores, and candidates of a block; what other threads find may come late."""
+            """Return a block's sum of squared scores, and its candidates; other threads' results may come later."""
             (x, ids), squares, found = job, torch.empty(n, dtype=torch.float64, device=device), []
             for part in blocks(n, max(1, SCORES // len(x))):
                 pair = is_pair[part]
@@ -282,11 +282,16 @@ class Directions:
 
         Each table has a row for every head, component, side, sign and rank; it is empty if M is 0.
 
-        Columns: layer, head, circuit, kind (`singular`, `eigen`), component (a complex pair is one), value (sigma or
-        Re lambda), value_im (Im lambda > 0 for a pair, else 0), cluster (its first component), cluster_size (counting
-        components that are not reported; above 1, only their span is identified), side (`read`, `write`), sign (+1
-        largest, -1 smallest), rank (1 the most extreme), token_id, token, score (the centred projection), contrast (the
-        list's mean score over the standard deviation of all scores; null if they are all alike).
+        Columns:
+            layer, head, circuit: the head's circuit.
+            kind: `singular` or `eigen`.
+            component: its number; a complex pair is one component.
+            value, value_im: sigma and 0; or Re lambda and Im lambda (> 0 for a pair, else 0).
+            cluster, cluster_size: the first component of its cluster, and the cluster's size with components that are
+                not reported. If it is above 1, only the span of the cluster is identified.
+            side, sign, rank: `read` or `write`; +1 for the largest scores, -1 for the smallest; 1 for the most extreme.
+            token_id, token, score: the token, and its centred projection.
+            contrast: the list's mean score over the standard deviation of all scores; null if all are equal.
         """
         asked: dict[str, dict[tuple[int, str], Tensor]] = {}
         for at, (layer, circuit, parts) in enumerate(found):

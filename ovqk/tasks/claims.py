@@ -1,4 +1,4 @@
-"""Claimed circuits: which heads of this model a source says play which role, and what that predicts of the weights."""
+"""Claimed circuits: the heads that a source assigns to roles in a model, and the roles' predictions about weights."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from ovqk.metrics import METRICS
 from ovqk.weights.types import Architecture, Head
 
 MEASURED = "measured"
-"""`model.claims` that asks for the roles that heads have on the cell's own prompts."""
+"""The value of `model.claims` that asks for roles measured on the cell's own prompts."""
 RELIABILITIES = ("published", "measured", "unreliable")
 
 
@@ -18,10 +18,12 @@ class Claims:
     """The claims of one task for one model.
 
     Attributes:
+        source: the publication or measurement that names the heads.
+        reliability: `published`, `measured` or `unreliable`. Heads of an unreliable claim stay in the comparison.
+        note: a remark on the claims; None without one.
         roles: role -> claimed heads, in the order of the source.
         predictions: role -> predictions, the primary first.
-        reliability: `published`, `measured`, or `unreliable` (which excludes no one from the nulls).
-        of: the model that the heads are of.
+        of: the name of the model that the claims are about.
     """
 
     source: str
@@ -38,14 +40,14 @@ class Claims:
 
 
 def resolve_claims(task: TaskConfig, model: ModelConfig, architecture: Architecture) -> Claims | str:
-    """Return the claims that apply, or the reason why none do.
+    """Return the claims that apply to a model, or a sentence that says why none do.
 
-    A head list serves the model it was published for and no other. A local checkpoint may be a copy of that model:
-    `model.claims` says of which, and it must have as many layers and heads.
+    A list of heads applies only to the model that it was published for. A local checkpoint may be a copy of that model:
+    then `model.claims` names the model, and the checkpoint must have as many layers and heads.
 
     Raises:
-        UserError: `model.claims` is another model's list, or one that the task does not hold; a claim names a head or
-            role that does not exist or no head at all, a prediction an unknown metric.
+        UserError: `model.claims` names another model's list, or a list that the task does not hold. Or a claim names no
+            head, or a head or role that does not exist. Or a prediction names an unknown metric.
     """
     check_roles(task)
     check_borrowing(model)
@@ -81,10 +83,10 @@ def resolve_claims(task: TaskConfig, model: ModelConfig, architecture: Architect
 
 
 def check_borrowing(model: ModelConfig) -> None:
-    """Check that only a local checkpoint is judged by claims that do not bear its own name.
+    """Check that only a local checkpoint takes claims about a model with another name.
 
     Raises:
-        UserError: another model is.
+        UserError: a model that is not local takes such claims.
     """
     if model.source is not Source.local and model.claims not in (None, MEASURED, model.name):
         raise UserError(
@@ -95,10 +97,10 @@ def check_borrowing(model: ModelConfig) -> None:
 
 
 def check_shape(config: ClaimsConfig, name: str, architecture: Architecture) -> None:
-    """Check that the model has as many layers and heads as the one that the claims are about, if they tell.
+    """Check that the model has the layers and heads of the claims' `shape`, if they give one.
 
     Raises:
-        UserError: it has not.
+        UserError: the numbers differ.
     """
     found = [architecture.n_layers, architecture.n_heads]
     if config.shape and list(config.shape) != found:
@@ -113,7 +115,7 @@ def parse_head(name: object, key: str, architecture: Architecture) -> Head:
     """Turn "9.10" into (9, 10).
 
     Raises:
-        UserError: not of that form, or the model has no such head.
+        UserError: the text does not have that form, or the model has no such head.
     """
     match = re.fullmatch(r"([0-9]{1,6})\.([0-9]{1,6})", name) if isinstance(name, str) else None
     if match is None:
@@ -128,10 +130,10 @@ def parse_head(name: object, key: str, architecture: Architecture) -> Head:
 
 
 def check_roles(task: TaskConfig) -> None:
-    """Check that every prediction of every role names a metric that exists.
+    """Check every role's predictions: metrics exist, compositions name partners, the primary is not exploratory.
 
     Raises:
-        UserError: one does not.
+        UserError: a prediction breaks one of these rules.
     """
     for role, config in task.roles.items():
         for prediction in config.predictions:

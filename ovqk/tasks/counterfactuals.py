@@ -1,15 +1,25 @@
-"""Counterfactual prompts: the same words at the same places, but for those that make the computation possible."""
+"""Counterfactual prompts: the same words at the same places, except those that make the computation possible.
+
+See docs/definitions.md, section 7.
+"""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 REPLACEMENTS = ({"draw": "fresh"}, {"draw": "other_initial"}, {"form": "other"})
-"""What may stand at a mention, besides {"word": WORD}."""
+"""The replacements that a mention may ask for, besides {"word": WORD}."""
 
 
 class SlotDraw(NamedTuple):
-    """A slot's word in one prompt: the word, the slot's word sets by form, and its place there."""
+    """A slot's word in one prompt.
+
+    Attributes:
+        word: the word.
+        forms: the slot's word sets, one for each form.
+        place: the word's index in its set.
+        form: the number of the word's form.
+    """
 
     word: str
     forms: Sequence[Sequence[str]]
@@ -20,20 +30,20 @@ class SlotDraw(NamedTuple):
 def replacements(
     asked: Any, mentions: Iterable[str], slots: Mapping[str, SlotDraw], held: Iterable[str], rng: random.Random
 ) -> dict[str, str]:
-    """Return the words of a counterfactual: mention -> what stands there instead.
+    """Choose the words of a counterfactual: mention -> the word that replaces it.
 
     Args:
         asked: the task's `counterfactual`: mention -> {draw: fresh}, {draw: other_initial}, {form: other} or {word: W}.
-        mentions: the mentions of the prompt.
-        slots: its slots with words of their own.
-        held: all of its words, which are not drawn.
-        rng: a source of draws.
+        mentions: the prompt's mentions.
+        slots: the prompt's slots with words of their own.
+        held: all words of the prompt, which are not drawn.
+        rng: the random generator.
 
     Raises:
-        ValueError: an unknown mention or replacement, or no word is left.
+        ValueError: a mention or replacement is unknown, or no word is left to draw.
     """
     if not isinstance(asked, Mapping):
-        raise ValueError(f"counterfactual: must be mentions with what stands there instead, not {asked!r}")
+        raise ValueError(f"counterfactual: must be a mapping of mentions to replacements, not {asked!r}")
     found: dict[str, str] = {}
     for mention, what in asked.items():
         slot = slots.get(mention.partition(".")[0])

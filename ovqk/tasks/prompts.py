@@ -1,6 +1,6 @@
-"""Task prompts: sentences sampled from a task's templates, with the places that matter marked.
+"""Task prompts: sentences drawn from a task's templates, with labels on the words that matter (definitions: section 7).
 
-A task's `prompts:` entry is plain data in one of two forms. Templates:
+A task's `prompts:` entry is plain data. It has one of two forms. The first is a list of templates:
 
     templates:                      # text up to, not including, the answer; [...] is optional, and nests
       - "When {A} and {B} went to the {place}[ in the {time}], {B} gave a {object} to"
@@ -10,7 +10,7 @@ A task's `prompts:` entry is plain data in one of two forms. Templates:
     foil: B                         # the slot whose word is the natural mistake
     labels: {IO: A, S1: B, S2: B.2} # further names of slot mentions; "B.2" is the second mention
 
-A slot may have forms, index-aligned word sets such as singular and plural, and may agree with another slot:
+A slot may have forms: index-aligned word sets, such as singular and plural. It may agree with another slot:
 
     slots:
       subject: {forms: [nouns_singular, nouns_plural]}
@@ -18,8 +18,8 @@ A slot may have forms, index-aligned word sets such as singular and plural, and 
     answer: verb
     foil: {other_form_of: verb}
 
-A slot may take a word that stands after another slot's in the order of their one set, or up to it (its own included),
-and a slot may be the first letter of another slot's word; braces may stand inside a word:
+Two slots may draw from one ordered set, so that one comes after the other, or not after it (`up_to`: it may be the same
+word). A slot may be the first letter of another slot's word. Braces may stand inside a word:
 
     templates:
       - "The war lasted from the year 17{start} to the year 17"
@@ -30,26 +30,27 @@ and a slot may be the first letter of another slot's word; braces may stand insi
     answer: end                     # or, with `letter: {initial_of: third}` among the slots, letter
     foil: early
 
-Or a repeated random sequence, cut anywhere in its second copy, where the foil is another word of the sequence:
+The second form is a random sequence that is repeated, and cut anywhere in its second copy. The foil is another word of
+the sequence:
 
     repeated: {words: content, lengths: [6, 8, 10]}
 
-Slots of one word set never take the same word, and never two forms of one word (`up_to` apart). A mention is
-`slot`, then `slot.2` and so on; END is the last word of the text, from which the answer is predicted.
+Slots with one word set never take the same word, and never two forms of one word, unless one has `up_to`. The mentions
+of a slot are `slot`, `slot.2` and so on. END is the last word of the text, from which the answer is predicted.
 
-`counterfactual` makes of each prompt a second one without the computation (definitions: section 7): the same words at
-the same places, but for the mentions that it names, each with the word that stands there instead:
+`counterfactual` gives each prompt a second version in which the computation is impossible. The words and places are the
+same, except for the mentions that it names. Each of these gets another word:
 
     counterfactual:
       B.2: {draw: fresh}            # another word of its slot's set that the prompt does not hold
       third: {draw: other_initial}  # such a word with another first letter
-      subject: {form: other}        # the same word in its slot's other form
+      subject: {form: other}        # the same word in the slot's other form
       start: {word: "01"}           # this word
 
 Under `repeated`, `counterfactual: fresh_first_copy` draws the first copy anew, from other words.
 
-A prompt's `cluster` is the unit that statistics resample: the template, the order of swapped slots and the forms drawn;
-with `clusters: [event]` the words of these slots instead, for tasks of few templates.
+Statistics resample whole clusters of prompts. Prompts with the same template, order of swapped slots and drawn forms
+form a cluster. If a task with few templates says `clusters: [event]`, prompts with the same words in these slots do.
 """
 
 import json
@@ -61,33 +62,39 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ovqk.tasks.counterfactuals import SlotDraw, replacements
+from ovqk.tasks.prompt_entry import (
+    LEADING,
+    ORDERED,
+    WordSets,
+    check_prompts,
+    forms_of,
+    replaced_slots,
+    slot_entry,
+    word_set,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ovqk.checkpoints.checkpoint import Checkpoint
 
-WordSets = Mapping[str, Sequence[str]]
 Span = tuple[int, int]
-
-TEMPLATE_KEYS = {"templates", "slots", "swap", "answer", "foil", "labels", "counterfactual", "clusters"}
-REPEATED_KEYS = {"repeated", "counterfactual"}
-FRESH_FIRST_COPY = "fresh_first_copy"
-SLOT_KEYS = ({"set"}, {"forms"}, {"forms", "agrees_with"}, {"set", "after"}, {"set", "up_to"}, {"initial_of"})
-ORDERED = {"after", "up_to"}
-LEADING = {"agrees_with", "initial_of", *ORDERED}
-"""The keys of a slot that name another, its leader."""
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A text whose next word is `answer` rather than `foil`.
 
-    `spans` maps a label to the characters [start, stop) of the word it marks. `group` names the prompts
-    that agree in every word position (same template, same optional phrases, whichever the order of
-    swapped slots): means over a group are means at matching positions. `forms` holds the form drawn
-    for each slot that has forms. `template` is the one it was drawn from, before its optional phrases were chosen, and
-    `cluster` the unit of resampling. `counterfactual` is the same prompt without the computation, if the task says how.
+    Attributes:
+        text: the text, without the answer.
+        answer, foil: the word that comes next, and the natural wrong answer.
+        spans: label -> the characters [start, stop) of the word that it marks.
+        group: the name of all prompts that agree in every word position: same template and optional phrases, in either
+            order of swapped slots. A mean over a group is a mean at matching positions.
+        forms: slot -> the number of its form, for slots that have forms.
+        template: the template, before its optional phrases were chosen.
+        cluster: the name of the prompt's cluster, the unit of resampling.
+        counterfactual: the prompt in which the computation is impossible; None if the task says no `counterfactual`.
     """
 
     text: str
@@ -102,7 +109,7 @@ class Prompt:
 
 
 def variants(template: str) -> list[str]:
-    """Return all texts of a template: each optional phrase `[...]` left out and put in, innermost last."""
+    """Return all texts of a template, with each optional phrase `[...]` left out and put in."""
     match = re.search(r"\[([^\[\]]*)\]", template)
     if match is None:
         return [template]
@@ -112,45 +119,54 @@ def variants(template: str) -> list[str]:
 
 
 def slot_names(template: str) -> list[str]:
-    """Return the slots of a template, in order, with repeats."""
+    """Return a template's slots, in order and with repeats."""
     return re.findall(r"\{(\w+)\}", template)
 
 
 def sample_prompts(words: WordSets, prompts: Mapping[str, Any], count: int, seed: int) -> list[Prompt]:
-    """Draw `count` prompts; the same arguments give the same prompts.
+    """Draw prompts. The same arguments give the same prompts.
 
-    Swapped orders and the forms of slots that others agree with are balanced exactly (alternating), the
-    rest is uniform: templates, then optional phrases, then words. Raises ValueError for an unknown key,
-    slot, mention or word set, and for a set too small for its slots.
+    Swapped orders, and the forms of slots that others agree with, alternate, so they are exactly balanced. Templates,
+    optional phrases and words are drawn uniformly.
+
+    Args:
+        words: word set -> its words.
+        prompts: the task's `prompts` entry, as the module's docstring describes it.
+        count: how many prompts are drawn.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a key, slot, mention or word set is unknown, or a word set is too small for its slots.
     """
+    check_prompts(words, prompts)
     rng = random.Random(seed)
     if "repeated" in prompts:
-        _refuse_unknown(prompts, REPEATED_KEYS)
-        fresh = _fresh_first_copy(prompts)
+        fresh = "counterfactual" in prompts
         return [
             _repeated(words, prompts["repeated"], rng, _own_rng(seed, index) if fresh else None)
             for index in range(count)
         ]
-    _refuse_unknown(prompts, TEMPLATE_KEYS)
-    missing = {"templates", "slots", "answer", "foil"} - set(prompts)
-    if missing:
-        raise ValueError(f"prompts lack {sorted(missing)}")
-    _check_slots({name: _entry(slot) for name, slot in prompts["slots"].items()})
     drawn = [_from_template(words, prompts, index, rng, _own_rng(seed, index)) for index in range(count)]
     rng.shuffle(drawn)
     return drawn
 
 
 def _own_rng(seed: int, index: int) -> random.Random:
-    """Return a source of draws for one prompt's counterfactual, so that it changes no other draw."""
+    """Return a random generator for one prompt's counterfactual alone, so that it changes no other draw."""
     return random.Random(f"counterfactual {seed} {index}")
 
 
 def token_positions(prompt: Prompt, offsets: Iterable[Span]) -> dict[str, int]:
-    """Return the token of each label: the last token that overlaps the label's characters.
+    """Return label -> the index of the last token that overlaps the label's characters.
 
-    `offsets` are the tokenizer's character spans, one a token; special tokens have empty spans.
-    A word of several tokens is therefore marked at its last, where all of it has been read.
+    A word of several tokens is thus marked at its last token, where the model has read all of it.
+
+    Args:
+        prompt: the prompt.
+        offsets: the tokenizer's character span for each token; special tokens have empty spans.
+
+    Raises:
+        ValueError: no token overlaps a label's characters.
     """
     tokens = [(index, start, stop) for index, (start, stop) in enumerate(offsets) if stop > start]
     positions = {}
@@ -163,19 +179,19 @@ def token_positions(prompt: Prompt, offsets: Iterable[Span]) -> dict[str, int]:
 
 
 def start_tokens(tokenizer: "Tokenizer", checkpoint: "Checkpoint") -> list[int]:
-    """Return the ids that a checkpoint's tokenizer puts before every text by itself; none for GPT-2's, for instance.
+    """Return the ids that a checkpoint's tokenizer puts before every text; GPT-2's, for instance, puts none.
 
-    A model run without them may not know its task: Gemma 3 answers 12 % of ioi's prompts without its start token and
-    100 % with it. `add_bos_token` in tokenizer_config.json decides if it is there, as in transformers' classes; else
-    the post-processor of the tokenizer does. A GGUF file says it itself (`tokenizer.ggml.add_bos_token` and
-    `bos_token_id`, from which its post-processor is built): a tokenizer_config.json beside it is not its own.
+    A model that is run without them may fail its task: Gemma 3 answers 12 % of ioi's prompts without its start token
+    and 100 % with it. If tokenizer_config.json has `add_bos_token`, that decides, as in transformers' classes. If not,
+    the tokenizer's post-processor decides. A GGUF file holds its own settings (`tokenizer.ggml.add_bos_token` and
+    `bos_token_id`), so a tokenizer_config.json beside it is not read.
 
     Args:
-        tokenizer: the checkpoint's, as `ovqk.tasks.words.load_tokenizer` reads it.
-        checkpoint: whose folder may hold tokenizer_config.json.
+        tokenizer: the checkpoint's tokenizer, as `ovqk.tasks.words.load_tokenizer` reads it.
+        checkpoint: the checkpoint, whose folder may hold tokenizer_config.json.
 
     Raises:
-        ValueError: a start token is asked for, and the vocabulary has none of its name.
+        ValueError: tokenizer_config.json asks for a start token that the vocabulary does not hold.
     """
     encoded = tokenizer.encode("a")
     marked = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
@@ -197,46 +213,10 @@ def start_tokens(tokenizer: "Tokenizer", checkpoint: "Checkpoint") -> list[int]:
     return [found]
 
 
-def _refuse_unknown(entry: Mapping[str, Any], known: set[str]) -> None:
-    unknown = set(entry) - known
-    if unknown:
-        raise ValueError(f"unknown keys {sorted(unknown)} in prompts; known: {sorted(known)}")
-
-
-def _word_set(words: WordSets, name: str) -> Sequence[str]:
-    if name not in words:
-        raise ValueError(f"unknown word set {name!r}; known: {sorted(words)}")
-    return words[name]
-
-
-def _entry(slot: Any) -> Mapping[str, Any]:
-    """Return a slot as a mapping: a lone name is the name of its set."""
-    return {"set": slot} if isinstance(slot, str) else slot
-
-
-def _forms(slot: Any) -> list[str]:
-    """Return the word sets of a slot: one, one a form, or none if another slot's word tells everything."""
-    entry = _entry(slot)
-    return [entry["set"]] if "set" in entry else list(entry.get("forms", []))
-
-
-def _check_slots(slots: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, slot in slots.items():
-        if set(slot) not in SLOT_KEYS:
-            known = "; ".join(", ".join(sorted(keys)) for keys in SLOT_KEYS)
-            raise ValueError(f"slot {name!r}: unknown keys {sorted(slot)}; known together: {known}")
-        for key in set(slot) & LEADING:
-            leader = slots.get(slot[key], {})
-            if "set" in slot and leader != {"set": slot["set"]}:
-                raise ValueError(f"slot {name!r}: {key} {slot[key]!r}, which is no plain slot of {slot['set']!r}")
-            if not _forms(leader):
-                raise ValueError(f"slot {name!r}: {key} {slot[key]!r}, which is no slot with words of its own")
-
-
 def _from_template(
     words: WordSets, prompts: Mapping[str, Any], index: int, rng: random.Random, own: random.Random
 ) -> Prompt:
-    slots = {name: _entry(slot) for name, slot in prompts["slots"].items()}
+    slots = {name: slot_entry(slot) for name, slot in prompts["slots"].items()}
     base = rng.choice(list(prompts["templates"]))
     template = rng.choice(variants(base))
     foil_of = prompts["foil"]["other_form_of"] if isinstance(prompts["foil"], Mapping) else None
@@ -247,12 +227,12 @@ def _from_template(
         raise ValueError(f"unknown slots {sorted(unknown)} in {template!r}; known: {sorted(slots)}")
 
     indices, forms = _draw(words, {name: slots[name] for name in slots if name in needed}, index, rng)
-    values = {name: words[_forms(slots[name])[forms[name]]][indices[name]] for name in indices}
+    values = {name: words[forms_of(slots[name])[forms[name]]][indices[name]] for name in indices}
     values |= {name: values[slots[name]["initial_of"]][0] for name in needed if "initial_of" in slots[name]}
     if foil_of is None:
         foil = values[prompts["foil"]]
     else:
-        sets = _forms(slots[foil_of])
+        sets = forms_of(slots[foil_of])
         foil = words[sets[(forms[foil_of] + 1) % len(sets)]][indices[foil_of]]
 
     exchange = index // 2 % 2 == 1
@@ -273,7 +253,7 @@ def _from_template(
     if "counterfactual" not in prompts:
         return made
     drawn = {
-        name: SlotDraw(values[name], [words[key] for key in _forms(slots[name])], indices[name], forms[name])
+        name: SlotDraw(values[name], [words[key] for key in forms_of(slots[name])], indices[name], forms[name])
         for name in indices
     }
     replaced = replacements(prompts["counterfactual"], spans, drawn, values.values(), own)
@@ -291,12 +271,12 @@ def _known_slot(name: str, values: Mapping[str, str]) -> str:
 def _draw(
     words: WordSets, slots: Mapping[str, Mapping[str, Any]], index: int, rng: random.Random
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Draw a word index and a form for each slot with words; slots others agree with alternate with `index`."""
-    slots = {name: slot for name, slot in slots.items() if _forms(slot)}
+    """Draw a word index and a form for each slot with words; slots that others agree with alternate with `index`."""
+    slots = {name: slot for name, slot in slots.items() if forms_of(slot)}
     leaders = {slot["agrees_with"] for slot in slots.values() if "agrees_with" in slot}
     forms: dict[str, int] = {}
     for name, slot in slots.items():
-        n_forms = len(_forms(slot))
+        n_forms = len(forms_of(slot))
         forms[name] = index % n_forms if name in leaders else rng.randrange(n_forms)
     for name, slot in slots.items():
         if "agrees_with" in slot:
@@ -306,8 +286,8 @@ def _draw(
     taken: dict[tuple[str, ...], set[int]] = {}
     indices: dict[str, int] = {}
     for name, slot in sorted(slots.items(), key=lambda item: bool(set(item[1]) & ORDERED)):  # leaders first
-        sets = _forms(slot)
-        sizes = {len(_word_set(words, name_of_set)) for name_of_set in sets}
+        sets = forms_of(slot)
+        sizes = {len(word_set(words, name_of_set)) for name_of_set in sets}
         if len(sizes) > 1:
             raise ValueError(f"slot {name!r}: the sets {sets} differ in length and cannot be index-aligned")
         used = taken.setdefault(tuple(sets), set())
@@ -325,7 +305,7 @@ def _draw(
 
 
 def _swapped(mentions: list[str], swap: Sequence[str] | None, exchange: bool) -> list[str]:
-    """Fill in the slot at each mention, with the first mentions of the two swapped slots exchanged."""
+    """Return the slot at each mention, with the first mentions of the two swapped slots exchanged."""
     if swap is None or not exchange:
         return mentions
     first, second = (mentions.index(name) for name in swap)
@@ -337,7 +317,7 @@ def _swapped(mentions: list[str], swap: Sequence[str] | None, exchange: bool) ->
 def _fill(
     template: str, order: Sequence[str], values: Mapping[str, str], replaced: Mapping[str, str] | None = None
 ) -> tuple[str, dict[str, Span]]:
-    """Fill slots in `order`, or with what replaces a mention; return the text, and the spans of mentions and END."""
+    """Fill slots in `order`, or mentions with their replacements; return the text and the spans of mentions and END."""
     literals = re.split(r"\{\w+\}", template)
     text, spans, seen = literals[0], {}, dict.fromkeys(order, 0)
     for name, literal in zip(order, literals[1:], strict=True):
@@ -356,24 +336,16 @@ def _last_word(text: str) -> Span:
     return match.span()
 
 
-def _fresh_first_copy(prompts: Mapping[str, Any]) -> bool:
-    asked = prompts.get("counterfactual", FRESH_FIRST_COPY)
-    if asked != FRESH_FIRST_COPY:
-        raise ValueError(f"counterfactual: {asked!r}; allowed with repeated: {FRESH_FIRST_COPY}")
-    return "counterfactual" in prompts
-
-
 def _repeated(
     words: WordSets, repeated: Mapping[str, Any], rng: random.Random, own: random.Random | None = None
 ) -> Prompt:
     """Return a random sequence and the start of its second copy, which ends on the word labelled END.
 
-    PREVIOUS marks END's word in the first copy, SOURCE the word after it: the answer. With `own` it has a
-    counterfactual, whose first copy is of other words. Clusters are the words at END.
+    PREVIOUS marks END's word in the first copy, and SOURCE the word after it, which is the answer. If `own` is given,
+    the prompt has a counterfactual, whose first copy has other words. The cluster is the word at END.
     """
-    _refuse_unknown(repeated, {"words", "lengths"})
     length = rng.choice(list(repeated["lengths"]))
-    pool = list(_word_set(words, repeated["words"]))
+    pool = list(word_set(words, repeated["words"]))
     if len(pool) < length:
         raise ValueError(f"a sequence of {length} different words needs more than the {len(pool)} given")
     sequence = rng.sample(pool, length)
@@ -400,20 +372,18 @@ def _repeated(
 
 
 def known_words(words: WordSets, prompts: Mapping[str, Any], known: Callable[[str], bool]) -> dict[str, list[str]]:
-    """Return the word sets without the words a vocabulary lacks; a pair of forms stays or goes together."""
-    aligned = [_forms(slot) for slot in prompts.get("slots", {}).values()]
+    """Return the word sets without the words that a vocabulary lacks; the forms of one word stay or go together."""
+    aligned = [forms_of(slot) for slot in prompts.get("slots", {}).values()]
     kept = {name: list(filter(known, content)) for name, content in words.items()}
     for sets in aligned:
-        rows = [row for row in zip(*(_word_set(words, name) for name in sets), strict=True) if all(map(known, row))]
+        rows = [row for row in zip(*(word_set(words, name) for name in sets), strict=True) if all(map(known, row))]
         for column, name in enumerate(sets):
             kept[name] = [row[column] for row in rows]
     return kept
 
 
 def word_sets_of(prompts: Mapping[str, Any]) -> list[str]:
-    """Return the word sets of answers, foils and the words that a counterfactual replaces."""
+    """Return the names of the word sets that hold answers, foils and words that a counterfactual replaces."""
     if "repeated" in prompts:
         return [prompts["repeated"]["words"]]
-    foil = prompts["foil"]["other_form_of"] if isinstance(prompts["foil"], Mapping) else prompts["foil"]
-    names = [prompts["answer"], foil, *(mention.partition(".")[0] for mention in prompts.get("counterfactual", {}))]
-    return list(dict.fromkeys(name for slot in names for name in _forms(prompts["slots"][slot])))
+    return list(dict.fromkeys(name for slot in replaced_slots(prompts) for name in forms_of(prompts["slots"][slot])))

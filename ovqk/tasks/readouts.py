@@ -1,7 +1,7 @@
-"""A causal variable as each layer sees it, and the metrics of what each head does with it.
+"""A causal variable as each layer reads it, and each head's metrics on it (definitions: section 5).
 
-Layer 0 reads the embedding; later layers read the `block0` effective embedding, unless the analysis chooses one for
-all, or the model is run on single words (`stream`).
+Layer 0 reads the embedding. Later layers read the `block0` effective embedding, unless the analysis chooses one
+embedding for all layers, or has the model run on single words (`stream`).
 """
 
 from collections.abc import Collection, Sequence
@@ -20,22 +20,23 @@ from ovqk.tasks.words import Variable, WordSet
 from ovqk.weights.stored_rows import Rows
 
 SET_METRICS = named(lambda metric: metric.of == "words")
-"""Means over the source tokens of a `set` variable."""
+"""Metrics that are means over the source tokens of a `set` variable."""
 CONTRAST_METRICS = named(lambda metric: metric.variable is VariableKind.contrast)
 SUBSPACE_METRICS = named(lambda metric: metric.of == "subspace")
-"""Metrics of the subspace that a variable's words span, on either side of a circuit."""
+"""Metrics about the subspace that a variable's words span, on either side of a circuit."""
 
 TOP_METRICS = {name: METRICS[name].in_top for name in named(lambda metric: metric.in_top != 0)}
-"""Metrics that rank a word's own logit in the whole vocabulary -> the sign that W_OV is taken with."""
+"""Metric that ranks a word's own logit in the whole vocabulary -> the sign by which W_OV is multiplied."""
 
 
 @dataclass(frozen=True)
 class InTop:
-    """A metric of TOP_METRICS of a batch of heads, of which some words may still be open.
+    """One of TOP_METRICS for a batch of heads; some words may still be undecided.
 
     Attributes:
-        index: of the metric's sign among those of the search.
-        W_U_rows: the vocabulary that the words are ranked in.
+        search: the search, which several metrics may share.
+        index: the index of the metric's sign in the search.
+        W_U_rows: the vocabulary in which the words are ranked.
     """
 
     search: alignment.TopSearch
@@ -44,22 +45,28 @@ class InTop:
 
     @property
     def by_source(self) -> Float[Tensor, "head word"]:
-        """Return 1 for each word in the top 5 of the tokens passed, 0 for others."""
+        """Return 1 for each word in the top 5 of the tokens compared so far, and 0 for the others."""
         return self.search.found()[self.index]
 
     @staticmethod
     def settle(several: "Sequence[InTop]") -> None:
-        """Finish all these searches in one pass over the remaining tokens."""
+        """Finish these searches in one pass over the remaining tokens."""
         searches = list({id(top.search): top.search for top in several}.values())
         if searches:
             alignment.settle(searches, several[0].W_U_rows)
 
 
 class Readout:
-    """One causal variable on one model: its read side by layer, its write side, and the metrics of a layer's heads.
+    """One causal variable on one model: its read side in each layer, its write side, and the metrics of heads.
 
     Attributes:
-        like: the readout that this one is a surrogate of: ranks are its own, and the band is its band less the words.
+        variable: the variable.
+        effective: the effective embeddings of the model's tokens.
+        vocabulary: the model's vocabulary.
+        embedding: the analysis's choice of effective embedding.
+        like: the readout that this one is a surrogate of; None for the task's own. A surrogate keeps its ranks, and its
+            band without the words drawn.
+        ids: token ids of the (first) read words.
     """
 
     def __init__(
@@ -70,7 +77,7 @@ class Readout:
         like: "Readout | None" = None,
         origins: dict[str, Tensor] | None = None,
     ) -> None:
-        """Take the variable's tokens and what gives their rows; `origins` of the same band, if known."""
+        """Take the variable's tokens, the rows of the model's tokens, and `origins` for the same band if known."""
         self.variable, self.effective, self.vocabulary = variable, rows, rows.vocabulary
         self.embedding, self.like = embedding, like
         self._words: dict[str, Tensor] = {}
@@ -79,14 +86,14 @@ class Readout:
         self.ids = variable.read[0].ids.to(self.vocabulary.W_E.device)
 
     def surrogates(self, variables: Sequence[Variable]) -> "Readout":
-        """Return the same readout of other words, of all these variables at once: its values are [draw, head].
+        """Return the readout of other words, for all these variables at once: its values are [draw, head].
 
-        Ranks stay, and the words drawn trade places with the task's in the band.
+        The subspaces keep their ranks. In the band, the words drawn are exchanged for the task's words.
         """
         return Readout(Variable.stacked(variables), self.effective, self.embedding, like=self)
 
     def of_some(self, variables: Sequence[Variable]) -> "Readout":
-        """Return the same readout of some of the words, for all these choices at once ([draw, head]), same band."""
+        """Return the readout of some of the words, with the same band, for all choices at once: values [draw, head]."""
         return Readout(Variable.stacked(variables), self.effective, self.embedding, origins=self._origins)
 
     def kind(self, layer: int) -> str:
@@ -110,7 +117,7 @@ class Readout:
         return kind == "token" or there[kind] is not None
 
     def rows(self, layer: int) -> Float[Tensor, "*draw word d_model"]:
-        """Return normalised effective embeddings of the (first) read words, as this layer sees them."""
+        """Return the normalised effective embeddings of the (first) read words, as this layer reads them."""
         kind = self.kind(layer)
         if kind not in self._words:
             self._words[kind] = self.effective(self.variable.read[0].ids, kind)
@@ -118,22 +125,22 @@ class Readout:
 
     @property
     def written(self) -> Float[Tensor, "*draw word d_model"]:
-        """Columns of W_U, as rows, of the words whose tokens are sources and targets."""
+        """The columns of W_U, as rows, for the words that are sources and targets."""
         if WRITE not in self._words:
             self._words[WRITE] = self.effective(self.ids, WRITE)
         return self._words[WRITE]
 
     def basis(self, layer: int) -> Float[Tensor, "*draw r d_model"]:
-        """Return an orthonormal basis of the read subspace, as this layer sees it."""
+        """Return an orthonormal basis of the read subspace, as this layer reads it."""
         return self._basis(self.kind(layer))
 
     @property
     def write(self) -> Float[Tensor, "*draw r d_model"] | None:
-        """Orthonormal basis of the write subspace; None without an unembedding."""
+        """An orthonormal basis of the write subspace; None without an unembedding."""
         return None if self.vocabulary.W_U_rows is None else self._basis(WRITE)
 
     def prepare(self, layer: int) -> None:
-        """Find the subspaces of this layer, and with them the centres of the bands that surrogates are centred by."""
+        """Compute this layer's subspaces, and the means of the bands that surrogates are centred by."""
         for kind in (self.kind(layer), WRITE):
             if kind != WRITE or self.vocabulary.W_U_rows is not None:
                 self._basis(kind)
@@ -141,9 +148,14 @@ class Readout:
     def metrics(
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head"]]:
-        """Return every task metric of these maps (of those wanted), as heads of this layer.
+        """Return the task metrics of these maps, as heads of this layer.
 
-        Without the layer's effective embedding there are none.
+        There are none if the layer's effective embedding cannot be computed.
+
+        Args:
+            layer: the layer.
+            maps: the heads' maps, for one circuit.
+            wanted: names of metrics; all of them unless given.
         """
         means = {name: values.mean(-1) for name, values in self.by_source(layer, maps, wanted).items()}
         return means | self.of_subspace(layer, maps, wanted)
@@ -151,7 +163,7 @@ class Readout:
     def by_source(
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head source"]]:
-        """Return the metrics of a `set` variable that are means over its tokens, token by token."""
+        """Return the metrics that are means over a `set` variable's tokens, for each token."""
         W_U_rows = self.vocabulary.W_U_rows
         if not self.reads(layer) or self.variable.kind is VariableKind.contrast:
             return {}
@@ -176,7 +188,7 @@ class Readout:
         return found
 
     def in_top(self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None) -> "dict[str, InTop]":
-        """Return the metrics of TOP_METRICS; only the vocabulary's first tokens are passed yet (`InTop.settle`)."""
+        """Return TOP_METRICS after comparison with the vocabulary's first tokens; `InTop.settle` compares the rest."""
         names = [name for name in TOP_METRICS if wanted is None or name in wanted]
         there = self.reads(layer) and self.variable.kind is VariableKind.set and maps.circuit is Circuit.ov
         unembedding = self.effective.unembedding if there and names else None
@@ -190,7 +202,7 @@ class Readout:
     def of_subspace(
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head"]]:
-        """Return the metrics of the subspaces that the variable's words span."""
+        """Return the metrics about the subspaces that the variable's words span."""
         mine = [name for name in SUBSPACE_METRICS if METRICS[name].circuit == maps.circuit]
         if not self.reads(layer) or (wanted is not None and not set(wanted) & set(mine)):
             return {}
@@ -216,7 +228,7 @@ class Readout:
         return found
 
     def _basis(self, kind: str) -> Float[Tensor, "*draw r d_model"]:
-        """Return the basis of the read side of one kind of embedding, or of the write side (`write`)."""
+        """Return the read side's basis for one kind of embedding, or the write side's (`write`)."""
         if kind not in self._bases:
             first, *second = (self.effective(words.ids, kind) for words in self._sets(kind))
             if second:
@@ -230,7 +242,7 @@ class Readout:
         """Return the unit direction between the sides of the contrast.
 
         Raises:
-            UserError: the model does not tell them apart.
+            UserError: both sides have the same mean in this model.
         """
         if alignment.same_mean(minus, plus):
             side = "write" if kind == WRITE else "read"
@@ -244,9 +256,9 @@ class Readout:
         return self.variable.write if kind == WRITE else self.variable.read
 
     def _origin(self, kind: str, words: Float[Tensor, "*draw word d_model"]) -> Float[Tensor, "*or_one d_model"]:
-        """Return the mean of the band that the words are compared with, on the read or write side."""
+        """Return the mean over the band that the words are compared with, on the read or the write side."""
         if self.like is not None:
-            like = self.like  # the words drawn leave the pool, and the words of the task return to it
+            like = self.like  # the words drawn leave the band, and the task's words enter it
             n, own = len(like.variable.band), like.effective(like._sets(kind)[0].ids, kind)
             n_words = words.shape[-2]
             return (like._origin(kind, words) * n + own.sum(0) - words.sum(-2)) / (n + len(own) - n_words)
@@ -258,7 +270,7 @@ class Readout:
 def _of_scores(
     prefix: str, scores: Float[Tensor, "*draw head source target"], wanted: Collection[str] | None
 ) -> dict[str, Float[Tensor, "*draw head source"]]:
-    """Return the wanted metrics of a task's matrix of logits or scores, token by token."""
+    """Return the wanted metrics of a matrix of logits or scores, for each source token."""
     found: dict[str, Tensor] = {}
     if wanted is None or {f"{prefix}_auc", f"{prefix}_auc_raw"} & set(wanted):
         found[f"{prefix}_auc"], found[f"{prefix}_auc_raw"] = alignment.task_auc_by_source(scores)

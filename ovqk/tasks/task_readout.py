@@ -1,4 +1,4 @@
-"""A task on a model: its words as tokens, and the metrics of what each head does with its first variable."""
+"""A task on a model: its words as tokens, and each head's metrics on its variable (definitions: section 5)."""
 
 import math
 from collections.abc import Callable
@@ -31,9 +31,10 @@ class TaskReadout:
     """A task on one model.
 
     Attributes:
+        model: the model.
         tokens: the task's words as tokens of the model.
-        readout: the task's first variable; None if no word is read.
-        unavailable: metric -> why no head has it, of this model and on this task.
+        readout: the readout of the task's variable; None if no word is read.
+        unavailable: metric -> why no head of this model can have it on this task.
         unread: why layers behind the first have no effective embedding, if they have none.
     """
 
@@ -53,7 +54,7 @@ class TaskReadout:
             run_words: runs the model on single words, for `analysis.embedding=stream`.
 
         Raises:
-            UserError: the words cannot be read as tokens of the model.
+            UserError: the words cannot be read as tokens of the model (`resolve_task`).
         """
         tokens = read_words(model)
         readout, why = None, str(model.block0)
@@ -87,7 +88,10 @@ class TaskReadout:
         ]
 
     def maps(self, layer: Layer, circuit: Circuit) -> HeadMaps | None:
-        """Return a circuit as readouts see it: folded, QK with the mean rotation; None if positions are unknown."""
+        """Return a circuit's maps as readouts use them: folded, and for QK with the mean rotation.
+
+        None: ovqk does not know how the model encodes positions, so there is no QK.
+        """
         architecture = self.model.architecture
         if circuit is Circuit.ov:
             return HeadMaps(layer.factors(Circuit.ov, True), layer.decomposition(Circuit.ov, True))
@@ -103,7 +107,7 @@ class TaskReadout:
         return HeadMaps(layer.factors(Circuit.qk, True, span), layer.decomposition(Circuit.qk, True, span), scorer)
 
     def by_source(self, layer: Layer, circuit: Circuit) -> dict[str, Float[Tensor, "head source"]]:
-        """Return the metrics of a circuit's heads, source token by source token; computed once for a layer."""
+        """Return the metrics of a circuit's heads for each source token; they are computed once for a layer."""
         known = self._sources.setdefault(layer, {})
         if circuit not in known:
             maps = None if self.readout is None else self.maps(layer, circuit)
@@ -111,7 +115,7 @@ class TaskReadout:
         return known[circuit]
 
     def metrics(self, layer: Layer) -> dict[str, Float[Tensor, " head"]]:
-        """Return what the layer's heads do with the variable; under rotary positions with the mean rotation."""
+        """Return the task metrics of the layer's heads; under rotary positions with the mean rotation."""
         found: dict[str, Tensor] = {}
         for circuit in self.model.circuits if self.readout is not None else ():
             maps = self.maps(layer, circuit)
@@ -122,7 +126,7 @@ class TaskReadout:
 
 
 class ReadoutTables:
-    """The stage that adds what heads do on the task to what they are without one."""
+    """The stage that adds the task's metrics to the metrics that need no task."""
 
     def __init__(self, task: TaskReadout) -> None:
         """Start without layers."""
@@ -133,7 +137,7 @@ class ReadoutTables:
         self._layers.append(heads_rows(layer, self.task.metrics(layer)))
 
     def tables(self, made: Tables) -> Tables:
-        """Return `heads`: a row per head, a column per metric of the analysis; null if a head has no value."""
+        """Return `heads`: a row for each head, a column for each metric of the analysis; null if there is no value."""
         structure, readouts = made["heads"], pd.concat(self._layers, ignore_index=True)
         columns = {name: structure[name] for name in ("layer", "head")}
         for name in metric_names(self.task.model.circuits):
@@ -144,7 +148,11 @@ class ReadoutTables:
 
 
 def read_words(model: Model) -> TaskTokens:
-    """Return the task's words as tokens; none if there are neither embeddings nor a tokenizer to read them by."""
+    """Return the task's words as tokens; none if the model has neither embeddings nor a tokenizer.
+
+    Raises:
+        UserError: the words cannot be read as tokens of the model (`resolve_task`).
+    """
     task, tokenizer, vocabulary = model.config.task, model.tokenizer, model.vocabulary
     if vocabulary is not None:  # a tokenizer may know more tokens than the model has rows for
         return resolve_task(task, tokenizer, vocabulary.size, model.label)

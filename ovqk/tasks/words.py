@@ -1,4 +1,4 @@
-"""A task's words as tokens of one model: the rows and columns of the vocabulary that its causal variables name."""
+"""A task's words as tokens of one model (definitions: section 5)."""
 
 import dataclasses
 import math
@@ -20,16 +20,18 @@ from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
 from ovqk.errors import UserError
 
 MIN_WORDS = 8
-MOST_WORDS = 10_000  # of a set: each is looked up, drawn for nulls, and listed in the record
-WORD_STARTS = ("Ġ", "▁")  # how byte-level BPE and sentencepiece mark a leading space
-RANK_WINDOW = 0.25  # matched tokens lie within this of the word's log id rank
+MOST_WORDS = 10_000  # in a set; each is looked up, drawn for nulls, and listed in the record
+WORD_STARTS = ("Ġ", "▁")  # the marks of a leading space in byte-level BPE and sentencepiece
+RANK_WINDOW = 0.25  # the largest distance of a matched token from the word, in log id rank
 
 
 @dataclass(frozen=True)
 class WordSet:
-    """The words of a set that are one token each: their ids [n] in the order of the words.
+    """The words of a set that are one token each.
 
-    Of many draws of words at once (`Variable.stacked`) there are only ids, [draw, n].
+    Attributes:
+        words: the words; empty if the set holds many draws at once (`Variable.stacked`).
+        ids: their token ids, in the same order.
     """
 
     words: list[str]
@@ -41,10 +43,14 @@ class Variable:
     """A causal variable in tokens.
 
     Attributes:
-        read, write: `set`: the one set, on both sides; `contrast`: (minus, plus), index-aligned.
-        band: tokens matched to the words in surface form and log id rank, no task word among them.
-        matches: word id -> the tokens that are matched to this word: of the band, and of a set its own words too, since
-            surrogates that can never hold a word of the task would be more alike than the task is like them.
+        name: its name in the task.
+        kind: `set` or `contrast`.
+        read, write: its word sets on each side. A `set` has one, the same on both sides; a `contrast` has two that are
+            index-aligned, (minus, plus).
+        band: ids of the tokens that match the words in surface form and log id rank, without the task's words.
+        matches: word id -> ids of the tokens that match this word. They come from the band and, if the variable is a
+            set, from its own words too: surrogates that could never hold a task word would be more alike than they are
+            like the task.
     """
 
     name: str
@@ -70,7 +76,7 @@ class Variable:
 
     @classmethod
     def stacked(cls, variables: "Sequence[Variable]") -> "Variable":
-        """Join variables that differ in their words alone into one, with ids [draw, word] and no words."""
+        """Join variables that differ only in their words into one variable, with ids [draw, word] and no words."""
 
         def stack(sides: Iterable[tuple[WordSet, ...]]) -> tuple[WordSet, ...]:
             return tuple(WordSet([], torch.stack([words.ids for words in sets])) for sets in zip(*sides, strict=True))
@@ -81,13 +87,14 @@ class Variable:
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """A task's variable for one tokenizer, and what became of its words.
+    """A task's variable for one tokenizer, with the words that were kept and dropped.
 
     Attributes:
-        variables: at most one.
-        kept: word set -> how many of its words are read.
-        dropped: word set -> the words that are not.
-        reasons: word set -> dropped word -> why.
+        variables: the variable, or nothing.
+        kept: word set -> the number of words kept.
+        dropped: word set -> the words dropped.
+        notes: sentences about matched tokens for the record.
+        reasons: word set -> dropped word -> why it was dropped.
     """
 
     variables: list[Variable]
@@ -98,12 +105,12 @@ class TaskTokens:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """Return the checkpoint's own tokenizer; None if its directory, or its GGUF file, holds none.
+    """Return the checkpoint's own tokenizer; None if its directory or GGUF file holds none.
 
-    It neither pads texts nor cuts them, whatever its files say.
+    Padding and truncation are switched off, whatever the files say.
 
     Raises:
-        UserError: its tokenizer files are damaged, or of a kind that cannot be built.
+        UserError: the tokenizer's files are damaged, or of a kind that cannot be built.
     """
     tokenizer = _load_tokenizer(checkpoint)
     if tokenizer is not None:
@@ -141,12 +148,12 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
 
 def tokenizer_for(task: TaskConfig, checkpoint: Checkpoint) -> tuple[Tokenizer | None, list[str]]:
-    """Return the tokenizer that a cell reads with, and notes for its record.
+    """Return a cell's tokenizer, or None, and notes for the cell's record.
 
-    A task without words does not need one: if it cannot be built, there is none, and a note says why.
+    A task without words needs no tokenizer. If one cannot be built for it, the result is None and a note says why.
 
     Raises:
-        UserError: it cannot be built, and the task has words.
+        UserError: the tokenizer cannot be built, and the task has words.
     """
     try:
         return load_tokenizer(checkpoint), []
@@ -161,7 +168,7 @@ def tokenizer_for(task: TaskConfig, checkpoint: Checkpoint) -> tuple[Tokenizer |
 
 
 def byte_level_bpe(directory: Path) -> Tokenizer:
-    """Return the tokenizer of a directory with vocab.json and merges.txt, as GPT-2 has it."""
+    """Build the byte-level BPE tokenizer of a directory with vocab.json and merges.txt, as GPT-2 has it."""
     from tokenizers import decoders, models, pre_tokenizers
 
     bpe = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
@@ -172,18 +179,17 @@ def byte_level_bpe(directory: Path) -> Tokenizer:
 
 
 def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, label: str) -> TaskTokens:
-    """Turn a task's variables into token ids.
+    """Turn a task's variable into token ids.
 
     Args:
         task: the task.
-        tokenizer: the model's tokenizer.
-        n_tokens: number of real tokens.
-        label: how messages name the model.
+        tokenizer: the model's tokenizer; None if it has none.
+        n_tokens: the number of real tokens.
+        label: the model's name in messages.
 
     Raises:
-        UserError: `continuations` or a variable names a word set that is not there, there is more than one variable,
-            or one and no tokenizer, a contrast has a word on both sides, or fewer than 8 of a variable's words are one
-            token.
+        UserError: `continuations` or a variable names an unknown word set; there is more than one variable, or one
+            but no tokenizer; a contrast has one word on both sides; or fewer than 8 words of a variable are one token.
     """
     if len(task.variables) > 1:
         raise UserError(
@@ -232,7 +238,7 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
 
 
 def readable_tasks(tasks: Iterable[TaskConfig], tokenizer: Tokenizer) -> list[str]:
-    """Return the names of the tasks of which this tokenizer keeps enough words, in the order given."""
+    """Return the names of the tasks that keep enough words with this tokenizer, in the order given."""
     lookup = WordLookup(tokenizer, tokenizer.get_vocab_size())
 
     def keeps_enough(task: TaskConfig) -> bool:
@@ -250,14 +256,14 @@ def readable_tasks(tasks: Iterable[TaskConfig], tokenizer: Tokenizer) -> list[st
 
 
 def _named_sets(variable: VariableConfig) -> tuple[list[str], list[str]]:
-    """Return the word sets that a variable reads and those that it writes."""
+    """Return the names of the word sets that a variable reads, and of those that it writes."""
     if variable.kind is VariableKind.set:
         return [variable.words or ""], [variable.words or ""]
     return list(variable.read), list(variable.write)
 
 
 def _some(dropped: dict[str, str]) -> str:
-    """List the first six of the words that were dropped."""
+    """List the first six dropped words."""
     if not dropped:
         return ""
     more = len(dropped) - 6
@@ -295,7 +301,7 @@ def _check_sets(task: TaskConfig, variable: str, sets: list[str]) -> None:
 
 
 class WordLookup:
-    """Words as single tokens: with the leading space if the tokenizer marks it, or continuing a text without."""
+    """Looks words up as single tokens: with a leading space if the tokenizer marks spaces, or as a continuation."""
 
     def __init__(self, tokenizer: Tokenizer, n_tokens: int) -> None:
         self.tokenizer, self.n_tokens = tokenizer, n_tokens
@@ -304,7 +310,7 @@ class WordLookup:
         self.unknown = getattr(tokenizer.model, "unk_token", None)
 
     def token(self, word: str, continues: bool = False) -> int | None:
-        """Return the id of the one token that the word is, or None; a continuing word has no space before it."""
+        """Return a word's token id; None if the word is not one token. A continuing word has no space before it."""
         for ids in [self._continuing(word)] if continues else [self._ids(f" {word}"), self._ids(word)]:
             if len(ids) != 1 or ids[0] >= self.n_tokens:
                 continue
@@ -317,16 +323,16 @@ class WordLookup:
         return None
 
     def encode(self, text: str) -> Encoding:
-        """Return a text's tokens and their characters, without any special token before it."""
+        """Return a text's tokens and their characters, without special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def holds_unknown(self, ids: Iterable[int]) -> bool:
-        """Whether one of the tokens is the one for what the tokenizer does not know."""
+        """Whether one of the tokens is the tokenizer's token for unknown text."""
         unknown = None if self.unknown is None else self.tokenizer.token_to_id(self.unknown)
         return unknown is not None and unknown in ids
 
     def next_token(self, text: str, word: str, continues: bool = False) -> int | None:
-        """Return the one token that the word adds to a text; None if it adds several, or changes those before it."""
+        """Return the id of the token that a word adds to a text; None if it adds several, or changes earlier tokens."""
         before, after = self._ids(text), self._ids(f"{text}{'' if continues else ' '}{word}")
         added = after[len(before) :]
         return added[0] if after[: len(before)] == before and len(added) == 1 else None
@@ -335,15 +341,15 @@ class WordLookup:
         return self.encode(text).ids
 
     def _continuing(self, text: str) -> list[int]:
-        """Return the ids of a text after a new line, which takes the space that some tokenizers put in front."""
+        """Return a text's ids after a new line, which takes the space that some tokenizers put before a text."""
         line, ids = self._ids("\n"), self._ids(f"\n{text}")
         return ids[len(line) :] if ids[: len(line)] == line else []
 
     def aligned(self, task: TaskConfig, sets: list[str]) -> tuple[list[WordSet], list[dict[str, str]]]:
-        """Return the sets, keeping an index only if every set's word is one token and no token comes twice.
+        """Look up index-aligned sets. An index stays only if every set's word is one token and no token comes twice.
 
         Returns:
-            The sets, and of each the words that it lost and why.
+            The sets, and for each set the dropped words with reasons.
         """
         rows = [[self.token(word, key in task.continuations) for word in task.words[key]] for key in sets]
         seen: set[int] = set()
@@ -370,7 +376,7 @@ class WordLookup:
 
 
 def _why(token: int | None, found: list[int], n_sets: int, seen: set[int]) -> str:
-    """Say why a word is not read: for its own sake, or for its pair's."""
+    """Say why a word is dropped: because of itself, or because of its pair."""
     if token is None:
         return "not one token here"
     if len(found) < n_sets:
@@ -381,7 +387,7 @@ def _why(token: int | None, found: list[int], n_sets: int, seen: set[int]) -> st
 
 
 def surface_form(token: str) -> tuple[bool, str, bool, int]:
-    """Return leading space, capitalisation, letters only, and length class of a token as it is spelled."""
+    """Return a token's surface form: leading space, capitalisation, whether it is all letters, and length class."""
     text = token.lstrip("".join(WORD_STARTS))
     letters = text if text.isascii() and text.isalpha() else re.sub(r"[^a-zA-Z]", "", text)
     if letters.isupper():
@@ -400,12 +406,20 @@ def matched_tokens(
     n_tokens: int,
     own: Int[Tensor, " own"] | None = None,
 ) -> tuple[dict[int, list[int]], str]:
-    """Find tokens like these words: same surface form, log id rank within 0.25, none of `excluded` but `own`.
+    """Find tokens like these words: the same surface form, and a log id rank within 0.25.
+
+    If there are fewer than 8 matches in all, the rank window is dropped, then the length class, then the form. A word
+    with fewer than 2 matches takes the matches of all words.
+
+    Args:
+        ids: the words' token ids.
+        excluded: the ids of all task words, which match nothing.
+        tokenizer: the model's tokenizer.
+        n_tokens: the number of real tokens.
+        own: ids in `excluded` that may match all the same.
 
     Returns:
-        Word id -> its matched tokens (never none), and a note (empty if nothing had to be relaxed): fewer than 8
-        matches in all widen the rank window, then drop the length class, then the form. A single word with fewer than
-        2 takes any of the others' matches.
+        Word id -> ids of its matched tokens (at least one), and a note that is empty if no rule had to be dropped.
 
     Raises:
         UserError: the vocabulary has fewer than 8 other tokens.

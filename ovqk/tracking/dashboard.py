@@ -44,7 +44,7 @@ def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], sw
     """Return the workspace (`wandb_workspaces.workspaces.Workspace`), not yet saved.
 
     Args:
-        entity: whose project it is.
+        entity: the owner of the project.
         project: the project of the runs.
         title: the workspace's name.
         shown: the content of the runs; data that no run has gets no panel.
@@ -106,7 +106,7 @@ def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], sw
 
 
 def curves_about(topic: Topic | Literal["summed"]) -> Sequence[str]:
-    """Return the curves of a run that are about a topic, in order."""
+    """Return a run's curves about a topic, in order."""
     return SUMMED if topic == "summed" else [name for name in shown_in("curve") if METRICS[name].topic == topic]
 
 
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def gathered_panels(results_dir: Path) -> tuple[list[Panels], str | None, str]:
-    """Return the content of one cell for each task and analysis, and the entity and project of their runs."""
+    """Return the panels of one cell for each task and analysis, and the entity and project of their runs."""
     shown: dict[tuple[str, str, str], Panels] = {}
     entity, project = os.environ.get("WANDB_ENTITY"), str(TrackingConfig.project)
     for folder, record in done_records(cell_folders(results_dir)):

@@ -1,7 +1,7 @@
-"""W&B's own variables in the environment: those that runs follow, and the one that they cannot.
+"""W&B's own environment variables: those that runs follow, and one that they do not.
 
-WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_RUN_GROUP and WANDB_TAGS are followed; an empty one counts as
-not set. WANDB_DIR is not: a run lies beside the records that it was made from, and a warning says so.
+Runs follow WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_RUN_GROUP and WANDB_TAGS; an empty one counts as
+not set. They do not follow WANDB_DIR, because a run lies beside the records that it was made from; a warning says so.
 """
 
 import os
@@ -32,7 +32,7 @@ def tags_of(run: list[str]) -> list[str]:
 
 
 def not_followed() -> str | None:
-    """Return a warning about what is set and not followed; None if nothing is."""
+    """Return a warning if a variable is set that runs do not follow; else None."""
     place = os.environ.get("WANDB_DIR")
     if not place:
         return None

@@ -1,5 +1,6 @@
-"""W&B's service, the process that works for the wandb module: kept quiet, waited for within bounds, and checked against
-its own log. This is the only module that imports wandb.
+"""W&B's service, the process that works for the wandb module. This is the only module that imports wandb.
+
+The service is kept quiet, waited for within bounds, and checked against its own log.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ WHOLE, FIRST, LAST = 1, 2, 4  # kinds of pieces of a record there; 3 is in the m
 SWITCH_SECONDS = 1e-4  # that one thread runs Python before another may: torch asks for its turn after every call
 STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # of an upload, in W&B's own log of a run
 
-_starting: list[threading.Thread] = []
+starting: list[threading.Thread] = []
 """Threads of `start_meanwhile` that nobody has waited for."""
 
 
@@ -48,8 +49,8 @@ def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
     Inside, W&B prints nothing, asks for no key and reports no errors to its makers. After a failure the service is
     killed, so that nobody waits for it and the next cell starts another.
     """
-    while _starting:
-        _starting.pop().join()
+    while starting:
+        starting.pop().join()
     _settle_environment()
     import wandb
 
@@ -93,7 +94,7 @@ def _settle_environment() -> None:
 
 
 def start_meanwhile() -> None:
-    """Import wandb and start its service in a thread of its own, while a cell is computed: both take a second."""
+    """Import wandb and start its service in a thread, while a cell is computed; together they take a second."""
 
     def start() -> None:
         before = sys.getswitchinterval()
@@ -105,10 +106,10 @@ def start_meanwhile() -> None:
         finally:
             sys.setswitchinterval(before)
 
-    if "wandb" not in sys.modules and not _starting:
+    if "wandb" not in sys.modules and not starting:
         _settle_environment()
-        _starting.append(threading.Thread(target=start, name="start wandb"))
-        _starting[-1].start()
+        starting.append(threading.Thread(target=start, name="start wandb"))
+        starting[-1].start()
 
 
 def settings() -> dict[str, Any]:
@@ -205,10 +206,10 @@ def finish(run: Any) -> None:
 
 
 def wait_for_end(log: Path) -> None:
-    """Wait until an offline run is written as far as its exit: W&B says that it is finished a little earlier.
+    """Wait until an offline run's log has its exit record, which is written a little after W&B says it is finished.
 
     Raises:
-        NotReceivedError: it is not, for instance because the service was killed at that moment.
+        NotReceivedError: the record does not come, for instance because the service was killed at that moment.
     """
     deadline = time.monotonic() + WRITTEN_SECONDS
     while not reaches_its_exit(log):
@@ -218,7 +219,7 @@ def wait_for_end(log: Path) -> None:
 
 
 def reaches_its_exit(log: Path) -> bool:
-    """Whether the last record of W&B's log of an offline run is its exit; True of a log of another format.
+    """Whether the last record in an offline run's log is its exit; True if the log has another format.
 
     The log is LevelDB's: blocks of 32 kB, records in one piece or in several, each after its checksum, length and kind.
     """
@@ -248,7 +249,7 @@ def reaches_its_exit(log: Path) -> bool:
 
 
 def _errors(log: Path) -> list[str]:
-    """Return the errors in W&B's own log of a run, the only place that mentions a refused file."""
+    """Return the errors in W&B's own log of a run. Only this log mentions a refused file."""
     messages = []
     with contextlib.suppress(OSError):
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():

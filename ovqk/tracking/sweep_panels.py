@@ -88,7 +88,7 @@ def _noted(folder: Path) -> dict[str, Any]:
 
 
 def overview_config(sweep: Sweep) -> dict[str, Any]:
-    """Return the keys to filter a sweep's run by; without `model`, so that no group of a model contains it."""
+    """Return the keys that filter a sweep's run; `model` is left out, so that no model's group contains the run."""
     records = sweep.records
     lists = {f"{key}s": sorted({record[key] for record in records}) for key in ("model", "task")}
     return {"sweep": sweep.name, "cells": len(records)} | lists | {"analyses": sorted({r["analysis"] for r in records})}
@@ -97,7 +97,7 @@ def overview_config(sweep: Sweep) -> dict[str, Any]:
 def overview_tables(sweep: Sweep) -> dict[str, pd.DataFrame]:
     """Return `roles` and `depths`, the terminal's comparison, `cells`, the cost of each cell, and `prompts`.
 
-    `prompts` says how well the models do the tasks, if a cell ran its model on prompts.
+    If a cell ran its model on prompts, `prompts` says how well the models do the tasks.
     """
     claimed = roles(sweep.cells)
     claimed["of_its_heads"] = [
@@ -119,7 +119,7 @@ def overview_tables(sweep: Sweep) -> dict[str, pd.DataFrame]:
 
 
 def draw(sweep: Sweep, into: Path) -> Iterator[tuple[str, Path]]:
-    """Yield name and PNG file of the report's figures of all models together, as many as FIGURE_SECONDS allow."""
+    """Yield (name, PNG file) for the report's figures about all models, as many as FIGURE_SECONDS allow."""
     import matplotlib
 
     from ovqk.figures.choice import sweep_figures

@@ -38,7 +38,7 @@ PAUSE_SECONDS = 300.0  # after a failure of the server, in which no other cell o
 
 
 @dataclass
-class _Pause:
+class Pause:
     """The time until which the server is left alone, and the reason."""
 
     until: float = 0.0
@@ -79,7 +79,7 @@ class TrackedCell:
         if not in_agent():
             return {"run_id": run_id(self.record)}
         identifier, cell_id = os.environ["WANDB_RUN_ID"], self.record["cell_id"]
-        if _agent_cells.setdefault(identifier, cell_id) != cell_id:
+        if agent_cells.setdefault(identifier, cell_id) != cell_id:
             raise NotReceivedError("the run of a W&B agent holds one cell: its command must not be a sweep (-m)")
         return {"run_id": identifier, "record": run_id(self.record)}
 
@@ -113,7 +113,7 @@ class TrackedSweep:
 
     @property
     def made_of(self) -> str:
-        """A hash of its cells, which changes if a cell is added or computed again."""
+        """A hash over its cells, which changes if a cell is added or computed again."""
         return hashlib.sha256(" ".join(map(run_id, self.sweep.records)).encode()).hexdigest()[:12]
 
     @property
@@ -134,8 +134,8 @@ class TrackedSweep:
             )
 
 
-_pause = _Pause()
-_agent_cells: dict[str, str] = {}  # run that a W&B agent handed out -> the cell it holds
+pause = Pause()
+agent_cells: dict[str, str] = {}  # run that a W&B agent handed out -> the cell it holds
 
 
 def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str, entity: str | None) -> str | None:
@@ -194,7 +194,7 @@ def attempt_tracking(what: Trackable, destination: Destination) -> tuple[str, st
     before = read_tracking(what.folder)
     state: dict[str, Any] = {"mode": destination.mode.value}
     status = "pending"
-    reason: str | None = f"not tried after: {_pause.reason}"
+    reason: str | None = f"not tried after: {pause.reason}"
     try:
         state |= what.identify()
         if not _is_paused(destination.mode):
@@ -205,7 +205,7 @@ def attempt_tracking(what: Trackable, destination: Destination) -> tuple[str, st
     except Exception as error:  # whatever W&B raises, the result is safe in its record
         status, reason = "failed", _reason(error, destination.results_dir)
         if destination.mode is TrackingMode.online and is_of_server(error):
-            _pause.until, _pause.reason = time.monotonic() + PAUSE_SECONDS, reason
+            pause.until, pause.reason = time.monotonic() + PAUSE_SECONDS, reason
     state = {"status": status} | state | ({"reason": reason} if reason else {})
     tracked = says_done(before) and before.get("run_id") == state.get("run_id")
     with contextlib.suppress(OSError):  # of a full disk; what has no such file is pending
@@ -214,11 +214,11 @@ def attempt_tracking(what: Trackable, destination: Destination) -> tuple[str, st
 
 
 def _is_paused(mode: TrackingMode) -> bool:
-    return mode is TrackingMode.online and time.monotonic() < _pause.until
+    return mode is TrackingMode.online and time.monotonic() < pause.until
 
 
 def needs_tracking(folder: Path) -> bool:
-    """Whether a done cell must be tracked: its record never was, or a W&B agent waits for it in its own run."""
+    """Whether a done cell must be tracked: its record was never tracked, or a W&B agent waits for it in its own run."""
     record, state = read_record(folder), read_tracking(folder)
     if in_agent() or record is None or not says_done(state):
         return True

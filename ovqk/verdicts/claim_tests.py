@@ -1,8 +1,8 @@
 """Tests of the claims' predictions against the nulls, and everything that these tests need from the weights.
 
-A model's layers pass by once. `ClaimTests.visit` keeps the parts of a layer that the nulls will ask for: singular
-values, the claimed heads' maps (few), metric values under resampled words, and, if a role predicts a composition, the
-circuits that compose. `ClaimTests.rows` then draws the nulls.
+Each layer is read once. `ClaimTests.visit` keeps the parts that the nulls will ask for: singular values, the maps of
+the claimed heads, and metric values under resampled words. If a role predicts a composition, it also keeps the circuits
+that compose. When all layers are read, `ClaimTests.rows` draws the nulls.
 """
 
 import math
@@ -43,7 +43,7 @@ from ovqk.weights.types import Head
 
 SUBSAMPLED = 0.8  # share of the words in a subsample
 WIDEN = (SUBSAMPLED / (1 - SUBSAMPLED)) ** 0.5
-"""A subsample with a share f of the words strays from the whole by sqrt((1 - f) / f) standard errors of the whole."""
+"""A subsample that holds a share f of the words differs from the whole by sqrt((1 - f) / f) of its standard errors."""
 
 
 def predictions_by_metric(predictions: Iterable[PredictionConfig]) -> set[str]:
@@ -58,14 +58,14 @@ class ClaimTests:
     Attributes:
         task: the task read on the model.
         claims: the claimed heads and the predictions about them.
-        sigma: (layer, form) -> singular values [head, k].
-        forms: (metric, layer) -> the form of the weights that it is computed from.
+        sigma: (layer, form) -> singular values [head, k], >= 0.
+        forms: (metric, layer) -> the form of the weights that the metric is computed from.
         maps: (head, circuit) -> the claimed head's maps, as task readouts see them.
-        resamples: metric -> [draw, layer, head] under resampled words.
+        resamples: metric -> [draw, layer, head], its values under resampled words.
         layers: both circuits, layer by layer, if a prediction composes them.
-        second: claimed head -> sigma_2 / sigma_1 in W_QK.
+        second: claimed head -> sigma_2 / sigma_1 in W_QK, in [0, 1].
         observed: candidate -> metric -> the value that its surrogates are compared with.
-        notes: the word nulls that could not be drawn, and why.
+        notes: sentences that name a null without draws, and say why it has none.
     """
 
     task: TaskReadout
@@ -108,7 +108,7 @@ class ClaimTests:
     # --- while the layers pass -----------------------------------------------------------------------------
 
     def visit(self, layer: Layer) -> None:
-        """Keep the parts of this layer that the tests need; see `Stage`."""
+        """Keep the parts of this layer that the tests need (`Stage`)."""
         here = sorted(head for at, head in self.claims.heads if at == layer.index)
         if Circuit.qk in self.model.circuits:
             sigma = layer.maps(Circuit.qk, self.model.folds).sigma
@@ -156,7 +156,7 @@ class ClaimTests:
     # --- afterwards ----------------------------------------------------------------------------------------
 
     def predicted(self, values: Mapping[str, NDArray[np.float64]]) -> dict[str, list[Predicted]]:
-        """Return role -> its predictions with the values that decide them.
+        """Return role -> its predictions, each with the values that decide it.
 
         Args:
             values: metric -> [layer, head].
@@ -182,10 +182,9 @@ class ClaimTests:
         return [head for role in config.partners for head in self.claims.roles.get(role, [])]
 
     def composed(self, config: PredictionConfig, partners: Collection[Head]) -> NDArray[np.float64]:
-        """Measure how strongly every head composes with the partners [layer, head]; nan for a head that cannot.
+        """Measure how strongly every head composes with its strongest partner [layer, head] (definitions, section 3).
 
-        The strongest partner counts (`composition`). All are nan if the circuits were not kept or if there is no
-        partner.
+        nan: the head can compose with no partner, no partner is given, or the circuits were not kept.
         """
         architecture = self.model.architecture
         nothing = np.full((architecture.n_layers, architecture.n_heads), np.nan)
@@ -201,7 +200,7 @@ class ClaimTests:
         return nothing
 
     def pairs(self) -> list[tuple[Head, Head]]:
-        """Return the (sender, receiver) pairs that the claims' predictions name."""
+        """Return the (sender, receiver) pairs that the claims' predictions name, in order."""
         found = set()
         for role, predictions in self.claims.predictions.items():
             for config in predictions:
@@ -211,7 +210,7 @@ class ClaimTests:
         return sorted(pair for pair in found if pair[0][0] < pair[1][0])
 
     def rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[NullTest]:
-        """Test every prediction under all its nulls, and correct the p-values over the model (`correct`)."""
+        """Test what `predicted` returned under all its nulls, and correct the p-values over the model (`correct`)."""
         architecture, seed = self.model.architecture, self.model.config.seed
         rows: list[NullTest] = []
         for role, predictions in predicted.items():
@@ -241,11 +240,13 @@ class ClaimTests:
         return rows
 
     def spectrum_ps(self, asked: Iterable[tuple[Head, str, float]]) -> dict[tuple[Head, str, float], float]:
-        """Return p under `spectrum` for candidates, whose values are in `observed`; nan if the null does not apply.
+        """Return p under `spectrum`, in (0, 1], for candidates; nan if the null does not apply to the metric.
 
-        Their values are in `observed`. Draws are made until every p of a head has met its 20 exceedances: none is
-        counted further (see `monte_carlo`). A metric whose p is known is measured no more, while others of the same
-        head go on.
+        The values of the candidates are in `observed`. A head is drawn until each of its p-values has met 20
+        exceedances, at which counting stops (`monte_carlo`). A metric whose p is known is not measured on later draws.
+
+        Args:
+            asked: (candidate, metric, sign); the sign is -1 if the prediction is `low`, else 1.
         """
         found = dict.fromkeys(asked, math.nan)
         going = [one for one in found if self.has_spectrum_null(one[1])]
@@ -268,22 +269,22 @@ class ClaimTests:
     def has_spectrum_null(self, metric: str) -> bool:
         """Say whether random heads with the same singular values can be compared on this metric.
 
-        They cannot on attention scores of normalised queries and keys, because surrogates have no such norm.
+        If the model normalises queries and keys, they cannot be compared on attention scores: they have no such norm.
         """
         return METRICS[metric].has_surrogates and not self._renormalised(metric)
 
     def _renormalised(self, metric: str) -> bool:
-        """Whether the metric is about scores after queries and keys were normalised, which surrogates are not."""
+        """Whether the metric is about scores of normalised queries and keys."""
         return self.model.architecture.qk_norm and METRICS[metric].of_scores
 
     def frame(self, head: Head, metric: str) -> FrameDraws:
-        """Return a head's surrogates, in the form of the weights that this metric is computed from; made once."""
+        """Return a head's surrogates, made once, in the form of the weights that this metric is computed from."""
         layer, index = head
         form = self.forms[metric, layer]
         if (head, form) not in self.frames:
             architecture = self.model.architecture
-            # Heads that share keys and values share frames: the null makes them as dependent as they can be. All
-            # candidates share frames, for either circuit, because no candidate is judged together with another.
+            # Heads that share keys and values share frames, so the null makes them as dependent as they can be.
+            # All candidates share frames too, because no candidate is judged together with another.
             own = (
                 layer,
                 int(architecture.kv_of_head[index]),
@@ -336,7 +337,7 @@ class ClaimTests:
     def word_draws(
         self, heads: Collection[Head], metrics: set[str]
     ) -> Iterator[tuple[WordDraws, dict[tuple[Head, str], NDArray[np.float64]]]]:
-        """Yield each null that draws words, and (head, metric) -> [draw] under it; `notes` tells of one without draws.
+        """Yield each null that draws words, with (head, metric) -> [draw]; if a null has no draws, `notes` says why.
 
         Args:
             heads: heads whose maps are kept.
@@ -367,7 +368,7 @@ class ClaimTests:
     def _under_words(
         self, observed: Readout, variables: Sequence[Variable], heads: set[Head], metrics: set[str]
     ) -> dict[tuple[Head, str], NDArray[np.float64]]:
-        """Return (head, metric) -> [draw]: the heads' metrics with other words in the task's place, many at a time."""
+        """Return (head, metric) -> [draw]: the metrics when other words replace the task's. Draws are batched."""
         groups: dict[tuple[str, Circuit], list[Head]] = {}
         for head, circuit in self.maps:
             if head in heads and any(METRICS[name].circuit == circuit for name in metrics):
@@ -419,7 +420,7 @@ def form_of(metric: str, layer: Layer) -> Form:
     """Return the form of the weights that this metric is computed from in this layer.
 
     Raises:
-        ValueError: the metric is about a pair of heads.
+        ValueError: the metric is defined for a pair of heads.
     """
     model = layer.model
     row = METRICS[metric]
@@ -433,9 +434,9 @@ def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:
     """Return the Grams that `k_composed_matching` needs, or why there are none (docs/definitions.md, section 3).
 
     The first is E^T C E, [d_model, d_model], for the embeddings E that senders read: `block0` if the model has MLPs.
-    The second is W_E^T C E for senders in layer 0, which read plain embeddings. Without MLPs, or if block 0's MLP
-    writes nothing, E is plain for all senders and the second is None: then no layer turns a token into another, and
-    block 0's heads would only blur it.
+    The second is W_E^T C E for senders in layer 0, which read plain embeddings. If the model has no MLPs, or if block
+    0's MLP writes nothing, all senders read plain embeddings and the second is None. Then no layer turns one token into
+    another, and the heads of block 0 would only blur it.
     """
     if model.vocabulary is None:
         return model.source.no_vocabulary or "the checkpoint has no token embedding"

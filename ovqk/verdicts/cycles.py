@@ -1,4 +1,4 @@
-"""What heads do with words that are a cycle, against the same words in any other order (definitions: section 5)."""
+"""Frequencies of heads on words that form a cycle, against the same words in random order (definitions: section 5)."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from ovqk.weights.types import keys, queries
 
 LEAST_RESIDUES = 5
 AT_ONCE = 2**24
-"""Numbers of relabelled matrices that are transformed together."""
+"""Elements of relabelled matrices that are transformed together."""
 TIE = 1e-9
 
 
@@ -30,8 +30,8 @@ class Cycle:
     """A task's cycle as tokens of one model.
 
     Attributes:
-        ids: the token of each residue.
-        query: the token that the answer is read at, "=" for instance; None if it is a residue itself.
+        ids: the token id of each residue.
+        query: the id of the token at which the answer is read, for instance "="; None if that token is a residue.
     """
 
     ids: Int[Tensor, " residue"]
@@ -39,15 +39,15 @@ class Cycle:
 
     @property
     def p(self) -> int:
-        """The modulus."""
+        """The modulus: how many residues there are, at least 5."""
         return len(self.ids)
 
 
 def read_cycle(model: Model) -> Cycle | str:
-    """Return the task's cycle, or why this model has none.
+    """Return the task's cycle as tokens of the model, or a sentence that says why the model has none.
 
     Raises:
-        UserError: the task gives it wrongly, or the model's vocabulary is too small for it.
+        UserError: a key of `task.cycle` is wrong, or the model's vocabulary is too small for the cycle.
     """
     task = model.config.task
     config = task.cycle
@@ -84,15 +84,16 @@ def _of_words(model: Model, task: TaskConfig, config: CycleConfig) -> list[int]:
 
 
 class CycleTables:
-    """The stage that looks for frequencies: `frequencies`, a row each, and `cycles`, a row for each part of the model.
+    """The stage that looks for frequencies.
 
-    Parts are the embedding, the unembedding, and of each head `ov` (what it moves from residue to residue,
-    W_E W_OV W_U) and `key` (the scores that residues have as keys of the query, or of the mean residue as query). All
-    are on the direct path, which is the model's own in layer 0.
+    It makes two tables: `frequencies`, with a row for each frequency of a part, and `cycles`, with a row for each part.
+    The parts are the embedding, the unembedding, and two for each head. `ov` is W_E W_OV W_U, which maps residues to
+    residues. `key` holds the scores of residues as keys, for the task's query token or, if it has none, for the mean
+    residue. All parts are on the direct path; in layer 0 that is the path the model itself takes.
     """
 
     def __init__(self, model: Model, cycle: Cycle) -> None:
-        """Take the embeddings' rows of the residues."""
+        """Take the residues' rows of the embedding and the unembedding."""
         self.model, self.cycle = model, cycle
         assert model.vocabulary is not None
         self.W_E = model.vocabulary.W_E[cycle.ids].double()
@@ -133,7 +134,7 @@ class CycleTables:
         return {"frequencies": pd.concat(self._frequencies, ignore_index=True), "cycles": cycles}
 
     def _key_scores(self, layer: Layer) -> Float[Tensor, "head residue"] | None:
-        """Return the score of each residue as a key, unscaled; None under rotary positions, which turn it."""
+        """Return each residue's score as a key, unscaled; None under rotary positions, which rotate keys."""
         weights, architecture, vocabulary = layer.folded, self.model.architecture, self.model.vocabulary
         if weights.rotary is not None or architecture.positions == "unsupported" or vocabulary is None:
             return None
@@ -150,7 +151,7 @@ class CycleTables:
         return torch.einsum("hz,hrz->hr", q, k).cpu()
 
     def _add_rows(self, part: str, layer: int | None, head: int | None, rows: Float[Tensor, "residue d"]) -> None:
-        """Add a part whose power is over frequencies: its null is the largest share of any frequency."""
+        """Add a part that has a power for each frequency; its statistic is the largest share of any frequency."""
         own = fourier.power(rows)
 
         def largest(orders: Int[Tensor, "draw residue"]) -> Float[Tensor, " draw"]:
@@ -160,7 +161,7 @@ class CycleTables:
         self._add(part, layer, head, own, largest, float(own.max()), more, rows.shape[-1])
 
     def _add_matrix(self, layer: int, head: int, matrix: Float[Tensor, "residue residue"]) -> None:
-        """Add a head's OV: its null is the share of power that stays in one frequency, whichever."""
+        """Add a head's OV; its statistic is the share of power that stays within its frequency."""
         own = fourier.blocks(matrix)
 
         def together(orders: Int[Tensor, "draw residue"]) -> Float[Tensor, " draw"]:

@@ -1,7 +1,8 @@
 """One head among the heads of nearby layers, standardised by a smooth trend over depth (definitions: section 6).
 
-The null `depth`. A layer alone holds too few heads that share no keys to tell one from: the window of layers around the
-head grows until it does. Layers differ, so what is compared is not the metric but how far it is from the trend.
+This is the null `depth`. One layer holds too few heads with keys of their own for a test at the 5 % level, so the
+window of layers around the head grows until it holds enough. Layers differ, so heads are compared by their distance
+from the trend over depth, and not by the metric itself.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,7 +19,7 @@ WINDOW = 40
 """KV groups with an unclaimed head that the smallest window holds; 1 / (1 + WINDOW) is below the level."""
 SMOOTHED = 10.0
 """KV groups that a layer's trend rests on, by weight: a layer with as many of its own borrows next to nothing."""
-LEAST_VARIANCE = 0.05  # of a head around its layer's place, relative to the layer's: a trend never passes through it
+LEAST_VARIANCE = 0.05  # of a head around the trend, relative to its layer's: a trend never passes through the head
 NARROWEST = 0.3  # layers: the least standard deviation of the kernel, at which a neighbour weighs .004
 
 
@@ -27,10 +28,10 @@ class DepthReference:
     """A head beside its reference heads.
 
     Attributes:
-        z: the head's distance from the trend over the spread around it, larger in the predicted direction.
-        reference: the reference heads', likewise.
-        layers: the layers that the reference heads are in.
-        groups: each one's KV group, numbered over the model.
+        z: (the head's value - the trend) / the spread around the trend, larger in the predicted direction.
+        reference: the same for each reference head, [n].
+        layers: each reference head's layer, [n].
+        groups: each reference head's KV group, [n], numbered over the model.
     """
 
     z: float
@@ -39,34 +40,42 @@ class DepthReference:
     groups: NDArray[np.int64]
 
     def quantiles(self, sign: float) -> NDArray[np.float64]:
-        """Return the reference's standardised values at QUANTILES; `sign` turns them into the metric's direction."""
+        """Return the quantiles (at QUANTILES) of the reference heads' standardised values.
+
+        Args:
+            sign: -1 if the prediction is `low`, else 1: turns the values into the metric's own direction.
+        """
         return np.quantile(sign * self.reference, QUANTILES, method="inverted_cdf")
 
     def counts(self) -> Significance:
-        """Say how extreme the head is among its reference heads."""
+        """Return p-values of the head's rank among its reference heads; a KV group counts as one head."""
         return reference_counts(self.z, self.reference, groups=self.groups)
 
 
 def depth_reference(
     signed: NDArray[np.float64], head: Head, barred: Collection[Head], groups: NDArray[np.int64]
 ) -> DepthReference | None:
-    """Compare a head with the unclaimed heads of its window, each standardised; None if there are none, or no spread.
+    """Compare a head with the unclaimed heads of its window, after standardising all of them.
 
-    The window is the smallest number of layers on both sides of the head's that holds WINDOW KV groups with an
-    unclaimed head, or the whole model. Place and spread at a layer are the trend's (`over_depth`), over the reference
-    heads and the head itself: if others alone standardised it, it would be the more extreme of the two by construction.
+    The window has the head's layer in its middle. It is the smallest one that holds WINDOW KV groups with an unclaimed
+    head, or the whole model if that has fewer. Place and spread at a layer come from the trend over the reference heads
+    and the head itself (`over_depth`). If the reference heads alone gave the trend, the head would be farther from it
+    than they are by construction.
 
-    Why the level holds: let values be exchangeable between KV groups, but for a place and a spread that change smoothly
-    from layer to layer. The standardisation treats all heads of the window alike, so that the head's rank among them
-    is uniform, up to what the trend's error at the first and last layers, and in layers with few heads, adds: a
-    tail that is measured and not proved (docs/calibration.md). Layers that differ from their neighbours in jumps are
-    followed as far as they have SMOOTHED groups of their own.
+    Why the level holds: assume that values are exchangeable between KV groups, apart from a place and a spread that
+    change smoothly from layer to layer. All heads of the window are standardised alike, so the head's rank among them
+    is uniform. Only the error of the trend disturbs that, at the first and last layers and in layers with few heads;
+    its size is measured, not proved (docs/calibration.md). If a layer differs abruptly from its neighbours, the trend
+    follows it as far as the layer has SMOOTHED groups of its own.
 
     Args:
         signed: the metric [layer, head], larger in the predicted direction; nan if a head has no value.
         head: the head.
-        barred: heads that are no reference.
+        barred: heads that may not serve as references.
         groups: each head's KV group, [head], the same in every layer.
+
+    Returns:
+        None if there is no reference head, or no spread.
     """
     layers, columns = _window(signed, [head], barred, groups)
     if not len(layers):
@@ -80,16 +89,19 @@ def depth_reference(
 def depth_pool(
     signed: NDArray[np.float64], role: Sequence[Head], barred: Collection[Head], groups: NDArray[np.int64]
 ) -> Stratum | None:
-    """Return a role's heads among the unclaimed heads of the smallest window around all of them; None without spread.
+    """Return a role's heads and the unclaimed heads of the smallest window around all of them, standardised.
 
-    All heads are standardised together, so that the values do not depend on which of them are the role's: a
-    permutation of labels among the pool's KV groups is exact, given that groups are exchangeable once the trend is
-    taken off. This is what it conditions on, and what `layer`, which permutes within layers, does not need.
+    All heads are standardised together, so the values do not depend on which heads are the role's. Permuting labels
+    among the pool's KV groups is therefore exact if the groups are exchangeable once the trend is subtracted. The null
+    `layer` permutes within layers and does not need that assumption.
 
     Args:
         signed, groups: as in `depth_reference`.
         role: the role's heads that have a value.
         barred: heads that other roles claim.
+
+    Returns:
+        None if there is no unclaimed head, or no spread.
     """
     layers, columns = _window(signed, role, barred, groups)
     if not len(layers):
@@ -106,7 +118,7 @@ def _window(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return layers and indices of the unclaimed heads in the smallest window around these heads' layers.
 
-    It holds WINDOW KV groups, or is the whole model.
+    The window holds WINDOW KV groups with an unclaimed head, or is the whole model.
     """
     known = ~np.isnan(signed)
     for other in (*barred, *heads):
@@ -124,16 +136,20 @@ def _window(
 def over_depth(
     values: NDArray[np.float64], layers: NDArray[np.int64], groups: NDArray[np.int64]
 ) -> NDArray[np.float64] | None:
-    """Standardise heads by a trend over depth: (value - place) / spread; None if there is no spread.
+    """Standardise heads by a trend over depth: (value - place) / spread.
 
-    The place at a layer is the local linear fit through the layers' medians, the spread the local mean of the layers'
-    median distances from the place. A layer weighs as many KV groups as it has, times a Gaussian kernel, as wide as it
-    takes for the weights to sum to SMOOTHED groups. Medians are over KV groups: a few extreme ones move neither.
+    The place at a layer is a local linear fit through the layers' medians. The spread is the local mean of the layers'
+    median distances from the place. Both weigh a layer by its number of KV groups times a Gaussian kernel, which is as
+    wide as it takes for the weights to sum to SMOOTHED groups. Medians are over KV groups, so that a few extreme groups
+    move neither place nor spread.
 
     Args:
-        values: the metric, one head each.
-        layers: each head's layer.
-        groups: each head's KV group, numbered over the model.
+        values: the metric, [n].
+        layers: each head's layer, [n].
+        groups: each head's KV group, [n], numbered over the model.
+
+    Returns:
+        The standardised values, [n]; None if there is no spread.
     """
     ids, member = np.unique(groups, return_inverse=True)
     layer_of = np.zeros(len(ids), dtype=np.int64)
@@ -141,14 +157,14 @@ def over_depth(
     at, place = np.unique(layers, return_inverse=True)
 
     def medians(of_heads: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return each layer's median over KV groups, a group's value being its heads' mean."""
+        """Return each layer's median over KV groups; the value of a group is the mean over its heads."""
         means = np.bincount(member, of_heads) / np.bincount(member)
         return np.array([np.median(means[layer_of == layer]) for layer in at])
 
     sizes = np.array([(layer_of == layer).sum() for layer in at], dtype=float)
     weights, lines = _kernel(tuple(at.tolist()), tuple(sizes.tolist()))
-    # Where a place rests on few groups, on the layer's own above all, heads are nearer to it: as much as independent
-    # groups of one variance would be.
+    # If a place rests on few groups, above all on the layer's own, heads lie nearer to it than they should. Correct
+    # by the factor that holds for independent groups of one variance.
     nearer = 1 - 2 * lines.diagonal() / sizes + (lines**2 / sizes).sum(1)
     distance = values - (lines @ medians(values))[place]
     distance /= np.sqrt(np.maximum(nearer, LEAST_VARIANCE))[place]
@@ -165,7 +181,7 @@ def _kernel(at: tuple[int, ...], sizes: tuple[float, ...]) -> tuple[NDArray[np.f
 
 
 def _weights(sizes: NDArray[np.float64], offset: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return weights [at, from]: each layer's are by the narrowest kernel by which they sum to SMOOTHED groups."""
+    """Return weights [at, from]; each layer has the narrowest kernel whose weights sum to SMOOTHED groups."""
     widths = np.geomspace(NARROWEST, 4 * (1 + np.abs(offset).max()), 60)
     found = sizes * np.exp(-0.5 * (offset / widths[:, None, None]) ** 2)  # [width, at, from]
     enough = found.sum(-1) >= SMOOTHED
@@ -174,7 +190,7 @@ def _weights(sizes: NDArray[np.float64], offset: NDArray[np.float64]) -> NDArray
 
 
 def _local_lines(weights: NDArray[np.float64], offset: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return coefficients [at, from] of the weighted line's value at offset 0; of the mean if offsets do not vary."""
+    """Return coefficients [at, from] of the weighted linear fit's value at offset 0; of the mean for a lone offset."""
     s0, s1, s2 = ((weights * power).sum(1, keepdims=True) for power in (np.ones_like(offset), offset, offset**2))
     determinant = s0 * s2 - s1**2
     varies = determinant > 1e-9 * s0**2

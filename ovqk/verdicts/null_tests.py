@@ -1,4 +1,4 @@
-"""One prediction of a role or head tested against one null, and the tables that hold these tests."""
+"""A test of one prediction against one null, and the tables that hold these tests (definitions: section 6)."""
 
 import math
 from collections.abc import Sequence
@@ -17,25 +17,27 @@ class NullTest:
 
     Attributes:
         role: the role.
-        head: the head; None for the role as a whole.
-        metric: the metric; for a head the one that the prediction is about in its layer.
+        head: the head; None if the test is about the role as a whole.
+        metric: the metric; for a head, the one that the prediction names for its layer.
         prediction: `high` or `low`.
-        primary, exploratory: what the prediction is to the role.
+        primary: whether the role's verdict rests on the prediction.
+        exploratory: whether the prediction is exploratory, so that no verdict uses it.
         null: the name of the null.
         counts: whether the null decides about the prediction; if not, the row is only reported.
-        value: the head's metric; for a role the mean over its heads, or the statistic that permutations are ranked by.
-        null_mean, null_sd: the null's mean and standard deviation; nan under `depth`, which is on another scale.
+        value: the head's metric; for a role, the mean over its heads, or the statistic of permutations.
+        null_mean, null_sd: the null's mean and standard deviation; nan for a head under `depth`, whose scale differs.
         percentile: the share of the null below the value, in [0, 1].
-        effect: the same in the predicted direction, ties half; under `layer` the AUC within layers.
+        effect: the same in the predicted direction, ties half; under `layer` the AUC within layers; in [0, 1].
         ci_low, ci_high: the effect's 95 % interval; nan if the metric was not resampled.
-        p: how often the null is at least as extreme in the predicted direction.
-        p_opposite: how often it is in the other direction.
+        p: how often the null is at least as extreme in the predicted direction, in (0, 1].
+        p_opposite: how often it is at least as extreme in the other direction, in (0, 1].
         min_p: the smallest p that this null can give.
         n_null: how many labelings, KV groups or draws p was counted on.
-        exact: whether they are all there are, and not a sample.
-        n_heads, n_others: how many heads are claimed, and how many heads or draws they are compared with.
+        exact: whether p was counted on all labelings or groups, and not on a sample.
+        n_heads: how many heads are claimed.
+        n_others: how many heads or draws they are compared with.
         quantiles: the null at QUANTILES.
-        q, q_opposite, min_q: p, p_opposite and min_p after correction; nan if the row is in no family (`correct`).
+        q, q_opposite, min_q: p, p_opposite and min_p after correction (`nulls.correct`); nan if it leaves the row out.
         variable: the name of the task's causal variable.
     """
 
@@ -69,7 +71,7 @@ class NullTest:
 
     @property
     def testable(self) -> bool:
-        """Whether this null can reach significance at all."""
+        """Whether p under this null can reach 0.05 at all."""
         return self.min_p <= ALPHA
 
 
@@ -82,13 +84,13 @@ COLUMNS = (
 
 
 def tests_table(tests: Sequence[NullTest]) -> pd.DataFrame:
-    """Return tests.parquet: one row for each test; no columns if there are none."""
+    """Return tests.parquet, with one row for each test; it has no columns if there are no tests."""
     rows = [vars(test) | _place(test) | {"testable": test.testable} for test in tests]
     return pd.DataFrame([{name: row[name] for name in COLUMNS} for row in rows])
 
 
 def nulls_table(tests: Sequence[NullTest]) -> pd.DataFrame:
-    """Return nulls.parquet: for each test, one row for each quantile of its null."""
+    """Return nulls.parquet, with one row for each test and quantile of its null."""
     return pd.DataFrame(
         [
             {"role": test.role, **_place(test), "metric": test.metric, "null": test.null, "quantile": q, "value": value}

@@ -1,14 +1,14 @@
 """The nulls a claim is tested against, and the rows of tests.parquet (definitions: section 6).
 
-    layer        the role's heads against other heads in their layers: labels permuted within layers
+    layer        the role's heads against the other heads of their layers; labels are permuted within layers
     layer_all    the same, with heads that other roles claim among the others; reported, never counted
-    depth        a head, or a role by permuting its labels, against the unclaimed heads of the smallest window of
-                 layers with 40 KV groups, each standardised by a smooth trend over depth (`verdicts/depth.py`)
-    spectrum     random heads with the same singular values: beyond the spectrum; necessary, never enough
+    depth        a head, or a role whose labels are permuted, against the unclaimed heads of nearby layers; all are
+                 standardised by a smooth trend over depth (`verdicts/depth.py`)
+    spectrum     random heads with the same singular values; a claim must beat them, and that is never enough
     token        other words, alike in spelling and frequency (for a contrast: random halves of its own words)
-    token_pairs  random pairs of other words (for a contrast alone)
+    token_pairs  random pairs of other words (only for a contrast)
 
-Which of them count depends on what the metric says (`counting`).
+`counting` says which of them decide about a metric.
 """
 
 import math
@@ -48,10 +48,15 @@ Resamples = Mapping[str, NDArray[np.float64]]
 def counting(metric: str, is_role: bool) -> tuple[str, ...]:
     """Name the nulls that decide about a metric (docs/definitions.md, section 6).
 
-    Copying, suppressing and matching: other heads (`layer` for a role, `depth` for a head) and `spectrum`, because such
-    a claim does not say that the head is special to the task's words. Alignment, transfer and reading: `token` and
-    `token_pairs` as well. Compositions: `layer` alone, for the role as a whole; no null decides about a single head.
-    If `layer` cannot be significant for a role, `depth` counts in its place (`role_rows`).
+    Copying, suppressing and matching are compared with other heads (`layer` for a role, `depth` for a head) and with
+    `spectrum`. Such a claim does not say that the head is special to the task's words. Alignment, transfer and reading
+    do say it, so `token` and `token_pairs` decide as well. About a composition `layer` decides alone, for the role as a
+    whole; no null decides about a single head. If `layer` cannot be significant for a role, `depth` counts in its place
+    (`role_rows`).
+
+    Args:
+        metric: the metric's name.
+        is_role: whether the subject is a role; if not, it is one head.
     """
     peers = "layer" if is_role else "depth"
     row = METRICS[metric]
@@ -88,10 +93,15 @@ class Predicted:
 
 
 def predicted_values(config: PredictionConfig, values: Values, architecture: Architecture) -> NDArray[np.float64]:
-    """Take a prediction's metric for every head [layer, head]; nan if it predicts nothing about a head.
+    """Return the predicted metric's value for every head [layer, head]; nan if nothing is predicted about a head.
 
     In layer 0 the metric is `first_layer`, if that is given. `direct_only` keeps layer 0 alone, unless positions are
     rotary.
+
+    Args:
+        config: the prediction.
+        values: metric -> [layer, head].
+        architecture: gives the numbers of layers and heads, and the kind of positions.
     """
     empty = np.full((architecture.n_layers, architecture.n_heads), math.nan)
     found = values.get(config.metric, empty).copy()
@@ -105,7 +115,11 @@ def predicted_values(config: PredictionConfig, values: Values, architecture: Arc
 def layer_strata(
     predicted: Predicted, claims: Claims, architecture: Architecture, exclude_claimed: bool
 ) -> list[Stratum]:
-    """Collect, layer by layer, the role's heads and those that they are compared with; each must have a value."""
+    """Collect, layer by layer, the role's heads and the heads that they are compared with.
+
+    Heads without a value are left out. `exclude_claimed` leaves out the heads of other roles too, unless the claims are
+    marked `unreliable`.
+    """
     return _strata(predicted, _peers(predicted, claims, architecture, exclude_claimed), architecture)
 
 
@@ -141,7 +155,7 @@ def _peers(
 
 
 class Effect(NamedTuple):
-    """The AUC within layers, and its 95 % interval: nan if the metric was not resampled."""
+    """The AUC within layers, in [0, 1], and its 95 % interval, which is nan if the metric was not resampled."""
 
     auc: float
     low: float
@@ -156,7 +170,7 @@ def _effect(
     exclude_claimed: bool,
     of: Head | None = None,
 ) -> Effect:
-    """Measure how far a role, or the head `of`, stands out within its layers; see `Effect`."""
+    """Measure how far a role, or the head `of`, stands out within its layers."""
     peers = _peers(predicted, claims, architecture, exclude_claimed, of)
     strata = _strata(predicted, peers, architecture)
     low, high = math.nan, math.nan
@@ -176,9 +190,15 @@ def role_rows(
 ) -> list[NullTest]:
     """Test a role under `layer`, `layer_all` and `depth` (docs/definitions.md, section 6).
 
-    `depth` counts if `layer` cannot be significant, and is only reported if it can.
+    `depth` counts if `layer` cannot be significant, and is only reported if it can. There are no rows if none of the
+    role's heads has a value.
 
-    There are no rows if none of its heads has a value.
+    Args:
+        predicted: the prediction.
+        claims: the claimed heads of all roles.
+        architecture: gives the number of heads and their KV groups.
+        seed: of the random labelings.
+        resamples: metric -> [draw, layer, head] under resampled words, for the effect's interval.
     """
     rows = []
     for null, exclude in (("layer", True), ("layer_all", False)):
@@ -201,9 +221,9 @@ def role_rows(
 
 
 def _depth_of_role(predicted: Predicted, claims: Claims, architecture: Architecture, seed: int) -> list[NullTest]:
-    """Test a role under `depth`: labels permuted among the KV groups of nearby layers, the trend taken off.
+    """Test a role under `depth`: subtract the trend, and permute labels among the KV groups of nearby layers.
 
-    No row for compositions, whose values depend on the partners' layers.
+    There is no row for a composition, because its values depend on the partners' layers.
     """
     signed, role = predicted.sign * predicted.values, claims.roles[predicted.role]
     role = [head for head in role if not math.isnan(signed[head])]
@@ -224,9 +244,10 @@ def _depth_of_role(predicted: Predicted, claims: Claims, architecture: Architect
 def head_rows(
     predicted: Predicted, head: Head, claims: Claims, architecture: Architecture, resamples: Resamples | None = None
 ) -> list[NullTest]:
-    """Test a head under `layer`, its place among its layer's unclaimed heads, and under `depth` unless it composes.
+    """Test a head under `layer` (its rank among its layer's unclaimed heads) and under `depth`.
 
-    There is no row for a null without reference heads, and none at all if the head has no value.
+    A composition is not tested under `depth`. There is no row for a null without reference heads, and none at all if
+    the head has no value. For the arguments see `role_rows`.
     """
     layer, _ = head
     signed = predicted.sign * predicted.values
@@ -271,13 +292,13 @@ def ensemble_row(
 
     Args:
         predicted: the prediction.
-        head: the head; None for the role as a whole.
+        head: the head; None if the test is about the role as a whole.
         null: the null's name.
         value: the metric's mean over `heads`.
-        draws: the same mean in each draw.
+        draws: the same mean in each draw, [draw].
         test: the p-values, counted on these draws.
         heads: the heads that have a value.
-        most: draws that would have been made without stopping early; 1 / (1 + most) is the smallest p.
+        most: how many draws there would be if none had stopped early; 1 / (1 + most) is the smallest p.
     """
     effect = percentile(predicted.sign * value, predicted.sign * draws)
     found = Significance(test.p, test.p_opposite, 1 / (1 + most), effect, test.n, False, len(draws))
@@ -321,9 +342,9 @@ def _null_test(
 def correct(tests: Sequence[NullTest]) -> list[NullTest]:
     """Add q, q_opposite and min_q to the tests, by Benjamini & Hochberg 1995 (docs/definitions.md, section 6).
 
-    A family holds the tests under one null, with roles and heads apart, and with those that are only reported apart.
-    No family, and so no q, has tests that cannot be significant, exploratory ones, and single heads under `layer`,
-    which only describe.
+    A family holds the tests under one null. Roles and heads are separate families, and so are tests that count and
+    tests that are only reported. Three kinds of tests are in no family and have no q: those that cannot be significant,
+    exploratory ones, and those of a single head under `layer`, which only describe.
     """
     corrected = list(tests)
     families: dict[tuple[str, bool, bool], list[int]] = {}

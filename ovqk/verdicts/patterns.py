@@ -1,12 +1,12 @@
-"""The four patterns that the claims are read by, each with its evidence (definitions: section 6).
+"""Four patterns of a claimed head, each with its evidence (definitions: section 6).
 
-ov_aligned   an OV prediction of the role holds for the head
-qk_simple    few QK components (90 % of the energy in d_head / 4 or fewer), and the first stands alone
-ov_flat      the OV energy is spread as in a product of random matrices with the same shape: no one role to assign
-both_align   an OV and a QK prediction hold
+    ov_aligned   an OV prediction of the role holds for the head
+    qk_simple    QK has few components (90 % of the energy in d_head / 4 or fewer), and the first stands alone
+    ov_flat      the OV energy is spread as in a product of random matrices: no single role can be assigned
+    both_align   an OV and a QK prediction hold
 
-No pattern rests on exploratory predictions, or on those that hold against `spectrum` alone, which any trained head may
-beat; the evidence names both, and what they are.
+Exploratory predictions make no pattern. Neither do predictions that hold only against `spectrum`, because any trained
+head may beat that null. The evidence lists both kinds and marks them.
 """
 
 import math
@@ -32,13 +32,16 @@ FLAT_QUANTILE, FLAT_DRAWS = 0.05, 400
 def head_patterns(
     values: Values, head: Head, shape: tuple[int, int], second: float, rows: Sequence[NullTest]
 ) -> dict[str, Any]:
-    """Return one claimed head's patterns, and `evidence`, a sentence on each; None if the metric behind one is missing.
+    """Return one claimed head's patterns as columns of verdicts.parquet.
+
+    Each pattern is True, False, or None if a metric that it needs is missing. `evidence` says in words what each rests
+    on.
 
     Args:
         values: metric -> [layer, head].
         head: the head.
-        shape: how many dimensions its maps act on (d_model, less one if they are centred), and d_head.
-        second: sigma_2 / sigma_1 in W_QK; nan if QK was not taken apart.
+        shape: the number of dimensions that its maps act on (d_model, or one less if they are centred), and d_head.
+        second: sigma_2 / sigma_1 in W_QK, in [0, 1]; nan if QK was not taken apart.
         rows: its tests.
     """
     held = _holding(rows)
@@ -64,7 +67,10 @@ def head_patterns(
 
 
 def _holding(rows: Sequence[NullTest]) -> dict[str, str]:
-    """Return metric -> reserve (mostly none) for predictions that hold under every null that could decide."""
+    """Return metric -> reservation for predictions that hold under every null that could decide.
+
+    The reservation is empty unless the prediction is exploratory or holds against `spectrum` alone.
+    """
     found: dict[str, str] = {}
     for metric in dict.fromkeys(row.metric for row in rows if row.metric in HEAD_METRICS):
         mine = [row for row in rows if row.metric == metric and row.testable]
@@ -78,11 +84,11 @@ def _holding(rows: Sequence[NullTest]) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def iid_effective_rank(d_model: int, d_head: int) -> float:
-    """Return the effective rank that 95 % of random OV circuits exceed: exp H(sigma^2 / sum sigma^2), in [1, d_head].
+    """Return the effective rank, exp H(sigma^2 / sum sigma^2) in [1, d_head], that 95 % of random OV circuits exceed.
 
-    A random circuit is the product of iid Gaussian matrices [d_model, d_head] and [d_head, d_model]; FLAT_DRAWS are
-    drawn from a fixed seed. Only their triangular factors are drawn, by Bartlett's decomposition: chi on the diagonal,
-    normal above it.
+    A random circuit is the product of iid Gaussian matrices [d_model, d_head] and [d_head, d_model]. FLAT_DRAWS
+    circuits are drawn from a fixed seed. Only their triangular factors are drawn, by Bartlett's decomposition: chi
+    variables on the diagonal, normal ones above it.
     """
     generator = np.random.default_rng(0)
     k = min(d_model, d_head)

@@ -1,4 +1,7 @@
-"""Exact and sampled permutation p-values, corrections and effect sizes. Plain numbers in, plain numbers out."""
+"""Permutation tests, exact and sampled, corrections and effect sizes (definitions: section 6).
+
+Nothing here knows of heads' weights or of the config: functions take arrays and return numbers.
+"""
 
 import itertools
 import math
@@ -19,17 +22,17 @@ QUANTILES = (0.0, 0.01, 0.025, 0.05, 0.25, 0.5, 0.75, 0.95, 0.975, 0.99, 1.0)
 """The quantiles of a null that are kept for every test."""
 
 Distribution = dict[int, int]
-"""Sum of scores -> how many labelings give it."""
+"""Sum of scores -> the number of labelings with that sum."""
 
 
 @dataclass(frozen=True)
 class Stratum:
-    """The heads in one layer that a role's labels may fall on.
+    """The heads in one layer among which a role's labels are permuted.
 
     Attributes:
         values: the metric, [n], larger in the predicted direction.
         claimed: whether the role claims each head, [n].
-        groups: each head's KV group, [n]; every head has its own without grouped queries.
+        groups: each head's KV group, [n]; without grouped queries, every head is a group of its own.
     """
 
     values: NDArray[np.float64]
@@ -39,16 +42,16 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Permutation:
-    """The mean rank that claimed heads have within their layers, tested by permuting labels within layers.
+    """The claimed heads' mean rank within their layers, tested by permuting labels within layers.
 
     Attributes:
         statistic: (rank - 0.5) / n, averaged over the claimed heads, in (0, 1); 0.5 by chance.
-        p, p_opposite: one-sided, in the predicted and in the other direction, identity included.
+        p, p_opposite: one-sided, in the predicted and in the other direction, in (0, 1]; the identity is included.
         min_p: the smallest p that these labels and ranks can give.
-        null_mean, null_sd: over the labelings, on the statistic's scale.
-        percentile: the share of labelings with a smaller statistic, ties half.
-        labelings: how many there are, or were drawn (the identity counts as one).
-        exact: whether all were counted.
+        null_mean, null_sd: the statistic's mean and standard deviation over the labelings.
+        percentile: the share of labelings with a smaller statistic, ties half, in [0, 1].
+        labelings: how many labelings were counted, the identity included.
+        exact: whether these are all there are, and not a sample.
         quantiles: the statistic over the labelings, at QUANTILES.
     """
 
@@ -66,13 +69,13 @@ class Permutation:
 
 @dataclass(frozen=True)
 class MonteCarlo:
-    """A one-sided test against random draws, each direction stopped once its p is known well enough.
+    """A test against random draws in both directions, each counted until its p is known well enough.
 
     Attributes:
-        p, p_opposite: (1 + exceedances) / (1 + draws).
+        p, p_opposite: (1 + exceedances) / (1 + draws), in (0, 1].
         n: how many draws p was counted on.
         p_stopped: whether p has met its 20 exceedances, so that more draws would not change it.
-        stopped: whether both directions have, so that more draws would change neither.
+        stopped: whether both directions have met theirs, so that more draws would change neither p.
     """
 
     p: float
@@ -85,7 +88,7 @@ class MonteCarlo:
 def monte_carlo(observed: float, draws: NDArray[np.float64]) -> MonteCarlo:
     """Count p in both directions by sequential Monte Carlo (Besag & Clifford 1991).
 
-    The draws are counted in order, up to the 20th that is at least as extreme; ties count against the claim.
+    The draws are counted in order, up to the 20th that is at least as extreme. Ties count against the claim.
 
     Args:
         observed: the value, larger in the predicted direction.
@@ -105,16 +108,17 @@ def _counted(exceeds: NDArray[np.bool_]) -> tuple[float, int, bool]:
 
 
 def midranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return each value's mid-rank times two, so that ties stay integers; a smallest value without ties has 2."""
+    """Return each value's mid-rank times two, [n], so that ties have integers too; the least value alone has 2."""
     difference = values[:, None] - values[None, :]
     return 2 * (difference > TIE).sum(1) + (np.abs(difference) <= TIE).sum(1) + 1
 
 
 def stratified_permutation(strata: Sequence[Stratum], seed: int) -> Permutation:
-    """Permute the role's labels within each layer; under grouped queries KV groups first, then heads within groups.
+    """Permute the role's labels within each layer (docs/definitions.md, section 6).
 
-    Exact, by convolution, up to 100,000 labelings; 10,000 draws beyond (Phipson & Smyth 2010: identity included). See
-    docs/definitions.md, section 6.
+    Under grouped queries KV groups are permuted first, and then heads within groups. Up to 100,000 labelings are all
+    counted, by convolution. If there are more, 10,000 are drawn, and the identity is counted with them (Phipson & Smyth
+    2010).
 
     Raises:
         ValueError: no stratum claims a head.
@@ -161,8 +165,9 @@ def stratified_permutation(strata: Sequence[Stratum], seed: int) -> Permutation:
 def pooled_permutation(pool: Stratum, seed: int) -> Permutation:
     """Permute the role's labels over one pool of heads from several layers, KV groups first, then heads within groups.
 
-    As `stratified_permutation` of one stratum, for pools with many groups: beyond 100,000 labelings, 10,000 are drawn
-    directly and not from the distribution of all, so that the time grows with the groups and not with their sums.
+    Up to 100,000 labelings this is `stratified_permutation` with one stratum. If there are more, 10,000 are drawn
+    directly. `stratified_permutation` would first compute the distribution of all, which takes too long for a pool with
+    many groups.
 
     Raises:
         ValueError: no head is claimed.
@@ -205,7 +210,7 @@ def pooled_permutation(pool: Stratum, seed: int) -> Permutation:
 
 
 def _weighted_quantiles(values: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return, for each quantile in QUANTILES, the smallest value at or below which that share of all counts lies."""
+    """Return the smallest value at or below which each share in QUANTILES of all counts lies."""
     order = np.argsort(values)
     reached = counts[order].cumsum() / counts.sum()
     places = np.searchsorted(reached, np.array(QUANTILES) - TIE)
@@ -213,9 +218,9 @@ def _weighted_quantiles(values: NDArray[np.int64], counts: NDArray[np.int64]) ->
 
 
 def _labelings(stratum: Stratum, scores: NDArray[np.int64]) -> Distribution:
-    """Count one layer's labelings by the sum of scores that each gives the claimed heads.
+    """Count one layer's labelings by the claimed heads' sum of scores.
 
-    KV groups trade places only with groups that have as many heads here, and keep how many of them are claimed.
+    A KV group trades labels only with groups that have as many heads in this layer.
     """
     sizes: dict[int, list[tuple[NDArray[np.int64], int]]] = {}
     for group in np.unique(stratum.groups):
@@ -225,7 +230,7 @@ def _labelings(stratum: Stratum, scores: NDArray[np.int64]) -> Distribution:
 
 
 def _group_labelings(groups: Sequence[NDArray[np.int64]], counts: Sequence[int]) -> Distribution:
-    """Count the ways to hand out these numbers of claimed heads among equal groups, and to choose heads within each."""
+    """Count the ways to assign these numbers of claimed heads to equal groups, and to choose heads within each."""
     kinds = sorted(set(counts))
     start = tuple(counts.count(kind) for kind in kinds)
     states: dict[tuple[int, ...], Distribution] = {start: {0: 1}}
@@ -254,7 +259,7 @@ def _convolve(distributions: Sequence[Distribution]) -> Distribution:
 
 
 def _draw(per_layer: Sequence[Distribution], seed: int) -> NDArray[np.int64]:
-    """Draw random labelings: layers are independent, so each layer's sum is drawn from its exact distribution."""
+    """Draw the sums of random labelings. Layers are independent, so each layer's sum has its own exact distribution."""
     generator = np.random.default_rng(seed)
     drawn = np.zeros(DRAWS, dtype=np.int64)
     for layer in per_layer:
@@ -264,9 +269,9 @@ def _draw(per_layer: Sequence[Distribution], seed: int) -> NDArray[np.int64]:
 
 
 def within_layer_auc(strata: Sequence[Stratum]) -> float:
-    """Estimate P(a claimed head exceeds an unclaimed one in its layer), in [0, 1], 0.5 by chance.
+    """Return the probability that a claimed head exceeds an unclaimed one in its layer, in [0, 1]; 0.5 by chance.
 
-    Ties count half, and all pairs alike, so that layers with more pairs weigh more; nan without any pair.
+    Ties count half. All pairs weigh the same, so layers with more pairs weigh more. Without any pair it is nan.
     """
     above = pairs = 0.0
     for stratum in strata:
@@ -284,11 +289,11 @@ def _above(difference: NDArray[np.float64]) -> NDArray[np.float64]:
 def within_layer_auc_interval(
     strata: Sequence[Stratum], resamples: Sequence[NDArray[np.float64]]
 ) -> tuple[float, float]:
-    """Return the 2.5 and 97.5 % quantiles that `within_layer_auc` has over resamples; nan without any pair.
+    """Return the 2.5 and 97.5 % quantiles of `within_layer_auc` over resamples; nan without any pair.
 
     Args:
         strata: the observed strata.
-        resamples: one array [draw, n] for each stratum: its heads' metric in every resample, signed as there.
+        resamples: for each stratum, its heads' metric in every resample [draw, n], larger in the predicted direction.
     """
     above, pairs = 0.0, 0
     for stratum, values in zip(strata, resamples, strict=True):
@@ -302,7 +307,7 @@ def within_layer_auc_interval(
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """Return the adjusted p-values q of Benjamini & Hochberg 1995, in the order given."""
+    """Return the adjusted p-values q, in [0, 1], of Benjamini & Hochberg 1995, in the order given."""
     p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p, kind="stable")
     adjusted = p[order] * len(p) / np.arange(1, len(p) + 1)
@@ -313,7 +318,7 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Significance:
-    """How extreme a value is under a null; the fields are those of `NullTest`."""
+    """How extreme a value is under a null. The fields are described in `NullTest`."""
 
     p: float
     p_opposite: float
@@ -329,12 +334,12 @@ def reference_counts(
 ) -> Significance:
     """Rank one head among reference heads: p = (1 + heads at least as extreme) / (1 + heads).
 
-    Heads that share keys and values count as one between them.
+    Heads that share keys and values count as one head together.
 
     Args:
-        value: the head's value.
-        reference: the reference heads' values.
-        groups: the KV group of each; if None, every head is its own group.
+        value: the head's value, larger in the predicted direction.
+        reference: the reference heads' values, [n].
+        groups: each reference head's KV group, [n]; if None, every head is its own group.
     """
     weights, n = np.ones(len(reference)), len(reference)
     if groups is not None:

@@ -1,7 +1,8 @@
-"""The tail of a null's draws, fitted, so that a p-value is not bounded by the number of draws (definitions: section 6).
+"""P-values from a fitted tail of a null's draws, which the number of draws does not bound (definitions: section 6).
 
-Knijnenburg et al. 2009: draws above a high quantile are fitted by a generalised Pareto distribution, the fit is tested,
-and p is the share above the quantile times the fitted chance to exceed the observed value.
+The method is that of Knijnenburg et al. 2009. A generalised Pareto distribution is fitted to the draws above a high
+quantile, and the fit is tested. p is the share of draws above the quantile, times the fitted chance of exceeding the
+observed value.
 """
 
 import math
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-TAIL = 0.1  # share of the draws that the first tail tried holds
+TAIL = 0.1  # share of the draws in the first tail that is tried
 LEAST = 50  # draws in the smallest tail
 STEP = 10  # draws by which a tail is shortened if it does not fit
-ENOUGH = 10  # exceedances by which p is counted, and no tail is needed
+ENOUGH = 10  # exceedances from which on p is counted without a tail
 BOOTSTRAPS = 199
 REJECTED = 0.05
 
@@ -24,9 +25,9 @@ class Tail:
 
     Attributes:
         p: the chance that a draw is at least as extreme, in (0, 1]; nan if no tail was fitted, or none fits.
-        fit: p of the test that the tail is generalised Pareto, in (0, 1]: of the tail that was used, or of the last
-            that was tried; nan if none was.
-        n: how many draws the tail holds; 0 if none was fitted.
+        fit: p of the test that the tail is generalised Pareto, in (0, 1]; nan if none was tried. It is about the tail
+            that was used or, if none fits, about the last that was tried.
+        n: how many draws the tail holds; 0 if none was used.
     """
 
     p: float
@@ -37,10 +38,10 @@ class Tail:
 def tail_p(observed: float, draws: NDArray[np.float64]) -> Tail:
     """Return p of an observed value from the fitted upper tail of the draws.
 
-    Draws that exceed the value ENOUGH times need no tail: p is then counted, as (1 + exceedances) / (1 + draws), and
-    `fit` is nan. Otherwise the largest tenth of the draws is fitted, and STEP draws fewer as long as the fit is
-    rejected, down to LEAST. The tail's shape is bounded below by the exponential's: a tail with an end would give p = 0
-    beyond it, and an end is the last thing that a hundred draws can show.
+    If ENOUGH draws exceed the value, no tail is needed: p is counted as (1 + exceedances) / (1 + draws), and `fit` is
+    nan. Otherwise the largest tenth of the draws is fitted. As long as the fit is rejected, the tail is shortened by
+    STEP draws, down to LEAST. The tail is at least as heavy as the exponential's. A lighter one would have an end, and
+    p = 0 beyond it; a hundred draws cannot show that there is an end.
 
     Args:
         observed: the value, larger in the predicted direction.
@@ -67,7 +68,7 @@ def _fitted(excess: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[n
     """Fit generalised Pareto tails [sample, n] by probability-weighted moments (Hosking & Wallis 1987).
 
     Returns:
-        shape >= 0 (0: exponential) and scale > 0, each [sample].
+        Shape, in [0, 0.95] (0 is the exponential), and scale > 0, each [sample].
     """
     n = excess.shape[-1]
     rising = np.sort(excess, -1)
@@ -80,14 +81,14 @@ def _fitted(excess: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[n
 def _log_survival(
     excess: NDArray[np.float64], shape: NDArray[np.float64], scale: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Return the log of the chance to exceed each excess [sample, n]."""
+    """Return the log of the fitted chance that a draw exceeds each excess, [sample, n]."""
     x = excess / scale[:, None]
     heavy = np.maximum(shape, 1e-9)[:, None]
     return np.where(shape[:, None] > 1e-9, -np.log1p(heavy * x) / heavy, -x)
 
 
 def _test_of_fit(excess: NDArray[np.float64], shape: float, scale: float) -> float:
-    """Return p of an Anderson-Darling test whose null is drawn from the fit, and fitted again (BOOTSTRAPS times)."""
+    """Return p of an Anderson-Darling test. Its null is BOOTSTRAPS samples drawn from the fit, each fitted again."""
     uniform = np.random.default_rng(0).random((BOOTSTRAPS, len(excess)))
     drawn = scale * (uniform**-shape - 1) / shape if shape > 1e-9 else -scale * np.log(uniform)
     found = _distance(excess[None], *_fitted(excess[None]))[0]

@@ -1,14 +1,15 @@
-"""The weights' verdicts on claims: one for each claimed head and each role (definitions: section 6).
+"""Verdicts on claims from the weights: one for each role and each claimed head (definitions: section 6).
 
-The first line that matches wins:
+The verdict is the first of these that holds. Only nulls that count for the metric decide:
 
     out_of_scope   the role predicts nothing about the weights
-    untestable     the primary metric is unavailable, or no counting null can reach p <= 0.05
-    contradicted   significantly opposite under a counting null, and significant under none
-    corroborated   significant under every testable counting null, other heads or other words among them, and nothing
-                   secondary significantly opposite
-    partial        significant under at least one; under `spectrum` alone: consistent with the claim, no more
-    unsupported    none of these
+    untestable     the primary metric is unavailable, or no null can reach p <= 0.05
+    contradicted   the primary is significant in the opposite direction under one null, and as predicted under none
+    corroborated   the primary is significant under every null that can reach 0.05, and one of them compares with other
+                   heads or other words; no secondary prediction is significantly opposite
+    partial        the primary is significant under at least one null; if that is `spectrum` alone, the head is only
+                   consistent with the claim
+    unsupported    none of these holds
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ SPECTRUM_ONLY = "spectrum"
 
 @dataclass(frozen=True)
 class Subject:
-    """A role, or one of its heads: the subject that a verdict is about."""
+    """The subject of a verdict: a role, or one of its heads."""
 
     role: str
     head: Head | None
@@ -63,10 +64,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One subject's tests, sorted by their outcome; only nulls that count, unless a property says otherwise.
+    """One subject's tests, sorted by their outcome. Only nulls that count are used, unless a property says otherwise.
 
     Attributes:
-        rows: all tests, also those that are only reported.
+        rows: all tests, with those that are only reported.
     """
 
     rows: Sequence[NullTest]
@@ -83,32 +84,32 @@ class Evidence:
 
     @cached_property
     def held(self) -> list[NullTest]:
-        """The testable ones that are significant as predicted."""
+        """Testable tests that are significant as predicted."""
         return [row for row in self.testable if row.q < ALPHA]
 
     @cached_property
     def opposed(self) -> list[NullTest]:
-        """The testable ones that are significant the other way."""
+        """Testable tests that are significant in the other direction."""
         return [row for row in self.testable if row.q_opposite < ALPHA]
 
     @property
     def any_opposite(self) -> bool:
-        """Whether any prediction, a secondary one too, came out significantly the other way."""
+        """Whether any prediction, primary or secondary, is significant in the other direction."""
         return any(row.counts and row.q_opposite < ALPHA for row in self.rows)
 
     @property
     def has_peers(self) -> bool:
-        """Whether other heads or other words could decide, and not random heads with the same spectrum alone."""
+        """Whether a null with other heads or other words could decide, and not `spectrum` alone."""
         return any(row.null != "spectrum" for row in self.testable)
 
     @property
     def weakest(self) -> NullTest | None:
-        """The testable row that is least significant; if none is testable, the first that cannot be significant."""
+        """The least significant of the testable tests; if none is testable, the first test."""
         return max(self.testable, key=lambda row: row.q, default=next(iter(self.primary), None))
 
     @property
     def placed(self) -> NullTest | None:
-        """The row that says where the heads stand within their own layers, whether it counts or not."""
+        """The test that ranks the heads within their own layers, whether it counts or not."""
         return next((row for row in self.rows if row.primary and row.null == "layer"), None)
 
 
@@ -119,11 +120,12 @@ def judge(
     reason: str | None,
     patterns: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Judge one role or head: a row of verdicts.parquet.
+    """Judge one role or head, and return its row of verdicts.parquet.
 
-    p, q and min_q come from the weakest null that counts, q_opposite from the one most against the claim; `nulls` are
-    those that could decide, `held` and `opposed` the ones that are significant for and against it. Percentile, effect
-    and interval are those within the heads' own layers; none if all other heads there are claimed.
+    p, q and min_q come from the null under which the primary is least significant; q_opposite is the smallest over the
+    nulls. `nulls` lists the nulls that could decide, `held` those that are significant for the claim, and `opposed`
+    those against it. Percentile, effect and interval are those within the heads' own layers; they are None if all other
+    heads there are claimed.
 
     Args:
         subject: the role or head.
@@ -202,7 +204,7 @@ def _decide(
 
 
 def _untested(subject: Subject, predicted: Predicted, evidence: Evidence) -> str:
-    """Say which counting nulls could not decide; `token_pairs`, which not every variable has, is not missed."""
+    """Say which counting nulls could not decide. A variable may lack `token_pairs`, so that null is not mentioned."""
     small: dict[str, list[str]] = {}
     for row in evidence.primary:
         if not row.testable:
@@ -214,12 +216,12 @@ def _untested(subject: Subject, predicted: Predicted, evidence: Evidence) -> str
 
 
 def _too_few(row: NullTest) -> str:
-    """Say how small a p the null could have reached."""
+    """Say which p is the smallest that the null could reach."""
     return f"the smallest p with {_sizes(row)} is {row.min_p:.3g}"
 
 
 def _powerless(testable: Sequence[NullTest]) -> str:
-    """Say which nulls could not have been significant for it alone, whatever its value."""
+    """Say under which nulls the subject alone could not be significant, whatever its value."""
     least = [f"q = {row.min_q:.2g} under {row.null}" for row in testable if _could_not(row)]
     return f"on its own it cannot get below {', '.join(least)}, whatever its value" if least else ""
 
@@ -261,7 +263,7 @@ def _statement(
 
 
 def _part(row: NullTest) -> str:
-    """Say how the primary came out under one null; an insignificant value is only called not significant."""
+    """Say what the primary's test under one null found; an insignificant value is only called not significant."""
     direction = row.prediction
     if row.q < ALPHA:
         how, q = direction, row.q
@@ -272,13 +274,13 @@ def _part(row: NullTest) -> str:
     details = [f"q = {q:.2g}"]
     if _could_not(row) and row.q_opposite >= ALPHA:
         details.append(f"alone it could not be below {row.min_q:.2g}")
-    # Of a role under `layer` the effect is over pairs of a claimed head and another of its layer.
+    # Under `layer` a role's effect is an AUC over pairs: a claimed head and another head of its layer.
     beyond = f"AUC within layers {row.effect:.2f}" if row.null == "layer" else f"beyond {_share(row.effect)}"
     return f"{how} against {wording.AGAINST[row.null]} ({', '.join([*details, beyond])})"
 
 
 def _share(effect: float) -> str:
-    """Say which part of the null the value exceeds: 100% and 0% only if it is all or none of it."""
+    """Say which share of the null the value exceeds; 100% and 0% are said only if it is all or none."""
     if 0 < effect < 0.005 or 0.995 <= effect < 1:
         return "less than 1% of them" if effect < 0.5 else "more than 99% of them"
     return f"{effect:.0%} of them"

@@ -61,7 +61,7 @@ class BridgeWeights:
             self.bridge = boot_bridge(checkpoint, own, self.architecture_name, model.trust_remote_code)
             config = self.bridge.cfg
             self.causal = config.attention_dir == "causal"
-            raw = [self._raw_layer(index) for index in range(config.n_layers)]
+            raw = [self.raw_layer(index) for index in range(config.n_layers)]
             self._check_shapes(raw)
             self.readings = self._read_blocks(own, raw)
             self._read_facts(config, raw[0], model)
@@ -165,7 +165,7 @@ class BridgeWeights:
                 f"to check its reading ({error})."
             ) from error
 
-    def _raw_layer(self, index: int) -> LayerWeights:
+    def raw_layer(self, index: int) -> LayerWeights:
         """Return a layer's attention weights as TransformerLens names them.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What ovqk reads of a checkpoint, compared in float64 with what hooks on the Hugging Face model see."""
+"""A checkpoint as ovqk reads it, compared in float64 with hooks on the Hugging Face model."""
 
 import dataclasses
 from typing import Any
@@ -19,20 +19,20 @@ from ovqk.weights.norms import apply_norm, normalise
 from ovqk.weights.types import WeightSource, keys, queries, score_scale
 
 LENGTH = 15
-"""Tokens of the text that is compared on."""
+"""Tokens in the text on which both are compared."""
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "resid_out", "wo", "o", "proj", "linear_attn", "out")
 """Names of the output projection, in the order tried."""
 
 
 def difference(mine: Tensor, own: Tensor) -> float:
-    """The largest difference, relative to the largest entry of the second."""
+    """Return the largest difference between two tensors, relative to the largest entry of the second."""
     if mine.shape != own.shape:
         return float("inf")
     return float((mine - own).abs().max() / own.abs().max().clamp_min(1e-12))
 
 
 def without_slopes(x: Tensor, visible: Tensor) -> Tensor:
-    """Scores less each row's mean and each head's slope by offset, which ALiBi adds, over the visible entries."""
+    """Return scores without each row's mean and each head's slope by offset, which ALiBi adds (visible entries)."""
     positions = torch.arange(x.shape[-1])
     ramp = (positions[:, None] - positions).to(x).expand_as(x)
 
@@ -46,10 +46,10 @@ def without_slopes(x: Tensor, visible: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compare(source: WeightSource, model: nn.Module) -> dict[str, float | None]:
-    """Compare what ovqk reads with what a model of float64 computes.
+    """Compare ovqk's weights with a model's own computation in float64.
 
     Returns:
-        `scores`, `writes`, `block0`, `logits`: the largest relative difference over layers; None if ovqk gives none.
+        `scores`, `writes`, `block0`, `logits` -> the largest relative difference over layers; None if ovqk gives none.
     """
     facts, tokens = source.architecture, torch.randint(0, 64, (LENGTH,), generator=torch.Generator().manual_seed(5))
     found: dict[str, float | None] = dict.fromkeys(("scores", "writes", "block0", "logits"))
@@ -83,7 +83,7 @@ def compare(source: WeightSource, model: nn.Module) -> dict[str, float | None]:
 
 
 def compare_scores(source: WeightSource, layer: int, block: BlockActivations) -> float:
-    """Each head's scores before the softmax, every query with every key, through the folded weights."""
+    """Compare each head's scores before the softmax, every query with every key, through the folded weights."""
     facts, weights = source.architecture, fold_layer(source.layer(layer), source.architecture)
     x = normalise(block.stream.double(), facts.norm, facts.norm_eps)
     q, k = queries(weights, x), keys(weights, x)[facts.kv_of_head]
@@ -107,7 +107,7 @@ def compare_scores(source: WeightSource, layer: int, block: BlockActivations) ->
 
 
 def output_projection(attention: nn.Module, width: int, d_model: int) -> nn.Module:
-    """The module that maps the heads' outputs, side by side, to the residual stream."""
+    """Return the module that maps the concatenated heads' outputs to the residual stream."""
     named = [
         (name.rsplit(".", 1)[-1], module)
         for name, module in attention.named_modules()
@@ -121,7 +121,7 @@ def output_projection(attention: nn.Module, width: int, d_model: int) -> nn.Modu
 
 
 def silenced(module: nn.Module, attention: nn.Module) -> dict[str, Tensor]:
-    """Zeros for all of a block's parameters but those of its attention and of its norms."""
+    """Return zeros for all parameters of a block, except those of its attention and its norms."""
     inside = {id(each) for each in attention.modules()}
     return {
         f"{name}.{key}": torch.zeros_like(parameter)
@@ -132,7 +132,7 @@ def silenced(module: nn.Module, attention: nn.Module) -> dict[str, Tensor]:
 
 
 def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: Tensor) -> float:
-    """What each head adds to the stream: the block with one head let through, the rest of the block silenced."""
+    """Compare each head's output: the block runs with one head, and the rest of the block is silenced."""
     facts, weights = source.architecture, source.layer(layer)
     module = find_blocks(model, facts.n_layers)[layer]
     recorder = Recorder(len(tokens))
@@ -181,7 +181,7 @@ def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: T
 
 
 def compare_block0(source: WeightSource, model: nn.Module) -> float:
-    """Block 0 as an effective embedding, against the block itself on one token alone, without values' biases."""
+    """Compare block 0 as an effective embedding with the block itself on a lone token, without values' biases."""
     facts = source.architecture
     raw, weights = source.embeddings(), source.layer(0)
     assert raw.W_E is not None
@@ -222,7 +222,7 @@ def compare_block0(source: WeightSource, model: nn.Module) -> float:
 
 
 def module_output(output: Any, n_heads: int) -> Tensor:
-    """The output projection's own matrix, [head, d_head, d_model]."""
+    """Return the output projection's own matrix, [head, d_head, d_model]."""
     weight: Tensor = output.weight
     matrix = weight if type(output).__name__ == "Conv1D" else weight.T
     return matrix.reshape(n_heads, -1, matrix.shape[-1])
@@ -235,7 +235,7 @@ def _first(output: Any) -> Tensor:
 
 
 def _double(weights: Any) -> Any:
-    """A dataclass of weights with its tensors in float64; parts that are None or no tensors as they are."""
+    """Return a dataclass of weights with its tensors in float64; other parts stay as they are."""
     changes = {}
     for field in dataclasses.fields(weights):
         value = getattr(weights, field.name)

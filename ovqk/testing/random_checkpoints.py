@@ -1,9 +1,9 @@
-"""Random checkpoints of the shapes of known models, with a synthetic tokenizer: what `bench.py` measures with.
+"""Random checkpoints with the shapes of known models and a synthetic tokenizer, for `scripts/bench.py`.
 
-    python scripts/random_checkpoints.py gemma-3-270m /tmp/gemma-3-270m
+    python -m ovqk.testing.random_checkpoints gemma-3-270m /tmp/gemma-3-270m
 
-A checkpoint is a Hugging Face directory that holds what ovqk reads: attention of every layer, block 0's MLP, norms and
-embeddings. Its tokenizer is a byte-level BPE whose vocabulary is invented words, among them the words of ovqk's tasks.
+A checkpoint is a Hugging Face directory with the tensors that ovqk reads: attention in every layer, block 0's MLP,
+norms and embeddings. Its tokenizer is a byte-level BPE; its vocabulary is invented words and the words of ovqk's tasks.
 """
 
 import argparse
@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
-TASKS = Path(__file__).resolve().parents[1] / "conf" / "task"
+from ovqk.config.place import CONF
+
+TASKS = CONF / "task"
 SPACE = "Ġ"  # a space, as byte-level BPE spells it
 LEADING_SPACE = 0.6  # share of the tokens that begin with a space
 TITLE_CASE = 0.3  # share of the tokens that begin with a capital letter
@@ -51,12 +53,12 @@ class Shape:
 
     @property
     def width(self) -> int:
-        """Dimensions of all heads of a layer."""
+        """Dimensions of all heads in a layer together."""
         return self.n_heads * self.d_head
 
     @property
     def kv_width(self) -> int:
-        """Dimensions of all KV heads of a layer."""
+        """Dimensions of all KV heads in a layer together."""
         return (self.n_kv_heads or self.n_heads) * self.d_head
 
     @property
@@ -80,7 +82,7 @@ Normal = Callable[..., Tensor]
 
 
 def make_checkpoint(shape: Shape, folder: Path) -> None:
-    """Write a random checkpoint of this shape, a shard for each layer, unless the folder holds one already."""
+    """Write a random checkpoint with this shape, a shard for each layer, unless the folder already holds one."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,8 +188,8 @@ def task_words() -> list[str]:
 def synthetic_tokenizer(n_tokens: int, words: Sequence[str]) -> dict[str, object]:
     """Return the tokenizer.json of a byte-level BPE with these words as one token each, with a space before them.
 
-    Its first tokens are the 256 bytes, all others invented words of 2 to 11 letters. A vocabulary with no room for
-    bytes and twice the words has neither: its tokens are invented.
+    Its first tokens are the 256 bytes; the others are invented words of 2 to 11 letters. If the vocabulary has no room
+    for the bytes and twice the words, all its tokens are invented.
     """
     rng = random.Random(0)
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())

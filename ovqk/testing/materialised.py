@@ -1,8 +1,8 @@
-"""Each head's whole W_QK and W_OV, in float64, from what its module computes and not from how its weights are stored.
+"""Each head's whole W_QK and W_OV, in float64, from its module's outputs and not from its stored weights.
 
-A block is given many random residual streams. Queries, keys and what a head adds to the stream are linear in the
-normalised stream once the norms that follow a projection are freed of their division, so least squares give the
-matrices whatever a module's layout, fusing, gains, multipliers and rotations are.
+A block is given many random residual streams. If the norms that follow a projection do not divide, then queries, keys
+and heads' outputs are linear in the normalised stream. So least squares find the matrices, whatever the module's
+layout, fusing, gains, multipliers and rotations are.
 """
 
 import contextlib
@@ -13,29 +13,29 @@ from typing import Any
 from unittest import mock
 
 import torch
-from module_comparison import difference, output_projection, silenced
 from torch import Tensor, nn
 
+from ovqk.testing.module_comparison import difference, output_projection, silenced
 from ovqk.weights.block_probes import Recorder, Softmaxes, find_blocks, first_tensor
 from ovqk.weights.folding import fold_layer
 from ovqk.weights.norms import normalise
 from ovqk.weights.types import Architecture, LayerWeights, WeightSource, score_scale
 
 TOKENS = 6
-"""Tokens in a stream: more than the offset that scores are read at."""
+"""Tokens in a stream; there must be more than the offset at which scores are read."""
 STREAMS = 80
-"""Streams that a linear map is fitted to; d_model + 1 are needed."""
+"""Streams to which a linear map is fitted; d_model + 1 are needed."""
 GRID = 54
-"""Queries, and keys, in the grid that a bilinear form is fitted to if a module hands over its scores alone."""
+"""Queries, and keys, in the grid to which a bilinear form is fitted if a module shows only its scores."""
 MULTIPLIED_READS: dict[str, Callable[[Any], float]] = {
     "opt": lambda config: (config.hidden_size / config.num_attention_heads) ** -0.5,
     "falcon_h1": lambda config: config.key_multiplier,
 }
-"""Model type -> the number that its module multiplies queries or keys by, apart from cosines: no part of W_QK."""
+"""Model type -> a factor on queries or keys, besides cosines, that is not part of W_QK."""
 
 
 class ReachedError(Exception):
-    """The block has computed what is wanted of it."""
+    """Stops a block once it has computed the wanted values."""
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def compare_materialised(source: WeightSource, model: nn.Module) -> dict[str, fl
 
 
 def _calls(model: nn.Module, facts: Architecture, streams: int) -> Any:
-    """Return how the model calls each of its blocks on so many texts at once."""
+    """Return the arguments with which the model calls each of its blocks on this many texts at once."""
     tokens = torch.randint(0, 64, (streams, TOKENS), generator=torch.Generator().manual_seed(6))
     recorder = Recorder(TOKENS)
     with recorder.watch(model, find_blocks(model, facts.n_layers)):
@@ -66,7 +66,7 @@ def _random_stream(call: Any, seed: int = 7) -> Tensor:
 
 
 def fitted(rows: Tensor, values: Tensor) -> Tensor:
-    """The linear part, [d_model, ...], of the affine map from rows to values."""
+    """Fit the affine map from rows to values, and return its linear part [d_model, ...]."""
     ones = torch.ones(len(rows), 1, dtype=torch.float64)
     inverse = torch.linalg.pinv(torch.cat((rows.double(), ones), -1))
     return torch.einsum("rn,n...->r...", inverse, values.double())[:-1]
@@ -78,7 +78,7 @@ def fitted(rows: Tensor, values: Tensor) -> Tensor:
 def w_qk(
     model: nn.Module, module: nn.Module, calls: Callable[[int], Any], weights: LayerWeights, facts: Architecture
 ) -> tuple[Tensor, Tensor]:
-    """ovqk's W_QK and the module's, [head, d_model, d_model]: at offset 0, or 1 if the module shows scores alone."""
+    """Return ovqk's W_QK and the module's [head, d_model, d_model], at offset 0 (1 if the module shows only scores)."""
     call = calls(STREAMS)[weights.layer]
     stream = _random_stream(call)
     handed = captured(module, call, stream)
@@ -103,7 +103,7 @@ def w_qk(
 
 
 def bilinear(weights: LayerWeights, facts: Architecture, offset: int) -> Tensor:
-    """ovqk's W_Q R(D) W_K^T, with the gains of norms for queries and keys, [head, d_model, d_model]."""
+    """Return ovqk's W_Q R(D) W_K^T with the gains of query and key norms, [head, d_model, d_model]."""
     W_Q, W_K = weights.W_Q.double(), weights.W_K.double()
     if weights.qk_norm is not None:
         W_Q = W_Q * weights.qk_norm.query_gain.double()[:, None]
@@ -115,7 +115,7 @@ def bilinear(weights: LayerWeights, facts: Architecture, offset: int) -> Tensor:
 
 
 def captured(module: nn.Module, call: Any, stream: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-    """The queries and keys that a block hands to its attention function, or its scores if it has no such function."""
+    """Record the queries and keys that a block gives to its attention function, or its scores if it has none."""
     seen: list[Any] = []
 
     def attend(_: nn.Module, query: Tensor, key: Tensor, *__: Any, **___: Any) -> Any:
@@ -137,7 +137,7 @@ def captured(module: nn.Module, call: Any, stream: Tensor) -> tuple[Tensor, Tens
 
 
 def w_ov(module: nn.Module, call: Any, weights: LayerWeights, facts: Architecture) -> tuple[Tensor, Tensor]:
-    """ovqk's W_OV and the module's own, with everything behind its output projection, [head, d_model, d_model]."""
+    """Return ovqk's W_OV and the module's, with all that follows the output projection, [head, d_model, d_model]."""
     stream, attention = _random_stream(call), _attention(module, facts)
     output = output_projection(attention, facts.n_heads * facts.d_head, facts.d_model)
     zeros = silenced(module, attention)
@@ -167,7 +167,7 @@ def w_ov(module: nn.Module, call: Any, weights: LayerWeights, facts: Architectur
 
 
 def _attention(module: nn.Module, facts: Architecture) -> nn.Module:
-    """A block's attention: its children that are named so."""
+    """Return the children of a block whose names say that they are its attention."""
     named = [(name.lower(), child) for name, child in module.named_children()]
     holding = [child for name, child in named if "att" in name and "norm" not in name and not name.startswith("ln")]
     return nn.ModuleList(holding)
@@ -175,7 +175,7 @@ def _attention(module: nn.Module, facts: Architecture) -> nn.Module:
 
 @contextlib.contextmanager
 def _attending(module: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
-    """Put a function in the place of the one that a block's modules attend by."""
+    """Replace the attention function of a block's modules."""
     with contextlib.ExitStack() as stack:
         for name in {type(each).__module__ for each in module.modules()}:
             if hasattr(sys.modules.get(name), "eager_attention_forward"):
@@ -185,7 +185,7 @@ def _attending(module: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undivided(module: nn.Module, stream: Tensor) -> Iterator[None]:
-    """Take the division out of every norm that reads something else than the block's stream: its gain stays."""
+    """Remove the division from every norm that does not read the block's stream; its gain stays."""
 
     def free(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x = args[0]
@@ -209,11 +209,11 @@ def _undivided(module: nn.Module, stream: Tensor) -> Iterator[None]:
 
 
 def centres(norm: Any, x: Tensor) -> bool:
-    """Whether a norm takes away its input's mean."""
+    """Whether a norm subtracts its input's mean."""
     return bool((norm.forward(x + 1) - norm.forward(x)).abs().max() < 1e-3)
 
 
 def epsilon(norm: Any) -> float:
-    """A norm's epsilon, under any of the names that it has."""
+    """Return a norm's epsilon, whichever of its usual names it has."""
     names = ("variance_epsilon", "eps", "epsilon")
     return next((float(getattr(norm, name)) for name in names if isinstance(getattr(norm, name, None), float)), 1e-5)

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers' architectures: each one's own config, with its sizes made small.
+"""Tiny random models of transformers' architectures, from each one's own config with its sizes made small.
 
 The settings are generic: 4 layers of width 48, 4 heads over 2 KV heads, as far as a config has such keys.
 """
@@ -29,7 +29,7 @@ SHRUNK: dict[str, Any] = {
     "rotary_dim": 4,
     "dtype": "float32",
 }
-"""What each key of a config is set to, if the architecture's own config has it."""
+"""Key of a config -> its small value, if the architecture's own config has the key."""
 MULTIPLIERS = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0}
 YARN = {"original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.7}
 LONGROPE = {
@@ -97,7 +97,7 @@ OWN: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
     },
 }
-"""What single architectures need besides."""
+"""Architecture -> further settings that it needs."""
 WHOLE = {
     **{
         name: f"{stem}ForConditionalGeneration"
@@ -122,9 +122,9 @@ WHOLE = {
     "musicgen": "MusicgenForConditionalGeneration",
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
 }
-"""Classes to make instead of the causal ones, which leave parts of a model out or cannot be made of its config."""
+"""Architecture -> the class to use because the causal one leaves out parts or cannot be made from its config."""
 BESIDE_PICTURES = tuple(name for name in WHOLE if name not in ("llama4", "musicgen", "musicgen_melody"))
-"""Models for pictures whose text model is causal: no causal language models to transformers, but loaded as such."""
+"""Models for images with a causal text model. transformers does not list them as causal models, but loads them so."""
 NOT_MADE = {
     "gemma3n": "its vision tower is made by the package timm, which ovqk does not need",
     **dict.fromkeys(
@@ -132,7 +132,7 @@ NOT_MADE = {
         "its config demands that all layers use another model's keys and values, and transformers' module refuses that",
     ),
 }
-"""What cannot be made tiny, and why."""
+"""Architecture that cannot be made tiny -> the reason."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2, scores divided by the layer": {"scale_attn_by_inverse_layer_idx": True},
     "falcon_h1, with multipliers": {
@@ -170,17 +170,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma4_text, heads of one shape": {"per_layer_config": {}},
     "opt, post-norm": {"do_layer_norm_before": False},
 }
-"""Settings of single architectures that change what a head reads or writes, by `architecture, what is set`."""
+"""`architecture, setting` -> settings that change what a head reads or writes."""
 KEPT_BY_PATTERN = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
-"""Lists with an entry for each layer, of which the first are kept."""
+"""Keys with a list that has an entry for each layer; only the first entries are kept."""
 
 
 def shrunk_config(default: Any, own: dict[str, Any]) -> Any:
-    """A config like a default one with its sizes made small, and those of the configs in it.
+    """Return a config like a default one, with its sizes and those of nested configs made small.
 
     Args:
         default: an architecture's config.
-        own: what it needs besides; for a config in it, a dictionary by its name.
+        own: further settings; for a nested config, a dictionary under its name.
     """
     kind, known = type(default), default.to_dict()
     renamed = {value: key for key, value in getattr(kind, "attribute_map", {}).items()}
@@ -199,7 +199,7 @@ def shrunk_model(name: str, directory: Path) -> nn.Module:
     """Make a tiny random model of an architecture and save it as a Hugging Face directory.
 
     Raises:
-        Exception: whatever transformers raises if the architecture cannot be shrunk so.
+        Exception: any error of transformers, if the architecture cannot be shrunk in this way.
     """
     import transformers
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM

@@ -1,8 +1,9 @@
-"""Small random transformers in memory, and heads planted in them by hand: what each role means in weights.
+"""Small random transformers in memory, and heads planted in them by hand: each role spelled out in weights.
 
-Row vectors, as everywhere: of a token with embedding e, a head reads e W_Q, e W_K and e W_V, and writes (e W_V) W_O.
-Nothing here uses the code that judges the heads. Only the matrix that makes a head what it is gets planted, the others
-stay random. It keeps the norm it had, so that scale tells nothing, and `noise` mixes what was there back in:
+Vectors are rows, as everywhere: from a token with embedding e, a head reads e W_Q, e W_K and e W_V, and it writes
+(e W_V) W_O. Nothing here uses the code that judges the heads. Only the matrix that makes a head's role is planted; the
+others stay random. A planted matrix has the norm of the random one that it replaces, so that scale says nothing, and
+`noise` mixes the random one back in:
 
     role                  W_Q                     W_K                   W_V              W_O
     name mover            .                       .                     .                unembedding of the name read
@@ -15,7 +16,7 @@ stay random. It keeps the norm it had, so that scale tells nothing, and `noise` 
     agreement reader      .                       .                     the number       .
     agreement output      .                       .                     .                verbs of the number read
 
-Heads write little beside the embeddings, so that a token looks to every layer much as it does in W_E.
+Heads write little compared with the embeddings, so every layer sees a token much as it is in W_E.
 """
 
 import copy
@@ -23,7 +24,6 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -33,6 +33,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from ovqk.analyse import analyse
+from ovqk.config.place import CONF
 from ovqk.config.resolve import resolve
 from ovqk.config.schema import ClaimsConfig, Config, NullsConfig, register
 from ovqk.metrics import COMPOSITION_METRICS
@@ -42,7 +43,6 @@ from ovqk.weights.norms import Norm, QueryKeyNorm
 from ovqk.weights.rotary import Rotary
 from ovqk.weights.types import Architecture, EmbeddingWeights, Head, LayerWeights, OpenedModel
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 NAME = "planted"
 D_MODEL, D_HEAD, N_CTX = 64, 8, 24
 WRITES = 0.02  # entries of W_O and of the MLP; those of the embeddings are of order 1
@@ -53,7 +53,7 @@ Claimed = Mapping[str, Sequence[Head]]
 def architecture(
     layers: int = 4, heads: int = 8, kv_heads: int | None = None, positions: Literal["learned", "rotary"] = "learned"
 ) -> Architecture:
-    """A small model: with learned positions behind LayerNorm, with rotary ones behind RMSNorm."""
+    """Return a small architecture: learned positions with LayerNorm, or rotary positions with RMSNorm."""
     return Architecture(
         family="planted",
         n_layers=layers,
@@ -86,30 +86,30 @@ WORDS = {
     "ioi": {"names": 24},
     "sva": dict.fromkeys(("nouns_singular", "nouns_plural", "verbs_singular", "verbs_plural"), 12),
 }
-"""Task -> word set -> how many of its words are tokens."""
+"""Task -> word set -> the number of its words that are tokens."""
 OTHERS = 60  # words of no kind
 LOOKALIKES = {"ioi": 10, "sva": 5}  # made-up words beside each of the task's: about 300 tokens in all
 
 
 @cache
 def base_config(task: str) -> Config:
-    """The cell of this task, as conf/ has it, without W&B."""
+    """Return the cell of this task, as conf/ has it, without W&B."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return resolve(compose("config", overrides=[f"task={task}", "tracking=none", "analysis.components=0"]))
 
 
 def word_sets(task: str) -> dict[str, list[str]]:
-    """The words of the task's variable that are tokens."""
+    """Return the words of the task's variable that are tokens."""
     words = base_config(task).task.words
     return {name: words[name][:count] for name, count in WORDS[task].items()}
 
 
 @cache
 def tokenizer_of(task: str, lookalikes: int) -> Tokenizer:
-    """A word-level tokenizer: words of no kind, then each word of the task amid made-up ones that look like it.
+    """Build a word-level tokenizer: neutral words, then each word of the task among made-up words that look like it.
 
-    These have its length and capitalisation, and ids beside its own: what the token nulls draw from.
+    The made-up words have its length and capitalisation, and ids beside its own, so the token nulls draw from them.
     """
     rng = random.Random(0)
     vocabulary = ["<unk>"]
@@ -148,10 +148,10 @@ class RandomModel:
 
         Args:
             facts: the architecture.
-            task: whose words are tokens.
+            task: the task whose words are tokens.
             seed: of all weights.
-            tied: whether W_U is W_E, transposed.
-            lookalikes: made-up words beside each word of the task; LOOKALIKES, where None.
+            tied: whether W_U is the transpose of W_E.
+            lookalikes: the number of made-up words beside each word of the task; LOOKALIKES if None.
         """
         self.architecture = dataclasses.replace(facts, tied=tied)
         self.task, self.seed, self.notes = task, seed, list[str]()
@@ -165,7 +165,7 @@ class RandomModel:
         self.final_norm: Norm | None = None
 
     def normal(self, *shape: int) -> Tensor:
-        """Independent standard normal numbers."""
+        """Draw independent standard normal numbers."""
         return torch.randn(*shape, generator=self.generator)
 
     def _layer(self, index: int) -> LayerWeights:
@@ -189,15 +189,15 @@ class RandomModel:
         return MLPWeights(W_in, torch.zeros(width), None, W_out, torch.zeros(D_MODEL), "gelu", norm=None)
 
     def layer(self, index: int) -> LayerWeights:
-        """The raw attention weights of a layer."""
+        """Return a layer's raw attention weights."""
         return self.layers[index]
 
     def embeddings(self) -> EmbeddingWeights:
-        """The raw embeddings."""
+        """Return the raw embeddings."""
         return EmbeddingWeights(self.W_E, self.W_pos, self.W_U, self.final_norm)
 
     def dress(self, qk_norm: bool) -> None:
-        """Give every norm a gain (and, of LayerNorm, a bias), and queries, keys and values a bias, all random.
+        """Give every norm a random gain (and a bias, if it is a LayerNorm), and queries, keys and values random biases.
 
         Args:
             qk_norm: whether queries and keys are normalised too, with gains.
@@ -220,11 +220,11 @@ class RandomModel:
         return Norm(self.architecture.norm, 1 + 0.3 * self.normal(D_MODEL), bias)
 
     def first_mlp(self) -> MLPWeights | str:
-        """Block 0's MLP."""
+        """Return block 0's MLP."""
         return self.mlp
 
     def ids(self, *sets: str) -> list[int]:
-        """The tokens of these word sets of the task."""
+        """Return the token ids of these word sets of the task."""
         words = word_sets(self.task)
         vocabulary = self.tokenizer.get_vocab()
         return [vocabulary[word] for name in sets for word in words[name]]
@@ -234,20 +234,20 @@ class RandomModel:
 
 
 class PlantedModel(RandomModel):
-    """A random transformer, some of whose heads play a role."""
+    """A random transformer in which some heads have a planted role."""
 
     def __init__(self, facts: Architecture, task: str, seed: int, noise: float = 0.0, tied: bool = False) -> None:
-        """Draw the weights; `noise`, in [0, 1], is what is random of a planted matrix's squared norm."""
+        """Draw the weights; `noise`, in [0, 1], is the random share of a planted matrix's squared norm."""
         super().__init__(facts, task, seed, tied)
         self.noise, self.drawn = noise, copy.deepcopy(self.layers)
 
     def read(self, name: Literal["W_Q", "W_K", "W_V", "W_O"], head: Head) -> Tensor:
-        """A head's matrix; W_K and W_V are its group's."""
+        """Return a head's matrix; W_K and W_V belong to its KV group."""
         layer, index = head
         return getattr(self.layers[layer], name)[self._index(name, index)]
 
     def plant(self, name: Literal["W_Q", "W_K", "W_V", "W_O"], head: Head, weight: Tensor) -> None:
-        """Put a matrix, of the norm of the random one, in its place."""
+        """Replace a head's matrix by another, scaled to the norm of the random one."""
         layer, index = head
         drawn = getattr(self.drawn[layer], name)[self._index(name, index)]
         weight = weight * drawn.norm() / weight.norm()
@@ -257,22 +257,22 @@ class PlantedModel(RandomModel):
         return int(self.architecture.kv_of_head[head]) if name in ("W_K", "W_V") else head
 
     def copying(self, head: Head, tokens: Sequence[int], sign: int = 1) -> None:
-        """Write what W_V reads of each token on the token's own unembedding: W_O = sum_t (e_t W_V)^T u_t.
+        """Write each token's value on the token's own unembedding: W_O = sum_t (e_t W_V)^T u_t.
 
-        An outer-product memory: e_t W_OV u_u ~ (e_t W_V) . (e_u W_V), largest for u = t.
+        This is an outer-product memory: e_t W_OV u_u ~ (e_t W_V) . (e_u W_V), which is largest for u = t.
         """
         features = self.W_E[tokens] @ self.read("W_V", head)
         self.plant("W_O", head, sign * features.T @ self.W_U[:, tokens].T)
 
     def same_token(self, head: Head) -> None:
-        """Queries read what keys read: e_t W_QK e_u^T = (e_t W_K) . (e_u W_K), largest for u = t."""
+        """Let queries read as keys do: e_t W_QK e_u^T = (e_t W_K) . (e_u W_K), which is largest for u = t."""
         self.plant("W_Q", head, self.read("W_K", head))
 
     def previous_position(self, head: Head) -> None:
-        """Position i looks at i - 1.
+        """Let position i attend to i - 1.
 
-        Learned: the query of place i is the key of place i - 1. Rotary: a constant query q and the key q R(1), whose
-        product q R(D) R(1)^T q^T is largest at D = 1.
+        With learned positions the query at i is the key at i - 1. With rotary positions there is a constant query q and
+        the key q R(1); their product q R(D) R(1)^T q^T is largest at D = 1.
         """
         layer, index = head
         weights = self.layers[layer]
@@ -287,10 +287,10 @@ class PlantedModel(RandomModel):
             weights.b_K[self._index("W_K", index)] = weights.rotary.rotate(query[None], cos, sin)[0]
 
     def induction(self, head: Head, previous: Head) -> None:
-        """Look for the token that a previous-token head has moved here (K-composition), and copy what stands there.
+        """Attend to the place to which a previous-token head moved the query's token (K-composition), and copy it.
 
-        The previous-token head writes (e_u W_V) W_O. Keys read that from its W_O, queries read of their own token what
-        its W_V reads: the score is (e_t W_V) . (e_u W_V), largest where the token before was t.
+        The previous-token head writes (e_u W_V) W_O. Keys read that through its W_O, and queries read their own token
+        through its W_V. So the score is (e_t W_V) . (e_u W_V), which is largest if the token before was t.
         """
         self.plant("W_K", head, self.read("W_O", previous).T)
         self.plant("W_Q", head, self.read("W_V", previous))
@@ -301,12 +301,12 @@ class PlantedModel(RandomModel):
         self.plant("W_O", head, self.read("W_Q", receiver).T)
 
     def reading_number(self, head: Head) -> None:
-        """Read of a noun its number alone: W_V = a^T 1, a = mean plural - mean singular embedding."""
+        """Read only a noun's number: W_V = a^T 1, a = mean plural - mean singular embedding."""
         minus, plus = (self.W_E[self.ids(f"nouns_{number}")].mean(0) for number in ("singular", "plural"))
         self.plant("W_V", head, (plus - minus)[:, None].expand(D_MODEL, D_HEAD))
 
     def writing_number(self, head: Head) -> None:
-        """Write what W_V reads of a noun's number on the verbs' number: W_O = (a W_V)^T b.
+        """Write the number that W_V reads from a noun on the verbs' number: W_O = (a W_V)^T b.
 
         a = mean plural - mean singular embedding, b = mean plural - mean singular unembedding.
         """
@@ -329,14 +329,16 @@ LAYOUT: dict[str, dict[str, tuple[Head, ...]]] = {
         "agreement_output": ((3, 0), (3, 4), (3, 8)),
     },
 }
-"""Task -> role -> where it is planted, among the first 12 heads of a layer. Heads of a role have KV heads of their own,
-but for the readers of a number: whoever shares W_V with one is one."""
+"""Task -> role -> its heads, among the first 12 heads of a layer.
+
+Heads of a role have KV heads of their own, except agreement readers: every head that shares W_V with one is one too.
+"""
 MANY, FEW = 24, 12
-"""Heads of a layer: enough of them for `depth` to tell a single head from, and too few."""
+"""Heads in a layer: enough for `depth` to single out one head, and too few for that."""
 
 
 def planted(shape: str, task: str, seed: int, noise: float = 0.0, per_layer: int = MANY) -> PlantedModel:
-    """A model of one of SHAPES with all the roles of a task planted, as LAYOUT says, in layers of so many heads."""
+    """Return a model with one of SHAPES, `per_layer` heads in a layer, and all roles of a task planted as in LAYOUT."""
     group, positions, tied = SHAPES[shape]
     heads = LAYOUT[task]
     layers = 1 + max(layer for members in heads.values() for layer, _ in members)
@@ -366,7 +368,7 @@ def planted(shape: str, task: str, seed: int, noise: float = 0.0, per_layer: int
 
 
 def random_model(shape: str, task: str, seed: int, layers: int = 4, heads: int = 8) -> RandomModel:
-    """A model of one of SHAPES at random initialisation, with random gains and biases."""
+    """Return a model with one of SHAPES at random initialisation, with random gains and biases."""
     group, positions, tied = SHAPES[shape]
     facts = architecture(layers, heads, heads // (group or 1), positions)
     model = RandomModel(facts, task, seed, tied)
@@ -375,7 +377,7 @@ def random_model(shape: str, task: str, seed: int, layers: int = 4, heads: int =
 
 
 def random_claims(model: RandomModel, each: int = 2) -> Claimed:
-    """Different heads drawn at random for every role of LAYOUT."""
+    """Draw heads at random for every role of LAYOUT, no head twice."""
     facts = model.architecture
     heads = [(layer, head) for layer in range(facts.n_layers) for head in range(facts.n_heads)]
     drawn = iter(random.Random(model.seed).sample(heads, len(heads)))
@@ -383,7 +385,7 @@ def random_claims(model: RandomModel, each: int = 2) -> Claimed:
 
 
 def judged(model: RandomModel, claimed: Claimed, draws: int = 99) -> Analysis:
-    """The model analysed with these heads claimed, and with hardly a resample: intervals alone need them."""
+    """Analyse the model with these heads claimed, and with few resamples, which only intervals need."""
     config = copy.deepcopy(base_config(model.task))
     roles = {role: [f"{layer}.{head}" for layer, head in heads] for role, heads in claimed.items()}
     config.task.claims = {NAME: ClaimsConfig("planted by hand", "measured", roles)}
@@ -394,7 +396,7 @@ def judged(model: RandomModel, claimed: Claimed, draws: int = 99) -> Analysis:
 
 
 def p_values(tests: pd.DataFrame) -> pd.DataFrame:
-    """The p-values of every prediction under every null: of the role, and of the first of its heads with a value.
+    """Return p-values for every prediction under every null: the role's, and those of its first head with a value.
 
     A head whose layer cannot be standardised has no `depth` row, and so no chance to be called significant: p = 1.
 

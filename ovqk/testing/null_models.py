@@ -1,10 +1,10 @@
-"""Random and planted models, what the tests say of them, and how to count where they err.
+"""Random and planted models, the tests' results on them, and counts of the errors.
 
     null_run      random initialisation, heads claimed at random: their p-values and false verdicts
-    strained_run  the same where a null has little to draw on
+    strained_run  the same if a null has little to draw from
     power_run     heads of every role planted by hand, with noise mixed into what is planted: their verdicts
 
-The models are small transformers in memory (`scripts/planted.py`).
+The models are small transformers in memory (`ovqk/testing/planted.py`).
 """
 
 import itertools
@@ -16,25 +16,35 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from planted import LAYOUT, SHAPES, RandomModel, architecture, judged, p_values, planted, random_claims, random_model
 
 from ovqk.config.schema import PredictionConfig
 from ovqk.tasks.claims import Claims
+from ovqk.testing.planted import (
+    LAYOUT,
+    SHAPES,
+    RandomModel,
+    architecture,
+    judged,
+    p_values,
+    planted,
+    random_claims,
+    random_model,
+)
 from ovqk.verdicts.nulls import Predicted, head_rows
 
 TASKS = tuple(LAYOUT)
 POWER_SHAPES = ("learned positions", "rotary, grouped queries")
 FALSE = ("corroborated", "contradicted")
-"""Verdicts that are wrong where nothing is planted."""
+"""Verdicts that are wrong if nothing is planted."""
 SURPRISE = 1e-4
-"""A test does not keep its level where as many p-values as there are were less probable than this if it did."""
+"""A test does not keep its level if its count of small p-values would be less probable than this if it did."""
 
 
 # --- counting ------------------------------------------------------------------------------------------------
 
 
 def tail(count: int, n: int, a: float) -> float:
-    """P(X >= count) for X binomial with n trials of probability a."""
+    """Return P(X >= count) for a binomial X with n trials of probability a."""
     if count <= 0 or a >= 1:
         return 1.0
     if count > n or a <= 0:
@@ -45,7 +55,7 @@ def tail(count: int, n: int, a: float) -> float:
 
 
 def interval(count: int, n: int, coverage: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a share: count of n."""
+    """Return the Clopper-Pearson interval of the share count / n."""
     half = (1 - coverage) / 2
 
     def crossing(below: Callable[[float], bool]) -> float:
@@ -61,17 +71,17 @@ def interval(count: int, n: int, coverage: float = 0.95) -> tuple[float, float]:
 
 
 def least_likely(p: NDArray[np.float64]) -> tuple[float, float, float]:
-    """The attained a at which so many p <= a are least probable, their share, and that probability at most."""
+    """Return the attained a at which the number of p <= a is least probable, their share, and that probability."""
     found = [(tail(int((p <= a).sum()), len(p), float(a)), float(a), float((p <= a).mean())) for a in np.unique(p)]
     probability, a, share = min(found)
     return a, share, probability
 
 
 def multiplicity(rows: int, n: int = 1000, levels: int = 100, draws: int = 12_000) -> dict[str, float]:
-    """What `least_likely` gives for a test that keeps its level exactly, of n p-values on `levels` levels.
+    """Simulate `least_likely` for a test that keeps its level exactly, with n p-values on `levels` levels.
 
     Returns:
-        Of one row the share below SURPRISE; of a page of rows the median smallest, and the share of pages below.
+        The share of rows below SURPRISE; for pages of rows, the median of the smallest, and the share of pages below.
     """
     generator = np.random.default_rng(0)
     k = np.arange(n + 1)
@@ -91,7 +101,7 @@ def multiplicity(rows: int, n: int = 1000, levels: int = 100, draws: int = 12_00
 
 
 def null_run(cell: tuple[str, str, int], draws: int = 99) -> pd.DataFrame:
-    """p-values of heads claimed at random in one random model, and how many of its verdicts are each of FALSE."""
+    """Return p-values for heads claimed at random in one random model, and the number of each of its FALSE verdicts."""
     shape, task, seed = cell
     torch.set_num_threads(1)
     model = random_model(shape, task, seed)
@@ -105,7 +115,7 @@ def null_run(cell: tuple[str, str, int], draws: int = 99) -> pd.DataFrame:
 
 
 def null_cells(seeds: Sequence[int], shapes: Sequence[str] = tuple(SHAPES)) -> list[tuple[str, str, int]]:
-    """Every shape and task with these seeds; no two cells share one."""
+    """Return every shape and task with seeds; no two cells share a seed."""
     pairs = [(shape, task) for shape in SHAPES for task in TASKS]
     cells = [(*pair, seed * len(pairs) + place) for seed in seeds for place, pair in enumerate(pairs)]
     return [cell for cell in cells if cell[0] in shapes]
@@ -117,7 +127,7 @@ STRAINED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "group mates claimed, spectrum": ("spectrum", "role", {"task": "sva", "kv_heads": 2}),
     "few matched words": ("token", "role", {"task": "ioi", "lookalikes": 2}),
 }
-"""Name -> null, level, and the model: of 3 layers of 8 heads, or (the first) bare numbers for 4 layers of 12."""
+"""Name -> null, level, and the model: 3 layers of 8 heads, or (the first) mere numbers for 4 layers of 12 heads."""
 STRAINED_CLAIMS: dict[str, dict[str, list[tuple[int, int]]]] = {
     "sva": {"agreement_reader": [(1, 0), (1, 1), (1, 2)]},
     "ioi": {"name_mover": [(1, 0), (1, 1)]},
@@ -125,7 +135,7 @@ STRAINED_CLAIMS: dict[str, dict[str, list[tuple[int, int]]]] = {
 
 
 def strained_run(cell: tuple[str, int], draws: int = 99) -> float:
-    """The p-value of one case of STRAINED."""
+    """Return the p-value for one case of STRAINED."""
     name, seed = cell
     null, level, case = STRAINED[name]
     if not case:
@@ -140,9 +150,9 @@ def strained_run(cell: tuple[str, int], draws: int = 99) -> float:
 
 
 def power_run(cell: tuple[str, str, int, float, int], draws: int = 99) -> pd.DataFrame:
-    """Verdicts on planted heads, at one level of noise, in layers of so many heads.
+    """Return verdicts on planted heads at one level of noise, in layers of `per_layer` heads.
 
-    `least_p` is, of a head, the smallest p that `depth` could have given its primary prediction.
+    The column `least_p` is the smallest p that `depth` could have given a head's primary prediction.
     """
     shape, task, seed, noise, per_layer = cell
     torch.set_num_threads(1)

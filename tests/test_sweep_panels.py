@@ -150,7 +150,7 @@ def test_a_failure_is_one_warning_and_the_command_sends_it_later(results, server
     assert "401" in warning and f"python -m ovqk.tracking {results}" in warning
     assert state(results)["status"] == "failed" and "401" in state(results)["reason"]
     server.answers = {}
-    monkeypatch.setattr(track_module, "_pause", track_module._Pause())
+    monkeypatch.setattr(track_module, "pause", track_module.Pause())
     assert command(monkeypatch, results) == 0
     assert f"tracked the sweep {NAME} http" in capsys.readouterr().out
     assert len(server.runs) == 4 and state(results)["status"] == "done"

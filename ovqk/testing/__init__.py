@@ -1,0 +1,9 @@
+"""Models with a known answer and comparisons with other code, for the tests and for `scripts/`; not in the wheel.
+
+planted             small transformers in memory, with heads planted by hand
+null_models         random and planted models, and how often the tests err on them
+tiny_architectures  tiny random models of transformers' architectures
+module_comparison   a checkpoint as ovqk reads it, compared with the model's own modules
+materialised        W_QK and W_OV of a module, from what it computes
+random_checkpoints  checkpoints with the shapes of known models, for benchmarks
+"""
