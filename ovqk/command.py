@@ -5,6 +5,7 @@ ovqk report RESULTS_DIR           the page of a folder of results
 ovqk track RESULTS_DIR            send to W&B what was never tracked
 ovqk fetch MODEL                  a model's files, for cells without a network
 ovqk dashboard RESULTS_DIR        a W&B workspace of a sweep
+ovqk published                    published numbers beside ovqk's own
 """
 
 import argparse

@@ -86,8 +86,8 @@ def test_only_the_registry_tells_what_a_metric_is_from_its_name() -> None:
 FOLDERS = [
     "errors", "whole_files", "locks", "orphans", "scratch", "memory", "interrupts", "config", "metrics", "wording",
     "checkpoints", "weights", "circuits", "structure", "tasks", "verdicts", "activations", "records", "figures",
-    "portraits", "report", "tracking", "analyse", "cell", "sweep", "dashboard", "library", "fetch", "command",
-    "__main__",
+    "portraits", "report", "tracking", "analyse", "cell", "sweep", "dashboard", "library", "fetch", "published",
+    "command", "__main__",
 ]  # fmt: skip
 """Folders of the package, and its modules beside them, in the order of the data flow."""
 READERS = {"figures", "report", "tracking"}

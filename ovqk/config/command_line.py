@@ -26,6 +26,7 @@ TOOLS = {
     "track": Tool("ovqk.tracking", "ovqk.tracking.__main__"),
     "fetch": Tool("ovqk.fetch", "ovqk.fetch"),
     "dashboard": Tool("ovqk.dashboard", "ovqk.dashboard"),
+    "published": Tool("ovqk.published", "ovqk.published.__main__"),
 }
 """Word after `ovqk` -> the tool."""
 
