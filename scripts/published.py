@@ -13,8 +13,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "published.md"
 OPENING = """# Published numbers, computed again
 
 Before new numbers are trusted, published ones should come out. `ovqk published` computes published statements about QK
-and OV weights by the functions that cells use, and prints ovqk's value beside each published one. This page is written by
-`python scripts/published.py --weights FOLDER`; the rules by which a value agrees are in
+and OV weights by the functions that cells use, and prints ovqk's value beside each published one. The page
+comes from `python scripts/published.py --weights FOLDER`; the rules by which a value agrees are in
 [the tests](method.md#published-values).
 
     ovqk published --weights FOLDER              # all that can be computed from local weights; writes published.csv
@@ -22,8 +22,8 @@ and OV weights by the functions that cells use, and prints ovqk's value beside e
 
 `python -m ovqk.published` and `python run.py published` are the same command. Each row of the table holds model,
 definition, published value, tolerance, source, what it needs, ovqk's value, and the result: `reproduced`, `differs` or
-`not runnable here`, with the reason. FOLDER holds models under the names [below](#weights); a model that is not there is
-fetched with `--hub`, and otherwise its rows say so. The statements are data, in `ovqk/published/statements.yaml`.
+`not runnable here`, with the reason. FOLDER holds models under the names [below](#weights); a model that is not there
+is fetched with `--hub`, and otherwise its rows say so. The statements are data, in `ovqk/published/statements.yaml`.
 """
 
 

@@ -285,6 +285,8 @@ class AnalysisConfig:
     """The embedding that components read tokens through (directions.parquet); `embedding` is for task readouts."""
     rare_tokens: bool = False
     """List special and hardly trained tokens in directions.parquet too (docs/method.md)."""
+    diagonals: bool = False
+    """Rank tokens' own entries in the full circuits: ov_diagonal_* and qk_diagonal_first."""
     pairs: bool = False
     """Compose all pairs of heads (composition.parquet, virtual_heads.parquet), not only those that claims name."""
     activations: bool = False

@@ -23,6 +23,9 @@ def identity(config: Config, digest: str) -> dict[str, Any]:
     """
     model, activations = plain(config.model), plain(config.activations)
     activations.pop("batch")  # how, not what
+    analysis = plain(config.analysis)
+    if not analysis["diagonals"]:  # cells that were computed before there was this choice keep their id
+        analysis.pop("diagonals")
     return {
         "schema_version": SCHEMA_VERSION,
         "weights": digest,
@@ -30,7 +33,7 @@ def identity(config: Config, digest: str) -> dict[str, Any]:
         "seed": config.seed,
         "model": {key: model[key] for key in ("name", "claims", "n_ctx", "causal")},
         "task": plain(config.task),
-        "analysis": plain(config.analysis),
+        "analysis": analysis,
         "nulls": plain(config.nulls),
         **({"activations": activations} if config.analysis.activations else {}),
     }
