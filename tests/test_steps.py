@@ -22,8 +22,8 @@ def record(name: str, digest: str, step: int | None, repo: str = "some/training"
 
 
 def test_steps_are_grouped_by_the_digest_of_their_weights() -> None:
-    records = [record("m-step10", "a", 10), record("m-step2", "a", 2), record("m-step3", "b", 3),
-               record("m-step2", "a", 2), record("n-step2", "a", 2, "other/training"), record("m", "a", None)]  # fmt: skip
+    of_m = (("m-step10", "a", 10), ("m-step2", "a", 2), ("m-step3", "b", 3), ("m-step2", "a", 2), ("m", "a", None))
+    records = [*(record(*each) for each in of_m), record("n-step2", "a", 2, "other/training")]
     assert shared_steps(records) == [["m-step2", "m-step10"]]
     assert twins(records) == {"m-step10": "m-step2"}
     assert said(["m-step2", "m-step10"]).startswith("m-step10: the same weights as m-step2 (one digest)")

@@ -250,6 +250,10 @@ class ClaimsConfig:
     """[layers, heads of a layer] of the model; a copy of another shape is refused. Empty: not checked."""
     evidence: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str | None = None
+    places: dict[str, str] = field(default_factory=dict)
+    """Role -> the section, table or figure of the source that names its heads; for readers, no number depends on it."""
+    revision: str | None = None
+    """The revision of the model that the heads are of; for readers."""
 
 
 @dataclass
