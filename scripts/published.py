@@ -29,7 +29,7 @@ is fetched with `--hub`, and otherwise its rows say so. The statements are data,
 
 def page(found: Sequence[Row]) -> str:
     """Return the page."""
-    counts = Counter(row.result for row in found)
+    counts: Counter[str] = Counter(row.result for row in found)
     told = ", ".join(f"{counts[result]} {what}" for result, what in RESULTS.items())
     parts = [OPENING, f"On the machine that wrote this page: {told}, of {len(found)} statements.\n"]
     parts.append(
