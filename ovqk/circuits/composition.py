@@ -41,6 +41,7 @@ Pair = tuple[Head, Head]
 """(sender, receiver); only a sender in an earlier layer composes."""
 
 MODES: tuple[Mode, ...] = ("q", "k", "v")
+NO_COMPONENT = 1e-6
 SENDERS_KEPT = 20  # for each receiver and mode; also the number of virtual heads
 TILE = 2**22  # elements of a product between stacked heads held at a time
 
@@ -105,6 +106,25 @@ def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[
             squares = product.square_().unflatten(0, (-1, write.shape[1])).unflatten(2, (-1, read.shape[1]))
             found[senders, receivers] = squares.sum((1, 3)).double().sqrt()
     return found
+
+
+def component_scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[Tensor, "sender k"]:
+    """Measure how strongly one receiver reads each component of each sender's OV, in [0, 1].
+
+    Of W_OV^s = sum of sigma_i u_i v_i^T, component i scores the norm of what the receiver reads of v_i over that of
+    W_QK^r or W_OV^r (Merullo et al. 2024, arXiv:2406.09519): sigma_i cancels, chance is 1 / sqrt(d_model), and the mean
+    of the squares, weighted by sigma_i^2, is the square of `scores`. A component whose sigma is below NO_COMPONENT
+    times the head's largest has no direction, and scores 0.
+
+    Args:
+        sender: the senders.
+        receiver: one head (`LayerCircuits.only`).
+        mode: the input that it reads.
+    """
+    (read,) = receiver.read(mode)
+    found = torch.einsum("kd,sdi->ski", read, sender.ov.write.to(read)).norm(dim=1).double()
+    sigma = sender.ov.sigma.double()
+    return torch.where(sigma > NO_COMPONENT * sigma.amax(-1, keepdim=True), found, 0.0)
 
 
 def received(
@@ -210,7 +230,9 @@ def _n_heads(layers: Sequence[LayerCircuits]) -> int:
 # --- tables ------------------------------------------------------------------------------------------------------
 
 PAIR_COLUMNS = ["sender_layer", "sender_head", "receiver_layer", "receiver_head"]
-COLUMNS = ["mode", *PAIR_COLUMNS, "score", "score_above_random", "percentile", "matching"]
+COLUMNS = [
+    "mode", *PAIR_COLUMNS, "score", "score_above_random", "percentile", "matching", "component", "component_score"
+]  # fmt: skip
 
 
 def composition_table(
@@ -244,10 +266,26 @@ def composition_table(
             rows = rows.assign(mode=mode, receiver_layer=np.int32(layer), matching=math.nan)
             rows["score"], rows["percentile"] = (x[kept].cpu().numpy() for x in (found, percentiles(found)))
             rows["score_above_random"] = rows["score"] - 1 / math.sqrt(layers[layer].ov.read.shape[1])
+            rows["component"], rows["component_score"] = _strongest_components(layers, _pairs(rows), mode)
             if mode == "k" and gram is not None:
                 rows["matching"] = matching(layers, _pairs(rows), gram, first_gram).cpu().numpy()
             tables.append(rows.sort_values(["receiver_head", "score"], ascending=[True, False], kind="stable"))
     return pd.concat(tables, ignore_index=True)[COLUMNS] if tables else pd.DataFrame(columns=COLUMNS)
+
+
+def _strongest_components(
+    layers: Sequence[LayerCircuits], pairs: Sequence[Pair], mode: Mode
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return, for each pair, the sender's component that the receiver reads most, counted from 0, and its score."""
+    index, score = np.zeros(len(pairs), dtype=np.int64), np.zeros(len(pairs))
+    rows_of: dict[tuple[Head, int], list[int]] = {}
+    for row, (sender, receiver) in enumerate(pairs):
+        rows_of.setdefault((receiver, sender[0]), []).append(row)
+    for ((layer, head), sender_layer), rows in rows_of.items():
+        senders = layers[sender_layer].only([pairs[row][0][1] for row in rows])
+        best = component_scores(senders, layers[layer].only([head]), mode).max(-1)
+        index[rows], score[rows] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+    return index, score
 
 
 def _pairs(table: pd.DataFrame) -> list[Pair]:
