@@ -121,9 +121,15 @@ def component_scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode)
         receiver: one head (`LayerCircuits.only`).
         mode: the input that it reads.
     """
-    (read,) = receiver.read(mode)
-    found = torch.einsum("kd,sdi->ski", read, sender.ov.write.to(read)).norm(dim=1).double()
-    sigma = sender.ov.sigma.double()
+    return _component_scores(sender.ov.sigma, sender.ov.write, receiver.read(mode)[0])
+
+
+def _component_scores(
+    sigma: Float[Tensor, "sender k"], write: Float[Tensor, "sender d_model k"], read: Float[Tensor, "k_read d_model"]
+) -> Float[Tensor, "sender k"]:
+    """Return the norms of what `read`, of norm 1, takes from each sender's write directions; 0 without a direction."""
+    written = write.transpose(0, 1).flatten(1).to(read)  # [d_model, sender * k]
+    found = (read @ written).norm(dim=0).double().unflatten(0, sigma.shape)
     return torch.where(sigma > NO_COMPONENT * sigma.amax(-1, keepdim=True), found, 0.0)
 
 
@@ -278,12 +284,14 @@ def _strongest_components(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return, for each pair, the sender's component that the receiver reads most, counted from 0, and its score."""
     index, score = np.zeros(len(pairs), dtype=np.int64), np.zeros(len(pairs))
-    rows_of: dict[tuple[Head, int], list[int]] = {}
-    for row, (sender, receiver) in enumerate(pairs):
-        rows_of.setdefault((receiver, sender[0]), []).append(row)
-    for ((layer, head), sender_layer), rows in rows_of.items():
-        senders = layers[sender_layer].only([pairs[row][0][1] for row in rows])
-        best = component_scores(senders, layers[layer].only([head]), mode).max(-1)
+    rows_of: dict[Head, list[int]] = {}
+    for row, (_, receiver) in enumerate(pairs):
+        rows_of.setdefault(receiver, []).append(row)
+    for (layer, head), rows in rows_of.items():
+        senders = [layers[at].ov for at, _ in (pairs[row][0] for row in rows)]
+        sigma = torch.stack([ov.sigma[pairs[row][0][1]] for ov, row in zip(senders, rows, strict=True)])
+        write = torch.stack([ov.write[pairs[row][0][1]] for ov, row in zip(senders, rows, strict=True)])
+        best = _component_scores(sigma, write, layers[layer].only([head]).read(mode)[0]).max(-1)
         index[rows], score[rows] = best.indices.cpu().numpy(), best.values.cpu().numpy()
     return index, score
 
