@@ -6,6 +6,7 @@ ovqk track RESULTS_DIR            send to W&B what was never tracked
 ovqk fetch MODEL                  a model's files, for cells without a network
 ovqk plan MODEL                   what a cell will take: bytes to fetch, memory, time
 ovqk dashboard RESULTS_DIR        a W&B workspace of a sweep
+ovqk published                    published numbers beside ovqk's own
 """
 
 import argparse

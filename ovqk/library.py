@@ -73,11 +73,19 @@ def chosen(model: str | Path, *choices: str) -> Config:
     Raises:
         UserError: a choice is not allowed.
     """
+    return composed([*model_choice(model), "task=none", "tracking=none", *choices])
+
+
+def composed(overrides: Sequence[str]) -> Config:
+    """Return the resolved cell that these choices compose, as on the command line.
+
+    Raises:
+        UserError: a choice is not allowed.
+    """
     register()
-    overrides = [*model_choice(model), "task=none", "tracking=none", *choices]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return resolve(compose("config", overrides=overrides))
+            return resolve(compose("config", overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError("\n".join(mistakes(error, [CONF]))) from error
 
@@ -115,7 +123,7 @@ class LibraryModel:
         self.d_model, self.d_head = architecture.d_model, architecture.d_head
         self.notes = [*notes, *model.sample_notes, *model.direction_notes]
         self.unavailable = model.unavailable
-        self.model, self._checkpoint = model, checkpoint
+        self.model, self.checkpoint = model, checkpoint
         self._of_layer: dict[int, Tables] = {}
         self._last: Layer | None = None
 
@@ -146,7 +154,7 @@ class LibraryModel:
     @cached_property
     def tables(self) -> Tables:
         """All tables that need no task: heads, layers, spectra, offsets and directions, as cells write them."""
-        cache = structure_cache(self.model.config, self._checkpoint)
+        cache = structure_cache(self.model.config, self.checkpoint)
         if cache is None:
             return self._computed()
         with cache.entry(self.model) as entry:

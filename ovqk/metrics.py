@@ -28,11 +28,13 @@ Needs = Literal[
     "offsets",
     "scale",
     "pairs",
+    "diagonals",
 ]
 """A thing that the model, the task or the analysis must have for a metric to be computed.
 
 `scale`: queries and keys are not normalised, so that the scale of W_QK reaches the scores. `offsets`: attention is
-causal, with enough positions for a fit by offset. `pairs`: both circuits are analysed.
+causal, with enough positions for a fit by offset. `pairs`: both circuits are analysed. `diagonals`: the
+analysis ranks the full circuits' diagonals.
 """
 Of = Literal["head", "words", "subspace", "pair"]
 """The subject of a metric: a head's weights, a mean over a task's words, the subspace they span, or a pair of heads."""
@@ -286,10 +288,13 @@ _METRICS = [
     _metric("ov_copying", "OV copying", "sum lambda / sum |lambda| of W_E W_OV W_U", -1.0, 1.0, {"unembedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
     _metric("ov_copying_block0", "OV copying, block 0 embeddings", "the same of E W_OV W_U, E the block0 embeddings, layers >= 1", -1.0, 1.0, {"unembedding", "block0"}, full_circuit=True, topic="copying", **_at("depth, curve, profile", COPYING)),
     *_spectral(Circuit.ov),
+    _metric("ov_diagonal_top10", "OV diagonal among the 10 largest", "share of tokens t with L_tt among the 10 largest of column t, L = E' W_OV W_U", 0.0, 1.0, {"unembedding", "diagonals"}, None, "McDougall et al. 2023", topic="copying"),
+    _metric("ov_diagonal_bottom10", "OV diagonal among the 10 smallest", "share of tokens t with L_tt among the 10 smallest of column t, L = E' W_OV W_U", 0.0, 1.0, {"unembedding", "diagonals"}, None, "McDougall et al. 2023", topic="copying"),
     _metric("qk_matching", "QK matching", "sum lambda / sum |lambda| of W_E W_QK W_E^T", -1.0, 1.0, {"embedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
     _metric("qk_matching_block0", "QK matching, block 0 embeddings", "the same with block0 embeddings, layers >= 1", -1.0, 1.0, {"embedding", "block0"}, full_circuit=True, topic="copying", **_at("depth, curve, profile", COPYING)),
     _metric("qk_symmetry_vocab", "QK symmetry between tokens", "tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G)", -1.0, 1.0, {"embedding"}, topic="symmetry", **_at("curve", SYMMETRY_OF_TOKENS)),
     *_spectral(Circuit.qk),
+    _metric("qk_diagonal_first", "QK diagonal first of its row", "share of tokens t with S_tt the largest of row t, S = W_U^T W_QK E'^T", 0.0, 1.0, {"unembedding", "diagonals"}, None, "McDougall et al. 2023", topic="copying"),
     *_shares(),
     _metric("qk_positional_share", "QK positional share", "sum of the *_position shares (learned); position share (rotary)", 0.0, 1.0, {"embedding", "positions"}, topic="position", column="position", legend="share of the QK score's variance that is positional", **_at("depth, curve, histogram, atlas, column", POSITION)),
     _metric("qk_positional_share_normalised", "QK positional share, normalised rows", "position share of normalised rows", 0.0, 1.0, {"embedding", "rotary"}, topic="position"),

@@ -8,6 +8,7 @@ import torch
 from support.models import BUNDLED, KINDS, SHARED, local
 from support.oracle import (
     auc,
+    block0_parts,
     block0_rows,
     centre_tokens,
     folded_embeddings,
@@ -66,12 +67,13 @@ def test_every_column_matches_a_materialised_oracle(path, task, processing, requ
         tokenizer = None
         if not path.exists():
             pytest.skip(f"the real weights {path.name} are not beside this checkout")
-    source, cell, tokenizer, n_tokens, result = run(path, task, f"processing={processing}", tokenizer=tokenizer)
+    choices = f"processing={processing}", "analysis.diagonals=true"
+    source, cell, tokenizer, n_tokens, result = run(path, task, *choices, tokenizer=tokenizer)
     facts = source.architecture
     heads = result.tables["heads"]
     assert len(heads) == facts.n_layers * facts.n_heads
     checked = _check_spectra(source, heads, n_tokens, processing)
-    checked |= _check_block0(source, n_tokens, heads)
+    checked |= _check_block0(source, n_tokens, heads) | _check_diagonals(source, n_tokens, heads)
     asked = path not in (BUNDLED,) or task == "none"  # it depends on no task
     checked |= _check_simulated(source, n_tokens, heads) if asked else SIMULATED
     if cell.task.variables:
@@ -203,6 +205,31 @@ def _check_block0(source, n_tokens, heads) -> set[str]:
         check(name, heads[name].to_numpy()[[layer * facts.n_heads + head for layer, head in sample]], values)
     assert heads[heads["layer"] == 0]["qk_matching_block0"].isna().all()
     return set(block0)
+
+
+def _check_diagonals(source, n_tokens, heads) -> set[str]:
+    """Ranks of tokens' own entries, through block 0's MLP output behind layer 0, if there is an MLP."""
+    facts, E = source.architecture, folded_embeddings(source)
+    W_U, plain, (_, written) = E.W_U[:, :n_tokens].double(), E.W_E[:n_tokens].double(), block0_parts(source, E)
+    if len(plain) < 21:
+        assert heads["ov_diagonal_top10"].isna().all()
+        return set()
+    sample = sample_of_heads(facts)
+    wanted: dict[str, list[float]] = {"ov_diagonal_top10": [], "ov_diagonal_bottom10": [], "qk_diagonal_first": []}
+    for layer, head in sample:
+        weights = fold_layer(source.layer(layer), facts)
+        rows = written[:n_tokens] if layer > 0 and bool(written.abs().sum() > 0) else plain
+        x = normalise(rows, facts.norm, facts.norm_eps)
+        L = x @ matrices(weights, facts, head)[0] @ W_U
+        own = L.diagonal()
+        wanted["ov_diagonal_top10"].append(float(((L - own >= 0).sum(0) <= 10).double().mean()))
+        wanted["ov_diagonal_bottom10"].append(float(((own - L >= 0).sum(0) <= 10).double().mean()))
+        S = query_key_scores(weights, facts, head, torch.eye(facts.d_head, dtype=torch.float64), W_U.T, x)
+        wanted["qk_diagonal_first"].append(float((S.diagonal()[:, None] - S >= 0).all(1).double().mean()))
+    places = [layer * facts.n_heads + head for layer, head in sample]
+    for name, values in wanted.items():  # rounding may swap two entries of a column
+        assert np.abs(heads[name].to_numpy()[places] - values).max() <= 1.01 / len(plain), name
+    return set(wanted)
 
 
 def _check_simulated(source, n_tokens, heads) -> set[str]:

@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 import pytest
+from support import ROOT
 from support.claimed import claims, facts, predicted
 from support.commands import compose
 
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.errors import UserError
+from ovqk.records.identity import identity
 from ovqk.tasks.claims import Claims, parse_head, resolve_claims
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import correct, head_rows, predicted_values, role_rows
@@ -79,6 +81,32 @@ def test_an_unquoted_head_in_yaml_is_refused() -> None:
     cell = compose("model=gpt2", "task=ioi", "task.claims.gpt2.roles.name_mover=[9.10]")
     with pytest.raises(UserError, match="in quotes"):
         resolve_claims(cell.task, cell.model, facts())
+
+
+def test_places_are_of_roles_that_are_claimed_and_change_no_cell() -> None:
+    cell = compose("model=gpt2", "task=ioi")
+    before = identity(cell, "0")
+    assert "places" not in before["task"]["claims"]["gpt2"] and "revision" not in before["task"]["claims"]["gpt2"]
+    cell.task.claims["gpt2"].places["name_mover"] = "elsewhere"
+    cell.task.claims["gpt2"].revision = "other"
+    assert identity(cell, "0") == before
+    cell.task.claims["gpt2"].places["quarterback"] = "page 3"
+    with pytest.raises(UserError, match=r"task\.claims\.gpt2\.places: quarterback: allowed: the roles"):
+        resolve_claims(cell.task, cell.model, facts())
+
+
+def test_every_published_claim_names_its_places_and_the_page_is_made_of_them() -> None:
+    import claims as script
+    import yaml
+
+    assert script.PAGE.read_text(encoding="utf-8") == script.page()
+    shown = 0
+    for path in (ROOT / "conf" / "task").glob("*.yaml"):
+        for model, of in script.published(yaml.safe_load(path.read_text(encoding="utf-8"))).items():
+            assert set(of["places"]) == set(of["roles"]) and of["revision"], f"{path.stem}, {model}"
+            assert all(of["places"].values()) and of["source"] in script.page()
+            shown += 1
+    assert shown == 6
 
 
 def test_unknown_roles_and_metrics_are_refused() -> None:

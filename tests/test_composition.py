@@ -22,6 +22,7 @@ from ovqk.circuits.composition import (
     COLUMNS,
     MODES,
     LayerCircuits,
+    component_scores,
     composition_table,
     k_composed_matching,
     k_composition,
@@ -469,7 +470,9 @@ def test_the_table_holds_the_strongest_senders_and_what_was_asked_for() -> None:
     assert list(table.columns) == COLUMNS
     rows = {(m, (a, b), (c, e)): rest for m, a, b, c, e, *rest in table.itertuples(index=False)}
     assert set(rows) == wanted and len(table) == len(wanted)
-    for (mode, s, r), (score, above, percentile, matched) in rows.items():
+    for (mode, s, r), (score, above, percentile, matched, component, of_component) in rows.items():
+        found = component_scores(layers[s[0]].only([s[1]]), layers[r[0]].only([r[1]]), mode)[0]
+        assert found[component] == found.max() and of_component == pytest.approx(float(found.max()))
         assert score == pytest.approx(every[mode, s, r], abs=1e-6)
         assert above == pytest.approx(every[mode, s, r] - 1 / math.sqrt(d), abs=1e-6)
         others = [every[mode, (s[0], i), r] for i in range(heads) if i != s[1]]
@@ -561,3 +564,42 @@ def test_all_pairs_of_gpt2_small_take_a_tenth_of_the_memory_of_transformer_lens(
     pairs, heads, megabytes = map(int, done.stdout.split())
     assert pairs == 3 * 12 * (12 + 20 * 10) and heads == 20  # of layer 1 all 12 senders, then 20 a receiver
     assert megabytes < 880
+
+
+# --- components --------------------------------------------------------------------------------------------------
+
+
+def circuits(seed: int, heads: int, d: int = 12, h: int = 3) -> LayerCircuits:
+    """Random circuits of a layer."""
+    parts = [noise(heads, *shape, seed=seed + n) for n, shape in enumerate([(d, h), (h, d)] * 2)]
+    return of_factors(Factors(Circuit.ov, *parts[:2]), Factors(Circuit.qk, *parts[2:]), torch.float64)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 200), mode=st.sampled_from(MODES))
+def test_components_are_those_of_the_materialised_product_and_bound_the_whole(seed, mode) -> None:
+    sender, receiver = circuits(10 * seed, 3), circuits(10 * seed + 5, 2)
+    for head in range(2):
+        found = component_scores(sender, receiver.only([head]), mode)
+        qk = (receiver.qk.read[head] * receiver.qk.sigma[head]) @ receiver.qk.write[head].T
+        ov = (receiver.ov.read[head] * receiver.ov.sigma[head]) @ receiver.ov.write[head].T
+        M = {"q": qk, "k": qk.T, "v": ov}[mode]
+        for s in range(3):
+            V = torch.linalg.svd((sender.ov.read[s] * sender.ov.sigma[s]) @ sender.ov.write[s].T)[2][:3]
+            assert torch.allclose(found[s], (V @ M).norm(dim=1) / M.norm())
+        whole = scores(sender, receiver, mode)[:, head]
+        weights = sender.ov.sigma.square() / sender.ov.sigma.square().sum(-1, keepdim=True)
+        assert torch.allclose((weights * found.square()).sum(-1), whole.square())
+        assert (found.amax(-1) >= whole - 1e-9).all() and (found <= 1 + 1e-9).all()
+
+
+def test_the_component_that_a_receiver_reads_is_named_even_if_it_is_the_weakest() -> None:
+    eye = torch.eye(8, dtype=torch.float64)
+    write = torch.stack([9 * eye[0], 3 * eye[1], 0.1 * eye[2]])[None]  # sigma 9, 3, 0.1
+    sender = of_factors(Factors(Circuit.ov, eye[:, :3][None], write), Factors(Circuit.qk, eye[:, :3][None], write))
+    reads = Factors(Circuit.qk, eye[:, 2:3][None].clone(), eye[5:6][None].clone())  # queries read direction 2
+    receiver = of_factors(Factors(Circuit.ov, eye[:, 6:7][None].clone(), eye[7:8][None].clone()), reads)
+    row = composition_table([sender, receiver], strongest=1).set_index("mode").loc["q"]
+    assert row["component"] == 2 and row["component_score"] == pytest.approx(1) and row["score"] < 0.02
+    zero = of_factors(Factors(Circuit.ov, 0 * eye[:, :3][None], write), Factors(Circuit.qk, eye[:, :3][None], write))
+    assert component_scores(zero, receiver, "q").tolist() == [[0, 0, 0]]

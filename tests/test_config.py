@@ -87,6 +87,7 @@ FOLDERS = [
     "errors", "whole_files", "locks", "orphans", "scratch", "memory", "interrupts", "config", "metrics", "wording",
     "checkpoints", "weights", "circuits", "structure", "tasks", "verdicts", "activations", "records", "figures",
     "portraits", "report", "tracking", "analyse", "cell", "sweep", "dashboard", "library", "fetch", "plan", "testing",
+    "published",
     "command", "__main__",
 ]  # fmt: skip
 """Folders of the package, and its modules beside them, in the order of the data flow."""

@@ -41,6 +41,7 @@ Pair = tuple[Head, Head]
 """(sender, receiver); only a sender in an earlier layer composes."""
 
 MODES: tuple[Mode, ...] = ("q", "k", "v")
+NO_COMPONENT = 1e-6
 SENDERS_KEPT = 20  # for each receiver and mode; also the number of virtual heads
 TILE = 2**22  # elements of a product between stacked heads held at a time
 
@@ -105,6 +106,31 @@ def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[
             squares = product.square_().unflatten(0, (-1, write.shape[1])).unflatten(2, (-1, read.shape[1]))
             found[senders, receivers] = squares.sum((1, 3)).double().sqrt()
     return found
+
+
+def component_scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[Tensor, "sender k"]:
+    """Measure how strongly one receiver reads each component of each sender's OV, in [0, 1].
+
+    Of W_OV^s = sum of sigma_i u_i v_i^T, component i scores the norm of what the receiver reads of v_i over that of
+    W_QK^r or W_OV^r (Merullo et al. 2024, arXiv:2406.09519): sigma_i cancels, chance is 1 / sqrt(d_model), and the mean
+    of the squares, weighted by sigma_i^2, is the square of `scores`. A component whose sigma is below NO_COMPONENT
+    times the head's largest has no direction, and scores 0.
+
+    Args:
+        sender: the senders.
+        receiver: one head (`LayerCircuits.only`).
+        mode: the input that it reads.
+    """
+    return _component_scores(sender.ov.sigma, sender.ov.write, receiver.read(mode)[0])
+
+
+def _component_scores(
+    sigma: Float[Tensor, "sender k"], write: Float[Tensor, "sender d_model k"], read: Float[Tensor, "k_read d_model"]
+) -> Float[Tensor, "sender k"]:
+    """Return the norms of what `read`, of norm 1, takes from each sender's write directions; 0 without a direction."""
+    written = write.transpose(0, 1).flatten(1).to(read)  # [d_model, sender * k]
+    found = (read @ written).norm(dim=0).double().unflatten(0, sigma.shape)
+    return torch.where(sigma > NO_COMPONENT * sigma.amax(-1, keepdim=True), found, 0.0)
 
 
 def received(
@@ -210,7 +236,9 @@ def _n_heads(layers: Sequence[LayerCircuits]) -> int:
 # --- tables ------------------------------------------------------------------------------------------------------
 
 PAIR_COLUMNS = ["sender_layer", "sender_head", "receiver_layer", "receiver_head"]
-COLUMNS = ["mode", *PAIR_COLUMNS, "score", "score_above_random", "percentile", "matching"]
+COLUMNS = [
+    "mode", *PAIR_COLUMNS, "score", "score_above_random", "percentile", "matching", "component", "component_score"
+]  # fmt: skip
 
 
 def composition_table(
@@ -244,10 +272,28 @@ def composition_table(
             rows = rows.assign(mode=mode, receiver_layer=np.int32(layer), matching=math.nan)
             rows["score"], rows["percentile"] = (x[kept].cpu().numpy() for x in (found, percentiles(found)))
             rows["score_above_random"] = rows["score"] - 1 / math.sqrt(layers[layer].ov.read.shape[1])
+            rows["component"], rows["component_score"] = _strongest_components(layers, _pairs(rows), mode)
             if mode == "k" and gram is not None:
                 rows["matching"] = matching(layers, _pairs(rows), gram, first_gram).cpu().numpy()
             tables.append(rows.sort_values(["receiver_head", "score"], ascending=[True, False], kind="stable"))
     return pd.concat(tables, ignore_index=True)[COLUMNS] if tables else pd.DataFrame(columns=COLUMNS)
+
+
+def _strongest_components(
+    layers: Sequence[LayerCircuits], pairs: Sequence[Pair], mode: Mode
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return, for each pair, the sender's component that the receiver reads most, counted from 0, and its score."""
+    index, score = np.zeros(len(pairs), dtype=np.int64), np.zeros(len(pairs))
+    rows_of: dict[Head, list[int]] = {}
+    for row, (_, receiver) in enumerate(pairs):
+        rows_of.setdefault(receiver, []).append(row)
+    for (layer, head), rows in rows_of.items():
+        senders = [layers[at].ov for at, _ in (pairs[row][0] for row in rows)]
+        sigma = torch.stack([ov.sigma[pairs[row][0][1]] for ov, row in zip(senders, rows, strict=True)])
+        write = torch.stack([ov.write[pairs[row][0][1]] for ov, row in zip(senders, rows, strict=True)])
+        best = _component_scores(sigma, write, layers[layer].only([head]).read(mode)[0]).max(-1)
+        index[rows], score[rows] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+    return index, score
 
 
 def _pairs(table: pd.DataFrame) -> list[Pair]:

@@ -27,6 +27,7 @@ TOOLS = {
     "fetch": Tool("ovqk.fetch", "ovqk.fetch"),
     "plan": Tool("ovqk.plan", "ovqk.plan"),
     "dashboard": Tool("ovqk.dashboard", "ovqk.dashboard"),
+    "published": Tool("ovqk.published", "ovqk.published.__main__"),
 }
 """Word after `ovqk` -> the tool."""
 

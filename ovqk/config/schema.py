@@ -253,6 +253,10 @@ class ClaimsConfig:
     """[layers, heads of a layer] of the model; a copy of another shape is refused. Empty: not checked."""
     evidence: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str | None = None
+    places: dict[str, str] = field(default_factory=dict)
+    """Role -> the section, table or figure of the source that names its heads; for readers, no number depends on it."""
+    revision: str | None = None
+    """The revision of the model that the heads are of; for readers."""
 
 
 @dataclass
@@ -289,6 +293,8 @@ class AnalysisConfig:
     """The embedding that components read tokens through (directions.parquet); `embedding` is for task readouts."""
     rare_tokens: bool = False
     """List special and hardly trained tokens in directions.parquet too (docs/method.md)."""
+    diagonals: bool = False
+    """Rank tokens' own entries in the full circuits: ov_diagonal_* and qk_diagonal_first."""
     pairs: bool = False
     """Compose all pairs of heads (composition.parquet, virtual_heads.parquet), not only those that claims name."""
     activations: bool = False

@@ -23,14 +23,20 @@ def identity(config: Config, digest: str) -> dict[str, Any]:
     """
     model, activations = plain(config.model), plain(config.activations)
     activations.pop("batch")  # no number depends on it
+    analysis = plain(config.analysis)
+    if not analysis["diagonals"]:  # cells that were computed before there was this choice keep their id
+        analysis.pop("diagonals")
+    task = plain(config.task)
+    for claims in task["claims"].values():  # for readers
+        del claims["places"], claims["revision"]
     return {
         "schema_version": SCHEMA_VERSION,
         "weights": digest,
         "processing": config.processing.value,
         "seed": config.seed,
         "model": {key: model[key] for key in ("name", "claims", "n_ctx", "causal")},
-        "task": plain(config.task),
-        "analysis": plain(config.analysis),
+        "task": task,
+        "analysis": analysis,
         "nulls": plain(config.nulls),
         **({"activations": activations} if config.analysis.activations else {}),
     }

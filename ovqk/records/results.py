@@ -31,8 +31,8 @@ def load_results(
 ) -> dict[str, pd.DataFrame]:
     """Return one DataFrame per table over all done cells, with COORDINATES as its first columns.
 
-    `cells` has one row per cell: its coordinates, folder, sweep, schema_version, wall_seconds, peak_memory_mb and its
-    summary. A cell that is found twice (one cell_id) is taken from the first place.
+    `cells` has one row per cell: its coordinates, folder, sweep, schema_version, wall_seconds, peak_memory_mb,
+    weights_digest and its summary. A cell that is found twice (one cell_id) is taken from the first place.
 
     Args:
         places: a results folder, a folder inside it down to one cell's, or several of these.
@@ -151,7 +151,7 @@ def _row(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     row = {key: record[key] for key in ("model", "task", "analysis")}
     row |= {"processing": record["processing"]["applied"], "seed": record["seed"], "cell_id": record["cell_id"]}
     row |= {"folder": str(folder), "sweep": record.get("sweep"), "schema_version": record["schema_version"]}
-    row |= {key: record["provenance"][key] for key in ("wall_seconds", "peak_memory_mb")}
+    row |= {key: record["provenance"][key] for key in ("wall_seconds", "peak_memory_mb", "weights_digest")}
     return row | record["summary"]
 
 

@@ -22,6 +22,7 @@ from ovqk.figures.colours import Scale
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, ratios, shares, shown_in
 from ovqk.records.cells import Cell, CellTables, Failure, Heads, Json, labels, weights_labels
 from ovqk.records.comparison import could_be_corroborated
+from ovqk.records.steps import said, shared_steps
 from ovqk.report import thinning
 from ovqk.report.prompts_data import prompt_data, prompt_palette, prompt_words
 from ovqk.report.thinning import DETAILS, Detail, Grid, Pool, columnar, short
@@ -115,6 +116,7 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
     pool = Pool()
     made: dict[tuple[str, str, int], Json] = {}
     names = cell_names(cells)
+    told = {name: [said(group)] for group in shared_steps(cell.record for cell in cells) for name in group}
     return {
         "metrics": _metrics(cells),
         "shown": _shown(),
@@ -141,7 +143,7 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
         }
         | prompt_palette(cells),
         "cells": [
-            _cell(cell, name, beside, detail, pool, _marked(cells, cell), made)
+            _cell(cell, name, beside, detail, pool, _marked(cells, cell), made, told.get(cell.record["model"], []))
             | {"label": label, "weights_label": weights_label}
             for cell, name, label, weights_label in zip(cells, names, labels(cells), weights_labels(cells), strict=True)
         ],
@@ -244,6 +246,7 @@ def _cell(
     pool: Pool,
     marked: Heads,
     made: dict[tuple[str, str, int], Json],
+    told: Sequence[str] = (),
 ) -> Json:
     record, tables = cell.record, cell.tables
     heads = Grid.of(tables["heads"])
@@ -251,6 +254,7 @@ def _cell(
     keys = ("model", "task", "analysis", "cell_id", "seed", "sweep", "schema_version", "loaded_by", "notes", "claims")
     rows = heads.rows(tables["heads"])
     content: Json = {key: record.get(key) for key in keys}
+    content["notes"] = [*(content["notes"] or []), *told]
     content |= {
         "name": name,
         "weights": cell.weights,

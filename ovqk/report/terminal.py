@@ -20,6 +20,7 @@ from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
 from ovqk.records.record import read_record, read_tracking, says_done
 from ovqk.records.results import load_table
+from ovqk.records.steps import said, shared_steps, twins
 from ovqk.report.cycles import print_cycles
 from ovqk.report.fitted_table import CORE, Column, FittedTable
 from ovqk.report.on_prompts import prompt_reasons, prompts_lines, prompts_table
@@ -308,6 +309,8 @@ def print_sweep(
     if len({outcome.model for outcome in ended if outcome.folder}) > 1:
         out.print("\n[bold]By relative depth[/bold]\n")
         out.print(depth_table(folders))
+    for group in shared_steps(record for folder in folders if (record := read_record(folder)) and says_done(record)):
+        out.print(Text(f"\nnote: {said(group)}", style="yellow"), soft_wrap=True)
     missing = [cell for number, cell in enumerate(expected or []) if number not in outcomes]
     counts = [f"{sum(o.status == status for o in ended)} {status}" for status in ("done", "cached", "failed")]
     out.print(f"\n{', '.join(counts)}, {len(missing)} missing; results in {results_dir}", soft_wrap=True)
@@ -386,11 +389,13 @@ def depth_table(folders: Sequence[Path]) -> FittedTable:
     table = FittedTable([*names, *(Column(title, CORE) for title in comparison.QUARTERS)], "heads.parquet")
     rows = comparison.depths(folders).to_dict("records")
     models = {row["model"] for row in rows}
+    same = twins(record for folder in folders if (record := read_record(folder)) and says_done(record))
     varied = [  # one model both folded and raw, or different weights under one name
         key for key in ("processing", "weights") if len({(row["model"], row[key]) for row in rows}) > len(models)
     ]
     for row in rows:
         model = f"{row['model']} ({', '.join(row[key] for key in varied)})" if varied else row["model"]
+        model += f" (= {same[row['model']]})" if row["model"] in same else ""
         table.add_row(row["metric"], model, *(rounded(row[title]) for title in comparison.QUARTERS))
     return table
 

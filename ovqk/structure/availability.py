@@ -9,6 +9,7 @@ from ovqk.metrics import METRICS, NOT_APPLICABLE, Needs, metric_names
 from ovqk.weights.types import Architecture
 
 NO_EMBEDDING = "the checkpoint has no token embedding"
+MIN_TOKENS = 21  # with fewer, the ends of a diagonal's column hold most of it
 MIN_POSITIONS = 4  # fewer leave no degree of freedom for an offset fit
 
 
@@ -19,6 +20,7 @@ def unavailable_metrics(
     n_positions: int | None,
     block0: Block0 | str,
     why_no_embedding: str,
+    diagonals: bool = False,
 ) -> dict[str, str]:
     """Say why a metric is missing for every head: metric -> reason, for these circuits' metrics.
 
@@ -29,6 +31,7 @@ def unavailable_metrics(
         n_positions: how many learned positions there are; None without them.
         block0: the effective embedding that later layers read, or why there is none.
         why_no_embedding: why there is no vocabulary, if there is none.
+        diagonals: whether the analysis ranks the full circuits' diagonals.
     """
 
     def needing(need: Needs) -> list[str]:
@@ -38,6 +41,9 @@ def unavailable_metrics(
     no_unembedding = no_embedding
     if vocabulary is not None and vocabulary.W_U_rows is None:
         no_unembedding = "the checkpoint has no unembedding"
+    few_tokens = None
+    if vocabulary is not None and vocabulary.size < MIN_TOKENS:
+        few_tokens = f"{vocabulary.size} tokens: the ends of a column, of 10 each, are all of it"
     positions = _position_reasons(architecture, n_positions)
     reasons: dict[str, str] = {}
     for name in metric_names(circuits):
@@ -46,6 +52,7 @@ def unavailable_metrics(
             for need, reason in {
                 **positions,  # what does not apply to the model comes before what is missing
                 "embedding": no_embedding,
+                "diagonals": few_tokens if diagonals else f"{NOT_APPLICABLE}analysis.diagonals is false",
                 "unembedding": no_unembedding,
             }.items()
             if need in METRICS[name].needs and reason

@@ -82,7 +82,7 @@ class StructureCache:
             "seed": config.seed,
             "analysis": {
                 name: analysis[name]
-                for name in ("circuits", "offsets", "components", "directions_embedding", "rare_tokens")
+                for name in ("circuits", "offsets", "components", "directions_embedding", "rare_tokens", "diagonals")
             },
             "model": {"n_ctx": config.model.n_ctx, "causal": config.model.causal},
             "tokens": None if model.vocabulary is None else model.vocabulary.size,

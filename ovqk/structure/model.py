@@ -10,9 +10,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk.circuits import moments, positions
-from ovqk.circuits.effective_embeddings import Block0
+from ovqk.circuits.diagonals import first_mlp_output, ranked_tokens
+from ovqk.circuits.effective_embeddings import KEPT_UP_TO, Block0
 from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, query_side
-from ovqk.circuits.grams import Block0Grams, FullCircuit
+from ovqk.circuits.grams import Block0Grams, FullCircuit, blocks
 from ovqk.circuits.maps import Basis, Decomposition, FactoredMaps
 from ovqk.circuits.sides import Block0Side
 from ovqk.circuits.simulated import Simulated
@@ -25,6 +26,7 @@ from ovqk.structure.token_tables import Directions
 from ovqk.weights.devices import resolve_device, to_device
 from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
 from ovqk.weights.mlp import ACTIVATIONS
+from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import Architecture, LayerWeights, OpenedModel, WeightSource
 
 
@@ -87,6 +89,7 @@ class Model:
             None if self.W_pos is None else self.W_pos.shape[0],
             self.block0,
             self.source.no_vocabulary or NO_EMBEDDING,
+            self.config.analysis.diagonals,
         )
 
     @cached_property
@@ -116,6 +119,28 @@ class Model:
             return None
         block0 = self.block0 if isinstance(self.block0, Block0) else None
         return Simulated.of(self.vocabulary, self.W_pos, block0, self.architecture)
+
+    @cached_property
+    def diagonal_rows(self) -> Rows | None:
+        """What layers after the first read of each token when diagonals are ranked, normalised: block 0's MLP output.
+
+        Plain rows without an MLP, or if it writes nothing; None if the MLP cannot be read. Up to KEPT_UP_TO numbers are
+        kept; of more, each slice is computed when it is asked for.
+        """
+        vocabulary, block0 = self.vocabulary, self.block0
+        if vocabulary is None or isinstance(block0, str):
+            return None
+        mlp = block0.mlp
+        writes = mlp is not None and bool(mlp.W_out.any() or mlp.b_out.any())
+
+        def rows(start: int, stop: int) -> Float[Tensor, "token d_model"]:
+            plain = vocabulary.W_E[start:stop]
+            return self.architecture.normalised(first_mlp_output(block0, plain) if writes else plain)
+
+        n, d_model = vocabulary.size, vocabulary.d_model
+        if n * d_model > KEPT_UP_TO:
+            return StoredRows(rows, (n, d_model), device=self.device)
+        return torch.cat([rows(some.start, some.stop) for some in blocks(n)])
 
     @cached_property
     def block0_grams(self) -> Block0Grams | None:
@@ -182,22 +207,24 @@ class Model:
 
     @property
     def sample_notes(self) -> list[str]:
-        """A note, if shares of position and content are computed from sampled tokens."""
-        architecture = self.architecture
-        if (
-            self.vocabulary is None
-            or not architecture.qk_norm
-            or architecture.positions != "rotary"
-            or Circuit.qk not in self.circuits
-        ):
-            return []
-        step = moments.sample_step(self.vocabulary.size, self.vocabulary.d_model)
-        if step == 1:
-            return []
-        return [
-            "qk_share_*, qk_prev_auc and offsets: queries and keys are normalised, so their moments are taken over one "
-            f"in {step} of {self.vocabulary.size:,} tokens"
-        ]
+        """Notes, if shares of position and content, or ranks of diagonals, are computed from sampled tokens."""
+        architecture, vocabulary, notes = self.architecture, self.vocabulary, list[str]()
+        if vocabulary is None:
+            return notes
+        if architecture.qk_norm and architecture.positions == "rotary" and Circuit.qk in self.circuits:
+            step = moments.sample_step(vocabulary.size, vocabulary.d_model)
+            if step > 1:
+                notes.append(
+                    "qk_share_*, qk_prev_auc and offsets: queries and keys are normalised, so their moments are taken "
+                    f"over one in {step} of {vocabulary.size:,} tokens"
+                )
+        ranked = len(ranked_tokens(vocabulary.size))
+        if self.config.analysis.diagonals and ranked < vocabulary.size:
+            notes.append(
+                f"ov_diagonal_*, qk_diagonal_first: the entries of {ranked:,} of {vocabulary.size:,} tokens are "
+                "ranked, among all tokens"
+            )
+        return notes
 
     @property
     def direction_notes(self) -> list[str]:

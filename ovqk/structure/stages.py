@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from ovqk.circuits import moments, positions, spectra
+from ovqk.circuits import diagonals, moments, positions, spectra
 from ovqk.circuits.components import Components, components
 from ovqk.circuits.maps import Maps
 from ovqk.circuits.simulated import Senders, Simulated, attention
@@ -18,6 +18,7 @@ from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.summed_qk import layer_metrics
 from ovqk.config.schema import Circuit
 from ovqk.structure.model import Layer, Model
+from ovqk.weights.types import keys, queries
 
 HeadValues = dict[str, Float[Tensor, " head"]]
 WAITING = 2**22  # the most numbers in components that wait for a pass over the vocabulary
@@ -48,7 +49,7 @@ def layer_structure(layer: Layer) -> Tables:
         metrics, spectrum = circuit_spectra(layer, circuit)
         values |= metrics
         unstable = _joined(unstable, rounding_sensitive(layer, circuit, metrics))
-        values |= block0_metrics(layer, circuit)
+        values |= block0_metrics(layer, circuit) | diagonal_metrics(layer, circuit)
         tables.setdefault("spectra", []).append(spectrum)
     if Circuit.qk in model.circuits:
         metrics, profile = position_metrics(layer)
@@ -264,6 +265,48 @@ def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
         return {}
     name = "ov_copying_block0" if circuit is Circuit.ov else "qk_matching_block0"
     return {name: full_circuit_ratio(layer.maps(circuit, True), full)}
+
+
+def diagonal_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
+    """Return how often a token's own entry is at an end of its column of OV, or first in its row of QK, in [0, 1].
+
+    Layers after the first read block 0's MLP output, as in McDougall et al. 2023, if the model has an MLP; else, and in
+    layer 0, plain embeddings; rows are normalised (docs/definitions.md, section 2). Queries are the unembedding's
+    columns. Empty if the analysis does not ask for it, and if what the layer reads cannot be had.
+    """
+    model, weights, vocabulary = layer.model, layer.folded, layer.model.vocabulary
+    if vocabulary is None or vocabulary.W_U_rows is None or "ov_diagonal_top10" in model.unavailable:
+        return {}
+    rows = model.diagonal_rows if layer.index > 0 else vocabulary.W_E
+    if rows is None:
+        return {}
+    kv_of_head = model.architecture.kv_of_head.tolist()
+
+    def side(x: Float[Tensor, "token d_model"], heads: Sequence[int]) -> dict[int, Float[Tensor, "token d_head"]]:
+        x = x if layer.index > 0 else model.architecture.normalised(x)
+        if circuit is Circuit.qk and weights.qk_norm is not None:
+            every = keys(weights, x)
+            return {head: every[kv_of_head[head]] for head in heads}
+        W = weights.W_V if circuit is Circuit.ov else weights.W_K
+        few = {kv: x @ W[kv].to(x) for kv in {kv_of_head[head] for head in heads}}
+        return {head: few[kv_of_head[head]] for head in heads}
+
+    ids = diagonals.ranked_tokens(vocabulary.size)
+    written = vocabulary.W_U_rows[ids.to(vocabulary.W_U_rows.device)]
+    if circuit is Circuit.ov:
+        columns = written @ weights.W_O.mT.to(written)
+    else:
+        columns = written @ weights.W_Q.to(written) if weights.qk_norm is None else queries(weights, written)
+    own = side(rows[ids.to(rows.device)], range(len(kv_of_head)))
+    ends = (10, (1, -1)) if circuit is Circuit.ov else (1, (1,))
+    search = diagonals.PlaceSearch(columns, torch.stack(list(own.values())), ids, *ends)
+    for some in diagonals.growing_blocks(vocabulary.size):
+        if not (heads := search.open_heads):
+            break
+        search.compare(some.start, side(rows[some], heads))
+    if circuit is Circuit.qk:
+        return {"qk_diagonal_first": search.share(1)}
+    return {"ov_diagonal_top10": search.share(1), "ov_diagonal_bottom10": search.share(-1)}
 
 
 def simulated_metrics(layer: Layer, senders: Senders) -> HeadValues:

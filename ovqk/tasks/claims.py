@@ -69,6 +69,8 @@ def resolve_claims(task: TaskConfig, model: ModelConfig, architecture: Architect
     if config.reliability not in RELIABILITIES:
         raise UserError(f"{key}.reliability={config.reliability}: allowed: {', '.join(RELIABILITIES)}.")
     check_shape(config, model.claims, architecture)
+    if unknown := set(config.places) - set(config.roles):
+        raise UserError(f"{key}.places: {', '.join(sorted(unknown))}: allowed: the roles that it claims heads for.")
     roles = {}
     for role, names in config.roles.items():
         if role not in task.roles:

@@ -109,6 +109,12 @@ def after(norm, x: Tensor, eps: float) -> Tensor:
 
 def block0_rows(source: WeightSource, E: EmbeddingWeights) -> Tensor:
     """r + MLP0(ln2(r)), r = W_E + sum over heads of ln1(W_E) W_V W_O, token by token, float64."""
+    r, written = block0_parts(source, E)
+    return r + written
+
+
+def block0_parts(source: WeightSource, E: EmbeddingWeights) -> tuple[Tensor, Tensor]:
+    """r = W_E + sum over heads of ln1(W_E) W_V W_O, and MLP0(ln2(r)), 0 without an MLP."""
     facts = source.architecture
     weights = fold_reads(source.layer(0), facts)
     W_E = E.W_E.double()
@@ -119,14 +125,14 @@ def block0_rows(source: WeightSource, E: EmbeddingWeights) -> Tensor:
     r = W_E + after(weights.post_norm, written, facts.norm_eps)
     mlp = source.first_mlp()
     if isinstance(mlp, str):
-        return r
+        return r, torch.zeros_like(r)
     folded = fold_mlp(mlp, facts)
     y = normalise(W_E if facts.parallel else r, facts.norm, facts.norm_eps)
     hidden = ACTIVATIONS[folded.activation](y @ folded.W_in.double() + folded.b_in.double())
     if folded.W_linear is not None:
         bias = 0.0 if folded.b_linear is None else folded.b_linear.double()
         hidden = hidden * (y @ folded.W_linear.double() + bias)
-    return r + after(folded.post_norm, hidden @ folded.W_out.double() + folded.b_out.double(), facts.norm_eps)
+    return r, after(folded.post_norm, hidden @ folded.W_out.double() + folded.b_out.double(), facts.norm_eps)
 
 
 def auc(L: Tensor, centred: bool) -> float:

@@ -1,0 +1,1 @@
+"""Published statements about QK and OV weights, computed again: `ovqk published`."""

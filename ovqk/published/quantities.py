@@ -1,0 +1,287 @@
+"""The quantities of published statements, by name: each is computed from a model by the functions that cells use."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ovqk import library
+from ovqk.cell import run_cell
+from ovqk.circuits import composition, diagonals, fourier
+from ovqk.circuits.composition import LayerCircuits, Mode
+from ovqk.config.schema import Circuit, Config
+from ovqk.errors import UserError
+from ovqk.published import one_block
+from ovqk.records.record import read_done
+from ovqk.records.results import load_table
+from ovqk.structure.model import Layer, Model
+from ovqk.structure.stages import layer_row
+from ovqk.weights.types import Head
+
+Found = float | frozenset[int]
+"""A number, or a set of integers; nan if the model has no such value."""
+
+
+@dataclass
+class Opened:
+    """A model that is opened when a quantity first asks for it.
+
+    Attributes:
+        place: a path, or a name of conf/model or of the hub.
+        choices: further choices to open it with.
+    """
+
+    place: str | Path
+    choices: tuple[str, ...] = ()
+
+    @cached_property
+    def library(self) -> library.LibraryModel:
+        """The model as notebooks open it."""
+        return library.open(self.place, *self.choices)
+
+    @property
+    def model(self) -> Model:
+        """The model without a task."""
+        return self.library.model
+
+    @cached_property
+    def circuits(self) -> list[LayerCircuits]:
+        """Both circuits of all heads, layer by layer, as compositions read them."""
+        found = []
+        for index in range(self.model.architecture.n_layers):
+            layer = Layer(self.model, index)
+            parts = layer.decomposition(Circuit.ov, True), layer.decomposition(Circuit.qk, True, layer.span)
+            found.append(LayerCircuits.of(*parts))
+        return found
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str], tuple[dict[str, Any], dict[str, pd.DataFrame]]]:
+        return {}
+
+    def cell(self, task: str, analysis: str) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
+        """Compute a cell of the model into a folder that is thrown away, and return its record and its tables."""
+        if (task, analysis) not in self._cells:
+            with tempfile.TemporaryDirectory() as folder:
+                config = library.composed(
+                    [*library.model_choice(self.place), f"task={task}", f"analysis={analysis}", "tracking=none",
+                     "nulls.draws=99", *self.choices]
+                )  # fmt: skip
+                outcome = run_cell(replace_folder(config, folder))
+                assert outcome.folder is not None
+                record = read_done(Path(outcome.folder))
+                assert record is not None
+                tables = {
+                    path.stem: load_table(path.parent, path.stem) for path in Path(outcome.folder).glob("*.parquet")
+                }
+                self._cells[task, analysis] = record, {name: t for name, t in tables.items() if t is not None}
+        return self._cells[task, analysis]
+
+
+def replace_folder(config: Config, folder: str) -> Config:
+    """Return a cell's choice with other results and nothing in the user's cache."""
+    return replace(config, results_dir=folder, cache=False)
+
+
+QUANTITIES: dict[str, Callable[..., Found]] = {}
+"""Name -> function of an opened model and a statement's options."""
+
+
+def quantity(function: Callable[..., Found]) -> Callable[..., Found]:
+    """Register a function by its name."""
+    QUANTITIES[function.__name__] = function
+    return function
+
+
+def compute(name: str, opened: Opened, options: Mapping[str, Any]) -> Found:
+    """Compute a quantity.
+
+    Raises:
+        UserError: there is no such quantity, or it does not take these options.
+    """
+    if name not in QUANTITIES:
+        raise UserError(f"function={name}: allowed: {', '.join(QUANTITIES)}.")
+    return QUANTITIES[name](opened, **options)
+
+
+def head_of(name: str) -> Head:
+    """Return (layer, head) of "4.11"."""
+    layer, _, head = name.partition(".")
+    return int(layer), int(head)
+
+
+# --- whole layers and pairs of heads -----------------------------------------------------------------------------
+
+
+@quantity
+def layer_median(opened: Opened, column: str, sign: int = 1) -> float:
+    """Return the median over layers of a column of layers.parquet, times `sign`."""
+    model = opened.model
+    rows = [layer_row(Layer(model, index)) for index in range(model.architecture.n_layers)]
+    return sign * float(pd.concat(rows)[column].median())
+
+
+@quantity
+def composition_rank(opened: Opened, mode: Mode, sender: str, receiver: str) -> float:
+    """Return a sender's rank among all heads of the layers before the receiver, 1 for the strongest; ties count."""
+    (layer, head), (to_layer, to_head) = head_of(sender), head_of(receiver)
+    scores = composition.received(opened.circuits[: to_layer + 1], to_layer, mode, [to_head])[..., 0]
+    own = scores[layer, head]
+    return float((scores >= own).sum()) if own.isfinite() else float("nan")
+
+
+# --- copying, over the vocabulary or a task's words ----------------------------------------------------------------
+
+
+@quantity
+def least_copying(opened: Opened, heads: Sequence[str]) -> float:
+    """Return the smallest `ov_copying` of some heads."""
+    return min(opened.library.head(*head_of(name)).ov.copying for name in heads)
+
+
+@quantity
+def cell_heads(opened: Opened, task: str, metric: str, reduce: str, heads: Sequence[str] | None = None) -> float:
+    """Return the least or mean value of a metric in a cell's heads.parquet, over some heads or all."""
+    record, tables = opened.cell(task, "ov" if metric.startswith("ov_") else "qk")
+    if metric in record["unavailable"]:
+        raise UserError(f"{metric}: {record['unavailable'][metric]}.")
+    values = tables["heads"].set_index(["layer", "head"])[metric]
+    if heads is not None:
+        values = values.loc[[head_of(name) for name in heads]]
+    return float(getattr(values, reduce)())
+
+
+@quantity
+def diagonal(
+    opened: Opened, head: str, circuit: str, rows: str, highest: int | None = None, lowest: int | float | None = None
+) -> float:
+    """Return the share of tokens, in percent, whose own entry is at an end of its column (OV) or row (QK).
+
+    Args:
+        opened: the model.
+        head: "10.7"; of several, "1.4 1.10", the sum of their circuits.
+        circuit: `ov`, or `qk` with the unembedding's columns as queries.
+        rows: the rows that heads read: `token` for the embedding, or `mlp0` for what block 0's MLP writes; both
+            normalised as the layer's norm does.
+        highest: how many places from the largest entry count.
+        lowest: how many from the smallest; below 1, a share of all tokens.
+    """
+    model = opened.model
+    vocabulary, architecture = model.vocabulary, model.architecture
+    if vocabulary is None or vocabulary.W_U_rows is None:
+        raise UserError("the checkpoint holds no unembedding.")
+    E = vocabulary.W_E[:]
+    if rows == "mlp0":
+        if isinstance(model.block0, str):
+            raise UserError(f"{model.block0}.")
+        E = diagonals.first_mlp_output(model.block0, E)
+    E, W_U = architecture.normalised(E), vocabulary.W_U_rows[:]
+    read, written = [], []
+    for layer, index in map(head_of, head.split()):
+        factors = Layer(model, layer).factors(Circuit(circuit), True)
+        sides = (E, W_U) if circuit == "ov" else (W_U, E)
+        read.append(sides[0] @ factors.left[index].to(E))
+        written.append(sides[1] @ factors.right[index].to(E).T)
+    left, right = torch.cat(read, -1)[None], torch.cat(written, -1)[None]
+    own = torch.arange(len(E))
+    ranks = diagonals.own_ranks(left, right, own) if circuit == "ov" else diagonals.own_ranks(right, left, own)
+    if highest is not None:
+        return 100 * float(diagonals.share_up_to(ranks.from_largest, highest))
+    count = int(lowest) if lowest is not None and lowest >= 1 else int(len(E) * float(lowest or 0))
+    return 100 * float(diagonals.share_up_to(ranks.from_smallest, count))
+
+
+# --- cycles ------------------------------------------------------------------------------------------------------
+
+
+def _embedding_power(opened: Opened, modulus: int, first: int) -> torch.Tensor:
+    vocabulary = opened.model.vocabulary
+    if vocabulary is None or vocabulary.size < first + modulus:
+        raise UserError(f"modulus={modulus}: the model has no embedding of that many residues.")
+    return fourier.power(vocabulary.W_E[first : first + modulus])
+
+
+@quantity
+def embedding_frequencies(opened: Opened, modulus: int, first: int = 0) -> frozenset[int]:
+    """Return the fewest frequencies that hold 95 % of the embedding's power over the residues."""
+    shares = _embedding_power(opened, modulus, first)
+    count = int(fourier.frequencies_needed(shares))
+    return frozenset(int(k) + 1 for k in shares.argsort(descending=True)[:count])
+
+
+@quantity
+def frequency_share(
+    opened: Opened, modulus: int, frequencies: Sequence[int], first: int = 0, constant: bool = False
+) -> float:
+    """Return the share of the embedding's power at some frequencies together, in [0, 1].
+
+    It is of all power but that of frequency 0, or of that too with `constant`.
+    """
+    share = float(_embedding_power(opened, modulus, first)[torch.tensor(list(frequencies)) - 1].sum())
+    if not constant or opened.model.vocabulary is None:
+        return share
+    rows = opened.model.vocabulary.W_E[first : first + modulus].double()
+    return share * float((rows - rows.mean(0)).square().sum() / rows.square().sum())
+
+
+def _block(opened: Opened, attention_rate: float) -> one_block.OneBlock:
+    return one_block.OneBlock(opened.library.checkpoint, attention_rate)
+
+
+@quantity
+def addition_accuracy(opened: Opened, modulus: int, attention_rate: float, query: int | None = None) -> float:
+    """Return the share of all pairs that are added rightly, in percent."""
+    return 100 * one_block.accuracy(one_block.logits_of_pairs(_block(opened, attention_rate), modulus, query))
+
+
+@quantity
+def distance_irrelevance(opened: Opened, modulus: int, attention_rate: float, query: int | None = None) -> float:
+    """Return the distance irrelevance over all pairs, in [0, 1]."""
+    return one_block.distance_irrelevance(one_block.logits_of_pairs(_block(opened, attention_rate), modulus, query))
+
+
+@quantity
+def gradient_symmetricity(
+    opened: Opened,
+    modulus: int,
+    attention_rate: float,
+    triples: int | None = None,
+    seed: int = 0,
+    query: int | None = None,
+) -> float:
+    """Return the gradient symmetricity in percent, over all triples or over some that are drawn."""
+    chosen = one_block.every_triple(modulus) if triples is None else one_block.drawn_triples(modulus, triples, seed)
+    return 100 * one_block.gradient_symmetricity(_block(opened, attention_rate), chosen, query)
+
+
+# --- forward passes of language models ---------------------------------------------------------------------------
+
+
+@quantity
+def on_prompts(opened: Opened, task: str, key: str, scale: int | float = 1) -> float:
+    """Return accuracy or mean logit difference over a task's prompts, both halves of them."""
+    record, _ = opened.cell(task, "activations")
+    halves = _told(record)["halves"].values()
+    return scale * float(np.average([half[key] for half in halves], weights=[half["prompts"] for half in halves]))
+
+
+@quantity
+def attention_on_prompts(opened: Opened, task: str, role: str, heads: Sequence[str], column: str, reduce: str) -> float:
+    """Return the mean or least of a column of activations.parquet over some heads of a role, both halves averaged."""
+    record, tables = opened.cell(task, "activations")
+    _told(record)
+    rows = tables["activations"]
+    values = rows[rows["role"] == role].groupby(["layer", "head"])[column].mean()
+    return float(getattr(values.loc[[head_of(name) for name in heads]], reduce)())
+
+
+def _told(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    described: Mapping[str, Any] = record["activations"]
+    if "halves" not in described:
+        raise UserError(f"on prompts: {described['untestable']}")
+    return described

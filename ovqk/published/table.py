@@ -1,0 +1,178 @@
+"""The table of published statements: ovqk's value beside each published one, and whether they agree."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from ovqk.errors import UserError
+from ovqk.library import chosen
+from ovqk.published.quantities import Found, Opened, compute
+from ovqk.published.statements import Statement
+
+Outcome = Literal["reproduced", "differs", "not runnable here"]
+ROUNDING = 1e-9
+"""What a value may lie beyond its tolerance, for binary fractions."""
+HUB = "weights are not here: name their folder with --weights, or add --hub to fetch them"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One statement and what came of it.
+
+    Attributes:
+        value: ovqk's; None if it could not be computed.
+        result: whether it agrees with the published one.
+        reason: why not, if it could not be computed or is not computed as the source does.
+        weights: where the weights came from: below the local folder, or `hub`; empty if nothing was computed.
+    """
+
+    statement: Statement
+    value: Found | None
+    result: Outcome
+    reason: str = ""
+    weights: str = ""
+
+
+class Places:
+    """Where models are found: below a folder of local weights, else on the hub if that is allowed."""
+
+    def __init__(self, weights: Path | None, hub: bool) -> None:
+        """Take the folder, and whether weights may be fetched.
+
+        Raises:
+            UserError: there is no such folder.
+        """
+        if weights is not None and not weights.is_dir():
+            raise UserError(f"--weights {weights}: no such folder.")
+        self.weights, self.hub = weights, hub
+        self._opened: dict[str, tuple[Opened, str]] = {}
+
+    def find(self, statement: Statement) -> tuple[Opened, str]:
+        """Return a statement's model, and where it is.
+
+        Raises:
+            UserError: it is not here; the message says what is missing.
+        """
+        subject = statement.subject
+        if subject.name not in self._opened:
+            there = [name for name in subject.local if self.weights is not None and (self.weights / name).exists()]
+            if there and self.weights is not None:
+                found = Opened(self.weights / there[0], subject.choices), there[0]
+            elif subject.choice is None:
+                raise UserError(f"no {' or '.join(subject.local)} below --weights, and no place on the hub")
+            elif not self.hub:
+                raise UserError(HUB)
+            else:
+                chosen(subject.choice, *subject.choices)
+                found = Opened(subject.choice, subject.choices), "hub"
+            self._opened = {subject.name: found}  # one model at a time stays open
+        return self._opened[subject.name]
+
+
+def rows(statements: Iterable[Statement], places: Places, told: Callable[[Row], None] = lambda row: None) -> list[Row]:
+    """Compute every statement that can be, model by model, and return them in their own order.
+
+    Args:
+        statements: those to compute.
+        places: where their models are.
+        told: takes each row when it is made.
+    """
+    asked = list(statements)
+    order = {name: place for place, name in enumerate(dict.fromkeys(each.subject.name for each in asked))}
+    found = {}
+    for statement in sorted(asked, key=lambda each: order[each.subject.name]):
+        found[statement.name] = row(statement, places)
+        told(found[statement.name])
+    return [found[statement.name] for statement in asked]
+
+
+def row(statement: Statement, places: Places) -> Row:
+    """Compute one statement, or say why not."""
+    if statement.function is None:
+        return Row(statement, None, "not runnable here", statement.reason)
+    try:
+        opened, weights = places.find(statement)
+        lacking(statement, opened, weights)
+        value = compute(statement.function, opened, statement.options)
+    except UserError as error:
+        return Row(statement, None, "not runnable here", str(error).rstrip("."))
+    if isinstance(value, float) and not math.isfinite(value):
+        return Row(statement, None, "not runnable here", "the model has no such value", weights)
+    return Row(statement, value, "reproduced" if agrees(statement, value) else "differs", statement.reason, weights)
+
+
+TITLES = {"block0": "first MLP"}
+"""Parts of a model as messages name them."""
+
+
+def lacking(statement: Statement, opened: Opened, weights: str) -> None:
+    """Refuse a model that lacks a part which the statement needs.
+
+    Raises:
+        UserError: it does, and which.
+    """
+    model = opened.model
+    vocabulary = model.vocabulary
+    parts = {
+        "embedding": vocabulary is not None,
+        "unembedding": vocabulary is not None and vocabulary.W_U_rows is not None,
+        "block0": vocabulary is not None and not isinstance(model.block0, str),
+    }
+    missing = [TITLES.get(part, part) for part in statement.needs if not parts.get(part, True)]
+    if missing:
+        raise UserError(f"{weights} holds no {' and no '.join(missing)}")
+
+
+def agrees(statement: Statement, value: Found) -> bool:
+    """Whether a value is the published one, as the statement's relation says."""
+    if statement.relation == "set" or isinstance(value, frozenset):
+        return value == frozenset(int(each) for each in statement.numbers)
+    (published,) = statement.numbers
+    if statement.relation == "above":
+        return value > published
+    if statement.relation == "below":
+        return value < published
+    assert statement.tolerance is not None
+    return abs(value - published) <= statement.tolerance + ROUNDING
+
+
+def printed(row: Row) -> str:
+    """Return ovqk's value, with one digit more than the published one; empty without a value."""
+    if row.value is None:
+        return ""
+    if isinstance(row.value, frozenset):
+        return " ".join(map(str, sorted(row.value)))
+    digits = len(row.statement.value.partition(".")[2])
+    return f"{row.value:.{digits + 1}f}"
+
+
+BOUNDS = {"above": "> ", "below": "< ", "equals": "", "set": ""}
+
+
+def frame(found: Sequence[Row]) -> pd.DataFrame:
+    """Return the table: a row for each statement."""
+    return pd.DataFrame(
+        [
+            {
+                "model": each.statement.subject.name,
+                "statement": each.statement.name.partition("/")[2],
+                "quantity": each.statement.quantity,
+                "definition": each.statement.definition,
+                "published": BOUNDS[each.statement.relation] + each.statement.value,
+                "tolerance": each.statement.tolerance,
+                "source": each.statement.source,
+                "place": each.statement.place,
+                "kind": each.statement.kind,
+                "needs": ", ".join(each.statement.needs),
+                "value": printed(each),
+                "result": each.result,
+                "reason": each.reason,
+                "weights": each.weights,
+            }
+            for each in found
+        ]
+    )

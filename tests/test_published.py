@@ -1,0 +1,437 @@
+"""Published statements: what a row needs to be called reproduced, and rows whose weights are beside the checkout."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from support import ROOT
+from support.models import BUNDLED, SHARED, make_gpt2, shared_model
+
+from ovqk import library
+from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.circuits import diagonals
+from ovqk.config.schema import ModelConfig, Source
+from ovqk.errors import UserError
+from ovqk.published import one_block, quantities, table
+from ovqk.published.__main__ import chosen_statements, main
+from ovqk.published.quantities import QUANTITIES, Opened, compute
+from ovqk.published.statements import FILE, half_a_unit, read_statements, statements
+from ovqk.published.table import Places, agrees, rows
+
+STATEMENTS = {each.name: each for each in statements()}
+DIFFERENT = {"mod-59-l8k1hzciux/gradient symmetricity"}
+"""Rows known to differ from their source, each with its reason."""
+
+
+# --- the statements --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "tolerance"), [("0.15", 0.005), ("-0.58", 0.005), ("84.70", 0.005), ("1", 0.5), ("95.6", 0.05)]
+)
+def test_the_tolerance_is_half_a_unit_of_the_last_digit_printed(value, tolerance) -> None:
+    assert half_a_unit(value) == pytest.approx(tolerance)
+
+
+def test_no_statement_holds_a_tolerance_of_its_own() -> None:
+    assert not any("tolerance" in entry for entry in yaml.safe_load(FILE.read_text())["statements"])
+    for each in STATEMENTS.values():
+        assert (each.tolerance is None) == (each.relation != "equals") and each.spread is None
+
+
+def test_every_statement_says_how_it_is_computed_or_why_not() -> None:
+    used = {each.function for each in STATEMENTS.values()} - {None}
+    assert used == set(QUANTITIES)
+    for each in STATEMENTS.values():
+        assert each.definition and each.source and each.needs
+        assert each.function is not None or each.reason
+
+
+def test_the_models_of_statements_have_a_place() -> None:
+    for subject in {each.subject.name: each.subject for each in STATEMENTS.values()}.values():
+        assert subject.local and (subject.choice or subject.origin)
+        known = (ROOT / "conf" / "model" / f"{subject.choice}.yaml").is_file()
+        assert subject.choice is None or known or str(subject.choice).count("/") == 1
+
+
+def test_a_mistaken_statement_is_refused() -> None:
+    data = yaml.safe_load(FILE.read_text())
+    (entry,) = [each for each in data["statements"] if each.get("function") == "embedding_frequencies"]
+
+    def refused(**changes: object) -> str:
+        with pytest.raises(UserError) as error:
+            read_statements(data | {"statements": [entry | changes]})
+        return str(error.value)
+
+    assert "model=gpt9: allowed: gpt2," in refused(model="gpt9")
+    assert "source=me: allowed: saponati" in refused(source="me")
+    assert "relation=about: allowed: equals, above, below, set" in refused(relation="about")
+    assert "neither `function` nor `reason`" in refused(function=None)
+    assert "allowed: the fields of Statement" in refused(tolerance=3)
+    assert "numbers as values" in refused(value="many")
+    with pytest.raises(UserError, match="two are named mod-113-paper/key frequencies"):
+        read_statements(data | {"statements": [entry, entry]})
+
+
+@pytest.mark.parametrize(
+    ("relation", "value", "found", "agreed"),
+    [
+        ("equals", "0.15", 0.1549, True), ("equals", "0.15", 0.1551, False), ("equals", "-0.58", -0.575, True),
+        ("above", "0.95", 0.951, True), ("above", "0.95", 0.95, False), ("below", "0.20", 0.2, False),
+        ("below", "0.20", 0.1, True), ("set", "14 35", frozenset({35, 14}), True),
+        ("set", "14 35", frozenset({14}), False),
+    ],
+)  # fmt: skip
+def test_a_value_agrees_as_the_relation_says(relation, value, found, agreed) -> None:
+    statement = replace(STATEMENTS["gpt2/symmetry"], relation=relation, value=value)
+    assert agrees(statement, found) is agreed
+
+
+# --- no row without computing ----------------------------------------------------------------------------------
+
+
+def random_weights(folder: Path) -> None:
+    """Random models under the names that local weights have, small ones."""
+    generator = torch.Generator().manual_seed(1)
+    for subject in {each.subject.name: each.subject for each in STATEMENTS.values()}.values():
+        for name in subject.local:
+            if not name.endswith(".safetensors"):
+                continue
+            layers, p = (2 if "2l" in name else 1), (59 if "modular" in name else 113)
+            shapes = {"embed.W_E": (p + 1, 16), "unembed.W_U": (16, p + 1), "pos_embed.W_pos": (3, 16)}
+            heads = 12 if layers == 2 else 2
+            for layer in range(layers):
+                block = f"blocks.{layer}"
+                shapes |= {f"{block}.attn.W_{part}": (heads, 16, 4) for part in "QKV"}
+                shapes |= {f"{block}.attn.W_O": (heads, 4, 16)}
+                if layers == 1:
+                    shapes |= {f"{block}.mlp.W_in": (16, 20), f"{block}.mlp.b_in": (20,)}
+                    shapes |= {f"{block}.mlp.W_out": (20, 16), f"{block}.mlp.b_out": (16,)}
+            (folder / name).parent.mkdir(exist_ok=True)
+            save_file({key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}, folder / name)
+    make_gpt2(folder / "gpt2", n_layer=12, n_head=12, n_embd=48)
+
+
+def test_random_weights_in_place_of_the_models_reproduce_nothing(tmp_path, monkeypatch) -> None:
+    random_weights(tmp_path)
+    every = quantities.one_block.every_triple
+    monkeypatch.setattr(one_block, "every_triple", lambda p: every(p)[::997])
+    computed = list[str]()
+
+    def counted(name: str, *arguments):
+        computed.append(name)
+        return compute(name, *arguments)
+
+    monkeypatch.setattr(table, "compute", counted)
+    of_words = [each for each in STATEMENTS.values() if each.options.get("task") is None]
+    found = rows(of_words, Places(tmp_path, hub=False))
+    assert [row.statement.name for row in found if row.result == "reproduced"] == []
+    values = [row for row in found if row.value is not None]
+    assert len(values) >= 30 and {row.result for row in values} == {"differs"}
+    assert {row.statement.function for row in values} == {each.function for each in of_words if each.function}
+    assert len(computed) >= len(values)
+    assert all(row.reason for row in found if row.value is None)
+
+
+def test_a_row_has_the_value_that_its_function_returns(monkeypatch) -> None:
+    monkeypatch.setattr(Places, "find", lambda self, statement: (Opened(BUNDLED), "there"))
+    statement = replace(STATEMENTS["gpt2/symmetry"], value="0.25", needs=("attention",))
+    for value, result in ((0.2501, "reproduced"), (0.26, "differs"), (math.nan, "not runnable here")):
+        monkeypatch.setitem(QUANTITIES, "layer_median", lambda opened, value=value, **options: value)
+        found = table.row(statement, Places(None, hub=False))
+        assert found.result == result and (result != "differs" or found.value == value)
+
+
+def test_weights_that_are_not_here_or_lack_a_part_are_said_to(tmp_path) -> None:
+    found = table.row(STATEMENTS["gpt2/symmetry"], Places(None, hub=False))
+    assert found.result == "not runnable here" and "--weights" in found.reason and "--hub" in found.reason
+    found = table.row(STATEMENTS["mod-113-paper/key frequencies"], Places(tmp_path, hub=True))
+    assert found.reason.startswith("no nanda-mod113-paper/model.safetensors below --weights")
+    (tmp_path / "attn-only-2l.safetensors").touch()
+    found = table.row(STATEMENTS["attn-only-2l/1.4 own token first"], Places(tmp_path, hub=False))
+    assert found.result == "not runnable here" and "attn-only-2l.safetensors" in found.reason
+    with pytest.raises(UserError, match="no such folder"):
+        Places(tmp_path / "nowhere", hub=False)
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch) -> None:
+    random_weights(tmp_path)
+    monkeypatch.setattr(one_block, "every_triple", lambda p: [(0, 1, 2), (3, 4, 5)])
+    for out in (tmp_path / "p.csv", tmp_path / "p.parquet"):
+        main(["mod-59-l8k1hzciux", "gpt2-medium/symmetry", "--weights", str(tmp_path), "--out", str(out)])
+        printed = capsys.readouterr().out
+        assert "mod-59-l8k1hzciux/distance irrelevance: 0.85, here 0." in printed
+        assert "8 statements: 0 reproduced, 7 differs, 1 not runnable here" in printed and str(out) in printed
+        written = pd.read_csv(out) if out.suffix == ".csv" else pd.read_parquet(out)
+        assert len(written) == 8 and set(written["result"]) == {"differs", "not runnable here"}
+        assert {"model", "definition", "published", "tolerance", "source", "place", "needs", "value"} <= set(written)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gpt3"], "published gpt3: no such statement or model; allowed: gpt2, "),
+        (["gpt2/symetry"], "no such statement or model; allowed: gpt2/symmetry, "),
+        (["--out", "table.xlsx"], "allowed: a name that ends in .csv or .parquet"),
+        (["--out", "nowhere/p.csv"], "no such folder: nowhere"),
+        (["--weights", "nowhere"], "--weights nowhere: no such folder"),
+    ],
+)
+def test_a_mistake_is_one_message(arguments, said, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    printed = capsys.readouterr()
+    assert said in printed.err and "Traceback" not in printed.err and not list(tmp_path.iterdir())
+
+
+def test_names_choose_rows() -> None:
+    assert [each.name for each in chosen_statements(["gpt2/symmetry"])] == ["gpt2/symmetry"]
+    assert {each.subject.name for each in chosen_statements(["gpt2", "phi-1"])} == {"gpt2", "phi-1"}
+    assert chosen_statements([]) == list(statements())
+
+
+# --- one-layer models ------------------------------------------------------------------------------------------
+
+
+def block(p: int, seed: int, path: Path, **changes: torch.Tensor) -> one_block.OneBlock:
+    """A random model of two tokens, with biases."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embed.W_E": (p + 1, 6), "unembed.W_U": (6, p + 1), "pos_embed.W_pos": (3, 6), "unembed.b_U": (p + 1,)}
+    shapes |= {f"blocks.0.attn.W_{part}": (2, 6, 3) for part in "QKV"} | {"blocks.0.attn.W_O": (2, 3, 6)}
+    shapes |= {f"blocks.0.attn.b_{part}": (2, 3) for part in "QKV"} | {"blocks.0.attn.b_O": (6,)}
+    shapes |= {"blocks.0.mlp.W_in": (6, 9), "blocks.0.mlp.b_in": (9,)}
+    shapes |= {"blocks.0.mlp.W_out": (9, 6), "blocks.0.mlp.b_out": (6,)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} | changes
+    save_file(tensors, path)
+    checkpoint = open_checkpoint(ModelConfig(name="m", source=Source.local, path=str(path)))
+    return one_block.OneBlock(checkpoint, attention_rate=float(changes.get("rate", torch.tensor(1.0))))
+
+
+def by_hand(tensors: dict[str, np.ndarray], rows: np.ndarray, rate: float) -> np.ndarray:
+    """Logits at the last position, head by head, in numpy."""
+    x = rows + tensors["pos_embed.W_pos"][: len(rows)]
+    part = {name.rpartition(".")[2]: value for name, value in tensors.items()}
+    out = part["b_O"].copy()
+    for head in range(2):
+        q, k, v = (x @ part[f"W_{n}"][head] + part[f"b_{n}"][head] for n in "QKV")
+        scores = q[-1] @ k.T / 3**0.5
+        pattern = np.exp(scores) / np.exp(scores).sum() * rate + 1 - rate
+        out = out + pattern @ v @ part["W_O"][head]
+    stream = x[-1] + out
+    stream = stream + np.maximum(stream @ part["W_in"] + part["b_in"], 0) @ part["W_out"] + part["b_out"]
+    return stream @ part["W_U"] + part["b_U"]
+
+
+@pytest.mark.parametrize("query", [None, 5])
+@pytest.mark.parametrize("rate", [1.0, 0.3, 0.0])
+def test_a_block_runs_as_by_hand(tmp_path, query, rate) -> None:
+    from safetensors.numpy import load_file
+
+    model = block(5, 3, tmp_path / "m.safetensors", rate=torch.tensor(rate))
+    tensors = {name: value.astype(np.float64) for name, value in load_file(tmp_path / "m.safetensors").items()}
+    found = one_block.logits_of_pairs(model, 5, query).numpy()
+    for a in range(5):
+        for b in range(5):
+            tokens = [a, b] if query is None else [a, b, query]
+            expected = by_hand(tensors, tensors["embed.W_E"][tokens], rate)[:5]
+            assert np.allclose(found[a, b], expected)
+
+
+def test_gradients_are_those_of_small_steps(tmp_path) -> None:
+    model = block(5, 4, tmp_path / "m.safetensors")
+    triples = one_block.drawn_triples(5, 6, seed=2)
+    cosines = []
+    for a, b, c in triples:
+        rows = model.W_E[[a, b]]
+        steps = 1e-6 * torch.eye(12, dtype=torch.float64).view(12, 2, 6)
+        gradient = (model.logits(rows + steps)[:, c] - model.logits(rows - steps)[:, c]).view(2, 6)
+        cosines.append(float(torch.cosine_similarity(gradient[0], gradient[1], dim=0)))
+    assert one_block.gradient_symmetricity(model, triples) == pytest.approx(np.mean(cosines), abs=1e-4)
+
+
+def test_a_model_of_the_mere_sum_of_embeddings_has_symmetric_gradients(tmp_path) -> None:
+    """Constant attention, no positions, and a last token of its own: a and b enter as their sum alone."""
+    zero = {"pos_embed.W_pos": torch.zeros(3, 6), "rate": torch.tensor(0.0)}
+    model = block(5, 5, tmp_path / "m.safetensors", **zero)
+    found = one_block.gradient_symmetricity(model, one_block.every_triple(5), query=5)
+    assert found == pytest.approx(1)
+
+
+def test_distance_irrelevance_of_answers_planted() -> None:
+    p = 7
+    a = torch.arange(p)
+    right = (a[:, None] + a) % p
+    of_sum, of_difference, logits = torch.randn(p), torch.randn(p), torch.zeros(p, p, p, dtype=torch.float64)
+    on_sum = logits.scatter(-1, right[..., None], of_sum[right].double()[..., None])
+    assert one_block.distance_irrelevance(on_sum) == pytest.approx(1) and one_block.accuracy(on_sum) <= 1
+    on_difference = logits.scatter(-1, right[..., None], of_difference[(a[:, None] - a) % p].double()[..., None])
+    assert one_block.distance_irrelevance(on_difference) == pytest.approx(0, abs=1e-9)
+    assert math.isnan(one_block.distance_irrelevance(logits))
+    assert one_block.accuracy(torch.nn.functional.one_hot(right, p).double()) == 1
+
+
+@given(seed=st.integers(0, 200), scale=st.floats(0.1, 10), shift=st.floats(-5, 5))
+def test_distance_irrelevance_sees_neither_scale_nor_shift(seed, scale, shift) -> None:
+    logits = torch.randn(5, 5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = one_block.distance_irrelevance(logits)
+    assert 0 <= found <= 1 and one_block.distance_irrelevance(scale * logits + shift) == pytest.approx(found)
+
+
+def test_other_models_are_not_run_as_one_block(tmp_path) -> None:
+    config = ModelConfig(name="m", source=Source.local, path=str(tmp_path / "m.safetensors"))
+    norm = {"blocks.0.ln1.w": torch.ones(6), "blocks.0.ln1.b": torch.ones(6)}
+    with pytest.raises(UserError, match="one layer without norms"):
+        block(5, 0, tmp_path / "m.safetensors", **norm)
+    save_file({"blocks.0.attn.W_Q": torch.zeros(1, 2, 2), "embed.W_E": torch.zeros(3, 2)}, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=r"pos_embed\.W_pos"):
+        one_block.OneBlock(open_checkpoint(config))
+    with pytest.raises(UserError, match=r"modulus=9: the model has 6 tokens"):
+        one_block.logits_of_pairs(block(5, 0, tmp_path / "m.safetensors"), 9)
+
+
+# --- the diagonal ----------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 300), n=st.integers(3, 40))
+def test_ranks_of_the_diagonal_are_those_of_the_whole_matrix(seed, n) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(2, n, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    own = torch.randperm(n, generator=generator)[: n // 2 + 1]
+    found = diagonals.own_ranks(left, right[:, own], own)
+    for head in range(2):
+        matrix = left[head] @ right[head].T
+        for place, t in enumerate(own.tolist()):
+            order = matrix[:, t].argsort(descending=True).tolist()
+            assert found.from_largest[head, place] == 1 + order.index(t)
+            assert found.from_smallest[head, place] == n - order.index(t)
+    shares = [float(diagonals.share_up_to(found.from_largest, count)[0]) for count in range(n + 1)]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
+
+
+def test_a_copying_head_is_first_a_suppressing_one_last_and_a_head_of_zeros_neither() -> None:
+    eye = torch.eye(30, dtype=torch.float64)
+    left = torch.stack([eye, -eye, 0 * eye])
+    found = diagonals.own_ranks(left, eye.expand(3, -1, -1), torch.arange(30))
+    assert diagonals.share_up_to(found.from_largest, 10).tolist() == [1, 0, 0]
+    assert diagonals.share_up_to(found.from_smallest, 10).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("circuit", ["ov", "qk"])
+def test_the_diagonal_of_a_model_is_that_of_its_matrices(circuit, tmp_path) -> None:
+    make_gpt2(tmp_path / "m")
+    opened = Opened(tmp_path / "m")
+    model = opened.model
+    E = diagonals.first_mlp_output(model.block0, model.vocabulary.W_E[:])
+    stream = E + torch.cat([model.block0.rows(model.vocabulary.W_E[:]) - E])
+    assert torch.allclose(stream, model.block0.rows(model.vocabulary.W_E[:]), atol=1e-5)
+    E, W_U = model.architecture.normalised(E).double(), model.vocabulary.W_U_rows[:].double()
+    head = opened.library.head(1, 2)
+    matrix = E @ head.ov.matrix() @ W_U.T if circuit == "ov" else (W_U @ head.qk.matrix() @ E.T).T
+    own = matrix.diagonal()
+    first = 100 * float((matrix <= own).all(0).double().mean())
+    assert quantities.diagonal(opened, "1.2", circuit, "mlp0", highest=1) == pytest.approx(first)
+    low = 100 * float(((matrix <= own).sum(0) <= 10).double().mean())
+    assert quantities.diagonal(opened, "1.2", circuit, "mlp0", lowest=10) == pytest.approx(low)
+    assert quantities.diagonal(opened, "1.2", circuit, "mlp0", lowest=0.25) == pytest.approx(low)  # of 40 tokens
+
+
+# --- quantities of cells ---------------------------------------------------------------------------------------
+
+
+def test_ranks_by_composition_are_those_of_the_table() -> None:
+    from ovqk.circuits.composition import composition_table
+
+    opened = Opened("mini-attn")
+    table_ = composition_table(opened.circuits, strongest=100)
+    rows_ = table_[(table_["mode"] == "k") & (table_["receiver_layer"] == 3) & (table_["receiver_head"] == 1)]
+    assert len(rows_) == 24
+    for place, row in enumerate(rows_.head(5).itertuples(), 1):
+        sender = f"{row.sender_layer}.{row.sender_head}"
+        assert compute("composition_rank", opened, {"mode": "k", "sender": sender, "receiver": "3.1"}) == place
+
+
+def test_copying_is_that_of_the_library() -> None:
+    heads = ["0.0", "3.0"]
+    values = [library.open("mini-attn").head(layer, 0).ov.copying for layer in (0, 3)]
+    assert compute("least_copying", Opened("mini-attn"), {"heads": heads}) == min(values)
+
+
+def test_a_metric_of_a_cell_is_that_of_its_table() -> None:
+    opened = Opened("mini-attn")
+    options = {"task": "ioi", "metric": "ov_task_copy", "heads": ["3.0", "3.4"], "reduce": "min"}
+    found = compute("cell_heads", opened, options)
+    heads = opened.cell("ioi", "ov")[1]["heads"].set_index(["layer", "head"])
+    assert len(heads) == 32 and found == heads.loc[[(3, 0), (3, 4)], "ov_task_copy"].min()
+    with pytest.raises(UserError, match="ov_task_transfer: "):
+        compute("cell_heads", opened, options | {"metric": "ov_task_transfer"})
+
+
+@pytest.mark.slow
+def test_what_heads_do_on_prompts_is_that_of_the_cells_tables() -> None:
+    opened = Opened("mini-attn")
+    record, tables = opened.cell("ioi", "activations")
+    rows_ = tables["activations"]
+    of_role = rows_[(rows_["role"] == "name_mover") & (rows_["layer"] == 3) & (rows_["head"] == 0)]
+    options = {"task": "ioi", "role": "name_mover", "heads": ["3.0"], "column": "attention", "reduce": "mean"}
+    assert compute("attention_on_prompts", opened, options) == pytest.approx(of_role["attention"].mean())
+    assert set(of_role["half"]) == {"choosing", "testing"}
+    assert compute("on_prompts", opened, {"task": "ioi", "key": "accuracy", "scale": 100}) == 100
+    halves = [half["logit_difference"] for half in record["activations"]["halves"].values()]
+    assert min(halves) <= compute("on_prompts", opened, {"task": "ioi", "key": "logit_difference"}) <= max(halves)
+
+
+# --- weights beside the checkout -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def beside() -> Places:
+    """The weights beside the checkout; one model stays open from row to row."""
+    return Places(SHARED, hub=False)
+
+
+@pytest.mark.parametrize(
+    "name", [each.name for each in statements() if any((SHARED / place).exists() for place in each.subject.local)]
+    or ["none"],
+)  # fmt: skip
+def test_local_rows_come_out(name, beside) -> None:
+    if name == "none":
+        shared_model("gpt2-small-attention")
+    if STATEMENTS[name].function == "gradient_symmetricity":
+        pytest.skip("the slow test of the page computes it")
+    found = table.row(STATEMENTS[name], beside)
+    whole = "gpt2-small-attention" if name.startswith("gpt2/") else ""
+    if found.value is None:
+        assert whole and found.reason.startswith(whole) and {"unembedding", "block0"} & set(STATEMENTS[name].needs)
+    else:
+        assert found.result == ("differs" if name in DIFFERENT else "reproduced")
+
+
+@pytest.mark.slow
+def test_the_page_is_made_of_the_rows() -> None:
+    shared_model("gpt2-small-attention")
+    shared_model("modular-addition")
+    from published import page
+
+    found = rows(statements(), Places(SHARED, hub=False))
+    assert (ROOT / "docs" / "published.md").read_text(encoding="utf-8") == page(found)
+    assert {row.statement.name for row in found if row.result == "differs"} == DIFFERENT
+
+
+def test_the_page_names_every_statement_with_its_value() -> None:
+    from published import published
+
+    text = (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
+    for each in STATEMENTS.values():
+        assert any(f"| `{each.name}` |" in line and published(each) in line for line in text.splitlines()), each.name
