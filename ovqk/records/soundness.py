@@ -3,6 +3,7 @@
 They may be someone else's, or damaged. Whoever reads several cells leaves an unsound one out, and says why.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,6 +60,9 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "verdicts": ("value", "effect", "p", "q"),
 }
 """Table -> its columns that hold numbers, and that each reader needs, beside POSITIONS."""
+
+TABLES = frozenset({*POSITIONS, "cycles", "frequencies"})
+"""Every table that an analysis may make."""
 
 
 def _is(*kinds: type) -> Callable[[Any], bool]:
@@ -133,13 +137,17 @@ def record_fault(record: Mapping[str, Any]) -> str | None:
 
 def tables_fault(folder: Path, record: Mapping[str, Any]) -> str | None:
     """Say what is wrong with the tables that a sound record names, by their footers; None if they are sound."""
-    named = record.get("tables", {"heads": None})  # an earlier version named none
+    there = [name for name in sorted(TABLES) if os.path.lexists(folder / f"{name}.parquet")]
+    named = record.get("tables", dict.fromkeys(["heads", *there]))  # an earlier version named none
     if not isinstance(named, Mapping) or "heads" not in named or not all(map(TABLE.fullmatch, named)):
         return "its record.json does not name its tables"
     for name, rows in named.items():
         fault = _table_fault(folder / f"{name}.parquet", name, rows, record["summary"])
         if fault is not None:
             return f"{name}.parquet {fault}"
+    for name in there:
+        if name not in named:
+            return f"{name}.parquet is there, and its record.json does not name it"
     return None
 
 
