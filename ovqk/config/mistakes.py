@@ -112,7 +112,8 @@ def untold(error: BaseException, otherwise: str) -> str:
     """Return the message for an error about which nothing else is known: the override at hand, or else a key."""
     held = [frame.f_locals.get("override") for frame, _ in traceback.walk_tb(error.__traceback__)]
     overrides = [str(each.input_line) for each in held if getattr(each, "input_line", None)]
-    at = overrides[-1] if overrides else otherwise
+    files = [frame.f_locals.get("full_path") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    at = next((text for text in [*overrides[::-1], *files[::-1]] if isinstance(text, str)), otherwise)
     hint = ""
     if at.lstrip("+~").startswith("hydra.sweeper.params"):
         hint = " A sweep's values are KEY=A,B behind -m, or KEY: A,B below hydra.sweeper.params in a config file."

@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ovqk.errors import CONTROL
+
 CELL_ID = re.compile("[0-9a-f]{12}")
 TABLE = re.compile("[a-z_]{1,40}")
 MOST_LAYERS, MOST_HEADS = 10_000, 10_000_000
@@ -77,14 +79,18 @@ def _flat(value: Any) -> bool:
     return isinstance(value, dict) and all(each is None or _is(int, float)(each) for each in value.values())
 
 
+def _name(value: Any) -> bool:
+    return isinstance(value, str) and CONTROL.search(value) is None
+
+
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (_is(str), "a text"),
-    "task": (_is(str), "a text"),
-    "analysis": (_is(str), "a text"),
+    "model": (_name, "a text without control characters"),
+    "task": (_name, "a text without control characters"),
+    "analysis": (_name, "a text without control characters"),
     "cell_id": (lambda value: isinstance(value, str) and CELL_ID.fullmatch(value) is not None, "12 digits in 0-9a-f"),
     "schema_version": (_is(int), "a whole number"),
     "seed": (_is(int), "a whole number"),
-    "sweep": (_is(str, type(None)), "a text or null"),
+    "sweep": (lambda value: value is None or _name(value), "null or a text without control characters"),
     "summary": (_flat, "numbers by name"),
     "unavailable": (lambda value: isinstance(value, dict) and _texts([*value.values()]), "texts by name"),
     "notes": (_texts, "a list of texts"),
