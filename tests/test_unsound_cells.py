@@ -134,10 +134,16 @@ def test_wrong_columns_of_a_table(results, table) -> None:
     lambda path: path.write_bytes(path.read_bytes()[:-9]),
     lambda path: pd.read_parquet(path).head(3).to_parquet(path, index=False),
 ])  # fmt: skip
-def test_a_cell_whose_tables_are_gone_is_not_done_and_is_computed_again(results, break_it) -> None:
+def test_a_cell_whose_tables_are_gone_is_not_done(results, break_it) -> None:
     bad = bad_cell(results)
     break_it(bad / "tests.parquet")
+    assert not is_done(bad)
     others_stand(results, bad)
+
+
+def test_a_cell_that_is_not_sound_is_computed_again(results) -> None:
+    bad = bad_cell(results)
+    (bad / "tests.parquet").unlink()
     again = run_cell(compose("task=ioi", *QUICK, f"results_dir={results}"))
     assert again.status == "done" and again.folder == str(bad)
     assert fault(bad, read_record(bad) or {}) is None
@@ -209,6 +215,14 @@ def test_a_table_that_the_record_does_not_name_is_not_believed(results, put) -> 
     put(bad / "joint.parquet")
     assert fault(bad, read_record(bad) or {}) == "joint.parquet is there, and its record.json does not name it"
     others_stand(results, bad)
+
+
+@pytest.mark.parametrize("key", ["model", "task", "analysis", "sweep", "claims__of"])
+def test_control_characters_of_a_record_are_not_shown(results, key) -> None:
+    bad = bad_cell(results)
+    change_record(bad, **{key: "a\x1b[2Jb"})
+    said = fault(bad, read_record(bad) or {}) or ""
+    assert said.startswith("its record.json gives ") and "\x1b" not in said
 
 
 def test_other_files_in_a_cells_folder_are_left_alone(results) -> None:

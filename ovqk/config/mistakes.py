@@ -111,7 +111,7 @@ def of_hydra(error: Exception) -> str | None:
 def untold(error: BaseException, otherwise: str) -> str:
     """Return the message for an error about which nothing else is known: the override at hand, or else a key."""
     held = [frame.f_locals.get("override") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    overrides = [str(each.input_line) for each in held if getattr(each, "input_line", None)]
+    overrides = [str(line) for each in held if (line := getattr(each, "input_line", None))]
     files = [frame.f_locals.get("full_path") for frame, _ in traceback.walk_tb(error.__traceback__)]
     at = next((text for text in [*overrides[::-1], *files[::-1]] if isinstance(text, str)), otherwise)
     hint = ""

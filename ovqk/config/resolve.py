@@ -82,8 +82,11 @@ def _check(config: Config) -> None:
                 f"{key}={label!r}: allowed are up to 100 letters, digits, '.', '_', '+' and '-', the first a letter or "
                 "digit; it names a folder."
             )
-    for key, text in (("task.title", config.task.title), ("sweep", config.sweep or "")):
-        if CONTROL.search(text):
+    shown = {"task.title": config.task.title, "sweep": config.sweep}
+    for name, claims in config.task.claims.items():
+        shown |= {f"task.claims.{name}.source": claims.source, f"task.claims.{name}.note": claims.note}
+    for key, text in shown.items():
+        if text is not None and CONTROL.search(text):
             raise UserError(f"{key}={text!r}: it holds control characters, which a terminal would obey.")
     if config.model.name == RESERVED:
         raise UserError(f"model.name={RESERVED}: W&B's own folder has that name; choose another.")

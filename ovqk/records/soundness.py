@@ -83,6 +83,10 @@ def _name(value: Any) -> bool:
     return isinstance(value, str) and CONTROL.search(value) is None
 
 
+def _describes(value: Any) -> bool:
+    return isinstance(value, dict) and all(_name(text) for text in value.values() if isinstance(text, str))
+
+
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (_name, "a text without control characters"),
     "task": (_name, "a text without control characters"),
@@ -97,7 +101,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "words": (_is(dict), "an object"),
     "words.kept": (_is(dict), "an object"),
     "words.dropped": (_is(dict), "an object"),
-    "claims": (_is(dict), "an object"),
+    "claims": (_describes, "texts without control characters, by name"),
     "processing": (_is(dict), "an object"),
     "processing.applied": (_is(str), "a text"),
     "provenance": (_is(dict), "an object"),
