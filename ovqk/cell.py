@@ -38,7 +38,7 @@ from ovqk.tracking.service import start_meanwhile
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import OpenedModel
-from ovqk.whole_files import DISK, clear_abandoned
+from ovqk.whole_files import DISK, clear_abandoned, in_the_way
 
 if TYPE_CHECKING:
     from ovqk.activations.forward import RunningModel
@@ -202,7 +202,7 @@ def compute(
         if error.errno not in DISK:
             raise
         raise UserError(
-            f"results_dir={cell.results_dir}: the results cannot be written ({os.strerror(error.errno)}). "
+            f"results_dir={cell.results_dir}: the results cannot be written ({in_the_way(error)}). "
             "Earlier results of the cell are unchanged."
         ) from error
 

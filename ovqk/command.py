@@ -24,13 +24,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ovqk.config.command_line import TOOLS, config_folders, program
-from ovqk.config.mistakes import check_keys, mistakes
+from ovqk.config.mistakes import check_keys, mistakes, of_hydra
 from ovqk.config.place import CONF
 from ovqk.config.rerun import refuse_foreign_files
 from ovqk.config.schema import register
 from ovqk.errors import SHOWS_TRACEBACK, UserError, one_message, print_any_text, was_interrupted
 from ovqk.interrupts import importing_is_over
-from ovqk.sweep import end_early, launcher_hint
+from ovqk.sweep import end_early, is_running, launcher_hint
 
 gc.disable()  # until ovqk.sweep has imported the rest: to look for garbage in what stays takes a tenth of the start
 atexit.register(gc.freeze)  # and what is there at the end goes with the process
@@ -88,6 +88,11 @@ def _run() -> None:
             raise KeyboardInterrupt from None
         folders = [*map(Path, config_folders()), CONF]
         raise UserError("\n".join([*mistakes(error, folders), *launcher_hint(error)])) from error
+    except Exception as error:
+        said = None if is_running() or was_interrupted(error) else of_hydra(error)
+        if said is None:
+            raise
+        raise UserError(said) from error
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         os.environ |= {} if asked is None else {"HYDRA_FULL_ERROR": asked}

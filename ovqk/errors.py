@@ -17,6 +17,8 @@ SHORTEST_SECRET = 8
 """Letters: a shorter value, as "true", is no secret, and other texts may well contain it."""
 SHOWS_TRACEBACK = "OVQK_TRACEBACK"
 """Environment variable that shows the traceback above a user's mistake if it is 1; HYDRA_FULL_ERROR=1 sets it."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Matches characters that steer a terminal instead of being shown; tabs and ends of lines are none of them."""
 CLOSED_PIPE = 141
 """Exit status of a command whose reader went away, as the shell gives it."""
 
@@ -75,13 +77,19 @@ def end_command(message: str, status: int = 1) -> NoReturn:
     Raises:
         SystemExit: always, with this status.
     """
-    print(f"ovqk: {without_secrets(message)}", file=sys.stderr)
+    print(f"ovqk: {printable(without_secrets(message))}", file=sys.stderr)
     raise SystemExit(status)
 
 
 def told(error: BaseException) -> str:
     """Return an error in words: a user's mistake by its message, anything else with its type."""
-    return without_secrets(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return printable(without_secrets(said))
+
+
+def printable(text: str) -> str:
+    """Return a text with each control character as Python writes it: a file of someone else may be named in it."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def secrets() -> dict[str, str]:

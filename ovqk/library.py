@@ -14,6 +14,7 @@ Numbers are those of a cell with `task=none`: the same code computes them, and t
 
 from collections.abc import Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,9 @@ from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.command_line import composable
 from ovqk.config.mistakes import mistakes
 from ovqk.config.place import CONF
-from ovqk.config.resolve import resolve
+from ovqk.config.resolve import resolve, user_path
 from ovqk.config.schema import Circuit, Config, register
-from ovqk.errors import UserError
+from ovqk.errors import CONTROL, UserError
 from ovqk.figures.portraits import TABLES
 from ovqk.metrics import METRICS
 from ovqk.structure.model import Layer, Model
@@ -73,6 +74,10 @@ def chosen(model: str | Path, *choices: str) -> Config:
     Raises:
         UserError: a choice is not allowed.
     """
+    if not isinstance(model, str | Path):
+        raise UserError(f"model={model!r}: must be a text or a path.")
+    if wrong := [choice for choice in choices if not isinstance(choice, str)]:
+        raise UserError(f"{wrong[0]!r}: a choice is a text, as 'processing=raw'.")
     return composed([*model_choice(model), "task=none", "tracking=none", *choices])
 
 
@@ -91,11 +96,19 @@ def composed(overrides: Sequence[str]) -> Config:
 
 
 def model_choice(model: str | Path) -> list[str]:
-    """Return the choices that name a model: of conf/model, a path, or a repository on the hub."""
+    """Return the choices that name a model: of conf/model, a path, or a repository on the hub.
+
+    Raises:
+        UserError: the name is none.
+    """
     name = str(model)
+    if CONTROL.search(name):
+        raise UserError(f"model={name!r}: it holds control characters, as no name and no path of a model does.")
+    if max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME - len(".yaml"):
+        raise UserError(f"model={name[:40]}...: no file has so long a name; allowed: up to {LONGEST_NAME} bytes.")
     if isinstance(model, str) and (CONF / "model" / f"{name}.yaml").is_file():
         return [f"model={name}"]
-    path = Path(model).expanduser()
+    path = user_path("model.path", name)
     if isinstance(model, Path) or path.exists() or name.startswith((".", "/", "~")) or path.suffix in WEIGHTS:
         return ["model=local", composable("model.path", name)]
     return ["model=hub", composable("model.repo", name)] if name.count("/") == 1 else [composable("model", name)]
@@ -103,6 +116,8 @@ def model_choice(model: str | Path) -> list[str]:
 
 WEIGHTS = (".gguf", ".safetensors")
 """Endings of files that hold a model."""
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
 
 
 class LibraryModel:
@@ -138,9 +153,10 @@ class LibraryModel:
         Raises:
             UserError: the model has no such head.
         """
-        if not (0 <= layer < self.n_layers and 0 <= head < self.n_heads):
+        whole = isinstance(layer, Integral) and isinstance(head, Integral)
+        if not (whole and 0 <= layer < self.n_layers and 0 <= head < self.n_heads):
             last = f"{self.n_layers - 1}, 0 to {self.n_heads - 1}"
-            raise UserError(f"head({layer}, {head}): {self.name} has layers and heads 0 to {last}.")
+            raise UserError(f"head({layer!r}, {head!r}): {self.name} has layers and heads 0 to {last}.")
         return Head(self, layer, head)
 
     def heads(self) -> pd.DataFrame:
@@ -311,7 +327,13 @@ class CircuitOfHead:
         Args:
             components: how many; at most d_head.
             shown: tokens of each list, at most 10.
+
+        Raises:
+            UserError: a number is none, or the checkpoint has no tokens.
         """
+        for name, number in (("components", components), ("shown", shown)):
+            if not isinstance(number, Integral) or number < 1:
+                raise UserError(f"{self!r}: tokens({name}={number!r}): must be a whole number >= 1.")
         model = self.head.model
         stage = DirectionTables(model.model, components)
         stage.visit(model.layer(self.head.layer))

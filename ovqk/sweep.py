@@ -11,13 +11,18 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from ovqk.config.mistakes import mistakes, untold
 from ovqk.errors import UserError, end_command, first_line, one_message, told, was_interrupted, without_secrets
 from ovqk.orphans import be_parent
 from ovqk.whole_files import DISK, write_text
@@ -107,15 +112,41 @@ running: RunningSweep | None = None
 """The sweep of this process; None in a worker."""
 
 
+def is_running() -> bool:
+    """Whether a sweep of this process has begun and not ended."""
+    return running is not None
+
+
+@contextmanager
+def _never_a_warning() -> Iterator[None]:
+    """End the command at whatever goes wrong: of an Exception in a callback, Hydra would warn and go on.
+
+    Raises:
+        SystemExit: something was raised inside; what ovqk has no words for is shown with its traceback.
+    """
+    with one_message():
+        try:
+            yield
+        except UserError:
+            raise
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError("\n".join(mistakes(error, []))) from error
+        except BrokenPipeError:
+            raise
+        except Exception:
+            traceback.print_exc()
+            raise SystemExit(FAILED) from None
+
+
 class SweepCallback(Callback):
     """The calls that Hydra makes around a run or a sweep. It only warns of an Exception, not of SystemExit."""
 
-    @one_message()
+    @_never_a_warning()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse an unusable results folder before Hydra makes folders in it."""
         _check(config)
 
-    @one_message()
+    @_never_a_warning()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse an unusable results folder, note the cells that the overrides expand to, and watch for their outcomes.
 
@@ -123,6 +154,9 @@ class SweepCallback(Callback):
             SystemExit: the results folder cannot be used, or WANDB_MODE is unknown.
         """
         global running
+        for part in ("sweeper", "launcher"):
+            if not OmegaConf.select(config, f"hydra.{part}._target_"):
+                raise UserError(f"hydra.{part}: not set. Leave it out, and cells run here, one after the other.")
         _check(config)
         from ovqk.cell import runs_here
         from ovqk.records.outcomes import Outcomes
@@ -142,7 +176,12 @@ class SweepCallback(Callback):
             running.progress.watch()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Print the line of a cell that ran in this process."""
+        """Print the line of a cell that ran in this process, and let go of its choice.
+
+        Hydra keeps what each job returned to the end of the sweep, with two copies of its choice that nobody reads:
+        a quarter of a megabyte for each cell.
+        """
+        job_return.cfg = job_return.hydra_cfg = None
         if running is not None:
             running.progress.print_new()
 
@@ -187,7 +226,7 @@ def end_early(error: BaseException) -> None:
     if stopped:
         more = " Cells that a cluster has taken go on there." if sweep.elsewhere else ""
         end_command(f"interrupted.{more}", INTERRUPTED)
-    if status == 0:  # it gave up at a cell that had ended
+    if status == 0 and sweep.outcomes.all():  # it gave up at a cell that had ended
         raise SystemExit(0) from None
     message = f"the launcher gave up ({type(error).__name__}: {first_line(error)})."
     words = sweep.outcomes.folder / LAUNCHER_ERROR
@@ -224,14 +263,31 @@ def _wait_for_the_others(error: BaseException) -> None:
 
 
 def expected_cells(config: DictConfig) -> list[list[str]] | None:
-    """Return the overrides of each cell of the sweep; None if the sweeper decides as it goes."""
+    """Return the overrides of each cell of the sweep; None if the sweeper decides as it goes.
+
+    Raises:
+        UserError: the sweep has no cell, or Hydra's own sweeper does not take its values.
+    """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
         return None
-    overrides = OverridesParser.create().parse_overrides(_sweep_overrides(config))
-    return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+    most = config.hydra.sweeper.max_batch_size
+    if most is not None and most < 1:
+        raise UserError(f"hydra.sweeper.max_batch_size={most}: must be null or a number of cells >= 1.")
+    hydra = GlobalHydra.instance()
+    parser = OverridesParser.create(hydra.config_loader() if hydra.is_initialized() else None)  # glob() looks there
+    overrides = parser.parse_overrides(_sweep_overrides(config))
+    try:
+        cells = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+    except (ValueError, TypeError) as error:  # of range(0,1,0), for instance
+        raise UserError(untold(error, "hydra.sweeper.params")) from error
+    if not cells:
+        empty = next(each for each in overrides if each.is_sweep_override() and not [*each.sweep_string_iterator()])
+        raise UserError(f"{empty.input_line}: it has no value, and the sweep no cell.")
+    return cells
 
 
 def sweep_name(config: DictConfig) -> str:

@@ -15,10 +15,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-"""Errors of a full, read-only or forbidden disk, or of a bad name: the user gets a message, and they are no defect."""
+DISK = {
+    *(errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EIO, errno.ESTALE),
+}
+"""Errors of a full, read-only, forbidden or failing disk, of a bad name, or of a file in a folder's place: the user
+gets a message, and they are no defect."""
+IN_THE_WAY = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
 LARGEST_JSON = 2**24
 """Bytes of a JSON file: far above any that ovqk reads, and small enough that its content fits in memory."""
+
+
+def in_the_way(error: OSError) -> str:
+    """Return an error in the system's words, with the path if something else stands there."""
+    said = os.strerror(error.errno or 0)
+    return f"{said}: {error.filename2 or error.filename}" if error.errno in IN_THE_WAY else said
 
 
 def temporary(path: Path) -> Path:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -201,3 +202,26 @@ def test_a_forced_sweep_that_is_killed_is_completed_by_one_that_is_not_forced(fo
     assert "0 failed, 0 missing" in last.printed
     assert len(records(folder)) == 4
     assert_whole(folder)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="descriptors are named in /proc")
+@pytest.mark.parametrize(("step", "least", "choice"), [
+    (1, 80, ("analysis=b03", "tracking=none")),
+    (1, 60, ("analysis=qk", "tracking=none", "force=true")),
+    (9, 12, ("analysis=qk", "tracking=offline")),
+])  # fmt: skip
+def test_a_cell_killed_at_each_file_operation_is_found_whole_or_not_at_all(
+    tmp_path, tiny_gpt2, step, least, choice
+) -> None:
+    """And computing it again gives the tables of a cell that was left alone, and leaves nothing else behind."""
+    command = [
+        sys.executable, str(ROOT / "tests" / "support" / "kills.py"), str(tmp_path), str(step), "task=none",
+        "model=local", f"model.path={tiny_gpt2}", *choice,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    *faults, last = done.stdout.splitlines()
+    assert not faults
+    found = re.fullmatch(r"operations (\d+) killed (\d+) status 0", last)
+    assert found is not None and int(found[2]) >= least, last

@@ -203,6 +203,7 @@ def test_nandas_grokked_model_has_its_known_frequencies(cli) -> None:
     [
         (["task.cycle.modulus=4"], "cycle.modulus=4: allowed: 5 and more"),
         (["task.cycle.modulus=40"], "has 18; set task.cycle.modulus"),
+        (["task.cycle.modulus=1000000000000"], "names the tokens 0 to 999999999999, and model.path="),
         (["task.cycle.first=-1"], "names the tokens -1 to"),
         (["task.cycle.query=99"], "names the tokens 0 to 99, and model.path="),
         (["task.cycle.words=residues"], "cycle.words=residues: no such word set"),

@@ -1,11 +1,14 @@
 """The door for notebooks says what the cells say, head by head, and refuses what there is not."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from support import ROOT
 from support.commands import compose
 from support.gguf_writing import write_gguf
 from support.models import BUNDLED, make
@@ -144,3 +147,35 @@ def test_the_bundled_directory_is_a_model_like_any_other() -> None:
     assert ovqk.open(BUNDLED, "cache=false").head(0, 0).ov.copying == pytest.approx(
         ovqk.open("mini-attn", "cache=false").head(0, 0).ov.copying
     )
+
+
+@pytest.mark.parametrize(("model", "said"), [
+    ("a\0b", "holds control characters"),
+    ("a\nb", "there is no such model"),
+    ("x" * 300, "no file has so long a name"),
+    ("~nobody9/x", "model.path=~nobody9/x: "),
+])  # fmt: skip
+def test_what_is_no_name_of_a_model_is_a_users_mistake(model, said) -> None:
+    with pytest.raises(UserError, match=said):
+        ovqk.open(model)
+
+
+def test_what_is_no_number_of_tokens_is_a_users_mistake() -> None:
+    head = ovqk.open("mini-attn").head(0, 0)
+    for choice in ({"components": -1}, {"components": 0}, {"shown": 0}):
+        with pytest.raises(UserError, match="must be a whole number >= 1"):
+            head.ov.tokens(**choice)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("call", "said"), [
+    ("ovqk.open(None)", "model=None: must be a text or a path"),
+    ("ovqk.open('mini-attn', 3)", "3: a choice is a text"),
+    ("ovqk.open('mini-attn').head('1', 0)", "head('1', 0): mini-attn has layers and heads 0 to 3"),
+    ("ovqk.open('mini-attn').head(1.5, 0)", "head(1.5, 0): mini-attn has layers and heads 0 to 3"),
+    ("ovqk.open('mini-attn').head(0, 0).ov.tokens('x')", "tokens(components='x'): must be a whole number"),
+])  # fmt: skip
+def test_what_is_of_another_type_is_a_users_mistake(call, said) -> None:
+    """In a process of its own: here, types are checked before the call."""
+    done = subprocess.run([sys.executable, "-c", f"import ovqk; {call}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("ovqk.errors.UserError: ") and said in done.stderr

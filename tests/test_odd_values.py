@@ -15,9 +15,11 @@ from support import ROOT
 from support.commands import compose
 from support.models import make_gpt2, make_llama, opened
 
+from ovqk.cell import run_cell
 from ovqk.checkpoints import files
 from ovqk.config.resolve import user_path
-from ovqk.errors import UserError
+from ovqk.errors import UserError, end_command
+from ovqk.report.write import write_report
 from ovqk.tasks.claims import parse_head
 from ovqk.tracking import __main__ as tracking
 from ovqk.tracking.service import settings
@@ -118,3 +120,29 @@ def test_a_terminal_without_letters_beyond_ascii(tmp_path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0 and done.stderr == b"" and b"name mover" in done.stdout
     shutil.rmtree(tmp_path / "results")
+
+
+@pytest.mark.parametrize("place", ["", "folder", "pipe"])
+def test_a_report_takes_the_place_of_no_device_and_no_folder(tmp_path, monkeypatch, place) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_cell(compose(*QUICK))
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="no file; allowed: a path of a page"):
+        write_report(tmp_path / "results", Path(place), with_figures=False)
+    assert (tmp_path / "pipe").is_fifo() and not list((tmp_path / "folder").iterdir())
+
+
+def test_control_characters_of_someone_elses_files_are_shown_and_not_obeyed(tmp_path, capsys, monkeypatch) -> None:
+    with pytest.raises(SystemExit):
+        end_command("model.path=\x1b]0;x\x07/a\tb\n\x9bK: no such file")
+    assert capsys.readouterr().err == "ovqk: model.path=\\x1b]0;x\\x07/a\tb\n\\x9bK: no such file\n"
+    folder = tmp_path / "\x1b[2J" / "none" / "qk-0123456789ab"
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text("[")
+    with pytest.raises(SystemExit):
+        tracking.main([str(tmp_path), "--mode", "offline"])
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "skipped" in said
+    with pytest.raises(UserError, match=r"task.title='.x1b.31m': it holds control characters"):
+        compose(*QUICK, 'task.title="\x1b[31m"')

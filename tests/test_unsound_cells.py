@@ -2,6 +2,7 @@
 elsewhere, and it does not count as done."""
 
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -15,6 +16,7 @@ from support.reported import page_data
 
 from ovqk import load_results
 from ovqk.cell import run_cell
+from ovqk.errors import UserError
 from ovqk.records.cells import read_cells
 from ovqk.records.record import fault, is_done, read_record
 from ovqk.records.soundness import NUMBERS, POSITIONS, TEXTS
@@ -132,10 +134,16 @@ def test_wrong_columns_of_a_table(results, table) -> None:
     lambda path: path.write_bytes(path.read_bytes()[:-9]),
     lambda path: pd.read_parquet(path).head(3).to_parquet(path, index=False),
 ])  # fmt: skip
-def test_a_cell_whose_tables_are_gone_is_not_done_and_is_computed_again(results, break_it) -> None:
+def test_a_cell_whose_tables_are_gone_is_not_done(results, break_it) -> None:
     bad = bad_cell(results)
     break_it(bad / "tests.parquet")
+    assert not is_done(bad)
     others_stand(results, bad)
+
+
+def test_a_cell_that_is_not_sound_is_computed_again(results) -> None:
+    bad = bad_cell(results)
+    (bad / "tests.parquet").unlink()
     again = run_cell(compose("task=ioi", *QUICK, f"results_dir={results}"))
     assert again.status == "done" and again.folder == str(bad)
     assert fault(bad, read_record(bad) or {}) is None
@@ -193,3 +201,46 @@ def test_a_column_of_another_kind_leaves_its_cell_out_of_that_table(results, tmp
     with pytest.warns(UserWarning, match=r"tests\.parquet of cell 0{11}1 is left out: note holds texts"):
         found = load_results([results, *twins])
     assert found["tests"]["cell_id"].nunique() == 2 and found["heads"]["cell_id"].nunique() == 4
+
+
+@pytest.mark.parametrize("put", [
+    lambda path: shutil.copy(path.with_name("heads.parquet"), path),
+    lambda path: path.write_bytes(b"x"),
+    lambda path: os.mkfifo(path),
+    lambda path: path.mkdir(),
+    lambda path: path.symlink_to("/dev/zero"),
+])  # fmt: skip
+def test_a_table_that_the_record_does_not_name_is_not_believed(results, put) -> None:
+    bad = bad_cell(results)
+    put(bad / "joint.parquet")
+    assert fault(bad, read_record(bad) or {}) == "joint.parquet is there, and its record.json does not name it"
+    others_stand(results, bad)
+
+
+@pytest.mark.parametrize("key", ["model", "task", "analysis", "sweep", "claims__of"])
+def test_control_characters_of_a_record_are_not_shown(results, key) -> None:
+    bad = bad_cell(results)
+    change_record(bad, **{key: "a\x1b[2Jb"})
+    said = fault(bad, read_record(bad) or {}) or ""
+    assert said.startswith("its record.json gives ") and "\x1b" not in said
+
+
+def test_other_files_in_a_cells_folder_are_left_alone(results) -> None:
+    bad = bad_cell(results)
+    os.mkfifo(bad / "mine.parquet")
+    (bad / "notes.txt").touch()
+    assert is_done(bad) and "mine" not in load_results(results)
+
+
+@pytest.mark.parametrize(("place", "said"), [
+    (".locks", "no cell can be locked (File exists: "),
+    ("mini-attn", "the results cannot be written (Not a directory: "),
+    ("mini-attn/none", "the results cannot be written (Not a directory: "),
+])  # fmt: skip
+def test_a_file_in_a_folders_place_is_one_message(tmp_path, place, said) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).touch()
+    choice = ("task=none", "analysis=qk", "analysis.components=0", "tracking=none", f"results_dir={tmp_path}")
+    with pytest.raises(UserError) as found:
+        run_cell(compose(*choice))
+    assert f"results_dir={tmp_path}: {said}{tmp_path}" in str(found.value)

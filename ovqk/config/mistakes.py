@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -13,7 +14,7 @@ import yaml
 
 from ovqk.config import schema
 from ovqk.config.command_line import program, quoted
-from ovqk.errors import UserError
+from ovqk.errors import UserError, first_line
 
 LISTED = 9
 """How many names of choices a message lists; if there are more, it lists the nearest."""
@@ -89,6 +90,34 @@ def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
         places = _places(yaml.safe_load(files[0].read_text("utf-8")), key, value and value[1]) if files else []
         return [f"{match[1]}.yaml: {', '.join(places) or key}: {what}"]
     return [f"{key}: {what}"]
+
+
+def of_hydra(error: Exception) -> str | None:
+    """Return the message for an error of another kind that Hydra ran into, as a failed assertion, over a choice.
+
+    Returns:
+        The override, if Hydra was at work on one, and the error; None if code of ovqk raised it.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    if "hydra.main" not in names:
+        return None
+    inside = len(names) - names[::-1].index("hydra.main")
+    if any(name.split(".")[0] == "ovqk" for name in names[inside:]):
+        return None
+    return untold(error, "hydra")
+
+
+def untold(error: BaseException, otherwise: str) -> str:
+    """Return the message for an error about which nothing else is known: the override at hand, or else a key."""
+    held = [frame.f_locals.get("override") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    overrides = [str(line) for each in held if (line := getattr(each, "input_line", None))]
+    files = [frame.f_locals.get("full_path") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    at = next((text for text in [*overrides[::-1], *files[::-1]] if isinstance(text, str)), otherwise)
+    hint = ""
+    if at.lstrip("+~").startswith("hydra.sweeper.params"):
+        hint = " A sweep's values are KEY=A,B behind -m, or KEY: A,B below hydra.sweeper.params in a config file."
+    return f"{at}: Hydra does not take it ({type(error).__name__}: {first_line(error) or 'no more is said'}).{hint}"
 
 
 def _unknown_choice(error: Any, folders: Iterable[Path]) -> str:

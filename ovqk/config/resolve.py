@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ovqk.config.schema import CIRCUITS, Config, Embedding, Source, TrackingMode
 from ovqk.config.secrets import refuse_secrets
-from ovqk.errors import UserError
+from ovqk.errors import CONTROL, UserError
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 RESERVED = "wandb"  # W&B's folder beside those of the models
@@ -82,6 +82,12 @@ def _check(config: Config) -> None:
                 f"{key}={label!r}: allowed are up to 100 letters, digits, '.', '_', '+' and '-', the first a letter or "
                 "digit; it names a folder."
             )
+    shown = {"task.title": config.task.title, "sweep": config.sweep}
+    for name, claims in config.task.claims.items():
+        shown |= {f"task.claims.{name}.source": claims.source, f"task.claims.{name}.note": claims.note}
+    for key, text in shown.items():
+        if text is not None and CONTROL.search(text):
+            raise UserError(f"{key}={text!r}: it holds control characters, which a terminal would obey.")
     if config.model.name == RESERVED:
         raise UserError(f"model.name={RESERVED}: W&B's own folder has that name; choose another.")
     if config.model.repo is not None and not REPOSITORY.fullmatch(config.model.repo):

@@ -22,10 +22,11 @@ import yaml
 
 from ovqk.config.resolve import plain
 from ovqk.config.schema import Config
+from ovqk.errors import UserError
 from ovqk.locks import locked
 from ovqk.metrics import SCHEMA_VERSION
-from ovqk.records.soundness import record_fault, tables_fault
-from ovqk.whole_files import read_json, temporary, to_disk, write_json, write_text
+from ovqk.records.soundness import TABLES, record_fault, tables_fault
+from ovqk.whole_files import IN_THE_WAY, in_the_way, read_json, temporary, to_disk, write_json, write_text
 
 RECORD = "record.json"
 TRACKING = "tracking.json"
@@ -129,11 +130,16 @@ def claim(results_dir: Path, identifier: str, wait: bool = True) -> Iterator[Non
     """Lock a cell, so that one process at a time computes or tracks it. The system frees the lock if its owner dies.
 
     Raises:
-        UserError: the file system has no locks, or refuses this one.
+        UserError: the file system has no locks, or refuses this one; or a file is in the way.
         Timeout: another process holds it, and wait=False.
     """
     locks = results_dir / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in IN_THE_WAY:
+            raise
+        raise UserError(f"results_dir={results_dir}: no cell can be locked ({in_the_way(error)}).") from error
     with locked(locks / f"{identifier}.lock", f"results_dir={results_dir}, cell {identifier}", wait):
         yield
 
@@ -172,6 +178,7 @@ def write_done(
 
 def _write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
     """Replace the tables of an earlier computation; its record is removed, so that it never describes other tables."""
+    assert tables.keys() <= TABLES, f"{sorted(tables.keys() - TABLES)} would not be believed"
     written = {folder / f"{name}.parquet": table for name, table in tables.items()}
     try:
         for path, table in written.items():

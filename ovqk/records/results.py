@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ovqk.records.record import RECORD, fault, read_record, says_done
+from ovqk.records.soundness import TABLES
 
 COORDINATES = ("model", "task", "analysis", "processing", "seed", "cell_id")
 
@@ -50,18 +51,20 @@ def load_results(
         raise ValueError(f"tables={tables!r}: must be a list of names, as ['{tables}']")
     rows: list[dict[str, Any]] = []
     parts: dict[str, list[pa.Table]] = {}
+    made: set[str] = set()
     for folder, record in _done_cells(places):
         row = _row(folder, record)
         try:
             read = {
-                path.stem: _with_coordinates(_read(path), row)
-                for path in sorted(folder.glob("*.parquet"))
-                if tables is None or path.stem in tables
+                name: _with_coordinates(_read(folder / f"{name}.parquet"), row)
+                for name in _made(folder, record)
+                if tables is None or name in tables
             }
         except ValueError as error:
             _leave_out(folder, str(error))
             continue
         rows.append(row)
+        made.update(_made(folder, record))
         for name, table in read.items():
             parts.setdefault(name, []).append(table)
     if not rows:
@@ -75,7 +78,7 @@ def load_results(
         )
     missing = sorted(set(tables or ()) - set(parts) - {"cells"})
     if missing:
-        there = sorted({path.stem for row in rows for path in Path(row["folder"]).glob("*.parquet")})
+        there = sorted(made)
         raise ValueError(f"tables: {', '.join(missing)}: in none of the {len(rows)} cells; there: {', '.join(there)}")
     frames = {name: _joined(name, parts[name]).to_pandas() for name in sorted(parts)}
     return {"cells": pd.DataFrame(rows)} | frames
@@ -100,6 +103,12 @@ def _done_cells(places: str | Path | Iterable[str | Path]) -> Iterator[tuple[Pat
             if record.get("cell_id", folder) not in seen:
                 seen.add(record.get("cell_id", folder))
                 yield folder, record
+
+
+def _made(folder: Path, record: dict[str, Any]) -> list[str]:
+    """Return the names of a sound cell's tables; a record of an earlier version does not hold them."""
+    there = [name for name in TABLES if (folder / f"{name}.parquet").is_file()]
+    return sorted(record.get("tables", there))
 
 
 def _joined(name: str, tables: list[pa.Table]) -> pa.Table:

@@ -3,6 +3,7 @@
 They may come from someone else, or be damaged. A reader of several cells leaves out an unsound one and says why.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ovqk.errors import CONTROL
 
 CELL_ID = re.compile("[0-9a-f]{12}")
 TABLE = re.compile("[a-z_]{1,40}")
@@ -32,6 +35,7 @@ POSITIONS = {
     "activations": ("layer", "head"),
     "roles": ("layer", "head"),
     "joint": ("layer", "head"),
+    "fidelity": ("layer",),
 }
 """Table -> its columns with the numbers of layers and heads."""
 TEXTS: dict[str, tuple[str, ...]] = {
@@ -46,6 +50,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "activations": ("role", "half"),
     "roles": ("role", "verdict"),
     "joint": ("kind", "role"),
+    "fidelity": ("embedding",),
 }
 """Table -> its columns of text that readers need."""
 NUMBERS: dict[str, tuple[str, ...]] = {
@@ -57,8 +62,12 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "tests": ("value", "p", "q"),
     "nulls": ("quantile", "value"),
     "verdicts": ("value", "effect", "p", "q"),
+    "fidelity": ("n_words", "cosine"),
 }
 """Table -> its columns of numbers that readers need, besides POSITIONS."""
+
+TABLES = frozenset({*POSITIONS, "cycles", "frequencies"})
+"""Every table that an analysis may make."""
 
 
 def _is(*kinds: type) -> Callable[[Any], bool]:
@@ -73,21 +82,29 @@ def _flat(value: Any) -> bool:
     return isinstance(value, dict) and all(each is None or _is(int, float)(each) for each in value.values())
 
 
+def _name(value: Any) -> bool:
+    return isinstance(value, str) and CONTROL.search(value) is None
+
+
+def _describes(value: Any) -> bool:
+    return isinstance(value, dict) and all(_name(text) for text in value.values() if isinstance(text, str))
+
+
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (_is(str), "a text"),
-    "task": (_is(str), "a text"),
-    "analysis": (_is(str), "a text"),
+    "model": (_name, "a text without control characters"),
+    "task": (_name, "a text without control characters"),
+    "analysis": (_name, "a text without control characters"),
     "cell_id": (lambda value: isinstance(value, str) and CELL_ID.fullmatch(value) is not None, "12 digits in 0-9a-f"),
     "schema_version": (_is(int), "a whole number"),
     "seed": (_is(int), "a whole number"),
-    "sweep": (_is(str, type(None)), "a text or null"),
+    "sweep": (lambda value: value is None or _name(value), "null or a text without control characters"),
     "summary": (_flat, "numbers by name"),
     "unavailable": (lambda value: isinstance(value, dict) and _texts([*value.values()]), "texts by name"),
     "notes": (_texts, "a list of texts"),
     "words": (_is(dict), "an object"),
     "words.kept": (_is(dict), "an object"),
     "words.dropped": (_is(dict), "an object"),
-    "claims": (_is(dict), "an object"),
+    "claims": (_describes, "texts without control characters, by name"),
     "processing": (_is(dict), "an object"),
     "processing.applied": (_is(str), "a text"),
     "provenance": (_is(dict), "an object"),
@@ -136,13 +153,17 @@ def tables_fault(folder: Path, record: Mapping[str, Any]) -> str | None:
 
     Only the footers of the files are read.
     """
-    named = record.get("tables", {"heads": None})  # an earlier version named none
+    there = [name for name in sorted(TABLES) if os.path.lexists(folder / f"{name}.parquet")]
+    named = record.get("tables", dict.fromkeys(["heads", *there]))  # an earlier version named none
     if not isinstance(named, Mapping) or "heads" not in named or not all(map(TABLE.fullmatch, named)):
         return "its record.json does not name its tables"
     for name, rows in named.items():
         fault = _table_fault(folder / f"{name}.parquet", name, rows, record["summary"])
         if fault is not None:
             return f"{name}.parquet {fault}"
+    for name in there:
+        if name not in named:
+            return f"{name}.parquet is there, and its record.json does not name it"
     return None
 
 

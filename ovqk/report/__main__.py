@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovqk.config.command_line import tool
-from ovqk.errors import one_message, print_any_text
+from ovqk.errors import one_message, print_any_text, printable
 from ovqk.report.write import write_report
 
 
 def _print(line: str) -> None:
-    print(line, file=sys.stderr if line.startswith("without ") else sys.stdout, flush=True)
+    print(printable(line), file=sys.stderr if line.startswith("without ") else sys.stdout, flush=True)
 
 
 @one_message()

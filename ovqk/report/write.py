@@ -51,7 +51,9 @@ def write_report(
         raise UserError(f"{results_dir} is a part of a results folder: give the whole, {above}.")
     if not cells:
         raise UserError(f"{results_dir} holds no finished cell{_failed(failures)}. {_remedy(results_dir)}")
-    path = out or results_dir / PAGE
+    path = results_dir / PAGE if out is None else out
+    if path.name == "" or (path.exists() and not path.is_file()):  # a device would be replaced, and not written to
+        raise UserError(f"--out {path}: no file; allowed: a path of a page that is made, or made anew.")
     said = []
     try:
         for line in _write(cells, failures, path, with_figures):

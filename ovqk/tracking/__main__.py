@@ -18,7 +18,7 @@ from filelock import Timeout
 
 from ovqk.config.command_line import tool
 from ovqk.config.schema import TrackingConfig, TrackingMode
-from ovqk.errors import UserError, one_message, print_any_text
+from ovqk.errors import UserError, one_message, print_any_text, printable
 from ovqk.records.record import claim, fault, read_record, read_tracking, says_done
 from ovqk.records.results import cell_folders
 from ovqk.tracking.environment import not_followed, project_of
@@ -70,12 +70,12 @@ def _track_later(folder: Path, arguments: argparse.Namespace, mode: TrackingMode
     """Track a cell unless it was tracked or another process works on it; print the outcome. Return False on failure."""
     record = read_record(folder)
     if record is None or "status" not in record:
-        print(f"skipped {folder}: its record cannot be read", file=sys.stderr)
+        print(printable(f"skipped {folder}: its record cannot be read"), file=sys.stderr)
         return True
     if not says_done(record):
         return True
     if (wrong := fault(folder, record)) is not None:
-        print(f"skipped {folder}: {wrong}", file=sys.stderr)
+        print(printable(f"skipped {folder}: {wrong}"), file=sys.stderr)
         return True
     destination = _destination(record, arguments, mode)
 
@@ -115,7 +115,7 @@ def _held(
         with claim(results_dir, identifier, wait=False):
             outcome = attempt()
     except Timeout:
-        print(f"skipped {name}: another process is at work on it", file=sys.stderr)
+        print(printable(f"skipped {name}: another process is at work on it"), file=sys.stderr)
         return True
     except OSError as error:
         if error.errno not in DISK:
@@ -125,9 +125,9 @@ def _held(
         return True
     status, reason = outcome
     if status == "done":
-        print(" ".join(filter(None, ("tracked", name, read_tracking(folder).get("url")))))
+        print(printable(" ".join(filter(None, ("tracked", name, read_tracking(folder).get("url"))))))
         return True
-    print(f"not tracked {name}: {reason}", file=sys.stderr)
+    print(printable(f"not tracked {name}: {reason}"), file=sys.stderr)
     return False
 
 

@@ -57,14 +57,15 @@ def read_cycle(model: Model) -> Cycle | str:
         return "the checkpoint holds no embedding"
     if config.modulus < LEAST_RESIDUES:
         raise UserError(f"{key}.modulus={config.modulus}: allowed: {LEAST_RESIDUES} and more.")
-    ids = _of_words(model, task, config) if config.words else list(range(config.first, config.first + config.modulus))
-    wanted = [*ids, *([] if config.query is None else [config.query])]
+    ids = _of_words(model, task, config) if config.words else range(config.first, config.first + config.modulus)
+    ends = (ids[0], ids[-1]) if isinstance(ids, range) else ids  # a range may be far too long for a list
+    wanted = [*ends, *([] if config.query is None else [config.query])]
     if min(wanted) < 0 or max(wanted) >= vocabulary.size:
         raise UserError(
             f"{key}: names the tokens {min(wanted)} to {max(wanted)}, and {model.label} has {vocabulary.size}; set "
             "task.cycle.modulus, task.cycle.first and task.cycle.query to those of the model."
         )
-    return Cycle(torch.tensor(ids), config.query)
+    return Cycle(torch.tensor(list(ids)), config.query)
 
 
 def _of_words(model: Model, task: TaskConfig, config: CycleConfig) -> list[int]:

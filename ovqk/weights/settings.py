@@ -117,6 +117,14 @@ class Settings:
             raise UserError(f"{self.label}: config.json must give '{key}' as a positive integer, not {number!r}.")
         return number
 
+    def _name(self, name: str) -> str | None:
+        text = self._read(name)
+        if not isinstance(text, str | None):
+            raise UserError(
+                f"{self.label}: config.json must give '{self.family.keys[name][0]}' as a text, not {text!r}."
+            )
+        return text
+
     def _flag(self, key: str, default: bool = False) -> bool:
         flag = self.config.get(key, default)
         if not isinstance(flag, bool | None):
@@ -162,7 +170,7 @@ class Settings:
             norm_eps=float(norm_eps),
             positions=family.positions,
             tied=self._flag("tie_word_embeddings", family.tied_by_default),
-            activation=self._read("activation"),
+            activation=self._name("activation"),
             attention_scale=self._read_attention_scale(),
             post_norm="post_norm" in family.tensors,
             qk_norm=family.query_key_norm is not None,
