@@ -15,8 +15,9 @@ from ovqk.config.resolve import plain
 from ovqk.config.schema import Direction, TaskConfig
 from ovqk.errors import UserError
 from ovqk.tasks.claims import RELIABILITIES, Claims, check_roles, parse_head, resolve_claims
+from ovqk.tasks.matches import MIN_WORDS
 from ovqk.tasks.prompts import Prompt, sample_prompts, token_positions
-from ovqk.tasks.words import MIN_WORDS, WordLookup, load_tokenizer, resolve_task
+from ovqk.tasks.words import WordLookup, load_tokenizer, resolve_task
 from ovqk.weights.types import Architecture
 
 TASKS = sorted(

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import VariableConfig, VariableKind
 from ovqk.errors import UserError
-from ovqk.tasks.words import load_tokenizer, matched_tokens, resolve_task, surface_form
+from ovqk.tasks.matches import matched_tokens, surface_form
+from ovqk.tasks.words import load_tokenizer, resolve_task
 
 
 @pytest.fixture(scope="module")

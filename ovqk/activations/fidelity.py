@@ -17,8 +17,8 @@ from ovqk.activations.batches import Prompts
 from ovqk.activations.forward import RunningModel
 from ovqk.activations.quantities import Steps
 from ovqk.config.schema import RoleActivationsConfig
+from ovqk.tasks.matches import MIN_WORDS
 from ovqk.tasks.readouts import Readout
-from ovqk.tasks.words import MIN_WORDS
 from ovqk.weights.types import Architecture
 
 NEAR = 0.5

@@ -1,14 +1,11 @@
 """A task's words as tokens of one model (definitions: section 5)."""
 
 import dataclasses
-import math
 import random
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from tokenizers import Encoding, Tokenizer
@@ -18,11 +15,9 @@ from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import CONFIG, TOKENIZER_FILES, folder_of
 from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
 from ovqk.errors import UserError
+from ovqk.tasks.matches import MIN_WORDS, WORD_STARTS, matched_tokens
 
-MIN_WORDS = 8
 MOST_WORDS = 10_000  # in a set; each is looked up, drawn for nulls, and listed in the record
-WORD_STARTS = ("Ġ", "▁")  # the marks of a leading space in byte-level BPE and sentencepiece
-RANK_WINDOW = 0.25  # the largest distance of a matched token from the word, in log id rank
 
 
 @dataclass(frozen=True)
@@ -384,72 +379,3 @@ def _why(token: int | None, found: list[int], n_sets: int, seen: set[int]) -> st
     if token in seen or len(set(found)) < n_sets:
         return "the same token as another word"
     return "in a pair with a word that is the same token as another"
-
-
-def surface_form(token: str) -> tuple[bool, str, bool, int]:
-    """Return a token's surface form: leading space, capitalisation, whether it is all letters, and length class."""
-    text = token.lstrip("".join(WORD_STARTS))
-    letters = text if text.isascii() and text.isalpha() else re.sub(r"[^a-zA-Z]", "", text)
-    if letters.isupper():
-        case = "upper"
-    elif letters.istitle():
-        case = "title"
-    else:
-        case = "lower" if letters.islower() or not letters else "mixed"
-    return token.startswith(WORD_STARTS), case, text.isalpha(), min(len(text) // 3, 3)
-
-
-def matched_tokens(
-    ids: Int[Tensor, " word"],
-    excluded: Int[Tensor, " task_token"],
-    tokenizer: Tokenizer,
-    n_tokens: int,
-    own: Int[Tensor, " own"] | None = None,
-) -> tuple[dict[int, list[int]], str]:
-    """Find tokens like these words: the same surface form, and a log id rank within 0.25.
-
-    If there are fewer than 8 matches in all, the rank window is dropped, then the length class, then the form. A word
-    with fewer than 2 matches takes the matches of all words.
-
-    Args:
-        ids: the words' token ids.
-        excluded: the ids of all task words, which match nothing.
-        tokenizer: the model's tokenizer.
-        n_tokens: the number of real tokens.
-        own: ids in `excluded` that may match all the same.
-
-    Returns:
-        Word id -> ids of its matched tokens (at least one), and a note that is empty if no rule had to be dropped.
-
-    Raises:
-        UserError: the vocabulary has fewer than 8 other tokens.
-    """
-    forms = [surface_form(tokenizer.id_to_token(i) or "") for i in range(n_tokens)]
-    ranks = np.array([math.log(token + 1) for token in range(n_tokens)])
-    outside = set(excluded.tolist())
-    barred = outside - set(() if own is None else own.tolist())
-
-    def matches(window: float, parts: int) -> dict[int, list[int]]:
-        by_form: dict[tuple[object, ...], list[int]] = {}
-        for token, form in enumerate(forms):
-            if token not in barred:
-                by_form.setdefault(form[:parts], []).append(token)
-        alike = {form: np.array(tokens) for form, tokens in by_form.items()}
-        found = {}
-        for word in ids.tolist():
-            tokens = alike.get(forms[word][:parts], np.empty(0, dtype=np.int64))
-            found[word] = tokens[np.abs(ranks[tokens] - ranks[word]) <= window].tolist()
-        return found
-
-    relaxations = (
-        (RANK_WINDOW, 4, ""),
-        (math.inf, 4, "matched tokens drawn without regard to id rank"),
-        (math.inf, 3, "matched tokens drawn without regard to id rank and length"),
-        (math.inf, 0, "matched tokens drawn from all other tokens"),
-    )
-    for window, parts, note in relaxations:
-        found = matches(window, parts)
-        band = sorted({token for tokens in found.values() for token in tokens} - outside)
-        if len(band) >= MIN_WORDS:
-            return {word: tokens if len(tokens) >= 2 else band for word, tokens in found.items()}, note
-    raise UserError(f"the vocabulary has fewer than {MIN_WORDS} tokens besides the task's words.")
