@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ovqk.activations.judge import LINKED, Judged
 from ovqk.config.schema import Circuit, RoleActivationsConfig, TaskConfig
 from ovqk.metrics import METRICS
+from ovqk.verdicts.statistics import Stratum, stratified_permutation, within_layer_auc
 
 BOOTSTRAPS = 1000
 MOST_CHOICES = 100_000
@@ -21,7 +22,12 @@ LINKS = ("write_link", "score_link", "score_key_partner", "score_query_partner")
 
 
 def joint_table(
-    judged: Judged, verdicts: pd.DataFrame | None, heads: pd.DataFrame, task: TaskConfig, seed: int
+    judged: Judged,
+    verdicts: pd.DataFrame | None,
+    heads: pd.DataFrame,
+    task: TaskConfig,
+    seed: int,
+    kv_of_head: NDArray[np.int64],
 ) -> pd.DataFrame:
     """Return joint.parquet: a row for each claimed or measured head, and one for each role over all heads.
 
@@ -31,6 +37,7 @@ def joint_table(
         heads: the weights' metrics.
         task: the task.
         seed: of bootstraps.
+        kv_of_head: each head's KV group, the same in every layer.
     """
     rows = []
     for subject in judged.roles.to_dict("records"):
@@ -48,7 +55,7 @@ def joint_table(
                 "reading": reading(weights.get("verdict"), subject["verdict"], link),
             }
         )  # fmt: skip
-    rows += _role_rows(judged, heads, task, seed)
+    rows += _role_rows(judged, heads, task, seed, kv_of_head)
     return pd.DataFrame(rows)
 
 
@@ -108,7 +115,9 @@ def _weights(verdicts: pd.DataFrame | None, role: str, place: tuple[int, int]) -
     return found.iloc[0].to_dict() if len(found) else {}
 
 
-def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int) -> list[dict[str, Any]]:
+def _role_rows(
+    judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int, kv_of_head: NDArray[np.int64]
+) -> list[dict[str, Any]]:
     """Return for each role how its weight metric ranks all heads, against what they do on prompts.
 
     The metric is the first that the role predicts of heads: a composition ranks pairs.
@@ -133,16 +142,44 @@ def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int)
         )
         low, high = _interval(metric, has, seed)
         layers = heads["layer"].to_numpy(dtype=np.int64)
+        in_layers, in_layers_p = auc_in_layers(metric, has, layers, kv_of_head[heads["head"]], seed)
         rows.append(
             {
                 "kind": "role", "role": role, "layer": None, "head": None, "claimed": None, "measured": None,
                 "metric": first.metric, "quantity": quantity, "n_measured": int(has.sum()), "n_heads": len(heads),
                 "auc": _auc(metric, has), "auc_low": low, "auc_high": high,
+                "auc_in_layers": in_layers, "auc_in_layers_p": in_layers_p,
                 "spearman": _spearman(metric, done), "split_half": _spearman(done, other),
                 "peers_p": peers_p(done, has, layers, seed),
             }
         )  # fmt: skip
     return rows
+
+
+def auc_in_layers(
+    metric: NDArray[np.float64],
+    has: NDArray[np.bool_],
+    layers: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    seed: int,
+) -> tuple[float, float]:
+    """Return P(a head with the role has more of the metric than another of its layer), and its p by permutation.
+
+    Heads of a role lie at its depth, so that a metric that only grows with depth would rank them high in the whole
+    model. Labels are permuted within layers, KV groups first. nan if no layer has heads with and without the role.
+
+    Args:
+        metric: of all heads, larger in the predicted direction.
+        has: which heads have the role.
+        layers, groups: of all heads.
+        seed: of draws.
+    """
+    strata = []
+    for layer in np.unique(layers[has]):
+        own = (layers == layer) & np.isfinite(metric)
+        if has[own].any() and not has[own].all():
+            strata.append(Stratum(metric[own], has[own], groups[own]))
+    return (within_layer_auc(strata), stratified_permutation(strata, seed).p) if strata else (math.nan, math.nan)
 
 
 def peers_p(values: NDArray[np.float64], has: NDArray[np.bool_], layers: NDArray[np.int64], seed: int) -> float:

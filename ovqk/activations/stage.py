@@ -135,7 +135,8 @@ class ActivationTables:
         """Return `activations`, `roles` and `joint`, and `candidates` with what they do on prompts."""
         self.judged = judge_activations(self.measured, self.claimed, self.links)
         config = self.model.config
-        joint = joint_table(self.judged, made.get("verdicts"), made["heads"], config.task, config.seed)
+        groups = self.model.architecture.kv_of_head.numpy()
+        joint = joint_table(self.judged, made.get("verdicts"), made["heads"], config.task, config.seed, groups)
         found = Tables({"activations": self.judged.activations, "roles": self.judged.roles, "joint": joint})
         if "candidates" in made:
             found["candidates"] = on_prompts(made["candidates"], self.judged, set(self.roles))
