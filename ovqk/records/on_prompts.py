@@ -52,7 +52,7 @@ class Ranking:
 
     @property
     def says(self) -> list[str]:
-        """How the weights rank the heads: AUC with its interval, and within layers; Spearman, and what it could reach."""
+        """How the weights rank the heads: AUC with its interval, also in layers; Spearman, and what it could reach."""
         auc, low, high = (self.statistics[name] for name in ("auc", "auc_low", "auc_high"))
         interval = f" ({low:.2f} to {high:.2f})" if math.isfinite(low) and math.isfinite(high) else ""
         within = self.statistics["auc_in_layers"]
