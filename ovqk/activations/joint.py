@@ -19,6 +19,10 @@ MOST_CHOICES = 100_000
 TIE = 1e-12
 LINKS = ("write_link", "score_link", "score_key_partner", "score_query_partner")
 """What ties weights to prompts."""
+QUANTITIES = (
+    *("attention", "attention_control", "write", "write_se", "effect", "effect_se", "effect_mean_replacement"),
+)
+"""What a head does, with what each number has to be read beside."""
 
 
 def joint_table(
@@ -50,7 +54,7 @@ def joint_table(
                 "claimed": subject["claimed"], "measured": subject["measured"],
                 "weights": weights.get("verdict"), "primary": weights.get("primary"), "value": weights.get("value"),
                 "percentile": weights.get("percentile"), "activations": subject["verdict"],
-                **{name: subject.get(name, math.nan) for name in ("attention", "write", "effect")},
+                **{name: subject.get(name, math.nan) for name in QUANTITIES},
                 **{name: subject.get(name, math.nan) for name in LINKS}, "link": link,
                 "reading": reading(weights.get("verdict"), subject["verdict"], link),
             }
