@@ -146,7 +146,8 @@ def _role_rows(
         )
         low, high = _interval(metric, has, seed)
         layers = heads["layer"].to_numpy(dtype=np.int64)
-        in_layers, in_layers_p = auc_in_layers(metric, has, layers, kv_of_head[heads["head"]], seed)
+        groups = kv_of_head[heads["head"].to_numpy(dtype=np.int64)]
+        in_layers, in_layers_p = auc_in_layers(metric, has, layers, groups, seed)
         rows.append(
             {
                 "kind": "role", "role": role, "layer": None, "head": None, "claimed": None, "measured": None,
