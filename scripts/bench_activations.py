@@ -1,8 +1,9 @@
 """The cost of running a model on a task's prompts, beside one forward pass over the clean prompts.
 
-    python scripts/bench.py --what activations --path MODEL [--task ioi]
+    python scripts/bench.py --what activations --path MODEL [--task ioi] [--prompts 256] [--threads 1]
 
 MODEL is a Hugging Face directory or a GGUF file. Loading the model is not counted, and reading the prompts is.
+Times are of the processor, over all threads, so that other processes do not count.
 """
 
 import time
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 
 
-def measure_activations(path: Path, task: str) -> dict[str, float]:
-    """Return seconds of one forward pass and of everything that activations take, and the peak resident MB."""
+def measure_activations(path: Path, task: str, prompts: int) -> dict[str, float]:
+    """Return processor seconds of one forward pass and of all that activations take, and the peak resident MB."""
     from bench import compose_cell, open_model
 
     from ovqk.activations.forward import RunningModel
@@ -27,7 +28,8 @@ def measure_activations(path: Path, task: str) -> dict[str, float]:
     from ovqk.tasks.words import load_tokenizer
     from ovqk.weights.types import OpenedModel
 
-    config = compose_cell("model=local", f'model.path="{path}"', f"task={task}", "analysis=activations")
+    asked = (f"task={task}", "analysis=activations", f"activations.prompts={prompts}")
+    config = compose_cell("model=local", f'model.path="{path}"', *asked)
     checkpoint, source = open_checkpoint(config.model), open_model(config)
     tokenizer = load_tokenizer(checkpoint)
     assert tokenizer is not None
@@ -38,24 +40,24 @@ def measure_activations(path: Path, task: str) -> dict[str, float]:
     seconds: dict[str, float] = {}
 
     def steps(count: int, what: str) -> Any:
-        started = time.perf_counter()
+        started = time.process_time()
         yield from range(count)
-        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
+        seconds[what] = seconds.get(what, 0.0) + time.process_time() - started
 
     model.vocabulary  # noqa: B018  # read before the clock starts, as every cell reads it
-    started = time.perf_counter()
+    started = time.process_time()
     stage = ActivationTables(model, runner, claims, steps)
     for index in range(source.architecture.n_layers):
         stage.visit(Layer(model, index))
     judge_activations(stage.measured, stage.claimed, stage.links)
-    everything = time.perf_counter() - started
+    everything = time.process_time() - started
     with torch.no_grad():
         passes = []
         for _ in range(2):
-            started = time.perf_counter()
+            started = time.process_time()
             for batch in stage.prompts.batches:
                 running.model(input_ids=batch.tokens, use_cache=False, logits_to_keep=1)
-            passes.append(time.perf_counter() - started)
+            passes.append(time.process_time() - started)
     return {
         "everything": everything,
         "forward": min(passes),

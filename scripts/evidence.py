@@ -3,8 +3,8 @@
     python scripts/evidence.py DIR [DIR ...]
 
 Each directory is a model with its tokenizer, for instance training seeds of one recipe. For every task of the
-synthetic language the roles are measured (`measure_roles.py`: activations only), the weights are analysed (weights
-only), and for each role and metric the two are compared:
+synthetic language the roles are measured on prompts (`model.claims=measured`: docs/method.md), the weights are analysed
+(weights only), and for each role and metric the two are compared:
 
     AUC     the probability that a head of the role exceeds another head of its layer in the metric, in the direction
             the role predicts (`high` where it predicts nothing of the metric); 0.5 by chance
@@ -15,22 +15,18 @@ Compositions are with the measured heads of the partner role, as they would be w
 """
 
 import argparse
-import contextlib
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import measure_roles
 import numpy as np
 import pandas as pd
-import yaml
 from hydra import compose, initialize_config_dir
 from numpy.typing import NDArray
-from transformer_lens.model_bridge import TransformerBridge
 
 from ovqk import wording
 from ovqk.analyse import analyse
+from ovqk.cell import runner_of
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import resolve
 from ovqk.config.schema import Direction, PredictionConfig, register
@@ -68,21 +64,27 @@ class Measured:
 
 def measured(directory: Path, task: str, count: int) -> Measured:
     """Measure the roles on prompts, and analyse the weights."""
-    file = ROOT / "conf" / "task" / f"{task}.yaml"
-    with contextlib.redirect_stderr(io.StringIO()):
-        model = TransformerBridge.boot_transformers(str(directory), device="cpu")
-        start = measure_roles.own_start(str(directory), model.tokenizer)
-        content = yaml.safe_load(file.read_text())
-        found = measure_roles.measure(measure_roles.prepare(model, content, count, 0, start), task)
+    overrides = [f"task={task}", "model=local", f"model.path={directory}", "model.claims=measured"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cell = resolve(compose("config", overrides=[f"task={task}", "model=local", f"model.path={directory}"]))
+        cell = resolve(
+            compose("config", overrides=[*overrides, "analysis=activations", f"activations.prompts={count}"])
+        )
     checkpoint = open_checkpoint(cell.model, reads=tensors_read)
-    opened = OpenedModel(open_weights(checkpoint, cell.model), directory.name, load_tokenizer(checkpoint))
-    heads = analyse(opened, cell).tables["heads"]
+    tokenizer = load_tokenizer(checkpoint)
+    opened = OpenedModel(open_weights(checkpoint, cell.model), directory.name, tokenizer)
+    analysis = analyse(opened, cell, runner=runner_of(checkpoint, cell, tokenizer))
+    if why := (analysis.activations or {})["untestable"]:
+        raise SystemExit(f"{directory.name} / {task}: {why}")
+    heads, found = analysis.tables["heads"], analysis.tables.get("roles", pd.DataFrame(columns=["role", "measured"]))
     facts = opened.source.architecture
     values = {name: heads[name].to_numpy(float).reshape(facts.n_layers, facts.n_heads) for name in metrics_of(heads)}
-    roles = {role: [evidence.head for evidence in entries] for role, entries in found.items()}
-    predictions = {role: cell.task.roles[role].predictions if role in cell.task.roles else [] for role in roles}
+    rows = found[found["measured"].astype(bool)]
+    roles = {
+        role: [(int(row["layer"]), int(row["head"])) for row in rows[rows["role"] == role].to_dict("records")]
+        for role, config in cell.task.roles.items()
+        if config.activations is not None
+    }
+    predictions = {role: list(cell.task.roles[role].predictions) for role in roles}
     claims = Claims("measured", "measured", None, roles, predictions)
     tests = ClaimTests(TaskReadout.read(Model.read(opened, cell)), claims)
     for layer in range(facts.n_layers):
@@ -148,14 +150,14 @@ def interval(strata: list[Stratum]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", type=Path, nargs="+")
-    parser.add_argument("--count", type=int, default=800, help="prompts a task")
+    parser.add_argument("--count", type=int, default=1024, help="prompts a task")
     arguments = parser.parse_args()
     register()
     for task in TASKS:
         models = [measured(directory.resolve(), task, arguments.count) for directory in arguments.directories]
         for role in models[0].claims.roles:
             heads = [
-                f"{model.name}: {', '.join(measure_roles.name_of(head) for head in model.claims.roles[role]) or 'none'}"
+                f"{model.name}: {', '.join(f'{a}.{b}' for a, b in model.claims.roles[role]) or 'none'}"
                 for model in models
             ]
             print(f"### {task}: {wording.role(role)}\n\n{'; '.join(heads)}\n")

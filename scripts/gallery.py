@@ -36,7 +36,7 @@ CHOSEN = (
     "depth",
     "atlas_induction_ov_copying",
     "atlas_ioi_ov_task_auc",
-    "circuit_mini-attn_ioi",
+    "circuit_mini-gpt2_induction",
     "head_mini-attn_induction_3.0",
 )
 """Of the report's figures."""
@@ -46,7 +46,7 @@ SCREENS = {
     "report_atlas": ("atlas/ioi/ov_copying", "light"),
     "report_head": ("head/mini-attn/induction/3.0", "light"),
     "report_head_dark": ("head/mini-attn/induction/3.0", "dark"),
-    "report_circuit": ("circuit/mini-attn/ioi", "light"),
+    "report_circuit": ("circuit/mini-gpt2/induction", "light"),
 }
 """Name of a screenshot -> the address it is of, and the colours."""
 

@@ -172,7 +172,8 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ovqk.cell import run_cell
 
     results = tmp_path_factory.mktemp("computed") / "results"
-    run_cell(compose("tracking=none", "nulls.draws=19", f"results_dir={results}"))
+    claims = ('+task.claims.mini-attn.roles.name_mover=["3.0"]', '+task.claims.mini-attn.roles.s_inhibition=["0.4"]')
+    run_cell(compose("tracking=none", "nulls.draws=19", f"results_dir={results}", *claims))  # some that compose
     return results
 
 

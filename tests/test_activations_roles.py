@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ovqk.activations import joint
 from ovqk.activations.effects import Effects, Patch
-from ovqk.activations.joint import peers_p, reading
+from ovqk.activations.joint import auc_in_layers, peers_p, reading
 from ovqk.activations.judge import judge_activations
 from ovqk.activations.quantities import Observed, RoleValues
 from ovqk.activations.roles import Measured
@@ -165,6 +165,19 @@ def test_peers_are_drawn_where_choices_are_too_many(monkeypatch) -> None:
     monkeypatch.setattr(joint, "MOST_CHOICES", 3000)  # of 56 x 56
     drawn = peers_p(values, has, layers, 0)
     assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact / 3000)) and drawn != exact
+
+
+def test_a_metric_that_only_grows_with_depth_finds_no_heads_in_their_layers() -> None:
+    layers, groups = np.repeat(np.arange(4), 6), np.tile(np.arange(6), 4)
+    has = (layers == 3) & (groups < 2)
+    assert joint._auc(layers.astype(float), has) > 0.9
+    assert auc_in_layers(layers.astype(float), has, layers, groups, 0) == (0.5, 1.0)
+    first = np.where(has, 1.0, -groups.astype(float))
+    assert auc_in_layers(first, has, layers, groups, 0) == (1.0, pytest.approx(1 / math.comb(6, 2)))
+    shared = groups // 2  # both heads of one KV group, of three
+    assert auc_in_layers(first, has, layers, shared, 0) == (1.0, pytest.approx(1 / 3))
+    assert all(map(math.isnan, auc_in_layers(first, layers == 3, layers, groups, 0)))
+    assert all(map(math.isnan, auc_in_layers(first, np.zeros(24, bool), layers, groups, 0)))
 
 
 def test_a_row_that_could_not_be_significant_alone_says_so() -> None:

@@ -4,10 +4,13 @@ import json
 
 import accuracy
 import language
+import measured_claims
 import pytest
 import torch
 import words
+import yaml
 from support import ROOT
+from support.commands import computed
 
 BUNDLED = ROOT / "ovqk" / "bundled"
 MODELS = ("mini-attn", "mini-gpt2", "mini-llama")
@@ -60,7 +63,6 @@ def test_accuracy_on_held_out_triples(loaded, task):
 @pytest.mark.parametrize("task", list(language.TASKS))
 def test_the_claims_are_those_of_the_card(name, task):
     """Every measured role of the card's table is claimed, head by head, and no other."""
-    yaml = pytest.importorskip("yaml")
     card = (BUNDLED / name / "README.md").read_text()
     rows = [line.strip("| \n").split(" | ") for line in card.splitlines() if line.startswith(f"| {task} | ")]
     told = {role.replace(" ", "_"): heads.split(", ") for _, role, heads in rows}
@@ -110,23 +112,16 @@ def test_each_name_has_other_words_of_about_its_frequency_rank(loaded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bundled", MODELS)
-def test_roles_measured_again_are_the_shipped_claims(bundled):
-    """Slow: thirty-odd forward passes a task."""
-    yaml = pytest.importorskip("yaml")
-    import measure_roles
-
-    card = (BUNDLED / bundled / "README.md").read_text()
-    model = measure_roles.TransformerBridge.boot_transformers(str(BUNDLED / bundled), device="cpu")
-    for asked in language.TASKS:
-        task = yaml.safe_load((ROOT / "conf" / "task" / f"{asked}.yaml").read_text())
-        start = measure_roles.own_start(str(BUNDLED / bundled), model.tokenizer)
-        measurement = measure_roles.prepare(model, task, count=800, seed=0, start=start)
-        if asked == "ioi":  # the card's own sentences are of these prompts
-            assert f"difference of {measurement.total:.1f}" in " ".join(card.split())
-        found = measure_roles.measure(measurement, asked)
-        shipped = task["claims"].get(bundled, {"source": "", "roles": {}})  # no entry where no role was found
-        again = measure_roles.claims(found, shipped["source"])
-        assert again["roles"] == shipped["roles"]
-        for head, evidence in again.get("evidence", {}).items():
-            assert shipped["evidence"][head] == pytest.approx(evidence, abs=0.01)
+@pytest.mark.parametrize(("model", "task"), [("mini-attn", "ioi"), ("mini-gpt2", "induction"), ("mini-llama", "sva")])
+def test_roles_measured_again_are_the_shipped_claims(model, task, tmp_path):
+    """Slow: 1,024 prompts. Each model by one task."""
+    shipped = yaml.safe_load((ROOT / "conf" / "task" / f"{task}.yaml").read_text())["claims"][model]
+    _, record, tables = computed(
+        tmp_path, f"model={model}", "model.claims=measured", f"task={task}", "analysis=activations",
+        "activations.prompts=1024", "nulls.draws=19",
+    )  # fmt: skip
+    again = yaml.safe_load(measured_claims.claims_block(record, tables["roles"]))[model]
+    assert again["roles"] == shipped["roles"] and again["source"] == shipped["source"]
+    for role, heads in again["evidence"].items():
+        for head, evidence in heads.items():
+            assert shipped["evidence"][role][head] == pytest.approx(evidence, abs=0.01)

@@ -33,7 +33,7 @@ def test_the_default_cell_makes_a_complete_record(cli, tmp_path) -> None:
     assert record["processing"] == {"requested": "folded", "applied": "folded"}
     assert folder.name == f"b03-{record['cell_id']}"
     names = {
-        *("heads", "layers", "spectra", "offsets", "directions", "composition"),
+        *("heads", "layers", "spectra", "offsets", "directions"),
         *("tests", "nulls", "verdicts"),
     }
     assert set(record["tables"]) == names

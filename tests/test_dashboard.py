@@ -37,7 +37,7 @@ def test_a_workspace_has_the_five_sections_with_what_the_records_hold(results) -
     found = sections(spec)
     assert list(found) == ["Claims", "Spectra", "Symmetry and position", "Heads", "Health"]
     text = {name: json.dumps(panels) for name, panels in found.items()}
-    assert "role/name_mover/p" in text["Claims"] and "tables/candidates" in text["Claims"]
+    assert "role/copy_suppression/p" in text["Claims"] and "tables/candidates" in text["Claims"]
     assert "figures/effects" in text["Claims"] and "comparison/roles" in text["Claims"]
     assert "eigenvalues/ov_vocab_table" in text["Spectra"] and "depth/ov_effective_rank" in text["Spectra"]
     assert "depth/qk_symmetry" in text["Symmetry and position"]

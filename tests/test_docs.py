@@ -227,7 +227,7 @@ def test_the_readme_shows_what_is_printed(tmp_path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = [block for block in re.findall(r"(?:^(?: {4}.*)?\n)+", text, flags=re.MULTILINE) if "verdict\n" in block]
     (block,) = shown
-    command = ["python", "run.py", "task=induction"]
+    command = ["python", "run.py", "task=sva"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = mismatch(textwrap.dedent(block), done.stdout)

@@ -92,6 +92,8 @@ def test_a_ranking_holds_the_metric_and_the_quantity_of_every_head(cell) -> None
     testing = done[(done["role"] == "previous_token") & (done["half"] == "testing")]
     wanted = (testing["attention"] - testing["attention_control"]).to_numpy()
     assert np.array_equal(previous.points["prompts"], wanted) and previous.says[0] == "no AUC: no head is measured"
+    joint = cell.tables["joint"].assign(auc_in_layers=0.75)
+    assert on_prompts.rankings(cell.record, cell.tables | {"joint": joint})[0].says[0].endswith("1.00), 0.75 in layers")
     assert induction.points["found"].value_counts().to_dict() == {"neither": 27, "both": 2, "claimed": 2, "measured": 1}
 
 

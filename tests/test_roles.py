@@ -1,92 +1,76 @@
-"""The measurement of roles from activations: what it calls a head's direct effect, and what it finds where."""
-
-import json
-import shutil
+"""Measured roles as claims: the block that a script writes from a cell, and which metric finds them."""
 
 import evidence
-import measure_roles
+import measured_claims
 import numpy as np
+import pandas as pd
 import pytest
-import torch
 import yaml
-from support import ROOT
-from support.models import BUNDLED, make
 
 from ovqk.config.schema import PredictionConfig
 from ovqk.tasks.claims import Claims
 from ovqk.weights.types import Architecture
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 
-TASK = yaml.safe_load((ROOT / "conf" / "task" / "ioi.yaml").read_text())
+def record_of(claims: str | None = "measured", untestable: str = "", ran: bool = True) -> dict:
+    roles = {
+        "mover": {"activations": {"decides": ["attention", "write"]}},
+        "server": {"activations": {"decides": ["effect"]}},
+    }
+    halves = {"choosing": {"prompts": 90}, "testing": {"prompts": 110}}
+    return {
+        "model": "mine", "task": "names", "analysis": "activations" if ran else "b03", "seed": 3,
+        "summary": {"n_layers": 2, "n_heads": 8},
+        "activations": {"halves": halves, "untestable": untestable} if ran else None,
+        "provenance": {"config": {"model": {"claims": claims}, "task": {"roles": roles}}},
+    }  # fmt: skip
 
 
-def batch_of(path):
-    from transformer_lens.model_bridge import TransformerBridge
-
-    model = TransformerBridge.boot_transformers(str(path), device="cpu")
-    known = measure_roles.known_words(
-        TASK["words"], TASK["prompts"], lambda word: measure_roles.word_token(model.tokenizer, word) is not None
+def roles_table() -> pd.DataFrame:
+    mover = {"attention": 0.6123, "attention_control": 0.1, "attention_p": 1e-6, "attention_q": 0.00391}
+    mover |= {"write": 1.5, "write_share": 0.25, "write_p": 0.01, "write_q": 0.02}
+    server = {"effect": 0.4, "effect_mean_replacement": float("nan"), "effect_p": 0.001, "effect_q": 0.002}
+    return pd.DataFrame(
+        [
+            {"role": "mover", "layer": 1, "head": 3, "measured": True, **mover},
+            {"role": "mover", "layer": 1, "head": 2, "measured": False, **mover},
+            {"role": "server", "layer": 0, "head": 1, "measured": True, **server},
+        ]
     )
-    prompts = measure_roles.sample_prompts(known, TASK["prompts"], 20, 0)
-    return model, measure_roles.encode(model, prompts, measure_roles.own_start(str(path), model.tokenizer))
 
 
-@pytest.mark.parametrize("name", ["mini-attn", "mini-gpt2", "mini-llama"])
-def test_bundled_models_are_measured_after_the_start_of_a_text_of_their_language(name) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED.parent / name)
-    start = measure_roles.own_start(str(BUNDLED.parent / name), tokenizer)
-    assert start == [tokenizer.bos_token_id] and measure_roles.spelled(start, tokenizer) == "after '<eos>'"
-
-
-@pytest.mark.parametrize(("adds", "said"), [(None, "without a start token"), (True, "after '<|begin|>'")])
-def test_another_model_is_measured_after_what_its_tokenizer_adds(adds, said, tiny_gpt2, tmp_path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoTokenizer
-
-    path = tmp_path / "copy"
-    shutil.copytree(tiny_gpt2, path)
-    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|begin|>"]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.save(str(path / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "add_bos_token": adds}
-    (path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
-    loaded = AutoTokenizer.from_pretrained(path)
-    assert measure_roles.spelled(measure_roles.own_start(str(path), loaded), loaded) == said
+def test_the_block_of_a_cell_holds_its_measured_heads_and_their_evidence() -> None:
+    (found,) = yaml.safe_load(measured_claims.claims_block(record_of(), roles_table())).items()
+    evidence = {
+        "mover": {
+            "1.3": {
+                "attention": 0.612, "attention_control": 0.1, "attention_p": 0.0001, "attention_q": 0.004,
+                "write": 1.5, "write_share": 0.25, "write_p": 0.01, "write_q": 0.02,
+            }
+        },
+        "server": {"0.1": {"effect": 0.4, "effect_p": 0.001, "effect_q": 0.002}},
+    }  # fmt: skip
+    assert found == (
+        "mine",
+        {
+            "source": "measured on 200 prompts, seed 3", "reliability": "measured", "shape": [2, 4],
+            "roles": {"mover": ["1.3"], "server": ["0.1"]}, "evidence": evidence,
+        },
+    )  # fmt: skip
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["mini-attn", "llama"])
-def test_direct_effects_and_what_is_no_head_add_up_to_the_logit_difference(kind, tmp_path) -> None:
-    path = BUNDLED
-    if kind == "llama":
-        path = tmp_path / "llama"
-        size = len(json.loads((BUNDLED / "token_counts.json").read_text()))
-        make("llama", path, vocab_size=size, max_position_embeddings=64)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(BUNDLED / name, path)
-    model, batch = batch_of(path)
-    result = measure_roles.run(model, batch)
-    _, cache = model.run_with_cache(batch.tokens)
-    every, end = torch.arange(len(batch.tokens)), batch.at("END")
-    rest = cache["hook_embed"][every, end].clone()
-    if "hook_pos_embed" in cache:
-        rest += cache["hook_pos_embed"].expand(len(batch.tokens), -1, -1)[every, end]
-    heads = torch.zeros(len(batch.tokens))
-    for layer in range(model.cfg.n_layers):
-        rest += cache[f"blocks.{layer}.hook_mlp_out"][every, end]
-        rest += 0 if getattr(model.blocks[layer].attn, "b_O", None) is None else model.blocks[layer].attn.b_O
-        for head in range(model.cfg.n_heads):
-            heads += measure_roles.direct_effect(model, batch, result, (layer, head))
-    is_layernorm = kind == "mini-attn"
-    rest = (rest - is_layernorm * rest.mean(-1, keepdim=True)) / result.scale * model.ln_final.weight
-    rest = rest + model.ln_final.bias if is_layernorm else rest
-    contrast = (model.W_U[:, batch.answers] - model.W_U[:, batch.foils]).T
-    total = heads + (rest * contrast).sum(-1)
-    assert torch.allclose(total, result.difference, atol=1e-4 * float(result.difference.abs().max()))
+@pytest.mark.parametrize(
+    ("record", "rows", "said"),
+    [
+        (record_of(ran=False), 3, "analysis=b03 did not run the model; use analysis=activations"),
+        (record_of(claims="gpt2"), 3, "measured beside claimed heads; run the cell with model.claims=measured"),
+        (record_of(untestable="the model does not do the task"), 3, "the model does not do the task"),
+        (record_of(), 0, "no head has a role by measurement"),
+    ],
+)
+def test_a_cell_that_cannot_be_claims_says_why(record, rows, said) -> None:
+    with pytest.raises(ValueError, match=f"mine / names: {said}"):
+        measured_claims.claims_block(record, roles_table()[:rows])
 
 
 def test_a_metric_that_finds_a_role_has_auc_one_and_its_negation_zero() -> None:

@@ -12,16 +12,26 @@ from numpy.typing import NDArray
 from ovqk.activations.judge import LINKED, Judged
 from ovqk.config.schema import Circuit, RoleActivationsConfig, TaskConfig
 from ovqk.metrics import METRICS
+from ovqk.verdicts.statistics import Stratum, stratified_permutation, within_layer_auc
 
 BOOTSTRAPS = 1000
 MOST_CHOICES = 100_000
 TIE = 1e-12
 LINKS = ("write_link", "score_link", "score_key_partner", "score_query_partner")
 """Columns that say how much of a head's behaviour its weights account for."""
+QUANTITIES = (
+    *("attention", "attention_control", "write", "write_se", "effect", "effect_se", "effect_mean_replacement"),
+)
+"""What a head does, with what each number has to be read beside."""
 
 
 def joint_table(
-    judged: Judged, verdicts: pd.DataFrame | None, heads: pd.DataFrame, task: TaskConfig, seed: int
+    judged: Judged,
+    verdicts: pd.DataFrame | None,
+    heads: pd.DataFrame,
+    task: TaskConfig,
+    seed: int,
+    kv_of_head: NDArray[np.int64],
 ) -> pd.DataFrame:
     """Return joint.parquet: a row for each claimed or measured head, and one for each role over all heads.
 
@@ -31,6 +41,7 @@ def joint_table(
         heads: heads.parquet, which holds the weights' metrics.
         task: the task.
         seed: of the bootstrap and of drawn permutations.
+        kv_of_head: each head's KV group, the same in every layer.
     """
     rows = []
     for subject in judged.roles.to_dict("records"):
@@ -43,12 +54,12 @@ def joint_table(
                 "claimed": subject["claimed"], "measured": subject["measured"],
                 "weights": weights.get("verdict"), "primary": weights.get("primary"), "value": weights.get("value"),
                 "percentile": weights.get("percentile"), "activations": subject["verdict"],
-                **{name: subject.get(name, math.nan) for name in ("attention", "write", "effect")},
+                **{name: subject.get(name, math.nan) for name in QUANTITIES},
                 **{name: subject.get(name, math.nan) for name in LINKS}, "link": link,
                 "reading": reading(weights.get("verdict"), subject["verdict"], link),
             }
         )  # fmt: skip
-    rows += _role_rows(judged, heads, task, seed)
+    rows += _role_rows(judged, heads, task, seed, kv_of_head)
     return pd.DataFrame(rows)
 
 
@@ -120,7 +131,9 @@ def _weights(verdicts: pd.DataFrame | None, role: str, place: tuple[int, int]) -
     return found.iloc[0].to_dict() if len(found) else {}
 
 
-def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int) -> list[dict[str, Any]]:
+def _role_rows(
+    judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int, kv_of_head: NDArray[np.int64]
+) -> list[dict[str, Any]]:
     """Return a row for each role: how well its weight metric ranks all heads by their behaviour on prompts.
 
     The metric is the role's first prediction about single heads, because a composition ranks pairs.
@@ -145,16 +158,45 @@ def _role_rows(judged: Judged, heads: pd.DataFrame, task: TaskConfig, seed: int)
         )
         low, high = _interval(metric, has, seed)
         layers = heads["layer"].to_numpy(dtype=np.int64)
+        groups = kv_of_head[heads["head"].to_numpy(dtype=np.int64)]
+        in_layers, in_layers_p = auc_in_layers(metric, has, layers, groups, seed)
         rows.append(
             {
                 "kind": "role", "role": role, "layer": None, "head": None, "claimed": None, "measured": None,
                 "metric": first.metric, "quantity": quantity, "n_measured": int(has.sum()), "n_heads": len(heads),
                 "auc": _auc(metric, has), "auc_low": low, "auc_high": high,
+                "auc_in_layers": in_layers, "auc_in_layers_p": in_layers_p,
                 "spearman": _spearman(metric, done), "split_half": _spearman(done, other),
                 "peers_p": peers_p(done, has, layers, seed),
             }
         )  # fmt: skip
     return rows
+
+
+def auc_in_layers(
+    metric: NDArray[np.float64],
+    has: NDArray[np.bool_],
+    layers: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    seed: int,
+) -> tuple[float, float]:
+    """Return P(a head with the role has more of the metric than another of its layer), and its p by permutation.
+
+    Heads of a role lie at its depth, so that a metric that only grows with depth would rank them high in the whole
+    model. Labels are permuted within layers, KV groups first. nan if no layer has heads with and without the role.
+
+    Args:
+        metric: of all heads, larger in the predicted direction.
+        has: which heads have the role.
+        layers, groups: of all heads.
+        seed: of draws.
+    """
+    strata = []
+    for layer in np.unique(layers[has]):
+        own = (layers == layer) & np.isfinite(metric)
+        if has[own].any() and not has[own].all():
+            strata.append(Stratum(metric[own], has[own], groups[own]))
+    return (within_layer_auc(strata), stratified_permutation(strata, seed).p) if strata else (math.nan, math.nan)
 
 
 def peers_p(values: NDArray[np.float64], has: NDArray[np.bool_], layers: NDArray[np.int64], seed: int) -> float:

@@ -176,7 +176,8 @@ class ActivationTables:
         """Return `activations`, `roles` and `joint`, and `candidates` with the column `on_prompts`."""
         self.judged = judge_activations(self.measured, self.claimed, self.links)
         config = self.model.config
-        joint = joint_table(self.judged, made.get("verdicts"), made["heads"], config.task, config.seed)
+        groups = self.model.architecture.kv_of_head.numpy()
+        joint = joint_table(self.judged, made.get("verdicts"), made["heads"], config.task, config.seed, groups)
         found = Tables({"activations": self.judged.activations, "roles": self.judged.roles, "joint": joint})
         found["fidelity"] = self.fidelity
         if "candidates" in made:

@@ -246,12 +246,13 @@ class ClaimsConfig:
 
     source: str = MISSING
     reliability: str = MISSING
-    """`published`, `measured` (by a script of this repository) or `unreliable`."""
+    """`published`, `measured` (on prompts, as `model.claims=measured` does) or `unreliable`."""
     roles: dict[str, list[Any]] = field(default_factory=dict)
     """Not list[str]: an unquoted 9.10 must be refused and not become "9.1"."""
     shape: list[int] = field(default_factory=list)
     """[layers, heads of a layer] of the model; a copy of another shape is refused. Empty: not checked."""
-    evidence: dict[str, dict[str, float]] = field(default_factory=dict)
+    evidence: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Role -> head -> numbers; for readers, and for no test."""
     note: str | None = None
     places: dict[str, str] = field(default_factory=dict)
     """Role -> the section, table or figure of the source that names its heads; for readers, no number depends on it."""

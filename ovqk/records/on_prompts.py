@@ -18,7 +18,7 @@ from ovqk.records.results import load_table
 
 TESTING = "testing"
 JOINT = ("kind", "role", "layer", "head", "claimed", "measured", "weights", "activations", "reading")
-STATISTICS = ("n_measured", "n_heads", "auc", "auc_low", "auc_high", "spearman", "split_half")
+STATISTICS = ("n_measured", "n_heads", "auc", "auc_low", "auc_high", "auc_in_layers", "spearman", "split_half")
 Json = dict[str, Any]
 
 
@@ -52,9 +52,11 @@ class Ranking:
 
     @property
     def says(self) -> list[str]:
-        """Two texts on the ranking: the AUC with its interval; Spearman's correlation, and the most it could reach."""
+        """Two texts on the ranking: AUC with its interval, also in layers; Spearman, and the most it could reach."""
         auc, low, high = (self.statistics[name] for name in ("auc", "auc_low", "auc_high"))
         interval = f" ({low:.2f} to {high:.2f})" if math.isfinite(low) and math.isfinite(high) else ""
+        within = self.statistics["auc_in_layers"]
+        interval += f", {within:.2f} in layers" if math.isfinite(within) else ""
         none = "no AUC" if self.statistics["n_measured"] else "no AUC: no head is measured"
         others = [
             f"{title} {_signed(self.statistics[name])}"

@@ -4,6 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from ovqk.config.schema import Config, register
@@ -21,6 +22,16 @@ def compose(*overrides: str) -> Config:
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return resolve(hydra_compose("config", overrides=list(overrides)))
+
+
+def computed(tmp_path: Path, *overrides: str) -> tuple[Path, dict, dict[str, pd.DataFrame]]:
+    """A cell's folder, record and tables, computed in this process."""
+    from ovqk.cell import run_cell
+    from ovqk.records.record import read_record
+
+    outcome = run_cell(compose(*overrides, "tracking=none", f"results_dir={tmp_path / 'results'}"))
+    folder = Path(outcome.folder)
+    return folder, read_record(folder), {path.stem: pd.read_parquet(path) for path in folder.glob("*.parquet")}
 
 
 class CLI:

@@ -30,9 +30,15 @@ HOSTILE = [
 STORABLE = [text for text in HOSTILE if "\ud83d" not in text]
 """Those that a Parquet file can hold."""
 HOSTILE_MODEL = '"><script>alert(2)</script>'
+CLAIMS = (
+    'task.claims.mini-attn.roles.induction=["3.0","3.1","3.3","3.4"]',
+    'task.claims.mini-attn.roles.previous_token=["1.1"]',
+    "~task.claims.mini-llama.roles.previous_token",
+)
+"""Some claims, whatever the bundled models' own are."""
 CELLS = (
-    ("model=mini-attn", "task=induction"),
-    ("model=mini-llama", "task=induction"),
+    ("model=mini-attn", "task=induction", *CLAIMS),
+    ("model=mini-llama", "task=induction", *CLAIMS),
     ("model=mini-attn", "task=none", "analysis=composition"),
     ("model=local", f"model.path={BUNDLED}", "model.name=unclaimed", "task=induction"),
 )
