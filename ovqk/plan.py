@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 IMPORTED = 320e6
 """Bytes of a process that has imported what a cell needs."""
-HOARDED = 150e6
-"""Bytes beside weights and Grams, at most: blocks of tokens, and what the C library keeps (docs/performance.md)."""
+HOARDED, LISTS, KEPT = 250e6, 150e6, 256e6
+"""Bytes beside weights and Grams, at most: blocks of tokens and what the C library keeps; lists of tokens; an embedding
+that is kept (docs/performance.md)."""
 START_UP = 5.0
 """Seconds of a start, on two cores of a server."""
 SPECTRA_ROW = 11.0
@@ -114,7 +115,8 @@ def plan_of(sizes: Sizes) -> Plan:
     layer = 4.0 * s.d_model * s.d_head * 2 * (s.n_heads + s.n_kv_heads)
     grams = 8.0 * s.d_model**2 * (3 + s.rotary + 3 * later)
     mlp = 4.0 * s.d_model * s.d_mlp * (3 if s.gated else 2)
-    memory = IMPORTED + HOARDED + 3 * layer + grams + mlp
+    kept = min(KEPT, 4.0 * s.n_vocab * s.d_model) + LISTS * (s.components > 0)
+    memory = IMPORTED + HOARDED + kept + 3 * layer + grams + mlp
     written = SPECTRA_ROW * heads * s.d_head * 2 * 4
     counted = {name: float(count) for name, count in operations.items()}
     return Plan(s, counted, decompositions, memory, written)
