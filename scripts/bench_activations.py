@@ -25,6 +25,7 @@ def measure_activations(path: Path, task: str, prompts: int) -> dict[str, float]
     from ovqk.structure.model import Layer, Model
     from ovqk.tasks.claims import resolve_claims
     from ovqk.tasks.prompts import start_tokens
+    from ovqk.tasks.task_readout import TaskReadout
     from ovqk.tasks.words import load_tokenizer
     from ovqk.weights.types import OpenedModel
 
@@ -46,7 +47,7 @@ def measure_activations(path: Path, task: str, prompts: int) -> dict[str, float]
 
     model.vocabulary  # noqa: B018  # read before the clock starts, as every cell reads it
     started = time.process_time()
-    stage = ActivationTables(model, runner, claims, steps)
+    stage = ActivationTables(model, runner, claims, steps, TaskReadout.read(model).readout)
     for index in range(source.architecture.n_layers):
         stage.visit(Layer(model, index))
     judge_activations(stage.measured, stage.claimed, stage.links)

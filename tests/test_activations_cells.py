@@ -149,6 +149,30 @@ def test_a_smaller_batch_is_tried_once(tmp_path, monkeypatch) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("loaded", "out of memory while the whole model is loaded"),
+        ("prompt_streams", "no fidelity.parquet"),
+        ("read_streams", "behind layer 0 no word is read: out of memory, running"),
+    ],
+)
+def test_memory_that_is_exhausted_elsewhere_costs_no_verdict_on_weights(tmp_path, monkeypatch, part, said) -> None:
+    def short(*_: object) -> object:
+        raise MemoryError
+
+    if part == "loaded":
+        monkeypatch.setattr("ovqk.activations.forward.RunningModel.load", short)
+    else:
+        monkeypatch.setattr(stage, part, short)
+    analysis = ["analysis=b03", "analysis.embedding=stream"] if part == "read_streams" else ["analysis=activations"]
+    _, record, tables = computed(
+        tmp_path, "model=mini-gpt2", "task=sva", *analysis, "activations.prompts=64", "nulls.draws=19"
+    )
+    told = [*record["notes"], (record.get("activations") or {}).get("untestable", "")]
+    assert any(said in each for each in told) and len(tables["verdicts"]) and "fidelity" not in tables
+
+
 def role(**parts: object) -> object:
     task = compose("task=ioi").task
     for name, value in parts.items():

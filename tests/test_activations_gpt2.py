@@ -108,3 +108,19 @@ def test_too_few_words_are_said_so(gpt2_tokenizer, words) -> None:
     task.words = {"verbs": words}
     with pytest.raises(UserError):
         read_prompts(task, gpt2_tokenizer, [50256], 200, 0, 32)
+
+
+def test_acronyms_are_read_by_gpt2s_tokenizer(gpt2_tokenizer) -> None:
+    """A doubled letter is one token there: a foil that cannot be written after the text is still compared with."""
+    task = compose("task=acronym", "model=mini-attn").task
+    prompts = read_prompts(task, gpt2_tokenizer, [], 256, 0, 32)
+    assert sum(map(len, prompts.batches)) > 200
+    foils = {token for batch in prompts.batches for token in batch.foils.tolist()}
+    assert len(foils) == len({word[0] for word in task.words["seconds"]}) == 3
+
+
+def test_words_that_a_tokenizer_cannot_read_are_counted(gpt2_tokenizer) -> None:
+    task = compose("task=induction", "model=mini-attn").task
+    prompts = read_prompts(task, gpt2_tokenizer, [], 64, 0, 32)
+    assert set(prompts.words_left_out) <= set(task.words)
+    assert 0 < sum(prompts.words_left_out.values()) < sum(map(len, task.words.values()))

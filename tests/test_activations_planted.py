@@ -47,7 +47,7 @@ def test_planted_heads_are_found_at_every_seed(tmp_path) -> None:
         found = ran(tmp_path, seed, (previous, induction), "activations.prompts=128").judged.measured
         assert induction in found["induction"] and previous in found["previous_token"]
         wrong += sum(map(len, found.values())) - 2
-    assert wrong <= 0.05 * SEEDS * 2 * HEADS * 2
+    assert wrong <= 2  # of 50 models, in which the tests of roles have been right throughout
 
 
 def test_a_model_that_does_not_do_the_task_is_untestable(tmp_path) -> None:

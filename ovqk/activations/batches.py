@@ -8,7 +8,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -92,12 +92,14 @@ class Prompts:
         clusters: the clusters' names, in the order of their numbers.
         start: the token ids before each text: the model's own start token, or a new line if it has none.
         left_out: reason -> the number of prompts left out for it.
+        words_left_out: word set -> how many of its words this tokenizer cannot read as the prompts need them.
     """
 
     batches: list[Batch]
     clusters: list[str]
     start: list[int]
     left_out: dict[str, int]
+    words_left_out: dict[str, int] = field(default_factory=dict)
 
 
 def split_label(label: str) -> tuple[str, int]:
@@ -193,7 +195,8 @@ def read_prompts(task: TaskConfig, tokenizer: Tokenizer, start: list[int], count
                     templates=tuple(prompt.template for prompt, _ in part),
                 )
             )
-    return Prompts(batches, names, start, dict(left_out))
+    lost = {name: len(task.words[name]) - len(words[name]) for name in word_sets_of(task.prompts)}
+    return Prompts(batches, names, start, dict(left_out), {name: n for name, n in lost.items() if n})
 
 
 @dataclass(frozen=True)
@@ -252,6 +255,8 @@ def _tokens(
     answer, foil = (
         lookup.next_token(prompt.text, word, continues=word in continuing) for word in (prompt.answer, prompt.foil)
     )
+    if foil is None and prompt.foil in continuing:  # "QQ" may be one token: the foil is not written, but compared with
+        foil = lookup.token(prompt.foil, continues=True)
     if answer is None or foil is None:
         return "an answer or foil of several tokens"
     if answer == foil:

@@ -17,7 +17,7 @@ from ovqk.verdicts.statistics import Stratum, stratified_permutation, within_lay
 BOOTSTRAPS = 1000
 MOST_CHOICES = 100_000
 TIE = 1e-12
-LINKS = ("write_link", "score_link", "score_key_partner", "score_query_partner")
+LINKS = ("write_link", "write_link_slope", "score_link", "score_key_partner", "score_query_partner")
 """Columns that say how much of a head's behaviour its weights account for."""
 QUANTITIES = (
     *("attention", "attention_control", "write", "write_se", "effect", "effect_se", "effect_mean_replacement"),

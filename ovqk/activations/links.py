@@ -9,7 +9,7 @@ from torch import Tensor
 from ovqk.activations.batches import Prompts
 from ovqk.activations.quantities import Observed
 from ovqk.circuits.effective_embeddings import Block0, EffectiveRows
-from ovqk.config.schema import Circuit, RoleActivationsConfig
+from ovqk.config.schema import Circuit, Embedding, RoleActivationsConfig
 from ovqk.structure.model import Layer, Model
 
 
@@ -18,7 +18,8 @@ class WriteLinks:
 
         account = a (e_source W_OV) . (W_U[answer] - W_U[other])
 
-    Here e is the effective embedding that the layer is read through. The link is R^2: the share of the write's
+    Here e is the effective embedding that the layer is read through; under `stream`, which has rows of the task's words
+    alone, it is that of `by_layer`. The link is R^2: the share of the write's
     variance over the testing prompts that the account explains. It is 1 if the head moved the token itself, and 0 if
     it moved something that earlier layers had written there.
 
@@ -62,7 +63,8 @@ class WriteLinks:
         """Compute the links of this layer's heads (`Stage`)."""
         vocabulary, index = self.model.vocabulary, layer.index
         assert vocabulary is not None and vocabulary.W_U_rows is not None
-        kind = self.model.config.analysis.embedding.kind(index)
+        embedding = self.model.config.analysis.embedding
+        kind = (Embedding.by_layer if embedding is Embedding.stream else embedding).kind(index)
         if kind == "block0" and not isinstance(self.model.block0, Block0):
             return
         factors = layer.factors(Circuit.ov, True)

@@ -124,8 +124,6 @@ class Measured:
                 for name, value in zip(columns, found, strict=True):
                     columns[name].append(value[of_half].double().numpy())
         whole, base = self._denominators(role, half)
-        if not abs(whole) > LEAST_SHARE * abs(base):  # too small for shares of it to mean anything
-            whole = math.nan
         for name in (
             "effect", "effect_se", "effect_q25", "effect_q50", "effect_q75", "effect_share", "effect_mean_replacement",
             "effect_restored", "effect_p", "effect_p_opposite", "effect_mean_p",
@@ -191,10 +189,12 @@ class Measured:
             assert effect is not None and effect.into is not None
             clean, other = (_of_heads(each, self.receivers[effect.into]) for each in self.observed.looks[look])
             whole = self._mean(clean - other, half)
+            whole = whole if whole > LEAST_SHARE * abs(self._mean(clean, half)) else math.nan
             return whole, whole
         observed = self.observed
         whole = self._mean(observed.difference - observed.counterfactual_difference, half)
-        return whole, self._mean(observed.difference, half)
+        base = self._mean(observed.difference, half)
+        return whole if abs(whole) > LEAST_SHARE * abs(base) else math.nan, base
 
     def _of(self, half: Half) -> torch.Tensor:
         """Return which prompts belong to a half."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -31,6 +31,7 @@ from ovqk.structure.stages import Tables
 from ovqk.tasks.claims import MEASURED, Claims
 from ovqk.tasks.readouts import Readout
 
+Found = TypeVar("Found")
 SMALLER = 4
 """The factor by which batches are made smaller, once, if memory is exhausted."""
 
@@ -48,6 +49,28 @@ class Runner:
     start: list[int]
 
 
+def within_memory(function: Callable[[], Found]) -> Found | None:
+    """Return what a function returns; None if memory is exhausted."""
+    try:
+        return function()
+    except (MemoryError, RuntimeError) as error:
+        if not is_exhausted(error):
+            raise
+    return None
+
+
+def loaded(runner: Runner, device: torch.device) -> RunningModel:
+    """Load the model.
+
+    Raises:
+        UserError: it cannot be loaded, or memory is exhausted.
+    """
+    running = within_memory(lambda: runner.load(device))
+    if running is None:
+        raise UserError("out of memory while the whole model is loaded, in float32.")
+    return running
+
+
 def run_words(
     model: Model, runner: Runner, steps: Steps, tokens: Int[Tensor, " token"], words: Int[Tensor, " word"]
 ) -> Streams | str:
@@ -62,12 +85,14 @@ def run_words(
         n_ctx, length = model.architecture.n_ctx, prefixes.shape[1] + 1
         if n_ctx is not None and length > n_ctx:
             return f"a word behind its prefix has {length} tokens, more than the model's context of {n_ctx}"
-        running = runner.load(model.device)
+        running = loaded(runner, model.device)
     except UserError as error:
         return str(error).removesuffix(".")
-    rows = read_streams(running, tokens, prefixes, steps)
+    rows = within_memory(lambda: read_streams(running, tokens, prefixes, steps))
     del running
     give_all_back()  # the model and its hooks refer to each other
+    if rows is None:
+        return f"out of memory, running {len(tokens):,} words"
     return Streams(tokens, rows)
 
 
@@ -98,7 +123,7 @@ class ActivationTables:
         n_ctx = model.architecture.n_ctx
         if n_ctx is not None and longest > n_ctx:
             raise UserError(f"a prompt has {longest} tokens, more than the model's context of {n_ctx}.")
-        running = runner.load(model.device)
+        running = loaded(runner, model.device)
         measured = self._measure(running, steps)
         if measured is None:
             smaller = max(1, asked.batch // SMALLER)
@@ -109,6 +134,7 @@ class ActivationTables:
                     f"activations.batch={asked.batch}: out of memory, and with batches of {smaller} prompts too."
                 )
         self.measured: Measured = measured
+        self.unmeasured = ""
         self.fidelity = self._fidelity(running, readout, steps)
         self.untrained = self._run_untrained(running, steps)
         del running
@@ -126,29 +152,28 @@ class ActivationTables:
         """Run the prompts; return None if memory is exhausted."""
         config = self.model.config
         screened = config.activations.screened
-        try:
-            return measure(running, self.model, self.prompts, self.roles, self.claimed, screened, config.seed, steps)
-        except (MemoryError, RuntimeError) as error:
-            if not is_exhausted(error):
-                raise
-        return None
+        return within_memory(
+            lambda: measure(running, self.model, self.prompts, self.roles, self.claimed, screened, config.seed, steps)
+        )
 
     def _fidelity(self, running: RunningModel, readout: Readout | None, steps: Steps) -> pd.DataFrame:
         """Compare how the readout reads words with what the model has in their places on the prompts."""
         if readout is None:
             return pd.DataFrame()
         ids = torch.cat([words.ids for words in readout.variable.read]).unique()
-        seen, streams = prompt_streams(running, self.prompts, sources_of(self.roles), ids, steps)
-        return fidelity_table(readout, self.model.architecture, seen, streams)
+        found = within_memory(lambda: prompt_streams(running, self.prompts, sources_of(self.roles), ids, steps))
+        if found is None:
+            self.unmeasured = (
+                "out of memory, comparing words on prompts with those that readouts read: no fidelity.parquet"
+            )
+            return pd.DataFrame()
+        return fidelity_table(readout, self.model.architecture, *found)
 
     def _run_untrained(self, running: RunningModel, steps: Steps) -> dict[str, dict[str, float]] | None:
         """Run the model with random weights, which replace its own; return None if memory is exhausted."""
-        try:
-            return untrained_control(running, self.prompts, self.measured, self.model.config.seed, steps)
-        except (MemoryError, RuntimeError) as error:
-            if not is_exhausted(error):
-                raise
-        return None
+        return within_memory(
+            lambda: untrained_control(running, self.prompts, self.measured, self.model.config.seed, steps)
+        )
 
     def claims(self) -> Claims | str:
         """Return the measured roles as claims about the weights, or a sentence that says why there are none."""
@@ -187,8 +212,7 @@ class ActivationTables:
     @property
     def notes(self) -> list[str]:
         """Notes for the record: where task readouts read words unlike the running model's."""
-        note = fidelity_note(self.fidelity)
-        return [] if note is None else [note]
+        return [note for note in (fidelity_note(self.fidelity), self.unmeasured) if note]
 
     def describe(self) -> dict[str, Any]:
         """Return the record's block on activations: prompts, halves, the gate, controls."""
@@ -211,6 +235,7 @@ class ActivationTables:
         return {
             "start_tokens": prompts.start,
             "left_out": prompts.left_out,
+            "words_left_out": prompts.words_left_out,
             "halves": halves,
             "accuracy_by_template": {name: round(sum(each) / len(each), 4) for name, each in by_template.items()},
             "untestable": self.judged.gate,
@@ -231,7 +256,7 @@ class ActivationTables:
         found |= {f"prompts/measured/{role}": len(heads) for role, heads in self.judged.measured.items()}
         rows = made["joint"]
         for row in () if self.judged.gate else rows[rows["kind"] == "role"].to_dict("records"):
-            for name in ("auc", "spearman"):
+            for name in ("auc", "auc_in_layers", "spearman"):
                 if math.isfinite(row[name]):
                     found[f"prompts/{name}/{row['role']}"] = float(row[name])
         return found

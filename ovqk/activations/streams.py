@@ -28,7 +28,7 @@ AT_ONCE = 32
 
 
 def draw_prefixes(tokenizer: Tokenizer, start: Sequence[int], barred: set[int]) -> Int[Tensor, "prefix position"]:
-    """Draw the texts that words stand behind: start tokens, or a new line, and frequent words in lower case.
+    """Draw the texts that words stand behind: start tokens, or a new line, and frequent beginnings of words.
 
     Ids run from frequent to rare in trained vocabularies. The same tokenizer always has the same prefixes.
 

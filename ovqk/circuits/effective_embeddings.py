@@ -194,6 +194,8 @@ class EffectiveRows:
         device = self.vocabulary.W_E.device
         if self.streams is not None and kind.startswith("stream"):
             return self.normalised(self.streams.of(ids, int(kind.split()[1])).to(device))
+        if kind not in ("token", "block0"):
+            raise ValueError(f"{kind!r} is no kind of rows that can be had here")
         rows = self.vocabulary.W_E[ids.to(device)]
         if kind == "block0" and self.block0 is not None:
             rows = self.block0.rows(rows)
