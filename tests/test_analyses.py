@@ -278,7 +278,7 @@ def test_the_effective_embedding_can_be_chosen(tiny_gpt2, embedding) -> None:
     first = [t.tables["heads"].query("layer == 0")["qk_task_auc"].to_numpy() for t in (result, default)]
     later = [t.tables["heads"].query("layer > 0")["qk_task_auc"].to_numpy() for t in (result, default)]
     assert np.allclose(*first) == (embedding is not Embedding.block0)
-    assert np.allclose(*later) == (embedding is not Embedding.token)
+    assert np.allclose(*later) == (embedding not in (Embedding.token, Embedding.stream))
 
 
 def test_spectra_of_a_nilpotent_head_are_marked_unstable_not_reported_as_structure() -> None:

@@ -87,6 +87,31 @@ def test_a_cell_file_that_names_code_is_refused(tmp_path, change, message) -> No
             refuse_foreign_files(arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("-cd", "{}", "-cn", "sub/cell"), ("-cp", "{}/sub", "-cn", "cell"), ("--config-path={}", "-cn=sub/cell.yaml")],
+)
+@pytest.mark.parametrize("title", ["x", "2001-99-99"])
+def test_no_way_to_name_a_cell_file_and_no_odd_value_runs_its_code(cli, tmp_path, arguments, title) -> None:
+    """Hydra's YAML knows no dates, so that a file may be damaged to one reader and a choice to another."""
+    mark, folder = tmp_path / "ran", tmp_path / "theirs"
+    (folder / "sub").mkdir(parents=True)
+    text = cell_yaml(compose("task=none")) + (
+        f"hydra:\n  callbacks:\n    x: {{_target_: pathlib.Path.touch, self: {mark}}}\n"
+    )
+    (folder / "sub" / "cell.yaml").write_text(text.replace("title: ''", f"title: {title}"))
+    code, printed = cli(*(argument.format(folder) for argument in arguments), "tracking=none")
+    assert code == 1 and "the key 'hydra' is not one of a cell's choice" in printed, printed
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(("text", "said"), [("task: &a [*a]\n", "without end"), ("task: [\n", "cannot be read")])
+def test_a_cell_file_that_cannot_be_read_is_refused(tmp_path, text, said) -> None:
+    (tmp_path / "cell.yaml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        refuse_foreign_files(["-cd", str(tmp_path), "-cn", "cell"])
+
+
 def test_a_cell_file_of_ovqks_is_computed_again(cli, tmp_path) -> None:
     code, printed = cli(*QUICK)
     assert code == 0, printed

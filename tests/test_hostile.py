@@ -23,7 +23,9 @@ from ovqk.checkpoints import tensors as module
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.checkpoints.shards import read_header
 from ovqk.checkpoints.tensors import SafetensorsFiles, index_files
+from ovqk.config import expansion
 from ovqk.config.expansion import refuse_expanding
+from ovqk.config.rerun import refuse_foreign_files
 from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
 from ovqk.errors import UserError
 from ovqk.records.record import read_record
@@ -252,6 +254,27 @@ def test_a_config_file_that_expands_without_bounds_is_refused(tmp_path, text, me
     (tmp_path / "task" / "theirs.yaml").write_text(text)
     with pytest.raises(UserError, match=rf"theirs\.yaml: .*{message}"):
         refuse_expanding(tmp_path)
+
+
+def test_config_files_are_looked_at_through_links_and_wherever_the_search_path_leads(tmp_path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "theirs.yaml").write_text(BOMB)
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "task").symlink_to(tmp_path / "real")
+    (tmp_path / "given" / "loop").symlink_to(tmp_path / "given")
+    with pytest.raises(UserError, match="aliases make more"):
+        refuse_expanding(tmp_path / "given")
+    with pytest.raises(UserError, match="aliases make more"):
+        refuse_foreign_files([f"hydra.searchpath=[file://{tmp_path / 'real'}]"])
+
+
+def test_a_folder_that_is_no_folder_of_configs_is_told(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(expansion, "MOST_FOLDERS", 3)
+    for number in range(4):
+        (tmp_path / str(number)).mkdir()
+    with pytest.raises(UserError, match="holds more than 3 folders"):
+        refuse_expanding(tmp_path)
+    refuse_expanding(tmp_path / "nowhere")  # Hydra tells
 
 
 def test_config_files_of_this_repository_are_far_from_those_bounds() -> None:

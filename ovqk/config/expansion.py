@@ -1,6 +1,7 @@
 """YAML files that are small and stand for much: aliases of aliases, and nesting without end."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -13,6 +14,8 @@ DEEPEST = 50
 """Levels of one file."""
 LARGEST = 2**23
 """Bytes of one file."""
+MOST_FILES, MOST_FOLDERS = 10_000, 10_000
+"""Of one place given by -cd, -cp or hydra.searchpath."""
 
 
 def refuse_expanding(folder: Path) -> None:
@@ -21,15 +24,35 @@ def refuse_expanding(folder: Path) -> None:
     Raises:
         UserError: one does; the message names it.
     """
-    for path in sorted(folder.rglob("*.yaml")):
-        if not path.is_file():
-            continue
-        if path.stat().st_size > LARGEST:
-            raise UserError(f"{path}: it is larger than {LARGEST} bytes, which no config file is.")
+    for number, path in enumerate(_config_files(folder)):
+        if number == MOST_FILES:
+            raise UserError(f"{folder}: it holds more than {MOST_FILES} config files; give the folder of yours alone.")
         try:
+            if not path.is_file():
+                continue
+            if path.stat().st_size > LARGEST:
+                raise UserError(f"{path}: it is larger than {LARGEST} bytes, which no config file is.")
             _check(path, yaml.parse(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
         except (OSError, ValueError, yaml.YAMLError):  # Hydra tells, if it is one that it reads
             continue
+
+
+def _config_files(folder: Path) -> Iterator[Path]:
+    """Yield the config files below a folder, through links too, each folder once."""
+    seen: set[str] = set()
+    walked = 0
+    for place, inside, files in os.walk(folder, followlinks=True):
+        real, walked = os.path.realpath(place), walked + 1
+        if real in seen:
+            inside.clear()
+            continue
+        if walked > MOST_FOLDERS:
+            raise UserError(
+                f"{folder}: it holds more than {MOST_FOLDERS} folders; give the folder of your configs alone."
+            )
+        seen.add(real)
+        inside.sort()
+        yield from (Path(place) / name for name in sorted(files) if name.endswith((".yaml", ".yml")))
 
 
 def _check(path: Path, events: Iterable[yaml.Event]) -> None:
@@ -43,6 +66,8 @@ def _check(path: Path, events: Iterable[yaml.Event]) -> None:
     count = 0
     for event in events:
         if isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in opened):
+                raise UserError(f"{path}: its alias *{event.anchor} stands for what it is in, without end.")
             count += sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.ScalarEvent):
             count += 1

@@ -1,6 +1,7 @@
 """One message for a mistake in a choice, made from the errors of Hydra and OmegaConf."""
 
 import difflib
+import errno
 import re
 import traceback
 from collections.abc import Iterable, Iterator
@@ -98,6 +99,8 @@ def of_hydra(error: Exception) -> str | None:
     Returns:
         The override, if Hydra was at work on one, and the error; None if code of ovqk raised it.
     """
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:  # nobody reads the help any more
+        return None
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
     if "hydra.main" not in names:

@@ -1,14 +1,17 @@
 """A cell's own config file, which is computed again and may be someone else's: it holds a choice, and names no code."""
 
+import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf._utils import get_yaml_loader
 
 from ovqk.config.expansion import refuse_expanding
 from ovqk.config.schema import Config, TrackingMode
-from ovqk.errors import UserError
+from ovqk.errors import UserError, first_line
 
 CELL = "cell"
 """The config's name."""
@@ -26,15 +29,32 @@ def refuse_foreign_files(arguments: list[str]) -> None:
     from hydra._internal.utils import get_args_parser
 
     asked = get_args_parser().parse_known_args(arguments)[0]
-    if asked.config_dir is not None:
-        refuse_expanding(Path(asked.config_dir))
-    if asked.config_dir is None or Path(asked.config_name or "").stem != CELL:
-        return
-    path = Path(asked.config_dir) / f"{CELL}.yaml"
+    folders = [*_folders(asked.config_dir), *_folders(asked.config_path)]
+    for folder in [*folders, *_searched(arguments)]:
+        refuse_expanding(folder)
+    name = str(asked.config_name or "").removesuffix(".yaml")
+    for path in {folder / f"{name}.yaml": None for folder in folders}:
+        if path.stem == CELL and path.exists():
+            _refuse_foreign(path)
+
+
+def _folders(asked: str | None) -> list[Path]:
+    """Return the folders that -cd or -cp may mean: from here, and from where run.py is."""
+    return [] if not asked else [Path(asked), Path(sys.argv[0]).parent / asked]
+
+
+def _searched(arguments: list[str]) -> list[Path]:
+    """Return the folders that the command line adds to Hydra's search path."""
+    added = [argument for argument in arguments if argument.lstrip("+").startswith("hydra.searchpath")]
+    return [Path(found) for argument in added for found in re.findall(r"file://([^],'\"\s]+)", argument)]
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a cell's file that holds more than its choice, or that cannot be read as Hydra will read it."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):  # which Hydra tells
-        return
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: no cell's choice; it cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: no cell's choice; it holds no keys.")
     for key in content:
@@ -44,7 +64,10 @@ def refuse_foreign_files(arguments: list[str]) -> None:
     for entry in content.get("defaults") or ():
         if entry not in ("schema", "settings", "_self_", *tracking):
             raise UserError(f"{path}: defaults: {entry!r} is not what a cell's choice extends. {_remedy(path)}")
-    place = _target(content, "")
+    try:
+        place = _target(content, "")
+    except RecursionError:
+        raise UserError(f"{path}: no cell's choice; a part of it stands for itself.") from None
     if place is not None:
         raise UserError(f"{path}: {place} names code to run. {_remedy(path)}")
 

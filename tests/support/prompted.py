@@ -89,4 +89,6 @@ def make_prompted(source: Path, results: Path, model: str = "mini-attn") -> Path
     )
     joint = pd.concat([rows.drop(columns="reason").assign(kind="head"), ranked], ignore_index=True)
     joint.to_parquet(folder / "joint.parquet", index=False)
+    made = {name: len(pd.read_parquet(folder / f"{name}.parquet")) for name in ("activations", "roles", "joint")}
+    (folder / "record.json").write_text(json.dumps(record | {"tables": record["tables"] | made}))
     return folder
