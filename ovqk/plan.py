@@ -25,6 +25,8 @@ IMPORTED = 320e6
 HOARDED, LISTS, KEPT = 250e6, 150e6, 256e6
 """Bytes beside weights and Grams, at most: blocks of tokens and what the C library keeps; lists of tokens; an embedding
 that is kept (docs/performance.md)."""
+LARGEST_MEASURED = 256
+"""Dimension up to which decompositions are measured; of larger heads they take as much longer as the cube says."""
 START_UP = 5.0
 """Seconds of a start, on two cores of a server."""
 SPECTRA_ROW = 11.0
@@ -153,15 +155,16 @@ def measure_rates(d_model: int, d_head: int) -> Rates:
 
     kind = precision(d_model)
     a, b = (torch.randn(2048, 2048, dtype=kind) for _ in range(2))
-    core = torch.randn(d_head, d_head, dtype=torch.float64)
+    n = min(d_head, LARGEST_MEASURED)
+    core, larger = torch.randn(n, n, dtype=torch.float64), (d_head / n) ** 3
     threads = torch.get_num_threads()
     products = 2 * 2048**3 / _best(lambda: a @ b)
     torch.set_num_threads(1)
     try:
         decompositions = {
-            "eigenvalues": _best(lambda: torch.linalg.eigvals(core)),
-            "singular values": _best(lambda: torch.linalg.svdvals(core)),
-            "singular vectors": _best(lambda: torch.linalg.svd(core)),
+            "eigenvalues": larger * _best(lambda: torch.linalg.eigvals(core)),
+            "singular values": larger * _best(lambda: torch.linalg.svdvals(core)),
+            "singular vectors": larger * _best(lambda: torch.linalg.svd(core)),
         }
     finally:
         torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """What a cell will take: counted operations, headers without weights, and a command that says so."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -102,6 +103,12 @@ def test_rates_are_measured_and_threads_left_as_they_were() -> None:
     assert torch.get_num_threads() == before == rates.threads
     assert 1e8 < rates.products < 1e14 and all(0 < value < 1 for value in rates.decompositions.values())
     assert planning.START_UP > 0
+
+
+def test_wide_heads_are_not_decomposed_to_be_timed() -> None:
+    started = time.perf_counter()
+    rates = measure_rates(128, 65_536)
+    assert time.perf_counter() - started < 30 and rates.decompositions["eigenvalues"] > 60
 
 
 def test_the_hub_is_asked_for_a_repository() -> None:

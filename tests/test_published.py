@@ -150,6 +150,17 @@ def test_a_row_has_the_value_that_its_function_returns(monkeypatch) -> None:
         assert found.result == result and (result != "differs" or found.value == value)
 
 
+def test_another_model_in_a_statements_place_is_told(monkeypatch) -> None:
+    """mini-attn where GPT-2 should be: four layers of eight heads."""
+    monkeypatch.setattr(Places, "find", lambda self, statement: (Opened(BUNDLED), "there"))
+    for name, statement in STATEMENTS.items():
+        if statement.function == "composition_rank":
+            found = table.row(statement, Places(None, hub=True))
+            assert found.result == "not runnable here" and "it is another model than the statement's" in found.reason, (
+                name
+            )
+
+
 def test_weights_that_are_not_here_or_lack_a_part_are_said_to(tmp_path) -> None:
     found = table.row(STATEMENTS["gpt2/symmetry"], Places(None, hub=False))
     assert found.result == "not runnable here" and "--weights" in found.reason and "--hub" in found.reason

@@ -17,6 +17,7 @@ from ovqk.circuits import composition, diagonals, fourier
 from ovqk.circuits.composition import LayerCircuits, Mode
 from ovqk.config.schema import Circuit, Config
 from ovqk.errors import UserError
+from ovqk.metrics import METRICS
 from ovqk.published import one_block
 from ovqk.records.record import read_done
 from ovqk.records.results import load_table
@@ -106,7 +107,25 @@ def compute(name: str, opened: Opened, options: Mapping[str, Any]) -> Found:
     """
     if name not in QUANTITIES:
         raise UserError(f"function={name}: allowed: {', '.join(QUANTITIES)}.")
+    _check_heads(opened, options)
     return QUANTITIES[name](opened, **options)
+
+
+def _check_heads(opened: Opened, options: Mapping[str, Any]) -> None:
+    """Refuse heads that the model does not have: its folder holds another model.
+
+    Raises:
+        UserError: it holds one.
+    """
+    named = [name for key in ("head", "sender", "receiver") for name in str(options.get(key, "")).split()]
+    named += [name for name in options.get("heads") or () if isinstance(name, str)]
+    architecture = opened.model.architecture if named else None
+    for layer, head in map(head_of, named):
+        if architecture is not None and not (layer < architecture.n_layers and head < architecture.n_heads):
+            raise UserError(
+                f"{opened.place}: no head {layer}.{head} in {architecture.n_layers} layers of {architecture.n_heads} "
+                "heads: it is another model than the statement's."
+            )
 
 
 def head_of(name: str) -> Head:
@@ -147,7 +166,7 @@ def least_copying(opened: Opened, heads: Sequence[str]) -> float:
 @quantity
 def cell_heads(opened: Opened, task: str, metric: str, reduce: str, heads: Sequence[str] | None = None) -> float:
     """Return the least or mean value of a metric in a cell's heads.parquet, over some heads or all."""
-    record, tables = opened.cell(task, "ov" if metric.startswith("ov_") else "qk")
+    record, tables = opened.cell(task, str(METRICS[metric].circuit))
     if metric in record["unavailable"]:
         raise UserError(f"{metric}: {record['unavailable'][metric]}.")
     values = tables["heads"].set_index(["layer", "head"])[metric]
