@@ -36,6 +36,10 @@ def test_a_full_cell_holds_both_readings(tmp_path) -> None:
     assert set(claimed["verdict"]) == {"realised"}  # measured on 1,024 prompts, and again on these
     joint = tables["joint"]
     assert set(joint["kind"]) == {"head", "role"} and len(joint[joint["kind"] == "head"]) == len(roles)
+    together = joint[joint["kind"] == "role"].set_index("role")
+    assert together.at["induction", "activations"] == "realised"
+    verdicts = tables["verdicts"].query("kind == 'role'").set_index("role")["verdict"]
+    assert together.at["induction", "weights"] == verdicts["induction"]
     assert record["summary"]["prompts/accuracy"] == pytest.approx(
         activations["halves"]["testing"]["accuracy"], abs=1e-4
     )

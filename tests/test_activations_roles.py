@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ovqk.activations import joint
 from ovqk.activations.effects import Effects, Patch
-from ovqk.activations.joint import auc_in_layers, peers_p, reading
+from ovqk.activations.joint import auc_in_layers, peers_p, reading, role_verdict
 from ovqk.activations.judge import judge_activations
 from ovqk.activations.quantities import Observed, RoleValues
 from ovqk.activations.roles import Measured
@@ -189,3 +189,17 @@ def test_a_row_that_could_not_be_significant_alone_says_so() -> None:
     assert own["attention_min_q"] == pytest.approx(10 / 32)
     other = rows[rows["head"].eq(1)].iloc[0]
     assert "no write (alone it could not be significant: q at least 0.31)" in other["reason"]
+
+
+@given(st.lists(st.sampled_from(["realised", "partial", "not_realised", "sensitive", "opposite", "untestable"])))
+def test_a_roles_verdict_on_prompts_is_that_of_its_heads_together(verdicts) -> None:
+    found = role_verdict(verdicts)
+    assert found == role_verdict(verdicts[::-1]) and role_verdict([*verdicts, "untestable"]) == (found or "untestable")
+    if verdicts and set(verdicts) <= {found}:
+        assert found in ("realised", "partial", "not_realised", "opposite", "untestable")
+    if "opposite" in verdicts:
+        assert found == ("partial" if "realised" in verdicts else "opposite")
+    elif found == "realised":
+        assert 2 * verdicts.count("realised") >= len([each for each in verdicts if each != "untestable"]) > 0
+    assert role_verdict(["realised", "partial"]) == "realised" and role_verdict(["partial", "partial"]) == "partial"
+    assert role_verdict([]) is None and role_verdict(["not_realised"] * 3) == "not_realised"

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,8 +59,40 @@ def joint_table(
                 "reading": reading(weights.get("verdict"), subject["verdict"], link),
             }
         )  # fmt: skip
-    rows += _role_rows(judged, heads, task, seed, kv_of_head)
-    return pd.DataFrame(rows)
+    of_heads, of_roles = pd.DataFrame(rows), _role_rows(judged, heads, task, seed, kv_of_head)
+    for row in of_roles:
+        row |= _together(of_heads, verdicts, row["role"], judged.gate)
+    return pd.DataFrame([*rows, *of_roles])
+
+
+def role_verdict(verdicts: Sequence[str]) -> str | None:
+    """Return the verdict on prompts of a role from those of its heads; None without heads.
+
+    `realised` if at least half of the heads that could be tested are, and none is `opposite`; `opposite` if some are
+    and none is realised; `not_realised` if all are; `untestable` if none could be tested; else `partial`.
+    """
+    tested = [verdict for verdict in verdicts if verdict != "untestable"]
+    if not tested:
+        return "untestable" if verdicts else None
+    opposed, realised = tested.count("opposite"), tested.count("realised")
+    if opposed:
+        return "partial" if realised else "opposite"
+    if 2 * realised >= len(tested):
+        return "realised"
+    return "not_realised" if tested.count("not_realised") == len(tested) else "partial"
+
+
+def _together(heads: pd.DataFrame, verdicts: pd.DataFrame | None, role: str, gate: str) -> dict[str, Any]:
+    """Return both verdicts of a role, its heads' median link, and how they read together."""
+    own = heads[heads["role"] == role] if len(heads) else heads
+    if len(own) and own["claimed"].any():
+        own = own[own["claimed"]]
+    found = None if verdicts is None else verdicts[(verdicts["kind"] == "role") & (verdicts["role"] == role)]
+    weights = None if found is None or not len(found) else str(found["verdict"].iloc[0])
+    activations = "untestable" if gate else role_verdict(own["activations"].tolist() if len(own) else [])
+    link = float(own["link"].median()) if len(own) else math.nan
+    together = "undecided" if activations is None else reading(weights, activations, link)
+    return {"weights": weights, "activations": activations, "link": link, "reading": together}
 
 
 def on_prompts(candidates: pd.DataFrame, judged: Judged, roles: Collection[str]) -> pd.DataFrame:

@@ -44,7 +44,11 @@ def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> FittedTable:
     )
     heads = joint[joint["kind"] == "head"]
     for role, rows in heads.groupby("role", sort=False):
-        table.add_row(Text(wording.role(str(role)), style="bold"))
+        table.add_row(
+            Text(wording.role(str(role)), style="bold"),
+            *[""] * len(wording.PROMPT_COLUMNS),
+            *_together(joint, str(role)),
+        )
         of_role = {(row["layer"], row["head"]): row for row in roles[roles["role"] == role].to_dict("records")}
         ordered = rows.sort_values(["measured", "claimed"], ascending=False, kind="stable")
         for row in ordered.head(SHOWN).to_dict("records"):
@@ -64,6 +68,21 @@ def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> FittedTable:
         if len(ordered) > SHOWN:
             table.add_row(f"  and {len(ordered) - SHOWN} more")
     return table
+
+
+def _together(joint: pd.DataFrame, role: str) -> list[Text | str]:
+    """Return a role's verdict from weights, its verdict on prompts, and how both read; empty where there is none."""
+    found = joint[(joint["kind"] == "role") & (joint["role"] == role)].reindex(
+        columns=["weights", "activations", "reading"]
+    )
+    if not len(found):
+        return ["", "", ""]
+    weights, activations, reading = (each if isinstance(each, str) else None for each in found.iloc[0])
+    return [
+        Text(wording.verdict(weights), style=STYLES.get(weights, "dim")) if weights else "",
+        Text(wording.ON_PROMPTS[activations], style=PROMPT_STYLES.get(activations, "dim")) if activations else "",
+        "" if reading in (None, "undecided") else wording.READINGS[reading],
+    ]
 
 
 def prompt_reasons(roles: pd.DataFrame) -> Iterable[str]:
