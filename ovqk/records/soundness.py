@@ -5,11 +5,12 @@ They may come from someone else, or be damaged. A reader of several cells leaves
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ovqk.errors import CONTROL
@@ -20,6 +21,8 @@ MOST_LAYERS, MOST_HEADS = 10_000, 10_000_000
 """The most layers and heads of a model. No model has more, and tables by layer and head would not fit in memory."""
 ROWS_PER_BYTE, FEW_ROWS = 8, 100_000
 """A table with more than FEW_ROWS rows may have at most so many rows for each byte; a sound one holds numbers."""
+MOST_COLUMNS = 2_000
+"""The most columns of a table. The widest that ovqk writes has some eighty."""
 POSITIONS = {
     "heads": ("layer", "head"),
     "layers": ("layer",),
@@ -151,7 +154,7 @@ def record_fault(record: Mapping[str, Any]) -> str | None:
 def tables_fault(folder: Path, record: Mapping[str, Any]) -> str | None:
     """Return a sentence on the first fault in the tables that a sound record names; None if they are sound.
 
-    Only the footers of the files are read.
+    Only the footers of the files are read, and columns of POSITIONS whose bounds the footer does not give.
     """
     there = [name for name in sorted(TABLES) if os.path.lexists(folder / f"{name}.parquet")]
     named = record.get("tables", dict.fromkeys(["heads", *there]))  # an earlier version named none
@@ -172,20 +175,36 @@ def _table_fault(path: Path, name: str, rows: Any, summary: Mapping[str, Any]) -
         if not path.is_file():
             return "is not there"
         with pq.ParquetFile(path) as file:
-            footer, schema = file.metadata, file.schema_arrow
+            return (
+                _size_fault(file.metadata, rows, path.stat().st_size)
+                or _columns_fault(file.schema_arrow, name)
+                or _positions_fault(file, POSITIONS.get(name, ()), summary)
+            )
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         return f"cannot be read ({type(error).__name__})"
+
+
+def _size_fault(footer: pq.FileMetaData, rows: Any, size: int) -> str | None:
     if rows is not None and footer.num_rows != rows:
         return f"has {footer.num_rows} rows and not {_short(rows)}, as its record.json says"
-    if footer.num_rows > FEW_ROWS + ROWS_PER_BYTE * path.stat().st_size:
-        return f"has {footer.num_rows} rows in {path.stat().st_size} bytes"
-    positions = POSITIONS.get(name, ())
+    if footer.num_rows > FEW_ROWS + ROWS_PER_BYTE * size:
+        return f"has {footer.num_rows} rows in {size} bytes"
+    if footer.num_columns > MOST_COLUMNS:
+        return f"has {footer.num_columns} columns; allowed: up to {MOST_COLUMNS}"
+    return None
+
+
+def _columns_fault(schema: pa.Schema, name: str) -> str | None:
+    names = schema.names
+    there = set(names)
+    if len(there) < len(names):
+        return f"has several columns of one name, {_short(next(each for each in names if names.count(each) > 1))}"
     for columns, fits, allowed in (
-        ((*positions, *NUMBERS.get(name, ())), _holds_numbers, "numbers"),
+        ((*POSITIONS.get(name, ()), *NUMBERS.get(name, ())), _holds_numbers, "numbers"),
         (TEXTS.get(name, ()), _holds_texts, "texts"),
     ):
         for column in columns:
-            if column not in schema.names:
+            if column not in there:
                 return f"has no column {column}"
             if not fits(schema.field(column).type):
                 return f"has {schema.field(column).type} in {column}; allowed: {allowed}"
@@ -195,14 +214,32 @@ def _table_fault(path: Path, name: str, rows: Any, summary: Mapping[str, Any]) -
             of_heads or not _holds_texts(field.type)
         ):
             return f"has {field.type} in {field.name}; allowed: {'numbers' if of_heads else 'numbers or texts'}"
-    by_name = {schema.names[index]: index for index in range(len(schema.names))}
-    for column in positions:
-        most = summary["n_layers"] if column.endswith("layer") else max(1, summary["n_heads"] // summary["n_layers"])
-        for group in range(footer.num_row_groups):
-            found = footer.row_group(group).column(by_name[column]).statistics
-            if found is not None and found.has_min_max and not (found.min >= 0 and found.max < most):
-                return f"has {column} {found.min} .. {found.max}; allowed: 0 .. {most - 1}"
     return None
+
+
+def _positions_fault(file: pq.ParquetFile, columns: tuple[str, ...], summary: Mapping[str, Any]) -> str | None:
+    place = {column: index for index, column in enumerate(file.schema_arrow.names)}
+    for column in columns:
+        most = summary["n_layers"] if column.endswith("layer") else max(1, summary["n_heads"] // summary["n_layers"])
+        for least, largest in _bounds(file, column, place[column]):
+            if not (least >= 0 and largest < most):
+                return f"has {column} {_short(least)} .. {_short(largest)}; allowed: 0 .. {most - 1}"
+    return None
+
+
+def _bounds(file: pq.ParquetFile, column: str, place: int) -> Iterator[tuple[Any, Any]]:
+    """Yield a column's least and largest values, part by part: as the footer gives them, else from the column alone."""
+    unknown = []
+    for group in range(file.metadata.num_row_groups):
+        found = file.metadata.row_group(group).column(place).statistics
+        if found is not None and found.has_min_max:
+            yield found.min, found.max
+        else:
+            unknown.append(group)
+    for batch in file.iter_batches(row_groups=unknown, columns=[column]) if unknown else ():
+        bounds = pc.min_max(batch.column(0)).as_py()
+        if bounds["min"] is not None:  # a part may hold nulls alone: a row of a role has no head
+            yield bounds["min"], bounds["max"]
 
 
 def _holds_numbers(kind: pa.DataType) -> bool:
