@@ -110,6 +110,31 @@ def test_wrong_values_of_a_record(results) -> None:
     others_stand(results, bad)
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("seed", 10**400), ("seed", -1), ("seed", 2**32), ("schema_version", -(10**400)), ("summary__n_heads", 10**400),
+    ("provenance__wall_seconds", 10**400), ("provenance__config__task__mine", [{"a": 2**63}]),
+    ("provenance__config__tracking__project", 5), ("provenance__config__tracking__project", ["x"]),
+    ("provenance__config__tracking__project", "a\x1b[2J"), ("provenance__config__tracking__entity", True),
+    ("words__kept__a\x1b[2J\ud800", 10**30),
+])  # fmt: skip
+def test_a_value_that_would_cost_the_sweeps_run_is_told(results, key, value) -> None:
+    bad = bad_cell(results)
+    change_record(bad, **{key: value})
+    said = fault(bad, read_record(bad) or {}) or ""
+    named = key.replace("__", ".").replace("\x1b", "\\x1b").replace("\ud800", "\\ud800")
+    assert said.startswith(f"its record.json gives {named}") and "; allowed: " in said and len(said) < 200
+    others_stand(results, bad)
+
+
+@pytest.mark.parametrize("value", [None, "", "mine"])
+def test_a_project_and_an_entity_may_be_left_open(results, value) -> None:
+    bad = bad_cell(results)
+    change_record(bad, provenance__config__tracking={"project": value, "entity": value})
+    assert is_done(bad)
+    change_record(bad, provenance__config__tracking={}, seed=2**32 - 1, summary__mine=2**63 - 1)
+    assert is_done(bad)
+
+
 @pytest.mark.parametrize("table", sorted(POSITIONS))
 def test_wrong_columns_of_a_table(results, table) -> None:
     bad = bad_cell(results)
@@ -162,7 +187,9 @@ def test_sound_tables_without_statistics_are_sound(results) -> None:
 def test_a_table_of_very_many_columns_is_refused_in_a_moment(results) -> None:
     bad = bad_cell(results)
     heads = pd.read_parquet(bad / "heads.parquet")
-    more = pd.DataFrame(np.zeros((len(heads), 20_000), dtype="int8"), columns=[f"c{number}" for number in range(20_000)])
+    more = pd.DataFrame(
+        np.zeros((len(heads), 20_000), dtype="int8"), columns=[f"c{number}" for number in range(20_000)]
+    )
     pd.concat([heads, more], axis=1).to_parquet(bad / "heads.parquet", index=False)
     started = time.process_time()
     said = fault(bad, read_record(bad) or {})

@@ -23,6 +23,8 @@ ROWS_PER_BYTE, FEW_ROWS = 8, 100_000
 """A table with more than FEW_ROWS rows may have at most so many rows for each byte; a sound one holds numbers."""
 MOST_COLUMNS = 2_000
 """The most columns of a table. The widest that ovqk writes has some eighty."""
+LARGEST = 2**63 - 1
+"""The largest whole number in a record, of either sign: beyond it tables, JavaScript and W&B's protocol take none."""
 POSITIONS = {
     "heads": ("layer", "head"),
     "layers": ("layer",),
@@ -93,14 +95,22 @@ def _describes(value: Any) -> bool:
     return isinstance(value, dict) and all(_name(text) for text in value.values() if isinstance(text, str))
 
 
+def _seed(value: Any) -> bool:
+    return _is(int)(value) and 0 <= value < 2**32
+
+
+def _text_or_null(value: Any) -> bool:
+    return value is None or _name(value)
+
+
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (_name, "a text without control characters"),
     "task": (_name, "a text without control characters"),
     "analysis": (_name, "a text without control characters"),
     "cell_id": (lambda value: isinstance(value, str) and CELL_ID.fullmatch(value) is not None, "12 digits in 0-9a-f"),
     "schema_version": (_is(int), "a whole number"),
-    "seed": (_is(int), "a whole number"),
-    "sweep": (lambda value: value is None or _name(value), "null or a text without control characters"),
+    "seed": (_seed, "0 .. 2^32 - 1"),
+    "sweep": (_text_or_null, "null or a text without control characters"),
     "summary": (_flat, "numbers by name"),
     "unavailable": (lambda value: isinstance(value, dict) and _texts([*value.values()]), "texts by name"),
     "notes": (_texts, "a list of texts"),
@@ -118,6 +128,8 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "provenance.config": (_is(dict), "an object"),
     "provenance.config.task": (_is(dict), "an object"),
     "provenance.config.tracking": (_is(dict), "an object"),
+    "provenance.config.tracking.project": (_text_or_null, "null or a text without control characters"),
+    "provenance.config.tracking.entity": (_text_or_null, "null or a text without control characters"),
 }
 """Key of a done cell's record, with dots between levels -> a check of its value, and the allowed values in words."""
 OPTIONAL = {
@@ -129,6 +141,8 @@ OPTIONAL = {
     "claims",
     "provenance.identity",
     "provenance.config.tracking",
+    "provenance.config.tracking.project",
+    "provenance.config.tracking.entity",
 }
 """Keys that may be missing."""
 
@@ -148,7 +162,23 @@ def record_fault(record: Mapping[str, Any]) -> str | None:
     for key, most in (("n_layers", MOST_LAYERS), ("n_heads", MOST_HEADS)):
         if not (_is(int)(summary.get(key)) and 1 <= summary[key] <= most):
             return f"its record.json gives summary.{key} as {_short(summary.get(key))}; allowed: 1 .. {most}"
+    for key, value in _whole_numbers(record):
+        if abs(value) > LARGEST:
+            return f"its record.json gives {key} as {_short(value)}; allowed: whole numbers up to 2^63 - 1"
     return None
+
+
+def _whole_numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield each whole number at any depth of a record, with its key as Python writes it."""
+    waiting: list[tuple[str, Any]] = [("", record)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(f"{key}.{each!s:.40}"[:120], inner) for each, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(key, inner) for inner in value]
+        elif isinstance(value, int):
+            yield repr(key[1:])[1:-1], value
 
 
 def tables_fault(folder: Path, record: Mapping[str, Any]) -> str | None:
