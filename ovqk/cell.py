@@ -20,7 +20,7 @@ from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import cache_folder
 from ovqk.checkpoints.opening import open_checkpoint
-from ovqk.config.resolve import resolve, tracking_mode, user_path
+from ovqk.config.resolve import refuse_untyped, resolve, tracking_mode, user_path
 from ovqk.config.schema import Config, Embedding, Source, TrackingMode
 from ovqk.errors import UserError, one_mistake, told, was_interrupted, without_secrets
 from ovqk.interrupts import raise_if_remembered
@@ -55,6 +55,7 @@ def run_job(config: DictConfig, hydra: Any) -> float | None:
     Raises:
         SystemExit: a single run met a user's mistake, or the machine's limits.
     """
+    refuse_untyped(config)
     if hydra.mode == RunMode.MULTIRUN:
         return _run_in_sweep(config, hydra)
     try:

@@ -11,8 +11,11 @@ from typing import NoReturn
 
 from ovqk.interrupts import importing_is_over, remembered, work_is_over
 
-SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSPHRASE|CREDENTIAL)S?(_|$)|API_?KEY|PASSWORD|PASSWD", re.IGNORECASE)
-"""Matches names of environment variables that hold a secret."""
+SECRET = re.compile(
+    r"(^|_)(KEY|TOKEN|SECRET|PASSPHRASE|CREDENTIAL|PASS|PAT)S?(_|$)|_PWD(_|$)|^SSHPASS$|API_?KEY|PASSWORD|PASSWD",
+    re.IGNORECASE,
+)
+"""Matches names of environment variables that hold a secret: PAT is a personal access token. PWD is a folder."""
 PLACE = re.compile(r"_(PATH|FILE|DIR|HOME|URL)$", re.IGNORECASE)
 """Matches names of environment variables that hold a place, perhaps one of a secret."""
 SHORTEST_SECRET = 8

@@ -340,7 +340,7 @@ def _prepare_workers() -> None:
 def _check(config: DictConfig) -> None:
     """Refuse a choice that would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import make_results_dir  # torch, numpy and pandas
-    from ovqk.config.resolve import refuse_tilde, tracking_mode
+    from ovqk.config.resolve import refuse_tilde, refuse_untyped, tracking_mode
     from ovqk.config.schema import TrackingMode
     from ovqk.config.secrets import refuse_secrets
     from ovqk.records import mounts
@@ -349,6 +349,7 @@ def _check(config: DictConfig) -> None:
     importing_is_over()
     _collect_garbage()
     refuse_secrets(config)
+    refuse_untyped(config)
     if tracking_mode(config, os.environ.get("WANDB_MODE")) is not TrackingMode.none and (said := not_followed()):
         print(f"warning: {said}", file=sys.stderr)
     refuse_tilde(str(config.results_dir))
