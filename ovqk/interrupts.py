@@ -10,11 +10,14 @@ import signal
 import sys
 import time
 from types import FrameType
+from typing import Any
 
 AGAIN = 1.0
 """Seconds after which a second Ctrl-C ends the command at once; one before may be the first, sent on by a wrapper."""
 _first: float | None = None
 """The time of the first Ctrl-C that was remembered."""
+_tell = sys.unraisablehook
+"""What tells an error that a destructor raised."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -37,6 +40,12 @@ def _ignore() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _tell_others(lost: Any) -> None:
+    """Tell what a destructor raised, unless it is Ctrl-C, which is remembered."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        _tell(lost)
+
+
 def is_command() -> bool:
     """Whether `python -m` is about to run a module of this package; known only while the package is imported."""
     if sys.argv[:1] != ["-m"]:
@@ -54,8 +63,11 @@ def stop_while_importing() -> None:
 
 def importing_is_over() -> None:
     """Let Ctrl-C raise KeyboardInterrupt, and remember it; nothing changes without `stop_while_importing`."""
+    global _tell
     if signal.getsignal(signal.SIGINT) is _stop:
         signal.signal(signal.SIGINT, _remember)
+        if sys.unraisablehook is not _tell_others:
+            _tell, sys.unraisablehook = sys.unraisablehook, _tell_others
 
 
 def work_is_over() -> None:
@@ -70,6 +82,8 @@ def forget() -> None:
     _first = None
     if signal.getsignal(signal.SIGINT) in (_stop, _remember):
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.unraisablehook is _tell_others:
+        sys.unraisablehook = _tell
 
 
 def remembered() -> bool:

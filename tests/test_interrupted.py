@@ -97,6 +97,26 @@ def test_an_interrupt_that_a_library_swallowed_ends_the_cell_at_its_next_step(re
         ovqk.cell.run_cell(compose(*QUICK))
 
 
+DESTRUCTORS = """
+import os, signal
+from ovqk import interrupts
+class Interrupted:
+    def __del__(self): os.kill(os.getpid(), signal.SIGINT)
+class Broken:
+    def __del__(self): raise ValueError("a defect")
+interrupts.stop_while_importing()
+interrupts.importing_is_over()
+Interrupted(), Broken()
+print(interrupts.remembered())
+"""
+
+
+def test_an_interrupt_inside_a_destructor_is_remembered_without_a_traceback() -> None:
+    command = [sys.executable, "-c", DESTRUCTORS]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout == "True\n" and "KeyboardInterrupt" not in done.stderr and "a defect" in done.stderr
+
+
 def test_an_interrupt_that_is_sent_on_counts_once_and_a_later_one_ends_the_command(remembering, monkeypatch) -> None:
     swallowed()
     signal.raise_signal(signal.SIGINT)
