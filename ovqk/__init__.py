@@ -3,6 +3,10 @@
 import importlib
 import os
 
+from ovqk.interrupts import is_command, stop_while_importing
+
+if is_command():
+    stop_while_importing()
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 """Read when torch is imported: how long its threads spin before they sleep. Without it a busy machine takes half as
 long again, and a free one gains nothing."""

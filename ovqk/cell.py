@@ -20,9 +20,10 @@ from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import cache_folder
 from ovqk.checkpoints.opening import open_checkpoint
-from ovqk.config.resolve import resolve, tracking_mode, user_path
+from ovqk.config.resolve import refuse_untyped, resolve, tracking_mode, user_path
 from ovqk.config.schema import Config, Embedding, Source, TrackingMode
-from ovqk.errors import UserError, one_message, told, was_interrupted, without_secrets
+from ovqk.errors import UserError, one_mistake, told, was_interrupted, without_secrets
+from ovqk.interrupts import raise_if_remembered
 from ovqk.memory import is_exhausted
 from ovqk.orphans import end_with_parent
 from ovqk.records.identity import cell_folder, cell_id, identity
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from ovqk.activations.forward import RunningModel
 
 
-@one_message()
+@one_mistake()
 def run_job(config: DictConfig, hydra: Any) -> float | None:
     """Run the cell that Hydra composed, and return its objective, if the choice names one.
 
@@ -54,6 +55,7 @@ def run_job(config: DictConfig, hydra: Any) -> float | None:
     Raises:
         SystemExit: a single run met a user's mistake, or the machine's limits.
     """
+    refuse_untyped(config)
     if hydra.mode == RunMode.MULTIRUN:
         return _run_in_sweep(config, hydra)
     try:
@@ -131,6 +133,7 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
     Raises:
         UserError: the cell cannot be computed as asked; its record says so, if its id was known.
     """
+    raise_if_remembered()
     started = time.perf_counter() if started is None else started
     mode = tracking_mode(cell, os.environ.get("WANDB_MODE"))
     results_dir = Path(cell.results_dir)
@@ -149,7 +152,7 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
                 compute(cell, checkpoint, content, identifier, folder, started, alone)
             except Exception as error:
                 trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
-                if not is_done(folder):  # with force=true: what was done before stands
+                if not (is_done(folder) or was_interrupted(error)):  # with force=true: what was done before stands
                     with suppress(OSError):  # of a disk that takes no record either: the sweep's end tells it
                         write_failed(folder, cell, identifier, told(error), trace)
                 raise

@@ -28,8 +28,8 @@ from ovqk.config.mistakes import check_keys, mistakes, of_hydra
 from ovqk.config.place import CONF
 from ovqk.config.rerun import refuse_foreign_files
 from ovqk.config.schema import register
-from ovqk.errors import SHOWS_TRACEBACK, UserError, one_message, print_any_text, was_interrupted
-from ovqk.interrupts import importing_is_over
+from ovqk.errors import SHOWS_TRACEBACK, UserError, one_mistake, print_any_text, was_interrupted
+from ovqk.interrupts import work_is_over
 from ovqk.sweep import end_early, is_running, launcher_hint
 
 gc.disable()  # until ovqk.sweep has imported the rest: to look for garbage in what stays takes a tenth of the start
@@ -49,14 +49,15 @@ def main(config: DictConfig) -> float | None:
 
 def run() -> None:
     """Run the command line, and say in one message what is wrong with it or what broke it off."""
-    importing_is_over()
     print_any_text()
     try:
-        with one_message():
+        with one_mistake():
             _run()
     except (Exception, KeyboardInterrupt) as error:
         end_early(error)
         raise
+    finally:
+        work_is_over()
 
 
 def _run() -> None:

@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSPHRASE|CREDENTIAL)S?(_|$)|API_?KEY|PASSWORD|PASSWD", re.IGNORECASE)
-"""Matches names of environment variables that hold a secret."""
+from ovqk.interrupts import importing_is_over, remembered, work_is_over
+
+SECRET = re.compile(
+    r"(^|_)(KEY|TOKEN|SECRET|PASSPHRASE|CREDENTIAL|PASS|PAT)S?(_|$)|_PWD(_|$)|^SSHPASS$|API_?KEY|PASSWORD|PASSWD",
+    re.IGNORECASE,
+)
+"""Matches names of environment variables that hold a secret: PAT is a personal access token. PWD is a folder."""
 PLACE = re.compile(r"_(PATH|FILE|DIR|HOME|URL)$", re.IGNORECASE)
 """Matches names of environment variables that hold a place, perhaps one of a secret."""
 SHORTEST_SECRET = 8
@@ -21,6 +26,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Matches characters that steer a terminal instead of being shown; tabs and ends of lines are none of them."""
 CLOSED_PIPE = 141
 """Exit status of a command whose reader went away, as the shell gives it."""
+INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C ended, as the shell gives it."""
 
 
 class UserError(Exception):
@@ -33,6 +40,25 @@ class UserError(Exception):
 
 @contextmanager
 def one_message() -> Iterator[None]:
+    """End a tool with one message and no traceback at a user's mistake (status 1) and at Ctrl-C. Also a decorator.
+
+    Raises:
+        SystemExit: a UserError was raised inside, or Ctrl-C came.
+    """
+    importing_is_over()
+    try:
+        with one_mistake():
+            yield
+    except (Exception, KeyboardInterrupt) as error:
+        if not was_interrupted(error):
+            raise
+        end_command("interrupted.", INTERRUPTED)
+    finally:
+        work_is_over()
+
+
+@contextmanager
+def one_mistake() -> Iterator[None]:
     """End the command with one message, status 1 and no traceback if the user made a mistake. Also a decorator.
 
     Raises:
@@ -61,7 +87,9 @@ def print_any_text() -> None:
 
 
 def was_interrupted(error: BaseException | None) -> bool:
-    """Whether an error is Ctrl-C or came of it: a library may turn it into an error of its own."""
+    """Whether an error is Ctrl-C or came of it: a library may turn it into an error of its own, by whatever way."""
+    if remembered():
+        return True
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, KeyboardInterrupt):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from ovqk.config.command_line import tool
 from ovqk.errors import one_message
+from ovqk.interrupts import raise_if_remembered
 
 
 @one_message()
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from ovqk.weights.families import tensors_read
     from ovqk.weights.readers import open_weights
 
+    raise_if_remembered()
     config = chosen(asked.model.removeprefix("model="), *asked.choices)
     checkpoint = open_checkpoint(config.model, config.hub_timeout, tensors_read)
     sizes = open_weights(checkpoint, config.model).architecture

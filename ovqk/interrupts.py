@@ -1,8 +1,23 @@
-"""Ctrl-C while a command imports what it needs: nothing was begun, and one message says all."""
+"""Ctrl-C ends a command with one message and status 130, whatever a library makes of it.
 
+While a command imports what it needs, nothing was begun, and Ctrl-C ends it at once. Later it raises KeyboardInterrupt,
+and is remembered: an import or a library may turn it into an error of its own, or go on as if nothing had happened.
+"""
+
+import atexit
 import os
 import signal
+import sys
+import time
 from types import FrameType
+from typing import Any
+
+AGAIN = 1.0
+"""Seconds after which a second Ctrl-C ends the command at once; one before may be the first, sent on by a wrapper."""
+_first: float | None = None
+"""The time of the first Ctrl-C that was remembered."""
+_tell = sys.unraisablehook
+"""What tells an error that a destructor raised."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -10,13 +25,77 @@ def _stop(number: int, frame: FrameType | None) -> None:
     os._exit(130)
 
 
+def _remember(number: int, frame: FrameType | None) -> None:
+    global _first
+    if _first is None:
+        _first = time.monotonic()
+        raise KeyboardInterrupt
+    if time.monotonic() - _first > AGAIN:
+        _stop(number, frame)
+
+
+def _ignore() -> None:
+    """Let Python take itself apart: it gives Ctrl-C back to the system, which would end it with a status of its own."""
+    if signal.getsignal(signal.SIGINT) in (_stop, _remember):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _tell_others(lost: Any) -> None:
+    """Tell what a destructor raised, unless it is Ctrl-C, which is remembered."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        _tell(lost)
+
+
+def is_command() -> bool:
+    """Whether `python -m` is about to run a module of this package; known only while the package is imported."""
+    if sys.argv[:1] != ["-m"]:
+        return False
+    module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)]
+    return module.partition(".")[0] in ("ovqk", "-movqk")
+
+
 def stop_while_importing() -> None:
     """End the command at Ctrl-C until `importing_is_over`, unless Ctrl-C has been given another meaning."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
+        atexit.register(_ignore)  # the first to be registered is the last to be called
 
 
 def importing_is_over() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again."""
+    """Let Ctrl-C raise KeyboardInterrupt, and remember it; nothing changes without `stop_while_importing`."""
+    global _tell
     if signal.getsignal(signal.SIGINT) is _stop:
+        signal.signal(signal.SIGINT, _remember)
+        if sys.unraisablehook is not _tell_others:
+            _tell, sys.unraisablehook = sys.unraisablehook, _tell_others
+
+
+def work_is_over() -> None:
+    """End the command at Ctrl-C from now on: only Python's own end is left."""
+    if signal.getsignal(signal.SIGINT) is _remember:
+        signal.signal(signal.SIGINT, _stop)
+
+
+def forget() -> None:
+    """Give Ctrl-C back the meaning that it had before `stop_while_importing`, for a process that goes on."""
+    global _first
+    _first = None
+    if signal.getsignal(signal.SIGINT) in (_stop, _remember):
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.unraisablehook is _tell_others:
+        sys.unraisablehook = _tell
+
+
+def remembered() -> bool:
+    """Whether Ctrl-C came since the imports were over."""
+    return _first is not None
+
+
+def raise_if_remembered() -> None:
+    """Do what Ctrl-C asked for, if a library did not.
+
+    Raises:
+        KeyboardInterrupt: it came since the imports were over.
+    """
+    if remembered():
+        raise KeyboardInterrupt

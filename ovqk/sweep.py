@@ -23,7 +23,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ovqk.config.mistakes import mistakes, untold
-from ovqk.errors import UserError, end_command, first_line, one_message, told, was_interrupted, without_secrets
+from ovqk.errors import (
+    INTERRUPTED,
+    UserError,
+    end_command,
+    first_line,
+    one_mistake,
+    told,
+    was_interrupted,
+    without_secrets,
+)
+from ovqk.interrupts import importing_is_over
 from ovqk.orphans import be_parent
 from ovqk.whole_files import DISK, write_text
 from ovqk.wording import counted
@@ -33,7 +43,6 @@ if TYPE_CHECKING:
     from ovqk.report.progress import SweepProgress
 
 FAILED = 1  # exit status
-INTERRUPTED = 130  # exit status of a command that Ctrl-C ended
 LAUNCHER_ERROR = "launcher_error.txt"
 EXTRAS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
 """Hydra's launcher that is a package of its own -> the extra of ovqk that installs it."""
@@ -124,7 +133,7 @@ def _never_a_warning() -> Iterator[None]:
     Raises:
         SystemExit: something was raised inside; what ovqk has no words for is shown with its traceback.
     """
-    with one_message():
+    with one_mistake():
         try:
             yield
         except UserError:
@@ -133,7 +142,9 @@ def _never_a_warning() -> Iterator[None]:
             raise UserError("\n".join(mistakes(error, []))) from error
         except BrokenPipeError:
             raise
-        except Exception:
+        except Exception as error:
+            if was_interrupted(error):
+                raise KeyboardInterrupt from None
             traceback.print_exc()
             raise SystemExit(FAILED) from None
 
@@ -198,6 +209,8 @@ class SweepCallback(Callback):
             status = sweep.end()
             sweep.track()
         except Exception as error:
+            if was_interrupted(error):
+                raise KeyboardInterrupt from None
             end_command(f"the end of the sweep: {told(error)}", FAILED)
         if status:
             raise SystemExit(status)
@@ -214,7 +227,7 @@ def end_early(error: BaseException) -> None:
     global running
     sweep, running = running, None
     stopped = was_interrupted(error)
-    if sweep is None and isinstance(error, OSError) and error.errno in DISK:
+    if sweep is None and not stopped and isinstance(error, OSError) and error.errno in DISK:
         raise UserError(f"{error.filename or 'a file'}: cannot be written ({error.strerror}).") from None
     if sweep is None:
         if stopped:
@@ -326,15 +339,17 @@ def _prepare_workers() -> None:
 
 def _check(config: DictConfig) -> None:
     """Refuse a choice that would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
-    from ovqk.cell import make_results_dir
-    from ovqk.config.resolve import refuse_tilde, tracking_mode
+    from ovqk.cell import make_results_dir  # torch, numpy and pandas
+    from ovqk.config.resolve import refuse_tilde, refuse_untyped, tracking_mode
     from ovqk.config.schema import TrackingMode
     from ovqk.config.secrets import refuse_secrets
     from ovqk.records import mounts
     from ovqk.tracking.environment import not_followed
 
+    importing_is_over()
     _collect_garbage()
     refuse_secrets(config)
+    refuse_untyped(config)
     if tracking_mode(config, os.environ.get("WANDB_MODE")) is not TrackingMode.none and (said := not_followed()):
         print(f"warning: {said}", file=sys.stderr)
     refuse_tilde(str(config.results_dir))

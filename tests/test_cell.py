@@ -138,6 +138,20 @@ def test_a_mistake_is_one_clear_message_and_leaves_no_result(cli, tmp_path, argu
     assert not list(tmp_path.glob("results/**/*.parquet"))
 
 
+@pytest.mark.parametrize("content", [
+    "a: 1", "defaults: [settings, model: mini-attn, task: ioi, analysis: b03, tracking: none, _self_]",
+    "defaults: [settings, _self_]\nmodel: {name: x}\nresults_dir: r\nsweep: null\ntracking: {mode: none}",
+])  # fmt: skip
+@pytest.mark.parametrize("more", [[], ["-m"]])
+def test_a_primary_config_outside_of_the_schema_is_one_message(cli, tmp_path, content, more) -> None:
+    shutil.copytree(ROOT / "conf", tmp_path / "mine")
+    (tmp_path / "mine" / "config.yaml").write_text(content)
+    code, printed = cli("-cp", str(tmp_path / "mine"), *more)
+    assert code == 1 and "ovqk: defaults: the primary config (-cp, -cn) leaves out `schema`" in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "results").exists() and not (tmp_path / "r").exists()
+
+
 def test_a_mistake_in_a_config_file_of_ones_own_is_one_message(cli, tmp_path) -> None:
     (tmp_path / "mine" / "task").mkdir(parents=True)
     for text, message in (

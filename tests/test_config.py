@@ -84,7 +84,7 @@ def test_only_the_registry_tells_what_a_metric_is_from_its_name() -> None:
 
 
 FOLDERS = [
-    "errors", "whole_files", "locks", "orphans", "scratch", "memory", "interrupts", "config", "metrics", "wording",
+    "interrupts", "errors", "whole_files", "locks", "orphans", "scratch", "memory", "config", "metrics", "wording",
     "checkpoints", "weights", "circuits", "structure", "tasks", "verdicts", "activations", "records", "figures",
     "portraits", "report", "tracking", "analyse", "cell", "sweep", "dashboard", "library", "fetch", "plan", "testing",
     "published",
@@ -93,7 +93,10 @@ FOLDERS = [
 """Folders of the package, and its modules beside them, in the order of the data flow."""
 READERS = {"figures", "report", "tracking"}
 """Folders that show results."""
-RESULTS = {"errors", "metrics", "wording", "whole_files", "locks", "scratch", "memory", "config", "records", *READERS}
+RESULTS = {
+    "interrupts", "errors", "metrics", "wording", "whole_files", "locks", "scratch", "memory", "config", "records",
+    *READERS,
+}  # fmt: skip
 """What these may import: records hold all there is to show."""
 
 

@@ -21,12 +21,18 @@ def key(monkeypatch) -> None:
 
 
 def test_which_variables_hold_secrets(monkeypatch) -> None:
-    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "MY_CREDENTIALS", "OPENAI_APIKEY"):
+    named = (
+        "HF_TOKEN AWS_SECRET_ACCESS_KEY PGPASSWORD MY_CREDENTIALS OPENAI_APIKEY GITHUB_PAT PAT DB_PASS PASS MYSQL_PWD"
+    )
+    for name in (*named.split(), "db_pwd_old", "MYPASSWD", "SSHPASS"):
         monkeypatch.setenv(name, f"{name}-value")
         assert name in secrets()
     for name, value in (
         ("TOKENIZERS_PARALLELISM", "a-long-value"),
         ("HF_TOKEN_PATH", "/users/me/token"),
+        *((name, "/users/me/a-folder") for name in ("PATH", "PWD", "OLDPWD", "PYTHONPATH", "MY_PAT_FILE")),
+        *((name, "/users/me/a-program") for name in ("SSH_ASKPASS", "GIT_ASKPASS", "COMPASS", "PATTERN", "PASSING")),
+        ("DB_PASS", "7-chars"),
         ("KEY", "no"),
     ):
         monkeypatch.setenv(name, value)

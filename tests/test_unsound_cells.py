@@ -5,11 +5,15 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.commands import compose
 from support.reported import page_data
@@ -19,7 +23,7 @@ from ovqk.cell import run_cell
 from ovqk.errors import UserError
 from ovqk.records.cells import read_cells
 from ovqk.records.record import fault, is_done, read_record
-from ovqk.records.soundness import NUMBERS, POSITIONS, TEXTS
+from ovqk.records.soundness import MOST_COLUMNS, NUMBERS, POSITIONS, TEXTS
 from ovqk.report.write import write_report
 from ovqk.tracking.__main__ import main as track
 from ovqk.tracking.sweep_panels import read_sweeps
@@ -106,6 +110,31 @@ def test_wrong_values_of_a_record(results) -> None:
     others_stand(results, bad)
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("seed", 10**400), ("seed", -1), ("seed", 2**32), ("schema_version", -(10**400)), ("summary__n_heads", 10**400),
+    ("provenance__wall_seconds", 10**400), ("provenance__config__task__mine", [{"a": 2**63}]),
+    ("provenance__config__tracking__project", 5), ("provenance__config__tracking__project", ["x"]),
+    ("provenance__config__tracking__project", "a\x1b[2J"), ("provenance__config__tracking__entity", True),
+    ("words__kept__a\x1b[2J\ud800", 10**30),
+])  # fmt: skip
+def test_a_value_that_would_cost_the_sweeps_run_is_told(results, key, value) -> None:
+    bad = bad_cell(results)
+    change_record(bad, **{key: value})
+    said = fault(bad, read_record(bad) or {}) or ""
+    named = key.replace("__", ".").replace("\x1b", "\\x1b").replace("\ud800", "\\ud800")
+    assert said.startswith(f"its record.json gives {named}") and "; allowed: " in said and len(said) < 200
+    others_stand(results, bad)
+
+
+@pytest.mark.parametrize("value", [None, "", "mine"])
+def test_a_project_and_an_entity_may_be_left_open(results, value) -> None:
+    bad = bad_cell(results)
+    change_record(bad, provenance__config__tracking={"project": value, "entity": value})
+    assert is_done(bad)
+    change_record(bad, provenance__config__tracking={}, seed=2**32 - 1, summary__mine=2**63 - 1)
+    assert is_done(bad)
+
+
 @pytest.mark.parametrize("table", sorted(POSITIONS))
 def test_wrong_columns_of_a_table(results, table) -> None:
     bad = bad_cell(results)
@@ -126,6 +155,55 @@ def test_wrong_columns_of_a_table(results, table) -> None:
             assert said is not None and f"{table}.parquet" in said and column in said
             (bad / f"{table}.parquet").write_bytes(before)
     change_table(bad, table, lambda frame: frame.assign(**{POSITIONS[table][0]: 10**9}))
+    others_stand(results, bad)
+
+
+@pytest.mark.parametrize("statistics", [True, False, ["head"]])
+@pytest.mark.parametrize(("column", "value"), [("layer", 2 * 10**8), ("layer", -1), ("head", 99), ("head", 10**12)])
+def test_a_position_beyond_the_model_is_told_with_and_without_statistics(results, column, value, statistics) -> None:
+    bad = bad_cell(results)
+    table = pq.read_table(bad / "tests.parquet").to_pandas()
+    table.loc[len(table) - 1, column] = value
+    pq.write_table(
+        pa.Table.from_pandas(table, preserve_index=False),
+        bad / "tests.parquet",
+        write_statistics=statistics,
+        row_group_size=3,
+    )
+    said = fault(bad, read_record(bad) or {}) or ""
+    assert said.startswith(f"tests.parquet has {column} ") and f"{value:,}".replace(",", "") in said
+    assert not is_done(bad)
+
+
+def test_sound_tables_without_statistics_are_sound(results) -> None:
+    """Also those whose rows of roles have no head."""
+    bad = bad_cell(results)
+    assert pd.read_parquet(bad / "tests.parquet")["head"].isna().any()
+    for path in bad.glob("*.parquet"):
+        pq.write_table(pq.read_table(path), path, write_statistics=False, row_group_size=20)
+    assert fault(bad, read_record(bad) or {}) is None
+
+
+def test_a_table_of_very_many_columns_is_refused_in_a_moment(results) -> None:
+    bad = bad_cell(results)
+    heads = pd.read_parquet(bad / "heads.parquet")
+    more = pd.DataFrame(
+        np.zeros((len(heads), 20_000), dtype="int8"), columns=[f"c{number}" for number in range(20_000)]
+    )
+    pd.concat([heads, more], axis=1).to_parquet(bad / "heads.parquet", index=False)
+    started = time.process_time()
+    said = fault(bad, read_record(bad) or {})
+    assert said == f"heads.parquet has {heads.shape[1] + 20_000} columns; allowed: up to {MOST_COLUMNS}"
+    assert time.process_time() - started < 2
+    others_stand(results, bad)
+    assert 10 * heads.shape[1] < MOST_COLUMNS
+
+
+def test_two_columns_of_one_name_are_told(results) -> None:
+    bad = bad_cell(results)
+    table = pq.read_table(bad / "heads.parquet")
+    pq.write_table(table.append_column("layer", table["layer"]), bad / "heads.parquet")
+    assert fault(bad, read_record(bad) or {}) == "heads.parquet has several columns of one name, 'layer'"
     others_stand(results, bad)
 
 

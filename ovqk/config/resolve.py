@@ -25,9 +25,10 @@ def resolve(config: DictConfig) -> Config:
     """Return the typed choice of one cell, checked as far as possible without reading a file.
 
     Raises:
-        UserError: a value has the right type but is not allowed.
+        UserError: it does not extend the schema, or a value has the right type but is not allowed.
     """
     refuse_secrets(config)
+    refuse_untyped(config)
     missing = sorted(OmegaConf.missing_keys(config))
     if "model.name" in missing and config.model.source is Source.local:
         missing.remove("model.name")
@@ -49,7 +50,7 @@ def resolve(config: DictConfig) -> Config:
     if missing:
         raise UserError(f"{missing[0]}: not set, and it has no default.")
     typed = OmegaConf.to_object(config)
-    assert isinstance(typed, Config)
+    assert isinstance(typed, Config)  # as refuse_untyped found
     typed = _at_checkpoint(typed)
     _check(typed)
     return typed
@@ -144,6 +145,20 @@ def _check(config: Config) -> None:
         raise UserError(
             f"model.trust_remote_code=true with model.revision={config.model.revision}: running a repository's code "
             "needs a revision that is a full commit (40 hexadecimal digits)."
+        )
+
+
+def refuse_untyped(config: DictConfig) -> None:
+    """Refuse a choice that does not extend the schema, which gives each key its type.
+
+    Raises:
+        UserError: it does not.
+    """
+    if OmegaConf.get_type(config) is not Config:
+        raise UserError(
+            "defaults: the primary config (-cp, -cn) leaves out `schema`, so that its keys have no types. Needed: "
+            "`defaults: [schema, settings, ..., _self_]`, as in conf/config.yaml. To add files of your own to ovqk's, "
+            "use -cd FOLDER instead of -cp."
         )
 
 

@@ -5,11 +5,12 @@ They may come from someone else, or be damaged. A reader of several cells leaves
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ovqk.errors import CONTROL
@@ -20,6 +21,10 @@ MOST_LAYERS, MOST_HEADS = 10_000, 10_000_000
 """The most layers and heads of a model. No model has more, and tables by layer and head would not fit in memory."""
 ROWS_PER_BYTE, FEW_ROWS = 8, 100_000
 """A table with more than FEW_ROWS rows may have at most so many rows for each byte; a sound one holds numbers."""
+MOST_COLUMNS = 2_000
+"""The most columns of a table. The widest that ovqk writes has some eighty."""
+LARGEST = 2**63 - 1
+"""The largest whole number in a record, of either sign: beyond it tables, JavaScript and W&B's protocol take none."""
 POSITIONS = {
     "heads": ("layer", "head"),
     "layers": ("layer",),
@@ -90,14 +95,22 @@ def _describes(value: Any) -> bool:
     return isinstance(value, dict) and all(_name(text) for text in value.values() if isinstance(text, str))
 
 
+def _seed(value: Any) -> bool:
+    return _is(int)(value) and 0 <= value < 2**32
+
+
+def _text_or_null(value: Any) -> bool:
+    return value is None or _name(value)
+
+
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (_name, "a text without control characters"),
     "task": (_name, "a text without control characters"),
     "analysis": (_name, "a text without control characters"),
     "cell_id": (lambda value: isinstance(value, str) and CELL_ID.fullmatch(value) is not None, "12 digits in 0-9a-f"),
     "schema_version": (_is(int), "a whole number"),
-    "seed": (_is(int), "a whole number"),
-    "sweep": (lambda value: value is None or _name(value), "null or a text without control characters"),
+    "seed": (_seed, "0 .. 2^32 - 1"),
+    "sweep": (_text_or_null, "null or a text without control characters"),
     "summary": (_flat, "numbers by name"),
     "unavailable": (lambda value: isinstance(value, dict) and _texts([*value.values()]), "texts by name"),
     "notes": (_texts, "a list of texts"),
@@ -115,6 +128,8 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "provenance.config": (_is(dict), "an object"),
     "provenance.config.task": (_is(dict), "an object"),
     "provenance.config.tracking": (_is(dict), "an object"),
+    "provenance.config.tracking.project": (_text_or_null, "null or a text without control characters"),
+    "provenance.config.tracking.entity": (_text_or_null, "null or a text without control characters"),
 }
 """Key of a done cell's record, with dots between levels -> a check of its value, and the allowed values in words."""
 OPTIONAL = {
@@ -126,6 +141,8 @@ OPTIONAL = {
     "claims",
     "provenance.identity",
     "provenance.config.tracking",
+    "provenance.config.tracking.project",
+    "provenance.config.tracking.entity",
 }
 """Keys that may be missing."""
 
@@ -145,13 +162,29 @@ def record_fault(record: Mapping[str, Any]) -> str | None:
     for key, most in (("n_layers", MOST_LAYERS), ("n_heads", MOST_HEADS)):
         if not (_is(int)(summary.get(key)) and 1 <= summary[key] <= most):
             return f"its record.json gives summary.{key} as {_short(summary.get(key))}; allowed: 1 .. {most}"
+    for key, value in _whole_numbers(record):
+        if abs(value) > LARGEST:
+            return f"its record.json gives {key} as {_short(value)}; allowed: whole numbers up to 2^63 - 1"
     return None
+
+
+def _whole_numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield each whole number at any depth of a record, with its key as Python writes it."""
+    waiting: list[tuple[str, Any]] = [("", record)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(f"{key}.{each!s:.40}"[:120], inner) for each, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(key, inner) for inner in value]
+        elif isinstance(value, int):
+            yield repr(key[1:])[1:-1], value
 
 
 def tables_fault(folder: Path, record: Mapping[str, Any]) -> str | None:
     """Return a sentence on the first fault in the tables that a sound record names; None if they are sound.
 
-    Only the footers of the files are read.
+    Only the footers of the files are read, and columns of POSITIONS whose bounds the footer does not give.
     """
     there = [name for name in sorted(TABLES) if os.path.lexists(folder / f"{name}.parquet")]
     named = record.get("tables", dict.fromkeys(["heads", *there]))  # an earlier version named none
@@ -172,20 +205,36 @@ def _table_fault(path: Path, name: str, rows: Any, summary: Mapping[str, Any]) -
         if not path.is_file():
             return "is not there"
         with pq.ParquetFile(path) as file:
-            footer, schema = file.metadata, file.schema_arrow
+            return (
+                _size_fault(file.metadata, rows, path.stat().st_size)
+                or _columns_fault(file.schema_arrow, name)
+                or _positions_fault(file, POSITIONS.get(name, ()), summary)
+            )
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         return f"cannot be read ({type(error).__name__})"
+
+
+def _size_fault(footer: pq.FileMetaData, rows: Any, size: int) -> str | None:
     if rows is not None and footer.num_rows != rows:
         return f"has {footer.num_rows} rows and not {_short(rows)}, as its record.json says"
-    if footer.num_rows > FEW_ROWS + ROWS_PER_BYTE * path.stat().st_size:
-        return f"has {footer.num_rows} rows in {path.stat().st_size} bytes"
-    positions = POSITIONS.get(name, ())
+    if footer.num_rows > FEW_ROWS + ROWS_PER_BYTE * size:
+        return f"has {footer.num_rows} rows in {size} bytes"
+    if footer.num_columns > MOST_COLUMNS:
+        return f"has {footer.num_columns} columns; allowed: up to {MOST_COLUMNS}"
+    return None
+
+
+def _columns_fault(schema: pa.Schema, name: str) -> str | None:
+    names = schema.names
+    there = set(names)
+    if len(there) < len(names):
+        return f"has several columns of one name, {_short(next(each for each in names if names.count(each) > 1))}"
     for columns, fits, allowed in (
-        ((*positions, *NUMBERS.get(name, ())), _holds_numbers, "numbers"),
+        ((*POSITIONS.get(name, ()), *NUMBERS.get(name, ())), _holds_numbers, "numbers"),
         (TEXTS.get(name, ()), _holds_texts, "texts"),
     ):
         for column in columns:
-            if column not in schema.names:
+            if column not in there:
                 return f"has no column {column}"
             if not fits(schema.field(column).type):
                 return f"has {schema.field(column).type} in {column}; allowed: {allowed}"
@@ -195,14 +244,32 @@ def _table_fault(path: Path, name: str, rows: Any, summary: Mapping[str, Any]) -
             of_heads or not _holds_texts(field.type)
         ):
             return f"has {field.type} in {field.name}; allowed: {'numbers' if of_heads else 'numbers or texts'}"
-    by_name = {schema.names[index]: index for index in range(len(schema.names))}
-    for column in positions:
-        most = summary["n_layers"] if column.endswith("layer") else max(1, summary["n_heads"] // summary["n_layers"])
-        for group in range(footer.num_row_groups):
-            found = footer.row_group(group).column(by_name[column]).statistics
-            if found is not None and found.has_min_max and not (found.min >= 0 and found.max < most):
-                return f"has {column} {found.min} .. {found.max}; allowed: 0 .. {most - 1}"
     return None
+
+
+def _positions_fault(file: pq.ParquetFile, columns: tuple[str, ...], summary: Mapping[str, Any]) -> str | None:
+    place = {column: index for index, column in enumerate(file.schema_arrow.names)}
+    for column in columns:
+        most = summary["n_layers"] if column.endswith("layer") else max(1, summary["n_heads"] // summary["n_layers"])
+        for least, largest in _bounds(file, column, place[column]):
+            if not (least >= 0 and largest < most):
+                return f"has {column} {_short(least)} .. {_short(largest)}; allowed: 0 .. {most - 1}"
+    return None
+
+
+def _bounds(file: pq.ParquetFile, column: str, place: int) -> Iterator[tuple[Any, Any]]:
+    """Yield a column's least and largest values, part by part: as the footer gives them, else from the column alone."""
+    unknown = []
+    for group in range(file.metadata.num_row_groups):
+        found = file.metadata.row_group(group).column(place).statistics
+        if found is not None and found.has_min_max:
+            yield found.min, found.max
+        else:
+            unknown.append(group)
+    for batch in file.iter_batches(row_groups=unknown, columns=[column]) if unknown else ():
+        bounds = pc.min_max(batch.column(0)).as_py()
+        if bounds["min"] is not None:  # a part may hold nulls alone: a row of a role has no head
+            yield bounds["min"], bounds["max"]
 
 
 def _holds_numbers(kind: pa.DataType) -> bool:

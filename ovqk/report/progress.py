@@ -8,6 +8,7 @@ from typing import Protocol
 
 from rich.progress import Progress
 
+from ovqk.interrupts import raise_if_remembered
 from ovqk.records.outcomes import Outcomes
 from ovqk.report import terminal
 
@@ -66,6 +67,7 @@ class _Bar:
         self.counting = False
         follows = f", then {AFTER[what]}" if what in AFTER else ""
         for index in range(count):
+            raise_if_remembered()
             said = f"{what} {index + 1} of {count}{follows}"
             self.bar.update(self.task, description=said, completed=index, total=count)
             yield index
@@ -91,6 +93,7 @@ class _Lines:
         self.began = self.said = time.monotonic()
         self.counting = False
         for index in range(count):
+            raise_if_remembered()
             yield index
             if index + 1 < count:
                 self._say(what, index + 1, count, f", then {AFTER[what]}" if what in AFTER else "")

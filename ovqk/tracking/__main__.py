@@ -19,6 +19,7 @@ from filelock import Timeout
 from ovqk.config.command_line import tool
 from ovqk.config.schema import TrackingConfig, TrackingMode
 from ovqk.errors import UserError, one_message, print_any_text, printable
+from ovqk.interrupts import raise_if_remembered
 from ovqk.records.record import claim, fault, read_record, read_tracking, says_done
 from ovqk.records.results import cell_folders
 from ovqk.tracking.environment import not_followed, project_of
@@ -111,6 +112,7 @@ def _held(
     results_dir: Path, identifier: str, name: str, folder: Path, attempt: Callable[[], tuple[str, str | None] | None]
 ) -> bool:
     """Make an attempt unless another process holds the cell, print its outcome, and return whether it is fine."""
+    raise_if_remembered()
     try:
         with claim(results_dir, identifier, wait=False):
             outcome = attempt()

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from ovqk.config.schema import Config, register
+from ovqk.interrupts import forget
 from support import ROOT
 
 register()
@@ -53,5 +54,7 @@ class CLI:
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
         except SystemExit as stop:
             code = int(stop.code or 0)
+        finally:
+            forget()
         printed = self.capfd.readouterr()
         return code, printed.out + printed.err
