@@ -294,7 +294,8 @@ def test_ctrl_c_ends_a_sweep_with_what_is_done_and_a_status_of_its_own(tmp_path)
     os.killpg(process.pid, signal.SIGINT)
     printed, complaint = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert " missing; results in results" in printed and "The same command computes them" in printed
+    told = " ".join(printed.split())  # lines wrap at 80 columns
+    assert " missing; results in results" in told and "The same command computes them" in told
     assert "ovqk: interrupted" in complaint and "Traceback" not in complaint
 
 
