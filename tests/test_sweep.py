@@ -87,17 +87,25 @@ def test_a_cell_without_memory_is_recorded_and_the_others_go_on(cli, tmp_path, m
     assert code == 0 and "1 done, 1 cached" in printed
 
 
-def test_a_launcher_that_gives_up_is_one_message_and_the_next_run_does_the_rest(cli, tmp_path, monkeypatch) -> None:
+def basic_launcher() -> type:
+    """Hydra's launcher, after Hydra has looked for its plugins: it makes the class anew when it does."""
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
-    real = BasicLauncher.launch
+    return BasicLauncher
+
+
+def test_a_launcher_that_gives_up_is_one_message_and_the_next_run_does_the_rest(cli, tmp_path, monkeypatch) -> None:
+    real = basic_launcher().launch
 
     def dies(self, overrides, initial_job_idx) -> None:
         real(self, overrides[:1], initial_job_idx)
         raise RuntimeError("a worker was killed\nand more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(BasicLauncher, "launch", dies)
+        patch.setattr(basic_launcher(), "launch", dies)
         code, printed = cli("-m", *QUICK, "seed=0,1,2")
     assert code == 1 and "1 done, 0 cached, 0 failed, 2 missing" in printed and "Traceback" not in printed
     assert "missing: task=none analysis=ov tracking=none seed=2" in printed
@@ -109,15 +117,13 @@ def test_a_launcher_that_gives_up_is_one_message_and_the_next_run_does_the_rest(
 
 
 def test_a_launcher_that_gives_up_after_the_last_cell_has_ended_does_no_harm(cli, monkeypatch) -> None:
-    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-
-    real = BasicLauncher.launch
+    real = basic_launcher().launch
 
     def dies(self, *arguments, **keys) -> None:
         real(self, *arguments, **keys)
         raise RuntimeError("late")
 
-    monkeypatch.setattr(BasicLauncher, "launch", dies)
+    monkeypatch.setattr(basic_launcher(), "launch", dies)
     code, printed = cli("-m", *QUICK)
     assert code == 0 and "1 done" in printed and "late" not in printed
 
