@@ -1,5 +1,6 @@
 """Cells composed from overrides, and run.py in the process of a test."""
 
+import logging
 import runpy
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ class CLI:
         self.monkeypatch.chdir(self.folder)
         self.monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         self.capfd.readouterr()
+        handlers, level = logging.root.handlers[:], logging.root.level
         code = 0
         try:
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
@@ -56,5 +58,7 @@ class CLI:
             code = int(stop.code or 0)
         finally:
             forget()
+        logging.root.handlers[:] = handlers  # Hydra's own write to what is captured here, which ends with the test
+        logging.root.setLevel(level)
         printed = self.capfd.readouterr()
         return code, printed.out + printed.err
