@@ -58,6 +58,8 @@ class CLI:
             code = int(stop.code or 0)
         finally:
             forget()
+        for handler in set(logging.root.handlers) - set(handlers):
+            handler.close()
         logging.root.handlers[:] = handlers  # Hydra's own write to what is captured here, which ends with the test
         logging.root.setLevel(level)
         printed = self.capfd.readouterr()
