@@ -194,5 +194,6 @@ def test_an_interrupt_at_any_moment(tmp_path, results, name) -> None:
         if process.returncode == 0:
             continue  # it had ended
         stopped += 1
-        assert (process.returncode, errors) == (130, "ovqk: interrupted.\n"), printed
+        # A shell gives 130 for both: at Python's own end the signal may have its old meaning again (seen in plan).
+        assert process.returncode in (130, -signal.SIGINT) and errors == "ovqk: interrupted.\n", printed
     assert stopped >= 3
