@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from ovqk.interrupts import importing_is_over, remembered, work_is_over
+from ovqk.interrupts import end_with, importing_is_over, remembered, work_is_over
 
 SECRET = re.compile(
     r"(^|_)(KEY|TOKEN|SECRET|PASSPHRASE|CREDENTIAL|PASS|PAT)S?(_|$)|_PWD(_|$)|^SSHPASS$|API_?KEY|PASSWORD|PASSWD",
@@ -106,6 +106,8 @@ def end_command(message: str, status: int = 1) -> NoReturn:
         SystemExit: always, with this status.
     """
     print(f"ovqk: {printable(without_secrets(message))}", file=sys.stderr)
+    if status == INTERRUPTED:
+        end_with(status)
     raise SystemExit(status)
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,8 @@ AGAIN = 1.0
 """Seconds after which a second Ctrl-C ends the command at once; one before may be the first, sent on by a wrapper."""
 _first: float | None = None
 """The time of the first Ctrl-C that was remembered."""
+_status: int | None = None
+"""The status of a command that Ctrl-C has ended."""
 _tell = sys.unraisablehook
 """What tells an error that a destructor raised."""
 
@@ -34,8 +37,17 @@ def _remember(number: int, frame: FrameType | None) -> None:
         _stop(number, frame)
 
 
-def _ignore() -> None:
-    """Let Python take itself apart: it gives Ctrl-C back to the system, which would end it with a status of its own."""
+def _last() -> None:
+    """Let nothing but this command decide how it ends, once all else that ends with it has ended.
+
+    Python gives Ctrl-C back to the system when it takes itself apart. And if Ctrl-C came while Python ran a text of
+    code, as it does to make a dataclass, it ends by the signal, whatever status it was given.
+    """
+    if _status is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # a pipe that nobody reads, or a stream that is closed
+                stream.flush()
+        os._exit(_status)
     if signal.getsignal(signal.SIGINT) in (_stop, _remember):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -58,7 +70,7 @@ def stop_while_importing() -> None:
     """End the command at Ctrl-C until `importing_is_over`, unless Ctrl-C has been given another meaning."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
-        atexit.register(_ignore)  # the first to be registered is the last to be called
+        atexit.register(_last)  # the first to be registered is the last to be called
 
 
 def importing_is_over() -> None:
@@ -78,12 +90,18 @@ def work_is_over() -> None:
 
 def forget() -> None:
     """Give Ctrl-C back the meaning that it had before `stop_while_importing`, for a process that goes on."""
-    global _first
-    _first = None
+    global _first, _status
+    _first = _status = None
     if signal.getsignal(signal.SIGINT) in (_stop, _remember):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.unraisablehook is _tell_others:
         sys.unraisablehook = _tell
+
+
+def end_with(status: int) -> None:
+    """Have the command end with this status after Ctrl-C; nothing changes without `stop_while_importing`."""
+    global _status
+    _status = status
 
 
 def remembered() -> bool:
