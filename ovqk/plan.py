@@ -25,12 +25,15 @@ IMPORTED = 320e6
 HOARDED, LISTS, KEPT = 250e6, 150e6, 256e6
 """Bytes beside weights and Grams, at most: blocks of tokens and what the C library keeps; lists of tokens; an embedding
 that is kept (docs/performance.md)."""
+PER_THREAD = 275e6
+"""Bytes that each thread but the first may take for blocks of its own, at most."""
 LARGEST_MEASURED = 256
 """Dimension up to which decompositions are measured; of larger heads they take as much longer as the cube says."""
 START_UP = 5.0
 """Seconds of a start, on two cores of a server."""
-SPECTRA_ROW = 11.0
-"""Bytes of a row in spectra.parquet, which is most of what a cell writes."""
+SPECTRA_ROW, LISTED, OTHER = 12.0, 3000.0, 2500.0
+"""Bytes of results: of a row in spectra.parquet; of each head for each component whose tokens are listed, and for all
+else. Measured on SmolLM2-135M and on Gemma 3 270M's shape."""
 
 
 class Sizes(NamedTuple):
@@ -66,7 +69,7 @@ class Plan:
     Attributes:
         operations: part of the cell -> floating point operations of its products.
         decompositions: "eigenvalues" and the like -> how many matrices of d_head x d_head.
-        memory: bytes at the peak of the whole process, at most.
+        memory: bytes at the peak of the whole process on one thread, at most.
         written: bytes of results.
     """
 
@@ -119,7 +122,7 @@ def plan_of(sizes: Sizes) -> Plan:
     mlp = 4.0 * s.d_model * s.d_mlp * (3 if s.gated else 2)
     kept = min(KEPT, 4.0 * s.n_vocab * s.d_model) + LISTS * (s.components > 0)
     memory = IMPORTED + HOARDED + kept + 3 * layer + grams + mlp
-    written = SPECTRA_ROW * heads * s.d_head * 2 * 4
+    written = heads * (SPECTRA_ROW * s.d_head * 2 * 4 + LISTED * s.components + OTHER)
     counted = {name: float(count) for name, count in operations.items()}
     return Plan(s, counted, decompositions, memory, written)
 
@@ -223,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"heads        {sizes.n_layers} layers of {sizes.n_heads} heads over {sizes.n_kv_heads} KV heads, d_model "
         f"{sizes.d_model:,}, d_head {sizes.d_head}, {sizes.n_vocab:,} tokens"
     )
-    print(f"memory       up to {decimal(int(plan.memory))}")
+    print(f"memory       up to {decimal(int(plan.memory + PER_THREAD * (rates.threads - 1)))}")
     print(f"results      some {decimal(int(plan.written))}")
     print(f"operations   {plan.total:.2g}, the most for: {_most(plan)}")
     print(

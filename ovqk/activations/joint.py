@@ -19,9 +19,7 @@ MOST_CHOICES = 100_000
 TIE = 1e-12
 LINKS = ("write_link", "write_link_slope", "score_link", "score_key_partner", "score_query_partner")
 """Columns that say how much of a head's behaviour its weights account for."""
-QUANTITIES = (
-    *("attention", "attention_control", "write", "write_se", "effect", "effect_se", "effect_mean_replacement"),
-)
+QUANTITIES = "attention", "attention_control", "write", "write_se", "effect", "effect_se", "effect_mean_replacement"
 """What a head does, with what each number has to be read beside."""
 
 
