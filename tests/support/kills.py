@@ -13,6 +13,7 @@ import dataclasses
 import fcntl
 import itertools
 import os
+import re
 import shutil
 import signal
 import sys
@@ -40,6 +41,7 @@ AT = {
 }  # fmt: skip
 """Audited event whose first argument is a path -> the argument that says which folder it is relative to."""
 PATIENCE = 60.0  # seconds for one run
+CELL = re.compile(r"(?<=-)[0-9a-f]{12}(?=-)")  # in the name of a run's folder, among its date and what W&B adds
 
 
 class Operations:
@@ -169,7 +171,7 @@ def names(place: Path) -> list[str]:
             continue
         if ".hydra_runs" not in parts and not ("wandb" in parts and len(parts) > 2):
             found.append("/".join(parts))
-    runs = [path.name.rpartition("-")[0].rpartition("-")[2] for path in place.glob("results/wandb/offline-run-*")]
+    runs = [name for path in place.glob("results/wandb/offline-run-*") for name in CELL.findall(path.name)]
     staged = [path.name.partition("-")[0] for path in place.glob("results/wandb/data/*")]
     return sorted([*found, *(f"run {name}" for name in runs), *(f"staged {name}" for name in staged)])
 
