@@ -33,8 +33,8 @@ from ovqk.report import terminal
 from ovqk.report.progress import steps_of
 from ovqk.report.suggestions import shipped_tasks
 from ovqk.structure.cache import StructureCache
-from ovqk.tasks.prompts import start_tokens
-from ovqk.tasks.words import readable_tasks, tokenizer_for
+from ovqk.tasks.tokenizer import start_tokens, tokenizer_for
+from ovqk.tasks.words import readable_tasks
 from ovqk.tracking.service import start_meanwhile
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights

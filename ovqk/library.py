@@ -38,7 +38,7 @@ from ovqk.figures.portraits import TABLES
 from ovqk.metrics import METRICS
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables, stacked
-from ovqk.tasks.words import tokenizer_for
+from ovqk.tasks.tokenizer import tokenizer_for
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import OpenedModel

@@ -9,9 +9,8 @@ import math
 import os
 import re
 import stat
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,17 +42,14 @@ def is_temporary(name: str, of: str | None = None) -> bool:
     return found is not None and of in (None, found[1])
 
 
-def clear_abandoned(folder: Path, of: str | None = None, age: float = 0.0) -> None:
+def clear_abandoned(folder: Path, of: str | None = None) -> None:
     """Delete what killed processes left under temporary names in a folder, for the file `of` if that is given.
 
-    Where other processes may be writing, because the caller holds no lock, `age` spares files that were written to in
-    the last `age` seconds.
+    The caller holds the lock of those who write there.
     """
     for abandoned in folder.iterdir() if folder.is_dir() else ():
         if is_temporary(abandoned.name, of):
-            with suppress(FileNotFoundError):  # another process deletes it too, or gives it its name
-                if not age or abandoned.stat().st_mtime < time.time() - age:
-                    abandoned.unlink()
+            abandoned.unlink(missing_ok=True)
 
 
 def to_disk(path: Path) -> None:

@@ -137,7 +137,7 @@ def whole_cell_with_words(config: Any) -> int:
     """Every stage of `analyse`, from the files on, with the tokenizer and the task's words."""
     from ovqk.analyse import analyse
     from ovqk.checkpoints.opening import open_checkpoint
-    from ovqk.tasks.words import load_tokenizer
+    from ovqk.tasks.tokenizer import load_tokenizer
     from ovqk.weights.readers import open_weights
     from ovqk.weights.types import OpenedModel
 

@@ -24,9 +24,8 @@ def measure_activations(path: Path, task: str, prompts: int) -> dict[str, float]
     from ovqk.records.record import peak_memory
     from ovqk.structure.model import Layer, Model
     from ovqk.tasks.claims import resolve_claims
-    from ovqk.tasks.prompts import start_tokens
     from ovqk.tasks.task_readout import TaskReadout
-    from ovqk.tasks.words import load_tokenizer
+    from ovqk.tasks.tokenizer import load_tokenizer, start_tokens
     from ovqk.weights.types import OpenedModel
 
     asked = (f"task={task}", "analysis=activations", f"activations.prompts={prompts}")

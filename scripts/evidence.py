@@ -34,7 +34,7 @@ from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.structure.model import Layer, Model
 from ovqk.tasks.claims import Claims
 from ovqk.tasks.task_readout import TaskReadout
-from ovqk.tasks.words import load_tokenizer
+from ovqk.tasks.tokenizer import load_tokenizer
 from ovqk.verdicts.claim_tests import ClaimTests
 from ovqk.verdicts.nulls import Predicted, layer_strata, predicted_values
 from ovqk.verdicts.statistics import Stratum, stratified_permutation, within_layer_auc

@@ -97,7 +97,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer() -> Tokenizer:
-    from ovqk.tasks.words import byte_level_bpe
+    from ovqk.tasks.tokenizer import byte_level_bpe
 
     return byte_level_bpe(shared_model("gpt2-tokenizer"))
 

@@ -17,7 +17,7 @@ from ovqk.errors import UserError
 from ovqk.records.record import Analysis
 from ovqk.structure import stages
 from ovqk.structure.cache import ENTRY, StructureCache
-from ovqk.tasks.words import load_tokenizer
+from ovqk.tasks.tokenizer import load_tokenizer
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import OpenedModel
 

@@ -16,7 +16,7 @@ from ovqk.circuits import fourier
 from ovqk.errors import UserError
 from ovqk.records.results import load_table
 from ovqk.structure.model import Model
-from ovqk.tasks.words import load_tokenizer
+from ovqk.tasks.tokenizer import load_tokenizer
 from ovqk.verdicts.cycles import read_cycle
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import OpenedModel

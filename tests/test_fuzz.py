@@ -2,9 +2,11 @@
 within 20 s and 1 GB, and no file is written, no command started and nothing unpickled on the way."""
 
 import copy
+import faulthandler
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -19,6 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from support import ROOT
 from support.commands import compose
 from support.models import local, opened
 from support.toy import toy_tokenizer
@@ -35,11 +38,12 @@ from ovqk.records.record import fault, forget_peak_memory, is_done, peak_memory,
 from ovqk.report.page import embedded, page_data
 from ovqk.report.thinning import DETAILS
 from ovqk.report.write import without_unsound
-from ovqk.tasks.words import load_tokenizer, resolve_task
+from ovqk.tasks.tokenizer import load_tokenizer
+from ovqk.tasks.words import resolve_task
 from ovqk.tracking.sweep_panels import read_sweeps
 
 pytestmark = pytest.mark.slow
-SECONDS, BYTES = 20.0, 10**9
+SECONDS, HANGS, BYTES = 20.0, 60.0, 10**9
 FUZZ: dict[str, Any] = {
     "deadline": None, "derandomize": True, "database": None, "phases": [Phase.generate], "report_multiple_bugs": False,
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -65,23 +69,34 @@ FORBIDDEN = (
     "socket.connect",
     "pickle.find_class",
 )
-_watched: list[Path] = []
-_seen: list[str] = []
+CHANGING = {
+    "os.mkdir": (0,), "os.remove": (0,), "os.rmdir": (0,), "os.rename": (0, 1), "os.link": (1,), "os.symlink": (1,),
+    "os.truncate": (0,), "os.chmod": (0,), "os.chown": (0,), "os.utime": (0,), "shutil.rmtree": (0,),
+}  # fmt: skip
+"""Audited event -> which of its arguments are paths that it changes."""
+watched: list[Path] = []
+seen: list[str] = []
 
 
-def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _watched:
+def note_side_effects(event: str, arguments: tuple[Any, ...]) -> None:
+    """Note what an input does besides being read: an audit hook, which lasts as long as the process."""
+    if not watched:
         return
     if event in FORBIDDEN:
-        _seen.append(f"{event} {arguments!r:.200}")
-    if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
-        path, mode, flags = Path(os.fsdecode(arguments[0])), arguments[1], arguments[2]
+        seen.append(f"{event} {arguments!r:.200}")
+    changed = [arguments[place] for place in CHANGING.get(event, ())]
+    if event == "open":
+        path, mode, flags = arguments
         writes = any(letter in (mode or "") for letter in "wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if writes and not any(path.is_relative_to(folder) for folder in (*_watched, Path("/proc"), Path("/dev"))):
-            _seen.append(f"open {path} {mode}")
+        changed = [path] if writes else []
+    for path in changed:
+        if isinstance(path, str | bytes | os.PathLike):
+            whole = Path(os.fsdecode(path)).absolute()
+            if not any(whole.is_relative_to(folder) for folder in (*watched, Path("/proc"), Path("/dev"))):
+                seen.append(f"{event} {whole}")
 
 
-sys.addaudithook(_hook)
+sys.addaudithook(note_side_effects)
 
 
 @contextmanager
@@ -89,9 +104,12 @@ def bounded(allowed: Path) -> Iterator[None]:
     """Run one input: it may raise a UserError, and write into one folder."""
     from ovqk.scratch import scratch_folder
 
-    _watched[:] = [allowed, scratch_folder(), Path(os.environ["OVQK_CACHE_DIR"])]
+    watched[:] = [allowed, scratch_folder(), Path(os.environ["OVQK_CACHE_DIR"])]
     forget_peak_memory()
     before, started = peak_memory(), time.monotonic()
+    faulthandler.dump_traceback_later(
+        HANGS, exit=True, file=sys.__stderr__
+    )  # also out of code that Python cannot interrupt
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -99,10 +117,11 @@ def bounded(allowed: Path) -> Iterator[None]:
     except UserError as error:
         assert str(error) and "Traceback" not in str(error)
     finally:
-        _watched.clear()
+        faulthandler.cancel_dump_traceback_later()
+        watched.clear()
     assert time.monotonic() - started < SECONDS
     assert peak_memory() - before < BYTES
-    assert _seen == []
+    assert seen == []
 
 
 def mutated(data: st.DataObject, content: Any, times: int = 3) -> Any:
@@ -209,6 +228,20 @@ def bloom(tmp_path_factory) -> Path:
     return directory
 
 
+NORMALIZERS = st.one_of(
+    st.builds(
+        lambda kind, pattern, content: {"type": "Replace", "pattern": {kind: pattern}, "content": content},
+        st.sampled_from(["String", "Regex"]),
+        st.sampled_from(["w", "", "ww", "x*", ".", "(?=w)", r"\b"]),
+        st.sampled_from(["", "w", "ww", "w" * 1000]),
+    ),
+    st.sampled_from(
+        [{"type": kind} for kind in ("NFKD", "NFC", "Lowercase", "ByteLevel", "Nmt", "StripAccents")]
+        + [{"type": "Prepend", "prepend": "w" * 100}, {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}]
+    ),
+)
+
+
 @given(data=st.data())
 @settings(max_examples=COUNTS["tokenizers"], **FUZZ)
 def test_tokenizers(tmp_path, tiny_gpt2, data) -> None:
@@ -218,6 +251,12 @@ def test_tokenizers(tmp_path, tiny_gpt2, data) -> None:
     for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
         (folder / name).unlink(missing_ok=True)
     whole = json.loads(toy_tokenizer(40).to_str())
+    if data.draw(st.booleans()):
+        whole["normalizer"] = {"type": "Sequence", "normalizers": data.draw(st.lists(NORMALIZERS, max_size=60))}
+    if data.draw(st.booleans()):
+        pattern = {"Regex": data.draw(st.sampled_from(["(w+w+)+x", "(?:(w|w)+)+x", ".*", "(", r"\d"]))}
+        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+        whole["pre_tokenizer"] = data.draw(st.sampled_from([split, {"type": "Sequence", "pretokenizers": [split] * 9}]))
     if data.draw(st.integers(0, 3)):
         (folder / "tokenizer.json").write_bytes(torn(data, as_text(mutated(data, whole))))
     else:
@@ -322,9 +361,46 @@ def test_records(computed, data) -> None:
             others_stand(computed, bad)
 
 
-def test_the_watch_sees_what_it_is_for(tmp_path) -> None:
+@pytest.mark.parametrize("change", [
+    lambda path: (path / "new").write_text("x"),
+    lambda path: (path / "new").mkdir(),
+    lambda path: (path / "file").unlink(),
+    lambda path: (path / "file").rename(path / "inside" / "file"),
+    lambda path: (path / "inside" / "other").rename(path / "file"),
+    lambda path: (path / "new").symlink_to(path / "file"),
+    lambda path: (path / "folder").rmdir(),
+    lambda path: shutil.rmtree(path / "folder"),
+    lambda path: os.truncate(path / "file", 0),
+])  # fmt: skip
+def test_the_watch_sees_what_it_is_for(tmp_path, change) -> None:
+    for name in ("inside", "folder"):
+        (tmp_path / name).mkdir()
+    for name in ("file", "inside/other"):
+        (tmp_path / name).write_text("x")
     with pytest.raises(AssertionError), bounded(tmp_path / "inside"):
-        (tmp_path / "outside").write_text("x")
-    assert len(_seen) == 1
-    _seen.clear()
+        change(tmp_path)
+    assert seen
+    seen.clear()
+
+
+def test_a_hang_is_ended_also_in_code_that_python_cannot_interrupt(tmp_path) -> None:
+    code = """
+import pathlib, sys, test_fuzz
+test_fuzz.HANGS = 1.0
+with test_fuzz.bounded(pathlib.Path(sys.argv[1])):
+    while True:
+        sum(range(10**9))  # one call that Python cannot interrupt
+"""
+    folders = f"{ROOT}:{ROOT / 'tests'}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": folders, "OVQK_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 1 and "Timeout" in done.stderr
+
+
+def test_a_header_of_a_few_bytes_is_read() -> None:
     assert read_header(lambda offset, length: (2).to_bytes(8, "little") if offset == 0 else b"{}", 10).tensors == {}

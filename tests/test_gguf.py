@@ -18,7 +18,7 @@ from ovqk.checkpoints.gguf_tokenizer import SPLITS, tokenizer_of
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits.factors import ov_factors, qk_factors
 from ovqk.errors import UserError
-from ovqk.tasks.words import load_tokenizer
+from ovqk.tasks.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about its own plans
 
@@ -284,7 +284,7 @@ def test_tokenizers_that_are_refused(change, message) -> None:
             r"gives nan for .*epsilon; allowed: a number that is finite",
         ),
         ({"attention.layer_norm_rms_epsilon": -1.0}, r"gives -1\.0 for .*not negative"),
-        ({"attention.head_count": 0}, "must give 'num_attention_heads' as a positive"),
+        ({"attention.head_count": 0}, "its metadata, as a config.json, must give 'num_attention_heads' as a positive"),
         ({"block_count": 5}, "tensors are missing"),
         ({"block_count": 1}, "of a layer after those"),
         ({"attention.head_count": 3}, "has shape|which does not divide|promise"),

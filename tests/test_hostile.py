@@ -29,7 +29,8 @@ from ovqk.config.rerun import refuse_foreign_files
 from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
 from ovqk.errors import UserError
 from ovqk.records.record import read_record
-from ovqk.tasks.words import load_tokenizer, resolve_task
+from ovqk.tasks.tokenizer import load_tokenizer
+from ovqk.tasks.words import resolve_task
 from ovqk.whole_files import read_json
 
 FROM_DISK = ("from_pretrained", "from_config")

@@ -132,7 +132,7 @@ def test_every_draw_of_the_nulls_is_counted_and_no_more_than_there_may_be(claime
     """With claims, and with candidates."""
     from ovqk.analyse import analyse
     from ovqk.checkpoints.opening import open_checkpoint
-    from ovqk.tasks.words import load_tokenizer
+    from ovqk.tasks.tokenizer import load_tokenizer
     from ovqk.weights.readers import open_weights
     from ovqk.weights.types import OpenedModel
 

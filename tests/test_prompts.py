@@ -1,13 +1,10 @@
 """Prompts: orders and forms are balanced, the marked tokens are the right ones, nonsense is refused."""
 
-import json
 from collections import Counter
 
 import pytest
 
-from ovqk.checkpoints.checkpoint import Checkpoint
-from ovqk.checkpoints.tensors import SafetensorsFiles
-from ovqk.tasks.prompts import known_words, sample_prompts, start_tokens, token_positions, variants
+from ovqk.tasks.prompts import known_words, sample_prompts, token_positions, variants
 
 WORDS = {
     "names": ["Mary", "John", "Tom", "James", "Anna"],
@@ -218,57 +215,3 @@ def test_a_set_too_small_for_its_slots_is_refused():
         sample_prompts({**WORDS, "names": ["Mary", "John"]}, IOI, 1, seed=0)
     with pytest.raises(ValueError, match="index-aligned"):
         sample_prompts({**WORDS, "nouns_plural": ["cats"]}, SVA, 1, seed=0)
-
-
-def a_tokenizer(processor: bool = False, after: bool = False):
-    """Letters as tokens, and <s> and </s>, which a post-processor may put around a text."""
-    from tokenizers import Tokenizer, models, processors
-
-    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "<s>": 2, "</s>": 3}, []))
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    if processor or after:
-        template = f"{'<s> ' * processor}$A{' </s>' * after}"
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[("<s>", 2), ("</s>", 3)]
-        )
-    return tokenizer
-
-
-def a_checkpoint(directory, metadata=None):
-    return Checkpoint("x", directory, {}, SafetensorsFiles({}, {}, {}), "", metadata=metadata)
-
-
-@pytest.mark.parametrize(("tokenizer", "settings", "start"), [
-    ({}, None, []),  # GPT-2's vocab.json and merges.txt
-    ({}, {"bos_token": "<s>"}, []),
-    ({}, {"bos_token": "<s>", "add_bos_token": True}, [2]),
-    ({}, {"bos_token": {"content": "<s>"}, "add_bos_token": True}, [2]),
-    ({}, {"bos_token": "<s>", "add_bos_token": False}, []),
-    ({"processor": True}, None, [2]),
-    ({"processor": True, "after": True}, {"bos_token": "<s>", "add_bos_token": None}, [2]),
-    ({"processor": True}, {"bos_token": "<s>", "add_bos_token": True}, [2]),
-    ({"processor": True}, {"bos_token": "<s>", "add_bos_token": False}, []),
-    ({"after": True}, {"bos_token": "<s>"}, []),
-])  # fmt: skip
-def test_the_start_token_is_the_one_that_the_tokenizer_adds(tokenizer, settings, start, tmp_path):
-    if settings is not None:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert start_tokens(a_tokenizer(**tokenizer), a_checkpoint(tmp_path)) == start
-
-
-def test_a_start_token_that_is_not_in_the_vocabulary_is_refused(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<bos>", "add_bos_token": true}')
-    with pytest.raises(ValueError, match="has no bos_token '<bos>'"):
-        start_tokens(a_tokenizer(), a_checkpoint(tmp_path))
-
-
-@pytest.mark.parametrize(("adds", "start"), [(True, [2]), (False, [])])
-def test_a_gguf_file_says_itself_what_begins_a_text_whatever_lies_beside_it(adds, start, tmp_path):
-    from ovqk.checkpoints.gguf_tokenizer import tokenizer_of
-
-    beside = {"bos_token": "a", "add_bos_token": not adds}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
-    own = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "<s>"], "token_type": [1, 1, 3], "merges": []}
-    own |= {"bos_token_id": 2, "add_bos_token": adds}
-    metadata = {f"tokenizer.ggml.{key}": value for key, value in own.items()}
-    assert start_tokens(tokenizer_of(metadata, "file"), a_checkpoint(tmp_path, metadata)) == start

@@ -17,7 +17,7 @@ from ovqk.checkpoints.gguf_file import GGUFFile
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits.effective_embeddings import Block0
 from ovqk.config.schema import Circuit
-from ovqk.tasks.words import load_tokenizer
+from ovqk.tasks.tokenizer import load_tokenizer
 from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
 from ovqk.weights.norms import normalise
 from ovqk.weights.readers import open_weights

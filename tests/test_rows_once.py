@@ -29,7 +29,7 @@ from ovqk.errors import UserError
 from ovqk.structure.model import Layer, Model
 from ovqk.tasks.readouts import TOP_METRICS
 from ovqk.tasks.task_readout import TaskReadout
-from ovqk.tasks.words import load_tokenizer
+from ovqk.tasks.tokenizer import load_tokenizer
 from ovqk.testing import random_checkpoints
 from ovqk.verdicts import surrogates
 from ovqk.verdicts.claim_tests import ClaimTests

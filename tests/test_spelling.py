@@ -9,7 +9,7 @@ from ovqk.structure.spelling import Spelling
 
 
 def test_gpt2_tokens_are_spelled_as_the_text_they_stand_for() -> None:
-    from ovqk.tasks.words import byte_level_bpe
+    from ovqk.tasks.tokenizer import byte_level_bpe
 
     tokenizer = byte_level_bpe(shared_model("gpt2-tokenizer"))
     spelling = Spelling(tokenizer)

@@ -23,7 +23,8 @@ from ovqk.circuits.effective_embeddings import EffectiveRows, Streams
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.config.schema import Embedding
 from ovqk.errors import UserError
-from ovqk.tasks.words import Variable, VariableKind, WordSet, load_tokenizer
+from ovqk.tasks.tokenizer import load_tokenizer
+from ovqk.tasks.words import Variable, VariableKind, WordSet
 from ovqk.weights.types import Architecture
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.errors import UserError
 from ovqk.report import suggestions
 from ovqk.report.suggestions import model_arguments, next_arguments
-from ovqk.tasks.words import load_tokenizer, readable_tasks, resolve_task
+from ovqk.tasks.tokenizer import load_tokenizer
+from ovqk.tasks.words import readable_tasks, resolve_task
 
 CHOSEN = {
     "name": "mini-attn", "source": "bundled", "path": None, "repo": None, "revision": "main", "checkpoint": None,

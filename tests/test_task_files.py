@@ -17,7 +17,8 @@ from ovqk.errors import UserError
 from ovqk.tasks.claims import RELIABILITIES, Claims, check_roles, parse_head, resolve_claims
 from ovqk.tasks.matches import MIN_WORDS
 from ovqk.tasks.prompts import Prompt, sample_prompts, token_positions
-from ovqk.tasks.words import WordLookup, load_tokenizer, resolve_task
+from ovqk.tasks.tokenizer import load_tokenizer
+from ovqk.tasks.words import WordLookup, resolve_task
 from ovqk.weights.types import Architecture
 
 TASKS = sorted(

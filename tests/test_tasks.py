@@ -10,7 +10,8 @@ from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import VariableConfig, VariableKind
 from ovqk.errors import UserError
 from ovqk.tasks.matches import matched_tokens, surface_form
-from ovqk.tasks.words import load_tokenizer, resolve_task
+from ovqk.tasks.tokenizer import load_tokenizer
+from ovqk.tasks.words import resolve_task
 
 
 @pytest.fixture(scope="module")

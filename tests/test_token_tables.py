@@ -36,7 +36,7 @@ from ovqk.config.schema import Circuit
 from ovqk.report.token_lists import describe
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.token_tables import COLUMNS, Directions, TokenSide
-from ovqk.tasks.words import load_tokenizer
+from ovqk.tasks.tokenizer import load_tokenizer
 from ovqk.weights.norms import normalise
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights, OpenedModel

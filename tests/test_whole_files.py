@@ -1,9 +1,10 @@
 """A file is written whole or not at all, and what is left behind is known by its name."""
 
+import errno
 import json
-import os
 
 import pytest
+from filelock import FileLock
 
 from ovqk.checkpoints.files import remember
 from ovqk.whole_files import clear_abandoned, is_temporary, temporary, whole, write_json, write_text
@@ -48,18 +49,24 @@ def test_a_number_that_is_not_finite_is_null(tmp_path) -> None:
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.5, None], "b": [None]}
 
 
-def test_what_another_process_may_still_be_writing_is_spared(tmp_path) -> None:
-    old, new = tmp_path / ".a.json.7.tmp", tmp_path / ".b.json.12.tmp"
-    for path in (old, new):
-        path.touch()
-    os.utime(old, (0, 0))
-    clear_abandoned(tmp_path, age=60.0)
-    assert list(tmp_path.iterdir()) == [new]
-
-
-def test_remembering_deletes_what_killed_processes_left_long_ago(tmp_path) -> None:
-    old = tmp_path / ".digest.json.7.tmp"
-    old.touch()
-    os.utime(old, (0, 0))
+def test_remembering_deletes_what_killed_processes_left(tmp_path) -> None:
+    (tmp_path / ".digest.json.7.tmp").touch()
     remember(tmp_path / "other.json", {"a": 1})
-    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "other.json"]
+
+
+def test_remembering_waits_for_no_other_process_and_deletes_nothing_of_it(tmp_path) -> None:
+    (tmp_path / ".digest.json.7.tmp").touch()
+    with FileLock(tmp_path / ".lock"):
+        remember(tmp_path / "other.json", {"a": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".digest.json.7.tmp", ".lock"]
+
+
+def test_where_there_are_no_locks_it_is_remembered_and_nothing_is_deleted(tmp_path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".digest.json.7.tmp").touch()
+    remember(tmp_path / "other.json", {"a": 1})
+    assert {path.name for path in tmp_path.iterdir()} >= {".digest.json.7.tmp", "other.json"}

@@ -21,7 +21,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "tokenizer_config.json")
-ABANDONED_AFTER = 3600.0  # seconds; what is remembered is written in milliseconds
 
 
 def read_config(directory: Path, label: str, name: str = CONFIG) -> dict[str, Any]:
@@ -138,11 +137,22 @@ def folder_of(files: Iterable[Path], name: str = "files") -> Iterator[Path]:
 
 
 def remember(path: Path, content: Any) -> None:
-    """Write JSON that can be had again: atomically, and not at all if the disk does not take it."""
-    with suppress(OSError):  # of a read-only home or a full disk
+    """Write JSON that can be had again: atomically, and not at all if the disk does not take it or others write.
+
+    Whoever writes clears what killed processes left half-written in the folder.
+    """
+    from filelock import Timeout
+
+    from ovqk.locks import locked
+
+    with suppress(OSError, Timeout):  # of a read-only home or a full disk; another process writes in the folder
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(content))
-        clear_abandoned(path.parent, age=ABANDONED_AFTER)
+        try:
+            with locked(path.parent / ".lock", str(path.parent), wait=False):
+                clear_abandoned(path.parent)
+                write_text(path, json.dumps(content))
+        except UserError:  # of a file system without locks, where others' files cannot be told from abandoned ones
+            write_text(path, json.dumps(content))
 
 
 def cache_folder() -> Path:

@@ -53,13 +53,11 @@ Statistics resample whole clusters of prompts. Prompts with the same template, o
 form a cluster. If a task with few templates says `clusters: [event]`, prompts with the same words in these slots do.
 """
 
-import json
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ovqk.tasks.counterfactuals import SlotDraw, replacements
 from ovqk.tasks.prompt_entry import (
@@ -72,11 +70,6 @@ from ovqk.tasks.prompt_entry import (
     slot_entry,
     word_set,
 )
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from ovqk.checkpoints.checkpoint import Checkpoint
 
 Span = tuple[int, int]
 
@@ -176,41 +169,6 @@ def token_positions(prompt: Prompt, offsets: Iterable[Span]) -> dict[str, int]:
             raise ValueError(f"no token covers {label} {prompt.text[first:last]!r} of {prompt.text!r}")
         positions[label] = inside[-1]
     return positions
-
-
-def start_tokens(tokenizer: "Tokenizer", checkpoint: "Checkpoint") -> list[int]:
-    """Return the ids that a checkpoint's tokenizer puts before every text; GPT-2's, for instance, puts none.
-
-    A model that is run without them may fail its task: Gemma 3 answers 12 % of ioi's prompts without its start token
-    and 100 % with it. If tokenizer_config.json has `add_bos_token`, that decides, as in transformers' classes. If not,
-    the tokenizer's post-processor decides. A GGUF file holds its own settings (`tokenizer.ggml.add_bos_token` and
-    `bos_token_id`), so a tokenizer_config.json beside it is not read.
-
-    Args:
-        tokenizer: the checkpoint's tokenizer, as `ovqk.tasks.words.load_tokenizer` reads it.
-        checkpoint: the checkpoint, whose folder may hold tokenizer_config.json.
-
-    Raises:
-        ValueError: tokenizer_config.json asks for a start token that the vocabulary does not hold.
-    """
-    encoded = tokenizer.encode("a")
-    marked = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
-    own = [token for token, _ in takewhile(lambda pair: pair[1] == 1, marked)]
-    if checkpoint.metadata is not None:
-        return own
-    file = checkpoint.directory / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    asked = settings.get("add_bos_token")
-    if asked is None or (asked and own):
-        return own
-    if not asked:
-        return []
-    name = settings.get("bos_token")
-    name = name.get("content") if isinstance(name, Mapping) else name
-    found = None if name is None else tokenizer.token_to_id(name)
-    if found is None:
-        raise ValueError(f"tokenizer_config.json asks for a start token, and the vocabulary has no bos_token {name!r}")
-    return [found]
 
 
 def _from_template(

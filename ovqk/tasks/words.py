@@ -4,18 +4,16 @@ import dataclasses
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
-from ovqk.checkpoints.checkpoint import Checkpoint
-from ovqk.checkpoints.files import CONFIG, TOKENIZER_FILES, folder_of
 from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
 from ovqk.errors import UserError
 from ovqk.tasks.matches import MIN_WORDS, WORD_STARTS, matched_tokens
+from ovqk.tasks.tokenizer import encode
 
 MOST_WORDS = 10_000  # in a set; each is looked up, drawn for nulls, and listed in the record
 
@@ -97,80 +95,6 @@ class TaskTokens:
     dropped: dict[str, list[str]]
     notes: list[str]
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """Return the checkpoint's own tokenizer; None if its directory or GGUF file holds none.
-
-    Padding and truncation are switched off, whatever the files say.
-
-    Raises:
-        UserError: the tokenizer's files are damaged, or of a kind that cannot be built.
-    """
-    tokenizer = _load_tokenizer(checkpoint)
-    if tokenizer is not None:
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-    return tokenizer
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    directory = checkpoint.directory
-    if checkpoint.metadata is not None:
-        from ovqk.checkpoints.gguf_tokenizer import tokenizer_of
-
-        return tokenizer_of(checkpoint.metadata, checkpoint.label)
-    if not checkpoint.config:  # one file of TransformerLens names: what lies beside it is not its tokenizer
-        return None
-    try:
-        if (directory / "tokenizer.json").is_file():
-            return Tokenizer.from_file(str(directory / "tokenizer.json"))
-        if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-            return byte_level_bpe(directory)
-        if (directory / "tokenizer.model").is_file():
-            from transformers import AutoTokenizer
-
-            with folder_of(directory / name for name in (CONFIG, *TOKENIZER_FILES)) as folder:
-                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            return tokenizer.backend_tokenizer
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the tokenizers library raises bare Exception, and panics of Rust, which are none
-        if "trust_remote_code" in str(error):
-            error = ValueError("they are of a kind that the directory's own code builds, which ovqk does not run")
-        raise UserError(f"{checkpoint.label}: its tokenizer files cannot be read ({error}).") from error
-    return None
-
-
-def tokenizer_for(task: TaskConfig, checkpoint: Checkpoint) -> tuple[Tokenizer | None, list[str]]:
-    """Return a cell's tokenizer, or None, and notes for the cell's record.
-
-    A task without words needs no tokenizer. If one cannot be built for it, the result is None and a note says why.
-
-    Raises:
-        UserError: the tokenizer cannot be built, and the task has words.
-    """
-    try:
-        return load_tokenizer(checkpoint), []
-    except UserError as error:
-        if task.variables:
-            raise UserError(
-                f"{error} task={task.name} needs a tokenizer to find its words; task=none does not."
-            ) from error
-        return None, [
-            f"{error} Tokens are therefore listed by their ids, as #0, and every row of the embedding counts."
-        ]
-
-
-def byte_level_bpe(directory: Path) -> Tokenizer:
-    """Build the byte-level BPE tokenizer of a directory with vocab.json and merges.txt, as GPT-2 has it."""
-    from tokenizers import decoders, models, pre_tokenizers
-
-    bpe = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
-    tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, label: str) -> TaskTokens:
@@ -319,7 +243,7 @@ class WordLookup:
 
     def encode(self, text: str) -> Encoding:
         """Return a text's tokens and their characters, without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return encode(self.tokenizer, text, special=False)
 
     def holds_unknown(self, ids: Iterable[int]) -> bool:
         """Whether one of the tokens is the tokenizer's token for unknown text."""

@@ -86,11 +86,11 @@ def _settle_environment() -> None:
     os.environ.pop("WANDB_SERVICE", None)  # a parent's service: this process has its own
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]  # as good as not set, and W&B refuses some of them
-    if "WANDB_CACHE_DIR" not in os.environ:
-        try:
-            Path(platformdirs.user_cache_dir("wandb")).mkdir(parents=True, exist_ok=True)
-        except OSError:  # a home that cannot be written, of which the service would complain at length
-            os.environ["WANDB_CACHE_DIR"] = tempfile.mkdtemp(prefix="wandb-", dir=scratch_folder())
+    try:
+        cache = os.environ.get("WANDB_CACHE_DIR") or platformdirs.user_cache_dir("wandb")
+        Path(cache).expanduser().mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # it cannot be written, of which the service would complain at length
+        os.environ["WANDB_CACHE_DIR"] = tempfile.mkdtemp(prefix="wandb-", dir=scratch_folder())
 
 
 def start_meanwhile() -> None:

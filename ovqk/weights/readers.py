@@ -3,6 +3,7 @@
 import torch
 
 from ovqk.checkpoints.checkpoint import Checkpoint
+from ovqk.checkpoints.files import CONFIG
 from ovqk.config.schema import ModelConfig
 from ovqk.errors import UserError
 from ovqk.weights.families import family_of
@@ -19,7 +20,12 @@ def open_weights(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
     Raises:
         UserError: tensors are missing or misshapen, or the architecture is supported by neither way.
     """
-    source = _open(checkpoint, model)
+    try:
+        source = _open(checkpoint, model)
+    except UserError as error:
+        if checkpoint.metadata is None:
+            raise
+        raise UserError(str(error).replace(CONFIG, "its metadata, as a config.json,")) from error
     source.notes.extend(checkpoint.notes)
     return source
 

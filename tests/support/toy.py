@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from ovqk.analyse import analyse
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import Config, TaskConfig, VariableConfig, VariableKind
-from ovqk.tasks.words import load_tokenizer
+from ovqk.tasks.tokenizer import load_tokenizer
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import OpenedModel
 from support.commands import compose
