@@ -48,10 +48,11 @@ def test_wandb_is_started_while_a_cell_is_computed_and_a_failure_of_that_is_for_
     assert track(results, "offline") is None and not service.starting
 
 
-def test_a_home_that_cannot_be_written_is_no_matter(results, tmp_path) -> None:
-    (tmp_path / "home").touch()  # a file, in which nobody can make a folder
+@pytest.mark.parametrize("name", ["HOME", "WANDB_CACHE_DIR"])
+def test_a_home_or_cache_that_cannot_be_written_is_no_matter(results, tmp_path, name) -> None:
+    (tmp_path / "file").touch()  # in which nobody can make a folder
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "XDG_"))}
-    environment |= {"HOME": str(tmp_path / "home"), "WANDB_MODE": "offline"}
+    environment |= {name: str(tmp_path / "file"), "WANDB_MODE": "offline"}
     done = subprocess.run(
         [sys.executable, "-m", "ovqk.tracking", str(results)],
         env=environment,
