@@ -44,7 +44,18 @@ COLUMNS = {
     "ci_low", "ci_high", "p", "p_opposite", "q", "min_p", "min_q", "n_null", "counts",
 }  # fmt: skip
 """Those that the definitions list."""
-MORE_COLUMNS = {"primary", "exploratory", "q_opposite", "testable", "exact", "n_heads", "n_others", "variable"}
+MORE_COLUMNS = {
+    "primary",
+    "exploratory",
+    "q_opposite",
+    "testable",
+    "exact",
+    "n_heads",
+    "n_others",
+    "n_groups",
+    "group_effect",
+    "variable",
+}
 
 
 @pytest.fixture(scope="module")

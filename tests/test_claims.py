@@ -165,6 +165,19 @@ def test_where_its_layer_has_too_few_heads_a_role_is_judged_by_nearby_layers_and
     assert "not tested under layer" in found["reason"] and "0.125" in found["reason"]
 
 
+def test_a_role_is_reported_for_kv_groups_too_where_heads_share_keys_and_values() -> None:
+    values, heads = grid(layers=6), [(layer, head) for layer in range(6) for head in (0, 1)]
+    for head in heads:
+        values[head] += 100
+    made = claims(mover=heads)
+    for kv_heads, n_groups, said in ((4, 6, "AUC within layers 1.00, 1.00 for their 6 KV groups"), (8, 12, None)):
+        shared = facts(6, 8, n_kv_heads=kv_heads)
+        rows = correct(role_rows(predicted(values), made, shared, 0))
+        found = judge(Subject("mover", None), [predicted(values)], rows, None)
+        assert (found["n_groups"], found["group_effect"]) == (n_groups, 1.0)
+        assert ("KV group" in found["establishes"]) == (said is not None) and (said or "") in found["establishes"]
+
+
 def test_a_role_without_predictions_is_out_of_scope_and_one_without_values_untestable() -> None:
     assert judge(Subject("x", None), [], [], None)["verdict"] == "out_of_scope"
     nothing = predicted(np.full((3, 8), math.nan))

@@ -12,6 +12,7 @@ from ovqk.verdicts.statistics import (
     EXCEEDANCES,
     Stratum,
     benjamini_hochberg,
+    group_auc,
     midranks,
     monte_carlo,
     percentile,
@@ -45,6 +46,21 @@ def enumerated(strata: list[Stratum]) -> list[float]:
         per_layer.append([sum(ranks[i] for i in labels) for labels in labelings])
     n = sum(int(s.claimed.sum()) for s in strata)
     return [sum(parts) / n for parts in itertools.product(*per_layer)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=8))
+def test_without_grouped_queries_groups_are_heads(heads) -> None:
+    one = stratum([value for value, _ in heads], [claimed for _, claimed in heads])
+    assert group_auc([one]) == pytest.approx(within_layer_auc([one]), nan_ok=True)
+
+
+def test_groups_are_compared_by_their_means_and_one_claimed_head_claims_its_group() -> None:
+    two = stratum([1, 9, 4, 4, 0, 2], [0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 2, 2])  # means 5, 4, 1
+    assert group_auc([two]) == 1.0 and within_layer_auc([two]) == 1.0
+    low = stratum([9, 0, 5, 5, 1, 1], [1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 2, 2])  # means 4.5, 5, 1
+    assert group_auc([low]) == 0.5 and within_layer_auc([low]) == 1.0
+    assert group_auc([two, low]) == 0.75
+    assert math.isnan(group_auc([stratum([1, 2], [1, 0], [0, 0])]))
 
 
 @st.composite

@@ -37,6 +37,9 @@ class NullTest:
         n_heads: how many heads are claimed.
         n_others: how many heads or draws they are compared with.
         quantiles: the null at QUANTILES.
+        n_groups: how many KV groups hold the role's heads; 0 if the row is not of a role under `layer`.
+        group_effect: the AUC within layers of these groups against those without a head of the role, a group's value
+            being the mean over its heads, in [0, 1]; nan for other rows, and if no group is without one.
         q, q_opposite, min_q: p, p_opposite and min_p after correction (`nulls.correct`); nan if it leaves the row out.
         variable: the name of the task's causal variable.
     """
@@ -60,6 +63,8 @@ class NullTest:
     n_heads: int
     n_others: int
     quantiles: Sequence[float]
+    n_groups: int = 0
+    group_effect: float = math.nan
     null_mean: float = math.nan
     null_sd: float = math.nan
     ci_low: float = math.nan
@@ -78,7 +83,7 @@ class NullTest:
 COLUMNS = (
     "role", "layer", "head", "metric", "prediction", "primary", "exploratory", "null", "counts", "null_mean", "null_sd",
     "ci_low", "ci_high", "effect", "value", "percentile", "p", "p_opposite", "min_p", "n_null", "exact", "n_heads",
-    "n_others", "q", "q_opposite", "min_q", "testable", "variable",
+    "n_others", "n_groups", "group_effect", "q", "q_opposite", "min_q", "testable", "variable",
 )  # fmt: skip
 """Columns of tests.parquet, in order."""
 

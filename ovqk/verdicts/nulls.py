@@ -30,6 +30,8 @@ from ovqk.verdicts.statistics import (
     Significance,
     Stratum,
     benjamini_hochberg,
+    group_auc,
+    grouped,
     percentile,
     pooled_permutation,
     reference_counts,
@@ -214,7 +216,8 @@ def role_rows(
         row = _null_test(predicted, None, null, test.statistic, test.percentile, significance, test.quantiles)
         row = replace(row, n_heads=sum(int(stratum.claimed.sum()) for stratum in strata))
         row = replace(row, null_mean=test.null_mean, null_sd=test.null_sd, ci_low=effect.low, ci_high=effect.high)
-        rows.append(row)
+        in_groups = sum(int(grouped(stratum).claimed.sum()) for stratum in strata)
+        rows.append(replace(row, n_groups=in_groups, group_effect=group_auc(strata)))
     decided = any(row.null == "layer" and row.testable for row in rows)
     nearby = _depth_of_role(predicted, claims, architecture, seed)
     return [*rows, *(replace(row, counts=not (decided or row.exploratory)) for row in nearby)]

@@ -281,6 +281,22 @@ def within_layer_auc(strata: Sequence[Stratum]) -> float:
     return float(above / pairs) if pairs else math.nan
 
 
+def group_auc(strata: Sequence[Stratum]) -> float:
+    """Return the probability that a KV group with a claimed head exceeds one without in its layer, in [0, 1].
+
+    A group's value is the mean over its heads. Ties count half; without any pair it is nan.
+    """
+    return within_layer_auc([grouped(stratum) for stratum in strata])
+
+
+def grouped(stratum: Stratum) -> Stratum:
+    """Return the stratum with KV groups in place of heads: their mean is its value, and one claimed head claims it."""
+    names, place = np.unique(stratum.groups, return_inverse=True)
+    sizes = np.bincount(place)
+    values, claimed = np.bincount(place, stratum.values) / sizes, np.bincount(place, stratum.claimed) > 0
+    return Stratum(values, claimed, names)
+
+
 def _above(difference: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return 1 for a positive difference, and 0.5 for one that is no more than rounding."""
     return (difference > TIE) + 0.5 * (np.abs(difference) <= TIE)

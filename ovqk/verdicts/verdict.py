@@ -12,6 +12,7 @@ The verdict is the first of these that holds. Only nulls that count for the metr
     unsupported    none of these holds
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -150,6 +151,8 @@ def judge(
         "prediction": predicted[0].config.direction.value if predicted else None,
         "value": valued.value if valued else None,
         **{key: getattr(placed, key, None) for key in ("percentile", "effect", "ci_low", "ci_high")},
+        "n_groups": placed.n_groups if placed and subject.head is None else None,
+        "group_effect": placed.group_effect if placed and subject.head is None else None,
         "p": weakest.p if weakest else None,
         "q": weakest.q if weakest else None,
         "min_q": weakest.min_q if weakest else None,
@@ -276,6 +279,8 @@ def _part(row: NullTest) -> str:
         details.append(f"alone it could not be below {row.min_q:.2g}")
     # Under `layer` a role's effect is an AUC over pairs: a claimed head and another head of its layer.
     beyond = f"AUC within layers {row.effect:.2f}" if row.null == "layer" else f"beyond {_share(row.effect)}"
+    if 0 < row.n_groups < row.n_heads and not math.isnan(row.group_effect):
+        beyond += f", {row.group_effect:.2f} for their {wording.counted(row.n_groups, 'KV group')}"
     return f"{how} against {wording.AGAINST[row.null]} ({', '.join([*details, beyond])})"
 
 
