@@ -26,7 +26,7 @@ import pandas as pd
 
 from ovqk import wording
 from ovqk.metrics import METRICS
-from ovqk.verdicts.statistics import Stratum, stratified_permutation, within_layer_auc
+from ovqk.testing.metric_ranks import rank
 
 ASKED: dict[str, tuple[int, tuple[str, ...]]] = {
     "name_mover": (1, ("ov_task_margin", "ov_task_auc", "ov_task_copy")),
@@ -50,43 +50,26 @@ def cells(folder: Path) -> Iterator[tuple[dict, dict[str, pd.DataFrame]]]:
             yield record, {name: pd.read_parquet(path.parent / f"{name}.parquet") for name in names}
 
 
-def spearman(a: pd.Series, b: pd.Series) -> float:
-    """Return the rank correlation over heads that have both; nan if there are fewer than 3."""
-    both = pd.concat([a, b], axis=1).dropna()
-    return float(np.corrcoef(both.rank().to_numpy().T)[0, 1]) if len(both) > 2 else math.nan
-
-
 def rows(record: dict, tables: dict[str, pd.DataFrame], kv: int | None) -> Iterator[tuple[str, ...]]:
     """Yield the rows of one cell; `kv` is the number of KV heads of a layer, None for as many as heads."""
-    heads = tables["heads"].set_index(["layer", "head"])
-    n_heads = int(heads.index.get_level_values("head").max()) + 1
-    groups = np.arange(n_heads) // (n_heads // kv) if kv else np.arange(n_heads)
+    heads = tables["heads"].sort_values(["layer", "head"])
+    shape = int(heads["layer"].max()) + 1, int(heads["head"].max()) + 1
+    groups = np.arange(shape[1]) // (shape[1] // kv) if kv else np.arange(shape[1])
     found = tables["roles"]
     real = found[found["head"].notna() & (found["verdict"] == "realised")]
     for role, (sign, metrics) in ASKED.items():
-        own = [(int(a), int(b)) for a, b in real[real["role"] == role][["layer", "head"]].to_numpy()]
-        quantity = tables["activations"].query("role == @role").pivot_table(
-            index=["layer", "head"], columns="half", values="attention"
-        )  # fmt: skip
-        if not own or quantity.shape[1] < 2:
+        own = {(int(a), int(b)) for a, b in real[real["role"] == role][["layer", "head"]].to_numpy()}
+        measured = tables["activations"].query("role == @role").sort_values(["layer", "head"])
+        halves = {half: rows["attention"].to_numpy(float) for half, rows in measured.groupby("half")}
+        if not own or len(halves) < 2:
             continue
-        choosing, other = quantity["choosing"], quantity[next(half for half in quantity if half != "choosing")]
+        quantity = {half: values.reshape(shape) for half, values in halves.items()}
         for metric in (name for name in metrics if name in heads and heads[name].notna().any()):
-            values = (sign * heads[metric]).dropna()
-            strata = []
-            for layer in sorted({layer for layer, _ in own}):
-                if layer not in values.index.get_level_values(0):
-                    continue
-                mine = values.loc[layer]
-                claimed = np.array([(layer, head) in own for head in mine.index])
-                if claimed.any() and not claimed.all():
-                    strata.append(Stratum(mine.to_numpy(), claimed, groups[mine.index]))
-            top = sum(head in own for head in values.sort_values(ascending=False).index[:3])
-            auc, p = (within_layer_auc(strata), stratified_permutation(strata, 0).p) if strata else (math.nan,) * 2
+            ranks = rank(sign * heads[metric].to_numpy(float).reshape(shape), own, groups, quantity)
             yield (
-                record["model"], record["task"], wording.role(role), ", ".join(f"{a}.{b}" for a, b in own),
-                f"`{metric}`{' ↓' if sign < 0 else ''}", shown(auc), f"{p:.2g}", f"{top} of {min(3, len(own))}",
-                shown(spearman(values, other)), shown(spearman(choosing, other)),
+                record["model"], record["task"], wording.role(role), ", ".join(f"{a}.{b}" for a, b in sorted(own)),
+                f"`{metric}`{' ↓' if sign < 0 else ''}", shown(ranks.auc), f"{ranks.p:.2g}",
+                f"{ranks.top} of {min(3, len(own))}", shown(ranks.rho), shown(ranks.ceiling),
             )  # fmt: skip
 
 

@@ -5,5 +5,6 @@ null_models         random and planted models, and how often the tests err on th
 tiny_architectures  tiny random models of transformers' architectures
 module_comparison   a checkpoint as ovqk reads it, compared with the model's own modules
 materialised        W_QK and W_OV of a module, from what it computes
+metric_ranks        how well a weight metric ranks the heads that have a role in the running model
 random_checkpoints  checkpoints with the shapes of known models, for benchmarks
 """
