@@ -70,6 +70,29 @@ def test_a_pickled_file_beside_safetensors_is_never_the_one_that_is_read(tmp_pat
     assert not mark.exists()
 
 
+def test_a_link_named_like_a_blob_of_the_hub_does_not_say_what_a_folder_holds(tmp_path) -> None:
+    directory, other = make_bloom(tmp_path / "m"), make_bloom(tmp_path / "n", seed=1) / "model.safetensors"
+    digest = open_checkpoint(local(directory)).digest
+    blob = tmp_path / "m" / "blobs" / ("a" * 64)
+    blob.parent.mkdir()
+    (directory / "model.safetensors").rename(blob)
+    (directory / "model.safetensors").symlink_to(Path("blobs") / blob.name)
+    assert open_checkpoint(local(directory)).digest == digest
+    shutil.copy(other, blob)
+    assert open_checkpoint(local(directory)).digest != digest
+
+
+def test_a_file_that_takes_anothers_place_with_its_size_and_time_is_hashed_again(tmp_path) -> None:
+    directory, other = make_bloom(tmp_path / "m"), make_bloom(tmp_path / "n", seed=1) / "model.safetensors"
+    weights = directory / "model.safetensors"
+    os.utime(weights, (1, 1))
+    digest, size = open_checkpoint(local(directory)).digest, weights.stat().st_size
+    assert open_checkpoint(local(directory)).digest == digest
+    shutil.copy(other, weights)
+    os.utime(weights, (1, 1))
+    assert weights.stat().st_size == size and open_checkpoint(local(directory)).digest != digest
+
+
 @pytest.mark.parametrize("name", ["other.safetensors", "adapter_model.bin", "../other.safetensors"])
 def test_a_config_cannot_name_other_weights_than_those_of_the_digest(tmp_path, name) -> None:
     directory = make_bloom(tmp_path / "m")
