@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import ROOT
 from support.models import local, make_gpt2, opened
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from ovqk.checkpoints import tensors as module
 from ovqk.checkpoints.opening import open_checkpoint
@@ -173,6 +173,19 @@ def test_a_tokenizer_that_pads_and_cuts_does_neither(tmp_path, tiny_gpt2) -> Non
     assert Tokenizer.from_file(str(directory / "tokenizer.json")).encode("w1 w2 w3").ids != plain
     found = load_tokenizer(open_checkpoint(local(directory)))
     assert found is not None and found.encode("w1 w2 w3").ids == plain
+
+
+def test_a_tokenizer_that_leaves_out_merges_at_random_does_not(tmp_path, tiny_gpt2) -> None:
+    directory = Path(shutil.copytree(tiny_gpt2, tmp_path / "m"))
+    letters = "abcdefgh"
+    parts = [letters[:end] for end in range(1, len(letters) + 1)]
+    vocab = {text: number for number, text in enumerate([*parts, *letters[1:]])}
+    model = models.BPE(vocab, [*zip(parts, letters[1:], strict=False)], dropout=0.5)
+    Tokenizer(model).save(str(directory / "tokenizer.json"))
+    assert any(len(Tokenizer.from_file(str(directory / "tokenizer.json")).encode(letters).ids) > 1 for _ in range(50))
+    found = load_tokenizer(open_checkpoint(local(directory)))
+    assert found is not None
+    assert all(found.encode(letters).ids == [vocab[letters]] for _ in range(50))
 
 
 FORMATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
