@@ -22,8 +22,9 @@ SHORTEST_SECRET = 8
 """Letters: a shorter value, as "true", is no secret, and other texts may well contain it."""
 SHOWS_TRACEBACK = "OVQK_TRACEBACK"
 """Environment variable that shows the traceback above a user's mistake if it is 1; HYDRA_FULL_ERROR=1 sets it."""
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Matches characters that steer a terminal instead of being shown; tabs and ends of lines are none of them."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Matches characters that steer a terminal instead of being shown, and halves of characters, which no file or table
+takes; tabs and ends of lines are none of them."""
 CLOSED_PIPE = 141
 """Exit status of a command whose reader went away, as the shell gives it."""
 INTERRUPTED = 130
