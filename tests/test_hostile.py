@@ -151,6 +151,16 @@ def test_a_size_that_the_tensors_cannot_have_is_refused_before_anything_is_made(
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("number", ["999999999", "9" * 5000])
+def test_a_name_of_a_layer_far_beyond_the_others_makes_no_list_of_them(tmp_path, number) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({f"blocks.{layer}.attn.W_Q": torch.ones(1, 2, 2) for layer in ("0", number)}, path)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"tensor 'blocks\.\d\.attn\.W_.' is missing from the checkpoint"):
+        opened(path)
+    assert time.monotonic() - started < 5
+
+
 def test_a_model_with_many_more_numbers_than_its_checkpoint_is_not_made(tmp_path) -> None:
     directory = make_bloom(tmp_path / "m")
     config = json.loads((directory / "config.json").read_text())
