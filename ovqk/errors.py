@@ -18,6 +18,8 @@ SECRET = re.compile(
 """Matches names of environment variables that hold a secret: PAT is a personal access token. PWD is a folder."""
 PLACE = re.compile(r"_(PATH|FILE|DIR|HOME|URL)$", re.IGNORECASE)
 """Matches names of environment variables that hold a place, perhaps one of a secret."""
+IN_ADDRESS = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
+"""Matches an address with a user's password, as of a proxy; its group is the password."""
 SHORTEST_SECRET = 8
 """Letters: a shorter value, as "true", is no secret, and other texts may well contain it."""
 SHOWS_TRACEBACK = "OVQK_TRACEBACK"
@@ -124,13 +126,15 @@ def printable(text: str) -> str:
 
 
 def secrets() -> dict[str, str]:
-    """Return the environment variables that hold a secret, by name, the longest value first."""
-    found = {
-        name: value
-        for name, value in os.environ.items()
-        if SECRET.search(name) and not PLACE.search(name) and len(value) >= SHORTEST_SECRET
-    }
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+    """Return the secrets in environment variables, by name, the longest first: a value, or an address's password."""
+    found = {}
+    for name, value in os.environ.items():
+        if SECRET.search(name) and not PLACE.search(name):
+            found[name] = value
+        elif password := IN_ADDRESS.search(value):
+            found[name] = password[1]
+    long = [item for item in found.items() if len(item[1]) >= SHORTEST_SECRET]
+    return dict(sorted(long, key=lambda item: -len(item[1])))
 
 
 def without_secrets(text: str) -> str:

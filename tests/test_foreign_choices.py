@@ -37,6 +37,9 @@ def test_which_variables_hold_secrets(monkeypatch) -> None:
     ):
         monkeypatch.setenv(name, value)
         assert name not in secrets()
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:a-long-password@proxy:80")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://host:8080/a:b@c")
+    assert secrets()["HTTPS_PROXY"] == "a-long-password" and "WANDB_BASE_URL" not in secrets()
     assert without_secrets(f"a {KEY} b") == "a $WANDB_API_KEY b" and KEY not in told(ValueError(KEY))
 
 
