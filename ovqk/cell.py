@@ -67,7 +67,14 @@ def run_job(config: DictConfig, hydra: Any) -> float | None:
     if outcome.warning:
         print(outcome.warning, file=sys.stderr)
     assert outcome.folder is not None
-    terminal.print_cell(Path(outcome.folder), cached=outcome.status == "cached")
+    try:
+        terminal.print_cell(Path(outcome.folder), cached=outcome.status == "cached")
+    except Exception as error:
+        if outcome.status != "cached" or isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(
+            f"{outcome.folder}: its record cannot be shown ({told(error)}); force=true computes the cell again."
+        ) from error
     return objective_of(config.objective, Path(outcome.folder))
 
 
@@ -144,7 +151,8 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
     folder = cell_folder(cell, identifier)
     with claim(results_dir, identifier):
         clear_abandoned(folder)
-        cached = is_done(folder) and not cell.force
+        before = read_done(folder)  # a folder may have been copied to another's name
+        cached = before is not None and before["cell_id"] == identifier and not cell.force
         if not cached:
             if mode is not TrackingMode.none:
                 start_meanwhile()

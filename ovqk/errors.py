@@ -18,12 +18,15 @@ SECRET = re.compile(
 """Matches names of environment variables that hold a secret: PAT is a personal access token. PWD is a folder."""
 PLACE = re.compile(r"_(PATH|FILE|DIR|HOME|URL)$", re.IGNORECASE)
 """Matches names of environment variables that hold a place, perhaps one of a secret."""
+IN_ADDRESS = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
+"""Matches an address with a user's password, as of a proxy; its group is the password."""
 SHORTEST_SECRET = 8
 """Letters: a shorter value, as "true", is no secret, and other texts may well contain it."""
 SHOWS_TRACEBACK = "OVQK_TRACEBACK"
 """Environment variable that shows the traceback above a user's mistake if it is 1; HYDRA_FULL_ERROR=1 sets it."""
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Matches characters that steer a terminal instead of being shown; tabs and ends of lines are none of them."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Matches characters that steer a terminal instead of being shown, and halves of characters, which no file or table
+takes; tabs and ends of lines are none of them."""
 CLOSED_PIPE = 141
 """Exit status of a command whose reader went away, as the shell gives it."""
 INTERRUPTED = 130
@@ -123,13 +126,15 @@ def printable(text: str) -> str:
 
 
 def secrets() -> dict[str, str]:
-    """Return the environment variables that hold a secret, by name, the longest value first."""
-    found = {
-        name: value
-        for name, value in os.environ.items()
-        if SECRET.search(name) and not PLACE.search(name) and len(value) >= SHORTEST_SECRET
-    }
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+    """Return the secrets in environment variables, by name, the longest first: a value, or an address's password."""
+    found = {}
+    for name, value in os.environ.items():
+        if SECRET.search(name) and not PLACE.search(name):
+            found[name] = value
+        elif password := IN_ADDRESS.search(value):
+            found[name] = password[1]
+    long = [item for item in found.items() if len(item[1]) >= SHORTEST_SECRET]
+    return dict(sorted(long, key=lambda item: -len(item[1])))
 
 
 def without_secrets(text: str) -> str:

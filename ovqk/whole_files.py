@@ -48,7 +48,7 @@ def clear_abandoned(folder: Path, of: str | None = None) -> None:
     The caller holds the lock of those who write there.
     """
     for abandoned in folder.iterdir() if folder.is_dir() else ():
-        if is_temporary(abandoned.name, of):
+        if is_temporary(abandoned.name, of) and (abandoned.is_symlink() or not abandoned.is_dir()):
             abandoned.unlink(missing_ok=True)
 
 

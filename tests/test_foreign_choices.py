@@ -37,6 +37,9 @@ def test_which_variables_hold_secrets(monkeypatch) -> None:
     ):
         monkeypatch.setenv(name, value)
         assert name not in secrets()
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:a-long-password@proxy:80")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://host:8080/a:b@c")
+    assert secrets()["HTTPS_PROXY"] == "a-long-password" and "WANDB_BASE_URL" not in secrets()
     assert without_secrets(f"a {KEY} b") == "a $WANDB_API_KEY b" and KEY not in told(ValueError(KEY))
 
 
@@ -83,6 +86,8 @@ def test_a_text_of_a_cell_stays_the_same_when_it_is_computed_again(text) -> None
     ({"hydra": {"callbacks": {"x": {"_target_": "os.system", "command": "touch ran"}}}}, "the key 'hydra' is not one"),
     ({"callbacks": {}}, "the key 'callbacks' is not one"),
     ({"defaults": ["schema", {"override hydra/launcher": "mine"}, "_self_"]}, "is not what a cell's choice extends"),
+    ({"defaults": 3}, "defaults: 3 is not what a cell's choice extends"),
+    ({"defaults": {"schema": None}}, "defaults: {'schema': None} is not what a cell's choice extends"),
     ({"task": {"name": "x", "prompts": {"a": [{"_target_": "os.system"}]}}}, "task.prompts.a.0._target_ names code"),
 ])  # fmt: skip
 def test_a_cell_file_that_names_code_is_refused(tmp_path, change, message) -> None:
@@ -109,6 +114,19 @@ def test_no_way_to_name_a_cell_file_and_no_odd_value_runs_its_code(cli, tmp_path
     code, printed = cli(*(argument.format(folder) for argument in arguments), "tracking=none")
     assert code == 1 and "the key 'hydra' is not one of a cell's choice" in printed, printed
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("option", ["-cd", "-cp"])
+@pytest.mark.parametrize("name", ["schema.yaml", "settings.yaml", "tracking/none.yaml", "hydra/config.yaml"])
+def test_no_file_beside_a_cell_takes_the_place_of_what_it_extends(cli, tmp_path, name, option) -> None:
+    mark, folder = tmp_path / "ran", tmp_path / "theirs"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / "cell.yaml").write_text(cell_yaml(compose("task=none")))
+    (folder / name).write_text("defaults:\n  - /mine@hydra.callbacks.x\n  - _self_\n")
+    (folder / "mine.yaml").write_text(f"_target_: pathlib.Path.touch\nself: {mark}\n")
+    code, printed = cli(option, str(folder), "-cn", "cell", "tracking=none")
+    assert code == 1 and f"{name.partition('/')[0]}: Hydra would read it in place of" in printed, printed
+    assert not mark.exists() and not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(("text", "said"), [("task: &a [*a]\n", "without end"), ("task: [\n", "cannot be read")])

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import ROOT
 from support.models import local, make_gpt2, opened
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from ovqk.checkpoints import tensors as module
 from ovqk.checkpoints.opening import open_checkpoint
@@ -68,6 +68,29 @@ def test_a_pickled_file_beside_safetensors_is_never_the_one_that_is_read(tmp_pat
     with pytest.raises(UserError, match=r"holds decoy\.safetensors, but neither model\.safetensors nor"):
         opened(directory)
     assert not mark.exists()
+
+
+def test_a_link_named_like_a_blob_of_the_hub_does_not_say_what_a_folder_holds(tmp_path) -> None:
+    directory, other = make_bloom(tmp_path / "m"), make_bloom(tmp_path / "n", seed=1) / "model.safetensors"
+    digest = open_checkpoint(local(directory)).digest
+    blob = tmp_path / "m" / "blobs" / ("a" * 64)
+    blob.parent.mkdir()
+    (directory / "model.safetensors").rename(blob)
+    (directory / "model.safetensors").symlink_to(Path("blobs") / blob.name)
+    assert open_checkpoint(local(directory)).digest == digest
+    shutil.copy(other, blob)
+    assert open_checkpoint(local(directory)).digest != digest
+
+
+def test_a_file_that_takes_anothers_place_with_its_size_and_time_is_hashed_again(tmp_path) -> None:
+    directory, other = make_bloom(tmp_path / "m"), make_bloom(tmp_path / "n", seed=1) / "model.safetensors"
+    weights = directory / "model.safetensors"
+    os.utime(weights, (1, 1))
+    digest, size = open_checkpoint(local(directory)).digest, weights.stat().st_size
+    assert open_checkpoint(local(directory)).digest == digest
+    shutil.copy(other, weights)
+    os.utime(weights, (1, 1))
+    assert weights.stat().st_size == size and open_checkpoint(local(directory)).digest != digest
 
 
 @pytest.mark.parametrize("name", ["other.safetensors", "adapter_model.bin", "../other.safetensors"])
@@ -128,6 +151,16 @@ def test_a_size_that_the_tensors_cannot_have_is_refused_before_anything_is_made(
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("number", ["999999999", "9" * 5000])
+def test_a_name_of_a_layer_far_beyond_the_others_makes_no_list_of_them(tmp_path, number) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({f"blocks.{layer}.attn.W_Q": torch.ones(1, 2, 2) for layer in ("0", number)}, path)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"tensor 'blocks\.\d\.attn\.W_.' is missing from the checkpoint"):
+        opened(path)
+    assert time.monotonic() - started < 5
+
+
 def test_a_model_with_many_more_numbers_than_its_checkpoint_is_not_made(tmp_path) -> None:
     directory = make_bloom(tmp_path / "m")
     config = json.loads((directory / "config.json").read_text())
@@ -150,6 +183,19 @@ def test_a_tokenizer_that_pads_and_cuts_does_neither(tmp_path, tiny_gpt2) -> Non
     assert Tokenizer.from_file(str(directory / "tokenizer.json")).encode("w1 w2 w3").ids != plain
     found = load_tokenizer(open_checkpoint(local(directory)))
     assert found is not None and found.encode("w1 w2 w3").ids == plain
+
+
+def test_a_tokenizer_that_leaves_out_merges_at_random_does_not(tmp_path, tiny_gpt2) -> None:
+    directory = Path(shutil.copytree(tiny_gpt2, tmp_path / "m"))
+    letters = "abcdefgh"
+    parts = [letters[:end] for end in range(1, len(letters) + 1)]
+    vocab = {text: number for number, text in enumerate([*parts, *letters[1:]])}
+    model = models.BPE(vocab, [*zip(parts, letters[1:], strict=False)], dropout=0.5)
+    Tokenizer(model).save(str(directory / "tokenizer.json"))
+    assert any(len(Tokenizer.from_file(str(directory / "tokenizer.json")).encode(letters).ids) > 1 for _ in range(50))
+    found = load_tokenizer(open_checkpoint(local(directory)))
+    assert found is not None
+    assert all(found.encode(letters).ids == [vocab[letters]] for _ in range(50))
 
 
 FORMATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -118,8 +118,11 @@ def test_the_digest_is_of_the_whole_files_however_they_came(hub, wide, hf_cache)
     assert opened().digest != of_a_copy
 
 
-def test_the_hash_of_a_file_in_the_hub_cache_is_its_etag_and_not_the_name_of_what_that_shares(tmp_path) -> None:
+def test_the_hash_of_a_file_in_the_hub_cache_is_its_etag_and_not_the_name_of_what_that_shares(
+    tmp_path, monkeypatch
+) -> None:
     """huggingface_hub keeps one copy for all repositories under another hash, and links blobs to it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for place in ("blobs/ab", "models--a--b/blobs", "models--a--b/snapshots/c"):
         (tmp_path / place).mkdir(parents=True)
     (tmp_path / "blobs" / "ab" / ("ab" * 32)).write_bytes(b"x")

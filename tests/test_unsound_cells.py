@@ -303,6 +303,42 @@ def test_control_characters_of_a_record_are_not_shown(results, key) -> None:
     assert said.startswith("its record.json gives ") and "\x1b" not in said
 
 
+@pytest.mark.parametrize("key", ["sweep", "provenance__weights_digest", "processing__applied"])
+def test_half_a_character_in_a_record_leaves_the_other_cells(results, key) -> None:
+    bad = bad_cell(results)
+    change_record(bad, **{key: "a\ud800"})
+    others_stand(results, bad)
+
+
+def test_a_folder_with_a_temporary_name_is_left_alone(results) -> None:
+    bad = bad_cell(results)
+    (bad / ".heads.parquet.77.tmp").mkdir()
+    (bad / "tests.parquet").unlink()
+    assert run_cell(compose("task=ioi", *QUICK, f"results_dir={results}")).status == "done"
+    assert (bad / ".heads.parquet.77.tmp").is_dir()
+
+
+def test_the_cell_of_another_id_in_a_folder_is_not_the_folders(results) -> None:
+    bad = bad_cell(results)
+    change_record(bad, cell_id="0123456789ab")
+    again = run_cell(compose("task=ioi", *QUICK, f"results_dir={results}"))
+    assert again.status == "done" and again.folder == str(bad)
+    assert (read_record(bad) or {})["cell_id"] in bad.name
+
+
+@pytest.mark.parametrize("changes", [
+    {"words__reasons": [1]}, {"words__reasons": {"names": 3}}, {"words": {}}, {"claims": {}},
+    {"processing__applied": "[/x]"}, {"notes": ["a\x1b[2Jb"]}, {"unavailable": {"qk_match": "a\x1b[2Jb"}},
+])  # fmt: skip
+def test_a_record_that_cannot_be_shown_is_one_message_and_what_is_shown_steers_no_terminal(
+    cli, results, changes
+) -> None:
+    change_record(bad_cell(results), **changes)
+    code, printed = cli("task=ioi", *QUICK, f"results_dir={results}")
+    assert "Traceback" not in printed and "\x1b[2J" not in printed
+    assert ("done before" if code == 0 else "its record cannot be shown") in printed
+
+
 def test_other_files_in_a_cells_folder_are_left_alone(results) -> None:
     bad = bad_cell(results)
     os.mkfifo(bad / "mine.parquet")

@@ -99,14 +99,17 @@ def digest(hashes: Mapping[str, str]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Return a file's SHA-256; the hub's own for a file in its cache, remembered by (path, size, mtime) elsewhere."""
+    """Return a file's SHA-256; the hub's own for a file in its cache, remembered by size and times elsewhere.
+
+    The time of the last change (ctime) is one of them: whoever copies another file there can set the other (mtime).
+    """
     if path.is_symlink():
         blob = path.readlink()
-        if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and _in_hub_cache(path):
             return blob.name  # a large file's etag is its SHA-256; a small one's is git's hash
     real = path.resolve()
     status = real.stat()
-    key = [str(real), status.st_size, status.st_mtime_ns]
+    key = [str(real), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     memory = cache_folder() / "digests" / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
     try:
         remembered = read_json(memory)
@@ -118,6 +121,13 @@ def file_hash(path: Path) -> str:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     remember(memory, {"key": key, "sha256": sha256})
     return sha256
+
+
+def _in_hub_cache(path: Path) -> bool:
+    """Whether a file lies in this user's Hugging Face cache: links of a folder from elsewhere may have any name."""
+    from huggingface_hub import constants
+
+    return path.parent.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A cell's own config file, which is computed again and may be someone else's: it holds a choice, and names no code."""
 
+import os
 import re
 import sys
 from dataclasses import fields
@@ -16,6 +17,8 @@ from ovqk.errors import UserError, first_line
 CELL = "cell"
 """The config's name."""
 HELD = {"defaults", *(field.name for field in fields(Config))}
+SHADOWING = ("schema.yaml", "settings.yaml", "tracking", "hydra")
+"""Names in a folder of configs that Hydra would read in place of ovqk's schema and settings and of its own."""
 
 
 def refuse_foreign_files(arguments: list[str]) -> None:
@@ -36,6 +39,7 @@ def refuse_foreign_files(arguments: list[str]) -> None:
     for path in {folder / f"{name}.yaml": None for folder in folders}:
         if path.stem == CELL and path.exists():
             _refuse_foreign(path)
+            _refuse_shadowing(folders)
 
 
 def _folders(asked: str | None) -> list[Path]:
@@ -61,7 +65,8 @@ def _refuse_foreign(path: Path) -> None:
         if key not in HELD:
             raise UserError(f"{path}: the key {key!r} is not one of a cell's choice. {_remedy(path)}")
     tracking = [{"tracking": mode.value} for mode in TrackingMode]
-    for entry in content.get("defaults") or ():
+    defaults = content.get("defaults") or []
+    for entry in defaults if isinstance(defaults, list) else [defaults]:
         if entry not in ("schema", "settings", "_self_", *tracking):
             raise UserError(f"{path}: defaults: {entry!r} is not what a cell's choice extends. {_remedy(path)}")
     try:
@@ -70,6 +75,16 @@ def _refuse_foreign(path: Path) -> None:
         raise UserError(f"{path}: no cell's choice; a part of it stands for itself.") from None
     if place is not None:
         raise UserError(f"{path}: {place} names code to run. {_remedy(path)}")
+
+
+def _refuse_shadowing(folders: list[Path]) -> None:
+    """Refuse files beside a cell's own by which it would extend something else: they may name code."""
+    for path in (folder / name for folder in folders for name in SHADOWING):
+        if os.path.lexists(path):
+            raise UserError(
+                f"{path}: Hydra would read it in place of a part of ovqk. Allowed with a cell's choice: a folder "
+                f"without {', '.join(SHADOWING)}; give one that holds {CELL}.yaml alone."
+            )
 
 
 def _remedy(path: Path) -> str:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ovqk import wording
 from ovqk.config.command_line import program, python, tool
+from ovqk.errors import printable
 from ovqk.metrics import NOT_APPLICABLE
 from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
@@ -61,7 +62,7 @@ def output_console() -> Console:
 
 def _say(out: Console, line: str, style: str = "") -> None:
     """Print a sentence: broken at words in a terminal, one line in a file or a pipe."""
-    out.print(line, style=style, markup=False, soft_wrap=not sys.stdout.isatty())
+    out.print(printable(line), style=style, markup=False, soft_wrap=not sys.stdout.isatty())
 
 
 def print_cell(folder: Path, cached: bool) -> None:

@@ -18,7 +18,7 @@ from ovqk.whole_files import read_json
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """Return the checkpoint's own tokenizer; None if its directory or GGUF file holds none.
 
-    Padding and truncation are switched off, whatever the files say.
+    Padding, truncation and dropout of merges, which is random, are switched off, whatever the files say.
 
     Raises:
         UserError: the tokenizer's files are damaged, or of a kind that cannot be built.
@@ -27,6 +27,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     if tokenizer is not None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        if getattr(tokenizer.model, "dropout", None) is not None:
+            tokenizer.model.dropout = None
     return tokenizer
 
 

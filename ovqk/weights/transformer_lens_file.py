@@ -28,9 +28,12 @@ class TransformerLensWeights:
         """
         self.checkpoint = checkpoint
         self.notes = [] if causal is not None else ["model.causal is not set: attention taken to be causal"]
-        numbers = (re.match(r"blocks\.(\d+)\.", name) for name in checkpoint.shapes)
+        numbers = (re.match(r"blocks\.(\d{1,9})\.", name) for name in checkpoint.shapes)
         layers = {int(number[1]) for number in numbers if number}
-        for name in self._required(max(layers, default=0) + 1):
+        gap = next((layer for layer in range(len(layers)) if layer not in layers), None)
+        if gap is not None:  # told before names of so many layers are made
+            raise checkpoint.missing(f"blocks.{gap}.attn.W_Q")
+        for name in self._required(max(1, len(layers))):
             if name not in checkpoint:
                 raise checkpoint.missing(name)
         n_kv_heads = self._check_shapes(len(layers))
