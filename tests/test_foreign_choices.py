@@ -53,6 +53,13 @@ def test_a_choice_with_a_secret_is_refused_without_telling_it(override) -> None:
     assert KEY not in str(found.value)
 
 
+def test_a_choice_that_asks_for_a_secret_is_refused_whatever_it_makes_of_it(monkeypatch) -> None:
+    monkeypatch.setenv("LIST_TOKEN", "'first-part','second-part'")
+    for asked in ("${oc.env:LIST_TOKEN}", "${oc.env:'LIST_TOKEN'}", "${oc.env: LIST_TOKEN, none}"):
+        with pytest.raises(UserError, match="asks for the environment variable LIST_TOKEN, a secret"):
+            compose(f"+task.words={{a: \"${{oc.decode:'[{asked}]'}}\"}}")
+
+
 @pytest.mark.parametrize("arguments", [
     ["results_dir=${oc.env:WANDB_API_KEY}"], ["hydra.run.dir=${oc.env:WANDB_API_KEY}"],
     ["seed=${oc.env:WANDB_API_KEY}"], ["model.source=${oc.env:WANDB_API_KEY}"],

@@ -174,3 +174,20 @@ def test_a_regular_expression_that_gives_up_is_one_message():
     task = TaskConfig("x", "x", words=words, variables={"v": VariableConfig(VariableKind.set, words="a")})
     with pytest.raises(UserError, match=r"The model's tokenizer fails on ' xxx.*Regex search error"):
         resolve_task(task, Tokenizer.from_str(json.dumps(whole)), 40, "x")
+
+
+def test_special_tokens_without_number_are_refused_before_a_text_gets_them(tmp_path):
+    ids = {"id": "<s>", "ids": [2] * 20_000, "tokens": ["<s>"] * 20_000}
+    text = [{"Sequence": {"id": "A", "type_id": 0}}]
+    many = {"type": "TemplateProcessing", "pair": text, "special_tokens": {"<s>": ids}}
+    many["single"] = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 1000 + text
+    tokenizer = Tokenizer.from_str(json.dumps(json.loads(a_tokenizer().to_str()) | {"post_processor": many}))
+    with pytest.raises(UserError, match=r"x: its tokenizer puts 20000000 special tokens .* allowed: up to 1000"):
+        start_tokens(tokenizer, a_checkpoint(tmp_path))
+
+
+def test_a_word_without_end_is_refused():
+    words = {"a": ["x" * 201, *(f"w{n}" for n in range(9))]}
+    task = TaskConfig("x", "x", words=words, variables={"v": VariableConfig(VariableKind.set, words="a")})
+    with pytest.raises(UserError, match=r"task\.words\.a: holds a word of 201 letters; allowed: up to 200"):
+        resolve_task(task, toy_tokenizer(), 40, "x")

@@ -14,6 +14,8 @@ from ovqk.errors import UserError
 from ovqk.tasks.normalizers import check_growth
 from ovqk.whole_files import read_json
 
+MOST_SPECIAL = 1000  # tokens; a start token, and perhaps a language
+
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """Return the checkpoint's own tokenizer; None if its directory or GGUF file holds none.
@@ -130,6 +132,11 @@ def start_tokens(tokenizer: Tokenizer, checkpoint: Checkpoint) -> list[int]:
     Raises:
         UserError: tokenizer_config.json cannot be read, or asks for a start token that the vocabulary does not hold.
     """
+    if (added := tokenizer.num_special_tokens_to_add(is_pair=False)) > MOST_SPECIAL:
+        raise UserError(
+            f"{checkpoint.label}: its tokenizer puts {added} special tokens around a text; allowed: up to "
+            f"{MOST_SPECIAL}."
+        )
     encoded = encode(tokenizer, "a")
     marked = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
     own = [token for token, _ in takewhile(lambda pair: pair[1] == 1, marked)]

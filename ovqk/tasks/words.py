@@ -16,6 +16,7 @@ from ovqk.tasks.matches import MIN_WORDS, WORD_STARTS, matched_tokens
 from ovqk.tasks.tokenizer import encode
 
 MOST_WORDS = 10_000  # in a set; each is looked up, drawn for nulls, and listed in the record
+MOST_LETTERS = 200  # in a word: one that is a token has far fewer
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,8 @@ def _check_sets(task: TaskConfig, variable: str, sets: list[str]) -> None:
         _check_set(task, f"task.variables.{variable}", key)
         if len(task.words[key]) > MOST_WORDS:
             raise UserError(f"task.words.{key}: holds {len(task.words[key])} words; allowed: up to {MOST_WORDS}.")
+        if (long := max(map(len, task.words[key]), default=0)) > MOST_LETTERS:
+            raise UserError(f"task.words.{key}: holds a word of {long} letters; allowed: up to {MOST_LETTERS}.")
     kind = task.variables[variable].kind
     wanted = 1 if kind is VariableKind.set else 2
     if len(sets) != wanted or len({len(task.words[key]) for key in sets}) != 1:
