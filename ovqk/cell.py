@@ -20,7 +20,8 @@ from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import cache_folder
 from ovqk.checkpoints.opening import open_checkpoint
-from ovqk.config.resolve import refuse_untyped, resolve, tracking_mode, user_path
+from ovqk.config.checks import refuse_untyped
+from ovqk.config.resolve import resolve, tracking_mode, user_path
 from ovqk.config.schema import Config, Embedding, Source, TrackingMode
 from ovqk.errors import UserError, one_mistake, told, was_interrupted, without_secrets
 from ovqk.interrupts import raise_if_remembered

@@ -29,7 +29,7 @@ from ovqk.cell import structure_cache
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.command_line import composable
-from ovqk.config.mistakes import mistakes
+from ovqk.config.hydra_errors import mistakes
 from ovqk.config.place import CONF
 from ovqk.config.resolve import resolve, user_path
 from ovqk.config.schema import Circuit, Config, register

@@ -22,7 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ovqk.config.mistakes import mistakes, untold
+from ovqk.config.hydra_errors import mistakes, untold
 from ovqk.errors import (
     INTERRUPTED,
     UserError,
@@ -340,7 +340,8 @@ def _prepare_workers() -> None:
 def _check(config: DictConfig) -> None:
     """Refuse a choice that would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import make_results_dir  # torch, numpy and pandas
-    from ovqk.config.resolve import refuse_tilde, refuse_untyped, tracking_mode
+    from ovqk.config.checks import refuse_tilde, refuse_untyped
+    from ovqk.config.resolve import tracking_mode
     from ovqk.config.schema import TrackingMode
     from ovqk.config.secrets import refuse_secrets
     from ovqk.records import mounts

@@ -1,7 +1,7 @@
 """Roles, nulls, verdicts, directions, kinds of composition and metrics as a person reads them.
 
-The terminal, the report page, the figures and W&B all take their words from here. Tables keep the names that stand on
-the left of each mapping.
+The terminal, the report page, the figures and W&B all take their words from here, and records the sentences of a
+verdict. Tables keep the names that stand on the left of each mapping.
 """
 
 from collections.abc import Iterable, Mapping
@@ -44,6 +44,28 @@ FLAGS = {
     ),
 }
 """Verdict with a flag -> what the flag says."""
+MEANS = {
+    "corroborated": "The weights could do this: {claim}.",
+    "partial": "Some evidence that the weights could do this: {claim}.",
+    "unsupported": "The weights do not single this out: {claim}.",
+    "contradicted": "The weights point the other way: {claim}.",
+}
+"""Verdict -> the sentence in a record that says what the weights establish."""
+CONSISTENT = "Consistent with the claim and no more, since any trained head may pass: {claim}."
+"""The same for `partial (consistent)`."""
+AGAINST_SPECTRUM = (
+    "The weights point the other way against heads of the same spectrum only, which any trained head may: {claim}."
+)
+"""The same for `contradicted (spectrum)`."""
+NOT_ESTABLISHED = (
+    "It does not establish that the model does this on task inputs, nor that the head is necessary: it is a statement "
+    "about the direct path through the weights."
+)
+"""The limits of every verdict on the weights."""
+NOT_INDEPENDENT = (
+    " Heads that were found by what they write are no independent evidence of what they write: consistent with it."
+)
+"""A further limit, if the metric is about what a head writes."""
 ON_PROMPTS = {
     "realised": "realised",
     "partial": "partly realised",

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from support.reported import STORABLE
 
-from ovqk.figures import colours, drawing, models, portraits
+from ovqk.figures import colours, comparisons, drawing, portraits
 from ovqk.figures.colours import VERDICT_COLOURS, Scale, colour_at
 from ovqk.figures.drawing import legible
 from ovqk.records.comparison import could_be_corroborated
@@ -78,7 +78,7 @@ def head_table(model: str = "a", n_layers: int = 3, n_heads: int = 4, seed: int 
 
 
 def test_verdict_counts_are_bars_as_wide_as_their_shares() -> None:
-    figure = models.verdict_counts(verdict_table())
+    figure = comparisons.verdict_counts(verdict_table())
     first, second = figure.axes
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["t1", "t2"]
     bars = [patch for patch in first.patches if isinstance(patch, Rectangle)]
@@ -97,24 +97,24 @@ def test_heads_that_no_null_could_decide_about_are_told_and_not_counted() -> Non
     assert not could[heads & table["verdict"].isin(["partial", "untestable"])].any()
     assert could[table["verdict"] == "corroborated"].all()
     assert could_be_corroborated(table.assign(verdict="corroborated", min_q=0.5)).all()
-    first = models.verdict_counts(table).axes[0]
+    first = comparisons.verdict_counts(table).axes[0]
     assert "2 more cannot be corroborated" in [text.get_text() for text in first.texts]
 
 
 def test_ranks_of_models_with_other_heads_are_compared_as_shares() -> None:
     wide, narrow = head_table("a"), head_table("b", seed=1)
     both = pd.concat([wide.assign(ov_effective_rank=32.0), narrow.assign(ov_effective_rank=8.0)], ignore_index=True)
-    (axes, *_) = models.depth_curves(both, ["ov_effective_rank"], {"a": 64, "b": 16}).axes
+    (axes, *_) = comparisons.depth_curves(both, ["ov_effective_rank"], {"a": 64, "b": 16}).axes
     assert axes.get_title(loc="left") == "OV effective rank / d_head" and axes.get_ylim() == (0, 1)
     assert {y for line in axes.lines for y in line.get_ydata()} == {0.5}
-    (axes, *_) = models.depth_curves(both, ["ov_effective_rank"], {"a": 64, "b": 64}).axes
+    (axes, *_) = comparisons.depth_curves(both, ["ov_effective_rank"], {"a": 64, "b": 64}).axes
     assert {y for line in axes.lines for y in line.get_ydata()} == {32.0, 8.0}
-    (axes, *_) = models.depth_curves(both, ["ov_effective_rank"], {"a": 64}).axes  # of the other nothing is known
+    (axes, *_) = comparisons.depth_curves(both, ["ov_effective_rank"], {"a": 64}).axes  # of the other nothing is known
     assert axes.get_title(loc="left") == "OV effective rank"
 
 
 def test_effects_are_marks_with_intervals_and_what_is_missing_says_so() -> None:
-    (axes,) = models.effects(verdict_table()).axes
+    (axes,) = comparisons.effects(verdict_table()).axes
     marks = [
         tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() in "oX_." and len(line.get_xdata()) == 1
     ]
@@ -136,7 +136,7 @@ def test_effects_are_marks_with_intervals_and_what_is_missing_says_so() -> None:
 
 def test_depth_curves_run_through_the_means_of_the_layers() -> None:
     deep, shallow = head_table("deep", n_layers=5), head_table("shallow", n_layers=2, seed=1)
-    figure = models.depth_curves(pd.concat([deep, shallow], ignore_index=True))
+    figure = comparisons.depth_curves(pd.concat([deep, shallow], ignore_index=True))
     shown = [axes for axes in figure.axes if axes.axison]
     assert [axes.get_title(loc="left") for axes in shown] == ["OV copying", "QK symmetry", "QK positional share"]
     assert {axes.get_xlabel() for axes in shown} == {"relative depth"}  # of a column the lowest alone is labelled
@@ -150,7 +150,7 @@ def test_depth_curves_run_through_the_means_of_the_layers() -> None:
 
 def test_a_model_is_drawn_once_whatever_was_asked_of_it() -> None:
     twice = pd.concat([head_table(), head_table().assign(cell_id="other task")], ignore_index=True)
-    (axes, *_) = models.depth_curves(twice, ["ov_copying"]).axes
+    (axes, *_) = comparisons.depth_curves(twice, ["ov_copying"]).axes
     assert len(axes.collections[0].get_offsets()) == 12
 
 
@@ -158,7 +158,7 @@ def test_an_atlas_colours_every_head_and_marks_the_claimed_ones() -> None:
     heads = head_table()
     heads.loc[5, "ov_copying"] = math.nan
     verdicts = verdict_table().query("model == 'a' and task == 't1'")
-    figure = models.atlas(pd.concat([heads, head_table("b").assign(ov_copying=math.nan)]), "ov_copying", verdicts)
+    figure = comparisons.atlas(pd.concat([heads, head_table("b").assign(ov_copying=math.nan)]), "ov_copying", verdicts)
     axes = figure.axes[0]
     squares = [patch for patch in axes.patches if patch.get_width() == pytest.approx(0.94)]
     scale = Scale.of("ov_copying", heads["ov_copying"])
@@ -182,7 +182,7 @@ def test_an_atlas_colours_every_head_and_marks_the_claimed_ones() -> None:
 def test_the_letters_of_a_marked_head_stay_inside_its_ring(n_heads) -> None:
     verdicts = verdict_table().query("model == 'a' and kind == 'head'").assign(layer=1, head=2)
     verdicts = verdicts.assign(role=[f"backup_name_mover_{k}" for k in range(len(verdicts))]).head(2)
-    figure = models.atlas(head_table(n_heads=n_heads), "ov_copying", verdicts)
+    figure = comparisons.atlas(head_table(n_heads=n_heads), "ov_copying", verdicts)
     figure.draw_without_rendering()
     axes = figure.axes[0]
     (ring,) = [patch for patch in axes.patches if patch.get_width() == pytest.approx(0.78)]
@@ -194,8 +194,10 @@ def test_the_letters_of_a_marked_head_stay_inside_its_ring(n_heads) -> None:
 
 
 def test_a_legend_of_many_roles_is_no_wider_than_its_atlas() -> None:
-    assert models.wrapped_lines(["aa", "bb", "cc"], 8) == ["aa    bb", "cc"]
-    assert models.wrapped_lines([], 8) == [] and models.wrapped_lines(["longer than that"], 8) == ["longer than that"]
+    assert comparisons.wrapped_lines(["aa", "bb", "cc"], 8) == ["aa    bb", "cc"]
+    assert comparisons.wrapped_lines([], 8) == [] and comparisons.wrapped_lines(["longer than that"], 8) == [
+        "longer than that"
+    ]
 
 
 def pair(
@@ -218,7 +220,7 @@ def test_a_circuit_joins_claimed_heads_above_random_and_no_others() -> None:
             pair("k", (0, 1), (1, 0), 0.2, 0.1),  # again, from another cell
         ]
     )
-    (axes,) = models.circuit(verdicts, pairs).axes
+    (axes,) = comparisons.circuit(verdicts, pairs).axes
     arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
     assert [to_hex(arrow.get_edgecolor()) for arrow in arrows] == [colours.MODES["k"][0], colours.MODES["q"][0]]
     assert arrows[0].get_linewidth() > arrows[1].get_linewidth() and arrows[0].get_zorder() > arrows[1].get_zorder()
@@ -228,25 +230,25 @@ def test_a_circuit_joins_claimed_heads_above_random_and_no_others() -> None:
     spots = {text.get_text(): text.get_position() for text in axes.texts}
     assert spots["0.1"][1] < spots["1.2"][1] == spots["1.0"][1]  # later layers above
     assert spots["name mover"][0] == pytest.approx((spots["1.2"][0] + spots["1.3"][0]) / 2)
-    assert not [p for p in models.circuit(verdicts).axes[0].patches if isinstance(p, FancyArrowPatch)]
+    assert not [p for p in comparisons.circuit(verdicts).axes[0].patches if isinstance(p, FancyArrowPatch)]
 
 
 def test_a_head_of_two_roles_is_drawn_once_under_the_smaller() -> None:
     verdicts = verdict_table().query("model == 'a'")
     also = verdicts[(verdicts["kind"] == "head") & (verdicts["head"] == 0)].assign(layer=0, head=1)
-    (axes,) = models.circuit(pd.concat([verdicts, also], ignore_index=True)).axes
+    (axes,) = comparisons.circuit(pd.concat([verdicts, also], ignore_index=True)).axes
     said = [text.get_text() for text in axes.texts]
     assert said.count("0.1") == 1 and "also name mover" in said
 
 
 def test_an_arrow_passes_no_head_and_runs_beside_another_of_its_heads() -> None:
     start, end, between = (0.0, 0.0), (4.0, 3.0), (2.0, 1.5)
-    assert models.clear_bend(start, end, 0.0, [], []) == 0
-    bend = models.clear_bend(start, end, 0.0, [between], [])
+    assert comparisons.clear_bend(start, end, 0.0, [], []) == 0
+    bend = comparisons.clear_bend(start, end, 0.0, [between], [])
     assert 0.1 < abs(bend) < 0.4
-    other = models.clear_bend(start, end, 0.0, [between], [bend])
+    other = comparisons.clear_bend(start, end, 0.0, [between], [bend])
     assert abs(other - bend) > 0.06
-    assert models.clear_bend(start, end, 0.0, [(0.0, 3.0)], []) == 0  # a head that is not in the way
+    assert comparisons.clear_bend(start, end, 0.0, [(0.0, 3.0)], []) == 0  # a head that is not in the way
 
 
 # --- one head ------------------------------------------------------------------------------------------------
@@ -439,7 +441,7 @@ def test_components_list_their_tokens_best_first() -> None:
 def test_hostile_tokens_are_text_in_every_file(tmp_path, start) -> None:
     """Saving raises on a missing glyph or on broken mathematics (warnings are errors), and the SVG is well formed."""
     figure = portraits.components({"directions": direction_table(STORABLE[start : start + 4])}, 0, 0)
-    svg, png = models.save(figure, tmp_path / "hostile")
+    svg, png = comparisons.save(figure, tmp_path / "hostile")
     root = ElementTree.fromstring(svg.read_text(encoding="utf-8"))
     assert not [node for node in root.iter() if node.tag.endswith(("script", "image", "foreignObject"))]
     assert png.stat().st_size > 1000
@@ -454,14 +456,14 @@ def test_texts_are_shown_without_mathematics_and_without_turning() -> None:
 
 
 def test_the_same_figure_gives_the_same_bytes(tmp_path) -> None:
-    written = [models.save(models.effects(verdict_table()), tmp_path / name) for name in ("one", "two")]
+    written = [comparisons.save(comparisons.effects(verdict_table()), tmp_path / name) for name in ("one", "two")]
     for first, second in zip(*written, strict=True):
         assert first.read_bytes() == second.read_bytes()
 
 
 def test_drawing_leaves_matplotlib_as_it_was() -> None:
     before = dict(matplotlib.rcParams)
-    figure = models.effects(verdict_table())
+    figure = comparisons.effects(verdict_table())
     assert dict(matplotlib.rcParams) == before
     assert figure.axes[0].title.get_fontsize() == drawing.STYLE["axes.titlesize"]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ovqk.weights.family import Family, as_transformers_reads
-from ovqk.weights.llamas import (
+from ovqk.weights.llama_families import (
     BESIDE,
     EXAONE4,
     GEMMA,
