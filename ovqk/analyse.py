@@ -36,8 +36,8 @@ Where a change goes; the first file named is the one to open first:
     a family (architecture)  ovqk/weights/families.py: a row; ovqk/weights/llama_families.py if it is like Llama
     a prompt form            ovqk/tasks/prompts.py; its keys are checked in ovqk/tasks/prompt_entry.py
     a launcher               conf/hydra/launcher/NAME.yaml
-    an error message         the file that finds the mistake raises a `UserError`: ovqk/config/checks.py for the value of
-                             a key, ovqk/config/hydra_errors.py for an error of Hydra; ovqk/errors.py only prints it
+    an error message         the file that finds the mistake raises a `UserError`: ovqk/config/checks.py for the value
+                             of a key, ovqk/config/hydra_errors.py for Hydra's errors; ovqk/errors.py only prints it
     a figure                 ovqk/figures/comparisons.py: models side by side; ovqk/figures/portraits.py: one head
     a W&B panel              ovqk/tracking/cell_panels.py: a cell's run; ovqk/tracking/sweep_panels.py: a sweep's
 """

@@ -1,6 +1,7 @@
 """Every config composes, every metric is described, and the arrows between modules run one way."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -157,13 +158,17 @@ def tops(path: Path) -> set[str]:
     return {name.split(".")[0] for name in found}
 
 
-def test_the_package_imports_no_script_scripts_no_test_and_tests_no_other_test() -> None:
+def test_no_module_imports_a_script_no_script_a_test_and_no_test_either() -> None:
     scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
     tests = {path.stem: path for path in (ROOT / "tests").glob("*.py")}
     assert not any(tops(path) & {*scripts, *tests, "support"} for path in modules().values())
     assert not any(tops(path) & {*tests, "support"} for path in scripts.values())
-    assert not any(tops(path) & set(tests) for path in (*tests.values(), *(ROOT / "tests" / "support").glob("*.py")))
-    assert not any(tops(path) & set(scripts) for path in (ROOT / "tests" / "support").glob("*.py"))
+    testing = (*tests.values(), *(ROOT / "tests" / "support").glob("*.py"))
+    assert not any(tops(path) & {*tests, *scripts} for path in testing)  # a script under test: `support.scripts`
+    assert (
+        "scripts"
+        not in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["pythonpath"]
+    )
 
 
 def of_package(package: str) -> set[str]:

@@ -6,4 +6,5 @@ tiny_architectures  tiny random models of transformers' architectures
 module_comparison   a checkpoint as ovqk reads it, compared with the model's own modules
 materialised        W_QK and W_OV of a module, from what it computes
 random_checkpoints  checkpoints with the shapes of known models, for benchmarks
+language            the synthetic language that the bundled models are trained on (its words: `language_words`)
 """

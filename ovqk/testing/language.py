@@ -29,9 +29,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from words import SEQUENCE_WEIGHTS, WORDS
-
 from ovqk.tasks.prompts import variants
+from ovqk.testing.language_words import SEQUENCE_WEIGHTS, WORDS
 
 UNKNOWN, END_OF_TEXT = "<unk>", "<eos>"
 
