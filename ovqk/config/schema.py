@@ -6,7 +6,7 @@ wrong type is refused before any work is done.
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -54,8 +54,8 @@ class Embedding(Enum):
     stream = "stream"
     """`token` for layer 0, and for the layers after it what the running model has there for a word alone."""
 
-    def kind(self, layer: int) -> str:
-        """Return the effective embedding that a layer is read through: `token`, `block0` or `stream`."""
+    def kind(self, layer: int) -> Literal["token", "block0", "stream"]:
+        """Return the effective embedding that a layer is read through."""
         if self is Embedding.token or (layer == 0 and self is not Embedding.block0):
             return "token"
         return "stream" if self is Embedding.stream else "block0"
