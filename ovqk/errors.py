@@ -17,13 +17,13 @@ SECRET = re.compile(
 )
 """Matches names of environment variables that hold a secret: PAT is a personal access token. PWD is a folder."""
 PLACE = re.compile(r"_(PATH|FILE|DIR|HOME|URL)$", re.IGNORECASE)
-"""Matches names of environment variables that hold a place, perhaps one of a secret."""
+"""Matches names of environment variables that hold a place, where a secret may lie."""
 SHORTEST_SECRET = 8
 """Letters: a shorter value, as "true", is no secret, and other texts may well contain it."""
 SHOWS_TRACEBACK = "OVQK_TRACEBACK"
 """Environment variable that shows the traceback above a user's mistake if it is 1; HYDRA_FULL_ERROR=1 sets it."""
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Matches characters that steer a terminal instead of being shown; tabs and ends of lines are none of them."""
+"""Matches characters that steer a terminal instead of being shown; it does not match tabs and line ends."""
 CLOSED_PIPE = 141
 """Exit status of a command whose reader went away, as the shell gives it."""
 INTERRUPTED = 130

@@ -357,7 +357,7 @@ class OV(CircuitOfHead):
 
     @property
     def copying(self) -> float:
-        """Return ov_copying, in [-1, 1]: sum of the vocabulary's eigenvalues over the sum of their moduli."""
+        """Return ov_copying, in [-1, 1]: the vocabulary's eigenvalues, summed, over the sum of their moduli."""
         return self.head.value("ov_copying")
 
     @property

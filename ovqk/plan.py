@@ -30,7 +30,7 @@ PER_THREAD = 275e6
 LARGEST_MEASURED = 256
 """Dimension up to which decompositions are measured; of larger heads they take as much longer as the cube says."""
 START_UP = 5.0
-"""Seconds of a start, on two cores of a server."""
+"""Seconds that a start takes, on a server with two cores."""
 SPECTRA_ROW, LISTED, OTHER = 12.0, 3000.0, 2500.0
 """Bytes of results: of a row in spectra.parquet; of each head for each component whose tokens are listed, and for all
 else. Measured on SmolLM2-135M and on Gemma 3 270M's shape."""
@@ -67,7 +67,7 @@ class Plan:
     """A cell's cost.
 
     Attributes:
-        operations: part of the cell -> floating point operations of its products.
+        operations: part of the cell -> floating point operations in its products.
         decompositions: "eigenvalues" and the like -> how many matrices of d_head x d_head.
         memory: bytes at the peak of the whole process on one thread, at most.
         written: bytes of results.
@@ -175,7 +175,7 @@ def measure_rates(d_model: int, d_head: int) -> Rates:
 
 
 def _best(function: Callable[[], Any], times: int = 4) -> float:
-    """Return the seconds of the fastest of several calls."""
+    """Return the seconds that the fastest call took, out of several."""
     found = []
     for _ in range(times):
         started = time.perf_counter()

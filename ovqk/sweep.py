@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 FAILED = 1  # exit status
 LAUNCHER_ERROR = "launcher_error.txt"
 EXTRAS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
-"""Hydra's launcher that is a package of its own -> the extra of ovqk that installs it."""
+"""Hydra's launcher that is a separate package -> ovqk's extra that installs it."""
 
 
 LOCAL = (
@@ -187,7 +187,7 @@ class SweepCallback(Callback):
             running.progress.watch()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Print the line of a cell that ran in this process, and let go of its choice.
+        """Print the line for a cell that ran in this process, and let go of its choice.
 
         Hydra keeps what each job returned to the end of the sweep, with two copies of its choice that nobody reads:
         a quarter of a megabyte for each cell.
@@ -276,7 +276,7 @@ def _wait_for_the_others(error: BaseException) -> None:
 
 
 def expected_cells(config: DictConfig) -> list[list[str]] | None:
-    """Return the overrides of each cell of the sweep; None if the sweeper decides as it goes.
+    """Return each cell's overrides; None if the sweeper decides as it goes.
 
     Raises:
         UserError: the sweep has no cell, or Hydra's own sweeper does not take its values.
@@ -313,7 +313,7 @@ def sweep_name(config: DictConfig) -> str:
 
 
 def _sweep_overrides(config: DictConfig) -> list[str]:
-    """Return the overrides of the sweep's file and then those of the command line."""
+    """Return the overrides from the sweep's file, and then those from the command line."""
     params = config.hydra.sweeper.get("params")
     swept = params.items() if isinstance(params, DictConfig) else ()  # a sweeper of another kind may have a list
     return [f"{key!s}={value}" for key, value in swept] + list(config.hydra.overrides.task)

@@ -18,7 +18,7 @@ NULLS = {
     "token": "other words",
     "token_pairs": "random pairs of other words",
 }
-"""Null -> the label of a row in a figure."""
+"""Null -> its row's label in a figure."""
 AGAINST = {
     "layer": "the unclaimed heads of the same layers",
     "depth": "the unclaimed heads of nearby layers",
@@ -76,7 +76,7 @@ ON_PROMPTS = {
     "out_of_scope": "out of scope",
     "not_chosen": "not chosen",
 }
-"""Verdict on what a head does on prompts -> its name."""
+"""Verdict on a head's doings on prompts -> its name."""
 READINGS = {
     "linked": "does what its weights say",
     "unlinked": "does it, weights agree, no link shown",
@@ -96,7 +96,7 @@ PROMPT_COLUMNS = {
     "effect": "effect",
     "effect_mean_replacement": "by mean",
 }
-"""Quantity on prompts -> the head of its column in a table of heads."""
+"""Quantity on prompts -> its column's title in a table of heads."""
 PROMPT_SHARES = ("write_share", "effect", "effect_mean_replacement")
 """Those that are read in percent."""
 PROMPT_LEGEND = (
@@ -113,7 +113,7 @@ PROMPT_DECIDES = {
     "effect": "effect",
     "repeats": "attention on random repeats",
 }
-"""Deciding quantity on prompts -> its name in reasons."""
+"""Quantity on prompts that decides -> its name in reasons."""
 PROMPT_BARS = {
     "attention": {
         "attention": "{source}",
@@ -129,7 +129,7 @@ PROMPT_BARS = {
         "effect_restored": "restored",
     },
 }
-"""Kind of quantity -> quantity on prompts -> the label of its bar; in braces labels of the role's tokens."""
+"""Kind of quantity -> quantity on prompts -> its bar's label; in braces labels of the role's tokens."""
 REPEATS = {
     "previous": "to the token before",
     "same": "to its first occurrence",
@@ -142,13 +142,13 @@ PROMPT_KINDS = {
     "write": "Write onto {answer} minus {other} (logits)",
     "effect": "Effect on {into} (share)",
 }
-"""Kind of quantity on prompts -> the title of its picture."""
+"""Kind of quantity on prompts -> its picture's title."""
 PROMPT_QUANTITIES = {
     "write": "write onto {answer} minus {other} (logits)",
     "attention": "attention from {query} to {source} minus to {control}",
     "effect_first_order": "first-order effect (share)",
 }
-"""Quantity on prompts that every head has -> the title of its axis."""
+"""Quantity on prompts that every head has -> its axis's title."""
 RANKED = {"spearman": "Spearman", "split_half": "split-half"}
 """Statistic of how weights rank heads, beside the AUC -> its name."""
 FOUND = {
@@ -166,7 +166,7 @@ MODES = {"q": "Q: into queries", "k": "K: into keys", "v": "V: into values"}
 """Kind of composition -> what a sender writes into."""
 
 PARTS = {"position": "key position", "content": "key content", "both": "both"}
-"""Part of the key -> the shares of the score's variance that come from it."""
+"""Part of the key -> the shares that it has in the score's variance."""
 
 
 def role(name: str) -> str:
@@ -200,7 +200,7 @@ def verdict(name: str, flags: str | None = None) -> str:
 
 
 def metric(name: str) -> str:
-    """Return the title of a metric of heads or of pairs of heads."""
+    """Return a metric's title, for heads or for pairs."""
     return METRICS[name].title
 
 

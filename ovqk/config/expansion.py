@@ -19,7 +19,7 @@ MOST_FILES, MOST_FOLDERS = 10_000, 10_000
 
 
 def refuse_expanding(folder: Path) -> None:
-    """Refuse a folder of config files if one of them stands for more values than memory should hold.
+    """Refuse a config folder if one file in it stands for more values than memory should hold.
 
     Raises:
         UserError: one does; the message names it.
