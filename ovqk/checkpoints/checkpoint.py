@@ -35,7 +35,7 @@ class Checkpoint:
         tensors: its tensors, under the names that the architecture has in Hugging Face's checkpoints.
         digest: SHA-256 over the weights, the config and the tokenizer files, on which results depend.
         revision: the hub's resolved commit; None elsewhere.
-        shards: the safetensors files of a directory that the digest is of, in order; empty elsewhere.
+        shards: a directory's safetensors files that the digest covers, in order; empty elsewhere.
         metadata: a GGUF file's own, which holds its tokenizer too; None elsewhere.
         quantisation: kind of tensor -> the number formats that a GGUF file stores it in; empty elsewhere.
         notes: facts about the files that whoever reads results must know, for instance that other files were not read.

@@ -167,7 +167,7 @@ class EffectiveRows:
             self._ids, self._rows = before
 
     def __call__(self, ids: Int[Tensor, "*word"], kind: RowKind) -> Float[Tensor, "*word d_model"]:
-        """Return the rows for these tokens; those of kind `write` are columns of W_U, and not normalised.
+        """Return the rows for these tokens; for kind `write` they are W_U's columns, and not normalised.
 
         Raises:
             ValueError: a token is asked for that `only` leaves out or that was not run, `write` without an unembedding,

@@ -123,7 +123,7 @@ def output_projection(attention: nn.Module, width: int, d_model: int) -> nn.Modu
 
 
 def silenced(module: nn.Module, attention: nn.Module) -> dict[str, Tensor]:
-    """Return zeros for all parameters of a block, except those of its attention and its norms."""
+    """Return zeros for all parameters in a block, except those in its attention and its norms."""
     inside = {id(each) for each in attention.modules()}
     return {
         f"{name}.{key}": torch.zeros_like(parameter)

@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def gathered_panels(results_dir: Path) -> tuple[list[Panels], str | None, str]:
-    """Return the panels of one cell for each task and analysis, and the entity and project of their runs."""
+    """Return one cell's panels for each task and analysis, and the entity and project of their runs."""
     shown: dict[tuple[str, str, str], Panels] = {}
     entity, project = os.environ.get("WANDB_ENTITY"), str(TrackingConfig.project)
     for folder, record in done_records(cell_folders(results_dir)):

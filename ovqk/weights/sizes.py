@@ -70,7 +70,7 @@ def refuse_larger(checkpoint: Checkpoint, numbers: int) -> None:
 
 
 def _numbers(config: Mapping[str, Any], at: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
-    """Yield keys and whole numbers of a config and of the configs in it; of a list, under the list's key."""
+    """Yield keys and whole numbers in a config and in the configs inside it; of a list, under the list's key."""
     for key, value in config.items():
         if isinstance(value, Mapping) and depth < 4:
             yield from _numbers(value, f"{at}{key}.", depth + 1)
