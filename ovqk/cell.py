@@ -267,8 +267,8 @@ def _enter(call: Path) -> None:
         os.chdir(call)
     except OSError as error:
         raise UserError(
-            f"{call}: the folder of the call cannot be entered on this machine ({error.strerror}); the machines of a "
-            "cluster need it in common."
+            f"{call}: this machine cannot enter the folder in which the command was started ({error.strerror}). All "
+            "machines of a cluster must share it."
         ) from error
 
 

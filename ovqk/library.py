@@ -103,7 +103,7 @@ def model_choice(model: str | Path) -> list[str]:
     """
     name = str(model)
     if CONTROL.search(name):
-        raise UserError(f"model={name!r}: it holds control characters, as no name and no path of a model does.")
+        raise UserError(f"model={name!r}: it holds control characters; allowed: a name or a path without them.")
     if max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME - len(".yaml"):
         raise UserError(f"model={name[:40]}...: no file has so long a name; allowed: up to {LONGEST_NAME} bytes.")
     if isinstance(model, str) and (CONF / "model" / f"{name}.yaml").is_file():
@@ -243,7 +243,7 @@ class Head:
             raise UserError(f"{metric}: {self.model.name} has none: {self.model.unavailable[metric]}.")
         if metric not in self.metrics:
             there = ", ".join(name for name in self.metrics.index if name in METRICS)
-            raise UserError(f"{metric}: no metric of a head without a task; there are {there}.")
+            raise UserError(f"{metric}: not a metric that a head has without a task; allowed: {there}.")
         return float(self.metrics[metric])
 
     def portrait(self) -> "Figure":

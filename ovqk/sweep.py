@@ -167,7 +167,7 @@ class SweepCallback(Callback):
         global running
         for part in ("sweeper", "launcher"):
             if not OmegaConf.select(config, f"hydra.{part}._target_"):
-                raise UserError(f"hydra.{part}: not set. Leave it out, and cells run here, one after the other.")
+                raise UserError(f"hydra.{part}: not set. If you leave it out, cells run here, one after the other.")
         _check(config)
         from ovqk.cell import runs_here
         from ovqk.records.outcomes import Outcomes
@@ -299,7 +299,7 @@ def expected_cells(config: DictConfig) -> list[list[str]] | None:
         raise UserError(untold(error, "hydra.sweeper.params")) from error
     if not cells:
         empty = next(each for each in overrides if each.is_sweep_override() and not [*each.sweep_string_iterator()])
-        raise UserError(f"{empty.input_line}: it has no value, and the sweep no cell.")
+        raise UserError(f"{empty.input_line}: it has no value, so the sweep has no cell.")
     return cells
 
 

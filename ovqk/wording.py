@@ -101,10 +101,11 @@ PROMPT_SHARES = ("write_share", "effect", "effect_mean_replacement")
 """Those that are read in percent."""
 PROMPT_LEGEND = (
     "attention, control: from the role's query to its source, and to a token of the same kind. write: onto the role's "
-    "words at the end of the text, as a share of the mean logit difference. write link: share of the write's "
-    "variance that attention times the weights' own account explains. score link: share of what the source's score "
-    "exceeds other tokens' by that comes from the two tokens themselves. effect: share of what the counterfactual "
-    "prompt takes away that is lost if the head puts out what it does there; by mean: what it does there on average."
+    "words at the end of the text, as a share of the mean logit difference. write link: how much of the write's "
+    "variance is explained by attention times the weights' own account. score link: the source's score exceeds other "
+    "tokens' scores; the share of the excess that comes from the two tokens themselves. effect: the counterfactual "
+    "prompt takes away a part of the logit difference; the share of that part which is lost if the head's output is "
+    "replaced by its output there; by mean: replaced by its mean output there."
 )
 """How to read these columns."""
 PROMPT_DECIDES = {

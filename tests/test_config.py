@@ -232,7 +232,7 @@ def test_a_step_of_training_is_a_revision_and_a_name_of_its_own() -> None:
         "model=pythia-70m-deduped", "model.checkpoint=1000", "model.revision=step1000", f"model.name={cell.model.name}"
     )
     assert again.model == cell.model  # as a record's cell.yaml holds it
-    with pytest.raises(UserError, match="model=gpt2 keeps no steps of its training"):
+    with pytest.raises(UserError, match="model=gpt2 has no earlier training steps"):
         compose("model=gpt2", "model.checkpoint=1000")
     with pytest.raises(UserError, match="must be a step >= 0"):
         compose("model=pythia-70m-deduped", "model.checkpoint=-1")

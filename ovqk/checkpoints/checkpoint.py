@@ -80,7 +80,7 @@ class Checkpoint:
                 f"{self.label}: {told} It holds an adapter (LoRA or the like): '{adapted}'. Merge it into its base "
                 "model (PEFT's merge_and_unload) and give the merged checkpoint."
             )
-        return UserError(f"{self.label}: {told} ovqk fills nothing in. {self._holds(name)}")
+        return UserError(f"{self.label}: {told} ovqk does not fill in missing weights. {self._holds(name)}")
 
     def refuse_scaled(self, name: str) -> None:
         """Refuse a tensor that has a scale of its own beside it: its numbers alone are not the weights.
@@ -92,8 +92,8 @@ class Checkpoint:
         found = next((f"{stem}.{part}" for part in QUANTISED if f"{stem}.{part}" in self.shapes), None)
         if found is not None:
             raise UserError(
-                f"{self.label}: tensor '{name}' has '{found}' beside it, so that it is quantised; allowed: weights "
-                "without scales. Give a checkpoint that is not quantised."
+                f"{self.label}: tensor '{name}' is quantised: '{found}' lies beside it. Allowed: weights without "
+                "scales. Give a checkpoint that is not quantised."
             )
 
     def quantised(self) -> str:

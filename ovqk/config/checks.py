@@ -61,8 +61,8 @@ def check(config: Config) -> None:
         raise UserError(f"analysis.components={config.analysis.components}: must be a number of components >= 0.")
     if config.analysis.directions_embedding is Embedding.stream:
         raise UserError(
-            "analysis.directions_embedding=stream: lists go over the whole vocabulary, and the model is run on single "
-            "words alone; allowed: token, block0, by_layer."
+            "analysis.directions_embedding=stream: token lists cover the whole vocabulary, but the model is run on few "
+            "words only; allowed: token, block0, by_layer."
         )
     if config.analysis.pairs and len(circuits) < 2:
         raise UserError(f"analysis.pairs=true: composition needs both circuits, and analysis.circuits={circuits}.")

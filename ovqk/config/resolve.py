@@ -55,7 +55,7 @@ def _at_checkpoint(config: Config) -> Config:
     if model.checkpoint is None:
         return config
     if model.checkpoints is None:
-        raise UserError(f"model.checkpoint={model.checkpoint}: model={model.name} keeps no steps of its training.")
+        raise UserError(f"model.checkpoint={model.checkpoint}: model={model.name} has no earlier training steps.")
     if model.checkpoint < 0:
         raise UserError(f"model.checkpoint={model.checkpoint}: must be a step >= 0.")
     revision = model.checkpoints.replace("{checkpoint}", str(model.checkpoint))

@@ -338,7 +338,7 @@ MANY, FEW = 24, 12
 
 
 def planted(shape: str, task: str, seed: int, noise: float = 0.0, per_layer: int = MANY) -> PlantedModel:
-    """Return a model with one of SHAPES, `per_layer` heads in a layer and all roles of the task, planted as in LAYOUT."""
+    """Return a model with one of SHAPES, `per_layer` heads in a layer, and all task roles planted as in LAYOUT."""
     group, positions, tied = SHAPES[shape]
     heads = LAYOUT[task]
     layers = 1 + max(layer for members in heads.values() for layer, _ in members)

@@ -138,7 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     swept = bool(read_sweeps(chosen.results_dir))
     entity, project = chosen.entity or entity, chosen.project or project
     if entity is None:
-        raise UserError("--entity: whose project is it? No cell there was tracked online, so the records do not tell.")
+        raise UserError(
+            "--entity: not given, and no record names it, because no cell there was tracked online. Needed: the "
+            "project's owner in W&B."
+        )
     try:
         saved = workspace(entity, project, chosen.name, shown, swept).save()
     except Exception as error:  # whatever W&B raises
