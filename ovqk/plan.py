@@ -32,7 +32,8 @@ LARGEST_MEASURED = 256
 START_UP = 5.0
 """Seconds that a start takes, on a server with two cores."""
 SPECTRA_ROW, LISTED, OTHER = 12.0, 3000.0, 2500.0
-"""Bytes in the results: for a row in spectra.parquet, for a head and a component whose tokens are listed, and for all else in a head. Measured on SmolLM2-135M and on Gemma 3 270M's shape."""
+"""Bytes in the results: for a row in spectra.parquet, for a head and a component whose tokens are listed, and for all
+else in a head. Measured on SmolLM2-135M and on Gemma 3 270M's shape."""
 
 
 class Sizes(NamedTuple):
