@@ -171,6 +171,19 @@ def test_no_module_imports_a_script_no_script_a_test_and_no_test_either() -> Non
     )
 
 
+def test_tests_use_public_names() -> None:
+    """A test that needs a private name of a module asks for a public one."""
+    for path in (*(ROOT / "tests").glob("*.py"), *(ROOT / "tests" / "support").glob("*.py")):
+        tree, names = ast.parse(path.read_text()), set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ovqk":
+                assert not [a.name for a in node.names if a.name.startswith("_") and a.name != "__main__"], path.name
+                names |= {alias.asname or alias.name for alias in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+                assert not node.attr.startswith("_") or node.attr.startswith("__"), f"{path.name}: {ast.unparse(node)}"
+
+
 def of_package(package: str) -> set[str]:
     """Modules that import a package."""
     found = set()
