@@ -29,7 +29,7 @@ Where a change goes; the first file named is the one to open first:
                              `candidates` ovqk/verdicts/candidates.py, `composition` ovqk/circuits/composition.py,
                              `layers`, `spectra`, `offsets` ovqk/structure/stages.py, `directions`
                              ovqk/structure/token_tables.py, `roles` ovqk/activations/roles.py, `joint`
-                             ovqk/activations/joint.py; never ovqk/records/, which keeps any table
+                             ovqk/activations/joint.py; ovqk/records/ only stores the tables
     a null                   ovqk/verdicts/nulls.py: what it compares with, and the metrics that it decides about;
                              its random draws in ovqk/verdicts/surrogates.py
     a word of a verdict      ovqk/wording.py, for the record, terminal, page, figures and W&B alike
