@@ -1,6 +1,45 @@
-"""One cell's computation, as the list of its stages: from weights to tables.
+"""The computation of one cell, as a list of stages: from weights to tables.
 
-`analyse` reads top to bottom: claims, the model without a task, the task on it, and the stages that visit every layer.
+Read `analyse` from top to bottom: it resolves the claims, reads the model without a task, then the task on the model,
+and lets every stage visit every layer. A cell is one choice of model, task and analysis. What a stage makes is written
+to disk, and everything that shows results reads it there.
+
+The folders, in the order of the data. No file imports from a folder further down:
+
+    conf/          YAML files, one for each model, task, analysis, tracking mode and launcher
+    config/        the keys that a user sets: their types, the checks of their values, Hydra's errors in plain words
+    checkpoints/   files on disk or on the hub, as named tensors
+    weights/       typed weights in one convention, read by a table with a row for each family of architectures
+    circuits/      the mathematics of W_QK and W_OV
+    structure/     a model layer by layer, without a task
+    tasks/         prompts, words, claims, and the metrics that need a task's words
+    verdicts/      predictions tested against nulls
+    activations/   the model run on the task's prompts
+    records/       a cell's files: written, read back, compared
+    figures/       Matplotlib figures, as functions of tables
+    report/        the terminal's output and the page
+    tracking/      W&B
+
+Where a change goes; the first file named is the one to open first:
+
+    a metric                 ovqk/metrics.py: a row of the registry, which also names the places that show it;
+                             its formula in ovqk/circuits/, or in ovqk/tasks/readouts.py if it needs a task's words
+    a column of results      the file that makes the table: a column of `heads` is a metric (ovqk/metrics.py);
+                             else `tests` ovqk/verdicts/null_tests.py, `verdicts` ovqk/verdicts/verdict.py,
+                             `candidates` ovqk/verdicts/candidates.py, `composition` ovqk/circuits/composition.py,
+                             `layers`, `spectra`, `offsets` ovqk/structure/stages.py, `directions`
+                             ovqk/structure/token_tables.py, `roles` ovqk/activations/roles.py, `joint`
+                             ovqk/activations/joint.py; ovqk/records/ only stores the tables
+    a null                   ovqk/verdicts/nulls.py: what it compares with, and the metrics that it decides about;
+                             its random draws in ovqk/verdicts/surrogates.py
+    a word of a verdict      ovqk/wording.py, for the record, terminal, page, figures and W&B alike
+    a family (architecture)  ovqk/weights/families.py: a row; ovqk/weights/llama_families.py if it is like Llama
+    a prompt form            ovqk/tasks/prompts.py; its keys are checked in ovqk/tasks/prompt_entry.py
+    a launcher               conf/hydra/launcher/NAME.yaml
+    an error message         the file that finds the mistake raises a `UserError`: ovqk/config/checks.py for the value
+                             of a key, ovqk/config/hydra_errors.py for Hydra's errors; ovqk/errors.py only prints it
+    a figure                 ovqk/figures/comparisons.py: models side by side; ovqk/figures/portraits.py: one head
+    a W&B panel              ovqk/tracking/cell_panels.py: a cell's run; ovqk/tracking/sweep_panels.py: a sweep's
 """
 
 import math

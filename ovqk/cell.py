@@ -20,7 +20,8 @@ from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import cache_folder
 from ovqk.checkpoints.opening import open_checkpoint
-from ovqk.config.resolve import refuse_untyped, resolve, tracking_mode, user_path
+from ovqk.config.checks import refuse_untyped
+from ovqk.config.resolve import resolve, tracking_mode, user_path
 from ovqk.config.schema import Config, Embedding, Source, TrackingMode
 from ovqk.errors import UserError, one_mistake, told, was_interrupted, without_secrets
 from ovqk.interrupts import raise_if_remembered
@@ -274,8 +275,8 @@ def _enter(call: Path) -> None:
         os.chdir(call)
     except OSError as error:
         raise UserError(
-            f"{call}: the folder of the call cannot be entered on this machine ({error.strerror}); the machines of a "
-            "cluster need it in common."
+            f"{call}: this machine cannot enter the folder in which the command was started ({error.strerror}). All "
+            "machines of a cluster must share it."
         ) from error
 
 

@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ovqk.config.command_line import TOOLS, config_folders, program
-from ovqk.config.mistakes import check_keys, mistakes, of_hydra
+from ovqk.config.hydra_errors import check_keys, mistakes, of_hydra
 from ovqk.config.place import CONF
 from ovqk.config.rerun import refuse_foreign_files
 from ovqk.config.schema import register

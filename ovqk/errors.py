@@ -17,7 +17,7 @@ SECRET = re.compile(
 )
 """Matches names of environment variables that hold a secret: PAT is a personal access token. PWD is a folder."""
 PLACE = re.compile(r"_(PATH|FILE|DIR|HOME|URL)$", re.IGNORECASE)
-"""Matches names of environment variables that hold a place, perhaps one of a secret."""
+"""Matches names of environment variables that hold a place, where a secret may lie."""
 IN_ADDRESS = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
 """Matches an address with a user's password, as of a proxy; its group is the password."""
 SHORTEST_SECRET = 8

@@ -29,7 +29,7 @@ from ovqk.cell import structure_cache
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.command_line import composable
-from ovqk.config.mistakes import mistakes
+from ovqk.config.hydra_errors import mistakes
 from ovqk.config.place import CONF
 from ovqk.config.resolve import resolve, user_path
 from ovqk.config.schema import Circuit, Config, register
@@ -103,7 +103,7 @@ def model_choice(model: str | Path) -> list[str]:
     """
     name = str(model)
     if CONTROL.search(name):
-        raise UserError(f"model={name!r}: it holds control characters, as no name and no path of a model does.")
+        raise UserError(f"model={name!r}: it holds control characters; allowed: a name or a path without them.")
     if max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME - len(".yaml"):
         raise UserError(f"model={name[:40]}...: no file has so long a name; allowed: up to {LONGEST_NAME} bytes.")
     if isinstance(model, str) and (CONF / "model" / f"{name}.yaml").is_file():
@@ -243,7 +243,7 @@ class Head:
             raise UserError(f"{metric}: {self.model.name} has none: {self.model.unavailable[metric]}.")
         if metric not in self.metrics:
             there = ", ".join(name for name in self.metrics.index if name in METRICS)
-            raise UserError(f"{metric}: no metric of a head without a task; there are {there}.")
+            raise UserError(f"{metric}: not a metric that a head has without a task; allowed: {there}.")
         return float(self.metrics[metric])
 
     def portrait(self) -> "Figure":
@@ -357,7 +357,7 @@ class OV(CircuitOfHead):
 
     @property
     def copying(self) -> float:
-        """Return ov_copying, in [-1, 1]: sum of the vocabulary's eigenvalues over the sum of their moduli."""
+        """Return ov_copying, in [-1, 1]: the vocabulary's eigenvalues, summed, over the sum of their moduli."""
         return self.head.value("ov_copying")
 
     @property

@@ -12,8 +12,8 @@ SPACING = 2.0  # seconds at least between two returns, each of which takes some 
 class FreedMemory:
     """What was freed and not given back: glibc keeps blocks between others that are still in use.
 
-    A layer's matrices come and go in all sizes and in several threads, so that memory grew with the number of layers
-    though no matrix of them is kept.
+    A layer's matrices come and go in all sizes and in several threads. Memory therefore grew with every layer, although
+    no matrix is kept.
     """
 
     def __init__(self) -> None:

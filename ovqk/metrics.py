@@ -1,4 +1,4 @@
-"""The registry of metrics, of heads and of pairs of heads: the name, meaning and range of each, and its nulls.
+"""The registry of metrics, for heads and for pairs of heads: each one's name, meaning, range and nulls.
 
 It computes nothing. Everything that decides about a metric is a field of `Metric`, also the places that show it, so that a
 new metric is a row here and a function that computes it.
@@ -39,7 +39,7 @@ analysis ranks the full circuits' diagonals.
 Of = Literal["head", "words", "subspace", "pair"]
 """The subject of a metric: a head's weights, a mean over a task's words, the subspace they span, or a pair of heads."""
 Topic = Literal["copying", "symmetry", "position", "spectrum", "task", "composition"]
-"""The question that a metric answers: a group of the page's atlas and a section of the W&B dashboard.
+"""The question that a metric answers: a group in the page's atlas and a section in the W&B dashboard.
 
 `copying` holds matching too: whether a token is mapped to itself, by W_OV or by W_QK.
 """
@@ -47,17 +47,17 @@ Place = Literal["depth", "curve", "histogram", "atlas", "column", "residual colu
 """A place that shows some of the metrics.
 
 `depth`: the curves against relative depth in page and figures, and the means by quarter of the depth. `curve` and
-`histogram`: W&B panels over the layers and over all heads. `atlas`: a figure of all heads of all models. `column`: the
-terminal's tables; `residual column`: the columns before these for a model with few of them. `profile`: the page of a
-head, which shows it among all heads of the model.
+`histogram`: W&B panels over the layers and over all heads. `atlas`: a figure with all heads of all models. `column`:
+the terminal's tables; `residual column`: the columns before these if a model has few of them. `profile`: a head's page,
+which shows it among all the model's heads.
 """
 Part = Literal["position", "content", "both"]
-"""The part of the key that a share of the score's variance comes from, in the order that they are drawn in."""
+"""The part of the key that a share of the score's variance comes from; they are drawn in this order."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric; unless it is of a pair, a column of heads.parquet.
+    """One metric. Unless it is about a pair, it is a column of heads.parquet.
 
     Attributes:
         name: the column's name.
@@ -81,10 +81,11 @@ class Metric:
         legend: what its values mean, for the terminal's tables.
         side: the side of the circuit that lies in the task's subspace; empty if it is not of a side.
         ratio_of: the space whose eigenvalues it is the ratio of, as drawn below them; None if it is of none.
-        share: it is a share of the score's variance: the part of the key, and a name for it beside the others of the part.
-        composes: of a pair: the input of the receiver that the sender writes.
-        ranks: of a pair: the end whose heads it ranks.
-        counts_dimensions: it is at most the dimension of a head, of which models that differ in it are compared by shares.
+        share: for a share of the score's variance: the part of the key, and a name that tells it from the part's other
+        shares.
+        composes: for a pair: the receiver's input that the sender writes.
+        ranks: for a pair: the end whose heads it ranks.
+        counts_dimensions: it is at most d_head. Models with different d_head are compared by the share of it.
     """
 
     name: str
@@ -121,7 +122,7 @@ class Metric:
 
     @property
     def of_scores(self) -> bool:
-        """Whether it is of attention scores between words, as they are after a norm of queries and keys."""
+        """Whether it is about attention scores between words, which a norm on queries and keys has already changed."""
         return self.of == "words" and self.circuit is Circuit.qk
 
     @property
@@ -131,7 +132,7 @@ class Metric:
 
 
 SCALES = ("frobenius_norm", "spectral_norm")
-"""Spectral metrics of the scale of the weights, which does not reach the scores of normalised queries and keys."""
+"""Spectral metrics that measure the weights' scale, which normalised queries and keys keep out of the scores."""
 
 
 COPYING, SYMMETRY, SYMMETRY_OF_TOKENS, POSITION, SIGNS, PREVIOUS, RANKS, WORDS, SUBSPACES = range(9)
@@ -205,7 +206,7 @@ def _words(*row: Any, other_words: Literal["reported"] | None = "reported", **mo
 
 
 def _subspace(*row: Any, **more: Any) -> Metric:
-    """Return a metric of the subspace that the words of a variable span: other words decide about it too."""
+    """Return a metric about the subspace that a variable's words span: other words decide about it too."""
     return _metric(*row, of="subspace", topic="task", other_words="counts", **more)
 
 
@@ -261,7 +262,7 @@ def _shares() -> list[Metric]:
 
 
 def _simulated() -> list[Metric]:
-    """Return the metrics of attention on random tokens that occur twice, in the order of the columns."""
+    """Return the metrics for attention on random tokens that occur twice, in column order."""
     places = {
         "previous": "the previous token",
         "duplicate": "the token's first copy",
@@ -327,7 +328,7 @@ _METRICS = [
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
-"""Every metric; those of a head in the order of the columns."""
+"""Every metric; those for heads in column order."""
 
 
 def named(asked: Callable[[Metric], bool]) -> tuple[str, ...]:
@@ -341,12 +342,12 @@ def shown_in(place: Place) -> list[str]:
 
 
 def ratios() -> dict[tuple[str, str], str]:
-    """Return (circuit, space) -> the metric that is drawn below the eigenvalues of that circuit in that space."""
+    """Return (circuit, space) -> the metric that is drawn below that circuit's eigenvalues in that space."""
     return {(m.circuit, m.ratio_of): m.name for m in METRICS.values() if m.circuit and m.ratio_of}
 
 
 def shares() -> dict[Literal["learned", "rotary"], dict[Part, dict[str, str]]]:
-    """Return kind of positions -> part of the key -> metric -> its name among the shares of that part."""
+    """Return kind of positions -> part of the key -> metric -> its name among that part's shares."""
     kinds: tuple[Literal["learned"], Literal["rotary"]] = ("learned", "rotary")
     found: dict[Literal["learned", "rotary"], dict[Part, dict[str, str]]] = {kind: {} for kind in kinds}
     for part in get_args(Part):
@@ -358,9 +359,9 @@ def shares() -> dict[Literal["learned", "rotary"], dict[Part, dict[str, str]]]:
 
 
 HEAD_METRICS = {name: METRICS[name] for name in named(lambda metric: metric.of != "pair")}
-"""Those of a head: the columns of heads.parquet."""
+"""The metrics for heads: the columns of heads.parquet."""
 COMPOSITION_METRICS = named(lambda metric: metric.of == "pair")
-"""Those of a pair of heads."""
+"""The metrics for pairs of heads."""
 
 
 def metric_names(circuits: Sequence[Circuit]) -> list[str]:

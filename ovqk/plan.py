@@ -26,14 +26,14 @@ HOARDED, LISTS, KEPT = 250e6, 150e6, 256e6
 """Bytes beside weights and Grams, at most: blocks of tokens and what the C library keeps; lists of tokens; an embedding
 that is kept (docs/performance.md)."""
 PER_THREAD = 275e6
-"""Bytes that each thread but the first may take for blocks of its own, at most."""
+"""The most bytes that each thread but the first may take for its own blocks."""
 LARGEST_MEASURED = 256
-"""Dimension up to which decompositions are measured; of larger heads they take as much longer as the cube says."""
+"""Dimension up to which decompositions are measured; for larger heads the time grows with the cube."""
 START_UP = 5.0
-"""Seconds of a start, on two cores of a server."""
+"""Seconds that a start takes, on a server with two cores."""
 SPECTRA_ROW, LISTED, OTHER = 12.0, 3000.0, 2500.0
-"""Bytes of results: of a row in spectra.parquet; of each head for each component whose tokens are listed, and for all
-else. Measured on SmolLM2-135M and on Gemma 3 270M's shape."""
+"""Bytes in the results: for a row in spectra.parquet, for a head and a component whose tokens are listed, and for all
+else in a head. Measured on SmolLM2-135M and on Gemma 3 270M's shape."""
 
 
 class Sizes(NamedTuple):
@@ -67,7 +67,7 @@ class Plan:
     """A cell's cost.
 
     Attributes:
-        operations: part of the cell -> floating point operations of its products.
+        operations: part of the cell -> floating point operations in its products.
         decompositions: "eigenvalues" and the like -> how many matrices of d_head x d_head.
         memory: bytes at the peak of the whole process on one thread, at most.
         written: bytes of results.
@@ -175,7 +175,7 @@ def measure_rates(d_model: int, d_head: int) -> Rates:
 
 
 def _best(function: Callable[[], Any], times: int = 4) -> float:
-    """Return the seconds of the fastest of several calls."""
+    """Return the seconds that the fastest call took, out of several."""
     found = []
     for _ in range(times):
         started = time.perf_counter()

@@ -22,7 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ovqk.config.mistakes import mistakes, untold
+from ovqk.config.hydra_errors import mistakes, untold
 from ovqk.errors import (
     INTERRUPTED,
     UserError,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 FAILED = 1  # exit status
 LAUNCHER_ERROR = "launcher_error.txt"
 EXTRAS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
-"""Hydra's launcher that is a package of its own -> the extra of ovqk that installs it."""
+"""Hydra's launcher that is a separate package -> ovqk's extra that installs it."""
 
 
 LOCAL = (
@@ -167,7 +167,7 @@ class SweepCallback(Callback):
         global running
         for part in ("sweeper", "launcher"):
             if not OmegaConf.select(config, f"hydra.{part}._target_"):
-                raise UserError(f"hydra.{part}: not set. Leave it out, and cells run here, one after the other.")
+                raise UserError(f"hydra.{part}: not set. If you leave it out, cells run here, one after the other.")
         _check(config)
         from ovqk.cell import runs_here
         from ovqk.records.outcomes import Outcomes
@@ -187,7 +187,7 @@ class SweepCallback(Callback):
             running.progress.watch()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Print the line of a cell that ran in this process, and let go of its choice.
+        """Print the line for a cell that ran in this process, and let go of its choice.
 
         Hydra keeps what each job returned to the end of the sweep, with two copies of its choice that nobody reads:
         a quarter of a megabyte for each cell.
@@ -276,7 +276,7 @@ def _wait_for_the_others(error: BaseException) -> None:
 
 
 def expected_cells(config: DictConfig) -> list[list[str]] | None:
-    """Return the overrides of each cell of the sweep; None if the sweeper decides as it goes.
+    """Return each cell's overrides; None if the sweeper decides as it goes.
 
     Raises:
         UserError: the sweep has no cell, or Hydra's own sweeper does not take its values.
@@ -299,7 +299,7 @@ def expected_cells(config: DictConfig) -> list[list[str]] | None:
         raise UserError(untold(error, "hydra.sweeper.params")) from error
     if not cells:
         empty = next(each for each in overrides if each.is_sweep_override() and not [*each.sweep_string_iterator()])
-        raise UserError(f"{empty.input_line}: it has no value, and the sweep no cell.")
+        raise UserError(f"{empty.input_line}: it has no value, so the sweep has no cell.")
     return cells
 
 
@@ -313,7 +313,7 @@ def sweep_name(config: DictConfig) -> str:
 
 
 def _sweep_overrides(config: DictConfig) -> list[str]:
-    """Return the overrides of the sweep's file and then those of the command line."""
+    """Return the overrides from the sweep's file, and then those from the command line."""
     params = config.hydra.sweeper.get("params")
     swept = params.items() if isinstance(params, DictConfig) else ()  # a sweeper of another kind may have a list
     return [f"{key!s}={value}" for key, value in swept] + list(config.hydra.overrides.task)
@@ -340,7 +340,8 @@ def _prepare_workers() -> None:
 def _check(config: DictConfig) -> None:
     """Refuse a choice that would fail every cell: an unusable results folder, an unknown WANDB_MODE."""
     from ovqk.cell import make_results_dir  # torch, numpy and pandas
-    from ovqk.config.resolve import refuse_tilde, refuse_untyped, tracking_mode
+    from ovqk.config.checks import refuse_tilde, refuse_untyped
+    from ovqk.config.resolve import tracking_mode
     from ovqk.config.schema import TrackingMode
     from ovqk.config.secrets import refuse_secrets
     from ovqk.records import mounts

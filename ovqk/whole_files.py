@@ -18,8 +18,8 @@ DISK = {
     *(errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EIO, errno.ESTALE),
 }
-"""Errors of a full, read-only, forbidden or failing disk, of a bad name, or of a file in a folder's place: the user
-gets a message, and they are no defect."""
+"""Errors from a full, read-only, forbidden or failing disk, from a bad name, or from a file in a folder's place: the
+user gets a message, and they are no defect."""
 IN_THE_WAY = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
 LARGEST_JSON = 2**24
 """Bytes of a JSON file: far above any that ovqk reads, and small enough that its content fits in memory."""
@@ -37,7 +37,7 @@ def temporary(path: Path) -> Path:
 
 
 def is_temporary(name: str, of: str | None = None) -> bool:
-    """Whether a file has a temporary name of any process, for the file `of` if that is given."""
+    """Say whether a file has a temporary name, by any process; with `of`, whether it is that file's."""
     found = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
     return found is not None and of in (None, found[1])
 

@@ -1,7 +1,7 @@
 """Roles, nulls, verdicts, directions, kinds of composition and metrics as a person reads them.
 
-The terminal, the report page, the figures and W&B all take their words from here. Tables keep the names that stand on
-the left of each mapping.
+The terminal, the report page, the figures and W&B all take their words from here, and records the sentences of a
+verdict. Tables keep the names that stand on the left of each mapping.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ NULLS = {
     "token": "other words",
     "token_pairs": "random pairs of other words",
 }
-"""Null -> the label of a row in a figure."""
+"""Null -> its row's label in a figure."""
 AGAINST = {
     "layer": "the unclaimed heads of the same layers",
     "depth": "the unclaimed heads of nearby layers",
@@ -44,6 +44,28 @@ FLAGS = {
     ),
 }
 """Verdict with a flag -> what the flag says."""
+MEANS = {
+    "corroborated": "The weights could do this: {claim}.",
+    "partial": "Some evidence that the weights could do this: {claim}.",
+    "unsupported": "The weights do not single this out: {claim}.",
+    "contradicted": "The weights point the other way: {claim}.",
+}
+"""Verdict -> the sentence in a record that says what the weights establish."""
+CONSISTENT = "Consistent with the claim and no more, since any trained head may pass: {claim}."
+"""The same for `partial (consistent)`."""
+AGAINST_SPECTRUM = (
+    "The weights point the other way against heads of the same spectrum only, which any trained head may: {claim}."
+)
+"""The same for `contradicted (spectrum)`."""
+NOT_ESTABLISHED = (
+    "It does not establish that the model does this on task inputs, nor that the head is necessary: it is a statement "
+    "about the direct path through the weights."
+)
+"""The limits of every verdict on the weights."""
+NOT_INDEPENDENT = (
+    " Heads that were found by what they write are no independent evidence of what they write: consistent with it."
+)
+"""A further limit, if the metric is about what a head writes."""
 ON_PROMPTS = {
     "realised": "realised",
     "partial": "partly realised",
@@ -54,7 +76,7 @@ ON_PROMPTS = {
     "out_of_scope": "out of scope",
     "not_chosen": "not chosen",
 }
-"""Verdict on what a head does on prompts -> its name."""
+"""Verdict on a head's doings on prompts -> its name."""
 READINGS = {
     "linked": "does what its weights say",
     "unlinked": "does it, weights agree, no link shown",
@@ -74,15 +96,16 @@ PROMPT_COLUMNS = {
     "effect": "effect",
     "effect_mean_replacement": "by mean",
 }
-"""Quantity on prompts -> the head of its column in a table of heads."""
+"""Quantity on prompts -> its column's title in a table of heads."""
 PROMPT_SHARES = ("write_share", "effect", "effect_mean_replacement")
 """Those that are read in percent."""
 PROMPT_LEGEND = (
     "attention, control: from the role's query to its source, and to a token of the same kind. write: onto the role's "
-    "words at the end of the text, as a share of the mean logit difference. write link: share of the write's "
-    "variance that attention times the weights' own account explains. score link: share of what the source's score "
-    "exceeds other tokens' by that comes from the two tokens themselves. effect: share of what the counterfactual "
-    "prompt takes away that is lost if the head puts out what it does there; by mean: what it does there on average."
+    "words at the end of the text, as a share of the mean logit difference. write link: how much of the write's "
+    "variance is explained by attention times the weights' own account. score link: the source's score exceeds other "
+    "tokens' scores; the share of the excess that comes from the two tokens themselves. effect: the counterfactual "
+    "prompt takes away a part of the logit difference; the share of that part which is lost if the head's output is "
+    "replaced by its output there; by mean: replaced by its mean output there."
 )
 """How to read these columns."""
 PROMPT_DECIDES = {
@@ -91,7 +114,7 @@ PROMPT_DECIDES = {
     "effect": "effect",
     "repeats": "attention on random repeats",
 }
-"""Deciding quantity on prompts -> its name in reasons."""
+"""Quantity on prompts that decides -> its name in reasons."""
 PROMPT_BARS = {
     "attention": {
         "attention": "{source}",
@@ -107,7 +130,7 @@ PROMPT_BARS = {
         "effect_restored": "restored",
     },
 }
-"""Kind of quantity -> quantity on prompts -> the label of its bar; in braces labels of the role's tokens."""
+"""Kind of quantity -> quantity on prompts -> its bar's label; in braces labels of the role's tokens."""
 REPEATS = {
     "previous": "to the token before",
     "same": "to its first occurrence",
@@ -120,13 +143,13 @@ PROMPT_KINDS = {
     "write": "Write onto {answer} minus {other} (logits)",
     "effect": "Effect on {into} (share)",
 }
-"""Kind of quantity on prompts -> the title of its picture."""
+"""Kind of quantity on prompts -> its picture's title."""
 PROMPT_QUANTITIES = {
     "write": "write onto {answer} minus {other} (logits)",
     "attention": "attention from {query} to {source} minus to {control}",
     "effect_first_order": "first-order effect (share)",
 }
-"""Quantity on prompts that every head has -> the title of its axis."""
+"""Quantity on prompts that every head has -> its axis's title."""
 RANKED = {"spearman": "Spearman", "split_half": "split-half"}
 """Statistic of how weights rank heads, beside the AUC -> its name."""
 FOUND = {
@@ -144,7 +167,7 @@ MODES = {"q": "Q: into queries", "k": "K: into keys", "v": "V: into values"}
 """Kind of composition -> what a sender writes into."""
 
 PARTS = {"position": "key position", "content": "key content", "both": "both"}
-"""Part of the key -> the shares of the score's variance that come from it."""
+"""Part of the key -> the shares that it has in the score's variance."""
 
 
 def role(name: str) -> str:
@@ -178,7 +201,7 @@ def verdict(name: str, flags: str | None = None) -> str:
 
 
 def metric(name: str) -> str:
-    """Return the title of a metric of heads or of pairs of heads."""
+    """Return a metric's title, for heads or for pairs."""
     return METRICS[name].title
 
 

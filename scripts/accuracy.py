@@ -3,8 +3,8 @@
     python scripts/accuracy.py ovqk/bundled/mini-attn
 
 Every example puts a sentence on a held-out triple of words behind ordinary text of a random length (see
-`language.py`; half of the texts start with <eos>, the language's start token, as half of the training windows do), and
-counts as right where
+`ovqk.testing.language`). Half of the texts start with <eos>, the language's start token, as half of the training
+windows do. An example is right if
 
     ioi         the most likely of all words is the indirect object
     sva         the most likely of all verb forms has the subject's number
@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from language import TASKS, held_out_examples
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from words import AGREEMENT
+
+from ovqk.testing.language import TASKS, held_out_examples
+from ovqk.testing.language_words import AGREEMENT
 
 
 @dataclass(frozen=True)

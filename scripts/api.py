@@ -62,7 +62,7 @@ SECTIONS: dict[str, list[str]] = {
         "ovqk.records.results.cell_folders as ovqk.cell_folders",
     ],
     "Metrics": ["ovqk.metrics.Metric", "ovqk.metrics.metric_names"],
-    "Figures of models beside each other": ["ovqk.figures.models.*"],
+    "Figures of models beside each other": ["ovqk.figures.comparisons.*"],
     "Figures of one head": ["ovqk.figures.portraits.*"],
     "Report": ["ovqk.report.write.write_report"],
     "From a config to a record": ["ovqk.cell.run_cell", "ovqk.analyse.analyse", "ovqk.records.record.Analysis"],

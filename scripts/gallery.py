@@ -18,7 +18,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 
-from ovqk.figures import models, portraits
+from ovqk.figures import comparisons, portraits
 from ovqk.figures.choice import cell_figures, sweep_figures
 from ovqk.records.cells import Cell, read_cells
 from ovqk.report.write import PAGE, write_report
@@ -73,13 +73,13 @@ def draw(cells: list[Cell]) -> None:
     """The chosen figures of the report, and those of one head."""
     for name, figure in chain(sweep_figures(cells), cell_figures(cells)):
         if name in CHOSEN:
-            models.save(figure, GALLERY / name)
+            comparisons.save(figure, GALLERY / name)
     model, task, layer, head = ONE_HEAD
     cell = next(cell for cell in cells if cell.place == (model, task))
     for circuit in ("ov", "qk"):
-        models.save(portraits.eigenvalues(cell.tables, layer, head, circuit), GALLERY / f"eigenvalues_{circuit}")
-    models.save(portraits.null_strips(cell.tables, layer, head), GALLERY / "nulls")
-    models.save(portraits.position_or_content(cell.tables, layer, head), GALLERY / "positions")
+        comparisons.save(portraits.eigenvalues(cell.tables, layer, head, circuit), GALLERY / f"eigenvalues_{circuit}")
+    comparisons.save(portraits.null_strips(cell.tables, layer, head), GALLERY / "nulls")
+    comparisons.save(portraits.position_or_content(cell.tables, layer, head), GALLERY / "positions")
 
 
 def photograph(results_dir: Path) -> None:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language import END_OF_TEXT, TASKS, UNKNOWN, Window, windows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
+
+from ovqk.testing.language import END_OF_TEXT, TASKS, UNKNOWN, Window, windows
 
 SPECIAL = [UNKNOWN, END_OF_TEXT, ".", ","]
 

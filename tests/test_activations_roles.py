@@ -170,7 +170,7 @@ def test_peers_are_drawn_where_choices_are_too_many(monkeypatch) -> None:
 def test_a_metric_that_only_grows_with_depth_finds_no_heads_in_their_layers() -> None:
     layers, groups = np.repeat(np.arange(4), 6), np.tile(np.arange(6), 4)
     has = (layers == 3) & (groups < 2)
-    assert joint._auc(layers.astype(float), has) > 0.9
+    assert joint.auc(layers.astype(float), has) > 0.9
     assert auc_in_layers(layers.astype(float), has, layers, groups, 0) == (0.5, 1.0)
     first = np.where(has, 1.0, -groups.astype(float))
     assert auc_in_layers(first, has, layers, groups, 0) == (1.0, pytest.approx(1 / math.comb(6, 2)))

@@ -4,14 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from architectures import RIGHT, Row, examine, next_row, page
 from support import ROOT
 from support.models import opened
+from support.scripts import script
 
 from ovqk.testing.materialised import compare_materialised
 from ovqk.testing.tiny_architectures import BESIDE_PICTURES, VARIANTS, shrunk_model
 from ovqk.weights.types import score_scale
 
+architectures = script("architectures")
+RIGHT, Row, examine = architectures.RIGHT, architectures.Row, architectures.examine
+next_row, page = architectures.next_row, architectures.page
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 EXACT = {

@@ -2,15 +2,18 @@
 
 import json
 
-import accuracy
-import language
-import measured_claims
 import pytest
 import torch
-import words
 import yaml
 from support import ROOT
 from support.commands import computed
+from support.scripts import script
+
+from ovqk.testing import language
+from ovqk.testing import language_words as words
+
+accuracy = script("accuracy")
+measured_claims = script("measured_claims")
 
 BUNDLED = ROOT / "ovqk" / "bundled"
 MODELS = ("mini-attn", "mini-gpt2", "mini-llama")

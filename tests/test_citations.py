@@ -123,6 +123,16 @@ def test_every_page_that_the_package_names_exists() -> None:
             assert not missing, by_name(path)
 
 
+def test_the_map_of_changes_names_files_that_exist() -> None:
+    """As the first lines of `analyse.py` and the page on the layout give it: both name the same file first."""
+    docstring = ast.get_docstring(ast.parse((ROOT / "ovqk" / "analyse.py").read_text(encoding="utf-8"))) or ""
+    assert not [name for name in PATH.findall(docstring) if not (MADE.search(name) or (ROOT / name).exists())]
+    first = dict(re.findall(r"^    (an? [\w& ()]+?)  +.*?((?:ovqk|conf)/[\w./-]+\.\w+)", docstring, flags=re.M))
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (an? [\w& ()]+?) \|.*?`((?:ovqk|conf)/[\w./-]+\.\w+)`", page, flags=re.M))
+    assert len(first) == 10 and first == rows
+
+
 def test_a_wrong_path_is_seen() -> None:
     text = "`ovqk/nowhere.py`, conf/model/gpt2.yaml, `ovqk/circuits/`, results/conf/x.yaml, `conf/task/*.yaml`"
     assert PATH.findall(text) == ["ovqk/nowhere.py", "conf/model/gpt2.yaml"]

@@ -7,6 +7,7 @@ import pytest
 from support import ROOT
 from support.claimed import claims, facts, predicted
 from support.commands import compose
+from support.scripts import script
 
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.errors import UserError
@@ -96,15 +97,15 @@ def test_places_are_of_roles_that_are_claimed_and_change_no_cell() -> None:
 
 
 def test_every_published_claim_names_its_places_and_the_page_is_made_of_them() -> None:
-    import claims as script
     import yaml
 
-    assert script.PAGE.read_text(encoding="utf-8") == script.page()
+    made = script("claims")
+    assert made.PAGE.read_text(encoding="utf-8") == made.page()
     shown = 0
     for path in (ROOT / "conf" / "task").glob("*.yaml"):
-        for model, of in script.published(yaml.safe_load(path.read_text(encoding="utf-8"))).items():
+        for model, of in made.published(yaml.safe_load(path.read_text(encoding="utf-8"))).items():
             assert set(of["places"]) == set(of["roles"]) and of["revision"], f"{path.stem}, {model}"
-            assert all(of["places"].values()) and of["source"] in script.page()
+            assert all(of["places"].values()) and of["source"] in made.page()
             shown += 1
     assert shown == 6
 

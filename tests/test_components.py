@@ -83,9 +83,9 @@ def test_components_from_eigenvalues_that_are_nearly_known_are_those_of_the_whol
     M = heads_of_every_kind()[kind]
     heads = decompose(Factors(Circuit.ov, M, torch.eye(24).double().expand_as(M)), centred=False)
     wanted, near = eigen_components(heads, 3), eigenvalues(heads.core().float().double())
-    taken_apart, whole = [], components_module._decomposed
+    taken_apart, whole = [], components_module.eigen_parts
     monkeypatch.setattr(
-        components_module, "_decomposed", lambda cores, *rest: (taken_apart.append(len(cores)), whole(cores, *rest))[1]
+        components_module, "eigen_parts", lambda cores, *rest: (taken_apart.append(len(cores)), whole(cores, *rest))[1]
     )
     found = eigen_components(heads, 3, near)
     for name in ("head", "kind", "component", "cluster", "cluster_size"):

@@ -1,6 +1,7 @@
 """Every config composes, every metric is described, and the arrows between modules run one way."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -157,13 +158,30 @@ def tops(path: Path) -> set[str]:
     return {name.split(".")[0] for name in found}
 
 
-def test_the_package_imports_no_script_scripts_no_test_and_tests_no_other_test() -> None:
+def test_no_module_imports_a_script_no_script_a_test_and_no_test_either() -> None:
     scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
     tests = {path.stem: path for path in (ROOT / "tests").glob("*.py")}
     assert not any(tops(path) & {*scripts, *tests, "support"} for path in modules().values())
     assert not any(tops(path) & {*tests, "support"} for path in scripts.values())
-    assert not any(tops(path) & set(tests) for path in (*tests.values(), *(ROOT / "tests" / "support").glob("*.py")))
-    assert not any(tops(path) & set(scripts) for path in (ROOT / "tests" / "support").glob("*.py"))
+    testing = (*tests.values(), *(ROOT / "tests" / "support").glob("*.py"))
+    assert not any(tops(path) & {*tests, *scripts} for path in testing)  # a script under test: `support.scripts`
+    assert (
+        "scripts"
+        not in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["pythonpath"]
+    )
+
+
+def test_tests_use_public_names() -> None:
+    """A test that needs a private name of a module asks for a public one."""
+    for path in (*(ROOT / "tests").glob("*.py"), *(ROOT / "tests" / "support").glob("*.py")):
+        tree, names = ast.parse(path.read_text()), set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ovqk":
+                assert not [a.name for a in node.names if a.name.startswith("_") and a.name != "__main__"], path.name
+                names |= {alias.asname or alias.name for alias in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+                assert not node.attr.startswith("_") or node.attr.startswith("__"), f"{path.name}: {ast.unparse(node)}"
 
 
 def of_package(package: str) -> set[str]:
@@ -227,7 +245,7 @@ def test_a_step_of_training_is_a_revision_and_a_name_of_its_own() -> None:
         "model=pythia-70m-deduped", "model.checkpoint=1000", "model.revision=step1000", f"model.name={cell.model.name}"
     )
     assert again.model == cell.model  # as a record's cell.yaml holds it
-    with pytest.raises(UserError, match="model=gpt2 keeps no steps of its training"):
+    with pytest.raises(UserError, match="model=gpt2 has no earlier training steps"):
         compose("model=gpt2", "model.checkpoint=1000")
     with pytest.raises(UserError, match="must be a step >= 0"):
         compose("model=pythia-70m-deduped", "model.checkpoint=-1")

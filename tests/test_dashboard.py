@@ -79,7 +79,7 @@ def test_mistakes_are_one_message(results, tmp_path, monkeypatch, capsys) -> Non
     monkeypatch.setattr(sys, "argv", ["ovqk.dashboard", str(results)])
     with pytest.raises(SystemExit):
         dashboard.main()
-    assert "--entity: whose project is it" in capsys.readouterr().err
+    assert "--entity: not given, and no record names it" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     with pytest.raises(SystemExit):
         dashboard.main()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 from support.commands import compose
+from support.scripts import script
 
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 
@@ -235,10 +236,8 @@ def test_the_readme_shows_what_is_printed(tmp_path) -> None:
 
 
 def test_the_page_of_the_api_is_what_the_docstrings_say() -> None:
-    import api
-
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    assert text == api.page(), "python scripts/api.py writes it again"
+    assert text == script("api").page(), "python scripts/api.py writes it again"
     assert ":::" not in text and "### ovqk.open" in text
 
 

@@ -252,7 +252,7 @@ def test_padding_tokens_at_the_end_are_no_tokens() -> None:
     [
         ({"pre": "klingon"}, "tokenizer.ggml.pre is 'klingon'.*allowed: .*smollm"),
         ({"model": "bert"}, "tokenizer.ggml.model is 'bert'.*allowed: gpt2"),
-        ({"tokens": ["a", "a", "b"]}, "1 of the file's tokens stand in its vocabulary twice"),
+        ({"tokens": ["a", "a", "b"]}, "1 tokens occur twice in the file's vocabulary"),
         ({"token_type": [1]}, "the file has 3 tokens but gives the kinds for 1"),
         ({"merges": ["a zz"]}, "cannot be built"),
         ({"tokens": ["a", "b", "c"]}, "cannot be built"),  # its merge makes a token that is not there: a panic
@@ -274,7 +274,7 @@ def test_tokenizers_that_are_refused(change, message) -> None:
     [
         ({"expert_count": 8}, r"llama\.expert_count=8.*not read"),
         ({"rope.dimension_count": 4}, "rotates 4 of a head's 8 components"),
-        ({"attention.value_length": 4}, "keys have 8 components a head and values 4"),
+        ({"attention.value_length": 4}, "each head has 8 components for keys and 4 for values"),
         ({"rope.scaling.type": "dynamic", "rope.scaling.factor": 2.0}, "scales its rotary positions by 'dynamic'"),
         ({"attention.head_count_kv": [2, 1]}, "head_count_kv holds a list"),
         ({"attention.layer_norm_rms_epsilon": "small"}, r"gives 'small' for llama\.attention\.layer_norm_rms_epsilon"),

@@ -146,7 +146,7 @@ def test_a_size_that_the_tensors_cannot_have_is_refused_before_anything_is_made(
     number = [[["global", "local"], 10**9]] if key == "attention_types" else 10**9
     (directory / "config.json").write_text(json.dumps(config | {key: number}))
     started = time.monotonic()
-    with pytest.raises(UserError, match=f"config.json gives '{key}' as 1000000000, which .* cannot have"):
+    with pytest.raises(UserError, match=f"config.json gives '{key}' as 1000000000, but .* tensors have sides up to"):
         opened(directory)
     assert time.monotonic() - started < 5
 
@@ -167,7 +167,7 @@ def test_a_model_with_many_more_numbers_than_its_checkpoint_is_not_made(tmp_path
     tensors = load_file(directory / "model.safetensors") | {"flat": torch.zeros(60_000)}
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config | {"hidden_size": 48_000, "n_layer": 2}))
-    with pytest.raises(UserError, match=r"the model of its config\.json has \d+ numbers, and the checkpoint holds"):
+    with pytest.raises(UserError, match=r"config\.json describes a model with \d+ numbers, but the checkpoint holds"):
         opened(directory)
 
 
@@ -262,7 +262,7 @@ def test_a_header_is_read_once_however_many_tensors_are_read(tmp_path, monkeypat
 def test_a_config_of_another_kind_is_one_message(tmp_path, text) -> None:
     make_gpt2(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json (is not valid JSON|holds no keys)"):
+    with pytest.raises(UserError, match=r"config\.json (is not valid JSON|must hold keys)"):
         opened(tmp_path / "m")
 
 
@@ -293,7 +293,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    (BOMB, "aliases make more than 200000 values"), ("a: " + "[" * 60 + "]" * 60, "nested more than 50 levels"),
+    (BOMB, "aliases expand to more than 200000 values"), ("a: " + "[" * 60 + "]" * 60, "nested more than 50 levels"),
     ("[" * 5000, "nested more than 50 levels"), ("a: " + "x" * 2**23, "is larger than"),
 ])  # fmt: skip
 def test_a_config_file_that_expands_without_bounds_is_refused(tmp_path, text, message) -> None:
@@ -309,9 +309,9 @@ def test_config_files_are_looked_at_through_links_and_wherever_the_search_path_l
     (tmp_path / "given").mkdir()
     (tmp_path / "given" / "task").symlink_to(tmp_path / "real")
     (tmp_path / "given" / "loop").symlink_to(tmp_path / "given")
-    with pytest.raises(UserError, match="aliases make more"):
+    with pytest.raises(UserError, match="aliases expand to more"):
         refuse_expanding(tmp_path / "given")
-    with pytest.raises(UserError, match="aliases make more"):
+    with pytest.raises(UserError, match="aliases expand to more"):
         refuse_foreign_files([f"hydra.searchpath=[file://{tmp_path / 'real'}]"])
 
 

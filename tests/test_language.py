@@ -4,9 +4,10 @@ import itertools
 import random
 from collections import Counter
 
-import language
 import pytest
-import words
+
+from ovqk.testing import language
+from ovqk.testing import language_words as words
 
 LENGTH = 48
 

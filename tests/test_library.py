@@ -120,7 +120,7 @@ def test_what_there_is_not_is_said_in_one_message(model, tmp_path) -> None:
         ovqk.open(tmp_path / "none")
     with pytest.raises(UserError, match="processing"):
         ovqk.open("mini-attn", "processing=cooked")
-    with pytest.raises(UserError, match=r"ov_nothing: no metric of a head without a task; there are .*ov_copying"):
+    with pytest.raises(UserError, match=r"ov_nothing: not a metric that a head has.*ov_copying"):
         model.head(0, 0).value("ov_nothing")
     unavailable = next(iter(model.unavailable))
     with pytest.raises(UserError, match=rf"{unavailable}: mini-attn has none"):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import ROOT
 from support.models import BUNDLED, SHARED, make_gpt2, shared_model
+from support.scripts import script
 
 from ovqk import library
 from ovqk.checkpoints.opening import open_checkpoint
@@ -433,16 +434,13 @@ def test_local_rows_come_out(name, beside) -> None:
 def test_the_page_is_made_of_the_rows() -> None:
     shared_model("gpt2-small-attention")
     shared_model("modular-addition")
-    from published import page
-
     found = rows(statements(), Places(SHARED, hub=False))
-    assert (ROOT / "docs" / "published.md").read_text(encoding="utf-8") == page(found)
+    assert (ROOT / "docs" / "published.md").read_text(encoding="utf-8") == script("published").page(found)
     assert {row.statement.name for row in found if row.result == "differs"} == DIFFERENT
 
 
 def test_the_page_names_every_statement_with_its_value() -> None:
-    from published import published
-
+    published = script("published").published
     text = (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
     for each in STATEMENTS.values():
         assert any(f"| `{each.name}` |" in line and published(each) in line for line in text.splitlines()), each.name

@@ -21,7 +21,7 @@ from support.reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_resu
 
 from ovqk.cell import run_cell
 from ovqk.errors import UserError
-from ovqk.figures import models
+from ovqk.figures import comparisons
 from ovqk.figures.choice import file_name, sweep_figures
 from ovqk.metrics import HEAD_METRICS
 from ovqk.records.cells import Cell, read_cells
@@ -482,8 +482,8 @@ def test_figures_show_each_of_several_cells(several) -> None:
 def test_a_figure_refuses_several_cells_as_one(several) -> None:
     tables = load_results(several, tables=["heads", "verdicts"])
     for draw in (
-        lambda: models.atlas(tables["heads"], "ov_copying"),
-        lambda: models.verdict_counts(tables["verdicts"]),
+        lambda: comparisons.atlas(tables["heads"], "ov_copying"),
+        lambda: comparisons.verdict_counts(tables["verdicts"]),
     ):
         with pytest.raises(ValueError, match=r"mini-attn.*: of 4 cells; choose one, or tell them apart by `model`"):
             draw()

@@ -1,15 +1,17 @@
 """Measured roles as claims: the block that a script writes from a cell, and which metric finds them."""
 
-import evidence
-import measured_claims
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from support.scripts import script
 
 from ovqk.config.schema import PredictionConfig
 from ovqk.tasks.claims import Claims
 from ovqk.weights.types import Architecture
+
+evidence = script("evidence")
+measured_claims = script("measured_claims")
 
 
 def record_of(claims: str | None = "measured", untestable: str = "", ran: bool = True) -> dict:

@@ -3,7 +3,6 @@
 import math
 import sys
 
-import bench
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.models import local
+from support.scripts import script
 from support.small import DRAWS, Random, cell, run, task, tokenizer
 from support.top import in_top_by_source
 
@@ -36,6 +36,8 @@ from ovqk.verdicts.claim_tests import ClaimTests
 from ovqk.verdicts.statistics import monte_carlo
 from ovqk.weights.stored_rows import StoredRows
 from ovqk.weights.types import Architecture, EmbeddingWeights, OpenedModel
+
+bench = script("bench")
 
 FACTS = Architecture("test", 1, 1, 1, 6, 3, 7, "rmsnorm", 1e-6, "learned")
 

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 
-import bench
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import ROOT
 from support.models import local
+from support.scripts import script
 from support.toy import RATIO, SCALE, run, toy_task, toy_tokenizer
 
 from ovqk.checkpoints.opening import open_checkpoint
@@ -31,6 +31,8 @@ from ovqk.weights.norms import Norm
 from ovqk.weights.readers import open_weights
 from ovqk.weights.stored_rows import StoredRows
 from ovqk.weights.types import EmbeddingWeights
+
+bench = script("bench")
 
 
 def rows(n: int, d: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:

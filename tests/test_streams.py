@@ -19,7 +19,7 @@ from ovqk.activations.fidelity import centred_cosine, fidelity_note
 from ovqk.activations.forward import RunningModel
 from ovqk.activations.streams import FREQUENT, PREFIXES, WORDS, draw_prefixes, read_streams
 from ovqk.checkpoints.opening import BUNDLED, open_checkpoint
-from ovqk.circuits.effective_embeddings import EffectiveRows, Streams
+from ovqk.circuits.effective_embeddings import EffectiveRows, StreamBefore, Streams
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.config.schema import Embedding
 from ovqk.errors import UserError
@@ -95,8 +95,8 @@ def test_a_stream_is_of_its_layer_and_of_words_that_were_run() -> None:
         streams.of(torch.tensor([2, 4]), 0)
     architecture = Architecture("x", 2, 1, 1, 4, 4, None, "none", 0.0, "none")
     rows = EffectiveRows(Vocabulary(torch.eye(4), None), None, architecture)
-    with pytest.raises(ValueError, match="'stream' is no kind of rows"):
-        rows(torch.tensor([1]), "stream")
+    with pytest.raises(ValueError, match="rows before layer 1 need streams"):
+        rows(torch.tensor([1]), StreamBefore(1))
     assert [Embedding.stream.kind(layer) for layer in range(3)] == ["token", "stream", "stream"]
     assert [Embedding.block0.kind(layer) for layer in range(2)] == ["block0", "block0"]
 

@@ -11,12 +11,12 @@ QUICK = ("task=none", "analysis=qk", "analysis.components=0", "tracking=none", "
 @pytest.mark.parametrize(("override", "message"), [
     ("hydra.sweeper.params.x=", "hydra.sweeper.params.x=: Hydra does not take it (AssertionError: "),
     ("+hydra.sweeper.params.seed='0,1'", "+hydra.sweeper.params.seed='0,1': Hydra does not take it (AssertionError: "),
-    ("hydra.sweeper=null", "hydra.sweeper: not set. Leave it out, and cells run here, one after the other."),
-    ("hydra.launcher=null", "hydra.launcher: not set. Leave it out, and cells run here, one after the other."),
+    ("hydra.sweeper=null", "hydra.sweeper: not set. If you leave it out, cells run here, one after the other."),
+    ("hydra.launcher=null", "hydra.launcher: not set. If you leave it out, cells run here, one after the other."),
     ("hydra.sweeper.max_batch_size=0", "hydra.sweeper.max_batch_size=0: must be null or a number of cells >= 1."),
     ("hydra=null", "hydra=null: Hydra does not take it (ValueError: "),
-    ("seed=range(0)", "seed=range(0): it has no value, and the sweep no cell."),
-    ("model=glob(*zz)", "model=glob(*zz): it has no value, and the sweep no cell."),
+    ("seed=range(0)", "seed=range(0): it has no value, so the sweep has no cell."),
+    ("model=glob(*zz)", "model=glob(*zz): it has no value, so the sweep has no cell."),
     ("seed=range(0,1,0)", "seed=range(0,1,0): Hydra does not take it (ValueError: range() arg 3 must not be zero)."),
     ("seed=interval(0,1)", "BasicSweeper does not support sweep type : INTERVAL_SWEEP"),
 ])  # fmt: skip

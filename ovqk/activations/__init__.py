@@ -1,1 +1,1 @@
-"""Running a model on a task's prompts: which heads do there what their weights say (docs/definitions.md, section 7)."""
+"""The model run on a task's prompts: which heads do there what their weights say (docs/definitions.md, section 7)."""

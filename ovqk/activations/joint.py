@@ -194,7 +194,7 @@ def _role_rows(
             {
                 "kind": "role", "role": role, "layer": None, "head": None, "claimed": None, "measured": None,
                 "metric": first.metric, "quantity": quantity, "n_measured": int(has.sum()), "n_heads": len(heads),
-                "auc": _auc(metric, has), "auc_low": low, "auc_high": high,
+                "auc": auc(metric, has), "auc_low": low, "auc_high": high,
                 "auc_in_layers": in_layers, "auc_in_layers_p": in_layers_p,
                 "spearman": _spearman(metric, done), "split_half": _spearman(done, other),
                 "peers_p": peers_p(done, has, layers, seed),
@@ -289,7 +289,7 @@ def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float(ranks[0].corr(ranks[1]))
 
 
-def _auc(metric: NDArray[np.float64], has: NDArray[np.bool_]) -> float:
+def auc(metric: NDArray[np.float64], has: NDArray[np.bool_]) -> float:
     """Return P(a head with the role exceeds one without it), ties half; nan if there is no head of one kind."""
     whole = np.isfinite(metric)
     inside, outside = metric[has & whole], metric[~has & whole]
@@ -308,6 +308,6 @@ def _interval(metric: NDArray[np.float64], has: NDArray[np.bool_], seed: int) ->
     found = []
     for _ in range(BOOTSTRAPS):
         rows = np.concatenate([generator.choice(group, len(group)) for group in (inside, outside)])
-        found.append(_auc(metric[rows], has[rows]))
+        found.append(auc(metric[rows], has[rows]))
     low, high = np.quantile(found, (0.025, 0.975))
     return float(low), float(high)

@@ -65,6 +65,7 @@ class WriteLinks:
         assert vocabulary is not None and vocabulary.W_U_rows is not None
         embedding = self.model.config.analysis.embedding
         kind = (Embedding.by_layer if embedding is Embedding.stream else embedding).kind(index)
+        assert kind != "stream"
         if kind == "block0" and not isinstance(self.model.block0, Block0):
             return
         factors = layer.factors(Circuit.ov, True)

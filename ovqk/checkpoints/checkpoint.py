@@ -35,7 +35,7 @@ class Checkpoint:
         tensors: its tensors, under the names that the architecture has in Hugging Face's checkpoints.
         digest: SHA-256 over the weights, the config and the tokenizer files, on which results depend.
         revision: the hub's resolved commit; None elsewhere.
-        shards: the safetensors files of a directory that the digest is of, in order; empty elsewhere.
+        shards: a directory's safetensors files that the digest covers, in order; empty elsewhere.
         metadata: a GGUF file's own, which holds its tokenizer too; None elsewhere.
         quantisation: kind of tensor -> the number formats that a GGUF file stores it in; empty elsewhere.
         notes: facts about the files that whoever reads results must know, for instance that other files were not read.
@@ -80,7 +80,7 @@ class Checkpoint:
                 f"{self.label}: {told} It holds an adapter (LoRA or the like): '{adapted}'. Merge it into its base "
                 "model (PEFT's merge_and_unload) and give the merged checkpoint."
             )
-        return UserError(f"{self.label}: {told} ovqk fills nothing in. {self._holds(name)}")
+        return UserError(f"{self.label}: {told} ovqk does not fill in missing weights. {self._holds(name)}")
 
     def refuse_scaled(self, name: str) -> None:
         """Refuse a tensor that has a scale of its own beside it: its numbers alone are not the weights.
@@ -92,8 +92,8 @@ class Checkpoint:
         found = next((f"{stem}.{part}" for part in QUANTISED if f"{stem}.{part}" in self.shapes), None)
         if found is not None:
             raise UserError(
-                f"{self.label}: tensor '{name}' has '{found}' beside it, so that it is quantised; allowed: weights "
-                "without scales. Give a checkpoint that is not quantised."
+                f"{self.label}: tensor '{name}' is quantised: '{found}' lies beside it. Allowed: weights without "
+                "scales. Give a checkpoint that is not quantised."
             )
 
     def quantised(self) -> str:

@@ -34,7 +34,7 @@ def read_config(directory: Path, label: str, name: str = CONFIG) -> dict[str, An
     except (ValueError, OSError) as error:
         raise UserError(f"{label}: {name} is not valid JSON ({error}).") from error
     if not isinstance(config, dict):
-        raise UserError(f"{label}: {name} holds no keys, but {type(config).__name__}.")
+        raise UserError(f"{label}: {name} must hold keys with values, not one {type(config).__name__}.")
     return config
 
 

@@ -56,7 +56,10 @@ def rotary(file: GGUFFile, config: Config) -> Config:
     d_head = number(file, "attention.key_length") or config["hidden_size"] // max(heads, 1)
     d_value = number(file, "attention.value_length") or d_head
     if d_value != d_head:
-        raise UserError(f"{file.label}: keys have {d_head} components a head and values {d_value}; allowed: as many.")
+        raise UserError(
+            f"{file.label}: each head has {d_head} components for keys and {d_value} for values; allowed: the same "
+            "number for both."
+        )
     parameters: Config = {"rope_type": "default", "rope_theta": float(number(file, "rope.freq_base", 10000.0))}
     rotated = number(file, "rope.dimension_count") or d_head
     if rotated != d_head and config["model_type"] not in PARTLY_ROTATED:
@@ -105,7 +108,7 @@ def _scaling(file: GGUFFile, config: Config) -> Config:
 
 def _factors(file: GGUFFile, name: str) -> list[float]:
     if name not in file.tensors or not file.tensors[name].known:
-        raise UserError(f"{file.label}: the tensor '{name}', of the factors of rotary frequencies, cannot be read.")
+        raise UserError(f"{file.label}: the tensor '{name}', which scales the rotary frequencies, cannot be read.")
     return [float(factor) for factor in file.read(name).flatten()]
 
 

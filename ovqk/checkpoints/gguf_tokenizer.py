@@ -83,7 +83,7 @@ def _built(metadata: Mapping[str, Any], kind: str, tokens: list[str], label: str
         n_tokens -= 1  # rows that only make the embedding larger
     vocabulary = {token: index for index, token in enumerate(tokens[:n_tokens])}
     if len(vocabulary) < n_tokens:
-        raise UserError(f"{label}: {n_tokens - len(vocabulary)} of the file's tokens stand in its vocabulary twice.")
+        raise UserError(f"{label}: {n_tokens - len(vocabulary)} tokens occur twice in the file's vocabulary.")
     if kind == "gpt2":
         tokenizer = _byte_level(metadata, vocabulary, label)
     elif kind == "llama":
@@ -119,7 +119,7 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int], label: 
     split = SPLITS.get(name)
     if split is None:
         raise UserError(
-            f"{label}: tokenizer.ggml.pre is {name!r}, a splitting of texts that ovqk does not know; allowed: "
+            f"{label}: tokenizer.ggml.pre is {name!r}, a way to split texts that ovqk does not know; allowed: "
             f"{', '.join(sorted(SPLITS))}. Give the Hugging Face directory instead."
         )
     merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", [])]

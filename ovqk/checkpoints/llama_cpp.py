@@ -101,7 +101,7 @@ def _changed(change: Callable[[Array, Config], Array], config: Config, which: st
     try:
         return change(numbers, config)
     except ValueError as error:
-        raise UserError(f"{which} has shape {list(numbers.shape)}, which the file's settings rule out.") from error
+        raise UserError(f"{which} has shape {list(numbers.shape)}, which does not fit the file's settings.") from error
 
 
 def _config(file: GGUFFile, architecture: str, convention: Convention) -> Config:

@@ -211,7 +211,7 @@ def _shards(directory: Path, label: str) -> tuple[list[Path], tuple[str, ...]]:
     elif held:
         raise UserError(
             f"{label}: the directory holds {few([path.name for path in held])}, but neither {SINGLE} nor {INDEX}, "
-            "which says which files make the checkpoint up. Is it complete?"
+            "which lists a checkpoint's files. Is it complete?"
         )
     else:
         pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED)

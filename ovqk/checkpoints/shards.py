@@ -14,7 +14,7 @@ LONGEST_HEADER = 2**25
 """Bytes: the format allows 100 MB, and no model comes near; what such a header holds would take gigabytes of memory."""
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
 BITS |= {"F64": 64, "I64": 64, "U64": 64}
-"""Number format -> bits of a number, for those of whole bytes that are in use."""
+"""Number format -> bits in a number, for the formats in use that take whole bytes."""
 LEFT_OUT = "ovqk_left_out"
 """Key in a smaller file's metadata: the tensors in the whole file that it leaves out, by name, as JSON."""
 

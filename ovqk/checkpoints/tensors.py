@@ -111,7 +111,7 @@ class SafetensorsFiles:
 
 
 def index_files(paths: Iterable[Path]) -> tuple[dict[str, Place], dict[str, tuple[int, ...]], dict[str, str]]:
-    """Return the places and shapes of readable tensors, and the dtypes of others: masks and quantised tensors.
+    """Return the places and shapes of readable tensors, and the other tensors' dtypes: masks and quantised tensors.
 
     Raises:
         UserError: a file is no safetensors file, is cut short, or holds a tensor that another one holds, too.

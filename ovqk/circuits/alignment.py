@@ -51,10 +51,10 @@ def _below_own(logits: Float[Tensor, "*draw head source target"]) -> Float[Tenso
 def margin_by_source(scores: Float[Tensor, "*draw head source target"]) -> Float[Tensor, "*draw head source"]:
     """Return, for each token t, how far its own entry stands out of its column, in standard deviations; 0 by chance.
 
-    The margin is (L_tt - the mean of L_st) / their standard deviation, over the other sources s != t (n - 2 degrees of
-    freedom). Unlike an AUC it does not saturate. If the other entries have no spread, FLAT times the column's largest
-    entry replaces it. Then a perfect head has a large margin, and a head with zero weights has 0. The means over t are
-    `ov_task_margin` and `qk_task_margin` (docs/definitions.md, section 5).
+    The margin is (L_tt - the mean of L_st) / their standard deviation, over the other sources s != t, with n - 2
+    degrees of freedom. Unlike an AUC it does not saturate. If the other entries have no spread, FLAT times the column's
+    largest entry replaces it. Then a perfect head has a large margin, and a head with zero weights has 0. The means
+    over t are `ov_task_margin` and `qk_task_margin` (docs/definitions.md, section 5).
 
     Raises:
         ValueError: there are fewer than 3 tokens.
@@ -234,7 +234,7 @@ def same_mean(minus: Float[Tensor, "*draw word d_model"], plus: Float[Tensor, "*
 
 @dataclass(frozen=True)
 class SideAlignment:
-    """The alignment of one side of a map with a subspace of rank r. Both numbers are >= 0, and 1 by chance."""
+    """How one side of a map aligns with a subspace of rank r. Both numbers are >= 0, and 1 by chance."""
 
     whole: Float[Tensor, "*draw head"]
     """|M P|_F^2 / |M|_F^2 / (r/d): the map's energy in the subspace."""

@@ -85,11 +85,11 @@ def eigen_components(
     """
     total, cores = decomposition.sigma.sum(-1, keepdim=True), decomposition.core()
     if near is None:
-        values, right, left = _decomposed(cores, total, count)
+        values, right, left = eigen_parts(cores, total, count)
     else:
         values, right, left, safe = _refined(cores, total, _leading(near)[0], count)
         if not safe.all():
-            for into, found in zip((values, right, left), _decomposed(cores[~safe], total[~safe], count), strict=True):
+            for into, found in zip((values, right, left), eigen_parts(cores[~safe], total[~safe], count), strict=True):
                 into[~safe] = found
     read, write = (decomposition.balanced_left.to(right) @ right).mT, left @ decomposition.balanced_right.to(left)
     read, write = (side / side.norm(dim=-1, keepdim=True) for side in (read, write))
@@ -109,7 +109,7 @@ def _leading(values: Complex[Tensor, "head k"]) -> tuple[Complex[Tensor, "head k
     return values.gather(-1, order), order
 
 
-def _decomposed(
+def eigen_parts(
     cores: Float[Tensor, "head k k"], total: Float[Tensor, "head 1"], count: int
 ) -> tuple[Complex[Tensor, "head k"], Complex[Tensor, "head k n"], Complex[Tensor, "head n k"]]:
     """Return all eigenvalues, the leading first (`_leading`), and the leading ones' unit right and left vectors."""
@@ -122,7 +122,7 @@ def _decomposed(
 def _refined(
     cores: Float[Tensor, "head k k"], total: Float[Tensor, "head 1"], near: Complex[Tensor, "head k"], count: int
 ) -> tuple[Complex[Tensor, "head k"], Complex[Tensor, "head k n"], Complex[Tensor, "head n k"], Bool[Tensor, " head"]]:
-    """Return what `_decomposed` does, from eigenvalues that are nearly known, and of which heads it can be used.
+    """Return what `eigen_parts` does, from eigenvalues that are nearly known, and of which heads it can be used.
 
     Vectors come from inverse iteration beside each leading eigenvalue, and the eigenvalue is then l K r / (l r). A head
     is left out if one of them is near another eigenvalue or modulus, so that iteration is slow or the order is open,

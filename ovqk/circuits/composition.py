@@ -6,9 +6,9 @@ Row vectors: a sender s adds x W_OV^s to the residual stream, and a receiver r i
     keys    (k)   norm_F(W_OV^s W_QK^rT)
     values  (v)   norm_F(W_OV^s W_OV^r)
 
-each divided by both heads' norms (Elhage et al. 2021). With thin SVDs U S V^T, each of the three is the norm of one
-k x k block, norm_F(write_s read_r^T). The write side is W_OV's S V^T. The read sides are W_QK's S U^T (q), W_QK's S V^T
-(k) and W_OV's S U^T (v). All sides are scaled to norm 1. Heads are stacked, so a pair of layers is one matrix product,
+each divided by both heads' norms (Elhage et al. 2021). With thin SVDs U S V^T, each of the three is one k x k block's
+norm, norm_F(write_s read_r^T). The write side is W_OV's S V^T. The read sides are W_QK's S U^T (q), W_QK's S V^T (k)
+and W_OV's S U^T (v). All sides are scaled to norm 1. Heads are stacked, so a pair of layers is one matrix product,
 taken in tiles with at most TILE elements. Computing all pairs therefore needs little memory besides the circuits: one
 layer's sides, a tile and the scores.
 
@@ -111,10 +111,10 @@ def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[
 def component_scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[Tensor, "sender k"]:
     """Measure how strongly one receiver reads each component of each sender's OV, in [0, 1].
 
-    Of W_OV^s = sum of sigma_i u_i v_i^T, component i scores the norm of what the receiver reads of v_i over that of
-    W_QK^r or W_OV^r (Merullo et al. 2024, arXiv:2406.09519): sigma_i cancels, chance is 1 / sqrt(d_model), and the mean
-    of the squares, weighted by sigma_i^2, is the square of `scores`. A component whose sigma is below NO_COMPONENT
-    times the head's largest has no direction, and scores 0.
+    W_OV^s is the sum over sigma_i u_i v_i^T. Component i scores the norm of the receiver's reading of v_i, divided by
+    the norm of W_QK^r or W_OV^r (Merullo et al. 2024, arXiv:2406.09519). sigma_i cancels, and chance is 1 /
+    sqrt(d_model). If the squares are averaged with weights sigma_i^2, the square of `scores` results. A component whose
+    sigma is below NO_COMPONENT times the head's largest has no direction, and scores 0.
 
     Args:
         sender: the senders.
@@ -127,7 +127,7 @@ def component_scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode)
 def _component_scores(
     sigma: Float[Tensor, "sender k"], write: Float[Tensor, "sender d_model k"], read: Float[Tensor, "k_read d_model"]
 ) -> Float[Tensor, "sender k"]:
-    """Return the norms of what `read`, of norm 1, takes from each sender's write directions; 0 without a direction."""
+    """Return the norm that `read`, of norm 1, takes from each sender's write directions; 0 without a direction."""
     written = write.transpose(0, 1).flatten(1).to(read)  # [d_model, sender * k]
     found = (read @ written).norm(dim=0).double().unflatten(0, sigma.shape)
     return torch.where(sigma > NO_COMPONENT * sigma.amax(-1, keepdim=True), found, 0.0)

@@ -1,7 +1,7 @@
 """The diagonal of full circuits: how a token's own entry ranks in its column (definitions: section 2).
 
-A full circuit's matrix over tokens is rows @ columns^T of head size, and is formed a block of columns at a time. Ranks
-in a row are those in a column of the transposed matrix. Nothing here sees a constant added to a column.
+A full circuit's matrix over tokens is rows @ columns^T, where both factors are as wide as a head. It is formed a block
+of columns at a time. To rank within rows, transpose the matrix. Adding a constant to a column changes nothing here.
 """
 
 import copy
@@ -20,9 +20,9 @@ AT_ONCE = 2**24
 
 
 class Ranks(NamedTuple):
-    """The place of each column's own entry among all entries of the column, from both ends; 1 is the end itself.
+    """The place of each column's own entry among all its entries, from both ends; 1 is the end itself.
 
-    Ties count against it: in a column of equal entries both are the number of entries.
+    Ties count against it: if all entries in a column are equal, both numbers are the column's length.
 
     Attributes:
         from_largest: entries that are at least as large.
@@ -57,7 +57,7 @@ def own_ranks(
 
 
 def share_up_to(places: Int[Tensor, "head column"], count: int) -> Float[Tensor, " head"]:
-    """Return the share of columns whose own entry is at one of the first `count` places from an end, in [0, 1]."""
+    """Return the share of columns whose own entry is among the first `count` from an end, in [0, 1]."""
     return (places <= count).double().mean(-1)
 
 
@@ -81,7 +81,7 @@ def first_mlp_output(block0: Block0, W_E: Float[Tensor, "token d_model"]) -> Flo
 COLUMNS = 1024
 """Tokens whose own entries are ranked, at most: the share then has a standard error below .016."""
 FEWEST_AT_ONCE, MOST_AT_ONCE = 256, 4096
-"""Tokens that they are compared with at a time: few at first, because most columns are closed after few."""
+"""How many tokens they are compared with at a time: few at first, because most columns are closed after few."""
 
 
 def growing_blocks(n_tokens: int) -> Iterator[slice]:
@@ -93,13 +93,13 @@ def growing_blocks(n_tokens: int) -> Iterator[slice]:
 
 
 def ranked_tokens(n_tokens: int) -> Int[Tensor, " column"]:
-    """Return the tokens whose own entries are ranked: all, or COLUMNS of them at even distances of their ids."""
+    """Return the tokens whose own entries are ranked: all, or COLUMNS tokens with evenly spaced ids."""
     count = min(n_tokens, COLUMNS)
     return torch.arange(count) * n_tokens // count
 
 
 class PlaceSearch:
-    """A search for columns whose own entry is at one of the first `count` places from an end of its column.
+    """A search for columns whose own entry is among the first `count` from an end.
 
     Tokens pass in blocks (`compare`). A column is closed at an end once `count` tokens come before its own entry, which
     for most columns happens after few tokens; ties come before it.
@@ -133,7 +133,7 @@ class PlaceSearch:
         return found
 
     def compare(self, start: int, rows: Mapping[int, Float[Tensor, "token d_head"]]) -> None:
-        """Count which of the tokens from id `start` on come before the own entries of columns that are open.
+        """Count, from id `start` on, the tokens that come before the own entries of open columns.
 
         Args:
             start: the first token.
@@ -150,7 +150,7 @@ class PlaceSearch:
                 self._before[sign][head, some] += before.sum(1)
 
     def share(self, sign: int) -> Float[Tensor, " head"]:
-        """Return the share of columns whose own entry is at one of these places, once all tokens have passed."""
+        """Return the share of columns whose own entry is there, once all tokens have passed."""
         return self._open(sign).double().mean(-1)
 
     def _open(self, sign: int) -> Bool[Tensor, "head column"]:

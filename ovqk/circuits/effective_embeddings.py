@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -100,7 +101,16 @@ def _last_kept(read: Callable[[int, int], Tensor]) -> Callable[[int, int], Tenso
     return again
 
 
-WRITE = "write"
+@dataclass(frozen=True)
+class StreamBefore:
+    """The kind of rows that one layer reads under the `stream` embedding: words as they are before this layer."""
+
+    layer: int
+
+
+RowKind = Literal["token", "block0", "write"] | StreamBefore
+"""A kind of rows: effective embeddings on the read side, or `write`."""
+WRITE: Final = "write"
 """The kind of rows for words on the write side: W_U's columns."""
 SCREEN = 4096
 """Tokens whose unembedding is kept in memory, if the rest stays on disk, to rank a word's logit among them first."""
@@ -132,11 +142,6 @@ class Streams:
         return self.rows[layer][place]
 
 
-def stream_kind(layer: int) -> str:
-    """Name the kind of rows that a layer reads under the `stream` embedding: each layer has its own."""
-    return f"stream {layer}"
-
-
 class EffectiveRows:
     """Effective embeddings, row by row, normalised as a layer's norm would; rows for kept ids are computed once."""
 
@@ -150,7 +155,7 @@ class EffectiveRows:
         """Take the folded vocabulary; `block0` is None if it is not available, `streams` unless the model was run."""
         self.vocabulary, self.block0, self.architecture, self.streams = vocabulary, block0, architecture, streams
         self._ids: Tensor | None = None
-        self._rows: dict[str, Tensor] = {}
+        self._rows: dict[RowKind, Tensor] = {}
 
     @contextmanager
     def only(self, ids: Int[Tensor, "*word"]) -> Iterator[None]:
@@ -161,14 +166,12 @@ class EffectiveRows:
         finally:
             self._ids, self._rows = before
 
-    def __call__(self, ids: Int[Tensor, "*word"], kind: str) -> Float[Tensor, "*word d_model"]:
-        """Return the rows for these tokens.
-
-        `kind` is `token`, `block0`, a layer's `stream_kind`, or `write` (columns of W_U, not normalised).
+    def __call__(self, ids: Int[Tensor, "*word"], kind: RowKind) -> Float[Tensor, "*word d_model"]:
+        """Return the rows for these tokens; for kind `write` they are W_U's columns, and not normalised.
 
         Raises:
-            ValueError: a token is asked for that `only` leaves out or that was not run, or `write` without an
-                unembedding.
+            ValueError: a token is asked for that `only` leaves out or that was not run, `write` without an unembedding,
+                or a stream if the model was not run.
         """
         if self._ids is None:
             if ids.dim() == 1:
@@ -184,7 +187,7 @@ class EffectiveRows:
             self._rows[kind] = self._compute(self._ids, kind)
         return self._rows[kind][place.to(self._rows[kind].device)]
 
-    def _compute(self, ids: Int[Tensor, " word"], kind: str) -> Float[Tensor, "word d_model"]:
+    def _compute(self, ids: Int[Tensor, " word"], kind: RowKind) -> Float[Tensor, "word d_model"]:
         if kind == WRITE:
             if self.unembedding is None:
                 raise ValueError("rows of kind 'write' need an unembedding, which the checkpoint does not hold")
@@ -192,10 +195,10 @@ class EffectiveRows:
         if len(ids) > BLOCK:  # block 0's hidden activations are several times as wide as a row
             return torch.cat([self._compute(some, kind) for some in ids.split(BLOCK)])
         device = self.vocabulary.W_E.device
-        if self.streams is not None and kind.startswith("stream"):
-            return self.normalised(self.streams.of(ids, int(kind.split()[1])).to(device))
-        if kind not in ("token", "block0"):
-            raise ValueError(f"{kind!r} is no kind of rows that can be had here")
+        if isinstance(kind, StreamBefore):
+            if self.streams is None:
+                raise ValueError(f"rows before layer {kind.layer} need streams, and the model was not run")
+            return self.normalised(self.streams.of(ids, kind.layer).to(device))
         rows = self.vocabulary.W_E[ids.to(device)]
         if kind == "block0" and self.block0 is not None:
             rows = self.block0.rows(rows)

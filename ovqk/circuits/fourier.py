@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 ENOUGH = 0.95
-"""The least share of the power that the leading frequencies hold together (`frequencies_needed`)."""
+"""The share of the power that the leading frequencies must hold together (`frequencies_needed`)."""
 NOTHING = 1e-24
 """The largest power that counts as rounding, as a share of the whole power with the constants'."""
 
@@ -29,8 +29,8 @@ def power(rows: Float[Tensor, "*batch residue d"]) -> Float[Tensor, "*batch freq
 def blocks(matrix: Float[Tensor, "*batch residue residue_written"]) -> Float[Tensor, "*batch frequency"]:
     """Return the share of a matrix's power in each block (k, k), from a frequency to itself; nan without power.
 
-    The power is that of F M F^T without the row and the column of the constants; F is the real transform. A head that
-    moves residues as the group does has all of its power in these blocks.
+    The power is measured on F M F^T without the constants' row and column; F is the real transform. If a head moves
+    residues as the group does, all its power is in these blocks.
     """
     found = torch.fft.fft2(matrix.double()).abs().square()
     p = found.shape[-1]
@@ -58,13 +58,13 @@ def gini(shares: Float[Tensor, "*batch frequency"]) -> Float[Tensor, "*batch"]:
 
 
 def frequencies_needed(shares: Float[Tensor, "*batch frequency"]) -> Int[Tensor, "*batch"]:
-    """Return the smallest number of frequencies that together hold the share ENOUGH of the power."""
+    """Return how many frequencies are needed, the strongest first, to hold the share ENOUGH of the power."""
     held = shares.sort(-1, descending=True).values.cumsum(-1)
     return (held < ENOUGH - 1e-12).sum(-1) + 1
 
 
 def doubling(shares: Float[Tensor, " frequency"], p: int) -> Float[Tensor, " frequency"]:
-    """Return, for each frequency k, the power of 2k (modulo p, or p - 2k) over the power of k; >= 0.
+    """Return, for each frequency k, the power at 2k (modulo p, or p - 2k) over the power at k; >= 0.
 
     It is near 0 if a model's heads use frequency k, and larger if none does (Zhong et al. 2023, arXiv:2306.17844). For
     k = p / 2, 2k is frequency 0, whose power counts as 0.

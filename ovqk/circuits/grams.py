@@ -1,7 +1,7 @@
 """Gram matrices a^T C b between tokens' rows, centred over tokens, a block of tokens at a time.
 
-C = I - 11^T/n subtracts the mean over the n tokens from each side. Products are summed in such a way that neither the
-number of threads nor the size of the vocabulary changes a result by more than the bounds given below.
+C = I - 11^T/n subtracts the mean over the n tokens from each side. Products are summed in such a way that results stay
+within the bounds given below, however many threads there are and however large the vocabulary is.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,6 @@
-"""First and second moments of embedding rows, and of the queries and keys that a layer makes of them.
+"""First and second moments for embedding rows, and for the queries and keys that a layer computes from them.
 
-The position and content shares in a head's scores (`positions`) are traces of products between these moments.
+Products between these moments have the traces that `positions` turns into position and content shares.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from ovqk.weights.norms import QueryKeyNorm, inverse_scale, normalise
 from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import Architecture, LayerWeights
 
-SAMPLE = 2**15  # least number of tokens for the moments of normalised queries and keys
-SAMPLE_ELEMENTS = 2**26  # elements of their rows, at most (256 MB)
+SAMPLE = 2**15  # least number of tokens for moments when queries and keys are normalised
+SAMPLE_ELEMENTS = 2**26  # elements in their rows, at most (256 MB)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def token_moments(vocabulary: Vocabulary) -> Moments:
 
 
 def normalised_moments(vocabulary: Vocabulary, architecture: Architecture) -> Moments:
-    """Return the moments of embedding rows normalised as a layer's norm would, a block of tokens at a time."""
+    """Return the moments of embedding rows, normalised as a layer's norm would, in blocks of tokens."""
 
     def read(start: int, stop: int) -> Tensor:
         return architecture.normalised(vocabulary.W_E[start:stop])
@@ -77,7 +77,8 @@ QueryKeyBases = tuple[Basis, Basis]
 def head_moments(
     weights: LayerWeights, architecture: Architecture, tokens: Moments, bases: QueryKeyBases | None = None
 ) -> HeadMoments:
-    """Return the moments of q = x W_Q + b_Q and k = x W_K + b_K, from those of the rows x; `bases` if they are known.
+    """Return the moments for q = x W_Q + b_Q and k = x W_K + b_K, given those for the rows x; `bases` if they are
+    known.
 
     Raises:
         ValueError: queries and keys are normalised, so that they are not linear in x.
@@ -125,8 +126,8 @@ def normalised_head_moments(
     """Return the moments of normalised queries and keys, once for plain rows and once for normalised ones.
 
     A norm lies between the factors, so no Gram gives the moments. Each token's queries and keys are computed instead,
-    for both kinds of rows in one pass, in the precision of `grams.precision`. Each thread takes a block of tokens. Sums
-    are float64.
+    for both kinds of rows in one pass, in the precision that `grams.precision` gives. Each thread takes a block of
+    tokens. Sums are float64.
 
     Args:
         weights: the layer's weights.
@@ -207,7 +208,7 @@ class _NormalisedSide:
 
     @staticmethod
     def _sums(y: Float[Tensor, "n token d_head"]) -> tuple[Float[Tensor, "n d_head"], Float[Tensor, "n d_head d_head"]]:
-        """Return the sum over tokens of y and of its outer products, whose upper right quarter is the lower left."""
+        """Return two sums over tokens: y, and its outer products, whose upper right quarter is the lower left."""
         half = y.shape[-1] // 2
         second = y.new_empty(len(y), y.shape[-1], y.shape[-1])
         second[:, half:] = y[..., half:].mT @ y

@@ -36,7 +36,7 @@ def triangular_factor(
 ) -> tuple[Float[Tensor, "n k k"], Float[Tensor, "n k k"]]:
     """Return R and its inverse for x = Q R with orthonormal Q: x^T x's Cholesky factor, with a positive diagonal.
 
-    If the columns of a matrix depend on each other, neither of its results can be used.
+    If a matrix has linearly dependent columns, neither result can be used.
     """
     R, _ = torch.linalg.cholesky_ex(x.mT @ x, upper=True)
     unit = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device).expand_as(R)

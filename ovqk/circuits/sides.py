@@ -1,4 +1,4 @@
-"""The whole vocabulary as one side of a circuit sees it, a block of tokens at a time.
+"""The whole vocabulary as one side of a circuit sees it, in blocks of tokens.
 
 Blocks come in the precision of the weights, to be screened; single tokens in float64, to be reported.
 """

@@ -2,8 +2,8 @@
 
 `Simulated` holds the inputs that all layers share. `attention` runs a layer's heads on random tokens that occur twice;
 `Senders.margins` compares what a head looks for with what earlier heads move (definitions: sections 3 and 4).
-Nothing here needs a task, a prompt or a forward pass of the model. Biases of queries and keys, norms of both, rotary
-positions, the attention scale, the causal mask and a sliding window are the model's own.
+Nothing here needs a task, a prompt or a forward pass. The model's own biases and norms for queries and keys apply, and
+so do its rotary positions, attention scale, causal mask and sliding window.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ovqk.circuits.grams import blocks
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.weights.types import Architecture, LayerWeights, keys, queries, score_scale
 
-TOKENS = 50  # different tokens of a sequence, each of which occurs twice
+TOKENS = 50  # different tokens in a sequence; each occurs twice
 SEQUENCES = 8
 SENDERS = 64
 """Earlier heads whose output is kept: those that attend most to the previous token, in simulation."""
@@ -82,13 +82,12 @@ class Simulated:
 def attention(
     weights: LayerWeights, architecture: Architecture, rows: Float[Tensor, "sequence position d_model"]
 ) -> dict[str, Float[Tensor, " head"]]:
-    """Simulate where each head of a layer attends from the second copy of repeated tokens (definitions, section 4).
+    """Simulate where a layer's heads attend to, from the second copy of repeated tokens (definitions, section 4).
 
     Args:
         weights: the layer's weights, with the norm before attention folded in.
         architecture: the model's architecture.
-        rows: the rows that the heads read: n normalised rows, then the rows of the same tokens again, sequence by
-            sequence.
+        rows: the rows that the heads read: n normalised rows, then the same tokens' rows again, sequence by sequence.
 
     Returns:
         Mean attention, in [0, 1], over sequences and the n positions of the second copy. `qk_simulated_previous`: to

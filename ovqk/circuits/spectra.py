@@ -2,11 +2,11 @@
 
 A map is M = L N R^T with orthonormal L and R (`maps`). For any matrix G
 
-    the nonzero eigenvalues of  M G  are those of the core  N R^T G L
+    M G has the same nonzero eigenvalues as the core N R^T G L
 
 This gives W_QK and W_OV with G = I, the full OV circuit W_E W_OV W_U with G = W_U C W_E, and the full QK circuit with
-G = W_E^T C W_E. Eigenvalues and traces are cyclic; singular values and Frobenius norms are not. The singular values of
-a full circuit A M B are those of  root(L^T A^T C A L) N root(R^T B C B^T R)^T.
+G = W_E^T C W_E. Eigenvalues and traces are cyclic; singular values and Frobenius norms are not. A full circuit A M B
+has the same singular values as root(L^T A^T C A L) N root(R^T B C B^T R)^T.
 """
 
 from functools import partial
@@ -40,8 +40,8 @@ def eigenvalues(cores: Float[Tensor, "head k k"]) -> Complex[Tensor, "head k"]:
 def full_circuit_singular_values(maps: Maps, read: Gram, write: Gram) -> Float[Tensor, "head k"]:
     """Return the singular values of C A M B C, descending: see `FullCircuit` for A, B and their Grams.
 
-    Through roots of k x k Grams, so that a vocabulary smaller than d_head is no special case: values beyond its
-    rank come out as 0.
+    They come from roots of k x k Grams. So a vocabulary smaller than d_head is no special case: values beyond its rank
+    come out as 0.
     """
     root_in, root_out = _root(maps.left_gram(read)), _root(maps.right_gram(write))
     return decomposed(torch.linalg.svdvals, root_in @ maps.inner @ root_out.mT)  # type: ignore[no-any-return]
@@ -97,11 +97,11 @@ def trace_ratio_bounds(
 def trace_ratio_intervals(
     cores: Float[Tensor, "head k k"], most: Float[Tensor, " head"]
 ) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
-    """Return bounds of sum lambda / sum |lambda| by float32 eigenvalues, which take half the time of float64 ones.
+    """Return bounds for sum lambda / sum |lambda| from float32 eigenvalues, which take half as long as float64 ones.
 
-    They are for cores between random frames, whose eigenvalues are well-conditioned: rounding moves the sum of moduli
-    by some 1e-6 of itself, and the bounds allow FLOAT32_EIGENVALUES. A sum that is small beside the core, or that may
-    count as 0 (`guarded`), leaves the ratio open: within [-1, 1].
+    Use them for cores between random frames, whose eigenvalues are well-conditioned: rounding changes the sum of moduli
+    by about 1e-6 of itself, and the bounds allow FLOAT32_EIGENVALUES. If the sum is small beside the core, or may count
+    as 0 (`guarded`), the bounds are -1 and 1.
     """
     trace, size = cores.diagonal(dim1=-2, dim2=-1).sum(-1), cores.norm(dim=(-2, -1))
     unit = power_of_two(size)[:, None, None]
@@ -117,7 +117,7 @@ BOUNDS = (
     partial(trace_ratio_bounds, sharp=True),
     trace_ratio_intervals,
 )
-"""Bounds of a trace ratio, the cheapest first."""
+"""Bounds for a trace ratio, the cheapest first."""
 
 
 def spectrum_metrics(

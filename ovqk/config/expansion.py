@@ -19,19 +19,21 @@ MOST_FILES, MOST_FOLDERS = 10_000, 10_000
 
 
 def refuse_expanding(folder: Path) -> None:
-    """Refuse a folder of config files if one of them stands for more values than memory should hold.
+    """Refuse a config folder if one file in it stands for more values than memory should hold.
 
     Raises:
         UserError: one does; the message names it.
     """
     for number, path in enumerate(_config_files(folder)):
         if number == MOST_FILES:
-            raise UserError(f"{folder}: it holds more than {MOST_FILES} config files; give the folder of yours alone.")
+            raise UserError(
+                f"{folder}: it holds more than {MOST_FILES} config files; give a folder that holds only yours."
+            )
         try:
             if not path.is_file():
                 continue
             if path.stat().st_size > LARGEST:
-                raise UserError(f"{path}: it is larger than {LARGEST} bytes, which no config file is.")
+                raise UserError(f"{path}: it is larger than {LARGEST} bytes; allowed: up to that.")
             _check(path, yaml.parse(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
         except (OSError, ValueError, yaml.YAMLError):  # Hydra tells, if it is one that it reads
             continue
@@ -48,7 +50,7 @@ def _config_files(folder: Path) -> Iterator[Path]:
             continue
         if walked > MOST_FOLDERS:
             raise UserError(
-                f"{folder}: it holds more than {MOST_FOLDERS} folders; give the folder of your configs alone."
+                f"{folder}: it holds more than {MOST_FOLDERS} folders; give a folder that holds only your configs."
             )
         seen.add(real)
         inside.sort()
@@ -67,7 +69,7 @@ def _check(path: Path, events: Iterable[yaml.Event]) -> None:
     for event in events:
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in opened):
-                raise UserError(f"{path}: its alias *{event.anchor} stands for what it is in, without end.")
+                raise UserError(f"{path}: its alias *{event.anchor} stands for a part that contains it.")
             count += sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.ScalarEvent):
             count += 1
@@ -79,6 +81,6 @@ def _check(path: Path, events: Iterable[yaml.Event]) -> None:
             if anchor is not None:
                 sizes[anchor] = count - before
         if count > MOST_VALUES:
-            raise UserError(f"{path}: its aliases make more than {MOST_VALUES} values of it, which no config file has.")
+            raise UserError(f"{path}: its aliases expand to more than {MOST_VALUES} values; allowed: up to that.")
         if len(opened) > DEEPEST:
-            raise UserError(f"{path}: it is nested more than {DEEPEST} levels deep, which no config file is.")
+            raise UserError(f"{path}: it is nested more than {DEEPEST} levels deep; allowed: up to that.")

@@ -4,4 +4,4 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-"""The folder of config.yaml and of model/, task/, analysis/ and tracking/."""
+"""The folder that holds config.yaml, model/, task/, analysis/ and tracking/."""

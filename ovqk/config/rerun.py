@@ -58,21 +58,21 @@ def _refuse_foreign(path: Path) -> None:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: no cell's choice; it cannot be read: {first_line(error)}") from error
+        raise UserError(f"{path}: not a cell's choice: it cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: no cell's choice; it holds no keys.")
+        raise UserError(f"{path}: not a cell's choice: it holds no keys.")
     for key in content:
         if key not in HELD:
-            raise UserError(f"{path}: the key {key!r} is not one of a cell's choice. {_remedy(path)}")
+            raise UserError(f"{path}: a cell's choice has no key {key!r}. {_remedy(path)}")
     tracking = [{"tracking": mode.value} for mode in TrackingMode]
     defaults = content.get("defaults") or []
     for entry in defaults if isinstance(defaults, list) else [defaults]:
         if entry not in ("schema", "settings", "_self_", *tracking):
-            raise UserError(f"{path}: defaults: {entry!r} is not what a cell's choice extends. {_remedy(path)}")
+            raise UserError(f"{path}: defaults: a cell's choice does not extend {entry!r}. {_remedy(path)}")
     try:
         place = _target(content, "")
     except RecursionError:
-        raise UserError(f"{path}: no cell's choice; a part of it stands for itself.") from None
+        raise UserError(f"{path}: not a cell's choice: a part of it contains itself.") from None
     if place is not None:
         raise UserError(f"{path}: {place} names code to run. {_remedy(path)}")
 

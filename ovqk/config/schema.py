@@ -6,7 +6,7 @@ wrong type is refused before any work is done.
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -54,8 +54,8 @@ class Embedding(Enum):
     stream = "stream"
     """`token` for layer 0, and for the layers after it what the running model has there for a word alone."""
 
-    def kind(self, layer: int) -> str:
-        """Return the effective embedding that a layer is read through: `token`, `block0` or `stream`."""
+    def kind(self, layer: int) -> Literal["token", "block0", "stream"]:
+        """Return the effective embedding that a layer is read through."""
         if self is Embedding.token or (layer == 0 and self is not Embedding.block0):
             return "token"
         return "stream" if self is Embedding.stream else "block0"
@@ -113,7 +113,7 @@ class ModelConfig:
     checkpoint: int | None = None
     """`hub`: the step of training to read, if the repository keeps earlier ones; the last unless set."""
     checkpoints: str | None = None
-    """`hub`: the name of the revision for a step of training, with `{checkpoint}` for the step."""
+    """`hub`: the revision's name for a step of training, with `{checkpoint}` in the step's place."""
     claims: str | None = None
     """The model whose claimed heads apply; none unless set. `local`: any model that the checkpoint is a copy of."""
     n_ctx: int | None = None
@@ -139,14 +139,14 @@ class VariableConfig:
 
 @dataclass
 class CycleConfig:
-    """Words of a task that form a cycle: the residues modulo a number (definitions: section 5)."""
+    """A task's words that form a cycle: the residues modulo a number (definitions: section 5)."""
 
     modulus: int = MISSING
     """The number of residues."""
     first: int = 0
     """The token of residue 0; the others follow it. For models without a tokenizer."""
     words: str | None = None
-    """A set of task.words, residue by residue, in place of `first`."""
+    """A word set in task.words, residue by residue, instead of `first`."""
     query: int | None = None
     """The token at which the answer is read, such as "="; unless set, it is read at a residue."""
 
@@ -195,7 +195,7 @@ class AttentionConfig:
 
 @dataclass
 class WriteConfig:
-    """The write of a role's heads at END: their effect on the logit of one word minus that of another."""
+    """What a role's heads write at END: their effect on one word's logit minus another's."""
 
     answer: str = "ANSWER"
     """ANSWER, FOIL or a label, whose word is meant."""
@@ -227,7 +227,7 @@ class RoleActivationsConfig:
     write: WriteConfig | None = None
     effect: EffectConfig | None = None
     decides: list[str] = MISSING
-    """Those of `attention`, `write`, `effect` and `repeats` that a head must show to have the role."""
+    """The ones among `attention`, `write`, `effect` and `repeats` that a head must show to have the role."""
     repeats: Repeats | None = None
     """The place that the heads attend to on repeated random tokens."""
 
@@ -250,14 +250,14 @@ class ClaimsConfig:
     roles: dict[str, list[Any]] = field(default_factory=dict)
     """Not list[str]: an unquoted 9.10 must be refused and not become "9.1"."""
     shape: list[int] = field(default_factory=list)
-    """[layers, heads of a layer] of the model; a copy of another shape is refused. Empty: not checked."""
+    """The model's [layers, heads in a layer]; a copy with another shape is refused. Empty: not checked."""
     evidence: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """Role -> head -> numbers; for readers, and for no test."""
     note: str | None = None
     places: dict[str, str] = field(default_factory=dict)
     """Role -> the section, table or figure of the source that names its heads; for readers, no number depends on it."""
     revision: str | None = None
-    """The revision of the model that the heads are of; for readers."""
+    """The model's revision that the source is about; for readers."""
 
 
 @dataclass
@@ -319,11 +319,11 @@ class NullsConfig:
     """The ensembles that claims are tested against."""
 
     draws: int = 999
-    """Surrogates of each head (spectrum) and of each word set (token)."""
+    """Surrogates for each head (spectrum) and for each word set (token)."""
     resamples: int = 1000
-    """Draws of a word set with replacement, for the 95 % interval of metrics that are means over its words."""
+    """How often a word set is drawn with replacement, for the 95 % interval of means over its words."""
     subsamples: int = 200
-    """Draws of 80 % of a subspace's words without replacement, for the interval of metrics of a subspace."""
+    """How often 80 % of a subspace's words are drawn without replacement, for the interval of subspace metrics."""
 
 
 @dataclass

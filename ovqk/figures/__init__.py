@@ -1,12 +1,12 @@
-"""Figures that show models beside each other (`models`) or one head (`portraits`), as functions of tables.
+"""Figures as functions of tables: models side by side (`comparisons`), one head (`portraits`), prompts (`prompts`).
 
-`ovqk.figures.NAME` is `ovqk.figures.models.NAME`. It is imported when it is first used, because matplotlib takes a
-second.
+`ovqk.figures.NAME` is `ovqk.figures.comparisons.NAME`. It is imported when it is first used, because matplotlib takes a
+second. `choice` picks the figures of a report, and `drawing` holds the panels that figures are built of.
 """
 
 import importlib
 
-MODULES = ("choice", "colours", "drawing", "models", "portraits", "prompts")
+MODULES = ("choice", "colours", "comparisons", "drawing", "portraits", "prompts")
 
 
 def __getattr__(name: str) -> object:
@@ -14,4 +14,4 @@ def __getattr__(name: str) -> object:
         return importlib.import_module(f"ovqk.figures.{name}")
     if name.startswith("_"):
         raise AttributeError(f"module 'ovqk.figures' has no attribute '{name}'")
-    return getattr(importlib.import_module("ovqk.figures.models"), name)
+    return getattr(importlib.import_module("ovqk.figures.comparisons"), name)

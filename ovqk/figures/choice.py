@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ovqk.figures import models, portraits, prompts
+from ovqk.figures import comparisons, portraits, prompts
 from ovqk.metrics import shown_in
 from ovqk.records.cells import Cell, labels, weights_labels
 from ovqk.records.on_prompts import rankings
@@ -20,10 +20,10 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
     of_weights = weights_labels(cells)
     named = dict(zip((id(cell) for cell in cells), of_weights, strict=True))
     if len(verdicts):
-        yield "verdicts", models.verdict_counts(verdicts)
-        yield "effects", models.effects(verdicts)
+        yield "verdicts", comparisons.verdict_counts(verdicts)
+        yield "effects", comparisons.effects(verdicts)
     sizes = {label: cell.d_head for cell, label in zip(cells, of_weights, strict=True) if cell.d_head}
-    yield "depth", models.depth_curves(_joined(cells, "heads", of_weights), d_heads=sizes)
+    yield "depth", comparisons.depth_curves(_joined(cells, "heads", of_weights), d_heads=sizes)
     for task in dict.fromkeys(cell.record["task"] for cell in cells):
         first: dict[str, Cell] = {}
         for cell in cells:
@@ -33,7 +33,7 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
         own_heads, own_verdicts = _joined(shown, "heads", list(first)), _joined(shown, "verdicts", list(first))
         for metric in _atlas_metrics(own_heads, own_verdicts):
             marked = own_verdicts if len(own_verdicts) else None
-            yield file_name("atlas", task, metric), models.atlas(own_heads, metric, marked)
+            yield file_name("atlas", task, metric), comparisons.atlas(own_heads, metric, marked)
 
 
 def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
@@ -50,7 +50,7 @@ def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
         ]
         pairs = [c.tables["composition"] for c in (cell, *whole) if "composition" in c.tables]
         joined = pd.concat(pairs, ignore_index=True) if pairs else None
-        yield file_name("circuit", *_title(cell, cells)), models.circuit(verdicts, joined)
+        yield file_name("circuit", *_title(cell, cells)), comparisons.circuit(verdicts, joined)
         for layer, head in _leading(verdicts):
             tables = dict(cell.tables) | ({} if joined is None else {"composition": joined.drop_duplicates(PAIR)})
             sheet = portraits.sheet(

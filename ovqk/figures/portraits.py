@@ -1,6 +1,6 @@
 """Figures of one head, from its cell's tables. Figures of models beside each other are in `ovqk.figures`.
 
-    from ovqk.figures import models, portraits
+    from ovqk.figures import comparisons, portraits
     from ovqk.records import results
     tables = {name: results.load_table(folder, name) for name in portraits.TABLES}
     portraits.sheet(tables, layer=3, head=4).savefig("head.png")

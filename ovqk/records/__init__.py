@@ -1,0 +1,1 @@
+"""A cell's files: its identity, its record and tables, written and read back, and comparisons of cells."""

@@ -131,7 +131,7 @@ def depths(folders: Iterable[Path]) -> pd.DataFrame:
 
 
 def _d_head(folder: Path) -> float:
-    """Return the largest number of singular values of a head in this cell; nan without spectra."""
+    """Return the largest number of singular values that a head has in this cell; nan without spectra."""
     spectra = load_table(folder, "spectra")
     if spectra is None:
         return math.nan
@@ -152,7 +152,7 @@ def quarter_means(heads: pd.DataFrame, n_layers: int) -> pd.DataFrame:
 
 
 def could_be_corroborated(verdicts: pd.DataFrame) -> pd.Series:
-    """Say of each row of verdicts.parquet whether other weights could have corroborated its claim.
+    """Say, for each row of verdicts.parquet, whether other weights could have corroborated its claim.
 
     Not if no null decides about it, nor if the one that is weakest for it could not be significant, whatever the value.
     """

@@ -46,7 +46,7 @@ class Ranking:
 
     @property
     def titles(self) -> list[str]:
-        """The title of the weights' metric with its predicted sign, and that of the metric of the first layer."""
+        """The weight metric's title with its predicted sign, and the title of the first layer's metric."""
         first = [f"(layer 0: {wording.metric(self.first_layer)})"] if self.first_layer else []
         return [wording.predicted(self.metric, self.direction), *first]
 

@@ -17,7 +17,7 @@ COORDINATES = ("model", "task", "analysis", "processing", "seed", "cell_id")
 
 
 def cell_folders(results_dir: str | Path) -> Iterator[Path]:
-    """Yield the folders of cells under a results folder that have a record, in the order of their names."""
+    """Yield the cells' folders under a results folder that have a record, sorted by name."""
     yield from sorted(path.parent for path in Path(results_dir).glob(f"*/*/*/{RECORD}"))
 
 
@@ -41,7 +41,7 @@ def load_results(
 
     Raises:
         FileNotFoundError: one of the places does not exist or holds no done cell.
-        ValueError: no place is given, or none of the cells has one of the tables.
+        ValueError: no place is given, or no cell has one of the tables.
 
     Warns:
         UserWarning: a cell is left out, since its record or a table of it is damaged; or cells of several schema

@@ -132,7 +132,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "provenance.config.tracking.project": (_text_or_null, "null or a text without control characters"),
     "provenance.config.tracking.entity": (_text_or_null, "null or a text without control characters"),
 }
-"""Key of a done cell's record, with dots between levels -> a check of its value, and the allowed values in words."""
+"""Key in a done cell's record, with dots between levels -> a check for its value, and the allowed values in words."""
 OPTIONAL = {
     "sweep",
     "unavailable",
@@ -185,7 +185,7 @@ def _whole_numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 def tables_fault(folder: Path, record: Mapping[str, Any]) -> str | None:
     """Return a sentence on the first fault in the tables that a sound record names; None if they are sound.
 
-    Only the footers of the files are read, and columns of POSITIONS whose bounds the footer does not give.
+    Only the files' footers are read, and POSITIONS columns if the footer does not give their bounds.
     """
     there = [name for name in sorted(TABLES) if os.path.lexists(folder / f"{name}.parquet")]
     named = record.get("tables", dict.fromkeys(["heads", *there]))  # an earlier version named none

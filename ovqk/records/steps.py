@@ -8,7 +8,7 @@ Json = Mapping[str, Any]
 
 
 def shared_steps(records: Iterable[Json]) -> list[list[str]]:
-    """Return groups of models, steps of one training, whose records have one digest of the weights, by their step.
+    """Return groups of models, steps in one training, whose records share a weights digest, sorted by step.
 
     Models that are no steps (`model.checkpoint` is not set) are in no group, nor is a step that shares with none.
     """

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from ovqk.config.command_line import program, quoted
 from ovqk.errors import UserError, told
-from ovqk.figures import models
+from ovqk.figures import comparisons
 from ovqk.figures.choice import cell_figures, sweep_figures
 from ovqk.records.cells import Cell, Failure, read_cells
 from ovqk.records.record import RECORD
@@ -136,7 +136,7 @@ def write_figures(cells: Sequence[Cell], folder: Path) -> int:
     before, made = _written(folder), set()
     try:
         for name, figure in chain(sweep_figures(cells), cell_figures(cells)):
-            made |= {path.name for path in models.save(figure, folder / name)}
+            made |= {path.name for path in comparisons.save(figure, folder / name)}
         for name in before - made:
             (folder / name).unlink(missing_ok=True)
         before = set()

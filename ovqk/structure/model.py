@@ -207,7 +207,7 @@ class Model:
 
     @property
     def sample_notes(self) -> list[str]:
-        """Notes, if shares of position and content, or ranks of diagonals, are computed from sampled tokens."""
+        """Notes that say if position and content shares, or diagonal ranks, come from sampled tokens."""
         architecture, vocabulary, notes = self.architecture, self.vocabulary, list[str]()
         if vocabulary is None:
             return notes

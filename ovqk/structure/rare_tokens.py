@@ -1,8 +1,8 @@
 """Tokens that lists leave out because a model was hardly trained on them (docs/method.md has the rule).
 
-The rows of such tokens lie apart from all others, and would fill every list of extreme projections. They are recognised
-as in Land & Bartolo 2024 (arXiv 2405.05417): by the token's kind, and by a row near the mean or like those of unused
-tokens.
+The rows of such tokens lie apart from all others, and would fill every list with extreme projections. They are
+recognised as in Land & Bartolo 2024 (arXiv 2405.05417): by the token's kind, and by a row near the mean or like those
+of unused tokens.
 """
 
 import re

@@ -159,7 +159,7 @@ def circuit_spectra(layer: Layer, circuit: Circuit) -> tuple[HeadValues, pd.Data
 def spectrum(
     model: Model, circuit: Circuit, maps: Maps, eigen: Complex[Tensor, "head k"] | None = None
 ) -> tuple[HeadValues, list[tuple[str, str, Tensor]]]:
-    """Return metrics of one circuit, and (space, kind, values [head, index]) of its spectra.
+    """Return one circuit's metrics, and (space, kind, values [head, index]) for its spectra.
 
     `eigen` are the eigenvalues in residual space, if a caller has them.
     """
@@ -268,7 +268,7 @@ def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
 
 
 def diagonal_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
-    """Return how often a token's own entry is at an end of its column of OV, or first in its row of QK, in [0, 1].
+    """Return how often a token's own entry is at an end of its OV column, or first in its QK row, in [0, 1].
 
     Layers after the first read block 0's MLP output, as in McDougall et al. 2023, if the model has an MLP; else, and in
     layer 0, plain embeddings; rows are normalised (docs/definitions.md, section 2). Queries are the unembedding's

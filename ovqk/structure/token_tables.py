@@ -146,7 +146,7 @@ class TokenSide:
         """Return candidates (list, token) for each list's `count` best, and the scores' standard deviation [n].
 
         The lists are every component's +1, then every line's -1. Components are taken in groups whose scores fit in a
-        processor's cache. A segment of tokens is skipped if no token of it is among the best so far: the count-th
+        processor's cache. A segment is skipped if none of its tokens is among the best so far: the count-th
         largest maximum over segments is a lower bound for the count-th best score. Each thread takes a block of tokens;
         the best scores do not depend on the order of the blocks.
         """

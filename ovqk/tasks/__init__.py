@@ -1,0 +1,1 @@
+"""Tasks: prompts, words, claims, and the metrics that need a task's words."""

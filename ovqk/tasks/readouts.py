@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.circuits import alignment
-from ovqk.circuits.effective_embeddings import WRITE, EffectiveRows, stream_kind
+from ovqk.circuits.effective_embeddings import WRITE, EffectiveRows, RowKind, StreamBefore
 from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.config.schema import Circuit, Embedding, VariableKind
 from ovqk.errors import UserError
@@ -75,14 +75,14 @@ class Readout:
         rows: EffectiveRows,
         embedding: Embedding,
         like: "Readout | None" = None,
-        origins: dict[str, Tensor] | None = None,
+        origins: dict[RowKind, Tensor] | None = None,
     ) -> None:
         """Take the variable's tokens, the rows of the model's tokens, and `origins` for the same band if known."""
         self.variable, self.effective, self.vocabulary = variable, rows, rows.vocabulary
         self.embedding, self.like = embedding, like
-        self._words: dict[str, Tensor] = {}
-        self._bases: dict[str, Tensor] = {}
-        self._origins: dict[str, Tensor] = {} if origins is None else origins
+        self._words: dict[RowKind, Tensor] = {}
+        self._bases: dict[RowKind, Tensor] = {}
+        self._origins: dict[RowKind, Tensor] = {} if origins is None else origins
         self.ids = variable.read[0].ids.to(self.vocabulary.W_E.device)
 
     def surrogates(self, variables: Sequence[Variable]) -> "Readout":
@@ -96,18 +96,18 @@ class Readout:
         """Return the readout of some of the words, with the same band, for all choices at once: values [draw, head]."""
         return Readout(Variable.stacked(variables), self.effective, self.embedding, origins=self._origins)
 
-    def kind(self, layer: int) -> str:
-        """Return the effective embedding that a layer's readouts use: `token`, `block0` or its `stream_kind`."""
+    def kind(self, layer: int) -> RowKind:
+        """Return the kind of rows that a layer's readouts use on the read side."""
         kind = self.embedding.kind(layer)
-        return stream_kind(layer) if kind == "stream" else kind
+        return StreamBefore(layer) if kind == "stream" else kind
 
-    def kinds(self, layer: int) -> dict[str, str]:
+    def kinds(self, layer: int) -> dict[str, RowKind]:
         """Return effective embedding -> its kind of rows, for those that can be had in this layer."""
-        there = {"token": "token"}
+        there: dict[str, RowKind] = {"token": "token"}
         if layer and self.effective.block0 is not None:
             there["block0"] = "block0"
         if layer and self.effective.streams is not None:
-            there["stream"] = stream_kind(layer)
+            there["stream"] = StreamBefore(layer)
         return there
 
     def reads(self, layer: int) -> bool:
@@ -227,7 +227,7 @@ class Readout:
                 found["ov_task_transfer"] = alignment.transfer(parts, basis, write)
         return found
 
-    def _basis(self, kind: str) -> Float[Tensor, "*draw r d_model"]:
+    def _basis(self, kind: RowKind) -> Float[Tensor, "*draw r d_model"]:
         """Return the read side's basis for one kind of embedding, or the write side's (`write`)."""
         if kind not in self._bases:
             first, *second = (self.effective(words.ids, kind) for words in self._sets(kind))
@@ -238,7 +238,7 @@ class Readout:
                 self._bases[kind] = alignment.subspace(first, self._origin(kind, first), rank)
         return self._bases[kind]
 
-    def _contrast(self, kind: str, minus: Tensor, plus: Tensor) -> Float[Tensor, "*draw 1 d_model"]:
+    def _contrast(self, kind: RowKind, minus: Tensor, plus: Tensor) -> Float[Tensor, "*draw 1 d_model"]:
         """Return the unit direction between the sides of the contrast.
 
         Raises:
@@ -252,10 +252,10 @@ class Readout:
             )
         return alignment.unit_contrast(minus, plus)
 
-    def _sets(self, kind: str) -> tuple[WordSet, ...]:
+    def _sets(self, kind: RowKind) -> tuple[WordSet, ...]:
         return self.variable.write if kind == WRITE else self.variable.read
 
-    def _origin(self, kind: str, words: Float[Tensor, "*draw word d_model"]) -> Float[Tensor, "*or_one d_model"]:
+    def _origin(self, kind: RowKind, words: Float[Tensor, "*draw word d_model"]) -> Float[Tensor, "*or_one d_model"]:
         """Return the mean over the band that the words are compared with, on the read or the write side."""
         if self.like is not None:
             like = self.like  # the words drawn leave the band, and the task's words enter it

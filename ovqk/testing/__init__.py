@@ -7,4 +7,5 @@ module_comparison   a checkpoint as ovqk reads it, compared with the model's own
 materialised        W_QK and W_OV of a module, from what it computes
 metric_ranks        how well a weight metric ranks the heads that have a role in the running model
 random_checkpoints  checkpoints with the shapes of known models, for benchmarks
+language            the synthetic language that the bundled models are trained on (its words: `language_words`)
 """

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ovqk.testing.module_comparison import difference, output_projection, silenced
+from ovqk.testing.module_comparison import difference, one_head, output_projection, silenced
 from ovqk.weights.block_probes import Recorder, Softmaxes, find_blocks, first_tensor
 from ovqk.weights.folding import fold_layer
 from ovqk.weights.norms import normalise
@@ -147,15 +147,8 @@ def w_ov(module: nn.Module, call: Any, weights: LayerWeights, facts: Architectur
         return value.repeat_interleave(copies, 1).transpose(1, 2).contiguous(), None
 
     def written(head: int | None) -> Tensor:
-        kept = torch.zeros(facts.n_heads, facts.d_head, dtype=stream.dtype)
-        if head is not None:
-            kept[head] = 1
-        handle = output.register_forward_pre_hook(lambda _, args: (args[0] * kept.flatten(), *args[1:]))
-        try:
-            with _attending(module, attend), _undivided(module, stream):
-                returned = first_tensor(call.run(module, stream, zeros))
-        finally:
-            handle.remove()
+        with one_head(output, head, facts), _attending(module, attend), _undivided(module, stream):
+            returned = first_tensor(call.run(module, stream, zeros))
         assert returned is not None
         return (returned - stream)[:, 0].double()  # the first token attends to itself alone in any case
 

@@ -1,6 +1,8 @@
 """A checkpoint as ovqk reads it, compared in float64 with hooks on the Hugging Face model."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from ovqk.weights.block_probes import (
 )
 from ovqk.weights.folding import fold_embeddings, fold_layer, fold_mlp, fold_reads
 from ovqk.weights.norms import apply_norm, normalise
-from ovqk.weights.types import WeightSource, keys, queries, score_scale
+from ovqk.weights.types import Architecture, WeightSource, keys, queries, score_scale
 
 LENGTH = 15
 """Tokens in the text on which both are compared."""
@@ -121,7 +123,7 @@ def output_projection(attention: nn.Module, width: int, d_model: int) -> nn.Modu
 
 
 def silenced(module: nn.Module, attention: nn.Module) -> dict[str, Tensor]:
-    """Return zeros for all parameters of a block, except those of its attention and its norms."""
+    """Return zeros for all parameters in a block, except those in its attention and its norms."""
     inside = {id(each) for each in attention.modules()}
     return {
         f"{name}.{key}": torch.zeros_like(parameter)
@@ -156,14 +158,8 @@ def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: T
     zeros = silenced(module, attention)
 
     def written(head: int | None) -> Tensor:
-        kept = torch.zeros(facts.n_heads, facts.d_head, dtype=stream.dtype)
-        if head is not None:
-            kept[head] = 1
-        handle = output.register_forward_pre_hook(lambda _, args: (args[0] * kept.flatten(), *args[1:]))
-        try:
+        with one_head(output, head, facts):
             returned = first_tensor(call.run(module, stream, zeros))
-        finally:
-            handle.remove()
         assert returned is not None
         return (returned - stream)[0].double()
 
@@ -178,6 +174,23 @@ def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: T
             own = own - nothing  # the output's bias, and what norms behind a silenced MLP add
         worst = max(worst, difference(mine, own))
     return worst
+
+
+@contextlib.contextmanager
+def one_head(output: nn.Module, head: int | None, facts: Architecture) -> Iterator[None]:
+    """Let a single head's values reach the output projection while the context lasts; with None, no head's."""
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        kept = torch.zeros(facts.n_heads, facts.d_head, dtype=args[0].dtype)
+        if head is not None:
+            kept[head] = 1
+        return args[0] * kept.flatten(), *args[1:]
+
+    handle = output.register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def compare_block0(source: WeightSource, model: nn.Module) -> float:

@@ -81,7 +81,7 @@ def multiplicity(rows: int, n: int = 1000, levels: int = 100, draws: int = 12_00
     """Simulate `least_likely` for a test that keeps its level exactly, with n p-values on `levels` levels.
 
     Returns:
-        The share of rows below SURPRISE; for pages of rows, the median of the smallest, and the share of pages below.
+        The share of rows below SURPRISE; for whole pages, the median of the smallest, and the share of pages below.
     """
     generator = np.random.default_rng(0)
     k = np.arange(n + 1)
@@ -101,7 +101,7 @@ def multiplicity(rows: int, n: int = 1000, levels: int = 100, draws: int = 12_00
 
 
 def null_run(cell: tuple[str, str, int], draws: int = 99) -> pd.DataFrame:
-    """Return p-values for heads claimed at random in one random model, and the number of each of its FALSE verdicts."""
+    """Return p-values for heads claimed at random in one random model, and counts of its FALSE verdicts."""
     shape, task, seed = cell
     torch.set_num_threads(1)
     model = random_model(shape, task, seed)

@@ -151,7 +151,7 @@ class RandomModel:
             task: the task whose words are tokens.
             seed: of all weights.
             tied: whether W_U is the transpose of W_E.
-            lookalikes: the number of made-up words beside each word of the task; LOOKALIKES if None.
+            lookalikes: how many made-up words stand beside each task word; LOOKALIKES if None.
         """
         self.architecture = dataclasses.replace(facts, tied=tied)
         self.task, self.seed, self.notes = task, seed, list[str]()
@@ -224,7 +224,7 @@ class RandomModel:
         return self.mlp
 
     def ids(self, *sets: str) -> list[int]:
-        """Return the token ids of these word sets of the task."""
+        """Return the token ids for these word sets of the task."""
         words = word_sets(self.task)
         vocabulary = self.tokenizer.get_vocab()
         return [vocabulary[word] for name in sets for word in words[name]]
@@ -331,14 +331,14 @@ LAYOUT: dict[str, dict[str, tuple[Head, ...]]] = {
 }
 """Task -> role -> its heads, among the first 12 heads of a layer.
 
-Heads of a role have KV heads of their own, except agreement readers: every head that shares W_V with one is one too.
+A role's heads have KV heads of their own, except agreement readers: every head that shares W_V with one is one too.
 """
 MANY, FEW = 24, 12
 """Heads in a layer: enough for `depth` to single out one head, and too few for that."""
 
 
 def planted(shape: str, task: str, seed: int, noise: float = 0.0, per_layer: int = MANY) -> PlantedModel:
-    """Return a model with one of SHAPES, `per_layer` heads in a layer, and all roles of a task planted as in LAYOUT."""
+    """Return a model with one of SHAPES, `per_layer` heads in a layer, and all task roles planted as in LAYOUT."""
     group, positions, tied = SHAPES[shape]
     heads = LAYOUT[task]
     layers = 1 + max(layer for members in heads.values() for layer, _ in members)

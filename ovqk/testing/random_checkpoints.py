@@ -78,7 +78,7 @@ SHAPES = {
 
 
 Normal = Callable[..., Tensor]
-"""A normal tensor of this size, in the dtype of the checkpoint."""
+"""Return a normal tensor of this size, in the checkpoint's dtype."""
 
 
 def make_checkpoint(shape: Shape, folder: Path) -> None:

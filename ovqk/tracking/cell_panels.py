@@ -1,7 +1,7 @@
 """The content of a cell's W&B run, from its record alone: curves, eigenvalues, histograms, tables and scalars.
 
-It is plain data, which `tracking.run` logs. No name contains a head: heads are rows of tables and lines of charts, so
-that runs of models of any size share their names.
+It is plain data, which `tracking.run` logs. No name contains a head: heads are rows in tables and lines in charts, so
+that all models' runs share their names, whatever their size.
 """
 
 from collections.abc import Iterator
@@ -166,7 +166,7 @@ def _histograms(heads: pd.DataFrame) -> dict[str, tuple[NDArray[np.int64], NDArr
 
 
 def _eigenvalues(made: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Return real parts of the eigenvalues of some heads, by falling modulus, for each circuit and space."""
+    """Return the real parts of some heads' eigenvalues, by falling modulus, for each circuit and space."""
     if "spectra" not in made:
         return {}
     spectra = made["spectra"]
@@ -180,7 +180,7 @@ def _eigenvalues(made: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
 
 def _drawn_heads(made: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return layer, head, label of the claimed heads, else of candidates, else of extreme eigenvalue ratios."""
+    """Return layer, head, label for the claimed heads, else for candidates, else for extreme eigenvalue ratios."""
     if "verdicts" in made:
         shown = made["verdicts"].query("kind == 'head'")[["layer", "head", "role"]]
     elif len(made.get("candidates", ())):
@@ -225,7 +225,7 @@ def _quantiles(nulls: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ends(directions: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per component, with the leading tokens of each end of each side: read, read_opposite, ..."""
+    """Return one row per component, with the leading tokens at each end of each side: read, read_opposite, ..."""
     shown = directions[directions["rank"] <= SHOWN_TOKENS]
     first = ["value", "value_im", "cluster_size"]
     columns = [shown[name].tolist() for name in (*COMPONENT, *first, "side", "sign", "token")]

@@ -138,7 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     swept = bool(read_sweeps(chosen.results_dir))
     entity, project = chosen.entity or entity, chosen.project or project
     if entity is None:
-        raise UserError("--entity: whose project is it? No cell there was tracked online, so the records do not tell.")
+        raise UserError(
+            "--entity: not given, and no record names it, because no cell there was tracked online. Needed: the "
+            "project's owner in W&B."
+        )
     try:
         saved = workspace(entity, project, chosen.name, shown, swept).save()
     except Exception as error:  # whatever W&B raises
@@ -147,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def gathered_panels(results_dir: Path) -> tuple[list[Panels], str | None, str]:
-    """Return the panels of one cell for each task and analysis, and the entity and project of their runs."""
+    """Return one cell's panels for each task and analysis, and the entity and project of their runs."""
     shown: dict[tuple[str, str, str], Panels] = {}
     entity, project = os.environ.get("WANDB_ENTITY"), str(TrackingConfig.project)
     for folder, record in done_records(cell_folders(results_dir)):

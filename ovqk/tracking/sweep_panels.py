@@ -39,12 +39,12 @@ class Sweep:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """The records of its cells, in the order of the cells."""
+        """Its cells' records, in the same order."""
         return [record for _, record in done_records(self.cells)]
 
 
 def sweep_folder(results_dir: Path, name: str) -> Path:
-    """Return the folder of a sweep's own files, whose name is also the id of its run."""
+    """Return the folder for a sweep's own files; its name is also the run's id."""
     return results_dir / SWEEPS / f"sweep-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 

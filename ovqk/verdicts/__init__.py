@@ -1,0 +1,1 @@
+"""Predictions tested against nulls: statistics, random draws, tests, verdicts, candidates."""

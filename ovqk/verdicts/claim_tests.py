@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ovqk.circuits import composition
 from ovqk.circuits.composition import LayerCircuits
+from ovqk.circuits.effective_embeddings import RowKind
 from ovqk.circuits.head_maps import HeadMaps
 from ovqk.config.schema import Circuit, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
@@ -369,7 +370,7 @@ class ClaimTests:
         self, observed: Readout, variables: Sequence[Variable], heads: set[Head], metrics: set[str]
     ) -> dict[tuple[Head, str], NDArray[np.float64]]:
         """Return (head, metric) -> [draw]: the metrics when other words replace the task's. Draws are batched."""
-        groups: dict[tuple[str, Circuit], list[Head]] = {}
+        groups: dict[tuple[RowKind, Circuit], list[Head]] = {}
         for head, circuit in self.maps:
             if head in heads and any(METRICS[name].circuit == circuit for name in metrics):
                 groups.setdefault((observed.kind(head[0]), circuit), []).append(head)

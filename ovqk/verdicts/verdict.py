@@ -29,23 +29,6 @@ from ovqk.weights.types import Head
 
 VERDICTS = tuple(wording.VERDICTS)
 
-NOT_ESTABLISHED = (
-    "It does not establish that the model does this on task inputs, nor that the head is necessary: it is a statement "
-    "about the direct path through the weights."
-)
-NOT_INDEPENDENT = (
-    " Heads that were found by what they write are no independent evidence of what they write: consistent with it."
-)
-MEANS = {
-    "corroborated": "The weights could do this: {claim}.",
-    "partial": "Some evidence that the weights could do this: {claim}.",
-    "unsupported": "The weights do not single this out: {claim}.",
-    "contradicted": "The weights point the other way: {claim}.",
-}
-CONSISTENT = "Consistent with the claim and no more, since any trained head may pass: {claim}."
-AGAINST_SPECTRUM = (
-    "The weights point the other way against heads of the same spectrum only, which any trained head may: {claim}."
-)
 SPECTRUM_ONLY = "spectrum"
 """The flag for a contradiction by `spectrum` alone."""
 
@@ -254,14 +237,14 @@ def _statement(
 ) -> str:
     """Say what the weights establish, in words to be quoted."""
     metric = _metric(subject, predicted)
-    if verdict not in MEANS or not rows or metric is None:
+    if verdict not in wording.MEANS or not rows or metric is None:
         return f"Nothing: {why}."
     claim = f"{METRICS[metric].title} is " + ", and ".join(_part(row) for row in rows)
-    means = MEANS[verdict]
+    means = wording.MEANS[verdict]
     if "consistent" in flags:
-        means = CONSISTENT
+        means = wording.CONSISTENT
     if SPECTRUM_ONLY in flags:
-        means = AGAINST_SPECTRUM
+        means = wording.AGAINST_SPECTRUM
     return means.format(claim=claim) + (f" It is {untested}." if untested else "")
 
 
@@ -296,7 +279,7 @@ def _limits(verdict: str, predicted: Sequence[Predicted]) -> str:
         return ""
     metric = METRICS[predicted[0].config.metric]
     writes = metric.circuit is Circuit.ov and not metric.reads
-    return NOT_ESTABLISHED + (NOT_INDEPENDENT if writes else "")
+    return wording.NOT_ESTABLISHED + (wording.NOT_INDEPENDENT if writes else "")
 
 
 def subjects(claims: Claims) -> list[Subject]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ovqk.weights.family import Family, as_transformers_reads
-from ovqk.weights.llamas import (
+from ovqk.weights.llama_families import (
     BESIDE,
     EXAONE4,
     GEMMA,
@@ -75,7 +75,7 @@ GPT2: Family = Family(
 
 
 def _gpt2(config: Mapping[str, Any]) -> Family:
-    """Return GPT-2's row with the scale of its scores and notes on settings that are not part of any metric."""
+    """Return GPT-2's row with the scale of its scores, and with notes on settings that no metric includes."""
     notes = {
         "scale_attn_by_inverse_layer_idx": "the scores of each layer are divided by its number, counted from 1: a "
         "scale of scores, which is not in W_QK",

@@ -78,7 +78,7 @@ def linear_part(
     whole: Float[Tensor, "*batch d_model"],
     eps: float,
 ) -> Float[Tensor, "*part_and_batch d_model"]:
-    """Return what a norm, its bias aside, makes of parts of rows, at the scale that it has on the whole rows.
+    """Apply a norm without its bias to parts of rows, with the scale that it has on the whole rows.
 
     Parts that sum to the whole come out as parts that sum to the normalised whole.
     """

@@ -51,7 +51,7 @@ def _open(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
         ]
         if ignored:
             raise UserError(
-                f"{', '.join(ignored)}: the checkpoint's own config.json tells; allowed for {checkpoint.label}: unset."
+                f"{', '.join(ignored)}: {checkpoint.label} has its own config.json, which decides; allowed: unset."
             )
         return NativeWeights(checkpoint, family)
     if quantised := checkpoint.quantised():

@@ -46,8 +46,8 @@ def refuse_sizes(checkpoint: Checkpoint, loaded_whole: bool) -> None:
         most = bounds.get(key.rpartition(".")[2])
         if most is not None and number > most:
             raise UserError(
-                f"{checkpoint.label}: config.json gives '{key}' as {number}, which {len(tensors)} tensors with sides "
-                f"up to {longest // MARGIN} cannot have."
+                f"{checkpoint.label}: config.json gives '{key}' as {number}, but the checkpoint's {len(tensors)} "
+                f"tensors have sides up to {longest // MARGIN} only. Is it another checkpoint's config.json?"
             )
 
 
@@ -64,13 +64,13 @@ def refuse_larger(checkpoint: Checkpoint, numbers: int) -> None:
     stored = sum(map(math.prod, checkpoint.shapes.values()))
     if numbers > max(FEW, MORE * stored):
         raise UserError(
-            f"{checkpoint.label}: the model of its config.json has {numbers} numbers, and the checkpoint holds "
-            f"{stored}; allowed: a config.json of this checkpoint."
+            f"{checkpoint.label}: config.json describes a model with {numbers} numbers, but the checkpoint holds "
+            f"{stored}; allowed: the config.json that belongs to this checkpoint."
         )
 
 
 def _numbers(config: Mapping[str, Any], at: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
-    """Yield keys and whole numbers of a config and of the configs in it; of a list, under the list's key."""
+    """Yield keys and whole numbers in a config and in the configs inside it; of a list, under the list's key."""
     for key, value in config.items():
         if isinstance(value, Mapping) and depth < 4:
             yield from _numbers(value, f"{at}{key}.", depth + 1)

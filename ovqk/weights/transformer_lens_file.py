@@ -105,7 +105,7 @@ class TransformerLensWeights:
         if len(query) != 3 or min(query) < 1 or key[1:] != query[1:] or key[0] < 1 or query[0] % key[0]:
             raise UserError(
                 f"{label}: 'blocks.0.attn.W_Q' has shape {list(query)} and 'blocks.0.attn.W_K' {list(key)}; allowed: "
-                "[head, d_model, d_head] both, of as many heads or of a whole fraction of them."
+                "[head, d_model, d_head] for both, where the number of heads in W_K divides the number in W_Q."
             )
         (n_heads, d_model, d_head), n_kv = query, key[0]
         in_layer = {

@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from support import ROOT
 
-from ovqk.config.mistakes import LISTED, check_keys, close_names, mistakes
+from ovqk.config.hydra_errors import LISTED, check_keys, close_names, mistakes
 from ovqk.config.schema import register
 from ovqk.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Llama and the families that name their tensors as it does, under RMSNorm: rows of the table of `families.py`."""
+"""Llama and the families that name their tensors as it does, under RMSNorm: rows in the table of `families.py`."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -5,19 +5,18 @@
     induction   a random sequence of words, then the same sequence again
     filler      sentences that mention names, cities, companies and so on, and repeat nothing
 
-A context is a stream of such segments, each after a sentence that introduces other names (before most of the
-indirect-object sentences) or only fills.
-Half of the training windows start at a random word of the stream, so no position is special; the other half
-start with <eos> and a whole segment, so the model also knows a prompt that begins a text. Both name orders,
-optional phrases, and other names in the sentences before keep position, distance and the set of names in the
-context from giving the answer away. In half of the indirect-object sentences the giver asks the question, so
-that the last name before it is the giver; in the other half somebody else does, and the last name is the
-giver's as often as the receiver's: only the repetition tells them apart.
+A context is a stream of such segments. Before each stands a sentence that introduces other names (before most
+indirect-object sentences) or only fills. Half of the training windows start at a random word in the stream, so no
+position is special; the other half start with <eos> and a whole segment, so the model also knows a prompt that begins a
+text. Both name orders, optional phrases, and other names in the sentences before keep position, distance and the set of
+names in the context from giving the answer away. In half of the indirect-object sentences the giver asks the question,
+so that the last name before it is the giver; in the other half somebody else does, and the last name is the giver's as
+often as the receiver's: only the repetition tells them apart.
 
-Held out: about a tenth of the triples of words (`is_held_out`) never meet in training as the two names and the
-object of an indirect-object sentence, as the subject, first attractor and verb of an agreement sentence, or as
-three neighbours in a repeated sequence. Accuracy is measured on those triples only. Triples, and not pairs, because
-a model that trains for long learns which of a few hundred pairs never meet, and then answers with another word.
+Held out: about a tenth of all word triples (`is_held_out`) never meet in training, as the two names and the object in
+an indirect-object sentence, as the subject, first attractor and verb in an agreement sentence, or as three neighbours
+in a repeated sequence. Accuracy is measured on those triples only. Triples, and not pairs, because a model that trains
+for long learns which of a few hundred pairs never meet, and then answers with another word.
 
 Everything is drawn from a `random.Random`, so a seed fixes the language's every word.
 """
@@ -29,9 +28,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from words import SEQUENCE_WEIGHTS, WORDS
-
 from ovqk.tasks.prompts import variants
+from ovqk.testing.language_words import SEQUENCE_WEIGHTS, WORDS
 
 UNKNOWN, END_OF_TEXT = "<unk>", "<eos>"
 

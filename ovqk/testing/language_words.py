@@ -1,8 +1,8 @@
 """The words of the synthetic language.
 
 Every word is one GPT-2 token after a space, so the same lists serve both vocabularies. Six classes are
-capitalised and six or more are not, all of 32 words: a random set of words of another class, alike in
-spelling and in frequency, is the null that a claim about names has to beat.
+capitalised and six or more are not, all of 32 words: a random word set from another class, alike in spelling and in
+    frequency, is the null that a claim about names has to beat.
 """
 
 

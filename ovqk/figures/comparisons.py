@@ -1,9 +1,9 @@
 """Figures from records' tables. Each function takes DataFrames and returns a Matplotlib figure, and computes nothing.
 
     from ovqk import load_results
-    from ovqk.figures import models
+    from ovqk.figures import comparisons
     tables = load_results("results")
-    models.effects(tables["verdicts"]).savefig("effects.svg")
+    comparisons.effects(tables["verdicts"]).savefig("effects.svg")
 
 Tables that hold several cells, as `load_results` returns them, need the columns `model` and `task`; tables for one cell
 (`ovqk.load_table`) do not. Figures of one head are in `ovqk.portraits`. A missing value is shown as unavailable, never

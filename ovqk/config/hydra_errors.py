@@ -1,4 +1,4 @@
-"""One message for a mistake in a choice, made from the errors of Hydra and OmegaConf."""
+"""One message for a mistake in a choice, made from Hydra's and OmegaConf's errors; mistyped keys are refused here."""
 
 import difflib
 import errno
@@ -62,7 +62,7 @@ def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
 
     Args:
         error: the error that Hydra or OmegaConf raised.
-        folders: folders of config files, to tell the place of a mistake in a file.
+        folders: folders with config files, to say where in a file the mistake is.
     """
     if getattr(error, "missing_cfg_file", None):
         return [_unknown_choice(error, folders)]
@@ -183,7 +183,7 @@ def _unparsed(error: BaseException, lines: list[str]) -> str | None:
 
 
 def close_names(name: str, options: Iterable[str]) -> list[str]:
-    """Return at most LISTED of the options that begin with the name, and then of those that are spelled like it."""
+    """Return at most LISTED options: those that begin with the name, then those that are spelled like it."""
     options = sorted(options)
     begin = [option for option in options if option.lower().startswith(name.lower())] if name else []
     like = difflib.get_close_matches(name.lower(), options, n=4, cutoff=0.65)
