@@ -60,7 +60,7 @@ def rows(record: dict, tables: dict[str, pd.DataFrame], kv: int | None) -> Itera
     for role, (sign, metrics) in ASKED.items():
         own = {(int(a), int(b)) for a, b in real[real["role"] == role][["layer", "head"]].to_numpy()}
         measured = tables["activations"].query("role == @role").sort_values(["layer", "head"])
-        halves = {half: rows["attention"].to_numpy(float) for half, rows in measured.groupby("half")}
+        halves = {str(half): rows["attention"].to_numpy(float) for half, rows in measured.groupby("half")}
         if not own or len(halves) < 2:
             continue
         quantity = {half: values.reshape(shape) for half, values in halves.items()}

@@ -36,7 +36,7 @@ from ovqk.weights.readers import open_weights
 from ovqk.weights.types import Head, OpenedModel
 
 ROOT = Path(__file__).resolve().parents[1]
-ASKED = {
+ASKED: dict[str, tuple[Repeats, tuple[str, ...]]] = {
     "previous_token": (Repeats.previous, ("qk_simulated_previous", "qk_prev_auc")),
     "duplicate_token": (Repeats.same, ("qk_simulated_duplicate", "qk_matching_block0", "qk_matching")),
     "induction": (Repeats.next, ("qk_composed_margin", "ov_copying", "ov_copying_block0")),
@@ -66,7 +66,7 @@ class Behaviour:
         for half in HALVES:
             here = self.attention[place][half]
             has &= here >= SHARE
-            for name, found in {**self.attention, **self.others}.items():
+            for name, found in [*self.attention.items(), *self.others.items()]:
                 has &= (name == place) | (here > found[half])
         return {(int(layer), int(head)) for layer, head in np.argwhere(has)}
 
@@ -98,7 +98,9 @@ def on_repeats(cell: Config) -> Behaviour:
     source = open_weights(checkpoint, cell.model)
     facts = source.architecture
     if tokenizer is None:
-        start, tokens = [], without_tokenizer(len(source.embeddings().W_E), facts.n_ctx)
+        W_E = source.embeddings().W_E
+        assert W_E is not None, "the model has no token embedding"
+        start, tokens = [], without_tokenizer(W_E.shape[0], facts.n_ctx)
     else:
         start = start_tokens(tokenizer, checkpoint)
         drawn = draw_repeats(tokenizer, start, facts.n_ctx, seed=0)

@@ -82,4 +82,5 @@ def spearman(a: Values, b: Values) -> float:
 
 def _midranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[place]
+    middle = np.asarray(counts.cumsum() - (counts - 1) / 2, dtype=np.float64)
+    return middle.take(place)
