@@ -77,10 +77,9 @@ def spearman(a: Values, b: Values) -> float:
     if both.sum() < 3:
         return math.nan
     ranks = [_midranks(each[both]) for each in (a, b)]
-    return float(np.corrcoef(ranks)[0, 1])
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])
 
 
 def _midranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    middle = np.asarray(counts.cumsum() - (counts - 1) / 2, dtype=np.float64)
-    return middle.take(place)
+    return (counts.cumsum() - (counts - 1) / 2)[place]
