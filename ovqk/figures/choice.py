@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ovqk.figures import models, portraits, prompts
+from ovqk.figures import circuits, depth, models, portraits, prompts
 from ovqk.metrics import shown_in
 from ovqk.records.cells import Cell, labels, weights_labels
 from ovqk.records.on_prompts import rankings
@@ -23,7 +23,12 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
         yield "verdicts", models.verdict_counts(verdicts)
         yield "effects", models.effects(verdicts)
     sizes = {label: cell.d_head for cell, label in zip(cells, of_weights, strict=True) if cell.d_head}
-    yield "depth", models.depth_curves(_joined(cells, "heads", of_weights), d_heads=sizes)
+    yield (
+        "depth",
+        depth.depth_curves(
+            _joined(cells, "heads", of_weights), d_heads=sizes, layers=_joined(cells, "layers", of_weights)
+        ),
+    )
     for task in dict.fromkeys(cell.record["task"] for cell in cells):
         first: dict[str, Cell] = {}
         for cell in cells:
@@ -45,18 +50,25 @@ def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
         verdicts = cell.tables.get("verdicts")
         if verdicts is None:
             continue
-        whole = [
-            other for other in cells if other.weights == cell.weights and other.record["analysis"] == "composition"
-        ]
-        pairs = [c.tables["composition"] for c in (cell, *whole) if "composition" in c.tables]
-        joined = pd.concat(pairs, ignore_index=True) if pairs else None
-        yield file_name("circuit", *_title(cell, cells)), models.circuit(verdicts, joined)
+        joined = compositions(cell, cells)
+        yield file_name("circuit", *_title(cell, cells)), circuits.circuit(verdicts, joined)
         for layer, head in _leading(verdicts):
             tables = dict(cell.tables) | ({} if joined is None else {"composition": joined.drop_duplicates(PAIR)})
             sheet = portraits.sheet(
                 tables, layer, head, f"{label} / {cell.record['task']}", cell.record.get("unavailable", {})
             )
             yield file_name("head", *_title(cell, cells), f"{layer}.{head}"), sheet
+
+
+def compositions(cell: Cell, cells: Sequence[Cell]) -> pd.DataFrame | None:
+    """Return the compositions of a cell, and those of cells of the same weights that computed all pairs.
+
+    The column `named` says that a row is the cell's own, of a pair that its claims name.
+    """
+    own = [cell] if cell.record["analysis"] != "composition" else []
+    whole = [other for other in cells if other.weights == cell.weights and other.record["analysis"] == "composition"]
+    pairs = [c.tables["composition"].assign(named=c in own) for c in (*own, *whole) if "composition" in c.tables]
+    return pd.concat(pairs, ignore_index=True) if pairs else None
 
 
 PAIR = ["mode", "sender_layer", "sender_head", "receiver_layer", "receiver_head"]
