@@ -22,13 +22,8 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
     if len(verdicts):
         yield "verdicts", models.verdict_counts(verdicts)
         yield "effects", models.effects(verdicts)
-    sizes = {label: cell.d_head for cell, label in zip(cells, of_weights, strict=True) if cell.d_head}
-    yield (
-        "depth",
-        depth.depth_curves(
-            _joined(cells, "heads", of_weights), d_heads=sizes, layers=_joined(cells, "layers", of_weights)
-        ),
-    )
+    heads, layers, sizes = depth_tables(cells)
+    yield "depth", depth.depth_curves(heads, d_heads=sizes, layers=layers)
     for task in dict.fromkeys(cell.record["task"] for cell in cells):
         first: dict[str, Cell] = {}
         for cell in cells:
@@ -39,6 +34,14 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
         for metric in _atlas_metrics(own_heads, own_verdicts):
             marked = own_verdicts if len(own_verdicts) else None
             yield file_name("atlas", task, metric), models.atlas(own_heads, metric, marked)
+
+
+def depth_tables(cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, int]]:
+    """Return what the curves along the depth are drawn of: heads, layers if there are any, and model -> d_head."""
+    names = weights_labels(cells)
+    sizes = {label: cell.d_head for cell, label in zip(cells, names, strict=True) if cell.d_head}
+    layers = _joined(cells, "layers", names)
+    return _joined(cells, "heads", names), layers if len(layers) else None, sizes
 
 
 def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:

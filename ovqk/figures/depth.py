@@ -52,6 +52,7 @@ class Panel:
         name, title: the metric's name (`summed-METRIC` if it is of a layer's summed W_QK), and its title.
         limits: the ends of the axis, from `Scale`.
         signed: whether a line marks zero.
+        of_layers: whether its values are of layers, and no head has one.
         lines: a line for each model that has the metric.
     """
 
@@ -59,6 +60,7 @@ class Panel:
     title: str
     limits: tuple[float, float]
     signed: bool
+    of_layers: bool
     lines: tuple[Line, ...]
 
 
@@ -93,7 +95,7 @@ def depth_curves(
     for axes in spots[len(made) :]:
         axes.set_axis_off()
     for k, (axes, panel) in enumerate(zip(spots, made, strict=False)):
-        _draw(axes, panel, len(models) <= MOST_TOLD_APART)
+        _draw(axes, panel, len(models) <= MOST_TOLD_APART and not panel.of_layers)
         axes.set_title(panel.title)
         if k + COLUMNS >= len(made):  # the lowest of its column
             axes.set_xlabel("relative depth")
@@ -127,16 +129,16 @@ def panels(
     for name in shown_in("depth") if metrics is None else metrics:
         shares = differ and METRICS[name].counts_dimensions
         lines = [
-            _line_of(models.index(model), cell, name, known[model] if shares else 1)
+            _line_of(models.index(model), cell, name, float(known[model]) if shares else 1.0)
             for model, cell in _cells_with(heads, name)
         ]
         if lines:
             title = METRICS[name].title + (" / d_head" if shares else "")
-            found.append(Panel(name, title, _limits(name, lines, shares), METRICS[name].low == -1, tuple(lines)))
+            found.append(Panel(name, title, _limits(name, lines, shares), METRICS[name].low == -1, False, tuple(lines)))
     for name, title in wording.SUMMED.items() if layers is not None else ():
-        lines = [_line_of(models.index(model), cell, name, 1) for model, cell in _cells_with(layers, name)]
+        lines = [_line_of(models.index(model), cell, name, 1.0) for model, cell in _cells_with(layers, name)]
         if lines:
-            found.append(Panel(f"summed-{name}", title, _limits("qk_symmetry", lines, False), True, tuple(lines)))
+            found.append(Panel(f"summed-{name}", title, _limits("qk_symmetry", lines, False), True, True, tuple(lines)))
     return found
 
 
@@ -181,7 +183,7 @@ def _draw(axes: Axes, panel: Panel, dots: bool) -> None:
     for line in panel.lines:
         colour = CATEGORIES[look(line.place)[0]]
         if dots:
-            axes.scatter(*line.dots.T, s=9, color=colour, alpha=0.25, lw=0, clip_on=False, gid=f"dots-{line.place}")
+            axes.scatter(*line.dots.T, s=13, color=colour, alpha=0.35, lw=0, clip_on=False, gid=f"dots-{line.place}")
     for line in panel.lines:
         axes.plot(
             line.depth, line.means, marker="o", lw=2.2, ms=5, clip_on=False, gid=f"line-{line.place}",

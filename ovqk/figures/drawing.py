@@ -43,6 +43,10 @@ STYLE: Any = {
 }  # fmt: skip
 HOLLOW = ("untestable", "out_of_scope")  # verdicts without a finding are drawn as outlines
 MARKERS = dict.fromkeys(VERDICT_COLOURS, "o") | {"contradicted": "X", "untestable": "_", "out_of_scope": "."}
+STRETCHED_ABOVE = 130
+"""The most offsets of an axis that is not stretched at its start."""
+OFFSET_MARKS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
+"""The marks of a stretched one."""
 DECADES = 3  # decades of modulus from the rim of the complex plane to its centre
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -292,10 +296,10 @@ def share_bars(axes: Axes, row: Mapping[Any, Any]) -> None:
 
 def offset_line(axes: Axes, offsets: Sequence[int], scores: Sequence[float]) -> None:
     """Draw the positional part of the mean score by offset, with a mark at the previous token."""
-    axes.plot(offsets, scores, "o-" if len(offsets) <= 130 else "-", color=BLUE, ms=3.5, lw=1.8)
-    if len(offsets) > 130:
+    axes.plot(offsets, scores, "o-" if len(offsets) <= STRETCHED_ABOVE else "-", color=BLUE, ms=3.5, lw=1.8)
+    if len(offsets) > STRETCHED_ABOVE:
         axes.set_xscale("symlog", linthresh=4)
-        marks = [at for at in (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if at <= max(offsets)]
+        marks = [at for at in OFFSET_MARKS if at <= max(offsets)]
         axes.set_xticks(marks, [f"{at:,}" for at in marks])
         axes.minorticks_off()
     at = list(offsets)

@@ -50,6 +50,7 @@ def element(figure: Figure, label: str) -> str:
     defined = {f"#{node.get('id')}": node for node in root.iter() if node.get("id")}
     width, height = root.get("viewBox", "0 0 0 0").split()[2:]
     made = ElementTree.Element("svg", {
+        "xmlns": SVG.strip("{}"),
         "class": "plot", "viewBox": f"0 0 {_short(width)} {_short(height)}", "width": _short(width),
         "height": _short(height), "role": "img", "aria-label": label, "fill": "none", "stroke-linejoin": "round",
     })  # fmt: skip

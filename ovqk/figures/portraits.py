@@ -10,7 +10,7 @@ no value, the panel says unavailable, and `reasons` (a record's `unavailable`) s
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from ovqk.metrics import HEAD_METRICS, METRICS, ratios
 
 HeadTables = Mapping[str, pd.DataFrame | None]
 TABLES = ("heads", "spectra", "directions", "offsets", "composition", "tests", "nulls", "verdicts")
-SHOWN_COMPONENTS, SHOWN_TOKENS, SHOWN_PARTNERS = 3, 5, 5
+SHOWN_COMPONENTS, SHOWN_TOKENS, SHOWN_PARTNERS = 3, 5, 6
 
 
 @styled
@@ -281,10 +281,14 @@ def _strips(tables: HeadTables, layer: int | None, head: int | None, role: str |
     if not len(tests):
         return []
     tests = tests if role is None else tests[tests["role"] == role]
-    ranks = tests["null"].isin(["layer", "layer_all"]) & tests["head"].isna()
-    unit = np.where(tests["null"] == "depth", "percentile", np.where(ranks, "rank", "value"))
-    groups = tests.assign(unit=unit).groupby(["role", "metric", "unit"], sort=False)
+    groups = tests.assign(unit=units(tests)).groupby(["role", "metric", "unit"], sort=False)
     return [(str(metric), str(kind), rows) for (_, metric, kind), rows in groups]
+
+
+def units(tests: pd.DataFrame) -> np.ndarray:
+    """Return each test's unit: `percentile`, `rank` (a role's mean rank within layers) or `value`."""
+    ranks = tests["null"].isin(["layer", "layer_all"]) & tests["head"].isna()
+    return np.where(tests["null"] == "depth", "percentile", np.where(ranks, "rank", "value"))
 
 
 def _draw_strips(panels: Any, tables: HeadTables, groups: list[Strip]) -> None:
@@ -294,7 +298,8 @@ def _draw_strips(panels: Any, tables: HeadTables, groups: list[Strip]) -> None:
     for axes, (metric, unit, rows) in zip(panels, groups, strict=False):
         quantiles = _quantiles(tables.get("nulls"), rows)
         first = rows.iloc[0]
-        drawing.null_strip(axes, rows, quantiles, unit, _bounds(metric, unit, rows, quantiles))
+        values = [*map(float, rows["value"]), *(float(q) for line in quantiles.values() for q in line.values())]
+        drawing.null_strip(axes, rows, quantiles, unit, bounds(metric, unit, values))
         if (first["role"], metric) not in said:
             kind = "primary" if first["primary"] else "exploratory" if first["exploratory"] else "secondary"
             title = f"{wording.predicted(metric, first['prediction'])}  ({wording.role(first['role'])}, {kind})"
@@ -317,16 +322,15 @@ def _quantiles(nulls: pd.DataFrame | None, rows: pd.DataFrame) -> dict[int, dict
     return found
 
 
-def _bounds(
-    metric: str, unit: str, rows: pd.DataFrame, quantiles: Mapping[int, Mapping[float, float]]
-) -> tuple[float, float]:
+def bounds(metric: str, unit: str, values: Iterable[float]) -> tuple[float, float]:
+    """Return the ends of a strip's axis: the metric's range if it has one, and else that of the drawn values."""
     facts = HEAD_METRICS.get(metric)
     if unit != "value":
         return 0.0, 1.0
     if facts is not None and facts.low is not None and facts.high is not None:
         return facts.low, facts.high
-    values = [*rows["value"].dropna(), *(value for line in quantiles.values() for value in line.values())]
-    return min(0.0, *values, 0.0), 1.05 * max(*values, 1e-9)
+    finite = [value for value in values if math.isfinite(value)]
+    return min(0.0, *finite, 0.0), 1.05 * max(*finite, 1e-9, 1e-9)
 
 
 # --- tokens --------------------------------------------------------------------------------------------------
