@@ -53,7 +53,7 @@ def test_it_has_no_ids_no_sheet_and_no_colour_of_its_own() -> None:
     root = ElementTree.fromstring(svg)
     assert root.get("aria-label") == "a <title> & more" and root.get("class") == "plot"
     assert {node.tag.removeprefix(SVG) for node in root.iter()} == {"svg", "g", "path", "text"}
-    names = {name for node in root.iter() for name in node.keys()}
+    names = {name for node in root.iter() for name in node.attrib}
     assert not names & {"id", "href", "clip-path", "onload"} and not re.search(r"#[0-9a-f]{3,6}|url\(|DejaVu", svg)
     used = set(re.findall(r"var\((--[\w-]+)\)", svg))
     for dark in (False, True):
@@ -65,9 +65,9 @@ def test_it_has_no_ids_no_sheet_and_no_colour_of_its_own() -> None:
 
 
 def test_of_many_models_single_heads_are_left_out_of_the_figure() -> None:
-    for n, wanted in ((MOST_TOLD_APART, n_dots := MOST_TOLD_APART), (MOST_TOLD_APART + 1, 0)):
+    for n, clouds in ((MOST_TOLD_APART, MOST_TOLD_APART), (MOST_TOLD_APART + 1, 0)):
         (axes, *_) = depth.depth_curves(heads(n)).axes
-        assert len(axes.collections) == wanted, n_dots
+        assert len(axes.collections) == clouds
 
 
 def test_looks_tell_lines_apart_when_colours_run_out() -> None:

@@ -316,6 +316,25 @@ def test_a_figure_is_also_a_table_and_a_file(reader, tmp_path) -> None:
         assert path.read_bytes().startswith(start) and path.name == f"singular-mini-attn-3.4-ov.{kind.lower()}"
 
 
+def test_curves_that_python_drew_follow_theme_choice_and_download(reader, tmp_path) -> None:
+    reader.open("compare")
+    figure = reader.page.locator("figure:has(h3:text-is('OV copying'))")
+    line, dots = figure.locator("[data-part='line-0']"), figure.locator("[data-part='dots-0']")
+    stroke = "node => getComputedStyle(node.firstElementChild).stroke"
+    light = line.evaluate(stroke)
+    assert dots.is_visible() and line.get_attribute("data-tip") == reader.texts(".legend.lines span")[0]
+    reader.page.uncheck("label:has-text('single heads') input")
+    assert not dots.is_visible() and line.is_visible()
+    reader.page.emulate_media(color_scheme="dark")
+    reader.page.wait_for_selector("html[data-dark]")
+    assert line.evaluate(stroke) != light and not dots.is_visible()  # the choice outlives the theme
+    with reader.page.expect_download() as download:
+        figure.locator("button:text-is('SVG')").click()
+    download.value.save_as(tmp_path / "depth.svg")
+    svg = (tmp_path / "depth.svg").read_text()
+    assert "var(" not in svg and svg.startswith("<svg") and 'visibility="hidden"' in svg
+
+
 def background(reader: Reader) -> str:
     return reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
 

@@ -14,7 +14,6 @@ import pandas as pd
 from ovqk import wording
 from ovqk.figures import circuits, depth, drawing, embedded, portraits
 from ovqk.figures.choice import compositions, depth_tables
-from ovqk.figures.colours import DASHES
 from ovqk.metrics import METRICS, shown_in
 from ovqk.records.cells import Cell, Json, weights_labels
 from ovqk.report.thinning import Pool, short
@@ -160,14 +159,13 @@ def panel_words() -> Json:
 
 
 def limits() -> dict[str, Any]:
-    """Return numbers that figures and page share: how much is shown, and where an axis is stretched."""
+    """Return numbers that figures and page share, such as how much is shown of a list."""
     return {
         "decades": drawing.DECADES,
         "partners": portraits.SHOWN_PARTNERS,
         "tokens": TOKENS,
         "stretched": drawing.STRETCHED_ABOVE,
         "offsets": drawing.OFFSET_MARKS,
-        "dashes": DASHES,
     }
 
 
