@@ -44,6 +44,10 @@ FLAGS = {
     ),
 }
 """Verdict with a flag -> what the flag says."""
+CONSISTENT = "no more than consistent"
+"""A partial verdict with the flag `consistent`, in a sentence that has no room for what the flag says."""
+ALONE = ("corroborated", "partial", CONSISTENT, "unsupported", "contradicted", "untestable", "out of scope")
+"""Verdicts in such a sentence, in the order of how much they say."""
 ON_PROMPTS = {
     "realised": "realised",
     "partial": "partly realised",
@@ -213,6 +217,11 @@ def verdict(name: str, flags: str | None = None) -> str:
     """Return a verdict with its flags, if it has any, in brackets."""
     said = VERDICTS.get(name, name)
     return f"{said} ({flags})" if flags else said
+
+
+def alone(name: str, flags: str | None = None) -> str:
+    """Return a verdict for a sentence that shows no flags: a partial one that is only consistent is called so."""
+    return CONSISTENT if name == "partial" and "consistent" in (flags or "").split() else VERDICTS.get(name, name)
 
 
 def metric(name: str) -> str:

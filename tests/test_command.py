@@ -104,6 +104,7 @@ def test_hydras_options_are_taken_by_the_argparse_of_python_3_14(monkeypatch) ->
         return action
 
     monkeypatch.setattr(argparse.ArgumentParser, "add_argument", strict)
+    monkeypatch.setattr(argparse.HelpFormatter, "_get_help_string", lambda formatter, action: action.help)  # Python's
     with pytest.raises(TypeError):
         get_args_parser()
     monkeypatch.setattr(argparse.HelpFormatter, "_get_help_string", command.only_text)

@@ -130,6 +130,8 @@ def page_data(
             "nulls": wording.NULLS,
             "verdicts": wording.VERDICTS,
             "flags": wording.FLAGS,
+            "consistent": wording.CONSISTENT,
+            "alone": wording.ALONE,
             "arrows": wording.ARROWS,
             "modes": wording.MODES,
             "parts": wording.PARTS,

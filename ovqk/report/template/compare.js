@@ -17,12 +17,13 @@ function comparePage() {
 
 function summary() {
   const roles = CELLS.flatMap((cell) => rows(cell, "verdicts").filter((row) => row.kind === "role"));
-  const counts = VERDICTS.map((name) => [name, roles.filter((row) => row.verdict === name).length]).filter(([, n]) => n);
+  const word = (row) => (row.verdict === "partial" && (row.flags || "").split(" ").includes("consistent") ? REPORT.wording.consistent : verdictName(row.verdict));
+  const counts = REPORT.wording.alone.map((name) => [name, roles.filter((row) => word(row) === name).length]).filter(([, n]) => n);
   const tasks = TASKS.filter((task) => task !== "none");
   const lost = REPORT.failures.length ? `, and ${plural(REPORT.failures.length, "cell")} without results` : "";
   const size = `${plural(CELLS.length, "cell")} of ${plural(MODELS.length, "model")}${tasks.length ? ` and ${plural(tasks.length, "task")}` : ""}${lost}. `;
   if (!roles.length) return `${size}No circuit is claimed for any of them, so there is nothing to judge. The strongest heads for each role are candidates: places to look first, and no findings. Every head is in the atlas.`;
-  return `${size}${plural(roles.length, "role")} with claimed heads: ${sentenceList(counts.map(([name, n]) => `${n} ${verdictName(name)}`))}.`;
+  return `${size}${plural(roles.length, "role")} with claimed heads: ${sentenceList(counts.map(([name, n]) => `${n} ${name}`))}.`;
 }
 
 function compareControls(draw) {
