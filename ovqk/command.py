@@ -101,7 +101,7 @@ def _run() -> None:
 
 def _mend_hydra() -> None:
     """Let Python 3.14 take Hydra 1.3.8's options: its argparse looks into each help, and one of them is no text."""
-    argparse.HelpFormatter._get_help_string = only_text  # type: ignore[method-assign]
+    argparse.HelpFormatter._get_help_string = only_text  # type: ignore[method-assign, assignment]
 
 
 def only_text(formatter: argparse.HelpFormatter, action: argparse.Action) -> str | None:

@@ -6,6 +6,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -135,8 +136,9 @@ def panels(
         if lines:
             title = METRICS[name].title + (" / d_head" if shares else "")
             found.append(Panel(name, title, _limits(name, lines, shares), METRICS[name].low == -1, False, tuple(lines)))
-    for name, title in wording.SUMMED.items() if layers is not None else ():
-        lines = [_line_of(models.index(model), cell, name, 1.0) for model, cell in _cells_with(layers, name)]
+    for name, title in wording.SUMMED.items():
+        there = () if layers is None else _cells_with(layers, name)
+        lines = [_line_of(models.index(model), cell, name, 1.0) for model, cell in there]
         if lines:
             found.append(Panel(f"summed-{name}", title, _limits("qk_symmetry", lines, False), True, True, tuple(lines)))
     return found
@@ -148,7 +150,8 @@ def _cells_with(table: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.Data
         return
     keys = ["model", "cell_id"] if "cell_id" in table else ["model"]
     done: set[str] = set()
-    for (model, *_), rows in table[["layer", metric, *keys]].groupby(keys, sort=False):
+    for key, rows in table[["layer", metric, *keys]].groupby(keys, sort=False):
+        model = str(key[0])  # type: ignore[index]
         if model not in done and rows[metric].notna().any():
             done.add(model)
             yield model, rows
@@ -170,7 +173,7 @@ def _limits(metric: str, lines: Sequence[Line], shares: bool) -> tuple[float, fl
     return (scale.low, scale.high) if scale.kind != "ratio" else (0.0, scale.high)
 
 
-def _line(place: int) -> dict[str, object]:
+def _line(place: int) -> dict[str, Any]:
     colour, dash = look(place)
     parts = [float(part) / 2 for part in dash.split()]  # of a line twice as wide as a point
     return {"color": CATEGORIES[colour], "ls": (0, parts) if parts else "-"}
@@ -183,7 +186,16 @@ def _draw(axes: Axes, panel: Panel, dots: bool) -> None:
     for line in panel.lines:
         colour = CATEGORIES[look(line.place)[0]]
         if dots:
-            axes.scatter(*line.dots.T, s=13, color=colour, alpha=0.35, lw=0, clip_on=False, gid=f"dots-{line.place}")
+            axes.scatter(
+                line.dots[:, 0],
+                line.dots[:, 1],
+                s=13,
+                color=colour,
+                alpha=0.35,
+                lw=0,
+                clip_on=False,
+                gid=f"dots-{line.place}",
+            )
     for line in panel.lines:
         axes.plot(
             line.depth, line.means, marker="o", lw=2.2, ms=5, clip_on=False, gid=f"line-{line.place}",

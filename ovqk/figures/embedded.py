@@ -74,12 +74,13 @@ def _drawn(group: ElementTree.Element, defined: dict[str, ElementTree.Element]) 
                 yield from inside
         elif tag == "use":
             shape = defined[node.get(LINK, "")]
+            style = node.get("style") or shape.get("style") or ""
             where = f"{_short(node.get('x', '0'))} {_short(node.get('y', '0'))}"
             radius = _radius(shape.get("d", ""))
             if radius is None:
-                yield _path(shape.get("d", ""), node.get("style") or shape.get("style", ""), f"translate({where})")
+                yield _path(shape.get("d", ""), style, f"translate({where})")
                 continue
-            key = (str(radius), node.get("style") or shape.get("style", ""))
+            key = (str(radius), style)
             if key in dots:
                 dots[key].set("d", f"{dots[key].get('d')}M{where}h0")
             else:

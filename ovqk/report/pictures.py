@@ -120,10 +120,11 @@ def with_bounds(tests: pd.DataFrame) -> pd.DataFrame:
     """
     tests = tests.assign(unit=portraits.units(tests), low=0.0, high=1.0)
     groups = tests.groupby(["metric", "unit", "role", "layer", "head"], dropna=False, sort=False)
-    for (metric, unit, *_), rows in groups:
+    for key, rows in groups:
+        metric, unit = map(str, key[:2])  # type: ignore[index]
         drawn = (float(value) for line in rows.get("quantile_values", ()) for value in line if value is not None)
         values = [*map(float, rows["value"]), *drawn]
-        tests.loc[rows.index, ["low", "high"]] = portraits.bounds(metric, unit, values)
+        tests.loc[rows.index, "low"], tests.loc[rows.index, "high"] = portraits.bounds(metric, unit, values)
     return tests
 
 
