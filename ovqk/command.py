@@ -72,6 +72,7 @@ def _run() -> None:
         return
     if {"-m", "--multirun"} & set(sys.argv) and {"-c", "--cfg"} & set(sys.argv):
         raise UserError("--cfg shows the choice of one cell: leave out -m, and give one value for each key.")
+    _mend_hydra()  # before anything reads the command line
     if "-sc" not in sys.argv:  # Hydra's shell completion, whose install= and query= are no keys
         check_keys(sys.argv[1:])
         refuse_foreign_files(sys.argv[1:])
@@ -81,7 +82,6 @@ def _run() -> None:
     if asked == "1":
         os.environ[SHOWS_TRACEBACK] = "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and a config's mistake is one message here
-    _mend_hydra()
     try:
         main()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -101,8 +101,7 @@ def _run() -> None:
 
 def _mend_hydra() -> None:
     """Let Python 3.14 take Hydra 1.3.8's options: its argparse looks into each help, and one of them is no text."""
-    if sys.version_info >= (3, 14):
-        argparse.HelpFormatter._get_help_string = only_text  # type: ignore[method-assign]
+    argparse.HelpFormatter._get_help_string = only_text  # type: ignore[method-assign, assignment]
 
 
 def only_text(formatter: argparse.HelpFormatter, action: argparse.Action) -> str | None:

@@ -66,6 +66,10 @@ NOT_INDEPENDENT = (
     " Heads that were found by what they write are no independent evidence of what they write: consistent with it."
 )
 """A further limit, if the metric is about what a head writes."""
+NO_MORE = "no more than consistent"
+"""A partial verdict with the flag `consistent`, in a sentence that has no room for what the flag says."""
+ALONE = ("corroborated", "partial", NO_MORE, "unsupported", "contradicted", "untestable", "out of scope")
+"""Verdicts in such a sentence, in the order of how much they say."""
 ON_PROMPTS = {
     "realised": "realised",
     "partial": "partly realised",
@@ -169,6 +173,44 @@ MODES = {"q": "Q: into queries", "k": "K: into keys", "v": "V: into values"}
 PARTS = {"position": "key position", "content": "key content", "both": "both"}
 """Part of the key -> the shares that it has in the score's variance."""
 
+SUMMED = {"qk_symmetry": "Symmetry, summed W_QK", "qk_directionality": "Directionality, summed W_QK"}
+"""Metric of a layer's summed W_QK -> its title."""
+SPACES = {"vocab": "between tokens", "residual": "in the residual stream"}
+"""Space in which a circuit's eigenvalues are -> in words."""
+ENDS = {
+    "ov": {"vocab": ("suppresses", "copies")},
+    "qk": {"vocab": ("avoids it", "same token")},
+}
+"""Circuit -> space -> the meaning of eigenvalues on the left and on the right."""
+NO_ENDS = ("opposite", "same direction")
+"""The same where they have no meaning of their own."""
+SIDES = {"sender": "Reads from", "receiver": "Is read by"}
+"""Which end of a composition the other head is -> the title of such pairs."""
+VERBS = {"ov": ("reads", "writes"), "qk": ("query", "key")}
+"""Circuit -> what a singular component does with the tokens at its two ends."""
+RANKS = "mean rank within layers"
+"""The axis of a role's test against other heads."""
+CANNOT, REPORTED = "cannot reach p ≤ 0.05", "reported only"
+"""A test that can never be significant, and one that does not decide."""
+PANELS = {
+    "eigenvalues": "eigenvalues",
+    "singular": "singular values",
+    "symmetry": "Symmetry and position",
+    "shares": "Shares of the score's variance",
+    "offsets": "Score by offset",
+}
+"""Panel about one head -> its title, after the circuit's name where it has one."""
+AXES = {
+    "component": "component k",
+    "singular": "σₖ / σ₁",
+    "symmetry": "QK symmetry",
+    "share": "positional share",
+    "offset": "offset back from the query",
+    "score": "mean score",
+    "energy": "90 % of energy",
+}
+"""Axis or mark of such a panel -> its title."""
+
 
 def role(name: str) -> str:
     """Return a role as a person reads it: `name_mover` is "name mover"."""
@@ -198,6 +240,11 @@ def verdict(name: str, flags: str | None = None) -> str:
     """Return a verdict with its flags, if it has any, in brackets."""
     said = VERDICTS.get(name, name)
     return f"{said} ({flags})" if flags else said
+
+
+def alone(name: str, flags: str | None = None) -> str:
+    """Return a verdict for a sentence that shows no flags: a partial one that is only consistent is called so."""
+    return NO_MORE if name == "partial" and "consistent" in (flags or "").split() else VERDICTS.get(name, name)
 
 
 def metric(name: str) -> str:

@@ -104,10 +104,28 @@ def test_hydras_options_are_taken_by_the_argparse_of_python_3_14(monkeypatch) ->
         return action
 
     monkeypatch.setattr(argparse.ArgumentParser, "add_argument", strict)
+    monkeypatch.setattr(argparse.HelpFormatter, "_get_help_string", lambda formatter, action: action.help)  # Python's
     with pytest.raises(TypeError):
         get_args_parser()
     monkeypatch.setattr(argparse.HelpFormatter, "_get_help_string", command.only_text)
     assert get_args_parser().parse_args(["-m", "task=ioi"]).overrides == ["task=ioi"]
+
+
+def test_the_command_runs_where_each_help_is_expanded_when_its_option_is_added() -> None:
+    """As in Python 3.14, whatever part of the command reads the command line first."""
+    strict = (
+        "import argparse, runpy, sys; plain = argparse._ActionsContainer.add_argument\n"
+        "def add(parser, *names, **options):\n"
+        "    action = plain(parser, *names, **options)\n"
+        "    if action.help: argparse.HelpFormatter('x')._expand_help(action)\n"
+        "    return action\n"
+        "argparse._ActionsContainer.add_argument = add\n"
+        "sys.argv = ['run.py', *sys.argv[1:]]; runpy.run_path('run.py', run_name='__main__')"
+    )
+    for arguments, wanted in (("--help", "one cell: a model"), ("task=nothing", "there is no such task")):
+        command = [sys.executable, "-c", strict, arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        assert wanted in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_the_configs_lie_beside_the_package_in_a_checkout() -> None:

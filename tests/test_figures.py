@@ -13,7 +13,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from support.drawn import direction_table, head_table, pair, verdict_table
 from support.reported import STORABLE
 
-from ovqk.figures import colours, comparisons, drawing, portraits
+from ovqk.figures import circuits, colours, comparisons, depth, drawing, portraits
 from ovqk.figures.colours import VERDICT_COLOURS, Scale, colour_at
 from ovqk.figures.drawing import legible
 from ovqk.records.comparison import could_be_corroborated
@@ -48,12 +48,12 @@ def test_heads_that_no_null_could_decide_about_are_told_and_not_counted() -> Non
 def test_ranks_of_models_with_other_heads_are_compared_as_shares() -> None:
     wide, narrow = head_table("a"), head_table("b", seed=1)
     both = pd.concat([wide.assign(ov_effective_rank=32.0), narrow.assign(ov_effective_rank=8.0)], ignore_index=True)
-    (axes, *_) = comparisons.depth_curves(both, ["ov_effective_rank"], {"a": 64, "b": 16}).axes
+    (axes, *_) = depth.depth_curves(both, ["ov_effective_rank"], {"a": 64, "b": 16}).axes
     assert axes.get_title(loc="left") == "OV effective rank / d_head" and axes.get_ylim() == (0, 1)
     assert {y for line in axes.lines for y in line.get_ydata()} == {0.5}
-    (axes, *_) = comparisons.depth_curves(both, ["ov_effective_rank"], {"a": 64, "b": 64}).axes
+    (axes, *_) = depth.depth_curves(both, ["ov_effective_rank"], {"a": 64, "b": 64}).axes
     assert {y for line in axes.lines for y in line.get_ydata()} == {32.0, 8.0}
-    (axes, *_) = comparisons.depth_curves(both, ["ov_effective_rank"], {"a": 64}).axes  # of the other nothing is known
+    (axes, *_) = depth.depth_curves(both, ["ov_effective_rank"], {"a": 64}).axes  # of the other nothing is known
     assert axes.get_title(loc="left") == "OV effective rank"
 
 
@@ -80,7 +80,7 @@ def test_effects_are_marks_with_intervals_and_what_is_missing_says_so() -> None:
 
 def test_depth_curves_run_through_the_means_of_the_layers() -> None:
     deep, shallow = head_table("deep", n_layers=5), head_table("shallow", n_layers=2, seed=1)
-    figure = comparisons.depth_curves(pd.concat([deep, shallow], ignore_index=True))
+    figure = depth.depth_curves(pd.concat([deep, shallow], ignore_index=True))
     shown = [axes for axes in figure.axes if axes.axison]
     assert [axes.get_title(loc="left") for axes in shown] == ["OV copying", "QK symmetry", "QK positional share"]
     assert {axes.get_xlabel() for axes in shown} == {"relative depth"}  # of a column the lowest alone is labelled
@@ -94,7 +94,7 @@ def test_depth_curves_run_through_the_means_of_the_layers() -> None:
 
 def test_a_model_is_drawn_once_whatever_was_asked_of_it() -> None:
     twice = pd.concat([head_table(), head_table().assign(cell_id="other task")], ignore_index=True)
-    (axes, *_) = comparisons.depth_curves(twice, ["ov_copying"]).axes
+    (axes, *_) = depth.depth_curves(twice, ["ov_copying"]).axes
     assert len(axes.collections[0].get_offsets()) == 12
 
 
@@ -155,7 +155,7 @@ def test_a_circuit_joins_claimed_heads_above_random_and_no_others() -> None:
             pair("k", (0, 1), (1, 0), 0.2, 0.1),  # again, from another cell
         ]
     )
-    (axes,) = comparisons.circuit(verdicts, pairs).axes
+    (axes,) = circuits.circuit(verdicts, pairs).axes
     arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
     assert [to_hex(arrow.get_edgecolor()) for arrow in arrows] == [colours.MODES["k"][0], colours.MODES["q"][0]]
     assert arrows[0].get_linewidth() > arrows[1].get_linewidth() and arrows[0].get_zorder() > arrows[1].get_zorder()
@@ -165,25 +165,25 @@ def test_a_circuit_joins_claimed_heads_above_random_and_no_others() -> None:
     spots = {text.get_text(): text.get_position() for text in axes.texts}
     assert spots["0.1"][1] < spots["1.2"][1] == spots["1.0"][1]  # later layers above
     assert spots["name mover"][0] == pytest.approx((spots["1.2"][0] + spots["1.3"][0]) / 2)
-    assert not [p for p in comparisons.circuit(verdicts).axes[0].patches if isinstance(p, FancyArrowPatch)]
+    assert not [p for p in circuits.circuit(verdicts).axes[0].patches if isinstance(p, FancyArrowPatch)]
 
 
 def test_a_head_of_two_roles_is_drawn_once_under_the_smaller() -> None:
     verdicts = verdict_table().query("model == 'a'")
     also = verdicts[(verdicts["kind"] == "head") & (verdicts["head"] == 0)].assign(layer=0, head=1)
-    (axes,) = comparisons.circuit(pd.concat([verdicts, also], ignore_index=True)).axes
+    (axes,) = circuits.circuit(pd.concat([verdicts, also], ignore_index=True)).axes
     said = [text.get_text() for text in axes.texts]
-    assert said.count("0.1") == 1 and "also name mover" in said
+    assert said.count("0.1") == 1 and {"also NM", "name mover (NM)", "induction"} <= set(said)
 
 
 def test_an_arrow_passes_no_head_and_runs_beside_another_of_its_heads() -> None:
     start, end, between = (0.0, 0.0), (4.0, 3.0), (2.0, 1.5)
-    assert comparisons.clear_bend(start, end, 0.0, [], []) == 0
-    bend = comparisons.clear_bend(start, end, 0.0, [between], [])
+    assert circuits.clear_bend(start, end, 0.0, [], []) == 0
+    bend = circuits.clear_bend(start, end, 0.0, [between], [])
     assert 0.1 < abs(bend) < 0.4
-    other = comparisons.clear_bend(start, end, 0.0, [between], [bend])
+    other = circuits.clear_bend(start, end, 0.0, [between], [bend])
     assert abs(other - bend) > 0.06
-    assert comparisons.clear_bend(start, end, 0.0, [(0.0, 3.0)], []) == 0  # a head that is not in the way
+    assert circuits.clear_bend(start, end, 0.0, [(0.0, 3.0)], []) == 0  # a head that is not in the way
 
 
 # --- texts and files -----------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_nulls_are_strips_with_the_value_on_them() -> None:
     assert (band.get_x(), band.get_width()) == (-0.2, pytest.approx(0.4)) and band.get_y() == pytest.approx(0.78)
     assert dots(percentiles) == [(0.8, 0.0)] and percentiles.get_xlim() == (0, 1)
     said = [text.get_text() for text in values.texts]
-    assert said == ["p 0.2   cannot reach 0.05", "p 0.001   q 0.002"]
+    assert said == ["p 0.2   cannot reach p ≤ 0.05", "p 0.001   q 0.002"]
     assert values.get_title(loc="left") == "OV copying ↑  (induction, primary)"
 
 

@@ -24,7 +24,7 @@ from ovqk.errors import UserError
 from ovqk.figures import comparisons
 from ovqk.figures.choice import file_name, sweep_figures
 from ovqk.metrics import HEAD_METRICS
-from ovqk.records.cells import Cell, read_cells
+from ovqk.records.cells import Cell, read_cells, weights_labels
 from ovqk.records.results import load_results
 from ovqk.report import page, thinning
 from ovqk.report.page import embedded, make_page
@@ -464,10 +464,10 @@ def test_cells_of_one_model_and_task_are_told_apart(several) -> None:
         "2": "mini-attn (raw seed=0)",
         "3": "mini-attn",  # the one of its analysis
     }
-    assert set(page.weights_labels(cells)) == {"mini-attn (folded)", "mini-attn (raw)"}
+    assert set(weights_labels(cells)) == {"mini-attn (folded)", "mini-attn (raw)"}
     alone = [cell for cell in cells if cell.record["cell_id"][-1] in "03"]
     assert page.labels(alone) == ["mini-attn (b03)", "mini-attn (ov)"]
-    assert page.labels(alone[:1]) == page.weights_labels(alone[:1]) == ["mini-attn"]
+    assert page.labels(alone[:1]) == weights_labels(alone[:1]) == ["mini-attn"]
 
 
 def test_figures_show_each_of_several_cells(several) -> None:

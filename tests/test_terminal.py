@@ -11,6 +11,7 @@ from support.models import BUNDLED
 from ovqk.report.terminal import claims_line
 from ovqk.report.terminal_tables import (
     candidate_table,
+    found_line,
     pair_table,
     reasons,
     sweep_candidate_table,
@@ -48,6 +49,14 @@ def test_a_role_that_predicts_nothing_has_no_metric_beside_one_that_does() -> No
     lines = printed(verdict_table(HEADS, pd.DataFrame([a_verdict(), nothing])))
     assert any(line.startswith("name mover: ov_copying ↑") for line in lines)
     assert any(line.startswith("bystander  ") for line in lines) and not any("nan" in line for line in lines)
+
+
+def test_a_role_that_is_only_consistent_is_not_found_to_be_partial() -> None:
+    columns = ("kind", "role", "verdict", "flags")
+    rows = [("role", "name_mover", "partial", ""), ("role", "induction", "partial", "consistent"),
+            ("role", "previous_token", "corroborated", None), ("head", "induction", "partial", "")]  # fmt: skip
+    said = found_line(pd.DataFrame([dict(zip(columns, row, strict=True)) for row in rows]))
+    assert said == ("Found: corroborated: previous token; partial: name mover; no more than consistent: induction.")
 
 
 def test_one_reason_for_two_verdicts_is_told_for_each() -> None:

@@ -1,12 +1,15 @@
-"""Figures as functions of tables: models side by side (`comparisons`), one head (`portraits`), prompts (`prompts`).
+"""Figures as functions of tables: models side by side (`comparisons`, `depth`), one circuit (`circuits`), one head
+(`portraits`), weights against prompts (`prompts`).
 
-`ovqk.figures.NAME` is `ovqk.figures.comparisons.NAME`. It is imported when it is first used, because matplotlib takes a
-second. `choice` picks the figures of a report, and `drawing` holds the panels that figures are built of.
+`ovqk.figures.NAME` is the function NAME of `comparisons`, `depth` or `circuits`. It is imported when it is first used,
+because matplotlib takes a second. `choice` picks the figures of a report, `drawing` holds the panels that figures are
+built of, and `embedded` puts a figure on the page.
 """
 
 import importlib
 
-MODULES = ("choice", "colours", "comparisons", "drawing", "portraits", "prompts")
+MODULES = ("choice", "circuits", "colours", "comparisons", "depth", "drawing", "embedded", "portraits", "prompts")
+ELSEWHERE = {"depth_curves": "depth", "circuit": "circuits"}
 
 
 def __getattr__(name: str) -> object:
@@ -14,4 +17,4 @@ def __getattr__(name: str) -> object:
         return importlib.import_module(f"ovqk.figures.{name}")
     if name.startswith("_"):
         raise AttributeError(f"module 'ovqk.figures' has no attribute '{name}'")
-    return getattr(importlib.import_module("ovqk.figures.comparisons"), name)
+    return getattr(importlib.import_module(f"ovqk.figures.{ELSEWHERE.get(name, 'comparisons')}"), name)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ovqk.figures import comparisons, portraits, prompts
+from ovqk.figures import circuits, comparisons, depth, portraits, prompts
 from ovqk.metrics import shown_in
 from ovqk.records.cells import Cell, labels, weights_labels
 from ovqk.records.on_prompts import rankings
@@ -22,8 +22,8 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
     if len(verdicts):
         yield "verdicts", comparisons.verdict_counts(verdicts)
         yield "effects", comparisons.effects(verdicts)
-    sizes = {label: cell.d_head for cell, label in zip(cells, of_weights, strict=True) if cell.d_head}
-    yield "depth", comparisons.depth_curves(_joined(cells, "heads", of_weights), d_heads=sizes)
+    heads, layers, sizes = depth_tables(cells)
+    yield "depth", depth.depth_curves(heads, d_heads=sizes, layers=layers)
     for task in dict.fromkeys(cell.record["task"] for cell in cells):
         first: dict[str, Cell] = {}
         for cell in cells:
@@ -36,6 +36,14 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
             yield file_name("atlas", task, metric), comparisons.atlas(own_heads, metric, marked)
 
 
+def depth_tables(cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, int]]:
+    """Return what the curves along the depth are drawn of: heads, layers if there are any, and model -> d_head."""
+    names = weights_labels(cells)
+    sizes = {label: cell.d_head for cell, label in zip(cells, names, strict=True) if cell.d_head}
+    layers = _joined(cells, "layers", names)
+    return _joined(cells, "heads", names), layers if len(layers) else None, sizes
+
+
 def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
     """Yield (name, figure) for each cell: weights against prompts, the circuit, the leading head for each role."""
     for cell, label in zip(cells, labels(cells), strict=True):
@@ -45,18 +53,25 @@ def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
         verdicts = cell.tables.get("verdicts")
         if verdicts is None:
             continue
-        whole = [
-            other for other in cells if other.weights == cell.weights and other.record["analysis"] == "composition"
-        ]
-        pairs = [c.tables["composition"] for c in (cell, *whole) if "composition" in c.tables]
-        joined = pd.concat(pairs, ignore_index=True) if pairs else None
-        yield file_name("circuit", *_title(cell, cells)), comparisons.circuit(verdicts, joined)
+        joined = compositions(cell, cells)
+        yield file_name("circuit", *_title(cell, cells)), circuits.circuit(verdicts, joined)
         for layer, head in _leading(verdicts):
             tables = dict(cell.tables) | ({} if joined is None else {"composition": joined.drop_duplicates(PAIR)})
             sheet = portraits.sheet(
                 tables, layer, head, f"{label} / {cell.record['task']}", cell.record.get("unavailable", {})
             )
             yield file_name("head", *_title(cell, cells), f"{layer}.{head}"), sheet
+
+
+def compositions(cell: Cell, cells: Sequence[Cell]) -> pd.DataFrame | None:
+    """Return the compositions of a cell, and those of cells of the same weights that computed all pairs.
+
+    The column `named` says that a row is the cell's own, of a pair that its claims name.
+    """
+    own = [cell] if cell.record["analysis"] != "composition" else []
+    whole = [other for other in cells if other.weights == cell.weights and other.record["analysis"] == "composition"]
+    pairs = [c.tables["composition"].assign(named=c in own) for c in (*own, *whole) if "composition" in c.tables]
+    return pd.concat(pairs, ignore_index=True) if pairs else None
 
 
 PAIR = ["mode", "sender_layer", "sender_head", "receiver_layer", "receiver_head"]

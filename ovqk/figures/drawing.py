@@ -6,7 +6,7 @@ lacks are escaped.
 
 import math
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
 from itertools import chain
 from typing import Any, ParamSpec, TypeVar
@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Rectangle, Wedge
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
@@ -39,7 +41,12 @@ STYLE: Any = {
     "legend.frameon": False, "legend.fontsize": 12, "grid.color": FAINT, "axes.axisbelow": True,
     "svg.fonttype": "none", "svg.hashsalt": "ovqk", "axes.unicode_minus": True,
 }  # fmt: skip
+HOLLOW = ("untestable", "out_of_scope")  # verdicts without a finding are drawn as outlines
 MARKERS = dict.fromkeys(VERDICT_COLOURS, "o") | {"contradicted": "X", "untestable": "_", "out_of_scope": "."}
+STRETCHED_ABOVE = 130
+"""The most offsets of an axis that is not stretched at its start."""
+OFFSET_MARKS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
+"""The marks of a stretched one."""
 DECADES = 3  # decades of modulus from the rim of the complex plane to its centre
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -108,6 +115,20 @@ def mark(axes: Axes, x: float, y: float, verdict: str, size: int = 9, shift: tup
         markerfacecolor=colour if filled or verdict == "partial" else "white", markerfacecoloralt="white",
         transform=axes.transData + moved,
     )  # fmt: skip
+
+
+def verdict_legend(figure: Figure, there: Iterable[str]) -> None:
+    """Name the marks of the verdicts that a figure shows, below it."""
+    shown = set(there)
+    names = [name for name in VERDICT_COLOURS if name in shown]
+    handles = [
+        Line2D([], [], ls="", marker=MARKERS[name], ms=9, mew=1.8, color=VERDICT_COLOURS[name][0],
+               fillstyle="left" if name == "partial" else "full", markerfacecoloralt="white",
+               markerfacecolor="white" if name == "unsupported" else VERDICT_COLOURS[name][0])
+        for name in names
+    ]  # fmt: skip
+    if handles:
+        figure.legend(handles, [wording.verdict(name) for name in names], loc="outside lower center", ncols=len(names))
 
 
 # --- spectra -------------------------------------------------------------------------------------------------
@@ -194,9 +215,17 @@ def singular_curve(axes: Axes, own: Sequence[float], every: np.ndarray, title: s
         axes.axvline(rank90, color=MUTED, lw=1, ls=":")
         late = rank90 > len(k) / 2
         place: dict[str, Any] = {"ha": "right" if late else "left", "va": "top", "fontsize": 11, "color": MUTED}
-        axes.annotate("90 % of energy", (rank90, 1.0), (-5 if late else 5, 2), textcoords="offset points", **place)
+        axes.annotate(
+            wording.AXES["energy"], (rank90, 1.0), (-5 if late else 5, 2), textcoords="offset points", **place
+        )
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.set(ylim=(0, 1.03), xlim=(1, max(2, len(k))), xlabel="component k", ylabel="σₖ / σ₁", title=title)
+    axes.set(
+        ylim=(0, 1.03),
+        xlim=(1, max(2, len(k))),
+        xlabel=wording.AXES["component"],
+        ylabel=wording.AXES["singular"],
+        title=title,
+    )
     axes.grid(axis="y")
 
 
@@ -222,7 +251,11 @@ def symmetry_scatter(
         axes.annotate(f"{layer}.{head}", spot, (-10 if right else 10, 0), textcoords="offset points", **place)
     axes.set_xticks([-1, -0.5, 0, 0.5, 1])
     axes.set(
-        xlim=(-1, 1), ylim=(0, 1.02), xlabel="QK symmetry", ylabel="positional share", title="Symmetry and position"
+        xlim=(-1, 1),
+        ylim=(0, 1.02),
+        xlabel=wording.AXES["symmetry"],
+        ylabel=wording.AXES["share"],
+        title=wording.PANELS["symmetry"],
     )
     axes.grid(axis="y")
 
@@ -231,7 +264,7 @@ def share_bars(axes: Axes, row: Mapping[Any, Any]) -> None:
     """Draw the shares of the QK score's variance over keys, as bars in groups."""
     known = {name for name, value in row.items() if isinstance(value, float) and math.isfinite(value)}
     parts = next((kind for kind in shares().values() if known & set(chain(*kind.values()))), None)
-    title = "Shares of the score's variance"
+    title = wording.PANELS["shares"]
     if parts is None:
         unavailable(axes, title)
         return
@@ -263,10 +296,10 @@ def share_bars(axes: Axes, row: Mapping[Any, Any]) -> None:
 
 def offset_line(axes: Axes, offsets: Sequence[int], scores: Sequence[float]) -> None:
     """Draw the positional part of the mean score by offset, with a mark at the previous token."""
-    axes.plot(offsets, scores, "o-" if len(offsets) <= 130 else "-", color=BLUE, ms=3.5, lw=1.8)
-    if len(offsets) > 130:
+    axes.plot(offsets, scores, "o-" if len(offsets) <= STRETCHED_ABOVE else "-", color=BLUE, ms=3.5, lw=1.8)
+    if len(offsets) > STRETCHED_ABOVE:
         axes.set_xscale("symlog", linthresh=4)
-        marks = [at for at in (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if at <= max(offsets)]
+        marks = [at for at in OFFSET_MARKS if at <= max(offsets)]
         axes.set_xticks(marks, [f"{at:,}" for at in marks])
         axes.minorticks_off()
     at = list(offsets)
@@ -278,7 +311,7 @@ def offset_line(axes: Axes, offsets: Sequence[int], scores: Sequence[float]) -> 
         place: dict[str, Any] = {"va": "bottom" if falls else "top", "color": WARN, "fontsize": 12}
         axes.annotate("previous token", spot, (10, 4 if falls else -6), textcoords="offset points", **place)
     axes.margins(y=0.16)
-    axes.set(xlabel="offset back from the query", ylabel="mean score", title="Score by offset")
+    axes.set(xlabel=wording.AXES["offset"], ylabel=wording.AXES["score"], title=wording.PANELS["offsets"])
     axes.grid(axis="y")
 
 
@@ -329,8 +362,8 @@ def null_strip(
                 zorder=4,
             )
         text = f"p {row['p']:.2g}" + (f"   q {row['q']:.2g}" if math.isfinite(row["q"]) else "")
-        text += "" if row["testable"] else "   cannot reach 0.05"
-        text += "" if row["counts"] or not row["testable"] else "   reported only"
+        text += "" if row["testable"] else f"   {wording.CANNOT}"
+        text += "" if row["counts"] or not row["testable"] else f"   {wording.REPORTED}"
         axes.annotate(
             text,
             (1, y),
@@ -345,7 +378,7 @@ def null_strip(
     axes.set(xlim=bounds, ylim=(len(tests) - 0.5, -0.5))
     if unit == "percentile":
         axes.set_xticks([0, 0.5, 1], ["0 %", "percentile", "100 %"])
-    axes.set_xlabel("mean rank within layers" if unit == "rank" else "", fontsize=11)
+    axes.set_xlabel(wording.RANKS if unit == "rank" else "", fontsize=11)
     axes.tick_params(length=0)
     axes.tick_params(axis="y", pad=9)  # a dot may lie on the edge
     axes.spines["left"].set_visible(False)

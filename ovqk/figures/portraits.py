@@ -10,7 +10,7 @@ no value, the panel says unavailable, and `reasons` (a record's `unavailable`) s
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,7 @@ from ovqk.metrics import HEAD_METRICS, METRICS, ratios
 
 HeadTables = Mapping[str, pd.DataFrame | None]
 TABLES = ("heads", "spectra", "directions", "offsets", "composition", "tests", "nulls", "verdicts")
-ENDS = {("ov", "vocab"): ("suppresses", "copies"), ("qk", "vocab"): ("avoids it", "same token")}
-"""(circuit, space) -> the meaning of eigenvalues on the left and on the right; in residual space they have none."""
-SHOWN_COMPONENTS, SHOWN_TOKENS, SHOWN_PARTNERS = 3, 5, 5
+SHOWN_COMPONENTS, SHOWN_TOKENS, SHOWN_PARTNERS = 3, 5, 6
 
 
 @styled
@@ -181,7 +179,7 @@ def _eigenvalues(
     reasons: Mapping[str, str],
 ) -> None:
     rows = _of(tables.get("spectra"), layer, head)
-    title = f"{circuit.upper()} eigenvalues"
+    title = f"{circuit.upper()} {wording.PANELS['eigenvalues']}"
     if len(rows):
         rows = rows[(rows["circuit"] == circuit) & (rows["kind"] == "eigen") & (rows["offset"] == rows["offset"].min())]
     there = [name for name in ("vocab", "residual") if len(rows) and (rows["space"] == name).any()]
@@ -193,8 +191,9 @@ def _eigenvalues(
         return
     own = rows[rows["space"] == chosen]
     values = (own["re"] + 1j * own["im"]).to_numpy()
-    where = "between tokens" if chosen == "vocab" else "in the residual stream"
-    drawing.eigenvalue_plane(plane, values, ENDS.get((circuit, chosen), ("opposite", "same")), f"{title}\n{where}")
+    drawing.eigenvalue_plane(
+        plane, values, wording.ENDS[circuit].get(chosen, wording.NO_ENDS), f"{title}\n{wording.SPACES[chosen]}"
+    )
     value = _value(tables, layer, head, metric)
     if math.isfinite(value):
         drawing.ratio_gauge(gauge, value, spectrum_band(tables, layer, head, metric), METRICS[metric].title)
@@ -217,7 +216,7 @@ def _value(tables: HeadTables, layer: int, head: int, metric: str) -> float:
 
 
 def _singular_values(axes: Axes, tables: HeadTables, layer: int, head: int, circuit: str) -> None:
-    title, table = f"{circuit.upper()} singular values", tables.get("spectra")
+    title, table = f"{circuit.upper()} {wording.PANELS['singular']}", tables.get("spectra")
     if table is not None:
         kind = (table["circuit"] == circuit) & (table["kind"] == "singular") & (table["space"] == "residual")
         table = table[kind & (table["offset"] == table["offset"].min())]
@@ -233,8 +232,8 @@ def _positions(panels: Any, tables: HeadTables, layer: int, head: int, reasons: 
     wanted = ("qk_symmetry", "qk_positional_share")
     missing = [name for name in wanted if heads is None or name not in heads or heads[name].isna().all()]
     if missing or heads is None:
-        drawing.unavailable(panels[0], "Symmetry and position", reasons.get(missing[-1], ""))
-        drawing.unavailable(panels[1], "Shares of the score's variance", reasons.get("qk_positional_share", ""))
+        drawing.unavailable(panels[0], wording.PANELS["symmetry"], reasons.get(missing[-1], ""))
+        drawing.unavailable(panels[1], wording.PANELS["shares"], reasons.get("qk_positional_share", ""))
     else:
         verdicts = tables.get("verdicts")
         claimed = pd.DataFrame() if verdicts is None else verdicts[verdicts["kind"] == "head"]
@@ -246,7 +245,7 @@ def _positions(panels: Any, tables: HeadTables, layer: int, head: int, reasons: 
     if len(offsets):
         drawing.offset_line(panels[2], offsets["offset"].to_list(), offsets["mean_score"].to_list())
     else:
-        drawing.unavailable(panels[2], "Score by offset", reasons.get("qk_prev_auc", ""))
+        drawing.unavailable(panels[2], wording.PANELS["offsets"], reasons.get("qk_prev_auc", ""))
 
 
 def _partners_of(tables: HeadTables, layer: int, head: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -260,8 +259,9 @@ def _partners_of(tables: HeadTables, layer: int, head: int) -> tuple[pd.DataFram
 
 
 def _partners(panels: Any, tables: HeadTables, layer: int, head: int) -> None:
-    titles = {"sender": "Reads from", "receiver": "Is read by"}
-    for axes, (side, title), found in zip(panels, titles.items(), _partners_of(tables, layer, head), strict=True):
+    for axes, (side, title), found in zip(
+        panels, wording.SIDES.items(), _partners_of(tables, layer, head), strict=True
+    ):
         if len(found):
             drawing.partner_bars(axes, found, side, title)
         else:
@@ -281,10 +281,14 @@ def _strips(tables: HeadTables, layer: int | None, head: int | None, role: str |
     if not len(tests):
         return []
     tests = tests if role is None else tests[tests["role"] == role]
-    ranks = tests["null"].isin(["layer", "layer_all"]) & tests["head"].isna()
-    unit = np.where(tests["null"] == "depth", "percentile", np.where(ranks, "rank", "value"))
-    groups = tests.assign(unit=unit).groupby(["role", "metric", "unit"], sort=False)
+    groups = tests.assign(unit=units(tests)).groupby(["role", "metric", "unit"], sort=False)
     return [(str(metric), str(kind), rows) for (_, metric, kind), rows in groups]
+
+
+def units(tests: pd.DataFrame) -> np.ndarray:
+    """Return each test's unit: `percentile`, `rank` (a role's mean rank within layers) or `value`."""
+    ranks = tests["null"].isin(["layer", "layer_all"]) & tests["head"].isna()
+    return np.where(tests["null"] == "depth", "percentile", np.where(ranks, "rank", "value"))
 
 
 def _draw_strips(panels: Any, tables: HeadTables, groups: list[Strip]) -> None:
@@ -294,7 +298,8 @@ def _draw_strips(panels: Any, tables: HeadTables, groups: list[Strip]) -> None:
     for axes, (metric, unit, rows) in zip(panels, groups, strict=False):
         quantiles = _quantiles(tables.get("nulls"), rows)
         first = rows.iloc[0]
-        drawing.null_strip(axes, rows, quantiles, unit, _bounds(metric, unit, rows, quantiles))
+        values = [*map(float, rows["value"]), *(float(q) for line in quantiles.values() for q in line.values())]
+        drawing.null_strip(axes, rows, quantiles, unit, bounds(metric, unit, values))
         if (first["role"], metric) not in said:
             kind = "primary" if first["primary"] else "exploratory" if first["exploratory"] else "secondary"
             title = f"{wording.predicted(metric, first['prediction'])}  ({wording.role(first['role'])}, {kind})"
@@ -317,16 +322,15 @@ def _quantiles(nulls: pd.DataFrame | None, rows: pd.DataFrame) -> dict[int, dict
     return found
 
 
-def _bounds(
-    metric: str, unit: str, rows: pd.DataFrame, quantiles: Mapping[int, Mapping[float, float]]
-) -> tuple[float, float]:
+def bounds(metric: str, unit: str, values: Iterable[float]) -> tuple[float, float]:
+    """Return the ends of a strip's axis: the metric's range if it has one, and else that of the drawn values."""
     facts = HEAD_METRICS.get(metric)
     if unit != "value":
         return 0.0, 1.0
     if facts is not None and facts.low is not None and facts.high is not None:
         return facts.low, facts.high
-    values = [*rows["value"].dropna(), *(value for line in quantiles.values() for value in line.values())]
-    return min(0.0, *values, 0.0), 1.05 * max(*values, 1e-9)
+    finite = [value for value in values if math.isfinite(value)]
+    return min(0.0, *finite, 0.0), 1.05 * max(*finite, 1e-9, 1e-9)
 
 
 # --- tokens --------------------------------------------------------------------------------------------------
@@ -345,8 +349,8 @@ def _components(axes: Axes, tables: HeadTables, layer: int, head: int, circuit: 
         return
     axes.set_axis_off()
     axes.set_title(title)
-    verbs = ("reads", "→ writes") if circuit == "ov" else ("query", "→ key")
-    for x, text in zip((0.0, 0.11, 0.56), ("sigma", *verbs), strict=True):
+    reads, writes = wording.VERBS[circuit]
+    for x, text in zip((0.0, 0.11, 0.56), ("sigma", reads, f"→ {writes}"), strict=True):
         axes.text(x, 0, text, color=MUTED, va="center", fontsize=12)
     y = 1.0
     for _, part in rows.groupby("component"):

@@ -86,10 +86,11 @@ def _panel(axes: Axes, ranking: Ranking) -> None:
     for place, found in enumerate(reversed(wording.FOUND), start=2):
         own = points[points["found"] == found]
         axes.plot(own["weights"], own["prompts"], zorder=place, **_look(found))
-    axes.margins(0.1)
+    left_right, low_high = limits(points)
+    axes.set(xlim=left_right, ylim=low_high)
     axes.grid()
-    named = points[points["found"] != "neither"]
-    for row, (across, up, far) in zip(named.to_dict("records"), _places(axes, points, named), strict=True):
+    room = (PANEL[0] - 1.2, PANEL[1] - 1.4)
+    for row, (across, up, far) in names_beside(points, room, LETTER):
         line: Any = {"arrowstyle": "-", "color": MUTED, "lw": 0.7, "shrinkA": 0, "shrinkB": 4} if far else None
         axes.annotate(
             _name(row), (row["weights"], row["prompts"]), (72 * across, 72 * up), textcoords="offset points",
@@ -107,19 +108,37 @@ def _broken(title: str) -> str:
     return f"{title[:middle]}\n{title[middle + 1 :]}" if len(title) > 36 and middle > 0 else title
 
 
-def _places(axes: Axes, points: pd.DataFrame, named: pd.DataFrame) -> Iterator[tuple[float, float, bool]]:
-    """Yield for each named head the way from its dot to its name, in inches, and whether a line must join them.
+def limits(points: pd.DataFrame) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the ends of both axes: those of the values, and a tenth of their range on either side."""
+    found = []
+    for name in ("weights", "prompts"):
+        low, high = float(points[name].min()), float(points[name].max())
+        room = 0.1 * ((high - low) or abs(high) or 1.0)
+        found.append((low - room, high + room))
+    return found[0], found[1]
+
+
+def names_beside(
+    points: pd.DataFrame, room: tuple[float, float], letter: tuple[float, float]
+) -> Iterator[tuple[dict[Any, Any], tuple[float, float, bool]]]:
+    """Yield each named head's row, the way from its dot to its name, in inches, and whether a line must join them.
 
     Of the places around the dot it is the one at which the name covers the fewest names and dots.
+
+    Args:
+        points: all heads that are drawn.
+        room: the size of the panel inside of its axes, in inches.
+        letter: the size of a letter.
     """
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    scale = ((PANEL[0] - 1.2) / (right - left), (PANEL[1] - 1.4) / (high - low))
+    named = points[points["found"] != "neither"]
+    (left, right), (low, high) = limits(points)
+    scale = (room[0] / (right - left), room[1] / (high - low))
     dots = points[["weights", "prompts"]].to_numpy(float) * scale
     sizes = np.where(points["found"] == "neither", 0.01, 0.05)
     taken: list[Box] = []
     for index, row in zip(named.index, named.to_dict("records"), strict=True):
         own = points.index.get_loc(index)
-        half, tall = LETTER[0] * len(_name(row)) / 2, LETTER[1]
+        half, tall = letter[0] * len(_name(row)) / 2, letter[1]
         ways = [(side * (half + 0.09), up * (tall / 2 + 0.08), False) for side, up in AROUND]
         ways += [(side * (half + 0.25), up * tall, True) for side, up in FARTHER]
         x, y = map(float, dots[own])
@@ -131,10 +150,11 @@ def _places(axes: Axes, points: pd.DataFrame, named: pd.DataFrame) -> Iterator[t
             line = [(x + part * across, y + part * up) for part in np.linspace(0.1, 0.9, 9)] if far else []
             struck = sum(any(a < at < b and c < height < d for at, height in line) for a, b, c, d in taken)
             outside = box[0] < left * scale[0] or box[1] > right * scale[0] + MARGIN
+            outside = outside or box[2] < low * scale[1] or box[3] > high * scale[1] + letter[1]
             crowds.append(covered + 9 * crossed + 5 * struck + 9 * outside)
         best = int(np.argmin(crowds))
         taken.append(boxes[best])
-        yield ways[best]
+        yield row, ways[best]
 
 
 Box = tuple[float, float, float, float]

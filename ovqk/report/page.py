@@ -19,11 +19,12 @@ from urllib.parse import quote
 from ovqk import wording
 from ovqk.figures import colours
 from ovqk.figures.colours import Scale
+from ovqk.figures.embedded import theme
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, ratios, shares, shown_in
-from ovqk.records.cells import Cell, CellTables, Failure, Heads, Json, labels, weights_labels
+from ovqk.records.cells import Cell, CellTables, Failure, Heads, Json, labels
 from ovqk.records.comparison import could_be_corroborated
 from ovqk.records.steps import said, shared_steps
-from ovqk.report import thinning
+from ovqk.report import pictures, thinning
 from ovqk.report.prompts_data import prompt_data, prompt_palette, prompt_words
 from ovqk.report.thinning import DETAILS, Detail, Grid, Pool, columnar, short
 
@@ -75,8 +76,9 @@ def make_page(
         limit: the largest size in bytes; in proportion to the number of cells unless given.
     """
     most = limit or BYTES * max(1, len(cells) / CELLS)
+    drawn = pictures.draw_depth(cells)
     for detail in DETAILS:
-        data = page_data(cells, failures, beside, detail) | {"figures": figures}
+        data = page_data(cells, failures, beside, detail, drawn) | {"figures": figures}
         page = Page(render(data), detail)
         if page.size <= most:
             break
@@ -94,7 +96,7 @@ def render(data: Json) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
         "POLICY": f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:",
-        "STYLE": joined(STYLES),
+        "STYLE": f"{joined(STYLES)}\n:root {{ {theme(dark=False)} }}\n:root[data-dark] {{ {theme(dark=True)} }}",
         "DATA": embedded(data),
         "SCRIPT": script,
     }
@@ -111,7 +113,9 @@ def embedded(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, detail: Detail) -> Json:
+def page_data(
+    cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, detail: Detail, drawn: pictures.Drawn
+) -> Json:
     """Return the page's data: words, palettes, metrics, every cell, and the values that several cells share."""
     pool = Pool()
     made: dict[tuple[str, str, int], Json] = {}
@@ -126,17 +130,19 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
             "nulls": wording.NULLS,
             "verdicts": wording.VERDICTS,
             "flags": wording.FLAGS,
+            "consistent": wording.NO_MORE,
+            "alone": wording.ALONE,
             "arrows": wording.ARROWS,
             "modes": wording.MODES,
             "parts": wording.PARTS,
             "pair_metrics": {name: wording.metric(name) for name in COMPOSITION_METRICS},
         }
+        | pictures.panel_words()
         | prompt_words(cells),
         "palette": {
             "sequential": [colours.SEQUENTIAL, colours.SEQUENTIAL],
             "diverging": [colours.DIVERGING, colours.DIVERGING_DARK],
             "categories": [colours.CATEGORIES, colours.CATEGORIES_DARK],
-            "dashes": colours.DASHES,
             "missing": [colours.MISSING, colours.MISSING_DARK],
             "verdicts": colours.VERDICT_COLOURS,
             "modes": colours.MODES,
@@ -144,9 +150,11 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
         | prompt_palette(cells),
         "cells": [
             _cell(cell, name, beside, detail, pool, _marked(cells, cell), made, told.get(cell.record["model"], []))
-            | {"label": label, "weights_label": weights_label}
-            for cell, name, label, weights_label in zip(cells, names, labels(cells), weights_labels(cells), strict=True)
+            | {"label": label, "line": line, "graph": pictures.graph(cell, cells)}
+            for cell, name, label, line in zip(cells, names, labels(cells), pictures.line_places(cells), strict=True)
         ],
+        "depth": pictures.depth_data(cells, drawn, pool),
+        "limits": pictures.limits(),
         "failures": [vars(failure) for failure in failures],
         "detail": vars(detail),
         "tokens": pool.tokens.items,
@@ -267,6 +275,7 @@ def _cell(
             for metric in METRICS
             if metric in rows and rows[metric].notna().any()
         },
+        "spans": pictures.spans(tables["heads"]),
         "columns_there": [metric for metric in METRICS if metric in tables["heads"]],
         "unavailable": record.get("unavailable", {}),
         "provenance": _provenance(record),
@@ -283,7 +292,9 @@ def _cell(
     if "candidates" in tables:
         content["candidates"] = columnar(tables["candidates"], pool)
     if "tests" in tables:
-        content["tests"] = columnar(thinning.with_quantiles(tables["tests"], tables.get("nulls")), pool)
+        content["tests"] = columnar(
+            pictures.with_bounds(thinning.with_quantiles(tables["tests"], tables.get("nulls"))), pool
+        )
     for table, thin in THINNED.items():
         if table in tables:
             key = (table, *cell.print_of(table))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from ovqk import wording
-from ovqk.figures import colours
+from ovqk.figures import colours, prompts
 from ovqk.records import on_prompts
 from ovqk.records.cells import Cell, Heads, Json
 from ovqk.report.on_prompts import prompts_lines
@@ -48,6 +48,7 @@ def prompt_data(cell: Cell, detail: Detail, marked: Heads, pool: Pool) -> Json:
             "testing": block.get("halves", {}).get(on_prompts.TESTING),
             "untestable": block.get("untestable", ""),
             "readings": on_prompts.readings(tables["joint"]) if "joint" in tables else [],
+            "plot": PLOT,
             "rankings": [_ranking(ranking, pool) for ranking in on_prompts.rankings(record, tables)],
             "pictures": {},
         }
@@ -67,13 +68,26 @@ def prompt_data(cell: Cell, detail: Detail, marked: Heads, pool: Pool) -> Json:
     return found
 
 
+PLOT = (278, 238)
+"""The size of a scatter of the page inside of its axes, in pixels."""
+LETTER = (7 / 72, 12 / 72)
+"""The size of a letter of its names, in inches."""
+
+
 def _ranking(ranking: on_prompts.Ranking, pool: Pool) -> Json:
     points = ranking.points
+    there = points.dropna(subset=["weights", "prompts"])
+    across, upwards = prompts.limits(there) if len(there) else ((0.0, 1.0), (0.0, 1.0))
+    names = prompts.names_beside(there, (PLOT[0] / 72, PLOT[1] / 72), LETTER) if len(there) else ()
     return {
         "role": ranking.role,
         "titles": ranking.titles,
         "quantity": ranking.quantity,
         "says": ranking.says,
+        "limits": [[short(end) for end in ends] for ends in (across, upwards)],
+        "names": {
+            f"{int(row['layer'])}.{int(row['head'])}": [round(72 * x), round(72 * y), far] for row, (x, y, far) in names
+        },
         "layer": pool.add([int(layer) for layer in points["layer"]]),
         "head": pool.add([int(head) for head in points["head"]]),
         "x": pool.add([short(value) for value in points["weights"]]),

@@ -161,13 +161,14 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> FittedTable:
 
 
 def found_line(verdicts: pd.DataFrame) -> str:
-    """Return a sentence that lists the roles by verdict, strongest verdict first."""
+    """Return a sentence that lists the roles by verdict, strongest first, and apart those that are consistent alone."""
     roles = verdicts[verdicts["kind"] == "role"]
-    parts = []
-    for verdict in wording.VERDICTS:
-        names = [wording.role(name) for name in dict.fromkeys(roles[roles["verdict"] == verdict]["role"])]
-        if names:
-            parts.append(f"{wording.verdict(verdict)}: {', '.join(names)}")
+    said: dict[str, list[str]] = {word: [] for word in wording.ALONE}
+    for row in roles.to_dict("records"):
+        flags = row.get("flags")
+        word = wording.alone(row["verdict"], flags if isinstance(flags, str) else None)
+        said.setdefault(word, []).append(wording.role(row["role"]))
+    parts = [f"{word}: {', '.join(dict.fromkeys(names))}" for word, names in said.items() if names]
     return "Found: " + "; ".join(parts) + "."
 
 

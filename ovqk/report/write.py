@@ -19,6 +19,7 @@ from ovqk.figures.choice import cell_figures, sweep_figures
 from ovqk.records.cells import Cell, Failure, read_cells
 from ovqk.records.record import RECORD
 from ovqk.report.page import BYTES, CELLS, embedded, make_page, page_data
+from ovqk.report.pictures import draw_depth
 from ovqk.report.thinning import DETAILS
 from ovqk.whole_files import write_text
 from ovqk.wording import counted
@@ -122,7 +123,7 @@ def without_unsound(
 def _error_of(cell: Cell, beside: Path) -> Exception | None:
     """Return the error that showing this cell alone raises, if it does."""
     try:
-        embedded(page_data([cell], [], beside, DETAILS[-1]))
+        embedded(page_data([cell], [], beside, DETAILS[-1], draw_depth([cell])))
         for _ in chain(sweep_figures([cell]), cell_figures([cell])):
             pass
     except Exception as error:

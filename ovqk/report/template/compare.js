@@ -1,7 +1,7 @@
 // Compare: models beside each other, by verdict, by effect, and along their depth.
 
 const chosen = { models: new Set(MODELS), tasks: new Set(TASKS), verdict: "", text: "", sort: ["task", 1], dots: true, name: "" };
-const MANY = 12; // models whose boxes and lines one can still tell apart
+const MANY = REPORT.depth.most; // models whose boxes one can still tell apart
 
 function comparePage() {
   const content = h("div");
@@ -17,25 +17,19 @@ function comparePage() {
 
 function summary() {
   const roles = CELLS.flatMap((cell) => rows(cell, "verdicts").filter((row) => row.kind === "role"));
-  const counts = VERDICTS.map((name) => [name, roles.filter((row) => row.verdict === name).length]).filter(([, n]) => n);
+  const word = (row) => (row.verdict === "partial" && (row.flags || "").split(" ").includes("consistent") ? REPORT.wording.consistent : verdictName(row.verdict));
+  const counts = REPORT.wording.alone.map((name) => [name, roles.filter((row) => word(row) === name).length]).filter(([, n]) => n);
   const tasks = TASKS.filter((task) => task !== "none");
   const lost = REPORT.failures.length ? `, and ${plural(REPORT.failures.length, "cell")} without results` : "";
   const size = `${plural(CELLS.length, "cell")} of ${plural(MODELS.length, "model")}${tasks.length ? ` and ${plural(tasks.length, "task")}` : ""}${lost}. `;
   if (!roles.length) return `${size}No circuit is claimed for any of them, so there is nothing to judge. The strongest heads for each role are candidates: places to look first, and no findings. Every head is in the atlas.`;
-  return `${size}${plural(roles.length, "role")} with claimed heads: ${sentenceList(counts.map(([name, n]) => `${n} ${verdictName(name)}`))}.`;
+  return `${size}${plural(roles.length, "role")} with claimed heads: ${sentenceList(counts.map(([name, n]) => `${n} ${name}`))}.`;
 }
 
 function compareControls(draw) {
-  const chips = (title, items, set, mark) => h("fieldset", {}, h("legend", {}, title), items.map((item) => h("label", { class: "chip" },
-    h("input", { type: "checkbox", checked: set.has(item), onchange: (event) => { set[event.target.checked ? "add" : "delete"](item); draw(); } }),
-    mark ? mark(item) : null, item)));
-  const swatch = (model) => {
-    const node = h("i", { class: "swatch" });
-    node.style.borderTopColor = look(model).stroke;
-    node.style.borderTopStyle = look(model).dash ? "dashed" : "solid";
-    return node;
-  };
-  const boxes = chips("Models", MODELS, chosen.models, swatch);
+  const chips = (title, items, set) => h("fieldset", {}, h("legend", {}, title), items.map((item) => h("label", { class: "chip" },
+    h("input", { type: "checkbox", checked: set.has(item), onchange: (event) => { set[event.target.checked ? "add" : "delete"](item); draw(); } }), item)));
+  const boxes = chips("Models", MODELS, chosen.models);
   const models = MODELS.length <= MANY ? boxes : [
     h("label", {}, "Models named like", h("input", { type: "search", id: "named", value: chosen.name, oninput: (event) => { chosen.name = event.target.value.trim().toLowerCase(); draw(); } })),
     h("details", {}, h("summary", {}, `choose among ${plural(MODELS.length, "model")}`), boxes)];
@@ -271,118 +265,61 @@ function effectBar(row) {
 
 // --- along the depth --------------------------------------------------------------------------------------
 
+/** The panels that Matplotlib drew, with the lines of the chosen models. */
 function depthCurves(cells) {
-  const metrics = REPORT.shown.depth.filter((metric) => metric in REPORT.metrics);
-  const sizes = unique(cells.map((cell) => cell.d_head));
-  const asShares = (metric) => REPORT.metrics[metric].counts_dimensions && sizes.length > 1 && sizes.every(isNumber);
-  const lines = metrics.map((metric) => [metric, depthLines(cells, metric, asShares(metric))]);
-  const absent = lines.filter(([, found]) => !found.length).map(([metric]) => metricTitle(metric));
+  const lines = unique(cells.map((cell) => cell.line));
+  const named = lines.length <= REPORT.depth.most;
+  const panels = REPORT.depth.panels.filter((panel) => lines.some((line) => panel.lines[line]));
+  const dots = panels.some((panel) => panel.svg.includes('"dots-'));
   return [
-    h("p", { class: "note" }, "Lines: the mean over the heads of a layer. Dots: single heads. Depth 0 is a model's first layer and 1 its last; these metrics depend on no task."),
-    h("div", { class: "controls" }, h("label", { class: "chip" }, h("input", { type: "checkbox", checked: chosen.dots, onchange: (event) => {
+    h("p", { class: "note" }, `Lines: the mean over the heads of a layer.${dots ? " Dots: single heads." : ""} Depth 0 is a model's first layer and 1 its last; these metrics depend on no task.${named ? "" : ` Point at a line for its name: of at most ${REPORT.depth.most} models all are named.`}`),
+    named ? h("div", { class: "legend lines" }, lines.map((line) => h("span", { class: "verdict" }, swatch(REPORT.depth.lines[line]), REPORT.depth.lines[line].label))) : null,
+    dots ? h("div", { class: "controls" }, h("label", { class: "chip" }, h("input", { type: "checkbox", checked: chosen.dots, onchange: (event) => {
       chosen.dots = event.target.checked;
-      document.querySelectorAll(".depth-dots").forEach((node) => node.setAttribute("visibility", chosen.dots ? "visible" : "hidden"));
-    } }), "single heads")),
-    h("div", { class: "grid3" }, lines.filter(([, found]) => found.length).map(([metric, found]) => depthPlot(asShares(metric) ? { ...REPORT.metrics[metric], title: `${metricTitle(metric)} / d_head`, high: 1 } : REPORT.metrics[metric], found, metric)),
-      summedPlots(cells)),
-    absent.length ? h("p", { class: "note" }, `Unavailable in all chosen cells: ${absent.join(", ")}.`) : null,
-    ...unavailableNotes(cells, metrics),
+      document.querySelectorAll("[data-part^='dots-']").forEach((node) => node.classList.toggle("off", !chosen.dots));
+    } }), "single heads")) : null,
+    h("div", { class: "grid3" }, panels.map((panel) => depthPanel(panel, lines))),
+    REPORT.depth.absent.length ? h("p", { class: "note" }, `Unavailable in all cells: ${REPORT.depth.absent.join(", ")}.`) : null,
+    ...unavailableNotes(cells),
   ];
 }
 
-function unavailableNotes(cells, metrics) {
+function unavailableNotes(cells) {
   const seen = new Map();
-  for (const cell of cells) for (const metric of metrics) {
+  for (const cell of cells) for (const metric of REPORT.shown.depth) {
     const reason = cell.unavailable[metric];
     if (reason && !siblings(cell).some((other) => column(other, metric))) {
-      const key = `${cell.weights_label}, unavailable: ${reason}`;
+      const key = `${REPORT.depth.lines[cell.line].label}, unavailable: ${reason}`;
       seen.set(key, new Set([...(seen.get(key) || []), metricTitle(metric)]));
     }
   }
   return [...seen].map(([key, titles]) => h("p", { class: "note" }, `${key} (${[...titles].join(", ")}).`));
 }
 
-/** One line for each model and processing: from the first of its cells that has the metric; as shares of d_head if asked. */
-function depthLines(cells, metric, shares) {
-  const found = new Map();
-  for (const cell of cells) {
-    const values = column(cell, metric);
-    if (!values || found.has(`${cell.model} ${cell.weights}`)) continue;
-    const last = Math.max(1, cell.layers - 1);
-    const points = [];
-    for (let layer = 0; layer < cell.layers; layer += 1) {
-      const heads = values.slice(layer * cell.heads, (layer + 1) * cell.heads).filter(isNumber).map((x) => (shares ? x / cell.d_head : x));
-      if (heads.length) points.push({ layer, depth: layer / last, heads, mean: heads.reduce((a, b) => a + b, 0) / heads.length });
-    }
-    found.set(`${cell.model} ${cell.weights}`, { cell, points });
+/** The colour and dash of a line, as in its panels. */
+function swatch(line) {
+  return s("svg", { class: "swatch", viewBox: "0 0 24 8", "aria-hidden": "true" },
+    s("path", { d: "M0 4H24", stroke: `var(--line-${line.colour})`, "stroke-width": 2.4, "stroke-dasharray": line.dash || null }));
+}
+
+function depthPanel(panel, lines) {
+  const shown = lines.filter((line) => panel.lines[line]);
+  const means = (line) => panel.lines[line].map((place) => REPORT.pool[place]);
+  const label = (line) => REPORT.depth.lines[line].label;
+  const said = shown.map((line) => `${label(line)} from ${number(means(line)[1][0])} to ${number(means(line)[1].at(-1))}`);
+  const drawing = drawn(panel.svg, `${panel.title} by relative depth: ${said.join("; ")}`);
+  for (const part of drawing.querySelectorAll("[data-part]")) {
+    const [kind, line] = part.dataset.part.split("-");
+    part.classList.toggle("off", !shown.includes(Number(line)) || (kind === "dots" && !chosen.dots));
+    if (kind === "line") tip(part, label(line));
   }
-  return [...found.values()];
-}
-
-const SUMMED = {
-  qk_symmetry: { title: "Symmetry, summed W_QK", low: -1, high: 1 },
-  qk_directionality: { title: "Directionality, summed W_QK", low: -1, high: 1 },
-};
-
-/** Metrics of the sum over a layer's heads, on raw weights, as in Saponati et al. 2025. */
-function summedPlots(cells) {
-  return Object.entries(SUMMED).map(([name, facts]) => {
-    const found = new Map();
-    for (const cell of cells.filter((one) => one.by_layer && !found.has(`${one.model} ${one.weights}`))) {
-      const last = Math.max(1, cell.layers - 1);
-      const points = rows(cell, "by_layer").filter((row) => isNumber(row[name])).map((row) => ({ layer: row.layer, depth: row.layer / last, heads: [], mean: row[name] }));
-      if (points.length) found.set(`${cell.model} ${cell.weights}`, { cell, points });
-    }
-    return found.size ? depthPlot(facts, [...found.values()], `summed-${name}`, "Raw weights; Saponati et al. 2025.") : null;
-  });
-}
-
-function depthPlot(facts, lines, name, caption) {
-  const values = lines.flatMap((line) => line.points.flatMap((point) => [...point.heads, point.mean]));
-  const reach = Math.max(...values.map(Math.abs));
-  const signed = facts.low === -1 ? [1, 0.5, 0.2, 0.1].filter((most) => reach <= most).pop() ?? 1 : null;
-  const low = signed ? -signed : Math.min(0, ...values);
-  const high = signed || (facts.high !== null ? facts.high : reach * 1.04);
-  const size = { width: 340, height: 230, left: 44, right: 112, bottom: 38 };
-  const plot = axes({ ...size, x: { domain: [0, 1], ticks: [0, 0.5, 1], title: "relative depth" }, y: { domain: [low, high] } });
-  const labelled = lines.length <= MANY;
-  const ends = spread(lines.map((line) => plot.atY(line.points[line.points.length - 1].mean)), 14, plot.top + 4, plot.bottom);
-  const drawn = lines.map((line, k) => {
-    const style = lineLook(line.cell);
-    const points = line.points.map((point) => [plot.atX(point.depth), plot.atY(point.mean)]);
-    const last = points[points.length - 1];
-    return [
-      s("g", { class: "depth-dots", visibility: chosen.dots ? "visible" : "hidden" }, 
-        specks(line.points.flatMap((point) => point.heads.map((x) => [plot.atX(point.depth), plot.atY(x)])), 1.8, style.stroke, 0.28)),
-      s("path", { d: path(points), fill: "none", stroke: style.stroke, "stroke-width": 2.2, "stroke-dasharray": style.dash || null, "stroke-linejoin": "round" }),
-      line.points.map((point) => tip(s("circle", { cx: plot.atX(point.depth), cy: plot.atY(point.mean), r: 3.2, fill: style.stroke }),
-        `${line.cell.weights_label}, layer ${point.layer}\n${point.heads.length ? `mean ${number(point.mean)} of ${plural(point.heads.length, "head")}` : number(point.mean)}`)),
-      labelled && Math.abs(ends[k] - last[1]) > 5 ? s("path", { d: path([[last[0] + 4, last[1]], [plot.right + 8, ends[k]]]), stroke: style.stroke, "stroke-width": 0.8, fill: "none" }) : null,
-      !labelled ? null : s("text", { x: plot.right + 10, y: ends[k] + 4, class: "halo", style: `fill:${style.stroke};font-size:11.5px` }, lineName(line.cell)),
-    ];
-  });
-  const zero = facts.low === -1 ? s("line", { class: "axis", x1: plot.left, x2: plot.right, y1: plot.atY(0), y2: plot.atY(0) }) : null;
-  const said = lines.map((line) => `${line.cell.weights_label} from ${number(line.points[0].mean)} to ${number(line.points[line.points.length - 1].mean)}`);
   return figure({
-    title: facts.title,
-    drawing: svg(size.width, size.height, `${facts.title} by relative depth: ${said.join("; ")}`, plot.group, zero, drawn),
-    name: `depth-${name}`,
-    caption,
-    table: () => [["model", "layer", "relative depth", "mean"], lines.flatMap((line) => line.points.map((point) => [line.cell.weights_label, String(point.layer), point.depth, point.mean]))],
+    title: panel.title,
+    drawing,
+    name: `depth-${panel.name}`,
+    caption: panel.caption,
+    table: () => [["model", "relative depth", "mean"], shown.flatMap((line) => means(line)[0].map((depth, k) => [label(line), depth, means(line)[1][k]]))],
   });
-}
-
-/** A model's name at the end of its line; of several weights of a model, what tells them apart is never cut. */
-function lineName(cell) {
-  const more = cell.weights_label.slice(cell.model.length);
-  return `${clipped(cell.model, Math.max(6, 14 - more.length))}${more}`;
-}
-
-/** The colour of the model; dashes of their own for its other weights. */
-function lineLook(cell) {
-  const place = unique(CELLS.filter((other) => other.model === cell.model).map((other) => other.weights)).indexOf(cell.weights);
-  const style = look(cell.model);
-  return place ? { ...style, dash: ["6 4", "2 3", "9 3 2 3"][(place - 1) % 3] } : style;
 }
 
 function clipped(text, most) {

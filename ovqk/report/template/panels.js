@@ -2,7 +2,7 @@
 
 // --- spectra ----------------------------------------------------------------------------------------------
 
-const SPACES = { vocab: "between tokens (full circuit)", residual: "in the residual stream" };
+const { spaces: SPACES, panels: PANELS, axes: AXES } = REPORT.wording;
 
 function spectraOf(cell, layer, head) {
   return cell.spectra ? REPORT.pool[cell.spectra.heads[layer * cell.heads + head]] : {};
@@ -18,7 +18,7 @@ function eigenvalues(flat) {
   return found;
 }
 
-const DECADES = 3;
+const DECADES = REPORT.limits.decades;
 
 /** Eigenvalues in the complex plane: angle kept, modulus by its logarithm (the form of Elhage et al. 2021). */
 function eigenPlane(cell, layer, head, circuit, space, spectrum) {
@@ -31,7 +31,7 @@ function eigenPlane(cell, layer, head, circuit, space, spectrum) {
   const at = (size) => (radius * Math.max(0, Math.log10(size || 1e-30) - (outer - DECADES))) / DECADES;
   const rings = [];
   for (let power = Math.floor(outer); power > outer - DECADES + 0.2; power -= 1) rings.push(power);
-  const [right, left] = space === "residual" ? ["same direction", "opposite"] : circuit === "ov" ? ["copies", "suppresses"] : ["same token", "avoids it"];
+  const [left, right] = REPORT.wording.ends[circuit][space];
   const scale = { kind: "diverging", low: -1, centre: 0, high: 1 };
   const inner = points.filter((point) => at(point.size) <= 0).length;
   const way = clearWay(points.map((point) => {
@@ -62,7 +62,7 @@ function eigenPlane(cell, layer, head, circuit, space, spectrum) {
   const cut = points.length < spectrum.of ? ` The ${points.length} largest of ${spectrum.of}.` : "";
   const small = inner ? ` ${plural(inner, "value")} below ${powerText(outer - DECADES)} ${inner === 1 ? "lies" : "lie"} at the centre.` : "";
   return figure({
-    title: `${circuit.toUpperCase()} eigenvalues`,
+    title: `${circuit.toUpperCase()} ${PANELS.eigenvalues}`,
     drawing: drawn,
     caption: `${SPACES[space][0].toUpperCase()}${SPACES[space].slice(1)}. Angle as it is, distance from the centre by log |λ|.${small}${cut} Below: ${gauge.caption}`,
     name: `eigenvalues-${cell.model}-${layer}.${head}-${circuit}`,
@@ -130,10 +130,10 @@ function singularCurve(cell, layer, head, circuit, spectrum) {
   const band = cell.spectra.bands[circuit].residual;
   const n = spectrum.of;
   const size = { width: 340, height: 232, left: 40, right: 14, bottom: 40 };
-  const plot = axes({ ...size, x: { domain: [1, Math.max(2, n)], title: "component k", ticks: unique([1, ...ticks(1, n, 4).filter(Number.isInteger)]) }, y: { domain: [0, 1], title: "σₖ / σ₁" } });
+  const plot = axes({ ...size, x: { domain: [1, Math.max(2, n)], title: AXES.component, ticks: unique([1, ...ticks(1, n, 4).filter(Number.isInteger)]) }, y: { domain: [0, 1], title: AXES.singular } });
   const at = (values) => values.map((x, k) => [plot.atX(k + 1), plot.atY(x)]);
   const mine = at(sigma.map((x) => (sigma[0] ? x / sigma[0] : 0)));
-  const ink = look(MODELS[0]).stroke;
+  const ink = accent();
   const rank = value(cell, `${circuit}_rank90`, layer, head);
   const effective = value(cell, `${circuit}_effective_rank`, layer, head);
   const drawn = svg(size.width, size.height, `Singular values of ${circuit.toUpperCase()} of head ${layer}.${head}: ${n} values, the largest ${number(sigma[0], 3)}, effective rank ${number(effective, 1)}`,
@@ -141,12 +141,12 @@ function singularCurve(cell, layer, head, circuit, spectrum) {
     band.length ? s("path", { d: `${path(at(band[0]))}${path(at(band[2]).reverse()).replace("M", "L")}Z`, fill: css("--line"), opacity: 0.45 }) : null,
     band.length ? s("path", { d: path(at(band[1])), fill: "none", stroke: css("--muted"), "stroke-width": 1.2, "stroke-dasharray": "3 3" }) : null,
     isNumber(rank) ? [s("line", { class: "reference", x1: plot.atX(rank), x2: plot.atX(rank), y1: plot.top, y2: plot.bottom }),
-      s("text", { class: "tick halo", x: plot.atX(rank) + (rank > n / 2 ? -5 : 5), y: plot.top + 10, "text-anchor": rank > n / 2 ? "end" : "start" }, "90 % of energy")] : null,
+      s("text", { class: "tick halo", x: plot.atX(rank) + (rank > n / 2 ? -5 : 5), y: plot.top + 10, "text-anchor": rank > n / 2 ? "end" : "start" }, AXES.energy)] : null,
     s("path", { d: path(mine), fill: "none", stroke: ink, "stroke-width": 2 }),
     mine.map(([x, y], k) => tip(s("circle", { cx: x, cy: y, r: n > 40 ? 2 : 3.4, fill: ink }), `σ${k + 1} = ${number(sigma[k], 3)}`)));
   const cut = sigma.length < n ? ` The first ${sigma.length} of ${n}.` : "";
   return figure({
-    title: `${circuit.toUpperCase()} singular values`,
+    title: `${circuit.toUpperCase()} ${PANELS.singular}`,
     drawing: drawn,
     caption: `σ₁ = ${number(sigma[0], 3)}; effective rank ${number(effective, 1)} of ${n}. Grey: the middle 90 % of this model's heads, dashed their median.${cut}`,
     name: `singular-${cell.model}-${layer}.${head}-${circuit}`,
@@ -165,7 +165,7 @@ function profile(cell, layer, head, circuit) {
       const values = column(cell, name);
       const facts = REPORT.metrics[name];
       const finite = values.filter(isNumber);
-      const bounds = [facts.low ?? Math.min(...finite), facts.high ?? Math.max(...finite) * 1.03];
+      const bounds = cell.spans[name];
       const x = linear(bounds, [left, right]);
       const y = k * line + 26;
       const own = values[place];
@@ -174,7 +174,7 @@ function profile(cell, layer, head, circuit) {
         s("line", { class: "axis", x1: left, x2: right, y1: y, y2: y }),
         bounds[0] < 0 && bounds[1] > 0 ? s("line", { class: "axis", x1: x(0), x2: x(0), y1: y - 4, y2: y + 4 }) : null,
         specks(finite.map((one) => [x(one), y]), 2.6, css("--muted"), 0.3),
-        isNumber(own) ? [s("circle", { cx: x(own), cy: y, r: 5.5, fill: look(MODELS[0]).stroke, class: "halo" }), s("text", { class: "strong", x: right + 12, y: y + 4 }, number(own))]
+        isNumber(own) ? [s("circle", { cx: x(own), cy: y, r: 5.5, fill: accent(), class: "halo" }), s("text", { class: "strong", x: right + 12, y: y + 4 }, number(own))]
           : s("text", { class: "tick", x: right + 12, y: y + 4 }, "none"),
       ];
     }));
@@ -190,15 +190,14 @@ function profile(cell, layer, head, circuit) {
 
 // --- tokens -----------------------------------------------------------------------------------------------
 
-const VERBS = { ov: ["reads", "writes"], qk: ["query", "key"] };
-const SHOWN_TOKENS = 8;
+const SHOWN_TOKENS = REPORT.limits.tokens;
 
 function componentTable(cell, layer, head, circuit, kind) {
   const source = having(cell, "directions");
   if (!source) return missing(cell.tables.directions === undefined && cell.unavailable[RATIOS.ov.vocab] ? cell.unavailable[RATIOS.ov.vocab] : `analysis ${cell.analysis} read out no components`);
   const found = REPORT.pool[source.directions.heads[layer * cell.heads + head]].filter((row) => row.circuit === circuit && row.kind === kind);
   if (!found.length) return h("p", { class: "missing" }, "not on this page: see directions.parquet");
-  const [reads, writes] = VERBS[circuit];
+  const [reads, writes] = REPORT.wording.verbs[circuit];
   const contrast = (side, sign) => ((side || {}).contrast || {})[sign];
   const tokens = (side, sign) => h("div", { class: "tokens" }, ((side || {})[sign] || []).slice(0, SHOWN_TOKENS).map((place) => token(REPORT.tokens[place])),
     isNumber(contrast(side, sign)) ? h("span", { class: "note", title: "contrast: mean score of the list over the standard deviation of all tokens' scores" }, ` ${number(contrast(side, sign), 1)}`) : null);
@@ -225,13 +224,13 @@ function componentName(row) {
 /** Symmetry against the measured share of position, for every head of the model. */
 function symmetryScatter(cell, layer, head) {
   const lacking = ["qk_symmetry", "qk_positional_share"].find((name) => !column(cell, name));
-  if (lacking) return h("figure", {}, h("h3", {}, "Symmetry and position"), missing(whyMissing(cell, lacking, layer)));
+  if (lacking) return h("figure", {}, h("h3", {}, PANELS.symmetry), missing(whyMissing(cell, lacking, layer)));
   const size = { width: 340, height: 262, left: 46, right: 14, bottom: 42 };
-  const plot = axes({ ...size, x: { domain: [-1, 1], title: "QK symmetry" }, y: { domain: [0, 1], title: "positional share" } });
+  const plot = axes({ ...size, x: { domain: [-1, 1], title: AXES.symmetry }, y: { domain: [0, 1], title: AXES.share } });
   const marks = claimed(cell);
   const all = everyHead(cell).map(([l, k]) => ({ l, k, x: value(cell, "qk_symmetry", l, k), y: value(cell, "qk_positional_share", l, k) })).filter((point) => isNumber(point.x) && isNumber(point.y));
   const own = all.find((point) => point.l === layer && point.k === head);
-  const ink = look(MODELS[0]).stroke;
+  const ink = accent();
   const drawn = svg(size.width, size.height, `QK symmetry against positional share of ${all.length} heads${own ? `; head ${layer}.${head}: symmetry ${number(own.x)}, share ${number(own.y)}` : ""}`,
     plot.group,
     s("line", { class: "reference", x1: plot.atX(0), x2: plot.atX(0), y1: plot.top, y2: plot.bottom }),
@@ -241,7 +240,7 @@ function symmetryScatter(cell, layer, head) {
     own ? [s("circle", { cx: plot.atX(own.x), cy: plot.atY(own.y), r: 7, fill: ink, class: "halo" }),
       s("text", { class: "strong halo", x: plot.atX(own.x) + (own.x > 0.5 ? -11 : 11), y: plot.atY(own.y) + 4, "text-anchor": own.x > 0.5 ? "end" : "start" }, `${layer}.${head}`)] : null);
   return figure({
-    title: "Symmetry and position",
+    title: PANELS.symmetry,
     drawing: drawn,
     caption: `Symmetry is often read as position. It does not tell position from content: the other axis measures the share of the score's variance over keys that comes from their positions.${marks.size ? " Blue: claimed heads." : ""}`,
     name: `symmetry-${cell.model}-${layer}.${head}`,
@@ -254,9 +253,9 @@ const SHARES = REPORT.shown.shares;
 /** The shares of the score's variance as one bar of parts. */
 function shareBar(cell, layer, head) {
   const kind = SHARES.learned.some((part) => column(cell, part.metric)) ? "learned" : SHARES.rotary.some((part) => column(cell, part.metric)) ? "rotary" : null;
-  if (!kind) return h("figure", {}, h("h3", {}, "Shares of the score's variance"), missing(whyMissing(cell, "qk_positional_share", layer)));
+  if (!kind) return h("figure", {}, h("h3", {}, PANELS.shares), missing(whyMissing(cell, "qk_positional_share", layer)));
   const parts = SHARES[kind].map((part) => ({ ...part, share: value(cell, part.metric, layer, head) })).filter((part) => isNumber(part.share));
-  if (!parts.length) return h("figure", {}, h("h3", {}, "Shares of the score's variance"), missing(whyMissing(cell, SHARES[kind][0].metric, layer)));
+  if (!parts.length) return h("figure", {}, h("h3", {}, PANELS.shares), missing(whyMissing(cell, SHARES[kind][0].metric, layer)));
   const colours = { position: [0.98, 0.84, 0.72], content: [0.05, 0.17, 0.28], both: [0.5] };
   const [width, line, left, right] = [340, 22, 112, 292];
   const groups = unique(parts.map((part) => part.group)).map((name) => [name, parts.filter((part) => part.group === name)]);
@@ -280,7 +279,7 @@ function shareBar(cell, layer, head) {
   const drawn = svg(width, y, `Shares of the QK score's variance of head ${layer}.${head}: ${parts.map((part) => `${titles[part.group]}, ${part.name} ${percent(part.share)}`).join("; ")}`, drawing);
   const form = kind === "learned" ? "Split by the part of the key that the score varies with, and by the part of the query that meets it (learned positions)." : "Split by offset, by key token, and by both together (rotary positions).";
   return figure({
-    title: "Shares of the score's variance",
+    title: PANELS.shares,
     drawing: drawn,
     caption: `${form} The direct path alone: what earlier heads move into the stream is not in it.`,
     name: `shares-${cell.model}-${layer}.${head}`,
@@ -289,7 +288,7 @@ function shareBar(cell, layer, head) {
 }
 
 function offsetPlot(cell, layer, head) {
-  const empty = (reason) => h("figure", {}, h("h3", {}, "Score by offset"), missing(reason));
+  const empty = (reason) => h("figure", {}, h("h3", {}, PANELS.offsets), missing(reason));
   if (!cell.offsets) return empty(whyMissing(cell, "qk_prev_auc", layer));
   const scores = REPORT.pool[cell.offsets.heads[layer * cell.heads + head]];
   if (!scores.length) return empty("not on this page: see offsets.parquet");
@@ -297,15 +296,15 @@ function offsetPlot(cell, layer, head) {
   const points = at.map((offset, k) => [offset, scores[k]]).filter(([, y]) => isNumber(y));
   if (!points.length) return empty("it has no value for this head");
   const far = at[at.length - 1];
-  const stretched = far > 130;
+  const stretched = far > REPORT.limits.stretched;
   const place = (x) => (stretched ? Math.log10(1 + x) : x);
   const [low, high] = [Math.min(...points.map(([, y]) => y)), Math.max(...points.map(([, y]) => y))];
   const pad = (high - low || Math.abs(high) || 1) * 0.08;
   const size = { width: 340, height: 262, left: 54, right: 14, bottom: 42 };
-  const marks = stretched ? [0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000].filter((x) => x <= far) : ticks(0, far, 5);
-  const plot = axes({ ...size, x: { domain: [0, place(far)], ticks: marks.map(place), text: (x) => tickText(stretched ? Math.round(10 ** x - 1) : x), title: `offset back from the query${stretched ? " (log)" : ""}` }, y: { domain: [low - pad, high + pad], title: "mean score" } });
+  const marks = stretched ? REPORT.limits.offsets.filter((x) => x <= far) : ticks(0, far, 5);
+  const plot = axes({ ...size, x: { domain: [0, place(far)], ticks: marks.map(place), text: (x) => tickText(stretched ? Math.round(10 ** x - 1) : x), title: `${AXES.offset}${stretched ? " (log)" : ""}` }, y: { domain: [low - pad, high + pad], title: AXES.score } });
   const spots = points.map(([x, y]) => [plot.atX(place(x)), plot.atY(y)]);
-  const ink = look(MODELS[0]).stroke;
+  const ink = accent();
   const previous = points.findIndex(([x]) => x === 1);
   const drawn = svg(size.width, size.height, `Mean score by offset of head ${layer}.${head}, from ${number(points[0][1], 3)} at offset 0 to ${number(points[points.length - 1][1], 3)} at ${far}`,
     plot.group,
@@ -314,7 +313,7 @@ function offsetPlot(cell, layer, head) {
     previous >= 0 ? s("circle", { cx: spots[previous][0], cy: spots[previous][1], r: 5.5, fill: "none", stroke: css("--warn"), "stroke-width": 2 }) : null);
   const auc = value(cell, "qk_prev_auc", layer, head);
   return figure({
-    title: "Score by offset",
+    title: PANELS.offsets,
     drawing: drawn,
     caption: `The positional part of the score, before the attention scale.${previous >= 0 ? " Ring: the previous token." : ""}${isNumber(auc) ? ` Previous-token AUC ${number(auc)} (0.5 by chance).` : ""}${points.length < cell.offsets.of ? ` ${points.length} of ${cell.offsets.of} offsets.` : ""}`,
     name: `offsets-${cell.model}-${layer}.${head}`,
@@ -324,17 +323,15 @@ function offsetPlot(cell, layer, head) {
 
 // --- composition ------------------------------------------------------------------------------------------
 
-const SHOWN_PARTNERS = 6;
+const SHOWN_PARTNERS = REPORT.limits.partners;
 
 /** The strongest partners of a head, as a reader of others and as one that is read. */
 function partnerPanels(cell, layer, head) {
   const source = siblings(cell).find((other) => other.composition && other.analysis === "composition") || having(cell, "composition");
   if (!source) return [missing("no composition was computed for these weights: run analysis=composition")];
   const all = rows(source, "composition");
-  const sides = [
-    { title: `Reads from`, key: "sender", mine: (row) => row.receiver_layer === layer && row.receiver_head === head },
-    { title: `Is read by`, key: "receiver", mine: (row) => row.sender_layer === layer && row.sender_head === head },
-  ];
+  const other = { sender: "receiver", receiver: "sender" };
+  const sides = Object.entries(REPORT.wording.sides).map(([key, title]) => ({ key, title, mine: (row) => row[`${other[key]}_layer`] === layer && row[`${other[key]}_head`] === head }));
   const panels = sides.flatMap((side) => {
     const found = all.filter(side.mine);
     return found.length ? [partnerPlot(cell, layer, head, side, found)] : [];
@@ -390,9 +387,8 @@ const STRIP = { width: 760, left: 214, right: 500, line: 25 };
 function nullStrips(tests, name) {
   const groups = new Map();
   for (const row of tests) {
-    const unit = row.null === "depth" ? "percentile" : row.layer === null && row.null.startsWith("layer") ? "rank" : "value";
-    const key = `${row.metric} ${unit}`;
-    groups.set(key, { metric: row.metric, unit, first: row, rows: [...(groups.get(key)?.rows || []), row] });
+    const key = `${row.metric} ${row.unit}`;
+    groups.set(key, { metric: row.metric, unit: row.unit, first: row, rows: [...(groups.get(key)?.rows || []), row] });
   }
   const metrics = unique(tests.map((row) => row.metric));
   return metrics.map((metric) => {
@@ -412,11 +408,11 @@ function nullStrips(tests, name) {
 
 function stripPlot({ metric, unit, rows: tests }, name) {
   const { width, left, right, line } = STRIP;
-  const bounds = stripBounds(metric, unit, tests);
+  const bounds = [tests[0].low, tests[0].high];
   const x = linear(bounds, [left, right]);
   const height = tests.length * line + 24;
   const inside = (at) => Math.min(right, Math.max(left, x(at)));
-  const title = { value: "", rank: "mean rank within layers", percentile: "percentile" }[unit];
+  const title = REPORT.wording.units[unit];
   return svg(width, height, `${name}, ${metricTitle(metric)}: ${tests.map((row) => `${nullName(row.null)} p ${probability(row.p)}`).join("; ")}`,
     ticks(...bounds, 4).map((tick) => [
       s("line", { class: "gridline", x1: x(tick), x2: x(tick), y1: 0, y2: tests.length * line }),
@@ -430,7 +426,7 @@ function stripPlot({ metric, unit, rows: tests }, name) {
       const decided = row.counts && row.testable;
       const fill = held ? shade(REPORT.palette.verdicts.corroborated) : css("--ink");
       const band = unit !== "percentile" && row.quantiles.length ? row : null;
-      const why = !row.testable ? "cannot reach p ≤ 0.05" : row.counts ? "" : "reported only";
+      const why = !row.testable ? REPORT.wording.cannot : row.counts ? "" : REPORT.wording.reported;
       return [
         s("text", { x: left - 10, y: y + 4, "text-anchor": "end", class: decided ? null : "soft" }, nullName(row.null)),
         band ? s("line", { x1: inside(quantile(band, 0)), x2: inside(quantile(band, 1)), y1: y, y2: y, stroke: css("--line"), "stroke-width": 1.5 }) : null,
@@ -444,13 +440,4 @@ function stripPlot({ metric, unit, rows: tests }, name) {
         why ? s("text", { class: "tick", x: right + (isNumber(row.q) ? 138 : 76), y: y + 4 }, why) : null,
       ];
     }));
-}
-
-function stripBounds(metric, unit, tests) {
-  const facts = REPORT.metrics[metric];
-  if (unit !== "value") return [0, 1];
-  if (facts && facts.low !== null && facts.high !== null) return [facts.low, facts.high];
-  const values = tests.flatMap((row) => [row.value, ...(row.quantiles.length ? row.quantile_values : [])]).filter(isNumber);
-  const [low, high] = [Math.min(0, ...values), Math.max(...values)];
-  return [low, high + (high - low) * 0.04 || 1];
 }

@@ -39,12 +39,8 @@ function inkOn(background) {
   return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] < 0.179 ? "#ffffff" : "#15171a";
 }
 
-/** The look of a model's line: a colour, and a dash when colours run out. */
-function look(model) {
-  const place = MODELS.indexOf(model);
-  const colours = shade(REPORT.palette.categories);
-  return { stroke: colours[place % colours.length], dash: REPORT.palette.dashes[Math.floor(place / colours.length) % REPORT.palette.dashes.length] };
-}
+/** The colour of what a page is about, such as its head. */
+const accent = () => shade(REPORT.palette.categories)[0];
 
 // --- scales and axes --------------------------------------------------------------------------------------
 
@@ -109,16 +105,11 @@ function specks(points, radius, stroke, opacity) {
   return s("path", { d, fill: "none", stroke, "stroke-width": 2 * radius, "stroke-linecap": "round", "stroke-opacity": opacity });
 }
 
-/** Move labels apart along the axis, as little as needed. */
-function spread(places, gap, low, high) {
-  const order = places.map((place, index) => ({ place, index })).sort((a, b) => a.place - b.place);
-  order.forEach((item, k) => { item.place = Math.max(item.place, k ? order[k - 1].place + gap : low); });
-  for (let k = order.length - 1; k >= 0; k -= 1) {
-    order[k].place = Math.min(order[k].place, k === order.length - 1 ? high : order[k + 1].place - gap);
-  }
-  const moved = [];
-  order.forEach((item) => { moved[item.index] = item.place; });
-  return moved;
+/** An SVG that Python drew. It is a picture of numbers: no text of a record is in it. */
+function drawn(text, label) {
+  const node = document.importNode(new DOMParser().parseFromString(text, "image/svg+xml").documentElement, true);
+  node.setAttribute("aria-label", label);
+  return node;
 }
 
 /** Text that a pointer or the keyboard brings up. */
@@ -174,7 +165,7 @@ function figure({ title, caption, drawing, table, name }) {
 }
 
 const KEPT = ["fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-linejoin", "stroke-linecap", "paint-order", "opacity",
-  "fill-opacity", "stroke-opacity", "font-size", "font-family", "font-weight", "font-style", "text-anchor"];
+  "fill-opacity", "stroke-opacity", "visibility", "font-size", "font-family", "font-weight", "font-style", "text-anchor"];
 
 /** Save a plot as it looks now: its styles written into it. */
 function download(plot, name, kind) {
@@ -183,7 +174,7 @@ function download(plot, name, kind) {
   from.forEach((node, k) => {
     const style = getComputedStyle(node);
     KEPT.forEach((key) => to[k].setAttribute(key, style.getPropertyValue(key)));
-    for (const attribute of ["class", "tabindex", "data-tip", "href"]) to[k].removeAttribute(attribute);
+    for (const attribute of ["class", "style", "tabindex", "data-tip", "href"]) to[k].removeAttribute(attribute);
   });
   const [, , width, height] = plot.getAttribute("viewBox").split(" ").map(Number);
   copy.setAttribute("xmlns", SVG_NAMESPACE);

@@ -126,12 +126,6 @@ function foundLegend(there) {
     h("span", { class: "verdict" }, s("svg", { class: "glyph", viewBox: "0 0 14 14", "aria-hidden": "true" }, foundMark(name, 7, 7)), text)));
 }
 
-function padded(values) {
-  const [low, high] = [Math.min(...values), Math.max(...values)];
-  const room = 0.08 * (high - low || Math.abs(high) || 1);
-  return [low - room, high + room];
-}
-
 function rankingPlot(cell, ranking) {
   const columns = ["layer", "head", "x", "y", "found"].map((name) => REPORT.pool[ranking[name]]);
   const points = columns[0].map((_, k) => Object.fromEntries(["layer", "head", "x", "y", "found"].map((name, at) => [name, columns[at][k]])))
@@ -139,12 +133,13 @@ function rankingPlot(cell, ranking) {
   const title = capital(roleName(ranking.role));
   const stats = h("p", { class: "small muted stats" }, ranking.says.map((line, k) => [k ? h("br") : null, line]));
   if (!points.length) return h("figure", {}, h("h3", {}, title), missing("no head has both numbers"));
-  const size = { width: 340, height: 292, left: 48, right: 14, top: 12, bottom: 42 };
-  const plot = axes({ ...size, x: { domain: padded(points.map((point) => point.x)), title: ranking.titles[0] }, y: { domain: padded(points.map((point) => point.y)) } });
+  const [across, upwards] = cell.on_prompts.plot;
+  const size = { width: 48 + across + 14, height: 12 + upwards + 42, left: 48, right: 14, top: 12, bottom: 42 };
+  const plot = axes({ ...size, x: { domain: ranking.limits[0], title: ranking.titles[0] }, y: { domain: ranking.limits[1] } });
   const spots = points.map((point) => ({ ...point, label: headLabel(point), at: [plot.atX(point.x), plot.atY(point.y)] }));
   const order = Object.keys(REPORT.wording.found).reverse();
   const drawn = [...spots].sort((a, b) => order.indexOf(a.found) - order.indexOf(b.found));
-  const named = spots.filter((spot) => spot.found !== "neither");
+  const named = spots.filter((spot) => ranking.names[spot.label]);
   const zero = plot.atY(0);
   const figureNode = figure({
     title,
@@ -153,7 +148,7 @@ function rankingPlot(cell, ranking) {
       zero > plot.top && zero < plot.bottom ? s("line", { class: "axis", x1: plot.left, x2: plot.right, y1: zero, y2: zero }) : null,
       drawn.map((spot) => s("a", { href: headLink(cell, spot.label), tabindex: spot.found === "neither" ? -1 : 0, "aria-label": `head ${spot.label}: ${REPORT.wording.found[spot.found]}` },
         tip(foundMark(spot.found, ...spot.at), `${spot.label}, ${REPORT.wording.found[spot.found]}\n${ranking.titles[0]}: ${number(spot.x, 3)}\n${ranking.quantity}: ${number(spot.y, 3)}`))),
-      namesBeside(named, spots, plot))],
+      named.map((spot) => nameBeside(spot, ranking.names[spot.label])))],
     caption: `Upwards: ${ranking.quantity}.${ranking.titles[1] ? ` ${ranking.titles[1]}` : ""}`,
     name: `prompts-${cell.model}-${cell.task}-${ranking.role}`,
     table: () => [["layer.head", ranking.titles[0], ranking.quantity, "found"], points.map((point) => [headLabel(point), point.x, point.y, REPORT.wording.found[point.found]])],
@@ -161,30 +156,12 @@ function rankingPlot(cell, ranking) {
   return figureNode;
 }
 
-const SIDES = [[1, 0], [-1, 0], [0, 1], [0, -1], [1, 1], [-1, 1], [1, -1], [-1, -1]];
-const FARTHER = [1, -1, 2, -2, 3, -3].flatMap((up) => [[1, up], [-1, up]]); // at the end of a line
-
-/** The names of marked heads, each at the place around its mark where it covers least. */
-function namesBeside(named, spots, plot) {
-  const taken = [];
-  return named.map((spot) => {
-    const [x, y] = spot.at;
-    const [half, tall] = [3.5 * spot.label.length, 12];
-    const ways = [...SIDES.map(([side, up]) => ({ x: x + side * (half + 8), y: y + up * (tall / 2 + 7) })),
-      ...FARTHER.map(([side, up]) => ({ x: x + side * (half + 18), y: y + up * tall, far: side }))];
-    const crowd = (way) => {
-      const [x0, x1, y0, y1] = [way.x - half, way.x + half, way.y - tall / 2, way.y + tall / 2];
-      const covered = spots.filter((other) => { const r = other.found === "neither" ? 2 : 5; return other !== spot && x0 - r < other.at[0] && other.at[0] < x1 + r && y0 - r < other.at[1] && other.at[1] < y1 + r; }).length;
-      const crossed = taken.filter((other) => x0 < other.x + other.half && other.x - other.half < x1 && Math.abs(other.y - way.y) < tall).length;
-      const line = way.far ? [0.1, 0.3, 0.5, 0.7, 0.9].map((part) => [x + part * (way.x - x), y + part * (way.y - y)]) : [];
-      const struck = taken.filter((other) => line.some(([a, b]) => Math.abs(a - other.x) < other.half && Math.abs(b - other.y) < tall / 2)).length;
-      return covered + 9 * crossed + 5 * struck + (x0 < plot.left || x1 > plot.right + 10 || y0 < plot.top - 10 || y1 > plot.bottom ? 9 : 0);
-    };
-    const best = ways.reduce((one, other) => (crowd(other) < crowd(one) ? other : one));
-    taken.push({ ...best, half });
-    return [best.far ? s("line", { stroke: css("--muted"), "stroke-width": 0.8, x1: x, y1: y, x2: best.x - best.far * half, y2: best.y }) : null,
-      s("text", { class: "strong halo", x: best.x, y: best.y + 4, "text-anchor": "middle", style: "font-size:11.5px" }, spot.label)];
-  });
+/** The name of a marked head at the place that Python chose, with a line to its mark if it stands far off. */
+function nameBeside(spot, [across, up, far]) {
+  const [x, y] = [spot.at[0] + across, spot.at[1] - up];
+  const half = Math.sign(across) * 3.5 * spot.label.length;
+  return [far ? s("line", { stroke: css("--muted"), "stroke-width": 0.8, x1: spot.at[0], y1: spot.at[1], x2: x - half, y2: y }) : null,
+    s("text", { class: "strong halo", x, y: y + 4, "text-anchor": "middle", style: "font-size:11.5px" }, spot.label)];
 }
 
 // --- the table of heads -----------------------------------------------------------------------------------
@@ -270,7 +247,7 @@ function promptBars(cell, row, picture) {
   const domain = picture.kind === "attention" ? [0, 1] : [Math.min(0, ...ends), Math.max(0, ...ends)];
   const atX = linear(domain, [BARS.left, BARS.width - BARS.right]);
   const height = 6 + bars.length * BARS.line;
-  const ink = look(MODELS[0]).stroke;
+  const ink = accent();
   const y = (k) => 6 + k * BARS.line;
   const title = `${capital(picture.title)}${picture.decides ? " *" : ""}`;
   return figure({
