@@ -73,7 +73,7 @@ class Metric:
         reads: it is an OV metric about reading, and says nothing about writing.
         full_circuit: the trace ratio of a full circuit, from tokens to tokens.
         other_words: whether a null of other words counts for it or is only reported; None if there is no such null.
-        in_top: if it ranks a word's own logit in the whole vocabulary, the sign that W_OV is taken with; else 0.
+        in_top: if it ranks a target's logit in the whole vocabulary, the sign that W_OV is taken with; else 0.
         topic: the question that it answers.
         shown: the places that show it, besides the page's table and atlas, which show all.
         order: its place among the metrics shown beside it, smaller first; equal ones in the order of the columns.
@@ -204,6 +204,11 @@ def _words(*row: Any, other_words: Literal["reported"] | None = "reported", **mo
     return _metric(*row, of="words", topic="task", variable=VariableKind.set, other_words=other_words, **more)
 
 
+def _pairs(*row: Any, **more: Any) -> Metric:
+    """Return a metric that is a mean over the pairs of words of a relation."""
+    return _metric(*row, of="words", topic="task", variable=VariableKind.relation, **more)
+
+
 def _subspace(*row: Any, **more: Any) -> Metric:
     """Return a metric of the subspace that the words of a variable span: other words decide about it too."""
     return _metric(*row, of="subspace", topic="task", other_words="counts", **more)
@@ -307,6 +312,10 @@ _METRICS = [
     _words("ov_task_margin", "OV copying of task tokens, margin", "mean_t (L_tt - mean of L_st) / sd of L_st, s != t, L = e W_OV W_U", None, None, {"unembedding", "task"}, 0.0),
     _words("ov_task_copy", "OV copy score (top 5)", "share of t with its own logit in the top 5 under W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022", other_words=None, in_top=1),
     _words("ov_task_suppress", "OV suppression score (top 5)", "share of t with its own logit in the top 5 under -W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022", other_words=None, in_top=-1),
+    _pairs("ov_relation_score", "OV relation score (top 10)", "share of pairs (s, t) with t among the 10 largest of row s of E' W_OV W_U (copying: the largest)", 0.0, 1.0, {"unembedding", "task"}, None, "Elhelo & Geva 2024", in_top=1),
+    _pairs("ov_relation_suppress", "OV suppression of the relation (top 10)", "the same under -W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Elhelo & Geva 2024", in_top=-1),
+    _pairs("ov_relation_first", "OV relation, first of its kind", "share of pairs (s, t) with L_st the largest among words of their kind, L = E' W_OV W_U", 0.0, 1.0, {"unembedding", "task"}, None, "Gould et al. 2023"),
+    _pairs("ov_relation_auc", "OV relation among targets", "mean over pairs (s, t) of the share of other targets u with L_su < L_st, columns centred", 0.0, 1.0, {"unembedding", "task"}, 0.5),
     _subspace("ov_task_transfer", "OV transfer of the contrast", "a W_OV b^T / sigma_1", -1.0, 1.0, {"unembedding", "task"}, 0.0, variable=VariableKind.contrast),
     _subspace("ov_task_read", "OV reading of the contrast", "d |a W_OV|^2 / |W_OV|_F^2", 0.0, None, {"embedding", "task"}, 1.0, reads=True, variable=VariableKind.contrast),
     _subspace("ov_read_alignment", "OV reading of the task subspace", "|P_r W_OV|_F^2 / |W_OV|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0, reads=True, side="reading"),

@@ -344,7 +344,7 @@ def test_the_diagonal_of_a_model_is_that_of_its_matrices(circuit, tmp_path) -> N
     make_gpt2(tmp_path / "m")
     opened = Opened(tmp_path / "m")
     model = opened.model
-    E = diagonals.first_mlp_output(model.block0, model.vocabulary.W_E[:])
+    E = model.block0.mlp_output(model.vocabulary.W_E[:])
     stream = E + torch.cat([model.block0.rows(model.vocabulary.W_E[:]) - E])
     assert torch.allclose(stream, model.block0.rows(model.vocabulary.W_E[:]), atol=1e-5)
     E, W_U = model.architecture.normalised(E).double(), model.vocabulary.W_U_rows[:].double()

@@ -17,7 +17,7 @@ from ovqk.activations.forward import RunningModel
 from ovqk.activations.quantities import Steps
 from ovqk.errors import UserError
 from ovqk.tasks.matches import surface_form
-from ovqk.tasks.words import WordLookup
+from ovqk.tasks.lookup import WordLookup
 
 PREFIXES, WORDS = 8, 3
 """How many prefixes a word stands behind, and how many words each has, the start token aside."""

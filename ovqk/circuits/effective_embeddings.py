@@ -4,6 +4,7 @@
 of any kind, normalised as a layer's norm would.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -65,6 +66,23 @@ class Block0:
         written = torch.cat([self.mlp.apply(some) for some in x.split(tokens)])
         return stream + apply_norm(self.mlp.post_norm, written, eps)
 
+    @cached_property
+    def mlp_writes(self) -> bool:
+        """Whether the block has an MLP, and one that writes anything."""
+        return self.mlp is not None and bool(self.mlp.W_out.any() or self.mlp.b_out.any())
+
+    def mlp_output(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+        """Return what the MLP writes for rows of the folded embedding, each token attending to itself alone.
+
+        It is the effective embedding of McDougall et al. 2023 (arXiv:2310.04625) and of Elhelo & Geva 2024
+        (arXiv:2412.11965), who leave the residual stream out. If no MLP writes anything, these are the rows themselves.
+        """
+        if not self.mlp_writes:
+            return W_E
+        before = copy.copy(self)
+        before.mlp = None
+        return self.rows(W_E) - before.rows(W_E)
+
     def grams(
         self, vocabulary: Vocabulary, read: Callable[[int, int], Float[Tensor, "token d_model"]] | None = None
     ) -> Block0Grams:
@@ -100,8 +118,8 @@ def _last_kept(read: Callable[[int, int], Tensor]) -> Callable[[int, int], Tenso
     return again
 
 
-WRITE = "write"
-"""The kind of rows for words on the write side: W_U's columns."""
+WRITE, MLP0 = "write", "mlp0"
+"""The kinds of rows for words on the write side, W_U's columns, and for words as block 0's MLP writes them."""
 SCREEN = 4096
 """Tokens whose unembedding is kept in memory, if the rest stays on disk, to rank a word's logit among them first."""
 KEPT_UP_TO = 2**26
@@ -164,7 +182,8 @@ class EffectiveRows:
     def __call__(self, ids: Int[Tensor, "*word"], kind: str) -> Float[Tensor, "*word d_model"]:
         """Return the rows for these tokens.
 
-        `kind` is `token`, `block0`, a layer's `stream_kind`, or `write` (columns of W_U, not normalised).
+        `kind` is `token`, `block0`, `mlp0` (what block 0's MLP writes), a layer's `stream_kind`, or `write` (columns of
+        W_U, not normalised).
 
         Raises:
             ValueError: a token is asked for that `only` leaves out or that was not run, or `write` without an
@@ -194,11 +213,13 @@ class EffectiveRows:
         device = self.vocabulary.W_E.device
         if self.streams is not None and kind.startswith("stream"):
             return self.normalised(self.streams.of(ids, int(kind.split()[1])).to(device))
-        if kind not in ("token", "block0"):
+        if kind not in ("token", "block0", MLP0):
             raise ValueError(f"{kind!r} is no kind of rows that can be had here")
         rows = self.vocabulary.W_E[ids.to(device)]
         if kind == "block0" and self.block0 is not None:
             rows = self.block0.rows(rows)
+        if kind == MLP0 and self.block0 is not None:
+            rows = self.block0.mlp_output(rows)
         return self.normalised(rows)
 
     @cached_property

@@ -198,7 +198,9 @@ def diagonal(
     if rows == "mlp0":
         if isinstance(model.block0, str):
             raise UserError(f"{model.block0}.")
-        E = diagonals.first_mlp_output(model.block0, E)
+        if model.block0.mlp is None:
+            raise UserError("the model has no MLP.")
+        E = model.block0.mlp_output(E)
     E, W_U = architecture.normalised(E), vocabulary.W_U_rows[:]
     read, written = [], []
     for layer, index in map(head_of, head.split()):

@@ -21,7 +21,7 @@ from ovqk.config.schema import Circuit, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.structure.model import Form, Layer, Model
 from ovqk.tasks.claims import Claims
-from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, Readout
+from ovqk.tasks.readouts import RELATION_METRICS, SET_METRICS, SUBSPACE_METRICS, Readout
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import Variable
 from ovqk.verdicts.null_tests import NullTest
@@ -97,7 +97,7 @@ class ClaimTests:
         if readout is None or not self.claims.heads:
             return
         draws = self.model.config.nulls
-        if self.wanted & set(SET_METRICS):
+        if self.wanted & {*SET_METRICS, *RELATION_METRICS}:
             n = len(readout.ids)
             generator = np.random.default_rng([self.model.config.seed, 1])
             self.weights = generator.multinomial(n, np.full(n, 1 / n), size=draws.resamples) / n

@@ -15,7 +15,7 @@ from ovqk.config.schema import CycleConfig, TaskConfig
 from ovqk.errors import UserError
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import Tables
-from ovqk.tasks.words import WordLookup
+from ovqk.tasks.lookup import WordLookup
 from ovqk.verdicts.statistics import benjamini_hochberg
 from ovqk.weights.types import keys, queries
 
