@@ -47,14 +47,10 @@ class Pairs:
         written = seen(targets)
         copies = torch.equal(sources, targets)
         own = torch.searchsorted(words, targets)
-        return cls(
-            words, own, kind, seen(sources) | written, written, COPYING_PLACES if copies else RELATION_PLACES
-        )
+        return cls(words, own, kind, seen(sources) | written, written, COPYING_PLACES if copies else RELATION_PLACES)
 
 
-def first_by_pair(
-    logits: Float[Tensor, "*batch pair word"], pairs: Pairs
-) -> Float[Tensor, "*batch pair"]:
+def first_by_pair(logits: Float[Tensor, "*batch pair word"], pairs: Pairs) -> Float[Tensor, "*batch pair"]:
     """Return 1 for each pair whose target has the largest logit of all words of its kind, and 0 for others.
 
     A tie is no first place. The mean over pairs is `ov_relation_first` (docs/definitions.md, section 5), the succession

@@ -117,7 +117,9 @@ class WordLookup:
                 continue
             for side in range(2):
                 alone = "in a pair with a word that is not one token here"
-                why = "not one token here" if ids[side] is None else alone if None in ids else "a source that comes twice"
+                why = (
+                    "not one token here" if ids[side] is None else alone if None in ids else "a source that comes twice"
+                )
                 reasons[side][words[side][index]] = why
         kept = [
             WordSet([words[side][i] for i in keep], torch.tensor([rows[side][i] for i in keep], dtype=torch.long))

@@ -227,7 +227,7 @@ class Readout:
         return found | {name: ranked.by_source for name, ranked in in_top.items()}
 
     def in_top(self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None) -> "dict[str, InTop]":
-        """Return those of TOP_METRICS that the variable has, after comparison with the vocabulary's first tokens; `InTop.settle` compares the rest."""
+        """Return the variable's TOP_METRICS, compared with the first tokens; `InTop.settle` compares the rest."""
         kind, pairs = self.variable.kind, self.variable.pairs
         names = [name for name in TOP_METRICS if METRICS[name].variable is kind and (wanted is None or name in wanted)]
         there = self.reads(layer) and maps.circuit is Circuit.ov
