@@ -106,7 +106,7 @@ def test_every_published_claim_names_its_places_and_the_page_is_made_of_them() -
             assert set(of["places"]) == set(of["roles"]) and of["revision"], f"{path.stem}, {model}"
             assert all(of["places"].values()) and of["source"] in script.page()
             shown += 1
-    assert shown == 6
+    assert shown == 7
 
 
 def test_unknown_roles_and_metrics_are_refused() -> None:

@@ -176,6 +176,16 @@ def cell_heads(opened: Opened, task: str, metric: str, reduce: str, heads: Seque
 
 
 @quantity
+def cell_rank(opened: Opened, task: str, metric: str, head: str) -> float:
+    """Return a head's rank among all heads by a metric in a cell's heads.parquet, 1 for the largest; ties count."""
+    record, tables = opened.cell(task, str(METRICS[metric].circuit))
+    if metric in record["unavailable"]:
+        raise UserError(f"{metric}: {record['unavailable'][metric]}.")
+    values = tables["heads"].set_index(["layer", "head"])[metric]
+    return float((values >= values.loc[head_of(head)]).sum())
+
+
+@quantity
 def diagonal(
     opened: Opened, head: str, circuit: str, rows: str, highest: int | None = None, lowest: int | float | None = None
 ) -> float:
