@@ -6,7 +6,7 @@ second.
 
 import importlib
 
-MODULES = ("choice", "colours", "drawing", "models", "portraits", "prompts")
+MODULES = ("choice", "colours", "cycles", "drawing", "models", "portraits", "prompts")
 
 
 def __getattr__(name: str) -> object:

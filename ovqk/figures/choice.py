@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ovqk.figures import models, portraits, prompts
+from ovqk.figures import cycles, models, portraits, prompts
 from ovqk.metrics import shown_in
 from ovqk.records.cells import Cell, labels, weights_labels
 from ovqk.records.on_prompts import rankings
@@ -37,11 +37,13 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
 
 
 def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
-    """Yield (name, figure) for each cell: weights against prompts, the circuit, the leading head for each role."""
+    """Yield (name, figure) for each cell: prompts, frequencies, the circuit, and the leading head for each role."""
     for cell, label in zip(cells, labels(cells), strict=True):
         if ranked := rankings(cell.record, cell.tables):
             title = f"{label} / {cell.record['task']}"
             yield file_name("prompts", *_title(cell, cells, "joint")), prompts.rankings(ranked, title)
+        if (drawn := cycle_figure(cell, label)) is not None:
+            yield file_name("frequencies", *_title(cell, cells, "frequencies")), drawn
         verdicts = cell.tables.get("verdicts")
         if verdicts is None:
             continue
@@ -57,6 +59,14 @@ def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
                 tables, layer, head, f"{label} / {cell.record['task']}", cell.record.get("unavailable", {})
             )
             yield file_name("head", *_title(cell, cells), f"{layer}.{head}"), sheet
+
+
+def cycle_figure(cell: Cell, label: str) -> Figure | None:
+    """Draw a cell's frequencies; None if its task has no cycle. `label` names the model."""
+    if not {"frequencies", "cycles"} <= set(cell.tables):
+        return None
+    tables = cell.tables
+    return cycles.frequencies(tables["frequencies"], tables["cycles"], f"{label} / {cell.record['task']}")
 
 
 PAIR = ["mode", "sender_layer", "sender_head", "receiver_layer", "receiver_head"]

@@ -24,6 +24,7 @@ from ovqk.records.cells import Cell, CellTables, Failure, Heads, Json, labels, w
 from ovqk.records.comparison import could_be_corroborated
 from ovqk.records.steps import said, shared_steps
 from ovqk.report import thinning
+from ovqk.report.cycle_image import cycle_image
 from ovqk.report.prompts_data import prompt_data, prompt_palette, prompt_words
 from ovqk.report.thinning import DETAILS, Detail, Grid, Pool, columnar, short
 
@@ -144,7 +145,7 @@ def page_data(cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, 
         | prompt_palette(cells),
         "cells": [
             _cell(cell, name, beside, detail, pool, _marked(cells, cell), made, told.get(cell.record["model"], []))
-            | {"label": label, "weights_label": weights_label}
+            | {"label": label, "weights_label": weights_label, "frequencies": cycle_image(cell, label)}
             for cell, name, label, weights_label in zip(cells, names, labels(cells), weights_labels(cells), strict=True)
         ],
         "failures": [vars(failure) for failure in failures],
