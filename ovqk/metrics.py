@@ -84,6 +84,7 @@ class Metric:
         share: it is a share of the score's variance: the part of the key, and a name for it beside the others of the part.
         composes: of a pair: the input of the receiver that the sender writes.
         ranks: of a pair: the end whose heads it ranks.
+        only_exploratory: no verdict may rest on it: as a prediction it is exploratory.
         counts_dimensions: it is at most the dimension of a head, of which models that differ in it are compared by shares.
     """
 
@@ -112,6 +113,7 @@ class Metric:
     share: tuple[Part, str] | None = None
     composes: Literal["query", "key", "value"] | None = None
     ranks: Literal["sender", "receiver"] | None = None
+    only_exploratory: bool = False
     counts_dimensions: bool = False
 
     @property
@@ -225,6 +227,8 @@ def _pair(
     needs: frozenset[Needs] = frozenset({"pairs", "embedding"} if name == "k_composed_matching" else {"pairs"})
     source = "" if name == "k_composed_matching" else "Elhage et al. 2021"
     more: dict[str, Any] = {"composes": composes, "ranks": ranks}
+    if "component" in name:
+        source, more["only_exploratory"] = "Merullo et al. 2024", True
     return Metric(name, None, title, formula, low, 1.0, source, needs, of="pair", topic="composition", **more)
 
 
@@ -332,6 +336,9 @@ _METRICS = [
     _pair("q_composition", "Q-composition", "|W_OV(s) W_QK(r)| / (|W_OV(s)| |W_QK(r)|)", 0.0, "query"),
     _pair("k_composition", "K-composition (percentile in the sender's layer)", "|W_OV(s) W_QK(r)^T| / (|W_OV(s)| |W_QK(r)|)", 0.0, "key"),
     _pair("v_composition", "V-composition", "|W_OV(s) W_OV(r)| / (|W_OV(s)| |W_OV(r)|)", 0.0, "value"),
+    _pair("q_component_composition", "Q-composition of the strongest component", "max_i |v_i^T W_QK(r)| / |W_QK(r)|, v_i of W_OV(s)", 0.0, "query"),
+    _pair("k_component_composition", "K-composition of the strongest component", "max_i |v_i^T W_QK(r)^T| / |W_QK(r)|, v_i of W_OV(s)", 0.0, "key"),
+    _pair("v_component_composition", "V-composition of the strongest component", "max_i |v_i^T W_OV(r)| / |W_OV(r)|, v_i of W_OV(s)", 0.0, "value"),
     _pair("k_composed_matching", "K-composed matching", "sum lambda / sum |lambda| of token -> OV(s) -> keys of r", -1.0, "key", "receiver"),
 ]  # fmt: skip
 

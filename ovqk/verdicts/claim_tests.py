@@ -190,10 +190,8 @@ class ClaimTests:
         nothing = np.full((architecture.n_layers, architecture.n_heads), np.nan)
         if not self.layers or not partners:
             return nothing
-        if config.metric == "k_composition":
-            return composition.k_composition(self.layers, partners)
-        if config.metric == "q_composition":
-            return composition.q_composition(self.layers, partners)
+        if config.metric in composition.INTO_RECEIVERS:
+            return composition.INTO_RECEIVERS[config.metric](self.layers, partners)
         grams = matching_grams(self.model)
         if config.metric == "k_composed_matching" and not isinstance(grams, str):
             return composition.k_composed_matching(self.layers, partners, *grams)
