@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -30,7 +30,7 @@ def cycle_image(cell: Cell, label: str) -> dict[str, str] | None:
     return {"address": address, "description": f"Power by frequency, {label}. " + "; ".join(told)}
 
 
-def _strongest(row: Mapping[str, Any]) -> str:
+def _strongest(row: Mapping[Hashable, Any]) -> str:
     if pd.isna(row["frequency"]):
         return "no power"
     said = wording.VERDICTS.get(row.get("verdict") or "", "")

@@ -1,7 +1,7 @@
 """The terminal's table of frequencies, for a task whose words form a cycle."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -29,7 +29,7 @@ LEGEND = (
 )
 
 
-def part_name(row: Mapping[str, Any]) -> str:
+def part_name(row: Mapping[Hashable, Any]) -> str:
     """Return the name of a part, with its head if it is of one."""
     head = "" if pd.isna(row["layer"]) else f"{int(row['layer'])}.{int(row['head'])} "
     return f"{head}{wording.CYCLE_PARTS[row['part']]}"

@@ -1,7 +1,7 @@
 """Frequencies of heads on words that form a cycle, against the same words in random order (definitions: section 5)."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ def _of_words(model: Model, task: TaskConfig, config: CycleConfig) -> list[int]:
     return [token for token in ids.values() if token is not None]
 
 
-def cycle_verdict(row: Mapping[str, Any], cycles: pd.DataFrame, p: int) -> str:
+def cycle_verdict(row: Mapping[Hashable, Any], cycles: pd.DataFrame, p: int) -> str:
     """Judge the claim about one part (docs/definitions.md, section 5): a name of `wording.VERDICTS`.
 
     The claims: the embedding and the unembedding are sparse in Fourier space; a head is keyed on one frequency; its OV
