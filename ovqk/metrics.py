@@ -73,7 +73,7 @@ class Metric:
         reads: it is an OV metric about reading, and says nothing about writing.
         full_circuit: the trace ratio of a full circuit, from tokens to tokens.
         other_words: whether a null of other words counts for it or is only reported; None if there is no such null.
-        in_top: if it ranks a word's own logit in the whole vocabulary, the sign that W_OV is taken with; else 0.
+        in_top: if it ranks a target's logit in the whole vocabulary, the sign that W_OV is taken with; else 0.
         topic: the question that it answers.
         shown: the places that show it, besides the page's table and atlas, which show all.
         order: its place among the metrics shown beside it, smaller first; equal ones in the order of the columns.
@@ -85,6 +85,7 @@ class Metric:
         shares.
         composes: for a pair: the receiver's input that the sender writes.
         ranks: for a pair: the end whose heads it ranks.
+        only_exploratory: no verdict may rest on it: as a prediction it is exploratory.
         counts_dimensions: it is at most d_head. Models with different d_head are compared by the share of it.
     """
 
@@ -113,6 +114,7 @@ class Metric:
     share: tuple[Part, str] | None = None
     composes: Literal["query", "key", "value"] | None = None
     ranks: Literal["sender", "receiver"] | None = None
+    only_exploratory: bool = False
     counts_dimensions: bool = False
 
     @property
@@ -205,6 +207,11 @@ def _words(*row: Any, other_words: Literal["reported"] | None = "reported", **mo
     return _metric(*row, of="words", topic="task", variable=VariableKind.set, other_words=other_words, **more)
 
 
+def _pairs(*row: Any, **more: Any) -> Metric:
+    """Return a metric that is a mean over the pairs of words of a relation."""
+    return _metric(*row, of="words", topic="task", variable=VariableKind.relation, **more)
+
+
 def _subspace(*row: Any, **more: Any) -> Metric:
     """Return a metric about the subspace that a variable's words span: other words decide about it too."""
     return _metric(*row, of="subspace", topic="task", other_words="counts", **more)
@@ -221,6 +228,8 @@ def _pair(
     needs: frozenset[Needs] = frozenset({"pairs", "embedding"} if name == "k_composed_matching" else {"pairs"})
     source = "" if name == "k_composed_matching" else "Elhage et al. 2021"
     more: dict[str, Any] = {"composes": composes, "ranks": ranks}
+    if "component" in name:
+        source, more["only_exploratory"] = "Merullo et al. 2024", True
     return Metric(name, None, title, formula, low, 1.0, source, needs, of="pair", topic="composition", **more)
 
 
@@ -308,6 +317,10 @@ _METRICS = [
     _words("ov_task_margin", "OV copying of task tokens, margin", "mean_t (L_tt - mean of L_st) / sd of L_st, s != t, L = e W_OV W_U", None, None, {"unembedding", "task"}, 0.0),
     _words("ov_task_copy", "OV copy score (top 5)", "share of t with its own logit in the top 5 under W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022", other_words=None, in_top=1),
     _words("ov_task_suppress", "OV suppression score (top 5)", "share of t with its own logit in the top 5 under -W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Wang et al. 2022", other_words=None, in_top=-1),
+    _pairs("ov_relation_score", "OV relation score (top 10)", "share of pairs (s, t) with t among the 10 largest of row s of E' W_OV W_U (copying: the largest)", 0.0, 1.0, {"unembedding", "task"}, None, "Elhelo & Geva 2024", in_top=1),
+    _pairs("ov_relation_suppress", "OV suppression of the relation (top 10)", "the same under -W_OV", 0.0, 1.0, {"unembedding", "task"}, None, "Elhelo & Geva 2024", in_top=-1),
+    _pairs("ov_relation_first", "OV relation, first of its kind", "share of pairs (s, t) with L_st the largest among words of their kind, L = E' W_OV W_U", 0.0, 1.0, {"unembedding", "task"}, None, "Gould et al. 2023"),
+    _pairs("ov_relation_auc", "OV relation among targets", "mean over pairs (s, t) of the share of other targets u with L_su < L_st, columns centred", 0.0, 1.0, {"unembedding", "task"}, 0.5),
     _subspace("ov_task_transfer", "OV transfer of the contrast", "a W_OV b^T / sigma_1", -1.0, 1.0, {"unembedding", "task"}, 0.0, variable=VariableKind.contrast),
     _subspace("ov_task_read", "OV reading of the contrast", "d |a W_OV|^2 / |W_OV|_F^2", 0.0, None, {"embedding", "task"}, 1.0, reads=True, variable=VariableKind.contrast),
     _subspace("ov_read_alignment", "OV reading of the task subspace", "|P_r W_OV|_F^2 / |W_OV|_F^2 / (r/d)", 0.0, None, {"embedding", "task"}, 1.0, reads=True, side="reading"),
@@ -324,6 +337,9 @@ _METRICS = [
     _pair("q_composition", "Q-composition", "|W_OV(s) W_QK(r)| / (|W_OV(s)| |W_QK(r)|)", 0.0, "query"),
     _pair("k_composition", "K-composition (percentile in the sender's layer)", "|W_OV(s) W_QK(r)^T| / (|W_OV(s)| |W_QK(r)|)", 0.0, "key"),
     _pair("v_composition", "V-composition", "|W_OV(s) W_OV(r)| / (|W_OV(s)| |W_OV(r)|)", 0.0, "value"),
+    _pair("q_component_composition", "Q-composition of the strongest component", "max_i |v_i^T W_QK(r)| / |W_QK(r)|, v_i of W_OV(s)", 0.0, "query"),
+    _pair("k_component_composition", "K-composition of the strongest component", "max_i |v_i^T W_QK(r)^T| / |W_QK(r)|, v_i of W_OV(s)", 0.0, "key"),
+    _pair("v_component_composition", "V-composition of the strongest component", "max_i |v_i^T W_OV(r)| / |W_OV(r)|, v_i of W_OV(s)", 0.0, "value"),
     _pair("k_composed_matching", "K-composed matching", "sum lambda / sum |lambda| of token -> OV(s) -> keys of r", -1.0, "key", "receiver"),
 ]  # fmt: skip
 

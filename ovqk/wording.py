@@ -274,3 +274,10 @@ def counted(number: int, noun: str) -> str:
 
 CYCLE_PARTS = {"embedding": "embedding", "unembedding": "unembedding", "ov": "OV", "key": "keys"}
 """Part of a model that is looked at by frequency -> its name."""
+CYCLE_CLAIMS = {
+    "embedding": "is sparse in Fourier space",
+    "unembedding": "is sparse in Fourier space",
+    "key": "is keyed on one frequency",
+    "ov": "moves the frequency that the head is keyed on",
+}
+"""Part -> the claim that its verdict is about."""

@@ -11,8 +11,9 @@ from support.scripts import script
 
 from ovqk.config.schema import Direction, PredictionConfig
 from ovqk.errors import UserError
+from ovqk.metrics import METRICS
 from ovqk.records.identity import identity
-from ovqk.tasks.claims import Claims, parse_head, resolve_claims
+from ovqk.tasks.claims import Claims, check_roles, parse_head, resolve_claims
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import correct, head_rows, predicted_values, role_rows
 from ovqk.verdicts.verdict import Subject, judge, subjects
@@ -107,7 +108,7 @@ def test_every_published_claim_names_its_places_and_the_page_is_made_of_them() -
             assert set(of["places"]) == set(of["roles"]) and of["revision"], f"{path.stem}, {model}"
             assert all(of["places"].values()) and of["source"] in made.page()
             shown += 1
-    assert shown == 6
+    assert shown == 7
 
 
 def test_unknown_roles_and_metrics_are_refused() -> None:
@@ -320,3 +321,27 @@ def test_every_verdict_says_what_it_does_and_does_not_establish() -> None:
     assert found["establishes"].startswith("The weights could do this: OV copying of task tokens is high")
     assert "does not establish that the model does this" in found["does_not_establish"]
     assert [s.head for s in subjects(claims(mover=[(1, 0), (2, 3)]))] == [None, (1, 0), (2, 3)]
+
+
+def test_composition_of_components_is_predicted_as_exploratory_alone() -> None:
+    task = compose("task=ioi").task
+    (prediction,) = [p for p in task.roles["s_inhibition"].predictions if p.metric == "q_component_composition"]
+    assert prediction.exploratory and METRICS["q_component_composition"].only_exploratory
+    check_roles(task)
+    prediction.exploratory = False
+    with pytest.raises(UserError, match="no verdict rests on q_component_composition; allowed: the same"):
+        check_roles(task)
+
+
+def test_an_exploratory_composition_is_tested_and_has_no_q() -> None:
+    from support.small import N_LAYERS, Random, high, run, task
+
+    q = high("q_composition", partners=["mover"])
+    roles = {"inhibition": [q, high("q_component_composition", partners=["mover"], exploratory=True)], "mover": []}
+    claims = {"inhibition": ["0.1", "1.2"], "mover": [f"{N_LAYERS - 1}.3"]}
+    tests = run(Random(), task(roles=roles, claims=claims)).tables["tests"]
+    ours = tests[tests["metric"] == "q_component_composition"]
+    assert len(ours) and ours["q"].isna().all() and ours["p"].between(0, 1).all()
+    plain = run(Random(), task(roles={"inhibition": [q], "mover": []}, claims=claims)).tables["tests"]
+    rest = tests[tests["metric"] != "q_component_composition"].reset_index(drop=True)
+    assert rest[["value", "p", "q"]].equals(plain[["value", "p", "q"]])

@@ -19,6 +19,7 @@ from ovqk.circuits.composition import (
     COLUMNS,
     MODES,
     LayerCircuits,
+    component_composition,
     component_scores,
     composition_table,
     k_composed_matching,
@@ -54,6 +55,36 @@ def test_role_metrics_are_the_best_of_their_pairs() -> None:
         match = [float(matching(layers, [(s, (layer, head))], gram)) for s in earlier]
         for found, wanted in ((into_keys, share), (into_queries, score), (matched, match)):
             assert found[layer, head] == pytest.approx(max(wanted, default=math.nan), abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_heads_best_component_is_that_of_its_matrices(mode) -> None:
+    """Component by component, everything materialised."""
+    layers = random_layers(3, heads=4, d=16, k=3)
+    given = [(1, 2), (2, 0), (2, 3)]
+    found = component_composition(layers, given, mode)
+    for layer, head in product(range(3), range(4)):
+        best = math.nan
+        for at, to in given:
+            if at <= layer:
+                continue
+            part = layers[at].ov if mode == "v" else layers[at].qk
+            M = part.read[to].double() @ torch.diag(part.sigma[to].double()) @ part.write[to].double().T
+            M = M.T if mode == "k" else M
+            own = layers[layer].ov.write[head].T  # [component, d]
+            best = np.fmax(best, float(((own.double() @ M.double()).norm(dim=1) / M.double().norm()).max()))
+        assert found[layer, head] == pytest.approx(best, abs=1e-5, nan_ok=True)
+
+
+def test_a_planted_weak_component_is_found_where_the_whole_head_is_not() -> None:
+    """The sender's last component, of a hundredth of the first one's sigma, writes what the receiver's queries read."""
+    layers = random_layers(2, heads=6, d=64, k=4)
+    ov, receiver = layers[0].ov, layers[1].qk
+    ov.write[0, :, 3], ov.sigma[0] = receiver.read[2, :, 0], torch.tensor([1.0, 0.5, 0.2, 0.01]).to(ov.sigma)
+    layers[0] = LayerCircuits.of(ov, layers[0].qk)
+    found, whole = component_composition(layers, [(1, 2)], "q"), q_composition(layers, [(1, 2)])
+    assert int(np.nanargmax(found[0])) == 0 and found[0, 0] > 2 * np.delete(found[0], 0).max()
+    assert whole[0, 0] < 1.5 * np.delete(whole[0], 0).max()
 
 
 def test_role_metrics_without_heads_are_undefined_everywhere() -> None:

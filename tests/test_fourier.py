@@ -1,8 +1,10 @@
 """Cycles by frequency: against the transform as a matrix, on heads built by hand, and on published models."""
 
+import base64
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,13 +13,19 @@ from safetensors.torch import save_file
 from support.commands import compose
 from support.models import BUNDLED, local, shared_model
 
+from ovqk import wording
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits import fourier
 from ovqk.errors import UserError
+from ovqk.figures.choice import cycle_figure
+from ovqk.figures.cycles import frequencies
+from ovqk.records.cells import Cell, read_cells
 from ovqk.records.results import load_table
+from ovqk.report.page import page_data
+from ovqk.report.thinning import DETAILS
 from ovqk.structure.model import Model
 from ovqk.tasks.tokenizer import load_tokenizer
-from ovqk.verdicts.cycles import read_cycle
+from ovqk.verdicts.cycles import cycle_verdict, read_cycle
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import OpenedModel
 
@@ -230,3 +238,81 @@ def test_the_words_of_a_cycle_are_found_by_the_tokenizer() -> None:
     config.task.words["names"][0] = "Xanthippe"
     with pytest.raises(UserError, match="not one token each in mini-attn: Xanthippe"):
         read_cycle(model)
+
+
+# --- verdicts and the figure ---------------------------------------------------------------------------------------
+
+
+def judged(part: str, **row: object) -> str:
+    """The verdict on a part of head 0.0, modulo 41, beside keys on frequency 3."""
+    base = {"part": part, "layer": 0, "head": 0, "frequency": 3, "share": 0.9, "block_share": 0.9, "n_frequencies": 5,
+            "q": 0.01, "min_p": 0.01} | row  # fmt: skip
+    keys = base | {"part": "key", "frequency": 3}
+    return cycle_verdict(base, pd.DataFrame([base] if part == "key" else [base, keys]), 41)
+
+
+@pytest.mark.parametrize(
+    ("part", "row", "verdict"),
+    [
+        ("key", {}, "corroborated"), ("key", {"share": 0.49}, "partial"), ("key", {"q": 0.05}, "unsupported"),
+        ("key", {"q": math.nan}, "untestable"), ("key", {"min_p": 0.1}, "untestable"),
+        ("embedding", {}, "corroborated"), ("unembedding", {"n_frequencies": 6}, "partial"),
+        ("ov", {}, "corroborated"), ("ov", {"frequency": 4}, "partial"), ("ov", {"block_share": 0.49}, "partial"),
+        ("ov", {"q": 0.2}, "unsupported"),
+    ],
+)  # fmt: skip
+def test_a_verdict_asks_for_the_order_and_for_the_size(part, row, verdict) -> None:
+    assert judged(part, **row) == verdict
+    assert set(wording.CYCLE_CLAIMS) == set(wording.CYCLE_PARTS) and verdict in wording.VERDICTS
+
+
+def test_an_ov_without_keys_is_not_judged() -> None:
+    row = {"part": "ov", "layer": 0, "head": 0, "frequency": 3, "block_share": 1.0, "q": 0.01, "min_p": 0.01}
+    assert cycle_verdict(row, pd.DataFrame([row]), 41) == "untestable"
+    keys = row | {"part": "key", "frequency": None}
+    assert cycle_verdict(row, pd.DataFrame([row, keys]), 41) == "untestable"
+
+
+@pytest.fixture
+def clock_cell(cli, tmp_path) -> Cell:
+    clock(17, 2, tmp_path / "clock.safetensors")
+    cycles(cli, tmp_path / "clock.safetensors", "task.cycle.modulus=17", "task.cycle.query=17", "nulls.draws=99")
+    found, failed = read_cells(cli.folder / "results")
+    assert not failed
+    return found[0]
+
+
+def test_a_clock_head_is_corroborated_and_drawn_where_it_is(clock_cell) -> None:
+    table = clock_cell.tables["cycles"].set_index(["part", "head"])["verdict"]
+    assert table[("ov", 0)] == table[("key", 0)] == "corroborated"
+    assert table[("ov", 1)] == table[("key", 1)] == "untestable"
+    figure = cycle_figure(clock_cell, "clock")
+    embedding, unembedding, heads = figure.axes
+    for axes in (embedding, unembedding):  # three of eight frequencies
+        assert [bar.get_height() for bar in axes.patches] == pytest.approx([1 / 3] * 3 + [0] * 5, abs=1e-6)
+        assert {text.get_text() for text in axes.texts} == {"1", "2", "3"}
+    grid = heads.images[0].get_array()
+    assert [label.get_text() for label in heads.get_yticklabels()] == ["0.0 OV", "0.0 keys", "0.1 OV", "0.1 keys"]
+    for row in grid[:2]:
+        assert row.tolist() == pytest.approx([0, 1, 0, 0, 0, 0, 0, 0], abs=1e-6)
+    assert [text.get_text() for text in heads.texts] == ["2: 1.00", "2: 1.00", "no power", "no power"]
+
+
+def test_the_page_holds_the_figure_and_says_what_it_shows(clock_cell) -> None:
+    image = page_data([clock_cell], [], clock_cell.folder, DETAILS[0])["cells"][0]["frequencies"]
+    kind, _, coded = image["address"].partition(",")
+    assert kind == "data:image/svg+xml;base64" and b"Embedding W_E" in base64.b64decode(coded)
+    assert "0.0 OV: 2 has 1.00, corroborated" in image["description"] and "0.1 keys: no power" in image["description"]
+    without = Cell(clock_cell.folder, clock_cell.record, {"heads": clock_cell.tables["heads"]})
+    assert cycle_figure(without, "clock") is None
+
+
+def test_of_many_heads_the_strongest_are_drawn() -> None:
+    cycle = pd.DataFrame(
+        [{"part": part, "layer": 0, "head": head, "frequency": 1, "share": head / 40, "n_frequencies": 1, "gini": 0.5}
+         for head in range(40) for part in ("ov", "key")]
+    )  # fmt: skip
+    powers = pd.concat([pd.DataFrame({"part": row.part, "layer": 0, "head": row.head, "frequency": [1, 2], "power":
+                                      [row.share, 1 - row.share]}) for row in cycle.itertuples()])  # fmt: skip
+    (heads,) = frequencies(powers, cycle).axes  # without embeddings, and without verdicts
+    assert [label.get_text() for label in heads.get_yticklabels()][::2] == [f"0.{head} OV" for head in range(24, 40)]

@@ -22,6 +22,7 @@ from ovqk import wording
 from ovqk.cell import run_cell
 from ovqk.errors import UserError
 from ovqk.records.cells import read_cells
+from ovqk.records.results import load_table
 from ovqk.report.page import make_page
 from ovqk.whole_files import write_text
 
@@ -500,6 +501,34 @@ def test_a_page_without_them_says_nothing_of_prompts(reader) -> None:
     assert "On prompts" not in reader.page.inner_text("body")
     reader.open("head/mini-attn/induction/3.4")
     assert reader.page.locator("h2:text-is('On prompts')").count() == 0
+
+
+def test_a_head_names_the_components_of_its_senders_that_it_reads_with_their_tokens(reader, page_file) -> None:
+    reader.open("head/mini-attn/induction/3.4")
+    rows = [row.split("\t") for row in reader.texts("#components-read tbody tr")]
+    (folder,) = (page_file.parent / "mini-attn" / "none").glob("composition-*")
+    pairs = load_table(folder, "composition")
+    pairs = pairs[(pairs["receiver_layer"] == 3) & (pairs["receiver_head"] == 4)]
+    wanted = [
+        [f"{row.sender_layer}.{row.sender_head}", str(row.component)]
+        for mode in "qkv"
+        for row in pairs[pairs["mode"] == mode].nlargest(3, "score").itertuples()
+    ]
+    assert [row[1:3] for row in rows] == wanted and len(wanted) == 9
+    (induction,) = (page_file.parent / "mini-attn" / "induction").glob("b03-*")
+    listed = load_table(induction, "directions")
+    for (name, component), row in zip(wanted, rows, strict=True):
+        layer, head = map(int, name.split("."))
+        own = listed[(listed["layer"] == layer) & (listed["head"] == head) & (listed["circuit"] == "ov")
+                     & (listed["kind"] == "singular") & (listed["component"] == int(component))]  # fmt: skip
+        if not len(own):
+            assert row[-1].endswith(f"analysis.components={int(component) + 1} lists it")
+            continue
+        for side, cell in (("read", row[-2]), ("write", row[-1])):
+            best = own[(own["side"] == side) & (own["sign"] > 0) & (own["rank"] == own["rank"].min())]["token"].iloc[0]
+            assert cell.replace("␣", " ").strip().startswith(best.replace("Ġ", " ").strip()), (name, cell, best)
+    assert any("lists it" not in row[-1] for row in rows)
+    reader.see("components")
 
 
 # --- a sweep of everything -----------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from ovqk.circuits.effective_embeddings import EffectiveRows, StreamBefore, Stre
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.config.schema import Embedding
 from ovqk.errors import UserError
+from ovqk.tasks.lookup import WordSet
 from ovqk.tasks.tokenizer import load_tokenizer
-from ovqk.tasks.words import Variable, VariableKind, WordSet
+from ovqk.tasks.words import Variable, VariableKind
 from ovqk.weights.types import Architecture
 
 CPU = torch.device("cpu")

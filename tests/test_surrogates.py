@@ -12,9 +12,10 @@ from support.models import BUNDLED, local
 
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import Circuit, VariableKind
+from ovqk.tasks.lookup import WordSet
 from ovqk.tasks.matches import RANK_WINDOW, surface_form
 from ovqk.tasks.tokenizer import load_tokenizer
-from ovqk.tasks.words import Variable, WordSet, resolve_task
+from ovqk.tasks.words import Variable, resolve_task
 from ovqk.verdicts import surrogates
 from ovqk.verdicts.surrogates import (
     FrameDraws,

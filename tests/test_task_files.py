@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,15 +16,25 @@ from ovqk.config.resolve import plain
 from ovqk.config.schema import Direction, TaskConfig
 from ovqk.errors import UserError
 from ovqk.tasks.claims import RELIABILITIES, Claims, check_roles, parse_head, resolve_claims
+from ovqk.tasks.lookup import WordLookup
 from ovqk.tasks.matches import MIN_WORDS
 from ovqk.tasks.prompts import Prompt, sample_prompts, token_positions
 from ovqk.tasks.tokenizer import load_tokenizer
-from ovqk.tasks.words import WordLookup, resolve_task
+from ovqk.tasks.words import resolve_task
 from ovqk.weights.types import Architecture
 
+OTHERS = {"none", "modular_addition"}
+"""Tasks without words."""
+
+
+def is_relation(path: Path) -> bool:
+    return "kind: relation" in path.read_text(encoding="utf-8")
+
+
 TASKS = sorted(
-    path.stem for path in (ROOT / "conf" / "task").glob("*.yaml") if path.stem not in ("none", "modular_addition")
+    path.stem for path in (ROOT / "conf" / "task").glob("*.yaml") if path.stem not in OTHERS and not is_relation(path)
 )
+"""Those with prompts; relations are in test_relations.py."""
 GPT2 = Architecture("gpt2", 12, 12, 12, 768, 64, 1024, "layernorm", 1e-5, "learned")
 PUBLISHED = {  # definitions: section 8
     "greater_than": {"start_year_mover": ["5.1", "5.5", "6.9", "7.10", "8.8", "8.11", "9.1"]},

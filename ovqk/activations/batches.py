@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ovqk.config.schema import RoleActivationsConfig, TaskConfig
 from ovqk.errors import UserError
+from ovqk.tasks.lookup import WordLookup
 from ovqk.tasks.prompt_entry import check_prompts
 from ovqk.tasks.prompts import Prompt, known_words, sample_prompts, token_positions, word_sets_of
-from ovqk.tasks.words import WordLookup
 
 NEW_LINE = "\n"
 """The text before every prompt if the model has no start token.

@@ -16,8 +16,8 @@ from ovqk.activations.batches import NEW_LINE
 from ovqk.activations.forward import RunningModel
 from ovqk.activations.quantities import Steps
 from ovqk.errors import UserError
+from ovqk.tasks.lookup import WordLookup
 from ovqk.tasks.matches import surface_form
-from ovqk.tasks.words import WordLookup
 
 PREFIXES, WORDS = 8, 3
 """How many prefixes a word stands behind, and how many words each has, the start token aside."""

@@ -22,7 +22,8 @@ ENERGY_KEPT = 0.9  # share of a word set's energy that its subspace keeps
 ENERGY_ROUNDING = 1e-8  # relative to the largest energy; a smaller one does not determine a direction
 TOP_BLOCK = 1024  # the most tokens, and the most words, that are compared at a time
 FLAT = 1e-6  # relative to a column's largest entry; a smaller spread of the others is rounding
-TOP = 5  # Wang et al. 2022 count a name as copied when its logit is among the five largest
+TOP = 5
+"""Wang et al. 2022 count a name as copied when its logit is among the five largest."""
 
 
 def task_auc_by_source(
@@ -80,14 +81,17 @@ def readout(
 
 
 class TopSearch:
-    """A search for the words whose own logit is in the whole vocabulary's top 5, under W_OV times each sign.
+    """A search for the words whose target's logit is in the whole vocabulary's top, under W_OV times each sign.
 
-    The vocabulary is passed in blocks (`compare`, `settle`). A word is closed once 5 tokens are known to come before
-    it, which for most words happens after few tokens. The means over words are `ov_task_copy`, the copy score of Wang
-    et al. 2022, and `ov_task_suppress` (docs/definitions.md, section 5).
+    A word's target is the word itself, or for a relation another one. The vocabulary is passed in blocks (`compare`,
+    `settle`). A word is closed once `top` tokens are known to come before its target, which for most words happens
+    after few tokens. The means over words are `ov_task_copy`, the copy score of Wang et al. 2022, and
+    `ov_task_suppress`, with a top of 5, and `ov_relation_score` and `ov_relation_suppress` (docs/definitions.md,
+    section 5).
 
     Attributes:
         passed: how many tokens, counted from id 0, were compared.
+        top: how many places count as the top.
     """
 
     def __init__(
@@ -96,10 +100,11 @@ class TopSearch:
         ids: Int[Tensor, " word"],
         own_rows: Float[Tensor, "word d_model"],
         signs: Sequence[int] = (1, -1),
+        top: int = TOP,
     ) -> None:
-        """Take the rows that the maps write for each word, the word's id and its own row in W_U^T."""
+        """Take the rows that the maps write for each word, its target's id and the target's row in W_U^T."""
         own = (written * own_rows).sum(-1)
-        self.passed, self.shape = 0, (len(signs), *own.shape)
+        self.passed, self.top, self.shape = 0, top, (len(signs), *own.shape)
         self._alive = (own.abs().sum(-1, keepdim=True) > 0).double()
         # For the open words, each under each sign, which become fewer:
         self._own = torch.cat([sign * own.flatten() for sign in signs])
@@ -110,7 +115,7 @@ class TopSearch:
 
     @property
     def done(self) -> bool:
-        """Whether 5 tokens come before every word."""
+        """Whether every word has enough tokens before it."""
         return not len(self._open)
 
     def compare(self, start: int, columns: Float[Tensor, "d_model token"]) -> None:
@@ -122,24 +127,24 @@ class TopSearch:
             here = ((mine >= 0) & (mine < logits.shape[1])).nonzero()[:, 0]
             logits[here, mine[here]] = own[here]  # a word never outranks itself by its own rounding
             self._before[self._open[some]] += _count(logits > own[:, None])
-        still = self._before[self._open] < TOP
+        still = self._before[self._open] < self.top
         if not still.all():
             self._open, self._own = self._open[still], self._own[still]
             self._targets, self._written = self._targets[still], self._written[still]
         self.passed = start + columns.shape[1]
 
     def found(self) -> list[Float[Tensor, "head word"]]:
-        """Return, for each sign, 1 for a word in the top 5 among the tokens passed and 0 for others.
+        """Return, for each sign, 1 for a word in the top among the tokens passed and 0 for others.
 
         A head that writes on none of the words has 0 throughout.
         """
-        return list((self._before < TOP).view(self.shape) * self._alive)
+        return list((self._before < self.top).view(self.shape) * self._alive)
 
     @classmethod
     def joined(cls, searches: Sequence["TopSearch"]) -> "TopSearch":
-        """Join several searches into one for all their open words; `give_back` hands them its result."""
+        """Join several searches of one top into one for all their open words; `give_back` hands them its result."""
         one = cls.__new__(cls)
-        one.passed = searches[0].passed
+        one.passed, one.top = searches[0].passed, searches[0].top
         one._own = torch.cat([search._own for search in searches])
         one._targets = torch.cat([search._targets for search in searches])
         one._written = torch.cat([search._written for search in searches])
@@ -159,13 +164,13 @@ def settle(searches: Sequence[TopSearch], W_U_rows: Rows) -> None:
     """End searches that have passed the same tokens, in one pass over the rest of the vocabulary.
 
     Raises:
-        ValueError: the searches have passed different numbers of tokens.
+        ValueError: the searches have passed different numbers of tokens, or have tops of different sizes.
     """
     waiting = [search for search in searches if not search.done]
     if not waiting:
         return
-    if len({search.passed for search in waiting}) > 1:
-        raise ValueError("searches can be settled together only if they have passed the same tokens")
+    if len({(search.passed, search.top) for search in waiting}) > 1:
+        raise ValueError("searches can be settled together only if they have passed the same tokens, for one top")
     one = waiting[0] if len(waiting) == 1 else TopSearch.joined(waiting)
     for tokens in widening(one.passed, W_U_rows.shape[0]):
         if one.done:

@@ -17,8 +17,9 @@ Under rotary positions W_QK has the mean rotation over the offsets that the call
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -204,6 +205,19 @@ def q_composition(layers: Sequence[LayerCircuits], receivers: Collection[Head]) 
     return _best(layers, receivers, "q", as_percentile=False)
 
 
+def component_composition(
+    layers: Sequence[LayerCircuits], receivers: Collection[Head], mode: Mode
+) -> NDArray[np.float64]:
+    """Take each head's component that these receivers read most, by `component_scores`, in [0, 1]."""
+    best = np.full((len(layers), _n_heads(layers)), math.nan)
+    for layer, head in sorted(set(receivers)):
+        receiver = layers[layer].only([head])
+        for sender in range(layer):
+            found = component_scores(layers[sender], receiver, mode).amax(-1)
+            best[sender] = np.fmax(best[sender], found.cpu().numpy())
+    return best
+
+
 def k_composed_matching(
     layers: Sequence[LayerCircuits], senders: Collection[Head], gram: Gram, first_gram: Gram | None = None
 ) -> NDArray[np.float64]:
@@ -231,6 +245,14 @@ def _best(
 
 def _n_heads(layers: Sequence[LayerCircuits]) -> int:
     return len(layers[0].ov.sigma)
+
+
+INTO_RECEIVERS: dict[str, Callable[[Sequence[LayerCircuits], Collection[Head]], NDArray[np.float64]]] = {
+    "k_composition": k_composition,
+    "q_composition": q_composition,
+    **{f"{mode}_component_composition": partial(component_composition, mode=mode) for mode in MODES},
+}
+"""Metric of a sender and given receivers -> its function."""
 
 
 # --- tables ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ A full circuit's matrix over tokens is rows @ columns^T, where both factors are 
 of columns at a time. To rank within rows, transpose the matrix. Adding a constant to a column changes nothing here.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -12,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.grams import blocks
 
 AT_ONCE = 2**24
@@ -59,21 +57,6 @@ def own_ranks(
 def share_up_to(places: Int[Tensor, "head column"], count: int) -> Float[Tensor, " head"]:
     """Return the share of columns whose own entry is among the first `count` from an end, in [0, 1]."""
     return (places <= count).double().mean(-1)
-
-
-def first_mlp_output(block0: Block0, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
-    """Return what block 0's MLP writes for rows of the folded embedding, each token attending to itself alone.
-
-    It is the effective embedding of McDougall et al. 2023 (arXiv:2310.04625), which leaves the residual stream out.
-
-    Raises:
-        ValueError: the model has no MLP.
-    """
-    if block0.mlp is None:
-        raise ValueError("the model has no MLP")
-    before = copy.copy(block0)
-    before.mlp = None
-    return block0.rows(W_E) - before.rows(W_E)
 
 
 # --- over large vocabularies -----------------------------------------------------------------------------------

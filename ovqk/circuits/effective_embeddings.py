@@ -4,6 +4,7 @@
 of any kind, normalised as a layer's norm would.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -66,6 +67,23 @@ class Block0:
         written = torch.cat([self.mlp.apply(some) for some in x.split(tokens)])
         return stream + apply_norm(self.mlp.post_norm, written, eps)
 
+    @cached_property
+    def mlp_writes(self) -> bool:
+        """Whether the block has an MLP, and one that writes anything."""
+        return self.mlp is not None and bool(self.mlp.W_out.any() or self.mlp.b_out.any())
+
+    def mlp_output(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+        """Return what the MLP writes for rows of the folded embedding, each token attending to itself alone.
+
+        It is the effective embedding of McDougall et al. 2023 (arXiv:2310.04625) and of Elhelo & Geva 2024
+        (arXiv:2412.11965), who leave the residual stream out. If no MLP writes anything, these are the rows themselves.
+        """
+        if not self.mlp_writes:
+            return W_E
+        before = copy.copy(self)
+        before.mlp = None
+        return self.rows(W_E) - before.rows(W_E)
+
     def grams(
         self, vocabulary: Vocabulary, read: Callable[[int, int], Float[Tensor, "token d_model"]] | None = None
     ) -> Block0Grams:
@@ -108,10 +126,12 @@ class StreamBefore:
     layer: int
 
 
-RowKind = Literal["token", "block0", "write"] | StreamBefore
-"""A kind of rows: effective embeddings on the read side, or `write`."""
+RowKind = Literal["token", "block0", "mlp0", "write"] | StreamBefore
+"""A kind of rows: effective embeddings on the read side, what block 0's MLP writes (`mlp0`), or `write`."""
 WRITE: Final = "write"
 """The kind of rows for words on the write side: W_U's columns."""
+MLP0: Final = "mlp0"
+"""The kind of rows for words as block 0's MLP writes them."""
 SCREEN = 4096
 """Tokens whose unembedding is kept in memory, if the rest stays on disk, to rank a word's logit among them first."""
 KEPT_UP_TO = 2**26
@@ -202,6 +222,8 @@ class EffectiveRows:
         rows = self.vocabulary.W_E[ids.to(device)]
         if kind == "block0" and self.block0 is not None:
             rows = self.block0.rows(rows)
+        if kind == MLP0 and self.block0 is not None:
+            rows = self.block0.mlp_output(rows)
         return self.normalised(rows)
 
     @cached_property

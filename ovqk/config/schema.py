@@ -66,6 +66,8 @@ class VariableKind(Enum):
 
     set = "set"
     contrast = "contrast"
+    relation = "relation"
+    """Pairs of words, a source and a target, such as a country and its capital."""
 
 
 class Direction(Enum):
@@ -126,15 +128,15 @@ class ModelConfig:
 
 @dataclass
 class VariableConfig:
-    """A causal variable of a task: a set of words, or a contrast between two sets."""
+    """A causal variable of a task: a set of words, a contrast between two sets, or a relation between words."""
 
     kind: VariableKind = MISSING
     words: str | None = None
     """`set`: the word set."""
     read: list[str] = field(default_factory=list)
-    """`contrast`: [minus, plus] word sets that are read, index-aligned."""
+    """`contrast`: [minus, plus] word sets that are read, index-aligned. `relation`: a set of sources for each kind."""
     write: list[str] = field(default_factory=list)
-    """`contrast`: [minus, plus] word sets that are written, index-aligned."""
+    """`contrast`: [minus, plus] word sets that are written, index-aligned. `relation`: each source's target."""
 
 
 @dataclass

@@ -8,7 +8,9 @@ built of, and `embedded` puts a figure on the page.
 
 import importlib
 
-MODULES = ("choice", "circuits", "colours", "comparisons", "depth", "drawing", "embedded", "portraits", "prompts")
+MODULES = (
+    "choice", "circuits", "colours", "comparisons", "cycles", "depth", "drawing", "embedded", "portraits", "prompts",
+)  # fmt: skip
 ELSEWHERE = {"depth_curves": "depth", "circuit": "circuits"}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ovqk.figures import circuits, comparisons, depth, portraits, prompts
+from ovqk.figures import circuits, comparisons, cycles, depth, portraits, prompts
 from ovqk.metrics import shown_in
 from ovqk.records.cells import Cell, labels, weights_labels
 from ovqk.records.on_prompts import rankings
@@ -45,11 +45,13 @@ def depth_tables(cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFrame | No
 
 
 def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
-    """Yield (name, figure) for each cell: weights against prompts, the circuit, the leading head for each role."""
+    """Yield (name, figure) for each cell: prompts, frequencies, the circuit, and the leading head for each role."""
     for cell, label in zip(cells, labels(cells), strict=True):
         if ranked := rankings(cell.record, cell.tables):
             title = f"{label} / {cell.record['task']}"
             yield file_name("prompts", *_title(cell, cells, "joint")), prompts.rankings(ranked, title)
+        if (drawn := cycle_figure(cell, label)) is not None:
+            yield file_name("frequencies", *_title(cell, cells, "frequencies")), drawn
         verdicts = cell.tables.get("verdicts")
         if verdicts is None:
             continue
@@ -72,6 +74,14 @@ def compositions(cell: Cell, cells: Sequence[Cell]) -> pd.DataFrame | None:
     whole = [other for other in cells if other.weights == cell.weights and other.record["analysis"] == "composition"]
     pairs = [c.tables["composition"].assign(named=c in own) for c in (*own, *whole) if "composition" in c.tables]
     return pd.concat(pairs, ignore_index=True) if pairs else None
+
+
+def cycle_figure(cell: Cell, label: str) -> Figure | None:
+    """Draw a cell's frequencies; None if its task has no cycle. `label` names the model."""
+    if not {"frequencies", "cycles"} <= set(cell.tables):
+        return None
+    tables = cell.tables
+    return cycles.frequencies(tables["frequencies"], tables["cycles"], f"{label} / {cell.record['task']}")
 
 
 PAIR = ["mode", "sender_layer", "sender_head", "receiver_layer", "receiver_head"]

@@ -176,6 +176,16 @@ def cell_heads(opened: Opened, task: str, metric: str, reduce: str, heads: Seque
 
 
 @quantity
+def cell_rank(opened: Opened, task: str, metric: str, head: str) -> float:
+    """Return a head's rank among all heads by a metric in a cell's heads.parquet, 1 for the largest; ties count."""
+    record, tables = opened.cell(task, str(METRICS[metric].circuit))
+    if metric in record["unavailable"]:
+        raise UserError(f"{metric}: {record['unavailable'][metric]}.")
+    values = tables["heads"].set_index(["layer", "head"])[metric]
+    return float((values >= values.loc[head_of(head)]).sum())
+
+
+@quantity
 def diagonal(
     opened: Opened, head: str, circuit: str, rows: str, highest: int | None = None, lowest: int | float | None = None
 ) -> float:
@@ -198,7 +208,9 @@ def diagonal(
     if rows == "mlp0":
         if isinstance(model.block0, str):
             raise UserError(f"{model.block0}.")
-        E = diagonals.first_mlp_output(model.block0, E)
+        if model.block0.mlp is None:
+            raise UserError("the model has no MLP.")
+        E = model.block0.mlp_output(E)
     E, W_U = architecture.normalised(E), vocabulary.W_U_rows[:]
     read, written = [], []
     for layer, index in map(head_of, head.split()):

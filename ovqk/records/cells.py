@@ -34,6 +34,8 @@ TABLES = (
     "activations",
     "roles",
     "joint",
+    "cycles",
+    "frequencies",
 )
 Json = dict[str, Any]
 Heads = set[tuple[int, int]]

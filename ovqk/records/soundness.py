@@ -56,6 +56,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "roles": ("role", "verdict"),
     "joint": ("kind", "role"),
     "fidelity": ("embedding",),
+    "cycles": ("part",),
+    "frequencies": ("part",),
 }
 """Table -> its columns of text that readers need."""
 NUMBERS: dict[str, tuple[str, ...]] = {
@@ -68,6 +70,8 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "nulls": ("quantile", "value"),
     "verdicts": ("value", "effect", "p", "q"),
     "fidelity": ("n_words", "cosine"),
+    "cycles": ("layer", "head", "frequency", "share", "q"),
+    "frequencies": ("layer", "head", "frequency", "power"),
 }
 """Table -> its columns of numbers that readers need, besides POSITIONS."""
 

@@ -1,6 +1,8 @@
 """The terminal's table of frequencies, for a task whose words form a cycle."""
 
 import math
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -17,28 +19,36 @@ COLUMNS = (
     Column("Gini", importance=20),
     Column("within", importance=70),
     Column("q", importance=85),
+    Column("verdict", importance=95, text=True),
 )
 LEGEND = (
     "frequency: the strongest, with the words in their order; share: its part of the power; for 95 %: how many hold as "
     "much. OV: from word to word; within: the part that goes from a frequency to the same one. keys: the scores that "
-    "words have. q: against the same words in other orders."
+    "words have. q: against the same words in other orders. verdict: the embeddings are sparse in "
+    "Fourier space; keys are of one frequency; OV moves that same one."
 )
+
+
+def part_name(row: Mapping[Hashable, Any]) -> str:
+    """Return the name of a part, with its head if it is of one."""
+    head = "" if pd.isna(row["layer"]) else f"{int(row['layer'])}.{int(row['head'])} "
+    return f"{head}{wording.CYCLE_PARTS[row['part']]}"
 
 
 def print_cycles(out: Console, cycles: pd.DataFrame) -> None:
     """Print a row for the embeddings and for each head's OV and keys."""
     table = FittedTable(COLUMNS, "cycles.parquet")
     for row in cycles.to_dict("records"):
-        head = "" if pd.isna(row["layer"]) else f"{int(row['layer'])}.{int(row['head'])} "
         there = not math.isnan(row["share"])
         table.add_row(
-            f"{head}{wording.CYCLE_PARTS[row['part']]}",
+            part_name(row),
             str(int(row["frequency"])) if there else "none",
             rounded(row["share"]),
             str(int(row["n_frequencies"])) if there else "",
             rounded(row["gini"]),
             rounded(row["block_share"]),
             rounded(row["q"], 3),
+            wording.VERDICTS[row["verdict"]] if row.get("verdict") in wording.VERDICTS else "",
         )
     out.print()
     out.print(table)

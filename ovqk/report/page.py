@@ -25,6 +25,7 @@ from ovqk.records.cells import Cell, CellTables, Failure, Heads, Json, labels
 from ovqk.records.comparison import could_be_corroborated
 from ovqk.records.steps import said, shared_steps
 from ovqk.report import pictures, thinning
+from ovqk.report.cycle_image import cycle_image
 from ovqk.report.prompts_data import prompt_data, prompt_palette, prompt_words
 from ovqk.report.thinning import DETAILS, Detail, Grid, Pool, columnar, short
 
@@ -114,7 +115,7 @@ def embedded(data: Any) -> str:
 
 
 def page_data(
-    cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, detail: Detail, drawn: pictures.Drawn
+    cells: Sequence[Cell], failures: Sequence[Failure], beside: Path, detail: Detail, drawn: pictures.Drawn = ()
 ) -> Json:
     """Return the page's data: words, palettes, metrics, every cell, and the values that several cells share."""
     pool = Pool()
@@ -151,6 +152,7 @@ def page_data(
         "cells": [
             _cell(cell, name, beside, detail, pool, _marked(cells, cell), made, told.get(cell.record["model"], []))
             | {"label": label, "line": line, "graph": pictures.graph(cell, cells)}
+            | {"frequencies": cycle_image(cell, label)}
             for cell, name, label, line in zip(cells, names, labels(cells), pictures.line_places(cells), strict=True)
         ],
         "depth": pictures.depth_data(cells, drawn, pool),

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk.circuits import moments, positions
-from ovqk.circuits.diagonals import first_mlp_output, ranked_tokens
+from ovqk.circuits.diagonals import ranked_tokens
 from ovqk.circuits.effective_embeddings import KEPT_UP_TO, Block0
 from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, query_side
 from ovqk.circuits.grams import Block0Grams, FullCircuit, blocks
@@ -130,12 +130,9 @@ class Model:
         vocabulary, block0 = self.vocabulary, self.block0
         if vocabulary is None or isinstance(block0, str):
             return None
-        mlp = block0.mlp
-        writes = mlp is not None and bool(mlp.W_out.any() or mlp.b_out.any())
 
         def rows(start: int, stop: int) -> Float[Tensor, "token d_model"]:
-            plain = vocabulary.W_E[start:stop]
-            return self.architecture.normalised(first_mlp_output(block0, plain) if writes else plain)
+            return self.architecture.normalised(block0.mlp_output(vocabulary.W_E[start:stop]))
 
         n, d_model = vocabulary.size, vocabulary.d_model
         if n * d_model > KEPT_UP_TO:

@@ -132,7 +132,7 @@ def parse_head(name: object, key: str, architecture: Architecture) -> Head:
 
 
 def check_roles(task: TaskConfig) -> None:
-    """Check every role's predictions: metrics exist, compositions name partners, the primary is not exploratory.
+    """Check every role's predictions: metrics exist, compositions name partners, exploratory ones are no primary.
 
     Raises:
         UserError: a prediction breaks one of these rules.
@@ -144,6 +144,11 @@ def check_roles(task: TaskConfig) -> None:
                     raise UserError(
                         f"task.roles.{role}.predictions: unknown metric '{name}'; allowed: {', '.join(METRICS)}."
                     )
+            if METRICS[prediction.metric].only_exploratory and not prediction.exploratory:
+                raise UserError(
+                    f"task.roles.{role}.predictions: no verdict rests on {prediction.metric}; allowed: the same with "
+                    "exploratory=true."
+                )
             strangers = [partner for partner in prediction.partners if partner not in task.roles]
             composes = METRICS[prediction.metric].of == "pair"
             if strangers or composes != bool(prediction.partners):

@@ -10,23 +10,36 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.circuits import alignment
-from ovqk.circuits.effective_embeddings import WRITE, EffectiveRows, RowKind, StreamBefore
+from ovqk.circuits import alignment, relations
+from ovqk.circuits.effective_embeddings import MLP0, WRITE, EffectiveRows, RowKind, StreamBefore
 from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.config.schema import Circuit, Embedding, VariableKind
 from ovqk.errors import UserError
-from ovqk.metrics import METRICS, named
-from ovqk.tasks.words import Variable, WordSet
+from ovqk.metrics import METRICS, Metric, named
+from ovqk.tasks.lookup import WordSet
+from ovqk.tasks.words import Variable
 from ovqk.weights.stored_rows import Rows
 
-SET_METRICS = named(lambda metric: metric.of == "words")
+SET_METRICS = named(lambda metric: metric.variable is VariableKind.set)
 """Metrics that are means over the source tokens of a `set` variable."""
-CONTRAST_METRICS = named(lambda metric: metric.variable is VariableKind.contrast)
+RELATION_METRICS = named(lambda metric: metric.variable is VariableKind.relation)
+"""Metrics that are means over the pairs of a `relation`."""
 SUBSPACE_METRICS = named(lambda metric: metric.of == "subspace")
 """Metrics about the subspace that a variable's words span, on either side of a circuit."""
 
 TOP_METRICS = {name: METRICS[name].in_top for name in named(lambda metric: metric.in_top != 0)}
-"""Metric that ranks a word's own logit in the whole vocabulary -> the sign by which W_OV is multiplied."""
+"""Metric that ranks a word's target in the whole vocabulary -> the sign by which W_OV is multiplied."""
+
+
+def metrics_of_other_kinds(kind: VariableKind) -> tuple[str, ...]:
+    """Return the metrics that a variable of this kind does not have; a relation spans no subspace."""
+
+    def is_other(metric: Metric) -> bool:
+        if kind is VariableKind.relation:
+            return metric.is_readout and metric.variable is not kind
+        return metric.variable not in (None, kind)
+
+    return named(is_other)
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class InTop:
 
     @property
     def by_source(self) -> Float[Tensor, "head word"]:
-        """Return 1 for each word in the top 5 of the tokens compared so far, and 0 for the others."""
+        """Return 1 for each word whose target is in the top of the tokens compared so far, and 0 for the others."""
         return self.search.found()[self.index]
 
     @staticmethod
@@ -67,6 +80,7 @@ class Readout:
         like: the readout that this one is a surrogate of; None for the task's own. A surrogate keeps its ranks, and its
             band without the words drawn.
         ids: token ids of the (first) read words.
+        targets: token ids of the words that these should be mapped to: themselves, or a relation's targets.
     """
 
     def __init__(
@@ -81,9 +95,11 @@ class Readout:
         self.variable, self.effective, self.vocabulary = variable, rows, rows.vocabulary
         self.embedding, self.like = embedding, like
         self._words: dict[RowKind, Tensor] = {}
+        self._both_sides: Tensor | None = None
         self._bases: dict[RowKind, Tensor] = {}
         self._origins: dict[RowKind, Tensor] = {} if origins is None else origins
         self.ids = variable.read[0].ids.to(self.vocabulary.W_E.device)
+        self.targets = self.ids if variable.pairs is None else variable.write[0].ids.to(self.ids.device)
 
     def surrogates(self, variables: Sequence[Variable]) -> "Readout":
         """Return the readout of other words, for all these variables at once: its values are [draw, head].
@@ -97,8 +113,13 @@ class Readout:
         return Readout(Variable.stacked(variables), self.effective, self.embedding, origins=self._origins)
 
     def kind(self, layer: int) -> RowKind:
-        """Return the kind of rows that a layer's readouts use on the read side."""
+        """Return the kind of rows that a layer's readouts use on the read side.
+
+        A relation's words are read as block 0's MLP writes them, unless the analysis chooses one embedding.
+        """
         kind = self.embedding.kind(layer)
+        if self.variable.kind is VariableKind.relation and self.embedding is Embedding.by_layer and layer:
+            return MLP0
         return StreamBefore(layer) if kind == "stream" else kind
 
     def kinds(self, layer: int) -> dict[str, RowKind]:
@@ -125,9 +146,9 @@ class Readout:
 
     @property
     def written(self) -> Float[Tensor, "*draw word d_model"]:
-        """The columns of W_U, as rows, for the words that are sources and targets."""
+        """The columns of W_U, as rows, for the words that are sources and targets; for a relation, for its targets."""
         if WRITE not in self._words:
-            self._words[WRITE] = self.effective(self.ids, WRITE)
+            self._words[WRITE] = self.effective(self.targets, WRITE)
         return self._words[WRITE]
 
     def basis(self, layer: int) -> Float[Tensor, "*draw r d_model"]:
@@ -163,11 +184,13 @@ class Readout:
     def by_source(
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head source"]]:
-        """Return the metrics that are means over a `set` variable's tokens, for each token."""
+        """Return the metrics that are means over a `set` variable's tokens, or a relation's pairs, for each of them."""
         W_U_rows = self.vocabulary.W_U_rows
         if not self.reads(layer) or self.variable.kind is VariableKind.contrast:
             return {}
         rows = self.rows(layer)
+        if self.variable.pairs is not None:
+            return self._of_pairs(layer, maps, self.variable.pairs, wanted)
 
         def asked(*names: str) -> bool:
             return wanted is None or any(name in wanted for name in names)
@@ -187,23 +210,44 @@ class Readout:
                 found["qk_task_auc_unembed"] = alignment.task_auc_by_source(scores)[0]
         return found
 
+    def _of_pairs(
+        self, layer: int, maps: CircuitMaps, pairs: relations.Pairs, wanted: Collection[str] | None
+    ) -> dict[str, Float[Tensor, "head pair"]]:
+        """Return a relation's metrics of OV for each pair."""
+        if maps.circuit is not Circuit.ov or self.vocabulary.W_U_rows is None:
+            return {}
+        found: dict[str, Tensor] = {}
+        ours = {"ov_relation_first": relations.first_by_pair, "ov_relation_auc": relations.auc_by_pair}
+        if asked := [name for name in ours if wanted is None or name in wanted]:
+            if self._both_sides is None:
+                self._both_sides = self.effective(pairs.words, WRITE)
+            logits = maps.scores(self.rows(layer), self._both_sides)
+            found |= {name: ours[name](logits, pairs) for name in asked}
+        in_top = self.in_top(layer, maps, wanted)
+        InTop.settle(list(in_top.values()))
+        return found | {name: ranked.by_source for name, ranked in in_top.items()}
+
     def in_top(self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None) -> "dict[str, InTop]":
-        """Return TOP_METRICS after comparison with the vocabulary's first tokens; `InTop.settle` compares the rest."""
-        names = [name for name in TOP_METRICS if wanted is None or name in wanted]
-        there = self.reads(layer) and self.variable.kind is VariableKind.set and maps.circuit is Circuit.ov
+        """Return the variable's TOP_METRICS, compared with the first tokens; `InTop.settle` compares the rest."""
+        kind, pairs = self.variable.kind, self.variable.pairs
+        names = [name for name in TOP_METRICS if METRICS[name].variable is kind and (wanted is None or name in wanted)]
+        there = self.reads(layer) and maps.circuit is Circuit.ov
         unembedding = self.effective.unembedding if there and names else None
         if unembedding is None:
             return {}
         signs = [TOP_METRICS[name] for name in names]
-        search = alignment.TopSearch(maps.written(self.rows(layer)), self.ids, self.written, signs)
+        top = alignment.TOP if pairs is None else pairs.places
+        search = alignment.TopSearch(maps.written(self.rows(layer)), self.targets, self.written, signs, top)
         alignment.settle([search], self.effective.first_unembedded)
         return {name: InTop(search, index, unembedding) for index, name in enumerate(names)}
 
     def of_subspace(
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head"]]:
-        """Return the metrics about the subspaces that the variable's words span."""
+        """Return the metrics about the subspaces that the variable's words span; a relation has none."""
         mine = [name for name in SUBSPACE_METRICS if METRICS[name].circuit == maps.circuit]
+        if self.variable.pairs is not None:
+            return {}
         if not self.reads(layer) or (wanted is not None and not set(wanted) & set(mine)):
             return {}
         parts, basis = maps.decomposition, self.basis(layer)

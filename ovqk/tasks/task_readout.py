@@ -13,11 +13,11 @@ from torch import Tensor
 from ovqk.circuits.effective_embeddings import Block0, EffectiveRows, Streams
 from ovqk.circuits.factors import scores
 from ovqk.circuits.head_maps import HeadMaps, Scorer
-from ovqk.config.schema import Circuit, Embedding, VariableKind
+from ovqk.config.schema import Circuit, Embedding
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import Tables, heads_rows
-from ovqk.tasks.readouts import CONTRAST_METRICS, SET_METRICS, Readout
+from ovqk.tasks.readouts import Readout, metrics_of_other_kinds
 from ovqk.tasks.words import TaskTokens, resolve_task
 
 MATCHES_RUN = 32
@@ -175,7 +175,7 @@ def unavailable_on(model: Model, readout: Readout | None, unread: str) -> dict[s
             reasons.setdefault(name, why)
         return reasons
     kind = readout.variable.kind
-    for name in SET_METRICS if kind is VariableKind.contrast else CONTRAST_METRICS:
+    for name in metrics_of_other_kinds(kind):
         if METRICS[name].circuit in circuits:
             why = f"{NOT_APPLICABLE}the task's variable '{readout.variable.name}' is a {kind.value}"
             reasons.setdefault(name, why)

@@ -7,29 +7,18 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Int
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from ovqk.circuits.relations import Pairs
 from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
 from ovqk.errors import UserError
-from ovqk.tasks.matches import MIN_WORDS, WORD_STARTS, matched_tokens
-from ovqk.tasks.tokenizer import encode
+from ovqk.tasks.lookup import WordLookup, WordSet, some_dropped
+from ovqk.tasks.matches import MIN_WORDS, matched_tokens
+from ovqk.tasks.relations import read_relation
 
 MOST_WORDS = 10_000  # in a set; each is looked up, drawn for nulls, and listed in the record
 MOST_LETTERS = 200  # in a word: one that is a token has far fewer
-
-
-@dataclass(frozen=True)
-class WordSet:
-    """The words of a set that are one token each.
-
-    Attributes:
-        words: the words; empty if the set holds many draws at once (`Variable.stacked`).
-        ids: their token ids, in the same order.
-    """
-
-    words: list[str]
-    ids: Int[Tensor, "*draw word"]
 
 
 @dataclass(frozen=True)
@@ -38,13 +27,14 @@ class Variable:
 
     Attributes:
         name: its name in the task.
-        kind: `set` or `contrast`.
+        kind: `set`, `contrast` or `relation`.
         read, write: its word sets on each side. A `set` has one, the same on both sides; a `contrast` has two that are
-            index-aligned, (minus, plus).
+            index-aligned, (minus, plus); a `relation` has one on each side, its sources and their targets.
         band: ids of the tokens that match the words in surface form and log id rank, without the task's words.
         matches: word id -> ids of the tokens that match this word. They come from the band and, if the variable is a
             set, from its own words too: surrogates that could never hold a task word would be more alike than they are
-            like the task.
+            like the task. A relation has none.
+        pairs: of a `relation`: its pairs of words; None for other kinds.
     """
 
     name: str
@@ -53,6 +43,7 @@ class Variable:
     write: tuple[WordSet, ...]
     band: Int[Tensor, " token"]
     matches: dict[int, list[int]] = field(default_factory=dict)
+    pairs: Pairs | None = None
 
     @property
     def tokens(self) -> Int[Tensor, " token"]:
@@ -131,6 +122,8 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
     notes: list[str] = []
     sides: dict[str, list[tuple[WordSet, ...]]] = {}
     for name, variable in task.variables.items():
+        if variable.kind is VariableKind.relation:
+            return _relation(task, name, lookup, label)
         sides[name] = []
         for sets in _named_sets(variable):
             _check_sets(task, name, sets)
@@ -140,7 +133,7 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
                 if len(words.words) < MIN_WORDS:
                     raise UserError(
                         f"task={task.name}: only {len(words.words)} of the {len(task.words[key])} words of "
-                        f"'{key}' are one token in {label}; at least {MIN_WORDS} are needed.{_some(why)}"
+                        f"'{key}' are one token in {label}; at least {MIN_WORDS} are needed.{some_dropped(why)}"
                     )
             sides[name].append(tuple(aligned))
     task_ids = torch.cat([words.ids for pair in sides.values() for side in pair for words in side]).unique()
@@ -157,12 +150,33 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
     return TaskTokens(variables, kept, {key: list(why) for key, why in reasons.items()}, notes, reasons)
 
 
+def _relation(task: TaskConfig, name: str, lookup: WordLookup, label: str) -> TaskTokens:
+    """Read a relation's pairs as tokens.
+
+    Raises:
+        UserError: its word sets are no pairs, or too few pairs are two single tokens (`relations.read_relation`).
+    """
+    variable = task.variables[name]
+    for key in (*variable.read, *variable.write):
+        _check_set(task, f"task.variables.{name}", key)
+    found = read_relation(task, name, lookup, label)
+    nothing = torch.tensor([], dtype=torch.long)
+    made = Variable(name, variable.kind, (found.sources,), (found.targets,), nothing, pairs=found.pairs)
+    return TaskTokens([made], found.kept, {key: list(why) for key, why in found.reasons.items()}, [], found.reasons)
+
+
 def readable_tasks(tasks: Iterable[TaskConfig], tokenizer: Tokenizer) -> list[str]:
     """Return the names of the tasks that keep enough words with this tokenizer, in the order given."""
     lookup = WordLookup(tokenizer, tokenizer.get_vocab_size())
 
     def keeps_enough(task: TaskConfig) -> bool:
         for name, variable in task.variables.items():
+            if variable.kind is VariableKind.relation:
+                try:
+                    _relation(task, name, lookup, "")
+                except UserError:
+                    return False
+                continue
             for sets in _named_sets(variable):
                 try:
                     _check_sets(task, name, sets)
@@ -182,29 +196,21 @@ def _named_sets(variable: VariableConfig) -> tuple[list[str], list[str]]:
     return list(variable.read), list(variable.write)
 
 
-def _some(dropped: dict[str, str]) -> str:
-    """List the first six dropped words."""
-    if not dropped:
-        return ""
-    more = len(dropped) - 6
-    return f" Dropped: {', '.join(list(dropped)[:6])}{f' and {more} more' if more > 0 else ''}."
-
-
 def _check_set(task: TaskConfig, where: str, key: str) -> None:
     if key not in task.words:
         raise UserError(
             f"{where}: names the word set '{key}', which task.words does not hold; allowed: "
             f"{', '.join(task.words) or 'none'}."
         )
+    if len(task.words[key]) > MOST_WORDS:
+        raise UserError(f"task.words.{key}: holds {len(task.words[key])} words; allowed: up to {MOST_WORDS}.")
+    if (long := max(map(len, task.words[key]), default=0)) > MOST_LETTERS:
+        raise UserError(f"task.words.{key}: holds a word of {long} letters; allowed: up to {MOST_LETTERS}.")
 
 
 def _check_sets(task: TaskConfig, variable: str, sets: list[str]) -> None:
     for key in sets:
         _check_set(task, f"task.variables.{variable}", key)
-        if len(task.words[key]) > MOST_WORDS:
-            raise UserError(f"task.words.{key}: holds {len(task.words[key])} words; allowed: up to {MOST_WORDS}.")
-        if (long := max(map(len, task.words[key]), default=0)) > MOST_LETTERS:
-            raise UserError(f"task.words.{key}: holds a word of {long} letters; allowed: up to {MOST_LETTERS}.")
     kind = task.variables[variable].kind
     wanted = 1 if kind is VariableKind.set else 2
     if len(sets) != wanted or len({len(task.words[key]) for key in sets}) != 1:
@@ -220,89 +226,3 @@ def _check_sets(task: TaskConfig, variable: str, sets: list[str]) -> None:
             f"task.variables.{variable}: {', '.join(map(repr, twice[:6]))}{', ...' if len(twice) > 6 else ''}: a word "
             f"of both '{sets[0]}' and '{sets[1]}' is no contrast between them; take it out."
         )
-
-
-class WordLookup:
-    """Looks words up as single tokens: with a leading space if the tokenizer marks spaces, or as a continuation."""
-
-    def __init__(self, tokenizer: Tokenizer, n_tokens: int) -> None:
-        self.tokenizer, self.n_tokens = tokenizer, n_tokens
-        vocabulary = tokenizer.get_vocab()
-        self.marks_spaces = sum(token.startswith(WORD_STARTS) for token in vocabulary) > len(vocabulary) // 20
-        self.unknown = getattr(tokenizer.model, "unk_token", None)
-
-    def token(self, word: str, continues: bool = False) -> int | None:
-        """Return a word's token id; None if the word is not one token. A continuing word has no space before it."""
-        for ids in [self._continuing(word)] if continues else [self._ids(f" {word}"), self._ids(word)]:
-            if len(ids) != 1 or ids[0] >= self.n_tokens:
-                continue
-            token = self.tokenizer.id_to_token(ids[0])
-            if token is None or token == self.unknown:
-                continue
-            if self.marks_spaces and token.startswith(WORD_STARTS) is continues:
-                continue
-            return ids[0]
-        return None
-
-    def encode(self, text: str) -> Encoding:
-        """Return a text's tokens and their characters, without special tokens."""
-        return encode(self.tokenizer, text, special=False)
-
-    def holds_unknown(self, ids: Iterable[int]) -> bool:
-        """Whether one of the tokens is the tokenizer's token for unknown text."""
-        unknown = None if self.unknown is None else self.tokenizer.token_to_id(self.unknown)
-        return unknown is not None and unknown in ids
-
-    def next_token(self, text: str, word: str, continues: bool = False) -> int | None:
-        """Return the id of the token that a word adds to a text; None if it adds several, or changes earlier tokens."""
-        before, after = self._ids(text), self._ids(f"{text}{'' if continues else ' '}{word}")
-        added = after[len(before) :]
-        return added[0] if after[: len(before)] == before and len(added) == 1 else None
-
-    def _ids(self, text: str) -> list[int]:
-        return self.encode(text).ids
-
-    def _continuing(self, text: str) -> list[int]:
-        """Return a text's ids after a new line, which takes the space that some tokenizers put before a text."""
-        line, ids = self._ids("\n"), self._ids(f"\n{text}")
-        return ids[len(line) :] if ids[: len(line)] == line else []
-
-    def aligned(self, task: TaskConfig, sets: list[str]) -> tuple[list[WordSet], list[dict[str, str]]]:
-        """Look up index-aligned sets. An index stays only if every set's word is one token and no token comes twice.
-
-        Returns:
-            The sets, and for each set the dropped words with reasons.
-        """
-        rows = [[self.token(word, key in task.continuations) for word in task.words[key]] for key in sets]
-        seen: set[int] = set()
-        keep = []
-        reasons: list[dict[str, str]] = [{} for _ in sets]
-        for index, ids in enumerate(zip(*rows, strict=True)):
-            found = [token for token in ids if token is not None]
-            if len(found) == len(sets) == len(set(found)) and not seen & set(found):
-                keep.append(index)
-                seen |= set(found)
-                continue
-            for key, token, lost in zip(sets, ids, reasons, strict=True):
-                lost[task.words[key][index]] = _why(token, found, len(sets), seen)
-        kept = [
-            WordSet([task.words[key][i] for i in keep], torch.tensor([row[i] for i in keep], dtype=torch.long))
-            for key, row in zip(sets, rows, strict=True)
-        ]
-        read = [set(words.words) for words in kept]
-        lost_only = [
-            {word: why for word, why in lost.items() if word not in words}  # a word may have been given twice
-            for words, lost in zip(read, reasons, strict=True)
-        ]
-        return kept, lost_only
-
-
-def _why(token: int | None, found: list[int], n_sets: int, seen: set[int]) -> str:
-    """Say why a word is dropped: because of itself, or because of its pair."""
-    if token is None:
-        return "not one token here"
-    if len(found) < n_sets:
-        return "in a pair with a word that is not one token here"
-    if token in seen or len(set(found)) < n_sets:
-        return "the same token as another word"
-    return "in a pair with a word that is the same token as another"

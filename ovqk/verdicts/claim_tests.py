@@ -22,7 +22,7 @@ from ovqk.config.schema import Circuit, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
 from ovqk.structure.model import Form, Layer, Model
 from ovqk.tasks.claims import Claims
-from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, Readout
+from ovqk.tasks.readouts import RELATION_METRICS, SET_METRICS, SUBSPACE_METRICS, Readout
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import Variable
 from ovqk.verdicts.null_tests import NullTest
@@ -98,7 +98,7 @@ class ClaimTests:
         if readout is None or not self.claims.heads:
             return
         draws = self.model.config.nulls
-        if self.wanted & set(SET_METRICS):
+        if self.wanted & {*SET_METRICS, *RELATION_METRICS}:
             n = len(readout.ids)
             generator = np.random.default_rng([self.model.config.seed, 1])
             self.weights = generator.multinomial(n, np.full(n, 1 / n), size=draws.resamples) / n
@@ -191,10 +191,8 @@ class ClaimTests:
         nothing = np.full((architecture.n_layers, architecture.n_heads), np.nan)
         if not self.layers or not partners:
             return nothing
-        if config.metric == "k_composition":
-            return composition.k_composition(self.layers, partners)
-        if config.metric == "q_composition":
-            return composition.q_composition(self.layers, partners)
+        if config.metric in composition.INTO_RECEIVERS:
+            return composition.INTO_RECEIVERS[config.metric](self.layers, partners)
         grams = matching_grams(self.model)
         if config.metric == "k_composed_matching" and not isinstance(grams, str):
             return composition.k_composed_matching(self.layers, partners, *grams)

@@ -1,8 +1,9 @@
 """Frequencies of heads on words that form a cycle, against the same words in random order (definitions: section 5)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,14 +16,18 @@ from ovqk.config.schema import CycleConfig, TaskConfig
 from ovqk.errors import UserError
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import Tables
-from ovqk.tasks.words import WordLookup
-from ovqk.verdicts.statistics import benjamini_hochberg
+from ovqk.tasks.lookup import WordLookup
+from ovqk.verdicts.statistics import ALPHA, benjamini_hochberg
 from ovqk.weights.types import keys, queries
 
 LEAST_RESIDUES = 5
 AT_ONCE = 2**24
 """Elements of relabelled matrices that are transformed together."""
 TIE = 1e-9
+MOST_OF = 0.5
+"""The share of the power that a claim about one frequency, or about moving within frequencies, asks for at least."""
+SPARSE = 0.25
+"""The share of all frequencies that may hold 95 % of a sparse part's power, at most."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,34 @@ def _of_words(model: Model, task: TaskConfig, config: CycleConfig) -> list[int]:
     return [token for token in ids.values() if token is not None]
 
 
+def cycle_verdict(row: Mapping[Hashable, Any], cycles: pd.DataFrame, p: int) -> str:
+    """Judge the claim about one part (docs/definitions.md, section 5): a name of `wording.VERDICTS`.
+
+    The claims: the embedding and the unembedding are sparse in Fourier space; a head is keyed on one frequency; its OV
+    moves the frequency that it is keyed on. `corroborated` asks for q < .05 and for the size that the claim names,
+    `partial` has the first alone.
+
+    Args:
+        row: the part's row of `cycles`.
+        cycles: the rows of all parts, with q.
+        p: the modulus.
+    """
+    part, draws_allow = row["part"], row["min_p"] <= ALPHA
+    if math.isnan(row["q"]) or not draws_allow:
+        return "untestable"
+    if part == "ov":
+        same = (cycles["part"] == "key") & (cycles["layer"] == row["layer"]) & (cycles["head"] == row["head"])
+        keyed = cycles.loc[same, "frequency"].dropna()
+        if not len(keyed):
+            return "untestable"
+        whole = row["frequency"] == keyed.iloc[0] and row["block_share"] >= MOST_OF
+    elif part == "key":
+        whole = row["share"] >= MOST_OF
+    else:
+        whole = row["n_frequencies"] <= SPARSE * (p // 2)
+    return ("corroborated" if whole else "partial") if row["q"] < ALPHA else "unsupported"
+
+
 class CycleTables:
     """The stage that looks for frequencies.
 
@@ -132,6 +165,7 @@ class CycleTables:
             rows = cycles.index[(cycles["part"] == part) & cycles["p"].notna()]
             if len(rows):
                 cycles.loc[rows, "q"] = benjamini_hochberg(cycles.loc[rows, "p"].tolist())
+        cycles["verdict"] = [cycle_verdict(row, cycles, self.cycle.p) for row in cycles.to_dict("records")]
         return {"frequencies": pd.concat(self._frequencies, ignore_index=True), "cycles": cycles}
 
     def _key_scores(self, layer: Layer) -> Float[Tensor, "head residue"] | None:
@@ -210,6 +244,7 @@ class CycleTables:
                 "gini": float(fourier.gini(held)) if there else math.nan,
                 "n_frequencies": int(fourier.frequencies_needed(held)) if there else None,
                 "null_q95": float(drawn.quantile(0.95)) if there else math.nan,
+                "min_p": 1 / (1 + len(drawn)),
                 "p": (1 + int((drawn >= observed - TIE).sum())) / (1 + len(drawn)) if there else math.nan,
             }
         )

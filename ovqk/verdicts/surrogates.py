@@ -26,9 +26,10 @@ from ovqk.circuits.threads import CPU, each
 from ovqk.config.schema import Circuit, VariableKind
 from ovqk.metrics import METRICS, named
 from ovqk.structure.model import Model
-from ovqk.tasks.readouts import SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
+from ovqk.tasks.lookup import WordSet
+from ovqk.tasks.readouts import RELATION_METRICS, SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
 from ovqk.tasks.task_readout import TaskReadout
-from ovqk.tasks.words import Variable, WordSet
+from ovqk.tasks.words import Variable
 from ovqk.verdicts.statistics import TIE
 
 STAGES = (25, 50, 100, 200, 400)
@@ -307,7 +308,7 @@ def surrogate_metrics(task: TaskReadout, layer: int, wanted: set[str], observed:
 
     def measure(maps: CircuitMaps) -> dict[str, Tensor | InTop]:
         found: dict[str, Tensor | InTop] = {}
-        if readout is not None and wanted & {*SET_METRICS, *SUBSPACE_METRICS}:
+        if readout is not None and wanted & {*SET_METRICS, *RELATION_METRICS, *SUBSPACE_METRICS}:
             found |= readout.metrics(layer, maps, wanted - set(TOP_METRICS))
             found |= {
                 name: _unless_below(top, observed.get(name, -math.inf))

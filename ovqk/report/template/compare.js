@@ -52,9 +52,17 @@ function judged(cell) {
 function compareContent() {
   const cells = chosenCells();
   const found = candidateTables(cells.filter((cell) => !judged(cell)));
-  const depth = [h("h2", {}, "Along the depth"), ...depthCurves(cells)];
+  const depth = [...byFrequency(cells), h("h2", {}, "Along the depth"), ...depthCurves(cells)];
   if (!CELLS.some(judged)) return [...found, ...lostElsewhere(), ...promptsOverview(cells), ...depth];
   return [h("h2", {}, "Verdicts"), ...verdictMatrix(cells), ...lostElsewhere(), ...promptsOverview(cells), h("h2", {}, "Effects"), ...effects(cells), ...found, ...depth];
+}
+
+/** A figure of each cell whose task's words are a cycle. */
+function byFrequency(cells) {
+  const drawn = cells.filter((cell) => cell.frequencies);
+  if (!drawn.length) return [];
+  return [h("h2", {}, "By frequency"), h("p", { class: "small" }, "The words of the task are a cycle. Bars: the power of the embeddings at each frequency. Rows: the share of a head's OV that goes from a frequency to itself, and of its keys; the darker, the more. A mark at a row's end is its verdict: keys are of one frequency, OV moves that same one."),
+    ...drawn.map((cell) => h("figure", {}, h("img", { class: "drawn", src: cell.frequencies.address, alt: cell.frequencies.description })))];
 }
 
 /** The message of each cell without results of a task that no other cell has: no table has a place for it. */

@@ -339,7 +339,31 @@ function partnerPanels(cell, layer, head) {
   const partial = source.analysis !== "composition";
   const note = `Norm of the product of the two heads' matrices over the product of their norms (Elhage et al. 2021); the line marks independent random weights. ${partial ? "Only the pairs that the claims name were computed; analysis=composition computes all." : source === cell ? "" : `From the cell ${source.task} / ${source.analysis} of the same weights.`}`;
   if (!panels.length) return [h("p", { class: "missing" }, partial ? "No claimed pair has this head: analysis=composition computes all pairs." : "None of the strongest pairs has this head.")];
-  return [h("p", { class: "note" }, note), h("div", { class: "grid2" }, panels)];
+  return [h("p", { class: "note" }, note), h("div", { class: "grid2" }, panels), ...componentsRead(cell, all.filter(sides[0].mine))];
+}
+
+const SHOWN_COMPONENTS = 3;
+
+/** Which component of each of its strongest senders a head reads, with the tokens that the component reads and writes. */
+function componentsRead(cell, found) {
+  const listed = having(cell, "directions");
+  const folded = cell.provenance.processing.requested === "folded"; // components are counted as in directions.parquet
+  const lines = ["q", "k", "v"].flatMap((mode) => found.filter((row) => row.mode === mode && isNumber(row.component)).sort((a, b) => b.score - a.score).slice(0, SHOWN_COMPONENTS));
+  if (!lines.length) return [];
+  const tokens = (list) => h("div", { class: "tokens" }, (list || []).slice(0, SHOWN_TOKENS).map((place) => token(REPORT.tokens[place])));
+  const line = (row) => {
+    const sender = `${row.sender_layer}.${row.sender_head}`;
+    const heads = listed && folded ? REPORT.pool[listed.directions.heads[row.sender_layer * cell.heads + row.sender_head]] : [];
+    const own = heads.find((part) => part.circuit === "ov" && part.kind === "singular" && part.component === row.component);
+    const lists = own ? ["read", "write"].map((side) => h("td", {}, tokens((own[side] || {}).plus), h("div", { class: "note" }, "or"), tokens((own[side] || {}).minus)))
+      : [h("td", { class: "missing small", colspan: 2 }, listed && folded ? `not listed: analysis.components=${row.component + 1} lists it` : "no tokens are listed for these weights")];
+    return h("tr", {}, h("td", {}, REPORT.wording.modes[row.mode]), h("td", {}, h("a", { href: headLink(cell, sender) }, sender)), h("td", { class: "number" }, row.component), h("td", { class: "number" }, number(row.component_score, 3)), ...lists);
+  };
+  return [h("h3", {}, "Which component of its senders it reads"),
+    h("p", { class: "note" }, `The singular component of the sender's OV that this head reads most, counted from 0 as above, with the norm of what this head reads of it over that of all that it can read (random weights: ${number(lines[0].score - lines[0].score_above_random, 3)}); descriptive, and no verdict rests on it (Merullo et al. 2024). Its tokens: what the sender reads, and what it writes for this head to read; both lists of a row may change sign together.`),
+    h("div", { class: "scroll" }, h("table", { class: "components", id: "components-read" },
+      h("thead", {}, h("tr", {}, [["by its"], ["sender"], ["component", "number"], ["score", "number"], ["the sender reads"], ["→ writes"]].map(([title, kind]) => h("th", { scope: "col", class: kind || null }, title)))),
+      h("tbody", {}, lines.map(line))))];
 }
 
 function partnerPlot(cell, layer, head, side, found) {

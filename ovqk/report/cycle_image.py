@@ -1,0 +1,37 @@
+"""The page's figure of a task whose words form a cycle; apart from the terminal's table, which needs no Matplotlib."""
+
+import base64
+import io
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from ovqk import wording
+from ovqk.figures.choice import cycle_figure
+from ovqk.records.cells import Cell
+from ovqk.report.cycles import part_name
+from ovqk.report.terminal_tables import rounded
+
+
+def cycle_image(cell: Cell, label: str) -> dict[str, str] | None:
+    """Return the address and the description of a cell's figure by frequency; None if its task has no cycle.
+
+    The address holds the figure itself, as SVG: the page needs no other file. `label` names the model.
+    """
+    figure = cycle_figure(cell, label)
+    if figure is None:
+        return None
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    address = f"data:image/svg+xml;base64,{base64.b64encode(drawn.getvalue()).decode('ascii')}"
+    rows = cell.tables["cycles"].to_dict("records")
+    told = [f"{part_name(row)}: {_strongest(row)}" for row in rows]
+    return {"address": address, "description": f"Power by frequency, {label}. " + "; ".join(told)}
+
+
+def _strongest(row: Mapping[Hashable, Any]) -> str:
+    if pd.isna(row["frequency"]):
+        return "no power"
+    said = wording.VERDICTS.get(row.get("verdict") or "", "")
+    return f"{int(row['frequency'])} has {rounded(row['share'])}{f', {said}' if said else ''}"
