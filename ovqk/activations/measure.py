@@ -102,7 +102,8 @@ def measure(
             "what heads write cannot be read off: through the final norm and the unembedding the logit difference "
             f"comes out wrong by {observed.readout_error:.2g} of its mean."
         )
-    measured = Measured(observed, roles, {}, {}, seed, change, _repeats(running, model, prompts, roles, seed, steps))
+    repeats, groups = _repeats(running, model, prompts, roles, seed, steps), model.architecture.kv_of_head.numpy()
+    measured = Measured(observed, roles, {}, {}, seed, groups, change, repeats)
     first = [name for name, config in roles.items() if not _served(config)]
     for names in (first, [name for name in roles if name not in first]):
         patches: dict[Patch, None] = {}

@@ -37,6 +37,7 @@ class Measured:
         effects: replacement -> its effects.
         receivers: role -> the heads through which other roles' effects are measured.
         seed: of drawn sign flips.
+        kv_of_head: each head's KV group, [head], the same in every layer.
         change: the largest change from replacing a head by itself, as a share of the mean logit difference; a control.
         repeats: runs over random repeats; None if no role asks for them, or if the model's context is too short.
         scores: (role, head) -> the split of its scores, for claimed and chosen heads of roles with an `attention`.
@@ -47,6 +48,7 @@ class Measured:
     effects: dict[Patch, Effects]
     receivers: dict[str, tuple[Head, ...]]
     seed: int
+    kv_of_head: NDArray[np.int64]
     change: float = 0.0
     repeats: RepeatValues | None = None
     scores: dict[tuple[str, Head], ScoreLink] = field(default_factory=dict)
