@@ -75,6 +75,11 @@ PROMPT_COLUMNS = {
     "effect_mean_replacement": "by mean",
 }
 """Quantity on prompts -> the head of its column in a table of heads."""
+PROMPT_TOGETHER = {
+    "effect": "effect_together",
+    "effect_mean_replacement": "effect_together_mean_replacement",
+}
+"""Quantity on prompts -> the column of joint.parquet that has it for all heads of a role at once."""
 PROMPT_SHARES = ("write_share", "effect", "effect_mean_replacement")
 """Those that are read in percent."""
 PROMPT_LEGEND = (
@@ -82,7 +87,8 @@ PROMPT_LEGEND = (
     "words at the end of the text, as a share of the mean logit difference. write link: share of the write's "
     "variance that attention times the weights' own account explains. score link: share of what the source's score "
     "exceeds other tokens' by that comes from the two tokens themselves. effect: share of what the counterfactual "
-    "prompt takes away that is lost if the head puts out what it does there; by mean: what it does there on average."
+    "prompt takes away that is lost if the head puts out what it does there; by mean: what it does there on average. "
+    "In a role's row: the effect of all its heads at once."
 )
 """How to read these columns."""
 PROMPT_DECIDES = {
@@ -127,8 +133,8 @@ PROMPT_QUANTITIES = {
     "effect_first_order": "first-order effect (share)",
 }
 """Quantity on prompts that every head has -> the title of its axis."""
-RANKED = {"spearman": "Spearman", "split_half": "split-half"}
-"""Statistic of how weights rank heads, beside the AUC -> its name."""
+RANKED = {"spearman": "Spearman", "split_half": "split-half", "effect_together": "effect of its heads together"}
+"""Statistic of a role, beside the AUC by which weights rank heads -> its name."""
 FOUND = {
     "both": "claimed and measured",
     "measured": "measured, not claimed",

@@ -19,6 +19,8 @@ LINKS = ("write_link", "write_link_slope", "score_link", "score_key_partner", "s
 """Columns that say how much of a head's behaviour its weights account for."""
 QUANTITIES = "attention", "attention_control", "write", "write_se", "effect", "effect_se", "effect_mean_replacement"
 """What a head does, with what each number has to be read beside."""
+TOGETHER = "effect_together", "effect_together_se", "effect_together_mean_replacement"
+"""What all heads of a role do in one run."""
 
 
 def joint_table(
@@ -203,6 +205,7 @@ def _role_rows(
                 "auc_in_layers": in_layers, "auc_in_layers_p": in_layers_p,
                 "spearman": _spearman(metric, done), "split_half": _spearman(done, other),
                 "peers_p": peers.p, "peers_min_p": peers.min_p, "peers_null": peers.null,
+                **{name: judged.together.get(role, {}).get(name, math.nan) for name in TOGETHER},
             }
         )  # fmt: skip
     return rows

@@ -43,6 +43,7 @@ class Judged:
         measured: role -> the heads that were chosen on one half and confirmed on the other.
         gate: why nothing can be tested; empty if tests are possible.
         peers: role -> its heads, claimed or else chosen, beside heads without a role.
+        together: role -> the effect of all these heads in one run, as joint.parquet holds it.
     """
 
     activations: pd.DataFrame
@@ -50,6 +51,7 @@ class Judged:
     measured: dict[str, list[Head]]
     gate: str
     peers: dict[str, RolePeers]
+    together: dict[str, dict[str, float]]
 
 
 def gate(measured: Measured) -> str:
@@ -113,7 +115,8 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
     front = ["role", "layer", "head", "claimed", "measured", "verdict", "reason", "held", "against"]
     if len(roles):
         roles = roles.reindex(columns=[*front, *(name for name in roles if name not in front)])
-    return Judged(pd.concat(tables, ignore_index=True), roles, found if not why_not else {}, why_not, peers)
+    together = {} if why_not else {role: measured.together(role) for role in measured.roles}
+    return Judged(pd.concat(tables, ignore_index=True), roles, found if not why_not else {}, why_not, peers, together)
 
 
 def _score(measured: Measured, role: str, head: Head) -> dict[str, float]:

@@ -15,10 +15,21 @@ import pandas as pd
 from ovqk import wording
 from ovqk.records.record import done_records
 from ovqk.records.results import load_table
+from ovqk.verdicts.statistics import ALPHA
 
 TESTING = "testing"
 JOINT = ("kind", "role", "layer", "head", "claimed", "measured", "weights", "activations", "reading")
-STATISTICS = ("n_measured", "n_heads", "auc", "auc_low", "auc_high", "auc_in_layers", "spearman", "split_half")
+STATISTICS = (
+    "n_measured",
+    "n_heads",
+    "auc",
+    "auc_low",
+    "auc_high",
+    "auc_in_layers",
+    "spearman",
+    "split_half",
+    "effect_together",
+)
 Json = dict[str, Any]
 
 
@@ -217,6 +228,13 @@ def readings(joint: pd.DataFrame) -> list[Json]:
     keys = ("reading", "weights", "prompts")
     found.sort(key=lambda group: [order.index(group[key]) for key, order in zip(keys, orders, strict=True)])
     return found
+
+
+def outdone_roles(joint: pd.DataFrame) -> dict[str, float]:
+    """Return role -> p, for roles whose heads together could stand out of other heads, and do not."""
+    rows = joint_rows(joint, "role").reindex(columns=["role", "peers_p", "peers_min_p"])
+    rows = rows[(rows["peers_min_p"] <= ALPHA) & (rows["peers_p"] > ALPHA)]
+    return {str(role): float(p) for role, p in zip(rows["role"], rows["peers_p"], strict=True)}
 
 
 def verdict_counts(roles: pd.DataFrame, heads: pd.DataFrame) -> dict[str, int]:

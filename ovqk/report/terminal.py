@@ -23,7 +23,7 @@ from ovqk.records.results import load_table
 from ovqk.records.steps import said, shared_steps, twins
 from ovqk.report.cycles import print_cycles
 from ovqk.report.fitted_table import CORE, Column, FittedTable
-from ovqk.report.on_prompts import prompt_reasons, prompts_lines, prompts_table
+from ovqk.report.on_prompts import prompt_reasons, prompts_lines, prompts_table, role_reasons
 from ovqk.report.suggestions import next_arguments
 from ovqk.report.terminal_tables import (
     STYLES,
@@ -154,7 +154,7 @@ def _print_on_prompts(out: Console, folder: Path, record: Mapping[str, Any]) -> 
         out.print()
         out.print(prompts_table(joint, roles))
         out.print(wording.PROMPT_LEGEND, style="dim")
-        for line in prompt_reasons(roles):
+        for line in (*role_reasons(joint), *prompt_reasons(roles)):
             _say(out, line, "dim")
 
 
