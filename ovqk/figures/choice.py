@@ -54,7 +54,7 @@ def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
         for layer, head in _leading(verdicts):
             tables = dict(cell.tables) | ({} if joined is None else {"composition": joined.drop_duplicates(PAIR)})
             sheet = portraits.sheet(
-                tables, layer, head, f"{label} / {cell.record['task']}", cell.record.get("unavailable", {})
+                tables, layer, head, f"{label} / {cell.record['task']}", cell.record.get("unavailable", {}), cell.record
             )
             yield file_name("head", *_title(cell, cells), f"{layer}.{head}"), sheet
 

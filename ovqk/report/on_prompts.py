@@ -8,7 +8,7 @@ import pandas as pd
 from rich.text import Text
 
 from ovqk import wording
-from ovqk.records.on_prompts import outdone_roles
+from ovqk.records.on_prompts import Json, largest_effects, outdone_roles
 from ovqk.report.fitted_table import CORE, Column, FittedTable
 from ovqk.report.terminal_tables import STYLES, rounded
 
@@ -99,6 +99,19 @@ def prompt_reasons(roles: pd.DataFrame) -> Iterable[str]:
     for (verdict, reason), rows in told.groupby(["verdict", "reason"], sort=False):
         names = [f"{int(row['layer'])}.{int(row['head'])}" for row in rows.to_dict("records")]
         yield f"{wording.ON_PROMPTS[str(verdict)]} ({', '.join(dict.fromkeys(names))}): {reason}"
+
+
+def effects_lines(record: Json, activations: pd.DataFrame | None, roles: pd.DataFrame | None) -> Iterable[str]:
+    """Yield which heads have the largest effects on the answer, whatever their role."""
+    if activations is None or roles is None or record["activations"].get("untestable"):
+        return
+    for query, heads in largest_effects(record, activations, roles).items():
+        named = [
+            f"{each.layer}.{each.head} {share(each.effect)}"
+            + (f" ({', '.join(map(wording.role, each.roles))})" if each.roles else "")
+            for each in heads
+        ]
+        yield f"Largest effects at {query} of the heads that were replaced, with their roles: {', '.join(named)}."
 
 
 def role_reasons(joint: pd.DataFrame) -> Iterable[str]:

@@ -5,6 +5,7 @@ The stream has three parts: the token's one-hot row, the position's, and a copy 
 previous-token head writes and the induction head looks up.
 
     run_model    everything that is measured and judged of a model on the induction task
+    planted_run  which heads of one planted model are found
     untrained    the p-values of one untrained model, of heads claimed at random
 """
 
@@ -44,6 +45,8 @@ from ovqk.weights.readers import open_weights
 from ovqk.weights.types import Head, OpenedModel
 
 POSITIONS, HEADS, LAYERS = 24, 4, 2
+MANY = 24
+"""Heads in a layer, beside which one head can stand out."""
 WORDS = 40
 SHARP, NOISE = 40.0, 0.1
 COPYING = "copying"
@@ -203,8 +206,45 @@ def run_model(file: Path, config: Config, claimed: Mapping[str, Sequence[Head]] 
     return Ran(prompts, measured, judge_activations(measured, claims, links))
 
 
+def places(seed: int, heads: int = HEADS) -> dict[str, Head]:
+    """Return role -> its planted head: previous-token in layer 0, induction in layer 1, a copy head in either."""
+    previous, induction = seed % heads, seed // heads % heads
+    copying = ((previous + 1) % heads, (induction + 1) % heads)[seed % 2]
+    return {"previous_token": (0, previous), "induction": (1, induction), COPYING: (seed % 2, copying)}
+
+
+def planted_run(cell: tuple[int, int]) -> pd.DataFrame:
+    """Measure and judge one planted model.
+
+    Args:
+        cell: heads in a layer, and the seed.
+
+    Returns:
+        A row for each planted head. Columns role, measured, verdict, head_p (the largest p against other heads),
+        role_p, others (heads without the role that are measured in it), heads and seed.
+    """
+    heads, seed = cell
+    torch.set_num_threads(1)
+    config, planted = with_copying(induction_cell(seed, 2 * PROMPTS)), places(seed, heads)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        write_model(file, WORDS + 1, seed, list(planted.values()), heads)
+        judged = run_model(file, config).judged
+    rows = judged.roles.set_index(["role", "layer", "head"])
+    found = []
+    for role, head in planted.items():
+        row = rows.loc[(role, *head)] if (role, *head) in rows.index else {}
+        p = [row.get(f"{quantity}_peers_p", np.nan) for quantity in ("attention", "write")]
+        others = [other for other in judged.measured[role] if other != head]
+        found.append(
+            {"role": role, "measured": head in judged.measured[role], "verdict": row.get("verdict", "not chosen")}
+            | {"head_p": np.nanmax(p) if len(row) else 1.0, "role_p": judged.peers[role].p, "others": len(others)}
+        )
+    return pd.DataFrame(found).assign(heads=heads, seed=seed)
+
+
 PROMPTS = 64
-"""Prompts of an untrained model."""
+"""Prompts of an untrained model; a planted one has twice as many."""
 PLACES = {
     "attention, counterfactual": ("induction", "attention"),
     "write": ("induction", "write"),
@@ -214,7 +254,9 @@ PLACES = {
     "effect on attention, mean": ("previous_token", "effect_mean"),
     "attention, control": ("previous_token", "attention"),
 }
-"""Name of a p-value on prompts -> the role and the column that it is of; the last one is no null."""
+"""Name of a p-value on prompts -> the role and the column that it is of."""
+NO_NULL = "attention, control"
+"""The p-value of PLACES that random models need not have at its level: they may look more at one place than another."""
 
 
 def untrained(cell: tuple[str, int]) -> pd.DataFrame:
@@ -227,8 +269,8 @@ def untrained(cell: tuple[str, int]) -> pd.DataFrame:
         cell: a key of UNTRAINED, and the seed of the weights, the prompts, and the claims.
 
     Returns:
-        Columns quantity, p, p_opposite (nan where there is none), shape, seed, chosen (heads that the choosing half
-        gives a role) and heads (all heads times roles).
+        Columns quantity, p, p_opposite (nan where there is none), is_null, shape, seed, chosen (heads that the choosing
+        half gives a role) and heads (all heads times roles).
     """
     shape, seed = cell
     torch.set_num_threads(1)
@@ -259,7 +301,9 @@ def untrained(cell: tuple[str, int]) -> pd.DataFrame:
             both = role_peers({quantity: grid}, own, taken - set(own), groups, seed)
             found.append({"quantity": f"peers of a role: {quantity}, {role}", "p": both.p, "p_opposite": np.nan})
     chosen = sum(len(chosen_heads(measured, role)) for role in claimed)
-    return pd.DataFrame(found).assign(shape=shape, seed=seed, chosen=chosen, heads=2 * layers * heads)
+    found_in = {"shape": shape, "seed": seed, "chosen": chosen, "heads": 2 * layers * heads}
+    rows_of = pd.DataFrame(found)
+    return rows_of.assign(is_null=rows_of["quantity"] != NO_NULL, **found_in)
 
 
 def _sizes(shape: str) -> tuple[str, str]:
