@@ -82,6 +82,18 @@ def test_an_effect_is_a_share_of_what_the_counterfactual_takes_away() -> None:
     assert math.isnan(row(measured().rows("mover", "testing"), (0, 0))["effect"])  # not replaced
 
 
+@pytest.mark.parametrize(
+    ("beyond", "significant"),
+    [(["control"], False), (["counterfactual"], True), (["control", "counterfactual"], False)],
+)
+def test_attention_is_compared_with_what_the_role_says(beyond, significant) -> None:
+    found = measured()
+    found.observed.roles["mover"].control[:, 1, 0] = 0.6  # as much as to the source
+    attention = replace(found.roles["mover"].attention, beyond=beyond)
+    found.roles["mover"] = replace(found.roles["mover"], attention=attention)
+    assert (row(found.rows("mover", "testing"), (1, 0))["attention_p"] < 0.05) == significant
+
+
 def test_an_effect_into_receivers_is_on_their_attention() -> None:
     found = row(measured().rows("server", "testing"), (0, 1))
     assert found["effect"] == pytest.approx(0.6)  # 0.3 of the 0.5 that the counterfactual takes

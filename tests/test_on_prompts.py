@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -311,6 +312,20 @@ def test_a_heads_sheet_shows_attention_write_and_effect_as_the_table_has_them(ce
     np.testing.assert_allclose(spans, [0.02, 0.03, 0.1])
     said = {text.get_text() for line in figure.subfigs for text in line.texts}
     assert said == {"induction, on prompts: realised"}
+
+
+def test_without_claims_the_measured_heads_of_largest_effect_have_sheets(cell) -> None:
+    roles = cell.tables["roles"].copy()
+    measured = roles["measured"].astype(bool)
+    roles.loc[measured, "effect"] = [0.1, -0.7, *[0.2] * (measured.sum() - 2)]
+    best = roles[measured].iloc[1]
+    bare = replace(
+        cell, tables={name: table for name, table in cell.tables.items() if name != "verdicts"} | {"roles": roles}
+    )
+    names = [name for name, _ in cell_figures([bare])]
+    place = f"{int(best['layer'])}.{int(best['head'])}"
+    assert [name for name in names if name.startswith("head")] == [f"head_mini-attn_induction_{place}"]
+    assert not [name for name in names if name.startswith("circuit")]
 
 
 def test_a_sheet_has_these_rows_if_a_record_is_given_and_the_head_has_a_role(cell) -> None:
