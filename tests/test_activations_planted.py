@@ -69,17 +69,23 @@ def test_a_planted_head_stands_out_of_many() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", UNTRAINED)
-def test_p_values_on_prompts_keep_their_level_in_untrained_models(shape) -> None:
-    """Of each kind one p-value a model, as docs/calibration.md counts them; the level is that of a binomial tail."""
-    rows = pd.concat([untrained((shape, seed)) for seed in range(UNTRAINED_SEEDS)])
-    assert not rows["chosen"].any()
-    for (quantity, is_null), own in rows.groupby(["quantity", "is_null"]):
-        for p in ("p", "p_opposite") if is_null else ():
+def test_p_values_on_prompts_keep_their_level_in_untrained_models() -> None:
+    """Of each kind one p-value a model, as docs/calibration.md counts them, and all kinds together."""
+    rows = pd.concat([untrained((shape, seed)) for shape in UNTRAINED for seed in range(UNTRAINED_SEEDS)])
+    models = rows.drop_duplicates(["shape", "seed"])
+    assert models["chosen"].sum() <= 0.001 * models["heads"].sum()  # a head gets a role: 2 of 8,960 in the page
+    null = rows[rows["is_null"]]
+    for quantity, own in null.groupby("quantity"):
+        for p in ("p", "p_opposite"):
             values = own[p].dropna().to_numpy()
             if len(values):
                 _, share, probability = least_likely(values)
                 assert probability > SURPRISE, f"{p} of {quantity}: {share} (binomial tail {probability:.1e})"
+    for name, own in null.groupby(null["quantity"].str.startswith("peers")):
+        n = int(own["p"].notna().sum())
+        for level in (0.05, 0.2):
+            share = (own["p"] <= level).sum() / n
+            assert share < level + 3 * (level * (1 - level) / n) ** 0.5, f"{'peers' if name else 'flips'}: {share}"
 
 
 def test_a_model_that_does_not_do_the_task_is_untestable(tmp_path) -> None:
