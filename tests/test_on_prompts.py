@@ -268,7 +268,8 @@ def test_runs_hold_the_tables_and_a_sweep_how_well_tasks_are_done(results) -> No
 def test_a_roles_row_has_the_effect_of_its_heads_together_and_it_says_if_other_heads_do_as_much(cell) -> None:
     roles, joint = cell.tables["roles"], cell.tables["joint"].copy()
     of_role = joint["kind"] == "role"
-    joint.loc[of_role, ["effect_together", "effect_together_mean_replacement", "peers_p"]] = 0.625, 0.375, 0.3
+    for name, value in {"effect_together": 0.625, "effect_together_mean_replacement": 0.375, "peers_p": 0.3}.items():
+        joint.loc[of_role, name] = value
     joint.loc[of_role, "peers_min_p"] = np.where(joint["role"][of_role] == "induction", 0.01, 0.2)
     joint.loc[of_role, "activations"] = "partial"
     console = Console(width=200, file=io.StringIO(), force_terminal=False)

@@ -46,7 +46,7 @@ def test_sequences_are_start_tokens_and_two_equal_copies_of_different_tokens(pla
     assert torch.equal(tokens, draw_repeats(tokenizer_of(words), [7, 8], POSITIONS, 0))
     assert not torch.equal(tokens, draw_repeats(tokenizer_of(words), [7, 8], POSITIONS, 1))
     assert draw_repeats(tokenizer_of(words), [7, 8], 9, 0) is None  # no room for two copies
-    assert draw_repeats(tokenizer(words[:30]), [], None, 0) is None  # too few tokens
+    assert draw_repeats(tokenizer_of(words[:30]), [], None, 0) is None  # too few tokens
 
 
 def test_special_tokens_are_never_drawn(planted) -> None:

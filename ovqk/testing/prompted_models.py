@@ -230,10 +230,10 @@ def planted_run(cell: tuple[int, int]) -> pd.DataFrame:
         file = Path(folder) / "model.safetensors"
         write_model(file, WORDS + 1, seed, list(planted.values()), heads)
         judged = run_model(file, config).judged
-    rows = judged.roles.set_index(["role", "layer", "head"])
+    rows = {(row["role"], row["layer"], row["head"]): row for row in judged.roles.to_dict("records")}
     found = []
     for role, head in planted.items():
-        row = rows.loc[(role, *head)] if (role, *head) in rows.index else {}
+        row = rows.get((role, *head), {})
         p = [row.get(f"{quantity}_peers_p", np.nan) for quantity in ("attention", "write")]
         others = [other for other in judged.measured[role] if other != head]
         found.append(
