@@ -39,11 +39,19 @@ def test_a_full_cell_holds_both_readings(tmp_path) -> None:
     roles = tables["roles"]
     claimed = roles[roles["claimed"]]
     assert set(claimed[claimed["role"] == "induction"]["head"]) == {2, 7}
-    assert set(claimed["verdict"]) == {"realised"}  # measured on 1,024 prompts, and again on these
+    assert claimed["measured"].all()  # measured on 1,024 prompts, and again on these
+    verdicts = {(row["layer"], row["head"]): row["verdict"] for row in claimed.to_dict("records")}
+    assert verdicts == {(1, 2): "realised", (1, 7): "partial", (0, 5): "realised"}
+    outdone = claimed[claimed["verdict"] == "partial"].iloc[0]
+    assert outdone["reason"] == "other heads show as much attention"
+    assert outdone["attention_peers_p"] > 0.05 >= outdone["attention_peers_min_p"]
     joint = tables["joint"]
     assert set(joint["kind"]) == {"head", "role"} and len(joint[joint["kind"] == "head"]) == len(roles)
     together = joint[joint["kind"] == "role"].set_index("role")
-    assert together.at["induction", "activations"] == "realised"
+    assert together.at["previous_token", "activations"] == "realised"
+    induction = together.loc["induction"]
+    assert induction["activations"] == ("partial" if induction["peers_p"] > 0.05 else "realised")
+    assert induction["effect_together"] > claimed["effect"].where(claimed["role"] == "induction").max()
     verdicts = tables["verdicts"].query("kind == 'role'").set_index("role")["verdict"]
     assert together.at["induction", "weights"] == verdicts["induction"]
     assert record["summary"]["prompts/accuracy"] == pytest.approx(

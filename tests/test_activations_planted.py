@@ -63,6 +63,7 @@ def test_planted_heads_are_found_at_every_seed() -> None:
     assert not found["others"].any()  # of 50 models with 5 random heads each, and 3 roles
 
 
+@pytest.mark.slow
 def test_a_planted_head_stands_out_of_many() -> None:
     found = planted_run((MANY, 3))
     assert set(found["verdict"]) == {"realised"} and (found["head_p"] < 0.03).all() and (found["role_p"] < 0.05).all()

@@ -132,7 +132,7 @@ def test_claims_at_random_stand_out_as_seldom_as_the_level_says_and_planted_head
     """Heads that share keys and values are alike, layers differ; planted heads are 4 sd higher."""
     rng, groups = np.random.default_rng(0), np.arange(16) // (16 // kv_heads)
     p = {"head": [], "role": [], "planted head": [], "planted role": []}
-    for _ in range(300):
+    for _ in range(200):
         layers = np.cumsum(rng.normal(size=(6, 1)), 0)
         shared, own = rng.normal(size=(6, kv_heads)), rng.normal(size=(6, 16))
         grid = layers + np.sqrt(0.7) * shared[:, groups] + np.sqrt(0.3) * own
@@ -144,7 +144,7 @@ def test_claims_at_random_stand_out_as_seldom_as_the_level_says_and_planted_head
             p[f"{name}head"].append(head_peers({"write": values}, heads[0], set(heads), groups)["write"].p)
             p[f"{name}role"].append(role_peers({"write": values}, heads, set(), groups, 0).p)
     shares = {name: float((np.array(found) <= 0.05).mean()) for name, found in p.items()}
-    assert shares["head"] < 0.08 and shares["role"] < 0.08  # 0.05 and three standard errors
+    assert shares["head"] < 0.096 and shares["role"] < 0.096  # 0.05 and three standard errors
     assert shares["planted head"] > 0.7 and shares["planted role"] > 0.7
 
 
