@@ -24,7 +24,7 @@ from ovqk.testing.prompted_models import (
 )  # fmt: skip
 
 SEEDS = 50
-UNTRAINED_SEEDS = 16
+UNTRAINED_SEEDS = 8
 
 
 def ran(folder, seed: int, planted, *overrides: str) -> Ran:
@@ -74,7 +74,7 @@ def test_p_values_on_prompts_keep_their_level_in_untrained_models() -> None:
     """Of each kind one p-value a model, as docs/calibration.md counts them, and all kinds together."""
     rows = pd.concat([untrained((shape, seed)) for shape in UNTRAINED for seed in range(UNTRAINED_SEEDS)])
     models = rows.drop_duplicates(["shape", "seed"])
-    assert models["chosen"].sum() <= 0.001 * models["heads"].sum()  # a head gets a role: 2 of 8,960 in the page
+    assert models["chosen"].sum() <= 2  # heads that get a role: 2 of 8,960 in the page, of five times as many models
     null = rows[rows["is_null"]]
     for quantity, own in null.groupby("quantity"):
         for p in ("p", "p_opposite"):
