@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from ovqk.config.schema import Circuit, VariableKind
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 """Bumped when a number may change: cells of another version are computed again."""
 
 NOT_APPLICABLE = "not applicable: "

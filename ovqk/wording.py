@@ -101,6 +101,11 @@ PROMPT_COLUMNS = {
     "effect_mean_replacement": "by mean",
 }
 """Quantity on prompts -> its column's title in a table of heads."""
+PROMPT_TOGETHER = {
+    "effect": "effect_together",
+    "effect_mean_replacement": "effect_together_mean_replacement",
+}
+"""Quantity on prompts -> the column of joint.parquet that has it for all heads of a role at once."""
 PROMPT_SHARES = ("write_share", "effect", "effect_mean_replacement")
 """Those that are read in percent."""
 PROMPT_LEGEND = (
@@ -109,7 +114,8 @@ PROMPT_LEGEND = (
     "variance is explained by attention times the weights' own account. score link: the source's score exceeds other "
     "tokens' scores; the share of the excess that comes from the two tokens themselves. effect: the counterfactual "
     "prompt takes away a part of the logit difference; the share of that part which is lost if the head's output is "
-    "replaced by its output there; by mean: replaced by its mean output there."
+    "replaced by its output there; by mean: replaced by its mean output there. "
+    "In a role's row: the effect of all its heads at once."
 )
 """How to read these columns."""
 PROMPT_DECIDES = {
@@ -154,8 +160,8 @@ PROMPT_QUANTITIES = {
     "effect_first_order": "first-order effect (share)",
 }
 """Quantity on prompts that every head has -> its axis's title."""
-RANKED = {"spearman": "Spearman", "split_half": "split-half"}
-"""Statistic of how weights rank heads, beside the AUC -> its name."""
+RANKED = {"spearman": "Spearman", "split_half": "split-half", "effect_together": "effect of its heads together"}
+"""Statistic of a role, beside the AUC by which weights rank heads -> its name."""
 FOUND = {
     "both": "claimed and measured",
     "measured": "measured, not claimed",

@@ -9,6 +9,8 @@ figures/power.svg and .png, and calibration.md with the numbers behind them.
     strained      the same where a null has little to draw on
     power         heads of every role planted by hand, with noise mixed into what is planted: how often they are
                   corroborated. At noise 1 nothing is planted, and whatever is corroborated is so falsely
+    prompts       p-values of heads on prompts in untrained models, and heads planted by hand in models that run; with
+                  `--what prompts` this section alone is made anew, and the rest of the page stays
 """
 
 import argparse
@@ -44,6 +46,8 @@ from ovqk.testing.planted import FEW, LAYOUT, MANY
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+PROMPTS_TITLE = "## Heads on prompts"
+"""The title of the page's last section."""
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SMALL = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 NOISES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
@@ -326,7 +330,14 @@ def write(nulls: pd.DataFrame, strained: dict[str, NDArray[np.float64]], verdict
         power=markdown(wide.pivot(index="role", columns="noise", values="power").reset_index()),
         false=markdown(false_table(nulls, verdicts)),
     )
-    (DOCS / "calibration.md").write_text(page, encoding="utf-8")
+    write_page(page)
+
+
+def write_page(page: str = "", section: str = "") -> None:
+    """Write the page, the section on prompts at its end, or both; what is not given stays as it is."""
+    path = DOCS / "calibration.md"
+    before, _, after = path.read_text(encoding="utf-8").partition(PROMPTS_TITLE)
+    path.write_text((page or before).rstrip() + "\n\n" + (section or PROMPTS_TITLE + after), encoding="utf-8")
 
 
 def main() -> None:
@@ -336,12 +347,21 @@ def main() -> None:
     parser.add_argument("--strained-seeds", type=int, default=100, help="models of every strained case")
     parser.add_argument("--power-seeds", type=int, default=16, help="models of every shape, task and noise")
     parser.add_argument("--clean-seeds", type=int, default=50, help="of them those without noise")
+    parser.add_argument("--untrained-seeds", type=int, default=64, help="untrained models of every shape on prompts")
+    parser.add_argument("--planted-seeds", type=int, default=50, help="planted models on prompts, few heads in a layer")
+    parser.add_argument("--many-seeds", type=int, default=20, help="planted models on prompts, many heads in a layer")
+    parser.add_argument("--what", choices=("all", "prompts"), default="all")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
 
     def found(function: Callable[[Any], Any], cells: Sequence[Any]) -> list[Any]:
         return run(function, cells, options.processes)
 
+    from calibration_on_prompts import prompts_section
+
+    write_page(section=prompts_section(options, found, markdown))
+    if options.what == "prompts":
+        return
     nulls = pd.concat(found(null_run, null_cells(range(options.null_seeds))), ignore_index=True)
     strained = {
         name: np.array(found(strained_run, [(name, seed) for seed in range(options.strained_seeds)]))

@@ -12,7 +12,8 @@ one row for each metric that is or was primary for it:
                half of the prompts that did not choose the role's heads
     ceiling    the same of that attention on one half of the prompts with that on the other
 
-A head has a role if it was chosen on one half of the prompts and its verdict on the other half is `realised`.
+A head has a role if it is measured: chosen on one half of the prompts, and every deciding quantity holds on the other,
+with either replacement. Whether it stands out of other heads does not matter here: the metric is compared with all.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def rows(record: dict, tables: dict[str, pd.DataFrame], kv: int | None) -> Itera
     shape = int(heads["layer"].max()) + 1, int(heads["head"].max()) + 1
     groups = np.arange(shape[1]) // (shape[1] // kv) if kv else np.arange(shape[1])
     found = tables["roles"]
-    real = found[found["head"].notna() & (found["verdict"] == "realised")]
+    real = found[found["head"].notna() & found["measured"].astype(bool) & (found["verdict"] != "sensitive")]
     for role, (sign, metrics) in ASKED.items():
         own = {(int(a), int(b)) for a, b in real[real["role"] == role][["layer", "head"]].to_numpy()}
         measured = tables["activations"].query("role == @role").sort_values(["layer", "head"])

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from support.commands import compose, computed
 from support.models import local, shared_model
 
-from ovqk.activations import stage
+from ovqk.activations import measure, stage
 from ovqk.activations.batches import Prompts
+from ovqk.activations.forward import RunningModel
 from ovqk.activations.measure import check_activations
 from ovqk.cell import run_cell
 from ovqk.checkpoints.opening import BUNDLED
@@ -26,6 +27,11 @@ def test_a_full_cell_holds_both_readings(tmp_path) -> None:
     activations = record["activations"]
     assert activations["untestable"] == "" and activations["start_tokens"] == [1]
     assert activations["halves"]["testing"]["accuracy"] > 0.95
+    assert {"effect", "effect_mean_replacement", "effect_restored", "effect_first_order"} <= set(tables["activations"])
+    assert set(activations["controls"]) == {"replaced_by_itself", "downstream", "readout_error", "untrained"}
+    assert activations["controls"]["downstream"] == 0
+    assert set(activations["controls"]["untrained"]) == {"induction", "previous_token"}
+    assert set(activations["halves"]) == {"choosing", "testing"} and activations["accuracy_by_template"]
     assert activations["controls"]["replaced_by_itself"] < 1e-4 and activations["controls"]["readout_error"] < 1e-4
     rows = tables["activations"]
     assert len(rows) == 2 * 2 * 32 and set(rows["half"]) == {"choosing", "testing"}
@@ -33,11 +39,19 @@ def test_a_full_cell_holds_both_readings(tmp_path) -> None:
     roles = tables["roles"]
     claimed = roles[roles["claimed"]]
     assert set(claimed[claimed["role"] == "induction"]["head"]) == {2, 7}
-    assert set(claimed["verdict"]) == {"realised"}  # measured on 1,024 prompts, and again on these
+    assert claimed["measured"].all()  # measured on 1,024 prompts, and again on these
+    verdicts = {(row["layer"], row["head"]): row["verdict"] for row in claimed.to_dict("records")}
+    assert verdicts == {(1, 2): "realised", (1, 7): "partial", (0, 5): "realised"}
+    outdone = claimed[claimed["verdict"] == "partial"].iloc[0]
+    assert outdone["reason"] == "other heads show as much attention"
+    assert outdone["attention_peers_p"] > 0.05 >= outdone["attention_peers_min_p"]
     joint = tables["joint"]
     assert set(joint["kind"]) == {"head", "role"} and len(joint[joint["kind"] == "head"]) == len(roles)
     together = joint[joint["kind"] == "role"].set_index("role")
-    assert together.at["induction", "activations"] == "realised"
+    assert together.at["previous_token", "activations"] == "realised"
+    induction = together.loc["induction"]
+    assert induction["activations"] == ("partial" if induction["peers_p"] > 0.05 else "realised")
+    assert induction["effect_together"] > claimed["effect"].where(claimed["role"] == "induction").max()
     verdicts = tables["verdicts"].query("kind == 'role'").set_index("role")["verdict"]
     assert together.at["induction", "weights"] == verdicts["induction"]
     assert record["summary"]["prompts/accuracy"] == pytest.approx(
@@ -45,6 +59,19 @@ def test_a_full_cell_holds_both_readings(tmp_path) -> None:
     )
     assert run_cell(compose("model=mini-gpt2", "task=induction", "analysis=full", *FEW, "tracking=none",
                             f"results_dir={tmp_path / 'results'}")).status == "cached"  # fmt: skip
+
+
+def test_a_replacement_that_changes_what_comes_before_it_is_refused(tmp_path, monkeypatch) -> None:
+    real = RunningModel.patched
+
+    def too_early(self, base, at, replacements, *others):
+        early = [[each._replace(layer=max(0, each.layer - 1)) for each in together] for together in replacements]
+        return real(self, base, at, early, *others)
+
+    monkeypatch.setattr(measure, "check_replacing", lambda *_: 0.0)
+    monkeypatch.setattr(RunningModel, "patched", too_early)
+    _, record, _ = computed(tmp_path, "model=mini-gpt2", "task=induction", "analysis=activations", *FEW)
+    assert "replacing a head changes attention in its own layer or before it" in record["activations"]["untestable"]
 
 
 def test_roles_by_measurement_are_claims_about_the_weights(tmp_path) -> None:
@@ -205,7 +232,6 @@ def test_a_role_that_says_it_wrongly_is_refused(parts, message) -> None:
 def test_gpt2_without_embeddings_cannot_be_run(tmp_path) -> None:
     folder = shared_model("gpt2-small-attention")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
-    from ovqk.activations.forward import RunningModel
     from ovqk.checkpoints.opening import open_checkpoint
 
     with pytest.raises(UserError, match="missing from the checkpoint"):

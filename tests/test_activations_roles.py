@@ -1,18 +1,17 @@
 """What counts as an effect: on the logit difference, into receivers, and given that others are replaced."""
 
-import itertools
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ovqk.activations import joint
 from ovqk.activations.effects import Effects, Patch
-from ovqk.activations.joint import auc_in_layers, peers_p, reading, role_verdict
+from ovqk.activations.joint import auc_in_layers, reading, role_verdict
 from ovqk.activations.judge import judge_activations
 from ovqk.activations.quantities import Observed, RoleValues
 from ovqk.activations.roles import Measured
@@ -69,7 +68,7 @@ def measured(**found: object) -> Measured:
     }
     patches |= found.get("patches", {})
     roles = {"mover": moving, "server": serving, "backup": backing}
-    return Measured(observed, roles, patches, {"mover": ((1, 0),), "server": (), "backup": ()}, seed=0)
+    return Measured(observed, roles, patches, {"mover": ((1, 0),), "server": (), "backup": ()}, 0, np.arange(HEADS))
 
 
 def row(table, head: tuple[int, int]):
@@ -81,6 +80,18 @@ def test_an_effect_is_a_share_of_what_the_counterfactual_takes_away() -> None:
     assert (found["effect"], found["effect_share"], found["effect_restored"]) == (0.5, 0.5, 0.25)
     assert found["write_share"] == 0.5 and found["attention_nonsink"] == pytest.approx(0.6 / 0.95)
     assert math.isnan(row(measured().rows("mover", "testing"), (0, 0))["effect"])  # not replaced
+
+
+@pytest.mark.parametrize(
+    ("beyond", "significant"),
+    [(["control"], False), (["counterfactual"], True), (["control", "counterfactual"], False)],
+)
+def test_attention_is_compared_with_what_the_role_says(beyond, significant) -> None:
+    found = measured()
+    found.observed.roles["mover"].control[:, 1, 0] = 0.6  # as much as to the source
+    attention = replace(found.roles["mover"].attention, beyond=beyond)
+    found.roles["mover"] = replace(found.roles["mover"], attention=attention)
+    assert (row(found.rows("mover", "testing"), (1, 0))["attention_p"] < 0.05) == significant
 
 
 def test_an_effect_into_receivers_is_on_their_attention() -> None:
@@ -106,12 +117,6 @@ def test_verdicts() -> None:
     assert verdict_of(measured(), (1, 1)) == "partial"  # it looks there, and no more
     sensitive = measured(patches={Patch((1, 0), "END"): effects(2.0, mean=-1.0)})
     assert verdict_of(sensitive, (1, 0)) == "sensitive"
-    outdone = measured()
-    for part in ("attention", "write"):
-        getattr(outdone.observed.roles["mover"], part)[:, 1, 2] = 9.0
-    outdone.add({Patch((1, 2), "END"): effects(3.0)})
-    assert verdict_of(outdone, (1, 0)) == "realised"  # 1.2 is chosen too: it has the role, and is no peer
-    assert judge_activations(outdone, {}, None).measured["mover"] == [(1, 0), (1, 2)]
     weak = measured()
     weak.observed.difference[:] = -1.0
     assert verdict_of(weak, (1, 0)) == "untestable"
@@ -135,36 +140,6 @@ def test_verdicts() -> None:
 def test_readings(weights, activations, link, expected) -> None:
     assert reading(weights, activations, link) == expected
     assert expected in READINGS and activations in ON_PROMPTS
-
-
-@settings(deadline=None)
-@given(seed=st.integers(0, 10_000), sizes=st.lists(st.integers(2, 5), min_size=1, max_size=3), ties=st.booleans())
-def test_peers_are_all_choices_of_as_many_heads_of_the_same_layers(seed, sizes, ties) -> None:
-    rng = np.random.default_rng(seed)
-    layers = np.repeat(np.arange(len(sizes)), sizes)
-    values = rng.integers(0, 3, len(layers)).astype(float) if ties else rng.normal(size=len(layers))
-    has = rng.random(len(layers)) < 0.4
-    counts = [int(has[layers == layer].sum()) for layer in range(len(sizes))]
-    found = peers_p(values, has, layers, 0)
-    if all(count in (0, size) for count, size in zip(counts, sizes, strict=True)):
-        assert math.isnan(found)
-        return
-    own, choices = values[has].sum(), []
-    for some in itertools.product([False, True], repeat=len(layers)):
-        picked = np.array(some)
-        if [int(picked[layers == layer].sum()) for layer in range(len(sizes))] == counts:
-            choices.append(values[picked].sum() >= own - 1e-9)
-    assert found == pytest.approx(np.mean(choices))
-
-
-def test_peers_are_drawn_where_choices_are_too_many(monkeypatch) -> None:
-    rng = np.random.default_rng(0)
-    layers = np.repeat([0, 1], 8)
-    values, has = rng.normal(size=16), np.arange(16) % 8 < 3
-    exact = peers_p(values, has, layers, 0)
-    monkeypatch.setattr(joint, "MOST_CHOICES", 3000)  # of 56 x 56
-    drawn = peers_p(values, has, layers, 0)
-    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact / 3000)) and drawn != exact
 
 
 def test_a_metric_that_only_grows_with_depth_finds_no_heads_in_their_layers() -> None:
@@ -201,5 +176,6 @@ def test_a_roles_verdict_on_prompts_is_that_of_its_heads_together(verdicts) -> N
         assert found == ("partial" if "realised" in verdicts else "opposite")
     elif found == "realised":
         assert 2 * verdicts.count("realised") >= len([each for each in verdicts if each != "untestable"]) > 0
+    assert role_verdict(verdicts, outdone=True) == ("partial" if found == "realised" else found)
     assert role_verdict(["realised", "partial"]) == "realised" and role_verdict(["partial", "partial"]) == "partial"
     assert role_verdict([]) is None and role_verdict(["not_realised"] * 3) == "not_realised"

@@ -1,22 +1,26 @@
 """What heads do on prompts as the page, the figures, the terminal and W&B show it."""
 
+import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 from support.prompted import HEADS, make_prompted
 from support.reported import make_results, page_data
 
 from ovqk import wording
-from ovqk.figures import colours, prompts
+from ovqk.figures import colours, portraits, prompts
 from ovqk.figures.choice import cell_figures
 from ovqk.records import comparison, on_prompts
 from ovqk.records.cells import Cell, read_cells
 from ovqk.records.record import read_record
 from ovqk.records.results import load_table
 from ovqk.report import terminal
+from ovqk.report.on_prompts import effects_lines, prompts_table, role_reasons
 from ovqk.report.page import make_page
 from ovqk.report.prompts_data import prompt_data
 from ovqk.report.thinning import DETAILS, Pool
@@ -256,3 +260,81 @@ def test_runs_hold_the_tables_and_a_sweep_how_well_tasks_are_done(results) -> No
     roles = load_table(folder, "roles")
     assert row["measured_heads"] == roles["measured"].sum() == 3
     assert "3 realised, 1 not realised" in tables["roles"]["on_prompts"].tolist()
+
+
+# --- roles in the terminal ---------------------------------------------------------------------------------------
+
+
+def test_a_roles_row_has_the_effect_of_its_heads_together_and_it_says_if_other_heads_do_as_much(cell) -> None:
+    roles, joint = cell.tables["roles"], cell.tables["joint"].copy()
+    of_role = joint["kind"] == "role"
+    for name, value in {"effect_together": 0.625, "effect_together_mean_replacement": 0.375, "peers_p": 0.3}.items():
+        joint.loc[of_role, name] = value
+    joint.loc[of_role, "peers_min_p"] = np.where(joint["role"][of_role] == "induction", 0.01, 0.2)
+    joint.loc[of_role, "activations"] = "partial"
+    console = Console(width=200, file=io.StringIO(), force_terminal=False)
+    console.print(prompts_table(joint, roles))
+    row = next(line for line in console.file.getvalue().splitlines() if line.strip().startswith("induction"))
+    assert "62%" in row and "38%" in row and "partly realised" in row
+    assert list(role_reasons(joint)) == ["induction: its heads together do not stand out of other heads (p = 0.30)"]
+    assert list(role_reasons(cell.tables["joint"])) == []  # a cell of before
+
+
+def test_the_largest_effects_are_those_of_replaced_heads_whatever_their_role(cell) -> None:
+    heads = cell.tables["heads"][["layer", "head"]]
+    rows = heads.assign(role="induction", half="testing", effect=np.nan, effect_p=np.nan, effect_p_opposite=np.nan)
+    effects = {(3, 0): (0.4, 0.01, 1.0), (2, 2): (-0.6, 1.0, 0.02), (1, 1): (0.9, 0.06, 0.95), (0, 5): (0.05, 0.03, 1)}
+    for (layer, head), values in effects.items():
+        at = (rows["layer"] == layer) & (rows["head"] == head)
+        rows.loc[at, ["effect", "effect_p", "effect_p_opposite"]] = values
+    other = rows.assign(role="previous_token", effect=9.0)  # on induction heads' attention
+    choosing = rows.assign(half="choosing", effect=5.0)
+    activations = pd.concat([choosing, other, rows], ignore_index=True)
+    found = on_prompts.largest_effects(cell.record, activations, cell.tables["roles"])
+    assert [(each.layer, each.head) for each in found["END"]] == [(2, 2), (3, 0), (0, 5)] and list(found) == ["END"]
+    assert found["END"][1].roles == ["induction"]
+    (line,) = effects_lines(cell.record, activations, cell.tables["roles"])
+    assert line.endswith("with their roles: 2.2 -60%, 3.0 40% (induction), 0.5 5%.")
+    assert list(effects_lines(cell.record, cell.tables["activations"], cell.tables["roles"])) == []  # without p
+
+
+# --- a head's sheet ----------------------------------------------------------------------------------------------
+
+
+def test_a_heads_sheet_shows_attention_write_and_effect_as_the_table_has_them(cell) -> None:
+    figure = portraits.on_prompts(cell.tables, 3, 0, cell.record)
+    values = cell.tables["activations"].query("half == 'testing' and role == 'induction' and layer == 3 and head == 0")
+    columns = [column for kind in ("attention", "write", "effect") for column in wording.PROMPT_BARS[kind]]
+    expected = values.iloc[0][columns].astype(float)
+    drawn = [patch.get_width() for axes in figure.axes for patch in axes.patches]
+    np.testing.assert_allclose(drawn, expected[np.isfinite(expected)])
+    whiskers = [line.get_xdata() for axes in figure.axes for line in axes.lines if len(line.get_xdata()) == 2]
+    spans = sorted(float(ends[1] - ends[0]) / 2 for ends in whiskers if ends[1] > ends[0])
+    np.testing.assert_allclose(spans, [0.02, 0.03, 0.1])
+    said = {text.get_text() for line in figure.subfigs for text in line.texts}
+    assert said == {"induction, on prompts: realised"}
+
+
+def test_without_claims_the_measured_heads_of_largest_effect_have_sheets(cell) -> None:
+    roles = cell.tables["roles"].copy()
+    measured = roles["measured"].astype(bool)
+    roles.loc[measured, "effect"] = [0.1, -0.7, *[0.2] * (measured.sum() - 2)]
+    best = roles[measured].iloc[1]
+    bare = replace(
+        cell, tables={name: table for name, table in cell.tables.items() if name != "verdicts"} | {"roles": roles}
+    )
+    names = [name for name, _ in cell_figures([bare])]
+    place = f"{int(best['layer'])}.{int(best['head'])}"
+    assert [name for name in names if name.startswith("head")] == [f"head_mini-attn_induction_{place}"]
+    assert not [name for name in names if name.startswith("circuit")]
+
+
+def test_a_sheet_has_these_rows_if_a_record_is_given_and_the_head_has_a_role(cell) -> None:
+    def bands(head: int, record: object) -> int:
+        return len(portraits.sheet(cell.tables, 3, head, record=record).subfigs)
+
+    assert bands(0, cell.record) == bands(0, None) + 1
+    assert bands(6, cell.record) == bands(6, None)
+    (axes,) = portraits.on_prompts(cell.tables, 3, 6, cell.record).axes
+    assert "neither claimed nor chosen" in axes.texts[0].get_text()
+    assert len(portraits.on_prompts({}, 3, 0, cell.record).axes) == 1

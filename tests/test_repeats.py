@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.commands import compose
 from support.models import local
-from support.planted_runs import HEADS, LAYERS, POSITIONS, cell, run_model, tokenizer, write_model
+from support.planted_runs import cell
 
 from ovqk.activations.forward import Places, RunningModel
 from ovqk.activations.measure import check_activations
@@ -13,6 +13,7 @@ from ovqk.activations.untrained import untrained_control
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import Repeats
 from ovqk.errors import UserError
+from ovqk.testing.prompted_models import HEADS, LAYERS, POSITIONS, run_model, tokenizer_of, write_model
 
 PREVIOUS, INDUCTION = (0, 2), (1, 1)
 CPU = torch.device("cpu")
@@ -38,19 +39,19 @@ def running(file) -> RunningModel:
 
 def test_sequences_are_start_tokens_and_two_equal_copies_of_different_tokens(planted) -> None:
     _, words, _ = planted
-    tokens = draw_repeats(tokenizer(words), [7, 8], POSITIONS, 0)
+    tokens = draw_repeats(tokenizer_of(words), [7, 8], POSITIONS, 0)
     assert tokens.shape == (SEQUENCES, 2 + 2 * 11)
     assert (tokens[:, :2] == torch.tensor([7, 8])).all() and torch.equal(tokens[:, 2:13], tokens[:, 13:])
     assert all(len(row.unique()) == 11 for row in tokens[:, 2:13])
-    assert torch.equal(tokens, draw_repeats(tokenizer(words), [7, 8], POSITIONS, 0))
-    assert not torch.equal(tokens, draw_repeats(tokenizer(words), [7, 8], POSITIONS, 1))
-    assert draw_repeats(tokenizer(words), [7, 8], 9, 0) is None  # no room for two copies
-    assert draw_repeats(tokenizer(words[:30]), [], None, 0) is None  # too few tokens
+    assert torch.equal(tokens, draw_repeats(tokenizer_of(words), [7, 8], POSITIONS, 0))
+    assert not torch.equal(tokens, draw_repeats(tokenizer_of(words), [7, 8], POSITIONS, 1))
+    assert draw_repeats(tokenizer_of(words), [7, 8], 9, 0) is None  # no room for two copies
+    assert draw_repeats(tokenizer_of(words[:30]), [], None, 0) is None  # too few tokens
 
 
 def test_special_tokens_are_never_drawn(planted) -> None:
     _, words, _ = planted
-    made = tokenizer(words)
+    made = tokenizer_of(words)
     made.add_special_tokens([words[0], "<end>"])
     special = {made.token_to_id(word) for word in (words[0], "<end>")}
     assert not special & set(draw_repeats(made, [], None, 0).unique().tolist())
@@ -58,7 +59,7 @@ def test_special_tokens_are_never_drawn(planted) -> None:
 
 def test_attention_is_what_a_loop_over_tokens_finds(planted) -> None:
     _, words, file = planted
-    tokens = draw_repeats(tokenizer(words), [0], POSITIONS, 0)[:18]  # more than one batch
+    tokens = draw_repeats(tokenizer_of(words), [0], POSITIONS, 0)[:18]  # more than one batch
     model, length = running(file), 11
     found = run_repeats(model, tokens, 1, every)
     positions = torch.arange(tokens.shape[1])[:, None].expand(-1, len(tokens))
@@ -78,7 +79,7 @@ def test_attention_is_what_a_loop_over_tokens_finds(planted) -> None:
 
 def test_planted_heads_look_where_they_were_built_to(planted) -> None:
     _, words, file = planted
-    found = run_repeats(running(file), draw_repeats(tokenizer(words), [], POSITIONS, 0), 0, every)
+    found = run_repeats(running(file), draw_repeats(tokenizer_of(words), [], POSITIONS, 0), 0, every)
     for name, place in ((Repeats.previous, PREVIOUS), (Repeats.next, INDUCTION)):
         mean = found.attention[name].mean(0)
         assert mean[place] > 0.9

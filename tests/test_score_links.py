@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.commands import compose
 from support.models import KINDS, local
-from support.planted_runs import cell, run_model, write_model
+from support.planted_runs import cell
 from transformers import AutoModelForCausalLM
 
 from ovqk.activations.batches import Batch, Prompts
@@ -16,6 +16,7 @@ from ovqk.activations.forward import RunningModel
 from ovqk.activations.score_links import Asked, Partners, partner_roles, score_links, split_scores
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.structure.model import Model
+from ovqk.testing.prompted_models import run_model, write_model
 from ovqk.weights.norms import Norm, QueryKeyNorm, apply_norm
 from ovqk.weights.readers import open_weights
 from ovqk.weights.rotary import Rotary

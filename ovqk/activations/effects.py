@@ -200,3 +200,41 @@ def check_replacing(running: RunningModel, prompts: Prompts, observed: Observed)
             break
         running.whole = True
     return found
+
+
+def check_downstream(
+    running: RunningModel, prompts: Prompts, observed: Observed, looks: Sequence[tuple[str, str, str]]
+) -> float:
+    """Replace a head in the middle layer, and return the largest change of attention where there can be none.
+
+    That is in its own layer and in those before it, in runs of all layers. Both runs, with the head's output on the
+    counterfactual and with its own, compute the same in the same order, so the result should be exactly 0.
+
+    Args:
+        running: the model that runs.
+        prompts: the prompts, of which the first batch is used.
+        observed: the runs over the prompts.
+        looks: the attentions (query, source, control) to read.
+
+    Returns:
+        The largest change; nan if no label has a place.
+    """
+    batch, outputs, middle = prompts.batches[0], observed.outputs[0], running.n_layers // 2
+    found = [tuple(map(batch.position, look)) for look in looks]
+    read = [Look(*places) for places in found if None not in places]  # type: ignore[arg-type]
+    base, changes = running.base(batch.tokens), list[float]()
+    for query, both in outputs.items():
+        place = batch.position(query)
+        if place is None or not read:
+            continue
+        first = Replacement(0, 0, both[0][0, :, 0])  # its own output: makes the run begin at layer 0
+        runs = [
+            running.patched(
+                base, place, [[first, Replacement(middle, running.n_heads - 1, z[middle, :, -1])]],
+                (batch.answers, batch.foils), read,
+            )
+            for z in both
+        ]  # fmt: skip
+        until = [run.looks[:, :, : middle + 1] for run in runs]
+        changes.append(float((until[0] - until[1]).abs().max()))
+    return float(np.max(changes)) if changes else math.nan

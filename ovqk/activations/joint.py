@@ -1,6 +1,5 @@
 """Verdicts from weights beside verdicts from prompts, and how well weights rank heads (definitions: section 7)."""
 
-import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -10,17 +9,18 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ovqk.activations.judge import LINKED, Judged
+from ovqk.activations.peers import RolePeers, standing
 from ovqk.config.schema import Circuit, RoleActivationsConfig, TaskConfig
 from ovqk.metrics import METRICS
 from ovqk.verdicts.statistics import Stratum, stratified_permutation, within_layer_auc
 
 BOOTSTRAPS = 1000
-MOST_CHOICES = 100_000
-TIE = 1e-12
 LINKS = ("write_link", "write_link_slope", "score_link", "score_key_partner", "score_query_partner")
 """Columns that say how much of a head's behaviour its weights account for."""
 QUANTITIES = "attention", "attention_control", "write", "write_se", "effect", "effect_se", "effect_mean_replacement"
 """What a head does, with what each number has to be read beside."""
+TOGETHER = "effect_together", "effect_together_se", "effect_together_mean_replacement"
+"""What all heads of a role do in one run."""
 
 
 def joint_table(
@@ -59,15 +59,20 @@ def joint_table(
         )  # fmt: skip
     of_heads, of_roles = pd.DataFrame(rows), _role_rows(judged, heads, task, seed, kv_of_head)
     for row in of_roles:
-        row |= _together(of_heads, verdicts, row["role"], judged.gate)
+        row |= _together(of_heads, verdicts, row["role"], judged)
     return pd.DataFrame([*rows, *of_roles])
 
 
-def role_verdict(verdicts: Sequence[str]) -> str | None:
+def role_verdict(verdicts: Sequence[str], outdone: bool = False) -> str | None:
     """Return the verdict on prompts of a role from those of its heads; None without heads.
 
-    `realised` if at least half of the heads that could be tested are, and none is `opposite`; `opposite` if some are
-    and none is realised; `not_realised` if all are; `untestable` if none could be tested; else `partial`.
+    `realised` if at least half of the heads that could be tested are, none is `opposite`, and together they stand out
+    of other heads; `opposite` if some are and none is realised; `not_realised` if all are; `untestable` if none could
+    be tested; else `partial`.
+
+    Args:
+        verdicts: of the role's heads.
+        outdone: whether the heads together could stand out of other heads, and do not.
     """
     tested = [verdict for verdict in verdicts if verdict != "untestable"]
     if not tested:
@@ -76,18 +81,20 @@ def role_verdict(verdicts: Sequence[str]) -> str | None:
     if opposed:
         return "partial" if realised else "opposite"
     if 2 * realised >= len(tested):
-        return "realised"
+        return "partial" if outdone else "realised"
     return "not_realised" if tested.count("not_realised") == len(tested) else "partial"
 
 
-def _together(heads: pd.DataFrame, verdicts: pd.DataFrame | None, role: str, gate: str) -> dict[str, Any]:
+def _together(heads: pd.DataFrame, verdicts: pd.DataFrame | None, role: str, judged: Judged) -> dict[str, Any]:
     """Return both verdicts of a role, its heads' median link, and how they read together."""
     own = heads[heads["role"] == role] if len(heads) else heads
     if len(own) and own["claimed"].any():
         own = own[own["claimed"]]
     found = None if verdicts is None else verdicts[(verdicts["kind"] == "role") & (verdicts["role"] == role)]
     weights = None if found is None or not len(found) else str(found["verdict"].iloc[0])
-    activations = "untestable" if gate else role_verdict(own["activations"].tolist() if len(own) else [])
+    outdone = judged.peers.get(role, RolePeers()).outdone
+    of_own = own["activations"].tolist() if len(own) else []
+    activations = "untestable" if judged.gate else role_verdict(of_own, outdone)
     link = float(own["link"].median()) if len(own) else math.nan
     together = "undecided" if activations is None else reading(weights, activations, link)
     return {"weights": weights, "activations": activations, "link": link, "reading": together}
@@ -188,7 +195,7 @@ def _role_rows(
         )
         low, high = _interval(metric, has, seed)
         layers = heads["layer"].to_numpy(dtype=np.int64)
-        groups = kv_of_head[heads["head"].to_numpy(dtype=np.int64)]
+        groups, peers = kv_of_head[heads["head"].to_numpy(dtype=np.int64)], judged.peers.get(role, RolePeers())
         in_layers, in_layers_p = auc_in_layers(metric, has, layers, groups, seed)
         rows.append(
             {
@@ -197,7 +204,8 @@ def _role_rows(
                 "auc": auc(metric, has), "auc_low": low, "auc_high": high,
                 "auc_in_layers": in_layers, "auc_in_layers_p": in_layers_p,
                 "spearman": _spearman(metric, done), "split_half": _spearman(done, other),
-                "peers_p": peers_p(done, has, layers, seed),
+                "peers_p": peers.p, "peers_min_p": peers.min_p, "peers_null": peers.null,
+                **{name: judged.together.get(role, {}).get(name, math.nan) for name in TOGETHER},
             }
         )  # fmt: skip
     return rows
@@ -229,41 +237,6 @@ def auc_in_layers(
     return (within_layer_auc(strata), stratified_permutation(strata, seed).p) if strata else (math.nan, math.nan)
 
 
-def peers_p(values: NDArray[np.float64], has: NDArray[np.bool_], layers: NDArray[np.int64], seed: int) -> float:
-    """Return how often a random choice of heads has at least as large a mean as the role's heads, in (0, 1].
-
-    A choice takes as many heads from each layer as the role has there; the role's own heads are one of the choices. Up
-    to 100,000 choices are all tried; if there are more, as many are drawn. The result is nan if no head has the role,
-    or if the role's heads are all heads of their layers.
-
-    Args:
-        values: a quantity of all heads, [head]; the role's heads must not have been chosen by it.
-        has: which heads have the role, [head].
-        layers: each head's layer, [head].
-        seed: of the draws.
-    """
-    whole = np.isfinite(values)
-    groups = [values[whole & (layers == layer)] for layer in np.unique(layers[has & whole])]
-    counts = [int((has & whole & (layers == layer)).sum()) for layer in np.unique(layers[has & whole])]
-    choices = math.prod(math.comb(len(group), count) for group, count in zip(groups, counts, strict=True))
-    if choices <= 1:
-        return math.nan
-    own = float(values[has & whole].sum())
-    slack = TIE * float(np.abs(np.concatenate(groups)).max())
-    if choices <= MOST_CHOICES:
-        sums = np.zeros(1)
-        for group, count in zip(groups, counts, strict=True):
-            of_layer = np.array([sum(some) for some in itertools.combinations(group.tolist(), count)])
-            sums = (sums[:, None] + of_layer[None, :]).ravel()
-        return float((sums >= own - slack).mean())
-    generator = np.random.default_rng([seed, len(values)])
-    drawn = np.zeros(MOST_CHOICES - 1)
-    for group, count in zip(groups, counts, strict=True):
-        order = generator.random((MOST_CHOICES - 1, len(group))).argsort(1)[:, :count]
-        drawn += group[order].sum(1)
-    return float((1 + (drawn >= own - slack).sum()) / MOST_CHOICES)
-
-
 def ranked_quantity(config: RoleActivationsConfig) -> str:
     """Return the quantity that ranks all heads: `write`, else `attention`, else `effect_first_order`."""
     if "write" in config.decides:
@@ -275,10 +248,7 @@ def _continuous(judged: Judged, role: str, half: str, config: RoleActivationsCon
     """Return the ranking quantity [head]: a write times the predicted sign, or attention less its control."""
     rows = judged.activations[(judged.activations["role"] == role) & (judged.activations["half"] == half)]
     name = ranked_quantity(config)
-    values = rows[name].to_numpy(dtype=np.float64)
-    if name == "attention":
-        return values - rows["attention_control"].to_numpy(dtype=np.float64)
-    return values if config.write is None or name != "write" else config.write.sign * values
+    return standing(config, name, rows)
 
 
 def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -6,7 +6,7 @@ these that holds:
     out_of_scope   the role has no `activations`
     untestable     the model does not do the task, or a deciding quantity has no value or too few clusters
     sensitive      all hold, but with the mean replacement the effect has another sign or significance
-    realised       all hold, and no head of the layer without the role does as much in all of them
+    realised       all hold, and the head stands out of heads without a role (`ovqk/activations/peers.py`)
     partial        some hold
     opposite       none holds, and one is significant in the other direction
     not_realised   none of these
@@ -17,14 +17,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from ovqk import wording
 from ovqk.activations.links import WriteLinks
 from ovqk.activations.measure import chosen_heads
+from ovqk.activations.peers import RolePeers, compared, grids, head_peers, role_peers
 from ovqk.activations.roles import Measured
-from ovqk.verdicts.statistics import ALPHA, benjamini_hochberg
+from ovqk.verdicts.statistics import ALPHA, Significance, benjamini_hochberg
 from ovqk.weights.types import Head
 
 LEAST_ACCURACY = 0.8
@@ -42,12 +42,16 @@ class Judged:
         roles: a row for each role and head that is claimed or measured.
         measured: role -> the heads that were chosen on one half and confirmed on the other.
         gate: why nothing can be tested; empty if tests are possible.
+        peers: role -> its heads, claimed or else chosen, beside heads without a role.
+        together: role -> the effect of all these heads in one run, as joint.parquet holds it.
     """
 
     activations: pd.DataFrame
     roles: pd.DataFrame
     measured: dict[str, list[Head]]
     gate: str
+    peers: dict[str, RolePeers]
+    together: dict[str, dict[str, float]]
 
 
 def gate(measured: Measured) -> str:
@@ -86,13 +90,19 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
                 | {"claimed": head in claimed.get(role, ()), "chosen": head in chosen}
             )
     _correct(measured, subjects)
+    own = {role: tuple(claimed.get(role, ())) or _chosen(subjects, role) for role in measured.roles}
+    taken = {head for heads in (*claimed.values(), *own.values()) for head in heads}
     found: dict[str, list[Head]] = {}
+    peers: dict[str, RolePeers] = {}
     for role in measured.roles:
         of_role = [subject for subject in subjects if subject["role"] == role]
-        heads = {_place(subject) for subject in of_role}
+        values, groups = grids(measured.roles[role], tested[role]), measured.kv_of_head
+        if not why_not:
+            peers[role] = role_peers(values, own[role], taken - set(own[role]), groups, measured.seed)
         for subject in of_role:
-            peers, outdone = _peers(measured, role, tested[role], subject, heads)
-            subject |= _verdict(measured, role, subject, peers, outdone, why_not)
+            barred = taken | (set() if _place(subject) in own[role] else set(_chosen(subjects, role)))
+            beside = head_peers(values, _place(subject), barred, groups)
+            subject |= _verdict(measured, role, subject, beside, why_not)
             subject["measured"] = subject["chosen"] and subject["confirmed"]
         found[role] = [_place(subject) for subject in of_role if subject["measured"]]
     for role in claimed:
@@ -105,12 +115,17 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
     front = ["role", "layer", "head", "claimed", "measured", "verdict", "reason", "held", "against"]
     if len(roles):
         roles = roles.reindex(columns=[*front, *(name for name in roles if name not in front)])
-    return Judged(pd.concat(tables, ignore_index=True), roles, found if not why_not else {}, why_not)
+    together = {} if why_not else {role: measured.together(role) for role in measured.roles}
+    return Judged(pd.concat(tables, ignore_index=True), roles, found if not why_not else {}, why_not, peers, together)
 
 
 def _score(measured: Measured, role: str, head: Head) -> dict[str, float]:
     found = measured.scores.get((role, head))
     return {} if found is None else {f"score_{name}": value for name, value in found._asdict().items()}
+
+
+def _chosen(subjects: Sequence[Mapping[str, Any]], role: str) -> tuple[Head, ...]:
+    return tuple(_place(subject) for subject in subjects if subject["role"] == role and subject["chosen"])
 
 
 def _place(subject: Mapping[str, Any]) -> Head:
@@ -132,49 +147,18 @@ def _correct(measured: Measured, subjects: list[dict[str, Any]]) -> None:
             subject[f"{quantity}_min_q"] = min(1.0, subject[f"{quantity}_min_p"] * len(family))
 
 
-def _peers(
-    measured: Measured, role: str, testing: pd.DataFrame, subject: Mapping[str, Any], heads: Collection[Head]
-) -> tuple[dict[str, float], bool]:
-    """Compare a head with the heads of its layer that do not have the role.
-
-    For effects only heads that were replaced can be compared.
-
-    Returns:
-        For each deciding quantity, the share of these heads that the head exceeds; nan if there are none. And whether
-        one of them does as much as the head in every deciding quantity.
-    """
-    config = measured.roles[role]
-    signs = {
-        "attention": 1,
-        "repeats": 1,
-        "write": config.write.sign if config.write else 1,
-        "effect": config.effect.sign if config.effect else 1,
-    }
-    layer = testing[testing["layer"] == subject["layer"]]
-    others = layer[
-        [(int(index), int(head)) not in heads for index, head in zip(layer["layer"], layer["head"], strict=True)]
-    ]
-    found, outdone = {}, np.ones(len(others), dtype=bool)
-    for quantity in config.decides:
-        name = "effect_share" if quantity == "effect" else quantity  # its sign does not depend on the counterfactual's
-        values, own = signs[quantity] * others[name].to_numpy(dtype=np.float64), signs[quantity] * subject[name]
-        outdone &= values >= own
-        values = values[~np.isnan(values)]
-        found[quantity] = float((values < own).mean()) if len(values) else math.nan
-    return found, bool(outdone.any())
-
-
 def _verdict(
     measured: Measured,
     role: str,
     subject: Mapping[str, Any],
-    peers: Mapping[str, float],
-    outdone: bool,
+    peers: Mapping[str, Significance],
     why_not: str,
 ) -> dict[str, Any]:
     """Return a head's verdict, the quantities that decided it, and the reason."""
     config = measured.roles[role]
-    told: dict[str, Any] = {f"{quantity}_peers": share for quantity, share in peers.items()} | {"confirmed": False}
+    told: dict[str, Any] = {"confirmed": False}
+    for name, beside in peers.items():
+        told |= {f"{name}_peers": beside.effect, f"{name}_peers_p": beside.p, f"{name}_peers_min_p": beside.min_p}
     if why_not:
         return told | {"verdict": "untestable", "reason": why_not, "held": "", "against": ""}
     valued = [name for name in config.decides if not math.isnan(subject.get(f"{name}_p", math.nan))]
@@ -194,12 +178,16 @@ def _verdict(
             other != shown["effect"] or subject["effect_mean_replacement"] * subject["effect"] < 0
         ):
             return told | {"verdict": "sensitive", "reason": "with the counterfactuals' mean the effect is another"}
+    could = [name for name, beside in peers.items() if beside.min_p <= ALPHA]
+    outdone = [name for name in could if peers[name].p > ALPHA]
     if len(held) == len(shown) and not outdone:
-        return told | {"verdict": "realised"}
+        alone = "" if len(could) == len(compared(config)) else "too few heads beside it to compare it with"
+        return told | {"verdict": "realised", "reason": alone}
     small = [name for name in shown if name not in held and subject[f"{name}_q"] <= ALPHA]
     lacking = [_lacking(subject, name, small) for name in shown if name not in held]
     if held:
-        lacking = lacking or ["a head of its layer without the role does as much"]
+        named = " and ".join(wording.PROMPT_DECIDES[name] for name in outdone)
+        lacking = lacking or [f"other heads show as much {named}"]
         return told | {"verdict": "partial", "reason": "; ".join(lacking)}
     return told | {"verdict": "opposite" if against else "not_realised", "reason": "; ".join(lacking) if small else ""}
 

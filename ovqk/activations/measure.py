@@ -9,11 +9,20 @@ import numpy as np
 import pandas as pd
 
 from ovqk.activations.batches import Prompts
-from ovqk.activations.effects import LEAST_CHANGE, MEAN, RESTORED, Patch, check_replacing, measure_effects, merged
+from ovqk.activations.effects import (
+    LEAST_CHANGE,
+    MEAN,
+    RESTORED,
+    Patch,
+    check_downstream,
+    check_replacing,
+    measure_effects,
+    merged,
+)
 from ovqk.activations.forward import RunningModel
 from ovqk.activations.quantities import Steps, looks_of, observe, queries_of
 from ovqk.activations.repeats import RepeatValues, draw_repeats, run_repeats
-from ovqk.activations.roles import Measured
+from ovqk.activations.roles import Measured, all_at_once
 from ovqk.activations.score_links import Asked, Partners, partner_roles, score_links
 from ovqk.config.schema import RoleActivationsConfig, TaskConfig
 from ovqk.errors import UserError
@@ -97,12 +106,17 @@ def measure(
     observed = observe(running, model, prompts, roles, steps)
     if not (change := check_replacing(running, prompts, observed)) <= LEAST_CHANGE:
         raise UserError(f"replacing a head by itself changes the logit difference by {change:.2g} of its mean.")
+    asked = [config.attention for config in roles.values() if config.attention is not None]
+    looks = sorted({(each.query, each.source, each.control) for each in asked})
+    if (downstream := check_downstream(running, prompts, observed, looks)) > LEAST_CHANGE:
+        raise UserError(f"replacing a head changes attention in its own layer or before it, by {downstream:.2g}.")
     if not observed.readout_error <= LEAST_ERROR:
         raise UserError(
             "what heads write cannot be read off: through the final norm and the unembedding the logit difference "
             f"comes out wrong by {observed.readout_error:.2g} of its mean."
         )
-    measured = Measured(observed, roles, {}, {}, seed, change, _repeats(running, model, prompts, roles, seed, steps))
+    repeats, groups = _repeats(running, model, prompts, roles, seed, steps), model.architecture.kv_of_head.numpy()
+    measured = Measured(observed, roles, {}, {}, seed, groups, change, downstream, repeats)
     first = [name for name, config in roles.items() if not _served(config)]
     for names in (first, [name for name in roles if name not in first]):
         patches: dict[Patch, None] = {}
@@ -118,6 +132,7 @@ def measure(
         if config.effect is not None:
             for head in dict.fromkeys((*measured.receivers[name], *chosen_heads(measured, name))):
                 patches |= dict.fromkeys(_patches(measured, name, head))
+            patches |= dict.fromkeys(filter(None, [all_at_once(config, measured.receivers[name])]))
     new = [patch for patch in patches if patch not in measured.effects]
     measured.add(measure_effects(running, prompts, observed, new, looks_of(roles), steps))
     again = measure_effects(running, prompts, observed, list(patches), looks_of(roles), steps, (MEAN, RESTORED))

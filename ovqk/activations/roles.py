@@ -37,7 +37,10 @@ class Measured:
         effects: replacement -> its effects.
         receivers: role -> the heads through which other roles' effects are measured.
         seed: of drawn sign flips.
+        kv_of_head: each head's KV group, [head], the same in every layer.
         change: the largest change from replacing a head by itself, as a share of the mean logit difference; a control.
+        downstream: the largest change of attention where replacing a head can make none; a control. It is nan if
+            no role has an `attention`.
         repeats: runs over random repeats; None if no role asks for them, or if the model's context is too short.
         scores: (role, head) -> the split of its scores, for claimed and chosen heads of roles with an `attention`.
     """
@@ -47,7 +50,9 @@ class Measured:
     effects: dict[Patch, Effects]
     receivers: dict[str, tuple[Head, ...]]
     seed: int
+    kv_of_head: NDArray[np.int64]
     change: float = 0.0
+    downstream: float = math.nan
     repeats: RepeatValues | None = None
     scores: dict[tuple[str, Head], ScoreLink] = field(default_factory=dict)
     _rows: dict[tuple[str, Half], pd.DataFrame] = field(default_factory=dict)
@@ -118,7 +123,7 @@ class Measured:
         columns: dict[str, list[NDArray[np.float64]]] = {"own": [], "mean": [], "restored": []}
         index = []
         for row, head in enumerate(zip(table["layer"], table["head"], strict=True)):
-            found = self._numerators(role, (int(head[0]), int(head[1])), query)
+            found = self._numerators(role, Patch((int(head[0]), int(head[1])), query))
             if found is not None:
                 index.append(row)
                 for name, value in zip(columns, found, strict=True):
@@ -148,16 +153,37 @@ class Measured:
             table.loc[index, name] = value
         table["effect_min_p"] = own.min_p
 
-    def _numerators(self, role: str, head: Head, query: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def together(self, role: str, half: Half = "testing") -> dict[str, float]:
+        """Return the effect of replacing all of a role's heads in one run, as joint.parquet holds it.
+
+        The heads are the claimed ones, else the chosen ones. Empty if the role has no `effect`, no head, or an effect
+        that is measured without another role's heads.
+        """
+        patch = all_at_once(self.roles[role], self.receivers.get(role, ()))
+        found = None if patch is None else self._numerators(role, patch)
+        if found is None:
+            return {}
+        of_half = self._of(half)
+        values = np.stack([value[of_half].double().numpy() for value in found[:2]], 1)
+        clusters, (whole, _) = self.observed.clusters[of_half].numpy(), self._denominators(role, half)
+        own, mean = (flip_signs(values[:, [column]], clusters, self.seed) for column in (0, 1))
+        return {
+            "effect_together": float(own.mean[0] / whole),
+            "effect_together_se": float(own.se[0] / abs(whole)),
+            "effect_together_mean_replacement": float(mean.mean[0] / whole),
+        }
+
+    def _numerators(self, role: str, patch: Patch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Return each prompt's loss under REPLACED and MEAN, and its gain under RESTORED; None if they were not run."""
         effect, clean = self.roles[role].effect, self.observed.difference
         assert effect is not None
-        alone = self.effects.get(Patch(head, query))
+        head, query = patch.head, patch.query
+        alone = self.effects.get(patch)
         if alone is None:
             return None
         nothing = torch.full_like(clean, math.nan)
         if effect.given is not None:
-            if head in self.receivers[effect.given]:  # it cannot be its own backup
+            if head is None or head in self.receivers[effect.given]:  # it cannot be its own backup
                 return None
             receivers = self.receivers[effect.given]
             without = self.effects.get(Patch(None, query, receivers))
@@ -211,6 +237,15 @@ class Measured:
         return float((difference[self._of(half)] > 0).double().mean()), self._mean(difference, half)
 
 
+def all_at_once(config: RoleActivationsConfig, heads: Sequence[Head]) -> Patch | None:
+    """Return the replacement of all of a role's heads in one run; None if the role has no such effect or no head."""
+    if config.effect is None or config.effect.given is not None or not heads:
+        return None
+    if len(heads) == 1:
+        return Patch(heads[0], queries_of(config))
+    return Patch(None, queries_of(config), tuple(heads))
+
+
 @dataclass(frozen=True)
 class Tests:
     """Tests over the clusters of one half of the prompts.
@@ -257,9 +292,8 @@ def with_attention(
     assert values.attention is not None and values.control is not None and config.attention is not None
     assert values.counterfactual is not None and values.sink is not None
     attention, sink = tests.tested(values.attention), tests.mean(values.sink)
-    against = [tests.tested(values.attention - values.control)]
-    if "counterfactual" in config.attention.beyond:
-        against.append(tests.tested(values.attention - values.counterfactual))
+    others = {"control": values.control, "counterfactual": values.counterfactual}
+    against = [tests.tested(values.attention - others[name]) for name in config.attention.beyond]
     return _described(table, "attention", attention).assign(
         attention_control=tests.mean(values.control),
         attention_counterfactual=tests.mean(values.counterfactual),

@@ -241,6 +241,7 @@ class ActivationTables:
             "untestable": self.judged.gate,
             "controls": {
                 "replaced_by_itself": self.measured.change,
+                "downstream": None if math.isnan(self.measured.downstream) else self.measured.downstream,
                 "readout_error": observed.readout_error,
                 "untrained": self.untrained,
             },

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -45,24 +46,29 @@ def depth_tables(cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFrame | No
 
 
 def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
-    """Yield (name, figure) for each cell: prompts, frequencies, the circuit, and the leading head for each role."""
+    """Yield (name, figure) for each cell: prompts, frequencies, the circuit, and the leading head for each role.
+
+    A role's leading head is the claimed one that stands out most; if no head is claimed, the measured one of largest
+    effect on prompts.
+    """
     for cell, label in zip(cells, labels(cells), strict=True):
         if ranked := rankings(cell.record, cell.tables):
             title = f"{label} / {cell.record['task']}"
             yield file_name("prompts", *_title(cell, cells, "joint")), prompts.rankings(ranked, title)
         if (drawn := cycle_figure(cell, label)) is not None:
             yield file_name("frequencies", *_title(cell, cells, "frequencies")), drawn
-        verdicts = cell.tables.get("verdicts")
-        if verdicts is None:
-            continue
+        verdicts, places = cell.tables.get("verdicts"), _measured(cell.tables.get("roles"))
         joined = compositions(cell, cells)
-        yield file_name("circuit", *_title(cell, cells)), circuits.circuit(verdicts, joined)
-        for layer, head in _leading(verdicts):
+        if verdicts is not None:
+            yield file_name("circuit", *_title(cell, cells)), circuits.circuit(verdicts, joined)
+            places = _leading(verdicts)
+        for layer, head in places:
             tables = dict(cell.tables) | ({} if joined is None else {"composition": joined.drop_duplicates(PAIR)})
             sheet = portraits.sheet(
-                tables, layer, head, f"{label} / {cell.record['task']}", cell.record.get("unavailable", {})
+                tables, layer, head, f"{label} / {cell.record['task']}", cell.record.get("unavailable", {}), cell.record
             )
-            yield file_name("head", *_title(cell, cells), f"{layer}.{head}"), sheet
+            table = "verdicts" if verdicts is not None else "roles"
+            yield file_name("head", *_title(cell, cells, table), f"{layer}.{head}"), sheet
 
 
 def compositions(cell: Cell, cells: Sequence[Cell]) -> pd.DataFrame | None:
@@ -95,6 +101,17 @@ def _leading(verdicts: pd.DataFrame) -> list[tuple[int, int]]:
         .groupby("role", sort=False)
         .head(1)
     )
+    return sorted({(int(layer), int(head)) for layer, head in heads[["layer", "head"]].to_numpy()})
+
+
+def _measured(roles: pd.DataFrame | None) -> list[tuple[int, int]]:
+    """Return, for each role, the measured head of largest effect on prompts; the first if none has an effect."""
+    if roles is None or not len(roles) or "effect" not in roles:
+        return []
+    heads = roles[roles["measured"].astype(bool)].sort_values(
+        "effect", key=np.abs, ascending=False, kind="stable", na_position="last"
+    )
+    heads = heads.groupby("role", sort=False).head(1)
     return sorted({(int(layer), int(head)) for layer, head in heads[["layer", "head"]].to_numpy()})
 
 

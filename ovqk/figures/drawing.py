@@ -411,6 +411,31 @@ def partner_bars(axes: Axes, found: pd.DataFrame, side: str, title: str) -> None
     axes.spines[["bottom", "left"]].set_visible(False)
 
 
+def quantity_bars(axes: Axes, title: str, bars: Sequence[tuple[str, float, float]], decides: bool) -> None:
+    """Draw a head's quantities on prompts, (label, value, standard error); blue if they decide about its role."""
+    shown = [(label, value, error if error > 0 else 0.0) for label, value, error in bars if math.isfinite(value)]
+    if not shown:
+        unavailable(axes, title, "not measured")
+        return
+    ends = [end for _, value, error in shown for end in (value - error, value + error)]
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    for y, (_, value, error) in enumerate(shown):
+        first = y == 0
+        axes.barh(y, value, height=0.62, color=(BLUE if decides else MUTED) if first else BAND, lw=0)
+        if error:
+            axes.plot([value - error, value + error], [y, y], color=INK, lw=1.2)
+        axes.annotate(
+            number(value), (max(0.0, value + error), y), (5, 0), textcoords="offset points", va="center_baseline",
+            fontsize=11, bbox=HALO,
+        )  # fmt: skip
+    axes.axvline(0, color=LINE, lw=1)
+    axes.set_yticks(range(len(shown)), [legible(label, 30) for label, _, _ in shown])
+    axes.set(ylim=(max(3, len(shown)) - 0.4, -0.6), xlim=(low - 0.02, low + 1.25 * (high - low or 1)), xticks=[])
+    axes.set_title(legible(title, 48), fontsize=12)
+    axes.tick_params(length=0)
+    axes.spines[["bottom", "left"]].set_visible(False)
+
+
 ATLAS_WIDTH = 240  # an atlas's width in its figure, in points
 
 

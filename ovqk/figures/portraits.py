@@ -23,9 +23,12 @@ from ovqk import wording
 from ovqk.figures import drawing
 from ovqk.figures.drawing import INK, MUTED, legible, styled
 from ovqk.metrics import HEAD_METRICS, METRICS, ratios
+from ovqk.records.on_prompts import head_values, pictures
 
 HeadTables = Mapping[str, pd.DataFrame | None]
-TABLES = ("heads", "spectra", "directions", "offsets", "composition", "tests", "nulls", "verdicts")
+TABLES = (
+    "heads", "spectra", "directions", "offsets", "composition", "tests", "nulls", "verdicts", "activations", "roles",
+)  # fmt: skip
 SHOWN_COMPONENTS, SHOWN_TOKENS, SHOWN_PARTNERS = 3, 5, 6
 
 
@@ -96,22 +99,49 @@ def components(tables: HeadTables, layer: int, head: int, circuit: str = "ov") -
 
 
 @styled
+def on_prompts(tables: HeadTables, layer: int, head: int, record: Mapping[str, Any]) -> Figure:
+    """Draw what a head does on prompts: attention by token, write by source, effect under both replacements.
+
+    There is a row for each role that the head was claimed or chosen for. Lines are standard errors over clusters of
+    prompts, where there are any; the quantity itself is blue if it decides about the role.
+
+    Args:
+        tables: activations and roles.
+        layer, head: the head.
+        record: the cell's record, whose task names the tokens.
+    """
+    rows = _prompt_rows(tables, layer, head, record)
+    layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
+    figure = Figure(figsize=(17, 0.4 + PROMPT_HEIGHT * max(1, len(rows))), layout=layout)
+    _draw_prompts(figure, rows)
+    return figure
+
+
+@styled
 def sheet(
-    tables: HeadTables, layer: int, head: int, title: str = "", reasons: Mapping[str, str] | None = None
+    tables: HeadTables,
+    layer: int,
+    head: int,
+    title: str = "",
+    reasons: Mapping[str, str] | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> Figure:
-    """Draw all panels about one head on one sheet: verdict, spectra, tokens, positions, partners, nulls.
+    """Draw all panels about one head on one sheet: verdict, on prompts, spectra, tokens, positions, partners, nulls.
 
     Args:
         tables: the cell's tables.
         layer, head: the head.
         title: the sheet's title, such as the model's name.
         reasons: metric -> why it has no value, as in a record's `unavailable`.
+        record: the cell's record, if what the head does on prompts is to be shown.
     """
+    prompted = [] if record is None else _prompt_rows(tables, layer, head, record)
     strips = _strips(tables, layer, head, None)
     tall = sum(0.42 * len(rows) + 0.75 for _, _, rows in strips)
     verdicts = _claims(tables, layer, head)
     parts = {
         "head": 0.7 + 0.36 * max(1, len(verdicts)),
+        **({"prompts": 0.2 + PROMPT_HEIGHT * len(prompted)} if prompted else {}),
         "spectra": 5.2,
         "tokens": 6.2 if len(_of(tables.get("directions"), layer, head)) else 1.8,
         "positions": 4.6,
@@ -122,6 +152,8 @@ def sheet(
     made = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=list(parts.values()))[:, 0]
     bands = dict(zip(parts, made, strict=True))
     _heading(bands["head"], f"Head {layer}.{head}" + (f"   {title}" if title else ""), verdicts)
+    if prompted:
+        _draw_prompts(bands["prompts"], prompted)
     spectra = bands["spectra"].subplots(2, 4, height_ratios=(6, 1))
     for place, circuit in enumerate(("ov", "qk")):
         _eigenvalues(spectra[0, 2 * place], spectra[1, 2 * place], tables, layer, head, circuit, None, reasons or {})
@@ -267,6 +299,55 @@ def _partners(panels: Any, tables: HeadTables, layer: int, head: int) -> None:
         else:
             why = "no composition was computed" if tables.get("composition") is None else "none of the pairs kept"
             drawing.empty(axes, title, "no head comes before it" if (side, layer) == ("sender", 0) else why)
+
+
+# --- prompts -------------------------------------------------------------------------------------------------
+
+PROMPT_HEIGHT = 2.9  # inches of a role's row
+PromptRow = tuple[str, list[tuple[str, list[tuple[str, float, float]], bool]]]
+"""A role with its verdict, and its pictures: title, bars (label, value, standard error), whether it decides."""
+
+
+def _prompt_rows(tables: HeadTables, layer: int, head: int, record: Mapping[str, Any]) -> list[PromptRow]:
+    """Return a row for each role that the head was claimed or chosen for, and measured."""
+    activations, found = tables.get("activations"), list[PromptRow]()
+    if activations is None:
+        return found
+    values = _of(head_values(activations), layer, head)
+    for subject in _of(tables.get("roles"), layer, head).to_dict("records"):
+        own = values[values["role"] == subject["role"]].to_dict("records")
+        if not own:
+            continue
+        parts = [
+            (
+                picture["title"],
+                [(label, _number(own[0], name), _number(own[0], f"{name}_se")) for name, label in picture["bars"]],
+                picture["decides"],
+            )
+            for picture in pictures(dict(record), subject["role"])
+        ]
+        said = wording.ON_PROMPTS[subject["verdict"]]
+        found.append((f"{wording.role(subject['role'])}, on prompts: {said}", parts))
+    return found
+
+
+def _number(row: Mapping[Any, Any], name: str) -> float:
+    value = row.get(name)
+    return math.nan if value is None else float(value)
+
+
+def _draw_prompts(band: Figure | SubFigure, rows: list[PromptRow]) -> None:
+    if not rows:
+        drawing.empty(band.subplots(), "On prompts", "the head was neither claimed nor chosen for a role on prompts")
+        return
+    lines = band.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for line, (said, parts) in zip(lines, rows, strict=True):
+        line.suptitle(legible(said, 100), x=0.005, ha="left", fontsize=14, fontweight="bold")
+        panels = line.subplots(1, max(3, len(parts)), squeeze=False)[0]
+        for axes in panels[len(parts) :]:
+            axes.set_axis_off()
+        for axes, (title, bars, decides) in zip(panels, parts, strict=False):
+            drawing.quantity_bars(axes, title, bars, decides)
 
 
 # --- nulls ---------------------------------------------------------------------------------------------------

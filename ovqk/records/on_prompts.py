@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,10 +15,22 @@ import pandas as pd
 from ovqk import wording
 from ovqk.records.record import done_records
 from ovqk.records.results import load_table
+from ovqk.verdicts.statistics import ALPHA
 
 TESTING = "testing"
 JOINT = ("kind", "role", "layer", "head", "claimed", "measured", "weights", "activations", "reading")
-STATISTICS = ("n_measured", "n_heads", "auc", "auc_low", "auc_high", "auc_in_layers", "spearman", "split_half")
+STATISTICS = (
+    "n_measured",
+    "n_heads",
+    "auc",
+    "auc_low",
+    "auc_high",
+    "auc_in_layers",
+    "spearman",
+    "split_half",
+    "effect_together",
+)
+MOST_EFFECTS = 8
 Json = dict[str, Any]
 
 
@@ -217,6 +229,51 @@ def readings(joint: pd.DataFrame) -> list[Json]:
     keys = ("reading", "weights", "prompts")
     found.sort(key=lambda group: [order.index(group[key]) for key, order in zip(keys, orders, strict=True)])
     return found
+
+
+class HeadEffect(NamedTuple):
+    """A head's exact effect on the logit difference, and the roles that it is claimed for or measured in."""
+
+    layer: int
+    head: int
+    effect: float
+    roles: list[str]
+
+
+def largest_effects(record: Json, activations: pd.DataFrame, roles: pd.DataFrame) -> dict[str, list[HeadEffect]]:
+    """Return query -> the heads of largest effect on the logit difference there, whatever their role, largest first.
+
+    Only significant effects of heads that were replaced count, on the testing half, at most `MOST_EFFECTS`.
+    """
+    own: dict[tuple[int, int], list[str]] = {}
+    for row in roles.to_dict("records"):
+        if row["claimed"] or row["measured"]:
+            own.setdefault((int(row["layer"]), int(row["head"])), []).append(row["role"])
+    found: dict[str, list[HeadEffect]] = {}
+    for role in activations["role"].unique():
+        choice = role_choice(record, role)
+        effect = choice.get("effect")
+        if not effect or effect.get("into") or effect.get("given"):
+            continue
+        query = (choice.get("attention") or {}).get("query", "END")
+        rows = _testing(activations, role)
+        if query in found or "effect_p" not in rows:
+            continue
+        rows = rows[(rows[["effect_p", "effect_p_opposite"]].min(axis=1) <= ALPHA) & rows["effect"].notna()]
+        rows = rows.sort_values("effect", key=np.abs, ascending=False, kind="stable").head(MOST_EFFECTS)
+        places = [(int(layer), int(head)) for layer, head in rows.index]
+        found[query] = [
+            HeadEffect(*place, float(value), own.get(place, []))
+            for place, value in zip(places, rows["effect"], strict=True)
+        ]
+    return {query: heads for query, heads in found.items() if heads}
+
+
+def outdone_roles(joint: pd.DataFrame) -> dict[str, float]:
+    """Return role -> p, for roles whose heads together could stand out of other heads, and do not."""
+    rows = joint_rows(joint, "role").reindex(columns=["role", "peers_p", "peers_min_p"])
+    rows = rows[(rows["peers_min_p"] <= ALPHA) & (rows["peers_p"] > ALPHA)]
+    return {str(role): float(p) for role, p in zip(rows["role"], rows["peers_p"], strict=True)}
 
 
 def verdict_counts(roles: pd.DataFrame, heads: pd.DataFrame) -> dict[str, int]:

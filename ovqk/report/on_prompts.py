@@ -8,6 +8,7 @@ import pandas as pd
 from rich.text import Text
 
 from ovqk import wording
+from ovqk.records.on_prompts import Json, largest_effects, outdone_roles
 from ovqk.report.fitted_table import CORE, Column, FittedTable
 from ovqk.report.terminal_tables import STYLES, rounded
 
@@ -46,7 +47,6 @@ def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> FittedTable:
     for role, rows in heads.groupby("role", sort=False):
         table.add_row(
             Text(wording.role(str(role)), style="bold"),
-            *[""] * len(wording.PROMPT_COLUMNS),
             *_together(joint, str(role)),
         )
         of_role = {(row["layer"], row["head"]): row for row in roles[roles["role"] == role].to_dict("records")}
@@ -71,14 +71,22 @@ def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> FittedTable:
 
 
 def _together(joint: pd.DataFrame, role: str) -> list[Text | str]:
-    """Return a role's verdict from weights, its verdict on prompts, and how both read; empty where there is none."""
+    """Return a role's effect, its verdicts from weights and on prompts, and how both read; empty where there is none.
+
+    Its effect is that of all its heads replaced in one run.
+    """
     found = joint[(joint["kind"] == "role") & (joint["role"] == role)].reindex(
-        columns=["weights", "activations", "reading"]
+        columns=["weights", "activations", "reading", *wording.PROMPT_TOGETHER.values()]
     )
     if not len(found):
-        return ["", "", ""]
-    weights, activations, reading = (each if isinstance(each, str) else None for each in found.iloc[0])
+        return [""] * (len(wording.PROMPT_COLUMNS) + 3)
+    row = found.iloc[0]
+    weights, activations, reading = (
+        row[name] if isinstance(row[name], str) else None for name in ("weights", "activations", "reading")
+    )
+    columns = [wording.PROMPT_TOGETHER.get(name) for name in wording.PROMPT_COLUMNS]
     return [
+        *("" if name is None else share(row[name]) for name in columns),
         Text(wording.verdict(weights), style=STYLES.get(weights, "dim")) if weights else "",
         Text(wording.ON_PROMPTS[activations], style=PROMPT_STYLES.get(activations, "dim")) if activations else "",
         "" if reading in (None, "undecided") else wording.READINGS[reading],
@@ -91,6 +99,25 @@ def prompt_reasons(roles: pd.DataFrame) -> Iterable[str]:
     for (verdict, reason), rows in told.groupby(["verdict", "reason"], sort=False):
         names = [f"{int(row['layer'])}.{int(row['head'])}" for row in rows.to_dict("records")]
         yield f"{wording.ON_PROMPTS[str(verdict)]} ({', '.join(dict.fromkeys(names))}): {reason}"
+
+
+def effects_lines(record: Json, activations: pd.DataFrame | None, roles: pd.DataFrame | None) -> Iterable[str]:
+    """Yield which heads have the largest effects on the answer, whatever their role."""
+    if activations is None or roles is None or record["activations"].get("untestable"):
+        return
+    for query, heads in largest_effects(record, activations, roles).items():
+        named = [
+            f"{each.layer}.{each.head} {share(each.effect)}"
+            + (f" ({', '.join(map(wording.role, each.roles))})" if each.roles else "")
+            for each in heads
+        ]
+        yield f"Largest effects at {query} of the heads that were replaced, with their roles: {', '.join(named)}."
+
+
+def role_reasons(joint: pd.DataFrame) -> Iterable[str]:
+    """Yield which roles do not stand out of other heads."""
+    for role, p in outdone_roles(joint).items():
+        yield f"{wording.role(role)}: its heads together do not stand out of other heads (p = {p:.2f})"
 
 
 def prompts_lines(activations: Mapping[str, Any]) -> Iterable[str]:

@@ -6,7 +6,7 @@ from ovqk import wording
 from ovqk.figures import colours, prompts
 from ovqk.records import on_prompts
 from ovqk.records.cells import Cell, Heads, Json
-from ovqk.report.on_prompts import prompts_lines
+from ovqk.report.on_prompts import effects_lines, prompts_lines
 from ovqk.report.thinning import Detail, Pool, columnar, short
 
 
@@ -44,7 +44,10 @@ def prompt_data(cell: Cell, detail: Detail, marked: Heads, pool: Pool) -> Json:
     block = record["activations"]
     found: Json = {
         "on_prompts": {
-            "lines": list(prompts_lines(block)),
+            "lines": [
+                *prompts_lines(block),
+                *effects_lines(record, tables.get("activations"), tables.get("roles")),
+            ],
             "testing": block.get("halves", {}).get(on_prompts.TESTING),
             "untestable": block.get("untestable", ""),
             "readings": on_prompts.readings(tables["joint"]) if "joint" in tables else [],

@@ -24,7 +24,7 @@ from ovqk.records.results import load_table
 from ovqk.records.steps import said, shared_steps, twins
 from ovqk.report.cycles import print_cycles
 from ovqk.report.fitted_table import CORE, Column, FittedTable
-from ovqk.report.on_prompts import prompt_reasons, prompts_lines, prompts_table
+from ovqk.report.on_prompts import effects_lines, prompt_reasons, prompts_lines, prompts_table, role_reasons
 from ovqk.report.suggestions import next_arguments
 from ovqk.report.terminal_tables import (
     STYLES,
@@ -143,7 +143,7 @@ def _print_directions(out: Console, folder: Path, heads: pd.DataFrame, verdicts:
     out.print(f"  {more}further and eigen components: directions.parquet, and the report", style="dim")
 
 
-def _print_on_prompts(out: Console, folder: Path, record: Mapping[str, Any]) -> None:
+def _print_on_prompts(out: Console, folder: Path, record: dict[str, Any]) -> None:
     """Print the heads' quantities and verdicts on prompts, if the analysis ran the model."""
     if record.get("activations") is None:
         return
@@ -155,7 +155,9 @@ def _print_on_prompts(out: Console, folder: Path, record: Mapping[str, Any]) -> 
         out.print()
         out.print(prompts_table(joint, roles))
         out.print(wording.PROMPT_LEGEND, style="dim")
-        for line in prompt_reasons(roles):
+        for line in effects_lines(record, load_table(folder, "activations"), roles):
+            _say(out, line)
+        for line in (*role_reasons(joint), *prompt_reasons(roles)):
             _say(out, line, "dim")
 
 
