@@ -30,6 +30,7 @@ AGAINST = {
 VERDICTS = {
     "corroborated": "corroborated",
     "partial": "partial",
+    "consistent": "consistent only",
     "unsupported": "unsupported",
     "contradicted": "contradicted",
     "untestable": "untestable",
@@ -37,22 +38,22 @@ VERDICTS = {
 }
 """Verdict -> its name, in the order of how much it says."""
 FLAGS = {
-    "partial (consistent)": "the head stands out only against random heads with its own singular values",
+    "consistent only": "the head stands out against nothing but random heads with its own singular values",
     "partial (mixed)": "another prediction of the role is significant the other way",
+    "consistent only (mixed)": "another prediction of the role is significant the other way",
     "contradicted (spectrum)": (
         "it is significantly on the wrong side of random heads with its own singular values, and of nothing else"
     ),
 }
-"""Verdict with a flag -> what the flag says."""
+"""Verdict, perhaps with a flag -> what it says, if its name does not."""
 MEANS = {
     "corroborated": "The weights could do this: {claim}.",
     "partial": "Some evidence that the weights could do this: {claim}.",
+    "consistent": "Consistent with the claim and no more, since any trained head may pass: {claim}.",
     "unsupported": "The weights do not single this out: {claim}.",
     "contradicted": "The weights point the other way: {claim}.",
 }
 """Verdict -> the sentence in a record that says what the weights establish."""
-CONSISTENT = "Consistent with the claim and no more, since any trained head may pass: {claim}."
-"""The same for `partial (consistent)`."""
 AGAINST_SPECTRUM = (
     "The weights point the other way against heads of the same spectrum only, which any trained head may: {claim}."
 )
@@ -66,10 +67,6 @@ NOT_INDEPENDENT = (
     " Heads that were found by what they write are no independent evidence of what they write: consistent with it."
 )
 """A further limit, if the metric is about what a head writes."""
-NO_MORE = "no more than consistent"
-"""A partial verdict with the flag `consistent`, in a sentence that has no room for what the flag says."""
-ALONE = ("corroborated", "partial", NO_MORE, "unsupported", "contradicted", "untestable", "out of scope")
-"""Verdicts in such a sentence, in the order of how much they say."""
 ON_PROMPTS = {
     "realised": "realised",
     "partial": "partly realised",
@@ -246,11 +243,6 @@ def verdict(name: str, flags: str | None = None) -> str:
     """Return a verdict with its flags, if it has any, in brackets."""
     said = VERDICTS.get(name, name)
     return f"{said} ({flags})" if flags else said
-
-
-def alone(name: str, flags: str | None = None) -> str:
-    """Return a verdict for a sentence that shows no flags: a partial one that is only consistent is called so."""
-    return NO_MORE if name == "partial" and "consistent" in (flags or "").split() else VERDICTS.get(name, name)
 
 
 def metric(name: str) -> str:

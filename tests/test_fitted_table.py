@@ -36,8 +36,8 @@ def claimed() -> tuple[pd.DataFrame, pd.DataFrame]:
     metrics = ["ov_copying", "qk_matching", "qk_symmetry", "qk_position_share", "ov_alignment", "qk_key_alignment"]
     heads = pd.DataFrame([{"layer": 23, "head": n} | dict.fromkeys(metrics, -0.125 - n) for n in range(3)])
     plain = {"primary": "k_composed_matching", "prediction": "high", "value": 0.875, "flags": "", "reason": ""}
-    rows = [plain | {"kind": "role", "role": "duplicate_token", "layer": None, "head": None, "verdict": "partial",
-                     "flags": "consistent", "percentile": None, "q": 0.014}]  # fmt: skip
+    rows = [plain | {"kind": "role", "role": "duplicate_token", "layer": None, "head": None, "verdict": "consistent",
+                     "flags": "mixed", "percentile": None, "q": 0.014}]  # fmt: skip
     for n, q in enumerate((0.042, 0.014, 1.0)):
         rows.append(plain | {"kind": "head", "role": "duplicate_token", "layer": 23, "head": n, "percentile": 1.0,
                              "verdict": "contradicted", "flags": "spectrum", "q": q})  # fmt: skip
@@ -54,7 +54,7 @@ def test_the_table_of_verdicts_keeps_its_numbers_and_names_what_it_leaves_out(wi
     for n, q in enumerate(("0.042", "0.014", "1.000")):
         (line,) = [line for line in lines if line.startswith(f"  23.{n}")]
         assert {"0.88", q} <= set(line.split()) and ("100%" in line.split()) == (width > 60)
-    assert "k_composed_matching ↑" in text and "contradicted" in text and "(consistent)" in text
+    assert "k_composed_matching ↑" in text and "contradicted" in text and "(mixed)" in text
     shown = table.titles(width)
     gone = [column.title for column in table.columns if column.title not in shown]
     assert {"primary", "q", "verdict"} <= set(shown) and ("percentile" in shown) == (width > 60)

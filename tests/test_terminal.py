@@ -51,12 +51,12 @@ def test_a_role_that_predicts_nothing_has_no_metric_beside_one_that_does() -> No
     assert any(line.startswith("bystander  ") for line in lines) and not any("nan" in line for line in lines)
 
 
-def test_a_role_that_is_only_consistent_is_not_found_to_be_partial() -> None:
+def test_roles_are_listed_by_verdict_strongest_first() -> None:
     columns = ("kind", "role", "verdict", "flags")
-    rows = [("role", "name_mover", "partial", ""), ("role", "induction", "partial", "consistent"),
+    rows = [("role", "name_mover", "partial", ""), ("role", "induction", "consistent", ""),
             ("role", "previous_token", "corroborated", None), ("head", "induction", "partial", "")]  # fmt: skip
     said = found_line(pd.DataFrame([dict(zip(columns, row, strict=True)) for row in rows]))
-    assert said == ("Found: corroborated: previous token; partial: name mover; no more than consistent: induction.")
+    assert said == ("Found: corroborated: previous token; partial: name mover; consistent only: induction.")
 
 
 def test_one_reason_for_two_verdicts_is_told_for_each() -> None:

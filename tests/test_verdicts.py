@@ -46,7 +46,7 @@ def expected(states: dict[str, str], secondary: str | None) -> tuple[str, str]:
         return "corroborated", ""
     if held:
         flags = ["mixed"] if against or secondary == OPPOSITE else []
-        return "partial", " ".join([*flags, *(["consistent"] if held == {"spectrum"} else [])])
+        return "consistent" if held == {"spectrum"} else "partial", " ".join(flags)
     return "unsupported", ""
 
 
@@ -92,10 +92,10 @@ def test_a_verdict_says_of_every_null_which_way_it_came_out(depth, frame) -> Non
     opening = {
         "corroborated": "The weights could do this:",
         "partial": "Some evidence that the weights could do this:",
+        "consistent": "Consistent with the claim and no more",
         "unsupported": "The weights do not single this out:",
         "contradicted": "The weights point the other way:",
     }[found["verdict"]]
-    opening = "Consistent with the claim and no more" if "consistent" in found["flags"] else opening
     if found["flags"] == "spectrum":
         opening = "The weights point the other way against heads of the same spectrum only"
     assert (found["flags"] == "spectrum") == ((depth, frame) == (NEITHER, OPPOSITE))
@@ -150,7 +150,7 @@ def test_a_verdict_that_could_not_be_significant_alone_says_so_and_under_what() 
     wanted = f"{begins}q = 0.07 under depth, q = 0.06 under spectrum{ends}"
     assert (found["verdict"], found["reason"]) == ("unsupported", wanted)
     found = decided([a_row("depth", NEITHER, min_q=0.07), a_row("spectrum", HELD)])
-    assert (found["verdict"], found["reason"]) == ("partial", f"{begins}q = 0.07 under depth{ends}")
+    assert (found["verdict"], found["reason"]) == ("consistent", f"{begins}q = 0.07 under depth{ends}")
     assert decided([a_row("depth", NEITHER), a_row("spectrum", NEITHER)])["reason"] == ""
 
 

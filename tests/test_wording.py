@@ -17,9 +17,7 @@ def test_roles_have_short_names_that_differ() -> None:
 def test_a_verdict_is_read_with_its_flags_and_a_prediction_with_its_sign() -> None:
     assert wording.verdict("out_of_scope") == "out of scope" and wording.verdict("partial", "") == "partial"
     assert wording.verdict("contradicted", "spectrum") in wording.FLAGS
-    assert wording.alone("partial", "consistent") == wording.NO_MORE == wording.alone("partial", "consistent mixed")
-    assert wording.alone("partial", "mixed") == wording.alone("partial") == "partial"
-    assert set(wording.ALONE) == {*wording.VERDICTS.values(), wording.NO_MORE}
+    assert wording.verdict("consistent") in wording.FLAGS and wording.verdict("consistent", "mixed") in wording.FLAGS
     assert wording.predicted("ov_copying", "low") == "OV copying ↓"
     assert wording.predicted("q_composition", "high") == "Q-composition ↑"
 
@@ -41,7 +39,6 @@ def test_the_page_has_no_words_of_its_own_for_them() -> None:
         *(METRICS[name].title for name in COMPOSITION_METRICS),
         *wording.AGAINST.values(),
         *wording.FLAGS.values(),
-        wording.NO_MORE,
         *wording.PANELS.values(),
         *wording.SIDES.values(),
         *wording.SUMMED.values(),

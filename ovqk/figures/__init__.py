@@ -10,6 +10,7 @@ import importlib
 
 MODULES = (
     "choice", "circuits", "colours", "comparisons", "cycles", "depth", "drawing", "embedded", "portraits", "prompts",
+    "verdict_marks",
 )  # fmt: skip
 ELSEWHERE = {"depth_curves": "depth", "circuit": "circuits"}
 

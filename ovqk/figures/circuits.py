@@ -18,7 +18,8 @@ from matplotlib.patches import FancyArrowPatch
 from ovqk import wording
 from ovqk.figures import colours, drawing
 from ovqk.figures.colours import VERDICT_COLOURS
-from ovqk.figures.drawing import HALO, HOLLOW, MUTED, legible, styled
+from ovqk.figures.drawing import HALO, MUTED, legible, styled
+from ovqk.figures.verdict_marks import HOLLOW, mark, verdict_legend
 
 STEP = 1.5  # distance between two layers
 INCHES = (0.95, 0.76)  # size of a unit, across and upwards
@@ -152,7 +153,7 @@ def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> 
             axes.annotate(legible(made.beside(node), 60), node.spot, (0, 21 if above else -20), **where)
     axes.set(xlim=(-0.4, made.width), ylim=(-0.8, top + 1.6))
     axes.set_axis_off()
-    drawing.verdict_legend(figure, [node.verdict for node in made.nodes])
+    verdict_legend(figure, [node.verdict for node in made.nodes])
     return figure
 
 
@@ -245,7 +246,7 @@ def _draw_node(axes: Axes, node: Node) -> None:
     size = 11 if len(label) < 5 else 9
     axes.text(x, y, label, ha="center", va="center", fontsize=size, fontweight="bold", zorder=5)
     if not hollow:
-        drawing.mark(axes, x, y, node.verdict, size=7, shift=(14.5, 14.5))
+        mark(axes, x, y, node.verdict, size=7, shift=(14.5, 14.5))
 
 
 def _draw_edges(axes: Axes, made: Layout) -> None:

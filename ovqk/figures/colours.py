@@ -32,6 +32,7 @@ MISSING, MISSING_DARK = "#e3e3e3", "#3f4247"
 VERDICT_COLOURS = {
     "corroborated": ("#0b5394", "#6db3f2"),
     "partial": ("#4f93c9", "#4b83b5"),
+    "consistent": ("#7d8fb3", "#8f9fc4"),
     "unsupported": ("#8a8a8a", "#a3a3a3"),
     "contradicted": ("#c2570c", "#ff9d57"),
     "untestable": ("#a5a5a5", "#7d7d7d"),

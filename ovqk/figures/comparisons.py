@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from ovqk import wording
 from ovqk.figures import colours, drawing
 from ovqk.figures.colours import VERDICT_COLOURS, Scale
-from ovqk.figures.drawing import HALO, HOLLOW, INK, MUTED, STYLE, legible, styled
+from ovqk.figures.drawing import HALO, INK, MUTED, STYLE, legible, styled
+from ovqk.figures.verdict_marks import HOLLOW, mark, verdict_legend
 from ovqk.metrics import METRICS
 from ovqk.records.comparison import could_be_corroborated
 
@@ -67,7 +68,7 @@ def verdict_counts(verdicts: pd.DataFrame) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.spines[:].set_visible(False)
     panels[0].set_yticks(range(len(models)), [legible(model) for model in models], color=INK)
-    drawing.verdict_legend(figure, heads[could_be_corroborated(heads)]["verdict"])
+    verdict_legend(figure, heads[could_be_corroborated(heads)]["verdict"])
     return figure
 
 
@@ -107,7 +108,7 @@ def effects(verdicts: pd.DataFrame) -> Figure:
             if _is_number(row["ci_low"]) and _is_number(row["ci_high"]):
                 colour = VERDICT_COLOURS[row["verdict"]][0]
                 axes.plot([row["ci_low"], row["ci_high"]], [y, y], color=colour, lw=2.4, solid_capstyle="round")
-            drawing.mark(axes, row["effect"], float(y), row["verdict"], size=10)
+            mark(axes, row["effect"], float(y), row["verdict"], size=10)
         else:
             axes.text(0, y, " unavailable", va="center_baseline", color=MUTED, style="italic", fontsize=12, bbox=HALO)
         said = wording.verdict(row["verdict"], row.get("flags"))

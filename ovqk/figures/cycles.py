@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ovqk import wording
-from ovqk.figures.drawing import BLUE, INK, MUTED, legible, mark, number, styled
+from ovqk.figures.drawing import BLUE, INK, MUTED, legible, number, styled
+from ovqk.figures.verdict_marks import mark
 
 MOST_HEADS = 16
 """Heads that are drawn: those whose keys or OV hold most in one place, if there are more."""

@@ -6,7 +6,7 @@ lacks are escaped.
 
 import math
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
 from itertools import chain
 from typing import Any, ParamSpec, TypeVar
@@ -16,12 +16,9 @@ import numpy as np
 import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
-from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Rectangle, Wedge
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import ScaledTranslation
 
 from ovqk import wording
 from ovqk.figures import colours
@@ -41,8 +38,6 @@ STYLE: Any = {
     "legend.frameon": False, "legend.fontsize": 12, "grid.color": FAINT, "axes.axisbelow": True,
     "svg.fonttype": "none", "svg.hashsalt": "ovqk", "axes.unicode_minus": True,
 }  # fmt: skip
-HOLLOW = ("untestable", "out_of_scope")  # verdicts without a finding are drawn as outlines
-MARKERS = dict.fromkeys(VERDICT_COLOURS, "o") | {"contradicted": "X", "untestable": "_", "out_of_scope": "."}
 STRETCHED_ABOVE = 130
 """The most offsets of an axis that is not stretched at its start."""
 OFFSET_MARKS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
@@ -102,33 +97,6 @@ def empty(axes: Axes, title: str, text: str) -> None:
     axes.set_axis_off()
     axes.set_title(title)
     axes.text(0, 0.92, legible(text, 90), transform=axes.transAxes, style="italic", color=MUTED, va="top")
-
-
-def mark(axes: Axes, x: float, y: float, verdict: str, size: int = 9, shift: tuple[float, float] = (0.0, 0.0)) -> None:
-    """Draw a verdict's mark, shifted from its place by some points; its shape says the same as its colour."""
-    moved = ScaledTranslation(shift[0] / 72, shift[1] / 72, axes.get_figure().dpi_scale_trans)  # type: ignore[union-attr]
-    colour = VERDICT_COLOURS[verdict][0]
-    filled = verdict in ("corroborated", "contradicted", "out_of_scope")
-    axes.plot(
-        x, y, MARKERS[verdict], ms=size, color=colour, mew=1.8, clip_on=False, zorder=5,
-        fillstyle="left" if verdict == "partial" else "full",
-        markerfacecolor=colour if filled or verdict == "partial" else "white", markerfacecoloralt="white",
-        transform=axes.transData + moved,
-    )  # fmt: skip
-
-
-def verdict_legend(figure: Figure, there: Iterable[str]) -> None:
-    """Name the marks of the verdicts that a figure shows, below it."""
-    shown = set(there)
-    names = [name for name in VERDICT_COLOURS if name in shown]
-    handles = [
-        Line2D([], [], ls="", marker=MARKERS[name], ms=9, mew=1.8, color=VERDICT_COLOURS[name][0],
-               fillstyle="left" if name == "partial" else "full", markerfacecoloralt="white",
-               markerfacecolor="white" if name == "unsupported" else VERDICT_COLOURS[name][0])
-        for name in names
-    ]  # fmt: skip
-    if handles:
-        figure.legend(handles, [wording.verdict(name) for name in names], loc="outside lower center", ncols=len(names))
 
 
 # --- spectra -------------------------------------------------------------------------------------------------

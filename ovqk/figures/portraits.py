@@ -22,6 +22,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from ovqk import wording
 from ovqk.figures import drawing
 from ovqk.figures.drawing import INK, MUTED, legible, styled
+from ovqk.figures.verdict_marks import mark
 from ovqk.metrics import HEAD_METRICS, METRICS, ratios
 from ovqk.records.on_prompts import head_values, pictures
 
@@ -193,7 +194,7 @@ def _heading(band: SubFigure, title: str, verdicts: list[dict[str, Any]]) -> Non
     axes.set(xlim=(0, 1), ylim=(-0.5 - max(1, len(verdicts)), 0.6))
     axes.text(0, 0, legible(title, 80), fontsize=22, fontweight="bold", va="center")
     for y, row in enumerate(verdicts, start=1):
-        drawing.mark(axes, 0.006, -float(y), row["verdict"], size=10)
+        mark(axes, 0.006, -float(y), row["verdict"], size=10)
         said = f"{wording.role(row['role'])}: {wording.verdict(row['verdict'], row['flags'])}"
         axes.text(0.02, -y, legible(said, 100), va="center", fontsize=14)
     if not verdicts:

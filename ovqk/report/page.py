@@ -131,8 +131,6 @@ def page_data(
             "nulls": wording.NULLS,
             "verdicts": wording.VERDICTS,
             "flags": wording.FLAGS,
-            "consistent": wording.NO_MORE,
-            "alone": wording.ALONE,
             "arrows": wording.ARROWS,
             "modes": wording.MODES,
             "parts": wording.PARTS,

@@ -11,8 +11,14 @@ from ovqk import wording
 from ovqk.metrics import METRICS, Place, shown_in
 from ovqk.report.fitted_table import CORE, UNBROKEN, Column, FittedTable
 
-STYLES = {"corroborated": "green", "partial": "yellow", "contradicted": "red", "unsupported": "magenta"}
-LEGEND = ("partial (consistent)", "contradicted (spectrum)")
+STYLES = {
+    "corroborated": "green",
+    "partial": "yellow",
+    "consistent": "dim yellow",
+    "contradicted": "red",
+    "unsupported": "magenta",
+}
+LEGEND = ("consistent only", "contradicted (spectrum)")
 """Verdicts with flags that a table explains."""
 SHOWN_CANDIDATES = 3  # of each role
 SHOWN_PAIRS = 5  # of heads, of each kind of composition
@@ -161,13 +167,11 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> FittedTable:
 
 
 def found_line(verdicts: pd.DataFrame) -> str:
-    """Return a sentence that lists the roles by verdict, strongest first, and apart those that are consistent alone."""
+    """Return a sentence that lists the roles by verdict, strongest first."""
     roles = verdicts[verdicts["kind"] == "role"]
-    said: dict[str, list[str]] = {word: [] for word in wording.ALONE}
+    said: dict[str, list[str]] = {word: [] for word in wording.VERDICTS.values()}
     for row in roles.to_dict("records"):
-        flags = row.get("flags")
-        word = wording.alone(row["verdict"], flags if isinstance(flags, str) else None)
-        said.setdefault(word, []).append(wording.role(row["role"]))
+        said.setdefault(wording.verdict(row["verdict"]), []).append(wording.role(row["role"]))
     parts = [f"{word}: {', '.join(dict.fromkeys(names))}" for word, names in said.items() if names]
     return "Found: " + "; ".join(parts) + "."
 

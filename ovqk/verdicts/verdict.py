@@ -7,8 +7,8 @@ The verdict is the first of these that holds. Only nulls that count for the metr
     contradicted   the primary is significant in the opposite direction under one null, and as predicted under none
     corroborated   the primary is significant under every null that can reach 0.05, and one of them compares with other
                    heads or other words; no secondary prediction is significantly opposite
-    partial        the primary is significant under at least one null; if that is `spectrum` alone, the head is only
-                   consistent with the claim
+    partial        the primary is significant under at least one null that compares with other heads or other words
+    consistent     it is significant under `spectrum` alone, which any trained head may be
     unsupported    none of these holds
 """
 
@@ -152,9 +152,7 @@ def judge(
 
 
 def _flags(verdict: str, evidence: Evidence) -> list[str]:
-    flags = ["mixed"] if verdict == "partial" and evidence.any_opposite else []
-    if verdict == "partial" and {row.null for row in evidence.held} == {"spectrum"}:
-        flags.append("consistent")
+    flags = ["mixed"] if verdict in ("partial", "consistent") and evidence.any_opposite else []
     if verdict == "contradicted" and {row.null for row in evidence.opposed} == {"spectrum"}:
         flags.append(SPECTRUM_ONLY)
     return flags
@@ -185,8 +183,9 @@ def _decide(
     every_null_held = len(evidence.held) == len(evidence.testable)
     if every_null_held and evidence.has_peers and not evidence.any_opposite:
         return "corroborated", untested
-    powerless = _powerless(evidence.testable)
-    return "partial" if evidence.held else "unsupported", "; ".join(filter(None, (untested, powerless)))
+    beyond_spectrum = any(row.null != "spectrum" for row in evidence.held)
+    verdict = "partial" if beyond_spectrum else "consistent" if evidence.held else "unsupported"
+    return verdict, "; ".join(filter(None, (untested, _powerless(evidence.testable))))
 
 
 def _untested(subject: Subject, predicted: Predicted, evidence: Evidence) -> str:
@@ -241,8 +240,6 @@ def _statement(
         return f"Nothing: {why}."
     claim = f"{METRICS[metric].title} is " + ", and ".join(_part(row) for row in rows)
     means = wording.MEANS[verdict]
-    if "consistent" in flags:
-        means = wording.CONSISTENT
     if SPECTRUM_ONLY in flags:
         means = wording.AGAINST_SPECTRUM
     return means.format(claim=claim) + (f" It is {untested}." if untested else "")

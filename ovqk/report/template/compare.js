@@ -17,8 +17,7 @@ function comparePage() {
 
 function summary() {
   const roles = CELLS.flatMap((cell) => rows(cell, "verdicts").filter((row) => row.kind === "role"));
-  const word = (row) => (row.verdict === "partial" && (row.flags || "").split(" ").includes("consistent") ? REPORT.wording.consistent : verdictName(row.verdict));
-  const counts = REPORT.wording.alone.map((name) => [name, roles.filter((row) => word(row) === name).length]).filter(([, n]) => n);
+  const counts = Object.keys(REPORT.wording.verdicts).map((name) => [verdictName(name), roles.filter((row) => row.verdict === name).length]).filter(([, n]) => n);
   const tasks = TASKS.filter((task) => task !== "none");
   const lost = REPORT.failures.length ? `, and ${plural(REPORT.failures.length, "cell")} without results` : "";
   const size = `${plural(CELLS.length, "cell")} of ${plural(MODELS.length, "model")}${tasks.length ? ` and ${plural(tasks.length, "task")}` : ""}${lost}. `;

@@ -208,6 +208,7 @@ function glyph(verdict) {
   const shapes = {
     corroborated: () => [s("circle", { cx: 7, cy: 7, r: 6, fill: colour })],
     partial: () => [s("circle", { cx: 7, cy: 7, r: 5.2, ...line }), s("path", { d: "M7 1.8 A5.2 5.2 0 0 0 7 12.2 Z", fill: colour })],
+    consistent: () => [s("path", { d: "M7 1.6 L12.4 7 L7 12.4 L1.6 7 Z", ...line })],
     unsupported: () => [s("circle", { cx: 7, cy: 7, r: 5.2, ...line })],
     contradicted: () => [s("path", { d: "M2 2 L12 12 M12 2 L2 12", ...line, "stroke-width": 3 })],
     untestable: () => [s("path", { d: "M1.5 7 H12.5", ...line, "stroke-width": 2.5 })],
@@ -222,7 +223,8 @@ function verdictText(row) {
 
 /** A verdict with its mark; what its flags say is its title. */
 function verdict(row) {
-  const flags = (row.flags || "").split(" ").map((flag) => REPORT.wording.flags[`${row.verdict} (${flag})`]).filter(Boolean);
+  const name = verdictName(row.verdict);
+  const flags = [name, ...(row.flags || "").split(" ").map((flag) => `${name} (${flag})`)].map((flagged) => REPORT.wording.flags[flagged]).filter(Boolean);
   return h("span", { class: "verdict", title: flags.join("; ") || null }, glyph(row.verdict), verdictText(row));
 }
 
