@@ -42,13 +42,17 @@ def is_temporary(name: str, of: str | None = None) -> bool:
     return found is not None and of in (None, found[1])
 
 
-def clear_abandoned(folder: Path, of: str | None = None) -> None:
+def clear_abandoned(folder: Path, of: str | None = None, ending: str = "") -> None:
     """Delete what killed processes left under temporary names in a folder, for the file `of` if that is given.
+
+    It leaves alone what was to become a file whose name does not end with `ending`.
 
     The caller holds the lock of those who write there.
     """
     for abandoned in folder.iterdir() if folder.is_dir() else ():
-        if is_temporary(abandoned.name, of) and (abandoned.is_symlink() or not abandoned.is_dir()):
+        if not is_temporary(abandoned.name, of) or not abandoned.name.rsplit(".", 2)[0].endswith(ending):
+            continue
+        if abandoned.is_symlink() or not abandoned.is_dir():
             abandoned.unlink(missing_ok=True)
 
 

@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from support import ROOT
 
-from ovqk.config.hydra_errors import LISTED, check_keys, close_names, mistakes
+from ovqk.config.hydra_errors import NEAREST, check_keys, close_names, mistakes
 from ovqk.config.schema import register
 from ovqk.errors import UserError
 
@@ -71,8 +71,9 @@ def test_a_word_without_a_value_is_told_what_a_choice_is(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("override", "message"), [
-    ("task=ioii", "task=ioii: there is no such task. Did you mean ioi? Allowed: acronym, copy_suppression, "
-     "greater_than, induction, ioi, modular_addition, none, sva."),
+    ("task=ioii", "task=ioii: there is no such task. Did you mean ioi? Allowed: acronym, comparative, "
+     "copy_suppression, country_capital, country_language, first_letter, greater_than, induction, ioi, "
+     "modular_addition, name_copying, none, past_tense, pronoun, succession, sva, year_following."),
     ("analysis=b3", "analysis=b3: there is no such analysis. Did you mean b03? Allowed: activations, b03, composition, "
      "full, ov, qk."),
     ("tracking=on", "tracking=on: there is no such tracking. Did you mean online? Allowed: none, offline, online."),
@@ -96,7 +97,7 @@ def test_an_unknown_choice_is_told_with_the_nearest_names(override, message, tmp
 def test_the_beginning_of_a_name_is_told_with_those_that_begin_so(tmp_path) -> None:
     names = [path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")]
     near = close_names("qwen", names)
-    assert len(near) == LISTED and all(name.startswith("qwen") for name in near)
+    assert len(near) == NEAREST and all(name.startswith("qwen") for name in near)
     assert close_names("qwen3-4b", names)[0] == "qwen3-4b-base"
     assert close_names("", names) == []
 

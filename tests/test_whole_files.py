@@ -52,14 +52,20 @@ def test_a_number_that_is_not_finite_is_null(tmp_path) -> None:
 def test_remembering_deletes_what_killed_processes_left(tmp_path) -> None:
     (tmp_path / ".digest.json.7.tmp").touch()
     remember(tmp_path / "other.json", {"a": 1})
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "other.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.json", "remember.lock"]
+
+
+def test_remembering_leaves_alone_what_others_fetch_into_the_folder(tmp_path) -> None:
+    (tmp_path / ".model.safetensors.7.tmp").touch()  # a part of a hub model, under a lock of its own
+    remember(tmp_path / "listing.json", {"a": 1})
+    assert (tmp_path / ".model.safetensors.7.tmp").exists()
 
 
 def test_remembering_waits_for_no_other_process_and_deletes_nothing_of_it(tmp_path) -> None:
     (tmp_path / ".digest.json.7.tmp").touch()
-    with FileLock(tmp_path / ".lock"):
+    with FileLock(tmp_path / "remember.lock"):
         remember(tmp_path / "other.json", {"a": 1})
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".digest.json.7.tmp", ".lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".digest.json.7.tmp", "remember.lock"]
 
 
 def test_where_there_are_no_locks_it_is_remembered_and_nothing_is_deleted(tmp_path, monkeypatch) -> None:

@@ -158,8 +158,8 @@ def remember(path: Path, content: Any) -> None:
     with suppress(OSError, Timeout):  # of a read-only home or a full disk; another process writes in the folder
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with locked(path.parent / ".lock", str(path.parent), wait=False):
-                clear_abandoned(path.parent)
+            with locked(path.parent / "remember.lock", str(path.parent), wait=False):
+                clear_abandoned(path.parent, ending=path.suffix)
                 write_text(path, json.dumps(content))
         except UserError:  # of a file system without locks, where others' files cannot be told from abandoned ones
             write_text(path, json.dumps(content))

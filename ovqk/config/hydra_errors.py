@@ -17,8 +17,8 @@ from ovqk.config import schema
 from ovqk.config.command_line import program, quoted
 from ovqk.errors import UserError, first_line
 
-LISTED = 9
-"""How many names of choices a message lists; if there are more, it lists the nearest."""
+LISTED, NEAREST = 20, 9
+"""How many names of choices a message lists, and how many near ones if there are more."""
 
 
 def check_keys(arguments: Iterable[str]) -> None:
@@ -183,11 +183,11 @@ def _unparsed(error: BaseException, lines: list[str]) -> str | None:
 
 
 def close_names(name: str, options: Iterable[str]) -> list[str]:
-    """Return at most LISTED options: those that begin with the name, then those that are spelled like it."""
+    """Return at most NEAREST options: those that begin with the name, then those that are spelled like it."""
     options = sorted(options)
     begin = [option for option in options if option.lower().startswith(name.lower())] if name else []
     like = difflib.get_close_matches(name.lower(), options, n=4, cutoff=0.65)
-    return list(dict.fromkeys([*begin, *like]))[:LISTED]
+    return list(dict.fromkeys([*begin, *like]))[:NEAREST]
 
 
 def _either(names: list[str]) -> str:

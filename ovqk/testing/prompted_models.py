@@ -170,7 +170,8 @@ def untrained_model(directory: Path, shape: str, n_tokens: int, seed: int) -> No
 
     kind, sizes = UNTRAINED[shape]
     quiet = {"bos_token_id": 0, "eos_token_id": 0}
-    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | quiet, vocab_size=n_tokens))
+    config = AutoConfig.for_model(kind, **sizes | quiet, vocab_size=n_tokens)
+    plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():

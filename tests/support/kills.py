@@ -183,7 +183,7 @@ def after_the_kill(place: Path, whole: dict[str, bytes]) -> Iterator[str]:
             yield "the record is not whole"
         if tables(place) != whole:
             yield "a record stands beside other tables"
-    for lock in [*place.glob("results/.locks/*"), *place.glob("cache/*/.*lock")]:
+    for lock in [*place.glob("results/.locks/*"), *place.glob("cache/*/*.lock")]:
         with lock.open("r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
