@@ -38,7 +38,7 @@ from ovqk.records.record import fault, forget_peak_memory, is_done, peak_memory,
 from ovqk.report.page import embedded, page_data
 from ovqk.report.thinning import DETAILS
 from ovqk.report.write import without_unsound
-from ovqk.tasks.tokenizer import load_tokenizer
+from ovqk.tasks.tokenizer import load_tokenizer, start_tokens
 from ovqk.tasks.words import resolve_task
 from ovqk.tracking.sweep_panels import read_sweeps
 
@@ -53,7 +53,8 @@ assert sum(COUNTS.values()) == 2000
 
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-5, 5), st.integers(-(10**20), 10**20), st.sampled_from([10**9, 2**63]),
-    st.floats(), st.text(max_size=8), st.sampled_from(["../../x", "\x00", "__main__.Evil", "layer", "default", "yarn"]),
+    st.floats(), st.text(max_size=8),
+    st.sampled_from(["../../x", "\x00", "__main__.Evil", "\ud800", "layer", "default", "yarn"]),
     st.lists(st.integers(-3, 10**10), max_size=4), st.dictionaries(st.text(max_size=5), st.integers(), max_size=3),
 )  # fmt: skip
 
@@ -70,10 +71,11 @@ FORBIDDEN = (
     "pickle.find_class",
 )
 CHANGING = {
-    "os.mkdir": (0,), "os.remove": (0,), "os.rmdir": (0,), "os.rename": (0, 1), "os.link": (1,), "os.symlink": (1,),
-    "os.truncate": (0,), "os.chmod": (0,), "os.chown": (0,), "os.utime": (0,), "shutil.rmtree": (0,),
+    "os.mkdir": [(0, 2)], "os.remove": [(0, 1)], "os.rmdir": [(0, 1)], "os.rename": [(0, 2), (1, 3)],
+    "os.link": [(1, 3)], "os.symlink": [(1, 2)], "os.chmod": [(0, 2)], "os.chown": [(0, 3)], "os.utime": [(0, 3)],
+    "os.truncate": [(0, None)], "shutil.rmtree": [(0, 1)],
 }  # fmt: skip
-"""Audited event -> which of its arguments are paths that it changes."""
+"""Audited event -> which of its arguments are paths that it changes, and which say the folder they are relative to."""
 watched: list[Path] = []
 seen: list[str] = []
 
@@ -84,7 +86,11 @@ def note_side_effects(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event in FORBIDDEN:
         seen.append(f"{event} {arguments!r:.200}")
-    changed = [arguments[place] for place in CHANGING.get(event, ())]
+    changed = [
+        Path(place_of(arguments[folder] if folder is not None else None), os.fsdecode(arguments[path]))
+        for path, folder in CHANGING.get(event, ())
+        if isinstance(arguments[path], str | bytes | os.PathLike)
+    ]
     if event == "open":
         path, mode, flags = arguments
         writes = any(letter in (mode or "") for letter in "wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
@@ -94,6 +100,12 @@ def note_side_effects(event: str, arguments: tuple[Any, ...]) -> None:
             whole = Path(os.fsdecode(path)).absolute()
             if not any(whole.is_relative_to(folder) for folder in (*watched, Path("/proc"), Path("/dev"))):
                 seen.append(f"{event} {whole}")
+
+
+def place_of(descriptor: object) -> Path:
+    """Return the folder that a descriptor is open on; where the process is, if there is none."""
+    known = isinstance(descriptor, int) and descriptor >= 0
+    return Path(f"/proc/self/fd/{descriptor}").readlink() if known else Path.cwd()
 
 
 sys.addaudithook(note_side_effects)
@@ -257,6 +269,15 @@ def test_tokenizers(tmp_path, tiny_gpt2, data) -> None:
         pattern = {"Regex": data.draw(st.sampled_from(["(w+w+)+x", "(?:(w|w)+)+x", ".*", "(", r"\d"]))}
         split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
         whole["pre_tokenizer"] = data.draw(st.sampled_from([split, {"type": "Sequence", "pretokenizers": [split] * 9}]))
+    if data.draw(st.booleans()):
+        marks = [{"SpecialToken": {"id": "w0", "type_id": 0}}] * data.draw(st.sampled_from([0, 1, 999, 5000]))
+        text = [{"Sequence": {"id": "A", "type_id": 0}}]
+        special = {"w0": {"id": "w0", "ids": [0] * data.draw(st.sampled_from([1, 3000])), "tokens": ["w0"]}}
+        whole["post_processor"] = {
+            "type": "TemplateProcessing", "single": marks + text, "pair": text, "special_tokens": special,
+        }  # fmt: skip
+    if data.draw(st.integers(0, 4)) == 0:
+        whole["model"] |= {"type": "BPE", "dropout": 0.5, "merges": [], "fuse_unk": data.draw(st.booleans())}
     if data.draw(st.integers(0, 3)):
         (folder / "tokenizer.json").write_bytes(torn(data, as_text(mutated(data, whole))))
     else:
@@ -268,8 +289,11 @@ def test_tokenizers(tmp_path, tiny_gpt2, data) -> None:
     words = {"a": [f"w{n}" for n in range(4, 16)]}
     task = TaskConfig("x", "x", words=words, variables={"v": VariableConfig(VariableKind.set, words="a")})
     with bounded(tmp_path):
-        tokenizer = load_tokenizer(open_checkpoint(local(folder)))
+        checkpoint = open_checkpoint(local(folder))
+        tokenizer = load_tokenizer(checkpoint)
         resolve_task(task, tokenizer, 40, "x")
+        if tokenizer is not None:
+            start_tokens(tokenizer, checkpoint)
 
 
 # --- results ------------------------------------------------------------------------------------------------------

@@ -165,6 +165,17 @@ def test_normalizers_that_multiply_a_text_are_refused_before_they_are_built(seve
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("[]", "invalid type|expected"), ('{"normalizer": {"type": "Replace"}}', "missing field|did not match|expected"),
+     ('{"normalizer": [1]}', "invalid type|did not match|expected")],
+)  # fmt: skip
+def test_what_is_no_tokenizer_is_told_in_the_librarys_words(content, said, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=f"x: its tokenizer files cannot be read .*({said})"):
+        load_tokenizer(Checkpoint("x", tmp_path, {"model_type": "gpt2"}, SafetensorsFiles({}, {}, {}), ""))
+
+
 def test_a_regular_expression_that_gives_up_is_one_message():
     whole = json.loads(toy_tokenizer().to_str())
     whole["pre_tokenizer"] = {

@@ -68,7 +68,8 @@ def _checked(path: Path) -> Tokenizer:
     Building it already normalizes the added tokens.
     """
     text = path.read_text(encoding="utf-8")
-    check_growth(json.loads(text).get("normalizer"))
+    content = json.loads(text)
+    check_growth(content.get("normalizer") if isinstance(content, Mapping) else None)
     return Tokenizer.from_str(text)
 
 
