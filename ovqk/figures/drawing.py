@@ -44,10 +44,10 @@ STYLE: Any = {
 HOLLOW = ("untestable", "out_of_scope")  # verdicts without a finding are drawn as outlines
 MARKERS = dict.fromkeys(VERDICT_COLOURS, "o") | {"contradicted": "X", "untestable": "_", "out_of_scope": "."}
 STRETCHED_ABOVE = 130
-"""The most offsets of an axis that is not stretched at its start."""
+"""An axis with more offsets than this is stretched at its start."""
 OFFSET_MARKS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
-"""The marks of a stretched one."""
-DECADES = 3  # decades of modulus from the rim of the complex plane to its centre
+"""The marks on a stretched axis."""
+DECADES = 3  # decades of the modulus between the plane's rim and its centre
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -118,7 +118,7 @@ def mark(axes: Axes, x: float, y: float, verdict: str, size: int = 9, shift: tup
 
 
 def verdict_legend(figure: Figure, there: Iterable[str]) -> None:
-    """Name the marks of the verdicts that a figure shows, below it."""
+    """Name, below a figure, the verdict marks that it shows."""
     shown = set(there)
     names = [name for name in VERDICT_COLOURS if name in shown]
     handles = [
@@ -142,7 +142,7 @@ def eigenvalue_plane(
     Args:
         axes: the panel.
         eigenvalues: one head's eigenvalues.
-        ends: the meaning of the left and of the right side.
+        ends: what the left and the right side mean.
         title: the panel's title.
     """
     values = np.asarray(eigenvalues, dtype=complex)
@@ -184,7 +184,7 @@ def clear_way(spots: np.ndarray, rings: Sequence[float]) -> complex:
 
 
 def ratio_gauge(axes: Axes, value: float, quantiles: Mapping[float, float] | None, title: str) -> None:
-    """Draw a ratio on [-1, 1], and 5 to 95 % of its spectrum null (quantile -> value) if there is one."""
+    """Draw a ratio on [-1, 1], and the range from 5 to 95 % under `spectrum` (quantile -> value) if it was drawn."""
     axes.plot([-1, 1], [0, 0], color=LINE, lw=1, zorder=1)
     if quantiles:
         axes.add_patch(Rectangle((quantiles[0.05], -0.3), quantiles[0.95] - quantiles[0.05], 0.6, color=BAND, lw=0))
@@ -235,7 +235,7 @@ def singular_curve(axes: Axes, own: Sequence[float], every: np.ndarray, title: s
 def symmetry_scatter(
     axes: Axes, heads: pd.DataFrame, layer: int, head: int, claimed: Sequence[tuple[int, int]]
 ) -> None:
-    """Draw QK symmetry against the measured positional share, with a dot for each head of the model."""
+    """Draw QK symmetry against the measured positional share, with a dot for each head."""
     x, y = heads["qk_symmetry"], heads["qk_positional_share"]
     places = list(zip(heads["layer"], heads["head"], strict=True))
     shades = [BLUE if place in set(claimed) else MUTED for place in places]
@@ -261,7 +261,7 @@ def symmetry_scatter(
 
 
 def share_bars(axes: Axes, row: Mapping[Any, Any]) -> None:
-    """Draw the shares of the QK score's variance over keys, as bars in groups."""
+    """Draw the shares of the QK score's variance over keys, as grouped bars."""
     known = {name for name, value in row.items() if isinstance(value, float) and math.isfinite(value)}
     parts = next((kind for kind in shares().values() if known & set(chain(*kind.values()))), None)
     title = wording.PANELS["shares"]
@@ -295,7 +295,7 @@ def share_bars(axes: Axes, row: Mapping[Any, Any]) -> None:
 
 
 def offset_line(axes: Axes, offsets: Sequence[int], scores: Sequence[float]) -> None:
-    """Draw the positional part of the mean score by offset, with a mark at the previous token."""
+    """Draw the mean score's positional part by offset, with a mark at the previous token."""
     axes.plot(offsets, scores, "o-" if len(offsets) <= STRETCHED_ABOVE else "-", color=BLUE, ms=3.5, lw=1.8)
     if len(offsets) > STRETCHED_ABOVE:
         axes.set_xscale("symlog", linthresh=4)
@@ -329,8 +329,8 @@ def null_strip(
 
     Args:
         axes: the panel.
-        tests: rows of tests.parquet about one metric of one head or role, in one unit.
-        quantiles: index of a row -> quantile -> value.
+        tests: rows from tests.parquet about one metric for one head or role, in one unit.
+        quantiles: a row's index -> quantile -> value.
         unit: `value`, `rank` or `percentile` (if the value itself is not in the null's unit).
         bounds: the axis's limits.
     """
@@ -440,7 +440,7 @@ ATLAS_WIDTH = 240  # an atlas's width in its figure, in points
 
 
 def _fitting(lines: Sequence[str], width: float) -> float:
-    """Return the font size, at most 10, at which bold capitals fit into a square of this width in points."""
+    """Return the font size, at most 10, at which bold capitals fit into a square this wide, in points."""
     longest = max((len(line) for line in lines), default=1)
     return min(10.0, width / (0.78 * longest), width / (1.15 * max(1, len(lines))))
 
