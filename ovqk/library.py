@@ -286,7 +286,7 @@ class CircuitOfHead:
         return self._factors[1]
 
     def matrix(self) -> Float64[ndarray, "d_model d_model"]:
-        """Return left @ right: rows for the side that is read (QK: the query), columns for the other (OV: writes; QK: key)."""
+        """Return left @ right: the side that is read by rows (QK: the query), the other by columns (QK: the key)."""
         return self.left @ self.right
 
     @property
