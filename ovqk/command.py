@@ -1,11 +1,11 @@
 """The command line: cells and sweeps, and the tools that go with them.
 
 ovqk [KEY=VALUE ...]              one cell; with -m a sweep (the same as `python run.py`)
-ovqk report RESULTS_DIR           the page of a folder of results
+ovqk report RESULTS_DIR           the page about a results folder
 ovqk track RESULTS_DIR            send to W&B what was never tracked
 ovqk fetch MODEL                  a model's files, for cells without a network
-ovqk plan MODEL                   what a cell will take: bytes to fetch, memory, time
-ovqk dashboard RESULTS_DIR        a W&B workspace of a sweep
+ovqk plan MODEL                   a cell's cost beforehand: bytes to fetch, memory, time
+ovqk dashboard RESULTS_DIR        a W&B workspace for a sweep
 ovqk published                    published numbers beside ovqk's own
 """
 

@@ -86,7 +86,7 @@ class Plan:
 
 
 def plan_of(sizes: Sizes) -> Plan:
-    """Count what a cell without a task computes.
+    """Count the operations in a cell without a task.
 
     A product of n x m with m x p takes 2 n m p operations, and the Gram of one matrix takes half as many. Each head
     takes a basis for each weight (two products), each Gram times each basis with which it is needed, and some eight

@@ -56,7 +56,7 @@ def _line(rows: pd.DataFrame) -> str:
 
 
 def leading_eigenvalues(spectra: pd.DataFrame, circuit: str, layer: int, head: int, shown: int = 3) -> str:
-    """Return a circuit's leading eigenvalues over the vocabulary, `11.4, 9.03, 7.09 ± 0.988i`; empty without any.
+    """Return a circuit's leading eigenvalues over the vocabulary, `11.4, 9.03, 7.09 ± 0.988i`; empty if there are none.
 
     These are the eigenvalues that `ov_copying` and `qk_matching` sum. A complex pair counts as one.
     """

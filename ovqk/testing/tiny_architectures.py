@@ -170,7 +170,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma4_text, heads of one shape": {"per_layer_config": {}},
     "opt, post-norm": {"do_layer_norm_before": False},
 }
-"""`architecture, setting` -> settings that change what a head reads or writes."""
+"""`architecture, setting` -> settings that change a head's input or output."""
 KEPT_BY_PATTERN = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
 """Keys with a list that has an entry for each layer; only the first entries are kept."""
 

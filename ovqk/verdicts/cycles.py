@@ -156,7 +156,7 @@ class CycleTables:
             self._add_rows("key", layer.index, head, of_head[:, None])
 
     def tables(self, _: Tables) -> Tables:
-        """Return `frequencies` and `cycles`, with q over the heads of each kind of part."""
+        """Return `frequencies` and `cycles`, with q over heads for each kind of part."""
         cycles = pd.DataFrame(self._rows)
         cycles["q"] = math.nan
         whole = ("layer", "head", "frequency", "n_frequencies")
