@@ -69,7 +69,7 @@ class Plan:
     Attributes:
         operations: part of the cell -> floating point operations in its products.
         decompositions: "eigenvalues" and other kinds -> how many d_head x d_head matrices.
-        memory: the whole process's largest peak in bytes, on one thread.
+        memory: an upper bound on the whole process's peak in bytes, on one thread.
         written: the results' size in bytes.
     """
 
