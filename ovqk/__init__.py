@@ -1,4 +1,4 @@
-"""QK and OV circuits of every attention head, tested against the mechanism a paper claims."""
+"""Every attention head's QK and OV circuits, tested against the mechanism that a paper claims."""
 
 import importlib
 import os
@@ -8,10 +8,10 @@ from ovqk.interrupts import is_command, stop_while_importing
 if is_command():
     stop_while_importing()
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-"""Read when torch is imported: how long its threads spin before they sleep. Without it a busy machine takes half as
-long again, and a free one gains nothing."""
+"""Read when torch is imported: how long its threads spin before they sleep. Without it a cell on a busy machine takes
+half as long again, and on a free machine nothing is gained."""
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-"""Read by torch: large arrays lie in large pages of memory, which are handed out in fewer pieces."""
+"""Read by torch: it puts large arrays in large memory pages, which the system hands out in fewer pieces."""
 
 __version__ = "0.1.0"
 __all__ = ["cell_folders", "figures", "load_results", "load_table", "open", "portraits", "report", "tracking"]
@@ -22,7 +22,7 @@ LAZY = {
     "cell_folders": "ovqk.records.results",
     "open": "ovqk.library",
 }
-"""Public name -> the module that has it: imported when it is first asked for, so that no cell waits for pandas."""
+"""Public name -> its module, which is imported when the name is first used, so that no cell waits for pandas."""
 
 
 def __getattr__(name: str) -> object:

@@ -1,13 +1,13 @@
-"""The computation of one cell, as a list of stages: from weights to tables.
+"""One cell's computation, as a list of stages: from weights to tables.
 
 Read `analyse` from top to bottom: it resolves the claims, reads the model without a task, then the task on the model,
-and lets every stage visit every layer. A cell is one choice of model, task and analysis. What a stage makes is written
-to disk, and everything that shows results reads it there.
+and lets every stage visit every layer. A cell is one choice of model, task and analysis. The stages' tables are written
+to disk, and everything that shows results reads them there.
 
 The folders, in the order of the data. No file imports from a folder further down:
 
     conf/          YAML files, one for each model, task, analysis, tracking mode and launcher
-    config/        the keys that a user sets: their types, the checks of their values, Hydra's errors in plain words
+    config/        the keys that a user sets: their types, checks on their values, Hydra's errors in plain words
     checkpoints/   files on disk or on the hub, as named tensors
     weights/       typed weights in one convention, read by a table with a row for each family of architectures
     circuits/      the mathematics of W_QK and W_OV
@@ -95,9 +95,9 @@ def analyse(
         opened: the model's raw weights and its tokenizer, if it has one.
         config: the resolved cell.
         steps: counts off layers and batches of prompts, and may show progress.
-        cache: keeps the tables that depend on no task for other cells; with None they are computed anew.
+        cache: keeps the tables that depend on no task for other cells; if None, they are computed anew.
         runner: loads the model to run it, if the analysis asks for activations or reads words through their streams.
-        draws: is told the number of draws made for the nulls, and the most that there may be.
+        draws: is called with the number of null draws made so far, and the largest number that there may be.
 
     Raises:
         UserError: the task's words or claims do not fit this model.
@@ -180,7 +180,7 @@ def run_prompts(
 
 @dataclass
 class CountedTests(ClaimTests):
-    """Claim tests that report progress: the draws made under the null `spectrum`, and the most that there may be."""
+    """Claim tests that report progress: the draws made under `spectrum`, and the largest number that there may be."""
 
     told: Callable[[int, int], None] = lambda done, most: None
     drawn: int = 0
@@ -205,7 +205,7 @@ class CountedTests(ClaimTests):
         return super().spectrum_ps(asked)
 
     def _expect(self, tested: Iterable[tuple[Head, str]]) -> None:
-        """Count the draws that tests of these heads and metrics may need; metrics with one form share their draws."""
+        """Count the draws that tests on these heads and metrics may need; metrics with the same form share draws."""
         frames = {
             (head, self.forms.get((metric, head[0]))) for head, metric in tested if self.has_spectrum_null(metric)
         }
@@ -234,7 +234,7 @@ class JudgedTables:
     def __init__(
         self, task: TaskReadout, claims: Claims | str, draws: Callable[[int, int], None] = lambda done, most: None
     ) -> None:
-        """Take the claims, or a sentence that says why there are none, and a function that is told of draws."""
+        """Take the claims, or a sentence that says why there are none, and a function that receives draw counts."""
         self.claimed = isinstance(claims, Claims)
         claimed = claims if isinstance(claims, Claims) else unclaimed(task.model.config.task)
         self.tests = CountedTests(task, claimed, told=draws)
@@ -242,7 +242,7 @@ class JudgedTables:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for the record that name missing nulls, rankings and compositions, with reasons."""
+        """Return sentences for the record that name missing nulls, rankings and compositions, with reasons."""
         return self.tests.notes
 
     def visit(self, layer: Layer) -> None:
@@ -250,7 +250,7 @@ class JudgedTables:
         self.tests.visit(layer)
 
     def tables(self, made: Tables) -> Tables:
-        """Return `tests`, `nulls` and `verdicts`, or `candidates` without claims; and composition tables."""
+        """Return `tests`, `nulls` and `verdicts`, or `candidates` if nothing is claimed; and composition tables."""
         started, found = time.perf_counter(), Tables()
         by_head = {name: _grid(self.tests.model, made["heads"], name) for name in HEAD_METRICS}
         if self.claimed:
@@ -277,7 +277,7 @@ def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> d
             patterns = head_patterns(values, subject.head, shape, tests.second.get(subject.head, math.nan), about)
         verdicts.append(judge(subject, predicted[subject.role], about, reason, patterns))
     table = pd.DataFrame(verdicts)
-    for name in set(PATTERNS) & set(table):  # a column without any value is empty, and not of numbers
+    for name in set(PATTERNS) & set(table):  # a column without any value is empty, and does not hold numbers
         table[name] = table[name].astype(object).where(table[name].notna(), None)
     return {"tests": tests_table(rows), "nulls": nulls_table(rows), "verdicts": table}
 
@@ -337,7 +337,7 @@ def _describe(claims: Claims | str) -> dict[str, Any]:
 
 
 def summarise(task: TaskReadout, tables: dict[str, pd.DataFrame]) -> dict[str, float | int]:
-    """Return flat scalars: sizes, means over heads, counts of verdicts, each role's effect and p."""
+    """Return flat scalars: sizes, means over heads, verdict counts, each role's effect and p."""
     model, architecture = task.model, task.model.architecture
     summary: dict[str, float | int] = {
         "n_layers": architecture.n_layers,

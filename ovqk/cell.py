@@ -80,7 +80,7 @@ def run_job(config: DictConfig, hydra: Any) -> float | None:
 
 
 def objective_of(name: str | None, folder: Path) -> float | None:
-    """Return a number of a done cell's summary; None if none is asked for.
+    """Return a number from a done cell's summary; None if no name is given.
 
     Raises:
         UserError: the cell has no such number.
@@ -99,7 +99,7 @@ def objective_of(name: str | None, folder: Path) -> float | None:
 def _run_in_sweep(config: DictConfig, hydra: Any) -> float | None:
     """Run one cell of a sweep, and leave its outcome for the process that prints the sweep; return its objective.
 
-    The objective of a cell that failed, or that has none, is nan.
+    The objective is nan if the cell failed, or if it has no such number.
     """
     objective = None if config.objective is None else math.nan
     started = time.perf_counter()
@@ -120,13 +120,13 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> float | None:
         trace = "" if known else _portable(traceback.format_exc())
         outcome = Outcome("failed", *_names(config), None, seconds, error=told(error), traceback=trace or None)
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()  # of a cell that ran out of memory
+        torch.cuda.empty_cache()  # a cell may have run out of memory
     Outcomes(Path(hydra.sweep.dir)).add(hydra.job.num, outcome)
     return objective
 
 
 def runs_here(hydra: Any) -> bool:
-    """Whether the launcher runs the cells of a sweep in the process that was started, one after the other."""
+    """Say whether the launcher runs a sweep's cells in the process that was started, one after the other."""
     return bool(hydra.launcher._target_.endswith(".BasicLauncher"))
 
 
@@ -135,7 +135,7 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
 
     Args:
         cell: the resolved choice.
-        started: when work on it began (time.perf_counter); now unless given.
+        started: when work on it began (time.perf_counter); now if None.
         alone: whether no other process computes for this terminal.
 
     Raises:
@@ -152,7 +152,7 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
     folder = cell_folder(cell, identifier)
     with claim(results_dir, identifier):
         clear_abandoned(folder)
-        before = read_done(folder)  # a folder may have been copied to another's name
+        before = read_done(folder)  # a folder may be a copy under another cell's name
         cached = before is not None and before["cell_id"] == identifier and not cell.force
         if not cached:
             if mode is not TrackingMode.none:
@@ -161,8 +161,8 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
                 compute(cell, checkpoint, content, identifier, folder, started, alone)
             except Exception as error:
                 trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
-                if not (is_done(folder) or was_interrupted(error)):  # with force=true: what was done before stands
-                    with suppress(OSError):  # of a disk that takes no record either: the sweep's end tells it
+                if not (is_done(folder) or was_interrupted(error)):  # with force=true, an earlier result stands
+                    with suppress(OSError):  # the disk may take no record either; the sweep's end reports that
                         write_failed(folder, cell, identifier, told(error), trace)
                 raise
         warning = None if mode is TrackingMode.none else _track(cell, folder, mode)
@@ -238,7 +238,7 @@ def runner_of(checkpoint: Checkpoint, cell: Config, tokenizer: Tokenizer | None)
 
 
 def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | None:
-    """Return the cache for results that depend on no task; None with `cache=false`."""
+    """Return the cache for results that depend on no task; None if `cache=false`."""
     if not cell.cache:
         return None
     folder = cache_folder() if cell.cache_dir is None else user_path("cache_dir", cell.cache_dir)
@@ -266,7 +266,7 @@ def make_results_dir(path: Path) -> None:
 
 
 def _enter(call: Path) -> None:
-    """Change to the folder of the call, which typed paths are relative to; a worker may start in another.
+    """Change to the folder in which the command was typed: paths are relative to it, and a worker may start elsewhere.
 
     Raises:
         UserError: this machine has no such folder.
@@ -281,12 +281,12 @@ def _enter(call: Path) -> None:
 
 
 def _is_of_machine(error: Exception) -> bool:
-    """Whether the machine's memory or disk is exhausted or closed, which is no defect."""
+    """Say whether the machine's memory or disk is exhausted or closed, which is not a defect."""
     return is_exhausted(error) or getattr(error, "errno", None) in DISK
 
 
 def _names(config: DictConfig) -> tuple[str, str, str]:
-    """Return model, task and analysis, as far as a failed choice has them."""
+    """Return model, task and analysis, if a failed choice has them."""
 
     def name(group: str) -> str:
         try:

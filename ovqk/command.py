@@ -1,11 +1,11 @@
 """The command line: cells and sweeps, and the tools that go with them.
 
 ovqk [KEY=VALUE ...]              one cell; with -m a sweep (the same as `python run.py`)
-ovqk report RESULTS_DIR           the page of a folder of results
+ovqk report RESULTS_DIR           the page about a results folder
 ovqk track RESULTS_DIR            send to W&B what was never tracked
 ovqk fetch MODEL                  a model's files, for cells without a network
-ovqk plan MODEL                   what a cell will take: bytes to fetch, memory, time
-ovqk dashboard RESULTS_DIR        a W&B workspace of a sweep
+ovqk plan MODEL                   a cell's cost beforehand: bytes to fetch, memory, time
+ovqk dashboard RESULTS_DIR        a W&B workspace for a sweep
 ovqk published                    published numbers beside ovqk's own
 """
 
@@ -32,14 +32,14 @@ from ovqk.errors import SHOWS_TRACEBACK, UserError, one_mistake, print_any_text,
 from ovqk.interrupts import work_is_over
 from ovqk.sweep import end_early, is_running, launcher_hint
 
-gc.disable()  # until ovqk.sweep has imported the rest: to look for garbage in what stays takes a tenth of the start
-atexit.register(gc.freeze)  # and what is there at the end goes with the process
+gc.disable()  # until ovqk.sweep has imported the rest: searching modules that stay takes a tenth of the start-up
+atexit.register(gc.freeze)  # objects that are left at the end go with the process
 register()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(config: DictConfig) -> float | None:
-    """Run the composed cell, and return its objective, if one is named."""
+    """Run the composed cell, and return its objective if one is named."""
     from hydra.core.hydra_config import HydraConfig
 
     from ovqk.cell import run_job  # torch is imported here, after the config has been accepted
@@ -48,7 +48,7 @@ def main(config: DictConfig) -> float | None:
 
 
 def run() -> None:
-    """Run the command line, and say in one message what is wrong with it or what broke it off."""
+    """Run the command line; if it is wrong or is interrupted, say so in one message."""
     print_any_text()
     try:
         with one_mistake():
@@ -64,7 +64,7 @@ def _run() -> None:
     """Run a tool, or the command line's choice.
 
     Raises:
-        UserError: the choice is mistaken.
+        UserError: the choice is wrong.
     """
     if len(sys.argv) > 1 and sys.argv[1] in TOOLS:
         gc.enable()
@@ -73,7 +73,7 @@ def _run() -> None:
     if {"-m", "--multirun"} & set(sys.argv) and {"-c", "--cfg"} & set(sys.argv):
         raise UserError("--cfg shows the choice of one cell: leave out -m, and give one value for each key.")
     _mend_hydra()  # before anything reads the command line
-    if "-sc" not in sys.argv:  # Hydra's shell completion, whose install= and query= are no keys
+    if "-sc" not in sys.argv:  # Hydra's shell completion, whose install= and query= are not keys
         check_keys(sys.argv[1:])
         refuse_foreign_files(sys.argv[1:])
     if {"--help", "-h"} & set(sys.argv) and Path(sys.argv[0]).name != "run.py":
@@ -81,7 +81,7 @@ def _run() -> None:
     asked = os.environ.get("HYDRA_FULL_ERROR")
     if asked == "1":
         os.environ[SHOWS_TRACEBACK] = "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and a config's mistake is one message here
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on, and this module prints one message
     try:
         main()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -100,7 +100,7 @@ def _run() -> None:
 
 
 def _mend_hydra() -> None:
-    """Let Python 3.14 take Hydra 1.3.8's options: its argparse looks into each help, and one of them is no text."""
+    """Let Python 3.14 take Hydra 1.3.8's options: its argparse reads each option's help, and one is not text."""
     argparse.HelpFormatter._get_help_string = only_text  # type: ignore[method-assign, assignment]
 
 

@@ -15,29 +15,29 @@ SECRET = re.compile(
     r"(^|_)(KEY|TOKEN|SECRET|PASSPHRASE|CREDENTIAL|PASS|PAT)S?(_|$)|_PWD(_|$)|^SSHPASS$|API_?KEY|PASSWORD|PASSWD",
     re.IGNORECASE,
 )
-"""Matches names of environment variables that hold a secret: PAT is a personal access token. PWD is a folder."""
+"""Matches environment variables, by name, that hold a secret: PAT is a personal access token. PWD is a folder."""
 PLACE = re.compile(r"_(PATH|FILE|DIR|HOME|URL)$", re.IGNORECASE)
-"""Matches names of environment variables that hold a place, where a secret may lie."""
+"""Matches environment variables, by name, that hold a place in which a secret may lie."""
 IN_ADDRESS = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
-"""Matches an address with a user's password, as of a proxy; its group is the password."""
+"""Matches an address with a user's password, such as a proxy's; its group is the password."""
 SHORTEST_SECRET = 8
-"""Letters: a shorter value, as "true", is no secret, and other texts may well contain it."""
+"""A secret's least length in letters: a shorter value, such as "true", is no secret, and other texts may contain it."""
 SHOWS_TRACEBACK = "OVQK_TRACEBACK"
-"""Environment variable that shows the traceback above a user's mistake if it is 1; HYDRA_FULL_ERROR=1 sets it."""
+"""If this environment variable is 1, a user's mistake shows its traceback too; HYDRA_FULL_ERROR=1 sets it."""
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """Matches characters that steer a terminal instead of being shown, and halves of characters, which no file or table
-takes; tabs and ends of lines are none of them."""
+takes; it does not match tabs and line ends."""
 CLOSED_PIPE = 141
-"""Exit status of a command whose reader went away, as the shell gives it."""
+"""The shell's exit status for a command whose reader went away."""
 INTERRUPTED = 130
-"""Exit status of a command that Ctrl-C ended, as the shell gives it."""
+"""The shell's exit status for a command that Ctrl-C ended."""
 
 
 class UserError(Exception):
     """A mistake in a config, a path, a checkpoint or a task.
 
-    The message names the key, says what is wrong and what is allowed. It is shown without a traceback;
-    everything else that goes wrong is a defect of ovqk and keeps its traceback.
+    The message names the key, says what is wrong and what is allowed. It is shown without a traceback; every other
+    error is a defect in ovqk and keeps its traceback.
     """
 
 
@@ -66,7 +66,7 @@ def one_mistake() -> Iterator[None]:
 
     Raises:
         SystemExit: a UserError was raised inside.
-        KeyboardInterrupt: the error came of one.
+        KeyboardInterrupt: the error came from one.
     """
     try:
         yield
@@ -90,7 +90,7 @@ def print_any_text() -> None:
 
 
 def was_interrupted(error: BaseException | None) -> bool:
-    """Whether an error is Ctrl-C or came of it: a library may turn it into an error of its own, by whatever way."""
+    """Say whether an error is Ctrl-C or came from it, because a library may turn Ctrl-C into its own error."""
     if remembered():
         return True
     seen: set[int] = set()
@@ -121,7 +121,7 @@ def told(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text with each control character as Python writes it: a file of someone else may be named in it."""
+    """Write each control character in a text as Python does, because the text may name someone else's file."""
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
@@ -138,7 +138,7 @@ def secrets() -> dict[str, str]:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with `$NAME` for each value of a secret environment variable."""
+    """Replace each secret environment variable's value in a text by `$NAME`."""
     for name, value in secrets().items():
         text = text.replace(value, f"${name}")
     return text

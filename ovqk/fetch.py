@@ -1,8 +1,8 @@
-"""Fetching a model's files in advance: `ovqk fetch MODEL`, for machines and cells without a network.
+"""A command that fetches a model's files in advance, for machines and cells without a network: `ovqk fetch MODEL`.
 
     python -m ovqk.fetch MODEL [KEY=VALUE ...]
 
-MODEL is a name of conf/model or OWNER/NAME on the hub. Only the files that ovqk reads are fetched, into the hub's own
+MODEL is a name in conf/model or OWNER/NAME on the hub. Only the files that ovqk reads are fetched, into the hub's own
 cache, and cells find them there, also with HF_HUB_OFFLINE=1.
 """
 
@@ -16,7 +16,7 @@ from ovqk.interrupts import raise_if_remembered
 
 @one_message()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fetch a model's files, and say what they are."""
+    """Fetch a model's files, and list them."""
     parser = argparse.ArgumentParser(
         prog=tool("fetch"), description="Fetch a model's files for cells without a network."
     )

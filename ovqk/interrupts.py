@@ -1,7 +1,8 @@
-"""Ctrl-C ends a command with one message and status 130, whatever a library makes of it.
+"""Ctrl-C handling: it ends a command with one message and status 130, even if a library catches it.
 
-While a command imports what it needs, nothing was begun, and Ctrl-C ends it at once. Later it raises KeyboardInterrupt,
-and is remembered: an import or a library may turn it into an error of its own, or go on as if nothing had happened.
+While a command imports its modules, no work has begun, and Ctrl-C ends it at once. Later Ctrl-C raises
+KeyboardInterrupt and is remembered, because an import or a library may turn it into its own error, or go on as if
+nothing had happened.
 """
 
 import atexit
@@ -14,13 +15,13 @@ from types import FrameType
 from typing import Any
 
 AGAIN = 1.0
-"""Seconds after which a second Ctrl-C ends the command at once; one before may be the first, sent on by a wrapper."""
+"""After this many seconds a second Ctrl-C ends the command at once; before, it may be the first, sent by a wrapper."""
 _first: float | None = None
 """The time of the first Ctrl-C that was remembered."""
 _status: int | None = None
-"""The status of a command that Ctrl-C has ended."""
+"""A command's status if Ctrl-C has ended it."""
 _tell = sys.unraisablehook
-"""What tells an error that a destructor raised."""
+"""Python's own hook that reports an error from a destructor."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -38,10 +39,10 @@ def _remember(number: int, frame: FrameType | None) -> None:
 
 
 def _last() -> None:
-    """Let nothing but this command decide how it ends, once all else that ends with it has ended.
+    """End the process with this command's own status, after everything else has ended.
 
-    Python gives Ctrl-C back to the system when it takes itself apart. And if Ctrl-C came while Python ran a text of
-    code, as it does to make a dataclass, it ends by the signal, whatever status it was given.
+    Python gives Ctrl-C back to the system when it shuts down. And if Ctrl-C came while Python ran code from a text, as
+    it does to make a dataclass, Python would end by the signal, whatever status it was given.
     """
     if _status is not None:
         for stream in (sys.stdout, sys.stderr):
@@ -53,13 +54,13 @@ def _last() -> None:
 
 
 def _tell_others(lost: Any) -> None:
-    """Tell what a destructor raised, unless it is Ctrl-C, which is remembered."""
+    """Report an error from a destructor, unless it is Ctrl-C, which is remembered."""
     if not issubclass(lost.exc_type, KeyboardInterrupt):
         _tell(lost)
 
 
 def is_command() -> bool:
-    """Whether `python -m` is about to run a module of this package; known only while the package is imported."""
+    """Say whether `python -m` is about to run a module in this package; known only while the package is imported."""
     if sys.argv[:1] != ["-m"]:
         return False
     module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)]
@@ -70,11 +71,11 @@ def stop_while_importing() -> None:
     """End the command at Ctrl-C until `importing_is_over`, unless Ctrl-C has been given another meaning."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
-        atexit.register(_last)  # the first to be registered is the last to be called
+        atexit.register(_last)  # the first function registered is the last one called
 
 
 def importing_is_over() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt, and remember it; nothing changes without `stop_while_importing`."""
+    """Let Ctrl-C raise KeyboardInterrupt, and remember it; nothing changes if `stop_while_importing` was not called."""
     global _tell
     if signal.getsignal(signal.SIGINT) is _stop:
         signal.signal(signal.SIGINT, _remember)
@@ -83,7 +84,7 @@ def importing_is_over() -> None:
 
 
 def work_is_over() -> None:
-    """End the command at Ctrl-C from now on: only Python's own end is left."""
+    """End the command at Ctrl-C from now on, because only Python's own shutdown is left."""
     if signal.getsignal(signal.SIGINT) is _remember:
         signal.signal(signal.SIGINT, _stop)
 
@@ -99,13 +100,13 @@ def forget() -> None:
 
 
 def end_with(status: int) -> None:
-    """Have the command end with this status after Ctrl-C; nothing changes without `stop_while_importing`."""
+    """Set the command's status after Ctrl-C; nothing changes if `stop_while_importing` was not called."""
     global _status
     _status = status
 
 
 def remembered() -> bool:
-    """Whether Ctrl-C came since the imports were over."""
+    """Say whether Ctrl-C came since the imports were over."""
     return _first is not None
 
 
@@ -113,7 +114,7 @@ def raise_if_remembered() -> None:
     """Do what Ctrl-C asked for, if a library did not.
 
     Raises:
-        KeyboardInterrupt: it came since the imports were over.
+        KeyboardInterrupt: Ctrl-C came since the imports were over.
     """
     if remembered():
         raise KeyboardInterrupt

@@ -9,7 +9,7 @@
     head.portrait()                       # one sheet, as a Matplotlib figure
     model.heads()                         # a row for each head: heads.parquet without a task
 
-Numbers are those of a cell with `task=none`: the same code computes them, and they come from the same cache.
+The numbers equal those in a cell with `task=none`: the same code computes them, and they come from the same cache.
 """
 
 from collections.abc import Sequence
@@ -53,8 +53,8 @@ def open(model: str | Path, *choices: str) -> "LibraryModel":
     """Open a model by its name in conf/model, a path, or its name on the hub.
 
     Args:
-        model: `mini-attn`, or another file of conf/model; a Hugging Face directory, a GGUF file or one safetensors file
-            of TransformerLens names; or OWNER/NAME on the hub.
+        model: `mini-attn`, or another file in conf/model; a Hugging Face directory, a GGUF file or one safetensors file
+            with TransformerLens names; or OWNER/NAME on the hub.
         choices: further choices as on the command line: `processing=raw`, `device=cuda`, `model.revision=v1`.
 
     Raises:
@@ -96,10 +96,10 @@ def composed(overrides: Sequence[str]) -> Config:
 
 
 def model_choice(model: str | Path) -> list[str]:
-    """Return the choices that name a model: of conf/model, a path, or a repository on the hub.
+    """Return the choices that name a model: one in conf/model, a path, or a repository on the hub.
 
     Raises:
-        UserError: the name is none.
+        UserError: the name is none of these.
     """
     name = str(model)
     if CONTROL.search(name):
@@ -115,9 +115,9 @@ def model_choice(model: str | Path) -> list[str]:
 
 
 WEIGHTS = (".gguf", ".safetensors")
-"""Endings of files that hold a model."""
+"""File endings that hold a model."""
 LONGEST_NAME = 255
-"""Bytes of a file's name."""
+"""The largest length of a file's name, in bytes."""
 
 
 class LibraryModel:
@@ -126,8 +126,8 @@ class LibraryModel:
     Attributes:
         name: its name in records.
         n_layers, n_heads, d_model, d_head: its sizes; `n_heads` counts the query heads in a layer.
-        notes: remarks on the way it was read.
-        unavailable: metric -> why no head of it has a value.
+        notes: remarks on how it was read.
+        unavailable: metric -> why none of its heads has a value.
     """
 
     def __init__(self, model: Model, checkpoint: Checkpoint, notes: Sequence[str]) -> None:
@@ -184,7 +184,7 @@ class LibraryModel:
         return stacked([self.of_layer(index) for index in range(self.n_layers)])
 
     def of_layer(self, index: int) -> Tables:
-        """Return the tables of one layer, computed once, without the other layers."""
+        """Return one layer's tables, computed once, without the other layers."""
         if "tables" in self.__dict__:
             return {name: table[table["layer"] == index] for name, table in self.tables.items()}
         if index not in self._of_layer:
@@ -205,7 +205,7 @@ class LibraryModel:
 
 
 class Head:
-    """One head of a model.
+    """A model's head.
 
     Attributes:
         layer, index: its layer, and its number in the layer.
@@ -224,12 +224,12 @@ class Head:
 
     @cached_property
     def metrics(self) -> "pd.Series[Any]":
-        """Every metric of the head that needs no task, by name; `ovqk.metrics.METRICS` says what each means."""
+        """Every metric for the head that needs no task, by name; `ovqk.metrics.METRICS` explains them."""
         (row,) = self.rows("heads").drop(columns=["layer", "head"]).to_dict("records")
         return pd.Series(row, name=f"{self.layer}.{self.index}", dtype=object)
 
     def rows(self, table: str) -> pd.DataFrame:
-        """Return the head's rows in a table of its model (heads, spectra, offsets, directions); none if it has none."""
+        """Return the head's rows in a model's table (heads, spectra, offsets, directions); none if it has none."""
         found = self.model.of_layer(self.layer).get(table)
         return pd.DataFrame() if found is None else found[found["head"] == self.index].reset_index(drop=True)
 
@@ -247,7 +247,7 @@ class Head:
         return float(self.metrics[metric])
 
     def portrait(self) -> "Figure":
-        """Draw the head on one sheet: spectra, tokens, positions; all heads of the model are computed for its bands."""
+        """Draw the head on one sheet: spectra, tokens, positions; all the model's heads are computed for its bands."""
         from ovqk.figures import portraits
 
         tables = {name: self.model.tables.get(name) for name in TABLES}
@@ -255,9 +255,9 @@ class Head:
 
 
 class CircuitOfHead:
-    """A circuit of a head: M = left @ right of rank d_head, never formed unless `matrix` is called.
+    """A head's circuit: M = left @ right with rank d_head; M is formed only if `matrix` is called.
 
-    It has the habits of TransformerLens's FactoredMatrix: `left` and `right` are its A and B, `matrix()` its AB,
+    It works like TransformerLens's FactoredMatrix: `left` and `right` are its A and B, `matrix()` its AB,
     `singular_values` and `eigenvalues` its S and eigenvalues.
     """
 
@@ -286,7 +286,7 @@ class CircuitOfHead:
         return self._factors[1]
 
     def matrix(self) -> Float64[ndarray, "d_model d_model"]:
-        """Return left @ right: what is read (QK: the query) by rows, what is written (the key) by columns."""
+        """Return left @ right: the side that is read by rows (QK: the query), the other by columns (QK: the key)."""
         return self.left @ self.right
 
     @property
@@ -301,12 +301,12 @@ class CircuitOfHead:
 
     @property
     def vocabulary_singular_values(self) -> Float64[ndarray, " k"]:
-        """Singular values of the full circuit, from token to token, over the whole vocabulary."""
+        """The full circuit's singular values, from token to token, over the whole vocabulary."""
         return self._spectrum("vocab", "singular").real
 
     @property
     def vocabulary_eigenvalues(self) -> Complex128[ndarray, " k"]:
-        """Nonzero eigenvalues of the full circuit over the whole vocabulary: those that copying and matching sum."""
+        """The full circuit's nonzero eigenvalues over the whole vocabulary, which copying and matching sum."""
         return self._spectrum("vocab", "eigen")
 
     def _spectrum(self, space: str, kind: str) -> Complex128[ndarray, " k"]:
@@ -322,14 +322,14 @@ class CircuitOfHead:
         """List the tokens at both ends of the leading singular components, the strongest first.
 
         Columns: component, sigma, end (+ and -), and the two sides' tokens: reads and writes for OV, queries and keys
-        for QK. What is read at one end is written at the same end; which end is + means nothing.
+        for QK. If a component reads tokens at one end, it writes those at the same end; which end is + means nothing.
 
         Args:
-            components: how many; at most d_head.
-            shown: tokens of each list, at most 10.
+            components: how many components, at most d_head.
+            shown: how many tokens in each list, at most 10.
 
         Raises:
-            UserError: a number is none, or the checkpoint has no tokens.
+            UserError: a number is not allowed, or the checkpoint has no tokens.
         """
         for name, number in (("components", components), ("shown", shown)):
             if not isinstance(number, Integral) or number < 1:
@@ -353,11 +353,11 @@ class CircuitOfHead:
 
 
 class OV(CircuitOfHead):
-    """A head's OV circuit, W_OV = W_V W_O: what it writes when it attends to a token."""
+    """A head's OV circuit, W_OV = W_V W_O: its output when it attends to a token."""
 
     @property
     def copying(self) -> float:
-        """Return ov_copying, in [-1, 1]: the vocabulary's eigenvalues, summed, over the sum of their moduli."""
+        """Return ov_copying, in [-1, 1]: the eigenvalues over the vocabulary, summed, over the sum of their moduli."""
         return self.head.value("ov_copying")
 
     @property

@@ -1,6 +1,6 @@
-"""A lock that several processes share, waited for as long as another holds it, but never in silence or in vain.
+"""A lock that several processes share. A process waits while another holds it, says so, and never waits in vain.
 
-The system frees it if its owner dies.
+The system frees the lock if its owner dies.
 """
 
 import errno
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from ovqk.errors import UserError
 
 SILENT = 5.0
-"""Seconds of waiting after which it is told."""
+"""After this many seconds a waiting process says that it waits."""
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
@@ -29,7 +29,7 @@ def locked(path: Path, what: str, wait: bool = True) -> Iterator[None]:
         wait: whether to wait for another process that holds it.
 
     Raises:
-        UserError: the lock cannot be had at all; the message says why.
+        UserError: the lock cannot be taken at all; the message says why.
         Timeout: another process holds it, and wait=False.
     """
     lock = FileLock(path, fallback_to_soft=False)
@@ -39,13 +39,13 @@ def locked(path: Path, what: str, wait: bool = True) -> Iterator[None]:
         else:
             _wait_for(lock, path, what)
     except OSError as error:
-        if isinstance(error, Timeout):  # which is one
+        if isinstance(error, Timeout):  # a Timeout is an OSError
             raise
         raise _refused(path, what, error) from error
     try:
         yield
     finally:
-        with suppress(OSError):  # of a file system that has gone away: the lock has, too
+        with suppress(OSError):  # if the file system has gone away, the lock has too
             lock.release()
 
 

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from functools import cache
 
-SPACING = 2.0  # seconds at least between two returns, each of which takes some milliseconds
+SPACING = 2.0  # the least time between two returns, in seconds; each return takes some milliseconds
 
 
 class FreedMemory:
-    """What was freed and not given back: glibc keeps blocks between others that are still in use.
+    """Memory that was freed and not given back: glibc keeps blocks between others that are still in use.
 
-    A layer's matrices come and go in all sizes and in several threads. Memory therefore grew with every layer, although
-    no matrix is kept.
+    A layer's matrices come and go in all sizes and in several threads. Without this class memory grows with every
+    layer, although no matrix is kept.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class FreedMemory:
 
 
 def give_all_back() -> None:
-    """Collect what is freed only by a search for cycles, as a model with hooks, and return it to the system."""
+    """Free objects that only a search for cycles finds, such as a model with hooks, and return their memory."""
     gc.collect()
     trim = malloc_trim()
     if trim is not None:
@@ -38,14 +38,14 @@ def give_all_back() -> None:
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether an error says that memory is exhausted; on the CPU PyTorch raises a RuntimeError."""
+    """Say whether an error means that memory is exhausted; on the CPU PyTorch raises a RuntimeError."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "can't allocate memory" in str(error)
 
 
 @cache
 def malloc_trim() -> Callable[[int], int] | None:
-    """Return glibc's `malloc_trim`; None with another C library, which has no such function."""
+    """Return glibc's `malloc_trim`; None if the C library is another, which has no such function."""
     try:
         function: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):  # no such function, no library, or Windows

@@ -1,7 +1,7 @@
-"""The registry of metrics, for heads and for pairs of heads: each one's name, meaning, range and nulls.
+"""The metric registry, for heads and for pairs of heads: each metric's name, meaning, range and nulls.
 
-It computes nothing. Everything that decides about a metric is a field of `Metric`, also the places that show it, so that a
-new metric is a row here and a function that computes it.
+It computes nothing. Everything that decides about a metric is a field in `Metric`, including the places that show it.
+So a new metric is a row here and a function that computes it.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 from ovqk.config.schema import Circuit, VariableKind
 
 SCHEMA_VERSION = 9
-"""Bumped when a number may change: cells of another version are computed again."""
+"""Bumped when a number may change: cells with another version are computed again."""
 
 NOT_APPLICABLE = "not applicable: "
-"""Begins the reasons that lie in the kind of model or task, and not in something that is missing."""
+"""A reason begins with this if it lies in the kind of model or task, and not in something that is missing."""
 
 Needs = Literal[
     "weights",
@@ -37,11 +37,11 @@ causal, with enough positions for a fit by offset. `pairs`: both circuits are an
 analysis ranks the full circuits' diagonals.
 """
 Of = Literal["head", "words", "subspace", "pair"]
-"""The subject of a metric: a head's weights, a mean over a task's words, the subspace they span, or a pair of heads."""
+"""A metric's subject: a head's weights, a mean over a task's words, the subspace they span, or a pair of heads."""
 Topic = Literal["copying", "symmetry", "position", "spectrum", "task", "composition"]
 """The question that a metric answers: a group in the page's atlas and a section in the W&B dashboard.
 
-`copying` holds matching too: whether a token is mapped to itself, by W_OV or by W_QK.
+`copying` includes matching: whether a token is mapped to itself, by W_OV or by W_QK.
 """
 Place = Literal["depth", "curve", "histogram", "atlas", "column", "residual column", "profile"]
 """A place that shows some of the metrics.
@@ -52,7 +52,7 @@ the terminal's tables; `residual column`: the columns before these if a model ha
 which shows it among all the model's heads.
 """
 Part = Literal["position", "content", "both"]
-"""The part of the key that a share of the score's variance comes from; they are drawn in this order."""
+"""The part of the key from which a share of the score's variance comes; shares are drawn in this order."""
 
 
 @dataclass(frozen=True)
@@ -67,26 +67,27 @@ class Metric:
         low, high: the range; None if there is no bound.
         source: the publication that it comes from.
         needs: the things without which it cannot be computed.
-        chance: its value for a head that has nothing to do with the task; None if there is no such value.
+        chance: its value if a head has nothing to do with the task; None if there is no such value.
         of: its subject.
         variable: the kind of variable that it is for; None for any kind.
-        reads: it is an OV metric about reading, and says nothing about writing.
-        full_circuit: the trace ratio of a full circuit, from tokens to tokens.
-        other_words: whether a null of other words counts for it or is only reported; None if there is no such null.
-        in_top: if it ranks a target's logit in the whole vocabulary, the sign that W_OV is taken with; else 0.
+        reads: whether it is an OV metric about reading, which says nothing about writing.
+        full_circuit: whether it is a full circuit's trace ratio, from tokens to tokens.
+        other_words: whether a null with other words counts for it or is only reported; None if there is no such null.
+        in_top: if it ranks a target's logit in the whole vocabulary, the sign by which W_OV is multiplied; else 0.
         topic: the question that it answers.
         shown: the places that show it, besides the page's table and atlas, which show all.
-        order: its place among the metrics shown beside it, smaller first; equal ones in the order of the columns.
+        order: its place among the metrics shown beside it, smaller first; equal ones follow the columns' order.
         column: its title in the terminal's tables, if that is not `title`.
         legend: what its values mean, for the terminal's tables.
-        side: the side of the circuit that lies in the task's subspace; empty if it is not of a side.
-        ratio_of: the space whose eigenvalues it is the ratio of, as drawn below them; None if it is of none.
+        side: the circuit's side that lies in the task's subspace; empty if it has no side.
+        ratio_of: if it is an eigenvalue ratio, the space with these eigenvalues, below which it is drawn; else None.
         share: for a share of the score's variance: the part of the key, and a name that tells it from the part's other
-        shares.
+            shares.
         composes: for a pair: the receiver's input that the sender writes.
         ranks: for a pair: the end whose heads it ranks.
-        only_exploratory: no verdict may rest on it: as a prediction it is exploratory.
-        counts_dimensions: it is at most d_head. Models with different d_head are compared by the share of it.
+        only_exploratory: whether predictions about it are always exploratory, so that no verdict may rest on it.
+        counts_dimensions: whether it counts dimensions, at most d_head. Models with different d_head are compared by
+            its share of d_head.
     """
 
     name: str
@@ -129,7 +130,7 @@ class Metric:
 
     @property
     def has_surrogates(self) -> bool:
-        """Whether random heads of the same singular values have it: the null `spectrum`."""
+        """Whether random heads with the same singular values have it, as in the null `spectrum`."""
         return self.of in ("words", "subspace") or self.full_circuit
 
 
@@ -142,7 +143,7 @@ COPYING, SYMMETRY, SYMMETRY_OF_TOKENS, POSITION, SIGNS, PREVIOUS, RANKS, WORDS, 
 
 
 def _at(places: str, order: int = 0) -> dict[str, Any]:
-    """Return the fields of a metric that is shown in these places, divided by commas."""
+    """Return the fields for a metric that is shown in these places, which commas divide."""
     return {"shown": frozenset(places.split(", ")), "order": order}
 
 
@@ -203,12 +204,12 @@ def _metric(
 
 
 def _words(*row: Any, other_words: Literal["reported"] | None = "reported", **more: Any) -> Metric:
-    """Return a metric that is a mean over the words of a set."""
+    """Return a metric that is a mean over a set's words."""
     return _metric(*row, of="words", topic="task", variable=VariableKind.set, other_words=other_words, **more)
 
 
 def _pairs(*row: Any, **more: Any) -> Metric:
-    """Return a metric that is a mean over the pairs of words of a relation."""
+    """Return a metric that is a mean over a relation's word pairs."""
     return _metric(*row, of="words", topic="task", variable=VariableKind.relation, **more)
 
 
@@ -348,12 +349,12 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
 
 
 def named(asked: Callable[[Metric], bool]) -> tuple[str, ...]:
-    """Return the names of the metrics for which this is true, in order."""
+    """Name the metrics for which this is true, in order."""
     return tuple(name for name, metric in METRICS.items() if asked(metric))
 
 
 def shown_in(place: Place) -> list[str]:
-    """Return the names of the metrics that this place shows, in order."""
+    """Name the metrics that this place shows, in order."""
     return sorted(named(lambda metric: place in metric.shown), key=lambda name: METRICS[name].order)
 
 
@@ -363,7 +364,7 @@ def ratios() -> dict[tuple[str, str], str]:
 
 
 def shares() -> dict[Literal["learned", "rotary"], dict[Part, dict[str, str]]]:
-    """Return kind of positions -> part of the key -> metric -> its name among that part's shares."""
+    """Return position kind -> part of the key -> metric -> its name among that part's shares."""
     kinds: tuple[Literal["learned"], Literal["rotary"]] = ("learned", "rotary")
     found: dict[Literal["learned", "rotary"], dict[Part, dict[str, str]]] = {kind: {} for kind in kinds}
     for part in get_args(Part):
@@ -381,5 +382,5 @@ COMPOSITION_METRICS = named(lambda metric: metric.of == "pair")
 
 
 def metric_names(circuits: Sequence[Circuit]) -> list[str]:
-    """Return the columns of these circuits, in order."""
+    """Return these circuits' columns, in order."""
     return [name for name, metric in METRICS.items() if metric.circuit in circuits]

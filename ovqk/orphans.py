@@ -1,4 +1,4 @@
-"""A worker process that ends when the command that started it has died; joblib's would stay for five minutes."""
+"""Workers that end when the command that started them has died; joblib's own would stay for five minutes."""
 
 import os
 import threading
@@ -17,9 +17,9 @@ def be_parent() -> None:
 
 
 def end_with_parent() -> None:
-    """Watch the parent from now on, if it told, and end this process at once when it has died.
+    """Watch the parent from now on, if `be_parent` named one, and end this process at once when it has died.
 
-    A cell that is computed at that moment is lost as if it had been killed, too: the same command computes it again.
+    A cell that is being computed at that moment is lost, as if it had been killed; the same command computes it again.
     """
     parent = os.environ.get(PARENT, "")
     if _watching or not parent.isdecimal() or int(parent) == os.getpid():

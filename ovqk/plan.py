@@ -1,9 +1,9 @@
-"""What a cell will take, before anything large is fetched: `ovqk plan MODEL`.
+"""A cell's cost, estimated before anything large is fetched: `ovqk plan MODEL`.
 
     python -m ovqk.plan MODEL [KEY=VALUE ...]
 
-MODEL is a name of conf/model, a path or OWNER/NAME on the hub. Only config.json, the tokenizer's files and the headers
-of the weights are read. Operations are counted by the formulas that the cell uses, and the time is theirs at the rate
+MODEL is a name in conf/model, a path or OWNER/NAME on the hub. Only config.json, the tokenizer's files and the weights'
+headers are read. Operations are counted by the formulas that the cell uses. The time is how long they take at the rate
 that this machine reaches now.
 """
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from ovqk.weights.types import WeightSource
 
 IMPORTED = 320e6
-"""Bytes of a process that has imported what a cell needs."""
+"""How many bytes a process takes when it has imported everything that a cell needs."""
 HOARDED, LISTS, KEPT = 250e6, 150e6, 256e6
-"""Bytes beside weights and Grams, at most: blocks of tokens and what the C library keeps; lists of tokens; an embedding
-that is kept (docs/performance.md)."""
+"""The largest number of bytes besides weights and Grams: token blocks and memory that the C library keeps; token lists;
+an embedding that is kept (docs/performance.md)."""
 PER_THREAD = 275e6
-"""The most bytes that each thread but the first may take for its own blocks."""
+"""The largest number of bytes that each thread except the first may take for its own blocks."""
 LARGEST_MEASURED = 256
-"""Dimension up to which decompositions are measured; for larger heads the time grows with the cube."""
+"""Decompositions are measured up to this dimension; for larger heads the time grows with the cube."""
 START_UP = 5.0
-"""Seconds that a start takes, on a server with two cores."""
+"""How many seconds start-up takes, on a server with two cores."""
 SPECTRA_ROW, LISTED, OTHER = 12.0, 3000.0, 2500.0
-"""Bytes in the results: for a row in spectra.parquet, for a head and a component whose tokens are listed, and for all
-else in a head. Measured on SmolLM2-135M and on Gemma 3 270M's shape."""
+"""Bytes in the results: for a row in spectra.parquet, for a head and a component whose tokens are listed, and for the
+rest of a head's results. Measured on SmolLM2-135M and on Gemma 3 270M's shape."""
 
 
 class Sizes(NamedTuple):
@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
         d_mlp: hidden dimensions of block 0's MLP; 0 if it is not read.
         gated: whether the MLP has three matrices.
         normalised: whether queries and keys are, so that their moments are taken over sampled tokens.
-        components: of each circuit whose tokens are listed.
+        components: how many components are listed with their tokens for each circuit.
     """
 
     n_layers: int
@@ -68,9 +68,9 @@ class Plan:
 
     Attributes:
         operations: part of the cell -> floating point operations in its products.
-        decompositions: "eigenvalues" and the like -> how many matrices of d_head x d_head.
-        memory: bytes at the peak of the whole process on one thread, at most.
-        written: bytes of results.
+        decompositions: "eigenvalues" and other kinds -> how many d_head x d_head matrices.
+        memory: an upper bound on the whole process's peak in bytes, on one thread.
+        written: the results' size in bytes.
     """
 
     sizes: Sizes
@@ -81,16 +81,16 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Operations of all products."""
+        """The number of operations in all products."""
         return sum(self.operations.values())
 
 
 def plan_of(sizes: Sizes) -> Plan:
-    """Count what a cell without a task computes.
+    """Count the operations in a cell without a task.
 
-    A product of n x m with m x p takes 2 n m p operations, a Gram of one matrix half as many. For each head: a basis of
-    each weight (two products), each Gram times each basis that it is asked for with, and some eight products of
-    d_model x d_head with itself, which give cores and Grams.
+    A product of n x m with m x p takes 2 n m p operations, and the Gram of one matrix takes half as many. Each head
+    takes a basis for each weight (two products), each Gram times each basis with which it is needed, and some eight
+    products of d_model x d_head with itself, which give cores and Grams.
     """
     s = sizes
     heads, kv_heads = s.n_layers * s.n_heads, s.n_layers * s.n_kv_heads
@@ -136,8 +136,8 @@ class Rates:
 
     Attributes:
         products: operations a second in a large product, on all threads.
-        decompositions: kind -> seconds for a matrix, on one thread.
-        threads: how many torch uses.
+        decompositions: kind -> seconds for one matrix, on one thread.
+        threads: how many threads torch uses.
     """
 
     products: float
@@ -145,7 +145,7 @@ class Rates:
     threads: int
 
     def seconds(self, plan: Plan) -> float:
-        """Return how long the plan's products and decompositions take: these are shared out among threads."""
+        """Return how long the plan's products and decompositions take; threads share the decompositions."""
         each = sum(count * self.decompositions[kind] for kind, count in plan.decompositions.items())
         return plan.total / self.products + each / self.threads
 
@@ -189,7 +189,7 @@ def _best(function: Callable[[], Any], times: int = 4) -> float:
 
 @one_message()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Say what a cell of a model will take."""
+    """Say what a cell on a model will take."""
     parser = argparse.ArgumentParser(
         prog=tool("plan"), description="Say what a cell of a model will take, before its weights are fetched."
     )
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def sizes_of(source: "WeightSource", shapes: Mapping[str, tuple[int, ...]], components: int) -> Sizes:
-    """Return the sizes that a cell's cost depends on, from an architecture and from tensors' shapes."""
+    """Return the sizes on which a cell's cost depends, from an architecture and from tensors' shapes."""
     from ovqk.weights.native import NativeWeights
 
     architecture = source.architecture
@@ -277,7 +277,7 @@ def _most(plan: Plan) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Return a duration as one says it."""
+    """Return a duration in words."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

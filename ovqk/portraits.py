@@ -1,4 +1,4 @@
-"""Figures of one head, by the name that notebooks use: see `ovqk.figures.portraits`."""
+"""Figures about one head, by the name that notebooks use: see `ovqk.figures.portraits`."""
 
 import importlib
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 PREFIX = "ovqk-process-"
 LOCK = "lock"
-"""File that the process holds locked for as long as it lives."""
+"""The file that a process keeps locked as long as it lives."""
 UNLOCKED_SECONDS = 3600.0
-"""Age from which a folder without a locked file is abandoned, too; a younger one may be just being made."""
+"""A folder without a locked file is abandoned, too, if it is older than this; a younger one may be in the making."""
 
 
 def scratch_folder() -> Path:
@@ -27,19 +27,19 @@ def _made(process: int) -> Path:
     clear_abandoned()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o600)  # open, and so locked, to the end of the process
-    with suppress(OSError):  # of a file system without locks
+    with suppress(OSError):  # the file system may have no locks
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     atexit.register(_remove, folder, process)
     return folder
 
 
 def _remove(folder: Path, process: int) -> None:
-    if os.getpid() == process:  # and not a fork of it
+    if os.getpid() == process:  # and not in a fork of it
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def clear_abandoned() -> None:
-    """Remove this user's folders whose processes have ended: nothing holds their locks."""
+    """Remove this user's folders whose processes have ended, so that nothing holds their locks."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):
             status = folder.lstat()

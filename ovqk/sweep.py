@@ -1,7 +1,7 @@
-"""The start and the end of a sweep: the cells to expect, and their outcomes.
+"""A sweep's start and end: the cells to expect, and their outcomes.
 
-Hydra's launchers run the cells, in this process, in others or on other machines. A cell that fails records it and
-returns. If the system kills a cell, the launcher gives up, and this module still prints the end of the sweep.
+Hydra's launchers run the cells, in this process, in others or on other machines. If a cell fails, it records that and
+returns. If the system kills a cell, the launcher gives up, and this module still prints the sweep's end.
 """
 
 import gc
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 FAILED = 1  # exit status
 LAUNCHER_ERROR = "launcher_error.txt"
 EXTRAS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
-"""Hydra's launcher that is a separate package -> ovqk's extra that installs it."""
+"""Hydra launcher in a separate package -> ovqk's extra that installs it."""
 
 
 LOCAL = (
@@ -62,15 +62,15 @@ LOCAL = (
     "hydra",
 )
 """Keys that say how a sweep is run, and do not change its results."""
-MAX_NAME = 120  # letters of a sweep's name
+MAX_NAME = 120  # letters in a sweep's name
 
 
 class RunningSweep:
-    """The sweep of this process, from its start to its end.
+    """This process's sweep, from its start to its end.
 
     Attributes:
-        outcomes: the outcomes of its cells, in its folder.
-        results_dir: the folder of the results.
+        outcomes: its cells' outcomes, in its folder.
+        results_dir: the results folder.
         progress: the lines printed so far.
         elsewhere: whether its cells run in other processes, or on other machines.
     """
@@ -90,7 +90,7 @@ class RunningSweep:
         return int(len(finished) < max(len(expected or ()), len(outcomes)))
 
     def track(self) -> None:
-        """Make the sweep's own W&B run if all its cells are tracked alike; a failure is one warning."""
+        """Make the sweep's own W&B run if all its cells are tracked alike; a failure gives one warning."""
         done = [outcome for outcome in self.outcomes.all().values() if outcome.folder]
         tracking = done[0].tracking if done else None
         if tracking is None or tracking["mode"] == "none" or any(outcome.tracking != tracking for outcome in done):
@@ -118,20 +118,20 @@ class RunningSweep:
 
 
 running: RunningSweep | None = None
-"""The sweep of this process; None in a worker."""
+"""This process's sweep; None in a worker."""
 
 
 def is_running() -> bool:
-    """Whether a sweep of this process has begun and not ended."""
+    """Say whether this process has begun a sweep and not ended it."""
     return running is not None
 
 
 @contextmanager
 def _never_a_warning() -> Iterator[None]:
-    """End the command at whatever goes wrong: of an Exception in a callback, Hydra would warn and go on.
+    """End the command at any error, because Hydra would only warn about an Exception in a callback and go on.
 
     Raises:
-        SystemExit: something was raised inside; what ovqk has no words for is shown with its traceback.
+        SystemExit: something was raised inside; if ovqk has no message for it, it is shown with its traceback.
     """
     with one_mistake():
         try:
@@ -150,7 +150,7 @@ def _never_a_warning() -> Iterator[None]:
 
 
 class SweepCallback(Callback):
-    """The calls that Hydra makes around a run or a sweep. It only warns of an Exception, not of SystemExit."""
+    """The calls that Hydra makes around a run or a sweep. Hydra only warns about an Exception; SystemExit ends it."""
 
     @_never_a_warning()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -187,10 +187,10 @@ class SweepCallback(Callback):
             running.progress.watch()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Print the line for a cell that ran in this process, and let go of its choice.
+        """Print the line for a cell that ran in this process, and release its choice.
 
-        Hydra keeps what each job returned to the end of the sweep, with two copies of its choice that nobody reads:
-        a quarter of a megabyte for each cell.
+        Hydra keeps each job's return value to the end of the sweep, with two copies of its choice that nobody reads: a
+        quarter of a megabyte for each cell.
         """
         job_return.cfg = job_return.hydra_cfg = None
         if running is not None:
@@ -219,7 +219,7 @@ class SweepCallback(Callback):
 def end_early(error: BaseException) -> None:
     """End a sweep whose launcher gave up, or a command that the user stopped, with one message.
 
-    Return if there is nothing to add to the error itself.
+    The function returns if there is nothing to add to the error itself.
 
     Raises:
         SystemExit: with the exit status.
@@ -239,7 +239,7 @@ def end_early(error: BaseException) -> None:
     if stopped:
         more = " Cells that a cluster has taken go on there." if sweep.elsewhere else ""
         end_command(f"interrupted.{more}", INTERRUPTED)
-    if status == 0 and sweep.outcomes.all():  # it gave up at a cell that had ended
+    if status == 0 and sweep.outcomes.all():  # the launcher gave up at a cell that had ended
         raise SystemExit(0) from None
     message = f"the launcher gave up ({type(error).__name__}: {first_line(error)})."
     words = sweep.outcomes.folder / LAUNCHER_ERROR
@@ -252,7 +252,7 @@ def end_early(error: BaseException) -> None:
 
 
 def launcher_hint(error: BaseException) -> list[str]:
-    """Return what to install if the launcher is not installed; else nothing."""
+    """Say what to install if the launcher is not installed; else return nothing."""
     launcher = (getattr(error, "missing_cfg_file", None) or "").removeprefix("hydra/launcher/")
     if launcher not in EXTRAS:
         return []
@@ -262,8 +262,8 @@ def launcher_hint(error: BaseException) -> list[str]:
 def _wait_for_the_others(error: BaseException) -> None:
     """Wait for the cells that still run or are in a queue, if the launcher gave up because one was killed.
 
-    Only the launcher knows them: submitit's jobs and Ray's references are in the frame that raised. Joblib's workers
-    end with it.
+    Only the launcher knows these cells: submitit's jobs and Ray's references are in the frame that raised. Joblib's
+    workers end with the launcher.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name != "launch":
@@ -295,7 +295,7 @@ def expected_cells(config: DictConfig) -> list[list[str]] | None:
     overrides = parser.parse_overrides(_sweep_overrides(config))
     try:
         cells = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
-    except (ValueError, TypeError) as error:  # of range(0,1,0), for instance
+    except (ValueError, TypeError) as error:  # range(0,1,0) raises one, for instance
         raise UserError(untold(error, "hydra.sweeper.params")) from error
     if not cells:
         empty = next(each for each in overrides if each.is_sweep_override() and not [*each.sweep_string_iterator()])
@@ -304,7 +304,7 @@ def expected_cells(config: DictConfig) -> list[list[str]] | None:
 
 
 def sweep_name(config: DictConfig) -> str:
-    """Return the name of a sweep that was given none: its choices, so that the same command is the same sweep."""
+    """Return a name for a sweep that was given none: its choices, so that the same command is the same sweep."""
     chosen = {each.split("=", 1)[0]: each for each in _sweep_overrides(config)}  # the command line's come last
     name = " ".join(each for key, each in chosen.items() if re.split("[.@]", key.lstrip("+~"))[0] not in LOCAL)
     name = name or "one cell"
@@ -315,7 +315,7 @@ def sweep_name(config: DictConfig) -> str:
 def _sweep_overrides(config: DictConfig) -> list[str]:
     """Return the overrides from the sweep's file, and then those from the command line."""
     params = config.hydra.sweeper.get("params")
-    swept = params.items() if isinstance(params, DictConfig) else ()  # a sweeper of another kind may have a list
+    swept = params.items() if isinstance(params, DictConfig) else ()  # another sweeper may have a list here
     return [f"{key!s}={value}" for key, value in swept] + list(config.hydra.overrides.task)
 
 
@@ -332,8 +332,8 @@ def _settle_sweep_dir(config: DictConfig) -> Path:
 
 def _prepare_workers() -> None:
     be_parent()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells its makers of each cluster unless told not to
-    # joblib replaces a worker that has grown, as after a large model; nothing is lost by it
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray reports each cluster to its makers
+    # joblib replaces a worker that has grown, for instance after a large model; nothing is lost
     warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
 
 
@@ -363,5 +363,5 @@ def _check(config: DictConfig) -> None:
 def _collect_garbage() -> None:
     """Turn garbage collection on again, which run.py turns off while it imports; objects made so far are exempt."""
     gc.freeze()
-    gc.set_threshold(10_000)  # a task's tables and W&B's module alone are some hundred thousand objects that stay
+    gc.set_threshold(10_000)  # a task's tables and W&B's module alone hold some hundred thousand objects that stay
     gc.enable()

@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all: under a temporary name, onto the disk, and then under their own.
+"""Files that are written whole or not at all: first under a temporary name to the disk, then renamed to their own.
 
-A process that is killed leaves at most a file of a temporary name, which `is_temporary` knows.
+If a process is killed, it leaves at most a file with a temporary name, which `is_temporary` knows.
 """
 
 import errno
@@ -18,11 +18,11 @@ DISK = {
     *(errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EIO, errno.ESTALE),
 }
-"""Errors from a full, read-only, forbidden or failing disk, from a bad name, or from a file in a folder's place: the
-user gets a message, and they are no defect."""
+"""Errors from a full, read-only, forbidden or failing disk, from a bad name, or from a file in a folder's place. They
+are not defects; the user gets a message."""
 IN_THE_WAY = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
 LARGEST_JSON = 2**24
-"""Bytes of a JSON file: far above any that ovqk reads, and small enough that its content fits in memory."""
+"""The largest JSON file in bytes: far above any that ovqk reads, and small enough that its content fits in memory."""
 
 
 def in_the_way(error: OSError) -> str:
@@ -92,7 +92,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file, no JSON, larger than LARGEST_JSON, or nested too deeply.
+        ValueError: it is not a regular file, not JSON, larger than LARGEST_JSON, or nested too deeply.
     """
     if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device might never end
         raise ValueError("it is no regular file")
@@ -113,12 +113,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all; a number that is not finite is null in it."""
+    """Write a JSON file whole or not at all; numbers that are not finite become null."""
     write_text(path, json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
-    """Return the value with null for each number that is not finite, which JSON does not have."""
+    """Replace numbers that are not finite by null, because JSON does not have them."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

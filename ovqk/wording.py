@@ -1,7 +1,7 @@
-"""Roles, nulls, verdicts, directions, kinds of composition and metrics as a person reads them.
+"""Roles, nulls, verdicts, directions, composition kinds and metrics as a person reads them.
 
-The terminal, the report page, the figures and W&B all take their words from here, and records the sentences of a
-verdict. Tables keep the names that stand on the left of each mapping.
+The terminal, the report page, the figures and W&B all take their words from here, and records take the sentences for
+verdicts. Tables keep the names that stand on the left in each mapping.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from ovqk.metrics import METRICS
 
 ROLES = {"s_inhibition": "S-inhibition"}
-"""Roles that are not read as their name with spaces for underscores."""
+"""Roles that are not simply read as their name with spaces in place of underscores."""
 NULLS = {
     "layer": "other heads of its layers",
     "layer_all": "the same, claimed ones too",
@@ -26,7 +26,7 @@ AGAINST = {
     "token": "other words",
     "token_pairs": "random pairs of other words",
 }
-"""Null -> the same in a sentence that says what a head was compared with."""
+"""Null -> its name in a sentence that says with what a head was compared."""
 VERDICTS = {
     "corroborated": "corroborated",
     "partial": "partial",
@@ -36,7 +36,7 @@ VERDICTS = {
     "untestable": "untestable",
     "out_of_scope": "out of scope",
 }
-"""Verdict -> its name, in the order of how much it says."""
+"""Verdict -> its name; the verdicts that say most come first."""
 FLAGS = {
     "consistent only": "the head stands out against nothing but random heads with its own singular values",
     "partial (mixed)": "another prediction of the role is significant the other way",
@@ -62,7 +62,7 @@ NOT_ESTABLISHED = (
     "It does not establish that the model does this on task inputs, nor that the head is necessary: it is a statement "
     "about the direct path through the weights."
 )
-"""The limits of every verdict on the weights."""
+"""The limits that every verdict on weights has."""
 NOT_INDEPENDENT = (
     " Heads that were found by what they write are no independent evidence of what they write: consistent with it."
 )
@@ -77,7 +77,7 @@ ON_PROMPTS = {
     "out_of_scope": "out of scope",
     "not_chosen": "not chosen",
 }
-"""Verdict on a head's doings on prompts -> its name."""
+"""Verdict on a head's behaviour on prompts -> its name."""
 READINGS = {
     "linked": "does what its weights say",
     "unlinked": "does it, weights agree, no link shown",
@@ -87,7 +87,7 @@ READINGS = {
     "neither": "neither",
     "undecided": "undecided",
 }
-"""Verdict of the weights and verdict on prompts, read together -> in words."""
+"""Verdict from weights and verdict on prompts, read together -> in words."""
 PROMPT_COLUMNS = {
     "attention": "attention",
     "attention_control": "control",
@@ -97,14 +97,14 @@ PROMPT_COLUMNS = {
     "effect": "effect",
     "effect_mean_replacement": "by mean",
 }
-"""Quantity on prompts -> its column's title in a table of heads."""
+"""Quantity on prompts -> its column's title in a table about heads."""
 PROMPT_TOGETHER = {
     "effect": "effect_together",
     "effect_mean_replacement": "effect_together_mean_replacement",
 }
-"""Quantity on prompts -> the column of joint.parquet that has it for all heads of a role at once."""
+"""Quantity on prompts -> joint.parquet's column that has it for all of a role's heads at once."""
 PROMPT_SHARES = ("write_share", "effect", "effect_mean_replacement")
-"""Those that are read in percent."""
+"""Quantities that are read in percent."""
 PROMPT_LEGEND = (
     "attention, control: from the role's query to its source, and to a token of the same kind. write: onto the role's "
     "words at the end of the text, as a share of the mean logit difference. write link: how much of the write's "
@@ -137,7 +137,7 @@ PROMPT_BARS = {
         "effect_restored": "restored",
     },
 }
-"""Kind of quantity -> quantity on prompts -> its bar's label; in braces labels of the role's tokens."""
+"""Kind of quantity -> quantity on prompts -> its bar's label; labels for the role's tokens stand in braces."""
 REPEATS = {
     "previous": "to the token before",
     "same": "to its first occurrence",
@@ -158,7 +158,7 @@ PROMPT_QUANTITIES = {
 }
 """Quantity on prompts that every head has -> its axis's title."""
 RANKED = {"spearman": "Spearman", "split_half": "split-half", "effect_together": "effect of its heads together"}
-"""Statistic of a role, beside the AUC by which weights rank heads -> its name."""
+"""A role's statistic, besides the AUC by which weights rank heads -> its name."""
 FOUND = {
     "both": "claimed and measured",
     "measured": "measured, not claimed",
@@ -167,32 +167,32 @@ FOUND = {
 }
 """Whether a head is claimed for a role and measured in it -> in words."""
 CHOSEN = "chosen, not confirmed"
-"""A head that is neither claimed nor measured, and was looked at for being chosen on the other half."""
+"""A head that is neither claimed nor measured, and was tested because it was chosen on the other half."""
 ARROWS = {"high": "↑", "low": "↓"}
 """Predicted direction -> its sign."""
 MODES = {"q": "Q: into queries", "k": "K: into keys", "v": "V: into values"}
-"""Kind of composition -> what a sender writes into."""
+"""Composition kind -> the receiver's input that a sender writes."""
 
 PARTS = {"position": "key position", "content": "key content", "both": "both"}
 """Part of the key -> the shares that it has in the score's variance."""
 
 SUMMED = {"qk_symmetry": "Symmetry, summed W_QK", "qk_directionality": "Directionality, summed W_QK"}
-"""Metric of a layer's summed W_QK -> its title."""
+"""Metric about a layer's summed W_QK -> its title."""
 SPACES = {"vocab": "between tokens", "residual": "in the residual stream"}
 """Space in which a circuit's eigenvalues are -> in words."""
 ENDS = {
     "ov": {"vocab": ("suppresses", "copies")},
     "qk": {"vocab": ("avoids it", "same token")},
 }
-"""Circuit -> space -> the meaning of eigenvalues on the left and on the right."""
+"""Circuit -> space -> what eigenvalues on the left and on the right mean."""
 NO_ENDS = ("opposite", "same direction")
-"""The same where they have no meaning of their own."""
+"""The same for spaces in which they have no meaning of their own."""
 SIDES = {"sender": "Reads from", "receiver": "Is read by"}
 """Which end of a composition the other head is -> the title of such pairs."""
 VERBS = {"ov": ("reads", "writes"), "qk": ("query", "key")}
-"""Circuit -> what a singular component does with the tokens at its two ends."""
+"""Circuit -> how a singular component treats the tokens at its two ends."""
 RANKS = "mean rank within layers"
-"""The axis of a role's test against other heads."""
+"""The axis for a role's test against other heads."""
 CANNOT, REPORTED = "cannot reach p ≤ 0.05", "reported only"
 """A test that can never be significant, and one that does not decide."""
 PANELS = {
@@ -202,7 +202,7 @@ PANELS = {
     "shares": "Shares of the score's variance",
     "offsets": "Score by offset",
 }
-"""Panel about one head -> its title, after the circuit's name where it has one."""
+"""Panel about one head -> its title, after the circuit's name if it has one."""
 AXES = {
     "component": "component k",
     "singular": "σₖ / σ₁",
@@ -212,7 +212,7 @@ AXES = {
     "score": "mean score",
     "energy": "90 % of energy",
 }
-"""Axis or mark of such a panel -> its title."""
+"""Axis or mark in such a panel -> its title."""
 
 
 def role(name: str) -> str:
@@ -235,7 +235,7 @@ def short_roles(names: Iterable[str]) -> dict[str, str]:
 
 
 def null(name: str) -> str:
-    """Return a null as the label of a row in a figure."""
+    """Return a null as a row's label in a figure."""
     return NULLS.get(name, name)
 
 
@@ -251,7 +251,7 @@ def metric(name: str) -> str:
 
 
 def predicted(name: str, direction: str) -> str:
-    """Return a metric's title and the sign of the predicted direction."""
+    """Return a metric's title and its predicted direction's sign."""
     return f"{metric(name)} {ARROWS[direction]}"
 
 
@@ -271,7 +271,7 @@ def counted(number: int, noun: str) -> str:
 
 
 CYCLE_PARTS = {"embedding": "embedding", "unembedding": "unembedding", "ov": "OV", "key": "keys"}
-"""Part of a model that is looked at by frequency -> its name."""
+"""Model part that is analysed by frequency -> its name."""
 CYCLE_CLAIMS = {
     "embedding": "is sparse in Fourier space",
     "unembedding": "is sparse in Fourier space",

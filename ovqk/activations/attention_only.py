@@ -1,7 +1,7 @@
-"""Running an attention-only model whose weights are one file of TransformerLens names.
+"""An attention-only model that runs from one weights file with TransformerLens names.
 
 No library runs such a file by itself. If it holds no MLPs, shapes alone say how it computes: embeddings, heads, norms,
-unembedding. The parts have the names of TransformerLens's hook points, so `RunningModel` runs it as any other model.
+unembedding. The parts are named like TransformerLens's hook points, so `RunningModel` runs it like any other model.
 """
 
 import math
@@ -96,7 +96,7 @@ class AttentionOnly(nn.Module):
 
     @contextmanager
     def hooks(self, fwd_hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
-        """Call functions of (value, hook) at named places; a value that they return replaces the one there."""
+        """Call functions with (value, hook) at named places; a value that they return replaces the one there."""
         for name, function in fwd_hooks:
             self.hooks_by_name.setdefault(name, []).append(function)
         try:
@@ -105,7 +105,7 @@ class AttentionOnly(nn.Module):
             self.hooks_by_name.clear()
 
     def run_hooks(self, name: str, value: Tensor) -> Tensor:
-        """Return a value after the functions at its place have changed it."""
+        """Return the value after the functions at its place have changed it."""
         for function in self.hooks_by_name.get(name, ()):
             found = function(value, hook=None)
             value = value if found is None else found
@@ -118,7 +118,7 @@ class AttentionOnly(nn.Module):
         past_key_values: Any = None,
         logits_to_keep: int = 0,
     ) -> SimpleNamespace:
-        """Return logits at the last `logits_to_keep` positions (0 for all), in the form of transformers' outputs."""
+        """Return logits at the last `logits_to_keep` positions (0 for all), in the form that transformers returns."""
         cache = past_key_values if use_cache else None
         first = 0 if cache is None else cache.get_seq_length()
         stream = self.W_E[input_ids]
@@ -133,7 +133,7 @@ class AttentionOnly(nn.Module):
         return SimpleNamespace(logits=x @ self.W_U + self.b_U, past_key_values=cache)
 
     def redraw(self, drawn: Callable[[Tensor], Tensor]) -> None:
-        """Replace every matrix by the one that a function draws for it."""
+        """Replace every matrix with the one that a function draws for it."""
         self.W_E, self.W_U = drawn(self.W_E), drawn(self.W_U)
         self.W_pos = None if self.W_pos is None else drawn(self.W_pos)
         for block in self.blocks:

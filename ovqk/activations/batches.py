@@ -1,7 +1,7 @@
 """A task's prompts as tokens, each with its counterfactual (definitions: section 7).
 
-Prompts of one length form a batch, so no prompt is padded. A prompt is left out, and counted, if the tokenizer splits a
-word that must be one token.
+Prompts with the same length form a batch, so no prompt is padded. If the tokenizer splits a word that must be one
+token, the prompt is left out and counted.
 """
 
 import random
@@ -36,15 +36,15 @@ LEAST_CLUSTERS = 4
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of one half and one length.
+    """Prompts from one half, all with the same length.
 
     Attributes:
         half: `choosing` or `testing`.
-        tokens, counterfactual: token ids of the prompts and of their counterfactuals, [prompt, position].
-        at: label -> the position of its token in each prompt.
-        answers: the id of the token that should come next.
-        foils: the id of the natural wrong answer.
-        clusters: the number of each prompt's cluster.
+        tokens, counterfactual: the token ids for the prompts and for their counterfactuals, [prompt, position].
+        at: label -> its token's position in each prompt.
+        answers: each prompt's answer, the token id that should come next.
+        foils: each prompt's natural wrong answer, a token id.
+        clusters: each prompt's cluster, by number.
         templates: each prompt's template.
     """
 
@@ -61,7 +61,7 @@ class Batch:
         return len(self.tokens)
 
     def position(self, label: str) -> Int[Tensor, " prompt"] | None:
-        """Return the positions of a label such as "S1", "S1+1" or "S1-1"; None if one lies outside of its prompt."""
+        """Return the positions for a label such as "S1", "S1+1" or "S1-1"; None if one lies outside its prompt."""
         name, step = split_label(label)
         places = self.at[name] + step
         inside = (places >= 0) & (places < self.tokens.shape[1])
@@ -71,7 +71,7 @@ class Batch:
         """Return each prompt's token id for ANSWER, FOIL or a label.
 
         Raises:
-            UserError: the label lies outside of a prompt.
+            UserError: the label lies outside a prompt.
         """
         if name == "ANSWER":
             return self.answers
@@ -85,13 +85,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prompts:
-    """All prompts of a cell as tokens.
+    """All prompts in a cell, as tokens.
 
     Attributes:
-        batches: the batches of both halves.
+        batches: the batches from both halves.
         clusters: the clusters' names, in the order of their numbers.
         start: the token ids before each text: the model's own start token, or a new line if it has none.
-        left_out: reason -> the number of prompts left out for it.
+        left_out: reason -> how many prompts were left out for it.
         words_left_out: word set -> how many of its words this tokenizer cannot read as the prompts need them.
     """
 
@@ -134,8 +134,8 @@ def read_prompts(task: TaskConfig, tokenizer: Tokenizer, start: list[int], count
         tokenizer: the model's tokenizer.
         start: the model's start token, or nothing.
         count: how many prompts are drawn.
-        seed: of the prompts and of the split into halves.
-        size: the most prompts in a batch.
+        seed: the seed that draws the prompts and splits them into halves.
+        size: the largest number of prompts in a batch.
 
     Raises:
         UserError: the task has no prompts or no counterfactual, its roles name unknown labels, or the tokenizer leaves
@@ -209,7 +209,7 @@ class _Tokens:
 
 
 def _readable_words(task: TaskConfig, lookup: WordLookup) -> dict[str, list[str]]:
-    """Return the word sets without the words that this tokenizer cannot read; forms of a word stay or go together.
+    """Return the word sets without the words that this tokenizer cannot read; a word's forms stay or go together.
 
     Answers, foils and words that a counterfactual replaces must be one token each; others must be known.
     """
@@ -218,7 +218,7 @@ def _readable_words(task: TaskConfig, lookup: WordLookup) -> dict[str, list[str]
     continuing = known_words(task.words, task.prompts, lambda word: lookup.token(word, continues=True) is not None)
     for name in word_sets_of(task.prompts):
         known[name] = continuing[name] if name in task.continuations else single[name]
-        if "repeated" in task.prompts:  # any of them may be the first word of a text
+        if "repeated" in task.prompts:  # any of them may begin a text
             known[name] = [word for word in known[name] if len(lookup.encode(word).ids) == 1]
     return known
 
@@ -226,7 +226,7 @@ def _readable_words(task: TaskConfig, lookup: WordLookup) -> dict[str, list[str]
 def _tokens(
     prompt: Prompt, lookup: WordLookup, start: list[int], wanted: set[str], task: TaskConfig
 ) -> "_Tokens | str":
-    """Return a prompt's tokens, or why it is left out."""
+    """Return a prompt's tokens, or the reason why it is left out."""
     other = prompt.counterfactual
     assert other is not None
     encoded = []

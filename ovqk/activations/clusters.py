@@ -1,6 +1,6 @@
 """Means over clusters of prompts, and tests that flip the clusters' signs (definitions: section 7).
 
-Prompts with one template are alike, so the mean of a cluster counts as one observation.
+Prompts from one template are alike, so a cluster's mean counts as one observation.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 20_000
-"""The most flips that are tried. If there are more, as many are drawn."""
+"""The largest number of flips that are tried. If there are more, this many are drawn."""
 TIE = 1e-12
 
 Array = NDArray[np.float64]
@@ -22,7 +22,7 @@ class ClusterTest:
     """Means over clusters with their tests, [column].
 
     Attributes:
-        mean: the mean over clusters of their means; nan if fewer than two clusters have a value.
+        mean: the mean over the clusters' means; nan if fewer than two clusters have a value.
         se: its standard error over clusters.
         quartiles: the 25, 50 and 75 % quantiles over prompts, [3, column].
         p: the share of sign flips with a mean at least as large, in (0, 1]; the observed signs are one of the flips.
@@ -43,7 +43,7 @@ def cluster_means(values: Array, clusters: NDArray[np.int64]) -> Array:
 
     Args:
         values: [prompt, column].
-        clusters: the number of each prompt's cluster, [prompt].
+        clusters: each prompt's cluster, by number, [prompt].
     """
     whole = ~np.isnan(values).any(1)
     names, index = np.unique(clusters[whole], return_inverse=True)
@@ -59,10 +59,10 @@ def flip_signs(values: Array, clusters: NDArray[np.int64], seed: int) -> Cluster
     Flips do not change the sum of squares, so the studentised mean and the mean itself rank them alike.
 
     Args:
-        values: [prompt, column]. A prompt that has nan in some columns only is left out of all. A column without any
-            value gives nan.
-        clusters: the number of each prompt's cluster, [prompt].
-        seed: of the drawn flips.
+        values: [prompt, column]. A prompt with nan in some columns, but not in all, is left out of all. A column
+            without any value gives nan.
+        clusters: each prompt's cluster, by number, [prompt].
+        seed: the seed for drawn flips.
     """
     valued: NDArray[np.bool_] = np.asarray(~np.isnan(values).all(0))
     if not valued.all():
@@ -87,7 +87,7 @@ def flip_signs(values: Array, clusters: NDArray[np.int64], seed: int) -> Cluster
 
 
 def _spread(test: ClusterTest, valued: NDArray[np.bool_]) -> ClusterTest:
-    """Return a test of some columns as a test of all columns, with nan in the others."""
+    """Widen a test from some columns to all columns, with nan in the others."""
 
     def spread(part: Array) -> Array:
         whole = np.full((*part.shape[:-1], len(valued)), np.nan)

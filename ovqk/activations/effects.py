@@ -1,4 +1,4 @@
-"""Effects of replacing a head's output by its output on the counterfactual prompt (definitions: section 7)."""
+"""Effects when a head's output is replaced by its output on the counterfactual prompt (definitions: section 7)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,15 @@ from ovqk.memory import FreedMemory
 from ovqk.weights.types import Head
 
 MOST_ROWS, MOST_TOKENS = 512, 4096
-"""The most rows (prompts times replacements) and tokens that run together."""
+"""The largest numbers of rows (prompts times replacements) and of tokens that run together."""
 REPLACED, MEAN, RESTORED = range(3)
 LEAST_CHANGE = 1e-3
-"""The largest change, as a share of the mean logit difference, that replacing a head by itself may make by rounding."""
+"""The largest change, over the mean logit difference, that rounding may make when a head is replaced by itself."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A replacement of a head's output at a label, possibly together with other heads.
+    """A replacement for a head's output at a label, possibly together with other heads.
 
     Attributes:
         head: the head; None if only `others` are replaced.
@@ -47,8 +47,8 @@ class Effects:
     """Logit differences and receivers' attention under a replacement; nan for prompts in which its label has no place.
 
     Attributes:
-        difference: the logit difference if the output is that on the prompt's own counterfactual.
-        mean_difference: the same if the output is the mean over the counterfactuals of the prompt's cluster.
+        difference: the logit difference if the output is taken from the prompt's own counterfactual.
+        mean_difference: the same if the output is the mean over the counterfactuals in the prompt's cluster.
         restored: the logit difference on the counterfactual prompt, with the head's output on the clean prompt.
         look: (query, source, control) -> all heads' attention under the replacement of `difference`.
         mean_look: the same under the replacement of `mean_difference`.
@@ -79,7 +79,7 @@ def measure_effects(
         patches: the replacements.
         looks: the attentions of receivers to read.
         steps: counts off the batches.
-        kinds: which of REPLACED, MEAN and RESTORED to run; the others are nan.
+        kinds: which kinds to run: REPLACED, MEAN, RESTORED; the others are nan.
     """
     means = _cluster_means(prompts, observed, {patch.query for patch in patches})
     n_layers, n_heads = running.n_layers, running.n_heads
@@ -149,7 +149,7 @@ def measure_effects(
 
 
 def merged(first: Effects, second: Effects) -> Effects:
-    """Join two measurements of one replacement: REPLACED from the first, the other kinds from the second."""
+    """Join two measurements for one replacement: REPLACED from the first, the other kinds from the second."""
     return Effects(first.difference, second.mean_difference, second.restored, first.look, second.mean_look)
 
 
@@ -176,8 +176,8 @@ def _cluster_means(
 def check_replacing(running: RunningModel, prompts: Prompts, observed: Observed) -> float:
     """Replace heads' outputs by their own values at every label, and return the largest change that this makes.
 
-    The change is in the logit difference, as a share of its mean; it should be rounding only. If runs that begin at
-    the label change anything, `running` begins at the first position from now on.
+    The change is in the logit difference, as a share of its mean; it should only be rounding. If runs that begin at the
+    label change anything, `running` begins at the first position from now on.
     """
     batch, outputs = prompts.batches[0], observed.outputs[0]
     base = running.base(batch.tokens)
@@ -205,10 +205,11 @@ def check_replacing(running: RunningModel, prompts: Prompts, observed: Observed)
 def check_downstream(
     running: RunningModel, prompts: Prompts, observed: Observed, looks: Sequence[tuple[str, str, str]]
 ) -> float:
-    """Replace a head in the middle layer, and return the largest change of attention where there can be none.
+    """Replace a head in the middle layer, and return the largest attention change in layers that it cannot reach.
 
-    That is in its own layer and in those before it, in runs of all layers. Both runs, with the head's output on the
-    counterfactual and with its own, compute the same in the same order, so the result should be exactly 0.
+    These are its own layer and the layers before it. All layers run. One run has the head's output on the
+    counterfactual, the other has its own output. Up to the head both compute the same numbers in the same order, so the
+    result should be exactly 0.
 
     Args:
         running: the model that runs.

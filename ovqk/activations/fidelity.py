@@ -1,6 +1,6 @@
-"""How near a word's effective embedding is to what the running model has in its place on prompts.
+"""Effective embeddings compared with the residual streams that the running model has for the same words on prompts.
 
-Task readouts stand or fall with the row that they read a word through (definitions: section 7).
+Task readouts are only as good as the row through which they read a word (definitions: section 7).
 """
 
 import math
@@ -22,7 +22,7 @@ from ovqk.tasks.readouts import Readout
 from ovqk.weights.types import Architecture
 
 NEAR = 0.5
-"""Cosine below which a note names the layer."""
+"""If a layer's cosine is below this, a note names the layer."""
 
 
 def sources_of(roles: Mapping[str, RoleActivationsConfig]) -> list[str]:
@@ -33,13 +33,13 @@ def sources_of(roles: Mapping[str, RoleActivationsConfig]) -> list[str]:
 def prompt_streams(
     running: RunningModel, prompts: Prompts, labels: Collection[str], ids: Int[Tensor, " word"], steps: Steps
 ) -> tuple[Int[Tensor, " seen"], Float[Tensor, "layer seen d_model"]]:
-    """Return the words at these labels of the clean prompts, and their mean residual stream before each layer.
+    """Return the words at these labels in the clean prompts, and their mean residual stream before each layer.
 
     Args:
         running: the model that runs.
-        prompts: the prompts; a label outside of a batch's prompts is passed over.
-        labels: as "S1" or "S1+1".
-        ids: the words' tokens, rising.
+        prompts: the prompts; a label outside a batch's prompts is skipped.
+        labels: labels such as "S1" or "S1+1".
+        ids: the words' tokens, in rising order.
         steps: counts off batches.
     """
     sums: dict[int, Tensor] = {}
@@ -72,7 +72,7 @@ def prompt_streams(
 
 
 def centred_cosine(a: Float[Tensor, "word d_model"], b: Float[Tensor, "word d_model"]) -> float:
-    """Return the cosine between two matrices, each less its mean row: in [-1, 1], nan without spread."""
+    """Return the cosine between two matrices after each loses its mean row, in [-1, 1]; nan if one has no spread."""
     a, b = (x.double() - x.double().mean(0) for x in (a, b))
     size = float(a.norm() * b.norm())
     return float((a * b).sum()) / size if size > 0 else math.nan
@@ -84,14 +84,14 @@ def fidelity_table(
     ids: Int[Tensor, " word"],
     streams: Float[Tensor, "layer word d_model"],
 ) -> pd.DataFrame:
-    """Return a row for each layer and each effective embedding that can be had; none if fewer than MIN_WORDS are seen.
+    """Return a row for each layer and available effective embedding; no rows if fewer than MIN_WORDS words are seen.
 
     Columns: `layer`; `embedding` (`token`, `block0`, `stream`); `is_read`, whether the layer's task readouts use it;
     `n_words`; `cosine`, over words, of both rows as the layer's norm leaves them (`centred_cosine`).
 
     Args:
         readout: the task's variable.
-        architecture: of the model.
+        architecture: the model's architecture.
         ids: the words seen on prompts.
         streams: their mean residual stream before each layer.
     """

@@ -1,8 +1,8 @@
-"""Running a model on a batch of prompts: its heads' attention and outputs, with and without replacements.
+"""A model that runs on a batch of prompts: its heads' attention and outputs, with and without replacements.
 
 The model is transformers' own. It is seen through TransformerLens's TransformerBridge, whose hook points have the same
-names in all architectures. A replacement at layer l and position p changes nothing before them. So the changed run
-begins at layer l with the original run's residual stream, and at position p with its keys and values.
+names in all architectures. A replacement at layer l and position p changes nothing before that layer or position. So
+the changed run begins at layer l with the original run's residual stream, and at position p with its keys and values.
 """
 
 import math
@@ -22,11 +22,11 @@ from ovqk.config.schema import ModelConfig
 from ovqk.weights.bridge_loading import boot_bridge, find_architecture, load_model, quiet
 
 GRADIENT_PROMPTS = 8
-"""Prompts whose gradients are taken together. All intermediate values of their forward pass stay in memory."""
+"""How many prompts' gradients are taken together. All intermediate values from their forward pass stay in memory."""
 
 
 class Places(NamedTuple):
-    """The positions of a batch at which values of a run are kept, one for each prompt.
+    """The positions in a batch at which a run's values are kept, one for each prompt.
 
     Attributes:
         queries: the positions whose patterns and outputs are kept.
@@ -52,11 +52,11 @@ class Run:
     Attributes:
         logits: the logits at END.
         final: the residual stream at END, before the final norm.
-        patterns: attention probabilities of the kept queries, in [0, 1].
-        outputs: z of each query head at the kept queries, before the output projection.
-        values: value vectors of each KV head at the kept sources, with their bias.
+        patterns: the attention probabilities from the kept queries, in [0, 1].
+        outputs: each query head's z at the kept queries, before the output projection.
+        values: each KV head's value vectors at the kept sources, with their bias.
         attention_out: the attention output at END, before a norm that may follow it.
-        gradients: the gradient of the summed logit differences with respect to `outputs`; None unless asked for.
+        gradients: the summed logit differences' gradient with respect to `outputs`; None unless asked for.
     """
 
     logits: Float[Tensor, "prompt vocabulary"]
@@ -86,10 +86,10 @@ class Replacement(NamedTuple):
 
 
 class Patched(NamedTuple):
-    """Results of patched runs, for each run and prompt.
+    """Results from patched runs, for each run and prompt.
 
     Attributes:
-        difference: the logit of the answer minus the logit of the foil.
+        difference: the answer's logit minus the foil's logit.
         looks: all heads' attention for each `Look`; nan in layers before the replacement, which does not change them.
     """
 
@@ -101,9 +101,9 @@ class RunningModel:
     """A language model that runs prompts.
 
     Attributes:
-        n_layers, n_heads: the numbers of layers, and of heads in a layer.
-        whole: whether patched runs begin at the first position. Some architectures cannot continue from the keys and
-            values of another run.
+        n_layers, n_heads: how many layers there are, and how many heads in each.
+        whole: whether patched runs begin at the first position. Some architectures cannot continue from another run's
+            keys and values.
     """
 
     def __init__(self, bridge: Any, device: torch.device) -> None:
@@ -141,7 +141,7 @@ class RunningModel:
         Args:
             tokens: the prompts' token ids.
             places: the positions that are kept.
-            contrast: token ids of answers and foils. If they are given, gradients of the logit difference are taken.
+            contrast: the answers' and foils' token ids. If they are given, the logit difference's gradients are taken.
         """
         if contrast is not None and len(tokens) > GRADIENT_PROMPTS:
             parts = [slice(first, first + GRADIENT_PROMPTS) for first in range(0, len(tokens), GRADIENT_PROMPTS)]
@@ -202,7 +202,7 @@ class RunningModel:
     def run_hooked(
         self, tokens: Int[Tensor, "prompt position"], names: Sequence[tuple[str, Callable[..., Any]]]
     ) -> None:
-        """Run prompts from the start, and call functions of (value, hook) at named hook points."""
+        """Run prompts from the start, and call functions with (value, hook) at named hook points."""
         with torch.no_grad(), self._hooked(names):
             self._forward(input_ids=tokens.to(self.device), use_cache=False)
 
@@ -210,9 +210,9 @@ class RunningModel:
     def streams(
         self, prefixes: Int[Tensor, "prefix position"], words: Int[Tensor, " word"]
     ) -> Float[Tensor, "layer word d_model"]:
-        """Return the residual stream before each layer of words behind prefixes, on average over these.
+        """Return words' residual stream before each layer when they stand behind prefixes, averaged over the prefixes.
 
-        Keys and values of the prefixes are computed once, but in an architecture that they do not serve.
+        The prefixes' keys and values are computed once, unless the architecture cannot continue from them.
         """
         found: list[Tensor] = []
         n, last = len(words), words.repeat_interleave(len(prefixes))[:, None]
@@ -271,14 +271,14 @@ class RunningModel:
         contrast: tuple[Int[Tensor, " prompt"], Int[Tensor, " prompt"]],
         looks: Sequence[Look] = (),
     ) -> Patched:
-        """Run prompts with the outputs of some heads replaced at one position.
+        """Run prompts with some heads' outputs replaced at one position.
 
         Args:
             base: the run to change.
             at: the position in each prompt.
             replacements: for each changed run, the heads to replace.
-            contrast: token ids of answers and foils.
-            looks: attentions to read.
+            contrast: the answers' and foils' token ids.
+            looks: the attentions to read.
         """
         n, first = len(replacements), int(torch.stack([at, *(look.query for look in looks)]).min())
         first = 0 if self.whole else first
@@ -347,7 +347,7 @@ class RunningModel:
         return logits if cap is None else cap * torch.atanh(logits / cap)
 
     def scores_softcap(self) -> float | None:
-        """Return the softcap of attention scores, or None if the model has none."""
+        """Return the attention scores' softcap, or None if the model has none."""
         config = getattr(self.model, "config", None)
         cap = None if config is None else getattr(config.get_text_config(), "attn_logit_softcapping", None)
         return None if cap is None else float(cap)
@@ -361,7 +361,7 @@ class RunningModel:
 
 
 def _joined(runs: Sequence[Run]) -> Run:
-    """Join runs over parts of a batch."""
+    """Join the runs over a batch's parts."""
 
     def cat(name: str) -> Tensor:
         parts = [getattr(run, name) for run in runs]
@@ -389,7 +389,7 @@ def _empty_cache() -> Any:
 
 
 def _prefix(base: Base, first: int, n: int) -> Any:
-    """Return a cache of the keys and values before a position, for n changed runs; it keeps no new ones."""
+    """Return a cache that holds the keys and values before a position, for n changed runs; it keeps no new ones."""
     from transformers import DynamicCache
 
     class Prefix(DynamicCache):  # type: ignore[misc]

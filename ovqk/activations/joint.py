@@ -16,11 +16,11 @@ from ovqk.verdicts.statistics import Stratum, stratified_permutation, within_lay
 
 BOOTSTRAPS = 1000
 LINKS = ("write_link", "write_link_slope", "score_link", "score_key_partner", "score_query_partner")
-"""Columns that say how much of a head's behaviour its weights account for."""
+"""The columns that say how much of a head's behaviour its weights account for."""
 QUANTITIES = "attention", "attention_control", "write", "write_se", "effect", "effect_se", "effect_mean_replacement"
-"""What a head does, with what each number has to be read beside."""
+"""The columns about a head's behaviour, each followed by the numbers that it should be read with."""
 TOGETHER = "effect_together", "effect_together_se", "effect_together_mean_replacement"
-"""What all heads of a role do in one run."""
+"""The columns about the effect when all of a role's heads are replaced in one run."""
 
 
 def joint_table(
@@ -38,7 +38,7 @@ def joint_table(
         verdicts: verdicts.parquet, if heads were claimed.
         heads: heads.parquet, which holds the weights' metrics.
         task: the task.
-        seed: of the bootstrap and of drawn permutations.
+        seed: the seed for the bootstrap and for drawn permutations.
         kv_of_head: each head's KV group, the same in every layer.
     """
     rows = []
@@ -64,15 +64,15 @@ def joint_table(
 
 
 def role_verdict(verdicts: Sequence[str], outdone: bool = False) -> str | None:
-    """Return the verdict on prompts of a role from those of its heads; None without heads.
+    """Derive a role's verdict on prompts from its heads' verdicts; None if it has no heads.
 
-    `realised` if at least half of the heads that could be tested are, none is `opposite`, and together they stand out
-    of other heads; `opposite` if some are and none is realised; `not_realised` if all are; `untestable` if none could
-    be tested; else `partial`.
+    `realised` if at least half of the heads that could be tested are realised, none is `opposite`, and together they
+    stand out among other heads; `opposite` if some heads are and none is realised; `not_realised` if all are;
+    `untestable` if no head could be tested; else `partial`.
 
     Args:
-        verdicts: of the role's heads.
-        outdone: whether the heads together could stand out of other heads, and do not.
+        verdicts: the heads' verdicts.
+        outdone: whether the heads together could stand out among other heads, and do not.
     """
     tested = [verdict for verdict in verdicts if verdict != "untestable"]
     if not tested:
@@ -86,7 +86,7 @@ def role_verdict(verdicts: Sequence[str], outdone: bool = False) -> str | None:
 
 
 def _together(heads: pd.DataFrame, verdicts: pd.DataFrame | None, role: str, judged: Judged) -> dict[str, Any]:
-    """Return both verdicts of a role, its heads' median link, and how they read together."""
+    """Return a role's two verdicts, its heads' median link, and how the verdicts read together."""
     own = heads[heads["role"] == role] if len(heads) else heads
     if len(own) and own["claimed"].any():
         own = own[own["claimed"]]
@@ -129,7 +129,7 @@ def reading(weights: str | None, activations: str, link: float) -> str:
     """Read a verdict from weights and one from activations together, and return a key of `wording.READINGS`.
 
     Args:
-        weights: the verdict from weights; None without one.
+        weights: the verdict from weights; None if there is none.
         activations: the verdict from activations.
         link: the share of the head's behaviour that its weights account for; nan if it is not known.
     """
@@ -149,7 +149,7 @@ def _link(primary: str | None, subject: Mapping[Any, Any]) -> float:
     """Return the link that belongs to the primary metric; nan if there is none.
 
     For an OV metric it is `write_link`, or 0 if the write falls when the weights say that it rises. For a QK metric it
-    is `score_link`. For a composition that ranks receivers it is the part of the scores that partners wrote.
+    is `score_link`. For a composition that ranks receivers it is the share of the scores that partners wrote.
     """
     metric = METRICS.get(primary) if isinstance(primary, str) else None
     if metric is None:
@@ -218,16 +218,17 @@ def auc_in_layers(
     groups: NDArray[np.int64],
     seed: int,
 ) -> tuple[float, float]:
-    """Return P(a head with the role has more of the metric than another of its layer), and its p by permutation.
+    """Return P(a head with the role has a larger metric than one without in its layer), and its p by permutation.
 
-    Heads of a role lie at its depth, so that a metric that only grows with depth would rank them high in the whole
-    model. Labels are permuted within layers, KV groups first. nan if no layer has heads with and without the role.
+    A role's heads lie at similar depths, so a metric that merely grows with depth could rank them high in the whole
+    model. Labels are therefore permuted within layers, KV groups first. Both numbers are nan if no layer has heads with
+    the role and heads without it.
 
     Args:
-        metric: of all heads, larger in the predicted direction.
+        metric: each head's metric, larger in the predicted direction.
         has: which heads have the role.
-        layers, groups: of all heads.
-        seed: of draws.
+        layers, groups: each head's layer and KV group.
+        seed: the seed for drawn permutations.
     """
     strata = []
     for layer in np.unique(layers[has]):
@@ -238,14 +239,14 @@ def auc_in_layers(
 
 
 def ranked_quantity(config: RoleActivationsConfig) -> str:
-    """Return the quantity that ranks all heads: `write`, else `attention`, else `effect_first_order`."""
+    """Return the quantity that ranks all heads: `write` if it decides, else `attention`, else `effect_first_order`."""
     if "write" in config.decides:
         return "write"
     return "effect_first_order" if config.attention is None else "attention"
 
 
 def _continuous(judged: Judged, role: str, half: str, config: RoleActivationsConfig) -> NDArray[np.float64]:
-    """Return the ranking quantity [head]: a write times the predicted sign, or attention less its control."""
+    """Return the ranking quantity [head]: a write times the predicted sign, or attention minus its control."""
     rows = judged.activations[(judged.activations["role"] == role) & (judged.activations["half"] == half)]
     name = ranked_quantity(config)
     return standing(config, name, rows)
@@ -260,7 +261,7 @@ def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 
 
 def auc(metric: NDArray[np.float64], has: NDArray[np.bool_]) -> float:
-    """Return P(a head with the role exceeds one without it), ties half; nan if there is no head of one kind."""
+    """Return P(a head with the role exceeds one without it), ties half; nan if all heads have it or none has."""
     whole = np.isfinite(metric)
     inside, outside = metric[has & whole], metric[~has & whole]
     if not len(inside) or not len(outside):

@@ -1,4 +1,4 @@
-"""Verdicts on heads' behaviour on prompts: tables of quantities and of roles (definitions: section 7).
+"""Verdicts on heads' behaviour on prompts, in tables of quantities and roles (definitions: section 7).
 
 A deciding quantity holds if it is significant, has the predicted sign and is large enough. The verdict is the first of
 these that holds:
@@ -6,10 +6,10 @@ these that holds:
     out_of_scope   the role has no `activations`
     untestable     the model does not do the task, or a deciding quantity has no value or too few clusters
     sensitive      all hold, but with the mean replacement the effect has another sign or significance
-    realised       all hold, and the head stands out of heads without a role (`ovqk/activations/peers.py`)
+    realised       all hold, and the head stands out among heads without a role (`ovqk/activations/peers.py`)
     partial        some hold
     opposite       none holds, and one is significant in the other direction
-    not_realised   none of these
+    not_realised   none of the above
 """
 
 import math
@@ -30,7 +30,7 @@ from ovqk.weights.types import Head
 LEAST_ACCURACY = 0.8
 """The least share of the testing half's prompts in which the answer must beat the foil."""
 LINKED = 0.5
-"""The least share of a write's variance, or of a score's contrast, at which a head's weights account for it."""
+"""Weights account for a head's write or scores if they explain at least this share of the variance or contrast."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Judged:
         roles: a row for each role and head that is claimed or measured.
         measured: role -> the heads that were chosen on one half and confirmed on the other.
         gate: why nothing can be tested; empty if tests are possible.
-        peers: role -> its heads, claimed or else chosen, beside heads without a role.
-        together: role -> the effect of all these heads in one run, as joint.parquet holds it.
+        peers: role -> its heads (claimed, or chosen if none is claimed) compared with heads without a role.
+        together: role -> the effect when all these heads are replaced in one run, as joint.parquet holds it.
     """
 
     activations: pd.DataFrame
@@ -66,9 +66,9 @@ def judge_activations(measured: Measured, claimed: Mapping[str, Sequence[Head]],
     """Test claimed and chosen heads on the testing half.
 
     Args:
-        measured: all quantities of all heads.
+        measured: all heads' quantities.
         claimed: role -> claimed heads, for roles without `activations` too.
-        links: links of writes, if there are any.
+        links: the writes' links, if there are any.
     """
     why_not = gate(measured)
     tables: list[pd.DataFrame] = []
@@ -133,7 +133,7 @@ def _place(subject: Mapping[str, Any]) -> Head:
 
 
 def _correct(measured: Measured, subjects: list[dict[str, Any]]) -> None:
-    """Add q, corrected over the deciding quantities of all claimed and chosen heads, and min_q, the least q alone."""
+    """Add q, corrected over the deciding quantities for all claimed and chosen heads, and min_q, the least q alone."""
     for opposite in ("", "_opposite"):
         family = [
             (subject, quantity)

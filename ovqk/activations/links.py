@@ -14,18 +14,18 @@ from ovqk.structure.model import Layer, Model
 
 
 class WriteLinks:
-    """Heads' writes on prompts beside the weights' account of them: attention times the source token through OV.
+    """Heads' writes on prompts, and the account that the weights give: attention times the source token through OV.
 
         account = a (e_source W_OV) . (W_U[answer] - W_U[other])
 
-    Here e is the effective embedding that the layer is read through; under `stream`, which has rows of the task's words
-    alone, it is that of `by_layer`. The link is R^2: the share of the write's
-    variance over the testing prompts that the account explains. It is 1 if the head moved the token itself, and 0 if
-    it moved something that earlier layers had written there.
+    Here e is the effective embedding through which the layer is read. `stream` has rows for the task's words alone, so
+    under `stream` e is the row that `by_layer` would take. The link is R^2: the share of the write's variance over the
+    testing prompts that the account explains. It is 1 if the head moved the token itself, and 0 if it moved something
+    that earlier layers had written there.
 
     Attributes:
-        shares: role -> R^2 of all heads, [layer, head], in [0, 1]; nan without variance.
-        slopes: role -> the slope of the write over the account, [layer, head]; nan without variance.
+        shares: role -> each head's R^2, [layer, head], in [0, 1]; nan if the writes do not vary.
+        slopes: role -> each head's slope of the write over the account, [layer, head]; nan if they do not vary.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class WriteLinks:
             self._tokens[name] = torch.cat(source), torch.cat(words[0]), torch.cat(words[1])
 
     def visit(self, layer: Layer) -> None:
-        """Compute the links of this layer's heads (`Stage`)."""
+        """Compute the links for this layer's heads (`Stage`)."""
         vocabulary, index = self.model.vocabulary, layer.index
         assert vocabulary is not None and vocabulary.W_U_rows is not None
         embedding = self.model.config.analysis.embedding
@@ -84,7 +84,7 @@ class WriteLinks:
 def explained(
     account: Float[Tensor, "head prompt"], written: Float[Tensor, "head prompt"]
 ) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
-    """Regress writes on their account, with an intercept, over prompts without nan; return R^2 and slope."""
+    """Regress writes on their account, with an intercept, over prompts without nan; return R^2 and the slope."""
     whole = ~(account.isnan() | written.isnan()).any(0)
     x, y = (each[:, whole] - each[:, whole].mean(-1, keepdim=True) for each in (account, written))
     cross, of_x, of_y = (x * y).sum(-1), x.square().sum(-1), y.square().sum(-1)

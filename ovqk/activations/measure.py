@@ -1,4 +1,4 @@
-"""Measurement of a model's roles: heads are chosen on one half of the prompts and tested on the other.
+"""Roles measured on prompts: heads are chosen on one half of the prompts and tested on the other.
 
 See docs/definitions.md, section 7.
 """
@@ -30,9 +30,9 @@ from ovqk.structure.model import Model
 from ovqk.weights.types import Head
 
 LEAST_ERROR = 0.01
-"""The largest error of a logit difference that is computed from writes; a larger one is not rounding."""
+"""The largest error that rounding can make in a logit difference computed from writes."""
 MOST_CANDIDATES = 24
-"""The most heads of a role that are patched because they meet the rest of its rule."""
+"""The largest number of heads that are patched for a role because they meet the rest of its rule."""
 
 
 def check_activations(task: TaskConfig) -> dict[str, RoleActivationsConfig]:
@@ -97,11 +97,11 @@ def measure(
         roles: role -> its `activations`.
         claimed: role -> claimed heads.
         screened: how many heads are patched because of their first-order effect.
-        seed: of drawn sign flips.
+        seed: the seed for drawn sign flips.
         steps: counts off batches.
 
     Raises:
-        UserError: replacing a head by itself changes logits, or writes do not add up to the logit difference.
+        UserError: logits change when a head is replaced by itself, or writes do not add up to the logit difference.
     """
     observed = observe(running, model, prompts, roles, steps)
     if not (change := check_replacing(running, prompts, observed)) <= LEAST_CHANGE:
@@ -158,7 +158,7 @@ def _repeats(
 
 
 def _add_scores(measured: Measured, running: RunningModel, model: Model, prompts: Prompts, steps: Steps) -> None:
-    """Split the scores of all claimed and chosen heads whose role has an `attention`."""
+    """Split the scores for all claimed and chosen heads whose role has an `attention`."""
     task, asked = model.config.task, dict[tuple[str, Head], Asked]()
     for name, config in measured.roles.items():
         if config.attention is None:
@@ -177,7 +177,7 @@ def _add_scores(measured: Measured, running: RunningModel, model: Model, prompts
 
 
 def chosen_heads(measured: Measured, role: str) -> tuple[Head, ...]:
-    """Return the heads that show all of a role's deciding quantities on the choosing half."""
+    """Return the heads that show all the role's deciding quantities on the choosing half."""
     rows = measured.rows(role, "choosing")
     shown = np.logical_and.reduce(list(measured.passes(role, rows).values()))
     return _heads(rows[shown])

@@ -1,7 +1,7 @@
-"""Heads that have a role on prompts beside heads that have none (definitions: section 7).
+"""Heads with a role on prompts compared with heads that have none (definitions: section 7).
 
-Compared are the deciding quantities that all heads have. Heads that share keys and values are not independent, so KV
-groups are what is counted and permuted.
+They are compared by the deciding quantities that all heads have. Heads that share keys and values are not independent,
+so KV groups are counted and permuted in place of heads.
 """
 
 import math
@@ -25,17 +25,17 @@ from ovqk.verdicts.statistics import (
 from ovqk.weights.types import Head
 
 Values = NDArray[np.float64]
-"""A quantity of all heads, [layer, head], larger in the predicted direction; nan if a head has no value."""
+"""One quantity for all heads, [layer, head], larger in the predicted direction; nan if a head has no value."""
 
 
 @dataclass(frozen=True)
 class RolePeers:
-    """A role's heads beside others, by the quantity in which they stand out least.
+    """A role's heads compared with others, by the quantity in which they stand out least.
 
     Attributes:
-        p: the larger p of the compared quantities, in (0, 1]; nan if there is none.
+        p: the largest p among the compared quantities, in (0, 1]; nan if there is none.
         min_p: the smallest p that this quantity could have had.
-        null: `layer` or `depth`: where its labels were permuted; empty without a p.
+        null: `layer` or `depth`: where its labels were permuted; empty if there is no p.
     """
 
     p: float = math.nan
@@ -44,7 +44,7 @@ class RolePeers:
 
     @property
     def outdone(self) -> bool:
-        """Whether the role could stand out, and does not."""
+        """Whether the role's heads could stand out, and do not."""
         return self.min_p <= ALPHA < self.p
 
 
@@ -54,7 +54,7 @@ def compared(config: RoleActivationsConfig) -> list[str]:
 
 
 def standing(config: RoleActivationsConfig, quantity: str, rows: pd.DataFrame) -> NDArray[np.float64]:
-    """Return what is compared of a quantity, in the order of the rows: attention less its control, or a signed write.
+    """Return the values that are compared, in the rows' order: attention minus its control, or a signed write.
 
     Args:
         config: the role's `activations`.
@@ -68,11 +68,11 @@ def standing(config: RoleActivationsConfig, quantity: str, rows: pd.DataFrame) -
 
 
 def grids(config: RoleActivationsConfig, rows: pd.DataFrame) -> dict[str, Values]:
-    """Return the compared quantities of all heads; those that were not measured are left out.
+    """Return all heads' compared quantities; those that were not measured are left out.
 
     Args:
         config: the role's `activations`.
-        rows: as `Measured.rows` returns them: a row for each head, in the order of layers and heads.
+        rows: as `Measured.rows` returns them: a row for each head, sorted by layer and head.
     """
     shape = int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1
     return {name: standing(config, name, rows).reshape(shape) for name in compared(config) if name in rows}
@@ -81,12 +81,12 @@ def grids(config: RoleActivationsConfig, rows: pd.DataFrame) -> dict[str, Values
 def head_peers(
     values: Mapping[str, Values], head: Head, barred: Collection[Head], groups: NDArray[np.int64]
 ) -> dict[str, Significance]:
-    """Compare a head with the heads around it, as the null `depth` does; without a row if there is no other head.
+    """Compare a head with the heads around it, as the null `depth` does; there is no row if there is no other head.
 
     Args:
         values: quantity -> its values.
         head: the head.
-        barred: heads that have a role, which are no reference.
+        barred: heads that have a role, so that they may not serve as references.
         groups: each head's KV group, [head], the same in every layer.
     """
     found = {}
@@ -112,9 +112,9 @@ def role_peers(
     Args:
         values: quantity -> its values.
         heads: the role's heads, which the values must not have selected.
-        barred: heads of other roles, which are no reference.
+        barred: heads with other roles, which may not serve as references.
         groups: each head's KV group, [head], the same in every layer.
-        seed: of drawn permutations.
+        seed: the seed for drawn permutations.
     """
     found = [
         _of_quantity(grid, [head for head in heads if not math.isnan(grid[head])], barred, groups, seed)

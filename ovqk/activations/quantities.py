@@ -1,6 +1,6 @@
-"""Attention, write and first-order effect of every head on every prompt (definitions: section 7).
+"""Every head's attention, write and first-order effect on every prompt (definitions: section 7).
 
-All of them come from one run over the clean prompts and one over their counterfactuals.
+They all come from one run over the clean prompts and one over their counterfactuals.
 """
 
 import math
@@ -27,18 +27,18 @@ Steps = Callable[[int, str], Iterable[int]]
 
 @dataclass(frozen=True)
 class RoleValues:
-    """The quantities of all heads that one role's `activations` names; None for those that it does not name.
+    """All heads' quantities that one role's `activations` names; None for those that it does not name.
 
     Attributes:
         attention: attention from the role's query to its source, in [0, 1].
         control: attention from the query to the control.
         counterfactual: attention from the query to the source's position, on the counterfactual prompt.
         sink: attention from the query to the first token.
-        write: the head's output at END through the final norm, onto the unembedding of the role's answer minus that of
-            its other word; in logits, before a softcap. The norm's scale is that of the run.
+        write: the head's output at END through the final norm, projected on W_U[answer] - W_U[other] for the role's
+            answer and its other word; in logits, before a softcap. The norm's scale is taken from the run.
         write_from_source: the part of the write that comes from the source token's value.
-        first_order: first-order effect on the logit difference of replacing the head's output at the query by its
-            output on the counterfactual.
+        first_order: the first-order change in the logit difference when the head's output at the query is replaced by
+            its output on the counterfactual.
     """
 
     attention: Values | None = None
@@ -55,16 +55,16 @@ class Observed:
     """Measurements on all prompts, in the order of their batches.
 
     Attributes:
-        clusters: the number of each prompt's cluster.
+        clusters: each prompt's cluster, by number.
         testing: whether a prompt belongs to the testing half.
         difference: the answer's logit minus the foil's, on the prompt.
         counterfactual_difference: the same on its counterfactual.
         templates: each prompt's template.
-        roles: role -> the quantities of all heads.
+        roles: role -> all heads' quantities.
         looks: (query, source, control) -> attention to the source minus the control, on prompts and counterfactuals.
         outputs: for each batch, query label -> z on the prompts and on their counterfactuals, each [layer, prompt,
             head, d_head]. A label is missing if it has no place there.
-        readout_error: the largest error of a logit difference computed from the final stream as writes are, as a
+        readout_error: the largest error when logit differences are computed from the final stream as writes are, as a
             share of the mean difference. It is large if ovqk misreads the final norm or the unembedding.
     """
 
@@ -80,7 +80,7 @@ class Observed:
 
 
 def queries_of(config: RoleActivationsConfig) -> str:
-    """Return the label at which a role's heads act: the query of its attention, or END."""
+    """Return the label at which a role's heads act: its attention's query, or END."""
     return "END" if config.attention is None else config.attention.query
 
 
@@ -88,7 +88,7 @@ class Writes:
     """The direct path from heads' outputs at END to logits: W_O, a norm that may follow it, the final norm and W_U."""
 
     def __init__(self, model: Model) -> None:
-        """Take the output weights of all layers. The model must have an unembedding."""
+        """Take all layers' output weights. The model must have an unembedding."""
         source = model.source
         assert model.vocabulary is not None and model.vocabulary.W_U_rows is not None
         self.rows, self.architecture = model.vocabulary.W_U_rows, model.architecture
@@ -101,11 +101,11 @@ class Writes:
     def directions(
         self, run: Run, plus: Int[Tensor, " prompt"], minus: Int[Tensor, " prompt"]
     ) -> Float[Tensor, "prompt d_model"]:
-        """Return the directions in the residual stream at END whose products with it give a logit difference.
+        """Return directions whose products with the residual stream at END give a logit difference.
 
         Args:
             run: the run, whose norms' scales are used.
-            plus, minus: token ids; the difference is the logit of `plus` minus that of `minus`.
+            plus, minus: token ids; the difference is logit(`plus`) - logit(`minus`).
         """
         difference = (self.rows[plus] - self.rows[minus]).float().cpu()
         norm = self.embeddings.final_norm
@@ -113,7 +113,7 @@ class Writes:
         return difference * inverse_scale(run.final, kind, self.architecture.norm_eps)
 
     def bias(self, plus: Int[Tensor, " prompt"], minus: Int[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
-        """Return the final norm bias's part in the logit of `plus` minus that of `minus` (token ids)."""
+        """Return the final norm bias's part in logit(`plus`) - logit(`minus`), for token ids."""
         norm, W_U = self.embeddings.final_norm, self.embeddings.W_U
         if norm is None or norm.bias is None or W_U is None:
             return torch.zeros(len(plus))
@@ -123,7 +123,7 @@ class Writes:
     def of_layer(
         self, layer: int, run: Run, directions: Float[Tensor, "prompt d_model"]
     ) -> Float[Tensor, "prompt head d_head"]:
-        """Return the directions in each head's output at END whose products with it give the head's write.
+        """Return directions whose products with each head's output at END give the head's write.
 
         Args:
             layer: the layer.
@@ -204,7 +204,7 @@ def places_of(
         looks: further attentions (query, source, control).
 
     Returns:
-        Query label -> its number among the kept queries; source label -> its positions; and the positions of both.
+        Query label -> its number among the kept queries; source label -> its positions; and the positions for both.
     """
     labels = sorted({queries_of(config) for config in roles.values()} | {query for query, _, _ in looks} | {"END"})
     queries = {label: place for label in labels if (place := batch.position(label)) is not None}
@@ -218,13 +218,13 @@ def places_of(
 
 
 def looks_of(roles: Mapping[str, RoleActivationsConfig]) -> list[tuple[str, str, str]]:
-    """Return the attentions (query, source, control) of receivers that roles' effects are measured on."""
+    """Return the receivers' attentions (query, source, control) on which roles' effects are measured."""
     found = [look for name in roles if (look := look_of(roles, name)) is not None]
     return list(dict.fromkeys(found))
 
 
 def look_of(roles: Mapping[str, RoleActivationsConfig], name: str) -> tuple[str, str, str] | None:
-    """Return the attention of receivers that a role's effect is measured on; None if that is the logit difference."""
+    """Return the receivers' attention on which a role's effect is measured; None if that is the logit difference."""
     effect = roles[name].effect
     if effect is None or effect.into is None:
         return None
@@ -262,7 +262,7 @@ def _role(
 def attention_values(
     config: AttentionConfig, batch: Batch, clean: Run, other: Run, query: int | None
 ) -> dict[str, Values]:
-    """Return attention, control, counterfactual and sink of `RoleValues`.
+    """Return `attention`, `control`, `counterfactual` and `sink` for `RoleValues`.
 
     Args:
         config: the role's `attention`.
@@ -323,6 +323,6 @@ def _look(look: tuple[str, str, str], batch: Batch, run: Run, queries: Mapping[s
 
 
 def joined(parts: Sequence[RoleValues]) -> RoleValues:
-    """Join the values of several batches."""
+    """Join the values from several batches."""
     names = [name for name, value in vars(parts[0]).items() if value is not None]
     return RoleValues(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

@@ -1,7 +1,7 @@
 """Attention on repeated sequences of random tokens (definitions: section 7).
 
-On a task's prompts a head's attention may depend on their words. A repeated sequence of random tokens leaves only
-places to attend to: the previous token, the earlier occurrence of the same token, and the token after that.
+On a task's prompts a head's attention may depend on their words. In a repeated sequence of random tokens only places
+can matter: the previous token, the same token's earlier occurrence, and the token after that.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ovqk.activations.quantities import Steps
 from ovqk.config.schema import Repeats
 
 SEQUENCES, LENGTH, SHORTEST = 64, 20, 4
-"""How many sequences are drawn, and the most and the fewest tokens in one copy."""
+"""How many sequences are drawn, and the largest and smallest number of tokens in one copy."""
 AT_ONCE = 16
 
 PerSequence = Float[Tensor, "sequence layer head"]
@@ -25,7 +25,7 @@ PerSequence = Float[Tensor, "sequence layer head"]
 
 @dataclass(frozen=True)
 class RepeatValues:
-    """All heads' mean attention from the tokens of a sequence's second copy, in [0, 1].
+    """All heads' mean attention from the tokens in a sequence's second copy, in [0, 1].
 
     Attributes:
         attention: place -> attention to it.
@@ -45,13 +45,13 @@ class RepeatValues:
 def draw_repeats(
     tokenizer: Tokenizer, start: Sequence[int], n_ctx: int | None, seed: int
 ) -> Int[Tensor, "sequence position"] | None:
-    """Draw sequences, uniformly from the tokenizer's tokens without special ones.
+    """Draw sequences, uniformly from the tokenizer's tokens except special ones.
 
     Args:
         tokenizer: the model's tokenizer.
         start: the token ids before each sequence.
         n_ctx: the model's context length; None if it is unlimited.
-        seed: of the draws.
+        seed: the seed for the draws.
 
     Returns:
         Token ids: the start tokens and two copies. None if the context or the vocabulary is too small.
@@ -75,7 +75,7 @@ def run_repeats(
     Args:
         running: the model that runs.
         tokens: the sequences, as `draw_repeats` returns them.
-        n_start: the number of start tokens before the first copy.
+        n_start: how many start tokens stand before the first copy.
         steps: counts off batches.
     """
     length = (tokens.shape[1] - n_start) // 2

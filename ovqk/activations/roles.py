@@ -20,7 +20,7 @@ from ovqk.verdicts.statistics import ALPHA
 from ovqk.weights.types import Head
 
 LEAST_SHARE = 0.05
-"""The least write or effect, as a share of the mean logit difference or of the receivers' change in attention."""
+"""The least write or effect, as a share of the mean logit difference or the receivers' change in attention."""
 LEAST_ATTENTION = 0.1
 """The least attention to the source, as a share of the attention that does not go to the first token."""
 LEAST_ATTENTION_ALONE = 0.5
@@ -29,20 +29,20 @@ LEAST_ATTENTION_ALONE = 0.5
 
 @dataclass(frozen=True)
 class Measured:
-    """All measurements of a model on prompts, before they are judged.
+    """All measurements on prompts, before they are judged.
 
     Attributes:
         observed: runs over prompts and their counterfactuals.
         roles: role -> its `activations`.
         effects: replacement -> its effects.
         receivers: role -> the heads through which other roles' effects are measured.
-        seed: of drawn sign flips.
+        seed: the seed for drawn sign flips.
         kv_of_head: each head's KV group, [head], the same in every layer.
-        change: the largest change from replacing a head by itself, as a share of the mean logit difference; a control.
-        downstream: the largest change of attention where replacing a head can make none; a control. It is nan if
-            no role has an `attention`.
+        change: a control: the largest change when a head is replaced by itself, over the mean logit difference.
+        downstream: a control: the largest attention change in layers that a replaced head cannot reach; nan if no role
+            has an `attention`.
         repeats: runs over random repeats; None if no role asks for them, or if the model's context is too short.
-        scores: (role, head) -> the split of its scores, for claimed and chosen heads of roles with an `attention`.
+        scores: (role, head) -> its split scores, for claimed and chosen heads if the role has an `attention`.
     """
 
     observed: Observed
@@ -58,12 +58,12 @@ class Measured:
     _rows: dict[tuple[str, Half], pd.DataFrame] = field(default_factory=dict)
 
     def add(self, effects: Mapping[Patch, Effects]) -> None:
-        """Add the effects of further replacements."""
+        """Add the effects that further replacements have."""
         self.effects.update(effects)
         self._rows.clear()
 
     def rows(self, role: str, half: Half) -> pd.DataFrame:
-        """Return a role's quantities on one half: a row for each head, in the order of layers and heads.
+        """Return a role's quantities on one half: a row for each head, sorted by layer and head.
 
         A quantity that was not measured has no column. A head for which it was not measured has nan.
         """
@@ -154,10 +154,10 @@ class Measured:
         table["effect_min_p"] = own.min_p
 
     def together(self, role: str, half: Half = "testing") -> dict[str, float]:
-        """Return the effect of replacing all of a role's heads in one run, as joint.parquet holds it.
+        """Return the effect when all of a role's heads are replaced in one run, as joint.parquet holds it.
 
-        The heads are the claimed ones, else the chosen ones. Empty if the role has no `effect`, no head, or an effect
-        that is measured without another role's heads.
+        The heads are the claimed ones, or the chosen ones if none is claimed. The result is empty if the role has no
+        `effect` or no head, or if its effect is measured while another role's heads are replaced.
         """
         patch = all_at_once(self.roles[role], self.receivers.get(role, ()))
         found = None if patch is None else self._numerators(role, patch)
@@ -183,7 +183,7 @@ class Measured:
             return None
         nothing = torch.full_like(clean, math.nan)
         if effect.given is not None:
-            if head is None or head in self.receivers[effect.given]:  # it cannot be its own backup
+            if head is None or head in self.receivers[effect.given]:  # a head cannot be its own backup
                 return None
             receivers = self.receivers[effect.given]
             without = self.effects.get(Patch(None, query, receivers))
@@ -209,7 +209,7 @@ class Measured:
         )
 
     def _denominators(self, role: str, half: Half) -> tuple[float, float]:
-        """Return the denominators of `effect` (the counterfactual's whole effect) and of `effect_share` (the mean)."""
+        """Return the denominators for `effect` (the counterfactual's whole effect) and `effect_share` (the mean)."""
         effect, look = self.roles[role].effect, look_of(self.roles, role)
         if look is not None:
             assert effect is not None and effect.into is not None
@@ -227,7 +227,7 @@ class Measured:
         return self.observed.testing if half == "testing" else ~self.observed.testing
 
     def _mean(self, values: torch.Tensor, half: Half) -> float:
-        """Return the mean over the cluster means of a half; nan if no prompt has a value."""
+        """Return the mean over a half's cluster means; nan if no prompt has a value."""
         of_half = self._of(half)
         return float(_mean(values[of_half, None].double().numpy(), self.observed.clusters[of_half].numpy())[0])
 
@@ -238,7 +238,7 @@ class Measured:
 
 
 def all_at_once(config: RoleActivationsConfig, heads: Sequence[Head]) -> Patch | None:
-    """Return the replacement of all of a role's heads in one run; None if the role has no such effect or no head."""
+    """Return the replacement for all the role's heads in one run; None if the role has no such effect or no head."""
     if config.effect is None or config.effect.given is not None or not heads:
         return None
     if len(heads) == 1:
@@ -252,8 +252,8 @@ class Tests:
 
     Attributes:
         rows: which prompts belong to the half.
-        clusters: the number of each such prompt's cluster.
-        seed: of drawn sign flips.
+        clusters: each such prompt's cluster, by number.
+        seed: the seed for drawn sign flips.
     """
 
     rows: torch.Tensor
@@ -264,7 +264,7 @@ class Tests:
         return values[self.rows].reshape(len(self.clusters), -1).double().numpy()
 
     def tested(self, values: torch.Tensor) -> ClusterTest:
-        """Test values [prompt, layer, head]; the columns of the test run over layers and heads."""
+        """Test values [prompt, layer, head]; the test's columns run over layers and heads."""
         return flip_signs(self._flat(values), self.clusters, self.seed)
 
     def mean(self, values: torch.Tensor) -> NDArray[np.float64]:
@@ -348,7 +348,7 @@ def _mean(values: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDArray[n
 
 
 def _of_heads(values: torch.Tensor, heads: Sequence[Head]) -> torch.Tensor:
-    """Return the mean of values [prompt, layer, head] over some heads, [prompt]; nan if there are no heads."""
+    """Average values [prompt, layer, head] over some heads, [prompt]; nan if there are no heads."""
     if not heads:
         return torch.full((len(values),), math.nan)
     return torch.stack([values[:, layer, head] for layer, head in heads]).mean(0)

@@ -1,9 +1,9 @@
 """Attention scores on prompts, split by the writers of the rows that the head reads (definitions: section 7).
 
-With the norms' scales as they were in the run, the score before the softmax is bilinear in the query's and the key's
-row of the residual stream. Each row is a sum of three kinds of terms: the embeddings with the first MLP, the outputs of
-earlier heads, and the rest. So the score is a sum over pairs of writers. Each pair has a share of the contrast by which
-the head looks at the source:
+If the norms' scales are kept as they were in the run, the score before the softmax is bilinear in two rows of the
+residual stream, the query's and the key's. Each row is a sum of three kinds of terms: the embeddings with the first
+MLP, earlier heads' outputs, and the rest. So the score is a sum over pairs of writers. Each pair has a share of the
+contrast by which the head looks at the source:
 
     score(query, source) - mean over the other keys of score(query, key)
 """
@@ -30,22 +30,22 @@ from ovqk.weights.norms import apply_norm, linear_part
 from ovqk.weights.types import Architecture, Head, LayerWeights, score_scale
 
 LEAST_AGREEMENT = 1e-3
-"""The most by which attention computed from the scores may differ from the model's own, in probability."""
+"""The largest difference in probability between attention computed from the scores and the model's own."""
 
 Stream = Float[Tensor, "prompt position d_model"]
 
 
 class ScoreLink(NamedTuple):
-    """Shares of a head's contrast in score, before a softcap: a part's mean over clusters / the mean contrast.
+    """Shares of a head's score contrast, before a softcap: a part's mean over clusters / the mean contrast.
 
-    Parts may be negative, so a share may lie outside of [0, 1]. All are nan if attention computed from the scores is
-    not the model's own, for instance because it has a bias for distance or a sink beside its keys.
+    Parts may be negative, so a share may lie outside [0, 1]. All are nan if attention computed from the scores differs
+    from the model's own, for instance because it has a bias for distance or a sink beside its keys.
 
     Attributes:
         contrast: the mean contrast, in units of the scaled score before the softmax.
-        link: the share from both rows as the embeddings and the first MLP wrote them, which a head's weights see.
-        key_heads, query_heads: the share from the row on that side as earlier heads wrote it, with any other row.
-        key_partner, query_partner: the same for the partners among these heads; nan without partners in earlier layers.
+        link: the share if both rows are what the embeddings and the first MLP wrote, which a head's weights see.
+        key_heads, query_heads: the share if the row on that side is what earlier heads wrote, with any other row.
+        key_partner, query_partner: the same for the partners among these heads; nan if none lies in an earlier layer.
     """
 
     contrast: float
@@ -64,10 +64,10 @@ class Partners(NamedTuple):
 
 
 def partner_roles(roles: Mapping[str, RoleConfig], name: str) -> dict[str, list[str]]:
-    """Return `query` and `key` -> the roles whose heads write that row, by the task's predicted compositions.
+    """Return `query` and `key` -> the roles whose heads write that row, as the task's predicted compositions say.
 
     Args:
-        roles: all roles of the task.
+        roles: all the task's roles.
         name: the role whose heads read the rows.
     """
     found: dict[str, list[str]] = {"query": [], "key": []}
@@ -89,7 +89,7 @@ class Asked:
 
     Attributes:
         head: the head.
-        query, source: labels of the prompts.
+        query, source: labels in the prompts.
         partners: its partners in any layer; those in later layers are left out.
     """
 
@@ -105,11 +105,11 @@ class Asked:
 
 @dataclass
 class _Writers:
-    """The parts of the residual stream by their writers, at every position of a batch, up to the current layer.
+    """The residual stream's parts by writer, at every position in a batch, up to the current layer.
 
     Attributes:
-        direct: written by the embeddings and the first MLP.
-        heads: written by all heads.
+        direct: the part that the embeddings and the first MLP wrote.
+        heads: the part that all heads wrote.
         some: a set of heads -> the part that these wrote.
     """
 
@@ -131,14 +131,14 @@ def score_links(
     Args:
         running: the model that runs.
         model: its weights.
-        prompts: the prompts. Those of the testing half are used, as far as a head's labels have a place in them.
+        prompts: the prompts. Those in the testing half are used if a head's labels have a place in them.
         asked: the heads.
         steps: counts off the batches.
     """
     found: dict[Asked, list[tuple[Tensor, Tensor]]] = {each: [] for each in asked}
     wrong: set[Asked] = set()
     batches = [batch for batch in prompts.batches if batch.half == "testing"]
-    layers = functools.cache(lambda index: to_device(model.source.layer(index), running.device))  # of all batches
+    layers = functools.cache(lambda index: to_device(model.source.layer(index), running.device))  # for all batches
     for number in steps(len(batches), "scores of batch") if asked else ():
         batch = batches[number]
         for each, contrasts in _Split(running, model.architecture, layers, batch, asked).run().items():
@@ -167,7 +167,7 @@ def _link(asked: Asked, parts: Sequence[tuple[Tensor, Tensor]]) -> ScoreLink:
 
 
 class _Split:
-    """One run over a batch, during which the scores of some heads are split."""
+    """One run over a batch, during which some heads' scores are split."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class _Split:
 
     @torch.no_grad()
     def run(self) -> dict[Asked, Float[Tensor, "prompt query_part key_part"] | None]:
-        """Return the contrasts of all heads whose labels have a place here; None if their attention does not agree."""
+        """Return the contrasts for all heads whose labels have a place here; None if their attention does not agree."""
         if not self.here:
             return {}
         names: list[tuple[str, Callable[..., Any]]] = []
@@ -270,7 +270,7 @@ class _Split:
         others[every, source] = False
         mean = (scores * others[:, None, None]).sum(-1) / others.sum(-1)[:, None, None]
         contrast = scores[every, :, :, source] - mean
-        contrast[~seen[every, source]] = math.nan  # a token outside of the window has no score
+        contrast[~seen[every, source]] = math.nan  # a token outside the window has no score
         self.found[asked] = contrast.cpu()
 
 
@@ -282,16 +282,16 @@ def split_scores(
     key: tuple[Float[Tensor, "part prompt position d_model"], Float[Tensor, "prompt position d_model"]],
     at: Int[Tensor, " prompt"],
 ) -> Float[Tensor, "prompt query_part key_part position"]:
-    """Return a head's scores before the softmax, for each part of the query's row and each part of the keys' rows.
+    """Return a head's scores before the softmax, for each pair of a query-row part and a key-row part.
 
-    Biases of norms, queries and keys count with the first part. The scores of all pairs of parts sum to the score.
+    Biases (from norms, queries and keys) count with the first part. The scores over all pairs sum to the score.
 
     Args:
         weights: the layer's weights, not folded.
         architecture: the model's architecture.
         head: the head.
-        query: the parts of the residual stream at the query, and their sum.
-        key: the parts of the residual stream at every position, and their sum.
+        query: the residual stream's parts at the query, and their sum.
+        key: the residual stream's parts at every position, and their sum.
         at: the query's position in each prompt.
     """
     q = _side(weights, architecture, head, *query, side="query")[:, :, 0]

@@ -1,4 +1,4 @@
-"""The stage of a cell that runs the model, links weights to activations, and judges heads (definitions: section 7)."""
+"""The stage that runs the model, links weights to activations, and judges heads (definitions: section 7)."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ from ovqk.tasks.readouts import Readout
 
 Found = TypeVar("Found")
 SMALLER = 4
-"""The factor by which batches are made smaller, once, if memory is exhausted."""
+"""If memory is exhausted, batches are made smaller once, by this factor."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Runner:
 
 
 def within_memory(function: Callable[[], Found]) -> Found | None:
-    """Return what a function returns; None if memory is exhausted."""
+    """Call a function and return its result; None if memory is exhausted."""
     try:
         return function()
     except (MemoryError, RuntimeError) as error:
@@ -76,7 +76,7 @@ def run_words(
 ) -> Streams | str:
     """Run the model on single tokens, for `analysis.embedding=stream`; or say why it cannot be run.
 
-    No prefix holds one of the task's words.
+    The prefixes hold none of the task's words.
     """
     if model.tokenizer is None:
         return "the model has no tokenizer, whose words single tokens are put behind"
@@ -102,7 +102,7 @@ class ActivationTables:
     def __init__(
         self, model: Model, runner: Runner, claims: Claims | str, steps: Steps, readout: Readout | None = None
     ) -> None:
-        """Run the task's prompts through the model; of the task's `readout` it is measured how it reads words.
+        """Run the task's prompts through the model, and measure how well the task's `readout` reads words.
 
         Raises:
             UserError: the model cannot be run, or the task has no prompts that it can read.
@@ -157,7 +157,7 @@ class ActivationTables:
         )
 
     def _fidelity(self, running: RunningModel, readout: Readout | None, steps: Steps) -> pd.DataFrame:
-        """Compare how the readout reads words with what the model has in their places on the prompts."""
+        """Compare the rows through which the readout reads words with the model's own on the prompts."""
         if readout is None:
             return pd.DataFrame()
         ids = torch.cat([words.ids for words in readout.variable.read]).unique()
@@ -211,7 +211,7 @@ class ActivationTables:
 
     @property
     def notes(self) -> list[str]:
-        """Notes for the record: where task readouts read words unlike the running model's."""
+        """Return notes for the record: layers in which task readouts read words unlike the running model's."""
         return [note for note in (fidelity_note(self.fidelity), self.unmeasured) if note]
 
     def describe(self) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class ActivationTables:
         }
 
     def summary(self, made: Tables) -> dict[str, float | int]:
-        """Return flat scalars: accuracy on the task, counts of verdicts, and how well weights rank measured heads."""
+        """Return flat scalars: accuracy on the task, verdict counts, and how well weights rank measured heads."""
         assert self.judged is not None
         accuracy, difference = self.measured.accuracy("testing")
         found: dict[str, float | int] = {"prompts/accuracy": accuracy, "prompts/logit_difference": difference}

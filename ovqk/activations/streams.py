@@ -1,7 +1,7 @@
 """Words as the running model has them before each layer: the `stream` effective embedding (definitions: section 1).
 
-A word stands behind short prefixes of frequent words. What its residual stream then holds, on average, is what
-later layers read of it. No prompt of the task is run.
+A word stands behind short prefixes made of frequent words. Its mean residual stream there is taken as the row that
+later layers read. None of the task's prompts is run.
 """
 
 import random
@@ -20,20 +20,20 @@ from ovqk.tasks.lookup import WordLookup
 from ovqk.tasks.matches import surface_form
 
 PREFIXES, WORDS = 8, 3
-"""How many prefixes a word stands behind, and how many words each has, the start token aside."""
+"""How many prefixes a word stands behind, and how many words each has besides the start token."""
 FREQUENT = 100
-"""Prefixes are drawn from so many words of lowest id."""
+"""Prefixes are drawn from this many words, those with the lowest ids."""
 AT_ONCE = 32
-"""Words that run together, each behind every prefix."""
+"""How many words run together, each behind every prefix."""
 
 
 def draw_prefixes(tokenizer: Tokenizer, start: Sequence[int], barred: set[int]) -> Int[Tensor, "prefix position"]:
     """Draw the texts that words stand behind: start tokens, or a new line, and frequent beginnings of words.
 
-    Ids run from frequent to rare in trained vocabularies. The same tokenizer always has the same prefixes.
+    Ids run from frequent to rare in trained vocabularies. The same tokenizer always gives the same prefixes.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         start: the model's own start tokens.
         barred: tokens that no prefix may hold: the task's words.
 
@@ -61,12 +61,12 @@ def draw_prefixes(tokenizer: Tokenizer, start: Sequence[int], barred: set[int]) 
 def read_streams(
     running: RunningModel, ids: Int[Tensor, " word"], prefixes: Int[Tensor, "prefix position"], steps: Steps
 ) -> Float[Tensor, "layer word d_model"]:
-    """Return the residual stream of each word before each layer, on average over the prefixes; float32.
+    """Return each word's residual stream before each layer, averaged over the prefixes; float32.
 
     Args:
         running: the model that runs.
         ids: the words' tokens.
-        prefixes: of `draw_prefixes`.
+        prefixes: the prefixes from `draw_prefixes`.
         steps: counts off batches.
     """
     parts = ids.split(AT_ONCE)

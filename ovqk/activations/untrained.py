@@ -12,21 +12,21 @@ from ovqk.activations.roles import Measured, Tests, heads_table, shows, with_att
 def untrained_control(
     running: RunningModel, prompts: Prompts, measured: Measured, seed: int, steps: Steps
 ) -> dict[str, dict[str, float]]:
-    """Draw the running model's weights anew, and return the share of heads that pass the tests of attention.
+    """Draw the running model's weights anew, and return the share of heads that pass the attention tests.
 
     Every matrix is drawn from a normal distribution with the matrix's mean and standard deviation; gains and biases
-    stay. Writes and effects have no such control. They are shares of the logit difference, and a model that does not do
-    the task has none.
+    stay. Writes and effects have no such control, because they are shares of the logit difference, and a model that
+    does not do the task has none.
 
     Args:
         running: the model, which has random weights afterwards.
         prompts: the prompts.
         measured: the trained model's measurements.
-        seed: of the weights.
+        seed: the seed for the weights.
         steps: counts off batches.
 
     Returns:
-        Role -> deciding quantity of attention (`attention`, `repeats`) -> share of heads, in [0, 1].
+        Role -> deciding attention quantity (`attention`, `repeats`) -> share of heads, in [0, 1].
     """
     running.redraw(seed)
     roles = {name: config for name, config in measured.roles.items() if config.attention is not None}

@@ -2,8 +2,8 @@
 (`portraits`), weights against prompts (`prompts`).
 
 `ovqk.figures.NAME` is the function NAME of `comparisons`, `depth` or `circuits`. It is imported when it is first used,
-because matplotlib takes a second. `choice` picks the figures of a report, `drawing` holds the panels that figures are
-built of, and `embedded` puts a figure on the page.
+because matplotlib takes a second. `choice` picks the figures for a report, `drawing` holds the panels from which
+figures are built, and `embedded` puts a figure on the page.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The figures that a report draws for a folder of results: for all models together, and for each cell."""
+"""The figures in a report on a results folder: for all models together, and for each cell."""
 
 from collections.abc import Iterator, Sequence
 
@@ -38,7 +38,7 @@ def sweep_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
 
 
 def depth_tables(cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, int]]:
-    """Return what the curves along the depth are drawn of: heads, layers if there are any, and model -> d_head."""
+    """Return the tables for the curves along the depth: heads, layers if there are any, and model -> d_head."""
     names = weights_labels(cells)
     sizes = {label: cell.d_head for cell, label in zip(cells, names, strict=True) if cell.d_head}
     layers = _joined(cells, "layers", names)
@@ -48,8 +48,8 @@ def depth_tables(cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFrame | No
 def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
     """Yield (name, figure) for each cell: prompts, frequencies, the circuit, and the leading head for each role.
 
-    A role's leading head is the claimed one that stands out most; if no head is claimed, the measured one of largest
-    effect on prompts.
+    A role's leading head is the claimed head that stands out most; if no head is claimed, it is the measured head with
+    the largest effect on prompts.
     """
     for cell, label in zip(cells, labels(cells), strict=True):
         if ranked := rankings(cell.record, cell.tables):
@@ -72,9 +72,9 @@ def cell_figures(cells: Sequence[Cell]) -> Iterator[tuple[str, Figure]]:
 
 
 def compositions(cell: Cell, cells: Sequence[Cell]) -> pd.DataFrame | None:
-    """Return the compositions of a cell, and those of cells of the same weights that computed all pairs.
+    """Return a cell's compositions, and those from cells that computed all pairs on the same weights.
 
-    The column `named` says that a row is the cell's own, of a pair that its claims name.
+    The column `named` marks the cell's own rows, about pairs that its claims name.
     """
     own = [cell] if cell.record["analysis"] != "composition" else []
     whole = [other for other in cells if other.weights == cell.weights and other.record["analysis"] == "composition"]
@@ -105,7 +105,7 @@ def _leading(verdicts: pd.DataFrame) -> list[tuple[int, int]]:
 
 
 def _measured(roles: pd.DataFrame | None) -> list[tuple[int, int]]:
-    """Return, for each role, the measured head of largest effect on prompts; the first if none has an effect."""
+    """Return, for each role, the measured head with the largest effect on prompts; the first if none has an effect."""
     if roles is None or not len(roles) or "effect" not in roles:
         return []
     heads = roles[roles["measured"].astype(bool)].sort_values(
@@ -116,7 +116,7 @@ def _measured(roles: pd.DataFrame | None) -> list[tuple[int, int]]:
 
 
 def _atlas_metrics(heads: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
-    """Return the metrics that get an atlas: those marked in the registry, and the roles' primary metrics."""
+    """Return the metrics that get an atlas: the ones marked in the registry, and the roles' primary metrics."""
     primary: list[str] = verdicts["primary"].dropna().to_list() if len(verdicts) else []
     names = dict.fromkeys([*shown_in("atlas"), *primary])
     return [name for name in names if name in heads and heads[name].notna().any()]
@@ -133,13 +133,13 @@ def _joined(cells: Sequence[Cell], name: str, models: Sequence[str]) -> pd.DataF
 
 
 def _title(cell: Cell, cells: Sequence[Cell], table: str = "verdicts") -> list[str]:
-    """Return the parts of a cell's file names: model and task, and the id if another cell shares both."""
+    """Return the parts for a cell's file names: model and task, and the id if another cell shares both."""
     alone = sum(other.place == cell.place and table in other.tables for other in cells) == 1
     return [*cell.place] if alone else [*cell.place, cell.record["cell_id"]]
 
 
 def file_name(*parts: str) -> str:
-    """Join parts to a file name with letters that any system allows."""
+    """Join parts into a file name with letters that any system allows."""
     return "_".join(
         "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in part) for part in parts
     )

@@ -1,6 +1,6 @@
-"""One cell's claimed heads as a graph: by role and layer, joined if a later one reads what an earlier one writes.
+"""One cell's claimed heads as a graph, by role and layer; arrows show which later heads read what earlier heads write.
 
-`layout` decides where everything stands, for the figure and for the report's page alike.
+`layout` decides where everything stands, both for the figure and for the report's page.
 """
 
 from collections import defaultdict
@@ -22,12 +22,12 @@ from ovqk.figures.drawing import HALO, MUTED, legible, styled
 from ovqk.figures.verdict_marks import HOLLOW, mark, verdict_legend
 
 STEP = 1.5  # distance between two layers
-INCHES = (0.95, 0.76)  # size of a unit, across and upwards
+INCHES = (0.95, 0.76)  # a unit's size, across and upwards
 CLEARANCE = 0.26  # inches between an arrow and the middle of a head that it passes
 MOST_EDGES = 80
-"""The most arrows that are drawn: the strongest."""
+"""How many arrows are drawn at most; the strongest are kept."""
 WAYS: dict[str, tuple[Any, float]] = {"q": ("-", -0.12), "k": ((0, (5, 2.5)), 0.0), "v": ((0, (1.2, 1.6)), 0.12)}
-"""Kind of composition -> its arrow's dash and bend."""
+"""Composition kind -> its arrow's dash and bend."""
 Spot = tuple[float, float]
 Place = tuple[int, int]
 """Layer and head."""
@@ -35,7 +35,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Node:
-    """A claimed head: its place in the graph, the smallest of its roles, under which it stands, and the others."""
+    """A claimed head: its place in the graph, its smallest role (under which it stands), and its other roles."""
 
     place: Place
     spot: Spot
@@ -90,12 +90,12 @@ class Layout:
         return wording.role(role) + (f" ({self.letters[role]})" if role in self.letters else "")
 
     def beside(self, node: Node) -> str:
-        """Return what stands beside a head of several roles; empty for other heads."""
+        """Return the text beside a head with several roles; empty for other heads."""
         return "also " + ", ".join(self.letters[role] for role in node.also) if node.also else ""
 
 
 def layout(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> Layout:
-    """Return the places of a cell's claimed heads, and of the arrows between them.
+    """Place a cell's claimed heads, and the arrows between them.
 
     Args:
         verdicts: the cell's verdicts.parquet.
@@ -107,7 +107,7 @@ def layout(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> L
     layers = sorted(heads["layer"].unique().tolist())
     size = heads["role"].value_counts()
     home = heads.assign(size=heads["role"].map(size)).sort_values("size", kind="stable")
-    home = home.drop_duplicates(["layer", "head"]).sort_index()  # a head of two roles stands under the smaller
+    home = home.drop_duplicates(["layer", "head"]).sort_index()  # a head with two roles stands under the smaller
     spots, centres, width = _spots(home, names, layers)
     nodes = []
     for row in home.to_dict("records"):
@@ -128,8 +128,8 @@ def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> 
 
     Args:
         verdicts: the cell's verdicts.parquet.
-        composition: the cell's composition.parquet. The higher a pair's score above random, the wider its arrow; pairs
-            that the claims do not name are pale if a column `named` tells them.
+        composition: the cell's composition.parquet. A pair's arrow is wider if its score lies farther above random. If
+            there is a column `named`, pairs that the claims do not name are pale.
     """
     made = layout(verdicts, composition)
     top = (len(made.layers) - 1) * STEP
@@ -147,7 +147,7 @@ def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> 
     for node in made.nodes:
         _draw_node(axes, node)
         if node.also:
-            above = node.place[0] == made.layers[-1]  # no arrow leaves there, and below there is none that arrives
+            above = node.place[0] == made.layers[-1]  # no arrow leaves the top layer, and none arrives below it
             where: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 10, "bbox": HALO}
             where |= {"va": "bottom" if above else "top", "color": MUTED, "zorder": 4}
             axes.annotate(legible(made.beside(node), 60), node.spot, (0, 21 if above else -20), **where)
@@ -163,7 +163,7 @@ def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> 
 def _spots(
     home: pd.DataFrame, roles: Sequence[str], layers: Sequence[int]
 ) -> tuple[dict[Place, Spot], list[float], float]:
-    """Return each head's place, the middle of each role's column, and the width of all columns."""
+    """Return each head's place, the middle of each role's column, and the columns' total width."""
     spots: dict[Place, Spot] = {}
     centres = []
     left = 0.0
@@ -196,7 +196,7 @@ def _edges(spots: Mapping[Place, Spot], composition: pd.DataFrame | None) -> lis
 
 
 def _bent(edges: Sequence[Edge], spots: Mapping[Place, Spot]) -> list[Edge]:
-    """Return the edges, each with a bend of its own with which it passes no other head, if there is one."""
+    """Return the edges, each bent so that it passes no other head, if any bend does."""
     taken: dict[tuple[Place, Place], list[float]] = defaultdict(list)
     made = []
     for edge in edges:
@@ -209,15 +209,15 @@ def _bent(edges: Sequence[Edge], spots: Mapping[Place, Spot]) -> list[Edge]:
 
 
 def middle(start: Spot, end: Spot, bend: float) -> Spot:
-    """Return the point, in inches, that an arrow between two spots is drawn towards: the one of Matplotlib's arc3."""
+    """Return the control point, in inches, of an arrow between two spots, as Matplotlib's arc3 places it."""
     (x, y), (dx, dy) = (start[k] * INCHES[k] for k in (0, 1)), ((end[k] - start[k]) * INCHES[k] for k in (0, 1))
     return x + dx / 2 + bend * dy, y + dy / 2 - bend * dx
 
 
 def clear_bend(start: Spot, end: Spot, bend: float, others: Sequence[Spot], taken: Sequence[float]) -> float:
-    """Return the bend nearest to the wanted one with which an arrow passes no other head, or the best bend there is.
+    """Return the bend nearest to the wanted one at which an arrow passes no other head, or else the best bend.
 
-    Bends that arrows of other kinds between the same heads have are not used again.
+    If arrows of other kinds join the same heads, their bends are not used again.
     """
     turns = (0, 0.12, -0.12, 0.24, -0.24, 0.36, -0.36)
     bends = [bend + turn for turn in turns if all(abs(bend + turn - other) > 0.06 for other in taken)]

@@ -1,4 +1,4 @@
-"""Colours, marks and scales, which figures and the page share; safe for colour-blind readers.
+"""Colours, marks and scales that figures and the page share; safe for colour-blind readers.
 
 Blue and orange are the two ends of a diverging scale, and grey is its centre. Everything that a colour says is repeated
 by a shape, a dash or a label. Categories follow Okabe & Ito (2008); those that would be faint on white are darker.
@@ -23,11 +23,11 @@ DIVERGING = (
 DIVERGING_DARK = (
     "#ffbf80", "#e8944a", "#ad642b", "#64422b", "#33363b", "#2b4a6b", "#3670a8", "#5e9fda", "#a9d4fa",
 )
-"""The same on a dark ground: the centre recedes."""
+"""The same on a dark ground, with a dark centre."""
 CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#b0578d", "#2e97d0", "#b87d00", "#5b5b5b", "#44338f")
 CATEGORIES_DARK = ("#4aa8e8", "#ff8b47", "#2fc99b", "#e08fc0", "#9ad7ff", "#f2b84b", "#a8a8a8", "#a79bf0")
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
-"""Dashes of lines, if there are more lines than categories, in SVG's notation."""
+"""Dashes that tell lines apart if there are more lines than categories, in SVG's notation."""
 MISSING, MISSING_DARK = "#e3e3e3", "#3f4247"
 VERDICT_COLOURS = {
     "corroborated": ("#0b5394", "#6db3f2"),
@@ -38,7 +38,7 @@ VERDICT_COLOURS = {
     "untestable": ("#a5a5a5", "#7d7d7d"),
     "out_of_scope": ("#bcbcbc", "#6b6b6b"),
 }
-"""Verdict -> its colour on a light and on a dark ground, in the order of how much it says."""
+"""Verdict -> its colour on a light and on a dark ground; the verdicts that say most come first."""
 MODES = {"q": ("#0072b2", "#4aa8e8"), "k": ("#d55e00", "#ff8b47"), "v": ("#009e73", "#2fc99b")}
 """Composition into queries, keys and values -> its colour on a light and on a dark ground."""
 ON_PROMPTS = {
@@ -51,7 +51,7 @@ ON_PROMPTS = {
     "out_of_scope": "out_of_scope",
     "not_chosen": "unsupported",
 }
-"""Verdict on prompts -> the verdict of the weights that has the same mark and colour."""
+"""Verdict on prompts -> the verdict from weights that has the same mark and colour."""
 FOUND = {
     "both": ("#0072b2", "#4aa8e8"),
     "measured": ("#d55e00", "#ff8b47"),
@@ -64,7 +64,7 @@ FOUND_MARKERS = {"both": "o", "measured": "D", "claimed": "o", "neither": "o"}
 # fmt: on
 
 RATIO_DOUBLINGS = 4  # a ratio's colours end at 2^4 times its chance level, and at 1 / 2^4
-NARROW = 0.4  # a range of which the values fill less than this part is drawn narrower
+NARROW = 0.4  # if the values fill less than this part of their range, a narrower range is drawn
 NICE = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 
 
@@ -86,8 +86,8 @@ class Scale:
     def of(cls, name: str, values: Iterable[float]) -> "Scale":
         """Choose a metric's scale for these values (nan and infinite ones are ignored).
 
-        A bounded metric keeps its whole range, so that pages and figures can be compared, unless its values fill little
-        of it. The scale diverges about the chance level, or about 0 if the metric may have either sign.
+        A bounded metric keeps its whole range, so that pages and figures can be compared, unless its values fill only a
+        small part. The scale diverges about the chance level, or about 0 if the metric may have either sign.
         """
         metric = METRICS[name]
         finite = [value for value in values if math.isfinite(value)]
@@ -149,7 +149,7 @@ def colour_at(place: float, colours: Sequence[str]) -> str:
 
 
 def is_dark(colour: str) -> bool:
-    """Whether white text is easier to read on a colour than black (relative luminance, WCAG 2)."""
+    """Say whether white text is easier to read on a colour than black (relative luminance, WCAG 2)."""
 
     def linear(channel: int) -> float:
         share = channel / 255

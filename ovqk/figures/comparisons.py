@@ -6,8 +6,8 @@
     comparisons.effects(tables["verdicts"]).savefig("effects.svg")
 
 Tables that hold several cells, as `load_results` returns them, need the columns `model` and `task`; tables for one cell
-(`ovqk.load_table`) do not. Figures of one head are in `ovqk.portraits`. A missing value is shown as unavailable, never
-as zero.
+(`ovqk.load_table`) do not. Figures about one head are in `ovqk.portraits`. A missing value is shown as unavailable,
+never as zero.
 """
 
 import math
@@ -49,9 +49,9 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 @styled
 def verdict_counts(verdicts: pd.DataFrame) -> Figure:
-    """Draw models x tasks: the claimed heads that could be corroborated, by verdict, as a bar of shares with counts.
+    """Draw models x tasks: the claimed heads that could be corroborated, by verdict, as a bar with shares and counts.
 
-    How many could not, whatever their weights, stands below the bar.
+    Below the bar stands how many heads could not be corroborated, whatever their weights.
     """
     _one_cell_each(verdicts, ["model", "task"])
     heads = verdicts[verdicts["kind"] == "head"]
@@ -130,7 +130,7 @@ def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None
     Args:
         heads: heads.parquet for one task, with one cell per model.
         metric: a column of `heads`.
-        verdicts: verdicts.parquet of the same cells, whose heads are marked.
+        verdicts: verdicts.parquet for the same cells; its heads are marked.
 
     Raises:
         KeyError: there is no such metric.
@@ -161,7 +161,7 @@ def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None
 
 
 def wrapped_lines(parts: Iterable[str], most: int) -> list[str]:
-    """Join parts to lines with at most this many letters."""
+    """Join parts into lines with at most this many letters."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 4 + len(part) <= most:

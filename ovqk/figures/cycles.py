@@ -1,7 +1,7 @@
-"""A model on words that form a cycle, by frequency: its embeddings, and each head's OV and keys under them.
+"""A model on words that form a cycle, by frequency: its embeddings, and below them each head's OV and keys.
 
-Bars and rows have one axis: in a model that adds by a few frequencies, as that of Nanda et al. 2023 (arXiv:2301.05217),
-they stand in the same few places.
+Bars and rows share one axis. If a model adds with a few frequencies, as in Nanda et al. 2023 (arXiv:2301.05217), bars
+and rows stand in the same few places.
 """
 
 import math
@@ -18,14 +18,14 @@ from ovqk.figures.drawing import BLUE, INK, MUTED, legible, number, styled
 from ovqk.figures.verdict_marks import mark
 
 MOST_HEADS = 16
-"""Heads that are drawn: those whose keys or OV hold most in one place, if there are more."""
+"""How many heads are drawn; if there are more, those whose keys or OV hold most at one frequency."""
 NAMED = 8
-"""Bars that have their frequency above them, at most: those that hold 95 % of the power."""
+"""How many bars have their frequency above them at most; they are the bars that hold 95 % of the power."""
 
 
 @styled
 def frequencies(powers: pd.DataFrame, cycles: pd.DataFrame, title: str = "") -> Figure:
-    """Draw the power of the embeddings by frequency, and under them that of each head's OV blocks and keys.
+    """Draw the embeddings' power by frequency, and below it the power in each head's OV blocks and keys.
 
     Args:
         powers: `frequencies.parquet`.
@@ -51,7 +51,7 @@ def frequencies(powers: pd.DataFrame, cycles: pd.DataFrame, title: str = "") -> 
 
 
 def _heads(cycles: pd.DataFrame) -> list[tuple[int, int]]:
-    """Return the heads to draw, in order; of many those with the largest share in one place."""
+    """Return the heads to draw, in order; if there are too many, those with the largest share at one frequency."""
     of_heads = cycles[cycles["layer"].notna()]
     most = of_heads.groupby(["layer", "head"], sort=True)["share"].max().fillna(0.0)
     kept = most.nlargest(MOST_HEADS, keep="all").index[:MOST_HEADS]
@@ -87,7 +87,7 @@ def _judged(cycle: pd.DataFrame) -> str:
 
 
 def _rows(axes: Axes, powers: pd.DataFrame, cycles: pd.DataFrame, rows: list[tuple[int, int, str]]) -> None:
-    """Draw a row of cells for each head's OV and keys: the darker, the more power; on the right the verdict."""
+    """Draw a row for each head's OV and keys, in which darker cells have more power; on the right the verdict."""
     n = int(powers["frequency"].max())
     grid = np.full((len(rows), n), math.nan)
     for place, (layer, head, part) in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Metrics along the depth of models: for each model a line through its layers' means, and a dot for every head.
+"""Metrics along models' depth: for each model a line through its layers' means, and a dot for every head.
 
 `depth_curves` draws all metrics in one figure; the report's page holds the same panels one by one (`panels`, `alone`).
 """
@@ -25,8 +25,8 @@ from ovqk.records.comparison import relative_depth
 
 COLUMNS = 3  # panels beside each other
 MOST_TOLD_APART = 12
-"""The most lines that one can still tell apart: with more, single heads are left out, and the page names none."""
-ALONE = (340, 230)  # points of a panel on the page
+"""How many lines a reader can tell apart; with more, single heads are left out, and the page names no line."""
+ALONE = (340, 230)  # a panel's size on the page, in points
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Line:
     """One model in a panel.
 
     Attributes:
-        place: its place among all models, which gives it its colour and dash.
-        depth, means: relative depth of each layer that has a value, and the mean over the layer's heads.
-        dots: relative depth and value of each head.
+        place: its place among all models, which decides its colour and dash.
+        depth, means: for each layer with a value, its relative depth and the mean over its heads.
+        dots: each head's relative depth and value.
     """
 
     place: int
@@ -47,13 +47,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One metric of several models.
+    """One metric on several models.
 
     Attributes:
-        name, title: the metric's name (`summed-METRIC` if it is of a layer's summed W_QK), and its title.
-        limits: the ends of the axis, from `Scale`.
+        name, title: the metric's name (`summed-METRIC` if it is about a layer's summed W_QK), and its title.
+        limits: the axis's ends, from `Scale`.
         signed: whether a line marks zero.
-        of_layers: whether its values are of layers, and no head has one.
+        of_layers: whether layers have its values, and heads have none.
         lines: a line for each model that has the metric.
     """
 
@@ -66,7 +66,7 @@ class Panel:
 
 
 def look(place: int) -> tuple[int, str]:
-    """Return a line's place in `CATEGORIES` and its dash, which is another one whenever the colours run out."""
+    """Return a line's place in `CATEGORIES` and its dash, which changes each time the colours run out."""
     return place % len(CATEGORIES), DASHES[place // len(CATEGORIES) % len(DASHES)]
 
 
@@ -79,14 +79,14 @@ def depth_curves(
 ) -> Figure:
     """Draw metrics against relative depth: for each model a line through its layers' means, and a dot for every head.
 
-    Effective ranks of models whose heads have different dimensions are drawn as shares of these, if they are known.
+    If the models' heads have different dimensions, and these are known, effective ranks are drawn as shares of d_head.
     With more than 12 models, single heads are left out.
 
     Args:
-        heads: heads.parquet of any models, with a column `model`.
-        metrics: columns of `heads`; unless given, those that the registry shows along the depth.
-        d_heads: model -> the dimension of its heads.
-        layers: layers.parquet of the same models, whose summed W_QK is drawn too (Saponati et al. 2025).
+        heads: heads.parquet for any models, with a column `model`.
+        metrics: columns of `heads`; if None, those that the registry shows along the depth.
+        d_heads: model -> its heads' dimension.
+        layers: layers.parquet for the same models; their summed W_QK is drawn too (Saponati et al. 2025).
     """
     made = panels(heads, metrics, d_heads, layers)
     models = list(dict.fromkeys(heads["model"]))
@@ -98,7 +98,7 @@ def depth_curves(
     for k, (axes, panel) in enumerate(zip(spots, made, strict=False)):
         _draw(axes, panel, len(models) <= MOST_TOLD_APART and not panel.of_layers)
         axes.set_title(panel.title)
-        if k + COLUMNS >= len(made):  # the lowest of its column
+        if k + COLUMNS >= len(made):  # the lowest in its column
             axes.set_xlabel("relative depth")
     handles = [Line2D([], [], **_line(place), lw=2.4, marker="o") for place in range(len(models))]
     names = [legible(model) for model in models]
@@ -108,7 +108,7 @@ def depth_curves(
 
 @styled
 def alone(panel: Panel, dots: bool) -> Figure:
-    """Draw one panel without its title and without names; lines have the id `line-PLACE`, heads `dots-PLACE`."""
+    """Draw one panel without title or names; lines have the id `line-PLACE`, heads `dots-PLACE`."""
     figure = Figure(figsize=(ALONE[0] / 72, ALONE[1] / 72))
     axes = figure.add_axes((0.13, 0.175, 0.84, 0.79))
     _draw(axes, panel, dots)
@@ -123,7 +123,7 @@ def panels(
     d_heads: Mapping[str, int] | None = None,
     layers: pd.DataFrame | None = None,
 ) -> list[Panel]:
-    """Return a panel for each metric that a model has; the arguments are those of `depth_curves`."""
+    """Return a panel for each metric that a model has; for the arguments see `depth_curves`."""
     known, models = d_heads or {}, list(dict.fromkeys(heads["model"]))
     differ = len(set(known.values())) > 1 and set(models) <= known.keys()
     found = []
@@ -145,7 +145,7 @@ def panels(
 
 
 def _cells_with(table: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield each model with the rows of its first cell that has the metric."""
+    """Yield each model with the rows from its first cell that has the metric."""
     if metric not in table:
         return
     keys = ["model", "cell_id"] if "cell_id" in table else ["model"]
@@ -175,7 +175,7 @@ def _limits(metric: str, lines: Sequence[Line], shares: bool) -> tuple[float, fl
 
 def _line(place: int) -> dict[str, Any]:
     colour, dash = look(place)
-    parts = [float(part) / 2 for part in dash.split()]  # of a line twice as wide as a point
+    parts = [float(part) / 2 for part in dash.split()]  # in line widths; the line is two points wide
     return {"color": CATEGORIES[colour], "ls": (0, parts) if parts else "-"}
 
 

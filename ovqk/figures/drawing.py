@@ -39,10 +39,10 @@ STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "ovqk", "axes.unicode_minus": True,
 }  # fmt: skip
 STRETCHED_ABOVE = 130
-"""The most offsets of an axis that is not stretched at its start."""
+"""An axis with more offsets than this is stretched at its start."""
 OFFSET_MARKS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
-"""The marks of a stretched one."""
-DECADES = 3  # decades of modulus from the rim of the complex plane to its centre
+"""The marks on a stretched axis."""
+DECADES = 3  # decades of the modulus between the plane's rim and its centre
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -110,7 +110,7 @@ def eigenvalue_plane(
     Args:
         axes: the panel.
         eigenvalues: one head's eigenvalues.
-        ends: the meaning of the left and of the right side.
+        ends: what the left and the right side mean.
         title: the panel's title.
     """
     values = np.asarray(eigenvalues, dtype=complex)
@@ -152,7 +152,7 @@ def clear_way(spots: np.ndarray, rings: Sequence[float]) -> complex:
 
 
 def ratio_gauge(axes: Axes, value: float, quantiles: Mapping[float, float] | None, title: str) -> None:
-    """Draw a ratio on [-1, 1], and 5 to 95 % of its spectrum null (quantile -> value) if there is one."""
+    """Draw a ratio on [-1, 1], and the range from 5 to 95 % under `spectrum` (quantile -> value) if it was drawn."""
     axes.plot([-1, 1], [0, 0], color=LINE, lw=1, zorder=1)
     if quantiles:
         axes.add_patch(Rectangle((quantiles[0.05], -0.3), quantiles[0.95] - quantiles[0.05], 0.6, color=BAND, lw=0))
@@ -203,7 +203,7 @@ def singular_curve(axes: Axes, own: Sequence[float], every: np.ndarray, title: s
 def symmetry_scatter(
     axes: Axes, heads: pd.DataFrame, layer: int, head: int, claimed: Sequence[tuple[int, int]]
 ) -> None:
-    """Draw QK symmetry against the measured positional share, with a dot for each head of the model."""
+    """Draw QK symmetry against the measured positional share, with a dot for each head."""
     x, y = heads["qk_symmetry"], heads["qk_positional_share"]
     places = list(zip(heads["layer"], heads["head"], strict=True))
     shades = [BLUE if place in set(claimed) else MUTED for place in places]
@@ -229,7 +229,7 @@ def symmetry_scatter(
 
 
 def share_bars(axes: Axes, row: Mapping[Any, Any]) -> None:
-    """Draw the shares of the QK score's variance over keys, as bars in groups."""
+    """Draw the shares of the QK score's variance over keys, as grouped bars."""
     known = {name for name, value in row.items() if isinstance(value, float) and math.isfinite(value)}
     parts = next((kind for kind in shares().values() if known & set(chain(*kind.values()))), None)
     title = wording.PANELS["shares"]
@@ -263,7 +263,7 @@ def share_bars(axes: Axes, row: Mapping[Any, Any]) -> None:
 
 
 def offset_line(axes: Axes, offsets: Sequence[int], scores: Sequence[float]) -> None:
-    """Draw the positional part of the mean score by offset, with a mark at the previous token."""
+    """Draw the mean score's positional part by offset, with a mark at the previous token."""
     axes.plot(offsets, scores, "o-" if len(offsets) <= STRETCHED_ABOVE else "-", color=BLUE, ms=3.5, lw=1.8)
     if len(offsets) > STRETCHED_ABOVE:
         axes.set_xscale("symlog", linthresh=4)
@@ -297,8 +297,8 @@ def null_strip(
 
     Args:
         axes: the panel.
-        tests: rows of tests.parquet about one metric of one head or role, in one unit.
-        quantiles: index of a row -> quantile -> value.
+        tests: rows from tests.parquet about one metric for one head or role, in one unit.
+        quantiles: a row's index -> quantile -> value.
         unit: `value`, `rank` or `percentile` (if the value itself is not in the null's unit).
         bounds: the axis's limits.
     """
@@ -408,7 +408,7 @@ ATLAS_WIDTH = 240  # an atlas's width in its figure, in points
 
 
 def _fitting(lines: Sequence[str], width: float) -> float:
-    """Return the font size, at most 10, at which bold capitals fit into a square of this width in points."""
+    """Return the font size, at most 10, at which bold capitals fit into a square this wide, in points."""
     longest = max((len(line) for line in lines), default=1)
     return min(10.0, width / (0.78 * longest), width / (1.15 * max(1, len(lines))))
 

@@ -1,8 +1,8 @@
-"""A figure as an SVG element inside of a page: small, without ids, in the page's fonts and in the colours of its theme.
+"""A figure as an SVG element inside a page: small, without ids, in the page's fonts and its theme's colours.
 
-Matplotlib writes a file: with a font of its own, fixed colours, a style sheet that would reach the whole page, ids that
-other figures use too, and an element for each dot. Here colours become the page's variables (`theme`), dots of one
-series become one path, every mark that is used twice is written out, and an artist's `gid` becomes `data-part`.
+Matplotlib writes a whole file: its own font, fixed colours, a style sheet that would reach the whole page, ids that
+other figures use too, and an element for each dot. Here colours become the page's variables (`theme`), a series' dots
+become one path, every mark that is used twice is written out, and an artist's `gid` becomes `data-part`.
 """
 
 import io
@@ -18,27 +18,27 @@ from ovqk.figures.drawing import FAINT, INK, LINE, MUTED, STYLE
 
 SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 OF_PAGE = {INK: "--ink", MUTED: "--muted", LINE: "--line", FAINT: "--faint", "#ffffff": "--ground"}
-"""Colour of the figures -> the variable of the page's style that is this colour on a light ground."""
+"""A colour in figures -> the variable in the page's style that is this colour on a light ground."""
 OF_FIGURES = {colour: (f"--line-{place}", CATEGORIES_DARK[place]) for place, colour in enumerate(CATEGORIES)}
-"""Colour of a line -> its variable, and its colour on a dark ground."""
+"""A line's colour -> its variable, and its colour on a dark ground."""
 NUMBER = re.compile(r"-?\d+\.\d+")
 COLOUR = re.compile(r"#[0-9a-f]{6}")
 PART = re.compile(r"[a-z]+-\d+")
-"""The form of an artist's id that is kept."""
+"""An artist's id is kept if it has this form."""
 UNUSED = ("font", "stroke-linejoin", "stroke-linecap", "stroke-miterlimit")
 
 
 def theme(dark: bool) -> str:
-    """Return the declarations of the lines' colours for a page's style."""
+    """Return declarations for the lines' colours in a page's style."""
     return " ".join(f"{name}: {other if dark else light};" for light, (name, other) in OF_FIGURES.items())
 
 
 def element(figure: Figure, label: str) -> str:
-    """Return a figure as the text of one `svg` element of class `plot`, 72 pixels for an inch.
+    """Return a figure as the text of one `svg` element with the class `plot`, 72 pixels to the inch.
 
     Args:
-        figure: the figure, whose texts may not be a record's: they become a part of the page's markup.
-        label: a sentence that says what it shows.
+        figure: the figure. Its texts may not come from a record, because they become part of the page's markup.
+        label: a sentence that describes the figure.
     """
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):
@@ -60,7 +60,7 @@ def element(figure: Figure, label: str) -> str:
 
 
 def _drawn(group: ElementTree.Element, defined: dict[str, ElementTree.Element]) -> Iterator[ElementTree.Element]:
-    """Yield what a group draws: paths and texts, and a group of its own for an artist whose id is kept."""
+    """Yield a group's paths and texts, and a separate group for each artist whose id is kept."""
     dots: dict[tuple[str, str], ElementTree.Element] = {}
     for node in group:
         tag = node.tag.removeprefix(SVG)
@@ -107,7 +107,7 @@ def _path(d: str, style: str, transform: str | None = None) -> ElementTree.Eleme
 
 
 def _radius(d: str) -> float | None:
-    """Return the radius of a mark if it is a disc about its place, as Matplotlib draws one: eight arcs."""
+    """Return a mark's radius if it is a disc about its place, which Matplotlib draws as eight arcs."""
     numbers = [abs(float(number)) for number in NUMBER.findall(d)]
     return max(numbers) if d.count("C") == 8 else None
 
@@ -123,12 +123,12 @@ def _style(style: str) -> str:
     if kept.get("fill") == "none":
         del kept["fill"]
     if "stroke" not in kept and "fill" not in kept and "fill: none" not in style:
-        kept["fill"] = INK  # the initial colour of a path
+        kept["fill"] = INK  # a path's initial colour
     return COLOUR.sub(_of_theme, ";".join(f"{name}:{value}" for name, value in kept.items()))
 
 
 def _round(style: str, radius: float) -> str:
-    """Return the style of a path of points whose round ends are discs of this radius."""
+    """Return a style that draws a path's points as round ends, which are discs with this radius."""
     found = _declared(style)
     width = 2 * radius + (float(found.get("stroke-width", 1)) if found.get("stroke", "none") != "none" else 0)
     opacity = f";stroke-opacity:{found['fill-opacity']}" if "fill-opacity" in found else ""
@@ -152,5 +152,5 @@ def _of_theme(match: re.Match[str]) -> str:
 
 
 def _short(number: str) -> str:
-    """Return a number with one decimal, without a zero behind the point."""
+    """Return a number with one decimal, or without it if it is zero."""
     return f"{float(number.removesuffix('pt')):.1f}".removesuffix(".0")

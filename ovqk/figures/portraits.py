@@ -1,11 +1,11 @@
-"""Figures of one head, from its cell's tables. Figures of models beside each other are in `ovqk.figures`.
+"""Figures about one head, from its cell's tables. Figures that compare models are in `ovqk.figures`.
 
     from ovqk.figures import comparisons, portraits
     from ovqk.records import results
     tables = {name: results.load_table(folder, name) for name in portraits.TABLES}
     portraits.sheet(tables, layer=3, head=4).savefig("head.png")
 
-Every function takes a mapping of tables, the layer and the head. If the analysis did not make a table, or a metric has
+Every function takes the tables by name, the layer and the head. If the analysis did not make a table, or a metric has
 no value, the panel says unavailable, and `reasons` (a record's `unavailable`) say why.
 """
 
@@ -54,7 +54,7 @@ def eigenvalues(tables: HeadTables, layer: int, head: int, circuit: str = "ov", 
 
 @styled
 def singular_values(tables: HeadTables, layer: int, head: int, circuit: str = "ov") -> Figure:
-    """Draw sigma_k / sigma_1 of W_OV or W_QK against k, with the middle 90 % and the median of the model's heads."""
+    """Draw W_OV's or W_QK's sigma_k / sigma_1 against k, with the middle 90 % and the median over the model's heads."""
     figure = Figure(figsize=(5.6, 4.4), layout="constrained")
     _singular_values(figure.subplots(), tables, layer, head, circuit)
     return figure
@@ -62,7 +62,7 @@ def singular_values(tables: HeadTables, layer: int, head: int, circuit: str = "o
 
 @styled
 def position_or_content(tables: HeadTables, layer: int, head: int, reasons: Mapping[str, str] | None = None) -> Figure:
-    """Draw QK symmetry beside the measured shares of position, and the mean score by offset."""
+    """Draw QK symmetry beside the measured positional shares, and the mean score by offset."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     _positions(figure.subplots(1, 3), tables, layer, head, reasons or {})
     return figure
@@ -101,10 +101,10 @@ def components(tables: HeadTables, layer: int, head: int, circuit: str = "ov") -
 
 @styled
 def on_prompts(tables: HeadTables, layer: int, head: int, record: Mapping[str, Any]) -> Figure:
-    """Draw what a head does on prompts: attention by token, write by source, effect under both replacements.
+    """Draw a head's behaviour on prompts: attention by token, write by source, effect under both replacements.
 
-    There is a row for each role that the head was claimed or chosen for. Lines are standard errors over clusters of
-    prompts, where there are any; the quantity itself is blue if it decides about the role.
+    There is a row for each role that the head was claimed or chosen for. Lines are standard errors over prompt
+    clusters, if there are any; a quantity is blue if it decides about the role.
 
     Args:
         tables: activations and roles.
@@ -134,7 +134,7 @@ def sheet(
         layer, head: the head.
         title: the sheet's title, such as the model's name.
         reasons: metric -> why it has no value, as in a record's `unavailable`.
-        record: the cell's record, if what the head does on prompts is to be shown.
+        record: the cell's record, if the head's behaviour on prompts is to be shown.
     """
     prompted = [] if record is None else _prompt_rows(tables, layer, head, record)
     strips = _strips(tables, layer, head, None)
@@ -304,7 +304,7 @@ def _partners(panels: Any, tables: HeadTables, layer: int, head: int) -> None:
 
 # --- prompts -------------------------------------------------------------------------------------------------
 
-PROMPT_HEIGHT = 2.9  # inches of a role's row
+PROMPT_HEIGHT = 2.9  # height of a role's row, in inches
 PromptRow = tuple[str, list[tuple[str, list[tuple[str, float, float]], bool]]]
 """A role with its verdict, and its pictures: title, bars (label, value, standard error), whether it decides."""
 
@@ -354,11 +354,11 @@ def _draw_prompts(band: Figure | SubFigure, rows: list[PromptRow]) -> None:
 # --- nulls ---------------------------------------------------------------------------------------------------
 
 Strip = tuple[str, str, pd.DataFrame]
-"""metric, unit, rows of tests.parquet."""
+"""A metric, its null's unit, and rows from tests.parquet."""
 
 
 def _strips(tables: HeadTables, layer: int | None, head: int | None, role: str | None) -> list[Strip]:
-    """Group the tests of a head or role by metric and by the null's unit, one group for each axis."""
+    """Group a head's or role's tests by metric and by the null's unit, one group for each axis."""
     tests = _of(tables.get("tests"), layer, head)
     if not len(tests):
         return []
@@ -390,7 +390,7 @@ def _draw_strips(panels: Any, tables: HeadTables, groups: list[Strip]) -> None:
 
 
 def _quantiles(nulls: pd.DataFrame | None, rows: pd.DataFrame) -> dict[int, dict[float, float]]:
-    """Return row of tests.parquet -> quantile -> value of its null."""
+    """Return row in tests.parquet -> quantile -> its null's value."""
     found: dict[int, dict[float, float]] = {}
     for index, row in rows.iterrows():
         if nulls is not None:
@@ -405,7 +405,7 @@ def _quantiles(nulls: pd.DataFrame | None, rows: pd.DataFrame) -> dict[int, dict
 
 
 def bounds(metric: str, unit: str, values: Iterable[float]) -> tuple[float, float]:
-    """Return the ends of a strip's axis: the metric's range if it has one, and else that of the drawn values."""
+    """Return the ends of a strip's axis: the metric's range if it has one, or else the drawn values' range."""
     facts = HEAD_METRICS.get(metric)
     if unit != "value":
         return 0.0, 1.0
@@ -419,7 +419,7 @@ def bounds(metric: str, unit: str, values: Iterable[float]) -> tuple[float, floa
 
 
 def _components(axes: Axes, tables: HeadTables, layer: int, head: int, circuit: str) -> None:
-    """Draw a table of texts: sigma, then the tokens that each end reads and writes."""
+    """Draw a table with sigma and the tokens that each end reads and writes."""
     rows = _of(tables.get("directions"), layer, head)
     title = f"{circuit.upper()}: tokens of its leading singular components"
     if len(rows):

@@ -1,4 +1,4 @@
-"""Weights against prompts: what all heads could do for a role beside what they do, a panel for each role.
+"""Weights against prompts, a panel for each role: every head's weight metric against its behaviour on prompts.
 
 The functions draw `ovqk.records.on_prompts.Ranking` and compute nothing; claimed and measured heads are named.
 """
@@ -22,19 +22,19 @@ from ovqk.records.on_prompts import Ranking
 COLUMNS = 3
 PANEL = (4.6, 4.4)  # inches
 MARGIN = 0.35  # inches beside a panel that a name may use
-LETTER = (0.105, 0.19)  # inches across and upwards of a letter of a name
+LETTER = (0.105, 0.19)  # a letter's size in a name, in inches across and upwards
 AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
-"""Sides of a dot at which its name may stand, the best first."""
+"""Sides on which a name may stand beside its dot, the best first."""
 FARTHER = tuple((side, up) for up in (1, -1, 2, -2, 3, -3) for side in (1, -1))
-"""Places farther off, at the end of a line: side, and lines of names upwards."""
+"""Places farther off, at the end of a joining line: side, and distance upwards in text lines."""
 
 
 @styled
 def rankings(ranked: Sequence[Ranking], title: str = "") -> Figure:
-    """Draw a panel for each role: a dot for each head, its weight metric across and what it does on prompts upwards.
+    """Draw a panel for each role with a dot for each head: its weight metric across, its quantity on prompts upwards.
 
     Args:
-        ranked: of one cell, from `ovqk.records.on_prompts.rankings`.
+        ranked: one cell's rankings, from `ovqk.records.on_prompts.rankings`.
         title: above all panels, such as the model and the task.
     """
     columns = min(COLUMNS, max(1, len(ranked)))
@@ -58,7 +58,7 @@ def rankings(ranked: Sequence[Ranking], title: str = "") -> Figure:
 
 
 def _look(found: str) -> dict[str, Any]:
-    """Return the mark of a head: its shape says the same as its colour."""
+    """Return a head's mark: its shape says the same as its colour."""
     colour, other = FOUND[found][0], found == "neither"
     face = "white" if found == "claimed" else colour
     size = 5 if other else 8.5
@@ -75,7 +75,7 @@ def _panel(axes: Axes, ranking: Ranking) -> None:
         "\n".join(ranking.says), (0, 1), (0, 7), xycoords="axes fraction",
         textcoords="offset points", fontsize=10.5, color=MUTED, linespacing=1.25,
     )  # fmt: skip
-    said.set_in_layout(False)  # it stands in the room of the title
+    said.set_in_layout(False)  # it stands in the title's room
     axes.set_xlabel("\n".join(ranking.titles), fontsize=11)
     axes.set_ylabel(_broken(legible(ranking.quantity, 90)), fontsize=11)
     if not len(points):
@@ -109,7 +109,7 @@ def _broken(title: str) -> str:
 
 
 def limits(points: pd.DataFrame) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the ends of both axes: those of the values, and a tenth of their range on either side."""
+    """Return both axes' ends: the values' range, widened by a tenth on either side."""
     found = []
     for name in ("weights", "prompts"):
         low, high = float(points[name].min()), float(points[name].max())
@@ -123,12 +123,12 @@ def names_beside(
 ) -> Iterator[tuple[dict[Any, Any], tuple[float, float, bool]]]:
     """Yield each named head's row, the way from its dot to its name, in inches, and whether a line must join them.
 
-    Of the places around the dot it is the one at which the name covers the fewest names and dots.
+    The name stands at the place around the dot where it covers the fewest names and dots.
 
     Args:
         points: all heads that are drawn.
-        room: the size of the panel inside of its axes, in inches.
-        letter: the size of a letter.
+        room: the panel's size inside its axes, in inches.
+        letter: a letter's size.
     """
     named = points[points["found"] != "neither"]
     (left, right), (low, high) = limits(points)
@@ -158,7 +158,7 @@ def names_beside(
 
 
 Box = tuple[float, float, float, float]
-"""Left, right, bottom and top of a name, in inches."""
+"""A name's left, right, bottom and top, in inches."""
 
 
 def _covered(box: Box, dots: np.ndarray, sizes: np.ndarray) -> int:

@@ -3,7 +3,7 @@
     python -m ovqk.published [NAME ...] [--weights FOLDER] [--hub] [--out FILE]
 
 Each row is a published statement about QK or OV weights, computed again by the functions that cells use. Weights are
-looked for in FOLDER, and fetched from the hub only with --hub. NAME chooses rows: a model, or MODEL/STATEMENT.
+looked for in FOLDER, and fetched from the hub only with --hub. NAME chooses rows; it is a model, or MODEL/STATEMENT.
 """
 
 import argparse
@@ -59,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def chosen_statements(names: Sequence[str]) -> list[Statement]:
-    """Return the statements with these names, or of these models; all if none is given.
+    """Return the statements with these names or about these models; all statements if no name is given.
 
     Raises:
-        UserError: a name is of neither.
+        UserError: a name belongs to neither a statement nor a model.
     """
     every = statements()
     models = dict.fromkeys(each.subject.name for each in every)

@@ -1,7 +1,7 @@
-"""One-layer models of addition modulo p, run on all pairs: how they get from two residues to their sum.
+"""One-layer models that add modulo p, run on all pairs: how they get from two residues to their sum.
 
-Gradient symmetricity and distance irrelevance are those of Zhong et al. 2023, arXiv:2306.17844. The models are files of
-TransformerLens names without norms, whose MLP has ReLUs; the answer is read at the last token.
+Gradient symmetricity and distance irrelevance are defined as in Zhong et al. 2023, arXiv:2306.17844. The models are
+files with TransformerLens names; they have no norms, and their MLP has ReLUs. The answer is read at the last token.
 """
 
 import itertools
@@ -16,12 +16,12 @@ from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.errors import UserError
 
 AT_ONCE = 4096
-"""Inputs that run together."""
+"""How many inputs run together."""
 NEEDED = ("attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_in", "mlp.b_in", "mlp.W_out", "mlp.b_out")
 
 
 class OneBlock:
-    """A block of attention and a ReLU MLP, without norms, between embedding and unembedding; float64.
+    """One attention layer and a ReLU MLP, without norms, between embedding and unembedding; float64.
 
     Attributes:
         attention_rate: the share of learned attention; the rest is 1 for every key (Zhong et al. 2023: 1 is an ordinary
@@ -56,7 +56,7 @@ class OneBlock:
         self.b_U = checkpoint.tensor("unembed.b_U").double() if "unembed.b_U" in checkpoint else self.W_U.new_zeros(())
 
     def logits(self, rows: Float[Tensor, "input position d_model"]) -> Float[Tensor, "input token"]:
-        """Return the logits at the last position for rows of the embedding, positions not yet added."""
+        """Return the logits at the last position for embedding rows to which positions are not yet added."""
         x = rows + self.W_pos[: rows.shape[1]]
         biases = self.biases
         query = torch.einsum("id,hdz->ihz", x[:, -1], self.W_Q) + biases["b_Q"]
@@ -71,14 +71,14 @@ class OneBlock:
 
 
 def inputs(pairs: Int[Tensor, "input two"], query: int | None) -> Int[Tensor, "input position"]:
-    """Return token ids for pairs of residues, and behind them the token that the answer is read at, if there is one."""
+    """Return token ids for pairs of residues, followed by the token at which the answer is read, if there is one."""
     if query is None:
         return pairs
     return torch.cat([pairs, torch.full((len(pairs), 1), query)], 1)
 
 
 def logits_of_pairs(block: OneBlock, p: int, query: int | None = None) -> Float[Tensor, "a b residue"]:
-    """Return the logits of the p residues for all pairs of residues.
+    """Return the p residues' logits for all pairs of residues.
 
     Raises:
         UserError: the model has fewer tokens than residues.
@@ -92,7 +92,7 @@ def logits_of_pairs(block: OneBlock, p: int, query: int | None = None) -> Float[
 
 
 def accuracy(logits: Float[Tensor, "a b residue"]) -> float:
-    """Return the share of pairs whose largest logit is that of (a + b) mod p, in [0, 1]."""
+    """Return the share of pairs for which (a + b) mod p has the largest logit, in [0, 1]."""
     p = len(logits)
     a = torch.arange(p)
     return float((logits.argmax(-1) == (a[:, None] + a) % p).double().mean())
@@ -101,9 +101,9 @@ def accuracy(logits: Float[Tensor, "a b residue"]) -> float:
 def distance_irrelevance(logits: Float[Tensor, "a b residue"]) -> float:
     """Return how little the right answer's logit depends on a - b, in [0, 1]; Zhong et al. 2023.
 
-    With the logits of (a + b) mod p in a matrix over a + b and a - b: the mean over a - b of the standard deviation
-    over a + b, divided by the standard deviation of the whole matrix. p is odd, so that each place is taken once. A
-    constant matrix has nan.
+    Put the logits for (a + b) mod p in a matrix over a + b and a - b. Take the standard deviation over a + b, average
+    it over a - b, and divide by the whole matrix's standard deviation. p is odd, so that each place is taken once. The
+    result is nan if the matrix is constant.
     """
     p = len(logits)
     a = torch.arange(p)
@@ -118,12 +118,12 @@ def distance_irrelevance(logits: Float[Tensor, "a b residue"]) -> float:
 def gradient_symmetricity(block: OneBlock, triples: Sequence[tuple[int, int, int]], query: int | None = None) -> float:
     """Return the mean cosine of a logit's gradients with respect to both summands' embeddings; Zhong et al. 2023.
 
-    In [-1, 1]: 1 if the model treats the sum of the two embeddings alone.
+    It lies in [-1, 1], and is 1 if the model uses only the two embeddings' sum.
 
     Args:
         block: the model.
-        triples: (a, b, c): the logit of c for the input a, b.
-        query: the token behind a and b that the answer is read at, if there is one.
+        triples: (a, b, c): the logit for c on the input a, b.
+        query: the token after a and b at which the answer is read, if there is one.
     """
     cosines = []
     for some in torch.tensor(list(triples)).split(AT_ONCE):
@@ -135,10 +135,10 @@ def gradient_symmetricity(block: OneBlock, triples: Sequence[tuple[int, int, int
 
 
 def every_triple(p: int) -> list[tuple[int, int, int]]:
-    """Return all (a, b, c) of residues, in order."""
+    """Return all triples of residues (a, b, c), in order."""
     return list(itertools.product(range(p), repeat=3))  # type: ignore[arg-type]
 
 
 def drawn_triples(p: int, count: int, seed: int) -> list[tuple[int, int, int]]:
-    """Draw (a, b, c) without replacement, by Python's generator: a sample that others can draw too."""
+    """Draw (a, b, c) without replacement, with Python's generator, so that others can draw the same sample."""
     return random.Random(seed).sample(every_triple(p), count)

@@ -1,4 +1,4 @@
-"""The rows of the table of published statements, as the terminal prints them."""
+"""Rows in the table of published statements, as the terminal prints them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def print_row(row: Row) -> None:
 
 
 def print_totals(rows: Sequence[Row], out: Path) -> None:
-    """Print how many rows came out, and where the table is."""
+    """Print how many rows agree, and where the table is."""
     counts = Counter(row.result for row in rows)
     told = ", ".join(f"{counts[result]} {result}" for result in ("reproduced", "differs", "not runnable here"))
     print(f"{len(rows)} statements: {told}\ntable: {out}")

@@ -1,4 +1,4 @@
-"""The quantities of published statements, by name: each is computed from a model by the functions that cells use."""
+"""The quantities in published statements, by name: each is computed from a model by the functions that cells use."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +34,8 @@ class Opened:
     """A model that is opened when a quantity first asks for it.
 
     Attributes:
-        place: a path, or a name of conf/model or of the hub.
-        choices: further choices to open it with.
+        place: a path, or a name in conf/model or on the hub.
+        choices: further choices with which it is opened.
     """
 
     place: str | Path
@@ -53,7 +53,7 @@ class Opened:
 
     @cached_property
     def circuits(self) -> list[LayerCircuits]:
-        """Both circuits of all heads, layer by layer, as compositions read them."""
+        """All heads' QK and OV circuits, layer by layer, as compositions read them."""
         found = []
         for index in range(self.model.architecture.n_layers):
             layer = Layer(self.model, index)
@@ -66,7 +66,7 @@ class Opened:
         return {}
 
     def cell(self, task: str, analysis: str) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
-        """Compute a cell of the model into a folder that is thrown away, and return its record and its tables."""
+        """Compute a cell on the model in a temporary folder, and return its record and its tables."""
         if (task, analysis) not in self._cells:
             with tempfile.TemporaryDirectory() as folder:
                 config = library.composed(
@@ -85,16 +85,16 @@ class Opened:
 
 
 def replace_folder(config: Config, folder: str) -> Config:
-    """Return a cell's choice with other results and nothing in the user's cache."""
+    """Return a cell's choice with another results folder, and with nothing in the user's cache."""
     return replace(config, results_dir=folder, cache=False)
 
 
 QUANTITIES: dict[str, Callable[..., Found]] = {}
-"""Name -> function of an opened model and a statement's options."""
+"""Name -> function that takes an opened model and a statement's options."""
 
 
 def quantity(function: Callable[..., Found]) -> Callable[..., Found]:
-    """Register a function by its name."""
+    """Register a function under its name."""
     QUANTITIES[function.__name__] = function
     return function
 
@@ -112,10 +112,10 @@ def compute(name: str, opened: Opened, options: Mapping[str, Any]) -> Found:
 
 
 def _check_heads(opened: Opened, options: Mapping[str, Any]) -> None:
-    """Refuse heads that the model does not have: its folder holds another model.
+    """Refuse heads that the model does not have, which means that its folder holds another model.
 
     Raises:
-        UserError: it holds one.
+        UserError: the model lacks such a head.
     """
     named = [name for key in ("head", "sender", "receiver") for name in str(options.get(key, "")).split()]
     named += [name for name in options.get("heads") or () if isinstance(name, str)]
@@ -129,7 +129,7 @@ def _check_heads(opened: Opened, options: Mapping[str, Any]) -> None:
 
 
 def head_of(name: str) -> Head:
-    """Return (layer, head) of "4.11"."""
+    """Return (layer, head) for "4.11"."""
     layer, _, head = name.partition(".")
     return int(layer), int(head)
 
@@ -139,7 +139,7 @@ def head_of(name: str) -> Head:
 
 @quantity
 def layer_median(opened: Opened, column: str, sign: int = 1) -> float:
-    """Return the median over layers of a column of layers.parquet, times `sign`."""
+    """Return a column's median over layers in layers.parquet, times `sign`."""
     model = opened.model
     rows = [layer_row(Layer(model, index)) for index in range(model.architecture.n_layers)]
     return sign * float(pd.concat(rows)[column].median())
@@ -147,7 +147,7 @@ def layer_median(opened: Opened, column: str, sign: int = 1) -> float:
 
 @quantity
 def composition_rank(opened: Opened, mode: Mode, sender: str, receiver: str) -> float:
-    """Return a sender's rank among all heads of the layers before the receiver, 1 for the strongest; ties count."""
+    """Return a sender's rank among all heads in layers before the receiver, 1 for the strongest; ties count."""
     (layer, head), (to_layer, to_head) = head_of(sender), head_of(receiver)
     scores = composition.received(opened.circuits[: to_layer + 1], to_layer, mode, [to_head])[..., 0]
     own = scores[layer, head]
@@ -159,13 +159,13 @@ def composition_rank(opened: Opened, mode: Mode, sender: str, receiver: str) -> 
 
 @quantity
 def least_copying(opened: Opened, heads: Sequence[str]) -> float:
-    """Return the smallest `ov_copying` of some heads."""
+    """Return the smallest `ov_copying` among some heads."""
     return min(opened.library.head(*head_of(name)).ov.copying for name in heads)
 
 
 @quantity
 def cell_heads(opened: Opened, task: str, metric: str, reduce: str, heads: Sequence[str] | None = None) -> float:
-    """Return the least or mean value of a metric in a cell's heads.parquet, over some heads or all."""
+    """Return a metric's least or mean value in a cell's heads.parquet, over some heads or all."""
     record, tables = opened.cell(task, str(METRICS[metric].circuit))
     if metric in record["unavailable"]:
         raise UserError(f"{metric}: {record['unavailable'][metric]}.")
@@ -177,7 +177,7 @@ def cell_heads(opened: Opened, task: str, metric: str, reduce: str, heads: Seque
 
 @quantity
 def cell_rank(opened: Opened, task: str, metric: str, head: str) -> float:
-    """Return a head's rank among all heads by a metric in a cell's heads.parquet, 1 for the largest; ties count."""
+    """Rank a head among all heads by a metric in a cell's heads.parquet, 1 for the largest; ties count."""
     record, tables = opened.cell(task, str(METRICS[metric].circuit))
     if metric in record["unavailable"]:
         raise UserError(f"{metric}: {record['unavailable'][metric]}.")
@@ -193,12 +193,12 @@ def diagonal(
 
     Args:
         opened: the model.
-        head: "10.7"; of several, "1.4 1.10", the sum of their circuits.
+        head: "10.7"; if there are several, as in "1.4 1.10", their circuits are summed.
         circuit: `ov`, or `qk` with the unembedding's columns as queries.
         rows: the rows that heads read: `token` for the embedding, or `mlp0` for what block 0's MLP writes; both
             normalised as the layer's norm does.
         highest: how many places from the largest entry count.
-        lowest: how many from the smallest; below 1, a share of all tokens.
+        lowest: how many places from the smallest entry count; if it is below 1, a share of all tokens.
     """
     model = opened.model
     vocabulary, architecture = model.vocabulary, model.architecture
@@ -249,9 +249,9 @@ def embedding_frequencies(opened: Opened, modulus: int, first: int = 0) -> froze
 def frequency_share(
     opened: Opened, modulus: int, frequencies: Sequence[int], first: int = 0, constant: bool = False
 ) -> float:
-    """Return the share of the embedding's power at some frequencies together, in [0, 1].
+    """Return the share of the embedding's power that some frequencies hold together, in [0, 1].
 
-    It is of all power but that of frequency 0, or of that too with `constant`.
+    The power at frequency 0 is left out of the whole, unless `constant` is set.
     """
     share = float(_embedding_power(opened, modulus, first)[torch.tensor(list(frequencies)) - 1].sum())
     if not constant or opened.model.vocabulary is None:
@@ -266,7 +266,7 @@ def _block(opened: Opened, attention_rate: float) -> one_block.OneBlock:
 
 @quantity
 def addition_accuracy(opened: Opened, modulus: int, attention_rate: float, query: int | None = None) -> float:
-    """Return the share of all pairs that are added rightly, in percent."""
+    """Return the share of all pairs that are added correctly, in percent."""
     return 100 * one_block.accuracy(one_block.logits_of_pairs(_block(opened, attention_rate), modulus, query))
 
 
@@ -295,7 +295,7 @@ def gradient_symmetricity(
 
 @quantity
 def on_prompts(opened: Opened, task: str, key: str, scale: int | float = 1) -> float:
-    """Return accuracy or mean logit difference over a task's prompts, both halves of them."""
+    """Return accuracy or mean logit difference over all of a task's prompts, from both halves."""
     record, _ = opened.cell(task, "activations")
     halves = _told(record)["halves"].values()
     return scale * float(np.average([half[key] for half in halves], weights=[half["prompts"] for half in halves]))
@@ -303,7 +303,7 @@ def on_prompts(opened: Opened, task: str, key: str, scale: int | float = 1) -> f
 
 @quantity
 def attention_on_prompts(opened: Opened, task: str, role: str, heads: Sequence[str], column: str, reduce: str) -> float:
-    """Return the mean or least of a column of activations.parquet over some heads of a role, both halves averaged."""
+    """Return a column's mean or least value in activations.parquet over some heads in a role, both halves averaged."""
     record, tables = opened.cell(task, "activations")
     _told(record)
     rows = tables["activations"]

@@ -1,4 +1,4 @@
-"""Statements of publications as data: `statements.yaml`, read and checked."""
+"""Published statements as data: `statements.yaml`, read and checked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ FILE = Path(__file__).with_name("statements.yaml")
 Relation = Literal["equals", "above", "below", "set"]
 """How a value is compared with the published one: within its rounding, as a bound, or as a set of integers."""
 Kind = Literal["published", "checked"]
-"""`published`: a publication says so. `checked`: none does, and a separate script computed it from the same weights."""
+"""`published` if a publication says so; `checked` if none does and a separate script computed it from the weights."""
 Needs = Literal["attention", "embedding", "unembedding", "block0", "forward pass"]
 
 
@@ -24,10 +24,10 @@ class Subject:
     """A model that statements are about.
 
     Attributes:
-        name: as statements call it.
+        name: its name in statements.
         choice: its file in conf/model, for the hub; None if ovqk knows no place on the hub.
-        local: files or folders below the folder of local weights, the first that is there counts.
-        choices: further choices to open it with, such as `model.causal=false`.
+        local: files or folders below the local weights folder; the first that exists counts.
+        choices: further choices with which it is opened, such as `model.causal=false`.
         origin: where its weights come from, for readers.
     """
 
@@ -47,14 +47,14 @@ class Statement:
         subject: the model.
         quantity: the title.
         definition: the formula in words.
-        value: as printed by the source; its last digit decides the tolerance.
+        value: the value as the source prints it; its last digit decides the tolerance.
         relation: how ours is compared with it.
         source, place: the publication, and the section or table in it; the place is empty if it was not looked up.
         kind: whether a publication says so.
-        needs: parts of the model that it takes.
-        function: a name of `quantities.QUANTITIES`; None if ovqk does not compute it.
+        needs: the model parts that it takes.
+        function: a name in `quantities.QUANTITIES`; None if ovqk does not compute it.
         options: the function's arguments.
-        reason: why ovqk does not compute it, or not as the source does.
+        reason: why ovqk does not compute it, or computes it in another way than the source.
         spread: a standard error that the source states, in place of the rounding; None if it states none.
     """
 
@@ -82,19 +82,19 @@ class Statement:
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """The published value as a number, or the members of a set."""
+        """The published value as a number, or a set's members."""
         return tuple(float(part) for part in self.value.split())
 
 
 def half_a_unit(value: str) -> float:
-    """Return half a unit of the last digit of a number as printed: 0.005 for "0.15", 0.5 for "3"."""
+    """Return half a unit of a printed number's last digit: 0.005 for "0.15", 0.5 for "3"."""
     exponent = Decimal(value).as_tuple().exponent
     return float(Decimal(5).scaleb(int(exponent) - 1))
 
 
 @cache
 def statements() -> tuple[Statement, ...]:
-    """Return all statements, in the order of the file."""
+    """Return all statements, in the file's order."""
     return read_statements(yaml.safe_load(FILE.read_text(encoding="utf-8")))
 
 
@@ -102,7 +102,7 @@ def read_statements(data: Mapping[str, Any]) -> tuple[Statement, ...]:
     """Return the statements that a file holds.
 
     Raises:
-        UserError: an entry is mistaken; the message names it.
+        UserError: an entry is wrong; the message names it.
     """
     subjects = {name: _subject(name, each) for name, each in data["models"].items()}
     found: list[Statement] = []

@@ -15,16 +15,16 @@ from ovqk.published.statements import Statement
 
 Outcome = Literal["reproduced", "differs", "not runnable here"]
 ROUNDING = 1e-9
-"""What a value may lie beyond its tolerance, for binary fractions."""
+"""How far a value may lie beyond its tolerance, because fractions are binary."""
 HUB = "weights are not here: name their folder with --weights, or add --hub to fetch them"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One statement and what came of it.
+    """One statement and its result.
 
     Attributes:
-        value: ovqk's; None if it could not be computed.
+        value: ovqk's value; None if it could not be computed.
         result: whether it agrees with the published one.
         reason: why not, if it could not be computed or is not computed as the source does.
         weights: where the weights came from: below the local folder, or `hub`; empty if nothing was computed.
@@ -38,7 +38,7 @@ class Row:
 
 
 class Places:
-    """Where models are found: below a folder of local weights, else on the hub if that is allowed."""
+    """Where models are found: below a local weights folder, else on the hub if that is allowed."""
 
     def __init__(self, weights: Path | None, hub: bool) -> None:
         """Take the folder, and whether weights may be fetched.
@@ -74,10 +74,10 @@ class Places:
 
 
 def rows(statements: Iterable[Statement], places: Places, told: Callable[[Row], None] = lambda row: None) -> list[Row]:
-    """Compute every statement that can be, model by model, and return them in their own order.
+    """Compute every statement that can be computed, model by model, and return the rows in the statements' order.
 
     Args:
-        statements: those to compute.
+        statements: the statements to compute.
         places: where their models are.
         told: takes each row when it is made.
     """
@@ -106,14 +106,14 @@ def row(statement: Statement, places: Places) -> Row:
 
 
 TITLES = {"block0": "first MLP"}
-"""Parts of a model as messages name them."""
+"""Model parts as messages name them."""
 
 
 def lacking(statement: Statement, opened: Opened, weights: str) -> None:
     """Refuse a model that lacks a part which the statement needs.
 
     Raises:
-        UserError: it does, and which.
+        UserError: the model lacks a part; the message names it.
     """
     model = opened.model
     vocabulary = model.vocabulary
@@ -128,7 +128,7 @@ def lacking(statement: Statement, opened: Opened, weights: str) -> None:
 
 
 def agrees(statement: Statement, value: Found) -> bool:
-    """Whether a value is the published one, as the statement's relation says."""
+    """Say whether a value is the published one, as the statement's relation says."""
     if statement.relation == "set" or isinstance(value, frozenset):
         return value == frozenset(int(each) for each in statement.numbers)
     (published,) = statement.numbers
@@ -141,7 +141,7 @@ def agrees(statement: Statement, value: Found) -> bool:
 
 
 def printed(row: Row) -> str:
-    """Return ovqk's value, with one digit more than the published one; empty without a value."""
+    """Return ovqk's value, with one digit more than the published one; empty if there is no value."""
     if row.value is None:
         return ""
     if isinstance(row.value, frozenset):

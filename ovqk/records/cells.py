@@ -1,4 +1,4 @@
-"""The finished cells of a results folder, read into memory, and labels that tell them apart."""
+"""The finished cells in a results folder, read into memory, and labels that tell them apart."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ ANALYSES = (
     "qk",
     "ov",
     "composition",
-)  # in the order in which several cells of one model and task are shown
+)  # several cells with the same model and task are shown in this order
 TABLES = (
     "heads",
     "layers",
@@ -47,7 +47,7 @@ class Cell:
     """One finished cell.
 
     Attributes:
-        folder: the folder of its results.
+        folder: its results folder.
         record: its record.json.
         tables: name -> table.
         prints: name -> a table's fingerprint, once it is computed.
@@ -60,7 +60,7 @@ class Cell:
 
     @property
     def place(self) -> tuple[str, str]:
-        """The names of model and task."""
+        """The model's name and the task's."""
         return self.record["model"], self.record["task"]
 
     @property
@@ -70,7 +70,7 @@ class Cell:
 
     @property
     def d_head(self) -> int | None:
-        """The dimension of its heads, as many as a circuit has singular values; None if the cell keeps no spectra."""
+        """Its heads' dimension, which is a circuit's number of singular values; None if the cell keeps no spectra."""
         spectra = self.tables.get("spectra")
         if spectra is None or not len(spectra):
             return None
@@ -83,11 +83,11 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """The digest of the weights' files."""
+        """The digest over the weights' files."""
         return str(self.record["provenance"].get("weights_digest"))
 
     def print_of(self, name: str) -> tuple[str, int]:
-        """Return a table's fingerprint. Cells with the same weights mostly share it, and then it is thinned once."""
+        """Return a table's fingerprint. If cells share it, as most with the same weights do, it is thinned once."""
         if name not in self.prints:
             self.prints[name] = int(pd.util.hash_pandas_object(self.tables[name], index=False).sum())
         return self.weights, self.prints[name]
@@ -113,7 +113,7 @@ class Failure:
 
 
 def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
-    """Read the cells of a results folder.
+    """Read the cells in a results folder.
 
     Returns:
         The finished cells, and those that failed or whose files cannot be read.
@@ -134,7 +134,7 @@ def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
             continue
         try:
             tables = {table: found for table in TABLES if (found := load_table(folder, table)) is not None}
-        except Exception as error:  # pyarrow has many names for a file that is none
+        except Exception as error:  # pyarrow raises many kinds of errors for a file that is not Parquet
             failures.append(Failure(**name, error=f"a table cannot be read ({type(error).__name__})"))
             continue
         cells.append(Cell(folder, record, tables))

@@ -1,6 +1,6 @@
 """Models side by side, from their records: by role, and by relative depth.
 
-Layers of different models are compared by their relative depth: 0 is the first layer, 1 the last.
+Layers in different models are compared by their relative depth: 0 is the first layer, 1 the last.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def roles(folders: Iterable[Path]) -> pd.DataFrame:
     Columns:
         model, task, analysis: the cell's choice.
         cell: text that tells the cell from others with the same choice (`differences`).
-        role, heads, depth: the role, the number of its heads, and their mean relative depth.
+        role, heads, depth: the role, how many heads it has, and their mean relative depth.
         primary, effect, p, verdict: the primary metric, its AUC within layers, p, and the role's verdict.
         of_its_heads: verdict -> number of heads.
         on_prompts: verdict on prompts -> number of heads; only if a cell ran its model.
@@ -72,8 +72,8 @@ def roles(folders: Iterable[Path]) -> pd.DataFrame:
 def differences(records: Sequence[dict[str, Any]]) -> list[str]:
     """Return text, such as `seed=1`, that tells each cell from others with its model, task and analysis.
 
-    It is empty if there are no others. Everything that a cell's numbers depend on is compared. Long values are shown as
-    eight digits of their hash.
+    It is empty if there are no others. Everything that a cell's numbers depend on is compared. A long value is shown by
+    eight digits from its hash.
     """
     places = [tuple(record[key] for key in ("model", "task", "analysis")) for record in records]
     choices = [_flat(record["provenance"].get("identity", {})) for record in records]
@@ -131,7 +131,7 @@ def depths(folders: Iterable[Path]) -> pd.DataFrame:
 
 
 def _d_head(folder: Path) -> float:
-    """Return the largest number of singular values that a head has in this cell; nan without spectra."""
+    """Return the largest number of singular values that a head has in this cell; nan if it keeps no spectra."""
     spectra = load_table(folder, "spectra")
     if spectra is None:
         return math.nan
@@ -139,10 +139,10 @@ def _d_head(folder: Path) -> float:
 
 
 def quarter_means(heads: pd.DataFrame, n_layers: int) -> pd.DataFrame:
-    """Average each metric that is shown along the depth, over the heads in each quarter of it.
+    """Average each metric that is shown along the depth, over the heads in each quarter of the depth.
 
     Returns:
-        One row for each of QUARTERS (nan for a quarter without layers), one column for each metric that has values.
+        One row for each of the QUARTERS (nan for a quarter without layers), one column for each metric with values.
     """
     there = [name for name in shown_in("depth") if name in heads and heads[name].notna().any()]
     depth = relative_depth(heads["layer"], n_layers)
@@ -154,7 +154,8 @@ def quarter_means(heads: pd.DataFrame, n_layers: int) -> pd.DataFrame:
 def could_be_corroborated(verdicts: pd.DataFrame) -> pd.Series:
     """Say, for each row of verdicts.parquet, whether other weights could have corroborated its claim.
 
-    Not if no null decides about it, nor if the one that is weakest for it could not be significant, whatever the value.
+    They could not if no null decides about it, or if the null that is weakest for it could not be significant, whatever
+    the value.
     """
     decided = ~verdicts["verdict"].isin(["untestable", "out_of_scope"])
     powerless = verdicts["min_q"].ge(ALPHA) if "min_q" in verdicts else False

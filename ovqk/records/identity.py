@@ -1,7 +1,8 @@
 """A cell's identity: everything that its numbers depend on, and nothing else.
 
-Two cells with the same id have the same tables. On one machine with one number of threads they are equal to the byte.
-On other machines, devices or numbers of threads they differ by rounding (docs/performance.md says by how much).
+Two cells with the same id have the same tables. They are equal to the byte on one machine with the same number of
+threads. If the machine, the device or the number of threads differs, they differ by rounding (docs/performance.md says
+by how much).
 """
 
 import hashlib
@@ -19,12 +20,12 @@ def identity(config: Config, digest: str) -> dict[str, Any]:
 
     Args:
         config: the resolved cell.
-        digest: the digest of the checkpoint's weights, config and tokenizer.
+        digest: the digest over the checkpoint's weights, config and tokenizer.
     """
     model, activations = plain(config.model), plain(config.activations)
     activations.pop("batch")  # no number depends on it
     analysis = plain(config.analysis)
-    if not analysis["diagonals"]:  # cells that were computed before there was this choice keep their id
+    if not analysis["diagonals"]:  # so cells that were computed before this choice existed keep their id
         analysis.pop("diagonals")
     task = plain(config.task)
     for claims in task["claims"].values():  # for readers

@@ -1,4 +1,4 @@
-"""A warning if a folder's file locks do not reach other machines, judged by the mount of its file system (Linux).
+"""A warning if a folder's file locks do not reach other machines, judged by its file system's mount (Linux).
 
 Some mounts grant locks that only this machine sees: NFS with `nolock` or `local_lock=flock` or `all` (nfs(5)), Lustre
 with `localflock` (mount.lustre(8)), CIFS with `nobrl` (mount.cifs(8)). Two machines would then compute the same cell.
@@ -15,7 +15,7 @@ ALONE = {
     "cifs": ("nobrl",),
     "smb3": ("nobrl",),
 }
-"""File system -> mount options with which locks stay on this machine."""
+"""File system -> mount options that keep locks on this machine."""
 
 
 def warning(folder: Path, mounts: str | None = None) -> str | None:
@@ -23,7 +23,7 @@ def warning(folder: Path, mounts: str | None = None) -> str | None:
 
     Args:
         folder: the results folder.
-        mounts: the text of /proc/self/mountinfo; this machine's unless given.
+        mounts: the text in /proc/self/mountinfo; this machine's if None.
     """
     if mounts is None:
         try:

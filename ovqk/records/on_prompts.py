@@ -36,14 +36,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ranking:
-    """A role's weight metric beside its quantity on prompts, for all heads.
+    """A role's weight metric and its quantity on prompts, for all heads.
 
     Attributes:
         role: the role.
         metric: the weights' metric.
         first_layer: the metric that replaces it in layer 0; None if it is the same.
         direction: the prediction's direction, `high` or `low`.
-        quantity: the title of the quantity on prompts.
+        quantity: the title for the quantity on prompts.
         points: a row for each head: layer, head, weights, prompts, found (a key of `wording.FOUND`).
         statistics: the columns STATISTICS of joint.parquet.
     """
@@ -58,7 +58,7 @@ class Ranking:
 
     @property
     def titles(self) -> list[str]:
-        """The weight metric's title with its predicted sign, and the title of the first layer's metric."""
+        """The weight metric's title with its predicted sign, and the first layer's metric's title."""
         first = [f"(layer 0: {wording.metric(self.first_layer)})"] if self.first_layer else []
         return [wording.predicted(self.metric, self.direction), *first]
 
@@ -96,7 +96,7 @@ def rankings(record: Json, tables: Mapping[str, pd.DataFrame]) -> list[Ranking]:
 
 
 def joint_rows(joint: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """Return the rows of joint.parquet about heads (`head`) or roles (`role`), with all columns that are read here."""
+    """Return joint.parquet's rows about heads (`head`) or roles (`role`), with all columns that are read here."""
     whole = joint.reindex(columns=list(dict.fromkeys([*JOINT, *joint.columns])))
     return whole[whole["kind"] == kind]
 
@@ -137,7 +137,7 @@ def _testing(activations: pd.DataFrame, role: str) -> pd.DataFrame:
 
 
 def _quantity(name: str, choice: Json, rows: pd.DataFrame) -> tuple[str, np.ndarray]:
-    """Return the ranking quantity's title and values: a write times its sign, or attention less its control."""
+    """Return the ranking quantity's title and values: a write times its sign, or attention minus its control."""
     values = rows[name].to_numpy(float)
     if name == "write":
         write = choice["write"]
@@ -151,7 +151,7 @@ def _quantity(name: str, choice: Json, rows: pd.DataFrame) -> tuple[str, np.ndar
 
 
 def _labels(choice: Json) -> dict[str, str]:
-    """Return a role's labels, and the quantity that its effect is measured on, for the titles in `wording`."""
+    """Return a role's labels, and the quantity on which its effect is measured, for the titles in `wording`."""
     attention, write, effect = (choice.get(kind) or {} for kind in ("attention", "write", "effect"))
     into = f"{wording.role(effect['into'])} heads' attention" if effect.get("into") else "the logit difference"
     given = f" without {wording.role(effect['given'])} heads" if effect.get("given") else ""
@@ -241,9 +241,10 @@ class HeadEffect(NamedTuple):
 
 
 def largest_effects(record: Json, activations: pd.DataFrame, roles: pd.DataFrame) -> dict[str, list[HeadEffect]]:
-    """Return query -> the heads of largest effect on the logit difference there, whatever their role, largest first.
+    """Return query -> the heads with the largest effects on the logit difference there, whatever their role.
 
-    Only significant effects of heads that were replaced count, on the testing half, at most `MOST_EFFECTS`.
+    The largest effect comes first. Effects count if the head was replaced and they are significant on the testing half;
+    at most `MOST_EFFECTS` are returned.
     """
     own: dict[tuple[int, int], list[str]] = {}
     for row in roles.to_dict("records"):
@@ -270,14 +271,14 @@ def largest_effects(record: Json, activations: pd.DataFrame, roles: pd.DataFrame
 
 
 def outdone_roles(joint: pd.DataFrame) -> dict[str, float]:
-    """Return role -> p, for roles whose heads together could stand out of other heads, and do not."""
+    """Return role -> p, for roles whose heads together could stand out among other heads, and do not."""
     rows = joint_rows(joint, "role").reindex(columns=["role", "peers_p", "peers_min_p"])
     rows = rows[(rows["peers_min_p"] <= ALPHA) & (rows["peers_p"] > ALPHA)]
     return {str(role): float(p) for role, p in zip(rows["role"], rows["peers_p"], strict=True)}
 
 
 def verdict_counts(roles: pd.DataFrame, heads: pd.DataFrame) -> dict[str, int]:
-    """Count the verdicts on prompts of these heads (columns role, layer, head): verdict -> number of heads."""
+    """Count these heads' verdicts on prompts (columns role, layer, head): verdict -> number of heads."""
     if not len(roles):
         return {}
     keys = ["role", "layer", "head"]

@@ -1,7 +1,7 @@
-"""The outcomes of a sweep's cells, as small files that any process on any machine can write and read.
+"""The outcomes in a sweep, as small files that any process on any machine can write and read.
 
 A sweep's folder under `<results_dir>/.hydra_runs` holds `sweep.json`, which lists the expected cells, and in
-`outcomes/` a file for each cell that has ended. A cell without a file was killed by the system, or never started.
+`outcomes/` a file for each cell that has ended. If a cell has no file, the system killed it, or it never started.
 """
 
 import hashlib
@@ -25,17 +25,17 @@ ENDED = "outcomes"
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of one cell.
+    """One cell's outcome.
 
     Attributes:
         status: `done`, `failed`, or `cached` if the cell was done before.
         model, task, analysis: the cell's choice.
-        folder: the folder of its results, if it has any.
+        folder: its results folder, if it has one.
         seconds: the time it took, tracking included.
         error: why the cell failed, if it did.
         traceback: the error's traceback, if the error is a defect of ovqk and not a user's mistake.
-        warning: a failure that did not cost the result, such as a failure of its W&B run.
-        tracking: mode, project and entity of its W&B run.
+        warning: a failure that did not cost the result, for instance in its W&B run.
+        tracking: its W&B run's mode, project and entity.
     """
 
     status: Status
@@ -56,7 +56,7 @@ class Outcome:
 
 
 class Outcomes:
-    """The outcomes of one sweep, in its folder."""
+    """One sweep's outcomes, in its folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,7 +64,7 @@ class Outcomes:
         self._beside = _folder_beside(folder)
 
     def begin(self, name: str, cells: list[list[str]] | None) -> None:
-        """Note the sweep's name and the overrides of each expected cell; remove the outcomes of an earlier sweep."""
+        """Note the sweep's name and each expected cell's overrides; remove outcomes from an earlier sweep."""
         (self.folder / ENDED).mkdir(parents=True, exist_ok=True)
         for earlier in (self.folder / ENDED).iterdir():
             earlier.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ class Outcomes:
         return str(self._begun()["name"])
 
     def expected(self) -> list[list[str]] | None:
-        """Return the overrides of the expected cells, by number; None if the sweeper decides as it goes."""
+        """Return the expected cells' overrides, by number; None if the sweeper decides as it goes."""
         cells: list[list[str]] | None = self._begun()["cells"]
         return cells
 
@@ -90,10 +90,10 @@ class Outcomes:
         return {number: " ".join(f"{key}={cell[key]}" for key in shown) for number, cell in enumerate(cells)}
 
     def add(self, number: int, outcome: Outcome) -> None:
-        """Write the outcome of one cell.
+        """Write one cell's outcome.
 
-        If the disk of the results is full, the outcome is kept in this process and in the machine's temporary folder,
-        where the process that prints the sweep finds it.
+        If the results' disk is full, the outcome is kept in this process and in the machine's temporary folder, where
+        the process that prints the sweep finds it.
         """
         try:
             write_json(self.folder / ENDED / f"{number}.json", asdict(outcome))
@@ -104,7 +104,7 @@ class Outcomes:
                 write_json(self._beside / f"{number}.json", asdict(outcome))
 
     def new(self) -> dict[int, Outcome]:
-        """Return the outcomes since the last call, by the number of the cell."""
+        """Return the outcomes since the last call, by the cell's number."""
         kept = unwritten.get(self.folder, {})
         found = {number: outcome for number, outcome in kept.items() if number not in self._read}
         folders = [self.folder / ENDED, *([self._beside] if _is_own(self._beside) else [])]
@@ -122,7 +122,7 @@ class Outcomes:
             shutil.rmtree(self._beside, ignore_errors=True)
 
     def all(self) -> dict[int, Outcome]:
-        """Return every outcome so far, by the number of its cell."""
+        """Return every outcome so far, by its cell's number."""
         self.new()
         return dict(sorted(self._read.items()))
 
@@ -138,7 +138,7 @@ def _folder_beside(folder: Path) -> Path:
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether a folder exists and belongs to this user; anybody may write to the temporary folder."""
+    """Say whether a folder exists and belongs to this user; anybody may write to the temporary folder."""
     try:
         status = folder.lstat()
     except OSError:

@@ -54,11 +54,11 @@ class Analysis:
         unavailable: metric -> why no head has a value.
         summary: name -> number, without nesting.
         words: kept and dropped words of the task's sets.
-        processing: the processing of weights that was asked for, and the one that was applied.
-        claims: source and reliability of the claims, or the reason why there are none.
+        processing: the processing that was asked for, and the one that was applied to the weights.
+        claims: the claims' source and reliability, or the reason why there are none.
         notes: further facts that a reader of the tables should know.
         null_seconds: seconds spent on drawing nulls.
-        activations: prompts, halves and controls of the measurement on prompts, or why there was none; None if the
+        activations: prompts, halves and controls for the measurement on prompts, or why there was none; None if the
             analysis does not run the model.
     """
 
@@ -75,12 +75,12 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of a cell's weights.
+    """Where a cell's weights come from.
 
     Attributes:
         digest: the checkpoint's digest.
         revision: the hub's resolved commit; None for weights from elsewhere.
-        quantisation: kind of tensor -> its quantisation.
+        quantisation: tensor kind -> its quantisation.
         loaded_by: `families` or `bridge`.
     """
 
@@ -100,7 +100,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
-    """Return the record of a cell whose results are complete and sound; None if they are not."""
+    """Return a cell's record if its results are complete and sound, else None."""
     record = read_record(folder)
     return record if record is not None and says_done(record) and fault(folder, record) is None else None
 
@@ -111,17 +111,17 @@ def fault(folder: Path, record: Mapping[str, Any]) -> str | None:
 
 
 def says_done(state: Mapping[str, Any]) -> bool:
-    """Whether a record.json says that its results are complete, or a tracking.json that its run is."""
+    """Say whether a record.json calls its results complete, or a tracking.json its run."""
     return state.get("status") == "done"
 
 
 def done_records(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the folders of cells whose results are complete, in their order, each with its record."""
+    """Return the cell folders with complete results, in their order, each with its record."""
     return [(folder, record) for folder in folders if (record := read_done(folder)) is not None]
 
 
 def is_done(folder: Path) -> bool:
-    """Whether the cell's results are complete."""
+    """Say whether the cell's results are complete."""
     return read_done(folder) is not None
 
 
@@ -155,7 +155,7 @@ def write_done(
 ) -> dict[str, Any]:
     """Write a cell's tables, its config and then its record, and return the record.
 
-    The results of an earlier computation stand until every new table is on the disk. The cell must be claimed.
+    Results from an earlier computation stand until every new table is on the disk. The cell must be claimed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_tables(folder, analysis.tables)
@@ -177,7 +177,7 @@ def write_done(
 
 
 def _write_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
-    """Replace the tables of an earlier computation; its record is removed, so that it never describes other tables."""
+    """Replace an earlier computation's tables; its record is removed, so that it never describes other tables."""
     assert tables.keys() <= TABLES, f"{sorted(tables.keys() - TABLES)} would not be believed"
     written = {folder / f"{name}.parquet": table for name, table in tables.items()}
     try:
@@ -220,7 +220,7 @@ def cell_yaml(config: Config) -> str:
     content = plain(config)
     for key in ("results_dir", "force", "sweep", "cache", "cache_dir", "cache_gb"):
         content.pop(key)
-    tracking = content["tracking"].pop("mode")  # a choice of its group, so that tracking=none overrides it
+    tracking = content["tracking"].pop("mode")  # chosen as its group, so that tracking=none overrides it
     defaults = {"defaults": ["schema", "settings", {"tracking": tracking}, "_self_"]}
     return yaml.safe_dump(defaults | _literal(content), sort_keys=False, allow_unicode=True, width=110)
 
@@ -235,7 +235,7 @@ def _literal(value: Any) -> Any:
 
 
 def provenance(config: Config, identity: dict[str, Any], origin: Origin, seconds: float) -> dict[str, Any]:
-    """Return the origin of the numbers: weights, identity, config, versions, code, cost."""
+    """Return where the numbers come from: weights, identity, config, versions, code, cost."""
     import torch
 
     commit, dirty = _git()
@@ -266,13 +266,13 @@ def _versions() -> dict[str, str]:
 
 
 def forget_peak_memory() -> None:
-    """Reset the peak, so that each cell of a sweep reports its own (Linux only)."""
+    """Reset the peak, so that each cell in a sweep reports its own (Linux only)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory() -> int:
-    """Return this process's peak of resident bytes, since it began or since `forget_peak_memory`."""
+    """Return this process's peak memory in resident bytes, since it began or since `forget_peak_memory`."""
     with suppress(OSError, AttributeError):
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
@@ -298,7 +298,7 @@ def _git() -> tuple[str | None, bool | None]:
 
 
 def read_tracking(folder: Path) -> dict[str, Any]:
-    """Return the tracking.json of a cell; {"status": "pending"} if there is none."""
+    """Return a cell's tracking.json; {"status": "pending"} if there is none."""
     try:
         content = read_json(folder / TRACKING)
         return {key: text for key, text in content.items() if isinstance(text, str)}

@@ -1,4 +1,4 @@
-"""Records as DataFrames: every table of every done cell, with the cell's coordinates as columns."""
+"""Records as DataFrames: every done cell's tables, with the cell's coordinates as columns."""
 
 import warnings
 from collections import Counter, defaultdict
@@ -22,7 +22,7 @@ def cell_folders(results_dir: str | Path) -> Iterator[Path]:
 
 
 def load_table(folder: Path, name: str) -> pd.DataFrame | None:
-    """Return one table of one cell; None if the analysis did not make it."""
+    """Return one of a cell's tables; None if the analysis did not make it."""
     path = folder / f"{name}.parquet"
     return pd.read_parquet(path) if path.is_file() else None
 
@@ -37,14 +37,14 @@ def load_results(
 
     Args:
         places: a results folder, a folder inside it down to one cell's, or several of these.
-        tables: names of the tables to read, in addition to `cells`; all of them unless given.
+        tables: the tables to read besides `cells`, by name; all tables if None.
 
     Raises:
-        FileNotFoundError: one of the places does not exist or holds no done cell.
+        FileNotFoundError: a place does not exist or holds no done cell.
         ValueError: no place is given, or no cell has one of the tables.
 
     Warns:
-        UserWarning: a cell is left out, since its record or a table of it is damaged; or cells of several schema
+        UserWarning: a cell is left out because its record or one of its tables is damaged; or cells with several schema
             versions are read.
     """
     if isinstance(tables, str):
@@ -106,13 +106,13 @@ def _done_cells(places: str | Path | Iterable[str | Path]) -> Iterator[tuple[Pat
 
 
 def _made(folder: Path, record: dict[str, Any]) -> list[str]:
-    """Return the names of a sound cell's tables; a record of an earlier version does not hold them."""
+    """Name a sound cell's tables; a record from an earlier version does not hold their names."""
     there = [name for name in TABLES if (folder / f"{name}.parquet").is_file()]
     return sorted(record.get("tables", there))
 
 
 def _joined(name: str, tables: list[pa.Table]) -> pa.Table:
-    """Join one table of all cells; a cell whose column holds another kind of value than the others' is left out."""
+    """Join one table over all cells; if a cell's column holds another kind of value than the others, it is left out."""
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException:

@@ -1,6 +1,6 @@
 """Checks that a done cell's record and tables have the form that ovqk writes.
 
-They may come from someone else, or be damaged. A reader of several cells leaves out an unsound one and says why.
+They may come from someone else, or be damaged. If several cells are read, an unsound one is left out with a reason.
 """
 
 import os
@@ -18,13 +18,13 @@ from ovqk.errors import CONTROL
 CELL_ID = re.compile("[0-9a-f]{12}")
 TABLE = re.compile("[a-z_]{1,40}")
 MOST_LAYERS, MOST_HEADS = 10_000, 10_000_000
-"""The most layers and heads of a model. No model has more, and tables by layer and head would not fit in memory."""
+"""The largest numbers of layers and heads. No model has more, and tables by layer and head would not fit in memory."""
 ROWS_PER_BYTE, FEW_ROWS = 8, 100_000
-"""A table with more than FEW_ROWS rows may have at most so many rows for each byte; a sound one holds numbers."""
+"""If a table has more than FEW_ROWS rows, it may have at most this many for each byte; a sound one holds numbers."""
 MOST_COLUMNS = 2_000
-"""The most columns of a table. The widest that ovqk writes has some eighty."""
+"""The largest number of columns. The widest table that ovqk writes has some eighty."""
 LARGEST = 2**63 - 1
-"""The largest whole number in a record, of either sign: beyond it tables, JavaScript and W&B's protocol take none."""
+"""The largest whole number in a record, with either sign; tables, JavaScript and W&B's protocol take no larger one."""
 POSITIONS = {
     "heads": ("layer", "head"),
     "layers": ("layer",),
@@ -59,7 +59,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "cycles": ("part",),
     "frequencies": ("part",),
 }
-"""Table -> its columns of text that readers need."""
+"""Table -> its text columns that readers need."""
 NUMBERS: dict[str, tuple[str, ...]] = {
     "spectra": ("offset", "index", "re", "im"),
     "offsets": ("offset", "mean_score"),
@@ -73,7 +73,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "cycles": ("layer", "head", "frequency", "share", "q"),
     "frequencies": ("layer", "head", "frequency", "power"),
 }
-"""Table -> its columns of numbers that readers need, besides POSITIONS."""
+"""Table -> its number columns that readers need, besides POSITIONS."""
 
 TABLES = frozenset({*POSITIONS, "cycles", "frequencies"})
 """Every table that an analysis may make."""
@@ -153,7 +153,7 @@ OPTIONAL = {
 
 
 def record_fault(record: Mapping[str, Any]) -> str | None:
-    """Return a sentence on the first fault of a done cell's record; None if it is sound."""
+    """Return a sentence on the first fault in a done cell's record; None if it is sound."""
     for key, (fits, allowed) in FIELDS.items():
         place: Any = record
         for part in key.split("."):
@@ -174,7 +174,7 @@ def record_fault(record: Mapping[str, Any]) -> str | None:
 
 
 def _whole_numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yield each whole number at any depth of a record, with its key as Python writes it."""
+    """Yield each whole number at any depth in a record, with its key as Python writes it."""
     waiting: list[tuple[str, Any]] = [("", record)]
     while waiting:
         key, value = waiting.pop()
@@ -263,7 +263,7 @@ def _positions_fault(file: pq.ParquetFile, columns: tuple[str, ...], summary: Ma
 
 
 def _bounds(file: pq.ParquetFile, column: str, place: int) -> Iterator[tuple[Any, Any]]:
-    """Yield a column's least and largest values, part by part: as the footer gives them, else from the column alone."""
+    """Yield a column's least and largest values, part by part: from the footer if it has them, else from the column."""
     unknown = []
     for group in range(file.metadata.num_row_groups):
         found = file.metadata.row_group(group).column(place).statistics
@@ -273,7 +273,7 @@ def _bounds(file: pq.ParquetFile, column: str, place: int) -> Iterator[tuple[Any
             unknown.append(group)
     for batch in file.iter_batches(row_groups=unknown, columns=[column]) if unknown else ():
         bounds = pc.min_max(batch.column(0)).as_py()
-        if bounds["min"] is not None:  # a part may hold nulls alone: a row of a role has no head
+        if bounds["min"] is not None:  # a part may hold only nulls, because a role's row has no head
             yield bounds["min"], bounds["max"]
 
 

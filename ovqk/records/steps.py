@@ -1,4 +1,4 @@
-"""Steps of a training that hold the same weights: a repository may serve one content under several revisions."""
+"""Training steps that hold the same weights, because a repository may serve one content under several revisions."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -8,9 +8,9 @@ Json = Mapping[str, Any]
 
 
 def shared_steps(records: Iterable[Json]) -> list[list[str]]:
-    """Return groups of models, steps in one training, whose records share a weights digest, sorted by step.
+    """Group models that are steps in one training and share a weights digest; each group is sorted by step.
 
-    Models that are no steps (`model.checkpoint` is not set) are in no group, nor is a step that shares with none.
+    A model is in no group if it is not a step (`model.checkpoint` is not set) or if no other step has its weights.
     """
     found: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
     for record in records:
@@ -24,7 +24,7 @@ def shared_steps(records: Iterable[Json]) -> list[list[str]]:
 
 
 def twins(records: Iterable[Json]) -> dict[str, str]:
-    """Return model -> the first step with the same weights, for steps that are not the first of their group."""
+    """Return model -> the first step with the same weights, for steps that are not the first in their group."""
     return {name: group[0] for group in shared_steps(records) for name in group[1:]}
 
 

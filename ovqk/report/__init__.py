@@ -1,4 +1,4 @@
-"""The page of a folder of results, and the terminal's tables; `ovqk.report.write_report` writes the page."""
+"""The page about a results folder, and the terminal's tables; `ovqk.report.write_report` writes the page."""
 
 __all__ = ["write_report"]
 

@@ -1,10 +1,10 @@
-"""One page that shows a folder of results, and its figures as files.
+"""One page that shows a results folder, and its figures as files.
 
     python -m ovqk.report RESULTS_DIR [--out FILE] [--figures | --no-figures]
 
 It writes RESULTS_DIR/report.html, which needs no network and no other file, and RESULTS_DIR/figures/ with the same
-figures as SVG and PNG. Of the files in that folder, only figures of an earlier report are removed, if this one does not
-make them. It reads records and tables and nothing else; the same records give the same bytes.
+figures as SVG and PNG. Figures from an earlier report are removed if this report does not make them; other files in
+that folder stay. Only records and tables are read, and the same records give the same bytes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def _print(line: str) -> None:
 
 @one_message()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the report of a results folder."""
+    """Write the report on a results folder."""
     print_any_text()
     parser = argparse.ArgumentParser(prog=tool("report"), description="One page that shows a folder of results.")
     parser.add_argument("results_dir", type=Path, help="the folder that cells were written to")

@@ -1,4 +1,4 @@
-"""The page's figure of a task whose words form a cycle; apart from the terminal's table, which needs no Matplotlib."""
+"""The page's figure for a task whose words form a cycle; the terminal's table is elsewhere and needs no Matplotlib."""
 
 import base64
 import io
@@ -15,9 +15,9 @@ from ovqk.report.terminal_tables import rounded
 
 
 def cycle_image(cell: Cell, label: str) -> dict[str, str] | None:
-    """Return the address and the description of a cell's figure by frequency; None if its task has no cycle.
+    """Return an address and a description for a cell's figure by frequency; None if its task has no cycle.
 
-    The address holds the figure itself, as SVG: the page needs no other file. `label` names the model.
+    The address holds the figure itself, as SVG, so the page needs no other file. `label` names the model.
     """
     figure = cycle_figure(cell, label)
     if figure is None:

@@ -1,4 +1,4 @@
-"""The terminal's table of frequencies, for a task whose words form a cycle."""
+"""The terminal's frequency table, for a task whose words form a cycle."""
 
 import math
 from collections.abc import Hashable, Mapping
@@ -30,7 +30,7 @@ LEGEND = (
 
 
 def part_name(row: Mapping[Hashable, Any]) -> str:
-    """Return the name of a part, with its head if it is of one."""
+    """Return a part's name, with its head if it belongs to one."""
     head = "" if pd.isna(row["layer"]) else f"{int(row['layer'])}.{int(row['head'])} "
     return f"{head}{wording.CYCLE_PARTS[row['part']]}"
 

@@ -10,19 +10,19 @@ from rich.text import Text
 
 GAP = 2  # spaces between two columns
 UNBROKEN = "\u00a0"
-"""In a cell's text, a space at which no line is broken; it is printed as a plain space."""
+"""A space in a cell's text at which no line is broken; it is printed as a plain space."""
 CORE = 100
-"""From this importance on (up to twice it), a column is left out only after every text is wrapped."""
-NARROWEST = 8  # least width of a text, in letters; longer words are broken
+"""If a column's importance is at least this (and up to twice it), it is left out only after every text is wrapped."""
+NARROWEST = 8  # a text's least width, in letters; longer words are broken
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
+    """A table's column.
 
     Attributes:
         title: its heading.
-        importance: the columns with the least importance are left out first; None for a column that always stays.
+        importance: the columns with the least importance are left out first; None if the column always stays.
         text: whether it holds words, which stand on the left and may be wrapped. Numbers stand on the right and are
             never wrapped.
         wraps_at: the width to which a text may be wrapped before any column is left out; None if it is wrapped last.
@@ -42,9 +42,9 @@ class Fit:
     """The columns that a table shows in a width, and those that it leaves out.
 
     Attributes:
-        shown: (index of the column, its width).
-        left_out: titles of the columns that are left out.
-        alike: (title, value) of the columns that are left out because all rows have one value.
+        shown: (the column's index, its width).
+        left_out: titles for the columns that are left out.
+        alike: (title, value) for the columns that are left out because all rows have one value.
     """
 
     shown: list[tuple[int, int]]
@@ -53,7 +53,7 @@ class Fit:
 
 
 class FittedTable:
-    """Rows under titled columns, which rich prints in the width of the terminal."""
+    """Rows under titled columns, which rich prints in the terminal's width."""
 
     def __init__(self, columns: Sequence[Column], source: str = "") -> None:
         """Take the columns; `source` names the file that has the columns left out, such as `heads.parquet`."""
@@ -71,14 +71,14 @@ class FittedTable:
         self.rows.append(made + [Text("")] * (len(self.columns) - len(made)))
 
     def titles(self, width: int) -> list[str]:
-        """Return the titles of the columns that are shown in this width."""
+        """Return the titles that are shown in this width."""
         return [self.columns[at].title for at, _ in self.fit(width).shown]
 
     def fit(self, width: int) -> Fit:
-        """Choose the columns that are shown in this width, and the width of each.
+        """Choose the columns that are shown in this width, and how wide each one is.
 
-        The steps, until the table fits: wrap headings and long texts; leave out columns below CORE, by importance; wrap
-        the other texts; leave out columns of the core; break words.
+        These steps are taken until the table fits: wrap headings and long texts; leave out columns below CORE, by
+        importance; wrap the other texts; leave out core columns; break words.
         """
         shown = list(range(len(self.columns)))
         left_out: list[int] = []
@@ -102,7 +102,7 @@ class FittedTable:
         )
 
     def _least_important(self, shown: Sequence[int], below: int) -> int | None:
-        """Return the next column to leave out, with less than this importance; None if all others must stay."""
+        """Return the next column to leave out, among those below this importance; None if all others must stay."""
         for at in shown:
             if self._one_value(at) is not None:
                 return at
@@ -110,7 +110,7 @@ class FittedTable:
         return min(weights, key=weights.__getitem__, default=None)
 
     def _one_value(self, at: int) -> str | None:
-        """Return the value of a column with the same value in all rows; None for other columns."""
+        """Return a column's value if all rows have the same; None for other columns."""
         values = {row[at].plain for row in self.rows}
         return next(iter(values)) if self.columns[at].place and len(values) == 1 and len(self.rows) > 1 else None
 
@@ -132,7 +132,7 @@ class FittedTable:
         return natural if column.wraps_at is None else min(natural, max(longest, column.wraps_at))
 
     def _grown(self, shown: Sequence[int], widths: Sequence[int], width: int) -> list[int]:
-        """Return the widths after sharing out the space that is left; the most important columns grow first."""
+        """Share out the space that is left, and return the widths; the most important columns grow first."""
         grown = list(widths)
         spare = width - _total(widths)
         order = sorted(
@@ -146,7 +146,7 @@ class FittedTable:
         return grown
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the table, and the names of the columns that it leaves out."""
+        """Yield the table, and the titles that it leaves out."""
         fit = self.fit(options.max_width)
         table = Table(box=None, pad_edge=False, header_style="bold")
         for at, wide in fit.shown:
@@ -172,9 +172,9 @@ def _total(widths: Sequence[int]) -> int:
 
 
 def wrapped(text: Text, width: int) -> Text:
-    """Return a text broken into lines of at most this width, at spaces; a longer word is broken inside."""
+    """Break a text at spaces into lines that are at most this wide; a longer word is broken inside."""
     offsets: list[int] = []
-    line = 0  # width of the line so far, with the space after its last word
+    line = 0  # the line's width so far, with the space after its last word
     at = 0
     for word in _words(text.plain):
         if line and line + cell_len(word.rstrip(" \n")) > width:
@@ -200,7 +200,7 @@ def wrapped(text: Text, width: int) -> Text:
 
 
 def _words(text: str) -> list[str]:
-    """Split a text after every run of spaces and every end of a line; leading spaces stay with the first word."""
+    """Split a text after every run of spaces and every line end; leading spaces stay with the first word."""
     words: list[str] = []
     word = ""
     for letter in text:

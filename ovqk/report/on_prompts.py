@@ -1,4 +1,4 @@
-"""The terminal's table of heads on prompts, beside the verdicts from their weights."""
+"""The terminal's table about heads on prompts, beside the verdicts from their weights."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -26,9 +26,9 @@ PROMPT_IMPORTANCE = {
     "attention_control": 40,
     "write_link": 30,
 }
-"""Quantity -> the importance of its column; the columns of other quantities are left out first."""
+"""Quantity -> its column's importance; columns for other quantities are left out first."""
 SHOWN = 8
-"""The most heads shown for a role; claimed and measured ones come first."""
+"""How many heads are shown for a role at most; claimed and measured ones come first."""
 
 
 def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> FittedTable:
@@ -71,9 +71,9 @@ def prompts_table(joint: pd.DataFrame, roles: pd.DataFrame) -> FittedTable:
 
 
 def _together(joint: pd.DataFrame, role: str) -> list[Text | str]:
-    """Return a role's effect, its verdicts from weights and on prompts, and how both read; empty where there is none.
+    """Return a role's effect, its verdicts from weights and on prompts, and how both read; empty if there is none.
 
-    Its effect is that of all its heads replaced in one run.
+    The effect is measured with all its heads replaced in one run.
     """
     found = joint[(joint["kind"] == "role") & (joint["role"] == role)].reindex(
         columns=["weights", "activations", "reading", *wording.PROMPT_TOGETHER.values()]
@@ -94,7 +94,7 @@ def _together(joint: pd.DataFrame, role: str) -> list[Text | str]:
 
 
 def prompt_reasons(roles: pd.DataFrame) -> Iterable[str]:
-    """Yield the reasons of verdicts, each reason once with its heads."""
+    """Yield the verdicts' reasons, each reason once with its heads."""
     told = roles[roles["reason"].fillna("") != ""]
     for (verdict, reason), rows in told.groupby(["verdict", "reason"], sort=False):
         names = [f"{int(row['layer'])}.{int(row['head'])}" for row in rows.to_dict("records")]
@@ -115,7 +115,7 @@ def effects_lines(record: Json, activations: pd.DataFrame | None, roles: pd.Data
 
 
 def role_reasons(joint: pd.DataFrame) -> Iterable[str]:
-    """Yield which roles do not stand out of other heads."""
+    """Yield which roles do not stand out among other heads."""
     for role, p in outdone_roles(joint).items():
         yield f"{wording.role(role)}: its heads together do not stand out of other heads (p = {p:.2f})"
 

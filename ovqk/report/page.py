@@ -1,7 +1,7 @@
 """The report's page: records, thinned to a few megabytes, in one HTML file.
 
-The page's parts (style, script, skeleton) are the files of `template/`. The data are JSON that no text of a
-record can end or turn into markup, and the script shows every text as text.
+The page's parts (style, script, skeleton) are the files in `template/`. The data are JSON that no text in a record can
+end or turn into markup, and the script shows every text as text.
 """
 
 import base64
@@ -30,7 +30,7 @@ from ovqk.report.prompts_data import prompt_data, prompt_palette, prompt_words
 from ovqk.report.thinning import DETAILS, Detail, Grid, Pool, columnar, short
 
 BYTES = 5_000_000
-"""The size of a page of up to CELLS cells; a page of more may be larger in proportion."""
+"""How large a page with up to CELLS cells may be; a page with more cells may be larger in proportion."""
 CELLS = 20
 STYLES = ("page.css",)
 SCRIPTS = tuple(
@@ -57,7 +57,7 @@ class Page:
 
     @property
     def size(self) -> int:
-        """The size of the file in bytes."""
+        """The file's size in bytes."""
         return len(self.html.encode())
 
 
@@ -72,9 +72,9 @@ def make_page(
 
     Args:
         cells, failures: the cells to show.
-        beside: the folder of the page, from which it links to the cells' files.
+        beside: the page's folder, from which it links to the cells' files.
         figures: the folder beside it that holds its figures, if any.
-        limit: the largest size in bytes; in proportion to the number of cells unless given.
+        limit: the largest size in bytes; if None, in proportion to the number of cells.
     """
     most = limit or BYTES * max(1, len(cells) / CELLS)
     drawn = pictures.draw_depth(cells)

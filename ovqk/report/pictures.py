@@ -1,7 +1,7 @@
-"""The page's pictures as far as they are decided in Python: one drawn whole, and the places and limits of others.
+"""The Python part of the page's pictures: one is drawn here whole; for the others, places and limits are chosen here.
 
-What does not depend on a reader's choice is drawn by Matplotlib, with the functions that draw the saved figures. What
-answers to a pointer or to the choice of a head is drawn by the page's script, at the places and on the axes given here.
+If a picture does not depend on a reader's choice, Matplotlib draws it, with the functions that draw the saved figures.
+If it answers to a pointer or to the chosen head, the page's script draws it, at the places and on the axes given here.
 """
 
 import math
@@ -19,7 +19,7 @@ from ovqk.records.cells import Cell, Json, weights_labels
 from ovqk.report.thinning import Pool, short
 
 TOKENS = 8
-"""The most tokens of one end of a component that the page shows."""
+"""How many tokens the page shows at most at one end of a component."""
 
 
 Drawn = Sequence[tuple[depth.Panel, str]]
@@ -29,7 +29,8 @@ Drawn = Sequence[tuple[depth.Panel, str]]
 def draw_depth(cells: Sequence[Cell]) -> Drawn:
     """Return a panel for each metric along the depth, drawn once for all models.
 
-    The page hides the lines of models that are not chosen. Above 12 models single heads are left out.
+    The page hides the lines for models that are not chosen. If there are more than 12 models, single heads are left
+    out.
     """
     heads, layers, sizes = depth_tables(cells)
     dots = heads["model"].nunique() <= depth.MOST_TOLD_APART
@@ -75,7 +76,7 @@ def line_places(cells: Sequence[Cell]) -> list[int]:
 
 
 def graph(cell: Cell, cells: Sequence[Cell]) -> Json | None:
-    """Return the places of a cell's circuit, in pixels; None if it claims nothing."""
+    """Return the places in a cell's circuit, in pixels; None if it claims nothing."""
     verdicts = cell.tables.get("verdicts")
     if verdicts is None or not len(verdicts):
         return None
@@ -113,10 +114,10 @@ def _upwards(y: float) -> int:
 
 
 def with_bounds(tests: pd.DataFrame) -> pd.DataFrame:
-    """Return the tests with the unit of their strip and the ends of its axis, as in the figure of nulls.
+    """Return the tests with their strip's unit and its axis's ends, as in the figure about nulls.
 
     Args:
-        tests: tests.parquet with the quantiles of each null, from `thinning.with_quantiles`.
+        tests: tests.parquet with each null's quantiles, from `thinning.with_quantiles`.
     """
     tests = tests.assign(unit=portraits.units(tests), low=0.0, high=1.0)
     groups = tests.groupby(["metric", "unit", "role", "layer", "head"], dropna=False, sort=False)
@@ -129,7 +130,7 @@ def with_bounds(tests: pd.DataFrame) -> pd.DataFrame:
 
 
 def spans(heads: pd.DataFrame) -> Json:
-    """Return metric -> the ends of its line in a head's profile: its range, or that of the model's heads."""
+    """Return metric -> the ends of its line in a head's profile: its own range, or the range over the model's heads."""
     found: Json = {}
     for name in shown_in("profile"):
         values = heads[name].to_numpy(float) if name in heads else np.array([])
@@ -142,7 +143,7 @@ def spans(heads: pd.DataFrame) -> Json:
 
 
 def panel_words() -> Json:
-    """Return the words of the panels about one head, which figures and page share."""
+    """Return the words in the panels about one head, which figures and page share."""
     return {
         "spaces": wording.SPACES,
         "ends": {
@@ -160,7 +161,7 @@ def panel_words() -> Json:
 
 
 def limits() -> dict[str, Any]:
-    """Return numbers that figures and page share, such as how much is shown of a list."""
+    """Return numbers that figures and page share, such as how much of a list is shown."""
     return {
         "decades": drawing.DECADES,
         "partners": portraits.SHOWN_PARTNERS,

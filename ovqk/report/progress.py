@@ -1,4 +1,4 @@
-"""The progress of a long cell and of a sweep: a bar on a terminal, plain lines otherwise."""
+"""Progress through a long cell or a sweep: a bar on a terminal, plain lines otherwise."""
 
 import threading
 import time
@@ -13,27 +13,27 @@ from ovqk.records.outcomes import Outcomes
 from ovqk.report import terminal
 
 AFTER = {"layer": "claims and nulls"}
-"""Kind of step -> the work that follows the last step of this kind."""
+"""Kind of step -> the work that follows the last such step."""
 SHORT = 2.0  # seconds; a cell that takes no longer shows nothing
 BETWEEN_LINES = 30.0  # seconds
 LOOK_EVERY = 0.5  # seconds
 
 
 class Steps(Protocol):
-    """Counts off a cell's layers, its batches of prompts and the draws of its nulls."""
+    """Counts off a cell's layers, its prompt batches and its nulls' draws."""
 
     def __call__(self, count: int, what: str) -> Iterator[int]:
         """Yield the indexes of `count` steps. A step counts as done when the next is asked for; `what` names a step."""
         ...
 
     def draws(self, done: int, most: int) -> None:
-        """Take the number of draws made for the nulls, and the most that may be needed (mostly fewer are)."""
+        """Take the number of null draws made so far, and the largest number that may be needed (usually fewer are)."""
         ...
 
 
 @contextmanager
 def steps_of(name: str, alone: bool) -> Iterator[Steps]:
-    """Show a cell's progress if it takes longer than SHORT: its layers, its batches of prompts, its nulls.
+    """Show a cell's progress if it takes longer than SHORT: its layers, its prompt batches, its nulls.
 
     Args:
         name: the cell's name in messages.
@@ -75,7 +75,7 @@ class _Bar:
 
     def draws(self, done: int, most: int) -> None:
         if not self.counting:
-            self.bar.reset(self.task)  # the time left is that of the draws
+            self.bar.reset(self.task)  # from here on the time left counts the draws
             self.counting = True
         said = f"null draw {done:,} of at most {most:,}"
         self.bar.update(self.task, description=said, completed=done, total=most)
@@ -149,10 +149,10 @@ class SweepProgress:
                 terminal.print_cell_line(name, outcome, self.ended, count, self._seconds_left())
 
     def _seconds_left(self) -> float | None:
-        """Return the seconds left, judged by the time of the computed cells; None if it cannot be known.
+        """Return the seconds left, judged by the time that computed cells took; None if it cannot be known.
 
-        If the cells run here one after the other, the first is left out as soon as there is a second. Only the first
-        pays for imports, and for results that later cells find in the cache.
+        If the cells run here one after the other, the first is left out as soon as there is a second, because only the
+        first pays for imports and for results that later cells find in the cache.
         """
         if self.expected is None or not self.computed or self.ended >= len(self.expected):
             return None

@@ -11,7 +11,7 @@ from ovqk.report.thinning import Detail, Pool, columnar, short
 
 
 def ran(cell: Cell) -> bool:
-    """Return whether a cell's analysis runs the model."""
+    """Say whether a cell's analysis runs the model."""
     return cell.record.get("activations") is not None
 
 
@@ -30,14 +30,14 @@ def prompt_words(cells: Iterable[Cell]) -> Json:
 
 
 def prompt_palette(cells: Iterable[Cell]) -> Json:
-    """Return marks and colours for verdicts on prompts, and for claimed and measured heads; none likewise."""
+    """Return marks and colours for verdicts on prompts, and for heads; none if no cell ran its model."""
     if not any(map(ran, cells)):
         return {}
     return {"on_prompts": colours.ON_PROMPTS, "found": colours.FOUND, "found_markers": colours.FOUND_MARKERS}
 
 
 def prompt_data(cell: Cell, detail: Detail, marked: Heads, pool: Pool) -> Json:
-    """Return `on_prompts`, `prompt_heads` and `prompt_values` of a cell; nothing if it did not run its model."""
+    """Return a cell's `on_prompts`, `prompt_heads` and `prompt_values`; nothing if it did not run its model."""
     if not ran(cell):
         return {}
     record, tables = cell.record, cell.tables
@@ -72,9 +72,9 @@ def prompt_data(cell: Cell, detail: Detail, marked: Heads, pool: Pool) -> Json:
 
 
 PLOT = (278, 238)
-"""The size of a scatter of the page inside of its axes, in pixels."""
+"""The size of the page's scatter plots inside their axes, in pixels."""
 LETTER = (7 / 72, 12 / 72)
-"""The size of a letter of its names, in inches."""
+"""The size of a letter in their names, in inches."""
 
 
 def _ranking(ranking: on_prompts.Ranking, pool: Pool) -> Json:

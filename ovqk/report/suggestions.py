@@ -17,9 +17,9 @@ GENERAL = ("ioi", "sva", "induction")
 
 
 def next_arguments(folder: Path, record: Mapping[str, Any]) -> str | None:
-    """Return the arguments of run.py for cells worth computing after this one; None if they cannot be known.
+    """Return arguments for run.py that compute cells worth having after this one; None if they cannot be known.
 
-    Other tasks that claim heads of this model come first, then those in GENERAL. A task is left out if it failed for
+    Other tasks that claim heads in this model come first, then those in GENERAL. A task is left out if it failed for
     the model, or if it keeps too few words with its tokenizer. If no task is left, another analysis is named.
     """
     model = model_arguments(record["provenance"]["config"]["model"])
@@ -37,12 +37,12 @@ def next_arguments(folder: Path, record: Mapping[str, Any]) -> str | None:
 
 
 def model_arguments(chosen: Mapping[str, Any]) -> str | None:
-    """Return the arguments that choose this model again; None if its name is no file of conf/model."""
+    """Return the arguments that choose this model again; None if no file in conf/model has its name."""
     if chosen["source"] == "local":
         claims = f" model.claims={chosen['claims']}" if chosen["claims"] else ""
         return f"model=local {quoted('model.path', chosen['path'])} model.name={chosen['name']}{claims}"
     name, more = chosen["name"], ""
-    if chosen["checkpoint"] is not None:  # a step of training is part of the name
+    if chosen["checkpoint"] is not None:  # a training step is part of the name
         name, more = name.removesuffix(f"-{chosen['revision']}"), f" model.checkpoint={chosen['checkpoint']}"
     elif chosen["source"] == "hub" and chosen["revision"] != "main":
         more = f" model.revision={chosen['revision']}"
@@ -56,9 +56,9 @@ def model_arguments(chosen: Mapping[str, Any]) -> str | None:
 
 
 def shipped_tasks() -> list[TaskConfig]:
-    """Return the parts of conf/task that concern words: name, words, continuations and variables of each task.
+    """Return the parts of conf/task that concern words: each task's name, words, continuations and variables.
 
-    A file that holds no such task is passed over: whoever chooses it is told.
+    A file that holds no such task is skipped; a user who chooses it gets a message.
     """
     return [task for path, content in _task_files() if (task := _with_words(path.stem, content)) is not None]
 
@@ -76,7 +76,7 @@ def _with_words(name: str, content: Mapping[str, Any]) -> TaskConfig | None:
 
 
 def _task_files() -> list[tuple[Path, Mapping[str, Any]]]:
-    """Return the contents of the files in conf/task, by name; files that YAML cannot read are left out."""
+    """Return the files' contents in conf/task, by name; files that YAML cannot read are left out."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found: list[tuple[Path, Mapping[str, Any]]] = []
     places = [CONF, *map(Path, config_folders())]
@@ -92,7 +92,7 @@ def _task_files() -> list[tuple[Path, Mapping[str, Any]]]:
 
 def _tasks(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """Return other tasks that the model can do: those that keep enough words with its tokenizer."""
-    readable = record["words"].get("tasks", [])  # records of earlier versions have none
+    readable = record["words"].get("tasks", [])  # records from earlier versions have none
     claims = record["provenance"]["config"]["model"]["claims"]
     offered = _claimed(claims) or [name for name in GENERAL if name in {path.stem for path, _ in _task_files()}]
     tasks = [name for name in offered if name in readable and name != record["task"]]
@@ -100,13 +100,13 @@ def _tasks(folder: Path, record: Mapping[str, Any]) -> list[str]:
 
 
 def _claimed(model: str | None) -> list[str]:
-    """Return the tasks of conf/task that claim heads of this model."""
+    """Return the tasks in conf/task that claim heads in this model."""
     if model is None:
         return []
     return [path.stem for path, content in _task_files() if model in (content.get("claims") or {})]
 
 
 def _failed(task: Path) -> bool:
-    """Whether every cell with this model and task that has a record failed."""
+    """Say whether every cell with this model and task that has a record failed."""
     records = [found for path in task.glob("*/record.json") if (found := read_record(path.parent)) is not None]
     return bool(records) and all(found.get("status") == "failed" for found in records)

@@ -1,4 +1,4 @@
-"""The terminal's output: a cell's claimed heads, a sweep's comparison, and the places of the results."""
+"""The terminal's output: a cell's claimed heads, a sweep's comparison, and where the results are."""
 
 import os
 import shlex
@@ -42,9 +42,9 @@ from ovqk.report.token_lists import describe, leading_eigenvalues
 
 SHOWN_TOKENS = 4  # tokens on each side of a component
 SHOWN_HEADS = 8  # heads whose tokens are listed
-SHOWN_MISSING = 20  # cells of a sweep
-LOG_WIDTH = 150  # of tables, if the output is not a terminal
-NOTEBOOK_WIDTH = 110  # of tables in a notebook's cell
+SHOWN_MISSING = 20  # a sweep's missing cells that are named
+LOG_WIDTH = 150  # a table's width if the output is not a terminal
+NOTEBOOK_WIDTH = 110  # a table's width in a notebook's cell
 
 
 def output_console() -> Console:
@@ -66,7 +66,7 @@ def _say(out: Console, line: str, style: str = "") -> None:
 
 
 def print_cell(folder: Path, cached: bool) -> None:
-    """Print a finished cell: its claimed heads, unavailable metrics, the places of its files, and next commands."""
+    """Print a finished cell: its claimed heads, unavailable metrics, where its files are, and next commands."""
     record = read_record(folder)
     heads, verdicts = load_table(folder, "heads"), load_table(folder, "verdicts")
     if record is None or heads is None:
@@ -123,7 +123,7 @@ def claims_line(claims: Mapping[str, str], model: str) -> str:
 
 
 def _print_directions(out: Console, folder: Path, heads: pd.DataFrame, verdicts: pd.DataFrame) -> None:
-    """Print the tokens that the claimed heads' circuits read and write, by the leading singular component of each."""
+    """Print the tokens that each claimed head's circuits read and write, by their leading singular components."""
     table, spectra = load_table(folder, "directions"), load_table(folder, "spectra")
     if table is None or not len(table):
         return
@@ -198,7 +198,7 @@ def _print_candidates(out: Console, folder: Path) -> None:
 
 
 def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None:
-    """Print the places of the results, and suggested commands."""
+    """Print where the results are, and suggested commands."""
     tracking = read_tracking(folder)
     results_dir = folder.parents[2]
     place = shlex.quote(str(results_dir))
@@ -229,7 +229,7 @@ def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None
 
 
 def print_cell_line(name: str, outcome: Outcome, ended: int, expected: int | None, seconds_left: float | None) -> None:
-    """Print a line for a cell of a sweep when it ends: the count so far, its outcome, its time, and the time left.
+    """Print a line when a sweep's cell ends: the count so far, its outcome, its time, and the time left.
 
     If the cell failed, its message is printed on a second line, and nowhere else.
     """
@@ -268,7 +268,7 @@ def cell_bar(out: Console) -> Progress:
 
 
 def print_steps(name: str, done: int, count: int, seconds: float, follows: str = "", at_most: bool = False) -> None:
-    """Print a line for a log that says how many steps are done: layers, batches of prompts, or draws of nulls."""
+    """Print a line for a log that says how many steps are done: layers, prompt batches, or null draws."""
     left = duration(seconds * (count - done) / done)
     of, about = ("of at most", "at most") if at_most else ("of", "about")
     line = f"{name} {done:,} {of} {count:,} in {duration(seconds)}, {about} {left} left{follows}"
@@ -292,10 +292,10 @@ def print_sweep(
     """Print the comparison over the sweep's cells and the counts by status, and name the failed and the missing.
 
     Args:
-        outcomes: the outcomes of cells that ended, by number.
-        expected: the overrides of every cell.
-        details: overrides that tell cells of one model, task and analysis apart.
-        results_dir: the folder of the results.
+        outcomes: the ended cells' outcomes, by number.
+        expected: every cell's overrides.
+        details: overrides that tell cells apart if they share model, task and analysis.
+        results_dir: the results folder.
     """
     out = output_console()
     ended = list(outcomes.values())
@@ -335,7 +335,7 @@ def print_sweep(
 
 
 def _candidates(folders: Sequence[Path]) -> FittedTable:
-    """Return a table of the strongest heads for each role in the cells without claimed heads."""
+    """Return a table with the strongest heads for each role in the cells without claimed heads."""
     cells = []
     for folder in folders:
         record, candidates = read_record(folder), load_table(folder, "candidates")
@@ -345,7 +345,7 @@ def _candidates(folders: Sequence[Path]) -> FittedTable:
 
 
 def role_table(folders: Sequence[Path]) -> FittedTable:
-    """Return a table with a row for each role and model: depth of its heads, effect, verdict; empty without claims."""
+    """Return a table with a row for each role and model: its heads' depth, effect, verdict; empty without claims."""
     rows = comparison.roles(folders).to_dict("records")
     several = any(row["cell"] for row in rows)
     ran = any("on_prompts" in row for row in rows)

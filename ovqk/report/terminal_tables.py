@@ -20,12 +20,12 @@ STYLES = {
 }
 LEGEND = ("consistent only", "contradicted (spectrum)")
 """Verdicts with flags that a table explains."""
-SHOWN_CANDIDATES = 3  # of each role
-SHOWN_PAIRS = 5  # of heads, of each kind of composition
+SHOWN_CANDIDATES = 3  # for each role
+SHOWN_PAIRS = 5  # head pairs for each kind of composition
 
 
 def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[dict[Any, Any]]]]:
-    """Return (roles, the metric that ranks them, rows of the strongest); roles with the same heads are joined."""
+    """Return (roles, the metric that ranks them, the strongest heads' rows); roles with the same heads are joined."""
     shown = candidates[candidates["ranked"] & (candidates["rank"] <= SHOWN_CANDIDATES)]
     same: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
     for role, rows in shown.groupby("role", sort=False):
@@ -43,7 +43,7 @@ def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[
 
 
 def candidate_table(candidates: pd.DataFrame) -> FittedTable:
-    """Return a table of the strongest candidates, one per row."""
+    """Return a table with the strongest candidates, one per row."""
     found = strongest_candidates(candidates)
     words = any(pd.notna(row["p_words_all"]) for *_, rows in found for row in rows)
     ran = "on_prompts" in candidates
@@ -78,9 +78,9 @@ def candidate_table(candidates: pd.DataFrame) -> FittedTable:
 
 
 def sweep_candidate_table(cells: Iterable[tuple[str, str, pd.DataFrame]]) -> FittedTable:
-    """Return a table of the strongest candidates in several cells, (task, model, candidates), one role per row.
+    """Return a table with the strongest candidates in several cells, (task, model, candidates), one role per row.
 
-    Models of one task and role stand beside each other.
+    Rows for the same task and role stand together.
     """
     table = FittedTable(
         [
@@ -177,9 +177,9 @@ def found_line(verdicts: pd.DataFrame) -> str:
 
 
 def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame, shown: Sequence[str] | None = None) -> Iterable[str]:
-    """Yield lines on how to read the table, and the reasons of verdicts, each reason once.
+    """Yield lines on how to read the table, and the verdicts' reasons, each reason once.
 
-    `shown` are the titles of the columns that are there; None for all.
+    `shown` are the titles that the table shows; None for all.
     """
     yield ""
     columns = [(title, METRICS[name]) for title, name in shown_columns(heads) if shown is None or title in shown]
@@ -210,7 +210,7 @@ def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame, shown: Sequence[str] | 
 
 
 def layer_table(heads: pd.DataFrame) -> FittedTable:
-    """Return a table of the main metrics, averaged over the heads in each layer."""
+    """Return a table with the main metrics, averaged over the heads in each layer."""
     columns = shown_columns(heads)
     kept = [Column(title, CORE - 1 - place) for place, (title, _) in enumerate(columns)]
     table = FittedTable([Column("layer", None), *kept], "heads.parquet")
@@ -220,7 +220,7 @@ def layer_table(heads: pd.DataFrame) -> FittedTable:
 
 
 def pair_table(composition: pd.DataFrame) -> FittedTable:
-    """Return a table of the strongest pairs for each kind of composition, by score."""
+    """Return a table with the strongest pairs for each kind of composition, by score."""
     table = FittedTable(
         [
             Column("composition", None, text=True),
@@ -243,7 +243,7 @@ def pair_table(composition: pd.DataFrame) -> FittedTable:
 
 
 def virtual_table(virtual: pd.DataFrame) -> FittedTable:
-    """Return a table of the virtual heads made by the strongest V pairs."""
+    """Return a table with the virtual heads that the strongest V pairs make."""
     kept = [Column(title, None) for title in ("sender", "receiver", "score")]
     table = FittedTable([*kept, Column("share", 1), Column("OV copying", 2)], "virtual_heads.parquet")
     for row in virtual.nlargest(SHOWN_PAIRS, "score").to_dict("records"):

@@ -16,7 +16,7 @@ import pandas as pd
 from ovqk.records.cells import CellTables, Heads, Json
 
 QUANTILES = (0.05, 0.5, 0.95)
-FIRST_OFFSETS = 17  # kept one by one; later ones more and more apart
+FIRST_OFFSETS = 17  # kept one by one; later ones stand farther and farther apart
 MOST_OFFSETS = 96
 DIRECTION_COLUMNS = (
     "layer", "head", "circuit", "kind", "component", "value", "value_im", "cluster", "cluster_size",
@@ -30,10 +30,10 @@ class Detail:
     """The detail that is kept for a head that is neither claimed nor a candidate; None stands for everything.
 
     Attributes:
-        values: how many leading eigenvalues and singular values of each spectrum.
-        tokens: how many tokens for each side and sign of a component; 0 for no component.
-        partners: how many of the strongest compositions for each head, mode and side.
-        offsets: how many points of its offset profile.
+        values: how many leading eigenvalues and singular values in each spectrum.
+        tokens: how many tokens for each component's side and sign; 0 for no component.
+        partners: how many strongest compositions for each head, mode and side.
+        offsets: how many points in its offset profile.
     """
 
     values: int | None = None
@@ -127,7 +127,7 @@ def _tuples(table: pd.DataFrame) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class Grid:
-    """The heads of a model, in the order of their layers."""
+    """A model's heads, in the order of their layers."""
 
     layers: int
     heads: int
@@ -135,7 +135,7 @@ class Grid:
 
     @classmethod
     def of(cls, table: pd.DataFrame) -> "Grid":
-        """Return the grid for a table of heads."""
+        """Return the grid for a heads table."""
         layers, heads = int(table["layer"].max()) + 1, int(table["head"].max()) + 1
         return cls(layers, heads, pd.MultiIndex.from_product([range(layers), range(heads)]))
 
@@ -145,7 +145,7 @@ class Grid:
 
 
 def with_quantiles(tests: pd.DataFrame, nulls: pd.DataFrame | None) -> pd.DataFrame:
-    """Return the tests, each with the quantiles of its null as a list."""
+    """Return the tests, each with its null's quantiles as a list."""
     if nulls is None:
         return tests
     keys = ["role", "layer", "head", "metric", "null"]
@@ -160,7 +160,7 @@ def with_quantiles(tests: pd.DataFrame, nulls: pd.DataFrame | None) -> pd.DataFr
 
 
 def spectra(tables: CellTables, grid: Grid, detail: Detail, marked: Heads, pool: Pool) -> Json:
-    """Return eigenvalues (re, im; one of each conjugate pair) and singular values per head, circuit and space."""
+    """Return eigenvalues (re, im; one from each conjugate pair) and singular values per head, circuit and space."""
     table = tables["spectra"]
     table = table[table["offset"] == table["offset"].min()]
     heads: list[dict[str, Any]] = [{} for _ in grid.index]
@@ -180,12 +180,12 @@ def spectra(tables: CellTables, grid: Grid, detail: Detail, marked: Heads, pool:
 
 
 def _eigen(values: np.ndarray) -> list[Short]:
-    """Return re, im, re, im ... for real eigenvalues and the one above the axis of each conjugate pair."""
+    """Return re, im, re, im ... for real eigenvalues and, from each conjugate pair, for the one above the axis."""
     return [short(part) for re, im in values if im >= 0 for part in (re, im)]
 
 
 def _band(sigma: np.ndarray) -> list[list[Short]]:
-    """Return quantiles over heads of sigma_k / sigma_1 for every k; heads with zero weights are left out."""
+    """Return sigma_k / sigma_1's quantiles over heads, for every k; heads with zero weights are left out."""
     first = sigma[:, :1]
     scaled = sigma[first[:, 0] > 0] / first[first[:, 0] > 0]
     if not len(scaled):
@@ -209,7 +209,7 @@ def offsets(tables: CellTables, grid: Grid, detail: Detail, marked: Heads, pool:
 
 
 def spaced_offsets(n: int, most: int) -> list[int]:
-    """Return at most `most` numbers from 0 .. n - 1: the first ones, then numbers at about equal steps of logarithm."""
+    """Return at most `most` numbers from 0 .. n - 1: the first ones, then numbers at about equal logarithmic steps."""
     if n <= most:
         return list(range(n))
     if most <= FIRST_OFFSETS:
@@ -226,7 +226,7 @@ def directions(tables: CellTables, grid: Grid, detail: Detail, marked: Heads, po
         table = table[claimed | ((table["rank"] <= detail.tokens) & (table["kind"] == "singular"))]
     components: dict[tuple[Any, ...], Json] = {}
     table = table.sort_values("rank", kind="stable")
-    for row in _tuples(table.reindex(columns=list(DIRECTION_COLUMNS))):  # records of earlier versions lack a contrast
+    for row in _tuples(table.reindex(columns=list(DIRECTION_COLUMNS))):  # earlier versions had no contrast
         key = (row.layer, row.head, row.circuit, row.kind, row.component)
         if key not in components:
             total = energy.get(key[:3])

@@ -1,14 +1,14 @@
-"""A head's lists of tokens as lines of text, from `directions.parquet`."""
+"""A head's token lists as lines of text, from `directions.parquet`."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import pandas as pd
 
-LONG = 30  # the most letters of a token that a line shows
+LONG = 30  # how many letters a line shows of a token at most
 SIDES = ("read", "write")
 KINDS = {"singular": "singular {}", "eigen": "eigen {} of the residual space"}
-"""Kind of component -> its name in a line. (`ov_copying` is about eigenvalues over the vocabulary, not about these.)"""
+"""Component kind -> its name in a line. (`ov_copying` is about eigenvalues over the vocabulary, not about these.)"""
 
 
 def describe(
@@ -16,10 +16,10 @@ def describe(
 ) -> list[str]:
     """Return a head's components as lines: `OV singular 0 (sigma 12.3): reads ' John' (6.1) | not ' a' (2.4) -> ...`.
 
-    The number behind each list is its contrast. `kinds` are those to describe.
+    The number after each list is its contrast. `kinds` are the component kinds to describe.
 
-    Tokens are quoted and escaped as by repr, which leaves no control or direction-changing character; they may still
-    hold what rich takes for markup (print them as `rich.text.Text`).
+    Tokens are quoted and escaped as by repr, which leaves no control or direction-changing character. They may still
+    hold text that rich takes for markup, so print them as `rich.text.Text`.
     """
     rows = table[(table["layer"] == layer) & (table["head"] == head) & (table["rank"] <= shown)]
     rows = rows[rows["kind"].isin(kinds)]
@@ -27,10 +27,10 @@ def describe(
 
 
 def _list(records: Sequence[dict[Hashable, Any]]) -> str:
-    """Return the tokens of a list, and its contrast if it has one."""
+    """Return a list's tokens, and its contrast if it has one."""
     tokens = [record["token"] for record in records]
     text = " ".join(repr(token if len(token) <= LONG else token[:LONG] + "…") for token in tokens)
-    contrast = records[0].get("contrast", 0.0) if records else 0.0  # records of earlier versions have none
+    contrast = records[0].get("contrast", 0.0) if records else 0.0  # records from earlier versions have none
     return f"{text} ({contrast:.1f})" if contrast >= 0.05 else text
 
 
@@ -56,9 +56,9 @@ def _line(rows: pd.DataFrame) -> str:
 
 
 def leading_eigenvalues(spectra: pd.DataFrame, circuit: str, layer: int, head: int, shown: int = 3) -> str:
-    """Return a circuit's leading eigenvalues over the vocabulary, `11.4, 9.03, 7.09 ± 0.988i`; empty without any.
+    """Return a circuit's leading eigenvalues over the vocabulary, `11.4, 9.03, 7.09 ± 0.988i`; empty if there are none.
 
-    These are the eigenvalues that `ov_copying` and `qk_matching` sum. A complex pair is one.
+    These are the eigenvalues that `ov_copying` and `qk_matching` sum. A complex pair counts as one.
     """
     told = (spectra["layer"] == layer) & (spectra["head"] == head) & (spectra["circuit"] == circuit)
     rows = spectra[told & (spectra["space"] == "vocab") & (spectra["kind"] == "eigen")]

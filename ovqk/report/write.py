@@ -1,10 +1,10 @@
-"""One page that shows a folder of results, and its figures as files.
+"""One page that shows a results folder, and its figures as files.
 
     python -m ovqk.report RESULTS_DIR [--out FILE] [--figures | --no-figures]
 
 It writes RESULTS_DIR/report.html, which needs no network and no other file, and RESULTS_DIR/figures/ with the same
-figures as SVG and PNG. Figures of an earlier report are removed if this report does not make them; no other file in
-that folder is. Only records and tables are read, and the same records give the same bytes.
+figures as SVG and PNG. Figures from an earlier report are removed if this report does not make them; other files in
+that folder stay. Only records and tables are read, and the same records give the same bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ Made = TypeVar("Made")
 PAGE = "report.html"
 FIGURES = "figures"
 WRITTEN = ".written"
-"""A file in the folder of figures that lists the figures a report wrote, one name per line."""
+"""A file in the figures folder that lists the figures a report wrote, one name per line."""
 
 
 def write_report(
@@ -38,7 +38,7 @@ def write_report(
 
     Args:
         results_dir: the folder that cells were written to.
-        out: the page; RESULTS_DIR/report.html unless given.
+        out: the page; RESULTS_DIR/report.html if None.
         with_figures: whether to write the figures too.
         tell: a function to call with each line as soon as it is true.
 
@@ -53,7 +53,7 @@ def write_report(
     if not cells:
         raise UserError(f"{results_dir} holds no finished cell{_failed(failures)}. {_remedy(results_dir)}")
     path = results_dir / PAGE if out is None else out
-    if path.name == "" or (path.exists() and not path.is_file()):  # a device would be replaced, and not written to
+    if path.name == "" or (path.exists() and not path.is_file()):  # a device would be replaced instead of written to
         raise UserError(f"--out {path}: no file; allowed: a path of a page that is made, or made anew.")
     said = []
     try:
@@ -89,12 +89,12 @@ def _write(cells: Sequence[Cell], failures: Sequence[Failure], path: Path, with_
 def without_unsound(
     make: Callable[[Sequence[Cell], Sequence[Failure]], Made], cells: Sequence[Cell], beside: Path
 ) -> tuple[Made, Sequence[Cell], list[Failure]]:
-    """Make something from cells. A cell with a value that readers do not expect is left out and does not stop the rest.
+    """Make something from cells. If a cell holds a value that readers do not expect, it alone is left out.
 
     Args:
         make: makes it from cells, and is told the cells left out.
         cells: the cells.
-        beside: the folder of the page.
+        beside: the page's folder.
 
     Returns:
         The thing made, the cells that it shows, and the cells left out with reasons.
@@ -132,7 +132,7 @@ def _error_of(cell: Cell, beside: Path) -> Exception | None:
 
 
 def write_figures(cells: Sequence[Cell], folder: Path) -> int:
-    """Write the figures of these cells, remove other figures of an earlier report, and return how many were written."""
+    """Write these cells' figures, remove an earlier report's other figures, and return how many were written."""
     folder.mkdir(parents=True, exist_ok=True)
     before, made = _written(folder), set()
     try:
@@ -147,7 +147,7 @@ def write_figures(cells: Sequence[Cell], folder: Path) -> int:
 
 
 def _written(folder: Path) -> set[str]:
-    """Return the names of the figures in a folder that an earlier report wrote."""
+    """Name the figures in a folder that an earlier report wrote."""
     try:
         names = (folder / WRITTEN).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):

@@ -15,15 +15,15 @@ RELIABILITIES = ("published", "measured", "unreliable")
 
 @dataclass(frozen=True)
 class Claims:
-    """The claims of one task for one model.
+    """A task's claims for one model.
 
     Attributes:
         source: the publication or measurement that names the heads.
         reliability: `published`, `measured` or `unreliable`. Heads of an unreliable claim stay in the comparison.
-        note: a remark on the claims; None without one.
-        roles: role -> claimed heads, in the order of the source.
+        note: a remark on the claims; None if there is none.
+        roles: role -> claimed heads, in the source's order.
         predictions: role -> predictions, the primary first.
-        of: the name of the model that the claims are about.
+        of: the model that the claims are about, by name.
     """
 
     source: str
@@ -42,12 +42,12 @@ class Claims:
 def resolve_claims(task: TaskConfig, model: ModelConfig, architecture: Architecture) -> Claims | str:
     """Return the claims that apply to a model, or a sentence that says why none do.
 
-    A list of heads applies only to the model that it was published for. A local checkpoint may be a copy of that model:
-    then `model.claims` names the model, and the checkpoint must have as many layers and heads.
+    A list of heads applies only to the model that it was published for. If a local checkpoint is a copy of that model,
+    `model.claims` names the model, and the checkpoint must have as many layers and heads.
 
     Raises:
-        UserError: `model.claims` names another model's list, or a list that the task does not hold. Or a claim names no
-            head, or a head or role that does not exist. Or a prediction names an unknown metric.
+        UserError: `model.claims` names another model's list, or a list that the task does not hold; a claim names no
+            head, or a head or role that does not exist; or a prediction names an unknown metric.
     """
     check_roles(task)
     check_borrowing(model)
@@ -88,7 +88,7 @@ def check_borrowing(model: ModelConfig) -> None:
     """Check that only a local checkpoint takes claims about a model with another name.
 
     Raises:
-        UserError: a model that is not local takes such claims.
+        UserError: a model takes such claims and is not local.
     """
     if model.source is not Source.local and model.claims not in (None, MEASURED, model.name):
         raise UserError(
@@ -99,7 +99,7 @@ def check_borrowing(model: ModelConfig) -> None:
 
 
 def check_shape(config: ClaimsConfig, name: str, architecture: Architecture) -> None:
-    """Check that the model has the layers and heads of the claims' `shape`, if they give one.
+    """Check that the model has as many layers and heads as the claims' `shape` says, if they give one.
 
     Raises:
         UserError: the numbers differ.

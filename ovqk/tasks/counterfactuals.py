@@ -1,4 +1,4 @@
-"""Counterfactual prompts: the same words at the same places, except those that make the computation possible.
+"""Counterfactual prompts: the same words at the same places, except the words that make the computation possible.
 
 See docs/definitions.md, section 7.
 """
@@ -18,7 +18,7 @@ class SlotDraw(NamedTuple):
         word: the word.
         forms: the slot's word sets, one for each form.
         place: the word's index in its set.
-        form: the number of the word's form.
+        form: the word's form, by number.
     """
 
     word: str
@@ -30,13 +30,13 @@ class SlotDraw(NamedTuple):
 def replacements(
     asked: Any, mentions: Iterable[str], slots: Mapping[str, SlotDraw], held: Iterable[str], rng: random.Random
 ) -> dict[str, str]:
-    """Choose the words of a counterfactual: mention -> the word that replaces it.
+    """Choose a counterfactual's words: mention -> the word that replaces it.
 
     Args:
         asked: the task's `counterfactual`: mention -> {draw: fresh}, {draw: other_initial}, {form: other} or {word: W}.
         mentions: the prompt's mentions.
         slots: the prompt's slots with words of their own.
-        held: all words of the prompt, which are not drawn.
+        held: all words in the prompt, which are not drawn.
         rng: the random generator.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Words looked up as single tokens of a tokenizer (definitions: section 5)."""
+"""Words looked up as single tokens in a tokenizer (definitions: section 5)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ovqk.tasks.tokenizer import encode
 
 @dataclass(frozen=True)
 class WordSet:
-    """The words of a set that are one token each.
+    """The words in a set that are one token each.
 
     Attributes:
         words: the words; empty if the set holds many draws at once (`Variable.stacked`).
@@ -53,12 +53,12 @@ class WordLookup:
         return encode(self.tokenizer, text, special=False)
 
     def holds_unknown(self, ids: Iterable[int]) -> bool:
-        """Whether one of the tokens is the tokenizer's token for unknown text."""
+        """Say whether one of the tokens is the tokenizer's token for unknown text."""
         unknown = None if self.unknown is None else self.tokenizer.token_to_id(self.unknown)
         return unknown is not None and unknown in ids
 
     def next_token(self, text: str, word: str, continues: bool = False) -> int | None:
-        """Return the id of the token that a word adds to a text; None if it adds several, or changes earlier tokens."""
+        """Return the token id that a word adds to a text; None if it adds several tokens or changes earlier ones."""
         before, after = self._ids(text), self._ids(f"{text}{'' if continues else ' '}{word}")
         added = after[len(before) :]
         return added[0] if after[: len(before)] == before and len(added) == 1 else None
@@ -67,7 +67,7 @@ class WordLookup:
         return self.encode(text).ids
 
     def _continuing(self, text: str) -> list[int]:
-        """Return a text's ids after a new line, which takes the space that some tokenizers put before a text."""
+        """Return a text's ids after a new line, which takes up the space that some tokenizers put before a text."""
         line, ids = self._ids("\n"), self._ids(f"\n{text}")
         return ids[len(line) :] if ids[: len(line)] == line else []
 
@@ -139,7 +139,7 @@ def some_dropped(dropped: dict[str, str]) -> str:
 
 
 def _why(token: int | None, found: list[int], n_sets: int, seen: set[int]) -> str:
-    """Say why a word is dropped: because of itself, or because of its pair."""
+    """Say why a word is dropped: for its own sake, or because its pair is."""
     if token is None:
         return "not one token here"
     if len(found) < n_sets:

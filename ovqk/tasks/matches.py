@@ -11,9 +11,9 @@ from torch import Tensor
 from ovqk.errors import UserError
 
 MIN_WORDS = 8
-"""Words, or tokens matched to them, below which nothing is read."""
-WORD_STARTS = ("Ġ", "▁")  # the marks of a leading space in byte-level BPE and sentencepiece
-RANK_WINDOW = 0.25  # the largest distance of a matched token from the word, in log id rank
+"""With fewer words than this, or fewer tokens matched to them, nothing is read."""
+WORD_STARTS = ("Ġ", "▁")  # how byte-level BPE and sentencepiece mark a leading space
+RANK_WINDOW = 0.25  # the largest distance in log id rank between a word and a matched token
 
 
 def surface_form(token: str) -> tuple[bool, str, bool, int]:
@@ -38,18 +38,18 @@ def matched_tokens(
 ) -> tuple[dict[int, list[int]], str]:
     """Find tokens like these words: the same surface form, and a log id rank within 0.25.
 
-    If there are fewer than 8 matches in all, the rank window is dropped, then the length class, then the form. A word
-    with fewer than 2 matches takes the matches of all words.
+    If there are fewer than 8 matches in all, the rank window is dropped, then the length class, then the form. If a
+    word has fewer than 2 matches, it takes the matches for all words.
 
     Args:
         ids: the words' token ids.
-        excluded: the ids of all task words, which match nothing.
+        excluded: all task words' ids, which match nothing.
         tokenizer: the model's tokenizer.
-        n_tokens: the number of real tokens.
-        own: ids in `excluded` that may match all the same.
+        n_tokens: how many real tokens there are.
+        own: ids in `excluded` that may still match.
 
     Returns:
-        Word id -> ids of its matched tokens (at least one), and a note that is empty if no rule had to be dropped.
+        Word id -> its matched tokens' ids (at least one), and a note that is empty if no rule had to be dropped.
 
     Raises:
         UserError: the vocabulary has fewer than 8 other tokens.

@@ -1,6 +1,6 @@
-"""How much longer a tokenizer's normalizers may make a text.
+"""A bound on how much longer a tokenizer's normalizers may make a text.
 
-A normalizer that writes `ww` for `w` doubles a text, and a list of forty of them makes 10^12 letters of one. The
+A normalizer that writes `ww` for `w` doubles a text, and a list of forty of them turns one letter into 10^12. The
 tokenizers library has no bound, and ends the process when memory runs out, so ovqk counts before it hands a file over.
 """
 
@@ -8,16 +8,16 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-MOST = 10_000  # times; what models have stays below 1,000
+MOST = 10_000  # times the length; real models stay below 1,000
 DECOMPOSED, LOWER, BYTES, SPACED = 18, 2, 4, 3
-"""Characters that one may become: in a normal form of Unicode (U+FDFA), in lower case (U+0130), as letters for its
+"""How many characters one may become: in a Unicode normal form (U+FDFA), in lower case (U+0130), as letters for its
 bytes, and with a space on each side."""
 EMPTY = set("*?|^$") | {"{0", "{,", "(?", r"\b", r"\B", r"\A", r"\Z", r"\z", r"\G", r"\K"}
-"""Parts that a regular expression has if it matches where no character is; it may have them and not do so."""
+"""A regular expression that can match an empty text has one of these parts; not every one with such a part can."""
 
 
 def longest(normalizer: Any, length: float) -> float:
-    """Return an upper bound on the characters of a text with `length` characters after a normalizer."""
+    """Return an upper bound on a text's length after a normalizer, if it has `length` characters before."""
     if not isinstance(normalizer, Mapping):
         return length
     match normalizer.get("type"):
@@ -48,7 +48,7 @@ def check_growth(normalizer: Any) -> None:
     """Check that a tokenizer.json's `normalizer` makes no text more than MOST times as long.
 
     Raises:
-        ValueError: it may.
+        ValueError: it may make a text longer than that.
     """
     length = 100.0  # of a text; what a normalizer puts before it counts less the longer it is
     try:
@@ -60,7 +60,7 @@ def check_growth(normalizer: Any) -> None:
 
 
 def _replaced(pattern: Mapping[str, str], content: int, length: float) -> float:
-    """Return the bound for a replacement by `content` characters."""
+    """Return the bound if each match is replaced by `content` characters."""
     if text := pattern.get("String"):
         return length * max(1.0, content / len(text))
     regex = pattern.get("Regex", "")
@@ -70,7 +70,7 @@ def _replaced(pattern: Mapping[str, str], content: int, length: float) -> float:
 
 
 def _longest_entry(charsmap: str) -> int:
-    """Return the length of the longest text in a sentencepiece character map: a trie's size, the trie, the texts."""
+    """Return the longest text's length in a sentencepiece character map (a trie's size, the trie, the texts)."""
     content = base64.b64decode(charsmap)
     texts = content[4 + int.from_bytes(content[:4], "little") :]
     return max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")))

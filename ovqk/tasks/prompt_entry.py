@@ -16,7 +16,7 @@ LEADING = {"agrees_with", "initial_of", *ORDERED}
 
 
 def check_prompts(words: WordSets, prompts: Mapping[str, Any]) -> None:
-    """Check the keys, slots and word sets of a `prompts` entry.
+    """Check the keys, slots and word sets in a `prompts` entry.
 
     Raises:
         ValueError: a key, slot or word set is unknown, or a key is missing.
@@ -50,7 +50,7 @@ def check_prompts(words: WordSets, prompts: Mapping[str, Any]) -> None:
 
 
 def _refuse_other(entry: Any, name: str) -> None:
-    """Refuse an entry that is no mapping."""
+    """Refuse an entry that is not a mapping."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{name}: must be a mapping, not {entry!r}")
 
@@ -79,7 +79,7 @@ def word_set(words: WordSets, name: str) -> Sequence[str]:
 
 
 def slot_entry(slot: Any) -> Any:
-    """Return a slot as a mapping; a slot that is a mere name names its word set."""
+    """Return a slot as a mapping; if the slot is only a name, it is its word set's name."""
     return {"set": slot} if isinstance(slot, str) else slot
 
 
@@ -104,6 +104,6 @@ def _check_slots(slots: Mapping[str, Any]) -> None:
 
 
 def replaced_slots(prompts: Mapping[str, Any]) -> list[Any]:
-    """Return the slots of the answer, the foil and the mentions that a counterfactual replaces."""
+    """Return the slots for the answer, the foil and the mentions that a counterfactual replaces."""
     foil = prompts["foil"].get("other_form_of") if isinstance(prompts["foil"], Mapping) else prompts["foil"]
     return [prompts["answer"], foil, *(mention.partition(".")[0] for mention in prompts.get("counterfactual", {}))]

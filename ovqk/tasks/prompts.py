@@ -30,13 +30,13 @@ word). A slot may be the first letter of another slot's word. Braces may stand i
     answer: end                     # or, with `letter: {initial_of: third}` among the slots, letter
     foil: early
 
-The second form is a random sequence that is repeated, and cut anywhere in its second copy. The foil is another word of
+The second form is a random sequence that is repeated, and cut anywhere in its second copy. The foil is another word in
 the sequence:
 
     repeated: {words: content, lengths: [6, 8, 10]}
 
-Slots with one word set never take the same word, and never two forms of one word, unless one has `up_to`. The mentions
-of a slot are `slot`, `slot.2` and so on. END is the last word of the text, from which the answer is predicted.
+Slots with the same word set never take the same word, nor two forms of one word, unless one slot has `up_to`. A slot's
+mentions are `slot`, `slot.2` and so on. END is the text's last word, from which the answer is predicted.
 
 `counterfactual` gives each prompt a second version in which the computation is impossible. The words and places are the
 same, except for the mentions that it names. Each of these gets another word:
@@ -49,8 +49,9 @@ same, except for the mentions that it names. Each of these gets another word:
 
 Under `repeated`, `counterfactual: fresh_first_copy` draws the first copy anew, from other words.
 
-Statistics resample whole clusters of prompts. Prompts with the same template, order of swapped slots and drawn forms
-form a cluster. If a task with few templates says `clusters: [event]`, prompts with the same words in these slots do.
+Statistics resample whole clusters of prompts. Prompts form a cluster if they share the template, the order of swapped
+slots and the drawn forms. If a task with few templates says `clusters: [event]`, prompts form a cluster if they have
+the same words in these slots.
 """
 
 import random
@@ -82,11 +83,11 @@ class Prompt:
         text: the text, without the answer.
         answer, foil: the word that comes next, and the natural wrong answer.
         spans: label -> the characters [start, stop) of the word that it marks.
-        group: the name of all prompts that agree in every word position: same template and optional phrases, in either
-            order of swapped slots. A mean over a group is a mean at matching positions.
-        forms: slot -> the number of its form, for slots that have forms.
+        group: a name shared by all prompts with matching word positions: the same template and optional phrases, in
+            either order of swapped slots. So a mean over a group is a mean at matching positions.
+        forms: slot -> its form, by number, for slots that have forms.
         template: the template, before its optional phrases were chosen.
-        cluster: the name of the prompt's cluster, the unit of resampling.
+        cluster: the prompt's cluster, by name; clusters are resampled as a whole.
         counterfactual: the prompt in which the computation is impossible; None if the task says no `counterfactual`.
     """
 
@@ -102,7 +103,7 @@ class Prompt:
 
 
 def variants(template: str) -> list[str]:
-    """Return all texts of a template, with each optional phrase `[...]` left out and put in."""
+    """Return all texts that a template gives, with each optional phrase `[...]` left out and put in."""
     match = re.search(r"\[([^\[\]]*)\]", template)
     if match is None:
         return [template]
@@ -119,14 +120,14 @@ def slot_names(template: str) -> list[str]:
 def sample_prompts(words: WordSets, prompts: Mapping[str, Any], count: int, seed: int) -> list[Prompt]:
     """Draw prompts. The same arguments give the same prompts.
 
-    Swapped orders, and the forms of slots that others agree with, alternate, so they are exactly balanced. Templates,
-    optional phrases and words are drawn uniformly.
+    Swapped orders alternate, and so do the forms if other slots agree with a slot, so both are exactly balanced.
+    Templates, optional phrases and words are drawn uniformly.
 
     Args:
         words: word set -> its words.
         prompts: the task's `prompts` entry, as the module's docstring describes it.
         count: how many prompts are drawn.
-        seed: of the draws.
+        seed: the seed for the draws.
 
     Raises:
         ValueError: a key, slot, mention or word set is unknown, or a word set is too small for its slots.
@@ -152,7 +153,7 @@ def _own_rng(seed: int, index: int) -> random.Random:
 def token_positions(prompt: Prompt, offsets: Iterable[Span]) -> dict[str, int]:
     """Return label -> the index of the last token that overlaps the label's characters.
 
-    A word of several tokens is thus marked at its last token, where the model has read all of it.
+    So if a word has several tokens, its last token is marked, because there the model has read the whole word.
 
     Args:
         prompt: the prompt.
@@ -263,7 +264,7 @@ def _draw(
 
 
 def _swapped(mentions: list[str], swap: Sequence[str] | None, exchange: bool) -> list[str]:
-    """Return the slot at each mention, with the first mentions of the two swapped slots exchanged."""
+    """Return the slot at each mention, with the two swapped slots' first mentions exchanged."""
     if swap is None or not exchange:
         return mentions
     first, second = (mentions.index(name) for name in swap)
@@ -275,7 +276,7 @@ def _swapped(mentions: list[str], swap: Sequence[str] | None, exchange: bool) ->
 def _fill(
     template: str, order: Sequence[str], values: Mapping[str, str], replaced: Mapping[str, str] | None = None
 ) -> tuple[str, dict[str, Span]]:
-    """Fill slots in `order`, or mentions with their replacements; return the text and the spans of mentions and END."""
+    """Fill slots in `order`, or mentions with their replacements; return the text, and spans for mentions and END."""
     literals = re.split(r"\{\w+\}", template)
     text, spans, seen = literals[0], {}, dict.fromkeys(order, 0)
     for name, literal in zip(order, literals[1:], strict=True):
@@ -330,7 +331,7 @@ def _repeated(
 
 
 def known_words(words: WordSets, prompts: Mapping[str, Any], known: Callable[[str], bool]) -> dict[str, list[str]]:
-    """Return the word sets without the words that a vocabulary lacks; the forms of one word stay or go together."""
+    """Return the word sets without the words that a vocabulary lacks; a word's forms stay or go together."""
     aligned = [forms_of(slot) for slot in prompts.get("slots", {}).values()]
     kept = {name: list(filter(known, content)) for name, content in words.items()}
     for sets in aligned:
@@ -341,7 +342,7 @@ def known_words(words: WordSets, prompts: Mapping[str, Any], known: Callable[[st
 
 
 def word_sets_of(prompts: Mapping[str, Any]) -> list[str]:
-    """Return the names of the word sets that hold answers, foils and words that a counterfactual replaces."""
+    """Name the word sets that hold answers, foils and the words that a counterfactual replaces."""
     if "repeated" in prompts:
         return [prompts["repeated"]["words"]]
     return list(dict.fromkeys(name for slot in replaced_slots(prompts) for name in forms_of(prompts["slots"][slot])))

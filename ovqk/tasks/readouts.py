@@ -1,7 +1,7 @@
 """A causal variable as each layer reads it, and each head's metrics on it (definitions: section 5).
 
 Layer 0 reads the embedding. Later layers read the `block0` effective embedding, unless the analysis chooses one
-embedding for all layers, or has the model run on single words (`stream`).
+embedding for all layers or runs the model on single words (`stream`).
 """
 
 from collections.abc import Collection, Sequence
@@ -21,9 +21,9 @@ from ovqk.tasks.words import Variable
 from ovqk.weights.stored_rows import Rows
 
 SET_METRICS = named(lambda metric: metric.variable is VariableKind.set)
-"""Metrics that are means over the source tokens of a `set` variable."""
+"""Metrics that are means over a `set` variable's source tokens."""
 RELATION_METRICS = named(lambda metric: metric.variable is VariableKind.relation)
-"""Metrics that are means over the pairs of a `relation`."""
+"""Metrics that are means over a `relation`'s pairs."""
 SUBSPACE_METRICS = named(lambda metric: metric.of == "subspace")
 """Metrics about the subspace that a variable's words span, on either side of a circuit."""
 
@@ -44,11 +44,11 @@ def metrics_of_other_kinds(kind: VariableKind) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class InTop:
-    """One of TOP_METRICS for a batch of heads; some words may still be undecided.
+    """One of the TOP_METRICS for a batch of heads; some words may still be undecided.
 
     Attributes:
         search: the search, which several metrics may share.
-        index: the index of the metric's sign in the search.
+        index: the metric's sign in the search, by index.
         W_U_rows: the vocabulary in which the words are ranked.
     """
 
@@ -58,7 +58,7 @@ class InTop:
 
     @property
     def by_source(self) -> Float[Tensor, "head word"]:
-        """Return 1 for each word whose target is in the top of the tokens compared so far, and 0 for the others."""
+        """Return 1 for each word whose target is in the top among the tokens compared so far, and 0 for the others."""
         return self.search.found()[self.index]
 
     @staticmethod
@@ -70,17 +70,17 @@ class InTop:
 
 
 class Readout:
-    """One causal variable on one model: its read side in each layer, its write side, and the metrics of heads.
+    """One causal variable on one model: its read side in each layer, its write side, and the heads' metrics.
 
     Attributes:
         variable: the variable.
-        effective: the effective embeddings of the model's tokens.
+        effective: the effective embeddings for the model's tokens.
         vocabulary: the model's vocabulary.
-        embedding: the analysis's choice of effective embedding.
-        like: the readout that this one is a surrogate of; None for the task's own. A surrogate keeps its ranks, and its
-            band without the words drawn.
-        ids: token ids of the (first) read words.
-        targets: token ids of the words that these should be mapped to: themselves, or a relation's targets.
+        embedding: the effective embedding that the analysis chose.
+        like: the readout for which this one is a surrogate; None for the task's own. A surrogate takes over its ranks,
+            and its band without the words drawn.
+        ids: the (first) read words' token ids.
+        targets: token ids for the words that these should be mapped to: themselves, or a relation's targets.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Readout:
         like: "Readout | None" = None,
         origins: dict[RowKind, Tensor] | None = None,
     ) -> None:
-        """Take the variable's tokens, the rows of the model's tokens, and `origins` for the same band if known."""
+        """Take the variable's tokens, the model's rows for tokens, and `origins` if known for the same band."""
         self.variable, self.effective, self.vocabulary = variable, rows, rows.vocabulary
         self.embedding, self.like = embedding, like
         self._words: dict[RowKind, Tensor] = {}
@@ -102,14 +102,14 @@ class Readout:
         self.targets = self.ids if variable.pairs is None else variable.write[0].ids.to(self.ids.device)
 
     def surrogates(self, variables: Sequence[Variable]) -> "Readout":
-        """Return the readout of other words, for all these variables at once: its values are [draw, head].
+        """Return a readout for other words, for all these variables at once: its values are [draw, head].
 
-        The subspaces keep their ranks. In the band, the words drawn are exchanged for the task's words.
+        The subspaces keep their ranks. In the band, the task's words take the place of the words drawn.
         """
         return Readout(Variable.stacked(variables), self.effective, self.embedding, like=self)
 
     def of_some(self, variables: Sequence[Variable]) -> "Readout":
-        """Return the readout of some of the words, with the same band, for all choices at once: values [draw, head]."""
+        """Return a readout for some of the words, with the same band, for all choices at once: values [draw, head]."""
         return Readout(Variable.stacked(variables), self.effective, self.embedding, origins=self._origins)
 
     def kind(self, layer: int) -> RowKind:
@@ -123,7 +123,7 @@ class Readout:
         return StreamBefore(layer) if kind == "stream" else kind
 
     def kinds(self, layer: int) -> dict[str, RowKind]:
-        """Return effective embedding -> its kind of rows, for those that can be had in this layer."""
+        """Return effective embedding -> its kind of rows, for the embeddings that are available in this layer."""
         there: dict[str, RowKind] = {"token": "token"}
         if layer and self.effective.block0 is not None:
             there["block0"] = "block0"
@@ -132,13 +132,13 @@ class Readout:
         return there
 
     def reads(self, layer: int) -> bool:
-        """Whether the layer's effective embedding can be had."""
+        """Say whether the layer's effective embedding is available."""
         kind = self.embedding.kind(layer)
         there = {"block0": self.effective.block0, "stream": self.effective.streams}
         return kind == "token" or there[kind] is not None
 
     def rows(self, layer: int) -> Float[Tensor, "*draw word d_model"]:
-        """Return the normalised effective embeddings of the (first) read words, as this layer reads them."""
+        """Return the (first) read words' normalised effective embeddings, as this layer reads them."""
         kind = self.kind(layer)
         if kind not in self._words:
             self._words[kind] = self.effective(self.variable.read[0].ids, kind)
@@ -146,22 +146,22 @@ class Readout:
 
     @property
     def written(self) -> Float[Tensor, "*draw word d_model"]:
-        """The columns of W_U, as rows, for the words that are sources and targets; for a relation, for its targets."""
+        """W_U's columns, as rows, for the words that are sources and targets; for a relation, for its targets."""
         if WRITE not in self._words:
             self._words[WRITE] = self.effective(self.targets, WRITE)
         return self._words[WRITE]
 
     def basis(self, layer: int) -> Float[Tensor, "*draw r d_model"]:
-        """Return an orthonormal basis of the read subspace, as this layer reads it."""
+        """Return an orthonormal basis for the read subspace, as this layer reads it."""
         return self._basis(self.kind(layer))
 
     @property
     def write(self) -> Float[Tensor, "*draw r d_model"] | None:
-        """An orthonormal basis of the write subspace; None without an unembedding."""
+        """An orthonormal basis for the write subspace; None if there is no unembedding."""
         return None if self.vocabulary.W_U_rows is None else self._basis(WRITE)
 
     def prepare(self, layer: int) -> None:
-        """Compute this layer's subspaces, and the means of the bands that surrogates are centred by."""
+        """Compute this layer's subspaces, and the band means that centre surrogates."""
         for kind in (self.kind(layer), WRITE):
             if kind != WRITE or self.vocabulary.W_U_rows is not None:
                 self._basis(kind)
@@ -169,14 +169,14 @@ class Readout:
     def metrics(
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head"]]:
-        """Return the task metrics of these maps, as heads of this layer.
+        """Return the task metrics for these maps, as for heads in this layer.
 
         There are none if the layer's effective embedding cannot be computed.
 
         Args:
             layer: the layer.
             maps: the heads' maps, for one circuit.
-            wanted: names of metrics; all of them unless given.
+            wanted: the metrics' names; all metrics if it is None.
         """
         means = {name: values.mean(-1) for name, values in self.by_source(layer, maps, wanted).items()}
         return means | self.of_subspace(layer, maps, wanted)
@@ -184,7 +184,7 @@ class Readout:
     def by_source(
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head source"]]:
-        """Return the metrics that are means over a `set` variable's tokens, or a relation's pairs, for each of them."""
+        """Return, for each token or pair, the metrics that are means over a `set`'s tokens or a relation's pairs."""
         W_U_rows = self.vocabulary.W_U_rows
         if not self.reads(layer) or self.variable.kind is VariableKind.contrast:
             return {}
@@ -213,7 +213,7 @@ class Readout:
     def _of_pairs(
         self, layer: int, maps: CircuitMaps, pairs: relations.Pairs, wanted: Collection[str] | None
     ) -> dict[str, Float[Tensor, "head pair"]]:
-        """Return a relation's metrics of OV for each pair."""
+        """Return a relation's OV metrics for each pair."""
         if maps.circuit is not Circuit.ov or self.vocabulary.W_U_rows is None:
             return {}
         found: dict[str, Tensor] = {}
@@ -283,7 +283,7 @@ class Readout:
         return self._bases[kind]
 
     def _contrast(self, kind: RowKind, minus: Tensor, plus: Tensor) -> Float[Tensor, "*draw 1 d_model"]:
-        """Return the unit direction between the sides of the contrast.
+        """Return the unit direction between the contrast's sides.
 
         Raises:
             UserError: both sides have the same mean in this model.
@@ -300,7 +300,7 @@ class Readout:
         return self.variable.write if kind == WRITE else self.variable.read
 
     def _origin(self, kind: RowKind, words: Float[Tensor, "*draw word d_model"]) -> Float[Tensor, "*or_one d_model"]:
-        """Return the mean over the band that the words are compared with, on the read or the write side."""
+        """Return the mean over the band with which the words are compared, on the read or the write side."""
         if self.like is not None:
             like = self.like  # the words drawn leave the band, and the task's words enter it
             n, own = len(like.variable.band), like.effective(like._sets(kind)[0].ids, kind)
@@ -314,7 +314,7 @@ class Readout:
 def _of_scores(
     prefix: str, scores: Float[Tensor, "*draw head source target"], wanted: Collection[str] | None
 ) -> dict[str, Float[Tensor, "*draw head source"]]:
-    """Return the wanted metrics of a matrix of logits or scores, for each source token."""
+    """Return the wanted metrics for a matrix of logits or scores, for each source token."""
     found: dict[str, Tensor] = {}
     if wanted is None or {f"{prefix}_auc", f"{prefix}_auc_raw"} & set(wanted):
         found[f"{prefix}_auc"], found[f"{prefix}_auc_raw"] = alignment.task_auc_by_source(scores)

@@ -1,4 +1,4 @@
-"""A relation's pairs of words as tokens of one model (definitions: section 5)."""
+"""A relation's word pairs as one model's tokens (definitions: section 5)."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ from ovqk.tasks.matches import MIN_WORDS
 
 @dataclass(frozen=True)
 class Relation:
-    """A relation's pairs, of all kinds together.
+    """A relation's pairs, all kinds together.
 
     Attributes:
-        sources, targets: index-aligned.
-        pairs: the same as places among the relation's words.
-        kept: word set -> the number of words kept.
+        sources, targets: the words of each pair, index-aligned.
+        pairs: the same pairs, as places among the relation's words.
+        kept: word set -> how many words were kept.
         reasons: word set -> dropped word -> why it was dropped.
     """
 
@@ -30,7 +30,7 @@ class Relation:
 
 
 def read_relation(task: TaskConfig, name: str, lookup: WordLookup, label: str) -> Relation:
-    """Look up the pairs of a task's variable.
+    """Look up the pairs for a task's variable.
 
     Args:
         task: the task, which holds the variable's word sets.

@@ -21,9 +21,9 @@ from ovqk.tasks.readouts import Readout, metrics_of_other_kinds
 from ovqk.tasks.words import TaskTokens, resolve_task
 
 MATCHES_RUN = 32
-"""Matched tokens of each word, at most, that a model is run on for `analysis.embedding=stream`."""
+"""The largest number of matched tokens per word that a model runs on for `analysis.embedding=stream`."""
 RunWords = Callable[[Int[Tensor, " token"], Int[Tensor, " word"]], Streams | str]
-"""Runs a model on single tokens, of which some are the task's words; says why if it cannot be run."""
+"""Runs a model on single tokens, some of them the task's words; says why if it cannot be run."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class TaskReadout:
 
     Attributes:
         model: the model.
-        tokens: the task's words as tokens of the model.
-        readout: the readout of the task's variable; None if no word is read.
-        unavailable: metric -> why no head of this model can have it on this task.
-        unread: why layers behind the first have no effective embedding, if they have none.
+        tokens: the task's words as the model's tokens.
+        readout: the readout for the task's variable; None if no word is read.
+        unavailable: metric -> why no head in this model can have it on this task.
+        unread: why layers after the first have no effective embedding, if they have none.
     """
 
     model: Model
@@ -47,14 +47,14 @@ class TaskReadout:
 
     @classmethod
     def read(cls, model: Model, run_words: RunWords | None = None) -> "TaskReadout":
-        """Read the task's words by the model's tokenizer.
+        """Read the task's words with the model's tokenizer.
 
         Args:
-            model: the model, with the choice of its cell.
+            model: the model, with its cell's choices.
             run_words: runs the model on single words, for `analysis.embedding=stream`.
 
         Raises:
-            UserError: the words cannot be read as tokens of the model (`resolve_task`).
+            UserError: the words cannot be read as the model's tokens (`resolve_task`).
         """
         tokens = read_words(model)
         readout, why = None, str(model.block0)
@@ -90,7 +90,7 @@ class TaskReadout:
     def maps(self, layer: Layer, circuit: Circuit) -> HeadMaps | None:
         """Return a circuit's maps as readouts use them: folded, and for QK with the mean rotation.
 
-        None: ovqk does not know how the model encodes positions, so there is no QK.
+        The result is None for QK if ovqk does not know how the model encodes positions.
         """
         architecture = self.model.architecture
         if circuit is Circuit.ov:
@@ -107,7 +107,7 @@ class TaskReadout:
         return HeadMaps(layer.factors(Circuit.qk, True, span), layer.decomposition(Circuit.qk, True, span), scorer)
 
     def by_source(self, layer: Layer, circuit: Circuit) -> dict[str, Float[Tensor, "head source"]]:
-        """Return the metrics of a circuit's heads for each source token; they are computed once for a layer."""
+        """Return a circuit's metrics for each head and source token; they are computed once for each layer."""
         known = self._sources.setdefault(layer, {})
         if circuit not in known:
             maps = None if self.readout is None else self.maps(layer, circuit)
@@ -115,7 +115,7 @@ class TaskReadout:
         return known[circuit]
 
     def metrics(self, layer: Layer) -> dict[str, Float[Tensor, " head"]]:
-        """Return the task metrics of the layer's heads; under rotary positions with the mean rotation."""
+        """Return the task metrics for the layer's heads; under rotary positions with the mean rotation."""
         found: dict[str, Tensor] = {}
         for circuit in self.model.circuits if self.readout is not None else ():
             maps = self.maps(layer, circuit)
@@ -137,7 +137,7 @@ class ReadoutTables:
         self._layers.append(heads_rows(layer, self.task.metrics(layer)))
 
     def tables(self, made: Tables) -> Tables:
-        """Return `heads`: a row for each head, a column for each metric of the analysis; null if there is no value."""
+        """Return `heads`: a row for each head, a column for each metric in the analysis; null if there is no value."""
         structure, readouts = made["heads"], pd.concat(self._layers, ignore_index=True)
         columns = {name: structure[name] for name in ("layer", "head")}
         for name in metric_names(self.task.model.circuits):
@@ -163,9 +163,9 @@ def read_words(model: Model) -> TaskTokens:
 
 
 def unavailable_on(model: Model, readout: Readout | None, unread: str) -> dict[str, str]:
-    """Return metric -> reason, for the metrics that no head of this model can have on this task.
+    """Return metric -> reason, for the metrics that no head in this model can have on this task.
 
-    `unread` is why a layer's effective embedding cannot be had, if none can.
+    `unread` says why no layer's effective embedding is available, if none is.
     """
     task, architecture, circuits = model.config.task, model.architecture, model.circuits
     reasons, of_tasks = dict(model.unavailable), [n for n in metric_names(circuits) if METRICS[n].is_readout]

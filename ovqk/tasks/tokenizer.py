@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer: how it is read, what it may do, and which tokens it puts before a text."""
+"""A checkpoint's own tokenizer: how it is read, the bounds it must keep, and the tokens that it puts before a text."""
 
 import json
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ MOST_SPECIAL = 1000  # tokens; a start token, and perhaps a language
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """Return the checkpoint's own tokenizer; None if its directory or GGUF file holds none.
 
-    Padding, truncation and dropout of merges, which is random, are switched off, whatever the files say.
+    Padding, truncation and the random dropout of merges are switched off, whatever the files say.
 
     Raises:
-        UserError: the tokenizer's files are damaged, or of a kind that cannot be built.
+        UserError: the tokenizer's files are damaged, or their kind cannot be built.
     """
     tokenizer = _load_tokenizer(checkpoint)
     if tokenizer is not None:
@@ -40,7 +40,7 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         from ovqk.checkpoints.gguf_tokenizer import tokenizer_of
 
         return tokenizer_of(checkpoint.metadata, checkpoint.label)
-    if not checkpoint.config:  # one file of TransformerLens names: what lies beside it is not its tokenizer
+    if not checkpoint.config:  # one file with TransformerLens names: a tokenizer that lies beside it is not its own
         return None
     try:
         if (directory / "tokenizer.json").is_file():
@@ -55,7 +55,7 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
             return tokenizer.backend_tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the tokenizers library raises bare Exception, and panics of Rust, which are none
+    except BaseException as error:  # the tokenizers library raises bare Exception; a Rust panic is not even that
         if "trust_remote_code" in str(error):
             error = ValueError("they are of a kind that the directory's own code builds, which ovqk does not run")
         raise UserError(f"{checkpoint.label}: its tokenizer files cannot be read ({error}).") from error
@@ -63,9 +63,9 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
 
 def _checked(path: Path) -> Tokenizer:
-    """Build a tokenizer of a tokenizer.json, once its normalizers are known to be bounded.
+    """Build a tokenizer from a tokenizer.json, after its normalizers are known to be bounded.
 
-    Building it already normalizes the added tokens.
+    The check comes first because building already normalizes the added tokens.
     """
     text = path.read_text(encoding="utf-8")
     content = json.loads(text)
@@ -77,7 +77,7 @@ def encode(tokenizer: Tokenizer, text: str, special: bool = True) -> Encoding:
     """Return a text's tokens, with the special tokens that the tokenizer puts around a text if `special`.
 
     Raises:
-        UserError: the tokenizer fails, as with a regular expression that gives up.
+        UserError: the tokenizer fails, for instance because a regular expression gives up.
     """
     try:
         return tokenizer.encode(text, add_special_tokens=special)
@@ -108,7 +108,7 @@ def tokenizer_for(task: TaskConfig, checkpoint: Checkpoint) -> tuple[Tokenizer |
 
 
 def byte_level_bpe(directory: Path) -> Tokenizer:
-    """Build the byte-level BPE tokenizer of a directory with vocab.json and merges.txt, as GPT-2 has it."""
+    """Build the byte-level BPE tokenizer, as GPT-2 has it, from a directory with vocab.json and merges.txt."""
     from tokenizers import decoders, models, pre_tokenizers
 
     bpe = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))

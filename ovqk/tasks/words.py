@@ -1,4 +1,4 @@
-"""A task's words as tokens of one model (definitions: section 5)."""
+"""A task's words as one model's tokens (definitions: section 5)."""
 
 import dataclasses
 import random
@@ -18,7 +18,7 @@ from ovqk.tasks.matches import MIN_WORDS, matched_tokens
 from ovqk.tasks.relations import read_relation
 
 MOST_WORDS = 10_000  # in a set; each is looked up, drawn for nulls, and listed in the record
-MOST_LETTERS = 200  # in a word: one that is a token has far fewer
+MOST_LETTERS = 200  # in a word; a word that is a token has far fewer
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Variable:
         kind: `set`, `contrast` or `relation`.
         read, write: its word sets on each side. A `set` has one, the same on both sides; a `contrast` has two that are
             index-aligned, (minus, plus); a `relation` has one on each side, its sources and their targets.
-        band: ids of the tokens that match the words in surface form and log id rank, without the task's words.
-        matches: word id -> ids of the tokens that match this word. They come from the band and, if the variable is a
-            set, from its own words too: surrogates that could never hold a task word would be more alike than they are
-            like the task. A relation has none.
-        pairs: of a `relation`: its pairs of words; None for other kinds.
+        band: ids for the tokens that match the words in surface form and log id rank, without the task's words.
+        matches: word id -> ids for the tokens that match this word. They come from the band and, if the variable is a
+            set, from its own words too: if surrogates could never hold a task word, they would be more like each other
+            than like the task. A relation has none.
+        pairs: a `relation`'s word pairs; None for other kinds.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Variable:
 
     @property
     def tokens(self) -> Int[Tensor, " token"]:
-        """All tokens that a readout may ask for: the words, the band and the matches; rising."""
+        """All tokens that a readout may ask for: the words, the band and the matches, in rising order."""
         words = [words.ids for words in (*self.read, *self.write)]
         matched = torch.tensor([token for found in self.matches.values() for token in found], dtype=torch.long)
         return torch.cat([*words, self.band, matched]).unique()
 
     def thinned(self, most: int) -> "Variable":
-        """Return the variable with at most so many matches of each word, drawn at random, and a band of these."""
+        """Return the variable with at most `most` random matches for each word, and with only these in its band."""
         rng = random.Random(f"matches of {self.name}")
         matches = {word: sorted(rng.sample(found, min(most, len(found)))) for word, found in self.matches.items()}
         band = set(self.band.tolist()) & {token for found in matches.values() for token in found}
@@ -76,7 +76,7 @@ class TaskTokens:
 
     Attributes:
         variables: the variable, or nothing.
-        kept: word set -> the number of words kept.
+        kept: word set -> how many words were kept.
         dropped: word set -> the words dropped.
         notes: sentences about matched tokens for the record.
         reasons: word set -> dropped word -> why it was dropped.
@@ -95,12 +95,12 @@ def resolve_task(task: TaskConfig, tokenizer: Tokenizer | None, n_tokens: int, l
     Args:
         task: the task.
         tokenizer: the model's tokenizer; None if it has none.
-        n_tokens: the number of real tokens.
+        n_tokens: how many real tokens there are.
         label: the model's name in messages.
 
     Raises:
         UserError: `continuations` or a variable names an unknown word set; there is more than one variable, or one
-            but no tokenizer; a contrast has one word on both sides; or fewer than 8 words of a variable are one token.
+            but no tokenizer; a contrast has one word on both sides; or fewer than 8 of its words are one token.
     """
     if len(task.variables) > 1:
         raise UserError(
@@ -154,7 +154,7 @@ def _relation(task: TaskConfig, name: str, lookup: WordLookup, label: str) -> Ta
     """Read a relation's pairs as tokens.
 
     Raises:
-        UserError: its word sets are no pairs, or too few pairs are two single tokens (`relations.read_relation`).
+        UserError: its word sets are not pairs, or too few pairs are two single tokens (`relations.read_relation`).
     """
     variable = task.variables[name]
     for key in (*variable.read, *variable.write):
@@ -166,7 +166,7 @@ def _relation(task: TaskConfig, name: str, lookup: WordLookup, label: str) -> Ta
 
 
 def readable_tasks(tasks: Iterable[TaskConfig], tokenizer: Tokenizer) -> list[str]:
-    """Return the names of the tasks that keep enough words with this tokenizer, in the order given."""
+    """Name the tasks that keep enough words with this tokenizer, in the order given."""
     lookup = WordLookup(tokenizer, tokenizer.get_vocab_size())
 
     def keeps_enough(task: TaskConfig) -> bool:
@@ -190,7 +190,7 @@ def readable_tasks(tasks: Iterable[TaskConfig], tokenizer: Tokenizer) -> list[st
 
 
 def _named_sets(variable: VariableConfig) -> tuple[list[str], list[str]]:
-    """Return the names of the word sets that a variable reads, and of those that it writes."""
+    """Name the word sets that a variable reads, and those that it writes."""
     if variable.kind is VariableKind.set:
         return [variable.words or ""], [variable.words or ""]
     return list(variable.read), list(variable.write)

@@ -5,20 +5,20 @@
     induction   a random sequence of words, then the same sequence again
     filler      sentences that mention names, cities, companies and so on, and repeat nothing
 
-A context is a stream of such segments. Before each stands a sentence that introduces other names (before most
+A context is a stream of such segments. A sentence stands before each segment. It introduces other names (before most
 indirect-object sentences) or only fills. Half of the training windows start at a random word in the stream, so no
-position is special; the other half start with <eos> and a whole segment, so the model also knows a prompt that begins a
-text. Both name orders, optional phrases, and other names in the sentences before keep position, distance and the set of
-names in the context from giving the answer away. In half of the indirect-object sentences the giver asks the question,
-so that the last name before it is the giver; in the other half somebody else does, and the last name is the giver's as
-often as the receiver's: only the repetition tells them apart.
+position is special. The other half start with <eos> and a whole segment, so the model also learns prompts that begin a
+text. Position, distance and the set of names do not give the answer away, because both name orders, optional phrases,
+and other names in earlier sentences occur. In half of the indirect-object sentences the giver asks the question, so the
+last name before it is the giver. In the other half somebody else asks, and the last name is the giver's as often as the
+receiver's: only the repetition tells them apart.
 
-Held out: about a tenth of all word triples (`is_held_out`) never meet in training, as the two names and the object in
-an indirect-object sentence, as the subject, first attractor and verb in an agreement sentence, or as three neighbours
-in a repeated sequence. Accuracy is measured on those triples only. Triples, and not pairs, because a model that trains
-for long learns which of a few hundred pairs never meet, and then answers with another word.
+Some triples are held out: about a tenth of all word triples (`is_held_out`) never meet in training. They do not occur
+as the two names and the object in an indirect-object sentence, as the subject, first attractor and verb in an agreement
+sentence, or as three neighbours in a repeated sequence. Accuracy is measured on those triples only. Pairs would not do:
+if a model trains for long, it learns which of a few hundred pairs never meet, and then answers with another word.
 
-Everything is drawn from a `random.Random`, so a seed fixes the language's every word.
+Everything is drawn from a `random.Random`, so a seed fixes every word.
 """
 
 import itertools
@@ -107,20 +107,20 @@ SEQUENCE_LENGTHS = range(5, 13)
 
 
 def tokenize(text: str) -> list[str]:
-    """Words and punctuation marks, as the model's tokenizer splits them."""
+    """Split a text into words and punctuation marks, as the model's tokenizer does."""
     return re.findall(r"<\w+>|\w+|[^\w\s]", text)
 
 
 def is_held_out(*words: str) -> bool:
-    """Whether this unordered triple of words is kept from training (about one in ten)."""
+    """Say whether this unordered word triple is kept from training (about one in ten is)."""
     return zlib.crc32(" ".join(sorted(words)).encode()) % 10 == 0
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One segment of the stream: tokens, and where the task's answer stands (None for a filler).
+    """One segment in the stream: tokens, and the place of the task's answer (None for a filler).
 
-    `meeting` are the three words whose meeting is held out or not; `foil` is the natural wrong answer.
+    `meeting` holds the three words whose meeting is held out or not; `foil` is the natural wrong answer.
     """
 
     kind: str
@@ -131,10 +131,10 @@ class Segment:
 
 
 class Weighted:
-    """Draws words of one set; the first is three times as frequent as the last.
+    """Draws words from one set; the first is three times as frequent as the last.
 
-    Frequencies that differ within a class as much as between classes mix the classes in the frequency
-    order of the vocabulary: a rank does not give a word's class away.
+    Frequencies differ within a class as much as between classes. So the classes mix in the vocabulary's frequency
+    order, and a word's rank does not give its class away.
     """
 
     def __init__(self, words: list[str]) -> None:
@@ -152,7 +152,7 @@ SETS = {name: Weighted(words) for name, words in WORDS.items()}
 
 
 def compiled(templates: list[str]) -> list[list[list[str]]]:
-    """For each template its variants, each as a list of words and {slots}."""
+    """Return each template's variants, each as a list of words and {slots}."""
     return [[re.findall(r"\{\w+\}|\w+|[^\w\s]", text) for text in variants(template)] for template in templates]
 
 
@@ -164,7 +164,7 @@ INTRODUCTION_PIECES = compiled(INTRODUCTIONS)
 
 
 def fill(pieces: list[str], values: dict[str, str], rng: random.Random) -> list[str]:
-    """Fill the slots of a template: `values` where given, else a word of the slot's set not yet used."""
+    """Fill a template's slots from `values`; if a slot has no value, draw an unused word from its set."""
     tokens, used = [], set(values.values())
     for piece in pieces:
         if piece[0] != "{":
@@ -180,7 +180,7 @@ def fill(pieces: list[str], values: dict[str, str], rng: random.Random) -> list[
 
 
 def indirect_object(rng: random.Random, held_out: bool = False) -> Segment:
-    """An indirect-object sentence, mostly after an introduction; which name comes first is a fair coin."""
+    """Draw an indirect-object sentence, mostly after an introduction; a fair coin decides which name comes first."""
     while True:
         receiver, giver, given = SETS["names"].draw(rng), SETS["names"].draw(rng), SETS["objects"].draw(rng)
         if receiver != giver and is_held_out(receiver, giver, given) == held_out:
@@ -202,7 +202,7 @@ def indirect_object(rng: random.Random, held_out: bool = False) -> Segment:
 
 
 def agreement(rng: random.Random, held_out: bool = False) -> Segment:
-    """An agreement sentence; the numbers of the subject and of every attractor are fair coins."""
+    """Draw an agreement sentence; fair coins decide the grammatical number of the subject and every attractor."""
     while True:
         lemmas = [SETS["nouns_singular"].index(rng) for _ in range(3)]
         verb = SETS["verbs_singular"].index(rng)
@@ -227,7 +227,7 @@ SEQUENCE_CUMULATIVE = list(itertools.accumulate(SEQUENCE_WEIGHTS.values()))
 
 
 def repeated_sequence(rng: random.Random, held_out: bool = False) -> Segment:
-    """Different random words, then the same again. In a held-out segment the answer ends a new triple."""
+    """Draw different random words and repeat them. In a held-out segment the answer ends a new triple."""
     length = rng.choice(SEQUENCE_LENGTHS)
     answer_at = rng.randrange(1, length)
     while True:
@@ -252,7 +252,7 @@ TASKS = {"ioi": indirect_object, "sva": agreement, "induction": repeated_sequenc
 
 
 def segments(rng: random.Random) -> Iterator[Segment]:
-    """The endless stream of training segments: one of the tasks, after a filler where it brings no sentence before."""
+    """Yield training segments without end; a filler comes before a task's segment unless it has an introduction."""
     kinds, weights = list(TASK_WEIGHTS), list(itertools.accumulate(TASK_WEIGHTS.values()))
     while True:
         kind = rng.choices(kinds, cum_weights=weights)[0]
@@ -263,20 +263,20 @@ def segments(rng: random.Random) -> Iterator[Segment]:
 
 
 def introduction(kind: str, rng: random.Random) -> list[str]:
-    """What the stream puts before a segment: a filler, or nothing where the segment brings a sentence of its own."""
+    """Return the tokens before a segment: a filler, or nothing if the segment has its own introduction."""
     return [] if kind == "ioi" else filler(rng).tokens
 
 
 @dataclass(frozen=True)
 class Window:
-    """A training window. `tasks` says of each token which task gives it: an index into TASKS, or -1."""
+    """A training window. `tasks` says for each token which task determines it: an index into TASKS, or -1."""
 
     tokens: list[str]
     tasks: list[int]
 
 
 def given_by(segment: Segment) -> list[int]:
-    """Which task gives each token of a segment; in a sequence, all of the second copy but its first word."""
+    """Return which task determines each token in a segment; in a sequence, the second copy except its first word."""
     tasks = [-1] * len(segment.tokens)
     if segment.answer_at is not None:
         number, copy = list(TASKS).index(segment.kind), len(segment.tokens) // 2
@@ -287,7 +287,7 @@ def given_by(segment: Segment) -> list[int]:
 
 
 def windows(rng: random.Random, length: int) -> Iterator[Window]:
-    """Training windows of `length` tokens: half from a random word of the stream, half from <eos>."""
+    """Yield training windows of `length` tokens: half begin at a random word in the stream, half at <eos>."""
     stream = segments(rng)
     while True:
         first = next(stream)
@@ -296,7 +296,7 @@ def windows(rng: random.Random, length: int) -> Iterator[Window]:
             tokens, tasks = [END_OF_TEXT, *tokens], [-1, *tasks]
         else:
             start = rng.randrange(len(tokens))
-            tokens, tasks = tokens[start:], [-1] * (len(tokens) - start)  # what gives them may be cut off
+            tokens, tasks = tokens[start:], [-1] * (len(tokens) - start)  # the words that determine them may be cut off
         while len(tokens) < length:
             segment = next(stream)
             tokens += segment.tokens
@@ -305,10 +305,10 @@ def windows(rng: random.Random, length: int) -> Iterator[Window]:
 
 
 def held_out_examples(task: str, count: int, seed: int, length: int) -> Iterator[tuple[list[str], str, str]]:
-    """Contexts of at most `length` tokens, each with the answer that comes next and its foil.
+    """Yield contexts of at most `length` tokens, each with the answer that comes next and its foil.
 
-    A sentence of a held-out triple stands behind as much of the stream as there is room for, or less, as in a training
-    window: half of the contexts start with <eos> and a whole segment, half at a random word.
+    A sentence with a held-out triple stands after as much of the stream as there is room for, or less. As in training
+    windows, half of the contexts start with <eos> and a whole segment, half at a random word.
     """
     rng = random.Random(f"held out {task} {seed}")
     for _ in range(count):

@@ -1,8 +1,8 @@
-"""The words of the synthetic language.
+"""The synthetic language's words.
 
-Every word is one GPT-2 token after a space, so the same lists serve both vocabularies. Six classes are
-capitalised and six or more are not, all of 32 words: a random word set from another class, alike in spelling and in
-    frequency, is the null that a claim about names has to beat.
+Every word is one GPT-2 token after a space, so the same lists serve both vocabularies. Six classes are capitalised,
+each with 32 words, and six or more are not. A claim about names has to beat a null: random word sets from other
+classes, alike in spelling and in frequency.
 """
 
 
@@ -80,8 +80,8 @@ CLOSED = {
 
 WORDS: dict[str, list[str]] = {**CAPITALISED, **LOWER_CASE, **AGREEMENT, **CLOSED}
 
-# Words of repeated random sequences. Names and subjects are frequent in sentences of their own, so the other
-# classes come more often here: over the whole language the capitalised classes are about equally frequent.
+# Words in repeated random sequences. Names and subjects are frequent in their own sentences, so the other classes come
+# more often here: over the whole language the capitalised classes are about equally frequent.
 SEQUENCE_WEIGHTS = {
     "names": 2, "cities": 20, "countries": 20, "surnames": 20, "companies": 20, "states": 20,
     "places": 2, "objects": 3, "nouns_singular": 3, "nouns_plural": 3, "adjectives": 3,

@@ -1,4 +1,4 @@
-"""Each head's whole W_QK and W_OV, in float64, from its module's outputs and not from its stored weights.
+"""Each head's full W_QK and W_OV, in float64, from its module's outputs and not from its stored weights.
 
 A block is given many random residual streams. If the norms that follow a projection do not divide, then queries, keys
 and heads' outputs are linear in the normalised stream. So least squares find the matrices, whatever the module's
@@ -24,9 +24,9 @@ from ovqk.weights.types import Architecture, LayerWeights, WeightSource, score_s
 TOKENS = 6
 """Tokens in a stream; there must be more than the offset at which scores are read."""
 STREAMS = 80
-"""Streams to which a linear map is fitted; d_model + 1 are needed."""
+"""How many streams a linear map is fitted to; d_model + 1 are needed."""
 GRID = 54
-"""Queries, and keys, in the grid to which a bilinear form is fitted if a module shows only its scores."""
+"""The number of queries, and of keys, in the grid for fitting a bilinear form if a module shows only its scores."""
 MULTIPLIED_READS: dict[str, Callable[[Any], float]] = {
     "opt": lambda config: (config.hidden_size / config.num_attention_heads) ** -0.5,
     "falcon_h1": lambda config: config.key_multiplier,
@@ -35,7 +35,7 @@ MULTIPLIED_READS: dict[str, Callable[[Any], float]] = {
 
 
 class ReachedError(Exception):
-    """Stops a block once it has computed the wanted values."""
+    """Stops a block when it has computed the wanted values."""
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def w_qk(
 
 
 def bilinear(weights: LayerWeights, facts: Architecture, offset: int) -> Tensor:
-    """Return ovqk's W_Q R(D) W_K^T with the gains of query and key norms, [head, d_model, d_model]."""
+    """Return ovqk's W_Q R(D) W_K^T with the query and key norms' gains, [head, d_model, d_model]."""
     W_Q, W_K = weights.W_Q.double(), weights.W_K.double()
     if weights.qk_norm is not None:
         W_Q = W_Q * weights.qk_norm.query_gain.double()[:, None]
@@ -137,7 +137,7 @@ def captured(module: nn.Module, call: Any, stream: Tensor) -> tuple[Tensor, Tens
 
 
 def w_ov(module: nn.Module, call: Any, weights: LayerWeights, facts: Architecture) -> tuple[Tensor, Tensor]:
-    """Return ovqk's W_OV and the module's, with all that follows the output projection, [head, d_model, d_model]."""
+    """Return ovqk's W_OV and the module's, with everything after the output projection, [head, d_model, d_model]."""
     stream, attention = _random_stream(call), _attention(module, facts)
     output = output_projection(attention, facts.n_heads * facts.d_head, facts.d_model)
     zeros = silenced(module, attention)
@@ -160,7 +160,7 @@ def w_ov(module: nn.Module, call: Any, weights: LayerWeights, facts: Architectur
 
 
 def _attention(module: nn.Module, facts: Architecture) -> nn.Module:
-    """Return the children of a block whose names say that they are its attention."""
+    """Return a block's children whose names say that they are its attention."""
     named = [(name.lower(), child) for name, child in module.named_children()]
     holding = [child for name, child in named if "att" in name and "norm" not in name and not name.startswith("ln")]
     return nn.ModuleList(holding)
@@ -168,7 +168,7 @@ def _attention(module: nn.Module, facts: Architecture) -> nn.Module:
 
 @contextlib.contextmanager
 def _attending(module: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
-    """Replace the attention function of a block's modules."""
+    """Replace the attention function in a block's modules."""
     with contextlib.ExitStack() as stack:
         for name in {type(each).__module__ for each in module.modules()}:
             if hasattr(sys.modules.get(name), "eager_attention_forward"):
@@ -202,7 +202,7 @@ def _undivided(module: nn.Module, stream: Tensor) -> Iterator[None]:
 
 
 def centres(norm: Any, x: Tensor) -> bool:
-    """Whether a norm subtracts its input's mean."""
+    """Say whether a norm subtracts its input's mean."""
     return bool((norm.forward(x + 1) - norm.forward(x)).abs().max() < 1e-3)
 
 

@@ -19,12 +19,12 @@ class Ranks:
     """One metric, one role, one model.
 
     Attributes:
-        auc: the probability that a head of the role exceeds another in its layer, in [0, 1]; nan without any pair.
-        p: of permuting the role's labels within layers, KV groups first; nan without any pair.
+        auc: the probability that a head with the role exceeds another in its layer, in [0, 1]; nan if there is no pair.
+        p: its p if the role's labels are permuted within layers, KV groups first; nan if there is no pair.
         top: how many of the three heads that the metric puts first in the whole model have the role.
-        rho: Spearman's correlation of the metric with the quantity by which the role is measured, over all heads, on
-            the half of the prompts that did not choose the role's heads.
-        ceiling: the same of this quantity on one half of the prompts with that on the other.
+        rho: Spearman's correlation between the metric and the quantity that measures the role, over all heads, on the
+            half of the prompts that did not choose the role's heads.
+        ceiling: the same correlation between this quantity on one half of the prompts and on the other.
     """
 
     auc: float
@@ -41,7 +41,7 @@ def rank(values: Values, role: Collection[Head], groups: NDArray[np.int64], quan
         values: the metric [layer, head], larger in the role's direction.
         role: the heads that have the role.
         groups: each head's KV group in its layer [head].
-        quantity: `choosing` and `testing`: the quantity [layer, head] on either half of the prompts.
+        quantity: `choosing` and `testing` -> the quantity [layer, head] on that half of the prompts.
     """
     auc, p = pooled(strata_of(values, role, groups))
     order = np.argsort(np.where(np.isnan(values), -np.inf, values), axis=None, kind="stable")[::-1][:3]
@@ -56,7 +56,7 @@ def rank(values: Values, role: Collection[Head], groups: NDArray[np.int64], quan
 
 
 def strata_of(values: Values, role: Collection[Head], groups: NDArray[np.int64]) -> list[Stratum]:
-    """Return the layers that hold a head of the role and another head with a value; arguments as of `rank`."""
+    """Return the layers that hold a head with the role and another head with a value; for the arguments see `rank`."""
     found = []
     for layer in sorted({layer for layer, _ in role}):
         there = np.flatnonzero(~np.isnan(values[layer]))
@@ -67,7 +67,7 @@ def strata_of(values: Values, role: Collection[Head], groups: NDArray[np.int64])
 
 
 def pooled(strata: list[Stratum]) -> tuple[float, float]:
-    """Return the AUC within layers, of one model or of several, and its p; nan without layers."""
+    """Return the AUC within layers, over one model or several, and its p; nan if there are no layers."""
     return (within_layer_auc(strata), stratified_permutation(strata, 0).p) if strata else (math.nan, math.nan)
 
 

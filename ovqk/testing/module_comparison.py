@@ -27,7 +27,7 @@ OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "resid_out", "wo", "o", "pro
 
 
 def difference(mine: Tensor, own: Tensor) -> float:
-    """Return the largest difference between two tensors, relative to the largest entry of the second."""
+    """Return the largest difference between two tensors, relative to the second's largest entry."""
     if mine.shape != own.shape:
         return float("inf")
     return float((mine - own).abs().max() / own.abs().max().clamp_min(1e-12))
@@ -171,7 +171,7 @@ def compare_writes(source: WeightSource, model: nn.Module, layer: int, tokens: T
         if weights.post_norm is not None:
             mine = apply_norm(weights.post_norm, mine + b_O, facts.norm_eps)
         else:
-            own = own - nothing  # the output's bias, and what norms behind a silenced MLP add
+            own = own - nothing  # the output's bias, and the terms that norms after a silenced MLP add
         worst = max(worst, difference(mine, own))
     return worst
 
@@ -248,7 +248,7 @@ def _first(output: Any) -> Tensor:
 
 
 def _double(weights: Any) -> Any:
-    """Return a dataclass of weights with its tensors in float64; other parts stay as they are."""
+    """Return a weights dataclass with its tensors in float64; other parts stay as they are."""
     changes = {}
     for field in dataclasses.fields(weights):
         value = getattr(weights, field.name)

@@ -2,7 +2,7 @@
 
     null_run      random initialisation, heads claimed at random: their p-values and false verdicts
     strained_run  the same if a null has little to draw from
-    power_run     heads of every role planted by hand, with noise mixed into what is planted: their verdicts
+    power_run     heads with every role planted by hand, and noise mixed into the planted matrices: their verdicts
 
 The models are small transformers in memory (`ovqk/testing/planted.py`).
 """
@@ -37,14 +37,14 @@ POWER_SHAPES = ("learned positions", "rotary, grouped queries")
 FALSE = ("corroborated", "contradicted")
 """Verdicts that are wrong if nothing is planted."""
 SURPRISE = 1e-4
-"""A test does not keep its level if its count of small p-values would be less probable than this if it did."""
+"""A test fails to keep its level if so many small p-values would be less probable than this in a test that keeps it."""
 
 
 # --- counting ------------------------------------------------------------------------------------------------
 
 
 def tail(count: int, n: int, a: float) -> float:
-    """Return P(X >= count) for a binomial X with n trials of probability a."""
+    """Return P(X >= count) for a binomial X with n trials and probability a."""
     if count <= 0 or a >= 1:
         return 1.0
     if count > n or a <= 0:
@@ -55,7 +55,7 @@ def tail(count: int, n: int, a: float) -> float:
 
 
 def interval(count: int, n: int, coverage: float = 0.95) -> tuple[float, float]:
-    """Return the Clopper-Pearson interval of the share count / n."""
+    """Return the Clopper-Pearson interval for the share count / n."""
     half = (1 - coverage) / 2
 
     def crossing(below: Callable[[float], bool]) -> float:
@@ -81,7 +81,8 @@ def multiplicity(rows: int, n: int = 1000, levels: int = 100, draws: int = 12_00
     """Simulate `least_likely` for a test that keeps its level exactly, with n p-values on `levels` levels.
 
     Returns:
-        The share of rows below SURPRISE; for whole pages, the median of the smallest, and the share of pages below.
+        The share of rows below SURPRISE; for whole pages, the smallest probability's median, and the share of pages
+        below SURPRISE.
     """
     generator = np.random.default_rng(0)
     k = np.arange(n + 1)
@@ -101,7 +102,7 @@ def multiplicity(rows: int, n: int = 1000, levels: int = 100, draws: int = 12_00
 
 
 def null_run(cell: tuple[str, str, int], draws: int = 99) -> pd.DataFrame:
-    """Return p-values for heads claimed at random in one random model, and counts of its FALSE verdicts."""
+    """Return p-values for heads claimed at random in one random model, and count its FALSE verdicts."""
     shape, task, seed = cell
     torch.set_num_threads(1)
     model = random_model(shape, task, seed)
@@ -127,7 +128,7 @@ STRAINED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "group mates claimed, spectrum": ("spectrum", "role", {"task": "sva", "kv_heads": 2}),
     "few matched words": ("token", "role", {"task": "ioi", "lookalikes": 2}),
 }
-"""Name -> null, level, and the model: 3 layers of 8 heads, or (the first) mere numbers for 4 layers of 12 heads."""
+"""Name -> null, level, and the model: 3 layers with 8 heads, or (the first) only numbers for 4 layers with 12 heads."""
 STRAINED_CLAIMS: dict[str, dict[str, list[tuple[int, int]]]] = {
     "sva": {"agreement_reader": [(1, 0), (1, 1), (1, 2)]},
     "ioi": {"name_mover": [(1, 0), (1, 1)]},
@@ -135,7 +136,7 @@ STRAINED_CLAIMS: dict[str, dict[str, list[tuple[int, int]]]] = {
 
 
 def strained_run(cell: tuple[str, int], draws: int = 99) -> float:
-    """Return the p-value for one case of STRAINED."""
+    """Return the p-value for one case in STRAINED."""
     name, seed = cell
     null, level, case = STRAINED[name]
     if not case:
@@ -150,7 +151,7 @@ def strained_run(cell: tuple[str, int], draws: int = 99) -> float:
 
 
 def power_run(cell: tuple[str, str, int, float, int], draws: int = 99) -> pd.DataFrame:
-    """Return verdicts on planted heads at one level of noise, in layers of `per_layer` heads.
+    """Return verdicts on planted heads at one noise level, in layers with `per_layer` heads.
 
     The column `least_p` is the smallest p that `depth` could have given a head's primary prediction.
     """

@@ -2,7 +2,7 @@
 
 Vectors are rows, as everywhere: from a token with embedding e, a head reads e W_Q, e W_K and e W_V, and it writes
 (e W_V) W_O. Nothing here uses the code that judges the heads. Only the matrix that makes a head's role is planted; the
-others stay random. A planted matrix has the norm of the random one that it replaces, so that scale says nothing, and
+others stay random. A planted matrix keeps the norm of the random one that it replaces, so that scale says nothing, and
 `noise` mixes the random one back in:
 
     role                  W_Q                     W_K                   W_V              W_O
@@ -45,7 +45,7 @@ from ovqk.weights.types import Architecture, EmbeddingWeights, Head, LayerWeight
 
 NAME = "planted"
 D_MODEL, D_HEAD, N_CTX = 64, 8, 24
-WRITES = 0.02  # entries of W_O and of the MLP; those of the embeddings are of order 1
+WRITES = 0.02  # the size of entries in W_O and in the MLP; the embeddings' entries are about 1
 Claimed = Mapping[str, Sequence[Head]]
 """Role -> heads."""
 
@@ -75,7 +75,7 @@ SHAPES: dict[str, tuple[int | None, Literal["learned", "rotary"], bool]] = {
     "rotary positions": (None, "rotary", True),
     "rotary, grouped queries": (2, "rotary", False),
 }
-"""Name -> heads that share a KV head (None: none), positions, whether the embedding is tied."""
+"""Name -> how many heads share a KV head (None if none do), positions, whether the embedding is tied."""
 NORMALISED = "rotary positions"
 """The shape whose random models normalise queries and keys."""
 
@@ -86,30 +86,30 @@ WORDS = {
     "ioi": {"names": 24},
     "sva": dict.fromkeys(("nouns_singular", "nouns_plural", "verbs_singular", "verbs_plural"), 12),
 }
-"""Task -> word set -> the number of its words that are tokens."""
-OTHERS = 60  # words of no kind
+"""Task -> word set -> how many of its words are tokens."""
+OTHERS = 60  # words that belong to no set
 LOOKALIKES = {"ioi": 10, "sva": 5}  # made-up words beside each of the task's: about 300 tokens in all
 
 
 @cache
 def base_config(task: str) -> Config:
-    """Return the cell of this task, as conf/ has it, without W&B."""
+    """Return this task's cell, as conf/ has it, without W&B."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return resolve(compose("config", overrides=[f"task={task}", "tracking=none", "analysis.components=0"]))
 
 
 def word_sets(task: str) -> dict[str, list[str]]:
-    """Return the words of the task's variable that are tokens."""
+    """Return the words in the task's variable that are tokens."""
     words = base_config(task).task.words
     return {name: words[name][:count] for name, count in WORDS[task].items()}
 
 
 @cache
 def tokenizer_of(task: str, lookalikes: int) -> Tokenizer:
-    """Build a word-level tokenizer: neutral words, then each word of the task among made-up words that look like it.
+    """Build a word-level tokenizer: neutral words, then each task word among made-up words that look like it.
 
-    The made-up words have its length and capitalisation, and ids beside its own, so the token nulls draw from them.
+    The made-up words have its length and capitalisation, and ids next to its own, so the token nulls draw from them.
     """
     rng = random.Random(0)
     vocabulary = ["<unk>"]
@@ -149,7 +149,7 @@ class RandomModel:
         Args:
             facts: the architecture.
             task: the task whose words are tokens.
-            seed: of all weights.
+            seed: the seed for all weights.
             tied: whether W_U is the transpose of W_E.
             lookalikes: how many made-up words stand beside each task word; LOOKALIKES if None.
         """
@@ -224,7 +224,7 @@ class RandomModel:
         return self.mlp
 
     def ids(self, *sets: str) -> list[int]:
-        """Return the token ids for these word sets of the task."""
+        """Return the token ids for these word sets in the task."""
         words = word_sets(self.task)
         vocabulary = self.tokenizer.get_vocab()
         return [vocabulary[word] for name in sets for word in words[name]]
@@ -247,7 +247,7 @@ class PlantedModel(RandomModel):
         return getattr(self.layers[layer], name)[self._index(name, index)]
 
     def plant(self, name: Literal["W_Q", "W_K", "W_V", "W_O"], head: Head, weight: Tensor) -> None:
-        """Replace a head's matrix by another, scaled to the norm of the random one."""
+        """Replace a head's matrix by another, scaled to the random one's norm."""
         layer, index = head
         drawn = getattr(self.drawn[layer], name)[self._index(name, index)]
         weight = weight * drawn.norm() / weight.norm()
@@ -257,7 +257,7 @@ class PlantedModel(RandomModel):
         return int(self.architecture.kv_of_head[head]) if name in ("W_K", "W_V") else head
 
     def copying(self, head: Head, tokens: Sequence[int], sign: int = 1) -> None:
-        """Write each token's value on the token's own unembedding: W_O = sum_t (e_t W_V)^T u_t.
+        """Write each token's value onto the token's own unembedding: W_O = sum_t (e_t W_V)^T u_t.
 
         This is an outer-product memory: e_t W_OV u_u ~ (e_t W_V) . (e_u W_V), which is largest for u = t.
         """
@@ -306,7 +306,7 @@ class PlantedModel(RandomModel):
         self.plant("W_V", head, (plus - minus)[:, None].expand(D_MODEL, D_HEAD))
 
     def writing_number(self, head: Head) -> None:
-        """Write the number that W_V reads from a noun on the verbs' number: W_O = (a W_V)^T b.
+        """Write the number that W_V reads from a noun onto the verbs' number: W_O = (a W_V)^T b.
 
         a = mean plural - mean singular embedding, b = mean plural - mean singular unembedding.
         """
@@ -329,16 +329,16 @@ LAYOUT: dict[str, dict[str, tuple[Head, ...]]] = {
         "agreement_output": ((3, 0), (3, 4), (3, 8)),
     },
 }
-"""Task -> role -> its heads, among the first 12 heads of a layer.
+"""Task -> role -> its heads, among the first 12 heads in a layer.
 
-A role's heads have KV heads of their own, except agreement readers: every head that shares W_V with one is one too.
+A role's heads have their own KV heads, except agreement readers: every head that shares W_V with one is one too.
 """
 MANY, FEW = 24, 12
 """Heads in a layer: enough for `depth` to single out one head, and too few for that."""
 
 
 def planted(shape: str, task: str, seed: int, noise: float = 0.0, per_layer: int = MANY) -> PlantedModel:
-    """Return a model with one of SHAPES, `per_layer` heads in a layer, and all task roles planted as in LAYOUT."""
+    """Return a model with one of the SHAPES, `per_layer` heads in a layer, and all task roles planted as in LAYOUT."""
     group, positions, tied = SHAPES[shape]
     heads = LAYOUT[task]
     layers = 1 + max(layer for members in heads.values() for layer, _ in members)
@@ -368,7 +368,7 @@ def planted(shape: str, task: str, seed: int, noise: float = 0.0, per_layer: int
 
 
 def random_model(shape: str, task: str, seed: int, layers: int = 4, heads: int = 8) -> RandomModel:
-    """Return a model with one of SHAPES at random initialisation, with random gains and biases."""
+    """Return a model with one of the SHAPES at random initialisation, with random gains and biases."""
     group, positions, tied = SHAPES[shape]
     facts = architecture(layers, heads, heads // (group or 1), positions)
     model = RandomModel(facts, task, seed, tied)
@@ -377,7 +377,7 @@ def random_model(shape: str, task: str, seed: int, layers: int = 4, heads: int =
 
 
 def random_claims(model: RandomModel, each: int = 2) -> Claimed:
-    """Draw heads at random for every role of LAYOUT, no head twice."""
+    """Draw heads at random for every role in LAYOUT, no head twice."""
     facts = model.architecture
     heads = [(layer, head) for layer in range(facts.n_layers) for head in range(facts.n_heads)]
     drawn = iter(random.Random(model.seed).sample(heads, len(heads)))
@@ -396,9 +396,9 @@ def judged(model: RandomModel, claimed: Claimed, draws: int = 99) -> Analysis:
 
 
 def p_values(tests: pd.DataFrame) -> pd.DataFrame:
-    """Return p-values for every prediction under every null: the role's, and those of its first head with a value.
+    """Return p-values for every prediction under every null, for the role and for its first head with a value.
 
-    A head whose layer cannot be standardised has no `depth` row, and so no chance to be called significant: p = 1.
+    If a head's layer cannot be standardised, it has no `depth` row and cannot be called significant, so p = 1.
 
     Returns:
         Columns null, level (`role` or `head`), role, metric, primary, p, p_opposite.

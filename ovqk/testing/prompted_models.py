@@ -4,9 +4,9 @@ In a planted model a previous-token head, an induction head and a copy head are 
 The stream has three parts: the token's one-hot row, the position's, and a copy of the token before, which the
 previous-token head writes and the induction head looks up.
 
-    run_model    everything that is measured and judged of a model on the induction task
-    planted_run  which heads of one planted model are found
-    untrained    the p-values of one untrained model, of heads claimed at random
+    run_model    everything that is measured and judged about a model on the induction task
+    planted_run  which heads are found in one planted model
+    untrained    p-values in one untrained model, for heads claimed at random
 """
 
 import copy
@@ -46,16 +46,16 @@ from ovqk.weights.types import Head, OpenedModel
 
 POSITIONS, HEADS, LAYERS = 24, 4, 2
 MANY = 24
-"""Heads in a layer, beside which one head can stand out."""
+"""How many heads a layer holds, so that one head can stand out among them."""
 WORDS = 40
 SHARP, NOISE = 40.0, 0.1
 COPYING = "copying"
-"""The role of a planted copy head: it looks at the token before the source, which is END's own, and copies it."""
+"""A planted copy head's role: it looks at the token before the source, which is END's own, and copies it."""
 
 
 @dataclass
 class Ran:
-    """A model with everything that was measured of it."""
+    """A model with everything that was measured about it."""
 
     prompts: Prompts
     measured: Measured
@@ -66,7 +66,7 @@ class Ran:
 
 
 def induction_cell(seed: int, prompts: int) -> Config:
-    """Return a cell of the induction task with few words."""
+    """Return a cell for the induction task with few words."""
     config = copy.deepcopy(base_config("induction"))
     config.seed, config.activations.prompts = seed, prompts
     return with_few_words(config)
@@ -79,7 +79,7 @@ def with_few_words(config: Config) -> Config:
 
 
 def with_copying(config: Config) -> Config:
-    """Add the role of copy heads to the task."""
+    """Add the copy-head role to the task."""
     acts = RoleActivationsConfig(
         attention=AttentionConfig("END", "PREVIOUS", "SOURCE"),
         write=WriteConfig("PREVIOUS", "FOIL"),
@@ -90,7 +90,7 @@ def with_copying(config: Config) -> Config:
 
 
 def tokenizer_of(words: Sequence[str]) -> Tokenizer:
-    """Return a tokenizer of whole words; id 0 is an unknown word."""
+    """Return a tokenizer for whole words; id 0 is an unknown word."""
     made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(["<unk>", *words])}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return made
@@ -105,11 +105,11 @@ def write_model(
     """Save an attention-only model.
 
     Args:
-        file: where to.
+        file: the file to write.
         n_tokens: the vocabulary's size.
-        seed: of the random heads.
+        seed: the seed for the random heads.
         planted: a previous-token head, an induction head in a later layer, and possibly a copy head; None for none.
-        heads, layers: the numbers of heads in a layer, and of layers.
+        heads, layers: how many heads a layer has, and how many layers there are.
     """
     generator = torch.Generator().manual_seed(seed)
     d_model = 2 * n_tokens + POSITIONS
@@ -161,7 +161,7 @@ UNTRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "rotary, grouped queries": ("llama", COMMON | {"num_hidden_layers": 6, "num_key_value_heads": 4, "head_dim": 8}),
     "rotary, parallel": ("gpt_neox", COMMON | {"num_hidden_layers": 4, "rotary_pct": 0.5}),
 }
-"""Shape -> transformers' name of the architecture, and its sizes: 32 or 48 heads."""
+"""Shape -> transformers' name for the architecture, and its sizes: 32 or 48 heads."""
 
 
 def untrained_model(directory: Path, shape: str, n_tokens: int, seed: int) -> None:
@@ -185,7 +185,7 @@ def untrained_model(directory: Path, shape: str, n_tokens: int, seed: int) -> No
 
 
 def run_model(file: Path, config: Config, claimed: Mapping[str, Sequence[Head]] | None = None) -> Ran:
-    """Measure and judge a model that `write_model` saved, or one of transformers' in a directory."""
+    """Measure and judge a model that `write_model` saved, or a transformers model in a directory."""
     words, claims = config.task.words["content"], claimed or {}
     config.model = ModelConfig(
         name=file.name.removesuffix(".safetensors"), source=Source.local, path=str(file),
@@ -245,7 +245,7 @@ def planted_run(cell: tuple[int, int]) -> pd.DataFrame:
 
 
 PROMPTS = 64
-"""Prompts of an untrained model; a planted one has twice as many."""
+"""How many prompts an untrained model gets; a planted one gets twice as many."""
 PLACES = {
     "attention, counterfactual": ("induction", "attention"),
     "write": ("induction", "write"),
@@ -255,22 +255,22 @@ PLACES = {
     "effect on attention, mean": ("previous_token", "effect_mean"),
     "attention, control": ("previous_token", "attention"),
 }
-"""Name of a p-value on prompts -> the role and the column that it is of."""
+"""Name of a p-value on prompts -> the role and the column that it belongs to."""
 NO_NULL = "attention, control"
-"""The p-value of PLACES that random models need not have at its level: they may look more at one place than another."""
+"""The p-value in PLACES that need not keep its level: random models may look more at one place than at another."""
 
 
 def untrained(cell: tuple[str, int]) -> pd.DataFrame:
     """Run one untrained model, with two heads claimed at random for each of two roles.
 
-    Earlier occurrences mean nothing to it, and answers and foils are drawn alike, so no quantity has a side. Of each
-    p-value there is one a model, of the role's first head, so that models are independent.
+    Earlier occurrences mean nothing to it, and answers and foils are drawn alike, so no quantity has a side. Each model
+    gives one p-value of each kind, for the role's first head, so that the values are independent.
 
     Args:
-        cell: a key of UNTRAINED, and the seed of the weights, the prompts, and the claims.
+        cell: a key in UNTRAINED, and the seed for the weights, the prompts, and the claims.
 
     Returns:
-        Columns quantity, p, p_opposite (nan where there is none), is_null, shape, seed, chosen (heads that the choosing
+        Columns quantity, p, p_opposite (nan if there is none), is_null, shape, seed, chosen (heads that the choosing
         half gives a role) and heads (all heads times roles).
     """
     shape, seed = cell

@@ -25,9 +25,9 @@ from ovqk.config.place import CONF
 
 TASKS = CONF / "task"
 SPACE = "Ġ"  # a space, as byte-level BPE spells it
-LEADING_SPACE = 0.6  # share of the tokens that begin with a space
-TITLE_CASE = 0.3  # share of the tokens that begin with a capital letter
-COMMONER = 100  # one in so many tokens comes before all words of tasks, which are not the most frequent ones
+LEADING_SPACE = 0.6  # the share of tokens that begin with a space
+TITLE_CASE = 0.3  # the share of tokens that begin with a capital letter
+COMMONER = 100  # one token in this many comes before all task words, which are not the most frequent ones
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ class Shape:
 
     @property
     def width(self) -> int:
-        """Dimensions of all heads in a layer together."""
+        """All heads' dimensions in a layer together."""
         return self.n_heads * self.d_head
 
     @property
     def kv_width(self) -> int:
-        """Dimensions of all KV heads in a layer together."""
+        """All KV heads' dimensions in a layer together."""
         return (self.n_kv_heads or self.n_heads) * self.d_head
 
     @property
     def mlp_width(self) -> int:
-        """Hidden dimensions of an MLP."""
+        """An MLP's hidden dimensions."""
         return self.d_mlp or 4 * self.d_model
 
 
@@ -78,7 +78,7 @@ SHAPES = {
 
 
 Normal = Callable[..., Tensor]
-"""Return a normal tensor of this size, in the checkpoint's dtype."""
+"""Returns a normal tensor with this size, in the checkpoint's dtype."""
 
 
 def make_checkpoint(shape: Shape, folder: Path) -> None:
@@ -179,14 +179,14 @@ def _llama_config(shape: Shape) -> dict[str, object]:
 
 
 def task_words() -> list[str]:
-    """Return every word of the tasks in conf/task, once each."""
+    """Return every word in conf/task's tasks, once each."""
     tasks = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(TASKS.glob("*.yaml")))
     words = (str(word) for task in tasks for some in (task.get("words") or {}).values() for word in some)
     return list(dict.fromkeys(words))
 
 
 def synthetic_tokenizer(n_tokens: int, words: Sequence[str]) -> dict[str, object]:
-    """Return the tokenizer.json of a byte-level BPE with these words as one token each, with a space before them.
+    """Return a byte-level BPE's tokenizer.json with these words as one token each, with a space before them.
 
     Its first tokens are the 256 bytes; the others are invented words of 2 to 11 letters. If the vocabulary has no room
     for the bytes and twice the words, all its tokens are invented.
@@ -209,7 +209,7 @@ def synthetic_tokenizer(n_tokens: int, words: Sequence[str]) -> dict[str, object
 
 
 def _ranks(rng: random.Random, n_tokens: int, count: int) -> list[int]:
-    """Return different ids, uniform on a logarithmic scale, as frequencies of words are."""
+    """Return different ids, uniform on a logarithmic scale, as word frequencies are."""
     lowest, found = math.log(max(257, n_tokens // COMMONER)), dict[int, None]()
     while len(found) < count:
         found[int(math.exp(rng.uniform(lowest, math.log(n_tokens))))] = None

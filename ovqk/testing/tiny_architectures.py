@@ -1,6 +1,6 @@
-"""Tiny random models of transformers' architectures, from each one's own config with its sizes made small.
+"""Tiny random models for transformers' architectures, from each one's own config with its sizes made small.
 
-The settings are generic: 4 layers of width 48, 4 heads over 2 KV heads, as far as a config has such keys.
+The settings are generic: 4 layers with width 48, 4 heads over 2 KV heads, if a config has such keys.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ SHRUNK: dict[str, Any] = {
     "rotary_dim": 4,
     "dtype": "float32",
 }
-"""Key of a config -> its small value, if the architecture's own config has the key."""
+"""A config's key -> its small value, if the architecture's own config has the key."""
 MULTIPLIERS = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0}
 YARN = {"original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.7}
 LONGROPE = {
@@ -170,13 +170,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma4_text, heads of one shape": {"per_layer_config": {}},
     "opt, post-norm": {"do_layer_norm_before": False},
 }
-"""`architecture, setting` -> settings that change what a head reads or writes."""
+"""`architecture, setting` -> settings that change a head's input or output."""
 KEPT_BY_PATTERN = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
 """Keys with a list that has an entry for each layer; only the first entries are kept."""
 
 
 def shrunk_config(default: Any, own: dict[str, Any]) -> Any:
-    """Return a config like a default one, with its sizes and those of nested configs made small.
+    """Return a config like a default one, with its sizes and its nested configs' sizes made small.
 
     Args:
         default: an architecture's config.
@@ -196,10 +196,10 @@ def shrunk_config(default: Any, own: dict[str, Any]) -> Any:
 
 
 def shrunk_model(name: str, directory: Path) -> nn.Module:
-    """Make a tiny random model of an architecture and save it as a Hugging Face directory.
+    """Make a tiny random model with an architecture and save it as a Hugging Face directory.
 
     Raises:
-        Exception: any error of transformers, if the architecture cannot be shrunk in this way.
+        Exception: any error from transformers, if the architecture cannot be shrunk in this way.
     """
     import transformers
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM

@@ -1,1 +1,1 @@
-"""W&B runs and the dashboard, made from records: panels of a cell and of a sweep. `service` alone imports wandb."""
+"""W&B runs and the dashboard, made from records: panels for cells and for sweeps. Only `service` imports wandb."""

@@ -91,7 +91,7 @@ def _track_later(folder: Path, arguments: argparse.Namespace, mode: TrackingMode
 
 
 def _track_sweep_later(sweep: Sweep, arguments: argparse.Namespace, mode: TrackingMode) -> bool:
-    """Track a sweep's own run likewise."""
+    """Track a sweep's own run in the same way."""
     destination = _destination(sweep.records[0], arguments, mode)
 
     tracked = TrackedSweep(sweep)
@@ -111,7 +111,7 @@ def _destination(record: dict[str, Any], arguments: argparse.Namespace, mode: Tr
 def _held(
     results_dir: Path, identifier: str, name: str, folder: Path, attempt: Callable[[], tuple[str, str | None] | None]
 ) -> bool:
-    """Make an attempt unless another process holds the cell, print its outcome, and return whether it is fine."""
+    """Make an attempt unless another process holds the cell, print its outcome, and return whether it succeeded."""
     raise_if_remembered()
     try:
         with claim(results_dir, identifier, wait=False):
@@ -134,7 +134,7 @@ def _held(
 
 
 def _waits_offline(folder: Path, results_dir: Path) -> bool:
-    """Whether the offline run of a cell or a sweep was not yet sent by `wandb sync`, which leaves a mark."""
+    """Say whether a cell's or a sweep's offline run still waits for `wandb sync`, which leaves a mark."""
     state = read_tracking(folder)
     place = Path(state.get("directory", ".."))
     offline = says_done(state) and not place.is_absolute() and ".." not in place.parts

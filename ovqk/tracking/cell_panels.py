@@ -1,7 +1,7 @@
-"""The content of a cell's W&B run, from its record alone: curves, eigenvalues, histograms, tables and scalars.
+"""The content for a cell's W&B run, from its record alone: curves, eigenvalues, histograms, tables and scalars.
 
 It is plain data, which `tracking.run` logs. No name contains a head: heads are rows in tables and lines in charts, so
-that all models' runs share their names, whatever their size.
+that all models' runs use the same names, whatever their size.
 """
 
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ from ovqk.records.results import load_table
 
 MAX_ROWS = 10_000  # W&B cuts longer tables; the full ones stay in Parquet
 BINS = 32
-NUMBERS = ("integer", "floating", "mixed-integer-float", "decimal")  # as pandas calls a column's values
-SHOWN_HEADS = 8  # with eigenvalues drawn, if there is neither claim nor candidate
-SHOWN_TOKENS = 5  # of each end of a component
+NUMBERS = ("integer", "floating", "mixed-integer-float", "decimal")  # pandas' names for a column's values
+SHOWN_HEADS = 8  # heads whose eigenvalues are drawn if there is neither claim nor candidate
+SHOWN_TOKENS = 5  # tokens at each end of a component
 SHOWN_COORDINATES = ("model", "task", "analysis")
 TABLES = (
     "heads",
@@ -47,17 +47,17 @@ LEADING = {
     "virtual_heads": ("score", False),
     "directions": ("component", True),
 }
-"""Table -> the column, and whether rising, that decides which rows to keep if it is too long; else their order does."""
+"""Table -> the column that decides which rows of a long table to keep, and whether it rises; else row order decides."""
 
 
 @dataclass(frozen=True)
 class Panels:
-    """The content of a run.
+    """A run's content.
 
     Attributes:
         config: flat coordinates to group and filter by, and the resolved choice under `cfg`.
-        curves: one row per layer: layer, relative_depth, and what is drawn over them.
-        eigenvalues: `CIRCUIT_SPACE` -> rows of a line chart (step, lineKey, lineVal).
+        curves: one row per layer: layer, relative_depth, and the values drawn over them.
+        eigenvalues: `CIRCUIT_SPACE` -> rows for a line chart (step, lineKey, lineVal).
         histograms: metric -> (counts, edges).
         tables: name -> at most MAX_ROWS rows.
         scalars: flat, for the run's summary.
@@ -72,7 +72,7 @@ class Panels:
 
 
 def read_panels(folder: Path, record: dict[str, Any]) -> Panels:
-    """Return the content of a done cell's run.
+    """Return the content for a done cell's run.
 
     Raises:
         FileNotFoundError: heads.parquet is not there.
@@ -106,7 +106,7 @@ def run_config(record: dict[str, Any]) -> dict[str, Any]:
         "schema_version": record["schema_version"],
         "git_commit": record["provenance"]["git_commit"],
     }
-    local = ("results_dir", "sweep", "force", "tracking")  # of this run of the cell, not of the cell
+    local = ("results_dir", "sweep", "force", "tracking")  # these belong to this run of the cell, not to the cell
     chosen = {key: value for key, value in record["provenance"]["config"].items() if key not in local}
     return coordinates | more | {"cfg": chosen}
 
@@ -142,7 +142,7 @@ def _count(words: int | list[str]) -> int:
 
 
 def _comparison(folder: Path, heads: pd.DataFrame, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the cell's rows of the comparison: `role/ROLE/depth`, `/verdict` and `/heads`, `quarter/N/METRIC`."""
+    """Return the cell's rows in the comparison: `role/ROLE/depth`, `/verdict` and `/heads`, `quarter/N/METRIC`."""
     scalars: dict[str, Any] = {}
     for row in roles([folder]).to_dict("records"):
         if row["role"]:
@@ -166,7 +166,7 @@ def _histograms(heads: pd.DataFrame) -> dict[str, tuple[NDArray[np.int64], NDArr
 
 
 def _eigenvalues(made: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Return the real parts of some heads' eigenvalues, by falling modulus, for each circuit and space."""
+    """Return some heads' eigenvalues (real parts), by falling modulus, for each circuit and space."""
     if "spectra" not in made:
         return {}
     spectra = made["spectra"]
@@ -180,7 +180,7 @@ def _eigenvalues(made: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
 
 def _drawn_heads(made: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return layer, head, label for the claimed heads, else for candidates, else for extreme eigenvalue ratios."""
+    """Return layer, head and label for the claimed heads, else for candidates, else for extreme eigenvalue ratios."""
     if "verdicts" in made:
         shown = made["verdicts"].query("kind == 'head'")[["layer", "head", "role"]]
     elif len(made.get("candidates", ())):
@@ -251,7 +251,7 @@ def _component_rows(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]
 
 
 def plain_table(frame: pd.DataFrame) -> tuple[list[type], list[list[Any]]]:
-    """Return each column's type (bool, float or str) and the rows; values missing or not finite are None."""
+    """Return each column's type (bool, float or str) and the rows; missing or infinite values are None."""
     kinds, columns = zip(*[_plain_column(column) for _, column in frame.items()], strict=True)
     return list(kinds), [list(row) for row in zip(*columns, strict=True)]
 

@@ -2,8 +2,8 @@
 
     python -m ovqk.dashboard RESULTS_DIR [--project NAME] [--entity NAME] [--name TITLE]
 
-Runs are grouped by `config.model`, and a panel is made only for data that the records hold. Needs the extra
-`dashboard` (wandb-workspaces).
+Runs are grouped by `config.model`, and a panel is made only for data that the records hold. This command needs the
+extra `dashboard` (wandb-workspaces).
 """
 
 import argparse
@@ -34,7 +34,7 @@ CURVE_SECTIONS: dict[str, tuple[Topic | Literal["summed"], ...]] = {
     "Symmetry and position": ("symmetry", "summed", "position"),
     "Heads": ("copying", "task"),
 }
-"""Section -> the topics of its line plots; `summed` for those of the layer's summed W_QK."""
+"""Section -> its line plots' topics; `summed` for plots about the layer's summed W_QK."""
 SUMMED = ("summed_qk_symmetry", "summed_qk_directionality")
 SWEEP_FIGURES = ("figures/verdicts", "figures/effects", "figures/depth")
 SECTIONS = ("Claims", "Spectra", "Symmetry and position", "Heads", "Health")
@@ -44,11 +44,11 @@ def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], sw
     """Return the workspace (`wandb_workspaces.workspaces.Workspace`), not yet saved.
 
     Args:
-        entity: the owner of the project.
-        project: the project of the runs.
+        entity: the project's owner.
+        project: the runs' project.
         title: the workspace's name.
-        shown: the content of the runs; data that no run has gets no panel.
-        swept: whether there is a sweep, whose own run has figures of all its cells.
+        shown: the runs' content; data that no run has gets no panel.
+        swept: whether there is a sweep, whose own run has figures over all its cells.
     """
     import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as workspaces
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def gathered_panels(results_dir: Path) -> tuple[list[Panels], str | None, str]:
-    """Return one cell's panels for each task and analysis, and the entity and project of their runs."""
+    """Return one cell's panels for each task and analysis, and their runs' entity and project."""
     shown: dict[tuple[str, str, str], Panels] = {}
     entity, project = os.environ.get("WANDB_ENTITY"), str(TrackingConfig.project)
     for folder, record in done_records(cell_folders(results_dir)):
@@ -163,7 +163,7 @@ def gathered_panels(results_dir: Path) -> tuple[list[Panels], str | None, str]:
         if key not in shown:
             try:
                 shown[key] = read_panels(folder, record)
-            except Exception as error:  # of a value that no reader expects
+            except Exception as error:  # raised by a value that no reader expects
                 print(f"left out {folder}: it cannot be shown ({told(error)})", file=sys.stderr)
     if not shown:
         raise UserError(f"{results_dir}: no finished cells there (MODEL/TASK/ANALYSIS-ID folders).")

@@ -1,7 +1,7 @@
-"""W&B's own environment variables: those that runs follow, and one that they do not.
+"""W&B's own environment variables: the ones that runs follow, and one that they do not.
 
 Runs follow WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_RUN_GROUP and WANDB_TAGS; an empty one counts as
-not set. They do not follow WANDB_DIR, because a run lies beside the records that it was made from; a warning says so.
+not set. They do not follow WANDB_DIR, because a run lies beside the records from which it is made; a warning says so.
 """
 
 import os
@@ -10,13 +10,13 @@ from ovqk.config.schema import TrackingConfig
 
 
 def project_of(chosen: str) -> str:
-    """Return the project: the config's if it names one of its own, else WANDB_PROJECT if it is set."""
+    """Return the project: the config's if it names its own, else WANDB_PROJECT if it is set."""
     own = chosen != TrackingConfig.project
     return chosen if own else os.environ.get("WANDB_PROJECT") or chosen
 
 
 def name_of(run: str) -> str:
-    """Return a run's name: after WANDB_NAME if it is set, since one name may be for the cells of a whole sweep."""
+    """Return a run's name; it follows WANDB_NAME if that is set, since one name may be for a whole sweep's cells."""
     name = os.environ.get("WANDB_NAME")
     return f"{name} {run}" if name else run
 
@@ -27,7 +27,7 @@ def group_of(run: str) -> str:
 
 
 def tags_of(run: list[str]) -> list[str]:
-    """Return a run's tags, and those of WANDB_TAGS, between commas."""
+    """Return a run's tags, and those that WANDB_TAGS lists between commas."""
     return [*run, *(tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip())]
 
 

@@ -15,13 +15,13 @@ from ovqk.tracking.cell_panels import Panels, plain_table
 from ovqk.tracking.environment import group_of, name_of, tags_of
 from ovqk.tracking.service import finish, quiet_wandb, settings, staged_in, within
 
-LOG_SECONDS = 30.0  # for W&B to take what is logged
+LOG_SECONDS = 30.0  # the time in which W&B must take the logged data
 MAX_TAG, MAX_NAME = 64, 128  # what W&B allows, in letters
 
 
 @dataclass(frozen=True)
 class Destination:
-    """The destination of runs: the results folder's `wandb`, and with mode=online the project."""
+    """Where runs go: the results folder's `wandb` and, if mode=online, the project."""
 
     results_dir: Path
     mode: TrackingMode
@@ -43,13 +43,13 @@ class Label:
 def make_run(
     identifier: str, destination: Destination, label: Label, log: Callable[[Any, Any], None]
 ) -> dict[str, str]:
-    """Make a run that replaces earlier ones of its id, and return its place: {"directory": ...} or {"url": ...}.
+    """Make a run that replaces earlier ones with its id, and return its place: {"directory": ...} or {"url": ...}.
 
     Args:
         identifier: the run's id.
         destination: the run's destination.
         label: the run's label.
-        log: a function of the run and the wandb module that logs the run's content.
+        log: a function that takes the run and the wandb module and logs the run's content.
     """
     wandb_dir = destination.results_dir.absolute() / "wandb"
     staging = wandb_dir / "data" / f"{identifier}-{time.time_ns()}"
@@ -69,7 +69,7 @@ def make_run(
                 tags=list(dict.fromkeys(tag[:MAX_TAG] for tag in tags_of(label.tags))),
                 config=label.config,
                 mode=destination.mode.value,
-                reinit="create_new",  # a run of the caller's own goes on
+                reinit="create_new",  # if the caller has a run, it goes on
                 settings=wandb.Settings(**limits),
             )
         with within(LOG_SECONDS, service):
@@ -84,7 +84,7 @@ def make_run(
 
 
 def _remove_earlier(wandb_dir: Path, identifier: str, kept: set[str]) -> None:
-    """Remove files of earlier attempts at a run, and staged tables that are no longer needed."""
+    """Remove files from earlier attempts at a run, and staged tables that are no longer needed."""
     for pattern in (f"*run-*-{identifier}", f"*run-*-{identifier}-[0-9]", f"data/{identifier}-*"):
         for left in wandb_dir.glob(pattern):
             if left.name not in kept:
@@ -95,11 +95,11 @@ def log_panels(run: Any, wandb: Any, panels: Panels) -> None:
     """Log curves, histograms, eigenvalues, tables and the summary.
 
     Raises:
-        TimeoutError: W&B takes too long over it.
+        TimeoutError: W&B takes too long.
     """
     deadline = time.monotonic() + LOG_SECONDS
     run.define_metric("layer", hidden=True)
-    run.define_metric("relative_depth", hidden=True)  # the axis on which models of different depths compare
+    run.define_metric("relative_depth", hidden=True)  # the axis that compares models with different depths
     run.define_metric("layer/*", step_metric="layer", summary="none")
     run.define_metric("depth/*", step_metric="relative_depth", summary="none")
     for row in panels.curves.to_dict("records"):
@@ -133,7 +133,7 @@ def _media(wandb: Any, panels: Panels) -> Iterator[tuple[str, Any]]:
 
 
 def log_overview(run: Any, wandb: Any, tables: dict[str, pd.DataFrame], figures: Iterable[tuple[str, Path]]) -> None:
-    """Log tables, and figures by the names of their PNG files."""
+    """Log tables, and figures by their PNG files' names."""
     shown = {f"comparison/{name}": _table(wandb, table) for name, table in tables.items() if len(table)}
     run.log(shown | {f"figures/{name}": wandb.Image(str(path), caption=name) for name, path in figures})
 
@@ -142,5 +142,5 @@ def _table(wandb: Any, frame: pd.DataFrame) -> Any:
     """Return a W&B table whose columns have one type each; values that are missing or not finite are empty."""
     kinds, rows = plain_table(frame)
     table = wandb.Table(columns=[str(name) for name in frame.columns], data=[], dtype=kinds)
-    table.data = rows  # the types are known: W&B need not look at every value
+    table.data = rows  # the types are known, so W&B need not look at every value
     return table

@@ -23,23 +23,23 @@ import platformdirs
 from ovqk.errors import UserError, first_line
 from ovqk.scratch import scratch_folder
 
-INIT_SECONDS = 30.0  # for the server to know the run; WANDB_INIT_TIMEOUT sets another time
-FINISH_SECONDS = 60.0  # for the server to receive it; WANDB_FINISH_TIMEOUT sets another time
-LONGEST_SECONDS = 86_400.0  # that an environment variable may set
-GRACE_SECONDS = 10.0  # after which the service is killed if it does not keep these times itself
-WRITTEN_SECONDS = 5.0  # for an offline run to be on disk after W&B has finished it
-LOG_MARK = b":W&B"  # how W&B's log of an offline run begins
-LOG_BLOCK, LOG_HEADER = 2**15, 7  # bytes; the file's own first bytes are as many as a piece's
-WHOLE, FIRST, LAST = 1, 2, 4  # kinds of pieces of a record there; 3 is in the middle
-SWITCH_SECONDS = 1e-4  # that one thread runs Python before another may: torch asks for its turn after every call
-STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # of an upload, in W&B's own log of a run
+INIT_SECONDS = 30.0  # the server must know the run by then; WANDB_INIT_TIMEOUT sets another time
+FINISH_SECONDS = 60.0  # the server must have received it by then; WANDB_FINISH_TIMEOUT sets another time
+LONGEST_SECONDS = 86_400.0  # the longest time that an environment variable may set
+GRACE_SECONDS = 10.0  # if the service does not keep these times itself, it is killed this much later
+WRITTEN_SECONDS = 5.0  # an offline run must be on disk this soon after W&B has finished it
+LOG_MARK = b":W&B"  # W&B's log for an offline run begins like this
+LOG_BLOCK, LOG_HEADER = 2**15, 7  # bytes; the file's own header is as long as a piece's
+WHOLE, FIRST, LAST = 1, 2, 4  # kinds of record pieces in that log; 3 is a middle piece
+SWITCH_SECONDS = 1e-4  # how long a thread runs Python before another may; torch asks for its turn after every call
+STAGES = ("filestream:", "file transfer:", "runfiles:", "sender:")  # an upload's stages, in W&B's own log for a run
 
 starting: list[threading.Thread] = []
-"""Threads of `start_meanwhile` that nobody has waited for."""
+"""Threads from `start_meanwhile` that nobody has waited for."""
 
 
 class NotReceivedError(Exception):
-    """The server did not take all of a run."""
+    """The server did not take a whole run."""
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
     import wandb
 
     session, service = _service(wandb)
-    if service.poll() is not None:  # killed since it was started, as while a cell was computed
+    if service.poll() is not None:  # killed since it was started, for instance while a cell was computed
         with contextlib.suppress(Exception, SystemExit):
             wandb.teardown()
         session, service = _service(wandb)
@@ -63,7 +63,7 @@ def quiet_wandb() -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
     try:
         yield wandb, service
     except BaseException:
-        if wandb.run is None:  # else a run of the caller's own is open
+        if wandb.run is None:  # else the caller has an open run
             service.kill()
             service.wait()
             with contextlib.suppress(Exception, SystemExit):
@@ -81,15 +81,15 @@ def _service(wandb: Any) -> tuple[Any, subprocess.Popen[bytes]]:
 def _settle_environment() -> None:
     """Set the environment variables that W&B reads when it is imported."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    if "wandb" not in sys.modules:  # it makes temporary folders when it is imported, which a killed process leaves
+    if "wandb" not in sys.modules:  # importing it makes temporary folders, which a killed process leaves behind
         tempfile.tempdir = str(scratch_folder())
     os.environ.pop("WANDB_SERVICE", None)  # a parent's service: this process has its own
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[name]  # as good as not set, and W&B refuses some of them
+        del os.environ[name]  # an empty variable counts as not set, and W&B refuses some
     try:
         cache = os.environ.get("WANDB_CACHE_DIR") or platformdirs.user_cache_dir("wandb")
         Path(cache).expanduser().mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # it cannot be written, of which the service would complain at length
+    except (OSError, RuntimeError):  # it cannot be written, and the service would complain about that at length
         os.environ["WANDB_CACHE_DIR"] = tempfile.mkdtemp(prefix="wandb-", dir=scratch_folder())
 
 
@@ -100,9 +100,9 @@ def start_meanwhile() -> None:
         before = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
         try:
-            with contextlib.suppress(Exception, SystemExit):  # whoever needs them meets the error
+            with contextlib.suppress(Exception, SystemExit):  # the code that needs them will meet the error
                 importlib.import_module("wandb").setup().ensure_service()
-                importlib.import_module("wandb.sdk.launch.inputs.internal")  # of a run's first step
+                importlib.import_module("wandb.sdk.launch.inputs.internal")  # a run's first step needs it
         finally:
             sys.setswitchinterval(before)
 
@@ -113,7 +113,7 @@ def start_meanwhile() -> None:
 
 
 def settings() -> dict[str, Any]:
-    """Return settings for W&B: no console output, no facts about the machine or the code, and bounded waiting.
+    """Return settings for W&B: no console output, nothing about the machine or the code, and bounded waiting.
 
     Raises:
         UserError: a time in the environment is not a number.
@@ -127,7 +127,7 @@ def settings() -> dict[str, Any]:
         "symlink": False,
         "use_dot_wandb": False,
         "program": "run.py",
-        "host": "",  # the machine's name is nobody's business
+        "host": "",  # the machine's name is private
         "x_disable_stats": True,
         "x_disable_machine_info": True,
         "x_save_requirements": False,  # the record holds the versions
@@ -191,7 +191,7 @@ def finish(run: Any) -> None:
     """Wait until the run is written (offline) or received (online).
 
     Raises:
-        NotReceivedError: the server did not take all of it in time, or refused a part.
+        NotReceivedError: the server did not take the whole run in time, or refused a part.
     """
     log, offline = Path(run.settings.log_internal), run.settings._offline
     try:
@@ -219,9 +219,10 @@ def wait_for_end(log: Path) -> None:
 
 
 def reaches_its_exit(log: Path) -> bool:
-    """Whether the last record in an offline run's log is its exit; True if the log has another format.
+    """Say whether the last record in an offline run's log is its exit; True if the log has another format.
 
-    The log is LevelDB's: blocks of 32 kB, records in one piece or in several, each after its checksum, length and kind.
+    The log has LevelDB's format: 32 kB blocks, and records in one or more pieces, each after its checksum, length and
+    kind.
     """
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
 
@@ -244,28 +245,28 @@ def reaches_its_exit(log: Path) -> bool:
         position += LOG_HEADER + length
     try:
         return bool(Record.FromString(last).HasField("exit"))
-    except Exception:  # protobuf's DecodeError, of a record that is cut short
+    except Exception:  # protobuf's DecodeError, if a record is cut short
         return False
 
 
 def _errors(log: Path) -> list[str]:
-    """Return the errors in W&B's own log of a run. Only this log mentions a refused file."""
+    """Return the errors in W&B's own log for a run. Only this log mentions a refused file."""
     messages = []
     with contextlib.suppress(OSError):
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, KeyError):
                 entry = json.loads(line)
                 if entry["level"].startswith("ERROR") and not entry["msg"].startswith("api:"):
-                    text = re.sub(r"\?\S*", "", " ".join(entry["msg"].split()))  # no signed address
+                    text = re.sub(r"\?\S*", "", " ".join(entry["msg"].split()))  # leaves out signed addresses
                     messages.append(text[:300])
     return messages
 
 
 def in_words(error: Exception) -> str:
-    """Return an error in one line, without the values it met, since one of them may be an API key."""
+    """Return an error in one line, without the values that it names, because one may be an API key."""
     if isinstance(error, UserError):
         return str(error)
-    if type(error).__name__ == "ValidationError":  # pydantic's, of what W&B reads in the environment or its files
+    if type(error).__name__ == "ValidationError":  # pydantic's, about values in W&B's environment or files
         refused = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]  # type: ignore[attr-defined]
         return f"W&B's setting {'; '.join(refused)}"
     text = first_line(error) or "W&B's service on this machine ended"
@@ -273,6 +274,6 @@ def in_words(error: Exception) -> str:
 
 
 def is_of_server(error: Exception) -> bool:
-    """Whether the server failed, so that the next cell would too; False if only the service here was killed."""
+    """Say whether the server failed, so that the next cell would fail too; False if only the service was killed."""
     wandb = sys.modules.get("wandb")
     return wandb is not None and isinstance(error, (wandb.Error, TimeoutError, NotReceivedError))

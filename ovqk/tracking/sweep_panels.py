@@ -1,7 +1,7 @@
-"""The content of a sweep's W&B run: tables and figures over all its cells, from their records alone.
+"""The content for a sweep's W&B run: tables and figures over all its cells, from their records alone.
 
-A sweep is known by its name, which the records of its cells hold. `<results_dir>/.sweeps/<id>/` also lists the cells
-that it found done, and has the tracking.json of its run.
+A sweep is known by its name, which its cells' records hold. `<results_dir>/.sweeps/<id>/` also lists the cells that it
+found done, and has its run's tracking.json.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ from ovqk.whole_files import read_json, write_json
 
 SWEEPS = ".sweeps"
 CELLS = "sweep.json"
-LEAST = 2  # cells that a sweep has
-FIGURE_SECONDS = 20.0  # after which no other figure is begun
-DOTS = 120  # of a figure, per inch
-DRAWN = ("heads", "verdicts")  # tables that the figures are made of
+LEAST = 2  # the smallest number of cells in a sweep
+FIGURE_SECONDS = 20.0  # after this time no other figure is begun
+DOTS = 120  # a figure's dots per inch
+DRAWN = ("heads", "verdicts")  # tables from which the figures are made
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's name, its folder under `.sweeps`, and the folders of its cells that are done."""
+    """A sweep's name, its folder under `.sweeps`, and its done cells' folders."""
 
     name: str
     folder: Path
@@ -49,7 +49,7 @@ def sweep_folder(results_dir: Path, name: str) -> Path:
 
 
 def remember_cells(results_dir: Path, name: str, cells: Iterable[Path]) -> None:
-    """Note a sweep's cells and keep those noted before: the record of a cell done earlier may name another sweep."""
+    """Note a sweep's cells and keep those noted before, because an earlier cell's record may name another sweep."""
     folder = sweep_folder(results_dir, name)
     earlier = _noted(folder).get("cells", [])
     noted = {str(cell.relative_to(results_dir)) for cell in cells if cell.is_relative_to(results_dir)}
@@ -58,7 +58,7 @@ def remember_cells(results_dir: Path, name: str, cells: Iterable[Path]) -> None:
 
 
 def read_sweeps(results_dir: Path) -> list[Sweep]:
-    """Return the sweeps of a results folder with at least LEAST done cells, by name."""
+    """Return the sweeps in a results folder that have at least LEAST done cells, by name."""
     cells: dict[str, set[Path]] = {}
     for path in (results_dir / SWEEPS).glob(f"*/{CELLS}"):
         noted = _noted(path.parent)
@@ -88,16 +88,16 @@ def _noted(folder: Path) -> dict[str, Any]:
 
 
 def overview_config(sweep: Sweep) -> dict[str, Any]:
-    """Return the keys that filter a sweep's run; `model` is left out, so that no model's group contains the run."""
+    """Return keys by which a sweep's run is filtered, without `model`, so that no model's group contains the run."""
     records = sweep.records
     lists = {f"{key}s": sorted({record[key] for record in records}) for key in ("model", "task")}
     return {"sweep": sweep.name, "cells": len(records)} | lists | {"analyses": sorted({r["analysis"] for r in records})}
 
 
 def overview_tables(sweep: Sweep) -> dict[str, pd.DataFrame]:
-    """Return `roles` and `depths`, the terminal's comparison, `cells`, the cost of each cell, and `prompts`.
+    """Return `roles` and `depths` (the terminal's comparison), `cells` (each cell's cost), and `prompts`.
 
-    If a cell ran its model on prompts, `prompts` says how well the models do the tasks.
+    `prompts` is there if a cell ran its model on prompts; it says how well the models do the tasks.
     """
     claimed = roles(sweep.cells)
     claimed["of_its_heads"] = [

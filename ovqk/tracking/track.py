@@ -34,12 +34,12 @@ from ovqk.tracking.sweep_panels import (
     sweep_folder,
 )
 
-PAUSE_SECONDS = 300.0  # after a failure of the server, in which no other cell of this process waits for it
+PAUSE_SECONDS = 300.0  # after the server fails, no other cell in this process waits for it during this time
 
 
 @dataclass
 class Pause:
-    """The time until which the server is left alone, and the reason."""
+    """Until when the server is left alone, and why."""
 
     until: float = 0.0
     reason: str = ""
@@ -47,11 +47,11 @@ class Pause:
 
 @runtime_checkable
 class Trackable(Protocol):
-    """A cell or a sweep with a run of its own, and a folder with the run's tracking.json."""
+    """A cell or a sweep with its own run, and a folder with the run's tracking.json."""
 
     @property
     def folder(self) -> Path:
-        """The folder of its tracking.json."""
+        """The folder that holds its tracking.json."""
         ...
 
     def identify(self) -> dict[str, str]:
@@ -59,7 +59,7 @@ class Trackable(Protocol):
         ...
 
     def send(self, identifier: str, destination: Destination) -> dict[str, str]:
-        """Make the run of this id, and return its place: {"directory": ...} or {"url": ...}."""
+        """Make the run with this id, and return its place: {"directory": ...} or {"url": ...}."""
         ...
 
 
@@ -118,7 +118,7 @@ class TrackedSweep:
 
     @property
     def needs_tracking(self) -> bool:
-        """Whether it was never tracked with these cells."""
+        """Say whether it was never tracked with these cells."""
         state = read_tracking(self.folder)
         return not says_done(state) or state.get("record") != self.made_of
 
@@ -139,11 +139,11 @@ agent_cells: dict[str, str] = {}  # run that a W&B agent handed out -> the cell 
 
 
 def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str, entity: str | None) -> str | None:
-    """Make the W&B run of a done cell, and return a warning if that failed.
+    """Make a done cell's W&B run, and return a warning if that failed.
 
     tracking.json gets the status, the mode, the run's id, its folder relative to the results (offline) or its address
-    (online), and the reason if the status is not `done`. It is `failed`, or `pending` if the server was not
-    tried because it had failed an earlier cell of this process.
+    (online), and the reason if the status is not `done`. The status is then `failed`, or `pending` if the server was
+    not tried because an earlier cell in this process had found it failing.
 
     Raises:
         ValueError: there is no finished record.
@@ -162,10 +162,10 @@ def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str
 
 
 def track_sweep(name: str, cells: Iterable[Path], destination: Destination) -> str | None:
-    """Make or replace the W&B run of a sweep, and return a warning if that failed.
+    """Make or replace a sweep's W&B run, and return a warning if that failed.
 
-    It shows the cells given, those that the sweep had before, and those whose records bear its name. Nothing happens
-    if they are the same as the last time, or fewer than two.
+    It shows the cells given, those that the sweep had before, and those whose records bear its name. Nothing happens if
+    they are the same as last time, or fewer than two.
 
     Raises:
         OSError: the results folder cannot be written.
@@ -189,7 +189,7 @@ def _command(results_dir: Path) -> str:
 def attempt_tracking(what: Trackable, destination: Destination) -> tuple[str, str | None]:
     """Track a cell or a sweep, write its tracking.json, and return the status and the reason if it is not `done`.
 
-    If a second attempt fails after a first that did not, tracking.json stays as it was.
+    If an attempt fails after an earlier one succeeded, tracking.json stays as it was.
     """
     before = read_tracking(what.folder)
     state: dict[str, Any] = {"mode": destination.mode.value}
@@ -208,7 +208,7 @@ def attempt_tracking(what: Trackable, destination: Destination) -> tuple[str, st
             pause.until, pause.reason = time.monotonic() + PAUSE_SECONDS, reason
     state = {"status": status} | state | ({"reason": reason} if reason else {})
     tracked = says_done(before) and before.get("run_id") == state.get("run_id")
-    with contextlib.suppress(OSError):  # of a full disk; what has no such file is pending
+    with contextlib.suppress(OSError):  # the disk may be full; without this file the run counts as pending
         write_tracking(what.folder, before if tracked and status != "done" else state)
     return status, reason
 
@@ -218,7 +218,7 @@ def _is_paused(mode: TrackingMode) -> bool:
 
 
 def needs_tracking(folder: Path) -> bool:
-    """Whether a done cell must be tracked: its record was never tracked, or a W&B agent waits for it in its own run."""
+    """Say whether a done cell must be tracked: it never was, or a W&B agent waits for it in its own run."""
     record, state = read_record(folder), read_tracking(folder)
     if in_agent() or record is None or not says_done(state):
         return True
@@ -226,12 +226,12 @@ def needs_tracking(folder: Path) -> bool:
 
 
 def in_agent() -> bool:
-    """Whether `wandb agent` started this process."""
+    """Say whether `wandb agent` started this process."""
     return bool(os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"))
 
 
 def run_id(record: dict[str, Any]) -> str:
-    """Return the id of a record's run; tracking a record twice gives one run."""
+    """Return the id for a record's run; tracking a record twice gives one run."""
     wall = record["provenance"]["wall_seconds"]
     text = f"{record['cell_id']} {wall} {record['provenance']['peak_memory_mb']}"
     return f"{record['cell_id']}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

@@ -1,7 +1,7 @@
-"""Candidates for each role, in a model that nothing is claimed about: the heads that its predictions point at.
+"""Candidates for each role in a model without claims: the heads that the role's predictions point at.
 
-Nothing here is a verdict. The heads are chosen for being the strongest, so their own p-values are too small by that
-choice; the corrected ones stand beside them, over all the heads that were ranked.
+Nothing here is a verdict. The heads are chosen because they are the strongest, and that choice makes their own p-values
+too small. Beside them stand p-values that are corrected over all ranked heads.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ from ovqk.verdicts.statistics import benjamini_hochberg, monte_carlo, percentile
 from ovqk.verdicts.tails import Tail, tail_p
 
 STRONGEST = 5
-"""Candidates of each role."""
+"""Candidates for each role."""
 MAD_TO_SD = 1.4826
-"""The standard deviation of normal values over their median absolute deviation."""
+"""Standard deviation over median absolute deviation, for normal values."""
 
 
 def unclaimed(task: TaskConfig) -> Claims:
@@ -38,12 +38,12 @@ def unclaimed(task: TaskConfig) -> Claims:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The heads of a role, ranked by one of its predictions.
+    """All heads, ranked by one of a role's predictions.
 
     Attributes:
-        by: the first of the role's predictions that can rank.
+        by: the role's first prediction that can rank.
         heads: every head that it has a value for, the most extreme first.
-        partners: the candidates of other roles that it composes with, if it is a composition.
+        partners: other roles' candidates that it composes with, if it is a composition.
         predictions: the role's predictions that have a value for any head.
     """
 
@@ -65,21 +65,21 @@ class Candidate:
     Attributes:
         role, rank, layer, head: the candidate; rank 1 is the most extreme in the metric that ranks the role.
         ranked: whether the role is ranked by this prediction, the first that can rank it.
-        partners: of a composition, the candidates of other roles that the head composes with, as "3.0 3.4".
+        partners: for a composition, other roles' candidates that the head composes with, as "3.0 3.4".
         metric, prediction, primary, exploratory, value: the prediction and the head's value.
-        percentile: the place of the value among the other heads of its layer, in [0, 1].
-        z: how far the value stands out of all heads of the model in the predicted direction: its distance from their
-            median over 1.4826 times their median absolute deviation; nan if they have no spread.
-        gap: z less that of the next head, the one that the prediction puts behind it; nan for the last.
-        p_depth, q_depth: against the heads of nearby layers, and corrected over all heads (Benjamini-Hochberg).
-        p_spectrum, p_spectrum_all: against heads of its own singular values, and times the number of heads ranked, at
-            most 1; nan for a composition, whose partners were chosen too.
-        p_tail, tail_fit, q_tail: `p_spectrum` by the fitted tail of the draws (`tails.tail_p`), so that the number of
-            draws is no bound; p of the test that the tail fits; and p_tail corrected over all heads ranked
-            (Benjamini-Hochberg, with p = 1 for those that are no candidates, which can only raise it). nan if there is
+        percentile: the value's place among the other heads in its layer, in [0, 1].
+        z: how far the value stands out among all heads in the predicted direction: its distance from their median over
+            1.4826 times their median absolute deviation; nan if they have no spread.
+        gap: this z minus the z for the next head, which the prediction puts behind it; nan for the last head.
+        p_depth, q_depth: against the heads in nearby layers, and corrected over all heads (Benjamini-Hochberg).
+        p_spectrum, p_spectrum_all: against random heads with its own singular values, and times the number of ranked
+            heads, at most 1; nan for a composition, whose partners were chosen too.
+        p_tail, tail_fit, q_tail: `p_spectrum` from the draws' fitted tail (`tails.tail_p`), which the number of draws
+            does not bound; p for the test that the tail fits; and p_tail corrected over all ranked heads
+            (Benjamini-Hochberg, with p = 1 for heads that are no candidates, which can only raise it). nan if there is
             no such null, if draws are only compared with the value and not measured, or if no tail fits.
-        p_words, p_words_all: of predictions that other words decide too (alignment, transfer, read), against other
-            words (the larger p of `token` and `token_pairs`), and times the number of heads ranked, at most 1.
+        p_words, p_words_all: for predictions that other words decide too (alignment, transfer, read): against other
+            words (the larger p under `token` and `token_pairs`), and times the number of ranked heads, at most 1.
     """
 
     role: str
@@ -130,11 +130,11 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
 
 
 def rank(tests: ClaimTests, predicted: Mapping[str, list[Predicted]]) -> tuple[dict[str, Ranking], list[str]]:
-    """Rank the heads of each role; return role -> ranking, in the order of the roles, and notes.
+    """Rank the heads for each role; return role -> ranking, in the order of the roles, and notes.
 
-    If all pairs of heads are composed, a role whose primary is a composition is ranked by that, with the candidates
-    of its partner roles, as far as these are not ranked by a composition themselves. A role whose primary has
-    no values is ranked by its next non-exploratory prediction that has.
+    If all pairs of heads are composed, a role whose primary is a composition is ranked by it. The partners are then the
+    candidates for its partner roles, unless a composition ranks those roles too. If a role's primary has no values, its
+    next non-exploratory prediction with values ranks it.
     """
     found: dict[str, Ranking] = {}
     for role, predictions in predicted.items():
@@ -170,7 +170,7 @@ def _note(tests: ClaimTests, role: str, primary: Predicted, ranking: Ranking | N
 
 
 def composes(predicted: Predicted) -> bool:
-    """Whether the prediction is about pairs of heads."""
+    """Say whether the prediction is about pairs of heads."""
     return METRICS[predicted.config.metric].of == "pair"
 
 
@@ -194,7 +194,7 @@ WordValues = list[dict[tuple[Head, str], NDArray[np.float64]]]
 
 
 def _under_words(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> WordValues:
-    """Measure the candidates under other words, for the predictions that these decide too."""
+    """Measure the candidates under other words, for the predictions that other words decide too."""
     metrics, heads = set[str](), set[Head]()
     for ranking in rankings.values():
         own = {p.config.metric for p in ranking.predictions if p.config.metric in SUBSPACE_METRICS and decides(p)}
@@ -220,7 +220,7 @@ def observe(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> list[tuple[He
 
 
 def decides(predicted: Predicted) -> bool:
-    """Whether the prediction would count for a verdict."""
+    """Say whether the prediction would count for a verdict."""
     return not predicted.config.exploratory
 
 
@@ -288,9 +288,9 @@ def standing(signed: NDArray[np.float64], head: Head) -> tuple[float, float]:
 
 
 def _tails(tests: ClaimTests, ranking: Ranking, predicted: Predicted) -> dict[Head, tuple[Tail, float]]:
-    """Return candidate -> the fitted tail of its surrogates, and its p corrected over all heads ranked.
+    """Return candidate -> its surrogates' fitted tail, and its p corrected over all ranked heads.
 
-    A metric whose draws may be bounds (`surrogate_metrics`) has none.
+    No tail is fitted for a metric whose draws may be bounds (`surrogate_metrics`).
     """
     found = dict.fromkeys(ranking.strongest, Tail(math.nan, math.nan, 0))
     for head in ranking.strongest:
@@ -309,12 +309,12 @@ def _tails(tests: ClaimTests, ranking: Ranking, predicted: Predicted) -> dict[He
 
 
 def _of_all(p: float, ranked: int) -> float:
-    """Correct p, by Bonferroni, for the heads that the candidate was chosen from."""
+    """Correct p by Bonferroni for the number of heads that the candidate was chosen from."""
     return math.nan if math.isnan(p) else min(1.0, p * ranked)
 
 
 def _depth(predicted: Predicted, groups: NDArray[np.int64]) -> dict[Head, tuple[float, float]]:
-    """Return head -> (p, q) against the heads of nearby layers, for every head that has one."""
+    """Return head -> (p, q) against the heads in nearby layers, for every head that has such a p."""
     signed = predicted.sign * predicted.values
     found: dict[Head, float] = {}
     for layer, index in np.argwhere(~np.isnan(signed)):

@@ -1,8 +1,8 @@
-"""Tests of the claims' predictions against the nulls, and everything that these tests need from the weights.
+"""Tests that compare the claims' predictions with the nulls, and everything that they need from the weights.
 
-Each layer is read once. `ClaimTests.visit` keeps the parts that the nulls will ask for: singular values, the maps of
-the claimed heads, and metric values under resampled words. If a role predicts a composition, it also keeps the circuits
-that compose. When all layers are read, `ClaimTests.rows` draws the nulls.
+Each layer is read once. `ClaimTests.visit` keeps the parts that the nulls will ask for: singular values, the claimed
+heads' maps, and metric values under resampled words. If a role predicts a composition, it also keeps the circuits that
+compose. When all layers are read, `ClaimTests.rows` draws the nulls.
 """
 
 import math
@@ -42,9 +42,9 @@ from ovqk.verdicts.surrogates import (
 )
 from ovqk.weights.types import Head
 
-SUBSAMPLED = 0.8  # share of the words in a subsample
+SUBSAMPLED = 0.8  # the share of words that a subsample keeps
 WIDEN = (SUBSAMPLED / (1 - SUBSAMPLED)) ** 0.5
-"""A subsample that holds a share f of the words differs from the whole by sqrt((1 - f) / f) of its standard errors."""
+"""A subsample with a share f of the words differs from the whole by sqrt((1 - f) / f) standard errors."""
 
 
 def predictions_by_metric(predictions: Iterable[PredictionConfig]) -> set[str]:
@@ -60,7 +60,7 @@ class ClaimTests:
         task: the task read on the model.
         claims: the claimed heads and the predictions about them.
         sigma: (layer, form) -> singular values [head, k], >= 0.
-        forms: (metric, layer) -> the form of the weights that the metric is computed from.
+        forms: (metric, layer) -> the form in which the metric takes the weights.
         maps: (head, circuit) -> the claimed head's maps, as task readouts see them.
         resamples: metric -> [draw, layer, head], its values under resampled words.
         layers: both circuits, layer by layer, if a prediction composes them.
@@ -154,7 +154,7 @@ class ClaimTests:
         empty = np.full((len(values), architecture.n_layers, architecture.n_heads), np.nan)
         self.resamples.setdefault(metric, empty)[:, layer] = values
 
-    # --- afterwards ----------------------------------------------------------------------------------------
+    # --- after the last layer ------------------------------------------------------------------------------
 
     def predicted(self, values: Mapping[str, NDArray[np.float64]]) -> dict[str, list[Predicted]]:
         """Return role -> its predictions, each with the values that decide it.
@@ -185,7 +185,7 @@ class ClaimTests:
     def composed(self, config: PredictionConfig, partners: Collection[Head]) -> NDArray[np.float64]:
         """Measure how strongly every head composes with its strongest partner [layer, head] (definitions, section 3).
 
-        nan: the head can compose with no partner, no partner is given, or the circuits were not kept.
+        A value is nan if the head can compose with no partner, no partner is given, or the circuits were not kept.
         """
         architecture = self.model.architecture
         nothing = np.full((architecture.n_layers, architecture.n_heads), np.nan)
@@ -241,8 +241,8 @@ class ClaimTests:
     def spectrum_ps(self, asked: Iterable[tuple[Head, str, float]]) -> dict[tuple[Head, str, float], float]:
         """Return p under `spectrum`, in (0, 1], for candidates; nan if the null does not apply to the metric.
 
-        The values of the candidates are in `observed`. A head is drawn until each of its p-values has met 20
-        exceedances, at which counting stops (`monte_carlo`). A metric whose p is known is not measured on later draws.
+        The candidates' values are in `observed`. Surrogates are drawn for a head until each of its p-values has met 20
+        exceedances, at which counting stops (`monte_carlo`). When a metric's p is known, later draws do not measure it.
 
         Args:
             asked: (candidate, metric, sign); the sign is -1 if the prediction is `low`, else 1.
@@ -268,16 +268,17 @@ class ClaimTests:
     def has_spectrum_null(self, metric: str) -> bool:
         """Say whether random heads with the same singular values can be compared on this metric.
 
-        If the model normalises queries and keys, they cannot be compared on attention scores: they have no such norm.
+        If the model normalises queries and keys, they cannot be compared on attention scores, because random heads have
+        no such norm.
         """
         return METRICS[metric].has_surrogates and not self._renormalised(metric)
 
     def _renormalised(self, metric: str) -> bool:
-        """Whether the metric is about scores of normalised queries and keys."""
+        """Say whether the metric is about scores between normalised queries and keys."""
         return self.model.architecture.qk_norm and METRICS[metric].of_scores
 
     def frame(self, head: Head, metric: str) -> FrameDraws:
-        """Return a head's surrogates, made once, in the form of the weights that this metric is computed from."""
+        """Return a head's surrogates, in the form in which this metric takes the weights; they are made once."""
         layer, index = head
         form = self.forms[metric, layer]
         if (head, form) not in self.frames:
@@ -306,7 +307,7 @@ class ClaimTests:
         return surrogate_metrics(self.task, head[0], wanted, self.observed.get(head, {}))
 
     def _asked(self, head: Head) -> set[str]:
-        """Name a candidate's observed metrics, or the available ones that a claimed head's roles predict."""
+        """Name a candidate's observed metrics; for a claimed head, the available metrics that its roles predict."""
         if head in self.observed:
             return set(self.observed[head])
         roles = [role for role, heads in self.claims.roles.items() if head in heads] or list(self.claims.predictions)
@@ -314,7 +315,7 @@ class ClaimTests:
         return predictions_by_metric(predictions) - set(self.task.unavailable)
 
     def _word_rows(self, predicted: Mapping[str, Sequence[Predicted]]) -> list[NullTest]:
-        """Test predictions about words or their subspace under `token` and `token_pairs`."""
+        """Test the predictions about words, or about their subspace, under `token` and `token_pairs`."""
         asked = [
             (prediction, [head for head in self.claims.roles[role] if not np.isnan(prediction.values[head])])
             for role, predictions in predicted.items()
@@ -352,13 +353,13 @@ class ClaimTests:
             ids = [s.ids for v in words.variables for s in (*v.read, *v.write)]
             own = [s.ids for s in (*readout.variable.read, *readout.variable.write)]
             for layer in {layer for layer, _ in heads}:
-                readout.prepare(layer)  # the centre of the band, while all rows are there
+                readout.prepare(layer)  # computes the band's centre while all rows are there
             with readout.effective.only(torch.cat([*ids, *own])):
                 drawn = self._under_words(readout, words.variables, set(heads), metrics)
             yield words, drawn
 
     def read_maps(self, heads: Collection[Head], circuit: Circuit) -> None:
-        """Keep the maps for heads that were not known while the layers passed; their layers are read again."""
+        """Read these heads' layers again and keep their maps, if they were not known while the layers passed."""
         for index in sorted({layer for layer, _ in heads}):
             maps = self.task.maps(Layer(self.model, index), circuit)
             if maps is not None:
@@ -403,7 +404,7 @@ def _ensemble_rows(
     drawn: Mapping[Head, NDArray[np.float64]],
     most: int,
 ) -> tuple[list[NullTest], bool]:
-    """Test the role (by the mean over its heads) and each head; also say whether more draws would change nothing."""
+    """Test the role (by its heads' mean) and each head; also say whether more draws would change nothing."""
     subjects: list[tuple[Head | None, list[Head]]] = [(None, list(heads)), *((head, [head]) for head in heads)]
     rows, stopped = [], True
     for subject, members in subjects:
@@ -416,7 +417,7 @@ def _ensemble_rows(
 
 
 def form_of(metric: str, layer: Layer) -> Form:
-    """Return the form of the weights that this metric is computed from in this layer.
+    """Return the form in which this metric takes this layer's weights.
 
     Raises:
         ValueError: the metric is defined for a pair of heads.

@@ -22,12 +22,12 @@ from ovqk.weights.types import keys, queries
 
 LEAST_RESIDUES = 5
 AT_ONCE = 2**24
-"""Elements of relabelled matrices that are transformed together."""
+"""How many elements of relabelled matrices are transformed together."""
 TIE = 1e-9
 MOST_OF = 0.5
-"""The share of the power that a claim about one frequency, or about moving within frequencies, asks for at least."""
+"""The least share of power for a claim that one frequency dominates, or that a head moves within frequencies."""
 SPARSE = 0.25
-"""The share of all frequencies that may hold 95 % of a sparse part's power, at most."""
+"""A part is sparse if at most this share of all frequencies holds 95 % of its power."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Cycle:
 
     @property
     def p(self) -> int:
-        """The modulus: how many residues there are, at least 5."""
+        """The modulus: the number of residues, at least 5."""
         return len(self.ids)
 
 
@@ -92,13 +92,13 @@ def _of_words(model: Model, task: TaskConfig, config: CycleConfig) -> list[int]:
 def cycle_verdict(row: Mapping[Hashable, Any], cycles: pd.DataFrame, p: int) -> str:
     """Judge the claim about one part (docs/definitions.md, section 5): a name of `wording.VERDICTS`.
 
-    The claims: the embedding and the unembedding are sparse in Fourier space; a head is keyed on one frequency; its OV
-    moves the frequency that it is keyed on. `corroborated` asks for q < .05 and for the size that the claim names,
-    `partial` has the first alone.
+    There are three claims. The embedding and the unembedding are sparse in Fourier space. A head is keyed on one
+    frequency. The head's OV moves the frequency that it is keyed on. `corroborated` asks for q < .05 and for the size
+    that the claim names; `partial` has q < .05 alone.
 
     Args:
-        row: the part's row of `cycles`.
-        cycles: the rows of all parts, with q.
+        row: the part's row in `cycles`.
+        cycles: the rows for all parts, with q.
         p: the modulus.
     """
     part, draws_allow = row["part"], row["min_p"] <= ALPHA
@@ -120,14 +120,14 @@ def cycle_verdict(row: Mapping[Hashable, Any], cycles: pd.DataFrame, p: int) -> 
 class CycleTables:
     """The stage that looks for frequencies.
 
-    It makes two tables: `frequencies`, with a row for each frequency of a part, and `cycles`, with a row for each part.
+    It makes two tables: `frequencies`, with a row for each part and frequency, and `cycles`, with a row for each part.
     The parts are the embedding, the unembedding, and two for each head. `ov` is W_E W_OV W_U, which maps residues to
-    residues. `key` holds the scores of residues as keys, for the task's query token or, if it has none, for the mean
-    residue. All parts are on the direct path; in layer 0 that is the path the model itself takes.
+    residues. `key` holds the residues' scores as keys for the task's query token, or for the mean residue if the task
+    has none. All parts are on the direct path; in layer 0 that is the path the model itself takes.
     """
 
     def __init__(self, model: Model, cycle: Cycle) -> None:
-        """Take the residues' rows of the embedding and the unembedding."""
+        """Take the residues' embedding and unembedding rows."""
         self.model, self.cycle = model, cycle
         assert model.vocabulary is not None
         self.W_E = model.vocabulary.W_E[cycle.ids].double()
@@ -156,7 +156,7 @@ class CycleTables:
             self._add_rows("key", layer.index, head, of_head[:, None])
 
     def tables(self, _: Tables) -> Tables:
-        """Return `frequencies` and `cycles`, with q over the heads of each kind of part."""
+        """Return `frequencies` and `cycles`, with q over heads for each kind of part."""
         cycles = pd.DataFrame(self._rows)
         cycles["q"] = math.nan
         whole = ("layer", "head", "frequency", "n_frequencies")
@@ -186,7 +186,7 @@ class CycleTables:
         return torch.einsum("hz,hrz->hr", q, k).cpu()
 
     def _add_rows(self, part: str, layer: int | None, head: int | None, rows: Float[Tensor, "residue d"]) -> None:
-        """Add a part that has a power for each frequency; its statistic is the largest share of any frequency."""
+        """Add a part that has a power for each frequency; its statistic is the largest share at one frequency."""
         own = fourier.power(rows)
 
         def largest(orders: Int[Tensor, "draw residue"]) -> Float[Tensor, " draw"]:
@@ -196,7 +196,7 @@ class CycleTables:
         self._add(part, layer, head, own, largest, float(own.max()), more, rows.shape[-1])
 
     def _add_matrix(self, layer: int, head: int, matrix: Float[Tensor, "residue residue"]) -> None:
-        """Add a head's OV; its statistic is the share of power that stays within its frequency."""
+        """Add a head's OV; its statistic is the share of its power that stays within one frequency."""
         own = fourier.blocks(matrix)
 
         def together(orders: Int[Tensor, "draw residue"]) -> Float[Tensor, " draw"]:

@@ -1,8 +1,8 @@
-"""One head among the heads of nearby layers, standardised by a smooth trend over depth (definitions: section 6).
+"""The null `depth`: one head among the heads in nearby layers (definitions: section 6).
 
-This is the null `depth`. One layer holds too few heads with keys of their own for a test at the 5 % level, so the
-window of layers around the head grows until it holds enough. Layers differ, so heads are compared by their distance
-from the trend over depth, and not by the metric itself.
+One layer holds too few heads with keys of their own for a test at the 5 % level, so the window of layers around the
+head grows until it holds enough. Layers differ, so heads are not compared by the metric itself, but by its distance
+from a smooth trend over depth.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,16 +16,16 @@ from ovqk.verdicts.statistics import QUANTILES, TIE, Significance, Stratum, refe
 from ovqk.weights.types import Head
 
 WINDOW = 40
-"""KV groups with an unclaimed head that the smallest window holds; 1 / (1 + WINDOW) is below the level."""
+"""How many KV groups with an unclaimed head the smallest window holds; 1 / (1 + WINDOW) is below the level."""
 SMOOTHED = 10.0
-"""KV groups that a layer's trend rests on, by weight: a layer with as many of its own borrows next to nothing."""
-LEAST_VARIANCE = 0.05  # of a head around the trend, relative to its layer's: a trend never passes through the head
+"""The summed weight of the KV groups that a layer's trend rests on; a layer with this many borrows almost nothing."""
+LEAST_VARIANCE = 0.05  # a head's variance around the trend over its layer's, so that no trend passes through the head
 NARROWEST = 0.3  # layers: the least standard deviation of the kernel, at which a neighbour weighs .004
 
 
 @dataclass(frozen=True)
 class DepthReference:
-    """A head beside its reference heads.
+    """One head's standardised value, and its reference heads'.
 
     Attributes:
         z: (the head's value - the trend) / the spread around the trend, larger in the predicted direction.
@@ -48,14 +48,14 @@ class DepthReference:
         return np.quantile(sign * self.reference, QUANTILES, method="inverted_cdf")
 
     def counts(self) -> Significance:
-        """Return p-values of the head's rank among its reference heads; a KV group counts as one head."""
+        """Return p-values for the head's rank among its reference heads; a KV group counts as one head."""
         return reference_counts(self.z, self.reference, groups=self.groups)
 
 
 def depth_reference(
     signed: NDArray[np.float64], head: Head, barred: Collection[Head], groups: NDArray[np.int64]
 ) -> DepthReference | None:
-    """Compare a head with the unclaimed heads of its window, after standardising all of them.
+    """Compare a head with the unclaimed heads in its window, after standardising all of them.
 
     The window has the head's layer in its middle. It is the smallest one that holds WINDOW KV groups with an unclaimed
     head, or the whole model if that has fewer. Place and spread at a layer come from the trend over the reference heads
@@ -63,9 +63,9 @@ def depth_reference(
     than they are by construction.
 
     Why the level holds: assume that values are exchangeable between KV groups, apart from a place and a spread that
-    change smoothly from layer to layer. All heads of the window are standardised alike, so the head's rank among them
-    is uniform. Only the error of the trend disturbs that, at the first and last layers and in layers with few heads;
-    its size is measured, not proved (docs/calibration.md). If a layer differs abruptly from its neighbours, the trend
+    change smoothly from layer to layer. All heads in the window are standardised alike, so the head's rank among them
+    is uniform. Only the trend's error disturbs that, at the first and last layers and in layers with few heads; its
+    size is measured, not proved (docs/calibration.md). If a layer differs abruptly from its neighbours, the trend
     follows it as far as the layer has SMOOTHED groups of its own.
 
     Args:
@@ -89,7 +89,7 @@ def depth_reference(
 def depth_pool(
     signed: NDArray[np.float64], role: Sequence[Head], barred: Collection[Head], groups: NDArray[np.int64]
 ) -> Stratum | None:
-    """Return a role's heads and the unclaimed heads of the smallest window around all of them, standardised.
+    """Return a role's heads and the unclaimed heads in the smallest window around all of them, standardised.
 
     All heads are standardised together, so the values do not depend on which heads are the role's. Permuting labels
     among the pool's KV groups is therefore exact if the groups are exchangeable once the trend is subtracted. The null
@@ -116,7 +116,7 @@ def depth_pool(
 def _window(
     signed: NDArray[np.float64], heads: Sequence[Head], barred: Collection[Head], groups: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return layers and indices of the unclaimed heads in the smallest window around these heads' layers.
+    """Return the unclaimed heads (layers and indices) in the smallest window around these heads' layers.
 
     The window holds WINDOW KV groups with an unclaimed head, or is the whole model.
     """
@@ -164,7 +164,7 @@ def over_depth(
     sizes = np.array([(layer_of == layer).sum() for layer in at], dtype=float)
     weights, lines = _kernel(tuple(at.tolist()), tuple(sizes.tolist()))
     # If a place rests on few groups, above all on the layer's own, heads lie nearer to it than they should. Correct
-    # by the factor that holds for independent groups of one variance.
+    # this by the factor that holds for independent groups with equal variance.
     nearer = 1 - 2 * lines.diagonal() / sizes + (lines**2 / sizes).sum(1)
     distance = values - (lines @ medians(values))[place]
     distance /= np.sqrt(np.maximum(nearer, LEAST_VARIANCE))[place]
@@ -174,7 +174,7 @@ def over_depth(
 
 @lru_cache(maxsize=256)
 def _kernel(at: tuple[int, ...], sizes: tuple[float, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return weights [at, from] of layers with so many KV groups, and their local lines, which all metrics share."""
+    """Return the layers' weights [at, from] and local lines, which all metrics share: only KV groups decide them."""
     offset = (np.array(at)[None, :] - np.array(at)[:, None]).astype(float)
     weights = _weights(np.array(sizes), offset)
     return weights, _local_lines(weights, offset)
@@ -190,7 +190,7 @@ def _weights(sizes: NDArray[np.float64], offset: NDArray[np.float64]) -> NDArray
 
 
 def _local_lines(weights: NDArray[np.float64], offset: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return coefficients [at, from] of the weighted linear fit's value at offset 0; of the mean for a lone offset."""
+    """Return coefficients [at, from] that give the weighted linear fit at offset 0, or the mean for a lone offset."""
     s0, s1, s2 = ((weights * power).sum(1, keepdims=True) for power in (np.ones_like(offset), offset, offset**2))
     determinant = s0 * s2 - s1**2
     varies = determinant > 1e-9 * s0**2

@@ -1,4 +1,4 @@
-"""A test of one prediction against one null, and the tables that hold these tests (definitions: section 6)."""
+"""One prediction tested against one null, and the tables that hold these tests (definitions: section 6)."""
 
 import math
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ class NullTest:
         prediction: `high` or `low`.
         primary: whether the role's verdict rests on the prediction.
         exploratory: whether the prediction is exploratory, so that no verdict uses it.
-        null: the name of the null.
+        null: the null's name.
         counts: whether the null decides about the prediction; if not, the row is only reported.
-        value: the head's metric; for a role, the mean over its heads, or the statistic of permutations.
+        value: the head's metric; for a role, the mean over its heads, or the permutations' statistic.
         null_mean, null_sd: the null's mean and standard deviation; nan for a head under `depth`, whose scale differs.
         percentile: the share of the null below the value, in [0, 1].
-        effect: the same in the predicted direction, ties half; under `layer` the AUC within layers; in [0, 1].
+        effect: that share in the predicted direction, ties half; under `layer` the AUC within layers; in [0, 1].
         ci_low, ci_high: the effect's 95 % interval; nan if the metric was not resampled.
         p: how often the null is at least as extreme in the predicted direction, in (0, 1].
         p_opposite: how often it is at least as extreme in the other direction, in (0, 1].
@@ -37,11 +37,11 @@ class NullTest:
         n_heads: how many heads are claimed.
         n_others: how many heads or draws they are compared with.
         quantiles: the null at QUANTILES.
-        n_groups: how many KV groups hold the role's heads; 0 if the row is not of a role under `layer`.
-        group_effect: the AUC within layers of these groups against those without a head of the role, a group's value
-            being the mean over its heads, in [0, 1]; nan for other rows, and if no group is without one.
+        n_groups: how many KV groups hold the role's heads; 0 unless the row is about a role under `layer`.
+        group_effect: the AUC within layers for these groups against those without a head that the role claims, in
+            [0, 1]; a group's value is the mean over its heads; nan for other rows, and if every group has such a head.
         q, q_opposite, min_q: p, p_opposite and min_p after correction (`nulls.correct`); nan if it leaves the row out.
-        variable: the name of the task's causal variable.
+        variable: the task's causal variable, by name.
     """
 
     role: str
@@ -95,7 +95,7 @@ def tests_table(tests: Sequence[NullTest]) -> pd.DataFrame:
 
 
 def nulls_table(tests: Sequence[NullTest]) -> pd.DataFrame:
-    """Return nulls.parquet, with one row for each test and quantile of its null."""
+    """Return nulls.parquet, with one row for each test and each quantile of its null."""
     return pd.DataFrame(
         [
             {"role": test.role, **_place(test), "metric": test.metric, "null": test.null, "quantile": q, "value": value}

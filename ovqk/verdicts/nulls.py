@@ -1,10 +1,10 @@
 """The nulls a claim is tested against, and the rows of tests.parquet (definitions: section 6).
 
-    layer        the role's heads against the other heads of their layers; labels are permuted within layers
+    layer        the role's heads against the other heads in their layers; labels are permuted within layers
     layer_all    the same, with heads that other roles claim among the others; reported, never counted
-    depth        a head, or a role whose labels are permuted, against the unclaimed heads of nearby layers; all are
+    depth        a head, or a role whose labels are permuted, against the unclaimed heads in nearby layers; all are
                  standardised by a smooth trend over depth (`verdicts/depth.py`)
-    spectrum     random heads with the same singular values; a claim must beat them, and that is never enough
+    spectrum     random heads with the same singular values; a claim must beat them, but this alone is never enough
     token        other words, alike in spelling and frequency (for a contrast: random halves of its own words)
     token_pairs  random pairs of other words (only for a contrast)
 
@@ -52,7 +52,7 @@ def counting(metric: str, is_role: bool) -> tuple[str, ...]:
 
     Copying, suppressing and matching are compared with other heads (`layer` for a role, `depth` for a head) and with
     `spectrum`. Such a claim does not say that the head is special to the task's words. Alignment, transfer and reading
-    do say it, so `token` and `token_pairs` decide as well. About a composition `layer` decides alone, for the role as a
+    do say it, so `token` and `token_pairs` decide as well. For a composition only `layer` decides, about the role as a
     whole; no null decides about a single head. If `layer` cannot be significant for a role, `depth` counts in its place
     (`role_rows`).
 
@@ -140,7 +140,7 @@ def _strata(predicted: Predicted, peers: Peers, architecture: Architecture) -> l
 def _peers(
     predicted: Predicted, claims: Claims, architecture: Architecture, exclude_claimed: bool, of: Head | None = None
 ) -> Peers:
-    """Return (layer, heads, which are claimed) for each layer with a head of the role, or with the head `of`."""
+    """Return (layer, heads, which are claimed) for each layer that holds a head of the role, or the head `of`."""
     role = set(claims.roles[predicted.role]) if of is None else {of}
     others = claims.heads - role if exclude_claimed and claims.reliability != "unreliable" else set()
     found = []
@@ -172,7 +172,7 @@ def _effect(
     exclude_claimed: bool,
     of: Head | None = None,
 ) -> Effect:
-    """Measure how far a role, or the head `of`, stands out within its layers."""
+    """Measure how far a role, or the head `of` if one is given, stands out within its layers."""
     peers = _peers(predicted, claims, architecture, exclude_claimed, of)
     strata = _strata(predicted, peers, architecture)
     low, high = math.nan, math.nan

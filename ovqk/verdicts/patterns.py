@@ -5,8 +5,8 @@
     ov_flat      the OV energy is spread as in a product of random matrices: no single role can be assigned
     both_align   an OV and a QK prediction hold
 
-Exploratory predictions make no pattern. Neither do predictions that hold only against `spectrum`, because any trained
-head may beat that null. The evidence lists both kinds and marks them.
+Exploratory predictions make no pattern. Predictions that hold only against `spectrum` make none either, because any
+trained head may beat that null. The evidence lists both kinds and marks them.
 """
 
 import math
@@ -25,7 +25,7 @@ from ovqk.weights.types import Head
 
 PATTERNS = ("ov_aligned", "qk_simple", "ov_flat", "both_align")
 SIMPLE = 0.25  # share of d_head
-CLUSTER = 0.1  # share of its own value: a component closer than this to the next is not identified alone
+CLUSTER = 0.1  # a component is not identified alone if the next one is closer than this share of its value
 FLAT_QUANTILE, FLAT_DRAWS = 0.05, 400
 
 
@@ -40,7 +40,7 @@ def head_patterns(
     Args:
         values: metric -> [layer, head].
         head: the head.
-        shape: the number of dimensions that its maps act on (d_model, or one less if they are centred), and d_head.
+        shape: how many dimensions its maps act on (d_model, or one less if they are centred), and d_head.
         second: sigma_2 / sigma_1 in W_QK, in [0, 1]; nan if QK was not taken apart.
         rows: its tests.
     """

@@ -1,6 +1,6 @@
 """Permutation tests, exact and sampled, corrections and effect sizes (definitions: section 6).
 
-Nothing here knows of heads' weights or of the config: functions take arrays and return numbers.
+Nothing here knows about heads' weights or the config: functions take arrays and return numbers.
 """
 
 import itertools
@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 ALPHA = 0.05
-"""The level of significance, of p and of q."""
+"""The significance level, for p and for q."""
 EXACT_LABELINGS = 100_000
 DRAWS = 10_000
 EXCEEDANCES = 20  # after which a Monte Carlo test stops
 TIE = 1e-12  # values closer than this are equal
 QUANTILES = (0.0, 0.01, 0.025, 0.05, 0.25, 0.5, 0.75, 0.95, 0.975, 0.99, 1.0)
-"""The quantiles of a null that are kept for every test."""
+"""The null quantiles that are kept for every test."""
 
 Distribution = dict[int, int]
 """Sum of scores -> the number of labelings with that sum."""
@@ -192,7 +192,7 @@ def pooled_permutation(pool: Stratum, seed: int) -> Permutation:
         if len(wanted):
             chosen = generator.random((DRAWS, len(inside))).argsort(1)[:, : len(wanted)]
             order = generator.random((DRAWS, len(wanted), size)).argsort(-1)
-            kept = np.arange(size) < wanted[:, None]  # the first so many of a random order
+            kept = np.arange(size) < wanted[:, None]  # the first `wanted` in a random order
             drawn += (np.take_along_axis(inside[chosen], order, -1) * kept).sum((1, 2))
     observed, scale = int(scores[pool.claimed].sum()), 2 * len(scores) * claimed
     return Permutation(
@@ -210,7 +210,7 @@ def pooled_permutation(pool: Stratum, seed: int) -> Permutation:
 
 
 def _weighted_quantiles(values: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the smallest value at or below which each share in QUANTILES of all counts lies."""
+    """Return, for each share in QUANTILES, the smallest value that at least this share of counts does not exceed."""
     order = np.argsort(values)
     reached = counts[order].cumsum() / counts.sum()
     places = np.searchsorted(reached, np.array(QUANTILES) - TIE)
@@ -271,7 +271,8 @@ def _draw(per_layer: Sequence[Distribution], seed: int) -> NDArray[np.int64]:
 def within_layer_auc(strata: Sequence[Stratum]) -> float:
     """Return the probability that a claimed head exceeds an unclaimed one in its layer, in [0, 1]; 0.5 by chance.
 
-    Ties count half. All pairs weigh the same, so layers with more pairs weigh more. Without any pair it is nan.
+    Ties count half. All pairs weigh the same, so layers with more pairs weigh more. The result is nan if there is no
+    pair.
     """
     above = pairs = 0.0
     for stratum in strata:
@@ -284,13 +285,13 @@ def within_layer_auc(strata: Sequence[Stratum]) -> float:
 def group_auc(strata: Sequence[Stratum]) -> float:
     """Return the probability that a KV group with a claimed head exceeds one without in its layer, in [0, 1].
 
-    A group's value is the mean over its heads. Ties count half; without any pair it is nan.
+    A group's value is the mean over its heads. Ties count half; the result is nan if there is no pair.
     """
     return within_layer_auc([grouped(stratum) for stratum in strata])
 
 
 def grouped(stratum: Stratum) -> Stratum:
-    """Return the stratum with KV groups in place of heads: their mean is its value, and one claimed head claims it."""
+    """Replace the stratum's heads by KV groups; a group's value is its heads' mean, and one claimed head claims it."""
     names, place = np.unique(stratum.groups, return_inverse=True)
     sizes = np.bincount(place)
     values, claimed = np.bincount(place, stratum.values) / sizes, np.bincount(place, stratum.claimed) > 0
@@ -305,7 +306,7 @@ def _above(difference: NDArray[np.float64]) -> NDArray[np.float64]:
 def within_layer_auc_interval(
     strata: Sequence[Stratum], resamples: Sequence[NDArray[np.float64]]
 ) -> tuple[float, float]:
-    """Return the 2.5 and 97.5 % quantiles of `within_layer_auc` over resamples; nan without any pair.
+    """Return the 2.5 and 97.5 % quantiles of `within_layer_auc` over resamples; nan if there is no pair.
 
     Args:
         strata: the observed strata.
@@ -323,7 +324,7 @@ def within_layer_auc_interval(
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """Return the adjusted p-values q, in [0, 1], of Benjamini & Hochberg 1995, in the order given."""
+    """Adjust p-values by Benjamini & Hochberg 1995; return q, in [0, 1], in the order given."""
     p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p, kind="stable")
     adjusted = p[order] * len(p) / np.arange(1, len(p) + 1)
@@ -350,7 +351,7 @@ def reference_counts(
 ) -> Significance:
     """Rank one head among reference heads: p = (1 + heads at least as extreme) / (1 + heads).
 
-    Heads that share keys and values count as one head together.
+    Heads that share keys and values count together as one head.
 
     Args:
         value: the head's value, larger in the predicted direction.

@@ -1,9 +1,9 @@
-"""Surrogates of heads and of a task's words: the draws of the `spectrum` and `token` nulls.
+"""Surrogates for heads and for a task's words: the draws under the `spectrum` and `token` nulls.
 
-    spectrum  a head's own singular values between Haar frames: a head of the same spectrum that knows no token
-    token     other words, alike in spelling and frequency: a task of the same form without its meaning
+    spectrum  a head's own singular values between Haar frames: a head with the same spectrum that knows no token
+    token     other words, alike in spelling and frequency: a task with the same form but without its meaning
 
-A surrogate head or readout goes through the very functions that made the observed value.
+A surrogate head or readout goes through the same functions that made the observed value.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ from ovqk.tasks.words import Variable
 from ovqk.verdicts.statistics import TIE
 
 STAGES = (25, 50, 100, 200, 400)
-"""Numbers of draws after which it is asked whether more are needed; then all."""
+"""Numbers of draws after which a test asks whether it needs more; then it makes all draws."""
 CANDIDATES_STAGES = (25, 35, 50, 70, 100, 140, 200, 280, 400, 560, 780)
-"""The same for candidates, of which nothing but p is told: what is drawn beyond the last draw that counts is lost."""
-CHUNK_ELEMENTS = 2**23  # of one side's frames held at a time (64 MB in float64)
-PART_ELEMENTS = 2**20  # of one side's frames in one thread at a time: enough that Python takes little of the time
-ATTEMPTS = 200  # at drawing a set of different matched words
+"""The same for candidates. Only their p is reported, so draws beyond the last one that counts would be wasted."""
+CHUNK_ELEMENTS = 2**23  # elements that one side's frames hold at a time (64 MB in float64)
+PART_ELEMENTS = 2**20  # elements of one side's frames that a thread takes at a time, so many that Python costs little
+ATTEMPTS = 200  # tries to draw a set of different matched words
 HALVES, PAIRS = "token", "token_pairs"
 
 
@@ -48,7 +48,8 @@ HALVES, PAIRS = "token", "token_pairs"
 def gaussian(count: int, d_model: int, k: int, generator: torch.Generator) -> Float[Tensor, "draw d_model k"]:
     """Draw standard Gaussian matrices in float32: as random as float64, in an eighth of the time.
 
-    In whole sixteens for each, as torch makes them, so that they are the same in whatever batches they are asked for.
+    Torch makes numbers in blocks of sixteen. Each matrix takes whole blocks, so the same matrices come out whatever the
+    batch size.
     """
     padded = math.ceil(d_model * k / 16) * 16
     return torch.randn(count, padded, generator=generator)[:, : d_model * k].reshape(count, d_model, k)
@@ -57,10 +58,10 @@ def gaussian(count: int, d_model: int, k: int, generator: torch.Generator) -> Fl
 def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[Tensor, "draw d_model k"]:
     """Return orthonormal k-frames of R^d, Haar distributed; if `centred`, orthogonal to the all-ones vector.
 
-    The Q of a Gaussian matrix, with positive diagonal of R (Mezzadri 2007), by Cholesky if it is well conditioned.
-    With at least four times as many rows as columns, or twice as many in a large model, it is so well conditioned that
-    float32 will do, in which the frames are then returned: columns are orthonormal within 1e-6 at the sizes of models,
-    within 2e-5 in the tails of d_model = 8. Otherwise they are float64.
+    A frame is the Q of a Gaussian matrix whose R has a positive diagonal (Mezzadri 2007). If the matrix is well
+    conditioned, it is found by Cholesky. If the matrix has at least four times as many rows as columns, or twice as
+    many in a large model, float32 is exact enough and the frames are float32: columns are orthonormal within 1e-6 at
+    real models' sizes, and within 2e-5 in the tails at d_model = 8. Otherwise the frames are float64.
     """
     d_model, k = noise.shape[1:]
     x = noise if 4 * k <= d_model or 2 * k <= d_model > FLOAT64_UP_TO else noise.double()
@@ -74,7 +75,7 @@ def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[
 
 
 class Frames:
-    """Pairs of Haar frames, and what becomes of matrices between them: once for all heads that are put between them.
+    """Pairs of Haar frames, and matrices projected on them, computed once for all heads that share the frames.
 
     Attributes:
         read, write: [draw, d_model, k], independent; under LayerNorm orthogonal to the all-ones direction.
@@ -121,7 +122,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class FramedHeads(Decomposition):
-    """Heads of the same singular values between frames, whose products with Grams are the frames' own."""
+    """Heads with the same singular values between frames; `Frames` computes their products with Grams."""
 
     frames: Frames
 
@@ -143,7 +144,7 @@ class FramedHeads(Decomposition):
 
 @dataclass(frozen=True)
 class FramedMaps:
-    """One circuit of such heads, as readouts take it (`maps.CircuitMaps`)."""
+    """One circuit for such heads, as readouts take it (`maps.CircuitMaps`)."""
 
     circuit: Circuit
     decomposition: FramedHeads
@@ -166,8 +167,8 @@ class FramedMaps:
 def surrogate_heads(sigma: Float[Tensor, " rank"], frames: Frames) -> FramedHeads:
     """Return heads with these singular values between frames.
 
-    Singular values beyond the columns of the frames are dropped: these are zeros if the frames have as many columns
-    as there are dimensions left.
+    Singular values beyond the frames' number of columns are dropped; they are zeros if the frames span every dimension
+    that is left.
     """
     n, _, k = frames.read.shape
     return FramedHeads(frames.read, sigma[:k].to(frames.read).expand(n, k), frames.write, k, frames)
@@ -178,7 +179,7 @@ Measure = Callable[[CircuitMaps], Mapping[str, Tensor | InTop]]
 
 
 class FrameDraws:
-    """Metric values of one head's surrogates, drawn as they are asked for; the same seed gives the same draws."""
+    """Metric values for one head's surrogates, drawn when they are asked for; the same seed gives the same draws."""
 
     def __init__(
         self,
@@ -189,10 +190,10 @@ class FrameDraws:
         measure: Measure,
         seed: Sequence[int],
     ) -> None:
-        """Take the head's singular values, and what measures a batch of its surrogates.
+        """Take the head's singular values, and the function that measures a batch of its surrogates.
 
-        Heads of one seed are put between the same frames. `measure` may be replaced by one of fewer metrics: those that
-        it leaves out keep the draws that they have.
+        Heads with the same seed share their frames. `measure` may be replaced later by a function that measures fewer
+        metrics; the metrics that it leaves out keep their draws.
         """
         self.circuit, self.sigma, self.d_model, self.centred = circuit, sigma, d_model, centred
         self.measure, self.seed = measure, tuple(seed)
@@ -202,11 +203,11 @@ class FrameDraws:
         self._open: list[tuple[str, int, InTop]] = []
 
     def first(self, count: int) -> dict[str, NDArray[np.float64]]:
-        """Return at least `count` draws of every metric that is measured; the same in whatever steps they are asked."""
+        """Return at least `count` draws for every metric that is measured; the steps do not change the draws."""
         return first_of_each([self], count)[0]
 
     def missing(self, count: int) -> Iterator[Float[Tensor, "frame d_model k"]]:
-        """Yield noise for the frames of the draws that are yet to be made, some at a time."""
+        """Yield noise, in batches, for the frames of the draws that are yet to be made."""
         k = min(len(self.sigma), self.d_model - self.centred)
         n = count - self.count
         if self.sigma.device.type == "cpu":
@@ -218,13 +219,13 @@ class FrameDraws:
 
     @property
     def shares_with(self) -> tuple[object, ...]:
-        """A key that is equal for heads whose next draws use the same frames."""
+        """Return a key that is equal for heads whose next draws use the same frames."""
         return self.seed, self.d_model, len(self.sigma), self.centred, self.count
 
     def measured(self, frames: Frames) -> dict[str, list[float] | InTop]:
-        """Measure the surrogates between these frames, as numbers: many small tensors would hold memory.
+        """Measure the surrogates between these frames; return plain numbers, as many small tensors would hold memory.
 
-        What has still to be ranked in the rest of the vocabulary stays open until `close`.
+        Words that must still be ranked in the rest of the vocabulary stay open until `close`.
         """
         found = self.measure(FramedMaps(self.circuit, surrogate_heads(self.sigma, frames)))
         return {
@@ -242,11 +243,11 @@ class FrameDraws:
 
     @property
     def open(self) -> list[InTop]:
-        """Draws of which some words have yet to be ranked in the rest of the vocabulary."""
+        """Return the draws with words that have yet to be ranked in the rest of the vocabulary."""
         return [ranked for *_, ranked in self._open]
 
     def close(self) -> None:
-        """Write down the draws that were open, once they are settled."""
+        """Keep the draws that were open, when they are settled."""
         for name, start, ranked in self._open:
             values = ranked.by_source.mean(-1).tolist()
             self._drawn[name][start : start + len(values)] = values
@@ -264,10 +265,10 @@ class FrameDraws:
 
 
 def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDArray[np.float64]]]:
-    """Return the first draws of several heads (see `FrameDraws.first`), computed side by side in threads.
+    """Return the first draws for several heads (see `FrameDraws.first`), computed side by side in threads.
 
-    Noise is made here, for one set of heads that share their frames after the other; threads measure what it makes; the
-    numbers are kept here, in order.
+    Heads that share frames are a set. This thread makes the noise, one set after the other, and keeps the numbers in
+    order; other threads measure the surrogates.
     """
     together: dict[tuple[object, ...], list[FrameDraws]] = {}
     for own in draws:
@@ -297,11 +298,11 @@ def stages(most: int, of: Sequence[int] = STAGES) -> tuple[int, ...]:
 
 
 def surrogate_metrics(task: TaskReadout, layer: int, wanted: set[str], observed: Mapping[str, float]) -> Measure:
-    """Return a function that measures surrogates of a head of this layer, as the head was measured.
+    """Return a function that measures surrogates for a head in this layer, as the head itself was measured.
 
     Metrics that rank words in the vocabulary are left open (see `FrameDraws.close`). If a value was observed, a
-    trace ratio may be a bound that lies on the same side of it (see `full_circuit_ratio`), and words are not ranked
-    further if too few of them are left to reach what was observed.
+    trace ratio may be a bound that lies on the same side of it (see `full_circuit_ratio`), and ranking stops when too
+    few words are left to reach the observed value.
     """
     model, readout = task.model, task.readout
     circuits = full_circuits(model, wanted)
@@ -322,15 +323,15 @@ def surrogate_metrics(task: TaskReadout, layer: int, wanted: set[str], observed:
 
 
 def _unless_below(top: InTop, observed: float) -> InTop | Float[Tensor, " draw"]:
-    """Return the shares of words that are still open if all lie below what was observed: they can only fall."""
+    """Return the word shares so far if all lie below the observed value, because open shares can only fall."""
     most = top.by_source.mean(-1)
     return most if bool((most < observed - TIE).all()) else top
 
 
 def full_circuits(model: Model, wanted: set[str]) -> dict[str, FullCircuit]:
-    """Return metric -> the Grams of its full circuit, for the wanted metrics that are trace ratios of one.
+    """Return metric -> its full circuit's Grams, for the wanted metrics that are a full circuit's trace ratio.
 
-    A metric is left out if the model has none: `ov_copying_block0` of a single layer, say.
+    A metric is left out if the model has no such circuit; a single layer has no `ov_copying_block0`, for instance.
     """
     plain, found = model.spectral_vocabulary, dict[str, FullCircuit | None]()
     for name in named(lambda metric: metric.full_circuit):
@@ -349,7 +350,7 @@ def full_circuits(model: Model, wanted: set[str]) -> dict[str, FullCircuit]:
 
 @dataclass(frozen=True)
 class WordDraws:
-    """Surrogate variables of one kind of token null, or why there are none."""
+    """Surrogate variables for one token null, or the reason why there are none."""
 
     null: str
     variables: list[Variable]
@@ -357,11 +358,11 @@ class WordDraws:
 
 
 def draw_words(variable: Variable, count: int, seed: int) -> list[WordDraws]:
-    """Draw surrogates of a causal variable, by the token nulls that its kind has.
+    """Draw surrogates for a causal variable, under the token nulls that its kind has.
 
     set       `token`: as many matched tokens, one for each word, none twice
-    contrast  `token`: random halves of the read words and, independently, of the write words; the same halves if
-              the words read are the words written, as in the variable itself
+    contrast  `token`: the read words are split into random halves and, independently, the write words; the halves are
+              the same if the words read are the words written, as in the variable itself
               `token_pairs`: random pairs of tokens matched to the words
     """
     rng = random.Random(f"words {seed}")
@@ -372,7 +373,7 @@ def draw_words(variable: Variable, count: int, seed: int) -> list[WordDraws]:
 
 
 def subsamples(variable: Variable, count: int, share: float, seed: int) -> list[Variable]:
-    """Draw the variable with this share of its words (of its pairs of words), without replacement."""
+    """Draw the variable with this share of its words (or word pairs), without replacement."""
     rng = random.Random(f"subsamples {seed}")
 
     def some(sets: tuple[WordSet, ...], kept: list[int]) -> tuple[WordSet, ...]:
@@ -408,7 +409,7 @@ def _halved(variable: Variable, rng: random.Random) -> Variable:
 
 
 def _same(read: tuple[WordSet, ...], write: tuple[WordSet, ...]) -> bool:
-    """Whether both sides are the same tokens in the same order."""
+    """Say whether both sides are the same tokens in the same order."""
     return all(torch.equal(a.ids, b.ids) for a, b in zip(read, write, strict=True))
 
 
@@ -426,9 +427,9 @@ def _matched(null: str, variable: Variable, count: int, rng: random.Random) -> W
 
 
 def _matched_sets(sets: tuple[WordSet, ...], variable: Variable, rng: random.Random) -> tuple[WordSet, ...] | None:
-    """Draw a matched token for every word of the sets, none twice; None if that fails again and again."""
+    """Draw a matched token for every word in the sets, none twice; None if every attempt fails."""
     ids = [i for words in sets for i in words.ids.tolist()]
-    if len(variable.band) < len(ids) + 2:  # what is left of the band is its centre
+    if len(variable.band) < len(ids) + 2:  # the rest of the band is its centre
         return None
     for _ in range(ATTEMPTS):
         found: dict[int, int] = {}

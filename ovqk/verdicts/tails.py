@@ -1,8 +1,8 @@
-"""P-values from a fitted tail of a null's draws, which the number of draws does not bound (definitions: section 6).
+"""P-values from a tail fitted to a null's draws, which the number of draws does not bound (definitions: section 6).
 
-The method is that of Knijnenburg et al. 2009. A generalised Pareto distribution is fitted to the draws above a high
-quantile, and the fit is tested. p is the share of draws above the quantile, times the fitted chance of exceeding the
-observed value.
+The method is by Knijnenburg et al. 2009. A generalised Pareto distribution is fitted to the draws above a high
+quantile, and the fit is tested. p is the share of draws above the quantile, times the fitted chance that a draw exceeds
+the observed value.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-TAIL = 0.1  # share of the draws in the first tail that is tried
+TAIL = 0.1  # the share of draws in the first tail that is tried
 LEAST = 50  # draws in the smallest tail
 STEP = 10  # draws by which a tail is shortened if it does not fit
 ENOUGH = 10  # exceedances from which on p is counted without a tail
@@ -25,7 +25,7 @@ class Tail:
 
     Attributes:
         p: the chance that a draw is at least as extreme, in (0, 1]; nan if no tail was fitted, or none fits.
-        fit: p of the test that the tail is generalised Pareto, in (0, 1]; nan if none was tried. It is about the tail
+        fit: p for the test that the tail is generalised Pareto, in (0, 1]; nan if none was tried. It is about the tail
             that was used or, if none fits, about the last that was tried.
         n: how many draws the tail holds; 0 if none was used.
     """
@@ -36,7 +36,7 @@ class Tail:
 
 
 def tail_p(observed: float, draws: NDArray[np.float64]) -> Tail:
-    """Return p of an observed value from the fitted upper tail of the draws.
+    """Return p for an observed value from the draws' fitted upper tail.
 
     If ENOUGH draws exceed the value, no tail is needed: p is counted as (1 + exceedances) / (1 + draws), and `fit` is
     nan. Otherwise the largest tenth of the draws is fitted. As long as the fit is rejected, the tail is shortened by

@@ -35,7 +35,7 @@ SPECTRUM_ONLY = "spectrum"
 
 @dataclass(frozen=True)
 class Subject:
-    """The subject of a verdict: a role, or one of its heads."""
+    """A verdict's subject: a role, or one of its heads."""
 
     role: str
     head: Head | None
@@ -88,7 +88,7 @@ class Evidence:
 
     @property
     def weakest(self) -> NullTest | None:
-        """The least significant of the testable tests; if none is testable, the first test."""
+        """The least significant testable test; if none is testable, the first test."""
         return max(self.testable, key=lambda row: row.q, default=next(iter(self.primary), None))
 
     @property
@@ -104,7 +104,7 @@ def judge(
     reason: str | None,
     patterns: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Judge one role or head, and return its row of verdicts.parquet.
+    """Judge one role or head, and return its row in verdicts.parquet.
 
     p, q and min_q come from the null under which the primary is least significant; q_opposite is the smallest over the
     nulls. `nulls` lists the nulls that could decide, `held` those that are significant for the claim, and `opposed`
@@ -189,7 +189,7 @@ def _decide(
 
 
 def _untested(subject: Subject, predicted: Predicted, evidence: Evidence) -> str:
-    """Say which counting nulls could not decide. A variable may lack `token_pairs`, so that null is not mentioned."""
+    """Say which counting nulls could not decide; `token_pairs` is not mentioned, because a variable may lack it."""
     small: dict[str, list[str]] = {}
     for row in evidence.primary:
         if not row.testable:
@@ -201,7 +201,7 @@ def _untested(subject: Subject, predicted: Predicted, evidence: Evidence) -> str
 
 
 def _too_few(row: NullTest) -> str:
-    """Say which p is the smallest that the null could reach."""
+    """Say which p the null could reach at best."""
     return f"the smallest p with {_sizes(row)} is {row.min_p:.3g}"
 
 
@@ -220,7 +220,7 @@ def _sizes(row: NullTest) -> str:
         return f"{row.n_others} draws"
     heads = wording.counted(row.n_heads, "claimed head")
     among, n = f"{heads} among {row.n_others} others", row.n_null
-    if row.null == "layer":  # of n labelings
+    if row.null == "layer":  # n counts labelings
         return f"{among} (the best labelings tie)" if row.min_p * n > 1.5 else among
     return f"{among} (in {n} KV groups)" if n < row.n_others else among
 
@@ -265,7 +265,7 @@ def _part(row: NullTest) -> str:
 
 
 def _share(effect: float) -> str:
-    """Say which share of the null the value exceeds; 100% and 0% are said only if it is all or none."""
+    """Say which share of the null the value exceeds; say 100% or 0% only if it exceeds all or none."""
     if 0 < effect < 0.005 or 0.995 <= effect < 1:
         return "less than 1% of them" if effect < 0.5 else "more than 99% of them"
     return f"{effect:.0%} of them"
