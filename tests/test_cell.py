@@ -321,6 +321,7 @@ def test_single_files_run_too(cli, tmp_path) -> None:
 # --- sweeps -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_a_line_a_cell_compares_and_skips_what_is_done(cli, tmp_path) -> None:
     arguments = ("-m", "model=mini-attn", "task=ioi,sva,induction", "analysis=b03,qk", *QUICK)
     code, printed = cli(*arguments)

@@ -241,6 +241,7 @@ def test_the_command_writes_a_page_and_figures(results, tmp_path) -> None:
     assert page_data((one / "report.html").read_text())["figures"] == "figures"
 
 
+@pytest.mark.slow
 def test_figures_of_an_earlier_report_go_and_other_files_stay(results, tmp_path, monkeypatch) -> None:
     """A cell that is gone leaves no figure behind; what a report did not write is none of its business."""
     shutil.copytree(results / "mini-attn" / "induction", tmp_path / "mini-attn" / "induction")

@@ -101,6 +101,7 @@ def stored(model: Random) -> tuple[Random, list[int]]:
     return model, reads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [2**26, 0])
 def test_an_unembedding_is_not_read_anew_for_every_surrogate(kept, monkeypatch) -> None:
     """In memory where it is small; otherwise passed once for each layer, and once for each stage of the draws."""

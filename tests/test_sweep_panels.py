@@ -141,6 +141,7 @@ def test_an_online_run_arrives_with_its_pictures(results, server, capfd) -> None
     assert sent_tables(server) == set()  # those of cells
 
 
+@pytest.mark.slow
 @pytest.mark.wandb_server
 def test_a_failure_is_one_warning_and_the_command_sends_it_later(results, server, monkeypatch, capsys) -> None:
     server.answers = {"POST": 401}
@@ -179,6 +180,7 @@ def test_the_command_makes_the_runs_of_sweeps_from_records_alone(results, monkey
 # --- at the end of a sweep ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_with_the_same_sweep(cli, tmp_path, monkeypatch) -> None:
     results = tmp_path / "results"
     call = ("-m", *SMALL, "model=mini-attn,mini-llama", "hydra.job.chdir=false")
