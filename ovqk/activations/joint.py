@@ -203,7 +203,7 @@ def _role_rows(
                 "metric": first.metric, "quantity": quantity, "n_measured": int(has.sum()), "n_heads": len(heads),
                 "auc": auc(metric, has), "auc_low": low, "auc_high": high,
                 "auc_in_layers": in_layers, "auc_in_layers_p": in_layers_p,
-                "spearman": _spearman(metric, done), "split_half": _spearman(done, other),
+                "spearman": spearman(metric, done), "split_half": spearman(done, other),
                 "peers_p": peers.p, "peers_min_p": peers.min_p, "peers_null": peers.null,
                 **{name: judged.together.get(role, {}).get(name, math.nan) for name in TOGETHER},
             }
@@ -252,7 +252,12 @@ def _continuous(judged: Judged, role: str, half: str, config: RoleActivationsCon
     return standing(config, name, rows)
 
 
-def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+def spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Return the rank correlation over heads that have both, in [-1, 1]; nan if there are fewer than 3.
+
+    Args:
+        a, b: one value for each head, in arrays of one shape.
+    """
     whole = np.isfinite(a) & np.isfinite(b)
     if whole.sum() < 3:
         return math.nan

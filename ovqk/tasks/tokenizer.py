@@ -131,7 +131,8 @@ def start_tokens(tokenizer: Tokenizer, checkpoint: Checkpoint) -> list[int]:
         checkpoint: the checkpoint, whose folder may hold tokenizer_config.json.
 
     Raises:
-        UserError: tokenizer_config.json cannot be read, or asks for a start token that the vocabulary does not hold.
+        UserError: the tokenizer fails, or puts more than MOST_SPECIAL tokens around a text; or tokenizer_config.json
+            cannot be read, or asks for a start token that the vocabulary does not hold.
     """
     if (added := tokenizer.num_special_tokens_to_add(is_pair=False)) > MOST_SPECIAL:
         raise UserError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ovqk.activations.joint import spearman
 from ovqk.verdicts.statistics import Stratum, stratified_permutation, within_layer_auc
 from ovqk.weights.types import Head
 
@@ -69,17 +70,3 @@ def strata_of(values: Values, role: Collection[Head], groups: NDArray[np.int64])
 def pooled(strata: list[Stratum]) -> tuple[float, float]:
     """Return the AUC within layers, over one model or several, and its p; nan if there are no layers."""
     return (within_layer_auc(strata), stratified_permutation(strata, 0).p) if strata else (math.nan, math.nan)
-
-
-def spearman(a: Values, b: Values) -> float:
-    """Return the rank correlation over heads that have both, in [-1, 1]; nan if there are fewer than 3."""
-    both = ~(np.isnan(a) | np.isnan(b))
-    if both.sum() < 3:
-        return math.nan
-    ranks = [_midranks(each[both]) for each in (a, b)]
-    return float(np.asarray(np.corrcoef(ranks))[0, 1])
-
-
-def _midranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[place]

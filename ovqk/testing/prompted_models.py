@@ -41,6 +41,7 @@ from ovqk.config.schema import (
 )
 from ovqk.structure.model import Layer, Model
 from ovqk.testing.planted import base_config
+from ovqk.testing.tiny_architectures import randomise
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import Head, OpenedModel
 
@@ -172,13 +173,7 @@ def untrained_model(directory: Path, shape: str, n_tokens: int, seed: int) -> No
     quiet = {"bos_token_id": 0, "eos_token_id": 0}
     config = AutoConfig.for_model(kind, **sizes | quiet, vocab_size=n_tokens)
     plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in plain.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            is_gain = parameter.dim() == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.3 * noise if is_gain else 0.2 * noise)
-    plain.save_pretrained(directory)
+    randomise(plain, seed).save_pretrained(directory)
 
 
 # --- runs ----------------------------------------------------------------------------------------------------

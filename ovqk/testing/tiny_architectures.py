@@ -224,3 +224,14 @@ def shrunk_model(name: str, directory: Path) -> nn.Module:
             parameter.copy_(1 + 0.3 * noise if gain else 0.2 * noise)
     model.eval().save_pretrained(directory)
     return model
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> Any:
+    """Draw all weights and biases of a model around 0, and its gains around 1; return the model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_gain = parameter.dim() == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.3 * noise if is_gain else 0.2 * noise)
+    return model.eval()

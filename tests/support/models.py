@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.schema import ModelConfig, Source
+from ovqk.testing.tiny_architectures import randomise
 from ovqk.weights.bridge import BridgeWeights
 from ovqk.weights.readers import open_weights
 from ovqk.weights.types import WeightSource
@@ -40,17 +41,6 @@ def opened(path: Path, **keys: object) -> WeightSource:
 def bridged(path: Path) -> BridgeWeights:
     """The same through the bridge, whether or not the architecture is also read natively."""
     return BridgeWeights(open_checkpoint(local(path)), local(path))
-
-
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights, norms and biases that are all non-trivial."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            is_gain = parameter.dim() == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.3 * noise if is_gain else 0.2 * noise)
-    return model.eval()
 
 
 def make_gpt2(directory: Path, **overrides: object) -> torch.nn.Module:
