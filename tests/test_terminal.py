@@ -111,6 +111,12 @@ def test_models_of_a_sweep_stand_beside_each_other_under_each_role() -> None:
     assert ["one" in line.split() for line in lines[1:]] == [True, False, True, False, True, True]
 
 
+def test_analyses_that_name_the_same_candidates_share_a_row_in_a_sweep() -> None:
+    one, other = candidates("name_mover", ["1.0"]), candidates("name_mover", ["1.1"])
+    lines = printed(sweep_candidate_table([("ioi", "m", pd.DataFrame(rows)) for rows in (one, one, other)]))
+    assert [line.split("  ")[-1] for line in lines[1:]] == ["1.0 (0.90)", "1.1 (0.90)"]
+
+
 def test_other_words_are_shown_where_they_decide() -> None:
     readers = pd.DataFrame(candidates("reader", ["1.0"], metric="ov_task_read", p_words_all=0.032))
     title, line = printed(candidate_table(readers))

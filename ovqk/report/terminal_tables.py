@@ -80,7 +80,8 @@ def candidate_table(candidates: pd.DataFrame) -> FittedTable:
 def sweep_candidate_table(cells: Iterable[tuple[str, str, pd.DataFrame]]) -> FittedTable:
     """Return a table with the strongest candidates in several cells, (task, model, candidates), one role per row.
 
-    Rows for the same task and role stand together.
+    Rows for the same task and role stand together. If cells say the same, as two analyses of one model do, the row is
+    shown once.
     """
     table = FittedTable(
         [
@@ -100,12 +101,17 @@ def sweep_candidate_table(cells: Iterable[tuple[str, str, pd.DataFrame]]) -> Fit
     places = list(dict.fromkeys((task, roles) for task, roles, *_ in found))
     tasks = list(dict.fromkeys(task for task, *_ in found))
     found.sort(key=lambda row: (tasks.index(row[0]), places.index(row[:2])))
-    for task, roles, model, by, rows in found:
-        heads = ", ".join(
-            f"{row['layer']}.{row['head']}{UNBROKEN}({rounded(row['value'])})" + _on_prompts(row) for row in rows
-        )
-        table.add_row(task, roles, model, by, heads)
+    lines = {(task, roles, model, by, _named(rows)): None for task, roles, model, by, rows in found}
+    for line in lines:
+        table.add_row(*line)
     return table
+
+
+def _named(rows: Sequence[Mapping[Any, Any]]) -> str:
+    """Return candidates as text for a line, each with its value."""
+    return ", ".join(
+        f"{row['layer']}.{row['head']}{UNBROKEN}({rounded(row['value'])}){_on_prompts(row)}" for row in rows
+    )
 
 
 def _on_prompts(row: Mapping[Any, Any]) -> str:
