@@ -9,8 +9,9 @@ from support.small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, c
 
 from ovqk.config.schema import Direction
 from ovqk.records.record import Analysis
-from ovqk.verdicts.candidates import STRONGEST, standing
+from ovqk.verdicts.candidates import STRONGEST, Ranking, add_ranking, standing
 from ovqk.verdicts.depth import depth_reference
+from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.statistics import benjamini_hochberg
 from ovqk.verdicts.surrogates import draw_words
 
@@ -55,9 +56,9 @@ def test_candidates_are_no_verdicts_and_nothing_of_a_verdict_is_written(result) 
     assert not any("verdict" in name or name.startswith("role/") for name in result.summary)
     table = result.tables["candidates"]
     assert list(table.columns) == [
-        "role", "rank", "layer", "head", "ranked", "partners", "metric", "prediction", "primary", "exploratory",
-        "value", "percentile", "z", "gap", "p_depth", "q_depth", "p_spectrum", "p_spectrum_all", "p_tail", "tail_fit",
-        "q_tail", "p_words", "p_words_all",
+        "role", "rank", "layer", "head", "ranked", "beside", "partners", "metric", "prediction", "primary",
+        "exploratory", "value", "percentile", "z", "gap", "p_depth", "q_depth", "p_spectrum", "p_spectrum_all",
+        "p_tail", "tail_fit", "q_tail", "p_words", "p_words_all",
     ]  # fmt: skip
     assert list(dict.fromkeys(table["role"])) == [*RANKED, "previous"]
 
@@ -239,6 +240,35 @@ def test_where_no_surrogate_has_the_metric_there_is_no_p_of_one() -> None:
     scores = candidates[candidates["metric"] == "qk_task_auc"]
     assert scores[["p_spectrum", "p_spectrum_all"]].isna().all(axis=None) and scores["p_depth"].notna().all()
     assert candidates[candidates["metric"] == "qk_matching_block0"]["p_spectrum"].notna().all()
+
+
+def ranked_by(predictions: dict[str, tuple[bool, list[list[float]]]]) -> Ranking:
+    """The ranking of a role by metrics that rank (or do not), with these values [layer, head]."""
+    found: dict[str, Ranking] = {}
+    made = [
+        Predicted("role", high(name, ranks=ranks, exploratory=place > 0), place == 0, np.array(values))
+        for place, (name, (ranks, values)) in enumerate(predictions.items())
+    ]
+    add_ranking(found, "role", made, [])
+    return found["role"]
+
+
+def test_metrics_that_rank_together_rank_by_the_worst_place() -> None:
+    values = {"a": [[9.0, 8, 7, 1]], "b": [[1.0, 7, 8, 9]], "primary": [[1.0, 2, 3, 4]]}
+    found = ranked_by({"primary": (False, values["primary"]), "a": (True, values["a"]), "b": (True, values["b"])})
+    assert [p.config.metric for p in (found.by, *found.beside)] == ["a", "b"]
+    assert found.heads == [(0, 1), (0, 2), (0, 0), (0, 3)]  # places 2 and 3, 3 and 2, 1 and 4, 4 and 1
+
+
+def test_the_primary_ranks_if_one_of_the_metrics_that_rank_has_no_values() -> None:
+    lacking = [[math.nan] * 4]
+    found = ranked_by({"primary": (False, [[1.0, 2, 3, 4]]), "a": (True, [[9.0, 8, 7, 1]]), "b": (True, lacking)})
+    assert found.by.config.metric == "primary" and not found.beside and found.heads[0] == (0, 3)
+
+
+def test_a_head_that_exceeds_no_more_than_half_of_the_heads_is_no_candidate() -> None:
+    assert ranked_by({"primary": (False, [[0.0, 0, 0.3, 0]])}).strongest == [(0, 2)]
+    assert ranked_by({"primary": (False, [[0.0, 0, 0, 0]])}).strongest == []
 
 
 def test_a_metric_without_values_has_no_candidates() -> None:

@@ -195,6 +195,9 @@ def test_the_strongest_candidates_are_heads_that_play_the_role_and_what_they_cos
         (21, 8),
     }
     assert {(int(a), int(b)) for a, b in duplicates[["layer", "head"]].to_numpy()} <= play_it
+    inductive = candidates[(candidates["role"] == "induction") & candidates["ranked"]].nsmallest(5, "rank")
+    at_repeats = {(18, 6), (20, 6), (23, 2), (18, 7), (17, 3), (17, 4), (17, 5)}  # look there on random repeats, too
+    assert len(at_repeats & {(int(a), int(b)) for a, b in inductive[["layer", "head"]].to_numpy()}) >= 4
     assert np.isfinite(candidates["value"]).all()
     with capsys.disabled():
         print(f"\nSmolLM2-135M: task=ioi takes {task / structure:.2f} times task=none ({structure:.1f} s of CPU)")

@@ -1,7 +1,6 @@
 """What a person reads of a cell: whose claims, which heads, which pairs; nothing that is not there."""
 
 import io
-import math
 
 import pandas as pd
 import pytest
@@ -75,8 +74,7 @@ def test_only_columns_that_are_shown_are_explained() -> None:
 
 def candidates(role: str, heads: list[str], **changes) -> list[dict]:
     plain = {"metric": "ov_task_auc", "prediction": "high", "partners": "", "primary": True, "ranked": True,
-             "value": 0.9, "percentile": 1.0, "q_depth": 0.5, "p_spectrum_all": 0.1,
-             "p_words_all": math.nan}  # fmt: skip
+             "value": 0.9, "percentile": 1.0, "z": 3.25, "gap": 0.5, "beside": ""}  # fmt: skip
     places = [(int(name[0]), int(name[2])) for name in heads]
     return [
         plain | {"role": role, "rank": rank, "layer": layer, "head": head} | changes
@@ -117,11 +115,19 @@ def test_analyses_that_name_the_same_candidates_share_a_row_in_a_sweep() -> None
     assert [line.split("  ")[-1] for line in lines[1:]] == ["1.0 (0.90)", "1.1 (0.90)"]
 
 
-def test_other_words_are_shown_where_they_decide() -> None:
-    readers = pd.DataFrame(candidates("reader", ["1.0"], metric="ov_task_read", p_words_all=0.032))
-    title, line = printed(candidate_table(readers))
-    assert title.endswith("p words, all") and line.endswith("0.032")
-    assert "words" not in printed(candidate_table(pd.DataFrame(candidates("mover", ["1.0"]))))[0]
+def test_candidates_show_how_far_they_stand_out_and_no_p() -> None:
+    title, line = printed(candidate_table(pd.DataFrame(candidates("reader", ["1.0"], p_spectrum_all=0.1, q_depth=1.0))))
+    assert title.split()[-4:] == ["in", "layer", "z", "gap"] and line.split()[-3:] == ["100%", "3.2", "0.50"]
+
+
+def test_a_head_that_ties_with_one_that_is_not_shown_says_so() -> None:
+    tied = pd.DataFrame(candidates("mover", ["1.0"], gap=0.0))
+    assert printed(sweep_candidate_table([("ioi", "m", tied)]))[1].endswith("1.0 (0.90), others tie")
+
+
+def test_metrics_that_rank_together_are_named_together() -> None:
+    both = pd.DataFrame(candidates("induction", ["1.0"], beside="qk_composed_margin ↑"))
+    assert "ov_task_auc ↑ and qk_composed_margin ↑ (worse place)" in " ".join(printed(candidate_table(both)))
 
 
 def test_the_strongest_pairs_of_each_mode_and_virtual_heads_are_shown_with_their_matching() -> None:

@@ -165,6 +165,9 @@ class PredictionConfig:
     """With learned positions, test layer 0 alone: later layers see positions through earlier heads."""
     exploratory: bool = False
     """Reported, never part of a verdict."""
+    ranks: bool = False
+    """Candidates are ranked by it instead of the primary, and by their worst place if several metrics rank. It says
+    nothing about verdicts, and counts only if all metrics that rank have values."""
     partners: list[str] = field(default_factory=list)
     """For a composition: the roles whose claimed heads the head composes with."""
 

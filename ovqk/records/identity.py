@@ -30,6 +30,10 @@ def identity(config: Config, digest: str) -> dict[str, Any]:
     task = plain(config.task)
     for claims in task["claims"].values():  # for readers
         del claims["places"], claims["revision"]
+    for role in task["roles"].values():
+        for prediction in role["predictions"]:
+            if not prediction["ranks"]:  # as for diagonals
+                del prediction["ranks"]
     return {
         "schema_version": SCHEMA_VERSION,
         "weights": digest,

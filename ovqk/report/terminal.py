@@ -190,9 +190,8 @@ def _print_candidates(out: Console, folder: Path) -> None:
     out.print(candidate_table(found))
     out.print(
         "in layer: share of the layer's other heads that are lower; if ↓ is predicted, 0% is the strongest. "
-        "q nearby: against heads of nearby layers, corrected over all heads. p spectrum, all: against heads of the "
-        "same spectrum, times the number of heads"
-        + ("; p words, all: against other words, likewise." if found["p_words_all"].notna().any() else "."),
+        "z: how far the value stands out among all heads, in robust standard deviations. gap: how far from the next "
+        "head; 0 if it ties.",
         style="dim",
     )
 

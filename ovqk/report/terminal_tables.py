@@ -37,15 +37,15 @@ def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[
         records: list[dict[Any, Any]] = shown[shown["role"] == roles[0]].to_dict("records")
         by = f"{records[0]['metric']}{UNBROKEN}{wording.ARROWS[records[0]['prediction']]}"
         by += f" with {records[0]['partners']}" if records[0]["partners"] else ""
-        by += "" if records[0]["primary"] else " (not its primary)"
+        beside = str(records[0].get("beside") or "")
+        by += f" and {beside.replace(' ', UNBROKEN)} (worse place)" if beside else ""
+        by += "" if records[0]["primary"] or beside else " (not its primary)"
         found.append((", ".join(wording.role(role) for role in roles), by, records))
     return found
 
 
 def candidate_table(candidates: pd.DataFrame) -> FittedTable:
-    """Return a table with the strongest candidates, one per row."""
-    found = strongest_candidates(candidates)
-    words = any(pd.notna(row["p_words_all"]) for *_, rows in found for row in rows)
+    """Return a table with the strongest candidates, one per row, without a p (docs/method.md says why)."""
     ran = "on_prompts" in candidates
     table = FittedTable(
         [
@@ -54,14 +54,13 @@ def candidate_table(candidates: pd.DataFrame) -> FittedTable:
             Column("head", None),
             Column("value", CORE),
             Column("in layer", 60),
-            Column("q nearby", 80),
-            Column("p spectrum, all", 50),
-            *[Column("p words, all", 40)] * words,
+            Column("z", 50),
+            Column("gap", 40),
             *[Column("on prompts", 90, text=True)] * ran,
         ],
         "candidates.parquet",
     )
-    for roles, by, rows in found:
+    for roles, by, rows in strongest_candidates(candidates):
         for place, row in enumerate(rows):
             table.add_row(
                 roles if not place else "",
@@ -69,9 +68,8 @@ def candidate_table(candidates: pd.DataFrame) -> FittedTable:
                 f"{row['layer']}.{row['head']}",
                 rounded(row["value"]),
                 percent(row["percentile"]),
-                rounded(row["q_depth"], digits=3),
-                rounded(row["p_spectrum_all"], digits=3),
-                *[rounded(row["p_words_all"], digits=3)] * words,
+                rounded(row["z"], digits=1),
+                rounded(row["gap"]),
                 *([wording.ON_PROMPTS.get(row["on_prompts"], "")] if ran else []),
             )
     return table
@@ -108,10 +106,9 @@ def sweep_candidate_table(cells: Iterable[tuple[str, str, pd.DataFrame]]) -> Fit
 
 
 def _named(rows: Sequence[Mapping[Any, Any]]) -> str:
-    """Return candidates as text for a line, each with its value."""
-    return ", ".join(
-        f"{row['layer']}.{row['head']}{UNBROKEN}({rounded(row['value'])}){_on_prompts(row)}" for row in rows
-    )
+    """Return candidates as text for a line, each with its value, and say if the next head has the last one's value."""
+    told = [f"{row['layer']}.{row['head']}{UNBROKEN}({rounded(row['value'])}){_on_prompts(row)}" for row in rows]
+    return ", ".join([*told, *["others tie"] * (rows[-1]["gap"] == 0)])
 
 
 def _on_prompts(row: Mapping[Any, Any]) -> str:

@@ -158,3 +158,9 @@ def check_roles(task: TaskConfig) -> None:
                 )
         if config.predictions and config.predictions[0].exploratory:
             raise UserError(f"task.roles.{role}.predictions: the first is the primary and cannot be exploratory.")
+        pairs = [p.metric for p in config.predictions if p.ranks and METRICS[p.metric].of == "pair"]
+        if pairs:
+            raise UserError(
+                f"task.roles.{role}.predictions: {pairs[0]} has ranks=true; allowed: for metrics of single heads, and "
+                "none of pairs of heads."
+            )

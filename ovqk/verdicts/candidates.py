@@ -41,21 +41,25 @@ class Ranking:
     """All heads, ranked by one of a role's predictions.
 
     Attributes:
-        by: the role's first prediction that can rank.
+        by: the role's first prediction that ranks: with `ranks`, else the first that can.
+        beside: further predictions that rank. A head's place is its worst one in all that rank.
         heads: every head that it has a value for, the most extreme first.
         partners: other roles' candidates that it composes with, if it is a composition.
         predictions: the role's predictions that have a value for any head.
     """
 
     by: Predicted
+    beside: list[Predicted]
     heads: list[Head]
     partners: list[Head]
     predictions: list[Predicted]
 
     @property
     def strongest(self) -> list[Head]:
-        """The candidates."""
-        return self.heads[:STRONGEST]
+        """The candidates: the first heads, without those that exceed no more than half of all heads do."""
+        values = self.by.sign * self.by.values
+        middle = np.nanmedian(values)
+        return [head for head in self.heads[:STRONGEST] if values[head] > middle]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Candidate:
 
     Attributes:
         role, rank, layer, head: the candidate; rank 1 is the most extreme in the metric that ranks the role.
-        ranked: whether the role is ranked by this prediction, the first that can rank it.
+        ranked: whether the role is ranked by this prediction; of several, the first.
+        beside: other metrics that rank the role together with this one, as "name ↑"; empty if none does.
         partners: for a composition, other roles' candidates that the head composes with, as "3.0 3.4".
         metric, prediction, primary, exploratory, value: the prediction and the head's value.
         percentile: the value's place among the other heads in its layer, in [0, 1].
@@ -87,6 +92,7 @@ class Candidate:
     layer: int
     head: int
     ranked: bool
+    beside: str
     partners: str
     metric: str
     prediction: str
@@ -134,7 +140,7 @@ def rank(tests: ClaimTests, predicted: Mapping[str, list[Predicted]]) -> tuple[d
 
     If all pairs of heads are composed, a role whose primary is a composition is ranked by it. The partners are then the
     candidates for its partner roles, unless a composition ranks those roles too. If a role's primary has no values, its
-    next non-exploratory prediction with values ranks it.
+    next non-exploratory prediction with values ranks it. Predictions with `ranks` come before all of these.
     """
     found: dict[str, Ranking] = {}
     for role, predictions in predicted.items():
@@ -152,7 +158,14 @@ def rank(tests: ClaimTests, predicted: Mapping[str, list[Predicted]]) -> tuple[d
 
 
 def _note(tests: ClaimTests, role: str, primary: Predicted, ranking: Ranking | None) -> str:
-    """Say why a role is not ranked by its primary, and what ranks it instead; empty if the primary does."""
+    """Say why a role is not ranked by its primary, and what ranks it instead; empty if the primary does.
+
+    Say, too, if no head stands out at all.
+    """
+    if ranking is not None and not ranking.strongest:
+        return (
+            f"no candidates for {wording.role(role)}: by {ranking.by.config.metric} no head exceeds half of the others"
+        )
     if (ranking is not None and ranking.by.primary) or (ranking is None and not composes(primary)):
         return ""
     why = "has no value here"
@@ -166,6 +179,8 @@ def _note(tests: ClaimTests, role: str, primary: Predicted, ranking: Ranking | N
     if ranking is None:
         return f"no candidates for {wording.role(role)}: its primary metric, {primary.config.metric}, {why}"
     by = ranking.by.config.metric
+    if ranking.by.config.ranks:
+        why = "finds such heads in fewer models (docs/evidence.md)"
     return f"candidates for {wording.role(role)} are ranked by {by}: its primary metric, {primary.config.metric}, {why}"
 
 
@@ -175,18 +190,27 @@ def composes(predicted: Predicted) -> bool:
 
 
 def add_ranking(found: dict[str, Ranking], role: str, predictions: Sequence[Predicted], partners: list[Head]) -> None:
-    """Rank the role's heads by the first prediction that has a value; nothing is added if none has."""
+    """Rank the role's heads by the predictions with `ranks`, else by the first with values; add nothing if none has."""
     valued = [prediction for prediction in predictions if not np.isnan(prediction.values).all()]
-    by = next((prediction for prediction in valued if not prediction.config.exploratory), None)
-    if by is None:
+    ranking = [prediction for prediction in predictions if prediction.config.ranks]
+    if not ranking or any(np.isnan(prediction.values).all() for prediction in ranking):
+        ranking = [prediction for prediction in valued if not prediction.config.exploratory][:1]
+    if not ranking:
         return
-    signed = by.sign * by.values
-    heads = [(int(layer), int(head)) for layer, head in np.argwhere(~np.isnan(signed))]
+    signed = [prediction.sign * prediction.values for prediction in ranking]
+    placed = ~np.isnan(signed).any(0)
+    heads = [(int(layer), int(head)) for layer, head in np.argwhere(placed)]
+    places = np.array([(values[placed][:, None] < values[placed]).sum(1) for values in signed])
+    worst = dict(zip(heads, places.max(0), strict=True))
     # Ties are broken by the role's other predictions, exploratory ones last, and by a head's number if those tie too.
-    rest = sorted((p for p in valued if p is not by), key=lambda p: p.config.exploratory)
-    others = [np.nan_to_num(p.sign * p.values, nan=-np.inf) for p in rest]
-    heads.sort(key=lambda head: (-signed[head], *(-values[head] for values in others), head))
-    found[role] = Ranking(by, heads, partners, valued)
+    rest = sorted((p for p in valued if p is not ranking[0]), key=lambda p: p.config.exploratory)
+    others = [signed[0], *(np.nan_to_num(p.sign * p.values, nan=-np.inf) for p in rest)]
+    heads.sort(key=lambda head: (worst[head], *(-values[head] for values in others), head))
+    found[role] = Ranking(ranking[0], ranking[1:], heads, partners, valued)
+
+
+def _named(predicted: Predicted) -> str:
+    return f"{predicted.config.metric} {wording.ARROWS[predicted.config.direction.value]}"
 
 
 WordValues = list[dict[tuple[Head, str], NDArray[np.float64]]]
@@ -250,6 +274,7 @@ def _candidate(
         layer=head[0],
         head=head[1],
         ranked=predicted is ranking.by,
+        beside=" ".join(_named(p) for p in ranking.beside) if predicted is ranking.by else "",
         partners=" ".join(f"{layer}.{head}" for layer, head in ranking.partners) if composes(predicted) else "",
         metric=metric,
         prediction=predicted.config.direction.value,

@@ -86,17 +86,23 @@ function candidatesOf(task, cells) {
   const roles = unique(cells.flatMap((cell) => ranked(cell).map((row) => row.role)));
   const lost = REPORT.failures.filter((one) => one.task === task && chosen.tasks.has(task) && named(one.model));
   return h("table", { class: "matrix wide candidates" },
-    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "model"), roles.map((role) => h("th", { scope: "col" }, roleName(role))))),
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "model"), roles.map((role) => h("th", { scope: "col" }, roleName(role), h("div", { class: "muted small" }, rankedBy(cells.flatMap(ranked).find((row) => row.role === role))))))),
     h("tbody", {},
       cells.map((cell) => h("tr", {}, h("th", { scope: "row", class: cell.label.length < 22 ? "whole" : null }, cell.label), roles.map((role) => h("td", { "data-label": roleName(role) },
         ranked(cell).filter((row) => row.role === role).map((row) => candidateMark(cell, row)))))),
       lost.map((one) => h("tr", {}, h("th", { scope: "row" }, one.model), h("td", { colspan: Math.max(1, roles.length), class: "small" }, `without results: ${one.error}`)))));
 }
 
+/** What a role's candidates are ranked by, with an arrow to the strong end. */
+function rankedBy(row) {
+  const by = `${row.metric} ${REPORT.wording.arrows[row.prediction]}`;
+  return row.beside ? `${by} and ${row.beside} (worse place)` : by;
+}
+
 function candidateMark(cell, row) {
   const label = headLabel(row);
   return [tip(h("a", { class: "mark", href: headLink(cell, label), "aria-label": `head ${label}, candidate for ${roleName(row.role)}` }, label, h("span", { class: "muted small" }, ` ${number(row.value)}`)),
-    `${label}: candidate for ${roleName(row.role)}\n${row.metric} ${REPORT.wording.arrows[row.prediction]} ${number(row.value)}`), " "];
+    `${label}: candidate for ${roleName(row.role)}\n${row.metric} ${REPORT.wording.arrows[row.prediction]} ${number(row.value)}${row.gap === 0 ? ", as the next head" : ""}`), " "];
 }
 
 // --- verdicts ---------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ function claimed(cell) {
   return found;
 }
 
-/** Whether a candidate's role is ranked by this row's metric: by its primary one, where that can rank. */
+/** Whether a candidate's role is ranked by this row's metric: by its primary one unless another ranks it. */
 function ranks(row) {
   return row.ranked ?? row.primary;
 }

@@ -64,7 +64,7 @@ function headVerdicts(cell, layer, head) {
   const proposals = candidates(cell).get(`${layer}.${head}`) || [];
   if (found.length) return [h("h2", {}, "Verdict"), ...found.map((row) => verdictCard(cell, row))];
   if (proposals.length) {
-    return [h("h2", {}, "A candidate, not a verdict"), h("p", { class: "note" }, "No circuit is claimed for this model on this task. The heads are chosen for being the strongest, so their own p-values are too small by that choice; the corrected ones stand beside them."),
+    return [h("h2", {}, "A candidate, not a verdict"), h("p", { class: "note" }, "No circuit is claimed for this model on this task. The heads are chosen for being the strongest, so no p-value is shown: z says how far a head stands out among all heads, and gap how far from the next one (0 if it ties)."),
       h("div", { class: "scroll" }, candidateTable(cell, (row) => isHead(row, layer, head)))];
   }
   const elsewhere = siblings(cell).filter((other) => other !== cell && claimed(other).has(`${layer}.${head}`));
@@ -94,12 +94,11 @@ function verdictCard(cell, row) {
 
 function candidateTable(cell, filter, link = false) {
   const found = rows(cell, "candidates").filter(filter);
-  return h("table", {}, h("thead", {}, h("tr", {}, ["candidate for", "rank", "head", "metric", "value", "z, all heads", "gap to next", "percentile in layer", "q nearby layers", "p spectrum, all heads"].map((title, k) => h("th", { scope: "col", class: k > 3 || k === 1 ? "number" : null }, title)))),
+  return h("table", {}, h("thead", {}, h("tr", {}, ["candidate for", "rank", "head", "metric", "value", "z, all heads", "gap to next", "percentile in layer"].map((title, k) => h("th", { scope: "col", class: k > 3 || k === 1 ? "number" : null }, title)))),
     h("tbody", {}, found.map((row) => h("tr", {}, h("td", {}, roleName(row.role)), h("td", { class: "number" }, row.rank),
       h("td", {}, link ? h("a", { href: headLink(cell, headLabel(row)) }, headLabel(row)) : headLabel(row)),
       h("td", { class: "small" }, `${predictedTitle(row.metric, row.prediction)}${row.primary ? "" : row.exploratory ? " (exploratory)" : " (secondary)"}`),
-      h("td", { class: "number" }, number(row.value, 3)), ...["z", "gap"].map((name) => h("td", { class: "number" }, isNumber(row[name]) ? number(row[name], 1) : "unavailable")), h("td", { class: "number" }, percent(row.percentile)),
-      h("td", { class: "number" }, isNumber(row.q_depth) ? probability(row.q_depth) : "unavailable"), h("td", { class: "number" }, isNumber(row.p_spectrum_all) ? probability(row.p_spectrum_all) : "unavailable")))));
+      h("td", { class: "number" }, number(row.value, 3)), ...["z", "gap"].map((name) => h("td", { class: "number" }, isNumber(row[name]) ? number(row[name], 1) : "unavailable")), h("td", { class: "number" }, percent(row.percentile))))));
 }
 
 function headNulls(cell, layer, head) {
