@@ -75,7 +75,7 @@ def test_only_columns_that_are_shown_are_explained() -> None:
 
 def candidates(role: str, heads: list[str], **changes) -> list[dict]:
     plain = {"metric": "ov_task_auc", "prediction": "high", "partners": "", "primary": True, "ranked": True,
-             "value": 0.9, "percentile": 1.0, "q_depth": 0.5, "p_spectrum_all": 0.1,
+             "value": 0.9, "percentile": 1.0, "z": 12.34,
              "p_words_all": math.nan}  # fmt: skip
     places = [(int(name[0]), int(name[2])) for name in heads]
     return [
@@ -98,6 +98,7 @@ def test_roles_with_the_same_candidates_by_the_same_metric_are_one() -> None:
     for start in ("name mover, backup name mover", "negative"):
         assert sum(line.startswith(start) for line in lines) == 1
     assert any("k_composition ↑ with 3.0 3.4" in line for line in lines)
+    assert "q nearby" not in lines[0] and all("12.3" in line for line in lines if "ov_task_auc" in line)
     assert any("ov_task_auc ↑ (not its primary)" in line for line in lines)
 
 

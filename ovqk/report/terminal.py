@@ -188,13 +188,15 @@ def _print_candidates(out: Console, folder: Path) -> None:
         return
     out.print("\nCandidates, not verdicts: the heads are chosen for being the strongest.\n")
     out.print(candidate_table(found))
+    words = bool(found["p_words_all"].notna().any())
     out.print(
-        "in layer: share of the layer's other heads that are lower; if ↓ is predicted, 0% is the strongest. "
-        "q nearby: against heads of nearby layers, corrected over all heads. p spectrum, all: against heads of the "
-        "same spectrum, times the number of heads"
-        + ("; p words, all: against other words, likewise." if found["p_words_all"].notna().any() else "."),
+        "z: distance from the median head of the model, in standard deviations (from the MAD) and in the predicted "
+        "direction. in layer: share of the layer's other heads that are lower; if ↓ is predicted, 0% is the strongest."
+        + words
+        * " p words, all: against other words, times the number of heads.",
         style="dim",
     )
+    _say(out, wording.CANDIDATES_WORTH, "dim")
 
 
 def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None:
@@ -309,6 +311,7 @@ def print_sweep(
         if unclaimed.row_count:
             out.print("\n[bold]Candidates, not verdicts[/bold]: no heads are claimed; these are the strongest\n")
             out.print(unclaimed)
+            _say(out, wording.CANDIDATES_WORTH, "dim")
     if len({outcome.model for outcome in ended if outcome.folder}) > 1:
         out.print("\n[bold]By relative depth[/bold]\n")
         out.print(depth_table(folders))

@@ -64,7 +64,7 @@ function headVerdicts(cell, layer, head) {
   const proposals = candidates(cell).get(`${layer}.${head}`) || [];
   if (found.length) return [h("h2", {}, "Verdict"), ...found.map((row) => verdictCard(cell, row))];
   if (proposals.length) {
-    return [h("h2", {}, "A candidate, not a verdict"), h("p", { class: "note" }, "No circuit is claimed for this model on this task. The heads are chosen for being the strongest, so their own p-values are too small by that choice; the corrected ones stand beside them."),
+    return [h("h2", {}, "A candidate, not a verdict"), h("p", { class: "note" }, "No circuit is claimed for this model on this task. The heads are chosen for being the strongest, so their own p-values are too small by that choice; the corrected ones stand beside them. ", REPORT.wording.candidates_worth),
       h("div", { class: "scroll" }, candidateTable(cell, (row) => isHead(row, layer, head)))];
   }
   const elsewhere = siblings(cell).filter((other) => other !== cell && claimed(other).has(`${layer}.${head}`));
