@@ -11,6 +11,7 @@ import argparse
 import copy
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import pandas as pd
 import torch
@@ -40,7 +41,7 @@ def looking_nowhere(model: PlantedModel) -> PlantedModel:
     return model
 
 
-def verdicts(which: str, model: PlantedModel, **cell: object) -> pd.DataFrame:
+def verdicts(which: str, model: PlantedModel, **cell: Any) -> pd.DataFrame:
     """Judge what is planted, by the predictions in force, and name the cell."""
     found = judged(model, LAYOUT[TASK]).tables["verdicts"]
     return found[["kind", "role", "verdict"]].assign(which=which, **cell)
