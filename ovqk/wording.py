@@ -67,6 +67,11 @@ NOT_INDEPENDENT = (
     " Heads that were found by what they write are no independent evidence of what they write: consistent with it."
 )
 """A further limit, if the metric is about what a head writes."""
+CANDIDATES_WORTH = (
+    "What a place is worth: of the first three heads for a role, 20% had it on prompts in three small models and "
+    "SmolLM2-135M, and 43% if any head had it (docs/evidence.md)."
+)
+"""What a user may expect of candidates: measured precision, with its source."""
 ON_PROMPTS = {
     "realised": "realised",
     "partial": "partly realised",

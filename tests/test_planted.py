@@ -6,7 +6,18 @@ import torch
 from torch import Tensor
 
 from ovqk.testing.null_models import POWER_SHAPES, power_run, tail
-from ovqk.testing.planted import FEW, LAYOUT, MANY, N_CTX, SHAPES, PlantedModel, planted, tokenizer_of, word_sets
+from ovqk.testing.planted import (
+    FEW,
+    LAYOUT,
+    MANY,
+    N_CTX,
+    SHAPES,
+    PlantedModel,
+    judged,
+    planted,
+    tokenizer_of,
+    word_sets,
+)
 
 COMPOSED = {"s_inhibition"}
 """Roles whose primary is a composition, which is tested for the role as a whole: their heads are untestable."""
@@ -146,6 +157,34 @@ def test_beside_few_groups_of_heads_a_planted_head_and_its_role_are_corroborated
     shares = outcomes(power_run(("rotary, grouped queries", "ioi", 0, 0.0, FEW)))
     assert (shares.loc["role"]["corroborated"] == 1).all()
     assert (shares.loc["head"].drop(COMPOSED)["corroborated"] >= 2 / 3).all()
+
+
+@pytest.mark.parametrize("shape", POWER_SHAPES)
+def test_margins_put_planted_heads_first_and_their_negatives_last(shape) -> None:
+    heads = judged(planted(shape, "ioi", 3), LAYOUT["ioi"], draws=1).tables["heads"]
+
+    def first(metric: str, ascending: bool) -> set[tuple[int, int]]:
+        return set(heads.sort_values(metric, ascending=ascending).head(3)[["layer", "head"]].itertuples(False, None))
+
+    assert first("ov_task_margin", ascending=True) == set(LAYOUT["ioi"]["negative_name_mover"])
+    assert first("ov_task_margin", ascending=False) == set(LAYOUT["ioi"]["name_mover"])
+    assert first("qk_task_margin", ascending=False) == set(LAYOUT["ioi"]["duplicate_token"])
+
+
+def test_composition_into_induction_heads_does_not_say_where_a_head_looks() -> None:
+    """Why it is no primary of previous-token heads: it is significant for heads whose queries and keys are random."""
+    found = {}
+    for looks in (True, False):
+        model = planted("learned positions", "ioi", 0)
+        for layer, head in () if looks else LAYOUT["ioi"]["previous_token"]:
+            group = int(model.architecture.kv_of_head[head])
+            for name, index in (("W_Q", head), ("b_Q", head), ("W_K", group), ("b_K", group)):
+                getattr(model.layers[layer], name)[index] = getattr(model.drawn[layer], name)[index]
+        tests = judged(model, LAYOUT["ioi"], draws=1).tables["tests"]
+        rows = tests[(tests["role"] == "previous_token") & tests["head"].isna() & (tests["null"] == "layer")]
+        found[looks] = rows.set_index("metric")["p"]
+    assert found[True]["k_composition"] == found[False]["k_composition"] < 0.01
+    assert found[True]["qk_simulated_previous"] < 0.01 < found[False]["qk_simulated_previous"]
 
 
 @pytest.mark.slow

@@ -134,6 +134,7 @@ def page_data(
             "arrows": wording.ARROWS,
             "modes": wording.MODES,
             "parts": wording.PARTS,
+            "candidates_worth": wording.CANDIDATES_WORTH,
             "pair_metrics": {name: wording.metric(name) for name in COMPOSITION_METRICS},
         }
         | pictures.panel_words()

@@ -189,11 +189,12 @@ def _print_candidates(out: Console, folder: Path) -> None:
     out.print("\nCandidates, not verdicts: the heads are chosen for being the strongest.\n")
     out.print(candidate_table(found))
     out.print(
-        "in layer: share of the layer's other heads that are lower; if ↓ is predicted, 0% is the strongest. "
-        "z: how far the value stands out among all heads, in robust standard deviations. gap: how far from the next "
-        "head; 0 if it ties.",
+        "z: distance from the median head of the model, in standard deviations (from the MAD) and in the predicted "
+        "direction. gap: distance from the next head; 0 if it ties. in layer: share of the layer's other heads that are "
+        "lower; if ↓ is predicted, 0% is the strongest.",
         style="dim",
     )
+    _say(out, wording.CANDIDATES_WORTH, "dim")
 
 
 def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None:

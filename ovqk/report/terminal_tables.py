@@ -53,9 +53,9 @@ def candidate_table(candidates: pd.DataFrame) -> FittedTable:
             Column("ranked by", CORE - 1, text=True, wraps_at=18),
             Column("head", None),
             Column("value", CORE),
-            Column("in layer", 60),
-            Column("z", 50),
-            Column("gap", 40),
+            Column("z", 60),
+            Column("gap", 50),
+            Column("in layer", 40),
             *[Column("on prompts", 90, text=True)] * ran,
         ],
         "candidates.parquet",
@@ -67,9 +67,9 @@ def candidate_table(candidates: pd.DataFrame) -> FittedTable:
                 by if not place else "",
                 f"{row['layer']}.{row['head']}",
                 rounded(row["value"]),
-                percent(row["percentile"]),
                 rounded(row["z"], digits=1),
                 rounded(row["gap"]),
+                percent(row["percentile"]),
                 *([wording.ON_PROMPTS.get(row["on_prompts"], "")] if ran else []),
             )
     return table

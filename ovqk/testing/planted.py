@@ -337,12 +337,23 @@ MANY, FEW = 24, 12
 """Heads in a layer: enough for `depth` to single out one head, and too few for that."""
 
 
-def planted(shape: str, task: str, seed: int, noise: float = 0.0, per_layer: int = MANY) -> PlantedModel:
-    """Return a model with one of the SHAPES, `per_layer` heads in a layer, and all task roles planted as in LAYOUT."""
+def planted(
+    shape: str, task: str, seed: int, noise: float = 0.0, per_layer: int = MANY, layers: int | None = None
+) -> PlantedModel:
+    """Return a model with one of the SHAPES, `per_layer` heads in a layer, and all task roles planted as in LAYOUT.
+
+    Args:
+        shape: one of SHAPES.
+        task: one of LAYOUT.
+        seed: the seed for all weights.
+        noise: the random share of a planted matrix's squared norm, in [0, 1].
+        per_layer: heads in a layer.
+        layers: how many layers; those after the planted ones hold random heads alone. As few as LAYOUT needs if None.
+    """
     group, positions, tied = SHAPES[shape]
     heads = LAYOUT[task]
-    layers = 1 + max(layer for members in heads.values() for layer, _ in members)
-    facts = architecture(layers, per_layer, per_layer // (group or 1), positions)
+    least = 1 + max(layer for members in heads.values() for layer, _ in members)
+    facts = architecture(layers or least, per_layer, per_layer // (group or 1), positions)
     model = PlantedModel(facts, task, seed, noise, tied)
     if task == "sva":
         for head in heads["agreement_reader"]:

@@ -23,7 +23,7 @@ function circuitContent(cell, redraw) {
     const proposed = rows(cell, "candidates").length;
     return [h("p", { class: "notice" }, `No claimed heads: ${why}.`),
       proposed ? h("h2", {}, "Candidates") : null,
-      proposed ? h("p", { class: "note" }, "These are the strongest heads by each role's predictions. They were chosen for that, so this is no verdict.") : null,
+      proposed ? h("p", { class: "note" }, "These are the strongest heads by each role's predictions. They were chosen for that, so this is no verdict. ", REPORT.wording.candidates_worth) : null,
       proposed ? h("div", { class: "scroll" }, candidateTable(cell, ranks, true)) : null];
   }
   const edges = cell.graph.edges;

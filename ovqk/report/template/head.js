@@ -64,7 +64,7 @@ function headVerdicts(cell, layer, head) {
   const proposals = candidates(cell).get(`${layer}.${head}`) || [];
   if (found.length) return [h("h2", {}, "Verdict"), ...found.map((row) => verdictCard(cell, row))];
   if (proposals.length) {
-    return [h("h2", {}, "A candidate, not a verdict"), h("p", { class: "note" }, "No circuit is claimed for this model on this task. The heads are chosen for being the strongest, so no p-value is shown: z says how far a head stands out among all heads, and gap how far from the next one (0 if it ties)."),
+    return [h("h2", {}, "A candidate, not a verdict"), h("p", { class: "note" }, "No circuit is claimed for this model on this task. The heads are chosen for being the strongest, so no p-value is shown: z says how far a head stands out among all heads, and gap how far from the next one (0 if it ties). ", REPORT.wording.candidates_worth),
       h("div", { class: "scroll" }, candidateTable(cell, (row) => isHead(row, layer, head)))];
   }
   const elsewhere = siblings(cell).filter((other) => other !== cell && claimed(other).has(`${layer}.${head}`));
