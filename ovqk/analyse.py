@@ -57,6 +57,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovqk import wording
+from ovqk.activations.one_block import results_of_pairs
 from ovqk.activations.stage import ActivationTables, Runner, run_words
 from ovqk.circuits.composition import SENDERS_KEPT, composition_table, virtual_heads_table
 from ovqk.circuits.head_maps import CircuitMaps
@@ -69,10 +70,11 @@ from ovqk.structure.cache import Entry, StructureCache
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables
 from ovqk.tasks.claims import MEASURED, Claims, resolve_claims
+from ovqk.tasks.cycle import Cycle, read_cycle
 from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
 from ovqk.verdicts.candidates import candidate_rows, unclaimed
 from ovqk.verdicts.claim_tests import ClaimTests, matching_grams
-from ovqk.verdicts.cycles import Cycle, CycleTables, read_cycle
+from ovqk.verdicts.cycles import CycleTables
 from ovqk.verdicts.null_tests import NullTest, nulls_table, tests_table
 from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.patterns import PATTERNS, head_patterns
@@ -108,6 +110,7 @@ def analyse(
     task = TaskReadout.read(model, None if runner is None else partial(run_words, model, runner, steps))
     cycle = None if config.task.cycle is None else read_cycle(model)
     no_cycle = cycle if isinstance(cycle, str) else None
+    pairs = run_pairs(model, cycle, runner)
     activations = run_prompts(model, task, runner, claims, steps)
     if config.model.claims == MEASURED:
         ran = isinstance(activations, ActivationTables)
@@ -136,6 +139,7 @@ def analyse(
         tables={name: table for name, table in made.items() if len(table)},
         unavailable=task.unavailable,
         summary=summarise(task, made)
+        | ({} if isinstance(pairs, str) else pairs)
         | (activations.summary(made) if isinstance(activations, ActivationTables) else {}),
         words={"kept": task.tokens.kept, "dropped": task.tokens.dropped, "reasons": task.tokens.reasons},
         processing=model.processing,
@@ -143,6 +147,7 @@ def analyse(
         notes=[
             *source.notes,
             *([] if no_cycle is None else [f"no frequencies: {no_cycle}"]),
+            *([f"pairs were not run: {pairs}"] if isinstance(pairs, str) else []),
             *task.tokens.notes,
             *judged.notes,
             *model.sample_notes,
@@ -167,12 +172,26 @@ def run_prompts(
     steps: Callable[[int, str], Iterable[int]],
 ) -> ActivationTables | str | None:
     """Run the task's prompts if the analysis asks for it; if they cannot be run, return a sentence that says why."""
-    if runner is None or not model.config.analysis.activations:
+    config = model.config
+    if runner is None or not config.analysis.activations or (config.task.cycle is not None and not config.task.prompts):
         return None
     try:
         return ActivationTables(model, runner, claims, steps, task.readout)
     except UserError as error:
         return str(error)
+
+
+def run_pairs(model: Model, cycle: Cycle | str | None, runner: Runner | None) -> dict[str, float] | str:
+    """Run all pairs of residues if the task has a cycle and the analysis runs the model.
+
+    Return flat scalars for the summary, none if it was not asked for, or a sentence that says why they cannot be run.
+    """
+    if runner is None or not model.config.analysis.activations or not isinstance(cycle, Cycle):
+        return {}
+    try:
+        return results_of_pairs(runner.block(), cycle, model.config.seed)
+    except UserError as error:
+        return str(error).removesuffix(".")
 
 
 # --- claims --------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def print_cell(folder: Path, cached: bool) -> None:
             out.print(line, style="dim")
     cycles = load_table(folder, "cycles")
     if cycles is not None:
-        print_cycles(out, cycles)
+        print_cycles(out, cycles, record["summary"])
     _print_on_prompts(out, folder, record)
     _print_places(out, folder, record)
 
