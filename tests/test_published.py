@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import ROOT
+from support.commands import compose
 from support.models import BUNDLED, SHARED, make_gpt2, shared_model
 from support.scripts import script
 
@@ -28,6 +29,7 @@ from ovqk.published.quantities import QUANTITIES, Opened, compute
 from ovqk.published.statements import FILE, half_a_unit, read_statements, statements
 from ovqk.published.table import Places, agrees, rows
 from ovqk.tasks.cycle import Cycle
+from ovqk.tasks.lookup import WordLookup
 
 STATEMENTS = {each.name: each for each in statements()}
 DIFFERENT = {"mod-59-l8k1hzciux/gradient symmetricity"}
@@ -440,6 +442,34 @@ def test_a_metric_of_a_cell_is_that_of_its_table() -> None:
         assert rank == 1 + (heads["ov_task_margin"] > heads.loc[(int(layer), int(head)), "ov_task_margin"]).sum()
     with pytest.raises(UserError, match="ov_task_transfer: "):
         compute("cell_rank", opened, {"task": "ioi", "metric": "ov_task_transfer", "head": "0.0"})
+
+
+def test_a_heads_rank_and_lead_by_relation_score_are_those_of_matrices_by_hand() -> None:
+    """The form of the rows of GPT-2 XL and Pythia: block 0's MLP output, OV as [d, d], the whole vocabulary."""
+    opened = Opened("mini-gpt2")
+    model = opened.model
+    assert model.vocabulary is not None and not isinstance(model.block0, str)
+    lookup = WordLookup(model.tokenizer, model.vocabulary.size)
+    words = compose("model=mini-gpt2", "task=name_copying").task.words["names"]
+    ids = torch.tensor(sorted({token for word in words if (token := lookup.token(word)) is not None}))
+    W_E, W_U = model.vocabulary.W_E[:], model.vocabulary.W_U_rows[:].double()
+    scores = {}
+    for layer in range(model.architecture.n_layers):
+        rows_ = model.architecture.normalised(W_E if layer == 0 else model.block0.mlp_output(W_E))[ids].double()
+        for head in range(model.architecture.n_heads):
+            logits = rows_ @ opened.library.head(layer, head).ov.matrix() @ W_U.T
+            scores[layer, head] = float((logits.argmax(-1) == ids).double().mean())
+    options = {"task": "name_copying", "metric": "ov_relation_score"}
+    first = max(scores, key=lambda head: scores[head])
+    rest = max(score for head, score in scores.items() if head != first)
+    assert scores[first] > rest > 0
+    assert compute("cell_heads", opened, options | {"reduce": "max"}) == pytest.approx(scores[first])
+    name = "{}.{}".format(*first)
+    assert compute("cell_rank", opened, options | {"head": name}) == 1
+    assert compute("cell_lead", opened, options | {"head": name}) == pytest.approx(scores[first] / rest)
+    middle = sorted(scores, key=lambda head: scores[head])[len(scores) // 2]
+    rank = sum(score >= scores[middle] - 1e-9 for score in scores.values())
+    assert compute("cell_rank", opened, options | {"head": "{}.{}".format(*middle)}) == rank
 
 
 @pytest.mark.slow

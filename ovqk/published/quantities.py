@@ -167,23 +167,37 @@ def least_copying(opened: Opened, heads: Sequence[str]) -> float:
 @quantity
 def cell_heads(opened: Opened, task: str, metric: str, reduce: str, heads: Sequence[str] | None = None) -> float:
     """Return a metric's least or mean value in a cell's heads.parquet, over some heads or all."""
-    record, tables = opened.cell(task, str(METRICS[metric].circuit))
-    if metric in record["unavailable"]:
-        raise UserError(f"{metric}: {record['unavailable'][metric]}.")
-    values = tables["heads"].set_index(["layer", "head"])[metric]
+    values = _values(opened, task, metric)
     if heads is not None:
         values = values.loc[[head_of(name) for name in heads]]
     return float(getattr(values, reduce)())
 
 
-@quantity
-def cell_rank(opened: Opened, task: str, metric: str, head: str) -> float:
-    """Rank a head among all heads by a metric in a cell's heads.parquet, 1 for the largest; ties count."""
+def _values(opened: Opened, task: str, metric: str) -> "pd.Series[float]":
+    """Return a metric of all heads in a cell's heads.parquet, by (layer, head).
+
+    Raises:
+        UserError: the model has no such metric.
+    """
     record, tables = opened.cell(task, str(METRICS[metric].circuit))
     if metric in record["unavailable"]:
         raise UserError(f"{metric}: {record['unavailable'][metric]}.")
-    values = tables["heads"].set_index(["layer", "head"])[metric]
+    return tables["heads"].set_index(["layer", "head"])[metric]
+
+
+@quantity
+def cell_rank(opened: Opened, task: str, metric: str, head: str) -> float:
+    """Rank a head among all heads by a metric in a cell's heads.parquet, 1 for the largest; ties count."""
+    values = _values(opened, task, metric)
     return float((values >= values.loc[head_of(head)]).sum())
+
+
+@quantity
+def cell_lead(opened: Opened, task: str, metric: str, head: str) -> float:
+    """Return a head's value of a metric over the largest of all other heads'; nan if no other is above 0."""
+    values = _values(opened, task, metric)
+    own, rest = float(values.loc[head_of(head)]), float(values.drop(index=head_of(head)).max())
+    return own / rest if rest > 0 else float("nan")
 
 
 @quantity
