@@ -202,6 +202,7 @@ PANELS = {
     "symmetry": "Symmetry and position",
     "shares": "Shares of the score's variance",
     "offsets": "Score by offset",
+    "profile": "Among the model's heads",
 }
 """Panel about one head -> its title, after the circuit's name if it has one."""
 AXES = {
@@ -271,6 +272,8 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+PATTERNS = {"ov_aligned": "OV aligned", "qk_simple": "QK simple", "ov_flat": "OV flat", "both_align": "both align"}
+"""Pattern of a claimed head -> its name."""
 CYCLE_PARTS = {"embedding": "embedding", "unembedding": "unembedding", "ov": "OV", "key": "keys"}
 """Model part that is analysed by frequency -> its name."""
 CYCLE_CLAIMS = {

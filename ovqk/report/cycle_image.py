@@ -14,8 +14,8 @@ from ovqk.report.cycles import pairs_line, part_name
 from ovqk.report.terminal_tables import rounded
 
 
-def cycle_image(cell: Cell, label: str) -> dict[str, str] | None:
-    """Return an address and a description for a cell's figure by frequency, and a sentence on the run of all pairs.
+def cycle_image(cell: Cell, label: str) -> dict[str, Any] | None:
+    """Return an address and a description for a cell's figure by frequency, its verdicts, and a sentence on all pairs.
 
     It is None if the cell's task has no cycle. The address holds the figure itself, as SVG, so the page needs no other
     file. The sentence is empty if pairs were not run. `label` names the model.
@@ -29,7 +29,13 @@ def cycle_image(cell: Cell, label: str) -> dict[str, str] | None:
     rows = cell.tables["cycles"].to_dict("records")
     told = [f"{part_name(row)}: {_strongest(row)}" for row in rows]
     description = f"Power by frequency, {label}. " + "; ".join(told)
-    return {"address": address, "description": description, "pairs": pairs_line(cell.record["summary"])}
+    there = {str(row.get("verdict")) for row in rows}
+    return {
+        "address": address,
+        "description": description,
+        "pairs": pairs_line(cell.record["summary"]),
+        "verdicts": [name for name in wording.VERDICTS if name in there],
+    }
 
 
 def _strongest(row: Mapping[Hashable, Any]) -> str:

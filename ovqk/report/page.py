@@ -26,6 +26,7 @@ from ovqk.records.comparison import could_be_corroborated
 from ovqk.records.steps import said, shared_steps
 from ovqk.report import pictures, thinning
 from ovqk.report.cycle_image import cycle_image
+from ovqk.report.opening import BY_FREQUENCY, opening
 from ovqk.report.prompts_data import prompt_data, prompt_palette, prompt_words
 from ovqk.report.thinning import DETAILS, Detail, Grid, Pool, columnar, short
 
@@ -134,6 +135,8 @@ def page_data(
             "arrows": wording.ARROWS,
             "modes": wording.MODES,
             "parts": wording.PARTS,
+            "patterns": wording.PATTERNS,
+            "by_frequency": {"title": "By frequency", "says": BY_FREQUENCY},
             "pair_metrics": {name: wording.metric(name) for name in COMPOSITION_METRICS},
         }
         | pictures.panel_words()
@@ -145,6 +148,8 @@ def page_data(
             "missing": [colours.MISSING, colours.MISSING_DARK],
             "verdicts": colours.VERDICT_COLOURS,
             "modes": colours.MODES,
+            "band": colours.BAND,
+            "crossed": colours.CROSSED,
         }
         | prompt_palette(cells),
         "cells": [
@@ -155,6 +160,7 @@ def page_data(
         ],
         "depth": pictures.depth_data(cells, drawn, pool),
         "limits": pictures.limits(),
+        "opening": opening(cells, failures),
         "failures": [vars(failure) for failure in failures],
         "detail": vars(detail),
         "tokens": pool.tokens.items,
@@ -210,6 +216,8 @@ def _shown() -> Json:
         "depth": shown_in("depth"),
         "profile": {circuit: [metric.name for metric in profile if metric.circuit == circuit] for circuit in below},
         "ratios": below,
+        "scatter": {"x": "qk_symmetry", "y": "qk_positional_share"},
+        "offsets": "qk_prev_auc",
         "shares": {
             kind: [
                 {"metric": metric, "name": name, "group": part}
