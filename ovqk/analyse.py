@@ -68,7 +68,7 @@ from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, metric_names
 from ovqk.records.record import Analysis
 from ovqk.structure.cache import Entry, StructureCache
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables
+from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables, component_rows
 from ovqk.tasks.claims import MEASURED, Claims, resolve_claims
 from ovqk.tasks.cycle import Cycle, read_cycle
 from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
@@ -278,7 +278,10 @@ class JudgedTables:
             found["candidates"], notes = candidate_rows(self.tests, by_head)
             self.notes.extend(notes)
         self.seconds = time.perf_counter() - started
-        return found | composition_tables(self.tests.model, self.tests)
+        found |= composition_tables(self.tests.model, self.tests)
+        if "directions" in made and "composition" in found:
+            found["directions"] = with_read_components(self.tests, made["directions"], found["composition"])
+        return found
 
 
 def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> dict[str, pd.DataFrame]:
@@ -318,6 +321,33 @@ def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFram
         why = grams if isinstance(grams, str) else "the checkpoint has no unembedding"
         tests.notes.append(f"virtual_heads: ov_copying is empty: {why}")
     return {"composition": table, "virtual_heads": virtual_heads_table(tests.layers, table, full, first_full)}
+
+
+READ = 3
+"""How many senders' components are listed for each claimed receiver, and each of queries, keys and values."""
+
+
+def with_read_components(tests: ClaimTests, listed: pd.DataFrame, composition: pd.DataFrame) -> pd.DataFrame:
+    """Add to `directions` the components of claimed senders that claimed receivers read most.
+
+    They need not be among the leading ones. Weights that are not folded have none, because their components are others
+    than those of compositions.
+    """
+    model, pairs = tests.model, set(tests.pairs())
+    ends = ["sender_layer", "sender_head", "receiver_layer", "receiver_head"]
+    claimed = [((s, h), (r, k)) in pairs for s, h, r, k in composition[ends].itertuples(index=False)]
+    rows = composition[claimed].sort_values("score", ascending=False, kind="stable")
+    rows = rows[rows["component"].notna()].groupby(["mode", "receiver_layer", "receiver_head"]).head(READ)
+    keys = ["layer", "head", "component"]
+    there = listed[(listed["circuit"] == Circuit.ov.value) & (listed["kind"] == "singular")]
+    known = set(there[keys].itertuples(index=False, name=None))
+    wanted = {
+        (int(s), int(h), int(component))
+        for s, h, component in rows[["sender_layer", "sender_head", "component"]].itertuples(index=False)
+    } - known
+    if not wanted or not model.folds or model.directions is None:
+        return listed
+    return pd.concat([listed, component_rows(model, tests.layers, sorted(wanted))], ignore_index=True)
 
 
 def _why_no_primary(tests: ClaimTests, predicted: list[Predicted]) -> str | None:
