@@ -299,6 +299,23 @@ def test_a_block_runs_as_by_hand(tmp_path, query, between, rate) -> None:
             assert np.allclose(found[a, b], expected)
 
 
+def test_a_quantity_runs_the_model_with_its_share_of_softmax_attention(tmp_path) -> None:
+    """The choice `model.attn_coeff` reaches the run: 1 of the ordinary model, 0 of one that attends to all alike."""
+    path = tmp_path / "m.safetensors"
+    found = {}
+    for share in (0.0, 0.4, 1.0):
+        whole = block(5, 6, path, rate=torch.tensor(share))
+        opened = Opened(path, ("model.causal=false", f"model.attn_coeff={share}"))
+        found[share] = compute("gradient_symmetricity", opened, {"modulus": 5})
+        expected = one_block.symmetricities(whole, one_block.every_triple(5), residues(5)).mean()
+        assert found[share] == pytest.approx(100 * float(expected))
+        expected_irrelevance = one_block.distance_irrelevance(
+            one_block.logits_of_pairs(whole, residues(5)), residues(5)
+        )
+        assert compute("distance_irrelevance", opened, {"modulus": 5}) == pytest.approx(expected_irrelevance)
+    assert len({round(value, 3) for value in found.values()}) == 3
+
+
 def test_gradients_are_those_of_small_steps(tmp_path) -> None:
     model = block(5, 4, tmp_path / "m.safetensors")
     triples = one_block.drawn_triples(5, 6, seed=2)
