@@ -64,7 +64,7 @@ from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.config.schema import Circuit, Config
 from ovqk.errors import UserError
 from ovqk.memory import FreedMemory
-from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, metric_names
+from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, SENDERS_READ, metric_names
 from ovqk.records.record import Analysis
 from ovqk.structure.cache import Entry, StructureCache
 from ovqk.structure.model import Layer, Model
@@ -323,10 +323,6 @@ def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFram
     return {"composition": table, "virtual_heads": virtual_heads_table(tests.layers, table, full, first_full)}
 
 
-READ = 3
-"""How many senders' components are listed for each claimed receiver, and each of queries, keys and values."""
-
-
 def with_read_components(tests: ClaimTests, listed: pd.DataFrame, composition: pd.DataFrame) -> pd.DataFrame:
     """Add to `directions` the components of claimed senders that claimed receivers read most.
 
@@ -337,7 +333,7 @@ def with_read_components(tests: ClaimTests, listed: pd.DataFrame, composition: p
     ends = ["sender_layer", "sender_head", "receiver_layer", "receiver_head"]
     claimed = [((s, h), (r, k)) in pairs for s, h, r, k in composition[ends].itertuples(index=False)]
     rows = composition[claimed].sort_values("score", ascending=False, kind="stable")
-    rows = rows[rows["component"].notna()].groupby(["mode", "receiver_layer", "receiver_head"]).head(READ)
+    rows = rows[rows["component"].notna()].groupby(["mode", "receiver_layer", "receiver_head"]).head(SENDERS_READ)
     keys = ["layer", "head", "component"]
     there = listed[(listed["circuit"] == Circuit.ov.value) & (listed["kind"] == "singular")]
     known = set(there[keys].itertuples(index=False, name=None))

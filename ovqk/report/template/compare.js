@@ -62,7 +62,7 @@ function lostElsewhere() {
 
 // --- candidates -------------------------------------------------------------------------------------------
 
-const FIRST = 3; // candidates of each role
+const FIRST = REPORT.limits.candidates; // of each role
 
 /** For each task a table of models x roles: the strongest heads of models for which nothing is claimed. */
 function candidateTables(cells) {
@@ -158,16 +158,7 @@ function headMark(cell, row) {
 
 // --- effects ----------------------------------------------------------------------------------------------
 
-const EFFECT_COLUMNS = [
-  { key: "task", title: "task" },
-  { key: "role", title: "role" },
-  { key: "model", title: "model" },
-  { key: "heads", title: "heads", number: true },
-  { key: "primary", title: "primary metric" },
-  { key: "effect", title: "AUC within layer", number: true },
-  { key: "q", title: "q", number: true },
-  { key: "verdict", title: "verdict" },
-];
+const EFFECT_COLUMNS = REPORT.wording.effect_columns;
 
 function effectRows(cells) {
   return cells.flatMap((cell) => {

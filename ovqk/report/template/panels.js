@@ -348,13 +348,11 @@ function partnerPanels(cell, layer, head) {
   return [h("p", { class: "note" }, note), h("div", { class: "grid2" }, panels), ...componentsRead(cell, all.filter(sides[0].mine))];
 }
 
-const SHOWN_COMPONENTS = 3;
-
 /** Which component of each of its strongest senders a head reads, with the tokens that the component reads and writes. */
 function componentsRead(cell, found) {
   const listed = having(cell, "directions");
   const folded = cell.provenance.processing.requested === "folded"; // components are counted as in directions.parquet
-  const lines = ["q", "k", "v"].flatMap((mode) => found.filter((row) => row.mode === mode && isNumber(row.component)).sort((a, b) => b.score - a.score).slice(0, SHOWN_COMPONENTS));
+  const lines = ["q", "k", "v"].flatMap((mode) => found.filter((row) => row.mode === mode && isNumber(row.component)).sort((a, b) => b.score - a.score).slice(0, REPORT.limits.senders));
   if (!lines.length) return [];
   const tokens = (list) => h("div", { class: "tokens" }, (list || []).slice(0, SHOWN_TOKENS).map((place) => token(REPORT.tokens[place])));
   const line = (row) => {
