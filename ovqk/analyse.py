@@ -57,22 +57,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovqk import wording
+from ovqk.activations.one_block import results_of_pairs
 from ovqk.activations.stage import ActivationTables, Runner, run_words
 from ovqk.circuits.composition import SENDERS_KEPT, composition_table, virtual_heads_table
 from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.config.schema import Circuit, Config
 from ovqk.errors import UserError
 from ovqk.memory import FreedMemory
-from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, metric_names
+from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, SENDERS_READ, metric_names
 from ovqk.records.record import Analysis
 from ovqk.structure.cache import Entry, StructureCache
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables
+from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables, component_rows
 from ovqk.tasks.claims import MEASURED, Claims, resolve_claims
+from ovqk.tasks.cycle import Cycle, read_cycle
 from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
 from ovqk.verdicts.candidates import candidate_rows, unclaimed
 from ovqk.verdicts.claim_tests import ClaimTests, matching_grams
-from ovqk.verdicts.cycles import Cycle, CycleTables, read_cycle
+from ovqk.verdicts.cycles import CycleTables
 from ovqk.verdicts.null_tests import NullTest, nulls_table, tests_table
 from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.patterns import PATTERNS, head_patterns
@@ -108,6 +110,7 @@ def analyse(
     task = TaskReadout.read(model, None if runner is None else partial(run_words, model, runner, steps))
     cycle = None if config.task.cycle is None else read_cycle(model)
     no_cycle = cycle if isinstance(cycle, str) else None
+    pairs = run_pairs(model, cycle, runner)
     activations = run_prompts(model, task, runner, claims, steps)
     if config.model.claims == MEASURED:
         ran = isinstance(activations, ActivationTables)
@@ -136,6 +139,7 @@ def analyse(
         tables={name: table for name, table in made.items() if len(table)},
         unavailable=task.unavailable,
         summary=summarise(task, made)
+        | ({} if isinstance(pairs, str) else pairs)
         | (activations.summary(made) if isinstance(activations, ActivationTables) else {}),
         words={"kept": task.tokens.kept, "dropped": task.tokens.dropped, "reasons": task.tokens.reasons},
         processing=model.processing,
@@ -143,6 +147,7 @@ def analyse(
         notes=[
             *source.notes,
             *([] if no_cycle is None else [f"no frequencies: {no_cycle}"]),
+            *([f"pairs were not run: {pairs}"] if isinstance(pairs, str) else []),
             *task.tokens.notes,
             *judged.notes,
             *model.sample_notes,
@@ -167,12 +172,26 @@ def run_prompts(
     steps: Callable[[int, str], Iterable[int]],
 ) -> ActivationTables | str | None:
     """Run the task's prompts if the analysis asks for it; if they cannot be run, return a sentence that says why."""
-    if runner is None or not model.config.analysis.activations:
+    config = model.config
+    if runner is None or not config.analysis.activations or (config.task.cycle is not None and not config.task.prompts):
         return None
     try:
         return ActivationTables(model, runner, claims, steps, task.readout)
     except UserError as error:
         return str(error)
+
+
+def run_pairs(model: Model, cycle: Cycle | str | None, runner: Runner | None) -> dict[str, float] | str:
+    """Run all pairs of residues if the task has a cycle and the analysis runs the model.
+
+    Return flat scalars for the summary, none if it was not asked for, or a sentence that says why they cannot be run.
+    """
+    if runner is None or not model.config.analysis.activations or not isinstance(cycle, Cycle):
+        return {}
+    try:
+        return results_of_pairs(runner.block(), cycle, model.config.seed)
+    except UserError as error:
+        return str(error).removesuffix(".")
 
 
 # --- claims --------------------------------------------------------------------------------------------------
@@ -259,7 +278,10 @@ class JudgedTables:
             found["candidates"], notes = candidate_rows(self.tests, by_head)
             self.notes.extend(notes)
         self.seconds = time.perf_counter() - started
-        return found | composition_tables(self.tests.model, self.tests)
+        found |= composition_tables(self.tests.model, self.tests)
+        if "directions" in made and "composition" in found:
+            found["directions"] = with_read_components(self.tests, made["directions"], found["composition"])
+        return found
 
 
 def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> dict[str, pd.DataFrame]:
@@ -299,6 +321,29 @@ def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFram
         why = grams if isinstance(grams, str) else "the checkpoint has no unembedding"
         tests.notes.append(f"virtual_heads: ov_copying is empty: {why}")
     return {"composition": table, "virtual_heads": virtual_heads_table(tests.layers, table, full, first_full)}
+
+
+def with_read_components(tests: ClaimTests, listed: pd.DataFrame, composition: pd.DataFrame) -> pd.DataFrame:
+    """Add to `directions` the components of claimed senders that claimed receivers read most.
+
+    They need not be among the leading ones. Weights that are not folded have none, because their components are others
+    than those of compositions.
+    """
+    model, pairs = tests.model, set(tests.pairs())
+    ends = ["sender_layer", "sender_head", "receiver_layer", "receiver_head"]
+    claimed = [((s, h), (r, k)) in pairs for s, h, r, k in composition[ends].itertuples(index=False)]
+    rows = composition[claimed].sort_values("score", ascending=False, kind="stable")
+    rows = rows[rows["component"].notna()].groupby(["mode", "receiver_layer", "receiver_head"]).head(SENDERS_READ)
+    keys = ["layer", "head", "component"]
+    there = listed[(listed["circuit"] == Circuit.ov.value) & (listed["kind"] == "singular")]
+    known = set(there[keys].itertuples(index=False, name=None))
+    wanted = {
+        (int(s), int(h), int(component))
+        for s, h, component in rows[["sender_layer", "sender_head", "component"]].itertuples(index=False)
+    } - known
+    if not wanted or not model.folds or model.directions is None:
+        return listed
+    return pd.concat([listed, component_rows(model, tests.layers, sorted(wanted))], ignore_index=True)
 
 
 def _why_no_primary(tests: ClaimTests, predicted: list[Predicted]) -> str | None:

@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tokenizers import Tokenizer
 
+from ovqk.activations.one_block import OneBlock
 from ovqk.activations.stage import Runner
 from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import Checkpoint
@@ -234,7 +235,7 @@ def runner_of(checkpoint: Checkpoint, cell: Config, tokenizer: Tokenizer | None)
         start = [] if tokenizer is None else start_tokens(tokenizer, checkpoint)
     except ValueError as error:
         raise UserError(f"{checkpoint.label}: {error}.") from error
-    return Runner(load, start)
+    return Runner(load, start, lambda: OneBlock(checkpoint, cell.model.attn_coeff))
 
 
 def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | None:

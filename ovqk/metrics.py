@@ -10,9 +10,11 @@ from typing import Any, Literal, get_args
 
 from ovqk.config.schema import Circuit, VariableKind
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 """Bumped when a number may change: cells with another version are computed again."""
 
+SENDERS_READ = 3
+"""How many senders' components a head is said to read, for each of its queries, keys and values."""
 NOT_APPLICABLE = "not applicable: "
 """A reason begins with this if it lies in the kind of model or task, and not in something that is missing."""
 

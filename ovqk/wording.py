@@ -41,7 +41,7 @@ FLAGS = {
     "consistent only": "the head stands out against nothing but random heads with its own singular values",
     "partial (mixed)": "another prediction of the role is significant the other way",
     "consistent only (mixed)": "another prediction of the role is significant the other way",
-    "contradicted (spectrum)": (
+    "unsupported (spectrum)": (
         "it is significantly on the wrong side of random heads with its own singular values, and of nothing else"
     ),
 }
@@ -55,9 +55,10 @@ MEANS = {
 }
 """Verdict -> the sentence in a record that says what the weights establish."""
 AGAINST_SPECTRUM = (
-    "The weights point the other way against heads of the same spectrum only, which any trained head may: {claim}."
+    "The weights do not single this out, and point the other way against heads of the same spectrum only, which any "
+    "trained head may: {claim}."
 )
-"""The same for `contradicted (spectrum)`."""
+"""The same for `unsupported (spectrum)`."""
 NOT_ESTABLISHED = (
     "It does not establish that the model does this on task inputs, nor that the head is necessary: it is a statement "
     "about the direct path through the weights."
@@ -206,6 +207,7 @@ PANELS = {
     "symmetry": "Symmetry and position",
     "shares": "Shares of the score's variance",
     "offsets": "Score by offset",
+    "profile": "Among the model's heads",
 }
 """Panel about one head -> its title, after the circuit's name if it has one."""
 AXES = {
@@ -275,6 +277,8 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+PATTERNS = {"ov_aligned": "OV aligned", "qk_simple": "QK simple", "ov_flat": "OV flat", "both_align": "both align"}
+"""Pattern of a claimed head -> its name."""
 CYCLE_PARTS = {"embedding": "embedding", "unembedding": "unembedding", "ov": "OV", "key": "keys"}
 """Model part that is analysed by frequency -> its name."""
 CYCLE_CLAIMS = {

@@ -19,6 +19,7 @@ def measure_activations(path: Path, task: str, prompts: int) -> dict[str, float]
 
     from ovqk.activations.forward import RunningModel
     from ovqk.activations.judge import judge_activations
+    from ovqk.activations.one_block import OneBlock
     from ovqk.activations.stage import ActivationTables, Runner
     from ovqk.checkpoints.opening import open_checkpoint
     from ovqk.records.record import peak_memory
@@ -35,7 +36,7 @@ def measure_activations(path: Path, task: str, prompts: int) -> dict[str, float]
     assert tokenizer is not None
     model = Model.read(OpenedModel(source, path.name, tokenizer), config)
     running = RunningModel.load(checkpoint, config.model, model.device)
-    runner = Runner(lambda device: running, start_tokens(tokenizer, checkpoint))
+    runner = Runner(lambda device: running, start_tokens(tokenizer, checkpoint), lambda: OneBlock(checkpoint))
     claims = resolve_claims(config.task, config.model, source.architecture)
     seconds: dict[str, float] = {}
 

@@ -300,8 +300,8 @@ was corroborated in 0 to 2 of 100 cases (agreement heads, of which other words d
 
 Models with at least one such verdict although nothing is planted. The families of role rows and of head rows are
 corrected to 0.05 each, under each null. To be corroborated takes every counting null, so that less than 0.05 is
-expected; to be contradicted takes one, in the direction opposite to the prediction, so that up to 0.05 for each of them
-may be.
+expected; to be contradicted takes one that compares with other heads or other words, in the direction opposite to the
+prediction, so that up to 0.05 for each of them may be.
 
 {false}
 """

@@ -5,15 +5,18 @@ import math
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.commands import compose
 from support.composed import Materialised, noise, of_factors, random_layers, source_of
 from support.oracle import centre_tokens, folded_embeddings, ratio
 
+from ovqk.cell import run_cell
 from ovqk.circuits import composition
 from ovqk.circuits.composition import (
     COLUMNS,
@@ -35,6 +38,7 @@ from ovqk.circuits.composition import (
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.grams import FullCircuit, centred_gram
 from ovqk.config.schema import Circuit
+from ovqk.records.results import load_table
 
 # --- roles -----------------------------------------------------------------------------------------------------
 
@@ -273,3 +277,29 @@ def test_the_component_that_a_receiver_reads_is_named_even_if_it_is_the_weakest(
     assert row["component"] == 2 and row["component_score"] == pytest.approx(1) and row["score"] < 0.02
     zero = of_factors(Factors(Circuit.ov, 0 * eye[:, :3][None], write), Factors(Circuit.qk, eye[:, :3][None], write))
     assert component_scores(zero, receiver, "q").tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.slow
+def test_components_that_claimed_receivers_read_are_listed_as_all_components_are(tmp_path) -> None:
+    """Also those that are not among the leading ones: the same rows as with `analysis.components` of all."""
+    made = {}
+    for count in (0, 1, 16):
+        outcome = run_cell(compose("model=mini-gpt2", "task=induction", "tracking=none", "nulls.draws=19", "cache=off",
+                                   f"analysis.components={count}", f"results_dir={tmp_path / str(count)}"))  # fmt: skip
+        folder = Path(str(outcome.folder))
+        made[count] = {name: load_table(folder, name) for name in ("directions", "composition")}
+    assert made[0]["directions"] is None
+    few, every = (made[count]["directions"] for count in (1, 16))
+    keys = ["layer", "head", "circuit", "kind", "component", "side", "sign", "rank"]
+    assert not few.duplicated(keys).any()
+    read = made[1]["composition"][["sender_layer", "sender_head", "component"]].itertuples(index=False, name=None)
+    there = few[(few["circuit"] == "ov") & (few["kind"] == "singular")]
+    more = there[there["component"] >= 1]
+    listed = set(there[["layer", "head", "component"]].itertuples(index=False, name=None))
+    assert set(read) <= listed and len(more)
+    both = more.merge(every, on=keys, suffixes=("", "_all"))
+    assert len(both) == len(more)
+    for name in ("token", "cluster", "cluster_size"):
+        assert (both[name] == both[f"{name}_all"]).all(), name
+    assert np.allclose(both["score"], both["score_all"], rtol=1e-4)
+    assert np.allclose(both["contrast"], both["contrast_all"], rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import base64
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -20,14 +21,17 @@ from ovqk.errors import UserError
 from ovqk.figures.choice import cycle_figure
 from ovqk.figures.cycles import frequencies
 from ovqk.records.cells import Cell, read_cells
+from ovqk.records.identity import cell_id, identity
 from ovqk.records.results import load_table
+from ovqk.report.cycle_image import cycle_image
 from ovqk.report.page import page_data
 from ovqk.report.thinning import DETAILS
 from ovqk.structure.model import Model
+from ovqk.tasks.cycle import Cycle, read_cycle
 from ovqk.tasks.tokenizer import load_tokenizer
-from ovqk.verdicts.cycles import cycle_verdict, read_cycle
+from ovqk.verdicts.cycles import cycle_verdict
 from ovqk.weights.readers import open_weights
-from ovqk.weights.types import OpenedModel
+from ovqk.weights.types import OpenedModel, mixed
 
 moduli = st.sampled_from([5, 6, 7, 8, 11, 13, 16])
 
@@ -316,3 +320,109 @@ def test_of_many_heads_the_strongest_are_drawn() -> None:
                                       [row.share, 1 - row.share]}) for row in cycle.itertuples()])  # fmt: skip
     (heads,) = frequencies(powers, cycle).axes  # without embeddings, and without verdicts
     assert [label.get_text() for label in heads.get_yticklabels()][::2] == [f"0.{head} OV" for head in range(24, 40)]
+
+
+# --- operators, tokens between, and attention that is not all softmax ----------------------------------------------
+
+
+@given(p=st.sampled_from([5, 7, 8, 13]), seed=st.integers(0, 1000))
+def test_a_matrix_that_writes_the_difference_commutes_with_reflected_shifts(p, seed) -> None:
+    column = drawn(seed, p)
+    a = torch.arange(p)
+    adds, subtracts = column[(a[None] - a[:, None]) % p], column[(a[None] + a[:, None]) % p]
+    for matrix, back in ((adds, False), (subtracts, True)):
+        assert float(fourier.shift_variance(matrix, back)) == pytest.approx(0, abs=1e-12)
+        assert float(fourier.shift_variance(matrix, not back)) > 1e-3
+    other, P = drawn(seed + 1, p, p), torch.eye(p, dtype=torch.float64).roll(1, 0)
+    expected = (other @ P.T - P @ other).norm() / other.norm()
+    assert float(fourier.shift_variance(other, back=True)) == pytest.approx(float(expected))
+    assert torch.allclose(fourier.blocks(subtracts).sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
+@given(p=st.sampled_from([5, 6, 7]), operator=st.sampled_from("+-"), between=st.sampled_from([None, 20]),
+       query=st.sampled_from([None, 21]))  # fmt: skip
+def test_an_input_holds_its_tokens_in_order_and_its_answer(p, operator, between, query) -> None:
+    cycle = Cycle(torch.arange(p) + 3, query, operator, between)
+    pairs = torch.cartesian_prod(torch.arange(p), torch.arange(p))
+    tokens, (right, other) = cycle.inputs(pairs), cycle.answers()
+    assert tokens.shape[1] == cycle.length
+    for (a, b), row in zip(pairs.tolist(), tokens.tolist(), strict=True):
+        assert row == [each for each in (a + 3, between, b + 3, query) if each is not None]
+        assert [row[place] for place in cycle.places] == [a + 3, b + 3]
+        assert (int(right[a, b]), int(other[a, b])) == (
+            ((a + b) % p, (a - b) % p) if operator == "+" else ((a - b) % p, (a + b) % p)
+        )
+
+
+def test_all_pairs_are_run_if_the_analysis_runs_the_model(cli) -> None:
+    """Published of this model: gradient symmetricity 33.36 %, distance irrelevance 0.85 (Zhong et al. 2023)."""
+    path = shared_model("modular-addition") / "l8k1hzciux.safetensors"
+    choices = (
+        "task.cycle.modulus=59",
+        "task.cycle.query=null",
+        "nulls.draws=19",
+        "analysis=full",
+        "model.causal=false",
+    )
+    printed, _, _ = cycles(cli, path, *choices)
+    assert "All pairs were run: 100.0 % right, distance irrelevance 0.85, gradient symmetricity 0.3" in printed
+    cells, _ = read_cells(cli.folder / "results")
+    summary = cells[0].record["summary"]
+    assert summary["pairs/distance_irrelevance"] == pytest.approx(0.848, abs=5e-4)
+    error = summary["pairs/gradient_symmetricity_se"]
+    assert summary["pairs/gradient_symmetricity"] == pytest.approx(0.34613, abs=4 * error) and 0 < error < 0.006
+    assert "activations" not in cells[0].record
+    assert cycle_image(cells[0], "m")["pairs"].startswith("All pairs were run: 100.0 % right")
+    code, printed = cli("model=local", f"model.path={path}", "model.name=m", "task=modular_addition", "tracking=none",
+                        *choices, "task.cycle.operator='-'")  # fmt: skip
+    assert code == 0 and "All pairs were run: 1.7 % right" in printed  # a + b is a - b for 59 of 59^2 pairs
+    code, printed = cli("model=local", f"model.path={path}", "model.name=m", "task=modular_addition", "tracking=none",
+                        *choices, "model.attn_coeff=0")  # fmt: skip
+    assert code == 0 and "model.attn_coeff is 0: no score reaches attention" in printed
+    assert "0.0 OV" in printed and "0.0 keys" not in printed and "100.0 % right" not in printed
+
+
+def test_a_model_that_is_no_block_is_not_run_on_pairs(cli, tmp_path) -> None:
+    clock(17, 1, tmp_path / "clock.safetensors")  # without an MLP
+    choices = "task.cycle.modulus=17", "task.cycle.query=17", "nulls.draws=19", "analysis=full"
+    printed, rows, _ = cycles(cli, tmp_path / "clock.safetensors", *choices)
+    assert "note: pairs were not run: " in printed and "blocks.0.mlp.W_in" in printed and len(rows)
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        (["task.cycle.operator='*'"], "task.cycle.operator=*: allowed: + for (a + b) mod p, - for (a - b) mod p"),
+        (["model.attn_coeff=1.5"], "model.attn_coeff=1.5: must be in [0, 1]"),
+        (["model.attn_coeff=nan"], "model.attn_coeff=nan: must be in [0, 1]"),
+        (["task.cycle.between=3"], "cycle.between=3: that token is a residue; allowed: a token of its own, or null"),
+        (["task.cycle.modulus=16", "task.cycle.between=16"], "an input has 4 tokens, and model.path="),
+        (["task.cycle.between=99"], "names the tokens 0 to 99, and model.path="),
+    ],
+)  # fmt: skip
+def test_an_operator_or_share_that_cannot_be_is_refused(cli, tmp_path, choices, said) -> None:
+    clock(17, 1, tmp_path / "clock.safetensors")
+    code, printed = cli("model=local", f"model.path={tmp_path / 'clock.safetensors'}", "model.name=m", "tracking=none",
+                        "task=modular_addition", "task.cycle.modulus=17", "task.cycle.query=17", *choices)  # fmt: skip
+    assert code == 1 and said in printed and "Traceback" not in printed
+
+
+def test_a_model_with_its_own_config_takes_no_share() -> None:
+    with pytest.raises(UserError, match=r"model\.attn_coeff=0\.5: .*mini-attn has its own config\.json"):
+        open_weights(open_checkpoint(local(BUNDLED)), replace(local(BUNDLED), attn_coeff=0.5))
+
+
+@given(seed=st.integers(0, 200), share=st.floats(0, 1))
+def test_simulated_attention_mixes_the_softmax_with_ones(seed, share) -> None:
+    scores = drawn(seed, 2, 4, 5).masked_fill(torch.ones(4, 5).tril() == 0, -math.inf)
+    found, seen = mixed(scores, share), scores > -math.inf
+    assert torch.allclose(found, share * scores.softmax(-1) + (1 - share) * seen)
+    assert torch.allclose(found.sum(-1), share + (1 - share) * seen.sum(-1).double())
+
+
+def test_choices_that_are_as_before_keep_a_cells_id() -> None:
+    config = compose("model=mini-attn", "task=modular_addition")
+    whole = identity(config, "d")
+    assert "attn_coeff" not in whole["model"] and not {"operator", "between"} & set(whole["task"]["cycle"])
+    for choice in ("task.cycle.operator='-'", "task.cycle.between=120", "model.attn_coeff=0.5"):
+        assert cell_id(identity(compose("model=mini-attn", "task=modular_addition", choice), "d")) != cell_id(whole)

@@ -13,19 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import ROOT
+from support.commands import compose
 from support.models import BUNDLED, SHARED, make_gpt2, shared_model
 from support.scripts import script
 
 from ovqk import library
+from ovqk.activations import one_block
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits import diagonals
 from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
-from ovqk.published import one_block, quantities, table
+from ovqk.published import quantities, table
 from ovqk.published.__main__ import chosen_statements, main
 from ovqk.published.quantities import QUANTITIES, Opened, compute
 from ovqk.published.statements import FILE, half_a_unit, read_statements, statements
 from ovqk.published.table import Places, agrees, rows
+from ovqk.tasks.cycle import Cycle
+from ovqk.tasks.lookup import WordLookup
 
 STATEMENTS = {each.name: each for each in statements()}
 DIFFERENT = {"mod-59-l8k1hzciux/gradient symmetricity"}
@@ -258,7 +262,11 @@ def block(p: int, seed: int, path: Path, **changes: torch.Tensor) -> one_block.O
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} | changes
     save_file(tensors, path)
     checkpoint = open_checkpoint(ModelConfig(name="m", source=Source.local, path=str(path)))
-    return one_block.OneBlock(checkpoint, attention_rate=float(changes.get("rate", torch.tensor(1.0))))
+    return one_block.OneBlock(checkpoint, attn_coeff=float(changes.get("rate", torch.tensor(1.0))))
+
+
+def residues(p: int, query: int | None = None, operator: str = "+", between: int | None = None) -> Cycle:
+    return Cycle(torch.arange(p), query, operator, between)
 
 
 def by_hand(tensors: dict[str, np.ndarray], rows: np.ndarray, rate: float) -> np.ndarray:
@@ -276,19 +284,36 @@ def by_hand(tensors: dict[str, np.ndarray], rows: np.ndarray, rate: float) -> np
     return stream @ part["W_U"] + part["b_U"]
 
 
-@pytest.mark.parametrize("query", [None, 5])
+@pytest.mark.parametrize(("query", "between"), [(None, None), (5, None), (None, 5)])
 @pytest.mark.parametrize("rate", [1.0, 0.3, 0.0])
-def test_a_block_runs_as_by_hand(tmp_path, query, rate) -> None:
+def test_a_block_runs_as_by_hand(tmp_path, query, between, rate) -> None:
     from safetensors.numpy import load_file
 
     model = block(5, 3, tmp_path / "m.safetensors", rate=torch.tensor(rate))
     tensors = {name: value.astype(np.float64) for name, value in load_file(tmp_path / "m.safetensors").items()}
-    found = one_block.logits_of_pairs(model, 5, query).numpy()
+    found = one_block.logits_of_pairs(model, residues(5, query, between=between)).numpy()
     for a in range(5):
         for b in range(5):
-            tokens = [a, b] if query is None else [a, b, query]
+            tokens = [each for each in (a, between, b, query) if each is not None]
             expected = by_hand(tensors, tensors["embed.W_E"][tokens], rate)[:5]
             assert np.allclose(found[a, b], expected)
+
+
+def test_a_quantity_runs_the_model_with_its_share_of_softmax_attention(tmp_path) -> None:
+    """The choice `model.attn_coeff` reaches the run: 1 of the ordinary model, 0 of one that attends to all alike."""
+    path = tmp_path / "m.safetensors"
+    found = {}
+    for share in (0.0, 0.4, 1.0):
+        whole = block(5, 6, path, rate=torch.tensor(share))
+        opened = Opened(path, ("model.causal=false", f"model.attn_coeff={share}"))
+        found[share] = compute("gradient_symmetricity", opened, {"modulus": 5})
+        expected = one_block.symmetricities(whole, one_block.every_triple(5), residues(5)).mean()
+        assert found[share] == pytest.approx(100 * float(expected))
+        expected_irrelevance = one_block.distance_irrelevance(
+            one_block.logits_of_pairs(whole, residues(5)), residues(5)
+        )
+        assert compute("distance_irrelevance", opened, {"modulus": 5}) == pytest.approx(expected_irrelevance)
+    assert len({round(value, 3) for value in found.values()}) == 3
 
 
 def test_gradients_are_those_of_small_steps(tmp_path) -> None:
@@ -300,15 +325,15 @@ def test_gradients_are_those_of_small_steps(tmp_path) -> None:
         steps = 1e-6 * torch.eye(12, dtype=torch.float64).view(12, 2, 6)
         gradient = (model.logits(rows + steps)[:, c] - model.logits(rows - steps)[:, c]).view(2, 6)
         cosines.append(float(torch.cosine_similarity(gradient[0], gradient[1], dim=0)))
-    assert one_block.gradient_symmetricity(model, triples) == pytest.approx(np.mean(cosines), abs=1e-4)
+    assert one_block.symmetricities(model, triples, residues(5)).tolist() == pytest.approx(cosines, abs=1e-4)
 
 
 def test_a_model_of_the_mere_sum_of_embeddings_has_symmetric_gradients(tmp_path) -> None:
     """Constant attention, no positions, and a last token of its own: a and b enter as their sum alone."""
     zero = {"pos_embed.W_pos": torch.zeros(3, 6), "rate": torch.tensor(0.0)}
     model = block(5, 5, tmp_path / "m.safetensors", **zero)
-    found = one_block.gradient_symmetricity(model, one_block.every_triple(5), query=5)
-    assert found == pytest.approx(1)
+    found = one_block.symmetricities(model, one_block.every_triple(5), residues(5, 5))
+    assert found.tolist() == pytest.approx([1] * 125)
 
 
 def test_distance_irrelevance_of_answers_planted() -> None:
@@ -317,18 +342,28 @@ def test_distance_irrelevance_of_answers_planted() -> None:
     right = (a[:, None] + a) % p
     of_sum, of_difference, logits = torch.randn(p), torch.randn(p), torch.zeros(p, p, p, dtype=torch.float64)
     on_sum = logits.scatter(-1, right[..., None], of_sum[right].double()[..., None])
-    assert one_block.distance_irrelevance(on_sum) == pytest.approx(1) and one_block.accuracy(on_sum) <= 1
+    cycle, minus = residues(p), residues(p, operator="-")
+    assert one_block.distance_irrelevance(on_sum, cycle) == pytest.approx(1)
     on_difference = logits.scatter(-1, right[..., None], of_difference[(a[:, None] - a) % p].double()[..., None])
-    assert one_block.distance_irrelevance(on_difference) == pytest.approx(0, abs=1e-9)
-    assert math.isnan(one_block.distance_irrelevance(logits))
-    assert one_block.accuracy(torch.nn.functional.one_hot(right, p).double()) == 1
+    assert one_block.distance_irrelevance(on_difference, cycle) == pytest.approx(0, abs=1e-9)
+    assert math.isnan(one_block.distance_irrelevance(logits, cycle))
+    one_hot = torch.nn.functional.one_hot(right, p).double()
+    assert one_block.accuracy(one_hot, cycle) == 1
+    assert one_block.accuracy(one_hot, minus) == pytest.approx(1 / p)  # a + b = a - b where b is 0
+    answer = (a[:, None] - a) % p  # of a subtraction: the same logits, at other answers
+    swapped = logits.scatter(-1, answer[..., None], of_sum[answer].double()[..., None])
+    assert one_block.distance_irrelevance(swapped, minus) == pytest.approx(1)
+    assert one_block.accuracy(torch.nn.functional.one_hot(answer, p).double(), minus) == 1
 
 
 @given(seed=st.integers(0, 200), scale=st.floats(0.1, 10), shift=st.floats(-5, 5))
 def test_distance_irrelevance_sees_neither_scale_nor_shift(seed, scale, shift) -> None:
     logits = torch.randn(5, 5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = one_block.distance_irrelevance(logits)
-    assert 0 <= found <= 1 and one_block.distance_irrelevance(scale * logits + shift) == pytest.approx(found)
+    for operator in "+-":
+        cycle = residues(5, operator=operator)
+        found = one_block.distance_irrelevance(logits, cycle)
+        assert 0 <= found <= 1
+        assert one_block.distance_irrelevance(scale * logits + shift, cycle) == pytest.approx(found)
 
 
 def test_other_models_are_not_run_as_one_block(tmp_path) -> None:
@@ -340,7 +375,7 @@ def test_other_models_are_not_run_as_one_block(tmp_path) -> None:
     with pytest.raises(UserError, match=r"pos_embed\.W_pos"):
         one_block.OneBlock(open_checkpoint(config))
     with pytest.raises(UserError, match=r"modulus=9: the model has 6 tokens"):
-        one_block.logits_of_pairs(block(5, 0, tmp_path / "m.safetensors"), 9)
+        one_block.logits_of_pairs(block(5, 0, tmp_path / "m.safetensors"), residues(9))
 
 
 # --- the diagonal ----------------------------------------------------------------------------------------------
@@ -424,6 +459,34 @@ def test_a_metric_of_a_cell_is_that_of_its_table() -> None:
         assert rank == 1 + (heads["ov_task_margin"] > heads.loc[(int(layer), int(head)), "ov_task_margin"]).sum()
     with pytest.raises(UserError, match="ov_task_transfer: "):
         compute("cell_rank", opened, {"task": "ioi", "metric": "ov_task_transfer", "head": "0.0"})
+
+
+def test_a_heads_rank_and_lead_by_relation_score_are_those_of_matrices_by_hand() -> None:
+    """The form of the rows of GPT-2 XL and Pythia: block 0's MLP output, OV as [d, d], the whole vocabulary."""
+    opened = Opened("mini-gpt2")
+    model = opened.model
+    assert model.vocabulary is not None and not isinstance(model.block0, str)
+    lookup = WordLookup(model.tokenizer, model.vocabulary.size)
+    words = compose("model=mini-gpt2", "task=name_copying").task.words["names"]
+    ids = torch.tensor(sorted({token for word in words if (token := lookup.token(word)) is not None}))
+    W_E, W_U = model.vocabulary.W_E[:], model.vocabulary.W_U_rows[:].double()
+    scores = {}
+    for layer in range(model.architecture.n_layers):
+        rows_ = model.architecture.normalised(W_E if layer == 0 else model.block0.mlp_output(W_E))[ids].double()
+        for head in range(model.architecture.n_heads):
+            logits = rows_ @ opened.library.head(layer, head).ov.matrix() @ W_U.T
+            scores[layer, head] = float((logits.argmax(-1) == ids).double().mean())
+    options = {"task": "name_copying", "metric": "ov_relation_score"}
+    first = max(scores, key=lambda head: scores[head])
+    rest = max(score for head, score in scores.items() if head != first)
+    assert scores[first] > rest > 0
+    assert compute("cell_heads", opened, options | {"reduce": "max"}) == pytest.approx(scores[first])
+    name = "{}.{}".format(*first)
+    assert compute("cell_rank", opened, options | {"head": name}) == 1
+    assert compute("cell_lead", opened, options | {"head": name}) == pytest.approx(scores[first] / rest)
+    middle = sorted(scores, key=lambda head: scores[head])[len(scores) // 2]
+    rank = sum(score >= scores[middle] - 1e-9 for score in scores.values())
+    assert compute("cell_rank", opened, options | {"head": "{}.{}".format(*middle)}) == rank
 
 
 @pytest.mark.slow

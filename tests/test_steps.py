@@ -1,10 +1,18 @@
 """Steps of a training that hold the same weights are found by their digests, and marked where steps are compared."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
+from support import ROOT
 from support.commands import compose
+from support.hub_models import SINGLE
+from support.hub_stub import REPO, Hub
+from support.models import BUNDLED
 
 from ovqk.cell import run_cell
 from ovqk.records.cells import read_cells
@@ -69,3 +77,24 @@ def test_the_page_and_the_loaded_results_tell_of_them(results) -> None:
     assert not any("same weights" in note for note in notes["m-step8"])
     digests = load_results(results)["cells"].set_index("model")["weights_digest"]
     assert digests["m-step0"] == digests["m-step1"] != digests["m-step8"]
+
+
+@pytest.mark.slow
+def test_the_training_sweep_marks_revisions_that_hold_one_content(tmp_path) -> None:
+    """The sweep as users start it, on a hub of three revisions; the second holds the weights of the first."""
+    holds = {path.name: path.read_bytes() for path in BUNDLED.iterdir() if path.is_file()}
+    save_file({name: 1.01 * tensor for name, tensor in load_file(BUNDLED / SINGLE).items()}, tmp_path / SINGLE)
+    later = holds | {SINGLE: (tmp_path / SINGLE).read_bytes()}
+    with Hub() as hub:
+        hub.revisions = {"step0": holds, "step1": holds, "step8": later}
+        own = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "COLUMNS": "150",
+               "HF_HUB_CACHE": str(tmp_path / "hf"), "OVQK_CACHE_DIR": str(tmp_path / "ovqk"),
+               "NO_PROXY": "127.0.0.1,localhost"}  # fmt: skip
+        command = [sys.executable, "run.py", "-cd", "sweeps", "-cn", "training", "model=hub", f"model.repo={REPO}",
+                   "model.name=tiny", 'model.checkpoints="step{checkpoint}"', "model.checkpoint=0,1,8", "task=none",
+                   "analysis.components=0", "tracking=none", "cache=off", f"results_dir={tmp_path}/r"]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tiny-step1 (= tiny-step0)" in done.stdout and "tiny-step8 (=" not in done.stdout
+    (note,) = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+    assert note.startswith("note: tiny-step1: the same weights as tiny-step0 (one digest)")

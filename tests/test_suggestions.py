@@ -8,6 +8,7 @@ from support.commands import compose
 from support.models import BUNDLED, local, shared_model
 
 from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.config.resolve import plain
 from ovqk.errors import UserError
 from ovqk.report import suggestions
 from ovqk.report.suggestions import model_arguments, next_arguments
@@ -118,6 +119,8 @@ def test_another_results_folder_is_kept(tmp_path) -> None:
     ({"name": "gpt2", "source": "hub", "revision": "v1"}, "model=gpt2 model.revision=v1"),
     ({"name": "mine", "source": "hub"}, None),
     ({"name": "x", "source": "local", "path": "a/b", "claims": None}, "model=local model.path=a/b model.name=x"),
+    ({"name": "x", "source": "local", "path": "a", "claims": None, "causal": False, "n_ctx": 3, "attn_coeff": 0.5},
+     "model=local model.path=a model.name=x model.n_ctx=3 model.causal=false model.attn_coeff=0.5"),
     ({"name": "x", "source": "local", "path": "a b", "claims": "gpt2"},
      "model=local 'model.path=\"a b\"' model.name=x model.claims=gpt2"),
 ])  # fmt: skip
@@ -129,3 +132,16 @@ def test_without_conf_an_analysis_is_suggested(folder, tmp_path, monkeypatch) ->
     monkeypatch.setattr(suggestions, "CONF", tmp_path / "nowhere")
     said = next_arguments(folder, a_cell("ioi"))
     assert said == "model=mini-attn task=ioi analysis=composition"
+
+
+def test_the_choices_about_a_cycle_are_made_again(folder) -> None:
+    record = a_cell("modular_addition", tasks=[], name="x", source="local", path="a", claims=None)
+    config = plain(compose("task=modular_addition", "task.cycle.modulus=59", "task.cycle.query=null",
+                           "task.cycle.operator='-'").task)  # fmt: skip
+    record["provenance"]["config"]["task"] = config
+    assert next_arguments(folder, record) == (
+        "model=local model.path=a model.name=x task=modular_addition task.cycle.modulus=59 task.cycle.query=null "
+        "task.cycle.operator='-' analysis=composition"
+    )
+    record["provenance"]["config"]["task"] = plain(compose("task=modular_addition").task)
+    assert next_arguments(folder, record).endswith("task=modular_addition analysis=composition")

@@ -36,18 +36,18 @@ def expected(states: dict[str, str], secondary: str | None) -> tuple[str, str]:
     """The definitions' list, first match wins: (verdict, flags)."""
     testable = {null: state for null, state in states.items() if state != UNTESTABLE}
     held = {null for null, state in testable.items() if state == HELD}
-    against = OPPOSITE in testable.values()
+    opposed = {null for null, state in testable.items() if state == OPPOSITE}
+    against = bool(opposed)
     if not testable:
         return "untestable", ""
-    if against and not held:
-        opposed = {null for null, state in testable.items() if state == OPPOSITE}
-        return "contradicted", "spectrum" if opposed == {"spectrum"} else ""
+    if opposed - {"spectrum"} and not held - {"spectrum"}:
+        return "contradicted", ""
     if len(held) == len(testable) and set(testable) - {"spectrum"} and secondary != OPPOSITE:
         return "corroborated", ""
     if held:
         flags = ["mixed"] if against or secondary == OPPOSITE else []
         return "consistent" if held == {"spectrum"} else "partial", " ".join(flags)
-    return "unsupported", ""
+    return "unsupported", "spectrum" if against else ""
 
 
 @pytest.mark.parametrize("secondary", [None, HELD, OPPOSITE, NEITHER, UNTESTABLE])
@@ -97,7 +97,7 @@ def test_a_verdict_says_of_every_null_which_way_it_came_out(depth, frame) -> Non
         "contradicted": "The weights point the other way:",
     }[found["verdict"]]
     if found["flags"] == "spectrum":
-        opening = "The weights point the other way against heads of the same spectrum only"
+        opening = "The weights do not single this out, and point the other way against heads of the same spectrum only"
     assert (found["flags"] == "spectrum") == ((depth, frame) == (NEITHER, OPPOSITE))
     assert found["q_opposite"] == min({HELD: 1.0, OPPOSITE: 0.01, NEITHER: 0.5}[state] for state in (depth, frame))
     assert found["establishes"].startswith(opening)
@@ -184,9 +184,19 @@ def test_an_untestable_claim_says_what_keeps_its_p_large() -> None:
 
 def test_a_contradiction_shows_its_evidence() -> None:
     """The column q is of the predicted direction, and 1 here."""
-    found = decided([a_row("depth", NEITHER), a_row("spectrum", OPPOSITE)])
+    found = decided([a_row("depth", OPPOSITE), a_row("spectrum", NEITHER)])
     assert (found["verdict"], found["q"]) == ("contradicted", 1.0)
-    assert found["reason"] == "significant the other way: q = 0.01 under spectrum"
+    assert found["reason"] == "significant the other way: q = 0.01 under depth"
+
+
+def test_random_heads_of_the_same_spectrum_alone_neither_bear_a_claim_out_nor_contradict_it() -> None:
+    """A head in the middle of its peers is no contradiction; one below them is, whatever random heads do."""
+    found = decided([a_row("depth", NEITHER), a_row("spectrum", OPPOSITE)])
+    assert (found["verdict"], found["flags"]) == ("unsupported", "spectrum")
+    assert found["reason"].startswith("significant the other way: q = 0.01 under spectrum")
+    assert decided([a_row("spectrum", OPPOSITE)])["verdict"] == "unsupported"
+    below = decided([a_row("depth", OPPOSITE), a_row("spectrum", HELD)])
+    assert (below["verdict"], below["flags"], below["held"]) == ("contradicted", "", "spectrum")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_roles_have_short_names_that_differ() -> None:
 
 def test_a_verdict_is_read_with_its_flags_and_a_prediction_with_its_sign() -> None:
     assert wording.verdict("out_of_scope") == "out of scope" and wording.verdict("partial", "") == "partial"
-    assert wording.verdict("contradicted", "spectrum") in wording.FLAGS
+    assert wording.verdict("unsupported", "spectrum") in wording.FLAGS
     assert wording.verdict("consistent") in wording.FLAGS and wording.verdict("consistent", "mixed") in wording.FLAGS
     assert wording.predicted("ov_copying", "low") == "OV copying ↓"
     assert wording.predicted("q_composition", "high") == "Q-composition ↑"

@@ -20,7 +20,7 @@ from ovqk.config.schema import ModelConfig
 from ovqk.errors import UserError
 from ovqk.weights.norms import apply_norm
 from ovqk.weights.transformer_lens_file import TransformerLensWeights
-from ovqk.weights.types import LayerWeights, keys, queries, score_scale
+from ovqk.weights.types import LayerWeights, keys, mixed, queries, score_scale
 
 Hooks = dict[str, list[Callable[..., Any]]]
 
@@ -52,7 +52,8 @@ class AttentionBlock(nn.Module):
         if architecture.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(before + 1)
             scores = scores.masked_fill(later.to(scores.device), -math.inf)
-        pattern = self.run_hooks(f"{name}.attn.hook_pattern", scores.softmax(-1))
+        pattern = mixed(scores, architecture.attn_coeff)
+        pattern = self.run_hooks(f"{name}.attn.hook_pattern", pattern)
         z = torch.einsum("bhqk,bhkz->bqhz", pattern, v[:, kv])
         z = self.run_hooks(f"{name}.attn.hook_z", z)
         out = torch.einsum("bqhz,hzd->bqd", z, weights.W_O) + self.b_O
@@ -70,7 +71,7 @@ class AttentionOnly(nn.Module):
                 unembedding.
         """
         super().__init__()
-        source = TransformerLensWeights(checkpoint, config.n_ctx, config.causal)
+        source = TransformerLensWeights(checkpoint, config.n_ctx, config.causal, config.attn_coeff)
         self.architecture, self.hooks_by_name = source.architecture, Hooks()
         if any(".mlp." in name for name in checkpoint.shapes):
             raise UserError(f"{checkpoint.label}: a file of TransformerLens names does not tell how its MLPs compute.")

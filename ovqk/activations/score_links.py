@@ -27,7 +27,7 @@ from ovqk.metrics import METRICS
 from ovqk.structure.model import Model
 from ovqk.weights.devices import to_device
 from ovqk.weights.norms import apply_norm, linear_part
-from ovqk.weights.types import Architecture, Head, LayerWeights, score_scale
+from ovqk.weights.types import Architecture, Head, LayerWeights, mixed, score_scale
 
 LEAST_AGREEMENT = 1e-3
 """The largest difference in probability between attention computed from the scores and the model's own."""
@@ -265,7 +265,7 @@ class _Split:
         seen = seen.to(stream.device)
         whole, cap = scores.sum((1, 2)), self.running.scores_softcap()
         whole = whole if cap is None else cap * torch.tanh(whole / cap)
-        self.expected[asked] = whole.masked_fill(~seen, -math.inf).softmax(-1)
+        self.expected[asked] = mixed(whole.masked_fill(~seen, -math.inf), self.architecture.attn_coeff)
         others = seen.clone()
         others[every, source] = False
         mean = (scores * others[:, None, None]).sum(-1) / others.sum(-1)[:, None, None]

@@ -18,6 +18,7 @@ from ovqk.activations.joint import joint_table, on_prompts
 from ovqk.activations.judge import Judged, judge_activations
 from ovqk.activations.links import WriteLinks
 from ovqk.activations.measure import check_activations, measure
+from ovqk.activations.one_block import OneBlock
 from ovqk.activations.quantities import Steps
 from ovqk.activations.roles import Measured
 from ovqk.activations.streams import draw_prefixes, read_streams
@@ -43,10 +44,12 @@ class Runner:
     Attributes:
         load: loads the model on a device; imports transformers and TransformerLens only when it is called.
         start: the token ids before every text.
+        block: reads the model as one attention layer and MLP without norms, for tasks whose words are a cycle.
     """
 
     load: Callable[[torch.device], RunningModel]
     start: list[int]
+    block: Callable[[], OneBlock]
 
 
 def within_memory(function: Callable[[], Found]) -> Found | None:

@@ -75,9 +75,14 @@ def doubling(shares: Float[Tensor, " frequency"], p: int) -> Float[Tensor, " fre
     return of_twice / torch.where(shares > 0, shares, torch.nan)
 
 
-def shift_variance(matrix: Float[Tensor, "residue residue"]) -> Float[Tensor, ""]:
-    """Return |M P - P M| / |M|, P the shift by one residue, in [0, 2]: 0 for a circulant matrix; nan for 0."""
-    shifted = matrix.double().roll((1, 1), (0, 1)) - matrix.double()  # P M P^T - M, as large as P M - M P
+def shift_variance(matrix: Float[Tensor, "residue residue"], back: bool = False) -> Float[Tensor, ""]:
+    """Return |M P - P M| / |M|, P the shift by one residue, in [0, 2]: 0 for a circulant matrix; nan for 0.
+
+    A circulant M writes c = a + s for each a alike. With `back`, P^T stands on one side: |M P^T - P M| / |M|, 0 if M
+    writes c = s - a, as the second operand of a subtraction asks.
+    """
+    step = -1 if back else 1
+    shifted = matrix.double().roll((1, step), (0, 1)) - matrix.double()  # as large as the difference of products
     norm = matrix.double().norm()
     return shifted.norm() / torch.where(norm > 0, norm, torch.nan)
 

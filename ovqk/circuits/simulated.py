@@ -17,7 +17,7 @@ from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.factors import Factors, key_side, query_side, scores
 from ovqk.circuits.grams import blocks
 from ovqk.circuits.vocabulary import Vocabulary
-from ovqk.weights.types import Architecture, LayerWeights, keys, queries, score_scale
+from ovqk.weights.types import Architecture, LayerWeights, keys, mixed, queries, score_scale
 
 TOKENS = 50  # different tokens in a sequence; each occurs twice
 SEQUENCES = 8
@@ -106,7 +106,7 @@ def attention(
     scale = score_scale(weights, architecture)
     logits = scale * (q[:, :, half:] @ k[architecture.kv_of_head.to(k.device)].mT)
     seen = _seen(at[half:], at, weights.sliding_window)
-    pattern = logits.masked_fill(~seen, -torch.inf).softmax(-1).mean(1)  # [head, query, key]
+    pattern = mixed(logits.masked_fill(~seen, -torch.inf), architecture.attn_coeff).mean(1)  # [head, query, key]
     query = at[:half]
     places = {
         "previous": half + query - 1,

@@ -17,6 +17,7 @@ RESERVED = "wandb"  # W&B's folder beside those of the models
 REPOSITORY = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+OPERATORS = ("+", "-")
 LONGEST_OFFSET = 10_000_000  # no model's context is longer
 
 
@@ -93,6 +94,16 @@ def check(config: Config) -> None:
         raise UserError(f"hub_timeout={config.hub_timeout}: must be a positive number of seconds.")
     if config.model.n_ctx is not None and config.model.n_ctx < 1:
         raise UserError(f"model.n_ctx={config.model.n_ctx}: must be a positive number of tokens.")
+    if not 0 <= config.model.attn_coeff <= 1:  # nan is refused too
+        raise UserError(
+            f"model.attn_coeff={config.model.attn_coeff}: must be in [0, 1]: the softmax's share of attention."
+        )
+    cycle = config.task.cycle
+    if cycle is not None and cycle.operator not in OPERATORS:
+        raise UserError(
+            f"task.cycle.operator={cycle.operator}: allowed: + for (a + b) mod p, - for (a - b) mod p. Other operators "
+            "are no cycle of the residues in order."
+        )
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed}: must be in 0 .. 2^32 - 1.")
     if config.model.trust_remote_code and not COMMIT.fullmatch(config.model.revision):

@@ -122,6 +122,9 @@ class ModelConfig:
     """Context length, if the checkpoint does not say."""
     causal: bool | None = None
     """Causal attention, if the checkpoint does not say."""
+    attn_coeff: float = 1.0
+    """The softmax's share of attention, in [0, 1]: the rest is 1 for every key (Zhong et al. 2023, "attention rate").
+    Only for files of TransformerLens names, which do not say."""
     trust_remote_code: bool = False
     """Run code from the checkpoint's repository; needs a `revision` that is a full commit."""
 
@@ -145,12 +148,16 @@ class CycleConfig:
 
     modulus: int = MISSING
     """The number of residues."""
+    operator: str = "+"
+    """The answer to residues a and b: `+` for a + b, `-` for a - b, modulo `modulus`."""
     first: int = 0
     """The token of residue 0; the others follow it. For models without a tokenizer."""
     words: str | None = None
     """A word set in task.words, residue by residue, instead of `first`."""
+    between: int | None = None
+    """The token between a and b, such as "+"; unless set, there is none."""
     query: int | None = None
-    """The token at which the answer is read, such as "="; unless set, it is read at a residue."""
+    """The token after b at which the answer is read, such as "="; unless set, it is read at b."""
 
 
 @dataclass

@@ -28,6 +28,8 @@ CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#b0578d", "#2e97d0", "#b87d00", 
 CATEGORIES_DARK = ("#4aa8e8", "#ff8b47", "#2fc99b", "#e08fc0", "#9ad7ff", "#f2b84b", "#a8a8a8", "#a79bf0")
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
 """Dashes that tell lines apart if there are more lines than categories, in SVG's notation."""
+BAND, CROSSED = ("#b8bcc3", "#5a6069"), ("#b9b9b9", "#5c6067")
+"""The page's band of a null, and its stroke through a head without a value; each on a light and on a dark ground."""
 MISSING, MISSING_DARK = "#e3e3e3", "#3f4247"
 VERDICT_COLOURS = {
     "corroborated": ("#0b5394", "#6db3f2"),

@@ -12,17 +12,18 @@ import pandas as pd
 import torch
 
 from ovqk import library
+from ovqk.activations import one_block
 from ovqk.cell import run_cell
 from ovqk.circuits import composition, diagonals, fourier
 from ovqk.circuits.composition import LayerCircuits, Mode
 from ovqk.config.schema import Circuit, Config
 from ovqk.errors import UserError
 from ovqk.metrics import METRICS
-from ovqk.published import one_block
 from ovqk.records.record import read_done
 from ovqk.records.results import load_table
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import layer_row
+from ovqk.tasks.cycle import Cycle
 from ovqk.weights.types import Head
 
 Found = float | frozenset[int]
@@ -166,23 +167,37 @@ def least_copying(opened: Opened, heads: Sequence[str]) -> float:
 @quantity
 def cell_heads(opened: Opened, task: str, metric: str, reduce: str, heads: Sequence[str] | None = None) -> float:
     """Return a metric's least or mean value in a cell's heads.parquet, over some heads or all."""
-    record, tables = opened.cell(task, str(METRICS[metric].circuit))
-    if metric in record["unavailable"]:
-        raise UserError(f"{metric}: {record['unavailable'][metric]}.")
-    values = tables["heads"].set_index(["layer", "head"])[metric]
+    values = _values(opened, task, metric)
     if heads is not None:
         values = values.loc[[head_of(name) for name in heads]]
     return float(getattr(values, reduce)())
 
 
-@quantity
-def cell_rank(opened: Opened, task: str, metric: str, head: str) -> float:
-    """Rank a head among all heads by a metric in a cell's heads.parquet, 1 for the largest; ties count."""
+def _values(opened: Opened, task: str, metric: str) -> "pd.Series[float]":
+    """Return a metric of all heads in a cell's heads.parquet, by (layer, head).
+
+    Raises:
+        UserError: the model has no such metric.
+    """
     record, tables = opened.cell(task, str(METRICS[metric].circuit))
     if metric in record["unavailable"]:
         raise UserError(f"{metric}: {record['unavailable'][metric]}.")
-    values = tables["heads"].set_index(["layer", "head"])[metric]
+    return tables["heads"].set_index(["layer", "head"])[metric]
+
+
+@quantity
+def cell_rank(opened: Opened, task: str, metric: str, head: str) -> float:
+    """Rank a head among all heads by a metric in a cell's heads.parquet, 1 for the largest; ties count."""
+    values = _values(opened, task, metric)
     return float((values >= values.loc[head_of(head)]).sum())
+
+
+@quantity
+def cell_lead(opened: Opened, task: str, metric: str, head: str) -> float:
+    """Return a head's value of a metric over the largest of all other heads'; nan if no other is above 0."""
+    values = _values(opened, task, metric)
+    own, rest = float(values.loc[head_of(head)]), float(values.drop(index=head_of(head)).max())
+    return own / rest if rest > 0 else float("nan")
 
 
 @quantity
@@ -260,34 +275,36 @@ def frequency_share(
     return share * float((rows - rows.mean(0)).square().sum() / rows.square().sum())
 
 
-def _block(opened: Opened, attention_rate: float) -> one_block.OneBlock:
-    return one_block.OneBlock(opened.library.checkpoint, attention_rate)
+def _block(opened: Opened) -> one_block.OneBlock:
+    library_model = opened.library
+    return one_block.OneBlock(library_model.checkpoint, library_model.model.config.model.attn_coeff)
+
+
+def _cycle(modulus: int, query: int | None) -> Cycle:
+    return Cycle(torch.arange(modulus), query)
 
 
 @quantity
-def addition_accuracy(opened: Opened, modulus: int, attention_rate: float, query: int | None = None) -> float:
+def addition_accuracy(opened: Opened, modulus: int, query: int | None = None) -> float:
     """Return the share of all pairs that are added correctly, in percent."""
-    return 100 * one_block.accuracy(one_block.logits_of_pairs(_block(opened, attention_rate), modulus, query))
+    cycle = _cycle(modulus, query)
+    return 100 * one_block.accuracy(one_block.logits_of_pairs(_block(opened), cycle), cycle)
 
 
 @quantity
-def distance_irrelevance(opened: Opened, modulus: int, attention_rate: float, query: int | None = None) -> float:
+def distance_irrelevance(opened: Opened, modulus: int, query: int | None = None) -> float:
     """Return the distance irrelevance over all pairs, in [0, 1]."""
-    return one_block.distance_irrelevance(one_block.logits_of_pairs(_block(opened, attention_rate), modulus, query))
+    cycle = _cycle(modulus, query)
+    return one_block.distance_irrelevance(one_block.logits_of_pairs(_block(opened), cycle), cycle)
 
 
 @quantity
 def gradient_symmetricity(
-    opened: Opened,
-    modulus: int,
-    attention_rate: float,
-    triples: int | None = None,
-    seed: int = 0,
-    query: int | None = None,
+    opened: Opened, modulus: int, triples: int | None = None, seed: int = 0, query: int | None = None
 ) -> float:
     """Return the gradient symmetricity in percent, over all triples or over some that are drawn."""
     chosen = one_block.every_triple(modulus) if triples is None else one_block.drawn_triples(modulus, triples, seed)
-    return 100 * one_block.gradient_symmetricity(_block(opened, attention_rate), chosen, query)
+    return 100 * float(one_block.symmetricities(_block(opened), chosen, _cycle(modulus, query)).mean())
 
 
 # --- forward passes of language models ---------------------------------------------------------------------------

@@ -28,6 +28,10 @@ def identity(config: Config, digest: str) -> dict[str, Any]:
     if not analysis["diagonals"]:  # so cells that were computed before this choice existed keep their id
         analysis.pop("diagonals")
     task = plain(config.task)
+    for key, default in (("operator", "+"), ("between", None)):  # likewise
+        if task["cycle"] is not None and task["cycle"][key] == default:
+            task["cycle"].pop(key)
+    rate = {} if config.model.attn_coeff == 1 else {"attn_coeff": config.model.attn_coeff}  # likewise
     for claims in task["claims"].values():  # for readers
         del claims["places"], claims["revision"]
     for role in task["roles"].values():
@@ -39,7 +43,7 @@ def identity(config: Config, digest: str) -> dict[str, Any]:
         "weights": digest,
         "processing": config.processing.value,
         "seed": config.seed,
-        "model": {key: model[key] for key in ("name", "claims", "n_ctx", "causal")},
+        "model": {key: model[key] for key in ("name", "claims", "n_ctx", "causal")} | rate,
         "task": task,
         "analysis": analysis,
         "nulls": plain(config.nulls),

@@ -35,8 +35,20 @@ def part_name(row: Mapping[Hashable, Any]) -> str:
     return f"{head}{wording.CYCLE_PARTS[row['part']]}"
 
 
-def print_cycles(out: Console, cycles: pd.DataFrame) -> None:
-    """Print a row for the embeddings and for each head's OV and keys."""
+def pairs_line(summary: Mapping[str, Any]) -> str:
+    """Return a sentence about the run of all pairs, from a record's summary; empty if they were not run."""
+    if "pairs/accuracy" not in summary:
+        return ""
+    told = [f"{100 * summary['pairs/accuracy']:.1f} % right"]
+    if "pairs/distance_irrelevance" in summary:
+        told.append(f"distance irrelevance {summary['pairs/distance_irrelevance']:.2f}")
+    symmetricity, error = (summary[f"pairs/gradient_symmetricity{end}"] for end in ("", "_se"))
+    about = f" (standard error {error:.3f})" if error else ""
+    return f"All pairs were run: {', '.join(told)}, gradient symmetricity {symmetricity:.2f}{about}."
+
+
+def print_cycles(out: Console, cycles: pd.DataFrame, summary: Mapping[str, Any]) -> None:
+    """Print a row for the embeddings and for each head's OV and keys, and what a run of all pairs came to."""
     table = FittedTable(COLUMNS, "cycles.parquet")
     for row in cycles.to_dict("records"):
         there = not math.isnan(row["share"])
@@ -51,5 +63,7 @@ def print_cycles(out: Console, cycles: pd.DataFrame) -> None:
             wording.VERDICTS[row["verdict"]] if row.get("verdict") in wording.VERDICTS else "",
         )
     out.print()
+    if line := pairs_line(summary):
+        out.print(line)
     out.print(table)
     out.print(LEGEND, style="dim")

@@ -26,6 +26,7 @@ from ovqk.records.comparison import could_be_corroborated
 from ovqk.records.steps import said, shared_steps
 from ovqk.report import pictures, thinning
 from ovqk.report.cycle_image import cycle_image
+from ovqk.report.opening import BY_FREQUENCY, opening
 from ovqk.report.prompts_data import prompt_data, prompt_palette, prompt_words
 from ovqk.report.thinning import DETAILS, Detail, Grid, Pool, columnar, short
 
@@ -135,6 +136,8 @@ def page_data(
             "modes": wording.MODES,
             "parts": wording.PARTS,
             "candidates_worth": wording.CANDIDATES_WORTH,
+            "patterns": wording.PATTERNS,
+            "by_frequency": {"title": "By frequency", "says": BY_FREQUENCY},
             "pair_metrics": {name: wording.metric(name) for name in COMPOSITION_METRICS},
         }
         | pictures.panel_words()
@@ -146,6 +149,8 @@ def page_data(
             "missing": [colours.MISSING, colours.MISSING_DARK],
             "verdicts": colours.VERDICT_COLOURS,
             "modes": colours.MODES,
+            "band": colours.BAND,
+            "crossed": colours.CROSSED,
         }
         | prompt_palette(cells),
         "cells": [
@@ -156,6 +161,7 @@ def page_data(
         ],
         "depth": pictures.depth_data(cells, drawn, pool),
         "limits": pictures.limits(),
+        "opening": opening(cells, failures),
         "failures": [vars(failure) for failure in failures],
         "detail": vars(detail),
         "tokens": pool.tokens.items,
@@ -211,6 +217,8 @@ def _shown() -> Json:
         "depth": shown_in("depth"),
         "profile": {circuit: [metric.name for metric in profile if metric.circuit == circuit] for circuit in below},
         "ratios": below,
+        "scatter": {"x": "qk_symmetry", "y": "qk_positional_share"},
+        "offsets": "qk_prev_auc",
         "shares": {
             kind: [
                 {"metric": metric, "name": name, "group": part}

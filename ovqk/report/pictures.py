@@ -14,14 +14,27 @@ import pandas as pd
 from ovqk import wording
 from ovqk.figures import circuits, depth, drawing, embedded, portraits
 from ovqk.figures.choice import compositions, depth_tables
-from ovqk.metrics import METRICS, shown_in
+from ovqk.metrics import METRICS, SENDERS_READ, shown_in
 from ovqk.records.cells import Cell, Json, weights_labels
 from ovqk.report.thinning import Pool, short
 
+CANDIDATES = 3
+"""How many candidates for each role and model the page compares."""
 TOKENS = 8
 """How many tokens the page shows at most at one end of a component."""
 
 
+EFFECT_COLUMNS = [
+    {"key": "task", "title": "task"},
+    {"key": "role", "title": "role"},
+    {"key": "model", "title": "model"},
+    {"key": "heads", "title": "heads", "number": True},
+    {"key": "primary", "title": "primary metric"},
+    {"key": "effect", "title": "AUC within layer", "number": True},
+    {"key": "q", "title": "q", "number": True},
+    {"key": "verdict", "title": "verdict"},
+]
+"""The columns of the page's table of roles, in order; `number` columns stand on the right."""
 Drawn = Sequence[tuple[depth.Panel, str]]
 """Panels along the depth, each with its SVG."""
 
@@ -157,6 +170,7 @@ def panel_words() -> Json:
         "units": {"value": "", "rank": wording.RANKS, "percentile": "percentile"},
         "cannot": wording.CANNOT,
         "reported": wording.REPORTED,
+        "effect_columns": EFFECT_COLUMNS,
     }
 
 
@@ -168,6 +182,8 @@ def limits() -> dict[str, Any]:
         "tokens": TOKENS,
         "stretched": drawing.STRETCHED_ABOVE,
         "offsets": drawing.OFFSET_MARKS,
+        "senders": SENDERS_READ,
+        "candidates": CANDIDATES,
     }
 
 

@@ -31,16 +31,34 @@ def next_arguments(folder: Path, record: Mapping[str, Any]) -> str | None:
     tasks = _tasks(folder, record)
     if not tasks:
         other = "b03" if record["analysis"] == "composition" else "composition"
-        return f"{given}{model} task={record['task']} analysis={other}{place}"
+        return f"{given}{model} task={record['task']}{cycle_arguments(record)} analysis={other}{place}"
     analysis = "" if record["analysis"] == "b03" else f" analysis={record['analysis']}"
     return f"{given}{'-m ' if len(tasks) > 1 else ''}{model} task={','.join(tasks)}{analysis}{place}"
+
+
+def cycle_arguments(record: Mapping[str, Any]) -> str:
+    """Return the choices about a task's cycle, as arguments that choose them again; empty without a cycle of tokens."""
+    cycle = record["provenance"]["config"].get("task", {}).get("cycle")
+    if not cycle or cycle.get("words"):
+        return ""
+    told = {key: cycle.get(key) for key in ("modulus", "first", "query", "between")}
+    told |= {} if cycle.get("operator", "+") == "+" else {"operator": f"'{cycle['operator']}'"}
+    default = {"modulus": 113, "first": 0, "query": 113, "between": None}
+    return "".join(
+        f" task.cycle.{key}={'null' if value is None else value}"
+        for key, value in told.items()
+        if value != default.get(key, "")
+    )
 
 
 def model_arguments(chosen: Mapping[str, Any]) -> str | None:
     """Return the arguments that choose this model again; None if no file in conf/model has its name."""
     if chosen["source"] == "local":
-        claims = f" model.claims={chosen['claims']}" if chosen["claims"] else ""
-        return f"model=local {quoted('model.path', chosen['path'])} model.name={chosen['name']}{claims}"
+        asked = {"claims": chosen["claims"] or None, "n_ctx": chosen["n_ctx"], "causal": chosen["causal"]}
+        asked["attn_coeff"] = None if chosen.get("attn_coeff", 1) == 1 else chosen["attn_coeff"]
+        more = "".join(f" model.{key}={str(value).lower() if key == 'causal' else value}"
+                       for key, value in asked.items() if value is not None)  # fmt: skip
+        return f"model=local {quoted('model.path', chosen['path'])} model.name={chosen['name']}{more}"
     name, more = chosen["name"], ""
     if chosen["checkpoint"] is not None:  # a training step is part of the name
         name, more = name.removesuffix(f"-{chosen['revision']}"), f" model.checkpoint={chosen['checkpoint']}"

@@ -95,7 +95,7 @@ def print_cell(folder: Path, cached: bool) -> None:
             out.print(line, style="dim")
     cycles = load_table(folder, "cycles")
     if cycles is not None:
-        print_cycles(out, cycles)
+        print_cycles(out, cycles, record["summary"])
     _print_on_prompts(out, folder, record)
     _print_places(out, folder, record)
 
@@ -190,8 +190,8 @@ def _print_candidates(out: Console, folder: Path) -> None:
     out.print(candidate_table(found))
     out.print(
         "z: distance from the median head of the model, in standard deviations (from the MAD) and in the predicted "
-        "direction. gap: distance from the next head; 0 if it ties. in layer: share of the layer's other heads that are "
-        "lower; if ↓ is predicted, 0% is the strongest.",
+        "direction. gap: distance from the next head; 0 if it ties. in layer: share of the layer's other heads that "
+        "are lower; if ↓ is predicted, 0% is the strongest.",
         style="dim",
     )
     _say(out, wording.CANDIDATES_WORTH, "dim")

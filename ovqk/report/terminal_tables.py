@@ -18,7 +18,7 @@ STYLES = {
     "contradicted": "red",
     "unsupported": "magenta",
 }
-LEGEND = ("consistent only", "contradicted (spectrum)")
+LEGEND = ("consistent only", "unsupported (spectrum)")
 """Verdicts with flags that a table explains."""
 SHOWN_CANDIDATES = 3  # for each role
 SHOWN_PAIRS = 5  # head pairs for each kind of composition

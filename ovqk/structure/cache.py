@@ -84,7 +84,7 @@ class StructureCache:
                 name: analysis[name]
                 for name in ("circuits", "offsets", "components", "directions_embedding", "rare_tokens", "diagonals")
             },
-            "model": {"n_ctx": config.model.n_ctx, "causal": config.model.causal},
+            "model": {name: getattr(config.model, name) for name in ("n_ctx", "causal", "attn_coeff")},
             "tokens": None if model.vocabulary is None else model.vocabulary.size,
             "spelled": model.tokenizer is not None,
             "device": model.device.type,

@@ -1,7 +1,7 @@
 """The stages that need no task: every head's spectra, symmetry, positions and directions, layer by layer."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +11,8 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from ovqk.circuits import diagonals, moments, positions, spectra
-from ovqk.circuits.components import Components, components
+from ovqk.circuits.components import SIDES, Components, components, singular_components
+from ovqk.circuits.composition import LayerCircuits
 from ovqk.circuits.maps import Maps
 from ovqk.circuits.simulated import Senders, Simulated, attention
 from ovqk.circuits.spectra import full_circuit_ratio
@@ -127,6 +128,32 @@ class DirectionTables:
         if self._waiting and self.model.directions is not None:
             self._made += self.model.directions.tables(self._waiting)
             self._waiting = []
+
+
+def component_rows(
+    model: Model, layers: Sequence[LayerCircuits], wanted: Collection[tuple[int, int, int]]
+) -> pd.DataFrame:
+    """List the tokens that single components of heads' OV read and write, as `directions` lists the leading ones.
+
+    Args:
+        model: the model, whose `directions` is not None.
+        layers: all layers' circuits, folded.
+        wanted: (layer, head, component), each at least once.
+    """
+    assert model.directions is not None
+    found = []
+    for layer in sorted({layer for layer, _, _ in wanted}):
+        here = {(head, component) for at, head, component in wanted if at == layer}
+        parts = singular_components(layers[layer].ov, 1 + max(component for _, component in here))
+        places = zip(parts.head.tolist(), parts.component.tolist(), strict=True)
+        kept = torch.tensor([place in here for place in places], dtype=torch.bool, device=parts.head.device)
+        chosen = {each.name: getattr(parts, each.name)[kept] for each in dataclasses.fields(Components)}
+        chosen |= {side: chosen[side].double() for side in SIDES}
+        found.append((layer, Circuit.ov, Components(**chosen)))
+    made = pd.concat(model.directions.tables(found), ignore_index=True)
+    if model.block0_side is not None:
+        model.block0_side.forget()
+    return made
 
 
 # --- circuits ------------------------------------------------------------------------------------------------

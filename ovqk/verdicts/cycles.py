@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,15 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ovqk.circuits import fourier
-from ovqk.config.schema import CycleConfig, TaskConfig
-from ovqk.errors import UserError
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import Tables
-from ovqk.tasks.lookup import WordLookup
+from ovqk.tasks.cycle import Cycle
 from ovqk.verdicts.statistics import ALPHA, benjamini_hochberg
 from ovqk.weights.types import keys, queries
 
-LEAST_RESIDUES = 5
 AT_ONCE = 2**24
 """How many elements of relabelled matrices are transformed together."""
 TIE = 1e-9
@@ -28,65 +24,6 @@ MOST_OF = 0.5
 """The least share of power for a claim that one frequency dominates, or that a head moves within frequencies."""
 SPARSE = 0.25
 """A part is sparse if at most this share of all frequencies holds 95 % of its power."""
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """A task's cycle as tokens of one model.
-
-    Attributes:
-        ids: the token id of each residue.
-        query: the id of the token at which the answer is read, for instance "="; None if that token is a residue.
-    """
-
-    ids: Int[Tensor, " residue"]
-    query: int | None
-
-    @property
-    def p(self) -> int:
-        """The modulus: the number of residues, at least 5."""
-        return len(self.ids)
-
-
-def read_cycle(model: Model) -> Cycle | str:
-    """Return the task's cycle as tokens of the model, or a sentence that says why the model has none.
-
-    Raises:
-        UserError: a key of `task.cycle` is wrong, or the model's vocabulary is too small for the cycle.
-    """
-    task = model.config.task
-    config = task.cycle
-    assert config is not None
-    key, vocabulary = f"task {task.name}: cycle", model.vocabulary
-    if vocabulary is None:
-        return "the checkpoint holds no embedding"
-    if config.modulus < LEAST_RESIDUES:
-        raise UserError(f"{key}.modulus={config.modulus}: allowed: {LEAST_RESIDUES} and more.")
-    ids = _of_words(model, task, config) if config.words else range(config.first, config.first + config.modulus)
-    ends = (ids[0], ids[-1]) if isinstance(ids, range) else ids  # a range may be far too long for a list
-    wanted = [*ends, *([] if config.query is None else [config.query])]
-    if min(wanted) < 0 or max(wanted) >= vocabulary.size:
-        raise UserError(
-            f"{key}: names the tokens {min(wanted)} to {max(wanted)}, and {model.label} has {vocabulary.size}; set "
-            "task.cycle.modulus, task.cycle.first and task.cycle.query to those of the model."
-        )
-    return Cycle(torch.tensor(list(ids)), config.query)
-
-
-def _of_words(model: Model, task: TaskConfig, config: CycleConfig) -> list[int]:
-    words = task.words.get(str(config.words))
-    key = f"task {task.name}: cycle.words={config.words}"
-    if words is None or len(words) != config.modulus:
-        found = "no such word set" if words is None else f"{len(words)} words"
-        raise UserError(f"{key}: {found}; allowed: a set of task.words with as many as cycle.modulus={config.modulus}.")
-    if model.tokenizer is None or model.vocabulary is None:
-        raise UserError(f"{key}: {model.label} has no tokenizer to find them by.")
-    lookup = WordLookup(model.tokenizer, model.vocabulary.size)
-    ids = {word: lookup.token(word) for word in words}
-    missing = [word for word, token in ids.items() if token is None]
-    if missing or len(set(ids.values())) < len(words):
-        raise UserError(f"{key}: not one token each in {model.label}: {', '.join(missing[:6]) or 'two are the same'}.")
-    return [token for token in ids.values() if token is not None]
 
 
 def cycle_verdict(row: Mapping[Hashable, Any], cycles: pd.DataFrame, p: int) -> str:
@@ -169,9 +106,14 @@ class CycleTables:
         return {"frequencies": pd.concat(self._frequencies, ignore_index=True), "cycles": cycles}
 
     def _key_scores(self, layer: Layer) -> Float[Tensor, "head residue"] | None:
-        """Return each residue's score as a key, unscaled; None under rotary positions, which rotate keys."""
+        """Return each residue's score as a key, unscaled.
+
+        It is None under rotary positions, which rotate keys, and if no score reaches attention (`attn_coeff` 0).
+        """
         weights, architecture, vocabulary = layer.folded, self.model.architecture, self.model.vocabulary
         if weights.rotary is not None or architecture.positions == "unsupported" or vocabulary is None:
+            return None
+        if architecture.attn_coeff == 0:
             return None
         W_E = self.W_E.to(weights.W_Q.device)
         token: Tensor = W_E.mean(0)
@@ -180,7 +122,9 @@ class CycleTables:
         W_pos = None if self.model.W_pos is None else self.model.W_pos.to(W_E)
         query, rows = token[None], W_E
         if W_pos is not None:
-            query, rows = query + W_pos[-1], rows + W_pos[:-1].mean(0)
+            last = self.cycle.length - 1
+            before = [place for place in self.cycle.places if place != last]
+            query, rows = query + W_pos[last], rows + W_pos[before].mean(0)
         q = queries(weights, architecture.normalised(query))[:, 0]
         k = keys(weights, architecture.normalised(rows))[architecture.kv_of_head.to(W_E.device)]
         return torch.einsum("hz,hrz->hr", q, k).cpu()
@@ -192,7 +136,7 @@ class CycleTables:
         def largest(orders: Int[Tensor, "draw residue"]) -> Float[Tensor, " draw"]:
             return fourier.power(rows[orders]).amax(-1)
 
-        more = {"block_share": math.nan, "shift_variance": math.nan}
+        more = dict.fromkeys(("block_share", "shift_variance", "reflected_variance"), math.nan)
         self._add(part, layer, head, own, largest, float(own.max()), more, rows.shape[-1])
 
     def _add_matrix(self, layer: int, head: int, matrix: Float[Tensor, "residue residue"]) -> None:
@@ -202,7 +146,11 @@ class CycleTables:
         def together(orders: Int[Tensor, "draw residue"]) -> Float[Tensor, " draw"]:
             return fourier.blocks(matrix[orders[:, :, None], orders[:, None, :]]).sum(-1)
 
-        more = {"block_share": float(own.sum()), "shift_variance": float(fourier.shift_variance(matrix))}
+        more = {
+            "block_share": float(own.sum()),
+            "shift_variance": float(fourier.shift_variance(matrix)),
+            "reflected_variance": float(fourier.shift_variance(matrix, back=True)),
+        }
         self._add("ov", layer, head, own, together, float(own.sum()), more, self.cycle.p)
 
     def _add(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ovqk import wording
 from ovqk.config.schema import CIRCUITS
 from ovqk.metrics import HEAD_METRICS, METRICS
 from ovqk.verdicts.null_tests import NullTest
@@ -23,7 +24,7 @@ from ovqk.verdicts.nulls import Values
 from ovqk.verdicts.statistics import ALPHA
 from ovqk.weights.types import Head
 
-PATTERNS = ("ov_aligned", "qk_simple", "ov_flat", "both_align")
+PATTERNS = tuple(wording.PATTERNS)
 SIMPLE = 0.25  # share of d_head
 CLUSTER = 0.1  # a component is not identified alone if the next one is closer than this share of its value
 FLAT_QUANTILE, FLAT_DRAWS = 0.05, 400

@@ -4,12 +4,14 @@ The verdict is the first of these that holds. Only nulls that count for the metr
 
     out_of_scope   the role predicts nothing about the weights
     untestable     the primary metric is unavailable, or no null can reach p <= 0.05
-    contradicted   the primary is significant in the opposite direction under one null, and as predicted under none
+    contradicted   the primary is significant in the opposite direction under a null that compares with other heads or
+                   other words, and as predicted under none of these
     corroborated   the primary is significant under every null that can reach 0.05, and one of them compares with other
                    heads or other words; no secondary prediction is significantly opposite
     partial        the primary is significant under at least one null that compares with other heads or other words
     consistent     it is significant under `spectrum` alone, which any trained head may be
-    unsupported    none of these holds
+    unsupported    none of these holds, also if it is significant in the opposite direction under `spectrum` alone,
+                   which any trained head may be too
 """
 
 import math
@@ -30,7 +32,7 @@ from ovqk.weights.types import Head
 VERDICTS = tuple(wording.VERDICTS)
 
 SPECTRUM_ONLY = "spectrum"
-"""The flag for a contradiction by `spectrum` alone."""
+"""The flag for an unsupported claim that is significant in the opposite direction under `spectrum`."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,16 @@ class Evidence:
     def opposed(self) -> list[NullTest]:
         """Testable tests that are significant in the other direction."""
         return [row for row in self.testable if row.q_opposite < ALPHA]
+
+    @cached_property
+    def held_beyond(self) -> list[NullTest]:
+        """Those that hold and compare with other heads or other words, not with `spectrum`."""
+        return [row for row in self.held if row.null != "spectrum"]
+
+    @cached_property
+    def opposed_beyond(self) -> list[NullTest]:
+        """Those that are significant in the other direction, and compare with other heads or other words."""
+        return [row for row in self.opposed if row.null != "spectrum"]
 
     @property
     def any_opposite(self) -> bool:
@@ -153,7 +165,7 @@ def judge(
 
 def _flags(verdict: str, evidence: Evidence) -> list[str]:
     flags = ["mixed"] if verdict in ("partial", "consistent") and evidence.any_opposite else []
-    if verdict == "contradicted" and {row.null for row in evidence.opposed} == {"spectrum"}:
+    if verdict == "unsupported" and evidence.opposed:  # under spectrum: any other would contradict
         flags.append(SPECTRUM_ONLY)
     return flags
 
@@ -177,15 +189,16 @@ def _decide(
     if not evidence.testable:
         best = min(evidence.primary, key=lambda row: row.min_p)
         return "untestable", f"no null can reach p <= {ALPHA}: {_too_few(best)}"
-    if evidence.opposed and not evidence.held:
-        against = ", ".join(f"q = {row.q_opposite:.2g} under {row.null}" for row in evidence.opposed)
-        return "contradicted", "; ".join(filter(None, (f"significant the other way: {against}", untested)))
+    against = ", ".join(f"q = {row.q_opposite:.2g} under {row.null}" for row in evidence.opposed)
+    opposite = f"significant the other way: {against}" if against else ""
+    if evidence.opposed_beyond and not evidence.held_beyond:
+        return "contradicted", "; ".join(filter(None, (opposite, untested)))
     every_null_held = len(evidence.held) == len(evidence.testable)
     if every_null_held and evidence.has_peers and not evidence.any_opposite:
         return "corroborated", untested
-    beyond_spectrum = any(row.null != "spectrum" for row in evidence.held)
-    verdict = "partial" if beyond_spectrum else "consistent" if evidence.held else "unsupported"
-    return verdict, "; ".join(filter(None, (untested, _powerless(evidence.testable))))
+    verdict = "partial" if evidence.held_beyond else "consistent" if evidence.held else "unsupported"
+    told = opposite if verdict == "unsupported" else ""
+    return verdict, "; ".join(filter(None, (told, untested, _powerless(evidence.testable))))
 
 
 def _untested(subject: Subject, predicted: Predicted, evidence: Evidence) -> str:

@@ -32,7 +32,12 @@ def open_weights(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
 
 def _open(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
     if not checkpoint.config:
-        return TransformerLensWeights(checkpoint, model.n_ctx, model.causal)
+        return TransformerLensWeights(checkpoint, model.n_ctx, model.causal, model.attn_coeff)
+    if model.attn_coeff != 1:
+        raise UserError(
+            f"model.attn_coeff={model.attn_coeff}: {checkpoint.label} has its own config.json, and attention is all "
+            "softmax in every architecture that ovqk knows; allowed: 1."
+        )
     kind = checkpoint.config.get("model_type")
     if not isinstance(kind, str):
         said = "no model_type" if kind is None else f"'model_type' as {kind!r}; allowed: its name"

@@ -20,7 +20,7 @@ class TransformerLensWeights:
     foldable = True
     no_vocabulary: str | None = None
 
-    def __init__(self, checkpoint: Checkpoint, n_ctx: int | None, causal: bool | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, n_ctx: int | None, causal: bool | None, attn_coeff: float = 1.0) -> None:
         """Read the architecture off the shapes.
 
         Raises:
@@ -28,6 +28,8 @@ class TransformerLensWeights:
         """
         self.checkpoint = checkpoint
         self.notes = [] if causal is not None else ["model.causal is not set: attention taken to be causal"]
+        if attn_coeff == 0:
+            self.notes.append("model.attn_coeff is 0: no score reaches attention, so QK describes weights without use")
         numbers = (re.match(r"blocks\.(\d{1,9})\.", name) for name in checkpoint.shapes)
         layers = {int(number[1]) for number in numbers if number}
         gap = next((layer for layer in range(len(layers)) if layer not in layers), None)
@@ -58,6 +60,7 @@ class TransformerLensWeights:
             norm_eps=1e-5,
             positions="learned" if positions else "none",
             causal=True if causal is None else causal,
+            attn_coeff=attn_coeff,
         )
 
     def layer(self, index: int) -> LayerWeights:

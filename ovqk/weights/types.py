@@ -38,6 +38,7 @@ class Architecture:
         parallel: a block's attention and MLP both read its input.
         tied: the unembedding is the transposed embedding.
         activation: the MLP's activation, by name; None if there is no MLP that ovqk reads.
+        attn_coeff: the softmax's share of attention, in [0, 1]; the rest is 1 for every key that a query sees.
     """
 
     family: str
@@ -57,6 +58,7 @@ class Architecture:
     post_norm: bool = False
     qk_norm: bool = False
     parallel: bool = False
+    attn_coeff: float = 1.0
 
     def normalised(self, rows: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Normalise residual-stream rows as the norm before attention does, but for its gain and bias."""
@@ -100,6 +102,16 @@ class LayerWeights:
 def score_scale(weights: LayerWeights, architecture: Architecture) -> float:
     """Return the factor that multiplies a layer's scores."""
     return weights.attention_scale or architecture.attention_scale or architecture.d_head**-0.5
+
+
+def mixed(scores: Float[Tensor, "*batch query key"], attn_coeff: float) -> Float[Tensor, "*batch query key"]:
+    """Return attention: the softmax of scores times `attn_coeff`, and 1 - `attn_coeff` for every key in sight.
+
+    The second part is 1 for a key and not 1 / keys, as in the models of Zhong et al. 2023 (arXiv:2306.17844). Scores of
+    keys out of sight are -inf.
+    """
+    pattern = scores.softmax(-1)
+    return pattern if attn_coeff == 1 else attn_coeff * pattern + (1 - attn_coeff) * (scores > -torch.inf)
 
 
 def queries(weights: LayerWeights, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "head row d_head"]:

@@ -42,6 +42,7 @@ class Hub:
         deaf: names of large files that are sent whole whatever the range.
         spared: bodies that begin before this byte are sent as they should be.
         pause: seconds before each body of a large file.
+        revisions: revision -> its files, if the repository keeps some besides `main`; each is a commit of its own.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -54,6 +55,18 @@ class Hub:
     deaf: set[str] = field(default_factory=set)
     spared: int = 0
     pause: float = 0.0
+    revisions: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def commit(self, revision: str) -> str | None:
+        """The commit of a branch, tag or commit; None if there is no such revision."""
+        if revision in ("main", COMMIT):
+            return COMMIT
+        commits = {name: _commit(name) for name in self.revisions}
+        return commits.get(revision) or (revision if revision in commits.values() else None)
+
+    def files_at(self, revision: str) -> dict[str, bytes]:
+        """The files of a revision that there is."""
+        return next((held for name, held in self.revisions.items() if revision in (name, _commit(name))), self.files)
 
     def __enter__(self) -> "Hub":
         self.closing, self.lock = threading.Event(), threading.Lock()
@@ -83,6 +96,10 @@ class Hub:
     def bytes_of(self, name: str) -> int:
         """How many bytes of a file were sent in all."""
         return sum(sent.size for sent in self.sent if sent.name == name)
+
+
+def _commit(revision: str) -> str:
+    return hashlib.sha1(revision.encode(), usedforsecurity=False).hexdigest()
 
 
 class _Server(ThreadingHTTPServer):
@@ -122,12 +139,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._storage(match[1])
         elif match := re.fullmatch(rf"/api/models/{REPO}/(revision|tree)/([^/]+)", path):
             if self._known(match[2]):
-                self._json({"id": REPO, "sha": COMMIT} if match[1] == "revision" else self._tree())
+                about = {"id": REPO, "sha": self.hub.commit(match[2])}
+                self._json(about if match[1] == "revision" else self._tree(self.hub.files_at(match[2])))
         else:
             self._fail(401, "RepoNotFound")
 
     def _known(self, revision: str) -> bool:
-        if revision in ("main", COMMIT):
+        if self.hub.commit(revision) is not None:
             return True
         self._fail(404, "RevisionNotFound")
         return False
@@ -135,20 +153,22 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, revision: str, name: str) -> None:
         if not self._known(revision):
             return
-        if name not in self.hub.files:
+        files, commit = self.hub.files_at(revision), str(self.hub.commit(revision))
+        if name not in files:
             self._fail(404, "EntryNotFound")
             return
-        data = self.hub.files[name]
-        headers = {"X-Repo-Commit": COMMIT}
+        data = files[name]
+        headers = {"X-Repo-Commit": commit}
         if name.endswith(".safetensors"):
             headers |= {"X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
-            self._send(302, headers | {"Location": f"{self.hub.storage}/storage/{name}"}, b"")
+            self._send(302, headers | {"Location": f"{self.hub.storage}/storage/{commit}/{name}"}, b"")
         else:
             self._note(name, 0, len(data))
             self._send(200, headers | {"ETag": f'"{_git_hash(data)}"'}, data)
 
     def _storage(self, name: str) -> None:
-        data, start, status, headers = self.hub.files[name], 0, 200, {}
+        commit, _, name = name.partition("/")
+        data, start, status, headers = self.hub.files_at(commit)[name], 0, 200, {}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked and not (name in self.hub.deaf and int(asked[1]) >= self.hub.spared):
             start, stop = int(asked[1]), int(asked[2] or len(data) - 1) + 1
@@ -168,9 +188,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._note(name, start, len(data))
         self._send(status, headers, data)
 
-    def _tree(self) -> list[dict[str, Any]]:
+    def _tree(self, files: dict[str, bytes]) -> list[dict[str, Any]]:
         entries: list[dict[str, Any]] = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": "onnx"}]
-        for name, data in self.hub.files.items():
+        for name, data in files.items():
             entry = {"type": "file", "oid": _git_hash(data), "size": len(data), "path": name}
             if name.endswith(".safetensors"):
                 entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}

@@ -112,7 +112,7 @@ function atlasHead(cell, metric, scale, layer, head, marks, tried, { x, y, size,
   const node = s("a", { href: headLink(cell, label), role: "gridcell", tabindex: label === focus ? 0 : -1, "data-head": label,
     "aria-label": [`head ${label}`, `${REPORT.metrics[metric].title} ${said}`, ...roles].join(", ") },
     s("rect", { class: "focus", x: x + 1, y: y + 1, width: size - 2, height: size - 2, rx: Math.min(4, size / 7), fill: background }),
-    isNumber(found) ? null : s("path", { d: `M${x + 4} ${y + size - 4} L${x + size - 4} ${y + 4}`, stroke: shade(["#b9b9b9", "#5c6067"]), "stroke-width": 1 }),
+    isNumber(found) ? null : s("path", { d: `M${x + 4} ${y + size - 4} L${x + size - 4} ${y + 4}`, stroke: shade(REPORT.palette.crossed), "stroke-width": 1 }),
     claims.length || proposals.length ? s("rect", { x: x + 3.2, y: y + 3.2, width: size - 6.4, height: size - 6.4, rx: Math.min(3, size / 9), fill: "none",
       stroke: ink, "stroke-width": claims.length ? 2 : 1.2, "stroke-dasharray": claims.length ? null : "2 2" }) : null,
     role && size >= 26 ? s("text", { x: x + size / 2, y: y + size / 2 + 3.6, "text-anchor": "middle", style: `fill:${ink};font-size:${role.length > 4 ? 8 : 10}px;font-weight:600` }, clipped(role, 6)) : null);

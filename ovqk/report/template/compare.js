@@ -8,21 +8,11 @@ function comparePage() {
   const draw = () => content.replaceChildren(...compareContent().filter(Boolean));
   draw();
   return [
-    h("h1", { tabindex: -1 }, CELLS.some(judged) ? "Do the weights bear out the claims?" : "Which heads are strongest for each role?"),
-    h("p", { class: "lead" }, summary()),
+    h("h1", { tabindex: -1 }, REPORT.opening.title),
+    h("p", { class: "lead" }, REPORT.opening.lead),
     compareControls(draw),
     content,
   ];
-}
-
-function summary() {
-  const roles = CELLS.flatMap((cell) => rows(cell, "verdicts").filter((row) => row.kind === "role"));
-  const counts = Object.keys(REPORT.wording.verdicts).map((name) => [verdictName(name), roles.filter((row) => row.verdict === name).length]).filter(([, n]) => n);
-  const tasks = TASKS.filter((task) => task !== "none");
-  const lost = REPORT.failures.length ? `, and ${plural(REPORT.failures.length, "cell")} without results` : "";
-  const size = `${plural(CELLS.length, "cell")} of ${plural(MODELS.length, "model")}${tasks.length ? ` and ${plural(tasks.length, "task")}` : ""}${lost}. `;
-  if (!roles.length) return `${size}No circuit is claimed for any of them, so there is nothing to judge. The strongest heads for each role are candidates: places to look first, and no findings. Every head is in the atlas.`;
-  return `${size}${plural(roles.length, "role")} with claimed heads: ${sentenceList(counts.map(([name, n]) => `${n} ${name}`))}.`;
 }
 
 function compareControls(draw) {
@@ -60,8 +50,8 @@ function compareContent() {
 function byFrequency(cells) {
   const drawn = cells.filter((cell) => cell.frequencies);
   if (!drawn.length) return [];
-  return [h("h2", {}, "By frequency"), h("p", { class: "small" }, "The words of the task are a cycle. Bars: the power of the embeddings at each frequency. Rows: the share of a head's OV that goes from a frequency to itself, and of its keys; the darker, the more. A mark at a row's end is its verdict: keys are of one frequency, OV moves that same one."),
-    ...drawn.map((cell) => h("figure", {}, h("img", { class: "drawn", src: cell.frequencies.address, alt: cell.frequencies.description })))];
+  return [h("h2", {}, REPORT.wording.by_frequency.title), h("p", { class: "note" }, REPORT.wording.by_frequency.says), legend(new Set(drawn.flatMap((cell) => cell.frequencies.verdicts))),
+    ...drawn.map(({ frequencies }) => h("figure", {}, h("img", { class: "drawn", src: frequencies.address, alt: frequencies.description }), frequencies.pairs ? h("figcaption", {}, frequencies.pairs) : null))];
 }
 
 /** The message of each cell without results of a task that no other cell has: no table has a place for it. */
@@ -72,7 +62,7 @@ function lostElsewhere() {
 
 // --- candidates -------------------------------------------------------------------------------------------
 
-const FIRST = 3; // candidates of each role
+const FIRST = REPORT.limits.candidates; // of each role
 
 /** For each task a table of models x roles: the strongest heads of models for which nothing is claimed. */
 function candidateTables(cells) {
@@ -174,16 +164,7 @@ function headMark(cell, row) {
 
 // --- effects ----------------------------------------------------------------------------------------------
 
-const EFFECT_COLUMNS = [
-  { key: "task", title: "task" },
-  { key: "role", title: "role" },
-  { key: "model", title: "model" },
-  { key: "heads", title: "heads", number: true },
-  { key: "primary", title: "primary metric" },
-  { key: "effect", title: "AUC within layer", number: true },
-  { key: "q", title: "q", number: true },
-  { key: "verdict", title: "verdict" },
-];
+const EFFECT_COLUMNS = REPORT.wording.effect_columns;
 
 function effectRows(cells) {
   return cells.flatMap((cell) => {

@@ -73,7 +73,7 @@ function headVerdicts(cell, layer, head) {
 }
 
 function verdictCard(cell, row) {
-  const patterns = [["ov_aligned", "OV aligned"], ["qk_simple", "QK simple"], ["ov_flat", "OV flat"], ["both_align", "both align"]]
+  const patterns = Object.entries(REPORT.wording.patterns)
     .filter(([key]) => row[key] !== null && row[key] !== undefined).map(([key, name]) => `${name}: ${row[key] ? "yes" : "no"}`);
   const role = rows(cell, "verdicts").find((other) => other.kind === "role" && other.role === row.role);
   return h("section", { class: "card" },

@@ -84,19 +84,24 @@ function powerText(power) {
 
 const RATIOS = REPORT.shown.ratios;
 
+/** A metric's range. */
+function bounds(metric) {
+  return [REPORT.metrics[metric].low, REPORT.metrics[metric].high];
+}
+
 /** The eigenvalue ratio on its range, with the band of the spectrum null if any cell of these weights drew it. */
 function ratioGauge(cell, layer, head, circuit, space, top) {
   const metric = RATIOS[circuit][space];
   const found = value(cell, metric, layer, head);
   if (!isNumber(found)) return { drawn: null, said: "", caption: `${metricTitle(metric)} is unavailable: ${whyMissing(cell, metric, layer)}.` };
-  const x = linear([-1, 1], [48, 292]);
+  const x = linear(bounds(metric), [48, 292]);
   const row = spectrumRow(cell, metric, layer, head);
   const scale = { kind: "diverging", low: -1, centre: 0, high: 1 };
   const band = row ? [quantile(row, 0.05), quantile(row, 0.5), quantile(row, 0.95)] : null;
   const y = top + 28;
   const drawn = s("g", {},
     s("line", { class: "axis", x1: x(-1), x2: x(1), y1: y, y2: y }),
-    band ? s("rect", { x: x(band[0]), y: y - 7, width: Math.max(2, x(band[2]) - x(band[0])), height: 14, rx: 2, fill: shade(["#b8bcc3", "#5a6069"]) }) : null,
+    band ? s("rect", { x: x(band[0]), y: y - 7, width: Math.max(2, x(band[2]) - x(band[0])), height: 14, rx: 2, fill: shade(REPORT.palette.band) }) : null,
     band ? s("line", { x1: x(band[1]), x2: x(band[1]), y1: y - 7, y2: y + 7, stroke: css("--muted"), "stroke-width": 1.5 }) : null,
     [-1, 0, 1].map((at) => s("text", { class: "tick", x: x(at), y: y + 23, "text-anchor": "middle" }, tickText(at))),
     s("circle", { cx: x(found), cy: y, r: 6.5, fill: colour(scale, found), stroke: css("--ink"), "stroke-width": 1.5 }),
@@ -180,7 +185,7 @@ function profile(cell, layer, head, circuit) {
     }));
   const absent = names.filter((name) => !column(cell, name));
   return figure({
-    title: "Among the model's heads",
+    title: PANELS.profile,
     drawing: drawn,
     caption: `Grey: the other heads. Each line spans the metric's range.${absent.length ? ` Unavailable: ${absent.map(metricTitle).join(", ")}.` : ""}`,
     name: `profile-${cell.model}-${layer}.${head}-${circuit}`,
@@ -223,12 +228,13 @@ function componentName(row) {
 
 /** Symmetry against the measured share of position, for every head of the model. */
 function symmetryScatter(cell, layer, head) {
-  const lacking = ["qk_symmetry", "qk_positional_share"].find((name) => !column(cell, name));
+  const { x: across, y: up } = REPORT.shown.scatter;
+  const lacking = [across, up].find((name) => !column(cell, name));
   if (lacking) return h("figure", {}, h("h3", {}, PANELS.symmetry), missing(whyMissing(cell, lacking, layer)));
   const size = { width: 340, height: 262, left: 46, right: 14, bottom: 42 };
-  const plot = axes({ ...size, x: { domain: [-1, 1], title: AXES.symmetry }, y: { domain: [0, 1], title: AXES.share } });
+  const plot = axes({ ...size, x: { domain: bounds(across), title: AXES.symmetry }, y: { domain: bounds(up), title: AXES.share } });
   const marks = claimed(cell);
-  const all = everyHead(cell).map(([l, k]) => ({ l, k, x: value(cell, "qk_symmetry", l, k), y: value(cell, "qk_positional_share", l, k) })).filter((point) => isNumber(point.x) && isNumber(point.y));
+  const all = everyHead(cell).map(([l, k]) => ({ l, k, x: value(cell, across, l, k), y: value(cell, up, l, k) })).filter((point) => isNumber(point.x) && isNumber(point.y));
   const own = all.find((point) => point.l === layer && point.k === head);
   const ink = accent();
   const drawn = svg(size.width, size.height, `QK symmetry against positional share of ${all.length} heads${own ? `; head ${layer}.${head}: symmetry ${number(own.x)}, share ${number(own.y)}` : ""}`,
@@ -253,7 +259,7 @@ const SHARES = REPORT.shown.shares;
 /** The shares of the score's variance as one bar of parts. */
 function shareBar(cell, layer, head) {
   const kind = SHARES.learned.some((part) => column(cell, part.metric)) ? "learned" : SHARES.rotary.some((part) => column(cell, part.metric)) ? "rotary" : null;
-  if (!kind) return h("figure", {}, h("h3", {}, PANELS.shares), missing(whyMissing(cell, "qk_positional_share", layer)));
+  if (!kind) return h("figure", {}, h("h3", {}, PANELS.shares), missing(whyMissing(cell, REPORT.shown.scatter.y, layer)));
   const parts = SHARES[kind].map((part) => ({ ...part, share: value(cell, part.metric, layer, head) })).filter((part) => isNumber(part.share));
   if (!parts.length) return h("figure", {}, h("h3", {}, PANELS.shares), missing(whyMissing(cell, SHARES[kind][0].metric, layer)));
   const colours = { position: [0.98, 0.84, 0.72], content: [0.05, 0.17, 0.28], both: [0.5] };
@@ -289,7 +295,7 @@ function shareBar(cell, layer, head) {
 
 function offsetPlot(cell, layer, head) {
   const empty = (reason) => h("figure", {}, h("h3", {}, PANELS.offsets), missing(reason));
-  if (!cell.offsets) return empty(whyMissing(cell, "qk_prev_auc", layer));
+  if (!cell.offsets) return empty(whyMissing(cell, REPORT.shown.offsets, layer));
   const scores = REPORT.pool[cell.offsets.heads[layer * cell.heads + head]];
   if (!scores.length) return empty("not on this page: see offsets.parquet");
   const at = [cell.offsets.at.dense, cell.offsets.at.sparse].find((places) => places.length === scores.length);
@@ -311,11 +317,11 @@ function offsetPlot(cell, layer, head) {
     s("path", { d: path(spots), fill: "none", stroke: ink, "stroke-width": 1.8 }),
     spots.map(([x, y], k) => tip(s("circle", { cx: x, cy: y, r: points.length > 60 ? 1.8 : 2.8, fill: ink }), `offset ${points[k][0]}: ${number(points[k][1], 3)}`)),
     previous >= 0 ? s("circle", { cx: spots[previous][0], cy: spots[previous][1], r: 5.5, fill: "none", stroke: css("--warn"), "stroke-width": 2 }) : null);
-  const auc = value(cell, "qk_prev_auc", layer, head);
+  const auc = value(cell, REPORT.shown.offsets, layer, head);
   return figure({
     title: PANELS.offsets,
     drawing: drawn,
-    caption: `The positional part of the score, before the attention scale.${previous >= 0 ? " Ring: the previous token." : ""}${isNumber(auc) ? ` Previous-token AUC ${number(auc)} (0.5 by chance).` : ""}${points.length < cell.offsets.of ? ` ${points.length} of ${cell.offsets.of} offsets.` : ""}`,
+    caption: `The positional part of the score, before the attention scale.${previous >= 0 ? " Ring: the previous token." : ""}${isNumber(auc) ? ` ${metricTitle(REPORT.shown.offsets)} ${number(auc)} (${tickText(REPORT.metrics[REPORT.shown.offsets].chance)} by chance).` : ""}${points.length < cell.offsets.of ? ` ${points.length} of ${cell.offsets.of} offsets.` : ""}`,
     name: `offsets-${cell.model}-${layer}.${head}`,
     table: () => [["offset", "mean score"], points.map(([x, y]) => [String(x), y])],
   });
@@ -342,13 +348,11 @@ function partnerPanels(cell, layer, head) {
   return [h("p", { class: "note" }, note), h("div", { class: "grid2" }, panels), ...componentsRead(cell, all.filter(sides[0].mine))];
 }
 
-const SHOWN_COMPONENTS = 3;
-
 /** Which component of each of its strongest senders a head reads, with the tokens that the component reads and writes. */
 function componentsRead(cell, found) {
   const listed = having(cell, "directions");
   const folded = cell.provenance.processing.requested === "folded"; // components are counted as in directions.parquet
-  const lines = ["q", "k", "v"].flatMap((mode) => found.filter((row) => row.mode === mode && isNumber(row.component)).sort((a, b) => b.score - a.score).slice(0, SHOWN_COMPONENTS));
+  const lines = ["q", "k", "v"].flatMap((mode) => found.filter((row) => row.mode === mode && isNumber(row.component)).sort((a, b) => b.score - a.score).slice(0, REPORT.limits.senders));
   if (!lines.length) return [];
   const tokens = (list) => h("div", { class: "tokens" }, (list || []).slice(0, SHOWN_TOKENS).map((place) => token(REPORT.tokens[place])));
   const line = (row) => {
@@ -454,7 +458,7 @@ function stripPlot({ metric, unit, rows: tests }, name) {
       return [
         s("text", { x: left - 10, y: y + 4, "text-anchor": "end", class: decided ? null : "soft" }, nullName(row.null)),
         band ? s("line", { x1: inside(quantile(band, 0)), x2: inside(quantile(band, 1)), y1: y, y2: y, stroke: css("--line"), "stroke-width": 1.5 }) : null,
-        band ? s("rect", { x: inside(quantile(band, 0.05)), width: Math.max(2, inside(quantile(band, 0.95)) - inside(quantile(band, 0.05))), y: y - 5, height: 10, rx: 2, fill: shade(["#c9ccd2", "#4d535c"]) }) : null,
+        band ? s("rect", { x: inside(quantile(band, 0.05)), width: Math.max(2, inside(quantile(band, 0.95)) - inside(quantile(band, 0.05))), y: y - 5, height: 10, rx: 2, fill: shade(REPORT.palette.band) }) : null,
         band ? s("line", { x1: inside(quantile(band, 0.5)), x2: inside(quantile(band, 0.5)), y1: y - 5, y2: y + 5, stroke: css("--muted"), "stroke-width": 1.5 }) : null,
         unit === "percentile" ? s("line", { x1: left, x2: right, y1: y, y2: y, stroke: css("--line"), "stroke-width": 1.5 }) : null,
         isNumber(found) ? tip(s("circle", { cx: inside(found), cy: y, r: 5.5, fill: decided ? fill : css("--ground"), stroke: fill, "stroke-width": 1.8 }),

@@ -1,22 +1,27 @@
-"""One-layer models that add modulo p, run on all pairs: how they get from two residues to their sum.
+"""One-layer models that add or subtract modulo p, run on all pairs of residues (definitions: section 7).
 
 Gradient symmetricity and distance irrelevance are defined as in Zhong et al. 2023, arXiv:2306.17844. The models are
 files with TransformerLens names; they have no norms, and their MLP has ReLUs. The answer is read at the last token.
 """
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.errors import UserError
+from ovqk.tasks.cycle import Cycle
+from ovqk.weights.types import mixed
 
 AT_ONCE = 4096
 """How many inputs run together."""
+TRIPLES = 10_000
+"""How many triples (a, b, c) the gradients of a cell are averaged over; all, if there are fewer."""
 NEEDED = ("attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_in", "mlp.b_in", "mlp.W_out", "mlp.b_out")
 
 
@@ -24,11 +29,11 @@ class OneBlock:
     """One attention layer and a ReLU MLP, without norms, between embedding and unembedding; float64.
 
     Attributes:
-        attention_rate: the share of learned attention; the rest is 1 for every key (Zhong et al. 2023: 1 is an ordinary
-            transformer, and 0 attends to all tokens alike).
+        attn_coeff: the softmax's share of attention; the rest is 1 for every key in sight (Zhong et al. 2023: 1 is an
+            ordinary transformer, and 0 attends to all tokens alike).
     """
 
-    def __init__(self, checkpoint: Checkpoint, attention_rate: float = 1.0) -> None:
+    def __init__(self, checkpoint: Checkpoint, attn_coeff: float = 1.0) -> None:
         """Read all weights; a bias that the file does not hold is 0.
 
         Raises:
@@ -39,7 +44,7 @@ class OneBlock:
         for name in ("embed.W_E", "pos_embed.W_pos", "unembed.W_U", *(f"blocks.0.{part}" for part in NEEDED)):
             if name not in checkpoint:
                 raise checkpoint.missing(name)
-        self.attention_rate = attention_rate
+        self.attn_coeff = attn_coeff
         self.W_E, self.W_pos, self.W_U = (
             checkpoint.tensor(name).double() for name in ("embed.W_E", "pos_embed.W_pos", "unembed.W_U")
         )
@@ -63,75 +68,68 @@ class OneBlock:
         key = torch.einsum("ipd,hdz->ihpz", x, self.W_K) + biases["b_K"][:, None]
         value = torch.einsum("ipd,hdz->ihpz", x, self.W_V) + biases["b_V"][:, None]
         scores = torch.einsum("ihz,ihpz->ihp", query, key) / self.W_Q.shape[-1] ** 0.5
-        pattern = self.attention_rate * scores.softmax(-1) + (1 - self.attention_rate)
-        z = torch.einsum("ihp,ihpz->ihz", pattern, value)
+        z = torch.einsum("ihp,ihpz->ihz", mixed(scores, self.attn_coeff), value)
         stream = x[:, -1] + torch.einsum("ihz,hzd->id", z, self.W_O) + biases["b_O"]
         stream = stream + (stream @ self.W_in + self.b_in).relu() @ self.W_out + self.b_out
         return stream @ self.W_U + self.b_U
 
 
-def inputs(pairs: Int[Tensor, "input two"], query: int | None) -> Int[Tensor, "input position"]:
-    """Return token ids for pairs of residues, followed by the token at which the answer is read, if there is one."""
-    if query is None:
-        return pairs
-    return torch.cat([pairs, torch.full((len(pairs), 1), query)], 1)
-
-
-def logits_of_pairs(block: OneBlock, p: int, query: int | None = None) -> Float[Tensor, "a b residue"]:
+def logits_of_pairs(block: OneBlock, cycle: Cycle) -> Float[Tensor, "a b residue"]:
     """Return the p residues' logits for all pairs of residues.
 
     Raises:
-        UserError: the model has fewer tokens than residues.
+        UserError: the model has fewer tokens than residues, or fewer positions than an input.
     """
-    known = min(len(block.W_E), block.W_U.shape[1])
-    if known < p or (query is not None and query >= len(block.W_E)):
+    p, known = cycle.p, min(len(block.W_E), block.W_U.shape[1])
+    extra = [token for token in (cycle.query, cycle.between) if token is not None]
+    if int(cycle.ids.max()) >= known or max(extra, default=0) >= len(block.W_E):
         raise UserError(f"modulus={p}: the model has {known} tokens.")
-    tokens = inputs(torch.cartesian_prod(torch.arange(p), torch.arange(p)), query)
-    found = [block.logits(block.W_E[some])[:, :p] for some in tokens.split(AT_ONCE)]
+    if cycle.length > len(block.W_pos):
+        raise UserError(f"an input has {cycle.length} tokens, and the model {len(block.W_pos)} positions.")
+    tokens = cycle.inputs(torch.cartesian_prod(torch.arange(p), torch.arange(p)))
+    found = [block.logits(block.W_E[some])[:, cycle.ids] for some in tokens.split(AT_ONCE)]
     return torch.cat(found).view(p, p, p)
 
 
-def accuracy(logits: Float[Tensor, "a b residue"]) -> float:
-    """Return the share of pairs for which (a + b) mod p has the largest logit, in [0, 1]."""
-    p = len(logits)
-    a = torch.arange(p)
-    return float((logits.argmax(-1) == (a[:, None] + a) % p).double().mean())
+def accuracy(logits: Float[Tensor, "a b residue"], cycle: Cycle) -> float:
+    """Return the share of pairs whose right answer has the largest logit, in [0, 1]."""
+    return float((logits.argmax(-1) == cycle.answers()[0]).double().mean())
 
 
-def distance_irrelevance(logits: Float[Tensor, "a b residue"]) -> float:
+def distance_irrelevance(logits: Float[Tensor, "a b residue"], cycle: Cycle) -> float:
     """Return how little the right answer's logit depends on a - b, in [0, 1]; Zhong et al. 2023.
 
-    Put the logits for (a + b) mod p in a matrix over a + b and a - b. Take the standard deviation over a + b, average
-    it over a - b, and divide by the whole matrix's standard deviation. p is odd, so that each place is taken once. The
-    result is nan if the matrix is constant.
+    Put the right answers' logits in a matrix over a + b and a - b. Take the standard deviation over a + b, average it
+    over a - b, and divide by the whole matrix's standard deviation. p is odd, so that each place is taken once. If the
+    operator is `-`, a + b and a - b change places. The result is nan if the matrix is constant.
     """
-    p = len(logits)
-    a = torch.arange(p)
-    total, difference = (a[:, None] + a) % p, (a[:, None] - a) % p
-    correct = logits.gather(-1, total[..., None])[..., 0]
+    answer, other = cycle.answers()
+    correct = logits.gather(-1, answer[..., None])[..., 0]
     matrix = torch.full_like(correct, torch.nan)
-    matrix[total, difference] = correct
+    matrix[answer, other] = correct
     whole = matrix.std(correction=0)
     return float(matrix.std(0, correction=0).mean() / torch.where(whole > 0, whole, torch.nan))
 
 
-def gradient_symmetricity(block: OneBlock, triples: Sequence[tuple[int, int, int]], query: int | None = None) -> float:
-    """Return the mean cosine of a logit's gradients with respect to both summands' embeddings; Zhong et al. 2023.
+def symmetricities(block: OneBlock, triples: Sequence[tuple[int, int, int]], cycle: Cycle) -> Float[Tensor, " triple"]:
+    """Return the cosine of a logit's gradients with respect to both operands' embeddings; Zhong et al. 2023.
 
-    It lies in [-1, 1], and is 1 if the model uses only the two embeddings' sum.
+    Their mean is the gradient symmetricity. It lies in [-1, 1], and is 1 if the model uses only the two embeddings'
+    sum. The operator does not change it.
 
     Args:
         block: the model.
         triples: (a, b, c): the logit for c on the input a, b.
-        query: the token after a and b at which the answer is read, if there is one.
+        cycle: the residues as tokens.
     """
     cosines = []
+    first, second = cycle.places
     for some in torch.tensor(list(triples)).split(AT_ONCE):
-        rows = block.W_E[inputs(some[:, :2], query)].requires_grad_()
-        chosen = block.logits(rows).gather(1, some[:, 2:]).sum()
+        rows = block.W_E[cycle.inputs(some[:, :2])].requires_grad_()
+        chosen = block.logits(rows).gather(1, cycle.ids[some[:, 2:]]).sum()
         (gradient,) = torch.autograd.grad(chosen, rows)
-        cosines.append(torch.cosine_similarity(gradient[:, 0], gradient[:, 1], dim=-1))
-    return float(torch.cat(cosines).mean())
+        cosines.append(torch.cosine_similarity(gradient[:, first], gradient[:, second], dim=-1))
+    return torch.cat(cosines)
 
 
 def every_triple(p: int) -> list[tuple[int, int, int]]:
@@ -142,3 +140,20 @@ def every_triple(p: int) -> list[tuple[int, int, int]]:
 def drawn_triples(p: int, count: int, seed: int) -> list[tuple[int, int, int]]:
     """Draw (a, b, c) without replacement, with Python's generator, so that others can draw the same sample."""
     return random.Random(seed).sample(every_triple(p), count)
+
+
+def results_of_pairs(block: OneBlock, cycle: Cycle, seed: int) -> dict[str, float]:
+    """Run all pairs, and return accuracy, distance irrelevance and gradient symmetricity (definitions: section 7).
+
+    The last is a mean over TRIPLES drawn triples; `_se` is its standard error, 0 if there are no more triples than
+    those. An even modulus has no distance irrelevance, because pairs then share a + b and a - b.
+    """
+    logits, p = logits_of_pairs(block, cycle), cycle.p
+    every = p**3
+    triples = every_triple(p) if every <= TRIPLES else drawn_triples(p, TRIPLES, seed)
+    cosines = symmetricities(block, triples, cycle)
+    found = {"pairs/accuracy": accuracy(logits, cycle)}
+    if p % 2 and math.isfinite(irrelevance := distance_irrelevance(logits, cycle)):
+        found["pairs/distance_irrelevance"] = irrelevance
+    spread = float(cosines.std()) * math.sqrt((1 - len(triples) / every) / len(triples))
+    return found | {"pairs/gradient_symmetricity": float(cosines.mean()), "pairs/gradient_symmetricity_se": spread}
