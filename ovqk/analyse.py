@@ -45,7 +45,7 @@ Where a change goes; the first file named is the one to open first:
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -65,9 +65,9 @@ from ovqk.errors import UserError
 from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, metric_names
 from ovqk.records.record import Analysis
-from ovqk.structure.cache import Entry, StructureCache
+from ovqk.structure.cache import Part, StructureCache, StructureParts, entry_of
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables
+from ovqk.structure.stages import Stage, Tables
 from ovqk.tasks.claims import MEASURED, Claims, resolve_claims
 from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
 from ovqk.verdicts.candidates import candidate_rows, unclaimed
@@ -112,24 +112,20 @@ def analyse(
     if config.model.claims == MEASURED:
         ran = isinstance(activations, ActivationTables)
         claims = activations.claims() if ran else f"no role is measured: {activations}"  # type: ignore[union-attr]
-    judged = JudgedTables(task, claims, draws)
-    with nullcontext(Entry()) if cache is None else cache.entry(model) as entry:
-        structure: list[Stage] = [] if entry.tables is not None else [StructureTables(model), DirectionTables(model)]
+    judged = JudgedTables(task, claims, draws, cache)
+    with ExitStack() as held:
+        structure = StructureParts(cache, model, held)
         of_the_task: list[Stage] = [ReadoutTables(task), judged]
         of_the_task += [CycleTables(model, cycle)] if isinstance(cycle, Cycle) else []
         of_the_task += [activations] if isinstance(activations, ActivationTables) else []
         freed = FreedMemory()
         for index in steps(source.architecture.n_layers, "layer"):
             layer = Layer(model, index)
-            for stage in (*structure, *of_the_task):
+            for stage in (*structure.stages, *of_the_task):
                 stage.visit(layer)
             del layer
             freed.give_back()
-        made = dict(entry.tables or {})
-        for stage in structure:
-            made |= stage.tables(made)
-        if structure:
-            entry.keep(dict(made))
+        made = structure.tables()
     for stage in of_the_task:
         made |= stage.tables(made)
     return Analysis(
@@ -232,13 +228,20 @@ class JudgedTables:
     """
 
     def __init__(
-        self, task: TaskReadout, claims: Claims | str, draws: Callable[[int, int], None] = lambda done, most: None
+        self,
+        task: TaskReadout,
+        claims: Claims | str,
+        draws: Callable[[int, int], None] = lambda done, most: None,
+        cache: StructureCache | None = None,
     ) -> None:
-        """Take the claims, or a sentence that says why there are none, and a function that receives draw counts."""
+        """Take the claims, or a sentence that says why there are none, and a function that receives draw counts.
+
+        `cache` keeps the composition of pairs, which depends on no task's words.
+        """
         self.claimed = isinstance(claims, Claims)
         claimed = claims if isinstance(claims, Claims) else unclaimed(task.model.config.task)
         self.tests = CountedTests(task, claimed, told=draws)
-        self.seconds = 0.0
+        self.seconds, self._cache = 0.0, cache
 
     @property
     def notes(self) -> list[str]:
@@ -259,7 +262,7 @@ class JudgedTables:
             found["candidates"], notes = candidate_rows(self.tests, by_head)
             self.notes.extend(notes)
         self.seconds = time.perf_counter() - started
-        return found | composition_tables(self.tests.model, self.tests)
+        return found | composition_tables(self.tests, self._cache)
 
 
 def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> dict[str, pd.DataFrame]:
@@ -282,23 +285,32 @@ def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> d
     return {"tests": tests_table(rows), "nulls": nulls_table(rows), "verdicts": table}
 
 
-def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFrame]:
-    """Make composition.parquet for the claims' pairs, or for the strongest of all pairs and virtual_heads.parquet."""
+def composition_tables(tests: ClaimTests, cache: StructureCache | None = None) -> dict[str, pd.DataFrame]:
+    """Make composition.parquet for the claims' pairs, or for the strongest of all pairs and virtual_heads.parquet.
+
+    The tables are taken from the cache if it has them for the same pairs.
+    """
     if not tests.layers:
         return {}
-    grams, every = matching_grams(model), model.config.analysis.pairs
-    gram, first_gram = (None, None) if isinstance(grams, str) else grams
-    if isinstance(grams, str):
-        tests.notes.append(f"composition: matching is empty: {grams}")
-    table = composition_table(tests.layers, tests.pairs(), gram, first_gram, strongest=SENDERS_KEPT if every else 0)
-    if not every:
-        return {"composition": table}
-    full = model.block0_circuit(Circuit.ov)
-    first_full = None if model.vocabulary is None else model.vocabulary.full_circuit(Circuit.ov)
-    if full is None:
-        why = grams if isinstance(grams, str) else "the checkpoint has no unembedding"
-        tests.notes.append(f"virtual_heads: ov_copying is empty: {why}")
-    return {"composition": table, "virtual_heads": virtual_heads_table(tests.layers, table, full, first_full)}
+    model, pairs = tests.model, tests.pairs()
+    every, missing = model.config.analysis.pairs, model.why_no_matching
+    if missing:
+        tests.notes.append(f"composition: matching is empty: {missing}")
+    if every and model.why_no_block0_circuit:
+        tests.notes.append(f"virtual_heads: ov_copying is empty: {model.why_no_block0_circuit}")
+    with entry_of(cache, model, Part.composition, pairs) as entry:
+        if entry.tables is not None:
+            return entry.tables
+        grams = matching_grams(model)
+        gram, first_gram = (None, None) if isinstance(grams, str) else grams
+        table = composition_table(tests.layers, pairs, gram, first_gram, strongest=SENDERS_KEPT if every else 0)
+        found = {"composition": table}
+        if every:
+            full = model.block0_circuit(Circuit.ov)
+            first_full = None if model.vocabulary is None else model.vocabulary.full_circuit(Circuit.ov)
+            found["virtual_heads"] = virtual_heads_table(tests.layers, table, full, first_full)
+        entry.keep(found)
+    return found
 
 
 def _why_no_primary(tests: ClaimTests, predicted: list[Predicted]) -> str | None:

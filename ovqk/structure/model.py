@@ -9,7 +9,7 @@ from jaxtyping import Bool, Complex, Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ovqk.circuits import moments, positions
+from ovqk.circuits import grams, moments, positions
 from ovqk.circuits.diagonals import ranked_tokens
 from ovqk.circuits.effective_embeddings import KEPT_UP_TO, Block0
 from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, query_side
@@ -20,7 +20,7 @@ from ovqk.circuits.simulated import Simulated
 from ovqk.circuits.spectra import eigenvalues
 from ovqk.circuits.vocabulary import Vocabulary, read_vocabulary
 from ovqk.config.schema import Circuit, Config, Processing
-from ovqk.structure.availability import NO_EMBEDDING, unavailable_metrics
+from ovqk.structure.availability import NO_EMBEDDING, NO_LATER_LAYER, NO_UNEMBEDDING, unavailable_metrics
 from ovqk.structure.rare_tokens import RareTokens, rare_tokens
 from ovqk.structure.token_tables import Directions
 from ovqk.weights.devices import resolve_device, to_device
@@ -146,15 +146,43 @@ class Model:
             return None
         return self.block0.grams(self.vocabulary, None if self.block0_side is None else self.block0_side.read)
 
+    def read_block0_rows(self) -> None:
+        """Read all block0 embeddings for token lists, in order, unless `block0_grams` has read them already.
+
+        Rounding depends on the blocks of tokens in which rows are computed and summed. They are read as `block0_grams`
+        reads them, so that lists are the same if the cache has everything that needs the Grams.
+        """
+        if self.block0_side is not None and "block0_grams" not in vars(self):
+            n, d_model = self.block0_side.rows.shape
+            self.block0_side.read(0, min(n, grams.SHIFT_TOKENS))
+            for some in blocks(n, max(1, min(n, grams.BLOCK, grams.BLOCK_ELEMENTS // d_model))):
+                self.block0_side.read(some.start, some.stop)
+
     def block0_circuit(self, circuit: Circuit) -> FullCircuit | None:
         """Return the Grams of full circuits that read block0 embeddings, as layers after the first do; folded.
 
         None if block0 embeddings cannot be had, and for OV without an unembedding.
         """
-        grams, vocabulary = self.block0_grams, self.vocabulary
-        if grams is None or vocabulary is None:
+        found, vocabulary = self.block0_grams, self.vocabulary
+        if found is None or vocabulary is None:
             return None
-        return FullCircuit.of(circuit, lambda: grams.embed, lambda: (grams.cross, vocabulary.gram_unembed))
+        return FullCircuit.of(circuit, lambda: found.embed, lambda: (found.cross, vocabulary.gram_unembed))
+
+    @property
+    def why_no_matching(self) -> str | None:
+        """Why pairs of heads have no `matching`; None if they have. No Gram is computed."""
+        if self.vocabulary is None:
+            return self.source.no_vocabulary or NO_EMBEDDING
+        if isinstance(self.block0, str):
+            return self.block0
+        return NO_LATER_LAYER if self.block0.mlp_writes and self.architecture.n_layers == 1 else None
+
+    @property
+    def why_no_block0_circuit(self) -> str | None:
+        """Why `block0_circuit` returns None for OV; None if it returns Grams. No Gram is computed."""
+        if self.why_no_matching or self.architecture.n_layers == 1:
+            return self.why_no_matching or NO_LATER_LAYER
+        return NO_UNEMBEDDING if self.vocabulary is None or self.vocabulary.W_U_rows is None else None
 
     @property
     def lists_tokens(self) -> bool:
