@@ -154,7 +154,7 @@ def hydra(monkeypatch) -> Iterator[Hydra]:
         monkeypatch.setattr(of, name, getattr(of, name))
     GlobalHydra.instance().clear()
     search = create_config_search_path(str(CONF))
-    search.append("command-line", str(ROOT / "sweeps"))
+    search.prepend("command-line", str(ROOT / "sweeps"))
     yield Hydra.create_main_hydra2("run", search)
     GlobalHydra.instance().clear()
 
