@@ -6,7 +6,8 @@
     python scripts/bench.py --shapes smollm2-135m,gemma-3-270m --what task   # task=ioi against task=none
     python scripts/bench.py --what task --path DIR                           # the same, on a real model
     python scripts/bench.py --shapes gpt2-small --what profile
-    python scripts/bench.py --what startup
+    python scripts/bench.py --what sweep                                     # cells a minute over one model
+    python scripts/bench.py --what startup --repeats 8
 
 What is compared with, for the eigen- and singular values of every head's QK and OV, in residual space and over the
 full vocabulary:
