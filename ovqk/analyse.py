@@ -66,6 +66,7 @@ from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, metric_names
 from ovqk.records.record import Analysis
 from ovqk.structure.cache import Part, StructureCache, StructureParts, entry_of
+from ovqk.structure.kept_layers import KeptLayers
 from ovqk.structure.model import Layer, Model
 from ovqk.structure.stages import Stage, Tables
 from ovqk.tasks.claims import MEASURED, Claims, resolve_claims
@@ -88,6 +89,7 @@ def analyse(
     cache: StructureCache | None = None,
     runner: Runner | None = None,
     draws: Callable[[int, int], None] = lambda done, most: None,
+    kept: KeptLayers | None = None,
 ) -> Analysis:
     """Compute one cell.
 
@@ -98,13 +100,14 @@ def analyse(
         cache: keeps the tables that depend on no task for other cells; if None, they are computed anew.
         runner: loads the model to run it, if the analysis asks for activations or reads words through their streams.
         draws: is called with the number of null draws made so far, and the largest number that there may be.
+        kept: layers that earlier cells of this process left, and that it keeps for later ones; None to keep none.
 
     Raises:
         UserError: the task's words or claims do not fit this model.
     """
     source = opened.source
     claims = resolve_claims(config.task, config.model, source.architecture)
-    model = Model.read(opened, config)
+    model = Model.read(opened, config, kept)
     task = TaskReadout.read(model, None if runner is None else partial(run_words, model, runner, steps))
     cycle = None if config.task.cycle is None else read_cycle(model)
     no_cycle = cycle if isinstance(cycle, str) else None
@@ -123,6 +126,7 @@ def analyse(
             layer = Layer(model, index)
             for stage in (*structure.stages, *of_the_task):
                 stage.visit(layer)
+            layer.leave()
             del layer
             freed.give_back()
         made = structure.tables()

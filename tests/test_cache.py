@@ -120,6 +120,7 @@ def test_all_pairs_are_composed_once_for_all_tasks(cache, computed, monkeypatch)
     assert computed == [] and len(entries(cache)) == len(entries(cache, "composition")) == 1
 
 
+@pytest.mark.slow
 def test_pairs_that_claims_name_have_an_entry_of_their_own(cache) -> None:
     cell = ["model=mini-llama", "task=induction"]
     without = [run(None, *cell, f"analysis={name}") for name in ("b03", "composition")]
