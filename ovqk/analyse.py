@@ -45,7 +45,7 @@ Where a change goes; the first file named is the one to open first:
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -66,9 +66,10 @@ from ovqk.errors import UserError
 from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, SENDERS_READ, metric_names
 from ovqk.records.record import Analysis
-from ovqk.structure.cache import Entry, StructureCache
+from ovqk.structure.cache import Part, StructureCache, StructureParts, entry_of
+from ovqk.structure.kept_layers import KeptLayers
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables, component_rows
+from ovqk.structure.stages import Stage, Tables, component_rows
 from ovqk.tasks.claims import MEASURED, Claims, resolve_claims
 from ovqk.tasks.cycle import Cycle, read_cycle
 from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
@@ -90,6 +91,7 @@ def analyse(
     cache: StructureCache | None = None,
     runner: Runner | None = None,
     draws: Callable[[int, int], None] = lambda done, most: None,
+    kept: KeptLayers | None = None,
 ) -> Analysis:
     """Compute one cell.
 
@@ -100,13 +102,14 @@ def analyse(
         cache: keeps the tables that depend on no task for other cells; if None, they are computed anew.
         runner: loads the model to run it, if the analysis asks for activations or reads words through their streams.
         draws: is called with the number of null draws made so far, and the largest number that there may be.
+        kept: layers that earlier cells of this process left, and that it keeps for later ones; None to keep none.
 
     Raises:
         UserError: the task's words or claims do not fit this model.
     """
     source = opened.source
     claims = resolve_claims(config.task, config.model, source.architecture)
-    model = Model.read(opened, config)
+    model = Model.read(opened, config, kept)
     task = TaskReadout.read(model, None if runner is None else partial(run_words, model, runner, steps))
     cycle = None if config.task.cycle is None else read_cycle(model)
     no_cycle = cycle if isinstance(cycle, str) else None
@@ -115,24 +118,21 @@ def analyse(
     if config.model.claims == MEASURED:
         ran = isinstance(activations, ActivationTables)
         claims = activations.claims() if ran else f"no role is measured: {activations}"  # type: ignore[union-attr]
-    judged = JudgedTables(task, claims, draws)
-    with nullcontext(Entry()) if cache is None else cache.entry(model) as entry:
-        structure: list[Stage] = [] if entry.tables is not None else [StructureTables(model), DirectionTables(model)]
+    judged = JudgedTables(task, claims, draws, cache)
+    with ExitStack() as held:
+        structure = StructureParts(cache, model, held)
         of_the_task: list[Stage] = [ReadoutTables(task), judged]
         of_the_task += [CycleTables(model, cycle)] if isinstance(cycle, Cycle) else []
         of_the_task += [activations] if isinstance(activations, ActivationTables) else []
         freed = FreedMemory()
         for index in steps(source.architecture.n_layers, "layer"):
             layer = Layer(model, index)
-            for stage in (*structure, *of_the_task):
+            for stage in (*structure.stages, *of_the_task):
                 stage.visit(layer)
+            layer.leave()
             del layer
             freed.give_back()
-        made = dict(entry.tables or {})
-        for stage in structure:
-            made |= stage.tables(made)
-        if structure:
-            entry.keep(dict(made))
+        made = structure.tables()
     for stage in of_the_task:
         made |= stage.tables(made)
     return Analysis(
@@ -251,13 +251,20 @@ class JudgedTables:
     """
 
     def __init__(
-        self, task: TaskReadout, claims: Claims | str, draws: Callable[[int, int], None] = lambda done, most: None
+        self,
+        task: TaskReadout,
+        claims: Claims | str,
+        draws: Callable[[int, int], None] = lambda done, most: None,
+        cache: StructureCache | None = None,
     ) -> None:
-        """Take the claims, or a sentence that says why there are none, and a function that receives draw counts."""
+        """Take the claims, or a sentence that says why there are none, and a function that receives draw counts.
+
+        `cache` keeps the composition of pairs, which depends on no task's words.
+        """
         self.claimed = isinstance(claims, Claims)
         claimed = claims if isinstance(claims, Claims) else unclaimed(task.model.config.task)
         self.tests = CountedTests(task, claimed, told=draws)
-        self.seconds = 0.0
+        self.seconds, self._cache = 0.0, cache
 
     @property
     def notes(self) -> list[str]:
@@ -278,7 +285,7 @@ class JudgedTables:
             found["candidates"], notes = candidate_rows(self.tests, by_head)
             self.notes.extend(notes)
         self.seconds = time.perf_counter() - started
-        found |= composition_tables(self.tests.model, self.tests)
+        found |= composition_tables(self.tests, self._cache)
         if "directions" in made and "composition" in found:
             found["directions"] = with_read_components(self.tests, made["directions"], found["composition"])
         return found
@@ -304,23 +311,32 @@ def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> d
     return {"tests": tests_table(rows), "nulls": nulls_table(rows), "verdicts": table}
 
 
-def composition_tables(model: Model, tests: ClaimTests) -> dict[str, pd.DataFrame]:
-    """Make composition.parquet for the claims' pairs, or for the strongest of all pairs and virtual_heads.parquet."""
+def composition_tables(tests: ClaimTests, cache: StructureCache | None = None) -> dict[str, pd.DataFrame]:
+    """Make composition.parquet for the claims' pairs, or for the strongest of all pairs and virtual_heads.parquet.
+
+    The tables are taken from the cache if it has them for the same pairs.
+    """
     if not tests.layers:
         return {}
-    grams, every = matching_grams(model), model.config.analysis.pairs
-    gram, first_gram = (None, None) if isinstance(grams, str) else grams
-    if isinstance(grams, str):
-        tests.notes.append(f"composition: matching is empty: {grams}")
-    table = composition_table(tests.layers, tests.pairs(), gram, first_gram, strongest=SENDERS_KEPT if every else 0)
-    if not every:
-        return {"composition": table}
-    full = model.block0_circuit(Circuit.ov)
-    first_full = None if model.vocabulary is None else model.vocabulary.full_circuit(Circuit.ov)
-    if full is None:
-        why = grams if isinstance(grams, str) else "the checkpoint has no unembedding"
-        tests.notes.append(f"virtual_heads: ov_copying is empty: {why}")
-    return {"composition": table, "virtual_heads": virtual_heads_table(tests.layers, table, full, first_full)}
+    model, pairs = tests.model, tests.pairs()
+    every, missing = model.config.analysis.pairs, model.why_no_matching
+    if missing:
+        tests.notes.append(f"composition: matching is empty: {missing}")
+    if every and model.why_no_block0_circuit:
+        tests.notes.append(f"virtual_heads: ov_copying is empty: {model.why_no_block0_circuit}")
+    with entry_of(cache, model, Part.composition, pairs) as entry:
+        if entry.tables is not None:
+            return entry.tables
+        grams = matching_grams(model)
+        gram, first_gram = (None, None) if isinstance(grams, str) else grams
+        table = composition_table(tests.layers, pairs, gram, first_gram, strongest=SENDERS_KEPT if every else 0)
+        found = {"composition": table}
+        if every:
+            full = model.block0_circuit(Circuit.ov)
+            first_full = None if model.vocabulary is None else model.vocabulary.full_circuit(Circuit.ov)
+            found["virtual_heads"] = virtual_heads_table(tests.layers, table, full, first_full)
+        entry.keep(found)
+    return found
 
 
 def with_read_components(tests: ClaimTests, listed: pd.DataFrame, composition: pd.DataFrame) -> pd.DataFrame:

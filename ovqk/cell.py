@@ -1,6 +1,7 @@
 """One cell from start to end: skip it if it is done, else compute, record and track it, and report the outcome."""
 
 import difflib
+import json
 import math
 import os
 import sys
@@ -35,6 +36,7 @@ from ovqk.report import terminal
 from ovqk.report.progress import steps_of
 from ovqk.report.suggestions import shipped_tasks
 from ovqk.structure.cache import StructureCache
+from ovqk.structure.kept_layers import KeptLayers
 from ovqk.tasks.tokenizer import start_tokens, tokenizer_for
 from ovqk.tasks.words import readable_tasks
 from ovqk.tracking.service import start_meanwhile
@@ -45,6 +47,10 @@ from ovqk.whole_files import DISK, clear_abandoned, in_the_way
 
 if TYPE_CHECKING:
     from ovqk.activations.forward import RunningModel
+
+
+KEPT = KeptLayers()
+"""The layers that cells leave to each other if a sweep runs in this process, one cell after the other."""
 
 
 @one_mistake()
@@ -111,13 +117,16 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> float | None:
         cell = resolve(config)
         if cell.sweep is None:
             cell.sweep = Outcomes(Path(hydra.sweep.dir)).name()
-        outcome = run_cell(cell, started, alone=runs_here(hydra))
+        here = runs_here(hydra)
+        outcome = run_cell(cell, started, alone=here, kept=KEPT if here else None)
         objective = objective_of(cell.objective, Path(str(outcome.folder)))
     except Exception as error:
         if was_interrupted(error):
             raise KeyboardInterrupt from None
         seconds = time.perf_counter() - started
         known = isinstance(error, UserError) or _is_of_machine(error)
+        if is_exhausted(error):
+            KEPT.begin("")  # the next cell may need the memory
         trace = "" if known else _portable(traceback.format_exc())
         outcome = Outcome("failed", *_names(config), None, seconds, error=told(error), traceback=trace or None)
     if torch.cuda.is_initialized():
@@ -131,13 +140,14 @@ def runs_here(hydra: Any) -> bool:
     return bool(hydra.launcher._target_.endswith(".BasicLauncher"))
 
 
-def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> Outcome:
+def run_cell(cell: Config, started: float | None = None, alone: bool = True, kept: KeptLayers | None = None) -> Outcome:
     """Compute, record and track one resolved cell, unless it is done.
 
     Args:
         cell: the resolved choice.
         started: when work on it began (time.perf_counter); now if None.
         alone: whether no other process computes for this terminal.
+        kept: layers that this process's cells leave to each other; None to leave none.
 
     Raises:
         UserError: the cell cannot be computed as asked; its record says so, if its id was known.
@@ -159,7 +169,7 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True) -> 
             if mode is not TrackingMode.none:
                 start_meanwhile()
             try:
-                compute(cell, checkpoint, content, identifier, folder, started, alone)
+                compute(cell, checkpoint, content, identifier, folder, started, alone, kept)
             except Exception as error:
                 trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
                 if not (is_done(folder) or was_interrupted(error)):  # with force=true, an earlier result stands
@@ -191,6 +201,7 @@ def compute(
     folder: Path,
     started: float,
     alone: bool = True,
+    kept: KeptLayers | None = None,
 ) -> None:
     """Decompose the model's heads and write the record.
 
@@ -201,10 +212,12 @@ def compute(
     source = open_weights(checkpoint, cell.model)
     tokenizer, notes = tokenizer_for(cell.task, checkpoint)
     opened = OpenedModel(source, checkpoint.label, tokenizer)
+    if kept is not None:
+        kept.begin(layers_depend_on(cell, checkpoint))
     runs = cell.analysis.activations or cell.analysis.embedding is Embedding.stream
     runner = runner_of(checkpoint, cell, tokenizer) if runs else None
     with steps_of(f"{cell.model.name} / {cell.task.name} / {cell.analysis.name}", alone) as steps:
-        analysis = analyse(opened, cell, steps, structure_cache(cell, checkpoint), runner, steps.draws)
+        analysis = analyse(opened, cell, steps, structure_cache(cell, checkpoint), runner, steps.draws, kept)
     analysis.notes.extend(notes)
     analysis.words["tasks"] = [] if tokenizer is None else readable_tasks(shipped_tasks(), tokenizer)
     origin = Origin(checkpoint.digest, checkpoint.revision, checkpoint.quantisation, source.loaded_by)
@@ -236,6 +249,12 @@ def runner_of(checkpoint: Checkpoint, cell: Config, tokenizer: Tokenizer | None)
     except ValueError as error:
         raise UserError(f"{checkpoint.label}: {error}.") from error
     return Runner(load, start, lambda: OneBlock(checkpoint, cell.model.attn_coeff))
+
+
+def layers_depend_on(cell: Config, checkpoint: Checkpoint) -> str:
+    """Return everything that layers' weights and decompositions depend on, as text."""
+    stated = cell.model.n_ctx, cell.model.causal
+    return json.dumps([checkpoint.digest, *stated, cell.processing.value, cell.device.value])
 
 
 def structure_cache(cell: Config, checkpoint: Checkpoint) -> StructureCache | None:

@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ovqk.config.command_line import TOOLS, config_folders, program
+from ovqk.config.composing import MAIN, compose_once
 from ovqk.config.hydra_errors import check_keys, mistakes, of_hydra
 from ovqk.config.place import CONF
 from ovqk.config.rerun import refuse_foreign_files
@@ -37,7 +38,7 @@ atexit.register(gc.freeze)  # objects that are left at the end go with the proce
 register()
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name=MAIN)
 def main(config: DictConfig) -> float | None:
     """Run the composed cell, and return its objective if one is named."""
     from hydra.core.hydra_config import HydraConfig
@@ -73,6 +74,7 @@ def _run() -> None:
     if {"-m", "--multirun"} & set(sys.argv) and {"-c", "--cfg"} & set(sys.argv):
         raise UserError("--cfg shows the choice of one cell: leave out -m, and give one value for each key.")
     _mend_hydra()  # before anything reads the command line
+    compose_once()
     if "-sc" not in sys.argv:  # Hydra's shell completion, whose install= and query= are not keys
         check_keys(sys.argv[1:])
         refuse_foreign_files(sys.argv[1:])

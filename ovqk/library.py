@@ -13,6 +13,7 @@ The numbers equal those in a cell with `task=none`: the same code computes them,
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -36,8 +37,9 @@ from ovqk.config.schema import Circuit, Config, register
 from ovqk.errors import CONTROL, UserError
 from ovqk.figures.portraits import TABLES
 from ovqk.metrics import METRICS
+from ovqk.structure.cache import StructureParts
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables, stacked
+from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables
 from ovqk.tasks.tokenizer import tokenizer_for
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
@@ -170,18 +172,12 @@ class LibraryModel:
     @cached_property
     def tables(self) -> Tables:
         """All tables that need no task: heads, layers, spectra, offsets and directions, as cells write them."""
-        cache = structure_cache(self.model.config, self.checkpoint)
-        if cache is None:
-            return self._computed()
-        with cache.entry(self.model) as entry:
-            if entry.tables is not None:
-                return entry.tables
-            found = self._computed()
-            entry.keep(dict(found))
-            return found
-
-    def _computed(self) -> Tables:
-        return stacked([self.of_layer(index) for index in range(self.n_layers)])
+        with ExitStack() as held:
+            parts = StructureParts(structure_cache(self.model.config, self.checkpoint), self.model, held)
+            for index in range(self.n_layers) if parts.stages else ():
+                for stage in parts.stages:
+                    stage.visit(self.layer(index))
+            return parts.tables()
 
     def of_layer(self, index: int) -> Tables:
         """Return one layer's tables, computed once, without the other layers."""

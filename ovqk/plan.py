@@ -45,6 +45,7 @@ class Sizes(NamedTuple):
         gated: whether the MLP has three matrices.
         normalised: whether queries and keys are, so that their moments are taken over sampled tokens.
         components: how many components are listed with their tokens for each circuit.
+        block0: whether later layers are read through block 0, which needs its MLP if the model has one.
     """
 
     n_layers: int
@@ -60,6 +61,7 @@ class Sizes(NamedTuple):
     learned: bool
     normalised: bool
     components: int
+    block0: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def plan_of(sizes: Sizes) -> Plan:
     s = sizes
     heads, kv_heads = s.n_layers * s.n_heads, s.n_layers * s.n_kv_heads
     gram, large, small = s.n_vocab * s.d_model**2, 2 * s.d_model**2 * s.d_head, 2 * s.d_model * s.d_head**2
-    later = s.n_layers > 1
+    later = s.n_layers > 1 and s.block0
     operations = {
         "Grams of the vocabulary": gram * ((1 if s.tied else 4) + (1 if s.rotary else 0)),
         "block 0 of every token": s.n_vocab
@@ -244,7 +246,7 @@ def sizes_of(source: "WeightSource", shapes: Mapping[str, tuple[int, ...]], comp
     from ovqk.weights.native import NativeWeights
 
     architecture = source.architecture
-    n_vocab, d_mlp, gated = shapes.get("embed.W_E", (0,))[0], 0, False
+    n_vocab, d_mlp, gated, block0 = shapes.get("embed.W_E", (0,))[0], 0, False, source.foldable
     if isinstance(source, NativeWeights):
         parts = source.family.tensors
         n_vocab = shapes.get(source.tensor_name("embedding"), (0,))[0]
@@ -253,6 +255,7 @@ def sizes_of(source: "WeightSource", shapes: Mapping[str, tuple[int, ...]], comp
         first = next((name for name in ("mlp_in", "mlp_gate_and_linear") if name in parts), None)
         if first is not None and not source.family.experts:
             d_mlp = math.prod(shapes.get(source.tensor_name(first, 0), (0,))) // architecture.d_model // (1 + fused)
+        block0 = block0 and not source.family.experts and (first is None or d_mlp > 0)
     return Sizes(
         n_layers=architecture.n_layers,
         n_heads=architecture.n_heads,
@@ -267,6 +270,7 @@ def sizes_of(source: "WeightSource", shapes: Mapping[str, tuple[int, ...]], comp
         learned=architecture.positions == "learned",
         normalised=architecture.qk_norm,
         components=components,
+        block0=block0,
     )
 
 

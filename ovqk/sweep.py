@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ovqk.config.hydra_errors import mistakes, untold
@@ -154,7 +154,13 @@ class SweepCallback(Callback):
 
     @_never_a_warning()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuse an unusable results folder before Hydra makes folders in it."""
+        """Refuse a wrong choice before torch is imported, and an unusable results folder before Hydra uses it."""
+        from ovqk.config.resolve import resolve
+
+        cell = config.copy()
+        with open_dict(cell):
+            del cell["hydra"]
+        resolve(cell)
         _check(config)
 
     @_never_a_warning()

@@ -6,7 +6,8 @@
     python scripts/bench.py --shapes smollm2-135m,gemma-3-270m --what task   # task=ioi against task=none
     python scripts/bench.py --what task --path DIR                           # the same, on a real model
     python scripts/bench.py --shapes gpt2-small --what profile
-    python scripts/bench.py --what startup
+    python scripts/bench.py --what sweep                                     # cells a minute over one model
+    python scripts/bench.py --what startup --repeats 8
 
 What is compared with, for the eigen- and singular values of every head's QK and OV, in residual space and over the
 full vocabulary:
@@ -369,32 +370,10 @@ def report_activations(path: Path, task: str, prompts: int) -> None:
     )
 
 
-def start_up(repeats: int) -> None:
-    """The default cell's wall time beside that of importing torch, hydra, pandas and wandb, best of some."""
-    root = Path(__file__).resolve().parents[1]
-    with tempfile.TemporaryDirectory() as folder:
-
-        def run(*command: str, cache: str = "") -> float:
-            environment = os.environ | {"OVQK_CACHE_DIR": f"{folder}/cache-{cache}"}
-            return seconds(
-                lambda: subprocess.run(
-                    [sys.executable, *command], cwd=root, capture_output=True, check=True, env=environment
-                )
-            )
-
-        imports = min(run("-c", "import torch, hydra, pandas, wandb") for _ in range(repeats))
-        cells, again = (
-            min(run("run.py", f"results_dir={folder}/{kind}-{n}", cache=str(n)) for n in range(repeats))
-            for kind in ("first", "again")
-        )
-        print(f"imports: {imports:.2f} s; default cell: {cells:.2f} s ({cells / imports:.2f} x)", end="; ")
-        print(f"its structure cached: {again:.2f} s ({again / imports:.2f} x)")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="gpt2-small", help=f"of {', '.join(SHAPES)}")
-    kinds = ["spectra", "cell", "task", "composition", "cache", "profile", "startup", "activations"]
+    kinds = ["spectra", "cell", "task", "composition", "cache", "profile", "startup", "sweep", "activations"]
     parser.add_argument("--what", default="spectra", choices=kinds)
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument(
@@ -412,8 +391,13 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.what == "startup":
-        start_up(arguments.repeats)
+    if arguments.what in ("startup", "sweep"):
+        import bench_sweeps as sweeps
+
+        if arguments.what == "sweep":
+            sweeps.report_sweep(sweeps.MODEL, sweeps.TASKS, sweeps.ANALYSES)
+        else:
+            sweeps.report_start_up(arguments.repeats)
         return
     if arguments.child:
         run_child(arguments.child, arguments.folder, arguments.device)

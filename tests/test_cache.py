@@ -51,8 +51,9 @@ def computed(monkeypatch) -> list[int]:
     return seen
 
 
-def entries(cache: StructureCache) -> list:
-    return sorted(cache.folder.glob(f"*/{ENTRY}"))
+def entries(cache: StructureCache, table: str = "heads") -> list:
+    """The marks of the entries that hold this table."""
+    return sorted(path.parent / ENTRY for path in cache.folder.glob(f"*/{table}.parquet"))
 
 
 def same(one: Analysis, two: Analysis) -> None:
@@ -75,20 +76,60 @@ def test_another_task_takes_the_structure_from_the_cache_and_gets_the_same_table
 
 @pytest.mark.parametrize(
     "override",
-    [
-        "processing=raw",
-        "seed=1",
-        "analysis.components=2",
-        "analysis.directions_embedding=block0",
-        "analysis.rare_tokens=true",
-        "analysis=qk",
-    ],
+    ["processing=raw", "seed=1", "analysis.directions_embedding=block0", "analysis=qk", "analysis.diagonals=true"],
 )
 def test_what_the_tables_depend_on_has_an_entry_of_its_own(cache, computed, override) -> None:
     run(cache, "task=sva")
     del computed[:]
     run(cache, "task=sva", override)
     assert computed == [0, 1, 2, 3] and len(entries(cache)) == 2
+
+
+@pytest.mark.parametrize("override", ["analysis.components=2", "analysis.rare_tokens=true"])
+@pytest.mark.parametrize("embedding", ["token", "block0"])
+def test_other_lists_of_tokens_share_the_rest_of_the_structure(
+    cache, computed, embedding, override, monkeypatch
+) -> None:
+    """Block0 rows are read in the same blocks, whether their Grams were computed before or not."""
+    monkeypatch.setattr("ovqk.circuits.grams.BLOCK_ELEMENTS", 3000)
+    cell = ["model=mini-llama", "task=none", f"analysis.directions_embedding={embedding}"]
+    without = run(None, *cell, override)
+    run(cache, *cell)
+    del computed[:]
+    same(run(cache, *cell, override), without)
+    assert computed == [] and len(entries(cache)) == 1 and len(entries(cache, "directions")) == 2
+
+
+def test_all_pairs_are_composed_once_for_all_tasks(cache, computed, monkeypatch) -> None:
+    """And another analysis finds the structure that it shares with them."""
+    cell = ["model=mini-llama", "model.claims=null", "analysis=composition"]
+    tasks = ["sva", "none"]
+    without = [run(None, *cell, f"task={task}") for task in tasks]
+    run(cache, *cell[:2], "task=sva", "analysis=b03")
+    run(cache, *cell, "task=induction")
+    del computed[:]
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("composed again")
+
+    monkeypatch.setattr("ovqk.analyse.composition_table", again)
+    for task, expected in zip(tasks, without, strict=True):
+        found = run(cache, *cell, f"task={task}")
+        same(found, expected)
+        assert found.notes == expected.notes and len(found.tables["virtual_heads"])
+    assert computed == [] and len(entries(cache)) == len(entries(cache, "composition")) == 1
+
+
+@pytest.mark.slow
+def test_pairs_that_claims_name_have_an_entry_of_their_own(cache) -> None:
+    cell = ["model=mini-llama", "task=induction"]
+    without = [run(None, *cell, f"analysis={name}") for name in ("b03", "composition")]
+    for _ in range(2):
+        for name, expected in zip(("b03", "composition"), without, strict=True):
+            found = run(cache, *cell, f"analysis={name}")
+            same(found, expected)
+            assert found.notes == expected.notes
+    assert len(entries(cache, "composition")) == 2
 
 
 def test_other_weights_and_other_code_have_entries_of_their_own(cache, computed, monkeypatch) -> None:
@@ -148,17 +189,18 @@ def test_a_home_that_cannot_be_written_means_no_cache(tmp_path) -> None:
 
 
 def test_the_longest_unused_entries_go_first(cache, computed) -> None:
+    cell = "task=none", "analysis.components=0"
     for seed in range(3):
-        run(cache, "task=none", f"seed={seed}")
+        run(cache, *cell, f"seed={seed}")
     sizes = [sum(path.stat().st_size for path in mark.parent.iterdir()) for mark in entries(cache)]
-    run(cache, "task=none", "seed=0")  # used again: no longer the oldest
+    run(cache, *cell, "seed=0")  # used again: no longer the oldest
     cache.most = 3.5 * max(sizes)
-    run(cache, "task=none", "seed=3")
+    run(cache, *cell, "seed=3")
     assert len(entries(cache)) == 3
     del computed[:]
-    run(cache, "task=none", "seed=0")
+    run(cache, *cell, "seed=0")
     assert computed == []  # it was still there
-    run(cache, "task=none", "seed=1")
+    run(cache, *cell, "seed=1")
     assert computed == [0, 1, 2, 3] and len(entries(cache)) == 3
 
 
@@ -204,7 +246,7 @@ def test_the_cache_can_be_turned_off_moved_and_bounded(cli, tmp_path) -> None:
     assert cli(*cell, "cache=off", f"results_dir={tmp_path / 'off'}")[0] == 0
     assert not (tmp_path / "mine").exists()
     assert cli(*cell, f"results_dir={tmp_path / 'on'}")[0] == 0
-    assert len(list((tmp_path / "mine" / "structure").glob(f"*/{ENTRY}"))) == 1
+    assert len(list((tmp_path / "mine" / "structure").glob(f"*/{ENTRY}"))) == 2  # structure, directions
     written = next((tmp_path / "on").glob("mini-attn/none/*/cell.yaml")).read_text()
     assert "cache" not in written  # a machine's own matter
     with pytest.raises(UserError, match=r"cache_gb=0.0: must be a positive number"):

@@ -4,14 +4,23 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from support import ROOT
 
 from ovqk import command
-from ovqk.config import command_line
+from ovqk.config import command_line, composing
 from ovqk.config.command_line import TOOLS, config_folders, program, quoted, tool
+from ovqk.config.place import CONF
+from ovqk.config.schema import register
 
 
 def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -132,3 +141,53 @@ def test_the_configs_lie_beside_the_package_in_a_checkout() -> None:
     from ovqk.config.place import CONF
 
     assert Path(CONF) == ROOT / "conf" and (CONF / "config.yaml").is_file()
+
+
+@pytest.fixture
+def hydra(monkeypatch) -> Iterator[Hydra]:
+    """Hydra with ovqk's configs and the repository's sweeps, which composes once; and Hydra as it is afterwards."""
+    for of, name in (
+        (Hydra, "get_mode"),
+        (ConfigLoaderImpl, "load_configuration"),
+        (ConfigLoaderImpl, "get_group_options"),
+    ):
+        monkeypatch.setattr(of, name, getattr(of, name))
+    GlobalHydra.instance().clear()
+    search = create_config_search_path(str(CONF))
+    search.prepend("command-line", str(ROOT / "sweeps"))
+    yield Hydra.create_main_hydra2("run", search)
+    GlobalHydra.instance().clear()
+
+
+def test_a_choice_that_is_composed_once_is_the_one_that_hydra_composes_twice(hydra, monkeypatch) -> None:
+    register()
+    typed, started = ["task=sva", "hydra/launcher=laptop", "nulls.draws=19"], []
+    asked = "config", [*typed, composing.AS_RUN], RunMode.RUN
+    twice = hydra.compose_config(*asked)
+    inner = ConfigLoaderImpl._load_configuration_impl
+    monkeypatch.setattr(
+        ConfigLoaderImpl,
+        "_load_configuration_impl",
+        lambda *of, **keys: started.append(of) or inner(*of, **keys),
+    )
+    composing.compose_once()
+    assert hydra.get_mode("config", typed) is None
+    once = hydra.compose_config(*asked)
+    assert len(started) == 1 and OmegaConf.to_yaml(once) == OmegaConf.to_yaml(twice)
+    assert once.hydra.mode is RunMode.RUN and once.hydra.overrides.hydra == twice.hydra.overrides.hydra
+    again = hydra.compose_config(*asked)  # it is taken once
+    assert len(started) == 2 and OmegaConf.to_yaml(again) == OmegaConf.to_yaml(twice)
+
+
+def test_a_sweep_that_a_file_asks_for_is_still_seen(hydra) -> None:
+    register()
+    composing.compose_once()
+    for typed in ([], ["task=ioi,sva"]):
+        assert hydra.get_mode("cross_model", typed) is RunMode.MULTIRUN
+    assert hydra.get_mode("config", ["task=ioi,sva"]) is None  # several values without -m: a mistake
+
+
+def test_names_are_listed_as_hydra_lists_them(hydra) -> None:
+    before = {group: hydra.config_loader.get_group_options(group) for group in ("model", "task", "hydra/launcher")}
+    composing.compose_once()
+    assert before == {group: hydra.config_loader.get_group_options(group) for group in before} and before["task"]

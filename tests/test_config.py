@@ -251,14 +251,22 @@ def test_a_step_of_training_is_a_revision_and_a_name_of_its_own() -> None:
         compose("model=pythia-70m-deduped", "model.checkpoint=-1")
 
 
-def test_nothing_heavy_is_imported_before_a_config_is_accepted() -> None:
-    """A mistyped choice is answered at once, without torch or pandas."""
+@pytest.mark.parametrize(
+    ("choice", "said", "status"),
+    [
+        ("model=no-such-model", "model=no-such-model: there is no such model", 1),
+        ("analysis.components=-1", "analysis.components=-1: must be a number of components >= 0", 1),
+        ("--help", "ioi", 0),
+    ],
+)
+def test_nothing_heavy_is_imported_before_a_config_is_accepted(choice, said, status) -> None:
+    """A mistyped choice or a wrong value is answered at once, without torch or pandas, and so is --help."""
     import subprocess
     import sys
 
-    command = [sys.executable, "-X", "importtime", "run.py", "model=no-such-model"]
+    command = [sys.executable, "-X", "importtime", "run.py", choice]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert done.returncode == 1 and "model=no-such-model: there is no such model" in done.stderr
+    assert done.returncode == status and said in done.stderr + done.stdout
     assert "hydra" in modules
     assert not modules & {"torch", "numpy", "pandas", "matplotlib", "wandb", "transformers", "transformer_lens"}

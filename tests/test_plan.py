@@ -53,6 +53,20 @@ def test_sizes_are_those_of_the_tensors() -> None:
     assert sizes.d_mlp in (0, 4 * sizes.d_model) and not sizes.gated and sizes.learned and not sizes.rotary
 
 
+def test_a_block_0_that_cannot_be_read_costs_nothing() -> None:
+    """Without its MLP's tensors, as among experts, cells have no block0 embeddings and none of their Grams."""
+    checkpoint = open_checkpoint(local(BUNDLED.parent / "mini-llama"))
+    source = open_weights(checkpoint, local(BUNDLED.parent / "mini-llama"))
+    alone = {name: shape for name, shape in checkpoint.shapes.items() if ".mlp." not in name}
+    whole, without = (sizes_of(source, shapes, 3) for shapes in (checkpoint.shapes, alone))
+    assert whole.block0 and whole.d_mlp > 0 and not without.block0 and without.d_mlp == 0
+    plan, less = plan_of(whole), plan_of(without)
+    assert less.operations["Grams of block 0"] == less.operations["block 0 of every token"] == 0
+    assert less.operations["Grams times heads"] < plan.operations["Grams times heads"]
+    assert less.decompositions["eigenvalues"] == 4 / 5 * plan.decompositions["eigenvalues"]
+    assert less.memory < plan.memory
+
+
 def test_a_survey_fetches_no_weights(hub, wide) -> None:
     shard(wide, second=("h.1.mlp", "h.2.mlp"))
     hub.hold(wide)

@@ -9,6 +9,8 @@ from ovqk.metrics import METRICS, NOT_APPLICABLE, Needs, metric_names
 from ovqk.weights.types import Architecture
 
 NO_EMBEDDING = "the checkpoint has no token embedding"
+NO_UNEMBEDDING = "the checkpoint has no unembedding"
+NO_LATER_LAYER = "the model has no layer after the first"
 MIN_TOKENS = 21  # with fewer, the ends of a diagonal's column hold most of it
 MIN_POSITIONS = 4  # fewer leave no degree of freedom for an offset fit
 
@@ -40,7 +42,7 @@ def unavailable_metrics(
     no_embedding = why_no_embedding if vocabulary is None else None
     no_unembedding = no_embedding
     if vocabulary is not None and vocabulary.W_U_rows is None:
-        no_unembedding = "the checkpoint has no unembedding"
+        no_unembedding = NO_UNEMBEDDING
     few_tokens = None
     if vocabulary is not None and vocabulary.size < MIN_TOKENS:
         few_tokens = f"{vocabulary.size} tokens: the ends of a column, of 10 each, are all of it"
@@ -75,7 +77,7 @@ def unavailable_metrics(
         if isinstance(block0, str):
             reasons.setdefault(name, block0)
         elif architecture.n_layers == 1:
-            reasons.setdefault(name, f"{NOT_APPLICABLE}the model has no layer after the first")
+            reasons.setdefault(name, f"{NOT_APPLICABLE}{NO_LATER_LAYER}")
     return reasons
 
 

@@ -1,7 +1,8 @@
 """A model's tables that depend on no task, kept for cells with other tasks and for other processes.
 
-An entry is a folder that holds Parquet tables, and `entry.json` with a hash for each. One rename brings it into being,
-so that it is never half there; an entry that is damaged all the same is thrown away and computed again.
+They are kept in parts, so that analyses which differ in one part share the others. An entry is a folder that holds one
+part's Parquet tables, and `entry.json` with a hash for each. One rename brings it into being, so that it is never half
+there; an entry that is damaged all the same is thrown away and computed again.
 """
 
 import hashlib
@@ -12,8 +13,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -22,7 +25,7 @@ from ovqk.errors import UserError
 from ovqk.locks import locked
 from ovqk.metrics import SCHEMA_VERSION
 from ovqk.structure.model import Model
-from ovqk.structure.stages import Tables
+from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables
 from ovqk.whole_files import is_temporary, temporary
 
 PACKAGE = Path(__file__).parents[1]
@@ -30,9 +33,25 @@ ENTRY = "entry.json"
 GIGABYTE = 2**30
 
 
+class Part(StrEnum):
+    """The tables that one entry holds."""
+
+    structure = "structure"  # heads, layers, spectra, offsets
+    directions = "directions"
+    composition = "composition"  # composition, virtual_heads
+
+
+DEPENDS_ON: dict[Part, tuple[str, ...]] = {
+    Part.structure: ("circuits", "offsets", "diagonals"),
+    Part.directions: ("circuits", "components", "directions_embedding", "rare_tokens"),
+    Part.composition: ("circuits", "pairs"),
+}
+"""The keys of the analysis that a part's tables depend on."""
+
+
 @dataclass
 class Entry:
-    """A model's place in the cache while a cell needs it.
+    """The place of one part of a model in the cache while a cell needs it.
 
     Attributes:
         tables: the tables that were found; None if they have to be computed.
@@ -70,31 +89,31 @@ class StructureCache:
         """Take where it is, how large it may be, and the checkpoint's digest."""
         self.folder, self.most, self.digest = folder / "structure", gigabytes * GIGABYTE, digest
 
-    def key(self, model: Model) -> str:
-        """Hash everything that the tables depend on."""
+    def key(self, model: Model, part: Part, of: Any = None) -> str:
+        """Hash everything that the part's tables depend on; `of` is what they depend on besides the model."""
         config = model.config
         analysis = plain(config.analysis)
         content = {
+            "part": part.value,
+            "of": of,
             "schema_version": SCHEMA_VERSION,
             "code": code_digest(),
             "weights": self.digest,
             "processing": config.processing.value,
             "seed": config.seed,
-            "analysis": {
-                name: analysis[name]
-                for name in ("circuits", "offsets", "components", "directions_embedding", "rare_tokens", "diagonals")
-            },
+            "analysis": {name: analysis[name] for name in DEPENDS_ON[part]},
             "model": {name: getattr(config.model, name) for name in ("n_ctx", "causal", "attn_coeff")},
             "tokens": None if model.vocabulary is None else model.vocabulary.size,
             "spelled": model.tokenizer is not None,
+            "block0_rows_listed": model.block0_side is not None,  # then Grams read the rows that lists keep
             "device": model.device.type,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
     @contextmanager
-    def entry(self, model: Model) -> Iterator[Entry]:
-        """Open the model's entry. While one process computes it, others wait instead of computing it too."""
-        folder = self.folder / self.key(model)
+    def entry(self, model: Model, part: Part, of: Any = None) -> Iterator[Entry]:
+        """Open a part's entry. While one process computes it, others wait instead of computing it too; see `key`."""
+        folder = self.folder / self.key(model, part, of)
         with ExitStack() as held:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +130,49 @@ class StructureCache:
             else:
                 _clear_abandoned(self.folder, folder.name)
             yield Entry(found, folder, self.most)
+
+
+@contextmanager
+def entry_of(cache: StructureCache | None, model: Model, part: Part, of: Any = None) -> Iterator[Entry]:
+    """Open a part's entry (`StructureCache.entry`); without a cache, an entry that finds and keeps nothing."""
+    if cache is None:
+        yield Entry()
+        return
+    with cache.entry(model, part, of) as entry:
+        yield entry
+
+
+class StructureParts:
+    """A model's tables without a task: each part is found in the cache, or computed by its stage and then kept.
+
+    Attributes:
+        stages: the stages of the parts that were not found; each must visit every layer before `tables`.
+    """
+
+    def __init__(self, cache: StructureCache | None, model: Model, held: ExitStack) -> None:
+        """Open the entries; `held` keeps their locks until the tables are made."""
+        makers: dict[Part, type[StructureTables | DirectionTables]] = {Part.structure: StructureTables}
+        if model.lists_tokens:
+            makers[Part.directions] = DirectionTables
+        self._entries = {part: held.enter_context(entry_of(cache, model, part)) for part in makers}
+        self._made_by = {part: makers[part](model) for part, entry in self._entries.items() if entry.tables is None}
+
+    @property
+    def stages(self) -> list[Stage]:
+        """See the class."""
+        return list(self._made_by.values())
+
+    def tables(self) -> Tables:
+        """Return all parts' tables, and keep those that were computed."""
+        made = Tables()
+        for part, entry in self._entries.items():
+            if entry.tables is None:
+                found = self._made_by[part].tables(made)
+                entry.keep(found)
+            else:
+                found = entry.tables
+            made |= found
+        return made
 
 
 def _clear_abandoned(folder: Path, key: str) -> None:

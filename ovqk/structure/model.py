@@ -9,7 +9,7 @@ from jaxtyping import Bool, Complex, Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ovqk.circuits import moments, positions
+from ovqk.circuits import grams, moments, positions
 from ovqk.circuits.diagonals import ranked_tokens
 from ovqk.circuits.effective_embeddings import KEPT_UP_TO, Block0
 from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, query_side
@@ -20,7 +20,8 @@ from ovqk.circuits.simulated import Simulated
 from ovqk.circuits.spectra import eigenvalues
 from ovqk.circuits.vocabulary import Vocabulary, read_vocabulary
 from ovqk.config.schema import Circuit, Config, Processing
-from ovqk.structure.availability import NO_EMBEDDING, unavailable_metrics
+from ovqk.structure.availability import NO_EMBEDDING, NO_LATER_LAYER, NO_UNEMBEDDING, unavailable_metrics
+from ovqk.structure.kept_layers import KeptLayers, LayerParts
 from ovqk.structure.rare_tokens import RareTokens, rare_tokens
 from ovqk.structure.token_tables import Directions
 from ovqk.weights.devices import resolve_device, to_device
@@ -43,6 +44,7 @@ class Model:
         spectral_vocabulary: embeddings as processed, for full-circuit spectra.
         W_pos: learned position embeddings; None without them.
         tokenizer: None if there is none.
+        kept: the layers that this process keeps for its next cells; None if it keeps none.
     """
 
     source: WeightSource
@@ -53,6 +55,7 @@ class Model:
     spectral_vocabulary: Vocabulary | None
     W_pos: Float[Tensor, "n_ctx d_model"] | None
     tokenizer: Tokenizer | None
+    kept: KeptLayers | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -146,15 +149,43 @@ class Model:
             return None
         return self.block0.grams(self.vocabulary, None if self.block0_side is None else self.block0_side.read)
 
+    def read_block0_rows(self) -> None:
+        """Read all block0 embeddings for token lists, in order, unless `block0_grams` has read them already.
+
+        Rounding depends on the blocks of tokens in which rows are computed and summed. They are read as `block0_grams`
+        reads them, so that lists are the same if the cache has everything that needs the Grams.
+        """
+        if self.block0_side is not None and "block0_grams" not in vars(self):
+            n, d_model = self.block0_side.rows.shape
+            self.block0_side.read(0, min(n, grams.SHIFT_TOKENS))
+            for some in blocks(n, max(1, min(n, grams.BLOCK, grams.BLOCK_ELEMENTS // d_model))):
+                self.block0_side.read(some.start, some.stop)
+
     def block0_circuit(self, circuit: Circuit) -> FullCircuit | None:
         """Return the Grams of full circuits that read block0 embeddings, as layers after the first do; folded.
 
         None if block0 embeddings cannot be had, and for OV without an unembedding.
         """
-        grams, vocabulary = self.block0_grams, self.vocabulary
-        if grams is None or vocabulary is None:
+        found, vocabulary = self.block0_grams, self.vocabulary
+        if found is None or vocabulary is None:
             return None
-        return FullCircuit.of(circuit, lambda: grams.embed, lambda: (grams.cross, vocabulary.gram_unembed))
+        return FullCircuit.of(circuit, lambda: found.embed, lambda: (found.cross, vocabulary.gram_unembed))
+
+    @property
+    def why_no_matching(self) -> str | None:
+        """Why pairs of heads have no `matching`; None if they have. No Gram is computed."""
+        if self.vocabulary is None:
+            return self.source.no_vocabulary or NO_EMBEDDING
+        if isinstance(self.block0, str):
+            return self.block0
+        return NO_LATER_LAYER if self.block0.mlp_writes and self.architecture.n_layers == 1 else None
+
+    @property
+    def why_no_block0_circuit(self) -> str | None:
+        """Why `block0_circuit` returns None for OV; None if it returns Grams. No Gram is computed."""
+        if self.why_no_matching or self.architecture.n_layers == 1:
+            return self.why_no_matching or NO_LATER_LAYER
+        return NO_UNEMBEDDING if self.vocabulary is None or self.vocabulary.W_U_rows is None else None
 
     @property
     def lists_tokens(self) -> bool:
@@ -249,8 +280,10 @@ class Model:
         return {"requested": asked, "applied": applied}
 
     @classmethod
-    def read(cls, opened: OpenedModel, config: Config) -> "Model":
+    def read(cls, opened: OpenedModel, config: Config, kept: KeptLayers | None = None) -> "Model":
         """Read the embeddings, over the tokens that the tokenizer knows; the task of the config has no part in it.
+
+        `kept` are the layers that earlier cells of this process left (see the class).
 
         Raises:
             UserError: an embedding holds NaN or infinity, or `device` is not there.
@@ -264,7 +297,7 @@ class Model:
         spectral = vocabulary
         if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
             spectral = read_vocabulary(raw, n_tokens, label)
-        return cls(source, config, device, label, vocabulary, spectral, folded.W_pos, opened.tokenizer)
+        return cls(source, config, device, label, vocabulary, spectral, folded.W_pos, opened.tokenizer, kept)
 
 
 def read_block0(source: WeightSource, vocabulary: Vocabulary | None, device: torch.device) -> Block0 | str:
@@ -305,28 +338,36 @@ class Layer:
     """One layer's weights, raw and folded, and the decompositions that its stages share."""
 
     def __init__(self, model: Model, index: int) -> None:
-        """Read the layer."""
+        """Take the layer's place; its weights are read when they are asked for, if no earlier cell left them."""
         self.model, self.index = model, index
-        self._maps: dict[Form, FactoredMaps] = {}  # no caches of bound methods: they keep layers alive
-        self._bases: dict[tuple[str, bool], Basis] = {}
-        self._across: dict[tuple[Circuit, bool], list[tuple[Tensor | None, Tensor]]] = {}
-        self._eigenvalues: dict[Circuit, Tensor] = {}
+        self.parts = LayerParts() if model.kept is None else model.kept.parts(index)
 
     def read(self) -> LayerWeights:
         """Read the raw weights from the checkpoint; they are kept only if they are what is processed."""
         return to_device(self.model.source.layer(self.index), self.model.device)
 
-    @cached_property
+    def leave(self) -> None:
+        """Leave the layer to the process's next cell, if this process keeps layers and has room."""
+        if self.model.kept is not None:
+            self.model.kept.keep(self.index, self.parts)
+
+    @property
     def processed(self) -> LayerWeights:
         """Folded or raw, as the spectra are to be."""
-        return self.folded if self.model.folds else self.read()
+        known = self.parts.weights
+        if "processed" not in known:
+            known["processed"] = self.folded if self.model.folds else self.read()
+        return known["processed"]
 
-    @cached_property
+    @property
     def folded(self) -> LayerWeights:
         """The weights with the norms folded in, if that can be done."""
         if not self.model.source.foldable:
             return self.processed
-        return fold_layer(self.read(), self.model.architecture)
+        known = self.parts.weights
+        if "folded" not in known:
+            known["folded"] = fold_layer(self.read(), self.model.architecture)
+        return known["folded"]
 
     @property
     def gain(self) -> Float[Tensor, " d_model"] | None:
@@ -359,11 +400,11 @@ class Layer:
             folded: folded weights; else those that are processed.
         """
         key = part, folded or self.model.folds
-        if key not in self._bases:
+        if key not in self.parts.bases:
             weights = self.folded if key[1] else self.processed
             weight = getattr(weights, f"W_{part}")
-            self._bases[key] = Basis(weight.mT if part == "O" else weight)
-        return self._bases[key]
+            self.parts.bases[key] = Basis(weight.mT if part == "O" else weight)
+        return self.parts.bases[key]
 
     def maps(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> FactoredMaps:
         """Return a circuit for all heads, factored once; QK is averaged over the offsets' rotations.
@@ -374,21 +415,21 @@ class Layer:
             offsets: query position less key position; 0 for no rotation.
         """
         form = Form(circuit, folded or self.model.folds, offsets)
-        if form not in self._maps:
+        if form not in self.parts.maps:
             weights, architecture = self.folded if form.folded else self.processed, self.model.architecture
             kv = architecture.kv_of_head.to(weights.W_O.device)
             every = torch.arange(architecture.n_heads, device=kv.device)
             rank = min(architecture.d_head, architecture.d_model - self.model.centred)
-            across = self._across.setdefault((circuit, form.folded), [])
+            across = self.parts.across.setdefault((circuit, form.folded), [])
             if circuit is Circuit.ov:
                 left, right = self.basis("V", folded), self.basis("O", folded)
                 inner = left.coordinates[kv] @ right.coordinates.mT
-                self._maps[form] = FactoredMaps(left, right, kv, every, inner, rank, across=across)
+                self.parts.maps[form] = FactoredMaps(left, right, kv, every, inner, rank, across=across)
             else:
                 left, right = self.basis("Q", folded), self.basis("K", folded)
                 inner = query_side(left.coordinates, weights, offsets) @ key_side(right.coordinates, weights)[kv].mT
-                self._maps[form] = FactoredMaps(left, right, every, kv, inner, rank, across=across)
-        return self._maps[form]
+                self.parts.maps[form] = FactoredMaps(left, right, every, kv, inner, rank, across=across)
+        return self.parts.maps[form]
 
     def decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Decomposition:
         """Return a circuit's thin SVD, head by head, with its directions; see `maps`."""
@@ -396,6 +437,6 @@ class Layer:
 
     def eigenvalues(self, circuit: Circuit) -> Complex[Tensor, "head k"]:
         """Return the eigenvalues of a circuit's heads as processed, at D = 0, in residual space; found once."""
-        if circuit not in self._eigenvalues:
-            self._eigenvalues[circuit] = eigenvalues(self.maps(circuit, self.model.folds).core())
-        return self._eigenvalues[circuit]
+        if circuit not in self.parts.eigenvalues:
+            self.parts.eigenvalues[circuit] = eigenvalues(self.maps(circuit, self.model.folds).core())
+        return self.parts.eigenvalues[circuit]

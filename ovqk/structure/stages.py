@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ Tables = dict[str, pd.DataFrame]
 """Name -> rows: heads, layers, spectra, offsets, directions; a table that a model does not have is absent."""
 
 
+@runtime_checkable
 class Stage(Protocol):
     """A part of a cell's computation: it visits each layer once, and then makes its tables."""
 
@@ -100,6 +101,7 @@ class DirectionTables:
         self.model, self.count = model, model.config.analysis.components if count is None else count
         self._waiting: list[tuple[int, Circuit, Components]] = []
         self._made: list[pd.DataFrame] = []
+        self._block0_read = False
 
     def visit(self, layer: Layer) -> None:
         """Take a layer's leading components, and read their tokens once enough are waiting."""
@@ -126,6 +128,10 @@ class DirectionTables:
 
     def _pass(self) -> None:
         if self._waiting and self.model.directions is not None:
+            kind = self.model.config.analysis.directions_embedding.kind
+            if not self._block0_read and any(kind(index) == "block0" for index, *_ in self._waiting):
+                self.model.read_block0_rows()
+                self._block0_read = True
             self._made += self.model.directions.tables(self._waiting)
             self._waiting = []
 

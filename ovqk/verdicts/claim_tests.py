@@ -438,12 +438,11 @@ def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:
     0's MLP writes nothing, all senders read plain embeddings and the second is None. Then no layer turns one token into
     another, and the heads of block 0 would only blur it.
     """
-    if model.vocabulary is None:
-        return model.source.no_vocabulary or "the checkpoint has no token embedding"
-    if isinstance(model.block0, str):
-        return model.block0
-    mlp = model.block0.mlp
-    if mlp is None or not (mlp.W_out.any() or mlp.b_out.any()):
+    if missing := model.why_no_matching:
+        return missing
+    assert model.vocabulary is not None and not isinstance(model.block0, str)
+    if not model.block0.mlp_writes:
         return model.vocabulary.gram_embed, None
     block0 = model.block0_grams
-    return "the model has no layer after the first" if block0 is None else (block0.embed, block0.with_plain)
+    assert block0 is not None
+    return block0.embed, block0.with_plain

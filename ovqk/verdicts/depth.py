@@ -151,17 +151,21 @@ def over_depth(
     Returns:
         The standardised values, [n]; None if there is no spread.
     """
-    ids, member = np.unique(groups, return_inverse=True)
-    layer_of = np.zeros(len(ids), dtype=np.int64)
-    layer_of[member] = layers
+    ids, member, n_heads = np.unique(groups, return_inverse=True, return_counts=True)
     at, place = np.unique(layers, return_inverse=True)
+    layer_of = np.zeros(len(ids), dtype=np.int64)
+    layer_of[member] = place
+    counts = np.bincount(layer_of)
+    last = np.cumsum(counts) - 1
+    middle = last - counts // 2, last - (counts - 1) // 2  # once groups are sorted by layer, then by value
 
     def medians(of_heads: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return each layer's median over KV groups; the value of a group is the mean over its heads."""
-        means = np.bincount(member, of_heads) / np.bincount(member)
-        return np.array([np.median(means[layer_of == layer]) for layer in at])
+        means = np.bincount(member, of_heads) / n_heads
+        ordered = means[np.lexsort((means, layer_of))]
+        return (ordered[middle[0]] + ordered[middle[1]]) / 2  # type: ignore[no-any-return]
 
-    sizes = np.array([(layer_of == layer).sum() for layer in at], dtype=float)
+    sizes = counts.astype(float)
     weights, lines = _kernel(tuple(at.tolist()), tuple(sizes.tolist()))
     # If a place rests on few groups, above all on the layer's own, heads lie nearer to it than they should. Correct
     # this by the factor that holds for independent groups with equal variance.

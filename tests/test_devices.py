@@ -1,0 +1,79 @@
+"""A cell on a GPU and the same cell on the CPU: equal verdicts, and numbers within rounding. Skipped without a GPU."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from support.commands import compose, computed
+
+from ovqk.errors import UserError
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
+WITHIN = 1e-4
+"""The largest difference, relative to the column's largest value: as for ratios in float32 (definitions, section 1)."""
+DECIDED = ("verdict", "status", "reason", "role", "layer", "head", "metric", "null", "kind", "mode")
+
+
+def disagreements(one: pd.DataFrame, two: pd.DataFrame, within: float = WITHIN) -> list[str]:
+    """Name the columns in which two tables with the same rows disagree: numbers beyond `within`, or other words."""
+    if list(one.columns) != list(two.columns) or len(one) != len(two):
+        return [f"{len(one)} rows of {list(one.columns)}, {len(two)} rows of {list(two.columns)}"]
+    found = []
+    for name in one.columns:
+        a, b = one[name], two[name]
+        if pd.api.types.is_numeric_dtype(a):
+            x, y = a.to_numpy(dtype=np.float64), b.to_numpy(dtype=np.float64)
+            scale = max(1e-12, float(np.nanmax(np.abs(x), initial=0.0)))
+            if not np.allclose(x, y, rtol=0, atol=within * scale, equal_nan=True):
+                found.append(f"{name}: {np.nanmax(np.abs(x - y)) / scale:.2g}")
+        elif name in DECIDED and not a.fillna("").astype(str).equals(b.fillna("").astype(str)):
+            found.append(f"{name}: other words")
+    return found
+
+
+def compared(tmp_path, names: tuple[str, ...], *choice: str) -> dict[str, list[str]]:
+    """Compute the cell on both devices, and return the disagreements of each of these tables."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        _, record, tables = computed(tmp_path / device, *choice, f"device={device}", "cache=off")
+        assert record["status"] == "done"
+        found[device] = tables
+    assert set(names) <= set(found["cpu"]) and set(found["cpu"]) == set(found["cuda"])
+    return {name: disagreements(found["cpu"][name], found["cuda"][name]) for name in names}
+
+
+@NO_GPU
+@pytest.mark.parametrize("model", ["mini-attn", "mini-gpt2", "mini-llama"])
+def test_weights_on_a_gpu_give_the_tables_of_the_cpu(tmp_path, model) -> None:
+    """Spectra, positions, composition and verdicts. Eigenvalues are compared by the metrics made of them: their order
+    within a head may change if two have the same size.
+    """
+    names = ("heads", "layers", "offsets", "composition", "verdicts")
+    found = compared(tmp_path, names, f"model={model}", "task=induction", "analysis=b03", "nulls.draws=99")
+    assert not any(found.values()), found
+
+
+@NO_GPU
+def test_activations_on_a_gpu_give_the_tables_of_the_cpu(tmp_path) -> None:
+    names = ("activations", "roles")
+    choice = ("model=mini-gpt2", "task=induction", "analysis=activations", "activations.prompts=96")
+    found = compared(tmp_path, names, *choice)
+    assert not any(found.values()), found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_is_refused_and_auto_takes_the_cpu(tmp_path) -> None:
+    cell = ("model=mini-attn", "task=none", "analysis.components=0")
+    with pytest.raises(UserError, match="device=cuda"):
+        computed(tmp_path, *cell, "device=cuda")
+    assert compose("device=auto").device.value == "auto"
+    assert computed(tmp_path, *cell, "device=auto")[1]["status"] == "done"
+
+
+def test_tables_that_differ_by_more_than_rounding_disagree() -> None:
+    table = pd.DataFrame({"head": [0, 1], "value": [2.0, np.nan], "verdict": ["partial", None], "text": ["a", "b"]})
+    assert disagreements(table, table.assign(value=[2.0001, np.nan], text=["c", "d"])) == []
+    assert disagreements(table, table.assign(value=[2.001, np.nan])) == ["value: 0.0005"]
+    assert disagreements(table, table.assign(value=[2.0, 0.0]))
+    assert disagreements(table, table.assign(verdict=["partial", "partial"])) == ["verdict: other words"]
+    assert disagreements(table, table.iloc[:1]) and disagreements(table, table.drop(columns="text"))
