@@ -21,9 +21,9 @@ _mode, _load, _options = Hydra.get_mode, ConfigLoaderImpl.load_configuration, Co
 
 def compose_once() -> None:
     """Let Hydra run the choice that it composed to see its mode, and list names without copying its sources."""
-    Hydra.get_mode = _mode_and_keep  # type: ignore[method-assign]
-    ConfigLoaderImpl.load_configuration = _load_or_take  # type: ignore[method-assign]
-    ConfigLoaderImpl.get_group_options = _options_at_once  # type: ignore[method-assign]
+    Hydra.get_mode = _mode_and_keep  # type: ignore[method-assign, assignment]
+    ConfigLoaderImpl.load_configuration = _load_or_take  # type: ignore[method-assign, assignment]
+    ConfigLoaderImpl.get_group_options = _options_at_once  # type: ignore[method-assign, assignment]
 
 
 def _mode_and_keep(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
