@@ -178,8 +178,8 @@ def spectrum(
     full = vocabulary.full_circuit(circuit)
     if full is None:
         return metrics, lines
+    eigen = spectra.eigenvalues(maps.core(full.cross))  # before singular values: see `Maps.core`
     sigma = spectra.full_circuit_singular_values(maps, full.read, full.write)
-    eigen = spectra.eigenvalues(maps.core(full.cross))
     metrics["ov_copying" if circuit is Circuit.ov else "qk_matching"] = spectra.trace_ratio(eigen, sigma.sum(-1))
     if circuit is Circuit.qk:
         metrics["qk_symmetry_vocab"] = spectra.vocabulary_symmetry(maps, full.read)

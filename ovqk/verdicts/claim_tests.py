@@ -17,6 +17,7 @@ from torch import Tensor
 from ovqk.circuits import composition
 from ovqk.circuits.composition import LayerCircuits
 from ovqk.circuits.effective_embeddings import RowKind
+from ovqk.circuits.grams import dense
 from ovqk.circuits.head_maps import HeadMaps
 from ovqk.config.schema import Circuit, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
@@ -444,6 +445,6 @@ def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:
         return model.block0
     mlp = model.block0.mlp
     if mlp is None or not (mlp.W_out.any() or mlp.b_out.any()):
-        return model.vocabulary.gram_embed, None
+        return dense(model.vocabulary.gram_embed), None
     block0 = model.block0_grams
     return "the model has no layer after the first" if block0 is None else (block0.embed, block0.with_plain)
