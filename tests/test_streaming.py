@@ -181,8 +181,15 @@ def test_the_benchmark_runs_and_counts_what_it_says(tmp_path) -> None:
     config = bench.cell_config(tmp_path)
     assert bench.whole_cell(config) == 4
     assert bench.spectra_alone(config) == 2 * 2 * 2 * 4 * 8  # layers, circuits, heads, spectra, values
-    per_head = 5 * 2 * 16 * 16 * 8 + 8 * 2 * 16 * 8 * 8
-    assert bench.spectra_operations(shape) == 40 * 16 * 16 + 4 * per_head
+    per_head = 4 * 16 * 16 * 8 + 8 * 2 * 16 * 8 * 8  # four products with a triangle, and eight of d x k
+    sizes = bench.sizes_of_shape(shape)
+    assert bench.spectra_operations(sizes) == 40 * 16 * 16 + 4 * per_head
+    needed = bench.cell_operations(sizes)
+    triangle = 16 * 16 * 8
+    block0 = 2 * 2 * 2 * triangle  # in layer 1, for two heads and two circuits, with a whole matrix
+    assert needed["Grams times heads"] == 4 * (4 + 2) * triangle + block0
+    assert bench.products_done(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
+    assert bench.products_done(lambda: bench.whole_cell(config)) > sum(needed.values())
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "bench.py"), "--child", "cell", "--folder", str(tmp_path)],
         capture_output=True, text=True, check=True,
