@@ -328,6 +328,15 @@ class Layer:
             return self.processed
         return fold_layer(self.read(), self.model.architecture)
 
+    def raw_and_folded(self) -> tuple[LayerWeights, LayerWeights]:
+        """Return the weights as the checkpoint has them, which are not kept, and folded; one reading gives both."""
+        if not self.model.source.foldable:
+            return self.folded, self.folded
+        raw = self.read()
+        if "folded" not in vars(self):
+            self.folded = fold_layer(raw, self.model.architecture)
+        return raw, self.folded
+
     @property
     def gain(self) -> Float[Tensor, " d_model"] | None:
         """The gain in the norm before attention, float64; None if it is folded into the processed weights."""

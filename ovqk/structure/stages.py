@@ -340,8 +340,8 @@ def heads_rows(layer: Layer, values: HeadValues) -> pd.DataFrame:
 
 def layer_row(layer: Layer) -> pd.DataFrame:
     """Return the layer's row in layers.parquet: metrics of the QK matrix summed over its heads."""
-    raw = layer.read() if layer.model.source.foldable else layer.folded
-    return pd.DataFrame([{"layer": layer.index} | layer_metrics(raw, layer.folded, layer.model.architecture)])
+    raw, folded = layer.raw_and_folded()
+    return pd.DataFrame([{"layer": layer.index} | layer_metrics(raw, folded, layer.model.architecture)])
 
 
 def _spectrum_table(layer: int, circuit: Circuit, space: str, kind: str, values: Tensor, offset: int) -> pd.DataFrame:
