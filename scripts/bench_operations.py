@@ -79,11 +79,16 @@ def spectra_operations(sizes: Sizes) -> float:
 
 
 def cell_operations(sizes: Sizes) -> dict[str, float]:
-    """Operations of a whole cell of task=none, by part: as `ovqk plan` counts them, but heads through roots."""
-    parts = dict(plan_of(sizes).operations)
-    parts["Grams times heads"] = sum(head_products(sizes).values())
-    if sizes.normalised:
-        parts["Grams of the vocabulary"] -= sizes.n_vocab * sizes.d_model**2  # of normalised rows: not needed
+    """Operations of a whole cell of task=none, by part: as `ovqk plan` counts them, but the least where it is more.
+
+    Heads go through roots. One product gives a layer's summed W_QK, raw and folded, with query heads that share keys
+    summed first. If queries and keys are normalised, no Gram of normalised rows is needed.
+    """
+    s = sizes
+    parts = dict(plan_of(s).operations)
+    parts["Grams times heads"] = sum(head_products(s).values())
+    parts["summed W_QK"] = 2.0 * s.n_layers * s.d_model**2 * s.n_kv_heads * s.d_head
+    parts["Grams of the vocabulary"] -= s.normalised * s.n_vocab * s.d_model**2
     return parts
 
 
