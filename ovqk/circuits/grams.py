@@ -26,7 +26,6 @@ FLOAT64_PRODUCTS_UP_TO = 10**10  # multiplications of one Gram; a larger Gram is
 FLOAT64_UP_TO = 512  # d_model up to which Grams and their products are float64
 ROOT_STRIPE = 128  # rows of a triangular root that are multiplied at a time, at least
 
-
 Matrix = Float[Tensor, "d_a d_b"]
 
 
