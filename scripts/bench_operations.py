@@ -31,6 +31,20 @@ def product_rate(n: int = 3072) -> float:
     return 2 * n**3 / min(found)
 
 
+def processor_rate(n: int = 2048) -> float:
+    """The same for each second of processor time on one thread, which other processes disturb less."""
+    a, b, threads, found = torch.randn(n, n), torch.randn(n, n), torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for _ in range(6):
+            started = time.process_time()
+            a @ b
+            found.append(time.process_time() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * n**3 / min(found)
+
+
 def sizes_of_shape(shape: Shape, components: int = 0) -> Sizes:
     """The sizes on which a cell's cost depends, for a checkpoint of this shape."""
     return Sizes(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from bench_operations import cell_operations, product_rate
+from bench_operations import cell_operations, processor_rate, product_rate
 
 from ovqk.plan import Sizes
 
@@ -25,11 +25,12 @@ def report_task(
         best[task] = found = measured(way)
         counted[task] = made(way)
         operations, rate = sum(parts.values()) + counted[task] - counted["none"], product_rate()
-        floor = operations / rate
+        floor, busy = operations / rate, operations / processor_rate()
         print(
             f"{name} task={task}: {found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of processor time); peak "
             f"{found['peak_mb']:.0f} MB; floor {floor:.2f} s ({operations:.3g} operations at {rate / 1e9:.0f} GFLOP/s; "
-            f"made: {counted[task]:.3g}): {found['seconds'] / floor:.2f} x",
+            f"made: {counted[task]:.3g}): {found['seconds'] / floor:.2f} x; in processor time floor {busy:.2f} s: "
+            f"{found['cpu_seconds'] / busy:.2f} x",
             flush=True,
         )
         spent = found["parts"] | {"the rest": found["seconds"] - sum(found["parts"].values())}

@@ -106,14 +106,15 @@ def triangular_root(gram: Float[Tensor, "d_model d_model"]) -> Float[Tensor, "d_
 
     The last pivot may be 0: rows that a LayerNorm centres have a Gram whose null vector is all ones.
     """
-    leading, failed = torch.linalg.cholesky_ex(gram[:-1, :-1], upper=True)
-    if failed.item():
-        return None
-    S = torch.zeros_like(gram)
-    S[:-1, :-1] = leading
-    S[:-1, -1:] = torch.linalg.solve_triangular(leading.mT, gram[:-1, -1:], upper=False)
-    S[-1, -1] = (gram[-1, -1] - S[:-1, -1].square().sum()).clamp_min(0).sqrt()
-    return S
+    S, failed = torch.linalg.cholesky_ex(gram, upper=True)
+    if failed.item() in (0, len(gram)):
+        if failed.item():
+            leading = torch.linalg.cholesky(gram[:-1, :-1], upper=True)
+            S = torch.zeros_like(gram)
+            S[:-1, :-1] = leading
+            S[:-1, -1:] = torch.linalg.solve_triangular(leading.mT, gram[:-1, -1:], upper=False)
+        return S
+    return None
 
 
 @dataclass(frozen=True, eq=False)
