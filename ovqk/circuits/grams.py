@@ -173,9 +173,9 @@ class Block0Grams:
         with_plain: W_E^T C E, between plain embeddings, which layer 0 reads, and block0 ones.
     """
 
-    embed: Gram
-    cross: Gram | None
-    with_plain: Gram
+    embed: Matrix
+    cross: Matrix | None
+    with_plain: Matrix
 
 
 def centred_gram(a: Rows, b: Rows) -> Matrix:

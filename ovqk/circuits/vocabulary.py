@@ -88,9 +88,11 @@ class Vocabulary:
     @cached_property
     def _roots(self) -> tuple[Root, Root] | None:
         """The roots for W_E and for W_U, if both embeddings are one matrix whose Gram has one."""
-        if self.stored_once is None or not isinstance(self.stored_once[2], RootedGram):
+        if self.stored_once is None:
             return None
         W_E, W_U_rows, gram = self.stored_once
+        if not isinstance(gram, RootedGram):
+            return None
         return dataclasses.replace(gram.a, folded=W_E), dataclasses.replace(gram.a, folded=W_U_rows)
 
     @cached_property
