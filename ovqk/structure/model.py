@@ -13,7 +13,7 @@ from ovqk.circuits import moments, positions
 from ovqk.circuits.diagonals import ranked_tokens
 from ovqk.circuits.effective_embeddings import KEPT_UP_TO, Block0
 from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, query_side
-from ovqk.circuits.grams import Block0Grams, FullCircuit, blocks
+from ovqk.circuits.grams import Block0Grams, FullCircuit, Gram, blocks
 from ovqk.circuits.maps import Basis, Decomposition, FactoredMaps
 from ovqk.circuits.sides import Block0Side
 from ovqk.circuits.simulated import Simulated
@@ -309,7 +309,7 @@ class Layer:
         self.model, self.index = model, index
         self._maps: dict[Form, FactoredMaps] = {}  # no caches of bound methods: they keep layers alive
         self._bases: dict[tuple[str, bool], Basis] = {}
-        self._across: dict[tuple[Circuit, bool], list[tuple[Tensor | None, Tensor]]] = {}
+        self._across: dict[tuple[Circuit, bool], list[tuple[Gram | None, Tensor]]] = {}
         self._eigenvalues: dict[Circuit, Tensor] = {}
 
     def read(self) -> LayerWeights:
