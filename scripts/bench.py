@@ -3,8 +3,8 @@
     python scripts/bench.py --shapes gpt2-small,gpt2-medium --threads 2      # spectra, against (a), (b) and (c)
     python scripts/bench.py --shapes gpt2-small --what composition
     python scripts/bench.py --shapes llama-7b --what cell                    # makes a checkpoint of 4.8 GB first
-    python scripts/bench.py --shapes smollm2-135m,gemma-3-270m --what task   # task=ioi against task=none
-    python scripts/bench.py --what task --path DIR                           # the same, on a real model
+    python scripts/bench.py --shapes smollm2-135m,gemma-3-270m --what task   # task=none and ioi, with directions
+    python scripts/bench.py --what task --path DIR                           # the same, on a real model (or GGUF file)
     python scripts/bench.py --shapes gpt2-small --what profile
     python scripts/bench.py --what sweep                                     # cells a minute over one model
     python scripts/bench.py --what startup --repeats 8
@@ -15,7 +15,8 @@ full vocabulary:
 (a) d x d     every head's matrix formed, d x d decompositions of it; for the full vocabulary one shared Gram
 (b) TL        TransformerLens's FactoredMatrix, also for W_E W_V W_O W_U; `composition_scores` for composition
 (c) floor     the operations of the matrix products that the best known formulas need, at the rate of one large
-              float32 product measured in this run; no decomposition is counted
+              float32 product measured in this run; no decomposition is counted (`bench_operations.py`). What a task
+              adds is counted as torch counts the products that it makes, with as many draws as it takes
 
 (a) and (b) are measured on some heads (`--sample`) and scaled to all of them. Checkpoints are random, of the shape
 named (`ovqk.testing.random_checkpoints`). Cells are run in processes of their own, whose peak resident memory is
@@ -41,41 +42,18 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as ovqk sets it where it is imported first
 
 import torch
+from bench_operations import (
+    cell_operations,
+    product_rate,
+    products_done,
+    sizes_of_shape,
+    spectra_operations,
+    split_times,
+)
+from bench_task import report_task, sizes_of_model
 
+from ovqk.plan import Sizes
 from ovqk.testing.random_checkpoints import SHAPES, Shape, make_checkpoint
-
-# --- the floor -----------------------------------------------------------------------------------------------
-
-
-def product_rate(n: int = 3072) -> float:
-    """Floating point operations a second in one float32 product of n x n, the best of three."""
-    a, b = torch.randn(n, n), torch.randn(n, n)
-    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(4))
-
-
-def spectra_operations(shape: Shape) -> float:
-    """Operations of the products that eigen- and singular values of every head need, QK and OV, both spaces.
-
-    A Gram of the vocabulary with itself is symmetric and costs V d^2; one across two embeddings 2 V d^2. For every
-    head: G_E W_Q, G_E W_K, G_E W_V, G_cross W_V and G_U W_O^T, 2 d^2 k each; and of d x k with d x k, 2 d k^2 each,
-    the residual cores (2) and Grams (4, symmetric: half), the full-vocabulary cores (2) and Grams (4, half).
-    """
-    d, k, heads = shape.d_model, shape.d_head, shape.n_layers * shape.n_heads
-    gram = shape.n_vocab * d**2
-    grams = gram if shape.tied else 4 * gram
-    return grams + heads * (5 * 2 * d**2 * k + (2 + 2 + 2 + 2) * 2 * d * k**2)
-
-
-def cell_operations(shape: Shape) -> float:
-    """The same for a whole cell of `task=none`: with the summed W_QK of each layer and the positional shares.
-
-    Learned positions: G_pos W_Q and G_pos W_K. Rotary positions: a Gram of normalised rows, and W_Q and W_K through it.
-    """
-    d, k, heads = shape.d_model, shape.d_head, shape.n_layers * shape.n_heads
-    summed = shape.n_layers * 2 * d**2 * shape.width
-    positions = heads * 2 * (2 * d**2 * k + d * k**2)
-    return spectra_operations(shape) + summed + positions + (0 if shape.family == "gpt2" else shape.n_vocab * d**2)
-
 
 # --- ovqk ----------------------------------------------------------------------------------------------------
 
@@ -88,10 +66,10 @@ def open_model(config: Any) -> Any:
     return open_weights(open_checkpoint(config.model), config.model)
 
 
-def cell_config(folder: Path, device: str = "cpu", task: str = "none") -> Any:
-    """`run.py model=local` without directions."""
+def cell_config(folder: Path, device: str = "cpu", task: str = "none", components: int = 0) -> Any:
+    """`run.py model=local`, without directions unless components are asked for."""
     return compose_cell(
-        "model=local", f'model.path="{folder}"', f"task={task}", "analysis.components=0", f"device={device}"
+        "model=local", f'model.path="{folder}"', f"task={task}", f"analysis.components={components}", f"device={device}"
     )
 
 
@@ -270,26 +248,36 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def child(name: str, folder: Path, threads: int, device: str, hoard: bool = True) -> dict[str, float]:
+def child(
+    name: str, folder: Path, threads: int, device: str, hoard: bool = True, count: bool = False
+) -> dict[str, Any]:
     """One way of ovqk's in a process of its own: seconds, and peak memory above the imports, in MB.
+
+    With `count` the operations in the products that it makes, instead.
 
     Without `hoard` the C library gives large blocks back at once: what it keeps for later, up to some 150 MB and as
     it happens, is then not in the peak.
     """
     environment = os.environ if hoard else os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     command = [sys.executable, __file__, "--child", name, "--folder", str(folder), "--threads", str(threads)]
+    command += ["--count"] * count
     done = subprocess.run([*command, "--device", device], capture_output=True, text=True, check=True, env=environment)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def run_child(name: str, folder: Path, device: str) -> None:
-    """Print what `child` reads."""
+def run_child(name: str, folder: Path, device: str, count: bool) -> None:
+    """Print what `child` reads: of the way and its number of components, `ioi/3`."""
     import ovqk.analyse  # noqa: F401 (what a cell imports)
 
-    config = cell_config(folder, device, task="ioi" if name == "ioi" else "none")
+    what, _, components = name.partition("/")
+    config = cell_config(folder, device, task="ioi" if what == "ioi" else "none", components=int(components or 0))
+    if count:
+        print(json.dumps({"operations": products_done(lambda: WAYS[what](config))}))
+        return
     base, processor = peak_memory(), time.process_time()
-    took = seconds(lambda: WAYS[name](config)) if name in WAYS else 0.0
-    found = {"seconds": took, "cpu_seconds": time.process_time() - processor}
+    with split_times() as parts:
+        took = seconds(lambda: WAYS[what](config))
+    found = {"seconds": took, "cpu_seconds": time.process_time() - processor, "parts": parts}
     print(json.dumps(found | {"above_mb": peak_memory() - base, "peak_mb": peak_memory()}))
 
 
@@ -309,17 +297,16 @@ WAYS: dict[str, Callable[[Any], int]] = {
 }
 
 
-def report_task(name: str, folder: Path, arguments: argparse.Namespace) -> None:
-    """Measure the cells of task=none and task=ioi on one checkpoint, one after the other, and print."""
-    best = {}
-    for task in ("none", "ioi"):
-        runs = [child(task, folder, arguments.threads, arguments.device) for _ in range(arguments.repeats)]
-        best[task] = min(runs, key=lambda run: run["seconds"])
-        found = best[task]
-        took = f"{found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s of processor time)"
-        print(f"{name} task={task}: {took}; peak {found['peak_mb']:.0f} MB", flush=True)
-    wall, cpu = (best["ioi"][kind] / best["none"][kind] for kind in ("seconds", "cpu_seconds"))
-    print(f"{name} task=ioi / task=none: {wall:.2f} x ({cpu:.2f} x of processor time)", flush=True)
+def report_cells(name: str, folder: Path, sizes: Sizes, arguments: argparse.Namespace) -> None:
+    """Measure task=none and task=ioi on one checkpoint, and print."""
+    threads, device = arguments.threads, arguments.device
+
+    def measured(way: str) -> dict[str, Any]:
+        return min(
+            (child(way, folder, threads, device) for _ in range(arguments.repeats)), key=lambda run: run["seconds"]
+        )
+
+    report_task(name, sizes, measured, lambda way: child(way, folder, 1, device, count=True)["operations"])
 
 
 def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace) -> None:
@@ -339,7 +326,8 @@ def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace)
         profile.runcall(WAYS["spectra"], cell_config(folder))
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)
         return
-    operations = {"spectra": spectra_operations, "cell": cell_operations}[what](shape)
+    sizes = sizes_of_shape(shape)
+    operations = spectra_operations(sizes) if what == "spectra" else sum(cell_operations(sizes).values())
     runs = [child(what, folder, arguments.threads, arguments.device) for _ in range(arguments.repeats)]
     best = min(runs, key=lambda run: run["seconds"])
     rate = product_rate()
@@ -379,8 +367,9 @@ def main() -> None:
     parser.add_argument(
         "--path",
         type=Path,
-        help="for --what task: a Hugging Face directory instead of shapes; activations: or a GGUF file",
+        help="for --what task and activations: a Hugging Face directory or a GGUF file instead of shapes",
     )
+    parser.add_argument("--components", type=int, default=3, help="for --what task: listed for each circuit; 0: none")
     parser.add_argument("--task", default="ioi", help="for --what activations")
     parser.add_argument("--prompts", type=int, default=256, help="for --what activations")
     parser.add_argument("--threads", type=int, default=2)
@@ -389,6 +378,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=4, help="heads that the other ways are measured on; 0: none")
     parser.add_argument("--folder", type=Path, help="where checkpoints are made, and kept; else a temporary folder")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.what in ("startup", "sweep"):
@@ -400,7 +390,7 @@ def main() -> None:
             sweeps.report_start_up(arguments.repeats)
         return
     if arguments.child:
-        run_child(arguments.child, arguments.folder, arguments.device)
+        run_child(arguments.child, arguments.folder, arguments.device, arguments.count)
         return
     if arguments.what == "activations":
         if not arguments.path:
@@ -410,7 +400,8 @@ def main() -> None:
     if arguments.path:
         if arguments.what != "task":
             parser.error("--path is for --what task")
-        report_task(arguments.path.name, arguments.path, arguments)
+        sizes = sizes_of_model(cell_config(arguments.path), arguments.components)
+        report_cells(arguments.path.name, arguments.path, sizes, arguments)
         return
     with tempfile.TemporaryDirectory() as temporary:
         for name in arguments.shapes.split(","):
@@ -420,7 +411,7 @@ def main() -> None:
             folder = (arguments.folder or Path(temporary)) / name
             make_checkpoint(shape, folder)
             if arguments.what == "task":
-                report_task(name, folder, arguments)
+                report_cells(name, folder, sizes_of_shape(shape, arguments.components), arguments)
             else:
                 report(name, shape, folder, arguments)
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.commands import compose
 from support.models import local
 from support.scripts import script
 from support.small import DRAWS, Random, cell, run, task, tokenizer
@@ -35,6 +36,7 @@ from ovqk.testing import random_checkpoints
 from ovqk.verdicts import surrogates
 from ovqk.verdicts.claim_tests import ClaimTests
 from ovqk.verdicts.statistics import monte_carlo
+from ovqk.weights.readers import open_weights
 from ovqk.weights.stored_rows import StoredRows
 from ovqk.weights.types import Architecture, EmbeddingWeights, OpenedModel
 
@@ -57,6 +59,17 @@ def counting(matrix: torch.Tensor) -> tuple[StoredRows, list[int]]:
         return matrix[start:stop].clone()
 
     return StoredRows(read, tuple(matrix.shape)), reads
+
+
+@pytest.mark.parametrize("processing", ["folded", "raw"])
+def test_a_layer_is_read_once_for_what_is_folded_and_what_is_raw(processing, tiny_llama, monkeypatch) -> None:
+    """Metrics of layers are of raw weights, readouts and shares of folded ones; raw processing reads once more."""
+    read, reads = Layer.read, list[int]()
+    monkeypatch.setattr(Layer, "read", lambda self: (reads.append(self.index), read(self))[1])
+    config = compose("task=none", f"processing={processing}", "analysis.components=0", f'model.path="{tiny_llama}"')
+    analyse(OpenedModel(open_weights(open_checkpoint(local(tiny_llama)), local(tiny_llama)), "toy"), config)
+    times = 1 if processing == "folded" else 2
+    assert reads == sorted([*range(max(reads) + 1)] * times)
 
 
 # --- rows --------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ovqk.circuits import spectra
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.grams import FullCircuit, Gram, blocks
+from ovqk.circuits.grams import FullCircuit, Matrix, blocks
 from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.config.schema import Circuit
@@ -154,7 +154,7 @@ def percentiles(found: Float[Tensor, "*layer sender receiver"]) -> Float[Tensor,
 
 
 def matching(
-    layers: Sequence[LayerCircuits], pairs: Sequence[Pair], gram: Gram, first_gram: Gram | None = None
+    layers: Sequence[LayerCircuits], pairs: Sequence[Pair], gram: Matrix, first_gram: Matrix | None = None
 ) -> Float[Tensor, " pair"]:
     """Say whether receivers look for the token that senders moved: K-composed matching, in [-1, 1].
 
@@ -219,7 +219,7 @@ def component_composition(
 
 
 def k_composed_matching(
-    layers: Sequence[LayerCircuits], senders: Collection[Head], gram: Gram, first_gram: Gram | None = None
+    layers: Sequence[LayerCircuits], senders: Collection[Head], gram: Matrix, first_gram: Matrix | None = None
 ) -> NDArray[np.float64]:
     """Take each head's best `matching` with these senders, if they are in earlier layers; in [-1, 1]."""
     heads = [(layer, head) for layer in range(len(layers)) for head in range(_n_heads(layers))]
@@ -266,8 +266,8 @@ COLUMNS = [
 def composition_table(
     layers: Sequence[LayerCircuits],
     asked: Collection[Pair] = (),
-    gram: Gram | None = None,
-    first_gram: Gram | None = None,
+    gram: Matrix | None = None,
+    first_gram: Matrix | None = None,
     strongest: int = SENDERS_KEPT,
 ) -> pd.DataFrame:
     """Make composition.parquet: for each mode the pairs asked for, and every receiver's strongest senders.

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ovqk.circuits.factors import ov_factors
-from ovqk.circuits.grams import BLOCK, Block0Grams, blocks, centred_grams
+from ovqk.circuits.grams import BLOCK, Block0Grams, blocks, centred_grams, kept
 from ovqk.circuits.threads import each
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.weights.mlp import MLPWeights
@@ -100,9 +100,9 @@ class Block0:
         E = StoredRows(read, (vocabulary.size, vocabulary.d_model))
         sides: list[Rows] = [E, W_E]
         if W_U_rows is None:
-            second, plain = centred_grams(sides, [(0, 0), (1, 0)])
+            second, plain = map(kept, centred_grams(sides, [(0, 0), (1, 0)]))
             return Block0Grams(second, None, plain)
-        second, plain, cross = centred_grams([*sides, W_U_rows], [(0, 0), (1, 0), (2, 0)])
+        second, plain, cross = map(kept, centred_grams([*sides, W_U_rows], [(0, 0), (1, 0), (2, 0)]))
         return Block0Grams(second, cross, plain)
 
 

@@ -6,6 +6,7 @@ within the bounds given below, however many threads there are and however large 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ovqk.circuits.threads import each
 from ovqk.config.schema import Circuit
-from ovqk.weights.stored_rows import Rows
+from ovqk.weights.stored_rows import Rows, StoredRows
 
 BLOCK = 2048  # tokens handled at a time, fewer if rows are long
 BLOCK_ELEMENTS = 2**22  # the most elements in a block of embedding rows
@@ -23,8 +24,97 @@ STRIPE_COLUMNS = 128  # columns of a symmetric product taken at a time, at least
 STRIPES_PER_THREAD = 2  # with fewer, threads would wait for the one with the longest stripe
 FLOAT64_PRODUCTS_UP_TO = 10**10  # multiplications of one Gram; a larger Gram is multiplied in float32
 FLOAT64_UP_TO = 512  # d_model up to which Grams and their products are float64
+ROOT_STRIPE = 128  # rows of a triangular root that are multiplied at a time, at least
 
-Gram = Float[Tensor, "d_model d_model"]
+Matrix = Float[Tensor, "d_a d_b"]
+
+
+@dataclass(frozen=True, eq=False)
+class Root:
+    """S F with (S F)^T S F = a Gram, for an upper triangular S. It takes half the products that the Gram takes.
+
+    A basis Q goes through it once, as S F Q, and gives Q^T G Q; two bases that went through roots of the same S give
+    R^T G Q. F is the fold of the rows that the Gram is about: gain and centring.
+
+    Attributes:
+        S: the Cholesky factor of the Gram of rows that are not folded, in the dtype that `precision` gives.
+        folded: rows that are folded by F; None if F is the identity.
+    """
+
+    S: Float[Tensor, "d_model d_model"]
+    folded: StoredRows | None = None
+
+    def fold(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+        """Return x F for each row x."""
+        return rows if self.folded is None else self.folded.fold(rows)
+
+    def through(self, columns: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
+        """Return S F x for columns x, given and returned as rows. Only the stripes of S that are not 0 are read."""
+        x = columns.flatten(0, -2)
+        x = x if self.folded is None else self.folded.fold_transposed(x)
+        found, width = torch.empty_like(x), len(self.S)
+        for some in blocks(width, max(ROOT_STRIPE, -(-width // 4))):
+            torch.mm(x[:, some.start :], self.S[some, some.start :].T, out=found[:, some])
+        return found.view_as(columns)
+
+
+@dataclass(frozen=True, eq=False)
+class RootedGram:
+    """A Gram a^T C b as the product of the roots for a and b, which share one S."""
+
+    a: Root
+    b: Root
+
+    @cached_property
+    def matrix(self) -> Matrix:
+        """The Gram itself, in its root's dtype; made and kept only if it is asked for."""
+        return self._made()
+
+    def norm(self) -> float:
+        """Return the Frobenius norm, which is kept and not the matrix."""
+        return self._norm
+
+    @cached_property
+    def _norm(self) -> float:
+        return float(torch.linalg.vector_norm(self._made(), dtype=torch.float64))
+
+    def _made(self) -> Matrix:
+        folded = self.a.fold((self.a.S.T @ self.a.S).T)
+        return self.b.fold(folded.T)
+
+
+Gram = Matrix | RootedGram
+"""A Gram as it is, or through its root."""
+
+
+def dense(gram: Gram) -> Matrix:
+    """Return the Gram as a matrix."""
+    return gram.matrix if isinstance(gram, RootedGram) else gram
+
+
+def rooted(gram: Float[Tensor, "d_model d_model"]) -> Gram:
+    """Return a symmetric float64 Gram through its root, if that is triangular, else as it is; see `precision`."""
+    S = triangular_root(gram)
+    if S is None:
+        return kept(gram)
+    root = Root(kept(S))
+    return RootedGram(root, root)
+
+
+def triangular_root(gram: Float[Tensor, "d_model d_model"]) -> Float[Tensor, "d_model d_model"] | None:
+    """Return the upper triangular S with S^T S = gram, float64; None unless all but the last pivot are positive.
+
+    The last pivot may be 0: rows that a LayerNorm centres have a Gram whose null vector is all ones.
+    """
+    S, failed = torch.linalg.cholesky_ex(gram, upper=True)
+    if failed.item() in (0, len(gram)):
+        if failed.item():
+            leading = torch.linalg.cholesky(gram[:-1, :-1], upper=True)
+            S = torch.zeros_like(gram)
+            S[:-1, :-1] = leading
+            S[:-1, -1:] = torch.linalg.solve_triangular(leading.mT, gram[:-1, -1:], upper=False)
+        return S
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,17 +173,18 @@ class Block0Grams:
         with_plain: W_E^T C E, between plain embeddings, which layer 0 reads, and block0 ones.
     """
 
-    embed: Gram
-    cross: Gram | None
-    with_plain: Gram
+    embed: Matrix
+    cross: Matrix | None
+    with_plain: Matrix
 
 
-def centred_gram(a: Rows, b: Rows) -> Float[Tensor, "d_a d_b"]:
-    """Return a^T C b; see `centred_grams`."""
-    return centred_grams([a], [(0, 0)])[0] if a is b else centred_grams([a, b], [(0, 1)])[0]
+def centred_gram(a: Rows, b: Rows) -> Matrix:
+    """Return a^T C b, in the dtype that `precision` gives; see `centred_grams`."""
+    (gram,) = centred_grams([a], [(0, 0)]) if a is b else centred_grams([a, b], [(0, 1)])
+    return kept(gram)
 
 
-def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> list[Float[Tensor, "d_a d_b"]]:
+def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> list[Matrix]:
     """Return a^T C b for these pairs of sides, in one pass over the tokens, summed in float64 every few blocks.
 
     Up to FLOAT64_PRODUCTS_UP_TO products are taken in float64, because float32 would cost a small vocabulary 1e-3 on
@@ -105,7 +196,7 @@ def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> li
         pairs: which side is a and which is b, by index.
 
     Returns:
-        One matrix per pair, in the dtype that `precision` gives.
+        One float64 matrix per pair.
     """
     n, widths = sides[0].shape[0], [side.shape[1] for side in sides]
     exact = torch.float32 if n * max(widths) ** 2 > FLOAT64_PRODUCTS_UP_TO else torch.float64
@@ -121,7 +212,7 @@ def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> li
             for side, shift, into in zip(sides, shifts, room, strict=True)
         ]
         for total, rows in zip(sums, x, strict=True):
-            total += torch.ones(len(rows)).to(rows) @ rows
+            total += rows.sum(0)  # pairwise; a product with ones adds up one after the other, and errs 50 times as much
         add_products(parts, x, pairs)
         if parts is not totals and (number % BLOCKS_PER_SUM == 0 or tokens.stop == n):
             for total, part in zip(totals, parts, strict=True):
@@ -131,7 +222,7 @@ def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> li
         for some in stripes_of(widths[a]) if a == b else ():
             total[: some.start, some] = total[some, : some.start].T
         total.addr_(sums[a], sums[b], alpha=-1 / n)
-    return [total.to(precision(max(widths))) for total in totals]
+    return totals
 
 
 def add_products(
@@ -177,6 +268,11 @@ def precision(d_model: int) -> torch.dtype:
     return torch.float64 if d_model <= FLOAT64_UP_TO else torch.float32
 
 
+def kept(gram: Matrix) -> Matrix:
+    """Return a Gram in the dtype in which Grams are kept."""
+    return gram.to(precision(max(gram.shape)))
+
+
 def mean_row(x: Rows) -> Float[Tensor, " d_model"]:
     """Average over tokens, in float64; for large vocabularies within 1e-7 relative to the rows' size."""
     if x.shape[0] <= SHIFT_TOKENS:
@@ -185,7 +281,7 @@ def mean_row(x: Rows) -> Float[Tensor, " d_model"]:
     total = torch.zeros_like(near, dtype=torch.float64)
     for rows in blocks(x.shape[0], max(1, min(BLOCK, BLOCK_ELEMENTS // x.shape[1]))):
         block = x[rows]
-        total += torch.ones(len(block)).to(block) @ (block - near)  # a product is faster than a sum
+        total += (block - near).sum(0)
     return near.double() + total / x.shape[0]
 
 

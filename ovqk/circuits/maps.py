@@ -5,16 +5,17 @@ M = L N R^T with orthonormal columns in L and R, from one QR of each factor or f
 decomposition; `spectra` reads everything off k x k matrices between these bases.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ovqk.circuits.factors import Factors
-from ovqk.circuits.grams import Gram, blocks, precision
+from ovqk.circuits.grams import Gram, Matrix, Root, RootedGram, blocks, dense, precision
 from ovqk.circuits.orthonormal import orthonormal
 from ovqk.circuits.threads import decomposed
 
@@ -43,7 +44,10 @@ class Maps(Protocol):
         ...
 
     def core(self, gram: Gram | None = None) -> Float[Tensor, "head r r"]:
-        """Return N R^T G L or a matrix similar to it, float64; G = I if no Gram is given."""
+        """Return N R^T G L or a matrix similar to it, float64; G = I if no Gram is given.
+
+        If it is asked for first, the Grams below cost less: bases that pass a Gram for a core leave theirs.
+        """
         ...
 
     def left_gram(self, gram: Gram) -> Float[Tensor, "head r r"]:
@@ -106,7 +110,8 @@ class Decomposition:
 
 def _times(gram: Gram, x: Float[Tensor, "head d_model k"]) -> Float[Tensor, "head d_model k"]:
     """Multiply gram @ x in the Gram's precision, and return it in the larger precision of both."""
-    return (gram @ x.to(gram.dtype)).to(torch.promote_types(gram.dtype, x.dtype))
+    matrix = dense(gram)
+    return (matrix @ x.to(matrix.dtype)).to(torch.promote_types(matrix.dtype, x.dtype))
 
 
 class Basis:
@@ -125,30 +130,47 @@ class Basis:
         self.coordinates: Float[Tensor, "n r k"] = weight.new_empty(n, r, k, dtype=torch.float64)
         for heads in blocks(n, max(1, BLOCK_ELEMENTS // (d_model * k))):
             self.rows[heads], self.coordinates[heads] = orthonormal(weight[heads], self.rows.dtype)
-        self._within: list[tuple[Gram, Tensor]] = []
+        self._within: list[tuple[Matrix | Root, Tensor]] = []
 
-    def through(self, gram: Gram) -> Float[Tensor, "n r d_model"]:
-        """Return the columns of gram @ basis, as rows: one product for all heads. It also yields basis^T G basis."""
-        product = (self.rows.flatten(0, 1) @ gram.to(self.rows).T).view_as(self.rows)
-        if _find(self._within, gram) is None:
-            self._within.append((gram, (self.rows @ product.mT).double()))
+    def through(self, root: Root) -> Float[Tensor, "n r d_model"]:
+        """Return the columns of S F basis, as rows: one product for all heads. It also yields basis^T G basis."""
+        product = root.through(self.rows)
+        self._keep(root, product, product)
+        return product
+
+    def times(self, gram: Matrix, adjoint: bool = False) -> Float[Tensor, "n r d_model"]:
+        """Return the columns of G basis (G^T basis if `adjoint`), as rows: one product for all heads.
+
+        It also yields basis^T G basis, which is of use if G is symmetric.
+        """
+        product = (self.rows.flatten(0, 1) @ (gram if adjoint else gram.T).to(self.rows)).view_as(self.rows)
+        self._keep(gram, self.rows, product)
         return product
 
     def within(self, gram: Gram) -> Float[Tensor, "n r r"]:
-        """Return basis^T G basis, float64; kept, as it is small."""
-        if _find(self._within, gram) is None:
-            self.through(gram)
-        found = _find(self._within, gram)
+        """Return basis^T G basis for a symmetric G, float64; kept, as it is small."""
+        key = gram.b if isinstance(gram, RootedGram) else gram
+        if _find(self._within, key) is None:
+            self.through(key) if isinstance(key, Root) else self.times(key)
+        found = _find(self._within, key)
         assert found is not None
         return found
+
+    def forget_grams(self) -> None:
+        """Drop what was computed from Grams."""
+        self._within.clear()
+
+    def _keep(self, of: Matrix | Root, left: Tensor, right: Tensor) -> None:
+        if _find(self._within, of) is None:
+            self._within.append((of, (left @ right.mT).double()))
 
     def second_moment(self, gram: Gram) -> Float[Tensor, "n k k"]:
         """Return weight^T G weight, float64."""
         return self.coordinates.mT @ self.within(gram) @ self.coordinates
 
 
-def _find(known: list[tuple[Any, Tensor]], gram: Gram | None) -> Tensor | None:
-    """Return the result that is kept for this very Gram object, if any."""
+def _find(known: Sequence[tuple[object, Tensor]], gram: Gram | Root | None) -> Tensor | None:
+    """Return the result that is kept for this very Gram or root, if any."""
     return next((found for of, found in known if of is gram), None)
 
 
@@ -192,8 +214,6 @@ class FactoredMaps:
 
     def left_gram(self, gram: Gram) -> Float[Tensor, "head r r"]:
         """See `Maps`."""
-        if _find(self.across, gram) is None and _find(self.left._within, gram) is None:
-            self._across(gram)  # one product serves both; if only this one is needed, that costs an extra d x k x k
         return self._jittered(_of(self.left.within(gram), self.left_of), gram)
 
     def right_gram(self, gram: Gram) -> Float[Tensor, "head s s"]:
@@ -201,11 +221,17 @@ class FactoredMaps:
         return self._jittered(_of(self.right.within(gram), self.right_of), gram)
 
     def _across(self, gram: Gram | None) -> Cores:
-        """Return right^T G left, float64."""
+        """Return right^T G left, float64. Roots take both bases, a matrix the one that fewer heads have."""
         found = _find(self.across, gram)
         if found is None:
-            left = self.left.rows if gram is None else self.left.through(gram)
-            found = (_of(self.right.rows, self.right_of) @ _of(left, self.left_of).mT).double()
+            left, right = self.left.rows, self.right.rows
+            if isinstance(gram, RootedGram):
+                left, right = self.left.through(gram.b), self.right.through(gram.a)
+            elif gram is not None and len(right) < len(left):
+                right = self.right.times(gram, adjoint=True)
+            elif gram is not None:
+                left = self.left.times(gram)
+            found = (_of(right, self.right_of) @ _of(left, self.left_of).mT).double()
             self.across.append((gram, found))
         return found
 

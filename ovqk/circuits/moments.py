@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.circuits.grams import BLOCK, blocks, centred_gram, mean_row, precision
+from ovqk.circuits.grams import BLOCK, Gram, blocks, centred_grams, mean_row, precision, rooted
 from ovqk.circuits.maps import Basis
 from ovqk.circuits.threads import each
 from ovqk.circuits.vocabulary import Vocabulary
@@ -31,13 +31,13 @@ class Moments:
     """
 
     mean: Float[Tensor, " d_model"]
-    gram: Float[Tensor, "d_model d_model"]
+    gram: Gram
     n: int
 
 
 def row_moments(rows: Float[Tensor, "row d_model"]) -> Moments:
     """Return the moments of rows in memory."""
-    return Moments(mean_row(rows), centred_gram(rows, rows), len(rows))
+    return Moments(mean_row(rows), rooted(centred_grams([rows], [(0, 0)])[0]), len(rows))
 
 
 def token_moments(vocabulary: Vocabulary) -> Moments:
@@ -52,7 +52,7 @@ def normalised_moments(vocabulary: Vocabulary, architecture: Architecture) -> Mo
         return architecture.normalised(vocabulary.W_E[start:stop])
 
     rows = StoredRows(read, (vocabulary.size, vocabulary.d_model), device=vocabulary.W_E.device)
-    return Moments(mean_row(rows), centred_gram(rows, rows), vocabulary.size)
+    return Moments(mean_row(rows), rooted(centred_grams([rows], [(0, 0)])[0]), vocabulary.size)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ G = W_E^T C W_E. Eigenvalues and traces are cyclic; singular values and Frobeniu
 has the same singular values as root(L^T A^T C A L) N root(R^T B C B^T R)^T.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -190,7 +191,7 @@ def full_circuit_ratio(
     if `trace_ratio_bounds` or `trace_ratio_intervals` decide it, a bound on that side stands for the ratio.
     """
     cores = maps.core(full.cross)
-    most = (full.read.norm() * full.write.norm()).sqrt() * maps.sigma.double().sum(-1)
+    most = math.sqrt(full.read.norm() * full.write.norm()) * maps.sigma.double().sum(-1)
     found, rest = torch.zeros_like(most), torch.arange(len(cores), device=cores.device)
     for bounds in BOUNDS:
         if observed is None or not len(rest):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.circuits.grams import FullCircuit, centred_gram, centred_grams, mean_row
+from ovqk.circuits.grams import FullCircuit, Gram, Root, RootedGram, centred_grams, dense, kept, mean_row, rooted
 from ovqk.config.schema import Circuit
 from ovqk.errors import UserError
 from ovqk.weights.stored_rows import Rows, StoredRows
@@ -47,20 +47,22 @@ class Vocabulary:
         return mean_row(self.W_E)
 
     @cached_property
-    def gram_embed(self) -> Float[Tensor, "d_model d_model"]:
+    def gram_embed(self) -> Gram:
         """G_QK = W_E^T C W_E."""
         if self.stored_once is None:
-            return centred_gram(self.W_E, self.W_E)
+            return rooted(centred_grams([self.W_E], [(0, 0)])[0])
         W_E, _, gram = self.stored_once
-        return W_E.fold(W_E.fold(gram).T)
+        if self._roots is not None:
+            return RootedGram(self._roots[0], self._roots[0])
+        return W_E.fold(W_E.fold(dense(gram)).T)
 
     @property
-    def gram_cross(self) -> Float[Tensor, "d_model d_model"] | None:
+    def gram_cross(self) -> Gram | None:
         """G_OV = W_U C W_E."""
         return self._written[0]
 
     @property
-    def gram_unembed(self) -> Float[Tensor, "d_model d_model"] | None:
+    def gram_unembed(self) -> Gram | None:
         """W_U C W_U^T."""
         return self._written[1]
 
@@ -69,28 +71,41 @@ class Vocabulary:
         return FullCircuit.of(circuit, lambda: self.gram_embed, lambda: self._written)
 
     @cached_property
-    def _written(self) -> tuple[Float[Tensor, "d_model d_model"] | None, Float[Tensor, "d_model d_model"] | None]:
+    def _written(self) -> tuple[Gram | None, Gram | None]:
         """W_U C W_E and W_U C W_U^T, in one pass."""
         if self.W_U_rows is None:
             return None, None
         if self.stored_once is None:
             cross, unembed = centred_grams([self.W_U_rows, self.W_E], [(0, 1), (0, 0)])
-            return cross, unembed
+            return kept(cross), rooted(unembed)
+        if self._roots is not None:
+            read, written = self._roots
+            return RootedGram(written, read), RootedGram(written, written)
         W_E, W_U_rows, gram = self.stored_once
-        written = W_U_rows.fold(gram).T
-        return W_E.fold(written), W_U_rows.fold(written)
+        once = W_U_rows.fold(dense(gram)).T
+        return W_E.fold(once), W_U_rows.fold(once)
 
     @cached_property
-    def stored_once(self) -> tuple[StoredRows, StoredRows, Float[Tensor, "d_model d_model"]] | None:
+    def _roots(self) -> tuple[Root, Root] | None:
+        """The roots for W_E and for W_U, if both embeddings are one matrix whose Gram has one."""
+        if self.stored_once is None:
+            return None
+        W_E, W_U_rows, gram = self.stored_once
+        if not isinstance(gram, RootedGram):
+            return None
+        return dataclasses.replace(gram.a, folded=W_E), dataclasses.replace(gram.a, folded=W_U_rows)
+
+    @cached_property
+    def stored_once(self) -> tuple[StoredRows, StoredRows, Gram] | None:
         """Both embeddings, and the Gram of the one matrix behind them, if a tied checkpoint keeps it on disk.
 
-        Gain and centring are linear in a row, so that this Gram gives all three.
+        Gain and centring are linear in a row, so that this Gram, or its root, gives all three.
         """
         W_E, W_U_rows = self.W_E, self.W_U_rows
         if not isinstance(W_E, StoredRows) or not isinstance(W_U_rows, StoredRows) or W_E.read is not W_U_rows.read:
             return None
         bare = dataclasses.replace(W_E, gain=None, centred=False)
-        return W_E, W_U_rows, centred_gram(bare, bare)
+        return W_E, W_U_rows, rooted(centred_grams([bare], [(0, 0)])[0])
 
 
 def read_vocabulary(embeddings: EmbeddingWeights, n_tokens: int | None, label: str = "the checkpoint") -> Vocabulary:

@@ -41,7 +41,7 @@ class LayerParts:
         for products in self.across.values():
             products.clear()
         for basis in self.bases.values():
-            basis._within.clear()
+            basis.forget_grams()
 
     @property
     def size(self) -> int:

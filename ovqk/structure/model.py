@@ -13,7 +13,7 @@ from ovqk.circuits import grams, moments, positions
 from ovqk.circuits.diagonals import ranked_tokens
 from ovqk.circuits.effective_embeddings import KEPT_UP_TO, Block0
 from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, query_side
-from ovqk.circuits.grams import Block0Grams, FullCircuit, blocks
+from ovqk.circuits.grams import Block0Grams, FullCircuit, Gram, blocks
 from ovqk.circuits.maps import Basis, Decomposition, FactoredMaps
 from ovqk.circuits.sides import Block0Side
 from ovqk.circuits.simulated import Simulated
@@ -368,6 +368,15 @@ class Layer:
         if "folded" not in known:
             known["folded"] = fold_layer(self.read(), self.model.architecture)
         return known["folded"]
+
+    def raw_and_folded(self) -> tuple[LayerWeights, LayerWeights]:
+        """Return the weights as the checkpoint has them, which are not kept, and folded; one reading gives both."""
+        if not self.model.source.foldable:
+            return self.folded, self.folded
+        raw, known = self.read(), self.parts.weights
+        if "folded" not in known:
+            known["folded"] = fold_layer(raw, self.model.architecture)
+        return raw, known["folded"]
 
     @property
     def gain(self) -> Float[Tensor, " d_model"] | None:

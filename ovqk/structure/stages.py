@@ -211,8 +211,8 @@ def spectrum(
     full = vocabulary.full_circuit(circuit)
     if full is None:
         return metrics, lines
+    eigen = spectra.eigenvalues(maps.core(full.cross))  # before singular values: see `Maps.core`
     sigma = spectra.full_circuit_singular_values(maps, full.read, full.write)
-    eigen = spectra.eigenvalues(maps.core(full.cross))
     metrics["ov_copying" if circuit is Circuit.ov else "qk_matching"] = spectra.trace_ratio(eigen, sigma.sum(-1))
     if circuit is Circuit.qk:
         metrics["qk_symmetry_vocab"] = spectra.vocabulary_symmetry(maps, full.read)
@@ -373,8 +373,8 @@ def heads_rows(layer: Layer, values: HeadValues) -> pd.DataFrame:
 
 def layer_row(layer: Layer) -> pd.DataFrame:
     """Return the layer's row in layers.parquet: metrics of the QK matrix summed over its heads."""
-    raw = layer.read() if layer.model.source.foldable else layer.folded
-    return pd.DataFrame([{"layer": layer.index} | layer_metrics(raw, layer.folded, layer.model.architecture)])
+    raw, folded = layer.raw_and_folded()
+    return pd.DataFrame([{"layer": layer.index} | layer_metrics(raw, folded, layer.model.architecture)])
 
 
 def _spectrum_table(layer: int, circuit: Circuit, space: str, kind: str, values: Tensor, offset: int) -> pd.DataFrame:

@@ -114,6 +114,8 @@ class TokenSide:
             count: the length of a list, at most as many tokens as may be listed.
         """
         is_pair, count = planes[:, 1].any(-1), min(count, self.size)
+        given = is_pair.sort(stable=True).indices  # lines first, so that they and pairs are slices below
+        planes, is_pair = planes[given], is_pair[given]
         owner = torch.cat((torch.arange(len(planes), device=planes.device), (~is_pair).nonzero()[:, 0]))
         sign = torch.ones_like(owner)
         sign[len(planes) :] = -1
@@ -138,20 +140,21 @@ class TokenSide:
         first_of = np.searchsorted(lists.cpu().numpy()[order], np.arange(len(owner)))
         best = torch.from_numpy(order[first_of[:, None] + np.arange(count)]).to(owner.device)
         contrast = score[best].mean(1) / spread[owner].where(spread[owner] > grid, math.nan)
-        return Extremes(owner, sign, tokens[best], score[best], contrast)
+        back = (given[owner] - len(planes) * (sign - 1)).argsort()  # every component's +1 as it was given, then -1
+        return Extremes(given[owner][back], sign[back], tokens[best][back], score[best][back], contrast[back])
 
     def screened(
         self, planes: Float[Tensor, "n 2 d_model"], is_pair: Bool[Tensor, " n"], count: int
     ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"], Float[Tensor, " n"]]:
         """Return candidates (list, token) for each list's `count` best, and the scores' standard deviation [n].
 
-        The lists are every component's +1, then every line's -1. Components are taken in groups whose scores fit in a
-        processor's cache. A segment is skipped if none of its tokens is among the best so far: the count-th
-        largest maximum over segments is a lower bound for the count-th best score. Each thread takes a block of tokens;
-        the best scores do not depend on the order of the blocks.
+        The lists are every component's +1, then every line's -1; lines come before pairs. Components are taken in
+        groups whose scores fit in a processor's cache. A segment is skipped if none of its tokens is among the best so
+        far: the count-th largest maximum over segments is a lower bound for the count-th best score. Each thread takes
+        a block of tokens; the best scores do not depend on the order of the blocks.
         """
-        n, device, lines = len(planes), planes.device, (~is_pair).long().cumsum(0)
-        owners = torch.cat((torch.arange(n, device=device), (~is_pair).nonzero()[:, 0]))
+        n, device, n_lines = len(planes), planes.device, int((~is_pair).sum())
+        owners = torch.cat((torch.arange(n, device=device), torch.arange(n_lines, device=device)))
         best = torch.full((len(owners), count), -math.inf, dtype=torch.float64, device=device)
         changing = Lock()
 
@@ -161,17 +164,13 @@ class TokenSide:
             """Return a block's sum of squared scores, and its candidates; other threads' results may come later."""
             (x, ids), squares, found = job, torch.empty(n, dtype=torch.float64, device=device), []
             for part in blocks(n, max(1, SCORES // len(x))):
-                pair = is_pair[part]
-                own = planes[part]
-                scores = torch.cat((own[:, 0], own[pair, 1])).to(x) @ x.T
-                scores, second = scores.split([len(own), int(pair.sum())])
-                scores[pair] = torch.hypot(scores[pair], second)
+                own, n_own = planes[part], max(0, min(part.stop, n_lines) - part.start)  # lines among them
+                scores, second = (torch.cat((own[:, 0], own[n_own:, 1])).to(x) @ x.T).tensor_split([len(own)])
+                torch.hypot(scores[n_own:], second, out=scores[n_own:])
                 squares[part] = torch.linalg.vector_norm(scores[:, : len(ids)], dim=1).double().square()
-                offset = n + (int(lines[part.start - 1]) if part.start else 0)
-                minus = slice(offset, offset + len(own) - int(pair.sum()))
-                both = (part, scores), (minus, -scores[~pair] if pair.any() else -scores)
-                for where, values in both:
-                    some = self._above(values, best[where].to(x), len(ids))
+                minus = slice(n + part.start, n + part.start + n_own)
+                for where, values, sign in (part, scores, 1), (minus, scores[:n_own], -1):
+                    some = self._above(values, sign, best[where].to(x), len(ids))
                     with changing:
                         best[where] = _raised(best[where], *some)
                     found.append((some[0] + where.start, ids[some[1]], some[2]))
@@ -193,21 +192,22 @@ class TokenSide:
             ids = self.listed[tokens].nonzero()[:, 0].to(rows.device) + tokens.start
             if len(ids):
                 x = rows if len(ids) == len(rows) else rows[ids - tokens.start]
-                x = x - self.mean.to(x)
-                yield torch.cat((x, x[-1:].expand(-len(x) % SEGMENT, -1))), ids
+                padded = x.new_empty(len(x) + -len(x) % SEGMENT, x.shape[1])
+                padded[len(x) :] = torch.sub(x, self.mean.to(x), out=padded[: len(x)])[-1]
+                yield padded, ids
 
     def _above(
-        self, scores: Float[Tensor, "list padded"], best: Float[Tensor, "list count"], n: int
+        self, scores: Float[Tensor, "list padded"], sign: int, best: Float[Tensor, "list count"], n: int
     ) -> tuple[Int[Tensor, " candidate"], Int[Tensor, " candidate"], Float[Tensor, " candidate"]]:
-        """Return (list, place in the block, score) for the first n tokens' scores that may be among the best."""
+        """Return (list, place, sign * score) for the first n tokens' scores that may, times sign, be among the best."""
         segments = scores.unflatten(1, (-1, SEGMENT))
-        peaks = segments.amax(-1)
+        peaks = segments.amax(-1) if sign > 0 else segments.amin(-1).neg()
         least = best[:, -1]
         if peaks.shape[1] >= best.shape[1]:
             least = torch.maximum(least, peaks.topk(best.shape[1]).values[:, -1])
         least = least - self.slack
         lists, segment = (peaks >= least[:, None]).nonzero(as_tuple=True)
-        inside = segments[lists, segment]
+        inside = sign * segments[lists, segment]
         hit, at = (inside >= least[lists, None]).nonzero(as_tuple=True)
         place = segment[hit] * SEGMENT + at
         real = place < n

@@ -17,6 +17,7 @@ from torch import Tensor
 from ovqk.circuits import composition
 from ovqk.circuits.composition import LayerCircuits
 from ovqk.circuits.effective_embeddings import RowKind
+from ovqk.circuits.grams import dense
 from ovqk.circuits.head_maps import HeadMaps
 from ovqk.config.schema import Circuit, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
@@ -442,7 +443,7 @@ def matching_grams(model: Model) -> tuple[Tensor, Tensor | None] | str:
         return missing
     assert model.vocabulary is not None and not isinstance(model.block0, str)
     if not model.block0.mlp_writes:
-        return model.vocabulary.gram_embed, None
+        return dense(model.vocabulary.gram_embed), None
     block0 = model.block0_grams
     assert block0 is not None
     return block0.embed, block0.with_plain

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovqk.circuits.grams import FLOAT64_UP_TO, FullCircuit, Gram, blocks
+from ovqk.circuits.grams import FLOAT64_UP_TO, FullCircuit, Gram, Matrix, blocks, dense
 from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.circuits.maps import Decomposition
 from ovqk.circuits.spectra import full_circuit_ratio
@@ -95,15 +95,15 @@ class Frames:
 
     def across(self, gram: Gram) -> Float[Tensor, "draw k k"]:
         """Return write^T G read."""
-        return self._once("across", gram, lambda: self._through(self.write, gram, self.read))
+        return self._once("across", dense(gram), lambda: self._through(self.write, dense(gram), self.read))
 
     def read_gram(self, gram: Gram) -> Float[Tensor, "draw k k"]:
         """Return read^T G read."""
-        return self._once("read", gram, lambda: self._through(self.read, gram, self.read))
+        return self._once("read", dense(gram), lambda: self._through(self.read, dense(gram), self.read))
 
     def write_gram(self, gram: Gram) -> Float[Tensor, "draw k k"]:
         """Return write^T G write."""
-        return self._once("write", gram, lambda: self._through(self.write, gram, self.write))
+        return self._once("write", dense(gram), lambda: self._through(self.write, dense(gram), self.write))
 
     def queried(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "draw row k"]:
         """Return rows @ read."""
@@ -115,7 +115,7 @@ class Frames:
 
     @staticmethod
     def _through(
-        left: Float[Tensor, "draw d_model k"], gram: Gram, right: Float[Tensor, "draw d_model k"]
+        left: Float[Tensor, "draw d_model k"], gram: Matrix, right: Float[Tensor, "draw d_model k"]
     ) -> Float[Tensor, "draw k k"]:
         return (left.mT.to(gram.dtype) @ (gram @ right.to(gram.dtype))).double()
 

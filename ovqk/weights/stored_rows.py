@@ -70,6 +70,11 @@ class StoredRows:
         rows = rows if self.gain is None else rows * self.gain.to(rows)
         return rows - rows.mean(-1, keepdim=True) if self.centred else rows
 
+    def fold_transposed(self, columns: Float[Tensor, "column d_model"]) -> Float[Tensor, "column d_model"]:
+        """Apply the transpose of `fold`: row . fold_transposed(x) = fold(row) . x for columns x, given as rows."""
+        columns = columns - columns.mean(-1, keepdim=True) if self.centred else columns
+        return columns if self.gain is None else columns * self.gain.to(columns)
+
 
 Rows = Float[Tensor, "token d_model"] | StoredRows
 """One row for each token, in memory or in the checkpoint."""

@@ -9,8 +9,10 @@ from support import ROOT
 
 def script(name: str) -> ModuleType:
     """Load `scripts/NAME.py` as the module `script_NAME`; the same one each time."""
-    known = f"script_{name}"
+    known, folder = f"script_{name}", str(ROOT / "scripts")
     if known not in sys.modules:
+        if folder not in sys.path:
+            sys.path.append(folder)  # as Python does for a script, for the scripts that it imports
         spec = importlib.util.spec_from_file_location(known, ROOT / "scripts" / f"{name}.py")
         assert spec is not None and spec.loader is not None
         module = sys.modules[known] = importlib.util.module_from_spec(spec)
