@@ -13,7 +13,7 @@ from ovqk.circuits import grams, moments, positions
 from ovqk.circuits.diagonals import ranked_tokens
 from ovqk.circuits.effective_embeddings import KEPT_UP_TO, Block0
 from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, query_side
-from ovqk.circuits.grams import Block0Grams, FullCircuit, Gram, blocks
+from ovqk.circuits.grams import Block0Grams, FullCircuit, blocks
 from ovqk.circuits.maps import Basis, Decomposition, FactoredMaps
 from ovqk.circuits.sides import Block0Side
 from ovqk.circuits.simulated import Simulated
