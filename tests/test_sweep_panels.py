@@ -69,6 +69,7 @@ def test_a_sweep_is_known_by_the_records_that_bear_its_name_and_the_cells_it_fou
 def test_cells_that_a_sweeps_run_shows_need_no_other_run(results) -> None:
     (sweep,) = read_sweeps(results)
     assert track_module.shown_by(results, sweep.cells) is None  # it was never made
+    sweep.folder.mkdir(parents=True)
     write_json(sweep.folder / "tracking.json", {"status": "done", "record": track_module.TrackedSweep(sweep).made_of})
     assert track_module.shown_by(results, sweep.cells[:1]) == NAME
     assert track_module.shown_by(results, cell_folders(results)) is None  # one of them is not its cell

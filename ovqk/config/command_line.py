@@ -61,8 +61,8 @@ def python() -> str:
     executable = Path(sys.executable)
     if executable.is_relative_to(Path.cwd()):
         return shlex.quote(str(executable.relative_to(Path.cwd())))
-    names = [name for name in ("python", "python3") if (found := shutil.which(name)) and _is_same(found, executable)]
-    return names[0] if names else shlex.quote(str(executable))
+    names = (name for name in ("python", "python3") if (found := shutil.which(name)) and _is_same(found, executable))
+    return next(names, None) or shlex.quote(str(executable))
 
 
 def _is_same(found: str, executable: Path) -> bool:
