@@ -354,7 +354,7 @@ def _candidates(folders: Sequence[Path]) -> FittedTable:
 
 def _left_out_line(folders: Sequence[Path]) -> str | None:
     """Return a line that counts the words left out of each model's task; None if there are none."""
-    counts = {}
+    counts: dict[str, int] = {}
     for folder in folders:
         record = read_record(folder)
         if record is not None and says_done(record):
