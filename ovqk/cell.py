@@ -29,9 +29,19 @@ from ovqk.errors import UserError, one_mistake, told, was_interrupted, without_s
 from ovqk.interrupts import raise_if_remembered
 from ovqk.memory import is_exhausted
 from ovqk.orphans import end_with_parent
-from ovqk.records.identity import cell_folder, cell_id, identity
+from ovqk.records.identity import cell_folder, cell_id, identity, unopened_id
 from ovqk.records.outcomes import Outcome, Outcomes, Status
-from ovqk.records.record import Origin, claim, forget_peak_memory, is_done, read_done, write_done, write_failed
+from ovqk.records.record import (
+    Origin,
+    claim,
+    forget_failure,
+    forget_peak_memory,
+    is_done,
+    read_done,
+    write_done,
+    write_failed,
+)
+from ovqk.records.sweeps import note_cells
 from ovqk.report import terminal
 from ovqk.report.progress import steps_of
 from ovqk.report.suggestions import shipped_tasks
@@ -75,6 +85,9 @@ def run_job(config: DictConfig, hydra: Any) -> float | None:
     if outcome.warning:
         print(outcome.warning, file=sys.stderr)
     assert outcome.folder is not None
+    if config.sweep and outcome.status == "cached":  # another sweep may have computed it
+        with suppress(OSError):  # a full disk loses the note alone
+            note_cells(Path(config.results_dir), config.sweep, [Path(outcome.folder)])
     try:
         terminal.print_cell(Path(outcome.folder), cached=outcome.status == "cached")
     except Exception as error:
@@ -150,14 +163,15 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True, kep
         kept: layers that this process's cells leave to each other; None to leave none.
 
     Raises:
-        UserError: the cell cannot be computed as asked; its record says so, if its id was known.
+        UserError: the cell cannot be computed as asked; its record says so, unless it is a cell of no sweep whose
+            weights cannot be opened.
     """
     raise_if_remembered()
     started = time.perf_counter() if started is None else started
     mode = tracking_mode(cell, os.environ.get("WANDB_MODE"))
     results_dir = Path(cell.results_dir)
     make_results_dir(results_dir)
-    checkpoint = open_checkpoint(cell.model, cell.hub_timeout, tensors_read)
+    checkpoint = _open(cell)
     content = identity(cell, checkpoint.digest)
     identifier = cell_id(content)
     folder = cell_folder(cell, identifier)
@@ -171,10 +185,8 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True, kep
             try:
                 compute(cell, checkpoint, content, identifier, folder, started, alone, kept)
             except Exception as error:
-                trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
-                if not (is_done(folder) or was_interrupted(error)):  # with force=true, an earlier result stands
-                    with suppress(OSError):  # the disk may take no record either; the sweep's end reports that
-                        write_failed(folder, cell, identifier, told(error), trace)
+                if not is_done(folder):  # with force=true, an earlier result stands
+                    _record_failure(folder, cell, identifier, error)
                 raise
         warning = None if mode is TrackingMode.none else _track(cell, folder, mode)
     seconds = time.perf_counter() - started
@@ -184,12 +196,36 @@ def run_cell(cell: Config, started: float | None = None, alone: bool = True, kep
     return Outcome(status, *names, str(folder), seconds, warning=warning, tracking=tracking)
 
 
+def _open(cell: Config) -> Checkpoint:
+    """Open the cell's checkpoint. If that fails in a sweep, the failure is recorded until the cell can be opened."""
+    identifier = unopened_id(cell)
+    folder = cell_folder(cell, identifier)
+    try:
+        checkpoint = open_checkpoint(cell.model, cell.hub_timeout, tensors_read)
+    except Exception as error:
+        if cell.sweep is not None:
+            _record_failure(folder, cell, identifier, error)
+        raise
+    forget_failure(folder)
+    return checkpoint
+
+
+def _record_failure(folder: Path, cell: Config, identifier: str, error: Exception) -> None:
+    """Record why a cell failed, unless Ctrl-C ended it."""
+    if was_interrupted(error):
+        return
+    trace = "" if isinstance(error, UserError) else _portable(traceback.format_exc())
+    with suppress(OSError):  # the disk may take no record either; the sweep's end reports that
+        write_failed(folder, cell, identifier, told(error), trace)
+
+
 def _track(cell: Config, folder: Path, mode: TrackingMode) -> str | None:
     from ovqk.tracking.track import needs_tracking, track_cell
 
     if not needs_tracking(folder):
         return None
-    warning = track_cell(folder, Path(cell.results_dir), mode, cell.tracking.project, cell.tracking.entity)
+    tracking = cell.tracking
+    warning = track_cell(folder, Path(cell.results_dir), mode, tracking.project, tracking.entity, cell.sweep)
     return warning and f"warning: W&B: {warning}"
 
 

@@ -31,7 +31,7 @@ from ovqk.config.rerun import refuse_foreign_files
 from ovqk.config.schema import register
 from ovqk.errors import SHOWS_TRACEBACK, UserError, one_mistake, print_any_text, was_interrupted
 from ovqk.interrupts import work_is_over
-from ovqk.sweep import end_early, is_running, launcher_hint
+from ovqk.sweep import end_early, is_running, plugin_hint
 
 gc.disable()  # until ovqk.sweep has imported the rest: searching modules that stay takes a tenth of the start-up
 atexit.register(gc.freeze)  # objects that are left at the end go with the process
@@ -90,7 +90,7 @@ def _run() -> None:
         if was_interrupted(error):
             raise KeyboardInterrupt from None
         folders = [*map(Path, config_folders()), CONF]
-        raise UserError("\n".join([*mistakes(error, folders), *launcher_hint(error)])) from error
+        raise UserError("\n".join([*mistakes(error, folders), *plugin_hint(error)])) from error
     except Exception as error:
         said = None if is_running() or was_interrupted(error) else of_hydra(error)
         if said is None:

@@ -11,8 +11,8 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +39,19 @@ from ovqk.whole_files import DISK, write_text
 from ovqk.wording import counted
 
 if TYPE_CHECKING:
-    from ovqk.records.outcomes import Outcomes
+    from ovqk.records.outcomes import Outcome, Outcomes
     from ovqk.report.progress import SweepProgress
 
 FAILED = 1  # exit status
 LAUNCHER_ERROR = "launcher_error.txt"
 EXTRAS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
 """Hydra launcher in a separate package -> ovqk's extra that installs it."""
+SWEEPERS = {
+    "optuna": "hydra-optuna-sweeper",
+    "ax": "hydra-ax-sweeper",
+    "nevergrad": "hydra-nevergrad-sweeper",
+}
+"""Hydra sweeper in a separate package -> the package."""
 
 
 LOCAL = (
@@ -73,21 +79,47 @@ class RunningSweep:
         results_dir: the results folder.
         progress: the lines printed so far.
         elsewhere: whether its cells run in other processes, or on other machines.
+        named: whether its name was given, and is not made of its choices.
     """
 
-    def __init__(self, outcomes: "Outcomes", results_dir: Path, progress: "SweepProgress", elsewhere: bool) -> None:
-        self.outcomes, self.results_dir, self.progress, self.elsewhere = outcomes, results_dir, progress, elsewhere
+    def __init__(
+        self, outcomes: "Outcomes", results_dir: Path, progress: "SweepProgress", elsewhere: bool, named: bool
+    ) -> None:
+        self.outcomes, self.results_dir, self.progress = outcomes, results_dir, progress
+        self.elsewhere, self.named = elsewhere, named
 
-    def end(self) -> int:
-        """Print the comparison and the count, and return the exit status."""
+    def end(self, interrupted: bool = False) -> int:
+        """Print the comparison and the count, and return the exit status. Say if Ctrl-C ended the sweep."""
         from ovqk.report import terminal
 
         self.progress.stop()
         outcomes, expected = self.outcomes.all(), self.progress.expected
-        terminal.print_sweep(outcomes, expected, self.progress.details, self.results_dir)
+        terminal.print_sweep(outcomes, expected, self.progress.details, self.results_dir, interrupted)
+        self._note_other_sweeps(outcomes)
         self.outcomes.forget()
         finished = [outcome for outcome in outcomes.values() if outcome.status != "failed"]
         return int(len(finished) < max(len(expected or ()), len(outcomes)))
+
+    def _note_other_sweeps(self, outcomes: Mapping[int, "Outcome"]) -> None:
+        """Note which cells another sweep computed, because their records name that one; say so if this sweep grew."""
+        from ovqk.records.record import read_record
+        from ovqk.records.sweeps import note_cells
+
+        name = self.outcomes.name()
+        done = [Path(outcome.folder) for outcome in outcomes.values() if outcome.folder]
+        names = [(read_record(folder) or {}).get("sweep") for folder in done]
+        others = len(done) - names.count(name)
+        grown = 0 < others < len(done)
+        if not (grown or (others and self.named)):
+            return
+        with suppress(OSError, UserError):  # other messages say what is wrong with a disk or its locks
+            note_cells(self.results_dir, name, done)
+        if grown:
+            print(
+                f"note: {others} of {len(done)} cells were computed under another sweep's name, which their records "
+                f"and W&B runs keep; ovqk.load_results(..., sweep={name!r}) reads all {len(done)}. With "
+                "sweep=NAME from the start, a sweep keeps its name while it grows."
+            )
 
     def track(self) -> None:
         """Make the sweep's own W&B run if all its cells are tracked alike; a failure gives one warning."""
@@ -95,26 +127,41 @@ class RunningSweep:
         tracking = done[0].tracking if done else None
         if tracking is None or tracking["mode"] == "none" or any(outcome.tracking != tracking for outcome in done):
             return
-        from ovqk.config.schema import TrackingMode
+        from ovqk.config.schema import TrackingConfig, TrackingMode
         from ovqk.records.record import read_tracking, says_done
-        from ovqk.tracking.environment import project_of
-        from ovqk.tracking.run import Destination
-        from ovqk.tracking.sweep_panels import sweep_folder
-        from ovqk.tracking.track import track_sweep
+        from ovqk.records.sweeps import sweep_folder
+        from ovqk.tracking.track import destination_of, noted_for, shown_by, track_sweep
 
-        project = project_of(str(tracking["project"]))
-        destination = Destination(self.results_dir, TrackingMode(tracking["mode"]), project, tracking["entity"])
+        name = self.outcomes.name()
+        folders, own = [Path(str(outcome.folder)) for outcome in done], sweep_folder(self.results_dir, name)
+        narrowed = not self.named and all(outcome.status == "cached" for outcome in done)
+        narrowed &= not says_done(read_tracking(own))
+        if narrowed and (other := shown_by(self.results_dir, folders)) not in (None, name):
+            print(f"W&B: no new run for the sweep: the run of the sweep {other!r} shows all its cells")
+            return
+        destination = destination_of(
+            self.results_dir,
+            TrackingMode(tracking["mode"]),
+            str(tracking["project"]),
+            tracking["entity"],
+            noted_for(own, folders),
+        )
         try:
-            warning = track_sweep(self.outcomes.name(), [Path(str(outcome.folder)) for outcome in done], destination)
+            warning = track_sweep(name, folders, destination, _say_begun)
         except OSError as error:
             warning = f"the sweep's own run, of all its cells, was not made ({error})"
         if warning:
             print(f"warning: W&B: {warning}", file=sys.stderr)
             return
-        state = read_tracking(sweep_folder(self.results_dir, self.outcomes.name()))
+        state = read_tracking(own)
         if says_done(state):
             place = state.get("url") or self.results_dir / state.get("directory", "wandb")
-            print(f"W&B: the sweep's own run: {place}")
+            own_project = destination.project != TrackingConfig.project and not state.get("url")
+            print(f"W&B: the sweep's own run{f', for the project {destination.project}' * own_project}: {place}")
+
+
+def _say_begun() -> None:
+    print("W&B: making the sweep's own run, with figures over all its cells", file=sys.stderr, flush=True)
 
 
 running: RunningSweep | None = None
@@ -184,7 +231,9 @@ class SweepCallback(Callback):
             outcomes.begin(config.sweep or sweep_name(config), expected_cells(config))
         except OSError as error:
             raise UserError(f"results_dir={config.results_dir}: {error.strerror or error}") from None
-        running = RunningSweep(outcomes, Path(config.results_dir), SweepProgress(outcomes), elsewhere)
+        running = RunningSweep(
+            outcomes, Path(config.results_dir), SweepProgress(outcomes), elsewhere, bool(config.sweep)
+        )
         cells = running.progress.expected
         if cells is not None:  # Hydra composes each of them before the first begins
             print(counted(len(cells), "cell"), flush=True)
@@ -241,7 +290,7 @@ def end_early(error: BaseException) -> None:
         return
     if not stopped:
         _wait_for_the_others(error)
-    status = sweep.end()
+    status = sweep.end(stopped)
     if stopped:
         more = " Cells that a cluster has taken go on there." if sweep.elsewhere else ""
         end_command(f"interrupted.{more}", INTERRUPTED)
@@ -257,9 +306,12 @@ def end_early(error: BaseException) -> None:
     end_command(message, FAILED)
 
 
-def launcher_hint(error: BaseException) -> list[str]:
-    """Say what to install if the launcher is not installed; else return nothing."""
-    launcher = (getattr(error, "missing_cfg_file", None) or "").removeprefix("hydra/launcher/")
+def plugin_hint(error: BaseException) -> list[str]:
+    """Say what to install if the launcher or the sweeper is not installed; else return nothing."""
+    missing = getattr(error, "missing_cfg_file", None) or ""
+    launcher, sweeper = missing.removeprefix("hydra/launcher/"), missing.removeprefix("hydra/sweeper/")
+    if sweeper in SWEEPERS:
+        return [f"hydra/sweeper={sweeper} is not installed: pip install {SWEEPERS[sweeper]}"]
     if launcher not in EXTRAS:
         return []
     return [f"hydra/launcher={launcher} needs an extra: pip install -c constraints.txt -e '.[{EXTRAS[launcher]}]'"]
@@ -357,11 +409,12 @@ def _check(config: DictConfig) -> None:
     _collect_garbage()
     refuse_secrets(config)
     refuse_untyped(config)
-    if tracking_mode(config, os.environ.get("WANDB_MODE")) is not TrackingMode.none and (said := not_followed()):
-        print(f"warning: {said}", file=sys.stderr)
+    tracked = tracking_mode(config, os.environ.get("WANDB_MODE")) is not TrackingMode.none
     refuse_tilde(str(config.results_dir))
     results_dir = Path(str(config.results_dir))
     make_results_dir(results_dir)
+    if tracked and (said := not_followed(results_dir)):
+        print(f"warning: {said}", file=sys.stderr)
     if said := mounts.warning(results_dir):
         print(f"warning: {said}", file=sys.stderr)
 

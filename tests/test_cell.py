@@ -15,6 +15,7 @@ import ovqk
 from ovqk.cell import objective_of, run_cell
 from ovqk.errors import UserError
 from ovqk.records.record import is_done, read_record
+from ovqk.report.write import write_report
 
 QUICK = ("tracking=none",)
 
@@ -348,7 +349,40 @@ def test_a_failed_cell_does_not_stop_the_others_and_the_status_says_so(cli, tmp_
     message = "\n    model.safetensors: not a complete safetensors file"
     assert printed.count(message) == 1 and printed.index(message) < printed.index("failed: ")
     assert "Traceback" not in printed
-    assert len(list(tmp_path.glob("results/*/*/*/record.json"))) == 1
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("results/*/*/*/record.json")]
+    (failed,) = [record for record in records if record["status"] == "failed"]
+    assert len(records) == 2 and failed["error"].startswith("model.safetensors: not a complete") and failed["sweep"]
+    said = write_report(tmp_path / "results", with_figures=False)
+    assert f"without results: broken / none / b03: {failed['error']}" in said
+    shutil.copy(BUNDLED / "model.safetensors", tmp_path / "broken")
+    code, printed = cli("-m", "model=local", "model.path=broken," + str(BUNDLED), "task=none", *QUICK)
+    assert code == 0 and "1 done, 1 cached" in printed
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("results/*/*/*/record.json")]
+    assert [record["status"] for record in records] == ["done", "done"]  # the failure is forgotten
+
+
+def test_a_cell_that_another_sweep_computed_is_a_cell_of_both(cli, tmp_path) -> None:
+    results = tmp_path / "results"
+    small = ("task=none", "analysis=ov", "nulls.draws=9", "analysis.components=0", *QUICK)
+    assert cli("-m", *small, "sweep=small")[0] == 0
+    (path,) = results.glob("*/*/*/record.json")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"words": record["words"] | {"reasons": {"names": {"Ada": "two tokens"}}}}))
+    code, printed = cli("-m", *small, "seed=0,1", "sweep=grown")
+    assert "note: words left out, with reasons in record.json: mini-attn / none 1\n" in printed
+    assert code == 0 and "note: 1 of 2 cells were computed under another sweep's name" in printed
+    assert cli(*small, "sweep=handed_out")[0] == 0  # as a W&B agent gives it
+    sweeps = {name: len(ovqk.load_results(results, [], sweep=name)["cells"]) for name in ("small", "grown")}
+    assert sweeps == {"small": 1, "grown": 2}
+    handed_out = ovqk.load_results(results / "mini-attn", [], sweep="handed_out")["cells"]
+    assert list(handed_out["seed"]) == [0] and list(handed_out["sweep"]) == ["small"]
+    with pytest.raises(ValueError, match="sweep='other': no cell is of that sweep; there: 'grown', 'small'"):
+        ovqk.load_results(results, sweep="other")
+
+
+def test_a_single_cell_whose_weights_cannot_be_opened_leaves_its_message_alone(cli, tmp_path) -> None:
+    code, printed = cli("model=local", "model.path=nowhere", "task=none", *QUICK)
+    assert code == 1 and "nowhere" in printed and not list(tmp_path.glob("results/*/*/*/record.json"))
 
 
 def test_a_failure_inside_a_cell_is_recorded_and_computed_again_later(cli, tmp_path, monkeypatch) -> None:

@@ -39,10 +39,38 @@ def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
     ("/usr/lib/ipykernel_launcher.py", "python -m ovqk", "python -m ovqk.report"),
 ])  # fmt: skip
 def test_messages_name_the_command_that_was_started(started, computes, reports, monkeypatch, tmp_path) -> None:
-    monkeypatch.chdir(tmp_path)
+    environment(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "argv", [started])
-    monkeypatch.setattr(command_line.shutil, "which", lambda name: f"/somewhere/bin/{name}")
     assert (program(), tool("report")) == (computes, reports)
+
+
+def environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a virtual environment's `bin`, the only place on the PATH, and go elsewhere; return its interpreter."""
+    here, interpreter = folder / "here", folder / "bin" / "python"
+    for place in (here, interpreter.parent):
+        place.mkdir()
+    interpreter.touch()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    monkeypatch.setattr(command_line.shutil, "which", lambda name: str(interpreter.parent / name))
+    return interpreter
+
+
+def test_an_interpreter_that_python_does_not_name_here_is_named_by_its_place(monkeypatch, tmp_path) -> None:
+    interpreter = environment(tmp_path, monkeypatch)
+    assert command_line.python() == "python"
+    other = tmp_path / "a b" / "python"  # it has the same program, and other packages
+    other.parent.mkdir()
+    other.symlink_to(interpreter)
+    for which in (lambda name: str(other), lambda name: None):
+        monkeypatch.setattr(command_line.shutil, "which", which)
+        assert command_line.python() == str(interpreter)
+    monkeypatch.setattr(sys, "executable", str(other))
+    monkeypatch.setattr(command_line.shutil, "which", lambda name: None)
+    assert command_line.python() == f"'{other}'"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    assert command_line.python() == "bin/python"
 
 
 def test_a_command_that_is_not_on_the_path_is_named_by_its_place(monkeypatch, tmp_path) -> None:

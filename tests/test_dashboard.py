@@ -31,8 +31,9 @@ def sections(spec: str) -> dict[str, list[dict]]:
 
 
 def test_a_workspace_has_the_five_sections_with_what_the_records_hold(results) -> None:
-    shown, _, project = dashboard.gathered_panels(results)
-    model = dashboard.workspace("someone", project, "mine", shown, swept=True)._to_model()
+    shown, places = dashboard.gathered_panels(results)
+    assert places == {(None, "ovqk"): 2}
+    model = dashboard.workspace("someone", "ovqk", "mine", shown, swept=True)._to_model()
     spec = model.spec.model_dump_json(by_alias=True, exclude_none=True)
     found = sections(spec)
     assert list(found) == ["Claims", "Spectra", "Symmetry and position", "Heads", "Health"]
@@ -56,7 +57,8 @@ def test_the_workspace_is_saved_where_the_cells_were_tracked(results, monkeypatc
     import wandb
 
     (folder, *_) = (path.parent for path in results.glob("*/*/*/record.json"))
-    write_tracking(folder, {"status": "done", "url": "https://wandb.example/us/ovqk/runs/1"})
+    write_tracking(folder, {"status": "done", "url": "https://wandb.example/us/my%20project/runs/1"})
+    monkeypatch.setenv("WANDB_ENTITY", "others")  # the runs are where they are
     with wandb_server() as server:
         wandb.teardown()
         for name, value in {"BASE_URL": server.url, "API_KEY": 40 * "0", "CACHE_DIR": str(tmp_path)}.items():
@@ -65,9 +67,28 @@ def test_the_workspace_is_saved_where_the_cells_were_tracked(results, monkeypatc
         dashboard.main()
         wandb.teardown()
     (view,) = server.views
-    assert (view["entityName"], view["projectName"], view["displayName"]) == ("us", "ovqk", dashboard.NAME)
+    assert (view["entityName"], view["projectName"], view["displayName"]) == (
+        "us",
+        "my project",
+        dashboard.NAME,
+    )
     assert len(sections(view["spec"])) == 5
     assert "saved http" in capsys.readouterr().out
+
+
+def test_cells_in_several_projects_need_a_choice(tmp_path, monkeypatch, capsys) -> None:
+    places = dashboard.Places({("us", "a"): 2, ("us", "b"): 1, ("them", "b"): 1})
+    monkeypatch.setattr(dashboard, "gathered_panels", lambda folder: ([], places))
+    saved = []
+    monkeypatch.setattr(dashboard, "workspace", lambda *chosen: saved.append(chosen[:2]))
+    for given in ([], ["--project", "b"], ["--entity", "us"]):
+        with pytest.raises(SystemExit):
+            dashboard.main([str(tmp_path), *given])
+        assert "the cells are in several projects: us/a (2 cells), us/b (1 cell), them/b" in capsys.readouterr().err
+    for given in (["--project", "a"], ["--entity", "them"], ["--project", "c", "--entity", "you"]):
+        with pytest.raises(SystemExit):  # nothing was made that could be saved
+            dashboard.main([str(tmp_path), *given])
+    assert saved == [("us", "a"), ("them", "b"), ("you", "c")]
 
 
 def test_mistakes_are_one_message(results, tmp_path, monkeypatch, capsys) -> None:
@@ -75,7 +96,7 @@ def test_mistakes_are_one_message(results, tmp_path, monkeypatch, capsys) -> Non
     with pytest.raises(SystemExit):
         dashboard.main()
     assert "no finished cells there" in capsys.readouterr().err
-    monkeypatch.setattr(dashboard, "gathered_panels", lambda results: ([], None, "ovqk"))
+    monkeypatch.setattr(dashboard, "gathered_panels", lambda results: ([], dashboard.Places({(None, "ovqk"): 1})))
     monkeypatch.setattr(sys, "argv", ["ovqk.dashboard", str(results)])
     with pytest.raises(SystemExit):
         dashboard.main()

@@ -62,10 +62,11 @@ def test_a_sweep_marks_steps_that_share_their_weights(results, capsys) -> None:
         number: Outcome("done", folder.parts[-3], "none", "ov", str(folder), 1.0)
         for number, folder in enumerate(cell_folders(results))
     }
-    terminal.print_sweep(outcomes, None, {}, results)
+    terminal.print_sweep(outcomes, [["seed=1"]] * 4, {}, results, interrupted=True)
     printed = " ".join(capsys.readouterr().out.split())
     assert "m-step1 (= m-step0)" in printed and "m-step8 (=" not in printed and "m-step0 (=" not in printed
     assert "note: m-step1: the same weights as m-step0 (one digest)" in printed
+    assert "missing: seed=1 missing: stopped by you, or never started. The same command computes them." in printed
 
 
 def test_the_page_and_the_loaded_results_tell_of_them(results) -> None:

@@ -27,7 +27,7 @@ from ovqk.errors import UserError
 from ovqk.records import record
 from ovqk.records.record import is_done, read_record
 from ovqk.report import terminal
-from ovqk.sweep import expected_cells, launcher_hint, sweep_name
+from ovqk.sweep import expected_cells, plugin_hint, sweep_name
 
 QUICK = ("task=none", "analysis=ov", "tracking=none")
 FILES = sorted(path for path in (ROOT / "sweeps").glob("*.yaml") if "hydra:" in path.read_text())
@@ -217,14 +217,16 @@ def test_a_file_system_without_locks_is_one_message(cli, tmp_path, monkeypatch) 
     assert not list(tmp_path.glob("results/*/*/*"))
 
 
-def test_a_launcher_that_is_not_installed_is_named_with_its_extra() -> None:
+def test_a_launcher_or_a_sweeper_that_is_not_installed_is_named_with_what_installs_it() -> None:
     from hydra.errors import MissingConfigException
 
     missing = MissingConfigException("Could not find 'hydra/launcher/joblib'", "hydra/launcher/joblib")
-    assert launcher_hint(missing) == [
+    assert plugin_hint(missing) == [
         "hydra/launcher=joblib needs an extra: pip install -c constraints.txt -e '.[parallel]'"
     ]
-    assert launcher_hint(MissingConfigException("no", "model/gpt3")) == launcher_hint(ValueError("no")) == []
+    missing = MissingConfigException("Could not find 'hydra/sweeper/optuna'", "hydra/sweeper/optuna")
+    assert plugin_hint(missing) == ["hydra/sweeper=optuna is not installed: pip install hydra-optuna-sweeper"]
+    assert plugin_hint(MissingConfigException("no", "model/gpt3")) == plugin_hint(ValueError("no")) == []
 
 
 def test_an_unknown_wandb_mode_is_refused_before_the_first_cell(cli, tmp_path, monkeypatch) -> None:
@@ -301,7 +303,7 @@ def test_ctrl_c_ends_a_sweep_with_what_is_done_and_a_status_of_its_own(tmp_path)
     printed, complaint = process.communicate(timeout=60)
     assert process.returncode == 130
     told = " ".join(printed.split())  # lines wrap at 80 columns
-    assert " missing; results in results" in told and "The same command computes them" in told
+    assert " missing; results in results" in told and "stopped by you, or never started. The same" in told
     assert "ovqk: interrupted" in complaint and "Traceback" not in complaint
 
 

@@ -15,10 +15,11 @@ from ovqk.cell import run_cell
 from ovqk.config.schema import TrackingMode
 from ovqk.records.record import claim, read_record, read_tracking
 from ovqk.records.results import cell_folders
+from ovqk.records.sweeps import remember_cells, sweep_folder
 from ovqk.tracking import sweep_panels
 from ovqk.tracking import track as track_module
 from ovqk.tracking.run import Destination
-from ovqk.tracking.sweep_panels import draw, overview_config, overview_tables, read_sweeps, remember_cells, sweep_folder
+from ovqk.tracking.sweep_panels import draw, overview_config, overview_tables, read_sweeps
 from ovqk.tracking.track import track_sweep
 from ovqk.whole_files import write_json
 
@@ -63,6 +64,15 @@ def test_a_sweep_is_known_by_the_records_that_bear_its_name_and_the_cells_it_fou
     record = read_record(alone)
     write_json(alone / "record.json", record | {"status": "failed"})
     assert len(read_sweeps(results)[0].cells) == 2  # only what is done
+
+
+def test_cells_that_a_sweeps_run_shows_need_no_other_run(results) -> None:
+    (sweep,) = read_sweeps(results)
+    assert track_module.shown_by(results, sweep.cells) is None  # it was never made
+    sweep.folder.mkdir(parents=True)
+    write_json(sweep.folder / "tracking.json", {"status": "done", "record": track_module.TrackedSweep(sweep).made_of})
+    assert track_module.shown_by(results, sweep.cells[:1]) == NAME
+    assert track_module.shown_by(results, cell_folders(results)) is None  # one of them is not its cell
 
 
 def test_names_that_lead_elsewhere_do_not(tmp_path) -> None:
@@ -190,6 +200,10 @@ def test_the_same_command_goes_on_with_the_same_sweep(cli, tmp_path, monkeypatch
     assert {read_record(folder)["sweep"] for folder in cell_folders(results)} == {name}
     code, printed = cli(*call, "force=false")
     assert code == 0 and "0 done, 2 cached" in printed and "warning" not in printed
+    assert "W&B: making the sweep's own run, with figures over all its cells" in printed
+    code, other = cli("-m", *SMALL, "model=mini-llama,mini-attn", "hydra.job.chdir=false")  # another name, nothing new
+    assert code == 0 and f"W&B: no new run for the sweep: the run of the sweep '{name}' shows all its cells" in other
+    assert len(list((results / ".sweeps").iterdir())) == 1
     made = state(results, name)
     assert made["status"] == "done" and f"W&B: the sweep's own run: results/{made['directory']}" in printed
     code, printed = cli(*call, "model=mini-attn")  # narrowed: another sweep, of one cell

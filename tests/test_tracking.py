@@ -18,7 +18,8 @@ from support.wandb_stub import ENTITY, KEY, Run, command, impatient, inspect, se
 from ovqk.config.resolve import tracking_mode
 from ovqk.config.schema import TrackingMode
 from ovqk.errors import UserError
-from ovqk.records.record import claim, read_record, read_tracking
+from ovqk.records.record import claim, read_record, read_tracking, write_tracking
+from ovqk.report.terminal import print_cell
 from ovqk.tracking import environment, service
 from ovqk.tracking import track as track_module
 from ovqk.tracking.track import needs_tracking, run_id, track_cell
@@ -109,12 +110,51 @@ def test_variables_of_the_environment_are_followed_and_one_that_cannot_be_is_nam
     assert (run["project"], run["run_group"]) == ("theirs", "all")
     assert run["display_name"] == f"tuesday {record['model']} {record['task']} {record['analysis']}"
     assert run["tags"] == [record["model"], record["task"], record["analysis"], "a", "b"]
-    assert environment.project_of("mine") == "mine"  # the config's own goes first
+    assert environment.project_of("mine", environment.set_now()) == "mine"  # the config's own goes first
     assert command(monkeypatch, results, "--mode", "offline") == 0
-    assert capsys.readouterr().err.startswith("warning: WANDB_DIR=/x is not followed: runs lie in results_dir/wandb")
+    assert capsys.readouterr().err == ""  # it is said once for a results folder
+    said = environment.not_followed(results.parent)
+    assert said is not None and said.startswith("WANDB_DIR=/x is not followed: runs lie in results_dir/wandb")
     monkeypatch.setenv("WANDB_DIR", "")
     monkeypatch.setenv("WANDB_PROJECT", "")
-    assert environment.not_followed() is None and environment.project_of("ovqk") == "ovqk"
+    assert (
+        environment.not_followed(results.parent) is None
+        and environment.project_of("ovqk", environment.set_now()) == "ovqk"
+    )
+
+
+@pytest.mark.wandb_server
+def test_a_run_that_is_sent_later_from_another_shell_goes_where_it_was_meant_to(
+    results, server, monkeypatch, capsys
+) -> None:
+    with monkeypatch.context() as then:
+        for name, value in {"PROJECT": "theirs", "RUN_GROUP": "all", "TAGS": "a,b", "ENTITY": "us"}.items():
+            then.setenv(f"WANDB_{name}", value)
+        assert track_cell(cell(results), results, TrackingMode.offline, "ovqk", None) is None
+    assert command(monkeypatch, results, "--all") == 0
+    (run,) = server.runs.values()
+    assert (run.upsert["entity"], run.upsert["project"], run.upsert["groupName"]) == ("us", "theirs", "all")
+    assert run.upsert["tags"][3:] == ["a", "b"]
+    followed = "WANDB_PROJECT=theirs WANDB_ENTITY=us WANDB_RUN_GROUP=all WANDB_TAGS=a,b"
+    said = "following W&B's variables as they were when the cells were tracked: "
+    assert capsys.readouterr().out.startswith(f"{said}{followed}\ntracked ")
+    monkeypatch.setenv("WANDB_PROJECT", "other")
+    assert command(monkeypatch, results, "--all") == 0
+    assert (run.upsert["project"], run.upsert["groupName"]) == ("other", "all")
+    assert "WANDB_PROJECT=other is set now and goes before WANDB_PROJECT=theirs of then" in capsys.readouterr().out
+    assert command(monkeypatch, results, "--all", "--project", "ovqk") == 0
+    assert run.upsert["project"] == "ovqk"
+
+
+def test_a_sweep_that_was_never_tracked_follows_what_its_cells_have_in_common(tmp_path) -> None:
+    for name, project in {"a": "theirs", "b": "other"}.items():
+        (tmp_path / name).mkdir()
+        noted = {"run_id": name, "WANDB_PROJECT": project, "WANDB_TAGS": "x"}
+        write_tracking(tmp_path / name, {"status": "done"} | noted)
+    cells = [tmp_path / "a", tmp_path / "b"]
+    assert track_module.noted_for(tmp_path, cells) == {"WANDB_TAGS": "x"}
+    assert track_module.noted_for(tmp_path, cells[:1]) == {"WANDB_PROJECT": "theirs", "WANDB_TAGS": "x"}
+    assert track_module.noted_for(tmp_path / "a", cells[1:])["WANDB_PROJECT"] == "theirs"
 
 
 def test_what_is_offline_asks_no_server_and_prints_nothing(results, server, capfd) -> None:
@@ -273,8 +313,21 @@ def test_what_waits_offline_is_told(results, monkeypatch, capsys) -> None:
     assert "1 wait offline; this sends them: " in printed and f"-m ovqk.tracking --all {results}\n" in printed
 
 
+def test_where_wandb_mode_keeps_runs_here_the_command_that_sends_them_says_so(results, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert command(monkeypatch, results, "--all") == 0
+    tracked, waiting = capsys.readouterr().out.splitlines()
+    assert tracked == f"tracked offline {cell(results)}"
+    assert waiting.startswith("1 wait offline, because WANDB_MODE=offline is set; this sends them: ")
+    assert waiting.endswith(f"-m ovqk.tracking --mode online --all {results}")
+    print_cell(cell(results), cached=True)  # its `next:` lines
+    assert f"-m ovqk.tracking --mode online --all {results}" in capsys.readouterr().out
+
+
 def test_mistakes_of_the_command_are_one_message(results, tmp_path, monkeypatch, capsys) -> None:
     assert command(monkeypatch, tmp_path / "none") == 1 and "no such results folder" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert command(monkeypatch, tmp_path / "file") == 1 and "a file, not a results folder" in capsys.readouterr().err
     assert command(monkeypatch, tmp_path) == 1 and "no cells there" in capsys.readouterr().err
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert command(monkeypatch, results) == 1
@@ -316,9 +369,10 @@ def test_in_an_agent_the_cell_is_the_agents_run(results, server, monkeypatch) ->
     monkeypatch.setenv("WANDB_RUN_ID", "agents-run")
     wandb.teardown()  # an agent starts a process for each run
     assert needs_tracking(cell(results))  # although it was tracked
-    assert track(results, "online") is None
+    assert track_cell(cell(results), results, TrackingMode.online, "ovqk-test", None, "wandb_grid") is None
     (run,) = server.runs.values()
     assert list(server.runs) == ["agents-run"] and run.upsert["sweep"] == "sweep1" and run.exit_code == 0
+    assert run.config["sweep"] == run.upsert["groupName"] == "wandb_grid"  # the record names no sweep
     assert read_tracking(cell(results))["run_id"] == "agents-run"
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("WANDB_SWEEP_ID")

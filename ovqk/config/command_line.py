@@ -1,5 +1,6 @@
 """The command as a person types it from where they stand, for messages that name the next one."""
 
+import os
 import re
 import shlex
 import shutil
@@ -46,10 +47,27 @@ def tool(name: str) -> str:
     return f"{python()} -m {TOOLS[name].module}" if installed is None else f"{installed} {name}"
 
 
+def send_command(results_dir: Path) -> str:
+    """Return the command that sends a results folder's offline runs to W&B, also if WANDB_MODE keeps runs here."""
+    online = "" if os.environ.get("WANDB_MODE", "online") in ("", "online") else "--mode online "
+    return f"{tool('track')} {online}--all {shlex.quote(str(results_dir))}"
+
+
 def python() -> str:
-    """Return the interpreter as one types it here: a virtual environment below this folder, else `python`."""
+    """Return the interpreter as one types it here.
+
+    It is a path if its virtual environment is below this folder, or if `python` and `python3` are other ones here.
+    """
     executable = Path(sys.executable)
-    return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else "python"
+    if executable.is_relative_to(Path.cwd()):
+        return shlex.quote(str(executable.relative_to(Path.cwd())))
+    names = (name for name in ("python", "python3") if (found := shutil.which(name)) and _is_same(found, executable))
+    return next(names, None) or shlex.quote(str(executable))
+
+
+def _is_same(found: str, executable: Path) -> bool:
+    """Say whether two paths are one interpreter with one environment, whose folder decides what is installed."""
+    return Path(found).absolute().parent == executable.parent and executable.samefile(found)
 
 
 def _installed() -> str | None:

@@ -57,6 +57,14 @@ def cell_id(identity: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def unopened_id(config: Config) -> str:
+    """Return the id under which a cell's failure is recorded if its weights cannot be opened, so have no digest.
+
+    It does not depend on the weights' place, so that it is the same after a wrong path was mended.
+    """
+    return cell_id(identity(config, "not opened"))
+
+
 def cell_folder(config: Config, identifier: str) -> Path:
     """Return `<results_dir>/<model>/<task>/<analysis>-<cell_id>`."""
     return Path(config.results_dir) / config.model.name / config.task.name / f"{config.analysis.name}-{identifier}"

@@ -202,6 +202,13 @@ def write_failed(folder: Path, config: Config, identifier: str, error: str, trac
     write_json(folder / RECORD, _header(config, identifier, "failed") | {"error": error, "traceback": traceback})
 
 
+def forget_failure(folder: Path) -> None:
+    """Remove a failed cell's record and its folder, if there is one."""
+    with suppress(OSError):
+        (folder / RECORD).unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def _header(config: Config, identifier: str, status: str) -> dict[str, Any]:
     return {
         "status": status,

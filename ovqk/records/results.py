@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from ovqk.records.record import RECORD, fault, read_record, says_done
 from ovqk.records.soundness import TABLES
+from ovqk.records.sweeps import noted_cells
 
 COORDINATES = ("model", "task", "analysis", "processing", "seed", "cell_id")
 
@@ -28,7 +29,7 @@ def load_table(folder: Path, name: str) -> pd.DataFrame | None:
 
 
 def load_results(
-    places: str | Path | Iterable[str | Path], tables: Sequence[str] | None = None
+    places: str | Path | Iterable[str | Path], tables: Sequence[str] | None = None, sweep: str | None = None
 ) -> dict[str, pd.DataFrame]:
     """Return one DataFrame per table over all done cells, with COORDINATES as its first columns.
 
@@ -38,10 +39,12 @@ def load_results(
     Args:
         places: a results folder, a folder inside it down to one cell's, or several of these.
         tables: the tables to read besides `cells`, by name; all tables if None.
+        sweep: the name of the sweep whose cells to read: those that it computed, and those that it found done, whose
+            column `sweep` names the sweep that computed them. All cells if None.
 
     Raises:
         FileNotFoundError: a place does not exist or holds no done cell.
-        ValueError: no place is given, or no cell has one of the tables.
+        ValueError: no place is given, no cell is of the sweep, or no cell has one of the tables.
 
     Warns:
         UserWarning: a cell is left out because its record or one of its tables is damaged; or cells with several schema
@@ -52,7 +55,16 @@ def load_results(
     rows: list[dict[str, Any]] = []
     parts: dict[str, list[pa.Table]] = {}
     made: set[str] = set()
+    noted: dict[Path, set[Path]] = {}
+    named: set[str] = set()
     for folder, record in _done_cells(places):
+        if sweep is not None and record.get("sweep") != sweep:
+            named.add(str(record.get("sweep")))
+            root = folder.absolute().parents[2]
+            if root not in noted:
+                noted[root] = noted_cells(root).get(sweep, set())
+            if folder.absolute() not in noted[root]:
+                continue
         row = _row(folder, record)
         try:
             read = {
@@ -67,6 +79,8 @@ def load_results(
         made.update(_made(folder, record))
         for name, table in read.items():
             parts.setdefault(name, []).append(table)
+    if not rows and named:
+        raise ValueError(f"sweep={sweep!r}: no cell is of that sweep; there: {', '.join(map(repr, sorted(named)))}")
     if not rows:
         raise ValueError("places: none is given; a results folder, or several")
     versions = sorted({row["schema_version"] for row in rows})

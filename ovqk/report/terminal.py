@@ -14,7 +14,8 @@ from rich.table import Column as RichColumn
 from rich.text import Text
 
 from ovqk import wording
-from ovqk.config.command_line import program, python, tool
+from ovqk.config.command_line import program, python, send_command, tool
+from ovqk.config.schema import TrackingConfig
 from ovqk.errors import printable
 from ovqk.metrics import NOT_APPLICABLE
 from ovqk.records import comparison
@@ -205,8 +206,10 @@ def _print_places(out: Console, folder: Path, record: Mapping[str, Any]) -> None
     out.print(f"\nrecord: {folder}", soft_wrap=True)
     send = f"{tool('track')} {place}"
     if says_done(tracking) and tracking.get("directory"):
-        out.print(f"W&B (offline): {results_dir / tracking['directory']}", soft_wrap=True)
-        send = f"{tool('track')} --all {place}"
+        project = tracking.get("project", TrackingConfig.project)
+        named = "" if project == TrackingConfig.project else f", for the project {project}"
+        out.print(f"W&B (offline{named}): {results_dir / tracking['directory']}", soft_wrap=True, markup=False)
+        send = send_command(results_dir)
     elif says_done(tracking):
         send = ""
         out.print(f"W&B: {tracking.get('url') or 'run ' + tracking['run_id']}", soft_wrap=True)
@@ -288,6 +291,7 @@ def print_sweep(
     expected: Sequence[Sequence[str]] | None,
     details: Mapping[int, str],
     results_dir: Path,
+    interrupted: bool = False,
 ) -> None:
     """Print the comparison over the sweep's cells and the counts by status, and name the failed and the missing.
 
@@ -296,6 +300,7 @@ def print_sweep(
         expected: every cell's overrides.
         details: overrides that tell cells apart if they share model, task and analysis.
         results_dir: the results folder.
+        interrupted: whether Ctrl-C ended the sweep.
     """
     out = output_console()
     ended = list(outcomes.values())
@@ -314,6 +319,8 @@ def print_sweep(
         out.print(depth_table(folders))
     for group in shared_steps(record for folder in folders if (record := read_record(folder)) and says_done(record)):
         out.print(Text(f"\nnote: {said(group)}", style="yellow"), soft_wrap=True)
+    if said_words := _left_out_line(folders):
+        out.print(Text(f"\nnote: {said_words}", style="dim"), soft_wrap=True)
     missing = [cell for number, cell in enumerate(expected or []) if number not in outcomes]
     counts = [f"{sum(o.status == status for o in ended)} {status}" for status in ("done", "cached", "failed")]
     out.print(f"\n{', '.join(counts)}, {len(missing)} missing; results in {results_dir}", soft_wrap=True)
@@ -327,7 +334,8 @@ def print_sweep(
         out.print(Text(f"missing: {' '.join(cell)}", style="red"), soft_wrap=True)
     if missing:
         more = f" ({len(missing) - SHOWN_MISSING} more)" if len(missing) > SHOWN_MISSING else ""
-        out.print(f"missing{more}: stopped by the system, or never started. The same command computes them.")
+        by = "you" if interrupted else "the system"
+        out.print(f"missing{more}: stopped by {by}, or never started. The same command computes them.")
     untracked = sum("reason" in read_tracking(folder) for folder in folders)  # failed, or not tried after a failure
     if untracked:
         command = f"{tool('track')} {shlex.quote(str(results_dir))}"
@@ -342,6 +350,19 @@ def _candidates(folders: Sequence[Path]) -> FittedTable:
         if record is not None and candidates is not None and len(candidates):
             cells.append((record["task"], record["model"], candidates))
     return sweep_candidate_table(cells)
+
+
+def _left_out_line(folders: Sequence[Path]) -> str | None:
+    """Return a line that counts the words left out of each model's task; None if there are none."""
+    counts: dict[str, int] = {}
+    for folder in folders:
+        record = read_record(folder)
+        if record is not None and says_done(record):
+            words = sum(len(dropped) for dropped in record.get("words", {}).get("reasons", {}).values())
+            counts |= {f"{record['model']} / {record['task']} {words}": words} if words else {}
+    if not counts:
+        return None
+    return f"words left out, with reasons in record.json: {', '.join(counts)}"
 
 
 def role_table(folders: Sequence[Path]) -> FittedTable:

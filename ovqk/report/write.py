@@ -45,6 +45,8 @@ def write_report(
     Raises:
         UserError: there is no such folder, no finished cell in it, or a file cannot be written.
     """
+    if results_dir.is_file():
+        raise UserError(f"{results_dir}: a file, not a results folder.")
     if not results_dir.is_dir():
         raise UserError(f"{results_dir}: no such results folder.")
     cells, failures = read_cells(results_dir)

@@ -8,24 +8,32 @@ here loses no result: tracking.json says what happened, and the next run or the 
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
 
-from ovqk.config.command_line import tool
+from ovqk.config.command_line import send_command, tool
 from ovqk.config.schema import TrackingConfig, TrackingMode
 from ovqk.errors import UserError, one_message, print_any_text, printable
 from ovqk.interrupts import raise_if_remembered
 from ovqk.records.record import claim, fault, read_record, read_tracking, says_done
 from ovqk.records.results import cell_folders
-from ovqk.tracking.environment import not_followed, project_of
+from ovqk.tracking.environment import as_typed, not_followed, set_now
 from ovqk.tracking.run import Destination
 from ovqk.tracking.sweep_panels import Sweep, read_sweeps
-from ovqk.tracking.track import TrackedCell, TrackedSweep, attempt_tracking, needs_tracking
+from ovqk.tracking.track import (
+    TrackedCell,
+    TrackedSweep,
+    attempt_tracking,
+    destination_of,
+    needs_tracking,
+    noted_for,
+)
 from ovqk.whole_files import DISK
 
 
@@ -36,26 +44,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=tool("track"), description="Send finished cells to W&B.")
     parser.add_argument("results_dir", type=Path)
     parser.add_argument("--mode", choices=["online", "offline"], help="WANDB_MODE unless given, else online")
-    parser.add_argument("--project", help="each cell's own, from its config, or WANDB_PROJECT")
+    parser.add_argument("--project", help="each cell's own, from its config, or WANDB_PROJECT, now or when it ran")
     parser.add_argument("--entity", help="each cell's own, from its config, unless given")
     parser.add_argument("--all", action="store_true", help="also cells that were tracked before, offline for instance")
     chosen = parser.parse_args(arguments)
+    _say_once.cache_clear()
+    if chosen.results_dir.is_file():
+        raise UserError(f"{chosen.results_dir}: a file, not a results folder.")
     if not chosen.results_dir.is_dir():
         raise UserError(f"{chosen.results_dir}: no such results folder.")
     mode = _mode(chosen.mode)
-    if said := not_followed():
+    if said := not_followed(chosen.results_dir):
         print(f"warning: {said}", file=sys.stderr)
     folders = list(cell_folders(chosen.results_dir))
     if not folders:
         raise UserError(f"{chosen.results_dir}: no cells there (MODEL/TASK/ANALYSIS-ID folders).")
+    chosen.offline_by = None if chosen.mode or mode is TrackingMode.online else os.environ["WANDB_MODE"]
     sent = [_track_later(folder, chosen, mode) for folder in folders]
     sweeps = read_sweeps(chosen.results_dir)
     sent += [_track_sweep_later(sweep, chosen, mode) for sweep in sweeps]
     places = folders + [sweep.folder for sweep in sweeps]
     waiting = [place for place in places if _waits_offline(place, chosen.results_dir)]
-    if waiting and mode is TrackingMode.online:
-        again = f"{tool('track')} --all {shlex.quote(str(chosen.results_dir))}"
-        print(f"{len(waiting)} wait offline; this sends them: {again}")
+    if waiting and (mode is TrackingMode.online or chosen.offline_by):
+        why = f", because WANDB_MODE={chosen.offline_by} is set" if chosen.offline_by else ""
+        print(f"{len(waiting)} wait offline{why}; this sends them: {send_command(chosen.results_dir)}")
     raise SystemExit(0 if all(sent) else 1)
 
 
@@ -78,40 +90,66 @@ def _track_later(folder: Path, arguments: argparse.Namespace, mode: TrackingMode
     if (wrong := fault(folder, record)) is not None:
         print(printable(f"skipped {folder}: {wrong}"), file=sys.stderr)
         return True
-    destination = _destination(record, arguments, mode)
 
     def attempt() -> tuple[str, str | None] | None:
-        return (
-            attempt_tracking(TrackedCell(folder, record), destination)
-            if arguments.all or needs_tracking(folder)
-            else None
-        )
+        if not (arguments.all or needs_tracking(folder)):
+            return None
+        destination = _destination(record, arguments, mode, noted_for(folder))
+        return attempt_tracking(TrackedCell(folder, record), destination)
 
-    return _held(arguments.results_dir, record["cell_id"], str(folder), folder, attempt)
+    return _held(arguments, record["cell_id"], str(folder), folder, attempt)
 
 
 def _track_sweep_later(sweep: Sweep, arguments: argparse.Namespace, mode: TrackingMode) -> bool:
     """Track a sweep's own run in the same way."""
-    destination = _destination(sweep.records[0], arguments, mode)
-
     tracked = TrackedSweep(sweep)
 
     def attempt() -> tuple[str, str | None] | None:
-        return attempt_tracking(tracked, destination) if arguments.all or tracked.needs_tracking else None
+        if not (arguments.all or tracked.needs_tracking):
+            return None
+        destination = _destination(sweep.records[0], arguments, mode, noted_for(sweep.folder, sweep.cells))
+        return attempt_tracking(tracked, destination)
 
-    return _held(arguments.results_dir, sweep.folder.name, f"the sweep {sweep.name}", sweep.folder, attempt)
+    return _held(arguments, sweep.folder.name, f"the sweep {sweep.name}", sweep.folder, attempt)
 
 
-def _destination(record: dict[str, Any], arguments: argparse.Namespace, mode: TrackingMode) -> Destination:
+def _destination(
+    record: dict[str, Any], arguments: argparse.Namespace, mode: TrackingMode, noted: dict[str, str]
+) -> Destination:
+    """Return where a run goes, and say once if W&B's variables of then decide that, or if those of now differ."""
     chosen = record.get("provenance", {}).get("config", {}).get("tracking", {})
-    project = arguments.project or project_of(chosen.get("project") or TrackingConfig.project)
-    return Destination(arguments.results_dir, mode, project, arguments.entity or chosen.get("entity"))
+    project, entity = chosen.get("project") or TrackingConfig.project, chosen.get("entity")
+    found = destination_of(arguments.results_dir, mode, project, entity, noted)
+    found = replace(found, project=arguments.project or found.project, entity=arguments.entity or found.entity)
+    overruled = {
+        "WANDB_PROJECT": arguments.project or project != TrackingConfig.project,
+        "WANDB_ENTITY": arguments.entity or entity,
+    }
+    noted, now = {name: value for name, value in noted.items() if not overruled.get(name)}, set_now()
+    followed = {name: value for name, value in noted.items() if name not in now}
+    other = {name: now[name] for name, value in noted.items() if now.get(name, value) != value}
+    if followed:
+        _say_once(f"following W&B's variables as they were when the cells were tracked: {as_typed(followed)}")
+    if other:
+        before = as_typed({name: noted[name] for name in other})
+        _say_once(f"{as_typed(other)} is set now and goes before {before} of then")
+    return found
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(printable(line), flush=True)
 
 
 def _held(
-    results_dir: Path, identifier: str, name: str, folder: Path, attempt: Callable[[], tuple[str, str | None] | None]
+    arguments: argparse.Namespace,
+    identifier: str,
+    name: str,
+    folder: Path,
+    attempt: Callable[[], tuple[str, str | None] | None],
 ) -> bool:
     """Make an attempt unless another process holds the cell, print its outcome, and return whether it succeeded."""
+    results_dir: Path = arguments.results_dir
     raise_if_remembered()
     try:
         with claim(results_dir, identifier, wait=False):
@@ -127,7 +165,8 @@ def _held(
         return True
     status, reason = outcome
     if status == "done":
-        print(printable(" ".join(filter(None, ("tracked", name, read_tracking(folder).get("url"))))))
+        tracked = "tracked offline" if arguments.offline_by else "tracked"
+        print(printable(" ".join(filter(None, (tracked, name, read_tracking(folder).get("url"))))))
         return True
     print(printable(f"not tracked {name}: {reason}"), file=sys.stderr)
     return False

@@ -7,12 +7,13 @@ extra `dashboard` (wandb-workspaces).
 """
 
 import argparse
-import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from ovqk import wording
 from ovqk.config.command_line import tool
@@ -23,6 +24,8 @@ from ovqk.records.record import done_records, read_tracking
 from ovqk.records.results import cell_folders
 from ovqk.tracking.cell_panels import Panels, read_panels
 from ovqk.tracking.sweep_panels import read_sweeps
+from ovqk.tracking.track import noted_for, place_of
+from ovqk.wording import counted
 
 NAME = "Heads, claims and spectra by model"
 TABLE_SECTIONS = {
@@ -38,6 +41,8 @@ CURVE_SECTIONS: dict[str, tuple[Topic | Literal["summed"], ...]] = {
 SUMMED = ("summed_qk_symmetry", "summed_qk_directionality")
 SWEEP_FIGURES = ("figures/verdicts", "figures/effects", "figures/depth")
 SECTIONS = ("Claims", "Spectra", "Symmetry and position", "Heads", "Health")
+Places = Counter[tuple[str | None, str]]
+"""(entity, project) -> the number of cells whose runs are there; the entity is None if nothing names it."""
 
 
 def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], swept: bool = False) -> Any:
@@ -105,6 +110,24 @@ def workspace(entity: str, project: str, title: str, shown: Iterable[Panels], sw
     )
 
 
+def _chosen_place(places: Places, entity: str | None, project: str | None) -> tuple[str | None, str]:
+    """Return the workspace's entity and project: as given, else the one place that the cells' runs have.
+
+    Raises:
+        UserError: they have several.
+    """
+    fitting = [
+        (owner, name) for owner, name in places if owner in (entity or owner, None) and name == (project or name)
+    ] or list(places)
+    found = {(entity or owner, project or name) for owner, name in fitting}
+    if len(found) > 1:
+        cells = [f"{'/'.join(filter(None, place))} ({counted(n, 'cell')})" for place, n in places.most_common()]
+        raise UserError(
+            f"--project: the cells are in several projects: {', '.join(cells)}. Choose with --project and --entity."
+        )
+    return found.pop()
+
+
 def curves_about(topic: Topic | Literal["summed"]) -> Sequence[str]:
     """Return a run's curves about a topic, in order."""
     return SUMMED if topic == "summed" else [name for name in shown_in("curve") if METRICS[name].topic == topic]
@@ -126,17 +149,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_any_text()
     parser = argparse.ArgumentParser(prog=tool("dashboard"), description="Make a W&B workspace.")
     parser.add_argument("results_dir", type=Path)
-    parser.add_argument("--project", help="the one of the cells unless given")
-    parser.add_argument("--entity", help="the one of the cells unless given")
+    parser.add_argument("--project", help="the one to which the cells were sent, or will be, unless given")
+    parser.add_argument("--entity", help="the owner of that project unless given")
     parser.add_argument("--name", default=NAME, help="the workspace's title")
     chosen = parser.parse_args(arguments)
     try:
         import wandb_workspaces.workspaces  # noqa: F401
     except ImportError:
         raise UserError("the dashboard needs an extra: pip install -c constraints.txt -e '.[dashboard]'") from None
-    shown, entity, project = gathered_panels(chosen.results_dir)
+    shown, places = gathered_panels(chosen.results_dir)
     swept = bool(read_sweeps(chosen.results_dir))
-    entity, project = chosen.entity or entity, chosen.project or project
+    entity, project = _chosen_place(places, chosen.entity, chosen.project)
     if entity is None:
         raise UserError(
             "--entity: not given, and no record names it, because no cell there was tracked online. Needed: the "
@@ -149,16 +172,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"saved {saved.url}")
 
 
-def gathered_panels(results_dir: Path) -> tuple[list[Panels], str | None, str]:
-    """Return one cell's panels for each task and analysis, and their runs' entity and project."""
+def gathered_panels(results_dir: Path) -> tuple[list[Panels], Places]:
+    """Return one cell's panels for each task and analysis, and the places of all cells' runs.
+
+    If a cell is online, only the cells that are online count; else each is where it would be sent.
+    """
     shown: dict[tuple[str, str, str], Panels] = {}
-    entity, project = os.environ.get("WANDB_ENTITY"), str(TrackingConfig.project)
+    online, planned = Places(), Places()
     for folder, record in done_records(cell_folders(results_dir)):
+        address = str(read_tracking(folder).get("url", "")).split("/")  # .../ENTITY/PROJECT/runs/ID
+        if len(address) > 4:
+            online[unquote(address[-4]), unquote(address[-3])] += 1
         tracking = record["provenance"]["config"].get("tracking", {})
-        project = tracking.get("project") or project
-        address = str(read_tracking(folder).get("url", "")).split("/")
-        online = address[-4] if len(address) > 4 else None  # .../ENTITY/PROJECT/runs/ID
-        entity = entity or tracking.get("entity") or online
+        project = tracking.get("project") or TrackingConfig.project
+        planned[place_of(project, tracking.get("entity"), noted_for(folder))] += 1
         key = (record["task"], record["analysis"], record["processing"]["applied"])
         if key not in shown:
             try:
@@ -167,7 +194,7 @@ def gathered_panels(results_dir: Path) -> tuple[list[Panels], str | None, str]:
                 print(f"left out {folder}: it cannot be shown ({told(error)})", file=sys.stderr)
     if not shown:
         raise UserError(f"{results_dir}: no finished cells there (MODEL/TASK/ANALYSIS-ID folders).")
-    return list(shown.values()), entity, project
+    return list(shown.values()), online or planned
 
 
 if __name__ == "__main__":

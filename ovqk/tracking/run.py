@@ -3,8 +3,8 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,21 @@ MAX_TAG, MAX_NAME = 64, 128  # what W&B allows, in letters
 
 @dataclass(frozen=True)
 class Destination:
-    """Where runs go: the results folder's `wandb` and, if mode=online, the project."""
+    """Where runs go.
+
+    Attributes:
+        results_dir: the results folder, whose `wandb` holds them.
+        mode: whether they are sent.
+        project: the project; a run that is not sent names it too.
+        entity: the project's owner; None for W&B's own default.
+        variables: W&B's environment variables that the runs follow, from now or from when they were made first.
+    """
 
     results_dir: Path
     mode: TrackingMode
     project: str
     entity: str | None
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,10 @@ def make_run(
                 entity=destination.entity,
                 dir=str(destination.results_dir),
                 id=identifier,
-                name=name_of(label.name)[:MAX_NAME],
-                group=group_of(label.group)[:MAX_NAME],
+                name=name_of(label.name, destination.variables)[:MAX_NAME],
+                group=group_of(label.group, destination.variables)[:MAX_NAME],
                 job_type=label.job_type[:MAX_TAG],
-                tags=list(dict.fromkeys(tag[:MAX_TAG] for tag in tags_of(label.tags))),
+                tags=list(dict.fromkeys(tag[:MAX_TAG] for tag in tags_of(label.tags, destination.variables))),
                 config=label.config,
                 mode=destination.mode.value,
                 reinit="create_new",  # if the caller has a run, it goes on

@@ -1,12 +1,10 @@
 """The content for a sweep's W&B run: tables and figures over all its cells, from their records alone.
 
-A sweep is known by its name, which its cells' records hold. `<results_dir>/.sweeps/<id>/` also lists the cells that it
-found done, and has its run's tracking.json.
+`ovqk.records.sweeps` says which cells are a sweep's. `<results_dir>/.sweeps/<id>/` has its run's tracking.json.
 """
 
-import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,8 @@ from ovqk.records.comparison import depths, roles
 from ovqk.records.on_prompts import tasks_done
 from ovqk.records.record import done_records
 from ovqk.records.results import cell_folders, load_table
-from ovqk.whole_files import read_json, write_json
+from ovqk.records.sweeps import noted_cells, sweep_folder
 
-SWEEPS = ".sweeps"
-CELLS = "sweep.json"
 LEAST = 2  # the smallest number of cells in a sweep
 FIGURE_SECONDS = 20.0  # after this time no other figure is begun
 DOTS = 120  # a figure's dots per inch
@@ -43,27 +39,9 @@ class Sweep:
         return [record for _, record in done_records(self.cells)]
 
 
-def sweep_folder(results_dir: Path, name: str) -> Path:
-    """Return the folder for a sweep's own files; its name is also the run's id."""
-    return results_dir / SWEEPS / f"sweep-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-
-
-def remember_cells(results_dir: Path, name: str, cells: Iterable[Path]) -> None:
-    """Note a sweep's cells and keep those noted before, because an earlier cell's record may name another sweep."""
-    folder = sweep_folder(results_dir, name)
-    earlier = _noted(folder).get("cells", [])
-    noted = {str(cell.relative_to(results_dir)) for cell in cells if cell.is_relative_to(results_dir)}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CELLS, {"name": name, "cells": sorted(noted | set(earlier))})
-
-
 def read_sweeps(results_dir: Path) -> list[Sweep]:
     """Return the sweeps in a results folder that have at least LEAST done cells, by name."""
-    cells: dict[str, set[Path]] = {}
-    for path in (results_dir / SWEEPS).glob(f"*/{CELLS}"):
-        noted = _noted(path.parent)
-        if {"name", "cells"} <= noted.keys():
-            cells[noted["name"]] = {results_dir / cell for cell in noted["cells"]}
+    cells = noted_cells(results_dir)
     done = dict(done_records(cell_folders(results_dir)))
     for folder, record in done.items():
         if record.get("sweep"):
@@ -73,15 +51,6 @@ def read_sweeps(results_dir: Path) -> list[Sweep]:
         for name, folders in sorted(cells.items())
     ]
     return [sweep for sweep in found if len(sweep.cells) >= LEAST]
-
-
-def _noted(folder: Path) -> dict[str, Any]:
-    try:
-        noted = read_json(folder / CELLS)
-        texts = all(isinstance(each, str) for each in (noted["name"], *noted["cells"]))
-        return {"name": noted["name"], "cells": list(noted["cells"])} if texts else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 # --- what it shows -------------------------------------------------------------------------------------------

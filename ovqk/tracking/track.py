@@ -12,7 +12,7 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,8 +20,9 @@ from typing import Any, Protocol, runtime_checkable
 from ovqk.config.command_line import tool
 from ovqk.config.schema import TrackingMode
 from ovqk.records.record import claim, read_done, read_record, read_tracking, says_done, write_tracking
+from ovqk.records.sweeps import remember_cells, sweep_folder
 from ovqk.tracking.cell_panels import read_panels
-from ovqk.tracking.environment import project_of
+from ovqk.tracking.environment import entity_of, noted_in, project_of, set_now
 from ovqk.tracking.run import Destination, Label, log_overview, log_panels, make_run
 from ovqk.tracking.service import NotReceivedError, in_words, is_of_server
 from ovqk.tracking.sweep_panels import (
@@ -30,8 +31,6 @@ from ovqk.tracking.sweep_panels import (
     overview_config,
     overview_tables,
     read_sweeps,
-    remember_cells,
-    sweep_folder,
 )
 
 PAUSE_SECONDS = 300.0  # after the server fails, no other cell in this process waits for it during this time
@@ -65,10 +64,17 @@ class Trackable(Protocol):
 
 @dataclass(frozen=True)
 class TrackedCell:
-    """A done cell."""
+    """A done cell.
+
+    Attributes:
+        folder: its results folder.
+        record: its record.json.
+        agents_sweep: the sweep's name that a W&B agent gave; None for the one in the record.
+    """
 
     folder: Path
     record: dict[str, Any]
+    agents_sweep: str | None = None
 
     def identify(self) -> dict[str, str]:
         """Return the record's own run, or the one that a W&B agent made for this process.
@@ -85,7 +91,8 @@ class TrackedCell:
 
     def send(self, identifier: str, destination: Destination) -> dict[str, str]:
         """See `Trackable`."""
-        record, panels = self.record, read_panels(self.folder, self.record)
+        record = self.record | ({} if self.agents_sweep is None else {"sweep": self.agents_sweep})
+        panels = read_panels(self.folder, record)
         label = Label(
             name=run_name(record),
             group=record["sweep"] or record["cell_id"],
@@ -138,12 +145,22 @@ pause = Pause()
 agent_cells: dict[str, str] = {}  # run that a W&B agent handed out -> the cell it holds
 
 
-def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str, entity: str | None) -> str | None:
+def track_cell(
+    folder: Path,
+    results_dir: Path,
+    mode: TrackingMode,
+    project: str,
+    entity: str | None,
+    sweep: str | None = None,
+) -> str | None:
     """Make a done cell's W&B run, and return a warning if that failed.
 
-    tracking.json gets the status, the mode, the run's id, its folder relative to the results (offline) or its address
-    (online), and the reason if the status is not `done`. The status is then `failed`, or `pending` if the server was
-    not tried because an earlier cell in this process had found it failing.
+    A W&B agent's run belongs to the `sweep` at hand; any other run belongs to the sweep that computed the cell.
+
+    tracking.json gets the status, the mode, the project, W&B's variables that the run follows, the run's id, its folder
+    relative to the results (offline) or its address (online), and the reason if the status is not `done`. The status is
+    then `failed`, or `pending` if the server was not tried because an earlier cell in this process had found it
+    failing.
 
     Raises:
         ValueError: there is no finished record.
@@ -152,7 +169,8 @@ def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str
     if record is None:
         raise ValueError(f"{folder} holds no finished record")
     status, reason = attempt_tracking(
-        TrackedCell(folder, record), Destination(results_dir, mode, project_of(project), entity)
+        TrackedCell(folder, record, sweep if in_agent() else None),
+        destination_of(results_dir, mode, project, entity, noted_for(folder)),
     )
     if status != "failed":
         return None
@@ -161,11 +179,13 @@ def track_cell(folder: Path, results_dir: Path, mode: TrackingMode, project: str
     return f"{told}Later: `{_command(results_dir)}`"
 
 
-def track_sweep(name: str, cells: Iterable[Path], destination: Destination) -> str | None:
+def track_sweep(
+    name: str, cells: Iterable[Path], destination: Destination, begun: Callable[[], object] = lambda: None
+) -> str | None:
     """Make or replace a sweep's W&B run, and return a warning if that failed.
 
     It shows the cells given, those that the sweep had before, and those whose records bear its name. Nothing happens if
-    they are the same as last time, or fewer than two.
+    they are the same as last time, or fewer than two; else `begun` is called first, because it takes some seconds.
 
     Raises:
         OSError: the results folder cannot be written.
@@ -176,10 +196,46 @@ def track_sweep(name: str, cells: Iterable[Path], destination: Destination) -> s
         sweep = next((sweep for sweep in read_sweeps(results_dir) if sweep.name == name), None)
         if sweep is None or not TrackedSweep(sweep).needs_tracking:
             return None
+        begun()
         status, reason = attempt_tracking(TrackedSweep(sweep), destination)
     if status == "done":
         return None
     return f"the sweep's own run, of all its cells, was not made ({reason}). Later: `{_command(results_dir)}`"
+
+
+def shown_by(results_dir: Path, cells: Iterable[Path]) -> str | None:
+    """Return the name of a sweep whose own run shows all these cells as they are; None if there is none."""
+    wanted = set(cells)
+    for sweep in read_sweeps(results_dir):
+        if wanted <= set(sweep.cells) and not TrackedSweep(sweep).needs_tracking:
+            return sweep.name
+    return None
+
+
+def noted_for(folder: Path, cells: Iterable[Path] = ()) -> dict[str, str]:
+    """Return W&B's variables as they were when a run was made first, as its folder's tracking.json notes them.
+
+    A sweep whose own run was never made has those that all its cells have in common.
+    """
+    state = read_tracking(folder)
+    if "run_id" in state:
+        return noted_in(state)
+    noted = [set(noted_in(read_tracking(cell)).items()) for cell in cells]
+    return dict(sorted(set.intersection(*noted))) if noted else {}
+
+
+def destination_of(
+    results_dir: Path, mode: TrackingMode, project: str, entity: str | None, noted: Mapping[str, str]
+) -> Destination:
+    """Return where a run goes: the config's project and entity, then W&B's variables that are set, then those noted."""
+    owner, found = place_of(project, entity, noted)
+    return Destination(results_dir, mode, found, owner, dict(noted) | set_now())
+
+
+def place_of(project: str, entity: str | None, noted: Mapping[str, str]) -> tuple[str | None, str]:
+    """Return a run's entity and project: see `destination_of`."""
+    variables = dict(noted) | set_now()
+    return entity_of(entity, variables), project_of(project, variables)
 
 
 def _command(results_dir: Path) -> str:
@@ -192,7 +248,9 @@ def attempt_tracking(what: Trackable, destination: Destination) -> tuple[str, st
     If an attempt fails after an earlier one succeeded, tracking.json stays as it was.
     """
     before = read_tracking(what.folder)
-    state: dict[str, Any] = {"mode": destination.mode.value}
+    state: dict[str, Any] = {"mode": destination.mode.value, "project": destination.project} | dict(
+        destination.variables
+    )
     status = "pending"
     reason: str | None = f"not tried after: {pause.reason}"
     try:
