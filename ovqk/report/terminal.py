@@ -24,7 +24,14 @@ from ovqk.records.results import load_table
 from ovqk.records.steps import said, shared_steps, twins
 from ovqk.report.cycles import print_cycles
 from ovqk.report.fitted_table import CORE, Column, FittedTable
-from ovqk.report.on_prompts import effects_lines, prompt_reasons, prompts_lines, prompts_table, role_reasons
+from ovqk.report.on_prompts import (
+    attending_lines,
+    effects_lines,
+    prompt_reasons,
+    prompts_lines,
+    prompts_table,
+    role_reasons,
+)
 from ovqk.report.suggestions import next_arguments
 from ovqk.report.terminal_tables import (
     STYLES,
@@ -155,7 +162,8 @@ def _print_on_prompts(out: Console, folder: Path, record: dict[str, Any]) -> Non
         out.print()
         out.print(prompts_table(joint, roles))
         out.print(wording.PROMPT_LEGEND, style="dim")
-        for line in effects_lines(record, load_table(folder, "activations"), roles):
+        activations = load_table(folder, "activations")
+        for line in (*effects_lines(record, activations, roles), *attending_lines(record, activations, roles)):
             _say(out, line)
         for line in (*role_reasons(joint), *prompt_reasons(roles)):
             _say(out, line, "dim")
