@@ -12,7 +12,7 @@
 The numbers equal those in a cell with `task=none`: the same code computes them, and they come from the same cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -28,16 +28,25 @@ from omegaconf.errors import OmegaConfBaseException
 from ovqk.cell import structure_cache
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.circuits.simulated import Senders
 from ovqk.config.command_line import composable
 from ovqk.config.hydra_errors import mistakes
 from ovqk.config.place import CONF
 from ovqk.config.resolve import resolve, user_path
 from ovqk.config.schema import Circuit, Config, register
-from ovqk.errors import CONTROL, UserError
+from ovqk.errors import CONTROL, UserError, did_you_mean
 from ovqk.figures.portraits import TABLES
 from ovqk.metrics import METRICS
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables, stacked
+from ovqk.structure.stages import (
+    COMPOSED,
+    DirectionTables,
+    HeadValues,
+    Stage,
+    StructureTables,
+    Tables,
+    simulated_metrics,
+)
 from ovqk.tasks.tokenizer import tokenizer_for
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
@@ -140,6 +149,7 @@ class LibraryModel:
         self.unavailable = model.unavailable
         self.model, self.checkpoint = model, checkpoint
         self._of_layer: dict[int, Tables] = {}
+        self._margins, self._senders = list[HeadValues](), Senders()
         self._last: Layer | None = None
 
     def __repr__(self) -> str:
@@ -181,27 +191,44 @@ class LibraryModel:
             return found
 
     def _computed(self) -> Tables:
-        return stacked([self.of_layer(index) for index in range(self.n_layers)])
+        """Visit the layers in order, as a cell does: `qk_composed_margin` is about what earlier layers write."""
+        return structure_tables(self.model, map(self.layer, range(self.n_layers)))
 
     def of_layer(self, index: int) -> Tables:
-        """Return one layer's tables, computed once, without the other layers."""
+        """Return one layer's tables, computed once, without the other layers; hence without `qk_composed_margin`."""
         if "tables" in self.__dict__:
             return {name: table[table["layer"] == index] for name, table in self.tables.items()}
         if index not in self._of_layer:
-            stages: list[Stage] = [StructureTables(self.model), DirectionTables(self.model)]
-            made = Tables()
-            for stage in stages:
-                stage.visit(self.layer(index))
-            for stage in stages:
-                made |= stage.tables(made)
-            self._of_layer[index] = made
+            self._of_layer[index] = structure_tables(self.model, [self.layer(index)])
         return self._of_layer[index]
+
+    def composed_margins(self, index: int) -> HeadValues:
+        """Return a layer's `qk_composed_margin`, [head]; empty for the first layer, or if the model has none.
+
+        Earlier layers are read for it, each once, but not taken apart.
+        """
+        while len(self._margins) <= index:
+            values = simulated_metrics(self.layer(len(self._margins)), self._senders)
+            self._margins.append({name: value for name, value in values.items() if name == COMPOSED})
+        return self._margins[index]
 
     def layer(self, index: int) -> Layer:
         """Return a layer's weights and decompositions; the last one asked for is kept."""
         if self._last is None or self._last.index != index:
             self._last = Layer(self.model, index)
         return self._last
+
+
+def structure_tables(model: Model, layers: Iterable[Layer]) -> Tables:
+    """Return the tables without a task for these layers, by the stages of a cell."""
+    stages: list[Stage] = [StructureTables(model), DirectionTables(model)]
+    for layer in layers:
+        for stage in stages:
+            stage.visit(layer)
+    made = Tables()
+    for stage in stages:
+        made |= stage.tables(made)
+    return made
 
 
 class Head:
@@ -223,9 +250,22 @@ class Head:
         return f"<head {self.layer}.{self.index} of {self.model.name}>"
 
     @cached_property
-    def metrics(self) -> "pd.Series[Any]":
-        """Every metric for the head that needs no task, by name; `ovqk.metrics.METRICS` explains them."""
+    def _alone(self) -> dict[Any, Any]:
+        """The head's row in `heads`, without what needs earlier layers unless all layers have been computed."""
         (row,) = self.rows("heads").drop(columns=["layer", "head"]).to_dict("records")
+        return row
+
+    @cached_property
+    def _composed(self) -> dict[Any, Any]:
+        return {name: float(of[self.index]) for name, of in self.model.composed_margins(self.layer).items()}
+
+    @cached_property
+    def metrics(self) -> "pd.Series[Any]":
+        """Every metric for the head that needs no task, by name; `ovqk.metrics.METRICS` explains them.
+
+        Earlier layers are read for `qk_composed_margin`.
+        """
+        row = self._alone if COMPOSED in self._alone else self._alone | self._composed
         return pd.Series(row, name=f"{self.layer}.{self.index}", dtype=object)
 
     def rows(self, table: str) -> pd.DataFrame:
@@ -234,16 +274,23 @@ class Head:
         return pd.DataFrame() if found is None else found[found["head"] == self.index].reset_index(drop=True)
 
     def value(self, metric: str) -> float:
-        """Return a metric's value.
+        """Return a metric's value; no other layer is read for it, except earlier ones for `qk_composed_margin`.
 
         Raises:
-            UserError: this model has none, or there is no such metric; the message says why.
+            UserError: this model or layer has none, or there is no such metric; the message says why.
         """
         if metric in self.model.unavailable:
             raise UserError(f"{metric}: {self.model.name} has none: {self.model.unavailable[metric]}.")
-        if metric not in self.metrics:
-            there = ", ".join(name for name in self.metrics.index if name in METRICS)
-            raise UserError(f"{metric}: not a metric that a head has without a task; allowed: {there}.")
+        if self.layer == 0 and metric in METRICS and "block0" in METRICS[metric].needs:
+            raise UserError(f"{metric}: heads in layer 0 have none: it is about what earlier layers write.")
+        if metric in self._alone and metric in METRICS:
+            return float(self._alone[metric])
+        if metric not in self.metrics or metric not in METRICS:
+            there = [name for name in self.metrics.index if name in METRICS]
+            near = did_you_mean(metric, there)
+            raise UserError(
+                f"{metric}: not a metric that a head has without a task.{near} Allowed: {', '.join(there)}."
+            )
         return float(self.metrics[metric])
 
     def portrait(self) -> "Figure":

@@ -40,6 +40,7 @@ def test_heads_are_those_of_a_cell_without_a_task(model, tables) -> None:
     heads = model.heads()
     assert len(heads) == model.n_layers * model.n_heads == 32
     pd.testing.assert_frame_equal(heads, tables["heads"][heads.columns.tolist()])
+    assert set(heads) == set(tables["heads"]), "the cache would hand a cell fewer columns"
     assert {"ov_copying", "qk_matching", "qk_symmetry", "qk_prev_auc", "unstable"} <= set(heads)
 
 
@@ -52,6 +53,10 @@ def test_a_head_is_computed_without_its_model_and_alike(tables, monkeypatch) -> 
     assert head.qk.symmetry == row["qk_symmetry"] and head.ov.effective_rank == row["ov_effective_rank"]
     assert head.qk.effective_rank == row["qk_effective_rank"] and head.value("qk_prev_auc") == row["qk_prev_auc"]
     assert "tables" not in head.model.__dict__ and visited == [3]
+    assert head.value("qk_composed_margin") == row["qk_composed_margin"] == head.metrics["qk_composed_margin"]
+    assert visited == [3], "earlier layers are not taken apart for it"
+    with pytest.raises(UserError, match="qk_composed_margin: heads in layer 0 have none"):
+        head.model.head(0, 0).value("qk_composed_margin")
 
 
 def test_a_circuit_is_its_materialised_matrix(model) -> None:
@@ -122,6 +127,8 @@ def test_what_there_is_not_is_said_in_one_message(model, tmp_path) -> None:
         ovqk.open("mini-attn", "processing=cooked")
     with pytest.raises(UserError, match=r"ov_nothing: not a metric that a head has.*ov_copying"):
         model.head(0, 0).value("ov_nothing")
+    with pytest.raises(UserError, match=r"copying: .* Did you mean ov_copying\? Allowed: "):
+        model.head(0, 0).value("copying")
     unavailable = next(iter(model.unavailable))
     with pytest.raises(UserError, match=rf"{unavailable}: mini-attn has none"):
         model.head(0, 0).value(unavailable)

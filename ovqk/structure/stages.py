@@ -22,6 +22,7 @@ from ovqk.weights.types import keys, queries
 
 HeadValues = dict[str, Float[Tensor, " head"]]
 WAITING = 2**22  # the most numbers in components that wait for a pass over the vocabulary
+COMPOSED = "qk_composed_margin"  # the one metric here that needs the layers before
 MOVES = 1e-3  # a value that changes by more when 32-bit weights are rounded is decided by rounding
 Tables = dict[str, pd.DataFrame]
 """Name -> rows: heads, layers, spectra, offsets, directions; a table that a model does not have is absent."""
@@ -322,7 +323,7 @@ def simulated_metrics(layer: Layer, senders: Senders) -> HeadValues:
     values = attention(weights, architecture, simulated.sequences[kind])
     margins = senders.margins(weights, architecture, tokens, layer.span)
     senders.add(layer.factors(Circuit.ov, True), tokens, values["qk_simulated_previous"])
-    return values if margins is None else values | {"qk_composed_margin": margins}
+    return values if margins is None else values | {COMPOSED: margins}
 
 
 # --- tables --------------------------------------------------------------------------------------------------
