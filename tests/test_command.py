@@ -11,7 +11,7 @@ from support import ROOT
 
 from ovqk import command
 from ovqk.config import command_line
-from ovqk.config.command_line import TOOLS, config_folders, program, quoted, tool
+from ovqk.config.command_line import TOOLS, choices_together, config_folders, program, quoted, tool
 
 
 def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -132,3 +132,15 @@ def test_the_configs_lie_beside_the_package_in_a_checkout() -> None:
     from ovqk.config.place import CONF
 
     assert Path(CONF) == ROOT / "conf" and (CONF / "config.yaml").is_file()
+
+
+def test_options_may_stand_between_choices() -> None:
+    """Hydra's argparse ends with its usage for `tracking=none -cd DIR task=mine`."""
+    typed = ["-m", "tracking=none", "-cd", "/tmp/a=b", "task=x", "~y", "-cn", "mine", "--cfg", "job", "seed=1"]
+    options = ["-m", "-cd", "/tmp/a=b", "-cn", "mine", "--cfg", "job"]
+    together = choices_together(typed)
+    assert together == ["tracking=none", "task=x", "~y", "seed=1", *options]
+    from hydra._internal.utils import get_args_parser
+
+    read = get_args_parser().parse_args(together)
+    assert read.overrides == together[:4] and read.config_dir == "/tmp/a=b" and read.cfg == "job" and read.multirun
