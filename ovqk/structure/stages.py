@@ -1,7 +1,7 @@
 """The stages that need no task: every head's spectra, symmetry, positions and directions, layer by layer."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -128,6 +128,18 @@ class DirectionTables:
         if self._waiting and self.model.directions is not None:
             self._made += self.model.directions.tables(self._waiting)
             self._waiting = []
+
+
+def structure_tables(model: Model, layers: Iterable[Layer]) -> Tables:
+    """Return the tables without a task for these layers, by the stages of a cell."""
+    stages: list[Stage] = [StructureTables(model), DirectionTables(model)]
+    for layer in layers:
+        for stage in stages:
+            stage.visit(layer)
+    made = Tables()
+    for stage in stages:
+        made |= stage.tables(made)
+    return made
 
 
 # --- circuits ------------------------------------------------------------------------------------------------
