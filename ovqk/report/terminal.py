@@ -36,6 +36,7 @@ from ovqk.report.suggestions import next_arguments
 from ovqk.report.terminal_tables import (
     STYLES,
     candidate_table,
+    claimed_pairs,
     found_line,
     layer_table,
     pair_table,
@@ -174,8 +175,12 @@ def _print_pairs(out: Console, folder: Path) -> None:
     virtual, composition = load_table(folder, "virtual_heads"), load_table(folder, "composition")
     if virtual is None or composition is None:
         return
-    out.print("\nStrongest compositions (more of them: composition.parquet)\n")
+    out.print("\nStrongest compositions, whatever the task (more of them: composition.parquet)\n")
     out.print(pair_table(composition))
+    claimed = claimed_pairs(composition, load_table(folder, "verdicts"))
+    if len(claimed):
+        out.print("\nStrongest compositions between heads claimed for different roles\n")
+        out.print(pair_table(claimed))
     out.print(
         "above random: score minus that of random weights. in layer: percentile of the sender in its layer. matching: "
         "1 if the receiver looks for its own token moved by the sender (K).",
