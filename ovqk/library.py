@@ -208,8 +208,8 @@ class LibraryModel:
                 raise UserError(f"composition: {head!r} is no head of this model; allowed: model.head(layer, head).")
         if sender.layer >= receiver.layer:
             raise UserError(f"composition: {sender!r} writes after {receiver!r} has read; allowed: an earlier layer.")
-        heads = [self._circuits(head.layer).only([head.index]) for head in (sender, receiver)]
-        return float(scores(*heads, mode)[0, 0])  # type: ignore[arg-type]
+        writer, reader = (self._circuits(head.layer).only([head.index]) for head in (sender, receiver))
+        return float(scores(writer, reader, mode)[0, 0])  # type: ignore[arg-type]
 
     def _circuits(self, index: int) -> LayerCircuits:
         """Return a layer's circuits as compositions read them; kept, because pairs share layers."""
