@@ -191,7 +191,7 @@ class LibraryModel:
 
         norm(W_OV W_QK), norm(W_OV W_QK^T) or norm(W_OV W_OV), sender first, over both norms; 1 / sqrt(d_model) by
         chance. It is `score` in composition.parquet: folded weights, and under rotary positions W_QK with its mean
-        rotation over the offsets (docs/definitions.md, section 3).
+        rotation over the offsets (docs/definitions.md).
 
         Args:
             mode: `q`, `k` or `v`: the receiver's input that the sender writes.
