@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ovqk.config.command_line import TOOLS, config_folders, program
+from ovqk.config.command_line import TOOLS, choices_together, config_folders, program
 from ovqk.config.composing import MAIN, compose_once
 from ovqk.config.hydra_errors import check_keys, mistakes, of_hydra
 from ovqk.config.place import CONF
@@ -71,6 +71,7 @@ def _run() -> None:
         gc.enable()
         importlib.import_module(TOOLS[sys.argv[1]].command).main(sys.argv[2:])
         return
+    sys.argv[1:] = choices_together(sys.argv[1:])
     if {"-m", "--multirun"} & set(sys.argv) and {"-c", "--cfg"} & set(sys.argv):
         raise UserError("--cfg shows the choice of one cell: leave out -m, and give one value for each key.")
     _mend_hydra()  # before anything reads the command line

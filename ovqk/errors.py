@@ -1,11 +1,12 @@
 """Errors as a person reads them, and the one place where a user's mistake ends a command."""
 
+import difflib
 import io
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -148,3 +149,9 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, with the next if a colon announces it; empty if it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Return ` Did you mean ...?` with the option that is spelled most like a name; empty if none is like it."""
+    near = difflib.get_close_matches(name.lower(), list(options), n=1, cutoff=0.65)
+    return f" Did you mean {near[0]}?" if near else ""

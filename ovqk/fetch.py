@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
 
     from ovqk.checkpoints.opening import open_checkpoint
-    from ovqk.library import chosen
+    from ovqk.config.choices import chosen
     from ovqk.weights.families import tensors_read
     from ovqk.weights.readers import open_weights
 

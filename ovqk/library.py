@@ -12,7 +12,7 @@
 The numbers equal those in a cell with `task=none`: the same code computes them, and they come from the same cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from numbers import Integral
@@ -20,29 +20,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from jaxtyping import Complex128, Float64
+from jaxtyping import Complex128, Float, Float64
 from numpy import ndarray
-from omegaconf.errors import OmegaConfBaseException
 
 from ovqk.cell import structure_cache
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.opening import open_checkpoint
-from ovqk.config.command_line import composable
-from ovqk.config.hydra_errors import mistakes
-from ovqk.config.place import CONF
-from ovqk.config.resolve import resolve, user_path
-from ovqk.config.schema import Circuit, Config, register
-from ovqk.errors import CONTROL, UserError
+from ovqk.circuits.composition import MODES, LayerCircuits, scores
+from ovqk.circuits.maps import Decomposition
+from ovqk.circuits.simulated import Senders
+from ovqk.circuits.vocabulary import Vocabulary
+from ovqk.config.choices import chosen
+from ovqk.config.schema import Circuit
+from ovqk.errors import UserError, did_you_mean
 from ovqk.figures.portraits import TABLES
 from ovqk.metrics import METRICS
 from ovqk.structure.cache import StructureParts
 from ovqk.structure.model import Layer, Model
-from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables
+from ovqk.structure.stages import (
+    COMPOSED,
+    DirectionTables,
+    HeadValues,
+    Tables,
+    simulated_metrics,
+    structure_tables,
+)
+from ovqk.structure.token_tables import TOKENS
 from ovqk.tasks.tokenizer import tokenizer_for
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
+from ovqk.weights.stored_rows import Rows
 from ovqk.weights.types import OpenedModel
 
 if TYPE_CHECKING:
@@ -70,58 +77,6 @@ def open(model: str | Path, *choices: str) -> "LibraryModel":
     return LibraryModel(Model.read(opened, config), checkpoint, [*source.notes, *notes])
 
 
-def chosen(model: str | Path, *choices: str) -> Config:
-    """Return the resolved cell without a task for a model as `open` takes it.
-
-    Raises:
-        UserError: a choice is not allowed.
-    """
-    if not isinstance(model, str | Path):
-        raise UserError(f"model={model!r}: must be a text or a path.")
-    if wrong := [choice for choice in choices if not isinstance(choice, str)]:
-        raise UserError(f"{wrong[0]!r}: a choice is a text, as 'processing=raw'.")
-    return composed([*model_choice(model), "task=none", "tracking=none", *choices])
-
-
-def composed(overrides: Sequence[str]) -> Config:
-    """Return the resolved cell that these choices compose, as on the command line.
-
-    Raises:
-        UserError: a choice is not allowed.
-    """
-    register()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return resolve(compose("config", overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError("\n".join(mistakes(error, [CONF]))) from error
-
-
-def model_choice(model: str | Path) -> list[str]:
-    """Return the choices that name a model: one in conf/model, a path, or a repository on the hub.
-
-    Raises:
-        UserError: the name is none of these.
-    """
-    name = str(model)
-    if CONTROL.search(name):
-        raise UserError(f"model={name!r}: it holds control characters; allowed: a name or a path without them.")
-    if max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME - len(".yaml"):
-        raise UserError(f"model={name[:40]}...: no file has so long a name; allowed: up to {LONGEST_NAME} bytes.")
-    if isinstance(model, str) and (CONF / "model" / f"{name}.yaml").is_file():
-        return [f"model={name}"]
-    path = user_path("model.path", name)
-    if isinstance(model, Path) or path.exists() or name.startswith((".", "/", "~")) or path.suffix in WEIGHTS:
-        return ["model=local", composable("model.path", name)]
-    return ["model=hub", composable("model.repo", name)] if name.count("/") == 1 else [composable("model", name)]
-
-
-WEIGHTS = (".gguf", ".safetensors")
-"""File endings that hold a model."""
-LONGEST_NAME = 255
-"""The largest length of a file's name, in bytes."""
-
-
 class LibraryModel:
     """A model, opened: its sizes, its heads and their numbers.
 
@@ -142,6 +97,8 @@ class LibraryModel:
         self.unavailable = model.unavailable
         self.model, self.checkpoint = model, checkpoint
         self._of_layer: dict[int, Tables] = {}
+        self._circuits_of: dict[int, LayerCircuits] = {}
+        self._margins, self._senders = list[HeadValues](), Senders()
         self._last: Layer | None = None
 
     def __repr__(self) -> str:
@@ -180,24 +137,91 @@ class LibraryModel:
             return parts.tables()
 
     def of_layer(self, index: int) -> Tables:
-        """Return one layer's tables, computed once, without the other layers."""
+        """Return one layer's tables, computed once, without the other layers; hence without `qk_composed_margin`."""
         if "tables" in self.__dict__:
             return {name: table[table["layer"] == index] for name, table in self.tables.items()}
         if index not in self._of_layer:
-            stages: list[Stage] = [StructureTables(self.model), DirectionTables(self.model)]
-            made = Tables()
-            for stage in stages:
-                stage.visit(self.layer(index))
-            for stage in stages:
-                made |= stage.tables(made)
-            self._of_layer[index] = made
+            self._of_layer[index] = structure_tables(self.model, [self.layer(index)])
         return self._of_layer[index]
+
+    def composed_margins(self, index: int) -> HeadValues:
+        """Return a layer's `qk_composed_margin`, [head]; empty for the first layer, or if the model has none.
+
+        Earlier layers are read for it, each once, but not taken apart.
+        """
+        while len(self._margins) <= index:
+            values = simulated_metrics(self.layer(len(self._margins)), self._senders)
+            self._margins.append({name: value for name, value in values.items() if name == COMPOSED})
+        return self._margins[index]
+
+    @property
+    def W_E(self) -> Float[ndarray, "token d_model"]:  # noqa: N802 - the field's name
+        """Embedding, with norms folded in unless `processing=raw`, over the tokenizer's tokens; not centred.
+
+        Full circuits take it less its mean, `W_E - W_E.mean(0)`.
+
+        Raises:
+            UserError: the checkpoint has none.
+        """
+        return self._vocabulary(lambda vocabulary: vocabulary.W_E)
+
+    @property
+    def W_U(self) -> Float[ndarray, "d_model token"]:  # noqa: N802
+        """Unembedding, likewise.
+
+        Raises:
+            UserError: the checkpoint has none.
+        """
+        return self._vocabulary(lambda vocabulary: vocabulary.W_U_rows).T
+
+    def _vocabulary(self, part: Callable[[Vocabulary], Rows | None]) -> ndarray:
+        vocabulary = self.model.spectral_vocabulary
+        rows = None if vocabulary is None else part(vocabulary)
+        if rows is None:
+            raise UserError(f"{self.name}: {self.model.source.no_vocabulary or 'the checkpoint has no such weights'}.")
+        return rows[:].cpu().numpy()  # type: ignore[no-any-return]
+
+    def composition(self, mode: str, sender: "Head", receiver: "Head") -> float:
+        """Return how strongly a head reads what a head in an earlier layer writes, in [0, 1] (Elhage et al. 2021).
+
+        norm(W_OV W_QK), norm(W_OV W_QK^T) or norm(W_OV W_OV), sender first, over both norms; 1 / sqrt(d_model) by
+        chance. It is `score` in composition.parquet: folded weights, and under rotary positions W_QK with its mean
+        rotation over the offsets (docs/definitions.md).
+
+        Args:
+            mode: `q`, `k` or `v`: the receiver's input that the sender writes.
+            sender: the head that writes.
+            receiver: the head that reads.
+
+        Raises:
+            UserError: there is no such mode, a head is another model's, or the sender is not in an earlier layer.
+        """
+        if mode not in MODES:
+            raise UserError(f"composition({mode!r}, ...): no such mode; allowed: {', '.join(MODES)}.")
+        for head in (sender, receiver):
+            if not isinstance(head, Head) or head.model is not self:
+                raise UserError(f"composition: {head!r} is no head of this model; allowed: model.head(layer, head).")
+        if sender.layer >= receiver.layer:
+            raise UserError(f"composition: {sender!r} writes after {receiver!r} has read; allowed: an earlier layer.")
+        writer, reader = (self._circuits(head.layer).only([head.index]) for head in (sender, receiver))
+        return float(scores(writer, reader, mode)[0, 0])  # type: ignore[arg-type]
+
+    def _circuits(self, index: int) -> LayerCircuits:
+        """Return a layer's circuits as compositions read them; kept, because pairs share layers."""
+        if index not in self._circuits_of:
+            self._circuits_of[index] = layer_circuits(self.layer(index))
+        return self._circuits_of[index]
 
     def layer(self, index: int) -> Layer:
         """Return a layer's weights and decompositions; the last one asked for is kept."""
         if self._last is None or self._last.index != index:
             self._last = Layer(self.model, index)
         return self._last
+
+
+def layer_circuits(layer: Layer) -> LayerCircuits:
+    """Return a layer's two circuits as compositions read them: folded, QK with its mean rotation."""
+    return LayerCircuits.of(layer.decomposition(Circuit.ov, True), layer.decomposition(Circuit.qk, True, layer.span))
 
 
 class Head:
@@ -219,9 +243,22 @@ class Head:
         return f"<head {self.layer}.{self.index} of {self.model.name}>"
 
     @cached_property
-    def metrics(self) -> "pd.Series[Any]":
-        """Every metric for the head that needs no task, by name; `ovqk.metrics.METRICS` explains them."""
+    def _alone(self) -> dict[Any, Any]:
+        """The head's row in `heads`, without what needs earlier layers unless all layers have been computed."""
         (row,) = self.rows("heads").drop(columns=["layer", "head"]).to_dict("records")
+        return row
+
+    @cached_property
+    def _composed(self) -> dict[Any, Any]:
+        return {name: float(of[self.index]) for name, of in self.model.composed_margins(self.layer).items()}
+
+    @cached_property
+    def metrics(self) -> "pd.Series[Any]":
+        """Every metric for the head that needs no task, by name; `ovqk.metrics.METRICS` explains them.
+
+        Earlier layers are read for `qk_composed_margin`.
+        """
+        row = self._alone if COMPOSED in self._alone else self._alone | self._composed
         return pd.Series(row, name=f"{self.layer}.{self.index}", dtype=object)
 
     def rows(self, table: str) -> pd.DataFrame:
@@ -230,16 +267,23 @@ class Head:
         return pd.DataFrame() if found is None else found[found["head"] == self.index].reset_index(drop=True)
 
     def value(self, metric: str) -> float:
-        """Return a metric's value.
+        """Return a metric's value; no other layer is read for it, except earlier ones for `qk_composed_margin`.
 
         Raises:
-            UserError: this model has none, or there is no such metric; the message says why.
+            UserError: this model or layer has none, or there is no such metric; the message says why.
         """
         if metric in self.model.unavailable:
             raise UserError(f"{metric}: {self.model.name} has none: {self.model.unavailable[metric]}.")
-        if metric not in self.metrics:
-            there = ", ".join(name for name in self.metrics.index if name in METRICS)
-            raise UserError(f"{metric}: not a metric that a head has without a task; allowed: {there}.")
+        if self.layer == 0 and metric in METRICS and "block0" in METRICS[metric].needs:
+            raise UserError(f"{metric}: heads in layer 0 have none: it is about what earlier layers write.")
+        if metric in self._alone and metric in METRICS:
+            return float(self._alone[metric])
+        if metric not in self.metrics or metric not in METRICS:
+            there = [name for name in self.metrics.index if name in METRICS]
+            near = did_you_mean(metric, there)
+            raise UserError(
+                f"{metric}: not a metric that a head has without a task.{near} Allowed: {', '.join(there)}."
+            )
         return float(self.metrics[metric])
 
     def portrait(self) -> "Figure":
@@ -296,6 +340,24 @@ class CircuitOfHead:
         return self._spectrum("residual", "eigen")
 
     @property
+    def left_singular_vectors(self) -> Float64[ndarray, "d_model k"]:
+        """Directions that OV reads, for QK those of queries: the U of left @ right = U S V^T, by falling S.
+
+        The sign of a pair of columns, here and in `right_singular_vectors`, means nothing.
+        """
+        return self._decomposition.read[self.head.index].double().cpu().numpy()  # type: ignore[no-any-return]
+
+    @property
+    def right_singular_vectors(self) -> Float64[ndarray, "d_model k"]:
+        """Directions that OV writes, for QK those of keys: the V of left @ right = U S V^T."""
+        return self._decomposition.write[self.head.index].double().cpu().numpy()  # type: ignore[no-any-return]
+
+    @property
+    def _decomposition(self) -> Decomposition:
+        model = self.head.model
+        return model.layer(self.head.layer).decomposition(self.circuit, model.model.folds)
+
+    @property
     def vocabulary_singular_values(self) -> Float64[ndarray, " k"]:
         """The full circuit's singular values, from token to token, over the whole vocabulary."""
         return self._spectrum("vocab", "singular").real
@@ -327,9 +389,10 @@ class CircuitOfHead:
         Raises:
             UserError: a number is not allowed, or the checkpoint has no tokens.
         """
-        for name, number in (("components", components), ("shown", shown)):
-            if not isinstance(number, Integral) or number < 1:
-                raise UserError(f"{self!r}: tokens({name}={number!r}): must be a whole number >= 1.")
+        width = min(self.head.model.d_head, self.head.model.d_model)
+        for name, number, most in (("components", components, width), ("shown", shown, TOKENS)):
+            if not isinstance(number, Integral) or not 1 <= number <= most:
+                raise UserError(f"{self!r}: tokens({name}={number!r}): must be a whole number from 1 to {most}.")
         model = self.head.model
         stage = DirectionTables(model.model, components)
         stage.visit(model.layer(self.head.layer))

@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from rich.filesize import decimal
 
     from ovqk.checkpoints.opening import survey_checkpoint
-    from ovqk.library import chosen
+    from ovqk.config.choices import chosen
     from ovqk.weights.families import family_of, tensors_read
     from ovqk.weights.readers import open_weights
 

@@ -118,7 +118,7 @@ def test_unknown_roles_and_metrics_are_refused() -> None:
         resolve_claims(cell.task, cell.model, facts())
     cell = compose("model=gpt2", "task=ioi")
     cell.task.roles["induction"].predictions[0].metric = "ov_copyng"
-    with pytest.raises(UserError, match="unknown metric 'ov_copyng'"):
+    with pytest.raises(UserError, match=r"unknown metric 'ov_copyng'\. Did you mean ov_copying\? Allowed: "):
         resolve_claims(cell.task, cell.model, facts())
 
 

@@ -18,7 +18,7 @@ from support import ROOT
 
 from ovqk import command
 from ovqk.config import command_line, composing
-from ovqk.config.command_line import TOOLS, config_folders, program, quoted, tool
+from ovqk.config.command_line import TOOLS, choices_together, config_folders, program, quoted, tool
 from ovqk.config.place import CONF
 from ovqk.config.schema import register
 
@@ -219,3 +219,15 @@ def test_names_are_listed_as_hydra_lists_them(hydra) -> None:
     before = {group: hydra.config_loader.get_group_options(group) for group in ("model", "task", "hydra/launcher")}
     composing.compose_once()
     assert before == {group: hydra.config_loader.get_group_options(group) for group in before} and before["task"]
+
+
+def test_options_may_stand_between_choices() -> None:
+    """Hydra's argparse ends with its usage for `tracking=none -cd DIR task=mine`."""
+    typed = ["-m", "tracking=none", "-cd", "/tmp/a=b", "task=x", "~y", "-cn", "mine", "--cfg", "job", "seed=1"]
+    options = ["-m", "-cd", "/tmp/a=b", "-cn", "mine", "--cfg", "job"]
+    together = choices_together(typed)
+    assert together == ["tracking=none", "task=x", "~y", "seed=1", *options]
+    from hydra._internal.utils import get_args_parser
+
+    read = get_args_parser().parse_args(together)
+    assert read.overrides == together[:4] and read.config_dir == "/tmp/a=b" and read.cfg == "job" and read.multirun

@@ -78,6 +78,8 @@ def test_a_word_without_a_value_is_told_what_a_choice_is(tmp_path) -> None:
      "full, ov, qk."),
     ("tracking=on", "tracking=on: there is no such tracking. Did you mean online? Allowed: none, offline, online."),
     ("model=gtp2", "model=gtp2: there is no such model. Did you mean gpt2? A checkpoint of your own is model=local "),
+    ("model=gpt2-small", "model=gpt2-small: there is no such model. Did you mean gpt2? "),
+    ("model=gpt2-smal", "model=gpt2-smal: there is no such model. Did you mean gpt2? "),
     ("model=gpt3", "model=gpt3: there is no such model. Did you mean gpt2? "),
     ("model=LLAMA-3.2", "model=LLAMA-3.2: there is no such model. Did you mean llama-3.2-"),
     ("model=gpt2_medium", "model=gpt2_medium: there is no such model. Did you mean gpt2-medium? "),

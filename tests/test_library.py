@@ -16,8 +16,9 @@ from support.models import BUNDLED, make
 import ovqk
 from ovqk.cell import run_cell
 from ovqk.circuits.factors import ov_factors, qk_factors
+from ovqk.config.choices import model_choice
 from ovqk.errors import UserError
-from ovqk.library import LibraryModel, model_choice
+from ovqk.library import LibraryModel
 from ovqk.records.results import cell_folders, load_table
 from ovqk.structure.stages import StructureTables
 
@@ -40,6 +41,8 @@ def test_heads_are_those_of_a_cell_without_a_task(model, tables) -> None:
     heads = model.heads()
     assert len(heads) == model.n_layers * model.n_heads == 32
     pd.testing.assert_frame_equal(heads, tables["heads"][heads.columns.tolist()])
+    filled = set(tables["heads"].dropna(axis=1, how="all"))
+    assert "qk_composed_margin" in filled and filled <= set(heads), "the cache would hand a cell fewer columns"
     assert {"ov_copying", "qk_matching", "qk_symmetry", "qk_prev_auc", "unstable"} <= set(heads)
 
 
@@ -52,6 +55,10 @@ def test_a_head_is_computed_without_its_model_and_alike(tables, monkeypatch) -> 
     assert head.qk.symmetry == row["qk_symmetry"] and head.ov.effective_rank == row["ov_effective_rank"]
     assert head.qk.effective_rank == row["qk_effective_rank"] and head.value("qk_prev_auc") == row["qk_prev_auc"]
     assert "tables" not in head.model.__dict__ and visited == [3]
+    assert head.value("qk_composed_margin") == row["qk_composed_margin"] == head.metrics["qk_composed_margin"]
+    assert visited == [3], "earlier layers are not taken apart for it"
+    with pytest.raises(UserError, match="qk_composed_margin: heads in layer 0 have none"):
+        head.model.head(0, 0).value("qk_composed_margin")
 
 
 def test_a_circuit_is_its_materialised_matrix(model) -> None:
@@ -72,6 +79,42 @@ def test_a_circuit_is_its_materialised_matrix(model) -> None:
     full = (E - E.mean(0)).numpy() @ model.head(2, 5).ov.matrix() @ (U - U.mean(0)).numpy().T
     found = model.head(2, 5).ov.vocabulary_singular_values
     assert np.allclose(found, np.linalg.svd(full, compute_uv=False)[:16], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mini-attn", "mini-llama"])
+def test_compositions_are_the_norms_of_materialised_products(name) -> None:
+    """Under rotary positions the receiver's W_QK has its mean rotation, which `qk.matrix()` has not."""
+    model = ovqk.open(name, "cache=false")
+    sender, receiver = model.head(1, 6), model.head(3, 3)
+    layer = model.layer(3)
+    mean = qk_factors(layer.folded, model.model.architecture, layer.span)
+    qk, written = (mean.left[3].double() @ mean.right[3].double()).numpy(), sender.ov.matrix()
+    norm = np.linalg.norm
+    for mode, read in (("q", qk), ("k", qk.T), ("v", receiver.ov.matrix())):
+        wanted = norm(written @ read) / norm(written) / norm(read)
+        assert model.composition(mode, sender, receiver) == pytest.approx(wanted, rel=1e-5)
+    plain = receiver.qk.matrix()
+    unrotated = norm(written @ plain.T) / norm(written) / norm(plain)
+    assert (abs(unrotated - model.composition("k", sender, receiver)) > 0.02) == (name == "mini-llama")
+    for wrong, said in (
+        (("K", sender, receiver), "no such mode; allowed: q, k, v"),
+        (("k", receiver, sender), "allowed: an earlier layer"),
+        (("k", ovqk.open(name, "cache=false").head(0, 0), receiver), "is no head of this model"),
+    ):
+        with pytest.raises(UserError, match=said):
+            model.composition(*wrong)
+
+
+def test_singular_vectors_and_embeddings_are_those_of_the_circuit(model) -> None:
+    for circuit in (model.head(2, 5).ov, model.head(2, 5).qk):
+        U, V = circuit.left_singular_vectors, circuit.right_singular_vectors
+        assert U.shape == V.shape == (128, 16) and np.allclose(U.T @ U, np.eye(16), atol=1e-5)
+        assert np.allclose(U * circuit.singular_values @ V.T, circuit.matrix(), atol=1e-5)
+    assert model.W_E.shape == model.W_U.T.shape == (model.model.vocabulary.size, 128)
+    ov = model.head(2, 5).ov
+    E, U = (model.W_E - model.W_E.mean(0)).astype(float), model.W_U.astype(float)
+    found = np.linalg.eigvals(ov.right @ U @ E @ ov.left)
+    assert found.sum().real / np.abs(found).sum() == pytest.approx(ov.copying, abs=1e-5)
 
 
 def test_tokens_are_those_of_directions_and_more_components_can_be_had(model, tables) -> None:
@@ -122,6 +165,8 @@ def test_what_there_is_not_is_said_in_one_message(model, tmp_path) -> None:
         ovqk.open("mini-attn", "processing=cooked")
     with pytest.raises(UserError, match=r"ov_nothing: not a metric that a head has.*ov_copying"):
         model.head(0, 0).value("ov_nothing")
+    with pytest.raises(UserError, match=r"copying: .* Did you mean ov_copying\? Allowed: "):
+        model.head(0, 0).value("copying")
     unavailable = next(iter(model.unavailable))
     with pytest.raises(UserError, match=rf"{unavailable}: mini-attn has none"):
         model.head(0, 0).value(unavailable)
@@ -163,8 +208,12 @@ def test_what_is_no_name_of_a_model_is_a_users_mistake(model, said) -> None:
 def test_what_is_no_number_of_tokens_is_a_users_mistake() -> None:
     head = ovqk.open("mini-attn").head(0, 0)
     for choice in ({"components": -1}, {"components": 0}, {"shown": 0}):
-        with pytest.raises(UserError, match="must be a whole number >= 1"):
+        with pytest.raises(UserError, match="must be a whole number from 1 to"):
             head.ov.tokens(**choice)
+    with pytest.raises(UserError, match=r"tokens\(components=17\): must be a whole number from 1 to 16\."):
+        head.ov.tokens(17)
+    with pytest.raises(UserError, match=r"tokens\(shown=11\): must be a whole number from 1 to 10\."):
+        head.ov.tokens(1, shown=11)
 
 
 @pytest.mark.slow
@@ -173,7 +222,7 @@ def test_what_is_no_number_of_tokens_is_a_users_mistake() -> None:
     ("ovqk.open('mini-attn', 3)", "3: a choice is a text"),
     ("ovqk.open('mini-attn').head('1', 0)", "head('1', 0): mini-attn has layers and heads 0 to 3"),
     ("ovqk.open('mini-attn').head(1.5, 0)", "head(1.5, 0): mini-attn has layers and heads 0 to 3"),
-    ("ovqk.open('mini-attn').head(0, 0).ov.tokens('x')", "tokens(components='x'): must be a whole number"),
+    ("ovqk.open('mini-attn').head(0, 0).ov.tokens('x')", "tokens(components='x'): must be a whole number from 1 to 16"),
 ])  # fmt: skip
 def test_what_is_of_another_type_is_a_users_mistake(call, said) -> None:
     """In a process of its own: here, types are checked before the call."""

@@ -20,7 +20,7 @@ from ovqk.records.cells import Cell, read_cells
 from ovqk.records.record import read_record
 from ovqk.records.results import load_table
 from ovqk.report import terminal
-from ovqk.report.on_prompts import effects_lines, prompts_table, role_reasons
+from ovqk.report.on_prompts import attending_lines, effects_lines, prompts_table, role_reasons
 from ovqk.report.page import make_page
 from ovqk.report.prompts_data import prompt_data
 from ovqk.report.thinning import DETAILS, Pool
@@ -278,6 +278,30 @@ def test_a_roles_row_has_the_effect_of_its_heads_together_and_it_says_if_other_h
     assert "62%" in row and "38%" in row and "partly realised" in row
     assert list(role_reasons(joint)) == ["induction: its heads together do not stand out of other heads (p = 0.30)"]
     assert list(role_reasons(cell.tables["joint"])) == []  # a cell of before
+
+
+def test_heads_that_attend_and_write_too_little_are_named_with_the_reason(cell) -> None:
+    """SmolLM2's 18.6 attends as induction heads do and writes 4 %: the role asks for 5 %, and it has no row."""
+    heads = cell.tables["heads"][["layer", "head"]]
+    quiet = {"attention": 0.1, "attention_p": 0.5, "write_share": 0.0, "effect": np.nan}
+    rows = heads.assign(role="induction", half="testing", **quiet)
+    shown = {
+        (2, 2): (0.60, 0.01, -0.001, np.nan),
+        (1, 1): (0.88, 0.01, 0.040, 0.19),
+        (0, 5): (0.45, 0.01, 0.0, np.nan),  # looks elsewhere more
+        (0, 6): (0.90, 0.06, 0.0, np.nan),  # no more than at the control
+        (0, 7): (0.90, 0.01, 0.06, np.nan),  # writes enough
+        (3, 0): (0.95, 0.01, 0.01, np.nan),  # has a row
+    }
+    for (layer, head), values in shown.items():
+        rows.loc[(rows["layer"] == layer) & (rows["head"] == head), list(quiet)] = values
+    activations = pd.concat([rows, rows.assign(half="choosing", attention=1.0, attention_p=0.0)], ignore_index=True)
+    (line,) = attending_lines(cell.record, activations, cell.tables["roles"])
+    assert line == (
+        "Attend as induction heads do, but do not write directly what the role asks for, a share of 5%: "
+        "1.1 (attention 0.88, write 4%, effect 19%), 2.2 (attention 0.60, write 0%)."
+    )
+    assert list(attending_lines(cell.record, cell.tables["activations"], cell.tables["roles"])) == []  # without p
 
 
 def test_the_largest_effects_are_those_of_replaced_heads_whatever_their_role(cell) -> None:

@@ -114,6 +114,15 @@ def test_a_bar_is_gone_when_the_cell_fails(monkeypatch) -> None:
     assert threading.active_count() == before
 
 
+def test_what_follows_a_cells_prompts_is_told_since_the_time_left_is_for_one_part(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
+    with progress.steps_of("m", alone=False) as steps:
+        for what in ("batch of prompts", "replacements in batch", "untrained control in batch"):
+            assert len(list(steps(2, what))) == 2
+    said = [line.rpartition(" left, ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["then replaced heads", "then more runs, layers", "then layers"]
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_long_cell_writes_lines_where_there_is_no_terminal(monkeypatch, capsys, alone) -> None:
     monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)

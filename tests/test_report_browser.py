@@ -225,6 +225,16 @@ def test_no_table_of_the_comparison_is_cut_off_on_a_laptop(reader) -> None:
     assert wide == 0
 
 
+def test_the_longest_verdict_without_a_flag_stands_on_one_line_among_effects(reader) -> None:
+    reader.page.set_viewport_size({"width": 1000, "height": 800})
+    reader.open("compare")
+    heights = reader.page.evaluate(
+        """[...document.querySelectorAll('#effects .says-verdict .verdict')].map(
+            said => { said.lastChild.textContent = 'consistent only'; return said.offsetHeight })"""
+    )
+    assert heights and max(heights) < 30
+
+
 def test_models_are_chosen_for_the_whole_comparison(reader) -> None:
     reader.open("compare")
     assert "mini-llama" in reader.page.inner_text("#matrix")

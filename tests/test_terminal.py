@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 from support.models import BUNDLED
 
-from ovqk.report.terminal import claims_line
+from ovqk.report.terminal import _print_pairs, claims_line
 from ovqk.report.terminal_tables import (
     candidate_table,
+    claimed_pairs,
     found_line,
     pair_table,
     reasons,
@@ -19,8 +20,8 @@ from ovqk.report.terminal_tables import (
 )
 
 
-def printed(table) -> list[str]:
-    out = Console(width=200, file=io.StringIO())
+def printed(table, width: int = 200) -> list[str]:
+    out = Console(width=width, file=io.StringIO())
     out.print(table)
     return [line.rstrip() for line in out.file.getvalue().splitlines()]
 
@@ -48,6 +49,13 @@ def test_a_role_that_predicts_nothing_has_no_metric_beside_one_that_does() -> No
     lines = printed(verdict_table(HEADS, pd.DataFrame([a_verdict(), nothing])))
     assert any(line.startswith("name mover: ov_copying ↑") for line in lines)
     assert any(line.startswith("bystander  ") for line in lines) and not any("nan" in line for line in lines)
+
+
+def test_a_verdicts_words_stay_on_one_line_if_the_first_column_can_give_way() -> None:
+    verdicts = pd.DataFrame([a_verdict(verdict="consistent", role="a role of many words and a long name")])
+    for width in range(60, 100):
+        lines = printed(verdict_table(HEADS, verdicts), width)
+        assert sum("consistent only" in line for line in lines) == 1, width
 
 
 def test_roles_are_listed_by_verdict_strongest_first() -> None:
@@ -142,6 +150,28 @@ def test_the_strongest_pairs_of_each_mode_and_virtual_heads_are_shown_with_their
     assert sum("0.77" in line for line in lines) == 5 and len(lines) == 16
     virtual = pairs.assign(frobenius_share=0.25, ov_copying=-0.5)
     assert "0.7" in printed(virtual_table(virtual))[1] and "25%" in printed(virtual_table(virtual))[1]
+
+
+def test_pairs_of_claimed_heads_stand_apart_with_their_roles(tmp_path) -> None:
+    rows = [("k", 0, 1, 3, 0, 0.2), ("k", 0, 2, 3, 0, 0.9), ("q", 0, 1, 2, 2, 0.8), ("k", 0, 1, 1, 4, 0.9)]
+    columns = ["mode", "sender_layer", "sender_head", "receiver_layer", "receiver_head", "score"]
+    pairs = pd.DataFrame(rows, columns=columns).assign(score_above_random=0.1, percentile=0.5, matching=None)
+    claimed = [("previous_token", 0, 1), ("previous_token", 1, 4), ("induction", 3, 0)]
+    verdicts = pd.DataFrame([a_verdict(), *(a_verdict(kind="head", role=r, layer=x, head=y) for r, x, y in claimed)])
+    found = claimed_pairs(pairs, verdicts)
+    assert found["score"].tolist() == [0.2]
+    assert "previous token to induction" in printed(pair_table(found))[1]
+    assert not len(claimed_pairs(pairs, None))
+    tables = {
+        "composition": pairs,
+        "verdicts": verdicts,
+        "virtual_heads": pairs.assign(frobenius_share=1, ov_copying=1),
+    }
+    for name, table in tables.items():
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    out = Console(width=200, file=io.StringIO())
+    _print_pairs(out, tmp_path)
+    assert "Strongest compositions between heads claimed for different roles" in out.file.getvalue()
 
 
 @pytest.mark.parametrize("analysis", ["b03", "composition"])

@@ -12,19 +12,13 @@ from numpy.typing import NDArray
 from ovqk.activations.batches import Half
 from ovqk.activations.clusters import ClusterTest, cluster_means, flip_signs
 from ovqk.activations.effects import Effects, Patch
+from ovqk.activations.least import LEAST_ATTENTION, LEAST_ATTENTION_ALONE, LEAST_SHARE
 from ovqk.activations.quantities import Observed, RoleValues, look_of, queries_of
 from ovqk.activations.repeats import RepeatValues
 from ovqk.activations.score_links import ScoreLink
 from ovqk.config.schema import Repeats, RoleActivationsConfig
 from ovqk.verdicts.statistics import ALPHA
 from ovqk.weights.types import Head
-
-LEAST_SHARE = 0.05
-"""The least write or effect, as a share of the mean logit difference or the receivers' change in attention."""
-LEAST_ATTENTION = 0.1
-"""The least attention to the source, as a share of the attention that does not go to the first token."""
-LEAST_ATTENTION_ALONE = 0.5
-"""The same for a role that attention alone decides, on prompts or on random repeats."""
 
 
 @dataclass(frozen=True)

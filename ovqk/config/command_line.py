@@ -95,6 +95,26 @@ def config_folders(arguments: Sequence[str] | None = None) -> list[str]:
     return found
 
 
+def choices_together(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with its choices, KEY=VALUE, before its options, each in their order.
+
+    Hydra's argparse takes choices only in one run: with an option between them it calls the later ones unrecognized.
+    """
+    choices: list[str] = []
+    others: list[str] = []
+    before = ""
+    for argument in arguments:
+        plain = before not in WITH_VALUE and not argument.startswith("-") and ("=" in argument or argument[:1] == "~")
+        (choices if plain else others).append(argument)
+        before = argument
+    return [*choices, *others]
+
+
+WITH_VALUE = {
+    "-cd", "--config-dir", "-cn", "--config-name", "-cp", "--config-path", "-c", "--cfg", "-p", "--package",
+    "--experimental-rerun",
+}  # fmt: skip
+"""Hydra's options that take the next word as their value."""
 PLAIN = re.compile(r"[\w./+-]+")
 """Values that neither Hydra nor a shell takes for anything but text."""
 

@@ -19,6 +19,8 @@ from ovqk.errors import UserError, first_line
 
 LISTED, NEAREST = 20, 9
 """How many names of choices a message lists, and how many near ones if there are more."""
+ALIASES = {"gpt2-small": "gpt2"}
+"""A name that TransformerLens also takes for a model -> its name here, if the two are not spelled alike."""
 
 
 def check_keys(arguments: Iterable[str]) -> None:
@@ -185,6 +187,9 @@ def _unparsed(error: BaseException, lines: list[str]) -> str | None:
 def close_names(name: str, options: Iterable[str]) -> list[str]:
     """Return at most NEAREST options: those that begin with the name, then those that are spelled like it."""
     options = sorted(options)
+    alias = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.9)
+    if alias and ALIASES[alias[0]] in options:
+        return [ALIASES[alias[0]]]
     begin = [option for option in options if option.lower().startswith(name.lower())] if name else []
     like = difflib.get_close_matches(name.lower(), options, n=4, cutoff=0.65)
     return list(dict.fromkeys([*begin, *like]))[:NEAREST]

@@ -16,6 +16,7 @@ from ovqk.activations import one_block
 from ovqk.cell import run_cell
 from ovqk.circuits import composition, diagonals, fourier
 from ovqk.circuits.composition import LayerCircuits, Mode
+from ovqk.config import choices
 from ovqk.config.schema import Circuit, Config
 from ovqk.errors import UserError
 from ovqk.metrics import METRICS
@@ -70,8 +71,8 @@ class Opened:
         """Compute a cell on the model in a temporary folder, and return its record and its tables."""
         if (task, analysis) not in self._cells:
             with tempfile.TemporaryDirectory() as folder:
-                config = library.composed(
-                    [*library.model_choice(self.place), f"task={task}", f"analysis={analysis}", "tracking=none",
+                config = choices.composed(
+                    [*choices.model_choice(self.place), f"task={task}", f"analysis={analysis}", "tracking=none",
                      "nulls.draws=99", *self.choices]
                 )  # fmt: skip
                 outcome = run_cell(replace_folder(config, folder))

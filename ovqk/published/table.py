@@ -8,8 +8,8 @@ from typing import Literal
 
 import pandas as pd
 
+from ovqk.config.choices import chosen
 from ovqk.errors import UserError
-from ovqk.library import chosen
 from ovqk.published.quantities import Found, Opened, compute
 from ovqk.published.statements import Statement
 

@@ -8,6 +8,7 @@ import pandas as pd
 from rich.text import Text
 
 from ovqk import wording
+from ovqk.records.attending import without_write
 from ovqk.records.on_prompts import Json, largest_effects, outdone_roles
 from ovqk.report.fitted_table import CORE, Column, FittedTable
 from ovqk.report.terminal_tables import STYLES, rounded
@@ -114,6 +115,23 @@ def effects_lines(record: Json, activations: pd.DataFrame | None, roles: pd.Data
         yield f"Largest effects at {query} of the heads that were replaced, with their roles: {', '.join(named)}."
 
 
+def attending_lines(record: Json, activations: pd.DataFrame | None, roles: pd.DataFrame | None) -> Iterable[str]:
+    """Yield, for each role that asks for a write, the heads that attend as its heads do and write too little."""
+    if activations is None or roles is None or record["activations"].get("untestable"):
+        return
+    for role, asked, heads in without_write(record, activations, roles):
+        named = [
+            f"{each.layer}.{each.head} (attention {rounded(each.attention)}, write {share(each.write_share)}"
+            + (f", effect {share(each.effect)})" if math.isfinite(each.effect) else ")")
+            for each in heads[:SHOWN]
+        ]
+        more = f" and {len(heads) - SHOWN} more" if len(heads) > SHOWN else ""
+        yield (
+            f"Attend as {wording.role(role)} heads do, but do not write directly what the role asks for, a share of "
+            f"{share(asked)}: {', '.join(named)}{more}."
+        )
+
+
 def role_reasons(joint: pd.DataFrame) -> Iterable[str]:
     """Yield which roles do not stand out among other heads."""
     for role, p in outdone_roles(joint).items():
@@ -148,4 +166,4 @@ def prompts_lines(activations: Mapping[str, Any]) -> Iterable[str]:
 
 def share(value: Any) -> str:
     """Return a share in whole percent; empty if it is missing."""
-    return "" if value is None or not math.isfinite(value) else f"{100 * value:.0f}%"
+    return "" if value is None or not math.isfinite(value) else f"{100 * value:.0f}%".replace("-0%", "0%")

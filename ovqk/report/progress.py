@@ -12,8 +12,16 @@ from ovqk.interrupts import raise_if_remembered
 from ovqk.records.outcomes import Outcomes
 from ovqk.report import terminal
 
-AFTER = {"layer": "claims and nulls"}
-"""Kind of step -> the work that follows the last such step."""
+AFTER = {
+    "batch of prompts": "replaced heads",
+    "batch of random repeats": "replaced heads",
+    "replacements in batch": "more runs, layers",
+    "scores of batch": "more runs, layers",
+    "words of batch": "more runs, layers",
+    "untrained control in batch": "layers",
+    "layer": "claims and nulls",
+}
+"""Kind of step -> the work that follows the last such step, because the time left is for these steps alone."""
 SHORT = 2.0  # seconds; a cell that takes no longer shows nothing
 BETWEEN_LINES = 30.0  # seconds
 LOOK_EVERY = 0.5  # seconds

@@ -25,11 +25,19 @@ from ovqk.records.results import load_table
 from ovqk.records.steps import said, shared_steps, twins
 from ovqk.report.cycles import print_cycles
 from ovqk.report.fitted_table import CORE, Column, FittedTable
-from ovqk.report.on_prompts import effects_lines, prompt_reasons, prompts_lines, prompts_table, role_reasons
+from ovqk.report.on_prompts import (
+    attending_lines,
+    effects_lines,
+    prompt_reasons,
+    prompts_lines,
+    prompts_table,
+    role_reasons,
+)
 from ovqk.report.suggestions import next_arguments
 from ovqk.report.terminal_tables import (
     STYLES,
     candidate_table,
+    claimed_pairs,
     found_line,
     layer_table,
     pair_table,
@@ -156,7 +164,8 @@ def _print_on_prompts(out: Console, folder: Path, record: dict[str, Any]) -> Non
         out.print()
         out.print(prompts_table(joint, roles))
         out.print(wording.PROMPT_LEGEND, style="dim")
-        for line in effects_lines(record, load_table(folder, "activations"), roles):
+        activations = load_table(folder, "activations")
+        for line in (*effects_lines(record, activations, roles), *attending_lines(record, activations, roles)):
             _say(out, line)
         for line in (*role_reasons(joint), *prompt_reasons(roles)):
             _say(out, line, "dim")
@@ -167,8 +176,12 @@ def _print_pairs(out: Console, folder: Path) -> None:
     virtual, composition = load_table(folder, "virtual_heads"), load_table(folder, "composition")
     if virtual is None or composition is None:
         return
-    out.print("\nStrongest compositions (more of them: composition.parquet)\n")
+    out.print("\nStrongest compositions, whatever the task (more of them: composition.parquet)\n")
     out.print(pair_table(composition))
+    claimed = claimed_pairs(composition, load_table(folder, "verdicts"))
+    if len(claimed):
+        out.print("\nStrongest compositions between heads claimed for different roles\n")
+        out.print(pair_table(claimed))
     out.print(
         "above random: score minus that of random weights. in layer: percentile of the sender in its layer. matching: "
         "1 if the receiver looks for its own token moved by the sender (K).",

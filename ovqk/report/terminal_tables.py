@@ -153,6 +153,8 @@ def verdict_table(heads: pd.DataFrame, verdicts: pd.DataFrame) -> FittedTable:
             f"{row['primary']}{UNBROKEN}{wording.ARROWS[row['prediction']]}" if isinstance(row["primary"], str) else ""
         )
         verdict = wording.verdict(row["verdict"], row["flags"])
+        if not row["flags"]:
+            verdict = verdict.replace(" ", UNBROKEN)  # the first column would take the letter that it lacks
         if is_role:
             name = Text(wording.role(row["role"]), style="bold")
             name.append(f": {primary}" if primary else "", style="dim")
@@ -222,13 +224,33 @@ def layer_table(heads: pd.DataFrame) -> FittedTable:
     return table
 
 
+def claimed_pairs(composition: pd.DataFrame, verdicts: pd.DataFrame | None) -> pd.DataFrame:
+    """Return the pairs whose heads are claimed for different roles, with the column `roles`: sender's to receiver's.
+
+    Empty if no heads are claimed, or if no such pair composes.
+    """
+    roles: dict[tuple[int, int], list[str]] = {}
+    for row in () if verdicts is None else verdicts[verdicts["kind"] == "head"].to_dict("records"):
+        roles.setdefault((int(row["layer"]), int(row["head"])), []).append(wording.role(row["role"]))
+    named = [
+        [" and ".join(roles.get((row[f"{side}_layer"], row[f"{side}_head"]), ())) for side in ("sender", "receiver")]
+        for row in composition.to_dict("records")
+    ]
+    said = [
+        f"{sender} to {receiver}" if sender and receiver and sender != receiver else "" for sender, receiver in named
+    ]
+    found = composition.assign(roles=said)
+    return found[found["roles"] != ""]
+
+
 def pair_table(composition: pd.DataFrame) -> FittedTable:
-    """Return a table with the strongest pairs for each kind of composition, by score."""
+    """Return a table with the strongest pairs for each kind of composition, by score; with `roles` if they have any."""
     table = FittedTable(
         [
             Column("composition", None, text=True),
             *(Column(title, None) for title in ("sender", "receiver", "score")),
             *(Column(title, weight) for title, weight in (("above random", 3), ("in layer", 2), ("matching", 1))),
+            *[Column("roles", 4, text=True, wraps_at=30)] * ("roles" in composition),
         ],
         "composition.parquet",
     )
@@ -241,6 +263,7 @@ def pair_table(composition: pd.DataFrame) -> FittedTable:
                 rounded(row["score_above_random"], digits=3),
                 percent(row["percentile"]),
                 rounded(row["matching"]),
+                *([row["roles"]] if "roles" in row else []),
             )
     return table
 

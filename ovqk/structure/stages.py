@@ -1,7 +1,7 @@
 """The stages that need no task: every head's spectra, symmetry, positions and directions, layer by layer."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,6 +23,7 @@ from ovqk.weights.types import keys, queries
 
 HeadValues = dict[str, Float[Tensor, " head"]]
 WAITING = 2**22  # the most numbers in components that wait for a pass over the vocabulary
+COMPOSED = "qk_composed_margin"  # the one metric here that needs the layers before
 MOVES = 1e-3  # a value that changes by more when 32-bit weights are rounded is decided by rounding
 Tables = dict[str, pd.DataFrame]
 """Name -> rows: heads, layers, spectra, offsets, directions; a table that a model does not have is absent."""
@@ -159,6 +160,18 @@ def component_rows(
     made = pd.concat(model.directions.tables(found), ignore_index=True)
     if model.block0_side is not None:
         model.block0_side.forget()
+    return made
+
+
+def structure_tables(model: Model, layers: Iterable[Layer]) -> Tables:
+    """Return the tables without a task for these layers, by the stages of a cell."""
+    stages: list[Stage] = [StructureTables(model), DirectionTables(model)]
+    for layer in layers:
+        for stage in stages:
+            stage.visit(layer)
+    made = Tables()
+    for stage in stages:
+        made |= stage.tables(made)
     return made
 
 
@@ -355,7 +368,7 @@ def simulated_metrics(layer: Layer, senders: Senders) -> HeadValues:
     values = attention(weights, architecture, simulated.sequences[kind])
     margins = senders.margins(weights, architecture, tokens, layer.span)
     senders.add(layer.factors(Circuit.ov, True), tokens, values["qk_simulated_previous"])
-    return values if margins is None else values | {"qk_composed_margin": margins}
+    return values if margins is None else values | {COMPOSED: margins}
 
 
 # --- tables --------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from ovqk.config.schema import ClaimsConfig, ModelConfig, PredictionConfig, Source, TaskConfig
-from ovqk.errors import UserError
+from ovqk.errors import UserError, did_you_mean
 from ovqk.metrics import METRICS
 from ovqk.weights.types import Architecture, Head
 
@@ -142,7 +142,8 @@ def check_roles(task: TaskConfig) -> None:
             for name in (prediction.metric, prediction.first_layer):
                 if name is not None and name not in METRICS:
                     raise UserError(
-                        f"task.roles.{role}.predictions: unknown metric '{name}'; allowed: {', '.join(METRICS)}."
+                        f"task.roles.{role}.predictions: unknown metric '{name}'.{did_you_mean(name, METRICS)} "
+                        f"Allowed: {', '.join(METRICS)}."
                     )
             if METRICS[prediction.metric].only_exploratory and not prediction.exploratory:
                 raise UserError(

@@ -1,0 +1,8 @@
+"""How large a quantity on prompts must be to count (definitions: section 7)."""
+
+LEAST_SHARE = 0.05
+"""The least write or effect, as a share of the mean logit difference or the receivers' change in attention."""
+LEAST_ATTENTION = 0.1
+"""The least attention to the source, as a share of the attention that does not go to the first token."""
+LEAST_ATTENTION_ALONE = 0.5
+"""The same for a role that attention alone decides, on prompts or on random repeats."""
