@@ -4,7 +4,7 @@
     python scripts/precision.py --cells RESULTS_DIR [RESULTS_DIR ...] --kv-heads smollm2-135m-instruct=3 mini-llama=4
     python scripts/precision.py --repeats MODEL [MODEL ...]
 
-Heads are ranked as candidates are: by the role's first prediction that has a value, ties by its others. Precision at k
+Heads are ranked as candidates are: by the predictions that rank, else by the first that has a value. Precision at k
 is the share of the first k heads, over all models, that have the role. Roles that compose alone are not ranked.
 
     planted   models of docs/calibration.md, several shapes, layers of random heads on top of them, noise
@@ -173,6 +173,7 @@ def of_cells(folders: Sequence[Path], kv: Mapping[str, int]) -> Iterator[tuple[t
 def of_repeats(names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Found]]:
     """Yield ((role, metric), counts) over models that are run on random repeats."""
     counts: dict[tuple[str, ...], Found] = {}
+    roles = predictions_of("induction")
     for name in names:
         cell = cell_of(name)
         behaviour = on_repeats(cell)
@@ -184,7 +185,23 @@ def of_repeats(names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Found]]:
                 add_ranking(found, role, [Predicted(role, config, primary=True, values=values[metric])], [])
                 key = (wording.role(role), f"`{metric}`")
                 counts.setdefault(key, Found()).add(found[role], behaviour.role(place), groups)
+            together = [config for config in roles.get(role, ()) if config.ranks]
+            if together and all(config.metric in values for config in together):
+                named = " and ".join(f"`{config.metric}`" for config in together)
+                made = [Predicted(role, config, primary=False, values=values_of(config, values)) for config in together]
+                found = {}
+                add_ranking(found, role, made, [])
+                key = (wording.role(role), f"{named}, worse place")
+                counts.setdefault(key, Found()).add(found[role], behaviour.role(place), groups)
     yield from counts.items()
+
+
+def values_of(config: PredictionConfig, values: Mapping[str, Values]) -> Values:
+    """Return a prediction's metric, [layer, head], with the one for layer 0 if it has another there."""
+    found = values[config.metric].copy()
+    if config.first_layer is not None:
+        found[0] = values[config.first_layer][0]
+    return found
 
 
 def main() -> None:
