@@ -19,6 +19,7 @@ from support.commands import compose
 from support.models import BUNDLED, shared_model
 from support.reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, page_data
 
+from ovqk import wording
 from ovqk.cell import run_cell
 from ovqk.errors import UserError
 from ovqk.figures import comparisons
@@ -107,6 +108,8 @@ def test_verdicts_and_quantiles_reach_the_page(results, made) -> None:
     verdicts = pd.read_parquet(results / cell["folder"] / "verdicts.parquet")
     texts, at = cell["verdicts"]["verdict"]["texts"], data["pool"][cell["verdicts"]["verdict"]["at"]]
     assert [texts[place] for place in at] == verdicts["verdict"].tolist()
+    reasons, at = cell["verdicts"]["reason"]["texts"], data["pool"][cell["verdicts"]["reason"]["at"]]
+    assert [reasons[place] for place in at] == verdicts["reason"].map(wording.reason).tolist()
     tests = pd.read_parquet(results / cell["folder"] / "tests.parquet")
     nulls = pd.read_parquet(results / cell["folder"] / "nulls.parquet")
     values = data["pool"][cell["tests"]["quantile_values"]]

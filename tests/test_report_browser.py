@@ -531,6 +531,19 @@ def test_a_head_names_the_components_of_its_senders_that_it_reads_with_their_tok
     reader.see("components")
 
 
+def test_components_that_are_not_determined_are_grey_and_say_why(reader, page_file) -> None:
+    (folder,) = (page_file.parent / "mini-attn" / "induction").glob("b03-*")
+    rows = load_table(folder, "directions").query("circuit == 'ov' and kind == 'singular' and component == 0")
+    size = rows.groupby(["layer", "head"])["cluster_size"].first()
+    (layer, head), n = size[size > 1].index[0], size[size > 1].iloc[0]
+    reader.open(f"head/mini-attn/induction/{layer}.{head}")
+    table = reader.page.locator("table.components").first
+    assert wording.CLUSTER.format(size=n) in table.inner_text()
+    assert wording.CLUSTER_NOTE in reader.texts(".scroll > .note")
+    colour = table.locator(".clustered .token").first.evaluate("node => getComputedStyle(node).color")
+    assert colour != reader.page.evaluate("getComputedStyle(document.body).color")
+
+
 # --- a sweep of everything -----------------------------------------------------------------------------------
 
 

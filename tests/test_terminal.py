@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from support.models import BUNDLED
 
+from ovqk import wording
 from ovqk.report.terminal import claims_line
 from ovqk.report.terminal_tables import (
     candidate_table,
@@ -63,6 +64,14 @@ def test_one_reason_for_two_verdicts_is_told_for_each() -> None:
     rows = [a_verdict(reason="r"), a_verdict(kind="head", layer=1, head=2, verdict="unsupported", reason="r")]
     told = list(reasons(HEADS, pd.DataFrame([*rows, rows[1] | {"role": "other"}])))
     assert told[-2:] == ["partial (name mover): r", "unsupported (1.2): r"]
+
+
+def test_a_bound_that_holds_alone_is_said_to_be_one_beside_a_q_below_it() -> None:
+    """In the table: q = 0.14, which is below what is impossible alone."""
+    bound = f"{wording.ALONE} q = 0.36 under depth, whatever its value"
+    told = list(reasons(HEADS, pd.DataFrame([a_verdict(q=0.14, reason=bound)])))[-1]
+    assert told == f"partial (name mover): {bound}; beside others that stand out as much, q may be less"
+    assert wording.reason("not tested under layer") == "not tested under layer"
 
 
 def test_only_columns_that_are_shown_are_explained() -> None:
