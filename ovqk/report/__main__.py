@@ -3,9 +3,10 @@
     python -m ovqk.report RESULTS_DIR [--out FILE] [--figures | --no-figures]
 
 RESULTS_DIR is the folder that cells were written to. If it is a model's, a task's or a cell's folder inside, the page
-shows these cells alone. It writes RESULTS_DIR/report.html, which needs no network and no other file, and RESULTS_DIR/figures/ with the same
-figures as SVG and PNG. Figures from an earlier report are removed if this report does not make them; other files in
-that folder stay. Only records and tables are read, and the same records give the same bytes.
+shows these cells alone. It writes RESULTS_DIR/report.html, which needs no network and no other file, and
+RESULTS_DIR/figures/ with the same figures as SVG and PNG. Figures from an earlier report are removed if this report
+does not make them; other files in that folder stay. Only records and tables are read, and the same records give the
+same bytes.
 """
 
 import argparse
