@@ -38,6 +38,8 @@ VERDICTS = {
 }
 """Verdict -> its name; the verdicts that say most come first."""
 FLAGS = {
+    "partial": "it stands out under some of the nulls that count, not only spectrum, and not under all",
+    "unsupported": "it stands out under none of the nulls that count",
     "consistent only": "the head stands out against nothing but random heads with its own singular values",
     "partial (mixed)": "another prediction of the role is significant the other way",
     "consistent only (mixed)": "another prediction of the role is significant the other way",

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import pandas as pd
 import pytest
@@ -9,12 +10,16 @@ from rich.console import Console
 from support.models import BUNDLED
 
 from ovqk import wording
+from ovqk.metrics import METRICS, shown_in
 from ovqk.report.terminal import claims_line
 from ovqk.report.terminal_tables import (
     candidate_table,
+    column_legend,
     found_line,
+    layer_table,
     pair_table,
     reasons,
+    shown_columns,
     sweep_candidate_table,
     verdict_table,
     virtual_table,
@@ -77,9 +82,21 @@ def test_a_bound_that_holds_alone_is_said_to_be_one_beside_a_q_below_it() -> Non
 def test_only_columns_that_are_shown_are_explained() -> None:
     verdicts = pd.DataFrame([a_verdict()])
     assert not any("align" in line or "position:" in line for line in reasons(HEADS, verdicts))
+    assert not any("unsupported:" in line for line in reasons(HEADS, verdicts))
     shown = HEADS.assign(qk_matching=0.1, qk_symmetry=0.1, qk_key_alignment=1.0)
     told = " ".join(reasons(shown, verdicts))
     assert "QK align: key side" in told and "OV align" not in told and "position:" not in told
+    assert f"partial: {wording.FLAGS['partial']}." in told  # a verdict whose name does not say enough
+
+
+def test_each_column_of_a_table_without_claims_is_explained() -> None:
+    metrics = {*shown_in("column"), *shown_in("residual column")}
+    heads = pd.DataFrame([{"layer": 0, "head": 0} | dict.fromkeys(metrics, 1.0)])
+    titles = [title for title, _ in shown_columns(heads)]
+    assert layer_table(heads).titles(200) == ["layer", *titles]
+    legend = column_legend(heads, titles)
+    assert all(re.search(rf"(^|\. |, ){re.escape(title)}[:,]", legend) for title in titles) and len(titles) >= 5
+    assert all(METRICS[name].legend for name in shown_in("residual column"))
 
 
 def candidates(role: str, heads: list[str], **changes) -> list[dict]:

@@ -29,6 +29,7 @@ from ovqk.report.suggestions import next_arguments
 from ovqk.report.terminal_tables import (
     STYLES,
     candidate_table,
+    column_legend,
     found_line,
     layer_table,
     pair_table,
@@ -78,8 +79,9 @@ def print_cell(folder: Path, cached: bool) -> None:
     out.print(f"\n[bold]{record['model']}[/bold] / {record['task']} / {record['analysis']}: {where} ({state})\n")
     if verdicts is None:
         out.print(f"No verdicts: {record['claims']['none']}. Means over the heads of each layer:\n")
-        out.print(layer_table(heads))
-        out.print()
+        means = layer_table(heads)
+        out.print(means)
+        out.print(f"{column_legend(heads, means.titles(out.width))}\n", style="dim")
     else:
         _print_directions(out, folder, heads, verdicts)
     _print_pairs(out, folder)
