@@ -36,6 +36,7 @@ TABLES = (
     "joint",
     "cycles",
     "frequencies",
+    "relations",
 )
 Json = dict[str, Any]
 Heads = set[tuple[int, int]]

@@ -290,6 +290,8 @@ def _cell(
         verdicts = tables["verdicts"]
         reasons = verdicts["reason"].map(wording.reason, na_action="ignore")
         content["verdicts"] = columnar(verdicts.assign(decidable=could_be_corroborated(verdicts), reason=reasons), pool)
+    if "relations" in tables:
+        content["relations"] = thinning.relations(tables["relations"], heads)
     if "candidates" in tables:
         content["candidates"] = columnar(tables["candidates"], pool)
     if "tests" in tables:

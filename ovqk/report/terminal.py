@@ -25,6 +25,7 @@ from ovqk.records.steps import said, shared_steps, twins
 from ovqk.report.cycles import print_cycles
 from ovqk.report.fitted_table import CORE, Column, FittedTable
 from ovqk.report.on_prompts import effects_lines, prompt_reasons, prompts_lines, prompts_table, role_reasons
+from ovqk.report.relation_lines import relation_legend, relation_lines
 from ovqk.report.suggestions import next_arguments
 from ovqk.report.terminal_tables import (
     STYLES,
@@ -95,6 +96,12 @@ def print_cell(folder: Path, cached: bool) -> None:
         out.print(table)
         for line in reasons(heads, verdicts, table.titles(out.width)):
             out.print(line, style="dim")
+    relations = load_table(folder, "relations")
+    if relations is not None:
+        out.print()
+        _say(out, relation_legend(relations), "dim")
+        for line in relation_lines(relations):
+            _say(out, f"  {line}")
     cycles = load_table(folder, "cycles")
     if cycles is not None:
         print_cycles(out, cycles)
