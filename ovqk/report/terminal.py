@@ -122,6 +122,8 @@ def _print_notes(out: Console, record: Mapping[str, Any]) -> None:
         for reason, words in grouped(dropped).items():
             verb = "is" if len(words) == 1 else "are"
             _say(out, f"{wording.counted(len(words), 'word')} of '{name}' {verb} left out: {reason}", "dim")
+        if dropped:
+            _say(out, f"{wording.counted(record['words']['kept'][name], 'word')} of '{name}' are read", "dim")
 
 
 def claims_line(claims: Mapping[str, str], model: str) -> str:
