@@ -179,7 +179,8 @@ def test_a_head_without_claims_has_no_strips() -> None:
 
 def test_components_list_their_tokens_best_first() -> None:
     figure = portraits.components({"directions": direction_table([" first", " second", " third"])}, 0, 0)
-    assert texts(figure).count("first  second  third") == 2 and "2.5" in texts(figure)
+    assert [drawing.spaces_marked(token) for token in ("a b", " a", "a  ", "  ")] == ["a b", "␣a", "a␣␣", "␣␣"]
+    assert texts(figure).count("␣first  ␣second  ␣third") == 2 and "2.5" in texts(figure)
     assert "cluster" not in " ".join(texts(figure))
 
 

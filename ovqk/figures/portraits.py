@@ -198,7 +198,7 @@ def _heading(band: SubFigure, title: str, verdicts: list[dict[str, Any]]) -> Non
         said = f"{wording.role(row['role'])}: {wording.verdict(row['verdict'], row['flags'])}"
         axes.text(0.02, -y, legible(said, 100), va="center", fontsize=14)
     if not verdicts:
-        axes.text(0, -1, "not claimed for this task", va="center", color=MUTED, fontsize=14)
+        axes.text(0, -1, "nothing is claimed about it here", va="center", color=MUTED, fontsize=14)
 
 
 def _eigenvalues(
@@ -443,7 +443,7 @@ def _components(axes: Axes, tables: HeadTables, layer: int, head: int, circuit: 
             axes.text(0.085, y, "+" if sign > 0 else "\N{MINUS SIGN}", va="center", color=MUTED)
             for x, side in ((0.11, "read"), (0.56, "write")):
                 mine = part[(part["side"] == side) & (part["sign"] == sign)].nsmallest(SHOWN_TOKENS, "rank")
-                text = "  ".join(legible(token.strip(" "), 12) for token in mine["token"])
+                text = "  ".join(legible(drawing.spaces_marked(token), 12) for token in mine["token"])
                 axes.text(x, y, text, va="center", fontsize=12, color=colour)
             y += 0.9
         y += 0.25
