@@ -149,7 +149,7 @@ def sheet(
         "partners": 1.3 + 0.32 * max(len(found) for found in _partners_of(tables, layer, head)),
     }
     parts |= {"nulls": tall + 0.5} if strips else {}
-    figure = Figure(figsize=(17, sum(parts.values())), layout=ConstrainedLayoutEngine(h_pad=0.09))
+    figure = Figure(figsize=(17, sum(parts.values())), layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.2))
     made = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=list(parts.values()))[:, 0]
     bands = dict(zip(parts, made, strict=True))
     _heading(bands["head"], f"Head {layer}.{head}" + (f"   {title}" if title else ""), verdicts)
