@@ -11,8 +11,7 @@ from support.models import BUNDLED
 
 from ovqk import wording
 from ovqk.metrics import METRICS, shown_in
-from ovqk.report import terminal
-from ovqk.report.terminal import claims_line
+from ovqk.report.terminal import claims_line, words_lines
 from ovqk.report.terminal_tables import (
     candidate_table,
     column_legend,
@@ -90,11 +89,9 @@ def test_only_columns_that_are_shown_are_explained() -> None:
     assert f"partial: {wording.FLAGS['partial']}." in told  # a verdict whose name does not say enough
 
 
-def test_words_that_stay_are_counted_beside_those_left_out(capsys) -> None:
+def test_words_that_stay_are_counted_beside_those_left_out() -> None:
     words = {"kept": {"a": 41, "b": 8}, "reasons": {"a": {"x": "not one token here"}, "b": {}}}
-    terminal._print_notes(terminal.output_console(), {"unavailable": {}, "notes": [], "words": words})
-    wanted = ["1 word of 'a' is left out: not one token here", "41 words of 'a' are read"]
-    assert capsys.readouterr().out.splitlines() == wanted
+    assert words_lines(words) == ["1 word of 'a' is left out: not one token here", "41 words of 'a' are read"]
 
 
 def test_each_column_of_a_table_without_claims_is_explained() -> None:

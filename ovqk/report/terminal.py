@@ -118,12 +118,20 @@ def _print_notes(out: Console, record: Mapping[str, Any]) -> None:
         _say(out, f"unavailable ({reason}): {shown}", "dim")
     for note in record["notes"]:
         _say(out, f"note: {note}", "dim")
-    for name, dropped in record["words"]["reasons"].items():
-        for reason, words in grouped(dropped).items():
-            verb = "is" if len(words) == 1 else "are"
-            _say(out, f"{wording.counted(len(words), 'word')} of '{name}' {verb} left out: {reason}", "dim")
+    for line in words_lines(record["words"]):
+        _say(out, line, "dim")
+
+
+def words_lines(words: Mapping[str, Any]) -> list[str]:
+    """Return lines on each word set of which words were left out: how many, why, and how many are read."""
+    found = []
+    for name, dropped in words["reasons"].items():
+        for reason, some in grouped(dropped).items():
+            verb = "is" if len(some) == 1 else "are"
+            found.append(f"{wording.counted(len(some), 'word')} of '{name}' {verb} left out: {reason}")
         if dropped:
-            _say(out, f"{wording.counted(record['words']['kept'][name], 'word')} of '{name}' are read", "dim")
+            found.append(f"{wording.counted(words['kept'][name], 'word')} of '{name}' are read")
+    return found
 
 
 def claims_line(claims: Mapping[str, str], model: str) -> str:
