@@ -314,6 +314,7 @@ def test_pairs_that_a_head_does_not_raise_are_named() -> None:
     rows = [{"layer": 23, "head": 4, "source": s, "target": t, "ov_relation_score": hit, "ov_relation_suppress": 0.0}
             for (s, t), hit in hits.items()]  # fmt: skip
     assert relation_lines(pd.DataFrame(rows)) == ["23.4  raises 1 of 2 pairs: France -> Paris; not Wales -> Cardiff"]
+    assert relation_lines(pd.DataFrame(rows[1:])) == []
 
 
 def test_a_head_that_raises_one_target_for_all_sources_has_no_relation() -> None:

@@ -97,10 +97,10 @@ def print_cell(folder: Path, cached: bool) -> None:
         for line in reasons(heads, verdicts, table.titles(out.width)):
             out.print(line, style="dim")
     relations = load_table(folder, "relations")
-    if relations is not None:
+    if relations is not None and (lines := relation_lines(relations)):
         out.print()
         _say(out, relation_legend(relations), "dim")
-        for line in relation_lines(relations):
+        for line in lines:
             _say(out, f"  {line}")
     cycles = load_table(folder, "cycles")
     if cycles is not None:
