@@ -555,7 +555,9 @@ def test_a_head_shows_the_pairs_that_it_raises_and_lowers(page_file, browser, tm
     raised, lowered = mine & (heads["target"] == "Paris"), mine & (heads["target"] == "Cardiff")
     table = heads.assign(ov_relation_score=raised.astype(float), ov_relation_suppress=lowered.astype(float))
     path = tmp_path / "page.html"
-    write_text(path, make_page([replace(cell, tables=cell.tables | {"relations": table})], [], tmp_path).html)
+    write_text(
+        path, make_page([replace(cell, tables={"heads": cell.tables["heads"], "relations": table})], [], tmp_path).html
+    )
     reader = Reader(browser.new_page(), path)
     reader.open("head/mini-attn/induction/3.4")
     said = reader.page.inner_text("#pairs").split("\n")

@@ -217,7 +217,7 @@ def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame, shown: Sequence[str] | 
             wording.role(row["role"]) if row["kind"] == "role" else f"{int(row['layer'])}.{int(row['head'])}"
             for row in rows.to_dict("records")
         ]
-        yield f"{wording.verdict(str(verdict))} ({', '.join(dict.fromkeys(names))}): {wording.reason(reason)}"
+        yield f"{wording.verdict(str(verdict))} ({', '.join(dict.fromkeys(names))}): {wording.reason(str(reason))}"
 
 
 def layer_table(heads: pd.DataFrame) -> FittedTable:
