@@ -9,7 +9,7 @@ cache, and cells find them there, also with HF_HUB_OFFLINE=1.
 import argparse
 from collections.abc import Sequence
 
-from ovqk.config.command_line import tool
+from ovqk.config.command_line import model_argument, tool
 from ovqk.errors import one_message
 from ovqk.interrupts import raise_if_remembered
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from ovqk.weights.readers import open_weights
 
     raise_if_remembered()
-    config = chosen(asked.model.removeprefix("model="), *asked.choices)
+    config = chosen(model_argument(asked.model), *asked.choices)
     checkpoint = open_checkpoint(config.model, config.hub_timeout, tensors_read)
     sizes = open_weights(checkpoint, config.model).architecture
     commit = f", commit {checkpoint.revision}" if checkpoint.revision else ""

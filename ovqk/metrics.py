@@ -153,9 +153,17 @@ def _spectral(circuit: Circuit) -> list[Metric]:
     matrix = "W_OV" if circuit is Circuit.ov else "W_QK"
     residual_ratio = "copying_residual" if circuit is Circuit.ov else "matching_residual"
     sign = {"ratio_of": "residual", "column": f"{circuit.upper()} sign (residual)"}
+    sign["legend"] = f"1 if all eigenvalues of {matrix} are positive, -1 if all are negative"
     sign |= _at("profile, residual column, atlas" if circuit is Circuit.ov else "profile, residual column", SIGNS)
     symmetry: dict[str, Any] = {"topic": "symmetry"}
-    symmetry |= {} if circuit is Circuit.ov else {"column": "symmetry"}
+    symmetry |= (
+        {}
+        if circuit is Circuit.ov
+        else {
+            "column": "symmetry",
+            "legend": "1 if the QK score stays when query and key are exchanged, -1 if its sign turns",
+        }
+    )
     symmetry |= _at(f"depth, curve, histogram, profile{'' if circuit == 'ov' else ', atlas, column'}", SYMMETRY)
     rank = _at("depth, curve, profile", RANKS)
     rows: list[tuple[str, str, str, float | None, float | None, str, dict[str, Any]]] = [
@@ -298,12 +306,12 @@ def _simulated() -> list[Metric]:
 
 
 _METRICS = [
-    _metric("ov_copying", "OV copying", "sum lambda / sum |lambda| of W_E W_OV W_U", -1.0, 1.0, {"unembedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
+    _metric("ov_copying", "OV copying", "sum lambda / sum |lambda| of W_E W_OV W_U", -1.0, 1.0, {"unembedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", legend="1 if attending to a token raises its own logit, -1 if it lowers it", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
     _metric("ov_copying_block0", "OV copying, block 0 embeddings", "the same of E W_OV W_U, E the block0 embeddings, layers >= 1", -1.0, 1.0, {"unembedding", "block0"}, full_circuit=True, topic="copying", **_at("depth, curve, profile", COPYING)),
     *_spectral(Circuit.ov),
     _metric("ov_diagonal_top10", "OV diagonal among the 10 largest", "share of tokens t with L_tt among the 10 largest of column t, L = E' W_OV W_U", 0.0, 1.0, {"unembedding", "diagonals"}, None, "McDougall et al. 2023", topic="copying"),
     _metric("ov_diagonal_bottom10", "OV diagonal among the 10 smallest", "share of tokens t with L_tt among the 10 smallest of column t, L = E' W_OV W_U", 0.0, 1.0, {"unembedding", "diagonals"}, None, "McDougall et al. 2023", topic="copying"),
-    _metric("qk_matching", "QK matching", "sum lambda / sum |lambda| of W_E W_QK W_E^T", -1.0, 1.0, {"embedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
+    _metric("qk_matching", "QK matching", "sum lambda / sum |lambda| of W_E W_QK W_E^T", -1.0, 1.0, {"embedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", legend="1 if the head looks for its own token, -1 if it avoids it", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
     _metric("qk_matching_block0", "QK matching, block 0 embeddings", "the same with block0 embeddings, layers >= 1", -1.0, 1.0, {"embedding", "block0"}, full_circuit=True, topic="copying", **_at("depth, curve, profile", COPYING)),
     _metric("qk_symmetry_vocab", "QK symmetry between tokens", "tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G)", -1.0, 1.0, {"embedding"}, topic="symmetry", **_at("curve", SYMMETRY_OF_TOKENS)),
     *_spectral(Circuit.qk),
@@ -312,7 +320,7 @@ _METRICS = [
     _metric("qk_positional_share", "QK positional share", "sum of the *_position shares (learned); position share (rotary)", 0.0, 1.0, {"embedding", "positions"}, topic="position", column="position", legend="share of the QK score's variance that is positional", **_at("depth, curve, histogram, atlas, column", POSITION)),
     _metric("qk_positional_share_normalised", "QK positional share, normalised rows", "position share of normalised rows", 0.0, 1.0, {"embedding", "rotary"}, topic="position"),
     _metric("qk_offset_r2", "QK offset R^2", "adjusted R^2 of s_ij = a_i + f(i - j)", None, 1.0, {"learned", "offsets"}, topic="position"),
-    _metric("qk_prev_auc", "QK previous-token AUC", "share of positions scored below the previous one", 0.0, 1.0, {"positions", "offsets"}, 0.5, topic="position", column="previous AUC", **_at("curve, residual column", PREVIOUS)),
+    _metric("qk_prev_auc", "QK previous-token AUC", "share of positions scored below the previous one", 0.0, 1.0, {"positions", "offsets"}, 0.5, topic="position", column="previous AUC", legend="share of earlier positions that score below the previous one", **_at("curve, residual column", PREVIOUS)),
     *_simulated(),
     _metric("qk_composed_margin", "QK match with moved tokens, margin", "max over senders s, mean_t (L_tt - mean of L_ut) / sd of L_ut, L = e W_QK (e W_OV(s))^T", None, None, {"embedding", "block0", "positions", "offsets"}, topic="composition"),
     _words("ov_task_auc", "OV copying of task tokens", "mean_t share of u with L_tu < L_tt, L = e W_OV W_U, columns centred", 0.0, 1.0, {"unembedding", "task"}, 0.5, **_at("curve, histogram", WORDS)),

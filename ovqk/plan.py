@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ovqk.config.command_line import tool
+from ovqk.config.command_line import model_argument, tool
 from ovqk.errors import UserError, one_message
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from ovqk.weights.families import family_of, tensors_read
     from ovqk.weights.readers import open_weights
 
-    config = chosen(asked.model.removeprefix("model="), *asked.choices)
+    config = chosen(model_argument(asked.model), *asked.choices)
     checkpoint, there = survey_checkpoint(config.model, config.hub_timeout, tensors_read)
     if there is not None:
         print(f"{checkpoint.label}, commit {there.commit}")

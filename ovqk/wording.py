@@ -38,6 +38,8 @@ VERDICTS = {
 }
 """Verdict -> its name; the verdicts that say most come first."""
 FLAGS = {
+    "partial": "it stands out under some of the nulls that count, not only spectrum, and not under all",
+    "unsupported": "it stands out under none of the nulls that count",
     "consistent only": "the head stands out against nothing but random heads with its own singular values",
     "partial (mixed)": "another prediction of the role is significant the other way",
     "consistent only (mixed)": "another prediction of the role is significant the other way",
@@ -46,6 +48,10 @@ FLAGS = {
     ),
 }
 """Verdict, perhaps with a flag -> what it says, if its name does not."""
+ALONE = "on its own it cannot get below"
+"""How a recorded reason begins to say what q a head or role can have at best, if no other is as significant."""
+BESIDE_OTHERS = "; beside others that stand out as much, q may be less"
+"""The other half of such a reason: a q may stand below the bound that holds alone."""
 MEANS = {
     "corroborated": "The weights could do this: {claim}.",
     "partial": "Some evidence that the weights could do this: {claim}.",
@@ -197,6 +203,13 @@ SIDES = {"sender": "Reads from", "receiver": "Is read by"}
 """Which end of a composition the other head is -> the title of such pairs."""
 VERBS = {"ov": ("reads", "writes"), "qk": ("query", "key")}
 """Circuit -> how a singular component treats the tokens at its two ends."""
+CLUSTER = "cluster of {size}: only their span means something"
+"""Components with values so near each other that none is determined alone."""
+CLUSTER_NOTE = (
+    "A cluster: the components' values lie within 10 % of each other, one after the other. Then only the space that "
+    "they span together is determined. Any mixture of them would do as well, so a grey list is no finding."
+)
+"""The same where token lists stand in a table."""
 RANKS = "mean rank within layers"
 """The axis for a role's test against other heads."""
 CANNOT, REPORTED = "cannot reach p ≤ 0.05", "reported only"
@@ -250,6 +263,11 @@ def verdict(name: str, flags: str | None = None) -> str:
     """Return a verdict with its flags, if it has any, in brackets."""
     said = VERDICTS.get(name, name)
     return f"{said} ({flags})" if flags else said
+
+
+def reason(recorded: str) -> str:
+    """Return a verdict's recorded reason; if it gives the least q alone, with what q may be beside others."""
+    return f"{recorded}{BESIDE_OTHERS}" if ALONE in recorded else recorded
 
 
 def metric(name: str) -> str:

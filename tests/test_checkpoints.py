@@ -39,8 +39,13 @@ def test_a_missing_path_and_one_that_is_no_checkpoint(tmp_path) -> None:
     with pytest.raises(UserError, match="not valid JSON"):
         opened(tmp_path / "empty")
     (tmp_path / "text.txt").write_text("hello")
-    with pytest.raises(UserError, match="not a complete safetensors file"):
+    with pytest.raises(
+        UserError, match=r"text\.txt: not a GGUF or safetensors file; allowed: a Hugging Face directory, "
+    ):
         opened(tmp_path / "text.txt")
+    (tmp_path / "text.txt").rename(tmp_path / "text.safetensors")
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        opened(tmp_path / "text.safetensors")
 
 
 def test_pickled_weights_are_refused_by_name(tmp_path) -> None:

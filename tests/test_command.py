@@ -18,7 +18,16 @@ from support import ROOT
 
 from ovqk import command
 from ovqk.config import command_line, composing
-from ovqk.config.command_line import TOOLS, choices_together, config_folders, program, quoted, tool
+from ovqk.config.command_line import (
+    TOOLS,
+    choices_together,
+    composable,
+    config_folders,
+    model_argument,
+    program,
+    quoted,
+    tool,
+)
 from ovqk.config.place import CONF
 from ovqk.config.schema import register
 
@@ -84,6 +93,10 @@ def test_folders_of_configs_and_odd_values() -> None:
     assert config_folders(["-cd", "a b", "task=ioi", "--config-dir=c", "--config-dir", "d"]) == ["a b", "c", "d"]
     assert config_folders(["-cd"]) == []
     assert quoted("model.path", "a/b") == "model.path=a/b"
+    for path in ("a/b", "~/b c", "it's", 'a"b', "x=1"):
+        for text in (path, composable("model.path", path), f"model.path={path}", f"model={path}"):
+            assert model_argument(text) == path, text
+    assert model_argument("task=ioi") == "task=ioi"
     assert quoted("model.path", "~/b") == "'model.path=\"~/b\"'"
 
 

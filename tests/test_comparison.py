@@ -13,7 +13,7 @@ from support.models import BUNDLED
 from ovqk.cell import run_cell
 from ovqk.records import comparison
 from ovqk.records.results import cell_folders, load_table
-from ovqk.report import terminal
+from ovqk.report import sweep_tables, terminal
 
 
 def test_relative_depth_runs_from_the_first_layer_to_the_last() -> None:
@@ -79,7 +79,7 @@ def test_other_weights_of_the_same_name_are_not_taken_for_the_same(folders, tmp_
     assert set(table["weights"]) == {"ffffffff", own}
     out = terminal.output_console()
     with out.capture() as captured:
-        out.print(terminal.depth_table([folders[-1], twin]))
+        out.print(sweep_tables.depth_table([folders[-1], twin]))
     assert "(ffffffff)" in captured.get()
 
 
@@ -109,8 +109,8 @@ def test_effective_ranks_are_shares_of_the_rank_that_a_head_could_have(folders) 
 def test_the_printed_tables_name_models_and_processing(folders) -> None:
     out = terminal.output_console()
     with out.capture() as captured:
-        out.print(terminal.role_table(folders))
-        out.print(terminal.depth_table(folders))
+        out.print(sweep_tables.role_table(folders))
+        out.print(sweep_tables.depth_table(folders))
     text = captured.get()
     assert "mini-attn (raw)" in text and "twin (folded)" in text and "last quarter" in text
     assert "agreement output" in text and "no claims" in text

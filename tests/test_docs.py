@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from support import ROOT
 from support.commands import compose
 from support.scripts import script
@@ -114,6 +115,17 @@ def test_every_metric_is_explained() -> None:
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     missing = sorted({*METRICS, *COMPOSITION_METRICS} - named)
     assert not missing, f"docs/reading.md has no row of {', '.join(missing)}"
+
+
+def test_every_role_is_explained_with_its_primary_metric() -> None:
+    page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    told = {
+        row[1]: row[2] for row in re.finditer(r"^\| `(\w+)` \| .+ \| (.+) \|$", page.split("\n## Roles\n")[1], re.M)
+    }
+    for path in (ROOT / "conf" / "task").glob("*.yaml"):
+        for role, of in (yaml.safe_load(path.read_text(encoding="utf-8")).get("roles") or {}).items():
+            primary = next(iter((of or {}).get("predictions", [])), None)
+            assert told[role] == ("none" if primary is None else f"`{primary['metric']}` {primary['direction']}"), role
 
 
 def test_what_is_cited_is_in_the_literature() -> None:

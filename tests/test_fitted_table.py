@@ -17,7 +17,7 @@ from support.reported import make_results
 from ovqk import wording
 from ovqk.records.comparison import QUARTERS
 from ovqk.records.results import load_table
-from ovqk.report import terminal
+from ovqk.report import sweep_tables, terminal
 from ovqk.report.fitted_table import CORE, UNBROKEN, Column, FittedTable, wrapped
 from ovqk.report.on_prompts import prompts_table
 from ovqk.report.terminal_tables import reasons, verdict_table
@@ -150,8 +150,8 @@ def prompted(tmp_path_factory) -> Path:
 def test_the_tables_of_a_cell_on_prompts_and_of_its_sweep_fit_every_width(width, prompted) -> None:
     heads, verdicts, roles, joint = (load_table(prompted, name) for name in ("heads", "verdicts", "roles", "joint"))
     tables = [
-        verdict_table(heads, verdicts), prompts_table(joint, roles), terminal.role_table([prompted]),
-        terminal.depth_table([prompted]),
+        verdict_table(heads, verdicts), prompts_table(joint, roles), sweep_tables.role_table([prompted]),
+        sweep_tables.depth_table([prompted]),
     ]  # fmt: skip
     verdict, on_prompts, by_role, by_depth = ("\n".join(printed(table, width)) for table in tables)
     for text in (verdict, on_prompts, by_role, by_depth):

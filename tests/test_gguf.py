@@ -311,6 +311,10 @@ def test_files_that_are_refused(tiny, tmp_path) -> None:
     assert "allowed: little-endian files of version 2 or 3" in message(data[:4] + struct.pack("<I", 1) + data[8:])
     assert "of the other byte order" in message(data[:4] + struct.pack(">I", 3) + data[8:])
     assert "cannot mmap an empty file" in message(b"")
+    begins = data[:8] + struct.pack("<QQ", 0, 1) + struct.pack("<Q1sI", 1, b"k", 9)  # a key whose value is a list
+    stub = begins + struct.pack("<IQ", 8, 49152)
+    assert f"a list of 49,152 values in its metadata goes beyond the file's {len(stub)} bytes" in message(stub)
+    assert f"its header goes beyond the file's {len(begins)} bytes" in message(begins)
     for size in (5, 30, 200, len(data) // 2, len(data) - 40):
         assert "not a complete GGUF file" in message(data[:size])
     other = data.replace(b"general.architecture\x08\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00\x00llama",

@@ -52,6 +52,10 @@ def test_help_names_every_choice(shown, key, group) -> None:
     assert choices(group) - expanded(section(shown, key)) == set()
 
 
+def test_help_names_the_tools_beside_cells(shown) -> None:
+    assert all(tool in shown for tool in ("report results", "track results", "fetch MODEL", "plan MODEL"))
+
+
 def test_help_names_no_model_that_is_not_there(shown) -> None:
     named = {word for word in expanded(section(shown, "model=")) if re.search(r"[a-z].*[-.]?\d", word)}
     assert named - choices("model") == set()

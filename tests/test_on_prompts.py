@@ -19,7 +19,7 @@ from ovqk.records import comparison, on_prompts
 from ovqk.records.cells import Cell, read_cells
 from ovqk.records.record import read_record
 from ovqk.records.results import load_table
-from ovqk.report import terminal
+from ovqk.report import sweep_tables, terminal
 from ovqk.report.on_prompts import attending_lines, effects_lines, prompts_table, role_reasons
 from ovqk.report.page import make_page
 from ovqk.report.prompts_data import prompt_data
@@ -165,7 +165,7 @@ def test_a_cell_that_did_not_run_its_model_is_shown_as_before(plain) -> None:
     assert not {"on_prompts", "prompt_heads", "prompt_values"} & set(data["cells"][0])
     assert not {"readings", "on_prompts"} & set(data["wording"]) and "on_prompts" not in data["palette"]
     assert "on_prompts" not in comparison.roles([plain])
-    assert "on prompts" not in [column.title for column in terminal.role_table([plain]).columns]
+    assert "on prompts" not in [column.title for column in sweep_tables.role_table([plain]).columns]
     assert "prompts" not in overview_tables(Sweep("one", plain, [plain]))
 
 
@@ -238,7 +238,7 @@ def test_a_sweep_counts_what_claimed_heads_do(results, plain) -> None:
     assert rows["b03", "induction"] == {} and rows["full", "induction"] == {"realised": 3, "not_realised": 1}
     out = terminal.output_console()
     with out.capture() as capture:
-        out.print(terminal.role_table([folder, plain]))
+        out.print(sweep_tables.role_table([folder, plain]))
     text = capture.get()
     assert "on prompts" in text and "3 realised" in text and "ov_copying" in text
     assert max(map(len, text.splitlines())) <= terminal.LOG_WIDTH

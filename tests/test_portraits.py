@@ -179,4 +179,15 @@ def test_a_head_without_claims_has_no_strips() -> None:
 
 def test_components_list_their_tokens_best_first() -> None:
     figure = portraits.components({"directions": direction_table([" first", " second", " third"])}, 0, 0)
-    assert texts(figure).count("first  second  third") == 2 and "2.5" in texts(figure)
+    assert [drawing.spaces_marked(token) for token in ("a b", " a", "a  ", "  ")] == ["a b", "␣a", "a␣␣", "␣␣"]
+    assert texts(figure).count("␣first  ␣second  ␣third") == 2 and "2.5" in texts(figure)
+    assert "cluster" not in " ".join(texts(figure))
+
+
+def test_components_that_are_not_determined_are_grey_and_said_to_be_none_alone() -> None:
+    alone = direction_table([" first"])
+    table = pd.concat([alone, alone.assign(component=1, value=2.4, cluster_size=64)])
+    (axes,) = portraits.components({"directions": table}, 0, 0).axes
+    assert axes.get_title(loc="left").endswith("(grey: a cluster, only its span means something)")
+    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    assert (colours["2.5"], colours["2.4"]) == (drawing.INK, drawing.MUTED)

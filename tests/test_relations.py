@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +24,9 @@ from ovqk.circuits import alignment, spectra
 from ovqk.circuits.relations import Pairs, auc_by_pair, first_by_pair
 from ovqk.config.schema import Circuit, ClaimsConfig, RoleConfig, TaskConfig, VariableConfig, VariableKind
 from ovqk.errors import UserError
+from ovqk.report import thinning
+from ovqk.report.relation_lines import relation_legend, relation_lines
+from ovqk.report.thinning import Grid
 from ovqk.structure.model import Layer
 from ovqk.tasks.claims import check_roles
 from ovqk.tasks.readouts import RELATION_METRICS, metrics_of_other_kinds
@@ -218,6 +222,7 @@ def test_other_variables_have_no_relation() -> None:
     for kind in ("set", "contrast"):
         result = run(Random(), task(kind, {"r": []}, {"r": ["0.0"]}), "analysis=ov")
         assert result.tables["heads"][list(RELATION_METRICS)].isna().all(axis=None)
+        assert "relations" not in result.tables
         assert all("the task's variable 'v' is a" in result.unavailable[name] for name in RELATION_METRICS)
 
 
@@ -288,6 +293,28 @@ def test_a_planted_head_has_the_relation_and_its_negative_suppresses_it() -> Non
     assert heads.loc[(1, 2), "ov_relation_score"] < 0.5
     candidates = result.tables["candidates"]
     assert candidates.iloc[0][["layer", "head", "value"]].tolist() == [1, 0, 1]
+    pairs = result.tables["relations"]
+    means = pairs.groupby(["layer", "head"])[list(RELATION_METRICS)].mean()
+    pd.testing.assert_frame_equal(means, heads.dropna(), check_dtype=False)
+    own = pairs[(pairs["layer"] == 1) & (pairs["head"] == 0)]
+    assert own["source"].tolist() == words["a"] and own["target"].tolist() == words["b"]
+    lines, shown = relation_lines(pairs), thinning.relations(pairs, Grid.of(result.tables["heads"]))
+    assert lines[0].startswith("1.0  raises 12 of 12 pairs: w10 -> w40, w11 -> w41, ") and lines[0].endswith(
+        " and 4 more"
+    )
+    assert lines[-1].startswith("1.1  lowers 12 of 12 pairs: w10 -> w40, ") and len(lines) <= 4
+    assert "among the first ten of all tokens" in relation_legend(pairs)
+    assert shown["pairs"] == [list(pair) for pair in zip(words["a"], words["b"], strict=True)]
+    assert shown["heads"][4] == {"raised": [*range(12)], "lowered": []}
+    assert shown["heads"][5] == {"raised": [], "lowered": [*range(12)]}
+
+
+def test_pairs_that_a_head_does_not_raise_are_named() -> None:
+    hits = {("France", "Paris"): 1.0, ("Wales", "Cardiff"): 0.0}
+    rows = [{"layer": 23, "head": 4, "source": s, "target": t, "ov_relation_score": hit, "ov_relation_suppress": 0.0}
+            for (s, t), hit in hits.items()]  # fmt: skip
+    assert relation_lines(pd.DataFrame(rows)) == ["23.4  raises 1 of 2 pairs: France -> Paris; not Wales -> Cardiff"]
+    assert relation_lines(pd.DataFrame(rows[1:])) == []
 
 
 def test_a_head_that_raises_one_target_for_all_sources_has_no_relation() -> None:

@@ -19,7 +19,9 @@ from support.commands import compose
 from support.models import BUNDLED, shared_model
 from support.reported import FAILED, HOSTILE, HOSTILE_MODEL, STORABLE, make_results, page_data
 
+from ovqk import wording
 from ovqk.cell import run_cell
+from ovqk.config.command_line import program
 from ovqk.errors import UserError
 from ovqk.figures import comparisons
 from ovqk.figures.choice import file_name, sweep_figures
@@ -107,6 +109,8 @@ def test_verdicts_and_quantiles_reach_the_page(results, made) -> None:
     verdicts = pd.read_parquet(results / cell["folder"] / "verdicts.parquet")
     texts, at = cell["verdicts"]["verdict"]["texts"], data["pool"][cell["verdicts"]["verdict"]["at"]]
     assert [texts[place] for place in at] == verdicts["verdict"].tolist()
+    reasons, at = cell["verdicts"]["reason"]["texts"], data["pool"][cell["verdicts"]["reason"]["at"]]
+    assert [reasons[place] for place in at] == verdicts["reason"].map(wording.reason).tolist()
     tests = pd.read_parquet(results / cell["folder"] / "tests.parquet")
     nulls = pd.read_parquet(results / cell["folder"] / "nulls.parquet")
     values = data["pool"][cell["tests"]["quantile_values"]]
@@ -491,7 +495,18 @@ def test_a_figure_refuses_several_cells_as_one(several) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_part_of_a_results_folder_is_named_with_the_whole(several, depth) -> None:
+def test_a_part_of_a_results_folder_is_reported_alone(several, tmp_path, depth) -> None:
     part = next(several.glob("/".join("*" * depth)))
-    with pytest.raises(UserError, match=re.escape(f"{part} is a part of a results folder: give the whole, {several}.")):
-        write_report(part)
+    wanted = [cell.folder for cell in read_cells(several)[0] if part in (cell.folder, *cell.folder.parents)]
+    assert [cell.folder for cell in read_cells(part)[0]] == wanted and len(wanted) == (1 if depth == 3 else 4)
+    if depth == 3:
+        said = write_report(part, tmp_path / "page.html", with_figures=False)
+        assert said[0].endswith(", 1 cell of 1 model)")
+
+
+def test_a_part_without_results_is_named_by_its_place(results) -> None:
+    (failure,) = read_cells(results / "broken" / "ioi")[1]
+    assert (failure.model, failure.task) == ("broken", "ioi")
+    remedy = f"holds no finished cell (1 cell without results). Compute one first: {program()} results_dir={results}"
+    with pytest.raises(UserError, match=f"{re.escape(remedy)}$"):
+        write_report(results / "broken")

@@ -8,9 +8,11 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
+import pandas as pd
 import pytest
 from support import ROOT
 from support.commands import compose
@@ -38,6 +40,7 @@ SECTIONS = (
 )
 ARTEFACTS = ROOT / "artefacts"
 HOSTILE_CELL = f"{quote(HOSTILE_MODEL, safe='')}/induction"
+PAIRS = pd.DataFrame({"source": ["France", "Wales", "<b>Oz</b>"], "target": ["Paris", "Cardiff", "Emerald"]})
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: no browser to open the report in")
 
 
@@ -539,6 +542,40 @@ def test_a_head_names_the_components_of_its_senders_that_it_reads_with_their_tok
             assert cell.replace("␣", " ").strip().startswith(best.replace("Ġ", " ").strip()), (name, cell, best)
     assert any("lists it" not in row[-1] for row in rows)
     reader.see("components")
+
+
+def test_components_that_are_not_determined_are_grey_and_say_why(reader, page_file) -> None:
+    (folder,) = (page_file.parent / "mini-attn" / "induction").glob("b03-*")
+    rows = load_table(folder, "directions").query("circuit == 'ov' and kind == 'singular' and component == 0")
+    size = rows.groupby(["layer", "head"])["cluster_size"].first()
+    (layer, head), n = size[size > 1].index[0], size[size > 1].iloc[0]
+    reader.open(f"head/mini-attn/induction/{layer}.{head}")
+    table = reader.page.locator("table.components").first
+    assert wording.CLUSTER.format(size=n) in table.inner_text()
+    assert wording.CLUSTER_NOTE in reader.texts(".scroll > .note")
+    colour = table.locator(".clustered .token").first.evaluate("node => getComputedStyle(node).color")
+    assert colour != reader.page.evaluate("getComputedStyle(document.body).color")
+
+
+def test_a_head_shows_the_pairs_that_it_raises_and_lowers(page_file, browser, tmp_path) -> None:
+    cells, _ = read_cells(page_file.parent)
+    cell = next(cell for cell in cells if cell.place == ("mini-attn", "induction"))
+    heads = cell.tables["heads"][["layer", "head"]].merge(PAIRS, how="cross")
+    mine = (heads["layer"] == 3) & (heads["head"] == 4)
+    raised, lowered = mine & (heads["target"] == "Paris"), mine & (heads["target"] == "Cardiff")
+    table = heads.assign(ov_relation_score=raised.astype(float), ov_relation_suppress=lowered.astype(float))
+    path = tmp_path / "page.html"
+    write_text(
+        path, make_page([replace(cell, tables={"heads": cell.tables["heads"], "relations": table})], [], tmp_path).html
+    )
+    reader = Reader(browser.new_page(), path)
+    reader.open("head/mini-attn/induction/3.4")
+    said = reader.page.inner_text("#pairs").split("\n")
+    assert said == ["Raised: 1 of 3", "France → Paris", "Lowered: 1 of 3", "Wales → Cardiff",
+                    "Not raised: 2", "Wales → Cardiff", "<b>Oz</b> → Emerald"]  # fmt: skip
+    reader.open("head/mini-attn/induction/3.3")
+    assert reader.page.inner_text("#pairs").startswith("Raised: 0 of 3\nnone\n") and not reader.complaints
+    reader.page.close()
 
 
 # --- a sweep of everything -----------------------------------------------------------------------------------

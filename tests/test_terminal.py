@@ -1,19 +1,25 @@
 """What a person reads of a cell: whose claims, which heads, which pairs; nothing that is not there."""
 
 import io
+import re
 
 import pandas as pd
 import pytest
 from rich.console import Console
 from support.models import BUNDLED
 
-from ovqk.report.terminal import _print_pairs, claims_line
+from ovqk import wording
+from ovqk.metrics import METRICS, shown_in
+from ovqk.report.terminal import _print_pairs, claims_line, words_lines
 from ovqk.report.terminal_tables import (
     candidate_table,
     claimed_pairs,
+    column_legend,
     found_line,
+    layer_table,
     pair_table,
     reasons,
+    shown_columns,
     sweep_candidate_table,
     verdict_table,
     virtual_table,
@@ -72,12 +78,37 @@ def test_one_reason_for_two_verdicts_is_told_for_each() -> None:
     assert told[-2:] == ["partial (name mover): r", "unsupported (1.2): r"]
 
 
+def test_a_bound_that_holds_alone_is_said_to_be_one_beside_a_q_below_it() -> None:
+    """In the table: q = 0.14, which is below what is impossible alone."""
+    bound = f"{wording.ALONE} q = 0.36 under depth, whatever its value"
+    told = list(reasons(HEADS, pd.DataFrame([a_verdict(q=0.14, reason=bound)])))[-1]
+    assert told == f"partial (name mover): {bound}; beside others that stand out as much, q may be less"
+    assert wording.reason("not tested under layer") == "not tested under layer"
+
+
 def test_only_columns_that_are_shown_are_explained() -> None:
     verdicts = pd.DataFrame([a_verdict()])
     assert not any("align" in line or "position:" in line for line in reasons(HEADS, verdicts))
+    assert not any("unsupported:" in line for line in reasons(HEADS, verdicts))
     shown = HEADS.assign(qk_matching=0.1, qk_symmetry=0.1, qk_key_alignment=1.0)
     told = " ".join(reasons(shown, verdicts))
     assert "QK align: key side" in told and "OV align" not in told and "position:" not in told
+    assert f"partial: {wording.FLAGS['partial']}." in told  # a verdict whose name does not say enough
+
+
+def test_words_that_stay_are_counted_beside_those_left_out() -> None:
+    words = {"kept": {"a": 41, "b": 8}, "reasons": {"a": {"x": "not one token here"}, "b": {}}}
+    assert words_lines(words) == ["1 word of 'a' is left out: not one token here", "41 words of 'a' are read"]
+
+
+def test_each_column_of_a_table_without_claims_is_explained() -> None:
+    metrics = {*shown_in("column"), *shown_in("residual column")}
+    heads = pd.DataFrame([{"layer": 0, "head": 0} | dict.fromkeys(metrics, 1.0)])
+    titles = [title for title, _ in shown_columns(heads)]
+    assert layer_table(heads).titles(200) == ["layer", *titles]
+    legend = column_legend(heads, titles)
+    assert all(re.search(rf"(^|\. |, ){re.escape(title)}[:,]", legend) for title in titles) and len(titles) >= 5
+    assert all(METRICS[name].legend for name in shown_in("residual column"))
 
 
 def candidates(role: str, heads: list[str], **changes) -> list[dict]:

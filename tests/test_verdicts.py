@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from ovqk import wording
 from ovqk.config.schema import PredictionConfig
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import Predicted
@@ -145,7 +146,7 @@ def test_a_head_of_a_role_that_composes_is_said_to_be_tested_with_its_role() -> 
 
 
 def test_a_verdict_that_could_not_be_significant_alone_says_so_and_under_what() -> None:
-    begins, ends = "on its own it cannot get below ", ", whatever its value"
+    begins, ends = f"{wording.ALONE} ", ", whatever its value"
     found = decided([a_row("depth", NEITHER, min_q=0.07), a_row("spectrum", NEITHER, min_q=0.06)])
     wanted = f"{begins}q = 0.07 under depth, q = 0.06 under spectrum{ends}"
     assert (found["verdict"], found["reason"]) == ("unsupported", wanted)

@@ -191,6 +191,8 @@ class _Cursor:
 
     def number(self, letter: str) -> Any:
         """Read one number of struct's format."""
+        if self.at + struct.calcsize(letter) > len(self.data):
+            raise ValueError(f"its header goes beyond the file's {len(self.data):,} bytes")
         (found,) = struct.unpack_from(f"<{letter}", self.data, self.at)
         self.at += struct.calcsize(letter)
         return found
@@ -217,7 +219,9 @@ class _Cursor:
             raise ValueError(f"the metadata hold a value of the unknown type {kind}")
         of, count = self.number("I"), self.number("Q")
         if count > len(self.data):
-            raise ValueError(f"the metadata hold a list of {count} values")
+            raise ValueError(
+                f"a list of {count:,} values in its metadata goes beyond the file's {len(self.data):,} bytes"
+            )
         if of == STRING:
             return [self.string() for _ in range(count)]
         if of not in SCALARS:

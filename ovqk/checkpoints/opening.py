@@ -27,7 +27,7 @@ from ovqk.config.schema import ModelConfig, Source
 from ovqk.errors import UserError
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
-GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
+GGUF, GGUF_MAGIC, SAFETENSORS = ".gguf", b"GGUF", ".safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 LOCAL_KINDS = "a Hugging Face directory, a GGUF file, or one safetensors file of TransformerLens names"
 
@@ -83,6 +83,8 @@ def _open_local(model: ModelConfig) -> Checkpoint:
             return _open_gguf(path, label)
         if path.suffix in PICKLED:
             raise UserError(f"{label}: a pickled file, which ovqk does not unpickle; allowed: safetensors, GGUF.")
+        if path.suffix != SAFETENSORS and not _begins_with(path, b"{", after=8):  # a safetensors header is JSON
+            raise UserError(f"{label}: not a GGUF or safetensors file; allowed: {LOCAL_KINDS}.")
         files, shapes, unread = index_files([path])
         if not any(name.startswith("blocks.") for name in files):
             raise UserError(
@@ -94,10 +96,11 @@ def _open_local(model: ModelConfig) -> Checkpoint:
     raise UserError(f"{label}: no such file or directory.")
 
 
-def _begins_with(path: Path, magic: bytes) -> bool:
+def _begins_with(path: Path, magic: bytes, after: int = 0) -> bool:
+    """Return whether these bytes stand at a file's beginning, after so many others."""
     try:
         with path.open("rb") as file:
-            return file.read(len(magic)) == magic
+            return file.read(after + len(magic))[after:] == magic
     except OSError:
         return False
 

@@ -95,6 +95,10 @@ def config_folders(arguments: Sequence[str] | None = None) -> list[str]:
     return found
 
 
+MODEL_KEYS = ("model", "model.path", "model.repo")
+"""Keys of which one names a model by its value alone."""
+
+
 def choices_together(arguments: Sequence[str]) -> list[str]:
     """Return a command line with its choices, KEY=VALUE, before its options, each in their order.
 
@@ -126,6 +130,20 @@ def composable(key: str, value: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+
+
+def model_argument(text: str) -> str:
+    """Return the model that a tool's first argument names: as it stands, or as `model.path="PATH"` and so on name it.
+
+    Errors and `--help` teach these choices for cells, so a tool takes them as well, in Hydra's quotes or bare.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or key not in MODEL_KEYS:
+        return text
+    quote = value[:1]
+    if quote in ("'", '"') and len(value) > 1 and value.endswith(quote):
+        value = value[1:-1].replace(f"\\{quote}", quote)
+    return value
 
 
 def quoted(key: str, value: str) -> str:

@@ -80,6 +80,13 @@ def legible(text: str, most: int = 40) -> str:
     return "".join(map(letter, cut))
 
 
+def spaces_marked(token: str) -> str:
+    """Return a token with the spaces at its ends as marks, as on the page: " Paris" and "Paris" are two tokens."""
+    inner = token.strip(" ")
+    before = len(token) - len(token.lstrip(" "))
+    return "␣" * before + inner + "␣" * (len(token) - before - len(inner))
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """Return a number as figures show it; `unavailable` if it is missing."""
     if value is None or not math.isfinite(value):

@@ -149,7 +149,7 @@ def sheet(
         "partners": 1.3 + 0.32 * max(len(found) for found in _partners_of(tables, layer, head)),
     }
     parts |= {"nulls": tall + 0.5} if strips else {}
-    figure = Figure(figsize=(17, sum(parts.values())), layout=ConstrainedLayoutEngine(h_pad=0.09))
+    figure = Figure(figsize=(17, sum(parts.values())), layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.2))
     made = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=list(parts.values()))[:, 0]
     bands = dict(zip(parts, made, strict=True))
     _heading(bands["head"], f"Head {layer}.{head}" + (f"   {title}" if title else ""), verdicts)
@@ -198,7 +198,7 @@ def _heading(band: SubFigure, title: str, verdicts: list[dict[str, Any]]) -> Non
         said = f"{wording.role(row['role'])}: {wording.verdict(row['verdict'], row['flags'])}"
         axes.text(0.02, -y, legible(said, 100), va="center", fontsize=14)
     if not verdicts:
-        axes.text(0, -1, "not claimed for this task", va="center", color=MUTED, fontsize=14)
+        axes.text(0, -1, "nothing is claimed about it here", va="center", color=MUTED, fontsize=14)
 
 
 def _eigenvalues(
@@ -430,20 +430,21 @@ def _components(axes: Axes, tables: HeadTables, layer: int, head: int, circuit: 
         drawing.unavailable(axes, title, "no tokens were read out")
         return
     axes.set_axis_off()
-    axes.set_title(title)
+    clustered = (rows["cluster_size"] > 1).any()
+    axes.set_title(title + (" (grey: a cluster, only its span means something)" if clustered else ""))
     reads, writes = wording.VERBS[circuit]
     for x, text in zip((0.0, 0.11, 0.56), ("sigma", reads, f"→ {writes}"), strict=True):
         axes.text(x, 0, text, color=MUTED, va="center", fontsize=12)
     y = 1.0
     for _, part in rows.groupby("component"):
-        axes.text(0, y, f"{part.iloc[0]['value']:.3g}", va="center", fontweight="bold")
+        colour = INK if part["cluster_size"].iloc[0] == 1 else MUTED
+        axes.text(0, y, f"{part['value'].iloc[0]:.3g}", va="center", fontweight="bold", color=colour)
         for sign in (1, -1):
             axes.text(0.085, y, "+" if sign > 0 else "\N{MINUS SIGN}", va="center", color=MUTED)
             for x, side in ((0.11, "read"), (0.56, "write")):
                 mine = part[(part["side"] == side) & (part["sign"] == sign)].nsmallest(SHOWN_TOKENS, "rank")
-                axes.text(
-                    x, y, "  ".join(legible(token.strip(" "), 12) for token in mine["token"]), va="center", fontsize=12
-                )
+                text = "  ".join(legible(drawing.spaces_marked(token), 12) for token in mine["token"])
+                axes.text(x, y, text, va="center", fontsize=12, color=colour)
             y += 0.9
         y += 0.25
     axes.set(xlim=(0, 1), ylim=(y, -0.6))

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ovqk.records.comparison import differences
 from ovqk.records.record import fault, read_record, says_done
-from ovqk.records.results import cell_folders, load_table
+from ovqk.records.results import cell_folders, folders_of_part, load_table
 
 ANALYSES = (
     "full",
@@ -36,6 +36,7 @@ TABLES = (
     "joint",
     "cycles",
     "frequencies",
+    "relations",
 )
 Json = dict[str, Any]
 Heads = set[tuple[int, int]]
@@ -113,15 +114,16 @@ class Failure:
 
 
 def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
-    """Read the cells in a results folder.
+    """Read the cells in a results folder, or in a model's, a task's or a cell's folder inside one.
 
     Returns:
         The finished cells, and those that failed or whose files cannot be read.
     """
     cells, failures = [], []
-    for folder in cell_folders(results_dir):
+    for folder in list(cell_folders(results_dir)) or folders_of_part(results_dir):
         record = read_record(folder)
-        name = dict(zip(("model", "task", "analysis"), folder.relative_to(results_dir).parts, strict=True))
+        parts = (results_dir.resolve() / folder.relative_to(results_dir)).parts[-3:]
+        name = dict(zip(("model", "task", "analysis"), parts, strict=True))
         if record is None:
             failures.append(Failure(**name, error="its record.json cannot be read"))
             continue

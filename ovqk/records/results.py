@@ -22,6 +22,12 @@ def cell_folders(results_dir: str | Path) -> Iterator[Path]:
     yield from sorted(path.parent for path in Path(results_dir).glob(f"*/*/*/{RECORD}"))
 
 
+def folders_of_part(part: Path) -> list[Path]:
+    """Return the cells' folders under a model's, a task's or a cell's own folder; none if it is none of these."""
+    found = ([path.parent for path in part.glob("*/" * depth + RECORD)] for depth in range(3))
+    return sorted(next(filter(None, found), []))
+
+
 def load_table(folder: Path, name: str) -> pd.DataFrame | None:
     """Return one of a cell's tables; None if the analysis did not make it."""
     path = folder / f"{name}.parquet"

@@ -41,6 +41,7 @@ POSITIONS = {
     "roles": ("layer", "head"),
     "joint": ("layer", "head"),
     "fidelity": ("layer",),
+    "relations": ("layer", "head"),
 }
 """Table -> its columns with the numbers of layers and heads."""
 TEXTS: dict[str, tuple[str, ...]] = {
@@ -56,6 +57,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "roles": ("role", "verdict"),
     "joint": ("kind", "role"),
     "fidelity": ("embedding",),
+    "relations": ("source", "target"),
     "cycles": ("part",),
     "frequencies": ("part",),
 }
@@ -70,6 +72,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "nulls": ("quantile", "value"),
     "verdicts": ("value", "effect", "p", "q"),
     "fidelity": ("n_words", "cosine"),
+    "relations": ("ov_relation_score", "ov_relation_suppress"),
     "cycles": ("layer", "head", "frequency", "share", "q"),
     "frequencies": ("layer", "head", "frequency", "power"),
 }

@@ -297,7 +297,10 @@ def _cell(
         content["by_layer"] = columnar(tables["layers"], pool)
     if "verdicts" in tables:
         verdicts = tables["verdicts"]
-        content["verdicts"] = columnar(verdicts.assign(decidable=could_be_corroborated(verdicts)), pool)
+        reasons = verdicts["reason"].map(wording.reason, na_action="ignore")
+        content["verdicts"] = columnar(verdicts.assign(decidable=could_be_corroborated(verdicts), reason=reasons), pool)
+    if "relations" in tables:
+        content["relations"] = thinning.relations(tables["relations"], heads)
     if "candidates" in tables:
         content["candidates"] = columnar(tables["candidates"], pool)
     if "tests" in tables:

@@ -165,6 +165,8 @@ def panel_words() -> Json:
         },
         "sides": wording.SIDES,
         "verbs": wording.VERBS,
+        "cluster": wording.CLUSTER,
+        "cluster_note": wording.CLUSTER_NOTE,
         "panels": wording.PANELS,
         "axes": wording.AXES,
         "units": {"value": "", "rank": wording.RANKS, "percentile": "percentile"},

@@ -18,13 +18,11 @@ from ovqk.config.command_line import program, python, send_command, tool
 from ovqk.config.schema import TrackingConfig
 from ovqk.errors import printable
 from ovqk.metrics import NOT_APPLICABLE
-from ovqk.records import comparison
 from ovqk.records.outcomes import Outcome
 from ovqk.records.record import read_record, read_tracking, says_done
 from ovqk.records.results import load_table
-from ovqk.records.steps import said, shared_steps, twins
+from ovqk.records.steps import said, shared_steps
 from ovqk.report.cycles import print_cycles
-from ovqk.report.fitted_table import CORE, Column, FittedTable
 from ovqk.report.on_prompts import (
     attending_lines,
     effects_lines,
@@ -33,17 +31,18 @@ from ovqk.report.on_prompts import (
     prompts_table,
     role_reasons,
 )
+from ovqk.report.relation_lines import relation_legend, relation_lines
 from ovqk.report.suggestions import next_arguments
+from ovqk.report.sweep_tables import candidates_table, depth_table, role_table
 from ovqk.report.terminal_tables import (
-    STYLES,
     candidate_table,
     claimed_pairs,
+    column_legend,
     found_line,
     layer_table,
     pair_table,
     reasons,
     rounded,
-    sweep_candidate_table,
     verdict_table,
     virtual_table,
 )
@@ -87,8 +86,9 @@ def print_cell(folder: Path, cached: bool) -> None:
     out.print(f"\n[bold]{record['model']}[/bold] / {record['task']} / {record['analysis']}: {where} ({state})\n")
     if verdicts is None:
         out.print(f"No verdicts: {record['claims']['none']}. Means over the heads of each layer:\n")
-        out.print(layer_table(heads))
-        out.print()
+        means = layer_table(heads)
+        out.print(means)
+        out.print(f"{column_legend(heads, means.titles(out.width))}\n", style="dim")
     else:
         _print_directions(out, folder, heads, verdicts)
     _print_pairs(out, folder)
@@ -102,6 +102,12 @@ def print_cell(folder: Path, cached: bool) -> None:
         out.print(table)
         for line in reasons(heads, verdicts, table.titles(out.width)):
             out.print(line, style="dim")
+    relations = load_table(folder, "relations")
+    if relations is not None and (lines := relation_lines(relations)):
+        out.print()
+        _say(out, relation_legend(relations), "dim")
+        for line in lines:
+            _say(out, f"  {line}")
     cycles = load_table(folder, "cycles")
     if cycles is not None:
         print_cycles(out, cycles, record["summary"])
@@ -118,10 +124,20 @@ def _print_notes(out: Console, record: Mapping[str, Any]) -> None:
         _say(out, f"unavailable ({reason}): {shown}", "dim")
     for note in record["notes"]:
         _say(out, f"note: {note}", "dim")
-    for name, dropped in record["words"]["reasons"].items():
-        for reason, words in grouped(dropped).items():
-            verb = "is" if len(words) == 1 else "are"
-            _say(out, f"{wording.counted(len(words), 'word')} of '{name}' {verb} left out: {reason}", "dim")
+    for line in words_lines(record["words"]):
+        _say(out, line, "dim")
+
+
+def words_lines(words: Mapping[str, Any]) -> list[str]:
+    """Return lines on each word set of which words were left out: how many, why, and how many are read."""
+    found = []
+    for name, dropped in words["reasons"].items():
+        for reason, some in grouped(dropped).items():
+            verb = "is" if len(some) == 1 else "are"
+            found.append(f"{wording.counted(len(some), 'word')} of '{name}' {verb} left out: {reason}")
+        if dropped:
+            found.append(f"{wording.counted(words['kept'][name], 'word')} of '{name}' are read")
+    return found
 
 
 def claims_line(claims: Mapping[str, str], model: str) -> str:
@@ -319,7 +335,7 @@ def print_sweep(
     ended = list(outcomes.values())
     folders = [Path(folder) for folder in dict.fromkeys(outcome.folder for outcome in ended) if folder]
     if folders:
-        claimed, unclaimed = role_table(folders), _candidates(folders)
+        claimed, unclaimed = role_table(folders), candidates_table(folders)
         if claimed.row_count or not unclaimed.row_count:
             out.print("\n[bold]By role[/bold] (depth: mean over its heads, 0 the first layer and 1 the last)\n")
             nothing = Text("none of these models has claimed heads here", style="dim")
@@ -355,16 +371,6 @@ def print_sweep(
         out.print(f"{untracked} not tracked by W&B; later: {command}", soft_wrap=True)
 
 
-def _candidates(folders: Sequence[Path]) -> FittedTable:
-    """Return a table with the strongest heads for each role in the cells without claimed heads."""
-    cells = []
-    for folder in folders:
-        record, candidates = read_record(folder), load_table(folder, "candidates")
-        if record is not None and candidates is not None and len(candidates):
-            cells.append((record["task"], record["model"], candidates))
-    return sweep_candidate_table(cells)
-
-
 def _left_out_line(folders: Sequence[Path]) -> str | None:
     """Return a line that counts the words left out of each model's task; None if there are none."""
     counts: dict[str, int] = {}
@@ -376,65 +382,6 @@ def _left_out_line(folders: Sequence[Path]) -> str | None:
     if not counts:
         return None
     return f"words left out, with reasons in record.json: {', '.join(counts)}"
-
-
-def role_table(folders: Sequence[Path]) -> FittedTable:
-    """Return a table with a row for each role and model: its heads' depth, effect, verdict; empty without claims."""
-    rows = comparison.roles(folders).to_dict("records")
-    several = any(row["cell"] for row in rows)
-    ran = any("on_prompts" in row for row in rows)
-    table = FittedTable(
-        [
-            Column("task", None, text=True, place=True),
-            Column("analysis", None, text=True, place=True),
-            Column("role", None, text=True),
-            Column("model", None, text=True),
-            *[Column("cell", None, text=True, wraps_at=12)] * several,
-            Column("heads", 30),
-            Column("depth", 10),
-            Column("primary metric", 50, text=True),
-            Column("AUC in layer", CORE),
-            Column("p", CORE + 1),
-            Column("verdict", None, text=True),
-            Column("of its heads", 60, text=True, wraps_at=18),
-            *[Column("on prompts", 70, text=True, wraps_at=18)] * ran,
-        ],
-        "the report and ovqk.load_results",
-    )
-    for row in rows if any(row["role"] for row in rows) else []:
-        place = [row["task"], row["analysis"], wording.role(row["role"]), row["model"], *[row["cell"]] * several]
-        if not row["role"]:
-            table.add_row(*place, *[""] * 5, Text(row["verdict"], style="dim"))
-            continue
-        table.add_row(
-            *place,
-            str(row["heads"]),
-            rounded(row["depth"]),
-            row["primary"] or "",
-            rounded(row["effect"]),
-            rounded(row["p"], digits=3),
-            Text(wording.verdict(row["verdict"]), style=STYLES.get(row["verdict"], "dim")),
-            ", ".join(f"{n} {wording.verdict(verdict)}" for verdict, n in row["of_its_heads"].items()),
-            *([wording.counts(row["on_prompts"], wording.ON_PROMPTS)] if ran else []),
-        )
-    return table
-
-
-def depth_table(folders: Sequence[Path]) -> FittedTable:
-    """Return a table with a row for each metric and model: means over heads by quarter of the relative depth."""
-    names = [Column("metric, mean over heads", None, text=True, wraps_at=20), Column("model", None, text=True)]
-    table = FittedTable([*names, *(Column(title, CORE) for title in comparison.QUARTERS)], "heads.parquet")
-    rows = comparison.depths(folders).to_dict("records")
-    models = {row["model"] for row in rows}
-    same = twins(record for folder in folders if (record := read_record(folder)) and says_done(record))
-    varied = [  # one model both folded and raw, or different weights under one name
-        key for key in ("processing", "weights") if len({(row["model"], row[key]) for row in rows}) > len(models)
-    ]
-    for row in rows:
-        model = f"{row['model']} ({', '.join(row[key] for key in varied)})" if varied else row["model"]
-        model += f" (= {same[row['model']]})" if row["model"] in same else ""
-        table.add_row(row["metric"], model, *(rounded(row[title]) for title in comparison.QUARTERS))
-    return table
 
 
 def grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:

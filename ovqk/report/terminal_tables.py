@@ -18,7 +18,7 @@ STYLES = {
     "contradicted": "red",
     "unsupported": "magenta",
 }
-LEGEND = ("consistent only", "unsupported (spectrum)")
+LEGEND = ("partial", "consistent only", "unsupported", "unsupported (spectrum)")
 """Verdicts with flags that a table explains."""
 SHOWN_CANDIDATES = 3  # for each role
 SHOWN_PAIRS = 5  # head pairs for each kind of composition
@@ -181,18 +181,23 @@ def found_line(verdicts: pd.DataFrame) -> str:
     return "Found: " + "; ".join(parts) + "."
 
 
+def column_legend(heads: pd.DataFrame, shown: Sequence[str] | None = None) -> str:
+    """Return how to read the columns of metrics; `shown` are the titles that the table shows, None for all."""
+    columns = [(title, METRICS[name]) for title, name in shown_columns(heads) if shown is None or title in shown]
+    legend = [f"{title}: {metric.legend}." for title, metric in columns if metric.legend]
+    if sides := {title: metric.side for title, metric in columns if metric.side}:
+        legend.append(f"{', '.join(sides)}: {' and '.join(sides.values())} side in the task's subspace, 1 by chance.")
+    return " ".join(legend)
+
+
 def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame, shown: Sequence[str] | None = None) -> Iterable[str]:
     """Yield lines on how to read the table, and the verdicts' reasons, each reason once.
 
     `shown` are the titles that the table shows; None for all.
     """
     yield ""
-    columns = [(title, METRICS[name]) for title, name in shown_columns(heads) if shown is None or title in shown]
-    legend = [f"{title}: {metric.legend}." for title, metric in columns if metric.legend]
-    if sides := {title: metric.side for title, metric in columns if metric.side}:
-        legend.append(f"{', '.join(sides)}: {' and '.join(sides.values())} side in the task's subspace, 1 by chance.")
-    if legend:
-        yield " ".join(legend)
+    if legend := column_legend(heads, shown):
+        yield legend
     yield (
         "primary: value of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). "
         "percentile: among unclaimed heads of the layer; if ↓ is predicted, 0% is the strongest."
@@ -211,7 +216,7 @@ def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame, shown: Sequence[str] | 
             wording.role(row["role"]) if row["kind"] == "role" else f"{int(row['layer'])}.{int(row['head'])}"
             for row in rows.to_dict("records")
         ]
-        yield f"{wording.verdict(str(verdict))} ({', '.join(dict.fromkeys(names))}): {reason}"
+        yield f"{wording.verdict(str(verdict))} ({', '.join(dict.fromkeys(names))}): {wording.reason(str(reason))}"
 
 
 def layer_table(heads: pd.DataFrame) -> FittedTable:

@@ -258,6 +258,20 @@ def _energies(spectra: pd.DataFrame | None) -> dict[tuple[int, int, str], float]
     return {key: float(rows["energy"].sum()) for key, rows in found.groupby(["layer", "head", "circuit"])}  # type: ignore[misc]
 
 
+def relations(table: pd.DataFrame, grid: Grid) -> Json:
+    """Return a relation's pairs, and for each head the places of those that it raises and of those that it lowers."""
+    pairs: dict[tuple[str, str], int] = {}
+    heads: list[dict[str, list[int]]] = [{"raised": [], "lowered": []} for _ in grid.index]
+    for row in _tuples(table):
+        place = pairs.setdefault((str(row.source), str(row.target)), len(pairs))
+        mine = heads[row.layer * grid.heads + row.head]
+        if row.ov_relation_score > 0:
+            mine["raised"].append(place)
+        if row.ov_relation_suppress > 0:
+            mine["lowered"].append(place)
+    return {"pairs": [list(pair) for pair in pairs], "heads": heads}
+
+
 def partners(table: pd.DataFrame, most: int | None, marked: Heads) -> pd.DataFrame:
     """Return each head's strongest compositions as sender and as receiver, and all those between marked heads."""
     if most is None:

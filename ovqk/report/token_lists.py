@@ -5,6 +5,8 @@ from typing import Any
 
 import pandas as pd
 
+from ovqk import wording
+
 LONG = 30  # how many letters a line shows of a token at most
 SIDES = ("read", "write")
 KINDS = {"singular": "singular {}", "eigen": "eigen {} of the residual space"}
@@ -50,7 +52,7 @@ def _line(rows: pd.DataFrame) -> str:
         texts = [_list(part) for part in lists]
         sides += [f"{verb} {' | not '.join(filter(None, texts))}"] if texts[0] else []
     size = first["cluster_size"]
-    together = f" (cluster of {size}: only their span means something)" if size > 1 else ""
+    together = f" ({wording.CLUSTER.format(size=size)})" if size > 1 else ""
     name = f"{first['circuit'].upper()} {KINDS[first['kind']].format(first['component'])}"
     return f"{name} ({value}){together}: {' -> '.join(sides)}"
 

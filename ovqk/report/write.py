@@ -2,9 +2,11 @@
 
     python -m ovqk.report RESULTS_DIR [--out FILE] [--figures | --no-figures]
 
-It writes RESULTS_DIR/report.html, which needs no network and no other file, and RESULTS_DIR/figures/ with the same
-figures as SVG and PNG. Figures from an earlier report are removed if this report does not make them; other files in
-that folder stay. Only records and tables are read, and the same records give the same bytes.
+RESULTS_DIR is the folder that cells were written to. If it is a model's, a task's or a cell's folder inside, the page
+shows these cells alone. It writes RESULTS_DIR/report.html, which needs no network and no other file, and
+RESULTS_DIR/figures/ with the same figures as SVG and PNG. Figures from an earlier report are removed if this report
+does not make them; other files in that folder stay. Only records and tables are read, and the same records give the
+same bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,7 @@ from ovqk.errors import UserError, told
 from ovqk.figures import comparisons
 from ovqk.figures.choice import cell_figures, sweep_figures
 from ovqk.records.cells import Cell, Failure, read_cells
-from ovqk.records.record import RECORD
+from ovqk.records.results import folders_of_part
 from ovqk.report.page import BYTES, CELLS, embedded, make_page, page_data
 from ovqk.report.pictures import draw_depth
 from ovqk.report.thinning import DETAILS
@@ -37,7 +39,7 @@ def write_report(
     """Write the page and its figures beside it, and return lines that say what was written.
 
     Args:
-        results_dir: the folder that cells were written to.
+        results_dir: the folder that cells were written to, or a model's, a task's or a cell's folder inside it.
         out: the page; RESULTS_DIR/report.html if None.
         with_figures: whether to write the figures too.
         tell: a function to call with each line as soon as it is true.
@@ -50,8 +52,6 @@ def write_report(
     if not results_dir.is_dir():
         raise UserError(f"{results_dir}: no such results folder.")
     cells, failures = read_cells(results_dir)
-    if not cells and (above := _above(results_dir)):
-        raise UserError(f"{results_dir} is a part of a results folder: give the whole, {above}.")
     if not cells:
         raise UserError(f"{results_dir} holds no finished cell{_failed(failures)}. {_remedy(results_dir)}")
     path = results_dir / PAGE if out is None else out
@@ -164,11 +164,7 @@ def _failed(failures: Sequence[Failure]) -> str:
     return f" ({counted(len(failures), 'cell')} without results)" if failures else ""
 
 
-def _above(folder: Path) -> Path | None:
-    """Return the results folder around a model's, a task's or a cell's folder; None if it is none of these."""
-    depth = next((k for k in range(3) if next(folder.glob("*/" * k + RECORD), None)), None)
-    return None if depth is None else folder.resolve().parents[2 - depth]
-
-
 def _remedy(results_dir: Path) -> str:
-    return f"Compute one first: {program()} {quoted('results_dir', str(results_dir))}"
+    failed = next(iter(folders_of_part(results_dir)), None)
+    whole = results_dir if failed is None else failed.resolve().parents[2]
+    return f"Compute one first: {program()} {quoted('results_dir', str(whole))}"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -124,27 +125,56 @@ class TaskReadout:
                 found |= self.readout.of_subspace(layer.index, maps)
         return found
 
+    def of_pairs(self, layer: Layer) -> pd.DataFrame | None:
+        """Return the layer's part of `relations`: a row for each head and word pair.
+
+        Its columns are layer, head, source, target, and each metric whose mean over pairs `heads` has. None if the
+        task's variable is no relation, or the layer has no such metric.
+        """
+        if self.readout is None or self.readout.variable.pairs is None or Circuit.ov not in self.model.circuits:
+            return None
+        found = self.by_source(layer, Circuit.ov)
+        if not found:
+            return None
+        (sources,), (targets,) = (self.readout.variable.read, self.readout.variable.write)
+        n_heads, n_pairs = next(iter(found.values())).shape
+        return pd.DataFrame(
+            {
+                "layer": np.full(n_heads * n_pairs, layer.index, np.int32),
+                "head": np.arange(n_heads, dtype=np.int32).repeat(n_pairs),
+                "source": sources.words * n_heads,
+                "target": targets.words * n_heads,
+            }
+            | {name: values.flatten().cpu().double().numpy() for name, values in found.items()}
+        )
+
 
 class ReadoutTables:
     """The stage that adds the task's metrics to the metrics that need no task."""
 
     def __init__(self, task: TaskReadout) -> None:
         """Start without layers."""
-        self.task, self._layers = task, list[pd.DataFrame]()
+        self.task, self._layers, self._pairs = task, list[pd.DataFrame](), list[pd.DataFrame]()
 
     def visit(self, layer: Layer) -> None:
         """See `Stage`."""
         self._layers.append(heads_rows(layer, self.task.metrics(layer)))
+        if (pairs := self.task.of_pairs(layer)) is not None:
+            self._pairs.append(pairs)
 
     def tables(self, made: Tables) -> Tables:
-        """Return `heads`: a row for each head, a column for each metric in the analysis; null if there is no value."""
+        """Return `heads`: a row for each head, a column for each metric in the analysis; null if there is no value.
+
+        If the task's variable is a relation, `relations` has a row for each head and word pair as well.
+        """
         structure, readouts = made["heads"], pd.concat(self._layers, ignore_index=True)
         columns = {name: structure[name] for name in ("layer", "head")}
         for name in metric_names(self.task.model.circuits):
             of = readouts if name in readouts else structure
             there = name in of and name not in self.task.unavailable
             columns[name] = of[name] if there else pd.Series(math.nan, index=structure.index)
-        return {"heads": pd.DataFrame(columns | {"unstable": structure["unstable"]})}
+        pairs = {"relations": pd.concat(self._pairs, ignore_index=True)} if self._pairs else {}
+        return {"heads": pd.DataFrame(columns | {"unstable": structure["unstable"]})} | pairs
 
 
 def read_words(model: Model) -> TaskTokens:

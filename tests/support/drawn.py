@@ -71,6 +71,7 @@ def pair(
 
 def direction_table(tokens: list[str]) -> pd.DataFrame:
     place = {"layer": 0, "head": 0, "circuit": "ov", "kind": "singular", "component": 0, "value": 2.5, "sign": 1}
+    place["cluster_size"] = 1
     rows = [
         place | {"side": side, "rank": rank + 1, "token": token}
         for side in ("read", "write")

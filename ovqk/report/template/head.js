@@ -21,6 +21,7 @@ function headPage(name, label) {
     ...headOnPrompts(cell, layer, head),
     h("h2", {}, "OV: what it copies"),
     circuitSection(cell, layer, head, "ov"),
+    ...relationPairs(cell, layer, head),
     h("h2", {}, "QK: where it looks"),
     circuitSection(cell, layer, head, "qk"),
     h("h2", {}, "Position or content"),
@@ -145,6 +146,19 @@ function circuitPanels(cell, layer, head, circuit, redraw) {
   parts.push(componentTable(cell, layer, head, circuit, kindChoice[circuit]));
   if (having(cell, "directions")) parts.push(h("p", { class: "note" }, "The number behind each list is its contrast: the mean score of its ten tokens over the standard deviation of all tokens' scores. The best ten of 50,000 normal numbers have 3.8: a list near that holds nothing in particular."));
   return parts;
+}
+
+/** Which pairs of the task's words the head raises or lowers, if the task is a relation. */
+function relationPairs(cell, layer, head) {
+  if (!cell.relations) return [];
+  const { pairs, heads } = cell.relations;
+  const { raised, lowered } = heads[layer * cell.heads + head];
+  const place = pairs.every(([source, target]) => source === target) ? "the first of all tokens" : "among the first ten of all tokens";
+  const line = (title, places) => [title, places.length ? h("span", { class: "tokens" }, places.map((k) => token(`${pairs[k][0]} → ${pairs[k][1]}`))) : "none"];
+  const others = pairs.map((_, k) => k).filter((k) => !raised.includes(k));
+  return [h("h3", { style: "margin-top:30px" }, "Pairs of the task's words"),
+    h("p", { class: "note" }, `If the head attends to the source, is the target ${place} that it raises, or of those that it lowers? By the weights, on the direct path.`),
+    h("div", { id: "pairs" }, facts([line(`Raised: ${raised.length} of ${pairs.length}`, raised), line(`Lowered: ${lowered.length} of ${pairs.length}`, lowered), line(`Not raised: ${others.length}`, others)]))];
 }
 
 // --- all metrics ------------------------------------------------------------------------------------------

@@ -210,18 +210,18 @@ function componentTable(cell, layer, head, circuit, kind) {
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, kind === "singular" ? "σ" : "λ"), h("th", { scope: "col" }, h("span", { class: "skip" }, "sign")), h("th", { scope: "col" }, reads), h("th", { scope: "col" }, `→ ${writes}`))),
     h("tbody", {}, found.flatMap((row) => {
       const signs = ["plus", "minus"].filter((sign) => (row.read || {})[sign] || (row.write || {})[sign]);
-      return signs.map((sign, k) => h("tr", { style: k ? "border-top:0" : null },
+      return signs.map((sign, k) => h("tr", { class: row.size > 1 ? "clustered" : null, style: k ? "border-top:0" : null },
         k ? null : h("th", { scope: "row", rowspan: signs.length }, componentName(row)),
         h("td", { class: "sign" }, row.im > 0 ? "" : sign === "plus" ? "+" : "−"),
         h("td", {}, tokens(row.read, sign)), h("td", {}, tokens(row.write, sign))));
-    }))));
+    }))), found.some((row) => row.size > 1) ? h("p", { class: "note" }, REPORT.wording.cluster_note) : null);
 }
 
 function componentName(row) {
   const size = row.im > 0 ? `${number(row.value, 3)} ± ${number(row.im, 3)} i` : number(row.value, 3);
   return [size, isNumber(row.share) ? h("div", { class: "note" }, `${percent(row.share)} of energy`) : null,
     row.im > 0 ? h("div", { class: "note" }, "a plane") : null,
-    row.size > 1 ? h("div", { class: "note" }, `cluster of ${row.size}`) : null];
+    row.size > 1 ? h("div", { class: "note", title: REPORT.wording.cluster_note }, REPORT.wording.cluster.replace("{size}", row.size)) : null];
 }
 
 // --- position or content ----------------------------------------------------------------------------------
