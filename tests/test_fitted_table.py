@@ -156,7 +156,7 @@ def test_the_tables_of_a_cell_on_prompts_and_of_its_sweep_fit_every_width(width,
     verdict, on_prompts, by_role, by_depth = ("\n".join(printed(table, width)) for table in tables)
     for text in (verdict, on_prompts, by_role, by_depth):
         assert max(map(len, text.splitlines())) <= width and "…" not in text
-    assert all(f"{100 * effect:.0f}%" in on_prompts.split() for effect in roles["effect"])
+    assert all(f"{round(100 * effect)}%" in on_prompts.split() for effect in roles["effect"])  # no -0%
     for p in verdicts[verdicts["kind"] == "role"]["p"].dropna():
         assert f"{p:.3f}" in by_role.split()
     assert all(word in on_prompts for title in wording.PROMPT_COLUMNS.values() for word in title.split())
