@@ -68,7 +68,8 @@ from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, SENDERS_READ, metric
 from ovqk.records.record import Analysis
 from ovqk.structure.cache import Part, StructureCache, StructureParts, entry_of
 from ovqk.structure.kept_layers import KeptLayers
-from ovqk.structure.model import Layer, Model
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
 from ovqk.structure.stages import Stage, Tables, component_rows
 from ovqk.tasks.claims import MEASURED, Claims, resolve_claims
 from ovqk.tasks.cycle import Cycle, read_cycle

@@ -36,7 +36,8 @@ from ovqk.errors import UserError, did_you_mean
 from ovqk.figures.portraits import TABLES
 from ovqk.metrics import METRICS
 from ovqk.structure.cache import StructureParts
-from ovqk.structure.model import Layer, Model
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
 from ovqk.structure.stages import (
     COMPOSED,
     DirectionTables,

@@ -88,7 +88,8 @@ def compose_cell(*overrides: str) -> Any:
 
 def spectra_alone(config: Any) -> int:
     """Eigen- and singular values of every head, both circuits, both spaces; from the files on."""
-    from ovqk.structure.model import Layer, Model
+    from ovqk.structure.layer import Layer
+    from ovqk.structure.model import Model
     from ovqk.structure.stages import spectrum
     from ovqk.weights.types import OpenedModel
 
@@ -213,7 +214,8 @@ def composition_seconds(folder: Path, shape: Shape) -> dict[str, float]:
 
     from ovqk.circuits.composition import MODES, LayerCircuits, received
     from ovqk.config.schema import Circuit
-    from ovqk.structure.model import Layer, Model
+    from ovqk.structure.layer import Layer
+    from ovqk.structure.model import Model
     from ovqk.weights.types import OpenedModel
 
     config = cell_config(folder)

@@ -23,7 +23,8 @@ def measure_activations(path: Path, task: str, prompts: int) -> dict[str, float]
     from ovqk.activations.stage import ActivationTables, Runner
     from ovqk.checkpoints.opening import open_checkpoint
     from ovqk.records.record import peak_memory
-    from ovqk.structure.model import Layer, Model
+    from ovqk.structure.layer import Layer
+    from ovqk.structure.model import Model
     from ovqk.tasks.claims import resolve_claims
     from ovqk.tasks.task_readout import TaskReadout
     from ovqk.tasks.tokenizer import load_tokenizer, start_tokens

@@ -31,7 +31,8 @@ from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.config.resolve import resolve
 from ovqk.config.schema import Direction, PredictionConfig, register
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
-from ovqk.structure.model import Layer, Model
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
 from ovqk.tasks.claims import Claims
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.tokenizer import load_tokenizer

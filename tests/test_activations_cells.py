@@ -74,6 +74,7 @@ def test_a_replacement_that_changes_what_comes_before_it_is_refused(tmp_path, mo
     assert "replacing a head changes attention in its own layer or before it" in record["activations"]["untestable"]
 
 
+@pytest.mark.slow
 def test_roles_by_measurement_are_claims_about_the_weights(tmp_path) -> None:
     """The weights of a model that nothing is published about get verdicts."""
     _, record, tables = computed(
@@ -91,6 +92,7 @@ def test_measuring_needs_an_analysis_that_runs_the_model() -> None:
         compose("model=mini-attn", "model.claims=measured")
 
 
+@pytest.mark.slow
 def test_weights_do_not_depend_on_running_the_model(tmp_path) -> None:
     tables = [computed(tmp_path / name, "model=mini-attn", "task=induction", f"analysis={name}", "nulls.draws=99",
                        "activations.prompts=64")[2] for name in ("b03", "full")]  # fmt: skip
@@ -98,6 +100,7 @@ def test_weights_do_not_depend_on_running_the_model(tmp_path) -> None:
         pd.testing.assert_frame_equal(tables[0][name], tables[1][name])
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_do_the_task_keeps_its_weights_verdicts(tmp_path) -> None:
     source, folder = BUNDLED / "mini-gpt2", tmp_path / "shuffled"
     folder.mkdir()
@@ -154,6 +157,7 @@ def test_a_task_that_cannot_be_measured_says_why(tmp_path, overrides, message) -
     assert message in record["activations"]["untestable"]
 
 
+@pytest.mark.slow
 def test_a_smaller_batch_is_tried_once(tmp_path, monkeypatch) -> None:
     sizes = []
     real = stage.measure

@@ -100,6 +100,7 @@ def test_other_lists_of_tokens_share_the_rest_of_the_structure(
     assert computed == [] and len(entries(cache)) == 1 and len(entries(cache, "directions")) == 2
 
 
+@pytest.mark.slow
 def test_all_pairs_are_composed_once_for_all_tasks(cache, computed, monkeypatch) -> None:
     """And another analysis finds the structure that it shares with them."""
     cell = ["model=mini-llama", "model.claims=null", "analysis=composition"]

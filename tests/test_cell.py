@@ -113,7 +113,10 @@ def test_the_id_depends_on_what_numbers_depend_on_and_on_nothing_else() -> None:
         (["task=ioj"], "task=ioj: there is no such task"),
         (["analysis=b04"], "analysis=b04: there is no such analysis"),
         (["proccessing=raw"], "proccessing: no such key. Did you mean processing? Allowed: activations, analysis,"),
-        (["model.pth=x"], "model.pth: no such key. Did you mean model.path? Allowed under model: causal, checkpoint,"),
+        (
+            ["model.pth=x"],
+            "model.pth: no such key. Did you mean model.path? Allowed under model: attn_coeff, causal, checkpoint,",
+        ),
         (["seed=many"], "could not be converted to Integer"),
         (["processing=half"], "expected one of [folded, raw]"),
         (["device=tpu"], "expected one of [cpu, cuda, auto]"),

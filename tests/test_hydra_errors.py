@@ -9,6 +9,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from support import ROOT
 
+from ovqk.config.command_line import program
 from ovqk.config.hydra_errors import NEAREST, check_keys, close_names, mistakes
 from ovqk.config.schema import register
 from ovqk.errors import UserError
@@ -41,7 +42,7 @@ def test_a_value_of_the_wrong_type_is_one_line(override, message, tmp_path) -> N
     ("{metric: qk_task_auc, direction: high}", "{metric: qk_task_auc, direction: positive}", "direction",
      "Invalid value 'positive', expected one of [high, low]"),
     ("{metric: qk_task_auc, direction: high}", "{metrc: qk_task_auc}", "metrc",
-     "no such key; allowed: metric, direction, first_layer, direct_only, exploratory, partners"),
+     "no such key; allowed: metric, direction, first_layer, direct_only, exploratory, ranks, partners"),
 ])  # fmt: skip
 def test_a_mistake_in_a_task_file_is_told_with_its_role(old, new, place, what, tmp_path) -> None:
     (tmp_path / "task").mkdir()
@@ -53,7 +54,7 @@ def test_a_mistake_in_a_task_file_is_told_with_its_role(old, new, place, what, t
 def test_a_list_of_values_without_m_is_told_what_it_needs(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", "task=ioi,sva"])
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
-    said = "task=ioi,sva: several values need -m, which computes a cell for each: python run.py -m task=ioi,sva"
+    said = f"task=ioi,sva: several values need -m, which computes a cell for each: {program()} -m task=ioi,sva"
     assert told(tmp_path, "task=ioi,sva") == said
 
 

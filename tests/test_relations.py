@@ -27,7 +27,7 @@ from ovqk.errors import UserError
 from ovqk.report import thinning
 from ovqk.report.relation_lines import relation_legend, relation_lines
 from ovqk.report.thinning import Grid
-from ovqk.structure.model import Layer
+from ovqk.structure.layer import Layer
 from ovqk.tasks.claims import check_roles
 from ovqk.tasks.readouts import RELATION_METRICS, metrics_of_other_kinds
 from ovqk.tasks.task_readout import TaskReadout

@@ -28,7 +28,8 @@ from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.config.schema import Circuit, VariableKind
 from ovqk.errors import UserError
 from ovqk.metrics import METRICS
-from ovqk.structure.model import Layer, Model
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
 from ovqk.tasks.readouts import TOP_METRICS
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.tokenizer import load_tokenizer

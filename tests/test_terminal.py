@@ -10,7 +10,7 @@ from support.models import BUNDLED
 
 from ovqk import wording
 from ovqk.metrics import METRICS, shown_in
-from ovqk.report.terminal import _print_pairs, claims_line, words_lines
+from ovqk.report.terminal import claims_line, print_pairs, words_lines
 from ovqk.report.terminal_tables import (
     candidate_table,
     claimed_pairs,
@@ -201,7 +201,7 @@ def test_pairs_of_claimed_heads_stand_apart_with_their_roles(tmp_path) -> None:
     for name, table in tables.items():
         table.to_parquet(tmp_path / f"{name}.parquet")
     out = Console(width=200, file=io.StringIO())
-    _print_pairs(out, tmp_path)
+    print_pairs(out, tmp_path)
     assert "Strongest compositions between heads claimed for different roles" in out.file.getvalue()
 
 

@@ -34,7 +34,8 @@ from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.sides import Block0Side, StoredSide
 from ovqk.config.schema import Circuit
 from ovqk.report.token_lists import describe
-from ovqk.structure.model import Layer, Model
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
 from ovqk.structure.token_tables import COLUMNS, Directions, TokenSide
 from ovqk.tasks.tokenizer import load_tokenizer
 from ovqk.weights.norms import normalise

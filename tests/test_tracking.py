@@ -123,6 +123,7 @@ def test_variables_of_the_environment_are_followed_and_one_that_cannot_be_is_nam
     )
 
 
+@pytest.mark.slow
 @pytest.mark.wandb_server
 def test_a_run_that_is_sent_later_from_another_shell_goes_where_it_was_meant_to(
     results, server, monkeypatch, capsys

@@ -10,7 +10,8 @@ from ovqk.activations.batches import Prompts
 from ovqk.activations.quantities import Observed
 from ovqk.circuits.effective_embeddings import Block0, EffectiveRows
 from ovqk.config.schema import Circuit, Embedding, RoleActivationsConfig
-from ovqk.structure.model import Layer, Model
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
 
 
 class WriteLinks:

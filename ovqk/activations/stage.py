@@ -27,7 +27,8 @@ from ovqk.circuits.effective_embeddings import Streams
 from ovqk.config.schema import RoleActivationsConfig
 from ovqk.errors import UserError
 from ovqk.memory import give_all_back, is_exhausted
-from ovqk.structure.model import Layer, Model
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
 from ovqk.structure.stages import Tables
 from ovqk.tasks.claims import MEASURED, Claims
 from ovqk.tasks.readouts import Readout

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import yaml
 
-from ovqk.config import schema
+from ovqk.config import composing, schema
 from ovqk.config.command_line import program, quoted
 from ovqk.errors import UserError, first_line
 
@@ -108,7 +108,7 @@ def of_hydra(error: Exception) -> str | None:
     if "hydra.main" not in names:
         return None
     inside = len(names) - names[::-1].index("hydra.main")
-    if any(name.split(".")[0] == "ovqk" for name in names[inside:]):
+    if any(name.split(".")[0] == "ovqk" and name != composing.__name__ for name in names[inside:]):
         return None
     return untold(error, "hydra")
 

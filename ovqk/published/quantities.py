@@ -22,7 +22,8 @@ from ovqk.errors import UserError
 from ovqk.metrics import METRICS
 from ovqk.records.record import read_done
 from ovqk.records.results import load_table
-from ovqk.structure.model import Layer, Model
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
 from ovqk.structure.stages import layer_row
 from ovqk.tasks.cycle import Cycle
 from ovqk.weights.types import Head

@@ -91,7 +91,7 @@ def print_cell(folder: Path, cached: bool) -> None:
         out.print(f"{column_legend(heads, means.titles(out.width))}\n", style="dim")
     else:
         _print_directions(out, folder, heads, verdicts)
-    _print_pairs(out, folder)
+    print_pairs(out, folder)
     _print_notes(out, record)
     if verdicts is None:
         _print_candidates(out, folder)
@@ -187,7 +187,7 @@ def _print_on_prompts(out: Console, folder: Path, record: dict[str, Any]) -> Non
             _say(out, line, "dim")
 
 
-def _print_pairs(out: Console, folder: Path) -> None:
+def print_pairs(out: Console, folder: Path) -> None:
     """Print the strongest compositions and virtual heads, if all pairs of heads were composed."""
     virtual, composition = load_table(folder, "virtual_heads"), load_table(folder, "composition")
     if virtual is None or composition is None:

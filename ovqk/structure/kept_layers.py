@@ -24,7 +24,7 @@ class LayerParts:
 
     Attributes:
         weights: "processed" and "folded" weights.
-        maps: form (`model.Form`) -> a circuit, factored.
+        maps: form (`layer.Form`) -> a circuit, factored.
         bases: (part, folded) -> its basis.
         across: (circuit, folded) -> products with Grams, which all maps between two bases share.
         eigenvalues: circuit -> eigenvalues.

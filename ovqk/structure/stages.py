@@ -18,7 +18,8 @@ from ovqk.circuits.simulated import Senders, Simulated, attention
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.summed_qk import layer_metrics
 from ovqk.config.schema import Circuit
-from ovqk.structure.model import Layer, Model
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
 from ovqk.weights.types import keys, queries
 
 HeadValues = dict[str, Float[Tensor, " head"]]

@@ -16,7 +16,8 @@ from ovqk.circuits.factors import scores
 from ovqk.circuits.head_maps import HeadMaps, Scorer
 from ovqk.config.schema import Circuit, Embedding
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
-from ovqk.structure.model import Layer, Model
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
 from ovqk.structure.stages import Tables, heads_rows
 from ovqk.tasks.readouts import Readout, metrics_of_other_kinds
 from ovqk.tasks.words import TaskTokens, resolve_task

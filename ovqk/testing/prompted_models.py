@@ -39,7 +39,8 @@ from ovqk.config.schema import (
     Source,
     WriteConfig,
 )
-from ovqk.structure.model import Layer, Model
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
 from ovqk.testing.planted import base_config
 from ovqk.testing.tiny_architectures import randomise
 from ovqk.weights.readers import open_weights

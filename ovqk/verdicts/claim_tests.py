@@ -21,7 +21,8 @@ from ovqk.circuits.grams import dense
 from ovqk.circuits.head_maps import HeadMaps
 from ovqk.config.schema import Circuit, PredictionConfig
 from ovqk.metrics import COMPOSITION_METRICS, METRICS
-from ovqk.structure.model import Form, Layer, Model
+from ovqk.structure.layer import Form, Layer
+from ovqk.structure.model import Model
 from ovqk.tasks.claims import Claims
 from ovqk.tasks.readouts import RELATION_METRICS, SET_METRICS, SUBSPACE_METRICS, Readout
 from ovqk.tasks.task_readout import TaskReadout

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ovqk.circuits import fourier
-from ovqk.structure.model import Layer, Model
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
 from ovqk.structure.stages import Tables
 from ovqk.tasks.cycle import Cycle
 from ovqk.verdicts.statistics import ALPHA, benjamini_hochberg
