@@ -1,6 +1,7 @@
 """What a person reads of a cell: whose claims, which heads, which pairs; nothing that is not there."""
 
 import io
+import math
 import re
 
 import pandas as pd
@@ -157,6 +158,11 @@ def test_analyses_that_name_the_same_candidates_share_a_row_in_a_sweep() -> None
 def test_candidates_show_how_far_they_stand_out_and_no_p() -> None:
     title, line = printed(candidate_table(pd.DataFrame(candidates("reader", ["1.0"], p_spectrum_all=0.1, q_depth=1.0))))
     assert title.split()[-4:] == ["z", "gap", "in", "layer"] and line.split()[-3:] == ["3.2", "0.50", "100%"]
+
+
+def test_columns_that_no_candidate_fills_are_left_out() -> None:
+    title, _ = printed(candidate_table(pd.DataFrame(candidates("suppression", ["1.0"], z=math.nan, gap=math.nan))))
+    assert "gap" not in title.split() and "z" not in title.split()
 
 
 def test_a_head_that_ties_with_one_that_is_not_shown_says_so() -> None:

@@ -220,8 +220,9 @@ def _print_candidates(out: Console, folder: Path) -> None:
     out.print(candidate_table(found))
     out.print(
         "z: distance from the median head of the model, in standard deviations (from the MAD) and in the predicted "
-        "direction. gap: distance from the next head; 0 if it ties. in layer: share of the layer's other heads that "
-        "are lower; if ↓ is predicted, 0% is the strongest.",
+        "direction; empty if most heads have one value. gap: distance from the next head; 0 if it ties. "
+        * bool(found["z"].notna().any())
+        + "in layer: share of the layer's other heads that are lower; if ↓ is predicted, 0% is the strongest.",
         style="dim",
     )
     _say(out, wording.CANDIDATES_WORTH, "dim")

@@ -46,15 +46,14 @@ def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[
 
 def candidate_table(candidates: pd.DataFrame) -> FittedTable:
     """Return a table with the strongest candidates, one per row, without a p (docs/method.md says why)."""
-    ran = "on_prompts" in candidates
+    ran, spread = "on_prompts" in candidates, bool(candidates["z"].notna().any())
     table = FittedTable(
         [
             Column("candidates for", None, text=True, wraps_at=16),
             Column("ranked by", CORE - 1, text=True, wraps_at=18),
             Column("head", None),
             Column("value", CORE),
-            Column("z", 60),
-            Column("gap", 50),
+            *[Column("z", 60), Column("gap", 50)] * spread,
             Column("in layer", 40),
             *[Column("on prompts", 90, text=True)] * ran,
         ],
@@ -67,8 +66,7 @@ def candidate_table(candidates: pd.DataFrame) -> FittedTable:
                 by if not place else "",
                 f"{row['layer']}.{row['head']}",
                 rounded(row["value"]),
-                rounded(row["z"], digits=1),
-                rounded(row["gap"]),
+                *[rounded(row["z"], digits=1), rounded(row["gap"])] * spread,
                 percent(row["percentile"]),
                 *([wording.ON_PROMPTS.get(row["on_prompts"], "")] if ran else []),
             )
