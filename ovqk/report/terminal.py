@@ -344,6 +344,7 @@ def print_sweep(
         if unclaimed.row_count:
             out.print("\n[bold]Candidates, not verdicts[/bold]: no heads are claimed; these are the strongest\n")
             out.print(unclaimed)
+            _say(out, wording.CANDIDATES_WORTH, "dim")
     if len({outcome.model for outcome in ended if outcome.folder}) > 1:
         out.print("\n[bold]By relative depth[/bold]\n")
         out.print(depth_table(folders))
