@@ -73,14 +73,20 @@ function candidateTables(cells) {
 
 function candidatesOf(task, cells) {
   const ranked = (cell) => rows(cell, "candidates").filter((row) => ranks(row) && row.rank <= FIRST);
-  const roles = unique(cells.flatMap((cell) => ranked(cell).map((row) => row.role)));
+  const of_role = (cell, role) => ranked(cell).filter((row) => row.role === role);
+  const joined = new Map(); // roles with the same candidates by the same metric share a column
+  for (const role of unique(cells.flatMap((cell) => ranked(cell).map((row) => row.role)))) {
+    const key = JSON.stringify(cells.map((cell) => of_role(cell, role).map((row) => [headLabel(row), row.metric, row.prediction])));
+    joined.set(key, [...(joined.get(key) || []), role]);
+  }
+  const columns = [...joined.values()].map((roles) => [roles[0], roles.map(roleName).join(", ")]);
   const lost = REPORT.failures.filter((one) => one.task === task && chosen.tasks.has(task) && named(one.model));
   return h("table", { class: "matrix wide candidates" },
-    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "model"), roles.map((role) => h("th", { scope: "col" }, roleName(role), h("div", { class: "muted small" }, rankedBy(cells.flatMap(ranked).find((row) => row.role === role))))))),
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "model"), columns.map(([role, name]) => h("th", { scope: "col" }, name, h("div", { class: "muted small" }, rankedBy(cells.flatMap(ranked).find((row) => row.role === role))))))),
     h("tbody", {},
-      cells.map((cell) => h("tr", {}, h("th", { scope: "row", class: cell.label.length < 22 ? "whole" : null }, cell.label), roles.map((role) => h("td", { "data-label": roleName(role) },
-        ranked(cell).filter((row) => row.role === role).map((row) => candidateMark(cell, row)))))),
-      lost.map((one) => h("tr", {}, h("th", { scope: "row" }, one.model), h("td", { colspan: Math.max(1, roles.length), class: "small" }, `without results: ${one.error}`)))));
+      cells.map((cell) => h("tr", {}, h("th", { scope: "row", class: cell.label.length < 22 ? "whole" : null }, cell.label), columns.map(([role, name]) => h("td", { "data-label": name },
+        of_role(cell, role).map((row) => candidateMark(cell, row)))))),
+      lost.map((one) => h("tr", {}, h("th", { scope: "row" }, one.model), h("td", { colspan: Math.max(1, columns.length), class: "small" }, `without results: ${one.error}`)))));
 }
 
 /** What a role's candidates are ranked by, with an arrow to the strong end. */
