@@ -297,12 +297,21 @@ def counted(number: int, noun: str) -> str:
 
 PATTERNS = {"ov_aligned": "OV aligned", "qk_simple": "QK simple", "ov_flat": "OV flat", "both_align": "both align"}
 """Pattern of a claimed head -> its name."""
-CYCLE_PARTS = {"embedding": "embedding", "unembedding": "unembedding", "ov": "OV", "key": "keys"}
+CYCLE_PARTS = {
+    "embedding": "embedding",
+    "unembedding": "unembedding",
+    "neurons": "neurons to logits",
+    "ov": "OV",
+    "ov_neurons": "OV to neurons",
+    "key": "keys",
+}
 """Model part that is analysed by frequency -> its name."""
 CYCLE_CLAIMS = {
     "embedding": "is sparse in Fourier space",
     "unembedding": "is sparse in Fourier space",
     "key": "is keyed on one frequency",
+    "neurons": "is sparse in Fourier space",
     "ov": "moves the frequency that the head is keyed on",
+    "ov_neurons": "writes the frequency that the head is keyed on into the neurons",
 }
 """Part -> the claim that its verdict is about."""

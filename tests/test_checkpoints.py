@@ -15,6 +15,7 @@ from ovqk.circuits.grams import dense
 from ovqk.circuits.vocabulary import read_vocabulary
 from ovqk.errors import UserError
 from ovqk.weights.folding import fold_embeddings
+from ovqk.weights.mlp import UNTOLD
 
 
 def copy(tmp_path: Path, source: Path = BUNDLED) -> Path:
@@ -401,7 +402,7 @@ def test_single_files_of_transformer_lens_names() -> None:
     assert plain.architecture.norm == "none" and len(plain.notes) == 1
     modular = opened(shared_model("modular-addition") / "l8k1hzciux.safetensors", causal=False)
     assert (modular.architecture.n_heads, modular.architecture.causal) == (4, False)
-    assert isinstance(modular.first_mlp(), str)
+    assert modular.first_mlp().activation == UNTOLD
 
 
 @pytest.mark.parametrize(

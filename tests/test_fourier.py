@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.commands import compose
 from support.models import BUNDLED, local, shared_model
 
@@ -174,6 +174,27 @@ def test_a_clock_head_is_found_and_a_head_of_zeros_has_no_numbers(cli, tmp_path,
     assert embedding["power"].iloc[:3].tolist() == pytest.approx([1 / 3] * 3)
     assert rows[rows["part"] == "embedding"]["n_frequencies"].tolist() == [3]
     assert "0.0 OV" in printed and "none" in printed
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_what_heads_write_to_neurons_and_neurons_to_logits_is_that_of_materialised_products(cli, tmp_path, k) -> None:
+    path = tmp_path / "clock.safetensors"
+    clock(17, k, path)
+    tensors = load_file(path)
+    W_in, W_out = drawn(k, 8, 12).float(), drawn(k + 1, 12, 8).float()
+    mlp = {"W_in": W_in, "W_out": W_out, "b_in": torch.zeros(12), "b_out": torch.zeros(8)}
+    save_file(tensors | {f"blocks.0.mlp.{name}": tensor for name, tensor in mlp.items()}, path)
+    _, rows, frequencies = cycles(cli, path, "task.cycle.modulus=17", "task.cycle.query=17", "nulls.draws=99")
+    W_E, W_U = tensors["embed.W_E"][:17].double(), tensors["unembed.W_U"][:, :17].double()
+    W_OV = (tensors["blocks.0.attn.W_V"][0] @ tensors["blocks.0.attn.W_O"][0]).double()
+    F, labels = transform(17)
+    for part, materialised in (("neurons", (W_out.double() @ W_U).T), ("ov_neurons", W_E @ W_OV @ W_in.double())):
+        of_row = np.square(F @ materialised.numpy()).sum(1)
+        wanted = np.array([of_row[[label == frequency for label in labels]].sum() for frequency in range(1, 9)])
+        mine = frequencies[(frequencies["part"] == part) & (frequencies["head"].fillna(0) == 0)]
+        assert mine["power"].tolist() == pytest.approx((wanted / wanted.sum()).tolist(), abs=1e-6)
+    assert rows.at["ov_neurons0", "frequency"] == k and rows.at["ov_neurons0", "share"] == pytest.approx(1)
+    assert rows.at["ov_neurons0", "verdict"] == "corroborated" and math.isnan(rows.at["ov_neurons1", "share"])
 
 
 def test_random_weights_have_p_at_their_level(cli, tmp_path) -> None:

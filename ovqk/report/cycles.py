@@ -24,8 +24,9 @@ COLUMNS = (
 LEGEND = (
     "frequency: the strongest, with the words in their order; share: its part of the power; for 95 %: how many hold as "
     "much. OV: from word to word; within: the part that goes from a frequency to the same one. keys: the scores that "
-    "words have. q: against the same words in other orders. verdict: the embeddings are sparse in "
-    "Fourier space; keys are of one frequency; OV moves that same one."
+    "words have. neurons to logits: W_out W_U; OV to neurons: W_E W_OV W_in. q: against the same words in other "
+    "orders. verdict: the embeddings and what neurons write are sparse in Fourier space; keys are of one frequency; "
+    "OV moves that same one, also to the neurons."
 )
 
 

@@ -22,7 +22,7 @@ from ovqk.structure.rare_tokens import RareTokens, rare_tokens
 from ovqk.structure.token_tables import Directions
 from ovqk.weights.devices import resolve_device, to_device
 from ovqk.weights.folding import fold_embeddings, fold_mlp, fold_reads
-from ovqk.weights.mlp import ACTIVATIONS
+from ovqk.weights.mlp import ACTIVATIONS, UNTOLD
 from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import Architecture, OpenedModel, WeightSource
 
@@ -308,6 +308,8 @@ def read_block0(source: WeightSource, vocabulary: Vocabulary | None, device: tor
         return Block0(layer0, None, source.architecture)
     if isinstance(mlp, str):
         return mlp
+    if mlp.activation == UNTOLD:
+        return "a file of TransformerLens names does not tell the MLP's activation"
     if mlp.activation not in ACTIVATIONS:
         return f"block 0's MLP has the activation '{mlp.activation}'; known: {', '.join(ACTIVATIONS)}"
     return Block0(layer0, fold_mlp(to_device(mlp, device), source.architecture), source.architecture)

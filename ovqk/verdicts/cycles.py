@@ -16,6 +16,8 @@ from ovqk.structure.model import Model
 from ovqk.structure.stages import Tables
 from ovqk.tasks.cycle import Cycle
 from ovqk.verdicts.statistics import ALPHA, benjamini_hochberg
+from ovqk.weights.folding import fold_mlp
+from ovqk.weights.mlp import MLPWeights
 from ovqk.weights.types import keys, queries
 
 AT_ONCE = 2**24
@@ -30,9 +32,9 @@ SPARSE = 0.25
 def cycle_verdict(row: Mapping[Hashable, Any], cycles: pd.DataFrame, p: int) -> str:
     """Judge the claim about one part (docs/definitions.md, section 5): a name of `wording.VERDICTS`.
 
-    There are three claims. The embedding and the unembedding are sparse in Fourier space. A head is keyed on one
-    frequency. The head's OV moves the frequency that it is keyed on. `corroborated` asks for q < .05 and for the size
-    that the claim names; `partial` has q < .05 alone.
+    There are three claims. The embedding, the unembedding and what neurons write to logits are sparse in Fourier space.
+    A head is keyed on one frequency. The head's OV moves that frequency, and writes it into the neurons. `corroborated`
+    asks for q < .05 and for the size that the claim names; `partial` has q < .05 alone.
 
     Args:
         row: the part's row in `cycles`.
@@ -42,17 +44,25 @@ def cycle_verdict(row: Mapping[Hashable, Any], cycles: pd.DataFrame, p: int) -> 
     part, draws_allow = row["part"], row["min_p"] <= ALPHA
     if math.isnan(row["q"]) or not draws_allow:
         return "untestable"
-    if part == "ov":
+    if part in ("ov", "ov_neurons"):
         same = (cycles["part"] == "key") & (cycles["layer"] == row["layer"]) & (cycles["head"] == row["head"])
         keyed = cycles.loc[same, "frequency"].dropna()
         if not len(keyed):
             return "untestable"
-        whole = row["frequency"] == keyed.iloc[0] and row["block_share"] >= MOST_OF
+        whole = row["frequency"] == keyed.iloc[0] and row["block_share" if part == "ov" else "share"] >= MOST_OF
     elif part == "key":
         whole = row["share"] >= MOST_OF
     else:
         whole = row["n_frequencies"] <= SPARSE * (p // 2)
     return ("corroborated" if whole else "partial") if row["q"] < ALPHA else "unsupported"
+
+
+def one_mlp(model: Model) -> MLPWeights | None:
+    """Return the MLP behind the heads in a model of one block, folded; None if it has more blocks, none or a gate."""
+    mlp = model.source.first_mlp() if model.architecture.n_layers == 1 and model.source.foldable else ""
+    if isinstance(mlp, str) or mlp.W_linear is not None:
+        return None
+    return fold_mlp(mlp, model.architecture)
 
 
 class CycleTables:
@@ -61,7 +71,8 @@ class CycleTables:
     It makes two tables: `frequencies`, with a row for each part and frequency, and `cycles`, with a row for each part.
     The parts are the embedding, the unembedding, and two for each head. `ov` is W_E W_OV W_U, which maps residues to
     residues. `key` holds the residues' scores as keys for the task's query token, or for the mean residue if the task
-    has none. All parts are on the direct path; in layer 0 that is the path the model itself takes.
+    has none. All parts are on the direct path; in layer 0 that is the path the model itself takes. A model of one block
+    with an MLP without a gate has two more kinds of parts: `neurons`, W_out W_U, and `ov_neurons`, W_E W_OV W_in.
     """
 
     def __init__(self, model: Model, cycle: Cycle) -> None:
@@ -78,6 +89,9 @@ class CycleTables:
         self._add_rows("embedding", None, None, self.W_E)
         if self.W_U is not None:
             self._add_rows("unembedding", None, None, self.W_U.T)
+        self._mlp = one_mlp(model)
+        if self._mlp is not None and self.W_U is not None:
+            self._add_rows("neurons", None, None, (self._mlp.W_out.double().cpu() @ self.W_U).T)
 
     def visit(self, layer: Layer) -> None:
         """See `Stage`."""
@@ -89,6 +103,11 @@ class CycleTables:
             for head in range(architecture.n_heads):
                 moved = W_E @ weights.W_V[kv[head]].double() @ weights.W_O[head].double() @ self.W_U.to(device)
                 self._add_matrix(layer.index, head, moved.cpu())
+        if self._mlp is not None:
+            kv = architecture.kv_of_head.to(device)
+            for head in range(architecture.n_heads):
+                written = W_E @ weights.W_V[kv[head]].double() @ weights.W_O[head].double()
+                self._add_rows("ov_neurons", layer.index, head, (written @ self._mlp.W_in.double().to(device)).cpu())
         scores = self._key_scores(layer)
         for head, of_head in enumerate([] if scores is None else scores):
             self._add_rows("key", layer.index, head, of_head[:, None])

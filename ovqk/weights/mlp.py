@@ -19,6 +19,9 @@ ACTIVATIONS = {
     "swish": functional.silu,
 }
 
+UNTOLD = "untold"
+"""The activation of an MLP in a file that does not say which it has."""
+
 
 @dataclass(frozen=True)
 class MLPWeights:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.errors import UserError
-from ovqk.weights.mlp import MLPWeights
+from ovqk.weights.mlp import UNTOLD, MLPWeights
 from ovqk.weights.norms import Norm, NormKind
 from ovqk.weights.types import Architecture, EmbeddingWeights, LayerWeights
 
@@ -81,10 +81,22 @@ class TransformerLensWeights:
         return EmbeddingWeights(W_E, W_pos, W_U, self._norm("ln_final"))
 
     def first_mlp(self) -> MLPWeights | str:
-        """Return a reason, always: the names do not say which activation the MLP has."""
-        if "blocks.0.mlp.W_in" in self.checkpoint:
-            return "a file of TransformerLens names does not tell the MLP's activation"
-        return "the model has no MLP"
+        """Return block 0's MLP without its activation, which the names do not tell, or say why it cannot be had."""
+        there, shapes = self.checkpoint, self.checkpoint.shapes
+        if "blocks.0.mlp.W_in" not in there:
+            return "the model has no MLP"
+        if "blocks.0.mlp.W_gate" in there or "blocks.0.mlp.W_out" not in there:
+            return "a file of TransformerLens names does not tell the MLP's form"
+        model, hidden = (self.architecture.d_model,), shapes["blocks.0.mlp.W_out"][:1]
+        wanted = {"mlp.W_in": model + hidden, "mlp.W_out": hidden + model, "mlp.b_in": hidden, "mlp.b_out": model}
+        for part, shape in (wanted | {"ln2.w": model, "ln2.b": model}).items():
+            if shapes.get(f"blocks.0.{part}", shape) != shape:
+                return f"blocks.0.{part} does not fit the other tensors"
+        W_in, W_out = self._read("blocks.0.mlp.W_in"), self._read("blocks.0.mlp.W_out")
+        b_in, b_out = (
+            self._optional(f"blocks.0.mlp.{name}", like) for name, like in (("b_in", W_in[0]), ("b_out", W_out[0]))
+        )
+        return MLPWeights(W_in, b_in, None, W_out, b_out, UNTOLD, self._norm("blocks.0.ln2"))
 
     def _required(self, n_layers: int) -> list[str]:
         """Return the names that the file must hold: a part in one layer must be in all."""
