@@ -135,7 +135,7 @@ PARTS = {
     "lists of tokens": ("ovqk.structure.token_tables", "Directions.tables"),
     "simulated attention": ("ovqk.structure.stages", "simulated_metrics"),
     "layers' summed QK": ("ovqk.structure.stages", "layer_row"),
-    "reading layers": ("ovqk.structure.model", "Layer.read"),
+    "reading layers": ("ovqk.structure.layer", "Layer.read"),
     "readouts": ("ovqk.tasks.task_readout", "ReadoutTables.visit"),
     "candidates and nulls": ("ovqk.analyse", "JudgedTables.tables"),
 }

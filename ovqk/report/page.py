@@ -297,8 +297,10 @@ def _cell(
         content["by_layer"] = columnar(tables["layers"], pool)
     if "verdicts" in tables:
         verdicts = tables["verdicts"]
-        reasons = verdicts["reason"].map(wording.reason, na_action="ignore")
-        content["verdicts"] = columnar(verdicts.assign(decidable=could_be_corroborated(verdicts), reason=reasons), pool)
+        verdicts = verdicts.assign(decidable=could_be_corroborated(verdicts))
+        if "reason" in verdicts:
+            verdicts["reason"] = verdicts["reason"].map(wording.reason, na_action="ignore")
+        content["verdicts"] = columnar(verdicts, pool)
     if "relations" in tables:
         content["relations"] = thinning.relations(tables["relations"], heads)
     if "candidates" in tables:
