@@ -92,6 +92,7 @@ def test_a_weight_that_is_not_what_the_block_writes_leaves_the_model_raw(tmp_pat
     assert any(note.startswith("layer 1: attention adds something other than z W_O + b_O") for note in source.notes)
 
 
+@pytest.mark.slow
 def test_values_that_are_normalised_leave_the_model_raw_with_the_reason(tmp_path) -> None:
     make("gemma4_text", tmp_path, **WIDE, sliding_window=8, global_head_dim=8)
     source = bridged(tmp_path)

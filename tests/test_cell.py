@@ -370,7 +370,8 @@ def test_a_cell_that_another_sweep_computed_is_a_cell_of_both(cli, tmp_path) -> 
     assert cli("-m", *small, "sweep=small")[0] == 0
     (path,) = results.glob("*/*/*/record.json")
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"words": record["words"] | {"reasons": {"names": {"Ada": "two tokens"}}}}))
+    left_out = {"reasons": {"names": {"Ada": "two tokens"}}, "kept": {"names": 9}}
+    path.write_text(json.dumps(record | {"words": record["words"] | left_out}))
     code, printed = cli("-m", *small, "seed=0,1", "sweep=grown")
     assert "note: words left out, with reasons in record.json: mini-attn / none 1\n" in printed
     assert code == 0 and "note: 1 of 2 cells were computed under another sweep's name" in printed

@@ -230,6 +230,7 @@ def test_the_same_records_give_the_same_page(results, made) -> None:
     assert make_page(*read_cells(results), results).html == made[0]
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_and_figures(results, tmp_path) -> None:
     one = tmp_path / "one"
     shutil.copytree(results / "mini-attn" / "induction", one / "mini-attn" / "induction")

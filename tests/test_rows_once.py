@@ -236,6 +236,7 @@ def test_a_bound_for_a_ratio_lies_on_the_ratios_side_of_what_was_observed(monkey
 # --- candidates --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_candidates_have_the_p_of_all_their_draws(monkeypatch) -> None:
     """Drawn until the p is counted no further, by bounds where these tell: as with every draw made and exact."""
     drawn: dict[tuple[int, int], int] = {}

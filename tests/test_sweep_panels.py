@@ -118,6 +118,7 @@ def test_matplotlib_is_imported_only_to_draw() -> None:
 # --- its run -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_offline_run_holds_figures_and_tables_and_is_made_once(results) -> None:
     assert track(results, "offline") is None
     made = state(results)
@@ -219,6 +220,7 @@ def test_cells_that_are_tracked_in_different_ways_have_no_run_in_common(cli, tmp
     assert code == 0 and not (tmp_path / "results" / ".sweeps").exists()
 
 
+@pytest.mark.slow
 def test_keys_of_the_environment_are_in_no_file(cli, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "canary" * 7)
     code, _ = cli("-m", *SMALL, "model=mini-attn,mini-llama")

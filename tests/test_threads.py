@@ -169,6 +169,7 @@ torch.save([found.head, found.kind, found.component, found.cluster_size, found.v
 """
 
 
+@pytest.mark.slow
 def test_components_of_large_heads_are_the_same_with_two_threads(tmp_path) -> None:
     """At d_head 160, in processes that are given up where they hang."""
     ways = [(1, "whole"), (2, "whole"), (1, "near"), (2, "near")]
