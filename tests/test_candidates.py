@@ -9,7 +9,8 @@ from support.small import DRAWS, N_HEADS, N_LAYERS, SET_ROLES, Oracle, Random, c
 
 from ovqk.config.schema import Direction
 from ovqk.records.record import Analysis
-from ovqk.verdicts.candidates import STRONGEST, Ranking, add_ranking, standing
+from ovqk.verdicts.candidates import STRONGEST, Ranking, add_ranking, rank, standing
+from ovqk.verdicts.claim_tests import ClaimTests
 from ovqk.verdicts.depth import depth_reference
 from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.statistics import benjamini_hochberg
@@ -258,6 +259,18 @@ def test_metrics_that_rank_together_rank_by_the_worst_place() -> None:
     found = ranked_by({"primary": (False, values["primary"]), "a": (True, values["a"]), "b": (True, values["b"])})
     assert [p.config.metric for p in (found.by, *found.beside)] == ["a", "b"]
     assert found.heads == [(0, 1), (0, 2), (0, 0), (0, 3)]  # places 2 and 3, 3 and 2, 1 and 4, 4 and 1
+
+
+def test_a_note_says_what_ranks_by_the_tasks_own_choice() -> None:
+    made = [
+        Predicted("role", high("ov_copying"), True, np.array([[1.0, 2]])),
+        Predicted("role", high("ov_task_auc", ranks=True, exploratory=True), False, np.array([[2.0, 1]])),
+    ]
+    _, notes = rank(ClaimTests.__new__(ClaimTests), {"role": made})  # no role composes
+    assert notes == [
+        "candidates for role are ranked by ov_task_auc, as the task asks (ranks: true); a verdict would rest on "
+        "ov_copying"
+    ]
 
 
 def test_the_primary_ranks_if_one_of_the_metrics_that_rank_has_no_values() -> None:

@@ -180,7 +180,11 @@ def _note(tests: ClaimTests, role: str, primary: Predicted, ranking: Ranking | N
         return f"no candidates for {wording.role(role)}: its primary metric, {primary.config.metric}, {why}"
     by = ranking.by.config.metric
     if ranking.by.config.ranks:
-        why = "finds such heads in fewer models (docs/evidence.md)"
+        several = " and ".join(prediction.config.metric for prediction in (ranking.by, *ranking.beside))
+        return (
+            f"candidates for {wording.role(role)} are ranked by {several}, as the task asks (ranks: true); a verdict "
+            f"would rest on {primary.config.metric}"
+        )
     return f"candidates for {wording.role(role)} are ranked by {by}: its primary metric, {primary.config.metric}, {why}"
 
 
@@ -274,7 +278,7 @@ def _candidate(
         layer=head[0],
         head=head[1],
         ranked=predicted is ranking.by,
-        beside=" ".join(_named(p) for p in ranking.beside) if predicted is ranking.by else "",
+        beside=" and ".join(_named(p) for p in ranking.beside) if predicted is ranking.by else "",
         partners=" ".join(f"{layer}.{head}" for layer, head in ranking.partners) if composes(predicted) else "",
         metric=metric,
         prediction=predicted.config.direction.value,
