@@ -41,7 +41,7 @@ def test_without_claims_candidates_are_named_and_frequencies_counted() -> None:
     )
     cycles = pd.DataFrame({"verdict": ["corroborated", "corroborated", "partial", "untestable"]})
     by_frequency = cell("b", "modular_addition", cycles=cycles)
-    said = "By frequency, of 4 claims on embeddings, keys and OV: 2 corroborated, 1 partial and 1 untestable."
+    said = "By frequency, of 4 claims on parts of the model: 2 corroborated, 1 partial and 1 untestable."
     assert opening([by_frequency], []) == {
         "title": FREQUENCIES, "lead": f"1 cell of 1 model and 1 task. {said} {ATLAS}",
     }  # fmt: skip

@@ -32,11 +32,11 @@ def opening(cells: Sequence[Cell], failures: Sequence[Failure]) -> dict[str, str
     ranked = any("candidates" in cell.tables and len(cell.tables["candidates"]) for cell in cells)
     nothing = "No circuit is claimed for any of them, so there is nothing to judge."
     if ranked:
-        more = f" By frequency, of {len(parts)} claims on embeddings, keys and OV: {_counts(parts)}." if parts else ""
+        more = f" By frequency, of {len(parts)} claims on parts of the model: {_counts(parts)}." if parts else ""
         lead = f"{nothing} The strongest heads for each role are candidates: places to look first, and no findings."
         return {"title": CANDIDATES, "lead": f"{size} {lead}{more} {ATLAS}"}
     if parts:
-        said = f"By frequency, of {len(parts)} claims on embeddings, keys and OV: {_counts(parts)}."
+        said = f"By frequency, of {len(parts)} claims on parts of the model: {_counts(parts)}."
         return {"title": FREQUENCIES, "lead": f"{size} {said} {ATLAS}"}
     return {"title": STRUCTURE, "lead": f"{size} {nothing} {ATLAS}"}
 
