@@ -4,7 +4,7 @@
 
 MODEL is a name in conf/model, a path or OWNER/NAME on the hub. Only config.json, the tokenizer's files and the weights'
 headers are read. Operations are counted by the formulas that the cell uses. The time is how long they take at the rate
-that this machine reaches now.
+that this machine reaches now, each part as much slower than one large product as it was measured to be.
 """
 
 import argparse
@@ -31,6 +31,21 @@ LARGEST_MEASURED = 256
 """Decompositions are measured up to this dimension; for larger heads the time grows with the cube."""
 START_UP = 5.0
 """How many seconds start-up takes, on a server with two cores."""
+SLOWER = {
+    "Grams of the vocabulary": 1.5,
+    "block 0 of every token": 1.2,
+    "Grams of block 0": 1.2,
+    "Grams times heads": 1.5,
+    "bases and cores": 2.2,
+    "moments of queries and keys": 1.4,
+    "summed W_QK": 1.5,
+    "lists of tokens": 2.3,
+}
+"""Part -> how many times as long it takes as one large product with as many operations: rounded middles of four shapes
+(docs/performance.md)."""
+OTHERWISE, LISTING = 0.2e-6, 0.1e-6
+"""Seconds that a head takes besides, for each of its d_model x d_head elements (conversions, simulated attention), and
+what is added if components are listed; from the same four shapes."""
 SPECTRA_ROW, LISTED, OTHER = 12.0, 3000.0, 2500.0
 """Bytes in the results: for a row in spectra.parquet, for a head and a component whose tokens are listed, and for the
 rest of a head's results. Measured on SmolLM2-135M and on Gemma 3 270M's shape."""
@@ -87,31 +102,49 @@ class Plan:
         return sum(self.operations.values())
 
 
+def head_products(sizes: Sizes) -> dict[str, float]:
+    """Count the products of each Gram, or of its triangular root, with all heads' bases.
+
+    A whole d_model x d_model matrix times a basis takes 2 d_model^2 d_head operations, a triangular root half. The
+    vocabulary's Gram goes through its root S: S Q, S K, S V, S O; if the embedding is not tied, W_V goes through the
+    Gram of both embeddings besides. Moments of positions, or of normalised rows, have roots of their own: S Q and S K.
+    Block 0's Grams give the cores of QK and of OV alone, with the side that has fewer heads.
+    """
+    s = sizes
+    one = 2.0 * s.d_model**2 * s.d_head
+    by_root = one / 2 * s.n_layers * (s.n_heads + s.n_kv_heads)
+    return {
+        "vocabulary": 2 * by_root + (0 if s.tied else one * s.n_layers * s.n_kv_heads),
+        "positions": by_root * (s.learned or (s.rotary and not s.normalised)),
+        "block 0": 2 * one * (s.n_layers - 1) * s.n_kv_heads * s.block0,
+    }
+
+
 def plan_of(sizes: Sizes) -> Plan:
     """Count the operations in a cell without a task.
 
     A product of n x m with m x p takes 2 n m p operations, and the Gram of one matrix takes half as many. Each head
-    takes a basis for each weight (two products), each Gram times each basis with which it is needed, and some eight
-    products of d_model x d_head with itself, which give cores and Grams.
+    takes a basis for each weight (two products), each Gram times each basis with which it is needed (`head_products`),
+    and some eight products of d_model x d_head with itself, which give cores and Grams. One product gives a layer's
+    summed W_QK, raw and folded, with query heads that share keys summed first.
     """
     s = sizes
     heads, kv_heads = s.n_layers * s.n_heads, s.n_layers * s.n_kv_heads
-    gram, large, small = s.n_vocab * s.d_model**2, 2 * s.d_model**2 * s.d_head, 2 * s.d_model * s.d_head**2
+    gram, small = s.n_vocab * s.d_model**2, 2 * s.d_model * s.d_head**2
     later = s.n_layers > 1 and s.block0
     operations = {
-        "Grams of the vocabulary": gram * ((1 if s.tied else 4) + (1 if s.rotary else 0)),
+        "Grams of the vocabulary": gram * ((1 if s.tied else 4) + (s.rotary and not s.normalised)),
         "block 0 of every token": s.n_vocab
         * (2 * s.d_model * min(s.d_model, 2 * s.n_heads * s.d_head) + (6 if s.gated else 4) * s.d_model * s.d_mlp)
         * later,
         "Grams of block 0": 5 * gram * later,
-        "Grams times heads": large
-        * (heads * (2 + later + s.rotary + s.learned) + kv_heads * (3 + later * 2 + s.rotary + s.learned)),
+        "Grams times heads": sum(head_products(s).values()),
         "bases and cores": small * (4 * (heads + kv_heads) + 10 * heads),
         "moments of queries and keys": s.normalised
         * min(s.n_vocab, 2**15)
         * (heads + kv_heads)
         * (2 * s.d_model * s.d_head + 2 * s.d_head**2),
-        "summed W_QK": 2 * 2 * s.n_layers * s.d_model**2 * s.n_heads * s.d_head,
+        "summed W_QK": 2 * s.n_layers * s.d_model**2 * s.n_kv_heads * s.d_head,
         "lists of tokens": 8 * s.components * heads * 2 * s.n_vocab * s.d_model,
     }
     decompositions = {
@@ -147,9 +180,12 @@ class Rates:
     threads: int
 
     def seconds(self, plan: Plan) -> float:
-        """Return how long the plan's products and decompositions take; threads share the decompositions."""
+        """Return how long the plan's parts take, start-up left out; threads share the decompositions."""
+        s = plan.sizes
+        products = sum(SLOWER[part] * count for part, count in plan.operations.items()) / self.products
         each = sum(count * self.decompositions[kind] for kind, count in plan.decompositions.items())
-        return plan.total / self.products + each / self.threads
+        elements = s.n_layers * s.n_heads * s.d_model * s.d_head
+        return products + each / self.threads + elements * (OTHERWISE + LISTING * (s.components > 0))
 
 
 def measure_rates(d_model: int, d_head: int) -> Rates:

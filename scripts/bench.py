@@ -43,7 +43,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as ovqk sets it where it is 
 
 import torch
 from bench_operations import (
-    cell_operations,
     product_rate,
     products_done,
     sizes_of_shape,
@@ -52,7 +51,7 @@ from bench_operations import (
 )
 from bench_task import report_task, sizes_of_model
 
-from ovqk.plan import Sizes
+from ovqk.plan import Sizes, plan_of
 from ovqk.testing.random_checkpoints import SHAPES, Shape, make_checkpoint
 
 # --- ovqk ----------------------------------------------------------------------------------------------------
@@ -329,7 +328,7 @@ def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace)
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)
         return
     sizes = sizes_of_shape(shape)
-    operations = spectra_operations(sizes) if what == "spectra" else sum(cell_operations(sizes).values())
+    operations = spectra_operations(sizes) if what == "spectra" else plan_of(sizes).total
     runs = [child(what, folder, arguments.threads, arguments.device) for _ in range(arguments.repeats)]
     best = min(runs, key=lambda run: run["seconds"])
     rate = product_rate()

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 
-from ovqk.plan import Sizes, plan_of
+from ovqk.plan import Sizes, head_products
 from ovqk.testing.random_checkpoints import Shape
-
-HALF = 0.5  # of a product with a square matrix: one with a triangle
 
 
 def product_rate(n: int = 3072) -> float:
@@ -64,23 +62,6 @@ def sizes_of_shape(shape: Shape, components: int = 0) -> Sizes:
     )
 
 
-def head_products(sizes: Sizes) -> dict[str, float]:
-    """Operations of the products of a Gram, or of its root, with every head's weights: 2 d^2 k for a whole matrix.
-
-    The vocabulary's Gram by its root S: S Q, S K, S V, S O, half each; without a tied embedding G_cross V besides.
-    Moments of positions or of normalised rows: S Q and S K through their own roots. Block 0: the core of QK and of OV
-    alone, a whole product with the side that has fewer heads.
-    """
-    s = sizes
-    one = 2 * s.d_model**2 * s.d_head
-    both = one * s.n_layers * (s.n_heads + s.n_kv_heads)
-    return {
-        "vocabulary": 2 * HALF * both + (0 if s.tied else one * s.n_layers * s.n_kv_heads),
-        "positions": HALF * both * (s.learned or (s.rotary and not s.normalised)),
-        "block 0": 2 * one * (s.n_layers - 1) * s.n_kv_heads,
-    }
-
-
 def spectra_operations(sizes: Sizes) -> float:
     """Operations that eigen- and singular values of every head need, QK and OV, both spaces.
 
@@ -90,20 +71,6 @@ def spectra_operations(sizes: Sizes) -> float:
     s = sizes
     small = 2 * s.d_model * s.d_head**2 * s.n_layers * s.n_heads
     return s.n_vocab * s.d_model**2 * (1 if s.tied else 4) + head_products(s)["vocabulary"] + 8 * small
-
-
-def cell_operations(sizes: Sizes) -> dict[str, float]:
-    """Operations of a whole cell of task=none, by part: as `ovqk plan` counts them, but the least where it is more.
-
-    Heads go through roots. One product gives a layer's summed W_QK, raw and folded, with query heads that share keys
-    summed first. If queries and keys are normalised, no Gram of normalised rows is needed.
-    """
-    s = sizes
-    parts = dict(plan_of(s).operations)
-    parts["Grams times heads"] = sum(head_products(s).values())
-    parts["summed W_QK"] = 2.0 * s.n_layers * s.d_model**2 * s.n_kv_heads * s.d_head
-    parts["Grams of the vocabulary"] -= s.normalised * s.n_vocab * s.d_model**2
-    return parts
 
 
 def products_done(function: Callable[[], Any]) -> float:
@@ -129,6 +96,7 @@ PARTS = {
     "moments of queries and keys": ("ovqk.circuits.moments", "normalised_head_moments"),
     "bases": ("ovqk.circuits.maps", "Basis.__init__"),
     "Grams times heads": ("ovqk.circuits.maps", "FactoredMaps._across"),
+    "Grams times one side": ("ovqk.circuits.maps", "Basis.times"),
     "eigen- and singular values": ("ovqk.circuits.spectra", "decomposed"),
     "singular vectors": ("ovqk.circuits.maps", "decomposed"),
     "components": ("ovqk.structure.stages", "components"),

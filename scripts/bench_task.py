@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from bench_operations import cell_operations, processor_rate, product_rate
+from bench_operations import processor_rate, product_rate
 
-from ovqk.plan import Sizes
+from ovqk.plan import Sizes, plan_of
 
 
 def report_task(
@@ -19,7 +19,7 @@ def report_task(
         measured: runs a way (`ioi/3`) in a process of its own, several times, and returns the fastest run.
         made: counts the operations of the products that a way makes.
     """
-    best, counted, parts = {}, {}, cell_operations(sizes)
+    best, counted, parts = {}, {}, plan_of(sizes).operations
     for task in ("none", "ioi"):
         way = f"{task}/{sizes.components}"
         best[task] = found = measured(way)

@@ -184,7 +184,7 @@ def test_the_benchmark_runs_and_counts_what_it_says(tmp_path) -> None:
     per_head = 4 * 16 * 16 * 8 + 8 * 2 * 16 * 8 * 8  # four products with a triangle, and eight of d x k
     sizes = bench.sizes_of_shape(shape)
     assert bench.spectra_operations(sizes) == 40 * 16 * 16 + 4 * per_head
-    needed = bench.cell_operations(sizes)
+    needed = bench.plan_of(sizes).operations
     triangle = 16 * 16 * 8
     block0 = 2 * 2 * 2 * triangle  # in layer 1, for two heads and two circuits, with a whole matrix
     assert needed["Grams times heads"] == 4 * (4 + 2) * triangle + block0
