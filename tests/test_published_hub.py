@@ -89,7 +89,7 @@ def places(tmp_path_factory) -> RandomHub:
 
 
 def firsts() -> list[Statement]:
-    """One statement of each quantity with each family: the first, but of heads' medians and shares one each."""
+    """One statement of each quantity with each family: the first, and of ranks one for each kind of rows."""
     found: dict[tuple[object, ...], Statement] = {}
     for each in ON_HUB:
         options = each.options
@@ -105,7 +105,14 @@ def computed(statement: Statement, places: RandomHub) -> table.Row:
     return row
 
 
-@pytest.mark.parametrize("statement", firsts(), ids=lambda each: each.name)
+def marked(statement: Statement):
+    """Cells of deep models, and runs on prompts, are among the slow tests."""
+    deep = str(statement.function).startswith("cell_") and SHAPES[statement.subject.name][1] > 12
+    slow = deep or str(statement.function).endswith("on_prompts")
+    return pytest.param(statement, id=statement.name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("statement", [marked(each) for each in firsts()])
 def test_each_quantity_is_computed_with_each_family(statement, places) -> None:
     computed(statement, places)
 
