@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from ovqk.config.schema import Circuit, VariableKind
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 """Bumped when a number may change: cells with another version are computed again."""
 
 SENDERS_READ = 3
@@ -309,8 +309,8 @@ _METRICS = [
     _metric("ov_copying", "OV copying", "sum lambda / sum |lambda| of W_E W_OV W_U", -1.0, 1.0, {"unembedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", legend="1 if attending to a token raises its own logit, -1 if it lowers it", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
     _metric("ov_copying_block0", "OV copying, block 0 embeddings", "the same of E W_OV W_U, E the block0 embeddings, layers >= 1", -1.0, 1.0, {"unembedding", "block0"}, full_circuit=True, topic="copying", **_at("depth, curve, profile", COPYING)),
     *_spectral(Circuit.ov),
-    _metric("ov_diagonal_top10", "OV diagonal among the 10 largest", "share of tokens t with L_tt among the 10 largest of column t, L = E' W_OV W_U", 0.0, 1.0, {"unembedding", "diagonals"}, None, "McDougall et al. 2023", topic="copying"),
-    _metric("ov_diagonal_bottom10", "OV diagonal among the 10 smallest", "share of tokens t with L_tt among the 10 smallest of column t, L = E' W_OV W_U", 0.0, 1.0, {"unembedding", "diagonals"}, None, "McDougall et al. 2023", topic="copying"),
+    _metric("ov_diagonal_top10", "OV diagonal among the 10 largest", "share of tokens t with L_tt among the 10 largest of row t, L = E' W_OV W_U", 0.0, 1.0, {"unembedding", "diagonals"}, None, "McDougall et al. 2023", topic="copying"),
+    _metric("ov_diagonal_bottom10", "OV diagonal among the 10 smallest", "share of tokens t with L_tt among the 10 smallest of row t, L = E' W_OV W_U", 0.0, 1.0, {"unembedding", "diagonals"}, None, "McDougall et al. 2023", topic="copying"),
     _metric("qk_matching", "QK matching", "sum lambda / sum |lambda| of W_E W_QK W_E^T", -1.0, 1.0, {"embedding"}, None, "Elhage et al. 2021", full_circuit=True, topic="copying", ratio_of="vocab", legend="1 if the head looks for its own token, -1 if it avoids it", **_at("depth, curve, histogram, atlas, column, profile", COPYING)),
     _metric("qk_matching_block0", "QK matching, block 0 embeddings", "the same with block0 embeddings, layers >= 1", -1.0, 1.0, {"embedding", "block0"}, full_circuit=True, topic="copying", **_at("depth, curve, profile", COPYING)),
     _metric("qk_symmetry_vocab", "QK symmetry between tokens", "tr(W_QK G W_QK G) / tr(W_QK^T G W_QK G)", -1.0, 1.0, {"embedding"}, topic="symmetry", **_at("curve", SYMMETRY_OF_TOKENS)),

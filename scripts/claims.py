@@ -16,7 +16,7 @@ STATUS = {
 OPENING = """# Published claims
 
 The heads that publications claim, as `conf/task/` holds them, with the place that names them, the revision of the model
-and the status. `python scripts/claims.py` writes this page. A place that was not looked up in the source says so. No
+and the status. `python scripts/claims.py` writes this page. A place that was not found in what was at hand says so. No
 source names a revision: it is the one that ovqk reads, whose commit each record holds. Claims of the bundled models are
 no publication's: they were measured on prompts (`scripts/measured_claims.py`), and `conf/task/` holds the numbers.
 """

@@ -221,13 +221,13 @@ def _check_diagonals(source, n_tokens, heads) -> set[str]:
         rows = written[:n_tokens] if layer > 0 and bool(written.abs().sum() > 0) else plain
         x = normalise(rows, facts.norm, facts.norm_eps)
         L = x @ matrices(weights, facts, head)[0] @ W_U
-        own = L.diagonal()
-        wanted["ov_diagonal_top10"].append(float(((L - own >= 0).sum(0) <= 10).double().mean()))
-        wanted["ov_diagonal_bottom10"].append(float(((own - L >= 0).sum(0) <= 10).double().mean()))
+        own = L.diagonal()[:, None]  # row t: what attending to t does to all logits
+        wanted["ov_diagonal_top10"].append(float(((L - own >= 0).sum(1) <= 10).double().mean()))
+        wanted["ov_diagonal_bottom10"].append(float(((own - L >= 0).sum(1) <= 10).double().mean()))
         S = query_key_scores(weights, facts, head, torch.eye(facts.d_head, dtype=torch.float64), W_U.T, x)
         wanted["qk_diagonal_first"].append(float((S.diagonal()[:, None] - S >= 0).all(1).double().mean()))
     places = [layer * facts.n_heads + head for layer, head in sample]
-    for name, values in wanted.items():  # rounding may swap two entries of a column
+    for name, values in wanted.items():  # rounding may swap two entries of a row
         assert np.abs(heads[name].to_numpy()[places] - values).max() <= 1.01 / len(plain), name
     return set(wanted)
 

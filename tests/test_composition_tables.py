@@ -4,7 +4,7 @@ import dataclasses
 import math
 import subprocess
 import sys
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import ROOT
 from support.commands import compose
 from support.composed import Materialised, noise, of_factors, random_layers, source_of
 from support.oracle import centre_tokens, folded_embeddings, ratio
+from support.scripts import script
 
 from ovqk.cell import run_cell
 from ovqk.circuits import composition
@@ -38,6 +40,8 @@ from ovqk.circuits.composition import (
 from ovqk.circuits.factors import Factors
 from ovqk.circuits.grams import FullCircuit, centred_gram
 from ovqk.config.schema import Circuit
+from ovqk.published import quantities
+from ovqk.published.statements import half_a_unit
 from ovqk.records.results import load_table
 
 # --- roles -----------------------------------------------------------------------------------------------------
@@ -303,3 +307,33 @@ def test_components_that_claimed_receivers_read_are_listed_as_all_components_are
         assert (both[name] == both[f"{name}_all"]).all(), name
     assert np.allclose(both["score"], both["score_all"], rtol=1e-4)
     assert np.allclose(both["contrast"], both["contrast_all"], rtol=1e-4)
+
+
+def test_the_statistic_of_the_evidence_is_that_of_every_choice_of_senders(capsys, monkeypatch) -> None:
+    """The rows of docs/evidence.md for mini-attn, and p by a loop over all choices of heads in the senders' layers."""
+    evidence = script("evidence_of_composition")
+    senders, receivers = "0.1 0.4 1.1 1.3 1.5 1.6 1.7", "3.0 3.3 3.4"
+    monkeypatch.setattr("sys.argv", ["", "mini-attn", senders, receivers])
+    evidence.main()
+    printed, text = capsys.readouterr().out.splitlines(), (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    starts = "| `mini-attn`, seven", "| | | "
+    rows_told = [line.strip("|").split("|") for line in text.splitlines() if line.startswith(starts)]
+    for row in printed[:3]:
+        side, *numbers = [each.strip() for each in row.strip("|").split("|")]
+        start = [side, numbers[0].lstrip("0"), numbers[1].lstrip("0")]
+        (told,) = [cells[3:] for cells in rows_told if [cell.strip() for cell in cells[2:5]] == start]
+        for number, each in zip(numbers, told, strict=False):
+            assert float(number) == pytest.approx(float(each), abs=half_a_unit(each.strip())), row
+    layers = quantities.Opened("mini-attn").circuits
+    of_senders, of_receivers = [(0, 1), (0, 4), (1, 2)], [(1, 3), (2, 0)]  # 1.3 hears layer 0 alone
+
+    def mean(chosen) -> float:
+        pairs = [(layers[s[0]].only([s[1]]), layers[r[0]].only([r[1]])) for s, r in product(chosen, of_receivers)
+                 if s[0] < r[0]]  # fmt: skip
+        return sum(float(component_scores(sender, receiver, "k").max()) for sender, receiver in pairs) / len(pairs)
+
+    every = [[(0, a), (0, b), (1, c)] for a, b in combinations(range(8), 2) for c in range(8)]
+    mine, values = mean(of_senders), [mean(chosen) for chosen in every]
+    found = evidence.statistic(layers, of_senders, of_receivers, "k", evidence.by_component)
+    assert found[0] == pytest.approx(mine) and found[1] == pytest.approx(sum(values) / len(values))
+    assert found[2] == sum(value >= mine - 1e-9 for value in values) / len(values)

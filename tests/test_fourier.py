@@ -343,6 +343,19 @@ def test_of_many_heads_the_strongest_are_drawn() -> None:
     assert [label.get_text() for label in heads.get_yticklabels()][::2] == [f"0.{head} OV" for head in range(24, 40)]
 
 
+def test_what_neurons_write_is_drawn_under_the_embeddings() -> None:
+    shares = {("neurons", None): [0.1, 0.9], ("embedding", None): [0.6, 0.4], ("ov", 0): [0.5, 0.5]}
+    powers = pd.concat(
+        [pd.DataFrame({"part": part, "layer": head, "head": head, "frequency": [1, 2], "power": power})
+         for (part, head), power in shares.items()]
+    )  # fmt: skip
+    cycle = pd.DataFrame([{"part": part, "layer": head, "head": head, "frequency": 1, "share": 0.6, "n_frequencies": 2,
+                           "gini": 0.1} for part, head in shares])  # fmt: skip
+    embedding, neurons, _ = frequencies(powers, cycle).axes
+    assert [embedding.get_title(), neurons.get_title()] == ["Embedding W_E", "Neurons to logits W_out W_U"]
+    assert [bar.get_height() for bar in neurons.patches] == [0.1, 0.9]
+
+
 # --- operators, tokens between, and attention that is not all softmax ----------------------------------------------
 
 

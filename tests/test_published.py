@@ -60,6 +60,7 @@ def test_every_statement_says_how_it_is_computed_or_why_not() -> None:
     for each in STATEMENTS.values():
         assert each.definition and each.source and each.needs
         assert each.function is not None or each.reason
+        assert bool(each.place) == (each.kind == "published")
 
 
 def test_the_models_of_statements_have_a_place() -> None:
@@ -71,7 +72,7 @@ def test_the_models_of_statements_have_a_place() -> None:
 
 def test_a_mistaken_statement_is_refused() -> None:
     data = yaml.safe_load(FILE.read_text())
-    (entry,) = [each for each in data["statements"] if each.get("function") == "embedding_frequencies"]
+    (entry,) = [each for each in data["statements"] if each.get("function") == "neuron_frequencies"]
 
     def refused(**changes: object) -> str:
         with pytest.raises(UserError) as error:
@@ -366,6 +367,20 @@ def test_distance_irrelevance_sees_neither_scale_nor_shift(seed, scale, shift) -
         assert one_block.distance_irrelevance(scale * logits + shift, cycle) == pytest.approx(found)
 
 
+def test_key_frequencies_are_those_that_neurons_write(tmp_path) -> None:
+    """Neurons write frequencies 1 and 3 of 11 residues; the embedding holds all of them."""
+    angles = 2 * math.pi * torch.arange(11) / 11
+    waves = torch.stack([wave(k * angles) for k in (1, 3) for wave in (torch.cos, torch.sin)])
+    W_U = torch.cat([torch.cat([waves, torch.zeros(2, 11)]), torch.ones(6, 1)], 1)
+    block(11, 6, tmp_path / "m.safetensors", **{"unembed.W_U": W_U})
+    opened = Opened(tmp_path / "m.safetensors")
+    assert compute("neuron_frequencies", opened, {"modulus": 11}) == {1, 3}
+    with pytest.raises(UserError, match="modulus=13: the model has no logits of that many residues"):
+        compute("neuron_frequencies", opened, {"modulus": 13})
+    with pytest.raises(UserError, match="only a model of one block"):
+        compute("neuron_frequencies", Opened("mini-gpt2"), {"modulus": 11})
+
+
 def test_other_models_are_not_run_as_one_block(tmp_path) -> None:
     config = ModelConfig(name="m", source=Source.local, path=str(tmp_path / "m.safetensors"))
     norm = {"blocks.0.ln1.w": torch.ones(6), "blocks.0.ln1.b": torch.ones(6)}
@@ -405,23 +420,50 @@ def test_a_copying_head_is_first_a_suppressing_one_last_and_a_head_of_zeros_neit
     assert diagonals.share_up_to(found.from_smallest, 10).tolist() == [0, 1, 0]
 
 
-@pytest.mark.parametrize("circuit", ["ov", "qk"])
-def test_the_diagonal_of_a_model_is_that_of_its_matrices(circuit, tmp_path) -> None:
+@pytest.mark.parametrize("rows_read", ["token", "block0", "mlp0"])
+def test_the_diagonal_of_a_model_is_that_of_its_matrices(rows_read, tmp_path) -> None:
+    """A row is what attending to its token does to all logits (OV), or the scores of all keys for its query (QK)."""
     make_gpt2(tmp_path / "m")
     opened = Opened(tmp_path / "m")
     model = opened.model
-    E = model.block0.mlp_output(model.vocabulary.W_E[:])
-    stream = E + torch.cat([model.block0.rows(model.vocabulary.W_E[:]) - E])
-    assert torch.allclose(stream, model.block0.rows(model.vocabulary.W_E[:]), atol=1e-5)
-    E, W_U = model.architecture.normalised(E).double(), model.vocabulary.W_U_rows[:].double()
-    head = opened.library.head(1, 2)
-    matrix = E @ head.ov.matrix() @ W_U.T if circuit == "ov" else (W_U @ head.qk.matrix() @ E.T).T
-    own = matrix.diagonal()
-    first = 100 * float((matrix <= own).all(0).double().mean())
-    assert quantities.diagonal(opened, "1.2", circuit, "mlp0", highest=1) == pytest.approx(first)
-    low = 100 * float(((matrix <= own).sum(0) <= 10).double().mean())
-    assert quantities.diagonal(opened, "1.2", circuit, "mlp0", lowest=10) == pytest.approx(low)
-    assert quantities.diagonal(opened, "1.2", circuit, "mlp0", lowest=0.25) == pytest.approx(low)  # of 40 tokens
+    W_E = model.vocabulary.W_E[:]
+    kinds = {"token": W_E, "block0": model.block0.rows(W_E), "mlp0": model.block0.mlp_output(W_E)}
+    kinds = {name: each.double() for name, each in kinds.items()}
+    W_U = model.vocabulary.W_U_rows[:].double()
+    W_U, E, head = W_U - W_U.mean(0), kinds[rows_read], opened.library.head(1, 2)
+    matrices = {
+        ("ov", "unembedding"): E @ head.ov.matrix() @ W_U.T,
+        ("qk", "unembedding"): W_U @ head.qk.matrix() @ E.T,
+        ("qk", "token"): kinds["token"] @ head.qk.matrix() @ E.T,
+        ("qk", "block0"): kinds["block0"] @ head.qk.matrix() @ E.T,
+    }
+    for (circuit, queries), matrix in matrices.items():
+        own, options = matrix.diagonal()[:, None], {"circuit": circuit, "rows": rows_read, "queries": queries}
+        before, below = (matrix > own).sum(1), (matrix < own).sum(1)
+        for count in (1, 10):
+            share = 100 * float((before < count).double().mean())
+            assert quantities.diagonal(opened, "1.2", **options, highest=count) == pytest.approx(share)
+            share = 100 * float((below < count).double().mean())
+            assert quantities.diagonal(opened, "1.2", **options, lowest=count) == pytest.approx(share)
+        share = 100 * float((below <= 0.25 * len(E)).double().mean())  # at most a quarter of all tokens come before
+        assert quantities.diagonal(opened, "1.2", **options, lowest=0.25) == pytest.approx(share)
+        assert quantities.diagonal(opened, "1.2", **options) == 1 + float(before.median())
+    both = E @ (head.ov.matrix() + opened.library.head(0, 1).ov.matrix()) @ W_U.T
+    first = 100 * float((both.argmax(1) == torch.arange(len(E))).double().mean())
+    asked = {"circuit": "ov", "rows": rows_read, "highest": 1}
+    assert quantities.diagonal(opened, "1.2 0.1", **asked) == pytest.approx(first)
+
+
+def test_a_head_that_copies_from_every_token_but_into_few_is_told_by_rows() -> None:
+    """Rows, not columns: attending to t raises t most, though t's logit is raised more by one loud token."""
+    left = torch.eye(6, dtype=torch.float64)
+    right = torch.eye(6, dtype=torch.float64)
+    left[0] = 10 * left[0] + 5  # a loud token: it raises every logit more than the others' own tokens do
+    own = torch.arange(6)
+    by_row = diagonals.own_ranks(right[None], left[None], own)
+    by_column = diagonals.own_ranks(left[None], right[None], own)
+    assert float(diagonals.share_up_to(by_row.from_largest, 1)) == 1
+    assert float(diagonals.share_up_to(by_column.from_largest, 1)) == pytest.approx(1 / 6)
 
 
 # --- quantities of cells ---------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""The diagonal of full circuits: how a token's own entry ranks in its column (definitions: section 2).
+"""The diagonal of full circuits: how a token's own entry ranks among all entries of one side (definitions: section 2).
 
 A full circuit's matrix over tokens is rows @ columns^T, where both factors are as wide as a head. It is formed a block
-of columns at a time. To rank within rows, transpose the matrix. Adding a constant to a column changes nothing here.
+of columns at a time, and ranked within columns. To rank within the rows of a circuit, as its metrics do, give its two
+sides the other way round. Adding a constant to a column changes nothing here.
 """
 
 from collections.abc import Iterator, Mapping

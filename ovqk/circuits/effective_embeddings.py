@@ -75,8 +75,10 @@ class Block0:
     def mlp_output(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """Return what the MLP writes for rows of the folded embedding, each token attending to itself alone.
 
-        It is the effective embedding of McDougall et al. 2023 (arXiv:2310.04625) and of Elhelo & Geva 2024
-        (arXiv:2412.11965), who leave the residual stream out. If no MLP writes anything, these are the rows themselves.
+        It is the effective embedding as McDougall et al. 2023 (arXiv:2310.04625) and Elhelo & Geva 2024
+        (arXiv:2412.11965) write it, without the residual stream. The code of the first ranks rows of the whole stream
+        (`rows`), and that of the second leaves the attention out of what the MLP reads. If no MLP writes anything,
+        these are the rows themselves.
         """
         if not self.mlp_writes:
             return W_E

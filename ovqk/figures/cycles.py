@@ -1,4 +1,4 @@
-"""A model on words that form a cycle, by frequency: its embeddings, and below them each head's OV and keys.
+"""A model on words that form a cycle, by frequency: its embeddings and neurons, and below them each head's OV and keys.
 
 Bars and rows share one axis. If a model adds with a few frequencies, as in Nanda et al. 2023 (arXiv:2301.05217), bars
 and rows stand in the same few places.
@@ -19,13 +19,19 @@ from ovqk.figures.verdict_marks import mark
 
 MOST_HEADS = 16
 """How many heads are drawn; if there are more, those whose keys or OV hold most at one frequency."""
+BARS = {
+    "embedding": "Embedding W_E",
+    "unembedding": "Unembedding W_U",
+    "neurons": "Neurons to logits W_out W_U",
+}
+"""Part that is drawn as bars, if the tables have it -> its title."""
 NAMED = 8
 """How many bars have their frequency above them at most; they are the bars that hold 95 % of the power."""
 
 
 @styled
 def frequencies(powers: pd.DataFrame, cycles: pd.DataFrame, title: str = "") -> Figure:
-    """Draw the embeddings' power by frequency, and below it the power in each head's OV blocks and keys.
+    """Draw the power of `BARS` by frequency, and below it the power in each head's OV blocks and keys.
 
     Args:
         powers: `frequencies.parquet`.
@@ -33,7 +39,7 @@ def frequencies(powers: pd.DataFrame, cycles: pd.DataFrame, title: str = "") -> 
         title: above all panels, such as the model and the task.
     """
     heads = _heads(cycles)
-    bars = [part for part in ("embedding", "unembedding") if (powers["part"] == part).any()]
+    bars = [part for part in BARS if (powers["part"] == part).any()]
     rows = [(*head, part) for head in heads for part in ("ov", "key") if len(_of(cycles, part, head))]
     height = 1.9 * len(bars) + 0.36 * len(rows) + 1.6
     figure = Figure(figsize=(11, height), layout=ConstrainedLayoutEngine(h_pad=0.08))
@@ -68,7 +74,7 @@ def _bars(axes: Axes, powers: pd.DataFrame, cycle: pd.DataFrame, part: str) -> N
     at = powers["frequency"].to_numpy(dtype=np.int64)
     axes.bar(at, np.nan_to_num(shares), color=BLUE, width=0.7)
     axes.set_ylim(0, 1.25 * max(0.01, float(np.nan_to_num(shares).max(initial=0.0))))
-    axes.set_title({"embedding": "Embedding W_E", "unembedding": "Unembedding W_U"}[part])
+    axes.set_title(BARS[part])
     axes.set_ylabel("share of power")
     needed = cycle["n_frequencies"].iloc[0] if len(cycle) else None
     count = 0 if pd.isna(needed) else min(NAMED, int(needed))

@@ -26,6 +26,7 @@ from ovqk.structure.layer import Layer
 from ovqk.structure.model import Model
 from ovqk.structure.stages import layer_row
 from ovqk.tasks.cycle import Cycle
+from ovqk.verdicts.cycles import one_mlp
 from ovqk.weights.types import Head
 
 Found = float | frozenset[int]
@@ -204,44 +205,70 @@ def cell_lead(opened: Opened, task: str, metric: str, head: str) -> float:
 
 @quantity
 def diagonal(
-    opened: Opened, head: str, circuit: str, rows: str, highest: int | None = None, lowest: int | float | None = None
+    opened: Opened,
+    head: str,
+    circuit: str,
+    rows: str,
+    queries: str = "unembedding",
+    highest: int | None = None,
+    lowest: int | float | None = None,
 ) -> float:
-    """Return the share of tokens, in percent, whose own entry is at an end of its column (OV) or row (QK).
+    """Return how a token's own entry ranks in its row of a full circuit: a share of tokens in percent, or a median.
+
+    In OV, row t of E' W_OV W_U holds the logits of all tokens if t is attended to. In QK it holds the scores of all
+    keys for the query t. Rows are centred, but not divided by their size, and the unembedding's columns are less their
+    mean, as the sources have them: no rank in OV depends on either.
 
     Args:
         opened: the model.
         head: "10.7"; if there are several, as in "1.4 1.10", their circuits are summed.
-        circuit: `ov`, or `qk` with the unembedding's columns as queries.
-        rows: the rows that heads read: `token` for the embedding, or `mlp0` for what block 0's MLP writes; both
-            normalised as the layer's norm does.
+        circuit: `ov` or `qk`.
+        rows: what heads read of tokens (keys in QK): `token` for the embedding, `block0` for the stream after block 0
+            if each token attends to itself alone, or `mlp0` for what block 0's MLP writes there.
+        queries: for QK: `unembedding` for its columns, or as `rows`.
         highest: how many places from the largest entry count.
-        lowest: how many places from the smallest entry count; if it is below 1, a share of all tokens.
+        lowest: how many places from the smallest entry count; if it is below 1, the share of all tokens that may come
+            before. Without either end, the median place from the largest entry is returned, which is 1 or more.
     """
     model = opened.model
-    vocabulary, architecture = model.vocabulary, model.architecture
+    vocabulary = model.vocabulary
     if vocabulary is None or vocabulary.W_U_rows is None:
         raise UserError("the checkpoint holds no unembedding.")
-    E = vocabulary.W_E[:]
-    if rows == "mlp0":
-        if isinstance(model.block0, str):
-            raise UserError(f"{model.block0}.")
-        if model.block0.mlp is None:
-            raise UserError("the model has no MLP.")
-        E = model.block0.mlp_output(E)
-    E, W_U = architecture.normalised(E), vocabulary.W_U_rows[:]
-    read, written = [], []
+    W_U = vocabulary.W_U_rows[:]
+    W_U = W_U - W_U.mean(0)
+    E = _token_rows(model, rows)
+    sides = (E, W_U) if circuit == "ov" else (W_U if queries == "unembedding" else _token_rows(model, queries), E)
+    left, right = [], []
     for layer, index in map(head_of, head.split()):
         factors = Layer(model, layer).factors(Circuit(circuit), True)
-        sides = (E, W_U) if circuit == "ov" else (W_U, E)
-        read.append(sides[0] @ factors.left[index].to(E))
-        written.append(sides[1] @ factors.right[index].to(E).T)
-    left, right = torch.cat(read, -1)[None], torch.cat(written, -1)[None]
-    own = torch.arange(len(E))
-    ranks = diagonals.own_ranks(left, right, own) if circuit == "ov" else diagonals.own_ranks(right, left, own)
+        left.append(sides[0] @ factors.left[index].to(E))
+        right.append(sides[1] @ factors.right[index].to(E).T)
+    ranks = diagonals.own_ranks(torch.cat(right, -1)[None], torch.cat(left, -1)[None], torch.arange(len(E)))
     if highest is not None:
         return 100 * float(diagonals.share_up_to(ranks.from_largest, highest))
-    count = int(lowest) if lowest is not None and lowest >= 1 else int(len(E) * float(lowest or 0))
+    if lowest is None:
+        return float(ranks.from_largest.double().median())
+    count = int(lowest) if lowest >= 1 else 1 + int(len(E) * lowest)
     return 100 * float(diagonals.share_up_to(ranks.from_smallest, count))
+
+
+def _token_rows(model: Model, kind: str) -> torch.Tensor:
+    """Return what heads are taken to read of each token: `token`, `block0` or `mlp0`.
+
+    Raises:
+        UserError: the model has no such rows.
+    """
+    vocabulary, block0 = model.vocabulary, model.block0
+    assert vocabulary is not None
+    if kind == "token":
+        return vocabulary.W_E[:]
+    if isinstance(block0, str):
+        raise UserError(f"{block0}.")
+    if kind == "block0":
+        return block0.rows(vocabulary.W_E[:])
+    if block0.mlp is None:
+        raise UserError("the model has no MLP.")
+    return block0.mlp_output(vocabulary.W_E[:])
 
 
 # --- cycles ------------------------------------------------------------------------------------------------------
@@ -255,9 +282,14 @@ def _embedding_power(opened: Opened, modulus: int, first: int) -> torch.Tensor:
 
 
 @quantity
-def embedding_frequencies(opened: Opened, modulus: int, first: int = 0) -> frozenset[int]:
-    """Return the fewest frequencies that hold 95 % of the embedding's power over the residues."""
-    shares = _embedding_power(opened, modulus, first)
+def neuron_frequencies(opened: Opened, modulus: int, first: int = 0) -> frozenset[int]:
+    """Return the fewest frequencies that hold 95 % of the power of what neurons write to the residues' logits."""
+    vocabulary, mlp = opened.model.vocabulary, one_mlp(opened.model)
+    if mlp is None:
+        raise UserError("only a model of one block, with an MLP without a gate, has a map from neurons to logits.")
+    if vocabulary is None or vocabulary.W_U_rows is None or vocabulary.W_U_rows.shape[0] < first + modulus:
+        raise UserError(f"modulus={modulus}: the model has no logits of that many residues.")
+    shares = fourier.power(vocabulary.W_U_rows[first : first + modulus].double() @ mlp.W_out.double().T)
     count = int(fourier.frequencies_needed(shares))
     return frozenset(int(k) + 1 for k in shares.argsort(descending=True)[:count])
 

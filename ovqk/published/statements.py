@@ -49,7 +49,8 @@ class Statement:
         definition: the formula in words.
         value: the value as the source prints it; its last digit decides the tolerance.
         relation: how ours is compared with it.
-        source, place: the publication, and the section or table in it; the place is empty if it was not looked up.
+        source, place: the publication, and the section or table in it, or that it was not found; no place if the
+            `kind` is `checked`.
         kind: whether a publication says so.
         needs: the model parts that it takes.
         function: a name in `quantities.QUANTITIES`; None if ovqk does not compute it.

@@ -2,14 +2,16 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import MISSING
 
 from ovqk.config.command_line import config_folders, quoted
 from ovqk.config.place import CONF
-from ovqk.config.schema import TaskConfig, VariableConfig, VariableKind
+from ovqk.config.schema import CycleConfig, TaskConfig, VariableConfig, VariableKind
 from ovqk.records.record import read_record
 
 GENERAL = ("ioi", "sva", "induction")
@@ -37,18 +39,28 @@ def next_arguments(folder: Path, record: Mapping[str, Any]) -> str | None:
 
 
 def cycle_arguments(record: Mapping[str, Any]) -> str:
-    """Return the choices about a task's cycle, as arguments that choose them again; empty without a cycle of tokens."""
+    """Return the choices about a task's cycle that its file does not make, as arguments that make them again.
+
+    It is empty without a cycle of tokens. If the task's file is not there, all choices are named.
+    """
     cycle = record["provenance"]["config"].get("task", {}).get("cycle")
     if not cycle or cycle.get("words"):
         return ""
-    told = {key: cycle.get(key) for key in ("modulus", "first", "query", "between")}
-    told |= {} if cycle.get("operator", "+") == "+" else {"operator": f"'{cycle['operator']}'"}
-    default = {"modulus": 113, "first": 0, "query": 113, "between": None}
+    filed = [content for path, content in _task_files() if path.stem == record["task"]]
+    unless = {field.name: field.default for field in fields(CycleConfig) if field.default != MISSING}
+    given = (unless | (filed[-1].get("cycle") or {})) if filed else {}
+    told = {key: cycle.get(key, unless.get(key)) for key in TOLD}
     return "".join(
-        f" task.cycle.{key}={'null' if value is None else value}"
-        for key, value in told.items()
-        if value != default.get(key, "")
+        f" task.cycle.{key}={_spelled(key, value)}" for key, value in told.items() if given.get(key, MISSING) != value
     )
+
+
+TOLD = ("modulus", "first", "query", "between", "operator")
+"""The choices about a cycle of tokens that a suggested command names."""
+
+
+def _spelled(key: str, value: Any) -> str:
+    return "null" if value is None else f"'{value}'" if key == "operator" else str(value)
 
 
 def model_arguments(chosen: Mapping[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from ovqk.weights.types import Architecture
 NO_EMBEDDING = "the checkpoint has no token embedding"
 NO_UNEMBEDDING = "the checkpoint has no unembedding"
 NO_LATER_LAYER = "the model has no layer after the first"
-MIN_TOKENS = 21  # with fewer, the ends of a diagonal's column hold most of it
+MIN_TOKENS = 21  # with fewer, the ends of a row hold most of it
 MIN_POSITIONS = 4  # fewer leave no degree of freedom for an offset fit
 
 

@@ -315,11 +315,12 @@ def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
 
 
 def diagonal_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
-    """Return how often a token's own entry is at an end of its OV column, or first in its QK row, in [0, 1].
+    """Return how often a token's own entry is at an end of its row in OV, or first in its row in QK, in [0, 1].
 
-    Layers after the first read block 0's MLP output, as in McDougall et al. 2023, if the model has an MLP; else, and in
-    layer 0, plain embeddings; rows are normalised (docs/definitions.md, section 2). Queries are the unembedding's
-    columns. Empty if the analysis does not ask for it, and if what the layer reads cannot be had.
+    A row in OV holds what attending to one token does to all logits; a row in QK the scores of all keys for one query.
+    Layers after the first read block 0's MLP output if the model has an MLP; else, and in layer 0, plain embeddings;
+    rows are normalised (docs/definitions.md, section 2). Queries are the unembedding's columns. Empty if the analysis
+    does not ask for it, and if what the layer reads cannot be had.
     """
     model, weights, vocabulary = layer.model, layer.folded, layer.model.vocabulary
     if vocabulary is None or vocabulary.W_U_rows is None or "ov_diagonal_top10" in model.unavailable:
@@ -329,7 +330,7 @@ def diagonal_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
         return {}
     kv_of_head = model.architecture.kv_of_head.tolist()
 
-    def side(x: Float[Tensor, "token d_model"], heads: Sequence[int]) -> dict[int, Float[Tensor, "token d_head"]]:
+    def read(x: Float[Tensor, "token d_model"], heads: Sequence[int]) -> dict[int, Float[Tensor, "token d_head"]]:
         x = x if layer.index > 0 else model.architecture.normalised(x)
         if circuit is Circuit.qk and weights.qk_norm is not None:
             every = keys(weights, x)
@@ -338,19 +339,25 @@ def diagonal_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
         few = {kv: x @ W[kv].to(x) for kv in {kv_of_head[head] for head in heads}}
         return {head: few[kv_of_head[head]] for head in heads}
 
-    ids = diagonals.ranked_tokens(vocabulary.size)
-    written = vocabulary.W_U_rows[ids.to(vocabulary.W_U_rows.device)]
-    if circuit is Circuit.ov:
-        columns = written @ weights.W_O.mT.to(written)
-    else:
-        columns = written @ weights.W_Q.to(written) if weights.qk_norm is None else queries(weights, written)
-    own = side(rows[ids.to(rows.device)], range(len(kv_of_head)))
-    ends = (10, (1, -1)) if circuit is Circuit.ov else (1, (1,))
-    search = diagonals.PlaceSearch(columns, torch.stack(list(own.values())), ids, *ends)
+    def predicted(x: Float[Tensor, "token d_model"], heads: Sequence[int]) -> dict[int, Float[Tensor, "token d_head"]]:
+        if circuit is Circuit.qk and weights.qk_norm is not None:
+            every = queries(weights, x)
+            return {head: every[head] for head in heads}
+        return {head: x @ (weights.W_O[head].T if circuit is Circuit.ov else weights.W_Q[head]).to(x) for head in heads}
+
+    # in OV each row is ranked by what it writes to all logits, in QK by the keys that it meets
+    sides = (rows, read), (vocabulary.W_U_rows, predicted)
+    (ranked, of_ranked), (others, of_others) = sides if circuit is Circuit.ov else sides[::-1]
+    ids, every_head = diagonals.ranked_tokens(vocabulary.size), range(len(kv_of_head))
+    mine, own = (
+        torch.stack(list(function(table[ids.to(table.device)], every_head).values()))
+        for table, function in ((ranked, of_ranked), (others, of_others))
+    )
+    search = diagonals.PlaceSearch(mine, own, ids, *((10, (1, -1)) if circuit is Circuit.ov else (1, (1,))))
     for some in diagonals.growing_blocks(vocabulary.size):
         if not (heads := search.open_heads):
             break
-        search.compare(some.start, side(rows[some], heads))
+        search.compare(some.start, of_others(others[some], heads))
     if circuit is Circuit.qk:
         return {"qk_diagonal_first": search.share(1)}
     return {"ov_diagonal_top10": search.share(1), "ov_diagonal_bottom10": search.share(-1)}
