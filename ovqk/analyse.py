@@ -81,7 +81,7 @@ from ovqk.verdicts.null_tests import NullTest, nulls_table, tests_table
 from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.patterns import PATTERNS, head_patterns
 from ovqk.verdicts.surrogates import InTop, Measure
-from ovqk.verdicts.verdict import VERDICTS, judge, subjects
+from ovqk.verdicts.verdict import VERDICTS, judge, rows_about, subjects
 from ovqk.weights.types import Head, OpenedModel
 
 
@@ -299,7 +299,7 @@ def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> d
     rows = tests.rows(predicted)
     verdicts = []
     for subject in subjects(claims):
-        about = [row for row in rows if (row.role, row.head) == (subject.role, subject.head)]
+        about = rows_about(subject, predicted[subject.role], rows, claims)
         reason = _why_no_primary(tests, predicted[subject.role])
         patterns = None
         if subject.head is not None:
