@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ovqk.activations.batches import Batch, Prompts
 from ovqk.activations.forward import Places, Run, RunningModel
+from ovqk.activations.parts import PROMPTS, Steps
 from ovqk.config.schema import AttentionConfig, RoleActivationsConfig, WriteConfig
 from ovqk.memory import FreedMemory
 from ovqk.structure.model import Model
