@@ -215,8 +215,8 @@ def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame, shown: Sequence[str] | 
     if legend := column_legend(heads, shown):
         yield legend
     yield (
-        "primary: value of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). "
-        "percentile: among unclaimed heads of the layer; if ↓ is predicted, 0% is the strongest."
+        "primary: value of the primary metric; for a role of several heads their mean rank within their layers (0.5 by "
+        "chance). percentile: among unclaimed heads of the layer; if ↓ is predicted, 0% is the strongest."
     )
     flagged = {wording.verdict(row["verdict"], row["flags"]) for row in verdicts.to_dict("records")}
     yield " ".join(
