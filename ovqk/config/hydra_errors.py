@@ -159,7 +159,7 @@ def _of_transformer_lens(name: str, near: list[str], folders: Iterable[Path]) ->
         return f" Did you mean {_either(here)}? TransformerLens calls it {name}."
     if "/" not in repo:  # weights that were never on the hub
         return ""
-    other = f" {_either(near)} is another model." if len(near) == 1 else ""
+    other = f" {near[0]} is another model." if near and near[0].startswith(name.lower()) else ""
     return f" TransformerLens's {name} is model=hub {quoted('model.repo', repo)}.{other}"
 
 

@@ -13,7 +13,7 @@ from ovqk.records.outcomes import Outcomes
 from ovqk.report import terminal
 from ovqk.report.estimate import Estimate, Parts
 
-AFTER = {"words in batch": "layers", "layer": "claims and nulls"}
+AFTER = {"layer": "claims and nulls"}
 """Kind of step -> the work that follows the last such step, because the time left is for these steps alone."""
 SHORT = 2.0  # seconds; a cell that takes no longer shows nothing
 BETWEEN_LINES = 30.0  # seconds
