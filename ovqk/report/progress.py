@@ -82,7 +82,8 @@ class _Bar:
             self.bar.update(self.task, description=said, completed=index, total=count, left=left, without=told)
             yield index
         self.estimate.finish()
-        self.bar.reset(self.task, description=AFTER.get(what, what), total=None, left=None, without="")
+        self.bar.update(self.task, left=None, without="")
+        self.bar.reset(self.task, description=AFTER.get(what, what), total=None)
 
     def draws(self, done: int, most: int) -> None:
         if not self.counting:

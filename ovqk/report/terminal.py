@@ -54,6 +54,7 @@ SHOWN_TOKENS = 4  # tokens on each side of a component
 SHOWN_HEADS = 8  # heads whose tokens are listed
 SHOWN_MISSING = 20  # a sweep's missing cells that are named
 LOG_WIDTH = 150  # a table's width if the output is not a terminal
+NARROW, WIDE = 80, 100  # a bar has no name below the first, and says in one word what it does not count below the other
 NOTEBOOK_WIDTH = 110  # a table's width in a notebook's cell
 
 
@@ -291,6 +292,11 @@ def progress_console() -> Console:
 class TimeLeft(TimeRemainingColumn):
     """The time left for a bar's steps, or what its task's fields say: `left` in seconds, and `without`, in words."""
 
+    def __init__(self, short: bool) -> None:
+        """Show `without` as one word if there is little space."""
+        super().__init__(compact=True, table_column=RichColumn(no_wrap=True, min_width=5))
+        self.short = short
+
     def render(self, task: Task) -> Text:
         """Return minutes and seconds, hours too if there are any."""
         if task.fields.get("left") is None:
@@ -298,21 +304,23 @@ class TimeLeft(TimeRemainingColumn):
         minutes, seconds = divmod(round(task.fields["left"]), 60)
         hours, minutes = divmod(minutes, 60)
         clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
-        return Text(clock, style="progress.remaining").append(task.fields.get("without", ""), style="dim")
+        without = task.fields.get("without", "")
+        without = " + more" if without and self.short else without
+        return Text(clock, style="progress.remaining").append(without, style="dim")
 
 
 def cell_bar(out: Console) -> Progress:
     """Return a bar over a cell's steps, which disappears when the cell is done.
 
-    If the terminal is narrow, the cell's name is shortened first. A task of the bar has that name in its field `name`.
+    If the terminal is narrow, the cell's name is shortened first, and below NARROW columns name and bar are left out. A
+    task of the bar has that name in its field `name`.
     """
-    columns = (
-        TextColumn("{task.fields[name]}", table_column=RichColumn(no_wrap=True, overflow="ellipsis", ratio=1)),
-        TextColumn("{task.description}", table_column=RichColumn(no_wrap=True)),
-        BarColumn(bar_width=8),
-        TextColumn("left"),
-        TimeLeft(compact=True, table_column=RichColumn(no_wrap=True, min_width=5)),
-    )
+    said = TextColumn("{task.description}", table_column=RichColumn(no_wrap=True))
+    left = TextColumn("left"), TimeLeft(short=out.width < WIDE)
+    if out.width < NARROW:
+        return Progress(said, *left, console=out, transient=True)
+    name = TextColumn("{task.fields[name]}", table_column=RichColumn(no_wrap=True, overflow="ellipsis", ratio=1))
+    columns = name, said, BarColumn(bar_width=8), *left
     return Progress(*columns, console=out, transient=True, expand=True)
 
 
