@@ -54,7 +54,7 @@ SHOWN_TOKENS = 4  # tokens on each side of a component
 SHOWN_HEADS = 8  # heads whose tokens are listed
 SHOWN_MISSING = 20  # a sweep's missing cells that are named
 LOG_WIDTH = 150  # a table's width if the output is not a terminal
-NARROW, WIDE = 80, 100  # a bar has no name below the first, and says in one word what it does not count below the other
+NARROW, WIDE = 80, 100  # a bar has no name below the first, and names what it does not count from the second on
 NOTEBOOK_WIDTH = 110  # a table's width in a notebook's cell
 
 
@@ -292,10 +292,10 @@ def progress_console() -> Console:
 class TimeLeft(TimeRemainingColumn):
     """The time left for a bar's steps, or what its task's fields say: `left` in seconds, and `without`, in words."""
 
-    def __init__(self, short: bool) -> None:
-        """Show `without` as one word if there is little space."""
+    def __init__(self, width: int) -> None:
+        """Take the terminal's width: if it is small, `without` is one word or a sign."""
         super().__init__(compact=True, table_column=RichColumn(no_wrap=True, min_width=5))
-        self.short = short
+        self.short = "+" if width < NARROW else " + more" if width < WIDE else ""
 
     def render(self, task: Task) -> Text:
         """Return minutes and seconds, hours too if there are any."""
@@ -305,7 +305,7 @@ class TimeLeft(TimeRemainingColumn):
         hours, minutes = divmod(minutes, 60)
         clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
         without = task.fields.get("without", "")
-        without = " + more" if without and self.short else without
+        without = self.short or without if without else ""
         return Text(clock, style="progress.remaining").append(without, style="dim")
 
 
@@ -316,7 +316,7 @@ def cell_bar(out: Console) -> Progress:
     task of the bar has that name in its field `name`.
     """
     said = TextColumn("{task.description}", table_column=RichColumn(no_wrap=True))
-    left = TextColumn("left"), TimeLeft(short=out.width < WIDE)
+    left = TextColumn("left"), TimeLeft(out.width)
     if out.width < NARROW:
         return Progress(said, *left, console=out, transient=True)
     name = TextColumn("{task.fields[name]}", table_column=RichColumn(no_wrap=True, overflow="ellipsis", ratio=1))
