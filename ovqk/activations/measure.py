@@ -142,14 +142,14 @@ def measure(
     first = [name for name, config in roles.items() if not _served(config)]
     dependent = [name for name in roles if name not in first]
     n_layers = running.n_layers
-    heads = {name: _to_patch(measured, name, claimed.get(name, ()), screened) for name in roles}
-    at_most = [place for name in dependent for head in heads[name] for place in _places(roles[name], head)]
+    about = [label for name in dependent for label in _labels(roles[name], len(claimed.get(name, ())) + screened)]
     few = {what: replaced_tokens(prompts, [], n_layers, kinds) for what, kinds in ((TOGETHER, 1), (OTHERWISE, 2))}
-    plan(({DEPENDENT: replaced_tokens(prompts, at_most, n_layers)} if dependent else {}) | few)
+    halfway = [(label, n_layers // 2) for label in about]  # which heads it will be is not known yet
+    plan(({DEPENDENT: replaced_tokens(prompts, halfway, n_layers)} if dependent else {}) | few)
     for what, names in ((REPLACED, first), (DEPENDENT, dependent)):
         patches: dict[Patch, None] = {}
         for name in names:
-            for head in heads[name]:
+            for head in _to_patch(measured, name, claimed.get(name, ()), screened):
                 patches |= dict.fromkeys(_patches(measured, name, head))
         new = [patch for patch in patches if patch not in measured.effects]
         plan({what: _work(prompts, new, n_layers)} if names else {})
@@ -188,9 +188,9 @@ def _work(prompts: Prompts, patches: Sequence[Patch], n_layers: int, kinds: int 
     return replaced_tokens(prompts, places, n_layers, kinds) if patches else Part(REPLACE, 0.0)
 
 
-def _places(config: RoleActivationsConfig, head: Head) -> list[tuple[str, int]]:
-    """Return the label and layer of the replacements that a head may need, in itself and with another role's heads."""
-    return [(queries_of(config), head[0])] * (2 if config.effect is not None and config.effect.given else 1)
+def _labels(config: RoleActivationsConfig, heads: int) -> list[str]:
+    """Return the label of each replacement that so many heads need, alone and perhaps with another role's heads."""
+    return [queries_of(config)] * heads * (2 if config.effect is not None and config.effect.given else 1)
 
 
 def _add_scores(measured: Measured, running: RunningModel, model: Model, prompts: Prompts, steps: Steps) -> None:
