@@ -65,7 +65,7 @@ class _Bar:
     """Steps as a bar, which begins anew for the nulls after the layers."""
 
     def __init__(self, name: str, bar: Progress) -> None:
-        self.bar, self.task = bar, bar.add_task("", total=None, name=f"{name}:", left=None, without="")
+        self.bar, self.task = bar, bar.add_task("reading the model", total=None, name=f"{name}:", left=None, without="")
         self.counting = False
         self.estimate = Estimate()
         self.plan = self.estimate.plan
