@@ -58,6 +58,7 @@ from torch import Tensor
 
 from ovqk import wording
 from ovqk.activations.one_block import results_of_pairs
+from ovqk.activations.parts import Plan
 from ovqk.activations.stage import ActivationTables, Runner, run_words
 from ovqk.circuits.composition import SENDERS_KEPT, composition_table, virtual_heads_table
 from ovqk.circuits.head_maps import CircuitMaps
@@ -81,7 +82,7 @@ from ovqk.verdicts.null_tests import NullTest, nulls_table, tests_table
 from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.patterns import PATTERNS, head_patterns
 from ovqk.verdicts.surrogates import InTop, Measure
-from ovqk.verdicts.verdict import VERDICTS, judge, subjects
+from ovqk.verdicts.verdict import VERDICTS, judge, rows_about, subjects
 from ovqk.weights.types import Head, OpenedModel
 
 
@@ -93,6 +94,7 @@ def analyse(
     runner: Runner | None = None,
     draws: Callable[[int, int], None] = lambda done, most: None,
     kept: KeptLayers | None = None,
+    plan: Plan = lambda planned: None,
 ) -> Analysis:
     """Compute one cell.
 
@@ -104,6 +106,7 @@ def analyse(
         runner: loads the model to run it, if the analysis asks for activations or reads words through their streams.
         draws: is called with the number of null draws made so far, and the largest number that there may be.
         kept: layers that earlier cells of this process left, and that it keeps for later ones; None to keep none.
+        plan: takes what the model is planned to run on prompts, as far as it is known, for the time left.
 
     Raises:
         UserError: the task's words or claims do not fit this model.
@@ -115,7 +118,7 @@ def analyse(
     cycle = None if config.task.cycle is None else read_cycle(model)
     no_cycle = cycle if isinstance(cycle, str) else None
     pairs = run_pairs(model, cycle, runner)
-    activations = run_prompts(model, task, runner, claims, steps)
+    activations = run_prompts(model, task, runner, claims, steps, plan)
     if config.model.claims == MEASURED:
         ran = isinstance(activations, ActivationTables)
         claims = activations.claims() if ran else f"no role is measured: {activations}"  # type: ignore[union-attr]
@@ -171,13 +174,14 @@ def run_prompts(
     runner: Runner | None,
     claims: Claims | str,
     steps: Callable[[int, str], Iterable[int]],
+    plan: Plan,
 ) -> ActivationTables | str | None:
     """Run the task's prompts if the analysis asks for it; if they cannot be run, return a sentence that says why."""
     config = model.config
     if runner is None or not config.analysis.activations or (config.task.cycle is not None and not config.task.prompts):
         return None
     try:
-        return ActivationTables(model, runner, claims, steps, task.readout)
+        return ActivationTables(model, runner, claims, steps, task.readout, plan)
     except UserError as error:
         return str(error)
 
@@ -299,7 +303,7 @@ def judge_claims(tests: ClaimTests, values: dict[str, NDArray[np.float64]]) -> d
     rows = tests.rows(predicted)
     verdicts = []
     for subject in subjects(claims):
-        about = [row for row in rows if (row.role, row.head) == (subject.role, subject.head)]
+        about = rows_about(subject, predicted[subject.role], rows, claims)
         reason = _why_no_primary(tests, predicted[subject.role])
         patterns = None
         if subject.head is not None:

@@ -253,7 +253,8 @@ def compute(
     runs = cell.analysis.activations or cell.analysis.embedding is Embedding.stream
     runner = runner_of(checkpoint, cell, tokenizer) if runs else None
     with steps_of(f"{cell.model.name} / {cell.task.name} / {cell.analysis.name}", alone) as steps:
-        analysis = analyse(opened, cell, steps, structure_cache(cell, checkpoint), runner, steps.draws, kept)
+        cache = structure_cache(cell, checkpoint)
+        analysis = analyse(opened, cell, steps, cache, runner, steps.draws, kept, steps.plan)
     analysis.notes.extend(notes)
     analysis.words["tasks"] = [] if tokenizer is None else readable_tasks(shipped_tasks(), tokenizer)
     origin = Origin(checkpoint.digest, checkpoint.revision, checkpoint.quantisation, source.loaded_by)

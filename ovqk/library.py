@@ -14,6 +14,7 @@ The numbers equal those in a cell with `task=none`: the same code computes them,
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -30,7 +31,8 @@ from ovqk.circuits.composition import MODES, LayerCircuits, scores
 from ovqk.circuits.maps import Decomposition
 from ovqk.circuits.simulated import Senders
 from ovqk.circuits.vocabulary import Vocabulary
-from ovqk.config.choices import chosen
+from ovqk.config.choices import chosen, composed
+from ovqk.config.command_line import composable
 from ovqk.config.schema import Circuit
 from ovqk.errors import UserError, did_you_mean
 from ovqk.figures.portraits import TABLES
@@ -46,7 +48,8 @@ from ovqk.structure.stages import (
     simulated_metrics,
     structure_tables,
 )
-from ovqk.structure.token_tables import TOKENS
+from ovqk.structure.token_tables import TOKENS, component_lists
+from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.tokenizer import tokenizer_for
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_weights
@@ -74,8 +77,8 @@ def open(model: str | Path, *choices: str) -> "LibraryModel":
     checkpoint = open_checkpoint(config.model, config.hub_timeout, tensors_read)
     source = open_weights(checkpoint, config.model)
     tokenizer, notes = tokenizer_for(config.task, checkpoint)
-    opened = OpenedModel(source, checkpoint.label, tokenizer)
-    return LibraryModel(Model.read(opened, config), checkpoint, [*source.notes, *notes])
+    model_read = Model.read(OpenedModel(source, checkpoint.label, tokenizer), config)
+    return LibraryModel(model_read, checkpoint, [*source.notes, *notes])
 
 
 class LibraryModel:
@@ -100,6 +103,7 @@ class LibraryModel:
         self._of_layer: dict[int, Tables] = {}
         self._circuits_of: dict[int, LayerCircuits] = {}
         self._margins, self._senders = list[HeadValues](), Senders()
+        self._readouts = dict[str, TaskReadout]()
         self._last: Layer | None = None
 
     def __repr__(self) -> str:
@@ -168,11 +172,7 @@ class LibraryModel:
 
     @property
     def W_U(self) -> Float[ndarray, "d_model token"]:  # noqa: N802
-        """Unembedding, likewise.
-
-        Raises:
-            UserError: the checkpoint has none.
-        """
+        """Unembedding, likewise, with the same error."""
         return self._vocabulary(lambda vocabulary: vocabulary.W_U_rows).T
 
     def _vocabulary(self, part: Callable[[Vocabulary], Rows | None]) -> ndarray:
@@ -191,8 +191,7 @@ class LibraryModel:
 
         Args:
             mode: `q`, `k` or `v`: the receiver's input that the sender writes.
-            sender: the head that writes.
-            receiver: the head that reads.
+            sender, receiver: the head that writes, and the head that reads.
 
         Raises:
             UserError: there is no such mode, a head is another model's, or the sender is not in an earlier layer.
@@ -207,10 +206,22 @@ class LibraryModel:
         writer, reader = (self._circuits(head.layer).only([head.index]) for head in (sender, receiver))
         return float(scores(writer, reader, mode)[0, 0])  # type: ignore[arg-type]
 
+    def pairs(self, layer: int, task: str) -> pd.DataFrame:
+        """Return a layer's part of relations.parquet: a row for each head and word pair (see `ov.pairs`)."""
+        if task not in self._readouts:
+            config = replace(self.model.config, task=composed([composable("task", task), "tracking=none"]).task)
+            self._readouts[task] = TaskReadout.read(replace(self.model, config=config))
+        found = self._readouts[task].of_pairs(self.layer(layer))
+        if found is None:
+            raise UserError(f"pairs({task!r}): {self._readouts[task].why_no_pairs}.")
+        return found
+
     def _circuits(self, index: int) -> LayerCircuits:
-        """Return a layer's circuits as compositions read them; kept, because pairs share layers."""
+        """Return a layer's circuits as compositions read them: folded, QK with its mean rotation; kept for pairs."""
         if index not in self._circuits_of:
-            self._circuits_of[index] = layer_circuits(self.layer(index))
+            layer = self.layer(index)
+            parts = layer.decomposition(Circuit.ov, True), layer.decomposition(Circuit.qk, True, layer.span)
+            self._circuits_of[index] = LayerCircuits.of(*parts)
         return self._circuits_of[index]
 
     def layer(self, index: int) -> Layer:
@@ -218,11 +229,6 @@ class LibraryModel:
         if self._last is None or self._last.index != index:
             self._last = Layer(self.model, index)
         return self._last
-
-
-def layer_circuits(layer: Layer) -> LayerCircuits:
-    """Return a layer's two circuits as compositions read them: folded, QK with its mean rotation."""
-    return LayerCircuits.of(layer.decomposition(Circuit.ov, True), layer.decomposition(Circuit.qk, True, layer.span))
 
 
 class Head:
@@ -250,16 +256,13 @@ class Head:
         return row
 
     @cached_property
-    def _composed(self) -> dict[Any, Any]:
-        return {name: float(of[self.index]) for name, of in self.model.composed_margins(self.layer).items()}
-
-    @cached_property
     def metrics(self) -> "pd.Series[Any]":
         """Every metric for the head that needs no task, by name; `ovqk.metrics.METRICS` explains them.
 
         Earlier layers are read for `qk_composed_margin`.
         """
-        row = self._alone if COMPOSED in self._alone else self._alone | self._composed
+        margins = {} if COMPOSED in self._alone else self.model.composed_margins(self.layer)
+        row = self._alone | {name: float(of[self.index]) for name, of in margins.items()}
         return pd.Series(row, name=f"{self.layer}.{self.index}", dtype=object)
 
     def rows(self, table: str) -> pd.DataFrame:
@@ -281,17 +284,19 @@ class Head:
             return float(self._alone[metric])
         if metric not in self.metrics or metric not in METRICS:
             there = [name for name in self.metrics.index if name in METRICS]
-            near = did_you_mean(metric, there)
-            raise UserError(
-                f"{metric}: not a metric that a head has without a task.{near} Allowed: {', '.join(there)}."
-            )
+            said = f"not a metric that a head has without a task.{did_you_mean(metric, there)}"
+            raise UserError(f"{metric}: {said} Allowed: {', '.join(there)}.")
         return float(self.metrics[metric])
 
-    def portrait(self) -> "Figure":
-        """Draw the head on one sheet: spectra, tokens, positions; all the model's heads are computed for its bands."""
+    def portrait(self, task: str | None = None) -> "Figure":
+        """Draw the head on one sheet: spectra, tokens, positions; all the model's heads are computed for its bands.
+
+        If `task` names a task about a relation, as `country_capital`, its word pairs are shown too (`ov.pairs`).
+        """
         from ovqk.figures import portraits
 
         tables = {name: self.model.tables.get(name) for name in TABLES}
+        tables["relations"] = None if task is None else self.model.pairs(self.layer, task)
         return portraits.sheet(tables, self.layer, self.index, self.model.name, self.model.unavailable)  # type: ignore[no-any-return]
 
 
@@ -329,6 +334,11 @@ class CircuitOfHead:
     def matrix(self) -> Float64[ndarray, "d_model d_model"]:
         """Return left @ right: the side that is read by rows (QK: the query), the other by columns (QK: the key)."""
         return self.left @ self.right
+
+    @property
+    def effective_rank(self) -> float:
+        """Return ov_effective_rank or qk_effective_rank, in [1, d_head]."""
+        return self.head.value(f"{self.circuit.value}_effective_rank")
 
     @property
     def singular_values(self) -> Float64[ndarray, " k"]:
@@ -374,8 +384,7 @@ class CircuitOfHead:
         rows = rows[rows["offset"] == rows["offset"].min()].sort_values("index")
         if not len(rows):
             raise UserError(f"{self!r}: no spectrum over the vocabulary: the checkpoint lacks an embedding.")
-        found: ndarray = rows["re"].to_numpy() + 1j * rows["im"].to_numpy()
-        return found
+        return rows["re"].to_numpy() + 1j * rows["im"].to_numpy()  # type: ignore[no-any-return]
 
     def tokens(self, components: int = 3, shown: int = 5) -> pd.DataFrame:
         """List the tokens at both ends of the leading singular components, the strongest first.
@@ -401,29 +410,29 @@ class CircuitOfHead:
         if not len(table):
             raise UserError(f"{self!r}: no token lists: the checkpoint lacks an embedding.")
         table = table[(table["head"] == self.head.index) & (table["circuit"] == self.circuit.value)]
-        table = table[(table["kind"] == "singular") & (table["rank"] <= shown)].sort_values("rank")
-        lists = []
-        for component, rows in table.groupby("component"):
-            for sign, end in ((1, "+"), (-1, "-")):
-                row: dict[str, Any] = {"component": component, "sigma": float(rows["value"].iloc[0]), "end": end}
-                for side, title in zip(("read", "write"), SIDES[self.circuit], strict=True):
-                    row[title] = rows[(rows["side"] == side) & (rows["sign"] == sign)]["token"].tolist()
-                lists.append(row)
-        return pd.DataFrame(lists)
+        return component_lists(table[(table["kind"] == "singular") & (table["rank"] <= shown)], SIDES[self.circuit])
 
 
 class OV(CircuitOfHead):
     """A head's OV circuit, W_OV = W_V W_O: its output when it attends to a token."""
 
+    def pairs(self, task: str) -> pd.DataFrame:
+        """List a relation's word pairs, and what attending to each source does to its target.
+
+        Columns: source, target; ov_relation_score and ov_relation_suppress, 1 if the target is among the ten tokens
+        that are raised, or lowered, most (of words with themselves: the first), else 0; ov_relation_first, 1 if it is
+        raised most of its kind; ov_relation_auc, the share of other targets that are raised less.
+
+        Raises:
+            UserError: there is no such task, it is about no relation, or the model cannot read its words.
+        """
+        found = self.head.model.pairs(self.head.layer, task)
+        return found[found["head"] == self.head.index].drop(columns=["layer", "head"]).reset_index(drop=True)
+
     @property
     def copying(self) -> float:
         """Return ov_copying, in [-1, 1]: the eigenvalues over the vocabulary, summed, over the sum of their moduli."""
         return self.head.value("ov_copying")
-
-    @property
-    def effective_rank(self) -> float:
-        """Return ov_effective_rank, in [1, d_head]."""
-        return self.head.value("ov_effective_rank")
 
 
 class QK(CircuitOfHead):
@@ -438,8 +447,3 @@ class QK(CircuitOfHead):
     def symmetry(self) -> float:
         """Return qk_symmetry, in [-1, 1]: 1 if W_QK is symmetric, -1 if it is antisymmetric."""
         return self.head.value("qk_symmetry")
-
-    @property
-    def effective_rank(self) -> float:
-        """Return qk_effective_rank, in [1, d_head]."""
-        return self.head.value("qk_effective_rank")

@@ -15,6 +15,8 @@ SCHEMA_VERSION = 11
 
 SENDERS_READ = 3
 """How many senders' components a head is said to read, for each of its queries, keys and values."""
+SHOWN_CANDIDATES = 3
+"""How many candidates for each role the terminal's tables and the page show."""
 NOT_APPLICABLE = "not applicable: "
 """A reason begins with this if it lies in the kind of model or task, and not in something that is missing."""
 

@@ -74,6 +74,26 @@ NOT_INDEPENDENT = (
     " Heads that were found by what they write are no independent evidence of what they write: consistent with it."
 )
 """A further limit, if the metric is about what a head writes."""
+RANKED_BY = {
+    "ov_task_auc": "share of the task's other words that the head raises less than the word attended to; 0.5 by chance",
+    "ov_task_transfer": "1 if reading a side of the contrast writes that side as strongly as the head can; 0 by chance",
+    "ov_task_read": "how well the head reads the contrast, over a random direction; 1 by chance",
+    "ov_relation_score": (
+        "share of the task's word pairs whose target is among the ten tokens that attending to the source raises most "
+        "(of words with themselves: the first)"
+    ),
+    "ov_relation_suppress": "the same share, of the tokens that it lowers most",
+    "ov_relation_first": "share of the task's word pairs whose target is raised most of all words of its kind",
+    "ov_copying_block0": "1 if attending to a token, as block 0 leaves it, raises its own logit, -1 if it lowers it",
+    "qk_task_auc": "share of the task's other words that a word looks for less than for itself; 0.5 by chance",
+    "qk_composed_margin": (
+        "how far a token's score with itself, moved by an earlier head, stands above those with other tokens, in "
+        "standard deviations"
+    ),
+    "qk_simulated_previous": "attention to the token before, simulated on random tokens",
+    "q_composition": "how strongly the head's queries read what its partners write, from 0 to 1",
+}
+"""Metric that ranks candidates -> what it measures; other metrics are told by their legend or formula."""
 CANDIDATES_WORTH = (
     "What a place is worth: of the first three heads for a role, 20% had it on prompts in three small models and "
     "SmolLM2-135M, and 43% if any head had it (docs/evidence.md)."
@@ -257,6 +277,12 @@ def short_roles(names: Iterable[str]) -> dict[str, str]:
 def null(name: str) -> str:
     """Return a null as a row's label in a figure."""
     return NULLS.get(name, name)
+
+
+def ranked_by(metric: str) -> str:
+    """Return what a metric measures, for a table of candidates that it ranks."""
+    row = METRICS[metric]
+    return RANKED_BY.get(metric) or row.legend or f"{row.title}, {row.formula}"
 
 
 def verdict(name: str, flags: str | None = None) -> str:

@@ -64,6 +64,7 @@ SECTIONS: dict[str, list[str]] = {
         "ovqk.library.CircuitOfHead.matrix",
         "ovqk.library.CircuitOfHead.tokens",
         "ovqk.library.OV",
+        "ovqk.library.OV.pairs",
         "ovqk.library.QK",
     ],
     "Results": [

@@ -1,6 +1,7 @@
 """Claims apply to the model they were made for, name heads that exist, and are compared with heads that none claims."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from ovqk.metrics import METRICS
 from ovqk.records.identity import identity
 from ovqk.tasks.claims import Claims, check_roles, parse_head, resolve_claims
 from ovqk.verdicts.null_tests import NullTest
-from ovqk.verdicts.nulls import correct, head_rows, predicted_values, role_rows
-from ovqk.verdicts.verdict import Subject, judge, subjects
+from ovqk.verdicts.nulls import Predicted, correct, head_rows, only_head, predicted_values, role_rows
+from ovqk.verdicts.verdict import Subject, judge, rows_about, subjects
+from ovqk.weights.types import Architecture
 
 
 def test_the_published_circuits_are_the_papers() -> None:
@@ -127,10 +129,18 @@ def test_unknown_roles_and_metrics_are_refused() -> None:
 
 def verdict(values: np.ndarray, heads, direction: Direction = Direction.high, **other) -> dict:
     made = claims(mover=heads, **other)
-    prediction = predicted(values, direction)
-    rows = role_rows(prediction, made, facts(*values.shape), seed=0)
-    rows = correct(rows)
-    return judge(Subject("mover", None), [prediction], rows, None)
+    rows = all_rows([predicted(values, direction)], made, facts(*values.shape))
+    subject = Subject("mover", None)
+    return judge(subject, [predicted(values, direction)], rows_about(subject, [predicted(values)], rows, made), None)
+
+
+def all_rows(predictions: list[Predicted], made: Claims, architecture: Architecture) -> list[NullTest]:
+    """The corrected tests of a role and its heads under the nulls that compare heads."""
+    rows = [row for prediction in predictions for row in role_rows(prediction, made, architecture, seed=0)]
+    for prediction in predictions:
+        for head in made.roles[prediction.role]:
+            rows += head_rows(prediction, head, made, architecture)
+    return correct(rows)
 
 
 def grid(seed: int = 0, layers: int = 3, heads: int = 8) -> np.ndarray:
@@ -160,11 +170,53 @@ def test_one_head_of_two_layers_of_eight_is_untestable_and_says_why() -> None:
 
 
 def test_where_its_layer_has_too_few_heads_a_role_is_judged_by_nearby_layers_and_says_so() -> None:
+    values = grid(layers=10, heads=4)
+    values[5, :2] = 100
+    found = verdict(values, [(5, 0), (5, 1)])
+    assert (found["verdict"], found["nulls"]) == ("corroborated", "depth")
+    assert "not tested under layer" in found["reason"] and "0.167" in found["reason"]
+
+
+def test_a_role_of_one_head_is_tested_once_and_has_its_heads_verdict_and_q() -> None:
+    """With four more heads claimed, the head's q is five times its p; the role has no p of its own to be less."""
     values = grid()
     values[1, 0] = 100
-    found = verdict(values, [(1, 0)])
-    assert (found["verdict"], found["nulls"]) == ("corroborated", "depth")
-    assert "not tested under layer" in found["reason"] and "0.125" in found["reason"]
+    made, architecture = claims(mover=[(1, 0)], other=[(0, 0), (0, 1), (2, 0), (2, 1)]), facts(*values.shape)
+    other = replace(predicted(values), role="other")
+    rows = all_rows([predicted(values), other], made, architecture)
+    assert {row.head for row in rows if row.role == "mover"} == {(1, 0)}
+    assert any(row.head is None for row in rows if row.role == "other")
+    subjects = Subject("mover", None), Subject("mover", (1, 0))
+    about = [rows_about(subject, [predicted(values)], rows, made) for subject in subjects]
+    role, head = (judge(subject, [predicted(values)], of, None) for subject, of in zip(subjects, about, strict=True))
+    places = {"kind", "layer", "head"}
+    assert {k: v for k, v in role.items() if k not in places} == {k: v for k, v in head.items() if k not in places}
+    assert (role["kind"], role["layer"], head["kind"], head["layer"]) == ("role", None, "head", 1)
+    assert role["q"] == pytest.approx(5 * role["p"]) and role["verdict"] == "unsupported"
+    alone = claims(mover=[(1, 0)])
+    rows = all_rows([predicted(values)], alone, architecture)
+    found = judge(subjects[0], [predicted(values)], rows_about(subjects[0], [predicted(values)], rows, alone), None)
+    assert (found["verdict"], found["nulls"], found["q"]) == ("corroborated", "depth", found["p"])
+    assert found["reason"] == "not tested under spectrum: none can be had for it"  # nor does `layer` count for a head
+
+
+def test_a_head_without_a_value_does_not_make_a_role_of_two() -> None:
+    values = grid()
+    values[0] = math.nan
+    values[2, 3] = 100
+    made = claims(mover=[(0, 1), (2, 3)])
+    assert only_head(predicted(values), made) == (2, 3)
+    assert only_head(predicted(grid()), made) is None
+    assert only_head(predicted(np.full((3, 8), math.nan)), made) is None
+    rows = all_rows([predicted(values)], made, facts(3, 8))
+    assert {row.head for row in rows} == {(2, 3)}
+
+
+def test_a_composition_is_tested_for_a_role_of_one_head_too() -> None:
+    made = claims(mover=[(1, 0)])
+    composed = Predicted("mover", PredictionConfig("k_composition", partners=["other"]), True, grid())
+    assert only_head(composed, made) is None
+    assert [row.null for row in role_rows(composed, made, facts(3, 8), 0)] == ["layer", "layer_all"]
 
 
 def test_a_role_is_reported_for_kv_groups_too_where_heads_share_keys_and_values() -> None:
@@ -203,12 +255,12 @@ def test_a_significantly_opposite_secondary_makes_a_mixed_partial() -> None:
 
 def test_other_claimed_heads_leave_the_null_unless_the_list_is_unreliable() -> None:
     values = grid()
-    made = claims(mover=[(1, 0)], other=[(1, 1), (1, 2)])
+    made = claims(mover=[(1, 0), (1, 3)], other=[(1, 1), (1, 2)])
     counted = {row.null: row.n_others for row in role_rows(predicted(values), made, facts(3, 8), 0)}
-    assert counted == {"layer": 5, "layer_all": 7, "depth": 21}
+    assert counted == {"layer": 4, "layer_all": 6, "depth": 20}
     unreliable = Claims("test", "unreliable", None, made.roles, {})
     counted = {row.null: row.n_others for row in role_rows(predicted(values), unreliable, facts(3, 8), 0)}
-    assert counted == {"layer": 7, "layer_all": 7, "depth": 23}
+    assert counted == {"layer": 6, "layer_all": 6, "depth": 22}
 
 
 def test_a_single_head_is_compared_with_unclaimed_heads_of_as_many_layers_as_hold_forty() -> None:

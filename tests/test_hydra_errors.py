@@ -4,6 +4,7 @@ import shlex
 import sys
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -95,6 +96,37 @@ def test_a_word_without_a_value_is_told_what_a_choice_is(tmp_path) -> None:
 def test_an_unknown_choice_is_told_with_the_nearest_names(override, message, tmp_path) -> None:
     said = told(tmp_path, override)
     assert said.startswith(message) and "\n" not in said
+
+
+def test_every_name_that_transformer_lens_gives_a_model_leads_to_its_weights(tmp_path) -> None:
+    """Its short names of a repository that conf/model has lead there; the others to the repository on the hub."""
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    here = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf" / "model").glob("*.yaml")}
+    of_repo = {str(model.get("repo")).lower(): name for name, model in here.items()}
+    of_repo |= {"gpt2": "gpt2", "distilgpt2": "distilgpt2"}  # without their owner
+    known = 0
+    for repo, names in MODEL_ALIASES.items():
+        for name in names:
+            if name in here or "/" in name:
+                continue
+            (said,) = mistakes(unknown_model(name), [ROOT / "conf"])
+            if repo.lower() in of_repo:
+                known += 1
+                meant = f" Did you mean {of_repo[repo.lower()]}? TransformerLens calls it {name}."
+            elif "/" in repo:
+                meant = f" TransformerLens's {name} is model=hub model.repo={repo}."
+            else:  # weights that were never on the hub
+                meant = ""
+            assert said.startswith(f"model={name}: there is no such model.{meant}"), said
+    assert known >= 25
+
+
+def unknown_model(name: str) -> HydraException:
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"), pytest.raises(HydraException) as found:
+        compose("config", overrides=[f"model={name}"])
+    return found.value
 
 
 def test_the_beginning_of_a_name_is_told_with_those_that_begin_so(tmp_path) -> None:

@@ -111,6 +111,16 @@ def test_a_role_is_compared_with_nearby_layers_where_its_own_are_too_few() -> No
     assert few.min_p > 0.05 and not few.outdone
 
 
+def test_a_role_of_one_head_stands_out_as_its_head_does() -> None:
+    """In layers of 24 heads its labels alone could decide, and might say otherwise."""
+    rng, groups = np.random.default_rng(4), np.arange(24)
+    values = {"attention": rng.normal(size=(6, 24)), "write": rng.normal(size=(6, 24))}
+    for head in ((3, 1), (0, 5), (5, 23)):
+        found = role_peers(values, [head], {(3, 2)}, groups, 0)
+        beside = head_peers(values, head, {(3, 2), head}, groups).values()
+        assert len(beside) == 2 and (found.null, found.p) == ("depth", max(test.p for test in beside))
+
+
 def test_the_quantity_in_which_a_role_stands_out_least_decides() -> None:
     rng = np.random.default_rng(1)
     high, middle = rng.normal(size=(2, 16)), rng.normal(size=(2, 16))

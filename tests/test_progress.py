@@ -5,8 +5,13 @@ import time
 import pytest
 from support.commands import compose
 
+from ovqk.analyse import analyse
+from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.records.outcomes import Outcome, Outcomes
-from ovqk.report import progress, terminal
+from ovqk.report import estimate, progress, terminal
+from ovqk.tasks.tokenizer import load_tokenizer
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import OpenedModel
 
 QUICK = ("task=none", "analysis=ov", "tracking=none")
 
@@ -114,13 +119,93 @@ def test_a_bar_is_gone_when_the_cell_fails(monkeypatch) -> None:
     assert threading.active_count() == before
 
 
-def test_what_follows_a_cells_prompts_is_told_since_the_time_left_is_for_one_part(monkeypatch, capsys) -> None:
+PLANNED = {
+    "a": ("prompts", 10.0),
+    "b": ("further runs", 20.0),
+    "c": ("replaced heads", None),
+    "d": ("further runs", 5.0),
+}
+
+
+def test_the_time_left_counts_later_parts_by_what_parts_of_their_kind_took(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(estimate.time, "monotonic", lambda: now[0])
+    found = estimate.Estimate()
+    found.plan(PLANNED)
+    found.begin("a")
+    assert found.left(0, 2) == (None, []) and found.number("a") == "part 1/6: "
+    now[0] = 100.0  # half of the prompts: of no other part is anything known
+    assert found.left(1, 2) == (100.0, ["further runs", "replaced heads", "layers", "nulls"])
+    found.finish()
+    found.begin("b")
+    now[0] = 110.0  # a quarter of it: 2 s for a unit
+    assert found.left(1, 4) == (30.0 + 5 * 2, ["replaced heads", "layers", "nulls"])
+    now[0] = 140.0
+    found.finish()
+    found.plan({"c": ("replaced heads", 6.0)})
+    assert list(found.parts) == list(PLANNED) and found.number("c") == "part 3/6: "
+    found.begin("c")
+    assert found.left(0, 3) == (6 * 2 + 5 * 2, ["layers", "nulls"])  # no head was replaced yet: as the further runs
+    now[0] = 150.0
+    assert found.left(1, 3) == (20.0 + 5 * 2, ["layers", "nulls"])
+    assert (found.number("layer"), found.number("null draw")) == ("part 5/6: ", "part 6/6: ")
+    assert estimate.Estimate().number("layer") == "" and found.number("words in batch") == ""
+
+
+def test_a_line_says_which_part_of_how_many_and_what_the_time_left_leaves_out(monkeypatch, capsys) -> None:
     monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
     with progress.steps_of("m", alone=False) as steps:
-        for what in ("batch of prompts", "replacements in batch", "untrained control in batch"):
+        steps.plan(PLANNED)
+        for what in ("a", "b", "layer"):
             assert len(list(steps(2, what))) == 2
-    said = [line.rpartition(" left, ")[2] for line in capsys.readouterr().err.splitlines()]
-    assert said == ["then replaced heads", "then more runs, layers", "then layers"]
+    assert capsys.readouterr().err.splitlines() == [
+        "m: part 1/6: a 1 of 2 in 0 s, about 0 s left without further runs, replaced heads, layers and nulls",
+        "m: part 2/6: b 1 of 2 in 0 s, about 0 s left without replaced heads, layers and nulls",
+        "m: part 5/6: layer 1 of 2 in 0 s, about 0 s left, then claims and nulls",
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 150])
+def test_a_bar_of_a_planned_part_cuts_no_number(monkeypatch, width) -> None:
+    import io
+
+    from rich.console import Console
+
+    out = Console(file=io.StringIO(), force_terminal=True, width=width)
+    monkeypatch.setattr(terminal, "progress_console", lambda: out)
+    monkeypatch.setattr(progress, "SHORT", 0.0)
+    parts = {f"{k}": ("further runs", 1.0) for k in range(8)} | {"untrained control in batch": ("b", 1e5)}
+    with progress.steps_of("smollm2-135m-instruct / ioi / full", alone=True) as steps:
+        steps.plan(parts)
+        for _ in steps(2, "0"):
+            time.sleep(0.05)
+        for _ in steps(33, "untrained control in batch"):
+            time.sleep(0.03)
+    last = out.file.getvalue()
+    assert "part 9/11: untrained control in batch 33 of 33" in last
+    assert {60: "+", 80: " + more"}.get(width, " + layers, nulls") in last and "33 of 33" in last
+
+
+def test_every_part_of_a_cell_that_runs_its_model_is_planned_before_it_begins_and_in_order() -> None:
+    """What is counted off is what was planned, but for a part without a replacement, which is passed over."""
+    from ovqk.cell import runner_of
+
+    cell = compose("model=mini-attn", "task=ioi", "analysis=activations", "activations.prompts=48")
+    checkpoint = open_checkpoint(cell.model)
+    tokenizer = load_tokenizer(checkpoint)
+    opened = OpenedModel(open_weights(checkpoint, cell.model), checkpoint.label, tokenizer)
+    planned, counted = dict[str, tuple[str, float | None]](), list[str]()
+
+    def steps(count: int, what: str) -> range:
+        if what != "layer":
+            assert planned[what][1] is not None and planned[what][1] > 0, what
+            counted.append(what)
+        return range(count)
+
+    analyse(opened, cell, steps, runner=runner_of(checkpoint, cell, tokenizer), plan=planned.update)
+    places = [list(planned).index(what) for what in counted]
+    assert places == sorted(set(places)) and len(counted) > 6
+    assert all(planned[what][1] == 0 for what in set(planned) - set(counted))
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -139,12 +224,6 @@ def test_a_long_cell_writes_lines_where_there_is_no_terminal(monkeypatch, capsys
 @pytest.mark.parametrize("claimed", [True, False])
 def test_every_draw_of_the_nulls_is_counted_and_no_more_than_there_may_be(claimed) -> None:
     """With claims, and with candidates."""
-    from ovqk.analyse import analyse
-    from ovqk.checkpoints.opening import open_checkpoint
-    from ovqk.tasks.tokenizer import load_tokenizer
-    from ovqk.weights.readers import open_weights
-    from ovqk.weights.types import OpenedModel
-
     cell = compose("model=mini-attn", "task=ioi", "nulls.draws=99", *["model.claims=null"] * (not claimed))
     checkpoint = open_checkpoint(cell.model)
     opened = OpenedModel(open_weights(checkpoint, cell.model), checkpoint.label, load_tokenizer(checkpoint))

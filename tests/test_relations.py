@@ -5,6 +5,7 @@ import importlib.util
 import time
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,13 +20,16 @@ from support.small import DRAWS, N_HEADS, N_LAYERS, Oracle, Random, V, counted, 
 from torch import Tensor
 
 from ovqk import library
+from ovqk.cell import run_cell
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits import alignment, spectra
 from ovqk.circuits.relations import Pairs, auc_by_pair, first_by_pair
 from ovqk.config.schema import Circuit, ClaimsConfig, RoleConfig, TaskConfig, VariableConfig, VariableKind
 from ovqk.errors import UserError
+from ovqk.records.record import read_record
+from ovqk.records.relation_pairs import pairs_by_head, relation_legend, relation_lines
+from ovqk.records.results import load_table
 from ovqk.report import thinning
-from ovqk.report.relation_lines import relation_legend, relation_lines
 from ovqk.report.thinning import Grid
 from ovqk.structure.layer import Layer
 from ovqk.tasks.claims import check_roles
@@ -33,6 +37,7 @@ from ovqk.tasks.readouts import RELATION_METRICS, metrics_of_other_kinds
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.tokenizer import load_tokenizer
 from ovqk.tasks.words import readable_tasks, resolve_task
+from ovqk.tracking.cell_panels import read_panels
 from ovqk.weights.folding import fold_embeddings, fold_layer
 from ovqk.weights.norms import normalise
 from ovqk.weights.types import LayerWeights
@@ -311,10 +316,49 @@ def test_a_planted_head_has_the_relation_and_its_negative_suppresses_it() -> Non
 
 def test_pairs_that_a_head_does_not_raise_are_named() -> None:
     hits = {("France", "Paris"): 1.0, ("Wales", "Cardiff"): 0.0}
-    rows = [{"layer": 23, "head": 4, "source": s, "target": t, "ov_relation_score": hit, "ov_relation_suppress": 0.0}
+    rows = [{"layer": 23, "head": 4, "source": s, "target": t, "ov_relation_score": hit, "ov_relation_suppress": 0.0,
+             "ov_relation_auc": 0.5}
             for (s, t), hit in hits.items()]  # fmt: skip
     assert relation_lines(pd.DataFrame(rows)) == ["23.4  raises 1 of 2 pairs: France -> Paris; not Wales -> Cardiff"]
     assert relation_lines(pd.DataFrame(rows[1:])) == []
+
+
+def test_each_heads_pairs_are_counted_and_named_in_one_row() -> None:
+    hits = {("France", "Paris"): (1.0, 0.0), ("Wales", "Cardiff"): (0.0, 1.0), ("Spain", "Madrid"): (1.0, 0.0)}
+    rows = [
+        {"layer": 1, "head": head, "source": s, "target": t}
+        | {"ov_relation_score": up * head, "ov_relation_suppress": down * head}
+        for head in (0, 1)
+        for (s, t), (up, down) in hits.items()
+    ]
+    none, some = pairs_by_head(pd.DataFrame(rows)).to_dict("records")
+    assert none == {"layer": 1, "head": 0, "pairs": 3, "raises": 0, "lowers": 0, "raised": "", "lowered": ""}
+    assert (some["raises"], some["raised"]) == (2, "France -> Paris, Spain -> Madrid")
+    assert (some["lowers"], some["lowered"]) == (1, "Wales -> Cardiff")
+
+
+def test_a_heads_pairs_are_those_of_its_cell_in_the_library_its_portrait_and_wandb(tmp_path) -> None:
+    overrides = ["model=mini-attn", "task=name_copying", "analysis=ov", "tracking=none", f"results_dir={tmp_path}"]
+    folder = Path(str(run_cell(compose(*overrides)).folder))
+    table = load_table(folder, "relations")
+    head = library.open("mini-attn").head(0, 7)
+    own = table[(table["layer"] == 0) & (table["head"] == 7)].drop(columns=["layer", "head"]).reset_index(drop=True)
+    pd.testing.assert_frame_equal(head.ov.pairs("name_copying"), own)
+    lowered = [row.source for row in own.itertuples() if row.ov_relation_suppress]
+    assert 10 < len(lowered) < len(own)
+    texts = [text.get_text() for axes in head.portrait("name_copying").axes for text in axes.texts]
+    assert f"lowers {len(lowered)} of {len(own)}" in texts and not any("lowers " in text for text in drawn(head))
+    shown = read_panels(folder, read_record(folder)).tables["relations"]
+    mine = shown[(shown["layer"] == 0) & (shown["head"] == 7)].iloc[0]
+    assert mine["lowered"] == ", ".join(f"{name} -> {name}" for name in lowered) and len(shown) == 32
+    with pytest.raises(UserError, match=r"pairs\('ioi'\): ioi is about no relation"):
+        head.ov.pairs("ioi")
+    with pytest.raises(UserError, match=r"task=iio: there is no such task\."):
+        head.portrait("iio")
+
+
+def drawn(head: library.Head) -> list[str]:
+    return [text.get_text() for axes in head.portrait().axes for text in axes.texts]
 
 
 def test_a_head_that_raises_one_target_for_all_sources_has_no_relation() -> None:

@@ -19,6 +19,7 @@ from ovqk.report.terminal_tables import (
     found_line,
     layer_table,
     pair_table,
+    ranking_legend,
     reasons,
     shown_columns,
     sweep_candidate_table,
@@ -163,6 +164,22 @@ def test_candidates_show_how_far_they_stand_out_and_no_p() -> None:
 def test_columns_that_no_candidate_fills_are_left_out() -> None:
     title, _ = printed(candidate_table(pd.DataFrame(candidates("suppression", ["1.0"], z=math.nan, gap=math.nan))))
     assert "gap" not in title.split() and "z" not in title.split()
+    none, hidden = (
+        candidates("suppression", ["1.0"], ranked=shown, z=z) for shown, z in ((True, math.nan), (False, 3.0))
+    )
+    title, _ = printed(candidate_table(pd.DataFrame([*none, *hidden])))
+    assert "z" not in title.split(), "only a row that is not shown has one"
+
+
+def test_what_ranks_the_shown_candidates_is_explained_once() -> None:
+    together = {"metric": "qk_composed_margin", "beside": "ov_copying_block0 ↑"}
+    rows = [
+        *candidates("induction", ["1.0", "1.1"], **together),
+        *candidates("x", ["0.1"], metric="ov_task_copy", ranked=False),
+    ]
+    said = ranking_legend([pd.DataFrame(rows)] * 2)
+    assert said.startswith("qk_composed_margin: how far a token's score") and said.count("qk_composed_margin") == 1
+    assert "ov_copying_block0: 1 if attending to a token" in said and "ov_task_copy" not in said
 
 
 def test_a_head_that_ties_with_one_that_is_not_shown_says_so() -> None:

@@ -1,5 +1,6 @@
 """What a person reads for roles, nulls and verdicts: one spelling, complete, and the page's too."""
 
+import yaml
 from support import ROOT
 
 from ovqk import wording
@@ -30,6 +31,17 @@ def test_nothing_that_is_shown_lacks_its_words() -> None:
     assert tuple(wording.VERDICTS) == VERDICTS == tuple(VERDICT_COLOURS)
     assert wording.MODES.keys() == MODES.keys()
     assert wording.AGAINST.keys() == wording.NULLS.keys() - {"layer_all"}
+
+
+def test_every_metric_that_ranks_a_bundled_tasks_candidates_is_told_in_words() -> None:
+    ranking = set[str]()
+    for path in (ROOT / "conf" / "task").glob("*.yaml"):
+        for role in (yaml.safe_load(path.read_text(encoding="utf-8")).get("roles") or {}).values():
+            predictions = role.get("predictions") or []
+            ranking |= {each["metric"] for each in [*predictions[:1], *(p for p in predictions if p.get("ranks"))]}
+    assert len(ranking) > 8
+    assert {name for name in ranking if name not in wording.RANKED_BY and not METRICS[name].legend} == set()
+    assert set(wording.RANKED_BY) <= set(METRICS)
 
 
 def test_the_page_has_no_words_of_its_own_for_them() -> None:

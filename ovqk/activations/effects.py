@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ovqk.activations.batches import Prompts
 from ovqk.activations.forward import Look, Replacement, RunningModel
-from ovqk.activations.quantities import Observed, Steps
+from ovqk.activations.parts import REPLACED as REPLACEMENTS
+from ovqk.activations.parts import Steps
+from ovqk.activations.quantities import Observed
 from ovqk.memory import FreedMemory
 from ovqk.weights.types import Head
 
@@ -69,6 +71,7 @@ def measure_effects(
     looks: Sequence[tuple[str, str, str]],
     steps: Steps,
     kinds: Sequence[int] = (REPLACED,),
+    what: str = REPLACEMENTS,
 ) -> dict[Patch, Effects]:
     """Run every replacement on every prompt.
 
@@ -80,6 +83,7 @@ def measure_effects(
         looks: the attentions of receivers to read.
         steps: counts off the batches.
         kinds: which kinds to run: REPLACED, MEAN, RESTORED; the others are nan.
+        what: the steps' name.
     """
     means = _cluster_means(prompts, observed, {patch.query for patch in patches})
     n_layers, n_heads = running.n_layers, running.n_heads
@@ -89,7 +93,7 @@ def measure_effects(
     seen = torch.full((len(patches), 2, len(looks), total, n_layers, n_heads), nan)
     start = 0
     freed = FreedMemory()
-    for number in steps(len(prompts.batches), "replacements in batch") if patches else ():
+    for number in steps(len(prompts.batches), what) if patches else ():
         freed.give_back()
         batch, outputs = prompts.batches[number], observed.outputs[number]
         rows = slice(start, start + len(batch))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ovqk.activations.batches import Prompts
 from ovqk.activations.forward import RunningModel
-from ovqk.activations.quantities import Steps
+from ovqk.activations.parts import WORDS, Steps
 from ovqk.config.schema import RoleActivationsConfig
 from ovqk.tasks.matches import MIN_WORDS
 from ovqk.tasks.readouts import Readout
@@ -44,7 +44,7 @@ def prompt_streams(
     """
     sums: dict[int, Tensor] = {}
     counts = torch.zeros(len(ids))
-    for number in steps(len(prompts.batches), "words of batch"):
+    for number in steps(len(prompts.batches), WORDS):
         batch = prompts.batches[number]
         found = [place for label in labels if (place := batch.position(label)) is not None]
         if not found:

@@ -3,10 +3,12 @@
 See docs/definitions.md, section 7.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
 
 from ovqk.activations.batches import Prompts
 from ovqk.activations.effects import (
@@ -20,8 +22,20 @@ from ovqk.activations.effects import (
     merged,
 )
 from ovqk.activations.forward import RunningModel
-from ovqk.activations.quantities import Steps, looks_of, observe, queries_of
-from ovqk.activations.repeats import RepeatValues, draw_repeats, run_repeats
+from ovqk.activations.parts import (
+    DEPENDENT,
+    OTHERWISE,
+    REPLACE,
+    REPLACED,
+    TOGETHER,
+    Part,
+    Plan,
+    Steps,
+    first_plan,
+    replaced_tokens,
+)
+from ovqk.activations.quantities import looks_of, observe, queries_of
+from ovqk.activations.repeats import draw_repeats, run_repeats
 from ovqk.activations.roles import Measured, all_at_once
 from ovqk.activations.score_links import Asked, Partners, partner_roles, score_links
 from ovqk.config.schema import RoleActivationsConfig, TaskConfig
@@ -85,6 +99,8 @@ def measure(
     screened: int,
     seed: int,
     steps: Steps,
+    plan: Plan = lambda planned: None,
+    reads_words: bool = False,
 ) -> Measured:
     """Run the prompts, and replace the heads that are claimed, meet a role's rule, or have a large first-order effect.
 
@@ -99,10 +115,15 @@ def measure(
         screened: how many heads are patched because of their first-order effect.
         seed: the seed for drawn sign flips.
         steps: counts off batches.
+        plan: takes what is planned to run, as far as it is known.
+        reads_words: whether the plan has a later run that reads words on prompts.
 
     Raises:
         UserError: logits change when a head is replaced by itself, or writes do not add up to the logit difference.
     """
+    tokens = _draw_repeats(model, prompts, roles, seed)
+    serves = any(_served(config) for config in roles.values())
+    plan(first_plan(prompts, 0 if tokens is None else tokens.numel(), serves, reads_words))
     observed = observe(running, model, prompts, roles, steps)
     if not (change := check_replacing(running, prompts, observed)) <= LEAST_CHANGE:
         raise UserError(f"replacing a head by itself changes the logit difference by {change:.2g} of its mean.")
@@ -115,16 +136,24 @@ def measure(
             "what heads write cannot be read off: through the final norm and the unembedding the logit difference "
             f"comes out wrong by {observed.readout_error:.2g} of its mean."
         )
-    repeats, groups = _repeats(running, model, prompts, roles, seed, steps), model.architecture.kv_of_head.numpy()
+    repeats = None if tokens is None else run_repeats(running, tokens, len(prompts.start), steps)
+    groups = model.architecture.kv_of_head.numpy()
     measured = Measured(observed, roles, {}, {}, seed, groups, change, downstream, repeats)
     first = [name for name, config in roles.items() if not _served(config)]
-    for names in (first, [name for name in roles if name not in first]):
+    dependent = [name for name in roles if name not in first]
+    n_layers = running.n_layers
+    about = [label for name in dependent for label in _labels(roles[name], len(claimed.get(name, ())) + screened)]
+    few = {what: replaced_tokens(prompts, [], n_layers, kinds) for what, kinds in ((TOGETHER, 1), (OTHERWISE, 2))}
+    halfway = [(label, n_layers // 2) for label in about]  # which heads it will be is not known yet
+    plan(({DEPENDENT: replaced_tokens(prompts, halfway, n_layers)} if dependent else {}) | few)
+    for what, names in ((REPLACED, first), (DEPENDENT, dependent)):
         patches: dict[Patch, None] = {}
         for name in names:
             for head in _to_patch(measured, name, claimed.get(name, ()), screened):
                 patches |= dict.fromkeys(_patches(measured, name, head))
         new = [patch for patch in patches if patch not in measured.effects]
-        measured.add(measure_effects(running, prompts, measured.observed, new, looks_of(roles), steps))
+        plan({what: _work(prompts, new, n_layers)} if names else {})
+        measured.add(measure_effects(running, prompts, measured.observed, new, looks_of(roles), steps, what=what))
         for name in names:
             measured.receivers[name] = tuple(claimed.get(name, ())) or chosen_heads(measured, name)
     patches = {}
@@ -134,27 +163,34 @@ def measure(
                 patches |= dict.fromkeys(_patches(measured, name, head))
             patches |= dict.fromkeys(filter(None, [all_at_once(config, measured.receivers[name])]))
     new = [patch for patch in patches if patch not in measured.effects]
-    measured.add(measure_effects(running, prompts, observed, new, looks_of(roles), steps))
-    again = measure_effects(running, prompts, observed, list(patches), looks_of(roles), steps, (MEAN, RESTORED))
+    plan({TOGETHER: _work(prompts, new, n_layers), OTHERWISE: _work(prompts, list(patches), n_layers, kinds=2)})
+    measured.add(measure_effects(running, prompts, observed, new, looks_of(roles), steps, what=TOGETHER))
+    kinds = (MEAN, RESTORED)
+    again = measure_effects(running, prompts, observed, list(patches), looks_of(roles), steps, kinds, OTHERWISE)
     measured.add({patch: merged(measured.effects[patch], effects) for patch, effects in again.items()})
     _add_scores(measured, running, model, prompts, steps)
     return measured
 
 
-def _repeats(
-    running: RunningModel,
-    model: Model,
-    prompts: Prompts,
-    roles: Mapping[str, RoleActivationsConfig],
-    seed: int,
-    steps: Steps,
-) -> RepeatValues | None:
-    """Run random repeats; return None if no role asks for them, or if the model's context is too short."""
+def _draw_repeats(
+    model: Model, prompts: Prompts, roles: Mapping[str, RoleActivationsConfig], seed: int
+) -> Int[Tensor, "sequence position"] | None:
+    """Draw random repeats; return None if no role asks for them, or if the model's context is too short."""
     assert model.tokenizer is not None
     if all(config.repeats is None for config in roles.values()):
         return None
-    tokens = draw_repeats(model.tokenizer, prompts.start, model.architecture.n_ctx, seed)
-    return None if tokens is None else run_repeats(running, tokens, len(prompts.start), steps)
+    return draw_repeats(model.tokenizer, prompts.start, model.architecture.n_ctx, seed)
+
+
+def _work(prompts: Prompts, patches: Sequence[Patch], n_layers: int, kinds: int = 1) -> Part:
+    """Return the part that makes these replacements (`replaced_tokens`), without work if there are none."""
+    places = [(patch.query, min(layer for layer, _ in patch.heads)) for patch in patches]
+    return replaced_tokens(prompts, places, n_layers, kinds) if patches else Part(REPLACE, 0.0)
+
+
+def _labels(config: RoleActivationsConfig, heads: int) -> list[str]:
+    """Return the label of each replacement that so many heads need, alone and perhaps with another role's heads."""
+    return [queries_of(config)] * heads * (2 if config.effect is not None and config.effect.given else 1)
 
 
 def _add_scores(measured: Measured, running: RunningModel, model: Model, prompts: Prompts, steps: Steps) -> None:

@@ -107,7 +107,8 @@ def role_peers(
     """Compare a role's heads with others by permuting labels, KV groups first, then heads within groups.
 
     Labels are permuted within layers. If these labels cannot be significant, they are permuted in the window of layers
-    around the heads, after the trend over depth is subtracted.
+    around the heads, after the trend over depth is subtracted. One head alone is compared as a head is (`head_peers`),
+    so that the role cannot stand out without it.
 
     Args:
         values: quantity -> its values.
@@ -116,13 +117,19 @@ def role_peers(
         groups: each head's KV group, [head], the same in every layer.
         seed: the seed for drawn permutations.
     """
+    if len(heads) == 1:
+        beside = head_peers(values, heads[0], {*barred, *heads}, groups).values()
+        return _weakest([RolePeers(test.p, test.min_p, "depth") for test in beside])
     found = [
         _of_quantity(grid, [head for head in heads if not math.isnan(grid[head])], barred, groups, seed)
         for grid in values.values()
     ]
-    told = [each for each in found if not math.isnan(each.p)]
-    could = [each for each in told if each.min_p <= ALPHA]
-    return max(could or told, key=lambda each: each.p, default=RolePeers())
+    return _weakest([each for each in found if not math.isnan(each.p)])
+
+
+def _weakest(found: Sequence[RolePeers]) -> RolePeers:
+    could = [each for each in found if each.min_p <= ALPHA]
+    return max(could or found, key=lambda each: each.p, default=RolePeers())
 
 
 def _of_quantity(

@@ -4,7 +4,7 @@ They all come from one run over the clean prompts and one over their counterfact
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ovqk.activations.batches import Batch, Prompts
 from ovqk.activations.forward import Places, Run, RunningModel
+from ovqk.activations.parts import PROMPTS, Steps
 from ovqk.config.schema import AttentionConfig, RoleActivationsConfig, WriteConfig
 from ovqk.memory import FreedMemory
 from ovqk.structure.model import Model
@@ -21,8 +22,6 @@ from ovqk.weights.stored_rows import StoredRows
 
 Values = Float[Tensor, "prompt layer head"]
 """One number for each prompt and head; nan for a prompt in which a label has no place."""
-Steps = Callable[[int, str], Iterable[int]]
-"""(number of steps, their name) -> their indexes; a step counts as done when the next is asked for."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def observe(
     seen: list[dict[tuple[str, str, str], tuple[Tensor, Tensor]]] = []
     differences, counterfactuals, errors, outputs = [], [], [], []
     freed = FreedMemory()
-    for number in steps(len(prompts.batches), "batch of prompts"):
+    for number in steps(len(prompts.batches), PROMPTS):
         freed.give_back()
         batch = prompts.batches[number]
         queries, sources, places = places_of(batch, roles, asked)

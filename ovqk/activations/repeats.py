@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ovqk.activations.forward import Places, RunningModel
-from ovqk.activations.quantities import Steps
+from ovqk.activations.parts import REPEATS, Steps
 from ovqk.config.schema import Repeats
 
 SEQUENCES, LENGTH, SHORTEST = 64, 20, 4
@@ -68,7 +68,7 @@ def draw_repeats(
 
 
 def run_repeats(
-    running: RunningModel, tokens: Int[Tensor, "sequence position"], n_start: int, steps: Steps
+    running: RunningModel, tokens: Int[Tensor, "sequence position"], n_start: int, steps: Steps, what: str = REPEATS
 ) -> RepeatValues:
     """Run sequences, and read attention from the second copy without its first and its last token.
 
@@ -77,6 +77,7 @@ def run_repeats(
         tokens: the sequences, as `draw_repeats` returns them.
         n_start: how many start tokens stand before the first copy.
         steps: counts off batches.
+        what: the steps' name.
     """
     length = (tokens.shape[1] - n_start) // 2
     queries = torch.arange(n_start + length + 1, n_start + 2 * length - 1)
@@ -88,7 +89,7 @@ def run_repeats(
         others[rows, place] = False
     share = others / others.sum(1, keepdim=True)
     found: dict[Repeats | str, list[Tensor]] = {name: [] for name in (*places, "control", "sink")}
-    for number in steps(-(-len(tokens) // AT_ONCE), "batch of random repeats"):
+    for number in steps(-(-len(tokens) // AT_ONCE), what):
         part = tokens[number * AT_ONCE : (number + 1) * AT_ONCE]
         every = queries[:, None].expand(-1, len(part))
         pattern = running.run(part, Places(every, every[:1])).patterns  # [layer, sequence, head, query, key]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ovqk.activations.batches import Batch, Prompts
 from ovqk.activations.forward import RunningModel
-from ovqk.activations.quantities import Steps
+from ovqk.activations.parts import SCORES, Steps
 from ovqk.config.schema import RoleConfig
 from ovqk.metrics import METRICS
 from ovqk.structure.model import Model
@@ -139,7 +139,7 @@ def score_links(
     wrong: set[Asked] = set()
     batches = [batch for batch in prompts.batches if batch.half == "testing"]
     layers = functools.cache(lambda index: to_device(model.source.layer(index), running.device))  # for all batches
-    for number in steps(len(batches), "scores of batch") if asked else ():
+    for number in steps(len(batches), SCORES) if asked else ():
         batch = batches[number]
         for each, contrasts in _Split(running, model.architecture, layers, batch, asked).run().items():
             if contrasts is None:

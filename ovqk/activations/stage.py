@@ -19,7 +19,7 @@ from ovqk.activations.judge import Judged, judge_activations
 from ovqk.activations.links import WriteLinks
 from ovqk.activations.measure import check_activations, measure
 from ovqk.activations.one_block import OneBlock
-from ovqk.activations.quantities import Steps
+from ovqk.activations.parts import Plan, Steps
 from ovqk.activations.roles import Measured
 from ovqk.activations.streams import draw_prefixes, read_streams
 from ovqk.activations.untrained import untrained_control
@@ -104,9 +104,17 @@ class ActivationTables:
     """The stage that judges heads by their behaviour on prompts. Its constructor runs the prompts."""
 
     def __init__(
-        self, model: Model, runner: Runner, claims: Claims | str, steps: Steps, readout: Readout | None = None
+        self,
+        model: Model,
+        runner: Runner,
+        claims: Claims | str,
+        steps: Steps,
+        readout: Readout | None = None,
+        plan: Plan = lambda planned: None,
     ) -> None:
         """Run the task's prompts through the model, and measure how well the task's `readout` reads words.
+
+        `plan` takes what is planned to run, for an estimate of the time left.
 
         Raises:
             UserError: the model cannot be run, or the task has no prompts that it can read.
@@ -128,11 +136,12 @@ class ActivationTables:
         if n_ctx is not None and longest > n_ctx:
             raise UserError(f"a prompt has {longest} tokens, more than the model's context of {n_ctx}.")
         running = loaded(runner, model.device)
-        measured = self._measure(running, steps)
+        planned = plan, readout is not None
+        measured = self._measure(running, steps, *planned)
         if measured is None:
             smaller = max(1, asked.batch // SMALLER)
             self.prompts = self._read(runner, smaller)
-            measured = self._measure(running, steps)
+            measured = self._measure(running, steps, *planned)
             if measured is None:
                 raise UserError(
                     f"activations.batch={asked.batch}: out of memory, and with batches of {smaller} prompts too."
@@ -152,13 +161,11 @@ class ActivationTables:
         assert tokenizer is not None
         return read_prompts(config.task, tokenizer, runner.start, config.activations.prompts, config.seed, batch)
 
-    def _measure(self, running: "RunningModel", steps: Steps) -> Measured | None:
+    def _measure(self, running: "RunningModel", steps: Steps, plan: Plan, reads_words: bool) -> Measured | None:
         """Run the prompts; return None if memory is exhausted."""
-        config = self.model.config
-        screened = config.activations.screened
-        return within_memory(
-            lambda: measure(running, self.model, self.prompts, self.roles, self.claimed, screened, config.seed, steps)
-        )
+        config, roles = self.model.config, self.roles
+        asked = config.activations.screened, config.seed, steps, plan, reads_words
+        return within_memory(lambda: measure(running, self.model, self.prompts, roles, self.claimed, *asked))
 
     def _fidelity(self, running: RunningModel, readout: Readout | None, steps: Steps) -> pd.DataFrame:
         """Compare the rows through which the readout reads words with the model's own on the prompts."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ovqk.activations.batches import NEW_LINE
 from ovqk.activations.forward import RunningModel
-from ovqk.activations.quantities import Steps
+from ovqk.activations.parts import Steps
 from ovqk.errors import UserError
 from ovqk.tasks.lookup import WordLookup
 from ovqk.tasks.matches import surface_form

@@ -4,7 +4,8 @@ import torch
 
 from ovqk.activations.batches import Prompts
 from ovqk.activations.forward import RunningModel
-from ovqk.activations.quantities import RoleValues, Steps, attention_values, joined, places_of, queries_of
+from ovqk.activations.parts import UNTRAINED, UNTRAINED_REPEATS, Steps
+from ovqk.activations.quantities import RoleValues, attention_values, joined, places_of, queries_of
 from ovqk.activations.repeats import run_repeats
 from ovqk.activations.roles import Measured, Tests, heads_table, shows, with_attention, with_repeats
 
@@ -32,7 +33,7 @@ def untrained_control(
     roles = {name: config for name, config in measured.roles.items() if config.attention is not None}
     parts: list[dict[str, RoleValues]] = []
     testing = [batch for batch in prompts.batches if batch.half == "testing"]
-    for number in steps(len(testing), "untrained control in batch") if roles else ():
+    for number in steps(len(testing), UNTRAINED) if roles else ():
         batch = testing[number]
         queries, _, places = places_of(batch, roles, ())
         clean, other = (running.run(tokens, places) for tokens in (batch.tokens, batch.counterfactual))
@@ -45,7 +46,7 @@ def untrained_control(
     clusters = torch.cat([batch.clusters for batch in testing])
     tests = Tests(torch.ones(len(clusters), dtype=torch.bool), clusters.numpy(), seed)
     trained, n_start = measured.repeats, len(prompts.start)
-    repeats = None if trained is None else run_repeats(running, trained.tokens, n_start, steps)
+    repeats = None if trained is None else run_repeats(running, trained.tokens, n_start, steps, UNTRAINED_REPEATS)
     found: dict[str, dict[str, float]] = {}
     for name, config in measured.roles.items():
         table = heads_table(name, running.n_layers, running.n_heads)

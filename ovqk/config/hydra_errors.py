@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import yaml
 
-from ovqk.config import composing, schema
+from ovqk.config import composing, lens_names, schema
 from ovqk.config.command_line import program, quoted
 from ovqk.errors import UserError, first_line
 
@@ -146,7 +146,21 @@ def _unknown_choice(error: Any, folders: Iterable[Path]) -> str:
     hint = f" Did you mean {_either(near)}?" if near else ""
     if group != "model":
         return f"{said}{hint} There are {len(options)}."
-    return f"{said}{hint}{_own_model(name)} `{program()} --help` lists all {len(options)}."
+    hint = _of_transformer_lens(name, near, folders) or f"{hint}{_own_model(name)}"
+    return f"{said}{hint} `{program()} --help` lists all {len(options)}."
+
+
+def _of_transformer_lens(name: str, near: list[str], folders: Iterable[Path]) -> str:
+    """Say which model has this name in TransformerLens, and how it is chosen here; empty if none has it."""
+    repo = lens_names.repository(name)
+    if repo is None:
+        return ""
+    if here := lens_names.names_here(repo, folders):
+        return f" Did you mean {_either(here)}? TransformerLens calls it {name}."
+    if "/" not in repo:  # weights that were never on the hub
+        return ""
+    other = f" {near[0]} is another model." if near and near[0].startswith(name.lower()) else ""
+    return f" TransformerLens's {name} is model=hub {quoted('model.repo', repo)}.{other}"
 
 
 def _own_model(name: str) -> str:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ovqk import wording
-from ovqk.figures import drawing
+from ovqk.figures import drawing, word_panels
 from ovqk.figures.drawing import INK, MUTED, legible, styled
 from ovqk.figures.verdict_marks import mark
 from ovqk.metrics import HEAD_METRICS, METRICS, ratios
@@ -29,8 +29,10 @@ from ovqk.records.on_prompts import head_values, pictures
 HeadTables = Mapping[str, pd.DataFrame | None]
 TABLES = (
     "heads", "spectra", "directions", "offsets", "composition", "tests", "nulls", "verdicts", "activations", "roles",
+    "relations",
 )  # fmt: skip
-SHOWN_COMPONENTS, SHOWN_TOKENS, SHOWN_PARTNERS = 3, 5, 6
+SHOWN_PARTNERS = 6
+PAIRS_HEIGHT = 3.4  # of a relation's pairs, in inches
 
 
 @styled
@@ -95,7 +97,19 @@ def null_strips(tables: HeadTables, layer: int | None, head: int | None, role: s
 def components(tables: HeadTables, layer: int, head: int, circuit: str = "ov") -> Figure:
     """Draw the tokens that a circuit's leading singular components read and write, at both ends of each."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    _components(figure.subplots(), tables, layer, head, circuit)
+    word_panels.component_tokens(figure.subplots(), _of(tables.get("directions"), layer, head), circuit)
+    return figure
+
+
+@styled
+def relation_pairs(tables: HeadTables, layer: int, head: int) -> Figure:
+    """Write which of the task's word pairs the head raises and which it lowers, if the task is about a relation."""
+    figure = Figure(figsize=(17, PAIRS_HEIGHT), layout="constrained")
+    rows = _of(tables.get("relations"), layer, head)
+    if len(rows):
+        word_panels.relation_pairs(figure.subplots(), rows)
+    else:
+        drawing.unavailable(figure.subplots(), "OV: pairs of the task's words", "the task is about no relation")
     return figure
 
 
@@ -127,7 +141,7 @@ def sheet(
     reasons: Mapping[str, str] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> Figure:
-    """Draw all panels about one head on one sheet: verdict, on prompts, spectra, tokens, positions, partners, nulls.
+    """Draw all panels about a head on one sheet: verdict, prompts, spectra, tokens, pairs, positions, partners, nulls.
 
     Args:
         tables: the cell's tables.
@@ -145,6 +159,7 @@ def sheet(
         **({"prompts": 0.2 + PROMPT_HEIGHT * len(prompted)} if prompted else {}),
         "spectra": 5.2,
         "tokens": 6.2 if len(_of(tables.get("directions"), layer, head)) else 1.8,
+        **({"pairs": PAIRS_HEIGHT} if len(_of(tables.get("relations"), layer, head)) else {}),
         "positions": 4.6,
         "partners": 1.3 + 0.32 * max(len(found) for found in _partners_of(tables, layer, head)),
     }
@@ -161,7 +176,9 @@ def sheet(
         spectra[1, 2 * place + 1].set_axis_off()
         _singular_values(spectra[0, 2 * place + 1], tables, layer, head, circuit)
     for axes, circuit in zip(bands["tokens"].subplots(2, 1), ("ov", "qk"), strict=True):
-        _components(axes, tables, layer, head, circuit)
+        word_panels.component_tokens(axes, _of(tables.get("directions"), layer, head), circuit)
+    if "pairs" in bands:
+        word_panels.relation_pairs(bands["pairs"].subplots(), _of(tables.get("relations"), layer, head))
     _positions(bands["positions"].subplots(1, 3), tables, layer, head, reasons or {})
     _partners(bands["partners"].subplots(1, 2), tables, layer, head)
     if strips:
@@ -413,38 +430,3 @@ def bounds(metric: str, unit: str, values: Iterable[float]) -> tuple[float, floa
         return facts.low, facts.high
     finite = [value for value in values if math.isfinite(value)]
     return min(0.0, *finite, 0.0), 1.05 * max(*finite, 1e-9, 1e-9)
-
-
-# --- tokens --------------------------------------------------------------------------------------------------
-
-
-def _components(axes: Axes, tables: HeadTables, layer: int, head: int, circuit: str) -> None:
-    """Draw a table with sigma and the tokens that each end reads and writes."""
-    rows = _of(tables.get("directions"), layer, head)
-    title = f"{circuit.upper()}: tokens of its leading singular components"
-    if len(rows):
-        rows = rows[
-            (rows["circuit"] == circuit) & (rows["kind"] == "singular") & (rows["component"] < SHOWN_COMPONENTS)
-        ]
-    if not len(rows):
-        drawing.unavailable(axes, title, "no tokens were read out")
-        return
-    axes.set_axis_off()
-    clustered = (rows["cluster_size"] > 1).any()
-    axes.set_title(title + (" (grey: a cluster, only its span means something)" if clustered else ""))
-    reads, writes = wording.VERBS[circuit]
-    for x, text in zip((0.0, 0.11, 0.56), ("sigma", reads, f"→ {writes}"), strict=True):
-        axes.text(x, 0, text, color=MUTED, va="center", fontsize=12)
-    y = 1.0
-    for _, part in rows.groupby("component"):
-        colour = INK if part["cluster_size"].iloc[0] == 1 else MUTED
-        axes.text(0, y, f"{part['value'].iloc[0]:.3g}", va="center", fontweight="bold", color=colour)
-        for sign in (1, -1):
-            axes.text(0.085, y, "+" if sign > 0 else "\N{MINUS SIGN}", va="center", color=MUTED)
-            for x, side in ((0.11, "read"), (0.56, "write")):
-                mine = part[(part["side"] == side) & (part["sign"] == sign)].nsmallest(SHOWN_TOKENS, "rank")
-                text = "  ".join(legible(drawing.spaces_marked(token), 12) for token in mine["token"])
-                axes.text(x, y, text, va="center", fontsize=12, color=colour)
-            y += 0.9
-        y += 0.25
-    axes.set(xlim=(0, 1), ylim=(y, -0.6))

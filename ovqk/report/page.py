@@ -136,6 +136,7 @@ def page_data(
             "modes": wording.MODES,
             "parts": wording.PARTS,
             "candidates_worth": wording.CANDIDATES_WORTH,
+            "ranked_by": {name: wording.ranked_by(name) for name in _ranking(cells)},
             "patterns": wording.PATTERNS,
             "by_frequency": {"title": "By frequency", "says": BY_FREQUENCY},
             "pair_metrics": {name: wording.metric(name) for name in COMPOSITION_METRICS},
@@ -243,6 +244,15 @@ def _scales(cells: Sequence[Cell]) -> Json:
                 ends = {key: short(getattr(scale, key)) for key in ("low", "centre", "high")}
                 found[task][name] = {"kind": scale.kind} | ends
     return found
+
+
+def _ranking(cells: Sequence[Cell]) -> list[str]:
+    """Return the metrics by which these cells' candidates are ranked."""
+    found = dict[str, None]()
+    for table in (cell.tables["candidates"] for cell in cells if "candidates" in cell.tables):
+        for row in table[table["ranked"]].to_dict("records"):
+            found |= dict.fromkeys([row["metric"], *str(row.get("beside") or "").split()])
+    return [name for name in found if name in METRICS]
 
 
 def _roles(cells: Sequence[Cell]) -> Json:

@@ -14,12 +14,10 @@ import pandas as pd
 from ovqk import wording
 from ovqk.figures import circuits, depth, drawing, embedded, portraits
 from ovqk.figures.choice import compositions, depth_tables
-from ovqk.metrics import METRICS, SENDERS_READ, shown_in
+from ovqk.metrics import METRICS, SENDERS_READ, SHOWN_CANDIDATES, shown_in
 from ovqk.records.cells import Cell, Json, weights_labels
 from ovqk.report.thinning import Pool, short
 
-CANDIDATES = 3
-"""How many candidates for each role and model the page compares."""
 TOKENS = 8
 """How many tokens the page shows at most at one end of a component."""
 
@@ -185,7 +183,7 @@ def limits() -> dict[str, Any]:
         "stretched": drawing.STRETCHED_ABOVE,
         "offsets": drawing.OFFSET_MARKS,
         "senders": SENDERS_READ,
-        "candidates": CANDIDATES,
+        "candidates": SHOWN_CANDIDATES,
     }
 
 

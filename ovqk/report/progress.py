@@ -11,16 +11,9 @@ from rich.progress import Progress
 from ovqk.interrupts import raise_if_remembered
 from ovqk.records.outcomes import Outcomes
 from ovqk.report import terminal
+from ovqk.report.estimate import Estimate, Parts
 
-AFTER = {
-    "batch of prompts": "replaced heads",
-    "batch of random repeats": "replaced heads",
-    "replacements in batch": "more runs, layers",
-    "scores of batch": "more runs, layers",
-    "words of batch": "more runs, layers",
-    "untrained control in batch": "layers",
-    "layer": "claims and nulls",
-}
+AFTER = {"layer": "claims and nulls"}
 """Kind of step -> the work that follows the last such step, because the time left is for these steps alone."""
 SHORT = 2.0  # seconds; a cell that takes no longer shows nothing
 BETWEEN_LINES = 30.0  # seconds
@@ -36,6 +29,10 @@ class Steps(Protocol):
 
     def draws(self, done: int, most: int) -> None:
         """Take the number of null draws made so far, and the largest number that may be needed (usually fewer are)."""
+        ...
+
+    def plan(self, parts: Parts) -> None:
+        """Take the parts that run the model on prompts, as far as they are known."""
         ...
 
 
@@ -68,24 +65,31 @@ class _Bar:
     """Steps as a bar, which begins anew for the nulls after the layers."""
 
     def __init__(self, name: str, bar: Progress) -> None:
-        self.bar, self.task = bar, bar.add_task("", total=None, name=f"{name}:")
+        self.bar, self.task = bar, bar.add_task("reading the model", total=None, name=f"{name}:", left=None, without="")
         self.counting = False
+        self.estimate = Estimate()
+        self.plan = self.estimate.plan
 
     def __call__(self, count: int, what: str) -> Iterator[int]:
         self.counting = False
+        self.estimate.begin(what)
         follows = f", then {AFTER[what]}" if what in AFTER else ""
         for index in range(count):
             raise_if_remembered()
-            said = f"{what} {index + 1} of {count}{follows}"
-            self.bar.update(self.task, description=said, completed=index, total=count)
+            said = f"{self.estimate.number(what)}{what} {index + 1} of {count}{follows}"
+            left, without = self.estimate.left(index, count) if what in self.estimate.parts else (None, [])
+            told = " + " + ", ".join(without) if without else ""
+            self.bar.update(self.task, description=said, completed=index, total=count, left=left, without=told)
             yield index
+        self.estimate.finish()
+        self.bar.update(self.task, left=None, without="")
         self.bar.reset(self.task, description=AFTER.get(what, what), total=None)
 
     def draws(self, done: int, most: int) -> None:
         if not self.counting:
             self.bar.reset(self.task)  # from here on the time left counts the draws
             self.counting = True
-        said = f"null draw {done:,} of at most {most:,}"
+        said = f"{self.estimate.number('null draw')}null draw {done:,} of at most {most:,}"
         self.bar.update(self.task, description=said, completed=done, total=most)
 
 
@@ -96,15 +100,19 @@ class _Lines:
         self.name = name
         self.began = self.said = time.monotonic()
         self.counting = False
+        self.estimate = Estimate()
+        self.plan = self.estimate.plan
 
     def __call__(self, count: int, what: str) -> Iterator[int]:
-        self.began = self.said = time.monotonic()
+        self.began = time.monotonic()
         self.counting = False
+        self.estimate.begin(what)
         for index in range(count):
             raise_if_remembered()
             yield index
             if index + 1 < count:
                 self._say(what, index + 1, count, f", then {AFTER[what]}" if what in AFTER else "")
+        self.estimate.finish()
 
     def draws(self, done: int, most: int) -> None:
         if not self.counting:
@@ -114,9 +122,13 @@ class _Lines:
 
     def _say(self, what: str, done: int, count: int, follows: str, at_most: bool = False) -> None:
         now = time.monotonic()
-        if now - self.said >= BETWEEN_LINES:
-            self.said = now
-            terminal.print_steps(f"{self.name}: {what}", done, count, now - self.began, follows, at_most)
+        if now - self.said < BETWEEN_LINES:
+            return
+        self.said = now
+        left, without = self.estimate.left(done, count) if what in self.estimate.parts else (None, [])
+        follows = f" without {', '.join(without[:-1])} and {without[-1]}" if without else follows
+        named = f"{self.name}: {self.estimate.number(what)}{what}"
+        terminal.print_steps(named, done, count, now - self.began, follows, at_most, left)
 
 
 class SweepProgress:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 from rich.text import Text
 
 from ovqk import wording
@@ -11,17 +12,27 @@ from ovqk.records.record import read_record, says_done
 from ovqk.records.results import load_table
 from ovqk.records.steps import twins
 from ovqk.report.fitted_table import CORE, Column, FittedTable
-from ovqk.report.terminal_tables import STYLES, rounded, sweep_candidate_table
+from ovqk.report.terminal_tables import STYLES, ranking_legend, rounded, sweep_candidate_table
 
 
 def candidates_table(folders: Sequence[Path]) -> FittedTable:
     """Return a table with the strongest heads for each role in the cells without claimed heads."""
+    return sweep_candidate_table(_unclaimed(folders))
+
+
+def candidates_legend(folders: Sequence[Path]) -> str:
+    """Return what the metrics mean that rank these cells' candidates."""
+    return ranking_legend(candidates for _, _, candidates in _unclaimed(folders))
+
+
+def _unclaimed(folders: Sequence[Path]) -> list[tuple[str, str, pd.DataFrame]]:
+    """Return (task, model, candidates) for the cells without claimed heads."""
     cells = []
     for folder in folders:
         record, candidates = read_record(folder), load_table(folder, "candidates")
         if record is not None and candidates is not None and len(candidates):
             cells.append((record["task"], record["model"], candidates))
-    return sweep_candidate_table(cells)
+    return cells
 
 
 def role_table(folders: Sequence[Path]) -> FittedTable:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column as RichColumn
 from rich.text import Text
 
@@ -20,6 +20,7 @@ from ovqk.errors import printable
 from ovqk.metrics import NOT_APPLICABLE
 from ovqk.records.outcomes import Outcome
 from ovqk.records.record import read_record, read_tracking, says_done
+from ovqk.records.relation_pairs import relation_legend, relation_lines
 from ovqk.records.results import load_table
 from ovqk.records.steps import said, shared_steps
 from ovqk.report.cycles import print_cycles
@@ -31,16 +32,17 @@ from ovqk.report.on_prompts import (
     prompts_table,
     role_reasons,
 )
-from ovqk.report.relation_lines import relation_legend, relation_lines
 from ovqk.report.suggestions import next_arguments
-from ovqk.report.sweep_tables import candidates_table, depth_table, role_table
+from ovqk.report.sweep_tables import candidates_legend, candidates_table, depth_table, role_table
 from ovqk.report.terminal_tables import (
     candidate_table,
     claimed_pairs,
     column_legend,
     found_line,
+    has_spread,
     layer_table,
     pair_table,
+    ranking_legend,
     reasons,
     rounded,
     verdict_table,
@@ -52,6 +54,7 @@ SHOWN_TOKENS = 4  # tokens on each side of a component
 SHOWN_HEADS = 8  # heads whose tokens are listed
 SHOWN_MISSING = 20  # a sweep's missing cells that are named
 LOG_WIDTH = 150  # a table's width if the output is not a terminal
+NARROW, WIDE = 80, 100  # a bar has no name below the first, and names what it does not count from the second on
 NOTEBOOK_WIDTH = 110  # a table's width in a notebook's cell
 
 
@@ -218,10 +221,11 @@ def _print_candidates(out: Console, folder: Path) -> None:
         return
     out.print("\nCandidates, not verdicts: the heads are chosen for being the strongest.\n")
     out.print(candidate_table(found))
+    out.print(ranking_legend([found]), style="dim")
     out.print(
         "z: distance from the median head of the model, in standard deviations (from the MAD) and in the predicted "
-        "direction; empty if most heads have one value. gap: distance from the next head; 0 if it ties. "
-        * bool(found["z"].notna().any())
+        "direction. gap: distance from the next head; 0 if it ties. Both are empty if most heads have one value. "
+        * has_spread(found)
         + "in layer: share of the layer's other heads that are lower; if ↓ is predicted, 0% is the strongest.",
         style="dim",
     )
@@ -285,24 +289,55 @@ def progress_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+class TimeLeft(TimeRemainingColumn):
+    """The time left for a bar's steps, or what its task's fields say: `left` in seconds, and `without`, in words."""
+
+    def __init__(self, width: int) -> None:
+        """Take the terminal's width: if it is small, `without` is one word or a sign."""
+        super().__init__(compact=True, table_column=RichColumn(no_wrap=True, min_width=5))
+        self.short = "+" if width < NARROW else " + more" if width < WIDE else ""
+
+    def render(self, task: Task) -> Text:
+        """Return minutes and seconds, hours too if there are any."""
+        if task.fields.get("left") is None:
+            return super().render(task)
+        minutes, seconds = divmod(round(task.fields["left"]), 60)
+        hours, minutes = divmod(minutes, 60)
+        clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+        without = task.fields.get("without", "")
+        without = self.short or without if without else ""
+        return Text(clock, style="progress.remaining").append(without, style="dim")
+
+
 def cell_bar(out: Console) -> Progress:
     """Return a bar over a cell's steps, which disappears when the cell is done.
 
-    If the terminal is narrow, the cell's name is shortened first. A task of the bar has that name in its field `name`.
+    If the terminal is narrow, the cell's name is shortened first, and below NARROW columns name and bar are left out. A
+    task of the bar has that name in its field `name`.
     """
-    columns = (
-        TextColumn("{task.fields[name]}", table_column=RichColumn(no_wrap=True, overflow="ellipsis", ratio=1)),
-        TextColumn("{task.description}", table_column=RichColumn(no_wrap=True)),
-        BarColumn(bar_width=12),
-        TextColumn("left"),
-        TimeRemainingColumn(compact=True, table_column=RichColumn(no_wrap=True, min_width=5)),
-    )
+    said = TextColumn("{task.description}", table_column=RichColumn(no_wrap=True))
+    left = TextColumn("left"), TimeLeft(out.width)
+    if out.width < NARROW:
+        return Progress(said, *left, console=out, transient=True)
+    name = TextColumn("{task.fields[name]}", table_column=RichColumn(no_wrap=True, overflow="ellipsis", ratio=1))
+    columns = name, said, BarColumn(bar_width=8), *left
     return Progress(*columns, console=out, transient=True, expand=True)
 
 
-def print_steps(name: str, done: int, count: int, seconds: float, follows: str = "", at_most: bool = False) -> None:
-    """Print a line for a log that says how many steps are done: layers, prompt batches, or null draws."""
-    left = duration(seconds * (count - done) / done)
+def print_steps(
+    name: str,
+    done: int,
+    count: int,
+    seconds: float,
+    follows: str = "",
+    at_most: bool = False,
+    whole: float | None = None,
+) -> None:
+    """Print a line for a log that says how many steps are done: layers, prompt batches, or null draws.
+
+    `whole` is the time left, in seconds, if it is known for more than these steps.
+    """
+    left = duration(seconds * (count - done) / done if whole is None else whole)
     of, about = ("of at most", "at most") if at_most else ("of", "about")
     line = f"{name} {done:,} {of} {count:,} in {duration(seconds)}, {about} {left} left{follows}"
     progress_console().print(line, markup=False, soft_wrap=True)
@@ -344,6 +379,7 @@ def print_sweep(
         if unclaimed.row_count:
             out.print("\n[bold]Candidates, not verdicts[/bold]: no heads are claimed; these are the strongest\n")
             out.print(unclaimed)
+            out.print(candidates_legend(folders), style="dim")
             _say(out, wording.CANDIDATES_WORTH, "dim")
     if len({outcome.model for outcome in ended if outcome.folder}) > 1:
         out.print("\n[bold]By relative depth[/bold]\n")

@@ -8,7 +8,7 @@ import pandas as pd
 from rich.text import Text
 
 from ovqk import wording
-from ovqk.metrics import METRICS, Place, shown_in
+from ovqk.metrics import METRICS, SHOWN_CANDIDATES, Place, shown_in
 from ovqk.report.fitted_table import CORE, UNBROKEN, Column, FittedTable
 
 STYLES = {
@@ -20,13 +20,31 @@ STYLES = {
 }
 LEGEND = ("partial", "consistent only", "unsupported", "unsupported (spectrum)")
 """Verdicts with flags that a table explains."""
-SHOWN_CANDIDATES = 3  # for each role
 SHOWN_PAIRS = 5  # head pairs for each kind of composition
+
+
+def _shown(candidates: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that tables show: the strongest heads for each role, by what ranks it."""
+    return candidates[candidates["ranked"] & (candidates["rank"] <= SHOWN_CANDIDATES)]
+
+
+def has_spread(candidates: pd.DataFrame) -> bool:
+    """Say whether any shown candidate has a `z`; none has one if most heads have one value."""
+    return bool(_shown(candidates)["z"].notna().any())
+
+
+def ranking_legend(candidates: Iterable[pd.DataFrame]) -> str:
+    """Return what the metrics mean by which shown candidates are ranked, each once; empty without candidates."""
+    names: dict[str, None] = {}
+    for table in candidates:
+        for row in _shown(table).to_dict("records"):
+            names |= dict.fromkeys([row["metric"], *str(row.get("beside") or "").split()])
+    return " ".join(f"{name}: {wording.ranked_by(name)}." for name in names if name in METRICS)
 
 
 def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[dict[Any, Any]]]]:
     """Return (roles, the metric that ranks them, the strongest heads' rows); roles with the same heads are joined."""
-    shown = candidates[candidates["ranked"] & (candidates["rank"] <= SHOWN_CANDIDATES)]
+    shown = _shown(candidates)
     same: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
     for role, rows in shown.groupby("role", sort=False):
         told = [name for name in ("metric", "prediction", "partners", "layer", "head", "on_prompts") if name in rows]
@@ -46,7 +64,7 @@ def strongest_candidates(candidates: pd.DataFrame) -> list[tuple[str, str, list[
 
 def candidate_table(candidates: pd.DataFrame) -> FittedTable:
     """Return a table with the strongest candidates, one per row, without a p (docs/method.md says why)."""
-    ran, spread = "on_prompts" in candidates, bool(candidates["z"].notna().any())
+    ran, spread = "on_prompts" in candidates, has_spread(candidates)
     table = FittedTable(
         [
             Column("candidates for", None, text=True, wraps_at=16),
@@ -197,8 +215,8 @@ def reasons(heads: pd.DataFrame, verdicts: pd.DataFrame, shown: Sequence[str] | 
     if legend := column_legend(heads, shown):
         yield legend
     yield (
-        "primary: value of the primary metric; for a role its heads' mean rank within their layers (0.5 by chance). "
-        "percentile: among unclaimed heads of the layer; if ↓ is predicted, 0% is the strongest."
+        "primary: value of the primary metric; for a role of several heads their mean rank within their layers (0.5 by "
+        "chance). percentile: among unclaimed heads of the layer; if ↓ is predicted, 0% is the strongest."
     )
     flagged = {wording.verdict(row["verdict"], row["flags"]) for row in verdicts.to_dict("records")}
     yield " ".join(

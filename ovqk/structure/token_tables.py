@@ -338,3 +338,22 @@ def _rows(found: Components, extremes: Extremes, joint: Int[Tensor, " n"], side:
         "score": extremes.score.flatten().cpu().numpy() * rows["sign"] + 0.0,  # no negative zero
         "contrast": extremes.contrast.cpu().numpy().repeat(n_ranks),
     }
+
+
+def component_lists(table: pd.DataFrame, titles: tuple[str, str]) -> pd.DataFrame:
+    """Return one row for each component and end, with its two lists of tokens.
+
+    Columns: component, sigma, end (+ and -), and the lists.
+
+    Args:
+        table: one head's singular components of one circuit, as in directions.parquet.
+        titles: the columns' names for the sides `read` and `write`.
+    """
+    lists = []
+    for component, rows in table.sort_values("rank").groupby("component"):
+        for sign, end in ((1, "+"), (-1, "-")):
+            row: dict[str, Any] = {"component": component, "sigma": float(rows["value"].iloc[0]), "end": end}
+            for side, title in zip(SIDES, titles, strict=True):
+                row[title] = rows[(rows["side"] == side) & (rows["sign"] == sign)]["token"].tolist()
+            lists.append(row)
+    return pd.DataFrame(lists)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ovqk.circuits.effective_embeddings import Block0, EffectiveRows, Streams
 from ovqk.circuits.factors import scores
 from ovqk.circuits.head_maps import HeadMaps, Scorer
-from ovqk.config.schema import Circuit, Embedding
+from ovqk.config.schema import Circuit, Embedding, VariableKind
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
 from ovqk.structure.layer import Layer
 from ovqk.structure.model import Model
@@ -125,6 +125,13 @@ class TaskReadout:
                 found |= {name: values.mean(-1) for name, values in self.by_source(layer, circuit).items()}
                 found |= self.readout.of_subspace(layer.index, maps)
         return found
+
+    @property
+    def why_no_pairs(self) -> str:
+        """Why `of_pairs` has none for a layer: the task is about no relation, or no word is read there."""
+        if all(variable.kind is not VariableKind.relation for variable in self.model.config.task.variables.values()):
+            return f"{self.model.config.task.name} is about no relation; allowed: such a task, as country_capital"
+        return f"no word is read there: {self.unread or 'the checkpoint lacks an embedding'}"
 
     def of_pairs(self, layer: Layer) -> pd.DataFrame | None:
         """Return the layer's part of `relations`: a row for each head and word pair.

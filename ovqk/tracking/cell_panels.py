@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ovqk import wording
 from ovqk.metrics import METRICS, ratios, shown_in
 from ovqk.records.comparison import QUARTERS, quarter_means, relative_depth, roles
+from ovqk.records.relation_pairs import pairs_by_head
 from ovqk.records.results import load_table
 
 MAX_ROWS = 10_000  # W&B cuts longer tables; the full ones stay in Parquet
@@ -39,6 +40,7 @@ TABLES = (
     "joint",
     "fidelity",
     "cycles",
+    "relations",
 )
 """Tables that are shown if the analysis made them; spectra and offsets are drawn, or in Parquet."""
 COMPONENT = ["layer", "head", "circuit", "kind", "component"]
@@ -46,6 +48,7 @@ LEADING = {
     "composition": ("score_above_random", False),
     "virtual_heads": ("score", False),
     "directions": ("component", True),
+    "relations": ("raises", False),
 }
 """Table -> the column that decides which rows of a long table to keep, and whether it rises; else row order decides."""
 
@@ -238,7 +241,7 @@ ENDS = {
     ("write", 1): "write",
     ("write", -1): "write_opposite",
 }
-SHAPES = {"nulls": _quantiles, "directions": _ends}
+SHAPES = {"nulls": _quantiles, "directions": _ends, "relations": pairs_by_head}
 """Tables that are shown in another, shorter shape than in Parquet."""
 
 

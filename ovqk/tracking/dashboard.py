@@ -30,7 +30,7 @@ from ovqk.wording import counted
 NAME = "Heads, claims and spectra by model"
 TABLE_SECTIONS = {
     "Claims": ("verdicts", "tests", "candidates", "roles", "joint", "fidelity"),
-    "Heads": ("heads", "directions", "composition", "virtual_heads", "nulls", "cycles"),
+    "Heads": ("heads", "directions", "composition", "virtual_heads", "nulls", "cycles", "relations"),
 }
 CURVE_SECTIONS: dict[str, tuple[Topic | Literal["summed"], ...]] = {
     "Spectra": ("spectrum",),

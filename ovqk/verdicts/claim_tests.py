@@ -406,10 +406,10 @@ def _ensemble_rows(
     drawn: Mapping[Head, NDArray[np.float64]],
     most: int,
 ) -> tuple[list[NullTest], bool]:
-    """Test the role (by its heads' mean) and each head; also say whether more draws would change nothing."""
+    """Test the role (by its heads' mean, if they are several) and each head; say whether more draws change nothing."""
     subjects: list[tuple[Head | None, list[Head]]] = [(None, list(heads)), *((head, [head]) for head in heads)]
     rows, stopped = [], True
-    for subject, members in subjects:
+    for subject, members in subjects[len(heads) == 1 :]:  # one head is tested once, as a head
         value = float(np.mean([predicted.values[head] for head in members]))
         draws = np.mean([drawn[head] for head in members], axis=0)
         test = monte_carlo(predicted.sign * value, predicted.sign * draws)

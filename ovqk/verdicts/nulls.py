@@ -114,6 +114,18 @@ def predicted_values(config: PredictionConfig, values: Values, architecture: Arc
     return found
 
 
+def only_head(predicted: Predicted, claims: Claims) -> Head | None:
+    """Return the one head that a role's prediction is about, which is then tested in place of the role.
+
+    It is None if the prediction has a value for several of the role's heads or for none, or if it is about a
+    composition, of which the role alone is tested.
+    """
+    if METRICS[predicted.config.metric].of == "pair":
+        return None
+    valued = [head for head in claims.roles[predicted.role] if not math.isnan(predicted.values[head])]
+    return valued[0] if len(valued) == 1 else None
+
+
 def layer_strata(
     predicted: Predicted, claims: Claims, architecture: Architecture, exclude_claimed: bool
 ) -> list[Stratum]:
@@ -193,7 +205,7 @@ def role_rows(
     """Test a role under `layer`, `layer_all` and `depth` (docs/definitions.md, section 6).
 
     `depth` counts if `layer` cannot be significant, and is only reported if it can. There are no rows if none of the
-    role's heads has a value.
+    role's heads has a value, or if one alone is tested in place of the role (`only_head`).
 
     Args:
         predicted: the prediction.
@@ -202,6 +214,8 @@ def role_rows(
         seed: of the random labelings.
         resamples: metric -> [draw, layer, head] under resampled words, for the effect's interval.
     """
+    if only_head(predicted, claims) is not None:
+        return []
     rows = []
     for null, exclude in (("layer", True), ("layer_all", False)):
         strata = layer_strata(predicted, claims, architecture, exclude)

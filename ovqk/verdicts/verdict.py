@@ -1,5 +1,7 @@
 """Verdicts on claims from the weights: one for each role and each claimed head (definitions: section 6).
 
+A role of one head has no tests of its own: it is judged by its head's, so that the two verdicts are one.
+
 The verdict is the first of these that holds. Only nulls that count for the metric decide:
 
     out_of_scope   the role predicts nothing about the weights
@@ -25,7 +27,7 @@ from ovqk.config.schema import Circuit
 from ovqk.metrics import METRICS
 from ovqk.tasks.claims import Claims
 from ovqk.verdicts.null_tests import NullTest
-from ovqk.verdicts.nulls import Predicted, counting
+from ovqk.verdicts.nulls import Predicted, counting, only_head
 from ovqk.verdicts.statistics import ALPHA
 from ovqk.weights.types import Head
 
@@ -104,6 +106,11 @@ class Evidence:
         return max(self.testable, key=lambda row: row.q, default=next(iter(self.primary), None))
 
     @property
+    def tested_head(self) -> Head | None:
+        """The head that the primary's tests are about; None if they are about a role of several heads."""
+        return next((row.head for row in self.rows if row.primary), None)
+
+    @property
     def placed(self) -> NullTest | None:
         """The test that ranks the heads within their own layers, whether it counts or not."""
         return next((row for row in self.rows if row.primary and row.null == "layer"), None)
@@ -126,13 +133,14 @@ def judge(
     Args:
         subject: the role or head.
         predicted: its role's predictions, the primary first.
-        rows: its rows in tests.parquet.
+        rows: its rows in tests.parquet (`rows_about`).
         reason: why the primary metric has no value, if it has none.
         patterns: a head's patterns (`patterns.head_patterns`); None for a role.
     """
     evidence = Evidence(rows)
-    untested = _untested(subject, predicted[0], evidence) if evidence.testable else ""
-    verdict, why = _decide(subject, predicted, evidence, reason, untested)
+    tested = Subject(subject.role, evidence.tested_head) if subject.head is None else subject
+    untested = _untested(tested, predicted[0], evidence) if evidence.testable else ""
+    verdict, why = _decide(tested, predicted, evidence, reason, untested)
     flags = _flags(verdict, evidence)
     weakest, placed = evidence.weakest, evidence.placed
     valued = placed or next((row for row in rows if row.primary), None)
@@ -142,12 +150,12 @@ def judge(
         "layer": None if subject.head is None else subject.head[0],
         "head": None if subject.head is None else subject.head[1],
         "verdict": verdict,
-        "primary": _metric(subject, predicted),
+        "primary": _metric(tested, predicted),
         "prediction": predicted[0].config.direction.value if predicted else None,
         "value": valued.value if valued else None,
         **{key: getattr(placed, key, None) for key in ("percentile", "effect", "ci_low", "ci_high")},
-        "n_groups": placed.n_groups if placed and subject.head is None else None,
-        "group_effect": placed.group_effect if placed and subject.head is None else None,
+        "n_groups": placed.n_groups if placed and placed.head is None else None,
+        "group_effect": placed.group_effect if placed and placed.head is None else None,
         "p": weakest.p if weakest else None,
         "q": weakest.q if weakest else None,
         "min_q": weakest.min_q if weakest else None,
@@ -158,7 +166,7 @@ def judge(
         "flags": " ".join(flags),
         "reason": why,
         **(patterns or {}),
-        "establishes": _statement(verdict, subject, predicted, evidence.testable, flags, why, untested),
+        "establishes": _statement(verdict, tested, predicted, evidence.testable, flags, why, untested),
         "does_not_establish": _limits(verdict, predicted),
     }
 
@@ -290,6 +298,26 @@ def _limits(verdict: str, predicted: Sequence[Predicted]) -> str:
     metric = METRICS[predicted[0].config.metric]
     writes = metric.circuit is Circuit.ov and not metric.reads
     return wording.NOT_ESTABLISHED + (wording.NOT_INDEPENDENT if writes else "")
+
+
+def rows_about(
+    subject: Subject, predicted: Sequence[Predicted], rows: Sequence[NullTest], claims: Claims
+) -> list[NullTest]:
+    """Return the tests that judge a role or a head; a role's prediction about one head is judged by that head's.
+
+    Args:
+        subject: the role or head.
+        predicted: its role's predictions, the primary first.
+        rows: all tests of the claims.
+        claims: the claimed heads of all roles.
+    """
+    own = [row for row in rows if (row.role, row.head) == (subject.role, subject.head)]
+    for prediction in predicted if subject.head is None else ():
+        head = only_head(prediction, claims)
+        if head is not None:
+            tested = prediction.role, head, prediction.metric_of(head[0]), prediction.config.direction.value
+            own += [row for row in rows if (row.role, row.head, row.metric, row.prediction) == tested]
+    return own
 
 
 def subjects(claims: Claims) -> list[Subject]:

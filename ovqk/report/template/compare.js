@@ -81,11 +81,13 @@ function candidatesOf(task, cells) {
   }
   const columns = [...joined.values()].map((roles) => [roles[0], roles.map(roleName).join(", ")]);
   const lost = REPORT.failures.filter((one) => one.task === task && chosen.tasks.has(task) && named(one.model));
-  return h("table", { class: "matrix wide candidates" },
+  const metrics = unique(cells.flatMap(ranked).flatMap((row) => [row.metric, ...(row.beside || "").split(" ")])).filter((name) => name in REPORT.wording.ranked_by);
+  const legend = h("caption", { class: "small muted" }, metrics.map((name) => `${name}: ${REPORT.wording.ranked_by[name]}.`).join(" "));
+  return h("table", { class: "matrix wide candidates" }, legend,
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "model"), columns.map(([role, name]) => h("th", { scope: "col" }, name, h("div", { class: "muted small" }, rankedBy(cells.flatMap(ranked).find((row) => row.role === role))))))),
     h("tbody", {},
       cells.map((cell) => h("tr", {}, h("th", { scope: "row", class: cell.label.length < 22 ? "whole" : null }, cell.label), columns.map(([role, name]) => h("td", { "data-label": name },
-        of_role(cell, role).map((row) => candidateMark(cell, row)))))),
+        of_role(cell, role).length ? of_role(cell, role).map((row) => candidateMark(cell, row)) : h("span", { class: "muted small" }, "none"))))),
       lost.map((one) => h("tr", {}, h("th", { scope: "row" }, one.model), h("td", { colspan: Math.max(1, columns.length), class: "small" }, `without results: ${one.error}`)))));
 }
 
