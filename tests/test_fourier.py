@@ -352,7 +352,8 @@ def test_what_neurons_write_is_drawn_under_the_embeddings() -> None:
     cycle = pd.DataFrame([{"part": part, "layer": head, "head": head, "frequency": 1, "share": 0.6, "n_frequencies": 2,
                            "gini": 0.1} for part, head in shares])  # fmt: skip
     embedding, neurons, _ = frequencies(powers, cycle).axes
-    assert [embedding.get_title(), neurons.get_title()] == ["Embedding W_E", "Neurons to logits W_out W_U"]
+    titles = [axes.get_title("left") for axes in (embedding, neurons)]
+    assert titles == ["Embedding W_E", "Neurons to logits W_out W_U"]
     assert [bar.get_height() for bar in neurons.patches] == [0.1, 0.9]
 
 
