@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
+from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 from support import ROOT
 
@@ -191,6 +194,8 @@ def hydra(monkeypatch) -> Iterator[Hydra]:
         (Hydra, "get_mode"),
         (ConfigLoaderImpl, "load_configuration"),
         (ConfigLoaderImpl, "get_group_options"),
+        (ConfigLoaderImpl, "load_sweep_config"),
+        (Sweeper, "validate_batch_is_legal"),
     ):
         monkeypatch.setattr(of, name, getattr(of, name))
     GlobalHydra.instance().clear()
@@ -218,6 +223,60 @@ def test_a_choice_that_is_composed_once_is_the_one_that_hydra_composes_twice(hyd
     assert once.hydra.mode is RunMode.RUN and once.hydra.overrides.hydra == twice.hydra.overrides.hydra
     again = hydra.compose_config(*asked)  # it is taken once
     assert len(started) == 2 and OmegaConf.to_yaml(again) == OmegaConf.to_yaml(twice)
+
+
+def test_a_mistake_is_met_once_and_told_as_hydra_tells_it(hydra, monkeypatch) -> None:
+    register()
+    typed, started = ["nulls.draws=x"], []
+    asked = "config", [*typed, composing.AS_RUN], RunMode.RUN
+    with pytest.raises(HydraException) as twice:
+        hydra.compose_config(*asked)
+    inner = ConfigLoaderImpl._load_configuration_impl
+    monkeypatch.setattr(
+        ConfigLoaderImpl,
+        "_load_configuration_impl",
+        lambda *of, **keys: started.append(of) or inner(*of, **keys),
+    )
+    composing.compose_once()
+    assert hydra.get_mode("config", typed) is None
+    with pytest.raises(HydraException) as once:
+        hydra.compose_config(*asked)
+    assert len(started) == 1 and str(once.value) == str(twice.value)
+    assert str(once.value.__cause__) == str(twice.value.__cause__)
+
+
+class Checks(Sweeper):
+    """A sweeper that only checks its cells, as every sweeper does."""
+
+    def setup(self, *, hydra_context, task_function, config) -> None:
+        self.hydra_context, self.config = hydra_context, config
+
+    def sweep(self, arguments) -> None:
+        raise NotImplementedError
+
+
+def test_a_sweep_s_cells_are_composed_once(hydra, monkeypatch) -> None:
+    """The second of two cells is not kept here, and composed again."""
+    register()
+    master = hydra.compose_config("config", [], RunMode.MULTIRUN, with_log_configuration=False)
+    cells, started, loader = [["task=sva", "seed=3"], ["task=ioi", "seed=3"]], [], hydra.config_loader
+    twice = [OmegaConf.to_yaml(loader.load_sweep_config(master, cell)) for cell in cells]
+    inner = ConfigLoaderImpl._load_configuration_impl
+    monkeypatch.setattr(
+        ConfigLoaderImpl,
+        "_load_configuration_impl",
+        lambda *of, **keys: started.append(of) or inner(*of, **keys),
+    )
+    monkeypatch.setattr(composing, "AHEAD", 1)
+    composing.compose_once()
+    sweeper = Checks()
+    sweeper.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=print, config=master)
+    sweeper.validate_batch_is_legal(cells)
+    assert len(started) == 2
+    assert [OmegaConf.to_yaml(loader.load_sweep_config(master, cell)) for cell in cells] == twice
+    assert len(started) == 3
+    with pytest.raises(HydraException):
+        sweeper.validate_batch_is_legal([["task=nosuch"]])
 
 
 def test_a_sweep_that_a_file_asks_for_is_still_seen(hydra) -> None:

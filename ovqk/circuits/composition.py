@@ -75,7 +75,10 @@ class LayerCircuits:
 
 
 def _select(decomposition: Decomposition, heads: Sequence[int]) -> Decomposition:
-    index = torch.as_tensor(heads, device=decomposition.sigma.device)
+    """Return these heads alone; one head is not copied."""
+    index = (
+        slice(heads[0], heads[0] + 1) if len(heads) == 1 else torch.as_tensor(heads, device=decomposition.sigma.device)
+    )
     read, sigma, write = (x[index] for x in (decomposition.read, decomposition.sigma, decomposition.write))
     return dataclasses.replace(decomposition, read=read, sigma=sigma, write=write)
 
@@ -97,7 +100,12 @@ def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[
     The score is Elhage et al.'s (2021). Independent, identically distributed weights score about 1 / sqrt(d_model), and
     a head with zero weights scores 0.
     """
-    write, read = sender.write(), receiver.read(mode)
+    return _scores(sender, receiver.read(mode))
+
+
+def _scores(sender: LayerCircuits, read: Float[Tensor, "receiver k d_model"]) -> Float[Tensor, "sender receiver"]:
+    """Return `scores`, given the receivers' sides."""
+    write = sender.write()
     k = max(write.shape[1], read.shape[1])
     side = max(1, math.isqrt(TILE) // k)  # heads on each side of a tile
     found = torch.zeros(len(write), len(read), dtype=torch.float64, device=write.device)
@@ -141,8 +149,8 @@ def received(
 
     An all-pairs pass calls it for each layer and mode.
     """
-    receiver = layers[layer] if heads is None else layers[layer].only(heads)
-    return torch.stack([scores(layers[sender], receiver, mode) for sender in range(layer)])
+    read = (layers[layer] if heads is None else layers[layer].only(heads)).read(mode)
+    return torch.stack([_scores(layers[sender], read) for sender in range(layer)])
 
 
 def percentiles(found: Float[Tensor, "*layer sender receiver"]) -> Float[Tensor, "*layer sender receiver"]:
@@ -181,13 +189,15 @@ def matching(
         rows_of.setdefault(head, []).append(row)
     for (layer, index), rows in rows_of.items():
         receiver = _select(layers[layer].qk, [index])
-        later = gram @ receiver.balanced_left
-        first = later if first_gram is None else first_gram @ receiver.balanced_left
+        left, right = receiver.balanced_left, receiver.balanced_right
+        later = gram @ left
+        first = later if first_gram is None else first_gram @ left
+        norms = first.norm(), later.norm()
         cores, scales = [], []
         for sender_layer, sender_index in (pairs[row][0] for row in rows):
             sender, seen = _select(layers[sender_layer].ov, [sender_index]), later if sender_layer else first
-            cores.append((receiver.balanced_right @ sender.balanced_right.mT) @ (sender.balanced_left.mT @ seen))
-            scales.append(receiver.sigma.sum().sqrt() * sender.sigma.sum() * seen.norm())
+            cores.append((right @ sender.balanced_right.mT) @ (sender.balanced_left.mT @ seen))
+            scales.append(receiver.sigma.sum().sqrt() * sender.sigma.sum() * norms[sender_layer > 0])
         found[rows] = spectra.trace_ratio(spectra.eigenvalues(torch.cat(cores)), torch.stack(scales))
     return found
 
