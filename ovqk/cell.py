@@ -25,7 +25,7 @@ from ovqk.config.resolve import resolve, tracking_mode, user_path
 from ovqk.config.schema import Config, Embedding, Source, TrackingMode
 from ovqk.errors import UserError, one_mistake, told, was_interrupted, without_secrets
 from ovqk.interrupts import raise_if_remembered
-from ovqk.memory import is_exhausted
+from ovqk.memory import FreedMemory, is_exhausted
 from ovqk.orphans import end_with_parent
 from ovqk.records.identity import cell_folder, cell_id, identity, unopened_id
 from ovqk.records.outcomes import Outcome, Outcomes, Status
@@ -243,9 +243,10 @@ def compute(
     Raises:
         UserError: the checkpoint or the task does not allow it, or the disk does not take the results.
     """
-    forget_peak_memory()
     if kept is not None:
         kept.begin(model_depends_on(cell, checkpoint))
+        FreedMemory().give_back(at_once=True)  # what the cell before has freed
+    forget_peak_memory()
     source = open_weights(checkpoint, cell.model)
     needed = bool(cell.task.variables)
     tokenizer, notes = once(kept, "tokenizer", needed, lambda: tokenizer_for(cell.task, checkpoint))

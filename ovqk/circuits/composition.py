@@ -100,12 +100,13 @@ def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[
     The score is Elhage et al.'s (2021). Independent, identically distributed weights score about 1 / sqrt(d_model), and
     a head with zero weights scores 0.
     """
-    return _scores(sender, receiver.read(mode))
+    return _scores(sender.write(), receiver.read(mode))
 
 
-def _scores(sender: LayerCircuits, read: Float[Tensor, "receiver k d_model"]) -> Float[Tensor, "sender receiver"]:
-    """Return `scores`, given the receivers' sides."""
-    write = sender.write()
+def _scores(
+    write: Float[Tensor, "sender k d_model"], read: Float[Tensor, "receiver k_read d_model"]
+) -> Float[Tensor, "sender receiver"]:
+    """Return `scores`, given both sides."""
     k = max(write.shape[1], read.shape[1])
     side = max(1, math.isqrt(TILE) // k)  # heads on each side of a tile
     found = torch.zeros(len(write), len(read), dtype=torch.float64, device=write.device)
@@ -149,8 +150,21 @@ def received(
 
     An all-pairs pass calls it for each layer and mode.
     """
-    read = (layers[layer] if heads is None else layers[layer].only(heads)).read(mode)
-    return torch.stack([_scores(layers[sender], read) for sender in range(layer)])
+    return _received(layers, layer, [mode], heads)[mode]
+
+
+def _received(
+    layers: Sequence[LayerCircuits], layer: int, modes: Sequence[Mode], heads: Sequence[int] | None
+) -> dict[Mode, Float[Tensor, "sender_layer sender receiver"]]:
+    """Return `received` for several modes: each sender's side is made once for all of them."""
+    receiver = layers[layer] if heads is None else layers[layer].only(heads)
+    reads = {mode: receiver.read(mode) for mode in modes}
+    found: dict[Mode, list[Tensor]] = {mode: [] for mode in modes}
+    for sender in range(layer):
+        write = layers[sender].write()
+        for mode, read in reads.items():
+            found[mode].append(_scores(write, read))
+    return {mode: torch.stack(each) for mode, each in found.items()}
 
 
 def percentiles(found: Float[Tensor, "*layer sender receiver"]) -> Float[Tensor, "*layer sender receiver"]:
@@ -292,8 +306,7 @@ def composition_table(
     for layer in range(1, len(layers)):
         mine = {(sender, receiver[1]) for sender, receiver in asked if receiver[0] == layer and sender[0] < layer}
         heads = list(range(_n_heads(layers))) if strongest else sorted({head for _, head in mine})
-        for mode in MODES if heads else ():
-            found = received(layers, layer, mode, heads)
+        for mode, found in (_received(layers, layer, MODES, heads) if heads else {}).items():
             flat = found.flatten(0, 1)
             top = flat.topk(min(strongest, len(flat)), dim=0).indices
             kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, top, True).view_as(found)
@@ -322,8 +335,9 @@ def _strongest_components(
     for (layer, head), rows in rows_of.items():
         senders = [layers[at].ov for at, _ in (pairs[row][0] for row in rows)]
         sigma = torch.stack([ov.sigma[pairs[row][0][1]] for ov, row in zip(senders, rows, strict=True)])
-        write = torch.stack([ov.write[pairs[row][0][1]] for ov, row in zip(senders, rows, strict=True)])
-        best = _component_scores(sigma, write, layers[layer].only([head]).read(mode)[0]).max(-1)
+        # side by side, as the product wants them: stacked heads would be copied once more
+        write = torch.stack([ov.write[pairs[row][0][1]] for ov, row in zip(senders, rows, strict=True)], dim=1)
+        best = _component_scores(sigma, write.transpose(0, 1), layers[layer].only([head]).read(mode)[0]).max(-1)
         index[rows], score[rows] = best.indices.cpu().numpy(), best.values.cpu().numpy()
     return index, score
 

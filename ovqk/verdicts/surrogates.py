@@ -364,14 +364,15 @@ def _matched_sets(sets: tuple[WordSet, ...], variable: Variable, rng: random.Ran
     if len(variable.band) < len(ids) + 2:  # the rest of the band is its centre
         return None
     for _ in range(ATTEMPTS):
-        found: dict[int, int] = {}
+        found, taken = dict[int, int](), set[int]()
         for word in rng.sample(ids, len(ids)):
             options = variable.matches[word]
             token = next((t for t in (options[rng.randrange(len(options))] for _ in range(20) if options)
-                          if t not in found.values()), None)  # fmt: skip
+                          if t not in taken), None)  # fmt: skip
             if token is None:
                 break
             found[word] = token
+            taken.add(token)
         if len(found) == len(ids):
             drawn = [[found[i] for i in words.ids.tolist()] for words in sets]
             return tuple(WordSet([f"#{i}" for i in tokens], torch.tensor(tokens)) for tokens in drawn)
