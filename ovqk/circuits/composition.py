@@ -34,6 +34,7 @@ from ovqk.circuits.factors import Factors
 from ovqk.circuits.grams import FullCircuit, Matrix, blocks
 from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.spectra import full_circuit_ratio
+from ovqk.circuits.threads import each
 from ovqk.config.schema import Circuit
 from ovqk.weights.types import Head
 
@@ -159,12 +160,13 @@ def _received(
     """Return `received` for several modes: each sender's side is made once for all of them."""
     receiver = layers[layer] if heads is None else layers[layer].only(heads)
     reads = {mode: receiver.read(mode) for mode in modes}
-    found: dict[Mode, list[Tensor]] = {mode: [] for mode in modes}
-    for sender in range(layer):
-        write = layers[sender].write()
-        for mode, read in reads.items():
-            found[mode].append(_scores(write, read))
-    return {mode: torch.stack(each) for mode, each in found.items()}
+
+    def by(sender: LayerCircuits) -> list[Tensor]:
+        write = sender.write()
+        return [_scores(write, read) for read in reads.values()]
+
+    found = each(by, layers[:layer], receiver.ov.sigma.device)
+    return {mode: torch.stack(scored) for mode, scored in zip(modes, zip(*found, strict=True), strict=True)}
 
 
 def percentiles(found: Float[Tensor, "*layer sender receiver"]) -> Float[Tensor, "*layer sender receiver"]:
@@ -201,7 +203,9 @@ def matching(
     rows_of: dict[Head, list[int]] = {}
     for row, (_, head) in enumerate(pairs):
         rows_of.setdefault(head, []).append(row)
-    for (layer, index), rows in rows_of.items():
+
+    def of(receiver_of: tuple[Head, list[int]]) -> Float[Tensor, " row"]:
+        (layer, index), rows = receiver_of
         receiver = _select(layers[layer].qk, [index])
         left, right = receiver.balanced_left, receiver.balanced_right
         later = gram @ left
@@ -212,7 +216,10 @@ def matching(
             sender, seen = _select(layers[sender_layer].ov, [sender_index]), later if sender_layer else first
             cores.append((right @ sender.balanced_right.mT) @ (sender.balanced_left.mT @ seen))
             scales.append(receiver.sigma.sum().sqrt() * sender.sigma.sum() * norms[sender_layer > 0])
-        found[rows] = spectra.trace_ratio(spectra.eigenvalues(torch.cat(cores)), torch.stack(scales))
+        return spectra.trace_ratio(spectra.eigenvalues(torch.cat(cores)), torch.stack(scales))
+
+    for rows, values in zip(rows_of.values(), each(of, rows_of.items(), gram.device), strict=True):
+        found[rows] = values
     return found
 
 
@@ -332,13 +339,19 @@ def _strongest_components(
     rows_of: dict[Head, list[int]] = {}
     for row, (_, receiver) in enumerate(pairs):
         rows_of.setdefault(receiver, []).append(row)
-    for (layer, head), rows in rows_of.items():
+
+    def of(receiver_of: tuple[Head, list[int]]) -> tuple[Tensor, Tensor]:
+        (layer, head), rows = receiver_of
         senders = [layers[at].ov for at, _ in (pairs[row][0] for row in rows)]
         sigma = torch.stack([ov.sigma[pairs[row][0][1]] for ov, row in zip(senders, rows, strict=True)])
         # side by side, as the product wants them: stacked heads would be copied once more
         write = torch.stack([ov.write[pairs[row][0][1]] for ov, row in zip(senders, rows, strict=True)], dim=1)
         best = _component_scores(sigma, write.transpose(0, 1), layers[layer].only([head]).read(mode)[0]).max(-1)
-        index[rows], score[rows] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+        return best.indices, best.values
+
+    found = each(of, rows_of.items(), layers[0].ov.sigma.device)
+    for rows, (indices, values) in zip(rows_of.values(), found, strict=True):
+        index[rows], score[rows] = indices.cpu().numpy(), values.cpu().numpy()
     return index, score
 
 
