@@ -101,13 +101,13 @@ def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[
     The score is Elhage et al.'s (2021). Independent, identically distributed weights score about 1 / sqrt(d_model), and
     a head with zero weights scores 0.
     """
-    return _scores(sender.write(), receiver.read(mode))
+    return side_scores(sender.write(), receiver.read(mode))
 
 
-def _scores(
+def side_scores(
     write: Float[Tensor, "sender k d_model"], read: Float[Tensor, "receiver k_read d_model"]
 ) -> Float[Tensor, "sender receiver"]:
-    """Return `scores`, given both sides."""
+    """Return `scores`, in [0, 1], given what the senders write and the receivers read, each side with norm 1."""
     k = max(write.shape[1], read.shape[1])
     side = max(1, math.isqrt(TILE) // k)  # heads on each side of a tile
     found = torch.zeros(len(write), len(read), dtype=torch.float64, device=write.device)
@@ -163,7 +163,7 @@ def _received(
 
     def by(sender: LayerCircuits) -> list[Tensor]:
         write = sender.write()
-        return [_scores(write, read) for read in reads.values()]
+        return [side_scores(write, read) for read in reads.values()]
 
     found = each(by, layers[:layer], receiver.ov.sigma.device)
     return {mode: torch.stack(scored) for mode, scored in zip(modes, zip(*found, strict=True), strict=True)}

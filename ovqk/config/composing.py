@@ -116,15 +116,15 @@ def _load_or_take_cell(load: Callable[..., DictConfig]) -> Callable[..., DictCon
 
 
 def _in_c(get_loader: Callable[[], Any]) -> Callable[[], Any]:
-    python, parser = get_loader(), getattr(yaml, "CSafeLoader", None)
-    if parser is None:  # PyYAML was built without its C library
+    python = get_loader()
+    if not hasattr(yaml, "CSafeLoader"):  # PyYAML was built without its C library
         return get_loader
 
-    class Parsed(parser, python):  # type: ignore[misc, valid-type]
+    class Parsed(yaml.CSafeLoader, python):  # type: ignore[misc, valid-type]
         """OmegaConf's values from PyYAML's parser in C."""
 
         def __init__(self, stream: Any) -> None:
-            parser.__init__(self, stream)
+            yaml.CSafeLoader.__init__(self, stream)
 
     class Loader:
         """Reads YAML as OmegaConf does; a mistake in it is told as OmegaConf tells it."""
