@@ -14,6 +14,7 @@ from torch import Tensor
 from ovqk.circuits.effective_embeddings import Block0, EffectiveRows, Streams
 from ovqk.circuits.factors import scores
 from ovqk.circuits.head_maps import HeadMaps, Scorer
+from ovqk.circuits.threads import each
 from ovqk.config.schema import Circuit, Embedding
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
 from ovqk.structure.kept import Kept, once
@@ -115,13 +116,21 @@ class TaskReadout:
 
     def metrics(self, layer: Layer) -> dict[str, Float[Tensor, " head"]]:
         """Return the task metrics for the layer's heads; under rotary positions with the mean rotation."""
-        found: dict[str, Tensor] = {}
-        for circuit in self.model.circuits if self.readout is not None else ():
+        readout = self.readout
+        if readout is None:
+            return {}
+
+        def of(circuit: Circuit) -> dict[str, Tensor]:
             maps = self.maps(layer, circuit)
-            if self.readout is not None and maps is not None:
-                found |= {name: values.mean(-1) for name, values in self.by_source(layer, circuit).items()}
-                found |= self.readout.of_subspace(layer.index, maps)
-        return found
+            if maps is None:
+                return {}
+            means = {name: values.mean(-1) for name, values in self.by_source(layer, circuit).items()}
+            return means | readout.of_subspace(layer.index, maps)
+
+        self._sources.setdefault(layer, {})  # what both circuits share is there before each has a thread of its own
+        readout.make_ready(layer.index)
+        found = each(of, self.model.circuits, layer.folded.W_O.device)
+        return {name: values for circuit in found for name, values in circuit.items()}
 
     def of_pairs(self, layer: Layer) -> pd.DataFrame | None:
         """Return the layer's part of `relations`: a row for each head and word pair.
