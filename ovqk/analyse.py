@@ -49,7 +49,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -57,9 +57,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovqk import wording
-from ovqk.activations.one_block import results_of_pairs
-from ovqk.activations.parts import Plan
-from ovqk.activations.stage import ActivationTables, Runner, run_words
 from ovqk.circuits.composition import SENDERS_KEPT, composition_table, virtual_heads_table
 from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.config.schema import Circuit, Config
@@ -68,13 +65,13 @@ from ovqk.memory import FreedMemory
 from ovqk.metrics import COMPOSITION_METRICS, HEAD_METRICS, SENDERS_READ, metric_names
 from ovqk.records.record import Analysis
 from ovqk.structure.cache import Part, StructureCache, StructureParts, entry_of
-from ovqk.structure.kept_layers import KeptLayers
+from ovqk.structure.kept import Kept
 from ovqk.structure.layer import Layer
 from ovqk.structure.model import Model
 from ovqk.structure.stages import Stage, Tables, component_rows
 from ovqk.tasks.claims import MEASURED, Claims, resolve_claims
 from ovqk.tasks.cycle import Cycle, read_cycle
-from ovqk.tasks.task_readout import ReadoutTables, TaskReadout
+from ovqk.tasks.task_readout import ReadoutTables, RunWords, TaskReadout
 from ovqk.verdicts.candidates import candidate_rows, unclaimed
 from ovqk.verdicts.claim_tests import ClaimTests, matching_grams
 from ovqk.verdicts.cycles import CycleTables
@@ -85,16 +82,20 @@ from ovqk.verdicts.surrogates import InTop, Measure
 from ovqk.verdicts.verdict import VERDICTS, judge, rows_about, subjects
 from ovqk.weights.types import Head, OpenedModel
 
+if TYPE_CHECKING:
+    from ovqk.activations.parts import Plan
+    from ovqk.activations.stage import ActivationTables, Runner
+
 
 def analyse(
     opened: OpenedModel,
     config: Config,
     steps: Callable[[int, str], Iterable[int]] = lambda count, what: range(count),
     cache: StructureCache | None = None,
-    runner: Runner | None = None,
+    runner: "Runner | None" = None,
     draws: Callable[[int, int], None] = lambda done, most: None,
-    kept: KeptLayers | None = None,
-    plan: Plan = lambda planned: None,
+    kept: Kept | None = None,
+    plan: "Plan" = lambda planned: None,
 ) -> Analysis:
     """Compute one cell.
 
@@ -105,7 +106,7 @@ def analyse(
         cache: keeps the tables that depend on no task for other cells; if None, they are computed anew.
         runner: loads the model to run it, if the analysis asks for activations or reads words through their streams.
         draws: is called with the number of null draws made so far, and the largest number that there may be.
-        kept: layers that earlier cells of this process left, and that it keeps for later ones; None to keep none.
+        kept: what earlier cells of this process left, and what it keeps for later ones; None to keep nothing.
         plan: takes what the model is planned to run on prompts, as far as it is known, for the time left.
 
     Raises:
@@ -114,20 +115,20 @@ def analyse(
     source = opened.source
     claims = resolve_claims(config.task, config.model, source.architecture)
     model = Model.read(opened, config, kept)
-    task = TaskReadout.read(model, None if runner is None else partial(run_words, model, runner, steps))
+    task = TaskReadout.read(model, None if runner is None else words_runner(model, runner, steps))
     cycle = None if config.task.cycle is None else read_cycle(model)
     no_cycle = cycle if isinstance(cycle, str) else None
     pairs = run_pairs(model, cycle, runner)
     activations = run_prompts(model, task, runner, claims, steps, plan)
+    ran = None if activations is None or isinstance(activations, str) else activations
     if config.model.claims == MEASURED:
-        ran = isinstance(activations, ActivationTables)
-        claims = activations.claims() if ran else f"no role is measured: {activations}"  # type: ignore[union-attr]
+        claims = f"no role is measured: {activations}" if ran is None else ran.claims()
     judged = JudgedTables(task, claims, draws, cache)
     with ExitStack() as held:
         structure = StructureParts(cache, model, held)
         of_the_task: list[Stage] = [ReadoutTables(task), judged]
         of_the_task += [CycleTables(model, cycle)] if isinstance(cycle, Cycle) else []
-        of_the_task += [activations] if isinstance(activations, ActivationTables) else []
+        of_the_task += [] if ran is None else [ran]
         freed = FreedMemory()
         for index in steps(source.architecture.n_layers, "layer"):
             layer = Layer(model, index)
@@ -144,7 +145,7 @@ def analyse(
         unavailable=task.unavailable,
         summary=summarise(task, made)
         | ({} if isinstance(pairs, str) else pairs)
-        | (activations.summary(made) if isinstance(activations, ActivationTables) else {}),
+        | ({} if ran is None else ran.summary(made)),
         words={"kept": task.tokens.kept, "dropped": task.tokens.dropped, "reasons": task.tokens.reasons},
         processing=model.processing,
         claims=_describe(claims),
@@ -156,43 +157,54 @@ def analyse(
             *judged.notes,
             *model.sample_notes,
             *task.notes,
-            *(activations.notes if isinstance(activations, ActivationTables) else ()),
+            *(() if ran is None else ran.notes),
             *model.direction_notes,
         ],
         null_seconds=judged.seconds,
-        activations=activations.describe()
-        if isinstance(activations, ActivationTables)
+        activations={"untestable": activations}
+        if isinstance(activations, str)
         else None
-        if activations is None
-        else {"untestable": activations},
+        if ran is None
+        else ran.describe(),
     )
+
+
+def words_runner(model: Model, runner: "Runner", steps: Callable[[int, str], Iterable[int]]) -> RunWords:
+    """Return the function that runs the model on single words."""
+    from ovqk.activations.stage import run_words  # the modules that run models are imported if one is run
+
+    return partial(run_words, model, runner, steps)
 
 
 def run_prompts(
     model: Model,
     task: TaskReadout,
-    runner: Runner | None,
+    runner: "Runner | None",
     claims: Claims | str,
     steps: Callable[[int, str], Iterable[int]],
-    plan: Plan,
-) -> ActivationTables | str | None:
+    plan: "Plan",
+) -> "ActivationTables | str | None":
     """Run the task's prompts if the analysis asks for it; if they cannot be run, return a sentence that says why."""
     config = model.config
     if runner is None or not config.analysis.activations or (config.task.cycle is not None and not config.task.prompts):
         return None
+    from ovqk.activations.stage import ActivationTables
+
     try:
         return ActivationTables(model, runner, claims, steps, task.readout, plan)
     except UserError as error:
         return str(error)
 
 
-def run_pairs(model: Model, cycle: Cycle | str | None, runner: Runner | None) -> dict[str, float] | str:
+def run_pairs(model: Model, cycle: Cycle | str | None, runner: "Runner | None") -> dict[str, float] | str:
     """Run all pairs of residues if the task has a cycle and the analysis runs the model.
 
     Return flat scalars for the summary, none if it was not asked for, or a sentence that says why they cannot be run.
     """
     if runner is None or not model.config.analysis.activations or not isinstance(cycle, Cycle):
         return {}
+    from ovqk.activations.one_block import results_of_pairs
+
     try:
         return results_of_pairs(runner.block(), cycle, model.config.seed)
     except UserError as error:

@@ -16,8 +16,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tokenizers import Tokenizer
 
-from ovqk.activations.one_block import OneBlock
-from ovqk.activations.stage import Runner
 from ovqk.analyse import analyse
 from ovqk.checkpoints.checkpoint import Checkpoint
 from ovqk.checkpoints.files import cache_folder
@@ -27,7 +25,7 @@ from ovqk.config.resolve import resolve, tracking_mode, user_path
 from ovqk.config.schema import Config, Embedding, Source, TrackingMode
 from ovqk.errors import UserError, one_mistake, told, was_interrupted, without_secrets
 from ovqk.interrupts import raise_if_remembered
-from ovqk.memory import is_exhausted
+from ovqk.memory import FreedMemory, is_exhausted
 from ovqk.orphans import end_with_parent
 from ovqk.records.identity import cell_folder, cell_id, identity, unopened_id
 from ovqk.records.outcomes import Outcome, Outcomes, Status
@@ -46,7 +44,7 @@ from ovqk.report import terminal
 from ovqk.report.progress import steps_of
 from ovqk.report.suggestions import shipped_tasks
 from ovqk.structure.cache import StructureCache
-from ovqk.structure.kept_layers import KeptLayers
+from ovqk.structure.kept import Kept, once
 from ovqk.tasks.tokenizer import start_tokens, tokenizer_for
 from ovqk.tasks.words import readable_tasks
 from ovqk.tracking.service import start_meanwhile
@@ -57,10 +55,11 @@ from ovqk.whole_files import DISK, clear_abandoned, in_the_way
 
 if TYPE_CHECKING:
     from ovqk.activations.forward import RunningModel
+    from ovqk.activations.stage import Runner
 
 
-KEPT = KeptLayers()
-"""The layers that cells leave to each other if a sweep runs in this process, one cell after the other."""
+KEPT = Kept()
+"""What cells leave to each other if a sweep runs in this process, one cell after the other."""
 
 
 @one_mistake()
@@ -153,14 +152,14 @@ def runs_here(hydra: Any) -> bool:
     return bool(hydra.launcher._target_.endswith(".BasicLauncher"))
 
 
-def run_cell(cell: Config, started: float | None = None, alone: bool = True, kept: KeptLayers | None = None) -> Outcome:
+def run_cell(cell: Config, started: float | None = None, alone: bool = True, kept: Kept | None = None) -> Outcome:
     """Compute, record and track one resolved cell, unless it is done.
 
     Args:
         cell: the resolved choice.
         started: when work on it began (time.perf_counter); now if None.
         alone: whether no other process computes for this terminal.
-        kept: layers that this process's cells leave to each other; None to leave none.
+        kept: what this process's cells leave to each other; None to leave nothing.
 
     Raises:
         UserError: the cell cannot be computed as asked; its record says so, unless it is a cell of no sweep whose
@@ -237,26 +236,30 @@ def compute(
     folder: Path,
     started: float,
     alone: bool = True,
-    kept: KeptLayers | None = None,
+    kept: Kept | None = None,
 ) -> None:
     """Decompose the model's heads and write the record.
 
     Raises:
         UserError: the checkpoint or the task does not allow it, or the disk does not take the results.
     """
+    if kept is not None:
+        kept.begin(model_depends_on(cell, checkpoint))
+        FreedMemory().give_back(at_once=True)  # what the cell before has freed
     forget_peak_memory()
     source = open_weights(checkpoint, cell.model)
-    tokenizer, notes = tokenizer_for(cell.task, checkpoint)
+    needed = bool(cell.task.variables)
+    tokenizer, notes = once(kept, "tokenizer", needed, lambda: tokenizer_for(cell.task, checkpoint))
     opened = OpenedModel(source, checkpoint.label, tokenizer)
-    if kept is not None:
-        kept.begin(layers_depend_on(cell, checkpoint))
     runs = cell.analysis.activations or cell.analysis.embedding is Embedding.stream
     runner = runner_of(checkpoint, cell, tokenizer) if runs else None
     with steps_of(f"{cell.model.name} / {cell.task.name} / {cell.analysis.name}", alone) as steps:
         cache = structure_cache(cell, checkpoint)
         analysis = analyse(opened, cell, steps, cache, runner, steps.draws, kept, steps.plan)
     analysis.notes.extend(notes)
-    analysis.words["tasks"] = [] if tokenizer is None else readable_tasks(shipped_tasks(), tokenizer)
+    analysis.words["tasks"] = once(
+        kept, "tasks", needed, lambda: [] if tokenizer is None else readable_tasks(shipped_tasks(), tokenizer)
+    )
     origin = Origin(checkpoint.digest, checkpoint.revision, checkpoint.quantisation, source.loaded_by)
     seconds = time.perf_counter() - started
     try:
@@ -270,8 +273,10 @@ def compute(
         ) from error
 
 
-def runner_of(checkpoint: Checkpoint, cell: Config, tokenizer: Tokenizer | None) -> Runner:
+def runner_of(checkpoint: Checkpoint, cell: Config, tokenizer: Tokenizer | None) -> "Runner":
     """Return how the checkpoint's model is run on prompts; nothing is loaded yet."""
+    from ovqk.activations.one_block import OneBlock
+    from ovqk.activations.stage import Runner
 
     def load(device: torch.device) -> "RunningModel":
         from ovqk.activations.forward import RunningModel  # transformers and TransformerLens: some seconds
@@ -288,9 +293,9 @@ def runner_of(checkpoint: Checkpoint, cell: Config, tokenizer: Tokenizer | None)
     return Runner(load, start, lambda: OneBlock(checkpoint, cell.model.attn_coeff))
 
 
-def layers_depend_on(cell: Config, checkpoint: Checkpoint) -> str:
-    """Return everything that layers' weights and decompositions depend on, as text."""
-    stated = cell.model.n_ctx, cell.model.causal
+def model_depends_on(cell: Config, checkpoint: Checkpoint) -> str:
+    """Return everything that a model's layers, embeddings and tokenizer depend on, as text."""
+    stated = cell.model.n_ctx, cell.model.causal, cell.model.attn_coeff
     return json.dumps([checkpoint.digest, *stated, cell.processing.value, cell.device.value])
 
 

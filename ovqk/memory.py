@@ -19,10 +19,10 @@ class FreedMemory:
     def __init__(self) -> None:
         self._last = time.monotonic()
 
-    def give_back(self) -> bool:
-        """Return freed memory to the system; False if it is too soon, or if the C library is not glibc."""
+    def give_back(self, at_once: bool = False) -> bool:
+        """Return freed memory to the system; False if it is too soon, unless `at_once`, or if glibc is not there."""
         trim = malloc_trim()
-        if trim is None or time.monotonic() - self._last < SPACING:
+        if trim is None or not (at_once or time.monotonic() - self._last >= SPACING):
             return False
         trim(0)
         self._last = time.monotonic()

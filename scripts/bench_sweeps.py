@@ -41,9 +41,10 @@ def report_sweep(models: str, tasks: str, analyses: str) -> None:
             wall, processor, printed = run(*command, check=False)
             cells = sum("  done  " in line for line in printed.splitlines())
             failed = sum("  failed  " in line for line in printed.splitlines())
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of the larger sweep so far
             print(
                 f"sweep, cache {kind}: {cells} cells done, {failed} failed, {wall:.1f} s ({processor:.1f} s of "
-                f"processor time): {60 * cells / wall:.1f} cells a minute",
+                f"processor time, peak {peak:,.0f} MB): {60 * cells / wall:.1f} cells a minute",
                 flush=True,
             )
 

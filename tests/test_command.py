@@ -5,15 +5,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import yaml
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
-from omegaconf import OmegaConf
+from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, RunMode
+from omegaconf import OmegaConf, _utils
 from support import ROOT
 
 from ovqk import command
@@ -191,6 +197,9 @@ def hydra(monkeypatch) -> Iterator[Hydra]:
         (Hydra, "get_mode"),
         (ConfigLoaderImpl, "load_configuration"),
         (ConfigLoaderImpl, "get_group_options"),
+        (ConfigLoaderImpl, "load_sweep_config"),
+        (Sweeper, "validate_batch_is_legal"),
+        (_utils, "get_yaml_loader"),
     ):
         monkeypatch.setattr(of, name, getattr(of, name))
     GlobalHydra.instance().clear()
@@ -220,12 +229,116 @@ def test_a_choice_that_is_composed_once_is_the_one_that_hydra_composes_twice(hyd
     assert len(started) == 2 and OmegaConf.to_yaml(again) == OmegaConf.to_yaml(twice)
 
 
+def test_a_mistake_is_met_once_and_told_as_hydra_tells_it(hydra, monkeypatch) -> None:
+    register()
+    typed, started = ["nulls.draws=x"], []
+    asked = "config", [*typed, composing.AS_RUN], RunMode.RUN
+    with pytest.raises(HydraException) as twice:
+        hydra.compose_config(*asked)
+    inner = ConfigLoaderImpl._load_configuration_impl
+    monkeypatch.setattr(
+        ConfigLoaderImpl,
+        "_load_configuration_impl",
+        lambda *of, **keys: started.append(of) or inner(*of, **keys),
+    )
+    composing.compose_once()
+    assert hydra.get_mode("config", typed) is None
+    with pytest.raises(HydraException) as once:
+        hydra.compose_config(*asked)
+    assert len(started) == 1 and str(once.value) == str(twice.value)
+    assert str(once.value.__cause__) == str(twice.value.__cause__)
+
+
+class Checks(Sweeper):
+    """A sweeper that only checks its cells, as every sweeper does."""
+
+    def setup(self, *, hydra_context, task_function, config) -> None:
+        self.hydra_context, self.config = hydra_context, config
+
+    def sweep(self, arguments) -> None:
+        raise NotImplementedError
+
+
+def test_a_sweep_s_cells_are_composed_once(hydra, monkeypatch) -> None:
+    """The second of two cells is not kept here, and composed again."""
+    register()
+    master = hydra.compose_config("config", [], RunMode.MULTIRUN, with_log_configuration=False)
+    cells, started, loader = [["task=sva", "seed=3"], ["task=ioi", "seed=3"]], [], hydra.config_loader
+    twice = [OmegaConf.to_yaml(loader.load_sweep_config(master, cell)) for cell in cells]
+    inner = ConfigLoaderImpl._load_configuration_impl
+    monkeypatch.setattr(
+        ConfigLoaderImpl,
+        "_load_configuration_impl",
+        lambda *of, **keys: started.append(of) or inner(*of, **keys),
+    )
+    monkeypatch.setattr(composing, "AHEAD", 1)
+    composing.compose_once()
+    sweeper = Checks()
+    sweeper.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=print, config=master)
+    sweeper.validate_batch_is_legal(cells)
+    assert len(started) == 2
+    assert [OmegaConf.to_yaml(loader.load_sweep_config(master, cell)) for cell in cells] == twice
+    assert len(started) == 3
+    with pytest.raises(HydraException):
+        sweeper.validate_batch_is_legal([["task=nosuch"]])
+
+
 def test_a_sweep_that_a_file_asks_for_is_still_seen(hydra) -> None:
     register()
     composing.compose_once()
     for typed in ([], ["task=ioi,sva"]):
         assert hydra.get_mode("cross_model", typed) is RunMode.MULTIRUN
     assert hydra.get_mode("config", ["task=ioi,sva"]) is None  # several values without -m: a mistake
+
+
+def omegaconf_alone() -> ModuleType:
+    """OmegaConf's module with its YAML loader, as it was before anything was changed in it."""
+    spec = find_spec("omegaconf._utils")
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(alone := module_from_spec(spec))
+    return alone
+
+
+@pytest.mark.parametrize("text", [
+    "a: 1e5\nb: 2020-01-01\nc: 1_000\nd: .inf\ne: 0o7\nf: yes\ng: 1:30\nh: 1.\n",
+    "i: [~, '1', \"\\n\"]\nj: |\n  two\n  lines\n",
+    "a: &one {b: 1}\nc: *one\n",
+    "a: !!python/object/apply:pathlib.Path [x]\n",
+    "",
+    "a: b: c",
+    "a: [1",
+    "\ta: 1",
+    "a: 1\na: 2",
+    "a: *no",
+    "a: \0",
+    "a: !odd 1",
+])  # fmt: skip
+def test_yaml_is_read_in_c_as_omegaconf_reads_it_and_mistakes_are_told_alike(text, tmp_path, hydra) -> None:
+    python = omegaconf_alone().get_yaml_loader
+
+    def read(get_loader) -> list[str]:
+        found = []
+        with file.open(encoding="utf-8") as opened:
+            for stream in (text, opened):
+                try:
+                    found.append(repr(yaml.load(stream, Loader=get_loader())))
+                except yaml.YAMLError as error:
+                    found.append(f"{type(error).__name__}: {error}")
+        return found
+
+    (file := tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    composing.compose_once()
+    assert read(_utils.get_yaml_loader) == read(python)
+
+
+def test_every_config_file_is_read_in_c_as_omegaconf_reads_it(hydra) -> None:
+    python = omegaconf_alone().get_yaml_loader
+    composing.compose_once()
+    files = [*CONF.rglob("*.yaml"), *(ROOT / "sweeps").glob("*.yaml")]
+    assert len(files) > 80
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        assert yaml.load(text, Loader=_utils.get_yaml_loader()) == yaml.load(text, Loader=python()), file
 
 
 def test_names_are_listed_as_hydra_lists_them(hydra) -> None:

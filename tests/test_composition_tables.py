@@ -102,15 +102,15 @@ def test_role_metrics_without_heads_are_undefined_everywhere() -> None:
 
 
 def count_products(monkeypatch) -> list[int]:
-    """Pairs of heads that `scores` is asked for from now on."""
+    """Pairs of heads that are scored from now on."""
     sizes: list[int] = []
-    original = composition.scores
+    original = composition.side_scores
 
-    def counted(sender, receiver, mode):
-        sizes.append(len(sender.ov.sigma) * len(receiver.ov.sigma))
-        return original(sender, receiver, mode)
+    def counted(write, read):
+        sizes.append(len(write) * len(read))
+        return original(write, read)
 
-    monkeypatch.setattr(composition, "scores", counted)
+    monkeypatch.setattr(composition, "side_scores", counted)
     return sizes
 
 

@@ -16,17 +16,9 @@ from ovqk.tasks.lookup import WordSet
 from ovqk.tasks.matches import RANK_WINDOW, surface_form
 from ovqk.tasks.tokenizer import load_tokenizer
 from ovqk.tasks.words import Variable, resolve_task
-from ovqk.verdicts import surrogates
-from ovqk.verdicts.surrogates import (
-    FrameDraws,
-    Frames,
-    draw_words,
-    first_of_each,
-    gaussian,
-    haar_frames,
-    subsamples,
-    surrogate_heads,
-)
+from ovqk.verdicts import frames, surrogates
+from ovqk.verdicts.frames import Frames, KeptFrames, gaussian, haar_frames
+from ovqk.verdicts.surrogates import FrameDraws, draw_words, first_of_each, subsamples, surrogate_heads
 
 FRAMES = [
     (12, 3, False), (12, 3, True), (12, 5, True), (12, 9, False), (12, 9, True),
@@ -136,9 +128,11 @@ def both_sides(maps) -> dict[str, torch.Tensor]:
     return energy(maps) | {"write": maps.decomposition.write[:, 0, 0]}
 
 
-def draws(seed=(0, 1, 2), d: int = 13, k: int = 3, measure=energy, centred: bool = True) -> FrameDraws:
+def draws(
+    seed=(0, 1, 2), d: int = 13, k: int = 3, measure=energy, centred: bool = True, kept: KeptFrames | None = None
+) -> FrameDraws:
     sigma = torch.arange(k, 0, -1, dtype=torch.float64)
-    return FrameDraws(Circuit.ov, sigma, d, centred, measure, seed)
+    return FrameDraws(Circuit.ov, sigma, d, centred, measure, seed, kept)
 
 
 @pytest.mark.parametrize("k", [3, 9])
@@ -193,6 +187,43 @@ def test_several_heads_drawn_side_by_side_get_the_draws_that_each_gets_alone(mon
     for one, same in zip(alone, together, strict=True):
         assert np.allclose(one, same["top"], rtol=1e-12, atol=0)
     assert [head.count for head in heads] == [40] * 3
+
+
+@pytest.mark.parametrize("room", [1.0, 0.4, 0.0])
+def test_draws_between_kept_frames_are_the_same_to_the_bit(room, monkeypatch) -> None:
+    """All frames are kept, or the first of them, or none."""
+    monkeypatch.setattr(surrogates, "PART_ELEMENTS", 13 * 3 * 4)  # four at a time
+    made: list[int] = []
+    monkeypatch.setattr(frames, "haar_frames", lambda noise, *of: made.append(len(noise)) or haar_frames(noise, *of))
+    gram = torch.randn(13, 13, generator=generator(), dtype=torch.float64)
+    rows = torch.randn(5, 13, generator=generator())
+
+    def measure(maps) -> dict[str, torch.Tensor]:
+        core = maps.decomposition.core(gram).diagonal(dim1=-2, dim2=-1).sum(-1)
+        return {"core": core, "score": maps.scores(rows, rows).double().sum((-2, -1))}
+
+    stages_of_draws = (10, 25, 60)
+    wanted = draws(measure=measure)
+    expected = [wanted.first(count) for count in stages_of_draws][-1]
+    every = KeptFrames()
+    draws(measure=measure, kept=every).first(60)
+    kept = KeptFrames(int(room * every.used))
+    for cell in range(3):
+        del made[:]
+        mine = draws(measure=measure, kept=kept)
+        found = [mine.first(count) for count in stages_of_draws][-1]
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+        assert kept.used <= kept.most
+        if cell:
+            assert {1.0: sum(made) == 0, 0.4: 0 < sum(made) < 120, 0.0: sum(made) == 120}[room]
+
+
+def test_kept_frames_are_those_of_the_same_seed_sizes_and_place() -> None:
+    kept = KeptFrames()
+    others = [((1,), 3, True, 40), ((0,), 4, True, 40), ((0,), 3, False, 40), ((0,), 3, True, 30)]
+    for seed, k, centred, count in [((0,), 3, True, 40), *others]:
+        wanted = draws(seed, k=k, centred=centred).first(count)["top"]
+        assert np.array_equal(draws(seed, k=k, centred=centred, kept=kept).first(count)["top"], wanted)
 
 
 def test_what_failed_to_be_measured_is_not_counted() -> None:

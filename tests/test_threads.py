@@ -6,11 +6,23 @@ import sys
 import time
 from collections.abc import Iterator
 
+import pandas as pd
 import pytest
 import torch
 from support import ROOT
 
+from ovqk.checkpoints.opening import open_checkpoint
+from ovqk.circuits.composition import LayerCircuits, composition_table
+from ovqk.circuits.grams import dense
 from ovqk.circuits.threads import decomposed, each
+from ovqk.config.choices import composed
+from ovqk.config.schema import Circuit
+from ovqk.structure.layer import Layer
+from ovqk.structure.model import Model
+from ovqk.tasks.task_readout import TaskReadout
+from ovqk.tasks.tokenizer import load_tokenizer
+from ovqk.weights.readers import open_weights
+from ovqk.weights.types import OpenedModel
 
 
 def test_small_decompositions_are_shared_out_among_threads_that_work_alone() -> None:
@@ -182,3 +194,29 @@ def test_components_of_large_heads_are_the_same_with_two_threads(tmp_path) -> No
     for other in others:
         for a, b in zip(one, other, strict=True):
             assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["sva", "ioi"])
+def test_two_threads_read_a_task_and_compose_heads_as_one_does(task) -> None:
+    """Each circuit's readouts, and each receiver's pairs, are a thread's own."""
+    cell = composed(["model=mini-llama", f"task={task}", "tracking=none"])
+    checkpoint = open_checkpoint(cell.model)
+    opened = OpenedModel(open_weights(checkpoint, cell.model), "test", load_tokenizer(checkpoint))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            model = Model.read(opened, cell)
+            read, layers = TaskReadout.read(model), [Layer(model, index) for index in range(4)]
+            parts = [(x.decomposition(Circuit.ov, True), x.decomposition(Circuit.qk, True, x.span)) for x in layers]
+            gram = dense(model.vocabulary.gram_embed)
+            pairs = composition_table([LayerCircuits.of(*part) for part in parts], gram=gram, strongest=3)
+            found.append(([read.metrics(layer) for layer in layers], pairs))
+    finally:
+        torch.set_num_threads(before)
+    (one, pairs), (two, same) = found
+    for values, others in zip(one, two, strict=True):
+        assert list(values) == list(others) and values
+        for name, value in values.items():
+            assert torch.allclose(value, others[name], rtol=1e-9, atol=1e-12, equal_nan=True), name
+    pd.testing.assert_frame_equal(pairs, same, rtol=1e-6, atol=1e-9)

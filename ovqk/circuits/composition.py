@@ -34,6 +34,7 @@ from ovqk.circuits.factors import Factors
 from ovqk.circuits.grams import FullCircuit, Matrix, blocks
 from ovqk.circuits.maps import Decomposition, decompose
 from ovqk.circuits.spectra import full_circuit_ratio
+from ovqk.circuits.threads import each
 from ovqk.config.schema import Circuit
 from ovqk.weights.types import Head
 
@@ -75,7 +76,10 @@ class LayerCircuits:
 
 
 def _select(decomposition: Decomposition, heads: Sequence[int]) -> Decomposition:
-    index = torch.as_tensor(heads, device=decomposition.sigma.device)
+    """Return these heads alone; one head is not copied."""
+    index = (
+        slice(heads[0], heads[0] + 1) if len(heads) == 1 else torch.as_tensor(heads, device=decomposition.sigma.device)
+    )
     read, sigma, write = (x[index] for x in (decomposition.read, decomposition.sigma, decomposition.write))
     return dataclasses.replace(decomposition, read=read, sigma=sigma, write=write)
 
@@ -97,7 +101,13 @@ def scores(sender: LayerCircuits, receiver: LayerCircuits, mode: Mode) -> Float[
     The score is Elhage et al.'s (2021). Independent, identically distributed weights score about 1 / sqrt(d_model), and
     a head with zero weights scores 0.
     """
-    write, read = sender.write(), receiver.read(mode)
+    return side_scores(sender.write(), receiver.read(mode))
+
+
+def side_scores(
+    write: Float[Tensor, "sender k d_model"], read: Float[Tensor, "receiver k_read d_model"]
+) -> Float[Tensor, "sender receiver"]:
+    """Return `scores`, in [0, 1], given what the senders write and the receivers read, each side with norm 1."""
     k = max(write.shape[1], read.shape[1])
     side = max(1, math.isqrt(TILE) // k)  # heads on each side of a tile
     found = torch.zeros(len(write), len(read), dtype=torch.float64, device=write.device)
@@ -141,8 +151,22 @@ def received(
 
     An all-pairs pass calls it for each layer and mode.
     """
+    return _received(layers, layer, [mode], heads)[mode]
+
+
+def _received(
+    layers: Sequence[LayerCircuits], layer: int, modes: Sequence[Mode], heads: Sequence[int] | None
+) -> dict[Mode, Float[Tensor, "sender_layer sender receiver"]]:
+    """Return `received` for several modes: each sender's side is made once for all of them."""
     receiver = layers[layer] if heads is None else layers[layer].only(heads)
-    return torch.stack([scores(layers[sender], receiver, mode) for sender in range(layer)])
+    reads = {mode: receiver.read(mode) for mode in modes}
+
+    def by(sender: LayerCircuits) -> list[Tensor]:
+        write = sender.write()
+        return [side_scores(write, read) for read in reads.values()]
+
+    found = each(by, layers[:layer], receiver.ov.sigma.device)
+    return {mode: torch.stack(scored) for mode, scored in zip(modes, zip(*found, strict=True), strict=True)}
 
 
 def percentiles(found: Float[Tensor, "*layer sender receiver"]) -> Float[Tensor, "*layer sender receiver"]:
@@ -179,16 +203,23 @@ def matching(
     rows_of: dict[Head, list[int]] = {}
     for row, (_, head) in enumerate(pairs):
         rows_of.setdefault(head, []).append(row)
-    for (layer, index), rows in rows_of.items():
+
+    def of(receiver_of: tuple[Head, list[int]]) -> Float[Tensor, " row"]:
+        (layer, index), rows = receiver_of
         receiver = _select(layers[layer].qk, [index])
-        later = gram @ receiver.balanced_left
-        first = later if first_gram is None else first_gram @ receiver.balanced_left
+        left, right = receiver.balanced_left, receiver.balanced_right
+        later = gram @ left
+        first = later if first_gram is None else first_gram @ left
+        norms = first.norm(), later.norm()
         cores, scales = [], []
         for sender_layer, sender_index in (pairs[row][0] for row in rows):
             sender, seen = _select(layers[sender_layer].ov, [sender_index]), later if sender_layer else first
-            cores.append((receiver.balanced_right @ sender.balanced_right.mT) @ (sender.balanced_left.mT @ seen))
-            scales.append(receiver.sigma.sum().sqrt() * sender.sigma.sum() * seen.norm())
-        found[rows] = spectra.trace_ratio(spectra.eigenvalues(torch.cat(cores)), torch.stack(scales))
+            cores.append((right @ sender.balanced_right.mT) @ (sender.balanced_left.mT @ seen))
+            scales.append(receiver.sigma.sum().sqrt() * sender.sigma.sum() * norms[sender_layer > 0])
+        return spectra.trace_ratio(spectra.eigenvalues(torch.cat(cores)), torch.stack(scales))
+
+    for rows, values in zip(rows_of.values(), each(of, rows_of.items(), gram.device), strict=True):
+        found[rows] = values
     return found
 
 
@@ -282,8 +313,7 @@ def composition_table(
     for layer in range(1, len(layers)):
         mine = {(sender, receiver[1]) for sender, receiver in asked if receiver[0] == layer and sender[0] < layer}
         heads = list(range(_n_heads(layers))) if strongest else sorted({head for _, head in mine})
-        for mode in MODES if heads else ():
-            found = received(layers, layer, mode, heads)
+        for mode, found in (_received(layers, layer, MODES, heads) if heads else {}).items():
             flat = found.flatten(0, 1)
             top = flat.topk(min(strongest, len(flat)), dim=0).indices
             kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, top, True).view_as(found)
@@ -309,12 +339,19 @@ def _strongest_components(
     rows_of: dict[Head, list[int]] = {}
     for row, (_, receiver) in enumerate(pairs):
         rows_of.setdefault(receiver, []).append(row)
-    for (layer, head), rows in rows_of.items():
+
+    def of(receiver_of: tuple[Head, list[int]]) -> tuple[Tensor, Tensor]:
+        (layer, head), rows = receiver_of
         senders = [layers[at].ov for at, _ in (pairs[row][0] for row in rows)]
         sigma = torch.stack([ov.sigma[pairs[row][0][1]] for ov, row in zip(senders, rows, strict=True)])
-        write = torch.stack([ov.write[pairs[row][0][1]] for ov, row in zip(senders, rows, strict=True)])
-        best = _component_scores(sigma, write, layers[layer].only([head]).read(mode)[0]).max(-1)
-        index[rows], score[rows] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+        # side by side, as the product wants them: stacked heads would be copied once more
+        write = torch.stack([ov.write[pairs[row][0][1]] for ov, row in zip(senders, rows, strict=True)], dim=1)
+        best = _component_scores(sigma, write.transpose(0, 1), layers[layer].only([head]).read(mode)[0]).max(-1)
+        return best.indices, best.values
+
+    found = each(of, rows_of.items(), layers[0].ov.sigma.device)
+    for rows, (indices, values) in zip(rows_of.values(), found, strict=True):
+        index[rows], score[rows] = indices.cpu().numpy(), values.cpu().numpy()
     return index, score
 
 

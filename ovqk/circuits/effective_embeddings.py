@@ -6,7 +6,6 @@ of any kind, normalised as a layer's norm would.
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ovqk.circuits.factors import ov_factors
-from ovqk.circuits.grams import BLOCK, Block0Grams, blocks, centred_grams, kept
+from ovqk.circuits.grams import BLOCK, Block0Grams, centred_grams, kept
 from ovqk.circuits.threads import each
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.weights.mlp import MLPWeights
@@ -136,8 +135,6 @@ MLP0: Final = "mlp0"
 """The kind of rows for words as block 0's MLP writes them."""
 SCREEN = 4096
 """Tokens whose unembedding is kept in memory, if the rest stays on disk, to rank a word's logit among them first."""
-KEPT_UP_TO = 2**26
-"""The most elements that an unembedding may have for a task's readouts to keep it in memory (256 MB)."""
 
 
 @dataclass(frozen=True)
@@ -228,16 +225,10 @@ class EffectiveRows:
             rows = self.block0.mlp_output(rows)
         return self.normalised(rows)
 
-    @cached_property
+    @property
     def unembedding(self) -> Rows | None:
-        """W_U^T: in memory if it has at most KEPT_UP_TO elements, else as the vocabulary has it."""
-        rows = self.vocabulary.W_U_rows
-        if not isinstance(rows, StoredRows) or math.prod(rows.shape) > KEPT_UP_TO:
-            return rows
-        kept = torch.empty(rows.shape, device=rows.device)
-        for some in blocks(rows.shape[0]):
-            kept[some] = rows[some]
-        return kept
+        """W_U^T (`Vocabulary.unembedding`)."""
+        return self.vocabulary.unembedding
 
     @cached_property
     def first_unembedded(self) -> Float[Tensor, "token d_model"]:

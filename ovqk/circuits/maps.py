@@ -201,12 +201,20 @@ class FactoredMaps:
         return decomposed(torch.linalg.svdvals, self.inner)  # type: ignore[no-any-return]
 
     @cached_property
+    def _inner_svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        return decomposed(lambda x: torch.linalg.svd(x, full_matrices=False), self.inner)  # type: ignore[no-any-return]
+
+    @cached_property
     def decomposition(self) -> Decomposition:
         """The same maps with their directions."""
-        X, S, Yh = decomposed(lambda x: torch.linalg.svd(x, full_matrices=False), self.inner)
+        X, S, Yh = self._inner_svd
         read = _of(self.left.rows, self.left_of).mT.double() @ X
         write = _of(self.right.rows, self.right_of).mT.double() @ Yh.mT
         return Decomposition(read, S, write, self.rank)
+
+    def forget_directions(self) -> None:
+        """Drop the directions, which are large: one product makes them again from the inner SVD, which stays."""
+        vars(self).pop("decomposition", None)
 
     def core(self, gram: Gram | None = None) -> Float[Tensor, "head r r"]:
         """See `Maps`."""

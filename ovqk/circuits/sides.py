@@ -104,13 +104,16 @@ class Block0Side(NormalisedSide):
     """Block0 embeddings as a later layer's norm leaves them, but for its gain.
 
     They are computed once if they fit in KEEP_UP_TO bytes, else in each pass. The first pass leaves the moments.
+
+    Attributes:
+        passed: how many tokens, counted from id 0, were read so far.
     """
 
     def __init__(self, vocabulary: Vocabulary, block0: Block0, listed: Bool[Tensor, " token"]) -> None:
         """Compute nothing yet."""
         super().__init__(vocabulary.W_E, block0.architecture)
         self.block0, self._listed = block0, listed
-        self._moments, self._passed = ListedRows(vocabulary.d_model, listed), 0
+        self._moments, self.passed = ListedRows(vocabulary.d_model, listed), 0
         self._kept: Tensor | None = None
 
     @property
@@ -120,21 +123,21 @@ class Block0Side(NormalisedSide):
 
     @property
     def _is_kept(self) -> bool:
-        return self._kept is not None and self._passed == len(self)
+        return self._kept is not None and self.passed == len(self)
 
     def read(self, start: int, stop: int) -> Float[Tensor, "token d_model"]:
         """Return the embeddings for tokens start .. stop - 1, not normalised."""
-        if self._kept is not None and stop <= self._passed:
+        if self._kept is not None and stop <= self.passed:
             return self._kept[start:stop]
         rows = self.block0.rows(self.rows[start:stop])
-        if start <= self._passed < stop:
-            if self._passed == 0 and len(self) * rows.shape[1] * rows.element_size() <= KEEP_UP_TO:
+        if start <= self.passed < stop:
+            if self.passed == 0 and len(self) * rows.shape[1] * rows.element_size() <= KEEP_UP_TO:
                 self._kept = rows.new_empty(len(self), rows.shape[1])
-            new = rows[self._passed - start :]
+            new = rows[self.passed - start :]
             if self._kept is not None:
-                self._kept[self._passed : stop] = new
-            self._moments.add(slice(self._passed, stop), self.normalised(new))
-            self._passed = stop
+                self._kept[self.passed : stop] = new
+            self._moments.add(slice(self.passed, stop), self.normalised(new))
+            self.passed = stop
         return rows
 
     def forget(self) -> None:
@@ -159,8 +162,8 @@ class Block0Side(NormalisedSide):
                 "moments are kept only for the tokens that this side was made with; `listed` must be those"
             )
         for part in blocks(len(self), BLOCK):
-            if self._passed < part.stop:
-                self.read(max(part.start, self._passed), part.stop)
+            if self.passed < part.stop:
+                self.read(max(part.start, self.passed), part.stop)
         return self._moments.mean, self._moments.longest
 
 

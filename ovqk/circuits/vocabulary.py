@@ -5,6 +5,7 @@ Token ids beyond the tokenizer's vocabulary (padding rows) are left out of C, th
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,11 +13,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ovqk.circuits.grams import FullCircuit, Gram, Root, RootedGram, centred_grams, dense, kept, mean_row, rooted
+from ovqk.circuits.grams import (
+    FullCircuit,
+    Gram,
+    Root,
+    RootedGram,
+    blocks,
+    centred_grams,
+    dense,
+    kept,
+    mean_row,
+    rooted,
+)
 from ovqk.config.schema import Circuit
 from ovqk.errors import UserError
 from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import EmbeddingWeights
+
+KEPT_UP_TO = 2**26
+"""The most elements that an unembedding may have for a task's readouts to keep it in memory (256 MB)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,17 @@ class Vocabulary:
     def mean(self) -> Float[Tensor, " d_model"]:
         """W_E's mean row, float64."""
         return mean_row(self.W_E)
+
+    @cached_property
+    def unembedding(self) -> Rows | None:
+        """W_U^T, for many passes: in memory if it has at most KEPT_UP_TO elements, else as the checkpoint has it."""
+        rows = self.W_U_rows
+        if not isinstance(rows, StoredRows) or math.prod(rows.shape) > KEPT_UP_TO:
+            return rows
+        in_memory = torch.empty(rows.shape, device=rows.device)
+        for some in blocks(rows.shape[0]):
+            in_memory[some] = rows[some]
+        return in_memory
 
     @cached_property
     def gram_embed(self) -> Gram:

@@ -11,7 +11,7 @@ from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, que
 from ovqk.circuits.maps import Basis, Decomposition, FactoredMaps
 from ovqk.circuits.spectra import eigenvalues
 from ovqk.config.schema import Circuit
-from ovqk.structure.kept_layers import LayerParts
+from ovqk.structure.kept import LayerParts
 from ovqk.structure.model import Model
 from ovqk.weights.devices import to_device
 from ovqk.weights.folding import fold_layer

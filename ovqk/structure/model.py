@@ -1,7 +1,9 @@
 """A model without a task: the parts that all layers share, read once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,14 +12,14 @@ from torch import Tensor
 
 from ovqk.circuits import grams, moments
 from ovqk.circuits.diagonals import ranked_tokens
-from ovqk.circuits.effective_embeddings import KEPT_UP_TO, Block0
+from ovqk.circuits.effective_embeddings import Block0
 from ovqk.circuits.grams import Block0Grams, FullCircuit, blocks
 from ovqk.circuits.sides import Block0Side
 from ovqk.circuits.simulated import Simulated
-from ovqk.circuits.vocabulary import Vocabulary, read_vocabulary
+from ovqk.circuits.vocabulary import KEPT_UP_TO, Vocabulary, read_vocabulary
 from ovqk.config.schema import Circuit, Config, Processing
 from ovqk.structure.availability import NO_EMBEDDING, NO_LATER_LAYER, NO_UNEMBEDDING, unavailable_metrics
-from ovqk.structure.kept_layers import KeptLayers
+from ovqk.structure.kept import Kept, once
 from ovqk.structure.rare_tokens import RareTokens, rare_tokens
 from ovqk.structure.token_tables import Directions
 from ovqk.weights.devices import resolve_device, to_device
@@ -25,6 +27,8 @@ from ovqk.weights.folding import fold_embeddings, fold_mlp, fold_reads
 from ovqk.weights.mlp import ACTIVATIONS, UNTOLD
 from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import Architecture, OpenedModel, WeightSource
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Model:
         spectral_vocabulary: embeddings as processed, for full-circuit spectra.
         W_pos: learned position embeddings; None without them.
         tokenizer: None if there is none.
-        kept: the layers that this process keeps for its next cells; None if it keeps none.
+        kept: what this process keeps of the model for its next cells; None if it keeps nothing.
     """
 
     source: WeightSource
@@ -51,7 +55,7 @@ class Model:
     spectral_vocabulary: Vocabulary | None
     W_pos: Float[Tensor, "n_ctx d_model"] | None
     tokenizer: Tokenizer | None
-    kept: KeptLayers | None = None
+    kept: Kept | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -76,7 +80,7 @@ class Model:
     @cached_property
     def block0(self) -> Block0 | str:
         """The effective embedding of later layers, or why there is none."""
-        return read_block0(self.source, self.vocabulary, self.device)
+        return self._once("block0", lambda: read_block0(self.source, self.vocabulary, self.device))
 
     @cached_property
     def unavailable(self) -> dict[str, str]:
@@ -141,17 +145,22 @@ class Model:
     @cached_property
     def block0_grams(self) -> Block0Grams | None:
         """Gram matrices of the block0 embeddings; None if they cannot be had, or if no layer reads them."""
-        if not isinstance(self.block0, Block0) or self.vocabulary is None or self.architecture.n_layers == 1:
+        block0, vocabulary, side = self.block0, self.vocabulary, self.block0_side
+        if not isinstance(block0, Block0) or vocabulary is None or self.architecture.n_layers == 1:
             return None
-        return self.block0.grams(self.vocabulary, None if self.block0_side is None else self.block0_side.read)
+        return self._once("block0_grams", lambda: block0.grams(vocabulary, None if side is None else side.read))
+
+    def _once(self, name: str, make: Callable[[], Value]) -> Value:
+        """Return a value that depends on the embeddings alone: an earlier cell's, if this process keeps one."""
+        return once(self.kept, name, None if self.vocabulary is None else self.vocabulary.size, make)
 
     def read_block0_rows(self) -> None:
-        """Read all block0 embeddings for token lists, in order, unless `block0_grams` has read them already.
+        """Read all block0 embeddings for token lists, in order, unless they were read already, by `block0_grams`.
 
         Rounding depends on the blocks of tokens in which rows are computed and summed. They are read as `block0_grams`
-        reads them, so that lists are the same if the cache has everything that needs the Grams.
+        reads them, so that lists are the same if nothing needs the Grams, or if an earlier cell has left them.
         """
-        if self.block0_side is not None and "block0_grams" not in vars(self):
+        if self.block0_side is not None and not self.block0_side.passed:
             n, d_model = self.block0_side.rows.shape
             self.block0_side.read(0, min(n, grams.SHIFT_TOKENS))
             for some in blocks(n, max(1, min(n, grams.BLOCK, grams.BLOCK_ELEMENTS // d_model))):
@@ -276,24 +285,35 @@ class Model:
         return {"requested": asked, "applied": applied}
 
     @classmethod
-    def read(cls, opened: OpenedModel, config: Config, kept: KeptLayers | None = None) -> "Model":
+    def read(cls, opened: OpenedModel, config: Config, kept: Kept | None = None) -> "Model":
         """Read the embeddings, over the tokens that the tokenizer knows; the task of the config has no part in it.
 
-        `kept` are the layers that earlier cells of this process left (see the class).
+        `kept` is what earlier cells of this process left (see the class).
 
         Raises:
             UserError: an embedding holds NaN or infinity, or `device` is not there.
         """
-        source, label, n_tokens = opened.source, opened.label, opened.n_tokens
         device = resolve_device(config.device)
-        architecture = source.architecture
-        raw = to_device(source.embeddings(), device)
-        folded = fold_embeddings(raw, architecture) if source.foldable else raw
-        vocabulary = None if folded.W_E is None else read_vocabulary(folded, n_tokens, label)
-        spectral = vocabulary
-        if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
-            spectral = read_vocabulary(raw, n_tokens, label)
-        return cls(source, config, device, label, vocabulary, spectral, folded.W_pos, opened.tokenizer, kept)
+        embeddings = once(kept, "embeddings", opened.n_tokens, lambda: read_embeddings(opened, config, device))
+        return cls(opened.source, config, device, opened.label, *embeddings, opened.tokenizer, kept)
+
+
+def read_embeddings(
+    opened: OpenedModel, config: Config, device: torch.device
+) -> tuple[Vocabulary | None, Vocabulary | None, Float[Tensor, "n_ctx d_model"] | None]:
+    """Return the embeddings folded, as the config processes them, and of positions; None for each that is not there.
+
+    Raises:
+        UserError: an embedding holds NaN or infinity.
+    """
+    source, label, n_tokens = opened.source, opened.label, opened.n_tokens
+    raw = to_device(source.embeddings(), device)
+    folded = fold_embeddings(raw, source.architecture) if source.foldable else raw
+    vocabulary = None if folded.W_E is None else read_vocabulary(folded, n_tokens, label)
+    spectral = vocabulary
+    if config.processing is Processing.raw and source.foldable and raw.W_E is not None:
+        spectral = read_vocabulary(raw, n_tokens, label)
+    return vocabulary, spectral, folded.W_pos
 
 
 def read_block0(source: WeightSource, vocabulary: Vocabulary | None, device: torch.device) -> Block0 | str:

@@ -2,9 +2,11 @@
 
 import math
 import re
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -27,6 +29,18 @@ def surface_form(token: str) -> tuple[bool, str, bool, int]:
     else:
         case = "lower" if letters.islower() or not letters else "mixed"
     return token.startswith(WORD_STARTS), case, text.isalpha(), min(len(text) // 3, 3)
+
+
+@lru_cache(maxsize=1)
+def _forms(
+    tokenizer: Tokenizer, n_tokens: int
+) -> tuple[dict[tuple[object, ...], NDArray[np.int64]], NDArray[np.float64]]:
+    """Return surface form -> its tokens' ids, rising, and every token's log id rank; kept for the next task."""
+    forms: dict[tuple[object, ...], list[int]] = {}
+    for token in range(n_tokens):
+        forms.setdefault(surface_form(tokenizer.id_to_token(token) or ""), []).append(token)
+    ranks = np.array([math.log(token + 1) for token in range(n_tokens)])
+    return {form: np.array(tokens, dtype=np.int64) for form, tokens in forms.items()}, ranks
 
 
 def matched_tokens(
@@ -54,21 +68,21 @@ def matched_tokens(
     Raises:
         UserError: the vocabulary has fewer than 8 other tokens.
     """
-    forms = [surface_form(tokenizer.id_to_token(i) or "") for i in range(n_tokens)]
-    ranks = np.array([math.log(token + 1) for token in range(n_tokens)])
+    forms, ranks = _forms(tokenizer, n_tokens)
     outside = set(excluded.tolist())
     barred = outside - set(() if own is None else own.tolist())
+    free = np.ones(n_tokens, dtype=bool)
+    free[list(barred)] = False
 
     def matches(window: float, parts: int) -> dict[int, list[int]]:
-        by_form: dict[tuple[object, ...], list[int]] = {}
-        for token, form in enumerate(forms):
-            if token not in barred:
-                by_form.setdefault(form[:parts], []).append(token)
-        alike = {form: np.array(tokens) for form, tokens in by_form.items()}
+        alike: dict[tuple[object, ...], list[NDArray[np.int64]]] = {}
+        for form, tokens in forms.items():
+            alike.setdefault(form[:parts], []).append(tokens)
         found = {}
         for word in ids.tolist():
-            tokens = alike.get(forms[word][:parts], np.empty(0, dtype=np.int64))
-            found[word] = tokens[np.abs(ranks[tokens] - ranks[word]) <= window].tolist()
+            form = surface_form(tokenizer.id_to_token(word) or "")[:parts]
+            near = np.concatenate([of[free[of] & (np.abs(ranks[of] - ranks[word]) <= window)] for of in alike[form]])
+            found[word] = np.sort(near).tolist()
         return found
 
     relaxations = (

@@ -166,6 +166,17 @@ class Readout:
             if kind != WRITE or self.vocabulary.W_U_rows is not None:
                 self._basis(kind)
 
+    def make_ready(self, layer: int) -> None:
+        """Compute what this layer's readouts of both circuits share, so that neither computes it beside the other."""
+        if not self.reads(layer):
+            return
+        if self.variable.pairs is None:
+            self.prepare(layer)
+        if self.variable.kind is not VariableKind.contrast:
+            self.rows(layer)
+            if self.vocabulary.W_U_rows is not None:
+                _ = self.written, self.effective.first_unembedded
+
     def metrics(
         self, layer: int, maps: CircuitMaps, wanted: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "*draw head"]]:

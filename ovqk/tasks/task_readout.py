@@ -14,8 +14,10 @@ from torch import Tensor
 from ovqk.circuits.effective_embeddings import Block0, EffectiveRows, Streams
 from ovqk.circuits.factors import scores
 from ovqk.circuits.head_maps import HeadMaps, Scorer
+from ovqk.circuits.threads import each
 from ovqk.config.schema import Circuit, Embedding, VariableKind
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
+from ovqk.structure.kept import Kept, once
 from ovqk.structure.layer import Layer
 from ovqk.structure.model import Model
 from ovqk.structure.stages import Tables, heads_rows
@@ -58,23 +60,19 @@ class TaskReadout:
         Raises:
             UserError: the words cannot be read as the model's tokens (`resolve_task`).
         """
-        tokens = read_words(model)
-        readout, why = None, str(model.block0)
-        if model.vocabulary is not None and tokens.variables:
-            block0 = model.block0 if isinstance(model.block0, Block0) else None
-            embedding, variable = model.config.analysis.embedding, tokens.variables[0]
-            streams: Streams | str | None = None
-            if embedding is Embedding.stream:
-                variable = variable.thinned(MATCHES_RUN)
-                streams = (
-                    "the model was not run"
-                    if run_words is None
-                    else run_words(variable.tokens, torch.cat([words.ids for words in variable.read]))
-                )
-            ran = streams if isinstance(streams, Streams) else None
-            readout = Readout(variable, EffectiveRows(model.vocabulary, block0, model.architecture, ran), embedding)
-            why = streams if isinstance(streams, str) else why
+        if model.config.analysis.embedding is Embedding.stream:
+            tokens, readout, why = read_task(model, run_words)
+        else:
+            tokens, readout, why = once(model.kept, "task", words_depend_on(model), lambda: read_task(model))
         return cls(model, tokens, readout, unavailable_on(model, readout, why), why)
+
+    @property
+    def kept(self) -> Kept | None:
+        """Where cells with other analyses find what they share with this task; None if the model is run for its words.
+
+        It depends on `words_depend_on`, besides the model.
+        """
+        return None if self.model.config.analysis.embedding is Embedding.stream else self.model.kept
 
     @property
     def notes(self) -> list[str]:
@@ -118,13 +116,21 @@ class TaskReadout:
 
     def metrics(self, layer: Layer) -> dict[str, Float[Tensor, " head"]]:
         """Return the task metrics for the layer's heads; under rotary positions with the mean rotation."""
-        found: dict[str, Tensor] = {}
-        for circuit in self.model.circuits if self.readout is not None else ():
+        readout = self.readout
+        if readout is None:
+            return {}
+
+        def of(circuit: Circuit) -> dict[str, Tensor]:
             maps = self.maps(layer, circuit)
-            if self.readout is not None and maps is not None:
-                found |= {name: values.mean(-1) for name, values in self.by_source(layer, circuit).items()}
-                found |= self.readout.of_subspace(layer.index, maps)
-        return found
+            if maps is None:
+                return {}
+            means = {name: values.mean(-1) for name, values in self.by_source(layer, circuit).items()}
+            return means | readout.of_subspace(layer.index, maps)
+
+        self._sources.setdefault(layer, {})  # what both circuits share is there before each has a thread of its own
+        readout.make_ready(layer.index)
+        found = each(of, self.model.circuits, layer.folded.W_O.device)
+        return {name: values for circuit in found for name, values in circuit.items()}
 
     @property
     def why_no_pairs(self) -> str:
@@ -158,14 +164,21 @@ class TaskReadout:
 
 
 class ReadoutTables:
-    """The stage that adds the task's metrics to the metrics that need no task."""
+    """The stage that adds the task's metrics to the metrics that need no task.
+
+    They do not depend on the rest of the analysis: a cell with another one leaves them, if this process keeps them.
+    """
 
     def __init__(self, task: TaskReadout) -> None:
         """Start without layers."""
         self.task, self._layers, self._pairs = task, list[pd.DataFrame](), list[pd.DataFrame]()
+        self._of = *words_depend_on(task.model), task.model.circuits
+        self._known = task.kept is not None and task.kept.has("readouts", self._of)
 
     def visit(self, layer: Layer) -> None:
         """See `Stage`."""
+        if self._known:
+            return
         self._layers.append(heads_rows(layer, self.task.metrics(layer)))
         if (pairs := self.task.of_pairs(layer)) is not None:
             self._pairs.append(pairs)
@@ -175,14 +188,49 @@ class ReadoutTables:
 
         If the task's variable is a relation, `relations` has a row for each head and word pair as well.
         """
-        structure, readouts = made["heads"], pd.concat(self._layers, ignore_index=True)
+        readouts, pairs = once(self.task.kept, "readouts", self._of, self._joined)
+        structure = made["heads"]
         columns = {name: structure[name] for name in ("layer", "head")}
         for name in metric_names(self.task.model.circuits):
             of = readouts if name in readouts else structure
             there = name in of and name not in self.task.unavailable
             columns[name] = of[name] if there else pd.Series(math.nan, index=structure.index)
-        pairs = {"relations": pd.concat(self._pairs, ignore_index=True)} if self._pairs else {}
         return {"heads": pd.DataFrame(columns | {"unstable": structure["unstable"]})} | pairs
+
+    def _joined(self) -> tuple[pd.DataFrame, Tables]:
+        """Return the layers' metrics, and `relations` if there is such a table."""
+        pairs = {"relations": pd.concat(self._pairs, ignore_index=True)} if self._pairs else {}
+        return pd.concat(self._layers, ignore_index=True), pairs
+
+
+def words_depend_on(model: Model) -> tuple[object, ...]:
+    """Return everything that a task's words and their readout depend on besides the model and its tokenizer."""
+    task, embedding = model.config.task, model.config.analysis.embedding
+    return task.name, task.words, task.continuations, task.variables, embedding, model.label
+
+
+def read_task(model: Model, run_words: RunWords | None = None) -> tuple[TaskTokens, Readout | None, str]:
+    """Return a task's words, their readout (None if no word is read), and why layers have no effective embedding.
+
+    Raises:
+        UserError: the words cannot be read as tokens of the model (`resolve_task`).
+    """
+    tokens, why = read_words(model), str(model.block0)
+    if model.vocabulary is None or not tokens.variables:
+        return tokens, None, why
+    block0 = model.block0 if isinstance(model.block0, Block0) else None
+    embedding, variable = model.config.analysis.embedding, tokens.variables[0]
+    streams: Streams | str | None = None
+    if embedding is Embedding.stream:
+        variable = variable.thinned(MATCHES_RUN)
+        streams = (
+            "the model was not run"
+            if run_words is None
+            else run_words(variable.tokens, torch.cat([words.ids for words in variable.read]))
+        )
+    ran = streams if isinstance(streams, Streams) else None
+    readout = Readout(variable, EffectiveRows(model.vocabulary, block0, model.architecture, ran), embedding)
+    return tokens, readout, streams if isinstance(streams, str) else why
 
 
 def read_words(model: Model) -> TaskTokens:

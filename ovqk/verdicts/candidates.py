@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 from ovqk import wording
 from ovqk.config.schema import CIRCUITS, TaskConfig
 from ovqk.metrics import METRICS
+from ovqk.structure.kept import once
 from ovqk.tasks.claims import Claims, Head
 from ovqk.tasks.readouts import SUBSPACE_METRICS
+from ovqk.tasks.task_readout import words_depend_on
 from ovqk.verdicts.claim_tests import ClaimTests
 from ovqk.verdicts.depth import depth_reference
 from ovqk.verdicts.nulls import Predicted
@@ -117,7 +120,7 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
     """Return candidates.parquet, and notes on the roles that are not ranked by their primary, or not at all."""
     rankings, notes = rank(tests, tests.predicted(values))
     words = _under_words(tests, rankings)
-    p_spectrum = tests.spectrum_ps(observe(tests, rankings))
+    spectrum = _under_spectrum(tests, observe(tests, rankings))
     rows: list[Candidate] = []
     depths: dict[tuple[object, ...], dict[Head, tuple[float, float]]] = {}
     for ranking in rankings.values():
@@ -125,12 +128,14 @@ def candidate_rows(tests: ClaimTests, values: Mapping[str, NDArray[np.float64]])
             config = prediction.config
             same = (config.metric, config.first_layer, config.direct_only, prediction.sign)
             if not composes(prediction) and same not in depths:  # several roles may predict the same
-                depths[same] = _depth(prediction, tests.model.architecture.kv_of_head.numpy())
+                groups = tests.model.architecture.kv_of_head.numpy()
+                find = partial(_depth, prediction, groups)
+                depths[same] = once(tests.model.kept, f"depth {same}", prediction.values.tobytes(), find)
             depth = {} if composes(prediction) else depths[same]
-            tails = _tails(tests, ranking, prediction)
+            tails = _tails(tests, ranking, prediction, spectrum)
             for head in ranking.strongest:
                 if not math.isnan(prediction.values[head]):
-                    p = p_spectrum[head, prediction.metric_of(head[0]), prediction.sign]
+                    p = spectrum[head, prediction.metric_of(head[0]), prediction.sign].p
                     rows.append(_candidate(ranking, prediction, head, depth, p, tails[head], words))
     return pd.DataFrame([vars(row) for row in rows]), notes
 
@@ -231,10 +236,65 @@ def _under_words(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> WordValu
     for circuit in CIRCUITS:
         if any(METRICS[metric].circuit == circuit for metric in metrics):
             tests.read_maps(heads, circuit)
-    return [drawn for _, drawn in tests.word_draws(heads, metrics)] if metrics else []
+    if not metrics:
+        return []
+
+    def draw() -> tuple[WordValues, list[str]]:
+        before = len(tests.notes)
+        drawn = [drawn for _, drawn in tests.word_draws(heads, metrics)]
+        said, tests.notes[before:] = tests.notes[before:], []
+        return drawn, said
+
+    drawn, said = once(tests.task.kept, "candidates' words", (*_drawn_for(tests), heads, metrics), draw)
+    tests.notes.extend(said)
+    return drawn
 
 
-def observe(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> list[tuple[Head, str, float]]:
+@dataclass(frozen=True)
+class SpectrumDraws:
+    """A prediction of one candidate under random heads with its own singular values.
+
+    Attributes:
+        p: the p-value; nan if there is no such null.
+        draws: the metric's draws; None without the null.
+    """
+
+    p: float
+    draws: NDArray[np.float64] | None
+
+
+Asked = tuple[Head, str, float]
+"""A candidate, a metric, and the sign of the prediction about it."""
+
+
+def _under_spectrum(tests: ClaimTests, asked: Sequence[Asked]) -> dict[Asked, SpectrumDraws]:
+    """Return the draws under `spectrum` for candidates, as `observe` registered them.
+
+    A metric's draws depend on the candidate, its value, and on the signs that are asked for: what is needed again by a
+    cell with another analysis is drawn once.
+    """
+    known: dict[object, SpectrumDraws] = once(tests.task.kept, "candidates' spectrum", _drawn_for(tests), dict)
+    signs: dict[tuple[Head, str], set[float]] = {}
+    for head, metric, sign in asked:
+        signs.setdefault((head, metric), set()).add(sign)
+    keys = {
+        (head, metric, sign): (head, metric, sign, tests.observed[head][metric], tuple(sorted(signs[head, metric])))
+        for head, metric, sign in asked
+    }
+    ps = tests.spectrum_ps(one for one, key in keys.items() if key not in known)
+    for (head, metric, sign), p in ps.items():
+        draws = tests.frame(head, metric).drawn[metric] if tests.has_spectrum_null(metric) else None
+        known[keys[head, metric, sign]] = SpectrumDraws(p, draws)
+    return {one: known[key] for one, key in keys.items()}
+
+
+def _drawn_for(tests: ClaimTests) -> tuple[object, ...]:
+    """Return everything that draws depend on besides the model, the candidates and their values."""
+    config = tests.model.config
+    return *words_depend_on(tests.model), config.seed, config.nulls.draws
+
+
+def observe(tests: ClaimTests, rankings: Mapping[str, Ranking]) -> list[Asked]:
     """Register the candidates' values for comparison with surrogates; return each (head, metric, sign)."""
     found = []
     for ranking in rankings.values():
@@ -316,7 +376,9 @@ def standing(signed: NDArray[np.float64], head: Head) -> tuple[float, float]:
     return float(signed[head] - np.median(values)) / spread, gap
 
 
-def _tails(tests: ClaimTests, ranking: Ranking, predicted: Predicted) -> dict[Head, tuple[Tail, float]]:
+def _tails(
+    tests: ClaimTests, ranking: Ranking, predicted: Predicted, spectrum: Mapping[Asked, SpectrumDraws]
+) -> dict[Head, tuple[Tail, float]]:
     """Return candidate -> its surrogates' fitted tail, and its p corrected over all ranked heads.
 
     No tail is fitted for a metric whose draws may be bounds (`surrogate_metrics`).
@@ -327,7 +389,8 @@ def _tails(tests: ClaimTests, ranking: Ranking, predicted: Predicted) -> dict[He
         row = METRICS[metric]
         measured = row.of in ("words", "subspace") and not row.in_top and tests.has_spectrum_null(metric)
         if measured and not math.isnan(predicted.values[head]):
-            draws = tests.frame(head, metric).drawn[metric]
+            draws = spectrum[head, metric, predicted.sign].draws
+            assert draws is not None
             found[head] = tail_p(float(predicted.sign * predicted.values[head]), predicted.sign * draws)
     ps = [1.0 if math.isnan(tail.p) else tail.p for tail in found.values()]
     qs = benjamini_hochberg([*ps, *[1.0] * (len(ranking.heads) - len(ps))])

@@ -27,6 +27,7 @@ from ovqk.tasks.claims import Claims
 from ovqk.tasks.readouts import RELATION_METRICS, SET_METRICS, SUBSPACE_METRICS, Readout
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import Variable
+from ovqk.verdicts.frames import KeptFrames
 from ovqk.verdicts.null_tests import NullTest
 from ovqk.verdicts.nulls import Predicted, correct, ensemble_row, head_rows, predicted_values, role_rows
 from ovqk.verdicts.statistics import monte_carlo
@@ -284,16 +285,11 @@ class ClaimTests:
         layer, index = head
         form = self.forms[metric, layer]
         if (head, form) not in self.frames:
-            architecture = self.model.architecture
+            architecture, kept = self.model.architecture, self.model.kept
             # Heads that share keys and values share frames, so the null makes them as dependent as they can be.
             # All candidates share frames too, because no candidate is judged together with another.
-            own = (
-                layer,
-                int(architecture.kv_of_head[index]),
-                int(form.circuit is Circuit.ov),
-                int(form.folded),
-                len(form.offsets),
-            )
+            own = layer, int(architecture.kv_of_head[index]), int(form.circuit is Circuit.ov), int(form.folded)
+            alone = head not in self.observed
             wanted = {name for name in self._asked(head) if self.forms.get((name, layer)) == form}
             self.frames[head, form] = FrameDraws(
                 form.circuit,
@@ -301,7 +297,8 @@ class ClaimTests:
                 architecture.d_model,
                 form.folded and architecture.norm == "layernorm",
                 self._measure(head, wanted),
-                (self.model.config.seed, *(() if head in self.observed else own)),
+                (self.model.config.seed, *((*own, len(form.offsets)) if alone else ())),
+                None if alone or kept is None else kept.value("frames", None, KeptFrames),
             )
         return self.frames[head, form]
 

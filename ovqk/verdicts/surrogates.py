@@ -18,7 +18,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovqk.circuits.grams import FLOAT64_UP_TO, FullCircuit, Gram, Matrix, blocks, dense
+from ovqk.circuits.grams import FullCircuit, Gram, blocks
 from ovqk.circuits.head_maps import CircuitMaps
 from ovqk.circuits.maps import Decomposition
 from ovqk.circuits.spectra import full_circuit_ratio
@@ -30,6 +30,7 @@ from ovqk.tasks.lookup import WordSet
 from ovqk.tasks.readouts import RELATION_METRICS, SET_METRICS, SUBSPACE_METRICS, TOP_METRICS, InTop
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.words import Variable
+from ovqk.verdicts.frames import FrameBatch, Frames, KeptFrames
 from ovqk.verdicts.statistics import TIE
 
 STAGES = (25, 50, 100, 200, 400)
@@ -43,81 +44,6 @@ HALVES, PAIRS = "token", "token_pairs"
 
 
 # --- heads ---------------------------------------------------------------------------------------------------
-
-
-def gaussian(count: int, d_model: int, k: int, generator: torch.Generator) -> Float[Tensor, "draw d_model k"]:
-    """Draw standard Gaussian matrices in float32: as random as float64, in an eighth of the time.
-
-    Torch makes numbers in blocks of sixteen. Each matrix takes whole blocks, so the same matrices come out whatever the
-    batch size.
-    """
-    padded = math.ceil(d_model * k / 16) * 16
-    return torch.randn(count, padded, generator=generator)[:, : d_model * k].reshape(count, d_model, k)
-
-
-def haar_frames(noise: Float[Tensor, "draw d_model k"], centred: bool) -> Float[Tensor, "draw d_model k"]:
-    """Return orthonormal k-frames of R^d, Haar distributed; if `centred`, orthogonal to the all-ones vector.
-
-    A frame is the Q of a Gaussian matrix whose R has a positive diagonal (Mezzadri 2007). If the matrix is well
-    conditioned, it is found by Cholesky. If the matrix has at least four times as many rows as columns, or twice as
-    many in a large model, float32 is exact enough and the frames are float32: columns are orthonormal within 1e-6 at
-    real models' sizes, and within 2e-5 in the tails at d_model = 8. Otherwise the frames are float64.
-    """
-    d_model, k = noise.shape[1:]
-    x = noise if 4 * k <= d_model or 2 * k <= d_model > FLOAT64_UP_TO else noise.double()
-    if centred:
-        x = x - x.mean(1, keepdim=True)
-    if 2 * k <= d_model:
-        R, _ = torch.linalg.cholesky_ex(x.mT @ x, upper=True, check_errors=True)
-        return torch.linalg.solve_triangular(R, x, upper=True, left=False)
-    Q, R = torch.linalg.qr(x)
-    return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
-
-
-class Frames:
-    """Pairs of Haar frames, and matrices projected on them, computed once for all heads that share the frames.
-
-    Attributes:
-        read, write: [draw, d_model, k], independent; under LayerNorm orthogonal to the all-ones direction.
-    """
-
-    def __init__(self, noise: Float[Tensor, "frame d_model k"], centred: bool) -> None:
-        """Take standard Gaussian noise, two matrices for each draw."""
-        frames = haar_frames(noise, centred)
-        self.read, self.write = frames[::2], frames[1::2]
-        self._known: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-
-    def _once(self, name: str, of: Tensor, find: Callable[[], Tensor]) -> Tensor:
-        known = self._known.get((name, id(of)))
-        if known is None:  # `of` is kept with it, so that no other tensor can have its id
-            known = self._known[name, id(of)] = of, find()
-        return known[1]
-
-    def across(self, gram: Gram) -> Float[Tensor, "draw k k"]:
-        """Return write^T G read."""
-        return self._once("across", dense(gram), lambda: self._through(self.write, dense(gram), self.read))
-
-    def read_gram(self, gram: Gram) -> Float[Tensor, "draw k k"]:
-        """Return read^T G read."""
-        return self._once("read", dense(gram), lambda: self._through(self.read, dense(gram), self.read))
-
-    def write_gram(self, gram: Gram) -> Float[Tensor, "draw k k"]:
-        """Return write^T G write."""
-        return self._once("write", dense(gram), lambda: self._through(self.write, dense(gram), self.write))
-
-    def queried(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "draw row k"]:
-        """Return rows @ read."""
-        return self._once("queried", rows, lambda: rows @ self.read.to(rows))
-
-    def answered(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "draw row k"]:
-        """Return rows @ write."""
-        return self._once("answered", rows, lambda: rows @ self.write.to(rows))
-
-    @staticmethod
-    def _through(
-        left: Float[Tensor, "draw d_model k"], gram: Matrix, right: Float[Tensor, "draw d_model k"]
-    ) -> Float[Tensor, "draw k k"]:
-        return (left.mT.to(gram.dtype) @ (gram @ right.to(gram.dtype))).double()
 
 
 @dataclass(frozen=True)
@@ -189,14 +115,15 @@ class FrameDraws:
         centred: bool,
         measure: Measure,
         seed: Sequence[int],
+        kept: KeptFrames | None = None,
     ) -> None:
         """Take the head's singular values, and the function that measures a batch of its surrogates.
 
-        Heads with the same seed share their frames. `measure` may be replaced later by a function that measures fewer
-        metrics; the metrics that it leaves out keep their draws.
+        Heads with the same seed share their frames; so do later cells, if the frames are `kept`. `measure` may be
+        replaced later by a function that measures fewer metrics; the metrics that it leaves out keep their draws.
         """
         self.circuit, self.sigma, self.d_model, self.centred = circuit, sigma, d_model, centred
-        self.measure, self.seed = measure, tuple(seed)
+        self.measure, self.seed, self.kept = measure, tuple(seed), kept
         state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> np.uint64(1))
         self.generator = torch.Generator().manual_seed(state)
         self._drawn: dict[str, list[float]] = {}
@@ -206,8 +133,8 @@ class FrameDraws:
         """Return at least `count` draws for every metric that is measured; the steps do not change the draws."""
         return first_of_each([self], count)[0]
 
-    def missing(self, count: int) -> Iterator[Float[Tensor, "frame d_model k"]]:
-        """Yield noise, in batches, for the frames of the draws that are yet to be made."""
+    def missing(self, count: int) -> Iterator[FrameBatch]:
+        """Yield, in batches, the frames of the draws that are yet to be made."""
         k = min(len(self.sigma), self.d_model - self.centred)
         n = count - self.count
         if self.sigma.device.type == "cpu":
@@ -215,7 +142,9 @@ class FrameDraws:
         else:
             most = CHUNK_ELEMENTS // (self.d_model * k)
         for some in blocks(n, max(1, most)):
-            yield gaussian(2 * (some.stop - some.start), self.d_model, k, self.generator)
+            shape = 2 * (some.stop - some.start), self.d_model, k
+            of = *self.shares_with, some.start, shape, str(self.sigma.device)
+            yield FrameBatch.next(self.generator, shape, self.centred, of, self.kept)
 
     @property
     def shares_with(self) -> tuple[object, ...]:
@@ -267,20 +196,23 @@ class FrameDraws:
 def first_of_each(draws: Sequence[FrameDraws], count: int) -> list[dict[str, NDArray[np.float64]]]:
     """Return the first draws for several heads (see `FrameDraws.first`), computed side by side in threads.
 
-    Heads that share frames are a set. This thread makes the noise, one set after the other, and keeps the numbers in
+    Heads that share frames are a set. This thread makes their noise, one set after the other, and keeps the numbers in
     order; other threads measure the surrogates.
     """
     together: dict[tuple[object, ...], list[FrameDraws]] = {}
     for own in draws:
         together.setdefault(own.shares_with, []).append(own)
 
-    def measured(part: tuple[list[FrameDraws], Tensor]) -> list[tuple[FrameDraws, dict[str, list[float] | InTop]]]:
-        heads, noise = part
-        frames = Frames(noise.to(heads[0].sigma.device), heads[0].centred)
-        return [(own, own.measured(frames)) for own in heads]
+    def measured(
+        part: tuple[list[FrameDraws], FrameBatch],
+    ) -> tuple[FrameBatch, list[tuple[FrameDraws, dict[str, list[float] | InTop]]]]:
+        heads, batch = part
+        frames = batch.made(heads[0].sigma.device)
+        return batch, [(own, own.measured(frames)) for own in heads]
 
-    missing = ((heads, noise) for heads in together.values() for noise in heads[0].missing(count))
-    for found in each(measured, missing, draws[0].sigma.device if draws else CPU):
+    missing = ((heads, batch) for heads in together.values() for batch in heads[0].missing(count))
+    for batch, found in each(measured, missing, draws[0].sigma.device if draws else CPU):
+        batch.leave()
         for own, values in found:
             own.keep(values)
     for heads in together.values():  # a head that continues alone starts from the same state
@@ -432,14 +364,15 @@ def _matched_sets(sets: tuple[WordSet, ...], variable: Variable, rng: random.Ran
     if len(variable.band) < len(ids) + 2:  # the rest of the band is its centre
         return None
     for _ in range(ATTEMPTS):
-        found: dict[int, int] = {}
+        found, taken = dict[int, int](), set[int]()
         for word in rng.sample(ids, len(ids)):
             options = variable.matches[word]
             token = next((t for t in (options[rng.randrange(len(options))] for _ in range(20) if options)
-                          if t not in found.values()), None)  # fmt: skip
+                          if t not in taken), None)  # fmt: skip
             if token is None:
                 break
             found[word] = token
+            taken.add(token)
         if len(found) == len(ids):
             drawn = [[found[i] for i in words.ids.tolist()] for words in sets]
             return tuple(WordSet([f"#{i}" for i in tokens], torch.tensor(tokens)) for tokens in drawn)
