@@ -13,7 +13,7 @@ from ovqk.published import quantities, table
 from ovqk.published.quantities import Opened
 from ovqk.published.statements import Statement, statements
 from ovqk.published.table import Places
-from ovqk.testing.random_checkpoints import synthetic_tokenizer, task_words
+from ovqk.testing.random_checkpoints import SPACE, synthetic_tokenizer, task_words
 
 SHAPES = {
     "gpt2": ("gpt2", 12, 12), "gpt2-medium": ("gpt2", 24, 16), "gpt2-large": ("gpt2", 36, 20),
@@ -59,6 +59,10 @@ def make(name: str, folder: Path) -> Path:
     config = transformers.AutoConfig.for_model(family, **settings)
     randomise(transformers.AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     tokenizer = synthetic_tokenizer(TOKENS, task_words())
+    vocabulary = tokenizer["model"]["vocab"]  # years take the places of its last tokens
+    years = [f"{SPACE}{word}" for word in task_words() if word.isdecimal()]
+    for token, year in zip(list(vocabulary)[-len(years) :], years, strict=True):
+        vocabulary[year] = vocabulary.pop(token)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
     return folder
 
