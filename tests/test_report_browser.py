@@ -681,5 +681,10 @@ def test_a_page_without_claims_opens_on_candidates_and_can_be_narrowed(page_file
     page.locator("#named").fill("model-03")
     assert table.locator("tbody tr").count() == 1 and page.locator(".legend.lines").inner_text() == "model-03"
     assert page.locator("h3:text-is('OV copying') + .scroll [data-part^='line-']:visible").count() == 1
+    page.set_viewport_size({"width": 380, "height": 800})
+    legend, row = table.locator("caption").bounding_box(), table.locator("tbody tr").bounding_box()
+    assert legend["width"] > 300 and legend["y"] >= row["y"] + row["height"]  # below its table, and as wide
+    label = table.locator("tbody td").first.evaluate("node => getComputedStyle(node, '::before').content")
+    assert "ov_copying_block0" in label  # the head of the table, which says what ranks them, is not shown here
     assert not reader.complaints
     page.close()

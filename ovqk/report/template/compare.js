@@ -82,11 +82,12 @@ function candidatesOf(task, cells) {
   const columns = [...joined.values()].map((roles) => [roles[0], roles.map(roleName).join(", ")]);
   const lost = REPORT.failures.filter((one) => one.task === task && chosen.tasks.has(task) && named(one.model));
   const metrics = unique(cells.flatMap(ranked).flatMap((row) => [row.metric, ...(row.beside || "").split(" ")])).filter((name) => name in REPORT.wording.ranked_by);
+  const by = (role) => rankedBy(cells.flatMap(ranked).find((row) => row.role === role));
   const legend = h("caption", { class: "small muted" }, metrics.map((name) => `${name}: ${REPORT.wording.ranked_by[name]}.`).join(" "));
   return h("table", { class: "matrix wide candidates" }, legend,
-    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "model"), columns.map(([role, name]) => h("th", { scope: "col" }, name, h("div", { class: "muted small" }, rankedBy(cells.flatMap(ranked).find((row) => row.role === role))))))),
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "model"), columns.map(([role, name]) => h("th", { scope: "col" }, name, h("div", { class: "muted small" }, by(role)))))),
     h("tbody", {},
-      cells.map((cell) => h("tr", {}, h("th", { scope: "row", class: cell.label.length < 22 ? "whole" : null }, cell.label), columns.map(([role, name]) => h("td", { "data-label": name },
+      cells.map((cell) => h("tr", {}, h("th", { scope: "row", class: cell.label.length < 22 ? "whole" : null }, cell.label), columns.map(([role, name]) => h("td", { "data-label": `${name}: ${by(role)}` },
         of_role(cell, role).length ? of_role(cell, role).map((row) => candidateMark(cell, row)) : h("span", { class: "muted small" }, "none"))))),
       lost.map((one) => h("tr", {}, h("th", { scope: "row" }, one.model), h("td", { colspan: Math.max(1, columns.length), class: "small" }, `without results: ${one.error}`)))));
 }
