@@ -407,8 +407,11 @@ def test_offsets_are_thinned_from_the_far_end() -> None:
 
 
 def test_numbers_are_short_and_what_is_not_finite_is_nothing() -> None:
-    assert [short(x) for x in (0.123456, 2.0, -1234567.0, 1e-9, 0.0)] == [0.1235, 2, -1235000.0, 1e-9, 0]
+    assert [short(x) for x in (0.123412, 2.0, -1234567.0, 1e-9, 0.0)] == [0.1234, 2, -1234600.0, 1e-9, 0]
     assert short(math.nan) is None and short(math.inf) is None
+    assert short(5.395176846) == 5.3952 and short(0.124996) == 0.124996 and short(0.125) == 0.125
+    values = np.random.default_rng(0).uniform(-10, 10, 5000)
+    assert [f"{short(x):.2f}" for x in values] == [f"{x:.2f}" for x in values]  # rounded twice, as if rounded once
     pool = Pool()
     assert [pool.add([1]), pool.add([2]), pool.add([1])] == [0, 1, 0]
 
