@@ -22,7 +22,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from ovqk.config.command_line import config_folders
 from ovqk.config.hydra_errors import mistakes, untold
+from ovqk.config.place import CONF
+from ovqk.config.sources import refuse_unread, refuse_unread_in_sweep
 from ovqk.errors import (
     INTERRUPTED,
     UserError,
@@ -207,7 +210,7 @@ class SweepCallback(Callback):
         cell = config.copy()
         with open_dict(cell):
             del cell["hydra"]
-        resolve(cell)
+        refuse_unread(resolve(cell).model)
         _check(config)
 
     @_never_a_warning()
@@ -222,6 +225,7 @@ class SweepCallback(Callback):
             if not OmegaConf.select(config, f"hydra.{part}._target_"):
                 raise UserError(f"hydra.{part}: not set. If you leave it out, cells run here, one after the other.")
         _check(config)
+        refuse_unread_in_sweep(config.hydra.overrides.task, config.model, [*map(Path, config_folders()), CONF])
         from ovqk.cell import runs_here
         from ovqk.records.outcomes import Outcomes
         from ovqk.report.progress import SweepProgress

@@ -122,6 +122,13 @@ def test_the_id_depends_on_what_numbers_depend_on_and_on_nothing_else() -> None:
         (["device=tpu"], "expected one of [cpu, cuda, auto]"),
         (["model=local"], "model.path: not set. model=local needs model.path=PATH"),
         (["model=local", "model.path=nowhere"], "model.path=nowhere: no such file or directory."),
+        (["model.path=x"], "model.path=x: model=mini-attn does not read it; allowed: model=local model.path=x."),
+        (["model.repo=a/b"], "model.repo=a/b: model=mini-attn does not read it; allowed: model=hub model.repo=a/b."),
+        (["model=gpt2", "model.path=x"], "model.path=x: model=gpt2 does not read it; allowed: model=local"),
+        (["model.file=x"], "model.file=x: model=mini-attn does not read it; allowed: unset."),
+        (["model.revision=v1"], "model.revision=v1: model=mini-attn does not come from the hub"),
+        (["-m", "model.path='x y'"], "model.path=x y: model=mini-attn does not read it; allowed: model=local"),
+        (["-m", "model=mini-attn,mini-gpt2", "model.path=x"], "model=mini-attn,mini-gpt2 does not read it; allowed:"),
         (["model.name=../up"], "model.name='../up': allowed are"),
         (["analysis.circuits=[ov,vo]"], "analysis.circuits=['ov', 'vo']: allowed are ov, qk"),
         (["analysis.offsets=[-1]"], "analysis.offsets=[-1]: allowed are"),
@@ -188,6 +195,17 @@ def test_two_processes_on_one_results_folder_compute_a_cell_once(tmp_path) -> No
     assert [process.returncode for process in started] == [0, 0], printed
     assert sum("done before" in text for text in printed) == 1
     assert is_done(only_cell(tmp_path))
+
+
+def test_a_sweep_may_set_a_key_that_one_of_its_models_reads(cli, tmp_path) -> None:
+    code, printed = cli(
+        "-m", "model=mini-attn,local", f"model.path={BUNDLED.parent / 'mini-gpt2'}", "task=none", *QUICK
+    )
+    assert code == 0 and "2 done" in printed
+    assert {path.parent.parent.parent.name for path in tmp_path.glob("results/*/*/*/record.json")} == {
+        "mini-attn",
+        "mini-gpt2",
+    }
 
 
 def test_allowed_choices_are_listed(cli) -> None:

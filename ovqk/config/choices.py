@@ -12,6 +12,7 @@ from ovqk.config.hydra_errors import mistakes
 from ovqk.config.place import CONF
 from ovqk.config.resolve import resolve, user_path
 from ovqk.config.schema import Config, register
+from ovqk.config.sources import refuse_unread
 from ovqk.errors import CONTROL, UserError
 
 
@@ -37,9 +38,11 @@ def composed(overrides: Sequence[str]) -> Config:
     register()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return resolve(compose("config", overrides=list(overrides)))
+            config = resolve(compose("config", overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError("\n".join(mistakes(error, [CONF]))) from error
+    refuse_unread(config.model)
+    return config
 
 
 def model_choice(model: str | Path) -> list[str]:
