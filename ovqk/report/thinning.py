@@ -119,7 +119,7 @@ def short(value: float) -> Short:
         return None
     for digits in range(4, 10):
         text = f"{value:.{digits - 1}e}".partition("e")[0]
-        if not text.rstrip("0").endswith("5"):
+        if text.rstrip("0")[-1] != "5":
             break
     rounded = float(f"{value:.{digits}g}")
     return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e6 else rounded
