@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from IPython.core.formatters import DisplayFormatter
 from support import ROOT
 from support.commands import compose
 from support.gguf_writing import write_gguf
@@ -134,6 +135,11 @@ def test_a_portrait_is_a_figure_of_that_head(model) -> None:
     figure = model.head(3, 4).portrait()
     said = " ".join(text.get_text() for text in figure.findobj(lambda part: hasattr(part, "get_text")))
     assert "3.4" in said and "mini-attn" in said
+
+
+def test_a_portrait_is_shown_by_a_notebook_that_did_not_ask_for_matplotlib(model) -> None:
+    shown, _ = DisplayFormatter().format(model.head(3, 4).portrait())
+    assert shown["image/png"].startswith(b"\x89PNG")
 
 
 def test_a_path_a_file_and_the_hub_are_told_apart(tmp_path) -> None:

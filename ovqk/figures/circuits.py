@@ -19,6 +19,7 @@ from ovqk import wording
 from ovqk.figures import colours, drawing
 from ovqk.figures.colours import VERDICT_COLOURS
 from ovqk.figures.drawing import HALO, MUTED, legible, styled
+from ovqk.figures.shown import ShownFigure
 from ovqk.figures.verdict_marks import HOLLOW, mark, verdict_legend
 
 STEP = 1.5  # distance between two layers
@@ -133,7 +134,9 @@ def circuit(verdicts: pd.DataFrame, composition: pd.DataFrame | None = None) -> 
     """
     made = layout(verdicts, composition)
     top = (len(made.layers) - 1) * STEP
-    figure = Figure(figsize=(max(6.5, 0.95 * made.width + 1.5), 2.2 + 1.14 * len(made.layers)), layout="constrained")
+    figure = ShownFigure(
+        figsize=(max(6.5, 0.95 * made.width + 1.5), 2.2 + 1.14 * len(made.layers)), layout="constrained"
+    )
     axes = figure.subplots()
     for place, layer in enumerate(made.layers):
         axes.plot([0, made.width], [place * STEP] * 2, color=drawing.FAINT, lw=1, zorder=0)

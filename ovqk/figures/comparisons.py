@@ -25,6 +25,7 @@ from ovqk import wording
 from ovqk.figures import colours, drawing
 from ovqk.figures.colours import VERDICT_COLOURS, Scale
 from ovqk.figures.drawing import HALO, INK, MUTED, STYLE, legible, styled
+from ovqk.figures.shown import ShownFigure
 from ovqk.figures.verdict_marks import HOLLOW, mark, verdict_legend
 from ovqk.metrics import METRICS
 from ovqk.records.comparison import could_be_corroborated
@@ -56,7 +57,7 @@ def verdict_counts(verdicts: pd.DataFrame) -> Figure:
     _one_cell_each(verdicts, ["model", "task"])
     heads = verdicts[verdicts["kind"] == "head"]
     models, tasks = _names(verdicts, "model"), _names(verdicts, "task")
-    figure = Figure(figsize=(2.6 + 2.9 * len(tasks), 1.2 + 0.62 * len(models)), layout="constrained")
+    figure = ShownFigure(figsize=(2.6 + 2.9 * len(tasks), 1.2 + 0.62 * len(models)), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
         mine = heads[_column(heads, "task") == task]
@@ -97,7 +98,7 @@ def effects(verdicts: pd.DataFrame) -> Figure:
     rows = verdicts[verdicts["kind"] == "role"].reset_index(drop=True)
     rows = rows.sort_values("task", kind="stable", ignore_index=True) if "task" in rows else rows
     several = {key: len(_names(rows, key)) > 1 for key in ("task", "model")}
-    figure = Figure(figsize=(10.5, 1.6 + 0.42 * len(rows)), layout="constrained")
+    figure = ShownFigure(figsize=(10.5, 1.6 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0.5, color=MUTED, lw=1, ls="--")
     labels = []
@@ -144,7 +145,7 @@ def atlas(heads: pd.DataFrame, metric: str, verdicts: pd.DataFrame | None = None
     columns = min(4, max(1, len(parts)))
     n_rows = max(1, math.ceil(len(parts) / columns))
     tallest = max((_aspect(part) for _, part in parts), default=0.5)
-    figure = Figure(figsize=(4.0 * columns, (3.6 * tallest + 0.9) * n_rows + 1.3), layout="constrained")
+    figure = ShownFigure(figsize=(4.0 * columns, (3.6 * tallest + 0.9) * n_rows + 1.3), layout="constrained")
     panels = list(figure.subplots(n_rows, columns, squeeze=False).flat)
     for axes in panels[len(parts) :]:
         axes.set_axis_off()

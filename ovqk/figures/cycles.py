@@ -15,6 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ovqk import wording
 from ovqk.figures.drawing import BLUE, INK, MUTED, legible, number, styled
+from ovqk.figures.shown import ShownFigure
 from ovqk.figures.verdict_marks import mark
 
 MOST_HEADS = 16
@@ -42,7 +43,7 @@ def frequencies(powers: pd.DataFrame, cycles: pd.DataFrame, title: str = "") -> 
     bars = [part for part in BARS if (powers["part"] == part).any()]
     rows = [(*head, part) for head in heads for part in ("ov", "key") if len(_of(cycles, part, head))]
     height = 1.9 * len(bars) + 0.36 * len(rows) + 1.6
-    figure = Figure(figsize=(11, height), layout=ConstrainedLayoutEngine(h_pad=0.08))
+    figure = ShownFigure(figsize=(11, height), layout=ConstrainedLayoutEngine(h_pad=0.08))
     panels = figure.subplots(
         len(bars) + 1, 1, sharex=True, squeeze=False,
         gridspec_kw={"height_ratios": [1.9] * len(bars) + [max(0.4, 0.36 * len(rows))]},

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from ovqk import wording
 from ovqk.figures.colours import CATEGORIES, DASHES, Scale
 from ovqk.figures.drawing import LINE, legible, styled
+from ovqk.figures.shown import ShownFigure
 from ovqk.metrics import METRICS, shown_in
 from ovqk.records.comparison import relative_depth
 
@@ -91,7 +92,7 @@ def depth_curves(
     made = panels(heads, metrics, d_heads, layers)
     models = list(dict.fromkeys(heads["model"]))
     n_rows = max(1, math.ceil(len(made) / COLUMNS))
-    figure = Figure(figsize=(13, 3.4 * n_rows + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1))
+    figure = ShownFigure(figsize=(13, 3.4 * n_rows + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1))
     spots = list(figure.subplots(n_rows, COLUMNS, squeeze=False).flat)
     for axes in spots[len(made) :]:
         axes.set_axis_off()
@@ -109,7 +110,7 @@ def depth_curves(
 @styled
 def alone(panel: Panel, dots: bool) -> Figure:
     """Draw one panel without title or names; lines have the id `line-PLACE`, heads `dots-PLACE`."""
-    figure = Figure(figsize=(ALONE[0] / 72, ALONE[1] / 72))
+    figure = ShownFigure(figsize=(ALONE[0] / 72, ALONE[1] / 72))
     axes = figure.add_axes((0.13, 0.175, 0.84, 0.79))
     _draw(axes, panel, dots)
     axes.tick_params(labelsize=11.5, length=0)

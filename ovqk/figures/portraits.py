@@ -22,6 +22,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from ovqk import wording
 from ovqk.figures import drawing, word_panels
 from ovqk.figures.drawing import INK, MUTED, legible, styled
+from ovqk.figures.shown import ShownFigure
 from ovqk.figures.verdict_marks import mark
 from ovqk.metrics import HEAD_METRICS, METRICS, ratios
 from ovqk.records.on_prompts import head_values, pictures
@@ -48,7 +49,7 @@ def eigenvalues(tables: HeadTables, layer: int, head: int, circuit: str = "ov", 
         circuit: `ov` or `qk`.
         space: `vocab` (the full circuit, between tokens) or `residual`; the first that is there, unless given.
     """
-    figure = Figure(figsize=(5, 6.2), layout="constrained")
+    figure = ShownFigure(figsize=(5, 6.2), layout="constrained")
     plane, gauge = figure.subplots(2, 1, height_ratios=(6, 1))
     _eigenvalues(plane, gauge, tables, layer, head, circuit, space, {})
     return figure
@@ -57,7 +58,7 @@ def eigenvalues(tables: HeadTables, layer: int, head: int, circuit: str = "ov", 
 @styled
 def singular_values(tables: HeadTables, layer: int, head: int, circuit: str = "ov") -> Figure:
     """Draw W_OV's or W_QK's sigma_k / sigma_1 against k, with the middle 90 % and the median over the model's heads."""
-    figure = Figure(figsize=(5.6, 4.4), layout="constrained")
+    figure = ShownFigure(figsize=(5.6, 4.4), layout="constrained")
     _singular_values(figure.subplots(), tables, layer, head, circuit)
     return figure
 
@@ -65,7 +66,7 @@ def singular_values(tables: HeadTables, layer: int, head: int, circuit: str = "o
 @styled
 def position_or_content(tables: HeadTables, layer: int, head: int, reasons: Mapping[str, str] | None = None) -> Figure:
     """Draw QK symmetry beside the measured positional shares, and the mean score by offset."""
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    figure = ShownFigure(figsize=(15, 4.6), layout="constrained")
     _positions(figure.subplots(1, 3), tables, layer, head, reasons or {})
     return figure
 
@@ -73,7 +74,7 @@ def position_or_content(tables: HeadTables, layer: int, head: int, reasons: Mapp
 @styled
 def partners(tables: HeadTables, layer: int, head: int) -> Figure:
     """Draw the head's strongest compositions: heads that it reads, and heads that read it (Elhage et al. 2021)."""
-    figure = Figure(figsize=(11, 6.2), layout="constrained")
+    figure = ShownFigure(figsize=(11, 6.2), layout="constrained")
     _partners(figure.subplots(1, 2), tables, layer, head)
     return figure
 
@@ -87,7 +88,9 @@ def null_strips(tables: HeadTables, layer: int | None, head: int | None, role: s
     """
     groups = _strips(tables, layer, head, role)
     heights = [0.42 * len(rows) + 0.75 for _, _, rows in groups] or [1]
-    figure = Figure(figsize=(11, sum(heights) + 0.3 + 0.12 * len(heights)), layout=ConstrainedLayoutEngine(h_pad=0.1))
+    figure = ShownFigure(
+        figsize=(11, sum(heights) + 0.3 + 0.12 * len(heights)), layout=ConstrainedLayoutEngine(h_pad=0.1)
+    )
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_strips(panels, tables, groups)
     return figure
@@ -96,7 +99,7 @@ def null_strips(tables: HeadTables, layer: int | None, head: int | None, role: s
 @styled
 def components(tables: HeadTables, layer: int, head: int, circuit: str = "ov") -> Figure:
     """Draw the tokens that a circuit's leading singular components read and write, at both ends of each."""
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    figure = ShownFigure(figsize=(12, 3.4), layout="constrained")
     word_panels.component_tokens(figure.subplots(), _of(tables.get("directions"), layer, head), circuit)
     return figure
 
@@ -104,7 +107,7 @@ def components(tables: HeadTables, layer: int, head: int, circuit: str = "ov") -
 @styled
 def relation_pairs(tables: HeadTables, layer: int, head: int) -> Figure:
     """Write which of the task's word pairs the head raises and which it lowers, if the task is about a relation."""
-    figure = Figure(figsize=(17, PAIRS_HEIGHT), layout="constrained")
+    figure = ShownFigure(figsize=(17, PAIRS_HEIGHT), layout="constrained")
     rows = _of(tables.get("relations"), layer, head)
     if len(rows):
         word_panels.relation_pairs(figure.subplots(), rows)
@@ -127,7 +130,7 @@ def on_prompts(tables: HeadTables, layer: int, head: int, record: Mapping[str, A
     """
     rows = _prompt_rows(tables, layer, head, record)
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
-    figure = Figure(figsize=(17, 0.4 + PROMPT_HEIGHT * max(1, len(rows))), layout=layout)
+    figure = ShownFigure(figsize=(17, 0.4 + PROMPT_HEIGHT * max(1, len(rows))), layout=layout)
     _draw_prompts(figure, rows)
     return figure
 
@@ -164,7 +167,7 @@ def sheet(
         "partners": 1.3 + 0.32 * max(len(found) for found in _partners_of(tables, layer, head)),
     }
     parts |= {"nulls": tall + 0.5} if strips else {}
-    figure = Figure(figsize=(17, sum(parts.values())), layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.2))
+    figure = ShownFigure(figsize=(17, sum(parts.values())), layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.2))
     made = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=list(parts.values()))[:, 0]
     bands = dict(zip(parts, made, strict=True))
     _heading(bands["head"], f"Head {layer}.{head}" + (f"   {title}" if title else ""), verdicts)

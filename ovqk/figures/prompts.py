@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from ovqk import wording
 from ovqk.figures.colours import FOUND, FOUND_MARKERS
 from ovqk.figures.drawing import LINE, MUTED, legible, styled
+from ovqk.figures.shown import ShownFigure
 from ovqk.records.on_prompts import Ranking
 
 COLUMNS = 3
@@ -40,7 +41,7 @@ def rankings(ranked: Sequence[Ranking], title: str = "") -> Figure:
     columns = min(COLUMNS, max(1, len(ranked)))
     n_rows = max(1, math.ceil(len(ranked) / columns))
     size = (max(6.0, PANEL[0] * columns), PANEL[1] * n_rows + 1.0)
-    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.14, w_pad=0.14))
+    figure = ShownFigure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.14, w_pad=0.14))
     panels = list(figure.subplots(n_rows, columns, squeeze=False).flat)
     for axes in panels[len(ranked) :]:
         axes.set_axis_off()
