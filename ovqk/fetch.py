@@ -21,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog=tool("fetch"), description="Fetch a model's files for cells without a network."
     )
     parser.add_argument("model", help="a name of conf/model, or OWNER/NAME on the hub")
-    parser.add_argument("choices", nargs="*", metavar="KEY=VALUE", help="such as model.revision=v1, hub_timeout=300")
+    parser.add_argument(
+        "choices", nargs="*", default=[], metavar="KEY=VALUE", help="such as model.revision=v1, hub_timeout=300"
+    )
     asked = parser.parse_args(arguments)
 
     from ovqk.checkpoints.opening import open_checkpoint

@@ -213,7 +213,7 @@ class LibraryModel:
             self._readouts[task] = TaskReadout.read(replace(self.model, config=config))
         found = self._readouts[task].of_pairs(self.layer(layer))
         if found is None:
-            raise UserError(f"pairs({task!r}): {self._readouts[task].why_no_pairs}.")
+            raise UserError(f"task={task}: {self._readouts[task].why_no_pairs}.")
         return found
 
     def _circuits(self, index: int) -> LayerCircuits:

@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("model", help="a name of conf/model, a path, or OWNER/NAME on the hub")
     parser.add_argument(
-        "choices", nargs="*", metavar="KEY=VALUE", help="such as analysis.components=0, model.revision=v1"
+        "choices", nargs="*", default=[], metavar="KEY=VALUE", help="such as analysis.components=0, model.revision=v1"
     )
     asked = parser.parse_args(arguments)
 

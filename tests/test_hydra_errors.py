@@ -70,6 +70,12 @@ def test_what_cannot_be_parsed_is_told_how_to_quote_it_and_that_helps(value, tmp
 
 def test_a_word_without_a_value_is_told_what_a_choice_is(tmp_path) -> None:
     assert told(tmp_path, "b").startswith("b: no choice, which is KEY=VALUE. A value with a space in it is quoted")
+    assert "KEY=VALUE. Did you mean " in (said := told(tmp_path, "repot")) and "report? A value with" in said
+
+
+def test_a_group_of_keys_that_is_given_a_value_is_told_its_keys(tmp_path) -> None:
+    keys = "nulls.draws, nulls.resamples, nulls.subsamples"
+    assert told(tmp_path, "nulls=0") == f"nulls=0: it has no value of its own, but keys; allowed: {keys}"
 
 
 @pytest.mark.parametrize(("override", "message"), [

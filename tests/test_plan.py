@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support.hub_models import model, shard
 from support.models import BUNDLED, local
 
+from ovqk import fetch
 from ovqk import plan as planning
 from ovqk.checkpoints.opening import open_checkpoint, survey_checkpoint
 from ovqk.checkpoints.tensors import ShapesAlone
@@ -128,3 +129,10 @@ def test_wide_heads_are_not_decomposed_to_be_timed() -> None:
 def test_the_hub_is_asked_for_a_repository() -> None:
     with pytest.raises(UserError, match=r"model\.repo: not set"):
         survey_checkpoint(ModelConfig(name="x", source=Source.hub), 1.0)
+
+
+@pytest.mark.parametrize("command", [main, fetch.main])
+def test_without_a_model_only_the_model_is_missed(command, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command([])
+    assert capsys.readouterr().err.strip().endswith("the following arguments are required: model")

@@ -351,8 +351,9 @@ def test_a_heads_pairs_are_those_of_its_cell_in_the_library_its_portrait_and_wan
     shown = read_panels(folder, read_record(folder)).tables["relations"]
     mine = shown[(shown["layer"] == 0) & (shown["head"] == 7)].iloc[0]
     assert mine["lowered"] == ", ".join(f"{name} -> {name}" for name in lowered) and len(shown) == 32
-    with pytest.raises(UserError, match=r"pairs\('ioi'\): ioi is about no relation"):
-        head.ov.pairs("ioi")
+    for asked in (head.ov.pairs, head.portrait):
+        with pytest.raises(UserError, match=r"task=ioi: it is about no relation between words; allowed: a task"):
+            asked("ioi")
     with pytest.raises(UserError, match=r"task=iio: there is no such task\."):
         head.portrait("iio")
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import yaml
 
 from ovqk.config import composing, lens_names, schema
-from ovqk.config.command_line import program, quoted
+from ovqk.config.command_line import TOOLS, program, quoted, tool
 from ovqk.errors import UserError, first_line
 
 LISTED, NEAREST = 20, 9
@@ -84,6 +84,10 @@ def mistakes(error: BaseException, folders: Iterable[Path]) -> list[str]:
     value = re.match(r"(?:Invalid value|Value) '(.*?)'", what)
     if (allowed := re.search(r"expected one of \[(.*)\]", what)) and value:
         what = f"{what}. {_meant(value[1], allowed[1].split(', '))}".rstrip(" .")
+    group = next((field.type for field in fields(schema.Config) if field.name == key), None)
+    if what.startswith("Invalid type assigned") and is_dataclass(group):
+        keys = ", ".join(f"{key}.{one.name}" for one in fields(group))
+        what = f"it has no value of its own, but keys; allowed: {keys}"
     if what.startswith("Key ") and is_dataclass(place):
         what = f"no such key; allowed: {', '.join(field.name for field in fields(place))}"
     if match := re.match(r"Error merging override (([^=]*)=.*)", told[0]):
@@ -194,7 +198,9 @@ def _unparsed(error: BaseException, lines: list[str]) -> str | None:
         return None
     key, equal, value = override.partition("=")
     if not equal:
-        return f"{override}: no choice, which is KEY=VALUE. A value with a space in it is quoted: 'KEY=\"a b\"'."
+        near = difflib.get_close_matches(override, TOOLS, n=1)
+        meant = f" Did you mean {tool(near[0])}?" if near else ""
+        return f"{override}: no choice, which is KEY=VALUE.{meant} A value with a space in it is quoted: 'KEY=\"a b\"'."
     return f"{override}: the value has signs with a meaning of their own. Quote it: {quoted(key, value)}"
 
 

@@ -136,7 +136,7 @@ class TaskReadout:
     def why_no_pairs(self) -> str:
         """Why `of_pairs` has none for a layer: the task is about no relation, or no word is read there."""
         if all(variable.kind is not VariableKind.relation for variable in self.model.config.task.variables.values()):
-            return f"{self.model.config.task.name} is about no relation; allowed: such a task, as country_capital"
+            return "it is about no relation between words; allowed: a task that is, such as country_capital"
         return f"no word is read there: {self.unread or 'the checkpoint lacks an embedding'}"
 
     def of_pairs(self, layer: Layer) -> pd.DataFrame | None:
