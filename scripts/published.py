@@ -22,8 +22,9 @@ comes from `python scripts/published.py --weights FOLDER`; the rules by which a 
 
 `python -m ovqk.published` and `python run.py published` are the same command. Each row of the table holds model,
 definition, published value, tolerance, source, what it needs, ovqk's value, and the result: `reproduced`, `differs` or
-`not runnable here`, with the reason. FOLDER holds models under the names [below](#weights); a model that is not there
-is fetched with `--hub`, and otherwise its rows say so. The statements are data, in `ovqk/published/statements.yaml`.
+`not runnable here`, with the reason. FOLDER holds models under the names [below](#weights); a model that is not there,
+or that lacks a part which a statement needs, is fetched with `--hub`, and otherwise its rows say so. The statements
+are data, in `ovqk/published/statements.yaml`. If the command is interrupted, the table holds the rows that were made.
 """
 
 

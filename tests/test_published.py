@@ -11,7 +11,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import ROOT
 from support.commands import compose
 from support.models import BUNDLED, SHARED, make_gpt2, shared_model
@@ -209,6 +209,19 @@ def test_weights_that_are_not_here_or_lack_a_part_are_said_to(tmp_path) -> None:
         Places(tmp_path / "nowhere", hub=False)
 
 
+def test_a_local_model_that_lacks_a_part_gives_way_to_the_hubs_where_the_part_is_needed(tmp_path) -> None:
+    make_gpt2(tmp_path / "gpt2-small-attention")
+    file = tmp_path / "gpt2-small-attention" / "model.safetensors"
+    save_file({name: each for name, each in load_file(file).items() if "wte" not in name and "mlp" not in name}, file)
+    whole, part = STATEMENTS["gpt2/copy score of name movers"], STATEMENTS["gpt2/symmetry"]
+    places = Places(tmp_path, hub=True)
+    for _ in range(2):
+        assert [places.find(each)[1] for each in (part, whole)] == ["gpt2-small-attention", "hub"]
+    assert places.find(whole)[0].place == "gpt2" and places.find(whole)[0] is places.find(whole)[0]
+    found = table.row(whole, Places(tmp_path, hub=False))
+    assert found.reason == "gpt2-small-attention holds no unembedding and no first MLP"
+
+
 # --- the command -----------------------------------------------------------------------------------------------
 
 
@@ -223,6 +236,22 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch) 
         written = pd.read_csv(out) if out.suffix == ".csv" else pd.read_parquet(out)
         assert len(written) == 8 and set(written["result"]) == {"differs", "not runnable here"}
         assert {"model", "definition", "published", "tolerance", "source", "place", "needs", "value"} <= set(written)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_end_before_the_last_row_leaves_the_rows_that_were_made(error, tmp_path, capsys, monkeypatch) -> None:
+    random_weights(tmp_path)
+
+    def ends(opened: Opened, **options: object) -> float:
+        raise error
+
+    monkeypatch.setitem(QUANTITIES, "addition_accuracy", ends)
+    names = ["distance irrelevance", "share of frequency 13", "accuracy"]
+    asked = [f"mod-59-l8k1hzciux/{name}" for name in names]
+    with pytest.raises((SystemExit, MemoryError)):
+        main([*asked, "--weights", str(tmp_path), "--out", str(tmp_path / "p.csv")])
+    assert pd.read_csv(tmp_path / "p.csv")["statement"].tolist() == names[:2]
+    assert "not finished: 2 of 3 statements are in the table: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -544,6 +544,19 @@ def test_a_head_names_the_components_of_its_senders_that_it_reads_with_their_tok
     reader.see("components")
 
 
+def test_components_that_a_cell_did_not_list_say_what_lists_them(page_file, browser, tmp_path) -> None:
+    (folder,) = (page_file.parent / "mini-attn" / "none").glob("composition-*")
+    shutil.copytree(folder, tmp_path / "mini-attn" / "none" / folder.name)
+    write_text(tmp_path / "report.html", make_page(*read_cells(tmp_path), tmp_path, "figures").html)
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path / 'report.html'}#head/mini-attn/none/3.4")
+    rows = [row.split("\t") for row in page.locator("#components-read tbody tr").all_inner_texts()]
+    page.close()
+    assert len(rows) == 9
+    for row in rows:
+        assert row[-1].endswith(f"analysis.components={int(row[2]) + 1} lists it")
+
+
 def test_components_that_are_not_determined_are_grey_and_say_why(reader, page_file) -> None:
     (folder,) = (page_file.parent / "mini-attn" / "induction").glob("b03-*")
     rows = load_table(folder, "directions").query("circuit == 'ov' and kind == 'singular' and component == 0")

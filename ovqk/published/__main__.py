@@ -4,16 +4,21 @@
 
 Each row is a published statement about QK or OV weights, computed again by the functions that cells use. Weights are
 looked for in FOLDER, and fetched from the hub only with --hub. NAME chooses rows; it is a model, or MODEL/STATEMENT.
+If the command is interrupted, the table holds the rows that were made.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ovqk.config.command_line import tool
 from ovqk.errors import UserError, one_message, print_any_text
 from ovqk.published.statements import Statement, statements
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @one_message()
@@ -30,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="models, or MODEL/STATEMENT; all unless given")
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="a folder of local weights (docs/published.md)")
     parser.add_argument(
-        "--hub", action="store_true", help="fetch from the hub what is not in FOLDER: up to 26 GB a model"
+        "--hub", action="store_true", help="fetch what FOLDER does not hold, or not whole: up to 26 GB a model"
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", default=Path("published.csv"),
@@ -44,18 +49,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     some = chosen_statements(asked.names)
 
     from ovqk.published.printing import print_row, print_totals
-    from ovqk.published.table import Places, frame, rows
-    from ovqk.whole_files import whole
+    from ovqk.published.table import Places, Row, frame, rows
 
-    found = rows(some, Places(asked.weights, asked.hub), print_row)
-    table = frame(found)
+    made = list[Row]()
+
+    def told(row: Row) -> None:
+        made.append(row)
+        print_row(row)
+
     try:
-        with whole(asked.out, "wb") as file:
-            table.to_csv(file, index=False) if asked.out.suffix == ".csv" else table.to_parquet(file, index=False)
-    except OSError as error:
-        raise UserError(f"--out {asked.out}: {error.strerror}.") from error
+        found = rows(some, Places(asked.weights, asked.hub), told)
+    except BaseException:
+        if made:
+            _write(frame(made), asked.out)
+            print(f"not finished: {len(made)} of {len(some)} statements are in the table: {asked.out}", file=sys.stderr)
+        raise
+    _write(frame(found), asked.out)
     print_totals(found, asked.out)
     sys.stdout.flush()
+
+
+def _write(table: "pd.DataFrame", out: Path) -> None:
+    """Write the table as its name's ending says.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    from ovqk.whole_files import whole
+
+    try:
+        with whole(out, "wb") as file:
+            table.to_csv(file, index=False) if out.suffix == ".csv" else table.to_parquet(file, index=False)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}.") from error
 
 
 def chosen_statements(names: Sequence[str]) -> list[Statement]:

@@ -38,7 +38,10 @@ class Row:
 
 
 class Places:
-    """Where models are found: below a local weights folder, else on the hub if that is allowed."""
+    """Where models are found: below a local weights folder, else on the hub if that is allowed.
+
+    A local model that lacks a part which a statement needs gives way to the one on the hub, if that is allowed.
+    """
 
     def __init__(self, weights: Path | None, hub: bool) -> None:
         """Take the folder, and whether weights may be fetched.
@@ -49,7 +52,7 @@ class Places:
         if weights is not None and not weights.is_dir():
             raise UserError(f"--weights {weights}: no such folder.")
         self.weights, self.hub = weights, hub
-        self._opened: dict[str, tuple[Opened, str]] = {}
+        self._opened: dict[tuple[str, str], Opened] = {}  # by subject and place
 
     def find(self, statement: Statement) -> tuple[Opened, str]:
         """Return a statement's model, and where it is.
@@ -58,19 +61,25 @@ class Places:
             UserError: it is not here; the message says what is missing.
         """
         subject = statement.subject
-        if subject.name not in self._opened:
-            there = [name for name in subject.local if self.weights is not None and (self.weights / name).exists()]
-            if there and self.weights is not None:
-                found = Opened(self.weights / there[0], subject.choices), there[0]
-            elif subject.choice is None:
-                raise UserError(f"no {' or '.join(subject.local)} below --weights, and no place on the hub")
-            elif not self.hub:
-                raise UserError(HUB)
-            else:
-                chosen(subject.choice, *subject.choices)
-                found = Opened(subject.choice, subject.choices), "hub"
-            self._opened = {subject.name: found}  # one model at a time stays open
-        return self._opened[subject.name]
+        there = [name for name in subject.local if self.weights is not None and (self.weights / name).exists()]
+        on_hub = self.hub and subject.choice is not None
+        if there and self.weights is not None:
+            local = self._open(subject.name, there[0], self.weights / there[0], subject.choices)
+            if not (on_hub and missing(statement, local)):
+                return local, there[0]
+        elif subject.choice is None:
+            raise UserError(f"no {' or '.join(subject.local)} below --weights, and no place on the hub")
+        elif not self.hub:
+            raise UserError(HUB)
+        assert subject.choice is not None
+        chosen(subject.choice, *subject.choices)
+        return self._open(subject.name, "hub", subject.choice, subject.choices), "hub"
+
+    def _open(self, name: str, place: str, source: str | Path, choices: tuple[str, ...]) -> Opened:
+        """Return a subject's model at a place; models of one subject at a time stay open."""
+        if any(other != name for other, _ in self._opened):
+            self._opened = {}
+        return self._opened.setdefault((name, place), Opened(source, choices))
 
 
 def rows(statements: Iterable[Statement], places: Places, told: Callable[[Row], None] = lambda row: None) -> list[Row]:
@@ -115,6 +124,12 @@ def lacking(statement: Statement, opened: Opened, weights: str) -> None:
     Raises:
         UserError: the model lacks a part; the message names it.
     """
+    if parts := missing(statement, opened):
+        raise UserError(f"{weights} holds no {' and no '.join(parts)}")
+
+
+def missing(statement: Statement, opened: Opened) -> list[str]:
+    """Return the parts that a statement needs and a model lacks, as messages name them."""
     model = opened.model
     vocabulary = model.vocabulary
     parts = {
@@ -122,9 +137,7 @@ def lacking(statement: Statement, opened: Opened, weights: str) -> None:
         "unembedding": vocabulary is not None and vocabulary.W_U_rows is not None,
         "block0": vocabulary is not None and not isinstance(model.block0, str),
     }
-    missing = [TITLES.get(part, part) for part in statement.needs if not parts.get(part, True)]
-    if missing:
-        raise UserError(f"{weights} holds no {' and no '.join(missing)}")
+    return [TITLES.get(part, part) for part in statement.needs if not parts.get(part, True)]
 
 
 def agrees(statement: Statement, value: Found) -> bool:

@@ -352,6 +352,7 @@ function partnerPanels(cell, layer, head) {
 function componentsRead(cell, found) {
   const listed = having(cell, "directions");
   const folded = cell.provenance.processing.requested === "folded"; // components are counted as in directions.parquet
+  const could = folded && (listed || !cell.unavailable[RATIOS.ov.vocab]);
   const lines = ["q", "k", "v"].flatMap((mode) => found.filter((row) => row.mode === mode && isNumber(row.component)).sort((a, b) => b.score - a.score).slice(0, REPORT.limits.senders));
   if (!lines.length) return [];
   const tokens = (list) => h("div", { class: "tokens" }, (list || []).slice(0, SHOWN_TOKENS).map((place) => token(REPORT.tokens[place])));
@@ -360,7 +361,7 @@ function componentsRead(cell, found) {
     const heads = listed && folded ? REPORT.pool[listed.directions.heads[row.sender_layer * cell.heads + row.sender_head]] : [];
     const own = heads.find((part) => part.circuit === "ov" && part.kind === "singular" && part.component === row.component);
     const lists = own ? ["read", "write"].map((side) => h("td", {}, tokens((own[side] || {}).plus), h("div", { class: "note" }, "or"), tokens((own[side] || {}).minus)))
-      : [h("td", { class: "missing small", colspan: 2 }, listed && folded ? `not listed: analysis.components=${row.component + 1} lists it` : "no tokens are listed for these weights")];
+      : [h("td", { class: "missing small", colspan: 2 }, could ? `not listed: analysis.components=${row.component + 1} lists it` : "no tokens are listed for these weights")];
     return h("tr", {}, h("td", {}, REPORT.wording.modes[row.mode]), h("td", {}, h("a", { href: headLink(cell, sender) }, sender)), h("td", { class: "number" }, row.component), h("td", { class: "number" }, number(row.component_score, 3)), ...lists);
   };
   return [h("h3", {}, "Which component of its senders it reads"),
