@@ -104,6 +104,7 @@ def test_an_unknown_choice_is_told_with_the_nearest_names(override, message, tmp
     assert said.startswith(message) and "\n" not in said
 
 
+@pytest.mark.slow
 def test_every_name_that_transformer_lens_gives_a_model_leads_to_its_weights(tmp_path) -> None:
     """Its short names of a repository that conf/model has lead there; the others to the repository on the hub."""
     from transformer_lens.supported_models import MODEL_ALIASES

@@ -109,14 +109,12 @@ def computed(statement: Statement, places: RandomHub) -> table.Row:
     return row
 
 
-def marked(statement: Statement):
-    """Cells of deep models, and runs on prompts, are among the slow tests."""
-    deep = str(statement.function).startswith("cell_") and SHAPES[statement.subject.name][1] > 12
-    slow = deep or str(statement.function).endswith("on_prompts")
-    return pytest.param(statement, id=statement.name, marks=[pytest.mark.slow] if slow else [])
+def quick(statement: Statement) -> bool:
+    """Whether its quantity takes neither whole cells nor runs on prompts; those are among the slow tests."""
+    return not str(statement.function).startswith("cell_") and not str(statement.function).endswith("on_prompts")
 
 
-@pytest.mark.parametrize("statement", [marked(each) for each in firsts()])
+@pytest.mark.parametrize("statement", filter(quick, firsts()), ids=lambda each: each.name)
 def test_each_quantity_is_computed_with_each_family(statement, places) -> None:
     computed(statement, places)
 
