@@ -68,9 +68,13 @@ const FIRST = REPORT.limits.candidates; // of each role
 function candidateTables(cells) {
   const with_some = cells.filter((cell) => candidates(cell).size);
   const tasks = TASKS.filter((task) => with_some.some((cell) => cell.task === task));
-  return tasks.flatMap((task) => [h("h2", {}, `Candidates: ${task}`), h("div", { class: with_some.length > MANY ? "scroll low" : "scroll" }, candidatesOf(task, with_some.filter((cell) => cell.task === task)))]);
+  return tasks.flatMap((task) => {
+    const [table, legend] = candidatesOf(task, with_some.filter((cell) => cell.task === task));
+    return [h("h2", {}, `Candidates: ${task}`), h("div", { class: with_some.length > MANY ? "scroll low" : "scroll" }, table), legend];
+  });
 }
 
+/** A task's table, and what its metrics mean: below the table, where it stays if the table is scrolled. */
 function candidatesOf(task, cells) {
   const ranked = (cell) => rows(cell, "candidates").filter((row) => ranks(row) && row.rank <= FIRST);
   const of_role = (cell, role) => ranked(cell).filter((row) => row.role === role);
@@ -83,13 +87,14 @@ function candidatesOf(task, cells) {
   const lost = REPORT.failures.filter((one) => one.task === task && chosen.tasks.has(task) && named(one.model));
   const metrics = unique(cells.flatMap(ranked).flatMap((row) => [row.metric, ...(row.beside || "").split(" ")])).filter((name) => name in REPORT.wording.ranked_by);
   const by = (role) => rankedBy(cells.flatMap(ranked).find((row) => row.role === role));
-  const legend = h("caption", { class: "small muted" }, metrics.map((name) => `${name}: ${REPORT.wording.ranked_by[name]}.`).join(" "));
-  return h("table", { class: "matrix wide candidates" }, legend,
+  const legend = h("p", { class: "small muted meaning" }, metrics.map((name) => `${name}: ${REPORT.wording.ranked_by[name]}.`).join(" "));
+  const table = h("table", { class: "matrix wide candidates" },
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "model"), columns.map(([role, name]) => h("th", { scope: "col" }, name, h("div", { class: "muted small" }, by(role)))))),
     h("tbody", {},
       cells.map((cell) => h("tr", {}, h("th", { scope: "row", class: cell.label.length < 22 ? "whole" : null }, cell.label), columns.map(([role, name]) => h("td", { "data-label": `${name}: ${by(role)}` },
         of_role(cell, role).length ? of_role(cell, role).map((row) => candidateMark(cell, row)) : h("span", { class: "muted small" }, "none"))))),
       lost.map((one) => h("tr", {}, h("th", { scope: "row" }, one.model), h("td", { colspan: Math.max(1, columns.length), class: "small" }, `without results: ${one.error}`)))));
+  return [table, legend];
 }
 
 /** What a role's candidates are ranked by, with an arrow to the strong end. */
