@@ -88,6 +88,14 @@ def test_an_empty_column_is_not_missed() -> None:
     assert len(printed(table, 20)) == 2
 
 
+def test_an_empty_column_leaves_before_any_that_has_values() -> None:
+    table = FittedTable([Column("head", None), Column("write", 9), Column("control", 1)])
+    table.add_row("3.0", "", "0.25")
+    table.add_row("3.1", "", "0.50")
+    assert table.titles(40) == ["head", "write", "control"]  # with room for it, it says that there is nothing
+    assert table.titles(15) == ["head", "control"] and "write" not in " ".join(printed(table, 15))
+
+
 def test_a_text_is_broken_at_spaces_but_not_between_a_metric_and_its_arrow() -> None:
     text = Text("previous token: ").append(f"k_composition{UNBROKEN}↑", style="dim")
     lines = wrapped(text, 20)

@@ -77,8 +77,8 @@ class FittedTable:
     def fit(self, width: int) -> Fit:
         """Choose the columns that are shown in this width, and how wide each one is.
 
-        These steps are taken until the table fits: wrap headings and long texts; leave out columns below CORE, by
-        importance; wrap the other texts; leave out core columns; break words.
+        These steps are taken until the table fits: wrap headings and long texts; leave out empty columns, and those
+        below CORE by importance; wrap the other texts; leave out core columns; break words.
         """
         shown = list(range(len(self.columns)))
         left_out: list[int] = []
@@ -104,7 +104,8 @@ class FittedTable:
     def _least_important(self, shown: Sequence[int], below: int) -> int | None:
         """Return the next column to leave out, among those below this importance; None if all others must stay."""
         for at in shown:
-            if self._one_value(at) is not None:
+            empty = self.columns[at].importance is not None and not any(row[at].plain.strip() for row in self.rows)
+            if empty or self._one_value(at) is not None:
                 return at
         weights = {at: weight for at in shown if (weight := self.columns[at].importance) is not None and weight < below}
         return min(weights, key=weights.__getitem__, default=None)
