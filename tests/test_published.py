@@ -566,6 +566,8 @@ def test_a_heads_rank_and_lead_by_relation_score_are_those_of_matrices_by_hand()
     assert compute("cell_heads", opened, options | {"reduce": "max"}) == pytest.approx(scores[first])
     name = "{}.{}".format(*first)
     assert compute("cell_rank", opened, options | {"head": name}) == 1
+    empty = {"task": "name_copying", "metric": "ov_copying_block0", "head": "0.0"}  # layer 0 reads no block before it
+    assert math.isnan(compute("cell_rank", opened, empty))
     assert compute("cell_lead", opened, options | {"head": name}) == pytest.approx(scores[first] / rest)
     middle = sorted(scores, key=lambda head: scores[head])[len(scores) // 2]
     rank = sum(score >= scores[middle] - 1e-9 for score in scores.values())
