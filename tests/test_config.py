@@ -38,6 +38,15 @@ def test_every_model_composes(model) -> None:
     assert not cell.model.trust_remote_code
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("runs/grokked/model.safetensors", "grokked"), ("runs/b.safetensors", "b"), ("runs/q4/model.gguf", "q4"),
+     ("runs/model", "model"), ("/model.safetensors", "local")],
+)  # fmt: skip
+def test_a_file_that_is_called_model_is_named_after_its_folder(path, name) -> None:
+    assert compose("model=local", f"model.path={path}").model.name == name
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_sweep_composes_and_states_its_question_and_command(path) -> None:
     from hydra import compose as hydra_compose

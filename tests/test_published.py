@@ -422,6 +422,18 @@ def test_other_models_are_not_run_as_one_block(tmp_path) -> None:
         one_block.logits_of_pairs(block(5, 0, tmp_path / "m.safetensors"), residues(9))
 
 
+@pytest.mark.parametrize("name", ["blocks.0.ln2.w", "ln_final.w", "blocks.0.mlp.W_gate"])
+def test_a_norm_or_gate_that_would_be_left_out_is_refused(tmp_path, name) -> None:
+    with pytest.raises(UserError, match="one layer without norms whose MLP has no gate"):
+        block(5, 1, tmp_path / "m.safetensors", **{name: torch.ones(6, 9) if "gate" in name else torch.ones(6)})
+
+
+def test_a_checkpoint_with_other_names_is_not_said_to_lack_weights(tmp_path) -> None:
+    make_gpt2(tmp_path / "m", n_layer=1)
+    with pytest.raises(UserError, match="must be a file of TransformerLens names, one layer"):
+        one_block.OneBlock(open_checkpoint(ModelConfig(name="m", source=Source.local, path=str(tmp_path / "m"))))
+
+
 # --- the diagonal ----------------------------------------------------------------------------------------------
 
 
@@ -554,6 +566,8 @@ def test_a_heads_rank_and_lead_by_relation_score_are_those_of_matrices_by_hand()
     assert compute("cell_heads", opened, options | {"reduce": "max"}) == pytest.approx(scores[first])
     name = "{}.{}".format(*first)
     assert compute("cell_rank", opened, options | {"head": name}) == 1
+    empty = {"task": "name_copying", "metric": "ov_copying_block0", "head": "0.0"}  # layer 0 reads no block before it
+    assert math.isnan(compute("cell_rank", opened, empty))
     assert compute("cell_lead", opened, options | {"head": name}) == pytest.approx(scores[first] / rest)
     middle = sorted(scores, key=lambda head: scores[head])[len(scores) // 2]
     rank = sum(score >= scores[middle] - 1e-9 for score in scores.values())

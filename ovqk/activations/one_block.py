@@ -23,6 +23,10 @@ AT_ONCE = 4096
 TRIPLES = 10_000
 """How many triples (a, b, c) the gradients of a cell are averaged over; all, if there are fewer."""
 NEEDED = ("attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_in", "mlp.b_in", "mlp.W_out", "mlp.b_out")
+REFUSED = (
+    "blocks.1.attn.W_Q", "blocks.0.ln1.w", "blocks.0.ln2.w", "ln_final.w", "blocks.0.mlp.W_gate", "blocks.0.mlp.ln.w",
+)  # fmt: skip
+"""Weights that such a model does not have: its numbers would be wrong without them."""
 
 
 class OneBlock:
@@ -37,10 +41,14 @@ class OneBlock:
         """Read all weights; a bias that the file does not hold is 0.
 
         Raises:
-            UserError: the file is no such model: a weight is missing, or there are two layers, or a norm.
+            UserError: the file is no such model: its names are others, a weight is missing, or there are two layers, a
+                norm or a gate.
         """
-        if "blocks.1.attn.W_Q" in checkpoint or "blocks.0.ln1.w" in checkpoint:
-            raise UserError(f"{checkpoint.label}: must be one layer without norms, to be run here.")
+        if "embed.W_E" not in checkpoint or any(name in checkpoint for name in REFUSED):
+            raise UserError(
+                f"{checkpoint.label}: must be a file of TransformerLens names, one layer without norms whose MLP has "
+                "no gate, to be run here."
+            )
         for name in ("embed.W_E", "pos_embed.W_pos", "unembed.W_U", *(f"blocks.0.{part}" for part in NEEDED)):
             if name not in checkpoint:
                 raise checkpoint.missing(name)

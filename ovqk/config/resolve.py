@@ -13,6 +13,9 @@ from ovqk.config.schema import Config, Source, TrackingMode
 from ovqk.config.secrets import refuse_secrets
 from ovqk.errors import UserError
 
+NO_NAME = "model"
+"""The stem of a file that says nothing of the model in it."""
+
 
 def resolve(config: DictConfig) -> Config:
     """Return the typed choice of one cell, checked as far as possible without reading a file.
@@ -32,7 +35,10 @@ def resolve(config: DictConfig) -> Config:
             )
         config = config.copy()
         path = user_path("model.path", config.model.path)
-        stem = path.resolve().name.removesuffix(".safetensors").removesuffix(".gguf")
+        whole = path.resolve()
+        stem = whole.name.removesuffix(".safetensors").removesuffix(".gguf")
+        if stem == NO_NAME and whole.suffix:  # model.safetensors: the folder has the name
+            stem = whole.parent.name
         config.model.name = re.sub(r"[^A-Za-z0-9._+-]+", "-", stem).strip("-.") or "local"
     if "model.name" in missing and config.model.source is Source.hub:
         missing.remove("model.name")

@@ -190,9 +190,10 @@ def _values(opened: Opened, task: str, metric: str) -> "pd.Series[float]":
 
 @quantity
 def cell_rank(opened: Opened, task: str, metric: str, head: str) -> float:
-    """Rank a head among all heads by a metric in a cell's heads.parquet, 1 for the largest; ties count."""
+    """Rank a head among all heads by a metric in heads.parquet, 1 for the largest; ties count. Nan without a value."""
     values = _values(opened, task, metric)
-    return float((values >= values.loc[head_of(head)]).sum())
+    own = values.loc[head_of(head)]
+    return float((values >= own).sum()) if np.isfinite(own) else float("nan")
 
 
 @quantity
