@@ -210,7 +210,7 @@ class SweepCallback(Callback):
         cell = config.copy()
         with open_dict(cell):
             del cell["hydra"]
-        refuse_unread(resolve(cell).model)
+        refuse_unread(config.hydra.overrides.task, resolve(cell).model)
         _check(config)
 
     @_never_a_warning()

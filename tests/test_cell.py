@@ -127,6 +127,11 @@ def test_the_id_depends_on_what_numbers_depend_on_and_on_nothing_else() -> None:
         (["model=gpt2", "model.path=x"], "model.path=x: model=gpt2 does not read it; allowed: model=local"),
         (["model.file=x"], "model.file=x: model=mini-attn does not read it; allowed: unset."),
         (["model.revision=v1"], "model.revision=v1: model=mini-attn does not come from the hub"),
+        (["model=gpt2", "model.source=local", "model.path=nowhere"], "model.path=nowhere: no such file or directory."),
+        (
+            ["-m", "model=gpt2", "model.source=package", "model.path=x"],
+            "model.source=package does not read it; allowed:",
+        ),
         (["-m", "model.path='x y'"], "model.path=x y: model=mini-attn does not read it; allowed: model=local"),
         (["-m", "model=mini-attn,mini-gpt2", "model.path=x"], "model=mini-attn,mini-gpt2 does not read it; allowed:"),
         (["model.name=../up"], "model.name='../up': allowed are"),

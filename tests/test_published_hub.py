@@ -82,7 +82,8 @@ class RandomHub(Places):
         subject = statement.subject
         if subject.name not in self.kept:
             path = make(subject.name, self.folder / subject.name)
-            choices = (*subject.choices, "model.source=local", f"model.path={path}")
+            named = [choice for choice in subject.choices if not choice.startswith("model.repo=")]
+            choices = (*named, "model.source=local", f"model.path={path}")
             self.kept = {subject.name: Opened(str(subject.choice), choices)}
         return self.kept[subject.name], "hub"
 

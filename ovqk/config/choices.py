@@ -41,7 +41,7 @@ def composed(overrides: Sequence[str]) -> Config:
             config = resolve(compose("config", overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError("\n".join(mistakes(error, [CONF]))) from error
-    refuse_unread(config.model)
+    refuse_unread(overrides, config.model)
     return config
 
 

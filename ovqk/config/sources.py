@@ -1,6 +1,6 @@
 """The keys of a model that only one source of weights reads, and the refusal of those that would be ignored."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import yaml
@@ -22,19 +22,25 @@ OF_ANY = {"path": "local", "repo": "hub"}
 """Key -> the name in conf/model that takes any value of it."""
 
 
-def refuse_unread(model: ModelConfig) -> None:
-    """Refuse a key that the model's source does not read: the numbers would be those of other weights.
+def refuse_unread(overrides: Iterable[str], model: ModelConfig) -> None:
+    """Refuse a key that was chosen and that the model's source does not read: the numbers would be of other weights.
+
+    Keys in the model's own file may stay if another source is chosen: `model=gpt2 model.source=local model.path=DIR`.
+
+    Args:
+        overrides: the choices, KEY=VALUE.
+        model: the composed model.
 
     Raises:
         UserError: such a key is set.
     """
-    for key, source in READ_BY.items():
-        if (value := getattr(model, key)) is not None and model.source is not source:
-            raise UserError(_message(key, value, f"model={model.name}"))
-    if model.revision != "main" and model.source is not Source.hub and not model.trust_remote_code:
+    given, chosen = _given(overrides), f"model={model.name}"
+    _refuse(given, {model.source}, chosen)
+    other = given.get("model.revision", "main") not in ("main", "null")
+    if other and model.source is not Source.hub and not model.trust_remote_code:
         raise UserError(
-            f"model.revision={model.revision}: model={model.name} does not come from the hub, so it has no other "
-            "revision; allowed: unset."
+            f"model.revision={model.revision}: {chosen} does not come from the hub, so it has no other revision; "
+            "allowed: unset."
         )
 
 
@@ -49,16 +55,34 @@ def refuse_unread_in_sweep(overrides: Iterable[str], model: DictConfig, folders:
     Raises:
         UserError: such a key is set.
     """
-    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
-    if "model" not in given:
-        chosen, sources = OmegaConf.select(model, "name") or "local", {OmegaConf.select(model, "source")}
+    given = _given(overrides)
+    if "model.source" in given:
+        chosen, sources = f"model.source={given['model.source']}", set(map(_named, given["model.source"].split(",")))
+    elif "model" in given:
+        chosen, folders = f"model={given['model']}", list(folders)
+        sources = {_source(name.strip(), folders) for name in given["model"].split(",")}
     else:
-        chosen, folders = given["model"], list(folders)
-        sources = {_source(name.strip(), folders) for name in chosen.split(",")}
+        chosen, sources = f"model={OmegaConf.select(model, 'name') or 'local'}", {OmegaConf.select(model, "source")}
+    _refuse(given, sources, chosen)
+
+
+def _given(overrides: Iterable[str]) -> dict[str, str]:
+    """Return key -> value of the choices."""
+    return {key: value.strip("\"'") for key, _, value in (each.lstrip("+").partition("=") for each in overrides)}
+
+
+def _refuse(given: Mapping[str, str], sources: Collection[Source | None], chosen: str) -> None:
+    """Refuse a key that is given and that none of these sources reads; None stands for any source."""
     for key, source in READ_BY.items():
-        value = given.get(f"model.{key}", "").strip("\"'")
-        if value not in ("", "null") and not {None, source} & sources:
-            raise UserError(_message(key, value, f"model={chosen}"))
+        value = given.get(f"model.{key}", "")
+        if value not in ("", "null") and None not in sources and source not in sources:
+            allowed = f"model={OF_ANY[key]} {quoted(f'model.{key}', value)}" if key in OF_ANY else "unset"
+            raise UserError(f"model.{key}={value}: {chosen} does not read it; allowed: {allowed}.")
+
+
+def _named(value: str) -> Source | None:
+    """Return the source with this name; None if it is no source's."""
+    return next((source for source in Source if source.value == value.strip()), None)
 
 
 def _source(name: str, folders: Iterable[Path]) -> Source | None:
@@ -68,11 +92,5 @@ def _source(name: str, folders: Iterable[Path]) -> Source | None:
         if path.is_file():
             content = yaml.safe_load(path.read_text("utf-8"))
             named = content.get("source") if isinstance(content, Mapping) else None
-            return Source(named) if named in {source.value for source in Source} else None
+            return _named(str(named))
     return None
-
-
-def _message(key: str, value: str, chosen: str) -> str:
-    """Return what is wrong with a key that the chosen model does not read."""
-    allowed = f"model={OF_ANY[key]} {quoted(f'model.{key}', value)}" if key in OF_ANY else "unset"
-    return f"model.{key}={value}: {chosen} does not read it; allowed: {allowed}."
