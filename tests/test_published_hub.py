@@ -82,9 +82,9 @@ class RandomHub(Places):
         subject = statement.subject
         if subject.name not in self.kept:
             path = make(subject.name, self.folder / subject.name)
-            named = [choice for choice in subject.choices if not choice.startswith("model.repo=")]
-            choices = (*named, "model.source=local", f"model.path={path}")
-            self.kept = {subject.name: Opened(str(subject.choice), choices)}
+            choices = (*subject.choices, "model.source=local", f"model.path={path}")
+            named = str(subject.choice)  # of conf/model, or OWNER/NAME
+            self.kept = {subject.name: Opened(path, subject.choices) if "/" in named else Opened(named, choices)}
         return self.kept[subject.name], "hub"
 
 
