@@ -17,7 +17,7 @@ from support.top import in_top_by_source
 
 from ovqk.analyse import analyse
 from ovqk.checkpoints.opening import open_checkpoint
-from ovqk.circuits import alignment, effective_embeddings, spectra
+from ovqk.circuits import alignment, effective_embeddings, spectra, vocabulary
 from ovqk.circuits.alignment import TopSearch, settle
 from ovqk.circuits.effective_embeddings import EffectiveRows
 from ovqk.circuits.factors import Factors
@@ -120,7 +120,7 @@ def stored(model: Random) -> tuple[Random, list[int]]:
 def test_an_unembedding_is_not_read_anew_for_every_surrogate(kept, monkeypatch) -> None:
     """In memory where it is small; otherwise passed once for each layer, and once for each stage of the draws."""
     wanted = run(Random(), task(), "model.claims=null").tables["candidates"]
-    monkeypatch.setattr(effective_embeddings, "KEPT_UP_TO", kept)
+    monkeypatch.setattr(vocabulary, "KEPT_UP_TO", kept)
     monkeypatch.setattr(effective_embeddings, "SCREEN", 16)
     monkeypatch.setattr(surrogates, "PART_ELEMENTS", 1)  # one draw at a time
     model, reads = stored(Random())
