@@ -209,17 +209,24 @@ def hydra(monkeypatch) -> Iterator[Hydra]:
     GlobalHydra.instance().clear()
 
 
-def test_a_choice_that_is_composed_once_is_the_one_that_hydra_composes_twice(hydra, monkeypatch) -> None:
-    register()
-    typed, started = ["task=sva", "hydra/launcher=laptop", "nulls.draws=19"], []
-    asked = "config", [*typed, composing.AS_RUN], RunMode.RUN
-    twice = hydra.compose_config(*asked)
+def compositions(monkeypatch) -> list[object]:
+    """A list that grows by one for each choice that Hydra composes from now on."""
+    started: list[object] = []
     inner = ConfigLoaderImpl._load_configuration_impl
     monkeypatch.setattr(
         ConfigLoaderImpl,
         "_load_configuration_impl",
         lambda *of, **keys: started.append(of) or inner(*of, **keys),
     )
+    return started
+
+
+def test_a_choice_that_is_composed_once_is_the_one_that_hydra_composes_twice(hydra, monkeypatch) -> None:
+    register()
+    typed = ["task=sva", "hydra/launcher=laptop", "nulls.draws=19"]
+    asked = "config", [*typed, composing.AS_RUN], RunMode.RUN
+    twice = hydra.compose_config(*asked)
+    started = compositions(monkeypatch)
     composing.compose_once()
     assert hydra.get_mode("config", typed) is None
     once = hydra.compose_config(*asked)
@@ -231,16 +238,11 @@ def test_a_choice_that_is_composed_once_is_the_one_that_hydra_composes_twice(hyd
 
 def test_a_mistake_is_met_once_and_told_as_hydra_tells_it(hydra, monkeypatch) -> None:
     register()
-    typed, started = ["nulls.draws=x"], []
+    typed = ["nulls.draws=x"]
     asked = "config", [*typed, composing.AS_RUN], RunMode.RUN
     with pytest.raises(HydraException) as twice:
         hydra.compose_config(*asked)
-    inner = ConfigLoaderImpl._load_configuration_impl
-    monkeypatch.setattr(
-        ConfigLoaderImpl,
-        "_load_configuration_impl",
-        lambda *of, **keys: started.append(of) or inner(*of, **keys),
-    )
+    started = compositions(monkeypatch)
     composing.compose_once()
     assert hydra.get_mode("config", typed) is None
     with pytest.raises(HydraException) as once:
@@ -263,14 +265,9 @@ def test_a_sweep_s_cells_are_composed_once(hydra, monkeypatch) -> None:
     """The second of two cells is not kept here, and composed again."""
     register()
     master = hydra.compose_config("config", [], RunMode.MULTIRUN, with_log_configuration=False)
-    cells, started, loader = [["task=sva", "seed=3"], ["task=ioi", "seed=3"]], [], hydra.config_loader
+    cells, loader = [["task=sva", "seed=3"], ["task=ioi", "seed=3"]], hydra.config_loader
     twice = [OmegaConf.to_yaml(loader.load_sweep_config(master, cell)) for cell in cells]
-    inner = ConfigLoaderImpl._load_configuration_impl
-    monkeypatch.setattr(
-        ConfigLoaderImpl,
-        "_load_configuration_impl",
-        lambda *of, **keys: started.append(of) or inner(*of, **keys),
-    )
+    started = compositions(monkeypatch)
     monkeypatch.setattr(composing, "AHEAD", 1)
     composing.compose_once()
     sweeper = Checks()
