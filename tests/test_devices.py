@@ -1,16 +1,30 @@
-"""A cell on a GPU and the same cell on the CPU: equal verdicts, and numbers within rounding. Skipped without a GPU."""
+"""A cell on a GPU and the same cell on the CPU: equal verdicts, and numbers within rounding. Skipped without a GPU.
+
+On any machine cells are computed on a GPU that is only pretended (`support/pretend_gpu.py`): it finds tensors that are
+on the wrong side.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from support import ROOT
 from support.commands import compose, computed
+from support.models import shared_model
 
 from ovqk.errors import UserError
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
 WITHIN = 1e-4
 """The largest difference, relative to the column's largest value: as for ratios in float32 (definitions, section 1)."""
+COUNTED, RANKS = ("effect_p", "effect_p_opposite"), 0.01
+"""Shares of draws, and by how much they may differ: rounding decides the sign of an effect that is none."""
+FEW = ("nulls.draws=99",)
 DECIDED = ("verdict", "status", "reason", "role", "layer", "head", "metric", "null", "kind", "mode")
 
 
@@ -24,6 +38,8 @@ def disagreements(one: pd.DataFrame, two: pd.DataFrame, within: float = WITHIN) 
         if pd.api.types.is_numeric_dtype(a):
             x, y = a.to_numpy(dtype=np.float64), b.to_numpy(dtype=np.float64)
             scale = max(1e-12, float(np.nanmax(np.abs(x), initial=0.0)))
+            if name in COUNTED:
+                scale = RANKS / within
             if not np.allclose(x, y, rtol=0, atol=within * scale, equal_nan=True):
                 found.append(f"{name}: {np.nanmax(np.abs(x - y)) / scale:.2g}")
         elif name in DECIDED and not a.fillna("").astype(str).equals(b.fillna("").astype(str)):
@@ -58,6 +74,46 @@ def test_activations_on_a_gpu_give_the_tables_of_the_cpu(tmp_path) -> None:
     names = ("activations", "roles")
     choice = ("model=mini-gpt2", "task=induction", "analysis=activations", "activations.prompts=96")
     found = compared(tmp_path, names, *choice)
+    assert not any(found.values()), found
+
+
+def on_a_pretended_gpu(tmp_path: Path, *choice: str) -> dict[str, list[str]]:
+    """Compute the cell here and, in another process, on a device that is not there; return what disagrees by table."""
+    _, _, here = computed(tmp_path / "cpu", *choice, "cache=off")
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    command = [sys.executable, "-m", "support.pretend_gpu", str(tmp_path / "gpu"), *choice]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths})
+    assert child.returncode == 0, child.stderr[-3000:]
+    there = {path.stem: pd.read_parquet(path) for path in (tmp_path / "gpu").rglob("*.parquet")}
+    assert set(here) == set(there)
+    return {name: disagreements(here[name], there[name]) for name in here}
+
+
+def test_a_cell_on_a_pretended_gpu_mixes_no_devices(tmp_path) -> None:
+    found = on_a_pretended_gpu(tmp_path, "model=mini-gpt2", "task=induction", "analysis.diagonals=true", *FEW)
+    assert not any(found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ("model=mini-llama", "task=ioi", "analysis=full", "activations.prompts=32"),
+        ("model=mini-attn", "task=induction", "analysis=composition"),
+        ("model=mini-gpt2", "task=country_capital", "analysis.rare_tokens=true"),
+        ("model=mini-gpt2", "task=sva", "analysis=full", "analysis.embedding=stream", "activations.prompts=32"),
+        ("model=mini-gpt2", "task=ioi", "processing=raw", "analysis.directions_embedding=token"),
+    ],
+)
+def test_every_kind_of_cell_on_a_pretended_gpu_mixes_no_devices(tmp_path, choice) -> None:
+    found = on_a_pretended_gpu(tmp_path, *choice, *FEW)
+    assert not any(found.values()), found
+
+
+@pytest.mark.slow
+def test_cycles_on_a_pretended_gpu_mix_no_devices(tmp_path) -> None:
+    path = shared_model("nanda-mod113-grokked") / "model.safetensors"
+    found = on_a_pretended_gpu(tmp_path, "model=local", f"model.path={path}", "task=modular_addition", "analysis=full")
     assert not any(found.values()), found
 
 

@@ -98,7 +98,7 @@ class Block0:
             once = _last_kept(W_E.read)
             W_E, W_U_rows = dataclasses.replace(W_E, read=once), dataclasses.replace(W_U_rows, read=once)
         read = read or (lambda start, stop: self.rows(W_E[start:stop]))
-        E = StoredRows(read, (vocabulary.size, vocabulary.d_model))
+        E = StoredRows(read, (vocabulary.size, vocabulary.d_model), device=W_E.device)
         sides: list[Rows] = [E, W_E]
         if W_U_rows is None:
             second, plain = map(kept, centred_grams(sides, [(0, 0), (1, 0)]))

@@ -53,9 +53,15 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], device: torc
 
 
 def decomposed(function: Callable[[Tensor], Any], batch: Inexact[Tensor, "*n rows columns"]) -> Any:
-    """Decompose a batch of small matrices, shared out among threads, since LAPACK takes one matrix at a time."""
+    """Decompose a batch of small matrices, shared out among threads, since LAPACK takes one matrix at a time.
+
+    This is done on the CPU whatever the batch's device is: a GPU takes longer for a small matrix, and rounds otherwise.
+    """
+    if batch.device.type != "cpu":
+        there = decomposed(function, batch.cpu())
+        return there.to(batch.device) if isinstance(there, Tensor) else tuple(some.to(batch.device) for some in there)
     parts = min(torch.get_num_threads(), len(batch)) if batch.dim() > 2 else 1
-    if parts < 2 or batch.device.type != "cpu":
+    if parts < 2:
         return function(batch)
     found = each(function, batch.tensor_split(parts))
     if isinstance(found[0], Tensor):

@@ -76,12 +76,14 @@ class CycleTables:
     """
 
     def __init__(self, model: Model, cycle: Cycle) -> None:
-        """Take the residues' embedding and unembedding rows."""
+        """Take the residues' embedding and unembedding rows, into main memory: they are few."""
         self.model, self.cycle = model, cycle
         assert model.vocabulary is not None
-        self.W_E = model.vocabulary.W_E[cycle.ids].double()
+        self.W_E = model.vocabulary.W_E[cycle.ids].double().cpu()
         rows = model.vocabulary.W_U_rows
-        self.W_U = None if rows is None or max(cycle.ids.tolist()) >= rows.shape[0] else rows[cycle.ids].double().T
+        self.W_U = (
+            None if rows is None or max(cycle.ids.tolist()) >= rows.shape[0] else rows[cycle.ids].double().cpu().T
+        )
         config = model.config
         self.orders = fourier.relabellings(cycle.p, config.nulls.draws, config.seed)
         self._frequencies: list[pd.DataFrame] = []
