@@ -18,33 +18,10 @@ from support.commands import compose, computed
 from support.models import shared_model
 
 from ovqk.errors import UserError
+from ovqk.testing.table_comparison import disagreements
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
-WITHIN = 1e-4
-"""The largest difference, relative to the column's largest value: as for ratios in float32 (definitions, section 1)."""
-COUNTED, RANKS = ("effect_p", "effect_p_opposite"), 0.01
-"""Shares of draws, and by how much they may differ: rounding decides the sign of an effect that is none."""
 FEW = ("nulls.draws=99",)
-DECIDED = ("verdict", "status", "reason", "role", "layer", "head", "metric", "null", "kind", "mode")
-
-
-def disagreements(one: pd.DataFrame, two: pd.DataFrame, within: float = WITHIN) -> list[str]:
-    """Name the columns in which two tables with the same rows disagree: numbers beyond `within`, or other words."""
-    if list(one.columns) != list(two.columns) or len(one) != len(two):
-        return [f"{len(one)} rows of {list(one.columns)}, {len(two)} rows of {list(two.columns)}"]
-    found = []
-    for name in one.columns:
-        a, b = one[name], two[name]
-        if pd.api.types.is_numeric_dtype(a):
-            x, y = a.to_numpy(dtype=np.float64), b.to_numpy(dtype=np.float64)
-            scale = max(1e-12, float(np.nanmax(np.abs(x), initial=0.0)))
-            if name in COUNTED:
-                scale = RANKS / within
-            if not np.allclose(x, y, rtol=0, atol=within * scale, equal_nan=True):
-                found.append(f"{name}: {np.nanmax(np.abs(x - y)) / scale:.2g}")
-        elif name in DECIDED and not a.fillna("").astype(str).equals(b.fillna("").astype(str)):
-            found.append(f"{name}: other words")
-    return found
 
 
 def compared(tmp_path, names: tuple[str, ...], *choice: str) -> dict[str, list[str]]:

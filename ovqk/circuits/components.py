@@ -87,10 +87,13 @@ def eigen_components(
     if near is None:
         values, right, left = eigen_parts(cores, total, count)
     else:
-        values, right, left, safe = _refined(cores, total, _leading(near)[0], count)
+        leading, _ = _leading(near)
+        # on the CPU: a GPU takes longer for one small system after the other
+        found = _refined(cores.cpu(), total.cpu(), leading.cpu(), count)
+        values, right, left, safe = (part.to(cores.device) for part in found)
         if not safe.all():
-            for into, found in zip((values, right, left), eigen_parts(cores[~safe], total[~safe], count), strict=True):
-                into[~safe] = found
+            for into, part in zip((values, right, left), eigen_parts(cores[~safe], total[~safe], count), strict=True):
+                into[~safe] = part
     read, write = (decomposition.balanced_left.to(right) @ right).mT, left @ decomposition.balanced_right.to(left)
     read, write = (side / side.norm(dim=-1, keepdim=True) for side in (read, write))
     overlap = (read * write).sum(-1)
