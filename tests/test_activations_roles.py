@@ -104,6 +104,16 @@ def test_a_backup_matters_once_the_others_are_replaced() -> None:
     assert found["effect"] == pytest.approx(0.25)  # 1 of 4 logits beside what it takes with them in place, which is 0
 
 
+@pytest.mark.parametrize(("lost", "p"), [(1e-7, 1.0), (-1e-7, 1.0), (1e-4, 1.0), (1e-2, 1 / 2**6)])
+def test_rounding_gives_a_head_without_effect_no_p(lost: float, p: float) -> None:
+    """One sign on all prompts would be the smallest p that six clusters allow."""
+    for role in ("mover", "backup"):
+        after = {Patch((1, 1), "END"): effects(lost if role == "mover" else 0.0)}
+        after |= {Patch((1, 1), "END", ((1, 0),)): effects(2.0 + lost)}
+        found = row(measured(patches=after).rows(role, "testing"), (1, 1))
+        assert found["effect_p"] == p and found["effect"] == pytest.approx(lost / 4 if p < 1 else 0.0, abs=1e-6)
+
+
 def verdict_of(found: Measured, head: tuple[int, int], role: str = "mover") -> str:
     roles = judge_activations(found, {role: [head]}, None).roles
     return str(

@@ -6,3 +6,5 @@ LEAST_ATTENTION = 0.1
 """The least attention to the source, as a share of the attention that does not go to the first token."""
 LEAST_ATTENTION_ALONE = 0.5
 """The same for a role that attention alone decides, on prompts or on random repeats."""
+ROUNDING = 1e-4
+"""The largest change, as a share of the logit difference's mean size (or of the receivers' attention), that is none."""

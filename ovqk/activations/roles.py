@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ovqk.activations.batches import Half
 from ovqk.activations.clusters import ClusterTest, cluster_means, flip_signs
 from ovqk.activations.effects import Effects, Patch
-from ovqk.activations.least import LEAST_ATTENTION, LEAST_ATTENTION_ALONE, LEAST_SHARE
+from ovqk.activations.least import LEAST_ATTENTION, LEAST_ATTENTION_ALONE, LEAST_SHARE, ROUNDING
 from ovqk.activations.quantities import Observed, RoleValues, look_of, queries_of
 from ovqk.activations.repeats import RepeatValues
 from ovqk.activations.score_links import ScoreLink
@@ -186,21 +186,19 @@ class Measured:
                 return None
             own = (without.difference - both.difference) - (clean - alone.difference)
             mean = (without.mean_difference - both.mean_difference) - (clean - alone.mean_difference)
-            return own, mean, nothing
+            return _unless_rounding(own, clean), _unless_rounding(mean, clean), nothing
         look = look_of(self.roles, role)
         if look is None:
+            changes = clean - alone.difference, clean - alone.mean_difference
             restored = alone.restored - self.observed.counterfactual_difference
-            return clean - alone.difference, clean - alone.mean_difference, restored
+            return *(_unless_rounding(change, clean) for change in changes), _unless_rounding(restored, clean)
         assert effect.into is not None
         receivers = self.receivers[effect.into]
         if not receivers:
             return None
         before = _of_heads(self.observed.looks[look][0], receivers)
-        return (
-            before - _of_heads(alone.look[look], receivers),
-            before - _of_heads(alone.mean_look[look], receivers),
-            nothing,
-        )
+        own, mean = (before - _of_heads(after[look], receivers) for after in (alone.look, alone.mean_look))
+        return _unless_rounding(own, before), _unless_rounding(mean, before), nothing
 
     def _denominators(self, role: str, half: Half) -> tuple[float, float]:
         """Return the denominators for `effect` (the counterfactual's whole effect) and `effect_share` (the mean)."""
@@ -346,6 +344,11 @@ def _of_heads(values: torch.Tensor, heads: Sequence[Head]) -> torch.Tensor:
     if not heads:
         return torch.full((len(values),), math.nan)
     return torch.stack([values[:, layer, head] for layer, head in heads]).mean(0)
+
+
+def _unless_rounding(change: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    """Return changes [prompt], 0 in place of rounding, whose sign would decide p for a head without effect."""
+    return change.masked_fill(change.abs() <= ROUNDING * of.abs().nanmean(), 0.0)
 
 
 def _described(table: pd.DataFrame, name: str, test: ClusterTest) -> pd.DataFrame:
