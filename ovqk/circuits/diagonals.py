@@ -71,7 +71,7 @@ COLUMNS = 1024
 """Tokens whose own entries are ranked, at most: the share then has a standard error below .016."""
 PARTS = 4
 """The ranked tokens are compared with one another in this many parts: the first closes most columns."""
-ROUNDING = 8
+ROUNDING = 16
 """Entries that differ by less are ties: times the precision of one number, relative to the lengths of both sides."""
 FEWEST_AT_ONCE, MOST_AT_ONCE, ENTRIES_AT_ONCE = 256, 4096, 2**22
 """How many tokens pass at a time, at least and at most, and how many numbers their product may have."""
@@ -116,22 +116,24 @@ class PlaceSearch:
         Raises:
             ValueError: an own entry is NaN or infinite.
         """
-        self.columns, self.count, self.signs = columns, count, signs
+        self.count, self.signs = count, signs
         mine = (columns * own_rows).sum(-1)
         if not bool(mine.isfinite().all()):
             raise ValueError("each token's own entry must be a finite number")
         lengths = torch.linalg.vector_norm(columns, dim=-1) * torch.linalg.vector_norm(own_rows, dim=-1)
         rounding = ROUNDING * torch.finfo(mine.dtype).eps * lengths
         self.thresholds = torch.stack([sign * mine - rounding for sign in signs])
-        self.before = torch.zeros(self.thresholds.shape, dtype=torch.long, device=columns.device)
+        self.before = torch.zeros(self.thresholds.shape, dtype=torch.int32, device=columns.device)
         for head in range(len(columns)):
             for part in range(PARTS):
-                self._compare(head, part, own_rows[head, part::PARTS])
+                self._compare(head, part, columns[head], own_rows[head, part::PARTS])
 
-    def _compare(self, head: int, part: int, rows: Float[Tensor, "token d_head"]) -> None:
+    def _compare(
+        self, head: int, part: int, columns: Float[Tensor, "column d_head"], rows: Float[Tensor, "token d_head"]
+    ) -> None:
         """Count the tokens that come before, among those in places part, part + PARTS, ..."""
         some = self.open[:, head].any(0).nonzero()[:, 0]
-        entries = self.columns[head, some] @ rows.T
+        entries = columns[some] @ rows.T
         here = (some % PARTS == part).nonzero()[:, 0]
         entries[here, some[here] // PARTS] = torch.nan  # which is neither more nor less: a token's own entry
         for end, sign in enumerate(self.signs):
@@ -207,6 +209,7 @@ class OpenColumns:
         self._sets = list[_Set]()
         self._searches = list[tuple[PlaceSearch, Tensor]]()  # the columns' places among all of a search
         self._thresholds = list[Tensor]()
+        self._count = 0
 
     @property
     def size(self) -> int:
@@ -217,30 +220,29 @@ class OpenColumns:
         self,
         search: PlaceSearch,
         heads: Sequence[int],
+        columns: Float[Tensor, "head column width"],
         reader: Reader,
-        columns: Float[Tensor, "head column width"] | None = None,
     ) -> None:
         """Take the columns that are open in some of a search's heads.
 
         Args:
             search: what was found so far; it is told what is found later.
             heads: those of its heads that read token rows through this reader.
-            reader: how they read them.
-            columns: these heads' columns as they meet what is read, if they are not those of the search.
+            columns: these heads' columns, as they meet what is read.
+            reader: how they read tokens.
         """
-        columns = search.columns[list(heads)] if columns is None else columns
         end, head, column = search.open[:, list(heads)].nonzero().unbind(1)
         if not len(end):
             return
         signs = torch.tensor(search.signs, device=end.device).to(columns)
         whole = torch.tensor(heads, device=end.device)[head]
-        number = torch.arange(len(end), device=end.device) + sum(map(len, self._thresholds))
+        number = self._count + torch.arange(len(end), device=end.device)
+        self._count += len(end)
         _, n_heads, n_columns = search.before.shape
         self._searches.append((search, (end * n_heads + whole) * n_columns + column))
         self._thresholds.append(search.thresholds[end, whole, column])
-        found = _Set(signs[end, None] * columns[head, column], number, reader).only(
-            torch.ones_like(end, dtype=torch.bool)
-        )
+        every = torch.ones_like(end, dtype=torch.bool)
+        found = _Set(signs[end, None] * columns[head, column], number, reader).only(every)
         if found.reader is not None:  # else the whole layer would stay in memory
             found = replace(found, reader=replace(found.reader, matrix=found.reader.matrix.clone()))
         self._sets.append(found)
@@ -283,9 +285,8 @@ class OpenColumns:
             if now <= (1 - CLOSED_BEFORE_NARROWING) * waiting:
                 sets = [some.only(is_open[some.number]) for some in sets if is_open[some.number].any()]
                 matrix, waiting = None, now
-        for (search, places), found in zip(
-            self._searches, before.split([len(x) for x in self._thresholds]), strict=True
-        ):
+        of_searches = before.split([len(places) for _, places in self._searches])
+        for (search, places), found in zip(self._searches, of_searches, strict=True):
             search.before.view(-1)[places] = found
         self._forget()
 
@@ -312,4 +313,4 @@ def true_in_rows(
     compare: Callable[..., Tensor], entries: Float[Tensor, "column token"], limits: Float[Tensor, "column one"]
 ) -> Int[Tensor, " column"]:
     """Count in each row the entries that compare with its limit, in a fifth of the time that sums of bools take."""
-    return compare(entries, limits, out=torch.empty_like(entries)).sum(1).long()
+    return compare(entries, limits, out=torch.empty_like(entries)).sum(1).int()

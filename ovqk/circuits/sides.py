@@ -186,11 +186,9 @@ class WrittenRows:
         """Compute nothing yet; `embeddings` gives block0 embeddings, if a caller has them."""
         self.W_E, self.block0, self.passed = vocabulary.W_E, block0, 0
         self.shape, self.device = (vocabulary.size, vocabulary.d_model), vocabulary.W_E.device
-        self._embeddings, self._kept = embeddings, None if not block0.mlp_writes else self._room()
-
-    def _room(self) -> Tensor | None:
-        first = self.W_E[:1]
-        return first.new_empty(self.shape) if math.prod(self.shape) * first.element_size() <= KEEP_UP_TO else None
+        self._embeddings, self._kept = embeddings, torch.empty(0)
+        bytes_each = self.W_E[:1].element_size()
+        self._keeps = block0.mlp_writes and math.prod(self.shape) * bytes_each <= KEEP_UP_TO
 
     def read(self, start: int, stop: int) -> Float[Tensor, "token d_model"]:
         """Return the block0 embeddings of tokens start .. stop - 1, not normalised, and keep what the MLP wrote."""
@@ -199,15 +197,16 @@ class WrittenRows:
             before, after = self.block0.parts(W_E)
         else:
             before, after = self.block0.stream(W_E), self._embeddings(start, stop)
-        if self._kept is not None and start <= self.passed < stop:
+        if self._keeps and start <= self.passed < stop:
             new = slice(self.passed - start, None)
+            self._kept = self._kept if self.passed else after.new_empty(self.shape)
             self._kept[self.passed : stop] = self.block0.architecture.normalised(after[new] - before[new])
             self.passed = stop
         return after
 
     def __getitem__(self, index: slice | Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
         """Return these tokens' rows: a slice with step 1, or ids in any order, whose rows are computed anew."""
-        if self._kept is None or not isinstance(index, slice):
+        if not self._keeps or not isinstance(index, slice):
             return self.block0.architecture.normalised(self.block0.mlp_output(self.W_E[index]))
         _, stop, _ = index.indices(self.shape[0])
         if self.passed == 0:

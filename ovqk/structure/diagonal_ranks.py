@@ -77,14 +77,14 @@ class DiagonalRanks:
             own_rows = (keys(weights, own) if normed else own @ weights.W_K.to(own))[kv]
         try:
             search = PlaceSearch(columns, own_rows, AMONG if circuit is Circuit.ov else 1, SIGNS[circuit])
-        except ValueError as error:
+        except ValueError:
             raise UserError(
-                f"analysis.diagonals=true: layer {layer.index}: {error}, and a weight of its {circuit.upper()} circuit "
-                "is not, or is too large; allowed: finite weights."
+                f"analysis.diagonals=true: weights in layer {layer.index}'s {circuit.upper()} circuit are NaN or "
+                "infinite, or too large to be multiplied; allowed: weights whose products are finite 32-bit numbers."
             ) from None
         self._searches[layer.index, circuit] = search
-        for heads, reader, met in _readers(weights, circuit, kv.tolist(), columns):
-            self._open[others].add(search, heads, reader, met)
+        for heads, met, reader in _readers(weights, circuit, kv.tolist(), columns):
+            self._open[others].add(search, heads, met, reader)
         if self._open[others].size >= WAITING:
             self._pass(others)
 
@@ -131,18 +131,18 @@ def farthest_first(rows: Float[Tensor, "token d_model"]) -> Int[Tensor, " token"
 
 def _readers(
     weights: LayerWeights, circuit: Circuit, kv_of_head: Sequence[int], columns: Float[Tensor, "head column d_head"]
-) -> list[tuple[list[int], Reader, Float[Tensor, "head column width"] | None]]:
-    """Return the heads that read tokens alike, how they do, and their columns if they are not as they were given.
+) -> list[tuple[list[int], Float[Tensor, "some_head column width"], Reader]]:
+    """Return heads that read tokens alike, their columns, and how they read.
 
     Normalised keys are normalised in the reader, so that their gain goes to the columns. If all heads of a token share
     one norm, they have one reader, and a column meets nothing but its own head's keys there.
     """
     every, norm = range(len(kv_of_head)), weights.qk_norm
     if circuit is Circuit.ov:
-        return [([head], Reader(weights.W_O[head]), None) for head in every]
+        return [([head], columns[head : head + 1], Reader(weights.W_O[head])) for head in every]
     of_kv = [[head for head in every if kv_of_head[head] == kv] for kv in range(len(weights.W_K))]
     if norm is None:
-        return [(heads, Reader(weights.W_K[kv].mT), None) for kv, heads in enumerate(of_kv)]
+        return [(heads, columns[heads], Reader(weights.W_K[kv].mT)) for kv, heads in enumerate(of_kv)]
     met = columns * norm.key_gain[list(kv_of_head), None].to(columns)
 
     def inverse_scale(k: Float[Tensor, "token width"]) -> Float[Tensor, "token one"]:
@@ -150,11 +150,11 @@ def _readers(
 
     if not norm.over_heads:
         return [
-            (heads, Reader(weights.W_K[kv].mT, weights.b_K[kv], inverse_scale), met[heads])
+            (heads, met[heads], Reader(weights.W_K[kv].mT, weights.b_K[kv], inverse_scale))
             for kv, heads in enumerate(of_kv)
         ]
     width = columns.shape[-1]
     wide = met.new_zeros(*met.shape[:2], len(of_kv) * width)
     for head, kv in enumerate(kv_of_head):
         wide[head, :, kv * width : (kv + 1) * width] = met[head]
-    return [(list(every), Reader(weights.W_K.mT.flatten(0, 1), weights.b_K.flatten(), inverse_scale), wide)]
+    return [(list(every), wide, Reader(weights.W_K.mT.flatten(0, 1), weights.b_K.flatten(), inverse_scale))]
