@@ -71,8 +71,6 @@ COLUMNS = 1024
 """Tokens whose own entries are ranked, at most: the share then has a standard error below .016."""
 PARTS = 4
 """The ranked tokens are compared with one another in this many parts: the first closes most columns."""
-ROUNDING = 16
-"""Entries that differ by less are ties: times the precision of one number, relative to the lengths of both sides."""
 FEWEST_AT_ONCE, MOST_AT_ONCE, ENTRIES_AT_ONCE = 256, 4096, 2**22
 """How many tokens pass at a time, at least and at most, and how many numbers their product may have."""
 CLOSED_BEFORE_NARROWING = 1 / 8
@@ -90,8 +88,10 @@ class PlaceSearch:
 
     A column is closed at an end once `count` tokens come before its own entry; ties come before it. Here the ranked
     tokens are compared with one another. The columns that stay open wait until all other tokens pass (`OpenColumns`).
+    Entries that agree within the rounding of a product fall on either side.
 
     Attributes:
+        thresholds: the own entries, with their signs changed for the smallest.
         before: tokens that were found to come before the own entry, for each end; where a column is closed, at least
             `count`.
     """
@@ -120,9 +120,7 @@ class PlaceSearch:
         mine = (columns * own_rows).sum(-1)
         if not bool(mine.isfinite().all()):
             raise ValueError("each token's own entry must be a finite number")
-        lengths = torch.linalg.vector_norm(columns, dim=-1) * torch.linalg.vector_norm(own_rows, dim=-1)
-        rounding = ROUNDING * torch.finfo(mine.dtype).eps * lengths
-        self.thresholds = torch.stack([sign * mine - rounding for sign in signs])
+        self.thresholds = torch.stack([sign * mine for sign in signs])
         self.before = torch.zeros(self.thresholds.shape, dtype=torch.int32, device=columns.device)
         for head in range(len(columns)):
             for part in range(PARTS):
