@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.models import BUNDLED, local
 from support.oracle import block0_parts, folded_embeddings, matrices, query_key_scores
+from support.scripts import script
 from support.toy import run, toy_task, toy_tokenizer
 
 from ovqk import library
@@ -253,6 +254,27 @@ def test_cells_rank_diagonals_only_if_asked_and_keep_their_ids() -> None:
     assert head.value("ov_diagonal_top10") > 0.5 > head.value("ov_diagonal_bottom10")
     assert "diagonals" not in identity(model.model.config, "0")["analysis"]
     assert cell_id(identity(model.model.config, "0")) != cell_id(identity(asked.model.config, "0"))
+
+
+@pytest.mark.parametrize("circuit", ["ov", "qk"])
+def test_an_analysis_of_one_circuit_ranks_that_one_and_only_if_asked(circuit) -> None:
+    found = {}
+    for choice in ("false", "true"):
+        model = library.open("mini-attn", f"analysis={circuit}", f"analysis.diagonals={choice}").model
+        ranks = diagonal_ranks.DiagonalRanks(model)
+        ranks.visit(library.Layer(model, 3))
+        found[choice] = ranks.columns()
+    assert found["false"] == {} and list(found["true"]) == [3]
+    assert all(name.startswith(circuit) and values.max() > 0 for name, values in found["true"][3].items())
+
+
+def test_the_benchmark_measures_ranks_beside_spectra(tiny, capsys) -> None:
+    bench, measure = script("bench"), script("bench_diagonals")
+    config = bench.cell_config(tiny("gpt2"))
+    found = measure.measure_diagonals(config, 1)
+    assert set(found) == {"spectra", "grams", "keeping", "ranks"} and all(wall > 0 for wall, _ in found.values())
+    measure.report_diagonals("tiny", config, 1)
+    assert capsys.readouterr().out.count("ranks of diagonals, seconds") == 2
 
 
 def test_larger_vocabularies_are_sampled_and_the_record_says_so(monkeypatch) -> None:

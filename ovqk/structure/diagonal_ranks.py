@@ -1,6 +1,6 @@
 """Ranks of the full circuits' diagonals in every layer (docs/definitions.md, section 2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +23,6 @@ AMONG = 10
 """How many places from an end count in OV; in QK the first alone does."""
 SIGNS = {Circuit.ov: (1, -1), Circuit.qk: (1,)}
 NAMES = {Circuit.ov: ("ov_diagonal_top10", "ov_diagonal_bottom10"), Circuit.qk: ("qk_diagonal_first",)}
-Read = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "head token d_head"]]
 
 
 class DiagonalRanks:
@@ -47,10 +46,10 @@ class DiagonalRanks:
     def visit(self, layer: Layer) -> None:
         """Rank a layer's own entries, unless the analysis does not ask for it, or what the layer reads is not there."""
         model, rows = self.model, "written" if layer.index > 0 else "plain"
-        if "ov_diagonal_top10" in model.unavailable or self._rows("unembedding") is None or self._rows(rows) is None:
-            return
-        for circuit in model.circuits:
-            self._rank(layer, circuit, rows)
+        asked = [circuit for circuit in model.circuits if NAMES[circuit][0] not in model.unavailable]
+        if asked and self._rows("unembedding") is not None and self._rows(rows) is not None:
+            for circuit in asked:
+                self._rank(layer, circuit, rows)
 
     def columns(self) -> dict[int, dict[str, Float[Tensor, " head"]]]:
         """Return layer -> metric -> the share of ranked tokens, in [0, 1], for all layers visited."""
