@@ -5,6 +5,7 @@
     python scripts/bench.py --shapes llama-7b --what cell                    # makes a checkpoint of 4.8 GB first
     python scripts/bench.py --shapes smollm2-135m,gemma-3-270m --what task   # task=none and ioi, with directions
     python scripts/bench.py --what task --path DIR                           # the same, on a real model (or GGUF file)
+    python scripts/bench.py --shapes gpt2-small --what diagonals --threads 1 # ranks of diagonals beside the spectra
     python scripts/bench.py --shapes gpt2-small --what profile
     python scripts/bench.py --what sweep                                     # cells a minute over one model
     python scripts/bench.py --what startup --repeats 8
@@ -42,6 +43,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as ovqk sets it where it is imported first
 
 import torch
+from bench_diagonals import report_diagonals
 from bench_operations import (
     product_rate,
     products_done,
@@ -322,6 +324,9 @@ def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace)
         first, again = cached(folder)
         print(f"{name} cell with directions: {first:.2f} s; from the cache {again:.2f} s: {again / first:.1%}")
         return
+    if what == "diagonals":
+        report_diagonals(name, cell_config(folder, arguments.device), arguments.repeats)
+        return
     if what == "profile":
         profile = cProfile.Profile()
         profile.runcall(WAYS["spectra"], cell_config(folder))
@@ -362,13 +367,24 @@ def report_activations(path: Path, task: str, prompts: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="gpt2-small", help=f"of {', '.join(SHAPES)}")
-    kinds = ["spectra", "cell", "task", "composition", "cache", "profile", "startup", "sweep", "activations"]
+    kinds = [
+        "spectra",
+        "cell",
+        "task",
+        "composition",
+        "cache",
+        "profile",
+        "startup",
+        "sweep",
+        "activations",
+        "diagonals",
+    ]
     parser.add_argument("--what", default="spectra", choices=kinds)
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument(
         "--path",
         type=Path,
-        help="for --what task and activations: a Hugging Face directory or a GGUF file instead of shapes",
+        help="for --what task, diagonals and activations: a Hugging Face directory or a GGUF file instead of shapes",
     )
     parser.add_argument("--components", type=int, default=3, help="for --what task: listed for each circuit; 0: none")
     parser.add_argument("--task", default="ioi", help="for --what activations")
@@ -399,8 +415,11 @@ def main() -> None:
         report_activations(arguments.path, arguments.task, arguments.prompts)
         return
     if arguments.path:
+        if arguments.what == "diagonals":
+            report_diagonals(arguments.path.name, cell_config(arguments.path, arguments.device), arguments.repeats)
+            return
         if arguments.what != "task":
-            parser.error("--path is for --what task")
+            parser.error("--path is for --what task, diagonals and activations")
         sizes = sizes_of_model(cell_config(arguments.path), arguments.components)
         report_cells(arguments.path.name, arguments.path, sizes, arguments)
         return

@@ -50,21 +50,38 @@ class Block0:
     def rows(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """Return E for these rows of the folded embedding, in their precision; many are shared out among threads."""
         if len(W_E) <= TOKENS_PER_THREAD:
-            return self._rows(W_E)
-        return torch.cat(each(self._rows, W_E.split(TOKENS_PER_THREAD), W_E.device))
+            return self._parts(W_E)[1]
+        return torch.cat(each(lambda some: self._parts(some)[1], W_E.split(TOKENS_PER_THREAD), W_E.device))
 
-    def _rows(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+    def parts(
+        self, W_E: Float[Tensor, "token d_model"]
+    ) -> tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"]]:
+        """Return r, the stream without what the MLP writes, and E (`rows`); both by way of one attention."""
+        if len(W_E) <= TOKENS_PER_THREAD:
+            return self._parts(W_E)
+        before, after = zip(*each(self._parts, W_E.split(TOKENS_PER_THREAD), W_E.device), strict=True)
+        return torch.cat(before), torch.cat(after)
+
+    def _parts(
+        self, W_E: Float[Tensor, "token d_model"]
+    ) -> tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"]]:
         architecture, eps = self.architecture, self.architecture.norm_eps
         written = architecture.normalised(W_E)
         for weight in self.attention:
             written = written @ weight.to(W_E)
         stream = W_E + apply_norm(self.post_norm, written, eps)
         if self.mlp is None:
-            return stream
+            return stream, stream
         x = architecture.normalised(W_E if architecture.parallel else stream)
         tokens = max(1, HIDDEN_ELEMENTS // self.mlp.W_in.shape[1])
         written = torch.cat([self.mlp.apply(some) for some in x.split(tokens)])
-        return stream + apply_norm(self.mlp.post_norm, written, eps)
+        return stream, stream + apply_norm(self.mlp.post_norm, written, eps)
+
+    def stream(self, W_E: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+        """Return r, the stream without what the MLP writes; the MLP is not run."""
+        before = copy.copy(self)
+        before.mlp = None
+        return before.rows(W_E)
 
     @cached_property
     def mlp_writes(self) -> bool:
@@ -81,9 +98,8 @@ class Block0:
         """
         if not self.mlp_writes:
             return W_E
-        before = copy.copy(self)
-        before.mlp = None
-        return self.rows(W_E) - before.rows(W_E)
+        before, after = self.parts(W_E)
+        return after - before
 
     def grams(
         self, vocabulary: Vocabulary, read: Callable[[int, int], Float[Tensor, "token d_model"]] | None = None

@@ -204,9 +204,10 @@ def centred_grams(sides: Sequence[Rows], pairs: Sequence[tuple[int, int]]) -> li
     sums = [torch.zeros_like(shift) for shift in shifts]
     totals = [shifts[a].new_zeros(widths[a], widths[b]) for a, b in pairs]
     parts = totals if exact == torch.float64 else [torch.zeros_like(total, dtype=exact) for total in totals]
-    size = max(1, min(n, BLOCK, BLOCK_ELEMENTS // max(widths)))
+    in_blocks = list(gram_blocks(n, max(widths)))
+    size = max((some.stop - some.start for some in in_blocks), default=1)
     room = [shift.new_empty(size, len(shift), dtype=exact) for shift in shifts]  # new memory for each block costs more
-    for number, tokens in enumerate(blocks(n, size), 1):
+    for number, tokens in enumerate(in_blocks, 1):
         x = [
             torch.sub(side[tokens].to(exact), shift.to(exact), out=into[: tokens.stop - tokens.start])
             for side, shift, into in zip(sides, shifts, room, strict=True)
@@ -283,6 +284,11 @@ def mean_row(x: Rows) -> Float[Tensor, " d_model"]:
         block = x[rows]
         total += (block - near).sum(0)
     return near.double() + total / x.shape[0]
+
+
+def gram_blocks(n: int, width: int) -> Iterator[slice]:
+    """Yield the slices of n tokens, with rows of this width, in which Grams read them."""
+    return blocks(n, max(1, min(n, BLOCK, BLOCK_ELEMENTS // width)))
 
 
 def blocks(n: int, size: int = BLOCK) -> Iterator[slice]:

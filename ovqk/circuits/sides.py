@@ -3,7 +3,8 @@
 Blocks come in the precision of the weights, to be screened; single tokens in float64, to be reported.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,13 +12,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ovqk.circuits.effective_embeddings import Block0
-from ovqk.circuits.grams import BLOCK, blocks
+from ovqk.circuits.grams import BLOCK, SHIFT_TOKENS, blocks, gram_blocks
 from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.weights.stored_rows import Rows
 from ovqk.weights.types import Architecture
 
 KEEP_UP_TO = 2**28  # bytes of block0 embeddings that are kept in memory, so that they are computed once
 RECOMPUTED_WITHIN = 1e-4  # relative to the longest row: above the float32 rounding of a block0 embedding
+
+Read = Callable[[int, int], Float[Tensor, "token d_model"]]
+"""Gives the rows of tokens start .. stop - 1."""
 
 
 @runtime_checkable
@@ -165,6 +169,52 @@ class Block0Side(NormalisedSide):
             if self.passed < part.stop:
                 self.read(max(part.start, self.passed), part.stop)
         return self._moments.mean, self._moments.longest
+
+
+class WrittenRows:
+    """What block 0's MLP writes for each token, as a later layer's norm leaves it; plain rows if it writes nothing.
+
+    Tokens are read as rows are: `rows[start:stop]`, `rows[ids]`. Rows are kept if they fit in KEEP_UP_TO bytes. If a
+    caller needs block0 embeddings of all tokens as well, `read` hands them out and keeps these rows beside them, so
+    that the MLP runs once for both.
+
+    Attributes:
+        passed: how many tokens' rows are kept, counted from id 0.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, block0: Block0, embeddings: Read | None = None) -> None:
+        """Compute nothing yet; `embeddings` gives block0 embeddings, if a caller has them."""
+        self.W_E, self.block0, self.passed = vocabulary.W_E, block0, 0
+        self.shape, self.device = (vocabulary.size, vocabulary.d_model), vocabulary.W_E.device
+        self._embeddings, self._kept = embeddings, torch.empty(0)
+        bytes_each = self.W_E[:1].element_size()
+        self._keeps = block0.mlp_writes and math.prod(self.shape) * bytes_each <= KEEP_UP_TO
+
+    def read(self, start: int, stop: int) -> Float[Tensor, "token d_model"]:
+        """Return the block0 embeddings of tokens start .. stop - 1, not normalised, and keep what the MLP wrote."""
+        W_E = self.W_E[start:stop]
+        if self._embeddings is None:
+            before, after = self.block0.parts(W_E)
+        else:
+            before, after = self.block0.stream(W_E), self._embeddings(start, stop)
+        if self._keeps and start <= self.passed < stop:
+            new = slice(self.passed - start, None)
+            self._kept = self._kept if self.passed else after.new_empty(self.shape)
+            self._kept[self.passed : stop] = self.block0.architecture.normalised(after[new] - before[new])
+            self.passed = stop
+        return after
+
+    def __getitem__(self, index: slice | Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+        """Return these tokens' rows: a slice with step 1, or ids in any order, whose rows are computed anew."""
+        if not self._keeps or not isinstance(index, slice):
+            return self.block0.architecture.normalised(self.block0.mlp_output(self.W_E[index]))
+        _, stop, _ = index.indices(self.shape[0])
+        if self.passed == 0:
+            self.read(0, min(self.shape[0], SHIFT_TOKENS))
+        for some in gram_blocks(*self.shape):  # as Grams read them: rounding depends on the blocks
+            if some.stop > self.passed and some.start < stop:
+                self.read(some.start, some.stop)
+        return self._kept[index]
 
 
 class ListedRows:

@@ -13,10 +13,10 @@ from torch import Tensor
 from ovqk.circuits import grams, moments
 from ovqk.circuits.diagonals import ranked_tokens
 from ovqk.circuits.effective_embeddings import Block0
-from ovqk.circuits.grams import Block0Grams, FullCircuit, blocks
-from ovqk.circuits.sides import Block0Side
+from ovqk.circuits.grams import Block0Grams, FullCircuit
+from ovqk.circuits.sides import Block0Side, WrittenRows
 from ovqk.circuits.simulated import Simulated
-from ovqk.circuits.vocabulary import KEPT_UP_TO, Vocabulary, read_vocabulary
+from ovqk.circuits.vocabulary import Vocabulary, read_vocabulary
 from ovqk.config.schema import Circuit, Config, Processing
 from ovqk.structure.availability import NO_EMBEDDING, NO_LATER_LAYER, NO_UNEMBEDDING, unavailable_metrics
 from ovqk.structure.kept import Kept, once
@@ -25,7 +25,6 @@ from ovqk.structure.token_tables import Directions
 from ovqk.weights.devices import resolve_device, to_device
 from ovqk.weights.folding import fold_embeddings, fold_mlp, fold_reads
 from ovqk.weights.mlp import ACTIVATIONS, UNTOLD
-from ovqk.weights.stored_rows import Rows, StoredRows
 from ovqk.weights.types import Architecture, OpenedModel, WeightSource
 
 Value = TypeVar("Value")
@@ -124,31 +123,25 @@ class Model:
         return Simulated.of(self.vocabulary, self.W_pos, block0, self.architecture)
 
     @cached_property
-    def diagonal_rows(self) -> Rows | None:
+    def diagonal_rows(self) -> WrittenRows | None:
         """What layers after the first read of each token when diagonals are ranked, normalised: block 0's MLP output.
 
-        Plain rows without an MLP, or if it writes nothing; None if the MLP cannot be read. Up to KEPT_UP_TO numbers are
-        kept; of more, each slice is computed when it is asked for.
+        Plain rows without an MLP, or if it writes nothing; None if the MLP cannot be read.
         """
-        vocabulary, block0 = self.vocabulary, self.block0
+        vocabulary, block0, side = self.vocabulary, self.block0, self.block0_side
         if vocabulary is None or isinstance(block0, str):
             return None
-
-        def rows(start: int, stop: int) -> Float[Tensor, "token d_model"]:
-            return self.architecture.normalised(block0.mlp_output(vocabulary.W_E[start:stop]))
-
-        n, d_model = vocabulary.size, vocabulary.d_model
-        if n * d_model > KEPT_UP_TO:
-            return StoredRows(rows, (n, d_model), device=self.device)
-        return torch.cat([rows(some.start, some.stop) for some in blocks(n)])
+        return WrittenRows(vocabulary, block0, None if side is None else side.read)
 
     @cached_property
     def block0_grams(self) -> Block0Grams | None:
         """Gram matrices of the block0 embeddings; None if they cannot be had, or if no layer reads them."""
-        block0, vocabulary, side = self.block0, self.vocabulary, self.block0_side
+        block0, vocabulary = self.block0, self.vocabulary
         if not isinstance(block0, Block0) or vocabulary is None or self.architecture.n_layers == 1:
             return None
-        return self._once("block0_grams", lambda: block0.grams(vocabulary, None if side is None else side.read))
+        keeps = self.config.analysis.diagonals and Circuit.qk in self.circuits  # the MLP then runs once for both
+        reader = self.diagonal_rows if keeps else self.block0_side
+        return self._once("block0_grams", lambda: block0.grams(vocabulary, None if reader is None else reader.read))
 
     def _once(self, name: str, make: Callable[[], Value]) -> Value:
         """Return a value that depends on the embeddings alone: an earlier cell's, if this process keeps one."""
@@ -163,7 +156,7 @@ class Model:
         if self.block0_side is not None and not self.block0_side.passed:
             n, d_model = self.block0_side.rows.shape
             self.block0_side.read(0, min(n, grams.SHIFT_TOKENS))
-            for some in blocks(n, max(1, min(n, grams.BLOCK, grams.BLOCK_ELEMENTS // d_model))):
+            for some in grams.gram_blocks(n, d_model):
                 self.block0_side.read(some.start, some.stop)
 
     def block0_circuit(self, circuit: Circuit) -> FullCircuit | None:

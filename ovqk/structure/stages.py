@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from ovqk.circuits import diagonals, moments, positions, spectra
+from ovqk.circuits import moments, positions, spectra
 from ovqk.circuits.components import SIDES, Components, components, singular_components
 from ovqk.circuits.composition import LayerCircuits
 from ovqk.circuits.maps import Maps
@@ -18,9 +18,9 @@ from ovqk.circuits.simulated import Senders, Simulated, attention
 from ovqk.circuits.spectra import full_circuit_ratio
 from ovqk.circuits.summed_qk import layer_metrics
 from ovqk.config.schema import Circuit
+from ovqk.structure.diagonal_ranks import DiagonalRanks
 from ovqk.structure.layer import Layer
 from ovqk.structure.model import Model
-from ovqk.weights.types import keys, queries
 
 HeadValues = dict[str, Float[Tensor, " head"]]
 WAITING = 2**22  # the most numbers in components that wait for a pass over the vocabulary
@@ -53,7 +53,7 @@ def layer_structure(layer: Layer) -> Tables:
         metrics, spectrum = circuit_spectra(layer, circuit)
         values |= metrics
         unstable = _joined(unstable, rounding_sensitive(layer, circuit, metrics))
-        values |= block0_metrics(layer, circuit) | diagonal_metrics(layer, circuit)
+        values |= block0_metrics(layer, circuit)
         tables.setdefault("spectra", []).append(spectrum)
     if Circuit.qk in model.circuits:
         metrics, profile = position_metrics(layer)
@@ -75,6 +75,7 @@ class StructureTables:
     def __init__(self, model: Model) -> None:
         """Start without layers."""
         self.model, self._layers, self._senders = model, list[Tables](), Senders()
+        self._ranks = DiagonalRanks(model)
 
     def visit(self, layer: Layer) -> None:
         """See `Stage`."""
@@ -83,9 +84,14 @@ class StructureTables:
             columns = {n: v.double().cpu().numpy() for n, v in simulated_metrics(layer, self._senders).items()}
             tables["heads"] = tables["heads"].assign(**columns)
         self._layers.append(tables)
+        self._ranks.visit(layer)
 
     def tables(self, _: Tables) -> Tables:
         """Return `heads`, `layers`, `spectra` and `offsets` for all layers visited."""
+        ranks = self._ranks.columns()
+        for tables in self._layers:
+            found = ranks.get(int(tables["heads"]["layer"].iloc[0]), {})
+            tables["heads"] = tables["heads"].assign(**{name: x.cpu().numpy() for name, x in found.items()})
         return stacked(self._layers)
 
 
@@ -312,55 +318,6 @@ def block0_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
         return {}
     name = "ov_copying_block0" if circuit is Circuit.ov else "qk_matching_block0"
     return {name: full_circuit_ratio(layer.maps(circuit, True), full)}
-
-
-def diagonal_metrics(layer: Layer, circuit: Circuit) -> HeadValues:
-    """Return how often a token's own entry is at an end of its row in OV, or first in its row in QK, in [0, 1].
-
-    A row in OV holds what attending to one token does to all logits; a row in QK the scores of all keys for one query.
-    Layers after the first read block 0's MLP output if the model has an MLP; else, and in layer 0, plain embeddings;
-    rows are normalised (docs/definitions.md, section 2). Queries are the unembedding's columns. Empty if the analysis
-    does not ask for it, and if what the layer reads cannot be had.
-    """
-    model, weights, vocabulary = layer.model, layer.folded, layer.model.vocabulary
-    if vocabulary is None or vocabulary.W_U_rows is None or "ov_diagonal_top10" in model.unavailable:
-        return {}
-    rows = model.diagonal_rows if layer.index > 0 else vocabulary.W_E
-    if rows is None:
-        return {}
-    kv_of_head = model.architecture.kv_of_head.tolist()
-
-    def read(x: Float[Tensor, "token d_model"], heads: Sequence[int]) -> dict[int, Float[Tensor, "token d_head"]]:
-        x = x if layer.index > 0 else model.architecture.normalised(x)
-        if circuit is Circuit.qk and weights.qk_norm is not None:
-            every = keys(weights, x)
-            return {head: every[kv_of_head[head]] for head in heads}
-        W = weights.W_V if circuit is Circuit.ov else weights.W_K
-        few = {kv: x @ W[kv].to(x) for kv in {kv_of_head[head] for head in heads}}
-        return {head: few[kv_of_head[head]] for head in heads}
-
-    def predicted(x: Float[Tensor, "token d_model"], heads: Sequence[int]) -> dict[int, Float[Tensor, "token d_head"]]:
-        if circuit is Circuit.qk and weights.qk_norm is not None:
-            every = queries(weights, x)
-            return {head: every[head] for head in heads}
-        return {head: x @ (weights.W_O[head].T if circuit is Circuit.ov else weights.W_Q[head]).to(x) for head in heads}
-
-    # in OV each row is ranked by what it writes to all logits, in QK by the keys that it meets
-    sides = (rows, read), (vocabulary.W_U_rows, predicted)
-    (ranked, of_ranked), (others, of_others) = sides if circuit is Circuit.ov else sides[::-1]
-    ids, every_head = diagonals.ranked_tokens(vocabulary.size), range(len(kv_of_head))
-    mine, own = (
-        torch.stack(list(function(table[ids.to(table.device)], every_head).values()))
-        for table, function in ((ranked, of_ranked), (others, of_others))
-    )
-    search = diagonals.PlaceSearch(mine, own, ids, *((10, (1, -1)) if circuit is Circuit.ov else (1, (1,))))
-    for some in diagonals.growing_blocks(vocabulary.size):
-        if not (heads := search.open_heads):
-            break
-        search.compare(some.start, of_others(others[some], heads))
-    if circuit is Circuit.qk:
-        return {"qk_diagonal_first": search.share(1)}
-    return {"ov_diagonal_top10": search.share(1), "ov_diagonal_bottom10": search.share(-1)}
 
 
 def simulated_metrics(layer: Layer, senders: Senders) -> HeadValues:
