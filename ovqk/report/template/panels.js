@@ -445,7 +445,7 @@ function stripPlot({ metric, unit, rows: tests }, name) {
   return svg(width, height, `${name}, ${metricTitle(metric)}: ${tests.map((row) => `${nullName(row.null)} p ${probability(row.p)}`).join("; ")}`,
     ticks(...bounds, 4).map((tick) => [
       s("line", { class: "gridline", x1: x(tick), x2: x(tick), y1: 0, y2: tests.length * line }),
-      s("text", { class: "tick", x: x(tick), y: tests.length * line + 14, "text-anchor": "middle" }, unit === "percentile" ? `${Math.round(tick * 100)} %` : tickText(tick)),
+      s("text", { class: "tick", x: x(tick), y: tests.length * line + 14, "text-anchor": "middle" }, unit === "percentile" ? percent(tick) : tickText(tick)),
     ]),
     title ? s("text", { class: "tick", x: left - 20, y: tests.length * line + 14, "text-anchor": "end" }, title) : null,
     tests.map((row, k) => {
