@@ -407,6 +407,16 @@ def test_dark_and_light_follow_the_system_or_the_button(reader) -> None:
     reader.see("atlas_dark")
 
 
+def test_a_roles_card_holds_what_was_tested_as_its_one_head(reader) -> None:
+    """The claimed previous-token head is one, so that its primary prediction has no row about the role."""
+    reader.open("circuit/mini-attn/induction")
+    card = reader.page.locator("section.card:has(h3:text('Previous token'))")
+    card.locator("summary").click()
+    titles = [title for title in card.locator("h3").all_inner_texts() if "predicted" in title]
+    assert any("primary, tested as its one head 1.1" in title for title in titles)
+    assert any("K-composition" in title and "tested as" not in title for title in titles)
+
+
 def test_the_lines_of_a_circuit_pass_no_head(reader) -> None:
     """Each line keeps away from the heads that it does not join, and no two lie on each other."""
     reader.open("circuit/mini-attn/induction")
@@ -722,6 +732,9 @@ def test_a_page_without_claims_opens_on_candidates_and_can_be_narrowed(page_file
     table = page.locator("table.candidates")
     assert table.locator("tbody tr").count() == 15 and table.locator("a.mark").count() >= 14 * 3
     assert page.locator(".meaning").bounding_box()["y"] < 1000  # seen without scrolling the table
+    worth = page.locator("h2:has-text('Candidates') + p")  # in one line, above the heads
+    assert worth.inner_text() == wording.CANDIDATES_WORTH and worth.bounding_box()["height"] < 30
+    assert worth.bounding_box()["y"] < table.bounding_box()["y"]
     assert "without results: no weights for induction" in table.inner_text()
     assert page.locator("p.lost").inner_text() == "lost / sva / b03 without results: no weights for sva"
     assert page.locator("svg.plot").first.bounding_box()["y"] < 1000
