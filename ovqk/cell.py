@@ -49,7 +49,7 @@ from ovqk.tasks.tokenizer import start_tokens, tokenizer_for
 from ovqk.tasks.words import readable_tasks
 from ovqk.tracking.service import start_meanwhile
 from ovqk.weights.families import tensors_read
-from ovqk.weights.readers import open_weights
+from ovqk.weights.readers import open_named
 from ovqk.weights.types import OpenedModel
 from ovqk.whole_files import DISK, clear_abandoned, in_the_way
 
@@ -247,7 +247,7 @@ def compute(
         kept.begin(model_depends_on(cell, checkpoint))
         FreedMemory().give_back(at_once=True)  # what the cell before has freed
     forget_peak_memory()
-    source = open_weights(checkpoint, cell.model)
+    source = open_named(checkpoint, cell.model)
     needed = bool(cell.task.variables)
     tokenizer, notes = once(kept, "tokenizer", needed, lambda: tokenizer_for(cell.task, checkpoint))
     opened = OpenedModel(source, checkpoint.label, tokenizer)

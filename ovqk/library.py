@@ -52,7 +52,7 @@ from ovqk.structure.token_tables import TOKENS, component_lists
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.tokenizer import tokenizer_for
 from ovqk.weights.families import tensors_read
-from ovqk.weights.readers import open_weights
+from ovqk.weights.readers import open_named
 from ovqk.weights.stored_rows import Rows
 from ovqk.weights.types import OpenedModel
 
@@ -75,7 +75,7 @@ def open(model: str | Path, *choices: str) -> "LibraryModel":
     """
     config = chosen(model, *choices)
     checkpoint = open_checkpoint(config.model, config.hub_timeout, tensors_read)
-    source = open_weights(checkpoint, config.model)
+    source = open_named(checkpoint, config.model)
     tokenizer, notes = tokenizer_for(config.task, checkpoint)
     model_read = Model.read(OpenedModel(source, checkpoint.label, tokenizer), config)
     return LibraryModel(model_read, checkpoint, [*source.notes, *notes])

@@ -95,8 +95,8 @@ RANKED_BY = {
 }
 """Metric that ranks candidates -> what it measures; other metrics are told by their legend or formula."""
 CANDIDATES_WORTH = (
-    "What a place is worth: of the first three heads for a role, 20% had it on prompts in three small models and "
-    "SmolLM2-135M, and 43% if any head had it (docs/evidence.md)."
+    "What a place is worth: of the first three heads for a role, 20% had it on prompts in four small models, and 43% "
+    "if any head had it (docs/evidence.md)."
 )
 """What a user may expect of candidates: measured precision, with its source."""
 ON_PROMPTS = {

@@ -25,6 +25,11 @@ definition, published value, tolerance, source, what it needs, ovqk's value, and
 `not runnable here`, with the reason. FOLDER holds models under the names [below](#weights); a model that is not there,
 or that lacks a part which a statement needs, is fetched with `--hub`, and otherwise its rows say so. The statements
 are data, in `ovqk/published/statements.yaml`. If the command is interrupted, the table holds the rows that were made.
+
+Files of another model under a model's name are not compared with its values: layers, heads, width, vocabulary (within
+1 %) and family must be those in `ovqk/weights/known.yaml`, or the rows are `not runnable here`. A fine-tune has the
+same sizes. The column `identified` says what a row rests on: `SHA-256` if the file is the published one, `repository`
+if it came from the model's own on the hub, `sizes alone` otherwise; the column `sha256` holds the files' digests.
 """
 
 
@@ -49,6 +54,11 @@ def page(found: Sequence[Row]) -> str:
     parts.append(
         "\n## Definitions\n\n" + "\n".join(f"- **{quantity}**: {formula}." for quantity, formula in definitions(found))
     )
+    parts.append(
+        "\n## Files\n\nWhat the values above were computed on, and what shows that it is the model.\n\n"
+        "| model | identified by | SHA-256 |\n|---|---|---|"
+    )
+    parts += list(dict.fromkeys(files(row) for row in found if row.value is not None))
     parts.append("\n## Weights\n\n| model | below FOLDER | on the hub | origin |\n|---|---|---|---|")
     subjects = {row.statement.subject.name: row.statement.subject for row in found}
     parts += [
@@ -75,6 +85,11 @@ def missing(row: Row) -> str:
     return (
         f"| `{statement.name}` | {published(statement)} | {', '.join(statement.needs)} | {why} | {cited(statement)} |"
     )
+
+
+def files(row: Row) -> str:
+    """Return the line of a row's weights: the model, what shows that they are its, and their digests."""
+    return f"| {row.statement.subject.name} | {row.identified} | {row.sha256} |"
 
 
 def published(statement: Statement) -> str:

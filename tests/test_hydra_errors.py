@@ -1,5 +1,6 @@
 """A mistaken value, on the command line or in a file, is told by its key and with what is allowed; no more."""
 
+import re
 import shlex
 import sys
 
@@ -10,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from support import ROOT
 
-from ovqk.config.command_line import program
+from ovqk.config.command_line import program, tool
 from ovqk.config.hydra_errors import NEAREST, check_keys, close_names, mistakes
 from ovqk.config.schema import register
 from ovqk.errors import UserError
@@ -71,6 +72,28 @@ def test_what_cannot_be_parsed_is_told_how_to_quote_it_and_that_helps(value, tmp
 def test_a_word_without_a_value_is_told_what_a_choice_is(tmp_path) -> None:
     assert told(tmp_path, "b").startswith("b: no choice, which is KEY=VALUE. A value with a space in it is quoted")
     assert "KEY=VALUE. Did you mean " in (said := told(tmp_path, "repot")) and "report? A value with" in said
+
+
+PUBLISHED = f" Did you mean the command {tool('published')}? "
+
+
+@pytest.mark.parametrize(
+    "argument", [f"experiment={word}" for word in ("published", "publish", "papers")] + ["papers=x"]
+)
+def test_a_key_that_asks_for_what_a_command_does_is_told_the_command(argument) -> None:
+    with pytest.raises(UserError, match=rf"no such key\.{re.escape(PUBLISHED)}Allowed"):
+        check_keys([argument])
+
+
+@pytest.mark.parametrize("argument", ["publisehd", "papers", "analysis=published", "task=publish", "model=papers"])
+def test_a_word_or_a_choice_that_asks_for_what_a_command_does_is_told_the_command(argument, tmp_path) -> None:
+    assert PUBLISHED in told(tmp_path, argument)
+
+
+@pytest.mark.parametrize(("argument", "said"), [("tracking.moed=none", "tracking.mode"), ("taks=published", "task")])
+def test_a_key_that_is_spelled_like_another_is_told_that_one(argument, said) -> None:
+    with pytest.raises(UserError, match=rf"Did you mean {re.escape(said)}\? Allowed"):
+        check_keys([argument])
 
 
 def test_a_group_of_keys_that_is_given_a_value_is_told_its_keys(tmp_path) -> None:

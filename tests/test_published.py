@@ -30,6 +30,7 @@ from ovqk.published.statements import FILE, half_a_unit, read_statements, statem
 from ovqk.published.table import Places, agrees, rows
 from ovqk.tasks.cycle import Cycle
 from ovqk.tasks.lookup import WordLookup
+from ovqk.weights import known
 
 STATEMENTS = {each.name: each for each in statements()}
 DIFFERENT = {"mod-59-l8k1hzciux/gradient symmetricity"}
@@ -103,6 +104,12 @@ def test_a_value_agrees_as_the_relation_says(relation, value, found, agreed) -> 
     assert agrees(statement, found) is agreed
 
 
+@pytest.fixture
+def no_sizes_known(monkeypatch) -> None:
+    """Let small random models stand in for others of other sizes, which are refused otherwise (tests/test_known.py)."""
+    monkeypatch.setattr(known, "known_models", dict)
+
+
 # --- no row without computing ----------------------------------------------------------------------------------
 
 
@@ -128,6 +135,7 @@ def random_weights(folder: Path) -> None:
     make_gpt2(folder / "gpt2", n_layer=12, n_head=12, n_embd=48)
 
 
+@pytest.mark.usefixtures("no_sizes_known")
 def test_random_weights_in_place_of_the_models_reproduce_nothing(tmp_path, monkeypatch) -> None:
     random_weights(tmp_path)
     every = quantities.one_block.every_triple
@@ -209,6 +217,7 @@ def test_weights_that_are_not_here_or_lack_a_part_are_said_to(tmp_path) -> None:
         Places(tmp_path / "nowhere", hub=False)
 
 
+@pytest.mark.usefixtures("no_sizes_known")
 def test_a_local_model_that_lacks_a_part_gives_way_to_the_hubs_where_the_part_is_needed(tmp_path) -> None:
     make_gpt2(tmp_path / "gpt2-small-attention")
     file = tmp_path / "gpt2-small-attention" / "model.safetensors"
@@ -225,6 +234,7 @@ def test_a_local_model_that_lacks_a_part_gives_way_to_the_hubs_where_the_part_is
 # --- the command -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_sizes_known")
 def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch) -> None:
     random_weights(tmp_path)
     monkeypatch.setattr(one_block, "every_triple", lambda p: [(0, 1, 2), (3, 4, 5)])
@@ -238,6 +248,7 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch) 
         assert {"model", "definition", "published", "tolerance", "source", "place", "needs", "value"} <= set(written)
 
 
+@pytest.mark.usefixtures("no_sizes_known")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_end_before_the_last_row_leaves_the_rows_that_were_made(error, tmp_path, capsys, monkeypatch) -> None:
     random_weights(tmp_path)

@@ -410,6 +410,8 @@ def test_numbers_are_short_and_what_is_not_finite_is_nothing() -> None:
     assert [short(x) for x in (0.123412, 2.0, -1234567.0, 1e-9, 0.0)] == [0.1234, 2, -1234600.0, 1e-9, 0]
     assert short(math.nan) is None and short(math.inf) is None
     assert short(5.395176846) == 5.3952 and short(0.124996) == 0.124996 and short(0.125) == 0.125
+    noisy = 0.125 + 2**-50  # is above the middle, and must not become the middle itself
+    assert short(noisy) == noisy and f"{short(noisy):.2f}" == f"{noisy:.2f}" == "0.13"
     values = np.random.default_rng(0).uniform(-10, 10, 5000)
     assert [f"{short(x):.2f}" for x in values] == [f"{x:.2f}" for x in values]  # rounded twice, as if rounded once
     pool = Pool()

@@ -25,7 +25,9 @@ from ovqk.cell import run_cell
 from ovqk.errors import UserError
 from ovqk.records.cells import read_cells
 from ovqk.records.results import load_table
+from ovqk.report.on_prompts import share
 from ovqk.report.page import make_page
+from ovqk.report.terminal_tables import rounded
 from ovqk.whole_files import write_text
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -163,6 +165,39 @@ def test_the_numbers_that_a_reader_sees_are_those_of_the_tables(reader, page_fil
     assert shown["OV transfer of the contrast"].startswith("unavailable: not applicable")
     circles = reader.page.locator("svg[aria-label*='eigenvalues of the OV circuit'] circle[data-tip^='λ']")
     assert circles.count() == 16
+
+
+def test_of_two_decimals_that_are_equally_near_the_page_shows_the_one_that_the_terminal_shows(browser) -> None:
+    """Halves of a last digit, numbers that lie a little beside them, and any others."""
+    source = (ROOT / "ovqk" / "report" / "template" / "elements.js").read_text()
+    (numbers,) = re.findall(r"// --- numbers -+\n(.*?)// --- ", source, flags=re.DOTALL)
+    page = browser.new_page()
+
+    def shown(expression: str, xs: list[float]) -> list[str]:
+        found = page.evaluate(f"xs => {{ {numbers} return xs.map((x) => {expression}); }}", xs)
+        return [text.replace("\N{MINUS SIGN}", "-") for text in found]
+
+    ties = [sign * k / 2 ** (d + 1) for d in range(5) for k in range(1, 80, 2) for sign in (1, -1)]
+    values = [*ties, *(x + 1e-12 for x in ties), 1.005, 2.675, 0.145, 0, 100, *(k / 997 for k in range(-500, 500))]
+    for digits in range(5):
+        assert shown(f"fixed(x, {digits})", values) == [f"{x:.{digits}f}" for x in values]
+    within = [x for x in values if 0.005 <= abs(x) < 10]
+    assert shown("number(x)", within) == [rounded(x) for x in within]
+    shares = [k / 200 for k in range(-200, 201)]
+    assert [text.replace(" ", "") for text in shown("percent(x)", shares)] == [share(x) for x in shares]
+    assert shown("percent(x)", [0.125, 0.375, -0.125]) == ["12 %", "38 %", "-12 %"]
+    ps = [k / 16 for k in range(2, 17)]
+    assert shown("probability(x)", ps) == [f"{p:.2f}" for p in ps]
+    page.close()
+
+
+def test_no_number_on_the_page_is_rounded_otherwise() -> None:
+    """Points of curves in pixels apart, and tick marks, whose numbers are round."""
+    template = ROOT / "ovqk" / "report" / "template"
+    texts = [path.read_text() for path in template.glob("*.js") if path.name != "plots.js"]
+    lines = [line for text in texts for line in text.splitlines()]
+    assert sum("toFixed(" in line for line in lines) == 2  # both in `fixed`
+    assert not any("Math.round(100" in line for line in lines)
 
 
 def test_an_address_leads_to_its_head_at_once(reader) -> None:
@@ -370,6 +405,16 @@ def test_dark_and_light_follow_the_system_or_the_button(reader) -> None:
     assert background(reader) == dark  # it is remembered
     reader.page.click("nav >> text=Head atlas")
     reader.see("atlas_dark")
+
+
+def test_a_roles_card_holds_what_was_tested_as_its_one_head(reader) -> None:
+    """The claimed previous-token head is one, so that its primary prediction has no row about the role."""
+    reader.open("circuit/mini-attn/induction")
+    card = reader.page.locator("section.card:has(h3:text('Previous token'))")
+    card.locator("summary").click()
+    titles = [title for title in card.locator("h3").all_inner_texts() if "predicted" in title]
+    assert any("primary, tested as its one head 1.1" in title for title in titles)
+    assert any("K-composition" in title and "tested as" not in title for title in titles)
 
 
 def test_the_lines_of_a_circuit_pass_no_head(reader) -> None:
@@ -687,6 +732,9 @@ def test_a_page_without_claims_opens_on_candidates_and_can_be_narrowed(page_file
     table = page.locator("table.candidates")
     assert table.locator("tbody tr").count() == 15 and table.locator("a.mark").count() >= 14 * 3
     assert page.locator(".meaning").bounding_box()["y"] < 1000  # seen without scrolling the table
+    worth = page.locator("h2:has-text('Candidates') + p")  # in one line, above the heads
+    assert worth.inner_text() == wording.CANDIDATES_WORTH and worth.bounding_box()["height"] < 30
+    assert worth.bounding_box()["y"] < table.bounding_box()["y"]
     assert "without results: no weights for induction" in table.inner_text()
     assert page.locator("p.lost").inner_text() == "lost / sva / b03 without results: no weights for sva"
     assert page.locator("svg.plot").first.bounding_box()["y"] < 1000

@@ -36,6 +36,7 @@ class Checkpoint:
         digest: SHA-256 over the weights, the config and the tokenizer files, on which results depend.
         revision: the hub's resolved commit; None elsewhere.
         shards: a directory's safetensors files that the digest covers, in order; empty elsewhere.
+        hashes: weights' file -> SHA-256.
         metadata: a GGUF file's own, which holds its tokenizer too; None elsewhere.
         quantisation: kind of tensor -> the number formats that a GGUF file stores it in; empty elsewhere.
         notes: facts about the files that whoever reads results must know, for instance that other files were not read.
@@ -51,6 +52,7 @@ class Checkpoint:
     quantisation: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     shards: tuple[Path, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
     _finite: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Tensor name -> which of its rows were read before, and hold neither NaN nor infinity."""
 

@@ -92,7 +92,8 @@ def _open_local(model: ModelConfig) -> Checkpoint:
                 f"holds {', '.join(sorted(files)[:3])}. Give the Hugging Face directory with its config.json."
             )
         tensors = SafetensorsFiles(files, shapes, unread)
-        return Checkpoint(label, path.parent, {}, tensors, digest({path.name: file_hash(path)}))
+        hashes = {path.name: file_hash(path)}
+        return Checkpoint(label, path.parent, {}, tensors, digest(hashes), hashes=hashes)
     raise UserError(f"{label}: no such file or directory.")
 
 
@@ -140,15 +141,17 @@ def _open_gguf(path: Path, label: str) -> Checkpoint:
 
     file = GGUFFile(path, label)
     config, tensors = checkpoint_of(file)
+    hashes = {path.name: file_hash(path)}
     return Checkpoint(
         label,
         path.parent,
         config,
         tensors,
-        digest({path.name: file_hash(path)}),
+        digest(hashes),
         metadata=file.metadata,
         quantisation=file.quantisations(),
         notes=tuple(_dequantised(file.quantisations())),
+        hashes=hashes,
     )
 
 
@@ -192,7 +195,9 @@ def _checkpoint(
     extras = [directory / name for name in (CONFIG, *TOKENIZER_FILES) if (directory / name).is_file()]
     content = digest(hashes | {path.name: file_hash(path) for path in extras})
     tensors, config = SafetensorsFiles(files, shapes, unread), read_config(directory, label)
-    return Checkpoint(label, directory, config, tensors, content, revision, notes=notes, shards=tuple(shards))
+    return Checkpoint(
+        label, directory, config, tensors, content, revision, notes=notes, shards=tuple(shards), hashes=hashes
+    )
 
 
 def _shards(directory: Path, label: str) -> tuple[list[Path], tuple[str, ...]]:

@@ -19,6 +19,8 @@ from ovqk.errors import UserError, first_line
 
 LISTED, NEAREST = 20, 9
 """How many names of choices a message lists, and how many near ones if there are more."""
+ASKS_FOR = dict.fromkeys(("papers", "publications", "literature", "statements", "reproduction"), "published")
+"""A word that is no command -> the command that does what it asks for."""
 ALIASES = {"gpt2-small": "gpt2"}
 """A name that TransformerLens also takes for a model -> its name here, if the two are not spelled alike."""
 
@@ -30,7 +32,7 @@ def check_keys(arguments: Iterable[str]) -> None:
         UserError: a key is not allowed.
     """
     for argument in arguments:
-        match = re.fullmatch(r"\+{0,2}([A-Za-z_][\w./-]*)=.*", argument, flags=re.DOTALL)
+        match = re.fullmatch(r"\+{0,2}([A-Za-z_][\w./-]*)=(.*)", argument, flags=re.DOTALL)
         if match is None or re.split("[./]", match[1])[0] == "hydra":
             continue
         place: type = schema.Config
@@ -42,6 +44,7 @@ def check_keys(arguments: Iterable[str]) -> None:
             if part not in allowed:
                 near = difflib.get_close_matches(part, allowed, n=1)
                 hint = f" Did you mean {'.'.join([*parts[:depth], *near])}?" if near else ""
+                hint = hint or _tool_meant(match[2]) or _tool_meant(part)
                 where = ".".join(parts[:depth])
                 scope = f" under {where}" if where else ""
                 raise UserError(f"{match[1]}: no such key.{hint} Allowed{scope}: {', '.join(sorted(allowed))}.")
@@ -145,9 +148,10 @@ def _unknown_choice(error: Any, folders: Iterable[Path]) -> str:
         options = sorted(files - {"config", "settings"})
         said = f"{where}-cn {name}: there is no {name}.yaml in conf/ or in a folder named by -cd."
     if len(options) <= LISTED:
-        return f"{said} {_meant(name, options)}Allowed: {', '.join(options)}." if options else said
+        meant = _meant(name, options) or f"{_tool_meant(name)} ".lstrip()
+        return f"{said} {meant}Allowed: {', '.join(options)}." if options else said
     near = close_names(name.rpartition("/")[2], options)
-    hint = f" Did you mean {_either(near)}?" if near else ""
+    hint = f" Did you mean {_either(near)}?" if near else _tool_meant(name)
     if group != "model":
         return f"{said}{hint} There are {len(options)}."
     hint = _of_transformer_lens(name, near, folders) or f"{hint}{_own_model(name)}"
@@ -190,6 +194,12 @@ def _meant(name: str, options: Iterable[str]) -> str:
     return f"Did you mean {near[0]}? " if near else ""
 
 
+def _tool_meant(word: str) -> str:
+    """Return ` Did you mean ...?` for a word that is spelled like a command or asks for what one does, else nothing."""
+    near = difflib.get_close_matches(word.lower(), [*TOOLS, *ASKS_FOR], n=1, cutoff=0.7)
+    return f" Did you mean the command {tool(ASKS_FOR.get(near[0], near[0]))}?" if near else ""
+
+
 def _unparsed(error: BaseException, lines: list[str]) -> str | None:
     """Say how to quote a value that Hydra's grammar does not take as it is; None if that is not what is wrong."""
     found = re.search(r"(?:Error parsing override '|LexerNoViableAltException: )([^'\n]*)", "\n".join(lines))
@@ -198,8 +208,7 @@ def _unparsed(error: BaseException, lines: list[str]) -> str | None:
         return None
     key, equal, value = override.partition("=")
     if not equal:
-        near = difflib.get_close_matches(override, TOOLS, n=1)
-        meant = f" Did you mean {tool(near[0])}?" if near else ""
+        meant = _tool_meant(override)
         return f"{override}: no choice, which is KEY=VALUE.{meant} A value with a space in it is quoted: 'KEY=\"a b\"'."
     return f"{override}: the value has signs with a meaning of their own. Quote it: {quoted(key, value)}"
 

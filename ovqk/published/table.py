@@ -12,6 +12,7 @@ from ovqk.config.choices import chosen
 from ovqk.errors import UserError
 from ovqk.published.quantities import Found, Opened, compute
 from ovqk.published.statements import Statement
+from ovqk.weights.known import OtherModelError, digests_of, identified_by
 
 Outcome = Literal["reproduced", "differs", "not runnable here"]
 ROUNDING = 1e-9
@@ -28,6 +29,8 @@ class Row:
         result: whether it agrees with the published one.
         reason: why not, if it could not be computed or is not computed as the source does.
         weights: where the weights came from: below the local folder, or `hub`; empty if nothing was computed.
+        identified: what shows that they are the statement's model's; empty likewise.
+        sha256: the SHA-256 of each of the weights' files; empty likewise.
     """
 
     statement: Statement
@@ -35,6 +38,8 @@ class Row:
     result: Outcome
     reason: str = ""
     weights: str = ""
+    identified: str = ""
+    sha256: str = ""
 
 
 class Places:
@@ -64,7 +69,8 @@ class Places:
         there = [name for name in subject.local if self.weights is not None and (self.weights / name).exists()]
         on_hub = self.hub and subject.choice is not None
         if there and self.weights is not None:
-            local = self._open(subject.name, there[0], self.weights / there[0], subject.choices)
+            choices = (*subject.choices, f"model.name={subject.name}")  # so files of another model are refused
+            local = self._open(subject.name, there[0], self.weights / there[0], choices)
             if not (on_hub and missing(statement, local)):
                 return local, there[0]
         elif subject.choice is None:
@@ -107,11 +113,20 @@ def row(statement: Statement, places: Places) -> Row:
         opened, weights = places.find(statement)
         lacking(statement, opened, weights)
         value = compute(statement.function, opened, statement.options)
+    except OtherModelError as error:
+        return Row(statement, None, "not runnable here", error.said)
     except UserError as error:
         return Row(statement, None, "not runnable here", str(error).rstrip("."))
     if isinstance(value, float) and not math.isfinite(value):
         return Row(statement, None, "not runnable here", "the model has no such value", weights)
-    return Row(statement, value, "reproduced" if agrees(statement, value) else "differs", statement.reason, weights)
+    result: Outcome = "reproduced" if agrees(statement, value) else "differs"
+    return Row(statement, value, result, statement.reason, weights, *identity(statement, opened))
+
+
+def identity(statement: Statement, opened: Opened) -> tuple[str, str]:
+    """Return what shows that a model's files are the statement's model's, and their SHA-256."""
+    model, checkpoint = opened.library.model.config.model, opened.library.checkpoint
+    return identified_by(model, checkpoint, statement.subject.name) or "", digests_of(checkpoint)
 
 
 TITLES = {"block0": "first MLP"}
@@ -185,6 +200,8 @@ def frame(found: Sequence[Row]) -> pd.DataFrame:
                 "result": each.result,
                 "reason": each.reason,
                 "weights": each.weights,
+                "identified": each.identified,
+                "sha256": each.sha256,
             }
             for each in found
         ]

@@ -23,6 +23,7 @@ from ovqk.figures.embedded import theme
 from ovqk.metrics import COMPOSITION_METRICS, METRICS, ratios, shares, shown_in
 from ovqk.records.cells import Cell, CellTables, Failure, Heads, Json, labels
 from ovqk.records.comparison import could_be_corroborated
+from ovqk.records.role_tests import about_roles
 from ovqk.records.steps import said, shared_steps
 from ovqk.report import pictures, thinning
 from ovqk.report.cycle_image import cycle_image
@@ -316,9 +317,8 @@ def _cell(
     if "candidates" in tables:
         content["candidates"] = columnar(tables["candidates"], pool)
     if "tests" in tables:
-        content["tests"] = columnar(
-            pictures.with_bounds(thinning.with_quantiles(tables["tests"], tables.get("nulls"))), pool
-        )
+        tests = pictures.with_bounds(thinning.with_quantiles(tables["tests"], tables.get("nulls")))
+        content["tests"] = columnar(tests.assign(of_role=about_roles(tables["tests"], record)), pool)
     for table, thin in THINNED.items():
         if table in tables:
             key = (table, *cell.print_of(table))

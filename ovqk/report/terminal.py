@@ -22,6 +22,7 @@ from ovqk.records.outcomes import Outcome
 from ovqk.records.record import read_record, read_tracking, says_done
 from ovqk.records.relation_pairs import relation_legend, relation_lines
 from ovqk.records.results import load_table
+from ovqk.records.role_tests import further_predictions
 from ovqk.records.steps import said, shared_steps
 from ovqk.report.cycles import print_cycles
 from ovqk.report.on_prompts import (
@@ -105,6 +106,7 @@ def print_cell(folder: Path, cached: bool) -> None:
         out.print(table)
         for line in reasons(heads, verdicts, table.titles(out.width)):
             out.print(line, style="dim")
+        _print_further(out, folder, record)
     relations = load_table(folder, "relations")
     if relations is not None and (lines := relation_lines(relations)):
         out.print()
@@ -169,6 +171,14 @@ def _print_directions(out: Console, folder: Path, heads: pd.DataFrame, verdicts:
             out.print(Text(f"  {layer}.{head}  {line}", style="dim"))
     more = f"{len(claimed) - SHOWN_HEADS} more heads, " if len(claimed) > SHOWN_HEADS else ""
     out.print(f"  {more}further and eigen components: directions.parquet, and the report", style="dim")
+
+
+def _print_further(out: Console, folder: Path, record: dict[str, Any]) -> None:
+    """Print which predictions beside the primary ones were tested, and where their numbers are."""
+    tests = load_table(folder, "tests")
+    if tests is not None and (found := further_predictions(tests, record)):
+        where = 'in tests.parquet, and on the page\'s circuit under "against the nulls"'
+        out.print(Text(f"Further predictions, {where}: {'; '.join(found)}."), style="dim")
 
 
 def _print_on_prompts(out: Console, folder: Path, record: dict[str, Any]) -> None:

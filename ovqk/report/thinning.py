@@ -112,16 +112,17 @@ def _plain(value: Any) -> Any:
 def short(value: float) -> Short:
     """Return a number with 4 digits, and a whole number without a point; None if it is not finite.
 
-    If the last of the digits is a 5, more are kept, up to 9: the page shows fewer, and rounded twice, 5.3952 would
-    become 5.395 and then 5.39.
+    If the last of the digits is a 5, more are kept, all of them if need be: the page shows fewer, and rounded twice,
+    5.3952 would become 5.395 and then 5.39.
     """
     if not math.isfinite(value):
         return None
+    rounded = value
     for digits in range(4, 10):
         text = f"{value:.{digits - 1}e}".partition("e")[0]
         if text.rstrip("0")[-1] != "5":
+            rounded = float(f"{value:.{digits}g}")
             break
-    rounded = float(f"{value:.{digits}g}")
     return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e6 else rounded
 
 

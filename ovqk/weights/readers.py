@@ -7,6 +7,7 @@ from ovqk.checkpoints.files import CONFIG
 from ovqk.config.schema import ModelConfig
 from ovqk.errors import UserError
 from ovqk.weights.families import family_of
+from ovqk.weights.known import check_files
 from ovqk.weights.native import NativeWeights
 from ovqk.weights.sizes import refuse_sizes
 from ovqk.weights.transformer_lens_file import TransformerLensWeights
@@ -27,6 +28,17 @@ def open_weights(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
             raise
         raise UserError(str(error).replace(CONFIG, "its metadata, as a config.json,")) from error
     source.notes.extend(checkpoint.notes)
+    return source
+
+
+def open_named(checkpoint: Checkpoint, model: ModelConfig) -> WeightSource:
+    """Return the raw weights of a checkpoint whose numbers will stand under the model's name.
+
+    Raises:
+        UserError: as `open_weights`; or these are not the files of the known model that the name or the claims name.
+    """
+    source = open_weights(checkpoint, model)
+    source.notes.extend(check_files(model, checkpoint, source.architecture))
     return source
 
 

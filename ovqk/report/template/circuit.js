@@ -127,9 +127,7 @@ function glyphInside(name) {
 }
 
 function roleCard(cell, row, found) {
-  const ofRole = rows(cell, "tests").filter((test) => test.role === row.role);
-  const together = ofRole.filter((test) => test.layer === null);
-  const tests = together.length ? together : ofRole; // a role of one head is tested as its head
+  const tests = rows(cell, "tests").filter((test) => test.role === row.role && test.of_role);
   const details = h("details", {}, h("summary", { class: "small" }, "against the nulls"));
   details.addEventListener("toggle", () => {
     if (details.open && details.children.length === 1) details.append(...nullStrips(tests, roleName(row.role)));

@@ -68,9 +68,10 @@ const FIRST = REPORT.limits.candidates; // of each role
 function candidateTables(cells) {
   const with_some = cells.filter((cell) => candidates(cell).size);
   const tasks = TASKS.filter((task) => with_some.some((cell) => cell.task === task));
-  return tasks.flatMap((task) => {
+  return tasks.flatMap((task, k) => {
     const [table, legend] = candidatesOf(task, with_some.filter((cell) => cell.task === task));
-    return [h("h2", {}, `Candidates: ${task}`), h("div", { class: with_some.length > MANY ? "scroll low" : "scroll" }, table), legend];
+    const worth = k ? null : h("p", { class: "small muted worth" }, REPORT.wording.candidates_worth);
+    return [h("h2", {}, `Candidates: ${task}`), worth, h("div", { class: with_some.length > MANY ? "scroll low" : "scroll" }, table), legend];
   });
 }
 

@@ -146,21 +146,29 @@ function verdictName(name) {
 const isNumber = (x) => typeof x === "number" && Number.isFinite(x);
 const minus = (text) => text.replace(/^-/, "−");
 
+/** A finite number with so many decimals. Of two that are equally near, the one that ends in an even digit, as in Python. */
+function fixed(x, decimals) {
+  const text = x.toFixed(decimals); // of two that are equally near, the one farther from 0
+  const isTie = Math.abs((x * 2 ** (decimals + 1)) % 2) === 1; // powers of two multiply without rounding
+  const isOdd = Number(text.at(-1)) % 2 === 1;
+  return isTie && isOdd ? (x - Math.sign(x) * 0.25 * 10 ** -decimals).toFixed(decimals) : text;
+}
+
 /** A number with so many decimals, and no more than the four digits that this page holds. */
 function number(x, decimals = 2) {
   if (!isNumber(x)) return "unavailable";
   const digits = Math.max(0, Math.min(decimals, 3 - Math.floor(Math.log10(Math.abs(x) || 1))));
   if (x !== 0 && Math.abs(x) < 0.5 * 10 ** -digits) return minus(x.toPrecision(1));
-  return minus(x.toFixed(digits));
+  return minus(fixed(x, digits));
 }
 
 function probability(x) {
   if (!isNumber(x)) return "";
-  return x >= 0.0995 ? x.toFixed(2) : x >= 0.00095 ? x.toFixed(3) : x.toExponential(0);
+  return x >= 0.0995 ? fixed(x, 2) : x >= 0.00095 ? fixed(x, 3) : x.toExponential(0);
 }
 
 function percent(x) {
-  return isNumber(x) ? `${Math.round(100 * x)} %` : "unavailable";
+  return isNumber(x) ? `${minus(fixed(100 * x, 0).replace(/^-0$/, "0"))} %` : "unavailable";
 }
 
 function plural(n, one, many = `${one}s`) {

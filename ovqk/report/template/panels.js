@@ -425,8 +425,9 @@ function nullStrips(tests, name) {
     const first = parts[0].first;
     const kind = first.primary ? "primary" : first.exploratory ? "exploratory: reported, never decides" : "secondary";
     const own = parts.find((part) => part.unit === "value");
+    const alone = first.of_role && first.layer !== null && !name.startsWith("head ") ? `, tested as its one head ${headLabel(first)}` : "";
     return h("div", { style: "margin:14px 0 22px" },
-      h("h3", {}, `${predictedTitle(metric, first.prediction)} `, h("span", { class: "muted", style: "font-weight:400" }, `predicted ${first.prediction}, ${kind}${own ? `; value ${number(own.first.value, 3)}` : ""}`)),
+      h("h3", {}, `${predictedTitle(metric, first.prediction)} `, h("span", { class: "muted", style: "font-weight:400" }, `predicted ${first.prediction}, ${kind}${alone}${own ? `; value ${number(own.first.value, 3)}` : ""}`)),
       figure({
         drawing: h("div", {}, parts.map((part) => stripPlot(part, name))),
         table: () => [["null", "value", "5 %", "median", "95 %", "p", "q", "counts"], parts.flatMap((part) => part.rows.map((row) => [row.null, row.value,
@@ -445,7 +446,7 @@ function stripPlot({ metric, unit, rows: tests }, name) {
   return svg(width, height, `${name}, ${metricTitle(metric)}: ${tests.map((row) => `${nullName(row.null)} p ${probability(row.p)}`).join("; ")}`,
     ticks(...bounds, 4).map((tick) => [
       s("line", { class: "gridline", x1: x(tick), x2: x(tick), y1: 0, y2: tests.length * line }),
-      s("text", { class: "tick", x: x(tick), y: tests.length * line + 14, "text-anchor": "middle" }, unit === "percentile" ? `${Math.round(tick * 100)} %` : tickText(tick)),
+      s("text", { class: "tick", x: x(tick), y: tests.length * line + 14, "text-anchor": "middle" }, unit === "percentile" ? percent(tick) : tickText(tick)),
     ]),
     title ? s("text", { class: "tick", x: left - 20, y: tests.length * line + 14, "text-anchor": "end" }, title) : null,
     tests.map((row, k) => {

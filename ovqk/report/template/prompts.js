@@ -14,7 +14,7 @@ function capital(text) {
 /** What kind of number a quantity on prompts is: a share of something, or a number. */
 function promptNumber(name, x) {
   if (!isNumber(x)) return "";
-  return REPORT.wording.prompt_shares.includes(name) ? minus(`${Math.round(100 * x)} %`) : minus(x.toFixed(2));
+  return REPORT.wording.prompt_shares.includes(name) ? percent(x) : minus(fixed(x, 2));
 }
 
 // --- the comparison ---------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ function promptCard(cell, row, judged) {
 /** Where a head's contrast in score between its source and other tokens comes from, in words. */
 function scoreParts(row) {
   if (!isNumber(row.score_link)) return "";
-  const part = (name, text) => (isNumber(row[name]) ? [`${minus(percent(row[name]))} ${text}`] : []);
+  const part = (name, text) => (isNumber(row[name]) ? [`${percent(row[name])} ${text}`] : []);
   return `${number(row.score_contrast)} above other tokens': ${[
     ...part("score_link", "from the two tokens themselves"),
     ...part("score_key_partner", "through what its partners write to the key"),
@@ -242,7 +242,7 @@ function promptBars(cell, row, picture) {
   if (!bars.length) return null;
   const error = row[`${picture.kind}_se`];
   const share = picture.kind === "effect";
-  const text = (x) => minus(share ? `${Math.round(100 * x)} %` : x.toFixed(2));
+  const text = (x) => (share ? percent(x) : minus(fixed(x, 2)));
   const ends = bars.flatMap(([column]) => [row[column], ...(column === picture.kind && isNumber(error) ? [row[column] - error, row[column] + error] : [])]);
   const domain = picture.kind === "attention" ? [0, 1] : [Math.min(0, ...ends), Math.max(0, ...ends)];
   const atX = linear(domain, [BARS.left, BARS.width - BARS.right]);

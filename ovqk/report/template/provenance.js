@@ -30,8 +30,8 @@ function cellTable() {
     h("tbody", {}, CELLS.map((cell) => h("tr", {}, h("td", {}, cell.model), h("td", {}, cell.task), h("td", {}, cell.analysis), h("td", {}, processing(cell)),
       h("td", { class: "number" }, cell.seed), h("td", { class: "number" }, cell.provenance.draws ?? ""),
       h("td", { class: "path small" }, (cell.provenance.revision || cell.provenance.weights_digest || "").slice(0, 12)),
-      h("td", { class: "number" }, isNumber(cell.provenance.wall_seconds) ? cell.provenance.wall_seconds.toFixed(1) : ""),
-      h("td", { class: "number" }, isNumber(cell.provenance.peak_memory_mb) ? `${Math.round(cell.provenance.peak_memory_mb)} MB` : ""),
+      h("td", { class: "number" }, isNumber(cell.provenance.wall_seconds) ? fixed(cell.provenance.wall_seconds, 1) : ""),
+      h("td", { class: "number" }, isNumber(cell.provenance.peak_memory_mb) ? `${fixed(cell.provenance.peak_memory_mb, 0)} MB` : ""),
       h("td", { class: "small" }, h("a", { href: `${cell.folder}/record.json` }, "record"))))));
 }
 
