@@ -189,9 +189,9 @@ class Measured:
             return _unless_rounding(own, clean), _unless_rounding(mean, clean), nothing
         look = look_of(self.roles, role)
         if look is None:
-            changes = clean - alone.difference, clean - alone.mean_difference
+            own, mean = clean - alone.difference, clean - alone.mean_difference
             restored = alone.restored - self.observed.counterfactual_difference
-            return *(_unless_rounding(change, clean) for change in changes), _unless_rounding(restored, clean)
+            return _unless_rounding(own, clean), _unless_rounding(mean, clean), _unless_rounding(restored, clean)
         assert effect.into is not None
         receivers = self.receivers[effect.into]
         if not receivers:
