@@ -6,8 +6,8 @@ import pandas as pd
 WITHIN = 1e-4
 """The largest difference, relative to the column's largest value: as for ratios in float32 (docs/definitions.md)."""
 DECIDED = ("verdict", "status", "reason", "role", "layer", "head", "metric", "null", "kind", "mode")
-COUNTED, SHARE = ("effect_p", "effect_p_opposite"), 0.01
-"""Shares of draws, and how far they may be apart: rounding decides the sign of an effect that is none."""
+COUNTED, SHARE = ("attention_p", "attention_p_opposite", "effect_p", "effect_p_opposite"), 0.02
+"""Shares of sign flips, and how far they may be apart: rounding decides whether two sums are equal."""
 
 
 def disagreements(one: pd.DataFrame, two: pd.DataFrame, within: float = WITHIN) -> list[str]:
