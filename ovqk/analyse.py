@@ -126,7 +126,7 @@ def analyse(
     judged = JudgedTables(task, claims, draws, cache)
     with ExitStack() as held:
         structure = StructureParts(cache, model, held)
-        of_the_task: list[Stage] = [ReadoutTables(task), judged]
+        of_the_task: list[Stage] = [ReadoutTables(task, alongside=not structure.stages), judged]
         of_the_task += [CycleTables(model, cycle)] if isinstance(cycle, Cycle) else []
         of_the_task += [] if ran is None else [ran]
         freed = FreedMemory()

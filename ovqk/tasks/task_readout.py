@@ -210,11 +210,13 @@ class ReadoutTables:
     """The stage that adds the task's metrics to the metrics that need no task.
 
     They do not depend on the rest of the analysis: a cell with another one leaves them, if this process keeps them.
-    Those of a layer are computed while the next layer is visited, unless layers are large (ALONGSIDE).
+    Those of a layer are computed while the next layer is visited, if no other stage has much to do there, and unless
+    layers are large (ALONGSIDE).
     """
 
-    def __init__(self, task: TaskReadout) -> None:
-        """Start without layers."""
+    def __init__(self, task: TaskReadout, alongside: bool = False) -> None:
+        """Start without layers; `alongside` says whether threads are free while the next layer is visited."""
+        self._alongside = alongside
         self.task, self._layers, self._pairs = task, list[pd.DataFrame](), list[pd.DataFrame]()
         self._of = *words_depend_on(task.model), task.model.circuits
         self._known = task.kept is not None and task.kept.has("readouts", self._of)
@@ -224,7 +226,7 @@ class ReadoutTables:
         """See `Stage`."""
         if self._known:
             return
-        index, n_heads, large = layer.index, layer.model.architecture.n_heads, layer.folded.W_O.numel() > ALONGSIDE
+        index, n_heads = layer.index, layer.model.architecture.n_heads
         read = self.task.begin(layer)
         self._take()
 
@@ -234,7 +236,7 @@ class ReadoutTables:
                 self._pairs.append(pairs)
 
         self._take = take
-        if large:
+        if not self._alongside or layer.folded.W_O.numel() > ALONGSIDE:
             self._finish()
 
     def _finish(self) -> None:
