@@ -154,7 +154,7 @@ def missing(statement: Statement, opened: Opened) -> list[str]:
     vocabulary = model.vocabulary
     parts = {
         "embedding": vocabulary is not None,
-        "unembedding": vocabulary is not None and vocabulary.W_U_rows is not None,
+        "unembedding": vocabulary is not None and vocabulary.written is not None,
         "block0": vocabulary is not None and not isinstance(model.block0, str),
     }
     return [TITLES.get(part, part) for part in statement.needs if not parts.get(part, True)]
