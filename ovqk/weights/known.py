@@ -150,8 +150,8 @@ def check_files(model: ModelConfig, checkpoint: Checkpoint, architecture: Archit
             )
         if not found.tokens_fit(known.sizes):
             notes.append(
-                f"{key}={name}: these files have {found.tokens:,} tokens, {known.name} {known.sizes.tokens:,}. Its "
-                "claims apply only if its vocabulary was cut or extended, and not to a model trained on other tokens."
+                f"{key}={name}: these files have {found.tokens:,} tokens, {known.name} {known.sizes.tokens:,}. The "
+                f"claims hold only if {known.name}'s vocabulary was cut or extended, not for a model of other tokens."
             )
     return notes
 
