@@ -47,7 +47,7 @@ class Vocabulary:
 
     W_E: Rows
     W_U_rows: Rows | None
-    some_W_U_rows: Rows | None = None
+    some_W_U_rows: Float[Tensor, "some_token d_model"] | StoredRows | None = None
 
     @property
     def size(self) -> int:
