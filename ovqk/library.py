@@ -173,7 +173,7 @@ class LibraryModel:
     @property
     def W_U(self) -> Float[ndarray, "d_model token"]:  # noqa: N802
         """Unembedding, likewise, with the same error."""
-        return self._vocabulary(lambda vocabulary: vocabulary.W_U_rows).T
+        return self._vocabulary(lambda vocabulary: vocabulary.written).T
 
     def _vocabulary(self, part: Callable[[Vocabulary], Rows | None]) -> ndarray:
         vocabulary = self.model.spectral_vocabulary

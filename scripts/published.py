@@ -27,9 +27,10 @@ or that lacks a part which a statement needs, is fetched with `--hub`, and other
 are data, in `ovqk/published/statements.yaml`. If the command is interrupted, the table holds the rows that were made.
 
 Files of another model under a model's name are not compared with its values: layers, heads, width, vocabulary (within
-1 %) and family must be those in `ovqk/weights/known.yaml`, or the rows are `not runnable here`. A fine-tune has the
-same sizes. The column `identified` says what a row rests on: `SHA-256` if the file is the published one, `repository`
-if it came from the model's own on the hub, `sizes alone` otherwise; the column `sha256` holds the files' digests.
+5 %, or 1 % of at most 1,000 tokens) and family must be those in `ovqk/weights/known.yaml`, or the rows are
+`not runnable here`. A fine-tune has the same sizes. The column `identified` says what a row rests on: `SHA-256` if the
+file is the published one, `repository` if it came from the model's own on the hub, `sizes alone` otherwise, with the
+numbers of tokens if they differ; the column `sha256` holds the files' digests.
 """
 
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from support.models import BUNDLED, local
 from support.oracle import block0_parts, folded_embeddings, matrices, query_key_scores
 from support.scripts import script
@@ -23,6 +24,7 @@ from ovqk.circuits.diagonals import (
     tokens_at_once,
 )
 from ovqk.circuits.sides import WrittenRows
+from ovqk.circuits.vocabulary import Vocabulary
 from ovqk.errors import UserError
 from ovqk.records.identity import cell_id, identity
 from ovqk.structure import diagonal_ranks
@@ -63,6 +65,7 @@ def test_the_search_finds_the_places_of_the_whole_matrix(small_blocks, fewest, m
     """Vocabularies smaller and larger than a block, columns through a head's matrix and as vectors, any order."""
     small_blocks(fewest, most, narrowing)
 
+    @settings(deadline=None)
     @given(seed=st.integers(0, 300), n=st.integers(1, 60), count=st.integers(1, 12), ranked=st.floats(0.01, 1))
     def the_places_are_found(seed, n, count, ranked) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -256,6 +259,18 @@ def test_cells_rank_diagonals_only_if_asked_and_keep_their_ids() -> None:
     assert cell_id(identity(model.model.config, "0")) != cell_id(identity(asked.model.config, "0"))
 
 
+def test_a_cell_without_ranks_takes_no_unembedding_into_memory(monkeypatch) -> None:
+    """113 MB on SmolLM2."""
+    read = []
+    monkeypatch.setattr(diagonals, "COLUMNS", 100)
+    monkeypatch.setattr(Vocabulary, "unembedding", property(lambda self: read.append(self) or self.W_U_rows))
+    for choice, times in (("false", 0), ("true", 1)):
+        model = library.open("mini-attn", f"analysis.diagonals={choice}").model
+        ranks = diagonal_ranks.DiagonalRanks(model)
+        ranks.visit(library.Layer(model, 3))
+        assert bool(ranks.columns()) is bool(times) and len(read) == times
+
+
 @pytest.mark.parametrize("circuit", ["ov", "qk"])
 def test_an_analysis_of_one_circuit_ranks_that_one_and_only_if_asked(circuit) -> None:
     found = {}
@@ -285,3 +300,21 @@ def test_larger_vocabularies_are_sampled_and_the_record_says_so(monkeypatch) -> 
     assert any("the entries of 100 of 459 tokens are ranked, among all tokens" in note for note in some.notes)
     a, b = (result.tables["heads"]["ov_diagonal_top10"] for result in (every, some))
     assert 0 < (a - b).abs().max() < 0.2 and local(BUNDLED).name == "mini-attn"
+
+
+@pytest.mark.parametrize(("read", "predicted"), [(40, 39), (1600, 1500)])
+def test_a_model_that_predicts_fewer_tokens_than_it_reads_has_no_ranks_and_says_why(tmp_path, read, predicted) -> None:
+    """As one that reads "=" and never predicts it; the two sides' ranked tokens would be different ones."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {f"blocks.{layer}.attn.W_{part}": (2, 16, 8) for layer in (0, 1) for part in "QKV"}
+    shapes |= {f"blocks.{layer}.attn.W_O": (2, 8, 16) for layer in (0, 1)}
+    shapes |= {"embed.W_E": (read, 16), "unembed.W_U": (16, predicted)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "equals.safetensors")
+    *_, result = run(tmp_path / "equals.safetensors", "none", "analysis.diagonals=true")
+    why = f"the unembedding has columns for {predicted:,} of {read:,} tokens"
+    for name in ("ov_diagonal_top10", "qk_diagonal_first", "ov_copying", "ov_copying_block0"):
+        assert result.unavailable[name] == why and name not in result.tables["heads"].dropna(axis=1), name
+    assert result.tables["heads"]["qk_matching"].notna().all()
+    model = library.open(tmp_path / "equals.safetensors")
+    assert model.W_U.shape == (16, predicted)

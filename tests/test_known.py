@@ -1,5 +1,6 @@
 """Files under the name of a model that published numbers or claims are about: are they that model's?"""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -79,12 +80,32 @@ def test_what_is_known_of_a_model_fits_its_real_files(name) -> None:
         ({}, True), ({"layers": 6}, False), ({"heads": 16}, False), ({"d_model": 1024}, False),
         ({"family": "gpt_neo"}, False),  # GPT-Neo 125M has GPT-2's sizes
         ({"tokens": 50304}, True), ({"tokens": 50258}, True), ({"tokens": 21128}, False), ({"tokens": 64000}, False),
-        ({"tokens": None, "family": None}, True),
+        ({"tokens": 50257 + 1609}, True),  # a fine-tune with Whisper's special tokens
+        ({"tokens": None, "family": None}, True), ({"kv_heads": 12}, True), ({"kv_heads": 4}, False),
     ],
 )  # fmt: skip
 def test_sizes_that_may_be_gpt2s(change, fits) -> None:
     found = {"layers": 12, "heads": 12, "d_model": 768, "tokens": 50257, "family": "gpt2"} | change
     assert Sizes(**found).fits(known_models()["gpt2"].sizes) is fits
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "fits"),
+    [
+        ("phi-2", 50296, True),  # resized to its tokenizer, as fine-tunes of phi are, and a token more
+        ("mod-113-grokked", 113, True), ("mod-113-grokked", 111, False), ("mod-59-q9rsl94xlv", 61, False),
+    ],
+)  # fmt: skip
+def test_a_tasks_own_vocabulary_is_held_tighter_than_a_large_one(name, tokens, fits) -> None:
+    sizes = known_models()[name].sizes
+    assert dataclasses.replace(sizes, tokens=tokens).fits(sizes) is fits
+
+
+def test_key_value_heads_tell_llama_2_from_llama_3_although_its_vocabulary_is_no_reason() -> None:
+    llama_3 = known_models()["llama-3.1-8b"].sizes
+    llama_2 = Sizes(32, 32, 4096, 32000, "llama", 32)
+    assert not llama_2.heads_fit(llama_3) and dataclasses.replace(llama_2, kv_heads=8).heads_fit(llama_3)
+    assert "32 heads over 8 key-value heads" in str(llama_3) and "key-value" not in str(llama_2)
 
 
 # --- cells and notebooks -------------------------------------------------------------------------------------------
@@ -109,6 +130,25 @@ def test_a_cell_on_another_models_files_is_refused_in_one_message(tmp_path, cli)
     for choice in (["model=gpt2", "model.source=local"], ["model=local", "model.claims=gpt2", "task=induction"]):
         status, said = cli(*choice, f"model.path={tmp_path / 'small'}", "tracking=none")
         assert status != 0 and said.count("is not gpt2: it has 3 layers of 4 heads") == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("tokens", [400, 2600])
+def test_a_vocabulary_cut_or_extended_opens_with_the_models_claims_under_another_name(
+    tokens, tmp_path, monkeypatch
+) -> None:
+    """As a fine-tune of Phi with 18,856 tokens more, or GPT-2 without the tokens that a task never uses."""
+    make_gpt2(tmp_path / "gpt2", vocab_size=tokens)
+    known = dataclasses.replace(known_models()["gpt2"], sizes=Sizes(3, 4, 24, 2000, "gpt2", 4))
+    monkeypatch.setattr("ovqk.weights.known.known_models", lambda: {"gpt2": known})
+    with pytest.raises(OtherModelError, match=r"=LABEL.*, and model.claims=gpt2 beside it if gpt2's vocabulary"):
+        library.open(tmp_path / "gpt2")
+    notes = library.open(tmp_path / "gpt2", "model.name=mine", "model.claims=gpt2").notes
+    (said,) = [note for note in notes if "cut or extended" in note]
+    assert f"have {tokens:,} tokens, gpt2 2,000" in said
+    assert [note for note in notes if "sizes alone" in note]
+    make_gpt2(tmp_path / "wider", vocab_size=tokens, n_embd=32)
+    with pytest.raises(OtherModelError, match=r"model.claims=null\.$"):
+        library.open(tmp_path / "wider", "model.claims=gpt2")
 
 
 def test_a_bundled_models_copy_does_not_pass_for_another_of_the_same_sizes(tmp_path) -> None:
@@ -173,3 +213,13 @@ def test_a_row_says_what_shows_that_the_weights_are_the_models(tmp_path) -> None
     assert row.result == "differs" and row.identified == "sizes alone"
     assert row.sha256 == f"l8k1hzciux.safetensors {file_hash(path)}"
     assert frame([row])[["identified", "sha256"]].iloc[0].tolist() == [row.identified, row.sha256]
+
+
+def test_a_row_says_if_the_vocabulary_is_another(tmp_path, monkeypatch) -> None:
+    make_gpt2(tmp_path / "gpt2", vocab_size=2040)
+    known = dataclasses.replace(known_models()["gpt2"], sizes=Sizes(3, 4, 24, 2000, "gpt2", 4))
+    for place in ("ovqk.weights.known", "ovqk.published.table"):
+        monkeypatch.setattr(f"{place}.known_models", lambda: {"gpt2": known})
+    (some,) = [each for each in statements() if each.name == "gpt2/symmetry"]
+    (row,) = rows([some], Places(tmp_path, hub=False))
+    assert row.identified == "sizes alone, with 2,040 tokens for 2,000"

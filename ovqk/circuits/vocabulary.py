@@ -40,11 +40,14 @@ class Vocabulary:
 
     Attributes:
         W_E: embedding rows.
-        W_U_rows: W_U's columns, as rows; None if the checkpoint holds none.
+        W_U_rows: W_U's columns, as rows; None if the checkpoint holds none, or if it has one for some tokens alone:
+            full circuits need one for each.
+        some_W_U_rows: the columns, as rows, of the first tokens, if the others have none.
     """
 
     W_E: Rows
     W_U_rows: Rows | None
+    some_W_U_rows: Float[Tensor, "some_token d_model"] | StoredRows | None = None
 
     @property
     def size(self) -> int:
@@ -55,6 +58,11 @@ class Vocabulary:
     def d_model(self) -> int:
         """How many components a row has."""
         return self.W_E.shape[1]
+
+    @property
+    def written(self) -> Rows | None:
+        """W_U's columns, as rows, for as many tokens as there are."""
+        return self.some_W_U_rows if self.W_U_rows is None else self.W_U_rows
 
     @cached_property
     def mean(self) -> Float[Tensor, " d_model"]:
@@ -157,4 +165,6 @@ def read_vocabulary(embeddings: EmbeddingWeights, n_tokens: int | None, label: s
                 f"{label}: the {name} holds NaN or infinity in the row of a token; allowed: finite weights. Did its "
                 "training or its conversion to 16 bits fail?"
             )
+    if W_U_rows is not None and W_U_rows.shape[0] < W_E.shape[0]:  # an "=" that is read and never predicted
+        return Vocabulary(W_E, None, W_U_rows)
     return Vocabulary(W_E, W_U_rows)

@@ -288,9 +288,9 @@ def neuron_frequencies(opened: Opened, modulus: int, first: int = 0) -> frozense
     vocabulary, mlp = opened.model.vocabulary, one_mlp(opened.model)
     if mlp is None:
         raise UserError("only a model of one block, with an MLP without a gate, has a map from neurons to logits.")
-    if vocabulary is None or vocabulary.W_U_rows is None or vocabulary.W_U_rows.shape[0] < first + modulus:
+    if vocabulary is None or vocabulary.written is None or vocabulary.written.shape[0] < first + modulus:
         raise UserError(f"modulus={modulus}: the model has no logits of that many residues.")
-    shares = fourier.power(vocabulary.W_U_rows[first : first + modulus].double() @ mlp.W_out.double().T)
+    shares = fourier.power(vocabulary.written[first : first + modulus].double() @ mlp.W_out.double().T)
     count = int(fourier.frequencies_needed(shares))
     return frozenset(int(k) + 1 for k in shares.argsort(descending=True)[:count])
 

@@ -12,7 +12,7 @@ from ovqk.config.choices import chosen
 from ovqk.errors import UserError
 from ovqk.published.quantities import Found, Opened, compute
 from ovqk.published.statements import Statement
-from ovqk.weights.known import OtherModelError, digests_of, identified_by
+from ovqk.weights.known import OtherModelError, digests_of, identified_by, known_models, sizes_of_files
 
 Outcome = Literal["reproduced", "differs", "not runnable here"]
 ROUNDING = 1e-9
@@ -125,8 +125,13 @@ def row(statement: Statement, places: Places) -> Row:
 
 def identity(statement: Statement, opened: Opened) -> tuple[str, str]:
     """Return what shows that a model's files are the statement's model's, and their SHA-256."""
-    model, checkpoint = opened.library.model.config.model, opened.library.checkpoint
-    return identified_by(model, checkpoint, statement.subject.name) or "", digests_of(checkpoint)
+    model, checkpoint = opened.library.model, opened.library.checkpoint
+    found, known = identified_by(model.config.model, checkpoint, statement.subject.name), known_models()
+    if found == "sizes alone":
+        here, wanted = (sizes_of_files(checkpoint, model.architecture), known[statement.subject.name].sizes)
+        if here.tokens is not None and here.tokens != wanted.tokens:
+            return f"{found}, with {here.tokens:,} tokens for {wanted.tokens:,}", digests_of(checkpoint)
+    return found or "", digests_of(checkpoint)
 
 
 TITLES = {"block0": "first MLP"}
@@ -149,7 +154,7 @@ def missing(statement: Statement, opened: Opened) -> list[str]:
     vocabulary = model.vocabulary
     parts = {
         "embedding": vocabulary is not None,
-        "unembedding": vocabulary is not None and vocabulary.W_U_rows is not None,
+        "unembedding": vocabulary is not None and vocabulary.written is not None,
         "block0": vocabulary is not None and not isinstance(model.block0, str),
     }
     return [TITLES.get(part, part) for part in statement.needs if not parts.get(part, True)]

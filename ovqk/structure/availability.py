@@ -40,9 +40,7 @@ def unavailable_metrics(
         return [name for name in metric_names(circuits) if need in METRICS[name].needs]
 
     no_embedding = why_no_embedding if vocabulary is None else None
-    no_unembedding = no_embedding
-    if vocabulary is not None and vocabulary.W_U_rows is None:
-        no_unembedding = NO_UNEMBEDDING
+    no_unembedding = no_embedding if vocabulary is None else why_no_unembedding(vocabulary)
     few_tokens = None
     if vocabulary is not None and vocabulary.size < MIN_TOKENS:
         few_tokens = f"{vocabulary.size} tokens: the ends of a column, of 10 each, are all of it"
@@ -79,6 +77,15 @@ def unavailable_metrics(
         elif architecture.n_layers == 1:
             reasons.setdefault(name, f"{NOT_APPLICABLE}{NO_LATER_LAYER}")
     return reasons
+
+
+def why_no_unembedding(vocabulary: Vocabulary) -> str | None:
+    """Say why there is no unembedding with a column for each token; None if there is one."""
+    if vocabulary.W_U_rows is not None:
+        return None
+    if vocabulary.some_W_U_rows is None:
+        return NO_UNEMBEDDING
+    return f"the unembedding has columns for {vocabulary.some_W_U_rows.shape[0]:,} of {vocabulary.size:,} tokens"
 
 
 def _position_reasons(architecture: Architecture, n_positions: int | None) -> dict[str, str | None]:

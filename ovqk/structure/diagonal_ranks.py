@@ -88,9 +88,10 @@ class DiagonalRanks:
             self._pass(others)
 
     def _pass(self, name: str) -> None:
-        rows, vocabulary = self._rows(name), self.model.vocabulary
-        if rows is None or vocabulary is None:
+        if not self._open[name].size:  # else cells without ranks would take the unembedding into memory
             return
+        rows, vocabulary = self._rows(name), self.model.vocabulary
+        assert rows is not None and vocabulary is not None
         n, unembedding = rows.shape[0], vocabulary.unembedding if name == "unembedding" else None
         ranked = diagonals.ranked_tokens(n)
         if isinstance(unembedding, Tensor):

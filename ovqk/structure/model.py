@@ -18,7 +18,13 @@ from ovqk.circuits.sides import Block0Side, WrittenRows
 from ovqk.circuits.simulated import Simulated
 from ovqk.circuits.vocabulary import Vocabulary, read_vocabulary
 from ovqk.config.schema import Circuit, Config, Processing
-from ovqk.structure.availability import NO_EMBEDDING, NO_LATER_LAYER, NO_UNEMBEDDING, unavailable_metrics
+from ovqk.structure.availability import (
+    NO_EMBEDDING,
+    NO_LATER_LAYER,
+    NO_UNEMBEDDING,
+    unavailable_metrics,
+    why_no_unembedding,
+)
 from ovqk.structure.kept import Kept, once
 from ovqk.structure.rare_tokens import RareTokens, rare_tokens
 from ovqk.structure.token_tables import Directions
@@ -183,7 +189,7 @@ class Model:
         """Why `block0_circuit` returns None for OV; None if it returns Grams. No Gram is computed."""
         if self.why_no_matching or self.architecture.n_layers == 1:
             return self.why_no_matching or NO_LATER_LAYER
-        return NO_UNEMBEDDING if self.vocabulary is None or self.vocabulary.W_U_rows is None else None
+        return NO_UNEMBEDDING if self.vocabulary is None else why_no_unembedding(self.vocabulary)
 
     @property
     def lists_tokens(self) -> bool:

@@ -80,7 +80,7 @@ class CycleTables:
         self.model, self.cycle = model, cycle
         assert model.vocabulary is not None
         self.W_E = model.vocabulary.W_E[cycle.ids].double().cpu()
-        rows = model.vocabulary.W_U_rows
+        rows = model.vocabulary.written
         self.W_U = (
             None if rows is None or max(cycle.ids.tolist()) >= rows.shape[0] else rows[cycle.ids].double().cpu().T
         )
