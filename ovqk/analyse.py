@@ -126,7 +126,7 @@ def analyse(
     judged = JudgedTables(task, claims, draws, cache)
     with ExitStack() as held:
         structure = StructureParts(cache, model, held)
-        of_the_task: list[Stage] = [ReadoutTables(task), judged]
+        of_the_task: list[Stage] = [ReadoutTables(task, alongside=not structure.stages), judged]
         of_the_task += [CycleTables(model, cycle)] if isinstance(cycle, Cycle) else []
         of_the_task += [] if ran is None else [ran]
         freed = FreedMemory()
@@ -333,7 +333,7 @@ def composition_tables(tests: ClaimTests, cache: StructureCache | None = None) -
 
     The tables are taken from the cache if it has them for the same pairs.
     """
-    if not tests.layers:
+    if not tests.circuits:
         return {}
     model, pairs = tests.model, tests.pairs()
     every, missing = model.config.analysis.pairs, model.why_no_matching
@@ -385,7 +385,7 @@ def _why_no_primary(tests: ClaimTests, predicted: list[Predicted]) -> str | None
     model, config = tests.model, predicted[0].config
     metric = config.metric
     if metric in COMPOSITION_METRICS:
-        if not tests.layers:
+        if not tests.circuits:
             computed = " and ".join(circuit.upper() for circuit in model.circuits)
             name = model.config.analysis.name
             return f"its primary metric, {metric}, needs both circuits; analysis={name} computes only {computed}"

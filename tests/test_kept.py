@@ -10,6 +10,7 @@ from ovqk.analyse import analyse
 from ovqk.cell import KEPT, model_depends_on
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits import effective_embeddings, vocabulary
+from ovqk.circuits.composition import LayerCircuits
 from ovqk.records.record import Analysis
 from ovqk.structure.cache import StructureCache
 from ovqk.structure.kept import KEPT_BYTES, Kept, once
@@ -133,6 +134,23 @@ def test_a_second_task_takes_no_gram_and_a_second_analysis_reads_no_word(monkeyp
         if cell is CELLS[0]:
             first = len(passes)
     assert first == len(passes) > 0 and read == ["sva", "induction"]
+
+
+def test_later_tasks_read_no_table_of_the_cache_again_and_decompose_nothing_for_pairs_in_it(
+    monkeypatch, tmp_path
+) -> None:
+    kept, read, decomposed = Kept(), list[Path](), list[int]()
+    table, both = pd.read_parquet, LayerCircuits.of
+    monkeypatch.setattr(pd, "read_parquet", lambda *given: (read.append(given[0]), table(*given))[1])
+    monkeypatch.setattr(LayerCircuits, "of", lambda *given: (decomposed.append(1), both(*given))[1])
+    every = [(f"task={task}", "analysis=composition", "model.claims=null") for task in ("sva", "induction", "sva")]
+    made = [run(kept, *cell, cache=tmp_path) for cell in every[:2]]
+    assert len(read) == 7  # structure's 4 tables, token lists, composition's 2
+    assert len(decomposed) == 4  # the layers, by the cell that composed them
+    made.append(run(kept, *every[2], cache=tmp_path))
+    assert len(read) == 7 and len(decomposed) == 4
+    for cell, found in zip(every, made, strict=True):
+        same(found, run(None, *cell))
 
 
 def test_a_value_is_made_again_if_what_it_depends_on_differs() -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from threading import Event
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from support import ROOT
 from ovqk.checkpoints.opening import open_checkpoint
 from ovqk.circuits.composition import LayerCircuits, composition_table
 from ovqk.circuits.grams import dense
-from ovqk.circuits.threads import decomposed, each
+from ovqk.circuits.threads import begun, decomposed, each
 from ovqk.config.choices import composed
 from ovqk.config.schema import Circuit
 from ovqk.structure.layer import Layer
@@ -54,6 +55,33 @@ def test_an_error_in_a_thread_is_raised() -> None:
         torch.set_num_threads(2)
         with pytest.raises(ValueError, match="no such decomposition"):
             decomposed(fails, torch.zeros(4, 2, 2))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_work_that_is_begun_gives_its_results_or_its_error_when_it_is_asked(threads) -> None:
+    going, seen = Event(), list[int]()
+
+    def square(i: int) -> int:
+        if threads == 2:
+            assert going.wait(60)  # the caller goes on before anything is done
+        seen.append(torch.get_num_threads())
+        return i * i
+
+    def fails(i: int) -> int:
+        raise ValueError("no such square")
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        results = begun(square, [3, 1, 2])
+        going.set()
+        assert results() == results() == [9, 1, 4] and seen == [1] * 3
+        with pytest.raises(ValueError, match="no such square"):
+            begun(fails, [1, 2])()
+        with torch.inference_mode():
+            assert begun(lambda _: torch.is_inference_mode_enabled(), [1])() == [True]
     finally:
         torch.set_num_threads(before)
 

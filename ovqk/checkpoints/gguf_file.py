@@ -207,6 +207,19 @@ class _Cursor:
         self.at = stop
         return text
 
+    def strings(self, count: int) -> list[str]:
+        """Read several strings, of which a vocabulary has a hundred thousand."""
+        data, at, size, length = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            begin = at + 8
+            at = begin + length(data, at)[0] if begin <= size else size + 1
+            if at > size:
+                raise ValueError(f"a string ends beyond the file's {size} bytes")
+            found.append(data[begin:at].decode())
+        self.at = at
+        return found
+
     def value(self, kind: int) -> Any:
         """Read a value of the metadata."""
         if kind == STRING:
@@ -223,7 +236,7 @@ class _Cursor:
                 f"a list of {count:,} values in its metadata goes beyond the file's {len(self.data):,} bytes"
             )
         if of == STRING:
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         if of not in SCALARS:
             raise ValueError(f"the metadata hold a list of values of the type {of}")
         letters = f"<{count}{SCALARS[of]}"

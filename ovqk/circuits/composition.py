@@ -208,14 +208,16 @@ def matching(
         (layer, index), rows = receiver_of
         receiver = _select(layers[layer].qk, [index])
         left, right = receiver.balanced_left, receiver.balanced_right
-        later = gram @ left
-        first = later if first_gram is None else first_gram @ left
-        norms = first.norm(), later.norm()
-        cores, scales = [], []
-        for sender_layer, sender_index in (pairs[row][0] for row in rows):
-            sender, seen = _select(layers[sender_layer].ov, [sender_index]), later if sender_layer else first
-            cores.append((right @ sender.balanced_right.mT) @ (sender.balanced_left.mT @ seen))
-            scales.append(receiver.sigma.sum().sqrt() * sender.sigma.sum() * norms[sender_layer > 0])
+        senders, cores, scales = [pairs[row][0] for row in rows], [], []
+        seen = {
+            later: (gram if later or first_gram is None else first_gram) @ left
+            for later in {sender_layer > 0 for sender_layer, _ in senders}
+        }
+        norms = {later: product.norm() for later, product in seen.items()}
+        for sender_layer, sender_index in senders:
+            sender, later = _select(layers[sender_layer].ov, [sender_index]), sender_layer > 0
+            cores.append((right @ sender.balanced_right.mT) @ (sender.balanced_left.mT @ seen[later]))
+            scales.append(receiver.sigma.sum().sqrt() * sender.sigma.sum() * norms[later])
         return spectra.trace_ratio(spectra.eigenvalues(torch.cat(cores)), torch.stack(scales))
 
     for rows, values in zip(rows_of.values(), each(of, rows_of.items(), gram.device), strict=True):

@@ -212,6 +212,10 @@ class FactoredMaps:
         write = _of(self.right.rows, self.right_of).mT.double() @ Yh.mT
         return Decomposition(read, S, write, self.rank)
 
+    def decompose_inner(self) -> None:
+        """Find the inner singular vectors, which are small: one product then makes the directions."""
+        _ = self._inner_svd
+
     def forget_directions(self) -> None:
         """Drop the directions, which are large: one product makes them again from the inner SVD, which stays."""
         vars(self).pop("decomposition", None)

@@ -5,7 +5,7 @@ LAPACK takes one small matrix at a time, so torch alone would run such jobs in s
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -31,13 +31,7 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], device: torc
     workers = torch.get_num_threads()
     if workers < 2 or device.type != "cpu":
         return [function(item) for item in items]
-    inference = torch.is_inference_mode_enabled()  # a mode is a thread's own
-
-    def alone(item: Item) -> Result:
-        with torch.inference_mode(inference):
-            return function(item)
-
-    threads, found = _threads(workers, os.getpid()), list[Result]()
+    alone, threads, found = _in_this_mode(function), _threads(workers, os.getpid()), list[Result]()
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -50,6 +44,42 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], device: torc
         for future in waiting:
             future.cancel()
     return found
+
+
+def begun(
+    function: Callable[[Item], Result], items: Sequence[Item], device: torch.device = CPU
+) -> Callable[[], list[Result]]:
+    """Begin to call the function on every item, in the threads of `each`, and return a function that waits for it.
+
+    The caller goes on meanwhile, so it must not change what the function reads. The results, or the first error, come
+    when they are asked for. If `each` would run items one at a time, they are run at once.
+    """
+    workers = torch.get_num_threads()
+    if workers < 2 or device.type != "cpu":
+        found = each(function, items, device)
+        return lambda: found
+    alone, threads = _in_this_mode(function), _threads(workers, os.getpid())
+    futures = [threads.submit(alone, item) for item in items]
+
+    def results() -> list[Result]:
+        try:
+            return [future.result() for future in futures]
+        finally:  # after an error or Ctrl-C
+            for future in futures:
+                future.cancel()
+
+    return results
+
+
+def _in_this_mode(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """Return the function for other threads, in the inference mode of this thread: a mode is a thread's own."""
+    inference = torch.is_inference_mode_enabled()
+
+    def alone(item: Item) -> Result:
+        with torch.inference_mode(inference):
+            return function(item)
+
+    return alone
 
 
 def decomposed(function: Callable[[Tensor], Any], batch: Inexact[Tensor, "*n rows columns"]) -> Any:

@@ -24,6 +24,7 @@ from ovqk.config.resolve import plain
 from ovqk.errors import UserError
 from ovqk.locks import locked
 from ovqk.metrics import SCHEMA_VERSION
+from ovqk.structure.kept import Kept
 from ovqk.structure.model import Model
 from ovqk.structure.stages import DirectionTables, Stage, StructureTables, Tables
 from ovqk.whole_files import is_temporary, temporary
@@ -31,6 +32,8 @@ from ovqk.whole_files import is_temporary, temporary
 PACKAGE = Path(__file__).parents[1]
 ENTRY = "entry.json"
 GIGABYTE = 2**30
+IN_MEMORY_UP_TO = 2**25
+"""How many bytes the tables of a part may have that stay in memory once they were read, texts not counted."""
 
 
 class Part(StrEnum):
@@ -122,7 +125,7 @@ class StructureCache:
             except (OSError, UserError):  # a read-only home, or a file system without locks: no cache
                 yield Entry()
                 return
-            found = _read(folder)
+            found = _read_once(model.kept, part, folder)
             if found is not None:
                 held.close()
                 with suppress(OSError):  # another process throws it away, or it is another user's
@@ -185,6 +188,18 @@ def _clear_abandoned(folder: Path, key: str) -> None:
             if other != key:
                 held.enter_context(locked(folder / f".{other}.lock", other, wait=False))
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _read_once(kept: Kept | None, part: Part, folder: Path) -> Tables | None:
+    """Return what `_read` does; small tables stay in memory for the process's next cells."""
+    name, of = f"cache entry {part.value}", folder.name
+    if kept is not None and kept.has(name, of):
+        return kept.value(name, of, Tables)
+    found = _read(folder)
+    size = sum(int(table.memory_usage().sum()) for table in (found or {}).values())
+    if kept is not None and found is not None and size <= IN_MEMORY_UP_TO:
+        kept.value(name, of, lambda: found)
+    return found
 
 
 def _read(folder: Path) -> Tables | None:

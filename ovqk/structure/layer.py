@@ -1,5 +1,6 @@
 """One layer of a model: its weights, raw and folded, and the decompositions that its stages share."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from ovqk.circuits import positions
+from ovqk.circuits.composition import LayerCircuits
 from ovqk.circuits.factors import Factors, key_side, ov_factors, qk_factors, query_side
 from ovqk.circuits.maps import Basis, Decomposition, FactoredMaps
 from ovqk.circuits.spectra import eigenvalues
@@ -41,6 +43,7 @@ class Layer:
         """Take the layer's place; its weights are read when they are asked for, if no earlier cell left them."""
         self.model, self.index = model, index
         self.parts = LayerParts() if model.kept is None else model.kept.parts(index)
+        self.was_left = bool(self.parts.maps)  # by an earlier cell
 
     def read(self) -> LayerWeights:
         """Read the raw weights from the checkpoint; they are kept only if they are what is processed."""
@@ -143,6 +146,31 @@ class Layer:
     def decomposition(self, circuit: Circuit, folded: bool, offsets: tuple[int, ...] = (0,)) -> Decomposition:
         """Return a circuit's thin SVD, head by head, with its directions; see `maps`."""
         return self.maps(circuit, folded, offsets).decomposition
+
+    def for_composition(self) -> Callable[[], LayerCircuits]:
+        """Return a function that gives both circuits, folded and with the mean rotation, as compositions take them.
+
+        If an earlier cell left the layer, they are decomposed when the function is called, because most tasks find the
+        compositions of all pairs in the cache. Else they are decomposed now, so that no weights stay in memory.
+        """
+        both = self.maps(Circuit.ov, True), self.maps(Circuit.qk, True, self.span)
+
+        def decomposed() -> LayerCircuits:
+            ov, qk = (maps.decomposition for maps in both)
+            return LayerCircuits.of(ov, qk)
+
+        def later() -> LayerCircuits:
+            found = decomposed()
+            for maps in both:
+                maps.forget_directions()
+            return found
+
+        if not self.was_left:
+            found = decomposed()
+            return lambda: found
+        for maps in both:
+            maps.decompose_inner()  # now, so that the layer has its size when it is left
+        return later
 
     def eigenvalues(self, circuit: Circuit) -> Complex[Tensor, "head k"]:
         """Return the eigenvalues of a circuit's heads as processed, at D = 0, in residual space; found once."""

@@ -195,7 +195,9 @@ class Model:
         """The tokens that lists leave out; None if there are no lists, or if they leave none out."""
         if self.vocabulary is None or not self.lists_tokens or self.config.analysis.rare_tokens:
             return None
-        return rare_tokens(self.vocabulary, self.tokenizer, self.architecture.tied)
+        vocabulary, tokenizer, tied = self.vocabulary, self.tokenizer, self.architecture.tied
+        of = vocabulary.size, tokenizer is None
+        return once(self.kept, "rare_tokens", of, lambda: rare_tokens(vocabulary, tokenizer, tied))
 
     @cached_property
     def block0_side(self) -> Block0Side | None:

@@ -59,7 +59,7 @@ def layer_structure(layer: Layer) -> Tables:
         metrics, profile = position_metrics(layer)
         values |= metrics
         tables["offsets"] = [] if profile is None else [profile]
-    tables["heads"] = [heads_rows(layer, values).assign(unstable=unstable)]
+    tables["heads"] = [heads_rows(layer.index, model.architecture.n_heads, values).assign(unstable=unstable)]
     return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items() if parts}
 
 
@@ -339,11 +339,10 @@ def simulated_metrics(layer: Layer, senders: Senders) -> HeadValues:
 # --- tables --------------------------------------------------------------------------------------------------
 
 
-def heads_rows(layer: Layer, values: HeadValues) -> pd.DataFrame:
+def heads_rows(layer: int, n_heads: int, values: HeadValues) -> pd.DataFrame:
     """Return one row for each head in a layer, with a column for each metric given."""
-    n_heads = layer.model.architecture.n_heads
     columns: dict[str, Any] = {
-        "layer": np.full(n_heads, layer.index, dtype=np.int32),
+        "layer": np.full(n_heads, layer, dtype=np.int32),
         "head": np.arange(n_heads, dtype=np.int32),
     }
     return pd.DataFrame(columns | {name: value.double().cpu().numpy() for name, value in values.items()})

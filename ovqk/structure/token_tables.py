@@ -35,7 +35,7 @@ TOKENS = 10  # in a list, for each side and sign
 SLACK = 1e-5  # times the longest token; larger than the rounding of a float32 projection
 SCORES = 2**20  # projections held at a time
 SEGMENT = 32  # tokens in a segment
-CANDIDATES = 4096  # tokens that are projected again at a time
+EXACT_ELEMENTS = 2**21  # elements in rows of tokens that are projected again at a time
 GRID = 1e-9  # times the longest token; scores are rounded to multiples of it, so that equal tokens score the same
 
 # fmt: off
@@ -124,10 +124,11 @@ class TokenSide:
         lists, tokens = lists[by_token], tokens[by_token]
         few, place = tokens.unique(return_inverse=True)
         score = torch.empty(len(lists), dtype=torch.float64, device=planes.device)
+        at_a_time = max(1, EXACT_ELEMENTS // planes.shape[-1])
         for some in blocks(len(few), self.block):
             rows = self.rows.exact(few[some]) - self.mean
             start, stop = np.searchsorted(place.cpu().numpy(), [some.start, some.stop]).tolist()
-            for part in (slice(start + p.start, start + p.stop) for p in blocks(stop - start, CANDIDATES)):
+            for part in (slice(start + p.start, start + p.stop) for p in blocks(stop - start, at_a_time)):
                 mine, at = owner[lists[part]], place[part] - some.start
                 x, pair = rows[at], is_pair[mine]
                 first = (planes[mine, 0] * x).sum(-1)
@@ -154,6 +155,7 @@ class TokenSide:
         a block of tokens; the best scores do not depend on the order of the blocks.
         """
         n, device, n_lines = len(planes), planes.device, int((~is_pair).sum())
+        screened_in: dict[torch.dtype, Tensor] = {}
         owners = torch.cat((torch.arange(n, device=device), torch.arange(n_lines, device=device)))
         best = torch.full((len(owners), count), -math.inf, dtype=torch.float64, device=device)
         changing = Lock()
@@ -163,9 +165,12 @@ class TokenSide:
         ) -> tuple[Float[Tensor, " n"], list[tuple[Tensor, Tensor, Tensor]]]:
             """Return a block's sum of squared scores, and its candidates; other threads' results may come later."""
             (x, ids), squares, found = job, torch.empty(n, dtype=torch.float64, device=device), []
+            narrow = screened_in.get(x.dtype)
+            if narrow is None:  # once for all blocks
+                narrow = screened_in[x.dtype] = planes.to(x)
             for part in blocks(n, max(1, SCORES // len(x))):
-                own, n_own = planes[part], max(0, min(part.stop, n_lines) - part.start)  # lines among them
-                scores, second = (torch.cat((own[:, 0], own[n_own:, 1])).to(x) @ x.T).tensor_split([len(own)])
+                own, n_own = narrow[part], max(0, min(part.stop, n_lines) - part.start)  # lines among them
+                scores, second = (torch.cat((own[:, 0], own[n_own:, 1])) @ x.T).tensor_split([len(own)])
                 torch.hypot(scores[n_own:], second, out=scores[n_own:])
                 squares[part] = torch.linalg.vector_norm(scores[:, : len(ids)], dim=1).double().square()
                 minus = slice(n + part.start, n + part.start + n_own)

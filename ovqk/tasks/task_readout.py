@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor
 from ovqk.circuits.effective_embeddings import Block0, EffectiveRows, Streams
 from ovqk.circuits.factors import scores
 from ovqk.circuits.head_maps import HeadMaps, Scorer
-from ovqk.circuits.threads import each
+from ovqk.circuits.threads import begun
 from ovqk.config.schema import Circuit, Embedding, VariableKind
 from ovqk.metrics import METRICS, NOT_APPLICABLE, metric_names
 from ovqk.structure.kept import Kept, once
@@ -26,6 +28,25 @@ from ovqk.tasks.words import TaskTokens, resolve_task
 
 MATCHES_RUN = 32
 """The largest number of matched tokens per word that a model runs on for `analysis.embedding=stream`."""
+ALONGSIDE = 2**20
+"""The largest number of elements in a layer's W_O with which readouts of a layer run while the next layer is visited:
+their maps, some 50 bytes an element, then stay in memory beside the next layer's."""
+BySource = dict[str, Float[Tensor, "head source"]]
+"""Metric -> its value for each head and source token, or word pair."""
+
+
+class Read(NamedTuple):
+    """What a layer's readout gives.
+
+    Attributes:
+        metrics: metric -> [head].
+        by_source: circuit -> its metrics for each head and source token, or word pair.
+    """
+
+    metrics: dict[str, Float[Tensor, " head"]]
+    by_source: dict[Circuit, BySource]
+
+
 RunWords = Callable[[Int[Tensor, " token"], Int[Tensor, " word"]], Streams | str]
 """Runs a model on single tokens, some of them the task's words; says why if it cannot be run."""
 
@@ -47,7 +68,7 @@ class TaskReadout:
     readout: Readout | None
     unavailable: dict[str, str]
     unread: str = ""
-    _sources: WeakKeyDictionary[Layer, dict[Circuit, dict[str, Tensor]]] = field(default_factory=WeakKeyDictionary)
+    _sources: WeakKeyDictionary[Layer, dict[Circuit, Callable[[], BySource]]] = field(default_factory=WeakKeyDictionary)
 
     @classmethod
     def read(cls, model: Model, run_words: RunWords | None = None) -> "TaskReadout":
@@ -111,26 +132,45 @@ class TaskReadout:
         known = self._sources.setdefault(layer, {})
         if circuit not in known:
             maps = None if self.readout is None else self.maps(layer, circuit)
-            known[circuit] = {} if self.readout is None or maps is None else self.readout.by_source(layer.index, maps)
-        return known[circuit]
+            found = {} if self.readout is None or maps is None else self.readout.by_source(layer.index, maps)
+            known[circuit] = lambda: found
+        return known[circuit]()
 
     def metrics(self, layer: Layer) -> dict[str, Float[Tensor, " head"]]:
         """Return the task metrics for the layer's heads; under rotary positions with the mean rotation."""
-        readout = self.readout
+        return self.begin(layer)().metrics
+
+    def begin(self, layer: Layer) -> Callable[[], Read]:
+        """Begin to read a layer, each circuit in a thread of its own, and return a function that waits for the result.
+
+        Everything that the threads need of the layer is made before this returns; its maps stay in memory until then.
+        """
+        readout, index = self.readout, layer.index
         if readout is None:
-            return {}
+            return lambda: Read({}, {})
+        maps = {circuit: of for circuit in self.model.circuits if (of := self.maps(layer, circuit)) is not None}
+        readout.make_ready(index)
 
-        def of(circuit: Circuit) -> dict[str, Tensor]:
-            maps = self.maps(layer, circuit)
-            if maps is None:
-                return {}
-            means = {name: values.mean(-1) for name, values in self.by_source(layer, circuit).items()}
-            return means | readout.of_subspace(layer.index, maps)
+        def read(of: HeadMaps) -> tuple[BySource, dict[str, Tensor]]:
+            by_source = readout.by_source(index, of)
+            means = {name: values.mean(-1) for name, values in by_source.items()}
+            return by_source, means | readout.of_subspace(index, of)
 
-        self._sources.setdefault(layer, {})  # what both circuits share is there before each has a thread of its own
-        readout.make_ready(layer.index)
-        found = each(of, self.model.circuits, layer.folded.W_O.device)
-        return {name: values for circuit in found for name, values in circuit.items()}
+        circuits, found = list(maps), begun(read, list(maps.values()), layer.folded.W_O.device)
+
+        def results() -> Read:
+            by_source, metrics = zip(*found(), strict=True) if circuits else ((), ())
+            return Read(
+                {name: values for some in metrics for name, values in some.items()},
+                dict(zip(circuits, by_source, strict=True)),
+            )
+
+        def sources_of(circuit: Circuit) -> BySource:
+            return results().by_source[circuit]
+
+        self._sources[layer] = {circuit: partial(sources_of, circuit) for circuit in circuits}
+
+        return results
 
     @property
     def why_no_pairs(self) -> str:
@@ -147,14 +187,17 @@ class TaskReadout:
         """
         if self.readout is None or self.readout.variable.pairs is None or Circuit.ov not in self.model.circuits:
             return None
-        found = self.by_source(layer, Circuit.ov)
-        if not found:
+        return self.pairs_rows(layer.index, self.by_source(layer, Circuit.ov))
+
+    def pairs_rows(self, layer: int, found: BySource) -> pd.DataFrame | None:
+        """Return `of_pairs`, given the layer's OV metrics for each word pair."""
+        if self.readout is None or self.readout.variable.pairs is None or not found:
             return None
         (sources,), (targets,) = (self.readout.variable.read, self.readout.variable.write)
         n_heads, n_pairs = next(iter(found.values())).shape
         return pd.DataFrame(
             {
-                "layer": np.full(n_heads * n_pairs, layer.index, np.int32),
+                "layer": np.full(n_heads * n_pairs, layer, np.int32),
                 "head": np.arange(n_heads, dtype=np.int32).repeat(n_pairs),
                 "source": sources.words * n_heads,
                 "target": targets.words * n_heads,
@@ -167,27 +210,45 @@ class ReadoutTables:
     """The stage that adds the task's metrics to the metrics that need no task.
 
     They do not depend on the rest of the analysis: a cell with another one leaves them, if this process keeps them.
+    Those of a layer are computed while the next layer is visited, if no other stage has much to do there, and unless
+    layers are large (ALONGSIDE).
     """
 
-    def __init__(self, task: TaskReadout) -> None:
-        """Start without layers."""
+    def __init__(self, task: TaskReadout, alongside: bool = False) -> None:
+        """Start without layers; `alongside` says whether threads are free while the next layer is visited."""
+        self._alongside = alongside
         self.task, self._layers, self._pairs = task, list[pd.DataFrame](), list[pd.DataFrame]()
         self._of = *words_depend_on(task.model), task.model.circuits
         self._known = task.kept is not None and task.kept.has("readouts", self._of)
+        self._take: Callable[[], None] = lambda: None  # the layer before, as soon as it is read
 
     def visit(self, layer: Layer) -> None:
         """See `Stage`."""
         if self._known:
             return
-        self._layers.append(heads_rows(layer, self.task.metrics(layer)))
-        if (pairs := self.task.of_pairs(layer)) is not None:
-            self._pairs.append(pairs)
+        index, n_heads = layer.index, layer.model.architecture.n_heads
+        read = self.task.begin(layer)
+        self._take()
+
+        def take() -> None:
+            self._layers.append(heads_rows(index, n_heads, read().metrics))
+            if (pairs := self.task.pairs_rows(index, read().by_source.get(Circuit.ov, {}))) is not None:
+                self._pairs.append(pairs)
+
+        self._take = take
+        if not self._alongside or layer.folded.W_O.numel() > ALONGSIDE:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._take()
+        self._take = lambda: None
 
     def tables(self, made: Tables) -> Tables:
         """Return `heads`: a row for each head, a column for each metric in the analysis; null if there is no value.
 
         If the task's variable is a relation, `relations` has a row for each head and word pair as well.
         """
+        self._finish()
         readouts, pairs = once(self.task.kept, "readouts", self._of, self._joined)
         structure = made["heads"]
         columns = {name: structure[name] for name in ("layer", "head")}

@@ -178,7 +178,7 @@ def _note(tests: ClaimTests, role: str, primary: Predicted, ranking: Ranking | N
         why = f"composes with {' and '.join(map(wording.role, primary.config.partners))} heads, and none is "
         why += (
             "a candidate in a layer that it could"
-            if tests.layers
+            if tests.circuits
             else "claimed (analysis=composition takes candidates)"
         )
     if ranking is None:

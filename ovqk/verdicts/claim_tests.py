@@ -6,8 +6,9 @@ compose. When all layers are read, `ClaimTests.rows` draws the nulls.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class ClaimTests:
         forms: (metric, layer) -> the form in which the metric takes the weights.
         maps: (head, circuit) -> the claimed head's maps, as task readouts see them.
         resamples: metric -> [draw, layer, head], its values under resampled words.
-        layers: both circuits, layer by layer, if a prediction composes them.
+        circuits: for each layer a function that returns both circuits, if a prediction composes them (`layers`).
         second: claimed head -> sigma_2 / sigma_1 in W_QK, in [0, 1].
         observed: candidate -> metric -> the value that its surrogates are compared with.
         notes: sentences that name a null without draws, and say why it has none.
@@ -78,7 +79,7 @@ class ClaimTests:
     forms: dict[tuple[str, int], Form] = field(default_factory=dict)
     maps: dict[tuple[Head, Circuit], HeadMaps] = field(default_factory=dict)
     resamples: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    layers: list[LayerCircuits] = field(default_factory=list)
+    circuits: list[Callable[[], LayerCircuits]] = field(default_factory=list)
     second: dict[Head, float] = field(default_factory=dict)
     observed: dict[Head, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -109,6 +110,11 @@ class ClaimTests:
             drawn = subsamples(readout.variable, draws.subsamples, SUBSAMPLED, self.model.config.seed)
             self.some = [readout.of_some(part) for part in self._chunks(readout, drawn, n_heads=0)]
 
+    @cached_property
+    def layers(self) -> list[LayerCircuits]:
+        """Both circuits, layer by layer, decomposed; none if no prediction composes them."""
+        return [of() for of in self.circuits]
+
     # --- while the layers pass -----------------------------------------------------------------------------
 
     def visit(self, layer: Layer) -> None:
@@ -122,8 +128,7 @@ class ClaimTests:
                 form = self.forms[metric, layer.index] = form_of(metric, layer)
                 self.sigma[layer.index, form] = layer.maps(form.circuit, form.folded, form.offsets).sigma
         if self.composes and len(self.model.circuits) == 2:
-            parts = layer.decomposition(Circuit.ov, True), layer.decomposition(Circuit.qk, True, layer.span)
-            self.layers.append(LayerCircuits.of(*parts))
+            self.circuits.append(layer.for_composition())
         if not here:
             return
         for circuit in self.model.circuits:
@@ -190,16 +195,13 @@ class ClaimTests:
 
         A value is nan if the head can compose with no partner, no partner is given, or the circuits were not kept.
         """
-        architecture = self.model.architecture
-        nothing = np.full((architecture.n_layers, architecture.n_heads), np.nan)
-        if not self.layers or not partners:
-            return nothing
-        if config.metric in composition.INTO_RECEIVERS:
-            return composition.INTO_RECEIVERS[config.metric](self.layers, partners)
-        grams = matching_grams(self.model)
-        if config.metric == "k_composed_matching" and not isinstance(grams, str):
+        into, known = composition.INTO_RECEIVERS.get(config.metric), bool(self.circuits and partners)
+        if known and into is not None:
+            return into(self.layers, partners)
+        grams = matching_grams(self.model) if known and config.metric == "k_composed_matching" else ""
+        if not isinstance(grams, str):
             return composition.k_composed_matching(self.layers, partners, *grams)
-        return nothing
+        return np.full((self.model.architecture.n_layers, self.model.architecture.n_heads), np.nan)
 
     def pairs(self) -> list[tuple[Head, Head]]:
         """Return the (sender, receiver) pairs that the claims' predictions name, in order."""

@@ -261,9 +261,12 @@ class NativeWeights:
     def _dequantised_rows(self, name: str) -> Callable[[int, int], Tensor]:
         """Return a reader of rows from a GGUF tensor that is kept in memory, because dequantising it takes a while."""
         kept = self.checkpoint.tensor(name, checked=False)
+        finite = torch.zeros(len(kept), dtype=torch.bool)
 
         def read(start: int, stop: int) -> Tensor:
-            check_finite(self.checkpoint.label, name, kept[start:stop])
+            if not finite[start:stop].all():
+                check_finite(self.checkpoint.label, name, kept[start:stop])
+                finite[start:stop] = True
             return kept[start:stop]
 
         return read
