@@ -25,7 +25,7 @@ from ovqk.config.resolve import resolve, tracking_mode, user_path
 from ovqk.config.schema import Config, Embedding, Source, TrackingMode
 from ovqk.errors import UserError, one_mistake, told, was_interrupted, without_secrets
 from ovqk.interrupts import raise_if_remembered
-from ovqk.memory import FreedMemory, is_exhausted
+from ovqk.memory import FreedMemory, give_all_back, is_exhausted
 from ovqk.orphans import end_with_parent
 from ovqk.records.identity import cell_folder, cell_id, identity, unopened_id
 from ovqk.records.outcomes import Outcome, Outcomes, Status
@@ -48,6 +48,7 @@ from ovqk.structure.kept import Kept, once
 from ovqk.tasks.tokenizer import start_tokens, tokenizer_for
 from ovqk.tasks.words import readable_tasks
 from ovqk.tracking.service import start_meanwhile
+from ovqk.weights.devices import resolve_device
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_named
 from ovqk.weights.types import OpenedModel
@@ -120,7 +121,7 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> float | None:
 
     The objective is nan if the cell failed, or if it has no such number.
     """
-    objective = None if config.objective is None else math.nan
+    objective, exhausted = None if config.objective is None else math.nan, False
     started = time.perf_counter()
     if hydra.launcher._target_.endswith(".JoblibLauncher"):
         end_with_parent()
@@ -137,12 +138,14 @@ def _run_in_sweep(config: DictConfig, hydra: Any) -> float | None:
             raise KeyboardInterrupt from None
         seconds = time.perf_counter() - started
         known = isinstance(error, UserError) or _is_of_machine(error)
-        if is_exhausted(error):
+        if exhausted := is_exhausted(error):
             KEPT.begin("")  # the next cell may need the memory
         trace = "" if known else _portable(traceback.format_exc())
         outcome = Outcome("failed", *_names(config), None, seconds, error=told(error), traceback=trace or None)
+    if exhausted:
+        give_all_back()  # after the error, whose frames hold what the cell had made
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()  # a cell may have run out of memory
+        torch.cuda.empty_cache()
     Outcomes(Path(hydra.sweep.dir)).add(hydra.job.num, outcome)
     return objective
 
@@ -200,6 +203,8 @@ def _open(cell: Config) -> Checkpoint:
     identifier = unopened_id(cell)
     folder = cell_folder(cell, identifier)
     try:
+        if cell.model.source is Source.hub:
+            resolve_device(cell.device)  # refused before anything is fetched
         checkpoint = open_checkpoint(cell.model, cell.hub_timeout, tensors_read)
     except Exception as error:
         if cell.sweep is not None:

@@ -40,17 +40,11 @@ from ovqk.metrics import METRICS
 from ovqk.structure.cache import StructureParts
 from ovqk.structure.layer import Layer
 from ovqk.structure.model import Model
-from ovqk.structure.stages import (
-    COMPOSED,
-    DirectionTables,
-    HeadValues,
-    Tables,
-    simulated_metrics,
-    structure_tables,
-)
+from ovqk.structure.stages import COMPOSED, DirectionTables, HeadValues, Tables, simulated_metrics, structure_tables
 from ovqk.structure.token_tables import TOKENS, component_lists
 from ovqk.tasks.task_readout import TaskReadout
 from ovqk.tasks.tokenizer import tokenizer_for
+from ovqk.weights.devices import resolve_device
 from ovqk.weights.families import tensors_read
 from ovqk.weights.readers import open_named
 from ovqk.weights.stored_rows import Rows
@@ -74,6 +68,7 @@ def open(model: str | Path, *choices: str) -> "LibraryModel":
         UserError: there is no such model, or it cannot be read; the message says what is allowed.
     """
     config = chosen(model, *choices)
+    resolve_device(config.device)  # refused before anything is fetched
     checkpoint = open_checkpoint(config.model, config.hub_timeout, tensors_read)
     source = open_named(checkpoint, config.model)
     tokenizer, notes = tokenizer_for(config.task, checkpoint)

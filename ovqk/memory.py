@@ -6,6 +6,13 @@ import time
 from collections.abc import Callable
 from functools import cache
 
+EXHAUSTED = (
+    "can't allocate memory",  # main memory
+    "out of memory",  # CUDA, if another process holds the GPU's, or ovqk itself
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
+"""What PyTorch's other errors say if memory is exhausted: only its own blocks on a GPU have an OutOfMemoryError."""
 SPACING = 2.0  # the least time between two returns, in seconds; each return takes some milliseconds
 
 
@@ -38,9 +45,9 @@ def give_all_back() -> None:
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Say whether an error means that memory is exhausted; on the CPU PyTorch raises a RuntimeError."""
+    """Say whether an error means that memory is exhausted, in main memory or on a GPU."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error)
+    return named or any(said in str(error) for said in EXHAUSTED)
 
 
 @cache

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ovqk.config.command_line import model_argument, tool
+from ovqk.config.schema import Device
 from ovqk.errors import UserError, one_message
 
 if TYPE_CHECKING:
@@ -271,6 +272,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"time         about {_duration(seconds)}: {rates.products / 1e9:.0f} GFLOP/s in products on {rates.threads} "
         f"threads, {1e3 * rates.decompositions['eigenvalues']:.1f} ms for the eigenvalues of a head"
     )
+    if config.device is not Device.cpu:
+        print(
+            f"device={config.device.value}: the time and the memory are those of the processor and its memory, all the "
+            "same: a GPU's are not planned."
+        )
     print(
         "For a cell without a task, start-up included, on a machine that does nothing else. A task adds its words and "
         "nulls, up to as much again; analysis=full runs the model as well, which is not planned."

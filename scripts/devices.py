@@ -64,6 +64,8 @@ def main() -> None:
     if arguments.child:
         computed(arguments.choice, arguments.child, arguments.folder, arguments.profile)
         return
+    if "cuda" in arguments.on.split(",") and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; --on cpu computes the cell on the CPU alone")
     with tempfile.TemporaryDirectory() as temporary:
         found = {} if arguments.against is None else {"against": tables_of(arguments.against)}
         for device in arguments.on.split(","):

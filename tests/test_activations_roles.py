@@ -114,6 +114,18 @@ def test_rounding_gives_a_head_without_effect_no_p(lost: float, p: float) -> Non
         assert found["effect_p"] == p and found["effect"] == pytest.approx(lost / 4 if p < 1 else 0.0, abs=1e-6)
 
 
+def test_what_replacing_a_head_by_itself_changes_is_rounding_too() -> None:
+    after = {Patch((1, 1), "END"): effects(4 * 3e-4)}
+    found = [replace(measured(patches=after), change=change).rows("mover", "testing") for change in (1e-6, 9e-4)]
+    assert [row(rows, (1, 1))["effect_p"] for rows in found] == [1 / 2**6, 1.0]
+
+
+@pytest.mark.parametrize(("left", "p"), [(0.5, 1.0), (0.5 - 2e-5, 1.0), (0.5 - 2e-4, 1 / 2**6)])
+def test_rounding_of_the_receivers_attention_gives_a_server_no_p(left: float, p: float) -> None:
+    found = measured(patches={Patch((0, 1), "END"): effects(0.0, look=left)})
+    assert row(found.rows("server", "testing"), (0, 1))["effect_p"] == p
+
+
 def verdict_of(found: Measured, head: tuple[int, int], role: str = "mover") -> str:
     roles = judge_activations(found, {role: [head]}, None).roles
     return str(

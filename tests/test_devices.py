@@ -17,7 +17,9 @@ from support import ROOT
 from support.commands import compose, computed
 from support.models import shared_model
 
+import ovqk
 from ovqk.errors import UserError
+from ovqk.records.record import Origin, provenance
 from ovqk.testing.table_comparison import disagreements
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
@@ -54,12 +56,16 @@ def test_activations_on_a_gpu_give_the_tables_of_the_cpu(tmp_path) -> None:
     assert not any(found.values()), found
 
 
+def with_tests_on_path() -> dict[str, str]:
+    """The environment of a process that imports this checkout and its tests' helpers."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+
+
 def on_a_pretended_gpu(tmp_path: Path, *choice: str) -> dict[str, list[str]]:
     """Compute the cell here and, in another process, on a device that is not there; return what disagrees by table."""
     _, _, here = computed(tmp_path / "cpu", *choice, "cache=off")
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     command = [sys.executable, "-m", "support.pretend_gpu", str(tmp_path / "gpu"), *choice]
-    child = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths})
+    child = subprocess.run(command, capture_output=True, text=True, timeout=300, env=with_tests_on_path())
     assert child.returncode == 0, child.stderr[-3000:]
     there = {path.stem: pd.read_parquet(path) for path in (tmp_path / "gpu").rglob("*.parquet")}
     assert set(here) == set(there)
@@ -94,13 +100,75 @@ def test_cycles_on_a_pretended_gpu_mix_no_devices(tmp_path) -> None:
     assert not any(found.values()), found
 
 
+ON_TWO_DEVICES = """
+import torch
+from support.pretend_gpu import pretended
+with pretended() as device:
+    here, there, place = torch.ones(3), torch.ones(3, device=device), torch.arange(2)
+    assert there[place].device == device and there[place.to(device)].device == device
+    tried = {
+        "sum": lambda: here + there,
+        "row": lambda: here[place.to(device)],
+        "put": lambda: there.index_put((place,), here[:2]),
+        "draw": lambda: there.normal_(generator=torch.Generator()),
+        "array": lambda: there.numpy(),
+    }
+    for name, operation in tried.items():
+        try:
+            operation()
+        except (RuntimeError, TypeError):
+            print(name)
+"""
+
+
+def test_a_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", ON_TWO_DEVICES], capture_output=True, text=True, timeout=120, env=with_tests_on_path()
+    )
+    assert child.stdout.split() == ["sum", "row", "put", "draw", "array"], child.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", ["library", "sweep", "published"])
+def test_notebooks_sweeps_and_published_quantities_on_a_pretended_gpu_mix_no_devices(tmp_path, door) -> None:
+    command = [sys.executable, "-m", "support.pretended_doors", door, str(tmp_path)]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=600, env=with_tests_on_path())
+    assert child.returncode == 0, child.stderr[-3000:]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_is_refused_and_auto_takes_the_cpu(tmp_path) -> None:
     cell = ("model=mini-attn", "task=none", "analysis.components=0")
     with pytest.raises(UserError, match="device=cuda"):
         computed(tmp_path, *cell, "device=cuda")
     assert compose("device=auto").device.value == "auto"
-    assert computed(tmp_path, *cell, "device=auto")[1]["status"] == "done"
+    record = computed(tmp_path, *cell, "device=auto")[1]
+    assert record["status"] == "done" and record["provenance"]["device"] == "cpu"
+    assert "peak_gpu_memory_mb" not in record["provenance"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_a_hub_models_files_are_not_asked_for(tmp_path, monkeypatch) -> None:
+    def fetched(*_: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("ovqk.cell.open_checkpoint", fetched)
+    monkeypatch.setattr("ovqk.library.open_checkpoint", fetched)
+    for door in (
+        lambda: computed(tmp_path, "model=gpt2", "task=none", "device=cuda"),
+        lambda: ovqk.open("gpt2", "device=cuda"),
+    ):
+        with pytest.raises(UserError, match="device=cuda: torch finds no CUDA device here; allowed: cpu, auto"):
+            door()
+
+
+def test_a_record_names_the_gpu_and_the_memory_that_was_taken_there(monkeypatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("ovqk.weights.devices.resolve_device", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
+    found = provenance(compose("model=mini-attn", "task=none", "device=cuda"), {}, Origin("", None, {}, ""), 1.0)
+    assert found["device"] == "cuda (NVIDIA H200)" and found["peak_gpu_memory_mb"] == 1536.0
 
 
 def test_tables_that_differ_by_more_than_rounding_disagree() -> None:

@@ -101,7 +101,14 @@ def test_the_command_tells_memory_operations_and_time(capsys) -> None:
     said = capsys.readouterr().out
     for part in ("on this machine", "4 layers of 8 heads", "memory ", "operations ", "GFLOP/s", "time "):
         assert part in said
-    assert all(len(line) < 200 for line in said.splitlines())
+    assert all(len(line) < 200 for line in said.splitlines()) and "GPU" not in said
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_a_plan_for_a_gpu_says_that_its_time_is_the_processors(capsys, device) -> None:
+    main(["mini-gpt2", "analysis.components=0", f"device={device}"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "GPU" in line)
+    assert line.startswith(f"device={device}: the time and the memory are those of the processor")
 
 
 def test_a_model_that_is_loaded_whole_is_not_timed(monkeypatch, capsys) -> None:

@@ -143,6 +143,8 @@ def test_one_clicks_from_compare_through_the_atlas_to_a_head_and_its_circuit(rea
     reader.page.click("nav >> text=Provenance")
     reader.see("provenance")
     assert "<b>no weights</b>" in reader.page.inner_text("main")  # of the cell that failed, as text
+    reader.page.evaluate("document.querySelectorAll('details').forEach(node => { node.open = true })")
+    reader.page.wait_for_selector("text=/^cpu, with [0-9]+ processor threads?$/")
     reader.page.go_back()
     assert reader.title() == "Head 1.1 of mini-attn"
 

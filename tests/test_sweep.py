@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pandas as pd
@@ -62,18 +63,30 @@ def test_a_sweep_file_expands_to_cells_that_resolve(path) -> None:
 # --- what is survived -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory.")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: out of memory"),  # another process has taken the GPU's
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_a_cell_without_memory_is_recorded_and_the_others_go_on(cli, tmp_path, monkeypatch, error) -> None:
-    real = ovqk.cell.analyse
+    real, made, alive = ovqk.cell.analyse, [], []
 
     def sometimes(opened, config, *more) -> object:
         if config.seed == 0:
-            raise error
+            large = torch.zeros(3)
+            made.append(weakref.ref(large))
+            raise type(error)(str(error))
         return real(opened, config, *more)
 
     monkeypatch.setattr(ovqk.cell, "analyse", sometimes)
+    monkeypatch.setattr(ovqk.cell, "give_all_back", lambda: alive.append(made[-1]() is not None))
     code, printed = cli("-m", *QUICK, "seed=0,1")
     assert code == 1 and "1 done, 0 cached, 1 failed, 0 missing" in printed
+    assert alive == [False]  # what the cell held was let go before memory was given back
     assert printed.count(f"{type(error).__name__}: {error}") == 1
     assert "failed: mini-attn / none / ov seed=0 (its message is above)\n" in printed
     records = [read_record(path.parent) for path in tmp_path.glob("results/*/*/*/record.json")]

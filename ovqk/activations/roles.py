@@ -186,19 +186,23 @@ class Measured:
                 return None
             own = (without.difference - both.difference) - (clean - alone.difference)
             mean = (without.mean_difference - both.mean_difference) - (clean - alone.mean_difference)
-            return _unless_rounding(own, clean), _unless_rounding(mean, clean), nothing
+            return self._unless_rounding(own, clean), self._unless_rounding(mean, clean), nothing
         look = look_of(self.roles, role)
         if look is None:
             own, mean = clean - alone.difference, clean - alone.mean_difference
             restored = alone.restored - self.observed.counterfactual_difference
-            return _unless_rounding(own, clean), _unless_rounding(mean, clean), _unless_rounding(restored, clean)
+            return (
+                self._unless_rounding(own, clean),
+                self._unless_rounding(mean, clean),
+                self._unless_rounding(restored, clean),
+            )
         assert effect.into is not None
         receivers = self.receivers[effect.into]
         if not receivers:
             return None
         before = _of_heads(self.observed.looks[look][0], receivers)
         own, mean = (before - _of_heads(after[look], receivers) for after in (alone.look, alone.mean_look))
-        return _unless_rounding(own, before), _unless_rounding(mean, before), nothing
+        return self._unless_rounding(own, before), self._unless_rounding(mean, before), nothing
 
     def _denominators(self, role: str, half: Half) -> tuple[float, float]:
         """Return the denominators for `effect` (the counterfactual's whole effect) and `effect_share` (the mean)."""
@@ -213,6 +217,10 @@ class Measured:
         whole = self._mean(observed.difference - observed.counterfactual_difference, half)
         base = self._mean(observed.difference, half)
         return whole if abs(whole) > LEAST_SHARE * abs(base) else math.nan, base
+
+    def _unless_rounding(self, change: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        """Return changes [prompt], 0 in place of rounding, whose sign would decide p for a head without effect."""
+        return change.masked_fill(change.abs() <= max(ROUNDING, self.change) * of.abs().nanmean(), 0.0)
 
     def _of(self, half: Half) -> torch.Tensor:
         """Return which prompts belong to a half."""
@@ -344,11 +352,6 @@ def _of_heads(values: torch.Tensor, heads: Sequence[Head]) -> torch.Tensor:
     if not heads:
         return torch.full((len(values),), math.nan)
     return torch.stack([values[:, layer, head] for layer, head in heads]).mean(0)
-
-
-def _unless_rounding(change: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-    """Return changes [prompt], 0 in place of rounding, whose sign would decide p for a head without effect."""
-    return change.masked_fill(change.abs() <= ROUNDING * of.abs().nanmean(), 0.0)
 
 
 def _described(table: pd.DataFrame, name: str, test: ClusterTest) -> pd.DataFrame:

@@ -244,7 +244,9 @@ def diagonal(
         factors = Layer(model, layer).factors(Circuit(circuit), True)
         left.append(sides[0] @ factors.left[index].to(E))
         right.append(sides[1] @ factors.right[index].to(E).T)
-    ranks = diagonals.own_ranks(torch.cat(right, -1)[None], torch.cat(left, -1)[None], torch.arange(len(E)))
+    ranks = diagonals.own_ranks(
+        torch.cat(right, -1)[None], torch.cat(left, -1)[None], torch.arange(len(E), device=E.device)
+    )
     if highest is not None:
         return 100 * float(diagonals.share_up_to(ranks.from_largest, highest))
     if lowest is None:
@@ -290,7 +292,8 @@ def neuron_frequencies(opened: Opened, modulus: int, first: int = 0) -> frozense
         raise UserError("only a model of one block, with an MLP without a gate, has a map from neurons to logits.")
     if vocabulary is None or vocabulary.written is None or vocabulary.written.shape[0] < first + modulus:
         raise UserError(f"modulus={modulus}: the model has no logits of that many residues.")
-    shares = fourier.power(vocabulary.written[first : first + modulus].double() @ mlp.W_out.double().T)
+    rows = vocabulary.written[first : first + modulus].double()
+    shares = fourier.power(rows @ mlp.W_out.to(rows).T)
     count = int(fourier.frequencies_needed(shares))
     return frozenset(int(k) + 1 for k in shares.argsort(descending=True)[:count])
 

@@ -245,7 +245,10 @@ def provenance(config: Config, identity: dict[str, Any], origin: Origin, seconds
     """Return where the numbers come from: weights, identity, config, versions, code, cost."""
     import torch
 
+    from ovqk.weights.devices import device_name, resolve_device
+
     commit, dirty = _git()
+    device = resolve_device(config.device)
     return {
         "weights_digest": origin.digest,
         "revision": origin.revision,
@@ -256,8 +259,10 @@ def provenance(config: Config, identity: dict[str, Any], origin: Origin, seconds
         "git_commit": commit,
         "git_dirty": dirty,
         "wall_seconds": round(seconds, 3),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "peak_memory_mb": round(peak_memory() / 2**20, 1),
+        **({"peak_gpu_memory_mb": round(peak_gpu_memory() / 2**20, 1)} if device.type == "cuda" else {}),
     }
 
 
@@ -273,9 +278,13 @@ def _versions() -> dict[str, str]:
 
 
 def forget_peak_memory() -> None:
-    """Reset the peak, so that each cell in a sweep reports its own (Linux only)."""
+    """Reset the peaks, so that each cell in a sweep reports its own (main memory's on Linux only)."""
+    import torch
+
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> int:
@@ -285,6 +294,13 @@ def peak_memory() -> int:
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu_memory() -> int:
+    """Return the peak of this process's tensors on the GPU in bytes, since it began or since `forget_peak_memory`."""
+    import torch
+
+    return torch.cuda.max_memory_allocated()
 
 
 @cache

@@ -332,7 +332,10 @@ def _cell(
 
 def _provenance(record: Json) -> Json:
     found = record["provenance"]
-    keys = ("weights_digest", "revision", "versions", "git_commit", "git_dirty", "wall_seconds", "peak_memory_mb")
+    keys = (
+        "weights_digest", "revision", "versions", "git_commit", "git_dirty", "wall_seconds", "peak_memory_mb", "device",
+        "threads", "peak_gpu_memory_mb",
+    )  # fmt: skip
     nulls = (found.get("config") or {}).get("nulls")
     return {key: found.get(key) for key in keys} | {
         "processing": record["processing"],

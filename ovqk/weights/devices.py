@@ -25,6 +25,11 @@ def resolve_device(device: Device) -> torch.device:
     return torch.device("cpu" if device is Device.cpu or not available else "cuda")
 
 
+def device_name(device: torch.device) -> str:
+    """Return how records name a device: `cpu`, or `cuda` with the GPU's own name."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
 def to_device(weights: Weights, device: torch.device) -> Weights:
     """Return the same dataclass of weights with its tensors (and its norm's) on a device."""
     if device.type == "cpu":

@@ -81,13 +81,15 @@ def dispatched(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if function in MOVES:
         on_gpu = isinstance(tensors[0], OnGpu) if asked is None else torch.device(asked).type == NAME
     else:
-        looked_at = tensors[:1] if function in INDEXED else tensors
+        looked_at = _in_one_place(args, kwargs) if function in INDEXED else tensors
         here = [isinstance(each, OnGpu) for each in looked_at if each.dim()]  # a lone number may be anywhere
         if any(here) and not all(here):
             places = ", ".join(f"{tuple(each.shape)} on {each.device}" for each in tensors)
             raise RuntimeError(f"{function}: expected all tensors to be on the same device, but found {places}")
         some = any(isinstance(each, OnGpu) for each in tensors)
         on_gpu = some if asked is None else torch.device(asked).type == NAME
+        if on_gpu and any(isinstance(each, torch.Generator) for each in (*args, *kwargs.values())):
+            raise RuntimeError(f"{function}: expected a generator on the device, but found one in main memory")
     if asked is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     found = function(*_inner(args), **_inner(kwargs))
@@ -101,6 +103,13 @@ def dispatched(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return known[id(value)] if id(value) in known else OnGpu(value)
 
     return tree_map(outer, found)
+
+
+def _in_one_place(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors of an operation with indices that must be on one device: indices may be in main memory."""
+    itself, indices, *rest = args
+    on_gpu = [each for each in tree_leaves(indices) if isinstance(each, OnGpu)]
+    return [leaf for leaf in tree_leaves((itself, on_gpu, rest, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _inner(values: Any) -> Any:

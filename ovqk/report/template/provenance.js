@@ -78,6 +78,7 @@ function cellDetails(cell) {
       ["Claims", claims.source ? `${claims.source} (${claims.reliability})${claims.note ? ` – ${claims.note}` : ""}` : claims.none],
       ["Weights", `${processing(cell)}, read by ${cell.loaded_by}, digest ${provenance.weights_digest}${provenance.revision ? `, revision ${provenance.revision}` : ""}`],
       ["Seed and draws", `seed ${cell.seed}${isNumber(provenance.draws) ? `, ${provenance.draws} draws of a null` : ""}`],
+      ["Computed on", computedOn(provenance)],
       ["Sweep", cell.sweep],
       ["Words kept", kept],
       ["Words left out", dropped.length ? h("span", {}, dropped.map(([set, list], k) => [k ? "; " : "", `${set}: `, list.map((word) => [tip(token(word), ((words.reasons || {})[set] || {})[word] || ""), " "])])) : null],
@@ -88,6 +89,12 @@ function cellDetails(cell) {
     ]));
   });
   return node;
+}
+
+/** The device and the threads; null in records of versions that do not name the device. */
+function computedOn({ device, threads, peak_gpu_memory_mb: gpu }) {
+  if (!device) return null;
+  return `${device}${isNumber(gpu) ? `, at most ${fixed(gpu, 0)} MB of its memory` : ""}, with ${plural(threads, "processor thread")}`;
 }
 
 function pageDetail() {
