@@ -121,6 +121,7 @@ with pretended() as device:
 """
 
 
+@pytest.mark.slow
 def test_a_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
     child = subprocess.run(
         [sys.executable, "-c", ON_TWO_DEVICES], capture_output=True, text=True, timeout=120, env=with_tests_on_path()

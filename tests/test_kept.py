@@ -136,6 +136,7 @@ def test_a_second_task_takes_no_gram_and_a_second_analysis_reads_no_word(monkeyp
     assert first == len(passes) > 0 and read == ["sva", "induction"]
 
 
+@pytest.mark.slow
 def test_later_tasks_read_no_table_of_the_cache_again_and_decompose_nothing_for_pairs_in_it(
     monkeypatch, tmp_path
 ) -> None:

@@ -14,7 +14,7 @@ Json = dict[str, Any]
 def about_roles(tests: pd.DataFrame, record: Json) -> "pd.Series[bool]":
     """Say of each row whether it is about its role: it has no head, or its head stands for the role.
 
-    If one alone of a role's heads has a value, a prediction is tested once, as this head (definitions, section 6).
+    If one alone of a role's heads has a value, a prediction is tested once, as this head (docs/method.md).
 
     Args:
         tests: tests.parquet.
