@@ -100,7 +100,11 @@ def descends_from(process: int, ancestor: int) -> bool:
     while process > 1:
         if process == ancestor:
             return True
-        process = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        try:
+            stat = Path(f"/proc/{process}/stat").read_text()
+        except FileNotFoundError:  # it has ended meanwhile
+            return False
+        process = int(stat.rsplit(")", 1)[1].split()[1])
     return False
 
 
