@@ -88,7 +88,7 @@ def eigen_components(
         values, right, left = eigen_parts(cores, total, count)
     else:
         leading, _ = _leading(near)
-        # on the CPU: a GPU takes longer for one small system after the other
+        # on the CPU, as all small decompositions are (`threads.decomposed`)
         found = _refined(cores.cpu(), total.cpu(), leading.cpu(), count)
         values, right, left, safe = (part.to(cores.device) for part in found)
         if not safe.all():
