@@ -53,7 +53,7 @@ from bench_operations import (
 )
 from bench_task import report_task, sizes_of_model
 
-from ovqk.plan import Sizes, plan_of
+from ovqk.plan import plan_of
 from ovqk.testing.random_checkpoints import SHAPES, Shape, make_checkpoint
 
 # --- ovqk ----------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def whole_cell(config: Any) -> int:
 
 
 def whole_cell_with_words(config: Any) -> int:
-    """Every stage of `analyse`, from the files on, with the tokenizer and the task's words."""
+    """Every stage of `analyse`, from the files on, with the tokenizer and the task's words; return the pairs listed."""
     from ovqk.analyse import analyse
     from ovqk.checkpoints.opening import open_checkpoint
     from ovqk.tasks.tokenizer import load_tokenizer
@@ -124,7 +124,11 @@ def whole_cell_with_words(config: Any) -> int:
 
     checkpoint = open_checkpoint(config.model)
     opened = OpenedModel(open_weights(checkpoint, config.model), "bench", load_tokenizer(checkpoint))
-    return len(analyse(opened, config).tables["heads"])
+    listed = analyse(opened, config).tables.get("directions")
+    if listed is None:
+        return 0
+    pairs = listed[listed["value_im"] > 0]
+    return len(pairs[["layer", "head", "circuit", "component"]].drop_duplicates())
 
 
 def cached(folder: Path) -> tuple[float, float]:
@@ -256,7 +260,7 @@ def child(
 ) -> dict[str, Any]:
     """One way of ovqk's in a process of its own: seconds, and peak memory above the imports, in MB.
 
-    With `count` the operations in the products that it makes, instead.
+    With `count` the operations in the products that it makes, and the complex pairs that it lists, instead.
 
     Without `hoard` the C library gives large blocks back at once: what it keeps for later, up to some 150 MB and as
     it happens, is then not in the peak.
@@ -275,7 +279,9 @@ def run_child(name: str, folder: Path, device: str, count: bool) -> None:
     what, _, components = name.partition("/")
     config = cell_config(folder, device, task="ioi" if what == "ioi" else "none", components=int(components or 0))
     if count:
-        print(json.dumps({"operations": products_done(lambda: WAYS[what](config))}))
+        returned: list[int] = []
+        operations = products_done(lambda: returned.append(WAYS[what](config)))
+        print(json.dumps({"operations": operations, "pairs": returned[0]}))
         return
     base, processor = peak_memory(), time.process_time()
     with split_times() as parts:
@@ -300,16 +306,17 @@ WAYS: dict[str, Callable[[Any], int]] = {
 }
 
 
-def report_cells(name: str, folder: Path, sizes: Sizes, arguments: argparse.Namespace) -> None:
+def report_cells(name: str, folder: Path, arguments: argparse.Namespace) -> None:
     """Measure task=none and task=ioi on one checkpoint, and print."""
     threads, device = arguments.threads, arguments.device
+    sizes, n_ctx = sizes_of_model(cell_config(folder), arguments.components)
 
     def measured(way: str) -> dict[str, Any]:
         return min(
             (child(way, folder, threads, device) for _ in range(arguments.repeats)), key=lambda run: run["seconds"]
         )
 
-    report_task(name, sizes, measured, lambda way: child(way, folder, 1, device, count=True)["operations"])
+    report_task(name, sizes, n_ctx, measured, lambda way: child(way, folder, 1, device, count=True))
 
 
 def report(name: str, shape: Shape, folder: Path, arguments: argparse.Namespace) -> None:
@@ -420,8 +427,7 @@ def main() -> None:
             return
         if arguments.what != "task":
             parser.error("--path is for --what task, diagonals and activations")
-        sizes = sizes_of_model(cell_config(arguments.path), arguments.components)
-        report_cells(arguments.path.name, arguments.path, sizes, arguments)
+        report_cells(arguments.path.name, arguments.path, arguments)
         return
     with tempfile.TemporaryDirectory() as temporary:
         for name in arguments.shapes.split(","):
@@ -431,7 +437,7 @@ def main() -> None:
             folder = (arguments.folder or Path(temporary)) / name
             make_checkpoint(shape, folder)
             if arguments.what == "task":
-                report_cells(name, folder, sizes_of_shape(shape, arguments.components), arguments)
+                report_cells(name, folder, arguments)
             else:
                 report(name, shape, folder, arguments)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ovqk.plan import Sizes, head_products
+from ovqk.circuits import simulated
+from ovqk.plan import Sizes, head_products, plan_of
 from ovqk.testing.random_checkpoints import Shape
 
 
@@ -43,7 +44,7 @@ def processor_rate(n: int = 2048) -> float:
     return 2 * n**3 / min(found)
 
 
-def sizes_of_shape(shape: Shape, components: int = 0) -> Sizes:
+def sizes_of_shape(shape: Shape) -> Sizes:
     """The sizes on which a cell's cost depends, for a checkpoint of this shape."""
     return Sizes(
         n_layers=shape.n_layers,
@@ -58,7 +59,7 @@ def sizes_of_shape(shape: Shape, components: int = 0) -> Sizes:
         rotary=shape.family != "gpt2",
         learned=shape.family == "gpt2",
         normalised=shape.family == "gemma3_text",
-        components=components,
+        components=0,
     )
 
 
@@ -73,14 +74,45 @@ def spectra_operations(sizes: Sizes) -> float:
     return s.n_vocab * s.d_model**2 * (1 if s.tied else 4) + head_products(s)["vocabulary"] + 8 * small
 
 
+def cell_operations(sizes: Sizes, n_ctx: int, pairs: int) -> dict[str, float]:
+    """Operations that a cell without a task needs, part by part: what is planned, and what a plan leaves out.
+
+    Args:
+        sizes: the model's.
+        n_ctx: learned positions.
+        pairs: complex pairs whose tokens are listed, each of which has a second direction on both sides. How many
+            there are is known only once eigenvalues are.
+    """
+    s = sizes
+    heads, weight = s.n_layers * s.n_heads, 2 * s.d_model * s.d_head  # a row through one head's weight
+    positions = n_ctx * s.learned * (weight * (s.n_heads + s.n_kv_heads) + n_ctx * s.d_head * s.n_heads) * s.n_layers
+    n = simulated.TOKENS
+    sequences = simulated.SEQUENCES * n * (weight * (s.n_heads + 2 * s.n_kv_heads) + 4 * n * s.d_head * s.n_heads)
+    composed = 0.0
+    for layer in range(1, s.n_layers):
+        received = n * min(simulated.SENDERS, layer * s.n_heads)  # rows that the senders wrote
+        as_keys = weight * received * s.n_kv_heads + 2 * n * received * s.d_head * s.n_heads
+        as_queries = (weight * n + 2 * n * received * s.d_model) * s.n_heads
+        composed += weight * n * s.n_heads + min(as_keys, as_queries)
+    composed += 2 * weight * n * min(simulated.SENDERS, heads)  # what a sender writes
+    return dict(plan_of(s).operations) | {
+        "second directions of complex pairs": 2 * pairs * 2.0 * s.n_vocab * s.d_model,
+        "scores between positions": float(positions),
+        "simulated attention": sequences * s.n_layers + composed,
+    }
+
+
 def products_done(function: Callable[[], Any]) -> float:
     """Operations in the products that a call makes, as torch counts them; on one thread, so that none is missed."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    def added(_: Any, a: torch.Size, b: torch.Size, **__: Any) -> int:  # in place, which torch does not count
+        return 2 * a[0] * a[1] * b[1]
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as counter:
             function()
     finally:
         torch.set_num_threads(threads)

@@ -3,27 +3,33 @@
 from collections.abc import Callable
 from typing import Any
 
-from bench_operations import processor_rate, product_rate
+from bench_operations import cell_operations, processor_rate, product_rate
 
-from ovqk.plan import Sizes, plan_of
+from ovqk.plan import Sizes
 
 
 def report_task(
-    name: str, sizes: Sizes, measured: Callable[[str], dict[str, Any]], made: Callable[[str], float]
+    name: str,
+    sizes: Sizes,
+    n_ctx: int,
+    measured: Callable[[str], dict[str, Any]],
+    made: Callable[[str], dict[str, Any]],
 ) -> None:
     """Measure the cells of task=none and task=ioi on one checkpoint, beside their floors, and print.
 
     Args:
         name: the checkpoint's.
         sizes: its sizes.
+        n_ctx: its learned positions.
         measured: runs a way (`ioi/3`) in a process of its own, several times, and returns the fastest run.
-        made: counts the operations of the products that a way makes.
+        made: counts the operations of the products that a way makes, and the complex pairs that it lists.
     """
-    best, counted, parts = {}, {}, plan_of(sizes).operations
+    best, counted, parts = {}, {}, dict[str, float]()
     for task in ("none", "ioi"):
         way = f"{task}/{sizes.components}"
         best[task] = found = measured(way)
-        counted[task] = made(way)
+        done = made(way)
+        counted[task], parts = done["operations"], cell_operations(sizes, n_ctx, done["pairs"])
         operations, rate = sum(parts.values()) + counted[task] - counted["none"], product_rate()
         floor, busy = operations / rate, operations / processor_rate()
         print(
@@ -42,11 +48,12 @@ def report_task(
     print(f"{name} task=ioi / task=none: {wall:.2f} x ({cpu:.2f} x of processor time)", flush=True)
 
 
-def sizes_of_model(config: Any, components: int) -> Sizes:
-    """The sizes of a checkpoint on disk."""
+def sizes_of_model(config: Any, components: int) -> tuple[Sizes, int]:
+    """The sizes of a checkpoint on disk, and how many learned positions it has."""
     from ovqk.checkpoints.opening import open_checkpoint
     from ovqk.plan import sizes_of
     from ovqk.weights.readers import open_weights
 
     checkpoint = open_checkpoint(config.model)
-    return sizes_of(open_weights(checkpoint, config.model), checkpoint.shapes, components)
+    source = open_weights(checkpoint, config.model)
+    return sizes_of(source, checkpoint.shapes, components), source.architecture.n_ctx or 0

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovqk.testing.null_models import SURPRISE, least_likely
-from ovqk.verdicts.depth import WINDOW, depth_pool, depth_reference, over_depth
+from ovqk.verdicts.depth import WINDOW, depth_pool, depth_reference, depth_references, over_depth
 from ovqk.verdicts.statistics import Stratum, pooled_permutation, stratified_permutation
 
 SHAPES = [(30, 1, 4), (30, 2, 4), (30, 3, 3), (12, 8, 2), (6, 24, 1)]
@@ -93,6 +93,24 @@ def test_without_spread_there_is_no_reference() -> None:
     assert depth_reference(np.ones((4, 8)), (0, 0), set(), np.arange(8)) is None
     assert depth_reference(np.full((1, 2), np.nan), (0, 0), set(), np.arange(2)) is None
     assert depth_pool(np.ones((4, 8)), [(0, 0)], set(), np.arange(8)) is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(SHAPES), st.floats(0, 1))
+def test_all_heads_at_once_are_compared_as_each_alone(seed: int, shape: tuple[int, int, int], there: float) -> None:
+    rng, groups = np.random.default_rng(seed), grouped(*shape[1:])
+    values = grid(rng, *shape)
+    values[rng.random(values.shape) > there] = np.nan
+    found = depth_references(values, groups)
+    for layer, index in np.argwhere(~np.isnan(values)).tolist():
+        alone = depth_reference(values, (layer, index), set(), groups)
+        assert (alone is None) == ((layer, index) not in found)
+        if alone is None:
+            continue
+        together = found[layer, index]
+        assert together.z == pytest.approx(alone.z, rel=1e-9, abs=1e-9) and together.counts().p == alone.counts().p
+        assert together.reference == pytest.approx(alone.reference, rel=1e-9, abs=1e-9)
+        assert (together.layers == alone.layers).all() and (together.groups == alone.groups).all()
 
 
 # --- level and power under grouped queries --------------------------------------------------------------------

@@ -24,6 +24,7 @@ from ovqk.circuits.spectra import eigenvalues, full_circuit_singular_values, tra
 from ovqk.circuits.vocabulary import read_vocabulary
 from ovqk.config.schema import Circuit
 from ovqk.metrics import HEAD_METRICS
+from ovqk.structure import stages
 from ovqk.testing import random_checkpoints
 from ovqk.weights import native
 from ovqk.weights.folding import fold_embeddings
@@ -32,7 +33,7 @@ from ovqk.weights.readers import open_weights
 from ovqk.weights.stored_rows import StoredRows
 from ovqk.weights.types import EmbeddingWeights
 
-bench = script("bench")
+bench, operations = script("bench"), script("bench_operations")
 
 
 def rows(n: int, d: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
@@ -189,9 +190,36 @@ def test_the_benchmark_runs_and_counts_what_it_says(tmp_path) -> None:
     block0 = 2 * 2 * 2 * triangle  # in layer 1, for two heads and two circuits, with a whole matrix
     assert needed["Grams times heads"] == 4 * (4 + 2) * triangle + block0
     assert bench.products_done(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
+    assert bench.products_done(lambda: torch.ones(3, 5).addmm_(torch.ones(3, 4), torch.ones(4, 5))) == 2 * 3 * 4 * 5
     assert bench.products_done(lambda: bench.whole_cell(config)) > sum(needed.values())
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "bench.py"), "--child", "cell", "--folder", str(tmp_path)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
+
+
+def test_the_floor_counts_what_a_plan_leaves_out(tmp_path, monkeypatch) -> None:
+    """Complex pairs and positions by hand; simulated attention beside the products that are made for it."""
+    shape = random_checkpoints.Shape("gpt2", 3, 4, 64, 16, 200, tied=True)
+    random_checkpoints.make_checkpoint(shape, tmp_path)
+    config, made = bench.cell_config(tmp_path, components=3), []
+    simulated = stages.simulated_metrics
+
+    def counted(layer, senders):
+        assert layer.model.simulated is not None  # its inputs are made before the count
+        found = []
+        made.append(bench.products_done(lambda: found.append(simulated(layer, senders))))
+        return found[0]
+
+    monkeypatch.setattr(stages, "simulated_metrics", counted)
+    pairs = bench.whole_cell_with_words(config)
+    assert 0 < pairs <= 3 * 2 * 3 * 4  # components, circuits, layers, heads
+    sizes, n_ctx = bench.sizes_of_model(config, 3)
+    needed = operations.cell_operations(sizes, n_ctx, pairs)
+    assert needed["second directions of complex pairs"] == pairs * 2 * 2 * 200 * 64
+    projected, scored = 2 * 1024 * 64 * 16 * (4 + 4), 1024 * 1024 * 16 * 4  # half of the scores are in sight
+    assert n_ctx == 1024 and needed["scores between positions"] == 3 * (projected + scored)
+    assert len(made) == 3 and 1 <= sum(made) / needed["simulated attention"] < 1.5
+    planned = bench.plan_of(sizes).operations
+    assert {name: needed[name] for name in planned} == planned and len(needed) == len(planned) + 3

@@ -94,7 +94,8 @@ def eigen_components(
         if not safe.all():
             for into, part in zip((values, right, left), eigen_parts(cores[~safe], total[~safe], count), strict=True):
                 into[~safe] = part
-    read, write = (decomposition.balanced_left.to(right) @ right).mT, left @ decomposition.balanced_right.to(left)
+    scale = decomposition.sigma.sqrt()[..., None]  # M = U sqrt(S) sqrt(S) V^T
+    read, write = _combined(decomposition.read, scale * right), _combined(decomposition.write, scale * left.mT)
     read, write = (side / side.norm(dim=-1, keepdim=True) for side in (read, write))
     overlap = (read * write).sum(-1)
     write = torch.where((overlap.real < 0)[..., None], -write, write)
@@ -104,6 +105,14 @@ def eigen_components(
     coalesces = (members[1][:, :count] > 1) | ((value.imag > 0) & (2 * value.imag < CLUSTER_GAP * modulus))
     kept = (modulus > ZERO_WITHIN * total) & (coalesces | (modulus * overlap.abs() > ZERO_WITHIN * total))
     return _batch("eigen", kept, values, members, [read[kept], write[kept]])
+
+
+def _combined(
+    columns: Float[Tensor, "head d_model k"], weights: Complex[Tensor, "head k n"]
+) -> Complex[Tensor, "head n d_model"]:
+    """Return weighted sums of columns, as rows: one product with real numbers, since the columns are the large side."""
+    real, imaginary = (columns.double() @ torch.cat((weights.real, weights.imag), -1)).mT.tensor_split(2, dim=1)
+    return torch.complex(real, imaginary)
 
 
 def _leading(values: Complex[Tensor, "head k"]) -> tuple[Complex[Tensor, "head k"], Int[Tensor, "head k"]]:

@@ -97,14 +97,14 @@ def attention(
     sequences, length, _ = rows.shape
     half = length // 2
     at = torch.arange(length, device=rows.device)
-    q = queries(weights, rows.flatten(0, 1)).unflatten(1, (sequences, length))
+    q = queries(weights, rows[:, half:].flatten(0, 1)).unflatten(1, (sequences, length - half))
     k = keys(weights, rows.flatten(0, 1)).unflatten(1, (sequences, length))
     if weights.rotary is not None:
         cos, sin = (part.to(rows) for part in weights.rotary.angles(at.cpu()))
-        q = weights.rotary.rotate(q, cos, sin)
+        q = weights.rotary.rotate(q, cos[half:], sin[half:])
         k = weights.rotary.rotate(k, cos, sin) / weights.rotary.scale  # the scale is that of queries and keys together
     scale = score_scale(weights, architecture)
-    logits = scale * (q[:, :, half:] @ k[architecture.kv_of_head.to(k.device)].mT)
+    logits = scale * (q @ k[architecture.kv_of_head.to(k.device)].mT)
     seen = _seen(at[half:], at, weights.sliding_window)
     pattern = mixed(logits.masked_fill(~seen, -torch.inf), architecture.attn_coeff).mean(1)  # [head, query, key]
     query = at[:half]

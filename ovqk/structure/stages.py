@@ -23,7 +23,7 @@ from ovqk.structure.layer import Layer
 from ovqk.structure.model import Model
 
 HeadValues = dict[str, Float[Tensor, " head"]]
-WAITING = 2**22  # the most numbers in components that wait for a pass over the vocabulary
+WAITING = 2**23  # the most numbers in components that wait for a pass over the vocabulary
 COMPOSED = "qk_composed_margin"  # the one metric here that needs the layers before
 MOVES = 1e-3  # a value that changes by more when 32-bit weights are rounded is decided by rounding
 Tables = dict[str, pd.DataFrame]

@@ -35,7 +35,7 @@ TOKENS = 10  # in a list, for each side and sign
 SLACK = 1e-5  # times the longest token; larger than the rounding of a float32 projection
 SCORES = 2**20  # projections held at a time
 SEGMENT = 32  # tokens in a segment
-EXACT_ELEMENTS = 2**21  # elements in rows of tokens that are projected again at a time
+EXACT_ELEMENTS = 2**20  # elements in rows of tokens that one thread projects again at a time
 GRID = 1e-9  # times the longest token; scores are rounded to multiples of it, so that equal tokens score the same
 
 # fmt: off
@@ -120,21 +120,9 @@ class TokenSide:
         sign = torch.ones_like(owner)
         sign[len(planes) :] = -1
         lists, tokens, spread = self.screened(planes, is_pair, count)
-        by_token = tokens.sort(stable=True).indices  # a token's row is computed once
+        by_token = tokens.sort(stable=True).indices
         lists, tokens = lists[by_token], tokens[by_token]
-        few, place = tokens.unique(return_inverse=True)
-        score = torch.empty(len(lists), dtype=torch.float64, device=planes.device)
-        at_a_time = max(1, EXACT_ELEMENTS // planes.shape[-1])
-        for some in blocks(len(few), self.block):
-            rows = self.rows.exact(few[some]) - self.mean
-            start, stop = np.searchsorted(place.cpu().numpy(), [some.start, some.stop]).tolist()
-            for part in (slice(start + p.start, start + p.stop) for p in blocks(stop - start, at_a_time)):
-                mine, at = owner[lists[part]], place[part] - some.start
-                x, pair = rows[at], is_pair[mine]
-                first = (planes[mine, 0] * x).sum(-1)
-                score[part] = sign[lists[part]] * first
-                second = (planes[mine[pair], 1] * x[pair]).sum(-1)
-                score[part.start + pair.nonzero()[:, 0]] = torch.hypot(first[pair], second)
+        score = self._exact_scores(planes, is_pair, owner[lists], sign[lists], tokens)
         grid = GRID * max(self.longest, torch.finfo(torch.float32).tiny)
         score = (score / grid).round() * grid
         order = np.lexsort([x.cpu().numpy() for x in (tokens, -score, lists)])  # by list, falling score, id
@@ -190,6 +178,41 @@ class TokenSide:
         kept = score >= best.to(score)[lists, -1] - self.slack
         squares[is_pair] /= 2  # of each axis
         return lists[kept], chosen[kept], (squares / self.size).sqrt()
+
+    def _exact_scores(
+        self,
+        planes: Float[Tensor, "n 2 d_model"],
+        is_pair: Bool[Tensor, " n"],
+        owner: Int[Tensor, " candidate"],
+        sign: Int[Tensor, " candidate"],
+        tokens: Int[Tensor, " candidate"],
+    ) -> Float[Tensor, " candidate"]:
+        """Project candidates again, in float64; they come by rising token, whose row is computed once.
+
+        Rows are read in the caller's thread, some tokens at a time; each thread takes the candidates of some tokens.
+        """
+        few, number = tokens.unique_consecutive(return_counts=True)
+        stops = [0, *number.cumsum(0).tolist()]
+        at_a_time = max(1, EXACT_ELEMENTS // planes.shape[-1])
+        score = torch.empty(len(tokens), dtype=torch.float64, device=planes.device)
+
+        def rows() -> Iterator[tuple[Float[Tensor, "token d_model"], slice]]:
+            for some in blocks(len(few), min(self.block, at_a_time)):
+                yield self.rows.exact(few[some]) - self.mean, some
+
+        def project(job: tuple[Float[Tensor, "token d_model"], slice]) -> None:
+            rows, some = job
+            at = torch.arange(len(rows), device=rows.device).repeat_interleave(number[some])
+            for part in blocks(len(at), at_a_time):
+                here = slice(stops[some.start] + part.start, stops[some.start] + part.stop)
+                own, x = owner[here], rows[at[part]]
+                found, pair = planes[own, 0].mul_(x).sum(-1), is_pair[own]
+                second = planes[own[pair], 1].mul_(x[pair]).sum(-1)
+                score[here] = sign[here] * found
+                score[here.start + pair.nonzero()[:, 0]] = torch.hypot(found[pair], second)
+
+        each(project, rows(), planes.device)
+        return score
 
     def _centred_blocks(self) -> Iterator[tuple[Float[Tensor, "padded d_model"], Int[Tensor, " token"]]]:
         """Yield listed tokens as rows less their mean, in whole segments (the last token once more), and their ids."""

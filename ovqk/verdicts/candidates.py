@@ -22,7 +22,7 @@ from ovqk.tasks.claims import Claims, Head
 from ovqk.tasks.readouts import SUBSPACE_METRICS
 from ovqk.tasks.task_readout import words_depend_on
 from ovqk.verdicts.claim_tests import ClaimTests
-from ovqk.verdicts.depth import depth_reference
+from ovqk.verdicts.depth import depth_references
 from ovqk.verdicts.nulls import Predicted
 from ovqk.verdicts.statistics import benjamini_hochberg, monte_carlo, percentile
 from ovqk.verdicts.tails import Tail, tail_p
@@ -408,10 +408,5 @@ def _of_all(p: float, ranked: int) -> float:
 def _depth(predicted: Predicted, groups: NDArray[np.int64]) -> dict[Head, tuple[float, float]]:
     """Return head -> (p, q) against the heads in nearby layers, for every head that has such a p."""
     signed = predicted.sign * predicted.values
-    found: dict[Head, float] = {}
-    for layer, index in np.argwhere(~np.isnan(signed)):
-        head = (int(layer), int(index))
-        near = depth_reference(signed, head, set(), groups)
-        if near is not None:
-            found[head] = near.counts().p
+    found = {head: near.counts().p for head, near in depth_references(signed, groups).items()}
     return {head: (found[head], q) for head, q in zip(found, benjamini_hochberg(list(found.values())), strict=True)}

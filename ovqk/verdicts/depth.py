@@ -86,6 +86,38 @@ def depth_reference(
     return None if z is None else DepthReference(float(z[-1]), z[:-1], layers[:-1], ids[:-1])
 
 
+def depth_references(signed: NDArray[np.float64], groups: NDArray[np.int64]) -> dict[Head, DepthReference]:
+    """Compare every head that has a value with all others in its window: `depth_reference`, if no head is barred.
+
+    A head and its reference heads are all heads in its window, so heads with one window are standardised together.
+
+    Args:
+        signed, groups: as in `depth_reference`.
+
+    Returns:
+        Head -> its comparison, without heads that have no reference head or no spread.
+    """
+    known, found = ~np.isnan(signed), dict[Head, DepthReference]()
+    group = np.unique(groups, return_inverse=True)[1]
+    members = known @ (group[:, None] == np.arange(group.max(initial=-1) + 1)).astype(int)  # [layer, group]
+    standardised: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64] | None]] = {}
+    for layer, index in np.argwhere(known).tolist():
+        there = (members > 0).sum(1)
+        there[layer] -= members[layer, group[index]] == 1  # the head itself is no reference head
+        low, stop = _nearby(there, layer, layer)
+        if (low, stop) not in standardised:
+            layers, columns = np.nonzero(known[low:stop])
+            layers += low
+            ids = layers * len(groups) + groups[columns]
+            standardised[low, stop] = layers, ids, over_depth(signed[layers, columns], layers, ids)
+        layers, ids, z = standardised[low, stop]
+        if z is not None and len(z) > 1:
+            place = int(known[low:layer].sum() + known[layer, :index].sum())
+            others = np.arange(len(z)) != place
+            found[layer, index] = DepthReference(float(z[place]), z[others], layers[others], ids[others])
+    return found
+
+
 def depth_pool(
     signed: NDArray[np.float64], role: Sequence[Head], barred: Collection[Head], groups: NDArray[np.int64]
 ) -> Stratum | None:
@@ -124,13 +156,20 @@ def _window(
     for other in (*barred, *heads):
         known[other] = False
     there = (known @ (groups[:, None] == np.unique(groups))).sum(1)  # KV groups of each layer
-    first, last = min(at for at, _ in heads), max(at for at, _ in heads)
-    radius = 0
-    while there[max(0, first - radius) : last + radius + 1].sum() < WINDOW and radius < len(signed):
-        radius += 1
-    low = max(0, first - radius)
-    layers, columns = np.nonzero(known[low : last + radius + 1])
+    low, stop = _nearby(there, min(at for at, _ in heads), max(at for at, _ in heads))
+    layers, columns = np.nonzero(known[low:stop])
     return layers + low, columns
+
+
+def _nearby(there: NDArray[np.int64], first: int, last: int) -> tuple[int, int]:
+    """Return the smallest window (start, stop) around layers first .. last with WINDOW groups, or all layers.
+
+    `there` counts the groups of each layer.
+    """
+    radius = 0
+    while there[max(0, first - radius) : last + radius + 1].sum() < WINDOW and radius < len(there):
+        radius += 1
+    return max(0, first - radius), last + radius + 1
 
 
 def over_depth(
