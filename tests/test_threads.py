@@ -146,7 +146,7 @@ def test_threads_work_in_the_mode_of_the_caller() -> None:
 BY_LU = {"lu", "lu_factor", "lu_factor_ex", "lu_solve", "lu_unpack", "solve", "solve_ex", "inv", "inv_ex", "inverse",
          "det", "logdet", "slogdet", "matrix_power", "tensorinv", "tensorsolve"}  # fmt: skip
 UNBATCHED = {
-    ("ovqk/circuits/components.py", "_both_sides"),  # one matrix, torch alone in each thread
+    ("ovqk/circuits/components.py", "_both_sides"),  # by `decomposed`, which shares a batch out among such threads
     (
         "ovqk/circuits/components.py",
         "_inverse_iteration",

@@ -66,8 +66,9 @@ def margin_by_source(scores: Float[Tensor, "*draw head source target"]) -> Float
     scores = (scores - scores.mean(-2, keepdim=True)).double()
     own = scores.diagonal(dim1=-2, dim2=-1)
     mean = -own / (n - 1)  # of the others, because the column sums to zero
-    squares = scores.square().sum(-2) - own.square() - (n - 1) * mean.square()
-    spread = (squares.clamp_min(0) / (n - 2)).sqrt().maximum(FLAT * scores.abs().amax(-2))
+    squares = torch.linalg.vector_norm(scores, dim=-2).square() - own.square() - (n - 1) * mean.square()
+    largest = torch.maximum(scores.amax(-2), -scores.amin(-2))  # by norms and extremes, no second array is made
+    spread = (squares.clamp_min(0) / (n - 2)).sqrt().maximum(FLAT * largest)
     return (own - mean) / torch.where(spread > 0, spread, 1.0)
 
 

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Bool, Complex, Float, Inexact, Int
 from torch import Tensor
 
+from ovqk.circuits.grams import blocks
 from ovqk.circuits.maps import Decomposition
 from ovqk.circuits.spectra import ZERO_WITHIN
-from ovqk.circuits.threads import decomposed, each
+from ovqk.circuits.threads import decomposed
 
 COMPONENTS = 3
 CLUSTER_GAP = 0.1  # relative to the larger of two values: nearer ones are linked
@@ -26,6 +27,7 @@ APART = 1e-5  # relative to sum sigma: eigenvalues this far from all others are 
 MODULI_APART = 1e-6  # relative to sum sigma: above the float32 rounding that may turn the order of eigenvalues
 RESIDUAL = 1e-11  # relative to |core|_F: of an eigenvector found by inverse iteration
 ITERATIONS = 3  # of inverse iteration: each takes away at least a factor of EIGENVALUE_SHIFT / APART
+SYSTEM_ELEMENTS = 2**21  # elements of complex matrices that are decomposed at a time
 KINDS, SIDES = ("singular", "eigen"), ("read", "write")
 
 
@@ -142,13 +144,11 @@ def _refined(
     """
     n, k = min(count, cores.shape[-1]), cores.shape[-1]
     leading = near[:, :n]
-    start = torch.randn(k, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(leading)
-    jobs = [
-        (core.mT, beside, start)
-        for core, numbers in zip(cores, leading + EIGENVALUE_SHIFT * total, strict=True)
-        for beside in numbers
-    ]
-    found = torch.stack(each(_both_sides, jobs, cores.device)).view(-1, n, 2, k)
+    beside = leading + EIGENVALUE_SHIFT * total
+    identity, found = torch.eye(k).to(beside), leading.new_empty(len(cores), n, 2, k)
+    for heads in blocks(len(cores), max(1, SYSTEM_ELEMENTS // (n * k * k))):
+        shifted = cores[heads].mT.to(beside)[:, None] - beside[heads, :, None, None] * identity
+        found[heads] = decomposed(_both_sides, shifted.flatten(0, 1)).unflatten(0, (-1, n))
     left, right = found[:, :, 0], found[:, :, 1]
     moved = right @ cores.mT.to(right)
     refined = (left * moved).sum(-1) / (left * right).sum(-1)
@@ -166,21 +166,22 @@ def _refined(
     return values, right.mT, left, (fits & apart).all(-1)
 
 
-def _both_sides(
-    job: tuple[Float[Tensor, "k k"], Complex[Tensor, ""], Complex[Tensor, "k 1"]],
-) -> Complex[Tensor, "2 k"]:
-    """Return the unit vectors x and y with A x and A^T y nearest to 0, for A = matrix - number; `start` starts y."""
-    matrix, number, x = job
-    shifted = matrix.to(number)
-    shifted.diagonal().sub_(number)
-    lu, pivots, _ = torch.linalg.lu_factor_ex(shifted)
-    found = []
+def _both_sides(matrices: Complex[Tensor, "n k k"]) -> Complex[Tensor, "n 2 k"]:
+    """Return for each matrix A the unit vectors x and y with A x and A^T y nearest to 0, by inverse iteration.
+
+    All start from one random vector. `decomposed` calls this where torch is alone in its thread: see
+    `_inverse_iteration`.
+    """
+    k = matrices.shape[-1]
+    start = torch.randn(k, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lu, pivots, _ = torch.linalg.lu_factor_ex(matrices)
+    x, found = start.to(matrices).expand(len(matrices), k, 1), []
     for adjoint in (True, False):  # A^H z = 0 has the conjugate of y, which is near x
         for _ in range(ITERATIONS):
             x = torch.linalg.lu_solve(lu, pivots, x, adjoint=adjoint)
-            x = x / x.norm()
-        found.append(x[:, 0].conj() if adjoint else x[:, 0])
-    return torch.stack(found[::-1])
+            x = x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        found.append(x[..., 0].conj() if adjoint else x[..., 0])
+    return torch.stack(found[::-1], 1)
 
 
 def _left_eigenvectors(
