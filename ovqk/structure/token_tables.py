@@ -187,21 +187,14 @@ class TokenSide:
         sign: Int[Tensor, " candidate"],
         tokens: Int[Tensor, " candidate"],
     ) -> Float[Tensor, " candidate"]:
-        """Project candidates again, in float64; they come by rising token, whose row is computed once.
-
-        Rows are read in the caller's thread, some tokens at a time; each thread takes the candidates of some tokens.
-        """
+        """Project candidates again, in float64. They come by rising token, and each thread takes some tokens' rows."""
         few, number = tokens.unique_consecutive(return_counts=True)
         stops = [0, *number.cumsum(0).tolist()]
         at_a_time = max(1, EXACT_ELEMENTS // planes.shape[-1])
         score = torch.empty(len(tokens), dtype=torch.float64, device=planes.device)
 
-        def rows() -> Iterator[tuple[Float[Tensor, "token d_model"], slice]]:
-            for some in blocks(len(few), min(self.block, at_a_time)):
-                yield self.rows.exact(few[some]) - self.mean, some
-
-        def project(job: tuple[Float[Tensor, "token d_model"], slice]) -> None:
-            rows, some = job
+        def project(some: slice) -> None:
+            rows = self.rows.exact(few[some]) - self.mean
             at = torch.arange(len(rows), device=rows.device).repeat_interleave(number[some])
             for part in blocks(len(at), at_a_time):
                 here = slice(stops[some.start] + part.start, stops[some.start] + part.stop)
@@ -211,7 +204,7 @@ class TokenSide:
                 score[here] = sign[here] * found
                 score[here.start + pair.nonzero()[:, 0]] = torch.hypot(found[pair], second)
 
-        each(project, rows(), planes.device)
+        each(project, blocks(len(few), min(self.block, at_a_time)), planes.device)
         return score
 
     def _centred_blocks(self) -> Iterator[tuple[Float[Tensor, "padded d_model"], Int[Tensor, " token"]]]:
