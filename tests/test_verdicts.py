@@ -156,7 +156,7 @@ def test_a_verdict_that_could_not_be_significant_alone_says_so_and_under_what() 
 
 
 def test_the_least_q_of_a_verdict_is_that_of_the_nulls_that_do_not_hold() -> None:
-    """Also if another null is less significant: a head that `depth` could not favour alone could not be corroborated."""
+    """Also if another null is less significant: `depth` could not have favoured this head alone."""
     powerless, weakest = a_row("depth", NEITHER, q=0.14, min_q=0.36), a_row("spectrum", NEITHER, q=0.8)
     found = decided([powerless, weakest])
     assert (found["q"], found["min_q"]) == (0.8, 0.36)

@@ -131,9 +131,10 @@ def judge(
     """Judge one role or head, and return its row in verdicts.parquet.
 
     p and q come from the null under which the primary is least significant; min_q is the largest over the nulls that do
-    not hold (over all if all hold), since each of them has to; q_opposite is the smallest over the nulls. `nulls` lists the nulls that could decide, `held` those that are significant for the claim, and `opposed`
-    those against it. Percentile, effect and interval are those within the heads' own layers; they are None if all other
-    heads there are claimed.
+    not hold (over all if all hold), since each of them has to; q_opposite is the smallest over the nulls. `nulls` lists
+    the nulls that could decide, `held` those that are significant for the claim, and `opposed` those against it.
+    Percentile, effect and interval are those within the heads' own layers; they are None if all other heads there are
+    claimed.
 
     Args:
         subject: the role or head.
