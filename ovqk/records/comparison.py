@@ -156,9 +156,11 @@ def quarter_means(heads: pd.DataFrame, n_layers: int) -> pd.DataFrame:
 def could_be_corroborated(verdicts: pd.DataFrame) -> pd.Series:
     """Say, for each row of verdicts.parquet, whether other weights could have corroborated its claim.
 
-    They could not if no null decides about it, or if a null that does not hold could not have held for it alone,
-    whatever the value.
+    They could not if no null decides about it, if none but `spectrum` does, or if a null that does not hold could not
+    have held for it alone, whatever the value.
     """
     decided = ~verdicts["verdict"].isin(["untestable", "out_of_scope"])
-    powerless = verdicts["min_q"].ge(ALPHA) if "min_q" in verdicts else False
+    powerless = verdicts["min_q"].ge(ALPHA) if "min_q" in verdicts else pd.Series(False, verdicts.index)
+    if "nulls" in verdicts:
+        powerless |= verdicts["nulls"].eq("spectrum")
     return decided & ((verdicts["verdict"] == "corroborated") | ~powerless)
