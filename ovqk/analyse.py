@@ -155,6 +155,7 @@ def analyse(
             *([f"pairs were not run: {pairs}"] if isinstance(pairs, str) else []),
             *task.tokens.notes,
             *judged.notes,
+            *model.offset_notes,
             *model.sample_notes,
             *task.notes,
             *(() if ran is None else ran.notes),

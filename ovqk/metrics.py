@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from ovqk.config.schema import Circuit, VariableKind
 
-SCHEMA_VERSION = 12
+SCHEMA_VERSION = 13
 """Bumped when a number may change: cells with another version are computed again."""
 
 SENDERS_READ = 3

@@ -314,6 +314,21 @@ def test_full_circuit_spectra_at_other_offsets_are_kept_apart(tiny_llama) -> Non
     assert np.allclose(rows["re"], torch.linalg.svdvals(W_QK)[: facts.d_head].numpy(), atol=1e-5)
 
 
+def test_offsets_that_a_model_does_not_have_are_told(tiny_llama, tiny_gpt2) -> None:
+    def told(folder, *choices: str) -> list[str]:
+        return [note for note in run(folder, "none", *choices)[-1].notes if "offsets" in note]
+
+    n_ctx = open_weights(open_checkpoint(local(tiny_llama)), local(tiny_llama)).architecture.n_ctx
+    assert told(tiny_llama, f"analysis.offsets=[0,{n_ctx - 1}]") == told(tiny_gpt2) == []
+    (beyond,) = told(tiny_llama, f"analysis.offsets=[0,{n_ctx}]")
+    assert beyond.endswith(f"with {n_ctx:,} tokens of context no key is {n_ctx:,} before its query")
+    (learned,) = told(tiny_gpt2, "analysis.offsets=[0,5]")
+    assert learned == (
+        "analysis.offsets=[0, 5]: QK spectra stand once, at offset 0, for the model has no rotary positions"
+    )
+    assert told(tiny_gpt2, "analysis.offsets=[0,5]", "analysis=ov") == []
+
+
 def test_processing_is_recorded_as_it_was_done(tiny_gpt2) -> None:
     *_, result = run(tiny_gpt2, "none", "processing=raw")
     assert result.processing == {"requested": "raw", "applied": "raw"}

@@ -123,6 +123,13 @@ def test_tools_are_reached_through_run_py_too() -> None:
     assert done.returncode == 1 and "Did you mean mini-attn" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_python_without_the_packages_is_told_in_one_message() -> None:
+    """A checkout's run.py starts with any Python, such as the system's before the environment is activated."""
+    done = run("-S", "run.py", "task=sva")
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
+    assert "lacks the packages" in done.stderr and "source .venv/bin/activate" in done.stderr
+
+
 def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
     script = f"{sys.executable} run.py --help | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)

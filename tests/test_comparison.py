@@ -68,6 +68,9 @@ def test_cells_of_one_model_task_and_analysis_are_told_apart_by_what_they_differ
     assert [text.split()[0] for text in told] == ["embedding=token", "embedding=block0"]
     assert all(re.fullmatch(r"\S+ weights=[0-9a-f]{8}", text) for text in told) and told[0][-8:] != told[1][-8:]
 
+    left_out = [record(analysis={"n": 1}), record(analysis={"n": 1, "diagonals": True})]  # as a default is
+    assert comparison.differences(left_out) == ["", "diagonals=true"]
+
 
 def test_other_weights_of_the_same_name_are_not_taken_for_the_same(folders, tmp_path) -> None:
     twin = shutil.copytree(folders[-1], tmp_path / "x" / "y" / "z")

@@ -41,8 +41,11 @@ def test_heads_that_no_null_could_decide_about_are_told_and_not_counted() -> Non
     assert not could[heads & table["verdict"].isin(["partial", "untestable"])].any()
     assert could[table["verdict"] == "corroborated"].all()
     assert could_be_corroborated(table.assign(verdict="corroborated", min_q=0.5)).all()
+    table.loc[heads & (table["verdict"] == "contradicted"), "nulls"] = "spectrum"  # which alone corroborates nothing
+    assert not could_be_corroborated(table)[heads & (table["verdict"] == "contradicted")].any()
+    table = table.drop(columns="nulls")
     first = comparisons.verdict_counts(table).axes[0]
-    assert "2 more cannot be corroborated" in [text.get_text() for text in first.texts]
+    assert "2 more cannot be corroborated alone" in [text.get_text() for text in first.texts]
 
 
 def test_ranks_of_models_with_other_heads_are_compared_as_shares() -> None:

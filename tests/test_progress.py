@@ -215,10 +215,11 @@ def test_a_long_cell_writes_lines_where_there_is_no_terminal(monkeypatch, capsys
     with progress.steps_of("m / t / a", alone) as steps:
         assert list(steps(3, "layer")) == [0, 1, 2]
         steps.draws(600, 1000)
+        steps.draws(900, 1000)
     then = ", then claims and nulls\n"
     assert capsys.readouterr().err == (
         f"m / t / a: layer 1 of 3 in 0 s, about 0 s left{then}m / t / a: layer 2 of 3 in 0 s, about 0 s left{then}"
-        "m / t / a: null draw 600 of at most 1,000 in 0 s, at most 0 s left\n"
+        "m / t / a: null draw 900 of at most 1,000 in 0 s, at most 0 s left\n"
     )
 
 

@@ -605,6 +605,8 @@ def test_what_heads_do_on_prompts_is_that_of_the_cells_tables() -> None:
 @pytest.fixture(scope="module")
 def beside() -> Places:
     """The weights beside the checkout; one model stays open from row to row."""
+    if not SHARED.is_dir():
+        pytest.skip("no real weights are beside this checkout")
     return Places(SHARED, hub=False)
 
 

@@ -479,6 +479,8 @@ def test_cells_of_one_model_and_task_are_told_apart(several) -> None:
     alone = [cell for cell in cells if cell.record["cell_id"][-1] in "03"]
     assert page.labels(alone) == ["mini-attn (b03)", "mini-attn (ov)"]
     assert page.labels(alone[:1]) == weights_labels(alone[:1]) == ["mini-attn"]
+    elsewhere = Cell(alone[0].folder, alone[0].record | {"task": "sva"}, alone[0].tables)
+    assert page.labels([*alone, elsewhere]) == ["mini-attn (b03)", "mini-attn (ov)", "mini-attn (b03)"]
 
 
 def test_figures_show_each_of_several_cells(several) -> None:

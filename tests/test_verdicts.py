@@ -155,6 +155,19 @@ def test_a_verdict_that_could_not_be_significant_alone_says_so_and_under_what() 
     assert decided([a_row("depth", NEITHER), a_row("spectrum", NEITHER)])["reason"] == ""
 
 
+def test_the_least_q_of_a_verdict_is_that_of_the_nulls_that_do_not_hold() -> None:
+    """Also if another null is less significant: `depth` could not have favoured this head alone."""
+    powerless, weakest = a_row("depth", NEITHER, q=0.14, min_q=0.36), a_row("spectrum", NEITHER, q=0.8)
+    found = decided([powerless, weakest])
+    assert (found["q"], found["min_q"]) == (0.8, 0.36)
+    assert wording.ALONE in found["reason"]
+    held = dataclasses.replace(powerless, q=0.04)  # beside others that stand out as much
+    found = decided([held, weakest])
+    assert (found["q"], found["min_q"], found["reason"]) == (0.8, weakest.min_q, "")
+    assert decided([held, a_row("spectrum", HELD)])["min_q"] == 0.36
+    assert decided([a_row("depth", UNTESTABLE)])["min_q"] is None
+
+
 def test_a_verdict_names_the_nulls_that_count_and_could_not_decide() -> None:
     """Few draws, or a head that has no such null, do not make a claim look better tested than it is."""
     few = a_row("spectrum", UNTESTABLE, min_p=1 / 6, n_others=5)

@@ -171,7 +171,8 @@ def read_prompts(task: TaskConfig, tokenizer: Tokenizer, start: list[int], count
         if n_clusters < LEAST_CLUSTERS:
             said = "; ".join(f"{n} with {why}" for why, n in left_out.items())
             raise UserError(
-                f"task {task.name}: the {half} half has {n_clusters} clusters of prompts, and needs {LEAST_CLUSTERS}"
+                f"task {task.name}, activations.prompts={count}: the {half} half has {n_clusters} clusters of prompts, "
+                f"and needs {LEAST_CLUSTERS}"
                 + (f" ({sum(left_out.values())} of {count} prompts were left out: {said})." if said else ".")
             )
     groups: dict[object, list[tuple[Prompt, _Tokens]]] = {}

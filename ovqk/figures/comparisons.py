@@ -52,7 +52,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 def verdict_counts(verdicts: pd.DataFrame) -> Figure:
     """Draw models x tasks: the claimed heads that could be corroborated, by verdict, as a bar with shares and counts.
 
-    Below the bar stands how many heads could not be corroborated, whatever their weights.
+    Below the bar stands how many heads could not be corroborated alone, whatever their weights.
     """
     _one_cell_each(verdicts, ["model", "task"])
     heads = verdicts[verdicts["kind"] == "head"]
@@ -79,7 +79,7 @@ def _count_bar(axes: Axes, y: int, counts: pd.Series, others: int) -> None:
         none = f"none of {others} can be corroborated alone" if others else "no verdicts"
         axes.text(0, y, none, fontsize=12 if not others else 9, **told)
     elif others:
-        axes.text(0, y + 0.4, f"{others} more cannot be corroborated", fontsize=8, **told)
+        axes.text(0, y + 0.4, f"{others} more cannot be corroborated alone", fontsize=8, **told)
     left = 0.0
     for verdict in filter(counts.__contains__, VERDICT_COLOURS):
         colour, share = VERDICT_COLOURS[verdict][0], counts[verdict] / counts.sum()

@@ -146,15 +146,20 @@ def read_cells(results_dir: Path) -> tuple[list[Cell], list[Failure]]:
 
 
 def labels(cells: Sequence[Cell]) -> list[str]:
-    """Return each cell's model, with brackets that tell the cell from others with its model and task."""
+    """Return each cell's model, with brackets that tell the cell from others with its model and task.
+
+    If a model has verdicts of several analyses for one task, its cells of all tasks name theirs: else a task that was
+    run would be missing beside the name with brackets.
+    """
     told_apart = differences([cell.record for cell in cells])
     found = [
         _named(cell.record["model"], [text.replace("processing=", "")])
         for cell, text in zip(cells, told_apart, strict=True)
     ]
     judged = Counter((label, cell.place) for label, cell in zip(found, cells, strict=True) if "verdicts" in cell.tables)
+    several = {label for (label, _), n in judged.items() if n > 1}
     return [
-        _named(label, [cell.record["analysis"] if judged[label, cell.place] > 1 else ""])
+        _named(label, [cell.record["analysis"] if label in several else ""])
         for label, cell in zip(found, cells, strict=True)
     ]
 

@@ -73,17 +73,19 @@ def differences(records: Sequence[dict[str, Any]]) -> list[str]:
     """Return text, such as `seed=1`, that tells each cell from others with its model, task and analysis.
 
     It is empty if there are no others. Everything that a cell's numbers depend on is compared. A long value is shown by
-    eight digits from its hash.
+    eight digits from its hash. Some keys are not in the identity of a cell that has their default: if one cell has such
+    a key and another has not, it is named for the one that has it.
     """
     places = [tuple(record[key] for key in ("model", "task", "analysis")) for record in records]
     choices = [_flat(record["provenance"].get("identity", {})) for record in records]
-    values: dict[tuple[Any, ...], set[str]] = defaultdict(set)  # of one key, in all cells of one place
+    together: dict[tuple[Any, ...], list[dict[str, str]]] = defaultdict(list)
     for place, choice in zip(places, choices, strict=True):
-        for key, value in choice.items():
-            values[*place, key].add(value)
+        together[place].append(choice)
     return [
         " ".join(
-            f"{key.split('.')[-1]}={_brief(value)}" for key, value in choice.items() if len(values[*place, key]) > 1
+            f"{key.split('.')[-1]}={_brief(value)}"
+            for key, value in choice.items()
+            if any(other.get(key) != value for other in together[place])
         )
         for place, choice in zip(places, choices, strict=True)
     ]
@@ -154,9 +156,11 @@ def quarter_means(heads: pd.DataFrame, n_layers: int) -> pd.DataFrame:
 def could_be_corroborated(verdicts: pd.DataFrame) -> pd.Series:
     """Say, for each row of verdicts.parquet, whether other weights could have corroborated its claim.
 
-    They could not if no null decides about it, or if the null that is weakest for it could not be significant, whatever
-    the value.
+    They could not if no null decides about it, if none but `spectrum` does, or if a null that does not hold could not
+    have held for it alone, whatever the value.
     """
     decided = ~verdicts["verdict"].isin(["untestable", "out_of_scope"])
-    powerless = verdicts["min_q"].ge(ALPHA) if "min_q" in verdicts else False
+    powerless = verdicts["min_q"].ge(ALPHA) if "min_q" in verdicts else pd.Series(False, verdicts.index)
+    if "nulls" in verdicts:
+        powerless |= verdicts["nulls"].eq("spectrum")
     return decided & ((verdicts["verdict"] == "corroborated") | ~powerless)

@@ -115,9 +115,9 @@ class _Lines:
         self.estimate.finish()
 
     def draws(self, done: int, most: int) -> None:
-        if not self.counting:
+        if not self.counting:  # these draws are made, in a time that nobody took: they tell nothing of the time left
             self.began, self.counting = time.monotonic(), True
-        if done < most:
+        elif done < most:
             self._say("null draw", done, most, "", at_most=True)
 
     def _say(self, what: str, done: int, count: int, follows: str, at_most: bool = False) -> None:

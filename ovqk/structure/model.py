@@ -261,6 +261,20 @@ class Model:
         return notes
 
     @property
+    def offset_notes(self) -> list[str]:
+        """Notes on offsets of `analysis.offsets` that the model does not have."""
+        offsets, n_ctx = self.config.analysis.offsets, self.architecture.n_ctx
+        if Circuit.qk not in self.circuits:
+            return []
+        if self.architecture.positions != "rotary":
+            said = "QK spectra stand once, at offset 0, for the model has no rotary positions"
+            return [] if set(offsets) == {0} else [f"analysis.offsets={offsets}: {said}"]
+        if n_ctx is None or max(offsets) < n_ctx:
+            return []
+        said = f"with {n_ctx:,} tokens of context no key is {max(offsets):,} before its query"
+        return [f"analysis.offsets={offsets}: {said}"]
+
+    @property
     def direction_notes(self) -> list[str]:
         """Notes on token lists: how many tokens are left out, and whether block0 embeddings are missing."""
         if not self.lists_tokens:

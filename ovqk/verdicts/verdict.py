@@ -76,6 +76,11 @@ class Evidence:
         return [row for row in self.testable if row.q < ALPHA]
 
     @cached_property
+    def failed(self) -> list[NullTest]:
+        """Testable tests that are not significant as predicted."""
+        return [row for row in self.testable if row.q >= ALPHA]
+
+    @cached_property
     def opposed(self) -> list[NullTest]:
         """Testable tests that are significant in the other direction."""
         return [row for row in self.testable if row.q_opposite < ALPHA]
@@ -125,10 +130,11 @@ def judge(
 ) -> dict[str, Any]:
     """Judge one role or head, and return its row in verdicts.parquet.
 
-    p, q and min_q come from the null under which the primary is least significant; q_opposite is the smallest over the
-    nulls. `nulls` lists the nulls that could decide, `held` those that are significant for the claim, and `opposed`
-    those against it. Percentile, effect and interval are those within the heads' own layers; they are None if all other
-    heads there are claimed.
+    p and q come from the null under which the primary is least significant; min_q is the largest over the nulls that do
+    not hold (over all if all hold), since each of them has to; q_opposite is the smallest over the nulls. `nulls` lists
+    the nulls that could decide, `held` those that are significant for the claim, and `opposed` those against it.
+    Percentile, effect and interval are those within the heads' own layers; they are None if all other heads there are
+    claimed.
 
     Args:
         subject: the role or head.
@@ -158,7 +164,7 @@ def judge(
         "group_effect": placed.group_effect if placed and placed.head is None else None,
         "p": weakest.p if weakest else None,
         "q": weakest.q if weakest else None,
-        "min_q": weakest.min_q if weakest else None,
+        "min_q": max((row.min_q for row in evidence.failed or evidence.testable), default=None),
         "q_opposite": min((row.q_opposite for row in evidence.testable), default=None),
         "nulls": ", ".join(row.null for row in evidence.testable),
         "held": ", ".join(row.null for row in evidence.held),

@@ -127,7 +127,7 @@ function verdictMatrix(cells) {
       return h("td", { "data-label": task }, cell ? matrixCell(cell) : matrixGap(model, task));
     })))));
   return [
-    h("p", { class: "note" }, "Each claimed head stands under its role. The mark before a role is the verdict on its heads together; the mark before a head is the verdict on that head alone. Bars count, by verdict, the heads that could be corroborated; how many could not, whatever their weights, stands beside. A verdict is about the weights: it does not say that the model does so on task inputs."),
+    h("p", { class: "note" }, "Each claimed head stands under its role. The mark before a role is the verdict on its heads together; the mark before a head is the verdict on that head alone. Bars count, by verdict, the heads that could be corroborated; how many could not alone, whatever their weights, stands beside. A verdict is about the weights: it does not say that the model does so on task inputs."),
     legend(there),
     h("div", { class: "scroll" }, table),
   ];
@@ -153,7 +153,7 @@ function matrixGap(label, task) {
 function countBar(all) {
   const heads = all.filter((row) => row.decidable);
   const rest = all.length - heads.length;
-  const note = rest ? h("span", { class: "muted small" }, heads.length ? ` ${rest} more could not be corroborated` : `none of ${plural(rest, "head")} could be corroborated alone`) : null;
+  const note = rest ? h("span", { class: "muted small" }, heads.length ? ` ${rest} more could not be corroborated alone` : `none of ${plural(rest, "head")} could be corroborated alone`) : null;
   if (!heads.length) return note;
   const counts = VERDICTS.map((name) => [name, heads.filter((row) => row.verdict === name).length]).filter(([, n]) => n);
   const [width, height] = [176, 17];
