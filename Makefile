@@ -17,10 +17,10 @@ sweep: $(INSTALLED)  ## a small sweep over the bundled model
 	$(BIN)/python run.py -cd sweeps -cn smoke
 
 test: $(INSTALLED)  ## every test but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 check: $(INSTALLED)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import torch
 from support.commands import CLI, compose
 from support.hub_models import SINGLE
 from support.hub_stub import COMMIT, Hub
+from support.many_cells import ManyCells
 from support.models import BUNDLED, make, make_gpt2, make_llama, shared_model
 from tokenizers import Tokenizer
 
@@ -28,6 +29,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def many_cells() -> Iterator[ManyCells]:
+    """Maps a function over the cells of a statistical test."""
+    made = ManyCells()
+    with made.process:
+        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -57,8 +57,8 @@ def test_planted_heads_are_measured_and_no_others(tmp_path, seed) -> None:
 
 
 @pytest.mark.slow
-def test_planted_heads_are_found_at_every_seed() -> None:
-    found = pd.concat([planted_run((HEADS, seed)) for seed in range(SEEDS)])
+def test_planted_heads_are_found_at_every_seed(many_cells) -> None:
+    found = pd.concat(many_cells(planted_run, [(HEADS, seed) for seed in range(SEEDS)]))
     assert found["measured"].all() and set(found["verdict"]) == {"realised"}
     assert not found["others"].any()  # of 50 models with 5 random heads each, and 3 roles
 
@@ -70,9 +70,10 @@ def test_a_planted_head_stands_out_of_many() -> None:
 
 
 @pytest.mark.slow
-def test_p_values_on_prompts_keep_their_level_in_untrained_models() -> None:
+def test_p_values_on_prompts_keep_their_level_in_untrained_models(many_cells) -> None:
     """Of each kind one p-value a model, as docs/calibration.md counts them, and all kinds together."""
-    rows = pd.concat([untrained((shape, seed)) for shape in UNTRAINED for seed in range(UNTRAINED_SEEDS)])
+    cells = [(shape, seed) for shape in UNTRAINED for seed in range(UNTRAINED_SEEDS)]
+    rows = pd.concat(many_cells(untrained, cells))
     models = rows.drop_duplicates(["shape", "seed"])
     assert models["chosen"].sum() <= 2  # heads that get a role: 2 of 8,960 in the page, of five times as many models
     null = rows[rows["is_null"]]

@@ -74,8 +74,8 @@ def test_every_null_keeps_its_level_at_random_initialisation() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", list(SHAPES))
-def test_every_null_and_metric_keeps_its_level_at_random_initialisation(shape) -> None:
-    assert_calibrated(pd.concat([null_run(cell) for cell in null_cells(range(SEEDS), [shape])]), each=True)
+def test_every_null_and_metric_keeps_its_level_at_random_initialisation(many_cells, shape) -> None:
+    assert_calibrated(pd.concat(many_cells(null_run, null_cells(range(SEEDS), [shape]))), each=True)
 
 
 # --- where a null has little to draw on ---------------------------------------------------------------------------
@@ -99,15 +99,13 @@ def test_depth_keeps_its_level_where_the_heads_of_a_group_are_claimed() -> None:
     assert_kept(np.array([row.p for found in rows for row in found if row.null == "depth"]), "depth")
 
 
-def strained(case: str) -> np.ndarray:
-    return np.array([strained_run((case, seed)) for seed in range(STRAINED_SEEDS)])
+@pytest.mark.slow
+def test_frame_keeps_its_level_where_the_heads_of_a_group_are_claimed(many_cells) -> None:
+    cells = [("group mates claimed, spectrum", seed) for seed in range(STRAINED_SEEDS)]
+    assert_kept(np.array(many_cells(strained_run, cells)), "spectrum")
 
 
 @pytest.mark.slow
-def test_frame_keeps_its_level_where_the_heads_of_a_group_are_claimed() -> None:
-    assert_kept(strained("group mates claimed, spectrum"), "spectrum")
-
-
-@pytest.mark.slow
-def test_token_keeps_its_level_where_few_words_match() -> None:
-    assert_kept(strained("few matched words"), "token")
+def test_token_keeps_its_level_where_few_words_match(many_cells) -> None:
+    cells = [("few matched words", seed) for seed in range(STRAINED_SEEDS)]
+    assert_kept(np.array(many_cells(strained_run, cells)), "token")

@@ -279,7 +279,7 @@ def test_the_depth_null_is_calibrated_whatever_the_number_of_unclaimed_heads(cla
     """iid heads: P(p <= a) <= a within its binomial interval."""
     rng = np.random.default_rng(claimed)
     heads = [(1, head) for head in range(claimed)]
-    n, found = 1500, []
+    n, found = 600, []
     for _ in range(n):
         rows = head_rows(predicted(rng.normal(size=(4, 8))), (1, 0), claims(mover=heads), facts(4, 8))
         found += [row.p for row in rows if row.null == "depth"]

@@ -2,6 +2,8 @@
 
 import ast
 import tomllib
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ TASKS = sorted(path.stem for path in (ROOT / "conf" / "task").glob("*.yaml"))
 ANALYSES = sorted(path.stem for path in (ROOT / "conf" / "analysis").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("analysis", ANALYSES)
+@pytest.mark.parametrize(
+    ("task", "analysis"), [*((task, "b03") for task in TASKS), *(("none", analysis) for analysis in ANALYSES)]
+)
 def test_every_task_and_analysis_composes(task, analysis) -> None:
     cell = compose(f"task={task}", f"analysis={analysis}")
     assert cell.task.name == task and cell.analysis.name == analysis
@@ -27,7 +30,7 @@ def test_every_task_and_analysis_composes(task, analysis) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_composes(model) -> None:
     needed = {"local": ["model.path=somewhere"], "hub": ["model.repo=some/where"]}
-    cell = compose(f"model={model}", *needed.get(model, []))
+    cell = compose(f"model={model}", "task=none", *needed.get(model, []))
     assert cell.model.name == {"local": "somewhere", "hub": "where"}.get(model, model)
     if cell.model.source is Source.hub:
         assert cell.model.repo.count("/") == 1 and cell.model.revision == "main"
@@ -87,7 +90,7 @@ def test_only_the_registry_tells_what_a_metric_is_from_its_name() -> None:
     """What others must know of a metric is a field of `Metric`."""
     handled = {"structure", "tasks", "verdicts", "analyse", "records", *READERS}
     for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())) if name.split(".")[0] in handled else ():
+        for node in nodes(path) if name.split(".")[0] in handled else ():
             assert not asks_a_name(node), f"{name}: {ast.unparse(node)}"
     seen = ["metric.endswith('_block0')", "name.startswith('qk_task_auc')", "name.startswith(maps.circuit)"]
     assert all(asks_a_name(ast.parse(call, mode="eval").body) for call in seen)
@@ -110,6 +113,7 @@ RESULTS = {
 """What these may import: records hold all there is to show."""
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name, without `ovqk.`."""
     package = ROOT / "ovqk"
@@ -117,10 +121,24 @@ def modules() -> dict[str, Path]:
     return {name.removesuffix(".__init__"): path for path, name in found.items() if name != "__init__"}
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Everything in a file."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_nodes_stay() -> Iterator[None]:
+    """They are a hundred megabytes."""
+    yield
+    nodes.cache_clear()
+
+
+@cache
 def imported(path: Path) -> set[str]:
     """Modules of the package that a file imports anywhere, by dotted name without `ovqk.`."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module == "ovqk":
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ovqk."):
@@ -161,7 +179,7 @@ def test_what_shows_results_reads_records_and_nothing_else() -> None:
 def tops(path: Path) -> set[str]:
     """The first names of everything that a file imports."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         found |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
         found |= {node.module} if isinstance(node, ast.ImportFrom) and node.module else set()
     return {name.split(".")[0] for name in found}
@@ -183,12 +201,12 @@ def test_no_module_imports_a_script_no_script_a_test_and_no_test_either() -> Non
 def test_tests_use_public_names() -> None:
     """A test that needs a private name of a module asks for a public one."""
     for path in (*(ROOT / "tests").glob("*.py"), *(ROOT / "tests" / "support").glob("*.py")):
-        tree, names = ast.parse(path.read_text()), set()
-        for node in ast.walk(tree):
+        names = set()
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ovqk":
                 assert not [a.name for a in node.names if a.name.startswith("_") and a.name != "__main__"], path.name
                 names |= {alias.asname or alias.name for alias in node.names}
-        for node in ast.walk(tree):
+        for node in nodes(path):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
                 assert not node.attr.startswith("_") or node.attr.startswith("__"), f"{path.name}: {ast.unparse(node)}"
 
@@ -197,7 +215,7 @@ def of_package(package: str) -> set[str]:
     """Modules that import a package."""
     found = set()
     for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             if any(part.split(".")[0] == package for part in names):
@@ -214,9 +232,8 @@ def test_a_command_is_ended_in_one_place() -> None:
     """A user's mistake is a UserError; a sweep and a `__main__` besides end with a status of their own."""
     ending = set()
     for name, path in (modules() | {"run": ROOT / "run.py"}).items():
-        tree = ast.parse(path.read_text())
-        raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc]
-        called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        raised = [node.exc for node in nodes(path) if isinstance(node, ast.Raise) and node.exc]
+        called = [node.func for node in nodes(path) if isinstance(node, ast.Call)]
         if any(ast.unparse(node).startswith("SystemExit") for node in raised) or any(
             ast.unparse(function) in ("sys.exit", "exit", "quit") for function in called
         ):

@@ -23,7 +23,7 @@ from ovqk.records.record import Origin, provenance
 from ovqk.testing.table_comparison import disagreements
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
-FEW = ("nulls.draws=99",)
+FEW = ("nulls.draws=19",)
 
 
 def compared(tmp_path, names: tuple[str, ...], *choice: str) -> dict[str, list[str]]:

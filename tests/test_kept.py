@@ -1,5 +1,6 @@
 """What a process keeps between its cells: the same tables with it, everything read once, bounded in memory."""
 
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +31,12 @@ def run(kept: Kept | None, *overrides: str, cache: Path | None = None) -> Analys
     opened = OpenedModel(open_weights(checkpoint, cell.model), "test", load_tokenizer(checkpoint))
     entries = None if cache is None else StructureCache(cache, 1.0, checkpoint.digest)
     return analyse(opened, cell, cache=entries, kept=kept)
+
+
+@cache
+def alone(*overrides: str) -> Analysis:
+    """A cell of a process that keeps nothing, computed once."""
+    return run(None, *overrides)
 
 
 def same(one: Analysis, two: Analysis) -> None:
@@ -103,7 +110,7 @@ CELLS = [
 def test_cells_write_the_tables_that_they_write_alone_in_any_order(order, most, tmp_path) -> None:
     kept = Kept(most)
     for index in order:
-        same(run(kept, *CELLS[index], cache=tmp_path), run(None, *CELLS[index]))
+        same(run(kept, *CELLS[index], cache=tmp_path), alone(*CELLS[index]))
         assert 0 < kept.used <= most
 
 
@@ -151,7 +158,7 @@ def test_later_tasks_read_no_table_of_the_cache_again_and_decompose_nothing_for_
     made.append(run(kept, *every[2], cache=tmp_path))
     assert len(read) == 7 and len(decomposed) == 4
     for cell, found in zip(every, made, strict=True):
-        same(found, run(None, *cell))
+        same(found, alone(*cell))
 
 
 def test_a_value_is_made_again_if_what_it_depends_on_differs() -> None:

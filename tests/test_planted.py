@@ -190,18 +190,20 @@ def test_composition_into_induction_heads_does_not_say_where_a_head_looks() -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("task", list(LAYOUT))
 @pytest.mark.parametrize("shape", POWER_SHAPES)
-def test_planted_heads_are_found_in_95_of_100(shape, task) -> None:
+def test_planted_heads_are_found_in_95_of_100(many_cells, shape, task) -> None:
     """Roles and single heads, in layers with heads enough to tell one from."""
-    verdicts = pd.concat([power_run((shape, task, seed, 0.0, MANY)) for seed in range(SEEDS)], ignore_index=True)
+    cells = [(shape, task, seed, 0.0, MANY) for seed in range(SEEDS)]
+    verdicts = pd.concat(many_cells(power_run, cells), ignore_index=True)
     assert_found(verdicts, task, least=0.95)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", list(LAYOUT))
 @pytest.mark.parametrize("shape", POWER_SHAPES)
-def test_random_heads_in_their_places_are_not(shape, task) -> None:
+def test_random_heads_in_their_places_are_not(many_cells, shape, task) -> None:
     """A family of role rows, or of head rows, has a false corroboration in no more than 5 of 100 models."""
-    verdicts = pd.concat([power_run((shape, task, seed, 1.0, MANY)) for seed in range(SEEDS)], ignore_index=True)
+    cells = [(shape, task, seed, 1.0, MANY) for seed in range(SEEDS)]
+    verdicts = pd.concat(many_cells(power_run, cells), ignore_index=True)
     for kind, rows in verdicts.groupby("kind"):
         wrong = int((rows["verdict"] == "corroborated").groupby(rows["seed"]).any().sum())
         assert tail(wrong, SEEDS, 0.05) > 0.005, f"{wrong} of {SEEDS} models have a false {kind} verdict"

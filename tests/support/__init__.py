@@ -2,5 +2,7 @@
 
 from pathlib import Path
 
+from support.type_checks import checked as checked  # found by name: the option --jaxtyping-packages in pyproject.toml
+
 ROOT = Path(__file__).parents[2]
 """The repository."""

@@ -1,12 +1,15 @@
 """Cells composed from overrides, and run.py in the process of a test."""
 
+import copy
 import logging
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from omegaconf import DictConfig
 
 from ovqk.config.schema import Config, register
 from ovqk.interrupts import forget
@@ -15,15 +18,20 @@ from support import ROOT
 register()
 
 
-def compose(*overrides: str) -> Config:
-    """The resolved cell that these overrides compose."""
+@cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return hydra_compose("config", overrides=list(overrides))
+
+
+def compose(*overrides: str) -> Config:
+    """The resolved cell that these overrides compose; Hydra, which is slow, is asked once for the same ones."""
     from ovqk.config.resolve import resolve
 
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return resolve(hydra_compose("config", overrides=list(overrides)))
+    return resolve(copy.deepcopy(_composed(overrides)))
 
 
 def computed(tmp_path: Path, *overrides: str) -> tuple[Path, dict, dict[str, pd.DataFrame]]:

@@ -137,17 +137,13 @@ def block0_parts(source: WeightSource, E: EmbeddingWeights) -> tuple[Tensor, Ten
 
 def auc(L: Tensor, centred: bool) -> float:
     """Mean over t of the share of u != t with L_tu < L_tt (ties half), columns less their mean over the other rows."""
-    L = L.double().clone()
-    n = len(L)
+    L = L.double().numpy()
     if centred:
-        others = torch.stack(
-            [torch.stack([L[[s for s in range(n) if s != t], u].mean() for u in range(n)]) for t in range(n)]
-        )
-        L = L - others
+        L = L - np.stack([np.delete(L, t, axis=0).mean(axis=0) for t in range(len(L))])
     shares = []
-    for t in range(n):
-        rest = [u for u in range(n) if u != t]
-        shares.append(np.mean([float(L[t, u] < L[t, t]) + 0.5 * float(L[t, u] == L[t, t]) for u in rest]))
+    for t, row in enumerate(L):
+        rest = np.delete(row, t)
+        shares.append(np.mean((rest < row[t]) + 0.5 * (rest == row[t])))
     return float(np.mean(shares))
 
 
