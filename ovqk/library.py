@@ -336,6 +336,11 @@ class CircuitOfHead:
         return self.head.value(f"{self.circuit.value}_effective_rank")
 
     @property
+    def symmetry(self) -> float:
+        """Return ov_symmetry or qk_symmetry, in [-1, 1]: 1 if M is symmetric, -1 if it is antisymmetric."""
+        return self.head.value(f"{self.circuit.value}_symmetry")
+
+    @property
     def singular_values(self) -> Float64[ndarray, " k"]:
         """Singular values in the residual space, descending; k = min(d_head, d_model)."""
         return self._spectrum("residual", "singular").real
@@ -437,8 +442,3 @@ class QK(CircuitOfHead):
     def matching(self) -> float:
         """Return qk_matching, in [-1, 1]: the same ratio as copying; 1 if every token looks for itself."""
         return self.head.value("qk_matching")
-
-    @property
-    def symmetry(self) -> float:
-        """Return qk_symmetry, in [-1, 1]: 1 if W_QK is symmetric, -1 if it is antisymmetric."""
-        return self.head.value("qk_symmetry")

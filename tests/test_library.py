@@ -53,7 +53,8 @@ def test_a_head_is_computed_without_its_model_and_alike(tables, monkeypatch) -> 
     head = ovqk.open("mini-attn", "cache=false").head(3, 4)
     row = tables["heads"].set_index(["layer", "head"]).loc[(3, 4)]
     assert head.ov.copying == row["ov_copying"] and head.qk.matching == row["qk_matching"]
-    assert head.qk.symmetry == row["qk_symmetry"] and head.ov.effective_rank == row["ov_effective_rank"]
+    assert head.qk.symmetry == row["qk_symmetry"] and head.ov.symmetry == row["ov_symmetry"]
+    assert head.ov.effective_rank == row["ov_effective_rank"]
     assert head.qk.effective_rank == row["qk_effective_rank"] and head.value("qk_prev_auc") == row["qk_prev_auc"]
     assert "tables" not in head.model.__dict__ and visited == [3]
     assert head.value("qk_composed_margin") == row["qk_composed_margin"] == head.metrics["qk_composed_margin"]
