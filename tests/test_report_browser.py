@@ -3,6 +3,7 @@
 Without the browser these tests skip and say so; .ci/run installs it.
 """
 
+import io
 import json
 import re
 import shutil
@@ -446,6 +447,27 @@ def test_a_narrow_screen_never_scrolls_sideways(reader, section) -> None:
     reader.open(section)
     assert reader.page.evaluate("document.documentElement.scrollWidth") <= 380
     reader.see(f"narrow_{section.split('/')[0]}")
+
+
+def test_what_is_cut_off_on_a_narrow_screen_has_a_shade_at_that_end(reader) -> None:
+    """Pixels at a box's upper corners: darker than the page on the side where there is more, and only there."""
+    from PIL import Image
+
+    def ends() -> list[bool]:
+        image = Image.open(io.BytesIO(box.screenshot())).convert("L")
+        return [image.getpixel((at, 1)) < 245 for at in (0, image.width - 1)]
+
+    reader.page.set_viewport_size({"width": 380, "height": 800})
+    reader.open("head/mini-attn/induction/3.4")
+    box = reader.page.locator(".scroll:has(.plot)").first
+    assert box.evaluate("box => box.scrollWidth > box.clientWidth + 40")
+    assert ends() == [False, True]
+    box.evaluate("box => { box.scrollLeft = 20 }")
+    assert ends() == [True, True]
+    box.evaluate("box => { box.scrollLeft = box.scrollWidth }")
+    assert ends() == [True, False]
+    reader.page.set_viewport_size({"width": 1280, "height": 800})
+    assert ends() == [False, False]
 
 
 def test_print_is_light_and_without_controls(reader) -> None:
