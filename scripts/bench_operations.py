@@ -79,22 +79,25 @@ def cell_operations(sizes: Sizes, n_ctx: int, pairs: int) -> dict[str, float]:
 
     Args:
         sizes: the model's.
-        n_ctx: learned positions.
+        n_ctx: positions in the context; they are scored against each other if they are learned.
         pairs: complex pairs whose tokens are listed, each of which has a second direction on both sides. How many
             there are is known only once eigenvalues are.
     """
     s = sizes
-    heads, weight = s.n_layers * s.n_heads, 2 * s.d_model * s.d_head  # a row through one head's weight
+    weight = 2 * s.d_model * s.d_head  # a row through one head's weight
     positions = n_ctx * s.learned * (weight * (s.n_heads + s.n_kv_heads) + n_ctx * s.d_head * s.n_heads) * s.n_layers
     n = simulated.TOKENS
-    sequences = simulated.SEQUENCES * n * (weight * (s.n_heads + 2 * s.n_kv_heads) + 4 * n * s.d_head * s.n_heads)
+    seen = 1.5 * n  # keys that a query in the second copy sees, on average
+    copies = 1 + s.learned  # whose keys differ; without learned positions the second copy's are those of the first
+    projected = weight * (s.n_heads + copies * s.n_kv_heads)
+    sequences = simulated.SEQUENCES * n * (projected + 2 * seen * s.d_head * s.n_heads)
     composed = 0.0
     for layer in range(1, s.n_layers):
         received = n * min(simulated.SENDERS, layer * s.n_heads)  # rows that the senders wrote
         as_keys = weight * received * s.n_kv_heads + 2 * n * received * s.d_head * s.n_heads
         as_queries = (weight * n + 2 * n * received * s.d_model) * s.n_heads
         composed += weight * n * s.n_heads + min(as_keys, as_queries)
-    composed += 2 * weight * n * min(simulated.SENDERS, heads)  # what a sender writes
+    composed += 2 * weight * n * min(simulated.SENDERS, (s.n_layers - 1) * s.n_heads)  # what a sender writes
     return dict(plan_of(s).operations) | {
         "second directions of complex pairs": 2 * pairs * 2.0 * s.n_vocab * s.d_model,
         "scores between positions": float(positions),

@@ -20,7 +20,7 @@ def report_task(
     Args:
         name: the checkpoint's.
         sizes: its sizes.
-        n_ctx: its learned positions.
+        n_ctx: positions in its context.
         measured: runs a way (`ioi/3`) in a process of its own, several times, and returns the fastest run.
         made: counts the operations of the products that a way makes, and the complex pairs that it lists.
     """
@@ -49,7 +49,7 @@ def report_task(
 
 
 def sizes_of_model(config: Any, components: int) -> tuple[Sizes, int]:
-    """The sizes of a checkpoint on disk, and how many learned positions it has."""
+    """The sizes of a checkpoint on disk, and how many positions its context has (0 if it does not say)."""
     from ovqk.checkpoints.opening import open_checkpoint
     from ovqk.plan import sizes_of
     from ovqk.weights.readers import open_weights

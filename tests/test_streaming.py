@@ -199,9 +199,10 @@ def test_the_benchmark_runs_and_counts_what_it_says(tmp_path) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
 
 
-def test_the_floor_counts_what_a_plan_leaves_out(tmp_path, monkeypatch) -> None:
-    """Complex pairs and positions by hand; simulated attention beside the products that are made for it."""
-    shape = random_checkpoints.Shape("gpt2", 3, 4, 64, 16, 200, tied=True)
+@pytest.mark.parametrize(("family", "n_kv_heads"), [("gpt2", 4), ("llama", 2)])
+def test_the_floor_counts_what_a_plan_leaves_out(tmp_path, monkeypatch, family, n_kv_heads) -> None:
+    """By hand; simulated attention also beside the products that are made for it."""
+    shape = random_checkpoints.Shape(family, 3, 4, 64, 16, 200, tied=True, n_kv_heads=n_kv_heads)
     random_checkpoints.make_checkpoint(shape, tmp_path)
     config, made = bench.cell_config(tmp_path, components=3), []
     simulated = stages.simulated_metrics
@@ -218,8 +219,13 @@ def test_the_floor_counts_what_a_plan_leaves_out(tmp_path, monkeypatch) -> None:
     sizes, n_ctx = bench.sizes_of_model(config, 3)
     needed = operations.cell_operations(sizes, n_ctx, pairs)
     assert needed["second directions of complex pairs"] == pairs * 2 * 2 * 200 * 64
-    projected, scored = 2 * 1024 * 64 * 16 * (4 + 4), 1024 * 1024 * 16 * 4  # half of the scores are in sight
-    assert n_ctx == 1024 and needed["scores between positions"] == 3 * (projected + scored)
+    learned, weight = family == "gpt2", 2 * 64 * 16
+    projected, scored = 1024 * weight * (4 + 4), 1024 * 1024 * 16 * 4  # half of the scores are in sight
+    assert needed["scores between positions"] == learned * 3 * (projected + scored) and (n_ctx == 1024 or not learned)
+    # Each layer: 8 sequences of twice 50 tokens. Layers 1 and 2: what 4 and 8 earlier heads wrote for 50 tokens.
+    sequences = 3 * 8 * 50 * (weight * (4 + (4 * 2 if learned else 2)) + 2 * 75 * 16 * 4)
+    met = sum(weight * 50 * 4 + weight * n * n_kv_heads + 2 * 50 * n * 16 * 4 for n in (4 * 50, 8 * 50))
+    assert needed["simulated attention"] == sequences + met + 2 * weight * 50 * 8
     assert len(made) == 3 and 1 <= sum(made) / needed["simulated attention"] < 1.5
     planned = bench.plan_of(sizes).operations
     assert {name: needed[name] for name in planned} == planned and len(needed) == len(planned) + 3

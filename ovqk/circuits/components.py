@@ -169,8 +169,8 @@ def _refined(
 def _both_sides(matrices: Complex[Tensor, "n k k"]) -> Complex[Tensor, "n 2 k"]:
     """Return for each matrix A the unit vectors x and y with A x and A^T y nearest to 0, by inverse iteration.
 
-    All start from one random vector. `decomposed` calls this where torch is alone in its thread: see
-    `_inverse_iteration`.
+    All start from one random vector. Call it by `decomposed`, which gives several matrices only to a thread in which
+    torch has no other: elsewhere torch's batched LU is not safe (`_inverse_iteration`).
     """
     k = matrices.shape[-1]
     start = torch.randn(k, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -201,8 +201,8 @@ def _left_eigenvectors(
 def _inverse_iteration(systems: Complex[Tensor, "n k _"]) -> Complex[Tensor, "n k"]:
     """Find the unit vector that each matrix stretches least, starting from the vector in the last column.
 
-    One matrix at a time and never in a batch: torch's batched LU on the CPU takes several at once through a LAPACK
-    that is not safe for that, and from 150 rows on it is wrong or hangs.
+    One matrix at a time: if torch has several threads, its batched LU on the CPU takes several matrices at once through
+    a LAPACK that is not safe for that, and from 150 rows on it is wrong or hangs.
     """
     found = []
     for system in systems:
