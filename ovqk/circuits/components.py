@@ -27,7 +27,7 @@ APART = 1e-5  # relative to sum sigma: eigenvalues this far from all others are 
 MODULI_APART = 1e-6  # relative to sum sigma: above the float32 rounding that may turn the order of eigenvalues
 RESIDUAL = 1e-11  # relative to |core|_F: of an eigenvector found by inverse iteration
 ITERATIONS = 3  # of inverse iteration: each takes away at least a factor of EIGENVALUE_SHIFT / APART
-SYSTEM_ELEMENTS = 2**21  # elements of complex matrices that are decomposed at a time
+SYSTEM_ELEMENTS = 2**19  # elements of complex matrices that are decomposed at a time
 KINDS, SIDES = ("singular", "eigen"), ("read", "write")
 
 
