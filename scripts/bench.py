@@ -114,8 +114,8 @@ def whole_cell(config: Any) -> int:
     return len(analyse(opened, config).tables["heads"])
 
 
-def whole_cell_with_words(config: Any) -> int:
-    """Every stage of `analyse`, from the files on, with the tokenizer and the task's words; return the pairs listed."""
+def cell_tables(config: Any) -> Any:
+    """Every stage of `analyse`, from the files on, with the tokenizer and the task's words; return the tables."""
     from ovqk.analyse import analyse
     from ovqk.checkpoints.opening import open_checkpoint
     from ovqk.tasks.tokenizer import load_tokenizer
@@ -124,11 +124,23 @@ def whole_cell_with_words(config: Any) -> int:
 
     checkpoint = open_checkpoint(config.model)
     opened = OpenedModel(open_weights(checkpoint, config.model), "bench", load_tokenizer(checkpoint))
-    listed = analyse(opened, config).tables.get("directions")
+    return analyse(opened, config).tables
+
+
+def whole_cell_with_words(config: Any) -> int:
+    """The same, as a way that is measured; return the number of heads."""
+    return len(cell_tables(config)["heads"])
+
+
+def counted(config: Any) -> dict[str, float]:
+    """The operations in the products that such a cell makes, and the complex pairs that it lists."""
+    found: list[Any] = []
+    operations = products_done(lambda: found.append(cell_tables(config)))
+    listed = found[0].get("directions")
     if listed is None:
-        return 0
-    pairs = listed[listed["value_im"] > 0]
-    return len(pairs[["layer", "head", "circuit", "component"]].drop_duplicates())
+        return {"operations": operations, "pairs": 0}
+    pairs = listed[listed["value_im"] > 0][["layer", "head", "circuit", "component"]].drop_duplicates()
+    return {"operations": operations, "pairs": len(pairs)}
 
 
 def cached(folder: Path) -> tuple[float, float]:
@@ -279,9 +291,7 @@ def run_child(name: str, folder: Path, device: str, count: bool) -> None:
     what, _, components = name.partition("/")
     config = cell_config(folder, device, task="ioi" if what == "ioi" else "none", components=int(components or 0))
     if count:
-        returned: list[int] = []
-        operations = products_done(lambda: returned.append(WAYS[what](config)))
-        print(json.dumps({"operations": operations, "pairs": returned[0]}))
+        print(json.dumps(counted(config)))
         return
     base, processor = peak_memory(), time.process_time()
     with split_times() as parts:

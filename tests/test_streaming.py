@@ -207,14 +207,14 @@ def test_the_floor_counts_what_a_plan_leaves_out(tmp_path, monkeypatch, family, 
     config, made = bench.cell_config(tmp_path, components=3), []
     simulated = stages.simulated_metrics
 
-    def counted(layer, senders):
+    def recounted(layer, senders):
         assert layer.model.simulated is not None  # its inputs are made before the count
         found = []
         made.append(bench.products_done(lambda: found.append(simulated(layer, senders))))
         return found[0]
 
-    monkeypatch.setattr(stages, "simulated_metrics", counted)
-    pairs = bench.whole_cell_with_words(config)
+    monkeypatch.setattr(stages, "simulated_metrics", recounted)
+    pairs = bench.counted(config)["pairs"]
     assert 0 < pairs <= 3 * 2 * 3 * 4  # components, circuits, layers, heads
     sizes, n_ctx = bench.sizes_of_model(config, 3)
     needed = operations.cell_operations(sizes, n_ctx, pairs)
