@@ -100,9 +100,10 @@ def depth_references(signed: NDArray[np.float64], groups: NDArray[np.int64]) -> 
     known, found = ~np.isnan(signed), dict[Head, DepthReference]()
     group = np.unique(groups, return_inverse=True)[1]
     members = known @ (group[:, None] == np.arange(group.max(initial=-1) + 1)).astype(int)  # [layer, group]
+    all_groups = (members > 0).sum(1)
     standardised: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64] | None]] = {}
     for layer, index in np.argwhere(known).tolist():
-        there = (members > 0).sum(1)
+        there = all_groups.copy()
         there[layer] -= members[layer, group[index]] == 1  # the head itself is no reference head
         low, stop = _nearby(there, layer, layer)
         if (low, stop) not in standardised:
